@@ -1,0 +1,204 @@
+"""`Batch`: packed rows of token sequences with per-token, per-row and home-only columns.
+
+A batch holds B rows (samples) of T tokens in all, without padding. A token column is one tensor whose
+first dim is T, rows laid end to end; a row column's first dim is B; a Python column is a list of B
+objects which never leaves its home rank. Everything here is pure: no process groups, no device moves
+that the caller did not ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B packed rows.
+
+    Args:
+        lengths: tokens per row, int64 `[B]`.
+        tokens: token columns by name, each `[T, ...]` with `T = lengths.sum()`.
+        rows: row columns by name, each `[B, ...]`.
+        objects: Python columns by name, each a list of B objects; they stay on their home rank.
+
+    Raises:
+        ValueError: a column whose first dim does not match, naming the column.
+    """
+
+    lengths: Tensor
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    objects: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.lengths.dtype != torch.int64 or self.lengths.dim() != 1:
+            raise ValueError(f"lengths must be int64 [B], not {self.lengths.dtype} {self.lengths.shape}")
+        num_tokens, num_rows = self.num_tokens, self.num_rows
+        for name, column in self.tokens.items():
+            if column.shape[0] != num_tokens:
+                raise ValueError(
+                    f"token column {name!r} has {column.shape[0]} entries, the rows have "
+                    f"{num_tokens} tokens"
+                )
+        for name, row_column in (*self.rows.items(), *self.objects.items()):
+            if len(row_column) != num_rows:
+                raise ValueError(
+                    f"row column {name!r} has {len(row_column)} entries, the batch {num_rows} rows"
+                )
+        names = [*self.tokens, *self.rows, *self.objects]
+        if len(names) != len(set(names)):
+            raise ValueError(f"a column name stands in two kinds of column: {sorted(names)}")
+
+    @property
+    def num_rows(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tokens or name in self.rows or name in self.objects
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A token or row column; ValueError lists the columns there are."""
+        if name in self.tokens:
+            return self.tokens[name]
+        if name in self.rows:
+            return self.rows[name]
+        raise ValueError(f"the batch has no tensor column {name!r}; it has {self.columns()}")
+
+    def columns(self) -> list[str]:
+        return sorted([*self.tokens, *self.rows, *self.objects])
+
+    def offsets(self) -> Tensor:
+        """Where each row starts in the token columns, with T at the end: int64 `[B + 1]`."""
+        zero = torch.zeros(1, dtype=torch.int64, device=self.lengths.device)
+        return torch.cat([zero, self.lengths.cumsum(0)])
+
+    def row_of_token(self) -> Tensor:
+        """The row index of every token: int64 `[T]`."""
+        return torch.repeat_interleave(
+            torch.arange(self.num_rows, device=self.lengths.device), self.lengths
+        )
+
+    def row_sum(self, column: Tensor) -> Tensor:  # column [T] -> [B]
+        """The sum of a token column over each row, in the column's dtype: `[B]`."""
+        out = torch.zeros(self.num_rows, dtype=column.dtype, device=column.device)
+        return out.index_add(0, self.row_of_token().to(column.device), column)
+
+    def select(self, index: Tensor | Sequence[int]) -> Batch:
+        """The rows of `index` (int64, repeats allowed) in its order, with all their columns."""
+        rows = torch.as_tensor(index, dtype=torch.int64, device=self.lengths.device)
+        lengths = self.lengths[rows]
+        position = _token_index(self.offsets()[:-1][rows], lengths)
+        picked = rows.tolist()
+        return Batch(
+            lengths=lengths,
+            tokens={name: column[position] for name, column in self.tokens.items()},
+            rows={name: column[rows] for name, column in self.rows.items()},
+            objects={name: [column[i] for i in picked] for name, column in self.objects.items()},
+        )
+
+    def keep(self, names: Sequence[str]) -> Batch:
+        """This batch with only the columns of `names`; ValueError when one is missing."""
+        for name in names:
+            if name not in self:
+                raise ValueError(f"the batch has no column {name!r}; it has {self.columns()}")
+        return Batch(
+            lengths=self.lengths,
+            tokens={n: c for n, c in self.tokens.items() if n in names},
+            rows={n: c for n, c in self.rows.items() if n in names},
+            objects={n: c for n, c in self.objects.items() if n in names},
+        )
+
+    def with_columns(
+        self,
+        *,
+        tokens: Mapping[str, Tensor] | None = None,
+        rows: Mapping[str, Tensor] | None = None,
+        objects: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Batch:
+        """This batch with columns added or replaced."""
+        return Batch(
+            lengths=self.lengths,
+            tokens={**self.tokens, **(tokens or {})},
+            rows={**self.rows, **(rows or {})},
+            objects={**self.objects, **(objects or {})},
+        )
+
+    def __or__(self, other: Batch) -> Batch:
+        """Columns of both; `other` wins. ValueError when the rows differ in length."""
+        if not torch.equal(self.lengths, other.lengths):
+            raise ValueError("only batches of the same rows can be merged: the lengths differ")
+        return self.with_columns(tokens=other.tokens, rows=other.rows, objects=other.objects)
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            lengths=self.lengths.to(device),
+            tokens={n: c.to(device) for n, c in self.tokens.items()},
+            rows={n: c.to(device) for n, c in self.rows.items()},
+            objects=self.objects,
+        )
+
+    def split_rows(self) -> Iterator[Batch]:
+        """Every row as a batch of its own."""
+        for i in range(self.num_rows):
+            yield self.select([i])
+
+
+def _token_index(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Indices of the tokens of spans `[start, start + length)`, laid end to end."""
+    total = int(lengths.sum())
+    ends = lengths.cumsum(0)
+    within = torch.arange(total, device=lengths.device) - torch.repeat_interleave(
+        ends - lengths, lengths
+    )
+    return torch.repeat_interleave(starts, lengths) + within
+
+
+def concat(batches: Sequence[Batch]) -> Batch:
+    """The rows of all batches, in order. ValueError when their columns differ or none is given."""
+    if not batches:
+        raise ValueError("concat needs at least one batch")
+    first = batches[0]
+    for other in batches[1:]:
+        if other.columns() != first.columns():
+            raise ValueError(f"columns differ: {first.columns()} and {other.columns()}")
+    return Batch(
+        lengths=torch.cat([b.lengths for b in batches]),
+        tokens={n: torch.cat([b.tokens[n] for b in batches]) for n in first.tokens},
+        rows={n: torch.cat([b.rows[n] for b in batches]) for n in first.rows},
+        objects={n: [x for b in batches for x in b.objects[n]] for n in first.objects},
+    )
+
+
+def from_rows(
+    sequences: Sequence[Sequence[int]],
+    *,
+    rows: Mapping[str, Tensor] | None = None,
+    objects: Mapping[str, Sequence[Any]] | None = None,
+) -> Batch:
+    """A batch whose token column `tokens` holds the given id sequences."""
+    flat = [token for sequence in sequences for token in sequence]
+    return Batch(
+        lengths=torch.tensor([len(s) for s in sequences], dtype=torch.int64),
+        tokens={"tokens": torch.tensor(flat, dtype=torch.int64)},
+        rows=rows or {},
+        objects=objects or {},
+    )
+
+
+def group_index(prompt_ids: Tensor) -> tuple[Tensor, int]:  # prompt_ids [B]
+    """Rows by group: (int64 `[B]` group number in order of first appearance, number of groups)."""
+    seen: dict[int, int] = {}
+    index = [seen.setdefault(int(p), len(seen)) for p in prompt_ids.tolist()]
+    return torch.tensor(index, dtype=torch.int64, device=prompt_ids.device), len(seen)

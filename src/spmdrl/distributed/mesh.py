@@ -1,0 +1,194 @@
+"""`Mesh`: one role's named axes over a subset of the world's ranks.
+
+Every rank of the world constructs every mesh, in the same order, members or not: communicators are
+created collectively. Outside its ranks a mesh answers `is_member == False`, and asking it for a
+group or a coordinate is an error that names the role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""Outermost first: ranks of one tp group are neighbours. (`ep` folds into dp_shard when it comes.)"""
+
+_MERGED: dict[str, tuple[str, ...]] = {
+    "dp": ("dp_replicate", "dp_shard"),
+    "shard": ("dp_shard", "cp"),
+    "reduce": ("dp_replicate", "dp_shard", "cp"),
+    "replica": ("cp", "tp"),
+    "all": AXES,
+}
+
+
+class Mesh:
+    """Named axes `pp, dp_replicate, dp_shard, cp, tp` over `ranks`.
+
+    Merged axes are there too: `dp` (replicas that see different rows), `shard` (over which weights
+    are sharded: dp_shard x cp), `reduce` (over which gradients are summed), `replica` (the ranks that
+    see the same rows: cp x tp) and `all`.
+
+    Args:
+        role: the role's name, for error messages.
+        ranks: world ranks, in mesh order (tp fastest).
+        degrees: axis -> degree; axes left out have degree 1.
+
+    Raises:
+        ValueError: the degrees do not multiply to the number of ranks; a rank is outside the
+            world, or named twice.
+    """
+
+    def __init__(
+        self, role: str, ranks: Sequence[int], degrees: Mapping[str, int], device_type: str
+    ) -> None:
+        check_ranks(role, ranks, degrees, dist.get_world_size())
+        self.role = role
+        self.ranks = tuple(ranks)
+        self.degrees = {axis: degrees.get(axis, 1) for axis in AXES}
+        self._rank = dist.get_rank()
+        self.is_member = self._rank in self.ranks
+        self._device_type = device_type
+        shape = [self.degrees[axis] for axis in AXES]
+        grid = torch.tensor(self.ranks, dtype=torch.int64).reshape(shape)
+        self._grid = grid
+        self._groups: dict[str, dist.ProcessGroup] = {}
+        for name, axes in {**{a: (a,) for a in AXES}, **_MERGED}.items():
+            self._create_groups(name, axes)
+        self._shard_mesh = self._make_shard_mesh()
+
+    def _create_groups(self, name: str, axes: tuple[str, ...]) -> None:
+        if self._size_of(axes) == 1:
+            return
+        for ranks in _groups_of(self._grid, axes):
+            group = dist.new_group(list(ranks))
+            if self._rank in ranks:
+                self._groups[name] = group
+
+    def _make_shard_mesh(self) -> DeviceMesh | None:
+        """The mesh that FSDP2 takes: (replicate, shard), one for each (pp, tp) coordinate."""
+        if self.degrees["dp_shard"] == 1:
+            return None
+        mine = None
+        rows = _groups_of(self._grid, ("dp_replicate", "dp_shard", "cp"))
+        for ranks in rows:
+            grid = torch.tensor(ranks).reshape(self.degrees["dp_replicate"], -1)
+            mesh = DeviceMesh(self._device_type, grid, mesh_dim_names=("replicate", "shard"))
+            if self._rank in ranks:
+                mine = mesh if self.degrees["dp_replicate"] > 1 else mesh["shard"]
+        return mine
+
+    @property
+    def shard_mesh(self) -> DeviceMesh | None:
+        """FSDP2's mesh (1-D, or replicate x shard); None when dp_shard is 1."""
+        self._require_member("shard_mesh")
+        return self._shard_mesh
+
+    def size(self, axis: str) -> int:
+        """The degree of an axis or merged axis; known on every rank of the world."""
+        return self._size_of(_MERGED.get(axis, (axis,)))
+
+    def coordinate(self, axis: str) -> int:
+        """This rank's index along an axis or merged axis.
+
+        Raises:
+            ValueError: this rank is not a member.
+        """
+        self._require_member(axis)
+        return coordinate_of(self._grid, self._rank, _MERGED.get(axis, (axis,)))
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """The process group along an axis or merged axis; None where its degree is 1.
+
+        Raises:
+            ValueError: this rank is not a member.
+        """
+        self._require_member(axis)
+        return self._groups.get(axis)
+
+    def replicas(self) -> list[tuple[int, ...]]:
+        """For each dp coordinate the ranks (all of pp, cp, tp) that take the same rows."""
+        return _groups_of(self._grid, ("pp", "cp", "tp"))
+
+    def coordinates_of(self, rank: int) -> dict[str, int]:
+        """Axis -> index of any member rank: a pure function, for plans."""
+        return {axis: coordinate_of(self._grid, rank, (axis,)) for axis in AXES}
+
+    def describe(self) -> str:
+        axes = " ".join(f"{a}={n}" for a, n in self.degrees.items() if n > 1) or "single"
+        return f"ranks {format_ranks(self.ranks)}: {axes}"
+
+    def _size_of(self, axes: tuple[str, ...]) -> int:
+        size = 1
+        for axis in axes:
+            size *= self.degrees[axis]
+        return size
+
+    def _require_member(self, what: str) -> None:
+        if not self.is_member:
+            raise ValueError(
+                f"rank {self._rank} is not in the mesh of role {self.role!r} "
+                f"(ranks {format_ranks(self.ranks)}) and has no {what!r} there"
+            )
+
+
+def check_ranks(
+    role: str, ranks: Sequence[int], degrees: Mapping[str, int], world_size: int
+) -> None:
+    """ValueError unless `ranks` are distinct world ranks and the degrees multiply to their number."""
+    outside = [r for r in ranks if not 0 <= r < world_size]
+    if outside:
+        raise ValueError(
+            f"roles.{role}.ranks names ranks {outside}, but the world has ranks 0-{world_size - 1}"
+        )
+    if len(set(ranks)) != len(ranks) or not ranks:
+        raise ValueError(f"roles.{role}.ranks must name each rank once and at least one: {ranks}")
+    unknown = set(degrees) - set(AXES)
+    if unknown:
+        raise ValueError(f"roles.{role}: unknown axes {sorted(unknown)}; there are {AXES}")
+    product = 1
+    for axis in AXES:
+        product *= degrees.get(axis, 1)
+    if product != len(ranks):
+        shown = " x ".join(f"{a}={degrees.get(a, 1)}" for a in AXES if degrees.get(a, 1) != 1)
+        raise ValueError(
+            f"roles.{role}: {shown or 'degrees of 1'} make {product} ranks, "
+            f"but roles.{role}.ranks names {len(ranks)} ({format_ranks(ranks)})"
+        )
+
+
+def _groups_of(grid: torch.Tensor, axes: Sequence[str]) -> list[tuple[int, ...]]:
+    """The rank groups along `axes`, one for each coordinate of the other axes, in grid order."""
+    along = [AXES.index(a) for a in axes]
+    rest = [i for i in range(len(AXES)) if i not in along]
+    size = 1
+    for i in along:
+        size *= grid.shape[i]
+    return [tuple(row) for row in grid.permute(*rest, *along).reshape(-1, size).tolist()]
+
+
+def coordinate_of(grid: torch.Tensor, rank: int, axes: Sequence[str]) -> int:
+    position = (grid == rank).nonzero()[0].tolist()
+    index = 0
+    for axis in axes:
+        i = AXES.index(axis)
+        index = index * grid.shape[i] + position[i]
+    return index
+
+
+def format_ranks(ranks: Sequence[int]) -> str:
+    """`[0, 1, 2, 5]` -> `0-2,5`."""
+    ordered = list(ranks)
+    if not ordered:
+        return "none"
+    runs = [[ordered[0]]]
+    for before, rank in pairwise(ordered):
+        if rank == before + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

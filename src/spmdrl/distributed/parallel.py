@@ -1,0 +1,101 @@
+"""Differentiable collectives of tensor and context parallelism.
+
+Each function takes a process group, or None where the degree is 1 (then it is the identity). The
+pairs are those of Megatron-LM (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3):
+`copy_to` before a column-parallel product and `reduce_from` after a row-parallel one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """This rank's place along one axis: what a layer needs to know of tensor parallelism."""
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenation along dim 0 of equal parts; `reduce` says what the backward does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, reduce: bool) -> Tensor:
+        ctx.group, ctx.reduce = group, reduce
+        x = x.contiguous()
+        parts = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(parts, x, group=group)
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        size, rank = dist.get_world_size(ctx.group), dist.get_rank(ctx.group)
+        if not ctx.reduce:
+            return grad.chunk(size)[rank].contiguous(), None, None
+        out = grad.new_empty(grad.shape[0] // size, *grad.shape[1:])
+        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
+        return out, None, None
+
+
+def copy_to(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Identity forward, all-reduce (sum) backward."""
+    return x if group is None else _apply(_CopyTo, x, group)
+
+
+def reduce_from(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All-reduce (sum) forward, identity backward."""
+    return x if group is None else _apply(_ReduceFrom, x, group)
+
+
+def gather_sum_grad(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All-gather along dim 0 (equal parts); the backward sums the ranks' gradients (reduce-scatter).
+
+    For a gathered tensor that each rank uses in a different way (context-parallel keys).
+    """
+    return x if group is None else _apply(_Gather, x, group, True)
+
+
+def gather_own_grad(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All-gather along dim 0 (equal parts); the backward takes this rank's part.
+
+    For a gathered tensor from which every rank computes the same loss (log-probabilities).
+    """
+    return x if group is None else _apply(_Gather, x, group, False)
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    result: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return result

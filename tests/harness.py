@@ -1,0 +1,91 @@
+"""Runs a function on N gloo ranks, as N processes of a fork server that has imported torch already.
+
+The server imports torch once and starts no threads, so a rank costs milliseconds to start. A rank
+that raises ends the test with its traceback; a rank that hangs ends it at the timeout.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "spmdrl.launch"]
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 120.0
+) -> list[Any]:
+    """`function(world, *arguments)` on ranks 0 to world_size - 1; their return values in order."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    answers = context.Queue()
+    ranks = [
+        context.Process(target=_rank, args=(function, rank, world_size, port, answers, arguments))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        return _collect(ranks, answers, time.monotonic() + timeout_s, timeout_s)
+    finally:
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join()
+        answers.close()
+
+
+def _collect(ranks: list[Any], answers: Any, deadline: float, timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(ranks):
+        try:
+            rank, value, failure = answers.get(timeout=0.5)
+        except queue.Empty:
+            dead = [i for i, p in enumerate(ranks) if p.exitcode not in (None, 0)]
+            if dead and answers.empty():
+                codes = [ranks[i].exitcode for i in dead]
+                raise AssertionError(f"ranks {dead} died (exit codes {codes})") from None
+            if time.monotonic() > deadline:
+                missing = sorted(set(range(len(ranks))) - set(results))
+                raise AssertionError(f"ranks {missing} gave no answer in {timeout_s} s") from None
+            continue
+        if failure is not None:
+            raise AssertionError(f"rank {rank} failed:\n{failure}")
+        results[rank] = value
+    return [results[i] for i in range(len(ranks))]
+
+
+def _rank(
+    function: Callable[..., Any], rank: int, size: int, port: int, answers: Any, arguments: Any
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    import torch
+
+    from spmdrl.launch import start_world, stop_world
+
+    torch.set_num_threads(1)
+    try:
+        world = start_world(timeout_s=100, device="cpu")
+        torch.set_num_threads(1)
+        value = function(world, *arguments)
+        stop_world()
+        answers.put((rank, value, None))
+    except BaseException:
+        answers.put((rank, None, traceback.format_exc()))
