@@ -41,7 +41,7 @@ class World:
 
 
 def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
-    """Join the default process group (gloo on CPU, gloo and NCCL where CUDA is) and pick the device.
+    """Join the default process group (gloo; with NCCL where CUDA is) and pick the device.
 
     Raises:
         ValueError: torchrun's variables are incomplete, or `device` is neither auto, cpu nor cuda.
@@ -66,14 +66,14 @@ def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
     else:
         chosen = torch.device("cpu")
         set_cpu_threads(local_size)
-    backend = "cpu:gloo,cuda:nccl" if on_cuda else "cpu:gloo"
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if launched:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
+        # documented as torch.distributed.TCPStore, but torch's stubs do not re-export it
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timeout)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size, device=chosen)
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-"""Outermost first: ranks of one tp group are neighbours. (`ep` folds into dp_shard when it comes.)"""
+"""Outermost first: the ranks of one tp group are neighbours."""
 
 _MERGED: dict[str, tuple[str, ...]] = {
     "dp": ("dp_replicate", "dp_shard"),
@@ -30,8 +30,8 @@ class Mesh:
     """Named axes `pp, dp_replicate, dp_shard, cp, tp` over `ranks`.
 
     Merged axes are there too: `dp` (replicas that see different rows), `shard` (over which weights
-    are sharded: dp_shard x cp), `reduce` (over which gradients are summed), `replica` (the ranks that
-    see the same rows: cp x tp) and `all`.
+    are sharded: dp_shard x cp), `reduce` (over which gradients are summed), `replica` (the ranks
+    that see the same rows: cp x tp) and `all`.
 
     Args:
         role: the role's name, for error messages.
@@ -139,7 +139,7 @@ class Mesh:
 def check_ranks(
     role: str, ranks: Sequence[int], degrees: Mapping[str, int], world_size: int
 ) -> None:
-    """ValueError unless `ranks` are distinct world ranks and the degrees multiply to their number."""
+    """ValueError unless `ranks` are distinct world ranks, as many as the degrees multiply to."""
     outside = [r for r in ranks if not 0 <= r < world_size]
     if outside:
         raise ValueError(

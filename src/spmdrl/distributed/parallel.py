@@ -81,7 +81,7 @@ def reduce_from(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def gather_sum_grad(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """All-gather along dim 0 (equal parts); the backward sums the ranks' gradients (reduce-scatter).
+    """All-gather along dim 0 (equal parts); the backward sums the ranks' gradients.
 
     For a gathered tensor that each rank uses in a different way (context-parallel keys).
     """

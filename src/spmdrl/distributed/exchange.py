@@ -1,0 +1,267 @@
+"""The row exchange: home layout -> a role's layout -> home.
+
+`plan_exchange` is a pure function of what every rank knows (the gathered row table and the role's
+replicas), so all ranks make the same plan without further talk. One `all_to_all_single` of bytes
+then carries all columns of all rows. Home columns live on the host, so that ranks with and without
+a GPU exchange rows the same way (gloo).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spmdrl.batch import Batch
+from spmdrl.distributed.reduce import gather_tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """What a call returns: the column's name, kind, dtype and trailing dims."""
+
+    name: str
+    kind: Literal["token", "row"] = "token"
+    dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTable:
+    """All rows of the world, ordered by home rank and then by their place there.
+
+    Args:
+        home: home rank of each row, `[N]`.
+        cost: what balancing counts, usually tokens, `[N]`.
+        atom: rows of one atom stay together, `[N]`.
+        order: where the row goes within its replica (ties by global place), `[N]`.
+        minibatch: each minibatch is balanced by itself, `[N]`.
+    """
+
+    home: Tensor
+    cost: Tensor
+    atom: Tensor
+    order: Tensor
+    minibatch: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangePlan:
+    """For each replica its rows (places in the `RowTable`), in the order they will have there.
+
+    Args:
+        replicas: the ranks that take the same rows; the first one sends the results home.
+        rows: global row numbers per replica.
+        home: home rank of every global row, `[N]`.
+        place: the row's index in its home batch, `[N]`.
+    """
+
+    replicas: tuple[tuple[int, ...], ...]
+    rows: tuple[Tensor, ...]
+    home: Tensor
+    place: Tensor
+
+    def replica_of(self, rank: int) -> int | None:
+        for index, ranks in enumerate(self.replicas):
+            if rank in ranks:
+                return index
+        return None
+
+
+def gather_rows(cost: Tensor, atom: Tensor, order: Tensor, minibatch: Tensor) -> RowTable:
+    """The world's row table from each rank's own columns (all int64 `[B]`)."""
+    parts = gather_tables(torch.stack([cost, atom, order, minibatch], dim=1).cpu())
+    home = torch.cat([torch.full((len(p),), rank) for rank, p in enumerate(parts)]).long()
+    table = torch.cat(parts)
+    return RowTable(
+        home=home, cost=table[:, 0], atom=table[:, 1], order=table[:, 2], minibatch=table[:, 3]
+    )
+
+
+def plan_exchange(table: RowTable, replicas: Sequence[Sequence[int]]) -> ExchangePlan:
+    """Assign atoms to replicas: largest first, each to the replica with the least cost so far.
+
+    Within a replica rows stand by (minibatch, order, global place). Longest-processing-time-first
+    is within 4/3 of the best makespan (Graham 1969, https://doi.org/10.1137/0117039).
+    """
+    atoms: dict[tuple[int, int], list[int]] = {}
+    keys = zip(table.minibatch.tolist(), table.atom.tolist(), strict=True)
+    for row, key in enumerate(keys):
+        atoms.setdefault(key, []).append(row)
+    costs = table.cost.tolist()
+    assigned: list[list[int]] = [[] for _ in replicas]
+    for minibatch in sorted({key[0] for key in atoms}):
+        load = [0] * len(replicas)
+        members = [(key, rows) for key, rows in atoms.items() if key[0] == minibatch]
+        weights = {key: sum(costs[row] for row in rows) for key, rows in members}
+        for key, rows in sorted(members, key=lambda item: (-weights[item[0]], item[0])):
+            target = min(range(len(replicas)), key=lambda i: (load[i], i))
+            load[target] += weights[key]
+            assigned[target] += rows
+    minibatches, orders = table.minibatch.tolist(), table.order.tolist()
+    for rows in assigned:
+        rows.sort(key=lambda row: (minibatches[row], orders[row], row))
+    return ExchangePlan(
+        replicas=tuple(tuple(ranks) for ranks in replicas),
+        rows=tuple(torch.tensor(rows, dtype=torch.int64) for rows in assigned),
+        home=table.home,
+        place=_place_at_home(table.home),
+    )
+
+
+def _place_at_home(home: Tensor) -> Tensor:
+    counts = torch.bincount(home) if len(home) else torch.zeros(0, dtype=torch.int64)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(len(home)) - starts[home]
+
+
+def send_to_role(plan: ExchangePlan, batch: Batch, names: Sequence[str]) -> Batch | None:
+    """Home rows to their replicas: this rank's rows in the role's layout; None outside the role.
+
+    `batch` must have the columns of `names` with the same dtypes on every rank, rows or none.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    sent = batch.keep(names)
+    columns = _schema(sent)
+    outgoing: list[Tensor] = []
+    for target in range(size):
+        replica = plan.replica_of(target)
+        rows = plan.rows[replica] if replica is not None else plan.rows[0][:0]
+        mine = plan.place[rows[plan.home[rows] == rank]]
+        outgoing.append(_pack(sent.select(mine), columns))
+    own = plan.replica_of(rank)
+    arriving = plan.rows[own] if own is not None else plan.rows[0][:0]
+    sources = plan.home[arriving]
+    counts = torch.bincount(sources, minlength=size).tolist()
+    parts = _exchange(outgoing, counts, columns)
+    if own is None:
+        return None
+    return _interleave(parts, sources)
+
+
+def bring_home(
+    plan: ExchangePlan, result: Batch | None, columns: Sequence[Column], home_rows: int
+) -> Batch:
+    """A role's result rows (in the order they had there) back to their home places.
+
+    Only the first rank of each replica sends; rows may have new lengths.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    own = plan.replica_of(rank)
+    leading = own is not None and plan.replicas[own][0] == rank
+    outgoing: list[Tensor] = []
+    names = tuple(columns)
+    for target in range(size):
+        if leading and own is not None:
+            assert result is not None, "a member rank must return a result"
+            index = (plan.home[plan.rows[own]] == target).nonzero().flatten()
+            outgoing.append(_pack(result.select(index), names))
+        else:
+            outgoing.append(torch.empty(0, dtype=torch.uint8))
+    counts = [0] * size
+    places: list[Tensor] = []
+    for ranks, rows in zip(plan.replicas, plan.rows, strict=True):
+        mine = rows[plan.home[rows] == rank]
+        counts[ranks[0]] = len(mine)
+    for source in range(size):
+        for ranks, rows in zip(plan.replicas, plan.rows, strict=True):
+            if ranks[0] == source:
+                places.append(plan.place[rows[plan.home[rows] == rank]])
+    parts = _exchange(outgoing, counts, names)
+    order = torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
+    assert len(order) == home_rows, (len(order), home_rows)
+    return _concat(parts).select(torch.argsort(order))
+
+
+def _schema(batch: Batch) -> tuple[Column, ...]:
+    token = [
+        Column(name=n, kind="token", dtype=c.dtype, shape=tuple(c.shape[1:]))
+        for n, c in sorted(batch.tokens.items())
+    ]
+    row = [
+        Column(name=n, kind="row", dtype=c.dtype, shape=tuple(c.shape[1:]))
+        for n, c in sorted(batch.rows.items())
+    ]
+    return (*token, *row)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+
+
+def _pack(batch: Batch, columns: Sequence[Column]) -> Tensor:
+    """Lengths, then every column, as bytes."""
+    if batch.num_rows == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.cat([_bytes(batch.lengths), *(_bytes(_typed(batch, c)) for c in columns)])
+
+
+def _typed(batch: Batch, column: Column) -> Tensor:
+    values: Mapping[str, Tensor] = batch.tokens if column.kind == "token" else batch.rows
+    if column.name not in values:
+        raise ValueError(
+            f"the call declared the {column.kind} column {column.name!r} but returned "
+            f"{batch.columns()}"
+        )
+    tensor = values[column.name]
+    if tensor.dtype != column.dtype or tuple(tensor.shape[1:]) != column.shape:
+        raise ValueError(
+            f"column {column.name!r} was declared {column.dtype} {column.shape} but is "
+            f"{tensor.dtype} {tuple(tensor.shape[1:])}"
+        )
+    return tensor
+
+
+def _exchange(
+    outgoing: Sequence[Tensor], counts: Sequence[int], columns: Sequence[Column]
+) -> list[Batch]:
+    """One all-to-all of bytes; the rows from each rank (`counts` of them) as batches."""
+    sizes = torch.tensor([len(part) for part in outgoing], dtype=torch.int64)
+    incoming = torch.empty_like(sizes)
+    dist.all_to_all_single(incoming, sizes)
+    received = torch.empty(int(incoming.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(received, torch.cat(list(outgoing)), incoming.tolist(), sizes.tolist())
+    parts = received.split(incoming.tolist())
+    return [_unpack(part, count, columns) for part, count in zip(parts, counts, strict=True)]
+
+
+def _unpack(data: Tensor, num_rows: int, columns: Sequence[Column]) -> Batch:
+    position = 0
+
+    def take(count: int, dtype: torch.dtype) -> Tensor:
+        nonlocal position
+        stop = position + count * dtype.itemsize
+        # a copy: a view needs an offset that is a multiple of the item size
+        piece = data[position:stop].clone().view(dtype)
+        position = stop
+        return piece
+
+    lengths = take(num_rows, torch.int64)
+    total = int(lengths.sum())
+    tokens, rows = {}, {}
+    for column in columns:
+        first = total if column.kind == "token" else num_rows
+        count = first * torch.Size(column.shape).numel()
+        tensor = take(count, column.dtype).reshape(first, *column.shape)
+        (tokens if column.kind == "token" else rows)[column.name] = tensor
+    assert position == len(data), (position, len(data), num_rows)
+    return Batch(lengths=lengths, tokens=tokens, rows=rows)
+
+
+def _concat(parts: Sequence[Batch]) -> Batch:
+    first = parts[0]
+    return Batch(
+        lengths=torch.cat([p.lengths for p in parts]),
+        tokens={n: torch.cat([p.tokens[n] for p in parts]) for n in first.tokens},
+        rows={n: torch.cat([p.rows[n] for p in parts]) for n in first.rows},
+    )
+
+
+def _interleave(parts: Sequence[Batch], sources: Tensor) -> Batch:
+    """Rows that arrive grouped by source rank, in the order that `sources` gives them."""
+    arrival = torch.argsort(sources, stable=True)
+    return _concat(parts).select(torch.argsort(arrival, stable=True))

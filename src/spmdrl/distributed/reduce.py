@@ -1,0 +1,97 @@
+"""Values that every rank of the world must agree on. All of it runs on host tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_tables(table: Tensor) -> list[Tensor]:  # table [n, k], n differs between ranks
+    """Every rank's table, in rank order, on every rank. `k` and the dtype must be equal."""
+    size = dist.get_world_size()
+    if size == 1:
+        return [table]
+    counts = torch.zeros(size, dtype=torch.int64)
+    counts[dist.get_rank()] = table.shape[0]
+    dist.all_reduce(counts)
+    most = int(counts.max())
+    padded = table.new_zeros(most, *table.shape[1:])
+    padded[: table.shape[0]] = table
+    gathered = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(gathered, padded)
+    return [part[:count] for part, count in zip(gathered, counts.tolist(), strict=True)]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's picklable value, in rank order, on every rank. For start-up and small reports."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any, source: int) -> Any:
+    """`value` of rank `source` on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
+    return box[0]
+
+
+def world_sum(values: Tensor) -> Tensor:  # any shape, equal on all ranks
+    """The sum over the world in float64, on the host."""
+    total = values.detach().to("cpu", torch.float64).clone()
+    dist.all_reduce(total)
+    return total
+
+
+def world_max(values: Tensor) -> Tensor:
+    """The maximum over the world in float64, on the host."""
+    most = values.detach().to("cpu", torch.float64).clone()
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most
+
+
+def world_any(flag: bool) -> bool:
+    """True on every rank when it is true on one."""
+    return bool(world_max(torch.tensor([float(flag)])).item())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Count, mean and (population) standard deviation over the whole world."""
+
+    count: float
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
+
+
+def moments(column: Tensor, mask: Tensor | None = None) -> Moments:  # column [N], mask [N] bool
+    """Moments of a column's values (where `mask` is true) over all ranks, reduced in float64.
+
+    The variance is the two-pass one, so a large mean costs no digits.
+    """
+    values = column.detach().to("cpu", torch.float64).flatten()
+    if mask is not None:
+        values = values[mask.to("cpu").flatten()]
+    first = world_sum(torch.stack([torch.tensor(float(len(values))).double(), values.sum()]))
+    count = first[0].item()
+    if count == 0:
+        return Moments(count=0.0, mean=0.0, std=0.0, minimum=0.0, maximum=0.0)
+    mean = first[1].item() / count
+    variance = world_sum(((values - mean) ** 2).sum()).item() / count
+    infinite = torch.tensor([float("-inf")], dtype=torch.float64)
+    extremes = world_max(
+        torch.stack([torch.cat([infinite, -values]).max(), torch.cat([infinite, values]).max()])
+    )
+    return Moments(
+        count=count,
+        mean=mean,
+        std=variance**0.5,
+        minimum=-extremes[0].item(),
+        maximum=extremes[1].item(),
+    )
