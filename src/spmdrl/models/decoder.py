@@ -1,0 +1,306 @@
+"""The dense decoder of Llama 2/3, SmolLM2, Qwen2/2.5, Qwen3 and Mistral.
+
+One definition serves the torch train backend and the native rollout engine. It works on a packed
+stream of T tokens and leaves attention to the caller (`Attend`), who knows which tokens belong
+together and where keys and values are kept. Parameters are this rank's tensor-parallel part,
+fused: `layers.{i}.attention.qkv.weight` has the rows of q, k, v, and `mlp.gate_up.weight` those of
+gate and up; `spmdrl.models.sharding` describes them in Hugging Face's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol, TypeVar, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..distributed.parallel import Parallel, copy_to, reduce_from
+from .config import ModelConfig, inverse_frequencies
+from .sharding import Head, local_kv_heads
+
+R = TypeVar("R")
+Recompute = Literal["none", "layer"]
+
+
+class Attend(Protocol):
+    """Attention of one layer over the packed tokens; scores are scaled by d ** -0.5."""
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,  # [T, H_local, d], after rope
+        k: Tensor,  # [T, KVH_local, d], after rope
+        v: Tensor,  # [T, KVH_local, d]; q, k, v are strided views, d contiguous
+    ) -> Tensor:  # [T, H_local, d]
+        ...
+
+
+class Projection(nn.Module):
+    """y = x W^T (+ b), with storage that is not initialised: weights are always filled after."""
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Norm(nn.Module):
+    """Root-mean-square norm over the last dim (Zhang & Sennrich 2019), float32 inside.
+
+    `tp` is given where each rank applies the weight to its own heads alone: its gradient is then
+    the sum over the ranks.
+    """
+
+    def __init__(
+        self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.size, self.eps = (size,), eps
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor, tp: Parallel | None = None) -> Tensor:
+        weight = self.weight if tp is None else copy_to(self.weight, tp.group)
+        return F.rms_norm(x, self.size, weight, self.eps)
+
+
+class Embedding(nn.Module):
+    """Vocabulary-parallel: each rank looks up the rows that it has, and the ranks' sum is all."""
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        tp: Parallel,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.tp.group is None:
+            return F.embedding(tokens, self.weight)
+        rows = self.weight.shape[0]
+        local = tokens - self.tp.rank * rows
+        absent = (local < 0) | (local >= rows)
+        found = F.embedding(local.masked_fill(absent, 0), self.weight)
+        return reduce_from(found.masked_fill(absent.unsqueeze(-1), 0), self.tp.group)
+
+
+class Attention(nn.Module):
+    def __init__(
+        self, config: ModelConfig, tp: Parallel, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.tp, self.head_dim = tp, config.head_dim
+        self.heads = config.num_heads // tp.size
+        self.kv_heads = local_kv_heads(config, tp.size)
+        q_rows, kv_rows = self.heads * config.head_dim, self.kv_heads * config.head_dim
+        self.qkv = Projection(
+            q_rows + 2 * kv_rows,
+            config.hidden_size,
+            bias=config.qkv_bias,
+            dtype=dtype,
+            device=device,
+        )
+        self.q_norm: Norm | None = None
+        self.k_norm: Norm | None = None
+        if config.qk_norm:
+            self.q_norm = Norm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
+            self.k_norm = Norm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
+        self.out = Projection(config.hidden_size, q_rows, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
+        heads, kv_heads = self.heads, self.kv_heads
+        qkv = self.qkv(copy_to(x, self.tp.group)).view(x.shape[0], -1, self.head_dim)
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk[:, :heads], qk[:, heads:]
+            qk = torch.cat((self.q_norm(q, self.tp), self.k_norm(k, self.tp)), dim=1)
+        qk = rotate(qk, *rope)
+        out = attend(layer, qk[:, :heads], qk[:, heads:], v)
+        return reduce_from(self.out(out.reshape(x.shape[0], -1)), self.tp.group)
+
+
+class Mlp(nn.Module):
+    def __init__(
+        self, config: ModelConfig, tp: Parallel, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        width, hidden = config.intermediate_size // tp.size, config.hidden_size
+        self.gate_up = Projection(2 * width, hidden, dtype=dtype, device=device)
+        self.down = Projection(hidden, width, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(copy_to(x, self.tp.group)).chunk(2, dim=-1)
+        return reduce_from(self.down(F.silu(gate) * up), self.tp.group)
+
+
+class Layer(nn.Module):
+    """One decoder layer; the unit of FSDP2's `fully_shard` and of recomputation."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        tp: Parallel,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        self.index = index
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_norm = Norm(hidden, eps, dtype=dtype, device=device)
+        self.attention = Attention(config, tp, dtype=dtype, device=device)
+        self.post_norm = Norm(hidden, eps, dtype=dtype, device=device)
+        self.mlp = Mlp(config, tp, dtype=dtype, device=device)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, recompute: bool = False
+    ) -> Tensor:
+        if not recompute:
+            return self.run(x, rope, attend)
+        # Inside forward, so that an FSDP-wrapped layer is unsharded once for both passes.
+        result: Tensor = checkpoint(
+            self.run, x, rope, attend, use_reentrant=False, preserve_rng_state=False
+        )
+        return result
+
+    def run(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        x = x + self.attention(self.input_norm(x), rope, attend, self.index)
+        out: Tensor = self.mlp(self.post_norm(x))
+        return x + out
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states after the final norm, and the head's weight.
+
+    Args:
+        config: the global model.
+        tp: this rank's place in the tensor-parallel group; `check_tp` says which degrees fit.
+        dtype: of all parameters. Norms and rope are computed in float32 whatever it is.
+        device: where the (uninitialised) parameters lie; `meta` for none yet.
+        head: "lm" adds `head.weight` unless the embeddings are tied; "none" leaves it out.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        tp: Parallel | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "meta",
+        head: Head = "lm",
+    ) -> None:
+        super().__init__()
+        tp = Parallel() if tp is None else tp
+        self.config, self.tp = config, tp
+        vocab, hidden = config.vocab_size // tp.size, config.hidden_size
+        self.embed_tokens = Embedding(vocab, hidden, tp=tp, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            Layer(config, i, tp, dtype=dtype, device=device) for i in range(config.num_layers)
+        )
+        self.norm = Norm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
+        self.head: Projection | None = None
+        if head == "lm" and not config.tie_embeddings:
+            self.head = Projection(vocab, hidden, dtype=dtype, device=device)
+        self._frequencies: Tensor | None = None
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        finish: None = None,
+        *,
+        recompute: Recompute = "none",
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        finish: Callable[[Tensor, Tensor], R],
+        *,
+        recompute: Recompute = "none",
+    ) -> R: ...
+
+    def forward(
+        self,
+        tokens: Tensor,  # [T] int64
+        positions: Tensor,  # [T] int64, each token's place in its own sequence
+        attend: Attend,
+        finish: Callable[[Tensor, Tensor], R] | None = None,
+        *,
+        recompute: Recompute = "none",
+    ) -> Tensor | R:
+        """Hidden states [T, D] after the final norm, or what `finish` makes of them.
+
+        `finish(hidden [T, D], head_weight [V_local, D])` runs inside forward, where FSDP2 has
+        gathered the head's weight. Hidden states are the same on every tensor-parallel rank; a
+        product with the local rows of the head must pass them through
+        `copy_to(hidden, tp.group)` first, and so must nothing else.
+
+        `recompute="layer"` keeps only each layer's input for the backward pass.
+        """
+        again = recompute == "layer" and torch.is_grad_enabled()
+        rope = self.rope(positions)
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x, rope, attend, again)
+        hidden: Tensor = self.norm(x)
+        return hidden if finish is None else finish(hidden, self.head_weight())
+
+    def head_weight(self) -> Tensor:
+        """[V_local, D]: the embedding's where they are tied."""
+        return self.embed_tokens.weight if self.head is None else self.head.weight
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin for `rotate`, each [T, 1, d] float32.
+
+        Computed once a forward pass: T x d values cost less than one layer's norm, and no table
+        of all positions has to be kept or grown.
+        """
+        if self._frequencies is None or self._frequencies.device != positions.device:
+            values = inverse_frequencies(self.config.rope, self.config.head_dim)
+            # An inference tensor made here could not be used by a later training step.
+            with torch.inference_mode(False):
+                self._frequencies = torch.tensor(values, device=positions.device)
+        angles = positions[:, None, None].float() * self._frequencies  # [T, 1, d / 2]
+        cos = angles.cos() * self.config.rope.attention_factor
+        sin = angles.sin() * self.config.rope.attention_factor
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotate(
+    x: Tensor,  # [T, H, d]
+    cos: Tensor,  # [T, 1, d]
+    sin: Tensor,  # [T, 1, d], the first half negated
+) -> Tensor:
+    """Rotary embedding (Su et al. 2021) of all heads, pairing dim i with i + d / 2.
+
+    x cos + swap(x) sin, where the sign of the half-rotation lies in `sin`; in float32.
+    """
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
