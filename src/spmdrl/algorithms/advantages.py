@@ -1,0 +1,98 @@
+"""Advantages of whole responses from the rewards of their group (the samples of one prompt).
+
+Groups live whole on the rank, so nothing here is reduced over ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spmdrl.batch import group_index
+
+
+def group_advantages(
+    rewards: Tensor,  # [B]
+    prompt_ids: Tensor,  # [B] int64: equal for the samples of one prompt
+    *,
+    std: bool,
+    eps: float = 1e-6,
+) -> Tensor:
+    """A_i = (r_i - mean(r)) / (std(r) + eps) over the group of i: float32 `[B]`.
+
+    GRPO: DeepSeekMath, arXiv 2402.03300, section 4.1.2; the deviation is the sample's (n - 1), as
+    in TRL and verl. `std=False` leaves the division out: Dr.GRPO, arXiv 2503.20783, section 3.2.
+    A group of one, or whose rewards are all equal, has advantages of exactly 0.
+
+    Raises:
+        ValueError: shapes differ, or a reward is not finite (its rows are named).
+    """
+    centred, counts, flat = _centred(rewards, prompt_ids)
+    if std:
+        index, num_groups = group_index(prompt_ids)
+        squares = centred.new_zeros(num_groups).index_add(0, index, centred.square())[index]
+        centred = centred / ((squares / (counts - 1).clamp(min=1)).sqrt() + eps)
+    return torch.where(flat, 0.0, centred).float()
+
+
+def leave_one_out(
+    rewards: Tensor,  # [B]
+    prompt_ids: Tensor,  # [B] int64
+) -> Tensor:
+    """A_i = r_i - mean of the other rewards of the group = n / (n - 1) (r_i - mean(r)): `[B]`.
+
+    RLOO: Kool et al. 2019; Ahmadian et al., "Back to Basics", arXiv 2402.14740. A group of one, or
+    whose rewards are all equal, has advantages of exactly 0. Errors as `group_advantages`.
+    """
+    centred, counts, flat = _centred(rewards, prompt_ids)
+    scaled = centred * counts / (counts - 1).clamp(min=1)
+    return torch.where(flat, 0.0, scaled).float()
+
+
+def broadcast_to_tokens(
+    values: Tensor,  # [B]
+    lengths: Tensor,  # [B] int64
+    loss_mask: Tensor | None = None,  # [T] bool
+) -> Tensor:
+    """Every row's value on each of its tokens, 0 where `loss_mask` is False: `[T]`."""
+    tokens = torch.repeat_interleave(values, lengths)
+    return tokens if loss_mask is None else torch.where(loss_mask, tokens, 0)
+
+
+def group_spread(
+    rewards: Tensor,  # [B]
+    prompt_ids: Tensor,  # [B] int64
+) -> tuple[Tensor, Tensor]:
+    """Smallest and largest reward of every group, in order of first appearance: `[G]` each.
+
+    Raises:
+        ValueError: shapes differ, or a reward is not finite (its rows are named).
+    """
+    if rewards.dim() != 1 or rewards.shape != prompt_ids.shape:
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)} and prompt_ids {tuple(prompt_ids.shape)} must both "
+            "be [B]"
+        )
+    if not bool(torch.isfinite(rewards).all()):
+        bad = torch.nonzero(~torch.isfinite(rewards)).flatten().tolist()
+        raise ValueError(f"rewards of rows {bad[:8]} are not finite: drop these rows before")
+    index, num_groups = group_index(prompt_ids)
+    empty = rewards.new_zeros(num_groups)
+    low = empty.scatter_reduce(0, index, rewards, "amin", include_self=False)
+    return low, empty.scatter_reduce(0, index, rewards, "amax", include_self=False)
+
+
+def _centred(rewards: Tensor, prompt_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards less their group's mean, group sizes, whether the group is flat: `[B]` each.
+
+    In float64, so that the order of a group's rows does not show in the float32 result. Flat groups
+    are found by comparing rewards: their rounded mean differs from them by a little, which the
+    division by a tiny deviation would turn into noise.
+    """
+    low, high = group_spread(rewards, prompt_ids)
+    index, num_groups = group_index(prompt_ids)
+    values = rewards.double()
+    zeros = values.new_zeros(num_groups)
+    counts = zeros.index_add(0, index, torch.ones_like(values))
+    means = zeros.index_add(0, index, values) / counts
+    return values - means[index], counts[index], (low == high)[index]

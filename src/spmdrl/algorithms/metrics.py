@@ -1,0 +1,49 @@
+"""How sums of metrics combine, over microbatches, ranks and minibatches.
+
+A loss function returns float64 sums over its loss tokens, and their number as `tokens`. Names that
+end in `_max` are maxima of values >= 0 (so a rank without tokens gives 0): they combine by max.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+TOKENS = "tokens"
+MAX_SUFFIX = "_max"
+
+
+def is_max(name: str) -> bool:
+    """Whether a metric combines by maximum instead of by sum."""
+    return name.endswith(MAX_SUFFIX)
+
+
+def combine(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of all parts together: sums, and maxima where the name ends in `_max`."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            if name not in total:
+                total[name] = value
+            elif is_max(name):
+                total[name] = max(total[name], value)
+            else:
+                total[name] += value
+    return total
+
+
+def token_means(
+    sums: Mapping[str, float], *, keep: tuple[str, ...] = ("loss",)
+) -> dict[str, float]:
+    """Sums divided by `sums["tokens"]`; maxima, `tokens` and the names in `keep` as they are.
+
+    Raises:
+        ValueError: `tokens` is missing, or 0.
+    """
+    num_tokens = sums.get(TOKENS, 0.0)
+    if num_tokens <= 0:
+        raise ValueError(f"no mean over {num_tokens} loss tokens; metrics given: {sorted(sums)}")
+    whole = {TOKENS, *keep}
+    return {
+        name: value if name in whole or is_max(name) else value / num_tokens
+        for name, value in sums.items()
+    }

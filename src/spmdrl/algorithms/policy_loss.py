@@ -1,0 +1,221 @@
+"""The clipped policy-gradient loss of PPO, GRPO, Dr.GRPO and DAPO, as unnormalised sums.
+
+A token's weight carries the aggregation mode (`loss_weights`), and the sum is divided once,
+outside, by a count over all ranks (`loss_normaliser`): the result does not depend on how the rows
+were cut into ranks and microbatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from spmdrl.algorithms.kl import KlEstimator, at_least_float32, kl, kl_penalty, probability_ratio
+from spmdrl.algorithms.metrics import TOKENS, is_max
+
+Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
+
+# the token columns that the loss reads, where they are there
+COLUMNS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLossConfig:
+    """Which terms the policy loss has.
+
+    Args:
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; PPO 0.2 / 0.2
+            (arXiv 1707.06347, eq. 7), DAPO 0.2 / 0.28 (arXiv 2503.14476, eq. 10).
+        dual_clip: c > 1 bounds the loss of a token with negative advantage by c |A| (dual-clip
+            PPO, Ye et al., arXiv 1912.09729); None: no bound.
+        kl_coefficient, kl_estimator: KL to `ref_logprobs` as a term of the loss; 0: none.
+        tis_cap: truncated importance sampling, min(p_train / p_rollout, cap) on the policy term
+            (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+            Training"); None: none. Rollout logprobs of truncated sampling (top-p, top-k) are
+            renormalised, so the weights then lie below 1 on average.
+        entropy_coefficient: entropy bonus; 0: none.
+
+    Raises:
+        ValueError: a value out of its range, naming it.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    kl_coefficient: float = 0.0
+    kl_estimator: KlEstimator = "k3"
+    tis_cap: float | None = None
+    entropy_coefficient: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"clip_low={self.clip_low}: it must lie in [0, 1]")
+        if self.clip_high < 0:
+            raise ValueError(f"clip_high={self.clip_high}: it must not be negative")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip={self.dual_clip}: it must be above 1, or none")
+        if self.kl_coefficient < 0:
+            raise ValueError(f"kl_coefficient={self.kl_coefficient}: it must not be negative")
+        if self.kl_estimator not in get_args(KlEstimator):
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator!r}: it must be one of {get_args(KlEstimator)}"
+            )
+        if self.tis_cap is not None and self.tis_cap <= 0:
+            raise ValueError(f"tis_cap={self.tis_cap}: it must be positive, or none")
+
+
+def clipped_policy_loss(
+    logprobs: Tensor,  # [N] of the policy, with gradient
+    entropy: Tensor,  # [N]
+    columns: Mapping[str, Tensor],  # token columns at the loss tokens, [N] each
+    weights: Tensor,  # [N] from `loss_weights`; 0: the token counts nowhere
+    config: PolicyLossConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of weights * (policy term + KL term - entropy bonus), and sums of metrics.
+
+    Columns: `advantages` (needed); `old_logprobs` (absent: on-policy, one update per rollout, and
+    `logprobs.detach()` stands for it); `ref_logprobs` (needed for the KL term); `rollout_logprobs`
+    (needed for truncated importance sampling).
+
+    Metrics (float64 scalars, sums over tokens of non-zero weight; see `algorithms.metrics`):
+    tokens, clip_fraction, kl (k3 of KL(old || new)), entropy, ratio; dual_clip_fraction with
+    `dual_clip`; ref_kl (by `kl_estimator`) with `ref_logprobs`; rollout_gap and rollout_gap_max
+    (absolute difference of train and rollout logprobs) with `rollout_logprobs`; tis_weight and
+    tis_truncated with `tis_cap`.
+
+    Raises:
+        ValueError: a needed column is missing, or an entropy bonus is wanted and `entropy` carries
+            no gradient.
+    """
+    _check_columns(columns, config)
+    columns = {name: at_least_float32(columns[name]) for name in COLUMNS if name in columns}
+    logprobs, entropy = at_least_float32(logprobs), at_least_float32(entropy)
+    weights, live = at_least_float32(weights), weights != 0
+    old = columns.get("old_logprobs", logprobs.detach())
+    loss, values = _policy_term(logprobs, old, columns["advantages"], config)
+    if "rollout_logprobs" in columns:
+        tis_weight, gaps = _rollout_gap(old, columns["rollout_logprobs"], config)
+        loss, values = loss * tis_weight, values | gaps
+    if "ref_logprobs" in columns:
+        ref = columns["ref_logprobs"]
+        values["ref_kl"] = kl(logprobs.detach(), ref, config.kl_estimator)
+        if config.kl_coefficient:
+            loss = loss + config.kl_coefficient * kl_penalty(logprobs, ref, config.kl_estimator)
+    values["entropy"] = entropy.detach()
+    if config.entropy_coefficient:
+        if torch.is_grad_enabled() and not entropy.requires_grad:
+            raise ValueError("entropy_coefficient is set, but the entropy carries no gradient")
+        loss = loss - config.entropy_coefficient * entropy
+    return (weights * loss).sum(), _metric_sums(values, live)
+
+
+def loss_weights(
+    lengths: Tensor,  # [B] int64 tokens per row, prompts included
+    loss_mask: Tensor,  # [T] bool: response tokens
+    mode: Aggregation,
+    *,
+    max_tokens: int,
+) -> Tensor:
+    """The weight of every token in the loss sum, 0 outside the mask: float32 `[T]`.
+
+    `token_mean`: 1 (DAPO, arXiv 2503.14476, eq. 12); `sequence_mean`: 1 / response tokens of its
+    row (GRPO, DeepSeekMath, arXiv 2402.03300, eq. 3); `fixed_length`: 1 / max_tokens (Dr.GRPO,
+    arXiv 2503.20783, section 3.2: a constant instead of the response's length). The sum is to be
+    divided by `loss_normaliser`.
+
+    Raises:
+        ValueError: unknown mode, or max_tokens < 1.
+    """
+    _check_mode(mode)
+    mask = loss_mask.float()
+    if mode == "token_mean":
+        return mask
+    if mode == "fixed_length":
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens}: it must be at least 1")
+        return mask / max_tokens
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    counts = mask.new_zeros(len(lengths)).index_add(0, row, mask)
+    return mask / counts.clamp(min=1.0)[row]
+
+
+def loss_normaliser(mode: Aggregation, *, num_tokens: float, num_sequences: float) -> float:
+    """What the loss sum of a minibatch is divided by, from counts over all ranks.
+
+    Args:
+        num_tokens: response tokens (True in the loss mask) of the minibatch.
+        num_sequences: responses of the minibatch.
+
+    Raises:
+        ValueError: unknown mode, or the count is 0.
+    """
+    _check_mode(mode)
+    count = num_tokens if mode == "token_mean" else num_sequences
+    if count <= 0:
+        raise ValueError(
+            f"{mode}: a minibatch with {num_tokens} response tokens and {num_sequences} responses "
+            "has no loss"
+        )
+    return float(count)
+
+
+def _policy_term(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, config: PolicyLossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped term per token (as a loss), and its metrics per token: `[N]` each."""
+    ratio = probability_ratio(logprobs, old)
+    clipped = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
+    term = torch.maximum(-advantages * ratio, -advantages * clipped)
+    with torch.no_grad():
+        beyond = ((ratio > clipped) & (advantages > 0)) | ((ratio < clipped) & (advantages < 0))
+        values = {"clip_fraction": beyond, "kl": kl(old, logprobs, "k3"), "ratio": ratio}
+    if config.dual_clip is not None:
+        bound = -advantages * config.dual_clip
+        bounded = (advantages < 0) & (term > bound)
+        values["dual_clip_fraction"] = bounded
+        term = torch.where(bounded, bound, term)
+    return term, values
+
+
+def _rollout_gap(
+    old: Tensor, rollout: Tensor, config: PolicyLossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weights of truncated importance sampling (1 without), metrics per token: `[N]` each."""
+    gap = (old - rollout).abs()
+    values = {"rollout_gap": gap, "rollout_gap_max": gap}
+    if config.tis_cap is None:
+        return torch.ones_like(gap), values
+    ratio = probability_ratio(old, rollout)
+    weight = ratio.clamp(max=config.tis_cap)
+    values |= {"tis_weight": weight, "tis_truncated": ratio > config.tis_cap}
+    return weight, values
+
+
+def _metric_sums(values: Mapping[str, Tensor], live: Tensor) -> dict[str, Tensor]:
+    """float64 sums (or maxima) over the tokens where `live`; nothing waits for the device."""
+    sums = {TOKENS: live.sum(dtype=torch.float64)}
+    for name, value in values.items():
+        kept = torch.where(live, value.detach().double(), 0.0)
+        # a rank's share can be empty, and the maximum of nothing is an error: join a 0
+        sums[name] = torch.cat([kept, kept.new_zeros(1)]).amax() if is_max(name) else kept.sum()
+    return sums
+
+
+def _check_columns(columns: Mapping[str, Tensor], config: PolicyLossConfig) -> None:
+    needed = {"advantages": "the policy loss"}
+    if config.kl_coefficient:
+        needed["ref_logprobs"] = f"kl_coefficient={config.kl_coefficient}"
+    if config.tis_cap is not None:
+        needed["rollout_logprobs"] = f"tis_cap={config.tis_cap}"
+    for name, reason in needed.items():
+        if name not in columns:
+            raise ValueError(f"{reason} needs the column {name!r}; there are {sorted(columns)}")
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in get_args(Aggregation):
+        raise ValueError(f"aggregation {mode!r}: it must be one of {get_args(Aggregation)}")

@@ -1,0 +1,266 @@
+"""The policy loss: by hand, against a float64 loop, signs of gradients, any cut the same sum."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from spmdrl.algorithms.metrics import combine
+from spmdrl.algorithms.policy_loss import (
+    PolicyLossConfig,
+    clipped_policy_loss,
+    loss_normaliser,
+    loss_weights,
+)
+
+
+def one_token(ratio: float, advantage: float, config: PolicyLossConfig) -> tuple[float, float]:
+    """Loss and its gradient by the logprob of a single token of weight 1."""
+    logprobs = torch.tensor([math.log(ratio) - 1.0], dtype=torch.float64, requires_grad=True)
+    columns = {
+        "advantages": torch.tensor([advantage], dtype=torch.float64),
+        "old_logprobs": torch.tensor([-1.0], dtype=torch.float64),
+    }
+    loss, _ = clipped_policy_loss(logprobs, torch.zeros(1), columns, torch.ones(1), config)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    return loss.item(), gradient.item()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.0, 2.0, -2.0, -2.0),  # inside: descent raises a good token's logprob
+        (1.0, -2.0, 2.0, 2.0),  # and lowers a bad one's
+        (1.25, 2.0, -2.5, -2.5),  # below clip_high
+        (1.5, 2.0, -2.56, 0.0),  # clipped at 1.28
+        (1.5, -2.0, 3.0, 3.0),  # a bad token that grew is never clipped
+        (0.7, -2.0, 1.6, 0.0),  # clipped at 0.8
+        (0.7, 2.0, -1.4, -1.4),  # a good token that shrank is never clipped
+        (5.0, -2.0, 6.0, 0.0),  # dual clip at 3 |A|
+    ],
+)
+def test_clipping_by_hand(ratio, advantage, loss, gradient):
+    config = PolicyLossConfig(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+    value, slope = one_token(ratio, advantage, config)
+    assert value == pytest.approx(loss)
+    assert slope == pytest.approx(gradient)
+
+
+def make_columns(size: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+    """Logprobs, entropy, columns and weights (some 0), float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(scale: float) -> Tensor:
+        return scale * torch.randn(size, generator=generator)
+
+    logprobs = -2 * torch.rand(size, generator=generator)
+    columns = {
+        "advantages": noise(1.0),
+        "old_logprobs": logprobs + noise(0.3),
+        "ref_logprobs": logprobs + noise(0.5),
+        "rollout_logprobs": logprobs + noise(0.6),
+    }
+    weights = torch.rand(size, generator=generator)
+    weights[::5] = 0
+    return logprobs, 1 + noise(0.1), columns, weights
+
+
+FULL = PolicyLossConfig(
+    clip_low=0.1,
+    clip_high=0.2,
+    dual_clip=1.3,
+    kl_coefficient=0.05,
+    kl_estimator="k3",
+    tis_cap=1.5,
+    entropy_coefficient=0.01,
+)
+
+
+def reference_loss(logprobs, entropy, columns, weights, config):
+    """An independent loop over tokens, in Python floats."""
+    loss, sums = 0.0, dict.fromkeys(
+        ("tokens", "clip_fraction", "dual_clip_fraction", "kl", "ref_kl", "entropy", "ratio"), 0.0
+    )  # fmt: skip
+    sums |= dict.fromkeys(("rollout_gap", "rollout_gap_max", "tis_weight", "tis_truncated"), 0.0)
+    names = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
+    for row in zip(logprobs, entropy, weights, *(columns[n] for n in names), strict=True):
+        new, bonus, weight, advantage, old, ref, rollout = (float(x) for x in row)
+        if weight == 0:
+            continue
+        ratio = math.exp(new - old)
+        bounded = min(max(ratio, 1 - config.clip_low), 1 + config.clip_high)
+        gain = min(ratio * advantage, bounded * advantage)
+        sums["clip_fraction"] += ratio * advantage > bounded * advantage
+        if advantage < 0 and gain < config.dual_clip * advantage:
+            gain = config.dual_clip * advantage
+            sums["dual_clip_fraction"] += 1
+        tis = math.exp(old - rollout)
+        sums["tis_truncated"] += tis > config.tis_cap
+        tis = min(tis, config.tis_cap)
+        ref_kl = math.exp(ref - new) - 1 - (ref - new)
+        term = -tis * gain + config.kl_coefficient * ref_kl - config.entropy_coefficient * bonus
+        loss += weight * term
+        sums["tokens"] += 1
+        sums["kl"] += ratio - 1 - math.log(ratio)
+        sums["ref_kl"] += ref_kl
+        sums["entropy"] += bonus
+        sums["ratio"] += ratio
+        sums["tis_weight"] += tis
+        sums["rollout_gap"] += abs(old - rollout)
+        sums["rollout_gap_max"] = max(sums["rollout_gap_max"], abs(old - rollout))
+    return loss, sums
+
+
+def test_agrees_with_a_float64_loop():
+    logprobs, entropy, columns, weights = make_columns(400, 0)
+    loss, sums = clipped_policy_loss(
+        logprobs, entropy.clone().requires_grad_(), columns, weights, FULL
+    )
+    expected, expected_sums = reference_loss(logprobs, entropy, columns, weights, FULL)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-5)
+    assert sums.keys() == expected_sums.keys()
+    for name, value in sums.items():
+        assert value.dtype == torch.float64 and not value.requires_grad
+        assert value.item() == pytest.approx(expected_sums[name], rel=1e-6, abs=1e-5), name
+    assert sums["dual_clip_fraction"] > 0
+
+
+def test_gradient_agrees_with_finite_differences():
+    logprobs, entropy, columns, weights = make_columns(30, 1)
+    columns = {name: column.double() for name, column in columns.items()}
+
+    def loss_of(logprobs: Tensor, entropy: Tensor) -> Tensor:
+        return clipped_policy_loss(logprobs, entropy, columns, weights.double(), FULL)[0]
+
+    inputs = logprobs.double().requires_grad_(), entropy.double().requires_grad_()
+    assert torch.autograd.gradcheck(loss_of, inputs)
+
+
+def test_any_cut_and_order_gives_the_same_sums():
+    logprobs, entropy, columns, weights = make_columns(200, 2)
+    config = PolicyLossConfig(tis_cap=2.0, kl_coefficient=0.1)
+    whole, whole_sums = clipped_policy_loss(logprobs, entropy, columns, weights, config)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(3))
+    total, parts = 0.0, []
+    for index in (order[:0], order[:150], order[150:]):  # one part has no tokens
+        part, sums = clipped_policy_loss(
+            logprobs[index],
+            entropy[index],
+            {name: column[index] for name, column in columns.items()},
+            weights[index],
+            config,
+        )
+        total += part.item()
+        parts.append({name: value.item() for name, value in sums.items()})
+    assert total == pytest.approx(whole.item(), rel=1e-5)
+    combined = combine(parts)
+    assert combined.keys() == whole_sums.keys()
+    for name, value in whole_sums.items():
+        assert combined[name] == pytest.approx(value.item(), rel=1e-9), name
+
+
+def test_on_policy_without_old_logprobs_is_the_policy_gradient():
+    logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    advantages = torch.tensor([3.0, -0.5])
+    loss, sums = clipped_policy_loss(
+        logprobs, torch.zeros(2), {"advantages": advantages}, torch.ones(2), PolicyLossConfig()
+    )
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    torch.testing.assert_close(gradient, -advantages)
+    assert sums["kl"] == 0 and sums["clip_fraction"] == 0 and sums["ratio"] == 2
+    assert sums.keys() == {"tokens", "clip_fraction", "kl", "ratio", "entropy"}
+
+
+def test_tis_scales_the_policy_term_without_a_gradient_of_its_own():
+    logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    columns = {
+        "advantages": torch.ones(2),
+        "rollout_logprobs": torch.tensor([-1.0 + math.log(2), -1.0 - math.log(8)]),
+    }
+    loss, sums = clipped_policy_loss(
+        logprobs, torch.zeros(2), columns, torch.ones(2), PolicyLossConfig(tis_cap=2.0)
+    )
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    torch.testing.assert_close(gradient, -torch.tensor([0.5, 2.0]))
+    assert sums["tis_truncated"] == 1
+    assert sums["tis_weight"].item() == pytest.approx(2.5)
+    assert sums["rollout_gap_max"].item() == pytest.approx(math.log(8))
+
+
+def test_entropy_bonus_raises_entropy():
+    entropy = torch.tensor([0.5], requires_grad=True)
+    columns = {"advantages": torch.zeros(1)}
+    config = PolicyLossConfig(entropy_coefficient=0.1)
+    loss, _ = clipped_policy_loss(torch.zeros(1), entropy, columns, torch.ones(1), config)
+    (gradient,) = torch.autograd.grad(loss, entropy)
+    assert gradient.item() == pytest.approx(-0.1)
+    with pytest.raises(ValueError, match="entropy_coefficient"):
+        clipped_policy_loss(torch.zeros(1), entropy.detach(), columns, torch.ones(1), config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "missing"),
+    [
+        ({}, "advantages"),
+        ({"kl_coefficient": 0.1}, "ref_logprobs"),
+        ({"tis_cap": 2.0}, "rollout_logprobs"),
+    ],
+)
+def test_a_missing_column_is_named(settings, missing):
+    columns = {"advantages": torch.zeros(1)} if settings else {}
+    with pytest.raises(ValueError, match=missing):
+        clipped_policy_loss(
+            torch.zeros(1), torch.zeros(1), columns, torch.ones(1), PolicyLossConfig(**settings)
+        )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"clip_low": 1.5},
+        {"clip_high": -0.1},
+        {"dual_clip": 1.0},
+        {"kl_coefficient": -1.0},
+        {"kl_estimator": "k9"},
+        {"tis_cap": 0.0},
+    ],
+)
+def test_settings_are_checked(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=name):
+        PolicyLossConfig(**settings)
+
+
+LENGTHS = torch.tensor([4, 3, 2])
+MASK = torch.tensor([0, 1, 1, 1, 0, 0, 1, 0, 0]).bool()  # 3, 1 and 0 response tokens
+
+
+def test_weights_of_every_mode():
+    def weights(mode: str) -> list[float]:
+        return loss_weights(LENGTHS, MASK, mode, max_tokens=8).tolist()
+
+    third = pytest.approx(1 / 3)
+    assert weights("token_mean") == [0, 1, 1, 1, 0, 0, 1, 0, 0]
+    assert weights("sequence_mean") == [0, third, third, third, 0, 0, 1, 0, 0]
+    assert weights("fixed_length") == [0, 0.125, 0.125, 0.125, 0, 0, 0.125, 0, 0]
+    with pytest.raises(ValueError, match="sum"):
+        loss_weights(LENGTHS, MASK, "sum", max_tokens=8)
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        loss_weights(LENGTHS, MASK, "fixed_length", max_tokens=0)
+
+
+def test_weights_and_normaliser_give_the_papers_means():
+    values = torch.tensor([9.0, 1.0, 2.0, 6.0, 9.0, 9.0, 4.0, 9.0, 9.0])
+
+    def mean(mode: str) -> float:
+        weights = loss_weights(LENGTHS, MASK, mode, max_tokens=8)
+        count = loss_normaliser(mode, num_tokens=4, num_sequences=3)
+        return (weights * values).sum().item() / count
+
+    assert mean("token_mean") == pytest.approx((1 + 2 + 6 + 4) / 4)
+    assert mean("sequence_mean") == pytest.approx((9 / 3 + 4 + 0) / 3)
+    assert mean("fixed_length") == pytest.approx((1 + 2 + 6 + 4) / 8 / 3)
+    with pytest.raises(ValueError, match="token_mean"):
+        loss_normaliser("token_mean", num_tokens=0, num_sequences=3)
