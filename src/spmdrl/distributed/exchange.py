@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spmdrl.batch import Batch
+from spmdrl.batch import Batch, concat
 from spmdrl.distributed.reduce import gather_tables
 
 
@@ -58,12 +58,14 @@ class ExchangePlan:
         rows: global row numbers per replica.
         home: home rank of every global row, `[N]`.
         place: the row's index in its home batch, `[N]`.
+        minibatch: of every global row, `[N]`.
     """
 
     replicas: tuple[tuple[int, ...], ...]
     rows: tuple[Tensor, ...]
     home: Tensor
     place: Tensor
+    minibatch: Tensor
 
     def replica_of(self, rank: int) -> int | None:
         for index, ranks in enumerate(self.replicas):
@@ -72,13 +74,17 @@ class ExchangePlan:
         return None
 
 
-def gather_rows(cost: Tensor, atom: Tensor, order: Tensor, minibatch: Tensor) -> RowTable:
-    """The world's row table from each rank's own columns (all int64 `[B]`)."""
-    parts = gather_tables(torch.stack([cost, atom, order, minibatch], dim=1).cpu())
+def gather_rows(cost: Tensor, atom: Tensor, order: Tensor) -> RowTable:
+    """The world's row table from each rank's own columns (all int64 `[B]`), in one minibatch."""
+    parts = gather_tables(torch.stack([cost, atom, order], dim=1).cpu())
     home = torch.cat([torch.full((len(p),), rank) for rank, p in enumerate(parts)]).long()
     table = torch.cat(parts)
     return RowTable(
-        home=home, cost=table[:, 0], atom=table[:, 1], order=table[:, 2], minibatch=table[:, 3]
+        home=home,
+        cost=table[:, 0],
+        atom=table[:, 1],
+        order=table[:, 2],
+        minibatch=torch.zeros_like(home),
     )
 
 
@@ -110,6 +116,7 @@ def plan_exchange(table: RowTable, replicas: Sequence[Sequence[int]]) -> Exchang
         rows=tuple(torch.tensor(rows, dtype=torch.int64) for rows in assigned),
         home=table.home,
         place=_place_at_home(table.home),
+        minibatch=table.minibatch,
     )
 
 
@@ -122,7 +129,8 @@ def _place_at_home(home: Tensor) -> Tensor:
 def send_to_role(plan: ExchangePlan, batch: Batch, names: Sequence[str]) -> Batch | None:
     """Home rows to their replicas: this rank's rows in the role's layout; None outside the role.
 
-    `batch` must have the columns of `names` with the same dtypes on every rank, rows or none.
+    The row column `minibatch` is added. `batch` must have the columns of `names`, with the same
+    dtypes on every rank, rows or none.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     sent = batch.keep(names)
@@ -140,7 +148,7 @@ def send_to_role(plan: ExchangePlan, batch: Batch, names: Sequence[str]) -> Batc
     parts = _exchange(outgoing, counts, columns)
     if own is None:
         return None
-    return _interleave(parts, sources)
+    return _interleave(parts, sources).with_columns(rows={"minibatch": plan.minibatch[arriving]})
 
 
 def bring_home(
@@ -174,7 +182,7 @@ def bring_home(
     parts = _exchange(outgoing, counts, names)
     order = torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
     assert len(order) == home_rows, (len(order), home_rows)
-    return _concat(parts).select(torch.argsort(order))
+    return concat(parts).select(torch.argsort(order))
 
 
 def _schema(batch: Batch) -> tuple[Column, ...]:
@@ -225,7 +233,7 @@ def _exchange(
     dist.all_to_all_single(incoming, sizes)
     received = torch.empty(int(incoming.sum()), dtype=torch.uint8)
     dist.all_to_all_single(received, torch.cat(list(outgoing)), incoming.tolist(), sizes.tolist())
-    parts = received.split(incoming.tolist())
+    parts = torch.split(received, incoming.tolist())
     return [_unpack(part, count, columns) for part, count in zip(parts, counts, strict=True)]
 
 
@@ -242,7 +250,8 @@ def _unpack(data: Tensor, num_rows: int, columns: Sequence[Column]) -> Batch:
 
     lengths = take(num_rows, torch.int64)
     total = int(lengths.sum())
-    tokens, rows = {}, {}
+    tokens: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
     for column in columns:
         first = total if column.kind == "token" else num_rows
         count = first * torch.Size(column.shape).numel()
@@ -252,16 +261,7 @@ def _unpack(data: Tensor, num_rows: int, columns: Sequence[Column]) -> Batch:
     return Batch(lengths=lengths, tokens=tokens, rows=rows)
 
 
-def _concat(parts: Sequence[Batch]) -> Batch:
-    first = parts[0]
-    return Batch(
-        lengths=torch.cat([p.lengths for p in parts]),
-        tokens={n: torch.cat([p.tokens[n] for p in parts]) for n in first.tokens},
-        rows={n: torch.cat([p.rows[n] for p in parts]) for n in first.rows},
-    )
-
-
 def _interleave(parts: Sequence[Batch], sources: Tensor) -> Batch:
     """Rows that arrive grouped by source rank, in the order that `sources` gives them."""
     arrival = torch.argsort(sources, stable=True)
-    return _concat(parts).select(torch.argsort(arrival, stable=True))
+    return concat(parts).select(torch.argsort(arrival, stable=True))

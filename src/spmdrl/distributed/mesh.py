@@ -7,8 +7,9 @@ group or a coordinate is an error that names the role.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 import torch.distributed as dist
@@ -114,19 +115,12 @@ class Mesh:
         """For each dp coordinate the ranks (all of pp, cp, tp) that take the same rows."""
         return _groups_of(self._grid, ("pp", "cp", "tp"))
 
-    def coordinates_of(self, rank: int) -> dict[str, int]:
-        """Axis -> index of any member rank: a pure function, for plans."""
-        return {axis: coordinate_of(self._grid, rank, (axis,)) for axis in AXES}
-
     def describe(self) -> str:
         axes = " ".join(f"{a}={n}" for a, n in self.degrees.items() if n > 1) or "single"
         return f"ranks {format_ranks(self.ranks)}: {axes}"
 
     def _size_of(self, axes: tuple[str, ...]) -> int:
-        size = 1
-        for axis in axes:
-            size *= self.degrees[axis]
-        return size
+        return math.prod(self.degrees[axis] for axis in axes)
 
     def _require_member(self, what: str) -> None:
         if not self.is_member:
@@ -134,6 +128,12 @@ class Mesh:
                 f"rank {self._rank} is not in the mesh of role {self.role!r} "
                 f"(ranks {format_ranks(self.ranks)}) and has no {what!r} there"
             )
+
+
+def coordinates(degrees: Mapping[str, int]) -> list[dict[str, int]]:
+    """Axis -> index, of every place in mesh order (tp fastest): a pure function, for plans."""
+    ranges = [range(degrees.get(axis, 1)) for axis in AXES]
+    return [dict(zip(AXES, place, strict=True)) for place in product(*ranges)]
 
 
 def check_ranks(
@@ -150,13 +150,11 @@ def check_ranks(
     unknown = set(degrees) - set(AXES)
     if unknown:
         raise ValueError(f"roles.{role}: unknown axes {sorted(unknown)}; there are {AXES}")
-    product = 1
-    for axis in AXES:
-        product *= degrees.get(axis, 1)
-    if product != len(ranks):
+    needed = math.prod(degrees.get(axis, 1) for axis in AXES)
+    if needed != len(ranks):
         shown = " x ".join(f"{a}={degrees.get(a, 1)}" for a in AXES if degrees.get(a, 1) != 1)
         raise ValueError(
-            f"roles.{role}: {shown or 'degrees of 1'} make {product} ranks, "
+            f"roles.{role}: {shown or 'degrees of 1'} make {needed} ranks, "
             f"but roles.{role}.ranks names {len(ranks)} ({format_ranks(ranks)})"
         )
 

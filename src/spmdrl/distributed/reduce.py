@@ -27,7 +27,7 @@ def gather_tables(table: Tensor) -> list[Tensor]:  # table [n, k], n differs bet
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's picklable value, in rank order, on every rank. For start-up and small reports."""
+    """Every rank's picklable value, in rank order, on every rank; for small reports."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -45,6 +45,15 @@ def world_sum(values: Tensor) -> Tensor:  # any shape, equal on all ranks
     total = values.detach().to("cpu", torch.float64).clone()
     dist.all_reduce(total)
     return total
+
+
+def group_sum(value: float, group: dist.ProcessGroup | None) -> float:
+    """The sum of a number over a group (None: this rank alone), in float64, on the host."""
+    if group is None:
+        return value
+    total = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(total, group=group)
+    return total.item()
 
 
 def world_max(values: Tensor) -> Tensor:

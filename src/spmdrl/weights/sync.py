@@ -1,0 +1,132 @@
+"""`WeightSync`: brings the policy's weights to the rollout engine, by the plan.
+
+This is the plain form: one broadcast per source slice that some rank lacks. Tensors that trainer
+and engine hold alike on the same rank are one storage and never move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spmdrl.models.sharding import Slice
+from spmdrl.weights.layout import WeightLayout, local_box, overlap, within
+from spmdrl.weights.plan import SyncPlan, Transfer, find, key, plan_sync
+
+LocalTensors = Mapping[str, tuple[Tensor, tuple[Slice, ...]]]
+
+
+class Engine(Protocol):
+    """What the sync needs of a rollout engine."""
+
+    def adopt(self, local_name: str, tensor: Tensor) -> None: ...
+
+    def allocate(self, local_name: str) -> Tensor: ...
+
+
+class WeightSync:
+    """Plans once, adopts what can be shared, and moves the rest at every `run()`.
+
+    Args:
+        source, target: the two layouts, equal on every rank.
+        tensors: this rank's source tensors; None outside the source role.
+        engine: this rank's engine; None outside the target role.
+        device: where staging buffers live.
+    """
+
+    def __init__(
+        self,
+        source: WeightLayout,
+        target: WeightLayout,
+        tensors: LocalTensors | None,
+        engine: Engine | None,
+        device: torch.device,
+    ) -> None:
+        self.plan: SyncPlan = plan_sync(source, target)
+        self._rank = dist.get_rank()
+        self._source, self._target = source, target
+        self._tensors = tensors or {}
+        self._device = device
+        self._own: dict[str, Tensor] = {}
+        if engine is not None:
+            shared = self.plan.shared[self._rank]
+            for local_name in target[self._rank]:
+                if local_name in shared:
+                    engine.adopt(local_name, self._tensors[local_name][0])
+                else:
+                    self._own[local_name] = engine.allocate(local_name)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Make the engine's weights equal to the trainer's. Every rank of the world calls it."""
+        for transfer in self.plan.transfers:
+            value = self._fetch(transfer)
+            if value is not None:
+                self._store(transfer.piece, value)
+
+    def _fetch(self, transfer: Transfer) -> Tensor | None:
+        """The transfer's slice on this rank, if it is here or comes here."""
+        piece, rank = transfer.piece, self._rank
+        found = find(self._source.get(rank, {}), piece)
+        mine = None
+        if found is not None:
+            mine = local_box(self._tensors[found[0]][0], found[1])
+        if not transfer.receivers:
+            return mine
+        dtype = self._source[transfer.owner][transfer.local_name].dtype
+        if rank == transfer.owner:
+            assert mine is not None
+            buffer = mine.contiguous()
+        else:
+            buffer = torch.empty(piece.size, dtype=dtype, device=self._device)
+        dist.broadcast(buffer, src=transfer.owner)
+        return buffer
+
+    def _store(self, piece: Slice, value: Tensor) -> None:
+        for local_name, tensor in self._own.items():
+            for held in self._target[self._rank][local_name].slices:
+                if held.name != piece.name or (ranges := overlap(piece, held)) is None:
+                    continue
+                box = local_box(tensor, held)
+                box[within(ranges, held)].copy_(value[within(ranges, piece)])
+
+
+@torch.no_grad()
+def full_tensors(
+    source: WeightLayout, tensors: LocalTensors | None, *, to_rank: int = 0
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Every global tensor in turn on `to_rank` (None elsewhere), assembled on the host.
+
+    All ranks of the world iterate together. At most one whole tensor is held at a time.
+    """
+    rank = dist.get_rank()
+    table = tensors or {}
+    by_name: dict[str, list[tuple[int, str, Slice]]] = {}
+    seen: set[Slice] = set()
+    # the receiving rank's own slices first: what it holds needs no message
+    for holder in sorted(source, key=lambda r: (r != to_rank, r)):
+        for local_name, held in source[holder].items():
+            for piece in held.slices:
+                if key(piece) not in seen:
+                    seen.add(key(piece))
+                    by_name.setdefault(piece.name, []).append((holder, local_name, piece))
+    for name, pieces in by_name.items():
+        whole = None
+        for holder, local_name, piece in pieces:
+            box = local_box(table[local_name][0], piece).cpu() if rank == holder else None
+            if holder != to_rank and rank == holder and box is not None:
+                dist.send(box.contiguous(), dst=to_rank)
+            if rank != to_rank:
+                continue
+            if box is None:
+                dtype = source[holder][local_name].dtype
+                box = torch.empty(piece.size, dtype=dtype)
+                dist.recv(box, src=holder)
+            if whole is None:
+                whole = torch.empty(piece.shape, dtype=box.dtype)
+            whole[tuple(slice(a, b) for a, b in zip(piece.start, piece.stop, strict=True))] = box
+        yield name, whole
