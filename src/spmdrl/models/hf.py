@@ -1,0 +1,320 @@
+"""Hugging Face directories: streamed sharded loads, random tiny weights, atomic saves, tokenizers.
+
+A rank reads only the slices that it holds, one at a time; a full copy of the weights is never made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .atomic import atomic_directory
+from .config import ModelConfig, read_config, tiny
+from .decoder import Decoder
+from .sharding import Slice, all_slices, global_shapes
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_SHARD_BYTES = 4 * 1024**3
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class TensorSource(Protocol):
+    """Global tensors by Hugging Face name, read slice by slice."""
+
+    @property
+    def names(self) -> frozenset[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, part: Slice) -> Tensor:
+        """The values of `part`, in the source's dtype, on the CPU; shape `part.size`."""
+        ...
+
+
+class Checkpoint:
+    """The safetensors files of a directory; files are mapped only while a slice is read."""
+
+    def __init__(self, path: Path, files: dict[str, Path]) -> None:
+        self.path = path
+        self._files = files
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with _open(self._file(name)) as handle:
+            return tuple(self._get(handle, name).get_shape())
+
+    def read(self, part: Slice) -> Tensor:
+        box = tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))
+        with _open(self._file(part.name)) as handle:
+            held = self._get(handle, part.name)
+            shape = tuple(held.get_shape())
+            if shape != part.shape:
+                raise ValueError(
+                    f"{self._file(part.name)}: tensor {part.name!r} has shape {shape}, "
+                    f"config.json asks for {part.shape}"
+                )
+            values: Tensor = held[box]
+            return values
+
+    def _file(self, name: str) -> Path:
+        if name not in self._files:
+            raise ValueError(f"{self.path} has no tensor {name!r}")
+        return self._files[name]
+
+    def _get(self, handle: Any, name: str) -> Any:
+        try:
+            return handle.get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self._files[name]} has no tensor {name!r}") from error
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """The weights of a Hugging Face directory (one safetensors file, or several with an index).
+
+    Raises:
+        ValueError: neither is there, or a file that the index names is missing or damaged.
+    """
+    directory = Path(path)
+    index, single = directory / INDEX, directory / SINGLE
+    if index.is_file():
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: directory / file for name, file in weight_map.items()}
+        for name, file in files.items():
+            if not file.is_file():
+                raise ValueError(f"{file} is missing, {index} says that it holds {name!r}")
+        for file in sorted(set(files.values())):
+            with _open(file):
+                pass
+        return Checkpoint(directory, files)
+    if not single.is_file():
+        raise ValueError(
+            f"{directory} has neither {SINGLE} nor {INDEX}: give the directory of a Hugging Face "
+            "model with safetensors weights (`spmdrl convert` makes one of a GGUF file)"
+        )
+    with _open(single) as handle:
+        return Checkpoint(directory, dict.fromkeys(handle.keys(), single))
+
+
+class RandomCheckpoint:
+    """Random weights for `config`: a function of (seed, tensor name), so alike on every layout."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._shapes = global_shapes(config)
+        self._seed = seed
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def read(self, part: Slice) -> Tensor:
+        box = tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))
+        return random_tensor(part.name, part.shape, self._seed)[box]
+
+
+def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """float32 [shape]: ones for a norm's weight, else normal with deviation 0.02."""
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randn(shape, generator=generator) * 0.02
+
+
+def open_model(
+    path: str | Path, *, use_tiny: bool = False, seed: int = 0
+) -> tuple[ModelConfig, TensorSource]:
+    """Configuration and weights of a directory, checked against each other.
+
+    With `use_tiny` only config.json is read: a tiny model of that architecture, random weights.
+    """
+    config = read_config(path)
+    if use_tiny:
+        config = tiny(config)
+        return config, RandomCheckpoint(config, seed)
+    checkpoint = open_checkpoint(path)
+    check_weights(config, checkpoint)
+    return config, checkpoint
+
+
+def check_weights(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """ValueError naming directory and tensor unless every tensor of the model is there.
+
+    A tied model's `lm_head.weight` may be in the file; it is not used.
+    """
+    missing = sorted(global_shapes(config).keys() - checkpoint.names)
+    if missing == ["lm_head.weight"]:
+        raise ValueError(
+            f"{checkpoint.path} has no tensor 'lm_head.weight': if the embeddings are tied, "
+            "config.json must say tie_word_embeddings: true"
+        )
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{checkpoint.path} has no tensor {missing[0]!r}{more}")
+
+
+@torch.no_grad()
+def fill(params: Iterable[tuple[Tensor, tuple[Slice, ...]]], checkpoint: TensorSource) -> None:
+    """Copy each slice to its rows of the local tensor (any device and dtype), one at a time."""
+    for tensor, held in params:
+        for part in held:
+            tensor[part.offset : part.offset + part.rows].copy_(checkpoint.read(part))
+
+
+def load_into(decoder: Decoder, checkpoint: TensorSource) -> None:
+    """Fill a decoder's local parameters (plain tensors on a real device) from a checkpoint."""
+    parameters = dict(decoder.named_parameters())
+    held = all_slices(decoder.config, decoder.tp.rank, decoder.tp.size)
+    fill(((tensor, held[name]) for name, tensor in parameters.items()), checkpoint)
+
+
+def save_pretrained(
+    tensors: Iterable[tuple[str, Tensor]],
+    config: ModelConfig,
+    out_dir: str | Path,
+    tokenizer_dir: str | Path | None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a directory that `transformers` loads; at most one shard is held in memory.
+
+    Args:
+        tensors: every global tensor once, by Hugging Face name, in any order, on any device.
+        tokenizer_dir: where tokenizer files and generation_config.json are copied from.
+
+    Raises:
+        OSError: a file could not be written; an older `out_dir` is then as it was.
+        ValueError: a tensor is missing, unknown, given twice or of another shape.
+    """
+    with atomic_directory(out_dir) as fresh:
+        dtype = _write_shards(_checked(tensors, config), fresh, max_shard_bytes)
+        source = {**config.source, "architectures": [config.architecture], "dtype": dtype}
+        source.pop("torch_dtype", None)
+        _write_json(fresh / "config.json", source)
+        if tokenizer_dir is not None:
+            _copy_files(Path(tokenizer_dir), fresh)
+        if not (fresh / "generation_config.json").exists():
+            ids = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids)}
+            given = {key: value for key, value in ids.items() if value not in (None, [])}
+            _write_json(fresh / "generation_config.json", given)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """transformers' tokenizer of a directory, without running code from it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    # transformers takes a second to import, and most uses of this module need no tokenizer.
+    from transformers import AutoTokenizer
+
+    directory = Path(path)
+    if not (directory / "tokenizer_config.json").is_file():
+        raise ValueError(f"{directory} has no tokenizer_config.json: it holds no tokenizer")
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+
+
+def check_tokenizer(tokenizer: Any, config: ModelConfig) -> None:
+    """ValueError where the tokenizer has ids without an embedding row (the reverse is usual)."""
+    size = 1 + max(tokenizer.get_vocab().values())
+    if size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {size} token ids, but the model's embedding has "
+            f"{config.vocab_size} rows (vocab_size): they do not belong together"
+        )
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{file} is no readable safetensors file: {error}") from error
+
+
+def _checked(
+    tensors: Iterable[tuple[str, Tensor]], config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
+    open_names = global_shapes(config)
+    for name, tensor in tensors:
+        shape = open_names.pop(name, None)
+        if shape is None:
+            raise ValueError(f"{name!r} is no tensor of this model, or was given twice")
+        if shape != tuple(tensor.shape):
+            raise ValueError(f"{name!r} has shape {tuple(tensor.shape)}, the model's is {shape}")
+        yield name, tensor
+    if open_names:
+        raise ValueError(f"tensor {min(open_names)!r} was not given")
+
+
+def _write_shards(
+    tensors: Iterator[tuple[str, Tensor]], directory: Path, max_shard_bytes: int
+) -> str:
+    """Writes the weights and, where there are several files, their index; returns the dtype."""
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    pending_bytes = total_bytes = 0
+    dtype = "float32"
+
+    def write() -> None:
+        save_file(pending, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if pending and pending_bytes + size > max_shard_bytes:
+            write()
+            pending_bytes = 0
+        # A copy: the caller may reuse its buffer, and views of one storage cannot be saved.
+        pending[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+        pending_bytes, total_bytes = pending_bytes + size, total_bytes + size
+        dtype = str(tensor.dtype).removeprefix("torch.")
+    write()
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(files) == 1:
+        files = [SINGLE]
+    for i, file in enumerate(files):
+        written = (directory / f"{i}.part").rename(directory / file)
+        # safetensors makes files that only their owner may read; follow the umask instead.
+        written.chmod(directory.stat().st_mode & 0o666)
+    if len(files) > 1:
+        weight_map = {n: file for names, file in zip(shards, files, strict=True) for n in names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(directory / INDEX, index)
+    return dtype
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
