@@ -1,9 +1,9 @@
 """`Batch`: packed rows of token sequences with per-token, per-row and home-only columns.
 
-A batch holds B rows (samples) of T tokens in all, without padding. A token column is one tensor whose
-first dim is T, rows laid end to end; a row column's first dim is B; a Python column is a list of B
-objects which never leaves its home rank. Everything here is pure: no process groups, no device moves
-that the caller did not ask for.
+A batch holds B rows (samples) of T tokens in all, without padding. A token column is one tensor
+whose first dim is T, rows laid end to end; a row column's first dim is B; a Python column is a list
+of B objects which never leaves its home rank. Everything here is pure: no process groups, no device
+moves that the caller did not ask for.
 """
 
 from __future__ import annotations
@@ -37,18 +37,29 @@ class Batch:
 
     def __post_init__(self) -> None:
         if self.lengths.dtype != torch.int64 or self.lengths.dim() != 1:
-            raise ValueError(f"lengths must be int64 [B], not {self.lengths.dtype} {self.lengths.shape}")
+            raise ValueError(
+                f"lengths must be int64 [B], not {self.lengths.dtype} {tuple(self.lengths.shape)}"
+            )
+        if (self.lengths < 0).any():
+            raise ValueError(f"lengths must not be negative: {self.lengths.tolist()}")
         num_tokens, num_rows = self.num_tokens, self.num_rows
         for name, column in self.tokens.items():
-            if column.shape[0] != num_tokens:
+            if tuple(column.shape[:1]) != (num_tokens,):
                 raise ValueError(
-                    f"token column {name!r} has {column.shape[0]} entries, the rows have "
+                    f"token column {name!r} has the shape {tuple(column.shape)}, but the rows have "
                     f"{num_tokens} tokens"
                 )
-        for name, row_column in (*self.rows.items(), *self.objects.items()):
-            if len(row_column) != num_rows:
+        for name, column in self.rows.items():
+            if tuple(column.shape[:1]) != (num_rows,):
                 raise ValueError(
-                    f"row column {name!r} has {len(row_column)} entries, the batch {num_rows} rows"
+                    f"row column {name!r} has the shape {tuple(column.shape)}, but the batch has "
+                    f"{num_rows} rows"
+                )
+        for name, values in self.objects.items():
+            if len(values) != num_rows:
+                raise ValueError(
+                    f"Python column {name!r} has {len(values)} entries, but the batch has "
+                    f"{num_rows} rows"
                 )
         names = [*self.tokens, *self.rows, *self.objects]
         if len(names) != len(set(names)):
@@ -91,7 +102,8 @@ class Batch:
         )
 
     def row_sum(self, column: Tensor) -> Tensor:  # column [T] -> [B]
-        """The sum of a token column over each row, in the column's dtype: `[B]`."""
+        """The sum of a token column over each row, in its dtype (bool: int64 counts): `[B]`."""
+        column = column.long() if column.dtype == torch.bool else column
         out = torch.zeros(self.num_rows, dtype=column.dtype, device=column.device)
         return out.index_add(0, self.row_of_token().to(column.device), column)
 
@@ -171,14 +183,22 @@ def concat(batches: Sequence[Batch]) -> Batch:
         raise ValueError("concat needs at least one batch")
     first = batches[0]
     for other in batches[1:]:
-        if other.columns() != first.columns():
-            raise ValueError(f"columns differ: {first.columns()} and {other.columns()}")
+        if _kinds(other) != _kinds(first):
+            raise ValueError(f"columns differ: {_kinds(first)} and {_kinds(other)}")
     return Batch(
         lengths=torch.cat([b.lengths for b in batches]),
         tokens={n: torch.cat([b.tokens[n] for b in batches]) for n in first.tokens},
         rows={n: torch.cat([b.rows[n] for b in batches]) for n in first.rows},
         objects={n: [x for b in batches for x in b.objects[n]] for n in first.objects},
     )
+
+
+def _kinds(batch: Batch) -> dict[str, list[str]]:
+    return {
+        "tokens": sorted(batch.tokens),
+        "rows": sorted(batch.rows),
+        "objects": sorted(batch.objects),
+    }
 
 
 def from_rows(
