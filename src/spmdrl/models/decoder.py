@@ -127,14 +127,14 @@ class Attention(nn.Module):
         self.out = Projection(config.hidden_size, q_rows, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
-        heads, kv_heads = self.heads, self.kv_heads
         qkv = self.qkv(copy_to(x, self.tp.group)).view(x.shape[0], -1, self.head_dim)
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        # Splits, not slices: the backward of a split is one copy, a slice's is one of zeros each.
+        qk, v = torch.split(qkv, [self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk[:, :heads], qk[:, heads:]
+            q, k = torch.split(qk, [self.heads, self.kv_heads], dim=1)
             qk = torch.cat((self.q_norm(q, self.tp), self.k_norm(k, self.tp)), dim=1)
-        qk = rotate(qk, *rope)
-        out = attend(layer, qk[:, :heads], qk[:, heads:], v)
+        q, k = torch.split(rotate(qk, *rope), [self.heads, self.kv_heads], dim=1)
+        out = attend(layer, q, k, v)
         return reduce_from(self.out(out.reshape(x.shape[0], -1)), self.tp.group)
 
 

@@ -220,8 +220,8 @@ def save_pretrained(
         if tokenizer_dir is not None:
             _copy_files(Path(tokenizer_dir), fresh)
         if not (fresh / "generation_config.json").exists():
-            ids = {"bos_token_id": config.bos_id, "eos_token_id": list(config.eos_ids)}
-            given = {key: value for key, value in ids.items() if value not in (None, [])}
+            keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+            given = {key: source[key] for key in keys if source.get(key) is not None}
             _write_json(fresh / "generation_config.json", given)
 
 
