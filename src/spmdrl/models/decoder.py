@@ -154,7 +154,11 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer; the unit of FSDP2's `fully_shard` and of recomputation."""
+    """One decoder layer; the unit of FSDP2's `fully_shard` and of recomputation.
+
+    A mixed-precision policy must have `cast_forward_inputs=False`: `rope` stays float32, as it is
+    in the rollout engine.
+    """
 
     def __init__(
         self,
