@@ -1,0 +1,163 @@
+"""Attention over a packed stream of tokens, described by spans.
+
+A `Span` says which rows of the queries see which ranges of the keys; packed sequences, prompts
+that several responses share, chunks of a prefill and the parts of a context-parallel stream are
+all lists of spans. A kernel turns spans into a function of q, k, v:
+
+- `blocked`: explicit products of small tiles; the fastest on CPUs. float32 and float64.
+- `sdpa`: `scaled_dot_product_attention` per tile; any device and dtype.
+- `varlen`: `torch.nn.attention.varlen`; CUDA, half precision.
+- `flash`: the flash-attn package; CUDA, half precision.
+- `flex`: `flex_attention` with a block mask, compiled on CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed.parallel import gather_sum_grad
+
+AttentionKind = Literal["blocked", "sdpa", "varlen", "flash", "flex"]
+KINDS: tuple[AttentionKind, ...] = ("blocked", "sdpa", "varlen", "flash", "flex")
+
+Range = tuple[int, int]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [Tq, H, d], k [Tk, KVH, d], v [Tk, KVH, d]) -> [Tq, H, d]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Rows `[q_start, q_stop)` of q and the keys that they see.
+
+    Args:
+        own: the range of keys that is seen causally, aligned at the end: the last row sees all of
+            it, the one before all but its last key.
+        prefix: ranges of keys that every row sees.
+    """
+
+    q_start: int
+    q_stop: int
+    own: Range
+    prefix: tuple[Range, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.q_start < self.q_stop, self
+        assert self.own[1] - self.own[0] >= self.q_stop - self.q_start, self
+
+    @property
+    def num_queries(self) -> int:
+        return self.q_stop - self.q_start
+
+    @property
+    def num_keys(self) -> int:
+        return sum(stop - start for start, stop in self.keys)
+
+    @property
+    def keys(self) -> tuple[Range, ...]:
+        """All ranges of keys in order; a row sees all but the last few keys of their sequence."""
+        return (*self.prefix, self.own)
+
+
+class AttentionKernel(Protocol):
+    """A way to compute attention; made once by `make_kernel` and used for many lists of spans."""
+
+    def prepare(
+        self, spans: Sequence[Span], *, dtype: torch.dtype, device: torch.device
+    ) -> AttentionFunction:
+        """The differentiable function for spans whose rows cover q from its first to its last."""
+        ...
+
+
+class PackedAttention:
+    """The decoder's `Attend` for one packed stream.
+
+    Args:
+        spans: in order, covering every row of q; with context parallelism q rows are this rank's
+            and key ranges count in the gathered stream.
+        kernel: of `make_kernel`.
+        dtype, device: of q, k and v.
+        cp_group: gathers keys and values, equal parts from each rank, and sums their gradients.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        kernel: AttentionKernel,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        cp_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        assert covers_rows(spans), spans
+        self._function = kernel.prepare(spans, dtype=dtype, device=device)
+        self._cp_group = cp_group
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,  # [Tq, H_local, d]
+        k: Tensor,  # [Tk, KVH_local, d]
+        v: Tensor,  # [Tk, KVH_local, d]
+    ) -> Tensor:  # [Tq, H_local, d]
+        if self._cp_group is not None:
+            # One collective for both: latency counts more than bytes here.
+            both = gather_sum_grad(torch.cat((k, v), dim=1), self._cp_group)
+            k, v = both.chunk(2, dim=1)
+        return self._function(q, k, v)
+
+
+def covers_rows(spans: Sequence[Span]) -> bool:
+    """Whether the spans' rows follow each other without gaps from row 0."""
+    stops = [0, *(span.q_stop for span in spans)]
+    return all(span.q_start == stop for span, stop in zip(spans, stops, strict=False))
+
+
+def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionKind:
+    """The kind that `model.attention` means on this device.
+
+    Raises:
+        ValueError: unknown name, or a kind that this device, dtype or installation cannot run.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    on_cuda = device.type == "cuda"
+    if name == "auto":
+        if not on_cuda:
+            return "sdpa" if half else "blocked"
+        if not half:
+            return "sdpa"
+        return "flash" if find_spec("flash_attn") else "varlen"
+    if name not in KINDS:
+        raise ValueError(f"model.attention={name!r}: it must be auto or one of {', '.join(KINDS)}")
+    if name in ("varlen", "flash") and not (on_cuda and half):
+        raise ValueError(
+            f"model.attention={name} needs CUDA and bfloat16 or float16, not {device.type} and "
+            f"{dtype}: set it to auto"
+        )
+    if name == "flash" and not find_spec("flash_attn"):
+        raise ValueError(
+            "model.attention=flash needs the flash-attn package, which is not installed: "
+            "install spmdrl[flash], or set it to auto"
+        )
+    if name == "blocked" and half:
+        raise ValueError(f"model.attention=blocked computes in float32, not {dtype}: use sdpa")
+    return name
+
+
+def make_kernel(kind: AttentionKind) -> AttentionKernel:
+    """The kernel of a resolved kind; imports what only that kind needs."""
+    if kind in ("blocked", "sdpa"):
+        from .attention_tiles import TiledKernel
+
+        return TiledKernel(explicit=kind == "blocked")
+    from .attention_varlen import FlexKernel, flash_kernel, varlen_kernel
+
+    if kind == "flex":
+        return FlexKernel()
+    return flash_kernel() if kind == "flash" else varlen_kernel()

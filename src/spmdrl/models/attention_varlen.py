@@ -1,0 +1,173 @@
+"""Attention of spans by kernels that take sequences of unequal length: `flash`, `varlen`, `flex`.
+
+The keys of every span are laid end to end (a shared prompt once per response: keys and values are
+a small part of a layer's activations), so that each span is a sequence of its own with the causal
+mask aligned at its end.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import AttentionFunction, Span
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sequences:
+    """Spans as sequences.
+
+    Args:
+        key_rows: for each laid-out key its row of k; None where k is laid out already.
+        ends_q, ends_k: int32 [n + 1], where each sequence starts, with the total at the end.
+    """
+
+    key_rows: Tensor | None
+    ends_q: Tensor
+    ends_k: Tensor
+    most_q: int
+    most_k: int
+
+    def lay_out(self, x: Tensor) -> Tensor:  # [Tk, KVH, d] -> [sum of keys, KVH, d]
+        if self.key_rows is None:
+            return x
+        out: Tensor = _Take.apply(x, self.key_rows)  # type: ignore[no-untyped-call]
+        return out
+
+
+VarlenFunction = Callable[[Tensor, Tensor, Tensor, Sequences], Tensor]
+
+
+def make_sequences(spans: Sequence[Span], device: torch.device) -> Sequences:
+    queries = torch.tensor([0, *(s.num_queries for s in spans)])
+    keys = torch.tensor([0, *(s.num_keys for s in spans)])
+    rows = torch.cat([torch.arange(*r) for s in spans for r in s.keys])
+    in_place = torch.equal(rows, torch.arange(len(rows)))
+    return Sequences(
+        key_rows=None if in_place else rows.to(device),
+        ends_q=queries.cumsum(0).to(device, torch.int32),
+        ends_k=keys.cumsum(0).to(device, torch.int32),
+        most_q=int(queries.max()),
+        most_k=int(keys.max()),
+    )
+
+
+class VarlenKernel:
+    """A kernel around one function of q, laid-out k and v, and their sequences."""
+
+    def __init__(self, function: VarlenFunction) -> None:
+        self._function = function
+
+    def prepare(
+        self, spans: Sequence[Span], *, dtype: torch.dtype, device: torch.device
+    ) -> AttentionFunction:
+        sequences = make_sequences(spans, device)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self._function(q, sequences.lay_out(k), sequences.lay_out(v), sequences)
+
+        return attend
+
+
+def flash_kernel() -> VarlenKernel:
+    """flash-attn's varlen function, whose causal mask is aligned at the end since 2.1."""
+    from flash_attn import flash_attn_varlen_func
+
+    def run(q: Tensor, k: Tensor, v: Tensor, s: Sequences) -> Tensor:
+        out: Tensor = flash_attn_varlen_func(
+            q, k, v, s.ends_q, s.ends_k, s.most_q, s.most_k, causal=True
+        )
+        return out
+
+    return VarlenKernel(run)
+
+
+def varlen_kernel() -> VarlenKernel:
+    """torch's own varlen function, FlashAttention-2 inside: its mask is aligned at the end too."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 may lack the argument; later ones refuse unequal head counts without it.
+    groups_heads = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def run(q: Tensor, k: Tensor, v: Tensor, s: Sequences) -> Tensor:
+        options: dict[str, Any] = {"window_size": (-1, 0)}
+        if q.shape[1] != k.shape[1] and groups_heads:
+            options["enable_gqa"] = True
+        elif q.shape[1] != k.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        out = varlen_attn(q, k, v, s.ends_q, s.ends_k, s.most_q, s.most_k, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    return VarlenKernel(run)
+
+
+class FlexKernel:
+    """`flex_attention` with a block mask; compiled on CUDA, eager (slow) on CPUs."""
+
+    def __init__(self) -> None:
+        from torch.nn.attention import flex_attention as flex
+
+        self._flex = flex
+        self._compiled: Any = None
+
+    def prepare(
+        self, spans: Sequence[Span], *, dtype: torch.dtype, device: torch.device
+    ) -> AttentionFunction:
+        sequences = make_sequences(spans, device)
+        counts_q = torch.tensor([s.num_queries for s in spans])
+        counts_k = torch.tensor([s.num_keys for s in spans])
+        index = torch.arange(len(spans))
+        sequence_q = torch.repeat_interleave(index, counts_q).to(device)
+        sequence_k = torch.repeat_interleave(index, counts_k).to(device)
+        # The last laid-out key that each row sees.
+        shift = counts_k.cumsum(0) - counts_q.cumsum(0)
+        last_key = (
+            torch.arange(int(counts_q.sum())) + torch.repeat_interleave(shift, counts_q)
+        ).to(device)
+
+        def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (sequence_q[i] == sequence_k[j]) & (j <= last_key[i])
+
+        block_mask = self._flex.create_block_mask(
+            visible, None, None, len(sequence_q), len(sequence_k), device=device
+        )
+        run = self._function(device)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = sequences.lay_out(k), sequences.lay_out(v)
+            heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
+            out: Tensor = run(*heads, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+            return out[0].transpose(0, 1)
+
+        return attend
+
+    def _function(self, device: torch.device) -> Any:
+        if device.type != "cuda":
+            return self._flex.flex_attention
+        if self._compiled is None:
+            # Dynamic shapes: every microbatch has another number of tokens.
+            self._compiled = torch.compile(self._flex.flex_attention, dynamic=True)
+        return self._compiled
+
+
+class _Take(torch.autograd.Function):
+    """Rows by index; gradients of rows taken several times are summed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        wide = torch.promote_types(ctx.dtype, torch.float32)
+        total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
+        return total.index_add_(0, rows, grad.to(wide)).to(ctx.dtype), None
