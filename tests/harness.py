@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import queue
 import socket
 import time
@@ -60,7 +61,7 @@ def _collect(ranks: list[Any], answers: Any, deadline: float, timeout_s: float) 
             continue
         if failure is not None:
             raise AssertionError(f"rank {rank} failed:\n{failure}")
-        results[rank] = value
+        results[rank] = pickle.loads(value)
     return [results[i] for i in range(len(ranks))]
 
 
@@ -86,6 +87,7 @@ def _rank(
         torch.set_num_threads(1)
         value = function(world, *arguments)
         stop_world()
-        answers.put((rank, value, None))
+        # plain pickle copies tensors; the queue's own would send a handle that dies with the rank
+        answers.put((rank, pickle.dumps(value), None))
     except BaseException:
         answers.put((rank, None, traceback.format_exc()))

@@ -125,7 +125,9 @@ class RewardPoolSection(Section):
 
 
 class EvaluationSection(Section):
-    data: PromptsSection | None = None
+    data: PromptsSection | None = Field(None, description="a held-out set of its own")
+    held_out: int = Field(0, ge=0, description="or: questions kept out of data.train")
+    threshold: float = Field(1.0, description="reward from which on an answer counts as right")
     every: int = Field(0, ge=0, description="steps; 0: only before and after")
     before: bool = True
     after: bool = True
@@ -213,6 +215,11 @@ def check_crossed(config: Config) -> None:
         raise ValueError(
             f"flow={config.flow} with data.group_size={data.group_size}: GRPO compares the "
             "samples of a group, so it needs at least 2"
+        )
+    if config.evaluation.data is not None and config.evaluation.held_out > 0:
+        raise ValueError(
+            f"evaluation.data is set and evaluation.held_out={config.evaluation.held_out}: "
+            "give a set of its own or a number of questions to keep out of data.train, not both"
         )
     too_large = [k for k in config.evaluation.k if k > config.evaluation.num_samples]
     if too_large:

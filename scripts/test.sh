@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The whole CPU test suite with lint and types, on a machine where nothing is installed yet.
+# Words are handed to pytest: scripts/test.sh -k exchange
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh requirements-dev.txt
+scripts/get_model.sh
+.venv/bin/ruff format --check src tests benchmarks
+.venv/bin/ruff check src tests benchmarks
+.venv/bin/mypy
+OMP_WAIT_POLICY=passive .venv/bin/python -m pytest "$@"

@@ -1,0 +1,99 @@
+"""`GroupEnvironment`: prompts -> groups of samples -> rewards, with refills of dead groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spmdrl.algorithms.rewards import has_signal
+from spmdrl.batch import Batch, concat, group_index
+from spmdrl.distributed.reduce import gather_tables, moments, world_sum
+from spmdrl.flows.run import Metrics, Run
+from spmdrl.roles import Generation, Rollout
+
+
+class GroupEnvironment:
+    """Collects `data.prompts_per_step` groups of `data.group_size` scored samples.
+
+    With `algorithm.refill_attempts`, groups whose rewards are all equal are dropped and others
+    drawn in their place (dynamic sampling, DAPO, https://arxiv.org/abs/2503.14476, section 3.2).
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.rollout = run.role("rollout", Rollout)
+        self.drawn = 0
+        self.dropped = 0
+
+    def collect(self, step: int) -> Batch:
+        """One step's home rows: the columns of `rollout.generate` and `rewards`, `[B]`."""
+        wanted = self.run.config.data.prompts_per_step
+        refills = self.run.config.algorithm.refill_attempts
+        batch = self._sample(step, attempt=0, count=wanted)
+        self.drawn, self.dropped = wanted, 0
+        if refills == 0:
+            return batch
+        parts = [_alive(batch)]
+        for attempt in range(1, refills + 1):
+            missing = wanted - _num_groups(parts)
+            if missing <= 0:
+                break
+            drawn = self._sample(step, attempt=attempt, count=missing)
+            self.drawn += _num_groups([drawn])
+            parts.append(_alive(drawn))
+        found = _num_groups(parts)
+        self.dropped = self.drawn - found
+        # a step without any signal still takes place: it moves nothing but is seen in the metrics
+        return concat(parts) if found else batch
+
+    def _sample(self, step: int, *, attempt: int, count: int) -> Batch:
+        config = self.run.config
+        generation = Generation(
+            seed=config.seed,
+            step=step,
+            group_size=config.data.group_size,
+            sampling=self.run.sampling,
+        )
+        prompts = self.run.prompts(step, attempt=attempt, count=count)
+        with self.run.phase("rollout"):
+            batch = self.rollout.generate(prompts, generation)
+        with self.run.phase("reward"):
+            return self.run.score(batch)
+
+    def metrics(self, batch: Batch) -> Metrics:
+        """Of the step's samples, over the world."""
+        responses = batch["response_lengths"]
+        rewards, lengths = moments(batch["rewards"]), moments(responses.double())
+        cut = moments((batch["finish"] == 1).double())
+        return {
+            "reward": rewards.mean,
+            "reward_std": rewards.std,
+            "response_length": lengths.mean,
+            "response_length_max": lengths.maximum,
+            "cut_fraction": cut.mean,
+            "rollout_tokens": lengths.mean * lengths.count,
+            "samples": lengths.count,
+            "groups_drawn": float(self.drawn),
+            "groups_dropped": float(self.dropped),
+            "groups_with_signal": float(world_sum(has_signal_of(batch).sum()).item()),
+            **self.run.reward_metrics(batch),
+        }
+
+
+def has_signal_of(batch: Batch) -> Tensor:
+    """bool `[num_groups]`, also for a rank without rows."""
+    if len(batch) == 0:
+        return torch.zeros(0, dtype=torch.bool)
+    return has_signal(batch["rewards"], batch["prompt_ids"])
+
+
+def _alive(batch: Batch) -> Batch:
+    """The rows of groups whose rewards differ."""
+    index, _ = group_index(batch["prompt_ids"])
+    return batch.select(has_signal_of(batch)[index].nonzero().flatten())
+
+
+def _num_groups(parts: list[Batch]) -> int:
+    """Groups over all parts and ranks."""
+    own = torch.cat([part["prompt_ids"].unique() for part in parts]).unsqueeze(1)
+    return sum(len(table) for table in gather_tables(own))

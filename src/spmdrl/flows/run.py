@@ -1,0 +1,233 @@
+"""`Run`: what every flow shares and no algorithm decides: roles, steps, metrics, checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from spmdrl.algorithms.metrics import combine, token_means
+from spmdrl.batch import Batch
+from spmdrl.config import Config
+from spmdrl.data.home import StepPrompts
+from spmdrl.distributed.reduce import moments, world_any, world_max
+from spmdrl.evaluation.evaluator import Evaluator
+from spmdrl.flows.saving import Saver
+from spmdrl.flows.stopping import StopRequest
+from spmdrl.launch import World
+from spmdrl.observe import names
+from spmdrl.observe.console import Console
+from spmdrl.observe.metrics import MetricsWriter
+from spmdrl.observe.timeline import PhaseTimer, peak_memory_bytes, timing_metrics
+from spmdrl.rewards.scorer import Scorer
+from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.weights.sync import WeightSync
+
+log = logging.getLogger(__name__)
+
+Metrics = Mapping[str, float]
+R = TypeVar("R")
+
+PER_STEP = ("loss", "grad_norm", "lr", "skipped")
+"""Metrics of an optimizer step as a whole, not of its tokens."""
+
+
+class Run:
+    """One run of a flow, the same on every rank.
+
+    Args:
+        config, world: as given.
+        roles: by name; every rank holds all of them.
+        syncs: (source role, target role) -> their weight sync.
+        prompts: the training prompts and the order they come in.
+        scorer: rewards; Evaluator: held-out set; saver: checkpoints and export.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        world: World,
+        roles: Mapping[str, Any],
+        syncs: Mapping[tuple[str, str], WeightSync],
+        prompts: StepPrompts,
+        scorer: Scorer,
+        evaluator: Evaluator | None,
+        saver: Saver,
+        sampling: SamplingParams,
+        timer: PhaseTimer,
+    ) -> None:
+        self.config, self.world, self.sampling = config, world, sampling
+        self.directory = Path(config.run_dir)
+        self._roles, self._syncs = roles, syncs
+        self._prompts, self._scorer = prompts, scorer
+        self._evaluator, self._saver, self._timer = evaluator, saver, timer
+        self._stop = StopRequest(self.directory)
+        self._writer = MetricsWriter(
+            self.directory, is_first=world.is_first, tensorboard=config.log.tensorboard
+        )
+        self._console = Console(is_first=world.is_first, num_steps=config.steps)
+        self._first_step = saver.restore()
+        self._writer.truncate_after(self._first_step - 1)
+        self.steps_done = self._first_step
+        self.stopped = False
+
+    def role(self, name: str, kind: type[R]) -> R:
+        """The role `name`; ValueError when the configuration has none, or one of another kind."""
+        if name not in self._roles:
+            raise ValueError(
+                f"flow={self.config.flow} needs roles.{name}; the configuration has "
+                f"{sorted(self._roles)}"
+            )
+        role = self._roles[name]
+        if not isinstance(role, kind):
+            raise ValueError(f"roles.{name} is a {type(role).__name__}, not a {kind.__name__}")
+        return role
+
+    def optional_role(self, name: str, kind: type[R]) -> R | None:
+        return self.role(name, kind) if name in self._roles else None
+
+    def make(self, where: str | None, default: Callable[[Run], R]) -> R:
+        """`default(run)`, or what the configuration's `module:Class` names in its place."""
+        if where is None:
+            return default(self)
+        made: R = load_object(where)(self)
+        return made
+
+    def weight_sync(self, source: str, target: str) -> WeightSync:
+        return self._syncs[source, target]
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left; ends early, on all ranks alike, when a stop was asked for."""
+        self._timer.finish()
+        for step in range(self._first_step, self.config.steps):
+            if world_any(self._stop.requested()):
+                log.info("stopping before step %d, as asked", step)
+                self.stopped = True
+                return
+            yield step
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Charge the time inside to `name`."""
+        return self._timer.phase(name)
+
+    def prompts(self, step: int, *, attempt: int = 0, count: int | None = None) -> Batch:
+        """This rank's part of a step's prompts (or of a refill, `count` at most): home rows."""
+        return self._prompts.batch(step, attempt=attempt, count=count)
+
+    def score(self, batch: Batch) -> Batch:
+        """`batch` with `rewards` and the rewards' components."""
+        return self._scorer.score(batch)
+
+    def reward_metrics(self, batch: Batch) -> Metrics:
+        """Means of the reward's components, and the share of calls that failed."""
+        components = sorted(name for name in batch.rows if name.startswith("reward/"))
+        metrics = {name: moments(batch[name]).mean for name in components}
+        return {**metrics, "reward_failed": moments(batch["reward_failed"]).mean}
+
+    def evaluate(self, step: int) -> None:
+        """Evaluate on the held-out set where the configuration wants it before this step."""
+        evaluation = self.config.evaluation
+        first = step == 0 and evaluation.before
+        due = evaluation.every > 0 and step > 0 and step % evaluation.every == 0
+        if first or due:
+            self._run_evaluation(step)
+
+    def _run_evaluation(self, step: int) -> None:
+        if self._evaluator is None:
+            return
+        with self.phase("evaluation"):
+            metrics = self._evaluator.evaluate(step)
+        self._writer.write(max(step - 1, 0), metrics)
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        log.info("held-out before step %d: %s", step, shown)
+
+    def finish(self, step: int, batch: Batch, metrics: Metrics) -> None:
+        """End a step: metrics, text samples, and a checkpoint where one is due."""
+        self.steps_done = step + 1
+        every = self.config.checkpoint.every
+        if every > 0 and (step + 1) % every == 0:
+            with self.phase("checkpoint"):
+                self._saver.save(step + 1)
+        record = {**metrics, **self._timing(metrics)}
+        self._writer.write(step, record)
+        self._writer.write_samples(step, self._samples(batch))
+        self._console.step({"step": step, **record})
+
+    def conclude(self) -> None:
+        """After the last step: checkpoint, final evaluation, export, report."""
+        if self.steps_done > self._first_step or self.stopped:
+            self._saver.save(self.steps_done)
+        if self.stopped:
+            self._writer.close()
+            return
+        if self.config.evaluation.after:
+            self._run_evaluation(self.config.steps)
+        if self.config.checkpoint.export:
+            self._saver.export(self.directory / "model")
+        self._writer.close()
+
+    def _timing(self, metrics: Metrics) -> dict[str, float]:
+        own = self._timer.finish()
+        phases = list(own.seconds)
+        seconds = world_max(torch.tensor([own.seconds[name] for name in phases]))
+        peak = world_max(torch.tensor([float(peak_memory_bytes(self.world.device))]))
+        tokens = {
+            names.ROLLOUT: metrics.get("rollout_tokens", 0.0),
+            names.UPDATE: metrics.get("update_tokens", 0.0),
+        }
+        timing = timing_metrics(dict(zip(phases, seconds.tolist(), strict=True)), tokens)
+        return {**timing, names.PEAK_MEMORY: peak.item() / 1e9}
+
+    def _samples(self, batch: Batch) -> list[dict[str, object]]:
+        count = min(self.config.log.text_samples, len(batch))
+        if "response" not in batch.objects:
+            return []
+        return [
+            {
+                "prompt": batch.objects["prompt"][i].text,
+                "response": batch.objects["response"][i],
+                "reward": float(batch["rewards"][i]),
+            }
+            for i in range(count)
+        ]
+
+
+def update_metrics(records: Sequence[Metrics]) -> Metrics:
+    """Metrics of a step from its optimizer steps: token means, and plain means of the rest."""
+    sums = combine([{k: v for k, v in r.items() if k not in PER_STEP} for r in records])
+    whole = {k: sum(r[k] for r in records) / len(records) for k in PER_STEP if k in records[0]}
+    means = dict(token_means(sums))
+    tokens = means.pop("tokens")
+    return {**means, **whole, "update_tokens": tokens}
+
+
+def load_object(where: str) -> Any:
+    """What `module:name` or `path/to/file.py:name` names.
+
+    Raises:
+        ValueError: no such module, file or name.
+    """
+    place, colon, name = where.rpartition(":")
+    if not colon:
+        raise ValueError(f"{where!r}: write it as module:name or path/to/file.py:name")
+    if place.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        if spec is None or spec.loader is None or not Path(place).is_file():
+            raise ValueError(f"{where!r}: there is no file {place}")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{where!r}: {error}") from None
+    if name not in vars(module):
+        raise ValueError(f"{where!r}: {place} has no {name!r}")
+    return vars(module)[name]

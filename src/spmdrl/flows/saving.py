@@ -1,0 +1,127 @@
+"""`Saver`: checkpoints of the trained roles, and the model as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from spmdrl.checkpoint.store import (
+    Tensors,
+    latest_checkpoint,
+    load_tensors,
+    read_state,
+    save_checkpoint,
+)
+from spmdrl.config import Config
+from spmdrl.distributed.reduce import gather_objects
+from spmdrl.models.hf import save_pretrained
+from spmdrl.models.sharding import Slice
+from spmdrl.roles import Policy
+from spmdrl.weights.layout import WeightLayout
+from spmdrl.weights.sync import full_tensors
+
+log = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves and restores the roles that are trained.
+
+    Args:
+        config: for `run_dir`, `checkpoint`, and the tokenizer's directory.
+        trained: roles by name.
+        layouts: what every rank holds of each of them.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        trained: Mapping[str, Policy],
+        layouts: Mapping[str, WeightLayout],
+    ) -> None:
+        self._config, self._trained, self._layouts = config, trained, layouts
+        self._root = Path(config.run_dir) / "checkpoints"
+
+    def save(self, steps_done: int) -> None:
+        """A checkpoint after `steps_done` steps. Every rank of the world calls it."""
+        counters = {name: self._counters(role) for name, role in self._trained.items()}
+        state = {"steps_done": steps_done, "seed": self._config.seed, "counters": counters}
+        save_checkpoint(
+            self._root,
+            steps_done,
+            self._tensors(),
+            state,
+            keep_last=self._config.checkpoint.keep_last,
+        )
+
+    def restore(self) -> int:
+        """Load the latest checkpoint, if there is one and it is wanted; the steps it has done.
+
+        Raises:
+            ValueError: the checkpoint is damaged, of another model, or of another seed.
+        """
+        path = latest_checkpoint(self._root) if self._config.checkpoint.resume else None
+        if path is None:
+            return 0
+        state = read_state(path)
+        if state["seed"] != self._config.seed:
+            raise ValueError(
+                f"{path} was made with seed={state['seed']}, the configuration has seed="
+                f"{self._config.seed}: use that seed, another run_dir, or checkpoint.resume=false"
+            )
+        load_tensors(path, self._tensors())
+        for name, role in self._trained.items():
+            if role.backend is not None:
+                role.backend.load_counters(state["counters"][name])
+        log.info("continuing after step %d of %s", state["steps_done"], path)
+        return int(state["steps_done"])
+
+    def export(self, directory: Path, role: str = "policy") -> None:
+        """The role's weights as a directory that `transformers` loads. Every rank calls it.
+
+        Raises:
+            OSError: it could not be written, on every rank; an older directory is untouched.
+        """
+        policy = self._trained[role]
+        tensors = policy.backend.local_tensors() if policy.backend is not None else None
+        gathered = full_tensors(self._layouts[role], tensors)
+        failure = None
+        if dist.get_rank() == 0:
+            source = self._config.model_path(role)
+            try:
+                save_pretrained(_present(gathered), policy.config, directory, source)
+            except OSError as error:
+                failure = str(error)
+        # whatever is left of the exchange, so that no rank waits for another
+        for _ in gathered:
+            pass
+        failures = [text for text in gather_objects(failure) if text is not None]
+        if failures:
+            raise OSError(failures[0])
+
+    def _tensors(self) -> Tensors:
+        tensors: dict[str, tuple[Tensor, tuple[Slice, ...]]] = {}
+        for name, role in self._trained.items():
+            if role.backend is None:
+                continue
+            for local, held in role.backend.local_tensors().items():
+                tensors[f"{name}.weights/{local}"] = held
+            for local, held in role.backend.state_tensors().items():
+                tensors[f"{name}.{local}"] = held
+        return tensors
+
+    def _counters(self, role: Policy) -> dict[str, int | float]:
+        """The role's counters as its first rank knows them, on every rank."""
+        own = role.backend.counters() if role.backend is not None else None
+        counters = gather_objects(own)[role.mesh.ranks[0]]
+        assert counters is not None, role.name
+        return dict(counters)
+
+
+def _present(tensors: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        assert tensor is not None, f"{name} was not gathered on this rank"
+        yield name, tensor
