@@ -1,0 +1,52 @@
+"""Logging of a job with many ranks: rank 0 tells what goes on, the others only what is wrong."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TextIO
+
+from spmdrl.observe.progress import write_line
+
+PACKAGE = "spmdrl"
+
+
+class RankHandler(logging.Handler):
+    """Writes records to a stream, above open progress bars."""
+
+    def __init__(self, rank: int, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+        prefix = "" if rank == 0 else f"[rank {rank}] "
+        self.setFormatter(
+            logging.Formatter(f"{prefix}%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+        )
+
+    def emit(self, record: logging.LogRecord) -> None:
+        write_line(self.format(record), self._stream)
+
+
+def set_up_logging(
+    rank: int, *, level: int = logging.INFO, stream: TextIO | None = None
+) -> logging.Logger:
+    """Rank 0 prints the package's records from `level` on, every other rank from WARNING on.
+
+    Other ranks' lines begin with "[rank N]". Libraries print from WARNING on everywhere. A second
+    call replaces the first.
+
+    Args:
+        rank: of this process.
+        level: rank 0's.
+        stream: None: stderr.
+
+    Returns:
+        The package's logger.
+    """
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, RankHandler)]:
+        root.removeHandler(handler)
+    root.addHandler(RankHandler(rank, sys.stderr if stream is None else stream))
+    root.setLevel(logging.WARNING)
+    logger = logging.getLogger(PACKAGE)
+    logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
+    return logger

@@ -1,0 +1,232 @@
+"""metrics.jsonl and TensorBoard: the numbers of every step, and samples of text."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO
+
+from spmdrl.observe.files import replace_file
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+RESERVED = ("step", "wall_time")
+# JSON has no such numbers; Python's own NaN and Infinity literals stop other readers
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class MetricsWriter:
+    """Appends a run's metrics to `run_dir`/metrics.jsonl and `run_dir`/tensorboard.
+
+    Every rank has one and calls it alike; only the first rank's touches files. A line is one write
+    to an unbuffered file, so a killed run leaves whole lines and at most one torn one, which the
+    next writer drops.
+
+    Args:
+        run_dir: made when it is not there.
+        is_first: whether this rank writes.
+        tensorboard: False leaves TensorBoard out.
+
+    Raises:
+        ValueError: an existing metrics.jsonl has a malformed line (file and line named).
+    """
+
+    def __init__(self, run_dir: Path, *, is_first: bool, tensorboard: bool = True) -> None:
+        self.path = Path(run_dir) / METRICS_FILE
+        self._is_first = is_first
+        self._with_tensorboard = tensorboard
+        self._board: SummaryWriter | None = None
+        self._purge_step: int | None = None
+        self._file: BinaryIO | None = None
+        self._last_step: int | None = None
+        if is_first:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._open()
+
+    def write(
+        self, step: int, values: Mapping[str, float], *, wall_time: float | None = None
+    ) -> None:
+        """One line for `step`; a second line of the same step may add other names.
+
+        Args:
+            step: not below the step of the last line.
+            values: finite or not; non-finite numbers are stored as strings and read back as floats.
+            wall_time: seconds since 1970; None: now.
+
+        Raises:
+            ValueError: a step before the last one (a resumed run calls `truncate_after` first), or
+                a reserved name.
+            OSError: the line could not be written; the error names the file.
+        """
+        if not self._is_first:
+            return
+        reserved = [name for name in RESERVED if name in values]
+        if reserved:
+            raise ValueError(f"metrics may not be called {reserved}: these name the line itself")
+        if self._last_step is not None and step < self._last_step:
+            raise ValueError(
+                f"{self.path} already holds step {self._last_step}, and step {step} is to be "
+                f"written: call truncate_after({step - 1}) when a run resumes"
+            )
+        now = time.time() if wall_time is None else wall_time
+        record: dict[str, float | str] = {"step": step, "wall_time": round(now, 3)}
+        record |= {name: _to_json(float(value)) for name, value in values.items()}
+        self._append(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._last_step = step
+        board = self._tensorboard()
+        if board is not None:
+            for name, value in values.items():
+                board.add_scalar(name, float(value), step, walltime=now)
+
+    def write_samples(
+        self, step: int, samples: Sequence[Mapping[str, object]], *, tag: str = "samples"
+    ) -> None:
+        """Text samples for TensorBoard: each a mapping as prompt, response, reward.
+
+        Strings stand verbatim in blocks of their own, other values on one line.
+        """
+        board = self._tensorboard()
+        if board is None:
+            return
+        for number, sample in enumerate(samples):
+            board.add_text(f"{tag}/{number}", _markdown(sample), step)
+        board.flush()
+
+    def truncate_after(self, step: int) -> int:
+        """Drop the lines of later steps, for a run that resumes after `step`; returns how many.
+
+        The file is replaced as a whole. TensorBoard hides the events of later steps.
+        """
+        if not self._is_first:
+            return 0
+        lines = _whole_lines(self.path)
+        kept = [line for number, line in lines if _parse(self.path, number, line)["step"] <= step]
+        self.close()
+        replace_file(self.path, b"".join(line + b"\n" for line in kept))
+        self._purge_step = step + 1
+        self._open()
+        return len(lines) - len(kept)
+
+    def read(self) -> list[dict[str, float]]:
+        """The lines written so far, see `read_metrics`; empty on ranks that do not write."""
+        return read_metrics(self.path) if self._is_first else []
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        lines = _whole_lines(self.path) if self.path.exists() else []
+        steps = [int(_parse(self.path, number, line)["step"]) for number, line in lines]
+        self._last_step = steps[-1] if steps else None
+        self._file = self.path.open("ab", buffering=0)
+        whole = sum(len(line) + 1 for _, line in lines)
+        if self._file.tell() > whole:
+            self._file.truncate(whole)
+
+    def _append(self, line: bytes) -> None:
+        assert self._file is not None, f"{self.path}: written after close()"
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OSError(
+                error.errno, f"metrics not written: {error.strerror}", str(self.path)
+            ) from error
+
+    def _tensorboard(self) -> SummaryWriter | None:
+        if not self._is_first or not self._with_tensorboard:
+            return None
+        if self._board is None:
+            # seconds of import that only the writing rank should pay
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(
+                str(self.path.parent / TENSORBOARD_DIR),
+                purge_step=self._purge_step,
+                flush_secs=10,
+            )
+        return self._board
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl, each with `step`, `wall_time` and its metrics as numbers.
+
+    A last line without its newline (a killed run) is left out.
+
+    Raises:
+        ValueError: a malformed line; file and line are named.
+        FileNotFoundError: no such file.
+    """
+    return [_parse(path, number, line) for number, line in _whole_lines(path)]
+
+
+def merge_steps(records: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """One record per step, in order of steps: lines of the same step joined, later ones win."""
+    merged: dict[float, dict[str, float]] = {}
+    for record in records:
+        merged.setdefault(record["step"], {}).update(record)
+    return [merged[step] for step in sorted(merged)]
+
+
+def _whole_lines(path: Path) -> list[tuple[int, bytes]]:
+    """(line number from 1, line without newline) of all lines that end in a newline."""
+    return list(enumerate(path.read_bytes().split(b"\n")[:-1], start=1))
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, float]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}:{number}: not a line of JSON ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError(f"{path}:{number}: not an object with an integer 'step'")
+    values: dict[str, float] = {}
+    for name, value in record.items():
+        number_or_none = NOT_FINITE.get(value) if isinstance(value, str) else value
+        if not isinstance(number_or_none, int | float):
+            raise ValueError(f"{path}:{number}: {name!r} is {value!r}, not a number")
+        values[name] = number_or_none
+    return values
+
+
+def _to_json(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _markdown(sample: Mapping[str, object]) -> str:
+    """Strings as indented blocks, which Markdown leaves as they are; other values in bold lines."""
+    parts = []
+    for name, value in sample.items():
+        if isinstance(value, str):
+            block = "\n".join(f"    {line}" for line in value.splitlines()) or "    "
+            parts.append(f"**{name}**\n\n{block}")
+        else:
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+            parts.append(f"**{name}**: {shown}")
+    return "\n\n".join(parts)

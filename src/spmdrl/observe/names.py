@@ -1,0 +1,33 @@
+"""The names of metrics that the console and the report know; others are stored and plotted alike.
+
+A record of metrics.jsonl is flat: these names, `step`, `wall_time`, and whatever a flow adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+REWARD = "reward"  # mean over responses
+LENGTH = "response_length"  # mean, in tokens
+KL = "kl"  # of the policy's move within the step, per token
+REF_KL = "ref_kl"  # to the reference, per token
+ENTROPY = "entropy"  # nats per token
+CLIP_FRACTION = "clip_fraction"
+PEAK_MEMORY = "memory/peak_gb"  # 1e9 bytes, the largest of all ranks
+
+SECONDS = "seconds/"  # + phase
+STEP_SECONDS = "seconds/step"
+TOKENS_PER_S = "tokens_per_s/"  # + phase, over all ranks
+ROLLOUT = "rollout"  # the phase whose tokens/s are the rollout's
+UPDATE = "update"  # the phase whose tokens/s are the training's
+OTHER = "other"  # the part of a step outside of all phases
+
+EVAL = "eval/"  # + name of the set + one of the following
+ACCURACY = "/accuracy"  # in [0, 1]
+STANDARD_ERROR = "/standard_error"
+
+
+def phases(record: Mapping[str, float]) -> list[str]:
+    """The phases whose seconds a record holds, in its order, `other` last."""
+    names = [n.removeprefix(SECONDS) for n in record if n.startswith(SECONDS) and n != STEP_SECONDS]
+    return [name for name in names if name != OTHER] + [OTHER] * (OTHER in names)

@@ -1,0 +1,82 @@
+"""Progress bars: one for the run, one within a long phase; on rank 0's terminal only.
+
+Where the stream is no terminal (a log file, a Slurm job) nothing at all is written.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from tqdm import tqdm
+
+
+@contextmanager
+def phase_bar(
+    name: str, *, is_first: bool, unit: str = "rows", stream: TextIO | None = None
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar that vanishes at its end; yields `report(done, total)`, callable at any rate.
+
+    Args:
+        name: shown before the bar.
+        is_first: whether this rank shows it.
+        unit: what is counted.
+        stream: None: stderr.
+    """
+    stream = sys.stderr if stream is None else stream
+    if not shows(is_first=is_first, stream=stream):
+        yield lambda done, total: None
+        return
+    with tqdm(desc=name, unit=unit, file=stream, leave=False, dynamic_ncols=True) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
+
+
+@contextmanager
+def run_bar(
+    num_steps: int, *, is_first: bool, first_step: int = 0, stream: TextIO | None = None
+) -> Iterator[Callable[[int, str], None]]:
+    """A bar over a run's steps; yields `report(steps_done, note)`.
+
+    Args:
+        num_steps: steps of the whole run.
+        first_step: steps that were done before (a resumed run).
+        is_first, stream: as for `phase_bar`.
+    """
+    stream = sys.stderr if stream is None else stream
+    if not shows(is_first=is_first, stream=stream):
+        yield lambda done, note: None
+        return
+    with tqdm(
+        desc="run",
+        unit="step",
+        total=num_steps,
+        initial=first_step,
+        file=stream,
+        dynamic_ncols=True,
+        mininterval=0.0,
+    ) as bar:
+
+        def report(done: int, note: str) -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(done - bar.n)
+
+        yield report
+
+
+def shows(*, is_first: bool, stream: TextIO) -> bool:
+    """Whether a bar is drawn: on the first rank, and only where a person can see it move."""
+    return is_first and stream.isatty()
+
+
+def write_line(line: str, stream: TextIO | None = None) -> None:
+    """Print a line above the bars that are open, if any. None: stdout."""
+    stream = sys.stdout if stream is None else stream
+    tqdm.write(line, file=stream)
+    stream.flush()

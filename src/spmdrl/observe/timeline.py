@@ -1,0 +1,121 @@
+"""Where the time of a step goes, tokens per second, and peak memory of this rank."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from spmdrl.observe.names import OTHER, SECONDS, STEP_SECONDS, TOKENS_PER_S
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """One rank's times of one step.
+
+    Args:
+        seconds: by phase, in order of first use, `other` last; they add up to the step's.
+        tokens: by phase, as added by this rank.
+    """
+
+    seconds: dict[str, float]
+    tokens: dict[str, int]
+
+
+class PhaseTimer:
+    """Charges every moment of a step to exactly one phase: the innermost open one, or `other`.
+
+    Args:
+        synchronize: waits for the device's queued work (`World.synchronize`), called at both ends
+            of a phase so that its seconds are its own.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        *,
+        synchronize: Callable[[], None],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._synchronize = synchronize
+        self._clock = clock
+        self._open: list[str] = []
+        self._seconds: dict[str, float] = {}
+        self._tokens: dict[str, int] = {}
+        self._mark = clock()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Charge the time inside to `name`, less what inner phases take."""
+        self._charge()
+        self._seconds.setdefault(name, 0.0)
+        self._open.append(name)
+        try:
+            yield
+            self._charge()  # not after an exception: the device may no longer answer
+        finally:
+            self._open.pop()
+
+    def add_tokens(self, phase: str, count: int) -> None:
+        """Count tokens that `phase` produced or trained on, on this rank."""
+        self._tokens[phase] = self._tokens.get(phase, 0) + count
+
+    def finish(self) -> StepTime:
+        """The times since the last `finish` (or construction), and begin anew."""
+        self._charge()
+        other = self._seconds.pop(OTHER, 0.0)
+        step = StepTime(seconds={**self._seconds, OTHER: other}, tokens=dict(self._tokens))
+        self._seconds, self._tokens = {}, {}
+        return step
+
+    def _charge(self) -> None:
+        self._synchronize()
+        now = self._clock()
+        name = self._open[-1] if self._open else OTHER
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark
+        self._mark = now
+
+
+def timing_metrics(seconds: Mapping[str, float], tokens: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a step's times: `seconds/<phase>`, `seconds/step`, `tokens_per_s/<phase>`.
+
+    Args:
+        seconds: by phase, already reduced over the ranks (their maximum).
+        tokens: by phase, already summed over the ranks.
+    """
+    metrics = {SECONDS + name: value for name, value in seconds.items()}
+    metrics[STEP_SECONDS] = sum(seconds.values())
+    for name, count in tokens.items():
+        if seconds.get(name, 0.0) > 0:
+            metrics[TOKENS_PER_S + name] = count / seconds[name]
+    return metrics
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this rank has held: allocated on a CUDA device, else resident (RSS).
+
+    CUDA's peak counts since `reset_peak_memory`, the resident one since the process began.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        # getrusage's ru_maxrss survives exec, so a small rank would show its launcher's peak
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # not on every platform, unlike this module
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak on a CUDA device; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,152 @@
+"""Console lines, progress bars and logging."""
+
+import io
+import logging
+import re
+
+import pytest
+
+from spmdrl.observe.console import Console, make_layout, number
+from spmdrl.observe.log import RankHandler, set_up_logging
+from spmdrl.observe.progress import phase_bar, run_bar
+
+RECORD = {
+    "step": 7,
+    "reward": 0.51234,
+    "response_length": 123.4,
+    "kl": 3.2e-5,
+    "entropy": 1.25,
+    "clip_fraction": 0.0123,
+    "tokens_per_s/rollout": 1234.4,
+    "tokens_per_s/update": 56789.0,
+    "seconds/rollout": 12.3,
+    "seconds/reward": 0.04,
+    "seconds/update": 8.06,
+    "seconds/other": 0.2,
+    "seconds/step": 20.6,
+    "memory/peak_gb": 2.345,
+}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_line_shows_everything_under_its_title():
+    layout = make_layout(RECORD, 120)
+    above, titles = layout.header().splitlines()
+    line = layout.line(RECORD)
+    assert len(line) == len(titles) <= 120
+    shown = "7/120 | 0.512 123.4 3.2e-05 1.250 1.23 | 1234 56789 | 20.6 12.3 0.0 8.1 0.2 | 2.35"
+    assert " ".join(line.split()) == shown
+    assert [i for i, c in enumerate(line) if c == "|"] == [
+        i for i, c in enumerate(titles) if c == "|"
+    ]
+    assert above.index("seconds") < titles.index("update") < titles.index("peak")
+
+
+def test_columns_stay_where_they_are():
+    layout = make_layout(RECORD, 120)
+    wild = {name: value * 1e5 for name, value in RECORD.items()} | {"step": 120}
+    gone = {"step": 1}
+    nan = dict.fromkeys(RECORD, float("-inf")) | {"step": 3}
+    assert {len(layout.line(r)) for r in (RECORD, wild, gone, nan)} == {len(layout.line(RECORD))}
+    assert layout.line(gone).count("-") >= 10
+
+
+def test_the_shortest_phases_fold_into_other_when_the_line_is_full():
+    phases = {f"seconds/phase{i}": float(i) for i in range(12)}
+    record = {"step": 1, **phases, "seconds/other": 0.5, "seconds/step": 66.5, "ref_kl": 0.1}
+    layout = make_layout(record, 100_000)
+    header, line = layout.header().splitlines()[1], layout.line(record)
+    assert len(line) == len(header) <= 120
+    shown = [int(i) for i in re.findall(r"phase(\d+)", header)]
+    assert 11 in shown and shown == sorted(shown) and 0 not in shown
+    folded = sum(range(12)) - sum(shown) + 0.5
+    assert line.split("|")[3].split()[-1] == f"{folded:.1f}"
+    assert "ref_kl" in header
+
+
+@pytest.mark.parametrize(
+    ("value", "width", "decimals", "shown"),
+    [
+        (0.0, 8, 4, "0.0000"),
+        (0.5, 8, 4, "0.5000"),
+        (-0.00012, 8, 4, "-1.2e-04"),
+        (123.456, 7, 3, "123.456"),
+        (12345.6, 7, 3, "12345.6"),
+        (99999.6, 5, 0, "100k"),
+        (1234567.0, 5, 0, "1235k"),
+        (-98765432.0, 5, 1, "-99M"),
+        (float("nan"), 5, 1, "nan"),
+    ],
+)
+def test_numbers_fit(value, width, decimals, shown):
+    assert number(value, width, decimals) == shown
+    assert len(shown) <= width
+
+
+def test_only_the_first_rank_prints_and_repeats_its_header():
+    out, silent = io.StringIO(), io.StringIO()
+    console = Console(is_first=True, num_steps=60, stream=out)
+    other = Console(is_first=False, num_steps=60, stream=silent)
+    for step in range(1, 27):
+        console.step({**RECORD, "step": step})
+        other.step({**RECORD, "step": step})
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 26 + 2 * 2
+    assert sum("entropy" in line for line in lines) == 2
+    assert silent.getvalue() == ""
+
+
+def test_bars_move_on_a_terminal():
+    stream = Terminal()
+    with run_bar(10, is_first=True, first_step=4, stream=stream) as run:
+        with phase_bar("rollout", is_first=True, stream=stream) as phase:
+            phase(3, 8)
+            phase(8, 8)
+        run(5, "reward 0.50")
+    text = stream.getvalue()
+    assert "rollout" in text and "5/10" in text and "reward 0.50" in text
+
+
+@pytest.mark.parametrize(("is_first", "stream"), [(True, io.StringIO()), (False, Terminal())])
+def test_bars_are_silent_elsewhere(is_first, stream):
+    with run_bar(3, is_first=is_first, stream=stream) as run:
+        with phase_bar("rollout", is_first=is_first, stream=stream) as phase:
+            phase(1, 2)
+        run(1, "note")
+    assert stream.getvalue() == ""
+
+
+@pytest.fixture
+def restored_logging():
+    root, package = logging.getLogger(), logging.getLogger("spmdrl")
+    levels = root.level, package.level
+    yield
+    for handler in [h for h in root.handlers if isinstance(h, RankHandler)]:
+        root.removeHandler(handler)
+    root.setLevel(levels[0])
+    package.setLevel(levels[1])
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_ranks_log_by_their_place():
+    def lines_of(rank: int) -> list[str]:
+        stream = io.StringIO()
+        set_up_logging(rank, stream=io.StringIO())  # replaced by the next call
+        set_up_logging(rank, stream=stream)
+        for name in ("spmdrl.flows", "some_library"):
+            logging.getLogger(name).info("%s says", name)
+            logging.getLogger(name).warning("%s warns", name)
+        return stream.getvalue().splitlines()
+
+    first = lines_of(0)
+    assert [line.split(" ", 1)[1] for line in first] == [
+        "INFO spmdrl.flows says",
+        "WARNING spmdrl.flows warns",
+        "WARNING some_library warns",
+    ]
+    third = lines_of(3)
+    assert len(third) == 2 and all(line.startswith("[rank 3] ") for line in third)

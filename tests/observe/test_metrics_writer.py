@@ -1,0 +1,134 @@
+"""metrics.jsonl and TensorBoard: roundtrip, resumption, torn lines, a full disk."""
+
+import json
+import math
+import resource
+from pathlib import Path
+
+import pytest
+
+from spmdrl.observe.metrics import MetricsWriter, merge_steps, read_metrics
+
+
+def writer(run_dir: Path, **options) -> MetricsWriter:
+    return MetricsWriter(run_dir, is_first=True, tensorboard=False, **options)
+
+
+def test_roundtrip(tmp_path):
+    run = tmp_path / "runs" / "a"
+    with writer(run) as metrics:
+        metrics.write(1, {"reward": 0.5, "seconds/step": 2}, wall_time=100.0)
+        metrics.write(2, {"reward": math.nan, "loss": -math.inf}, wall_time=101.5)
+        # flushed per line: another reader sees it while the run goes on
+        first, second = read_metrics(run / "metrics.jsonl")
+        assert metrics.read()[0] == first
+    assert first == {"step": 1, "wall_time": 100.0, "reward": 0.5, "seconds/step": 2.0}
+    assert math.isnan(second["reward"]) and second["loss"] == -math.inf
+
+    def refuse(literal: str) -> None:
+        raise AssertionError(f"{literal} is not JSON")
+
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_other_ranks_touch_nothing(tmp_path):
+    with MetricsWriter(tmp_path / "run", is_first=False) as metrics:
+        metrics.write(1, {"reward": 0.5})
+        metrics.write_samples(1, [{"prompt": "a"}])
+        assert metrics.truncate_after(0) == 0
+        assert metrics.read() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_appends_and_keeps_steps_in_order(tmp_path):
+    with writer(tmp_path) as metrics:
+        metrics.write(1, {"a": 1})
+    with writer(tmp_path) as metrics:
+        metrics.write(2, {"a": 2})
+        metrics.write(2, {"b": 3})
+        with pytest.raises(ValueError, match=r"truncate_after\(0\)"):
+            metrics.write(1, {"a": 1})
+        with pytest.raises(ValueError, match="wall_time"):
+            metrics.write(3, {"wall_time": 1})
+    merged = merge_steps(read_metrics(tmp_path / "metrics.jsonl"))
+    assert [(m["step"], m["a"], m.get("b")) for m in merged] == [(1, 1, None), (2, 2, 3)]
+
+
+def test_truncation_drops_later_steps_as_a_whole(tmp_path):
+    with writer(tmp_path) as metrics:
+        for step in range(5):
+            metrics.write(step, {"a": step})
+        assert metrics.truncate_after(2) == 2
+        metrics.write(3, {"a": 30})
+        assert [m["a"] for m in metrics.read()] == [0, 1, 2, 30]
+        assert metrics.truncate_after(-1) == 4
+        assert metrics.read() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_torn_last_line_is_dropped(tmp_path):
+    with writer(tmp_path) as metrics:
+        metrics.write(1, {"a": 1})
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 2, "a"')
+    assert [m["step"] for m in read_metrics(path)] == [1]
+    with writer(tmp_path) as metrics:
+        metrics.write(2, {"a": 2})
+    assert [m["a"] for m in read_metrics(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"a": 1}', '{"step": 1, "a": "x"}', ""])
+def test_a_malformed_line_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 0}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
+        read_metrics(path)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: "):
+        writer(tmp_path)
+
+
+def test_a_full_disk_names_the_file_and_damages_nothing(tmp_path):
+    """A file size limit stands in for the full disk: writes stop midway in a line."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    metrics = writer(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r"metrics\.jsonl") as caught:
+            for step in range(100):
+                metrics.write(step, {"reward": 0.5})
+        message = str(caught.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        metrics.close()
+    assert "metrics not written" in message
+    before = [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")]
+    assert before == list(range(len(before))) and before
+    with writer(tmp_path) as metrics:
+        metrics.write(len(before), {"reward": 0.5})
+        assert len(metrics.read()) == len(before) + 1
+
+
+def test_tensorboard_has_scalars_and_samples_and_forgets_truncated_steps(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def events() -> EventAccumulator:
+        return EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+
+    with MetricsWriter(tmp_path, is_first=True) as metrics:
+        for step in (1, 2, 3, 4):
+            metrics.write(step, {"policy/reward": step / 10})
+        sample = {"prompt": "What\n# is *this*?", "reward": 0.25, "finish": "stop"}
+        metrics.write_samples(2, [sample])
+    read = events()
+    assert [e.step for e in read.Scalars("policy/reward")] == [1, 2, 3, 4]
+    assert read.Scalars("policy/reward")[2].value == pytest.approx(0.3)
+    (text,) = read.Tensors("samples/0/text_summary")
+    shown = text.tensor_proto.string_val[0].decode()
+    assert "    # is *this*?" in shown and "**reward**: 0.25" in shown
+    with MetricsWriter(tmp_path, is_first=True) as metrics:
+        metrics.truncate_after(2)
+        metrics.write(3, {"policy/reward": 0.9})
+    scalars = events().Scalars("policy/reward")
+    assert [(e.step, round(e.value, 3)) for e in scalars] == [(1, 0.1), (2, 0.2), (3, 0.9)]
