@@ -1,0 +1,350 @@
+"""Prompts: from the rows of a source to messages and tokens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spmdrl.data.rows import Row, read_rows
+
+log = logging.getLogger(__name__)
+
+ENCODE_ROWS = 1024  # texts handed to the tokenizer at a time
+
+
+class Tokenizer(Protocol):
+    """What is used of a `transformers` tokenizer."""
+
+    chat_template: Any
+
+    def apply_chat_template(
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
+
+    def __call__(self, text: Any, *, add_special_tokens: bool) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt.
+
+    Args:
+        prompt_id: its row in the source: the same whatever was skipped.
+        text: what the user says (the last user message), as a reward function gets it.
+        messages: the conversation; empty for raw text.
+        tokens: token ids, the chat template's generation prompt included.
+        answer: the reference answer.
+        entry: the row: all that a reward function may need.
+    """
+
+    prompt_id: int
+    text: str
+    messages: tuple[Mapping[str, Any], ...]
+    tokens: tuple[int, ...]
+    answer: str | None
+    entry: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSource:
+    """Where prompts come from and how a row becomes one.
+
+    Args:
+        source: a .jsonl, .json (an object per line) or .parquet file, `hub:NAME`, or
+            `reasoning_gym:TASK`.
+        parameters: the task's parameters; arguments of `datasets.load_dataset` for `hub:`.
+        size: rows at most; None: all. A reasoning_gym task needs it.
+        seed: of a reasoning_gym task.
+        prompt_column: column of the question (a reasoning_gym task's is `question`).
+        answer_column: column of the reference answer (`answer` there); None: there is none.
+        messages_column: column of a list of `{role, content}`, instead of the prompt column.
+        answer_pattern: regular expression found in the answer; its group 1 (or the whole match) is
+            the answer. GSM8K: `#### (.+)`.
+        template: text around the question, which replaces `{prompt}`.
+        system: system prompt; None: what the chat template does without one (some bring their own).
+        chat: through the tokenizer's chat template, or as raw text.
+        max_prompt_tokens: longer prompts are skipped, counted and logged; None: no limit.
+        on_bad_row: what a row that cannot be used is: an `error`, or counted, logged and left out.
+    """
+
+    source: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    size: int | None = None
+    seed: int = 0
+    prompt_column: str = "prompt"
+    answer_column: str | None = None
+    messages_column: str | None = None
+    answer_pattern: str | None = None
+    template: str = "{prompt}"
+    system: str | None = None
+    chat: bool = True
+    max_prompt_tokens: int | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.template:
+            raise ValueError(f"template={self.template!r} must contain {{prompt}}")
+        if self.answer_pattern is not None:
+            try:
+                re.compile(self.answer_pattern)
+            except re.error as error:
+                raise ValueError(f"answer_pattern={self.answer_pattern!r}: {error}") from error
+        if self.messages_column is not None and (self.template != "{prompt}" or not self.chat):
+            raise ValueError(
+                f"messages_column={self.messages_column!r} takes whole conversations: it goes "
+                f"with chat=True (not {self.chat}) and no template (not {self.template!r})"
+            )
+        if self.system is not None and not self.chat:
+            raise ValueError(f"system={self.system!r} needs chat=True: raw text has no messages")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What loading did: rows read, bad rows and long prompts left out, tokens of the longest."""
+
+    num_rows: int
+    num_bad: int
+    num_long: int
+    longest: int
+
+
+class _BadRow(ValueError):
+    """What is wrong with one row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draft:
+    row: Row
+    text: str
+    messages: tuple[Mapping[str, Any], ...]
+    answer: str | None
+
+
+class PromptSet(Sequence[Prompt]):
+    """Prompts of a source, in its order. Token ids are kept packed (4 bytes each)."""
+
+    def __init__(
+        self,
+        drafts: Sequence[_Draft],
+        tokens: NDArray[np.int32],  # [T], the prompts' ids laid end to end
+        lengths: NDArray[np.int64],  # [number of prompts]
+        report: LoadReport,
+    ) -> None:
+        self.report = report
+        self.lengths = lengths
+        self._drafts = drafts
+        self._tokens = tokens
+        self._ends = np.cumsum(lengths)
+
+    def __len__(self) -> int:
+        return len(self._drafts)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> PromptSet: ...
+
+    def __getitem__(self, index: int | slice) -> Prompt | PromptSet:
+        if isinstance(index, slice):
+            return self.subset(range(*index.indices(len(self))))
+        draft = self._drafts[index]
+        return Prompt(
+            prompt_id=draft.row.index,
+            text=draft.text,
+            messages=draft.messages,
+            tokens=tuple(self._ids(index).tolist()),
+            answer=draft.answer,
+            entry=draft.row.values,
+        )
+
+    def texts(self) -> list[str]:
+        """The prompts' texts: what tells two questions apart."""
+        return [draft.text for draft in self._drafts]
+
+    def subset(self, indices: Sequence[int]) -> PromptSet:
+        """The prompts of these indices, in their order."""
+        return PromptSet(
+            [self._drafts[i] for i in indices],
+            np.concatenate([np.empty(0, np.int32), *(self._ids(i) for i in indices)]),
+            self.lengths[np.asarray(indices, dtype=np.int64)],
+            self.report,
+        )
+
+    def _ids(self, index: int) -> NDArray[np.int32]:
+        end = self._ends[index]
+        return self._tokens[end - self.lengths[index] : end]
+
+
+def load_prompts(source: PromptSource, tokenizer: Tokenizer) -> PromptSet:
+    """Read, check, render and tokenise all prompts of a source.
+
+    Raises:
+        ValueError: the source cannot be read, has no such column (those it has are named), holds a
+            bad row (file and line are named) where `on_bad_row` is `error`, or leaves no prompt.
+    """
+    if source.chat and tokenizer.chat_template is None:
+        raise ValueError(
+            f"data source {source.source!r}: the tokenizer has no chat template: set chat to false"
+        )
+    source = _with_task_columns(source)
+    rows = list(
+        read_rows(source.source, parameters=source.parameters, size=source.size, seed=source.seed)
+    )
+    _check_columns(source, rows)
+    drafts: list[_Draft] = []
+    texts: list[str] = []
+    for row in rows:
+        try:
+            draft = _draft(row, source)
+            texts.append(_render(draft, source, tokenizer))
+            drafts.append(draft)
+        except _BadRow as error:
+            if source.on_bad_row == "error":
+                raise ValueError(
+                    f"{row.place}: {error} (on_bad_row: skip leaves it out)"
+                ) from error
+            log.warning("%s: %s; left out", row.place, error)
+    lengths, tokens = _encode(texts, source, tokenizer)
+    return _within_limit(drafts, tokens, lengths, source, num_rows=len(rows))
+
+
+def _with_task_columns(source: PromptSource) -> PromptSource:
+    if not source.source.startswith("reasoning_gym:"):
+        return source
+    columns = {"prompt_column": "question", "answer_column": "answer", "messages_column": None}
+    return PromptSource(**{**vars(source), **columns})
+
+
+def _check_columns(source: PromptSource, rows: Sequence[Row]) -> None:
+    """A column that no row has is a wrong setting, not a bad row."""
+    there = {name for row in rows for name in row.values}
+    settings = {"answer_column": source.answer_column}
+    if source.messages_column is not None:
+        settings["messages_column"] = source.messages_column
+    else:
+        settings["prompt_column"] = source.prompt_column
+    for key, name in settings.items():
+        if there and name is not None and name not in there:
+            raise ValueError(
+                f"data source {source.source!r} has no column {name!r} ({key}); it has "
+                f"{sorted(there)}"
+            )
+
+
+def _draft(row: Row, source: PromptSource) -> _Draft:
+    if row.problem is not None:
+        raise _BadRow(row.problem)
+    messages: list[Mapping[str, Any]] = []
+    if source.messages_column is not None:
+        messages = _conversation(row.values.get(source.messages_column), source.messages_column)
+        text = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+    else:
+        question = row.values.get(source.prompt_column)
+        if not isinstance(question, str) or not question.strip():
+            raise _BadRow(f"column {source.prompt_column!r} holds no text but {question!r}")
+        # Not str.format: questions and templates are full of braces.
+        text = source.template.replace("{prompt}", question)
+        if source.chat:
+            messages = [{"role": "user", "content": text}]
+    if source.system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": source.system}, *messages]
+    return _Draft(row=row, text=text, messages=tuple(messages), answer=_answer(row, source))
+
+
+def _conversation(value: Any, column: str) -> list[Mapping[str, Any]]:
+    """The messages of a row, checked."""
+    messages = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
+    for message in messages:
+        texts = message if isinstance(message, Mapping) else {}
+        if not isinstance(texts.get("role"), str) or not isinstance(texts.get("content"), str):
+            raise _BadRow(f"column {column!r}: {message!r} is no message with role and content")
+    if not any(m["role"] == "user" for m in messages) or messages[-1]["role"] == "assistant":
+        raise _BadRow(
+            f"column {column!r} holds no conversation that waits for an answer: {value!r}"
+        )
+    return messages
+
+
+def _answer(row: Row, source: PromptSource) -> str | None:
+    if source.answer_column is None:
+        return None
+    value = row.values.get(source.answer_column)
+    if value is None:
+        raise _BadRow(f"column {source.answer_column!r} holds no answer")
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if source.answer_pattern is None:
+        return text
+    match = re.search(source.answer_pattern, text)
+    if match is None:
+        raise _BadRow(f"the answer {text[-80:]!r} does not match {source.answer_pattern!r}")
+    return str(match.group(1) if match.re.groups else match.group()).strip()
+
+
+def _render(draft: _Draft, source: PromptSource, tokenizer: Tokenizer) -> str:
+    from jinja2 import TemplateError
+
+    if not source.chat:
+        return draft.text
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(draft.messages), tokenize=False, add_generation_prompt=True
+            )
+        )
+    except TemplateError as error:  # such as roles in an order that the template refuses
+        raise _BadRow(f"the chat template refuses it: {error}") from error
+
+
+def _encode(
+    texts: Sequence[str], source: PromptSource, tokenizer: Tokenizer
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Lengths `[number of texts]` and ids `[T]`. A chat template writes special tokens itself."""
+    lengths: list[int] = []
+    packed = [np.empty(0, np.int32)]
+    for first in range(0, len(texts), ENCODE_ROWS):
+        rows = tokenizer(
+            list(texts[first : first + ENCODE_ROWS]), add_special_tokens=not source.chat
+        )["input_ids"]
+        lengths += [len(row) for row in rows]
+        packed += [np.asarray(row, np.int32) for row in rows]
+    return np.asarray(lengths, np.int64), np.concatenate(packed)
+
+
+def _within_limit(
+    drafts: Sequence[_Draft],
+    tokens: NDArray[np.int32],
+    lengths: NDArray[np.int64],
+    source: PromptSource,
+    *,
+    num_rows: int,
+) -> PromptSet:
+    """The prompts that are not too long, with the report."""
+    limit = source.max_prompt_tokens
+    fits = [i for i, length in enumerate(lengths) if limit is None or length <= limit]
+    report = LoadReport(
+        num_rows=num_rows,
+        num_bad=num_rows - len(drafts),
+        num_long=len(drafts) - len(fits),
+        longest=int(lengths.max(initial=0)),
+    )
+    if not fits:
+        raise ValueError(
+            f"data source {source.source!r} leaves no prompt: of {num_rows} rows {report.num_bad} "
+            f"are bad and {report.num_long} longer than max_prompt_tokens={limit} (the longest has "
+            f"{report.longest})"
+        )
+    if report.num_long:
+        log.warning(
+            "%s: %d of %d prompts are longer than max_prompt_tokens=%d (the longest has %d); left "
+            "out",
+            *(source.source, report.num_long, len(drafts), limit, report.longest),
+        )
+    return PromptSet(drafts, tokens, lengths, report).subset(fits)

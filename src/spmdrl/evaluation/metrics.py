@@ -1,0 +1,87 @@
+"""pass@k, avg@k and their standard errors: pure functions of scores.
+
+Everything is per prompt first and then averaged over prompts: the samples of one prompt are one
+cluster (Miller 2024, "Adding error bars to evals", section 2.2), so the standard error of a mean
+is that of the prompts' means.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over prompts with its standard error (nan for fewer than two prompts)."""
+
+    mean: float
+    standard_error: float
+    num_prompts: int
+
+
+def estimate(values: Tensor) -> Estimate:  # [P], one value per prompt
+    """Mean and standard error `sqrt(sum (x - mean)^2 / (P (P - 1)))`, in float64.
+
+    Raises:
+        ValueError: no prompts.
+    """
+    count = values.numel()
+    if count == 0:
+        raise ValueError("no prompts to average over")
+    wide = values.to(torch.float64)
+    error = float(wide.std()) / math.sqrt(count) if count > 1 else math.nan
+    return Estimate(mean=float(wide.mean()), standard_error=error, num_prompts=count)
+
+
+def avg_at_k(scores: Tensor) -> Estimate:  # [P, n], the samples of P prompts; bool or number
+    """The mean score, with the standard error clustered by prompt.
+
+    Raises:
+        ValueError: no prompts or no samples.
+    """
+    if scores.dim() != 2 or scores.shape[1] == 0:
+        raise ValueError(f"scores must be [prompts, samples], not {tuple(scores.shape)}")
+    return estimate(scores.to(torch.float64).mean(dim=1))
+
+
+def pass_at_k(right: Tensor, k: int) -> Estimate:  # bool [P, n], the samples of P prompts
+    """The chance that at least one of k samples is right (`unbiased_pass_at_k`), over prompts.
+
+    Raises:
+        ValueError: k exceeds the samples drawn; no prompts.
+    """
+    if right.dim() != 2:
+        raise ValueError(f"right must be [prompts, samples], not {tuple(right.shape)}")
+    num_samples = torch.full((right.shape[0],), right.shape[1], device=right.device)
+    return estimate(unbiased_pass_at_k(num_samples, right.sum(dim=1), k))
+
+
+def unbiased_pass_at_k(
+    num_samples: Tensor,  # int64 [P], samples drawn of each prompt
+    num_correct: Tensor,  # int64 [P], those that are right
+    k: int,
+) -> Tensor:
+    """The unbiased estimate of pass@k of each prompt: float64 `[P]`.
+
+    `1 - C(n - c, k) / C(n, k)`: Chen et al. 2021, "Evaluating large language models trained on
+    code", eq. 1, as the product `1 - prod_{i=n-c+1..n} (1 - k / i)`.
+
+    Raises:
+        ValueError: k is not positive or exceeds the samples of a prompt; a count is impossible.
+    """
+    n, c = num_samples.to(torch.float64), num_correct.to(torch.float64)
+    if bool((c < 0).any()) or bool((c > n).any()):
+        raise ValueError(
+            f"of {num_samples.tolist()} samples {num_correct.tolist()} cannot be right"
+        )
+    if k < 1 or bool((n < k).any()):
+        raise ValueError(f"pass@{k} needs 1 <= k <= samples drawn; they are {num_samples.tolist()}")
+    width = int(c.max()) if c.numel() else 0
+    i = n[:, None] - torch.arange(width, dtype=torch.float64, device=n.device)
+    factors = torch.where(i > (n - c)[:, None], 1.0 - k / i.clamp(min=1.0), 1.0)
+    # With fewer than k wrong samples any k hold a right one: C(n - c, k) is zero.
+    return torch.where(n - c < k, 1.0, 1.0 - factors.prod(dim=1))

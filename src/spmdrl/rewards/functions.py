@@ -1,0 +1,219 @@
+"""Reward functions: the built-in ones, and loading of a user's own.
+
+A reward function is `fn(prompt, response, answer, entry)`; it returns a float, or a dict of named
+floats that holds `score`. Functions run in worker processes (`rewards.pool`), so nothing heavy is
+imported at module level, torch least of all.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+RewardFunction = Callable[[str, str, str | None, Mapping[str, Any]], float | Mapping[str, float]]
+
+# A sign counts only where it is no subtraction ("10-4" ends in 4), a comma between thousands.
+NUMBER = re.compile(
+    r"(?:(?<![\d.)])-)?"
+    r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
+    r"(?:[eE][+-]?\d{1,4})?"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardSpec:
+    """One component of the reward.
+
+    Args:
+        name: its column's name.
+        function: a built-in's name, `module:function`, or `path/to/file.py:function`.
+        weight: its factor in the weighted sum.
+        parameters: options of a built-in; keyword arguments for a user's function.
+    """
+
+    name: str
+    function: str
+    weight: float = 1.0
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load(spec: RewardSpec) -> RewardFunction:
+    """The function that a component names.
+
+    Raises:
+        ValueError: no such built-in, module, file or function, a parameter that it does not take,
+            or an error while the user's module was imported (then chained).
+    """
+    if spec.function in BUILT_IN:
+        try:
+            return BUILT_IN[spec.function](**spec.parameters)
+        except (TypeError, ValueError, ImportError, re.error) as error:
+            raise ValueError(f"reward {spec.name!r} ({spec.function}): {error}") from error
+    place, _, name = spec.function.rpartition(":")
+    if not place or not name:
+        raise ValueError(
+            f"reward {spec.name!r}: {spec.function!r} is neither built in ({sorted(BUILT_IN)}) nor "
+            "'module:function' nor 'path/to/file.py:function'"
+        )
+    try:
+        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+    # A user's module may raise anything while it is imported; all of it means the same here.
+    except Exception as error:
+        raise ValueError(
+            f"reward {spec.name!r}: {place!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    function = vars(module).get(name)
+    if not callable(function):
+        raise ValueError(f"reward {spec.name!r}: {place!r} has no function {name!r}")
+    return functools.partial(function, **spec.parameters) if spec.parameters else function
+
+
+def needed_modules(spec: RewardSpec) -> tuple[str, ...]:
+    """Modules that a built-in imports: slow enough to be imported once, before workers fork."""
+    return {"math": ("math_verify",), "reasoning_gym": ("reasoning_gym",)}.get(spec.function, ())
+
+
+def _import_module(name: str) -> ModuleType:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return importlib.import_module(name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} (seen from {os.getcwd()}) is not a file")
+    sys.path.append(str(path.resolve().parent))  # for its neighbours
+    name = f"spmdrl_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look it up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text, commas between thousands allowed; None when there is none."""
+    found = NUMBER.findall(text.replace("\u2212", "-"))
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
+def _reference(answer: str | None) -> str:
+    if answer is None:
+        raise ValueError("the row has no answer to compare with (data.answer_column)")
+    return answer
+
+
+def number() -> RewardFunction:
+    """1 when the last number in the response equals the answer (the answer's last number)."""
+
+    def score(prompt: str, response: str, answer: str | None, entry: Mapping[str, Any]) -> float:
+        wanted = last_number(_reference(answer))
+        if wanted is None:
+            raise ValueError(f"the answer {answer!r} holds no number")
+        return float(last_number(response) == wanted)
+
+    return score
+
+
+def exact(*, ignore_case: bool = True, ignore_punctuation: bool = True) -> RewardFunction:
+    """1 when the response equals the answer, white space normalised."""
+
+    def normal(text: str) -> str:
+        text = text.casefold() if ignore_case else text
+        text = re.sub(r"[^\w\s]", "", text) if ignore_punctuation else text
+        return " ".join(text.split())
+
+    def score(prompt: str, response: str, answer: str | None, entry: Mapping[str, Any]) -> float:
+        return float(normal(response) == normal(_reference(answer)))
+
+    return score
+
+
+def format_(*, pattern: str, whole: bool = False) -> RewardFunction:
+    """1 when `pattern` (a regular expression, `.` matches line ends) is found in the response.
+
+    Args:
+        pattern: the regular expression.
+        whole: it must match the whole response, surrounding white space aside.
+    """
+    compiled = re.compile(pattern, re.DOTALL)
+
+    def score(prompt: str, response: str, answer: str | None, entry: Mapping[str, Any]) -> float:
+        match = compiled.fullmatch(response.strip()) if whole else compiled.search(response)
+        return float(match is not None)
+
+    return score
+
+
+def math() -> RewardFunction:
+    """1 when math-verify finds the response's final expression equal to the answer."""
+    from math_verify import parse, verify
+
+    def score(prompt: str, response: str, answer: str | None, entry: Mapping[str, Any]) -> float:
+        text = _reference(answer)
+        # The pool's own limit ends a call that hangs, so math-verify's alarms are off.
+        wanted = parse(f"${text}$", parsing_timeout=None) or parse(text, parsing_timeout=None)
+        if not wanted:
+            raise ValueError(f"math-verify reads nothing in the answer {text!r}")
+        found = parse(response, parsing_timeout=None)
+        return float(verify(wanted, found, timeout_seconds=None))
+
+    return score
+
+
+def reasoning_gym(*, extract: str = "tag", binary: bool = False) -> RewardFunction:
+    """The `score_answer` of the task that made the prompt, in [0, 1].
+
+    Args:
+        extract: what is handed to the task: `tag` (the last `<answer>…</answer>`, else the whole
+            response), `number` (the last number), `whole` (the response, stripped).
+        binary: 1 for a full score, else 0. Several tasks give partial credit for an answer that
+            contains the right one ("14" for "4" gets 0.5).
+    """
+    from reasoning_gym import create_dataset
+    from reasoning_gym.utils import extract_answer
+
+    if extract not in ("tag", "number", "whole"):
+        raise ValueError(f"extract={extract!r}: it must be tag, number or whole")
+    scorers: dict[str, Any] = {}  # one task object per task and parameters
+
+    def candidate(response: str) -> str:
+        if extract == "number":
+            found = last_number(response)
+            return "" if found is None else str(found)
+        tagged = extract_answer(response) if extract == "tag" else None
+        return response.strip() if tagged is None else str(tagged)
+
+    def score(prompt: str, response: str, answer: str | None, entry: Mapping[str, Any]) -> float:
+        if "reasoning_gym" not in entry:
+            raise ValueError("the reasoning_gym reward needs prompts of a reasoning_gym source")
+        task = entry["reasoning_gym"]
+        key = repr(task)
+        if key not in scorers:
+            scorers[key] = create_dataset(task["task"], size=1, seed=0, **task["parameters"])
+        value = float(scorers[key].score_answer(candidate(response), dict(entry)))
+        return float(value >= 1.0) if binary else value
+
+    return score
+
+
+BUILT_IN: Mapping[str, Callable[..., RewardFunction]] = MappingProxyType(
+    {
+        "exact": exact,
+        "format": format_,
+        "math": math,
+        "number": number,
+        "reasoning_gym": reasoning_gym,
+    }
+)

@@ -1,0 +1,354 @@
+"""`RewardPool`: scores samples in killable worker processes with time and memory limits.
+
+A call that raises, hangs, returns NaN, eats memory or kills its worker costs that one call: its
+value becomes `failed`, the reason is counted and logged, the worker is replaced. A component whose
+calls all fail is an error with the first traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import selectors
+import signal
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from spmdrl.rewards.functions import RewardSpec, needed_modules
+from spmdrl.rewards.process import WorkerSettings, receive, send
+from spmdrl.rewards.server import RewardServer
+
+log = logging.getLogger(__name__)
+
+MIN_JUDGED = 8  # calls before a share of failures says anything
+MAX_START = 16  # failures in a row after which a component that never worked is given up
+
+
+class RewardError(ValueError):
+    """A reward component fails so often that it must be mended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardJob:
+    """One sample to score: the four arguments of a reward function."""
+
+    prompt: str
+    response: str
+    answer: str | None
+    entry: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A failed call: `reason` is exception, timeout, nan, memory or died."""
+
+    component: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardResult:
+    """The reward of one sample.
+
+    Args:
+        score: weighted sum of the components.
+        components: each component's unweighted value by its name, and `name/key` for what else its
+            function returned.
+        failures: the calls that failed; their value is the pool's `failed`.
+    """
+
+    score: float
+    components: Mapping[str, float]
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass(kw_only=True)
+class _Worker:
+    pid: int
+    channel: socket.socket
+    deadline: float
+    ready: bool = False
+    call: int | None = None
+
+
+@dataclass(kw_only=True)
+class _Tally:
+    """A component's calls since its failures were last judged."""
+
+    calls: int = 0
+    failures: int = 0
+    worked: bool = False
+    first: str = ""
+
+
+class RewardPool:
+    """Workers that score samples with the components of `specs`. Not for use from two threads.
+
+    Args:
+        server: the rank's fork server, started first thing in the program.
+        specs: the components; their names differ.
+        num_workers: processes at most; they start when first needed.
+        timeout_s: wall-clock seconds of one call of one component.
+        memory_mb: MiB that calls may take beyond what the loaded worker has; None: no limit.
+        failed: the value of a component whose call failed.
+        max_failed: share of a component's failed calls from which on it is an error.
+        load_timeout_s: seconds to import the functions.
+        output: file that gets what reward functions print; None: nothing is kept.
+
+    Raises:
+        ValueError: a function cannot be loaded (one worker loads them at once, to know); a name
+            stands twice; a limit is not positive.
+    """
+
+    def __init__(
+        self,
+        server: RewardServer,
+        specs: Sequence[RewardSpec],
+        *,
+        num_workers: int = 2,
+        timeout_s: float = 10.0,
+        memory_mb: int | None = 4096,
+        failed: float = 0.0,
+        max_failed: float = 1.0,
+        load_timeout_s: float = 120.0,
+        output: Path | None = None,
+    ) -> None:
+        names = [spec.name for spec in specs]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"reward components need one name each, at least one: {names}")
+        if num_workers < 1 or timeout_s <= 0 or not 0 <= max_failed <= 1:
+            raise ValueError(
+                f"num_workers={num_workers} and timeout_s={timeout_s} must be positive, "
+                f"max_failed={max_failed} from 0 to 1"
+            )
+        self._server = server
+        self._specs = tuple(specs)
+        self._num_workers = num_workers
+        self._timeout_s = timeout_s
+        self._load_timeout_s = load_timeout_s
+        self._failed = failed
+        self._max_failed = max_failed
+        settings = WorkerSettings(
+            specs=self._specs,
+            cpu_s=timeout_s,
+            memory_mb=memory_mb,
+            output=None if output is None else str(output.resolve()),
+        )
+        self._settings = pickle.dumps(settings)
+        self._tallies = [_Tally() for _ in specs]
+        self._workers: list[_Worker] = []
+        self._selector = selectors.DefaultSelector()
+        server.preload(sorted({name for spec in specs for name in needed_modules(spec)}))
+        try:
+            self._start_worker()
+            while not self._workers[0].ready:
+                self._wait({})
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The components' names."""
+        return tuple(spec.name for spec in self._specs)
+
+    def score(
+        self, jobs: Sequence[RewardJob], *, progress: Callable[[int, int], None] | None = None
+    ) -> list[RewardResult]:
+        """The rewards of `jobs`, in order. `progress(done, total)` counts calls.
+
+        Raises:
+            RewardError: a component fails too often; it carries the first traceback.
+        """
+        width = len(self._specs)
+        total = len(jobs) * width
+        pending = deque(range(total))
+        answers: dict[int, dict[str, Any]] = {}
+        for key, _ in self._selector.select(0):
+            self._take(key.data, answers)  # workers that have died since the last batch
+        try:
+            while len(answers) < total:
+                self._feed(jobs, pending)
+                before = len(answers)
+                self._wait(answers)
+                if progress is not None and len(answers) > before:
+                    progress(len(answers), total)
+        finally:
+            # After an exception nothing may answer a call of the past.
+            for worker in [worker for worker in self._workers if worker.call is not None]:
+                self._stop_worker(worker)
+        results = [
+            self._result(answers, range(i * width, i * width + width)) for i in range(len(jobs))
+        ]
+        self._judge(results)
+        return results
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in list(self._workers):
+            self._stop_worker(worker)
+        self._selector.close()
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _start_worker(self) -> None:
+        pid, channel = self._server.fork()
+        deadline = time.monotonic() + self._load_timeout_s
+        worker = _Worker(pid=pid, channel=channel, deadline=deadline)
+        self._workers.append(worker)
+        self._selector.register(channel, selectors.EVENT_READ, worker)
+        channel.settimeout(self._load_timeout_s)
+        send(channel, self._settings)
+        channel.settimeout(self._timeout_s)
+
+    def _stop_worker(self, worker: _Worker) -> int:
+        self._workers.remove(worker)
+        self._selector.unregister(worker.channel)
+        worker.channel.close()
+        return self._server.kill(worker.pid)
+
+    def _feed(self, jobs: Sequence[RewardJob], pending: deque[int]) -> None:
+        """Hand a call to every idle worker; start workers while more calls wait."""
+        idle = sum(worker.call is None for worker in self._workers)
+        for _ in range(min(self._num_workers - len(self._workers), len(pending) - idle)):
+            self._start_worker()
+        for worker in list(self._workers):
+            if not pending or not worker.ready or worker.call is not None:
+                continue
+            worker.call = pending.popleft()
+            worker.deadline = time.monotonic() + self._timeout_s
+            job = jobs[worker.call // len(self._specs)]
+            arguments = (job.prompt, job.response, job.answer, job.entry)
+            try:
+                send(worker.channel, pickle.dumps((worker.call % len(self._specs), arguments)))
+            except (BrokenPipeError, ConnectionResetError):
+                # It died while idle: the call is not to blame.
+                pending.appendleft(worker.call)
+                self._stop_worker(worker)
+
+    def _wait(self, answers: dict[int, dict[str, Any]]) -> None:
+        """Take in what workers say, until one has said something or a time limit has passed."""
+        if not self._workers:
+            return
+        limit = min(w.deadline for w in self._workers if w.call is not None or not w.ready)
+        for key, _ in self._selector.select(max(0.0, limit - time.monotonic())):
+            self._take(key.data, answers)
+        now = time.monotonic()
+        for worker in list(self._workers):
+            busy = worker.call is not None or not worker.ready
+            if busy and worker.deadline <= now:
+                message = f"no answer in {self._timeout_s} s"
+                self._lose(worker, {"reason": "timeout", "message": message}, answers)
+
+    def _take(self, worker: _Worker, answers: dict[int, dict[str, Any]]) -> None:
+        try:
+            message = receive(worker.channel)
+        except TimeoutError:
+            message = None
+        if message is None:
+            self._lose(worker, {"reason": "died"}, answers)
+            return
+        answer = json.loads(message)
+        if not worker.ready:
+            if "error" in answer:
+                log.error("%s", answer["trace"])
+                raise ValueError(answer["error"])
+            worker.ready = True
+            return
+        assert worker.call is not None, worker
+        self._store(worker.call, answer, answers)
+        worker.call = None
+        if answer.get("reason") == "memory":
+            self._stop_worker(worker)  # what it holds would fail the next call too
+
+    def _lose(
+        self, worker: _Worker, answer: dict[str, Any], answers: dict[int, dict[str, Any]]
+    ) -> None:
+        """A worker that died or hangs: end it and count its call as failed."""
+        call, worker.call = worker.call, None
+        status = self._stop_worker(worker)
+        if not worker.ready:
+            names = [f"{spec.name} ({spec.function})" for spec in self._specs]
+            how = f"ended with exit code {status}" if answer["reason"] == "died" else "hung"
+            raise ValueError(
+                f"the reward worker {how} while it loaded {', '.join(names)} "
+                f"(limit {self._load_timeout_s} s)"
+            )
+        if status == -signal.SIGXCPU:
+            answer = {"reason": "timeout", "message": f"over {self._timeout_s} s of CPU time"}
+        elif answer["reason"] == "died":
+            answer = {**answer, "message": f"the worker ended with exit code {status}"}
+        if call is not None:
+            self._store(call, answer, answers)
+
+    def _store(self, call: int, answer: dict[str, Any], answers: dict[int, dict[str, Any]]) -> None:
+        answers[call] = answer
+        component = call % len(self._specs)
+        tally = self._tallies[component]
+        tally.calls += 1
+        if "values" in answer:
+            tally.worked = True
+            return
+        tally.failures += 1
+        tally.first = tally.first or answer["message"]
+        if not tally.worked and tally.failures >= MAX_START:
+            raise self._error(component)
+
+    def _result(self, answers: Mapping[int, dict[str, Any]], calls: range) -> RewardResult:
+        components: dict[str, float] = {}
+        failures = []
+        score = 0.0
+        for spec, call in zip(self._specs, calls, strict=True):
+            answer = answers[call]
+            if "values" not in answer:
+                failures.append(
+                    Failure(component=spec.name, reason=answer["reason"], message=answer["message"])
+                )
+            values = answer.get("values", {"score": self._failed})
+            score += spec.weight * values["score"]
+            components[spec.name] = values["score"]
+            components |= {f"{spec.name}/{k}": v for k, v in values.items() if k != "score"}
+        return RewardResult(score=score, components=components, failures=tuple(failures))
+
+    def _judge(self, results: Sequence[RewardResult]) -> None:
+        """Log this batch's failures; raise when a component's share of them is too large."""
+        failures = [failure for result in results for failure in result.failures]
+        for spec in self._specs:
+            mine = [failure for failure in failures if failure.component == spec.name]
+            if mine:
+                reasons = dict(Counter(failure.reason for failure in mine))
+                log.warning(
+                    "reward %s: %d of %d calls failed %s and count as %g; the first: %s",
+                    *(spec.name, len(mine), len(results), reasons, self._failed),
+                    mine[0].message.strip(),
+                )
+        for component, tally in enumerate(self._tallies):
+            if tally.calls < MIN_JUDGED:
+                continue  # a small batch is judged with those that follow
+            if tally.failures and tally.failures >= self._max_failed * tally.calls:
+                raise self._error(component)
+            self._tallies[component] = _Tally(worked=tally.worked)
+
+    def _error(self, component: int) -> RewardError:
+        spec, tally = self._specs[component], self._tallies[component]
+        return RewardError(
+            f"reward {spec.name!r} ({spec.function}): {tally.failures} of {tally.calls} calls "
+            f"failed (allowed: under {self._max_failed:.0%}); the first:\n{tally.first}"
+        )

@@ -1,0 +1,221 @@
+"""The fork server's process and the worker processes that it forks: what runs outside the rank.
+
+The server holds no threads and no CUDA, imports the built-in rewards' libraries once, and forks a
+worker in milliseconds. It imports nothing but the standard library itself. Messages to it are
+JSON datagrams on one socket; the end of that socket (the rank is gone) ends every worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import math
+import os
+import pickle
+import resource
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from spmdrl.rewards.functions import RewardFunction, RewardSpec, load
+
+MAX_TRACEBACK = 4000
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What a worker is told when it starts.
+
+    Args:
+        specs: the components it scores.
+        cpu_s: CPU seconds that one call may take, a second line behind the rank's wall clock.
+        memory_mb: MiB that calls may take beyond what the loaded worker has; None: no limit.
+        output: file that gets what reward functions print; None: nothing is kept.
+    """
+
+    specs: tuple[RewardSpec, ...]
+    cpu_s: float
+    memory_mb: int | None
+    output: str | None
+
+
+def serve(control_fd: int) -> None:
+    """The fork server: answers requests until the rank's end of the socket closes."""
+    control = socket.socket(fileno=control_fd)
+    _outlive_signals()
+    children: set[int] = set()
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 65536, 1)
+        if not message:
+            break
+        request = json.loads(message)
+        if request["do"] == "preload":
+            _preload(request["modules"])
+        elif request["do"] == "fork":
+            pid = _fork_worker(control, descriptors[0])
+            children.add(pid)
+            _answer(control, request["number"], pid)
+        else:
+            children.remove(request["pid"])
+            _answer(control, request["number"], _kill(request["pid"]))
+    for pid in children:
+        _kill(pid)
+
+
+def _answer(control: socket.socket, number: int, value: int) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the rank is gone: the next read says so
+        control.send(json.dumps([number, value]).encode())
+
+
+def _outlive_signals() -> None:
+    """A signal to the whole job (Ctrl-C, Slurm's warning) is the rank's to answer.
+
+    Handlers, not SIG_IGN: programs that a reward function starts get the defaults back.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda *_: None)
+
+
+def _preload(modules: Sequence[str]) -> None:
+    for name in modules:
+        # A module that is not installed is reported by the worker that needs it.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.freeze()  # keeps collections in workers from touching, and so copying, shared pages
+
+
+def _fork_worker(control: socket.socket, descriptor: int) -> int:
+    pid = os.fork()
+    if pid == 0:
+        _run_worker(control, descriptor)
+    os.close(descriptor)
+    # Both sides set the group, so that a kill of the group can follow at once.
+    with contextlib.suppress(ProcessLookupError):
+        os.setpgid(pid, pid)
+    return pid
+
+
+def _kill(pid: int) -> int:
+    """End a worker and what it started; its exit code, negative for a signal."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _run_worker(control: socket.socket, descriptor: int) -> NoReturn:
+    try:
+        os.setpgid(0, 0)
+        control.close()
+        work(socket.socket(fileno=descriptor))
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)  # never back into the server's loop
+
+
+def work(channel: socket.socket) -> None:
+    """A worker: load the functions, say so, then answer calls until the channel closes."""
+    message = receive(channel)
+    if message is None:
+        return
+    settings: WorkerSettings = pickle.loads(message)
+    _redirect_output(settings.output)
+    try:
+        functions = [load(spec) for spec in settings.specs]
+    except ValueError as error:
+        send(channel, json.dumps({"error": str(error), "trace": _trace()}).encode())
+        return
+    if settings.memory_mb is not None:
+        _limit_memory(settings.memory_mb)
+    send(channel, json.dumps({"ready": True}).encode())
+    while (message := receive(channel)) is not None:
+        component, arguments = pickle.loads(message)
+        _limit_cpu(settings.cpu_s)
+        reply = call(functions[component], arguments)
+        send(channel, json.dumps(reply).encode())
+
+
+def call(function: RewardFunction, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """`{"values": {"score": …}}`, or `{"reason": …, "message": …}` when it failed."""
+    try:
+        values = _named(function(*arguments))
+    except MemoryError:
+        return {"reason": "memory", "message": "MemoryError: the call went past the memory limit"}
+    # Whatever a reward function raises (SystemExit too) is a failed call, not a failed worker.
+    except BaseException:
+        return {"reason": "exception", "message": _trace()}
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if bad:
+        return {"reason": "nan", "message": f"the reward function returned {bad}"}
+    return {"values": values}
+
+
+def _named(value: float | Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        return {"score": float(value)}
+    if "score" not in value:
+        raise ValueError(f"a reward function's dict must hold 'score'; it has {list(value)}")
+    return {str(name): float(number) for name, number in value.items()}
+
+
+def _trace() -> str:
+    return traceback.format_exc()[-MAX_TRACEBACK:]
+
+
+def _redirect_output(output: str | None) -> None:
+    """Point the standard streams away from the rank's console and last line."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    sink = null
+    if output is not None:
+        sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)  # a kill flushes nothing
+
+
+def _limit_memory(extra_mb: int) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + extra_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+def _limit_cpu(seconds: float) -> None:
+    """RLIMIT_CPU counts over the whole life of a process: move it along before every call."""
+    used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds) + 1, hard))
+
+
+def send(channel: socket.socket, payload: bytes) -> None:
+    """One length-prefixed message."""
+    channel.sendall(struct.pack("!I", len(payload)) + payload)
+
+
+def receive(channel: socket.socket) -> bytes | None:
+    """One length-prefixed message; None when the other end is gone."""
+    header = _read(channel, 4)
+    return None if header is None else _read(channel, struct.unpack("!I", header)[0])
+
+
+def _read(channel: socket.socket, count: int) -> bytes | None:
+    parts: list[bytes] = []
+    while count:
+        try:
+            part = channel.recv(min(count, 1 << 20))
+        except ConnectionResetError:
+            return None
+        if not part:
+            return None
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,104 @@
+"""The rank's handle on its fork server. Imports neither torch nor anything else that is heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+
+def start_reward_server() -> RewardServer:
+    """Start the fork server: the first thing a program does, before `import torch`.
+
+    Workers are forked from the server, never from the rank, which by then may hold CUDA contexts,
+    registered memory and threads that do not survive a fork. The server is a fresh interpreter
+    (a new program, not a fork of this one) in a session of its own, so that a Ctrl-C or a signal to
+    the rank's process group leaves it alone; it ends when the rank does.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        f"from spmdrl.rewards.process import serve; serve({theirs.fileno()})"
+    )
+    environment = {
+        # One thread per worker, and the same set order in every worker of every rank.
+        "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "0",
+        **os.environ,
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        pass_fds=(theirs.fileno(),),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment,
+    )
+    theirs.close()
+    return RewardServer(process, ours)
+
+
+class RewardServer:
+    """Forks and ends reward workers. One rank has one; several pools may share it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket) -> None:
+        self._process = process
+        self._control = control
+        self._num_requests = 0
+
+    def preload(self, modules: Sequence[str]) -> None:
+        """Import modules in the server, so that workers forked later have them."""
+        self._request({"do": "preload", "modules": list(modules)}, [])
+
+    def fork(self) -> tuple[int, socket.socket]:
+        """A new worker: its process id and the socket that it listens on."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self._request({"do": "fork"}, [theirs.fileno()])
+        return self._answer(), ours
+
+    def kill(self, pid: int) -> int:
+        """End a worker with all that it started; its exit code, negative for a signal."""
+        self._request({"do": "kill", "pid": pid}, [])
+        return self._answer()
+
+    def close(self) -> None:
+        """End the server and all its workers."""
+        self._control.close()
+        self._process.wait()
+
+    def __enter__(self) -> RewardServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _request(self, request: dict[str, object], descriptors: list[int]) -> None:
+        self._num_requests += 1
+        message = json.dumps({**request, "number": self._num_requests}).encode()
+        try:
+            socket.send_fds(self._control, [message], descriptors)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise self._ended() from error
+
+    def _answer(self) -> int:
+        """The answer to the last request; those to interrupted requests before it are passed."""
+        while True:
+            message = self._control.recv(4096)
+            if not message:
+                raise self._ended()
+            number, value = json.loads(message)
+            if number == self._num_requests:
+                return int(value)
+
+    def _ended(self) -> RuntimeError:
+        return RuntimeError(f"the reward server ended (exit code {self._process.poll()})")

@@ -1,0 +1,67 @@
+"""Held-out prompts share no question with the training prompts."""
+
+import numpy as np
+import pytest
+
+from spmdrl.data.prompts import LoadReport, PromptSet, PromptSource, load_prompts
+from spmdrl.data.split import split, without_overlap
+
+
+class Characters:
+    """A tokenizer of characters."""
+
+    chat_template = None
+
+    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
+        raise NotImplementedError
+
+    def __call__(self, text, *, add_special_tokens):
+        return {"input_ids": [[ord(c) for c in one] for one in text]}
+
+
+def chain_sum(*, size, seed, max_digits=1):
+    parameters = {"min_terms": 2, "max_terms": 2, "max_digits": max_digits}
+    source = PromptSource(
+        source="reasoning_gym:chain_sum", parameters=parameters, size=size, seed=seed, chat=False
+    )
+    return load_prompts(source, Characters())
+
+
+def test_a_small_task_space_is_divided_by_question():
+    prompts = chain_sum(size=3000, seed=1)
+    parts = split(prompts, num_held_out=80)
+    train, held_out = parts.train.texts(), parts.held_out.texts()
+    assert len(held_out) == len(set(held_out)) == 80
+    assert len(set(train)) == 120 and not set(train) & set(held_out)
+    assert "hold 200 distinct questions: 80 are held out, 120 train" in parts.note
+    assert all(p.text == bytes(p.tokens).decode() for p in parts.held_out)
+
+
+def test_the_held_out_questions_depend_on_text_and_seed_alone():
+    few, many = chain_sum(size=3000, seed=1), chain_sum(size=4000, seed=2)
+    first, again = split(few, num_held_out=80), split(many, num_held_out=80)
+    assert set(first.held_out.texts()) == set(again.held_out.texts())
+    other = split(few, num_held_out=80, seed=1)
+    assert set(other.held_out.texts()) != set(first.held_out.texts())
+
+
+def test_two_sources_are_made_disjoint():
+    train = chain_sum(size=300, seed=1, max_digits=2)
+    held_out, note = without_overlap(chain_sum(size=300, seed=2, max_digits=2), train.texts())
+    assert 0 < len(held_out) < 300 and not set(held_out.texts()) & set(train.texts())
+    assert len(set(held_out.texts())) == len(held_out)
+    assert f"{len(held_out)} of 300" in note
+    with pytest.raises(ValueError, match="each of the 100 held-out questions is also trained on"):
+        without_overlap(chain_sum(size=100, seed=2), chain_sum(size=3000, seed=1).texts())
+
+
+@pytest.mark.parametrize("number", [0, 200, 500])
+def test_too_many_held_out(number):
+    with pytest.raises(ValueError, match=f"200 distinct questions: num_held_out={number}"):
+        split(chain_sum(size=3000, seed=1), num_held_out=number)
+
+
+def test_an_empty_subset():
+    report = LoadReport(num_rows=0, num_bad=0, num_long=0, longest=0)
+    empty = PromptSet([], np.empty(0, np.int32), np.empty(0, np.int64), report)
+    assert len(empty.subset([])) == 0 and list(empty) == []

@@ -1,0 +1,267 @@
+"""The reward pool: order, weights, and functions that raise, hang, return NaN, eat memory, die."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spmdrl.rewards.functions import RewardSpec
+from spmdrl.rewards.pool import RewardError, RewardJob, RewardPool
+from spmdrl.rewards.server import start_reward_server
+
+USER = '''
+import os, subprocess, sys, time
+
+def naughty(prompt, response, answer, entry):
+    """Does what the response says."""
+    print("noise", response)
+    if response == "raise":
+        raise KeyError("from the reward")
+    if response == "exit":
+        sys.exit(3)
+    if response == "hang":
+        time.sleep(60)
+    if response == "hang with child":
+        child = subprocess.Popen(["sleep", "60"])
+        open(entry["pid_file"], "w").write(f"{os.getpid()} {child.pid}")
+        child.wait()
+    if response == "nan":
+        return float("nan")
+    if response == "inf":
+        return float("inf")
+    if response == "none":
+        return None
+    if response == "memory":
+        return float(len(bytearray(2**31)))
+    if response == "die":
+        os._exit(7)
+    return float(response)
+
+def parts(prompt, response, answer, entry):
+    return {"score": float(response), "length": len(response)}
+
+def no_score(prompt, response, answer, entry):
+    return {"length": 1.0}
+
+def torch_free(prompt, response, answer, entry):
+    return float("torch" not in sys.modules)
+'''
+
+
+@pytest.fixture(scope="module")
+def server():
+    with start_reward_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def user(tmp_path_factory):
+    file = tmp_path_factory.mktemp("user") / "mine.py"
+    file.write_text(USER)
+    return str(file)
+
+
+def jobs(*responses, **entry):
+    return [RewardJob(prompt="p", response=r, answer="5", entry=entry) for r in responses]
+
+
+def naughty(server, user, **settings):
+    spec = RewardSpec(name="naughty", function=f"{user}:naughty")
+    settings = {"timeout_s": 0.5, "memory_mb": 256} | settings
+    return RewardPool(server, [spec], **settings)
+
+
+def gone(pid, within_s=5.0):
+    """Whether a process ends (or is a zombie) within some seconds."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_order_weights_and_columns(server, user):
+    specs = [
+        RewardSpec(name="right", function="number", weight=2.0),
+        RewardSpec(name="parts", function=f"{user}:parts", weight=0.5),
+    ]
+    with RewardPool(server, specs, num_workers=3) as pool:
+        seen = []
+        results = pool.score(
+            jobs(*[str(i) for i in range(20)]), progress=lambda done, total: seen.append(done)
+        )
+        assert pool.score([]) == []
+    assert [r.score for r in results] == [2.0 * (i == 5) + 0.5 * i for i in range(20)]
+    assert results[5].components == {"right": 1.0, "parts": 5.0, "parts/length": 1.0}
+    assert results[12].components == {"right": 0.0, "parts": 12.0, "parts/length": 2.0}
+    assert not any(r.failures for r in results)
+    assert seen[-1] == 40 and seen == sorted(seen)
+
+
+def test_each_kind_of_failure_costs_one_call(server, user, caplog):
+    bad = ["raise", "exit", "hang", "nan", "inf", "none", "memory", "die"]
+    with naughty(server, user, failed=-1.0) as pool:
+        responses = [r for word in bad for r in (word, "1")]
+        results = pool.score(jobs(*responses))
+        assert [r.score for r in results] == [-1.0, 1.0] * len(bad)
+        reasons = [r.failures[0].reason for r in results[::2]]
+        assert reasons == [
+            *("exception", "exception", "timeout", "nan", "nan", "exception", "memory", "died")
+        ]
+        assert "KeyError: 'from the reward'" in results[0].failures[0].message
+        assert "exit code 7" in results[-2].failures[0].message
+        assert not any(r.failures for r in results[1::2])
+        assert [r.score for r in pool.score(jobs("2", "3"))] == [2.0, 3.0]
+    assert "8 of 16 calls failed" in caplog.text and "'timeout': 1" in caplog.text
+
+
+def test_hanging_calls_run_out_side_by_side(server, user):
+    with naughty(server, user, num_workers=4) as pool:
+        start = time.monotonic()
+        results = pool.score(jobs("hang", "1", "hang", "2", "hang", "3", "hang", "4"))
+        assert time.monotonic() - start < 1.5
+    assert [r.score for r in results[1::2]] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_what_a_hanging_function_started_is_killed_too(server, user, tmp_path):
+    pid_file = tmp_path / "pids"
+    with naughty(server, user) as pool:
+        assert pool.score(jobs("hang with child", pid_file=str(pid_file)))[0].failures
+    assert all(gone(int(pid)) for pid in pid_file.read_text().split())
+
+
+def test_a_batch_that_fails_throughout_is_an_error_with_the_traceback(server, user):
+    with naughty(server, user) as pool:
+        assert pool.score(jobs(*["raise"] * 4))[0].failures  # too few calls to say
+        with pytest.raises(RewardError, match=r"(?s)'naughty'.*8 of 8 calls.*KeyError"):
+            pool.score(jobs(*["raise"] * 4))
+    with naughty(server, user, max_failed=0.25) as pool:
+        pool.score(jobs(*["raise", *["1"] * 7]))
+        with pytest.raises(RewardError, match="2 of 8 calls"):
+            pool.score(jobs(*["raise", "raise", *["1"] * 6]))
+
+
+def test_a_function_that_never_works_is_given_up_early(server, user):
+    with naughty(server, user, timeout_s=0.05, num_workers=4) as pool:
+        start = time.monotonic()
+        with pytest.raises(RewardError, match="16 of 16 calls"):
+            pool.score(jobs(*["hang"] * 1000))
+        assert time.monotonic() - start < 5
+
+
+def test_a_dict_without_score_is_a_failure(server, user):
+    with RewardPool(server, [RewardSpec(name="x", function=f"{user}:no_score")]) as pool:
+        failure = pool.score(jobs("1"))[0].failures[0]
+    assert failure.reason == "exception" and "must hold 'score'" in failure.message
+
+
+def test_workers_do_not_import_torch(server, user):
+    with RewardPool(server, [RewardSpec(name="x", function=f"{user}:torch_free")]) as pool:
+        assert pool.score(jobs("1"))[0].score == 1.0
+
+
+def test_output_goes_to_its_file(server, user, tmp_path, capfd):
+    with naughty(server, user, output=tmp_path / "out.txt") as pool:
+        pool.score(jobs("1"))
+    with naughty(server, user) as pool:
+        pool.score(jobs("1"))
+    assert (tmp_path / "out.txt").read_text() == "noise 1\n"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_small_calls_are_cheap(server):
+    with RewardPool(server, [RewardSpec(name="x", function="number")]) as pool:
+        pool.score(jobs(*["1"] * 64))
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            pool.score(jobs(*["1"] * 64))
+            seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x = 1 / 0", "'mine'.*cannot be imported: ZeroDivisionError"),
+        ("def g(): pass", "has no function 'f'"),
+        ("import os; os._exit(9)", "exit code 9 while it loaded mine"),
+        ("import time; time.sleep(60)", "hung while it loaded mine"),
+        ("def f(:", "SyntaxError"),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_is_named_at_once(server, tmp_path, source, message):
+    file = tmp_path / "bad.py"
+    file.write_text(source)
+    with pytest.raises(ValueError, match=message):
+        RewardPool(server, [RewardSpec(name="mine", function=f"{file}:f")], load_timeout_s=0.5)
+
+
+def test_bad_settings_are_refused(server):
+    spec = RewardSpec(name="x", function="number")
+    with pytest.raises(ValueError, match="one name each"):
+        RewardPool(server, [spec, spec])
+    with pytest.raises(ValueError, match="one name each"):
+        RewardPool(server, [])
+    with pytest.raises(ValueError, match="timeout_s=0"):
+        RewardPool(server, [spec], timeout_s=0)
+
+
+def test_an_interrupted_batch_leaves_nothing_behind(server, user):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with naughty(server, user) as pool:
+        with pytest.raises(KeyboardInterrupt):
+            pool.score(jobs(*["1"] * 8), progress=interrupt)
+        assert [r.score for r in pool.score(jobs("2", "3", "4"))] == [2.0, 3.0, 4.0]
+
+
+def test_a_worker_that_dies_while_idle_is_replaced(server, user):
+    with naughty(server, user, num_workers=1) as pool:
+        pool.score(jobs("1"))
+        os.kill(pool._workers[0].pid, signal.SIGKILL)
+        assert gone(pool._workers[0].pid)
+        assert [r.score for r in pool.score(jobs("2", "3"))] == [2.0, 3.0]
+
+
+ORPHAN = """
+import os, sys
+from spmdrl.rewards.functions import RewardSpec
+from spmdrl.rewards.pool import RewardJob, RewardPool
+from spmdrl.rewards.server import start_reward_server
+assert "torch" not in sys.modules
+server = start_reward_server()
+pool = RewardPool(server, [RewardSpec(name="x", function=sys.argv[1] + ":naughty")], timeout_s=60)
+entry = {"pid_file": sys.argv[2]}
+job = RewardJob(prompt="", response="hang with child", answer=None, entry=entry)
+pool.score([job])
+"""
+
+
+def test_workers_outlive_signals_to_the_group_but_not_the_rank(user, tmp_path):
+    pid_file = tmp_path / "pids"
+    rank = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN, user, str(pid_file)], start_new_session=True
+    )
+    try:
+        while not pid_file.exists() or not pid_file.read_text():
+            assert rank.poll() is None
+            time.sleep(0.02)
+        pids = [int(pid) for pid in pid_file.read_text().split()]
+        os.kill(pids[0], signal.SIGTERM)
+        os.kill(pids[0], signal.SIGINT)
+        time.sleep(0.1)
+        assert not gone(pids[0], within_s=0.1)
+    finally:
+        rank.kill()
+        rank.wait()
+    assert all(gone(pid) for pid in pids)
