@@ -9,14 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
 from spmdrl.config import Config, check_crossed
 
-_ENVIRONMENT = re.compile(r"\$\{([A-Z][A-Z0-9_]*)(?::([^}]*))?\}")
+_ENVIRONMENT = re.compile(r"^\s*#.*|\$\{([A-Z][A-Z0-9_]*)(?::([^}]*))?\}", re.MULTILINE)
+"""A whole comment line (left as it is), or `${NAME}` or `${NAME:default}`."""
+
+
+_WILDCARDS = {"roles": "NAME", "rewards": "0"}
+"""What stands for the user's own role names and list places in `known_keys`."""
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -28,9 +33,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """
     merged = _read(Path(path), ())
     for word in overrides:
-        merged = _override(merged, word)
+        _override(merged, word)
     try:
-        plain = OmegaConf.to_container(merged, resolve=True)
+        plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {error}") from None
     config = parse_config(plain, str(path))
@@ -43,7 +48,10 @@ def parse_config(values: Any, origin: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [_explain_error(detail, origin) for detail in error.errors()]
+        problems: dict[str, list[Any]] = {}
+        for detail in error.errors():
+            problems.setdefault(_key_of(detail, values), []).append(detail)
+        lines = [f"{origin}: {_problem(*item)}" for item in problems.items()]
         raise ValueError("\n".join(lines)) from None
 
 
@@ -55,8 +63,8 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         if inner is None:
             keys.append(prefix + name)
             continue
-        middle = {"roles": "roles.NAME", "rewards": "rewards.0"}.get(name, name)
-        keys += known_keys(inner, f"{prefix}{middle}.")
+        wildcard = f".{_WILDCARDS[name]}" if name in _WILDCARDS else ""
+        keys += known_keys(inner, f"{prefix}{name}{wildcard}.")
     return keys
 
 
@@ -82,24 +90,29 @@ def _read(path: Path, chain: tuple[Path, ...]) -> DictConfig:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(content, DictConfig):
         raise ValueError(f"{path}: the file must hold `key: value` lines at its top level")
-    includes = content.pop("includes", [])
-    parts = [_read(path.parent / name, (*chain, path)) for name in includes]
-    merged = OmegaConf.merge(*parts, content)
+    includes = content.pop("includes", OmegaConf.create([]))
+    if not isinstance(includes, ListConfig):
+        raise ValueError(f"{path}: includes={includes!r} must be a list of files")
+    parts = [_read(path.parent / str(name), (*chain, path)) for name in includes]
+    try:
+        merged = OmegaConf.merge(*parts, content)
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ValueError(f"{path} does not fit the files that it includes: {error}") from None
     assert isinstance(merged, DictConfig)
     return merged
 
 
-def _override(config: DictConfig, word: str) -> DictConfig:
-    key, equals, _ = word.partition("=")
+def _override(config: DictConfig, word: str) -> None:
+    key, equals, text = word.partition("=")
     if not equals or not key:
         raise ValueError(f"override {word!r}: write it as key=value, e.g. train.lr=1e-5")
+    text = _substitute(text, f"override {word!r}")
     try:
-        word = _substitute(word, f"override {word!r}")
-        merged = OmegaConf.merge(config, OmegaConf.from_dotlist([word]))
-    except (OmegaConfBaseException, YAMLError) as error:
+        # "value=..." is read with YAML's types; update also reaches into lists (rewards.0.weight)
+        value = OmegaConf.from_dotlist([f"value={text}"])["value"]
+        OmegaConf.update(config, key, value, merge=True)
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"override {word!r}: {error}") from None
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 def _substitute(text: str, origin: str) -> str:
@@ -107,6 +120,8 @@ def _substitute(text: str, origin: str) -> str:
 
     def value_of(match: re.Match[str]) -> str:
         name, default = match.group(1), match.group(2)
+        if name is None:
+            return match.group()
         value = os.environ.get(name, default)
         if value is None:
             raise ValueError(
@@ -118,16 +133,41 @@ def _substitute(text: str, origin: str) -> str:
     return _ENVIRONMENT.sub(value_of, text)
 
 
-def _explain_error(detail: Mapping[str, Any], origin: str) -> str:
-    location = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        parts = detail["loc"]
-        candidates = [
-            k.replace("NAME", str(parts[1])) if len(parts) > 1 else k for k in known_keys()
-        ]
-        near = difflib.get_close_matches(location, candidates, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{origin}: unknown key {location!r}{hint}"
+def _key_of(detail: Mapping[str, Any], values: Any) -> str:
+    """The dotted key of an error, without the names that pydantic adds for a union's choices."""
     if detail["type"] == "missing":
-        return f"{origin}: the key {location!r} is required"
-    return f"{origin}: {location}={detail['input']!r}: {detail['msg']}"
+        return ".".join(map(str, detail["loc"]))
+    parts: list[str] = []
+    for part in detail["loc"]:
+        if not (part in values if isinstance(values, dict) else isinstance(part, int)):
+            break
+        parts.append(str(part))
+        values = values[part]
+    return ".".join(parts)
+
+
+def _problem(key: str, details: Sequence[Mapping[str, Any]]) -> str:
+    """What is wrong with one key: a union gives a message for each of its choices."""
+    if details[0]["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_suggestion(key)}"
+    if details[0]["type"] == "missing":
+        return f"the key {key!r} is required"
+    return f"{key}={details[0]['input']!r}: {' or: '.join(d['msg'] for d in details)}"
+
+
+def _suggestion(key: str) -> str:
+    """The nearest known key: a neighbour, else a namesake elsewhere."""
+    parts = key.split(".")
+    general = list(parts)
+    if len(parts) > 2 and parts[0] in _WILDCARDS:
+        general[1] = _WILDCARDS[parts[0]]
+    known = known_keys()
+    prefix = "".join(f"{part}." for part in general[:-1])
+    neighbours = {k.removeprefix(prefix).split(".")[0] for k in known if k.startswith(prefix)}
+    near = difflib.get_close_matches(parts[-1], sorted(neighbours), n=1, cutoff=0.7)
+    if near:
+        return f"; did you mean {'.'.join([*parts[:-1], near[0]])!r}?"
+    near = [k for k in known if k.split(".")[-1] == parts[-1]]
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; the keys there are {', '.join(sorted(neighbours))}"

@@ -1,0 +1,208 @@
+"""From YAML files, overrides and the environment to a checked `Config`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spmdrl.config import num_optimizer_steps
+from spmdrl.config_files import known_keys, load_config
+
+BASE = """
+steps: 10
+run_dir: runs/test
+model: {path: models/toy}
+roles: {policy: {tp: 2}, rollout: {ranks: same as policy}}
+data:
+  train: {source: "reasoning_gym:chain_sum"}
+  prompts_per_step: 4
+rewards:
+- {function: exact}
+- {function: format, weight: 0.5}
+"""
+
+
+def write(folder: Path, **files: str) -> Path:
+    """Files `NAME.yaml`; the path of the first."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return folder / f"{next(iter(files))}.yaml"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write(tmp_path, base=BASE)
+
+
+def test_values_have_their_types(base: Path) -> None:
+    config = load_config(base, ["train.lr=1e-5", "evaluation.k=[1,2]", "evaluation.num_samples=2"])
+    assert config.train.lr == 1e-5
+    assert config.evaluation.k == (1, 2)
+    assert config.roles["policy"].tp == 2
+    assert config.rewards[1].weight == 0.5
+    assert (config.role_kind("policy"), config.model_path("policy")) == (
+        "policy",
+        Path("models/toy"),
+    )
+
+
+def test_later_files_win_and_overrides_win_over_all(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        top="includes: [base.yaml, sub/other.yaml]\nseed: 3\n",
+        base=BASE + "seed: 1\nflow: one\ntrain: {lr: 0.1, epochs: 7}\n",
+    )
+    (tmp_path / "sub").mkdir()
+    # an include is relative to the file that names it
+    write(tmp_path / "sub", other="includes: [deep.yaml]\nseed: 2\nflow: two\n", deep="steps: 5\n")
+    config = load_config(path, ["train.lr=0.2"])
+    assert (config.seed, config.flow, config.steps) == (3, "two", 5)
+    assert (config.train.lr, config.train.epochs) == (0.2, 7)
+
+
+def test_environment_gives_value_default_and_type(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_STEPS", "12")
+    monkeypatch.delenv("MY_LR", raising=False)
+    monkeypatch.setenv("MY_RUN", "runs/other")
+    text = BASE.replace("steps: 10", "steps: ${MY_STEPS:3}").replace("runs/test", "${MY_RUN}/a")
+    path = write(base.parent, env=text + "# ${UNSET} in a comment\ntrain: {lr: '${MY_LR:1e-3}'}\n")
+    config = load_config(path, ["seed=${MY_STEPS}", "model.tiny=${MY_TINY:true}"])
+    assert (config.steps, config.train.lr, config.run_dir) == (12, 1e-3, "runs/other/a")
+    assert (config.seed, config.model.tiny) == (12, True)
+    with pytest.raises(ValueError, match=r"\$\{MY_NONE\} is not set.*\$\{MY_NONE:default\}"):
+        load_config(path, ["seed=${MY_NONE}"])
+
+
+def test_interpolation_follows_overrides(base: Path) -> None:
+    path = write(
+        base.parent, link=BASE + "seed: ${steps}\nsampling: {max_tokens: '${data.group_size}'}\n"
+    )
+    config = load_config(path, ["steps=33", "data.group_size=5"])
+    assert (config.seed, config.sampling.max_tokens) == (33, 5)
+    with pytest.raises(ValueError, match=r"no\.such"):
+        load_config(path, ["run_dir=${no.such}"])
+
+
+def test_overrides_reach_into_lists_and_new_roles(base: Path) -> None:
+    config = load_config(
+        base, ["rewards.1.weight=2", "roles.reference.ranks=0,2", "data.train.task={min_terms: 3}"]
+    )
+    assert [reward.weight for reward in config.rewards] == [1.0, 2.0]
+    assert config.roles["reference"].ranks == "0,2"
+    assert config.data.train.task == {"min_terms": 3}
+    assert load_config(base, ["rewards=[]"]).rewards == ()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lrr=1", r"unknown key 'train\.lrr'; did you mean 'train\.lr'\?"),
+        ("trian.lr=1", r"unknown key 'trian'; did you mean 'train'\?"),
+        ("lr=1", r"unknown key 'lr'; did you mean 'train\.lr'\?"),
+        ("tp=1", r"unknown key 'tp'; did you mean 'roles\.NAME\.tp'\?"),
+        ("roles.policy.dp_shrad=1", r"'roles\.policy\.dp_shrad'; .* 'roles\.policy\.dp_shard'"),
+        ("rewards.1.wieght=1", r"'rewards\.1\.wieght'; did you mean 'rewards\.1\.weight'"),
+        ("evaluation.data={sorce: x}", r"mean 'evaluation\.data\.source'"),
+        ("model.xyz=1", r"unknown key 'model\.xyz'; the keys there are attention, dtype, path"),
+        ("steps=many", r"steps='many': .*valid integer"),
+        ("roles.policy.ranks=[0]", r"roles\.policy\.ranks=\[0\]: .*string or: .*integer"),
+        ("roles.policy.dp_shard=some", r"roles\.policy\.dp_shard='some': .*integer.* 'all'"),
+        ("steps=0", r"steps=0: .*greater than or equal to 1"),
+        ("steps=???", "steps"),
+        ("noequals", "key=value"),
+        ("=3", "key=value"),
+        ("rewards.x=3", r"override 'rewards\.x=3'"),
+        ("rewards.7.weight=3", r"override 'rewards\.7\.weight=3'"),
+        ("steps={", "override 'steps={'"),
+    ],
+)
+def test_a_bad_override_is_explained(base: Path, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(base, [override])
+    assert len(str(caught.value).splitlines()) <= 8
+
+
+def test_all_problems_are_listed_at_once(base: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.lr") as caught:
+        load_config(base, ["train.lr=-1", "sampling.top_q=1", "data.train={}", "steps=x"])
+    assert [key in str(caught.value) for key in ("train.lr", "sampling.top_q", "steps")] == [
+        True,
+        True,
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.num_minibatches=9"], ["train.num_minibatches=9", "data.prompts_per_step=4"]),
+        (
+            ["algorithm.overlong_buffer=64", "sampling.max_tokens=64"],
+            ["algorithm.overlong_buffer=64", "sampling.max_tokens=64"],
+        ),
+        (["algorithm.kl_coef=0.1"], ["algorithm.kl_coef=0.1", "roles=['policy', 'rollout']"]),
+        (["data.group_size=1"], ["flow=grpo", "data.group_size=1"]),
+        (
+            ["data.group_size=1", "data.prompts_per_step=1"],
+            ["data.prompts_per_step=1", "data.group_size=1"],
+        ),
+        (["evaluation.k=[1,8]"], ["evaluation.k=8", "evaluation.num_samples=1"]),
+        (["train.warmup_steps=10"], ["train.warmup_steps=10", "steps=10"]),
+    ],
+)
+def test_crossed_rules_name_both_keys_and_values(
+    base: Path, overrides: list[str], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_config(base, overrides)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_reference_by_kind_satisfies_the_kl_rule(base: Path) -> None:
+    config = load_config(base, ["algorithm.kl_coef=0.1", "roles.anchor.kind=reference"])
+    assert config.role_kind("anchor") == "reference"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "includes: [a.yaml]\n"}, "includes itself: .*a.yaml -> .*a.yaml"),
+        ({"a": "includes: [b.yaml]\n", "b": "includes: [a.yaml]\n"}, "includes itself"),
+        ({"a": "includes: [gone.yaml]\n"}, r"no config file .*gone\.yaml \(included by .*a\.yaml"),
+        ({"a": "includes: b.yaml\n"}, r"includes='b\.yaml' must be a list"),
+        ({"a": "steps: [1\n"}, r"a\.yaml: "),
+        ({"a": "steps: 1\nsteps: 2\n"}, r"a\.yaml: .*duplicate key steps"),
+        ({"a": "- steps\n"}, r"a\.yaml: .*top level"),
+        ({"a": "steps: ${}\n"}, r"a\.yaml: "),
+        ({"a": "includes: [b.yaml]\nrewards: {x: 1}\n", "b": "rewards: [1]\n"}, "does not fit"),
+        ({"a": ""}, "'steps' is required"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"(?s){message}"):
+        load_config(write(tmp_path, **files))
+
+
+def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config file .*none\.yaml"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"binary\.yaml"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_there_are_at_most_150_keys() -> None:
+    keys = known_keys()
+    assert len(keys) == len(set(keys))
+    assert 90 < len(keys) <= 150
+    for key in ("roles.NAME.dp_shard", "rewards.0.weight", "evaluation.data.source"):
+        assert key in keys
+
+
+def test_optimizer_steps(base: Path) -> None:
+    words: list[Any] = ["train.epochs=3", "train.num_minibatches=2"]
+    assert num_optimizer_steps(load_config(base, words)) == 60
