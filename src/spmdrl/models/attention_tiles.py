@@ -21,8 +21,8 @@ from .attention import AttentionFunction, Range, Span
 
 BLOCK_ROWS = 64
 """Query rows per piece of the explicit kernel."""
-MAX_SCORES = 1 << 17
-"""Scores per head in one tile: with 9 heads in float32 about 5 MB, near a core's cache."""
+MAX_SCORES = 1 << 16
+"""Scores per head in one tile: with 9 heads in float32 about 2.4 MB, near a core's cache."""
 PAD_RATIO, PAD_FLOOR = 0.25, 1024
 """A piece joins a tile if padding adds at most this share of its scores, or this many."""
 
