@@ -8,6 +8,7 @@ a GPU exchange rows the same way (gloo).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -73,6 +74,11 @@ class ExchangePlan:
                 return index
         return None
 
+    def rows_at(self, rank: int) -> Tensor:
+        """The global rows that `rank` takes, in its order; none outside the role."""
+        own = self.replica_of(rank)
+        return self.home.new_empty(0) if own is None else self.rows[own]
+
 
 def gather_rows(cost: Tensor, atom: Tensor, order: Tensor) -> RowTable:
     """The world's row table from each rank's own columns (all int64 `[B]`), in one minibatch."""
@@ -131,24 +137,30 @@ def send_to_role(plan: ExchangePlan, batch: Batch, names: Sequence[str]) -> Batc
 
     The row column `minibatch` is added. `batch` must have the columns of `names`, with the same
     dtypes on every rank, rows or none.
+
+    Raises:
+        ValueError: a column is missing or of Python objects, or another rank's has another dtype
+            or trailing dims.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     sent = batch.keep(names)
+    if sent.objects:
+        raise ValueError(f"the Python columns {sorted(sent.objects)} stay home: send tensors")
     columns = _schema(sent)
     outgoing: list[Tensor] = []
     for target in range(size):
-        replica = plan.replica_of(target)
-        rows = plan.rows[replica] if replica is not None else plan.rows[0][:0]
-        mine = plan.place[rows[plan.home[rows] == rank]]
-        outgoing.append(_pack(sent.select(mine), columns))
-    own = plan.replica_of(rank)
-    arriving = plan.rows[own] if own is not None else plan.rows[0][:0]
+        rows = plan.rows_at(target)
+        outgoing.append(_pack(sent.select(plan.place[rows[plan.home[rows] == rank]]), columns))
+    arriving = plan.rows_at(rank)
     sources = plan.home[arriving]
     counts = torch.bincount(sources, minlength=size).tolist()
     parts = _exchange(outgoing, counts, columns)
-    if own is None:
+    if plan.replica_of(rank) is None:
         return None
-    return _interleave(parts, sources).with_columns(rows={"minibatch": plan.minibatch[arriving]})
+    # rows arrive grouped by source rank, in this rank's order within each group
+    arrival = torch.argsort(sources, stable=True)
+    here = concat(parts).select(torch.argsort(arrival))
+    return here.with_columns(rows={"minibatch": plan.minibatch[arriving]})
 
 
 def bring_home(
@@ -157,30 +169,26 @@ def bring_home(
     """A role's result rows (in the order they had there) back to their home places.
 
     Only the first rank of each replica sends; rows may have new lengths.
+
+    Raises:
+        ValueError: `result` lacks a declared column, or has it with another dtype or shape.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    own = plan.replica_of(rank)
-    leading = own is not None and plan.replicas[own][0] == rank
-    outgoing: list[Tensor] = []
-    names = tuple(columns)
-    for target in range(size):
-        if leading and own is not None:
-            assert result is not None, "a member rank must return a result"
-            index = (plan.home[plan.rows[own]] == target).nonzero().flatten()
-            outgoing.append(_pack(result.select(index), names))
-        else:
-            outgoing.append(torch.empty(0, dtype=torch.uint8))
-    counts = [0] * size
-    places: list[Tensor] = []
-    for ranks, rows in zip(plan.replicas, plan.rows, strict=True):
-        mine = rows[plan.home[rows] == rank]
-        counts[ranks[0]] = len(mine)
+    leaders = {ranks[0]: rows for ranks, rows in zip(plan.replicas, plan.rows, strict=True)}
+    outgoing = [torch.empty(0, dtype=torch.uint8)] * size
+    if rank in leaders:
+        assert result is not None, "a member rank must return a result"
+        homes = plan.home[leaders[rank]]
+        outgoing = [
+            _pack(result.select((homes == target).nonzero().flatten()), columns)
+            for target in range(size)
+        ]
+    places = []
     for source in range(size):
-        for ranks, rows in zip(plan.replicas, plan.rows, strict=True):
-            if ranks[0] == source:
-                places.append(plan.place[rows[plan.home[rows] == rank]])
-    parts = _exchange(outgoing, counts, names)
-    order = torch.cat(places) if places else torch.zeros(0, dtype=torch.int64)
+        rows = leaders.get(source, plan.home[:0])
+        places.append(plan.place[rows[plan.home[rows] == rank]])
+    parts = _exchange(outgoing, [len(place) for place in places], columns)
+    order = torch.cat(places)
     assert len(order) == home_rows, (len(order), home_rows)
     return concat(parts).select(torch.argsort(order))
 
@@ -201,11 +209,19 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
 
 
+def _header(columns: Sequence[Column]) -> bytes:
+    """The columns as text, so that the receiver can tell that it expects the same ones."""
+    return "".join(f"{c.kind} {c.name!r} {c.dtype} {c.shape}\n" for c in columns).encode()
+
+
 def _pack(batch: Batch, columns: Sequence[Column]) -> Tensor:
-    """Lengths, then every column, as bytes."""
+    """Header, lengths, then every column, as bytes; nothing for no rows."""
+    parts = [_bytes(_typed(batch, column)) for column in columns]
     if batch.num_rows == 0:
         return torch.empty(0, dtype=torch.uint8)
-    return torch.cat([_bytes(batch.lengths), *(_bytes(_typed(batch, c)) for c in columns)])
+    header = torch.frombuffer(bytearray(_header(columns)), dtype=torch.uint8)
+    size = torch.tensor([len(header)])
+    return torch.cat([_bytes(size), header, _bytes(batch.lengths), *parts])
 
 
 def _typed(batch: Batch, column: Column) -> Tensor:
@@ -234,10 +250,10 @@ def _exchange(
     received = torch.empty(int(incoming.sum()), dtype=torch.uint8)
     dist.all_to_all_single(received, torch.cat(list(outgoing)), incoming.tolist(), sizes.tolist())
     parts = torch.split(received, incoming.tolist())
-    return [_unpack(part, count, columns) for part, count in zip(parts, counts, strict=True)]
+    return [_unpack(p, n, columns, r) for r, (p, n) in enumerate(zip(parts, counts, strict=True))]
 
 
-def _unpack(data: Tensor, num_rows: int, columns: Sequence[Column]) -> Batch:
+def _unpack(data: Tensor, num_rows: int, columns: Sequence[Column], source: int) -> Batch:
     position = 0
 
     def take(count: int, dtype: torch.dtype) -> Tensor:
@@ -248,20 +264,27 @@ def _unpack(data: Tensor, num_rows: int, columns: Sequence[Column]) -> Batch:
         position = stop
         return piece
 
+    if num_rows > 0:
+        header = bytes(take(int(take(1, torch.int64)), torch.uint8).tolist())
+        _check_header(header, _header(columns), source)
     lengths = take(num_rows, torch.int64)
     total = int(lengths.sum())
     tokens: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     for column in columns:
         first = total if column.kind == "token" else num_rows
-        count = first * torch.Size(column.shape).numel()
+        count = first * math.prod(column.shape)
         tensor = take(count, column.dtype).reshape(first, *column.shape)
         (tokens if column.kind == "token" else rows)[column.name] = tensor
     assert position == len(data), (position, len(data), num_rows)
     return Batch(lengths=lengths, tokens=tokens, rows=rows)
 
 
-def _interleave(parts: Sequence[Batch], sources: Tensor) -> Batch:
-    """Rows that arrive grouped by source rank, in the order that `sources` gives them."""
-    arrival = torch.argsort(sources, stable=True)
-    return concat(parts).select(torch.argsort(arrival, stable=True))
+def _check_header(received: bytes, expected: bytes, source: int) -> None:
+    if received != expected:
+        theirs, mine = received.decode().splitlines(), expected.decode().splitlines()
+        raise ValueError(
+            f"rank {source} sends the columns {sorted(set(theirs) - set(mine))} where rank "
+            f"{dist.get_rank()} has {sorted(set(mine) - set(theirs))}: a column has one kind, "
+            "dtype and trailing shape on all ranks, those without rows included"
+        )

@@ -36,12 +36,13 @@ class Mesh:
 
     Args:
         role: the role's name, for error messages.
-        ranks: world ranks, in mesh order (tp fastest).
+        ranks: world ranks, ascending, in mesh order (tp fastest).
         degrees: axis -> degree; axes left out have degree 1.
 
     Raises:
         ValueError: the degrees do not multiply to the number of ranks; a rank is outside the
-            world, or named twice.
+            world; the ranks do not ascend (torch sorts the ranks of a group: an index along an
+            axis is the rank in the axis' group).
     """
 
     def __init__(
@@ -57,18 +58,22 @@ class Mesh:
         shape = [self.degrees[axis] for axis in AXES]
         grid = torch.tensor(self.ranks, dtype=torch.int64).reshape(shape)
         self._grid = grid
-        self._groups: dict[str, dist.ProcessGroup] = {}
-        for name, axes in {**{a: (a,) for a in AXES}, **_MERGED}.items():
-            self._create_groups(name, axes)
+        self._groups = self._create_groups()
         self._shard_mesh = self._make_shard_mesh()
 
-    def _create_groups(self, name: str, axes: tuple[str, ...]) -> None:
-        if self._size_of(axes) == 1:
-            return
-        for ranks in _groups_of(self._grid, axes):
-            group = dist.new_group(list(ranks))
-            if self._rank in ranks:
-                self._groups[name] = group
+    def _create_groups(self) -> dict[str, dist.ProcessGroup]:
+        """This rank's group along every axis; axes that span the same ranks share one group."""
+        created: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        mine = {}
+        for name, axes in {**{a: (a,) for a in AXES}, **_MERGED}.items():
+            if self._size_of(axes) == 1:
+                continue
+            for ranks in _groups_of(self._grid, axes):
+                if ranks not in created:
+                    created[ranks] = dist.new_group(list(ranks))
+                if self._rank in ranks:
+                    mine[name] = created[ranks]
+        return mine
 
     def _make_shard_mesh(self) -> DeviceMesh | None:
         """The mesh that FSDP2 takes: (replicate, shard), one for each (pp, tp) coordinate."""
@@ -139,14 +144,14 @@ def coordinates(degrees: Mapping[str, int]) -> list[dict[str, int]]:
 def check_ranks(
     role: str, ranks: Sequence[int], degrees: Mapping[str, int], world_size: int
 ) -> None:
-    """ValueError unless `ranks` are distinct world ranks, as many as the degrees multiply to."""
+    """ValueError unless `ranks` are ascending world ranks, as many as the degrees multiply to."""
     outside = [r for r in ranks if not 0 <= r < world_size]
     if outside:
         raise ValueError(
             f"roles.{role}.ranks names ranks {outside}, but the world has ranks 0-{world_size - 1}"
         )
-    if len(set(ranks)) != len(ranks) or not ranks:
-        raise ValueError(f"roles.{role}.ranks must name each rank once and at least one: {ranks}")
+    if not ranks or list(ranks) != sorted(set(ranks)):
+        raise ValueError(f"roles.{role}.ranks must ascend and name each rank once: {list(ranks)}")
     unknown = set(degrees) - set(AXES)
     if unknown:
         raise ValueError(f"roles.{role}: unknown axes {sorted(unknown)}; there are {AXES}")
@@ -163,9 +168,7 @@ def _groups_of(grid: torch.Tensor, axes: Sequence[str]) -> list[tuple[int, ...]]
     """The rank groups along `axes`, one for each coordinate of the other axes, in grid order."""
     along = [AXES.index(a) for a in axes]
     rest = [i for i in range(len(AXES)) if i not in along]
-    size = 1
-    for i in along:
-        size *= grid.shape[i]
+    size = math.prod(grid.shape[i] for i in along)
     return [tuple(row) for row in grid.permute(*rest, *along).reshape(-1, size).tolist()]
 
 
