@@ -188,7 +188,7 @@ def _syncs(
     models: Mapping[str, Model],
     world: World,
 ) -> dict[tuple[str, str], WeightSync]:
-    """A sync from the policy to each rollout; a rollout without a policy reads its model's files."""
+    """From the policy to each rollout; without a policy the rollout reads its model's files."""
     policies = [name for name, role in roles.items() if isinstance(role, Policy)]
     syncs = {}
     for name, role in roles.items():

@@ -125,7 +125,7 @@ class Rollout:
     """The engine: `generate(prompts, generation)` returns one row per sample.
 
     Args:
-        progress: called on member ranks with (tokens done, sequences done) on this replica.
+        progress: called on member ranks with (sequences done, sequences) of this replica.
     """
 
     def __init__(
@@ -258,9 +258,12 @@ def _run_generation(
         )
         for prompt_id, group in places.items()
     ]
-    answers = engine.generate(
-        requests, seed=generation.seed, step=generation.step, progress=progress
-    )
+
+    def report(num_tokens: int, num_done: int) -> None:
+        if progress is not None:
+            progress(num_done, len(rows))
+
+    answers = engine.generate(requests, seed=generation.seed, step=generation.step, progress=report)
     by_row: dict[int, Completion] = {}
     for group, completions in zip(places.values(), answers, strict=True):
         by_row.update(zip(group, completions, strict=True))

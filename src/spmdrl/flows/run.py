@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from spmdrl.launch import World
 from spmdrl.observe import names
 from spmdrl.observe.console import Console
 from spmdrl.observe.metrics import MetricsWriter
+from spmdrl.observe.progress import Relay
 from spmdrl.observe.timeline import PhaseTimer, peak_memory_bytes, timing_metrics
 from spmdrl.rewards.scorer import Scorer
 from spmdrl.rollout.sampling import SamplingParams
@@ -62,19 +63,21 @@ class Run:
         saver: Saver,
         sampling: SamplingParams,
         timer: PhaseTimer,
+        relay: Relay,
     ) -> None:
         self.config, self.world, self.sampling = config, world, sampling
         self.directory = Path(config.run_dir)
         self._roles, self._syncs = roles, syncs
         self._prompts, self._scorer = prompts, scorer
         self._evaluator, self._saver, self._timer = evaluator, saver, timer
+        self._relay = relay
         self._stop = StopRequest(self.directory)
         self._writer = MetricsWriter(
             self.directory, is_first=world.is_first, tensorboard=config.log.tensorboard
         )
         self._console = Console(is_first=world.is_first, num_steps=config.steps)
         self._first_step = saver.restore()
-        self._writer.truncate_after(self._first_step - 1)
+        self._writer.truncate_after(self._first_step)
         self.steps_done = self._first_step
         self.stopped = False
 
@@ -113,9 +116,11 @@ class Run:
                 return
             yield step
 
-    def phase(self, name: str) -> AbstractContextManager[None]:
-        """Charge the time inside to `name`."""
-        return self._timer.phase(name)
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Charge the time inside to `name`, and show a bar where the work reports progress."""
+        with self._timer.phase(name), self._relay.bar(name):
+            yield
 
     def prompts(self, step: int, *, attempt: int = 0, count: int | None = None) -> Batch:
         """This rank's part of a step's prompts (or of a refill, `count` at most): home rows."""
@@ -144,21 +149,24 @@ class Run:
             return
         with self.phase("evaluation"):
             metrics = self._evaluator.evaluate(step)
-        self._writer.write(max(step - 1, 0), metrics)
+        self._writer.write(step, metrics)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        log.info("held-out before step %d: %s", step, shown)
+        log.info("after %d steps: %s", step, shown)
 
     def finish(self, step: int, batch: Batch, metrics: Metrics) -> None:
-        """End a step: metrics, text samples, and a checkpoint where one is due."""
+        """End a step: metrics, text samples, and a checkpoint where one is due.
+
+        Metrics are recorded under the number of steps done: 1 after the first, 0 before it.
+        """
         self.steps_done = step + 1
         every = self.config.checkpoint.every
         if every > 0 and (step + 1) % every == 0:
             with self.phase("checkpoint"):
                 self._saver.save(step + 1)
         record = {**metrics, **self._timing(metrics)}
-        self._writer.write(step, record)
-        self._writer.write_samples(step, self._samples(batch))
-        self._console.step({"step": step, **record})
+        self._writer.write(step + 1, record)
+        self._writer.write_samples(step + 1, self._samples(batch))
+        self._console.step({"step": step + 1, **record})
 
     def conclude(self) -> None:
         """After the last step: checkpoint, final evaluation, export, report."""
@@ -166,6 +174,8 @@ class Run:
             self._saver.save(self.steps_done)
         if self.stopped:
             self._writer.close()
+            if self.world.is_first:
+                self._stop.clear()
             return
         if self.config.evaluation.after:
             self._run_evaluation(self.config.steps)

@@ -21,5 +21,9 @@ class StopRequest:
     def requested(self) -> bool:
         return self._signalled or self._file.exists()
 
+    def clear(self) -> None:
+        """Remove the file, so that the next start does not stop at once."""
+        self._file.unlink(missing_ok=True)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True

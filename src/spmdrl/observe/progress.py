@@ -70,6 +70,28 @@ def run_bar(
         yield report
 
 
+class Relay:
+    """Hands the progress of work inside a phase to the bar that is open, if one is."""
+
+    def __init__(self, *, is_first: bool) -> None:
+        self._is_first = is_first
+        self._report: Callable[[int, int], None] | None = None
+
+    @contextmanager
+    def bar(self, name: str, *, unit: str = "rows") -> Iterator[None]:
+        """Show a bar while the block runs; `report` moves it."""
+        outer = self._report
+        with phase_bar(name, is_first=self._is_first, unit=unit) as self._report:
+            try:
+                yield
+            finally:
+                self._report = outer
+
+    def report(self, done: int, total: int) -> None:
+        if self._report is not None:
+            self._report(done, total)
+
+
 def shows(*, is_first: bool, stream: TextIO) -> bool:
     """Whether a bar is drawn: on the first rank, and only where a person can see it move."""
     return is_first and stream.isatty()

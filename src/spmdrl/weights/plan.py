@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,6 +54,21 @@ class SyncPlan:
             f"shared {size(self.shared_bytes)} ({names} tensors in place), copied "
             f"{size(self.copied_bytes)}, gathered from other ranks {size(self.gathered_bytes)}"
         )
+
+    def tensor_lines(self, target: WeightLayout) -> list[str]:
+        """What becomes of each kind of tensor (layers together), with bytes over all ranks."""
+        moved = {t.piece.name for t in self.transfers if t.receivers}
+        bytes_by: dict[tuple[str, str], int] = {}
+        for rank, table in target.items():
+            for name, held in table.items():
+                if name in self.shared[rank]:
+                    how = "shared"
+                else:
+                    gathered = any(piece.name in moved for piece in held.slices)
+                    how = "gathered" if gathered else "copied"
+                key = (re.sub(r"\.\d+\.", ".*.", name), how)
+                bytes_by[key] = bytes_by.get(key, 0) + held.num_bytes
+        return [f"{name:<36} {how:<9} {n:>16,} bytes" for (name, how), n in bytes_by.items()]
 
 
 def plan_sync(source: WeightLayout, target: WeightLayout) -> SyncPlan:

@@ -1,0 +1,7 @@
+"""`python -m spmdrl`."""
+
+import sys
+
+from spmdrl.cli import main
+
+sys.exit(main())

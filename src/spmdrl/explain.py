@@ -1,0 +1,119 @@
+"""`spmdrl explain`: the resolved configuration, and how each derived quantity comes about."""
+
+from __future__ import annotations
+
+import torch
+import yaml
+
+from spmdrl.assemble import role_layout, training_dtype
+from spmdrl.config import Config, num_optimizer_steps
+from spmdrl.distributed.mesh import format_ranks
+from spmdrl.models.config import ModelConfig, read_config, tiny
+from spmdrl.models.sharding import check_tp
+from spmdrl.placement import Placement, place_roles
+from spmdrl.weights.plan import plan_sync
+
+
+def explain(config: Config, world_size: int) -> str:
+    """The text that `spmdrl explain CONFIG --ranks N` prints.
+
+    Raises:
+        ValueError: roles that do not fit the world, or a model that cannot be read.
+    """
+    placements = place_roles(config, world_size)
+    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    lines = ["# resolved configuration", resolved, f"# derived, on {world_size} ranks"]
+    lines += [f"{name:<28} {value:>14}   {how}" for name, value, how in _derived(config)]
+    lines += ["", "# roles"]
+    for name, placement in placements.items():
+        lines.append(_role_line(config, name, placement))
+    lines += ["", "# weights", *_weights(config, placements)]
+    return "\n".join(lines)
+
+
+def _derived(config: Config) -> list[tuple[str, str, str]]:
+    data, train, sampling = config.data, config.train, config.sampling
+    samples = data.prompts_per_step * data.group_size
+    tokens = samples * (data.train.max_tokens + sampling.max_tokens)
+    groups = data.prompts_per_step / train.num_minibatches
+    updates = train.epochs * train.num_minibatches
+    packed = (
+        data.prompts_per_step * data.train.max_tokens + samples * sampling.max_tokens
+        if train.share_prompts
+        else tokens
+    )
+    return [
+        (
+            "samples per step",
+            f"{samples:,}",
+            f"data.prompts_per_step={data.prompts_per_step} x data.group_size={data.group_size}",
+        ),
+        (
+            "optimizer steps per step",
+            f"{updates:,}",
+            f"train.epochs={train.epochs} x train.num_minibatches={train.num_minibatches}",
+        ),
+        (
+            "groups per minibatch",
+            f"{groups:g}",
+            f"data.prompts_per_step / train.num_minibatches={train.num_minibatches}; "
+            "sizes differ by at most one group",
+        ),
+        (
+            "optimizer steps in all",
+            f"{num_optimizer_steps(config):,}",
+            f"steps={config.steps} x {updates} per step",
+        ),
+        (
+            "most tokens per step",
+            f"{tokens:,}",
+            f"samples x (data.train.max_tokens={data.train.max_tokens} + "
+            f"sampling.max_tokens={sampling.max_tokens})",
+        ),
+        (
+            "most packed tokens per epoch",
+            f"{packed:,}",
+            f"train.share_prompts={train.share_prompts}: a group's prompt is computed "
+            + ("once per microbatch" if train.share_prompts else "for every sample"),
+        ),
+        (
+            "most microbatches per epoch",
+            f"{-(-packed // train.microbatch_tokens):,}",
+            f"packed tokens / train.microbatch_tokens={train.microbatch_tokens}, over all replicas",
+        ),
+    ]
+
+
+def _role_line(config: Config, name: str, placement: Placement) -> str:
+    samples = config.data.prompts_per_step * config.data.group_size
+    each = samples / placement.num_replicas
+    axes = " x ".join(f"{axis}={n}" for axis, n in placement.degrees.items() if n > 1)
+    return (
+        f"{name:<12} ranks {format_ranks(placement.ranks):<10} ({config.roles[name].ranks})  "
+        f"{axes or 'one rank'}: {placement.num_replicas} replicas, about {each:g} samples each"
+    )
+
+
+def _weights(config: Config, placements: dict[str, Placement]) -> list[str]:
+    """For each rollout, which tensors are the trainer's own, copied, or gathered."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shapes: dict[str, ModelConfig] = {}
+    for name in placements:
+        shape = read_config(config.model_path(name))
+        shapes[name] = tiny(shape) if config.model.tiny else shape
+        check_tp(shapes[name], placements[name].degrees["tp"])
+    layouts = {
+        name: role_layout(config, placement, shapes[name], name, device)
+        for name, placement in placements.items()
+    }
+    kinds = {name: config.role_kind(name) for name in placements}
+    policies = [name for name, kind in kinds.items() if kind == "policy"]
+    lines = [f"dtype {training_dtype(config, device)} on {device.type}"]
+    for name in (n for n, kind in kinds.items() if kind == "rollout"):
+        if not policies:
+            lines.append(f"{name}: read from {config.model_path(name)}")
+            continue
+        plan = plan_sync(layouts[policies[0]], layouts[name])
+        lines.append(f"{policies[0]} -> {name}: {plan.describe()}")
+        lines += [f"  {line}" for line in plan.tensor_lines(layouts[name])]
+    return lines

@@ -1,0 +1,147 @@
+"""`spmdrl eval` and `spmdrl generate`: the rollout engine alone, on all ranks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from spmdrl.assemble import Assembly, assemble, open_models
+from spmdrl.config import Config
+from spmdrl.data.home import home_rows
+from spmdrl.data.prompts import load_prompts
+from spmdrl.distributed.reduce import gather_objects
+from spmdrl.evaluation.results import write_jsonl
+from spmdrl.flows.inputs import (
+    Inputs,
+    make_decoder,
+    make_pool,
+    prompt_source,
+    read_inputs,
+    sampling_params,
+)
+from spmdrl.flows.start import make_evaluator
+from spmdrl.launch import World, seed_everything, start_world, stop_world
+from spmdrl.models.hf import check_tokenizer, load_tokenizer
+from spmdrl.observe.log import set_up_logging
+from spmdrl.observe.progress import Relay
+from spmdrl.placement import place_roles
+from spmdrl.rewards.scorer import Scorer, cut_at
+from spmdrl.rewards.server import RewardServer
+from spmdrl.roles import Generation, Rollout
+
+log = logging.getLogger(__name__)
+
+GENERATE_KEY = -2
+"""The `step` of the random numbers of `spmdrl generate`."""
+
+
+def evaluate(config: Config, server: RewardServer) -> None:
+    """Evaluate `model.path` on the held-out set; the last line printed is one JSON object.
+
+    Raises:
+        ValueError: bad input, or a configuration without a held-out set.
+    """
+    world = start_world(timeout_s=config.timeout_s, device=config.device)
+    set_up_logging(world.rank)
+    config = rollout_only(config)
+    inputs = read_inputs(config)
+    if not inputs.held_out:
+        raise ValueError(
+            "there is nothing to evaluate on: set evaluation.data, or evaluation.held_out to keep "
+            "questions out of data.train"
+        )
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    relay = Relay(is_first=world.is_first and config.log.progress)
+    with make_pool(config, server, run_dir, world.rank) as pool:
+        assembly = _start(config, world, inputs, relay)
+        scorer = Scorer(pool, inputs.decode, config.sampling.stop)
+        evaluator = make_evaluator(config, world, inputs, assembly, scorer)
+        assert evaluator is not None
+        with relay.bar("eval"):
+            metrics = evaluator.evaluate(0)
+    if world.is_first:
+        print(json.dumps({"model": config.model.path, **metrics}), flush=True)
+    stop_world()
+
+
+def generate(config: Config, prompts_file: str, out_file: str) -> None:
+    """Answer the prompts of a file (`data.train`'s columns, template and chat settings).
+
+    Each output line has `prompt_id`, `sample`, `prompt`, `response`, `finish`, `tokens` and
+    `logprob` (the sum over the response).
+
+    Raises:
+        ValueError: bad input; OSError: the output cannot be written.
+    """
+    world = start_world(timeout_s=config.timeout_s, device=config.device)
+    set_up_logging(world.rank)
+    config = rollout_only(config)
+    tokenizer = load_tokenizer(config.model.path)
+    source = replace(
+        prompt_source(config.data.train),
+        source=prompts_file,
+        answer_column=None,
+        size=None,
+        parameters={},
+    )
+    prompts = load_prompts(source, tokenizer)
+    inputs = Inputs(tokenizer=tokenizer, decode=make_decoder(tokenizer), train=prompts, held_out=())
+    relay = Relay(is_first=world.is_first and config.log.progress)
+    assembly = _start(config, world, inputs, relay)
+    rollout = next(r for r in assembly.roles.values() if isinstance(r, Rollout))
+    generation = Generation(
+        seed=config.seed,
+        step=GENERATE_KEY,
+        group_size=config.evaluation.num_samples,
+        sampling=sampling_params(config.sampling),
+    )
+    with relay.bar("generate"):
+        rows = home_rows(world, [prompts[i] for i in range(len(prompts))])
+        batch = rollout.generate(rows, generation)
+    logprobs = batch.row_sum(batch["rollout_logprobs"]).tolist()
+    responses = torch.split(batch["tokens"][batch["loss_mask"]], batch["response_lengths"].tolist())
+    own = [
+        {
+            "prompt_id": batch.objects["prompt"][row].prompt_id,
+            "sample": int(batch["sample_index"][row]),
+            "prompt": batch.objects["prompt"][row].text,
+            "response": cut_at(inputs.decode(responses[row].tolist()), config.sampling.stop),
+            "finish": ("stop", "length", "aborted")[int(batch["finish"][row])],
+            "tokens": len(responses[row]),
+            "logprob": logprobs[row],
+        }
+        for row in range(len(batch))
+    ]
+    parts = gather_objects(own)
+    if dist.get_rank() == 0:
+        count = write_jsonl(Path(out_file), [record for part in parts for record in part])
+        print(f"{count} answers in {out_file}", flush=True)
+    stop_world()
+
+
+def rollout_only(config: Config) -> Config:
+    """The configuration with its rollout role alone (over all ranks when there is none)."""
+    names = [name for name in config.roles if config.role_kind(name) == "rollout"]
+    if not names:
+        raise ValueError(f"roles={sorted(config.roles)} has no rollout: add roles.rollout: {{}}")
+    role = config.roles[names[0]]
+    if str(role.ranks).startswith("same as "):
+        # the role it points to is left out; placing resolves the chain to its end first
+        other = str(role.ranks).removeprefix("same as ").strip()
+        ranks = config.roles[other].ranks if other in config.roles else "all"
+        role = role.model_copy(update={"ranks": ranks})
+    return config.model_copy(update={"roles": {names[0]: role}})
+
+
+def _start(config: Config, world: World, inputs: Inputs, relay: Relay) -> Assembly:
+    seed_everything(config.seed)
+    models = open_models(config, place_roles(config, world.size))
+    for model in models.values():
+        check_tokenizer(inputs.tokenizer, model.config)
+    return assemble(config, world, models, inputs.decode, relay.report)

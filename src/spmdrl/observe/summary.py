@@ -1,0 +1,44 @@
+"""The end of a run: report.png, where everything is, and one line of JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from spmdrl.observe import names
+from spmdrl.observe.metrics import METRICS_FILE, TENSORBOARD_DIR, read_metrics
+from spmdrl.observe.report import evaluations, write_report
+
+
+def report(run_dir: str, *, model: str, seconds: float | None = None) -> None:
+    """Draw the report and print a summary whose last line is one JSON object.
+
+    Args:
+        seconds: wall time to state; None: the sum of the steps' seconds.
+
+    Raises:
+        ValueError: the run has no metrics yet.
+    """
+    directory = Path(run_dir)
+    if not (directory / METRICS_FILE).is_file():
+        raise ValueError(f"{directory / METRICS_FILE} is not there: has the run started?")
+    records = read_metrics(directory / METRICS_FILE)
+    picture = write_report(directory, run_name=directory.name, model=Path(model).name)
+    trained = [r for r in records if names.STEP_SECONDS in r]
+    result: dict[str, object] = {}
+    for name, points in evaluations(records).items():
+        (_, before, _), (_, after, error) = points[0], points[-1]
+        result |= {"accuracy_before": before, "accuracy_after": after, "standard_error": error}
+        print(f"{name}: accuracy {before:.3f} -> {after:.3f} (standard error {error:.3f})")
+    if seconds is None:
+        seconds = sum(r[names.STEP_SECONDS] for r in trained)
+    result |= {
+        "steps": len(trained),
+        "seconds": round(seconds, 1),
+        "model_dir": str(directory / "model"),
+        "report": str(picture),
+    }
+    print(f"reward curve: {picture}")
+    print(f"TensorBoard:  tensorboard --logdir {directory / TENSORBOARD_DIR}")
+    print(f"model:        {directory / 'model'}")
+    print(json.dumps(result))
