@@ -16,7 +16,15 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "torch.distributed.fsdp", "spmdrl.launch"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torch.distributed.fsdp",
+    "transformers",
+    "omegaconf",
+    "pydantic",
+    "spmdrl.launch",
+]
 
 
 def run_ranks(

@@ -1,0 +1,61 @@
+"""Configurations and rank functions of the flow tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from replay import DIRECTORY
+from spmdrl.config_files import load_config
+from spmdrl.flows.start import run_flow
+from spmdrl.launch import World
+from spmdrl.observe.metrics import read_metrics
+from spmdrl.rewards.server import start_reward_server
+
+TASK = "reasoning_gym:chain_sum"
+
+
+def write_config(path: Path, model: Path, run_dir: Path, **sections: Any) -> Path:
+    """A small GRPO configuration; `sections` are merged into it one level deep."""
+    content: dict[str, Any] = {
+        "flow": "grpo",
+        "steps": 3,
+        "seed": 3,
+        "run_dir": str(run_dir),
+        "model": {"path": str(model)},
+        "roles": {"policy": {}, "rollout": {}},
+        "data": {
+            "prompts_per_step": 5,
+            "group_size": 4,
+            "train": {"source": TASK, "size": 40, "max_tokens": 96},
+        },
+        # every other answer is rewarded: signal without a model that can add
+        "rewards": [{"function": f"{Path(__file__).parent / 'toy_rewards.py'}:even_length"}],
+        "sampling": {"max_tokens": 10},
+        "train": {"lr": 1e-3, "microbatch_tokens": 300},
+        "log": {"tensorboard": False, "progress": False},
+        "checkpoint": {"export": False},
+    }
+    for name, section in sections.items():
+        merged = isinstance(section, dict) and isinstance(content.get(name), dict)
+        content[name] = {**content[name], **section} if merged else section
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def run_configs(
+    world: World, configs: list[tuple[str, list[str]]], replay: str
+) -> list[list[dict[str, float]]]:
+    """Run configurations one after another on these ranks; the metrics of each."""
+    os.environ[DIRECTORY] = replay
+    results = []
+    with start_reward_server() as server:
+        for path, overrides in configs:
+            config = load_config(path, overrides)
+            run_flow(config, world, server)
+            records = read_metrics(Path(config.run_dir) / "metrics.jsonl")
+            results.append([r for r in records if "loss" in r])
+    return results

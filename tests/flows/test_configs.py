@@ -1,0 +1,94 @@
+"""Every shipped configuration runs two steps on 1 and on 2 ranks with a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from flow_cases import run_configs
+from harness import run_ranks
+from spmdrl.config import Config
+from spmdrl.config_files import load_config
+from spmdrl.models.hf import open_checkpoint, open_model
+from spmdrl.models.sharding import Slice
+from spmdrl.placement import place_roles
+from tiny_model import make_tiny_model
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+QUESTION = "Tom has {0} apples and buys {1} more. How many apples has he now?"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model directory and a data file that stand in for the real ones."""
+    root = tmp_path_factory.mktemp("configs")
+    make_tiny_model(root / "model", max_position_embeddings=16384)
+    rows = [
+        {"question": QUESTION.format(i, i + 1), "answer": f"He adds.\n#### {2 * i + 1}"}
+        for i in range(300)
+    ]
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
+    """Small batches and short answers; placement, algorithm and packing stay as shipped."""
+    words = [
+        "steps=2",
+        f"run_dir={run_dir}",
+        f"model.path={root / 'model'}",
+        "model.tiny=true",
+        "data.prompts_per_step=4",
+        "data.group_size=4",
+        "sampling.max_tokens=8",
+        "algorithm.overlong_buffer=4",
+        "evaluation.before=false",
+        "evaluation.after=false",
+        "checkpoint.export=true",
+        "train.warmup_steps=0",
+        "train.lr=1e-3",
+        f"rewards=[{{function: '{Path(__file__).parents[1] / 'toy_rewards.py'}:even_length'}}]",
+    ]
+    if not load_config(path).data.train.source.startswith("reasoning_gym:"):
+        words.append(f"data.train.source={root / 'data.jsonl'}")
+    return words
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_configs_run_on_few_ranks(place, ranks):
+    runs = []
+    for path in CONFIGS:
+        run_dir = place / f"{path.stem}_{ranks}"
+        runs.append((str(path), overrides_for(path, place, run_dir)))
+    results = run_ranks(run_configs, ranks, runs, str(place), timeout_s=300)[0]
+    for (path, words), records in zip(runs, results, strict=True):
+        assert len(records) == 2, path
+        for record in records:
+            assert math.isfinite(record["loss"]), path
+            assert record["rollout_gap_max"] < 1e-4, path
+        assert max(r["grad_norm"] for r in records) > 0, path
+        config = load_config(path, words)
+        if ranks == 2 and uses_more_than_data_parallelism(config):
+            degrees = [p.degrees for p in place_roles(config, 2).values()]
+            assert max(max(d["tp"], d["cp"], d["dp_shard"]) for d in degrees) > 1, path
+        assert weights_changed(config), path
+
+
+def uses_more_than_data_parallelism(config: Config) -> bool:
+    return any(r.tp > 1 or r.cp > 1 or r.dp_shard != 1 for r in config.roles.values())
+
+
+def weights_changed(config: Config) -> bool:
+    """Whether the exported model differs from the random one that the run began with."""
+    _, begun = open_model(config.model.path, use_tiny=True, seed=config.seed)
+    exported = open_checkpoint(Path(config.run_dir) / "model")
+    for name in begun.names:
+        shape = begun.shape(name)
+        whole = Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
+        if not torch.equal(begun.read(whole), exported.read(whole)):
+            return True
+    return False

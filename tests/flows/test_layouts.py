@@ -1,0 +1,75 @@
+"""The same configuration on 1, 2 and 4 ranks in every layout: same tokens, losses, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flow_cases import run_configs, write_config
+from harness import run_ranks
+from tiny_model import make_tiny_model
+
+LAYOUTS = {
+    1: {"one": []},
+    2: {
+        "dp2": [],
+        "shard2": ["roles.policy.dp_shard=2"],
+        "tp2": ["roles.policy.tp=2", "roles.rollout.tp=2", "roles.reference.tp=2"],
+        "cp2": ["roles.policy.cp=2", "roles.reference.cp=2"],
+    },
+    4: {
+        "dp2 x tp2": ["roles.policy.tp=2", "roles.rollout.tp=2", "roles.reference.tp=2"],
+        "shard2 x tp2, rollout dp4": ["roles.policy.tp=2", "roles.policy.dp_shard=2"],
+        "dp4": [],
+        "cp2 x shard2": ["roles.policy.cp=2", "roles.policy.dp_shard=2"],
+        "disjoint": ["roles.policy.ranks=0-1", "roles.reference.ranks=2-3"],
+    },
+}
+SETTINGS = {
+    "environment": "replay:ReplayEnvironment",
+    "roles": {"policy": {}, "reference": {}, "rollout": {}},
+    "algorithm": {"kl_coef": 0.1, "importance_cap": 2.0},
+    "train": {"lr": 1e-3, "microbatch_tokens": 300, "num_minibatches": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Layout name -> metrics of three steps, and the directory of the recorded rows."""
+    root = tmp_path_factory.mktemp("layouts")
+    make_tiny_model(root / "model")
+    found = {}
+    for size, layouts in LAYOUTS.items():
+        configs = []
+        for number, overrides in enumerate(layouts.values()):
+            run_dir = root / f"run_{size}_{number}"
+            path = write_config(root / f"{size}_{number}.yaml", root / "model", run_dir, **SETTINGS)
+            configs.append((str(path), overrides))
+        answers = run_ranks(run_configs, size, configs, str(root), timeout_s=300)
+        found |= dict(zip(layouts, answers[0], strict=True))
+    return found, root
+
+
+LAYOUT_NAMES = [name for size, layouts in LAYOUTS.items() if size > 1 for name in layouts]
+
+
+@pytest.mark.parametrize("name", LAYOUT_NAMES)
+def test_losses_and_gradient_norms_equal_one_rank(runs, name):
+    one, other = runs[0]["one"], runs[0][name]
+    assert len(one) == len(other) == 3
+    for step, (a, b) in enumerate(zip(one, other, strict=True)):
+        for metric in ("loss", "grad_norm", "ref_kl", "entropy", "reward"):
+            assert b[metric] == pytest.approx(a[metric], rel=1e-4, abs=1e-6), (step, metric)
+        assert b["rollout_gap_max"] < 1e-4, step
+    assert one[0]["grad_norm"] > 0
+    assert one[2]["ref_kl"] > 1e-4, "the policy has not moved away from the reference"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_first_step_tokens_equal_one_rank(runs, size):
+    _, root = runs
+    one = torch.load(root / "step_0.pt", weights_only=True)
+    other = torch.load(root / f"sampled_{size}.pt", weights_only=True)
+    assert one.keys() == other.keys()
+    for key, row in one.items():
+        assert torch.equal(row["tokens"], other[key]["tokens"]), key

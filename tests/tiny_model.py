@@ -1,0 +1,81 @@
+"""A Hugging Face directory of a toy model with a byte-level tokenizer, made in milliseconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from spmdrl.models.config import ModelConfig, read_config
+from spmdrl.models.hf import RandomCheckpoint, save_pretrained
+from spmdrl.models.sharding import Slice
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+SPECIAL = ("<|im_start|>", "<|im_end|>")
+
+
+def make_tiny_model(
+    directory: Path, architecture: str = "LlamaForCausalLM", seed: int = 0, **changes: Any
+) -> ModelConfig:
+    """Write config.json, tokenizer and random weights; `changes` go into config.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": "<|im_end|>",
+                "chat_template": CHAT_TEMPLATE,
+                "clean_up_tokenization_spaces": False,
+            }
+        )
+    )
+    source = {
+        "architectures": [architecture],
+        "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "vocab_size": 264,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "sliding_window": None,
+        **changes,
+    }
+    (directory / "config.json").write_text(json.dumps(source))
+    config = read_config(directory)
+    weights = RandomCheckpoint(config, seed)
+    tensors = []
+    for name in sorted(weights.names):
+        shape = weights.shape(name)
+        whole = Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
+        values = weights.read(whole)
+        # ten times the usual deviation: sharper logits, larger gradients
+        tensors.append((name, values if name.endswith("norm.weight") else values * 10))
+    save_pretrained(tensors, config, directory.with_name(directory.name + "_saved"), directory)
+    saved = directory.with_name(directory.name + "_saved")
+    for file in saved.glob("*.safetensors"):
+        file.rename(directory / file.name)
+    for file in saved.iterdir():
+        file.unlink()
+    saved.rmdir()
+    return config

@@ -1,0 +1,5 @@
+"""Rewards that any model gets half the time."""
+
+
+def even_length(prompt, response, answer, entry):
+    return float(len(response) % 2)
