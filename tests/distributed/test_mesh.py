@@ -1,0 +1,153 @@
+"""`Mesh`: groups, coordinates and replicas, on members and outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from harness import run_ranks
+from spmdrl.distributed.mesh import Mesh, check_ranks, coordinates, format_ranks
+from spmdrl.launch import World
+
+
+def describe(world: World) -> dict[str, Any]:
+    mesh = Mesh("policy", [0, 1, 2, 3], {"dp_replicate": 2, "tp": 2}, "cpu")
+    part = Mesh("reward", [1, 3], {"dp_shard": 2}, "cpu")
+    alone = Mesh("value", [2], {}, "cpu")
+    axes = ("tp", "dp", "replica", "all")
+    seen: dict[str, Any] = {
+        "ranks": {a: dist.get_process_group_ranks(mesh.group(a)) for a in axes},
+        "places": {a: mesh.coordinate(a) for a in axes},
+        "same": {a: mesh.coordinate(a) == dist.get_rank(mesh.group(a)) for a in axes},
+        "sizes": [part.size("shard"), part.size("dp"), alone.size("all")],
+        "replicas": [mesh.replicas(), part.replicas(), alone.replicas()],
+        "member": [mesh.is_member, part.is_member, alone.is_member],
+    }
+    if part.is_member:
+        assert part.shard_mesh is not None
+        seen["shard"] = part.shard_mesh.get_local_rank()
+    else:
+        with pytest.raises(ValueError, match=r"role 'reward' \(ranks 1,3\).*'shard'"):
+            part.group("shard")
+        with pytest.raises(ValueError, match="role 'reward'"):
+            part.coordinate("tp")
+        with pytest.raises(ValueError, match="role 'reward'"):
+            _ = part.shard_mesh
+    if alone.is_member:
+        assert alone.group("tp") is None
+        assert alone.coordinate("dp") == 0
+        assert alone.shard_mesh is None
+    return seen
+
+
+def test_groups_and_coordinates_on_four_ranks() -> None:
+    results = run_ranks(describe, 4)
+    assert [r["ranks"]["tp"] for r in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [r["ranks"]["dp"] for r in results] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [r["ranks"]["replica"] for r in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [r["places"]["tp"] for r in results] == [0, 1, 0, 1]
+    assert [r["places"]["dp"] for r in results] == [0, 0, 1, 1]
+    assert [r["places"]["all"] for r in results] == [0, 1, 2, 3]
+    for rank, result in enumerate(results):
+        assert all(result["same"].values())
+        assert result["sizes"] == [2, 2, 1]
+        assert result["replicas"] == [[(0, 1), (2, 3)], [(1,), (3,)], [(2,)]]
+        assert result["member"] == [True, rank in (1, 3), rank == 2]
+    assert [r.get("shard") for r in results] == [None, 0, None, 1]
+
+
+def sharded(world: World) -> list[Any]:
+    mesh = Mesh("policy", [0, 1, 2, 3], {"dp_replicate": 2, "dp_shard": 2}, "cpu")
+    assert mesh.shard_mesh is not None
+    both = Mesh("policy", [0, 1, 2, 3], {"dp_shard": 2, "cp": 2}, "cpu")
+    assert both.shard_mesh is not None
+    return [
+        mesh.shard_mesh.mesh.tolist(),
+        mesh.shard_mesh.mesh_dim_names,
+        both.shard_mesh.mesh.tolist(),
+        both.replicas(),
+        mesh.coordinate("shard") == mesh.shard_mesh["shard"].get_local_rank(),
+        both.coordinate("shard") == both.shard_mesh.get_local_rank(),
+    ]
+
+
+def test_the_mesh_that_fsdp_takes() -> None:
+    expected = [
+        [[0, 1], [2, 3]],
+        ("replicate", "shard"),
+        [0, 1, 2, 3],
+        [(0, 1), (2, 3)],
+        True,
+        True,
+    ]
+    assert run_ranks(sharded, 4) == [expected] * 4
+
+
+@pytest.mark.parametrize(
+    ("ranks", "degrees", "message"),
+    [
+        ([0, 4], {"tp": 2}, r"roles\.a\.ranks names ranks \[4\].*0-3"),
+        ([1, 0], {"tp": 2}, r"roles\.a\.ranks must ascend.*\[1, 0\]"),
+        ([1, 1], {"tp": 2}, "name each rank once"),
+        ([], {}, "must ascend"),
+        ([0, 1], {"ep": 2}, r"unknown axes \['ep'\]"),
+        ([0, 1, 2], {"tp": 2}, r"tp=2 make 2 ranks, .*names 3 \(0-2\)"),
+        ([0, 1], {}, "degrees of 1 make 1 ranks, .*names 2"),
+    ],
+)
+def test_ranks_and_degrees_that_do_not_fit(
+    ranks: list[int], degrees: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_ranks("a", ranks, degrees, 4)
+
+
+def test_coordinates_and_ranks_in_words() -> None:
+    places = coordinates({"dp_shard": 2, "tp": 2})
+    assert [(p["dp_shard"], p["tp"], p["cp"]) for p in places] == [
+        (0, 0, 0),
+        (0, 1, 0),
+        (1, 0, 0),
+        (1, 1, 0),
+    ]
+    assert format_ranks([0, 1, 2, 5]) == "0-2,5"
+    assert format_ranks([]) == "none"
+
+
+def collectives(world: World) -> list[Any]:
+    """Values and gradients of the differentiable collectives, by hand on two ranks."""
+    from spmdrl.distributed.parallel import copy_to, gather_own_grad, gather_sum_grad, reduce_from
+
+    group = dist.new_group([0, 1])
+    scale = float(world.rank + 1)
+    seen = []
+    for function in (copy_to, reduce_from, gather_sum_grad, gather_own_grad):
+        x = torch.tensor([[1.0, 2.0]]) * scale
+        x.requires_grad_()
+        out = function(x, group)
+        weight = torch.arange(1.0, out.numel() + 1).reshape(out.shape) * scale
+        (out * weight).sum().backward()
+        assert x.grad is not None
+        seen.append((out.tolist(), x.grad.tolist()))
+        assert function(x, None) is x
+    return seen
+
+
+def test_differentiable_collectives_by_hand() -> None:
+    first, second = run_ranks(collectives, 2)
+    both = [[1.0, 2.0], [2.0, 4.0]]
+    assert first == [
+        ([[1, 2]], [[3, 6]]),
+        ([[3, 6]], [[1, 2]]),
+        (both, [[3, 6]]),
+        (both, [[1, 2]]),
+    ]
+    assert second == [
+        ([[2, 4]], [[3, 6]]),
+        ([[3, 6]], [[2, 4]]),
+        (both, [[9, 12]]),
+        (both, [[6, 8]]),
+    ]

@@ -1,0 +1,98 @@
+"""What the world agrees on: sums, moments, tables, objects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from harness import run_ranks
+from spmdrl.distributed.reduce import (
+    broadcast_object,
+    gather_objects,
+    gather_tables,
+    group_sum,
+    moments,
+    world_any,
+    world_max,
+    world_sum,
+)
+from spmdrl.launch import World
+
+
+def uneven_parts(size: int) -> list[torch.Tensor]:
+    """Values with a large mean, of which rank 1 has none."""
+    generator = torch.Generator().manual_seed(0)
+    counts = [5, 0, 3, 8][:size]
+    return [torch.randn(n, 2, generator=generator, dtype=torch.float64) + 1e6 for n in counts]
+
+
+def moments_of(world: World) -> list[Any]:
+    values = uneven_parts(world.size)[world.rank]
+    mask = values[:, 0] > 1e6
+    return [
+        moments(values),
+        moments(values[:, 0], mask),
+        moments(values[:0]),
+        moments(values.flatten(), torch.zeros(values.numel(), dtype=torch.bool)),
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_moments_equal_numpy_on_uneven_and_empty_ranks(world_size: int) -> None:
+    values = torch.cat(uneven_parts(world_size)).numpy()
+    expected = [values, values[values[:, 0] > 1e6][:, 0]]
+    for results in run_ranks(moments_of, world_size):
+        for got, numbers in zip(results[:2], expected, strict=True):
+            assert got.count == numbers.size
+            # two passes: a mean of 1e6 costs the standard deviation no digits
+            np.testing.assert_allclose(
+                [got.mean, got.std, got.minimum, got.maximum],
+                [numbers.mean(), numbers.std(), numbers.min(), numbers.max()],
+                rtol=1e-14 if world_size == 1 else 1e-12,
+            )
+        for empty in results[2:]:
+            assert (empty.count, empty.mean, empty.std) == (0, 0, 0)
+
+
+def agreements(world: World) -> dict[str, Any]:
+    rank, size = world.rank, world.size
+    table = torch.full((rank, 2), float(rank))
+    pairs = [dist.new_group([0, 1]), dist.new_group([2])]
+    return {
+        "tables": [t.tolist() for t in gather_tables(table)],
+        "empty": [t.shape for t in gather_tables(torch.zeros(0, 3, dtype=torch.int64))],
+        "objects": gather_objects({"rank": rank}),
+        "from_last": broadcast_object([rank], size - 1),
+        # a sum that float32 cannot hold
+        "sum": world_sum(torch.tensor([2.0**24, 1.0])).tolist(),
+        "max": world_max(torch.tensor([-1.0 - rank, rank])).tolist(),
+        "any": [world_any(rank == 1), world_any(False)],
+        "alone": group_sum(0.5, None),
+        "group": group_sum(rank + 1, pairs[0]) if rank < 2 else None,
+    }
+
+
+def test_every_rank_gets_the_same_answers() -> None:
+    results = run_ranks(agreements, 3)
+    groups = [result.pop("group") for result in results]
+    assert groups == [3, 3, None]
+    assert (
+        results
+        == [
+            {
+                "tables": [[], [[1, 1]], [[2, 2], [2, 2]]],
+                "empty": [(0, 3)] * 3,
+                "objects": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
+                "from_last": [2],
+                "sum": [3 * 2.0**24, 3],
+                "max": [-1, 2],
+                "any": [True, False],
+                "alone": 0.5,
+            }
+        ]
+        * 3
+    )
