@@ -44,22 +44,26 @@ def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
     """Join the default process group (gloo; with NCCL where CUDA is) and pick the device.
 
     Raises:
-        ValueError: torchrun's variables are incomplete, or `device` is neither auto, cpu nor cuda.
+        ValueError: torchrun's variables are incomplete, `device` is neither auto, cpu nor cuda, or
+            it is cuda where there is none.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={device!r}: it must be auto, cpu or cuda")
     environment = os.environ
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if name in environment]
-    launched = "RANK" in environment
+    # an address alone may be left over; a rank or a size means that a launcher was at work
+    launched = any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if launched and len(given) < len(names):
         missing = sorted(set(names) - set(given))
-        raise ValueError(f"RANK is set but {missing} are not: start the ranks with torchrun")
+        raise ValueError(f"{given} are set but {missing} are not: start the ranks with torchrun")
     rank = int(environment["RANK"]) if launched else 0
     size = int(environment["WORLD_SIZE"]) if launched else 1
     local_rank = int(environment["LOCAL_RANK"]) if launched else 0
     local_size = int(environment.get("LOCAL_WORLD_SIZE", size)) if launched else 1
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_cuda and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch finds no CUDA device: set device to cpu or auto")
     if on_cuda:
         chosen = torch.device("cuda", local_rank % max(torch.cuda.device_count(), 1))
         torch.cuda.set_device(chosen)
