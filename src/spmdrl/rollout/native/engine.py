@@ -1,0 +1,359 @@
+"""`NativeEngine`: the rollout engine of the project, on the trainer's own decoder.
+
+Nothing outlives a `generate` call but storage: no prefix cache, no request state. New weights are
+thus used as soon as they are there, and there is nothing to invalidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...distributed.parallel import Parallel
+from ...models.config import ModelConfig
+from ...models.decoder import Decoder
+from ...models.sharding import Slice, all_slices, check_tp, local_kv_heads, local_parameters
+from ..protocol import Completion, Progress, Request
+from .attention import CacheShape, PagedAttention
+from .blocks import BlockPool
+from .blockwise import BlockwiseAttention
+from .requests import GB, blocks_needed, check_requests
+from .runner import Runner
+from .sampler import Sampler
+from .scheduler import Scheduler, StepPlan
+from .sequence import Sequence as Sample
+from .sequence import sequences_of
+from .stops import Detokenize, StopRule
+from .varlen import BLOCK_MULTIPLE, VarlenAttention, varlen_is_usable
+
+_CPU_CACHE_GB = 2.0
+_CUDA_FREE_FRACTION = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeOptions:
+    """Sizes of the native engine.
+
+    Args:
+        kv_cache_gb: of one rank, in 10^9 bytes; "auto": what the requests of a call can need, at
+            most 2 on the CPU and 80 % of the free memory on CUDA.
+        block_size: tokens of a cache block; rounded up to 256 where torch's paged kernels run.
+        max_running: sequences decoded together, at most.
+        prefill_tokens: prompt tokens a step, at most.
+        cuda_graphs: replay decode steps as CUDA graphs.
+        keep_cache: keep the cache's storage between calls.
+    """
+
+    kv_cache_gb: float | Literal["auto"] = "auto"
+    block_size: int = 32
+    max_running: int = 256
+    prefill_tokens: int = 2048
+    cuda_graphs: bool = True
+    keep_cache: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter of this rank: `tensor` is None until `adopt` or `allocate`."""
+
+    tensor: Tensor | None
+    slices: tuple[Slice, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(kw_only=True)
+class _Work:
+    """The cache and what holds its addresses."""
+
+    num_blocks: int
+    runner: Runner
+    compact: bool
+
+
+class NativeEngine:
+    """A `RolloutEngine`: paged cache, continuous batching, keyed sampling.
+
+    Args:
+        config: the model.
+        tp: this rank's place in its tensor-parallel group, which generates in lockstep: every rank
+            of it calls `generate` with the same requests.
+        eos_token_ids: ends of text; the configuration's where None.
+        detokenize: token ids to text, for stop texts.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        tp: Parallel | None = None,
+        options: NativeOptions | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        eos_token_ids: Sequence[int] | None = None,
+        detokenize: Detokenize | None = None,
+    ) -> None:
+        tp = Parallel() if tp is None else tp
+        check_tp(config, tp.size)
+        self._config, self._tp = config, tp
+        self._options = NativeOptions() if options is None else options
+        self._device = torch.device("cpu") if device is None else device
+        self._dtype = dtype
+        self._eos = tuple(config.eos_ids if eos_token_ids is None else eos_token_ids)
+        self._detokenize = detokenize
+        self._decoder = Decoder(config, tp=tp, dtype=dtype, device="meta").requires_grad_(False)
+        self._paged = varlen_is_usable(dtype, config.head_dim, self._device)
+        multiple = BLOCK_MULTIPLE if self._paged else 1
+        self.block_size = -(-self._options.block_size // multiple) * multiple
+        self._sampler: Sampler | None = None
+        self._work: _Work | None = None
+        self.num_preempted = 0
+        """Sequences preempted during the last call."""
+
+    # Weights
+
+    def parameters_table(self) -> dict[str, Parameter]:
+        """Local name -> what this rank needs to hold."""
+        held = dict(self._decoder.named_parameters())
+        slices = all_slices(self._config, self._tp.rank, self._tp.size)
+        return {
+            name: Parameter(
+                tensor=None if held[name].is_meta else held[name].data,
+                slices=slices[name],
+                shape=shape,
+                dtype=self._dtype,
+            )
+            for name, shape in local_parameters(self._config, self._tp.size).items()
+        }
+
+    def local_tensors(self) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:
+        """What this rank holds: local name -> (tensor, slices)."""
+        table = self.parameters_table()
+        return {n: (p.tensor, p.slices) for n, p in table.items() if p.tensor is not None}
+
+    def adopt(self, local_name: str, tensor: Tensor) -> None:
+        """Use `tensor`'s storage as the parameter.
+
+        Raises:
+            ValueError: another shape, dtype or device than the parameter's.
+        """
+        wanted = self.parameters_table()[local_name]
+        found = (tuple(tensor.shape), tensor.dtype, tensor.device.type)
+        if found != (wanted.shape, wanted.dtype, self._device.type):
+            raise ValueError(
+                f"{local_name}: the engine cannot use a tensor of {found} in place of "
+                f"{(wanted.shape, wanted.dtype, self._device.type)}"
+            )
+        module_name, _, leaf = local_name.rpartition(".")
+        parameter = nn.Parameter(tensor.detach(), requires_grad=False)
+        setattr(self._decoder.get_submodule(module_name), leaf, parameter)
+        if self._work is not None and self._work.runner.graphs is not None:
+            self._work.runner.graphs.drop()
+
+    def allocate(self, local_name: str) -> Tensor:
+        """Storage of the engine's own for the parameter, not yet filled."""
+        wanted = self.parameters_table()[local_name]
+        tensor = torch.empty(wanted.shape, dtype=wanted.dtype, device=self._device)
+        self.adopt(local_name, tensor)
+        return tensor
+
+    # Generation
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        seed: int,
+        step: int,
+        progress: Progress | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`."""
+        missing = [n for n, p in self.parameters_table().items() if p.tensor is None]
+        if missing:
+            raise ValueError(f"the engine has no weights yet: {missing[0]} was never loaded")
+        num_blocks = self._num_blocks(requests)
+        check_requests(
+            requests,
+            self._config,
+            capacity=num_blocks * self.block_size,
+            kv_cache_gb=self._options.kv_cache_gb,
+            has_text=self._detokenize is not None,
+        )
+        groups = [sequences_of(r, i, seed=seed, step=step) for i, r in enumerate(requests)]
+        leaders = []
+        for group in groups:
+            for sample in group[:1]:
+                sample.followers = group[1:]
+                leaders.append(sample)
+        with torch.inference_mode():
+            if leaders:
+                work = self._prepare_work(num_blocks)
+                self._run(work, leaders, requests, progress, should_stop)
+        return [[sample.completion() for sample in group] for group in groups]
+
+    def drop_cache(self) -> None:
+        """Free the cache and what was captured over it."""
+        self._work = None
+
+    def _run(
+        self,
+        work: _Work,
+        leaders: list[Sample],
+        requests: Sequence[Request],
+        progress: Progress | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> None:
+        scheduler = Scheduler(
+            leaders,
+            BlockPool(work.num_blocks),
+            block_size=self.block_size,
+            max_running=self._options.max_running,
+            prefill_tokens=self._options.prefill_tokens,
+            compact=work.compact,
+        )
+        rules = [StopRule(r.sampling, self._eos, self._detokenize) for r in requests]
+        tokens_done = samples_done = 0
+        while scheduler.has_work:
+            plan = scheduler.plan()
+            samples, rows = sampled(plan, scheduler)
+            logits = work.runner.run(plan)
+            finished, stop = self._advance(samples, rows, logits, rules, should_stop)
+            for sample in finished:
+                scheduler.finish(sample)
+            tokens_done += len(samples)
+            samples_done += len(finished)
+            if progress is not None:
+                progress(tokens_done, samples_done)
+            if stop:
+                scheduler.drain()
+        self.num_preempted = scheduler.num_preempted
+        if not self._options.keep_cache:
+            self.drop_cache()
+
+    def _advance(
+        self,
+        samples: list[Sample],
+        rows: list[int],
+        logits: Tensor,
+        rules: list[StopRule],
+        should_stop: Callable[[], bool] | None,
+    ) -> tuple[list[Sample], bool]:
+        """Draw a token for each of `samples`; returns those that end with it, and the stop flag."""
+        if self._sampler is None:
+            self._sampler = Sampler(self._config.vocab_size, self._device)
+        if rows != list(range(logits.shape[0])):
+            logits = logits[torch.tensor(rows, device=self._device, dtype=torch.int64)]
+        finished: list[Sample] = []
+        stop = should_stop is not None and self._tp.rank == 0 and should_stop()
+        tokens: list[int] = []
+        if samples:
+            params = [s.request.sampling for s in samples]
+            draws = self._sampler.sample(logits, params, [s.next_key() for s in samples])
+            logprobs, margins = draws.logprobs.tolist(), draws.margins.tolist()
+            tokens = draws.tokens.tolist()
+        tokens, stop = self._agree(tokens, stop)
+        for i, sample in enumerate(samples):
+            if logprobs[i] != logprobs[i]:
+                self.drop_cache()
+                raise ValueError(
+                    f"the logits of prompt {sample.request.prompt_id} are not finite: the policy's "
+                    "weights hold NaN or infinity"
+                )
+            sample.tokens.append(tokens[i])
+            sample.logprobs.append(logprobs[i])
+            if sample.request.sampling.margins:
+                sample.margins.append(margins[i])
+            finish = rules[sample.index].check(sample.tokens, sample.num_generated)
+            if finish is not None:
+                sample.finish = finish
+                finished.append(sample)
+        return finished, stop
+
+    def _agree(self, tokens: list[int], stop: bool) -> tuple[list[int], bool]:
+        """The group's per-step message: the leader's tokens and whether to stop."""
+        if self._tp.group is None:
+            return tokens, stop
+        message = torch.tensor([int(stop), *tokens], device=self._device)
+        dist.broadcast(message, dist.get_global_rank(self._tp.group, 0), group=self._tp.group)
+        values = message.tolist()
+        return values[1:], bool(values[0])
+
+    # Storage
+
+    def _shape(self, num_blocks: int) -> CacheShape:
+        config = self._config
+        return CacheShape(
+            num_layers=config.num_layers,
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            heads=config.num_heads // self._tp.size,
+            kv_heads=local_kv_heads(config, self._tp.size),
+            head_dim=config.head_dim,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
+    def _num_blocks(self, requests: Sequence[Request]) -> int:
+        """Blocks of the cache for a call; alike on the ranks of a tensor-parallel group."""
+        given, kept = self._options.kv_cache_gb, 0 if self._work is None else self._work.num_blocks
+        block_bytes = self._shape(1).num_bytes
+        if given != "auto":
+            return int(given * GB) // block_bytes
+        needed = blocks_needed(requests, self.block_size, self._options.max_running)
+        if needed <= kept:
+            return kept
+        if self._device.type == "cpu":
+            return min(needed, int(_CPU_CACHE_GB * GB) // block_bytes)
+        free = torch.cuda.mem_get_info(self._device)[0] + kept * block_bytes
+        most = int(free * _CUDA_FREE_FRACTION) // block_bytes
+        if self._tp.group is not None:
+            # Ranks may have different amounts free, but must schedule alike.
+            count = torch.tensor(most, device=self._device)
+            dist.all_reduce(count, dist.ReduceOp.MIN, group=self._tp.group)
+            most = int(count)
+        return max(min(needed, most), kept)
+
+    def _prepare_work(self, num_blocks: int) -> _Work:
+        if self._work is not None and self._work.num_blocks == num_blocks:
+            return self._work
+        self._work = None  # frees the old cache before the new one is made
+        shape, options = self._shape(num_blocks), self._options
+        attention: PagedAttention
+        if self._paged:
+            longest = min(self._config.max_position, num_blocks * self.block_size)
+            attention = VarlenAttention(
+                shape,
+                max_sequences=options.max_running,
+                max_blocks=-(-longest // self.block_size),
+                max_tokens=options.max_running + options.prefill_tokens,
+            )
+        else:
+            attention = BlockwiseAttention(shape)
+        graphs = options.max_running if self._paged and options.cuda_graphs else 0
+        runner = Runner(self._decoder, attention, self._device, graph_sequences=graphs)
+        self._work = _Work(num_blocks=num_blocks, runner=runner, compact=not self._paged)
+        return self._work
+
+
+def sampled(plan: StepPlan, scheduler: Scheduler) -> tuple[list[Sample], list[int]]:
+    """The samples that get a token from this step, and the row of logits of each.
+
+    A prompt's last row serves its sample and the followers, which share its blocks from here on.
+    """
+    samples = list(plan.decodes)
+    rows = list(range(len(samples)))
+    row = len(samples)
+    for chunk in plan.chunks:
+        if not chunk.is_last:
+            continue
+        group = [chunk.sequence, *scheduler.fork(chunk.sequence)]
+        samples += group
+        rows += [row] * len(group)
+        row += 1
+    return samples, rows

@@ -1,0 +1,55 @@
+"""What the requests of a call need, and those that can never be served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from ...models.config import ModelConfig
+from ..protocol import Request
+
+GB = 10**9
+
+
+def blocks_needed(requests: Sequence[Request], block_size: int, max_running: int) -> int:
+    """Blocks with which the largest `max_running` samples run to their ends together."""
+    needs = (
+        -(-(len(request.tokens) + request.sampling.max_tokens) // block_size)
+        for request in requests
+        for _ in request.samples
+    )
+    return sum(sorted(needs, reverse=True)[:max_running])
+
+
+def check_requests(
+    requests: Sequence[Request],
+    config: ModelConfig,
+    *,
+    capacity: int,
+    kv_cache_gb: float | Literal["auto"],
+    has_text: bool,
+) -> None:
+    """ValueError naming the first request that can never be served, and why.
+
+    Args:
+        capacity: tokens that the key-value cache holds.
+        has_text: whether the engine can turn tokens into text.
+    """
+    for i, request in enumerate(requests):
+        name = f"request {i} (prompt_id {request.prompt_id})"
+        tokens, max_tokens = request.tokens, request.sampling.max_tokens
+        if not tokens:
+            raise ValueError(f"{name} has an empty prompt")
+        if min(tokens) < 0 or max(tokens) >= config.vocab_size:
+            raise ValueError(f"{name} has token ids outside the vocabulary of {config.vocab_size}")
+        total = len(tokens) + max_tokens
+        asked = f"{name}: {len(tokens)} prompt tokens and sampling.max_tokens={max_tokens}"
+        if total > config.max_position:
+            raise ValueError(f"{asked} need {total} positions, the model has {config.max_position}")
+        if total > capacity:
+            raise ValueError(
+                f"{asked} need {total} cache slots, the key-value cache has {capacity}: raise "
+                f"rollout.kv_cache_gb={kv_cache_gb}"
+            )
+        if request.sampling.stop and not has_text:
+            raise ValueError(f"{name} has stop texts, but the engine cannot detokenize")

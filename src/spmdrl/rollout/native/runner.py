@@ -1,0 +1,77 @@
+"""`Runner`: one engine step on the device, from a plan to logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...models.decoder import Decoder
+from .attention import PagedAttention
+from .graphs import DecodeGraphs
+from .scheduler import StepPlan
+from .varlen import VarlenAttention
+
+
+class Runner:
+    """Runs the decoder over a step's tokens.
+
+    Args:
+        graph_sequences: capture decode steps of up to that many sequences as CUDA graphs; 0: never.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        attention: PagedAttention,
+        device: torch.device,
+        *,
+        graph_sequences: int = 0,
+    ) -> None:
+        self._decoder, self._attention, self._device = decoder, attention, device
+        self.graphs: DecodeGraphs | None = None
+        if graph_sequences:
+            assert isinstance(attention, VarlenAttention)
+            self.graphs = DecodeGraphs(self._forward_all, attention, graph_sequences)
+
+    def run(self, plan: StepPlan) -> Tensor:
+        """float32 logits `[R, V]` of the rows that are sampled: decodes, then last chunks.
+
+        They may be overwritten by the caller, and are by the next step.
+        """
+        tokens, positions, rows = flatten(plan)
+        token_ids = torch.tensor(tokens, device=self._device)
+        places = torch.tensor(positions, device=self._device)
+        if self.graphs is not None and not plan.chunks:
+            return self.graphs.run(plan, token_ids, places).float()
+        self._attention.prepare(plan)
+        hidden = self._decoder(token_ids, places, self._attention)
+        if len(rows) < len(tokens):
+            hidden = hidden[torch.tensor(rows, device=self._device, dtype=torch.int64)]
+        return self._project(hidden).float()
+
+    def _forward_all(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self._project(self._decoder(tokens, positions, self._attention))
+
+    def _project(self, hidden: Tensor) -> Tensor:  # [R, D] -> [R, V]
+        logits: Tensor = F.linear(hidden, self._decoder.head_weight())
+        tp = self._decoder.tp
+        if tp.group is None:
+            return logits
+        parts = logits.new_empty(tp.size * logits.shape[0], logits.shape[1])
+        dist.all_gather_into_tensor(parts, logits, group=tp.group)
+        return parts.view(tp.size, *logits.shape).transpose(0, 1).flatten(1, 2)
+
+
+def flatten(plan: StepPlan) -> tuple[list[int], list[int], list[int]]:
+    """Tokens and positions of all rows of a step, and the rows whose next token is drawn."""
+    tokens = [s.tokens[s.cached - 1] for s in plan.decodes]
+    positions = [s.cached - 1 for s in plan.decodes]
+    rows = list(range(len(tokens)))
+    for chunk in plan.chunks:
+        tokens += chunk.sequence.tokens[chunk.start : chunk.stop]
+        positions += range(chunk.start, chunk.stop)
+        if chunk.is_last:
+            rows.append(len(tokens) - 1)
+    return tokens, positions, rows

@@ -1,0 +1,183 @@
+"""Draws tokens from logits by the Gumbel-max rule with keyed noise.
+
+A token is argmax(l / T + g) with Gumbel noise g, computed as argmax(p / e) with e = exp(-g)
+exponential noise: the same order with one logarithm less, and the exponentials p serve the
+log-probability too. Truncation works on the most likely candidates alone; noise depends on the key
+and the token id, so either way of computing draws the same token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...keyed import Noise, exponential_at, key_tensor
+from ..sampling import SamplingParams
+
+_CANDIDATES = 1024
+_CPU_VALUES = 200_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Of N rows: `tokens [N]` int64, `logprobs [N]` float32 and `margins [N]` float32."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    margins: Tensor
+
+
+class Sampler:
+    """Samples from float32 logits over a vocabulary."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._device = device
+        self._noise = Noise(0, vocab_size, device)
+        # On the CPU so many rows at once that logits and noise stay in the second-level cache.
+        self._rows = max(1, _CPU_VALUES // vocab_size) if device.type == "cpu" else 1 << 30
+
+    def sample(
+        self,
+        logits: Tensor,  # [N, V] float32, overwritten
+        params: list[SamplingParams],  # N
+        keys: list[int],  # N, of the tokens to draw
+    ) -> Draws:
+        """One token for each row; margins are infinite where `params` does not ask for them."""
+        key = key_tensor(keys, self._device)
+        kinds = [_kind(p) for p in params]
+        if len(set(kinds)) == 1:
+            return self._sample_kind(kinds[0], logits, params, key)
+        n = len(params)
+        tokens = torch.empty(n, dtype=torch.int64, device=self._device)
+        logprobs = torch.empty(n, device=self._device)
+        margins = torch.empty(n, device=self._device)
+        for kind in sorted(set(kinds)):
+            numbers = [i for i, k in enumerate(kinds) if k == kind]
+            rows = torch.tensor(numbers, device=self._device)
+            part = self._sample_kind(kind, logits[rows], [params[i] for i in numbers], key[rows])
+            tokens[rows], logprobs[rows], margins[rows] = part.tokens, part.logprobs, part.margins
+        return Draws(tokens=tokens, logprobs=logprobs, margins=margins)
+
+    def _sample_kind(
+        self, kind: str, logits: Tensor, params: list[SamplingParams], keys: Tensor
+    ) -> Draws:
+        asked = any(p.margins for p in params)
+        if kind == "greedy":
+            return _greedy(logits, asked)
+        temperatures = {p.temperature for p in params}
+        if len(temperatures) > 1:
+            logits.div_(self._column([p.temperature for p in params]))
+        elif (temperature := temperatures.pop()) != 1:
+            logits.div_(temperature)
+        if kind == "truncated":
+            return self._truncated(logits, params, keys, asked)
+        starts = range(0, len(params), self._rows)
+        parts = [
+            self._plain(logits[i : i + self._rows], keys[i : i + self._rows], asked) for i in starts
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return Draws(
+            tokens=torch.cat([p.tokens for p in parts]),
+            logprobs=torch.cat([p.logprobs for p in parts]),
+            margins=torch.cat([p.margins for p in parts]),
+        )
+
+    def _plain(self, logits: Tensor, keys: Tensor, asked: bool) -> Draws:
+        weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+        total = weights.sum(-1)
+        noise = self._noise.exponential(keys)
+        scores = torch.div(weights, noise, out=noise)
+        tokens = scores.argmax(-1)
+        logprobs = (weights.gather(1, tokens[:, None])[:, 0] / total).log()
+        return Draws(
+            tokens=tokens,
+            logprobs=logprobs,
+            margins=_margins(scores.log_() if asked else scores, asked),
+        )
+
+    def _truncated(
+        self, logits: Tensor, params: list[SamplingParams], keys: Tensor, asked: bool
+    ) -> Draws:
+        vocabulary = logits.shape[1]
+        top_k = torch.tensor([p.top_k or vocabulary for p in params], device=self._device)
+        largest = max(p.top_k for p in params) if all(p.top_k for p in params) else _CANDIDATES
+        limits = self._column([p.top_p for p in params]), self._column([p.min_p for p in params])
+        # One candidate beyond the limit, for the distance to it.
+        count = min(vocabulary, largest + 1)
+        total = logits.logsumexp(-1, keepdim=True)
+        values, tokens = logits.topk(count, dim=-1)
+        keep, distance = truncate(values, total, top_k, *limits)
+        if count < vocabulary and bool(keep[:, -1].any()):
+            values, tokens = logits.sort(dim=-1, descending=True)
+            keep, distance = truncate(values, total, top_k, *limits)
+        values = values.masked_fill(~keep, -torch.inf)
+        noise = exponential_at(keys, self._noise.index_hash[tokens])
+        scores = values - noise.log_()
+        place = scores.argmax(-1, keepdim=True)
+        logprobs = values.gather(1, place)[:, 0] - values.logsumexp(-1)
+        return Draws(
+            tokens=tokens.gather(1, place)[:, 0],
+            logprobs=logprobs,
+            margins=torch.minimum(_margins(scores, asked), distance),
+        )
+
+    def _column(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self._device)[:, None]
+
+
+def truncate(
+    values: Tensor,  # [N, K] tempered logits, descending; K = V, or all that are kept and one more
+    total: Tensor,  # [N, 1] logsumexp of all logits
+    top_k: Tensor,  # [N]; V for all
+    top_p: Tensor,  # [N, 1]
+    min_p: Tensor,  # [N, 1]
+) -> tuple[Tensor, Tensor]:
+    """Which candidates stay (bool `[N, K]`), and how near a limit was to another choice (`[N]`).
+
+    Top-p keeps the tokens before which the probability is still below it; probabilities are those
+    of the distribution that top-k leaves. The distance is in nats for top-k and min-p, and in
+    probability for top-p.
+    """
+    count = values.shape[1]
+    places = torch.arange(count, device=values.device)
+    keep = places < top_k[:, None]
+    limited = (top_k < count)[:, None]
+    kept = values.masked_fill(~keep, -torch.inf)
+    norm = torch.where(limited, kept.logsumexp(-1, keepdim=True), total)
+    probabilities = (kept - norm).exp()
+    before = probabilities.cumsum(-1) - probabilities
+    keep &= (before < top_p) | (top_p >= 1)
+    floor = values[:, :1] + min_p.log()
+    keep &= values >= floor
+    padded = torch.cat((values, values.new_full((len(values), 1), -torch.inf)), dim=1)
+    edge = top_k.clamp(max=count)[:, None]
+    gap = padded.gather(1, edge - 1) - padded.gather(1, edge)
+    distance = torch.where(limited, gap, torch.inf)[:, 0]
+    p_distance = (before - top_p).abs().masked_fill(top_p >= 1, torch.inf).amin(-1)
+    m_distance = (values - floor).abs().masked_fill(min_p <= 0, torch.inf).amin(-1)
+    return keep, torch.minimum(distance, torch.minimum(p_distance, m_distance))
+
+
+def _kind(params: SamplingParams) -> str:
+    if params.is_greedy:
+        return "greedy"
+    return "truncated" if params.is_truncated else "plain"
+
+
+def _greedy(logits: Tensor, asked: bool) -> Draws:
+    best, tokens = logits.max(-1)
+    return Draws(
+        tokens=tokens, logprobs=best - logits.logsumexp(-1), margins=_margins(logits, asked)
+    )
+
+
+def _margins(scores: Tensor, asked: bool) -> Tensor:  # [N, K]
+    """By how much the best score wins: `[N]`."""
+    if not asked or scores.shape[1] == 1:
+        return scores.new_full((scores.shape[0],), math.inf)
+    best = scores.topk(2, dim=-1).values
+    return best[:, 0] - best[:, 1]

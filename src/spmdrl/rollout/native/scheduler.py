@@ -1,0 +1,245 @@
+"""`Scheduler`: which tokens the next engine step computes, and where their keys and values go.
+
+Continuous batching: every running sequence decodes one token a step; prompts are computed in
+chunks beside them, up to a token budget. Decisions are pure Python on the host and depend on
+nothing but the requests and the tokens, so that tensor-parallel ranks take the same ones.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .blocks import BlockPool
+from .sequence import Sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Tokens `[start, stop)` of a sequence, whose keys and values are not in the cache yet."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        """The next token is drawn from the chunk's last row."""
+        return self.stop == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """One engine step.
+
+    Args:
+        moves: blocks to copy first (source -> target; all are read before any is written).
+        copies: then, shared blocks that a sequence is about to write in, to its own copy.
+        decodes: sequences that compute their newest token.
+        chunks: parts of prompts (or of preempted sequences) to compute.
+    """
+
+    moves: dict[int, int]
+    copies: list[tuple[int, int]]
+    decodes: list[Sequence]
+    chunks: list[Chunk]
+
+
+class Scheduler:
+    """Queues of sequences over one block pool.
+
+    Args:
+        sequences: first samples of the requests (the others are their followers), first come
+            first served. Each must fit into the pool alone.
+        max_running: sequences that hold blocks of their own at a time, at most.
+        prefill_tokens: prompt tokens a step, at most.
+        compact: move blocks so that used ones lie dense (attention by views, on the CPU).
+    """
+
+    def __init__(
+        self,
+        sequences: Iterable[Sequence],
+        pool: BlockPool,
+        *,
+        block_size: int,
+        max_running: int,
+        prefill_tokens: int,
+        compact: bool,
+    ) -> None:
+        self.pool = pool
+        self.running: list[Sequence] = []  # oldest first
+        self._ready: deque[Sequence] = deque()  # prompt computed and shared, first token drawn
+        self._waiting: deque[Sequence] = deque(sequences)  # to be computed from their first token
+        self._block_size = block_size
+        self._max_running = max_running
+        self._prefill_tokens = prefill_tokens
+        self._compact, self._freed = compact, False
+        self.num_preempted = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self._ready or self._waiting)
+
+    def plan(self) -> StepPlan:
+        """The next step. Its chunks and decodes count as cached from here on."""
+        moves = self._compact_blocks()
+        copies: dict[Sequence, tuple[int, int]] = {}
+        decodes = self._plan_decodes(copies)
+        budget = self._prefill_tokens
+        chunks: list[Chunk] = []
+        for sequence in self.running:
+            if budget and not sequence.decodes:
+                budget -= self._take(sequence, budget, chunks)
+        self._start_ready(decodes, copies)
+        while budget and self._waiting and not self._ready and self._has_room():
+            sequence = self._waiting[0]
+            if not self._admit(sequence):
+                break
+            budget -= self._take(self._waiting.popleft(), budget, chunks)
+        assert decodes or chunks, "the scheduler found nothing to do"
+        for chunk in chunks:
+            chunk.sequence.cached = chunk.stop
+        for sequence in decodes:
+            sequence.cached += 1
+        return StepPlan(moves=moves, copies=list(copies.values()), decodes=decodes, chunks=chunks)
+
+    def fork(self, leader: Sequence) -> list[Sequence]:
+        """The prompt of `leader` was computed: its followers share its blocks from now on.
+
+        Returns them; each must be given its first token (or be finished) before the next plan.
+        """
+        followers, leader.followers = leader.followers, []
+        for follower in followers:
+            for block in leader.blocks:
+                self.pool.share(block)
+            follower.blocks = list(leader.blocks)
+            follower.cached = leader.cached
+        self._ready.extend(followers)
+        return followers
+
+    def finish(self, sequence: Sequence) -> None:
+        """The sample is complete: its blocks are free."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self._ready.remove(sequence)
+        self._release(sequence)
+
+    def drain(self) -> None:
+        """Drop all open sequences."""
+        self.running.clear()
+        self._ready.clear()
+        self._waiting.clear()
+
+    def _has_room(self) -> bool:
+        return len(self.running) < self._max_running
+
+    def _plan_decodes(self, copies: dict[Sequence, tuple[int, int]]) -> list[Sequence]:
+        """A slot for the newest token of every decoding sequence, oldest first."""
+        decodes = []
+        i = 0
+        while i < len(self.running):
+            sequence = self.running[i]
+            i += 1
+            if not sequence.decodes:
+                continue
+            while not self._reserve(sequence, copies):
+                victim = self._preempt(copies)
+                if victim is sequence:
+                    break
+            else:
+                decodes.append(sequence)
+        return decodes
+
+    def _start_ready(
+        self, decodes: list[Sequence], copies: dict[Sequence, tuple[int, int]]
+    ) -> None:
+        while self._ready and self._has_room():
+            sequence = self._ready.popleft()
+            while not self._reserve(sequence, copies):
+                if self.running or not self._ready:
+                    self._ready.appendleft(sequence)
+                    return
+                self._preempt(copies)
+            self.running.append(sequence)
+            decodes.append(sequence)
+
+    def _reserve(self, sequence: Sequence, copies: dict[Sequence, tuple[int, int]]) -> bool:
+        """A block of its own for the token at `cached`; False when the pool is empty."""
+        number = sequence.cached // self._block_size
+        if number < len(sequence.blocks):
+            block = sequence.blocks[number]
+            if not self.pool.is_shared(block):
+                return True
+        if not self.pool.num_free:
+            return False
+        fresh = self.pool.allocate()
+        if number == len(sequence.blocks):
+            sequence.blocks.append(fresh)
+            return True
+        copies[sequence] = (block, fresh)
+        self.pool.release(block)
+        sequence.blocks[number] = fresh
+        return True
+
+    def _preempt(self, copies: dict[Sequence, tuple[int, int]]) -> Sequence:
+        """Take the blocks of the youngest sequence; it is computed again later."""
+        victim = self._ready.pop() if self._ready else self.running.pop()
+        copies.pop(victim, None)
+        self._release(victim)
+        self._waiting.appendleft(victim)
+        self.num_preempted += 1
+        return victim
+
+    def _release(self, sequence: Sequence) -> None:
+        for block in sequence.blocks:
+            self.pool.release(block)
+        sequence.blocks, sequence.cached = [], 0
+        self._freed = True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Blocks for all tokens of a waiting sequence; False when it has to wait on."""
+        shared = self._shared_prefix(sequence)
+        needed = -(-len(sequence.tokens) // self._block_size) - len(shared)
+        # Room for its first tokens too, or it would be preempted at once.
+        spare = 1 + len(sequence.followers) if self.running else 0
+        if needed + spare > self.pool.num_free:
+            return False
+        for block in shared:
+            self.pool.share(block)
+        sharable = sequence.sharable_blocks(self._block_size)
+        first = len(shared)
+        sequence.blocks = shared + [
+            self.pool.allocate(high=number < sharable) for number in range(first, first + needed)
+        ]
+        sequence.cached = len(shared) * self._block_size
+        self.running.append(sequence)
+        return True
+
+    def _shared_prefix(self, sequence: Sequence) -> list[int]:
+        """Full prompt blocks that a running sample of the same request still holds.
+
+        Only preempted samples find some: the samples of a fresh request start from its leader.
+        """
+        # One prompt token at least is computed: the last one's row is needed.
+        full = (sequence.prompt_length - 1) // self._block_size
+        for other in self.running:
+            if other.index == sequence.index and other.cached >= full * self._block_size:
+                return other.blocks[:full]
+        return []
+
+    def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        stop = min(len(sequence.tokens), sequence.cached + budget)
+        chunks.append(Chunk(sequence=sequence, start=sequence.cached, stop=stop))
+        return stop - sequence.cached
+
+    def _compact_blocks(self) -> dict[int, int]:
+        if not (self._compact and self._freed):
+            return {}
+        self._freed = False
+        moves = self.pool.compact()
+        if moves:
+            for sequence in (*self.running, *self._ready):
+                sequence.blocks = [moves.get(block, block) for block in sequence.blocks]
+        return moves

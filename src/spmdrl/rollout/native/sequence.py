@@ -1,0 +1,79 @@
+"""`Sequence`: one sample on its way from prompt to completion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...keyed import chain, key64
+from ..protocol import Completion, Finish, Request
+
+
+@dataclass(kw_only=True, eq=False)
+class Sequence:
+    """State of one sample.
+
+    Args:
+        request: what it is a sample of.
+        index: the request's place in the call.
+        slot: the sample's place in the request.
+        key: the random key of (seed, step, prompt id, sample), extended by the token position.
+        tokens: prompt and what was generated.
+        followers: samples of the same prompt that wait for this one to compute it.
+        blocks: cache blocks, in the order of the tokens they hold.
+        cached: tokens whose keys and values are in the cache.
+    """
+
+    request: Request
+    index: int
+    slot: int
+    key: int
+    tokens: list[int]
+    followers: list[Sequence] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    cached: int = 0
+    logprobs: list[float] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    finish: Finish = "aborted"
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.request.tokens)
+
+    @property
+    def decodes(self) -> bool:
+        """Only the newest token is not in the cache yet."""
+        return self.cached == len(self.tokens) - 1 and self.num_generated > 0
+
+    def sharable_blocks(self, block_size: int) -> int:
+        """How many of the first blocks several samples may use: the prompt's full ones."""
+        return self.prompt_length // block_size if len(self.request.samples) > 1 else 0
+
+    def next_key(self) -> int:
+        """The random key of the next token."""
+        return chain(self.key, len(self.tokens))
+
+    def completion(self) -> Completion:
+        return Completion(
+            tokens=tuple(self.tokens[self.prompt_length :]),
+            logprobs=tuple(self.logprobs),
+            finish=self.finish,
+            margins=tuple(self.margins),
+        )
+
+
+def sequences_of(request: Request, index: int, *, seed: int, step: int) -> list[Sequence]:
+    """The samples of a request."""
+    return [
+        Sequence(
+            request=request,
+            index=index,
+            slot=slot,
+            key=key64(seed, step, request.prompt_id, sample),
+            tokens=list(request.tokens),
+        )
+        for slot, sample in enumerate(request.samples)
+    ]

@@ -1,0 +1,144 @@
+"""Paged attention by torch's FlashAttention kernels (`varlen_attn` with a block table), on CUDA.
+
+Decodes and prompt chunks of a step go through one call. Every index lies in a buffer that is kept,
+so that a CUDA graph captured over a decode step finds it again.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor
+from torch.nn.attention import current_flash_attention_impl
+from torch.nn.attention.varlen import varlen_attn
+
+from .attention import CacheShape
+from .scheduler import StepPlan
+
+BLOCK_MULTIPLE = 256
+"""FlashAttention 2 reads pages whose size is a multiple of this."""
+
+
+def varlen_is_usable(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
+    """Whether the installed torch pages (2.12 on) and its kernels take these tensors."""
+    paged = {"block_table", "seqused_k", "enable_gqa", "num_splits"}
+    if device.type != "cuda" or not paged <= inspect.signature(varlen_attn).parameters.keys():
+        return False
+    major, _ = torch.cuda.get_device_capability(device)
+    fits = head_dim <= 256 and head_dim % 8 == 0
+    return major >= 8 and dtype in (torch.float16, torch.bfloat16) and fits
+
+
+class VarlenAttention:
+    """`PagedAttention` over caches `[num_blocks + 1, block_size, KVH, d]` per layer.
+
+    The last block takes what padded rows write.
+
+    Args:
+        max_sequences: sequences of a step, at most.
+        max_blocks: blocks of one sequence, at most.
+        max_tokens: rows of a step, at most.
+    """
+
+    def __init__(
+        self, shape: CacheShape, *, max_sequences: int, max_blocks: int, max_tokens: int
+    ) -> None:
+        self._shape = shape
+        layers = (shape.num_layers, shape.num_blocks + 1, shape.block_size)
+        heads = (shape.kv_heads, shape.head_dim)
+        # Zeros: the kernel may multiply what lies behind a sequence's end by weights of zero.
+        self._keys = self._zeros(*layers, *heads, dtype=shape.dtype).unbind(0)
+        self._values = self._zeros(*layers, *heads, dtype=shape.dtype).unbind(0)
+        self._table = self._zeros(max_sequences, max_blocks, dtype=torch.int32)
+        self._used = self._zeros(max_sequences, dtype=torch.int32)
+        self._starts = self._zeros(max_sequences + 1, dtype=torch.int32)
+        self._key_starts = self._zeros(max_sequences + 1, dtype=torch.int32)
+        self._slots = self._zeros(max_tokens, dtype=torch.int64)
+        self._num_sequences = self._num_tokens = self._max_query = 0
+
+    def prepare(self, plan: StepPlan, *, pad_to: int = 0) -> None:
+        """Fill the buffers; with `pad_to` the step has that many sequences, the last ones idle."""
+        self._copy_blocks(list(plan.moves.items()))
+        self._copy_blocks(plan.copies)
+        size, trash = self._shape.block_size, self._shape.num_blocks
+        tables = [s.blocks for s in plan.decodes] + [c.sequence.blocks for c in plan.chunks]
+        used = [s.cached for s in plan.decodes] + [c.stop for c in plan.chunks]
+        counts = [1] * len(plan.decodes) + [c.stop - c.start for c in plan.chunks]
+        slots = [
+            s.blocks[(s.cached - 1) // size] * size + (s.cached - 1) % size for s in plan.decodes
+        ]
+        for c in plan.chunks:
+            slots += [
+                c.sequence.blocks[i // size] * size + i % size for i in range(c.start, c.stop)
+            ]
+        for _ in range(pad_to - len(counts)):
+            tables.append([trash])
+            used.append(1)
+            counts.append(1)
+            slots.append(trash * size)
+        width = max(len(table) for table in tables)
+        padded = [table + [trash] * (width - len(table)) for table in tables]
+        n = len(counts)
+        self._fill(self._table[:n, :width], padded)
+        self._fill(self._used[:n], used)
+        self._fill(self._starts[: n + 1], _cumulative(counts))
+        self._fill(self._key_starts[: n + 1], _cumulative(used))
+        self._fill(self._slots[: len(slots)], slots)
+        self._num_sequences, self._num_tokens = n, len(slots)
+        self._max_query = max(counts)
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,  # [T, H, d]
+        k: Tensor,  # [T, KVH, d]
+        v: Tensor,  # [T, KVH, d]
+    ) -> Tensor:
+        keys, values = self._keys[layer], self._values[layer]
+        slots, n = self._slots[: self._num_tokens], self._num_sequences
+        keys.flatten(0, 1).index_copy_(0, slots, k)
+        values.flatten(0, 1).index_copy_(0, slots, v)
+        # FlashAttention 2 wants lengths of keys although a block table makes them idle;
+        # 3 and later refuse both together.
+        old = current_flash_attention_impl() in (None, "FA2")
+        out = varlen_attn(
+            q.contiguous(),
+            keys,
+            values,
+            self._starts[: n + 1],
+            self._key_starts[: n + 1] if old else None,
+            self._max_query,
+            self._table.shape[1] * self._shape.block_size,
+            window_size=(-1, 0),
+            enable_gqa=True,
+            seqused_k=self._used[:n],
+            block_table=self._table[:n],
+            # Split keys give wrong rows with block tables (issue 194167 of pytorch), and without
+            # splits a row's result does not depend on the batch.
+            num_splits=1,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    def _copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        if not pairs:
+            return
+        index = torch.tensor(pairs, device=self._shape.device)
+        for cache in (*self._keys, *self._values):
+            cache.index_copy_(0, index[:, 1], cache.index_select(0, index[:, 0]))
+
+    def _zeros(self, *sizes: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(*sizes, dtype=dtype, device=self._shape.device)
+
+    def _fill(self, target: Tensor, values: Items[int] | Items[Items[int]]) -> None:
+        source = torch.tensor(values, dtype=target.dtype)
+        target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
+
+
+def _cumulative(counts: list[int]) -> list[int]:
+    ends = [0]
+    for count in counts:
+        ends.append(ends[-1] + count)
+    return ends

@@ -1,0 +1,91 @@
+"""What rollout engines take and give: requests in, completions out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from ..models.sharding import Slice
+from .sampling import SamplingParams
+
+Finish = Literal["stop", "length", "aborted"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and the samples wanted of it.
+
+    Args:
+        tokens: the prompt, not empty.
+        prompt_id: keys the random numbers, with the run's seed, the step and the sample.
+        samples: sample indices; the samples of one request share the prompt's computation.
+        sampling: how to draw.
+    """
+
+    tokens: tuple[int, ...]
+    prompt_id: int
+    samples: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sample.
+
+    Args:
+        tokens: what was generated, the token that ended it included.
+        logprobs: of each token under the distribution it was drawn from (after temperature and
+            truncation, renormalised); for greedy requests under the softmax of the logits.
+        finish: "stop" (end of text, stop token or stop text), "length", or "aborted".
+        margins: by how much each draw's perturbed score won (0 or more, in nats), or the distance
+            of a token's log-probability to a truncation boundary if that is smaller. Empty unless
+            asked for.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: Finish
+    margins: tuple[float, ...] = ()
+
+
+class RolloutEngine(Protocol):
+    """Generates with the policy's weights. All ranks of a tensor-parallel group call together."""
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        seed: int,
+        step: int,
+        progress: Progress | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[list[Completion]]:
+        """Completions by request and sample, in the order asked.
+
+        A result depends on the request, the weights, `seed` and `step`, not on the other requests
+        (up to rounding of the logits).
+
+        Args:
+            progress: called with (tokens done, samples done) while it goes on.
+            should_stop: asked between engine steps; True ends all open samples as "aborted".
+
+        Raises:
+            ValueError: a request that can never be served, before anything runs.
+        """
+        ...
+
+    def local_tensors(self) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:
+        """The weights that this rank holds: local name -> (tensor, slices)."""
+        ...
+
+    def adopt(self, local_name: str, tensor: Tensor) -> None:
+        """Use `tensor` itself as the parameter: no copy, and changes to it are seen."""
+        ...
+
+    def allocate(self, local_name: str) -> Tensor:
+        """Storage of the engine's own for a parameter, to be filled by a weight sync."""
+        ...
