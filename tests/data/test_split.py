@@ -33,7 +33,7 @@ def test_a_small_task_space_is_divided_by_question():
     train, held_out = parts.train.texts(), parts.held_out.texts()
     assert len(held_out) == len(set(held_out)) == 80
     assert len(set(train)) == 120 and not set(train) & set(held_out)
-    assert "hold 200 distinct questions: 80 are held out, 120 train" in parts.note
+    assert "hold 200 distinct questions: 80 are held out (80 prompts), 120 train" in parts.note
     assert all(p.text == bytes(p.tokens).decode() for p in parts.held_out)
 
 
@@ -43,6 +43,27 @@ def test_the_held_out_questions_depend_on_text_and_seed_alone():
     assert set(first.held_out.texts()) == set(again.held_out.texts())
     other = split(few, num_held_out=80, seed=1)
     assert set(other.held_out.texts()) != set(first.held_out.texts())
+
+
+def test_a_question_is_held_out_in_all_its_phrasings():
+    """basic_arithmetic asks for one expression in four ways."""
+    parameters = {
+        "min_terms": 2,
+        "max_terms": 2,
+        "max_digits": 1,
+        "operators": ["+", "-"],
+        "allow_parentheses": False,
+        "format_style": "natural",
+    }
+    source = PromptSource(
+        source="reasoning_gym:basic_arithmetic", parameters=parameters, size=4000, chat=False
+    )
+    prompts = load_prompts(source, Characters())
+    parts = split(prompts, num_held_out=201)
+    expressions = {p.entry["metadata"]["expression"] for p in parts.held_out}
+    assert len(set(parts.held_out.texts())) == len(parts.held_out) == 201
+    assert 51 <= len(expressions) < 60
+    assert not expressions & {p.entry["metadata"]["expression"] for p in parts.train}
 
 
 def test_two_sources_are_made_disjoint():
@@ -57,7 +78,9 @@ def test_two_sources_are_made_disjoint():
 
 @pytest.mark.parametrize("number", [0, 200, 500])
 def test_too_many_held_out(number):
-    with pytest.raises(ValueError, match=f"200 distinct questions: num_held_out={number}"):
+    with pytest.raises(
+        ValueError, match=f"200 distinct questions with 200 texts: num_held_out={number}"
+    ):
         split(chain_sum(size=3000, seed=1), num_held_out=number)
 
 

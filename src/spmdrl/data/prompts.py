@@ -166,8 +166,15 @@ class PromptSet(Sequence[Prompt]):
         )
 
     def texts(self) -> list[str]:
-        """The prompts' texts: what tells two questions apart."""
+        """The prompts' texts."""
         return [draft.text for draft in self._drafts]
+
+    def questions(self) -> list[str]:
+        """What tells two questions apart: the text; of a reasoning_gym task that records the
+        `expression` it asks for, that expression, since the words around it vary ("What is 2 + 3?",
+        "Compute 2 + 3.").
+        """
+        return [_question(draft) for draft in self._drafts]
 
     def subset(self, indices: Sequence[int]) -> PromptSet:
         """The prompts of these indices, in their order."""
@@ -257,6 +264,14 @@ def _draft(row: Row, source: PromptSource) -> _Draft:
     if source.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": source.system}, *messages]
     return _Draft(row=row, text=text, messages=tuple(messages), answer=_answer(row, source))
+
+
+def _question(draft: _Draft) -> str:
+    if "reasoning_gym" in draft.row.values:
+        expression = draft.row.values["metadata"].get("expression")
+        if isinstance(expression, str):
+            return expression
+    return draft.text
 
 
 def _conversation(value: Any, column: str) -> list[Mapping[str, Any]]:
