@@ -1,0 +1,79 @@
+"""How a role is trained, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+Schedule = Literal["constant", "linear", "cosine"]
+Recompute = Literal["none", "layer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Args:
+    microbatch_tokens: stream tokens computed at once on one replica.
+    recompute: `layer` keeps only each layer's input for the backward.
+    share_prompts: compute the prompt of a group's rows once.
+    attention: `model.attention`, see `models.attention`.
+    lr: after warm-up.
+    betas, eps, weight_decay: of AdamW (Loshchilov & Hutter 2019); no decay on 1-d parameters.
+    schedule: from `lr` to `lr * min_lr_ratio` between `warmup_steps` and `total_steps`.
+    clip_norm: largest norm of the whole gradient.
+    param_dtype: in which the model computes; the optimizer's weights are float32 always.
+    head_chunk: tokens of logits held at once.
+
+    Raises:
+        ValueError: a value out of its range, naming it.
+    """
+
+    microbatch_tokens: int = 8192
+    recompute: Recompute = "none"
+    share_prompts: bool = True
+    attention: str = "auto"
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
+    total_steps: int = 1
+    min_lr_ratio: float = 0.0
+    clip_norm: float = 1.0
+    param_dtype: torch.dtype = torch.float32
+    head_chunk: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("microbatch_tokens", "total_steps", "head_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
+        if self.clip_norm <= 0:
+            raise ValueError(f"clip_norm={self.clip_norm}: it must be positive")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps={self.warmup_steps}: it must not be negative")
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"schedule={self.schedule!r}: one of {get_args(Schedule)}")
+        if self.recompute not in get_args(Recompute):
+            raise ValueError(f"recompute={self.recompute!r}: one of {get_args(Recompute)}")
+        if self.param_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"param_dtype={self.param_dtype}: float32 or bfloat16")
+
+
+def lr_at(step: int, options: TrainOptions) -> float:
+    """The learning rate of optimizer step `step` (from 0).
+
+    Warm-up rises linearly, lr (step + 1) / warmup_steps; then `linear` and `cosine` fall from lr,
+    and would reach lr * min_lr_ratio at step total_steps, after the last.
+    """
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    if options.schedule == "constant":
+        return options.lr
+    length = max(1, options.total_steps - options.warmup_steps)
+    progress = min(1.0, (step - options.warmup_steps) / length)
+    if options.schedule == "cosine":
+        progress = 0.5 * (1 - math.cos(math.pi * progress))
+    return options.lr * (1 - (1 - options.min_lr_ratio) * progress)

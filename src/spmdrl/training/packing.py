@@ -1,0 +1,291 @@
+"""Rows as microbatches: packed streams of tokens without padding, shared prompts computed once.
+
+A stream holds, for each group, the prompt once and then the responses: [prompt][r_1][r_2]...
+Positions of a response go on from the prompt, its attention sees the prompt and itself, and its
+first token is predicted by the prompt's last place. This gives the same log-probabilities and
+gradients as rows of their own, for fewer tokens. What comes after a row's last predicting token
+(its last token at least) predicts nothing and is left out. All here is a pure function of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spmdrl.batch import Batch
+from spmdrl.models.attention import Span
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Microbatch:
+    """One stream and its loss tokens.
+
+    Args:
+        tokens, positions: the stream, int64 [S].
+        spans: what each place of the stream sees, covering it.
+        predict: int64 [N], the place in the stream that predicts each loss token.
+        targets: int64 [N], the loss tokens' ids.
+        source: int64 [N], where the loss tokens stand in the batch's token columns.
+        row: int64 [N], which of `rows` each loss token belongs to.
+        rows: int64 [R], the batch's rows in this microbatch, ascending.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    spans: tuple[Span, ...]
+    predict: Tensor
+    targets: Tensor
+    source: Tensor
+    row: Tensor
+    rows: Tensor
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it only keeps pace with other ranks: no rows, no loss tokens."""
+        return len(self.rows) == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """Args:
+    prompt, used: tokens in the prompt and tokens that enter the stream (both 0: none does).
+    group: rows with the same number share their prompt.
+    """
+
+    index: int
+    prompt: int
+    used: int
+    group: int
+
+    @property
+    def own(self) -> int:
+        return self.used - self.prompt
+
+
+def pack(
+    batch: Batch,
+    *,
+    budget_tokens: int,
+    share_prompts: bool,
+    atom: Tensor | None = None,  # [B] int64
+) -> list[Microbatch]:
+    """The rows as microbatches of at most `budget_tokens` stream tokens where that can be.
+
+    Rows of one atom stay together even where they exceed the budget (a loss over pairs needs both).
+    Without atoms the rows of a shared prompt stay together if they fit, else their group is cut
+    into pieces that repeat the prompt. A row longer than the budget is a microbatch of its own.
+
+    Args:
+        batch: with the token column `tokens` and the row column `prompt_lengths` [B]. Optional:
+            `prompt_ids` [B] and the token column `loss_mask` [T] bool (default: the response).
+
+    Raises:
+        ValueError: the budget is below 1, a prompt is longer than its row, or the loss mask is
+            true at a row's first token, which nothing predicts (row named).
+    """
+    if budget_tokens < 1:
+        raise ValueError(f"microbatch_tokens={budget_tokens}: it must be at least 1")
+    mask = loss_mask(batch)
+    rows = _describe(batch, mask, share_prompts)
+    units = [
+        unit for atom_rows in _atoms(rows, atom) for unit in _cut(atom_rows, budget_tokens, atom)
+    ]
+    return [_build(batch, mask, bin_rows) for bin_rows in _bins(units, budget_tokens)]
+
+
+def empty_microbatch() -> Microbatch:
+    """One token and no loss: for a rank that keeps pace with others."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return Microbatch(
+        tokens=torch.zeros(1, dtype=torch.int64),
+        positions=torch.zeros(1, dtype=torch.int64),
+        spans=(Span(q_start=0, q_stop=1, own=(0, 1)),),
+        predict=none,
+        targets=none,
+        source=none,
+        row=none,
+        rows=none,
+    )
+
+
+def loss_mask(batch: Batch) -> Tensor:
+    """bool [T]: the column `loss_mask`, or the tokens after the prompt.
+
+    Raises:
+        ValueError: a prompt is longer than its row, or the mask is true at a first token.
+    """
+    prompts, starts = batch["prompt_lengths"], batch.offsets()[:-1]
+    bad = ((prompts > batch.lengths) | (prompts < 0)).nonzero().flatten()
+    if len(bad):
+        row = int(bad[0])
+        raise ValueError(
+            f"row {row} has {int(batch.lengths[row])} tokens, but its prompt_lengths says "
+            f"{int(prompts[row])}"
+        )
+    if "loss_mask" in batch:
+        mask = batch["loss_mask"].bool()
+    else:
+        place = torch.arange(batch.num_tokens, device=starts.device)
+        mask = place >= (starts + prompts).repeat_interleave(batch.lengths)
+    first = mask[starts[batch.lengths > 0]].nonzero().flatten()
+    if len(first):
+        row = int((batch.lengths > 0).nonzero()[first[0]])
+        raise ValueError(
+            f"row {row}: its first token is in the loss mask, but nothing precedes and predicts it "
+            f"(prompt_lengths={int(prompts[row])})"
+        )
+    return mask
+
+
+def _describe(batch: Batch, mask: Tensor, share_prompts: bool) -> list[_Row]:
+    lengths = batch.lengths.tolist()
+    tokens = torch.split(batch["tokens"], lengths)
+    prompts = batch["prompt_lengths"].tolist()
+    has_ids = share_prompts and "prompt_ids" in batch
+    ids = batch["prompt_ids"].tolist() if has_ids else range(len(lengths))
+    groups: dict[tuple[int, bytes], int] = {}
+    rows = []
+    for i, row_mask in enumerate(torch.split(mask, lengths)):
+        last = row_mask.nonzero().flatten()[-1:].tolist()
+        # The last loss token is predicted, and predicts nothing.
+        used = last[0] if last else 0
+        prompt = min(prompts[i], used)
+        # Equal ids with other tokens (a longer context, say) must not share.
+        content = tokens[i][:prompt].cpu().numpy().tobytes() if share_prompts else b""
+        group = groups.setdefault((ids[i], content), len(groups))
+        rows.append(_Row(index=i, prompt=prompt, used=used, group=group))
+    return rows
+
+
+def _atoms(rows: Sequence[_Row], atom: Tensor | None) -> list[list[_Row]]:
+    """Rows that belong together, in order of first appearance."""
+    keys = [row.group for row in rows] if atom is None else atom.tolist()
+    units: dict[int, list[_Row]] = {}
+    for key, row in zip(keys, rows, strict=True):
+        units.setdefault(key, []).append(row)
+    return list(units.values())
+
+
+def _cost(rows: Iterable[_Row]) -> int:
+    """Stream tokens of these rows together."""
+    prompts = {}
+    own = 0
+    for row in rows:
+        prompts[row.group] = row.prompt
+        own += row.own
+    return own + sum(prompts.values())
+
+
+def _cut(rows: list[_Row], budget: int, atom: Tensor | None) -> list[list[_Row]]:
+    """A shared-prompt group as pieces that fit, each with its own copy of the prompt."""
+    if atom is not None or _cost(rows) <= budget:
+        return [rows]
+    pieces: list[list[_Row]] = []
+    for row in sorted(rows, key=lambda r: (-r.own, r.index)):
+        for piece in pieces:
+            if _cost([*piece, row]) <= budget:
+                piece.append(row)
+                break
+        else:
+            pieces.append([row])
+    return pieces
+
+
+def _bins(units: Sequence[list[_Row]], budget: int) -> list[list[_Row]]:
+    """First-fit decreasing: at most 11/9 of the fewest bins (Johnson 1973), in a fixed order."""
+    costs = [_cost(unit) for unit in units]
+    order = sorted(range(len(units)), key=lambda i: (-costs[i], units[i][0].index))
+    bins: list[list[_Row]] = []
+    free: list[int] = []
+    for i in order:
+        place = next((b for b, room in enumerate(free) if costs[i] <= room), None)
+        if place is None:
+            place = len(bins)
+            bins.append([])
+            free.append(budget)
+        # Two pieces of one group in a bin share its prompt after all; the room left is a bound.
+        bins[place] += units[i]
+        free[place] -= costs[i]
+    return bins
+
+
+def _build(batch: Batch, mask: Tensor, rows: Sequence[_Row]) -> Microbatch:
+    rows = sorted(rows, key=lambda r: r.index)
+    starts = batch.offsets()[:-1].tolist()
+    spans, pieces, first_of = _lay_out(rows, starts)
+    total = spans[-1].q_stop if spans else 0
+    if total == 0:
+        # All rows lack loss tokens: a stream must not be empty.
+        blank = empty_microbatch()
+        spans, stream, positions = list(blank.spans), blank.tokens, blank.positions
+    else:
+        stream = torch.cat([batch["tokens"][at : at + n] for at, n, _ in pieces])
+        positions = torch.cat([torch.arange(p, p + n) for _, n, p in pieces])
+    predict, source, row_numbers = [], [], []
+    for number, row in enumerate(rows):
+        if row.used == 0:
+            continue
+        start = starts[row.index]
+        local = mask[start : start + row.used + 1].nonzero().flatten()
+        before = local - 1
+        prompt_at, own_at = first_of[row.index]
+        predict.append(
+            torch.where(before < row.prompt, before + prompt_at, before - row.prompt + own_at)
+        )
+        source.append(local + start)
+        row_numbers.append(torch.full_like(local, number))
+    none = torch.zeros(0, dtype=torch.int64)
+    where = torch.cat(source) if source else none
+    return Microbatch(
+        tokens=stream,
+        positions=positions,
+        spans=tuple(spans),
+        predict=torch.cat(predict) if predict else none,
+        targets=batch["tokens"][where],
+        source=where,
+        row=torch.cat(row_numbers) if row_numbers else none,
+        rows=torch.tensor([row.index for row in rows]),
+    )
+
+
+def _lay_out(
+    rows: Sequence[_Row], starts: Sequence[int]
+) -> tuple[list[Span], list[tuple[int, int, int]], dict[int, tuple[int, int]]]:
+    """The stream's spans, its pieces (first token in the batch, length, first position), and for
+    each row where its prompt and its own tokens start in the stream.
+    """
+    groups: dict[int, list[_Row]] = {}
+    for row in rows:
+        if row.used:
+            groups.setdefault(row.group, []).append(row)
+    spans: list[Span] = []
+    pieces: list[tuple[int, int, int]] = []
+    first_of = {}
+    at = 0
+    for members in groups.values():
+        prompt, prompt_at = members[0].prompt, at
+        alone = len(members) == 1
+        if prompt and not alone:
+            spans.append(Span(q_start=at, q_stop=at + prompt, own=(at, at + prompt)))
+            pieces.append((starts[members[0].index], prompt, 0))
+            at += prompt
+        for row in members:
+            start = starts[row.index]
+            if alone:
+                # One causal sequence: no prefix to look up.
+                spans.append(Span(q_start=at, q_stop=at + row.used, own=(at, at + row.used)))
+                pieces.append((start, row.used, 0))
+                first_of[row.index] = (at, at + prompt)
+                at += row.used
+                continue
+            first_of[row.index] = (prompt_at, at)
+            if row.own:
+                prefix = ((prompt_at, prompt_at + prompt),) if prompt else ()
+                own = (at, at + row.own)
+                spans.append(Span(q_start=at, q_stop=at + row.own, own=own, prefix=prefix))
+                pieces.append((start + prompt, row.own, prompt))
+                at += row.own
+    return spans, pieces, first_of

@@ -1,0 +1,111 @@
+"""What a train backend offers, and what a loss function is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from spmdrl.batch import Batch
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.sharding import Slice
+
+LocalTensors = dict[str, tuple[Tensor, tuple[Slice, ...]]]
+"""Local name -> the tensor that this rank holds and where it lies in the global name space."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossInput:
+    """One microbatch's loss tokens, in order of their rows and places. Rows are always whole.
+
+    Args:
+        logprobs: [N] log p(x_t | x_<t) at the update's temperature, with gradient.
+        entropy: [N] of the distribution that x_t was drawn from, with gradient.
+        columns: the batch's token columns at the loss tokens, [N, ...] each.
+        rows: the batch's row columns, [R, ...] each.
+        row: [N] int64, the row of each loss token.
+        num_rows: R; a row without loss tokens counts too.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    columns: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor]
+    row: Tensor
+    num_rows: int
+
+
+LossFn = Callable[[LossInput], tuple[Tensor, dict[str, Tensor]]]
+"""The loss as an unnormalised sum over tokens (or rows), and metrics as unnormalised float64 sums
+(maxima where the name ends in `_max`, see `spmdrl.algorithms.metrics`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimStep:
+    """Args:
+    grad_norm: before clipping, over all parameters of the role; equal on its ranks.
+    lr: of this step.
+    skipped: the gradient was not finite, and nothing but the schedule moved.
+    """
+
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+
+class TrainBackend(Protocol):
+    """A model on a mesh. Every rank of a replica (cp x tp) is given the same rows; replicas may
+    have unequally many, or none. Every method is called by all ranks of the mesh together.
+    """
+
+    @property
+    def mesh(self) -> Mesh: ...
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def forward(self, batch: Batch, *, temperature: float) -> Batch:
+        """The same rows with the token columns `logprobs` and `entropy`: float32 [T], 0 at tokens
+        outside the loss mask. Without gradient.
+
+        Rows need the token column `tokens` and the row column `prompt_lengths`; `prompt_ids` (rows
+        whose prompts may be computed once) and the token column `loss_mask` are optional.
+        """
+        ...
+
+    def forward_backward(
+        self, batch: Batch, loss_fn: LossFn, *, normaliser: float, temperature: float
+    ) -> dict[str, float]:
+        """Add the gradient of sum(loss) / normaliser over one minibatch.
+
+        Returns the metrics and `loss` (divided by the normaliser), combined over the mesh's `dp`
+        axis, equal on all its ranks.
+        """
+        ...
+
+    def optim_step(self) -> OptimStep:
+        """Clip, update the weights, move the schedule, clear the gradients."""
+        ...
+
+    def local_tensors(self) -> LocalTensors:
+        """The weights on this rank, in the dtype that the model computes with (the master's where
+        FSDP shards are the master); the storage itself, for sharing and for loading.
+        """
+        ...
+
+    def state_tensors(self) -> LocalTensors:
+        """Optimizer state on this rank, keys `exp_avg/NAME`, `exp_avg_sq/NAME`, and `master/NAME`
+        where the master weights are not the weights; the storage itself.
+        """
+        ...
+
+    def counters(self) -> dict[str, int]:
+        """The optimizer's scalar state, equal on all ranks."""
+        ...
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        """Go on from `counters()` after the tensors of both kinds have been filled."""
+        ...

@@ -1,0 +1,257 @@
+"""The torch-native train backend: data parallel (plain or FSDP2) x tensor x context parallel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from spmdrl.algorithms.metrics import combine
+from spmdrl.batch import Batch
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.distributed.parallel import gather_own_grad
+from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.hf import TensorSource
+from spmdrl.training.context import LocalStream, split_stream
+from spmdrl.training.gradients import all_reduce_gradients, gradient_norm
+from spmdrl.training.logprobs import token_logprobs
+from spmdrl.training.optimizer import Optimizer
+from spmdrl.training.options import TrainOptions, lr_at
+from spmdrl.training.packing import Microbatch, empty_microbatch, pack
+from spmdrl.training.protocol import LocalTensors, LossFn, LossInput, OptimStep
+from spmdrl.training.weights import build_decoder, fill_leaves, make_leaves, refresh_weights
+
+ATOM = "atom"
+"""The optional row column whose equal values name rows that a microbatch must not part."""
+
+
+class TorchBackend:
+    """A decoder on this rank of `mesh`, and its optimizer.
+
+    Args:
+        mesh: of the role; this rank is a member.
+        checkpoint: the initial weights.
+        trainable: False for a frozen role: no gradients, no optimizer, `forward` only.
+
+    Raises:
+        ValueError: degrees that do not fit the model, or an attention that cannot run here.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        config: ModelConfig,
+        checkpoint: TensorSource,
+        options: TrainOptions,
+        device: torch.device,
+        *,
+        trainable: bool = True,
+    ) -> None:
+        self.mesh, self.config, self.options = mesh, config, options
+        self._device = device
+        dtype = options.param_dtype
+        self._kernel = make_kernel(resolve_attention(options.attention, device, dtype))
+        self._decoder = build_decoder(mesh, config, dtype, device, trainable=trainable)
+        self._leaves = make_leaves(self._decoder, mesh, trainable=trainable)
+        fill_leaves(self._leaves, checkpoint)
+        self._optimizer = Optimizer(self._leaves, options) if trainable else None
+        self._num_steps = self._num_skipped = 0
+        self._sums: dict[str, Tensor] = {}
+        if trainable:
+            self._accumulate_wide()
+
+    def forward(self, batch: Batch, *, temperature: float) -> Batch:
+        rows = batch.to(torch.device("cpu"))
+        logprobs, entropy = torch.zeros(2, rows.num_tokens)
+        with torch.no_grad():
+            for microbatch in self._paced(self._pack(rows)):
+                found = self._run(microbatch, temperature)
+                logprobs[microbatch.source], entropy[microbatch.source] = (x.cpu() for x in found)
+        if isinstance(self._decoder, FSDPModule):
+            # The root stays gathered after a forward pass; an optimizer step would not reach it.
+            self._decoder.reshard()
+        device = batch.lengths.device
+        return batch.with_columns(
+            tokens={"logprobs": logprobs.to(device), "entropy": entropy.to(device)}
+        )
+
+    def forward_backward(
+        self, batch: Batch, loss_fn: LossFn, *, normaliser: float, temperature: float
+    ) -> dict[str, float]:
+        self._require_trainable()
+        rows = batch.to(torch.device("cpu"))
+        parts: list[dict[str, Tensor]] = []
+        for microbatch in self._paced(self._pack(rows)):
+            logprobs, entropy = self._run(microbatch, temperature)
+            if microbatch.is_empty:
+                torch.autograd.backward(logprobs.sum() + entropy.sum())
+                continue
+            loss, metrics = loss_fn(self._loss_input(rows, microbatch, logprobs, entropy))
+            loss = loss / normaliser
+            torch.autograd.backward(loss)
+            parts.append({"loss": loss.detach(), **metrics})
+        return self._over_replicas(combine([{"loss": 0.0}, *_as_numbers(parts)]))
+
+    def optim_step(self) -> OptimStep:
+        optimizer = self._require_trainable()
+        gradients = self._take_gradients()
+        if self.mesh.shard_mesh is None:
+            all_reduce_gradients(list(gradients.values()), self.mesh.group("reduce"))
+        norm = gradient_norm(
+            [gradients[leaf.name] for leaf in self._leaves if leaf.counted],
+            [self.mesh.group("shard") if self.mesh.shard_mesh else None, self.mesh.group("tp")],
+            self._device,
+        )
+        lr = lr_at(self._num_steps, self.options)
+        self._num_steps += 1
+        if not math.isfinite(norm):
+            self._num_skipped += 1
+            return OptimStep(grad_norm=norm, lr=lr, skipped=True)
+        if norm > self.options.clip_norm:
+            for gradient in gradients.values():
+                gradient.mul_(self.options.clip_norm / norm)
+        optimizer.step(gradients, lr)
+        refresh_weights(self._leaves)
+        return OptimStep(grad_norm=norm, lr=lr, skipped=False)
+
+    def local_tensors(self) -> LocalTensors:
+        return {leaf.name: (leaf.weight, leaf.slices) for leaf in self._leaves}
+
+    def state_tensors(self) -> LocalTensors:
+        if self._optimizer is None:
+            return {}
+        masters: LocalTensors = {
+            f"master/{leaf.name}": (leaf.master, leaf.slices)
+            for leaf in self._leaves
+            if leaf.has_own_master
+        }
+        return self._optimizer.tensors() | masters
+
+    def counters(self) -> dict[str, int]:
+        return {"num_steps": self._num_steps, "num_skipped": self._num_skipped}
+
+    def load_counters(self, counters: Mapping[str, int]) -> None:
+        optimizer = self._require_trainable()
+        self._num_steps, self._num_skipped = counters["num_steps"], counters["num_skipped"]
+        optimizer.set_step_count(self._num_steps - self._num_skipped)
+
+    def _require_trainable(self) -> Optimizer:
+        if self._optimizer is None:
+            raise ValueError(f"role {self.mesh.role!r} is frozen: it has no optimizer")
+        return self._optimizer
+
+    def _pack(self, rows: Batch) -> list[Microbatch]:
+        return pack(
+            rows,
+            budget_tokens=self.options.microbatch_tokens,
+            share_prompts=self.options.share_prompts,
+            atom=rows.rows.get(ATOM),
+        )
+
+    def _paced(self, microbatches: list[Microbatch]) -> list[Microbatch]:
+        """As many on every rank that FSDP2 gathers and reduces with: each is a collective."""
+        group = self.mesh.group("reduce")
+        if self.mesh.shard_mesh is None or group is None:
+            return microbatches
+        most = torch.tensor(len(microbatches), device=self._device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+        missing = int(most) - len(microbatches)
+        return microbatches + [empty_microbatch()] * missing
+
+    def _run(self, microbatch: Microbatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropy of all the microbatch's loss tokens, [N] each."""
+        group = self.mesh.group("cp")
+        stream = split_stream(microbatch, self.mesh.coordinate("cp"), self.mesh.size("cp"))
+        attend = PackedAttention(
+            stream.spans,
+            self._kernel,
+            dtype=self.options.param_dtype,
+            device=self._device,
+            cp_group=group,
+        )
+        predict, targets = self._here(stream.predict), self._here(stream.targets)
+
+        def finish(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return token_logprobs(
+                hidden.index_select(0, predict),
+                weight,
+                targets,
+                temperature=temperature,
+                chunk=self.options.head_chunk,
+                tp=self._decoder.tp,
+            )
+
+        tokens, positions = self._here(stream.tokens), self._here(stream.positions)
+        logprobs, entropy = self._decoder(
+            tokens, positions, attend, finish, recompute=self.options.recompute
+        )
+        return self._whole(logprobs, stream), self._whole(entropy, stream)
+
+    def _whole(self, values: Tensor, stream: LocalStream) -> Tensor:
+        """The values of all cp ranks' loss tokens, in the microbatch's order."""
+        if stream.order is None:
+            return values
+        return gather_own_grad(values, self.mesh.group("cp"))[self._here(stream.order)]
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)
+
+    def _loss_input(
+        self, rows: Batch, microbatch: Microbatch, logprobs: Tensor, entropy: Tensor
+    ) -> LossInput:
+        return LossInput(
+            logprobs=logprobs,
+            entropy=entropy,
+            columns={n: self._here(c[microbatch.source]) for n, c in rows.tokens.items()},
+            rows={n: self._here(c[microbatch.rows]) for n, c in rows.rows.items()},
+            row=self._here(microbatch.row),
+            num_rows=len(microbatch.rows),
+        )
+
+    def _over_replicas(self, sums: dict[str, float]) -> dict[str, float]:
+        group = self.mesh.group("dp")
+        if group is None:
+            return sums
+        # As objects: a rank without rows does not know the names.
+        gathered: list[dict[str, float]] = [{}] * self.mesh.size("dp")
+        dist.all_gather_object(gathered, sums, group=group)
+        return combine(gathered)
+
+    def _accumulate_wide(self) -> None:
+        """Sum microbatches' gradients in float32 where the parameters are narrower."""
+        for leaf in self._leaves:
+            if not leaf.has_own_master:
+                continue
+
+            def add(parameter: Tensor, name: str = leaf.name) -> None:
+                assert parameter.grad is not None
+                if name in self._sums:
+                    self._sums[name].add_(parameter.grad)
+                else:
+                    self._sums[name] = parameter.grad.float()
+                parameter.grad = None
+
+            leaf.parameter.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
+
+    def _take_gradients(self) -> dict[str, Tensor]:
+        """Every leaf's float32 gradient, 0 where there was none; they are cleared from it."""
+        taken = {}
+        for leaf in self._leaves:
+            gradient = self._sums.pop(leaf.name, None) if leaf.has_own_master else leaf.gradient()
+            if gradient is None:
+                gradient = torch.zeros_like(leaf.master)
+            taken[leaf.name] = gradient.contiguous()
+            leaf.parameter.grad = None
+        return taken
+
+
+def _as_numbers(parts: list[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """All metrics with one wait for the device."""
+    values = [value.detach().double() for part in parts for value in part.values()]
+    numbers = iter(torch.stack(values).tolist() if values else ())
+    return [{name: next(numbers) for name in part} for part in parts]

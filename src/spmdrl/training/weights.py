@@ -1,0 +1,136 @@
+"""The weights of a role on one rank: a decoder, plain or sharded by FSDP2, and its leaves.
+
+A leaf is one local parameter with what the optimizer, the norm, checkpoints and weight sync need to
+know of it. With `dp_shard: 1` the parameters are plain and replicated over dp and cp; else FSDP2
+shards float32 parameters over dp_shard x cp and gathers them in the compute dtype. Tensor
+parallelism is the decoder's own in both cases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.distributed.parallel import Parallel
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.decoder import Decoder
+from spmdrl.models.hf import TensorSource, fill
+from spmdrl.models.sharding import Slice, all_slices, check_tp, restrict
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Leaf:
+    """One local parameter.
+
+    Args:
+        parameter: as the decoder has it (a DTensor under FSDP2).
+        weight: this rank's part, the parameter's own storage; may have no rows.
+        master: what the optimizer updates, float32; `weight` itself where that is float32.
+        slices: where `weight` lies in the global name space.
+        counted: whether this rank counts the leaf's gradient in the norm (of parameters that every
+            tp rank holds, the first one does).
+        decay: whether weight decay applies.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    weight: Tensor
+    master: Tensor
+    slices: tuple[Slice, ...]
+    counted: bool
+    decay: bool
+
+    @property
+    def has_own_master(self) -> bool:
+        return self.master is not self.weight
+
+    def gradient(self) -> Tensor | None:
+        """This rank's part of the parameter's gradient, if it has one."""
+        gradient = self.parameter.grad
+        return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def build_decoder(
+    mesh: Mesh, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, trainable: bool
+) -> Decoder:
+    """The decoder of this rank, its weights not filled yet.
+
+    Raises:
+        ValueError: the mesh has a degree that the model or this backend does not allow.
+    """
+    if mesh.size("pp") > 1:
+        raise ValueError(f"role {mesh.role!r}: the torch backend has no pipeline stages, set pp: 1")
+    check_tp(config, mesh.size("tp"))
+    tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
+    if mesh.shard_mesh is None:
+        decoder = Decoder(config, tp=tp, dtype=dtype, device=device)
+        return decoder.requires_grad_(trainable)
+    decoder = Decoder(config, tp=tp, device="meta").requires_grad_(trainable)
+    # Nothing that a layer is called with (rope's float32 tables) may be cast.
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for layer in (*decoder.layers, decoder):
+        fully_shard(layer, mesh=mesh.shard_mesh, mp_policy=policy)
+    for module in decoder.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are divided by the global count already: gradients are summed.
+            module.set_gradient_divide_factor(1.0)
+            if device.type == "cpu":
+                # gloo has no pre-multiplied sum, which a factor means otherwise.
+                module.set_force_sum_reduction_for_comms(True)
+    return decoder.to_empty(device=device)
+
+
+@torch.no_grad()
+def make_leaves(decoder: Decoder, mesh: Mesh, *, trainable: bool) -> tuple[Leaf, ...]:
+    """The decoder's parameters in order of the forward pass, weights and masters not filled."""
+    sharded = mesh.shard_mesh is not None
+    shard, num_shards = (mesh.coordinate("shard"), mesh.size("shard")) if sharded else (0, 1)
+    tables = all_slices(decoder.config, decoder.tp.rank, decoder.tp.size)
+    leaves = []
+    for name, parameter in decoder.named_parameters():
+        weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+        rows = parameter.shape[0]
+        first, last = _chunk(rows, shard, num_shards)
+        assert len(weight) == last - first, (name, weight.shape, first, last)
+        own_master = trainable and weight.dtype != torch.float32
+        replicated = all(part.is_whole for part in tables[name])
+        leaves.append(
+            Leaf(
+                name=name,
+                parameter=parameter,
+                weight=weight,
+                master=torch.empty_like(weight, dtype=torch.float32) if own_master else weight,
+                slices=restrict(tables[name], first, last),
+                counted=not replicated or decoder.tp.rank == 0,
+                decay=parameter.ndim > 1,
+            )
+        )
+    return tuple(leaves)
+
+
+def _chunk(rows: int, index: int, count: int) -> tuple[int, int]:
+    """The rows of one shard: FSDP2 gives the first ranks ceil(rows / count) each."""
+    size = -(-rows // count)
+    return min(index * size, rows), min((index + 1) * size, rows)
+
+
+@torch.no_grad()
+def fill_leaves(leaves: tuple[Leaf, ...], checkpoint: TensorSource) -> None:
+    """Read masters (so that a float32 checkpoint loses nothing), and weights from them."""
+    fill(((leaf.master, leaf.slices) for leaf in leaves), checkpoint)
+    refresh_weights(leaves)
+
+
+@torch.no_grad()
+def refresh_weights(leaves: tuple[Leaf, ...]) -> None:
+    """Round the masters into the weights, where they are apart."""
+    for leaf in leaves:
+        if leaf.has_own_master:
+            leaf.weight.copy_(leaf.master)
