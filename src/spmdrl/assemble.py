@@ -20,8 +20,9 @@ from spmdrl.models.hf import TensorSource, fill, open_model
 from spmdrl.models.sharding import check_tp
 from spmdrl.placement import Placement, place_roles
 from spmdrl.roles import Policy, Reference, Rollout
-from spmdrl.rollout.native.engine import EngineOptions, NativeEngine
-from spmdrl.training.torch_backend import TorchBackend, TrainOptions
+from spmdrl.rollout.native.engine import NativeEngine, NativeOptions
+from spmdrl.training.options import TrainOptions
+from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.weights.layout import Held, WeightLayout, model_layout
 from spmdrl.weights.sync import WeightSync
 
@@ -164,8 +165,8 @@ def _engine(
         return None
     tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
     rollout = config.rollout
-    options = EngineOptions(
-        kv_cache_gb=None if rollout.kv_cache_gb == "auto" else rollout.kv_cache_gb,
+    options = NativeOptions(
+        kv_cache_gb=rollout.kv_cache_gb,
         block_size=rollout.block_size,
         max_running=rollout.max_running,
         prefill_tokens=rollout.prefill_tokens,

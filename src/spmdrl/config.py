@@ -55,7 +55,7 @@ class TrainSection(Section):
 class RolloutSection(Section):
     engine: Literal["native"] = "native"
     kv_cache_gb: float | Literal["auto"] = "auto"
-    block_size: int = Field(16, ge=1)
+    block_size: int = Field(32, ge=1)
     max_running: int = Field(256, ge=1, description="sequences decoded together on one replica")
     prefill_tokens: int = Field(2048, ge=1, description="prompt tokens per engine step")
     cuda_graphs: bool = True

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from spmdrl.batch import Batch, group_index
+from spmdrl.batch import Batch
 from spmdrl.data.home import home_rows
 from spmdrl.data.prompts import Prompt
-from spmdrl.distributed.reduce import gather_objects, moments, world_sum
-from spmdrl.evaluation.metrics import estimate, evaluation_sums, prompt_means, sums
-from spmdrl.evaluation.results import write_jsonl
+from spmdrl.distributed.reduce import gather_objects, gather_tables
+from spmdrl.evaluation.metrics import avg_at_k, pass_at_k
+from spmdrl.evaluation.results import write_results
 from spmdrl.launch import World
 from spmdrl.observe.names import ACCURACY, EVAL, STANDARD_ERROR
 from spmdrl.rewards.scorer import Scorer
@@ -57,8 +57,8 @@ class Evaluator:
         self._results_dir = results_dir
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Metrics `eval/NAME/...`, equal on every rank: accuracy (mean over samples), its standard
-        error (over prompts), pass@k for each k, avg@k, mean reward and mean response length.
+        """Metrics `eval/NAME/...`, equal on every rank: accuracy (avg@k: the mean over samples) and
+        pass@k, mean reward and response length, with standard errors clustered by prompt.
         """
         rows = home_rows(self._world, self._prompts)
         batch = self._scorer.score(self._rollout.generate(rows, self._generation))
@@ -67,29 +67,28 @@ class Evaluator:
         return self._metrics(batch)
 
     def _metrics(self, batch: Batch) -> dict[str, float]:
-        """Groups live whole on a rank, so the ranks' sums over prompts add up."""
-        group, num_groups = group_index(batch["prompt_ids"])
+        columns = ("prompt_ids", "rewards", "response_lengths")
+        table = torch.stack([batch[name].double() for name in columns], dim=1)
+        samples = torch.cat(gather_tables(table))
+        samples = samples[torch.argsort(samples[:, 0], stable=True)]
+        size = self._generation.group_size
+        rewards = samples[:, 1].reshape(-1, size)
+        right = rewards >= self._threshold - 1e-6  # rewards are float32
         prefix = EVAL + self._name
-        own = evaluation_sums(
-            batch["rewards"], group, num_groups, ks=self._k, threshold=self._threshold
-        )
-        own = {f"/{name}": value for name, value in own.items()}
-        right = (batch["rewards"] >= self._threshold - 1e-6).double()
-        own[ACCURACY] = sums(prompt_means(right, group, num_groups))
-        metrics = {}
-        for name, value in own.items():
-            found = estimate(world_sum(value))
-            metrics[prefix + name] = found.mean
-            error = prefix + ("" if name == ACCURACY else name) + STANDARD_ERROR
-            metrics[error] = found.standard_error
-        lengths = moments(batch["response_lengths"].double())
-        return {**metrics, f"{prefix}/response_length": lengths.mean}
+        found = {ACCURACY: avg_at_k(right), "/reward": avg_at_k(rewards)}
+        found |= {f"/pass@{k}": pass_at_k(right, k) for k in self._k if size > 1}
+        metrics = {prefix + name: estimate.mean for name, estimate in found.items()}
+        errors = {
+            prefix + ("" if name == ACCURACY else name) + STANDARD_ERROR: estimate.standard_error
+            for name, estimate in found.items()
+        }
+        return {**metrics, **errors, f"{prefix}/response_length": float(samples[:, 2].mean())}
 
     def _write(self, batch: Batch, path: Path) -> None:
         own = [_record(batch, row) for row in range(len(batch))]
         parts = gather_objects(own)
         if dist.get_rank() == 0:
-            write_jsonl(path, [record for part in parts for record in part])
+            write_results(path, [record for part in parts for record in part])
 
 
 def _record(batch: Batch, row: int) -> Mapping[str, object]:

@@ -95,5 +95,5 @@ def _alive(batch: Batch) -> Batch:
 
 def _num_groups(parts: list[Batch]) -> int:
     """Groups over all parts and ranks."""
-    own = torch.cat([part["prompt_ids"].unique() for part in parts]).unsqueeze(1)
+    own = torch.cat([torch.unique(part["prompt_ids"]) for part in parts]).unsqueeze(1)
     return sum(len(table) for table in gather_tables(own))

@@ -15,7 +15,7 @@ from spmdrl.config import Config
 from spmdrl.data.home import home_rows
 from spmdrl.data.prompts import load_prompts
 from spmdrl.distributed.reduce import gather_objects
-from spmdrl.evaluation.results import write_jsonl
+from spmdrl.evaluation.results import write_results
 from spmdrl.flows.inputs import (
     Inputs,
     make_decoder,
@@ -120,7 +120,7 @@ def generate(config: Config, prompts_file: str, out_file: str) -> None:
     ]
     parts = gather_objects(own)
     if dist.get_rank() == 0:
-        count = write_jsonl(Path(out_file), [record for part in parts for record in part])
+        count = write_results(Path(out_file), [record for part in parts for record in part])
         print(f"{count} answers in {out_file}", flush=True)
     stop_world()
 
