@@ -1,9 +1,9 @@
 """Checkpoints: every rank writes the slices that it owns, and any layout reads them back.
 
 A checkpoint is a directory `step_NNNNNNNN` with one safetensors file per writing rank and
-`checkpoint.json`: the counters, and an index of (tensor, slice) -> file. It is written under a
-temporary name, every file fsynced, and renamed when complete; `latest` names it last. A reader never
-sees a partial one.
+`checkpoint.json`: the counters, the size of every file, and an index of (tensor, slice) -> file. It
+is written under a temporary name, every file fsynced, and renamed when complete; then `latest`
+names it: a reader never sees a partial one.
 
 Tensors are kept as slices of global tensors, so a checkpoint loads on other ranks and layouts.
 """
@@ -11,12 +11,11 @@ Tensors are kept as slices of global tensors, so a checkpoint loads on other ran
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,8 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spmdrl.distributed.reduce import gather_objects
+from spmdrl.models.atomic import sync
 from spmdrl.models.sharding import Slice
+from spmdrl.observe.files import replace_file
 from spmdrl.weights.layout import local_box, overlap, within
+
+Result = TypeVar("Result")
 
 Tensors = Mapping[str, tuple[Tensor, tuple[Slice, ...]]]
 """`group/local name` -> local tensor and its slices; the group keeps equal names apart."""
@@ -52,6 +55,25 @@ class _Entry:
         return Slice(name=self.name, shape=self.shape, start=self.start, stop=self.stop, offset=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Index:
+    step: int
+    state: Mapping[str, Any]
+    files: Mapping[str, int]
+    """Bytes of each file."""
+    entries: tuple[_Entry, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """Part of an entry, and the view of a local tensor where it goes."""
+
+    file: str
+    key: str
+    part: tuple[slice, ...]
+    target: Tensor
+
+
 def save_checkpoint(
     root: Path, step: int, tensors: Tensors, state: Mapping[str, Any], *, keep_last: int
 ) -> Path:
@@ -59,38 +81,34 @@ def save_checkpoint(
 
     Args:
         state: JSON values, equal on all ranks.
-        keep_last: older complete checkpoints beyond this number are removed, after the rename.
+        keep_last: checkpoints kept; those written longest ago are removed, after the rename.
 
     Raises:
         OSError: a full disk or an unwritable directory, on every rank and naming the path; older
             checkpoints are untouched.
     """
     rank = dist.get_rank()
-    final = root / f"step_{step:08d}"
-    temporary = root / f"step_{step:08d}.partial"
-    if rank == 0:
-        _attempt(lambda: _fresh_directory(temporary))
-    else:
-        _attempt(lambda: None)
-    owned = _owned(tensors)
+    final, partial = root / f"step_{step:08d}", root / ".partial"
     file = f"rank_{rank:05d}.safetensors"
-    entries = [replace(entry, file=file) for entry, _ in owned]
-    _attempt(lambda: _write_tensors(temporary / file, owned))
-    index = [entry for part in gather_objects(entries) for entry in part]
-    content = {"format": FORMAT, "step": step, "state": dict(state)}
-
-    def publish() -> None:
+    try:
+        _agree(OSError, lambda: _fresh_directory(partial) if rank == 0 else None)
+        owned = _owned(tensors, file)
+        size = _agree(OSError, lambda: _write_tensors(partial / file, owned))
+        parts = gather_objects((size, [entry for entry, _ in owned]))
+        index = _Index(
+            step=step,
+            state=state,
+            files={f"rank_{r:05d}.safetensors": n for r, (n, _) in enumerate(parts) if n > 0},
+            entries=tuple(entry for _, entries in parts for entry in entries),
+        )
+        _agree(OSError, lambda: _publish(partial, final, index, keep_last) if rank == 0 else None)
+    except OSError as error:
         if rank == 0:
-            content["entries"] = [asdict(entry) for entry in index]
-            write_atomic(temporary / INDEX, json.dumps(content))
-            _fsync_directory(temporary)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            write_atomic(root / "latest", final.name)
-            _remove_old(root, keep_last)
-
-    _attempt(publish)
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(
+            f"the checkpoint {final} could not be written ({error}): free space or choose another "
+            "run_dir; earlier checkpoints are untouched"
+        ) from None
     return final
 
 
@@ -106,7 +124,7 @@ def latest_checkpoint(root: Path) -> Path | None:
     path = root / pointer.read_text(encoding="utf-8").strip()
     if not (path / INDEX).is_file():
         raise ValueError(
-            f"{pointer} names {path.name}, which has no {INDEX}: "
+            f"{pointer} names {path.name!r}, which has no {INDEX}: "
             "write the name of a complete step_* directory into it, or delete it to start afresh"
         )
     return path
@@ -118,51 +136,82 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the index is damaged or of another format.
     """
-    return dict(_read_index(path)["state"])
+    return dict(_read_index(path).state)
 
 
 @torch.no_grad()
 def load_tensors(path: Path, tensors: Tensors) -> None:
-    """Fill local tensors from a checkpoint that any layout wrote.
+    """Fill local tensors from a checkpoint that any layout wrote; every rank of the world calls it.
+
+    Files and index are checked before the first tensor changes.
 
     Raises:
-        ValueError: a slice is missing or a shard is truncated, naming tensor and file.
+        ValueError: a slice or a file is missing, a file is damaged, or the checkpoint is of another
+            model: on every rank, naming tensor and file.
     """
+    reads, files = _agree(ValueError, lambda: _plan_reads(path, tensors))
+    for read in reads:
+        read.target.copy_(files[read.file].get_slice(read.key)[read.part])
+
+
+def _plan_reads(path: Path, tensors: Tensors) -> tuple[list[_Read], dict[str, Any]]:
+    """What this rank reads, and the files that it opened for it."""
+    index = _read_index(path)
+    for file, size in index.files.items():
+        found = (path / file).stat().st_size if (path / file).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes, not {size}"
+            raise ValueError(f"{path / file} {state}; {_mend(path)}")
     by_name: dict[tuple[str, str], list[_Entry]] = {}
-    for raw in _read_index(path)["entries"]:
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        entry = _Entry(**fields)
+    for entry in index.entries:
         by_name.setdefault((entry.group, entry.name), []).append(entry)
-    files: dict[str, Any] = {}
+    reads = []
     for full_name, (tensor, slices) in tensors.items():
         group = full_name.split("/", 1)[0]
         for piece in slices:
-            filled = 0
-            for entry in by_name.get((group, piece.name), []):
-                ranges = overlap(entry.piece, piece)
-                if ranges is None:
-                    continue
-                values = _read(path, entry, files)[within(ranges, entry.piece)]
-                local_box(tensor, piece)[within(ranges, piece)].copy_(values)
-                filled += values.numel()
-            if filled != piece.numel:
-                raise ValueError(
-                    f"{path}: {group}/{piece.name} has {filled} of the {piece.numel} values that "
-                    f"rank {dist.get_rank()} needs: the checkpoint is of another model"
-                )
+            entries = by_name.get((group, piece.name), [])
+            reads += _reads_of(path, entries, group, piece, local_box(tensor, piece))
+    files = {file: _open(path / file) for file in sorted({read.file for read in reads})}
+    return reads, files
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a small file under a temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _reads_of(
+    path: Path, entries: list[_Entry], group: str, piece: Slice, box: Tensor
+) -> list[_Read]:
+    shapes = {entry.shape for entry in entries}
+    if shapes != {piece.shape}:
+        found = " and ".join(map(str, sorted(shapes))) or "nothing"
+        raise ValueError(
+            f"{path} has {found} for {group}/{piece.name}, which is {piece.shape} here: the "
+            "checkpoint is of another model or role"
+        )
+    reads, filled = [], 0
+    for entry in entries:
+        if (ranges := overlap(entry.piece, piece)) is not None:
+            target = box[within(ranges, piece)]
+            part = within(ranges, entry.piece)
+            reads.append(_Read(file=entry.file, key=entry.key, part=part, target=target))
+            filled += target.numel()
+    if filled != piece.numel:
+        raise ValueError(
+            f"{path} has {filled} of the {piece.numel} values of {group}/{piece.name} that rank "
+            f"{dist.get_rank()} needs; {_mend(path)}"
+        )
+    return reads
 
 
-def _owned(tensors: Tensors) -> list[tuple[_Entry, Tensor]]:
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {_mend(path.parent)}") from None
+
+
+def _mend(path: Path) -> str:
+    return f"write the name of an older checkpoint into {path.parent / 'latest'}"
+
+
+def _owned(tensors: Tensors, file: str) -> list[tuple[_Entry, Tensor]]:
     """This rank's slices that no lower rank holds too: each slice is written once."""
     mine: dict[tuple[str, Slice], tuple[str, Tensor]] = {}
     for full_name, (tensor, slices) in tensors.items():
@@ -179,7 +228,7 @@ def _owned(tensors: Tensors) -> list[tuple[_Entry, Tensor]]:
                 shape=piece.shape,
                 start=piece.start,
                 stop=piece.stop,
-                file="",
+                file=file,
                 key=key,
             ),
             box,
@@ -189,30 +238,47 @@ def _owned(tensors: Tensors) -> list[tuple[_Entry, Tensor]]:
     ]
 
 
-def _write_tensors(path: Path, owned: list[tuple[_Entry, Tensor]]) -> None:
+def _write_tensors(path: Path, owned: list[tuple[_Entry, Tensor]]) -> int:
+    """Bytes written; 0 and no file where this rank owns nothing."""
     if not owned:
-        return
+        return 0
     try:
         save_file({entry.key: box.detach().cpu().contiguous() for entry, box in owned}, path)
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
+    return path.stat().st_size
 
 
-def _attempt(action: Any) -> None:
-    """Run `action`; if it fails with OSError on one rank, every rank raises, naming that rank."""
+def _publish(partial: Path, final: Path, index: _Index, keep_last: int) -> None:
+    content = {"format": FORMAT, **asdict(index)}
+    replace_file(partial / INDEX, json.dumps(content).encode())
+    sync(partial)
+    replaced = final.parent / ".replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # an older run's, or this step's once more
+        final.rename(replaced)
+    partial.rename(final)
+    sync(final.parent)
+    replace_file(final.parent / "latest", final.name.encode())
+    others = [path for path in final.parent.glob("step_*") if path != final]
+    others.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
+    for path in [replaced, *others[: max(0, len(others) + 1 - keep_last)]]:
+        shutil.rmtree(path, ignore_errors=True)  # what stays goes with the next checkpoint
+
+
+def _agree(kind: type[OSError] | type[ValueError], action: Callable[[], Result]) -> Result:
+    """Run `action`; if it raises `kind` on one rank, every rank does, naming that rank."""
+    result: list[Result] = []
     failure = None
     try:
-        action()
-    except OSError as error:
+        result.append(action())
+    except kind as error:
         failure = f"rank {dist.get_rank()}: {error}"
     failures = [text for text in gather_objects(failure) if text is not None]
     if failures:
-        raise OSError(
-            f"the checkpoint could not be written ({failures[0]}): free space or choose another "
-            "run_dir; earlier checkpoints are untouched"
-        )
+        raise kind(failures[0])
+    return result[0]
 
 
 def _fresh_directory(path: Path) -> None:
@@ -221,38 +287,29 @@ def _fresh_directory(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_old(root: Path, keep_last: int) -> None:
-    complete = sorted(p for p in root.glob("step_????????") if (p / INDEX).is_file())
-    for path in complete[:-keep_last]:
-        shutil.rmtree(path)
-
-
-def _read_index(path: Path) -> dict[str, Any]:
+def _read_index(path: Path) -> _Index:
     try:
         content = json.loads((path / INDEX).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path / INDEX} cannot be read: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path / INDEX} is not a checkpoint index of format {FORMAT}")
-    return content
-
-
-def _read(path: Path, entry: _Entry, files: dict[str, Any]) -> Tensor:
-    try:
-        if entry.file not in files:
-            files[entry.file] = safe_open(path / entry.file, framework="pt")
-        tensor: Tensor = files[entry.file].get_tensor(entry.key)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path / INDEX} cannot be read ({error}); {_mend(path)}") from None
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise ValueError(
-            f"{path / entry.file} is damaged or missing ({entry.group}/{entry.name}: {error}); "
-            f"write the name of an older checkpoint into {path.parent / 'latest'}"
-        ) from None
-    return tensor
+            f"{path / INDEX} is not a checkpoint index of format {FORMAT}; {_mend(path)}"
+        )
+    try:
+        entries = tuple(_entry(raw) for raw in content.pop("entries"))
+        return _Index(entries=entries, **content)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / INDEX} is damaged ({error!r}); {_mend(path)}") from None
+
+
+def _entry(raw: Mapping[str, Any]) -> _Entry:
+    return _Entry(
+        group=raw["group"],
+        name=raw["name"],
+        shape=tuple(raw["shape"]),
+        start=tuple(raw["start"]),
+        stop=tuple(raw["stop"]),
+        file=raw["file"],
+        key=raw["key"],
+    )

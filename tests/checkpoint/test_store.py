@@ -1,0 +1,308 @@
+"""Checkpoints: any layout reads what another wrote; damage is named, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from harness import run_ranks
+from spmdrl.checkpoint.store import (
+    INDEX,
+    Tensors,
+    latest_checkpoint,
+    load_tensors,
+    read_state,
+    save_checkpoint,
+)
+from spmdrl.launch import World
+from spmdrl.models.config import ModelConfig, parse_config
+from spmdrl.models.sharding import Slice, global_shapes
+from spmdrl.weights.layout import model_layout
+
+MODEL = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 28,
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+}
+
+Degrees = dict[str, int]
+
+
+def model(**changes: Any) -> ModelConfig:
+    return parse_config({**MODEL, **changes})
+
+
+def values(config: ModelConfig, salt: int) -> dict[str, Tensor]:
+    """Every global tensor, all numbers distinct."""
+    result, start = {}, salt
+    for name, shape in global_shapes(config).items():
+        count = torch.Size(shape).numel()
+        result[name] = torch.arange(start, start + count, dtype=torch.float32).reshape(shape)
+        start += count
+    return result
+
+
+def local(
+    world: World, config: ModelConfig, ranks: list[int], degrees: Degrees, salt: int | None
+) -> Tensors:
+    """What this rank holds: two groups, filled from `values` (or with NaN)."""
+    held: dict[str, tuple[Tensor, tuple[Slice, ...]]] = {}
+    for group in ("policy.weights", "policy.exp_avg"):
+        layout = model_layout(config, ranks, degrees, torch.float32).get(world.rank, {})
+        for name, here in layout.items():
+            tensor = torch.full(here.shape, float("nan"))
+            held[f"{group}/{name}"] = (tensor, here.slices)
+    if salt is not None:
+        fill(held, lambda group: values(config, salt + (group == "policy.exp_avg")))
+    return held
+
+
+def fill(held: Tensors, of_group: Callable[[str], dict[str, Tensor]]) -> None:
+    for full_name, (tensor, slices) in held.items():
+        whole = of_group(full_name.split("/")[0])
+        for s in slices:
+            box = tuple(slice(a, b) for a, b in zip(s.start, s.stop, strict=True))
+            tensor[s.offset : s.offset + s.rows] = whole[s.name][box]
+
+
+def save(world: World, root: Path, ranks: list[int], degrees: Degrees, step: int = 3) -> None:
+    state = {"steps_done": step, "counters": {"policy": {"num_steps": 7}}}
+    tensors = local(world, model(), ranks, degrees, salt=step)
+    save_checkpoint(root, step, tensors, state, keep_last=2)
+
+
+def load_equals(world: World, root: Path, ranks: list[int], degrees: Degrees, step: int) -> int:
+    path = latest_checkpoint(root)
+    assert path is not None
+    assert path.name == f"step_{step:08d}"
+    assert read_state(path)["steps_done"] == step
+    got = local(world, model(), ranks, degrees, salt=None)
+    load_tensors(path, got)
+    expected = local(world, model(), ranks, degrees, salt=step)
+    for name, (tensor, _) in expected.items():
+        assert torch.equal(got[name][0], tensor), name
+    return len(got)
+
+
+LAYOUTS: dict[int, list[tuple[list[int], Degrees]]] = {
+    1: [([0], {})],
+    2: [([0, 1], {"tp": 2}), ([0, 1], {"dp_shard": 2}), ([1], {})],
+    4: [
+        ([0, 1, 2, 3], {"dp_shard": 2, "tp": 2}),
+        ([1, 2, 3], {"dp_shard": 3}),
+        ([0, 1, 2, 3], {"dp_replicate": 2, "tp": 2}),
+    ],
+}
+
+
+def save_all(world: World, root: Path) -> None:
+    for number, (ranks, degrees) in enumerate(LAYOUTS[world.size]):
+        save(world, root / f"{world.size}_{number}", ranks, degrees)
+
+
+def load_all(world: World, roots: list[Path]) -> None:
+    for ranks, degrees in LAYOUTS[world.size]:
+        for root in roots:
+            count = load_equals(world, root, ranks, degrees, 3)
+            assert (count > 0) == (world.rank in ranks)
+
+
+def test_any_layout_reads_what_any_layout_wrote(tmp_path: Path) -> None:
+    for world_size in LAYOUTS:
+        run_ranks(save_all, world_size, tmp_path)
+    roots = sorted(tmp_path.iterdir())
+    assert len(roots) == 7
+    for world_size in LAYOUTS:
+        run_ranks(load_all, world_size, roots)
+
+
+def test_replicas_write_nothing_twice(tmp_path: Path) -> None:
+    run_ranks(save_all, 4, tmp_path)
+    root = latest_checkpoint(tmp_path / "4_2")
+    assert root is not None
+    # ranks 2 and 3 hold what ranks 0 and 1 do
+    assert sorted(p.name for p in root.glob("*.safetensors")) == [
+        "rank_00000.safetensors",
+        "rank_00001.safetensors",
+    ]
+    count = sum(torch.Size(shape).numel() for shape in global_shapes(model()).values())
+    stored = 0
+    for path in root.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            stored += sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+    assert stored == 2 * count
+
+
+def save_many(world: World, root: Path) -> list[str]:
+    assert latest_checkpoint(root) is None
+    seen = []
+    for step in (5, 12, 20, 20, 7):
+        save(world, root, [0], {}, step)
+        # the newest by time, not by number: after a return to an older step that is step 7
+        names = sorted(path.name.removeprefix("step_000000") for path in root.glob("step*"))
+        seen.append(" ".join(names))
+        load_equals(world, root, [0], {}, step)
+    assert sorted(p.name for p in root.iterdir() if not p.name.startswith("step")) == ["latest"]
+    return seen
+
+
+def test_the_last_written_are_kept(tmp_path: Path) -> None:
+    [seen] = run_ranks(save_many, 1, tmp_path)
+    assert seen == ["05", "05 12", "12 20", "12 20", "07 20"]
+
+
+def fail_to_load(world: World, path: Path, ranks: list[int], changes: dict[str, Any]) -> str:
+    """The message, alike on all ranks; no tensor was touched."""
+    config = model(**changes)
+    got = local(world, config, ranks, {"dp_shard": 2}, salt=None)
+    with pytest.raises(ValueError) as caught:
+        load_tensors(path, got)
+    assert all(tensor.isnan().all() for tensor, _ in got.values())
+    return str(caught.value)
+
+
+def truncate(path: Path) -> None:
+    file = path / "rank_00001.safetensors"
+    os.truncate(file, file.stat().st_size - 8)
+
+
+def corrupt(path: Path) -> None:
+    file = path / "rank_00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[:16] = b"\xff" * 16
+    file.write_bytes(data)
+
+
+def edit_index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        content = json.loads((path / INDEX).read_text())
+        change(content)
+        (path / INDEX).write_text(json.dumps(content))
+
+    return damage
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (truncate, "rank_00001.safetensors has "),
+    "missing": (lambda p: (p / "rank_00001.safetensors").unlink(), "safetensors is missing"),
+    "corrupt": (corrupt, "rank_00001.safetensors is damaged"),
+    "no index": (lambda p: (p / INDEX).unlink(), f"{INDEX} cannot be read"),
+    "half an index": (lambda p: os.truncate(p / INDEX, 500), f"{INDEX} cannot be read"),
+    "a list": (lambda p: (p / INDEX).write_text("[]"), "not a checkpoint index"),
+    "format": (edit_index(lambda c: c.update(format=99)), "not a checkpoint index of format 1"),
+    "no entries": (edit_index(lambda c: c.pop("entries")), "is damaged.*entries"),
+    "no state": (edit_index(lambda c: c.pop("state")), "is damaged.*state"),
+    "a bad entry": (edit_index(lambda c: c["entries"][0].pop("stop")), "is damaged.*stop"),
+    "a lost entry": (edit_index(lambda c: c["entries"].pop(0)), "of the .* values of policy"),
+}
+
+
+def damaged(world: World, root: Path) -> dict[str, str]:
+    """Each damage in turn done to the newest of two checkpoints, which is then saved anew."""
+    save(world, root, [0, 1], {"dp_shard": 2}, step=1)
+    messages = {}
+    for name, (damage, _) in DAMAGES.items():
+        save(world, root, [0, 1], {"dp_shard": 2}, step=2)
+        torch.distributed.barrier()
+        if world.is_first:
+            damage(root / "step_00000002")
+        torch.distributed.barrier()
+        messages[name] = fail_to_load(world, root / "step_00000002", [0, 1], {})
+    # what every message advises
+    if world.is_first:
+        (root / "latest").write_text("step_00000001\n")
+    torch.distributed.barrier()
+    load_equals(world, root, [0, 1], {"dp_shard": 2}, 1)
+    return messages
+
+
+def test_a_damaged_checkpoint_is_named_and_the_earlier_one_still_loads(tmp_path: Path) -> None:
+    first, second = run_ranks(damaged, 2, tmp_path)
+    assert first == second
+    for name, (_, words) in DAMAGES.items():
+        assert re.search(words, first[name]), (name, first[name])
+        assert str(tmp_path / "latest") in first[name]
+
+
+def another_model(world: World, root: Path) -> list[str]:
+    save(world, root, [0, 1], {"dp_shard": 2})
+    path = latest_checkpoint(root)
+    assert path is not None
+    changes: list[dict[str, Any]] = [{"vocab_size": 20}, {"num_hidden_layers": 3}]
+    return [fail_to_load(world, path, [1, 2], change) for change in changes]
+
+
+def test_another_model_is_refused_even_when_it_is_smaller(tmp_path: Path) -> None:
+    results = run_ranks(another_model, 3, tmp_path)
+    assert results == [results[0]] * 3
+    smaller, deeper = results[0]
+    assert "(28, 12) for policy.weights/model.embed_tokens.weight, which is (20, 12)" in smaller
+    assert "has nothing for policy.weights/model.layers.2." in deeper
+    assert "another model" in smaller
+    assert "another model" in deeper
+
+
+def test_a_pointer_to_nothing_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("step_00000009")
+    with pytest.raises(ValueError, match=r"latest names 'step_00000009', which has no check"):
+        latest_checkpoint(tmp_path)
+
+
+def full_disk(world: World, root: Path) -> list[str]:
+    """A file size limit on one rank stands for its full disk."""
+    save(world, root, [0, 1], {"dp_shard": 2}, step=1)
+    messages = []
+    for rank, limit in ((1, 2000), (0, 2000), (0, 20)):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if world.rank == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        with pytest.raises(OSError, match="earlier checkpoints are untouched") as caught:
+            # with the third limit rank 0 writes no tensors, and fails at the index
+            ranks, degrees = ([1], {}) if limit == 20 else ([0, 1], {"dp_shard": 2})
+            save(world, root, ranks, degrees, step=2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        messages.append(str(caught.value))
+        torch.distributed.barrier()
+        assert sorted(p.name for p in root.iterdir()) == ["latest", "step_00000001"]
+        load_equals(world, root, [0, 1], {"dp_shard": 2}, 1)
+    save(world, root, [0, 1], {"dp_shard": 2}, step=2)
+    load_equals(world, root, [0, 1], {"dp_shard": 2}, 2)
+    return messages
+
+
+def test_a_full_disk_is_an_error_on_every_rank_and_loses_nothing(tmp_path: Path) -> None:
+    first, second = run_ranks(full_disk, 2, tmp_path)
+    assert first == second
+    assert ["rank 1:" in first[0], "rank 0:" in first[1], "rank 0:" in first[2]] == [True] * 3
+    assert all(str(tmp_path / "step_00000002") in message for message in first)
+
+
+def unwritable(world: World, root: Path) -> str:
+    with pytest.raises(OSError) as caught:
+        save(world, root, [0], {})
+    return str(caught.value)
+
+
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    first, second = run_ranks(unwritable, 2, tmp_path / "file" / "run")
+    assert first == second
+    assert "Not a directory" in first
