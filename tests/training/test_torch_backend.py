@@ -1,0 +1,342 @@
+"""The train backend: against row-by-row computation on one rank, and layouts against one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training_cases import (
+    LivelyCheckpoint,
+    loss_fn,
+    make_rows,
+    naive_logprobs,
+    options,
+    tiny_config,
+)
+
+from harness import run_ranks
+from spmdrl.batch import Batch
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.launch import World
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.decoder import Decoder
+from spmdrl.models.hf import load_into
+from spmdrl.models.sharding import global_shapes
+from spmdrl.training.options import TrainOptions
+from spmdrl.training.protocol import LocalTensors, LossInput
+from spmdrl.training.torch_backend import TorchBackend
+
+CPU = torch.device("cpu")
+TEMPERATURE = 0.8
+NUM_STEPS = 3
+
+
+def make_backend(
+    world: World,
+    given: TrainOptions,
+    config: ModelConfig,
+    *,
+    trainable: bool = True,
+    **degrees: int,
+) -> TorchBackend:
+    mesh = Mesh("policy", range(world.size), degrees, "cpu")
+    return TorchBackend(mesh, config, LivelyCheckpoint(config), given, CPU, trainable=trainable)
+
+
+def assemble(parts: list[LocalTensors], config: ModelConfig) -> dict[str, Tensor]:
+    """Whole tensors from all ranks' slices; copies of a slice must be equal, nothing missing."""
+    whole = {n: torch.full(s, float("nan")) for n, s in global_shapes(config).items()}
+    for part in parts:
+        for tensor, slices in part.values():
+            for s in slices:
+                box = tuple(slice(a, b) for a, b in zip(s.start, s.stop, strict=True))
+                values = tensor[s.offset : s.offset + s.rows].float()
+                held = whole[s.name][box]
+                assert held.isnan().all() or torch.allclose(held, values, atol=1e-6), s
+                whole[s.name][box] = values
+    assert not any(t.isnan().any() for t in whole.values())
+    return whole
+
+
+def rows_of_step(step: int, num_replicas: int, replica: int) -> Batch:
+    """Unequal shares: the last replica gets no rows in step 1, and most of them otherwise."""
+    batch = make_rows([6, 3, 9, 4], 3, seed=step, seconds=step == 2)
+    groups = (batch["prompt_ids"] - 100).tolist()
+    empty = num_replicas - 1 if step == 1 and num_replicas > 1 else None
+    used = [r for r in range(num_replicas) if r != empty]
+    owner = [used[min(g, len(used) - 1)] for g in groups]
+    return batch.select([i for i, r in enumerate(owner) if r == replica])
+
+
+def train(backend: TorchBackend) -> dict[str, Any]:
+    """Three optimizer steps; metrics, log-probabilities before and after, and local tensors."""
+    mesh = backend.mesh
+    replicas, replica = mesh.size("dp"), mesh.coordinate("dp")
+    record: dict[str, Any] = {"steps": []}
+    probe = make_rows([5, 2], 2, seed=9)
+    record["before"] = backend.forward(probe, temperature=TEMPERATURE)["logprobs"]
+    for step in range(NUM_STEPS):
+        rows = rows_of_step(step, replicas, replica)
+        # Between updates the weights are read: nothing gathered may go stale.
+        backend.forward(rows, temperature=1.0)
+        sums = backend.forward_backward(rows, loss_fn, normaliser=50.0, temperature=TEMPERATURE)
+        done = backend.optim_step()
+        record["steps"].append((sums, done))
+    record["after"] = backend.forward(probe, temperature=TEMPERATURE)["logprobs"]
+    record["weights"] = clone(backend.local_tensors())
+    record["state"] = clone(backend.state_tensors())
+    record["counters"] = backend.counters()
+    return record
+
+
+def clone(tensors: LocalTensors) -> LocalTensors:
+    return {name: (tensor.clone(), slices) for name, (tensor, slices) in tensors.items()}
+
+
+def run_layouts(
+    world: World, config: ModelConfig, cases: list[tuple[dict[str, int], dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    return [
+        train(make_backend(world, options(**changes), config, **degrees))
+        for degrees, changes in cases
+    ]
+
+
+def compare(found: list[dict[str, Any]], expected: dict[str, Any], config: ModelConfig) -> None:
+    """All ranks of one layout against the single rank."""
+    for record in found:
+        assert [done for _, done in record["steps"]] == [done for _, done in found[0]["steps"]]
+        torch.testing.assert_close(record["before"], expected["before"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(record["after"], expected["after"], rtol=1e-4, atol=1e-4)
+        for (sums, done), (wanted_sums, wanted) in zip(
+            record["steps"], expected["steps"], strict=True
+        ):
+            assert sums == pytest.approx(wanted_sums, rel=1e-4)
+            assert done.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
+            assert (done.lr, done.skipped) == (wanted.lr, False)
+        assert record["counters"] == {"num_steps": NUM_STEPS, "num_skipped": 0}
+    weights = assemble([record["weights"] for record in found], config)
+    for name, wanted in assemble([expected["weights"]], config).items():
+        torch.testing.assert_close(weights[name], wanted, rtol=1e-4, atol=1e-5, msg=name)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        prefix = f"{moment}/"
+        parts = [{n: t for n, t in r["state"].items() if n.startswith(prefix)} for r in found]
+        wanted_part = {n: t for n, t in expected["state"].items() if n.startswith(prefix)}
+        moments = assemble(parts, config)
+        for name, wanted in assemble([wanted_part], config).items():
+            torch.testing.assert_close(moments[name], wanted, rtol=1e-3, atol=1e-5, msg=name)
+
+
+TWO = [
+    ({"dp_shard": 2}, {}),
+    ({"dp_replicate": 2}, {"microbatch_tokens": 30}),
+    ({"tp": 2}, {}),
+    ({"cp": 2}, {"recompute": "layer"}),
+    ({"dp_shard": 2}, {"recompute": "layer", "microbatch_tokens": 20, "share_prompts": False}),
+]
+FOUR = [
+    ({"dp_shard": 2, "tp": 2}, {}),
+    ({"dp_replicate": 2, "cp": 2}, {}),
+    ({"dp_replicate": 2, "dp_shard": 2}, {"microbatch_tokens": 25}),
+    ({"dp_shard": 2, "cp": 2}, {"microbatch_tokens": 25}),
+    ({"dp_shard": 4}, {}),
+    ({"cp": 2, "tp": 2}, {}),
+]
+
+
+TIED = {
+    2: [({"dp_shard": 2}, {}), ({"tp": 2}, {})],
+    4: [({"dp_shard": 2, "tp": 2}, {}), ({"dp_replicate": 2, "cp": 2}, {})],
+}
+
+
+def both_on_one_rank(world: World) -> dict[str, dict[str, Any]]:
+    return {kind: run_layouts(world, config, [({}, {})])[0] for kind, config in kinds().items()}
+
+
+def kinds() -> dict[str, ModelConfig]:
+    """A model with norms on q and k, and one with biases and tied embeddings."""
+    tied = tiny_config("Qwen2ForCausalLM", tie_word_embeddings=True)
+    return {"qwen3": tiny_config(), "tied": tied}
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, dict[str, Any]]:
+    """One rank's record for both kinds of model."""
+    found: dict[str, dict[str, Any]] = run_ranks(both_on_one_rank, 1)[0]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "tied"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_layouts_train_alike(single: dict[str, dict[str, Any]], kind: str, world_size: int) -> None:
+    config = kinds()[kind]
+    cases = (TWO if world_size == 2 else FOUR) if kind == "qwen3" else TIED[world_size]
+    results = run_ranks(run_layouts, world_size, config, cases)
+    for i in range(len(cases)):
+        compare([ranks[i] for ranks in results], single[kind], config)
+
+
+def one_rank(world: World) -> None:
+    """What needs no second rank, in one launch."""
+    config = tiny_config()
+    rows = make_rows([6, 3, 9], 3, seconds=True)
+    decoder = Decoder(config, device="cpu")
+    load_into(decoder, LivelyCheckpoint(config))
+    logprobs, entropy = naive_logprobs(decoder, rows, TEMPERATURE)
+    mask = rows["loss_mask"]
+    expected = rows.with_columns(tokens={"logprobs": logprobs, "entropy": entropy})
+    given = LossInput(
+        logprobs=logprobs[mask],
+        entropy=entropy[mask],
+        columns={n: c[mask] for n, c in rows.tokens.items()},
+        rows=rows.rows,
+        row=rows.row_of_token()[mask],
+        num_rows=len(rows),
+    )
+    loss, metrics = loss_fn(given)
+    (loss / 7).backward()
+    wanted = {name: p.grad for name, p in decoder.named_parameters()}
+    norm = torch.cat([g.flatten().double() for g in wanted.values() if g is not None]).norm()
+    for changes in (
+        {},
+        {"share_prompts": False},
+        {"microbatch_tokens": 1},
+        {"microbatch_tokens": 1000, "recompute": "layer", "head_chunk": 3},
+        {"attention": "sdpa"},
+    ):
+        backend = make_backend(world, options(lr=1.0, **changes), config)
+        found = backend.forward(rows, temperature=TEMPERATURE)
+        for name in ("logprobs", "entropy"):
+            assert not found[name][~mask].any()
+            torch.testing.assert_close(
+                found[name][mask], expected[name][mask].detach(), rtol=1e-5, atol=1e-5
+            )
+        sums = backend.forward_backward(rows, loss_fn, normaliser=7.0, temperature=TEMPERATURE)
+        assert sums["loss"] == pytest.approx(float(loss) / 7, rel=1e-5)
+        assert sums["weight_max"] == pytest.approx(float(metrics["weight_max"]))
+        check_gradients(backend, wanted)
+        assert backend.optim_step().grad_norm == pytest.approx(float(norm), rel=1e-6)
+
+
+def check_gradients(backend: TorchBackend, wanted: dict[str, Tensor | None]) -> None:
+    for leaf in backend._leaves:
+        gradient = leaf.gradient()
+        assert gradient is not None
+        torch.testing.assert_close(gradient, wanted[leaf.name], rtol=1e-4, atol=1e-5)
+
+
+def test_one_rank_equals_rows_computed_one_by_one() -> None:
+    run_ranks(one_rank, 1)
+
+
+def poisoned(given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
+    return given.logprobs.sum() * float("nan"), {}
+
+
+def steps_that_fail(world: World) -> None:
+    config = tiny_config()
+    backend = make_backend(world, options(warmup_steps=4), config, dp_replicate=world.size)
+    rows = make_rows([4], 2)
+    before = {n: t.clone() for n, (t, _) in backend.local_tensors().items()}
+    # Only one replica's gradient is bad: all of them must skip.
+    given = poisoned if world.rank == 0 else loss_fn
+    backend.forward_backward(rows, given, normaliser=1.0, temperature=1.0)
+    done = backend.optim_step()
+    assert done.skipped and not done.grad_norm < float("inf")
+    assert done.lr == pytest.approx(1e-2 / 4)
+    assert backend.counters() == {"num_steps": 1, "num_skipped": 1}
+    for name, (tensor, _) in backend.local_tensors().items():
+        assert torch.equal(tensor, before[name]), name
+    backend.forward_backward(rows, loss_fn, normaliser=1.0, temperature=1.0)
+    done = backend.optim_step()
+    assert not done.skipped and done.lr == pytest.approx(2e-2 / 4)
+    # Nothing of the bad gradient is left.
+    assert 0 < done.grad_norm < float("inf")
+    # No rank has rows: a step of weight decay alone.
+    nothing = backend.forward_backward(rows.select([]), loss_fn, normaliser=1.0, temperature=1.0)
+    assert nothing == {"loss": 0.0}
+    assert backend.optim_step().grad_norm == 0.0
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_everywhere() -> None:
+    run_ranks(steps_that_fail, 2)
+
+
+def frozen_and_refused(world: World) -> None:
+    config = tiny_config()
+    backend = make_backend(world, options(), config, trainable=False)
+    rows = make_rows([4], 2)
+    assert backend.forward(rows, temperature=1.0)["logprobs"].sum() < 0
+    assert backend.state_tensors() == {}
+    with pytest.raises(ValueError, match="'policy' is frozen"):
+        backend.forward_backward(rows, loss_fn, normaliser=1.0, temperature=1.0)
+    with pytest.raises(ValueError, match=r"attention.*flash needs CUDA"):
+        make_backend(world, options(attention="flash"), config)
+
+
+def test_frozen_roles_and_bad_options() -> None:
+    run_ranks(frozen_and_refused, 1)
+
+
+def resumed(world: World, degrees: dict[str, int]) -> None:
+    """A run that is saved and continued equals one that goes on."""
+    config = tiny_config()
+    given = options(schedule="linear")
+    first, second = (make_backend(world, given, config, **degrees) for _ in range(2))
+    rows = make_rows([4, 6], 2)
+
+    def step(backend: TorchBackend) -> float:
+        backend.forward_backward(rows, loss_fn, normaliser=9.0, temperature=1.0)
+        return backend.optim_step().grad_norm
+
+    step(first), step(first)
+    for read in (TorchBackend.local_tensors, TorchBackend.state_tensors):
+        saved, target = read(first), read(second)
+        assert saved.keys() == target.keys()
+        for name, (tensor, slices) in saved.items():
+            assert target[name][1] == slices
+            target[name][0].copy_(tensor)
+    second.load_counters(first.counters())
+    assert step(first) == step(second)
+    for name, (tensor, _) in first.local_tensors().items():
+        assert torch.equal(tensor, second.local_tensors()[name][0]), name
+    assert first.counters() == second.counters()
+
+
+@pytest.mark.parametrize("degrees", [{}, {"dp_shard": 2}])
+def test_state_tensors_and_counters_continue_a_run(degrees: dict[str, int]) -> None:
+    run_ranks(resumed, degrees.get("dp_shard", 1), degrees)
+
+
+def half_precision(world: World) -> None:
+    """bfloat16 weights with float32 masters follow the float32 run; FSDP2 does too."""
+    config = tiny_config()
+    dtype = {"param_dtype": torch.bfloat16, "lr": 1e-3}
+    whole = make_backend(world, options(lr=1e-3), config, dp_replicate=2)
+    plain = make_backend(world, options(**dtype), config, dp_replicate=2)
+    sharded = make_backend(world, options(**dtype), config, dp_shard=2)
+    rows = make_rows([4, 6], 2, seed=world.rank)
+    for _ in range(3):
+        norms = []
+        for backend in (whole, plain, sharded):
+            backend.forward_backward(rows, loss_fn, normaliser=9.0, temperature=1.0)
+            norms.append(backend.optim_step().grad_norm)
+        assert norms[1:] == pytest.approx([norms[0]] * 2, rel=0.05)
+    assert all(t.dtype == torch.bfloat16 for t, _ in plain.local_tensors().values())
+    masters = {n: t for n, t in plain.state_tensors().items() if n.startswith("master/")}
+    assert len(masters) == len(plain.local_tensors())
+    assert all(t.dtype == torch.float32 for t, _ in sharded.local_tensors().values())
+    for name, (tensor, _) in whole.local_tensors().items():
+        master, _ = masters[f"master/{name}"]
+        assert torch.equal(master.bfloat16(), plain.local_tensors()[name][0])
+        # Adam moves a weight by up to lr a step, whatever the gradient's rounding.
+        assert (master - tensor).abs().max() < 7e-3
+    logprobs = [b.forward(rows, temperature=1.0)["logprobs"] for b in (whole, plain, sharded)]
+    assert all((x - logprobs[0]).abs().max() < 0.3 for x in logprobs)
+
+
+def test_bfloat16_weights_have_float32_masters() -> None:
+    run_ranks(half_precision, 2)
