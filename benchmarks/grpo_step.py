@@ -35,10 +35,14 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as directory, start_reward_server() as server:
         from spmdrl.flows.start import train
+        from spmdrl.launch import start_world, stop_world
         from spmdrl.observe.metrics import read_metrics
 
         run_dir = directory if options.ranks == 1 else options.run_dir
-        train(_config(options, run_dir), server)
+        config = _config(options, run_dir)
+        world = start_world(device=config.device)
+        train(config, world, server)
+        stop_world()
         if os.environ.get("RANK", "0") != "0":
             return
         records = [r for r in read_metrics(Path(run_dir) / "metrics.jsonl") if "reward" in r]

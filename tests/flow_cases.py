@@ -10,7 +10,7 @@ import yaml
 
 from replay import DIRECTORY
 from spmdrl.config_files import load_config
-from spmdrl.flows.start import run_flow
+from spmdrl.flows.start import train
 from spmdrl.launch import World
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.server import start_reward_server
@@ -55,7 +55,7 @@ def run_configs(
     with start_reward_server() as server:
         for path, overrides in configs:
             config = load_config(path, overrides)
-            run_flow(config, world, server)
+            train(config, world, server)
             records = read_metrics(Path(config.run_dir) / "metrics.jsonl")
             results.append([r for r in records if "loss" in r])
     return results

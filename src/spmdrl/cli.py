@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from spmdrl.config import Config
+    from spmdrl.launch import World
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,6 +72,18 @@ def _load(options: argparse.Namespace) -> Config:
     return load_config(options.config, options.overrides)
 
 
+@contextmanager
+def _world(config: Config) -> Iterator[World]:
+    """Join the world; leave it when all went well (after an error the others may not answer)."""
+    from spmdrl.launch import start_world, stop_world
+    from spmdrl.observe.log import set_up_logging
+
+    world = start_world(timeout_s=config.timeout_s, device=config.device)
+    set_up_logging(world.rank)
+    yield world
+    stop_world()
+
+
 def _train(options: argparse.Namespace) -> None:
     # before torch is imported: reward workers are forked from a clean process
     from spmdrl.rewards.server import start_reward_server
@@ -76,7 +91,9 @@ def _train(options: argparse.Namespace) -> None:
     with start_reward_server() as server:
         from spmdrl.flows.start import train
 
-        train(_load(options), server)
+        config = _load(options)
+        with _world(config) as world:
+            train(config, world, server)
 
 
 def _eval(options: argparse.Namespace) -> None:
@@ -85,13 +102,21 @@ def _eval(options: argparse.Namespace) -> None:
     with start_reward_server() as server:
         from spmdrl.flows.serving import evaluate
 
-        evaluate(_load(options), server)
+        config = _load(options)
+        with _world(config) as world:
+            metrics = evaluate(config, world, server)
+            if world.is_first:
+                print(json.dumps({"model": config.model.path, **metrics}), flush=True)
 
 
 def _generate(options: argparse.Namespace) -> None:
     from spmdrl.flows.serving import generate
 
-    generate(_load(options), options.prompts, options.out)
+    config = _load(options)
+    with _world(config) as world:
+        count = generate(config, world, options.prompts, options.out)
+        if world.is_first:
+            print(f"{count} answers in {options.out}", flush=True)
 
 
 def _explain(options: argparse.Namespace) -> None:

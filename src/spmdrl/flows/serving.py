@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +24,8 @@ from spmdrl.flows.inputs import (
     sampling_params,
 )
 from spmdrl.flows.start import make_evaluator
-from spmdrl.launch import World, seed_everything, start_world, stop_world
+from spmdrl.launch import World, seed_everything
 from spmdrl.models.hf import check_tokenizer, load_tokenizer
-from spmdrl.observe.log import set_up_logging
 from spmdrl.observe.progress import Relay
 from spmdrl.placement import place_roles
 from spmdrl.rewards.scorer import Scorer, cut_at
@@ -40,14 +38,12 @@ GENERATE_KEY = -2
 """The `step` of the random numbers of `spmdrl generate`."""
 
 
-def evaluate(config: Config, server: RewardServer) -> None:
-    """Evaluate `model.path` on the held-out set; the last line printed is one JSON object.
+def evaluate(config: Config, world: World, server: RewardServer) -> dict[str, float]:
+    """Evaluate `model.path` on the held-out set: `Evaluator.evaluate`'s metrics.
 
     Raises:
         ValueError: bad input, or a configuration without a held-out set.
     """
-    world = start_world(timeout_s=config.timeout_s, device=config.device)
-    set_up_logging(world.rank)
     config = rollout_only(config)
     inputs = read_inputs(config)
     if not inputs.held_out:
@@ -64,14 +60,11 @@ def evaluate(config: Config, server: RewardServer) -> None:
         evaluator = make_evaluator(config, world, inputs, assembly, scorer)
         assert evaluator is not None
         with relay.bar("eval"):
-            metrics = evaluator.evaluate(0)
-    if world.is_first:
-        print(json.dumps({"model": config.model.path, **metrics}), flush=True)
-    stop_world()
+            return evaluator.evaluate(0)
 
 
-def generate(config: Config, prompts_file: str, out_file: str) -> None:
-    """Answer the prompts of a file (`data.train`'s columns, template and chat settings).
+def generate(config: Config, world: World, prompts_file: str, out_file: str) -> int:
+    """Answer the prompts of a file (`data.train`'s columns, template and chat settings); how many.
 
     Each output line has `prompt_id`, `sample`, `prompt`, `response`, `finish`, `tokens` and
     `logprob` (the sum over the response).
@@ -79,8 +72,6 @@ def generate(config: Config, prompts_file: str, out_file: str) -> None:
     Raises:
         ValueError: bad input; OSError: the output cannot be written.
     """
-    world = start_world(timeout_s=config.timeout_s, device=config.device)
-    set_up_logging(world.rank)
     config = rollout_only(config)
     tokenizer = load_tokenizer(config.model.path)
     source = replace(
@@ -120,9 +111,8 @@ def generate(config: Config, prompts_file: str, out_file: str) -> None:
     ]
     parts = gather_objects(own)
     if dist.get_rank() == 0:
-        count = write_results(Path(out_file), [record for part in parts for record in part])
-        print(f"{count} answers in {out_file}", flush=True)
-    stop_world()
+        write_results(Path(out_file), [record for part in parts for record in part])
+    return sum(len(part) for part in parts)
 
 
 def rollout_only(config: Config) -> Config:

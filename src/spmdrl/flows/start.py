@@ -16,9 +16,8 @@ from spmdrl.flows.grpo import grpo
 from spmdrl.flows.inputs import Inputs, evaluation_sampling, make_pool, read_inputs, sampling_params
 from spmdrl.flows.run import Run, load_object
 from spmdrl.flows.saving import Saver
-from spmdrl.launch import World, seed_everything, start_world, stop_world
+from spmdrl.launch import World, seed_everything
 from spmdrl.models.hf import check_tokenizer
-from spmdrl.observe.log import set_up_logging
 from spmdrl.observe.progress import Relay
 from spmdrl.observe.timeline import PhaseTimer
 from spmdrl.placement import place_roles, placement_table
@@ -50,15 +49,7 @@ def find_flow(name: str) -> Flow:
     return flow
 
 
-def train(config: Config, server: RewardServer) -> None:
-    """Join the world and run the configured flow; errors as `run_flow`."""
-    world = start_world(timeout_s=config.timeout_s, device=config.device)
-    set_up_logging(world.rank)
-    run_flow(config, world, server)
-    stop_world()
-
-
-def run_flow(config: Config, world: World, server: RewardServer) -> None:
+def train(config: Config, world: World, server: RewardServer) -> None:
     """Run the configured flow. Whatever the input can get wrong is refused before it starts.
 
     Raises:

@@ -1,0 +1,22 @@
+"""An environment that asks its own run to stop, as a user would: by the stop file."""
+
+from __future__ import annotations
+
+from spmdrl.batch import Batch
+from spmdrl.flows.environment import GroupEnvironment
+from spmdrl.flows.run import Metrics, Run
+
+
+class StopAfterTwo:
+    """Touches `run_dir/stop` while it collects the second step."""
+
+    def __init__(self, run: Run) -> None:
+        self.inner, self.directory = GroupEnvironment(run), run.directory
+
+    def collect(self, step: int) -> Batch:
+        if step == 1:
+            (self.directory / "stop").touch()
+        return self.inner.collect(step)
+
+    def metrics(self, batch: Batch) -> Metrics:
+        return self.inner.metrics(batch)
