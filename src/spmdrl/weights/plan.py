@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from spmdrl.models.sharding import Slice
-from spmdrl.weights.layout import Held, WeightLayout, overlap
+from spmdrl.weights.layout import WeightLayout, overlap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class SyncPlan:
 
     Args:
         shared: rank -> local names whose target tensor is the source's own storage.
-        transfers: source slices that some target rank copies, in model order.
+        transfers: source slices that some target rank copies, in the target's order.
         shared_bytes, copied_bytes, gathered_bytes: over all target ranks, in the target's dtype:
             used in place, copied on the rank itself, received from another rank.
     """
@@ -72,37 +72,37 @@ class SyncPlan:
 
 
 def plan_sync(source: WeightLayout, target: WeightLayout) -> SyncPlan:
-    """Same tensor: share. Same rank: copy. Else: one transfer for each distinct source slice."""
+    """Same tensor: share. Same rank: copy. Else: one transfer for each distinct source slice.
+
+    Raises:
+        ValueError: the source does not hold all that the target needs, naming the tensor.
+    """
     shared = {
         rank: frozenset(
             name for name, held in table.items() if source.get(rank, {}).get(name) == held
         )
         for rank, table in target.items()
     }
-    needs = _needs(target, shared)
-    owners = _owners(source)
-    holders = _holders(source)
+    owners, holders = _owners(source), _holders(source)
     transfers: list[Transfer] = []
     copied = gathered = 0
-    for name, entries in needs.items():
-        for piece, (owner, local_name) in owners[name].items():
-            receivers = []
-            for rank, held, itemsize in entries:
-                ranges = overlap(piece, held)
-                if ranges is None:
-                    continue
-                num_bytes = math.prod(high - low for low, high in ranges) * itemsize
-                if rank in holders[name, piece]:
-                    copied += num_bytes
-                else:
-                    gathered += num_bytes
-                    receivers.append(rank)
+    for name, entries in _needs(target, shared).items():
+        pieces = owners.get(name, {})
+        _check_covered(name, pieces, [held for _, held, _ in entries])
+        for piece, (owner, local_name) in pieces.items():
+            takers = [
+                (rank, itemsize * math.prod(high - low for low, high in ranges))
+                for rank, held, itemsize in entries
+                if (ranges := overlap(piece, held)) is not None
+            ]
+            if not takers:
+                continue
+            receivers = dict.fromkeys(r for r, _ in takers if r not in holders[piece])
+            gathered += sum(num_bytes for rank, num_bytes in takers if rank in receivers)
+            copied += sum(num_bytes for rank, num_bytes in takers if rank not in receivers)
             transfers.append(
                 Transfer(
-                    local_name=local_name,
-                    piece=piece,
-                    owner=owner,
-                    receivers=tuple(dict.fromkeys(receivers)),
+                    local_name=local_name, piece=piece, owner=owner, receivers=tuple(receivers)
                 )
             )
     return SyncPlan(
@@ -114,9 +114,20 @@ def plan_sync(source: WeightLayout, target: WeightLayout) -> SyncPlan:
     )
 
 
+def _check_covered(name: str, pieces: Iterable[Slice], needed: Iterable[Slice]) -> None:
+    for held in set(map(key, needed)):
+        ranges = [found for piece in pieces if (found := overlap(piece, held)) is not None]
+        count = sum(math.prod(high - low for low, high in found) for found in ranges)
+        if count != held.numel or any(piece.shape != held.shape for piece in pieces):
+            raise ValueError(
+                f"weight sync: the source holds {count} of the {held.numel} values of {name} "
+                f"{held.shape} that the target needs: are both roles of one model?"
+            )
+
+
 def key(piece: Slice) -> Slice:
     """A slice apart from where it lies locally."""
-    return Slice(name=piece.name, shape=piece.shape, start=piece.start, stop=piece.stop, offset=0)
+    return replace(piece, offset=0)
 
 
 def _needs(
@@ -143,19 +154,11 @@ def _owners(source: WeightLayout) -> dict[str, dict[Slice, tuple[int, str]]]:
     return owners
 
 
-def _holders(source: WeightLayout) -> dict[tuple[str, Slice], set[int]]:
-    holders: dict[tuple[str, Slice], set[int]] = {}
+def _holders(source: WeightLayout) -> dict[Slice, set[int]]:
+    """Distinct slice -> all ranks that hold it."""
+    holders: dict[Slice, set[int]] = {}
     for rank, table in source.items():
         for held in table.values():
             for piece in held.slices:
-                holders.setdefault((piece.name, key(piece)), set()).add(rank)
+                holders.setdefault(key(piece), set()).add(rank)
     return holders
-
-
-def find(table: Mapping[str, Held], piece: Slice) -> tuple[str, Slice] | None:
-    """The local name and slice of `table` that hold exactly `piece`, or None."""
-    for local_name, held in table.items():
-        for candidate in held.slices:
-            if key(candidate) == key(piece):
-                return local_name, candidate
-    return None

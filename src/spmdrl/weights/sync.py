@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.models.sharding import Slice
-from spmdrl.weights.layout import WeightLayout, local_box, overlap, within
-from spmdrl.weights.plan import SyncPlan, Transfer, find, key, plan_sync
+from spmdrl.weights.layout import Held, WeightLayout, local_box, overlap, within
+from spmdrl.weights.plan import SyncPlan, Transfer, key, plan_sync
 
 LocalTensors = Mapping[str, tuple[Tensor, tuple[Slice, ...]]]
 
@@ -48,51 +48,66 @@ class WeightSync:
     ) -> None:
         self.plan: SyncPlan = plan_sync(source, target)
         self._rank = dist.get_rank()
-        self._source, self._target = source, target
-        self._tensors = tensors or {}
-        self._device = device
-        self._own: dict[str, Tensor] = {}
+        self._source, self._device = source, device
+        self._tensors = {} if tensors is None else tensors
+        _check_held(source.get(self._rank, {}), self._tensors)
+        self._here = {
+            key(piece): (local_name, piece)
+            for local_name, held in source.get(self._rank, {}).items()
+            for piece in held.slices
+        }
+        self._wanted: dict[str, list[tuple[Tensor, Slice]]] = {}
+        """Hugging Face name -> this rank's target tensors, and the slice of each to fill."""
         if engine is not None:
-            shared = self.plan.shared[self._rank]
-            for local_name in target[self._rank]:
-                if local_name in shared:
-                    engine.adopt(local_name, self._tensors[local_name][0])
-                else:
-                    self._own[local_name] = engine.allocate(local_name)
+            self._prepare(engine, target[self._rank])
+
+    def _prepare(self, engine: Engine, table: Mapping[str, Held]) -> None:
+        shared = self.plan.shared[self._rank]
+        for local_name, held in table.items():
+            if local_name in shared:
+                engine.adopt(local_name, self._tensors[local_name][0])
+                continue
+            tensor = engine.allocate(local_name)
+            assert tuple(tensor.shape) == held.shape, (local_name, tensor.shape, held.shape)
+            for piece in held.slices:
+                self._wanted.setdefault(piece.name, []).append((tensor, piece))
 
     @torch.no_grad()
     def run(self) -> None:
         """Make the engine's weights equal to the trainer's. Every rank of the world calls it."""
         for transfer in self.plan.transfers:
             value = self._fetch(transfer)
-            if value is not None:
-                self._store(transfer.piece, value)
+            for tensor, held in self._wanted.get(transfer.piece.name, []):
+                ranges = overlap(transfer.piece, held)
+                if value is not None and ranges is not None:
+                    box = local_box(tensor, held)
+                    box[within(ranges, held)].copy_(value[within(ranges, transfer.piece)])
 
     def _fetch(self, transfer: Transfer) -> Tensor | None:
         """The transfer's slice on this rank, if it is here or comes here."""
-        piece, rank = transfer.piece, self._rank
-        found = find(self._source.get(rank, {}), piece)
+        piece = transfer.piece
         mine = None
-        if found is not None:
-            mine = local_box(self._tensors[found[0]][0], found[1])
+        if piece in self._here:
+            local_name, held = self._here[piece]
+            mine = local_box(self._tensors[local_name][0], held)
         if not transfer.receivers:
             return mine
-        dtype = self._source[transfer.owner][transfer.local_name].dtype
-        if rank == transfer.owner:
+        if self._rank == transfer.owner:
             assert mine is not None
             buffer = mine.contiguous()
         else:
+            dtype = self._source[transfer.owner][transfer.local_name].dtype
             buffer = torch.empty(piece.size, dtype=dtype, device=self._device)
         dist.broadcast(buffer, src=transfer.owner)
         return buffer
 
-    def _store(self, piece: Slice, value: Tensor) -> None:
-        for local_name, tensor in self._own.items():
-            for held in self._target[self._rank][local_name].slices:
-                if held.name != piece.name or (ranges := overlap(piece, held)) is None:
-                    continue
-                box = local_box(tensor, held)
-                box[within(ranges, held)].copy_(value[within(ranges, piece)])
+
+def _check_held(table: Mapping[str, Held], tensors: LocalTensors) -> None:
+    """The layout is computed, the tensors are there: both must say the same."""
+    for local_name, held in table.items():
+        tensor, slices = tensors[local_name]
+        found = Held(shape=tuple(tensor.shape), dtype=tensor.dtype, slices=slices)
+        assert found == held, (local_name, found, held)
 
 
 @torch.no_grad()
@@ -115,18 +130,19 @@ def full_tensors(
                     seen.add(key(piece))
                     by_name.setdefault(piece.name, []).append((holder, local_name, piece))
     for name, pieces in by_name.items():
-        whole = None
+        whole, filled = None, 0
         for holder, local_name, piece in pieces:
             box = local_box(table[local_name][0], piece).cpu() if rank == holder else None
-            if holder != to_rank and rank == holder and box is not None:
+            if box is not None and rank != to_rank:
                 dist.send(box.contiguous(), dst=to_rank)
             if rank != to_rank:
                 continue
             if box is None:
-                dtype = source[holder][local_name].dtype
-                box = torch.empty(piece.size, dtype=dtype)
+                box = torch.empty(piece.size, dtype=source[holder][local_name].dtype)
                 dist.recv(box, src=holder)
             if whole is None:
                 whole = torch.empty(piece.shape, dtype=box.dtype)
             whole[tuple(slice(a, b) for a, b in zip(piece.start, piece.stop, strict=True))] = box
+            filled += piece.numel
+        assert whole is None or filled == whole.numel(), (name, filled, whole.shape)
         yield name, whole

@@ -1,0 +1,166 @@
+"""`WeightSync` and `full_tensors` on gloo ranks, and the layout against what FSDP2 holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from weight_cases import Case, Degrees, model, tensors_of, values
+
+from harness import run_ranks
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.launch import World
+from spmdrl.training.weights import build_decoder, make_leaves
+from spmdrl.weights.layout import Held, model_layout
+from spmdrl.weights.sync import LocalTensors, WeightSync, full_tensors
+
+
+@dataclass
+class Engine:
+    """Holds tensors by local name, as the native engine does."""
+
+    shapes: dict[str, Held]
+    held: dict[str, Tensor] = field(default_factory=dict)
+    adopted: list[str] = field(default_factory=list)
+
+    def adopt(self, local_name: str, tensor: Tensor) -> None:
+        self.held[local_name] = tensor
+        self.adopted.append(local_name)
+
+    def allocate(self, local_name: str) -> Tensor:
+        here = self.shapes[local_name]
+        self.held[local_name] = torch.full(here.shape, float("nan"), dtype=here.dtype)
+        return self.held[local_name]
+
+
+PAIRS: dict[int, list[tuple[Case, Case, torch.dtype]]] = {
+    2: [
+        (([0, 1], {"dp_shard": 2}), ([0, 1], {"tp": 2}), torch.float32),
+        (([0, 1], {"tp": 2}), ([0, 1], {"dp_replicate": 2}), torch.float32),
+        (([0], {}), ([1], {}), torch.float32),
+        (([0, 1], {"dp_replicate": 2}), ([0, 1], {"dp_replicate": 2}), torch.float32),
+        (([0, 1], {"dp_shard": 2}), ([0], {}), torch.bfloat16),
+    ],
+    4: [
+        (([0, 1], {"dp_shard": 2}), ([2, 3], {"tp": 2}), torch.float32),
+        (([0, 1, 2, 3], {"dp_shard": 2, "tp": 2}), ([1, 2, 3], {"dp_replicate": 3}), torch.float32),
+        (([1, 3], {"tp": 2}), ([0, 1, 2, 3], {"tp": 4}), torch.float32),
+    ],
+}
+
+
+def sync(world: World) -> list[int]:
+    adopted = []
+    for source_case, target_case, dtype in PAIRS[world.size]:
+        config = model()
+        source = model_layout(config, *source_case, torch.float32)
+        target = model_layout(config, *target_case, dtype)
+        table = source.get(world.rank, {})
+        tensors = tensors_of(table, values(config))
+        given: LocalTensors | None = None
+        if table:
+            given = {name: (tensors[name], held.slices) for name, held in table.items()}
+        wanted = target.get(world.rank)
+        engine = None if wanted is None else Engine(dict(wanted))
+        weight_sync = WeightSync(source, target, given, engine, world.device)
+        for salt in (0, 1):
+            for name, tensor in tensors_of(table, values(config, salt)).items():
+                tensors[name].copy_(tensor)
+            weight_sync.run()
+            if engine is not None and wanted is not None:
+                for name, tensor in tensors_of(wanted, values(config, salt)).items():
+                    assert torch.equal(engine.held[name], tensor), (name, salt)
+        adopted.append(0 if engine is None else len(engine.adopted))
+        if engine is not None:
+            for name in engine.adopted:
+                assert engine.held[name].data_ptr() == tensors[name].data_ptr()
+    return adopted
+
+
+def test_engines_follow_the_trainer_on_two_ranks() -> None:
+    num_tensors = len(model_layout(model(), [0], {}, torch.float32)[0])
+    # half of the rows of embedding and head are the same half by dp_shard and by tp; tp and dp
+    # ranks hold the same norms
+    assert run_ranks(sync, 2) == [[2, 5, 0, num_tensors, 0]] * 2
+
+
+def test_engines_follow_the_trainer_on_four_ranks() -> None:
+    results = run_ranks(sync, 4)
+    # only rank 1 and rank 3 hold norms already, in the last case
+    assert [result[2] for result in results] == [0, 5, 0, 5]
+
+
+def assemble(world: World, case: Case, to_rank: int) -> dict[str, Tensor]:
+    config = model()
+    source = model_layout(config, *case, torch.float32)
+    table = source.get(world.rank, {})
+    tensors = tensors_of(table, values(config))
+    held = {name: (tensors[name], here.slices) for name, here in table.items()}
+    whole = dict(full_tensors(source, held or None, to_rank=to_rank))
+    assert sorted(whole) == sorted(values(config))
+    if world.rank != to_rank:
+        assert set(whole.values()) == {None}
+        return {}
+    return {name: tensor for name, tensor in whole.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("size", "case", "to_rank"),
+    [
+        (1, ([0], {}), 0),
+        (3, ([1, 2], {"dp_shard": 2}), 0),
+        (4, ([0, 1, 2, 3], {"dp_shard": 2, "tp": 2}), 3),
+    ],
+)
+def test_whole_tensors_come_to_one_rank(size: int, case: Case, to_rank: int) -> None:
+    whole = run_ranks(assemble, size, case, to_rank)[to_rank]
+    for name, expected in values(model()).items():
+        assert torch.equal(whole[name], expected), name
+
+
+def held_by_fsdp(world: World, cases: list[Degrees]) -> list[dict[str, Any]]:
+    """Local shapes of the decoder's parameters as FSDP2 cut them."""
+    found = []
+    for degrees in cases:
+        mesh = Mesh("policy", list(range(world.size)), degrees, "cpu")
+        decoder = build_decoder(mesh, model(), torch.float32, world.device, trainable=True)
+        leaves = make_leaves(decoder, mesh, trainable=True)
+        found.append(
+            {
+                leaf.name: Held(
+                    shape=tuple(leaf.weight.shape), dtype=leaf.weight.dtype, slices=leaf.slices
+                )
+                for leaf in leaves
+            }
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "cases"),
+    [
+        (2, [{"dp_shard": 2}, {"tp": 2}, {"dp_replicate": 2}, {"cp": 2}]),
+        (
+            4,
+            [
+                {"dp_shard": 4},
+                {"dp_shard": 2, "cp": 2},
+                {"dp_shard": 2, "tp": 2},
+                {"dp_replicate": 2, "dp_shard": 2},
+            ],
+        ),
+    ],
+)
+def test_the_layout_is_what_fsdp_holds(size: int, cases: list[Degrees]) -> None:
+    found = run_ranks(held_by_fsdp, size, cases)
+    for number, degrees in enumerate(cases):
+        layout = model_layout(model(), list(range(size)), degrees, torch.float32)
+        for rank in range(size):
+            assert found[rank][number] == layout[rank], (degrees, rank)
+    # four shards of 10 rows are not alike: the last has one row
+    if size == 4:
+        rows = [layout_rows["norm.weight"].shape[0] for layout_rows, *_ in found]
+        assert rows == [3, 3, 3, 1]
