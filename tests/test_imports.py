@@ -1,0 +1,135 @@
+"""The rooms' dependency direction (section 3 of the design), read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "spmdrl"
+
+LEVELS: list[set[str]] = [
+    {"config", "config_files", "batch", "keyed", "launch"},
+    {"algorithms"},
+    {"distributed"},
+    {"models"},
+    {"training", "rollout", "weights"},
+    {"calls", "roles", "placement", "data", "rewards", "evaluation", "checkpoint", "observe"},
+    {"assemble", "explain"},
+    {"flows"},
+    {"cli", "__main__"},
+]
+"""A room imports from lower levels only, and from its own level where it does not stand apart."""
+
+APART = {"training", "rollout", "weights", "batch", "keyed", "launch"}
+
+ONE_FILE = ("vllm", "megatron", "flash_attn", "deepspeed")
+"""Imported in one file each, and there inside a function: they are optional."""
+
+
+def files() -> list[Path]:
+    return sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")
+
+
+def imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[ast.stmt, str]]:
+    """Every import statement with each absolute module that it may name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node, f"{module}.{alias.name}"
+
+
+def package_of(path: Path) -> list[str]:
+    return ["spmdrl", *path.relative_to(SOURCE).parent.parts]
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def rooms_imported(text: str, package: list[str]) -> set[str]:
+    names = [name.split(".") for _, name in imports(ast.parse(text), package)]
+    return {parts[1] for parts in names if parts[0] == "spmdrl" and len(parts) > 1}
+
+
+def level(room: str) -> int:
+    found = [i for i, rooms in enumerate(LEVELS) if room in rooms]
+    assert found, f"{room!r} is in no level: add it to LEVELS, and to docs/design.md"
+    return found[0]
+
+
+def allowed(room: str, other: str) -> bool:
+    if room == other:
+        return True
+    if level(other) == level(room):
+        return room not in APART
+    return level(other) < level(room)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_a_room_imports_only_what_lies_below(path: Path) -> None:
+    room = room_of(path)
+    found = rooms_imported(path.read_text(encoding="utf-8"), package_of(path))
+    assert sorted(other for other in found if not allowed(room, other)) == []
+
+
+def test_rooms_form_no_cycle() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in files():
+        found = rooms_imported(path.read_text(encoding="utf-8"), package_of(path))
+        graph.setdefault(room_of(path), set()).update(found - {room_of(path)})
+    while graph:
+        leaves = [room for room, others in graph.items() if not others & graph.keys()]
+        assert leaves, f"import cycle among {sorted(graph)}"
+        for room in leaves:
+            del graph[room]
+
+
+@pytest.mark.parametrize("name", ONE_FILE)
+def test_an_optional_package_has_one_file_and_is_imported_late(name: str) -> None:
+    users = []
+    for path in files():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = [node for node, full in imports(tree, []) if full.split(".")[0] == name]
+        if found:
+            users.append(path.relative_to(SOURCE))
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        late = {node for function in functions for node in ast.walk(function)}
+        assert late.issuperset(found), f"{path} imports {name} at module level"
+    assert len(users) <= 1, users
+
+
+def test_relative_and_absolute_imports_are_both_seen() -> None:
+    text = (
+        "import spmdrl.flows.run\nfrom spmdrl import cli\nfrom ..weights.plan import key\n"
+        "from . import sampling\nfrom ...keyed import key64\ndef f():\n    from ... import roles\n"
+    )
+    found = rooms_imported(text, ["spmdrl", "rollout", "native"])
+    assert found == {"flows", "cli", "rollout", "keyed", "roles"}
+    assert rooms_imported(text, ["spmdrl", "rollout"]) >= {"weights"}
+    assert not allowed("training", "rollout")
+    assert not allowed("distributed", "models")
+    assert allowed("evaluation", "roles")
+
+
+def test_light_modules_do_not_import_torch() -> None:
+    """Reward workers start from a server that has neither torch nor CUDA in it."""
+    modules = ["spmdrl", *(f"spmdrl.rewards.{m}" for m in ("server", "process", "functions"))]
+    code = f"import sys\nimport {', '.join(modules)}\nprint('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("False\n", "")
