@@ -104,7 +104,7 @@ class Sampler:
     ) -> Draws:
         vocabulary = logits.shape[1]
         top_k = torch.tensor([p.top_k or vocabulary for p in params], device=self._device)
-        largest = max(p.top_k for p in params) if all(p.top_k for p in params) else _CANDIDATES
+        largest = max(p.top_k or _CANDIDATES for p in params)
         limits = self._column([p.top_p for p in params]), self._column([p.min_p for p in params])
         # One candidate beyond the limit, for the distance to it.
         count = min(vocabulary, largest + 1)

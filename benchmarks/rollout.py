@@ -1,0 +1,198 @@
+"""Tokens per second of generation: the native engine against `transformers.generate`.
+
+    python benchmarks/rollout.py --model DIR --engine native|hf --num-prompts 32 --prompt-len 96 \
+        --max-tokens 128 --lengths fixed
+
+Different prompts of exactly --prompt-len tokens, one sample each, drawn at temperature 1. With
+--lengths natural a sample ends at the model's end of text or at --max-tokens; with fixed every one
+has --max-tokens tokens. `hf` runs one batch of all prompts with its dynamic cache. Loading and a
+short warm-up are not timed. The last line is one JSON object; `tokens_per_s` counts generated
+tokens (for `hf` up to and with each end of text) over the seconds of the whole call, prompts
+included.
+
+Threads: OMP_NUM_THREADS, else all cores. Quiet machine: leave OMP_WAIT_POLICY alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_TEXT = (
+    "The river had been rising since the morning, and by noon the farmers who lived along the "
+    "lower bank began to move their animals to the hill. Nobody in the village could remember a "
+    "flood in June. Maria counted the sheep twice, wrote the number on the wall of the barn, and "
+    "asked her brother how many carts they would need for the grain: each cart takes twelve sacks, "
+    "and there were ninety-six of them. He thought for a while and said that the old bridge would "
+    "hold only two carts at a time. Meanwhile the teacher opened the school for everyone who had "
+    "nowhere to go, and the children made lists of what each family needed for the night. "
+)
+_OPENINGS = (
+    "Explain",
+    "Describe",
+    "Summarise",
+    "Continue",
+    "Translate",
+    "Discuss",
+    "Question",
+    "Rewrite",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="Hugging Face directory")
+    parser.add_argument("--engine", choices=("native", "hf"), default="native")
+    parser.add_argument("--num-prompts", type=int, default=32)
+    parser.add_argument("--prompt-len", type=int, default=96, help="tokens")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--lengths", choices=("natural", "fixed"), default="fixed")
+    parser.add_argument("--data", help="JSONL with `question` or `prompt`; default: built-in text")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = make_prompts(args.model, args.num_prompts, args.prompt_len, args.data)
+    make = {"native": native, "hf": transformers}[args.engine]
+    generate = make(args.model, device, args.lengths == "fixed", args.seed)
+    generate([p[:16] for p in prompts[:4]], 4)
+    start = time.perf_counter()
+    counts = generate(prompts, args.max_tokens)
+    seconds = time.perf_counter() - start
+    print(
+        json.dumps(
+            {
+                "tokens_per_s": round(sum(counts) / seconds, 2),
+                "peak_rss_gb": round(peak_rss_gb(), 3),
+                "seconds": round(seconds, 3),
+                "engine": args.engine,
+                "tokens": sum(counts),
+                "longest": max(counts),
+                "num_prompts": len(prompts),
+                "prompt_len": args.prompt_len,
+                "max_tokens": args.max_tokens,
+                "lengths": args.lengths,
+                "device": str(device),
+                "threads": torch.get_num_threads(),
+                "versions": versions(),
+            }
+        )
+    )
+
+
+def make_prompts(model: str, count: int, length: int, data: str | None) -> list[list[int]]:
+    """Different prompts of `length` tokens each: a user's turn in the model's chat template."""
+    from spmdrl.models.hf import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    if data is None:
+        texts = [
+            f"{_OPENINGS[i % len(_OPENINGS)]} part {i + 1} of this: {_TEXT}" for i in range(count)
+        ]
+    else:
+        rows = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()]
+        texts = [row.get("question") or row["prompt"] for row in rows[:count]]
+        if len(texts) < count:
+            raise SystemExit(f"{data} has {len(texts)} rows, --num-prompts asks for {count}")
+    return [fit(tokenizer, text, length) for text in texts]
+
+
+def fit(tokenizer: Any, text: str, length: int) -> list[int]:
+    """`text` as a user's turn of exactly `length` tokens: its middle is cut, or repeated."""
+    if tokenizer.chat_template is None:
+        head: list[int] = []
+        tail: list[int] = []
+    else:
+        turn = [{"role": "user", "content": "\x00"}]
+        shown = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        before, after = shown.split("\x00")
+        head = tokenizer(before, add_special_tokens=False)["input_ids"]
+        tail = tokenizer(after, add_special_tokens=False)["input_ids"]
+    room = length - len(head) - len(tail)
+    if room < 1:
+        raise SystemExit(f"--prompt-len {length}: the chat template alone takes {length - room}")
+    body: list[int] = tokenizer(text + " ", add_special_tokens=False)["input_ids"]
+    while len(body) < room:
+        body = body + body
+    return [*head, *body[:room], *tail]
+
+
+Generate = Callable[[list[list[int]], int], list[int]]
+
+
+def native(model: str, device: torch.device, fixed: bool, seed: int) -> Generate:
+    from spmdrl.models.hf import fill, open_model
+    from spmdrl.rollout.native.engine import NativeEngine
+    from spmdrl.rollout.protocol import Request
+    from spmdrl.rollout.sampling import SamplingParams
+
+    config, checkpoint = open_model(model)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    engine = NativeEngine(config, device=device, dtype=dtype)
+    table = engine.parameters_table()
+    fill(((engine.allocate(name), held.slices) for name, held in table.items()), checkpoint)
+
+    def generate(prompts: list[list[int]], max_tokens: int) -> list[int]:
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=fixed)
+        requests = [
+            Request(tokens=tuple(p), prompt_id=i, samples=(0,), sampling=sampling)
+            for i, p in enumerate(prompts)
+        ]
+        answers = engine.generate(requests, seed=seed, step=0)
+        return [len(answer.tokens) for group in answers for answer in group]
+
+    return generate
+
+
+def transformers(model: str, device: torch.device, fixed: bool, seed: int) -> Generate:
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    ends = loaded.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+
+    def generate(prompts: list[list[int]], max_tokens: int) -> list[int]:
+        # All prompts have one length, so there is no padding and no mask to build.
+        ids = torch.tensor(prompts, device=device)
+        torch.manual_seed(seed)
+        with torch.inference_mode():
+            out = loaded.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=max_tokens,
+                min_new_tokens=max_tokens if fixed else None,
+                pad_token_id=ends[0],
+            )
+        rows = out[:, ids.shape[1] :].tolist()
+        if fixed:
+            return [len(row) for row in rows]
+        return [next((i + 1 for i, t in enumerate(row) if t in ends), len(row)) for row in rows]
+
+    return generate
+
+
+def peak_rss_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "spmdrl")}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Keyed randomness: fixed values, independence of the layout, and the statistics of the noise."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from spmdrl.keyed import (
+    Noise,
+    chain,
+    exponential_at,
+    gumbel,
+    key64,
+    key_tensor,
+    permutation,
+    token_hash,
+    uniform,
+)
+
+CPU = torch.device("cpu")
+
+
+def keys(count: int, *prefix: int) -> torch.Tensor:
+    return key_tensor((key64(*prefix, i) for i in range(count)), CPU)
+
+
+def chi_square(counts: torch.Tensor, expected: torch.Tensor | float) -> float:
+    """Standard normal for many cells: (chi2 - dof) / sqrt(2 dof)."""
+    chi2 = float(((counts - expected) ** 2 / expected).sum())
+    dof = counts.numel() - 1
+    return (chi2 - dof) / math.sqrt(2 * dof)
+
+
+def test_keys_are_fixed_for_ever() -> None:
+    # A change of these numbers changes every run's samples and data order.
+    assert key64(0) == -6411193824288604561
+    assert key64(1, 2, 3) == -8634215444751041720
+    assert key64(-1) == 6755974106381971767
+    assert permutation(key64(5), 8) == [7, 3, 2, 0, 5, 6, 1, 4]
+    assert token_hash(torch.arange(3)).tolist() == [-218192509, -457519452, 1061857226]
+    expected = torch.tensor([[-0.9442, 1.0978, 0.2542, -1.0611]])
+    found = gumbel(key_tensor([key64(1, 2, 3)], CPU), 0, 4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert len({key64(a, b) for a in range(-20, 20) for b in range(-20, 20)}) == 1600
+
+
+def test_a_key_can_be_extended() -> None:
+    assert chain(key64(7, 8), 9, -10) == key64(7, 8, 9, -10)
+    assert key64(1, 2) != key64(2, 1)
+    assert -(2**63) <= min(key64(i) for i in range(100)) < 0 < max(key64(i) for i in range(100))
+
+
+def test_uniform_and_permutation() -> None:
+    values = [uniform(key64(3, i)) for i in range(4000)]
+    assert 0 <= min(values) < 0.01 < 0.99 < max(values) < 1
+    assert abs(sum(values) / 4000 - 0.5) < 0.02
+    order = permutation(key64(5), 100)
+    assert sorted(order) == list(range(100)) and order != list(range(100))
+    assert order == permutation(key64(5), 100) != permutation(key64(6), 100)
+    places = torch.tensor([permutation(key64(9, i), 8).index(0) for i in range(4000)])
+    assert abs(chi_square(torch.bincount(places, minlength=8).float(), 500.0)) < 4
+
+
+def test_noise_depends_on_key_and_token_alone() -> None:
+    k = keys(6, 1)
+    whole = gumbel(k, 0, 1000)
+    assert torch.equal(gumbel(k, 300, 200), whole[:, 300:500])
+    assert torch.equal(gumbel(k[2:3], 0, 1000), whole[2:3])
+    noise = Noise(0, 1000, CPU)
+    noise.exponential(keys(3, 2))  # the buffers are used again
+    found = noise.exponential(k)
+    torch.testing.assert_close(-found.log(), whole, rtol=0, atol=0)
+    tokens = torch.tensor([[5, 999, 0]]).expand(6, 3)
+    chosen = exponential_at(k, token_hash(tokens))
+    assert torch.equal(chosen, found[:, [5, 999, 0]])
+
+
+def test_noise_is_exponential() -> None:
+    e = Noise(0, 8192, CPU).exponential(keys(128, 11))
+    assert bool((e > 0).all()) and e.isfinite().all()
+    u = (-e).exp()
+    assert abs(chi_square(torch.histc(u, 512, 0, 1), u.numel() / 512)) < 4.5
+    # also in the tail that decides draws
+    tail = e[e < 1e-3] / 1e-3
+    assert abs(chi_square(torch.histc(tail, 20, 0, 1), tail.numel() / 20)) < 4.5
+    for rows in (u, u.T):
+        cells = torch.stack([torch.histc(row, 8, 0, 1) for row in rows[:256]])
+        scores = ((cells - rows.shape[1] / 8) ** 2 / (rows.shape[1] / 8)).sum(1)
+        assert abs(float(scores.mean()) - 7) < 4.5 * math.sqrt(14 / len(cells))
+
+
+def test_noise_of_keys_and_tokens_is_uncorrelated() -> None:
+    u = (-Noise(0, 2048, CPU).exponential(keys(512, 12))).exp()
+    z = (u - 0.5) * math.sqrt(12)
+    for rows in (z, z.T[:512]):
+        correlation = rows @ rows.T / math.sqrt(rows.shape[1])
+        others = correlation[~torch.eye(len(rows), dtype=torch.bool)]
+        assert abs(float(others.std()) - 1) < 0.02
+        assert float(others.abs().max()) < 6
+
+
+def test_the_largest_gumbel_follows_the_softmax() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0, 0.5])
+    count = 20000
+    winners = (logits + gumbel(keys(count, 13), 40, 6)).argmax(-1)
+    counts = torch.bincount(winners, minlength=6).float()
+    assert abs(chi_square(counts, logits.softmax(-1) * count)) < 4
