@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from spmdrl.assemble import role_layout
 from spmdrl.config import Config
 from spmdrl.config_files import load_config
+from spmdrl.models import config as model_config
 from spmdrl.placement import place_roles, placement_table
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -95,6 +98,30 @@ def test_what_does_not_fit_is_named(world_size: int, role: dict[str, Any], messa
 def test_roles_that_name_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="not another role"):
         place_roles(config(a={"ranks": "same as b"}, b={"ranks": "same as a"}), 2)
+
+
+def test_what_a_rollout_holds_is_never_sharded() -> None:
+    roles = {"policy": {"dp_shard": 2, "tp": 2}, "rollout": {"dp_shard": 2, "tp": 2}}
+    given = config(**roles)
+    shape = model_config.parse_config(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": 8,
+            "hidden_size": 6,
+            "intermediate_size": 4,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+    )
+    placed = place_roles(given, 4)
+    policy, rollout = (
+        role_layout(given, placed[name], shape, name, torch.device("cpu")) for name in roles
+    )
+    assert [policy[rank]["norm.weight"].shape for rank in range(4)] == [(3,)] * 4
+    assert [rollout[rank]["norm.weight"].shape for rank in range(4)] == [(6,)] * 4
+    # neighbours are the tensor-parallel ranks
+    starts = [rollout[rank]["embed_tokens.weight"].slices[0].start[0] for rank in range(4)]
+    assert starts == [0, 4, 0, 4]
 
 
 def test_only_a_tiny_model_is_folded() -> None:

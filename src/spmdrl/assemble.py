@@ -115,6 +115,7 @@ def role_layout(
     """What every rank holds of a role's model (a rollout's weights are never sharded)."""
     degrees = dict(placement.degrees)
     if config.role_kind(name) == "rollout":
+        degrees["dp_replicate"] *= degrees["dp_shard"]
         degrees["dp_shard"] = 1
     dtype = training_dtype(config, device)
     if degrees["dp_shard"] > 1:
