@@ -36,7 +36,8 @@ def _rank(world: World, name: str, stop_after: int) -> list[list[Completion]]:
     return engine.generate(load(), seed=5, step=1, should_stop=should_stop)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen2"])
+# Mistral's tiny model has one key-value head, which both ranks then hold.
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
 def test_two_ranks_draw_the_tokens_of_one(name: str) -> None:
     config, source = tiny_model(name)
     first, second = run_ranks(_rank, 2, name, 0)

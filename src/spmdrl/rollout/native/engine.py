@@ -99,7 +99,7 @@ class NativeEngine:
         detokenize: Detokenize | None = None,
     ) -> None:
         tp = Parallel() if tp is None else tp
-        check_tp(config, tp.size)
+        check_tp(config, tp.size, replicate_kv=True)
         self._config, self._tp = config, tp
         self._options = NativeOptions() if options is None else options
         self._device = torch.device("cpu") if device is None else device
