@@ -127,7 +127,7 @@ def test_hanging_calls_run_out_side_by_side(server, user):
     with naughty(server, user, num_workers=4) as pool:
         start = time.monotonic()
         results = pool.score(jobs("hang", "1", "hang", "2", "hang", "3", "hang", "4"))
-        assert time.monotonic() - start < 1.5
+        assert time.monotonic() - start < 1.9  # one after the other: 2.0
     assert [r.score for r in results[1::2]] == [1.0, 2.0, 3.0, 4.0]
 
 
@@ -154,7 +154,7 @@ def test_a_function_that_never_works_is_given_up_early(server, user):
         start = time.monotonic()
         with pytest.raises(RewardError, match="16 of 16 calls"):
             pool.score(jobs(*["hang"] * 1000))
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 10  # all of them: 12.5
 
 
 def test_a_dict_without_score_is_a_failure(server, user):
@@ -201,8 +201,9 @@ def test_small_calls_are_cheap(server):
 def test_a_function_that_cannot_be_loaded_is_named_at_once(server, tmp_path, source, message):
     file = tmp_path / "bad.py"
     file.write_text(source)
+    limit = 0.5 if "sleep" in source else 60.0
     with pytest.raises(ValueError, match=message):
-        RewardPool(server, [RewardSpec(name="mine", function=f"{file}:f")], load_timeout_s=0.5)
+        RewardPool(server, [RewardSpec(name="mine", function=f"{file}:f")], load_timeout_s=limit)
 
 
 def test_bad_settings_are_refused(server):
