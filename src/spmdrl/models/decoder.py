@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..distributed.parallel import Parallel, copy_to, reduce_from
 from .config import ModelConfig, inverse_frequencies
+from .linear import linear
 from .sharding import Head, local_kv_heads
 
 R = TypeVar("R")
@@ -55,7 +56,7 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class Norm(nn.Module):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...models.decoder import Decoder
+from ...models.linear import linear
 from .attention import PagedAttention
 from .graphs import DecodeGraphs
 from .scheduler import StepPlan
@@ -55,7 +55,7 @@ class Runner:
         return self._project(self._decoder(tokens, positions, self._attention))
 
     def _project(self, hidden: Tensor) -> Tensor:  # [R, D] -> [R, V]
-        logits: Tensor = F.linear(hidden, self._decoder.head_weight())
+        logits = linear(hidden, self._decoder.head_weight())
         tp = self._decoder.tp
         if tp.group is None:
             return logits
