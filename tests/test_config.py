@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from spmdrl.config import num_optimizer_steps
-from spmdrl.config_files import known_keys, load_config
+from spmdrl.config_files import load_config
+from spmdrl.config_keys import known_keys
 
 BASE = """
 steps: 10
@@ -151,7 +152,6 @@ def test_all_problems_are_listed_at_once(base: Path) -> None:
             ["data.prompts_per_step=1", "data.group_size=1"],
         ),
         (["evaluation.k=[1,8]"], ["evaluation.k=8", "evaluation.num_samples=1"]),
-        (["train.warmup_steps=10"], ["train.warmup_steps=10", "steps=10"]),
     ],
 )
 def test_crossed_rules_name_both_keys_and_values(

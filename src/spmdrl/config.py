@@ -20,8 +20,12 @@ class Section(BaseModel):
 class ModelSection(Section):
     path: str = Field(description="Hugging Face directory: config.json, safetensors, tokenizer")
     tiny: bool = Field(False, description="random weights at a toy size of the same architecture")
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: Literal["auto", "sdpa", "varlen", "flash", "flex"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: float32 on a CPU, bfloat16 on a GPU"
+    )
+    attention: Literal["auto", "blocked", "sdpa", "varlen", "flash", "flex"] = Field(
+        "auto", description="kernel of the trainer; auto: the fastest that fits"
+    )
 
 
 class RoleSection(Section):
@@ -29,64 +33,82 @@ class RoleSection(Section):
     model: str | None = Field(None, description="Hugging Face directory; default: model.path")
     ranks: str | int = Field("all", description="all | 0-3 | 0,2 | same as ROLE")
     dp_replicate: int | None = Field(None, ge=1, description="default: what the others leave")
-    dp_shard: int | Literal["all"] = 1
-    cp: int = Field(1, ge=1)
-    tp: int = Field(1, ge=1)
+    dp_shard: int | Literal["all"] = Field(
+        1, description="ranks that share one copy of the weights (FSDP2); all: as many as fit"
+    )
+    cp: int = Field(1, ge=1, description="context-parallel ranks")
+    tp: int = Field(1, ge=1, description="tensor-parallel ranks")
 
 
 class TrainSection(Section):
-    backend: Literal["torch"] = "torch"
+    backend: Literal["torch"] = Field("torch", description="train backend")
     epochs: int = Field(1, ge=1, description="passes over one step's samples")
     num_minibatches: int = Field(1, ge=1, description="optimizer steps per epoch")
-    microbatch_tokens: int = Field(8192, ge=1)
+    microbatch_tokens: int = Field(
+        8192, ge=1, description="packed tokens computed at once on a replica"
+    )
     share_prompts: bool = Field(True, description="compute a group's prompt once per microbatch")
-    recompute: Literal["none", "layer"] = "none"
-    lr: float = Field(1e-6, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    recompute: Literal["none", "layer"] = Field(
+        "none", description="layer: keep only layer inputs for the backward pass"
+    )
+    lr: float = Field(1e-6, gt=0, description="AdamW learning rate after warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after warm-up"
+    )
     warmup_steps: int = Field(0, ge=0, description="optimizer steps")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    min_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="where linear and cosine end, as a share of lr"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
+    eps: float = Field(1e-8, gt=0, description="AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW, not on norms and biases")
+    clip_norm: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
     head_chunk: int = Field(1024, ge=1, description="tokens of logits held at once")
 
 
 class RolloutSection(Section):
-    engine: Literal["native"] = "native"
-    kv_cache_gb: float | Literal["auto"] = "auto"
-    block_size: int = Field(32, ge=1)
+    engine: Literal["native"] = Field("native", description="rollout engine")
+    kv_cache_gb: float | Literal["auto"] = Field(
+        "auto", description="of one rank; auto: what the call needs, within what is free"
+    )
+    block_size: int = Field(32, ge=1, description="tokens of a cache block")
     max_running: int = Field(256, ge=1, description="sequences decoded together on one replica")
     prefill_tokens: int = Field(2048, ge=1, description="prompt tokens per engine step")
-    cuda_graphs: bool = True
+    cuda_graphs: bool = Field(True, description="replay decode steps as CUDA graphs")
 
 
 class SamplingSection(Section):
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    min_p: float = Field(0.0, ge=0, lt=1)
-    max_tokens: int = Field(256, ge=1)
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    temperature: float = Field(1.0, ge=0, description="0: greedy (evaluation only)")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1: off")
+    top_k: int = Field(0, ge=0, description="0: off")
+    min_p: float = Field(0.0, ge=0, lt=1, description="share of the best probability; 0: off")
+    max_tokens: int = Field(256, ge=1, description="of a response")
+    stop: tuple[str, ...] = Field((), description="texts that end a response")
+    stop_token_ids: tuple[int, ...] = Field(
+        (), description="tokens that end a response, beside the end of text"
+    )
 
 
 class AlgorithmSection(Section):
     advantage_std: bool = Field(True, description="divide by the group's std (GRPO) or not")
-    loss_mean: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
-    clip_low: float = Field(0.2, gt=0)
-    clip_high: float = Field(0.2, gt=0)
-    dual_clip: float | None = Field(None, gt=1)
-    kl_coef: float = Field(0.0, ge=0)
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    kl_in: Literal["loss", "reward"] = "loss"
-    entropy_coef: float = 0.0
+    loss_mean: Literal["token_mean", "sequence_mean", "fixed_length"] = Field(
+        "token_mean", description="what the loss is averaged over"
+    )
+    clip_low: float = Field(0.2, gt=0, description="ratio is clipped to 1 - clip_low")
+    clip_high: float = Field(0.2, gt=0, description="ratio is clipped to 1 + clip_high")
+    dual_clip: float | None = Field(
+        None, gt=1, description="bound c of the loss for negative advantages"
+    )
+    kl_coef: float = Field(0.0, ge=0, description="KL to the reference; 0: none")
+    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="per token")
+    kl_in: Literal["loss", "reward"] = Field("loss", description="where the KL goes")
+    entropy_coef: float = Field(0.0, description="entropy bonus")
     importance_cap: float | None = Field(
         None, gt=0, description="truncated importance sampling between rollout and trainer"
     )
     refill_attempts: int = Field(0, ge=0, description="dynamic sampling: draws for dead groups")
     overlong_buffer: int = Field(0, ge=0, description="tokens before max_tokens that cost")
-    overlong_penalty: float = Field(1.0, ge=0)
+    overlong_penalty: float = Field(1.0, ge=0, description="reward lost at max_tokens")
 
 
 class PromptsSection(Section):
@@ -94,34 +116,44 @@ class PromptsSection(Section):
     task: dict[str, Any] = Field(default_factory=dict, description="reasoning-gym parameters")
     size: int | None = Field(None, ge=1, description="rows to use")
     split: str = Field("train", description="split of a hub data set")
-    seed: int = 0
-    prompt_column: str = "question"
-    answer_column: str | None = "answer"
+    seed: int = Field(0, description="of a reasoning-gym task")
+    prompt_column: str = Field("question", description="column of the question")
+    answer_column: str | None = Field(
+        "answer", description="column of the reference answer; null: none"
+    )
     answer_pattern: str | None = Field(None, description="regex, group 1 is the answer")
-    template: str = "{prompt}"
-    system: str | None = None
-    chat: bool = True
+    template: str = Field(
+        "{prompt}", description="text around the question, which replaces {prompt}"
+    )
+    system: str | None = Field(
+        None, description="system prompt; null: what the chat template does without"
+    )
+    chat: bool = Field(True, description="use the chat template")
     max_tokens: int = Field(1024, ge=1, description="longer prompts are skipped and counted")
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="a row that cannot be used is an error, or counted and skipped"
+    )
 
 
 class DataSection(Section):
     train: PromptsSection
-    prompts_per_step: int = Field(ge=1)
+    prompts_per_step: int = Field(ge=1, description="groups per step")
     group_size: int = Field(8, ge=1, description="samples per prompt")
 
 
 class RewardSection(Section):
     function: str = Field(description="math | reasoning_gym | exact | number | format | module:f")
-    weight: float = 1.0
-    options: dict[str, Any] = Field(default_factory=dict)
+    weight: float = Field(1.0, description="factor in the sum")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="of a built-in; keyword arguments of a function"
+    )
 
 
 class RewardPoolSection(Section):
     num_workers: int = Field(1, ge=1, description="subprocesses per rank")
     timeout_s: float = Field(10.0, gt=0, description="per sample")
     memory_gb: float = Field(4.0, gt=0, description="per subprocess")
-    failed_reward: float = 0.0
+    failed_reward: float = Field(0.0, description="of a sample whose reward function failed")
 
 
 class EvaluationSection(Section):
@@ -129,8 +161,8 @@ class EvaluationSection(Section):
     held_out: int = Field(0, ge=0, description="or: questions kept out of data.train")
     threshold: float = Field(1.0, description="reward from which on an answer counts as right")
     every: int = Field(0, ge=0, description="steps; 0: only before and after")
-    before: bool = True
-    after: bool = True
+    before: bool = Field(True, description="before the first step")
+    after: bool = Field(True, description="after the last step")
     num_samples: int = Field(1, ge=1, description="answers per prompt")
     k: tuple[int, ...] = Field((1,), description="pass@k")
     temperature: float | None = Field(None, ge=0, description="default: sampling.temperature")
@@ -139,27 +171,27 @@ class EvaluationSection(Section):
 
 class CheckpointSection(Section):
     every: int = Field(0, ge=0, description="steps; 0: only at the end")
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(2, ge=1, description="checkpoints to keep")
     resume: bool = Field(True, description="continue from run_dir's latest checkpoint")
     export: bool = Field(True, description="write run_dir/model at the end")
 
 
 class LogSection(Section):
-    tensorboard: bool = True
+    tensorboard: bool = Field(True, description="write TensorBoard files")
     text_samples: int = Field(2, ge=0, description="prompt and response texts per step")
-    progress: bool = True
+    progress: bool = Field(True, description="bars within long phases, on a terminal")
 
 
 class Config(Section):
     """The whole configuration of a run."""
 
-    flow: str = "grpo"
+    flow: str = Field("grpo", description="shipped flow, or path/to/my_flow.py:function")
     environment: str | None = Field(None, description="module:Class in place of the flow's own")
     trainer: str | None = Field(None, description="module:Class in place of the flow's own")
-    seed: int = 0
-    steps: int = Field(ge=1)
-    run_dir: str
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = Field(0, description="of all random numbers")
+    steps: int = Field(ge=1, description="rollouts, each with its updates")
+    run_dir: str = Field(description="metrics, checkpoints, report, model")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where ranks compute")
     timeout_s: float = Field(1800.0, gt=0, description="of a collective")
     model: ModelSection
     roles: dict[str, RoleSection]
@@ -226,12 +258,6 @@ def check_crossed(config: Config) -> None:
         raise ValueError(
             f"evaluation.k={too_large[0]} is more than evaluation.num_samples="
             f"{config.evaluation.num_samples}: pass@k needs at least k samples"
-        )
-    if config.train.warmup_steps >= (total := num_optimizer_steps(config)) and total > 1:
-        raise ValueError(
-            f"train.warmup_steps={train.warmup_steps} is not below the run's {total} optimizer "
-            f"steps (steps={config.steps} x train.epochs={train.epochs} x "
-            f"train.num_minibatches={train.num_minibatches})"
         )
 
 

@@ -7,21 +7,18 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from yaml import YAMLError
 
 from spmdrl.config import Config, check_crossed
+from spmdrl.config_keys import WILDCARDS, known_keys
 
 _ENVIRONMENT = re.compile(r"^\s*#.*|\$\{([A-Z][A-Z0-9_]*)(?::([^}]*))?\}", re.MULTILINE)
 """A whole comment line (left as it is), or `${NAME}` or `${NAME:default}`."""
-
-
-_WILDCARDS = {"roles": "NAME", "rewards": "0"}
-"""What stands for the user's own role names and list places in `known_keys`."""
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -53,28 +50,6 @@ def parse_config(values: Any, origin: str) -> Config:
             problems.setdefault(_key_of(detail, values), []).append(detail)
         lines = [f"{origin}: {_problem(*item)}" for item in problems.items()]
         raise ValueError("\n".join(lines)) from None
-
-
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """All keys of the configuration, dotted; a role's keys stand under `roles.NAME`."""
-    keys = []
-    for name, field in model.model_fields.items():
-        inner = _section_of(field.annotation)
-        if inner is None:
-            keys.append(prefix + name)
-            continue
-        wildcard = f".{_WILDCARDS[name]}" if name in _WILDCARDS else ""
-        keys += known_keys(inner, f"{prefix}{name}{wildcard}.")
-    return keys
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in get_args(annotation):
-        if (inner := _section_of(argument)) is not None:
-            return inner
-    return None
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> DictConfig:
@@ -159,8 +134,8 @@ def _suggestion(key: str) -> str:
     """The nearest known key: a neighbour, else a namesake elsewhere."""
     parts = key.split(".")
     general = list(parts)
-    if len(parts) > 2 and parts[0] in _WILDCARDS:
-        general[1] = _WILDCARDS[parts[0]]
+    if len(parts) > 2 and parts[0] in WILDCARDS:
+        general[1] = WILDCARDS[parts[0]]
     known = known_keys()
     prefix = "".join(f"{part}." for part in general[:-1])
     neighbours = {k.removeprefix(prefix).split(".")[0] for k in known if k.startswith(prefix)}

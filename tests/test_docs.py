@@ -1,0 +1,93 @@
+"""Docs say what is: commands parse, configurations load, keys are all there and none besides."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from flow_cases import run_configs, write_config
+from harness import run_ranks
+from spmdrl.batch import from_rows
+from spmdrl.cli import parser
+from spmdrl.config_files import load_config
+from spmdrl.config_keys import key_table, known_keys
+from spmdrl.distributed.mesh import Mesh
+from tiny_model import make_tiny_model
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+def commands() -> list[str]:
+    """Every line of the pages' shell blocks, continued lines joined."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            found += [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    return found
+
+
+@pytest.mark.parametrize("line", [c for c in commands() if "spmdrl " in c])
+def test_commands_parse_and_their_configurations_load(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line.split(" #")[0])
+    words = words[words.index("spmdrl") + 1 :]
+    options = parser().parse_args(words)
+    if "config" in vars(options) and Path(options.config).is_file():
+        load_config(options.config, options.overrides)
+
+
+@pytest.mark.parametrize("line", [c for c in commands() if "scripts/" in c or "benchmarks/" in c])
+def test_scripts_named_in_docs_exist(line):
+    for word in shlex.split(line):
+        if word.startswith(("./scripts/", "scripts/", "benchmarks/")):
+            assert (ROOT / word).exists(), word
+
+
+def test_every_key_is_documented():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    documented = re.findall(r"^\| `([a-z0-9_.A-Z]+)` \|", page, re.M)
+    assert documented == known_keys()
+    assert key_table() in page, "run: spmdrl keys, and paste its table into docs/configuration.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_flow_example_runs_as_written(tmp_path):
+    """Best-of-n raises the reward of a toy model, on two ranks."""
+    make_tiny_model(tmp_path / "model")
+    flow = tmp_path / "my_flow.py"
+    flow.write_text(blocks(ROOT / "docs" / "writing-a-flow.md", "python")[0])
+    config = write_config(
+        tmp_path / "config.yaml", tmp_path / "model", tmp_path / "run", flow=f"{flow}:main"
+    )
+    records = run_ranks(run_configs, 2, [(str(config), [])], str(tmp_path), timeout_s=200)[0][0]
+    losses = [record["loss"] for record in records]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+
+
+def score_lengths(world, code: str) -> list[float]:
+    namespace: dict[str, object] = {}
+    exec(compile(code, "adding-a-role", "exec"), namespace)
+    role = namespace["LengthScore"]("score", Mesh("score", [1], {}, "cpu"))
+    batch = from_rows([[1]] * (2 + world.rank)).with_columns(
+        rows={"response_lengths": torch.arange(2 + world.rank) + 10 * world.rank}
+    )
+    return role.score(batch)["score"].tolist()
+
+
+def test_the_role_example_runs_as_written():
+    code = blocks(ROOT / "docs" / "adding-a-role-or-backend.md", "python")[0]
+    assert run_ranks(score_lengths, 2, code) == [[0.0, 1.0], [10.0, 11.0, 12.0]]
