@@ -281,10 +281,10 @@ def test_frozen_roles_and_bad_options() -> None:
     run_ranks(frozen_and_refused, 1)
 
 
-def resumed(world: World, degrees: dict[str, int]) -> None:
+def resumed(world: World, degrees: dict[str, int], dtype: torch.dtype) -> None:
     """A run that is saved and continued equals one that goes on."""
     config = tiny_config()
-    given = options(schedule="linear")
+    given = options(schedule="linear", param_dtype=dtype)
     first, second = (make_backend(world, given, config, **degrees) for _ in range(2))
     rows = make_rows([4, 6], 2)
 
@@ -293,22 +293,26 @@ def resumed(world: World, degrees: dict[str, int]) -> None:
         return backend.optim_step().grad_norm
 
     step(first), step(first)
-    for read in (TorchBackend.local_tensors, TorchBackend.state_tensors):
-        saved, target = read(first), read(second)
-        assert saved.keys() == target.keys()
-        for name, (tensor, slices) in saved.items():
-            assert target[name][1] == slices
-            target[name][0].copy_(tensor)
-    second.load_counters(first.counters())
+    saved, target = first.state_tensors(), second.state_tensors()
+    assert saved.keys() == target.keys()
+    for name, (tensor, slices) in saved.items():
+        assert target[name][1] == slices
+        target[name][0].copy_(tensor)
+    second.restored(first.counters())
     assert step(first) == step(second)
     for name, (tensor, _) in first.local_tensors().items():
         assert torch.equal(tensor, second.local_tensors()[name][0]), name
     assert first.counters() == second.counters()
 
 
-@pytest.mark.parametrize("degrees", [{}, {"dp_shard": 2}])
-def test_state_tensors_and_counters_continue_a_run(degrees: dict[str, int]) -> None:
-    run_ranks(resumed, degrees.get("dp_shard", 1), degrees)
+@pytest.mark.parametrize(
+    ("degrees", "dtype"),
+    [({}, torch.float32), ({}, torch.bfloat16), ({"dp_shard": 2}, torch.float32)],
+)
+def test_state_tensors_and_counters_continue_a_run(
+    degrees: dict[str, int], dtype: torch.dtype
+) -> None:
+    run_ranks(resumed, degrees.get("dp_shard", 1), degrees, dtype)
 
 
 def half_precision(world: World) -> None:
@@ -326,11 +330,11 @@ def half_precision(world: World) -> None:
             norms.append(backend.optim_step().grad_norm)
         assert norms[1:] == pytest.approx([norms[0]] * 2, rel=0.05)
     assert all(t.dtype == torch.bfloat16 for t, _ in plain.local_tensors().values())
-    masters = {n: t for n, t in plain.state_tensors().items() if n.startswith("master/")}
+    masters = {n: t for n, t in plain.state_tensors().items() if n.startswith("weights/")}
     assert len(masters) == len(plain.local_tensors())
     assert all(t.dtype == torch.float32 for t, _ in sharded.local_tensors().values())
     for name, (tensor, _) in whole.local_tensors().items():
-        master, _ = masters[f"master/{name}"]
+        master, _ = masters[f"weights/{name}"]
         assert torch.equal(master.bfloat16(), plain.local_tensors()[name][0])
         # Adam moves a weight by up to lr a step, whatever the gradient's rounding.
         assert (master - tensor).abs().max() < 7e-3

@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 Tensors = Mapping[str, tuple[Tensor, tuple[Slice, ...]]]
 """`group/local name` -> local tensor and its slices; the group keeps equal names apart."""
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "checkpoint.json"
 
 

@@ -75,7 +75,7 @@ class Saver:
         load_tensors(path, self._tensors())
         for name, role in self._trained.items():
             if role.backend is not None:
-                role.backend.load_counters(state["counters"][name])
+                role.backend.restored(state["counters"][name])
         log.info("continuing after step %d of %s", state["steps_done"], path)
         return int(state["steps_done"])
 
@@ -107,8 +107,6 @@ class Saver:
         for name, role in self._trained.items():
             if role.backend is None:
                 continue
-            for local, held in role.backend.local_tensors().items():
-                tensors[f"{name}.weights/{local}"] = held
             for local, held in role.backend.state_tensors().items():
                 tensors[f"{name}.{local}"] = held
         return tensors

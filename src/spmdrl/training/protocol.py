@@ -97,8 +97,9 @@ class TrainBackend(Protocol):
         ...
 
     def state_tensors(self) -> LocalTensors:
-        """Optimizer state on this rank, keys `exp_avg/NAME`, `exp_avg_sq/NAME`, and `master/NAME`
-        where the master weights are not the weights; the storage itself.
+        """What a checkpoint holds, on this rank, all float32 in every layout and compute dtype: the
+        master weights `weights/NAME` (the weights themselves where those are float32), and the
+        optimizer's `exp_avg/NAME` and `exp_avg_sq/NAME`; the storage itself. Empty when frozen.
         """
         ...
 
@@ -106,6 +107,8 @@ class TrainBackend(Protocol):
         """The optimizer's scalar state, equal on all ranks."""
         ...
 
-    def load_counters(self, counters: Mapping[str, int]) -> None:
-        """Go on from `counters()` after the tensors of both kinds have been filled."""
+    def restored(self, counters: Mapping[str, int]) -> None:
+        """Go on from a checkpoint, after `state_tensors()` have been filled: take its `counters()`
+        and round the master weights into the weights that the model computes with.
+        """
         ...

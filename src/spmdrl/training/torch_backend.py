@@ -126,17 +126,16 @@ class TorchBackend:
         if self._optimizer is None:
             return {}
         masters: LocalTensors = {
-            f"master/{leaf.name}": (leaf.master, leaf.slices)
-            for leaf in self._leaves
-            if leaf.has_own_master
+            f"weights/{leaf.name}": (leaf.master, leaf.slices) for leaf in self._leaves
         }
-        return self._optimizer.tensors() | masters
+        return masters | self._optimizer.tensors()
 
     def counters(self) -> dict[str, int]:
         return {"num_steps": self._num_steps, "num_skipped": self._num_skipped}
 
-    def load_counters(self, counters: Mapping[str, int]) -> None:
+    def restored(self, counters: Mapping[str, int]) -> None:
         optimizer = self._require_trainable()
+        refresh_weights(self._leaves)
         self._num_steps, self._num_skipped = counters["num_steps"], counters["num_skipped"]
         optimizer.set_step_count(self._num_steps - self._num_skipped)
 
