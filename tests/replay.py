@@ -56,8 +56,8 @@ class ReplayEnvironment:
             objects=sampled.objects,
         )
 
-    def metrics(self, batch: Batch) -> Metrics:
-        return self.inner.metrics(batch)
+    def metrics(self) -> Metrics:
+        return self.inner.metrics()
 
 
 def rows_of(batch: Batch) -> dict[tuple[int, int], dict[str, torch.Tensor]]:

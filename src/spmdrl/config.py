@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class Section(BaseModel):
@@ -94,7 +94,7 @@ class AlgorithmSection(Section):
     loss_mean: Literal["token_mean", "sequence_mean", "fixed_length"] = Field(
         "token_mean", description="what the loss is averaged over"
     )
-    clip_low: float = Field(0.2, gt=0, description="ratio is clipped to 1 - clip_low")
+    clip_low: float = Field(0.2, gt=0, le=1, description="ratio is clipped to 1 - clip_low")
     clip_high: float = Field(0.2, gt=0, description="ratio is clipped to 1 + clip_high")
     dual_clip: float | None = Field(
         None, gt=1, description="bound c of the loss for negative advantages"
@@ -206,6 +206,14 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
 
+    @field_validator("roles", mode="before")
+    @classmethod
+    def _drop_removed_roles(cls, roles: Any) -> Any:
+        """`roles.reference: null` takes away a role that an included file has."""
+        if not isinstance(roles, dict):
+            return roles
+        return {name: role for name, role in roles.items() if role is not None}
+
     def role_kind(self, name: str) -> str:
         return self.roles[name].kind or name
 
@@ -220,6 +228,7 @@ def check_crossed(config: Config) -> None:
         ValueError: naming both keys and both values.
     """
     data, train = config.data, config.train
+    _check_roles(config)
     samples = data.prompts_per_step * data.group_size
     if train.num_minibatches > data.prompts_per_step:
         raise ValueError(
@@ -230,13 +239,6 @@ def check_crossed(config: Config) -> None:
         raise ValueError(
             f"algorithm.overlong_buffer={config.algorithm.overlong_buffer} must be below "
             f"sampling.max_tokens={config.sampling.max_tokens}"
-        )
-    if config.algorithm.kl_coef > 0 and "reference" not in {
-        config.role_kind(name) for name in config.roles
-    }:
-        raise ValueError(
-            f"algorithm.kl_coef={config.algorithm.kl_coef} needs a reference, but roles="
-            f"{sorted(config.roles)} has none: add roles.reference or set the coefficient to 0"
         )
     if samples < 2 and config.flow == "grpo":
         raise ValueError(
@@ -258,6 +260,32 @@ def check_crossed(config: Config) -> None:
         raise ValueError(
             f"evaluation.k={too_large[0]} is more than evaluation.num_samples="
             f"{config.evaluation.num_samples}: pass@k needs at least k samples"
+        )
+
+
+def _check_roles(config: Config) -> None:
+    """What the shipped flow needs of the roles, and of what they are asked to do."""
+    kinds = [config.role_kind(name) for name in config.roles]
+    if kinds.count("policy") > 1:
+        raise ValueError(
+            f"roles={sorted(config.roles)} has {kinds.count('policy')} policies: one at most "
+            "is synced to the rollout, so give the others another kind"
+        )
+    kl_coef = config.algorithm.kl_coef
+    if kl_coef > 0 and "reference" not in config.roles:
+        raise ValueError(
+            f"algorithm.kl_coef={kl_coef} needs a reference, but roles={sorted(config.roles)} has "
+            "none of that name: add roles.reference or set the coefficient to 0"
+        )
+    if kl_coef == 0 and "reference" in config.roles and config.flow == "grpo":
+        raise ValueError(
+            f"roles.reference is there, but algorithm.kl_coef={kl_coef} never asks it: raise the "
+            "coefficient, or take the role away (roles.reference: null)"
+        )
+    if config.flow == "grpo" and "policy" in config.roles and config.sampling.temperature == 0:
+        raise ValueError(
+            f"flow={config.flow} with sampling.temperature={config.sampling.temperature}: greedy "
+            "samples of a group are all the same; only evaluation.temperature may be 0"
         )
 
 

@@ -96,7 +96,8 @@ def _role_line(config: Config, name: str, placement: Placement) -> str:
 
 def _weights(config: Config, placements: dict[str, Placement]) -> list[str]:
     """For each rollout, which tensors are the trainer's own, copied, or gathered."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda" if on_cuda else "cpu")
     shapes: dict[str, ModelConfig] = {}
     for name in placements:
         shape = read_config(config.model_path(name))

@@ -229,6 +229,8 @@ def _run_update(
             part = rows.select((rows["minibatch"] == minibatch).nonzero().flatten())
             share = float(part["loss_share"].sum())
             normaliser = group_sum(share, backend.mesh.group("dp"))
+            if normaliser == 0:  # nothing to learn from: momentum alone must not move the weights
+                continue
             sums = backend.forward_backward(
                 part, loss_fn, normaliser=normaliser, temperature=update.temperature
             )

@@ -10,7 +10,7 @@ from spmdrl.algorithms.metrics import combine
 from spmdrl.algorithms.policy_loss import (
     PolicyLossConfig,
     clipped_policy_loss,
-    loss_normaliser,
+    loss_shares,
     loss_weights,
 )
 
@@ -256,11 +256,11 @@ def test_weights_and_normaliser_give_the_papers_means():
 
     def mean(mode: str) -> float:
         weights = loss_weights(LENGTHS, MASK, mode, max_tokens=8)
-        count = loss_normaliser(mode, num_tokens=4, num_sequences=3)
+        count = loss_shares(torch.tensor([3, 1, 0]), mode).sum().item()
         return (weights * values).sum().item() / count
 
     assert mean("token_mean") == pytest.approx((1 + 2 + 6 + 4) / 4)
     assert mean("sequence_mean") == pytest.approx((9 / 3 + 4 + 0) / 3)
     assert mean("fixed_length") == pytest.approx((1 + 2 + 6 + 4) / 8 / 3)
-    with pytest.raises(ValueError, match="token_mean"):
-        loss_normaliser("token_mean", num_tokens=0, num_sequences=3)
+    with pytest.raises(ValueError, match="sum"):
+        loss_shares(torch.tensor([3, 1, 0]), "sum")

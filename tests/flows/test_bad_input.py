@@ -13,7 +13,7 @@ import pytest
 from flow_cases import run_configs, write_config
 from harness import run_ranks
 from spmdrl.config_files import load_config
-from spmdrl.flows.start import train
+from spmdrl.flows.start import FlowError, train
 from spmdrl.launch import World
 from spmdrl.models.hf import load_tokenizer
 from spmdrl.observe.metrics import read_metrics
@@ -55,6 +55,14 @@ CASES = {
     "no reward": (["rewards=[]"], ["rewards"]),
     "flow": (["flow=grop"], ["flow=", "grpo"]),
     "environment": (["environment=nowhere:Class"], ["nowhere"]),
+    "greedy": (["sampling.temperature=0"], ["flow=grpo", "sampling.temperature=0"]),
+    "clip": (["algorithm.clip_low=1.5"], ["algorithm.clip_low=1.5"]),
+    "two policies": (["roles.other.kind=policy"], ["2 policies"]),
+    "unused reference": (["roles.reference.tp=1"], ["roles.reference", "algorithm.kl_coef=0"]),
+    "evaluation positions": (
+        ["evaluation.held_out=4", "evaluation.max_tokens=500"],
+        ["evaluation.max_tokens=500", "512"],
+    ),
     "positions": (["sampling.max_tokens=600"], ["sampling.max_tokens=600", "512"]),
     "all rewards fail": (
         ["rewards=[{{function: '{here}/bad_rewards.py:raises'}}]"],
@@ -71,7 +79,7 @@ def refusals(world: World, config: str, cases: list[list[str]]) -> list[str]:
             try:
                 train(load_config(config, words), world, server)
                 messages.append("nothing was refused")
-            except ValueError as error:
+            except (ValueError, FlowError) as error:
                 messages.append(str(error))
     return messages
 

@@ -1,7 +1,7 @@
 """The clipped policy-gradient loss of PPO, GRPO, Dr.GRPO and DAPO, as unnormalised sums.
 
 A token's weight carries the aggregation mode (`loss_weights`), and the sum is divided once,
-outside, by a count over all ranks (`loss_normaliser`): the result does not depend on how the rows
+outside, by a count over all ranks (`loss_shares`): the result does not depend on how the rows
 were cut into ranks and microbatches.
 """
 
@@ -125,7 +125,7 @@ def loss_weights(
     `token_mean`: 1 (DAPO, arXiv 2503.14476, eq. 12); `sequence_mean`: 1 / response tokens of its
     row (GRPO, DeepSeekMath, arXiv 2402.03300, eq. 3); `fixed_length`: 1 / max_tokens (Dr.GRPO,
     arXiv 2503.20783, section 3.2: a constant instead of the response's length). The sum is to be
-    divided by `loss_normaliser`.
+    divided by the sum of `loss_shares`.
 
     Raises:
         ValueError: unknown mode, or max_tokens < 1.
@@ -143,24 +143,21 @@ def loss_weights(
     return mask / counts.clamp(min=1.0)[row]
 
 
-def loss_normaliser(mode: Aggregation, *, num_tokens: float, num_sequences: float) -> float:
-    """What the loss sum of a minibatch is divided by, from counts over all ranks.
+def loss_shares(
+    response_lengths: Tensor,  # [B] int64 loss tokens per row
+    mode: Aggregation,
+) -> Tensor:
+    """What each row adds to the number that the loss sum is divided by: float64 `[B]`.
 
-    Args:
-        num_tokens: response tokens (True in the loss mask) of the minibatch.
-        num_sequences: responses of the minibatch.
+    The number is summed over all rows of the minibatch on all ranks: response tokens for
+    `token_mean`, responses (empty ones too) for the other modes.
 
     Raises:
-        ValueError: unknown mode, or the count is 0.
+        ValueError: unknown mode.
     """
     _check_mode(mode)
-    count = num_tokens if mode == "token_mean" else num_sequences
-    if count <= 0:
-        raise ValueError(
-            f"{mode}: a minibatch with {num_tokens} response tokens and {num_sequences} responses "
-            "has no loss"
-        )
-    return float(count)
+    shares = response_lengths if mode == "token_mean" else torch.ones_like(response_lengths)
+    return shares.double()
 
 
 def _policy_term(

@@ -16,12 +16,14 @@ def into_minibatches(
 ) -> Callable[[RowTable, int], RowTable]:
     """An `arrange` that cuts the atoms, in keyed random order, into equal minibatches.
 
-    Membership depends on (seed, step, atom id) alone. Sizes differ by at most one atom.
+    Membership depends on (seed, step, atom id) alone. Sizes differ by at most one atom; with fewer
+    atoms than minibatches there are as many minibatches as atoms.
     """
 
     def arrange(table: RowTable, num_replicas: int) -> RowTable:
         atoms = sorted(set(table.atom.tolist()), key=lambda atom: key64(seed, step, atom))
-        of_atom = {a: i * num_minibatches // len(atoms) for i, a in enumerate(atoms)}
+        count = min(num_minibatches, len(atoms))
+        of_atom = {a: i * count // len(atoms) for i, a in enumerate(atoms)}
         minibatch = torch.tensor([of_atom[a] for a in table.atom.tolist()], dtype=torch.int64)
         return replace(table, minibatch=minibatch)
 

@@ -57,7 +57,8 @@ class _Gather(torch.autograd.Function):
         ctx.group, ctx.reduce = group, reduce
         x = x.contiguous()
         parts = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(parts, x, group=group)
+        # the list forms: torch 2.13 deprecates the names of the tensor forms that 2.11 has
+        dist.all_gather(list(parts.chunk(dist.get_world_size(group))), x, group=group)
         return parts
 
     @staticmethod
@@ -66,7 +67,7 @@ class _Gather(torch.autograd.Function):
         if not ctx.reduce:
             return grad.chunk(size)[rank].contiguous(), None, None
         out = grad.new_empty(grad.shape[0] // size, *grad.shape[1:])
-        dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
+        dist.reduce_scatter(out, list(grad.contiguous().chunk(size)), group=ctx.group)
         return out, None, None
 
 

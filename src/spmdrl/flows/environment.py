@@ -22,15 +22,14 @@ class GroupEnvironment:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.rollout = run.role("rollout", Rollout)
-        self.drawn = 0
-        self.dropped = 0
+        self.sampled: list[Batch] = []
 
     def collect(self, step: int) -> Batch:
         """One step's home rows: the columns of `rollout.generate` and `rewards`, `[B]`."""
         wanted = self.run.config.data.prompts_per_step
         refills = self.run.config.algorithm.refill_attempts
         batch = self._sample(step, attempt=0, count=wanted)
-        self.drawn, self.dropped = wanted, 0
+        self.sampled = [batch]
         if refills == 0:
             return batch
         parts = [_alive(batch)]
@@ -39,12 +38,10 @@ class GroupEnvironment:
             if missing <= 0:
                 break
             drawn = self._sample(step, attempt=attempt, count=missing)
-            self.drawn += _num_groups([drawn])
+            self.sampled.append(drawn)
             parts.append(_alive(drawn))
-        found = _num_groups(parts)
-        self.dropped = self.drawn - found
         # a step without any signal still takes place: it moves nothing but is seen in the metrics
-        return concat(parts) if found else batch
+        return concat(parts) if _num_groups(parts) else batch
 
     def _sample(self, step: int, *, attempt: int, count: int) -> Batch:
         config = self.run.config
@@ -60,8 +57,11 @@ class GroupEnvironment:
         with self.run.phase("reward"):
             return self.run.score(batch)
 
-    def metrics(self, batch: Batch) -> Metrics:
-        """Of the step's samples, over the world."""
+    def metrics(self) -> Metrics:
+        """Of all samples of the step, dropped ones too, over the world: every rank calls it."""
+        batch = concat(self.sampled)
+        groups = _num_groups(self.sampled)
+        with_signal = world_sum(has_signal_of(batch).sum()).item()
         responses = batch["response_lengths"]
         rewards, lengths = moments(batch["rewards"]), moments(responses.double())
         cut = moments((batch["finish"] == 1).double())
@@ -73,9 +73,8 @@ class GroupEnvironment:
             "cut_fraction": cut.mean,
             "rollout_tokens": lengths.mean * lengths.count,
             "samples": lengths.count,
-            "groups_drawn": float(self.drawn),
-            "groups_dropped": float(self.dropped),
-            "groups_with_signal": float(world_sum(has_signal_of(batch).sum()).item()),
+            "groups": float(groups),
+            "groups_with_signal": with_signal,
             **self.run.reward_metrics(batch),
         }
 

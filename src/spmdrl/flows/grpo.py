@@ -8,24 +8,30 @@ Left out: process rewards, and the iterated refresh of the reference.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from spmdrl.algorithms.advantages import broadcast_to_tokens, group_advantages
 from spmdrl.algorithms.kl import kl
-from spmdrl.algorithms.policy_loss import PolicyLossConfig, clipped_policy_loss, loss_weights
+from spmdrl.algorithms.policy_loss import (
+    COLUMNS,
+    PolicyLossConfig,
+    clipped_policy_loss,
+    loss_shares,
+    loss_weights,
+)
 from spmdrl.algorithms.rewards import kl_in_reward, overlong_penalty
 from spmdrl.batch import Batch
 from spmdrl.config import AlgorithmSection
+from spmdrl.distributed.reduce import world_any
 from spmdrl.flows.environment import GroupEnvironment
-from spmdrl.flows.run import Metrics, Run, update_metrics
+from spmdrl.flows.run import Environment, Metrics, Run, Trainer, update_metrics
 from spmdrl.roles import Policy, Reference, Update, together
 from spmdrl.training.protocol import LossFn, LossInput
 
 
 def grpo(run: Run) -> None:
-    environment = run.make(run.config.environment, GroupEnvironment)
-    trainer = run.make(run.config.trainer, GrpoTrainer)
+    environment: Environment = run.make(run.config.environment, GroupEnvironment)
+    trainer: Trainer = run.make(run.config.trainer, GrpoTrainer)
     sync = run.weight_sync("policy", "rollout")
     for step in run.steps():
         with run.phase("sync"):
@@ -33,7 +39,7 @@ def grpo(run: Run) -> None:
         run.evaluate(step)
         batch = environment.collect(step)  # prompts, samples and rewards: home rows
         metrics = trainer.step(step, batch)  # advantages, updates
-        run.finish(step, batch, {**environment.metrics(batch), **metrics})
+        run.finish(step, batch, {**environment.metrics(), **metrics})
     sync.run()
     run.conclude()
 
@@ -44,7 +50,10 @@ class GrpoTrainer:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.policy = run.role("policy", Policy)
-        self.reference = run.optional_role("reference", Reference)
+        self.loss = policy_loss(run.config.algorithm)
+        self.reference = None
+        if run.config.algorithm.kl_coef > 0:
+            self.reference = run.role("reference", Reference)
 
     def step(self, step: int, batch: Batch) -> Metrics:
         """`batch`: rows of `rollout.generate` with the row column `rewards`."""
@@ -53,7 +62,9 @@ class GrpoTrainer:
         with self.run.phase("logprobs"):
             batch = self._add_logprobs(batch, temperature)
         batch = self._add_advantages(batch)
-        columns = [name for name in LOSS_COLUMNS if name in batch]
+        if not self._has_gradient(batch):
+            return update_metrics([])
+        columns = [name for name in (*COLUMNS, "loss_weights") if name in batch]
         update = Update(
             seed=config.seed,
             step=step,
@@ -63,14 +74,26 @@ class GrpoTrainer:
             columns=tuple(columns),
         )
         with self.run.phase("update"):
-            records = self.policy.update(batch, policy_loss(config.algorithm), update)
-        return update_metrics(records)
+            optimizer_steps = self.policy.update(batch, self.loss, update)
+        return update_metrics(optimizer_steps)
+
+    def _has_gradient(self, batch: Batch) -> bool:
+        """Whether some sample of the world moves the policy; if none does, nothing must."""
+        algorithm = self.run.config.algorithm
+        pulled = algorithm.entropy_coef != 0 or (
+            algorithm.kl_coef > 0 and algorithm.kl_in == "loss"
+        )
+        return pulled or world_any(bool((batch["advantages"] != 0).any()))
 
     def _add_logprobs(self, batch: Batch, temperature: float) -> Batch:
-        """Old log-probabilities only where the policy moves between sampling and an update."""
+        """`ref_logprobs` where a KL is wanted, `old_logprobs` where they are not the loss's own.
+
+        With one optimizer step in all, the policy that is updated is the one that sampled: the loss
+        then takes its own log-probabilities, detached, for the old ones.
+        """
         config = self.run.config
         calls = []
-        if self.reference is not None and config.algorithm.kl_coef > 0:
+        if self.reference is not None:
             calls.append(self.reference.logprobs.on(batch, temperature))
         in_reward = config.algorithm.kl_coef > 0 and config.algorithm.kl_in == "reward"
         if config.train.epochs * config.train.num_minibatches > 1 or in_reward:
@@ -87,19 +110,14 @@ class GrpoTrainer:
         mask = batch["loss_mask"]
         rewards = shaped_rewards(batch, algorithm, max_tokens)
         advantages = group_advantages(rewards, batch["prompt_ids"], std=algorithm.advantage_std)
-        weights = loss_weights(batch.lengths, mask, algorithm.loss_mean, max_tokens=max_tokens)
-        per_token = algorithm.loss_mean == "token_mean"
-        share = batch["response_lengths"] if per_token else batch["response_lengths"] > 0
+        mode = algorithm.loss_mean
         return batch.with_columns(
             tokens={
                 "advantages": broadcast_to_tokens(advantages, batch.lengths, mask),
-                "weights": weights,
+                "loss_weights": loss_weights(batch.lengths, mask, mode, max_tokens=max_tokens),
             },
-            rows={"loss_share": share.to(torch.float64)},
+            rows={"loss_share": loss_shares(batch["response_lengths"], mode)},
         )
-
-
-LOSS_COLUMNS = ("advantages", "weights", "old_logprobs", "ref_logprobs", "rollout_logprobs")
 
 
 def shaped_rewards(batch: Batch, algorithm: AlgorithmSection, max_tokens: int) -> Tensor:  # [B]
@@ -133,7 +151,7 @@ def policy_loss(algorithm: AlgorithmSection) -> LossFn:
     )
 
     def loss(given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
-        weights = given.columns["weights"]
+        weights = given.columns["loss_weights"]
         return clipped_policy_loss(given.logprobs, given.entropy, given.columns, weights, settings)
 
     return loss

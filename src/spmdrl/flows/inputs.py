@@ -136,3 +136,23 @@ def evaluation_sampling(config: Config) -> SamplingParams:
     }
     given = {key: value for key, value in wish.items() if value is not None}
     return sampling_params(config.sampling.model_copy(update=given))
+
+
+def check_lengths(config: Config, role: str, max_position: int) -> None:
+    """ValueError when the longest prompt and answer exceed the model's positions."""
+    answers = {"sampling.max_tokens": config.sampling.max_tokens}
+    pairs = [("data.train.max_tokens", config.data.train.max_tokens, answers)]
+    evaluation = config.evaluation
+    if evaluation.max_tokens is not None:
+        answers = {"evaluation.max_tokens": evaluation.max_tokens}
+    if evaluation.data is not None:
+        pairs.append(("evaluation.data.max_tokens", evaluation.data.max_tokens, answers))
+    elif evaluation.held_out > 0:
+        pairs.append(("data.train.max_tokens", config.data.train.max_tokens, answers))
+    for prompt_key, prompt, limits in pairs:
+        for key, answer in limits.items():
+            if prompt + answer > max_position:
+                raise ValueError(
+                    f"{prompt_key}={prompt} and {key}={answer} make {prompt + answer} tokens, but "
+                    f"the model of roles.{role} has {max_position} positions"
+                )

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -34,6 +34,27 @@ log = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float]
 R = TypeVar("R")
+
+
+class Environment(Protocol):
+    """The first half of a flow: what a class named by `environment` offers."""
+
+    def collect(self, step: int) -> Batch:
+        """One step's scored samples: home rows with `rewards`."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """Of the samples just collected; every rank calls it."""
+        ...
+
+
+class Trainer(Protocol):
+    """The second half of a flow: what a class named by `trainer` offers."""
+
+    def step(self, step: int, batch: Batch) -> Metrics:
+        """Advantages and updates from what `collect` returned."""
+        ...
+
 
 PER_STEP = ("loss", "grad_norm", "lr", "skipped")
 """Metrics of an optimizer step as a whole, not of its tokens."""
@@ -211,6 +232,8 @@ class Run:
 
 def update_metrics(records: Sequence[Metrics]) -> Metrics:
     """Metrics of a step from its optimizer steps: token means, and plain means of the rest."""
+    if not records:
+        return {"update_tokens": 0.0}
     sums = combine([{k: v for k, v in r.items() if k not in PER_STEP} for r in records])
     whole = {k: sum(r[k] for r in records) / len(records) for k in PER_STEP if k in records[0]}
     means = dict(token_means(sums))

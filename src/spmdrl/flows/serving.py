@@ -17,6 +17,7 @@ from spmdrl.distributed.reduce import gather_objects
 from spmdrl.evaluation.results import write_results
 from spmdrl.flows.inputs import (
     Inputs,
+    check_lengths,
     make_decoder,
     make_pool,
     prompt_source,
@@ -134,4 +135,5 @@ def _start(config: Config, world: World, inputs: Inputs, relay: Relay) -> Assemb
     models = open_models(config, place_roles(config, world.size))
     for model in models.values():
         check_tokenizer(inputs.tokenizer, model.config)
+        check_lengths(config, "rollout", model.config.max_position)
     return assemble(config, world, models, inputs.decode, relay.report)

@@ -13,7 +13,14 @@ from spmdrl.data.order import PromptStream
 from spmdrl.data.prompts import Prompt
 from spmdrl.evaluation.evaluator import Evaluator
 from spmdrl.flows.grpo import grpo
-from spmdrl.flows.inputs import Inputs, evaluation_sampling, make_pool, read_inputs, sampling_params
+from spmdrl.flows.inputs import (
+    Inputs,
+    check_lengths,
+    evaluation_sampling,
+    make_pool,
+    read_inputs,
+    sampling_params,
+)
 from spmdrl.flows.run import Run, load_object
 from spmdrl.flows.saving import Saver
 from spmdrl.launch import World, seed_everything
@@ -73,7 +80,11 @@ def train(config: Config, world: World, server: RewardServer) -> None:
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
         scorer = Scorer(pool, inputs.decode, config.sampling.stop)
         run = make_run(config, world, inputs, assembly, scorer, relay)
-        flow(run)
+        try:
+            flow(run)
+        except ValueError as error:
+            # the command line shows bad input as one line; this is no bad input any more
+            raise FlowError(f"in step {run.steps_done + 1}: {error}") from error
 
 
 def make_run(
@@ -127,12 +138,5 @@ def make_evaluator(
     )
 
 
-def check_lengths(config: Config, role: str, max_position: int) -> None:
-    """ValueError when the longest prompt and answer exceed the model's positions."""
-    longest = config.data.train.max_tokens + config.sampling.max_tokens
-    if longest > max_position:
-        raise ValueError(
-            f"data.train.max_tokens={config.data.train.max_tokens} and sampling.max_tokens="
-            f"{config.sampling.max_tokens} make {longest} tokens, but the model of roles.{role} "
-            f"has {max_position} positions"
-        )
+class FlowError(RuntimeError):
+    """Something went wrong while the flow ran; the cause has the traceback."""

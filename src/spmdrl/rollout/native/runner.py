@@ -59,9 +59,9 @@ class Runner:
         tp = self._decoder.tp
         if tp.group is None:
             return logits
-        parts = logits.new_empty(tp.size * logits.shape[0], logits.shape[1])
-        dist.all_gather_into_tensor(parts, logits, group=tp.group)
-        return parts.view(tp.size, *logits.shape).transpose(0, 1).flatten(1, 2)
+        parts = [torch.empty_like(logits) for _ in range(tp.size)]
+        dist.all_gather(parts, logits, group=tp.group)
+        return torch.cat(parts, dim=1)
 
 
 def flatten(plan: StepPlan) -> tuple[list[int], list[int], list[int]]:
