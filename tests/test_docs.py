@@ -12,7 +12,7 @@ import torch
 from flow_cases import run_configs, write_config
 from harness import run_ranks
 from spmdrl.batch import from_rows
-from spmdrl.cli import parser
+from spmdrl.cli import parse
 from spmdrl.config_files import load_config
 from spmdrl.config_keys import key_table, known_keys
 from spmdrl.distributed.mesh import Mesh
@@ -40,7 +40,7 @@ def test_commands_parse_and_their_configurations_load(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line.split(" #")[0])
     words = words[words.index("spmdrl") + 1 :]
-    options = parser().parse_args(words)
+    options = parse(words)
     if "config" in vars(options) and Path(options.config).is_file():
         load_config(options.config, options.overrides)
 

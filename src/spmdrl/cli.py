@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 2 after bad input (one clear message on stderr)."""
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
@@ -26,6 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"spmdrl {options.name}: error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The words of a command line; `key=value` may stand before and after options."""
+    root = parser()
+    options, rest = root.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strange or (rest and "overrides" not in vars(options)):
+        root.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
