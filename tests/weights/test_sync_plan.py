@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -121,6 +122,55 @@ def test_key_value_heads_on_several_ranks() -> None:
     assert "model.layers.0.self_attn.k_proj.weight" in names
     moved = plan.shared_bytes + plan.copied_bytes + plan.gathered_bytes
     assert moved == total_bytes(target)
+
+
+def test_what_is_narrower_at_the_target_travels_so() -> None:
+    half = torch.bfloat16
+    source, target = ([0, 1], {"dp_shard": 2}), ([1, 2], {"tp": 2})
+    for dtypes, expected in (
+        ((torch.float32, half), half),
+        ((half, torch.float32), half),
+        ((half, torch.float16), half),
+        ((torch.float32, torch.float32), torch.float32),
+    ):
+        plan = plan_sync(layout(source, dtypes[0]), layout(target, dtypes[1]))
+        assert {t.dtype for t in plan.transfers} == {expected}
+    # of two targets that want different dtypes neither may lose digits
+    mixed = layout(([2], {})) | layout(([3], {}), half)
+    plan = plan_sync(layout(([0], {})), mixed)
+    assert {t.dtype for t in plan.transfers} == {torch.float32}
+    assert plan.gathered_bytes == total_bytes(mixed)
+
+
+def test_ranks_that_hold_the_same_share_one_table() -> None:
+    table = layout(([0, 1, 2, 3, 4, 5, 6, 7], {"dp_replicate": 2, "dp_shard": 2, "tp": 2}))
+    assert [len({id(held) for held in table.values()}), len(table)] == [4, 8]
+    assert table[0] is table[4]
+    assert table[0] is not table[1]
+
+
+def test_a_plan_between_512_ranks_takes_no_pairs_of_ranks() -> None:
+    """Every rank makes the plan at start-up: seconds at most."""
+    config = model(
+        num_hidden_layers=4, hidden_size=1024, intermediate_size=2048, vocab_size=4096,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=64,
+    )  # fmt: skip
+    ranks = list(range(512))
+    begun = time.perf_counter()
+    source = model_layout(config, ranks, {"dp_shard": 512}, torch.float32)
+    target = model_layout(config, ranks, {"dp_replicate": 64, "tp": 8}, torch.bfloat16)
+    plan = plan_sync(source, target)
+    plan.describe(), plan.tensor_lines(target)
+    seconds = time.perf_counter() - begun
+    assert seconds < 5
+    assert plan.copied_bytes + plan.gathered_bytes == total_bytes(target)
+    # a shard of rows of `down` goes to every other rank, whatever columns it takes
+    [down] = [t for t in plan.transfers if t.local_name == "layers.3.mlp.down.weight"][5:6]
+    assert (down.owner, down.piece.start) == (5, (10, 0))
+    assert down.receivers == tuple(r for r in ranks if r != 5)
+    # a norm of 1024 rows, two on each rank
+    norms = [t for t in plan.transfers if t.local_name == "norm.weight"]
+    assert [t.piece.start[0] for t in norms] == list(range(0, 1024, 2))
 
 
 def test_models_that_differ_are_refused() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -30,8 +30,11 @@ class Held:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-WeightLayout = Mapping[int, Mapping[str, Held]]
-"""World rank -> local name -> what is held there."""
+Table = Mapping[str, Held]
+"""Local name -> what one rank holds there."""
+
+WeightLayout = Mapping[int, Table]
+"""World rank -> its table; ranks that hold the same may share one table."""
 
 
 def model_layout(
@@ -39,37 +42,41 @@ def model_layout(
     ranks: Sequence[int],
     degrees: Mapping[str, int],
     dtype: torch.dtype,
-) -> dict[int, dict[str, Held]]:
+) -> dict[int, Table]:
     """The layout of a role: tensor-parallel parameters, cut along dim 0 by FSDP where dp_shard > 1.
 
     FSDP2 shards over dp_shard x cp as `torch.chunk` does: the first ranks get ceil(rows / n).
+    Ranks with the same tp and shard coordinates share one table.
     """
-    tp = degrees.get("tp", 1)
+    tp, cp = degrees.get("tp", 1), degrees.get("cp", 1)
     sharded = degrees.get("dp_shard", 1) > 1
-    num_shards = degrees.get("dp_shard", 1) * degrees.get("cp", 1) if sharded else 1
+    num_shards = degrees.get("dp_shard", 1) * cp if sharded else 1
     shapes = local_parameters(config, tp)
     by_tp = [all_slices(config, rank, tp) for rank in range(tp)]
+    tables: dict[tuple[int, int], Table] = {}
     layout = {}
     for rank, place in zip(ranks, coordinates(degrees), strict=True):
-        shard = place["dp_shard"] * degrees.get("cp", 1) + place["cp"] if sharded else 0
-        layout[rank] = {
-            name: _shard(Held(shape=shapes[name], dtype=dtype, slices=held), shard, num_shards)
-            for name, held in by_tp[place["tp"]].items()
-        }
+        shard = place["dp_shard"] * cp + place["cp"] if sharded else 0
+        at = (place["tp"], shard)
+        if at not in tables:
+            tables[at] = {
+                name: _shard(shapes[name], dtype, held, shard, num_shards)
+                for name, held in by_tp[place["tp"]].items()
+            }
+        layout[rank] = tables[at]
     return layout
 
 
-def _shard(held: Held, index: int, count: int) -> Held:
+def _shard(
+    shape: tuple[int, ...], dtype: torch.dtype, slices: tuple[Slice, ...], index: int, count: int
+) -> Held:
+    """The part of a local tensor on shard `index` of `count`."""
     if count == 1:
-        return held
-    rows = held.shape[0]
+        return Held(shape=shape, dtype=dtype, slices=slices)
+    rows = shape[0]
     chunk = -(-rows // count)
     first, last = min(index * chunk, rows), min((index + 1) * chunk, rows)
-    return replace(
-        held,
-        shape=(last - first, *held.shape[1:]),
-        slices=restrict(held.slices, first, last),
-    )
+    return Held(shape=(last - first, *shape[1:]), dtype=dtype, slices=restrict(slices, first, last))
 
 
 def local_box(tensor: torch.Tensor, held: Slice) -> torch.Tensor:

@@ -48,7 +48,7 @@ class WeightSync:
     ) -> None:
         self.plan: SyncPlan = plan_sync(source, target)
         self._rank = dist.get_rank()
-        self._source, self._device = source, device
+        self._device = device
         self._tensors = {} if tensors is None else tensors
         _check_held(source.get(self._rank, {}), self._tensors)
         self._here = {
@@ -94,10 +94,9 @@ class WeightSync:
             return mine
         if self._rank == transfer.owner:
             assert mine is not None
-            buffer = mine.contiguous()
+            buffer = mine.to(transfer.dtype).contiguous()
         else:
-            dtype = self._source[transfer.owner][transfer.local_name].dtype
-            buffer = torch.empty(piece.size, dtype=dtype, device=self._device)
+            buffer = torch.empty(piece.size, dtype=transfer.dtype, device=self._device)
         dist.broadcast(buffer, src=transfer.owner)
         return buffer
 
