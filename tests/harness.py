@@ -28,7 +28,11 @@ PRELOAD = [
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_s: float = 120.0
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    timeout_s: float = 120.0,
+    device: str = "cpu",
 ) -> list[Any]:
     """`function(world, *arguments)` on ranks 0 to world_size - 1; their return values in order."""
     context = mp.get_context("forkserver")
@@ -38,7 +42,9 @@ def run_ranks(
         port = probe.getsockname()[1]
     answers = context.Queue()
     ranks = [
-        context.Process(target=_rank, args=(function, rank, world_size, port, answers, arguments))
+        context.Process(
+            target=_rank, args=(function, rank, world_size, port, device, answers, arguments)
+        )
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -74,7 +80,13 @@ def _collect(ranks: list[Any], answers: Any, deadline: float, timeout_s: float) 
 
 
 def _rank(
-    function: Callable[..., Any], rank: int, size: int, port: int, answers: Any, arguments: Any
+    function: Callable[..., Any],
+    rank: int,
+    size: int,
+    port: int,
+    device: str,
+    answers: Any,
+    arguments: Any,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -91,7 +103,7 @@ def _rank(
 
     torch.set_num_threads(1)
     try:
-        world = start_world(timeout_s=100, device="cpu")
+        world = start_world(timeout_s=100, device=device)
         torch.set_num_threads(1)
         value = function(world, *arguments)
         stop_world()
