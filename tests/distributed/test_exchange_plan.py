@@ -92,6 +92,36 @@ def test_the_plan_does_not_depend_on_the_home_split(
     assert layout(split) == layout([0] * len(rows))
 
 
+def simple_assignment(table: RowTable, num_replicas: int) -> list[list[int]]:
+    """What `plan_exchange` does, in its plainest form."""
+    rows = list(enumerate(zip(table.minibatch.tolist(), table.atom.tolist(), strict=True)))
+    assigned: list[list[int]] = [[] for _ in range(num_replicas)]
+    for minibatch in sorted({key[0] for _, key in rows}):
+        load = [0] * num_replicas
+        weights: dict[int, int] = {}
+        for row, key in rows:
+            if key[0] == minibatch:
+                weights[key[1]] = weights.get(key[1], 0) + int(table.cost[row])
+        for atom in sorted(weights, key=lambda atom: (-weights[atom], atom)):
+            target = load.index(min(load))
+            load[target] += weights[atom]
+            assigned[target] += [row for row, key in rows if key == (minibatch, atom)]
+    order = table.order.tolist()
+    return [sorted(mine, key=lambda row: (rows[row][1][0], order[row], row)) for mine in assigned]
+
+
+@PROPERTY
+@given(ROWS, st.integers(1, 7), st.integers(1, 4))
+def test_the_assignment_is_that_of_the_plainest_form(
+    rows: list[Row], replicas: int, num_minibatches: int
+) -> None:
+    table = into_minibatches(num_minibatches, seed=4, step=1)(
+        table_of(rows, [0] * len(rows), [-i for i in range(len(rows))]), replicas
+    )
+    plan = plan_exchange(table, singles(replicas))
+    assert [mine.tolist() for mine in plan.rows] == simple_assignment(table, replicas)
+
+
 def test_largest_atom_first_by_hand() -> None:
     rows = [(3, 0), (3, 0), (5, 1), (4, 2), (1, 3)]
     plan = plan_exchange(table_of(rows, [0, 0, 0, 1, 1]), [(0, 1), (2, 3)])

@@ -8,6 +8,7 @@ a GPU exchange rows the same way (gloo).
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,26 +96,26 @@ def gather_rows(cost: Tensor, atom: Tensor, order: Tensor) -> RowTable:
 
 
 def plan_exchange(table: RowTable, replicas: Sequence[Sequence[int]]) -> ExchangePlan:
-    """Assign atoms to replicas: largest first, each to the replica with the least cost so far.
+    """Assign atoms to replicas: largest first (ties by atom), each to the replica with the least
+    cost so far (ties by replica), minibatch by minibatch.
 
     Within a replica rows stand by (minibatch, order, global place). Longest-processing-time-first
     is within 4/3 of the best makespan (Graham 1969, https://doi.org/10.1137/0117039).
     """
-    atoms: dict[tuple[int, int], list[int]] = {}
-    keys = zip(table.minibatch.tolist(), table.atom.tolist(), strict=True)
-    for row, key in enumerate(keys):
-        atoms.setdefault(key, []).append(row)
+    minibatches, orders = table.minibatch.tolist(), table.order.tolist()
+    atoms: dict[int, dict[int, list[int]]] = {}
+    for row, (minibatch, atom) in enumerate(zip(minibatches, table.atom.tolist(), strict=True)):
+        atoms.setdefault(minibatch, {}).setdefault(atom, []).append(row)
     costs = table.cost.tolist()
     assigned: list[list[int]] = [[] for _ in replicas]
-    for minibatch in sorted({key[0] for key in atoms}):
-        load = [0] * len(replicas)
-        members = [(key, rows) for key, rows in atoms.items() if key[0] == minibatch]
-        weights = {key: sum(costs[row] for row in rows) for key, rows in members}
-        for key, rows in sorted(members, key=lambda item: (-weights[item[0]], item[0])):
-            target = min(range(len(replicas)), key=lambda i: (load[i], i))
-            load[target] += weights[key]
-            assigned[target] += rows
-    minibatches, orders = table.minibatch.tolist(), table.order.tolist()
+    for members in atoms.values():
+        weights = {atom: sum(costs[row] for row in rows) for atom, rows in members.items()}
+        # (cost so far, replica): of equal costs the first replica comes next
+        load = [(0, replica) for replica in range(len(replicas))]
+        for atom in sorted(members, key=lambda atom: (-weights[atom], atom)):
+            cost, target = load[0]
+            heapq.heapreplace(load, (cost + weights[atom], target))
+            assigned[target] += members[atom]
     for rows in assigned:
         rows.sort(key=lambda row: (minibatches[row], orders[row], row))
     return ExchangePlan(
