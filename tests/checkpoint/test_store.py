@@ -16,13 +16,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from harness import run_ranks
+from spmdrl.checkpoint.owners import only, slice_owners
 from spmdrl.checkpoint.store import (
     INDEX,
     Tensors,
     latest_checkpoint,
     load_tensors,
     read_state,
+    resume_point,
     save_checkpoint,
+    set_aside,
 )
 from spmdrl.launch import World
 from spmdrl.models.config import ModelConfig, parse_config
@@ -85,7 +88,9 @@ def fill(held: Tensors, of_group: Callable[[str], dict[str, Tensor]]) -> None:
 
 def save(world: World, root: Path, ranks: list[int], degrees: Degrees, step: int = 3) -> None:
     state = {"steps_done": step, "counters": {"policy": {"num_steps": 7}}}
-    tensors = local(world, model(), ranks, degrees, salt=step)
+    owners = slice_owners(model_layout(model(), ranks, degrees, torch.float32))
+    mine = {piece for piece, owner in owners.items() if owner == world.rank}
+    tensors = only(local(world, model(), ranks, degrees, salt=step), mine)
     save_checkpoint(root, step, tensors, state, keep_last=2)
 
 
@@ -134,21 +139,17 @@ def test_any_layout_reads_what_any_layout_wrote(tmp_path: Path) -> None:
         run_ranks(load_all, world_size, roots)
 
 
-def test_replicas_write_nothing_twice(tmp_path: Path) -> None:
+def test_replicas_share_the_writing_and_write_nothing_twice(tmp_path: Path) -> None:
     run_ranks(save_all, 4, tmp_path)
     root = latest_checkpoint(tmp_path / "4_2")
     assert root is not None
-    # ranks 2 and 3 hold what ranks 0 and 1 do
-    assert sorted(p.name for p in root.glob("*.safetensors")) == [
-        "rank_00000.safetensors",
-        "rank_00001.safetensors",
-    ]
     count = sum(torch.Size(shape).numel() for shape in global_shapes(model()).values())
-    stored = 0
-    for path in root.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            stored += sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
-    assert stored == 2 * count
+    stored = []
+    for rank in range(4):
+        with safe_open(root / f"rank_{rank:05d}.safetensors", framework="pt") as file:
+            stored.append(sum(file.get_tensor(key).numel() for key in file.keys()))  # noqa: SIM118
+    assert sum(stored) == 2 * count
+    assert max(stored) < 1.2 * min(stored)
 
 
 def save_many(world: World, root: Path) -> list[str]:
@@ -264,6 +265,45 @@ def test_a_pointer_to_nothing_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step_00000009")
     with pytest.raises(ValueError, match=r"latest names 'step_00000009', which has no check"):
         latest_checkpoint(tmp_path)
+
+
+def seen_by_rank_0(world: World, root: Path) -> list[Any]:
+    """Ranks whose view of a shared file system differs: the others see a newer step, or none."""
+    mine = root / f"view_{world.rank}"
+    seen: list[Any] = [resume_point(mine)]
+    for rank, step in ((1, 8), (0, 4)):
+        save(world, root / f"view_{rank}", [0, 1], {"dp_shard": 2}, step)
+        torch.distributed.barrier()
+        found = resume_point(mine)
+        seen.append(None if found is None else (found[0].name, found[1]["steps_done"]))
+    if world.is_first:
+        (mine / "latest").write_text("step_00000005")
+    torch.distributed.barrier()
+    with pytest.raises(ValueError) as caught:
+        resume_point(mine)
+    return [*seen, str(caught.value)]
+
+
+def test_rank_0_alone_decides_what_to_resume_from(tmp_path: Path) -> None:
+    for seen in run_ranks(seen_by_rank_0, 2, tmp_path):
+        assert seen[:3] == [None, None, ("step_00000004", 4)]
+        assert re.search("rank 0: .*view_0/latest names 'step_00000005'", seen[3])
+
+
+def move_aside(world: World, root: Path) -> list[str | None]:
+    moved = [set_aside(root)]
+    for step in (1, 2):
+        save(world, root, [0, 1], {"dp_shard": 2}, step)
+        moved += [set_aside(root), set_aside(root)]
+    assert resume_point(root) is None
+    for number, step in ((1, 1), (2, 2)):
+        load_equals(world, root.with_name(f"checkpoints.old-{number}"), [0], {}, step)
+    return [None if path is None else path.name for path in moved]
+
+
+def test_older_checkpoints_are_set_aside_whole(tmp_path: Path) -> None:
+    results = run_ranks(move_aside, 2, tmp_path / "checkpoints")
+    assert results == [[None, "checkpoints.old-1", None, "checkpoints.old-2", None]] * 2
 
 
 def full_disk(world: World, root: Path) -> list[str]:

@@ -6,24 +6,27 @@ is written under a temporary name, every file fsynced, and renamed when complete
 names it: a reader never sees a partial one.
 
 Tensors are kept as slices of global tensors, so a checkpoint loads on other ranks and layouts.
+What there is to resume from is decided by rank 0 alone, as ranks may see a shared file system at
+different times.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from spmdrl.distributed.reduce import gather_objects
+from spmdrl.checkpoint.stream import write_safetensors
+from spmdrl.distributed.reduce import broadcast_object, gather_objects
 from spmdrl.models.atomic import sync
 from spmdrl.models.sharding import Slice
 from spmdrl.observe.files import replace_file
@@ -75,11 +78,13 @@ class _Read:
 
 
 def save_checkpoint(
-    root: Path, step: int, tensors: Tensors, state: Mapping[str, Any], *, keep_last: int
+    root: Path, step: int, owned: Tensors, state: Mapping[str, Any], *, keep_last: int
 ) -> Path:
-    """Write `root/step_NNNNNNNN`; every rank of the world calls it with its own tensors.
+    """Write `root/step_NNNNNNNN`; every rank of the world calls it with what it writes.
 
     Args:
+        owned: this rank's tensors with the slices that it is to write: each slice of the global
+            tensors is given by one rank (`owners.slice_owners` says by which).
         state: JSON values, equal on all ranks.
         keep_last: checkpoints kept; those written longest ago are removed, after the rename.
 
@@ -92,16 +97,17 @@ def save_checkpoint(
     file = f"rank_{rank:05d}.safetensors"
     try:
         _agree(OSError, lambda: _fresh_directory(partial) if rank == 0 else None)
-        owned = _owned(tensors, file)
-        size = _agree(OSError, lambda: _write_tensors(partial / file, owned))
-        parts = gather_objects((size, [entry for entry, _ in owned]))
-        index = _Index(
-            step=step,
-            state=state,
-            files={f"rank_{r:05d}.safetensors": n for r, (n, _) in enumerate(parts) if n > 0},
-            entries=tuple(entry for _, entries in parts for entry in entries),
+        entries, boxes = _entries(owned, file)
+        size = _agree(OSError, lambda: _write(partial / file, boxes))
+        parts = _to_first((size, entries))
+        _agree(
+            OSError,
+            lambda: (
+                _publish(partial, final, _index(step, state, parts), keep_last)
+                if rank == 0
+                else None
+            ),
         )
-        _agree(OSError, lambda: _publish(partial, final, index, keep_last) if rank == 0 else None)
     except OSError as error:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -112,8 +118,48 @@ def save_checkpoint(
     return final
 
 
+def resume_point(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint below `root` and its state, as rank 0 sees them; None without one.
+
+    Every rank of the world calls it and gets the same.
+
+    Raises:
+        ValueError: `latest` or the index is damaged, on every rank.
+    """
+
+    def find() -> tuple[Path, dict[str, Any]] | None:
+        path = latest_checkpoint(root) if dist.get_rank() == 0 else None
+        return None if path is None else (path, read_state(path))
+
+    found: tuple[Path, dict[str, Any]] | None = broadcast_object(_agree(ValueError, find), 0)
+    return found
+
+
+def set_aside(root: Path) -> Path | None:
+    """Rename `root` to `root.old-1` (or -2, ...) if it holds checkpoints; the new name.
+
+    So a run that starts afresh is not mixed with an older one, and nothing is lost. Every rank of
+    the world calls it.
+
+    Raises:
+        OSError: it cannot be renamed, on every rank.
+    """
+
+    def rename() -> Path | None:
+        if dist.get_rank() != 0 or not any(root.glob("step_*")):
+            return None
+        numbers = count(1)
+        aside = next(p for n in numbers if not (p := Path(f"{root}.old-{n}")).exists())
+        root.rename(aside)
+        sync(root.parent)
+        return aside
+
+    renamed: Path | None = broadcast_object(_agree(OSError, rename), 0)
+    return renamed
+
+
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint below `root`, or None.
+    """The newest complete checkpoint below `root`, or None, as this rank sees it.
 
     Raises:
         ValueError: `latest` names a directory that is not there.
@@ -211,47 +257,49 @@ def _mend(path: Path) -> str:
     return f"write the name of an older checkpoint into {path.parent / 'latest'}"
 
 
-def _owned(tensors: Tensors, file: str) -> list[tuple[_Entry, Tensor]]:
-    """This rank's slices that no lower rank holds too: each slice is written once."""
-    mine: dict[tuple[str, Slice], tuple[str, Tensor]] = {}
-    for full_name, (tensor, slices) in tensors.items():
-        group = full_name.split("/", 1)[0]
+def _entries(owned: Tensors, file: str) -> tuple[list[_Entry], dict[str, Tensor]]:
+    """What this rank writes: entries of the index, and the tensors by their keys in the file."""
+    entries, boxes = [], {}
+    for full_name, (tensor, slices) in owned.items():
         for piece in slices:
-            bare = replace(piece, offset=0)
-            mine[group, bare] = (f"{full_name}#{piece.offset}", local_box(tensor, piece))
-    lower = set().union(*gather_objects(set(mine))[: dist.get_rank()])
-    return [
-        (
-            _Entry(
-                group=group,
-                name=piece.name,
-                shape=piece.shape,
-                start=piece.start,
-                stop=piece.stop,
-                file=file,
-                key=key,
-            ),
-            box,
-        )
-        for (group, piece), (key, box) in mine.items()
-        if (group, piece) not in lower
-    ]
+            key = f"{full_name}#{piece.offset}"
+            boxes[key] = local_box(tensor, piece)
+            entries.append(
+                _Entry(
+                    group=full_name.split("/", 1)[0],
+                    name=piece.name,
+                    shape=piece.shape,
+                    start=piece.start,
+                    stop=piece.stop,
+                    file=file,
+                    key=key,
+                )
+            )
+    return entries, boxes
 
 
-def _write_tensors(path: Path, owned: list[tuple[_Entry, Tensor]]) -> int:
+def _write(path: Path, boxes: Mapping[str, Tensor]) -> int:
     """Bytes written; 0 and no file where this rank owns nothing."""
-    if not owned:
-        return 0
-    try:
-        save_file({entry.key: box.detach().cpu().contiguous() for entry, box in owned}, path)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    sync(path)
-    return path.stat().st_size
+    return write_safetensors(path, boxes) if boxes else 0
+
+
+def _index(
+    step: int, state: Mapping[str, Any], parts: Sequence[tuple[int, list[_Entry]]]
+) -> _Index:
+    entries = tuple(entry for _, found in parts for entry in found)
+    places = {(entry.group, entry.piece) for entry in entries}
+    assert len(places) == len(entries), f"{len(entries) - len(places)} slices were written twice"
+    return _Index(
+        step=step,
+        state=state,
+        files={f"rank_{r:05d}.safetensors": n for r, (n, _) in enumerate(parts) if n > 0},
+        entries=entries,
+    )
 
 
 def _publish(partial: Path, final: Path, index: _Index, keep_last: int) -> None:
-    content = {"format": FORMAT, **asdict(index)}
+    entries = [vars(entry) for entry in index.entries]
+    content = {"format": FORMAT, **vars(index), "entries": entries}
     replace_file(partial / INDEX, json.dumps(content).encode())
     sync(partial)
     replaced = final.parent / ".replaced"
@@ -313,3 +361,11 @@ def _entry(raw: Mapping[str, Any]) -> _Entry:
         file=raw["file"],
         key=raw["key"],
     )
+
+
+def _to_first(value: Result) -> list[Result]:
+    """Every rank's value, in rank order, on rank 0; nothing elsewhere."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    values: list[Any] | None = [None] * size if rank == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values or []

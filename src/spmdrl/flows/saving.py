@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
 
+from spmdrl.checkpoint.owners import only, slice_owners
 from spmdrl.checkpoint.store import (
     Tensors,
-    latest_checkpoint,
     load_tensors,
-    read_state,
+    resume_point,
     save_checkpoint,
+    set_aside,
 )
 from spmdrl.config import Config
 from spmdrl.distributed.reduce import gather_objects
@@ -44,29 +46,58 @@ class Saver:
     ) -> None:
         self._config, self._trained, self._layouts = config, trained, layouts
         self._root = Path(config.run_dir) / "checkpoints"
+        self._last_saved: int | None = None
+
+    @cached_property
+    def _owned(self) -> dict[str, frozenset[Slice]]:
+        """Role -> the slices that this rank writes, of the weights and of the optimizer alike."""
+        rank = dist.get_rank()
+        return {
+            name: frozenset(s for s, owner in slice_owners(layout).items() if owner == rank)
+            for name, layout in self._layouts.items()
+            if name in self._trained
+        }
 
     def save(self, steps_done: int) -> None:
-        """A checkpoint after `steps_done` steps. Every rank of the world calls it."""
+        """A checkpoint after `steps_done` steps, unless it was the last one that this saver made.
+
+        Every rank of the world calls it.
+
+        Raises:
+            OSError: it could not be written, on every rank; older checkpoints are untouched.
+        """
+        if steps_done == self._last_saved:
+            return
         counters = {name: self._counters(role) for name, role in self._trained.items()}
         state = {"steps_done": steps_done, "seed": self._config.seed, "counters": counters}
         save_checkpoint(
             self._root,
             steps_done,
-            self._tensors(),
+            self._tensors(owned=True),
             state,
             keep_last=self._config.checkpoint.keep_last,
         )
+        self._last_saved = steps_done
 
     def restore(self) -> int:
         """Load the latest checkpoint, if there is one and it is wanted; the steps it has done.
 
+        With `checkpoint.resume: false` older checkpoints are set aside, so that a run that resumes
+        later cannot go on from one of them.
+
         Raises:
             ValueError: the checkpoint is damaged, of another model, or of another seed.
+            OSError: older checkpoints could not be set aside.
         """
-        path = latest_checkpoint(self._root) if self._config.checkpoint.resume else None
-        if path is None:
+        if not self._config.checkpoint.resume:
+            aside = set_aside(self._root)
+            if aside is not None:
+                log.info("checkpoint.resume=false: the older checkpoints are kept as %s", aside)
             return 0
-        state = read_state(path)
+        found = resume_point(self._root)
+        if found is None:
+            return 0
+        path, state = found
         if state["seed"] != self._config.seed:
             raise ValueError(
                 f"{path} was made with seed={state['seed']}, the configuration has seed="
@@ -102,13 +133,16 @@ class Saver:
         if failures:
             raise OSError(failures[0])
 
-    def _tensors(self) -> Tensors:
+    def _tensors(self, *, owned: bool = False) -> Tensors:
+        """Every trained role's state as `role.kind/NAME`; with `owned` what is written here."""
         tensors: dict[str, tuple[Tensor, tuple[Slice, ...]]] = {}
         for name, role in self._trained.items():
             if role.backend is None:
                 continue
-            for local, held in role.backend.state_tensors().items():
-                tensors[f"{name}.{local}"] = held
+            held: Tensors = role.backend.state_tensors()
+            if owned:
+                held = only(held, self._owned[name])
+            tensors |= {f"{name}.{local}": part for local, part in held.items()}
         return tensors
 
     def _counters(self, role: Policy) -> dict[str, int | float]:

@@ -1,0 +1,49 @@
+"""Which rank writes which slice: each slice once, and every holder about as many bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+from spmdrl.checkpoint.store import Tensors
+from spmdrl.models.sharding import Slice
+from spmdrl.weights.layout import WeightLayout
+from spmdrl.weights.plan import key
+
+
+def slice_owners(layout: WeightLayout) -> dict[Slice, int]:
+    """Every distinct slice of a layout (apart from its local place) -> the rank that writes it.
+
+    A pure function, so that ranks need not talk: largest first, to the holder with the least so
+    far, slices that only one rank holds before all others.
+    """
+    holders: dict[Slice, list[int]] = {}
+    for rank in sorted(layout):
+        for held in layout[rank].values():
+            for piece in held.slices:
+                holders.setdefault(key(piece), []).append(rank)
+    load = dict.fromkeys(layout, 0)
+    owners = {}
+    for piece, ranks in sorted(
+        holders.items(), key=lambda item: (len(item[1]) > 1, -item[0].numel)
+    ):
+        owner = min(ranks, key=lambda rank: (load[rank], rank))
+        load[owner] += piece.numel
+        owners[piece] = owner
+    return owners
+
+
+def only(tensors: Tensors, owned: Set[Slice]) -> Tensors:
+    """The tensors with those of their slices that are in `owned`.
+
+    All of `owned` must be there in each group of tensors, or the checkpoint would lack some of it.
+    """
+    kept = {
+        name: (tensor, tuple(piece for piece in slices if key(piece) in owned))
+        for name, (tensor, slices) in tensors.items()
+    }
+    found: dict[str, set[Slice]] = {}
+    for name, (_, slices) in kept.items():
+        found.setdefault(name.split("/", 1)[0], set()).update(map(key, slices))
+    for group, here in found.items():
+        assert here == owned, (group, set(owned) - here)
+    return kept
