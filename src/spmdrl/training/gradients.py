@@ -10,35 +10,23 @@ from torch import Tensor
 
 SMALL_BYTES = 1 << 20
 """Tensors below this size are reduced together in one flat buffer, larger ones in place."""
-BUCKET_BYTES = 32 << 20
 
 
 def all_reduce_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
     """Sum every gradient over the group, in place; contiguous tensors of one dtype."""
     if group is None:
         return
-    bucket: list[Tensor] = []
-    size = 0
-    for gradient in gradients:
-        num_bytes = gradient.numel() * gradient.element_size()
-        if num_bytes >= SMALL_BYTES:
-            dist.all_reduce(gradient, group=group)
-            continue
-        bucket.append(gradient)
-        size += num_bytes
-        if size >= BUCKET_BYTES:
-            _reduce_bucket(bucket, group)
-            bucket, size = [], 0
-    if bucket:
-        _reduce_bucket(bucket, group)
-
-
-def _reduce_bucket(bucket: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    flat = torch.cat([gradient.flatten() for gradient in bucket])
-    dist.all_reduce(flat, group=group)
-    parts = torch.split(flat, [gradient.numel() for gradient in bucket])
-    for gradient, part in zip(bucket, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
+    small = [g for g in gradients if g.numel() * g.element_size() < SMALL_BYTES]
+    large = [g for g in gradients if g.numel() * g.element_size() >= SMALL_BYTES]
+    flat = [torch.cat([g.flatten() for g in small])] if small else []
+    # All at once: on gloo one transfer then runs while another is summed.
+    pending = [dist.all_reduce(t, group=group, async_op=True) for t in (*large, *flat)]
+    for work in pending:
+        work.wait()
+    if small:
+        parts = torch.split(flat[0], [g.numel() for g in small])
+        for gradient, part in zip(small, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def gradient_norm(
