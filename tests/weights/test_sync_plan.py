@@ -156,12 +156,12 @@ def test_a_plan_between_512_ranks_takes_no_pairs_of_ranks() -> None:
         num_attention_heads=16, num_key_value_heads=8, head_dim=64,
     )  # fmt: skip
     ranks = list(range(512))
-    begun = time.perf_counter()
+    begun = time.process_time()
     source = model_layout(config, ranks, {"dp_shard": 512}, torch.float32)
     target = model_layout(config, ranks, {"dp_replicate": 64, "tp": 8}, torch.bfloat16)
     plan = plan_sync(source, target)
     plan.describe(), plan.tensor_lines(target)
-    seconds = time.perf_counter() - begun
+    seconds = time.process_time() - begun
     assert seconds < 5
     assert plan.copied_bytes + plan.gathered_bytes == total_bytes(target)
     # a shard of rows of `down` goes to every other rank, whatever columns it takes
