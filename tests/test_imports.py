@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "spmdrl"
 
 LEVELS: list[set[str]] = [
-    {"config", "config_files", "config_keys", "batch", "keyed", "launch"},
+    {"config", "config_files", "config_keys", "batch", "keyed", "launch", "files"},
     {"algorithms"},
     {"distributed"},
     {"models"},

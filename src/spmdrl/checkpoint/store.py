@@ -16,7 +16,6 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +26,9 @@ from torch import Tensor
 
 from spmdrl.checkpoint.stream import write_safetensors
 from spmdrl.distributed.reduce import broadcast_object, gather_objects
-from spmdrl.models.atomic import sync
+from spmdrl.files import replace_file, sync
+from spmdrl.files import set_aside as set_path_aside
 from spmdrl.models.sharding import Slice
-from spmdrl.observe.files import replace_file
 from spmdrl.weights.layout import local_box, overlap, within
 
 Result = TypeVar("Result")
@@ -148,11 +147,7 @@ def set_aside(root: Path) -> Path | None:
     def rename() -> Path | None:
         if dist.get_rank() != 0 or not any(root.glob("step_*")):
             return None
-        numbers = count(1)
-        aside = next(p for n in numbers if not (p := Path(f"{root}.old-{n}")).exists())
-        root.rename(aside)
-        sync(root.parent)
-        return aside
+        return set_path_aside(root)
 
     renamed: Path | None = broadcast_object(_agree(OSError, rename), 0)
     return renamed

@@ -18,12 +18,13 @@ from spmdrl.config import Config
 from spmdrl.data.home import StepPrompts
 from spmdrl.distributed.reduce import moments, world_any, world_max
 from spmdrl.evaluation.evaluator import Evaluator
+from spmdrl.files import set_aside
 from spmdrl.flows.saving import Saver
 from spmdrl.flows.stopping import StopRequest
 from spmdrl.launch import World
 from spmdrl.observe import names
 from spmdrl.observe.console import Console
-from spmdrl.observe.metrics import MetricsWriter
+from spmdrl.observe.metrics import METRICS_FILE, MetricsWriter
 from spmdrl.observe.progress import Relay
 from spmdrl.observe.timeline import PhaseTimer, peak_memory_bytes, timing_metrics
 from spmdrl.rewards.scorer import Scorer
@@ -68,7 +69,11 @@ class Run:
         roles: by name; every rank holds all of them.
         syncs: (source role, target role) -> their weight sync.
         prompts: the training prompts and the order they come in.
-        scorer: rewards; Evaluator: held-out set; saver: checkpoints and export.
+        scorer: rewards.
+        evaluator: the held-out set; None: there is none.
+        saver: checkpoints and export.
+        sampling: of training's rollouts.
+        timer, relay: seconds by phase; progress bars.
     """
 
     def __init__(
@@ -93,6 +98,8 @@ class Run:
         self._evaluator, self._saver, self._timer = evaluator, saver, timer
         self._relay = relay
         self._stop = StopRequest(self.directory)
+        if world.is_first and not config.checkpoint.resume:
+            set_aside(self.directory / METRICS_FILE)
         self._writer = MetricsWriter(
             self.directory, is_first=world.is_first, tensorboard=config.log.tensorboard
         )

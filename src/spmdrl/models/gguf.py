@@ -16,7 +16,7 @@ from gguf import GGUFReader, TokenType, dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from .atomic import atomic_directory
+from ..files import atomic_directory
 from .config import ModelConfig, parse_config
 from .hf import save_pretrained
 

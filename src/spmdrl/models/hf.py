@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic import atomic_directory
+from ..files import atomic_directory
 from .config import ModelConfig, read_config, tiny
 from .decoder import Decoder
 from .sharding import Slice, all_slices, global_shapes
@@ -282,7 +282,10 @@ def _write_shards(
     dtype = "float32"
 
     def write() -> None:
-        save_file(pending, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        try:
+            save_file(pending, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(str(error)) from error
         shards.append(list(pending))
         pending.clear()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
-from spmdrl.observe.files import replace_file
+from spmdrl.files import replace_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spmdrl.files import replace_file
 from spmdrl.observe import names
-from spmdrl.observe.files import replace_file
 from spmdrl.observe.metrics import METRICS_FILE, merge_steps, read_metrics
 
 REPORT_FILE = "report.png"

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all, and old ones that are never lost."""
 
 from __future__ import annotations
 
@@ -6,9 +6,22 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
-from safetensors import SafetensorError
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `content` beside `path`, fsync, rename over it; the old file stays when this fails."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 @contextmanager
@@ -23,34 +36,36 @@ def atomic_directory(out_dir: str | Path) -> Iterator[Path]:
     """
     target = Path(out_dir).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.tmp")
-    old = target.with_name(f".{target.name}.old")
-    _restore(old, target)  # of a process that was killed between the two renames
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir()
         yield fresh
-        for path in [*fresh.rglob("*"), fresh]:
-            sync(path)
+        for file in [*fresh.rglob("*"), fresh]:
+            sync(file)
         if target.exists():
             target.rename(old)
         fresh.rename(target)
         sync(target.parent)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OSError(
             f"{out_dir} could not be saved ({error}); what was there before is untouched"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        _restore(old, target)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
-def _restore(old: Path, target: Path) -> None:
-    """After a failed rename the older directory gets its name back; after a good one it goes."""
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-    elif old.exists():
-        old.rename(target)
+def set_aside(path: Path) -> Path | None:
+    """Rename `path` to `path.old-1` (or -2, ...) if it is there; the new name."""
+    if not path.exists():
+        return None
+    aside = next(p for n in count(1) if not (p := Path(f"{path}.old-{n}")).exists())
+    path.rename(aside)
+    sync(path.parent)
+    return aside
 
 
 def sync(path: Path) -> None:
