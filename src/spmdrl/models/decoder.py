@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..distributed.parallel import Parallel, copy_to, reduce_from
 from .config import ModelConfig, inverse_frequencies
+from .fused import rms_norm, swiglu
 from .linear import linear
 from .sharding import Head, local_kv_heads
 
@@ -70,12 +71,12 @@ class Norm(nn.Module):
         self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         super().__init__()
-        self.size, self.eps = (size,), eps
+        self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
 
     def forward(self, x: Tensor, tp: Parallel | None = None) -> Tensor:
         weight = self.weight if tp is None else copy_to(self.weight, tp.group)
-        return F.rms_norm(x, self.size, weight, self.eps)
+        return rms_norm(x, weight, self.eps)
 
 
 class Embedding(nn.Module):
@@ -150,8 +151,8 @@ class Mlp(nn.Module):
         self.down = Projection(hidden, width, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(copy_to(x, self.tp.group)).chunk(2, dim=-1)
-        return reduce_from(self.down(F.silu(gate) * up), self.tp.group)
+        gate_up = self.gate_up(copy_to(x, self.tp.group))
+        return reduce_from(self.down(swiglu(gate_up)), self.tp.group)
 
 
 class Layer(nn.Module):
