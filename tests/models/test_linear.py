@@ -10,7 +10,7 @@ from spmdrl.models.linear import linear
 
 
 @pytest.mark.parametrize("rows", [1, 4, 9, 15, 16])
-@pytest.mark.parametrize("columns", [96, 100, 192])
+@pytest.mark.parametrize("columns", [96, 100, 384, 512])
 def test_few_rows_equal_the_plain_product(rows: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 64, generator=generator)
