@@ -129,6 +129,22 @@ def test_results_do_not_depend_on_what_is_served_together(
     assert_same(found[1][2][4], expected[2][4])
 
 
+def test_prompts_with_a_common_beginning_share_it() -> None:
+    config, source = tiny_model()
+    head = prompts_of(70)[0]
+    tails = prompts_of(5, 3, 30, 6, 6, 6)
+    asked = [
+        request(head + tail, i, samples, max_tokens=12, margins=True)
+        for i, (tail, samples) in enumerate(zip(tails, (3, 1, 1, 8, 2, 1), strict=True))
+    ]
+    for options in ({}, {"block_size": 32}, {"prefill_tokens": 20}, {"max_running": 3}):
+        found = generate(make_engine(config, source, **options), asked)
+        for i, want in enumerate(asked):
+            for sample in want.samples[:2]:
+                alone = naive(config, source, want, sample, seed=11, step=2)
+                assert_same(found[i][sample], alone, f"{options}, prompt {i}, sample {sample}")
+
+
 def test_seed_step_prompt_and_sample_key_the_draws() -> None:
     engine = make_engine(*tiny_model())
     prompt = prompts_of(10)[0]

@@ -10,19 +10,19 @@ import pytest
 from spmdrl.rollout.native.blocks import BlockPool
 from spmdrl.rollout.native.engine import sampled
 from spmdrl.rollout.native.scheduler import Scheduler, StepPlan
-from spmdrl.rollout.native.sequence import Sequence, sequences_of
+from spmdrl.rollout.native.sequence import Sequence, common_prefix, sequences_of
 from spmdrl.rollout.protocol import Request
 from spmdrl.rollout.sampling import SamplingParams
 
 Cache = dict[tuple[int, int], tuple[int, ...]]
 
 
-def groups_of(shapes: list[tuple[int, int, int]]) -> list[list[Sequence]]:
-    """(prompt length, samples, max tokens) of each request; prompts differ."""
+def groups_of(shapes: list[tuple[int, int, int]], prefix: int = 0) -> list[list[Sequence]]:
+    """(prompt length, samples, max tokens) of each request; prompts differ after `prefix`."""
     return [
         sequences_of(
             Request(
-                tokens=tuple(1000 * i + j for j in range(length)),
+                tokens=tuple(j if j < prefix else 1000 * (i + 1) + j for j in range(length)),
                 prompt_id=i,
                 samples=tuple(range(samples)),
                 sampling=SamplingParams(max_tokens=max_tokens),
@@ -129,15 +129,33 @@ def test_a_large_group_in_a_small_pool_takes_turns() -> None:
     assert all(s.num_generated == 6 for group in groups for s in group)
 
 
-@pytest.mark.parametrize("seed", range(30))
+def test_the_common_prefix_leaves_a_token_of_every_prompt() -> None:
+    assert common_prefix([(1, 2, 3, 4), (1, 2, 5, 6), (1, 2, 3, 9)]) == 2
+    assert common_prefix([(1, 2, 3), (1, 2, 3)]) == 2
+    assert common_prefix([(1, 2, 3), (1, 2)]) == 1
+    assert common_prefix([(1,), (1, 2)]) == 0 == common_prefix([(1, 2, 3)]) == common_prefix([])
+
+
+def test_what_all_prompts_begin_with_is_computed_once() -> None:
+    groups = groups_of([(12, 2, 6), (9, 1, 6), (20, 1, 6)], prefix=6)
+    plans = run(make(groups, 50, prefix=6))
+    chunks = [[(c.sequence.index, c.start, c.stop) for c in p.chunks] for p in plans]
+    assert chunks[:2] == [[(0, 0, 12)], [(1, 6, 9), (2, 6, 20)]]
+    # the second block, which the prefix fills in part, is copied for both
+    assert len(plans[1].copies) == 2
+
+
+@pytest.mark.parametrize("seed", range(60))
 def test_any_load_is_served(seed: int) -> None:
     draw = random.Random(seed)
+    prefix = draw.choice((0, 3, 8))
     shapes = [
-        (draw.randint(1, 30), draw.choice((1, 1, 2, 5)), draw.randint(1, 20)) for _ in range(8)
+        (draw.randint(prefix + 1, 30), draw.choice((1, 1, 2, 5)), draw.randint(1, 20))
+        for _ in range(8)
     ]
     size = draw.choice((1, 2, 4, 16))
     largest = max(-(-(length + new) // size) for length, _, new in shapes)
-    groups = groups_of(shapes)
+    groups = groups_of(shapes, prefix)
     scheduler = make(
         groups,
         draw.randint(largest, 3 * largest),
@@ -145,6 +163,7 @@ def test_any_load_is_served(seed: int) -> None:
         max_running=draw.choice((1, 3, 100)),
         prefill_tokens=draw.choice((1, 7, 1000)),
         compact=draw.random() < 0.7,
+        prefix=prefix,
     )
     plans = run(scheduler, draw)
     assert all(s.finish == "length" for group in groups for s in group)

@@ -10,6 +10,7 @@ share is read once for all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,10 @@ class _Decode:
 
 @dataclass(frozen=True, kw_only=True)
 class _Prefill:
-    """Rows `[start, stop)`: `count` whole prompts of one length, or one chunk with context."""
+    """Rows `[start, stop)`: `count` chunks of one length, each after `context` cached tokens.
+
+    `blocks` [count, blocks of the context] and `mask` [length, context + length] come with context.
+    """
 
     start: int
     stop: int
@@ -73,6 +77,8 @@ class BlockwiseAttention:
         # transposed: both products then run over contiguous rows, twice as fast for the scores.
         self._keys = self._zeros(*layers, shape.head_dim, shape.block_size).unbind(0)
         self._values = self._zeros(*layers, shape.block_size, shape.head_dim).unbind(0)
+        self._key_units = [keys.flatten(0, 1) for keys in self._keys]
+        self._value_units = [values.flatten(0, 1) for values in self._values]
         size = shape.block_size
         ahead = torch.arange(size)[None, :] >= torch.arange(size + 1)[:, None]
         self._tail_masks = torch.zeros(size + 1, size).masked_fill(ahead, -torch.inf)
@@ -118,8 +124,7 @@ class BlockwiseAttention:
 
     def _attend_blocks(self, step: _Decode, layer: int, q: Tensor) -> Tensor:
         shape = self._shape
-        keys = self._keys[layer].flatten(0, 1)
-        values = self._values[layer].flatten(0, 1)
+        keys, values = self._key_units[layer], self._value_units[layer]
         queries = q.reshape(-1, shape.group * shape.head_dim)
         torch.index_select(queries, 0, step.query_index, out=step.query)
         for r in step.regions:
@@ -150,9 +155,11 @@ class BlockwiseAttention:
         return out.transpose(1, 2).flatten(0, 1)
 
     def _context(self, cache: Tensor, span: _Prefill) -> Tensor:
-        """The cached tokens before a chunk: cache [blocks, KVH, bs, d] -> [1, KVH, n, d]."""
-        found = cache.index_select(0, span.blocks).transpose(0, 1).flatten(1, 2)  # type: ignore[arg-type]
-        return found[None, :, : span.context]
+        """The cached tokens before the chunks: cache [blocks, KVH, bs, d] -> [count, KVH, n, d]."""
+        assert span.blocks is not None
+        found = cache.index_select(0, span.blocks.flatten())
+        by_chunk = found.view(*span.blocks.shape, *found.shape[1:]).transpose(1, 2)
+        return by_chunk.flatten(2, 3)[:, :, : span.context]
 
     def _copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         if not pairs:
@@ -186,14 +193,9 @@ class BlockwiseAttention:
         # The row that stands for absent blocks: weight zero, output zero.
         scores[-1], output[-1] = -torch.inf, 0
         regions, first_unit = [], 0
-        for first, valid, users in (
-            (0, index.valid_low, 1),
-            (index.split, index.valid_high, index.num_users),
-        ):
-            count = valid.shape[0] * kv_heads
-            if not count:
-                continue
-            mask = self._tail_masks[torch.from_numpy(valid).to(shape.device)]
+        for region in index.regions:
+            first, users, count = region.first, region.users, region.valid.size * kv_heads
+            mask = self._tail_masks[torch.from_numpy(region.valid).to(shape.device)]
             stop_unit = first_unit + count * users
             rows = slice(first_unit * group, stop_unit * group)
             regions.append(
@@ -224,32 +226,28 @@ class BlockwiseAttention:
         )
 
     def _prepare_prefill(self, chunks: list[Chunk], first_row: int) -> list[_Prefill]:
-        """Spans of rows; neighbouring whole prompts of one length make one span."""
-        spans: list[_Prefill] = []
-        row = first_row
-        for chunk in chunks:
-            length = chunk.stop - chunk.start
-            last = spans[-1] if spans else None
-            if chunk.start:
-                spans.append(self._with_context(chunk, row))
-            elif last and last.blocks is None and (last.stop - last.start) // last.count == length:
-                spans[-1] = _Prefill(start=last.start, stop=row + length, count=last.count + 1)
-            else:
-                spans.append(_Prefill(start=row, stop=row + length, count=1))
-            row += length
+        """Spans of rows; neighbouring chunks with the same places in their prompts make one."""
+        spans, row = [], first_row
+        for (start, stop), group in groupby(chunks, key=lambda c: (c.start, c.stop)):
+            members = list(group)
+            last_row = row + len(members) * (stop - start)
+            spans.append(self._span(members, row, last_row))
+            row = last_row
         return spans
 
-    def _with_context(self, chunk: Chunk, row: int) -> _Prefill:
-        device = self._shape.device
-        blocks = chunk.sequence.blocks[: -(-chunk.start // self._shape.block_size)]
-        query = torch.arange(chunk.start, chunk.stop, device=device)
+    def _span(self, chunks: list[Chunk], first_row: int, last_row: int) -> _Prefill:
+        start, stop, device = chunks[0].start, chunks[0].stop, self._shape.device
+        if not start:
+            return _Prefill(start=first_row, stop=last_row, count=len(chunks))
+        held = -(-start // self._shape.block_size)
+        query = torch.arange(start, stop, device=device)
         return _Prefill(
-            start=row,
-            stop=row + chunk.stop - chunk.start,
-            count=1,
-            context=chunk.start,
-            blocks=torch.tensor(blocks, device=device),
-            mask=torch.arange(chunk.stop, device=device)[None, :] <= query[:, None],
+            start=first_row,
+            stop=last_row,
+            count=len(chunks),
+            context=start,
+            blocks=torch.tensor([c.sequence.blocks[:held] for c in chunks], device=device),
+            mask=torch.arange(stop, device=device)[None, :] <= query[:, None],
         )
 
     def _zeros(self, *sizes: int) -> Tensor:

@@ -13,29 +13,40 @@ Index = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Region:
+    """Adjacent blocks `[first, first + len(valid))` that are read together.
+
+    Args:
+        users: sequences per block (blocks with fewer are padded).
+        valid: tokens held by each block.
+    """
+
+    first: int
+    users: int
+    valid: Index
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecodeIndex:
     """Where the parts of a decode step lie.
 
-    A *unit* is one (block, key-value head) with one sequence's query heads: first those of the
-    blocks `[0, num_low)`, one sequence each; then those of `[split, split + num_high)`, with
-    `num_users` sequences each (fewer are padded). A *row* is one query head of a unit. Blocks that
-    nobody uses have units too; nothing refers to their results.
+    A *unit* is one (block, key-value head) with one sequence's query heads, in the order of
+    regions, blocks, heads, users. A *row* is one query head of a unit. Blocks that nobody uses have
+    units too; nothing refers to their results.
 
     Args:
+        regions: at most three: blocks of one sequence each, blocks that several share, and (at the
+            pool's very end) blocks that more share.
         query: for every unit, which (sequence, key-value head) it asks for: `[units]`.
         rows: for every (sequence, head) the rows of its blocks in order, `[n * H, W]`; one past
             the last row where a sequence has fewer than W blocks.
         back: for every row its place in `rows`, `[units * group]`.
-        valid_low, valid_high: tokens held by each block: `[num_low]`, `[num_high]`.
     """
 
+    regions: list[Region]
     query: Index
     rows: Index
     back: Index
-    valid_low: Index
-    valid_high: Index
-    split: int
-    num_users: int
 
 
 def decode_index(
@@ -48,22 +59,25 @@ def decode_index(
     table = np.full((n, width), -1, dtype=np.int64)
     for i, sequence in enumerate(decodes):
         table[i, : counts[i]] = sequence.blocks[: counts[i]]
-    sharable = np.array([s.sharable_blocks(block_size) for s in decodes], dtype=np.int64)
-
     owner, number = np.nonzero(table >= 0)
     block = table[owner, number]
     held = np.minimum(lengths[owner] - number * block_size, block_size)
-    high = number < sharable[owner]
-    num_low = int(block[~high].max()) + 1 if not high.all() else 0
-    split = int(block[high].min()) if high.any() else 0
-    num_high = int(block[high].max()) + 1 - split if high.any() else 0
-    user, num_users = _rank_within(block[high])
+    is_high = number < np.array([s.num_high for s in decodes], dtype=np.int64)[owner]
 
-    first = block * kv_heads  # the unit of key-value head 0
-    first[high] = (num_low + (block[high] - split) * num_users) * kv_heads + user
-    stride = np.where(high, num_users, 1)
-    units = first[:, None] + stride[:, None] * np.arange(kv_heads)  # [pairs, KVH]
-    num_units = (num_low + num_high * num_users) * kv_heads
+    regions: list[Region] = []
+    units = np.empty((block.size, kv_heads), dtype=np.int64)  # of every (sequence, block)
+    num_units = 0
+    for pairs in _split(block, is_high):
+        used = block[pairs]
+        first = 0 if not is_high[pairs[0]] else int(used.min())
+        valid = np.full(int(used.max()) + 1 - first, block_size, dtype=np.int64)
+        valid[used - first] = held[pairs]
+        rank, users = _rank_within(used)
+        unit = ((used - first) * kv_heads)[:, None] + np.arange(kv_heads)
+        units[pairs] = num_units + unit * users + rank[:, None]
+        num_units += valid.size * kv_heads * users
+        regions.append(Region(first=first, users=users, valid=valid))
+
     query = np.zeros(num_units, dtype=np.int64)
     query[units] = owner[:, None] * kv_heads + np.arange(kv_heads)
     unit_rows = (units[:, :, None] * group + np.arange(group)).reshape(-1, heads)  # [pairs, H]
@@ -71,19 +85,29 @@ def decode_index(
     rows[owner, :, number] = unit_rows
     back = np.zeros(num_units * group, dtype=np.int64)
     back[unit_rows] = (owner[:, None] * heads + np.arange(heads)) * width + number[:, None]
-    valid_low = np.full(num_low, block_size, dtype=np.int64)
-    valid_low[block[~high]] = held[~high]
-    valid_high = np.full(num_high, block_size, dtype=np.int64)
-    valid_high[block[high] - split] = held[high]
-    return DecodeIndex(
-        query=query,
-        rows=rows.reshape(n * heads, width),
-        back=back,
-        valid_low=valid_low,
-        valid_high=valid_high,
-        split=split,
-        num_users=num_users,
-    )
+    return DecodeIndex(regions=regions, query=query, rows=rows.reshape(n * heads, width), back=back)
+
+
+def _split(block: Index, is_high: NDArray[np.bool_]) -> list[Index]:
+    """The (sequence, block) pairs of each region.
+
+    Shared blocks make one region or two, whichever pads less: what all prompts begin with has many
+    more users than a prompt, and lies above.
+    """
+    low, high = np.flatnonzero(~is_high), np.flatnonzero(is_high)
+    if not high.size:
+        return [low]
+    first = int(block[high].min())
+    users = np.bincount(block[high] - first)
+    below = np.maximum.accumulate(users)
+    above = np.maximum.accumulate(users[::-1])[::-1]
+    places = np.arange(1, users.size)
+    split = below[:-1] * places + above[1:] * (users.size - places)
+    parts = [high]
+    if split.size and split.min() < users.size * below[-1]:
+        upper = block[high] >= first + 1 + int(split.argmin())
+        parts = [high[~upper], high[upper]]
+    return [part for part in (low, *parts) if part.size]
 
 
 def _rank_within(block: Index) -> tuple[Index, int]:

@@ -27,12 +27,14 @@ from .runner import Runner
 from .sampler import Sampler
 from .scheduler import Scheduler, StepPlan
 from .sequence import Sequence as Sample
-from .sequence import sequences_of
+from .sequence import common_prefix, sequences_of
 from .stops import Detokenize, StopRule
 from .varlen import BLOCK_MULTIPLE, VarlenAttention, varlen_is_usable
 
 _CPU_CACHE_GB = 2.0
 _CUDA_FREE_FRACTION = 0.8
+_PREFIX_TOKENS = 256
+"""Prompt tokens that sharing what all prompts begin with must save: it costs a step of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +211,7 @@ class NativeEngine:
         progress: Progress | None,
         should_stop: Callable[[], bool] | None,
     ) -> None:
+        prefix = common_prefix([leader.request.tokens for leader in leaders])
         scheduler = Scheduler(
             leaders,
             BlockPool(work.num_blocks),
@@ -216,6 +219,7 @@ class NativeEngine:
             max_running=self._options.max_running,
             prefill_tokens=self._options.prefill_tokens,
             compact=work.compact,
+            prefix=prefix if prefix * (len(leaders) - 1) >= _PREFIX_TOKENS else 0,
         )
         rules = [StopRule(r.sampling, self._eos, self._detokenize) for r in requests]
         tokens_done = samples_done = 0

@@ -52,6 +52,8 @@ class Scheduler:
     Args:
         sequences: first samples of the requests (the others are their followers), first come
             first served. Each must fit into the pool alone.
+        prefix: the tokens with which all prompts begin: they are computed once, by the first
+            sequence, and shared.
         max_running: sequences that hold blocks of their own at a time, at most.
         prefill_tokens: prompt tokens a step, at most.
         compact: move blocks so that used ones lie dense (attention by views, on the CPU).
@@ -66,6 +68,7 @@ class Scheduler:
         max_running: int,
         prefill_tokens: int,
         compact: bool,
+        prefix: int = 0,
     ) -> None:
         self.pool = pool
         self.running: list[Sequence] = []  # oldest first
@@ -75,6 +78,9 @@ class Scheduler:
         self._max_running = max_running
         self._prefill_tokens = prefill_tokens
         self._compact, self._freed = compact, False
+        self._prefix = prefix
+        self._prefix_owner = self._waiting[0] if prefix else None
+        self._prefix_blocks: list[int] = []
         self.num_preempted = 0
 
     @property
@@ -93,8 +99,9 @@ class Scheduler:
                 budget -= self._take(sequence, budget, chunks)
         self._start_ready(decodes, copies)
         while budget and self._waiting and not self._ready and self._has_room():
-            sequence = self._waiting[0]
-            if not self._admit(sequence):
+            if self._prefix_owner in self.running:
+                break  # until the prefix is there
+            if not self._admit(self._waiting[0], copies):
                 break
             budget -= self._take(self._waiting.popleft(), budget, chunks)
         assert decodes or chunks, "the scheduler found nothing to do"
@@ -102,6 +109,7 @@ class Scheduler:
             chunk.sequence.cached = chunk.stop
         for sequence in decodes:
             sequence.cached += 1
+        self._keep_prefix()
         return StepPlan(moves=moves, copies=list(copies.values()), decodes=decodes, chunks=chunks)
 
     def fork(self, leader: Sequence) -> list[Sequence]:
@@ -114,7 +122,7 @@ class Scheduler:
             for block in leader.blocks:
                 self.pool.share(block)
             follower.blocks = list(leader.blocks)
-            follower.cached = leader.cached
+            follower.cached, follower.num_high = leader.cached, leader.num_high
         self._ready.extend(followers)
         return followers
 
@@ -127,7 +135,7 @@ class Scheduler:
         self._release(sequence)
 
     def drain(self) -> None:
-        """Drop all open sequences."""
+        """Drop all open sequences; the scheduler is of no use after."""
         self.running.clear()
         self._ready.clear()
         self._waiting.clear()
@@ -158,6 +166,8 @@ class Scheduler:
         while self._ready and self._has_room():
             sequence = self._ready.popleft()
             while not self._reserve(sequence, copies):
+                if self._drop_prefix():
+                    continue
                 if self.running or not self._ready:
                     self._ready.appendleft(sequence)
                     return
@@ -183,8 +193,13 @@ class Scheduler:
         sequence.blocks[number] = fresh
         return True
 
-    def _preempt(self, copies: dict[Sequence, tuple[int, int]]) -> Sequence:
-        """Take the blocks of the youngest sequence; it is computed again later."""
+    def _preempt(self, copies: dict[Sequence, tuple[int, int]]) -> Sequence | None:
+        """Take the blocks of the youngest sequence; it is computed again later.
+
+        None where letting go of the kept prefix freed a block instead.
+        """
+        if self._drop_prefix():
+            return None
         victim = self._ready.pop() if self._ready else self.running.pop()
         copies.pop(victim, None)
         self._release(victim)
@@ -195,39 +210,64 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         for block in sequence.blocks:
             self.pool.release(block)
-        sequence.blocks, sequence.cached = [], 0
+        sequence.blocks, sequence.cached, sequence.num_high = [], 0, 0
         self._freed = True
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, sequence: Sequence, copies: dict[Sequence, tuple[int, int]]) -> bool:
         """Blocks for all tokens of a waiting sequence; False when it has to wait on."""
-        shared = self._shared_prefix(sequence)
-        needed = -(-len(sequence.tokens) // self._block_size) - len(shared)
+        size = self._block_size
+        source, cached = self._find_prefix(sequence)
+        full = cached // size
+        needed = -(-len(sequence.tokens) // size) - full
         # Room for its first tokens too, or it would be preempted at once.
         spare = 1 + len(sequence.followers) if self.running else 0
         if needed + spare > self.pool.num_free:
-            return False
-        for block in shared:
+            return not self.running and self._drop_prefix() and self._admit(sequence, copies)
+        for block in source[:full]:
             self.pool.share(block)
-        sharable = sequence.sharable_blocks(self._block_size)
-        first = len(shared)
-        sequence.blocks = shared + [
-            self.pool.allocate(high=number < sharable) for number in range(first, first + needed)
+        kept = self._prefix // size if sequence is self._prefix_owner else full
+        sequence.num_high = max(kept, sequence.sharable_blocks(size))
+        sequence.blocks = source[:full] + [
+            self.pool.allocate(high=number < sequence.num_high)
+            for number in range(full, full + needed)
         ]
-        sequence.cached = len(shared) * self._block_size
+        if cached % size:
+            copies[sequence] = (source[full], sequence.blocks[full])
+        sequence.cached = cached
         self.running.append(sequence)
         return True
 
-    def _shared_prefix(self, sequence: Sequence) -> list[int]:
-        """Full prompt blocks that a running sample of the same request still holds.
+    def _find_prefix(self, sequence: Sequence) -> tuple[list[int], int]:
+        """Blocks with the first tokens of a sequence that were computed before, and how many.
 
-        Only preempted samples find some: the samples of a fresh request start from its leader.
+        A preempted sample may find the prompt's full blocks with another sample of its request;
+        fresh requests find what all prompts begin with.
         """
         # One prompt token at least is computed: the last one's row is needed.
-        full = (sequence.prompt_length - 1) // self._block_size
-        for other in self.running:
-            if other.index == sequence.index and other.cached >= full * self._block_size:
-                return other.blocks[:full]
-        return []
+        tokens = (sequence.prompt_length - 1) // self._block_size * self._block_size
+        kept = self._prefix if self._prefix_blocks else 0
+        for other in self.running if tokens > kept else ():
+            if other.index == sequence.index and other.cached >= tokens:
+                return other.blocks, tokens
+        return self._prefix_blocks, kept
+
+    def _keep_prefix(self) -> None:
+        """From the step on that computes it, hold the common prefix while some may need it."""
+        owner = self._prefix_owner
+        if owner is not None and owner.cached >= self._prefix:
+            self._prefix_owner = None
+            self._prefix_blocks = owner.blocks[: -(-self._prefix // self._block_size)]
+            for block in self._prefix_blocks:
+                self.pool.share(block)
+        if not self._waiting:
+            self._drop_prefix()
+
+    def _drop_prefix(self) -> bool:
+        """Whether the prefix was held, and is no more."""
+        held, self._prefix_blocks = self._prefix_blocks, []
+        for block in held:
+            self.pool.release(block)
+        return bool(held)
 
     def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         stop = min(len(sequence.tokens), sequence.cached + budget)
@@ -242,4 +282,5 @@ class Scheduler:
         if moves:
             for sequence in (*self.running, *self._ready):
                 sequence.blocks = [moves.get(block, block) for block in sequence.blocks]
+            self._prefix_blocks = [moves.get(block, block) for block in self._prefix_blocks]
         return moves

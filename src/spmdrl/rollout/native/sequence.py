@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
 from ...keyed import chain, key64
@@ -20,6 +21,7 @@ class Sequence:
         tokens: prompt and what was generated.
         followers: samples of the same prompt that wait for this one to compute it.
         blocks: cache blocks, in the order of the tokens they hold.
+        num_high: how many of the first blocks lie at the pool's high end, for others to share.
         cached: tokens whose keys and values are in the cache.
     """
 
@@ -30,6 +32,7 @@ class Sequence:
     tokens: list[int]
     followers: list[Sequence] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    num_high: int = 0
     cached: int = 0
     logprobs: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
@@ -63,6 +66,19 @@ class Sequence:
             finish=self.finish,
             margins=tuple(self.margins),
         )
+
+
+def common_prefix(prompts: Items[tuple[int, ...]]) -> int:
+    """Tokens with which all prompts begin, less than the shortest prompt has; 0 for one prompt.
+
+    A prompt's last token is not counted, since its row gives the first token of the answer.
+    """
+    if len(prompts) < 2:
+        return 0
+    # Whatever all share, the smallest and the largest in lexical order share.
+    first, last = min(prompts), max(prompts)
+    limit = min(len(prompt) for prompt in prompts) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
 
 
 def sequences_of(request: Request, index: int, *, seed: int, step: int) -> list[Sequence]:
