@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PHASES = ("rollout", "reward", "logprobs", "update")
+REWARD = f"'{Path(__file__).parent / 'step_reward.py'}:spread'"
 
 
 def main() -> None:
@@ -92,6 +93,8 @@ def _config(options: argparse.Namespace, run_dir: str) -> Any:
         f"sampling.max_tokens={options.max_tokens}",
         f"steps={options.steps + 1}",
         f"run_dir={run_dir}",
+        # math is scored and timed; the other keeps a group of all wrong answers from skipping
+        f"rewards=[{{function: math}}, {{function: {REWARD}}}]",
         *options.overrides,
     ]
     return load_config(Path(__file__).parent / "grpo_step.yaml", words)

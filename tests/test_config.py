@@ -90,10 +90,10 @@ def test_interpolation_follows_overrides(base: Path) -> None:
 
 def test_overrides_reach_into_lists_and_new_roles(base: Path) -> None:
     config = load_config(
-        base, ["rewards.1.weight=2", "roles.reference.ranks=0,2", "data.train.task={min_terms: 3}"]
+        base, ["rewards.1.weight=2", "roles.other.ranks=0,2", "data.train.task={min_terms: 3}"]
     )
     assert [reward.weight for reward in config.rewards] == [1.0, 2.0]
-    assert config.roles["reference"].ranks == "0,2"
+    assert config.roles["other"].ranks == "0,2"
     assert config.data.train.task == {"min_terms": 3}
     assert load_config(base, ["rewards=[]"]).rewards == ()
 
@@ -162,9 +162,12 @@ def test_crossed_rules_name_both_keys_and_values(
     assert [word for word in words if word not in str(caught.value)] == []
 
 
-def test_a_reference_by_kind_satisfies_the_kl_rule(base: Path) -> None:
-    config = load_config(base, ["algorithm.kl_coef=0.1", "roles.anchor.kind=reference"])
-    assert config.role_kind("anchor") == "reference"
+def test_a_role_can_be_taken_away_and_an_unused_reference_is_refused(base: Path) -> None:
+    config = load_config(base, ["algorithm.kl_coef=0.1", "roles.reference.tp=1"])
+    assert "reference" in config.roles
+    with pytest.raises(ValueError, match="never asks it"):
+        load_config(base, ["roles.reference.tp=1"])
+    assert "reference" not in load_config(base, ["roles.reference=null"]).roles
 
 
 @pytest.mark.parametrize(
