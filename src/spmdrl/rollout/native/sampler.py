@@ -18,7 +18,8 @@ from ...keyed import Noise, exponential_at, key_tensor
 from ..sampling import SamplingParams
 
 _CANDIDATES = 1024
-_CPU_VALUES = 400_000
+_CPU_VALUES = 200_000
+_DEVICE_VALUES = 16_000_000
 _ARGMAX_ROWS = 128
 
 
@@ -37,8 +38,10 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._device = device
         self._noise = Noise(0, vocab_size, device)
-        # On the CPU so many rows at once that logits and noise stay in the second-level cache.
-        self._rows = max(1, _CPU_VALUES // vocab_size) if device.type == "cpu" else 1 << 30
+        # So many rows at once that logits and noise stay in the CPU's second-level cache, and that
+        # the buffers take a few hundred megabytes of a GPU at most.
+        values = _CPU_VALUES if device.type == "cpu" else _DEVICE_VALUES
+        self._rows = max(1, values // vocab_size)
 
     def sample(
         self,

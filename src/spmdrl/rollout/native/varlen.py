@@ -7,7 +7,9 @@ so that a CUDA graph captured over a decode step finds it again.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,11 +42,19 @@ class VarlenAttention:
         max_sequences: sequences of a step, at most.
         max_blocks: blocks of one sequence, at most.
         max_tokens: rows of a step, at most.
+        kernel: torch's `varlen_attn`, or what stands in for it in a test without a GPU.
     """
 
     def __init__(
-        self, shape: CacheShape, *, max_sequences: int, max_blocks: int, max_tokens: int
+        self,
+        shape: CacheShape,
+        *,
+        max_sequences: int,
+        max_blocks: int,
+        max_tokens: int,
+        kernel: Callable[..., Any] = varlen_attn,
     ) -> None:
+        self._kernel = kernel
         self._shape = shape
         layers = (shape.num_layers, shape.num_blocks + 1, shape.block_size)
         heads = (shape.kv_heads, shape.head_dim)
@@ -103,7 +113,7 @@ class VarlenAttention:
         # FlashAttention 2 wants lengths of keys although a block table makes them idle;
         # 3 and later refuse both together.
         old = current_flash_attention_impl() in (None, "FA2")
-        out = varlen_attn(
+        out = self._kernel(
             q.contiguous(),
             keys,
             values,
