@@ -1,6 +1,6 @@
 """Side by side: a reference and a reward model on ranks of their own, called together and in turn.
 
-    python benchmarks/together.py [--model DIR] [--rows 8] [--tokens 256] [--rounds 5]
+    python benchmarks/together.py [--model DIR] [--rows 4] [--tokens 256] [--rounds 5]
 
 Starts two ranks of one thread each. Both roles run the same forward pass over the same rows, so
 that `together` should take as long as one of them, and one call after the other twice as long. The
@@ -33,7 +33,7 @@ from spmdrl.roles import Reference, Reward, together
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
