@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from spmdrl.observe import names
@@ -29,19 +30,16 @@ def report(run_dir: str, *, model: str, seconds: float | None = None) -> None:
     trained = [r for r in records if names.STEP_SECONDS in r]
     result: dict[str, object] = {}
     for name, points in evaluations(records).items():
-        (_, before, _), (_, after, error) = points[0], points[-1]
-        result |= {"accuracy_before": before, "accuracy_after": after, "standard_error": error}
-        print(f"{name}: accuracy {before:.3f} -> {after:.3f} (standard error {error:.3f})")
+        values, error = [point[1] for point in points], points[-1][2]
+        result |= {**_first_and_last("accuracy", values), "standard_error": error}
+        print(f"{name}: accuracy {_arrow(values)} (standard error {error:.3f})")
     for name, quantity in ((HELD_OUT, "reward"), (HELD_OUT, "nll"), (HELD_OUT, "margin")):
         _, values = series(records, f"{name}/{quantity}")
         _, errors = series(records, f"{name}/{quantity}{names.STANDARD_ERROR}")
         if values:
-            result |= {f"{quantity}_before": values[0], f"{quantity}_after": values[-1]}
+            result |= _first_and_last(quantity, values)
             error = errors[-1] if errors else float("nan")
-            print(
-                f"held out: {quantity} {values[0]:.3f} -> {values[-1]:.3f} "
-                f"(standard error {error:.3f})"
-            )
+            print(f"held out: {quantity} {_arrow(values)} (standard error {error:.3f})")
     if seconds is None:
         seconds = sum(r[names.STEP_SECONDS] for r in trained)
     result |= {
@@ -55,3 +53,13 @@ def report(run_dir: str, *, model: str, seconds: float | None = None) -> None:
     if (directory / "model").is_dir():
         print(f"model:        {directory / 'model'}")
     print(json.dumps(result))
+
+
+def _first_and_last(quantity: str, values: Sequence[float]) -> dict[str, float]:
+    """A run that evaluates at its end alone has no `before`."""
+    first = {f"{quantity}_before": values[0]} if len(values) > 1 else {}
+    return {**first, f"{quantity}_after": values[-1]}
+
+
+def _arrow(values: Sequence[float]) -> str:
+    return " -> ".join(f"{values[i]:.3f}" for i in sorted({0, len(values) - 1}))
