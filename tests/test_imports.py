@@ -29,7 +29,7 @@ LEVELS: list[set[str]] = [
     {"distributed"},
     {"models"},
     {"training", "rollout", "weights", "memory"},
-    {"calls", "passes", "generation", "roles", "custom_role", "policy_sync", "placement"}
+    {"calls", "passes", "generation", "roles", "custom_role", "canary", "policy_sync", "placement"}
     | {"data", "rewards", "evaluation", "checkpoint", "observe"},
     {"sharing", "role_plan", "assemble", "explain"},
     {"flows"},

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from spmdrl.calls import Role
+from spmdrl.canary import Canary
 from spmdrl.config import Config
 from spmdrl.custom_role import CustomRole, RoleContext
 from spmdrl.distributed.mesh import Mesh
@@ -90,15 +91,20 @@ def assemble(
     models: Mapping[str, Model],
     decode: Decode,
     progress: Callable[[int, int], None] | None = None,
+    plan: RolePlan | None = None,
 ) -> Assembly:
     """Make every role on every rank, in the configuration's order.
 
     Each role's parts take their place (host or device) before the next role is built, so that
     starting needs no more room than running.
+
+    Args:
+        plan: made of the same configuration, placements and models; None: it is made here.
     """
     placements = place_roles(config, world.size, world.local_size)
     shapes = {name: model.config for name, model in models.items()}
-    plan = plan_roles(config, placements, shapes, world.device_types)
+    if plan is None:
+        plan = plan_roles(config, placements, shapes, world.device_types, world.local_size)
     meshes = {
         name: Mesh(name, p.ranks, p.degrees, plan.devices[name].type)
         for name, p in placements.items()
@@ -178,12 +184,7 @@ class _Builder:
         policy = next((r for r in self._roles.values() if isinstance(r, Policy)), None)
         layouts, rank = self._plan.layouts, self._world.rank
         if policy is not None:
-            backend = policy.backend
-            tensors = backend.local_tensors() if backend is not None else None
-            weights = WeightSync(
-                layouts[policy.name], layouts[name], tensors, engine, self._world.device
-            )
-            self._syncs[policy.name, name] = PolicySync(policy, role, weights, self._residency)
+            self._syncs[policy.name, name] = self._sync(policy, role, engine)
         elif engine is not None:
             # without a policy the rollout reads its model's files
             table = layouts[name][rank].items()
@@ -191,6 +192,36 @@ class _Builder:
         if engine is not None and turns is not None:
             self._register_engine(name, engine)
             self._residency.settle()
+
+    def _sync(self, policy: Policy, role: Rollout, engine: NativeEngine | None) -> PolicySync:
+        plan, world, rollout = self._plan, self._world, self._config.rollout
+        source, target = plan.layouts[policy.name], plan.layouts[role.name]
+        weights = WeightSync(
+            plan.syncs[role.name],
+            source.get(world.rank, {}),
+            target.get(world.rank, {}),
+            {} if policy.backend is None else policy.backend.local_tensors(),
+            engine,
+            # a world of gloo alone sends from the host
+            world.device if set(world.device_types) == {"cuda"} else torch.device("cpu"),
+            read=self._residency.view,
+        )
+        canary = Canary(
+            world,
+            num_replicas=len(role.mesh.replicas()),
+            vocab_size=role.config.vocab_size,
+            dtype=training_dtype(self._config, self._plan.devices[role.name]),
+        )
+        own = plan.memory.get(world.rank)
+        return PolicySync(
+            policy,
+            role,
+            weights,
+            self._residency,
+            streams=own is not None and own.streams,
+            check_every=rollout.sync_check_every,
+            canary=canary if rollout.canary else None,
+        )
 
     def _register_engine(self, name: str, engine: NativeEngine) -> None:
         tensors = [tensor for tensor, _ in engine.local_tensors().values()]

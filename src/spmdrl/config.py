@@ -107,6 +107,15 @@ class RolloutSection(Section):
     max_running: int = Field(256, ge=1, description="sequences decoded together on one replica")
     prefill_tokens: int = Field(2048, ge=1, description="prompt tokens per engine step")
     cuda_graphs: bool = Field(True, description="replay decode steps as CUDA graphs")
+    sync_bucket_mb: int = Field(
+        256, ge=1, description="a weight sync stages two of these on a rank, at most"
+    )
+    sync_check_every: int = Field(
+        20, ge=0, description="syncs; compare checksums after the first and every so many; 0: never"
+    )
+    canary: bool = Field(
+        True, description="after a sync that moved weights, let engine and policy score fixed rows"
+    )
 
 
 class SamplingSection(Section):

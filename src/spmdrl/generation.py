@@ -61,6 +61,32 @@ class Rollout:
         self.engine, self.progress, self.memory = engine, progress, memory
         self.parts, self.version = parts, 0
         self.generate = RoleMethod(self._generate)
+        self.logprobs = RoleMethod(self._logprobs)
+
+    def _logprobs(self, batch: Batch) -> Call[Batch]:
+        """Adds the token column `engine_logprobs`: of each token after those before it, under the
+        softmax of the logits (0 for the first), as this engine computes it.
+        """
+
+        def compute(rows: Batch) -> Batch:
+            assert self.engine is not None, f"role {self.name!r} has no engine on this rank"
+            sequences = torch.split(rows["tokens"], rows.lengths.tolist())
+            scored = self.engine.score([tuple(sequence.tolist()) for sequence in sequences])
+            flat = [value for values in scored for value in (0.0, *values)]
+            column = torch.tensor(flat, dtype=torch.float32)
+            return Batch(lengths=rows.lengths, tokens={"engine_logprobs": column})
+
+        return Call(
+            role=self,
+            method="logprobs",
+            batch=batch,
+            needs=("tokens",),
+            returns=(Column(name="engine_logprobs"),),
+            compute=compute,
+            finish=lambda home: home,
+            uses=tuple((self.name, part) for part in self.parts),
+            order=row_order(batch),
+        )
 
     def _generate(self, prompts: Batch, generation: Generation) -> Call[Batch]:
         """`prompts`: home rows with the token column `tokens` and the row column `prompt_ids`

@@ -72,11 +72,13 @@ def plan_roles(
     placements: Mapping[str, Placement],
     shapes: Mapping[str, ModelConfig],
     device_types: Sequence[str],
+    node_size: int = 1,
 ) -> RolePlan:
     """Layouts, weight syncs and memory of the roles, from the models' shapes alone.
 
     Args:
         device_types: of every rank of the world.
+        node_size: ranks of a node.
 
     Raises:
         ValueError: roles that do not fit on the device together, with the sizes; a role on ranks
@@ -95,7 +97,12 @@ def plan_roles(
     kinds = {name: config.role_kind(name) for name in shapes}
     policy = next((name for name, kind in kinds.items() if kind == "policy"), None)
     syncs = {
-        name: plan_sync(layouts[policy], layouts[name])
+        name: plan_sync(
+            layouts[policy],
+            layouts[name],
+            node_size=node_size,
+            bucket_bytes=config.rollout.sync_bucket_mb * 10**6,
+        )
         for name, kind in kinds.items()
         if policy is not None and kind == "rollout"
     }

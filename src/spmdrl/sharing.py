@@ -22,10 +22,13 @@ from spmdrl.passes import OPTIMIZER, WEIGHTS
 from spmdrl.placement import Placement
 from spmdrl.rollout.native.varlen import varlen_is_usable
 from spmdrl.weights.layout import Table, WeightLayout
-from spmdrl.weights.plan import SyncPlan
+from spmdrl.weights.plan import NUM_SLOTS, SyncPlan
 
 FREE_SHARE = 0.9
 """Of a device's memory that roles may fill: the rest is for libraries and fragments."""
+
+SYNC = "sync"
+"""The call that brings weights from policy to rollout."""
 
 STREAM_WIDTH = 24
 """Hidden-sized values that a layer keeps for the backward pass, per token (attention blocked)."""
@@ -51,10 +54,12 @@ class RankMemory:
     """Args:
     plan: of the rank.
     working_bytes: by call (`policy.update`), what it has on the device beside parts.
+    streams: weight syncs do not need the policy's weights on the device.
     """
 
     plan: MemoryPlan
     working_bytes: Mapping[str, int]
+    streams: bool
 
 
 def plan_memory(
@@ -87,14 +92,25 @@ def plan_memory(
         key = tuple((name, id(shape.layout[rank])) for name, shape in here.items())
         if key not in made:
             parts = _parts(config, placements, here, syncs, rank)
-            calls = _calls(config, here, syncs, rank)
             capacity = device_bytes(config, device_types[rank])
-            made[key] = RankMemory(
-                plan=make_plan(parts, calls, capacity=capacity, rank=rank),
-                working_bytes={call.name: call.working_bytes for call in calls},
-            )
+            try:
+                made[key] = _rank_memory(parts, _calls(config, here, syncs, rank), capacity, rank)
+            except ValueError:
+                # the sync may read the policy's weights from the host while they are away
+                calls = _calls(config, here, syncs, rank, streams=True)
+                made[key] = _rank_memory(parts, calls, capacity, rank)
         plans[rank] = made[key]
     return plans
+
+
+def _rank_memory(
+    parts: Sequence[Part], calls: Sequence[PlannedCall], capacity: int | None, rank: int
+) -> RankMemory:
+    return RankMemory(
+        plan=make_plan(parts, calls, capacity=capacity, rank=rank),
+        working_bytes={call.name: call.working_bytes for call in calls},
+        streams=any(call.name == SYNC and not call.needs for call in calls),
+    )
 
 
 def device_bytes(config: Config, device_type: str) -> int | None:
@@ -205,16 +221,22 @@ def _calls(
     here: Mapping[str, Shape],
     syncs: Mapping[str, SyncPlan],
     rank: int,
+    *,
+    streams: bool = False,
 ) -> list[PlannedCall]:
     """A step of the roles on this rank: sync, generate, read, update; whatever the flow does."""
     calls = []
     kinds = {name: shape.kind for name, shape in here.items()}
     rollouts = [name for name, kind in kinds.items() if kind == "rollout"]
-    moving = [name for name, sync in syncs.items() if sync.transfers]
+    moving = [name for name, sync in syncs.items() if sync.moves]
     source = tuple((name, WEIGHTS) for name, kind in kinds.items() if kind == "policy" and moving)
     target = tuple((name, WEIGHTS) for name in moving if name in rollouts)
     if source or target:
-        calls.append(PlannedCall(name="sync", needs=source, fills=target))
+        staged = [NUM_SLOTS * syncs[name].slot_bytes for name in moving if syncs[name].moved_bytes]
+        needs = () if streams else source
+        calls.append(
+            PlannedCall(name=SYNC, needs=needs, fills=target, working_bytes=max(staged, default=0))
+        )
     for name in rollouts:
         captured = uses_graphs(config, here[name])
         needs = tuple((name, part) for part in (WEIGHTS, KV_CACHE, *[GRAPHS] * captured))

@@ -12,8 +12,7 @@ from spmdrl.checkpoint.owners import only, slice_owners
 from spmdrl.checkpoint.stream import write_safetensors
 from spmdrl.models.config import parse_config
 from spmdrl.models.sharding import Slice, global_shapes
-from spmdrl.weights.layout import model_layout
-from spmdrl.weights.plan import key
+from spmdrl.weights.layout import key, model_layout
 
 CONFIG = parse_config(
     {

@@ -20,8 +20,8 @@ from spmdrl.placement import place_roles
 from spmdrl.roles import Policy
 from spmdrl.training.protocol import LossInput
 from spmdrl.training.readout import next_token
+from spmdrl.weights.gather import full_tensors
 from spmdrl.weights.layout import WeightLayout
-from spmdrl.weights.sync import full_tensors
 from tiny_model import make_tiny_model
 
 Made = tuple[Saver, Policy, WeightLayout]

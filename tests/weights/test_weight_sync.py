@@ -14,8 +14,10 @@ from harness import run_ranks
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.launch import World
 from spmdrl.training.weights import build_decoder, make_leaves
+from spmdrl.weights.gather import full_tensors
 from spmdrl.weights.layout import Held, model_layout
-from spmdrl.weights.sync import LocalTensors, WeightSync, full_tensors
+from spmdrl.weights.plan import plan_sync
+from spmdrl.weights.sync import WeightSync
 
 
 @dataclass
@@ -60,12 +62,11 @@ def sync(world: World) -> list[int]:
         target = model_layout(config, *target_case, dtype)
         table = source.get(world.rank, {})
         tensors = tensors_of(table, values(config))
-        given: LocalTensors | None = None
-        if table:
-            given = {name: (tensors[name], held.slices) for name, held in table.items()}
+        given = {name: (tensors[name], held.slices) for name, held in table.items()}
         wanted = target.get(world.rank)
         engine = None if wanted is None else Engine(dict(wanted))
-        weight_sync = WeightSync(source, target, given, engine, world.device)
+        plan = plan_sync(source, target, bucket_bytes=1024)
+        weight_sync = WeightSync(plan, table, wanted or {}, given, engine, world.device)
         for salt in (0, 1):
             for name, tensor in tensors_of(table, values(config, salt)).items():
                 tensors[name].copy_(tensor)

@@ -6,8 +6,7 @@ from collections.abc import Set
 
 from spmdrl.checkpoint.store import Tensors
 from spmdrl.models.sharding import Slice
-from spmdrl.weights.layout import WeightLayout
-from spmdrl.weights.plan import key
+from spmdrl.weights.layout import WeightLayout, key
 
 
 def slice_owners(layout: WeightLayout) -> dict[Slice, int]:

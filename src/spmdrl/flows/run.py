@@ -220,7 +220,9 @@ class Run:
         if every > 0 and (step + 1) % every == 0:
             with self.phase("checkpoint"):
                 self._saver.save(step + 1, self.saved)
-        record = {**metrics, **self._timing(metrics)}
+        syncs = [sync.take_metrics() for sync in self._syncs.values()]
+        moved = {name: value for found in syncs for name, value in found.items()}
+        record = {**metrics, **moved, **self._timing(metrics)}
         self._writer.write(step + 1, record)
         self._writer.write_samples(step + 1, self._samples(batch))
         self._console.step({"step": step + 1, **record})

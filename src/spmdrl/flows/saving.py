@@ -26,7 +26,7 @@ from spmdrl.models.sharding import Slice
 from spmdrl.passes import OPTIMIZER, WEIGHTS, ModelRole
 from spmdrl.role_plan import role_head
 from spmdrl.roles import Policy
-from spmdrl.weights.sync import full_tensors
+from spmdrl.weights.gather import full_tensors
 
 log = logging.getLogger(__name__)
 

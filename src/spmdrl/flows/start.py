@@ -92,7 +92,7 @@ def train(config: Config, world: World, server: RewardServer) -> None:
     placements = place_roles(config, world.size, world.local_size)
     models = open_models(config, placements)
     shapes = {name: model.config for name, model in models.items()}
-    plan = plan_roles(config, placements, shapes, world.device_types)
+    plan = plan_roles(config, placements, shapes, world.device_types, world.local_size)
     inputs = read_inputs(config, config.data.kind or flow.data)
     check_models(config, inputs, shapes)
     table = placement_table(placements, memory_texts(plan.memory))
@@ -103,7 +103,7 @@ def train(config: Config, world: World, server: RewardServer) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     relay = Relay(is_first=world.is_first and config.log.progress)
     with make_pool(config, server, run_dir, world.rank) as pool:
-        assembly = assemble(config, world, models, inputs.decode, relay.report)
+        assembly = assemble(config, world, models, inputs.decode, relay.report, plan)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
         run = make_run(config, world, inputs, assembly, pool, relay)

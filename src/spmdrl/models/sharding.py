@@ -21,7 +21,7 @@ SCORE = "score.weight"
 """The scalar head's name, as in `transformers`' ...ForSequenceClassification with one label."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Slice:
     """A box `[start, stop)` of the global tensor `name`, at rows `offset` on of a local tensor."""
 

@@ -78,6 +78,15 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        """Log-probabilities of every token but the first, given those before it, under the softmax
+        of the logits: one list for each sequence, a token shorter than it.
+
+        Raises:
+            ValueError: a sequence that the cache or the model cannot hold.
+        """
+        ...
+
     def local_tensors(self) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:
         """The weights that this rank holds: local name -> (tensor, slices)."""
         ...

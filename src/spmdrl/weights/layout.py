@@ -7,8 +7,8 @@ other rank holds, and a plan can be made (and printed) where no process runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,17 +17,29 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.sharding import Head, Slice, all_slices, local_parameters, restrict
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Held:
-    """One local tensor: its shape, dtype, and the slices that lie in it."""
+    """One local tensor: its shape, dtype, and the slices that lie in it.
+
+    Rows that no slice covers are padding (of a vocabulary, say). Experts that are stacked in one
+    tensor are slices below each other.
+
+    Args:
+        frozen: the values never change: they move in the first sync alone.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     slices: tuple[Slice, ...]
+    frozen: bool = False
 
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def is_like(self, other: Held) -> bool:
+        """Whether one storage can serve as both."""
+        return (self.shape, self.dtype, self.slices) == (other.shape, other.dtype, other.slices)
 
 
 Table = Mapping[str, Held]
@@ -35,6 +47,10 @@ Table = Mapping[str, Held]
 
 WeightLayout = Mapping[int, Table]
 """World rank -> its table; ranks that hold the same may share one table."""
+
+
+LocalTensors = Mapping[str, tuple[torch.Tensor, tuple[Slice, ...]]]
+"""Local name -> this rank's tensor, and the slices that lie in it."""
 
 
 def model_layout(
@@ -47,25 +63,44 @@ def model_layout(
     """The layout of a role: tensor-parallel parameters, cut along dim 0 by FSDP where dp_shard > 1.
 
     FSDP2 shards over dp_shard x cp as `torch.chunk` does: the first ranks get ceil(rows / n).
-    Ranks with the same tp and shard coordinates share one table.
+    Pipeline stages hold consecutive layers; the first has the embedding, the last the norm and the
+    head (which is the embedding again where they are tied). Ranks with the same pp, tp and shard
+    coordinates share one table.
     """
-    tp, cp = degrees.get("tp", 1), degrees.get("cp", 1)
+    tp, cp, pp = degrees.get("tp", 1), degrees.get("cp", 1), degrees.get("pp", 1)
     sharded = degrees.get("dp_shard", 1) > 1
     num_shards = degrees.get("dp_shard", 1) * cp if sharded else 1
     shapes = local_parameters(config, tp, head)
     by_tp = [all_slices(config, rank, tp, head) for rank in range(tp)]
-    tables: dict[tuple[int, int], Table] = {}
+    stages = [_stage(config, shapes, stage, pp) for stage in range(pp)]
+    tables: dict[tuple[int, int, int], Table] = {}
     layout = {}
     for rank, place in zip(ranks, coordinates(degrees), strict=True):
         shard = place["dp_shard"] * cp + place["cp"] if sharded else 0
-        at = (place["tp"], shard)
+        at = (place["pp"], place["tp"], shard)
         if at not in tables:
             tables[at] = {
                 name: _shard(shapes[name], dtype, held, shard, num_shards)
                 for name, held in by_tp[place["tp"]].items()
+                if name in stages[place["pp"]]
             }
         layout[rank] = tables[at]
     return layout
+
+
+def _stage(config: ModelConfig, names: Iterable[str], stage: int, count: int) -> frozenset[str]:
+    """The local names of a pipeline stage; the first stages have a layer more where need be."""
+    size, more = divmod(config.num_layers, count)
+    first = stage * size + min(stage, more)
+    layers = range(first, first + size + (stage < more))
+    held = {
+        name for name in names if name.startswith("layers.") and int(name.split(".")[1]) in layers
+    }
+    if stage == 0 or (stage == count - 1 and config.tie_embeddings):
+        held.add("embed_tokens.weight")
+    if stage == count - 1:
+        held.update(name for name in names if name.partition(".")[0] in ("norm", "head"))
+    return frozenset(held)
 
 
 def _shard(
@@ -100,3 +135,8 @@ def within(ranges: Sequence[tuple[int, int]], held: Slice) -> tuple[slice, ...]:
         slice(low - start, high - start)
         for (low, high), start in zip(ranges, held.start, strict=True)
     )
+
+
+def key(piece: Slice) -> Slice:
+    """A slice apart from where it lies locally."""
+    return piece if piece.offset == 0 else replace(piece, offset=0)

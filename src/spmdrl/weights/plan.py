@@ -1,41 +1,34 @@
-"""The plan of a weight sync: a pure function of two layouts, equal on every rank.
+"""`SyncPlan`: what moves between two layouts, a pure function of them, equal on every rank.
 
-Every rank of the world computes it, so it goes over distinct slices and distinct sets of ranks, not
-over pairs of ranks.
+    shared     one tensor at source and target: nothing moves
+    cells      boxes of the others, with who holds and who wants each (`cells`)
+    routes     how a cell comes to those who lack it (`routes`)
+    rounds     cells in the target's order, so many that no rank stages more than a slot
+
+What one rank has to do is `program.program_of`; `sync.WeightSync` does it.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 
-import torch
+from spmdrl.weights.cells import Cell, find_cuts
+from spmdrl.weights.layout import Table, WeightLayout
+from spmdrl.weights.patterns import Patterns, Routed
+from spmdrl.weights.rounds import Round, Span, make_rounds
+from spmdrl.weights.routes import Ranks, Route
 
-from spmdrl.models.sharding import Slice
-from spmdrl.weights.layout import Held, Table, WeightLayout, overlap
+DEFAULT_BUCKET = 256 * 2**20
+NUM_SLOTS = 3
+"""Rounds in flight: one that sends, one that broadcasts, one that arrives; together two buckets."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Transfer:
-    """One source slice, and who needs it.
-
-    Args:
-        local_name: the source's local tensor on `owner`.
-        piece: the slice.
-        owner: the lowest rank that holds it.
-        receivers: target ranks that need a part of it and do not hold it themselves; ascending.
-        dtype: as it travels: the target's where that is narrower, else the source's.
-    """
-
-    local_name: str
-    piece: Slice
-    owner: int
-    receivers: tuple[int, ...]
-    dtype: torch.dtype
+_CELLS_PER_SLOT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,30 +37,86 @@ class SyncPlan:
 
     Args:
         shared: rank -> local names whose target tensor is the source's own storage.
-        transfers: source slices that some target rank copies, in the target's order.
+        patterns: distinct lists of cells with their routes' numbers.
+        routes: see `Route`.
+        groups: ranks that broadcast among them.
+        rounds: what moves in every sync, in the target's order.
+        frozen_rounds: what moves in the first sync alone.
+        slot_bytes: that a rank stages in a round, at most.
+        world_size: one more than the highest rank.
         shared_bytes, copied_bytes, gathered_bytes: over all target ranks, in the target's dtype:
-            used in place, copied on the rank itself, received from another rank.
+            used in place, copied on the rank itself, needed from another rank (the lower bound of
+            what must move).
+        moved_bytes: over all receivers, as it travels.
     """
 
     shared: Mapping[int, frozenset[str]]
-    transfers: tuple[Transfer, ...]
+    patterns: tuple[tuple[Routed, ...], ...]
+    routes: tuple[Route, ...]
+    groups: tuple[Ranks, ...]
+    rounds: tuple[Round, ...]
+    frozen_rounds: tuple[Round, ...]
+    slot_bytes: int
+    world_size: int
     shared_bytes: int
     copied_bytes: int
     gathered_bytes: int
+    moved_bytes: int
+
+    @property
+    def moves(self) -> bool:
+        """Whether there is anything to do after the first sync."""
+        return bool(self.rounds)
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal plans have equal digests."""
+        return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
+
+    def as_json(self) -> dict[str, object]:
+        """As plain values, for files and comparisons."""
+        return {
+            "shared": {str(rank): sorted(names) for rank, names in self.shared.items()},
+            "patterns": [
+                [[c.start, c.stop, str(c.dtype), c.holders, c.wanting, route] for c, route in cells]
+                for cells in self.patterns
+            ],
+            "routes": [[r.copies, r.sends, r.casts] for r in self.routes],
+            "groups": self.groups,
+            "rounds": [[_as_list(span) for span in one] for one in self.rounds],
+            "frozen_rounds": [[_as_list(span) for span in one] for one in self.frozen_rounds],
+            "bytes": [
+                *(self.slot_bytes, self.world_size, self.shared_bytes),
+                *(self.copied_bytes, self.gathered_bytes, self.moved_bytes),
+            ],
+        }
+
+    def cells(self, *, frozen: bool = True) -> Iterator[tuple[str, Cell, Route]]:
+        """Every cell with its tensor's name and its route, in order."""
+        for one in (*self.frozen_rounds * frozen, *self.rounds):
+            for span in one:
+                for cell, route in self.patterns[span.pattern][span.first : span.last]:
+                    yield span.name, cell, self.routes[route]
 
     def describe(self) -> str:
         def size(count: int) -> str:
             return f"{count:,} bytes"
 
         names = len(set().union(*self.shared.values())) if self.shared else 0
-        return (
+        text = (
             f"shared {size(self.shared_bytes)} ({names} tensors in place), copied "
             f"{size(self.copied_bytes)}, gathered from other ranks {size(self.gathered_bytes)}"
         )
+        if self.gathered_bytes:
+            text += (
+                f" in {len(self.rounds) + len(self.frozen_rounds)} rounds of at most "
+                f"{size(self.slot_bytes)} a rank, {len(self.groups)} broadcast groups"
+            )
+        return text
 
     def tensor_lines(self, target: WeightLayout) -> list[str]:
         """What becomes of each kind of tensor (layers together), with bytes over all ranks."""
-        moved = {t.piece.name for t in self.transfers if t.receivers}
+        moved = {name for name, _, route in self.cells() if route.num_receivers}
         bytes_by: dict[tuple[str, str], int] = {}
         for table, shared, ranks in _target_groups(target, self.shared):
             for name, held in table.items():
@@ -81,138 +130,62 @@ class SyncPlan:
         return [f"{name:<36} {how:<9} {n:>16,} bytes" for (name, how), n in bytes_by.items()]
 
 
-def plan_sync(source: WeightLayout, target: WeightLayout) -> SyncPlan:
-    """Same tensor: share. Same rank: copy. Else: one transfer for each distinct source slice.
+def plan_sync(
+    source: WeightLayout,
+    target: WeightLayout,
+    *,
+    node_size: int = 1,
+    bucket_bytes: int = DEFAULT_BUCKET,
+) -> SyncPlan:
+    """Same tensor: share. Same rank: copy. Else: each box once to every rank that lacks it.
+
+    Args:
+        node_size: ranks of a node; messages stay inside of one where they can.
+        bucket_bytes: a sync stages two of them on a rank, at most (one row of a tensor at least).
 
     Raises:
         ValueError: the source does not hold all that the target needs, naming the tensor.
     """
     shared = _shared(source, target)
-    sets = _RankSets()
-    pieces = _pieces(source, sets)
-    transfers: list[Transfer] = []
-    copied = gathered = 0
-    for name, needs in _needs(target, shared, sets).items():
-        for piece, takers in _match(name, pieces.get(name, []), needs):
-            for need, num_values in takers:
-                num_bytes = num_values * need.dtype.itemsize
-                num_outside = len(sets.outside((need.ranks,), piece.holders))
-                gathered += num_bytes * num_outside
-                copied += num_bytes * (len(sets[need.ranks]) - num_outside)
-            wanted = tuple(sorted({need.ranks for need, _ in takers}))
-            transfers.append(
-                Transfer(
-                    local_name=piece.local_name,
-                    piece=piece.piece,
-                    owner=sets[piece.holders][0],
-                    receivers=sets.outside(wanted, piece.holders),
-                    dtype=_narrower(piece.dtype, {need.dtype for need, _ in takers}),
-                )
-            )
+    slot = max(1, 2 * bucket_bytes // NUM_SLOTS)
+    patterns = Patterns(node_size, slot // _CELLS_PER_SLOT or 1)
+    spans: dict[bool, list[Span]] = {False: [], True: []}
+    for name, cuts in find_cuts(source, target, shared).items():
+        pattern, num_cells = patterns.add(name, cuts)
+        spans[cuts.frozen].append(Span(name, pattern, 0, num_cells))
+    counts = Counter(span.pattern for some in spans.values() for span in some)
+    routed, routes, groups = patterns.route(counts)
+    world_size = max((*source, *target), default=0) + 1
+    rounds = {
+        frozen: make_rounds(some, routed, routes, slot, world_size)
+        for frozen, some in spans.items()
+    }
+    shared_bytes = wanted_bytes = 0
+    for table, names, ranks in _target_groups(target, shared):
+        for name, held in table.items():
+            num_bytes = len(ranks) * sum(piece.numel for piece in held.slices) * held.dtype.itemsize
+            if name in names:
+                shared_bytes += len(ranks) * held.num_bytes
+            else:
+                wanted_bytes += num_bytes
+    gathered = sum(count * patterns.needed_bytes[number] for number, count in counts.items())
     return SyncPlan(
         shared=shared,
-        transfers=tuple(transfers),
-        shared_bytes=sum(
-            table[name].num_bytes * len(ranks)
-            for table, names, ranks in _target_groups(target, shared)
-            for name in names
-        ),
-        copied_bytes=copied,
+        patterns=routed,
+        routes=routes,
+        groups=groups,
+        rounds=rounds[False],
+        frozen_rounds=rounds[True],
+        slot_bytes=slot,
+        world_size=world_size,
+        shared_bytes=shared_bytes,
+        copied_bytes=wanted_bytes - gathered,
         gathered_bytes=gathered,
+        moved_bytes=sum(
+            count * sum(cell.num_bytes * routes[route].num_receivers for cell, route in routed[n])
+            for n, count in counts.items()
+        ),
     )
-
-
-def key(piece: Slice) -> Slice:
-    """A slice apart from where it lies locally."""
-    if piece.offset == 0:
-        return piece
-    return Slice(name=piece.name, shape=piece.shape, start=piece.start, stop=piece.stop, offset=0)
-
-
-class _RankSets:
-    """Distinct sets of ranks by number (there are few), and the differences between them."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[tuple[int, ...], int] = {}
-        self._sets: list[tuple[int, ...]] = []
-        self._outside: dict[tuple[tuple[int, ...], int], tuple[int, ...]] = {}
-
-    def number(self, ranks: Iterable[int]) -> int:
-        ordered = tuple(sorted(set(ranks)))
-        if ordered not in self._numbers:
-            self._numbers[ordered] = len(self._sets)
-            self._sets.append(ordered)
-        return self._numbers[ordered]
-
-    def __getitem__(self, number: int) -> tuple[int, ...]:
-        """The ranks of a set, ascending."""
-        return self._sets[number]
-
-    def outside(self, wanted: tuple[int, ...], holders: int) -> tuple[int, ...]:
-        """The ranks of any of the sets `wanted` that are not in `holders`, ascending."""
-        found = self._outside.get((wanted, holders))
-        if found is None:
-            union = {rank for number in wanted for rank in self._sets[number]}
-            found = tuple(sorted(union.difference(self._sets[holders])))
-            self._outside[wanted, holders] = found
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Piece:
-    """A distinct slice of the source; `local_name` on its lowest holder."""
-
-    piece: Slice
-    local_name: str
-    dtype: torch.dtype
-    holders: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Need:
-    """A distinct slice of the target, and the ranks to fill it on."""
-
-    piece: Slice
-    dtype: torch.dtype
-    ranks: int
-
-
-def _match(
-    name: str, pieces: Sequence[_Piece], needs: Iterable[_Need]
-) -> Iterator[tuple[_Piece, list[tuple[_Need, int]]]]:
-    """Each of the source's pieces of a tensor with who needs how many values of it."""
-    shapes = {piece.piece.shape for piece in pieces}
-    ordered = sorted(pieces, key=lambda piece: piece.piece.start)
-    firsts = [piece.piece.start[0] for piece in ordered]
-    # of the pieces up to each one, so that it ascends whatever their ranges are
-    stops = list(accumulate((piece.piece.stop[0] for piece in ordered), max))
-    takers: list[list[tuple[_Need, int]]] = [[] for _ in ordered]
-    for need in needs:
-        held, num_found = need.piece, 0
-        if not shapes <= {held.shape}:
-            raise ValueError(
-                f"weight sync: the target's {name} {held.shape} has the shapes {sorted(shapes)} "
-                "at the source: are both roles of one model?"
-            )
-        low, high = bisect_right(stops, held.start[0]), bisect_left(firsts, held.stop[0])
-        for i in range(low, high):
-            ranges = overlap(ordered[i].piece, held)
-            if ranges is not None:
-                num_values = math.prod(stop - start for start, stop in ranges)
-                takers[i].append((need, num_values))
-                num_found += num_values
-        if num_found != held.numel:
-            raise ValueError(
-                f"weight sync: the source holds {num_found} of the {held.numel} values of {name} "
-                f"{held.shape} that the target needs: are both roles of one model?"
-            )
-    return ((piece, taken) for piece, taken in zip(ordered, takers, strict=True) if taken)
-
-
-def _narrower(source: torch.dtype, wanted: set[torch.dtype]) -> torch.dtype:
-    """The one dtype that is wanted where it takes fewer bytes than the source's."""
-    first = min(wanted, key=str)
-    return first if len(wanted) == 1 and first.itemsize < source.itemsize else source
 
 
 def _shared(source: WeightLayout, target: WeightLayout) -> dict[int, frozenset[str]]:
@@ -224,7 +197,9 @@ def _shared(source: WeightLayout, target: WeightLayout) -> dict[int, frozenset[s
         own = source.get(rank, nothing)
         pair = (id(own), id(table))
         if pair not in found:
-            found[pair] = frozenset(n for n, held in table.items() if own.get(n) == held)
+            found[pair] = frozenset(
+                name for name, held in table.items() if name in own and held.is_like(own[name])
+            )
         shared[rank] = found[pair]
     return shared
 
@@ -240,41 +215,5 @@ def _target_groups(
     return list(groups.values())
 
 
-def _needs(
-    target: WeightLayout, shared: Mapping[int, frozenset[str]], sets: _RankSets
-) -> dict[str, list[_Need]]:
-    """HF name -> every distinct target slice that is not shared, in the target's order."""
-    ranks_of: dict[str, dict[tuple[Slice, torch.dtype], list[int]]] = {}
-    for table, names, ranks in _target_groups(target, shared):
-        for local_name, held in table.items():
-            for piece in held.slices if local_name not in names else ():
-                at = (key(piece), held.dtype)
-                ranks_of.setdefault(piece.name, {}).setdefault(at, []).extend(ranks)
-    return {
-        name: [
-            _Need(piece=piece, dtype=dtype, ranks=sets.number(ranks))
-            for (piece, dtype), ranks in found.items()
-        ]
-        for name, found in ranks_of.items()
-    }
-
-
-def _pieces(source: WeightLayout, sets: _RankSets) -> dict[str, list[_Piece]]:
-    """HF name -> every distinct source slice."""
-    tables: dict[int, tuple[Table, list[int]]] = {}
-    for rank in sorted(source):
-        tables.setdefault(id(source[rank]), (source[rank], []))[1].append(rank)
-    found: dict[str, dict[Slice, tuple[str, Held, list[int]]]] = {}
-    # in order of their lowest ranks: the first table to hold a slice is its owner's
-    for table, ranks in tables.values():
-        for local_name, held in table.items():
-            for piece in held.slices:
-                by_slice = found.setdefault(piece.name, {})
-                by_slice.setdefault(key(piece), (local_name, held, []))[2].extend(ranks)
-    return {
-        name: [
-            _Piece(piece=piece, local_name=local_name, dtype=held.dtype, holders=sets.number(ranks))
-            for piece, (local_name, held, ranks) in by_slice.items()
-        ]
-        for name, by_slice in found.items()
-    }
+def _as_list(span: Span) -> list[object]:
+    return [span.name, span.pattern, span.first, span.last]

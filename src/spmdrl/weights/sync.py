@@ -1,23 +1,28 @@
 """`WeightSync`: brings the policy's weights to the rollout engine, by the plan.
 
-This is the plain form: one broadcast per source slice that some rank lacks. Tensors that trainer
-and engine hold alike on the same rank are one storage and never move.
+Rounds overlap: while one round's broadcasts and the next one's messages are under way, this rank
+packs and unpacks others. Large cells go from tensor to tensor, without staging, where they lie
+dense in memory in the dtype that travels; the rest goes through at most `NUM_SLOTS` slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spmdrl.models.sharding import Slice
-from spmdrl.weights.layout import Held, WeightLayout, local_box, overlap, within
-from spmdrl.weights.plan import SyncPlan, Transfer, key, plan_sync
+from spmdrl.distributed.reduce import gather_objects
+from spmdrl.weights.layout import Held, LocalTensors, Table
+from spmdrl.weights.places import Places, Read, copy_all
+from spmdrl.weights.plan import NUM_SLOTS, SyncPlan
+from spmdrl.weights.program import Item, Message, RankRound, program_of
+from spmdrl.weights.routes import Ranks
 
-LocalTensors = Mapping[str, tuple[Tensor, tuple[Slice, ...]]]
+_ALIGNMENT = 16
 
 
 class Engine(Protocol):
@@ -29,119 +34,242 @@ class Engine(Protocol):
 
 
 class WeightSync:
-    """Plans once, adopts what can be shared, and moves the rest at every `run()`.
+    """Adopts what can be shared, and moves the rest at every `run()`.
+
+    Every rank of the world makes it and calls it, in the same order.
 
     Args:
-        source, target: the two layouts, equal on every rank.
-        tensors: this rank's source tensors; None outside the source role.
+        plan: of the two layouts, equal on every rank.
+        source, target: what this rank holds of both roles; empty outside of them.
+        tensors: this rank's source tensors.
         engine: this rank's engine; None outside the target role.
-        device: where staging buffers live.
+        device: where messages are sent from; the host in a world of gloo alone.
+        read: where a source tensor's values are now; default: in it.
+
+    Raises:
+        ValueError: ranks with different plans.
     """
 
     def __init__(
         self,
-        source: WeightLayout,
-        target: WeightLayout,
-        tensors: LocalTensors | None,
+        plan: SyncPlan,
+        source: Table,
+        target: Table,
+        tensors: LocalTensors,
         engine: Engine | None,
         device: torch.device,
+        read: Read | None = None,
     ) -> None:
-        self.plan: SyncPlan = plan_sync(source, target)
-        self._rank = dist.get_rank()
-        self._device = device
-        self._tensors = {} if tensors is None else tensors
-        _check_held(source.get(self._rank, {}), self._tensors)
-        self._here = {
-            key(piece): (local_name, piece)
-            for local_name, held in source.get(self._rank, {}).items()
-            for piece in held.slices
-        }
-        self._wanted: dict[str, list[tuple[Tensor, Slice]]] = {}
-        """Hugging Face name -> this rank's target tensors, and the slice of each to fill."""
-        if engine is not None:
-            self._prepare(engine, target[self._rank])
+        check_equal(plan)
+        self.plan = plan
+        self.rank = dist.get_rank()
+        self.device = device
+        self.staging_bytes = 0
+        """Of the largest run so far."""
+        _check_held(source, tensors)
+        own = {} if engine is None else _adopt(plan.shared[self.rank], engine, target, tensors)
+        self.places = Places(tensors, own, (lambda tensor: tensor) if read is None else read)
+        self.groups = make_groups(plan.groups)
+        self.frozen_program = program_of(plan, plan.frozen_rounds, self.rank)
+        self.program = program_of(plan, plan.rounds, self.rank)
+        self._ran = False
 
-    def _prepare(self, engine: Engine, table: Mapping[str, Held]) -> None:
-        shared = self.plan.shared[self._rank]
-        for local_name, held in table.items():
-            if local_name in shared:
-                engine.adopt(local_name, self._tensors[local_name][0])
-                continue
-            tensor = engine.allocate(local_name)
-            assert tuple(tensor.shape) == held.shape, (local_name, tensor.shape, held.shape)
-            for piece in held.slices:
-                self._wanted.setdefault(piece.name, []).append((tensor, piece))
+    @property
+    def has_work(self) -> bool:
+        """Whether the next `run` moves or copies anything anywhere."""
+        return bool(self.plan.rounds or (self.plan.frozen_rounds and not self._ran))
 
     @torch.no_grad()
     def run(self) -> None:
-        """Make the engine's weights equal to the trainer's. Every rank of the world calls it."""
-        for transfer in self.plan.transfers:
-            value = self._fetch(transfer)
-            for tensor, held in self._wanted.get(transfer.piece.name, []):
-                ranges = overlap(transfer.piece, held)
-                if value is not None and ranges is not None:
-                    box = local_box(tensor, held)
-                    box[within(ranges, held)].copy_(value[within(ranges, transfer.piece)])
+        """Make the engine's weights equal to the trainer's."""
+        slots = _Slots(self.device)
+        rounds = self.program if self._ran else (*self.frozen_program, *self.program)
+        flights = [_Flight(self, one, slots) for one in rounds]
+        for tick in range(len(flights) + 2):
+            if tick < len(flights):
+                flights[tick].send()
+            if 0 <= tick - 1 < len(flights):
+                flights[tick - 1].cast()
+            if 0 <= tick - 2 < len(flights):
+                flights[tick - 2].land()
+        self.staging_bytes = max(self.staging_bytes, slots.num_bytes)
+        self._ran = True
 
-    def _fetch(self, transfer: Transfer) -> Tensor | None:
-        """The transfer's slice on this rank, if it is here or comes here."""
-        piece = transfer.piece
-        mine = None
-        if piece in self._here:
-            local_name, held = self._here[piece]
-            mine = local_box(self._tensors[local_name][0], held)
-        if not transfer.receivers:
-            return mine
-        if self._rank == transfer.owner:
-            assert mine is not None
-            buffer = mine.to(transfer.dtype).contiguous()
+
+class _Slots:
+    """Staging buffers, one for each round in flight, made when they are first needed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers = [torch.empty(0, dtype=torch.uint8, device=device)] * NUM_SLOTS
+        self._next = 0
+
+    def take(self, num_bytes: int) -> Tensor:
+        """A buffer for the next round; the one that used it before has landed."""
+        at, self._next = self._next, (self._next + 1) % NUM_SLOTS
+        if self._buffers[at].numel() < num_bytes:
+            self._buffers[at] = torch.empty(0, dtype=torch.uint8, device=self._device)  # first free
+            self._buffers[at] = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return self._buffers[at]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.numel() for buffer in self._buffers)
+
+
+@dataclass
+class _Flight:
+    """A round under way: `send`, then `cast`, then `land`."""
+
+    sync: WeightSync
+    round: RankRound
+    slots: _Slots
+    _works: list[dist.Work] = field(default_factory=list)
+    _arriving: list[tuple[Message, Tensor]] = field(default_factory=list)
+    """Messages that are unpacked when they are here."""
+    _casts: list[tuple[Message, Tensor, bool]] = field(default_factory=list)
+    """With whether they are staged."""
+
+    def send(self) -> None:
+        """Start the messages between two ranks; meanwhile copy what is here."""
+        if self.round.is_empty:
+            return
+        outgoing = [(m, self._dense(m, out=True)) for m in self.round.sends]
+        incoming = [(m, self._dense(m, out=False)) for m in self.round.receives]
+        casts = [(m, self._dense(m, out=m.peer == self.sync.rank)) for m in self.round.casts]
+        staged = [m for m, dense in (*outgoing, *incoming, *casts) if dense is None]
+        buffers = iter(_cut(self.slots.take(sum(_padded(m) for m in staged)), staged))
+        ops = []
+        for message, dense in outgoing:
+            value = next(buffers) if dense is None else dense
+            if dense is None:
+                self._pack(message, value)
+            ops.append(dist.P2POp(dist.isend, value, message.peer, tag=message.tag))
+        for message, dense in incoming:
+            value = next(buffers) if dense is None else dense
+            if dense is None:
+                self._arriving.append((message, value))
+            ops.append(dist.P2POp(dist.irecv, value, message.peer, tag=message.tag))
+        for message, dense in casts:
+            value = next(buffers) if dense is None else dense
+            self._casts.append((message, value, dense is None))
+        self._works = dist.batch_isend_irecv(ops) if ops else []
+        self._copy()
+
+    def cast(self) -> None:
+        """Unpack the messages, some of which are broadcast now."""
+        self._finish()
+        for message, value, staged in self._casts:
+            if staged and message.peer == self.sync.rank:
+                self._pack(message, value)
+            elif staged:
+                self._arriving.append((message, value))
+            assert message.group is not None
+            group = self.sync.groups[message.group]
+            work = dist.broadcast(value, src=message.peer, group=group, async_op=True)
+            assert work is not None
+            self._works.append(work)
+
+    def land(self) -> None:
+        """Unpack the broadcasts."""
+        self._finish()
+
+    def _finish(self) -> None:
+        for work in self._works:
+            work.wait()
+        pairs = []
+        for message, value in self._arriving:
+            for (name, cell), box in _boxes(message, value):
+                pairs += [(view, box) for view in self.sync.places.target(name, cell)]
+        copy_all(pairs)
+        self._works, self._arriving = [], []
+
+    def _copy(self) -> None:
+        pairs = []
+        for name, cell in self.round.copies:
+            value = self.sync.places.source(name, cell)
+            assert value is not None, (name, cell)
+            pairs += [(view, value) for view in self.sync.places.target(name, cell)]
+        copy_all(pairs)
+
+    def _pack(self, message: Message, value: Tensor) -> None:
+        boxes = _boxes(message, value)
+        copy_all([(box, self.sync.places.value(name, cell)) for (name, cell), box in boxes])
+
+    def _dense(self, message: Message, *, out: bool) -> Tensor | None:
+        """The message's only cell in place, as bytes, where it can be sent or received so."""
+        if len(message.items) > 1:
+            return None
+        [(name, cell)] = message.items
+        places = self.sync.places
+        if out:
+            view = places.value(name, cell)
         else:
-            buffer = torch.empty(piece.size, dtype=transfer.dtype, device=self._device)
-        dist.broadcast(buffer, src=transfer.owner)
-        return buffer
+            views = places.target(name, cell)
+            if len(views) > 1:
+                return None
+            [view] = views
+        fits = view.dtype == cell.dtype and view.device == self.sync.device
+        return view.view(-1).view(torch.uint8) if fits and view.is_contiguous() else None
 
 
-def _check_held(table: Mapping[str, Held], tensors: LocalTensors) -> None:
+def _padded(message: Message) -> int:
+    return -(-message.num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _cut(buffer: Tensor, messages: Sequence[Message]) -> Iterator[Tensor]:
+    """A part of the buffer for each message."""
+    start = 0
+    for message in messages:
+        yield buffer[start : start + message.num_bytes]
+        start += _padded(message)
+
+
+def _boxes(message: Message, value: Tensor) -> Iterator[tuple[Item, Tensor]]:
+    """The message's cells as views of its bytes."""
+    start = 0
+    for item in message.items:
+        _, cell = item
+        size = [b - a for a, b in zip(cell.start, cell.stop, strict=True)]
+        yield item, value[start : start + cell.num_bytes].view(cell.dtype).view(size)
+        start += cell.num_bytes
+
+
+def check_equal(plan: SyncPlan) -> None:
+    """ValueError on every rank unless all of the world have the same plan."""
+    digests = gather_objects(plan.digest)
+    odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if odd:
+        raise ValueError(
+            f"weight sync: ranks {odd} made other plans than rank 0: do all ranks read the same "
+            "configuration and models, with the same versions of spmdrl and torch?"
+        )
+
+
+def make_groups(groups: Sequence[Ranks]) -> Mapping[Ranks, dist.ProcessGroup | None]:
+    """A communicator for every group; every rank of the world calls it. None: the world's."""
+    whole = tuple(range(dist.get_world_size()))
+    return {g: None if g == whole else dist.new_group(list(g)) for g in groups}
+
+
+def _adopt(
+    shared: frozenset[str], engine: Engine, table: Table, tensors: LocalTensors
+) -> LocalTensors:
+    """Give the engine its tensors; returns those of its own."""
+    own = {}
+    for local_name, held in table.items():
+        if local_name in shared:
+            engine.adopt(local_name, tensors[local_name][0])
+            continue
+        tensor = engine.allocate(local_name)
+        assert tuple(tensor.shape) == held.shape, (local_name, tensor.shape, held.shape)
+        own[local_name] = (tensor, held.slices)
+    return own
+
+
+def _check_held(table: Table, tensors: LocalTensors) -> None:
     """The layout is computed, the tensors are there: both must say the same."""
     for local_name, held in table.items():
         tensor, slices = tensors[local_name]
         found = Held(shape=tuple(tensor.shape), dtype=tensor.dtype, slices=slices)
-        assert found == held, (local_name, found, held)
-
-
-@torch.no_grad()
-def full_tensors(
-    source: WeightLayout, tensors: LocalTensors | None, *, to_rank: int = 0
-) -> Iterator[tuple[str, Tensor | None]]:
-    """Every global tensor in turn on `to_rank` (None elsewhere), assembled on the host.
-
-    All ranks of the world iterate together. At most one whole tensor is held at a time.
-    """
-    rank = dist.get_rank()
-    table = tensors or {}
-    by_name: dict[str, list[tuple[int, str, Slice]]] = {}
-    seen: set[Slice] = set()
-    # the receiving rank's own slices first: what it holds needs no message
-    for holder in sorted(source, key=lambda r: (r != to_rank, r)):
-        for local_name, held in source[holder].items():
-            for piece in held.slices:
-                if key(piece) not in seen:
-                    seen.add(key(piece))
-                    by_name.setdefault(piece.name, []).append((holder, local_name, piece))
-    for name, pieces in by_name.items():
-        whole, filled = None, 0
-        for holder, local_name, piece in pieces:
-            box = local_box(table[local_name][0], piece).cpu() if rank == holder else None
-            if box is not None and rank != to_rank:
-                dist.send(box.contiguous(), dst=to_rank)
-            if rank != to_rank:
-                continue
-            if box is None:
-                box = torch.empty(piece.size, dtype=source[holder][local_name].dtype)
-                dist.recv(box, src=holder)
-            if whole is None:
-                whole = torch.empty(piece.shape, dtype=box.dtype)
-            whole[tuple(slice(a, b) for a, b in zip(piece.start, piece.stop, strict=True))] = box
-            filled += piece.numel
-        assert whole is None or filled == whole.numel(), (name, filled, whole.shape)
-        yield name, whole
+        assert found.is_like(held), (local_name, found, held)

@@ -20,6 +20,7 @@ from ...models.decoder import Decoder
 from ...models.sharding import Slice, all_slices, check_tp, local_kv_heads, local_parameters
 from ...storages import require_resident
 from ..protocol import Completion, Progress, Request
+from ..sampling import SamplingParams
 from .attention import CacheShape, PagedAttention
 from .blocks import BlockPool
 from .blockwise import BlockwiseAttention
@@ -201,6 +202,49 @@ class NativeEngine:
         should_stop: Callable[[], bool] | None = None,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`."""
+        num_blocks = self._check(requests)
+        groups = [sequences_of(r, i, seed=seed, step=step) for i, r in enumerate(requests)]
+        leaders = []
+        for group in groups:
+            for sample in group[:1]:
+                sample.followers = group[1:]
+                leaders.append(sample)
+        with torch.inference_mode():
+            if leaders:
+                work = self._prepare_work(num_blocks)
+                self._run(work, leaders, requests, progress, should_stop)
+        return [[sample.completion() for sample in group] for group in groups]
+
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        """See `RolloutEngine.score`."""
+        sampling = SamplingParams(max_tokens=1)
+        requests = [
+            Request(tokens=tokens, prompt_id=i, samples=(0,), sampling=sampling)
+            for i, tokens in enumerate(sequences)
+        ]
+        num_blocks = self._check(requests)
+        samples = [s for i, r in enumerate(requests) for s in sequences_of(r, i, seed=0, step=0)]
+        scores: list[list[float]] = [[] for _ in sequences]
+        with torch.inference_mode():
+            work = self._prepare_work(num_blocks) if samples else None
+            scheduler = self._scheduler(samples, num_blocks, compact=work is None or work.compact)
+            while work is not None and scheduler.has_work:
+                plan = scheduler.plan()
+                logprobs = work.runner.run(plan, all_rows=True).log_softmax(dim=-1)
+                row = 0
+                for chunk in plan.chunks:
+                    sample, count = chunk.sequence, chunk.stop - chunk.start
+                    following = torch.tensor(sample.tokens[chunk.start + 1 : chunk.stop + 1])
+                    rows = logprobs[row : row + len(following)]
+                    row += count
+                    found = rows.gather(1, following.to(rows.device)[:, None])
+                    scores[sample.index] += found[:, 0].tolist()
+                    if chunk.is_last:
+                        scheduler.finish(sample)
+        return scores
+
+    def _check(self, requests: Sequence[Request]) -> int:
+        """ValueError unless the engine can serve the requests; blocks of the cache for them."""
         missing = [n for n, p in self.parameters_table().items() if p.tensor is None]
         if missing:
             raise ValueError(f"the engine has no weights yet: {missing[0]} was never loaded")
@@ -213,17 +257,20 @@ class NativeEngine:
             kv_cache_gb=self._options.kv_cache_gb,
             has_text=self._detokenize is not None,
         )
-        groups = [sequences_of(r, i, seed=seed, step=step) for i, r in enumerate(requests)]
-        leaders = []
-        for group in groups:
-            for sample in group[:1]:
-                sample.followers = group[1:]
-                leaders.append(sample)
-        with torch.inference_mode():
-            if leaders:
-                work = self._prepare_work(num_blocks)
-                self._run(work, leaders, requests, progress, should_stop)
-        return [[sample.completion() for sample in group] for group in groups]
+        return num_blocks
+
+    def _scheduler(
+        self, leaders: Sequence[Sample], num_blocks: int, *, compact: bool, prefix: int = 0
+    ) -> Scheduler:
+        return Scheduler(
+            leaders,
+            BlockPool(num_blocks),
+            block_size=self.block_size,
+            max_running=self._options.max_running,
+            prefill_tokens=self._options.prefill_tokens,
+            compact=compact,
+            prefix=prefix,
+        )
 
     def drop_cache(self) -> None:
         """Free the cache and what was captured over it."""
@@ -238,15 +285,8 @@ class NativeEngine:
         should_stop: Callable[[], bool] | None,
     ) -> None:
         prefix = common_prefix([leader.request.tokens for leader in leaders])
-        scheduler = Scheduler(
-            leaders,
-            BlockPool(work.num_blocks),
-            block_size=self.block_size,
-            max_running=self._options.max_running,
-            prefill_tokens=self._options.prefill_tokens,
-            compact=work.compact,
-            prefix=prefix if prefix * (len(leaders) - 1) >= _PREFIX_TOKENS else 0,
-        )
+        prefix = prefix if prefix * (len(leaders) - 1) >= _PREFIX_TOKENS else 0
+        scheduler = self._scheduler(leaders, work.num_blocks, compact=work.compact, prefix=prefix)
         rules = [StopRule(r.sampling, self._eos, self._detokenize) for r in requests]
         tokens_done = samples_done = 0
         while scheduler.has_work:

@@ -35,10 +35,13 @@ class Runner:
             assert isinstance(attention, VarlenAttention)
             self.graphs = DecodeGraphs(self._forward_all, attention, graph_sequences)
 
-    def run(self, plan: StepPlan) -> Tensor:
+    def run(self, plan: StepPlan, *, all_rows: bool = False) -> Tensor:
         """float32 logits `[R, V]` of the rows that are sampled: decodes, then last chunks.
 
         They may be overwritten by the caller, and are by the next step.
+
+        Args:
+            all_rows: of every row of the step instead.
         """
         tokens, positions, rows = flatten(plan)
         token_ids = torch.tensor(tokens, device=self._device)
@@ -47,7 +50,7 @@ class Runner:
             return self.graphs.run(plan, token_ids, places).float()
         self._attention.prepare(plan)
         hidden = self._decoder(token_ids, places, self._attention)
-        if len(rows) < len(tokens):
+        if len(rows) < len(tokens) and not all_rows:
             hidden = hidden[torch.tensor(rows, device=self._device, dtype=torch.int64)]
         return self._project(hidden).float()
 

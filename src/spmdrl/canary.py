@@ -1,0 +1,91 @@
+"""`Canary`: a few fixed rows that policy and engine both score, to see that they agree.
+
+The rows are random tokens: what they mean does not matter, and no data is needed. Every replica of
+the engine gets the same two.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from spmdrl.batch import Batch, from_rows
+from spmdrl.distributed.reduce import moments
+from spmdrl.generation import Rollout
+from spmdrl.launch import World
+from spmdrl.roles import Policy
+
+_ROWS, _TOKENS = 2, 32
+
+_FLOOR = {torch.float32: 2e-5, torch.float64: 1e-9}
+_FIRST = {torch.float32: 1e-2, torch.float64: 1e-4}
+"""Of the mean gap in nats: what is never a jump, and what the first sync may show. bfloat16 has 8
+bits: gaps of random tokens under it are some hundredths."""
+
+_LOW_PRECISION_FLOOR, _LOW_PRECISION_FIRST = 0.03, 0.3
+
+_HISTORY, _FACTOR = 8, 4.0
+"""A jump is more than `_FACTOR` times the largest gap of the last syncs."""
+
+
+class Canary:
+    """The rows, what the policy says of them, and the gaps so far.
+
+    Args:
+        world, num_replicas: every replica of the engine gets `_ROWS` rows.
+        vocab_size: tokens are drawn below it.
+        dtype: of the engine; it bounds how near the gaps can be to 0.
+    """
+
+    def __init__(
+        self, world: World, *, num_replicas: int, vocab_size: int, dtype: torch.dtype
+    ) -> None:
+        self.rows = _fixed_rows(world, num_replicas, vocab_size)
+        self._floor = _FLOOR.get(dtype, _LOW_PRECISION_FLOOR)
+        self._first = _FIRST.get(dtype, _LOW_PRECISION_FIRST)
+        self._gaps: deque[float] = deque(maxlen=_HISTORY)
+        self._expected: Batch | None = None
+
+    @property
+    def limit(self) -> float:
+        """The largest mean gap, in nats, that is no jump."""
+        return max(self._floor, _FACTOR * max(self._gaps)) if self._gaps else self._first
+
+    def ask(self, policy: Policy) -> None:
+        """Let the policy score the rows. Every rank of the world calls it."""
+        self._expected = policy.logprobs(self.rows)
+
+    def gap(self, rollout: Rollout) -> float:
+        """Mean distance of the engine's log-probabilities to the policy's; equal on every rank."""
+        assert self._expected is not None
+        scored = rollout.logprobs(self.rows)
+        distance = (scored["engine_logprobs"] - self._expected["logprobs"]).abs()
+        # not a number is no small distance
+        distance = torch.nan_to_num(distance, nan=float("inf"))
+        return moments(distance, self.rows["loss_mask"]).mean
+
+    def accepts(self, gap: float) -> bool:
+        """Whether that is no jump; the next ones are then measured by it too."""
+        accepted = gap <= self.limit
+        if accepted:
+            self._gaps.append(gap)
+        return accepted
+
+
+def _fixed_rows(world: World, num_replicas: int, vocab_size: int) -> Batch:
+    """Home rows: the same `_ROWS` sequences for every replica."""
+    generator = torch.Generator().manual_seed(0)
+    sequences = torch.randint(vocab_size, (_ROWS, _TOKENS), generator=generator).tolist()
+    count = _ROWS * num_replicas
+    own = range(count * world.rank // world.size, count * (world.rank + 1) // world.size)
+    batch = from_rows(
+        [sequences[number % _ROWS] for number in own],
+        rows={
+            "prompt_ids": torch.tensor(list(own), dtype=torch.int64),
+            "sample_index": torch.zeros(len(own), dtype=torch.int64),
+            "prompt_lengths": torch.ones(len(own), dtype=torch.int64),
+        },
+    )
+    mask = torch.arange(batch.num_tokens) % _TOKENS > 0
+    return batch.with_columns(tokens={"loss_mask": mask})

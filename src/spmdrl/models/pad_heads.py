@@ -1,0 +1,68 @@
+"""More attention heads that compute nothing, so that a tensor-parallel degree divides them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spmdrl.models.config import ModelConfig, read_config
+from spmdrl.models.hf import Checkpoint, open_checkpoint, save_pretrained
+from spmdrl.models.sharding import Slice, global_shapes
+
+
+def pad_heads(source: str | Path, out_dir: str | Path, heads: str) -> ModelConfig:
+    """Write a model that computes what `source` does, with more heads.
+
+    The new heads come last, with weights of 0: their values are 0, and `o_proj` does not read them.
+    They train like others (their gradients are not all 0), so the padded model is another model
+    once it is updated.
+
+    Args:
+        heads: `QUERY/KV`, such as 12/4.
+
+    Raises:
+        ValueError: not two numbers, fewer heads than there are, or another number of query heads to
+            each key/value head (the old heads would change their partners).
+    """
+    config = read_config(source)
+    num_heads, num_kv_heads = _parse(heads)
+    old = (config.num_heads, config.num_kv_heads)
+    if num_heads < old[0] or num_kv_heads < old[1]:
+        raise ValueError(f"--pad-heads-to {heads}: the model has {old[0]}/{old[1]} heads already")
+    if num_heads * old[1] != num_kv_heads * old[0]:
+        raise ValueError(
+            f"--pad-heads-to {heads}: the model has {old[0]}/{old[1]} heads, "
+            f"{old[0] / old[1]:g} queries to a key; pad to the same ratio"
+        )
+    described = {
+        **config.source,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": config.head_dim,
+    }
+    padded = replace(config, num_heads=num_heads, num_kv_heads=num_kv_heads, source=described)
+    save_pretrained(_padded(open_checkpoint(source), padded), padded, out_dir, source)
+    return padded
+
+
+def _parse(heads: str) -> tuple[int, int]:
+    parts = heads.split("/")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"--pad-heads-to {heads!r}: write it as QUERY/KV, such as 12/4")
+    return int(parts[0]), int(parts[1])
+
+
+def _padded(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    for name, shape in global_shapes(config).items():
+        old = checkpoint.shape(name)
+        whole = Slice(name=name, shape=old, start=(0,) * len(old), stop=old, offset=0)
+        tensor = checkpoint.read(whole)
+        if old != shape:
+            larger = torch.zeros(shape, dtype=tensor.dtype)
+            larger[tuple(slice(0, size) for size in old)] = tensor
+            tensor = larger
+        yield name, tensor

@@ -1,0 +1,248 @@
+"""Cells: a tensor cut at every boundary of both layouts, and who holds and who wants each box.
+
+Layers are alike, and so are their cells: tensors with the same cuts share one list (a pattern), so
+that a plan costs what one layer costs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from spmdrl.weights.layout import Table, WeightLayout
+from spmdrl.weights.routes import Ranks
+
+Point = tuple[int, ...]
+"""One index for each dim."""
+
+Cut = tuple[Point, Point, torch.dtype, Ranks]
+"""Start, stop, dtype, and the ranks that have (or want) this box."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A box `[start, stop)` of a tensor, whole within every slice that touches it.
+
+    Args:
+        dtype: as it travels.
+        holders: ranks of the source that hold it.
+        wanting: ranks of the target that want it, as `dtype`.
+    """
+
+    start: Point
+    stop: Point
+    dtype: torch.dtype
+    holders: Ranks
+    wanting: Ranks
+
+    @property
+    def num_bytes(self) -> int:
+        size = (high - low for low, high in zip(self.start, self.stop, strict=True))
+        return math.prod(size) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What both layouts make of one tensor; tensors with equal cuts move alike."""
+
+    shape: Point
+    frozen: bool
+    source: tuple[Cut, ...]
+    target: tuple[Cut, ...]
+
+
+def find_cuts(
+    source: WeightLayout, target: WeightLayout, shared: Mapping[int, frozenset[str]]
+) -> dict[str, Cuts]:
+    """Hugging Face name -> cuts, for every tensor that the target does not share, in its order."""
+    nothing: frozenset[str] = frozenset()
+    wanted = _distinct((table, shared[rank], rank) for rank, table in target.items())
+    held = _distinct((table, nothing, rank) for rank, table in source.items())
+    frozen = _frozen_names(source)
+    cuts = {}
+    for name, (shape, boxes) in wanted.items():
+        shape_there, pieces = held.get(name, (shape, {}))
+        if shape_there != shape:
+            raise ValueError(
+                f"weight sync: the target's {name} {shape} has the shape {shape_there} at the "
+                "source: are both roles of one model?"
+            )
+        cuts[name] = Cuts(shape, name in frozen, _in_order(pieces), _in_order(boxes))
+    return cuts
+
+
+def cells_of(name: str, cuts: Cuts) -> tuple[Cell, ...]:
+    """The cells that some rank wants, in row-major order.
+
+    Raises:
+        ValueError: the source lacks one, or holds it in several dtypes.
+    """
+    grid = [_boundaries(cuts, dim) for dim in range(len(cuts.shape))]
+    held = _by_cell(cuts.source, grid)
+    wanted = _by_cell(cuts.target, grid)
+    lacking = sum(_numel(at, grid) for at in wanted if at not in held)
+    if lacking:
+        total = sum(_numel(at, grid) for at in wanted)
+        raise ValueError(
+            f"weight sync: the source holds {total - lacking} of the {total} values of {name} "
+            f"{cuts.shape} that the target needs: are both roles of one model?"
+        )
+    unions: dict[tuple[Ranks, ...], Ranks] = {}
+    cells = []
+    for at, wishes in sorted(wanted.items()):
+        dtypes = {dtype for dtype, _ in held[at]}
+        if len(dtypes) > 1:
+            raise ValueError(f"weight sync: the source holds {name} in several dtypes: {dtypes}")
+        holders = _union((ranks for _, ranks in held[at]), unions)
+        start = tuple(grid[dim][i] for dim, i in enumerate(at))
+        stop = tuple(grid[dim][i + 1] for dim, i in enumerate(at))
+        for dtype, wanting in _by_dtype(dtypes.pop(), wishes, unions):
+            cells.append(Cell(start, stop, dtype, holders, wanting))
+    return tuple(cells)
+
+
+def split_cells(cells: Iterable[Cell], most_bytes: int) -> tuple[Cell, ...]:
+    """Cells of at most `most_bytes` (or one index), so ordered that all holders begin at once."""
+    chunks: list[tuple[float, int, Cell]] = []
+    for number, cell in enumerate(cells):
+        dim = next((d for d, (a, b) in enumerate(_ranges(cell)) if b - a > 1), 0)
+        low, high = _ranges(cell)[dim] if cell.start else (0, 1)
+        count = min(high - low, -(-cell.num_bytes // most_bytes))
+        if count <= 1:
+            chunks.append((0.0, number, cell))
+            continue
+        for i in range(count):
+            first = low + (high - low) * i // count
+            last = low + (high - low) * (i + 1) // count
+            chunk = Cell(
+                (*cell.start[:dim], first, *cell.start[dim + 1 :]),
+                (*cell.stop[:dim], last, *cell.stop[dim + 1 :]),
+                cell.dtype,
+                cell.holders,
+                cell.wanting,
+            )
+            chunks.append((i / count, number, chunk))
+    return tuple(cell for _, _, cell in sorted(chunks, key=lambda chunk: chunk[:2]))
+
+
+def needed_bytes(cuts: Cuts, cells: Sequence[Cell]) -> int:
+    """What target ranks want and do not hold, each in the (widest) dtype that it wants."""
+    lacking = [
+        (cell, tuple(rank for rank in cell.wanting if rank not in set(cell.holders)))
+        for cell in cells
+    ]
+    sizes = {dtype.itemsize for _, _, dtype, _ in cuts.target}
+    if len(sizes) == 1:
+        [size] = sizes
+        return sum(cell.num_bytes // cell.dtype.itemsize * size * len(r) for cell, r in lacking)
+    widest: dict[int, int] = {}
+    for _, _, dtype, ranks in cuts.target:
+        for rank in ranks:
+            widest[rank] = max(widest.get(rank, 0), dtype.itemsize)
+    return sum(
+        cell.num_bytes // cell.dtype.itemsize * sum(widest[rank] for rank in ranks)
+        for cell, ranks in lacking
+    )
+
+
+Boxes = dict[tuple[Point, Point, torch.dtype], list[int]]
+
+
+def _distinct(
+    tables: Iterable[tuple[Table, frozenset[str], int]],
+) -> dict[str, tuple[Point, Boxes]]:
+    """Name -> its global shape, and the distinct boxes of it with the ranks that have them."""
+    groups: dict[tuple[int, int], tuple[Table, frozenset[str], list[int]]] = {}
+    for table, left_out, rank in tables:
+        groups.setdefault((id(table), id(left_out)), (table, left_out, []))[2].append(rank)
+    found: dict[str, tuple[Point, Boxes]] = {}
+    for table, left_out, ranks in groups.values():
+        for local_name, held in table.items():
+            if local_name in left_out:
+                continue
+            for piece in held.slices:
+                _, boxes = found.setdefault(piece.name, (piece.shape, {}))
+                box = (piece.start, piece.stop, held.dtype)
+                known = boxes.get(box)
+                if known is None:
+                    boxes[box] = list(ranks)
+                else:
+                    known.extend(ranks)
+    return found
+
+
+def _in_order(boxes: Boxes) -> tuple[Cut, ...]:
+    return tuple((*box, tuple(sorted(set(ranks)))) for box, ranks in boxes.items())
+
+
+def _frozen_names(source: WeightLayout) -> set[str]:
+    tables = {id(table): table for table in source.values()}
+    return {
+        piece.name
+        for table in tables.values()
+        for held in table.values()
+        if held.frozen
+        for piece in held.slices
+    }
+
+
+def _boundaries(cuts: Cuts, dim: int) -> list[int]:
+    both = (*cuts.source, *cuts.target)
+    return sorted({cut[0][dim] for cut in both} | {cut[1][dim] for cut in both})
+
+
+def _by_cell(
+    cuts: Sequence[Cut], grid: Sequence[Sequence[int]]
+) -> dict[Point, list[tuple[torch.dtype, Ranks]]]:
+    """Cell (its index along each dim of the grid) -> the cuts that cover it."""
+    places = [{bound: i for i, bound in enumerate(bounds)} for bounds in grid]
+    covered: dict[Point, list[tuple[torch.dtype, Ranks]]] = {}
+    for start, stop, dtype, ranks in cuts:
+        spans = [range(at[a], at[b]) for at, a, b in zip(places, start, stop, strict=True)]
+        for cell in product(*spans):
+            covered.setdefault(cell, []).append((dtype, ranks))
+    return covered
+
+
+def _numel(at: Point, grid: Sequence[Sequence[int]]) -> int:
+    return math.prod(grid[dim][i + 1] - grid[dim][i] for dim, i in enumerate(at))
+
+
+def _by_dtype(
+    source: torch.dtype,
+    wishes: Sequence[tuple[torch.dtype, Ranks]],
+    unions: dict[tuple[Ranks, ...], Ranks],
+) -> list[tuple[torch.dtype, Ranks]]:
+    """What travels, and to whom: the wanted dtype where that is narrower, else the source's."""
+    dtypes = {dtype for dtype, _ in wishes}
+    if len(dtypes) == 1:
+        [wish] = dtypes
+        wanting = _union((ranks for _, ranks in wishes), unions)
+        return [(wish if wish.itemsize < source.itemsize else source, wanting)]
+    by_rank: dict[int, set[torch.dtype]] = {}
+    for dtype, ranks in wishes:
+        for rank in ranks:
+            by_rank.setdefault(rank, set()).add(dtype)
+    travels: dict[torch.dtype, list[int]] = {}
+    for rank, wanted in by_rank.items():
+        # a rank that wants the box in several dtypes gets it once, with all its digits
+        one = next(iter(wanted)) if len(wanted) == 1 else source
+        travels.setdefault(one if one.itemsize < source.itemsize else source, []).append(rank)
+    return [(dtype, tuple(sorted(ranks))) for dtype, ranks in travels.items()]
+
+
+def _union(sets: Iterable[Ranks], known: dict[tuple[Ranks, ...], Ranks]) -> Ranks:
+    key = tuple(sets)
+    if len(key) == 1:
+        return key[0]
+    if key not in known:
+        known[key] = tuple(sorted(set().union(*key)))
+    return known[key]
+
+
+def _ranges(cell: Cell) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(cell.start, cell.stop, strict=True))

@@ -1,0 +1,93 @@
+"""Where a cell lies on this rank: as views of the source's and of the target's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from spmdrl.models.sharding import Slice
+from spmdrl.weights.cells import Cell
+from spmdrl.weights.layout import LocalTensors
+
+Read = Callable[[Tensor], Tensor]
+"""A source tensor where its values are now: on the device, or on the host while it is away."""
+
+_Index = tuple[slice, ...]
+
+
+class Places:
+    """This rank's side of a sync.
+
+    Args:
+        source: the tensors that are read; none outside the source role.
+        target: the tensors that are written, without those that are shared.
+        read: see `Read`.
+    """
+
+    def __init__(self, source: LocalTensors, target: LocalTensors, read: Read) -> None:
+        self._read = read
+        self._source = _by_name(source)
+        self._target = _by_name(target)
+        self._source_at: dict[tuple[str, Cell], tuple[Tensor, _Index] | None] = {}
+        self._target_at: dict[tuple[str, Cell], tuple[Tensor, ...]] = {}
+
+    def source(self, name: str, cell: Cell) -> Tensor | None:
+        """The cell as the source has it here, in its dtype; None where it does not."""
+        key = (name, cell)
+        if key not in self._source_at:
+            found = _find(self._source.get(name, ()), cell)
+            self._source_at[key] = found[0] if found else None
+        at = self._source_at[key]
+        return None if at is None else self._read(at[0])[at[1]]
+
+    def target(self, name: str, cell: Cell) -> tuple[Tensor, ...]:
+        """The views to fill here: several where one tensor serves as two (tied embeddings)."""
+        key = (name, cell)
+        if key not in self._target_at:
+            found = _find(self._target.get(name, ()), cell)
+            self._target_at[key] = tuple(tensor[index] for tensor, index in found)
+        return self._target_at[key]
+
+    def value(self, name: str, cell: Cell) -> Tensor:
+        """The cell to pass on: the source's, or what has come to the target."""
+        own = self.source(name, cell)
+        if own is not None:
+            return own
+        return max(self.target(name, cell), key=lambda view: view.dtype.itemsize)
+
+
+_Held = Mapping[str, Sequence[tuple[Tensor, Slice]]]
+
+
+def _by_name(tensors: LocalTensors) -> _Held:
+    found: dict[str, list[tuple[Tensor, Slice]]] = {}
+    for tensor, slices in tensors.values():
+        for piece in slices:
+            found.setdefault(piece.name, []).append((tensor, piece))
+    return found
+
+
+def _find(held: Sequence[tuple[Tensor, Slice]], cell: Cell) -> list[tuple[Tensor, _Index]]:
+    """Every tensor with the cell in it, and where. Cells are never cut by a slice."""
+    found = []
+    for tensor, piece in held:
+        bounds = zip(piece.start, piece.stop, cell.start, cell.stop, strict=True)
+        if all(a <= low and high <= b for a, b, low, high in bounds):
+            start = list(piece.start)
+            start[0] -= piece.offset
+            ranges = zip(cell.start, cell.stop, start, strict=True)
+            found.append((tensor, tuple(slice(a - at, b - at) for a, b, at in ranges)))
+    return found
+
+
+def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy each (to, from), casting; on CUDA together, in few kernels."""
+    together = [pair for pair in pairs if pair[0].is_cuda and pair[1].is_cuda]
+    if together:
+        torch._foreach_copy_([to for to, _ in together], [source for _, source in together])
+    for to, source in pairs:
+        if not (to.is_cuda and source.is_cuda):
+            # a pinned host copy is not written before the next call that needs it on the device
+            to.copy_(source, non_blocking=to.is_cuda)

@@ -1,0 +1,129 @@
+"""What one rank does of a plan: messages and local copies, round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from spmdrl.weights.cells import Cell
+from spmdrl.weights.plan import SyncPlan
+from spmdrl.weights.rounds import Round
+from spmdrl.weights.routes import Ranks, Route
+
+LARGE_BYTES = 1 << 18
+"""A cell of this size goes by itself, from tensor to tensor where both lie dense in memory."""
+
+Item = tuple[str, Cell]
+"""A tensor's name and a cell of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """Cells that travel together, widest dtype first (so each lies aligned).
+
+    Args:
+        peer: the other rank of a message, the root of a broadcast.
+        group: None for a message between two ranks.
+        tag: tells apart the messages between two ranks in a round.
+    """
+
+    peer: int
+    group: Ranks | None
+    tag: int
+    items: tuple[Item, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(cell.num_bytes for _, cell in self.items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRound:
+    """A rank's part of a round: `copies` any time; `casts` after all `sends` and `receives`."""
+
+    copies: tuple[Item, ...]
+    sends: tuple[Message, ...]
+    receives: tuple[Message, ...]
+    casts: tuple[Message, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.copies or self.sends or self.receives or self.casts)
+
+
+def program_of(plan: SyncPlan, rounds: Sequence[Round], rank: int) -> tuple[RankRound, ...]:
+    """What `rank` does of these rounds of the plan, one entry for each.
+
+    Ranks that share a message list its cells alike: both go through the round in the plan's order.
+    """
+    own: dict[int, list[tuple[int, Cell, Route]]] = {}
+    program = []
+    for one in rounds:
+        building = _Building(rank)
+        for span in one:
+            if span.pattern not in own:
+                own[span.pattern] = [
+                    (i, cell, plan.routes[route])
+                    for i, (cell, route) in enumerate(plan.patterns[span.pattern])
+                    if rank in plan.routes[route].ranks
+                ]
+            for i, cell, route in own[span.pattern]:
+                if span.first <= i < span.last:
+                    building.add(span.name, cell, route)
+        program.append(building.finish())
+    return tuple(program)
+
+
+@dataclass
+class _Building:
+    """A round of one rank, cell by cell."""
+
+    rank: int
+    copies: list[Item] = field(default_factory=list)
+    sends: dict[tuple[int, int], list[Item]] = field(default_factory=dict)
+    receives: dict[tuple[int, int], list[Item]] = field(default_factory=dict)
+    casts: dict[tuple[Ranks, int, int], list[Item]] = field(default_factory=dict)
+    num_large: int = 0
+
+    def add(self, name: str, cell: Cell, route: Route) -> None:
+        item = (name, cell)
+        # 0: with the other small ones; else a number of its own, alike on all ranks of a message
+        # only in its order, which is what counts
+        self.num_large += 1
+        number = self.num_large if cell.num_bytes >= LARGE_BYTES else 0
+        if self.rank in route.copies:
+            self.copies.append(item)
+        for sender, receiver in route.sends:
+            if sender == self.rank:
+                self.sends.setdefault((receiver, number), []).append(item)
+            if receiver == self.rank:
+                self.receives.setdefault((sender, number), []).append(item)
+        for root, group in route.casts:
+            if self.rank in group:
+                self.casts.setdefault((group, root, number), []).append(item)
+
+    def finish(self) -> RankRound:
+        # every rank goes through its groups in one order: no two can wait for each other
+        casts = sorted(self.casts.items(), key=lambda cast: cast[0][0])
+        return RankRound(
+            copies=tuple(self.copies),
+            sends=_messages(self.sends),
+            receives=_messages(self.receives),
+            casts=tuple(
+                Message(peer=root, group=group, tag=0, items=_aligned(items))
+                for (group, root, _), items in casts
+            ),
+        )
+
+
+def _messages(by_peer: dict[tuple[int, int], list[Item]]) -> tuple[Message, ...]:
+    tags: dict[int, int] = {}
+    messages = []
+    for (peer, _), items in by_peer.items():
+        tags[peer] = tags.get(peer, -1) + 1
+        messages.append(Message(peer=peer, group=None, tag=tags[peer], items=_aligned(items)))
+    return tuple(messages)
+
+
+def _aligned(items: list[Item]) -> tuple[Item, ...]:
+    return tuple(sorted(items, key=lambda item: -item[1].dtype.itemsize))

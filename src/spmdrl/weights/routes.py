@@ -1,0 +1,134 @@
+"""Routes: how a box of weights comes from the ranks that hold it to those that lack it.
+
+Pure functions of sets of ranks. A box reaches every rank that lacks it exactly once: from a holder
+by a message of its own, or by a broadcast in a group of ranks that all want the box.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+Ranks = tuple[int, ...]
+"""Ascending."""
+
+MAX_GROUPS = 8
+"""Broadcast groups that a rank takes part in; each costs a communicator and its buffers."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who sends a box to whom.
+
+    Args:
+        copies: ranks that hold the box and want it in another tensor.
+        sends: (from, to), first.
+        casts: (root, group with the root), after the sends, one of which may have come to the root.
+    """
+
+    copies: Ranks
+    sends: tuple[tuple[int, int], ...]
+    casts: tuple[tuple[int, Ranks], ...]
+
+    @cached_property
+    def ranks(self) -> frozenset[int]:
+        """All that take part."""
+        pairs = (rank for pair in self.sends for rank in pair)
+        return frozenset((*self.copies, *pairs, *(r for _, group in self.casts for r in group)))
+
+    @cached_property
+    def num_receivers(self) -> int:
+        return len(self.sends) + sum(len(group) - 1 for _, group in self.casts)
+
+
+def find_route(
+    holders: Ranks,
+    wanting: Ranks,
+    *,
+    turn: int = 0,
+    node_size: int = 1,
+    allowed: Collection[Ranks] | None = None,
+) -> Route:
+    """The route of a box from `holders` to `wanting`.
+
+    Holders that want the box themselves serve the others: each its own node, or its block of
+    `wanting`. If none of them does, the box goes from a holder on a rank's own node where every
+    rank has one, else once to one rank of `wanting`, which broadcasts it among them.
+
+    Args:
+        turn: which of several ranks that would do equally well is taken; counted up from box to
+            box, it spreads the load.
+        node_size: ranks of a node.
+        allowed: groups that may broadcast (None: any); where others would, messages go to every
+            rank by itself.
+    """
+    held = set(holders)
+    lacking = tuple(rank for rank in wanting if rank not in held)
+    inside = tuple(rank for rank in wanting if rank in held)
+    if not lacking:
+        return Route(inside, (), ())
+    nodes = {rank // node_size for rank in holders}
+    near = all(rank // node_size in nodes for rank in lacking)
+    if inside or near or len(lacking) == 1:
+        servers = inside or holders
+        parts = _blocks(wanting, servers) or _nearest(lacking, servers, turn, node_size)
+        outside: list[tuple[int, int]] = []
+    else:
+        entry = lacking[turn % len(lacking)]
+        [(server, _)] = _nearest((entry,), holders, turn // len(lacking), node_size).items()
+        outside, parts = [(server, entry)], {entry: [r for r in lacking if r != entry]}
+    sends, casts = outside, []
+    for server, part in parts.items():
+        group = tuple(sorted((server, *part)))
+        if len(part) + len(outside) > 1 and (allowed is None or group in allowed):
+            casts.append((server, group))
+        elif outside:  # no communicator: then every rank from the holders
+            shares = _nearest(tuple(part), holders, turn, node_size)
+            sends += [(holder, rank) for holder, to in shares.items() for rank in to]
+        else:
+            sends += [(server, rank) for rank in part]
+    return Route(inside, tuple(sends), tuple(casts))
+
+
+def choose_groups(bytes_by_group: Mapping[Ranks, int]) -> tuple[Ranks, ...]:
+    """The groups worth a communicator: those with most bytes, `MAX_GROUPS` of a rank at most."""
+    taken: Counter[int] = Counter()
+    chosen = []
+    for group, _ in sorted(bytes_by_group.items(), key=lambda item: (-item[1], item[0])):
+        if all(taken[rank] < MAX_GROUPS for rank in group):
+            taken.update(group)
+            chosen.append(group)
+    return tuple(sorted(chosen))
+
+
+def _blocks(wanting: Ranks, servers: Ranks) -> dict[int, list[int]] | None:
+    """Equal blocks of `wanting`, each with one server; None where servers do not lie so.
+
+    Boxes whose servers are other ranks of the same blocks then share their groups.
+    """
+    count, size = len(servers), len(wanting)
+    blocks = [wanting[size * i // count : size * (i + 1) // count] for i in range(count)]
+    found = {}
+    inside = set(servers)
+    for block in blocks:
+        own = [rank for rank in block if rank in inside]
+        if len(own) != 1:
+            return None
+        found[own[0]] = [rank for rank in block if rank != own[0]]
+    return {server: part for server, part in found.items() if part}
+
+
+def _nearest(
+    lacking: Iterable[int], servers: Sequence[int], turn: int, node_size: int
+) -> dict[int, list[int]]:
+    """Each rank to a server on its node, or else to any: always the one with least to do."""
+    parts: dict[int, list[int]] = {}
+    for rank in lacking:
+        near = [s for s in servers if s // node_size == rank // node_size]
+        among = near or servers
+        start = turn % len(among)
+        turned = [*among[start:], *among[:start]]
+        parts.setdefault(min(turned, key=lambda s: len(parts.get(s, ()))), []).append(rank)
+    return parts

@@ -1,0 +1,94 @@
+"""The canary and the checksums: a corrupted or stale tensor stops the run, and is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flow_cases import run_configs, write_config
+from harness import run_ranks
+from spmdrl.config_files import load_config
+from spmdrl.flows.start import FlowError, train
+from spmdrl.launch import World
+from spmdrl.rewards.server import start_reward_server
+from spmdrl.weights.sync import WeightSync
+from tiny_model import make_tiny_model
+
+MOVING = ["roles.policy.tp=2", "roles.rollout.tp=1", "model.dtype=float32"]
+TENSOR = "model.layers.0.mlp.up_proj.weight"
+
+
+def spoil(kind: str, at: int) -> Any:
+    """`WeightSync.run` whose engine does not hold what it should after the sync number `at`."""
+    plain = WeightSync.run
+    count = 0
+
+    def run(self: WeightSync) -> None:
+        nonlocal count
+        count += 1
+        name, cell = next((name, cell) for name, cell, _ in self.plan.cells() if name == TENSOR)
+        views = self.places.target(name, cell)
+        before = [view.clone() for view in views]
+        plain(self)
+        if count != at or dist_rank() != 1:
+            return
+        for view, old in zip(views, before, strict=True):
+            if kind == "corrupted":
+                view[1] += 0.5
+            elif kind == "stale":
+                assert not torch.equal(view, old)
+                view.copy_(old)
+
+    return run
+
+
+def dist_rank() -> int:
+    return torch.distributed.get_rank()
+
+
+def stopped(world: World, path: str, words: list[str], kind: str) -> str:
+    """What a run says whose second sync goes wrong on rank 1."""
+    config = load_config(path, words)
+    plain = WeightSync.run
+    WeightSync.run = spoil(kind, 2)  # type: ignore[method-assign]
+    try:
+        with start_reward_server() as server, pytest.raises(FlowError) as raised:
+            train(config, world, server)
+    finally:
+        WeightSync.run = plain  # type: ignore[method-assign]
+    return str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("canary")
+    make_tiny_model(root / "model")
+    return write_config(root / "c.yaml", root / "model", root / "run", train={"lr": 1e-4})
+
+
+@pytest.mark.parametrize("kind", ["corrupted", "stale"])
+def test_the_canary_stops_the_run_within_one_step(path: Path, tmp_path: Path, kind: str) -> None:
+    words = [*MOVING, f"run_dir={tmp_path}", "rollout.sync_check_every=0"]
+    messages = run_ranks(stopped, 2, str(path), words, kind)
+    for message in messages:
+        assert message.startswith("in step 2: weight sync 2: the canary's log-probabilities")
+        assert f": {TENSOR}[" in message
+        assert message.endswith("on rank 1 is not what the policy holds")
+
+
+def test_checksums_alone_find_it_too(path: Path, tmp_path: Path) -> None:
+    words = [*MOVING, f"run_dir={tmp_path}", "rollout.sync_check_every=1", "rollout.canary=false"]
+    messages = run_ranks(stopped, 2, str(path), words, "stale")
+    assert all(m.startswith(f"in step 2: weight sync 2: {TENSOR}[") for m in messages)
+
+
+def test_a_run_that_is_right_shows_its_gap(path: Path, tmp_path: Path) -> None:
+    words = [*MOVING, f"run_dir={tmp_path / 'run'}", "rollout.sync_bucket_mb=1"]
+    [records] = run_ranks(run_configs, 2, [(str(path), words)], str(tmp_path))[0]
+    assert len(records) == 3
+    for record in records:
+        assert 0 < record["sync/canary_gap"] < 2e-5
+        assert record["sync/gb"] > 0 and record["sync/gb_per_s"] > 0

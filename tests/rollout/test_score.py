@@ -1,0 +1,28 @@
+"""`NativeEngine.score`: what the engine makes of given tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rollout_models import ARCHITECTURES, hugging_face_model, make_engine, prompts_of, tiny_model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("prefill", [7, 2048])
+def test_scores_are_those_of_transformers(name: str, prefill: int) -> None:
+    model = hugging_face_model(name)
+    engine = make_engine(*tiny_model(name), prefill_tokens=prefill)
+    sequences = [tuple(tokens) for tokens in prompts_of(5, 1, 33, 16, 40)]
+    scores = engine.score(sequences)
+    for tokens, found in zip(sequences, scores, strict=True):
+        ids = torch.tensor([tokens])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0].log_softmax(-1)
+        expected = logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=0)
+
+
+def test_scores_do_not_disturb_what_is_generated() -> None:
+    engine = make_engine(*tiny_model())
+    assert engine.score([]) == []
+    assert engine.score([(3,)]) == [[]]
