@@ -83,6 +83,9 @@ def reference_loss(logprobs, entropy, columns, weights, config):
         ("tokens", "clip_fraction", "dual_clip_fraction", "kl", "ref_kl", "entropy", "ratio"), 0.0
     )  # fmt: skip
     sums |= dict.fromkeys(("rollout_gap", "rollout_gap_max", "tis_weight", "tis_truncated"), 0.0)
+    edges = [0.5, 0.8, 0.9, 0.99, 1.01, 1.1, 1.25, 2.0]
+    bins = [*(f"rollout_ratio/to_{edge:g}" for edge in edges), "rollout_ratio/above"]
+    sums |= dict.fromkeys(bins, 0.0)
     names = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
     for row in zip(logprobs, entropy, weights, *(columns[n] for n in names), strict=True):
         new, bonus, weight, advantage, old, ref, rollout = (float(x) for x in row)
@@ -97,6 +100,7 @@ def reference_loss(logprobs, entropy, columns, weights, config):
             sums["dual_clip_fraction"] += 1
         tis = math.exp(old - rollout)
         sums["tis_truncated"] += tis > config.tis_cap
+        sums[bins[sum(tis > edge for edge in edges)]] += 1
         tis = min(tis, config.tis_cap)
         ref_kl = math.exp(ref - new) - 1 - (ref - new)
         term = -tis * gain + config.kl_coefficient * ref_kl - config.entropy_coefficient * bonus

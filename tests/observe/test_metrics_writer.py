@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from spmdrl.algorithms.ratio_bins import RATIO_BINS, RATIO_EDGES
 from spmdrl.observe.metrics import MetricsWriter, merge_steps, read_metrics
 
 
@@ -132,3 +133,16 @@ def test_tensorboard_has_scalars_and_samples_and_forgets_truncated_steps(tmp_pat
         metrics.write(3, {"policy/reward": 0.9})
     scalars = events().Scalars("policy/reward")
     assert [(e.step, round(e.value, 3)) for e in scalars] == [(1, 0.1), (2, 0.2), (3, 0.9)]
+
+
+def test_tensorboard_has_the_histogram_of_ratios(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path, is_first=True) as metrics:
+        shares = [0.0, 0.0, 0.1, 0.1, 0.6, 0.1, 0.0, 0.0, 0.1]
+        metrics.write(1, {"loss": 1.0, **dict(zip(RATIO_BINS, shares, strict=True))})
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert read.Tags()["scalars"] == ["loss"]
+    (event,) = read.Histograms("rollout_ratio")
+    assert event.histogram_value.bucket_limit == [*RATIO_EDGES, 4.0]
+    assert event.histogram_value.bucket == shares

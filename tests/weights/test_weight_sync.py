@@ -7,16 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from random_layouts import pairs
 from torch import Tensor
 from weight_cases import Case, Degrees, model, tensors_of, values
 
 from harness import run_ranks
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.launch import World
+from spmdrl.memory.residency import Residency
 from spmdrl.training.weights import build_decoder, make_leaves
 from spmdrl.weights.gather import full_tensors
 from spmdrl.weights.layout import Held, model_layout
 from spmdrl.weights.plan import plan_sync
+from spmdrl.weights.proof import checksum, first_difference
 from spmdrl.weights.sync import WeightSync
 
 
@@ -62,11 +67,11 @@ def sync(world: World) -> list[int]:
         target = model_layout(config, *target_case, dtype)
         table = source.get(world.rank, {})
         tensors = tensors_of(table, values(config))
-        given = {name: (tensors[name], held.slices) for name, held in table.items()}
+        own = {name: (tensors[name], held.slices) for name, held in table.items()}
         wanted = target.get(world.rank)
         engine = None if wanted is None else Engine(dict(wanted))
         plan = plan_sync(source, target, bucket_bytes=1024)
-        weight_sync = WeightSync(plan, table, wanted or {}, given, engine, world.device)
+        weight_sync = WeightSync(plan, table, wanted or {}, own, engine, world.device)
         for salt in (0, 1):
             for name, tensor in tensors_of(table, values(config, salt)).items():
                 tensors[name].copy_(tensor)
@@ -165,3 +170,124 @@ def test_the_layout_is_what_fsdp_holds(size: int, cases: list[Degrees]) -> None:
     if size == 4:
         rows = [layout_rows["norm.weight"].shape[0] for layout_rows, *_ in found]
         assert rows == [3, 3, 3, 1]
+
+
+def random_syncs(world: World, count: int) -> int:
+    """Random layouts, drawn alike on every rank; the sources lie on the host in half of them."""
+    moved = 0
+
+    @settings(
+        derandomize=True, database=None, deadline=None, max_examples=count, phases=[Phase.generate]
+    )
+    @given(drawn=pairs(world.size), bucket=st.sampled_from([400, 5000, 10**6]))
+    def run(drawn: Any, bucket: int) -> None:
+        nonlocal moved
+        config, source, target = drawn
+        plan = plan_sync(source, target, node_size=2, bucket_bytes=bucket)
+        table, wanted = source.get(world.rank, {}), target.get(world.rank)
+        tensors = tensors_of(table, values(config))
+        own = {name: (tensors[name], held.slices) for name, held in table.items()}
+        engine = None if wanted is None else Engine(dict(wanted))
+        sync = WeightSync(plan, table, wanted or {}, own, engine, world.device)
+        narrow = {held.dtype for held in next(iter(source.values())).values()}
+        for salt in (0, 1):
+            for name, tensor in tensors_of(table, values(config, salt)).items():
+                tensors[name].copy_(tensor)
+            sync.run()
+            assert first_difference(sync) is None
+            whole = {n: t.to(narrow.copy().pop()) for n, t in values(config, salt).items()}
+            for name, tensor in tensors_of(wanted or {}, whole).items():
+                assert engine is not None
+                assert torch.equal(engine.held[name], tensor), (name, salt)
+        assert sync.staging_bytes <= 3 * max(plan.slot_bytes, 16 * 500)
+        moved += plan.moved_bytes
+
+    run()
+    return moved
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 10), (3, 10), (4, 15)])
+def test_random_layouts_on_gloo_ranks(size: int, count: int) -> None:
+    assert run_ranks(random_syncs, size, count, timeout_s=300)[0] > 0
+
+
+def from_the_host(world: World) -> None:
+    """The source's storages are freed: the sync reads their copies on the host."""
+    config = model()
+    source = model_layout(config, [0, 1], {"dp_shard": 2}, torch.float32)
+    target = model_layout(config, [0, 1], {"tp": 2}, torch.bfloat16)
+    table = source[world.rank]
+    tensors = tensors_of(table, values(config))
+    own = {name: (tensors[name], held.slices) for name, held in table.items()}
+    memory = Residency(world.device)
+    memory.register("policy", "weights", tensors=tensors.values(), policy="host")
+    engine = Engine(dict(target[world.rank]))
+    plan = plan_sync(source, target)
+    sync = WeightSync(plan, table, target[world.rank], own, engine, world.device, memory.view)
+    memory.settle()
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors.values())
+    sync.run()
+    assert first_difference(sync) is None
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors.values())
+    for name, tensor in tensors_of(target[world.rank], values(config)).items():
+        assert torch.equal(engine.held[name], tensor), name
+
+
+def test_a_source_that_is_away_is_read_from_the_host() -> None:
+    run_ranks(from_the_host, 2)
+
+
+def differing(world: World) -> str | None:
+    """One value of one tensor is changed on rank 1 after a sync."""
+    config = model()
+    source = model_layout(config, [0], {}, torch.float32)
+    target = model_layout(config, [0, 1], {"dp_replicate": 2}, torch.float32)
+    table = source.get(world.rank, {})
+    tensors = tensors_of(table, values(config))
+    own = {name: (tensors[name], held.slices) for name, held in table.items()}
+    engine = Engine(dict(target[world.rank]))
+    plan = plan_sync(source, target)
+    sync = WeightSync(plan, table, target[world.rank], own, engine, world.device)
+    sync.run()
+    assert first_difference(sync) is None
+    if world.rank == 1:
+        engine.held["layers.1.mlp.down.weight"][3, 4] += 1
+        engine.held["norm.weight"][0] += 1
+    return first_difference(sync)
+
+
+def test_the_first_differing_tensor_is_named_on_every_rank() -> None:
+    [message] = set(run_ranks(differing, 2))
+    name = "model.layers.1.mlp.down_proj.weight[0:10, 0:20]"
+    assert message == f"{name} on rank 1 is not what the policy holds"
+
+
+def other_plans(world: World) -> str:
+    config = model()
+    layout = model_layout(config, [0, 1], {"dp_replicate": 2}, torch.float32)
+    plan = plan_sync(layout, layout, bucket_bytes=1000 + world.rank)
+    with pytest.raises(ValueError, match="weight sync: ranks") as raised:
+        WeightSync(plan, {}, {}, {}, None, world.device)
+    return str(raised.value)
+
+
+def test_ranks_with_other_plans_are_refused() -> None:
+    messages = set(run_ranks(other_plans, 2))
+    assert len(messages) == 1
+    assert "ranks [1] made other plans than rank 0" in messages.pop()
+
+
+def test_checksums_see_values_and_places() -> None:
+    values = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        one = values.to(dtype)
+        changed = one.clone()
+        changed[70_000] = torch.nextafter(one[70_000], one[70_000] + 1)
+        swapped = one.clone()
+        swapped[[1, 2]] = one[[2, 1]]
+        blocks = one.clone()
+        blocks[:65536], blocks[65536:131072] = one[65536:131072], one[:65536]
+        sums = {checksum(tensor) for tensor in (one, changed, swapped, blocks)}
+        assert len(sums) == 4
+        assert checksum(one.reshape(3, -1)) == checksum(one) == checksum(one.clone())
+    assert checksum(torch.empty(0)) == 0

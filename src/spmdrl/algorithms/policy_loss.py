@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.algorithms.kl import KlEstimator, at_least_float32, kl, kl_penalty, probability_ratio
+from spmdrl.algorithms.ratio_bins import RATIO_BINS, RATIO_EDGES
 from spmdrl.algorithms.sums import metric_sums
 
 Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
@@ -84,8 +85,9 @@ def clipped_policy_loss(
     Metrics (float64 scalars, sums over tokens of non-zero weight; see `algorithms.metrics`):
     tokens, clip_fraction, kl (k3 of KL(old || new)), entropy, ratio; dual_clip_fraction with
     `dual_clip`; ref_kl (by `kl_estimator`) with `ref_logprobs`; rollout_gap and rollout_gap_max
-    (absolute difference of train and rollout logprobs) with `rollout_logprobs`; tis_weight and
-    tis_truncated with `tis_cap`.
+    (absolute difference of train and rollout logprobs) and the histogram rollout_ratio/... (share
+    of tokens whose ratio of train to rollout probability is at most ..., see `RATIO_EDGES`) with
+    `rollout_logprobs`; tis_weight and tis_truncated with `tis_cap`.
 
     Raises:
         ValueError: a needed column is missing, or an entropy bonus is wanted and `entropy` carries
@@ -183,10 +185,12 @@ def _rollout_gap(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weights of truncated importance sampling (1 without), metrics per token: `[N]` each."""
     gap = (old - rollout).abs()
+    ratio = probability_ratio(old, rollout)
+    bins = torch.bucketize(ratio.detach(), torch.tensor(RATIO_EDGES, device=ratio.device))
     values = {"rollout_gap": gap, "rollout_gap_max": gap}
+    values |= {name: bins == i for i, name in enumerate(RATIO_BINS)}
     if config.tis_cap is None:
         return torch.ones_like(gap), values
-    ratio = probability_ratio(old, rollout)
     weight = ratio.clamp(max=config.tis_cap)
     values |= {"tis_weight": weight, "tis_truncated": ratio > config.tis_cap}
     return weight, values

@@ -6,10 +6,12 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
+from spmdrl.algorithms.ratio_bins import RATIO_BINS, RATIO_EDGES
 from spmdrl.files import replace_file
 
 if TYPE_CHECKING:
@@ -83,7 +85,10 @@ class MetricsWriter:
         board = self._tensorboard()
         if board is not None:
             for name, value in values.items():
-                board.add_scalar(name, float(value), step, walltime=now)
+                if name not in RATIO_BINS:
+                    board.add_scalar(name, float(value), step, walltime=now)
+            if RATIO_BINS[0] in values:
+                _add_ratios(board, [values[name] for name in RATIO_BINS], step)
 
     def write_samples(
         self, step: int, samples: Sequence[Mapping[str, object]], *, tag: str = "samples"
@@ -190,6 +195,23 @@ def merge_steps(records: Sequence[Mapping[str, float]]) -> list[dict[str, float]
     for record in records:
         merged.setdefault(record["step"], {}).update(record)
     return [merged[step] for step in sorted(merged)]
+
+
+def _add_ratios(board: SummaryWriter, shares: Sequence[float], step: int) -> None:
+    """The histogram of per-token ratios of train to rollout probability."""
+    limits = [*RATIO_EDGES, 2 * RATIO_EDGES[-1]]
+    middles = [(a + b) / 2 for a, b in pairwise([0.0, *limits])]
+    board.add_histogram_raw(
+        "rollout_ratio",
+        min=0.0,
+        max=limits[-1],
+        num=1,
+        sum=sum(m * share for m, share in zip(middles, shares, strict=True)),
+        sum_squares=sum(m * m * share for m, share in zip(middles, shares, strict=True)),
+        bucket_limits=limits,
+        bucket_counts=list(shares),
+        global_step=step,
+    )
 
 
 def _whole_lines(path: Path) -> list[tuple[int, bytes]]:
