@@ -7,7 +7,7 @@ every rank's plan, and refuses alike what does not fit, before anything is loade
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,13 @@ import torch
 from spmdrl.config import Config
 from spmdrl.generation import GRAPHS, KV_CACHE
 from spmdrl.memory.parts import Part, PartName, PartWish
-from spmdrl.memory.plan import MemoryPlan, make_plan
+from spmdrl.memory.plan import MemoryPlan, fits, make_plan
 from spmdrl.memory.schedule import PlannedCall
 from spmdrl.models.config import ModelConfig
 from spmdrl.passes import OPTIMIZER, WEIGHTS
 from spmdrl.placement import Placement
 from spmdrl.rollout.native.varlen import varlen_is_usable
+from spmdrl.step_calls import RankCalls, in_read_order, unusual_steps, usual_step
 from spmdrl.weights.layout import Table, WeightLayout
 from spmdrl.weights.plan import NUM_SLOTS, SyncPlan
 
@@ -93,24 +94,25 @@ def plan_memory(
         if key not in made:
             parts = _parts(config, placements, here, syncs, rank)
             capacity = device_bytes(config, device_types[rank])
-            try:
-                made[key] = _rank_memory(parts, _calls(config, here, syncs, rank), capacity, rank)
-            except ValueError:
-                # the sync may read the policy's weights from the host while they are away
+            calls = _calls(config, here, syncs, rank)
+            # where both do not fit, the sync reads the policy's weights from the host
+            streams = not all(fits(parts, sync, capacity) for sync in calls.sync)
+            if streams:
                 calls = _calls(config, here, syncs, rank, streams=True)
-                made[key] = _rank_memory(parts, calls, capacity, rank)
+            step = usual_step(config, calls)
+            made[key] = RankMemory(
+                plan=make_plan(
+                    parts,
+                    step,
+                    capacity=capacity,
+                    rank=rank,
+                    other_steps=unusual_steps(config, calls),
+                ),
+                working_bytes={call.name: call.working_bytes for call in step},
+                streams=streams,
+            )
         plans[rank] = made[key]
     return plans
-
-
-def _rank_memory(
-    parts: Sequence[Part], calls: Sequence[PlannedCall], capacity: int | None, rank: int
-) -> RankMemory:
-    return RankMemory(
-        plan=make_plan(parts, calls, capacity=capacity, rank=rank),
-        working_bytes={call.name: call.working_bytes for call in calls},
-        streams=any(call.name == SYNC and not call.needs for call in calls),
-    )
 
 
 def device_bytes(config: Config, device_type: str) -> int | None:
@@ -223,42 +225,55 @@ def _calls(
     rank: int,
     *,
     streams: bool = False,
-) -> list[PlannedCall]:
-    """A step of the roles on this rank: sync, generate, read, update; whatever the flow does."""
-    calls = []
+) -> RankCalls:
+    """What the roles on this rank are asked in a step.
+
+    Args:
+        streams: the sync reads the policy's weights from the host.
+    """
     kinds = {name: shape.kind for name, shape in here.items()}
     rollouts = [name for name, kind in kinds.items() if kind == "rollout"]
+    generate = []
+    for name in rollouts:
+        parts = (WEIGHTS, KV_CACHE, *[GRAPHS] * uses_graphs(config, here[name]))
+        generate.append(
+            PlannedCall(name=f"{name}.generate", needs=tuple((name, part) for part in parts))
+        )
+    scoring = {reward.role for reward in config.rewards}
+    score: list[PlannedCall] = []
+    read: list[PlannedCall] = []
+    update = []
+    for name in in_read_order(kinds):
+        method = {"reward": "score", "value": "values"}.get(kinds[name], "logprobs")
+        work = working_bytes(config, name, here[name], backward=False)
+        call = PlannedCall(name=f"{name}.{method}", needs=((name, WEIGHTS),), working_bytes=work)
+        (score if name in scoring else read).append(call)
+        if config.is_trained(name):
+            work = working_bytes(config, name, here[name], backward=True)
+            work += gradient_bytes(here[name].layout[rank])
+            needs = ((name, WEIGHTS), (name, OPTIMIZER))
+            update.append(PlannedCall(name=f"{name}.update", needs=needs, working_bytes=work))
+    return RankCalls(
+        sync=tuple(_sync_call(kinds, syncs, streams=streams)),
+        generate=tuple(generate),
+        score=tuple(score),
+        read=tuple(read),
+        update=tuple(update),
+    )
+
+
+def _sync_call(
+    kinds: Mapping[str, str], syncs: Mapping[str, SyncPlan], *, streams: bool
+) -> Iterator[PlannedCall]:
+    """The call that fills the rollouts' weights, on a rank that takes part in one."""
     moving = [name for name, sync in syncs.items() if sync.moves]
     source = tuple((name, WEIGHTS) for name, kind in kinds.items() if kind == "policy" and moving)
-    target = tuple((name, WEIGHTS) for name in moving if name in rollouts)
+    target = tuple((name, WEIGHTS) for name in moving if name in kinds)
     if source or target:
         staged = [NUM_SLOTS * syncs[name].slot_bytes for name in moving if syncs[name].moved_bytes]
         needs = () if streams else source
-        calls.append(
-            PlannedCall(name=SYNC, needs=needs, fills=target, working_bytes=max(staged, default=0))
-        )
-    for name in rollouts:
-        captured = uses_graphs(config, here[name])
-        needs = tuple((name, part) for part in (WEIGHTS, KV_CACHE, *[GRAPHS] * captured))
-        calls.append(PlannedCall(name=f"{name}.generate", needs=needs))
-    for name, kind in kinds.items():
-        if kind == "rollout":
-            continue
-        method = {"reward": "score", "value": "values"}.get(kind, "logprobs")
-        work = working_bytes(config, name, here[name], backward=False)
-        calls.append(
-            PlannedCall(name=f"{name}.{method}", needs=((name, WEIGHTS),), working_bytes=work)
-        )
-    for name in (n for n in kinds if n not in rollouts and config.is_trained(n)):
-        calls.append(
-            PlannedCall(
-                name=f"{name}.update",
-                needs=((name, WEIGHTS), (name, OPTIMIZER)),
-                working_bytes=working_bytes(config, name, here[name], backward=True)
-                + gradient_bytes(here[name].layout[rank]),
-            )
-        )
-    return calls
+        work = max(staged, default=0)
+        yield PlannedCall(name=SYNC, needs=needs, fills=target, working_bytes=work)
 
 
 def _bytes(table: Table) -> int:

@@ -133,6 +133,9 @@ def rollout_only(config: Config, *, scoring: bool = False) -> Config:
             # the role it points to may be left out
             other = config.roles.get(str(role.ranks).removeprefix("same as ").strip())
             role = role.model_copy(update={"ranks": "all" if other is None else other.ranks})
+        # no sync would bring weights back that were dropped
+        memory = {part: wish for part, wish in role.memory.items() if wish != "drop"}
+        role = role.model_copy(update={"memory": memory})
         roles[name] = role
     return config.model_copy(update={"roles": roles})
 

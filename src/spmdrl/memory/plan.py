@@ -28,6 +28,7 @@ from spmdrl.memory.parts import (
 from spmdrl.memory.schedule import (
     PlannedCall,
     ScheduledCall,
+    check_filled,
     peak_bytes,
     resident_during,
     schedule,
@@ -88,7 +89,12 @@ class MemoryPlan:
 
 
 def make_plan(
-    parts: Sequence[Part], calls: Sequence[PlannedCall], *, capacity: int | None, rank: int = 0
+    parts: Sequence[Part],
+    calls: Sequence[PlannedCall],
+    *,
+    capacity: int | None,
+    rank: int = 0,
+    other_steps: Mapping[str, Sequence[PlannedCall]] | None = None,
 ) -> MemoryPlan:
     """Decide every `auto`, and lay out the step.
 
@@ -97,6 +103,8 @@ def make_plan(
         calls: of a step, in order, without those of roles on other ranks.
         capacity: bytes for parts and working memory of this rank; None: no bound.
         rank: for messages.
+        other_steps: by the setting that brings it about, a step with the same calls in another
+            order, or more than once.
 
     Raises:
         ValueError: a call does not fit (with a table of sizes), graphs are to be kept over parts
@@ -105,6 +113,9 @@ def make_plan(
     known = by_name(parts)
     policies = _resolve(known, calls, capacity)
     check_captures(known, policies)
+    for setting, other in (other_steps or {}).items():
+        check_filled(other, known, policies, setting)
+    check_filled(calls, known, policies)
     if capacity is not None:
         over = [call for call in calls if peak_bytes(call, known, policies) > capacity]
         if over:
@@ -117,6 +128,13 @@ def make_plan(
         policies=policies,
         calls=schedule(calls, known, policies, capacity),
     )
+
+
+def fits(parts: Sequence[Part], call: PlannedCall, capacity: int | None) -> bool:
+    """Whether the call has room, with all away that it does not need and that may go."""
+    known = by_name(parts)
+    policies = _resolve(known, [call], capacity)
+    return capacity is None or peak_bytes(call, known, policies) <= capacity
 
 
 def _resolve(

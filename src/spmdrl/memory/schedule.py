@@ -93,36 +93,64 @@ def schedule(
     Args:
         capacity: bytes for parts and working memory; None: no bound, and no room for prefetches.
 
-    Raises:
-        ValueError: a call needs a dropped part before any call fills it, naming both.
     """
-    losable = {
-        name
-        for name, part in parts.items()
-        if policies[name] == "drop" and not part.droppable and part.num_bytes > 0
-    }
-    lost = set(losable)
-    resident = {name for name in parts if policies[name] == "keep"}
-    moves: list[_Moves] = []
-    for call in (*calls, *calls):
-        for name in call.all_needs(parts):
-            if name in lost and name not in call.fills:
-                raise ValueError(
-                    f"{parts[name].setting}=drop: {call.name} needs {dotted(name)}, and no call "
-                    "between has filled it: set it to host or keep"
-                )
-        now = resident_during(call, parts, policies)
-        leaving = tuple(name for name in parts if name in resident.difference(now))
-        lost.difference_update(call.fills)
-        lost.update(losable.intersection(leaving))
-        entering = tuple(name for name in now if name not in resident)
-        moves.append(_Moves(call=call, resident=tuple(now), entering=entering, leaving=leaving))
-        resident = set(now)
-    steady = moves[len(calls) :]
+    steady = _moves((*calls, *calls), parts, policies)[len(calls) :]
     return tuple(
         _scheduled(move, steady[(i + 1) % len(steady)], parts, policies, capacity)
         for i, move in enumerate(steady)
     )
+
+
+def check_filled(
+    calls: Sequence[PlannedCall],
+    parts: Mapping[PartName, Part],
+    policies: Mapping[PartName, PartPolicy],
+    setting: str | None = None,
+) -> None:
+    """That no call of the step needs what was dropped before it, and not filled since.
+
+    Args:
+        setting: that makes a step have these calls, for the message.
+
+    Raises:
+        ValueError: naming the part's setting, the call, and the call that came between.
+    """
+    losable = [
+        name
+        for name, part in parts.items()
+        if policies[name] == "drop" and not part.droppable and part.num_bytes > 0
+    ]
+    lost = dict.fromkeys(losable, "")
+    for move in _moves((*calls, *calls), parts, policies):
+        lost |= {name: move.call.name for name in losable if name in move.leaving}
+        for name in move.call.all_needs(parts):
+            if name not in lost or name in move.call.fills:
+                continue
+            settings = f"{parts[name].setting}=drop" + (f" with {setting}" if setting else "")
+            since = f"{lost[name]} drops them, and " if lost[name] else ""
+            raise ValueError(
+                f"{settings}: {move.call.name} needs {dotted(name)}; {since}no call between has "
+                f"filled them: set {parts[name].setting} to host or keep"
+            )
+        for name in move.call.fills:
+            lost.pop(name, None)
+
+
+def _moves(
+    calls: Sequence[PlannedCall],
+    parts: Mapping[PartName, Part],
+    policies: Mapping[PartName, PartPolicy],
+) -> list[_Moves]:
+    """What comes and goes at each call; before the first, what is kept is there."""
+    resident = {name for name in parts if policies[name] == "keep"}
+    moves = []
+    for call in calls:
+        now = resident_during(call, parts, policies)
+        leaving = tuple(name for name in parts if name in resident.difference(now))
+        entering = tuple(name for name in now if name not in resident)
+        moves.append(_Moves(call=call, resident=tuple(now), entering=entering, leaving=leaving))
+        resident = set(now)
+    return moves
 
 
 def _scheduled(

@@ -1,0 +1,72 @@
+"""The calls of a step on one rank, as the memory plan sees them: what the shipped flows do.
+
+A flow of the user's own is planned as if it did the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from spmdrl.config import Config
+from spmdrl.memory.schedule import PlannedCall
+
+READ_ORDER = ("value", "reference", "policy", "reward")
+"""Kinds of roles in the order in which flows read from them; updates keep it too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankCalls:
+    """What the roles of one rank are asked in a step; each may be empty.
+
+    Args:
+        sync: brings the policy's weights to the rollout.
+        generate: of rollouts.
+        score: of the roles that `rewards` names.
+        read: of the other models.
+        update: of the trained ones.
+    """
+
+    sync: tuple[PlannedCall, ...]
+    generate: tuple[PlannedCall, ...]
+    score: tuple[PlannedCall, ...]
+    read: tuple[PlannedCall, ...]
+    update: tuple[PlannedCall, ...]
+
+
+def usual_step(config: Config, calls: RankCalls) -> list[PlannedCall]:
+    """A step that follows another; with `lag: 1` it draws the samples of the next one."""
+    if config.lag:
+        # beside the update, which changes what it computes with: readers go first
+        return [*calls.sync, *calls.score, *calls.read, *calls.generate, *calls.update]
+    return [*calls.sync, *calls.generate, *calls.score, *calls.read, *calls.update]
+
+
+def unusual_steps(config: Config, calls: RankCalls) -> dict[str, list[PlannedCall]]:
+    """Steps with further calls, by the setting that brings them about."""
+    sampled = [*calls.generate, *calls.score]
+    last = [*calls.read, *(calls.generate if config.lag else ()), *calls.update]
+    again = [*calls.sync, *sampled, *sampled, *last]
+    found = {}
+    if (setting := _evaluation_before_samples(config)) is not None:
+        found[setting] = again
+    if config.algorithm.refill_attempts > 0:
+        found[f"algorithm.refill_attempts={config.algorithm.refill_attempts}"] = again
+    if config.lag:  # the first step draws its own samples, and the next one's
+        found[f"lag={config.lag}"] = [*calls.sync, *sampled, *last]
+    return found
+
+
+def _evaluation_before_samples(config: Config) -> str | None:
+    """The setting by which the rollout answers held-out prompts between a sync and its samples."""
+    evaluation = config.evaluation
+    if not evaluation.before and evaluation.every == 0:
+        return None
+    if evaluation.data is not None:
+        return f"evaluation.data={evaluation.data.source}"
+    return f"evaluation.held_out={evaluation.held_out}" if evaluation.held_out > 0 else None
+
+
+def in_read_order(kinds: Mapping[str, str]) -> list[str]:
+    """The roles of kinds in `READ_ORDER`, in that order."""
+    return [name for kind in READ_ORDER for name, own in kinds.items() if own == kind]
