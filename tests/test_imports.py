@@ -26,7 +26,7 @@ LEVELS: list[set[str]] = [
     }
     | {"storages"},
     {"algorithms"},
-    {"distributed"},
+    {"distributed", "runtime", "ledger"},
     {"models"},
     {"training", "rollout", "weights", "memory"},
     {"calls", "passes", "generation", "roles", "custom_role", "canary", "policy_sync", "placement"}

@@ -29,6 +29,7 @@ from spmdrl.distributed.exchange import (
 )
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.reduce import broadcast_object
+from spmdrl.ledger import current
 from spmdrl.memory.turns import Turns
 
 Arguments = ParamSpec("Arguments")
@@ -106,8 +107,14 @@ def together(*calls: Call[Any]) -> tuple[Any, ...]:
     disjoint ranks thus run concurrently. Before a call the parts it uses are brought to the device,
     and those of the rank's next call start to come where there is room for both.
     """
+    ledger = current()
+    if ledger is not None and calls:
+        names = "+".join(f"{call.role.name}.{call.method}" for call in calls)
+        ledger.enter(names, "; ".join(_shapes(call) for call in calls))
     plans = [_plan(call) for call in calls]
     sent = [send_to_role(p, c.batch, c.needs) for p, c in zip(plans, calls, strict=True)]
+    if ledger is not None:
+        ledger.stage("computing")
     computed: list[Any] = [None] * len(calls)
     mine = [i for i, rows in enumerate(sent) if rows is not None]
     mine.sort(key=lambda i: calls[i].writes)
@@ -118,7 +125,22 @@ def together(*calls: Call[Any]) -> tuple[Any, ...]:
             following = [use for i in mine[place + 1 : place + 2] for use in calls[i].uses]
             memory.begin(f"{call.role.name}.{call.method}", call.uses, following)
         computed[index] = call.compute(rows)
-    return tuple(_home(*item) for item in zip(calls, plans, computed, strict=True))
+    if ledger is not None:
+        ledger.stage("returning")
+    results = tuple(_home(*item) for item in zip(calls, plans, computed, strict=True))
+    if ledger is not None:
+        ledger.stage("between")
+    return results
+
+
+def _shapes(call: Call[Any]) -> str:
+    """The columns that travel, apart from how many rows there are: equal on all ranks."""
+    batch, texts = call.batch, []
+    for name in sorted(call.needs):
+        if name in batch.tokens or name in batch.rows:
+            column = batch[name]
+            texts.append(f"{name} {str(column.dtype)[6:]}{list(column.shape[1:])}")
+    return ", ".join(texts)
 
 
 def _plan(call: Call[Any]) -> ExchangePlan:

@@ -99,23 +99,31 @@ def _world(config: Config) -> Iterator[World]:
     """Join the world; leave it when all went well (after an error the others may not answer)."""
     from spmdrl.launch import start_world, stop_world
     from spmdrl.observe.log import set_up_logging
+    from spmdrl.runtime.failures import end_process_in
 
     world = start_world(timeout_s=config.timeout_s, device=config.device)
     set_up_logging(world.rank)
-    yield world
+    try:
+        yield world
+    except BaseException:
+        end_process_in(15, code=1)
+        raise
     stop_world()
 
 
 def _train(options: argparse.Namespace) -> None:
-    # before torch is imported: reward workers are forked from a clean process
+    # before torch is imported: a warning may come meanwhile, and reward workers are forked from a
+    # clean process
     from spmdrl.rewards.server import start_reward_server
+    from spmdrl.runtime.signals import Signals
 
+    signals = Signals()
     with start_reward_server() as server:
         from spmdrl.flows.start import train
 
         config = _load(options)
         with _world(config) as world:
-            train(config, world, server)
+            train(config, world, server, signals)
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -248,8 +248,16 @@ class EvaluationSection(Section):
 class CheckpointSection(Section):
     every: int = Field(0, ge=0, description="steps; 0: only at the end")
     keep_last: int = Field(2, ge=1, description="checkpoints to keep")
+    keep_every: int = Field(0, ge=0, description="and those of every so many steps; 0: none")
     resume: bool = Field(True, description="continue from run_dir's latest checkpoint")
-    export: bool = Field(True, description="write run_dir/model at the end")
+    export: bool | int = Field(
+        True, description="write run_dir/model at the end; a number: and every so many steps"
+    )
+    journal_kv: bool | Literal["auto"] = Field(
+        "auto",
+        description="a stop in generation saves the key-value cache, so that it goes on bit for "
+        "bit; auto: on a CPU",
+    )
 
 
 class LogSection(Section):
@@ -275,6 +283,11 @@ class Config(Section):
         None, gt=0, description="of a rank's device, for all roles; default: what it has"
     )
     timeout_s: float = Field(1800.0, gt=0, description="of a collective")
+    limits: dict[str, float] = Field(
+        default_factory=dict,
+        description="seconds without progress, by phase, that end a run as hung; `default` for the "
+        "others: 0.9 of timeout_s",
+    )
     model: ModelSection
     roles: dict[str, RoleSection]
     train: TrainSection = TrainSection()

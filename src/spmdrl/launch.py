@@ -25,6 +25,8 @@ class World:
     `torchrun` (or `srun` with the same variables) gives RANK, WORLD_SIZE, LOCAL_RANK,
     LOCAL_WORLD_SIZE and the rendezvous; without them the world is this one process. Ranks are
     numbered node by node, `local_size` of them on each.
+
+    `store` is the launcher's; whoever waits on it uses a connection of its own (`clone`).
     """
 
     rank: int
@@ -33,11 +35,21 @@ class World:
     local_size: int
     device: torch.device
     device_types: tuple[str, ...]
+    store: Store
 
     @property
     def is_first(self) -> bool:
         """True on rank 0: for console, progress bars and files, never around a collective."""
         return self.rank == 0
+
+    def connect(self, prefix: str) -> Store:
+        """A connection to the store of the caller's own, with keys of its own: a wait on one
+        connection blocks its other users.
+        """
+        # documented, but torch's stubs have neither
+        own = self.store.clone()  # type: ignore[attr-defined]
+        store: Store = dist.PrefixStore(prefix, own)  # type: ignore[attr-defined]
+        return store
 
     @property
     def node(self) -> int:
@@ -92,6 +104,7 @@ def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
         local_size=local_size,
         device=chosen,
         device_types=device_types,
+        store=store,
     )
 
 

@@ -16,7 +16,6 @@ from spmdrl.config_files import load_config
 from spmdrl.flows.start import FlowError, train
 from spmdrl.launch import World
 from spmdrl.models.tokenizers import load_tokenizer
-from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.server import start_reward_server
 from tiny_model import make_tiny_model
 
@@ -180,14 +179,6 @@ def test_torchrun_ends_with_one_clear_error(root):
     assert done.returncode != 0
     assert "unknown key 'train.lrr'" in done.stderr and "train.lr" in done.stderr
     assert 'File "' not in done.stderr.split("error:")[1].splitlines()[0]
-
-
-def test_one_ranks_exception_ends_the_job_with_its_traceback(root):
-    config = write_config(root / "raise.yaml", root / "model", root / "raise")
-    done = launch(str(config), f"environment={HERE}/raising.py:RaisesOnRankOne")
-    assert done.returncode != 0
-    assert "RuntimeError: rank 1 had enough" in done.stderr
-    assert len([r for r in read_metrics(root / "raise" / "metrics.jsonl") if "loss" in r]) == 1
 
 
 def test_the_toy_tokenizer_is_sane(root):

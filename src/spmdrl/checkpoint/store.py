@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spmdrl.checkpoint.stream import write_safetensors
-from spmdrl.distributed.reduce import broadcast_object, gather_objects
+from spmdrl.distributed.reduce import agreed, broadcast_object
 from spmdrl.files import replace_file, sync
 from spmdrl.files import set_aside as set_path_aside
 from spmdrl.models.sharding import Slice
@@ -95,11 +95,11 @@ def save_checkpoint(
     final, partial = root / f"step_{step:08d}", root / ".partial"
     file = f"rank_{rank:05d}.safetensors"
     try:
-        _agree(OSError, lambda: _fresh_directory(partial) if rank == 0 else None)
+        agreed(OSError, lambda: _fresh_directory(partial) if rank == 0 else None)
         entries, boxes = _entries(owned, file)
-        size = _agree(OSError, lambda: _write(partial / file, boxes))
+        size = agreed(OSError, lambda: _write(partial / file, boxes))
         parts = _to_first((size, entries))
-        _agree(
+        agreed(
             OSError,
             lambda: (
                 _publish(partial, final, _index(step, state, parts), keep_last)
@@ -130,7 +130,7 @@ def resume_point(root: Path) -> tuple[Path, dict[str, Any]] | None:
         path = latest_checkpoint(root) if dist.get_rank() == 0 else None
         return None if path is None else (path, read_state(path))
 
-    found: tuple[Path, dict[str, Any]] | None = broadcast_object(_agree(ValueError, find), 0)
+    found: tuple[Path, dict[str, Any]] | None = broadcast_object(agreed(ValueError, find), 0)
     return found
 
 
@@ -149,7 +149,7 @@ def set_aside(root: Path) -> Path | None:
             return None
         return set_path_aside(root)
 
-    renamed: Path | None = broadcast_object(_agree(OSError, rename), 0)
+    renamed: Path | None = broadcast_object(agreed(OSError, rename), 0)
     return renamed
 
 
@@ -190,7 +190,7 @@ def load_tensors(path: Path, tensors: Tensors) -> None:
         ValueError: a slice or a file is missing, a file is damaged, or the checkpoint is of another
             model: on every rank, naming tensor and file.
     """
-    reads, files = _agree(ValueError, lambda: _plan_reads(path, tensors))
+    reads, files = agreed(ValueError, lambda: _plan_reads(path, tensors))
     for read in reads:
         read.target.copy_(files[read.file].get_slice(read.key)[read.part])
 
@@ -308,20 +308,6 @@ def _publish(partial: Path, final: Path, index: _Index, keep_last: int) -> None:
     others.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
     for path in [replaced, *others[: max(0, len(others) + 1 - keep_last)]]:
         shutil.rmtree(path, ignore_errors=True)  # what stays goes with the next checkpoint
-
-
-def _agree(kind: type[OSError] | type[ValueError], action: Callable[[], Result]) -> Result:
-    """Run `action`; if it raises `kind` on one rank, every rank does, naming that rank."""
-    result: list[Result] = []
-    failure = None
-    try:
-        result.append(action())
-    except kind as error:
-        failure = f"rank {dist.get_rank()}: {error}"
-    failures = [text for text in gather_objects(failure) if text is not None]
-    if failures:
-        raise kind(failures[0])
-    return result[0]
 
 
 def _fresh_directory(path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def gather_tables(table: Tensor) -> list[Tensor]:  # table [n, k], n differs between ranks
@@ -38,6 +41,20 @@ def broadcast_object(value: Any, source: int) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=source, device=torch.device("cpu"))
     return box[0]
+
+
+def agreed(kind: type[OSError] | type[ValueError], action: Callable[[], Result]) -> Result:
+    """Run `action`; if it raises `kind` on one rank, every rank of the world does, naming it."""
+    result: list[Result] = []
+    failure = None
+    try:
+        result.append(action())
+    except kind as error:
+        failure = f"rank {dist.get_rank()}: {error}"
+    failures = [text for text in gather_objects(failure) if text is not None]
+    if failures:
+        raise kind(failures[0])
+    return result[0]
 
 
 def world_sum(values: Tensor) -> Tensor:  # any shape, equal on all ranks

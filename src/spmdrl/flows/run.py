@@ -15,11 +15,11 @@ from spmdrl.batch import Batch
 from spmdrl.calls import Call
 from spmdrl.config import Config
 from spmdrl.data.home import DataSet, StepRows, home_rows
-from spmdrl.distributed.reduce import moments, world_any, world_max
+from spmdrl.distributed.reduce import moments, world_max
 from spmdrl.files import set_aside
+from spmdrl.flows.lifetime import Lifetime
 from spmdrl.flows.phase_memory import PhaseMemory
-from spmdrl.flows.saving import Saver
-from spmdrl.flows.stopping import StopRequest
+from spmdrl.flows.saving import Saved, Saver
 from spmdrl.launch import World
 from spmdrl.objects import load_object
 from spmdrl.observe import names
@@ -86,7 +86,8 @@ class Run:
         held_out: data that is never trained on; None: there is none.
         scorer: rewards.
         evaluator: of the held-out set, by generation; None: the flow sets its own, or none.
-        saver: checkpoints and export.
+        saver: the export.
+        lifetime: when to save and to stop.
         sampling: of training's rollouts.
         timer, memory, relay: seconds and bytes by phase; progress bars.
 
@@ -109,24 +110,29 @@ class Run:
         timer: PhaseTimer,
         memory: PhaseMemory,
         relay: Relay,
+        lifetime: Lifetime,
     ) -> None:
         self.config, self.world, self.sampling = config, world, sampling
         self.directory = Path(config.run_dir)
         self._roles, self._syncs = roles, syncs
         self._data, self._held_out, self._scorer = data, held_out, scorer
         self._evaluator, self._saver, self._timer = evaluator, saver, timer
-        self._relay, self._memory = relay, memory
-        self._stop = StopRequest(self.directory)
+        self._relay, self._memory, self._life = relay, memory, lifetime
         if world.is_first and not config.checkpoint.resume:
             set_aside(self.directory / METRICS_FILE)
         self._writer = MetricsWriter(
             self.directory, is_first=world.is_first, tensorboard=config.log.tensorboard
         )
         self._console = Console(is_first=world.is_first, num_steps=config.steps)
-        self._first_step, self.saved = saver.restore()
-        self._writer.truncate_after(self._first_step)
-        self.steps_done = self._first_step
-        self.stopped = False
+        self._writer.truncate_after(lifetime.first_step)
+
+    @property
+    def saved(self) -> Saved:
+        return self._life.saved
+
+    @property
+    def steps_done(self) -> int:
+        return self._life.steps_done
 
     def role(self, name: str, kind: type[R]) -> R:
         """The role `name`; ValueError when the configuration has none, or one of another kind."""
@@ -151,19 +157,17 @@ class Run:
         return self._syncs[source, target]
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left; ends early, on all ranks alike, when a stop was asked for."""
+        """The steps that are left; a stop that was asked for ends the flow between two of them."""
         self._timer.finish()
-        for step in range(self._first_step, self.config.steps):
-            if world_any(self._stop.requested()):
-                log.info("stopping before step %d, as asked", step)
-                self.stopped = True
-                return
+        for step in range(self._life.first_step, self.config.steps):
+            self._life.begin(step)
             yield step
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Charge the time inside to `name`, and show a bar where the work reports progress."""
-        with self._timer.phase(name), self._memory.phase(name), self._relay.bar(name):
+        pulse = self._life.watcher.pulse.phase(name)
+        with self._timer.phase(name), self._memory.phase(name), self._relay.bar(name), pulse:
             yield
 
     def rows(self, step: int, *, attempt: int = 0, count: int | None = None) -> Batch:
@@ -215,11 +219,11 @@ class Run:
 
         Metrics are recorded under the number of steps done: 1 after the first, 0 before it.
         """
-        self.steps_done = step + 1
-        every = self.config.checkpoint.every
-        if every > 0 and (step + 1) % every == 0:
-            with self.phase("checkpoint"):
-                self._saver.save(step + 1, self.saved)
+        with self.phase("checkpoint"):
+            self._life.finish(step)
+            export = self.config.checkpoint.export
+            if export is not True and export > 0 and self.steps_done % export == 0:
+                self._saver.export(self.directory / f"model_step_{self.steps_done:08d}")
         syncs = [sync.take_metrics() for sync in self._syncs.values()]
         moved = {name: value for found in syncs for name, value in found.items()}
         record = {**metrics, **moved, **self._timing(metrics)}
@@ -228,18 +232,15 @@ class Run:
         self._console.step({"step": step + 1, **record})
 
     def conclude(self) -> None:
-        """After the last step: checkpoint, final evaluation, export, report."""
-        if self.steps_done > self._first_step or self.stopped:
-            self._saver.save(self.steps_done, self.saved)
-        if self.stopped:
-            self._writer.close()
-            if self.world.is_first:
-                self._stop.clear()
-            return
+        """After the last step: checkpoint, final evaluation, export."""
+        if self.steps_done > self._life.first_step:
+            self._life.save()
         if self.config.evaluation.after:
             self._run_evaluation(self.config.steps)
         if self.config.checkpoint.export:
             self._saver.export(self.directory / "model")
+
+    def close(self) -> None:
         self._writer.close()
 
     def _timing(self, metrics: Metrics) -> dict[str, float]:

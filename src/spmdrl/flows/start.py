@@ -25,6 +25,7 @@ from spmdrl.flows.inputs import (
     retokenizer,
     sampling_params,
 )
+from spmdrl.flows.lifetime import Lifetime
 from spmdrl.flows.phase_memory import PhaseMemory
 from spmdrl.flows.ppo import ppo
 from spmdrl.flows.reward_model import reward_model
@@ -32,6 +33,7 @@ from spmdrl.flows.run import Run
 from spmdrl.flows.saving import Saver
 from spmdrl.flows.sft import sft
 from spmdrl.launch import World, seed_everything
+from spmdrl.ledger import Ledger, keeping
 from spmdrl.objects import load_object
 from spmdrl.observe.progress import Relay
 from spmdrl.observe.timeline import PhaseTimer
@@ -41,9 +43,17 @@ from spmdrl.rewards.scorer import Scorer, ScoringRole
 from spmdrl.rewards.server import RewardServer
 from spmdrl.role_plan import plan_roles
 from spmdrl.roles import Reward, Rollout
+from spmdrl.runtime.attempt import begin_attempt
+from spmdrl.runtime.pulse import Pulse
+from spmdrl.runtime.signals import Signals
+from spmdrl.runtime.stopping import StopAsked
+from spmdrl.runtime.watcher import Watcher
 from spmdrl.sharing import memory_texts
 
 log = logging.getLogger(__name__)
+
+LIMIT = 0.9
+"""Of `timeout_s`: a run counts as hung before its collectives give up, so that all are named."""
 
 Flow = Callable[[Run], None]
 
@@ -81,12 +91,25 @@ def find_flow(name: str) -> ShippedFlow:
     return ShippedFlow(run=load_object(name), data="prompts")
 
 
-def train(config: Config, world: World, server: RewardServer) -> None:
-    """Run the configured flow. Whatever the input can get wrong is refused before it starts.
+def train(
+    config: Config, world: World, server: RewardServer, signals: Signals | None = None
+) -> None:
+    """Run the configured flow, or go on with it, until it is done or was asked to stop.
+
+    Args:
+        signals: noted since the program began; None: from now on.
 
     Raises:
-        ValueError: bad input, on every rank.
+        ValueError: bad input, on every rank, before the flow starts.
     """
+    signals = Signals() if signals is None else signals
+    attempt = begin_attempt(Path(config.run_dir), world)
+    limits = {"default": LIMIT * config.timeout_s, **config.limits}
+    with Watcher(world, attempt, Pulse(), signals, limits) as watcher:
+        _train(config, world, server, watcher)
+
+
+def _train(config: Config, world: World, server: RewardServer, watcher: Watcher) -> None:
     flow = find_flow(config.flow)
     seed_everything(config.seed)
     placements = place_roles(config, world.size, world.local_size)
@@ -100,18 +123,25 @@ def train(config: Config, world: World, server: RewardServer) -> None:
     for text in dict.fromkeys(rank.plan.describe() for rank in plan.memory.values()):
         log.info("%s", text)
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     relay = Relay(is_first=world.is_first and config.log.progress)
     with make_pool(config, server, run_dir, world.rank) as pool:
         assembly = assemble(config, world, models, inputs.decode, relay.report, plan)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
-        run = make_run(config, world, inputs, assembly, pool, relay)
+        saver = Saver(config, assembly)
+        lifetime = Lifetime(world, config.checkpoint, saver, watcher)
+        run = make_run(config, world, inputs, assembly, pool, relay, saver, lifetime)
         try:
-            flow.run(run)
+            with keeping(Ledger(world, str(watcher.attempt.directory), watcher.pulse)):
+                flow.run(run)
+            lifetime.done()
+        except StopAsked:
+            lifetime.stop()
         except ValueError as error:
             # the command line shows bad input as one line; this is no bad input any more
             raise FlowError(f"in step {run.steps_done + 1}: {error}") from error
+        finally:
+            run.close()
 
 
 def make_run(
@@ -121,6 +151,8 @@ def make_run(
     assembly: Assembly,
     pool: RewardPool | None,
     relay: Relay,
+    saver: Saver,
+    lifetime: Lifetime,
 ) -> Run:
     stream = PromptStream(
         seed=config.seed,
@@ -137,11 +169,12 @@ def make_run(
         held_out=inputs.held_out,
         scorer=scorer,
         evaluator=make_evaluator(config, world, inputs, assembly, scorer),
-        saver=Saver(config, assembly),
+        saver=saver,
         sampling=sampling_params(config.sampling),
         timer=PhaseTimer(synchronize=world.synchronize),
         memory=PhaseMemory(assembly.memory, world.device),
         relay=relay,
+        lifetime=lifetime,
     )
 
 

@@ -1,0 +1,72 @@
+"""Signals that ask a run to stop, noted from the first moment on. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import weakref
+from types import FrameType
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+"""What asks a run to stop: schedulers send the first, and the second as a warning."""
+
+
+class Signals:
+    """Notes the stopping signals, to be read by a thread at any later time.
+
+    The C handler of Python writes a signal's number to a socket at once, also while the main thread
+    is in a collective or imports torch; nothing is lost between here and the first `wait`. To be
+    made by the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        for number in STOPPING:
+            signal.signal(number, _note)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        own = weakref.ref(self)
+        # a forked child would write its own signals to our socket
+        os.register_at_fork(after_in_child=lambda: _forget(own()))
+
+    def wait(self, seconds: float) -> list[int]:
+        """The signals noted since the last call; waits for one for `seconds` at most."""
+        if not select.select([self._reader], [], [], seconds)[0]:
+            return []
+        with contextlib.suppress(BlockingIOError):
+            return [number for number in self._reader.recv(4096) if number in STOPPING]
+        return []
+
+    def ignore(self) -> None:
+        """From now on they do nothing, also while the interpreter shuts down.
+
+        CPython gives Python's handlers up at exit: a late signal would then kill a rank that is
+        done (with -10 for SIGUSR1).
+        """
+        for number in STOPPING:
+            signal.signal(number, signal.SIG_IGN)
+
+    def close(self) -> None:
+        """Note no more. Handlers give way to the defaults; signals that are ignored stay so."""
+        current = signal.set_wakeup_fd(-1)
+        if current != self._writer.fileno():  # a later object has taken over
+            signal.set_wakeup_fd(current, warn_on_full_buffer=False)
+        else:
+            for number in STOPPING:
+                if signal.getsignal(number) is _note:
+                    signal.signal(number, signal.SIG_DFL)
+        self._reader.close()
+        self._writer.close()
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    """The number is in the socket already: without a handler the signal would do its default."""
+
+
+def _forget(signals: Signals | None) -> None:
+    if signals is not None and signals._writer.fileno() >= 0:
+        signals.close()

@@ -1,0 +1,289 @@
+"""`Watcher`: a thread of every rank that notices what the main thread cannot.
+
+It takes up requests to stop (signals, stop files, a deadline) and tells them to all ranks through a
+key in the store; role calls read `stop_asked` without a collective. It writes the heartbeat, ends a
+process that makes no progress, and tells a request to stop from the end of a job whose rank died:
+torchrun sends SIGTERM for both.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+
+from spmdrl.files import replace_file
+from spmdrl.launch import World
+from spmdrl.runtime.attempt import Attempt
+from spmdrl.runtime.failures import is_lost_peer, one_line, write_error_file
+from spmdrl.runtime.pulse import Pulse, behind
+from spmdrl.runtime.signals import STOPPING, Signals
+from spmdrl.runtime.stacks import Stacks
+
+TICK_S = 0.5
+HEARTBEAT_S = 5.0
+SIGN_S, DEAD_S = 2.0, 12.0
+"""How often a watcher gives a sign of life, and without how long of it, while the job is ending, a
+rank of another host counts as dead."""
+
+EXIT_HUNG, EXIT_LOST = 75, 76
+STOPPING_PHASE, STOPPING_LIMIT_S = "stop", 20.0
+"""The save of a stop: a dead rank may be the reason for it, so that it never ends by itself."""
+
+
+class Watcher:
+    """From `__enter__` to `__exit__` of a run.
+
+    Args:
+        pulse: of this rank.
+        signals: noted since the program began.
+        limits: seconds without progress by phase, `default` for the others.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        attempt: Attempt,
+        pulse: Pulse,
+        signals: Signals,
+        limits: Mapping[str, float],
+    ) -> None:
+        self.attempt, self.pulse = attempt, pulse
+        self._world, self._signals = world, signals
+        self._limits = {STOPPING_PHASE: STOPPING_LIMIT_S, **limits}
+        self._stacks = Stacks(attempt.directory / "stacks", world.rank)
+        self._store = world.connect(str(attempt.directory))
+        self._store.set(f"seat/{world.rank}", f"{socket.gethostname()} {os.getpid()}")
+        self.stop_asked = False
+        """A stop was asked for somewhere; every rank comes to know within a tick or two."""
+        self.stop_by: float | None = None
+        """When to ask for a stop, in seconds since 1970, so that the save ends in time."""
+        self._ending = False
+        self._terminated = self._lost_peer = self._store_lost = False
+        self._signs: dict[int, tuple[bytes, float]] = {}
+        """Rank -> its newest sign of life, and when it came."""
+        self._next_heartbeat = self._next_sign = self._next_armed = 0.0
+        self._thread = threading.Thread(target=self._run, name="spmdrl-watcher", daemon=True)
+
+    def ask(self, reason: str) -> None:
+        """Ask all ranks to stop."""
+        if not self.stop_asked:
+            _say(f"[rank {self._world.rank}] stop asked for: {reason}")
+        self.stop_asked = True
+        self._tell("stop", reason)
+
+    def agreed(self) -> None:
+        """The world has agreed that the run ends: the signals do nothing any more."""
+        self._signals.ignore()
+
+    def __enter__(self) -> Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.agreed()
+            self._tell(f"ended/{self._world.rank}", "")
+        else:
+            self._report(error)
+        self._ending = True
+        self._thread.join()
+        self._stacks.close()
+        self._signals.close()
+
+    # What happens when this rank fails
+
+    def _report(self, error: BaseException) -> None:
+        """Tell the others before this process ends, so that they know what SIGTERM means."""
+        rank = self._world.rank
+        if not is_lost_peer(error):
+            self._fail(f"rank {rank}: {one_line(error)}")
+            write_error_file(error)
+            return
+        # The cause is another rank, and its launcher shall notice that one first: it names the one
+        # that it sees end first.
+        self._lost_peer = True
+        deadline = time.monotonic() + DEAD_S + 3 * SIGN_S
+        while time.monotonic() < deadline and self.attempt.read_failed() is None:
+            time.sleep(TICK_S)
+        time.sleep(TICK_S)
+        found = self.attempt.read_failed() or "no rank has said why, and all give signs of life"
+        _say(f"[rank {rank}] lost a peer in a collective: {found}")
+
+    def _fail(self, text: str) -> None:
+        self.attempt.write_failed(text)
+        self.attempt.write_outcome("crashed")
+        self._tell("failed", text)
+
+    def _tell(self, key: str, text: str) -> None:
+        """Put a key into the store; `news` tells all watchers to look."""
+        if self._store_lost:
+            return
+        try:
+            self._store.set(key, text)
+            self._store.set("news", "")
+        except dist.DistError as error:
+            self._lose_store(error)
+
+    def _lose_store(self, error: dist.DistError) -> None:
+        """Its host is gone, and with it the job; what is left is to end in time."""
+        self._store_lost = True
+        _say(f"[rank {self._world.rank}] the store is gone: {one_line(error)}")
+
+    # The thread
+
+    def _run(self) -> None:
+        while not self._ending:
+            signals = self._signals.wait(TICK_S)
+            try:
+                self._look(signals)
+                self._check_limits()
+                self._beat()
+            except dist.DistError as error:
+                self._lose_store(error)
+
+    def _look(self, signals: list[int]) -> None:
+        if STOPPING[0] in signals:
+            self._on_term()
+        elif signals:
+            self.ask("SIGUSR1")
+        if self._world.is_first and not self.stop_asked:
+            self._look_for_requests()
+        if self._store_lost:
+            return
+        if time.monotonic() >= self._next_sign:
+            self._next_sign = time.monotonic() + SIGN_S
+            self._store.set(f"sign/{self._world.rank}", str(time.monotonic_ns()))
+        if self._store.check(["news"]):
+            self._look_for_news()
+        if self._terminated or self._lost_peer:
+            self._look_for_the_dead()
+
+    def _look_for_requests(self) -> None:
+        for file in self.attempt.stop_files():
+            if file.exists():
+                self.ask(f"the file {file}")
+        if self.stop_by is not None and time.time() >= self.stop_by:
+            self.ask("the job's time is nearly over")
+
+    def _look_for_news(self) -> None:
+        if self._store.check(["hung"]):
+            self._end_hung(self._store.get("hung").decode(), is_first=False)
+        if self._store.check(["beat"]):
+            self._next_heartbeat = 0.0
+        if self._store.check(["stop"]):
+            self.stop_asked = True
+
+    def _on_term(self) -> None:
+        """The scheduler's request, or torchrun's way to end the survivors of a dead rank."""
+        if self._store_lost or self._store.check(["failed"]):
+            _say(f"[rank {self._world.rank}] SIGTERM after a failure: ends without saving")
+            _exit(EXIT_LOST)
+        self._terminated = True
+        self._look_for_the_dead()
+        if not self._lost_peer:
+            self.ask("SIGTERM")
+
+    def _look_for_the_dead(self) -> None:
+        """After SIGTERM or a failed collective: whether some rank died without a word."""
+        store, now, here = self._store, time.monotonic(), socket.gethostname()
+        dead = []
+        for rank in range(self._world.size):
+            seat, sign = f"seat/{rank}", f"sign/{rank}"
+            known = store.check([seat, sign])
+            newest = store.get(sign) if known else b""
+            if self._signs.get(rank, (None, 0.0))[0] != newest:
+                self._signs[rank] = newest, now
+            host, pid = store.get(seat).decode().split() if known else ("", "0")
+            gone = host == here and not _lives(int(pid))
+            if gone or now - self._signs[rank][1] > DEAD_S:
+                dead.append(rank)
+        # what has ended well, or with a word, is not what we look for
+        dead = [rank for rank in dead if not store.check([f"ended/{rank}"])]
+        if dead and not store.check(["failed"]):
+            names = ", ".join(f"rank {rank}" for rank in dead)
+            self._fail(f"{names}: died without a word (killed?)")
+        if store.check(["failed"]):
+            text = store.get("failed").decode()
+            _say(f"[rank {self._world.rank}] ends without saving: {text}")
+            _exit(EXIT_LOST)
+
+    # Progress
+
+    def _limit(self) -> float:
+        return self._limits.get(self.pulse.position.phase, self._limits["default"])
+
+    def _check_limits(self) -> None:
+        limit = self._limit()
+        if time.monotonic() >= self._next_armed:
+            self._next_armed = time.monotonic() + 5
+            self._stacks.arm(limit + 60)
+        if time.monotonic() - self.pulse.moved <= limit:
+            return
+        phase = self.pulse.position.phase
+        if phase == STOPPING_PHASE:
+            _say(f"[rank {self._world.rank}] the save made no progress for {limit:g} s: ends")
+            self._stacks.dump("the save of a stop made no progress")
+            _exit(EXIT_HUNG)
+        self._tell("beat", "")  # the others' heartbeats shall be of now, too
+        self._beat(now=True)
+        time.sleep(3 * TICK_S)
+        found = behind(self._heartbeats(), self._world.size)
+        self._end_hung(f"no progress for {limit:g} s in phase {phase}: {found}", is_first=True)
+
+    def _end_hung(self, text: str, *, is_first: bool) -> None:
+        self._stacks.dump(text)
+        if is_first:
+            _say(f"[rank {self._world.rank}] hung: {text}")
+            self.attempt.write_failed(text)
+            self.attempt.write_outcome("hung")
+            self._tell("hung", text)
+            time.sleep(4 * TICK_S)  # for the stacks of the others, before a launcher ends them
+        _exit(EXIT_HUNG)
+
+    def _heartbeats(self) -> dict[int, str]:
+        directory = self.attempt.directory / "heartbeats"
+        return {int(path.stem[5:]): path.read_text() for path in directory.glob("rank_*.json")}
+
+    def _beat(self, *, now: bool = False) -> None:
+        if not now and time.monotonic() < self._next_heartbeat:
+            return
+        self._next_heartbeat = time.monotonic() + HEARTBEAT_S
+        line = self.pulse.heartbeat(self._world.rank)
+        replace_file(heartbeat_file(self.attempt.directory, self._world.rank), line.encode())
+
+
+def heartbeat_file(directory: Path, rank: int) -> Path:
+    return directory / "heartbeats" / f"rank_{rank:05d}.json"
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process of this host runs; one that was killed may be there as a zombie."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _exit(code: int) -> None:
+    """End the process at once: the main thread may be in a collective that never returns."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
