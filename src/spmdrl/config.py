@@ -67,6 +67,9 @@ class RoleSection(Section):
     )
     cp: int = Field(1, ge=1, description="context-parallel ranks")
     tp: int = Field(1, ge=1, description="tensor-parallel ranks")
+    ep: int = Field(
+        1, ge=1, description="parts of a MoE's experts, on the ranks of tp, cp and dp; adds none"
+    )
     tp_across_nodes: bool = Field(
         False, description="a tensor-parallel group may lie on several nodes"
     )

@@ -15,7 +15,7 @@ from spmdrl.distributed.mesh import check_ranks, format_ranks
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """One role's ranks (mesh order) and degrees (dp_replicate, dp_shard, cp, tp)."""
+    """One role's ranks (mesh order) and degrees (dp_replicate, dp_shard, cp, tp; ep in these)."""
 
     ranks: tuple[int, ...]
     degrees: Mapping[str, int]
@@ -183,7 +183,7 @@ def _degrees(name: str, section: RoleSection, num_ranks: int) -> dict[str, int]:
             f"{shown or 'degrees of 1'} make {math.prod(degrees.values())} ranks, but "
             f"roles.{name}.ranks={section.ranks!r} are {num_ranks}"
         )
-    return degrees
+    return {**degrees, "ep": section.ep}
 
 
 def _least(section: RoleSection) -> int:
@@ -221,7 +221,8 @@ def _fold(placements: Mapping[str, Placement], world_size: int) -> dict[str, Pla
 
     Ranks that serve the same roles form a cell. Every cell keeps at least one rank of its own while
     there are enough, so that roles on disjoint ranks stay so; the rest go where the most ranks were
-    folded into one. Degrees are cut to the ranks left, tp kept longest, then cp, then dp_shard.
+    folded into one. Degrees are cut to the ranks left, tp kept longest, then cp, then dp_shard; ep
+    to what divides these.
     """
     cells: dict[frozenset[str], int] = {}
     for rank in sorted({rank for p in placements.values() for rank in p.ranks}):
@@ -255,7 +256,11 @@ def _fold_degrees(degrees: Mapping[str, int], num_ranks: int) -> dict[str, int]:
     for axis in ("tp", "cp", "dp_shard"):
         folded[axis] = math.gcd(degrees[axis], num_ranks)
         num_ranks //= folded[axis]
-    return folded | {"dp_replicate": num_ranks}
+    folded["dp_replicate"] = num_ranks
+    inside_tp = degrees["tp"] % degrees["ep"] == 0  # as a rollout's must be
+    shard = folded["dp_shard"] * folded["cp"] * (1 if folded["dp_shard"] > 1 else num_ranks)
+    room = folded["tp"] * (1 if inside_tp else shard)
+    return folded | {"ep": math.gcd(degrees["ep"], room)}
 
 
 def placement_table(
@@ -266,6 +271,8 @@ def placement_table(
     `memory`: a text by role, the last column; nothing is shown for roles that are not in it.
     """
     axes = list(next(iter(placements.values())).degrees)
+    if all(placement.degrees["ep"] == 1 for placement in placements.values()):
+        axes.remove("ep")  # most models have no experts
     lines = [["role", "ranks", *axes, *([] if memory is None else ["memory"])]]
     for name, placement in placements.items():
         degrees = [str(placement.degrees[axis]) for axis in axes]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from spmdrl.models.config import parse_config, read_config, tiny
+from spmdrl.models.experts import MoeConfig
 
 BASE: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -42,6 +43,58 @@ def test_flags_follow_the_architecture() -> None:
     )
     qwen3 = parse_config({**BASE, "architectures": ["Qwen3ForCausalLM"]})
     assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
+    assert qwen3.moe is None
+
+
+QWEN3_MOE = {
+    **BASE,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 64,
+}
+
+
+def test_experts_follow_the_architecture() -> None:
+    qwen3 = parse_config({**QWEN3_MOE, "norm_topk_prob": True, "mlp_only_layers": [2]})
+    assert (qwen3.qk_norm, qwen3.head_dim) == (True, 16)
+    assert qwen3.moe == MoeConfig(
+        num_experts=16, top_k=4, intermediate_size=64, normalise=True, layers=(0, 1, 3)
+    )
+    renamed = {**QWEN3_MOE, "num_local_experts": 16, "num_experts": None}
+    every_other = parse_config({**renamed, "decoder_sparse_step": 2}).moe
+    assert every_other is not None
+    assert (every_other.layers, every_other.normalise) == ((1, 3), False)
+    mixtral = parse_config(
+        {
+            **BASE,
+            "architectures": ["MixtralForCausalLM"],
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        }
+    )
+    assert (mixtral.qk_norm, mixtral.rope.theta) == (False, 1e6)
+    assert mixtral.moe == MoeConfig(
+        num_experts=8, top_k=2, intermediate_size=256, normalise=True, layers=(0, 1, 2, 3)
+    )
+    for config in (qwen3, mixtral):
+        small = tiny(config).moe
+        assert small is not None
+        assert (small.num_experts, small.top_k, small.layers) == (8, 2, (0, 1))
+        assert parse_config(tiny(config).source) == tiny(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": None}, r"keys \['num_experts'\] are missing for Qwen3Moe"),
+        ({"num_experts_per_tok": 17}, "num_experts_per_tok=17 must be between 1 and .*16"),
+        ({"use_sliding_window": True, "sliding_window": 100}, "window 100"),
+    ],
+)
+def test_experts_that_are_not_described_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_config({**QWEN3_MOE, **change})
 
 
 def test_eos_ids_of_both_files_are_joined(tmp_path: Path) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
+from typing import Any
+
 import pytest
 import torch
 
+from spmdrl.distributed.expert_axes import expert_place
+from spmdrl.distributed.mesh import coordinates
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.sharding import (
     all_slices,
@@ -16,7 +22,9 @@ from spmdrl.models.sharding import (
 )
 
 
-def config_of(architecture: str, *, tied: bool = False, kv_heads: int = 4) -> ModelConfig:
+def config_of(
+    architecture: str, *, tied: bool = False, kv_heads: int = 4, **more: Any
+) -> ModelConfig:
     return parse_config(
         {
             "architectures": [architecture],
@@ -29,14 +37,19 @@ def config_of(architecture: str, *, tied: bool = False, kv_heads: int = 4) -> Mo
             "head_dim": 6,
             "tie_word_embeddings": tied,
             "max_position_embeddings": 64,
+            **more,
         }
     )
 
 
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 CONFIGS = [
     config_of("LlamaForCausalLM"),
     config_of("Qwen2ForCausalLM", tied=True),
     config_of("Qwen3ForCausalLM"),
+    # its first layer is dense
+    config_of("Qwen3MoeForCausalLM", **EXPERTS, decoder_sparse_step=2),
+    config_of("MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2),
 ]
 
 
@@ -66,8 +79,40 @@ def test_slices_reassemble_every_tensor(config: ModelConfig, tp: int, shards: in
                     count[s.name][box] += 1
     for name, tensor in whole.items():
         assert torch.equal(back[name], tensor), name
-        replicated = name.endswith("norm.weight")
+        replicated = name.endswith(("norm.weight", "gate.weight"))
         assert (count[name] == (tp if replicated else 1)).all(), name
+
+
+@pytest.mark.parametrize("config", CONFIGS[3:], ids=lambda c: c.architecture)
+@pytest.mark.parametrize(("tp", "ep", "data"), [(1, 4, 4), (2, 2, 1), (2, 4, 4), (4, 2, 2)])
+def test_every_expert_is_held_as_often_as_there_are_copies(
+    config: ModelConfig, tp: int, ep: int, data: int
+) -> None:
+    """Over the ranks of `data` x `tp`, each value of an expert lies on data * tp / ep / etp."""
+    shapes = global_shapes(config)
+    count = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()}
+    degrees = {"dp_replicate": data, "tp": tp, "ep": ep}
+    local = local_parameters(config, tp, ep_size=ep)
+    for place in coordinates(degrees):
+        ep_rank = expert_place(degrees, place)["ep"]
+        for name, held in all_slices(
+            config, place["tp"], tp, ep_rank=ep_rank, ep_size=ep
+        ).items():
+            assert sum(s.rows for s in held) == local[name][0]
+            for s in held:
+                assert s.size[1:] == local[name][1:], s
+                count[s.name][tuple(map(slice, s.start, s.stop))] += 1
+    moe = config.moe
+    assert moe is not None
+    etp = tp // math.gcd(tp, ep)
+    for layer, expert in product(moe.layers, range(moe.num_experts)):
+        names = [n for n in shapes if f"layers.{layer}." in n and f".experts.{expert}." in n]
+        assert len(names) == 3
+        for name in names:
+            assert (count[name] == data * tp // (ep * etp)).all(), name
+    part = ".mlp.experts.gate_up"
+    [first] = [n for n in local if n == f"layers.{moe.layers[0]}{part}"]
+    assert local[first] == (moe.num_experts // ep * 2 * moe.intermediate_size // etp, 24)
 
 
 def test_names_are_those_of_transformers() -> None:
@@ -79,7 +124,21 @@ def test_names_are_those_of_transformers() -> None:
         with torch.device("meta"):
             model = getattr(transformers, config.architecture)(hf_config)
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        assert global_shapes(config) == expected
+        assert stacked(config) == expected
+
+
+def stacked(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The name space as `transformers` has it in memory: experts stacked under one name."""
+    shapes = {}
+    for name, shape in global_shapes(config).items():
+        if (moe := config.moe) is None or ".experts." not in name:
+            shapes[name.replace(".block_sparse_moe.", ".mlp.")] = shape
+            continue
+        layer, ffn = name.split(".")[2], moe.intermediate_size
+        here = f"model.layers.{layer}.mlp.experts"
+        shapes[f"{here}.gate_up_proj"] = (moe.num_experts, 2 * ffn, config.hidden_size)
+        shapes[f"{here}.down_proj"] = (moe.num_experts, config.hidden_size, ffn)
+    return shapes
 
 
 def test_key_value_heads_are_repeated_over_more_ranks() -> None:
@@ -111,5 +170,14 @@ def test_degrees_that_do_not_divide_are_refused() -> None:
     message = "num_attention_heads=8, intermediate_size=32, vocab_size=40"
     with pytest.raises(ValueError, match=message):
         check_tp(config, 3)
+    with pytest.raises(ValueError, match="ep=2, but LlamaForCausalLM has no experts"):
+        check_tp(config, 1, ep=2)
+    experts = config_of("Qwen3MoeForCausalLM", **EXPERTS, kv_heads=8)
+    check_tp(experts, 8, ep=8)
+    with pytest.raises(ValueError, match="ep=3 does not divide the model's num_experts=8"):
+        check_tp(experts, 1, ep=3)
+    message = "tp=8 with ep=1 divides each expert over 8 ranks, .*intermediate_size=12"
+    with pytest.raises(ValueError, match=message):
+        check_tp(experts, 8)
     with pytest.raises(ValueError, match=r"no local parameter 'head\.bias'"):
         slices(config, "head.bias", 0, 1)

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from spmdrl.distributed.expert_axes import EXPERT_AXES, check_ep, expert_degrees
+
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Outermost first: the ranks of one tp group are neighbours."""
 
@@ -25,6 +27,7 @@ _MERGED: dict[str, tuple[str, ...]] = {
     "replica": ("cp", "tp"),
     "all": AXES,
 }
+_MERGED_EXPERT: dict[str, tuple[str, ...]] = {"ep": ("exchange", "ep_tp")}
 
 
 class Mesh:
@@ -32,19 +35,20 @@ class Mesh:
 
     Merged axes are there too: `dp` (replicas that see different rows), `shard` (over which weights
     are sharded: dp_shard x cp), `reduce` (over which gradients are summed), `replica` (the ranks
-    that see the same rows: cp x tp) and `all`.
+    that see the same rows: cp x tp) and `all`. For experts the same ranks have the axes of
+    `expert_axes`, `ep` among them, which adds no ranks.
 
     Args:
         role: the role's name, for error messages.
         ranks: world ranks, ascending, in mesh order (tp fastest).
-        degrees: axis -> degree; axes left out have degree 1.
+        degrees: axis (or `ep`) -> degree; axes left out have degree 1.
         device_type: cpu or cuda, where the role computes; equal on all ranks of the world. In a
             world of gloo alone (some rank has no GPU) the groups of a cuda mesh have NCCL.
 
     Raises:
-        ValueError: the degrees do not multiply to the number of ranks; a rank is outside the
-            world; the ranks do not ascend (torch sorts the ranks of a group: an index along an
-            axis is the rank in the axis' group).
+        ValueError: the degrees do not multiply to the number of ranks, or ep does not divide them;
+            a rank is outside the world; the ranks do not ascend (torch sorts the ranks of a group:
+            an index along an axis is the rank in the axis' group).
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Mesh:
         check_ranks(role, ranks, degrees, dist.get_world_size())
         self.role = role
         self.ranks = tuple(ranks)
-        self.degrees = {axis: degrees.get(axis, 1) for axis in AXES}
+        self.degrees = {axis: degrees.get(axis, 1) for axis in (*AXES, "ep")}
         self._rank = dist.get_rank()
         self.is_member = self._rank in self.ranks
         self._device_type = device_type
@@ -61,29 +65,49 @@ class Mesh:
         shape = [self.degrees[axis] for axis in AXES]
         grid = torch.tensor(self.ranks, dtype=torch.int64).reshape(shape)
         self._grid = grid
+        self._expert_degrees = expert_degrees(self.degrees)
+        self._expert_grid = grid.reshape([self._expert_degrees[axis] for axis in EXPERT_AXES])
         self._groups = self._create_groups()
-        self._shard_mesh = self._make_shard_mesh()
+        self._shard_mesh = self._make_shard_mesh(1)
+        exchange = self._expert_degrees["exchange"]
+        self._expert_shard_mesh = (
+            self._shard_mesh if exchange == 1 else self._make_shard_mesh(exchange)
+        )
 
     def _create_groups(self) -> dict[str, dist.ProcessGroup]:
         """This rank's group along every axis; axes that span the same ranks share one group."""
         created: dict[tuple[int, ...], dist.ProcessGroup] = {}
         mine = {}
-        for name, axes in {**{a: (a,) for a in AXES}, **_MERGED}.items():
-            if self._size_of(axes) == 1:
-                continue
-            for ranks in _groups_of(self._grid, axes):
+        dense = {**{a: (a,) for a in AXES}, **_MERGED}
+        experts = {**{a: (a,) for a in EXPERT_AXES if a != "pp"}, **_MERGED_EXPERT}
+        groups = [(name, _groups_of(self._grid, axes)) for name, axes in dense.items()]
+        groups += [
+            (name, _groups_of(self._expert_grid, axes, EXPERT_AXES))
+            for name, axes in experts.items()
+        ]
+        for name, rows in groups:
+            for ranks in rows:
+                if len(ranks) == 1:
+                    continue
                 if ranks not in created:
                     created[ranks] = dist.new_group(list(ranks), backend=self._backend)
                 if self._rank in ranks:
                     mine[name] = created[ranks]
         return mine
 
-    def _make_shard_mesh(self) -> DeviceMesh | None:
-        """The mesh that FSDP2 takes: (replicate, shard), one for each (pp, tp) coordinate."""
+    def _make_shard_mesh(self, exchange: int) -> DeviceMesh | None:
+        """The mesh that FSDP2 takes: (replicate, shard), one for each (pp, tp) coordinate.
+
+        Of the ranks of a shard every `exchange`-th holds the same experts.
+        """
         if self.degrees["dp_shard"] == 1:
             return None
         mine = None
-        rows = _groups_of(self._grid, ("dp_replicate", "dp_shard", "cp"))
+        rows = [
+            ranks[i::exchange]
+            for ranks in _groups_of(self._grid, ("dp_replicate", "dp_shard", "cp"))
+            for i in range(exchange)
+        ]
         for ranks in rows:
             grid = torch.tensor(ranks).reshape(self.degrees["dp_replicate"], -1)
             inside = self._rank in ranks
@@ -105,8 +129,18 @@ class Mesh:
         self._require_member("shard_mesh")
         return self._shard_mesh
 
+    @property
+    def expert_shard_mesh(self) -> DeviceMesh | None:
+        """FSDP2's mesh for experts: the part of `shard_mesh` whose ranks hold the same ones."""
+        self._require_member("expert_shard_mesh")
+        return self._expert_shard_mesh
+
     def size(self, axis: str) -> int:
         """The degree of an axis or merged axis; known on every rank of the world."""
+        if axis == "ep":
+            return self.degrees["ep"]
+        if axis in self._expert_degrees:
+            return self._expert_degrees[axis]
         return self._size_of(_MERGED.get(axis, (axis,)))
 
     def coordinate(self, axis: str) -> int:
@@ -116,6 +150,9 @@ class Mesh:
             ValueError: this rank is not a member.
         """
         self._require_member(axis)
+        if axis in _MERGED_EXPERT or axis in self._expert_degrees:
+            axes = _MERGED_EXPERT.get(axis, (axis,))
+            return coordinate_of(self._expert_grid, self._rank, axes, EXPERT_AXES)
         return coordinate_of(self._grid, self._rank, _MERGED.get(axis, (axis,)))
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
@@ -175,9 +212,9 @@ def check_ranks(
         )
     if not ranks or list(ranks) != sorted(set(ranks)):
         raise ValueError(f"roles.{role}.ranks must ascend and name each rank once: {list(ranks)}")
-    unknown = set(degrees) - set(AXES)
+    unknown = set(degrees) - {*AXES, "ep"}
     if unknown:
-        raise ValueError(f"roles.{role}: unknown axes {sorted(unknown)}; there are {AXES}")
+        raise ValueError(f"roles.{role}: unknown axes {sorted(unknown)}; there are {AXES} and ep")
     needed = math.prod(degrees.get(axis, 1) for axis in AXES)
     if needed != len(ranks):
         shown = " x ".join(f"{a}={degrees.get(a, 1)}" for a in AXES if degrees.get(a, 1) != 1)
@@ -185,21 +222,26 @@ def check_ranks(
             f"roles.{role}: {shown or 'degrees of 1'} make {needed} ranks, "
             f"but roles.{role}.ranks names {len(ranks)} ({format_ranks(ranks)})"
         )
+    check_ep(role, degrees)
 
 
-def _groups_of(grid: torch.Tensor, axes: Sequence[str]) -> list[tuple[int, ...]]:
+def _groups_of(
+    grid: torch.Tensor, axes: Sequence[str], names: Sequence[str] = AXES
+) -> list[tuple[int, ...]]:
     """The rank groups along `axes`, one for each coordinate of the other axes, in grid order."""
-    along = [AXES.index(a) for a in axes]
-    rest = [i for i in range(len(AXES)) if i not in along]
+    along = [names.index(a) for a in axes]
+    rest = [i for i in range(len(names)) if i not in along]
     size = math.prod(grid.shape[i] for i in along)
     return [tuple(row) for row in grid.permute(*rest, *along).reshape(-1, size).tolist()]
 
 
-def coordinate_of(grid: torch.Tensor, rank: int, axes: Sequence[str]) -> int:
+def coordinate_of(
+    grid: torch.Tensor, rank: int, axes: Sequence[str], names: Sequence[str] = AXES
+) -> int:
     position = (grid == rank).nonzero()[0].tolist()
     index = 0
     for axis in axes:
-        i = AXES.index(axis)
+        i = names.index(axis)
         index = index * grid.shape[i] + position[i]
     return index
 

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+from .experts import EXPERT_NAMES, MoeConfig, parse_experts, tiny_experts
+
+SUPPORTED = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    *EXPERT_NAMES,
+)
 CAUSAL, CLASSIFICATION = "ForCausalLM", "ForSequenceClassification"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -32,9 +40,10 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and switches of one dense decoder; `source` is config.json as it was read.
+    """Sizes and switches of one decoder; `source` is config.json as it was read.
 
     `architecture` names the family as a language model, whichever head the directory's model has.
+    `intermediate_size` is that of dense layers; `moe` describes the layers with experts.
     """
 
     architecture: str
@@ -51,6 +60,7 @@ class ModelConfig:
     tie_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    moe: MoeConfig | None = None
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -91,9 +101,9 @@ def parse_config(
     _refuse_features(source, architecture, origin)
     num_heads = int(source["num_attention_heads"])
     num_kv_heads = int(source.get("num_key_value_heads") or num_heads)
-    # transformers' Qwen3Config has a head_dim of 128 where the file has none.
+    # transformers' Qwen3Config has a head_dim of 128 where the file has none (Qwen3MoeConfig not).
     default_head_dim = (
-        128 if architecture.startswith("Qwen3") else source["hidden_size"] // num_heads
+        128 if architecture == "Qwen3ForCausalLM" else source["hidden_size"] // num_heads
     )
     max_position = int(source.get("max_position_embeddings") or 2048)
     if num_heads % num_kv_heads:
@@ -111,11 +121,12 @@ def parse_config(
         num_kv_heads=num_kv_heads,
         head_dim=int(source.get("head_dim") or default_head_dim),
         rms_norm_eps=float(source.get("rms_norm_eps", 1e-6)),
-        rope=_parse_rope(source, max_position, origin),
+        rope=_parse_rope(source, architecture, max_position, origin),
         max_position=max_position,
         tie_embeddings=bool(source.get("tie_word_embeddings", False)),
         qkv_bias=architecture == "Qwen2ForCausalLM",
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+        moe=parse_experts(source, architecture, origin),
         bos_id=source.get("bos_token_id"),
         eos_ids=_eos_ids(source, generation or {}),
         source=dict(source),
@@ -123,8 +134,11 @@ def parse_config(
 
 
 def tiny(config: ModelConfig) -> ModelConfig:
-    """The same architecture and vocabulary with 2 layers of width 64: for `model.tiny: true`."""
-    sizes = {
+    """The same architecture and vocabulary with 2 layers of width 64: for `model.tiny: true`.
+
+    A mixture of experts has 8 of them in both layers, and a token goes to 2.
+    """
+    sizes: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
@@ -132,8 +146,11 @@ def tiny(config: ModelConfig) -> ModelConfig:
         "num_key_value_heads": 2,
         "head_dim": 16,
     }
+    if config.moe is not None:
+        sizes |= tiny_experts(config.architecture)
     # Lists with one entry per layer would contradict the new number of layers.
     source = {key: value for key, value in config.source.items() if key != "layer_types"}
+    source |= sizes
     return replace(
         config,
         hidden_size=sizes["hidden_size"],
@@ -142,7 +159,8 @@ def tiny(config: ModelConfig) -> ModelConfig:
         num_heads=sizes["num_attention_heads"],
         num_kv_heads=sizes["num_key_value_heads"],
         head_dim=sizes["head_dim"],
-        source={**source, **sizes},
+        moe=parse_experts(source, config.architecture, "config.json"),
+        source=source,
     )
 
 
@@ -189,10 +207,13 @@ def _yarn_range(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
     return low, high + 0.001 if low == high else high
 
 
-def _parse_rope(source: Mapping[str, Any], max_position: int, origin: str) -> RopeConfig:
+def _parse_rope(
+    source: Mapping[str, Any], architecture: str, max_position: int, origin: str
+) -> RopeConfig:
     """From `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
     given = {**(source.get("rope_scaling") or {}), **(source.get("rope_parameters") or {})}
-    theta = float(given.get("rope_theta") or source.get("rope_theta") or 10000.0)
+    default = 1e6 if architecture == "MixtralForCausalLM" else 10000.0
+    theta = float(given.get("rope_theta") or source.get("rope_theta") or default)
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise ValueError(
@@ -247,15 +268,18 @@ def _refuse_features(source: Mapping[str, Any], architecture: str, origin: str) 
 
 def _active_window(source: Mapping[str, Any], architecture: str) -> int | None:
     """The attention window, if some layer of the model has one that is shorter than its context."""
-    # MistralConfig's default is a window of 4096, so a file without the key has one.
-    window = source.get("sliding_window", 4096)
-    if architecture == "MistralForCausalLM":
+    # The configs' default is a window of 4096 (MixtralConfig's is none), where the key is missing.
+    default = None if architecture == "MixtralForCausalLM" else 4096
+    window = source.get("sliding_window", default)
+    if architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
         used = window is not None
     elif architecture == "LlamaForCausalLM":
         used = False
     else:
         kinds = source.get("layer_types")
-        if kinds is not None:
+        if architecture == "Qwen3MoeForCausalLM":
+            some_layer = True
+        elif kinds is not None:
             some_layer = "sliding_attention" in kinds
         else:
             some_layer = source.get("max_window_layers", 28) < source["num_hidden_layers"]

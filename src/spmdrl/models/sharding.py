@@ -3,16 +3,23 @@
 A decoder's local parameters are fused and tensor-parallel. Loading, saving, weight sync and
 checkpoints all talk of them as `Slice`s of the global tensors named as in Hugging Face files. A
 tied model has no `lm_head.weight` in this name space. All functions here are pure.
+
+Experts are stacked: one local tensor has all gate and up projections of a layer's experts on this
+rank, expert by expert, another all down projections. Of `ep` parts of the experts a rank holds one.
+With tensor parallelism the `tp` ranks take part in that: `gcd(tp, ep)` of them hold different
+experts, and the `tp / gcd(tp, ep)` that hold the same ones divide each expert's width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
 
 from .config import ModelConfig
+from .experts import EXPERT_NAMES, MoeConfig
 
 Head = Literal["lm", "score"]
 """What is read of the hidden states: logits, or one scalar (reward and value models)."""
@@ -63,11 +70,36 @@ class Split(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One global tensor within a local parameter."""
+    """One global tensor within a local parameter; `expert` is the number of the expert it is of."""
 
     name: str
     shape: tuple[int, ...]
     split: Split
+    expert: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Which part of a model a rank holds.
+
+    Args:
+        tp_rank, tp_size: along the tensor-parallel axis.
+        ep_rank, ep_size: which part of the experts, of how many.
+    """
+
+    tp_rank: int = 0
+    tp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+
+    @property
+    def etp_size(self) -> int:
+        """Ranks over which one expert's width is divided."""
+        return self.tp_size // math.gcd(self.tp_size, self.ep_size)
+
+    @property
+    def etp_rank(self) -> int:
+        return self.tp_rank % self.etp_size
 
 
 def parameter_parts(config: ModelConfig, head: Head = "lm") -> dict[str, tuple[Part, ...]]:
@@ -75,7 +107,7 @@ def parameter_parts(config: ModelConfig, head: Head = "lm") -> dict[str, tuple[P
     embedding = (config.vocab_size, config.hidden_size)
     table = {"embed_tokens.weight": _one("model.embed_tokens.weight", embedding, Split.ROWS)}
     for i in range(config.num_layers):
-        table |= _layer_parts(config, f"layers.{i}", f"model.layers.{i}")
+        table |= _layer_parts(config, i)
     table["norm.weight"] = _one("model.norm.weight", (config.hidden_size,), Split.NONE)
     if head == "score":
         table["head.weight"] = _one(SCORE, (1, config.hidden_size), Split.NONE)
@@ -91,17 +123,25 @@ def global_shapes(config: ModelConfig, head: Head = "lm") -> dict[str, tuple[int
 
 
 def local_parameters(
-    config: ModelConfig, tp_size: int, head: Head = "lm"
+    config: ModelConfig, tp_size: int, head: Head = "lm", *, ep_size: int = 1
 ) -> dict[str, tuple[int, ...]]:
-    """Local name -> local shape, the same on every tensor-parallel rank."""
+    """Local name -> local shape, the same on every tensor- and expert-parallel rank."""
     shapes = {}
     for name, parts in parameter_parts(config, head).items():
-        held = _slices(config, parts, 0, tp_size)
+        held = _slices(config, parts, _Place(tp_size=tp_size, ep_size=ep_size))
         shapes[name] = (sum(s.rows for s in held), *held[0].size[1:])
     return shapes
 
 
-def slices(config: ModelConfig, local_name: str, tp_rank: int, tp_size: int) -> tuple[Slice, ...]:
+def slices(
+    config: ModelConfig,
+    local_name: str,
+    tp_rank: int,
+    tp_size: int,
+    *,
+    ep_rank: int = 0,
+    ep_size: int = 1,
+) -> tuple[Slice, ...]:
     """What the local parameter `local_name` of one rank holds.
 
     Raises:
@@ -110,15 +150,28 @@ def slices(config: ModelConfig, local_name: str, tp_rank: int, tp_size: int) -> 
     table = parameter_parts(config)
     if local_name not in table:
         raise ValueError(f"{config.architecture} has no local parameter {local_name!r}")
-    return _slices(config, table[local_name], tp_rank, tp_size)
+    place = _Place(tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size)
+    return _slices(config, table[local_name], place)
 
 
 def all_slices(
-    config: ModelConfig, tp_rank: int, tp_size: int, head: Head = "lm"
+    config: ModelConfig,
+    tp_rank: int,
+    tp_size: int,
+    head: Head = "lm",
+    *,
+    ep_rank: int = 0,
+    ep_size: int = 1,
 ) -> dict[str, tuple[Slice, ...]]:
     """`slices` of every local parameter, in order of the forward pass."""
+    place = _Place(tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size)
     table = parameter_parts(config, head)
-    return {name: _slices(config, parts, tp_rank, tp_size) for name, parts in table.items()}
+    return {name: _slices(config, parts, place) for name, parts in table.items()}
+
+
+def is_expert_parameter(local_name: str) -> bool:
+    """Whether a local parameter holds experts: `ep` divides it, and FSDP among other ranks."""
+    return ".mlp.experts." in local_name
 
 
 def restrict(held: Iterable[Slice], first_row: int, last_row: int) -> tuple[Slice, ...]:
@@ -143,19 +196,22 @@ def restrict(held: Iterable[Slice], first_row: int, last_row: int) -> tuple[Slic
     return tuple(result)
 
 
-def check_tp(config: ModelConfig, tp: int, *, replicate_kv: bool = False) -> None:
-    """Refuse a tensor-parallel degree that does not divide the model.
+def check_tp(
+    config: ModelConfig, tp: int, *, ep: int = 1, replicate_kv: bool = False
+) -> None:
+    """Refuse tensor- and expert-parallel degrees that do not divide the model.
 
     Args:
         replicate_kv: allow more ranks than key/value heads, each head then on several ranks. Only
             for inference: the gradients of such copies would have to be summed.
 
     Raises:
-        ValueError: naming the numbers that `tp` does not divide.
+        ValueError: naming the numbers that `tp` or `ep` does not divide.
     """
+    has_dense_layers = config.moe is None or len(config.moe.layers) < config.num_layers
     sizes = {
         "num_attention_heads": config.num_heads,
-        "intermediate_size": config.intermediate_size,
+        **({"intermediate_size": config.intermediate_size} if has_dense_layers else {}),
         "vocab_size": config.vocab_size,
     }
     copies = replicate_kv and tp > config.num_kv_heads
@@ -166,6 +222,23 @@ def check_tp(config: ModelConfig, tp: int, *, replicate_kv: bool = False) -> Non
         bad.append(f"num_key_value_heads={config.num_kv_heads} (which does not divide it)")
     if bad:
         raise ValueError(f"tp={tp} does not divide the model's {', '.join(bad)}")
+    _check_ep(config, tp, ep)
+
+
+def _check_ep(config: ModelConfig, tp: int, ep: int) -> None:
+    moe = config.moe
+    if moe is None:
+        if ep > 1:
+            raise ValueError(f"ep={ep}, but {config.architecture} has no experts: set it to 1")
+        return
+    if moe.num_experts % ep:
+        raise ValueError(f"ep={ep} does not divide the model's num_experts={moe.num_experts}")
+    etp = _Place(tp_size=tp, ep_size=ep).etp_size
+    if moe.intermediate_size % etp:
+        raise ValueError(
+            f"tp={tp} with ep={ep} divides each expert over {etp} ranks, which do not divide the "
+            f"experts' intermediate_size={moe.intermediate_size}"
+        )
 
 
 def local_kv_heads(config: ModelConfig, tp_size: int) -> int:
@@ -173,8 +246,9 @@ def local_kv_heads(config: ModelConfig, tp_size: int) -> int:
     return max(1, config.num_kv_heads // tp_size)
 
 
-def _layer_parts(config: ModelConfig, local: str, hf: str) -> dict[str, tuple[Part, ...]]:
-    hidden, ffn, d = config.hidden_size, config.intermediate_size, config.head_dim
+def _layer_parts(config: ModelConfig, layer: int) -> dict[str, tuple[Part, ...]]:
+    local, hf = f"layers.{layer}", f"model.layers.{layer}"
+    hidden, d = config.hidden_size, config.head_dim
     q_rows, kv_rows = config.num_heads * d, config.num_kv_heads * d
 
     def qkv(kind: str, *columns: int) -> tuple[Part, ...]:
@@ -198,14 +272,47 @@ def _layer_parts(config: ModelConfig, local: str, hf: str) -> dict[str, tuple[Pa
         f"{hf}.self_attn.o_proj.weight", (hidden, q_rows), Split.COLUMNS
     )
     table[f"{local}.post_norm.weight"] = norm("post_attention_layernorm", hidden)
-    table[f"{local}.mlp.gate_up.weight"] = (
-        _part(f"{hf}.mlp.gate_proj.weight", (ffn, hidden), Split.ROWS),
-        _part(f"{hf}.mlp.up_proj.weight", (ffn, hidden), Split.ROWS),
-    )
-    table[f"{local}.mlp.down.weight"] = _one(
-        f"{hf}.mlp.down_proj.weight", (hidden, ffn), Split.COLUMNS
-    )
-    return table
+    if config.moe is not None and layer in config.moe.layers:
+        return table | _expert_parts(config, config.moe, local, hf)
+    return table | _dense_parts(config, local, hf)
+
+
+def _dense_parts(config: ModelConfig, local: str, hf: str) -> dict[str, tuple[Part, ...]]:
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    return {
+        f"{local}.mlp.gate_up.weight": (
+            _part(f"{hf}.mlp.gate_proj.weight", (ffn, hidden), Split.ROWS),
+            _part(f"{hf}.mlp.up_proj.weight", (ffn, hidden), Split.ROWS),
+        ),
+        f"{local}.mlp.down.weight": _one(
+            f"{hf}.mlp.down_proj.weight", (hidden, ffn), Split.COLUMNS
+        ),
+    }
+
+
+def _expert_parts(
+    config: ModelConfig, moe: MoeConfig, local: str, hf: str
+) -> dict[str, tuple[Part, ...]]:
+    hidden, ffn = config.hidden_size, moe.intermediate_size
+    names = EXPERT_NAMES[config.architecture]
+
+    def part(name: str, expert: int, shape: tuple[int, ...], split: Split) -> Part:
+        return Part(name=f"{hf}.{name.format(expert)}", shape=shape, split=split, expert=expert)
+
+    experts = range(moe.num_experts)
+    return {
+        f"{local}.mlp.router.weight": _one(
+            f"{hf}.{names.router}", (moe.num_experts, hidden), Split.NONE
+        ),
+        f"{local}.mlp.experts.gate_up": tuple(
+            part(name, expert, (ffn, hidden), Split.ROWS)
+            for expert in experts
+            for name in (names.gate, names.up)
+        ),
+        f"{local}.mlp.experts.down": tuple(
+            part(names.down, expert, (hidden, ffn), Split.COLUMNS) for expert in experts
+        ),
+    }
 
 
 def _part(name: str, shape: tuple[int, ...], split: Split) -> Part:
@@ -216,18 +323,24 @@ def _one(name: str, shape: tuple[int, ...], split: Split) -> tuple[Part, ...]:
     return (_part(name, shape, split),)
 
 
-def _slices(
-    config: ModelConfig, parts: tuple[Part, ...], tp_rank: int, tp_size: int
-) -> tuple[Slice, ...]:
+def _slices(config: ModelConfig, parts: tuple[Part, ...], place: _Place) -> tuple[Slice, ...]:
     result, offset = [], 0
+    experts = range(0)
+    if config.moe is not None:
+        experts = range(*_range(config.moe.num_experts, place.ep_rank, place.ep_size))
     for part in parts:
         start, stop = [0] * len(part.shape), list(part.shape)
+        rank, size = place.tp_rank, place.tp_size
+        if part.expert is not None:
+            if part.expert not in experts:
+                continue
+            rank, size = place.etp_rank, place.etp_size
         if part.split is Split.COLUMNS:
-            start[1], stop[1] = _range(part.shape[1], tp_rank, tp_size)
+            start[1], stop[1] = _range(part.shape[1], rank, size)
         elif part.split is Split.ROWS:
-            start[0], stop[0] = _range(part.shape[0], tp_rank, tp_size)
+            start[0], stop[0] = _range(part.shape[0], rank, size)
         elif part.split is Split.KV_ROWS:
-            start[0], stop[0] = _kv_range(config, tp_rank, tp_size)
+            start[0], stop[0] = _kv_range(config, rank, size)
         result.append(
             Slice(
                 name=part.name,

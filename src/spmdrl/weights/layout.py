@@ -12,9 +12,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from spmdrl.distributed.expert_axes import expert_degrees, expert_place
 from spmdrl.distributed.mesh import coordinates
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.sharding import Head, Slice, all_slices, local_parameters, restrict
+from spmdrl.models.sharding import (
+    Head,
+    Slice,
+    all_slices,
+    is_expert_parameter,
+    local_parameters,
+    restrict,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,26 +70,39 @@ def model_layout(
 ) -> dict[int, Table]:
     """The layout of a role: tensor-parallel parameters, cut along dim 0 by FSDP where dp_shard > 1.
 
-    FSDP2 shards over dp_shard x cp as `torch.chunk` does: the first ranks get ceil(rows / n).
+    FSDP2 shards over dp_shard x cp as `torch.chunk` does: the first ranks get ceil(rows / n). Of
+    these ranks, those that hold the same experts shard them (see `distributed.expert_axes`).
     Pipeline stages hold consecutive layers; the first has the embedding, the last the norm and the
-    head (which is the embedding again where they are tied). Ranks with the same pp, tp and shard
-    coordinates share one table.
+    head (which is the embedding again where they are tied). Ranks with the same pp, tp, ep and
+    shard coordinates share one table.
     """
     tp, cp, pp = degrees.get("tp", 1), degrees.get("cp", 1), degrees.get("pp", 1)
     sharded = degrees.get("dp_shard", 1) > 1
     num_shards = degrees.get("dp_shard", 1) * cp if sharded else 1
-    shapes = local_parameters(config, tp, head)
-    by_tp = [all_slices(config, rank, tp, head) for rank in range(tp)]
+    ep, exchange = degrees.get("ep", 1), expert_degrees(degrees)["exchange"]
+    shapes = local_parameters(config, tp, head, ep_size=ep)
     stages = [_stage(config, shapes, stage, pp) for stage in range(pp)]
-    tables: dict[tuple[int, int, int], Table] = {}
+    parts: dict[tuple[int, int], Mapping[str, tuple[Slice, ...]]] = {}
+    tables: dict[tuple[int, int, int, int], Table] = {}
     layout = {}
     for rank, place in zip(ranks, coordinates(degrees), strict=True):
         shard = place["dp_shard"] * cp + place["cp"] if sharded else 0
-        at = (place["pp"], place["tp"], shard)
+        tp_rank, ep_rank = place["tp"], expert_place(degrees, place)["ep"]
+        if (tp_rank, ep_rank) not in parts:
+            found = all_slices(config, tp_rank, tp, head, ep_rank=ep_rank, ep_size=ep)
+            parts[tp_rank, ep_rank] = found
+        at = (place["pp"], tp_rank, ep_rank, shard)
         if at not in tables:
+            # without shards, exchange has nothing to divide
+            of_experts = (shard // exchange, max(1, num_shards // exchange))
             tables[at] = {
-                name: _shard(shapes[name], dtype, held, shard, num_shards)
-                for name, held in by_tp[place["tp"]].items()
+                name: _shard(
+                    shapes[name],
+                    dtype,
+                    held,
+                    *(of_experts if is_expert_parameter(name) else (shard, num_shards)),
+                )
+                for name, held in parts[tp_rank, ep_rank].items()
                 if name in stages[place["pp"]]
             }
         layout[rank] = tables[at]
