@@ -23,12 +23,18 @@ from spmdrl.memory.residency import Residency
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.hf import TensorSource, fill, open_model
-from spmdrl.models.sharding import check_tp
 from spmdrl.objects import load_object
 from spmdrl.passes import WEIGHTS, ModelRole
 from spmdrl.placement import Placement, place_roles
 from spmdrl.policy_sync import PolicySync
-from spmdrl.role_plan import KINDS, RolePlan, plan_roles, role_head, training_dtype
+from spmdrl.role_plan import (
+    KINDS,
+    RolePlan,
+    check_degrees,
+    plan_roles,
+    role_head,
+    training_dtype,
+)
 from spmdrl.roles import Policy, Rollout
 from spmdrl.rollout.native.engine import NativeEngine, NativeOptions
 from spmdrl.training.options import TrainOptions
@@ -81,7 +87,7 @@ def open_models(config: Config, placements: Mapping[str, Placement]) -> dict[str
             seed=config.seed,
         )
         models[name] = Model(config=shape, weights=weights)
-        check_tp(shape, placements[name].degrees["tp"])
+        check_degrees(config, name, placements[name], shape)
     return models
 
 
@@ -312,6 +318,7 @@ def _engine(
     if not mesh.is_member:
         return None
     tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
+    ep = Parallel(rank=mesh.coordinate("ep"), size=mesh.size("ep"))
     rollout = config.rollout
     options = NativeOptions(
         kv_cache_gb=rollout.kv_cache_gb,
@@ -323,6 +330,7 @@ def _engine(
     return NativeEngine(
         model.config,
         tp=tp,
+        ep=ep,
         options=options,
         device=device,
         dtype=training_dtype(config, device),

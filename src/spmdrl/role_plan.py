@@ -11,7 +11,7 @@ from spmdrl.config import Config
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.sharding import Head
+from spmdrl.models.sharding import Head, check_tp
 from spmdrl.passes import ModelRole
 from spmdrl.placement import Placement, role_device_type
 from spmdrl.roles import Policy, Reference, Reward, Value
@@ -65,6 +65,24 @@ def role_head(config: Config, name: str) -> Head:
     """Which head the model of a role has."""
     kind = config.role_kind(name)
     return KINDS[kind].head if kind in KINDS else "lm"
+
+
+def check_degrees(config: Config, name: str, placement: Placement, shape: ModelConfig) -> None:
+    """Refuse degrees that do not divide the role's model.
+
+    Raises:
+        ValueError: naming the role and the numbers.
+    """
+    tp, ep = placement.degrees["tp"], placement.degrees["ep"]
+    try:
+        check_tp(shape, tp, ep=ep)
+    except ValueError as error:
+        raise ValueError(f"roles.{name}: {error}") from None
+    if config.role_kind(name) == "rollout" and tp % ep:
+        raise ValueError(
+            f"roles.{name}.ep={ep} with roles.{name}.tp={tp}: the replicas of a rollout generate "
+            "each at its own pace and exchange no tokens, so its ep must divide its tp"
+        )
 
 
 def plan_roles(

@@ -149,8 +149,7 @@ def test_gradients_equal_transformers_with_and_without_recompute() -> None:
 
 def check_gradients(decoder: Decoder, expected: dict[str, Tensor]) -> None:
     parameters = dict(decoder.named_parameters())
-    tp = decoder.tp
-    for name, held in all_slices(decoder.config, tp.rank, tp.size).items():
+    for name, held in decoder.slices().items():
         grad = parameters[name].grad
         assert grad is not None, name
         for s in held:

@@ -1,4 +1,4 @@
-"""Differentiable collectives of tensor and context parallelism.
+"""Differentiable collectives of tensor, context and expert parallelism.
 
 Each function takes a process group, or None where the degree is 1 (then it is the identity). The
 pairs are those of Megatron-LM (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3):
@@ -7,6 +7,7 @@ pairs are those of Megatron-LM (Shoeybi et al. 2019, https://arxiv.org/abs/1909.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,26 @@ class _Gather(torch.autograd.Function):
         return out, None, None
 
 
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, sent: list[int], got: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sizes, ctx.group = (sent, got), group
+        return _exchange_rows(x, sent, got, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        sent, got = ctx.sizes
+        return _exchange_rows(grad, got, sent, ctx.group), None, None, None
+
+
+def _exchange_rows(x: Tensor, sent: list[int], got: list[int], group: dist.ProcessGroup) -> Tensor:
+    out = x.new_empty(sum(got), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), got, sent, group=group)
+    return out
+
+
 def copy_to(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Identity forward, all-reduce (sum) backward."""
     return x if group is None else _apply(_CopyTo, x, group)
@@ -95,6 +116,22 @@ def gather_own_grad(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     For a gathered tensor from which every rank computes the same loss (log-probabilities).
     """
     return x if group is None else _apply(_Gather, x, group, False)
+
+
+def all_to_all_rows(
+    x: Tensor, sent: Sequence[int], got: Sequence[int], group: dist.ProcessGroup
+) -> Tensor:
+    """Rows to every rank of the group, `sent[i]` (in order) to the i-th; those that come, rank by
+    rank, `got[i]` from the i-th. The backward sends the gradients back.
+    """
+    return _apply(_AllToAllRows, x, list(sent), list(got), group)
+
+
+def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Row i of `counts` [ranks, ...] to the i-th rank; what the ranks sent here, in their order."""
+    got = torch.empty_like(counts)
+    dist.all_to_all_single(got, counts.contiguous(), group=group)
+    return got
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:

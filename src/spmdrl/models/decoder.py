@@ -1,4 +1,4 @@
-"""The dense decoder of Llama 2/3, SmolLM2, Qwen2/2.5, Qwen3 and Mistral.
+"""The decoder of Llama 2/3, SmolLM2, Qwen2/2.5, Qwen3, Mistral, and of Qwen3-MoE and Mixtral.
 
 One definition serves the torch train backend and the native rollout engine. It works on a packed
 stream of T tokens and leaves attention to the caller (`Attend`), who knows which tokens belong
@@ -21,7 +21,9 @@ from ..distributed.parallel import Parallel, copy_to, reduce_from
 from .config import ModelConfig, inverse_frequencies
 from .fused import rms_norm, swiglu
 from .linear import linear
-from .sharding import Head, local_kv_heads
+from .moe import Moe
+from .routing import Routing
+from .sharding import Head, Slice, all_slices, local_kv_heads
 
 R = TypeVar("R")
 Recompute = Literal["none", "layer"]
@@ -167,6 +169,7 @@ class Layer(nn.Module):
         config: ModelConfig,
         index: int,
         tp: Parallel,
+        ep: Parallel,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -177,22 +180,41 @@ class Layer(nn.Module):
         self.input_norm = Norm(hidden, eps, dtype=dtype, device=device)
         self.attention = Attention(config, tp, dtype=dtype, device=device)
         self.post_norm = Norm(hidden, eps, dtype=dtype, device=device)
-        self.mlp = Mlp(config, tp, dtype=dtype, device=device)
+        self.mlp: Mlp | Moe
+        if config.moe is not None and index in config.moe.layers:
+            self.mlp = Moe(config, tp, ep, dtype=dtype, device=device)
+        else:
+            self.mlp = Mlp(config, tp, dtype=dtype, device=device)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, recompute: bool = False
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend,
+        routing: Routing | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         if not recompute:
-            return self.run(x, rope, attend)
+            return self.run(x, rope, attend, routing)
         # Inside forward, so that an FSDP-wrapped layer is unsharded once for both passes.
         result: Tensor = checkpoint(
-            self.run, x, rope, attend, use_reentrant=False, preserve_rng_state=False
+            self.run, x, rope, attend, routing, use_reentrant=False, preserve_rng_state=False
         )
         return result
 
-    def run(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend,
+        routing: Routing | None,
+    ) -> Tensor:
         x = x + self.attention(self.input_norm(x), rope, attend, self.index)
-        out: Tensor = self.mlp(self.post_norm(x))
+        normed = self.post_norm(x)
+        if isinstance(self.mlp, Moe):
+            out: Tensor = self.mlp(normed, self.index, routing)
+        else:
+            out = self.mlp(normed)
         return x + out
 
 
@@ -202,6 +224,8 @@ class Decoder(nn.Module):
     Args:
         config: the global model.
         tp: this rank's place in the tensor-parallel group; `check_tp` says which degrees fit.
+        ep: which part of the experts is here, of how many, and with whom tokens are exchanged for
+            the others (see `Moe`).
         dtype: of all parameters. Norms and rope are computed in float32 whatever it is.
         device: where the (uninitialised) parameters lie; `meta` for none yet.
         head: "lm" adds `head.weight` unless the embeddings are tied; "score" adds one row, which
@@ -213,17 +237,19 @@ class Decoder(nn.Module):
         config: ModelConfig,
         *,
         tp: Parallel | None = None,
+        ep: Parallel | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "meta",
         head: Head = "lm",
     ) -> None:
         super().__init__()
         tp = Parallel() if tp is None else tp
-        self.config, self.tp = config, tp
+        ep = Parallel() if ep is None else ep
+        self.config, self.tp, self.ep = config, tp, ep
         vocab, hidden = config.vocab_size // tp.size, config.hidden_size
         self.embed_tokens = Embedding(vocab, hidden, tp=tp, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
-            Layer(config, i, tp, dtype=dtype, device=device) for i in range(config.num_layers)
+            Layer(config, i, tp, ep, dtype=dtype, device=device) for i in range(config.num_layers)
         )
         self.norm = Norm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
         self.head: Projection | None = None
@@ -243,6 +269,7 @@ class Decoder(nn.Module):
         finish: None = None,
         *,
         recompute: Recompute = "none",
+        routing: Routing | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -254,6 +281,7 @@ class Decoder(nn.Module):
         finish: Callable[[Tensor, Tensor], R],
         *,
         recompute: Recompute = "none",
+        routing: Routing | None = None,
     ) -> R: ...
 
     def forward(
@@ -264,6 +292,7 @@ class Decoder(nn.Module):
         finish: Callable[[Tensor, Tensor], R] | None = None,
         *,
         recompute: Recompute = "none",
+        routing: Routing | None = None,
     ) -> Tensor | R:
         """Hidden states [T, D] after the final norm, or what `finish` makes of them.
 
@@ -272,15 +301,23 @@ class Decoder(nn.Module):
         product with the local rows of the head must pass them through
         `copy_to(hidden, tp.group)` first, and so must nothing else.
 
-        `recompute="layer"` keeps only each layer's input for the backward pass.
+        `recompute="layer"` keeps only each layer's input for the backward pass. `routing` is of a
+        mixture of experts: what is to be chosen, and what was.
         """
         again = recompute == "layer" and torch.is_grad_enabled()
         rope = self.rope(positions)
         x = self.embed_tokens(tokens)
         for layer in self.layers:
-            x = layer(x, rope, attend, again)
+            x = layer(x, rope, attend, routing, again)
         hidden: Tensor = self.norm(x)
         return hidden if finish is None else finish(hidden, self.head_weight())
+
+    def slices(self) -> dict[str, tuple[Slice, ...]]:
+        """What every parameter holds of the global tensors."""
+        tp, ep = self.tp, self.ep
+        return all_slices(
+            self.config, tp.rank, tp.size, self.kind, ep_rank=ep.rank, ep_size=ep.size
+        )
 
     def head_weight(self) -> Tensor:
         """[V_local, D]: the embedding's where they are tied; [1, D] of a scalar head."""

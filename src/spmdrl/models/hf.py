@@ -20,7 +20,7 @@ from torch import Tensor
 from ..files import atomic_directory
 from .config import CAUSAL, CLASSIFICATION, ModelConfig, read_config, tiny
 from .decoder import Decoder
-from .sharding import SCORE, Head, Slice, all_slices, global_shapes
+from .sharding import SCORE, Head, Slice, global_shapes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -256,7 +256,7 @@ def fill(params: Iterable[tuple[Tensor, tuple[Slice, ...]]], checkpoint: TensorS
 def load_into(decoder: Decoder, checkpoint: TensorSource) -> None:
     """Fill a decoder's local parameters (plain tensors on a real device) from a checkpoint."""
     parameters = dict(decoder.named_parameters())
-    held = all_slices(decoder.config, decoder.tp.rank, decoder.tp.size, decoder.kind)
+    held = decoder.slices()
     fill(((tensor, held[name]) for name, tensor in parameters.items()), checkpoint)
 
 

@@ -1,4 +1,6 @@
-"""The torch-native train backend: data parallel (plain or FSDP2) x tensor x context parallel."""
+"""The torch-native train backend: data (plain or FSDP2) x tensor x context parallel, and experts
+over these.
+"""
 
 from __future__ import annotations
 
@@ -113,10 +115,12 @@ class TorchBackend:
         self._require("weights", "optimizer")
         gradients = self._take_gradients()
         if self.mesh.shard_mesh is None:
-            all_reduce_gradients(list(gradients.values()), self.mesh.group("reduce"))
+            for axis in ("reduce", "edp"):
+                own = [gradients[leaf.name] for leaf in self._leaves if leaf.summed_over == axis]
+                all_reduce_gradients(own, self.mesh.group(axis))
         norm = gradient_norm(
             [gradients[leaf.name] for leaf in self._leaves if leaf.counted],
-            [self.mesh.group("shard") if self.mesh.shard_mesh else None, self.mesh.group("tp")],
+            [self.mesh.group("all")],
             self._device,
         )
         lr = lr_at(self._num_steps, self.options)
@@ -181,9 +185,12 @@ class TorchBackend:
         )
 
     def _paced(self, microbatches: list[Microbatch]) -> list[Microbatch]:
-        """As many on every rank that FSDP2 gathers and reduces with: each is a collective."""
+        """As many on every rank that FSDP2 gathers and reduces with, or that experts exchange
+        tokens with: each is a collective.
+        """
         group = self.mesh.group("reduce")
-        if self.mesh.shard_mesh is None or group is None:
+        alone = self.mesh.shard_mesh is None and self.mesh.size("exchange") == 1
+        if alone or group is None:
             return microbatches
         most = torch.tensor(len(microbatches), device=self._device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)

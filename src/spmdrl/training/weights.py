@@ -2,13 +2,15 @@
 
 A leaf is one local parameter with what the optimizer, the norm, checkpoints and weight sync need to
 know of it. With `dp_shard: 1` the parameters are plain and replicated over dp and cp; else FSDP2
-shards float32 parameters over dp_shard x cp and gathers them in the compute dtype. Tensor
-parallelism is the decoder's own in both cases.
+shards float32 parameters over dp_shard x cp and gathers them in the compute dtype. Tensor and
+expert parallelism are the decoder's own in both cases; experts are replicated, or sharded, over
+those ranks only that hold the same ones (`distributed.expert_axes`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,8 @@ from spmdrl.distributed.parallel import Parallel
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.hf import TensorSource, fill
-from spmdrl.models.sharding import Head, Slice, all_slices, check_tp, restrict
+from spmdrl.models.moe import Experts
+from spmdrl.models.sharding import Head, Slice, check_tp, is_expert_parameter, restrict
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,8 +35,9 @@ class Leaf:
         weight: this rank's part, the parameter's own storage; may have no rows.
         master: what the optimizer updates, float32; `weight` itself where that is float32.
         slices: where `weight` lies in the global name space.
-        counted: whether this rank counts the leaf's gradient in the norm (of parameters that every
-            tp rank holds, the first one does).
+        counted: whether this rank counts the leaf's gradient in the norm: of ranks that hold the
+            same part, the first one does.
+        summed_over: the mesh's axis over which gradients are summed, where FSDP does not do it.
         decay: whether weight decay applies.
     """
 
@@ -43,6 +47,7 @@ class Leaf:
     master: Tensor
     slices: tuple[Slice, ...]
     counted: bool
+    summed_over: Literal["reduce", "edp"]
     decay: bool
 
     @property
@@ -71,16 +76,19 @@ def build_decoder(
     """
     if mesh.size("pp") > 1:
         raise ValueError(f"role {mesh.role!r}: the torch backend has no pipeline stages, set pp: 1")
-    check_tp(config, mesh.size("tp"))
+    check_tp(config, mesh.size("tp"), ep=mesh.size("ep"))
     tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
+    ep = Parallel(group=mesh.group("exchange"), rank=mesh.coordinate("ep"), size=mesh.size("ep"))
     if mesh.shard_mesh is None:
-        decoder = Decoder(config, tp=tp, dtype=dtype, device=device, head=head)
+        decoder = Decoder(config, tp=tp, ep=ep, dtype=dtype, device=device, head=head)
         return decoder.requires_grad_(trainable)
-    decoder = Decoder(config, tp=tp, device="meta", head=head).requires_grad_(trainable)
+    decoder = Decoder(config, tp=tp, ep=ep, device="meta", head=head).requires_grad_(trainable)
     # Nothing that a layer is called with (rope's float32 tables) may be cast.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    for experts in [module for module in decoder.modules() if isinstance(module, Experts)]:
+        fully_shard(experts, mesh=mesh.expert_shard_mesh, mp_policy=policy)
     for layer in (*decoder.layers, decoder):
         fully_shard(layer, mesh=mesh.shard_mesh, mp_policy=policy)
     for module in decoder.modules():
@@ -98,15 +106,22 @@ def make_leaves(decoder: Decoder, mesh: Mesh, *, trainable: bool) -> tuple[Leaf,
     """The decoder's parameters in order of the forward pass, weights and masters not filled."""
     sharded = mesh.shard_mesh is not None
     shard, num_shards = (mesh.coordinate("shard"), mesh.size("shard")) if sharded else (0, 1)
-    tables = all_slices(decoder.config, decoder.tp.rank, decoder.tp.size, decoder.kind)
+    exchange = mesh.size("exchange") if sharded else 1
+    tables = decoder.slices()
     leaves = []
     for name, parameter in decoder.named_parameters():
         weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
-        rows = parameter.shape[0]
-        first, last = _chunk(rows, shard, num_shards)
+        rows, is_expert = parameter.shape[0], is_expert_parameter(name)
+        if is_expert:
+            first, last = _chunk(rows, shard // exchange, num_shards // exchange)
+        else:
+            first, last = _chunk(rows, shard, num_shards)
         assert len(weight) == last - first, (name, weight.shape, first, last)
         own_master = trainable and weight.dtype != torch.float32
-        replicated = all(part.is_whole for part in tables[name])
+        summed_over: Literal["reduce", "edp"] = "edp" if is_expert else "reduce"
+        copies = "dp_replicate" if sharded else summed_over
+        # what tensor parallelism does not divide, every tp rank holds; experts it always does
+        replicated = not is_expert and all(part.is_whole for part in tables[name])
         leaves.append(
             Leaf(
                 name=name,
@@ -114,7 +129,8 @@ def make_leaves(decoder: Decoder, mesh: Mesh, *, trainable: bool) -> tuple[Leaf,
                 weight=weight,
                 master=torch.empty_like(weight, dtype=torch.float32) if own_master else weight,
                 slices=restrict(tables[name], first, last),
-                counted=not replicated or decoder.tp.rank == 0,
+                counted=mesh.coordinate(copies) == 0 and not (replicated and decoder.tp.rank > 0),
+                summed_over=summed_over,
                 decay=parameter.ndim > 1,
             )
         )

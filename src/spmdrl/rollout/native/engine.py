@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...distributed.parallel import Parallel
 from ...models.config import ModelConfig
 from ...models.decoder import Decoder
-from ...models.sharding import Slice, all_slices, check_tp, local_kv_heads, local_parameters
+from ...models.sharding import Slice, check_tp, local_kv_heads
 from ...storages import require_resident
 from ..protocol import Completion, Progress, Request
 from ..sampling import SamplingParams
@@ -87,6 +87,7 @@ class NativeEngine:
         config: the model.
         tp: this rank's place in its tensor-parallel group, which generates in lockstep: every rank
             of it calls `generate` with the same requests.
+        ep: which part of the experts is here, of how many; they lie on the ranks of `tp`.
         eos_token_ids: ends of text; the configuration's where None.
         detokenize: token ids to text, for stop texts.
     """
@@ -96,6 +97,7 @@ class NativeEngine:
         config: ModelConfig,
         *,
         tp: Parallel | None = None,
+        ep: Parallel | None = None,
         options: NativeOptions | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
@@ -103,14 +105,16 @@ class NativeEngine:
         detokenize: Detokenize | None = None,
     ) -> None:
         tp = Parallel() if tp is None else tp
-        check_tp(config, tp.size, replicate_kv=True)
+        ep = Parallel() if ep is None else ep
+        check_tp(config, tp.size, ep=ep.size, replicate_kv=True)
         self._config, self._tp = config, tp
         self._options = NativeOptions() if options is None else options
         self._device = torch.device("cpu") if device is None else device
         self._dtype = dtype
         self._eos = tuple(config.eos_ids if eos_token_ids is None else eos_token_ids)
         self._detokenize = detokenize
-        self._decoder = Decoder(config, tp=tp, dtype=dtype, device="meta").requires_grad_(False)
+        decoder = Decoder(config, tp=tp, ep=ep, dtype=dtype, device="meta")
+        self._decoder = decoder.requires_grad_(False)
         self._paged = varlen_is_usable(dtype, config.head_dim, self._device)
         multiple = BLOCK_MULTIPLE if self._paged else 1
         self.block_size = -(-self._options.block_size // multiple) * multiple
@@ -123,16 +127,15 @@ class NativeEngine:
 
     def parameters_table(self) -> dict[str, Parameter]:
         """Local name -> what this rank needs to hold."""
-        held = dict(self._decoder.named_parameters())
-        slices = all_slices(self._config, self._tp.rank, self._tp.size)
+        slices = self._decoder.slices()
         return {
             name: Parameter(
-                tensor=None if held[name].is_meta else held[name].data,
+                tensor=None if parameter.is_meta else parameter.data,
                 slices=slices[name],
-                shape=shape,
+                shape=tuple(parameter.shape),
                 dtype=self._dtype,
             )
-            for name, shape in local_parameters(self._config, self._tp.size).items()
+            for name, parameter in self._decoder.named_parameters()
         }
 
     def local_tensors(self) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:
