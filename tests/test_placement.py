@@ -69,6 +69,7 @@ def test_ranks_as_all_ranges_lists_and_same_as() -> None:
         ({"dp_shard": "all", "tp": 2}, "dp_shard4 tp2"),
         ({"dp_shard": "all", "dp_replicate": 2}, "dp_replicate2 dp_shard4"),
         ({"dp_shard": 4}, "dp_replicate2 dp_shard4"),
+        ({"dp_shard": 4, "ep": 4}, "dp_replicate2 dp_shard4 ep4"),
     ],
 )
 def test_open_degrees_are_filled_in(role: dict[str, Any], degrees: str) -> None:
@@ -82,6 +83,8 @@ def test_open_degrees_are_filled_in(role: dict[str, Any], degrees: str) -> None:
         (3, {"tp": 2}, r"tp=2 make 2 ranks, .*'all' are 3"),
         (4, {"dp_replicate": 2}, r"dp_replicate=2 make 2 ranks, .*'all' are 4"),
         (2, {"ranks": "0-3", "tp": 8}, r"'0-3' names ranks \[2, 3\], but the world has 2"),
+        (4, {"ep": 3}, r"roles\.policy\.ep=3 with tp=1 leaves 3 parts .* dp x cp, which are 4"),
+        (4, {"tp": 2, "dp_shard": 2, "ep": 8}, r"ep=8 with tp=2 leaves 4 .* which are 2"),
         (4, {"ranks": "1-"}, r"policy\.ranks='1-': write all"),
         (4, {"ranks": "two"}, r"policy\.ranks='two': write all"),
         (4, {"ranks": -1}, r"policy\.ranks=-1: write all"),
@@ -189,12 +192,31 @@ def test_every_shipped_config_folds(path: Path, world_size: int) -> None:
     assert placement_table(placed).count("\n") == len(placed)
 
 
+def test_expert_parallelism_folds_to_what_divides_the_ranks() -> None:
+    roles: dict[str, Any] = {
+        "policy": {"dp_shard": "all", "ep": 8},
+        "rollout": {"tp": 4, "ep": 4},
+        "value": {"tp": 2, "dp_replicate": 4, "ep": 8},
+    }
+    assert places(2, tiny=True, **roles) == {
+        "policy": ([0, 1], "dp_shard2 ep2"),
+        "rollout": ([0, 1], "tp2 ep2"),
+        "value": ([0, 1], "tp2 ep2"),
+    }
+    assert places(1, tiny=True, **roles)["policy"] == ([0], "")
+
+
 def test_table_aligns_names() -> None:
     placed = place_roles(config(policy={"tp": 2}, ref={"ranks": "0,2"}), 4)
     assert placement_table(placed).splitlines() == [
         "  role    ranks  dp_replicate  dp_shard  cp  tp",
         "  policy  0-3               2         1   1   2",
         "  ref     0,2               2         1   1   1",
+    ]
+    experts = place_roles(config(policy={"tp": 2, "ep": 4}, ref={"ranks": "0,2"}), 4)
+    assert placement_table(experts).splitlines()[:2] == [
+        "  role    ranks  dp_replicate  dp_shard  cp  tp  ep",
+        "  policy  0-3               2         1   1   2   4",
     ]
     assert placement_table(placed, {"policy": "weights keep"}).splitlines() == [
         "  role    ranks  dp_replicate  dp_shard  cp  tp  memory",

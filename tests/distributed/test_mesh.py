@@ -92,6 +92,44 @@ def test_the_mesh_that_fsdp_takes() -> None:
     assert run_ranks(sharded, 4) == [expected] * 4
 
 
+def of_experts(world: World) -> list[Any]:
+    seen = []
+    for degrees in (
+        {"dp_replicate": 2, "tp": 2, "ep": 2},
+        {"dp_replicate": 2, "tp": 2, "ep": 4},
+        {"dp_shard": 4, "ep": 2},
+        {"dp_replicate": 2, "dp_shard": 2, "ep": 2},
+    ):
+        mesh = Mesh("policy", [0, 1, 2, 3], degrees, "cpu")
+        groups = {}
+        for axis in ("ep", "edp", "exchange", "etp"):
+            group = mesh.group(axis)
+            groups[axis] = [world.rank] if group is None else dist.get_process_group_ranks(group)
+            assert len(groups[axis]) == mesh.size(axis)
+            assert groups[axis][mesh.coordinate(axis)] == world.rank
+        shards = mesh.expert_shard_mesh
+        seen.append((groups, None if shards is None else shards.mesh.tolist()))
+    return seen
+
+
+def test_expert_axes_fold_into_the_others() -> None:
+    found = run_ranks(of_experts, 4)
+    first = [result[0][0] for result in found]
+    # parts on tp first: the ranks of a tp group hold different experts, nothing is exchanged
+    assert [g["ep"] for g in first] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [g["edp"] for g in first] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [g["exchange"] for g in first] == [[0], [1], [2], [3]]
+    second = [result[1][0] for result in found]
+    assert [g["ep"] for g in second] == [[0, 1, 2, 3]] * 4
+    assert [g["exchange"] for g in second] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    assert [g["edp"] for g in second] == [[0], [1], [2], [3]]
+    third = [result[2] for result in found]
+    assert [g["exchange"] for g, _ in third] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert [shards for _, shards in third] == [[0, 2], [1, 3], [0, 2], [1, 3]]
+    # what is sharded over two ranks is replicated over two: each expert on one rank of a shard
+    assert [result[3][1] for result in found] == [[[0], [2]], [[1], [3]], [[0], [2]], [[1], [3]]]
+
+
 BOTH = "cpu:gloo,cuda:nccl"
 
 
