@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from test_torch_backend import compare, run_layouts
-from training_cases import options, tiny_config
+from training_cases import tiny_config
 
 from harness import run_ranks
 from spmdrl.launch import World
