@@ -1,32 +1,59 @@
-"""The product for few rows equals `F.linear`."""
+"""Products by oneDNN equal `F.linear`, forwards and backwards."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from spmdrl.models.linear import linear
+from spmdrl.models.linear import in_blocks, linear, serves
 
 
-@pytest.mark.parametrize("rows", [1, 4, 9, 15, 16, 40])
-@pytest.mark.parametrize("columns", [25, 96, 100, 384, 512])
-def test_few_rows_equal_the_plain_product(rows: int, columns: int) -> None:
+def _operands(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, 64, generator=generator)
     weight = torch.randn(columns, 64, generator=generator)
-    bias = torch.randn(columns, generator=generator)
+    return x, weight, torch.randn(columns, generator=generator)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4, 9, 33, 200])
+@pytest.mark.parametrize("columns", [1, 25, 96, 512])
+def test_the_product_is_that_of_torch(rows: int, columns: int) -> None:
+    x, weight, bias = _operands(rows, columns)
     for b in (None, bias):
-        with torch.no_grad():
-            found = linear(x, weight, b)
-        torch.testing.assert_close(found, F.linear(x, weight, b), rtol=0, atol=1e-5)
-    strided = torch.randn(rows, 128, generator=generator)[:, ::2]
+        expected = F.linear(x, weight, b)
+        with torch.inference_mode():
+            torch.testing.assert_close(linear(x, weight, b), expected, rtol=0, atol=1e-5)
+            blocked = linear(x, weight, b, in_blocks(weight))
+            torch.testing.assert_close(blocked, expected, rtol=0, atol=1e-5)
+    strided = torch.randn(rows, 128)[:, ::2]
     with torch.inference_mode():
         torch.testing.assert_close(linear(strided, weight), F.linear(strided, weight))
 
 
-def test_gradients_are_those_of_the_plain_product() -> None:
-    x, weight = torch.randn(8, 32), torch.randn(64, 32, requires_grad=True)
-    linear(x, weight).sum().backward()
-    assert weight.grad is not None
-    torch.testing.assert_close(weight.grad, x.sum(0).expand(64, 32))
+@pytest.mark.parametrize("rows", [0, 8, 100])
+def test_gradients_are_those_of_the_plain_product(rows: int) -> None:
+    operands = [t.requires_grad_() for t in _operands(rows, 48)]
+    x, weight, bias = operands
+    factors = torch.randn(rows, 48)
+    found = torch.autograd.grad((linear(x, weight, bias) * factors).sum(), operands)
+    expected = torch.autograd.grad((F.linear(x, weight, bias) * factors).sum(), operands)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_operand_gets_no_gradient() -> None:
+    x, weight, _ = _operands(8, 48)
+    linear(x, weight.requires_grad_()).sum().backward()
+    assert weight.grad is not None and x.grad is None
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(48, 64))
+
+
+def test_only_float32_on_the_cpu_is_served() -> None:
+    x, weight, _ = _operands(8, 48)
+    assert serves(x, weight)
+    assert not serves(x.double(), weight.double())
+    assert not serves(x.bfloat16(), weight.bfloat16())
+    wide = linear(x.double().requires_grad_(), weight.double())
+    torch.testing.assert_close(wide, F.linear(x.double(), weight.double()))

@@ -45,6 +45,7 @@ def test_tokenizer() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of `mkldnn.flags`, on any CPU build
 def test_logits_and_answer_equal_transformers() -> None:
     from transformers import AutoModelForCausalLM
 
@@ -61,7 +62,11 @@ def test_logits_and_answer_equal_transformers() -> None:
         expected = model(tokens).logits[0]
         hidden = decoder(tokens[0], torch.arange(tokens.shape[1]), dense)
         logits = hidden @ decoder.head_weight().T
-    assert (logits - expected).abs().max() <= 1e-4
+        with torch.backends.mkldnn.flags(enabled=False):  # products as transformers computes them
+            alike = decoder(tokens[0], torch.arange(tokens.shape[1]), dense)
+    assert (alike @ decoder.head_weight().T - expected).abs().max() <= 1e-4
+    # logits reach 28: float32 itself is up to 1e-4 from float64, and oneDNN rounds in another order
+    assert (logits - expected).abs().max() <= 3e-4
     answer = tokenizer("The capital of France is Paris.<|im_end|>")["input_ids"]
     # Greedy at every place of the answer gives the next token of it.
     assert logits[-len(answer) - 1 : -1].argmax(-1).tolist() == answer

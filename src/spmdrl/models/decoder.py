@@ -43,7 +43,10 @@ class Attend(Protocol):
 
 
 class Projection(nn.Module):
-    """y = x W^T (+ b), with storage that is not initialised: weights are always filled after."""
+    """y = x W^T (+ b), with storage that is not initialised: weights are always filled after.
+
+    `blocked` is the weight as `linear.in_blocks` has laid it out; whoever sets it keeps it true.
+    """
 
     def __init__(
         self,
@@ -57,9 +60,10 @@ class Projection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
+        self.blocked: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.blocked)
 
 
 class Norm(nn.Module):
@@ -82,7 +86,10 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Vocabulary-parallel: each rank looks up the rows that it has, and the ranks' sum is all."""
+    """Vocabulary-parallel: each rank looks up the rows that it has, and the ranks' sum is all.
+
+    `blocked` serves a tied head, see `Projection`.
+    """
 
     def __init__(
         self,
@@ -96,6 +103,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.tp = tp
         self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
+        self.blocked: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.tp.group is None:
@@ -321,7 +329,12 @@ class Decoder(nn.Module):
 
     def head_weight(self) -> Tensor:
         """[V_local, D]: the embedding's where they are tied; [1, D] of a scalar head."""
-        return self.embed_tokens.weight if self.head is None else self.head.weight
+        return self.head_holder.weight
+
+    @property
+    def head_holder(self) -> Embedding | Projection:
+        """The module whose weight is the head's."""
+        return self.embed_tokens if self.head is None else self.head
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin for `rotate`, each [T, 1, d] float32.

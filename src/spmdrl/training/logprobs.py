@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spmdrl.distributed.parallel import Parallel, copy_to
+from spmdrl.models.linear import product
 
 CPU_TILE = 1 << 20
 """Logits in one tile on a CPU: 4 MB in float32. Other devices take the whole vocabulary."""
@@ -109,7 +110,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Tile:
-    """Logits of some rows and some of this rank's vocabulary; the next tile overwrites them."""
+    """Logits of some rows and some of this rank's vocabulary."""
 
     rows: slice
     columns: slice
@@ -122,15 +123,12 @@ def _tiles(hidden: Tensor, weight: Tensor, scale: float, chunk: int) -> Iterator
     chunk = max(1, min(chunk, num_rows))
     width = vocab if weight.device.type != "cpu" else min(vocab, max(256, CPU_TILE // chunk))
     wide = torch.promote_types(weight.dtype, torch.float32)
-    buffer = torch.empty(chunk * width, dtype=weight.dtype, device=weight.device)
     for start in range(0, num_rows, chunk):
         rows = slice(start, min(start + chunk, num_rows))
         scaled = (hidden[rows] * scale).to(weight.dtype)
         for first in range(0, vocab, width):
             columns = slice(first, min(first + width, vocab))
-            size = (rows.stop - rows.start, columns.stop - columns.start)
-            logits = buffer[: size[0] * size[1]].view(size)
-            torch.mm(scaled, weight[columns].t(), out=logits)
+            logits = product(scaled, weight[columns])
             yield _Tile(rows=rows, columns=columns, logits=logits.to(wide), hidden=scaled)
 
 
@@ -185,14 +183,11 @@ def _combine(
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, row_scale: Tensor | None = None) -> None:
     """total += row_scale * (a b), the product in b's dtype."""
-    if row_scale is None and total.dtype == b.dtype:
-        total.addmm_(a, b)
-        return
-    product = a.to(b.dtype) @ b
+    part = product(a.to(b.dtype), b.t())
     if row_scale is None:
-        total.add_(product)
+        total.add_(part)
     else:
-        total.addcmul_(product.to(total.dtype), row_scale)
+        total.addcmul_(part.to(total.dtype), row_scale)
 
 
 def _add_targets(

@@ -22,12 +22,13 @@ from ...storages import require_resident
 from ..protocol import Completion, Progress, Request
 from ..sampling import SamplingParams
 from .attention import CacheShape, PagedAttention
+from .blocked import blocked_weights
 from .blocks import BlockPool
 from .blockwise import BlockwiseAttention
 from .requests import GB, blocks_needed, check_requests
 from .runner import Runner
 from .sampler import Sampler
-from .scheduler import Scheduler, StepPlan
+from .scheduler import Scheduler, sampled
 from .sequence import Sequence as Sample
 from .sequence import common_prefix, sequences_of
 from .stops import Detokenize, StopRule
@@ -50,7 +51,6 @@ class NativeOptions:
         max_running: sequences decoded together, at most.
         prefill_tokens: prompt tokens a step, at most.
         cuda_graphs: replay decode steps as CUDA graphs.
-        keep_cache: keep the cache's storage between calls.
     """
 
     kv_cache_gb: float | Literal["auto"] = "auto"
@@ -58,7 +58,6 @@ class NativeOptions:
     max_running: int = 256
     prefill_tokens: int = 2048
     cuda_graphs: bool = True
-    keep_cache: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +214,9 @@ class NativeEngine:
         with torch.inference_mode():
             if leaders:
                 work = self._prepare_work(num_blocks)
-                self._run(work, leaders, requests, progress, should_stop)
+                longest = max(request.sampling.max_tokens for request in requests)
+                with blocked_weights(self._decoder, longest):
+                    self._run(work, leaders, requests, progress, should_stop)
         return [[sample.completion() for sample in group] for group in groups]
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
@@ -275,10 +276,6 @@ class NativeEngine:
             prefix=prefix,
         )
 
-    def drop_cache(self) -> None:
-        """Free the cache and what was captured over it."""
-        self._work = None
-
     def _run(
         self,
         work: _Work,
@@ -306,8 +303,6 @@ class NativeEngine:
             if stop:
                 scheduler.drain()
         self.num_preempted = scheduler.num_preempted
-        if not self._options.keep_cache:
-            self.drop_cache()
 
     def _advance(
         self,
@@ -333,7 +328,7 @@ class NativeEngine:
         tokens, stop = self._agree(tokens, stop)
         for i, sample in enumerate(samples):
             if logprobs[i] != logprobs[i]:
-                self.drop_cache()
+                self.release_cache()
                 raise ValueError(
                     f"the logits of prompt {sample.request.prompt_id} are not finite: the policy's "
                     "weights hold NaN or infinity"
@@ -416,21 +411,3 @@ class NativeEngine:
         runner = Runner(self._decoder, attention, self._device, graph_sequences=graphs)
         self._work = _Work(num_blocks=num_blocks, runner=runner, compact=not self._paged)
         return self._work
-
-
-def sampled(plan: StepPlan, scheduler: Scheduler) -> tuple[list[Sample], list[int]]:
-    """The samples that get a token from this step, and the row of logits of each.
-
-    A prompt's last row serves its sample and the followers, which share its blocks from here on.
-    """
-    samples = list(plan.decodes)
-    rows = list(range(len(samples)))
-    row = len(samples)
-    for chunk in plan.chunks:
-        if not chunk.is_last:
-            continue
-        group = [chunk.sequence, *scheduler.fork(chunk.sequence)]
-        samples += group
-        rows += [row] * len(group)
-        row += 1
-    return samples, rows

@@ -58,7 +58,8 @@ class Runner:
         return self._project(self._decoder(tokens, positions, self._attention))
 
     def _project(self, hidden: Tensor) -> Tensor:  # [R, D] -> [R, V]
-        logits = linear(hidden, self._decoder.head_weight())
+        head = self._decoder.head_holder
+        logits = linear(hidden, head.weight, blocked=head.blocked)
         tp = self._decoder.tp
         if tp.group is None:
             return logits

@@ -284,3 +284,21 @@ class Scheduler:
                 sequence.blocks = [moves.get(block, block) for block in sequence.blocks]
             self._prefix_blocks = [moves.get(block, block) for block in self._prefix_blocks]
         return moves
+
+
+def sampled(plan: StepPlan, scheduler: Scheduler) -> tuple[list[Sequence], list[int]]:
+    """The sequences that get a token from this step, and the row of logits of each.
+
+    A prompt's last row serves its sample and the followers, which share its blocks from here on.
+    """
+    samples = list(plan.decodes)
+    rows = list(range(len(samples)))
+    row = len(samples)
+    for chunk in plan.chunks:
+        if not chunk.is_last:
+            continue
+        group = [chunk.sequence, *scheduler.fork(chunk.sequence)]
+        samples += group
+        rows += [row] * len(group)
+        row += 1
+    return samples, rows
