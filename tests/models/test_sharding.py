@@ -95,9 +95,7 @@ def test_every_expert_is_held_as_often_as_there_are_copies(
     local = local_parameters(config, tp, ep_size=ep)
     for place in coordinates(degrees):
         ep_rank = expert_place(degrees, place)["ep"]
-        for name, held in all_slices(
-            config, place["tp"], tp, ep_rank=ep_rank, ep_size=ep
-        ).items():
+        for name, held in all_slices(config, place["tp"], tp, ep_rank=ep_rank, ep_size=ep).items():
             assert sum(s.rows for s in held) == local[name][0]
             for s in held:
                 assert s.size[1:] == local[name][1:], s

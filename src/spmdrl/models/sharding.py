@@ -196,9 +196,7 @@ def restrict(held: Iterable[Slice], first_row: int, last_row: int) -> tuple[Slic
     return tuple(result)
 
 
-def check_tp(
-    config: ModelConfig, tp: int, *, ep: int = 1, replicate_kv: bool = False
-) -> None:
+def check_tp(config: ModelConfig, tp: int, *, ep: int = 1, replicate_kv: bool = False) -> None:
     """Refuse tensor- and expert-parallel degrees that do not divide the model.
 
     Args:

@@ -1,0 +1,92 @@
+"""y = x W_e^T for rows sorted by expert e: one grouped GEMM on GPUs, else a loop over experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Groups:
+    """How many of the sorted rows each expert has.
+
+    Args:
+        counts: int64 [E], on the rows' device; rows after the last group belong to none.
+        sizes: the same numbers on the host, where they are known there.
+    """
+
+    counts: Tensor
+    sizes: Sequence[int] | None = None
+
+
+def grouped_gemm_is_usable(dtype: torch.dtype, device: torch.device, *widths: int) -> bool:
+    """Whether torch has one kernel for all experts, which needs no sizes on the host.
+
+    `torch.nn.functional.grouped_mm` takes bfloat16 on GPUs from compute capability 8.0 on; rows
+    must be multiples of 16 bytes.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16 or not torch.cuda.is_available():
+        return False
+    aligned = all(width % 8 == 0 for width in widths)
+    return aligned and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def grouped_linear(
+    x: Tensor,  # [N, K], sorted by expert
+    weight: Tensor,  # [E, M, K]
+    groups: Groups,
+) -> Tensor:  # [N, M]; rows that belong to no group are not defined
+    """Each row times the weight of its expert."""
+    if grouped_gemm_is_usable(x.dtype, x.device, *weight.shape[1:]):
+        return grouped_gemm(x, weight, groups.counts)
+    sizes = groups.counts.tolist() if groups.sizes is None else groups.sizes
+    out: Tensor = _Loop.apply(x, weight, tuple(sizes))  # type: ignore[no-untyped-call]
+    return out
+
+
+def grouped_gemm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_linear` by torch's kernel (on CPUs torch has a reference of it)."""
+    ends = counts.cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+
+
+class _Loop(torch.autograd.Function):
+    """One product for each expert that has rows; gradients are written in place, expert by expert
+    (autograd's own, of a slice of the weight, would be as large as the weight).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        assert sum(sizes) == x.shape[0], (sum(sizes), x.shape)
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        start = 0
+        for expert, size in enumerate(sizes):
+            if size:
+                rows = slice(start, start + size)
+                torch.mm(x[rows], weight[expert].t(), out=out[rows])
+            start += size
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
+        start = 0
+        for expert, size in enumerate(ctx.sizes):
+            rows = slice(start, start + size)
+            if size:
+                torch.mm(grad[rows], weight[expert], out=d_x[rows])
+                torch.mm(grad[rows].t(), x[rows], out=d_weight[expert])
+            else:
+                d_weight[expert].zero_()
+            start += size
+        return d_x, d_weight, None

@@ -1,0 +1,164 @@
+"""Mixture-of-experts layers: every token goes to its top-k experts, none is dropped.
+
+Ranks hold whole experts or parts of them as `sharding` says. Tokens are the same on all
+tensor-parallel ranks, so each of these serves those experts that it has a part of, and their sum is
+taken as after any row-parallel product. Experts that lie on ranks with other tokens are served by
+an exchange: tokens go to the rank with the same tp coordinate that has the expert, and come back.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.parallel import Parallel, all_to_all_rows, copy_to, exchange_counts, reduce_from
+from .config import ModelConfig
+from .fused import swiglu
+from .grouped import Groups, grouped_gemm_is_usable, grouped_linear
+from .routing import Routing
+
+
+class Router(nn.Module):
+    """Probabilities over all experts [T, E], in float32: choices are as fine as they can be."""
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        assert config.moe is not None
+        shape = (config.moe.num_experts, config.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.float(), self.weight.float()).softmax(dim=-1)
+
+
+class Moe(nn.Module):
+    """Router and experts of one layer.
+
+    Args:
+        ep: `ep.rank` of `ep.size` parts of the experts is here; `ep.group` has the ranks with other
+            tokens (and the same tp coordinate) that hold other parts, in their order.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: Parallel,
+        ep: Parallel,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        assert config.moe is not None
+        self.tp, self.moe = tp, config.moe
+        self.router = Router(config, dtype=dtype, device=device)
+        self.experts = Experts(config, tp, ep, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, layer: int, routing: Routing | None) -> Tensor:  # [T, D]
+        probabilities = self.router(x)
+        if routing is None:
+            chosen = probabilities.topk(self.moe.top_k, dim=-1).indices
+        else:
+            chosen = routing.choose(layer, probabilities.detach())
+            probabilities = routing.balanced(layer, probabilities, chosen)
+        weights = probabilities.gather(1, chosen)
+        if self.moe.normalise:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        group = self.tp.group
+        out = self.experts(copy_to(x, group), chosen, copy_to(weights.to(x.dtype), group))
+        return reduce_from(out, group)
+
+
+class Experts(nn.Module):
+    """This rank's experts, stacked: `gate_up` has the rows of gate and up of each, `down` of down.
+
+    A module of its own: FSDP2 shards it over other ranks than the rest of the layer.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: Parallel,
+        ep: Parallel,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        assert config.moe is not None
+        ep_tp = math.gcd(tp.size, ep.size)
+        self.ep, self.num_columns, self.column = ep, ep_tp, ep.rank % ep_tp
+        self.hidden, self.count = config.hidden_size, config.moe.num_experts // ep.size
+        self.width = config.moe.intermediate_size // (tp.size // ep_tp)
+        rows = (self.count * 2 * self.width, self.count * self.hidden)
+        self.gate_up = nn.Parameter(torch.empty(rows[0], self.hidden, dtype=dtype, device=device))
+        self.down = nn.Parameter(torch.empty(rows[1], self.width, dtype=dtype, device=device))
+
+    def forward(
+        self,
+        x: Tensor,  # [T, D]
+        chosen: Tensor,  # int64 [T, K]
+        weights: Tensor,  # [T, K]
+    ) -> Tensor:  # [T, D], the experts of this tp rank's column alone
+        top_k = chosen.shape[1]
+        key, num_keys = self._keys(chosen.flatten())
+        order = key.argsort(stable=True)
+        counts = torch.zeros(num_keys + 1, dtype=torch.int64, device=x.device)
+        counts = counts.scatter_add_(0, key, torch.ones_like(key))[:-1]
+        if self.ep.group is not None:
+            order, out = self._exchange(x, order, top_k, counts.view(-1, self.count))
+        elif self._counts_on_device(x) and not torch.is_grad_enabled():
+            # no wait for the device, and the same shapes whatever is chosen: for CUDA graphs
+            out = self._run(x.index_select(0, order // top_k), Groups(counts=counts))
+            absent = key.index_select(0, order) == num_keys
+            out = out.masked_fill(absent[:, None], 0)
+        else:
+            sizes = counts.tolist()
+            order = order[: sum(sizes)]
+            rows = x.index_select(0, order // top_k)
+            out = self._run(rows, Groups(counts=counts, sizes=sizes))
+        by_choice = out.new_zeros(chosen.numel(), self.hidden).index_copy(0, order, out)
+        return (by_choice.view(*chosen.shape, -1) * weights[:, :, None]).sum(dim=1)
+
+    def _keys(self, expert: Tensor) -> tuple[Tensor, int]:
+        """By which rows are sorted: the rank that has the expert, then the expert; the last key
+        (their number is given) is for experts of other tp ranks.
+        """
+        part, within = expert // self.count, expert % self.count
+        row, column = part // self.num_columns, part % self.num_columns
+        num_keys = self.ep.size // self.num_columns * self.count
+        absent = column != self.column
+        return (row * self.count + within).masked_fill(absent, num_keys), num_keys
+
+    def _counts_on_device(self, x: Tensor) -> bool:
+        return grouped_gemm_is_usable(x.dtype, x.device, self.hidden, self.width)
+
+    def _exchange(
+        self, x: Tensor, order: Tensor, top_k: int, sent: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows to the ranks that have their experts, and back; `sent` [ranks, E] says how many."""
+        assert self.ep.group is not None
+        got = exchange_counts(sent, self.ep.group)
+        ours = got.sum(0)
+        sizes = torch.cat((sent.sum(1), got.sum(1), ours)).tolist()  # one wait for the device
+        count = len(sent)
+        sent_sizes, got_sizes, sizes = sizes[:count], sizes[count : 2 * count], sizes[2 * count :]
+        order = order[: sum(sent_sizes)]
+        rows = x.index_select(0, order // top_k)
+        rows = all_to_all_rows(rows, sent_sizes, got_sizes, self.ep.group)
+        # rows come rank by rank, each sorted by expert
+        expert = torch.arange(self.count, device=x.device).repeat(len(got))
+        by_expert = expert.repeat_interleave(got.flatten()).argsort(stable=True)
+        out = self._run(rows.index_select(0, by_expert), Groups(counts=ours, sizes=sizes))
+        out = out.new_empty(out.shape).index_copy(0, by_expert, out)
+        return order, all_to_all_rows(out, got_sizes, sent_sizes, self.ep.group)
+
+    def _run(self, rows: Tensor, groups: Groups) -> Tensor:  # [N, D] -> [N, D]
+        gate_up = self.gate_up.view(self.count, 2 * self.width, self.hidden)
+        down = self.down.view(self.count, self.hidden, self.width)
+        hidden = swiglu(grouped_linear(rows, gate_up, groups))
+        return grouped_linear(hidden, down, groups)
