@@ -54,7 +54,7 @@ def product(
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes this product: `torch.backends.mkldnn.flags(enabled=False)` bars it."""
+    """Whether oneDNN computes it; `torch.backends.mkldnn.flags(enabled=False)` says no."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
