@@ -82,7 +82,8 @@ def model_layout(
     ep, exchange = degrees.get("ep", 1), expert_degrees(degrees)["exchange"]
     shapes = local_parameters(config, tp, head, ep_size=ep)
     stages = [_stage(config, shapes, stage, pp) for stage in range(pp)]
-    parts: dict[tuple[int, int], Mapping[str, tuple[Slice, ...]]] = {}
+    cuts = _Cuts(dtype)
+    parts: dict[tuple[int, int], dict[str, tuple[int, tuple[Slice, ...]]]] = {}
     tables: dict[tuple[int, int, int, int], Table] = {}
     layout = {}
     for rank, place in zip(ranks, coordinates(degrees), strict=True):
@@ -90,19 +91,17 @@ def model_layout(
         tp_rank, ep_rank = place["tp"], expert_place(degrees, place)["ep"]
         if (tp_rank, ep_rank) not in parts:
             found = all_slices(config, tp_rank, tp, head, ep_rank=ep_rank, ep_size=ep)
-            parts[tp_rank, ep_rank] = found
+            kinds = {name: (cuts.kind(shapes[name], held), held) for name, held in found.items()}
+            parts[tp_rank, ep_rank] = kinds
         at = (place["pp"], tp_rank, ep_rank, shard)
         if at not in tables:
             # without shards, exchange has nothing to divide
             of_experts = (shard // exchange, max(1, num_shards // exchange))
             tables[at] = {
-                name: _shard(
-                    shapes[name],
-                    dtype,
-                    held,
-                    *(of_experts if is_expert_parameter(name) else (shard, num_shards)),
+                name: cuts.shard(
+                    kind, held, *(of_experts if is_expert_parameter(name) else (shard, num_shards))
                 )
-                for name, held in parts[tp_rank, ep_rank].items()
+                for name, (kind, held) in parts[tp_rank, ep_rank].items()
                 if name in stages[place["pp"]]
             }
         layout[rank] = tables[at]
@@ -124,16 +123,56 @@ def _stage(config: ModelConfig, names: Iterable[str], stage: int, count: int) ->
     return frozenset(held)
 
 
-def _shard(
-    shape: tuple[int, ...], dtype: torch.dtype, slices: tuple[Slice, ...], index: int, count: int
-) -> Held:
-    """The part of a local tensor on shard `index` of `count`."""
-    if count == 1:
-        return Held(shape=shape, dtype=dtype, slices=slices)
-    rows = shape[0]
-    chunk = -(-rows // count)
-    first, last = min(index * chunk, rows), min((index + 1) * chunk, rows)
-    return Held(shape=(last - first, *shape[1:]), dtype=dtype, slices=restrict(slices, first, last))
+class _Cuts:
+    """FSDP's parts of local tensors. Layers are cut alike, so where is worked out once for all.
+
+    Many ranks hold a million slices: they share all but their names.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._kinds: dict[object, int] = {}
+        self._tensors: list[tuple[tuple[int, ...], tuple[Slice, ...]]] = []
+        """Of each kind: the shape and slices of its first tensor."""
+        self._parts: dict[tuple[int, int, int], _Part] = {}
+
+    def kind(self, shape: tuple[int, ...], slices: tuple[Slice, ...]) -> int:
+        """A number for local tensors that differ in nothing but names."""
+        alike = (shape, *((s.shape, s.start, s.stop, s.offset) for s in slices))
+        kind = self._kinds.setdefault(alike, len(self._tensors))
+        if kind == len(self._tensors):
+            self._tensors.append((shape, slices))
+        return kind
+
+    def shard(self, kind: int, slices: tuple[Slice, ...], index: int, count: int) -> Held:
+        """Shard `index` of `count` of the tensor with these slices."""
+        at = (kind, index, count)
+        if at not in self._parts:
+            self._parts[at] = self._cut(*at)
+        shape, pieces = self._parts[at]
+        own = [
+            Slice(
+                name=slices[i].name,
+                shape=piece.shape,
+                start=piece.start,
+                stop=piece.stop,
+                offset=piece.offset,
+            )
+            for i, piece in pieces
+        ]
+        return Held(shape=shape, dtype=self._dtype, slices=tuple(own))
+
+    def _cut(self, kind: int, index: int, count: int) -> _Part:
+        shape, slices = self._tensors[kind]
+        chunk = -(-shape[0] // count)
+        first, last = min(index * chunk, shape[0]), min((index + 1) * chunk, shape[0])
+        numbers = {piece.name: i for i, piece in enumerate(slices)}
+        pieces = restrict(slices, first, last)
+        return (last - first, *shape[1:]), [(numbers[piece.name], piece) for piece in pieces]
+
+
+_Part = tuple[tuple[int, ...], list[tuple[int, Slice]]]
+"""Shape, and slices with their place among those of the whole local tensor."""
 
 
 def local_box(tensor: torch.Tensor, held: Slice) -> torch.Tensor:
