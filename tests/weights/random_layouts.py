@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
+from random import Random
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from weight_cases import model, tensors_of, values
+from weight_cases import UNTOUCHED, Shapes, box_of, model, numbered, tensors_of
 
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.sharding import Slice, global_shapes
@@ -26,13 +29,74 @@ MODELS = (
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
+EXPERTS, EXPERT_SHAPES = 4, {"up_proj": (6, 5), "down_proj": (5, 6)}
+SYNTHETIC = {
+    f"model.layers.{layer}.mlp.experts.{e}.{kind}.weight": shape
+    for layer in (0, 1)
+    for kind, shape in EXPERT_SHAPES.items()
+    for e in range(EXPERTS)
+} | {"padded.weight": (7, 5)}
+"""What no backend here has: experts, and a vocabulary that is padded to a multiple of the ranks."""
+
+
 @st.composite
-def pairs(draw: st.DrawFn, world_size: int) -> tuple[ModelConfig, WeightLayout, WeightLayout]:
-    """A model with a source and a target layout somewhere in the world."""
+def pairs(draw: st.DrawFn, world_size: int) -> tuple[Shapes, WeightLayout, WeightLayout]:
+    """A name space, with a source and a target layout of it somewhere in the world."""
     config = draw(st.sampled_from(MODELS))
-    source = draw(st.one_of(parallel(config, world_size, True), boxes(config, world_size)))
-    target = draw(st.one_of(parallel(config, world_size, False), boxes(config, world_size)))
-    return config, source, target
+    shapes = global_shapes(config)
+    if draw(st.booleans()):
+        shapes = shapes | SYNTHETIC
+    layouts = []
+    for is_source in (True, False):
+        if draw(st.booleans()):
+            layouts.append(draw(boxes(shapes, world_size)))
+            continue
+        layout = draw(parallel(config, world_size, is_source))
+        if shapes.keys() >= SYNTHETIC.keys():
+            most = [n for n in (1, 2, 3, 4) if n <= len(layout)]
+            ep = draw(st.sampled_from(most))
+            tp = draw(st.sampled_from([n for n in most if n * ep <= len(layout)]))
+            layout = with_experts(layout, ep, tp)
+        layouts.append(layout)
+    return shapes, layouts[0], layouts[1]
+
+
+def with_experts(layout: WeightLayout, ep: int, tp: int) -> WeightLayout:
+    """`layout` and `SYNTHETIC`: a rank's experts below each other in one tensor for each kind."""
+    result = {}
+    for number, (rank, table) in enumerate(layout.items()):
+        dtype = next(iter(table.values())).dtype
+        at, part = number % ep, number // ep % tp
+        experts = range(EXPERTS * at // ep, EXPERTS * (at + 1) // ep)
+        own = dict(table)
+        for layer in (0, 1):
+            for kind, shape in EXPERT_SHAPES.items():
+                cut = 0 if kind == "up_proj" else 1
+                start, stop = [0, 0], list(shape)
+                start[cut], stop[cut] = shape[cut] * part // tp, shape[cut] * (part + 1) // tp
+                rows = stop[0] - start[0]
+                slices = tuple(
+                    Slice(
+                        name=f"model.layers.{layer}.mlp.experts.{e}.{kind}.weight",
+                        shape=shape,
+                        start=tuple(start),
+                        stop=tuple(stop),
+                        offset=place * rows,
+                    )
+                    for place, e in enumerate(experts)
+                )
+                held = Held(
+                    shape=(len(experts) * rows, stop[1] - start[1]), dtype=dtype, slices=slices
+                )
+                own[f"layers.{layer}.experts.{kind}"] = held
+        chunk = -(-7 // tp)
+        low, high = min(7, part * chunk), min(7, (part + 1) * chunk)
+        vocabulary = Slice(
+            name="padded.weight", shape=(7, 5), start=(low, 0), stop=(high, 5), offset=0
+        )
+        own["padded"] = Held(shape=(chunk, 5), dtype=dtype, slices=(vocabulary,))
+        result[rank] = own
+    return result
 
 
 @st.composite
@@ -61,11 +125,11 @@ def parallel(
 
 
 @st.composite
-def boxes(draw: st.DrawFn, config: ModelConfig, world_size: int) -> WeightLayout:
+def boxes(draw: st.DrawFn, shapes: Shapes, world_size: int) -> WeightLayout:
     """Every tensor cut anywhere, each box on any ranks: whatever a backend may bring."""
-    tables: dict[int, dict[str, Held]] = {}
+    pieces: dict[int, list[Slice]] = {}
     dtype = draw(st.sampled_from(DTYPES))
-    for name, shape in global_shapes(config).items():
+    for name, shape in shapes.items():
         cuts = [
             sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=2))}) for size in shape
         ]
@@ -73,18 +137,39 @@ def boxes(draw: st.DrawFn, config: ModelConfig, world_size: int) -> WeightLayout
             start = tuple(bounds[i] for bounds, i in zip(cuts, at, strict=True))
             stop = tuple(bounds[i + 1] for bounds, i in zip(cuts, at, strict=True))
             piece = Slice(name=name, shape=shape, start=start, stop=stop, offset=0)
-            held = Held(shape=piece.size, dtype=dtype, slices=(piece,))
             for rank in draw(st.sets(st.integers(0, world_size - 1), min_size=1, max_size=4)):
-                tables.setdefault(rank, {})[f"{name}{list(start)}"] = held
-    return tables
+                pieces.setdefault(rank, []).append(piece)
+    chance = Random(draw(st.integers(0, 2**32)))
+    return {rank: _stacked(own, dtype, chance) for rank, own in pieces.items()}
+
+
+def _stacked(pieces: list[Slice], dtype: torch.dtype, chance: Random) -> Table:
+    """Boxes of equal width below each other in tensors of up to three, padding between them."""
+    by_width: dict[tuple[int, ...], list[Slice]] = {}
+    for piece in chance.sample(pieces, len(pieces)):
+        by_width.setdefault(piece.size[1:], []).append(piece)
+    table = {}
+    for width, own in by_width.items():
+        while own:
+            taken = [own.pop() for _ in range(min(len(own), chance.randint(1, 3)))]
+            rows, slices = 0, []
+            for piece in taken:
+                rows += chance.choice((0, 0, 2))
+                slices.append(replace(piece, offset=rows))
+                rows += piece.rows
+            shape = (rows + chance.choice((0, 1)), *width)
+            table[f"{taken[0].name}{taken[0].start}"] = Held(
+                shape=shape, dtype=dtype, slices=tuple(slices)
+            )
+    return table
 
 
 class Ledger:
     """What every rank holds or has received of every tensor."""
 
-    def __init__(self, config: ModelConfig, source: WeightLayout) -> None:
+    def __init__(self, shapes: Shapes, source: WeightLayout) -> None:
         self._there: dict[tuple[int, str], Tensor] = {}
-        self._shapes = global_shapes(config)
+        self._shapes = shapes
         for rank, table in source.items():
             for held in table.values():
                 for piece in held.slices:
@@ -94,6 +179,21 @@ class Ledger:
         new = torch.zeros(self._shapes[name], dtype=torch.bool)
         mask = self._there.setdefault((rank, name), new)
         return mask[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))]
+
+    def lacking(self, target: WeightLayout) -> int:
+        """Bytes that target ranks want and do not have, value by value, in the target's dtype."""
+        total = 0
+        for rank, table in target.items():
+            wanted: dict[str, Tensor] = {}
+            for held in table.values():
+                for piece in held.slices:
+                    new = torch.zeros(piece.shape, dtype=torch.int64)
+                    box = wanted.setdefault(piece.name, new)[box_of(piece)]
+                    box.clamp_(min=held.dtype.itemsize)
+            for name, sizes in wanted.items():
+                have = self._there.get((rank, name))
+                total += int(sizes.sum() if have is None else sizes[~have].sum())
+        return total
 
     def receive(self, rank: int, message: Message) -> int:
         """Note what came; it must be new to the rank. Returns its bytes."""
@@ -105,16 +205,20 @@ class Ledger:
 
 
 def simulate(
-    config: ModelConfig, plan: SyncPlan, source: WeightLayout, target: WeightLayout
-) -> int:
-    """Carry out a plan for all ranks and check the targets; returns the bytes received."""
-    whole = values(config)
+    shapes: Shapes, plan: SyncPlan, source: WeightLayout, target: WeightLayout
+) -> tuple[int, int]:
+    """Carry out a plan for all ranks and check the targets.
+
+    Returns:
+        The bytes received, and the bytes that the targets lacked, counted apart from the plan.
+    """
+    whole = numbered(shapes)
     ranks = range(plan.world_size)
     nothing: Table = {}
-    tensors = {r: tensors_of(source.get(r, nothing), whole) for r in ranks}
+    tensors = {r: tensors_of(source.get(r, nothing), whole, math.nan) for r in ranks}
     filled = {
         r: {
-            name: torch.zeros(held.shape, dtype=held.dtype)
+            name: torch.full(held.shape, UNTOUCHED, dtype=held.dtype)
             for name, held in target.get(r, nothing).items()
             if name not in plan.shared.get(r, ())
         }
@@ -130,7 +234,8 @@ def simulate(
     }
     rounds = (*plan.frozen_rounds, *plan.rounds)
     programs = {r: program_of(plan, rounds, r) for r in ranks}
-    ledger, received = Ledger(config, source), 0
+    ledger, received = Ledger(shapes, source), 0
+    lacking = ledger.lacking(target)
     for number in range(len(rounds)):
         parts = {r: programs[r][number] for r in ranks}
         received += _carry_out(parts, places, ledger)
@@ -138,24 +243,17 @@ def simulate(
             staged = [*part.sends, *part.receives, *part.casts]
             is_single = len({item for m in staged for item in m.items}) <= 1
             assert is_single or sum(m.num_bytes for m in staged) <= plan.slot_bytes
+    # what was narrower at the source cannot have more digits here
+    source_dtype = next(held.dtype for table in source.values() for held in table.values())
     for rank, table in target.items():
-        for name, expected in tensors_of(table, whole).items():
+        for name, expected in tensors_of(table, whole, UNTOUCHED).items():
             if name in plan.shared[rank]:
-                assert torch.equal(tensors[rank][name], expected)
+                expected = tensors_of({name: source[rank][name]}, whole, math.nan)[name]
+                assert torch.equal(tensors[rank][name].nan_to_num(), expected.nan_to_num())
                 continue
-            # what was narrower at the source cannot have more digits here
-            dtypes = {held.dtype for held in next(iter(source.values())).values()}
-            assert torch.equal(
-                filled[rank][name],
-                expected.to(min(dtypes, key=_size)).to(expected.dtype)
-                if expected.dtype.itemsize > min(map(_size, dtypes))
-                else expected,
-            )
-    return received
-
-
-def _size(dtype: torch.dtype) -> int:
-    return dtype.itemsize
+            narrow = source_dtype if source_dtype.itemsize < expected.itemsize else expected.dtype
+            assert torch.equal(filled[rank][name], expected.to(narrow).to(expected.dtype)), name
+    return received, lacking
 
 
 def _carry_out(parts: Mapping[int, RankRound], places: Mapping[int, Places], ledger: Ledger) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,14 @@ import torch
 from torch import Tensor
 
 from spmdrl.models.config import ModelConfig, parse_config
-from spmdrl.models.sharding import global_shapes
+from spmdrl.models.sharding import Slice, global_shapes
 from spmdrl.weights.layout import Held
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""A name space: global name -> shape."""
+
+UNTOUCHED = -1.0
+"""What targets hold at first; no global tensor has it."""
 
 Degrees = Mapping[str, int]
 Case = tuple[list[int], Degrees]
@@ -36,22 +43,32 @@ def model(**changes: Any) -> ModelConfig:
 
 def values(config: ModelConfig, salt: int = 0) -> dict[str, Tensor]:
     """Every global tensor, all numbers distinct."""
-    result, start = {}, salt * 100_000
-    for name, shape in global_shapes(config).items():
+    return numbered(global_shapes(config), salt)
+
+
+def numbered(shapes: Shapes, salt: int = 0) -> dict[str, Tensor]:
+    """Tensors of these shapes, all numbers distinct."""
+    result, start = {}, salt * 100_000 + 1
+    for name, shape in shapes.items():
         count = torch.Size(shape).numel()
         result[name] = torch.arange(start, start + count, dtype=torch.float32).reshape(shape)
         start += count
     return result
 
 
-def tensors_of(table: Mapping[str, Held], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The local tensors of one rank of a layout."""
+def tensors_of(
+    table: Mapping[str, Held], whole: Mapping[str, Tensor], padding: float | None = None
+) -> dict[str, Tensor]:
+    """The local tensors of one rank of a layout; `padding` where no slice lies (None: nowhere)."""
     result = {}
     for name, held in table.items():
-        tensor = torch.full(held.shape, float("nan"), dtype=held.dtype)
+        tensor = torch.full(held.shape, math.nan if padding is None else padding, dtype=held.dtype)
         for s in held.slices:
-            box = tuple(slice(a, b) for a, b in zip(s.start, s.stop, strict=True))
-            tensor[s.offset : s.offset + s.rows] = whole[s.name][box]
-        assert not tensor.isnan().any()
+            tensor[s.offset : s.offset + s.rows] = whole[s.name][box_of(s)]
+        assert padding is not None or not tensor.isnan().any()
         result[name] = tensor
     return result
+
+
+def box_of(piece: Slice) -> tuple[slice, ...]:
+    return tuple(slice(a, b) for a, b in zip(piece.start, piece.stop, strict=True))
