@@ -347,10 +347,18 @@ class Decoder(nn.Module):
             # An inference tensor made here could not be used by a later training step.
             with torch.inference_mode(False):
                 self._frequencies = torch.tensor(values, device=positions.device)
-        angles = positions[:, None, None].float() * self._frequencies  # [T, 1, d / 2]
-        cos = angles.cos() * self.config.rope.attention_factor
-        sin = angles.sin() * self.config.rope.attention_factor
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return rope_tables(positions, self._frequencies, self.config.rope.attention_factor)
+
+
+def rope_tables(
+    positions: Tensor,  # [T] int64
+    frequencies: Tensor,  # [d / 2] float32, of `inverse_frequencies`
+    factor: float,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin for `rotate`, each [T, 1, d] float32, times `factor`."""
+    angles = positions[:, None, None].float() * frequencies  # [T, 1, d / 2]
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(

@@ -31,6 +31,7 @@ def token_logprobs(
     temperature: float,
     chunk: int,
     tp: Parallel | None = None,
+    first_id: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden weight^T / temperature) at the targets, and the softmax's entropy.
 
@@ -41,14 +42,17 @@ def token_logprobs(
         chunk: tokens of logits held at once.
         tp: with a group, `weight` holds the rows of rank `tp.rank` and the results are the same on
             all ranks; the gradient of `hidden` is summed over them.
+        first_id: the token of the weight's first row; default: all ranks have equally many rows.
+            A rank may have none.
 
     Returns:
         logprobs [N] and entropy [N] in nats, float32 (or float64).
     """
     tp = Parallel() if tp is None else tp
     hidden = copy_to(hidden, tp.group)
+    local = targets - (tp.rank * weight.shape[0] if first_id is None else first_id)
     logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, 1.0 / temperature, chunk, tp
+        hidden, weight, local, 1.0 / temperature, chunk, tp
     )
     return logprobs, entropy
 
@@ -59,12 +63,11 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        targets: Tensor,
+        local: Tensor,
         scale: float,
         chunk: int,
         tp: Parallel,
     ) -> tuple[Tensor, Tensor]:
-        local = targets - tp.rank * weight.shape[0]
         peak, mass, product, target = _reduce(hidden, weight, local, scale, chunk)
         if tp.group is not None:
             peak, mass, product, target = _combine(peak, mass, product, target, tp.group)
@@ -122,6 +125,7 @@ def _tiles(hidden: Tensor, weight: Tensor, scale: float, chunk: int) -> Iterator
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     chunk = max(1, min(chunk, num_rows))
     width = vocab if weight.device.type != "cpu" else min(vocab, max(256, CPU_TILE // chunk))
+    width = max(1, width)
     wide = torch.promote_types(weight.dtype, torch.float32)
     for start in range(0, num_rows, chunk):
         rows = slice(start, min(start + chunk, num_rows))

@@ -10,7 +10,7 @@ log-probabilities a row's last token at least) is left out. All here is a pure f
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from spmdrl.batch import Batch
 from spmdrl.models.attention import Span
 from spmdrl.training.readout import Places
+
+PADDING_SPAN = 64
+"""Tokens of padding that see each other."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,6 +117,24 @@ def empty_microbatch() -> Microbatch:
         source=none,
         row=none,
         rows=none,
+    )
+
+
+def pad_microbatch(microbatch: Microbatch, length: int) -> Microbatch:
+    """The same with a stream of `length` tokens; nothing sees or reads what is added."""
+    used = len(microbatch.tokens)
+    if used == length:
+        return microbatch
+    missing = torch.zeros(length - used, dtype=torch.int64)
+    # short pieces: attention over padding is work too
+    starts = range(used, length, PADDING_SPAN)
+    stops = [min(start + PADDING_SPAN, length) for start in starts]
+    spans = [Span(q_start=a, q_stop=b, own=(a, b)) for a, b in zip(starts, stops, strict=True)]
+    return replace(
+        microbatch,
+        tokens=torch.cat((microbatch.tokens, missing)),
+        positions=torch.cat((microbatch.positions, missing)),
+        spans=(*microbatch.spans, *spans),
     )
 
 

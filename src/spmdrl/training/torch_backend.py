@@ -15,19 +15,27 @@ from torch.distributed.fsdp import FSDPModule
 from spmdrl.algorithms.metrics import combine
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.distributed.parallel import gather_own_grad
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.hf import TensorSource
 from spmdrl.models.sharding import Head
 from spmdrl.storages import require_resident
-from spmdrl.training.context import LocalStream, split_stream
+from spmdrl.training.context import split_stream
 from spmdrl.training.gradients import all_reduce_gradients, gradient_norm
-from spmdrl.training.logprobs import token_logprobs
 from spmdrl.training.optimizer import Optimizer
 from spmdrl.training.options import TrainOptions, lr_at
 from spmdrl.training.packing import Microbatch, empty_microbatch, pack
-from spmdrl.training.protocol import LocalTensors, LossFn, LossInput, OptimStep
+from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep
+from spmdrl.training.reading import (
+    as_columns,
+    as_numbers,
+    check_head,
+    loss_input,
+    nothing_read,
+    over_replicas,
+    read_places,
+    whole_stream,
+)
 from spmdrl.training.readout import Readout
 from spmdrl.training.weights import build_decoder, fill_leaves, make_leaves, refresh_weights
 
@@ -81,10 +89,7 @@ class TorchBackend:
         if isinstance(self._decoder, FSDPModule):
             # The root stays gathered after a forward pass; an optimizer step would not reach it.
             self._decoder.reshard()
-        columns = {name: column.to(batch.lengths.device) for name, column in found.items()}
-        if readout.is_per_token:
-            return batch.with_columns(tokens=columns)
-        return batch.with_columns(rows=columns)
+        return as_columns(batch, readout, found)
 
     def forward_backward(
         self,
@@ -102,13 +107,13 @@ class TorchBackend:
         for microbatch in self._paced(self._pack(rows, readout, whole_groups=whole_groups)):
             outputs = self._run(microbatch, readout)
             if microbatch.is_empty:
-                torch.autograd.backward(torch.stack([x.sum() for x in outputs.values()]).sum())
+                torch.autograd.backward(nothing_read(outputs))
                 continue
-            loss, metrics = loss_fn(self._loss_input(rows, microbatch, readout, outputs))
+            loss, metrics = loss_fn(loss_input(rows, microbatch, readout, outputs, self._device))
             loss = loss / normaliser
             torch.autograd.backward(loss)
             parts.append({"loss": loss.detach(), **metrics})
-        return self._over_replicas(combine([{"loss": 0.0}, *_as_numbers(parts)]))
+        return over_replicas(combine([{"loss": 0.0}, *as_numbers(parts)]), self.mesh)
 
     def optim_step(self) -> OptimStep:
         optimizer = self._require_trainable()
@@ -199,11 +204,7 @@ class TorchBackend:
 
     def _run(self, microbatch: Microbatch, readout: Readout) -> dict[str, Tensor]:
         """The readout's columns at all places of the microbatch that are read, [N] each."""
-        if readout.head != self.head:
-            raise ValueError(
-                f"role {self.mesh.role!r} has the head {self.head!r}, and {readout.columns} are "
-                f"read by the head {readout.head!r}"
-            )
+        check_head(self.mesh.role, self.head, readout)
         stream = split_stream(microbatch, self.mesh.coordinate("cp"), self.mesh.size("cp"))
         attend = PackedAttention(
             stream.spans,
@@ -215,55 +216,22 @@ class TorchBackend:
         predict, targets = self._here(stream.predict), self._here(stream.targets)
 
         def finish(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-            read = hidden.index_select(0, predict)
-            if readout.head == "score":
-                # Equal on all tp ranks, as hidden states and this head are.
-                return ((read.float() @ weight.float().t()).squeeze(1),)
-            return token_logprobs(
-                read,
+            return read_places(
+                hidden,
                 weight,
+                predict,
                 targets,
-                temperature=readout.temperature,
-                chunk=self.options.head_chunk,
+                readout,
+                head_chunk=self.options.head_chunk,
                 tp=self._decoder.tp,
             )
 
         tokens, positions = self._here(stream.tokens), self._here(stream.positions)
         found = self._decoder(tokens, positions, attend, finish, recompute=self.options.recompute)
-        return {
-            name: self._whole(values, stream)
-            for name, values in zip(readout.columns, found, strict=True)
-        }
-
-    def _whole(self, values: Tensor, stream: LocalStream) -> Tensor:
-        """The values of all cp ranks' loss tokens, in the microbatch's order."""
-        if stream.order is None:
-            return values
-        return gather_own_grad(values, self.mesh.group("cp"))[self._here(stream.order)]
+        return whole_stream(found, readout, stream, self.mesh)
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, non_blocking=True)
-
-    def _loss_input(
-        self, rows: Batch, microbatch: Microbatch, readout: Readout, outputs: dict[str, Tensor]
-    ) -> LossInput:
-        tokens = rows.tokens if readout.is_per_token else {}
-        return LossInput(
-            outputs=outputs,
-            columns={n: self._here(c[microbatch.source]) for n, c in tokens.items()},
-            rows={n: self._here(c[microbatch.rows]) for n, c in rows.rows.items()},
-            row=self._here(microbatch.row),
-            num_rows=len(microbatch.rows),
-        )
-
-    def _over_replicas(self, sums: dict[str, float]) -> dict[str, float]:
-        group = self.mesh.group("dp")
-        if group is None:
-            return sums
-        # As objects: a rank without rows does not know the names.
-        gathered: list[dict[str, float]] = [{}] * self.mesh.size("dp")
-        dist.all_gather_object(gathered, sums, group=group)
-        return combine(gathered)
 
     def _accumulate_wide(self) -> None:
         """Sum microbatches' gradients in float32 where the parameters are narrower."""
@@ -291,10 +259,3 @@ class TorchBackend:
             taken[leaf.name] = gradient.contiguous()
             leaf.parameter.grad = None
         return taken
-
-
-def _as_numbers(parts: list[dict[str, Tensor]]) -> list[dict[str, float]]:
-    """All metrics with one wait for the device."""
-    values = [value.detach().double() for part in parts for value in part.values()]
-    numbers = iter(torch.stack(values).tolist() if values else ())
-    return [{name: next(numbers) for name in part} for part in parts]

@@ -1,0 +1,319 @@
+"""The Megatron train backend: tensor, sequence, pipeline and context parallelism, with Megatron's
+distributed optimizer. Packing, losses, readouts and metrics are those of the torch backend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spmdrl.algorithms.metrics import combine
+from spmdrl.batch import Batch
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.distributed.parallel import Parallel, gather_own_grad
+from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
+from spmdrl.models.config import ModelConfig, inverse_frequencies
+from spmdrl.models.decoder import rope_tables
+from spmdrl.models.hf import TensorSource, fill
+from spmdrl.models.megatron_layout import Parameter, rank_chunks
+from spmdrl.models.sharding import Head
+from spmdrl.storages import require_resident
+from spmdrl.training.context import LocalStream, split_stream
+from spmdrl.training.megatron.checks import MegatronOptions, model_cut
+from spmdrl.training.megatron.groups import make_groups, prepare_process
+from spmdrl.training.megatron.model import (
+    build_chunk,
+    name_parameters,
+    replace_head,
+    transformer_config,
+)
+from spmdrl.training.megatron.modules import StreamParams
+from spmdrl.training.megatron.optimizer import ShardedOptimizer
+from spmdrl.training.megatron.pipeline import Pipeline
+from spmdrl.training.options import TrainOptions, lr_at
+from spmdrl.training.packing import Microbatch, pack
+from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep
+from spmdrl.training.reading import (
+    as_columns,
+    as_numbers,
+    check_head,
+    loss_input,
+    nothing_read,
+    over_replicas,
+    read_places,
+    whole_stream,
+)
+from spmdrl.training.readout import Readout
+
+Outputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Item:
+    """A microbatch on this rank's devices."""
+
+    microbatch: Microbatch
+    stream: LocalStream
+    tokens: Tensor  # [1, L]
+    positions: Tensor  # [1, L]
+    params: StreamParams
+
+
+class MegatronBackend:
+    """GPTModel chunks on this rank of `mesh`, and their optimizer.
+
+    Args: as of `TorchBackend`; `megatron` says how stages and sequences are cut.
+
+    Raises:
+        ValueError: an attention that cannot run here.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        config: ModelConfig,
+        checkpoint: TensorSource,
+        options: TrainOptions,
+        device: torch.device,
+        megatron: MegatronOptions,
+        *,
+        trainable: bool = True,
+        head: Head = "lm",
+    ) -> None:
+        self.mesh, self.config, self.options, self.head = mesh, config, options, head
+        self._device = device
+        self._kernel = make_kernel(
+            resolve_attention(options.attention, device, options.param_dtype)
+        )
+        self._frequencies = torch.tensor(
+            inverse_frequencies(config.rope, config.head_dim), device=device
+        )
+        self._tp = Parallel(
+            group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp")
+        )
+        prepare_process(device)
+        cut = model_cut(mesh.degrees, megatron, device)
+        groups = make_groups(mesh, device, tied=config.tie_embeddings and head == "lm")
+        settings = transformer_config(mesh, config, options, megatron, device)
+        table = rank_chunks(config, cut, mesh.coordinate("tp"), mesh.coordinate("pp"), head)
+        embd, groups.embd = groups.embd, None  # see groups: weights are loaded, not all-reduced
+        self._chunks = [
+            build_chunk(settings, config, cut, groups, number, device, head)
+            for number in range(cut.vpp)
+        ]
+        groups.embd = embd
+        named: list[list[tuple[Parameter, Any]]] = []
+        for chunk, expected in zip(self._chunks, table, strict=True):
+            replace_head(chunk, config, head)
+            named.append(list(zip(expected, name_parameters(chunk, expected), strict=True)))
+            chunk.requires_grad_(trainable).train(trainable)
+        self._named = [pair for chunk in named for pair in chunk]
+        self._optimizer: ShardedOptimizer | None = None
+        if trainable:
+            self._optimizer = ShardedOptimizer(settings, self._chunks, named, groups, mesh, options)
+        self._pipeline = Pipeline(
+            mesh, settings, groups, self._optimizer.chunks if self._optimizer else self._chunks
+        )
+        self._is_sp = megatron.sp
+        self._num_steps = self._num_skipped = 0
+        self._fill(checkpoint)
+
+    @torch.no_grad()
+    def _fill(self, checkpoint: TensorSource) -> None:
+        """Read the weights; masters of their own too, so that a float32 file loses nothing."""
+        for _, tensor in self._named:
+            tensor.zero_()  # the padding of a vocabulary stays so
+        fill(self.local_tensors().values(), checkpoint)
+        if self._optimizer is not None:
+            masters = self._optimizer.tensors()
+            own = {n: part for n, part in masters.items() if n.startswith("weights/")}
+            if self.options.param_dtype != torch.float32:
+                for tensor, _ in own.values():
+                    tensor.zero_()
+                fill(own.values(), checkpoint)
+
+    def forward(self, batch: Batch, readout: Readout) -> Batch:
+        self._require("weights")
+        rows = batch.to(torch.device("cpu"))
+        size = rows.num_tokens if readout.is_per_token else rows.num_rows
+        found = {name: torch.zeros(size, device=self._device) for name in readout.columns}
+
+        def finish(item: Item, output: Tensor) -> tuple[Tensor, None]:
+            for name, values in self._read(item, output, readout).items():
+                found[name][item.microbatch.source.to(self._device)] = values.float()
+            return output, None
+
+        for chunk in self._chunks:
+            chunk.eval()
+        with torch.no_grad():
+            self._run(self._pack(rows, readout), finish, backward=False)
+        for chunk in self._chunks:
+            chunk.train(self._optimizer is not None)
+        self._pipeline.from_last(list(found.values()))
+        return as_columns(batch, readout, found)
+
+    def forward_backward(
+        self,
+        batch: Batch,
+        loss_fn: LossFn,
+        readout: Readout,
+        *,
+        normaliser: float,
+        whole_groups: bool = False,
+    ) -> dict[str, float]:
+        optimizer = self._require_trainable()
+        self._require("weights")
+        optimizer.hold_gradients()
+        rows = batch.to(torch.device("cpu"))
+
+        def finish(item: Item, output: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+            outputs = self._read(item, output, readout)
+            if item.microbatch.is_empty:
+                return nothing_read(outputs), None
+            given = loss_input(rows, item.microbatch, readout, outputs, self._device)
+            loss, metrics = loss_fn(given)
+            loss = loss / normaliser
+            return loss, {"loss": loss.detach(), **metrics}
+
+        microbatches = self._pack(rows, readout, whole_groups=whole_groups)
+        parts = self._run(microbatches, finish, backward=True)
+        numbers = as_numbers([part for part in parts if part is not None])
+        sums = self._pipeline.object_from_last(combine([{"loss": 0.0}, *numbers]))
+        return over_replicas(sums, self.mesh)
+
+    def optim_step(self) -> OptimStep:
+        optimizer = self._require_trainable()
+        self._require("weights", "optimizer")
+        optimizer.reduce()
+        norm = optimizer.norm(self._device)
+        lr = lr_at(self._num_steps, self.options)
+        self._num_steps += 1
+        skipped = not math.isfinite(norm)
+        if skipped:
+            self._num_skipped += 1
+        else:
+            if norm > self.options.clip_norm:
+                for _, gradient in optimizer.gradients():
+                    gradient.mul_(self.options.clip_norm / norm)
+            optimizer.step(lr)
+        optimizer.clear()
+        return OptimStep(grad_norm=norm, lr=lr, skipped=skipped)
+
+    def local_tensors(self) -> LocalTensors:
+        return {p.name: (tensor.detach(), p.slices) for p, tensor in self._named}
+
+    def parts(self) -> dict[str, list[Tensor]]:
+        parts = {"weights": [tensor.detach() for _, tensor in self._named]}
+        if self._optimizer is not None:
+            parts["optimizer"] = self._optimizer.parts()
+        return parts
+
+    def state_tensors(self) -> LocalTensors:
+        return {} if self._optimizer is None else self._optimizer.tensors()
+
+    def counters(self) -> dict[str, int]:
+        return {"num_steps": self._num_steps, "num_skipped": self._num_skipped}
+
+    def restored(self, counters: Mapping[str, int]) -> None:
+        optimizer = self._require_trainable()
+        optimizer.refresh_weights()
+        self._num_steps, self._num_skipped = counters["num_steps"], counters["num_skipped"]
+        optimizer.set_step_count(self._num_steps - self._num_skipped)
+
+    def _require_trainable(self) -> ShardedOptimizer:
+        if self._optimizer is None:
+            raise ValueError(f"role {self.mesh.role!r} is frozen: it has no optimizer")
+        return self._optimizer
+
+    def _require(self, *parts: str) -> None:
+        held = self.parts()
+        for part in parts:
+            require_resident(self.mesh.role, part, held[part])
+
+    def _pack(
+        self, rows: Batch, readout: Readout, *, whole_groups: bool = False
+    ) -> list[Microbatch]:
+        def packed(budget: int) -> list[Microbatch]:
+            return pack(
+                rows,
+                budget_tokens=budget,
+                share_prompts=self.options.share_prompts,
+                atom=rows["prompt_ids"] if whole_groups else None,
+                places=readout.places,
+            )
+
+        check_head(self.mesh.role, self.head, readout)
+        microbatches = packed(self.options.microbatch_tokens)
+        longest = max((len(m.tokens) for m in microbatches), default=0)
+        if self.mesh.size("pp") > 1 and longest > self.options.microbatch_tokens:
+            # All streams of a pipeline are as long as the longest: fill them with rows instead.
+            microbatches = packed(longest)
+        return self._pipeline.fit(microbatches)
+
+    def _run(self, microbatches: list[Microbatch], finish: Any, *, backward: bool) -> list[Any]:
+        def forward(chunk: Any, item: Item) -> Tensor:
+            output: Tensor = chunk(item.tokens, item.positions, None, packed_seq_params=item.params)
+            return output
+
+        items = [self._item(microbatch) for microbatch in microbatches]
+        length = len(microbatches[0].tokens)
+        return self._pipeline.run(items, length, forward, finish, backward=backward)
+
+    def _item(self, microbatch: Microbatch) -> Item:
+        stream = split_stream(microbatch, self.mesh.coordinate("cp"), self.mesh.size("cp"))
+        positions = self._here(stream.positions)
+        attend = PackedAttention(
+            stream.spans,
+            self._kernel,
+            dtype=self.options.param_dtype,
+            device=self._device,
+            cp_group=self.mesh.group("cp"),
+        )
+        rope = rope_tables(positions, self._frequencies, self.config.rope.attention_factor)
+        return Item(
+            microbatch=microbatch,
+            stream=stream,
+            tokens=self._here(stream.tokens)[None],
+            positions=positions[None],
+            params=StreamParams(attend=attend, rope=rope),
+        )
+
+    def _read(self, item: Item, output: Tensor, readout: Readout) -> Outputs:
+        """The readout's columns at all places of the microbatch that are read."""
+        hidden = output[0]
+        if self._is_sp:
+            # `read_places` sums the gradient over tp: each rank takes its part of the sum
+            hidden = gather_own_grad(hidden, self.mesh.group("tp"))
+        weight, first_id = self._head_weight()
+        found = read_places(
+            hidden,
+            weight,
+            self._here(item.stream.predict),
+            self._here(item.stream.targets),
+            readout,
+            head_chunk=self.options.head_chunk,
+            tp=self._tp,
+            first_id=first_id,
+        )
+        return whole_stream(found, readout, item.stream, self.mesh)
+
+    def _head_weight(self) -> tuple[Tensor, int | None]:
+        """The last stage's head without the vocabulary's padding, and its first token."""
+        last = self._chunks[-1]
+        weight: Tensor | None = last.output_layer.weight
+        if self.head == "score":
+            assert weight is not None
+            return weight, None
+        if weight is None:
+            weight = last.embedding.word_embeddings.weight
+        first = self.mesh.coordinate("tp") * len(weight)
+        real = min(max(self.config.vocab_size - first, 0), len(weight))
+        return weight if real == len(weight) else weight[:real], first
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, non_blocking=True)

@@ -1,0 +1,91 @@
+"""What the Megatron backend needs and refuses, known without importing megatron-core."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import torch
+
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.megatron_layout import Cut
+
+SUPPORTED = "0.16.1"
+"""The backend reads private names of the package, so one version is supported, and tested."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronOptions:
+    """Args:
+    vpp: runs of layers on each pipeline rank (interleaved schedule).
+    sp: sequence parallelism: norms and residuals are split over the tp ranks.
+    """
+
+    vpp: int = 1
+    sp: bool = False
+
+
+def check_installed(role: str) -> None:
+    """ValueError unless the supported megatron-core is installed."""
+    try:
+        found = version("megatron-core")
+    except PackageNotFoundError:
+        found = None
+    if found == SUPPORTED:
+        return
+    state = "is not installed" if found is None else f"is installed as {found}"
+    raise ValueError(
+        f"roles.{role}: train.backend=megatron needs megatron-core {SUPPORTED}, which {state}: "
+        "install spmdrl[megatron], or set train.backend=torch"
+    )
+
+
+def check_megatron(
+    role: str, config: ModelConfig, degrees: Mapping[str, int], options: MegatronOptions
+) -> None:
+    """Refuse degrees that Megatron cannot cut the model by.
+
+    Raises:
+        ValueError: naming the keys and the numbers.
+    """
+    tp, pp, vpp = degrees["tp"], degrees["pp"], options.vpp
+    sizes = {
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "intermediate_size": config.intermediate_size,
+    }
+    bad = [f"{name}={size}" for name, size in sizes.items() if size % tp]
+    if bad:
+        raise ValueError(f"roles.{role}.tp={tp} does not divide the model's {', '.join(bad)}")
+    if vpp > 1 and pp == 1:
+        raise ValueError(
+            f"roles.{role}.vpp={vpp} with roles.{role}.pp=1: there is no pipeline whose stages "
+            "could be interleaved; set vpp: 1"
+        )
+    if config.num_layers % (pp * vpp):
+        shown = f"roles.{role}.pp={pp}" + (f" x roles.{role}.vpp={vpp}" if vpp > 1 else "")
+        raise ValueError(
+            f"{shown} does not divide the model's num_hidden_layers={config.num_layers}"
+        )
+    if options.sp and tp == 1:
+        raise ValueError(
+            f"roles.{role}.sp=true with roles.{role}.tp=1: sequence parallelism splits over the "
+            "tensor-parallel ranks; set sp: false, or a larger tp"
+        )
+
+
+def model_cut(degrees: Mapping[str, int], options: MegatronOptions, device: torch.device) -> Cut:
+    """How the role's model is cut on `device`."""
+    return Cut(
+        tp=degrees["tp"],
+        pp=degrees["pp"],
+        vpp=options.vpp,
+        fused_norms=uses_transformer_engine(device),
+    )
+
+
+def uses_transformer_engine(device: torch.device) -> bool:
+    """TransformerEngine's linear layers and norms are used where it is installed; it has no CPU."""
+    return device.type == "cuda" and find_spec("transformer_engine") is not None

@@ -1,0 +1,106 @@
+"""megatron-core 0.16.1 where there is no CUDA: its own modules are told that "cuda" is the CPU.
+
+Nothing is done where CUDA is available. Only names inside of megatron's modules are replaced, so
+that roles on the torch backend see the torch that they know. Each entry says what fails without.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+MODULES = {
+    "pipeline_parallel.schedules": "token counters are made with device='cuda'",
+    "pipeline_parallel.p2p_communication": "receive buffers; synchronize() after batched messages",
+    "tensor_parallel.layers": "sequence parallelism: the gradient's reduce-scatter buffer",
+    "tensor_parallel.mappings": "buffers of gathers and reduce-scatters",
+    "utils": "the scratch buffer of sequence parallelism",
+    "distributed.param_and_grad_buffer": "the flat parameter and gradient buffers",
+    "distributed.distributed_data_parallel": "a stream, where optimizer instances are replicated",
+    "optimizer.optimizer": "scale and overflow flags are made with device='cuda'",
+}
+"""Modules whose global name `torch` is replaced, and what they do with CUDA."""
+
+
+def apply() -> None:
+    """Replace the names, once for the process."""
+    if torch.cuda.is_available():
+        return
+    for name in MODULES:
+        vars(import_module(f"megatron.core.{name}"))["torch"] = _CPU_TORCH
+    # Activation checkpointing saves and restores the CUDA generator. There is none, and with all
+    # dropouts 0 nothing draws: an empty state stands for it.
+    random = vars(import_module("megatron.core.tensor_parallel.random"))
+    random["_get_cuda_rng_state"] = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
+    random["_set_cuda_rng_state"] = lambda *_, **__: None
+
+
+@contextmanager
+def named_as_on_cuda(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let `parameter.type()` say 'torch.cuda.FloatTensor' inside of the `with`.
+
+    `DistributedOptimizer.__init__` tells dtypes apart by that name, and refuses all others.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    for parameter in parameters:
+        name = parameter.type().replace("torch.", "torch.cuda.", 1)
+        vars(parameter)["type"] = lambda name=name: name
+    yield
+    for parameter in parameters:
+        del vars(parameter)["type"]
+
+
+class _Stream:
+    """A stream that is made and not used."""
+
+    def __init__(self, device: Any = None) -> None:
+        pass
+
+
+class _Cuda(types.ModuleType):
+    """`torch.cuda` with the host as its only device."""
+
+    Stream = _Stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def synchronize(device: Any = None) -> None:
+        pass
+
+
+class _CpuTorch(types.ModuleType):
+    """`torch` whose factories put on the host what they are asked to put on "cuda"."""
+
+    cuda = _Cuda("torch.cuda")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        return torch.zeros(*size, device=_on_host(device), **options)
+
+    @staticmethod
+    def tensor(data: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        return torch.tensor(data, device=_on_host(device), **options)
+
+
+def _on_host(device: Any) -> Any:
+    return "cpu" if device == "cuda" else device
+
+
+_CPU_TORCH = _CpuTorch("torch")

@@ -1,0 +1,153 @@
+"""GPTModel chunks of a rank, built from a Hugging Face configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import nn
+
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.megatron_layout import Cut, Parameter, chunk_layers, padded_vocab
+from spmdrl.models.sharding import Head as HeadKind
+from spmdrl.training.megatron.checks import MegatronOptions
+from spmdrl.training.megatron.modules import Head, Norm, SpanAttention
+from spmdrl.training.options import TrainOptions
+
+
+def transformer_config(
+    mesh: Mesh,
+    config: ModelConfig,
+    options: TrainOptions,
+    megatron: MegatronOptions,
+    device: torch.device,
+) -> TransformerConfig:
+    """The model and its parallel layout as megatron-core describes them."""
+    on_cuda, interleaved = device.type == "cuda", megatron.vpp > 1
+    given: dict[str, Any] = {
+        "num_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": config.num_heads,
+        "num_query_groups": config.num_kv_heads,
+        "kv_channels": config.head_dim,
+        "add_qkv_bias": config.qkv_bias,
+        "qk_layernorm": config.qk_norm,
+        "layernorm_epsilon": config.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": options.param_dtype,
+        "pipeline_dtype": options.param_dtype,
+        "bf16": options.param_dtype == torch.bfloat16,
+        "tensor_model_parallel_size": mesh.size("tp"),
+        "pipeline_model_parallel_size": mesh.size("pp"),
+        "context_parallel_size": mesh.size("cp"),
+        "virtual_pipeline_model_parallel_size": megatron.vpp if interleaved else None,
+        "sequence_parallel": megatron.sp,
+        # weights are filled from the checkpoint
+        "perform_initialization": False,
+        "use_cpu_initialization": not on_cuda,
+        # gradients are sums: losses are divided by the global count already
+        "calculate_per_token_loss": True,
+        # needs apex; TransformerEngine has its own
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": on_cuda,
+        "apply_rope_fusion": False,
+        # Interleaved stages on two ranks have one peer for both directions: messages that are sent
+        # in one batch pair up wrongly there, so they are sent one by one, and overlap.
+        "batch_p2p_comm": not interleaved,
+        "overlap_p2p_comm": interleaved,
+        # gloo still reads a message while the schedule would free it
+        "deallocate_pipeline_outputs": on_cuda,
+    }
+    if options.recompute == "layer":
+        given |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return TransformerConfig(**given)
+
+
+def build_chunk(
+    settings: TransformerConfig,
+    config: ModelConfig,
+    cut: Cut,
+    groups: ProcessGroupCollection,
+    chunk: int,
+    device: torch.device,
+    head: HeadKind,
+) -> GPTModel:
+    """One chunk, its parameters not filled, with megatron-core's own output layer."""
+    pp_rank = groups.pp.rank()
+    is_first = pp_rank == 0 and chunk == 0
+    is_last = pp_rank == cut.pp - 1 and chunk == cut.vpp - 1
+    layer, norm = _layer_spec(config, cut, device)
+    num_layers = len(chunk_layers(config, cut, pp_rank, chunk))
+    return GPTModel(
+        settings,
+        TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm),
+        vocab_size=padded_vocab(config, cut.tp),
+        max_sequence_length=config.max_position,
+        pre_process=is_first,
+        post_process=is_last,
+        share_embeddings_and_output_weights=config.tie_embeddings and head == "lm",
+        # the attention module applies rope
+        position_embedding_type="none",
+        pg_collection=groups,
+        vp_stage=chunk if cut.vpp > 1 else None,
+    )
+
+
+def replace_head(chunk: GPTModel, config: ModelConfig, head: HeadKind) -> None:
+    """Let the last chunk return hidden states, with a scalar head where that is asked for."""
+    if not chunk.post_process:
+        return
+    weight: nn.Parameter | None = chunk.output_layer.weight
+    if head == "score":
+        like = chunk.decoder.final_layernorm.weight
+        weight = nn.Parameter(torch.empty(1, config.hidden_size, dtype=like.dtype).to(like.device))
+    chunk.output_layer = Head(weight)
+
+
+def name_parameters(chunk: GPTModel, expected: tuple[Parameter, ...]) -> list[nn.Parameter]:
+    """The chunk's parameters, which must be those of the layout, in its order."""
+    found = dict(chunk.named_parameters())
+    named = {p.module_name: p.shape for p in expected}
+    held = {name: tuple(parameter.shape) for name, parameter in found.items()}
+    assert list(held.items()) == list(named.items()), (held, named)
+    return list(found.values())
+
+
+def _layer_spec(
+    config: ModelConfig, cut: Cut, device: torch.device
+) -> tuple[ModuleSpec, ModuleSpec]:
+    """The specification of a layer, and of the final norm."""
+    norm = ModuleSpec(module=Norm, params={"device": device})
+    if cut.fused_norms:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_norm)
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_norm, normalization="RMSNorm")
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = SpanAttention
+    if config.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    return spec, norm

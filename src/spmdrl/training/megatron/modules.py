@@ -1,0 +1,93 @@
+"""The modules that take the place of megatron-core's own in a layer's specification.
+
+The plain norm of megatron-core refuses sequence parallelism, its plain attention packed sequences
+and context parallelism. These do all of it, by the project's own kernels: attention over spans
+(shared prompts included), rope at any position, and log-probabilities without all logits at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor, nn
+
+from spmdrl.models.attention import PackedAttention
+from spmdrl.models.decoder import rotate
+from spmdrl.models.fused import rms_norm
+
+
+@dataclass
+class StreamParams(PackedSeqParams):  # type: ignore[misc]
+    """What a microbatch's attention needs. It travels through the layers as an argument, not as
+    state: in a pipeline several microbatches are under way, and recomputation needs its own.
+    """
+
+    attend: PackedAttention | None = None
+    rope: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.qkv_format = "thd"
+
+
+class SpanAttention(nn.Module):
+    """Rope, then attention over the spans of a packed stream."""
+
+    def __init__(self, *, layer_number: int, **_: Any) -> None:
+        super().__init__()
+        self.layer = layer_number - 1
+
+    def forward(
+        self,
+        query: Tensor,  # [T, H_local, d]
+        key: Tensor,  # [T, KVH_local, d]
+        value: Tensor,  # [T, KVH_local, d]
+        attention_mask: None,
+        *,
+        packed_seq_params: StreamParams,
+        **_: Any,
+    ) -> Tensor:  # [T, H_local, d]
+        attend, rope = packed_seq_params.attend, packed_seq_params.rope
+        assert attend is not None and rope is not None
+        return attend(self.layer, rotate(query, *rope), rotate(key, *rope), value)
+
+
+class Norm(nn.Module):
+    """Root-mean-square norm; its gradient is summed over tp ranks by Megatron where they see
+    different tokens.
+    """
+
+    def __init__(
+        self, config: Any, hidden_size: int, eps: float, device: torch.device, **_: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(
+            torch.empty(hidden_size, dtype=config.params_dtype, device=device)
+        )
+        # an attribute that megatron's `finalize_model_grads` looks for
+        vars(self.weight)["sequence_parallel"] = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Head(nn.Module):
+    """In place of the output layer: it has the weight and hands on the hidden states.
+
+    `weight` is None where it is the embedding's.
+    """
+
+    def __init__(self, weight: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> tuple[Tensor, None]:
+        return hidden, None

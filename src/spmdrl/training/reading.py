@@ -1,0 +1,124 @@
+"""What every train backend does with a microbatch's hidden states, beside the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spmdrl.algorithms.metrics import combine
+from spmdrl.batch import Batch
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.distributed.parallel import Parallel, gather_own_grad
+from spmdrl.models.sharding import Head
+from spmdrl.training.context import LocalStream
+from spmdrl.training.logprobs import token_logprobs
+from spmdrl.training.packing import Microbatch
+from spmdrl.training.protocol import LossInput
+from spmdrl.training.readout import Readout
+
+
+def check_head(role: str, head: Head, readout: Readout) -> None:
+    """ValueError unless the role's model has the head that is to be read."""
+    if readout.head != head:
+        raise ValueError(
+            f"role {role!r} has the head {head!r}, and {readout.columns} are read by the head "
+            f"{readout.head!r}"
+        )
+
+
+def read_places(
+    hidden: Tensor,  # [L, D], this rank's part of the stream
+    weight: Tensor,  # [V_local, D], or [1, D] of a scalar head
+    predict: Tensor,  # [M] int64
+    targets: Tensor,  # [M] int64
+    readout: Readout,
+    *,
+    head_chunk: int,
+    tp: Parallel,
+    first_id: int | None = None,
+) -> tuple[Tensor, ...]:
+    """The readout's columns at the places `predict`, [M] each.
+
+    Args:
+        first_id: see `token_logprobs`.
+    """
+    read = hidden.index_select(0, predict)
+    if readout.head == "score":
+        # Equal on all tp ranks, as hidden states and this head are.
+        return ((read.float() @ weight.float().t()).squeeze(1),)
+    return token_logprobs(
+        read,
+        weight,
+        targets,
+        temperature=readout.temperature,
+        chunk=head_chunk,
+        tp=tp,
+        first_id=first_id,
+    )
+
+
+def whole_stream(
+    found: Sequence[Tensor], readout: Readout, stream: LocalStream, mesh: Mesh
+) -> dict[str, Tensor]:
+    """By column, the values of all cp ranks' places, in the microbatch's order."""
+    if stream.order is None:
+        return dict(zip(readout.columns, found, strict=True))
+    order = stream.order.to(found[0].device, non_blocking=True)
+    gathered = [gather_own_grad(values, mesh.group("cp"))[order] for values in found]
+    return dict(zip(readout.columns, gathered, strict=True))
+
+
+def loss_input(
+    rows: Batch,
+    microbatch: Microbatch,
+    readout: Readout,
+    outputs: Mapping[str, Tensor],
+    device: torch.device,
+) -> LossInput:
+    """What the loss function gets of a microbatch."""
+
+    def here(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    tokens = rows.tokens if readout.is_per_token else {}
+    return LossInput(
+        outputs=outputs,
+        columns={n: here(c[microbatch.source]) for n, c in tokens.items()},
+        rows={n: here(c[microbatch.rows]) for n, c in rows.rows.items()},
+        row=here(microbatch.row),
+        num_rows=len(microbatch.rows),
+    )
+
+
+def nothing_read(outputs: Mapping[str, Tensor]) -> Tensor:
+    """0, from which a backward goes through the whole model: of a microbatch without rows."""
+    return torch.stack([values.sum() for values in outputs.values()]).sum()
+
+
+def as_columns(batch: Batch, readout: Readout, columns: Mapping[str, Tensor]) -> Batch:
+    """The batch with the readout's columns, where its own are."""
+    here = {name: column.to(batch.lengths.device) for name, column in columns.items()}
+    if readout.is_per_token:
+        return batch.with_columns(tokens=here)
+    return batch.with_columns(rows=here)
+
+
+def over_replicas(sums: dict[str, float], mesh: Mesh) -> dict[str, float]:
+    """Metric sums of all replicas together."""
+    group = mesh.group("dp")
+    if group is None:
+        return sums
+    # As objects: a rank without rows does not know the names.
+    gathered: list[dict[str, float]] = [{}] * mesh.size("dp")
+    dist.all_gather_object(gathered, sums, group=group)
+    return combine(gathered)
+
+
+def as_numbers(parts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
+    """All metrics with one wait for the device."""
+    values = [value.detach().double() for part in parts for value in part.values()]
+    numbers = iter(torch.stack(values).tolist() if values else ())
+    return [{name: next(numbers) for name in part} for part in parts]

@@ -1,0 +1,81 @@
+"""Layouts of roles that Megatron trains: their weights, and their optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from spmdrl.distributed.mesh import coordinates
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.megatron_layout import (
+    Cut,
+    Parameter,
+    buffer_places,
+    flat_pieces,
+    rank_chunks,
+    shard_range,
+)
+from spmdrl.models.sharding import Head
+from spmdrl.weights.layout import Held, Table
+
+
+def megatron_layout(
+    config: ModelConfig,
+    ranks: Sequence[int],
+    degrees: Mapping[str, int],
+    cut: Cut,
+    dtype: torch.dtype,
+    head: Head = "lm",
+) -> dict[int, Table]:
+    """What every rank holds of the weights: its tensor-parallel part of its pipeline stage."""
+
+    def table(chunk: tuple[Parameter, ...], shard: int) -> Table:
+        return {p.name: Held(shape=p.shape, dtype=dtype, slices=p.slices) for p in chunk}
+
+    return _layout(config, ranks, degrees, cut, head, 1, table)
+
+
+def megatron_state_layout(
+    config: ModelConfig,
+    ranks: Sequence[int],
+    degrees: Mapping[str, int],
+    cut: Cut,
+    head: Head = "lm",
+) -> dict[int, Table]:
+    """What every rank holds of the masters, and so of each moment: flat ranges, as boxes."""
+    num_shards = degrees["dp_shard"] * degrees["cp"]
+
+    def table(chunk: tuple[Parameter, ...], shard: int) -> Table:
+        places, buckets = buffer_places(chunk, num_shards)
+        return {
+            f"{p.name}:{piece.start}": Held(
+                shape=piece.shape, dtype=torch.float32, slices=piece.slices
+            )
+            for p in chunk
+            for piece in flat_pieces(p, *shard_range(places[p.name], buckets, shard, num_shards))
+        }
+
+    return _layout(config, ranks, degrees, cut, head, num_shards, table)
+
+
+def _layout(
+    config: ModelConfig,
+    ranks: Sequence[int],
+    degrees: Mapping[str, int],
+    cut: Cut,
+    head: Head,
+    num_shards: int,
+    table: Callable[[tuple[Parameter, ...], int], Table],
+) -> dict[int, Table]:
+    """Ranks with the same pp, tp and shard coordinates share one table."""
+    tables: dict[tuple[int, int, int], Table] = {}
+    layout = {}
+    for rank, place in zip(ranks, coordinates(degrees), strict=True):
+        shard = (place["dp_shard"] * degrees["cp"] + place["cp"]) % num_shards
+        at = (place["pp"], place["tp"], shard)
+        if at not in tables:
+            chunks = rank_chunks(config, cut, place["tp"], place["pp"], head)
+            tables[at] = {n: held for chunk in chunks for n, held in table(chunk, shard).items()}
+        layout[rank] = tables[at]
+    return layout
