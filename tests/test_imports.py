@@ -39,8 +39,11 @@ LEVELS: list[set[str]] = [
 
 APART = {"training", "rollout", "weights", "memory", "batch", "storages", "keyed", "launch"}
 
-ONE_FILE = ("vllm", "megatron", "flash_attn", "deepspeed")
+ONE_FILE = ("vllm", "flash_attn", "deepspeed")
 """Imported in one file each, and there inside a function: they are optional."""
+
+MEGATRON, LIGHT = "spmdrl.training.megatron", "spmdrl.training.megatron.checks"
+"""The package that imports megatron-core, and its one module that does not."""
 
 
 def files() -> list[Path]:
@@ -118,6 +121,22 @@ def test_an_optional_package_has_one_file_and_is_imported_late(name: str) -> Non
         late = {node for function in functions for node in ast.walk(function)}
         assert late.issuperset(found), f"{path} imports {name} at module level"
     assert len(users) <= 1, users
+
+
+def test_megatron_is_imported_in_its_package_alone_and_that_is_imported_late() -> None:
+    for path in files():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = list(imports(tree, package_of(path)))
+        inside = path.parent == SOURCE / "training" / "megatron"
+        users = [node for node, full in found if full.split(".")[0] == "megatron"]
+        assert inside or not users, f"{path} imports megatron"
+        if inside and path.stem != "checks":
+            continue
+        assert not users, f"{path} imports megatron: those who only check would need it"
+        at_start = {node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)}
+        for node, full in found:
+            if full.startswith(MEGATRON) and not full.startswith(LIGHT):
+                assert node not in at_start, f"{path} imports {full} at module level"
 
 
 def test_relative_and_absolute_imports_are_both_seen() -> None:

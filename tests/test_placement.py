@@ -213,6 +213,9 @@ def test_table_aligns_names() -> None:
         "  policy  0-3               2         1   1   2",
         "  ref     0,2               2         1   1   1",
     ]
+    stages = place_roles(config(policy={"tp": 2, "pp": 2}), 4)
+    row = "  policy  0-3     2             1         1   1   2"
+    assert placement_table(stages).splitlines()[1] == row
     experts = place_roles(config(policy={"tp": 2, "ep": 4}, ref={"ranks": "0,2"}), 4)
     assert placement_table(experts).splitlines()[:2] == [
         "  role    ranks  dp_replicate  dp_shard  cp  tp  ep",

@@ -31,13 +31,17 @@ from spmdrl.role_plan import (
     KINDS,
     RolePlan,
     check_degrees,
+    megatron_options,
     plan_roles,
     role_head,
     training_dtype,
+    uses_megatron,
 )
 from spmdrl.roles import Policy, Rollout
 from spmdrl.rollout.native.engine import NativeEngine, NativeOptions
+from spmdrl.training.megatron.checks import import_backend
 from spmdrl.training.options import TrainOptions
+from spmdrl.training.protocol import TrainBackend
 from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.weights.layout import WeightLayout
 from spmdrl.weights.sync import WeightSync
@@ -56,6 +60,7 @@ class Assembly:
     roles: Mapping[str, Role]
     trained: Mapping[str, ModelRole]
     layouts: Mapping[str, WeightLayout]
+    state_layouts: Mapping[str, WeightLayout]
     syncs: Mapping[tuple[str, str], PolicySync]
     memory: Residency
 
@@ -270,6 +275,7 @@ class _Builder:
             roles={name: self._roles[name] for name in self._config.roles},
             trained=self._trained,
             layouts=self._plan.layouts,
+            state_layouts=self._plan.state_layouts,
             syncs=self._syncs,
             memory=self._residency,
         )
@@ -277,17 +283,24 @@ class _Builder:
 
 def _backend(
     config: Config, device: torch.device, name: str, mesh: Mesh, model: Model
-) -> TorchBackend | None:
+) -> TrainBackend | None:
     if not mesh.is_member:
         return None
+    options = train_options(config, name, device)
+    trainable, head = config.is_trained(name), role_head(config, name)
+    if uses_megatron(config, name):
+        return import_backend()(
+            mesh,
+            model.config,
+            model.weights,
+            options,
+            device,
+            megatron_options(config, name),
+            trainable=trainable,
+            head=head,
+        )
     return TorchBackend(
-        mesh,
-        model.config,
-        model.weights,
-        train_options(config, name, device),
-        device,
-        trainable=config.is_trained(name),
-        head=role_head(config, name),
+        mesh, model.config, model.weights, options, device, trainable=trainable, head=head
     )
 
 

@@ -8,9 +8,12 @@ configuration itself. Every key is checked: an unknown one is an error that sugg
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+# pydantic asks for this one before Python 3.12
+from typing_extensions import TypedDict
 
 
 class Section(BaseModel):
@@ -30,6 +33,15 @@ class ModelSection(Section):
 
 Part = Literal["weights", "optimizer", "kv_cache", "graphs"]
 MemoryPolicy = Literal["keep", "host", "drop", "auto"]
+
+
+class MegatronSettings(TypedDict, total=False):
+    """How Megatron cuts a role's model, beside the mesh."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    vpp: Annotated[int, Field(ge=1)]
+    sp: bool
 
 
 class RoleSection(Section):
@@ -70,13 +82,21 @@ class RoleSection(Section):
     ep: int = Field(
         1, ge=1, description="parts of a MoE's experts, on the ranks of tp, cp and dp; adds none"
     )
+    pp: int = Field(1, ge=1, description="pipeline stages (train.backend: megatron)")
+    megatron: MegatronSettings = Field(
+        default_factory=MegatronSettings,
+        description="vpp: runs of layers on each pipeline rank (interleaved schedule); sp: split "
+        "norms and residuals over the tp ranks",
+    )
     tp_across_nodes: bool = Field(
         False, description="a tensor-parallel group may lie on several nodes"
     )
 
 
 class TrainSection(Section):
-    backend: Literal["torch"] = Field("torch", description="train backend")
+    backend: Literal["torch", "megatron"] = Field(
+        "torch", description="train backend; megatron needs megatron-core"
+    )
     epochs: int = Field(1, ge=1, description="passes over one step's samples")
     num_minibatches: int = Field(1, ge=1, description="optimizer steps per epoch")
     microbatch_tokens: int = Field(

@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from typing_extensions import is_typeddict
 
 from spmdrl.config import Config
 
@@ -62,7 +63,7 @@ def _takes(annotation: Any) -> str:
         return " or ".join(parts)
     if origin is tuple:
         return f"list of {_takes(get_args(annotation)[0])}"
-    if origin is dict:
+    if origin is dict or is_typeddict(annotation):
         return "mapping"
     names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
     return names.get(annotation, str(annotation))

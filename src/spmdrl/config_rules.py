@@ -24,6 +24,7 @@ def check_crossed(config: Config) -> None:
     """
     data, train = config.data, config.train
     _check_roles(config)
+    _check_backends(config)
     _check_rewards(config)
     _check_memory(config)
     _check_lag(config)
@@ -97,6 +98,31 @@ def _check_roles(config: Config) -> None:
         raise ValueError(
             f"flow={config.flow} with sampling.temperature={config.sampling.temperature}: greedy "
             "samples teach nothing; only evaluation.temperature may be 0"
+        )
+
+
+def _check_backends(config: Config) -> None:
+    """Pipelines and sequence parallelism are Megatron's."""
+    for name, role in config.roles.items():
+        kind = config.role_kind(name)
+        has_model = kind != "rollout" and ":" not in kind
+        if has_model and config.train_section(name).backend == "megatron":
+            continue
+        asked = [f"roles.{name}.pp={role.pp}"] if role.pp > 1 else []
+        asked += [
+            f"roles.{name}.megatron.{key}={str(value).lower()}"
+            for key, value in role.megatron.items()
+        ]
+        if not asked:
+            continue
+        if has_model:
+            raise ValueError(
+                f"{asked[0]} with train.backend=torch: pipelines and sequence parallelism are "
+                f"Megatron's; set roles.{name}.train.backend: megatron, or leave the key out"
+            )
+        raise ValueError(
+            f"{asked[0]}: {name} is a {kind}, and only models on train.backend=megatron have "
+            "pipelines and sequence parallelism: leave the key out"
         )
 
 

@@ -15,7 +15,7 @@ from spmdrl.distributed.mesh import check_ranks, format_ranks
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """One role's ranks (mesh order) and degrees (dp_replicate, dp_shard, cp, tp; ep in these)."""
+    """One role's ranks (mesh order) and degrees: of the mesh's axes, and ep."""
 
     ranks: tuple[int, ...]
     degrees: Mapping[str, int]
@@ -170,13 +170,19 @@ def _numbers(name: str, config: Config, text: str) -> tuple[int, ...]:
 
 def _degrees(name: str, section: RoleSection, num_ranks: int) -> dict[str, int]:
     """Fill in what is left open: dp_shard `all`, then dp_replicate."""
-    inner = section.cp * section.tp
+    inner = section.pp * section.cp * section.tp
     if section.dp_shard == "all":
         shard = max(1, num_ranks // (inner * (section.dp_replicate or 1)))
     else:
         shard = section.dp_shard
     replicate = section.dp_replicate or max(1, num_ranks // (inner * shard))
-    degrees = {"dp_replicate": replicate, "dp_shard": shard, "cp": section.cp, "tp": section.tp}
+    degrees = {
+        "pp": section.pp,
+        "dp_replicate": replicate,
+        "dp_shard": shard,
+        "cp": section.cp,
+        "tp": section.tp,
+    }
     if math.prod(degrees.values()) != num_ranks:
         shown = " x ".join(f"roles.{name}.{axis}={n}" for axis, n in degrees.items() if n > 1)
         raise ValueError(
@@ -189,7 +195,7 @@ def _degrees(name: str, section: RoleSection, num_ranks: int) -> dict[str, int]:
 def _least(section: RoleSection) -> int:
     """What the degrees that are written down multiply to."""
     shard = 1 if section.dp_shard == "all" else section.dp_shard
-    return (section.dp_replicate or 1) * shard * section.cp * section.tp
+    return section.pp * (section.dp_replicate or 1) * shard * section.cp * section.tp
 
 
 def _local_needed(config: Config, local_size: int) -> int:
@@ -221,7 +227,7 @@ def _fold(placements: Mapping[str, Placement], world_size: int) -> dict[str, Pla
 
     Ranks that serve the same roles form a cell. Every cell keeps at least one rank of its own while
     there are enough, so that roles on disjoint ranks stay so; the rest go where the most ranks were
-    folded into one. Degrees are cut to the ranks left, tp kept longest, then cp, then dp_shard; ep
+    folded into one. Degrees are cut to the ranks left, tp kept longest, then pp, cp, dp_shard; ep
     to what divides these.
     """
     cells: dict[frozenset[str], int] = {}
@@ -253,8 +259,10 @@ def _share(sizes: Sequence[int], world_size: int) -> list[range]:
 
 def _fold_degrees(degrees: Mapping[str, int], num_ranks: int) -> dict[str, int]:
     folded = dict.fromkeys(degrees, 1)
-    for axis in ("tp", "cp", "dp_shard"):
+    for axis in ("tp", "pp", "cp", "dp_shard"):
         folded[axis] = math.gcd(degrees[axis], num_ranks)
+        if axis == "pp":  # a tiny model has two layers
+            folded[axis] = math.gcd(folded[axis], 2)
         num_ranks //= folded[axis]
     folded["dp_replicate"] = num_ranks
     inside_tp = degrees["tp"] % degrees["ep"] == 0  # as a rollout's must be
@@ -271,8 +279,9 @@ def placement_table(
     `memory`: a text by role, the last column; nothing is shown for roles that are not in it.
     """
     axes = list(next(iter(placements.values())).degrees)
-    if all(placement.degrees["ep"] == 1 for placement in placements.values()):
-        axes.remove("ep")  # most models have no experts
+    for rare in ("pp", "ep"):
+        if all(placement.degrees[rare] == 1 for placement in placements.values()):
+            axes.remove(rare)
     lines = [["role", "ranks", *axes, *([] if memory is None else ["memory"])]]
     for name, placement in placements.items():
         degrees = [str(placement.degrees[axis]) for axis in axes]

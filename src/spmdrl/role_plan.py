@@ -16,8 +16,15 @@ from spmdrl.passes import ModelRole
 from spmdrl.placement import Placement, role_device_type
 from spmdrl.roles import Policy, Reference, Reward, Value
 from spmdrl.sharing import RankMemory, Shape, plan_memory
+from spmdrl.training.megatron.checks import (
+    MegatronOptions,
+    check_installed,
+    check_megatron,
+    model_cut,
+)
 from spmdrl.training.protocol import TrainBackend
 from spmdrl.weights.layout import WeightLayout, model_layout
+from spmdrl.weights.megatron import megatron_layout, megatron_state_layout
 from spmdrl.weights.plan import SyncPlan, plan_sync
 
 
@@ -44,12 +51,14 @@ class RolePlan:
     Args:
         devices: of each role, without an index.
         layouts: what every rank holds of each role's model.
+        state_layouts: what every rank holds of the masters and the optimizer's moments.
         syncs: by rollout.
         memory: by rank.
     """
 
     devices: Mapping[str, torch.device]
     layouts: Mapping[str, WeightLayout]
+    state_layouts: Mapping[str, WeightLayout]
     syncs: Mapping[str, SyncPlan]
     memory: Mapping[int, RankMemory]
 
@@ -71,8 +80,12 @@ def check_degrees(config: Config, name: str, placement: Placement, shape: ModelC
     """Refuse degrees that do not divide the role's model.
 
     Raises:
-        ValueError: naming the role and the numbers.
+        ValueError: naming the role and the numbers; megatron-core is missing where it is needed.
     """
+    if uses_megatron(config, name):
+        check_installed(name)
+        check_megatron(name, shape, placement.degrees, megatron_options(config, name))
+        return
     tp, ep = placement.degrees["tp"], placement.degrees["ep"]
     try:
         check_tp(shape, tp, ep=ep)
@@ -124,12 +137,36 @@ def plan_roles(
         for name, kind in kinds.items()
         if policy is not None and kind == "rollout"
     }
+    states = {
+        name: state_layout(config, placements[name], shape, name, devices[name], layouts[name])
+        for name, shape in shapes.items()
+    }
     known = {
-        name: Shape(kind=kinds[name], config=shape, layout=layouts[name], device=devices[name])
+        name: Shape(
+            kind=kinds[name],
+            config=shape,
+            layout=layouts[name],
+            state_layout=states[name],
+            device=devices[name],
+        )
         for name, shape in shapes.items()
     }
     memory = plan_memory(config, placements, known, syncs, device_types)
-    return RolePlan(devices=devices, layouts=layouts, syncs=syncs, memory=memory)
+    return RolePlan(
+        devices=devices, layouts=layouts, state_layouts=states, syncs=syncs, memory=memory
+    )
+
+
+def uses_megatron(config: Config, name: str) -> bool:
+    """Whether the role has a model that Megatron computes."""
+    return config.role_kind(name) in KINDS and config.train_section(name).backend == "megatron"
+
+
+def megatron_options(config: Config, name: str) -> MegatronOptions:
+    given = config.roles[name].megatron
+    # the two layers of a tiny model cannot be interleaved
+    vpp = 1 if config.model.tiny else given.get("vpp", 1)
+    return MegatronOptions(vpp=vpp, sp=given.get("sp", False))
 
 
 def role_layout(
@@ -140,7 +177,28 @@ def role_layout(
     if config.role_kind(name) == "rollout":
         degrees["dp_replicate"] *= degrees["dp_shard"]
         degrees["dp_shard"] = 1
-    dtype = training_dtype(config, device)
+    dtype, head = training_dtype(config, device), role_head(config, name)
+    if uses_megatron(config, name):
+        cut = model_cut(degrees, megatron_options(config, name), device)
+        return megatron_layout(shape, placement.ranks, degrees, cut, dtype, head)
     if degrees["dp_shard"] > 1:
         dtype = torch.float32  # FSDP2 keeps the sharded masters, and casts while it gathers
-    return model_layout(shape, placement.ranks, degrees, dtype, head=role_head(config, name))
+    return model_layout(shape, placement.ranks, degrees, dtype, head=head)
+
+
+def state_layout(
+    config: Config,
+    placement: Placement,
+    shape: ModelConfig,
+    name: str,
+    device: torch.device,
+    layout: WeightLayout,
+) -> WeightLayout:
+    """What every rank holds of the role's masters and moments: as the weights are cut, or as
+    Megatron's distributed optimizer cuts them.
+    """
+    if not uses_megatron(config, name):
+        return layout
+    cut = model_cut(placement.degrees, megatron_options(config, name), device)
+    head = role_head(config, name)
+    return megatron_state_layout(shape, placement.ranks, placement.degrees, cut, head)

@@ -41,12 +41,14 @@ class Shape:
 
     Args:
         layout: what each of its ranks holds.
+        state_layout: and of its masters and moments.
         device: where it computes, without an index.
     """
 
     kind: str
     config: ModelConfig
     layout: WeightLayout
+    state_layout: WeightLayout
     device: torch.device
 
 
@@ -164,7 +166,7 @@ def _parts(
         )
         if trained:
             wish = _wish(config, name, OPTIMIZER)
-            size = optimizer_bytes(table)
+            size = optimizer_bytes(table, here[name].state_layout[rank])
             parts.append(Part(role=name, name=OPTIMIZER, num_bytes=size, wish=wish))
     policy = next((n for n, shape in here.items() if shape.kind == "policy"), None)
     for name in (n for n, shape in here.items() if shape.kind == "rollout"):
@@ -280,10 +282,10 @@ def _bytes(table: Table) -> int:
     return sum(held.num_bytes for held in table.values())
 
 
-def optimizer_bytes(table: Table) -> int:
+def optimizer_bytes(weights: Table, states: Table) -> int:
     """AdamW's two moments in float32, and the masters where the weights are narrower."""
-    copies = {held: 2 if held.dtype == torch.float32 else 3 for held in table.values()}
-    return sum(4 * math.prod(held.shape) * count for held, count in copies.items())
+    copies = 2 if all(held.dtype == torch.float32 for held in weights.values()) else 3
+    return copies * sum(4 * math.prod(held.shape) for held in states.values())
 
 
 def gradient_bytes(table: Table) -> int:

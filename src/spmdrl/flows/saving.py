@@ -46,16 +46,17 @@ class Saver:
     def __init__(self, config: Config, assembly: Assembly) -> None:
         self._config, self._memory = config, assembly.memory
         self._trained, self._layouts = assembly.trained, assembly.layouts
+        self._state_layouts = assembly.state_layouts
         self._root = Path(config.run_dir) / "checkpoints"
         self._last_saved: int | None = None
 
     @cached_property
     def _owned(self) -> dict[str, frozenset[Slice]]:
-        """Role -> the slices that this rank writes, of the weights and of the optimizer alike."""
+        """Role -> the slices that this rank writes, of the masters and of the moments alike."""
         rank = dist.get_rank()
         return {
             name: frozenset(s for s, owner in slice_owners(layout).items() if owner == rank)
-            for name, layout in self._layouts.items()
+            for name, layout in self._state_layouts.items()
             if name in self._trained
         }
 

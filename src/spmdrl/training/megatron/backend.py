@@ -112,13 +112,16 @@ class MegatronBackend:
             replace_head(chunk, config, head)
             named.append(list(zip(expected, name_parameters(chunk, expected), strict=True)))
             chunk.requires_grad_(trainable).train(trainable)
-        self._named = [pair for chunk in named for pair in chunk]
         self._optimizer: ShardedOptimizer | None = None
         if trainable:
             self._optimizer = ShardedOptimizer(settings, self._chunks, named, groups, mesh, options)
         self._pipeline = Pipeline(
             mesh, settings, groups, self._optimizer.chunks if self._optimizer else self._chunks
         )
+        # made after the optimizer, which moves the weights into its buffers
+        self._weights: LocalTensors = {
+            p.name: (tensor.detach(), p.slices) for chunk in named for p, tensor in chunk
+        }
         self._is_sp = megatron.sp
         self._num_steps = self._num_skipped = 0
         self._fill(checkpoint)
@@ -126,16 +129,17 @@ class MegatronBackend:
     @torch.no_grad()
     def _fill(self, checkpoint: TensorSource) -> None:
         """Read the weights; masters of their own too, so that a float32 file loses nothing."""
-        for _, tensor in self._named:
+        for tensor, _ in self._weights.values():
             tensor.zero_()  # the padding of a vocabulary stays so
-        fill(self.local_tensors().values(), checkpoint)
+        fill(self._weights.values(), checkpoint)
         if self._optimizer is not None:
-            masters = self._optimizer.tensors()
-            own = {n: part for n, part in masters.items() if n.startswith("weights/")}
+            masters = [
+                part for n, part in self._optimizer.tensors.items() if n.startswith("weights/")
+            ]
             if self.options.param_dtype != torch.float32:
-                for tensor, _ in own.values():
+                for tensor, _ in masters:
                     tensor.zero_()
-                fill(own.values(), checkpoint)
+                fill(masters, checkpoint)
 
     def forward(self, batch: Batch, readout: Readout) -> Batch:
         self._require("weights")
@@ -205,16 +209,16 @@ class MegatronBackend:
         return OptimStep(grad_norm=norm, lr=lr, skipped=skipped)
 
     def local_tensors(self) -> LocalTensors:
-        return {p.name: (tensor.detach(), p.slices) for p, tensor in self._named}
+        return self._weights
 
     def parts(self) -> dict[str, list[Tensor]]:
-        parts = {"weights": [tensor.detach() for _, tensor in self._named]}
+        parts = {"weights": [tensor for tensor, _ in self._weights.values()]}
         if self._optimizer is not None:
             parts["optimizer"] = self._optimizer.parts()
         return parts
 
     def state_tensors(self) -> LocalTensors:
-        return {} if self._optimizer is None else self._optimizer.tensors()
+        return {} if self._optimizer is None else self._optimizer.tensors
 
     def counters(self) -> dict[str, int]:
         return {"num_steps": self._num_steps, "num_skipped": self._num_skipped}

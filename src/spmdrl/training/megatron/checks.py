@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.megatron_layout import Cut
+
+if TYPE_CHECKING:
+    from spmdrl.training.megatron.backend import MegatronBackend
 
 SUPPORTED = "0.16.1"
 """The backend reads private names of the package, so one version is supported, and tested."""
@@ -42,6 +47,15 @@ def check_installed(role: str) -> None:
     )
 
 
+def import_backend() -> type[MegatronBackend]:
+    """The backend's class; megatron-core is imported here and nowhere before."""
+    with warnings.catch_warnings():
+        # that TransformerEngine and apex are not there is no news, and said five times
+        warnings.filterwarnings("ignore", message=".*[Aa]pex (is|are) not installed")
+        from spmdrl.training.megatron.backend import MegatronBackend
+    return MegatronBackend
+
+
 def check_megatron(
     role: str, config: ModelConfig, degrees: Mapping[str, int], options: MegatronOptions
 ) -> None:
@@ -50,6 +64,11 @@ def check_megatron(
     Raises:
         ValueError: naming the keys and the numbers.
     """
+    if config.moe is not None:
+        raise ValueError(
+            f"roles.{role}: train.backend=megatron has no layers with experts yet, and the model "
+            f"is a {config.architecture}: use train.backend=torch"
+        )
     tp, pp, vpp = degrees["tp"], degrees["pp"], options.vpp
     sizes = {
         "num_attention_heads": config.num_heads,
@@ -61,18 +80,18 @@ def check_megatron(
         raise ValueError(f"roles.{role}.tp={tp} does not divide the model's {', '.join(bad)}")
     if vpp > 1 and pp == 1:
         raise ValueError(
-            f"roles.{role}.vpp={vpp} with roles.{role}.pp=1: there is no pipeline whose stages "
-            "could be interleaved; set vpp: 1"
+            f"roles.{role}.megatron.vpp={vpp} with roles.{role}.pp=1: there is no pipeline whose "
+            "stages could be interleaved; set vpp: 1"
         )
     if config.num_layers % (pp * vpp):
-        shown = f"roles.{role}.pp={pp}" + (f" x roles.{role}.vpp={vpp}" if vpp > 1 else "")
+        shown = f"roles.{role}.pp={pp}" + (f" x roles.{role}.megatron.vpp={vpp}" if vpp > 1 else "")
         raise ValueError(
             f"{shown} does not divide the model's num_hidden_layers={config.num_layers}"
         )
     if options.sp and tp == 1:
         raise ValueError(
-            f"roles.{role}.sp=true with roles.{role}.tp=1: sequence parallelism splits over the "
-            "tensor-parallel ranks; set sp: false, or a larger tp"
+            f"roles.{role}.megatron.sp=true with roles.{role}.tp=1: sequence parallelism splits "
+            "over the tensor-parallel ranks; set sp: false, or a larger tp"
         )
 
 

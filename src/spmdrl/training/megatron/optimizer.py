@@ -98,6 +98,8 @@ class ShardedOptimizer:
             )
         self._start()
         self.shards = self._make_shards(named)
+        self.tensors = self._boxes()
+        """Masters (`weights/NAME`) and moments as boxes of the name space; the storage itself."""
         self._grad_bytes = [b.grad_data.untyped_storage().nbytes() for b in self._buffers()]
         self._free_gradients()
 
@@ -210,8 +212,8 @@ class ShardedOptimizer:
         own = [m for m in masters if m.untyped_storage()._cdata not in weights]
         return [*own, *moments]
 
-    def tensors(self) -> LocalTensors:
-        """Masters (`weights/NAME`) and moments as boxes of the name space; the storage itself."""
+    def _boxes(self) -> LocalTensors:
+        """Made once: no view can be taken of a storage that is away."""
         found: LocalTensors = {}
         for kind in ("weights", *MOMENTS):
             for shard in self.shards:

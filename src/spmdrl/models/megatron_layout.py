@@ -1,0 +1,246 @@
+"""What a rank of Megatron holds of a model, as slices of the Hugging Face name space.
+
+Local parameters have the names that `sharding` gives them, so that a rollout on the same rank can
+use those that are alike. What is not alike:
+
+- QKV is interleaved: for each key/value head the rows of its queries, of the key, of the value.
+- The vocabulary is padded to a multiple of tp; no slice covers the padding.
+- A pipeline stage holds whole layers, in `vpp` runs of them (interleaved schedule).
+- The optimizer's state is a flat range of a buffer of all parameters, whatever their shapes.
+
+All functions here are pure, and know of Megatron only how it cuts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from .config import ModelConfig
+from .sharding import Head, Slice, all_slices, parameter_parts, restrict
+
+EMBEDDING, HEAD = "embed_tokens.weight", "head.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How a role's model is cut.
+
+    Args:
+        vpp: runs of layers on each pipeline rank.
+        fused_norms: norms are parameters of the projection behind them (TransformerEngine).
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    fused_norms: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameter:
+    """One parameter of a model chunk.
+
+    Args:
+        name: as in `sharding`, with the layer's number in the whole model.
+        module_name: Megatron's, with the layer's number in the chunk.
+        shared: the embedding of a tied model that two pipeline stages have.
+    """
+
+    name: str
+    module_name: str
+    shape: tuple[int, ...]
+    slices: tuple[Slice, ...]
+    shared: bool = False
+
+
+def padded_vocab(config: ModelConfig, tp: int) -> int:
+    """The vocabulary with padding, which tp divides."""
+    return -(-config.vocab_size // tp) * tp
+
+
+def chunk_layers(config: ModelConfig, cut: Cut, pp_rank: int, chunk: int) -> range:
+    """The layers of one chunk: stage p has the p-th part of each of `vpp` parts of the model."""
+    size = config.num_layers // (cut.pp * cut.vpp)
+    first = (chunk * cut.pp + pp_rank) * size
+    return range(first, first + size)
+
+
+def rank_chunks(
+    config: ModelConfig, cut: Cut, tp_rank: int, pp_rank: int, head: Head = "lm"
+) -> list[tuple[Parameter, ...]]:
+    """The chunks of one rank, each with its parameters in the order of Megatron's modules."""
+    held = all_slices(config, tp_rank, cut.tp, head)
+    chunks = []
+    for chunk in range(cut.vpp):
+        is_first = pp_rank == 0 and chunk == 0
+        is_last = pp_rank == cut.pp - 1 and chunk == cut.vpp - 1
+        rows: list[Parameter] = []
+        if is_first:
+            rows.append(_vocab(config, cut, tp_rank, EMBEDDING, "embedding.word_embeddings.weight"))
+        for number, layer in enumerate(chunk_layers(config, cut, pp_rank, chunk)):
+            rows += _layer(config, cut, tp_rank, held, f"layers.{layer}", number)
+        if is_last:
+            rows.append(_plain(held, "norm.weight", "decoder.final_layernorm.weight"))
+            if head == "score":
+                rows.append(_plain(held, HEAD, "output_layer.weight"))
+            elif not config.tie_embeddings:
+                rows.append(_vocab(config, cut, tp_rank, HEAD, "output_layer.weight"))
+            elif cut.pp > 1:
+                rows.append(_vocab(config, cut, tp_rank, EMBEDDING, "output_layer.weight"))
+        tied = config.tie_embeddings and head == "lm" and cut.pp > 1
+        chunks.append(tuple(replace(r, shared=tied and r.name == EMBEDDING) for r in rows))
+    return chunks
+
+
+def _plain(held: Mapping[str, tuple[Slice, ...]], name: str, module_name: str) -> Parameter:
+    slices = held[name]
+    shape = (sum(s.rows for s in slices), *slices[0].size[1:])
+    return Parameter(name=name, module_name=module_name, shape=shape, slices=slices)
+
+
+def _vocab(config: ModelConfig, cut: Cut, tp_rank: int, name: str, module_name: str) -> Parameter:
+    """Rows of a padded vocabulary; the last ranks may have padding alone."""
+    [part] = parameter_parts(config)[name]
+    rows = padded_vocab(config, cut.tp) // cut.tp
+    whole = Slice(name=part.name, shape=part.shape, start=(0, 0), stop=part.shape, offset=0)
+    slices = restrict([whole], tp_rank * rows, (tp_rank + 1) * rows)
+    shape = (rows, config.hidden_size)
+    return Parameter(name=name, module_name=module_name, shape=shape, slices=slices)
+
+
+def _layer(
+    config: ModelConfig,
+    cut: Cut,
+    tp_rank: int,
+    held: Mapping[str, tuple[Slice, ...]],
+    local: str,
+    number: int,
+) -> Iterator[Parameter]:
+    prefix = f"decoder.layers.{number}"
+    input_norm, post_norm = "input_layernorm.weight", "pre_mlp_layernorm.weight"
+    if cut.fused_norms:
+        input_norm = "self_attention.linear_qkv.layer_norm_weight"
+        post_norm = "mlp.linear_fc1.layer_norm_weight"
+
+    def plain(name: str, module_name: str) -> Parameter:
+        return _plain(held, f"{local}.{name}", f"{prefix}.{module_name}")
+
+    if not cut.fused_norms:
+        yield plain("input_norm.weight", input_norm)
+    yield plain("attention.out.weight", "self_attention.linear_proj.weight")
+    if cut.fused_norms:
+        yield plain("input_norm.weight", input_norm)
+    for kind in ("weight", *["bias"] * config.qkv_bias):
+        whole = plain(f"attention.qkv.{kind}", f"self_attention.linear_qkv.{kind}")
+        yield replace(whole, slices=_interleave(config, whole.slices))
+    if config.qk_norm:
+        yield plain("attention.q_norm.weight", "self_attention.q_layernorm.weight")
+        yield plain("attention.k_norm.weight", "self_attention.k_layernorm.weight")
+    yield plain("post_norm.weight", post_norm)
+    yield plain("mlp.gate_up.weight", "mlp.linear_fc1.weight")
+    yield plain("mlp.down.weight", "mlp.linear_fc2.weight")
+
+
+def _interleave(config: ModelConfig, slices: Sequence[Slice]) -> tuple[Slice, ...]:
+    """Slices of q, k and v below each other as those of one key/value head after the other."""
+    groups = slices[1].rows // config.head_dim
+    result, offset = [], 0
+    for group in range(groups):
+        for part in slices:
+            rows = part.rows // groups
+            first = part.offset + group * rows
+            for piece in restrict([part], first, first + rows):
+                result.append(replace(piece, offset=offset))
+                offset += piece.rows
+    return tuple(result)
+
+
+# The distributed optimizer's state
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A box of a parameter's own shape that lies whole in a flat range of it.
+
+    Args:
+        start, stop: of the values in the flattened parameter.
+        shape: of the box.
+        slices: of the name space, that lie in it.
+    """
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    slices: tuple[Slice, ...]
+
+
+def buffer_places(
+    chunk: Sequence[Parameter], num_shards: int
+) -> tuple[dict[str, tuple[int, int]], list[tuple[int, int]]]:
+    """Where the parameters of a chunk lie in its flat buffer, and the buckets of the buffer.
+
+    As `_ParamAndGradBuffer` of megatron-core lays them out: last parameter first, each at a
+    multiple of 64 values, buckets of a multiple of 128 that the shards divide; an embedding that
+    two stages have is a bucket of its own, so that both cut it alike.
+    """
+    unit = math.lcm(num_shards, 128)
+    places: dict[str, tuple[int, int]] = {}
+    buckets: list[tuple[int, int]] = []
+    at = first = 0
+
+    def close(stop: int) -> int:
+        buckets.append((first, -(-stop // unit) * unit))
+        return buckets[-1][1]
+
+    for parameter in reversed(chunk):
+        at = -(-at // 64) * 64
+        if parameter.shared and at > first:
+            at = first = close(at)
+        places[parameter.name] = at, at + math.prod(parameter.shape)
+        at = places[parameter.name][1]
+        if parameter.shared:
+            at = first = close(at)
+    if at > first:
+        close(at)
+    return places, buckets
+
+
+def shard_range(
+    place: tuple[int, int], buckets: Sequence[tuple[int, int]], shard: int, num_shards: int
+) -> tuple[int, int]:
+    """The values of a flattened parameter that shard `shard` has; equal numbers for none."""
+    start, stop = place
+    first, last = next(bucket for bucket in buckets if bucket[0] <= start < bucket[1])
+    size = (last - first) // num_shards
+    low = max(start, first + shard * size)
+    high = min(stop, first + (shard + 1) * size)
+    return (low - start, high - start) if low < high else (0, 0)
+
+
+def flat_pieces(parameter: Parameter, start: int, stop: int) -> list[Piece]:
+    """Values `[start, stop)` of a flattened parameter as boxes: the end of a row, whole rows, the
+    begin of a row.
+    """
+    width = math.prod(parameter.shape[1:])
+    row = -(-start // width)
+    cuts = sorted({start, min(row * width, stop), max(stop // width * width, start), stop})
+    pieces = []
+    for a, b in pairwise(cuts):
+        rows, column = (a // width, -(-b // width)), a % width
+        columns = (column, column + min(b - a, width))
+        shape = (rows[1] - rows[0], *parameter.shape[1:])
+        slices = restrict(parameter.slices, *rows)
+        if len(parameter.shape) > 1:
+            shape = (shape[0], columns[1] - columns[0])
+            slices = tuple(_columns(piece, columns) for piece in slices)
+        pieces.append(Piece(start=a, stop=b, shape=shape, slices=slices))
+    return pieces
+
+
+def _columns(piece: Slice, columns: tuple[int, int]) -> Slice:
+    first = piece.start[1]
+    start, stop = (piece.start[0], first + columns[0]), (piece.stop[0], first + columns[1])
+    return replace(piece, start=start, stop=stop)

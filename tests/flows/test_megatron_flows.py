@@ -1,0 +1,110 @@
+"""GRPO and PPO with policies that Megatron trains: the same run as on the torch backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_ppo_layouts import METRICS, settings
+
+from flow_cases import run_configs, write_config
+from harness import run_ranks
+from tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.megatron
+
+PIPELINE = ["roles.policy.tp=2", "roles.policy.pp=2", "roles.rollout.tp=2"]
+GRPO = {
+    "environment": "replay:ReplayEnvironment",
+    "roles": {"policy": {}, "reference": {}, "rollout": {}},
+    "algorithm": {"kl_coef": 0.1, "importance_cap": 2.0},
+    "train": {"lr": 1e-3, "microbatch_tokens": 300, "num_minibatches": 2},
+}
+GRPO_LAYOUTS: dict[str, list[str]] = {
+    "tp2 pp2": [*PIPELINE, "roles.policy.train.backend=megatron"],
+    "all of it": [
+        *("train.backend=megatron", "roles.policy.dp_shard=2", "roles.policy.pp=2"),
+        *("roles.reference.tp=2", "roles.reference.megatron.sp=true", "roles.rollout.tp=2"),
+    ],
+}
+PPO_LAYOUTS: dict[str, list[str]] = {
+    "tp2 pp2": [
+        *(*PIPELINE, "train.backend=megatron", "roles.value.tp=4", "roles.value.megatron.sp=true"),
+        *("roles.reference.train.backend=torch", "roles.reward.cp=2", "roles.reward.pp=2"),
+    ],
+    "parts on the host": [
+        *(*PIPELINE, "train.backend=megatron", "roles.value.dp_shard=2", "roles.value.pp=2"),
+        *(f"roles.{r}.memory.weights=host" for r in ("policy", "reference", "reward", "value")),
+        *("roles.policy.memory.optimizer=host", "roles.value.memory.optimizer=host"),
+    ],
+}
+
+
+def run(
+    root: Path, world_size: int, given: dict[str, Any], layouts: dict[str, list[str]]
+) -> dict[str, list[dict[str, float]]]:
+    """Layout name -> metrics of three steps; one rank records its rows, others replay them."""
+    configs = []
+    for number, overrides in enumerate(layouts.values()):
+        name = f"{world_size}_{number}"
+        path = write_config(root / f"{name}.yaml", root / "model", root / f"run_{name}", **given)
+        configs.append((str(path), overrides))
+    answers = run_ranks(run_configs, world_size, configs, str(root), timeout_s=400)
+    return dict(zip(layouts, answers[0], strict=True))
+
+
+def models(root: Path) -> None:
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    make_tiny_model(root / "model", **heads)
+    make_tiny_model(root / "scalar", seed=1, head="score", **heads)
+
+
+@pytest.fixture(scope="module")
+def grpo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    root = tmp_path_factory.mktemp("grpo")
+    models(root)
+    return run(root, 1, GRPO, {"one": []}) | run(root, 4, GRPO, GRPO_LAYOUTS), root
+
+
+@pytest.fixture(scope="module")
+def ppo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    root = tmp_path_factory.mktemp("ppo")
+    models(root)
+    given = settings(root)
+    return run(root, 1, given, {"one": []}) | run(root, 4, given, PPO_LAYOUTS), root
+
+
+def same_tokens(root: Path) -> None:
+    one = torch.load(root / "step_0.pt", weights_only=True)
+    other = torch.load(root / "sampled_4.pt", weights_only=True)
+    assert one.keys() == other.keys()
+    for key, row in one.items():
+        assert torch.equal(row["tokens"], other[key]["tokens"]), key
+
+
+@pytest.mark.parametrize("name", GRPO_LAYOUTS)
+def test_grpo_equals_the_torch_backend(grpo, name):
+    one, other = grpo[0]["one"], grpo[0][name]
+    assert len(one) == len(other) == 3
+    for step, (a, b) in enumerate(zip(one, other, strict=True)):
+        for metric in ("loss", "grad_norm", "ref_kl", "entropy", "reward"):
+            assert b[metric] == pytest.approx(a[metric], rel=1e-4, abs=1e-6), (step, metric)
+        assert b["rollout_gap_max"] < 1e-4, step
+    assert one[2]["ref_kl"] > 1e-4, "the policy has not moved away from the reference"
+
+
+@pytest.mark.parametrize("name", PPO_LAYOUTS)
+def test_ppo_equals_the_torch_backend(ppo, name):
+    one, other = ppo[0]["one"], ppo[0][name]
+    assert len(one) == len(other) == 3
+    for step, (a, b) in enumerate(zip(one, other, strict=True)):
+        for metric in METRICS:
+            assert b[metric] == pytest.approx(a[metric], rel=2e-4, abs=2e-5), (step, metric)
+        assert b["rollout_gap_max"] < 1e-4, step
+
+
+@pytest.mark.parametrize("flow", ["grpo", "ppo"])
+def test_first_step_tokens_are_the_same(flow, request):
+    same_tokens(request.getfixturevalue(flow)[1])
