@@ -8,18 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import atomic_directory
 from .config import CAUSAL, CLASSIFICATION, ModelConfig, read_config, tiny
 from .decoder import Decoder
+from .shard_files import write_shards
 from .sharding import SCORE, Head, Slice, global_shapes
 
 INDEX = "model.safetensors.index.json"
@@ -269,7 +269,7 @@ def save_pretrained(
     head: Head = "lm",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a directory that `transformers` loads; at most one shard is held in memory.
+    """Write a directory that `transformers` loads; no tensor is held in memory after the next came.
 
     A model with a scalar head is one for sequence classification with one label.
 
@@ -282,7 +282,8 @@ def save_pretrained(
         ValueError: a tensor is missing, unknown, given twice or of another shape.
     """
     with atomic_directory(out_dir) as fresh:
-        dtype = _write_shards(_checked(tensors, config, head), fresh, max_shard_bytes)
+        shapes = global_shapes(config, head)
+        dtype = _write_weights(_checked(tensors, shapes), shapes, fresh, max_shard_bytes)
         source = {**_without_labels(config.source), **_described(config, head), "dtype": dtype}
         _write_json(fresh / "config.json", source)
         if tokenizer_dir is not None:
@@ -322,9 +323,9 @@ def _open(file: Path) -> Any:
 
 
 def _checked(
-    tensors: Iterable[tuple[str, Tensor]], config: ModelConfig, head: Head
+    tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    open_names = global_shapes(config, head)
+    open_names = dict(shapes)
     for name, tensor in tensors:
         shape = open_names.pop(name, None)
         if shape is None:
@@ -336,45 +337,26 @@ def _checked(
         raise ValueError(f"tensor {min(open_names)!r} was not given")
 
 
-def _write_shards(
-    tensors: Iterator[tuple[str, Tensor]], directory: Path, max_shard_bytes: int
+def _write_weights(
+    tensors: Iterator[tuple[str, Tensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    directory: Path,
+    max_shard_bytes: int,
 ) -> str:
-    """Writes the weights and, where there are several files, their index; returns the dtype."""
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    pending_bytes = total_bytes = 0
-    dtype = "float32"
-
-    def write() -> None:
-        try:
-            save_file(pending, directory / f"{len(shards)}.part", metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, say
-            raise OSError(str(error)) from error
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > max_shard_bytes:
-            write()
-            pending_bytes = 0
-        # A copy: the caller may reuse its buffer, and views of one storage cannot be saved.
-        pending[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-        pending_bytes, total_bytes = pending_bytes + size, total_bytes + size
-        dtype = str(tensor.dtype).removeprefix("torch.")
-    write()
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    if len(files) == 1:
+    """The weights and, where there are several files, their index; returns the dtype."""
+    shards = write_shards(tensors, shapes, directory, max_shard_bytes)
+    count = len(shards.names)
+    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if count == 1:
         files = [SINGLE]
     for i, file in enumerate(files):
-        written = (directory / f"{i}.part").rename(directory / file)
-        # safetensors makes files that only their owner may read; follow the umask instead.
-        written.chmod(directory.stat().st_mode & 0o666)
-    if len(files) > 1:
-        weight_map = {n: file for names, file in zip(shards, files, strict=True) for n in names}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (directory / f"{i}.part").rename(directory / file)
+    if count > 1:
+        pairs = zip(shards.names, files, strict=True)
+        weight_map = {name: file for names, file in pairs for name in names}
+        index = {"metadata": {"total_size": shards.num_bytes}, "weight_map": weight_map}
         _write_json(directory / INDEX, index)
-    return dtype
+    return shards.dtype
 
 
 def _copy_files(source: Path, target: Path) -> None:
