@@ -10,6 +10,7 @@ import pytest
 from spmdrl.config import num_optimizer_steps
 from spmdrl.config_files import load_config
 from spmdrl.config_keys import known_keys
+from spmdrl.config_sets import held_out_sets, train_sources
 
 BASE = """
 steps: 10
@@ -107,7 +108,24 @@ def test_overrides_reach_into_lists_and_new_roles(base: Path) -> None:
         ("tp=1", r"unknown key 'tp'; did you mean 'roles\.NAME\.tp'\?"),
         ("roles.policy.dp_shrad=1", r"'roles\.policy\.dp_shrad'; .* 'roles\.policy\.dp_shard'"),
         ("rewards.1.wieght=1", r"'rewards\.1\.wieght'; did you mean 'rewards\.1\.weight'"),
-        ("evaluation.data={sorce: x}", r"mean 'evaluation\.data\.source'"),
+        (
+            "evaluation.sets.x={data: {sorce: x}}",
+            r"evaluation\.sets\.x: unknown key 'data\.train\.sorce'; .*'data\.train\.source'",
+        ),
+        (
+            "evaluation.sets.x={data: {}, num_sample: 2}",
+            r"unknown key 'evaluation\.num_sample'; did you mean 'evaluation\.num_samples'",
+        ),
+        (
+            "evaluation.sets.x={data: {}, sampling: {top_q: 2}}",
+            r"sets\.x: unknown key 'sampling\.top_q'",
+        ),
+        ("evaluation.sets.x={data: a.jsonl}", r"sets\.x\.data='a\.jsonl' must be a mapping"),
+        ("evaluation.sets.x={}", r"evaluation\.sets\.x has no data"),
+        ("evaluation.sets.x={data: {}, k: [3]}", r"sets\.x\.k=3 with .*num_samples=1"),
+        ("evaluation.sets={x y: {data: {}}}", r"sets\.x y: a set's name holds letters"),
+        ("data.mix=[{sorce: x}]", r"data\.mix\.0: unknown key 'data\.train\.sorce'"),
+        ("data.mix=[{weight: 0}]", r"data\.mix\.0: data\.train\.weight=0: .*greater than 0"),
         ("model.xyz=1", r"unknown key 'model\.xyz'; the keys there are attention, dtype, path"),
         ("steps=many", r"steps='many': .*valid integer"),
         ("roles.policy.ranks=[0]", r"roles\.policy\.ranks=\[0\]: .*string or: .*integer"),
@@ -202,8 +220,41 @@ def test_there_are_at_most_150_keys() -> None:
     keys = known_keys()
     assert len(keys) == len(set(keys))
     assert 90 < len(keys) <= 150
-    for key in ("roles.NAME.dp_shard", "rewards.0.weight", "evaluation.data.source"):
+    for key in ("roles.NAME.dp_shard", "rewards.0.weight", "evaluation.sets"):
         assert key in keys
+
+
+def test_sets_build_on_the_sections_that_they_belong_to(base: Path) -> None:
+    sets = {
+        "a": "{data: {source: other.jsonl}, sampling: {temperature: 0}, k: [2], num_samples: 2}",
+        "b": "{data: {part: 2/2}, rewards: [{function: math}], kind: prompts}",
+    }
+    words = [f"evaluation.sets.{name}={text}" for name, text in sets.items()]
+    config = load_config(
+        base,
+        [
+            *words,
+            "data.train.part=1/2",
+            "data.train.template='{prompt}!'",
+            "evaluation.sampling={max_tokens: 7}",
+            "evaluation.held_out=3",
+            "data.mix=[{source: more.jsonl, weight: 0.5, prompt_column: q}]",
+        ],
+    )
+    found = held_out_sets(config)
+    assert list(found) == ["held_out", "a", "b"] and found["held_out"].data is None
+    a, b = found["a"].data, found["b"].data
+    assert a is not None and b is not None
+    # another source has its own rows, and is read alike
+    assert (a.source, a.part, a.template) == ("other.jsonl", "all", "{prompt}!")
+    assert (b.source, b.part) == (config.data.train.source, "2/2")
+    assert (found["a"].sampling.temperature, found["a"].sampling.max_tokens) == (0, 7)
+    assert (found["a"].k, found["b"].k, found["b"].sampling.temperature) == ((2,), (1,), 1.0)
+    assert [r.function for r in found["b"].rewards] == ["math"]
+    assert [r.function for r in found["a"].rewards] == ["exact", "format"]
+    train, more = train_sources(config)
+    assert (train.weight, train.part) == (1.0, "1/2")
+    assert (more.weight, more.part, more.prompt_column) == (0.5, "all", "q")
 
 
 def test_optimizer_steps(base: Path) -> None:

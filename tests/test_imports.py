@@ -18,6 +18,7 @@ LEVELS: list[set[str]] = [
         "config_files",
         "config_keys",
         "config_rules",
+        "config_sets",
         "batch",
         "keyed",
         "launch",

@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
     for name, function, text in (
         ("train", _train, "Run the configuration's flow on all ranks."),
-        ("eval", _eval, "Evaluate model.path on evaluation.data (or data.train's held-out part)."),
+        ("eval", _eval, "Evaluate model.path on the held-out sets of prompts."),
         ("explain", _explain, "Print the resolved configuration and how quantities come about."),
         ("report", _report, "Draw report.png of run_dir and print a summary."),
     ):

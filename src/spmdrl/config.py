@@ -47,8 +47,8 @@ class MegatronSettings(TypedDict, total=False):
 class RoleSection(Section):
     kind: str | None = Field(
         None,
-        description="policy | reference | reward | value | rollout | module:Class; default: its "
-        "name",
+        description="policy | reference | teacher | reward | value | rollout | module:Class; "
+        "default: its name",
     )
     model: str | None = Field(None, description="Hugging Face directory; default: model.path")
     head: Literal["file", "normal", "zero"] = Field(
@@ -154,7 +154,16 @@ class SamplingSection(Section):
 
 
 class AlgorithmSection(Section):
-    advantage_std: bool = Field(True, description="divide by the group's std (GRPO) or not")
+    advantage: Literal["grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = Field(
+        "grpo", description="how flow grpo makes advantages of rewards"
+    )
+    advantage_std: bool = Field(True, description="grpo: divide by the group's std or not")
+    policy_loss: Literal["ppo", "gspo", "cispo"] = Field(
+        "ppo", description="clipped ratios of tokens, of responses (GSPO), or as weights (CISPO)"
+    )
+    teacher_coef: float = Field(
+        0.0, ge=0, description="adds log teacher/policy of each token to its advantage (distilling)"
+    )
     loss_mean: Literal["token_mean", "sequence_mean", "fixed_length"] = Field(
         "token_mean", description="what the loss is averaged over"
     )
@@ -197,6 +206,32 @@ class AlgorithmSection(Section):
     overlong_penalty: float = Field(1.0, ge=0, description="reward lost at max_tokens")
 
 
+class PreferenceSection(Section):
+    loss: Literal["dpo", "ipo", "simpo", "kto", "orpo"] = Field(
+        "dpo", description="of flows dpo and online_dpo (dpo or ipo there)"
+    )
+    beta: float = Field(0.1, gt=0, description="strength of the KL to the reference; IPO: tau")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="chance that a label is wrong (cDPO)"
+    )
+    margin: float = Field(0.0, ge=0, description="SimPO: gamma")
+    nll_coef: float = Field(0.0, ge=0, description="of the chosen answer's likelihood per token")
+    length_normalise: bool | None = Field(
+        None, description="compare log-probabilities per token; default: IPO, SimPO and ORPO do"
+    )
+    kto_weights: tuple[float, float] = Field(
+        (1.0, 1.0), description="KTO: of chosen and rejected answers"
+    )
+    reference: Literal["step", "cache"] = Field(
+        "step",
+        description="the reference's log-probabilities: in every step, or once, kept on disk "
+        "(without roles.reference: those of the policy before its first step)",
+    )
+    pairs: Literal["best_worst", "all"] = Field(
+        "best_worst", description="online_dpo: which samples of a prompt are compared"
+    )
+
+
 class PromptsSection(Section):
     source: str = Field(description="reasoning_gym:TASK | FILE.jsonl | FILE.parquet | hub:NAME")
     task: dict[str, Any] = Field(default_factory=dict, description="reasoning-gym parameters")
@@ -228,11 +263,19 @@ class PromptsSection(Section):
     )
 
 
+DataKind = Literal["prompts", "conversations", "preferences"]
+
+
 class DataSection(Section):
-    kind: Literal["prompts", "conversations", "preferences"] | None = Field(
+    kind: DataKind | None = Field(
         None, description="what a row of the data is; default: what the flow needs"
     )
     train: PromptsSection
+    mix: tuple[dict[str, Any], ...] = Field(
+        (),
+        description="sources beside data.train: each a weight (data.train's is 1) and the keys of "
+        "data.train that differ",
+    )
     prompts_per_step: int = Field(ge=1, description="groups per step")
     group_size: int = Field(8, ge=1, description="samples per prompt")
 
@@ -256,16 +299,26 @@ class RewardPoolSection(Section):
 
 
 class EvaluationSection(Section):
-    data: PromptsSection | None = Field(None, description="a held-out set of its own")
-    held_out: int = Field(0, ge=0, description="or: questions kept out of data.train")
+    held_out: int = Field(0, ge=0, description="questions kept out of data.train: set held_out")
+    sets: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="NAME: {data: keys of data.train that differ, kind, rewards, and any of "
+        "threshold, num_samples, k, sampling, against}",
+    )
     threshold: float = Field(1.0, description="reward from which on an answer counts as right")
     every: int = Field(0, ge=0, description="steps; 0: only before and after")
     before: bool = Field(True, description="before the first step")
     after: bool = Field(True, description="after the last step")
     num_samples: int = Field(1, ge=1, description="answers per prompt")
     k: tuple[int, ...] = Field((1,), description="pass@k")
-    temperature: float | None = Field(None, ge=0, description="default: sampling.temperature")
-    max_tokens: int | None = Field(None, ge=1, description="default: sampling.max_tokens")
+    sampling: dict[str, Any] = Field(
+        default_factory=dict, description="keys of sampling that differ"
+    )
+    against: str | None = Field(
+        None,
+        description="win rate against the answers of a JSONL file that an evaluation wrote, or "
+        "start: those before the first step",
+    )
 
 
 class CheckpointSection(Section):
@@ -317,6 +370,7 @@ class Config(Section):
     rollout: RolloutSection = RolloutSection()
     sampling: SamplingSection = SamplingSection()
     algorithm: AlgorithmSection = AlgorithmSection()
+    preference: PreferenceSection = PreferenceSection()
     data: DataSection
     rewards: tuple[RewardSection, ...] = ()
     reward_pool: RewardPoolSection = RewardPoolSection()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ from yaml import YAMLError
 from spmdrl.config import Config
 from spmdrl.config_keys import WILDCARDS, known_keys
 from spmdrl.config_rules import check_crossed
+from spmdrl.config_sets import (
+    described_sets,
+    held_out_set,
+    mixed_source,
+    set_data,
+    set_sampling,
+)
 
 _ENVIRONMENT = re.compile(r"^\s*#.*|\$\{([A-Z][A-Z0-9_]*)(?::([^}]*))?\}", re.MULTILINE)
 """A whole comment line (left as it is), or `${NAME}` or `${NAME:default}`."""
@@ -48,12 +56,29 @@ def parse_config(values: Any, origin: str) -> Config:
     except ValidationError as error:
         raise ValueError(_problems(error, values, "", origin)) from None
     for name, role in config.roles.items():
-        try:
+        with _told(role.train, f"{origin}: roles.{name}.train", "train."):
             config.train_section(name)
-        except ValidationError as error:
-            where = f"{origin}: roles.{name}.train"
-            raise ValueError(_problems(error, role.train, "train.", where)) from None
+    for number, entry in enumerate(config.data.mix):
+        with _told(entry, f"{origin}: data.mix.{number}", "data.train."):
+            mixed_source(config, entry)
+    for name, given in described_sets(config).items():
+        where = f"{origin}: evaluation.sets.{name}"
+        with _told(given.get("data", {}), where, "data.train."):
+            set_data(config, given)
+        with _told({**config.evaluation.sampling, **given.get("sampling", {})}, where, "sampling."):
+            set_sampling(config, given)
+        with _told(given, where, "evaluation."):
+            held_out_set(config, given)
     return config
+
+
+@contextmanager
+def _told(values: Any, where: str, prefix: str) -> Iterator[None]:
+    """A mapping's bad keys become one ValueError that says where it stands."""
+    try:
+        yield
+    except ValidationError as error:
+        raise ValueError(_problems(error, values, prefix, where)) from None
 
 
 def _problems(error: ValidationError, values: Any, prefix: str, origin: str) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from spmdrl.config import Config
+import re
+from collections.abc import Sequence
+
+from spmdrl.config import Config, RewardSection
+from spmdrl.config_sets import HELD_OUT, START, held_out_sets
 
 SCALAR = ("reward", "value")
 """Kinds of role whose model has a scalar head."""
@@ -22,9 +26,10 @@ def check_crossed(config: Config) -> None:
     Raises:
         ValueError: naming both keys and both values.
     """
-    data, train = config.data, config.train
+    data, train, algorithm = config.data, config.train, config.algorithm
     _check_roles(config)
     _check_backends(config)
+    _check_policy_loss(config)
     _check_rewards(config)
     _check_memory(config)
     _check_lag(config)
@@ -39,26 +44,53 @@ def check_crossed(config: Config) -> None:
             f"algorithm.overlong_buffer={config.algorithm.overlong_buffer} must be below "
             f"sampling.max_tokens={config.sampling.max_tokens}"
         )
-    if samples < 2 and config.flow == "grpo":
+    compares = config.flow == "grpo" and algorithm.advantage != "reinforce_pp" and config.rewards
+    if samples < 2 and compares:
         raise ValueError(
             f"data.prompts_per_step={data.prompts_per_step} x data.group_size={data.group_size} "
             "make one sample: GRPO compares the samples of a group"
         )
-    if config.flow == "grpo" and data.group_size < 2:
+    if compares and data.group_size < 2:
         raise ValueError(
             f"flow={config.flow} with data.group_size={data.group_size}: GRPO compares the "
-            "samples of a group, so it needs at least 2"
+            "samples of a group, so it needs at least 2 (algorithm.advantage=reinforce_pp needs 1)"
         )
-    if config.evaluation.data is not None and config.evaluation.held_out > 0:
+    _check_evaluation(config)
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation = config.evaluation
+    if evaluation.held_out > 0 and HELD_OUT in evaluation.sets:
         raise ValueError(
-            f"evaluation.data is set and evaluation.held_out={config.evaluation.held_out}: "
-            "give a set of its own or a number of questions to keep out of data.train, not both"
+            f"evaluation.held_out={evaluation.held_out} and evaluation.sets.{HELD_OUT}: both make "
+            f"the set {HELD_OUT}, so give one of them, or the other another name"
         )
-    too_large = [k for k in config.evaluation.k if k > config.evaluation.num_samples]
-    if too_large:
+    _check_k(evaluation.k, evaluation.num_samples, "evaluation")
+    for name, held_out in held_out_sets(config).items():
+        where = "evaluation" if name not in evaluation.sets else f"evaluation.sets.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise ValueError(f"{where}: a set's name holds letters, digits, '_', '-' and '.' only")
+        if held_out.data is None and name != HELD_OUT:
+            raise ValueError(f"{where} has no data: give keys of data.train that differ")
+        _check_k(held_out.k, held_out.num_samples, where)
+        _check_reward_list(config, held_out.rewards, f"{where}.rewards")
+        if held_out.against is None:
+            continue
+        if not held_out.rewards:
+            raise ValueError(f"{where}.against={held_out.against} needs rewards to judge by")
+        if held_out.against == START and not evaluation.before:
+            raise ValueError(
+                f"{where}.against={START} with evaluation.before=false: the answers before the "
+                "first step are what it compares with"
+            )
+
+
+def _check_k(k: Sequence[int], num_samples: int, where: str) -> None:
+    wrong = [number for number in k if not 1 <= number <= num_samples]
+    if wrong:
         raise ValueError(
-            f"evaluation.k={too_large[0]} is more than evaluation.num_samples="
-            f"{config.evaluation.num_samples}: pass@k needs at least k samples"
+            f"{where}.k={wrong[0]} with {where}.num_samples={num_samples}: pass@k needs at least k "
+            "samples, and k at least 1"
         )
 
 
@@ -94,10 +126,25 @@ def _check_roles(config: Config) -> None:
             f"roles.reference is there, but algorithm.kl_coef={kl_coef} never asks it: raise the "
             "coefficient, or take the role away (roles.reference: null)"
         )
+    teacher_coef = config.algorithm.teacher_coef
+    if (teacher_coef > 0) != ("teacher" in config.roles) and config.flow == "grpo":
+        raise ValueError(
+            f"algorithm.teacher_coef={teacher_coef} with roles={sorted(config.roles)}: distilling "
+            "needs both the coefficient and roles.teacher"
+        )
     if config.flow in SAMPLING and config.sampling.temperature == 0:
         raise ValueError(
             f"flow={config.flow} with sampling.temperature={config.sampling.temperature}: greedy "
-            "samples teach nothing; only evaluation.temperature may be 0"
+            "samples teach nothing; only evaluation.sampling.temperature may be 0"
+        )
+
+
+def _check_policy_loss(config: Config) -> None:
+    algorithm = config.algorithm
+    if algorithm.policy_loss == "cispo" and algorithm.dual_clip is not None:
+        raise ValueError(
+            f"algorithm.policy_loss=cispo with algorithm.dual_clip={algorithm.dual_clip}: CISPO's "
+            "weights are bounded already, so set algorithm.dual_clip=null"
         )
 
 
@@ -127,13 +174,24 @@ def _check_backends(config: Config) -> None:
 
 
 def _check_rewards(config: Config) -> None:
-    if config.flow in SAMPLING and not config.rewards:
+    distils = config.flow == "grpo" and config.algorithm.teacher_coef > 0
+    if config.flow in SAMPLING and not config.rewards and not distils:
         raise ValueError(
             f"flow={config.flow} with rewards=[]: name at least one function, e.g. "
             "{function: math}, or one reward model, e.g. {role: reward}"
         )
-    for number, reward in enumerate(config.rewards):
-        where = f"rewards.{number}"
+    _check_reward_list(config, config.rewards, "rewards")
+    for name, role in config.roles.items():
+        if role.retokenize and config.role_kind(name) != "reward":
+            raise ValueError(
+                f"roles.{name}.retokenize=true: only a reward model can read texts, and {name} is "
+                f"a {config.role_kind(name)}"
+            )
+
+
+def _check_reward_list(config: Config, rewards: Sequence[RewardSection], key: str) -> None:
+    for number, reward in enumerate(rewards):
+        where = f"{key}.{number}"
         if (reward.function is None) == (reward.role is None):
             raise ValueError(
                 f"{where} has function={reward.function!r} and role={reward.role!r}: name a "
@@ -150,12 +208,6 @@ def _check_rewards(config: Config) -> None:
             raise ValueError(
                 f"{where}.role={reward.role!r} is a {kind}: a reward comes from a role of kind "
                 "reward, or of your own (module:Class)"
-            )
-    for name, role in config.roles.items():
-        if role.retokenize and config.role_kind(name) != "reward":
-            raise ValueError(
-                f"roles.{name}.retokenize=true: only a reward model can read texts, and {name} is "
-                f"a {config.role_kind(name)}"
             )
 
 

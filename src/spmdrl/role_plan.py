@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -39,6 +40,7 @@ class Kind:
 KINDS: Mapping[str, Kind] = {
     "policy": Kind(make=Policy, head="lm"),
     "reference": Kind(make=Reference, head="lm"),
+    "teacher": Kind(make=partial(Reference, prefix="teacher"), head="lm"),
     "reward": Kind(make=Reward, head="score"),
     "value": Kind(make=Value, head="score"),
 }

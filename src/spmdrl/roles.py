@@ -65,7 +65,11 @@ class Policy:
 
 
 class Reference:
-    """A frozen model: `logprobs(batch, temperature)` adds the token column `ref_logprobs`."""
+    """A frozen model: `logprobs(batch, temperature)` adds the token column `ref_logprobs`.
+
+    Args:
+        prefix: of its columns, so that a batch can hold those of several frozen models.
+    """
 
     def __init__(
         self,
@@ -74,14 +78,16 @@ class Reference:
         config: ModelConfig,
         backend: TrainBackend | None,
         memory: Turns | None = None,
+        *,
+        prefix: str = "ref",
     ) -> None:
         self.name, self.mesh, self.config = name, mesh, config
+        self._columns = (f"{prefix}_logprobs", f"{prefix}_entropy")
         self.backend, self.memory = backend, memory
         self.logprobs = RoleMethod(self._logprobs)
 
     def _logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
-        names = ("ref_logprobs", "ref_entropy")
-        return read_call(self, "logprobs", batch, next_token(temperature), names)
+        return read_call(self, "logprobs", batch, next_token(temperature), self._columns)
 
 
 class Reward:

@@ -229,12 +229,136 @@ def test_a_missing_column_is_named(settings, missing):
         {"kl_coefficient": -1.0},
         {"kl_estimator": "k9"},
         {"tis_cap": 0.0},
+        {"objective": "grpo"},
+        {"dual_clip": 3.0, "objective": "cispo"},
     ],
 )
 def test_settings_are_checked(settings):
-    (name,) = settings
+    name, *_ = settings
     with pytest.raises(ValueError, match=name):
         PolicyLossConfig(**settings)
+
+
+def sequence_columns(seed: int) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """Tokens of rows of 1 to 9 tokens in a random order: logprobs, columns, row, weights."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 10, (30,), generator=generator)
+    row = torch.arange(30).repeat_interleave(lengths)
+    row = row[torch.randperm(len(row), generator=generator)]
+    logprobs = -2 * torch.rand(len(row), generator=generator)
+    columns = {
+        "advantages": torch.randn(30, generator=generator)[row],
+        "old_logprobs": logprobs + 0.3 * torch.randn(len(row), generator=generator),
+    }
+    return logprobs, columns, row, (1 / lengths)[row]
+
+
+OBJECTIVES = {
+    "gspo": PolicyLossConfig(objective="gspo", clip_low=0.05, clip_high=0.08),
+    "cispo": PolicyLossConfig(objective="cispo", clip_low=1.0, clip_high=0.2),
+    "cispo from below": PolicyLossConfig(objective="cispo", clip_low=0.2, clip_high=0.2),
+}
+
+
+def reference_objective(logprobs, columns, row, weights, config) -> tuple[float, float, float]:
+    """GSPO over rows, CISPO over tokens, in Python floats: loss, clipped tokens, sum of ratios."""
+    tokens = list(
+        zip(
+            *(x.tolist() for x in (logprobs, columns["old_logprobs"], columns["advantages"])),
+            row.tolist(),
+            weights.tolist(),
+            strict=True,
+        )
+    )
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    loss = clipped = ratios = 0.0
+    if config.objective == "cispo":
+        for new, old, advantage, _, weight in tokens:
+            bounded = min(max(math.exp(new - old), low), high)
+            loss -= weight * bounded * advantage * new
+            clipped += bounded != math.exp(new - old)
+            ratios += math.exp(new - old)
+        return loss, clipped, ratios
+    for number in set(row.tolist()):
+        own = [t for t in tokens if t[3] == number]
+        ratio = math.exp(sum(new - old for new, old, *_ in own) / len(own))
+        advantage, bounded = own[0][2], min(max(ratio, low), high)
+        loss -= min(ratio * advantage, bounded * advantage) * sum(t[4] for t in own)
+        clipped += len(own) * (ratio * advantage > bounded * advantage)
+        ratios += len(own) * ratio
+    return loss, clipped, ratios
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_agree_with_a_float64_loop(name):
+    config = OBJECTIVES[name]
+    logprobs, columns, row, weights = sequence_columns(7)
+    loss, sums = clipped_policy_loss(
+        logprobs, torch.zeros_like(logprobs), columns, weights, config, row
+    )
+    expected, clipped, ratios = reference_objective(logprobs, columns, row, weights, config)
+    assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert sums["clip_fraction"] == clipped > 0
+    assert sums["ratio"].item() == pytest.approx(ratios, rel=1e-6)
+
+
+def test_gspos_gradient_is_the_papers():
+    """Of an unclipped row: -s A / |y| of each of its tokens (arXiv 2507.18071, section 4.2)."""
+    logprobs, columns, row, weights = sequence_columns(8)
+    wide = {name: column.double() for name, column in columns.items()}
+    x = logprobs.double().requires_grad_()
+    config = PolicyLossConfig(objective="gspo", clip_low=1.0, clip_high=10.0)
+
+    def loss_of(x: Tensor) -> Tensor:
+        zeros = torch.zeros_like(x)
+        return clipped_policy_loss(x, zeros, wide, weights.double(), config, row)[0]
+
+    assert torch.autograd.gradcheck(loss_of, (x,))
+    (gradient,) = torch.autograd.grad(loss_of(x), x)
+    for number in range(30):
+        mine = row == number
+        size = int(mine.sum())
+        ratio = (logprobs - columns["old_logprobs"]).double()[mine].mean().exp()
+        expected = -ratio * wide["advantages"][mine] / size
+        torch.testing.assert_close(gradient[mine], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_cispos_clipped_tokens_keep_their_gradient():
+    logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
+    columns = {
+        "advantages": torch.tensor([2.0, 2.0]),
+        "old_logprobs": torch.tensor([-1.0 - math.log(3), -1.0]),
+    }
+    config = PolicyLossConfig(objective="cispo", clip_low=1.0, clip_high=0.5)
+    loss, _ = clipped_policy_loss(logprobs, torch.zeros(2), columns, torch.ones(2), config)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert gradient.tolist() == pytest.approx([-1.5 * 2.0, -2.0])  # PPO's would be [0, -2]
+
+
+def test_objectives_do_not_see_how_rows_are_cut():
+    for config in OBJECTIVES.values():
+        logprobs, columns, row, weights = sequence_columns(9)
+        zeros = torch.zeros_like(logprobs)
+        whole, _ = clipped_policy_loss(logprobs, zeros, columns, weights, config, row)
+        total = 0.0
+        for part in (row < 11, row >= 11, row < 0):
+            cut = {name: column[part] for name, column in columns.items()}
+            own = row[part] - 11 * bool((row[part] >= 11).any())
+            total += clipped_policy_loss(
+                logprobs[part], zeros[part], cut, weights[part], config, own
+            )[0].item()
+        assert total == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_gspo_needs_rows():
+    with pytest.raises(ValueError, match="needs the row of every token"):
+        clipped_policy_loss(
+            torch.zeros(1),
+            torch.zeros(1),
+            {"advantages": torch.zeros(1)},
+            torch.ones(1),
+            OBJECTIVES["gspo"],
+        )
 
 
 LENGTHS = torch.tensor([4, 3, 2])

@@ -1,11 +1,13 @@
 """Which prompts a step draws."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdrl.data.order import PromptStream, permutation
+from spmdrl.data.order import MixedStream, PromptStream, permutation, seats
 
 
 @st.composite
@@ -77,3 +79,58 @@ def test_permutations_are_even():
 def test_a_step_larger_than_the_data_is_refused(per_step):
     with pytest.raises(ValueError, match=f"a step draws {per_step} prompts, the data have 5"):
         PromptStream(seed=0, num_prompts=5, prompts_per_step=per_step)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.floats(0.01, 100), min_size=1, max_size=5), st.integers(0, 400), st.integers(1, 9)
+)
+def test_seats_are_shared_by_weight_and_never_lost(weights, total, more):
+    counts, later = seats(weights, total), seats(weights, total + more)
+    assert sum(counts) == total and sum(later) == total + more
+    assert all(a <= b for a, b in zip(counts, later, strict=True))
+    # one by one, the definition of the method
+    slow = [0] * len(weights)
+    shares = [Fraction(w) / sum(map(Fraction, weights)) for w in weights]
+    for _ in range(total):
+        priorities = [s / (2 * c + 1) for s, c in zip(shares, slow, strict=True)]
+        slow[priorities.index(max(priorities))] += 1
+    assert counts == slow
+
+
+def test_a_mix_keeps_shares_and_epochs_of_each_source():
+    stream = MixedStream(seed=5, sizes=(30, 12), weights=(3.0, 1.0), prompts_per_step=6)
+    drawn = [stream.indices(step) for step in range(40)]
+    assert all(len(indices) == 6 for indices in drawn)
+    flat = [i for indices in drawn for i in indices]
+    first, second = [i for i in flat if i < 30], [i - 30 for i in flat if i >= 30]
+    assert len(first) == 180 and len(second) == 60
+    for sequence, size in ((first, 30), (second, 12)):
+        epochs = [sequence[at : at + size] for at in range(0, len(sequence), size)]
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert epochs[0] != epochs[1]
+    # a step's draw is a function of the step alone
+    assert MixedStream(**vars(stream)).indices(23) == drawn[23]
+    assert MixedStream(**{**vars(stream), "seed": 6}).indices(23) != drawn[23]
+
+
+def test_a_mix_refills_from_what_the_step_left():
+    stream = MixedStream(seed=1, sizes=(10, 8), weights=(1.0, 1.0), prompts_per_step=4)
+    drawn = [stream.indices(7, attempt) for attempt in range(6)]
+    flat = [i for indices in drawn for i in indices]
+    assert len(set(flat)) == len(flat) == 18
+    assert [sum(i < 10 for i in indices) for indices in drawn[:4]] == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": (1.0, 0.0)}, "weights="),
+        ({"weights": (1.0,)}, "2 sources with 1 weights"),
+        ({"sizes": (10, 2)}, "source 1 has 2 items"),
+    ],
+)
+def test_a_bad_mix_is_refused(changes, message):
+    good = {"seed": 0, "sizes": (10, 10), "weights": (1.0, 1.0), "prompts_per_step": 4}
+    with pytest.raises(ValueError, match=message):
+        MixedStream(**{**good, **changes})

@@ -59,8 +59,8 @@ CASES = {
     "two policies": (["roles.other.kind=policy"], ["2 policies"]),
     "unused reference": (["roles.reference.tp=1"], ["roles.reference", "algorithm.kl_coef=0"]),
     "evaluation positions": (
-        ["evaluation.held_out=4", "evaluation.max_tokens=500"],
-        ["evaluation.max_tokens=500", "512"],
+        ["evaluation.held_out=4", "evaluation.sampling={{max_tokens: 500}}"],
+        ["evaluation.sampling.max_tokens=500", "512"],
     ),
     "positions": (["sampling.max_tokens=600"], ["sampling.max_tokens=600", "512"]),
     "lag": (["lag=1"], ["lag=1", "algorithm.importance_cap=null"]),

@@ -1,4 +1,4 @@
-"""Advantages of whole responses from the rewards of their group (the samples of one prompt).
+"""Advantages from one reward per response: within its group (the samples of one prompt), or alone.
 
 Groups live whole on the rank, so nothing here is reduced over ranks.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spmdrl.algorithms.gae import gae
+from spmdrl.algorithms.reward_shaping import token_rewards
 from spmdrl.batch import group_index
 
 
@@ -47,6 +49,24 @@ def leave_one_out(
     centred, counts, flat = _centred(rewards, prompt_ids)
     scaled = centred * counts / (counts - 1).clamp(min=1)
     return torch.where(flat, 0.0, scaled).float()
+
+
+def rewards_to_go(
+    rewards: Tensor,  # [B]
+    token_kl: Tensor,  # [T] estimates of the KL to the reference, without gradient
+    lengths: Tensor,  # [B] int64 tokens per row
+    loss_mask: Tensor,  # [T] bool: response tokens
+    *,
+    kl_coef: float,
+) -> Tensor:
+    """A_t = r - kl_coef * sum of kl_i for i >= t, 0 outside the mask: float32 `[T]`.
+
+    REINFORCE++: Hu et al. 2025, arXiv 2501.03262, section 3. It is to be whitened by the moments of
+    all response tokens of the batch, over all ranks. Errors as `token_rewards` and `gae`.
+    """
+    per_token = token_rewards(rewards, token_kl, lengths, loss_mask, kl_coef=kl_coef)
+    zeros = torch.zeros_like(per_token)
+    return gae(per_token, zeros, lengths, loss_mask, gamma=1.0, lam=1.0)[0]
 
 
 def broadcast_to_tokens(

@@ -26,8 +26,12 @@ def probability_ratio(
     base_logprobs: Tensor,  # [...]
 ) -> Tensor:
     """exp(logprobs - base_logprobs), log-ratio clamped to +-20, no gradient beyond: `[...]`."""
-    gap = at_least_float32(logprobs) - at_least_float32(base_logprobs)
-    return gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return exp_ratio(at_least_float32(logprobs) - at_least_float32(base_logprobs))
+
+
+def exp_ratio(log_ratio: Tensor) -> Tensor:  # [...]
+    """exp of a log-ratio clamped to +-20, no gradient beyond: `[...]`."""
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 def kl(

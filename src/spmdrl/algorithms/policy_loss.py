@@ -1,4 +1,4 @@
-"""The clipped policy-gradient loss of PPO, GRPO, Dr.GRPO and DAPO, as unnormalised sums.
+"""The policy-gradient losses of PPO, GRPO, Dr.GRPO, DAPO, GSPO and CISPO, as unnormalised sums.
 
 A token's weight carries the aggregation mode (`loss_weights`), and the sum is divided once,
 outside, by a count over all ranks (`loss_shares`): the result does not depend on how the rows
@@ -14,11 +14,19 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from spmdrl.algorithms.kl import KlEstimator, at_least_float32, kl, kl_penalty, probability_ratio
+from spmdrl.algorithms.kl import (
+    KlEstimator,
+    at_least_float32,
+    exp_ratio,
+    kl,
+    kl_penalty,
+    probability_ratio,
+)
 from spmdrl.algorithms.ratio_bins import RATIO_BINS, RATIO_EDGES
 from spmdrl.algorithms.sums import metric_sums
 
 Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
+Objective = Literal["ppo", "gspo", "cispo"]
 
 # the token columns that the loss reads, where they are there
 COLUMNS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
@@ -29,6 +37,7 @@ class PolicyLossConfig:
     """Which terms the policy loss has.
 
     Args:
+        objective: see `ppo_term`, `gspo_term` and `cispo_term`.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; PPO 0.2 / 0.2
             (arXiv 1707.06347, eq. 7), DAPO 0.2 / 0.28 (arXiv 2503.14476, eq. 10).
         dual_clip: c > 1 bounds the loss of a token with negative advantage by c |A| (dual-clip
@@ -44,6 +53,7 @@ class PolicyLossConfig:
         ValueError: a value out of its range, naming it.
     """
 
+    objective: Objective = "ppo"
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
@@ -53,6 +63,15 @@ class PolicyLossConfig:
     entropy_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            raise ValueError(
+                f"objective={self.objective!r}: it must be one of {get_args(Objective)}"
+            )
+        if self.objective == "cispo" and self.dual_clip is not None:
+            raise ValueError(
+                f"dual_clip={self.dual_clip} with objective='cispo': there is nothing to bound, "
+                "set it to none"
+            )
         if not 0 <= self.clip_low <= 1:
             raise ValueError(f"clip_low={self.clip_low}: it must lie in [0, 1]")
         if self.clip_high < 0:
@@ -75,6 +94,7 @@ def clipped_policy_loss(
     columns: Mapping[str, Tensor],  # token columns at the loss tokens, [N] each
     weights: Tensor,  # [N] from `loss_weights`; 0: the token counts nowhere
     config: PolicyLossConfig,
+    row: Tensor | None = None,  # [N] int64, the row of each token; gspo needs it
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of weights * (policy term + KL term - entropy bonus), and sums of metrics.
 
@@ -93,12 +113,20 @@ def clipped_policy_loss(
         ValueError: a needed column is missing, or an entropy bonus is wanted and `entropy` carries
             no gradient.
     """
-    _check_columns(columns, config)
+    _check_columns(columns, config, row)
     columns = {name: at_least_float32(columns[name]) for name in COLUMNS if name in columns}
     logprobs, entropy = at_least_float32(logprobs), at_least_float32(entropy)
     weights, live = at_least_float32(weights), weights != 0
     old = columns.get("old_logprobs", logprobs.detach())
-    loss, values = _policy_term(logprobs, old, columns["advantages"], config)
+    log_ratio = logprobs - old
+    if config.objective == "cispo":
+        loss, values = cispo_term(logprobs, log_ratio, columns["advantages"], config)
+    elif config.objective == "gspo":
+        assert row is not None, "checked above"
+        loss, values = gspo_term(log_ratio, columns["advantages"], row, live, config)
+    else:
+        loss, values = ppo_term(log_ratio, columns["advantages"], config)
+    values["kl"] = kl(old, logprobs.detach(), "k3")
     if "rollout_logprobs" in columns:
         tis_weight, gaps = _rollout_gap(old, columns["rollout_logprobs"], config)
         loss, values = loss * tis_weight, values | gaps
@@ -162,22 +190,65 @@ def loss_shares(
     return shares.double()
 
 
-def _policy_term(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, config: PolicyLossConfig
+def ppo_term(
+    log_ratio: Tensor,  # [N] log(policy / old policy), with gradient
+    advantages: Tensor,  # [N]
+    config: PolicyLossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped term per token (as a loss), and its metrics per token: `[N]` each."""
-    ratio = probability_ratio(logprobs, old)
+    """-min(ratio A, clip(ratio) A) per token, and its metrics per token: `[N]` each.
+
+    PPO, arXiv 1707.06347, eq. 7; DAPO's clip_high, arXiv 2503.14476, eq. 10; dual clip, arXiv
+    1912.09729.
+    """
+    ratio = exp_ratio(log_ratio)
     clipped = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
     term = torch.maximum(-advantages * ratio, -advantages * clipped)
     with torch.no_grad():
         beyond = ((ratio > clipped) & (advantages > 0)) | ((ratio < clipped) & (advantages < 0))
-        values = {"clip_fraction": beyond, "kl": kl(old, logprobs, "k3"), "ratio": ratio}
+        values = {"clip_fraction": beyond, "ratio": ratio}
     if config.dual_clip is not None:
         bound = -advantages * config.dual_clip
         bounded = (advantages < 0) & (term > bound)
         values["dual_clip_fraction"] = bounded
         term = torch.where(bounded, bound, term)
     return term, values
+
+
+def gspo_term(
+    log_ratio: Tensor,  # [N] of tokens, with gradient
+    advantages: Tensor,  # [N]
+    row: Tensor,  # [N] int64, the row of each token
+    live: Tensor,  # [N] bool: the tokens that count
+    config: PolicyLossConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`ppo_term` with one ratio for a whole response, the geometric mean of its tokens' ratios.
+
+    GSPO, Zheng et al. 2025, arXiv 2507.18071, in the form of its section 4.3 (GSPO-token), where a
+    token's gradient has its own advantage; with one advantage per response and the weights of
+    `sequence_mean` value and gradient are those of section 4.1. The clip range is two orders
+    smaller than PPO's (3e-4 and 4e-4 there).
+    """
+    num_rows = int(row.max()) + 1 if len(row) else 0
+    kept = torch.where(live, log_ratio.detach(), 0.0).double()
+    sums = kept.new_zeros(num_rows).index_add(0, row, kept)
+    counts = kept.new_zeros(num_rows).index_add(0, row, live.double())
+    mean = (sums / counts.clamp(min=1.0)).to(log_ratio.dtype)[row]
+    return ppo_term(mean + (log_ratio - log_ratio.detach()), advantages, config)
+
+
+def cispo_term(
+    logprobs: Tensor,  # [N] of the policy, with gradient
+    log_ratio: Tensor,  # [N]
+    advantages: Tensor,  # [N]
+    config: PolicyLossConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-sg(clip(ratio)) A log p per token: every token keeps a gradient, its weight is bounded.
+
+    CISPO, MiniMax-M1, arXiv 2506.13585, section 3.1; clip_low = 1 is no bound from below, as there.
+    """
+    ratio = exp_ratio(log_ratio.detach())
+    clipped = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
+    return -clipped * advantages * logprobs, {"clip_fraction": ratio != clipped, "ratio": ratio}
 
 
 def _rollout_gap(
@@ -196,7 +267,11 @@ def _rollout_gap(
     return weight, values
 
 
-def _check_columns(columns: Mapping[str, Tensor], config: PolicyLossConfig) -> None:
+def _check_columns(
+    columns: Mapping[str, Tensor], config: PolicyLossConfig, row: Tensor | None
+) -> None:
+    if config.objective == "gspo" and row is None:
+        raise ValueError("objective='gspo' needs the row of every token, and there is none")
     needed = {"advantages": "the policy loss"}
     if config.kl_coefficient:
         needed["ref_logprobs"] = f"kl_coefficient={config.kl_coefficient}"

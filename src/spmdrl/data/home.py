@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from spmdrl.batch import Batch
-from spmdrl.data.order import PromptStream
+from spmdrl.data.order import Stream
 from spmdrl.launch import World
 
 
@@ -30,17 +30,17 @@ class DataSet(Protocol):
 class StepRows:
     """Every rank knows all items and their order; `batch` gives the rows whose home is here."""
 
-    def __init__(self, world: World, data: DataSet, stream: PromptStream) -> None:
-        self._world, self._data, self._stream = world, data, stream
+    def __init__(self, world: World, data: DataSet, stream: Stream) -> None:
+        self.world, self.data, self.stream = world, data, stream
 
     def batch(self, step: int, *, attempt: int = 0, count: int | None = None) -> Batch:
         """Home rows of a step's items, or of its refill `attempt` (`count` of them at most).
 
         `prompt_ids` are places in the step, so they differ between attempts.
         """
-        indices = self._stream.indices(step, attempt)[:count]
-        first = attempt * self._stream.prompts_per_step
-        return home_rows(self._world, self._data, indices, first_id=first)
+        indices = self.stream.indices(step, attempt)[:count]
+        first = attempt * self.stream.prompts_per_step
+        return home_rows(self.world, self.data, indices, first_id=first)
 
 
 def home_rows(

@@ -6,10 +6,25 @@ generator: the order is then the same in every version of every library.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Stream(Protocol):
+    """Which items a step draws."""
+
+    @property
+    def prompts_per_step(self) -> int: ...
+
+    def indices(self, step: int, attempt: int = 0) -> list[int]:
+        """The step's items, or those of its refill `attempt` (from 1)."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +86,89 @@ class PromptStream:
         if not self.shuffle:
             return np.arange(self.num_prompts, dtype=np.int64)
         return permutation(self.num_prompts, self.seed, 0, epoch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedStream:
+    """Several sources side by side, each with a share of every step and shuffled epochs of its own.
+
+    The shares are kept over steps, not within each one: after any number of steps a source has
+    given its share of the items, rounded. Where an epoch of a source ends inside a step, a prompt
+    may come twice in that step.
+
+    Args:
+        sizes: items of each source; indices count through all of them in order.
+        weights: of each source, positive; only their ratios count.
+
+    Raises:
+        ValueError: no source, a weight that is not positive, or a source of fewer items than one
+            step draws from it.
+    """
+
+    seed: int
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+    prompts_per_step: int
+
+    def __post_init__(self) -> None:
+        if not self.sizes or len(self.sizes) != len(self.weights):
+            raise ValueError(f"{len(self.sizes)} sources with {len(self.weights)} weights")
+        if not all(math.isfinite(w) and w > 0 for w in self.weights):
+            raise ValueError(f"weights={self.weights}: each must be positive and finite")
+        for number, (size, weight) in enumerate(zip(self.sizes, self.weights, strict=True)):
+            most = math.ceil(self.prompts_per_step * weight / math.fsum(self.weights)) + 1
+            if size < min(most, self.prompts_per_step):
+                raise ValueError(
+                    f"source {number} has {size} items, and a step draws up to {most} of them: "
+                    "lower its weight or data.prompts_per_step"
+                )
+
+    def indices(self, step: int, attempt: int = 0) -> list[int]:
+        """The items of a step, source by source; `attempt`: see `PromptStream.indices`."""
+        before = seats(self.weights, step * self.prompts_per_step)
+        after = seats(self.weights, (step + 1) * self.prompts_per_step)
+        drawn: list[int] = []
+        offset = 0
+        for source, size in enumerate(self.sizes):
+            places = range(before[source], after[source])
+            own = self._items(source, places)
+            if attempt > 0:
+                rest = np.setdiff1d(np.arange(size, dtype=np.int64), own)
+                rest = rest[permutation(len(rest), self.seed, 3, source, step)]
+                own = rest[(attempt - 1) * len(places) : attempt * len(places)].tolist()
+            drawn += [offset + item for item in own]
+            offset += size
+        return drawn
+
+    def _items(self, source: int, places: range) -> list[int]:
+        """What stands at these places of a source's endless sequence of shuffled epochs."""
+        size = self.sizes[source]
+        items: list[int] = []
+        for epoch in range(places.start // size, -(-places.stop // size)):
+            order = permutation(size, self.seed, 2, source, epoch)
+            first = epoch * size
+            items += order[max(places.start - first, 0) : places.stop - first].tolist()
+        return items
+
+
+def seats(weights: Sequence[float], total: int) -> list[int]:
+    """`total` seats shared by weight, so that no share shrinks when there are more of them.
+
+    Webster's method, a divisor method (Balinski & Young 1982, "Fair Representation"): the seats go
+    one by one to the largest w / (2 c + 1), c its seats so far; ties to the earlier. All but the
+    last few are counted at once: after the seats with w / (2 c + 1) >= 1 / (2 x) each has
+    floor(w x + 1/2). In exact arithmetic, since rounding could take a seat away again.
+    """
+    exact = [Fraction(weight) for weight in weights]
+    whole = sum(exact)
+    shares = [weight / whole for weight in exact]
+    x = max(Fraction(0), Fraction(total) - Fraction(len(shares) + 1, 2))
+    counts = [math.floor(share * x + Fraction(1, 2)) for share in shares]
+    while sum(counts) < total:
+        priorities = [share / (2 * c + 1) for share, c in zip(shares, counts, strict=True)]
+        counts[priorities.index(max(priorities))] += 1
+    assert sum(counts) == total, (weights, total, counts)
+    return counts
 
 
 def permutation(count: int, *key: int) -> NDArray[np.int64]:

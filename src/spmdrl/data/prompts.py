@@ -210,6 +210,24 @@ class PromptSet(Sequence[Prompt]):
         return self._tokens[end - self.lengths[index] : end]
 
 
+def join_prompts(sets: Sequence[PromptSet]) -> PromptSet:
+    """The prompts of all sets, one set after the other."""
+    reports = [part.report for part in sets]
+    return PromptSet(
+        [draft for part in sets for draft in part._drafts],
+        np.concatenate([np.empty(0, np.int32), *(part._tokens for part in sets)]),
+        np.concatenate([np.empty(0, np.int64), *(part.lengths for part in sets)]),
+        LoadReport(
+            num_rows=sum(r.num_rows for r in reports),
+            num_bad=sum(r.num_bad for r in reports),
+            num_long=sum(r.num_long for r in reports),
+            longest=max((r.longest for r in reports), default=0),
+            num_repeated=sum(r.num_repeated for r in reports),
+            num_elsewhere=sum(r.num_elsewhere for r in reports),
+        ),
+    )
+
+
 def load_prompts(source: PromptSource, tokenizer: Tokenizer) -> PromptSet:
     """Read, check, render and tokenise all prompts of a source.
 

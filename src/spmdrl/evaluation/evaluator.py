@@ -7,21 +7,25 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from spmdrl.batch import Batch
 from spmdrl.data.home import DataSet, home_rows
 from spmdrl.data.prompts import Prompt
 from spmdrl.distributed.reduce import gather_objects, gather_tables
-from spmdrl.evaluation.metrics import avg_at_k, pass_at_k
+from spmdrl.evaluation.against import Opponent, read_opponent
+from spmdrl.evaluation.metrics import Estimate, avg_at_k, pass_at_k, win_rate
 from spmdrl.evaluation.results import write_results
 from spmdrl.launch import World
-from spmdrl.observe.names import ACCURACY, EVAL, STANDARD_ERROR
+from spmdrl.observe.names import ACCURACY, EVAL, STANDARD_ERROR, WIN_RATE
 from spmdrl.rewards.scorer import Scorer
 from spmdrl.roles import Generation, Rollout
 from spmdrl.rollout.sampling import SamplingParams
 
 KEY = -1
 """The `step` of evaluation's random numbers: the same before and after training."""
+
+FINISH = ("stop", "length", "aborted")
 
 
 class Evaluator:
@@ -30,7 +34,10 @@ class Evaluator:
     Args:
         name: of the set, in metrics and files.
         prompts: the held-out prompts, equal on every rank.
-        results_dir: where each evaluation's samples are written as JSONL; None: nowhere.
+        results_dir: where each evaluation's samples are written as JSONL.
+        judged_by: what makes the rewards: answers that are compared must have the same.
+        against: a JSONL file of this evaluator's, whose answers the win rate is against; None: no
+            win rate. A file that is this evaluation's own is no opponent.
     """
 
     def __init__(
@@ -46,7 +53,9 @@ class Evaluator:
         k: Sequence[int],
         threshold: float,
         seed: int,
-        results_dir: Path | None,
+        results_dir: Path,
+        judged_by: str,
+        against: Path | None = None,
     ) -> None:
         self._world, self._name, self._prompts = world, name, prompts
         self._rollout, self._scorer = rollout, scorer
@@ -54,41 +63,71 @@ class Evaluator:
         self._generation = Generation(
             seed=seed, step=KEY, group_size=num_samples, sampling=sampling
         )
-        self._results_dir = results_dir
+        self._results_dir, self._judged_by, self._against = results_dir, judged_by, against
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics `eval/NAME/...`, equal on every rank: accuracy (avg@k: the mean over samples) and
-        pass@k, mean reward and response length, with standard errors clustered by prompt.
+        pass@k, mean reward and response length, the win rate where there is an opponent, with
+        standard errors clustered by prompt.
         """
+        return self.measure(results_file(self._results_dir, self._name, step))
+
+    def measure(self, path: Path) -> dict[str, float]:
+        """The metrics, with each sample in the JSONL file `path`.
+
+        Raises:
+            ValueError: the opponent's answers are missing, of other prompts or judged otherwise.
+        """
+        opponent = None
+        if self._against is not None and self._against.resolve() != path.resolve():
+            opponent = read_opponent(self._against, self._prompts.texts(), self._judged_by)
         rows = home_rows(self._world, self._prompts)
         batch = self._scorer.score(self._rollout.generate(rows, self._generation), evaluation=True)
-        if self._results_dir is not None:
-            self._write(batch, self._results_dir / f"{self._name}_{step:08d}.jsonl")
-        return self._metrics(batch)
+        metrics = self._metrics(batch)
+        if opponent is not None:
+            metrics |= self._compared(batch, opponent)
+        self._write(batch, path)
+        return metrics
 
     def _metrics(self, batch: Batch) -> dict[str, float]:
-        columns = ("prompt_ids", "rewards", "response_lengths")
-        table = torch.stack([batch[name].double() for name in columns], dim=1)
-        samples = torch.cat(gather_tables(table))
-        samples = samples[torch.argsort(samples[:, 0], stable=True)]
-        size = self._generation.group_size
-        rewards = samples[:, 1].reshape(-1, size)
+        rewards, lengths = self._table(batch, "rewards"), self._table(batch, "response_lengths")
         right = rewards >= self._threshold - 1e-6  # rewards are float32
         prefix = EVAL + self._name
         found = {ACCURACY: avg_at_k(right), "/reward": avg_at_k(rewards)}
-        found |= {f"/pass@{k}": pass_at_k(right, k) for k in self._k if size > 1}
+        found |= {f"/pass@{k}": pass_at_k(right, k) for k in self._k}
+        return {**self._named(found), f"{prefix}/response_length": float(lengths.mean())}
+
+    def _compared(self, batch: Batch, opponent: Opponent) -> dict[str, float]:
+        rewards = self._table(batch, "rewards")
+        return self._named({WIN_RATE: win_rate(rewards, opponent.rewards)})
+
+    def _named(self, found: Mapping[str, Estimate]) -> dict[str, float]:
+        prefix = EVAL + self._name
         metrics = {prefix + name: estimate.mean for name, estimate in found.items()}
         errors = {
             prefix + ("" if name == ACCURACY else name) + STANDARD_ERROR: estimate.standard_error
             for name, estimate in found.items()
         }
-        return {**metrics, **errors, f"{prefix}/response_length": float(samples[:, 2].mean())}
+        return metrics | errors
+
+    def _table(self, batch: Batch, name: str) -> Tensor:
+        """A row column by prompt and sample, of all ranks: float64 `[P, n]`."""
+        columns = (batch["prompt_ids"], batch["sample_index"], batch[name])
+        table = torch.cat(gather_tables(torch.stack([c.double() for c in columns], dim=1)))
+        size = self._generation.group_size
+        order = torch.argsort(table[:, 0] * size + table[:, 1])
+        return table[order, 2].reshape(-1, size)
 
     def _write(self, batch: Batch, path: Path) -> None:
-        own = [_record(batch, row) for row in range(len(batch))]
+        own = [{**_record(batch, row), "judge": self._judged_by} for row in range(len(batch))]
         parts = gather_objects(own)
         if dist.get_rank() == 0:
             write_results(path, [record for part in parts for record in part])
+
+
+def results_file(directory: Path, name: str, step: int) -> Path:
+    """Where an evaluation before step `step` (after the last: as many as steps) is written."""
+    return directory / f"{name}_{step:08d}.jsonl"
 
 
 def _record(batch: Batch, row: int) -> Mapping[str, object]:
@@ -100,5 +139,6 @@ def _record(batch: Batch, row: int) -> Mapping[str, object]:
         "response": batch.objects["response"][row],
         "answer": prompt.answer,
         "reward": float(batch["rewards"][row]),
+        "finish": FINISH[int(batch["finish"][row])],
         "tokens": int(batch["response_lengths"][row]),
     }

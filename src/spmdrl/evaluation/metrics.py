@@ -72,6 +72,26 @@ def avg_at_k(scores: Tensor) -> Estimate:  # [P, n], the samples of P prompts; b
     return estimate(scores.to(torch.float64).mean(dim=1))
 
 
+def win_rate(
+    rewards: Tensor,  # [P, n], of the samples of P prompts
+    others: Tensor,  # [P, m], of the opponent's samples of the same prompts
+) -> Estimate:
+    """The chance that a sample is judged better than the opponent's; a tie counts half.
+
+    Every sample meets every one of the opponent's for its prompt; the error is clustered by prompt.
+
+    Raises:
+        ValueError: other prompts, or no samples.
+    """
+    if rewards.dim() != 2 or others.dim() != 2 or len(rewards) != len(others):
+        raise ValueError(
+            f"rewards {tuple(rewards.shape)} and others {tuple(others.shape)} must be [prompts, "
+            "samples] of the same prompts"
+        )
+    gap = rewards.double()[:, :, None] - others.double()[:, None, :]
+    return avg_at_k((0.5 * (gap.sign() + 1)).flatten(1))
+
+
 def pass_at_k(right: Tensor, k: int) -> Estimate:  # bool [P, n], the samples of P prompts
     """The chance that at least one of k samples is right (`unbiased_pass_at_k`), over prompts.
 

@@ -1,8 +1,10 @@
-"""GRPO: groups of samples per prompt, advantages within the group, a clipped policy loss.
+"""GRPO and its kin: samples per prompt, advantages from their rewards, a policy-gradient loss.
 
 Follows DeepSeekMath (Shao et al. 2024, https://arxiv.org/abs/2402.03300), with the options of
 Dr.GRPO (https://arxiv.org/abs/2503.20783: no std, fixed-length mean) and DAPO
 (https://arxiv.org/abs/2503.14476: token mean, clip-higher, dynamic sampling, overlong shaping).
+`algorithm.advantage` makes it RLOO or REINFORCE++, `algorithm.policy_loss` GSPO or CISPO; a role
+`teacher` is distilled on the policy's own samples (`advantage_terms` names the papers).
 Left out: process rewards, and the iterated refresh of the reference.
 """
 
@@ -10,15 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from spmdrl.algorithms.advantages import broadcast_to_tokens, group_advantages
-from spmdrl.algorithms.kl import kl
-from spmdrl.algorithms.rewards import kl_in_reward, overlong_penalty
 from spmdrl.batch import Batch
 from spmdrl.calls import Call
-from spmdrl.config import AlgorithmSection
 from spmdrl.distributed.reduce import moments, world_any
+from spmdrl.flows.advantage_terms import puts_kl_in_reward, token_advantages
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.policy_terms import policy_columns, policy_loss, update_of, with_loss_weights
 from spmdrl.flows.run import Environment, Metrics, Run, Trainer, update_metrics
@@ -51,6 +48,7 @@ class GrpoTrainer:
         in_loss = algorithm.kl_coef if algorithm.kl_in == "loss" else 0.0
         self.loss = policy_loss(algorithm, kl_coefficient=in_loss)
         self.reference = run.role("reference", Reference) if algorithm.kl_coef > 0 else None
+        self.teacher = run.role("teacher", Reference) if algorithm.teacher_coef > 0 else None
 
     def step(self, step: int, batch: Batch, *alongside: Call[Any]) -> Metrics:
         """`batch`: rows of `rollout.generate` with the row column `rewards`.
@@ -59,7 +57,9 @@ class GrpoTrainer:
         """
         with self.run.phase("logprobs"):
             batch = self._add_logprobs(batch, self.run.config.sampling.temperature)
-        batch = self._add_advantages(batch)
+        config = self.run.config
+        advantages = token_advantages(batch, config.algorithm, config.sampling.max_tokens)
+        batch = with_loss_weights(batch.with_columns(tokens={"advantages": advantages}), self.run)
         calls: list[Call[Any]] = []
         if self._has_gradient(batch):
             update = update_of(self.run, step, policy_columns(batch))
@@ -67,7 +67,11 @@ class GrpoTrainer:
         lag = self.policy.version - moments(batch["weight_version"]).mean
         with self.run.phase("update"):
             done = together(*calls, *alongside)
-        return {**update_metrics(done[0] if calls else []), "sample_lag": lag}
+        metrics = {**update_metrics(done[0] if calls else []), "sample_lag": lag}
+        if self.teacher is not None:
+            gap = batch["old_logprobs"] - batch["teacher_logprobs"]
+            metrics["teacher_kl"] = moments(gap, batch["loss_mask"]).mean
+        return metrics
 
     def _has_gradient(self, batch: Batch) -> bool:
         """Whether some sample of the world moves the policy; if none does, nothing must."""
@@ -83,15 +87,17 @@ class GrpoTrainer:
         With one optimizer step in all, the policy that is updated is the one that sampled: the loss
         then takes its own log-probabilities, detached, for the old ones.
         """
-        config = self.run.config
+        config, algorithm = self.run.config, self.run.config.algorithm
         calls = []
         if self.reference is not None:
             calls.append(self.reference.logprobs.on(batch, temperature))
-        in_reward = config.algorithm.kl_coef > 0 and config.algorithm.kl_in == "reward"
-        moves = config.train.epochs * config.train.num_minibatches > 1 or in_reward
-        source = config.algorithm.old_logprobs
-        if source == "trainer" or (source == "auto" and moves):
+        moves = config.train.epochs * config.train.num_minibatches > 1
+        wanted = moves or puts_kl_in_reward(algorithm) or self.teacher is not None
+        source = algorithm.old_logprobs
+        if source == "trainer" or (source == "auto" and wanted):
             calls.append(self.policy.logprobs.on(batch, temperature))
+        if self.teacher is not None:
+            calls.append(self.teacher.logprobs.on(batch, temperature))
         for columns in together(*calls):
             batch = batch | columns
         if source == "rollout":
@@ -99,28 +105,3 @@ class GrpoTrainer:
         if "logprobs" in batch:
             return batch.with_columns(tokens={"old_logprobs": batch["logprobs"]})
         return batch
-
-    def _add_advantages(self, batch: Batch) -> Batch:
-        algorithm = self.run.config.algorithm
-        rewards = shaped_rewards(batch, algorithm, self.run.config.sampling.max_tokens)
-        advantages = group_advantages(rewards, batch["prompt_ids"], std=algorithm.advantage_std)
-        tokens = broadcast_to_tokens(advantages, batch.lengths, batch["loss_mask"])
-        return with_loss_weights(batch.with_columns(tokens={"advantages": tokens}), self.run)
-
-
-def shaped_rewards(batch: Batch, algorithm: AlgorithmSection, max_tokens: int) -> Tensor:  # [B]
-    """Rewards after the overlong penalty and the KL penalty, where the configuration has them."""
-    rewards = batch["rewards"]
-    if algorithm.overlong_buffer > 0:
-        rewards = rewards + overlong_penalty(
-            batch["response_lengths"],
-            max_tokens=max_tokens,
-            buffer=algorithm.overlong_buffer,
-            factor=algorithm.overlong_penalty,
-        )
-    if algorithm.kl_coef > 0 and algorithm.kl_in == "reward":
-        token_kl = kl(batch["old_logprobs"], batch["ref_logprobs"], algorithm.kl_estimator)
-        rewards = kl_in_reward(
-            rewards, token_kl, batch["loss_mask"], batch.lengths, coefficient=algorithm.kl_coef
-        )
-    return rewards

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from spmdrl.config import Config, PromptsSection, SamplingSection
+from spmdrl.config import Config, DataKind, PromptsSection, RewardSection, SamplingSection
+from spmdrl.config_sets import HELD_OUT, HeldOutSet, held_out_sets, train_sources
 from spmdrl.data.conversations import ConversationSet, load_conversations
 from spmdrl.data.examples import ExampleSource
 from spmdrl.data.preferences import PairSet, load_preferences
-from spmdrl.data.prompts import Prompt, PromptSet, PromptSource, load_prompts
+from spmdrl.data.prompts import (
+    Prompt,
+    PromptSet,
+    PromptSource,
+    join_prompts,
+    load_prompts,
+)
 from spmdrl.data.split import split, split_examples, without_overlap
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.tokenizers import check_tokenizer, difference, load_tokenizer
@@ -26,7 +33,6 @@ from spmdrl.rollout.sampling import SamplingParams
 log = logging.getLogger(__name__)
 
 
-DataKind = Literal["prompts", "conversations", "preferences"]
 AnySet = PromptSet | ConversationSet | PairSet
 
 
@@ -34,35 +40,81 @@ AnySet = PromptSet | ConversationSet | PairSet
 class Inputs:
     """The tokenizer, its decoder (special tokens left out), and the data: prompts, conversations
     or preference pairs.
+
+    Args:
+        shares: (items, weight) of each source of the training data.
+        held_out: sets by name.
     """
 
     tokenizer: Any
     decode: Callable[[Sequence[int]], str]
     train: AnySet
-    held_out: AnySet | None
+    shares: tuple[tuple[int, float], ...]
+    held_out: Mapping[str, AnySet]
 
 
 def read_inputs(config: Config, kind: DataKind = "prompts") -> Inputs:
     """Read and tokenise everything; ValueError as `spmdrl.data`'s loaders and `data.split`."""
     tokenizer = load_tokenizer(config.model.path)
-    train = load_data(config.data.train, kind, tokenizer)
-    held_out: AnySet | None = None
-    evaluation = config.evaluation
-    if evaluation.data is not None:
-        own = load_data(evaluation.data, kind, tokenizer)
-        held_out, note = without_overlap(own, train.texts())
-        log.info("%s", note)
-    elif evaluation.held_out > 0:
+    sections = train_sources(config)
+    sources = [load_data(section, kind, tokenizer) for section in sections]
+    held_out: dict[str, AnySet] = {}
+    if config.evaluation.held_out > 0:
         divide = split if kind == "prompts" else split_examples
-        parts = divide(train, num_held_out=evaluation.held_out, seed=config.seed)
-        train, held_out = parts.train, parts.held_out
+        whole = join_sets(sources)
+        parts = divide(whole, num_held_out=config.evaluation.held_out, seed=config.seed)
+        held_out[HELD_OUT] = parts.held_out
+        sources = [without_questions(source, parts.held_out) for source in sources]
+    train = join_sets(sources)
+    held_out |= read_held_out(held_out_sets(config), kind, tokenizer, train.texts())
     if len(train) < config.data.prompts_per_step:
         raise ValueError(
             f"data.prompts_per_step={config.data.prompts_per_step}, but data.train has "
             f"{len(train)} {kind} ({config.data.train.source})"
         )
-    decode = make_decoder(tokenizer)
-    return Inputs(tokenizer=tokenizer, decode=decode, train=train, held_out=held_out)
+    return Inputs(
+        tokenizer=tokenizer,
+        decode=make_decoder(tokenizer),
+        train=train,
+        shares=tuple((len(s), w.weight) for s, w in zip(sources, sections, strict=True)),
+        held_out=held_out,
+    )
+
+
+def read_held_out(
+    sets: Mapping[str, HeldOutSet], kind: DataKind, tokenizer: Any, trained: Sequence[str]
+) -> dict[str, AnySet]:
+    """The sets that have data of their own, without the questions whose texts are trained on.
+
+    Args:
+        kind: of sets that say none.
+    """
+    found: dict[str, AnySet] = {}
+    for name, described in sets.items():
+        if described.data is None:
+            continue
+        own = load_data(described.data, described.kind or kind, tokenizer)
+        found[name], note = without_overlap(own, trained)
+        log.info("evaluation.sets.%s: %s", name, note)
+    return found
+
+
+def without_questions(data: AnySet, held_out: AnySet) -> AnySet:
+    """The items that ask nothing that is held out."""
+    asked = set(held_out.questions())
+    return data.subset([i for i, question in enumerate(data.questions()) if question not in asked])
+
+
+def join_sets(sets: Sequence[AnySet]) -> AnySet:
+    """Sets of one kind, one after the other."""
+    first = sets[0]
+    if len(sets) == 1:
+        return first
+    if isinstance(first, PromptSet):
+        return join_prompts([s for s in sets if isinstance(s, PromptSet)])
+    if isinstance(first, PairSet):
+        return PairSet([item for s in sets if isinstance(s, PairSet) for item in s])
+    return ConversationSet([item for s in sets if isinstance(s, ConversationSet) for item in s])
 
 
 def load_data(section: PromptsSection, kind: DataKind, tokenizer: Any) -> AnySet:
@@ -125,10 +177,10 @@ def prompt_source(section: PromptsSection) -> PromptSource:
     )
 
 
-def reward_specs(config: Config) -> list[RewardSpec]:
+def reward_specs(rewards: Sequence[RewardSection]) -> list[RewardSpec]:
     """One component per function in `rewards`, named after it (numbered when repeated)."""
     specs: list[RewardSpec] = []
-    for section in config.rewards:
+    for section in rewards:
         if section.function is None:
             continue
         base = section.function.rpartition(":")[2]
@@ -145,29 +197,38 @@ def reward_specs(config: Config) -> list[RewardSpec]:
 
 
 @contextmanager
-def make_pool(
+def make_pools(
     config: Config, server: RewardServer, run_dir: Path, rank: int
-) -> Iterator[RewardPool | None]:
-    """This rank's reward workers; None without reward functions.
+) -> Iterator[Mapping[str, RewardPool]]:
+    """This rank's reward workers: a pool for each list of rewards (`pool_key`) with functions.
 
     Raises:
         ValueError: a function cannot be loaded.
     """
-    specs = reward_specs(config)
-    if not specs:
-        yield None
-        return
-    pool = config.reward_pool
-    with RewardPool(
-        server,
-        specs,
-        num_workers=pool.num_workers,
-        timeout_s=pool.timeout_s,
-        memory_mb=round(pool.memory_gb * 1000),
-        failed=pool.failed_reward,
-        output=run_dir / f"rewards_rank_{rank:05d}.log",
-    ) as workers:
-        yield workers
+    own = [described.rewards for described in held_out_sets(config).values()]
+    pools: dict[str, RewardPool] = {}
+    with ExitStack() as stack:
+        for rewards in (config.rewards, *own):
+            specs = reward_specs(rewards)
+            if not specs or pool_key(rewards) in pools:
+                continue
+            suffix = f"_{len(pools)}" if pools else ""
+            pool = RewardPool(
+                server,
+                specs,
+                num_workers=config.reward_pool.num_workers,
+                timeout_s=config.reward_pool.timeout_s,
+                memory_mb=round(config.reward_pool.memory_gb * 1000),
+                failed=config.reward_pool.failed_reward,
+                output=run_dir / f"rewards_rank_{rank:05d}{suffix}.log",
+            )
+            pools[pool_key(rewards)] = stack.enter_context(pool)
+        yield pools
+
+
+def pool_key(rewards: Sequence[RewardSection]) -> str:
+    """Equal for lists that one pool serves: those of the same functions."""
+    return repr([r for r in rewards if r.function is not None])
 
 
 def sampling_params(section: SamplingSection) -> SamplingParams:
@@ -182,34 +243,31 @@ def sampling_params(section: SamplingSection) -> SamplingParams:
     )
 
 
-def evaluation_sampling(config: Config) -> SamplingParams:
-    """The training's sampling, with what `evaluation` says otherwise."""
-    wish = {
-        "temperature": config.evaluation.temperature,
-        "max_tokens": config.evaluation.max_tokens,
-    }
-    given = {key: value for key, value in wish.items() if value is not None}
-    return sampling_params(config.sampling.model_copy(update=given))
-
-
 def check_lengths(config: Config, role: str, max_position: int) -> None:
     """ValueError when the longest prompt and answer exceed the model's positions."""
-    answers = {"sampling.max_tokens": config.sampling.max_tokens}
-    pairs = [("data.train.max_tokens", config.data.train.max_tokens, answers)]
-    evaluation = config.evaluation
-    if evaluation.max_tokens is not None:
-        answers = {"evaluation.max_tokens": evaluation.max_tokens}
-    if evaluation.data is not None:
-        pairs.append(("evaluation.data.max_tokens", evaluation.data.max_tokens, answers))
-    elif evaluation.held_out > 0:
-        pairs.append(("data.train.max_tokens", config.data.train.max_tokens, answers))
-    for prompt_key, prompt, limits in pairs:
-        for key, answer in limits.items():
-            if prompt + answer > max_position:
-                raise ValueError(
-                    f"{prompt_key}={prompt} and {key}={answer} make {prompt + answer} tokens, but "
-                    f"the model of roles.{role} has {max_position} positions"
-                )
+    train, answer = config.data.train, config.sampling.max_tokens
+    longest = max(source.max_tokens for source in train_sources(config))
+    found = [("data.train.max_tokens", longest, "sampling.max_tokens", answer)]
+    for name, described in held_out_sets(config).items():
+        if described.data is None:
+            prompt_key, own, answer_key = "data.train", train, "evaluation.sampling"
+        else:
+            where = f"evaluation.sets.{name}"
+            prompt_key, own, answer_key = f"{where}.data", described.data, f"{where}.sampling"
+        found.append(
+            (
+                f"{prompt_key}.max_tokens",
+                own.max_tokens,
+                f"{answer_key}.max_tokens",
+                described.sampling.max_tokens,
+            )
+        )
+    for prompt_key, prompt, answer_key, answer in found:
+        if prompt + answer > max_position:
+            raise ValueError(
+                f"{prompt_key}={prompt} and {answer_key}={answer} make {prompt + answer} tokens, "
+                f"but the model of roles.{role} has {max_position} positions"
+            )
 
 
 def check_models(config: Config, inputs: Inputs, shapes: Mapping[str, ModelConfig]) -> None:

@@ -21,6 +21,7 @@ from spmdrl.training.protocol import LossFn, LossInput
 def policy_loss(algorithm: AlgorithmSection, *, kl_coefficient: float) -> LossFn:
     """The loss of one microbatch: an unnormalised sum over its response tokens."""
     settings = PolicyLossConfig(
+        objective=algorithm.policy_loss,
         clip_low=algorithm.clip_low,
         clip_high=algorithm.clip_high,
         dual_clip=algorithm.dual_clip,
@@ -37,6 +38,7 @@ def policy_loss(algorithm: AlgorithmSection, *, kl_coefficient: float) -> LossFn
             given.columns,
             given.columns["loss_weights"],
             settings,
+            given.row,
         )
 
     return loss

@@ -84,23 +84,33 @@ class HeldOutPairs:
         self.reward = run.role("reward", Reward)
 
     def evaluate(self, step: int) -> Metrics:
-        """`eval/held_out` (the accuracy) and `eval/held_out/margin`, with standard errors clustered
-        by prompt: pairs of one prompt are not independent.
-        """
-        batch = self.run.held_out()
-        scores = self.reward.score(batch)["scores"].double()
-        is_chosen = batch["sample_index"] == CHOSEN  # a pair's rows stand side by side
-        gap = scores[is_chosen] - scores[~is_chosen]
-        prompts = list(batch.objects["prompt_text"][::2])
-        own = list(zip(prompts, gap.tolist(), strict=True))
-        pairs = [pair for part in gather_objects(own) for pair in part]
-        name = f"{EVAL}held_out"
+        """`eval/SET` (the accuracy) and `eval/SET/margin`, with standard errors."""
         found: dict[str, float] = {}
-        for label, values in (
-            (ACCURACY, [float(gap > 0) for _, gap in pairs]),
-            ("/margin", [gap for _, gap in pairs]),
-        ):
-            estimate = clustered_mean(values, [prompt for prompt, _ in pairs])
-            error = STANDARD_ERROR if label == ACCURACY else label + STANDARD_ERROR
-            found |= {name + label: estimate.mean, name + error: estimate.standard_error}
+        for name, batch in self.run.held_out():
+            found |= pair_accuracy(name, batch, self.reward.score(batch)["scores"])
         return found
+
+
+def pair_accuracy(set_name: str, batch: Batch, scores: Tensor) -> dict[str, float]:
+    """Accuracy and margin of pairs, with errors clustered by prompt: pairs of one prompt are not
+    independent. Every rank calls it.
+
+    Args:
+        batch: home rows of pairs, each pair's rows side by side.
+        scores: [B], higher for the better answer.
+    """
+    is_chosen = batch["sample_index"] == CHOSEN
+    gap = scores.double()[is_chosen] - scores.double()[~is_chosen]
+    prompts = list(batch.objects["prompt_text"][::2])
+    own = list(zip(prompts, gap.tolist(), strict=True))
+    pairs = [pair for part in gather_objects(own) for pair in part]
+    found: dict[str, float] = {}
+    for label, values in (
+        (ACCURACY, [float(gap > 0) for _, gap in pairs]),
+        ("/margin", [gap for _, gap in pairs]),
+    ):
+        estimate = clustered_mean(values, [prompt for prompt, _ in pairs])
+        error = STANDARD_ERROR if label == ACCURACY else label + STANDARD_ERROR
+        name = f"{EVAL}{set_name}"
+        found |= {name + label: estimate.mean, name + error: estimate.standard_error}
+    return found

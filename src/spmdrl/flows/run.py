@@ -83,9 +83,9 @@ class Run:
         roles: by name; every rank holds all of them.
         syncs: (source role, target role) -> their weight sync.
         data: the training data and the order it comes in.
-        held_out: data that is never trained on; None: there is none.
+        held_out: sets that are never trained on, by name.
         scorer: rewards.
-        evaluator: of the held-out set, by generation; None: the flow sets its own, or none.
+        evaluators: of held-out prompts, by generation.
         saver: the export.
         lifetime: when to save and to stop.
         sampling: of training's rollouts.
@@ -102,9 +102,9 @@ class Run:
         roles: Mapping[str, Any],
         syncs: Mapping[tuple[str, str], PolicySync],
         data: StepRows,
-        held_out: DataSet | None,
+        held_out: Mapping[str, DataSet],
         scorer: Scorer,
-        evaluator: Evaluates | None,
+        evaluators: Sequence[Evaluates],
         saver: Saver,
         sampling: SamplingParams,
         timer: PhaseTimer,
@@ -115,8 +115,9 @@ class Run:
         self.config, self.world, self.sampling = config, world, sampling
         self.directory = Path(config.run_dir)
         self._roles, self._syncs = roles, syncs
-        self._data, self._held_out, self._scorer = data, held_out, scorer
-        self._evaluator, self._saver, self._timer = evaluator, saver, timer
+        self.data, self._held_out, self._scorer = data, held_out, scorer
+        self._evaluators, self._saver, self._timer = list(evaluators), saver, timer
+        self._syncs_to_evaluate = False
         self._relay, self._memory, self._life = relay, memory, lifetime
         if world.is_first and not config.checkpoint.resume:
             set_aside(self.directory / METRICS_FILE)
@@ -175,13 +176,13 @@ class Run:
 
         Prompts, conversations or preference pairs, as `data.kind` says; see `data.home`.
         """
-        return self._data.batch(step, attempt=attempt, count=count)
+        return self.data.batch(step, attempt=attempt, count=count)
 
-    def held_out(self) -> Batch:
-        """This rank's part of the held-out set: home rows. ValueError without a set."""
-        if self._held_out is None:
-            raise ValueError("there is no held-out set: set evaluation.data or evaluation.held_out")
-        return home_rows(self.world, self._held_out)
+    def held_out(self) -> Iterator[tuple[str, Batch]]:
+        """The held-out sets of the kind that is trained on: name, and this rank's home rows."""
+        for name, data in self._held_out.items():
+            if isinstance(data, type(self.data.data)):
+                yield name, home_rows(self.world, data)
 
     def score(self, batch: Batch) -> Batch:
         """`batch` with `rewards` and the rewards' components."""
@@ -194,8 +195,12 @@ class Run:
         return {**metrics, "reward_failed": moments(batch["reward_failed"]).mean}
 
     def evaluate_with(self, evaluator: Evaluates) -> None:
-        """Evaluate by this, in place of answers to held-out prompts; where there is a set."""
-        self._evaluator = None if self._held_out is None else evaluator
+        """Of a flow that samples nothing: evaluate by this too, where there are sets for it. A
+        rollout that answers held-out prompts then gets the policy's weights before it does.
+        """
+        self._syncs_to_evaluate = True
+        if any(isinstance(data, type(self.data.data)) for data in self._held_out.values()):
+            self._evaluators.insert(0, evaluator)
 
     def evaluate(self, step: int) -> None:
         """Evaluate on the held-out set where the configuration wants it before this step."""
@@ -206,10 +211,16 @@ class Run:
             self._run_evaluation(step)
 
     def _run_evaluation(self, step: int) -> None:
-        if self._evaluator is None:
+        if not self._evaluators:
             return
+        if self._syncs_to_evaluate and self._syncs:
+            with self.phase("sync"):
+                for sync in self._syncs.values():
+                    sync.run()
+        metrics: dict[str, float] = {}
         with self.phase("evaluation"):
-            metrics = self._evaluator.evaluate(step)
+            for evaluator in self._evaluators:
+                metrics |= evaluator.evaluate(step)
         self._writer.write(step, metrics)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         log.info("after %d steps: %s", step, shown)

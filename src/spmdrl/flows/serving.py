@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from spmdrl.assemble import Assembly, assemble, open_models
 from spmdrl.config import Config
+from spmdrl.config_sets import held_out_sets
 from spmdrl.data.home import home_rows
 from spmdrl.data.prompts import load_prompts
 from spmdrl.distributed.reduce import gather_objects
@@ -19,14 +20,16 @@ from spmdrl.flows.inputs import (
     Inputs,
     check_models,
     make_decoder,
-    make_pool,
+    make_pools,
     prompt_source,
+    read_held_out,
     read_inputs,
     sampling_params,
 )
-from spmdrl.flows.start import make_evaluator, make_scorer
+from spmdrl.flows.start import data_kind, make_evaluators
 from spmdrl.launch import World, seed_everything
 from spmdrl.models.tokenizers import load_tokenizer
+from spmdrl.observe.metrics import MetricsWriter
 from spmdrl.observe.progress import Relay
 from spmdrl.placement import place_roles
 from spmdrl.rewards.scorer import cut_at
@@ -40,28 +43,55 @@ GENERATE_KEY = -2
 
 
 def evaluate(config: Config, world: World, server: RewardServer) -> dict[str, float]:
-    """Evaluate `model.path` on the held-out set: `Evaluator.evaluate`'s metrics.
+    """Evaluate `model.path` on every held-out set of prompts: `Evaluator.measure`'s metrics.
+
+    They also go to `run_dir/evaluation`: each set's samples as NAME.jsonl, the metrics as
+    metrics.jsonl and TensorBoard files.
 
     Raises:
-        ValueError: bad input, or a configuration without a held-out set.
+        ValueError: bad input, or a configuration without a held-out set of prompts.
     """
     config = rollout_only(config, scoring=True)
-    inputs = read_inputs(config)
-    if inputs.held_out is None:
-        raise ValueError(
-            "there is nothing to evaluate on: set evaluation.data, or evaluation.held_out to keep "
-            "questions out of data.train"
-        )
+    inputs = evaluation_inputs(config)
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     relay = Relay(is_first=world.is_first and config.log.progress)
-    with make_pool(config, server, run_dir, world.rank) as pool:
+    metrics: dict[str, float] = {}
+    with make_pools(config, server, run_dir, world.rank) as pools:
         assembly = _start(config, world, inputs, relay)
-        scorer = make_scorer(config, inputs, assembly, pool)
-        evaluator = make_evaluator(config, world, inputs, assembly, scorer)
-        assert evaluator is not None
-        with relay.bar("eval"):
-            return evaluator.evaluate(0)
+        evaluators = make_evaluators(config, world, inputs, assembly, pools)
+        for name, evaluator in evaluators.items():
+            with relay.bar(name):
+                metrics |= evaluator.measure(run_dir / "evaluation" / f"{name}.jsonl")
+    writer = MetricsWriter(
+        run_dir / "evaluation", is_first=world.is_first, tensorboard=config.log.tensorboard
+    )
+    with writer:
+        writer.write(0, metrics)
+    return metrics
+
+
+def evaluation_inputs(config: Config) -> Inputs:
+    """The held-out sets of prompts; the training data are read where they have a part in them."""
+    kind = data_kind(config)
+    described = held_out_sets(config)
+    prompts = {name: d for name, d in described.items() if (d.kind or kind) == "prompts"}
+    if not prompts:
+        raise ValueError(
+            "there are no prompts to evaluate on: set evaluation.sets.NAME.data, or "
+            "evaluation.held_out to keep questions out of data.train"
+        )
+    if any(d.data is None for d in prompts.values()):
+        return read_inputs(config, kind)
+    tokenizer = load_tokenizer(config.model.path)
+    held_out = read_held_out(prompts, kind, tokenizer, ())
+    return Inputs(
+        tokenizer=tokenizer,
+        decode=make_decoder(tokenizer),
+        train=next(iter(held_out.values())),
+        shares=(),
+        held_out=held_out,
+    )
 
 
 def generate(config: Config, world: World, prompts_file: str, out_file: str) -> int:
@@ -84,7 +114,11 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
     )
     prompts = load_prompts(source, tokenizer)
     inputs = Inputs(
-        tokenizer=tokenizer, decode=make_decoder(tokenizer), train=prompts, held_out=None
+        tokenizer=tokenizer,
+        decode=make_decoder(tokenizer),
+        train=prompts,
+        shares=(),
+        held_out={},
     )
     relay = Relay(is_first=world.is_first and config.log.progress)
     assembly = _start(config, world, inputs, relay)
@@ -125,7 +159,9 @@ def rollout_only(config: Config, *, scoring: bool = False) -> Config:
         raise ValueError(f"roles={sorted(config.roles)} has no rollout: add roles.rollout: {{}}")
     kept = [names[0]]
     if scoring:
-        kept += [reward.role for reward in config.rewards if reward.role is not None]
+        sets = held_out_sets(config).values()
+        lists = (config.rewards, *(described.rewards for described in sets))
+        kept += [r.role for rewards in lists for r in rewards if r.role is not None]
     roles = {}
     for name in kept:
         role = config.roles[name]

@@ -59,13 +59,15 @@ class HeldOutLikelihood:
         self.policy = run.role("policy", Policy)
 
     def evaluate(self, step: int) -> Metrics:
-        """`eval/held_out/nll` in nats per token, its standard error, clustered by conversation."""
-        batch = self.run.held_out()
-        logprobs = self.policy.logprobs(batch)["logprobs"]
-        nll, tokens = -batch.row_sum(logprobs.double()), batch["response_lengths"].double()
-        per_row, count = moments(nll), moments(tokens)
-        mean = per_row.mean / count.mean
-        # the error of a ratio of means: the spread of what the rows add to it
-        spread = moments(nll - mean * tokens).std / count.mean / max(count.count, 1.0) ** 0.5
-        name = f"{EVAL}held_out/nll"
-        return {name: mean, name + STANDARD_ERROR: spread}
+        """`eval/SET/nll` in nats per token, its standard error, clustered by conversation."""
+        found: dict[str, float] = {}
+        for set_name, batch in self.run.held_out():
+            logprobs = self.policy.logprobs(batch)["logprobs"]
+            nll, tokens = -batch.row_sum(logprobs.double()), batch["response_lengths"].double()
+            per_row, count = moments(nll), moments(tokens)
+            mean = per_row.mean / count.mean
+            # the error of a ratio of means: the spread of what the rows add to it
+            spread = moments(nll - mean * tokens).std / count.mean / max(count.count, 1.0) ** 0.5
+            name = f"{EVAL}{set_name}/nll"
+            found |= {name: mean, name + STANDARD_ERROR: spread}
+        return found

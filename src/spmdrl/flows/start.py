@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from spmdrl.assemble import Assembly, assemble, open_models
-from spmdrl.config import Config
+from spmdrl.config import Config, DataKind, RewardSection
+from spmdrl.config_sets import START, HeldOutSet, held_out_sets
 from spmdrl.custom_role import CustomRole
 from spmdrl.data.home import StepRows
-from spmdrl.data.order import PromptStream
+from spmdrl.data.order import MixedStream, PromptStream, Stream
 from spmdrl.data.prompts import PromptSet
-from spmdrl.evaluation.evaluator import Evaluator
+from spmdrl.evaluation.evaluator import Evaluator, results_file
 from spmdrl.flows.grpo import grpo
 from spmdrl.flows.inputs import (
-    DataKind,
     Inputs,
     check_models,
-    evaluation_sampling,
-    make_pool,
+    make_pools,
+    pool_key,
     read_inputs,
     retokenizer,
     sampling_params,
@@ -91,6 +91,11 @@ def find_flow(name: str) -> ShippedFlow:
     return ShippedFlow(run=load_object(name), data="prompts")
 
 
+def data_kind(config: Config) -> DataKind:
+    """What a row of the data is: as configured, or what the flow needs."""
+    return config.data.kind or find_flow(config.flow).data
+
+
 def train(
     config: Config, world: World, server: RewardServer, signals: Signals | None = None
 ) -> None:
@@ -116,7 +121,7 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
     models = open_models(config, placements)
     shapes = {name: model.config for name, model in models.items()}
     plan = plan_roles(config, placements, shapes, world.device_types, world.local_size)
-    inputs = read_inputs(config, config.data.kind or flow.data)
+    inputs = read_inputs(config, data_kind(config))
     check_models(config, inputs, shapes)
     table = placement_table(placements, memory_texts(plan.memory))
     log.info("%d ranks on %s\n%s", world.size, world.device.type, table)
@@ -124,13 +129,13 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         log.info("%s", text)
     run_dir = Path(config.run_dir)
     relay = Relay(is_first=world.is_first and config.log.progress)
-    with make_pool(config, server, run_dir, world.rank) as pool:
+    with make_pools(config, server, run_dir, world.rank) as pools:
         assembly = assemble(config, world, models, inputs.decode, relay.report, plan)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
         saver = Saver(config, assembly)
         lifetime = Lifetime(world, config.checkpoint, saver, watcher)
-        run = make_run(config, world, inputs, assembly, pool, relay, saver, lifetime)
+        run = make_run(config, world, inputs, assembly, pools, relay, saver, lifetime)
         try:
             with keeping(Ledger(world, str(watcher.attempt.directory), watcher.pulse)):
                 flow.run(run)
@@ -149,26 +154,21 @@ def make_run(
     world: World,
     inputs: Inputs,
     assembly: Assembly,
-    pool: RewardPool | None,
+    pools: Mapping[str, RewardPool],
     relay: Relay,
     saver: Saver,
     lifetime: Lifetime,
 ) -> Run:
-    stream = PromptStream(
-        seed=config.seed,
-        num_prompts=len(inputs.train),
-        prompts_per_step=config.data.prompts_per_step,
-    )
-    scorer = make_scorer(config, inputs, assembly, pool)
+    scorer = make_scorer(config, inputs, assembly, pools.get(pool_key(config.rewards)))
     return Run(
         config=config,
         world=world,
         roles=assembly.roles,
         syncs=assembly.syncs,
-        data=StepRows(world, inputs.train, stream),
+        data=StepRows(world, inputs.train, make_stream(config, inputs)),
         held_out=inputs.held_out,
         scorer=scorer,
-        evaluator=make_evaluator(config, world, inputs, assembly, scorer),
+        evaluators=list(make_evaluators(config, world, inputs, assembly, pools).values()),
         saver=saver,
         sampling=sampling_params(config.sampling),
         timer=PhaseTimer(synchronize=world.synchronize),
@@ -178,12 +178,37 @@ def make_run(
     )
 
 
+def make_stream(config: Config, inputs: Inputs) -> Stream:
+    """The order of the training data. ValueError: a source is too small for its weight."""
+    if len(inputs.shares) > 1:
+        sizes, weights = zip(*inputs.shares, strict=True)
+        return MixedStream(
+            seed=config.seed,
+            sizes=sizes,
+            weights=weights,
+            prompts_per_step=config.data.prompts_per_step,
+        )
+    return PromptStream(
+        seed=config.seed,
+        num_prompts=len(inputs.train),
+        prompts_per_step=config.data.prompts_per_step,
+    )
+
+
 def make_scorer(
-    config: Config, inputs: Inputs, assembly: Assembly, pool: RewardPool | None
+    config: Config,
+    inputs: Inputs,
+    assembly: Assembly,
+    pool: RewardPool | None,
+    described: HeldOutSet | None = None,
 ) -> Scorer:
-    """Rewards by the functions of the pool and by the roles that `rewards` names."""
+    """Rewards by the functions of the pool and by the roles that `rewards` names: training's, or
+    those of a held-out set.
+    """
+    rewards = config.rewards if described is None else described.rewards
+    sampling = config.sampling if described is None else described.sampling
     roles = []
-    for section in config.rewards:
+    for section in rewards:
         if section.role is None:
             continue
         role = assembly.roles[section.role]
@@ -192,29 +217,58 @@ def make_scorer(
         if config.roles[section.role].retokenize:
             retokenize = retokenizer(config.model_path(section.role))
         roles.append(ScoringRole(role=role, weight=section.weight, retokenize=retokenize))
-    return Scorer(pool, inputs.decode, config.sampling.stop, roles)
+    return Scorer(pool, inputs.decode, sampling.stop, roles)
 
 
-def make_evaluator(
-    config: Config, world: World, inputs: Inputs, assembly: Assembly, scorer: Scorer
-) -> Evaluator | None:
-    """The evaluator of the held-out prompts; None without a set of them or without a rollout."""
+def make_evaluators(
+    config: Config,
+    world: World,
+    inputs: Inputs,
+    assembly: Assembly,
+    pools: Mapping[str, RewardPool],
+) -> dict[str, Evaluator]:
+    """The evaluators of the held-out prompts by set; none without a rollout."""
     rollout = next((r for r in assembly.roles.values() if isinstance(r, Rollout)), None)
-    if rollout is None or not isinstance(inputs.held_out, PromptSet):
-        return None
-    return Evaluator(
-        world=world,
-        name="held_out",
-        prompts=inputs.held_out,
-        rollout=rollout,
-        scorer=scorer,
-        sampling=evaluation_sampling(config),
-        num_samples=config.evaluation.num_samples,
-        k=config.evaluation.k,
-        threshold=config.evaluation.threshold,
-        seed=config.seed,
-        results_dir=Path(config.run_dir) / "evaluation",
-    )
+    found: dict[str, Evaluator] = {}
+    results_dir = Path(config.run_dir) / "evaluation"
+    for name, described in held_out_sets(config).items():
+        prompts = inputs.held_out.get(name)
+        if rollout is None or not isinstance(prompts, PromptSet):
+            continue
+        pool = pools.get(pool_key(described.rewards))
+        against = None if described.against is None else Path(described.against)
+        if described.against == START:
+            against = results_file(results_dir, name, 0)
+        found[name] = Evaluator(
+            world=world,
+            name=name,
+            prompts=prompts,
+            rollout=rollout,
+            scorer=make_scorer(config, inputs, assembly, pool, described),
+            sampling=sampling_params(described.sampling),
+            num_samples=described.num_samples,
+            k=described.k,
+            threshold=described.threshold,
+            seed=config.seed,
+            results_dir=results_dir,
+            judged_by=judge(config, described.rewards),
+            against=against,
+        )
+    return found
+
+
+def judge(config: Config, rewards: Sequence[RewardSection]) -> str:
+    """What makes the rewards, in words: equal for answers that may be compared."""
+    parts = []
+    for reward in rewards:
+        name = reward.function
+        if reward.role is not None:
+            kind = config.role_kind(reward.role)
+            model = config.model_path(reward.role).resolve()
+            name = f"{model}" if kind == "reward" else f"{kind} {model}"
+        options = f" {reward.options}" if reward.options else ""
+        parts.append(f"{reward.weight:g} x {name}{options}")
+    return " + ".join(parts)
 
 
 class FlowError(RuntimeError):

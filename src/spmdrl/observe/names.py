@@ -24,6 +24,7 @@ OTHER = "other"  # the part of a step outside of all phases
 
 EVAL = "eval/"  # + name of the set + one of the following
 ACCURACY = "/accuracy"  # in [0, 1]
+WIN_RATE = "/win_rate"  # against the opponent's answers, a tie counts half
 STANDARD_ERROR = "/standard_error"
 
 

@@ -1,0 +1,291 @@
+"""Losses that learn from preferences directly, without a reward model, as sums over pairs.
+
+A pair is two rows with the same prompt, of which one is preferred. The losses see each row as one
+number, the log-probability of its response under the policy and under the reference, so they do not
+depend on packing; a sum over pairs is divided once, outside, by the pairs of all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spmdrl.algorithms.sums import metric_sums
+
+PreferenceLoss = Literal["dpo", "ipo", "simpo", "kto", "orpo"]
+
+NORMALISED = ("ipo", "simpo", "orpo")
+"""Losses that compare log-probabilities per token unless they are told otherwise."""
+
+WITHOUT_REFERENCE = ("simpo", "orpo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """Which loss, and its terms.
+
+    Args:
+        loss: see the function of that name.
+        beta: DPO, KTO: strength of the KL to the reference; IPO: its tau; SimPO: scale of the
+            reward; ORPO: weight of the odds-ratio term.
+        label_smoothing: DPO, SimPO: the chance that a label is wrong (cDPO), in [0, 0.5).
+        margin: SimPO: by how much the chosen reward should be larger (gamma).
+        nll_coef: of the chosen response's negative log-likelihood per token (Pang et al. 2024,
+            "Iterative Reasoning Preference Optimization", arXiv 2404.19733, eq. 1).
+        length_normalise: compare log-probabilities per token; None: as `NORMALISED` says.
+        kto_weights: KTO: of chosen and rejected responses (lambda_D, lambda_U).
+
+    Raises:
+        ValueError: a value out of its range, naming it.
+    """
+
+    loss: PreferenceLoss = "dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    margin: float = 0.0
+    nll_coef: float = 0.0
+    length_normalise: bool | None = None
+    kto_weights: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.loss not in get_args(PreferenceLoss):
+            raise ValueError(f"loss={self.loss!r}: it must be one of {get_args(PreferenceLoss)}")
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise ValueError(f"beta={self.beta}: it must be positive and finite")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: it must lie in [0, 0.5)")
+        if self.label_smoothing and self.loss not in ("dpo", "simpo"):
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing}: loss={self.loss!r} has none, only dpo "
+                "and simpo have"
+            )
+        if self.margin and self.loss != "simpo":
+            raise ValueError(f"margin={self.margin}: loss={self.loss!r} has none, only simpo has")
+        for name, value in {"nll_coef": self.nll_coef, "margin": self.margin}.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value}: it must be finite and not negative")
+        if not all(math.isfinite(w) and w >= 0 for w in self.kto_weights):
+            raise ValueError(f"kto_weights={self.kto_weights}: both must be finite, not negative")
+
+    @property
+    def normalises(self) -> bool:
+        own = self.length_normalise
+        return self.loss in NORMALISED if own is None else own
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss not in WITHOUT_REFERENCE
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Compared:
+    """What a loss compares, of each pair: float64 `[P]` each.
+
+    Args:
+        chosen, rejected: the responses' log-ratios to the reference (without one, their
+            log-probabilities), per token where the loss normalises.
+        baseline: KTO's z; 0 elsewhere.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    baseline: Tensor
+
+    @property
+    def gap(self) -> Tensor:
+        return self.chosen - self.rejected
+
+
+def preference_loss(
+    logprobs: Tensor,  # [R] of whole responses under the policy, with gradient
+    response_lengths: Tensor,  # [R] int64 tokens
+    better: Tensor,  # [P] int64: the row of each pair that is preferred
+    worse: Tensor,  # [P] int64: the other one
+    config: PreferenceConfig,
+    *,
+    ref_logprobs: Tensor | None = None,  # [R] under the reference
+    baseline: Tensor | None = None,  # [R] KTO's z, from `kto_baseline`
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum over pairs of the configured loss plus the NLL term, float64, and sums of metrics.
+
+    Metrics (float64 sums over pairs; see `algorithms.metrics`): tokens (the number of PAIRS, which
+    means are divided by), accuracy (the chosen response has the larger implicit reward), margin
+    (their difference), reward_chosen, reward_rejected, nll (of the chosen response, per token).
+
+    Raises:
+        ValueError: the loss needs `ref_logprobs` or `baseline` and has none, or shapes differ.
+    """
+    _check(logprobs, response_lengths, ref_logprobs, baseline, config)
+    counts = response_lengths.clamp(min=1)
+    wide = logprobs.double()
+    ratio = wide
+    if config.needs_reference and ref_logprobs is not None:
+        ratio = wide - ref_logprobs.detach().double()
+    rewards = implicit_rewards(ratio, counts, config)
+    compared = ratio / counts if config.normalises else ratio
+    z = torch.zeros_like(wide) if baseline is None else baseline.detach().double()
+    pairs = Compared(chosen=compared[better], rejected=compared[worse], baseline=z[better])
+    nll = -(wide / counts)[better]
+    loss = LOSSES[config.loss](pairs, config)
+    if config.nll_coef:
+        loss = loss + config.nll_coef * nll
+    metrics = {
+        "accuracy": rewards[better] > rewards[worse],
+        "margin": rewards[better] - rewards[worse],
+        "reward_chosen": rewards[better],
+        "reward_rejected": rewards[worse],
+        "nll": nll,
+    }
+    live = torch.ones(len(better), dtype=torch.bool, device=better.device)
+    return loss.sum(), metric_sums(metrics, live)
+
+
+def dpo(pairs: Compared, config: PreferenceConfig) -> Tensor:
+    """-(1 - e) log sigmoid(beta gap) - e log sigmoid(-beta gap): `[P]`.
+
+    Rafailov et al. 2023, arXiv 2305.18290, eq. 7; with label smoothing e, cDPO: Mitchell 2023, "A
+    note on DPO with noisy preferences and relationship to IPO".
+    """
+    return _smoothed(config.beta * pairs.gap, config.label_smoothing)
+
+
+def ipo(pairs: Compared, config: PreferenceConfig) -> Tensor:
+    """(gap - 1 / (2 beta))^2: `[P]`.
+
+    Azar et al. 2023, arXiv 2310.12036, eq. 17, beta is its tau; by default per token, as the
+    authors' results have it (TRL, `DPOTrainer`).
+    """
+    return (pairs.gap - 1 / (2 * config.beta)).square()
+
+
+def simpo(pairs: Compared, config: PreferenceConfig) -> Tensor:
+    """-log sigmoid(beta gap - margin), of log-probabilities per token, without a reference: `[P]`.
+
+    Meng et al. 2024, arXiv 2405.14734, eq. 6.
+    """
+    return _smoothed(config.beta * pairs.gap - config.margin, config.label_smoothing)
+
+
+def kto(pairs: Compared, config: PreferenceConfig) -> Tensor:
+    """The mean of w_c (1 - sigmoid(beta (r_c - z))) and w_r (1 - sigmoid(beta (z - r_r))): `[P]`.
+
+    Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1: each response is judged by itself against
+    z, the KL of the policy to the reference. The mean over pairs is that over responses.
+    """
+    good, bad = config.kto_weights
+    chosen = 1 - torch.sigmoid(config.beta * (pairs.chosen - pairs.baseline))
+    rejected = 1 - torch.sigmoid(config.beta * (pairs.baseline - pairs.rejected))
+    return (good * chosen + bad * rejected) / 2
+
+
+def orpo(pairs: Compared, config: PreferenceConfig) -> Tensor:
+    """-log p_c - beta log sigmoid(log odds(p_c) - log odds(p_r)), p the mean probability: `[P]`.
+
+    Hong et al. 2024, arXiv 2403.07691, eqs. 6 and 7; odds(p) = p / (1 - p).
+    """
+    odds = pairs.gap - (_log1mexp(pairs.chosen) - _log1mexp(pairs.rejected))
+    return -pairs.chosen - config.beta * F.logsigmoid(odds)
+
+
+LOSSES: Mapping[str, Callable[[Compared, PreferenceConfig], Tensor]] = MappingProxyType(
+    {"dpo": dpo, "ipo": ipo, "simpo": simpo, "kto": kto, "orpo": orpo}
+)
+
+
+def implicit_rewards(
+    ratio: Tensor,  # [R] log-ratio to the reference, or log-probability without one
+    response_lengths: Tensor,  # [R]
+    config: PreferenceConfig,
+) -> Tensor:
+    """The reward that the policy stands for, without gradient: `[R]`.
+
+    beta log(policy / reference) (DPO, arXiv 2305.18290, eq. 5), also where the loss compares it per
+    token; SimPO and ORPO: beta times the log-probability per token.
+    """
+    own = ratio.detach()
+    return config.beta * (own if config.needs_reference else own / response_lengths.clamp(min=1))
+
+
+def kto_baseline(mean_log_ratio: float) -> float:
+    """KTO's z: the mean log-ratio over responses to other prompts, at least 0.
+
+    arXiv 2402.01306, section 4.1. The mean is that of the world, so that no result depends on how
+    rows are spread over ranks.
+    """
+    return max(0.0, mean_log_ratio)
+
+
+def ordered_pairs(
+    preference: Tensor,  # [R] larger is better
+    prompt_ids: Tensor,  # [R] int64
+) -> tuple[Tensor, Tensor]:
+    """All (better, worse) rows of one prompt whose preference differs: int64 `[P]` each."""
+    order = torch.argsort(prompt_ids, stable=True)
+    _, sizes = torch.unique_consecutive(prompt_ids[order], return_counts=True)
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    # every row against all rows of its prompt: sizes^2 of them
+    partners = sizes.repeat_interleave(sizes)
+    left = torch.arange(len(order), device=order.device).repeat_interleave(partners)
+    ends = partners.cumsum(0)
+    within = torch.arange(len(left), device=order.device) - (ends - partners)[left]
+    better, worse = order[left], order[starts[left] + within]
+    ordered = preference[better] > preference[worse]
+    return better[ordered], worse[ordered]
+
+
+def response_sums(
+    values: Tensor,  # [N] at response tokens
+    row: Tensor,  # [N] int64, the row of each
+    num_rows: int,
+) -> Tensor:
+    """The sum over each row's tokens, in float64, differentiable: `[num_rows]`."""
+    wide = values.double()
+    return wide.new_zeros(num_rows).index_add(0, row, wide)
+
+
+def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
+    loss = -F.logsigmoid(logits)
+    if smoothing:
+        loss = (1 - smoothing) * loss - smoothing * F.logsigmoid(-logits)
+    return loss
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, accurate at both ends (Maechler 2012); x = 0 counts as -1e-12."""
+    x = x.clamp(max=-1e-12)
+    near = x > -math.log(2)
+    # each branch on values where it is finite, so that no NaN comes back through `where`
+    close = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
+    far = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
+    return torch.where(near, close, far)
+
+
+def _check(
+    logprobs: Tensor,
+    response_lengths: Tensor,
+    ref_logprobs: Tensor | None,
+    baseline: Tensor | None,
+    config: PreferenceConfig,
+) -> None:
+    if config.needs_reference and ref_logprobs is None:
+        raise ValueError(f"loss={config.loss!r} needs ref_logprobs, and there are none")
+    if config.loss == "kto" and baseline is None:
+        raise ValueError("loss='kto' needs a baseline, and there is none")
+    columns = {
+        "response_lengths": response_lengths,
+        "ref_logprobs": ref_logprobs,
+        "baseline": baseline,
+    }
+    for name, column in columns.items():
+        if column is not None and (column.shape != logprobs.shape or logprobs.dim() != 1):
+            raise ValueError(
+                f"{name} {tuple(column.shape)} and logprobs {tuple(logprobs.shape)} must both be "
+                "[R]"
+            )

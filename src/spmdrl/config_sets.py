@@ -1,0 +1,110 @@
+"""The data sets of a configuration, complete: what `data.mix` and `evaluation.sets` build on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from spmdrl.config import (
+    Config,
+    DataKind,
+    PromptsSection,
+    RewardSection,
+    SamplingSection,
+    Section,
+)
+
+ROWS = ("task", "size", "split", "seed", "part", "unique")
+"""Keys of `data.train` that choose rows: a source of its own does not take them over."""
+
+HELD_OUT = "held_out"
+"""The set that `evaluation.held_out` takes out of data.train."""
+
+START = "start"
+"""`against`: the answers that the run itself gave before its first step."""
+
+
+class WeightedSource(PromptsSection):
+    weight: float = Field(1.0, gt=0, description="share of a step, beside the other sources'")
+
+
+class HeldOutSet(Section):
+    """A held-out set with all that is said of it.
+
+    Args:
+        data: None: questions kept out of data.train.
+        kind: None: what the flow's data are.
+    """
+
+    data: PromptsSection | None = None
+    kind: DataKind | None = None
+    rewards: tuple[RewardSection, ...] = ()
+    threshold: float = 1.0
+    num_samples: int = Field(1, ge=1)
+    k: tuple[int, ...] = (1,)
+    sampling: SamplingSection = SamplingSection()
+    against: str | None = None
+
+
+def train_sources(config: Config) -> list[WeightedSource]:
+    """`data.train`, then those of `data.mix`."""
+    mixed = [mixed_source(config, entry) for entry in config.data.mix]
+    return [WeightedSource.model_validate(config.data.train.model_dump()), *mixed]
+
+
+def mixed_source(config: Config, entry: Mapping[str, Any]) -> WeightedSource:
+    """One entry of `data.mix`."""
+    return WeightedSource.model_validate(_like_train(config, entry))
+
+
+def described_sets(config: Config) -> dict[str, dict[str, Any]]:
+    """What is said of each held-out set, `held_out` first.
+
+    Raises:
+        ValueError: `data` or `sampling` of a set holds no keys.
+    """
+    own: dict[str, dict[str, Any]] = {HELD_OUT: {}} if config.evaluation.held_out else {}
+    for name, given in config.evaluation.sets.items():
+        for key in ("data", "sampling"):
+            if not isinstance(given.get(key, {}), Mapping):
+                raise ValueError(
+                    f"evaluation.sets.{name}.{key}={given[key]!r} must be a mapping of keys"
+                )
+    return own | config.evaluation.sets
+
+
+def held_out_sets(config: Config) -> dict[str, HeldOutSet]:
+    """The held-out sets by name."""
+    return {name: held_out_set(config, given) for name, given in described_sets(config).items()}
+
+
+def held_out_set(config: Config, given: Mapping[str, Any]) -> HeldOutSet:
+    """What is said of a set, completed by the sections that it builds on."""
+    shared = {"threshold", "num_samples", "k", "against"}
+    completed = {
+        "rewards": config.model_dump(include={"rewards"})["rewards"],
+        **config.evaluation.model_dump(include=shared),
+        **given,
+        "sampling": set_sampling(config, given),
+        "data": set_data(config, given),
+    }
+    return HeldOutSet.model_validate(completed)
+
+
+def set_sampling(config: Config, given: Mapping[str, Any]) -> SamplingSection:
+    changes = config.evaluation.sampling | given.get("sampling", {})
+    values = config.sampling.model_dump() | changes
+    return SamplingSection.model_validate(values)
+
+
+def set_data(config: Config, given: Mapping[str, Any]) -> PromptsSection | None:
+    if "data" not in given:
+        return None
+    return PromptsSection.model_validate(_like_train(config, given["data"]))
+
+
+def _like_train(config: Config, given: Mapping[str, Any]) -> dict[str, Any]:
+    kept = config.data.train.model_dump(exclude=set(ROWS) if "source" in given else None)
+    return kept | dict(given)

@@ -1,0 +1,67 @@
+"""The answers that a win rate is against: what an earlier evaluation wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spmdrl.distributed.reduce import broadcast_object
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Opponent:
+    """Args:
+    rewards: float64 [P, m], of the m answers to each prompt.
+    """
+
+    rewards: Tensor
+
+
+def read_opponent(path: Path, prompts: Sequence[str], judged_by: str) -> Opponent:
+    """The rewards in a results file, in order of the prompts; read by the first rank for all.
+
+    Args:
+        prompts: the texts of the set, in order: `prompt_id` counts in it.
+        judged_by: must be what the file's rewards were made by.
+
+    Raises:
+        ValueError: on every rank: the file is missing or malformed, is of other prompts, or was
+            judged otherwise.
+    """
+    found: list[list[float]] | str = ""
+    if dist.get_rank() == 0:
+        try:
+            found = _rewards(path, prompts, judged_by)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = f"{type(error).__name__}: {error}"
+    found = broadcast_object(found, 0)
+    if isinstance(found, str):
+        raise ValueError(
+            f"against={path}: {found}; it must be the results of an evaluation of this set with "
+            "the same rewards (spmdrl eval of the other model writes them)"
+        )
+    return Opponent(rewards=torch.tensor(found, dtype=torch.float64))
+
+
+def _rewards(path: Path, prompts: Sequence[str], judged_by: str) -> list[list[float]]:
+    rewards: list[list[float]] = [[] for _ in prompts]
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        record = json.loads(line)
+        place = int(record["prompt_id"])
+        if not (0 <= place < len(prompts) and record["prompt"] == prompts[place]):
+            raise ValueError(f"line {number} answers another prompt: {record['prompt'][:60]!r}")
+        if record["judge"] != judged_by:
+            raise ValueError(
+                f"line {number} was judged by {record['judge']}, this evaluation by {judged_by}"
+            )
+        rewards[place].append(float(record["reward"]))
+    counts = sorted({len(own) for own in rewards})
+    if len(counts) != 1 or counts == [0]:
+        raise ValueError(f"its prompts have {counts} answers each, and all must have equally many")
+    return rewards

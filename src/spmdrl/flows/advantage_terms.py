@@ -1,0 +1,120 @@
+"""Advantages of flow `grpo`: one function per `algorithm.advantage`, and the teacher's share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from spmdrl.algorithms.advantages import (
+    broadcast_to_tokens,
+    group_advantages,
+    leave_one_out,
+    rewards_to_go,
+)
+from spmdrl.algorithms.kl import kl
+from spmdrl.algorithms.rewards import kl_in_reward, overlong_penalty
+from spmdrl.algorithms.whiten import whiten
+from spmdrl.batch import Batch
+from spmdrl.config import AlgorithmSection
+from spmdrl.distributed.reduce import moments
+
+
+def token_advantages(batch: Batch, algorithm: AlgorithmSection, max_tokens: int) -> Tensor:
+    """float32 `[T]`, 0 outside the loss mask; every rank of the world calls it.
+
+    `batch` has `rewards`, `old_logprobs` and `ref_logprobs` where a KL goes into the reward, and
+    `teacher_logprobs` with `teacher_coef`.
+    """
+    rewards = shaped_rewards(batch, algorithm, max_tokens)
+    advantages = ADVANTAGES[algorithm.advantage](batch, rewards, algorithm)
+    if algorithm.teacher_coef > 0:
+        advantages = advantages + algorithm.teacher_coef * teacher_advantages(batch)
+    return advantages
+
+
+def grpo_advantages(batch: Batch, rewards: Tensor, algorithm: AlgorithmSection) -> Tensor:
+    """DeepSeekMath, arXiv 2402.03300; without std Dr.GRPO, arXiv 2503.20783."""
+    own = group_advantages(rewards, batch["prompt_ids"], std=algorithm.advantage_std)
+    return broadcast_to_tokens(own, batch.lengths, batch["loss_mask"])
+
+
+def rloo_advantages(batch: Batch, rewards: Tensor, algorithm: AlgorithmSection) -> Tensor:
+    """RLOO: Ahmadian et al. 2024, arXiv 2402.14740."""
+    own = leave_one_out(rewards, batch["prompt_ids"])
+    return broadcast_to_tokens(own, batch.lengths, batch["loss_mask"])
+
+
+def reinforce_pp_advantages(batch: Batch, rewards: Tensor, algorithm: AlgorithmSection) -> Tensor:
+    """REINFORCE++: Hu et al. 2025, arXiv 2501.03262: the KL of each token in its reward to go."""
+    mask = batch["loss_mask"]
+    token_kl, coefficient = torch.zeros(batch.num_tokens), 0.0
+    if puts_kl_in_reward(algorithm):
+        coefficient = algorithm.kl_coef
+        token_kl = kl(batch["old_logprobs"], batch["ref_logprobs"], algorithm.kl_estimator)
+    own = rewards_to_go(rewards, token_kl, batch.lengths, mask, kl_coef=coefficient)
+    return whitened(own, mask)
+
+
+def reinforce_pp_baseline_advantages(
+    batch: Batch, rewards: Tensor, algorithm: AlgorithmSection
+) -> Tensor:
+    """REINFORCE++ with baseline, arXiv 2501.03262: less the group's mean, then over the batch."""
+    own = group_advantages(rewards, batch["prompt_ids"], std=False)
+    mask = batch["loss_mask"]
+    return whitened(broadcast_to_tokens(own, batch.lengths, mask), mask)
+
+
+ADVANTAGES: Mapping[str, Callable[[Batch, Tensor, AlgorithmSection], Tensor]] = MappingProxyType(
+    {
+        "grpo": grpo_advantages,
+        "rloo": rloo_advantages,
+        "reinforce_pp": reinforce_pp_advantages,
+        "reinforce_pp_baseline": reinforce_pp_baseline_advantages,
+    }
+)
+
+
+def whitened(advantages: Tensor, mask: Tensor) -> Tensor:  # [T], [T] bool
+    """Over all tokens in the mask of the world; exactly 0 where all are equal: `[T]`."""
+    spread = moments(advantages, mask)
+    if spread.minimum == spread.maximum:
+        # their rounded mean may differ from them a little, and the division would make it large
+        return torch.zeros_like(advantages)
+    return whiten(advantages, spread.mean, spread.std, shift_mean=True) * mask
+
+
+def teacher_advantages(batch: Batch) -> Tensor:
+    """log teacher - log policy of every sampled token: `[T]`, 0 outside the mask.
+
+    On-policy distillation: the reverse KL of each token as its reward, nothing of later tokens'
+    (Agarwal et al. 2023, arXiv 2306.13649, with lambda = 1 and the reverse KL; Lu & Thinking
+    Machines Lab 2025, "On-Policy Distillation").
+    """
+    gap = batch["teacher_logprobs"] - batch["old_logprobs"]
+    return torch.where(batch["loss_mask"], gap, 0.0)
+
+
+def puts_kl_in_reward(algorithm: AlgorithmSection) -> bool:
+    return algorithm.kl_coef > 0 and algorithm.kl_in == "reward"
+
+
+def shaped_rewards(batch: Batch, algorithm: AlgorithmSection, max_tokens: int) -> Tensor:  # [B]
+    """Rewards after the overlong penalty and, of whole responses, the KL penalty."""
+    rewards = batch["rewards"]
+    if algorithm.overlong_buffer > 0:
+        rewards = rewards + overlong_penalty(
+            batch["response_lengths"],
+            max_tokens=max_tokens,
+            buffer=algorithm.overlong_buffer,
+            factor=algorithm.overlong_penalty,
+        )
+    # REINFORCE++ has it in the reward of every token
+    if puts_kl_in_reward(algorithm) and algorithm.advantage != "reinforce_pp":
+        token_kl = kl(batch["old_logprobs"], batch["ref_logprobs"], algorithm.kl_estimator)
+        rewards = kl_in_reward(
+            rewards, token_kl, batch["loss_mask"], batch.lengths, coefficient=algorithm.kl_coef
+        )
+    return rewards

@@ -1,0 +1,81 @@
+"""What the flows on preferences share: the loss of a microbatch, and what a row adds to its sum.
+
+A group is an atom, and which of its rows are compared is one row column: `preference`, larger is
+better. Two rows of one prompt with different preferences are a pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from spmdrl.algorithms.direct_preference import (
+    PreferenceConfig,
+    ordered_pairs,
+    preference_loss,
+    response_sums,
+)
+from spmdrl.batch import Batch
+from spmdrl.config import PreferenceSection
+from spmdrl.flows.policy_terms import update_of
+from spmdrl.flows.run import Metrics, Run, update_metrics
+from spmdrl.passes import UpdateRecords
+from spmdrl.roles import Update
+from spmdrl.training.protocol import LossFn, LossInput
+
+REFERENCE, BASELINE = "ref_sums", "kl_baseline"
+"""Row columns, float64: the reference's log-probability of the response, and KTO's z."""
+
+
+def preference_settings(section: PreferenceSection) -> PreferenceConfig:
+    """ValueError for settings that do not go together, as the loss says."""
+    return PreferenceConfig(
+        loss=section.loss,
+        beta=section.beta,
+        label_smoothing=section.label_smoothing,
+        margin=section.margin,
+        nll_coef=section.nll_coef,
+        length_normalise=section.length_normalise,
+        kto_weights=section.kto_weights,
+    )
+
+
+def pair_loss(settings: PreferenceConfig) -> LossFn:
+    """The loss of one microbatch: an unnormalised sum over its pairs."""
+
+    def loss(given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = given.rows
+        better, worse = ordered_pairs(rows["preference"], rows["prompt_ids"])
+        return preference_loss(
+            response_sums(given["logprobs"], given.row, given.num_rows),
+            torch.bincount(given.row, minlength=given.num_rows),
+            better,
+            worse,
+            settings,
+            ref_logprobs=rows.get(REFERENCE),
+            baseline=rows.get(BASELINE),
+        )
+
+    return loss
+
+
+def with_pair_shares(batch: Batch) -> Batch:
+    """`batch` with `loss_share`: the pairs of which a row is the better one, float64 `[B]`."""
+    better, _ = ordered_pairs(batch["preference"], batch["prompt_ids"])
+    shares = torch.bincount(better, minlength=len(batch)).double()
+    return batch.with_columns(rows={"loss_share": shares})
+
+
+def pair_update(run: Run, step: int, batch: Batch, *, temperature: float) -> Update:
+    """An update by the configuration's epochs and minibatches that never parts a pair."""
+    columns = tuple(n for n in ("preference", REFERENCE, BASELINE) if n in batch)
+    update = update_of(run, step, columns)
+    return replace(update, whole_groups=True, temperature=temperature)
+
+
+def pair_metrics(records: UpdateRecords) -> Metrics:
+    """Of an update by `pair_loss`: what it counts as its tokens are pairs."""
+    metrics = dict(update_metrics(records))
+    return {**metrics, "pairs": metrics.pop("update_tokens")}
