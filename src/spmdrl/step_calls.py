@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from spmdrl.config import Config
 from spmdrl.memory.schedule import PlannedCall
 
-READ_ORDER = ("value", "reference", "policy", "reward")
+READ_ORDER = ("value", "reference", "teacher", "policy", "reward")
 """Kinds of roles in the order in which flows read from them; updates keep it too."""
 
 
@@ -62,8 +62,8 @@ def _evaluation_before_samples(config: Config) -> str | None:
     evaluation = config.evaluation
     if not evaluation.before and evaluation.every == 0:
         return None
-    if evaluation.data is not None:
-        return f"evaluation.data={evaluation.data.source}"
+    if evaluation.sets:
+        return f"evaluation.sets={sorted(evaluation.sets)}"
     return f"evaluation.held_out={evaluation.held_out}" if evaluation.held_out > 0 else None
 
 

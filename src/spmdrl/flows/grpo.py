@@ -91,13 +91,13 @@ class GrpoTrainer:
         calls = []
         if self.reference is not None:
             calls.append(self.reference.logprobs.on(batch, temperature))
+        if self.teacher is not None:
+            calls.append(self.teacher.logprobs.on(batch, temperature))
         moves = config.train.epochs * config.train.num_minibatches > 1
         wanted = moves or puts_kl_in_reward(algorithm) or self.teacher is not None
         source = algorithm.old_logprobs
         if source == "trainer" or (source == "auto" and wanted):
             calls.append(self.policy.logprobs.on(batch, temperature))
-        if self.teacher is not None:
-            calls.append(self.teacher.logprobs.on(batch, temperature))
         for columns in together(*calls):
             batch = batch | columns
         if source == "rollout":
