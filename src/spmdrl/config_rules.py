@@ -11,12 +11,18 @@ from spmdrl.config_sets import HELD_OUT, START, held_out_sets
 SCALAR = ("reward", "value")
 """Kinds of role whose model has a scalar head."""
 
-NEEDED = {"sft": ("policy",), "reward_model": ("reward",), "ppo": ("value",)}
+NEEDED = {
+    "sft": ("policy",),
+    "reward_model": ("reward",),
+    "dpo": ("policy",),
+    "online_dpo": ("reference",),
+    "ppo": ("value",),
+}
 """Shipped flow -> the roles that it needs beside policy and rollout: those two are all that
 `spmdrl eval` and `generate` need of a configuration.
 """
 
-SAMPLING = ("grpo", "ppo")
+SAMPLING = ("grpo", "ppo", "online_dpo")
 """Shipped flows that train on samples of the policy."""
 
 
@@ -30,6 +36,7 @@ def check_crossed(config: Config) -> None:
     _check_roles(config)
     _check_backends(config)
     _check_policy_loss(config)
+    _check_preference(config)
     _check_rewards(config)
     _check_memory(config)
     _check_lag(config)
@@ -173,6 +180,47 @@ def _check_backends(config: Config) -> None:
         )
 
 
+def _check_preference(config: Config) -> None:
+    preference, roles = config.preference, sorted(config.roles)
+    if preference.label_smoothing and preference.loss not in ("dpo", "simpo"):
+        raise ValueError(
+            f"preference.label_smoothing={preference.label_smoothing} with preference.loss="
+            f"{preference.loss}: only dpo and simpo have it, so set it to 0"
+        )
+    if preference.margin and preference.loss != "simpo":
+        raise ValueError(
+            f"preference.margin={preference.margin} with preference.loss={preference.loss}: only "
+            "simpo has it, so set it to 0"
+        )
+    if min(preference.kto_weights) < 0:
+        raise ValueError(f"preference.kto_weights={preference.kto_weights}: none may be negative")
+    if config.flow == "dpo":
+        compares = preference.loss not in ("simpo", "orpo")
+        if compares and preference.reference == "step" and "reference" not in config.roles:
+            raise ValueError(
+                f"preference.loss={preference.loss} needs a reference, but roles={roles} has none "
+                "of that name: add roles.reference, or set preference.reference=cache (the policy "
+                "before its first step)"
+            )
+        if not compares and "reference" in config.roles:
+            raise ValueError(
+                f"roles.reference is there, but preference.loss={preference.loss} never asks it: "
+                "take the role away (roles.reference: null)"
+            )
+    if config.flow == "online_dpo":
+        if preference.loss not in ("dpo", "ipo") or preference.reference != "step":
+            raise ValueError(
+                f"flow=online_dpo with preference.loss={preference.loss} and preference.reference="
+                f"{preference.reference}: its loss is dpo or ipo, and its samples are new in every "
+                "step (preference.reference=step)"
+            )
+        if config.data.group_size < 2:
+            raise ValueError(
+                f"flow=online_dpo with data.group_size={config.data.group_size}: it compares the "
+                "samples of a prompt, so it needs at least 2"
+            )
+
+
 def _check_rewards(config: Config) -> None:
     distils = config.flow == "grpo" and config.algorithm.teacher_coef > 0
     if config.flow in SAMPLING and not config.rewards and not distils:
@@ -230,6 +278,9 @@ def _check_memory(config: Config) -> None:
 def _check_lag(config: Config) -> None:
     algorithm = config.algorithm
     if config.lag == 0 or config.flow not in SAMPLING:
+        return
+    # online DPO has no ratio to the policy that sampled: its pairs may be of any policy
+    if config.flow == "online_dpo":
         return
     if algorithm.importance_cap is None and algorithm.old_logprobs != "rollout":
         raise ValueError(

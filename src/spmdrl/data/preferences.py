@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import torch
@@ -79,6 +79,37 @@ class PairSet(Sequence[Pair]):
     def subset(self, indices: Sequence[int]) -> PairSet:
         return PairSet([self._items[i] for i in indices], self.left_out)
 
+    def mismatched(self) -> PairSet:
+        """Every prompt with the answers of the next item whose prompt is another, cut so that no
+        row is longer than the longest of this set: what KTO's estimate of the KL is taken on.
+
+        Raises:
+            ValueError: all items have the same prompt.
+        """
+        count = len(self)
+        following = [0] * count
+        place = next((i for i, item in enumerate(self) if item.prompt != self[-1].prompt), None)
+        if place is None:
+            raise ValueError(f"{count} pairs have one prompt: there are no answers to another")
+        for i in reversed(range(count)):
+            following[i] = place
+            if i > 0 and self[i - 1].prompt != self[i].prompt:
+                place = i
+        longest = max(len(i.prompt) + max(len(i.chosen), len(i.rejected)) for i in self)
+        return PairSet(
+            [
+                replace(
+                    item,
+                    chosen_text=other.chosen_text,
+                    rejected_text=other.rejected_text,
+                    chosen=other.chosen[: longest - len(item.prompt)],
+                    rejected=other.rejected[: longest - len(item.prompt)],
+                )
+                for item, other in ((self[i], self[j]) for i, j in enumerate(following))
+            ],
+            self.left_out,
+        )
+
     def rows(self, indices: Sequence[int], first_id: int) -> Batch:
         """Two rows each, the chosen first: `tokens`, `loss_mask` (the answer), `prompt_ids` (equal
         in a pair, from `first_id` on), `sample_index` (0 chosen, 1 rejected), `prompt_lengths`,
@@ -110,7 +141,7 @@ def load_preferences(source: ExampleSource, tokenizer: EndingTokenizer) -> PairS
     Answers are texts, or conversations of which the last message is the answer; then the prompt's
     column may be missing, and what stands before the answer is the prompt (it must be the same on
     both sides). Pairs with equal answers, an empty one, or more than `max_tokens` on a side are
-    left out, counted and logged.
+    left out, counted and logged; so are prompts that leave no room for answers.
 
     Raises:
         ValueError: see `data.examples.read_examples`; a tokenizer without chat template or end.
@@ -129,6 +160,8 @@ def load_preferences(source: ExampleSource, tokenizer: EndingTokenizer) -> PairS
         if chosen == rejected:  # also where only the space around them differs
             raise Unusable("with equal answers")
         longest = len(prompt) + max(len(chosen), len(rejected))
+        if source.max_tokens is not None and len(prompt) >= source.max_tokens:
+            raise Unusable(f"whose prompt leaves no room within max_tokens={source.max_tokens}")
         if source.max_tokens is not None and longest > source.max_tokens:
             raise Unusable(f"of more than max_tokens={source.max_tokens}")
         pair = Pair(

@@ -92,8 +92,8 @@ class HeldOutPairs:
 
 
 def pair_accuracy(set_name: str, batch: Batch, scores: Tensor) -> dict[str, float]:
-    """Accuracy and margin of pairs, with errors clustered by prompt: pairs of one prompt are not
-    independent. Every rank calls it.
+    """Accuracy (a tie counts half) and margin of pairs, with errors clustered by prompt: pairs of
+    one prompt are not independent. Every rank calls it.
 
     Args:
         batch: home rows of pairs, each pair's rows side by side.
@@ -106,7 +106,7 @@ def pair_accuracy(set_name: str, batch: Batch, scores: Tensor) -> dict[str, floa
     pairs = [pair for part in gather_objects(own) for pair in part]
     found: dict[str, float] = {}
     for label, values in (
-        (ACCURACY, [float(gap > 0) for _, gap in pairs]),
+        (ACCURACY, [0.5 * ((gap > 0) + (gap >= 0)) for _, gap in pairs]),
         ("/margin", [gap for _, gap in pairs]),
     ):
         estimate = clustered_mean(values, [prompt for prompt, _ in pairs])

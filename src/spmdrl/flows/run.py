@@ -178,11 +178,15 @@ class Run:
         """
         return self.data.batch(step, attempt=attempt, count=count)
 
+    def held_out_sets(self) -> dict[str, DataSet]:
+        """The held-out sets of the kind that is trained on, by name."""
+        kind = type(self.data.data)
+        return {name: data for name, data in self._held_out.items() if isinstance(data, kind)}
+
     def held_out(self) -> Iterator[tuple[str, Batch]]:
-        """The held-out sets of the kind that is trained on: name, and this rank's home rows."""
-        for name, data in self._held_out.items():
-            if isinstance(data, type(self.data.data)):
-                yield name, home_rows(self.world, data)
+        """Their names, and this rank's home rows of each."""
+        for name, data in self.held_out_sets().items():
+            yield name, home_rows(self.world, data)
 
     def score(self, batch: Batch) -> Batch:
         """`batch` with `rewards` and the rewards' components."""
@@ -199,7 +203,7 @@ class Run:
         rollout that answers held-out prompts then gets the policy's weights before it does.
         """
         self._syncs_to_evaluate = True
-        if any(isinstance(data, type(self.data.data)) for data in self._held_out.values()):
+        if self.held_out_sets():
             self._evaluators.insert(0, evaluator)
 
     def evaluate(self, step: int) -> None:

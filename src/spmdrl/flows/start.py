@@ -15,6 +15,7 @@ from spmdrl.data.home import StepRows
 from spmdrl.data.order import MixedStream, PromptStream, Stream
 from spmdrl.data.prompts import PromptSet
 from spmdrl.evaluation.evaluator import Evaluator, results_file
+from spmdrl.flows.dpo import dpo
 from spmdrl.flows.grpo import grpo
 from spmdrl.flows.inputs import (
     Inputs,
@@ -26,6 +27,7 @@ from spmdrl.flows.inputs import (
     sampling_params,
 )
 from spmdrl.flows.lifetime import Lifetime
+from spmdrl.flows.online_dpo import online_dpo
 from spmdrl.flows.phase_memory import PhaseMemory
 from spmdrl.flows.ppo import ppo
 from spmdrl.flows.reward_model import reward_model
@@ -69,6 +71,8 @@ class ShippedFlow:
 FLOWS: Mapping[str, ShippedFlow] = {
     "sft": ShippedFlow(run=sft, data="conversations"),
     "reward_model": ShippedFlow(run=reward_model, data="preferences"),
+    "dpo": ShippedFlow(run=dpo, data="preferences"),
+    "online_dpo": ShippedFlow(run=online_dpo, data="prompts"),
     "grpo": ShippedFlow(run=grpo, data="prompts"),
     "ppo": ShippedFlow(run=ppo, data="prompts"),
 }

@@ -1,0 +1,77 @@
+"""Online DPO: the policy's own samples, judged as they come, are the preference pairs.
+
+Follows Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback"
+(https://arxiv.org/abs/2402.04792), with any number of samples per prompt and any reward (a model, a
+function) for the judge; DPO or IPO. Left out: the exploration terms of XPO and Nash-MD's mixture.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spmdrl.algorithms.pairing import distinct_answers, pair_rows
+from spmdrl.batch import Batch
+from spmdrl.calls import Call
+from spmdrl.distributed.reduce import moments, world_sum
+from spmdrl.flows.environment import GroupEnvironment
+from spmdrl.flows.preference_terms import (
+    pair_loss,
+    pair_metrics,
+    pair_update,
+    preference_settings,
+    with_pair_shares,
+)
+from spmdrl.flows.reference_sums import AskedSums
+from spmdrl.flows.run import Environment, Metrics, Run, Trainer
+from spmdrl.roles import Policy, Reference, together
+
+
+def online_dpo(run: Run) -> None:
+    environment: Environment = run.make(run.config.environment, GroupEnvironment)
+    trainer: Trainer = run.make(run.config.trainer, OnlineDpoTrainer)
+    sync = run.weight_sync("policy", "rollout")
+    for step in run.steps():
+        with run.phase("sync"):
+            sync.run()
+        run.evaluate(step)
+        batch = environment.collect(step)  # prompts, samples and rewards: home rows
+        # pairs and updates; beside them, with lag: 1, the next step's samples
+        metrics = trainer.step(step, batch, *environment.ahead(step + 1))
+        run.finish(step, batch, {**environment.metrics(), **metrics})
+    sync.run()
+    run.conclude()
+
+
+class OnlineDpoTrainer:
+    """Turns scored groups into pairs, and pairs into updates of the policy."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.policy = run.role("policy", Policy)
+        self.temperature = run.config.sampling.temperature
+        self.reference = AskedSums(run.role("reference", Reference), self.temperature)
+        self.loss = pair_loss(preference_settings(run.config.preference))
+
+    def step(self, step: int, batch: Batch, *alongside: Call[Any]) -> Metrics:
+        """`batch`: rows of `rollout.generate` with the row column `rewards`.
+
+        `alongside` are calls that run beside the update, the next step's rollout with `lag: 1`.
+        """
+        pairs = self.compared(batch)
+        with self.run.phase("logprobs"):
+            pairs = self.reference.add(pairs)
+        calls: list[Call[Any]] = []
+        if world_sum(pairs["loss_share"].sum()).item() > 0:
+            update = pair_update(self.run, step, pairs, temperature=self.temperature)
+            calls.append(self.policy.update.on(pairs, self.loss, update))
+        lag = self.policy.version - moments(batch["weight_version"]).mean
+        with self.run.phase("update"):
+            done = together(*calls, *alongside)
+        return {**pair_metrics(done[0] if calls else []), "sample_lag": lag}
+
+    def compared(self, batch: Batch) -> Batch:
+        """The rows that are in pairs, with their `preference` and `loss_share`."""
+        usable = distinct_answers(batch)
+        pairing = self.run.config.preference.pairs
+        rows, preference = pair_rows(batch["rewards"], batch["prompt_ids"], usable, pairing)
+        return with_pair_shares(batch.select(rows).with_columns(rows={"preference": preference}))

@@ -1,0 +1,177 @@
+"""The reference's log-probabilities of whole responses: asked in every step, or once and kept.
+
+A loss on pairs needs one number of the reference per row, so all of a data set's fit in a small
+file. With `preference.reference: cache` they are computed before the first step, for the rows that
+the run will draw and those held out; without `roles.reference` by the policy itself, which then
+still is the reference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load, save
+
+from spmdrl.batch import Batch
+from spmdrl.config import Config
+from spmdrl.data.home import DataSet, home_rows
+from spmdrl.distributed.reduce import broadcast_object, gather_objects, world_any
+from spmdrl.files import replace_file
+from spmdrl.flows.preference_terms import REFERENCE
+from spmdrl.flows.run import Run
+from spmdrl.roles import Policy, Reference
+
+log = logging.getLogger(__name__)
+
+CACHE_FILE = "reference.safetensors"
+REFERENCE_ROLE = "reference"
+KEY_BYTES = 16
+
+Sums = dict[bytes, float]
+"""A row's digest -> the log-probability of its response."""
+
+
+class ReferenceSums(Protocol):
+    """Adds the row column `ref_sums`, float64 [B], to home rows. Every rank calls it."""
+
+    def add(self, batch: Batch) -> Batch: ...
+
+
+class AskedSums:
+    """Asks `roles.reference` each time, at the temperature given."""
+
+    def __init__(self, reference: Reference, temperature: float = 1.0) -> None:
+        self._reference, self._temperature = reference, temperature
+
+    def add(self, batch: Batch) -> Batch:
+        logprobs = self._reference.logprobs(batch, self._temperature)["ref_logprobs"]
+        return batch.with_columns(rows={REFERENCE: batch.row_sum(logprobs.double())})
+
+
+class CachedSums:
+    """Knows the rows of some data sets from the start, and keeps them in `run_dir`.
+
+    Args:
+        sets: each with the items that will be asked for.
+
+    Raises:
+        ValueError: the file on disk is of another reference; or rows are missing in it, and the
+            policy, which was the reference, has been trained since.
+    """
+
+    def __init__(self, run: Run, sets: Sequence[tuple[DataSet, Sequence[int]]]) -> None:
+        self._run, self._path = run, run.directory / CACHE_FILE
+        self._made_by = reference_identity(run.config)
+        self._sums = self._read()
+        known = len(self._sums)
+        for data, items in sets:
+            # as many rows at a time as in a step
+            size = run.config.data.prompts_per_step
+            for at in range(0, len(items), size):
+                self._learn(home_rows(run.world, data, items[at : at + size]))
+        self._share(known)
+
+    def add(self, batch: Batch) -> Batch:
+        sums = [self._sums[key] for key in row_keys(batch)]
+        return batch.with_columns(rows={REFERENCE: torch.tensor(sums, dtype=torch.float64)})
+
+    def _learn(self, batch: Batch) -> None:
+        keys = row_keys(batch)
+        missing = [i for i, key in enumerate(keys) if key not in self._sums]
+        if not world_any(bool(missing)):
+            return
+        rows = batch.select(missing)
+        if REFERENCE_ROLE in self._run.config.roles:
+            column = self._run.role(REFERENCE_ROLE, Reference).logprobs(rows)["ref_logprobs"]
+        elif self._run.steps_done > 0:
+            raise ValueError(
+                f"{self._path} lacks rows of the data, and the policy, which was the reference, "
+                f"has made {self._run.steps_done} steps since: bring the file back, or add "
+                "roles.reference with the model that the run began with"
+            )
+        else:
+            column = self._run.role("policy", Policy).logprobs(rows)["logprobs"]
+        found = rows.row_sum(column.double()).tolist()
+        self._sums |= zip((keys[i] for i in missing), found, strict=True)
+
+    def _share(self, known: int) -> None:
+        """Every rank gets what the others computed; the first one writes it all."""
+        for part in gather_objects(self._sums):
+            self._sums |= part
+        computed = len(self._sums) - known
+        log.info("reference: %d rows computed, %d read from %s", computed, known, self._path)
+        if not computed:
+            return
+        failure = None
+        if self._run.world.is_first:
+            try:
+                replace_file(self._path, encode(self._sums, self._made_by))
+            except OSError as error:
+                failure = str(error)
+        if (failure := broadcast_object(failure, 0)) is not None:
+            raise OSError(failure)
+
+    def _read(self) -> Sums:
+        found: Sums | str = {}
+        if self._run.world.is_first and self._path.is_file():
+            found = decode(self._path.read_bytes(), self._made_by)
+        found = broadcast_object(found, 0)
+        if isinstance(found, str):
+            raise ValueError(
+                f"{self._path} holds log-probabilities of {found}, and the reference is "
+                f"{self._made_by}: remove the file, or use another run_dir"
+            )
+        return found
+
+
+def row_keys(batch: Batch) -> list[bytes]:
+    """A digest of each row's prompt and response."""
+    parts = torch.split(batch["tokens"], batch.lengths.tolist())
+    keys = []
+    for tokens, start in zip(parts, batch["prompt_lengths"].tolist(), strict=True):
+        digest = hashlib.blake2b(digest_size=KEY_BYTES, key=str(start).encode())
+        digest.update(tokens.numpy().tobytes())
+        keys.append(digest.digest())
+    return keys
+
+
+def reference_identity(config: Config) -> str:
+    """The reference's directory, with a digest of its files' names, sizes and beginnings."""
+    named = REFERENCE_ROLE in config.roles
+    directory = config.model_path(REFERENCE_ROLE) if named else Path(config.model.path)
+    digest = hashlib.blake2b(f"{config.model.tiny} {config.model.dtype}".encode(), digest_size=8)
+    for file in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(1 << 20))
+    return f"{directory.resolve()} ({digest.hexdigest()})"
+
+
+def encode(sums: Sums, made_by: str) -> bytes:
+    """As a safetensors file: keys uint8 [n, 16], sums float64 [n]."""
+    keys = torch.frombuffer(bytearray(b"".join(sums)), dtype=torch.uint8)
+    tensors = {
+        "keys": keys.view(len(sums), KEY_BYTES),
+        "sums": torch.tensor(list(sums.values()), dtype=torch.float64),
+    }
+    content: bytes = save(tensors, metadata={"reference": made_by})
+    return content
+
+
+def decode(content: bytes, made_by: str) -> Sums | str:
+    """What `encode` was given; of another reference, its name."""
+    size = int.from_bytes(content[:8], "little")
+    found = str(json.loads(content[8 : 8 + size])["__metadata__"]["reference"])
+    if found != made_by:
+        return found
+    tensors = load(content)
+    keys = tensors["keys"].numpy().tobytes()
+    count = len(tensors["sums"])
+    split = [keys[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in range(count)]
+    return dict(zip(split, tensors["sums"].tolist(), strict=True))
