@@ -17,6 +17,7 @@ LEVELS: list[set[str]] = [
         "config",
         "config_files",
         "config_keys",
+        "config_algorithms",
         "config_rules",
         "config_sets",
         "batch",

@@ -13,8 +13,8 @@ from spmdrl.config import (
     PromptsSection,
     RewardSection,
     SamplingSection,
-    Section,
 )
+from spmdrl.config_algorithms import Section
 
 ROWS = ("task", "size", "split", "seed", "part", "unique")
 """Keys of `data.train` that choose rows: a source of its own does not take them over."""

@@ -12,7 +12,7 @@ from spmdrl.algorithms.policy_loss import (
     loss_weights,
 )
 from spmdrl.batch import Batch
-from spmdrl.config import AlgorithmSection
+from spmdrl.config_algorithms import AlgorithmSection
 from spmdrl.flows.run import Run
 from spmdrl.roles import Update
 from spmdrl.training.protocol import LossFn, LossInput

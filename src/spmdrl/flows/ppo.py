@@ -26,7 +26,7 @@ from spmdrl.algorithms.value_loss import VALUE_COLUMNS, clipped_value_loss, expl
 from spmdrl.algorithms.whiten import whiten
 from spmdrl.batch import Batch
 from spmdrl.calls import Call
-from spmdrl.config import AlgorithmSection
+from spmdrl.config_algorithms import AlgorithmSection
 from spmdrl.distributed.reduce import Moments, moments
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.policy_terms import policy_columns, policy_loss, update_of, with_loss_weights

@@ -18,7 +18,7 @@ from spmdrl.algorithms.direct_preference import (
     response_sums,
 )
 from spmdrl.batch import Batch
-from spmdrl.config import PreferenceSection
+from spmdrl.config_algorithms import PreferenceSection
 from spmdrl.flows.policy_terms import update_of
 from spmdrl.flows.run import Metrics, Run, update_metrics
 from spmdrl.passes import UpdateRecords

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spmdrl.algorithms.preference_loss import bradley_terry_loss
 from spmdrl.batch import Batch
-from spmdrl.config import AlgorithmSection
+from spmdrl.config_algorithms import AlgorithmSection
 from spmdrl.distributed.reduce import gather_objects
 from spmdrl.evaluation.metrics import clustered_mean
 from spmdrl.flows.policy_terms import update_of
