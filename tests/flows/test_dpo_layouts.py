@@ -135,7 +135,6 @@ def test_training_moves_held_out_preferences(runs, loss):
 ONLINE = {
     "flow": "online_dpo",
     "environment": "replay:ReplayEnvironment",
-    "roles": {"policy": {}, "reference": {}, "rollout": {}},
     "preference": {"beta": 0.2, "pairs": "all"},
     "train": {"lr": 1e-3, "microbatch_tokens": 300, "num_minibatches": 2},
 }
@@ -161,7 +160,11 @@ def online(root):
         configs = []
         for number, words in enumerate(layouts.values()):
             name = f"online_{size}_{number}"
-            path = write_config(root / f"{name}.yaml", root / "model", root / name, **ONLINE)
+            # another reference: the first step's gaps are then no rounding
+            roles = {"policy": {}, "reference": {"model": str(root / "other")}, "rollout": {}}
+            path = write_config(
+                root / f"{name}.yaml", root / "model", root / name, **ONLINE, roles=roles
+            )
             configs.append((str(path), words))
         answers = run_ranks(run_configs, size, configs, str(root), timeout_s=300)
         found |= dict(zip(layouts, answers[0], strict=True))
@@ -176,9 +179,6 @@ def test_online_dpo_equals_one_rank(online, layout):
         for metric in ("loss", "grad_norm", "margin", "accuracy", "reward", "pairs", "nll"):
             assert b[metric] == pytest.approx(a[metric], rel=2e-4, abs=1e-5), metric
     assert one[0]["pairs"] > 5 and one[0]["grad_norm"] > 0
-    # each step starts from the reference's gap of 0 at first, and moves away from it
-    assert one[0]["margin"] == pytest.approx(0, abs=1e-5) or one[0]["grad_norm"] > 0
-    assert abs(one[2]["margin"]) > 1e-3
 
 
 def test_online_dpo_samples_equal_one_rank(online, root):

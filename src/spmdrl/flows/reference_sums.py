@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 CACHE_FILE = "reference.safetensors"
 REFERENCE_ROLE = "reference"
 KEY_BYTES = 16
+CHUNK = 4096
+"""Items computed in one call: a held-out set as a whole, so that it is packed as in evaluations."""
 
 Sums = dict[bytes, float]
 """A row's digest -> the log-probability of its response."""
@@ -71,10 +73,8 @@ class CachedSums:
         self._sums = self._read()
         known = len(self._sums)
         for data, items in sets:
-            # as many rows at a time as in a step
-            size = run.config.data.prompts_per_step
-            for at in range(0, len(items), size):
-                self._learn(home_rows(run.world, data, items[at : at + size]))
+            for at in range(0, len(items), CHUNK):
+                self._learn(home_rows(run.world, data, items[at : at + CHUNK]))
         self._share(known)
 
     def add(self, batch: Batch) -> Batch:
