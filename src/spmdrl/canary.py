@@ -41,7 +41,7 @@ class Canary:
     def __init__(
         self, world: World, *, num_replicas: int, vocab_size: int, dtype: torch.dtype
     ) -> None:
-        self.rows = _fixed_rows(world, num_replicas, vocab_size)
+        self.rows = fixed_rows(world, num_replicas, vocab_size)
         self._floor = _FLOOR.get(dtype, _LOW_PRECISION_FLOOR)
         self._first = _FIRST.get(dtype, _LOW_PRECISION_FIRST)
         self._gaps: deque[float] = deque(maxlen=_HISTORY)
@@ -73,8 +73,8 @@ class Canary:
         return accepted
 
 
-def _fixed_rows(world: World, num_replicas: int, vocab_size: int) -> Batch:
-    """Home rows: the same `_ROWS` sequences for every replica."""
+def fixed_rows(world: World, num_replicas: int, vocab_size: int) -> Batch:
+    """Home rows of random tokens: the same `_ROWS` sequences for every replica."""
     generator = torch.Generator().manual_seed(0)
     sequences = torch.randint(vocab_size, (_ROWS, _TOKENS), generator=generator).tolist()
     count = _ROWS * num_replicas

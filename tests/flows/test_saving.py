@@ -14,7 +14,7 @@ from harness import run_ranks
 from spmdrl.assemble import assemble, open_models
 from spmdrl.batch import from_rows
 from spmdrl.config_files import load_config
-from spmdrl.flows.saving import Saver
+from spmdrl.flows.saving import Resumed, Saver
 from spmdrl.launch import World
 from spmdrl.placement import place_roles
 from spmdrl.roles import Policy
@@ -33,7 +33,15 @@ def make(world: World, path: Path, *overrides: str) -> Made:
     assembly = assemble(config, world, models, str)
     policy = assembly.trained["policy"]
     assert isinstance(policy, Policy)
-    return Saver(config, assembly), policy, assembly.layouts["policy"]
+    return Saver(config, world, assembly), policy, assembly.layouts["policy"]
+
+
+SAVED = {"kl": {"coef": 0.5}}
+
+
+def save(saver: Saver, steps_done: int) -> None:
+    saver.save(steps_done, SAVED, metrics_lines=7)
+    saver.wait()
 
 
 def train(policy: Policy) -> None:
@@ -77,21 +85,21 @@ def cross(world: World, path: Path) -> None:
     half, sharded = "model.dtype=bfloat16", "roles.policy.dp_shard=2"
     saver, policy, layout = make(world, path, half)
     train(policy)
-    saver.save(2, {"kl": {"coef": 0.5}})
+    save(saver, 2)
     expected = state_of(policy, layout)
     if world.is_first:
         masters = [t for name, t in expected.items() if name.startswith("weights/")]
         assert not all(torch.equal(t, t.bfloat16().float()) for t in masters)
 
     saver, policy, layout = make(world, path, half, sharded)
-    assert saver.restore() == (2, {"kl": {"coef": 0.5}})
+    assert saver.restore() == Resumed(steps_done=2, saved=SAVED, metrics_lines=7)
     check_equal(policy, layout, expected)
     train(policy)
-    saver.save(3, {"kl": {"coef": 0.5}})
+    save(saver, 3)
     expected = state_of(policy, layout)
 
     saver, policy, layout = make(world, path, half)
-    assert saver.restore() == (3, {"kl": {"coef": 0.5}})
+    assert saver.restore() == Resumed(steps_done=3, saved=SAVED, metrics_lines=7)
     check_equal(policy, layout, expected)
     backend = policy.backend
     assert backend is not None
@@ -116,25 +124,26 @@ def test_bfloat16_checkpoints_cross_between_replicas_and_shards(root: Path) -> N
 
 def begin_afresh(world: World, path: Path, run_dir: Path) -> None:
     saver, policy, _ = make(world, path)
-    assert saver.restore() == (0, {})
-    saver.save(1, {"kl": {"coef": 0.5}})
+    assert saver.restore() == Resumed()
+    save(saver, 1)
     index = run_dir / "checkpoints" / "step_00000001" / "checkpoint.json"
     written = index.stat().st_ino
     train(policy)
-    saver.save(1, {"kl": {"coef": 0.5}})  # as a run's end does after the last step's checkpoint
+    save(saver, 1)  # as a run's end does after the last step's checkpoint
     assert index.stat().st_ino == written
-    saver.save(2, {"kl": {"coef": 0.5}})
+    save(saver, 2)
 
     saver, _, _ = make(world, path, "checkpoint.resume=false")
-    assert saver.restore() == (0, {})
+    assert saver.restore() == Resumed()
     assert [p.name for p in run_dir.iterdir()] == ["checkpoints.old-1"]
     torch.distributed.barrier()
-    saver.save(1, {"kl": {"coef": 0.5}})
+    save(saver, 1)
 
     saver, _, _ = make(world, path)
-    assert saver.restore() == (1, {"kl": {"coef": 0.5}})
-    saver.save(1, {"kl": {"coef": 0.5}})  # what another saver wrote is written anew
-    assert index.stat().st_ino != written
+    assert saver.restore() == Resumed(steps_done=1, saved=SAVED, metrics_lines=7)
+    written = index.stat().st_ino
+    save(saver, 1)  # it has just been loaded
+    assert index.stat().st_ino == written
     with pytest.raises(ValueError, match=r"seed=3, the configuration has seed=4"):
         make(world, path, "seed=4")[0].restore()
     kept = run_dir / "checkpoints.old-1" / "step_00000002" / "checkpoint.json"

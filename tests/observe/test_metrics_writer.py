@@ -37,7 +37,7 @@ def test_other_ranks_touch_nothing(tmp_path):
     with MetricsWriter(tmp_path / "run", is_first=False) as metrics:
         metrics.write(1, {"reward": 0.5})
         metrics.write_samples(1, [{"prompt": "a"}])
-        assert metrics.truncate_after(0) == 0
+        assert metrics.truncate_to(0) == 0
         assert metrics.read() == []
     assert list(tmp_path.iterdir()) == []
 
@@ -48,7 +48,7 @@ def test_appends_and_keeps_steps_in_order(tmp_path):
     with writer(tmp_path) as metrics:
         metrics.write(2, {"a": 2})
         metrics.write(2, {"b": 3})
-        with pytest.raises(ValueError, match=r"truncate_after\(0\)"):
+        with pytest.raises(ValueError, match="truncate_to"):
             metrics.write(1, {"a": 1})
         with pytest.raises(ValueError, match="wall_time"):
             metrics.write(3, {"wall_time": 1})
@@ -60,10 +60,12 @@ def test_truncation_drops_later_steps_as_a_whole(tmp_path):
     with writer(tmp_path) as metrics:
         for step in range(5):
             metrics.write(step, {"a": step})
-        assert metrics.truncate_after(2) == 2
+        assert metrics.count_lines() == 5
+        assert metrics.truncate_to(3) == 2
         metrics.write(3, {"a": 30})
+        assert metrics.count_lines() == 4
         assert [m["a"] for m in metrics.read()] == [0, 1, 2, 30]
-        assert metrics.truncate_after(-1) == 4
+        assert metrics.truncate_to(0) == 4
         assert metrics.read() == []
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
@@ -129,7 +131,7 @@ def test_tensorboard_has_scalars_and_samples_and_forgets_truncated_steps(tmp_pat
     shown = text.tensor_proto.string_val[0].decode()
     assert "    # is *this*?" in shown and "**reward**: 0.25" in shown
     with MetricsWriter(tmp_path, is_first=True) as metrics:
-        metrics.truncate_after(2)
+        metrics.truncate_to(2)
         metrics.write(3, {"policy/reward": 0.9})
     scalars = events().Scalars("policy/reward")
     assert [(e.step, round(e.value, 3)) for e in scalars] == [(1, 0.1), (2, 0.2), (3, 0.9)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from spmdrl.checkpoint.store import Tensors
+from spmdrl.checkpoint.index import Tensors
 from spmdrl.models.sharding import Slice
 from spmdrl.weights.layout import WeightLayout, key
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from spmdrl.checkpoint.index import Mark
 
 _DTYPES = {
     torch.float64: "F64",
@@ -21,12 +24,25 @@ _DTYPES = {
     torch.float16: "F16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
+
+_CHUNK = 1 << 24
+_SYNCED = 1 << 28
+"""Bytes after which the file is made to reach the disk: the last fsync then has little to do, and
+its progress is seen."""
 
 
 @torch.no_grad()
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
-    """Write and fsync the file; its size in bytes. At most one tensor at a time is on the host.
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], progress: Callable[[], None] = lambda: None
+) -> Mark:
+    """Write and fsync the file; its size and checksum. At most one tensor at a time is on the host.
+
+    Args:
+        progress: called after every part that is on the disk, and more often.
 
     Raises:
         OSError: the file could not be written whole.
@@ -44,12 +60,27 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> int:
         position = stop
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for _, tensor in ordered:
-            values = tensor.detach().cpu().contiguous().flatten()
-            file.write(values.view(torch.uint8).numpy().data)
-        file.flush()
+    checksum = unsynced = 0
+    with path.open("wb", buffering=0) as file:
+        for part in _parts(text, [tensor for _, tensor in ordered]):
+            rest = part
+            while rest:
+                rest = rest[file.write(rest) :]
+            checksum = zlib.crc32(part, checksum)
+            unsynced += len(part)
+            if unsynced >= _SYNCED:
+                os.fdatasync(file.fileno())
+                unsynced = 0
+            progress()
         os.fsync(file.fileno())
-    return 8 + len(text) + position
+        progress()
+    return Mark(num_bytes=8 + len(text) + position, crc32=checksum)
+
+
+def _parts(header: bytes, tensors: list[Tensor]) -> Iterator[memoryview]:
+    yield memoryview(len(header).to_bytes(8, "little") + header)
+    for tensor in tensors:
+        values = tensor.detach().cpu().contiguous().flatten()
+        data = memoryview(values.view(torch.uint8).numpy().data)
+        for start in range(0, len(data), _CHUNK):
+            yield data[start : start + _CHUNK]

@@ -85,6 +85,11 @@ def world_any(flag: bool) -> bool:
     return bool(world_max(torch.tensor([float(flag)])).item())
 
 
+def world_flags(*flags: bool) -> list[bool]:
+    """Each of them, true on every rank when it is true on one."""
+    return [value > 0 for value in world_max(torch.tensor([float(f) for f in flags])).tolist()]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Moments:
     """Count, mean and (population) standard deviation over the whole world."""

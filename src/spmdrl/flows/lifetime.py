@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from spmdrl.config import CheckpointSection
-from spmdrl.distributed.reduce import world_any
+from spmdrl.distributed.reduce import world_flags
 from spmdrl.flows.saving import Saver
 from spmdrl.launch import World
 from spmdrl.runtime.stopping import StopAsked
@@ -33,14 +34,18 @@ class Lifetime:
         self._saver, self.watcher = saver, watcher
         self._walltime = Walltime()
         self._began: float | None = None
-        self.first_step, self.saved = saver.restore()
-        self.steps_done = self.first_step
+        self.resumed = saver.restore()
+        self.first_step = self.steps_done = self.resumed.steps_done
+        self.saved = self.resumed.saved
+        self.metrics_lines: Callable[[], int] = lambda: 0
+        """How many lines metrics.jsonl has."""
 
     def begin(self, step: int) -> None:
         """A step begins, or the run stops here.
 
         Raises:
             StopAsked: a stop was asked for, or the step would not fit into the job's time.
+            OSError: the checkpoint under way could not be written.
         """
         now, deadline = time.time(), self.watcher.attempt.deadline
         if self._began is not None:
@@ -51,7 +56,10 @@ class Lifetime:
         late = self._world.is_first and not self._walltime.fits(now, deadline)
         if late:
             log.info("the next step and a save do not fit into the job's time any more")
-        if world_any(late or self.watcher.stop_asked):
+        failed, stop = world_flags(self._saver.has_failed, late or self.watcher.stop_asked)
+        if failed:
+            self._saver.wait()
+        if stop:
             raise StopAsked
 
     def finish(self, step: int) -> None:
@@ -61,12 +69,8 @@ class Lifetime:
             self.save()
 
     def save(self) -> None:
-        """A checkpoint of the steps that are done, unless it is there."""
-        began = time.monotonic()
-        self._saver.save(self.steps_done, self.saved)
-        self._walltime.saves.append(time.monotonic() - began)
-        if self._world.is_first:
-            self.watcher.attempt.write_progress(self.steps_done)
+        """Begin a checkpoint of the steps that are done, unless it is there."""
+        self._saver.save(self.steps_done, self.saved, metrics_lines=self.metrics_lines())
 
     def stop(self) -> None:
         """Save, and say that the run can go on from here."""
@@ -74,12 +78,15 @@ class Lifetime:
         log.info("stopping after %d steps, as asked", self.steps_done)
         with self.watcher.pulse.phase(STOPPING_PHASE):
             self.save()
+            self._saver.wait()
         if self._world.is_first:
             self.watcher.attempt.clear_stop_files()
             self.watcher.attempt.write_outcome("stopped")
 
     def done(self) -> None:
         """The run has come to its end."""
+        with self.watcher.pulse.phase("checkpoint"):
+            self._saver.wait()
         self.watcher.agreed()
         if self._world.is_first:
             self.watcher.attempt.clear_stop_files()

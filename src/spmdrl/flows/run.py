@@ -125,7 +125,8 @@ class Run:
             self.directory, is_first=world.is_first, tensorboard=config.log.tensorboard
         )
         self._console = Console(is_first=world.is_first, num_steps=config.steps)
-        self._writer.truncate_after(lifetime.first_step)
+        self._writer.truncate_to(lifetime.resumed.metrics_lines)
+        lifetime.metrics_lines = self._writer.count_lines
 
     @property
     def saved(self) -> Saved:
@@ -234,17 +235,17 @@ class Run:
 
         Metrics are recorded under the number of steps done: 1 after the first, 0 before it.
         """
-        with self.phase("checkpoint"):
-            self._life.finish(step)
-            export = self.config.checkpoint.export
-            if export is not True and export > 0 and self.steps_done % export == 0:
-                self._saver.export(self.directory / f"model_step_{self.steps_done:08d}")
         syncs = [sync.take_metrics() for sync in self._syncs.values()]
         moved = {name: value for found in syncs for name, value in found.items()}
         record = {**metrics, **moved, **self._timing(metrics)}
         self._writer.write(step + 1, record)
         self._writer.write_samples(step + 1, self._samples(batch))
         self._console.step({"step": step + 1, **record})
+        with self.phase("checkpoint"):
+            self._life.finish(step)
+            export = self.config.checkpoint.export
+            if export is not True and export > 0 and self.steps_done % export == 0:
+                self._saver.export(self.directory / f"model_step_{self.steps_done:08d}")
 
     def conclude(self) -> None:
         """After the last step: checkpoint, final evaluation, export."""

@@ -137,7 +137,7 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         assembly = assemble(config, world, models, inputs.decode, relay.report, plan)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
-        saver = Saver(config, assembly)
+        saver = Saver(config, world, assembly, watcher.attempt, watcher.pulse.beat)
         lifetime = Lifetime(world, config.checkpoint, saver, watcher)
         run = make_run(config, world, inputs, assembly, pools, relay, saver, lifetime)
         try:

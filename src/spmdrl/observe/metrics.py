@@ -48,6 +48,7 @@ class MetricsWriter:
         self._purge_step: int | None = None
         self._file: BinaryIO | None = None
         self._last_step: int | None = None
+        self._num_lines = 0
         if is_first:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
@@ -63,8 +64,8 @@ class MetricsWriter:
             wall_time: seconds since 1970; None: now.
 
         Raises:
-            ValueError: a step before the last one (a resumed run calls `truncate_after` first), or
-                a reserved name.
+            ValueError: a step before the last one (a resumed run calls `truncate_to` first), or a
+                reserved name.
             OSError: the line could not be written; the error names the file.
         """
         if not self._is_first:
@@ -75,13 +76,14 @@ class MetricsWriter:
         if self._last_step is not None and step < self._last_step:
             raise ValueError(
                 f"{self.path} already holds step {self._last_step}, and step {step} is to be "
-                f"written: call truncate_after({step - 1}) when a run resumes"
+                "written: call truncate_to when a run resumes"
             )
         now = time.time() if wall_time is None else wall_time
         record: dict[str, float | str] = {"step": step, "wall_time": round(now, 3)}
         record |= {name: _to_json(float(value)) for name, value in values.items()}
         self._append(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._last_step = step
+        self._num_lines += 1
         board = self._tensorboard()
         if board is not None:
             for name, value in values.items():
@@ -104,19 +106,24 @@ class MetricsWriter:
             board.add_text(f"{tag}/{number}", _markdown(sample), step)
         board.flush()
 
-    def truncate_after(self, step: int) -> int:
-        """Drop the lines of later steps, for a run that resumes after `step`; returns how many.
+    def count_lines(self) -> int:
+        """Lines written so far; 0 on ranks that do not write."""
+        return self._num_lines
+
+    def truncate_to(self, num_lines: int) -> int:
+        """Keep the first `num_lines`, for a run that resumes from where it had written so many;
+        returns how many were dropped.
 
         The file is replaced as a whole. TensorBoard hides the events of later steps.
         """
         if not self._is_first:
             return 0
-        lines = _whole_lines(self.path)
-        kept = [line for number, line in lines if _parse(self.path, number, line)["step"] <= step]
+        lines = [line for _, line in _whole_lines(self.path)]
+        kept = lines[:num_lines]
         self.close()
         replace_file(self.path, b"".join(line + b"\n" for line in kept))
-        self._purge_step = step + 1
         self._open()
+        self._purge_step = 0 if self._last_step is None else self._last_step + 1
         return len(lines) - len(kept)
 
     def read(self) -> list[dict[str, float]]:
@@ -146,6 +153,7 @@ class MetricsWriter:
         lines = _whole_lines(self.path) if self.path.exists() else []
         steps = [int(_parse(self.path, number, line)["step"]) for number, line in lines]
         self._last_step = steps[-1] if steps else None
+        self._num_lines = len(lines)
         self._file = self.path.open("ab", buffering=0)
         whole = sum(len(line) + 1 for _, line in lines)
         if self._file.tell() > whole:

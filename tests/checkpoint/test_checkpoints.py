@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import resource
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from harness import run_ranks
+from spmdrl.checkpoint.index import INDEX, Tensors
 from spmdrl.checkpoint.owners import only, slice_owners
-from spmdrl.checkpoint.store import (
-    INDEX,
-    Tensors,
+from spmdrl.checkpoint.reading import (
     latest_checkpoint,
     load_tensors,
+    read_private,
     read_state,
     resume_point,
-    save_checkpoint,
     set_aside,
 )
+from spmdrl.checkpoint.rng import restore_rng, rng_state
+from spmdrl.checkpoint.writing import CheckpointWriter, Retention, remove_partial
 from spmdrl.launch import World
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.sharding import Slice, global_shapes
@@ -86,18 +91,30 @@ def fill(held: Tensors, of_group: Callable[[str], dict[str, Tensor]]) -> None:
             tensor[s.offset : s.offset + s.rows] = whole[s.name][box]
 
 
-def save(world: World, root: Path, ranks: list[int], degrees: Degrees, step: int = 3) -> None:
+def begin(
+    world: World, root: Path, ranks: list[int], degrees: Degrees, step: int = 3, **options: Any
+) -> tuple[CheckpointWriter, Tensors]:
     state = {"steps_done": step, "counters": {"policy": {"num_steps": 7}}}
     owners = slice_owners(model_layout(model(), ranks, degrees, torch.float32))
     mine = {piece for piece, owner in owners.items() if owner == world.rank}
     tensors = only(local(world, model(), ranks, degrees, salt=step), mine)
-    save_checkpoint(root, step, tensors, state, keep_last=2)
+    retention = options.pop("retention", Retention(last=2))
+    writer = CheckpointWriter(root, world, retention, **options)
+    private = {"rank": torch.tensor([world.rank, step]), "flag": torch.tensor([True, False])}
+    writer.begin(f"step_{step:08d}", step, state, tensors, private)
+    return writer, tensors
+
+
+def save(
+    world: World, root: Path, ranks: list[int], degrees: Degrees, step: int = 3, **options: Any
+) -> None:
+    begin(world, root, ranks, degrees, step, **options)[0].wait()
 
 
 def load_equals(world: World, root: Path, ranks: list[int], degrees: Degrees, step: int) -> int:
     path = latest_checkpoint(root)
     assert path is not None
-    assert path.name == f"step_{step:08d}"
+    assert path.name.split(".")[0] == f"step_{step:08d}"
     assert read_state(path)["steps_done"] == step
     got = local(world, model(), ranks, degrees, salt=None)
     load_tensors(path, got)
@@ -147,7 +164,8 @@ def test_replicas_share_the_writing_and_write_nothing_twice(tmp_path: Path) -> N
     stored = []
     for rank in range(4):
         with safe_open(root / f"rank_{rank:05d}.safetensors", framework="pt") as file:
-            stored.append(sum(file.get_tensor(key).numel() for key in file.keys()))  # noqa: SIM118
+            keys = [key for key in file.keys() if not key.startswith("private/")]  # noqa: SIM118
+            stored.append(sum(file.get_tensor(key).numel() for key in keys))
     assert sum(stored) == 2 * count
     assert max(stored) < 1.2 * min(stored)
 
@@ -167,7 +185,8 @@ def save_many(world: World, root: Path) -> list[str]:
 
 def test_the_last_written_are_kept(tmp_path: Path) -> None:
     [seen] = run_ranks(save_many, 1, tmp_path)
-    assert seen == ["05", "05 12", "12 20", "12 20", "07 20"]
+    # step 20 once more stands beside the first, so that `latest` never names what is not there
+    assert seen == ["05", "05 12", "12 20", "20 20.1", "07 20.1"]
 
 
 def fail_to_load(world: World, path: Path, ranks: list[int], changes: dict[str, Any]) -> str:
@@ -192,6 +211,14 @@ def corrupt(path: Path) -> None:
     file.write_bytes(data)
 
 
+def flip(path: Path) -> None:
+    """One bit of one value."""
+    file = path / "rank_00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+
+
 def edit_index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         content = json.loads((path / INDEX).read_text())
@@ -205,10 +232,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, "rank_00001.safetensors has "),
     "missing": (lambda p: (p / "rank_00001.safetensors").unlink(), "safetensors is missing"),
     "corrupt": (corrupt, "rank_00001.safetensors is damaged"),
+    "a flipped bit": (flip, "rank_00001.safetensors is damaged \\(its checksum differs"),
     "no index": (lambda p: (p / INDEX).unlink(), f"{INDEX} cannot be read"),
     "half an index": (lambda p: os.truncate(p / INDEX, 500), f"{INDEX} cannot be read"),
     "a list": (lambda p: (p / INDEX).write_text("[]"), "not a checkpoint index"),
-    "format": (edit_index(lambda c: c.update(format=99)), "not a checkpoint index of format 2"),
+    "format": (edit_index(lambda c: c.update(format=99)), "not a checkpoint index of format 3"),
     "no entries": (edit_index(lambda c: c.pop("entries")), "is damaged.*entries"),
     "no state": (edit_index(lambda c: c.pop("state")), "is damaged.*state"),
     "a bad entry": (edit_index(lambda c: c["entries"][0].pop("stop")), "is damaged.*stop"),
@@ -221,6 +249,9 @@ def damaged(world: World, root: Path) -> dict[str, str]:
     save(world, root, [0, 1], {"dp_shard": 2}, step=1)
     messages = {}
     for name, (damage, _) in DAMAGES.items():
+        if world.is_first:
+            shutil.rmtree(root / "step_00000002", ignore_errors=True)
+        torch.distributed.barrier()
         save(world, root, [0, 1], {"dp_shard": 2}, step=2)
         torch.distributed.barrier()
         if world.is_first:
@@ -346,3 +377,85 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
     first, second = run_ranks(unwritable, 2, tmp_path / "file" / "run")
     assert first == second
     assert "Not a directory" in first
+
+
+def write_behind(world: World, root: Path) -> list[Any]:
+    """Training goes on, and changes what is being saved."""
+    progress: list[int] = []
+    published: list[int] = []
+    writer, tensors = begin(
+        world,
+        root,
+        [0, 1],
+        {"dp_shard": 2},
+        progress=lambda: progress.append(0),
+        published=published.append,
+    )
+    for tensor, _ in tensors.values():
+        tensor.fill_(float("nan"))
+    writer.wait()
+    assert not writer.has_failed and progress
+    writer.wait()  # nothing is under way
+    load_equals(world, root, [0, 1], {"dp_shard": 2}, 3)
+    path = latest_checkpoint(root)
+    assert path is not None
+    for rank in range(2):  # any rank reads what another kept for itself
+        kept = read_private(path, rank)
+        assert kept["rank"].tolist() == [rank, 3] and kept["flag"].tolist() == [True, False]
+    return published
+
+
+def test_what_is_saved_is_what_was_there_when_it_began(tmp_path: Path) -> None:
+    assert run_ranks(write_behind, 2, tmp_path) == [[3], []]
+
+
+def fence(world: World, root: Path) -> str:
+    """A rank 0 that has lost the run, unknown to rank 1."""
+    save(world, root, [0, 1], {"dp_shard": 2}, step=1)
+
+    def permit() -> None:
+        raise OSError("the run belongs to another attempt by now")
+
+    writer, _ = begin(world, root, [0, 1], {"dp_shard": 2}, step=2, permit=permit)
+    deadline = time.monotonic() + 20
+    while world.is_first and not writer.has_failed and time.monotonic() < deadline:
+        time.sleep(0.01)  # rank 0 knows before anyone waits
+    assert writer.has_failed == world.is_first
+    with pytest.raises(OSError) as caught:
+        writer.wait()
+    assert sorted(p.name for p in root.iterdir()) == ["latest", "step_00000001"]
+    return str(caught.value)
+
+
+def test_who_is_not_permitted_publishes_nothing(tmp_path: Path) -> None:
+    one, two = run_ranks(fence, 2, tmp_path)
+    assert one == two and "another attempt by now" in one
+
+
+def keep_some(world: World, root: Path) -> str:
+    for step in range(1, 12):
+        save(world, root, [0], {}, step, retention=Retention(last=2, every=4))
+    return " ".join(sorted(p.name.removeprefix("step_000000") for p in root.glob("step*")))
+
+
+def test_some_are_kept_for_good(tmp_path: Path) -> None:
+    assert run_ranks(keep_some, 1, tmp_path) == ["04 08 10 11"]
+
+
+def test_what_was_never_completed_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".partial-attempt_0001-3").mkdir()
+    (tmp_path / "step_00000001").mkdir()
+    remove_partial(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_global_generators_go_on_where_they_were() -> None:
+    def draw() -> list[float]:
+        return [random.gauss(0, 1), np.random.normal(), torch.randn(1).item(), random.random()]
+
+    device = torch.device("cpu")
+    draw()  # both Gaussian generators now hold a second value
+    state = rng_state(device)
+    first = draw()
+    restore_rng(state, device)
+    assert draw() == first

@@ -1,0 +1,206 @@
+"""Reading checkpoints: what there is to resume from, and any layout's tensors from it.
+
+What there is to resume from is decided by rank 0 alone, as ranks may see a shared file system at
+different times.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from spmdrl.checkpoint.index import (
+    INDEX,
+    LATEST,
+    PRIVATE,
+    Entry,
+    Index,
+    Mark,
+    Tensors,
+    mend,
+    rank_file,
+    read_index,
+)
+from spmdrl.distributed.reduce import agreed, broadcast_object
+from spmdrl.files import set_aside as set_path_aside
+from spmdrl.models.sharding import Slice
+from spmdrl.weights.layout import local_box, overlap, within
+
+_CHUNK = 1 << 26
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """Part of an entry, and the view of a local tensor where it goes."""
+
+    file: str
+    key: str
+    part: tuple[slice, ...]
+    target: Tensor
+
+
+def resume_point(root: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint below `root` and its state, as rank 0 sees them; None without one.
+
+    Every rank of the world calls it and gets the same.
+
+    Raises:
+        ValueError: `latest` or the index is damaged, on every rank.
+    """
+
+    def find() -> tuple[Path, dict[str, Any]] | None:
+        path = latest_checkpoint(root) if dist.get_rank() == 0 else None
+        return None if path is None else (path, read_state(path))
+
+    found: tuple[Path, dict[str, Any]] | None = broadcast_object(agreed(ValueError, find), 0)
+    return found
+
+
+def set_aside(root: Path) -> Path | None:
+    """Rename `root` to `root.old-1` (or -2, ...) if it holds checkpoints; the new name.
+
+    So a run that starts afresh is not mixed with an older one, and nothing is lost. Every rank of
+    the world calls it.
+
+    Raises:
+        OSError: it cannot be renamed, on every rank.
+    """
+
+    def rename() -> Path | None:
+        if dist.get_rank() != 0 or not any(root.glob("step_*")):
+            return None
+        return set_path_aside(root)
+
+    renamed: Path | None = broadcast_object(agreed(OSError, rename), 0)
+    return renamed
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest complete checkpoint below `root`, or None, as this rank sees it.
+
+    Raises:
+        ValueError: `latest` names a directory that is not there.
+    """
+    pointer = root / LATEST
+    if not pointer.is_file():
+        return None
+    path = root / pointer.read_text(encoding="utf-8").strip()
+    if not (path / INDEX).is_file():
+        raise ValueError(
+            f"{pointer} names {path.name!r}, which has no {INDEX}: "
+            "write the name of a complete step_* directory into it, or delete it to start afresh"
+        )
+    return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON values of a checkpoint.
+
+    Raises:
+        ValueError: the index is damaged or of another format.
+    """
+    return dict(read_index(path).state)
+
+
+@torch.no_grad()
+def load_tensors(path: Path, tensors: Tensors) -> None:
+    """Fill local tensors from a checkpoint that any layout wrote; every rank of the world calls it.
+
+    Index and files are checked, each file to its last byte by one rank, before the first tensor
+    changes.
+
+    Raises:
+        ValueError: a slice or a file is missing, a file is damaged, or the checkpoint is of another
+            model: on every rank, naming tensor and file.
+    """
+    index = agreed(ValueError, lambda: read_index(path))
+    agreed(ValueError, lambda: _check_files(path, index.files))
+    reads, files = agreed(ValueError, lambda: _plan_reads(path, index, tensors))
+    for read in reads:
+        read.target.copy_(files[read.file].get_slice(read.key)[read.part])
+
+
+def read_private(path: Path, rank: int) -> dict[str, Tensor]:
+    """What rank `rank` of those that wrote the checkpoint kept for itself, by name.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
+    file = _open(path / rank_file(rank))
+    names = [key for key in file.keys() if key.startswith(PRIVATE)]  # noqa: SIM118
+    return {name.removeprefix(PRIVATE): file.get_tensor(name) for name in names}
+
+
+def _check_files(path: Path, files: Mapping[str, Mark]) -> None:
+    """This rank's share of them."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    for name, mark in list(files.items())[rank::size]:
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != mark.num_bytes:
+            state = "is missing" if found is None else f"has {found} bytes, not {mark.num_bytes}"
+            raise ValueError(f"{path / name} {state}; {mend(path)}")
+        if _crc32(path / name) != mark.crc32:
+            raise ValueError(f"{path / name} is damaged (its checksum differs); {mend(path)}")
+
+
+def _crc32(path: Path) -> int:
+    total = 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            total = zlib.crc32(chunk, total)
+    return total
+
+
+def _plan_reads(path: Path, index: Index, tensors: Tensors) -> tuple[list[_Read], dict[str, Any]]:
+    """What this rank reads, and the files that it opened for it."""
+    by_name: dict[tuple[str, str], list[Entry]] = {}
+    for entry in index.entries:
+        by_name.setdefault((entry.group, entry.name), []).append(entry)
+    reads = []
+    for full_name, (tensor, slices) in tensors.items():
+        group = full_name.split("/", 1)[0]
+        for piece in slices:
+            entries = by_name.get((group, piece.name), [])
+            reads += _reads_of(path, entries, group, piece, local_box(tensor, piece))
+    files = {file: _open(path / file) for file in sorted({read.file for read in reads})}
+    return reads, files
+
+
+def _reads_of(
+    path: Path, entries: list[Entry], group: str, piece: Slice, box: Tensor
+) -> list[_Read]:
+    shapes = {entry.shape for entry in entries}
+    if shapes != {piece.shape}:
+        found = " and ".join(map(str, sorted(shapes))) or "nothing"
+        raise ValueError(
+            f"{path} has {found} for {group}/{piece.name}, which is {piece.shape} here: the "
+            "checkpoint is of another model or role"
+        )
+    reads, filled = [], 0
+    for entry in entries:
+        if (ranges := overlap(entry.piece, piece)) is not None:
+            target = box[within(ranges, piece)]
+            part = within(ranges, entry.piece)
+            reads.append(_Read(file=entry.file, key=entry.key, part=part, target=target))
+            filled += target.numel()
+    if filled != piece.numel:
+        raise ValueError(
+            f"{path} has {filled} of the {piece.numel} values of {group}/{piece.name} that rank "
+            f"{dist.get_rank()} needs; {mend(path)}"
+        )
+    return reads
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {mend(path.parent)}") from None

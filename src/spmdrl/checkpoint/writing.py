@@ -1,0 +1,296 @@
+"""`CheckpointWriter`: copies what a checkpoint holds, and writes it while training goes on.
+
+A rank's part is copied to the host (page-locked where there is a GPU), and a thread writes it under
+a temporary name, with fsync and a checksum. Threads report through the store, no collective runs
+beside the training's. When all parts are there, rank 0's thread writes the index, renames the
+directory, and lets `latest` name it: a reader never sees a partial checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import chain, count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spmdrl.checkpoint.index import (
+    INDEX,
+    LATEST,
+    PRIVATE,
+    Entry,
+    Index,
+    Mark,
+    Tensors,
+    entries_of,
+    rank_file,
+)
+from spmdrl.checkpoint.stream import write_safetensors
+from spmdrl.distributed.reduce import broadcast_object, world_any
+from spmdrl.files import replace_file, sync
+from spmdrl.launch import World
+from spmdrl.memory.arena import ALIGNMENT, HostArena
+
+if TYPE_CHECKING:
+    # documented as torch.distributed.Store, but torch's stubs do not re-export it
+    from torch._C._distributed_c10d import Store
+
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints stay.
+
+    Args:
+        last: how many of those written last.
+        every: and those of every so many steps; 0: none.
+    """
+
+    last: int
+    every: int = 0
+
+    def keeps(self, name: str) -> bool:
+        """Whether it stays however old it is."""
+        whole = re.fullmatch(r"step_(\d{8})(\.\d+)?", name)
+        return self.every > 0 and whole is not None and int(whole[1]) % self.every == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    number: int
+    name: str
+    step: int
+    state: Mapping[str, Any]
+    staged: Mapping[str, Tensor]
+
+
+class CheckpointWriter:
+    """One at a time is under way. Every rank of the world has one and calls it alike.
+
+    Args:
+        root: the directory of the checkpoints.
+        tag: unique among the starts of the run, so that a start on a lost node writes elsewhere.
+        permit: asked before a checkpoint is published; an OSError forbids it.
+        published: told the step of a checkpoint that is there, on rank 0, by the writing thread.
+        progress: told whenever some rank came further with what this one waits for.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        world: World,
+        retention: Retention,
+        *,
+        tag: str = "",
+        permit: Callable[[], None] = lambda: None,
+        published: Callable[[int], None] = lambda step: None,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._root, self._retention, self._tag = root, retention, tag
+        self._rank, self._size = world.rank, world.size
+        self._pins = world.device.type == "cuda"
+        self._permit, self._published, self._progress = permit, published, progress
+        # several writers of a process must not read each other's keys
+        serial = world.store.add("checkpoint writers", 1) if world.is_first else 0
+        prefix = f"checkpoints/{broadcast_object(serial, 0)}"
+        self._store, self._thread_store = world.connect(prefix), world.connect(prefix)
+        self._arena: HostArena | None = None
+        self._entries: tuple[Entry, ...] | None = None
+        self._all_entries: tuple[Entry, ...] = ()
+        """Of all ranks, on rank 0."""
+        self._number = 0
+        self._thread: threading.Thread | None = None
+        self._failed = threading.Event()
+
+    @property
+    def has_failed(self) -> bool:
+        """Rank 0: the checkpoint under way could not be written; `wait` raises it on all ranks."""
+        return self._failed.is_set()
+
+    def begin(
+        self,
+        name: str,
+        step: int,
+        state: Mapping[str, Any],
+        owned: Tensors,
+        private: Mapping[str, Tensor],
+    ) -> None:
+        """Copy this rank's part, and start to write the checkpoint `name`.
+
+        Args:
+            step: the steps that are done.
+            state: JSON values, equal on all ranks.
+            owned: this rank's tensors with the slices that it is to write: each slice of the global
+                tensors is given by one rank (`owners.slice_owners` says by which).
+            private: what this rank keeps for itself.
+
+        Raises:
+            OSError: the checkpoint before this one could not be written, see `wait`.
+        """
+        self.wait()
+        entries, boxes = entries_of(owned, rank_file(self._rank))
+        self._share(entries)
+        own = {PRIVATE + key: tensor for key, tensor in private.items()}
+        job = _Job(
+            number=self._number,
+            name=name,
+            step=step,
+            state=state,
+            staged=self._stage({**boxes, **own}),
+        )
+        self._number += 1
+        self._forget(self._number - 3)
+        self._thread = threading.Thread(
+            target=self._write, args=(job,), name="spmdrl-checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the checkpoint under way is there, if one is.
+
+        Raises:
+            OSError: it could not be written, on every rank, naming the path; older checkpoints are
+                untouched.
+        """
+        if self._thread is None:
+            return
+        verdict = json.loads(self._await(self._store, f"{self._number - 1}/done", self._number - 1))
+        self._thread.join()
+        self._thread = None
+        self._failed.clear()
+        world_any(False)  # rank 0 may host the store: it must not leave before all have read
+        if verdict["error"] is not None:
+            raise OSError(
+                f"the checkpoint {self._root / verdict['name']} could not be written "
+                f"({verdict['error']}): free space or choose another run_dir; earlier checkpoints "
+                "are untouched"
+            )
+
+    def _share(self, entries: tuple[Entry, ...]) -> None:
+        """Tell rank 0 what this rank writes; the same every time but for the first."""
+        if not world_any(entries != self._entries):
+            return
+        self._entries = entries
+        parts: list[Any] | None = [None] * self._size if self._rank == 0 else None
+        dist.gather_object(entries, parts, dst=0)
+        self._all_entries = tuple(entry for part in parts or [] for entry in part)
+        places = {(entry.group, entry.piece) for entry in self._all_entries}
+        twice = len(self._all_entries) - len(places)
+        assert twice == 0, f"{twice} slices were written twice"
+
+    @torch.no_grad()
+    def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies on the host, in an arena that is kept for the next checkpoint."""
+        offsets, total = {}, 0
+        for name, tensor in tensors.items():
+            offsets[name] = total
+            total += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        if self._arena is None or self._arena.bytes.numel() < total:
+            self._arena = None  # frees the smaller one first
+            self._arena = HostArena(max(total, 1), pinned=self._pins)
+        staged = {}
+        for name, tensor in tensors.items():
+            place = self._arena.bytes[offsets[name] : offsets[name] + tensor.nbytes]
+            staged[name] = place.view(tensor.dtype).view(tensor.shape)
+            staged[name].copy_(tensor, non_blocking=True)
+            self._progress()
+        if self._pins:
+            torch.cuda.synchronize()
+        return staged
+
+    def _forget(self, number: int) -> None:
+        """Rank 0: the keys of an old checkpoint, which every rank has read."""
+        if self._rank == 0 and number >= 0:
+            for key in (*range(self._size), "progress", "done"):
+                self._store.delete_key(f"{number}/{key}")
+
+    # The thread
+
+    def _write(self, job: _Job) -> None:
+        partial = self._root / f".partial-{self._tag}-{job.number}"
+
+        def progress() -> None:
+            self._thread_store.add(f"{job.number}/progress", 1)
+            self._progress()
+
+        report: dict[str, Any]
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            mark = write_safetensors(partial / rank_file(self._rank), job.staged, progress)
+            report = {"mark": asdict(mark)}
+        except OSError as error:
+            report = {"error": f"rank {self._rank}: {error}"}
+        self._thread_store.set(f"{job.number}/{self._rank}", json.dumps(report))
+        if self._rank == 0:
+            error_text = self._conclude(job, partial)
+            if error_text is not None:
+                self._failed.set()
+            verdict = json.dumps({"name": job.name, "error": error_text})
+            self._thread_store.set(f"{job.number}/done", verdict)
+
+    def _conclude(self, job: _Job, partial: Path) -> str | None:
+        """Rank 0: publish the checkpoint when all parts are there; the error, if there is one."""
+        keys = [f"{job.number}/{rank}" for rank in range(self._size)]
+        reports = [json.loads(self._await(self._thread_store, key, job.number)) for key in keys]
+        errors = [report["error"] for report in reports if "error" in report]
+        if not errors:
+            index = Index(
+                step=job.step,
+                state=job.state,
+                files={rank_file(r): Mark(**found["mark"]) for r, found in enumerate(reports)},
+                entries=self._all_entries,
+            )
+            try:
+                self._publish(partial, self._root / job.name, index)
+                self._published(job.step)
+            except OSError as error:
+                errors.append(f"rank 0: {error}")
+        if errors:
+            shutil.rmtree(partial, ignore_errors=True)
+        return errors[0] if errors else None
+
+    def _publish(self, partial: Path, final: Path, index: Index) -> None:
+        replace_file(partial / INDEX, index.to_json().encode())
+        sync(partial)
+        self._permit()
+        # beside an older run's of this step, which may be what `latest` names
+        names = (final.with_name(f"{final.name}.{number}") for number in count(1))
+        final = next(path for path in chain([final], names) if not path.exists())
+        partial.rename(final)
+        sync(final.parent)
+        replace_file(final.parent / LATEST, final.name.encode())
+        keeps = self._retention.keeps
+        others = [p for p in final.parent.glob("step_*") if p != final and not keeps(p.name)]
+        others.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
+        surplus = len(others) + (not keeps(final.name)) - self._retention.last
+        for path in others[: max(0, surplus)]:
+            shutil.rmtree(path, ignore_errors=True)  # what stays goes with the next checkpoint
+            self._progress()
+
+    def _await(self, store: Store, key: str, number: int) -> bytes:
+        """The value of a key that some rank will set; progress of any rank counts as ours."""
+        seen = 0
+        while not store.check([key]):
+            time.sleep(_POLL_S)
+            count = store.add(f"{number}/progress", 0)
+            if count != seen:
+                seen = count
+                self._progress()
+        value: bytes = store.get(key)
+        return value
+
+
+def remove_partial(root: Path) -> None:
+    """Take away what checkpoints that were never completed have left below `root`."""
+    for path in root.glob(".partial-*"):
+        shutil.rmtree(path, ignore_errors=True)

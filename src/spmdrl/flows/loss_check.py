@@ -1,0 +1,66 @@
+"""A loss of fixed rows at the saved weights: what a resumed run computes must be the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from spmdrl.batch import Batch
+from spmdrl.calls import Call, together
+from spmdrl.canary import fixed_rows
+from spmdrl.distributed.reduce import moments
+from spmdrl.launch import World
+from spmdrl.passes import ModelRole, read_call
+from spmdrl.roles import Policy, Value
+from spmdrl.training.readout import SCORES, VALUES, Readout, next_token
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""In nats, or in units of scores and values: what another layout's rounding may change."""
+
+
+class LossCheck:
+    """Mean of a column that each trained role reads from fixed rows.
+
+    Args:
+        roles: by name.
+        tolerance: of the comparison, see `TOLERANCES`.
+    """
+
+    def __init__(self, world: World, roles: Mapping[str, ModelRole], tolerance: float) -> None:
+        self._world, self._roles, self._tolerance = world, roles, tolerance
+
+    def losses(self) -> dict[str, float]:
+        """Role -> its mean, the same on every rank; every rank of the world calls it."""
+        calls = [self._call(role) for role in self._roles.values()]
+        found = {}
+        for name, call, columns in zip(self._roles, calls, together(*calls), strict=True):
+            column = next(iter((*columns.tokens.values(), *columns.rows.values())))
+            mask = call.batch["loss_mask"] if columns.tokens else None
+            found[name] = moments(column, mask).mean
+        return found
+
+    def compare(self, saved: Mapping[str, float], where: str) -> None:
+        """Whether the roles, as they are now, give what a checkpoint says.
+
+        Raises:
+            ValueError: one does not, on every rank.
+        """
+        for name, loss in self.losses().items():
+            if name in saved and not abs(loss - saved[name]) <= self._tolerance:
+                raise ValueError(
+                    f"roles.{name}: the weights of {where} give {loss!r} on fixed rows, and gave "
+                    f"{saved[name]!r} when they were saved: they are not what was saved, or this "
+                    "model, device or software computes something else with them"
+                )
+
+    def _call(self, role: ModelRole) -> Call[Batch]:
+        rows = fixed_rows(self._world, role.mesh.size("dp"), role.config.vocab_size)
+        readout = _readout(role)
+        return read_call(role, "check", rows, readout, readout.columns)
+
+
+def _readout(role: ModelRole) -> Readout:
+    if isinstance(role, Policy):
+        return next_token(1.0)
+    return VALUES if isinstance(role, Value) else SCORES
