@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from spmdrl.checkpoint.index import Mark
 from spmdrl.checkpoint.owners import only, slice_owners
 from spmdrl.checkpoint.stream import write_safetensors
 from spmdrl.models.config import parse_config
@@ -76,7 +78,8 @@ def test_a_written_file_is_what_safetensors_reads(tmp_path: Path) -> None:
         "nothing": torch.zeros(0, 4),
     }
     path = tmp_path / "x.safetensors"
-    assert write_safetensors(path, tensors) == path.stat().st_size
+    mark = write_safetensors(path, tensors)
+    assert mark == Mark(num_bytes=path.stat().st_size, crc32=zlib.crc32(path.read_bytes()))
     found = load_file(path)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from spmdrl.models.experts import MoeConfig
 
 from spmdrl.models.config import parse_config, read_config, tiny
+from spmdrl.models.experts import MoeConfig
 
 BASE: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
