@@ -1,0 +1,164 @@
+"""Megatron backends of tiny models on these ranks, and what transformers makes of the same rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from test_torch_backend import TEMPERATURE, train
+from torch import Tensor
+from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_config
+
+from spmdrl.batch import Batch
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.launch import World
+from spmdrl.models.config import CAUSAL, ModelConfig
+from spmdrl.models.sharding import Head, Slice
+from spmdrl.training.megatron.checks import MegatronOptions, import_backend
+from spmdrl.training.protocol import LocalTensors, LossInput
+from spmdrl.training.readout import next_token
+from spmdrl.training.torch_backend import TorchBackend
+
+CPU = torch.device("cpu")
+
+KINDS: dict[str, ModelConfig] = {
+    "llama": tiny_config("LlamaForCausalLM", num_hidden_layers=4),
+    # tied embeddings of an odd vocabulary, biases
+    "qwen2": tiny_config(
+        "Qwen2ForCausalLM", num_hidden_layers=4, tie_word_embeddings=True, vocab_size=101
+    ),
+    "qwen3": tiny_config("Qwen3ForCausalLM", num_hidden_layers=4, vocab_size=103),
+}
+
+Case = tuple[dict[str, int], MegatronOptions, dict[str, Any]]
+"""Degrees, how Megatron cuts, and what of `options` differs."""
+
+
+def case(
+    vpp: int = 1, sp: bool = False, given: dict[str, Any] | None = None, **degrees: int
+) -> Case:
+    return degrees, MegatronOptions(vpp=vpp, sp=sp), given or {}
+
+
+def make_backend(
+    world: World,
+    config: ModelConfig,
+    made: Case,
+    *,
+    role: str = "policy",
+    trainable: bool = True,
+    head: Head = "lm",
+    checkpoint: Any = None,
+) -> Any:
+    degrees, megatron, changes = made
+    return import_backend()(
+        Mesh(role, range(world.size), degrees, "cpu"),
+        config,
+        LivelyCheckpoint(config) if checkpoint is None else checkpoint,
+        options(**changes),
+        CPU,
+        megatron,
+        trainable=trainable,
+        head=head,
+    )
+
+
+def share(batch: Batch, mesh: Mesh) -> Batch:
+    """Whole groups, in turn to each replica."""
+    replica, count = mesh.coordinate("dp"), mesh.size("dp")
+    groups = (batch["prompt_ids"] - 100).tolist()
+    return batch.select([i for i, group in enumerate(groups) if group % count == replica])
+
+
+def probe_rows() -> Batch:
+    return make_rows([6, 3, 9, 4], 3, seed=5, seconds=True)
+
+
+def gradients(backend: Any) -> LocalTensors:
+    """Of `probe_rows`, divided by 7; they are cleared again."""
+    rows = share(probe_rows(), backend.mesh)
+    backend.forward_backward(rows, loss_fn, next_token(TEMPERATURE), normaliser=7.0)
+    if isinstance(backend, TorchBackend):
+        return {
+            n: (g, s)
+            for (n, g), s in zip(backend._take_gradients().items(), _slices(backend), strict=True)
+        }
+    backend._optimizer.reduce()
+    from spmdrl.models.megatron_layout import flat_pieces
+
+    found: LocalTensors = {}
+    for shard, flat in backend._optimizer.gradients():
+        for piece in flat_pieces(shard.parameter, shard.start, shard.start + len(flat)):
+            values = flat[piece.start - shard.start : piece.stop - shard.start]
+            name = f"{shard.parameter.name}:{piece.start}"
+            found[name] = (values.reshape(piece.shape).clone(), piece.slices)
+    backend._optimizer.clear()
+    return found
+
+
+def _slices(backend: TorchBackend) -> list[tuple[Slice, ...]]:
+    return [leaf.slices for leaf in backend._leaves]
+
+
+def record_of(backend: Any) -> dict[str, Any]:
+    """What `probe_rows` say, their gradients, and three optimizer steps."""
+    rows = share(probe_rows(), backend.mesh)
+    probe = backend.forward(rows, next_token(TEMPERATURE))
+    found = {"probe": {n: probe[n] for n in ("logprobs", "entropy")}, "rows": rows}
+    return {**found, "gradients": gradients(backend), **train(backend)}
+
+
+def run_cases(world: World, cases: list[tuple[str, Case]]) -> list[dict[str, Any]]:
+    return [record_of(make_backend(world, KINDS[kind], made)) for kind, made in cases]
+
+
+def torch_records(world: World) -> dict[str, dict[str, Any]]:
+    """The torch backend's record of every kind of model."""
+    found = {}
+    for kind, config in KINDS.items():
+        mesh = Mesh("policy", [0], {}, "cpu")
+        backend = TorchBackend(mesh, config, LivelyCheckpoint(config), options(), CPU)
+        found[kind] = record_of(backend)
+    return found
+
+
+def reference_model(config: ModelConfig) -> Any:
+    """transformers' model of `LivelyCheckpoint`."""
+    family = config.architecture.removesuffix(CAUSAL)
+    given = getattr(transformers, f"{family}Config")(**config.source)
+    model = getattr(transformers, config.architecture)(given).float().eval()
+    checkpoint = LivelyCheckpoint(config)
+    held = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in checkpoint.names:
+            shape = checkpoint.shape(name)
+            whole = Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
+            held[name].copy_(checkpoint.read(whole))
+    return model
+
+
+def reference(config: ModelConfig) -> dict[str, Any]:
+    """Log-probabilities and entropies [T] of `probe_rows`, logits by row, and gradients by name."""
+    model, rows = reference_model(config), probe_rows()
+    logprobs, entropy, logits = [], [], []
+    for tokens in torch.split(rows["tokens"], rows.lengths.tolist()):
+        found = model(tokens[None], use_cache=False).logits[0]
+        scores = torch.log_softmax(found / TEMPERATURE, -1)[:-1]
+        zero = scores.new_zeros(1)
+        logprobs.append(torch.cat((zero, scores.gather(1, tokens[1:, None])[:, 0])))
+        entropy.append(torch.cat((zero, -(scores.exp() * scores).sum(-1))))
+        logits.append(found.detach())
+    mask = rows["loss_mask"]
+    columns = {"logprobs": torch.cat(logprobs), "entropy": torch.cat(entropy)}
+    given = LossInput(
+        outputs={name: column[mask] for name, column in columns.items()},
+        columns={n: c[mask] for n, c in rows.tokens.items()},
+        rows=rows.rows,
+        row=rows.row_of_token()[mask],
+        num_rows=len(rows),
+    )
+    (loss_fn(given)[0] / 7).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    masked: dict[str, Tensor] = {n: (c.detach() * mask) for n, c in columns.items()}
+    return {"columns": masked, "logits": logits, "gradients": found}

@@ -1,0 +1,131 @@
+"""The Megatron backend equals the torch backend and transformers, on every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from megatron_cases import (
+    KINDS,
+    Case,
+    case,
+    make_backend,
+    probe_rows,
+    reference,
+    run_cases,
+    torch_records,
+)
+from test_torch_backend import assemble, compare
+
+from harness import run_ranks
+from spmdrl.launch import World
+from spmdrl.models.attention import Span
+from spmdrl.training.packing import Microbatch
+
+pytestmark = pytest.mark.megatron
+
+SHORT = {"microbatch_tokens": 20}
+LAYOUTS: dict[int, dict[str, Case]] = {
+    1: {"tp1": case(), "tp1 recompute": case(given={"recompute": "layer", **SHORT})},
+    2: {
+        "tp2": case(tp=2),
+        "tp2 sp": case(tp=2, sp=True, given=SHORT),
+        "pp2": case(pp=2, given=SHORT),
+        "pp2 vpp2": case(pp=2, vpp=2, given={"microbatch_tokens": 30, "recompute": "layer"}),
+        "cp2": case(cp=2),
+        "dp2 sharded": case(dp_shard=2),
+        "dp2": case(dp_replicate=2, given={"share_prompts": False}),
+    },
+    4: {
+        "tp2 pp2": case(tp=2, pp=2),
+        "tp2 pp2 vpp2 sp": case(tp=2, pp=2, vpp=2, sp=True, given=SHORT),
+        "tp2 cp2 sp": case(tp=2, cp=2, sp=True, given={"recompute": "layer"}),
+        "pp2 cp2": case(pp=2, cp=2),
+        "pp2 dp2 sharded": case(pp=2, dp_shard=2, given=SHORT),
+        "dp2 x dp2 sharded": case(dp_replicate=2, dp_shard=2),
+    },
+}
+CASES = [(size, kind, name) for size in LAYOUTS for kind in KINDS for name in LAYOUTS[size]]
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, dict[str, Any]]:
+    """By kind: the torch backend's record on one rank, and transformers' (`hf`)."""
+    found: dict[str, dict[str, Any]] = run_ranks(torch_records, 1)[0]
+    return {kind: {**record, "hf": reference(KINDS[kind])} for kind, record in found.items()}
+
+
+@pytest.fixture(scope="module")
+def records() -> dict[tuple[int, str, str], list[dict[str, Any]]]:
+    """Every case's record of all ranks; one launch for each world size."""
+    found = {}
+    for size, layouts in LAYOUTS.items():
+        cases = [(kind, layouts[name]) for s, kind, name in CASES if s == size]
+        ranks = run_ranks(run_cases, size, cases, timeout_s=280)
+        names = [key for key in CASES if key[0] == size]
+        for number, key in enumerate(names):
+            found[key] = [rank[number] for rank in ranks]
+    return found
+
+
+@pytest.mark.parametrize(("size", "kind", "name"), CASES)
+def test_layouts_equal_the_torch_backend_and_transformers(expected, records, size, kind, name):
+    config, ranks, hf = KINDS[kind], records[size, kind, name], expected[kind]["hf"]
+    rows = expected[kind]["rows"]
+    order = {tuple(row.tokens["tokens"].tolist()): i for i, row in enumerate(rows.split_rows())}
+    for record in ranks:
+        own = [order[tuple(r.tokens["tokens"].tolist())] for r in record["rows"].split_rows()]
+        whole = rows.with_columns(tokens=hf["columns"]).select(own)
+        for column in ("logprobs", "entropy"):
+            torch.testing.assert_close(record["probe"][column], whole[column], rtol=1e-4, atol=1e-4)
+    gradients = assemble([record["gradients"] for record in ranks], config)
+    for parameter, wanted in hf["gradients"].items():
+        torch.testing.assert_close(
+            gradients[parameter], wanted, rtol=1e-4, atol=1e-4, msg=parameter
+        )
+    compare(ranks, expected[kind], config)
+
+
+def test_the_torch_backend_equals_transformers_too(expected):
+    for kind, record in expected.items():
+        own = assemble([record["gradients"]], KINDS[kind])
+        for parameter, wanted in record["hf"]["gradients"].items():
+            torch.testing.assert_close(own[parameter], wanted, rtol=1e-4, atol=1e-4)
+
+
+def logits_of_rows(world: World) -> dict[str, list[torch.Tensor]]:
+    """Of the probe's rows, each alone, on one rank."""
+    rows, found = probe_rows(), {}
+    for kind, config in KINDS.items():
+        backend = make_backend(world, config, case(), trainable=False)
+        split = torch.split(rows["tokens"], rows.lengths.tolist())
+        found[kind] = [hidden_logits(backend, tokens) for tokens in split]
+    return found
+
+
+def hidden_logits(backend: Any, tokens: torch.Tensor) -> torch.Tensor:
+    none = torch.zeros(0, dtype=torch.int64)
+    count = len(tokens)
+    microbatch = Microbatch(
+        tokens=tokens,
+        positions=torch.arange(count),
+        spans=(Span(q_start=0, q_stop=count, own=(0, count)),),
+        predict=none,
+        targets=none,
+        source=none,
+        row=none,
+        rows=none,
+    )
+    item = backend._item(microbatch)
+    with torch.no_grad():
+        hidden = backend._chunks[0](
+            item.tokens, item.positions, None, packed_seq_params=item.params
+        )
+    return hidden[0] @ backend._head_weight()[0].t()
+
+
+def test_logits_equal_transformers(expected):
+    for kind, found in run_ranks(logits_of_rows, 1)[0].items():
+        for own, wanted in zip(found, expected[kind]["hf"]["logits"], strict=True):
+            torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)

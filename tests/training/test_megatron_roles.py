@@ -1,0 +1,351 @@
+"""What a Megatron role does beside equal numbers: heads, resuming, dtypes, memory, neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from megatron_cases import CPU, Case, case, make_backend
+from test_readout import READOUTS, LivelyScores, share_of
+from test_readout import loss_fn as scalar_loss
+from test_readout import reference as scalar_reference
+from test_readout import rows as scalar_rows
+from test_torch_backend import clone, compare, poisoned, train
+from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_config
+
+from harness import run_ranks
+from spmdrl.config import Config
+from spmdrl.config_rules import check_crossed
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.launch import World
+from spmdrl.models.config import read_config
+from spmdrl.models.hf import open_checkpoint, save_pretrained
+from spmdrl.models.megatron_layout import Cut, Parameter, flat_pieces
+from spmdrl.models.sharding import Slice
+from spmdrl.storages import live_bytes
+from spmdrl.training.megatron import checks
+from spmdrl.training.megatron.checks import MegatronOptions, check_installed, check_megatron
+from spmdrl.training.readout import VALUES, next_token
+from spmdrl.training.torch_backend import TorchBackend
+from spmdrl.weights.gather import full_tensors
+from spmdrl.weights.megatron import megatron_layout, megatron_state_layout
+from tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.megatron
+
+SCALAR: dict[int, list[Case]] = {
+    2: [case(tp=2, sp=True), case(pp=2, given={"microbatch_tokens": 20}), case(cp=2)],
+    4: [case(tp=2, pp=2), case(pp=2, dp_shard=2, given={"share_prompts": False})],
+}
+
+
+def run_scalar(world: World, cases: list[Case]) -> list[dict[str, Any]]:
+    results = []
+    for made in cases:
+        found: dict[str, Any] = {}
+        for name, readout in READOUTS.items():
+            backend = make_backend(
+                world, tiny_config(), made, role="value", head="score", checkpoint=LivelyScores()
+            )
+            own = share_of(scalar_rows(), backend.mesh)
+            found[f"{name} before"] = backend.forward(own, readout)[name]
+            sums = backend.forward_backward(own, scalar_loss, readout, normaliser=7.0)
+            norm = backend.optim_step().grad_norm
+            found |= {f"{name} loss": sums["loss"], f"{name} norm": norm}
+        place = {"replica": backend.mesh.coordinate("dp"), "replicas": backend.mesh.size("dp")}
+        results.append(found | place)
+    return results
+
+
+@pytest.mark.parametrize("world_size", SCALAR)
+def test_scalar_heads_equal_row_by_row(world_size):
+    expected, batch = scalar_reference(), scalar_rows()
+    for ranks in zip(*run_ranks(run_scalar, world_size, SCALAR[world_size]), strict=True):
+        for found in ranks:
+            mine = [i for i in range(len(batch)) if i // 3 % found["replicas"] == found["replica"]]
+            whole = batch.with_columns(
+                tokens={"values": expected["values before"]},
+                rows={"scores": expected["scores before"]},
+            ).select(mine)
+            for name in READOUTS:
+                for what in ("loss", "norm"):
+                    key = f"{name} {what}"
+                    assert found[key] == pytest.approx(expected[key], rel=1e-4), key
+                torch.testing.assert_close(
+                    found[f"{name} before"], whole[name], rtol=1e-4, atol=1e-5
+                )
+
+
+def neighbours(world: World) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A policy of tp2 x pp2 and a frozen reference of dp4 beside a value model of tp4."""
+    config = tiny_config(num_attention_heads=8, num_key_value_heads=4, vocab_size=101)
+    policy = make_backend(world, config, case(tp=2, pp=2))
+    value = make_backend(
+        world,
+        tiny_config(num_attention_heads=8, num_key_value_heads=4),
+        case(tp=4, sp=True),
+        role="value",
+        head="score",
+        checkpoint=_ScalarCheckpoint(),
+    )
+    reference = make_backend(world, config, case(dp_replicate=4), trainable=False)
+    rows = make_rows([5, 2], 2, seed=9)
+    value.forward(rows, VALUES)
+    record = train(policy)
+    before = reference.forward(rows, next_token(0.8))["logprobs"]
+    torch.testing.assert_close(before, record["before"], rtol=1e-5, atol=1e-5)
+    sums = value.forward_backward(scalar_rows(), scalar_loss, VALUES, normaliser=7.0)
+    return record, {"loss": sums["loss"], "norm": value.optim_step().grad_norm}
+
+
+class _ScalarCheckpoint:
+    def __init__(self) -> None:
+        config = tiny_config(num_attention_heads=8, num_key_value_heads=4)
+        self._plain = LivelyCheckpoint(config)
+        self.names = self._plain.names | {"score.weight"}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return (1, 32) if name == "score.weight" else self._plain.shape(name)
+
+    def read(self, part: Slice) -> torch.Tensor:
+        if part.name != "score.weight":
+            return self._plain.read(part)
+        return torch.linspace(-1, 1, 32)[None, part.start[1] : part.stop[1]]
+
+
+def alone(world: World) -> tuple[dict[str, Any], dict[str, Any]]:
+    config = tiny_config(num_attention_heads=8, num_key_value_heads=4, vocab_size=101)
+    mesh = Mesh("policy", [0], {}, "cpu")
+    policy = TorchBackend(mesh, config, LivelyCheckpoint(config), options(), CPU)
+    scalar = tiny_config(num_attention_heads=8, num_key_value_heads=4)
+    value = TorchBackend(mesh, scalar, _ScalarCheckpoint(), options(), CPU, head="score")
+    sums = value.forward_backward(scalar_rows(), scalar_loss, VALUES, normaliser=7.0)
+    return train(policy), {"loss": sums["loss"], "norm": value.optim_step().grad_norm}
+
+
+def test_roles_of_different_layouts_train_in_one_process():
+    (expected, wanted), ranks = run_ranks(alone, 1)[0], run_ranks(neighbours, 4)
+    config = tiny_config(num_attention_heads=8, num_key_value_heads=4, vocab_size=101)
+    compare([record for record, _ in ranks], expected, config)
+    for _, found in ranks:
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def resumed(world: World, made: Case) -> None:
+    """A run that is saved and continued equals one that goes on."""
+    first, second = (make_backend(world, tiny_config(), made) for _ in range(2))
+    rows = make_rows([4, 6], 2)
+
+    def step(backend: Any) -> float:
+        backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=9.0)
+        return backend.optim_step().grad_norm
+
+    assert len(first.forward(rows.select([]), next_token(1.0))) == 0
+    step(first), step(first)
+    saved, target = first.state_tensors(), second.state_tensors()
+    assert saved.keys() == target.keys()
+    for name, (tensor, slices) in saved.items():
+        assert tensor.dtype == torch.float32 and target[name][1] == slices
+        target[name][0].copy_(tensor)
+    second.restored(first.counters())
+    for name, (tensor, _) in first.local_tensors().items():
+        assert torch.equal(tensor, second.local_tensors()[name][0]), name
+    assert step(first) == step(second)
+    assert first.counters() == second.counters() == {"num_steps": 3, "num_skipped": 0}
+
+
+def steps_that_fail(world: World) -> None:
+    backend = make_backend(world, tiny_config(), case(dp_shard=2, given={"warmup_steps": 4}))
+    rows = make_rows([4], 2)
+    before = clone(backend.local_tensors())
+    given = poisoned if world.rank == 0 else loss_fn
+    backend.forward_backward(rows, given, next_token(1.0), normaliser=1.0)
+    done = backend.optim_step()
+    assert done.skipped and backend.counters() == {"num_steps": 1, "num_skipped": 1}
+    for name, (tensor, _) in backend.local_tensors().items():
+        assert torch.equal(tensor, before[name][0]), name
+    backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=1.0)
+    done = backend.optim_step()
+    assert not done.skipped and 0 < done.grad_norm < float("inf"), "the bad gradient is left"
+    assert done.lr == pytest.approx(1e-2 * 2 / 4)
+
+
+def half_precision(world: World) -> None:
+    """bfloat16 weights with sharded float32 masters follow the float32 run."""
+    wide = make_backend(world, tiny_config(), case(dp_shard=2, given={"lr": 1e-3}))
+    given = {"lr": 1e-3, "param_dtype": torch.bfloat16}
+    half = make_backend(world, tiny_config(), case(dp_shard=2, given=given))
+    rows = make_rows([4, 6], 2, seed=world.rank)
+    for _ in range(3):
+        norms = []
+        for backend in (wide, half):
+            backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=9.0)
+            norms.append(backend.optim_step().grad_norm)
+        assert norms[1] == pytest.approx(norms[0], rel=0.05)
+    assert all(t.dtype == torch.bfloat16 for t, _ in half.local_tensors().values())
+    for name, (tensor, _) in wide.local_tensors().items():
+        # Adam moves a weight by up to lr a step, whatever the gradient's rounding
+        gap = (half.local_tensors()[name][0].float() - tensor).abs() - tensor.abs() / 128
+        assert gap.max() < 7e-3, name
+
+
+def memory(world: World) -> None:
+    """Between updates there are no gradients; the optimizer's state is a share of the whole."""
+    backend = make_backend(world, tiny_config(), case(dp_shard=2))
+    buffers = [b.grad_data for b in backend._optimizer._buffers()]
+    assert live_bytes(buffers) == 0
+    weights, state = (live_bytes(tensors) for tensors in backend.parts().values())
+    assert state <= 1.1 * weights, "two moments, each shared by two ranks"
+    rows = make_rows([4], 2)
+    backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=1.0)
+    assert live_bytes(buffers) >= 0.9 * weights
+    backend.optim_step()
+    assert live_bytes(buffers) == 0
+
+
+def frozen(world: World) -> None:
+    backend = make_backend(world, tiny_config(), case(tp=2), trainable=False)
+    rows = make_rows([4], 2)
+    assert backend.forward(rows, next_token(1.0))["logprobs"].sum() < 0
+    assert backend.state_tensors() == {} and list(backend.parts()) == ["weights"]
+    with pytest.raises(ValueError, match="'policy' is frozen"):
+        backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=1.0)
+    with pytest.raises(ValueError, match="'policy' has the head 'lm'"):
+        backend.forward(rows, VALUES)
+    # torch is as it was: megatron's modules alone were told of the CPU
+    with pytest.raises((AssertionError, RuntimeError), match="CUDA"):
+        torch.zeros(1, device="cuda")
+    assert torch.nn.Parameter(torch.zeros(1)).type() == "torch.FloatTensor"
+
+
+def two_ranks(world: World) -> None:
+    for made in (case(dp_shard=2), case(pp=2, given={"param_dtype": torch.bfloat16})):
+        resumed(world, made)
+    steps_that_fail(world)
+    half_precision(world)
+    memory(world)
+    frozen(world)
+
+
+def test_resuming_skipping_dtypes_and_memory():
+    run_ranks(two_ranks, 2)
+
+
+def test_flat_ranges_are_boxes_that_cover_them():
+    whole = Slice(name="w", shape=(5, 8), start=(0, 4), stop=(5, 8), offset=0)
+    parameter = Parameter(name="w", module_name="w", shape=(5, 4), slices=(whole,))
+    flat = torch.arange(20)
+    for start in range(20):
+        for stop in range(start + 1, 21):
+            pieces = flat_pieces(parameter, start, stop)
+            assert len(pieces) <= 3
+            assert [p.start for p in pieces][1:] == [p.stop for p in pieces][:-1]
+            assert (pieces[0].start, pieces[-1].stop) == (start, stop)
+            for piece in pieces:
+                [held] = piece.slices
+                rows, columns = (slice(a, b) for a, b in zip(held.start, held.stop, strict=True))
+                expected = torch.full((5, 8), -1)
+                expected[:, 4:] = flat.view(5, 4)
+                box = flat[piece.start : piece.stop].view(piece.shape)
+                assert torch.equal(expected[rows, columns], box)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_state_is_held_once_by_the_shards_of_every_rank(tied):
+    config = tiny_config(vocab_size=101, tie_word_embeddings=tied)
+    degrees = {"pp": 2, "dp_replicate": 1, "dp_shard": 3, "cp": 1, "tp": 2}
+    cut = Cut(tp=2, pp=2)
+    layout = megatron_state_layout(config, range(12), degrees, cut)
+    count: dict[str, torch.Tensor] = {}
+    for table in layout.values():
+        for held in table.values():
+            for s in held.slices:
+                box = tuple(slice(a, b) for a, b in zip(s.start, s.stop, strict=True))
+                count.setdefault(s.name, torch.zeros(s.shape, dtype=torch.int64))[box] += 1
+    for name, found in count.items():
+        copies = 2 if name.endswith("norm.weight") or (tied and "embed" in name) else 1
+        assert (found == copies).all(), name
+
+
+def exported(world: World, source: str, out: str) -> None:
+    config = read_config(source)
+    checkpoint = open_checkpoint(source)
+    backend = make_backend(world, config, case(tp=2, pp=2), checkpoint=checkpoint)
+    cut = Cut(tp=2, pp=2)
+    layout = megatron_layout(config, range(4), backend.mesh.degrees, cut, torch.float32)
+    gathered = full_tensors(layout, backend.local_tensors())
+    if world.is_first:
+        save_pretrained(gathered, config, out, source)  # type: ignore[arg-type]
+    else:
+        list(gathered)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [("LlamaForCausalLM", True), ("Qwen3ForCausalLM", False)]
+)
+def test_hugging_face_files_come_back_bit_for_bit(tmp_path, architecture, tied):
+    make_tiny_model(tmp_path / "model", architecture, vocab_size=265, tie_word_embeddings=tied)
+    run_ranks(exported, 4, str(tmp_path / "model"), str(tmp_path / "back"))
+    before, after = (open_checkpoint(tmp_path / name) for name in ("model", "back"))
+    assert before.names == after.names
+    for name in before.names:
+        shape = before.shape(name)
+        whole = Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
+        assert torch.equal(before.read(whole), after.read(whole)), name
+
+
+DEGREES = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "ep": 1}
+
+
+@pytest.mark.parametrize(
+    ("degrees", "given", "match"),
+    [
+        ({"tp": 4}, {}, r"roles.policy.tp=4 does not divide .*num_key_value_heads=2"),
+        ({"tp": 3}, {}, r"tp=3 .*num_attention_heads=4, num_key_value_heads=2"),
+        ({"pp": 4}, {}, r"roles.policy.pp=4 does not divide .*num_hidden_layers=2"),
+        ({"pp": 2}, {"vpp": 2}, r"pp=2 x roles.policy.megatron.vpp=2 .*num_hidden_layers=2"),
+        ({}, {"vpp": 2}, r"megatron.vpp=2 with roles.policy.pp=1"),
+        ({}, {"sp": True}, r"megatron.sp=true with roles.policy.tp=1"),
+    ],
+)
+def test_degrees_that_megatron_cannot_cut_by_are_refused(degrees, given, match):
+    with pytest.raises(ValueError, match=match):
+        check_megatron("policy", tiny_config(), {**DEGREES, **degrees}, MegatronOptions(**given))
+
+
+def test_a_missing_or_other_megatron_is_refused(monkeypatch):
+    check_installed("policy")
+    monkeypatch.setattr(checks, "version", lambda name: "0.15.0")
+    with pytest.raises(ValueError, match=r"needs megatron-core 0.16.1, which is installed as 0.15"):
+        check_installed("policy")
+
+    def missing(name: str) -> str:
+        raise checks.PackageNotFoundError(name)
+
+    monkeypatch.setattr(checks, "version", missing)
+    with pytest.raises(ValueError, match=r"roles.policy: .*is not installed: install spmdrl"):
+        check_installed("policy")
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "match"),
+    [
+        ({"pp": 2}, "policy", r"roles.policy.pp=2 with train.backend=torch.*backend: megatron"),
+        ({"megatron": {"sp": True}}, "policy", r"roles.policy.megatron.sp=true with train.backend"),
+        ({"pp": 2}, "rollout", r"roles.rollout.pp=2: rollout is a rollout"),
+    ],
+)
+def test_pipelines_without_megatron_are_refused(role, name, match):
+    config = {
+        "steps": 1,
+        "run_dir": "runs/test",
+        "model": {"path": "models/toy"},
+        "roles": {"policy": {}, "rollout": {}, name: role},
+        "data": {"train": {"source": "x"}, "prompts_per_step": 4},
+        "rewards": [{"function": "math"}],
+    }
+    with pytest.raises(ValueError, match=match):
+        check_crossed(Config.model_validate(config))
+    with pytest.raises(ValueError, match="vpp"):
+        Config.model_validate({**config, "roles": {"policy": {"megatron": {"vpp": 0}}}})
