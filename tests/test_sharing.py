@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from flow_cases import write_config
 from spmdrl.config import Config
 from spmdrl.config_files import load_config
 from spmdrl.flows.serving import rollout_only
-from spmdrl.models.config import read_config
+from spmdrl.models.config import ModelConfig, parse_config, read_config
 from spmdrl.placement import place_roles
 from spmdrl.role_plan import RolePlan, plan_roles
 from tiny_model import make_tiny_model
@@ -23,9 +24,10 @@ def model(tmp_path_factory) -> Path:
     return path
 
 
-def plan_of(config: Config, num_ranks: int) -> RolePlan:
+def plan_of(config: Config, num_ranks: int, shape: ModelConfig | None = None) -> RolePlan:
+    """Of the models that the configuration names, or of one shape for all roles."""
     placements = place_roles(config, num_ranks)
-    shapes = {name: read_config(config.model_path(name)) for name in placements}
+    shapes = {name: shape or read_config(config.model_path(name)) for name in placements}
     return plan_roles(config, placements, shapes, ["cpu"] * num_ranks)
 
 
@@ -83,3 +85,60 @@ def test_an_evaluation_alone_drops_nothing(model, tmp_path):
     path = write_config(tmp_path / "c.yaml", model, tmp_path, **PPO)
     config = rollout_only(load_config(path), scoring=True)
     assert plan_of(config, 2).memory[1].plan.policies["rollout", "weights"] == "keep"
+
+
+SMOLLM2 = parse_config(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    }
+)
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+
+
+def update_bytes(words: list[str], num_ranks: int = 1) -> int:
+    plan = plan_of(load_config(QUICKSTART, words), num_ranks, SMOLLM2)
+    return plan.memory[0].working_bytes["policy.update"]
+
+
+def test_the_quickstart_fits_where_it_fits():
+    # at most 12 x (96 + 8 x 12) = 2,304 packed tokens: activations 2.8 GB, gradients 0.6 GB
+    assert update_bytes(["memory_gb=6"]) == pytest.approx(3.6e9, rel=0.1)
+    with pytest.raises(ValueError, match=r"policy.update, the device has 4.00 GB"):
+        update_bytes(["memory_gb=4"])
+
+
+def test_working_memory_counts_the_tokens_that_a_rank_has_at_once():
+    whole = update_bytes([])
+    assert update_bytes(["train.microbatch_tokens=1152"]) < 0.62 * whole
+    assert update_bytes(["train.num_minibatches=2"]) < 0.62 * whole
+    assert update_bytes(["data.prompts_per_step=6"]) < 0.62 * whole
+    assert update_bytes([], num_ranks=2) < 0.62 * whole
+    assert update_bytes(["roles.policy.cp=2"], num_ranks=2) < 0.7 * whole
+    # every sample with a prompt of its own, as far as the budget goes
+    assert update_bytes(["train.share_prompts=false"]) > 3 * whole
+    # more than a step has is never packed
+    assert update_bytes(["train.microbatch_tokens=100000"]) == whole
+
+
+def test_tensor_parallel_ranks_share_the_mlp_and_sharded_ones_compute_in_their_dtype():
+    shape = dataclasses.replace(SMOLLM2, num_heads=8, num_kv_heads=4)
+    found = {}
+    for name, words in {
+        "dp": [],
+        "tp": ["roles.policy.tp=2"],
+        "shard": ["roles.policy.dp_shard=2"],
+        "narrow shard": ["roles.policy.dp_shard=2", "model.dtype=bfloat16"],
+    }.items():
+        config = load_config(QUICKSTART, [*words, "data.prompts_per_step=24"])
+        plan = plan_of(config, 2, shape)
+        found[name] = plan.memory[0].working_bytes["policy.logprobs"]
+    # 2,304 tokens each, 4,608 with tp
+    assert found["tp"] < 1.4 * found["dp"]
+    assert found["narrow shard"] < 0.6 * found["shard"]

@@ -7,6 +7,7 @@ configuration itself. Every key is checked: an unknown one is an error that sugg
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -184,6 +185,16 @@ class PromptsSection(Section):
 
 DataKind = Literal["prompts", "conversations", "preferences"]
 
+FLOW_DATA: Mapping[str, DataKind] = {
+    "sft": "conversations",
+    "reward_model": "preferences",
+    "dpo": "preferences",
+    "online_dpo": "prompts",
+    "grpo": "prompts",
+    "ppo": "prompts",
+}
+"""Shipped flow -> what a row of its data is."""
+
 
 class DataSection(Section):
     kind: DataKind | None = Field(
@@ -307,6 +318,10 @@ class Config(Section):
 
     def role_kind(self, name: str) -> str:
         return self.roles[name].kind or name
+
+    def data_kind(self) -> DataKind:
+        """What a row of the data is; a flow of the user's own has prompts where it says nothing."""
+        return self.data.kind or FLOW_DATA.get(self.flow, "prompts")
 
     def is_trained(self, name: str) -> bool:
         trained = self.roles[name].trained

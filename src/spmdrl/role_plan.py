@@ -147,9 +147,11 @@ def plan_roles(
         name: Shape(
             kind=kinds[name],
             config=shape,
+            head=role_head(config, name),
             layout=layouts[name],
             state_layout=states[name],
             device=devices[name],
+            dtype=training_dtype(config, devices[name]),
         )
         for name, shape in shapes.items()
     }

@@ -18,21 +18,21 @@ from spmdrl.memory.parts import Part, PartName, PartWish
 from spmdrl.memory.plan import MemoryPlan, fits, make_plan
 from spmdrl.memory.schedule import PlannedCall
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.sharding import Head
 from spmdrl.passes import OPTIMIZER, WEIGHTS
 from spmdrl.placement import Placement
 from spmdrl.rollout.native.varlen import varlen_is_usable
 from spmdrl.step_calls import RankCalls, in_read_order, unusual_steps, usual_step
+from spmdrl.step_sizes import microbatch_tokens
 from spmdrl.weights.layout import Table, WeightLayout
 from spmdrl.weights.plan import NUM_SLOTS, SyncPlan
+from spmdrl.working_memory import working_bytes
 
 FREE_SHARE = 0.9
 """Of a device's memory that roles may fill: the rest is for libraries and fragments."""
 
 SYNC = "sync"
 """The call that brings weights from policy to rollout."""
-
-STREAM_WIDTH = 24
-"""Hidden-sized values that a layer keeps for the backward pass, per token (attention blocked)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +43,16 @@ class Shape:
         layout: what each of its ranks holds.
         state_layout: and of its masters and moments.
         device: where it computes, without an index.
+        dtype: in which it computes; sharded weights are held in float32.
     """
 
     kind: str
     config: ModelConfig
+    head: Head
     layout: WeightLayout
     state_layout: WeightLayout
     device: torch.device
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +99,11 @@ def plan_memory(
         if key not in made:
             parts = _parts(config, placements, here, syncs, rank)
             capacity = device_bytes(config, device_types[rank])
-            calls = _calls(config, here, syncs, rank)
+            calls = _calls(config, placements, here, syncs, rank)
             # where both do not fit, the sync reads the policy's weights from the host
             streams = not all(fits(parts, sync, capacity) for sync in calls.sync)
             if streams:
-                calls = _calls(config, here, syncs, rank, streams=True)
+                calls = _calls(config, placements, here, syncs, rank, streams=True)
             step = usual_step(config, calls)
             made[key] = RankMemory(
                 plan=make_plan(
@@ -215,13 +218,13 @@ def uses_graphs(config: Config, shape: Shape) -> bool:
     """Whether the rollout's decode steps are captured, which holds addresses."""
     if shape.device.type == "cuda" and not torch.cuda.is_available():
         return False  # a rank without a GPU plans for one that has it: only its own plan counts
-    dtype = next(iter(next(iter(shape.layout.values())).values())).dtype
-    usable = varlen_is_usable(dtype, shape.config.head_dim, shape.device)
+    usable = varlen_is_usable(shape.dtype, shape.config.head_dim, shape.device)
     return config.rollout.cuda_graphs and usable
 
 
 def _calls(
     config: Config,
+    placements: Mapping[str, Placement],
     here: Mapping[str, Shape],
     syncs: Mapping[str, SyncPlan],
     rank: int,
@@ -247,11 +250,11 @@ def _calls(
     update = []
     for name in in_read_order(kinds):
         method = {"reward": "score", "value": "values"}.get(kinds[name], "logprobs")
-        work = working_bytes(config, name, here[name], backward=False)
+        work = _working_bytes(config, placements[name], name, here[name], backward=False)
         call = PlannedCall(name=f"{name}.{method}", needs=((name, WEIGHTS),), working_bytes=work)
         (score if name in scoring else read).append(call)
         if config.is_trained(name):
-            work = working_bytes(config, name, here[name], backward=True)
+            work = _working_bytes(config, placements[name], name, here[name], backward=True)
             work += gradient_bytes(here[name].layout[rank])
             needs = ((name, WEIGHTS), (name, OPTIMIZER))
             update.append(PlannedCall(name=f"{name}.update", needs=needs, working_bytes=work))
@@ -278,6 +281,21 @@ def _sync_call(
         yield PlannedCall(name=SYNC, needs=needs, fills=target, working_bytes=work)
 
 
+def _working_bytes(
+    config: Config, placement: Placement, name: str, shape: Shape, *, backward: bool
+) -> int:
+    return working_bytes(
+        shape.config,
+        config.train_section(name),
+        placement.degrees,
+        shape.dtype,
+        shape.device,
+        shape.head,
+        microbatch_tokens(config, name, placement, update=backward),
+        backward=backward,
+    )
+
+
 def _bytes(table: Table) -> int:
     return sum(held.num_bytes for held in table.values())
 
@@ -293,26 +311,13 @@ def gradient_bytes(table: Table) -> int:
     return sum(4 * math.prod(held.shape) for held in table.values())
 
 
-def working_bytes(config: Config, name: str, shape: Shape, *, backward: bool) -> int:
-    """An estimate of a microbatch's activations and logits, from above for usual shapes."""
-    train, model = config.train_section(name), shape.config
-    dtype = next(iter(next(iter(shape.layout.values())).values())).dtype
-    tokens, width = train.microbatch_tokens, model.hidden_size
-    kept = model.num_layers if backward and train.recompute == "none" else 2
-    per_layer = STREAM_WIDTH * width + 3 * model.intermediate_size
-    inputs = model.num_layers * width if backward else 0
-    logits = 3 * min(train.head_chunk, tokens) * model.vocab_size * 4
-    return tokens * (kept * per_layer + inputs) * dtype.itemsize + logits
-
-
 def cache_bytes(config: Config, placement: Placement, shape: Shape) -> int:
     """The KV cache of one rank: as configured, or what a step's samples can need."""
     rollout, model = config.rollout, shape.config
     if rollout.kv_cache_gb != "auto":
         return int(rollout.kv_cache_gb * 1e9)
-    dtype = next(iter(next(iter(shape.layout.values())).values())).dtype
     samples = -(-config.data.prompts_per_step * config.data.group_size // placement.num_replicas)
     tokens = config.data.train.max_tokens + config.sampling.max_tokens
     heads = max(1, model.num_kv_heads // placement.degrees["tp"])
-    per_token = 2 * model.num_layers * heads * model.head_dim * dtype.itemsize
+    per_token = 2 * model.num_layers * heads * model.head_dim * shape.dtype.itemsize
     return min(samples, rollout.max_running) * tokens * per_token

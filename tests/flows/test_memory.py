@@ -121,7 +121,7 @@ def refused(world: World, path: str) -> str:
 def test_roles_that_cannot_fit_are_refused_with_the_sizes(peaks):
     _, _, path = peaks
     for message in run_ranks(refused, 2, str(path)):
-        assert "the device has 1.0" in message and "value.weights" in message, message
+        assert "the device has 1.0" in message and "policy.weights" in message, message
 
 
 def freed(world: World, path: str) -> None:

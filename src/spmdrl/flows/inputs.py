@@ -32,7 +32,6 @@ from spmdrl.rollout.sampling import SamplingParams
 
 log = logging.getLogger(__name__)
 
-
 AnySet = PromptSet | ConversationSet | PairSet
 
 

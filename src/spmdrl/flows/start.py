@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from spmdrl.assemble import Assembly, assemble, open_models
@@ -60,27 +59,19 @@ LIMIT = 0.9
 Flow = Callable[[Run], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShippedFlow:
-    """A flow, and what a row of its data is."""
-
-    run: Flow
-    data: DataKind
-
-
-FLOWS: Mapping[str, ShippedFlow] = {
-    "sft": ShippedFlow(run=sft, data="conversations"),
-    "reward_model": ShippedFlow(run=reward_model, data="preferences"),
-    "dpo": ShippedFlow(run=dpo, data="preferences"),
-    "online_dpo": ShippedFlow(run=online_dpo, data="prompts"),
-    "grpo": ShippedFlow(run=grpo, data="prompts"),
-    "ppo": ShippedFlow(run=ppo, data="prompts"),
+FLOWS: Mapping[str, Flow] = {
+    "sft": sft,
+    "reward_model": reward_model,
+    "dpo": dpo,
+    "online_dpo": online_dpo,
+    "grpo": grpo,
+    "ppo": ppo,
 }
+"""`config.FLOW_DATA` says what each of them reads."""
 
 
-def find_flow(name: str) -> ShippedFlow:
-    """A shipped flow by name, or a user's `path/to/my_flow.py:main` (on prompts, unless
-    `data.kind` says otherwise).
+def find_flow(name: str) -> Flow:
+    """A shipped flow by name, or a user's `path/to/my_flow.py:main`.
 
     Raises:
         ValueError: neither.
@@ -92,12 +83,8 @@ def find_flow(name: str) -> ShippedFlow:
             f"flow={name!r}: shipped flows are {sorted(FLOWS)}; a flow of your own is "
             "path/to/my_flow.py:function"
         )
-    return ShippedFlow(run=load_object(name), data="prompts")
-
-
-def data_kind(config: Config) -> DataKind:
-    """What a row of the data is: as configured, or what the flow needs."""
-    return config.data.kind or find_flow(config.flow).data
+    found: Flow = load_object(name)
+    return found
 
 
 def train(
@@ -125,7 +112,7 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
     models = open_models(config, placements)
     shapes = {name: model.config for name, model in models.items()}
     plan = plan_roles(config, placements, shapes, world.device_types, world.local_size)
-    inputs = read_inputs(config, data_kind(config))
+    inputs = read_inputs(config, config.data_kind())
     check_models(config, inputs, shapes)
     table = placement_table(placements, memory_texts(plan.memory))
     log.info("%d ranks on %s\n%s", world.size, world.device.type, table)
@@ -142,7 +129,7 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         run = make_run(config, world, inputs, assembly, pools, relay, saver, lifetime)
         try:
             with keeping(Ledger(world, str(watcher.attempt.directory), watcher.pulse)):
-                flow.run(run)
+                flow(run)
             lifetime.done()
         except StopAsked:
             lifetime.stop()

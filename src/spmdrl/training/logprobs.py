@@ -111,6 +111,11 @@ class _TokenLogprobs(torch.autograd.Function):
         return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None, None, None, None
 
 
+def cpu_tile(chunk: int) -> int:
+    """Logits in one tile of `chunk` tokens on a CPU: no fewer than 256 columns."""
+    return max(256 * chunk, CPU_TILE)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Tile:
     """Logits of some rows and some of this rank's vocabulary."""
@@ -124,7 +129,7 @@ class _Tile:
 def _tiles(hidden: Tensor, weight: Tensor, scale: float, chunk: int) -> Iterator[_Tile]:
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     chunk = max(1, min(chunk, num_rows))
-    width = vocab if weight.device.type != "cpu" else min(vocab, max(256, CPU_TILE // chunk))
+    width = vocab if weight.device.type != "cpu" else min(vocab, cpu_tile(chunk) // chunk)
     width = max(1, width)
     wide = torch.promote_types(weight.dtype, torch.float32)
     for start in range(0, num_rows, chunk):

@@ -1,0 +1,121 @@
+"""What a call of a model has on the device beside parts, estimated from shapes.
+
+From above for usual shapes, by what `tests/test_working_memory.py` measures; values are counted per
+token and layer: the residual stream and the norms' (all tensor-parallel ranks have them whole),
+queries, keys, values and attention's output, and those of the MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from spmdrl.config import TrainSection
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.sharding import Head, local_kv_heads, local_parameters
+from spmdrl.training.logprobs import cpu_tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Values:
+    """What a layer has at once, per token.
+
+    Args:
+        stream: multiples of the hidden size.
+        heads: of the width of queries, keys and values.
+        mlp: of the MLP's width.
+    """
+
+    stream: float
+    heads: float
+    mlp: float
+
+
+_FORWARD = _Values(stream=4, heads=5, mlp=4.2)
+"""Within a layer, without gradients: attention's or the MLP's, whichever is more."""
+
+_FUSED = _Values(stream=5, heads=2.5, mlp=3)
+_CUDA = _Values(stream=5, heads=2.5, mlp=4.5)
+_PLAIN = _Values(stream=13, heads=4, mlp=4.5)
+"""Kept for the backward pass: float32 on a CPU (`models.fused`); CUDA, whose norms are fused too;
+narrow dtypes on a CPU, whose norms and rotations keep float32 copies.
+"""
+
+_LOGITS = 4
+"""Copies of a chunk's logits, float32; the last ones go when the next ones are there."""
+
+
+def working_bytes(
+    config: ModelConfig,
+    train: TrainSection,
+    degrees: Mapping[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    head: Head,
+    tokens: int,
+    *,
+    backward: bool,
+) -> int:
+    """Activations, logits, and with FSDP what is gathered; gradients are not in it.
+
+    Args:
+        degrees: of the role.
+        dtype: in which the role computes.
+        tokens: packed, that a replica computes at once.
+        backward: a forward and a backward pass; else a forward pass without gradients.
+    """
+    cp, tp = degrees["cp"], degrees["tp"]
+    own = -(-tokens // (2 * cp)) * 2  # each rank takes two chunks of 2 cp
+    heads = (config.num_heads // tp + 2 * local_kv_heads(config, tp)) * config.head_dim
+    # keys and values of all ranks
+    gathered = cp * 2 * local_kv_heads(config, tp) * config.head_dim if cp > 1 else 0
+    width, mlp = config.hidden_size, config.intermediate_size / tp
+    scores = 4 * own * width * dtype.itemsize
+    if head == "lm":
+        scores += _LOGITS * _logits(config, train, tp, device, own) * 4
+    if not backward:
+        attention = _FORWARD.stream * width + _FORWARD.heads * heads + 2 * gathered
+        values = max(attention, _FORWARD.stream * width + _FORWARD.mlp * mlp)
+        total = max(int(own * values) * dtype.itemsize, scores)
+    else:
+        kept = _kept(dtype, device)
+        layer = own * (kept.stream * width + kept.heads * heads + kept.mlp * mlp + gathered)
+        inputs = config.num_layers * own * width
+        held = inputs if train.recompute == "layer" else config.num_layers * layer
+        last = 1.1 * layer if train.recompute == "layer" else 0.3 * layer
+        if head == "lm":  # its gradient, beside the embedding's where they are tied
+            scores += config.vocab_size // tp * width * 4
+        total = int(held) * dtype.itemsize + max(int(last) * dtype.itemsize, scores)
+    if degrees["dp_shard"] > 1:
+        total += _gathered_bytes(config, tp, dtype, head, backward=backward)
+    return total
+
+
+def _logits(
+    config: ModelConfig, train: TrainSection, tp: int, device: torch.device, tokens: int
+) -> int:
+    """Logits that are there at once, see `training.logprobs`."""
+    chunk, vocab = min(train.head_chunk, tokens), config.vocab_size // tp
+    return chunk * vocab if device.type == "cuda" else min(chunk * vocab, cpu_tile(chunk))
+
+
+def _kept(dtype: torch.dtype, device: torch.device) -> _Values:
+    if device.type == "cuda":
+        return _CUDA
+    return _FUSED if dtype.itemsize >= 4 else _PLAIN
+
+
+def _gathered_bytes(
+    config: ModelConfig, tp: int, dtype: torch.dtype, head: Head, *, backward: bool
+) -> int:
+    """FSDP2: the parameters outside of layers, and two layers; their gradients, and in float32 what
+    is reduced.
+    """
+    sizes = {name: math.prod(s) for name, s in local_parameters(config, tp, head).items()}
+    layer = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
+    rest = sum(size for name, size in sizes.items() if not name.startswith("layers."))
+    gathered = (rest + 2 * layer) * dtype.itemsize
+    return gathered + (max(rest, layer) * (dtype.itemsize + 4) if backward else 0)

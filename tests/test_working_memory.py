@@ -1,0 +1,105 @@
+"""The plan's estimate of a call's working memory against what operations allocate in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from allocations import Allocations
+from harness import run_ranks
+from spmdrl.batch import Batch, from_rows
+from spmdrl.config import TrainSection
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.launch import World
+from spmdrl.models.config import ModelConfig, parse_config
+from spmdrl.models.hf import RandomCheckpoint
+from spmdrl.sharing import gradient_bytes
+from spmdrl.training.options import TrainOptions
+from spmdrl.training.protocol import LossInput
+from spmdrl.training.readout import next_token
+from spmdrl.training.torch_backend import TorchBackend
+from spmdrl.weights.layout import model_layout
+from spmdrl.working_memory import working_bytes
+
+TOKENS = 1600
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 2000,
+    "hidden_size": 256,
+    "intermediate_size": 680,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
+LAYOUTS = {"one": {}, "tp": {"tp": 2}, "cp": {"cp": 2}, "shard": {"dp_shard": 2}}
+
+
+def rows() -> Batch:
+    """`TOKENS` tokens in a few sequences, without prompts to share."""
+    count = 8
+    return from_rows(
+        [list(range(TOKENS // count))] * count,
+        rows={
+            "prompt_lengths": torch.full((count,), 8),
+            "prompt_ids": torch.arange(count),
+            "sample_index": torch.zeros(count, dtype=torch.int64),
+        },
+    )
+
+
+def total(given: LossInput) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return given["logprobs"].sum(), {}
+
+
+def measured(
+    world: World, degrees: dict[str, int], dtype: torch.dtype, recompute: str
+) -> tuple[int, int]:
+    """Peak bytes of a forward pass, and of a forward and backward pass, on this rank."""
+    config = parse_config(MODEL)
+    mesh = Mesh("policy", tuple(range(world.size)), degrees, "cpu")
+    plain = TrainSection()
+    options = TrainOptions(
+        microbatch_tokens=TOKENS,
+        recompute=recompute,  # type: ignore[arg-type]
+        attention="auto",
+        head_chunk=plain.head_chunk,
+        lr=1e-3,
+        total_steps=1,
+        param_dtype=dtype,
+    )
+    backend = TorchBackend(mesh, config, RandomCheckpoint(config, 0), options, world.device)
+    # with FSDP every rank has the same rows: its replicas compute alike
+    batch = rows()
+    with Allocations() as forward:
+        backend.forward(batch, next_token())
+    with Allocations() as update:
+        backend.forward_backward(batch, total, next_token(), normaliser=1.0)
+    return forward.peak, update.peak
+
+
+def estimated(
+    config: ModelConfig, degrees: dict[str, int], dtype: torch.dtype, recompute: str, backward: bool
+) -> int:
+    train = TrainSection.model_validate({"recompute": recompute})
+    device = torch.device("cpu")
+    work = working_bytes(config, train, degrees, dtype, device, "lm", TOKENS, backward=backward)
+    if not backward:
+        return work
+    held = torch.float32 if degrees["dp_shard"] > 1 else dtype
+    ranks = range(degrees["dp_shard"] * degrees["cp"] * degrees["tp"])
+    return work + gradient_bytes(model_layout(config, ranks, degrees, held)[0])
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_estimate_is_a_close_upper_bound(name: str, dtype: torch.dtype, recompute: str):
+    degrees: dict[str, Any] = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, **LAYOUTS[name]}
+    size = 1 if name == "one" else 2
+    for peaks in run_ranks(measured, size, degrees, dtype, recompute):
+        for peak, backward in zip(peaks, (False, True), strict=True):
+            found = estimated(parse_config(MODEL), degrees, dtype, recompute, backward)
+            assert peak <= found <= 1.65 * peak, (backward, peak, found)
