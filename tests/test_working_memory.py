@@ -34,7 +34,17 @@ MODEL = {
     "num_key_value_heads": 4,
     "head_dim": 32,
 }
-LAYOUTS = {"one": {}, "tp": {"tp": 2}, "cp": {"cp": 2}, "shard": {"dp_shard": 2}}
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 192,
+}
+LAYOUTS = {"one": {}, "experts": {}, "tp": {"tp": 2}, "cp": {"cp": 2}, "shard": {"dp_shard": 2}}
+
+
+def model_of(name: str) -> ModelConfig:
+    return parse_config({**MODEL, **(EXPERTS if name == "experts" else {})})
 
 
 def rows() -> Batch:
@@ -55,10 +65,10 @@ def total(given: LossInput) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def measured(
-    world: World, degrees: dict[str, int], dtype: torch.dtype, recompute: str
+    world: World, name: str, degrees: dict[str, int], dtype: torch.dtype, recompute: str
 ) -> tuple[int, int]:
     """Peak bytes of a forward pass, and of a forward and backward pass, on this rank."""
-    config = parse_config(MODEL)
+    config = model_of(name)
     mesh = Mesh("policy", tuple(range(world.size)), degrees, "cpu")
     plain = TrainSection()
     options = TrainOptions(
@@ -98,8 +108,8 @@ def estimated(
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_estimate_is_a_close_upper_bound(name: str, dtype: torch.dtype, recompute: str):
     degrees: dict[str, Any] = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, **LAYOUTS[name]}
-    size = 1 if name == "one" else 2
-    for peaks in run_ranks(measured, size, degrees, dtype, recompute):
+    size = 2 if LAYOUTS[name] else 1
+    for peaks in run_ranks(measured, size, name, degrees, dtype, recompute):
         for peak, backward in zip(peaks, (False, True), strict=True):
-            found = estimated(parse_config(MODEL), degrees, dtype, recompute, backward)
+            found = estimated(model_of(name), degrees, dtype, recompute, backward)
             assert peak <= found <= 1.65 * peak, (backward, peak, found)

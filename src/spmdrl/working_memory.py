@@ -72,17 +72,18 @@ def working_bytes(
     heads = (config.num_heads // tp + 2 * local_kv_heads(config, tp)) * config.head_dim
     # keys and values of all ranks
     gathered = cp * 2 * local_kv_heads(config, tp) * config.head_dim if cp > 1 else 0
-    width, mlp = config.hidden_size, config.intermediate_size / tp
+    width = config.hidden_size
     scores = 4 * own * width * dtype.itemsize
     if head == "lm":
         scores += _LOGITS * _logits(config, train, tp, device, own) * 4
     if not backward:
         attention = _FORWARD.stream * width + _FORWARD.heads * heads + 2 * gathered
-        values = max(attention, _FORWARD.stream * width + _FORWARD.mlp * mlp)
+        values = max(attention, _FORWARD.stream * width + _mlp(config, tp, _FORWARD.mlp))
         total = max(int(own * values) * dtype.itemsize, scores)
     else:
         kept = _kept(dtype, device)
-        layer = own * (kept.stream * width + kept.heads * heads + kept.mlp * mlp + gathered)
+        mlp = _mlp(config, tp, kept.mlp)
+        layer = own * (kept.stream * width + kept.heads * heads + mlp + gathered)
         inputs = config.num_layers * own * width
         held = inputs if train.recompute == "layer" else config.num_layers * layer
         last = 1.1 * layer if train.recompute == "layer" else 0.3 * layer
@@ -100,6 +101,17 @@ def _logits(
     """Logits that are there at once, see `training.logprobs`."""
     chunk, vocab = min(train.head_chunk, tokens), config.vocab_size // tp
     return chunk * vocab if device.type == "cuda" else min(chunk * vocab, cpu_tile(chunk))
+
+
+def _mlp(config: ModelConfig, tp: int, factor: float) -> float:
+    """Values per token of a layer's MLP, or of as many experts as a token goes to."""
+    dense = factor * config.intermediate_size / tp
+    if config.moe is None:
+        return dense
+    # a row for every choice: as it is sent, computed, put back and weighted
+    row = factor * config.moe.intermediate_size / tp + 4 * config.hidden_size
+    experts = config.moe.top_k * row + 2 * config.moe.num_experts
+    return max(dense, experts) if len(config.moe.layers) < config.num_layers else experts
 
 
 def _kept(dtype: torch.dtype, device: torch.device) -> _Values:
