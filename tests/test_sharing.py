@@ -31,6 +31,7 @@ def plan_of(config: Config, num_ranks: int, shape: ModelConfig | None = None) ->
     return plan_roles(config, placements, shapes, ["cpu"] * num_ranks)
 
 
+SECOND_SET = "evaluation.sets={b: {data: {source: 'reasoning_gym:chain_sum', size: 4}}}"
 PPO = {
     "flow": "ppo",
     # the rollout's weights are its own: on rank 1, beside the reward and the value
@@ -51,6 +52,7 @@ PPO = {
     [
         (["evaluation.held_out=4"], "evaluation.held_out=4"),
         (["evaluation.held_out=4", "evaluation.before=false", "evaluation.every=2"], "held_out=4"),
+        (["evaluation.before=false", "evaluation.held_out=4", SECOND_SET], "evaluation.sets=['b']"),
         (["lag=1"], "lag=1"),
         (["algorithm.refill_attempts=2"], "algorithm.refill_attempts=2"),
     ],

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spmdrl.config import Config
+from spmdrl.config_sets import described_sets
 from spmdrl.memory.schedule import PlannedCall
 
 READ_ORDER = ("value", "reference", "teacher", "policy", "reward")
@@ -48,7 +49,7 @@ def unusual_steps(config: Config, calls: RankCalls) -> dict[str, list[PlannedCal
     last = [*calls.read, *(calls.generate if config.lag else ()), *calls.update]
     again = [*calls.sync, *sampled, *sampled, *last]
     found = {}
-    if (setting := _evaluation_before_samples(config)) is not None:
+    if (setting := _evaluation_between_syncs(config)) is not None:
         found[setting] = again
     if config.algorithm.refill_attempts > 0:
         found[f"algorithm.refill_attempts={config.algorithm.refill_attempts}"] = again
@@ -57,14 +58,17 @@ def unusual_steps(config: Config, calls: RankCalls) -> dict[str, list[PlannedCal
     return found
 
 
-def _evaluation_before_samples(config: Config) -> str | None:
-    """The setting by which the rollout answers held-out prompts between a sync and its samples."""
+def _evaluation_between_syncs(config: Config) -> str | None:
+    """The setting by which the rollout answers held-out prompts, and then others, between two
+    syncs: the samples of the step, or another set.
+    """
     evaluation = config.evaluation
-    if not evaluation.before and evaluation.every == 0:
-        return None
-    if evaluation.sets:
-        return f"evaluation.sets={sorted(evaluation.sets)}"
-    return f"evaluation.held_out={evaluation.held_out}" if evaluation.held_out > 0 else None
+    sets = list(described_sets(config))
+    if evaluation.before or evaluation.every > 0 or len(sets) > 1:
+        if evaluation.sets:
+            return f"evaluation.sets={sorted(evaluation.sets)}"
+        return f"evaluation.held_out={evaluation.held_out}" if sets else None
+    return None
 
 
 def in_read_order(kinds: Mapping[str, str]) -> list[str]:

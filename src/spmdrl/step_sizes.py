@@ -43,13 +43,15 @@ def step_sizes(config: Config) -> StepSizes:
     data, kind = config.data, config.data_kind()
     longest = max(source.max_tokens for source in train_sources(config))
     if kind == "prompts":
-        answers = data.group_size * config.sampling.max_tokens
+        answer = config.sampling.max_tokens
+        answers = data.group_size * answer
         return StepSizes(
             items=data.prompts_per_step,
             item_rows=data.group_size,
-            row_tokens=longest + config.sampling.max_tokens,
+            row_tokens=longest + answer,
             packed_tokens=longest + answers,
-            atom_tokens=longest + config.sampling.max_tokens,
+            # online DPO compares samples, which are then in one microbatch
+            atom_tokens=longest + (answers if config.flow == "online_dpo" else answer),
         )
     rows = 2 if kind == "preferences" else 1
     return StepSizes(
@@ -69,15 +71,17 @@ def microbatch_tokens(config: Config, name: str, placement: Placement, *, update
     """
     train, sizes = config.train_section(name), step_sizes(config)
     budget = max(train.microbatch_tokens, sizes.atom_tokens)
-    if config.roles[name].retokenize or (not update and _reads_held_out(config, name)):
-        return budget  # rows of another tokenizer, or as many as the held-out set has
+    if config.roles[name].retokenize or (not update and _reads_more(config, name)):
+        return budget
     items = -(-sizes.items // train.num_minibatches) if update else sizes.items
     own = -(-items // placement.num_replicas)
     return min(budget, own * sizes.item_tokens(share_prompts=train.share_prompts))
 
 
-def _reads_held_out(config: Config, name: str) -> bool:
-    """Whether the role reads held-out rows too: a reward, or what a supervised flow trains."""
-    sets = held_out_sets(config).values()
-    scoring = {reward.role for described in sets for reward in described.rewards}
-    return bool(sets) and (name in scoring or config.data_kind() != "prompts")
+def _reads_more(config: Config, name: str) -> bool:
+    """Whether the role reads other rows than those of a step: held-out ones, or a whole data set's
+    (of conversations and pairs).
+    """
+    held_out = held_out_sets(config).values()
+    scoring = {reward.role for described in held_out for reward in described.rewards}
+    return name in scoring or config.data_kind() != "prompts"

@@ -26,7 +26,7 @@ from spmdrl.flows.inputs import (
     read_inputs,
     sampling_params,
 )
-from spmdrl.flows.start import data_kind, make_evaluators
+from spmdrl.flows.start import make_evaluators
 from spmdrl.launch import World, seed_everything
 from spmdrl.models.tokenizers import load_tokenizer
 from spmdrl.observe.metrics import MetricsWriter
@@ -73,7 +73,7 @@ def evaluate(config: Config, world: World, server: RewardServer) -> dict[str, fl
 
 def evaluation_inputs(config: Config) -> Inputs:
     """The held-out sets of prompts; the training data are read where they have a part in them."""
-    kind = data_kind(config)
+    kind = config.data_kind()
     described = held_out_sets(config)
     prompts = {name: d for name, d in described.items() if (d.kind or kind) == "prompts"}
     if not prompts:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from spmdrl.assemble import Assembly, assemble, open_models
-from spmdrl.config import Config, DataKind, RewardSection
+from spmdrl.config import Config, RewardSection
 from spmdrl.config_sets import START, HeldOutSet, held_out_sets
 from spmdrl.custom_role import CustomRole
 from spmdrl.data.home import StepRows
