@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from spmdrl.batch import Batch
 from spmdrl.calls import Call
+from spmdrl.flows.dpo import DpoTrainer
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.run import Metrics, Run
 
@@ -26,3 +28,14 @@ class StopAfterTwo:
 
     def metrics(self) -> Metrics:
         return self.inner.metrics()
+
+
+class StopDpoAfterTwo(DpoTrainer):
+    """Touches `run_dir/stop` while it trains on the second step's pairs."""
+
+    def step(self, step: int, batch: Batch) -> Metrics:
+        metrics = super().step(step, batch)
+        if step == 1:
+            (self.run.directory / "stop").touch()
+            time.sleep(1.0)  # the watcher looks now and then
+        return metrics

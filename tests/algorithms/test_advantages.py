@@ -5,7 +5,12 @@ import statistics
 import pytest
 import torch
 
-from spmdrl.algorithms.advantages import broadcast_to_tokens, group_advantages, leave_one_out
+from spmdrl.algorithms.advantages import (
+    broadcast_to_tokens,
+    group_advantages,
+    leave_one_out,
+    rewards_to_go,
+)
 
 
 def test_worked_by_hand():
@@ -89,3 +94,14 @@ def test_broadcast():
     assert broadcast_to_tokens(values, lengths).tolist() == [1, 1, 3, 3, 3]
     mask = torch.tensor([False, True, False, True, True])
     assert broadcast_to_tokens(values, lengths, mask).tolist() == [0, 1, 0, 3, 3]
+
+
+def test_rewards_to_go_by_hand():
+    lengths = torch.tensor([4, 2, 1])
+    mask = torch.tensor([0, 1, 1, 1, 0, 1, 0]).bool()  # the last row has no response
+    token_kl = torch.tensor([9.0, 0.1, 0.2, 0.4, 9.0, 0.5, 9.0])
+    found = rewards_to_go(torch.tensor([1.0, -2.0, 7.0]), token_kl, lengths, mask, kl_coef=0.5)
+    expected = [0, 1 - 0.35, 1 - 0.3, 1 - 0.2, 0, -2 - 0.25, 0]
+    assert found.tolist() == pytest.approx(expected)
+    plain = rewards_to_go(torch.tensor([1.0, -2.0, 7.0]), token_kl, lengths, mask, kl_coef=0.0)
+    assert plain.tolist() == [0, 1, 1, 1, 0, -2, 0]

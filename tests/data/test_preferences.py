@@ -135,3 +135,27 @@ def test_a_preference_file_is_also_a_source_of_prompts(tmp_path):
     assert prompts.texts() == [f"Question {i}" for i in range(4)]
     assert prompts[1].answer == "a3"
     assert prompts.report.num_bad == 0
+
+
+def test_mismatched_pairs_have_answers_to_another_prompt(tmp_path):
+    rows = [
+        {"prompt": "aa", "chosen": "c0", "rejected": "r0"},
+        {"prompt": "aa", "chosen": "c1", "rejected": "r1"},
+        {"prompt": "b", "chosen": "c2" * 9, "rejected": "r2"},
+        {"prompt": "aa", "chosen": "c3", "rejected": "r3"},
+    ]
+    pairs = load(tmp_path, rows)
+    other = pairs.mismatched()
+    assert [item.prompt for item in other] == [item.prompt for item in pairs]
+    # the next item with another prompt, around the end of the set
+    assert [item.rejected_text for item in other] == ["r2", "r2", "r3", "r2"]
+    longest = max(pairs.rows(range(4), 0).lengths)
+    lengths = other.rows(range(4), 0).lengths
+    assert max(lengths) == longest and int((lengths == longest).sum()) == 3
+    with pytest.raises(ValueError, match="2 pairs have one prompt"):
+        load(tmp_path, rows[:2]).mismatched()
+
+
+def test_a_prompt_that_leaves_no_room_has_a_reason_of_its_own(tmp_path):
+    pairs = load(tmp_path, [GOOD, {**GOOD, "prompt": "x" * 200}], max_tokens=100)
+    assert pairs.left_out == {"whose prompt leaves no room within max_tokens=100": 1}

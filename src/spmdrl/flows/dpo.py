@@ -9,20 +9,15 @@ cDPO. Left out: unpaired data for KTO, whose responses come in pairs here.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from spmdrl.algorithms.direct_preference import (
-    PreferenceConfig,
-    implicit_rewards,
-    kto_baseline,
-)
+from spmdrl.algorithms.direct_preference import PreferenceConfig, kto_baseline
 from spmdrl.batch import Batch
 from spmdrl.data.home import DataSet, StepRows
 from spmdrl.data.preferences import PairSet
 from spmdrl.distributed.reduce import moments
+from spmdrl.flows.held_out_preferences import HeldOutPreferences, log_ratio
 from spmdrl.flows.preference_terms import (
     BASELINE,
-    REFERENCE,
     pair_loss,
     pair_metrics,
     pair_update,
@@ -30,14 +25,13 @@ from spmdrl.flows.preference_terms import (
     with_pair_shares,
 )
 from spmdrl.flows.reference_sums import AskedSums, CachedSums, ReferenceSums
-from spmdrl.flows.reward_model import pair_accuracy
 from spmdrl.flows.run import Metrics, Run
 from spmdrl.roles import Policy, Reference
 
 
 def dpo(run: Run) -> None:
     trainer = run.make(run.config.trainer, DpoTrainer)
-    run.evaluate_with(HeldOutPreferences(run, trainer))
+    run.evaluate_with(trainer.held_out)
     for step in run.steps():
         run.evaluate(step)
         batch = run.rows(step)  # preference pairs, two rows each: home rows
@@ -55,15 +49,17 @@ class DpoTrainer:
         self.loss = pair_loss(self.settings)
         self.others = other_answers(run) if self.settings.loss == "kto" else None
         self.reference = reference_sums(run, self.settings, self.others)
+        self.held_out = HeldOutPreferences(run, self.policy, self.reference, self.settings)
 
     def step(self, step: int, batch: Batch) -> Metrics:
         """`batch`: rows with `tokens`, `prompt_ids` (of the pair) and `sample_index`."""
         metrics: dict[str, float] = {}
         batch = with_pair_shares(preferring_chosen(batch))
         with self.run.phase("logprobs"):
-            batch = self.with_reference(batch)
+            if self.reference is not None:
+                batch = self.reference.add(batch)
             if self.others is not None:
-                drift = self.log_ratio(self.others.batch(step))
+                drift = log_ratio(self.policy, self.reference, self.others.batch(step))
                 baseline = kto_baseline(moments(drift).mean)
                 column = torch.full((len(batch),), baseline, dtype=torch.float64)
                 batch = batch.with_columns(rows={BASELINE: column})
@@ -72,32 +68,6 @@ class DpoTrainer:
         with self.run.phase("update"):
             records = self.policy.update(batch, self.loss, update)
         return {**pair_metrics(records), **metrics}
-
-    def with_reference(self, batch: Batch) -> Batch:
-        """`batch` with `ref_sums`, where the loss has a reference."""
-        return batch if self.reference is None else self.reference.add(batch)
-
-    def log_ratio(self, batch: Batch) -> Tensor:
-        """log policy - log reference of whole responses (without one, log policy): float64 [B]."""
-        own = batch.row_sum(self.policy.logprobs(batch)["logprobs"].double())
-        batch = self.with_reference(batch)
-        return own - batch[REFERENCE] if REFERENCE in batch else own
-
-
-class HeldOutPreferences:
-    """How often, and by how much, the policy prefers the chosen answer of a held-out pair."""
-
-    def __init__(self, run: Run, trainer: DpoTrainer) -> None:
-        self.run, self.trainer = run, trainer
-
-    def evaluate(self, step: int) -> Metrics:
-        """`eval/SET` (the accuracy of the implicit reward) and `eval/SET/margin`, with errors."""
-        found: dict[str, float] = {}
-        for name, batch in self.run.held_out():
-            ratio = self.trainer.log_ratio(batch)
-            rewards = implicit_rewards(ratio, batch["response_lengths"], self.trainer.settings)
-            found |= pair_accuracy(name, batch, rewards)
-        return found
 
 
 def preferring_chosen(batch: Batch) -> Batch:
@@ -126,6 +96,6 @@ def reference_sums(
     sets: list[tuple[DataSet, list[int]]] = [(run.data.data, drawn)]
     if others is not None:
         sets.append((others.data, drawn))
-    sets += [(data, list(range(len(data)))) for data in run.held_out_sets().values()]
+    sets += [(data, list(range(len(data)))) for data in run.held_out_sets(PairSet).values()]
     with run.phase("reference"):
         return CachedSums(run, sets)

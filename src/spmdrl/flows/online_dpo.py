@@ -14,6 +14,7 @@ from spmdrl.batch import Batch
 from spmdrl.calls import Call
 from spmdrl.distributed.reduce import moments, world_sum
 from spmdrl.flows.environment import GroupEnvironment
+from spmdrl.flows.held_out_preferences import HeldOutPreferences
 from spmdrl.flows.preference_terms import (
     pair_loss,
     pair_metrics,
@@ -22,13 +23,14 @@ from spmdrl.flows.preference_terms import (
     with_pair_shares,
 )
 from spmdrl.flows.reference_sums import AskedSums
-from spmdrl.flows.run import Environment, Metrics, Run, Trainer
+from spmdrl.flows.run import Environment, Metrics, Run
 from spmdrl.roles import Policy, Reference, together
 
 
 def online_dpo(run: Run) -> None:
     environment: Environment = run.make(run.config.environment, GroupEnvironment)
-    trainer: Trainer = run.make(run.config.trainer, OnlineDpoTrainer)
+    trainer = run.make(run.config.trainer, OnlineDpoTrainer)
+    run.evaluate_with(trainer.held_out, syncs=False)
     sync = run.weight_sync("policy", "rollout")
     for step in run.steps():
         with run.phase("sync"):
@@ -49,8 +51,11 @@ class OnlineDpoTrainer:
         self.run = run
         self.policy = run.role("policy", Policy)
         self.temperature = run.config.sampling.temperature
-        self.reference = AskedSums(run.role("reference", Reference), self.temperature)
-        self.loss = pair_loss(preference_settings(run.config.preference))
+        reference = run.role("reference", Reference)
+        self.reference = AskedSums(reference, self.temperature)
+        settings = preference_settings(run.config.preference)
+        self.loss = pair_loss(settings)
+        self.held_out = HeldOutPreferences(run, self.policy, AskedSums(reference), settings)
 
     def step(self, step: int, batch: Batch, *alongside: Call[Any]) -> Metrics:
         """`batch`: rows of `rollout.generate` with the row column `rewards`.

@@ -16,6 +16,7 @@ from torch import Tensor
 from spmdrl.algorithms.preference_loss import bradley_terry_loss
 from spmdrl.batch import Batch
 from spmdrl.config_algorithms import AlgorithmSection
+from spmdrl.data.preferences import PairSet
 from spmdrl.distributed.reduce import gather_objects
 from spmdrl.evaluation.metrics import clustered_mean
 from spmdrl.flows.policy_terms import update_of
@@ -86,7 +87,7 @@ class HeldOutPairs:
     def evaluate(self, step: int) -> Metrics:
         """`eval/SET` (the accuracy) and `eval/SET/margin`, with standard errors."""
         found: dict[str, float] = {}
-        for name, batch in self.run.held_out():
+        for name, batch in self.run.held_out(PairSet):
             found |= pair_accuracy(name, batch, self.reward.score(batch)["scores"])
         return found
 

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float]
 R = TypeVar("R")
+D = TypeVar("D", bound=DataSet)
 
 
 class Environment(Protocol):
@@ -179,14 +180,13 @@ class Run:
         """
         return self.data.batch(step, attempt=attempt, count=count)
 
-    def held_out_sets(self) -> dict[str, DataSet]:
-        """The held-out sets of the kind that is trained on, by name."""
-        kind = type(self.data.data)
+    def held_out_sets(self, kind: type[D]) -> dict[str, D]:
+        """The held-out sets of a kind (`PairSet`, say), by name."""
         return {name: data for name, data in self._held_out.items() if isinstance(data, kind)}
 
-    def held_out(self) -> Iterator[tuple[str, Batch]]:
+    def held_out(self, kind: type[D]) -> Iterator[tuple[str, Batch]]:
         """Their names, and this rank's home rows of each."""
-        for name, data in self.held_out_sets().items():
+        for name, data in self.held_out_sets(kind).items():
             yield name, home_rows(self.world, data)
 
     def score(self, batch: Batch) -> Batch:
@@ -199,13 +199,14 @@ class Run:
         metrics = {name: moments(batch[name]).mean for name in components}
         return {**metrics, "reward_failed": moments(batch["reward_failed"]).mean}
 
-    def evaluate_with(self, evaluator: Evaluates) -> None:
-        """Of a flow that samples nothing: evaluate by this too, where there are sets for it. A
-        rollout that answers held-out prompts then gets the policy's weights before it does.
+    def evaluate_with(self, evaluator: Evaluates, *, syncs: bool = True) -> None:
+        """Evaluate by this too, beside the answers to held-out prompts.
+
+        Args:
+            syncs: the flow's steps bring no weights to a rollout, so evaluations do it.
         """
-        self._syncs_to_evaluate = True
-        if self.held_out_sets():
-            self._evaluators.insert(0, evaluator)
+        self._syncs_to_evaluate = syncs
+        self._evaluators.insert(0, evaluator)
 
     def evaluate(self, step: int) -> None:
         """Evaluate on the held-out set where the configuration wants it before this step."""
@@ -226,6 +227,8 @@ class Run:
         with self.phase("evaluation"):
             for evaluator in self._evaluators:
                 metrics |= evaluator.evaluate(step)
+        if not metrics:
+            return
         self._writer.write(step, metrics)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         log.info("after %d steps: %s", step, shown)

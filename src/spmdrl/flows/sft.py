@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spmdrl.algorithms.supervised import next_token_loss
 from spmdrl.batch import Batch
+from spmdrl.data.conversations import ConversationSet
 from spmdrl.distributed.reduce import moments
 from spmdrl.flows.policy_terms import update_of
 from spmdrl.flows.run import Metrics, Run, update_metrics
@@ -61,7 +62,7 @@ class HeldOutLikelihood:
     def evaluate(self, step: int) -> Metrics:
         """`eval/SET/nll` in nats per token, its standard error, clustered by conversation."""
         found: dict[str, float] = {}
-        for set_name, batch in self.run.held_out():
+        for set_name, batch in self.run.held_out(ConversationSet):
             logprobs = self.policy.logprobs(batch)["logprobs"]
             nll, tokens = -batch.row_sum(logprobs.double()), batch["response_lengths"].double()
             per_row, count = moments(nll), moments(tokens)

@@ -1,0 +1,47 @@
+"""What a policy prefers of held-out pairs, by the reward that it stands for."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from spmdrl.algorithms.direct_preference import PreferenceConfig, implicit_rewards
+from spmdrl.batch import Batch
+from spmdrl.data.preferences import PairSet
+from spmdrl.flows.preference_terms import REFERENCE
+from spmdrl.flows.reference_sums import ReferenceSums
+from spmdrl.flows.reward_model import pair_accuracy
+from spmdrl.flows.run import Metrics, Run
+from spmdrl.roles import Policy
+
+
+class HeldOutPreferences:
+    """How often, and by how much, the policy prefers the chosen answer of a held-out pair.
+
+    Args:
+        reference: None: the loss has none.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        policy: Policy,
+        reference: ReferenceSums | None,
+        settings: PreferenceConfig,
+    ) -> None:
+        self._run, self._policy = run, policy
+        self._reference, self._settings = reference, settings
+
+    def evaluate(self, step: int) -> Metrics:
+        """`eval/SET` (the accuracy of the implicit reward) and `eval/SET/margin`, with errors."""
+        found: dict[str, float] = {}
+        for name, batch in self._run.held_out(PairSet):
+            ratio = log_ratio(self._policy, self._reference, batch)
+            rewards = implicit_rewards(ratio, batch["response_lengths"], self._settings)
+            found |= pair_accuracy(name, batch, rewards)
+        return found
+
+
+def log_ratio(policy: Policy, reference: ReferenceSums | None, batch: Batch) -> Tensor:
+    """log policy - log reference of whole responses (without one, log policy): float64 [B]."""
+    own = batch.row_sum(policy.logprobs(batch)["logprobs"].double())
+    return own if reference is None else own - reference.add(batch)[REFERENCE]
