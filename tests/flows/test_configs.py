@@ -19,7 +19,8 @@ from spmdrl.placement import place_roles
 from tiny_model import make_tiny_model
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("**/*.yaml"))
-SUPERVISED = ("sft", "reward_model")
+SAMPLED = ("grpo", "ppo")
+"""Flows that compare the trainer's log-probabilities with the engine's."""
 QUESTION = "Tom has {0} apples and buys {1} more. How many apples has he now?"
 
 
@@ -38,7 +39,8 @@ def place(tmp_path_factory):
         }
         for i in range(300)
     ]
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, part in (("data", rows[:280]), ("test", rows[280:])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return root
 
 
@@ -59,14 +61,25 @@ def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
         "train.warmup_steps=0",
         "train.lr=1e-3",
     ]
-    flow = load_config(path).flow
+    shipped = load_config(path)
+    flow = shipped.flow
+    words += [
+        f"roles.{name}.model={root / 'model'}"
+        for name in ("teacher", "judge")
+        if name in shipped.roles
+    ]
+    words += [
+        f"evaluation.sets.{name}.data.source={root / 'test.jsonl'}"
+        for name in shipped.evaluation.sets
+    ]
+    words += ["evaluation.against=null"] if shipped.evaluation.against else []
     if flow == "grpo":
         reward = Path(__file__).parents[1] / "toy_rewards.py"
         words.append(f"rewards=[{{function: '{reward}:even_length'}}]")
     if flow == "ppo":
         words += [f"roles.{role}.model={root / 'model'}" for role in ("reward", "value")]
         words.append("algorithm.value_warmup_steps=0")
-    if not load_config(path).data.train.source.startswith("reasoning_gym:"):
+    if not shipped.data.train.source.startswith("reasoning_gym:"):
         words.append(f"data.train.source={root / 'data.jsonl'}")
     return words
 
@@ -82,7 +95,7 @@ def test_configs_run_on_few_ranks(place, ranks):
         assert len(records) == 2, path
         for record in records:
             assert math.isfinite(record["loss"]), path
-            if load_config(path, words).flow not in SUPERVISED:
+            if load_config(path, words).flow in SAMPLED:
                 assert record["rollout_gap_max"] < 1e-4, path
         assert max(r["grad_norm"] for r in records) > 0, path
         config = load_config(path, words)
