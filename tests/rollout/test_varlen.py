@@ -103,7 +103,7 @@ def test_paged_steps_equal_naive_decoding(padded: bool) -> None:
     while scheduler.has_work:
         plan = scheduler.plan()
         samples, rows = sampled(plan, scheduler)
-        logits = decode_padded(plan) if padded and not plan.chunks else runner.run(plan)
+        logits = decode_padded(plan) if padded and not plan.chunks else runner.run(plan)[0]
         for sample, row in zip(samples, rows, strict=True):
             sample.logprobs.append(float(logits[row].log_softmax(-1).max()))
             sample.tokens.append(int(logits[row].argmax()))

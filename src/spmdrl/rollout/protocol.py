@@ -44,12 +44,16 @@ class Completion:
         margins: by how much each draw's perturbed score won (0 or more, in nats), or the distance
             of a token's log-probability to a truncation boundary if that is smaller. Empty unless
             asked for.
+        experts: which experts each token of prompt and answer went to, in every layer that has
+            experts: [tokens, L, K] in `models.routing.choices_dtype`, whose largest value stands
+            for tokens that were not computed (the last one is not). None unless asked for.
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: Finish
     margins: tuple[float, ...] = ()
+    experts: Tensor | None = None
 
 
 class RolloutEngine(Protocol):

@@ -23,6 +23,7 @@ class SamplingParams:
             that ends it is part of it and has a log-probability.
         ignore_eos: do not end at the model's ends of text.
         margins: also report how near every draw was to falling otherwise.
+        experts: also report which experts every token went to.
 
     Raises:
         ValueError: a value outside its range, naming it.
@@ -37,6 +38,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     margins: bool = False
+    experts: bool = False
 
     def __post_init__(self) -> None:
         rules = {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...distributed.parallel import Parallel
 from ...models.config import ModelConfig
 from ...models.decoder import Decoder
+from ...models.routing import choices_dtype
 from ...models.sharding import Slice, check_tp, local_kv_heads
 from ...storages import require_resident
 from ..protocol import Completion, Progress, Request
@@ -25,6 +26,7 @@ from .attention import CacheShape, PagedAttention
 from .blocked import blocked_weights
 from .blocks import BlockPool
 from .blockwise import BlockwiseAttention
+from .recording import ExpertRecord
 from .requests import GB, blocks_needed, check_requests
 from .runner import Runner
 from .sampler import Sampler
@@ -211,13 +213,27 @@ class NativeEngine:
             for sample in group[:1]:
                 sample.followers = group[1:]
                 leaders.append(sample)
+        record = self._record(leaders, requests)
         with torch.inference_mode():
             if leaders:
                 work = self._prepare_work(num_blocks)
                 longest = max(request.sampling.max_tokens for request in requests)
                 with blocked_weights(self._decoder, longest):
-                    self._run(work, leaders, requests, progress, should_stop)
-        return [[sample.completion() for sample in group] for group in groups]
+                    self._run(work, leaders, requests, progress, should_stop, record)
+        if record is None:
+            return [[sample.completion() for sample in group] for group in groups]
+        return [
+            [s.completion(e) for s, e in zip(group, record.of(group), strict=True)]
+            for group in groups
+        ]
+
+    def _record(
+        self, leaders: Sequence[Sample], requests: Sequence[Request]
+    ) -> ExpertRecord | None:
+        moe = self._config.moe
+        if moe is None or not leaders or not any(r.sampling.experts for r in requests):
+            return None
+        return ExpertRecord(leaders[0], torch.iinfo(choices_dtype(moe.num_experts)).max)
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
         """See `RolloutEngine.score`."""
@@ -234,7 +250,8 @@ class NativeEngine:
             scheduler = self._scheduler(samples, num_blocks, compact=work is None or work.compact)
             while work is not None and scheduler.has_work:
                 plan = scheduler.plan()
-                logprobs = work.runner.run(plan, all_rows=True).log_softmax(dim=-1)
+                logits, _ = work.runner.run(plan, all_rows=True)
+                logprobs = logits.log_softmax(dim=-1)
                 row = 0
                 for chunk in plan.chunks:
                     sample, count = chunk.sequence, chunk.stop - chunk.start
@@ -283,6 +300,7 @@ class NativeEngine:
         requests: Sequence[Request],
         progress: Progress | None,
         should_stop: Callable[[], bool] | None,
+        record: ExpertRecord | None,
     ) -> None:
         prefix = common_prefix([leader.request.tokens for leader in leaders])
         prefix = prefix if prefix * (len(leaders) - 1) >= _PREFIX_TOKENS else 0
@@ -291,8 +309,12 @@ class NativeEngine:
         tokens_done = samples_done = 0
         while scheduler.has_work:
             plan = scheduler.plan()
+            if record is not None:
+                record.note(plan)
             samples, rows = sampled(plan, scheduler)
-            logits = work.runner.run(plan)
+            logits, experts = work.runner.run(plan)
+            if record is not None and experts is not None:
+                record.keep(experts)
             finished, stop = self._advance(samples, rows, logits, rules, should_stop)
             for sample in finished:
                 scheduler.finish(sample)

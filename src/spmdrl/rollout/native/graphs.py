@@ -10,7 +10,7 @@ from torch import Tensor
 from .scheduler import StepPlan
 from .varlen import VarlenAttention
 
-Forward = Callable[[Tensor, Tensor], Tensor]
+Forward = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def buckets(largest: int) -> tuple[int, ...]:
@@ -20,7 +20,7 @@ def buckets(largest: int) -> tuple[int, ...]:
 
 
 class DecodeGraphs:
-    """Replays `forward(tokens [n], positions [n]) -> logits [n, V]` at padded batch sizes.
+    """Replays `forward(tokens [n], positions [n]) -> tensors [n, ...]` at padded batch sizes.
 
     A graph holds addresses: weights and cache must stay where they were at capture (their values
     may change), or `drop` must be called. All graphs share one memory pool.
@@ -32,11 +32,11 @@ class DecodeGraphs:
         device = torch.device("cuda", torch.cuda.current_device())
         self._tokens = torch.zeros(max_running, dtype=torch.int64, device=device)
         self._positions = torch.zeros(max_running, dtype=torch.int64, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
         self.pool_bytes = 0
 
-    def run(self, plan: StepPlan, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits `[n, V]` of a plan without chunks; overwritten by the next run."""
+    def run(self, plan: StepPlan, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """What `forward` gives for a plan without chunks; overwritten by the next run."""
         n = len(plan.decodes)
         size = next(s for s in self._sizes if s >= n)
         self._tokens[:n].copy_(tokens, non_blocking=True)
@@ -44,15 +44,15 @@ class DecodeGraphs:
         self._attention.prepare(plan, pad_to=size)
         if size not in self._graphs:
             self._graphs[size] = self._capture(size)
-        graph, logits = self._graphs[size]
+        graph, results = self._graphs[size]
         graph.replay()
-        return logits[:n]
+        return tuple(result[:n] for result in results)
 
     def drop(self) -> None:
         self._graphs.clear()
         self.pool_bytes = 0
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
         tokens, positions = self._tokens[:size], self._positions[:size]
         side = torch.cuda.Stream(tokens.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -63,6 +63,6 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         pool = next((held.pool() for held, _ in self._graphs.values()), None)
         with torch.cuda.graph(graph, pool=pool):
-            logits = self._forward(tokens, positions)
+            results = self._forward(tokens, positions)
         self.pool_bytes += torch.cuda.memory_reserved() - before
-        return graph, logits
+        return graph, results

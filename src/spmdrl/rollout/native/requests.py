@@ -51,5 +51,7 @@ def check_requests(
                 f"{asked} need {total} cache slots, the key-value cache has {capacity}: raise "
                 f"rollout.kv_cache_gb={kv_cache_gb}"
             )
+        if request.sampling.experts and config.moe is None:
+            raise ValueError(f"{name} asks for its experts, but {config.architecture} has none")
         if request.sampling.stop and not has_text:
             raise ValueError(f"{name} has stop texts, but the engine cannot detokenize")

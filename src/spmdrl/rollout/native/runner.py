@@ -1,4 +1,4 @@
-"""`Runner`: one engine step on the device, from a plan to logits."""
+"""`Runner`: one engine step on the device, from a plan to logits (and to experts chosen)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...models.decoder import Decoder
 from ...models.linear import linear
+from ...models.routing import Routing, pack_choices
 from .attention import PagedAttention
 from .graphs import DecodeGraphs
 from .scheduler import StepPlan
@@ -35,27 +36,39 @@ class Runner:
             assert isinstance(attention, VarlenAttention)
             self.graphs = DecodeGraphs(self._forward_all, attention, graph_sequences)
 
-    def run(self, plan: StepPlan, *, all_rows: bool = False) -> Tensor:
-        """float32 logits `[R, V]` of the rows that are sampled: decodes, then last chunks.
+    def run(self, plan: StepPlan, *, all_rows: bool = False) -> tuple[Tensor, Tensor | None]:
+        """float32 logits `[R, V]` of the rows that are sampled: decodes, then last chunks; and of
+        a mixture of experts the packed choices `[rows, L, K]` of all rows.
 
         They may be overwritten by the caller, and are by the next step.
 
         Args:
-            all_rows: of every row of the step instead.
+            all_rows: logits of every row of the step instead.
         """
         tokens, positions, rows = flatten(plan)
         token_ids = torch.tensor(tokens, device=self._device)
         places = torch.tensor(positions, device=self._device)
         if self.graphs is not None and not plan.chunks:
-            return self.graphs.run(plan, token_ids, places).float()
+            logits, *chosen = self.graphs.run(plan, token_ids, places)
+            return logits.float(), next(iter(chosen), None)
         self._attention.prepare(plan)
-        hidden = self._decoder(token_ids, places, self._attention)
+        hidden, *chosen = self._decode(token_ids, places)
         if len(rows) < len(tokens) and not all_rows:
             hidden = hidden[torch.tensor(rows, device=self._device, dtype=torch.int64)]
-        return self._project(hidden).float()
+        return self._project(hidden).float(), next(iter(chosen), None)
 
-    def _forward_all(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self._project(self._decoder(tokens, positions, self._attention))
+    def _forward_all(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        hidden, *chosen = self._decode(tokens, positions)
+        return (self._project(hidden), *chosen)
+
+    def _decode(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states, and of a mixture of experts its choices."""
+        moe = self._decoder.config.moe
+        if moe is None:
+            return (self._decoder(tokens, positions, self._attention),)
+        routing = Routing(moe)
+        hidden = self._decoder(tokens, positions, self._attention, routing=routing)
+        return hidden, pack_choices(routing.chosen(), moe.num_experts)
 
     def _project(self, hidden: Tensor) -> Tensor:  # [R, D] -> [R, V]
         head = self._decoder.head_holder

@@ -123,6 +123,7 @@ class Scheduler:
                 self.pool.share(block)
             follower.blocks = list(leader.blocks)
             follower.cached, follower.num_high = leader.cached, leader.num_high
+            follower.rows = list(leader.rows)
         self._ready.extend(followers)
         return followers
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from ...keyed import chain, key64
 from ..protocol import Completion, Finish, Request
 
@@ -23,6 +25,7 @@ class Sequence:
         blocks: cache blocks, in the order of the tokens they hold.
         num_high: how many of the first blocks lie at the pool's high end, for others to share.
         cached: tokens whose keys and values are in the cache.
+        rows: of an `ExpertRecord`, for the first tokens.
     """
 
     request: Request
@@ -34,6 +37,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_high: int = 0
     cached: int = 0
+    rows: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     finish: Finish = "aborted"
@@ -59,12 +63,13 @@ class Sequence:
         """The random key of the next token."""
         return chain(self.key, len(self.tokens))
 
-    def completion(self) -> Completion:
+    def completion(self, experts: Tensor | None = None) -> Completion:
         return Completion(
             tokens=tuple(self.tokens[self.prompt_length :]),
             logprobs=tuple(self.logprobs),
             finish=self.finish,
             margins=tuple(self.margins),
+            experts=experts,
         )
 
 

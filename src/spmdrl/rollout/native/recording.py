@@ -1,0 +1,61 @@
+"""Which experts every token of a call went to, as the engine computed it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .scheduler import StepPlan
+from .sequence import Sequence as Sample
+
+
+class ExpertRecord:
+    """The steps' choices on the host, and which row of them is which token of which sample.
+
+    A token that is computed again (after a preemption) keeps its first choices: with them its
+    answer was drawn. Tokens of a prompt that another sample computed have that sample's.
+
+    Args:
+        first: the sample that computes what all prompts begin with.
+        missing: what stands for a token without choices.
+    """
+
+    def __init__(self, first: Sample, missing: int) -> None:
+        self._first, self._missing = first, missing
+        self._steps: list[Tensor] = []
+        self._num_rows = 0
+
+    def note(self, plan: StepPlan) -> None:
+        """Which token each row of a step is; before prompts are shared with followers."""
+        row = self._num_rows
+        for sample in plan.decodes:
+            self._assign(sample, sample.cached - 1, sample.cached, row)
+            row += 1
+        for chunk in plan.chunks:
+            self._assign(chunk.sequence, chunk.start, chunk.stop, row)
+            row += chunk.stop - chunk.start
+        self._num_rows = row
+
+    def keep(self, experts: Tensor) -> None:
+        """The choices of the step that was noted last, [rows, L, K]."""
+        self._steps.append(experts.to("cpu"))
+
+    def _assign(self, sample: Sample, start: int, stop: int, row: int) -> None:
+        known = len(sample.rows)
+        if known < start:
+            sample.rows += self._first.rows[known:start]
+            known = start
+        sample.rows += range(row + known - start, row + stop - start)
+
+    def of(self, samples: list[Sample]) -> list[Tensor]:
+        """Every sample's choices, one row for each of its tokens, [n, L, K]: none of its last one,
+        which was never computed.
+        """
+        table = torch.cat(self._steps)
+        found = []
+        for sample in samples:
+            rows = sample.rows[: len(sample.tokens)]
+            experts = table.new_full((len(sample.tokens), *table.shape[1:]), self._missing)
+            experts[: len(rows)] = table[torch.tensor(rows, dtype=torch.int64)]
+            found.append(experts)
+        return found

@@ -1,0 +1,123 @@
+"""Mixtures of experts in training: choices that are replayed, balance, and how experts are used."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spmdrl.batch import Batch
+from spmdrl.models.experts import MoeConfig
+from spmdrl.models.routing import EXPERT_CHOICES, Balance, Routing, unpack_choices
+from spmdrl.training.context import LocalStream
+from spmdrl.training.packing import Microbatch
+
+EXPERT_METRICS = ("expert_load", "experts_idle", "balance_loss")
+"""Those that describe an optimizer step as a whole."""
+
+
+def make_routing(
+    moe: MoeConfig | None,
+    rows: Batch,
+    microbatch: Microbatch,
+    stream: LocalStream,
+    device: torch.device,
+    balance: Balance | None = None,
+) -> Routing | None:
+    """For one pass over a microbatch; None for a dense model.
+
+    The token column `expert_choices` of the rows, if they have it, is replayed.
+    """
+    if moe is None:
+        return None
+    given = None
+    if EXPERT_CHOICES in rows.tokens and not microbatch.is_empty:
+        recorded = rows[EXPERT_CHOICES]
+        check_choices(recorded, moe)
+        given = unpack_choices(recorded[stream.source].to(device))
+        given = given.masked_fill((stream.source < 0).to(device)[:, None, None], -1)
+    return Routing(moe, given=given, balance=balance)
+
+
+def check_choices(recorded: Tensor, moe: MoeConfig) -> None:
+    """ValueError unless recorded choices can be those of this model."""
+    wanted = (len(moe.layers), moe.top_k)
+    if tuple(recorded.shape[1:]) != wanted:
+        raise ValueError(
+            f"the column {EXPERT_CHOICES!r} has {tuple(recorded.shape[1:])} choices for a token, "
+            f"the model has {wanted} (layers with experts, experts of a token): was it recorded "
+            "with another model?"
+        )
+
+
+def make_balance(
+    rows: Batch,
+    microbatch: Microbatch,
+    stream: LocalStream,
+    device: torch.device,
+    *,
+    coefficient: float,
+    normaliser: float,
+    group: dist.ProcessGroup | None,
+) -> Balance | None:
+    """The mean over sequences, each with its `loss_share`, of their balance losses; a sequence is
+    the loss tokens of a row, so that prompts computed once for several rows change nothing.
+    """
+    if coefficient == 0 or len(microbatch.predict) == 0:
+        return None
+    shares = rows["loss_share"][microbatch.rows].float() * (coefficient / normaliser)
+    counts = torch.bincount(microbatch.row, minlength=len(microbatch.rows))
+    return Balance(
+        places=stream.predict[: len(stream.read)].to(device),
+        row=microbatch.row[stream.read].to(device),
+        counts=counts.to(device),
+        scale=shares.to(device),
+        group=group,
+    )
+
+
+class ExpertUse:
+    """Sums over the places that are read in one minibatch, on this rank."""
+
+    def __init__(self, moe: MoeConfig, device: torch.device) -> None:
+        self._moe = moe
+        size = len(moe.layers) * moe.num_experts
+        # the experts' tokens, layer by layer; choices changed by a replay; balance losses
+        self._sums = torch.zeros(size + 2, dtype=torch.float64, device=device)
+
+    def add(self, routing: Routing, stream: LocalStream) -> None:
+        places = stream.predict[: len(stream.read)].to(self._sums.device)
+        chosen = routing.chosen()[places]  # [M, L, K]
+        layers = torch.arange(chosen.shape[1], device=chosen.device) * self._moe.num_experts
+        used = (chosen + layers[:, None]).flatten()
+        self._sums.scatter_add_(0, used, torch.ones_like(used, dtype=torch.float64))
+        self._sums[-2] += routing.num_changed(places) / (len(self._moe.layers) * self._moe.top_k)
+        self._sums[-1] += routing.balance_loss()
+
+    def metrics(
+        self, group: dist.ProcessGroup | None, *, coefficient: float, is_replay: bool
+    ) -> dict[str, float]:
+        """Over the ranks of `group`, all of which have other tokens.
+
+        `expert_load_max` and `expert_load`: tokens of the busiest expert of a layer, relative to an
+        even share (1); of the worst layer, and the mean over layers. `experts_idle`: the share of
+        experts without a token. `replay_changed`, summed over tokens: the share of choices that the
+        trainer would not have taken. `balance_loss`: mean over layers and sequences.
+        """
+        sums = self._sums.clone()
+        if group is not None:
+            dist.all_reduce(sums, group=group)
+        loads = sums[:-2].view(len(self._moe.layers), -1)
+        even = loads.mean(dim=1).clamp(min=1e-9)
+        busiest = loads.amax(dim=1) / even
+        found = {
+            "expert_load_max": busiest.max(),
+            "expert_load": busiest.mean(),
+            "experts_idle": (loads == 0).double().mean(),
+        }
+        if is_replay:
+            found["replay_changed"] = sums[-2]
+        if coefficient:
+            found["balance_loss"] = sums[-1] / (coefficient * len(self._moe.layers))
+        values = torch.stack(list(found.values())).tolist()
+        return dict(zip(found, values, strict=True))

@@ -1,0 +1,182 @@
+"""The engine on mixtures of experts: tokens of naive decoding, and the experts that it records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rollout_models import EOS, VOCAB, assert_same, dense, naive, prompts_of, request
+from torch import Tensor
+
+from harness import run_ranks
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.distributed.parallel import Parallel
+from spmdrl.launch import World
+from spmdrl.models.config import ModelConfig, parse_config
+from spmdrl.models.decoder import Decoder
+from spmdrl.models.hf import RandomCheckpoint, fill, load_into
+from spmdrl.models.routing import Routing, unpack_choices
+from spmdrl.models.sharding import Slice
+from spmdrl.rollout.native.engine import NativeEngine, NativeOptions
+from spmdrl.rollout.protocol import Completion, Request
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 640,
+    "eos_token_id": EOS,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "Qwen3Moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+class Lively:
+    """Random weights eight times as large as usual: sharp choices."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._plain = RandomCheckpoint(config, 0)
+        self.names, self.shape = self._plain.names, self._plain.shape
+
+    def read(self, part: Slice) -> Tensor:
+        values = self._plain.read(part)
+        return values if part.name.endswith("norm.weight") else values * 8
+
+
+def model(name: str) -> tuple[ModelConfig, Lively]:
+    config = parse_config({**SIZES, **MODELS[name], "architectures": [f"{name}ForCausalLM"]})
+    return config, Lively(config)
+
+
+def engine_of(
+    name: str, tp: Parallel | None = None, ep: Parallel | None = None, **options: Any
+) -> NativeEngine:
+    config, source = model(name)
+    engine = NativeEngine(
+        config, tp=tp, ep=ep, options=NativeOptions(**{"block_size": 8, **options})
+    )
+    table = engine.parameters_table()
+    fill(((engine.allocate(local), held.slices) for local, held in table.items()), source)
+    return engine
+
+
+def naive_experts(name: str, tokens: list[int]) -> tuple[Tensor, Tensor]:
+    """[tokens, L, K], and by how much each choice won over the first that was not chosen."""
+    config, source = model(name)
+    assert config.moe is not None
+    decoder = Decoder(config, device="cpu")
+    load_into(decoder, source)
+    routing = Margins(config.moe)
+    with torch.no_grad():
+        decoder(torch.tensor(tokens), torch.arange(len(tokens)), dense, routing=routing)
+    return routing.chosen(), torch.stack(routing.margins, dim=1)
+
+
+class Margins(Routing):
+    def __init__(self, moe: Any) -> None:
+        super().__init__(moe)
+        self.margins: list[Tensor] = []
+
+    def choose(self, layer: int, probabilities: Tensor) -> Tensor:
+        chosen = super().choose(layer, probabilities)
+        best = probabilities.topk(chosen.shape[1] + 1).values
+        self.margins.append(best[:, -2] - best[:, -1])
+        return chosen
+
+
+def check(name: str, asked: list[Request], found: list[list[Completion]], *, seed: int) -> None:
+    config, source = model(name)
+    for i, one in enumerate(asked):
+        for sample in one.samples:
+            completion = found[i][sample]
+            want = naive(config, source, one, sample, seed=seed, step=1)
+            assert_same(completion, want, f"{name}, prompt {i}, sample {sample}")
+            experts = completion.experts
+            assert experts is not None and experts.dtype == torch.uint8
+            tokens = [*one.tokens, *completion.tokens]
+            chosen, margins = naive_experts(name, tokens)
+            recorded = unpack_choices(experts)
+            assert (recorded[-1] == -1).all() and recorded.shape == chosen.shape
+            differs = (recorded[:-1].sort(-1).values != chosen[:-1].sort(-1).values).any(-1)
+            assert not (differs & (margins[:-1] > 1e-5)).any(), (name, i, sample)
+
+
+def load(margins: bool = True) -> list[Request]:
+    prompts = prompts_of(9, 20, 33)
+    settings: list[dict[str, Any]] = [{}, {"temperature": 0}, {"temperature": 0.8}]
+    return [
+        request(prompts[i], i, 1 + i, max_tokens=20, margins=margins, experts=True, **settings[i])
+        for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_and_experts_are_those_of_naive_decoding(name: str) -> None:
+    """Prompts in chunks, shared by samples, and samples that are preempted."""
+    config, _ = model(name)
+    block = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4 * 8
+    engine = engine_of(name, prefill_tokens=24, max_running=4, kv_cache_gb=14.5 * block / 1e9)
+    asked = load()
+    check(name, asked, engine.generate(asked, seed=5, step=1), seed=5)
+    assert engine.num_preempted > 0
+
+
+def test_a_common_prefix_has_the_experts_of_the_sample_that_computed_it() -> None:
+    (prefix, *ends) = prompts_of(300, 4, 7, 5)
+    asked = [
+        request(prefix + end, i, 2, max_tokens=4, experts=True, margins=True)
+        for i, end in enumerate(ends)
+    ]
+    engine = engine_of("Qwen3Moe", prefill_tokens=128)
+    found = engine.generate(asked, seed=1, step=1)
+    check("Qwen3Moe", asked, found, seed=1)
+    first, other = found[0][0].experts, found[2][1].experts
+    assert first is not None and other is not None
+    assert torch.equal(first[:300], other[:300])
+
+
+def test_experts_of_a_dense_model_are_refused() -> None:
+    config = parse_config({**SIZES, "architectures": ["LlamaForCausalLM"]})
+    engine = NativeEngine(config)
+    fill(
+        ((engine.allocate(n), held.slices) for n, held in engine.parameters_table().items()),
+        RandomCheckpoint(config, 0),
+    )
+    with pytest.raises(ValueError, match="asks for its experts, but LlamaForCausalLM has none"):
+        engine.generate(load(), seed=0, step=0)
+
+
+def on_ranks(world: World, degrees: dict[str, int]) -> list[list[list[Completion]]]:
+    mesh = Mesh("rollout", range(world.size), degrees, "cpu")
+    tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
+    ep = Parallel(rank=mesh.coordinate("ep"), size=mesh.size("ep"))
+    return [
+        engine_of(name, tp, ep, max_running=4).generate(load(), seed=5, step=1) for name in MODELS
+    ]
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 2}, {"tp": 2, "ep": 2}], ids=["tp2", "tp2_ep2"])
+def test_two_ranks_draw_the_tokens_and_experts_of_one(degrees: dict[str, int]) -> None:
+    first, second = run_ranks(on_ranks, 2, degrees)
+    for i, name in enumerate(MODELS):
+        check(name, load(), first[i], seed=5)
+        for one, two in zip(first[i], second[i], strict=True):
+            assert [c.tokens for c in one] == [c.tokens for c in two]
+            assert all(
+                a.experts is not None
+                and b.experts is not None
+                and torch.equal(a.experts, b.experts)
+                for a, b in zip(one, two, strict=True)
+            )
