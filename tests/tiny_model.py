@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from spmdrl.models.config import ModelConfig, read_config
+from spmdrl.models.experts import EXPERT_NAMES
 from spmdrl.models.hf import RandomCheckpoint, save_pretrained
 from spmdrl.models.sharding import Head, Slice
 
@@ -17,6 +18,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
 SPECIAL = ("<|im_start|>", "<|im_end|>")
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+}
 
 
 def make_tiny_model(
@@ -46,9 +53,10 @@ def make_tiny_model(
             }
         )
     )
+    family = architecture.removesuffix("ForCausalLM")
     source = {
         "architectures": [architecture],
-        "model_type": architecture.removesuffix("ForCausalLM").lower(),
+        "model_type": "qwen3_moe" if family == "Qwen3Moe" else family.lower(),
         "vocab_size": 264,
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -64,6 +72,7 @@ def make_tiny_model(
         "bos_token_id": 0,
         "eos_token_id": 1,
         "sliding_window": None,
+        **(EXPERTS if architecture in EXPERT_NAMES else {}),
         **changes,
     }
     (directory / "config.json").write_text(json.dumps(source))

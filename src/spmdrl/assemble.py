@@ -30,7 +30,7 @@ from spmdrl.policy_sync import PolicySync
 from spmdrl.role_plan import (
     KINDS,
     RolePlan,
-    check_degrees,
+    check_model,
     megatron_options,
     plan_roles,
     role_head,
@@ -92,7 +92,7 @@ def open_models(config: Config, placements: Mapping[str, Placement]) -> dict[str
             seed=config.seed,
         )
         models[name] = Model(config=shape, weights=weights)
-        check_degrees(config, name, placements[name], shape)
+        check_model(config, name, placements[name], shape)
     return models
 
 
@@ -321,6 +321,7 @@ def train_options(config: Config, name: str, device: torch.device) -> TrainOptio
         weight_decay=train.weight_decay,
         clip_norm=train.clip_norm,
         head_chunk=train.head_chunk,
+        balance_coef=train.balance_coef,
         param_dtype=training_dtype(config, device),
     )
 

@@ -118,6 +118,9 @@ class TrainSection(Section):
     weight_decay: float = Field(0.0, ge=0, description="AdamW, not on norms and biases")
     clip_norm: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
     head_chunk: int = Field(1024, ge=1, description="tokens of logits held at once")
+    balance_coef: float = Field(
+        0.0, ge=0, description="of a MoE's load-balancing loss, for each response by itself; 0: off"
+    )
 
 
 class RolloutSection(Section):

@@ -56,6 +56,9 @@ class AlgorithmSection(Section):
     )
     entropy_coef: float = Field(0.0, description="entropy bonus")
     centre_coef: float = Field(0.0, ge=0, description="reward models: keeps scores around 0")
+    routing_replay: bool = Field(
+        False, description="a MoE's update sends every token to the experts it had in the rollout"
+    )
     importance_cap: float | None = Field(
         None, gt=0, description="truncated importance sampling between rollout and trainer"
     )

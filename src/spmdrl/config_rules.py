@@ -38,6 +38,7 @@ def check_crossed(config: Config) -> None:
     _check_policy_loss(config)
     _check_preference(config)
     _check_rewards(config)
+    _check_experts(config)
     _check_memory(config)
     _check_lag(config)
     samples = data.prompts_per_step * data.group_size
@@ -218,6 +219,17 @@ def _check_preference(config: Config) -> None:
             raise ValueError(
                 f"flow=online_dpo with data.group_size={config.data.group_size}: it compares the "
                 "samples of a prompt, so it needs at least 2"
+            )
+
+
+def _check_experts(config: Config) -> None:
+    for name in config.roles:
+        coefficient = config.train_section(name).balance_coef
+        if coefficient > 0 and config.is_trained(name) and config.role_kind(name) == "reward":
+            raise ValueError(
+                f"train.balance_coef={coefficient} for the reward model roles.{name}: it reads one "
+                "token of a row, and the balance is over the tokens of a response: set "
+                f"roles.{name}.train.balance_coef to 0"
             )
 
 

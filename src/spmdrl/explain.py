@@ -9,7 +9,7 @@ from spmdrl.config import Config, num_optimizer_steps
 from spmdrl.distributed.mesh import format_ranks
 from spmdrl.models.config import ModelConfig, read_config, tiny
 from spmdrl.placement import Placement, place_roles
-from spmdrl.role_plan import check_degrees, plan_roles, training_dtype
+from spmdrl.role_plan import check_model, plan_roles, training_dtype
 
 
 def explain(config: Config, world_size: int, ranks_per_node: int | None = None) -> str:
@@ -105,7 +105,7 @@ def _weights(config: Config, placements: dict[str, Placement]) -> list[str]:
             continue
         shape = read_config(config.model_path(name))
         shapes[name] = tiny(shape) if config.model.tiny else shape
-        check_degrees(config, name, placements[name], shapes[name])
+        check_model(config, name, placements[name], shapes[name])
     num_ranks = 1 + max(rank for placement in placements.values() for rank in placement.ranks)
     plan = plan_roles(config, placements, shapes, [device.type] * num_ranks)
     lines = [f"dtype {training_dtype(config, device)} on {device.type}"]

@@ -14,6 +14,7 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import split_groups_if_few
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.routing import EXPERT_CHOICES, choices_dtype
 from spmdrl.passes import WEIGHTS, row_order
 from spmdrl.rollout.protocol import Completion, Request, RolloutEngine
 from spmdrl.rollout.sampling import SamplingParams
@@ -93,18 +94,19 @@ class Rollout:
         (unique in the step). The result's rows are prompt and response, with the token columns
         `tokens`, `rollout_logprobs`, `loss_mask` and the row columns `prompt_ids`,
         `sample_index`, `prompt_lengths`, `response_lengths`, `finish` (0 stop, 1 length,
-        2 aborted) and `weight_version`; the prompts' own row and Python columns are repeated for
-        every sample.
+        2 aborted) and `weight_version`; with `sampling.experts` also the token column
+        `expert_choices`. The prompts' own row and Python columns are repeated for every sample.
         """
         size = generation.group_size
         repeated = prompts.select(torch.arange(len(prompts)).repeat_interleave(size))
         samples = torch.arange(size).repeat(len(prompts))
         batch = repeated.with_columns(rows={"sample_index": samples})
         versions = {"weight_version": torch.full((len(batch),), self.version)}
+        experts = _expert_column(self.config) if generation.sampling.experts else ()
 
         def compute(rows: Batch) -> Batch:
             assert self.engine is not None, f"role {self.name!r} has no engine on this rank"
-            return _run_generation(self.engine, rows, generation, self.progress)
+            return _run_generation(self.engine, rows, generation, experts, self.progress)
 
         def finish(home: Batch) -> Batch:
             return home.with_columns(rows={**batch.rows, **versions}, objects=batch.objects)
@@ -121,6 +123,7 @@ class Rollout:
                 Column(name="prompt_lengths", kind="row", dtype=torch.int64),
                 Column(name="response_lengths", kind="row", dtype=torch.int64),
                 Column(name="finish", kind="row", dtype=torch.int64),
+                *experts,
             ),
             compute=compute,
             finish=finish,
@@ -132,8 +135,21 @@ class Rollout:
         )
 
 
+def _expert_column(config: ModelConfig) -> tuple[Column, ...]:
+    """What `expert_choices` look like; ValueError for a model without experts."""
+    moe = config.moe
+    if moe is None:
+        raise ValueError(f"sampling.experts: {config.architecture} has no experts to record")
+    dtype, shape = choices_dtype(moe.num_experts), (len(moe.layers), moe.top_k)
+    return (Column(name=EXPERT_CHOICES, dtype=dtype, shape=shape),)
+
+
 def _run_generation(
-    engine: RolloutEngine, rows: Batch, generation: Generation, progress: Progress | None
+    engine: RolloutEngine,
+    rows: Batch,
+    generation: Generation,
+    experts: tuple[Column, ...],
+    progress: Progress | None,
 ) -> Batch:
     """Generate for this replica's rows; rows of one prompt become one request."""
     sequences = torch.split(rows["tokens"], rows.lengths.tolist())
@@ -159,7 +175,13 @@ def _run_generation(
     by_row: dict[int, Completion] = {}
     for group, completions in zip(places.values(), answers, strict=True):
         by_row.update(zip(group, completions, strict=True))
-    return _completed(rows, [by_row[row] for row in range(len(rows))])
+    completions = [by_row[row] for row in range(len(rows))]
+    batch = _completed(rows, completions)
+    for column in experts:
+        none = torch.empty((0, *column.shape), dtype=column.dtype)
+        chosen = [c.experts for c in completions if c.experts is not None]
+        batch = batch.with_columns(tokens={column.name: torch.cat([none, *chosen])})
+    return batch
 
 
 def _completed(prompts: Batch, completions: list[Completion]) -> Batch:

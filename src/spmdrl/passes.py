@@ -18,6 +18,7 @@ from spmdrl.distributed.reduce import group_sum
 from spmdrl.keyed import key64
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.training.protocol import LossFn, TrainBackend
 from spmdrl.training.readout import Readout
 
@@ -64,10 +65,26 @@ class ModelRole(Protocol):
     memory: Turns | None
 
 
+def replayed(batch: Batch) -> tuple[str, ...]:
+    """The column with the rollout's expert choices, where the batch has it: for the policy alone,
+    since its are the experts that were chosen.
+    """
+    return (EXPERT_CHOICES,) if EXPERT_CHOICES in batch else ()
+
+
 def read_call(
-    role: ModelRole, method: str, batch: Batch, readout: Readout, names: Sequence[str]
+    role: ModelRole,
+    method: str,
+    batch: Batch,
+    readout: Readout,
+    names: Sequence[str],
+    more: tuple[str, ...] = (),
 ) -> Call[Batch]:
-    """A forward pass; the readout's columns come home under `names`."""
+    """A forward pass; the readout's columns come home under `names`.
+
+    Args:
+        more: columns that travel beside the packed rows themselves.
+    """
 
     def compute(rows: Batch) -> Batch:
         result = _backend(role).forward(rows, readout)
@@ -82,7 +99,7 @@ def read_call(
         role=role,
         method=method,
         batch=batch,
-        needs=PACKING,
+        needs=(*PACKING, *more),
         returns=tuple(
             Column(name=name, kind="token" if readout.is_per_token else "row") for name in names
         ),

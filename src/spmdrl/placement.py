@@ -193,9 +193,10 @@ def _degrees(name: str, section: RoleSection, num_ranks: int) -> dict[str, int]:
 
 
 def _least(section: RoleSection) -> int:
-    """What the degrees that are written down multiply to."""
+    """Of what the ranks must be a multiple, for the degrees that are written down."""
     shard = 1 if section.dp_shard == "all" else section.dp_shard
-    return section.pp * (section.dp_replicate or 1) * shard * section.cp * section.tp
+    written = section.pp * (section.dp_replicate or 1) * shard * section.cp * section.tp
+    return math.lcm(written, section.pp * math.lcm(section.tp, section.ep))
 
 
 def _local_needed(config: Config, local_size: int) -> int:

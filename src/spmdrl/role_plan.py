@@ -78,12 +78,13 @@ def role_head(config: Config, name: str) -> Head:
     return KINDS[kind].head if kind in KINDS else "lm"
 
 
-def check_degrees(config: Config, name: str, placement: Placement, shape: ModelConfig) -> None:
-    """Refuse degrees that do not divide the role's model.
+def check_model(config: Config, name: str, placement: Placement, shape: ModelConfig) -> None:
+    """Refuse degrees that do not divide the role's model, and what only experts could do.
 
     Raises:
         ValueError: naming the role and the numbers; megatron-core is missing where it is needed.
     """
+    _check_experts(config, name, shape)
     if uses_megatron(config, name):
         check_installed(name)
         check_megatron(name, shape, placement.degrees, megatron_options(config, name))
@@ -97,6 +98,24 @@ def check_degrees(config: Config, name: str, placement: Placement, shape: ModelC
         raise ValueError(
             f"roles.{name}.ep={ep} with roles.{name}.tp={tp}: the replicas of a rollout generate "
             "each at its own pace and exchange no tokens, so its ep must divide its tp"
+        )
+
+
+def _check_experts(config: Config, name: str, shape: ModelConfig) -> None:
+    """Replay and balance loss are of a model with experts, on the torch backend."""
+    if shape.moe is None:
+        lacks = f"the model of roles.{name} ({shape.architecture}) has no experts"
+    elif uses_megatron(config, name):
+        lacks = f"train.backend=megatron of roles.{name} does not have it"
+    else:
+        return
+    if config.algorithm.routing_replay and config.role_kind(name) in ("policy", "rollout"):
+        raise ValueError(f"algorithm.routing_replay=true, but {lacks}: set it to false")
+    coefficient = config.train_section(name).balance_coef
+    if coefficient > 0 and config.is_trained(name):
+        raise ValueError(
+            f"train.balance_coef={coefficient}, but {lacks}: set it, or "
+            f"roles.{name}.train.balance_coef, to 0"
         )
 
 

@@ -6,13 +6,15 @@ A role is a leaf: its name, its mesh, its model, and the calls that it offers. H
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from spmdrl.batch import Batch
 from spmdrl.calls import Call, RoleMethod, together
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.generation import Generation, Rollout
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
-from spmdrl.passes import Update, UpdateRecords, read_call, update_call
+from spmdrl.passes import Update, UpdateRecords, read_call, replayed, update_call
 from spmdrl.training.protocol import LossFn, TrainBackend
 from spmdrl.training.readout import SCORES, VALUES, next_token
 
@@ -32,7 +34,8 @@ class Policy:
     """The trained model.
 
     Methods: `logprobs(batch, temperature)` adds the token columns `logprobs` and `entropy`;
-    `update(batch, loss_fn, update)` trains and returns metric sums, equal on every rank.
+    `update(batch, loss_fn, update)` trains and returns metric sums, equal on every rank. Both take
+    the experts of the column `expert_choices`, where the batch has it.
 
     `version` counts the optimizer steps behind the weights, on every rank of the world.
     """
@@ -53,7 +56,8 @@ class Policy:
 
     def _logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
         names = ("logprobs", "entropy")
-        return read_call(self, "logprobs", batch, next_token(temperature), names)
+        more = replayed(batch)
+        return read_call(self, "logprobs", batch, next_token(temperature), names, more)
 
     def _update(self, batch: Batch, loss_fn: LossFn, update: Update) -> Call[UpdateRecords]:
         def count(records: UpdateRecords) -> UpdateRecords:
@@ -61,6 +65,7 @@ class Policy:
             return records
 
         readout = next_token(update.temperature)
+        update = replace(update, columns=(*update.columns, *replayed(batch)))
         return update_call(self, batch, loss_fn, readout, update, then=count)
 
 

@@ -18,6 +18,7 @@ from spmdrl.memory.parts import Part, PartName, PartWish
 from spmdrl.memory.plan import MemoryPlan, fits, make_plan
 from spmdrl.memory.schedule import PlannedCall
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.moe import has_fixed_shapes
 from spmdrl.models.sharding import Head
 from spmdrl.passes import OPTIMIZER, WEIGHTS
 from spmdrl.placement import Placement
@@ -218,8 +219,10 @@ def uses_graphs(config: Config, shape: Shape) -> bool:
     """Whether the rollout's decode steps are captured, which holds addresses."""
     if shape.device.type == "cuda" and not torch.cuda.is_available():
         return False  # a rank without a GPU plans for one that has it: only its own plan counts
+    shapes = {name: held.shape for name, held in next(iter(shape.layout.values())).items()}
     usable = varlen_is_usable(shape.dtype, shape.config.head_dim, shape.device)
-    return config.rollout.cuda_graphs and usable
+    fixed = has_fixed_shapes(shape.config, shapes, shape.dtype, shape.device)
+    return config.rollout.cuda_graphs and usable and fixed
 
 
 def _calls(

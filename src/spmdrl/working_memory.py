@@ -91,7 +91,7 @@ def working_bytes(
             scores += config.vocab_size // tp * width * 4
         total = int(held) * dtype.itemsize + max(int(last) * dtype.itemsize, scores)
     if degrees["dp_shard"] > 1:
-        total += _gathered_bytes(config, tp, dtype, head, backward=backward)
+        total += _gathered_bytes(config, degrees, dtype, head, backward=backward)
     return total
 
 
@@ -121,12 +121,18 @@ def _kept(dtype: torch.dtype, device: torch.device) -> _Values:
 
 
 def _gathered_bytes(
-    config: ModelConfig, tp: int, dtype: torch.dtype, head: Head, *, backward: bool
+    config: ModelConfig,
+    degrees: Mapping[str, int],
+    dtype: torch.dtype,
+    head: Head,
+    *,
+    backward: bool,
 ) -> int:
     """FSDP2: the parameters outside of layers, and two layers; their gradients, and in float32 what
     is reduced.
     """
-    sizes = {name: math.prod(s) for name, s in local_parameters(config, tp, head).items()}
+    local = local_parameters(config, degrees["tp"], head, ep_size=degrees.get("ep", 1))
+    sizes = {name: math.prod(shape) for name, shape in local.items()}
     layer = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
     rest = sum(size for name, size in sizes.items() if not name.startswith("layers."))
     gathered = (rest + 2 * layer) * dtype.itemsize

@@ -29,6 +29,7 @@ def place(tmp_path_factory):
     """A model directory and a data file that stand in for the real ones."""
     root = tmp_path_factory.mktemp("configs")
     make_tiny_model(root / "model", max_position_embeddings=16384)
+    make_tiny_model(root / "moe", "Qwen3MoeForCausalLM", max_position_embeddings=16384)
     rows = [
         {
             "question": QUESTION.format(i, i + 1),
@@ -49,7 +50,7 @@ def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
     words = [
         "steps=2",
         f"run_dir={run_dir}",
-        f"model.path={root / 'model'}",
+        f"model.path={root / ('moe' if 'moe' in path.stem else 'model')}",
         "model.tiny=true",
         "data.prompts_per_step=4",
         "data.group_size=4",

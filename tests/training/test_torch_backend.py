@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,7 +72,11 @@ def rows_of_step(step: int, num_replicas: int, replica: int) -> Batch:
     return batch.select([i for i, r in enumerate(owner) if r == replica])
 
 
-def train(backend: TorchBackend) -> dict[str, Any]:
+RowsOf = Callable[[int, int, int], Batch]
+"""Step, number of replicas, replica -> its rows."""
+
+
+def train(backend: TorchBackend, rows_of: RowsOf = rows_of_step) -> dict[str, Any]:
     """Three optimizer steps; metrics, log-probabilities before and after, and local tensors."""
     mesh = backend.mesh
     replicas, replica = mesh.size("dp"), mesh.coordinate("dp")
@@ -79,7 +84,7 @@ def train(backend: TorchBackend) -> dict[str, Any]:
     probe = make_rows([5, 2], 2, seed=9)
     record["before"] = backend.forward(probe, next_token(TEMPERATURE))["logprobs"]
     for step in range(NUM_STEPS):
-        rows = rows_of_step(step, replicas, replica)
+        rows = rows_of(step, replicas, replica)
         # Between updates the weights are read: nothing gathered may go stale.
         backend.forward(rows, next_token(1.0))
         sums = backend.forward_backward(rows, loss_fn, next_token(TEMPERATURE), normaliser=50.0)
@@ -97,10 +102,13 @@ def clone(tensors: LocalTensors) -> LocalTensors:
 
 
 def run_layouts(
-    world: World, config: ModelConfig, cases: list[tuple[dict[str, int], dict[str, Any]]]
+    world: World,
+    config: ModelConfig,
+    cases: list[tuple[dict[str, int], dict[str, Any]]],
+    rows_of: RowsOf = rows_of_step,
 ) -> list[dict[str, Any]]:
     return [
-        train(make_backend(world, options(**changes), config, **degrees))
+        train(make_backend(world, options(**changes), config, **degrees), rows_of)
         for degrees, changes in cases
     ]
 

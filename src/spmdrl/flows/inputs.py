@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,11 @@ def sampling_params(section: SamplingSection) -> SamplingParams:
         stop=section.stop,
         stop_token_ids=section.stop_token_ids,
     )
+
+
+def training_sampling(config: Config) -> SamplingParams:
+    """`sampling`, with what the algorithm wants to be recorded."""
+    return replace(sampling_params(config.sampling), experts=config.algorithm.routing_replay)
 
 
 def check_lengths(config: Config, role: str, max_position: int) -> None:

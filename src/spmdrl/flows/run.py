@@ -30,6 +30,7 @@ from spmdrl.observe.timeline import PhaseTimer, peak_memory_bytes, timing_metric
 from spmdrl.policy_sync import PolicySync
 from spmdrl.rewards.scorer import Scorer
 from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.training.experts import EXPERT_METRICS
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Evaluates(Protocol):
         ...
 
 
-PER_STEP = ("loss", "grad_norm", "lr", "skipped")
+PER_STEP = ("loss", "grad_norm", "lr", "skipped", *EXPERT_METRICS)
 """Metrics of an optimizer step as a whole, not of its tokens."""
 
 

@@ -24,6 +24,7 @@ from spmdrl.flows.inputs import (
     read_inputs,
     retokenizer,
     sampling_params,
+    training_sampling,
 )
 from spmdrl.flows.lifetime import Lifetime
 from spmdrl.flows.online_dpo import online_dpo
@@ -161,7 +162,7 @@ def make_run(
         scorer=scorer,
         evaluators=list(make_evaluators(config, world, inputs, assembly, pools).values()),
         saver=saver,
-        sampling=sampling_params(config.sampling),
+        sampling=training_sampling(config),
         timer=PhaseTimer(synchronize=world.synchronize),
         memory=PhaseMemory(assembly.memory, world.device),
         relay=relay,

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .linear import product
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Groups:
@@ -71,7 +73,7 @@ class _Loop(torch.autograd.Function):
         for expert, size in enumerate(sizes):
             if size:
                 rows = slice(start, start + size)
-                torch.mm(x[rows], weight[expert].t(), out=out[rows])
+                out[rows] = product(x[rows], weight[expert])
             start += size
         return out
 
@@ -84,8 +86,8 @@ class _Loop(torch.autograd.Function):
         for expert, size in enumerate(ctx.sizes):
             rows = slice(start, start + size)
             if size:
-                torch.mm(grad[rows], weight[expert], out=d_x[rows])
-                torch.mm(grad[rows].t(), x[rows], out=d_weight[expert])
+                d_x[rows] = product(grad[rows], weight[expert].t())
+                d_weight[expert] = product(grad[rows].t(), x[rows].t())
             else:
                 d_weight[expert].zero_()
             start += size

@@ -9,6 +9,7 @@ an exchange: tokens go to the rank with the same tp coordinate that has the expe
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,21 @@ from ..distributed.parallel import Parallel, all_to_all_rows, copy_to, exchange_
 from .config import ModelConfig
 from .fused import swiglu
 from .grouped import Groups, grouped_gemm_is_usable, grouped_linear
+from .linear import linear
 from .routing import Routing
+
+
+def has_fixed_shapes(
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> bool:
+    """Whether a pass without gradient does the same whatever is chosen, so that it can be captured
+    as a CUDA graph; `shapes` are those of a rank's parameters, by local name.
+    """
+    widths = {shape[1] for name, shape in shapes.items() if name.endswith(".mlp.experts.down")}
+    return config.moe is None or grouped_gemm_is_usable(dtype, device, config.hidden_size, *widths)
 
 
 class Router(nn.Module):
@@ -32,7 +47,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x.float(), self.weight.float()).softmax(dim=-1)
+        return linear(x.float(), self.weight.float()).softmax(dim=-1)
 
 
 class Moe(nn.Module):

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from .experts import MoeConfig
 
+EXPERT_CHOICES = "expert_choices"
+"""The token column with recorded choices, [T, L, K]: those of each token in every layer that has
+experts, packed (see `pack_choices`)."""
+
 
 def choices_dtype(num_experts: int) -> torch.dtype:
     """In which expert numbers are kept and sent; the dtype's largest value means "not recorded"."""
@@ -114,13 +118,20 @@ class Routing:
         """int64 [T, L, K]: the experts that were used, in ascending order of layers."""
         return torch.stack([self._chosen[layer] for layer in self._moe.layers], dim=1)
 
-    def own(self) -> Tensor:
-        """int64 [T, L, K]: the most probable experts, whatever was given."""
-        return torch.stack([self._own[layer] for layer in self._moe.layers], dim=1)
+    def num_changed(self, places: Tensor) -> Tensor:  # int64 [M]
+        """Of the choices at these tokens, how many are not the router's own."""
+        if self._given is None:
+            return torch.zeros((), device=places.device)
+        chosen, own = (
+            self.chosen()[places],
+            torch.stack([self._own[layer][places] for layer in self._moe.layers], dim=1),
+        )
+        kept = (chosen[..., :, None] == own[..., None, :]).any(dim=-1)
+        return (~kept).sum()
 
     def balance_loss(self) -> Tensor:
         """This rank's summands of the loss that was added, of all layers together."""
-        return torch.stack(list(self._losses.values())).sum()
+        return sum(self._losses.values(), torch.zeros(()))
 
 
 class _WithLoss(torch.autograd.Function):

@@ -24,18 +24,22 @@ class LocalStream:
 
     Args:
         tokens, positions: int64 [L], this rank's part, equally long on all ranks.
+        source: int64 [L], the tokens' places in the batch's token columns, -1 where they have none.
         spans: rows count here, keys in the gathered stream.
         predict, targets: int64 [M], the loss tokens predicted here, padded to the most that any
             rank has (at least 1).
+        read: int64, which of the microbatch's loss tokens the first of these are, in order.
         order: int64 [N], where each of the microbatch's loss tokens stands among the ranks' parts
             laid end to end; None where there is one rank, and all are in order.
     """
 
     tokens: Tensor
     positions: Tensor
+    source: Tensor
     spans: tuple[Span, ...]
     predict: Tensor
     targets: Tensor
+    read: Tensor
     order: Tensor | None
 
 
@@ -45,9 +49,11 @@ def split_stream(microbatch: Microbatch, rank: int, size: int) -> LocalStream:
         return LocalStream(
             tokens=microbatch.tokens,
             positions=microbatch.positions,
+            source=microbatch.origin,
             spans=microbatch.spans,
             predict=microbatch.predict,
             targets=microbatch.targets,
+            read=torch.arange(len(microbatch.predict)),
             order=None,
         )
     length = len(microbatch.tokens)
@@ -71,9 +77,11 @@ def split_stream(microbatch: Microbatch, rank: int, size: int) -> LocalStream:
     return LocalStream(
         tokens=microbatch.tokens[part],
         positions=microbatch.positions[part],
+        source=microbatch.origin[part],
         spans=_split_spans(spans, chunks, chunk, size),
         predict=torch.cat((place[mine], padding)),
         targets=torch.cat((microbatch.targets[mine], padding)),
+        read=mine,
         order=order,
     )
 

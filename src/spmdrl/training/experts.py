@@ -31,7 +31,7 @@ def make_routing(
     if moe is None:
         return None
     given = None
-    if EXPERT_CHOICES in rows.tokens and not microbatch.is_empty:
+    if EXPERT_CHOICES in rows.tokens and rows.num_tokens > 0:
         recorded = rows[EXPERT_CHOICES]
         check_choices(recorded, moe)
         given = unpack_choices(recorded[stream.source].to(device))

@@ -25,6 +25,7 @@ class TrainOptions:
     clip_norm: largest norm of the whole gradient.
     param_dtype: in which the model computes; the optimizer's weights are float32 always.
     head_chunk: tokens of logits held at once.
+    balance_coef: of the load-balancing loss of a mixture of experts, see `models.routing.Balance`.
 
     Raises:
         ValueError: a value out of its range, naming it.
@@ -45,6 +46,7 @@ class TrainOptions:
     clip_norm: float = 1.0
     param_dtype: torch.dtype = torch.float32
     head_chunk: int = 1024
+    balance_coef: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("microbatch_tokens", "total_steps", "head_chunk"):
@@ -52,6 +54,8 @@ class TrainOptions:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
         if self.clip_norm <= 0:
             raise ValueError(f"clip_norm={self.clip_norm}: it must be positive")
+        if self.balance_coef < 0:
+            raise ValueError(f"balance_coef={self.balance_coef}: it must not be negative")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps={self.warmup_steps}: it must not be negative")
         if self.schedule not in get_args(Schedule):

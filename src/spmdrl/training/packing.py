@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spmdrl.batch import Batch
 from spmdrl.models.attention import Span
+from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.training.readout import Places
 
 PADDING_SPAN = 64
@@ -29,6 +30,7 @@ class Microbatch:
 
     Args:
         tokens, positions: the stream, int64 [S].
+        origin: int64 [S], each token's place in the batch's token columns; -1 where it has none.
         spans: what each place of the stream sees, covering it.
         predict: int64 [N], the places in the stream that are read.
         targets: int64 [N], the ids of the loss tokens, or of the rows' last tokens.
@@ -40,6 +42,7 @@ class Microbatch:
 
     tokens: Tensor
     positions: Tensor
+    origin: Tensor
     spans: tuple[Span, ...]
     predict: Tensor
     targets: Tensor
@@ -88,7 +91,8 @@ def pack(
 
     Args:
         batch: with the token column `tokens` and the row column `prompt_lengths` [B]. Optional:
-            `prompt_ids` [B] and the token column `loss_mask` [T] bool (default: the response).
+            `prompt_ids` [B] and the token columns `loss_mask` [T] bool (default: the response) and
+            `expert_choices` (rows share a prompt only if it has the same ones).
         places: what is read, see `training.readout`.
 
     Raises:
@@ -111,6 +115,7 @@ def empty_microbatch() -> Microbatch:
     return Microbatch(
         tokens=torch.zeros(1, dtype=torch.int64),
         positions=torch.zeros(1, dtype=torch.int64),
+        origin=torch.full((1,), -1),
         spans=(Span(q_start=0, q_stop=1, own=(0, 1)),),
         predict=none,
         targets=none,
@@ -179,17 +184,20 @@ def _last_tokens(batch: Batch) -> list[Tensor]:
 
 
 def _describe(batch: Batch, read: Sequence[Tensor], share_prompts: bool) -> list[_Row]:
-    tokens = torch.split(batch["tokens"], batch.lengths.tolist())
+    lengths = batch.lengths.tolist()
+    names = [name for name in ("tokens", EXPERT_CHOICES) if share_prompts and name in batch]
+    shared = [torch.split(batch[name], lengths) for name in names]
     prompts = batch["prompt_lengths"].tolist()
     has_ids = share_prompts and "prompt_ids" in batch
-    ids = batch["prompt_ids"].tolist() if has_ids else range(len(tokens))
+    ids = batch["prompt_ids"].tolist() if has_ids else range(len(lengths))
     groups: dict[tuple[int, bytes], int] = {}
     rows = []
     for i, places in enumerate(read):
         used = int(places[-1]) + 1 if len(places) else 0
         prompt = min(prompts[i], used)
-        # Equal ids with other tokens (a longer context, say) must not share.
-        content = tokens[i][:prompt].cpu().numpy().tobytes() if share_prompts else b""
+        # Equal ids with other tokens (a longer context, say) must not share, nor do those with
+        # other experts (a group that was sampled on several replicas).
+        content = b"".join(column[i][:prompt].cpu().numpy().tobytes() for column in shared)
         group = groups.setdefault((ids[i], content), len(groups))
         rows.append(_Row(index=i, prompt=prompt, used=used, group=group, read=places))
     return rows
@@ -256,8 +264,10 @@ def _build(batch: Batch, places: Places, rows: Sequence[_Row]) -> Microbatch:
         # Nothing is read of any row: a stream must not be empty.
         blank = empty_microbatch()
         spans, stream, positions = list(blank.spans), blank.tokens, blank.positions
+        origin = blank.origin
     else:
-        stream = torch.cat([batch["tokens"][at : at + n] for at, n, _ in pieces])
+        origin = torch.cat([torch.arange(at, at + n) for at, n, _ in pieces])
+        stream = batch["tokens"][origin]
         positions = torch.cat([torch.arange(p, p + n) for _, n, p in pieces])
     none = torch.zeros(0, dtype=torch.int64)
     predict, targets, source, row_numbers = [none], [none], [none], [none]
@@ -276,6 +286,7 @@ def _build(batch: Batch, places: Places, rows: Sequence[_Row]) -> Microbatch:
     return Microbatch(
         tokens=stream,
         positions=positions,
+        origin=origin,
         spans=tuple(spans),
         predict=torch.cat(predict),
         targets=torch.cat(targets),

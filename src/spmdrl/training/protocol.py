@@ -78,7 +78,8 @@ class TrainBackend(Protocol):
         mask, or [B] with 0 for rows without tokens. Without gradient.
 
         Rows need the token column `tokens` and the row column `prompt_lengths`; `prompt_ids` (rows
-        whose prompts may be computed once) and the token column `loss_mask` are optional.
+        whose prompts may be computed once) and the token columns `loss_mask` and `expert_choices`
+        (of a mixture of experts: to be taken instead of the model's own) are optional.
         """
         ...
 
@@ -98,7 +99,9 @@ class TrainBackend(Protocol):
                 losses that compare them.
 
         Returns the metrics and `loss` (divided by the normaliser), combined over the mesh's `dp`
-        axis, equal on all its ranks.
+        axis, equal on all its ranks; of a mixture of experts also how these were used (see
+        `training.experts.ExpertUse`). Its balance loss, for which rows need `loss_share`, is in the
+        gradient and not in `loss`.
         """
         ...
 

@@ -18,9 +18,11 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.hf import TensorSource
+from spmdrl.models.routing import EXPERT_CHOICES, Balance, Routing
 from spmdrl.models.sharding import Head
 from spmdrl.storages import require_resident
-from spmdrl.training.context import split_stream
+from spmdrl.training.context import LocalStream, split_stream
+from spmdrl.training.experts import ExpertUse, make_balance, make_routing
 from spmdrl.training.gradients import all_reduce_gradients, gradient_norm
 from spmdrl.training.optimizer import Optimizer
 from spmdrl.training.options import TrainOptions, lr_at
@@ -84,7 +86,9 @@ class TorchBackend:
         found = {name: torch.zeros(size) for name in readout.columns}
         with torch.no_grad():
             for microbatch in self._paced(self._pack(rows, readout)):
-                for name, values in self._run(microbatch, readout).items():
+                stream = self._stream(microbatch)
+                routing = make_routing(self.config.moe, rows, microbatch, stream, self._device)
+                for name, values in self._run(stream, readout, routing).items():
                     found[name][microbatch.source] = values.cpu()
         if isinstance(self._decoder, FSDPModule):
             # The root stays gathered after a forward pass; an optimizer step would not reach it.
@@ -104,8 +108,15 @@ class TorchBackend:
         self._require("weights")
         rows = batch.to(torch.device("cpu"))
         parts: list[dict[str, Tensor]] = []
+        moe = self.config.moe
+        use = None if moe is None else ExpertUse(moe, self._device)
         for microbatch in self._paced(self._pack(rows, readout, whole_groups=whole_groups)):
-            outputs = self._run(microbatch, readout)
+            stream = self._stream(microbatch)
+            balance = self._balance(rows, microbatch, stream, readout, normaliser)
+            routing = make_routing(moe, rows, microbatch, stream, self._device, balance)
+            outputs = self._run(stream, readout, routing)
+            if use is not None and routing is not None:
+                use.add(routing, stream)
             if microbatch.is_empty:
                 torch.autograd.backward(nothing_read(outputs))
                 continue
@@ -113,7 +124,14 @@ class TorchBackend:
             loss = loss / normaliser
             torch.autograd.backward(loss)
             parts.append({"loss": loss.detach(), **metrics})
-        return over_replicas(combine([{"loss": 0.0}, *as_numbers(parts)]), self.mesh)
+        sums = over_replicas(combine([{"loss": 0.0}, *as_numbers(parts)]), self.mesh)
+        if use is None:
+            return sums
+        return sums | use.metrics(
+            self.mesh.group("reduce"),
+            coefficient=self.options.balance_coef,
+            is_replay=EXPERT_CHOICES in rows.tokens,
+        )
 
     def optim_step(self) -> OptimStep:
         optimizer = self._require_trainable()
@@ -202,10 +220,34 @@ class TorchBackend:
         missing = int(most) - len(microbatches)
         return microbatches + [empty_microbatch()] * missing
 
-    def _run(self, microbatch: Microbatch, readout: Readout) -> dict[str, Tensor]:
+    def _stream(self, microbatch: Microbatch) -> LocalStream:
+        return split_stream(microbatch, self.mesh.coordinate("cp"), self.mesh.size("cp"))
+
+    def _balance(
+        self,
+        rows: Batch,
+        microbatch: Microbatch,
+        stream: LocalStream,
+        readout: Readout,
+        normaliser: float,
+    ) -> Balance | None:
+        if self.config.moe is None or not readout.is_per_token:
+            return None
+        return make_balance(
+            rows,
+            microbatch,
+            stream,
+            self._device,
+            coefficient=self.options.balance_coef,
+            normaliser=normaliser,
+            group=self.mesh.group("cp"),
+        )
+
+    def _run(
+        self, stream: LocalStream, readout: Readout, routing: Routing | None
+    ) -> dict[str, Tensor]:
         """The readout's columns at all places of the microbatch that are read, [N] each."""
         check_head(self.mesh.role, self.head, readout)
-        stream = split_stream(microbatch, self.mesh.coordinate("cp"), self.mesh.size("cp"))
         attend = PackedAttention(
             stream.spans,
             self._kernel,
@@ -227,7 +269,10 @@ class TorchBackend:
             )
 
         tokens, positions = self._here(stream.tokens), self._here(stream.positions)
-        found = self._decoder(tokens, positions, attend, finish, recompute=self.options.recompute)
+        recompute = self.options.recompute
+        found = self._decoder(
+            tokens, positions, attend, finish, recompute=recompute, routing=routing
+        )
         return whole_stream(found, readout, stream, self.mesh)
 
     def _here(self, tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...distributed.parallel import Parallel
 from ...models.config import ModelConfig
 from ...models.decoder import Decoder
+from ...models.moe import has_fixed_shapes
 from ...models.routing import choices_dtype
 from ...models.sharding import Slice, check_tp, local_kv_heads
 from ...storages import require_resident
@@ -174,7 +175,9 @@ class NativeEngine:
     @property
     def captures_graphs(self) -> bool:
         """Whether decode steps are replayed as CUDA graphs, which hold addresses."""
-        return self._paged and self._options.cuda_graphs
+        shapes = {name: tuple(p.shape) for name, p in self._decoder.named_parameters()}
+        fixed = has_fixed_shapes(self._config, shapes, self._dtype, self._device)
+        return self._paged and self._options.cuda_graphs and fixed
 
     def cache_bytes(self) -> int:
         """Of the cache, as it is now."""
@@ -429,7 +432,7 @@ class NativeEngine:
             )
         else:
             attention = BlockwiseAttention(shape)
-        graphs = options.max_running if self._paged and options.cuda_graphs else 0
+        graphs = options.max_running if self.captures_graphs else 0
         runner = Runner(self._decoder, attention, self._device, graph_sequences=graphs)
         self._work = _Work(num_blocks=num_blocks, runner=runner, compact=not self._paged)
         return self._work
