@@ -22,6 +22,7 @@ from spmdrl.models.moe import has_fixed_shapes
 from spmdrl.models.sharding import Head
 from spmdrl.passes import OPTIMIZER, WEIGHTS
 from spmdrl.placement import Placement
+from spmdrl.rollout.native.blocked import MIN_STEPS
 from spmdrl.rollout.native.varlen import varlen_is_usable
 from spmdrl.step_calls import RankCalls, in_read_order, unusual_steps, usual_step
 from spmdrl.step_sizes import microbatch_tokens
@@ -244,9 +245,9 @@ def _calls(
     generate = []
     for name in rollouts:
         parts = (WEIGHTS, KV_CACHE, *[GRAPHS] * uses_graphs(config, here[name]))
-        generate.append(
-            PlannedCall(name=f"{name}.generate", needs=tuple((name, part) for part in parts))
-        )
+        needs = tuple((name, part) for part in parts)
+        work = _blocked_bytes(config, here[name], rank)
+        generate.append(PlannedCall(name=f"{name}.generate", needs=needs, working_bytes=work))
     scoring = {reward.role for reward in config.rewards}
     score: list[PlannedCall] = []
     read: list[PlannedCall] = []
@@ -282,6 +283,13 @@ def _sync_call(
         needs = () if streams else source
         work = max(staged, default=0)
         yield PlannedCall(name=SYNC, needs=needs, fills=target, working_bytes=work)
+
+
+def _blocked_bytes(config: Config, shape: Shape, rank: int) -> int:
+    """The copy of its weights that a native engine decodes with on a CPU."""
+    pays = config.sampling.max_tokens >= MIN_STEPS
+    is_served = shape.device.type == "cpu" and shape.dtype == torch.float32
+    return _bytes(shape.layout[rank]) if pays and is_served else 0
 
 
 def _working_bytes(
