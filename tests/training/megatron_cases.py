@@ -10,6 +10,7 @@ from test_torch_backend import TEMPERATURE, train
 from torch import Tensor
 from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_config
 
+from moe_models import by_file_name
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.launch import World
@@ -30,6 +31,28 @@ KINDS: dict[str, ModelConfig] = {
     ),
     "qwen3": tiny_config("Qwen3ForCausalLM", num_hidden_layers=4, vocab_size=103),
 }
+EXPERTS: dict[str, ModelConfig] = {
+    # layer 2 is dense
+    "qwen3_moe": tiny_config(
+        "Qwen3MoeForCausalLM",
+        num_hidden_layers=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+        mlp_only_layers=[2],
+    ),
+    "mixtral": tiny_config(
+        "MixtralForCausalLM",
+        num_hidden_layers=4,
+        num_local_experts=4,
+        rms_norm_eps=1e-5,
+        num_experts_per_tok=2,
+        tie_word_embeddings=True,
+        vocab_size=101,
+    ),
+}
+KINDS |= EXPERTS
 
 Case = tuple[dict[str, int], MegatronOptions, dict[str, Any]]
 """Degrees, how Megatron cuts, and what of `options` differs."""
@@ -127,9 +150,12 @@ def reference_model(config: ModelConfig) -> Any:
     """transformers' model of `LivelyCheckpoint`."""
     family = config.architecture.removesuffix(CAUSAL)
     given = getattr(transformers, f"{family}Config")(**config.source)
+    given._experts_implementation = "eager"
     model = getattr(transformers, config.architecture)(given).float().eval()
     checkpoint = LivelyCheckpoint(config)
-    held = dict(model.named_parameters())
+    held: dict[str, Any] = dict(model.named_parameters())
+    if config.moe is not None:
+        held = by_file_name({name: p.data for name, p in held.items()}, config)
     with torch.no_grad():
         for name in checkpoint.names:
             shape = checkpoint.shape(name)
@@ -160,5 +186,6 @@ def reference(config: ModelConfig) -> dict[str, Any]:
     )
     (loss_fn(given)[0] / 7).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = by_file_name(found, config) if config.moe is not None else found
     masked: dict[str, Tensor] = {n: (c.detach() * mask) for n, c in columns.items()}
     return {"columns": masked, "logits": logits, "gradients": found}

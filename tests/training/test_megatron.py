@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from megatron_cases import (
+    EXPERTS,
     KINDS,
     Case,
     case,
@@ -46,7 +47,27 @@ LAYOUTS: dict[int, dict[str, Case]] = {
         "dp2 x dp2 sharded": case(dp_replicate=2, dp_shard=2),
     },
 }
-CASES = [(size, kind, name) for size in LAYOUTS for kind in KINDS for name in LAYOUTS[size]]
+MOE: dict[int, dict[str, Case]] = {
+    1: {"tp1": case(given={"recompute": "layer", **SHORT})},
+    2: {
+        "ep2": case(dp_shard=2, ep=2),
+        "tp2 ep2": case(tp=2, ep=2, sp=True, given=SHORT),
+        "tp2": case(tp=2, sp=True, given={"recompute": "layer"}),
+        "pp2 vpp2": case(pp=2, vpp=2, given=SHORT),
+    },
+    4: {
+        "tp2 ep4": case(tp=2, dp_shard=2, ep=4, sp=True),
+        "tp2 pp2 ep2": case(tp=2, pp=2, ep=2, sp=True, given=SHORT),
+        "pp2 vpp2 ep2": case(pp=2, vpp=2, dp_shard=2, ep=2, given={"recompute": "layer"}),
+        "cp2 ep2": case(cp=2, dp_replicate=2, ep=2),
+    },
+}
+CASES = [
+    (size, kind, name)
+    for size in LAYOUTS
+    for kind in KINDS
+    for name in (MOE if kind in EXPERTS else LAYOUTS)[size]
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +81,12 @@ def expected() -> dict[str, dict[str, Any]]:
 def records() -> dict[tuple[int, str, str], list[dict[str, Any]]]:
     """Every case's record of all ranks; one launch for each world size."""
     found = {}
-    for size, layouts in LAYOUTS.items():
-        cases = [(kind, layouts[name]) for s, kind, name in CASES if s == size]
+    for size in LAYOUTS:
+        cases = [
+            (kind, (MOE if kind in EXPERTS else LAYOUTS)[size][name])
+            for s, kind, name in CASES
+            if s == size
+        ]
         ranks = run_ranks(run_cases, size, cases, timeout_s=280)
         names = [key for key in CASES if key[0] == size]
         for number, key in enumerate(names):

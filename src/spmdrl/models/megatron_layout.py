@@ -6,6 +6,7 @@ use those that are alike. What is not alike:
 - QKV is interleaved: for each key/value head the rows of its queries, of the key, of the value.
 - The vocabulary is padded to a multiple of tp; no slice covers the padding.
 - A pipeline stage holds whole layers, in `vpp` runs of them (interleaved schedule).
+- Experts are parameters each, not stacked.
 - The optimizer's state is a flat range of a buffer of all parameters, whatever their shapes.
 
 All functions here are pure, and know of Megatron only how it cuts.
@@ -29,6 +30,7 @@ class Cut:
     """How a role's model is cut.
 
     Args:
+        ep: parts of the experts, see `distributed.expert_axes`.
         vpp: runs of layers on each pipeline rank.
         fused_norms: norms are parameters of the projection behind them (TransformerEngine).
     """
@@ -36,6 +38,7 @@ class Cut:
     tp: int = 1
     pp: int = 1
     vpp: int = 1
+    ep: int = 1
     fused_norms: bool = False
 
 
@@ -47,6 +50,7 @@ class Parameter:
         name: as in `sharding`, with the layer's number in the whole model.
         module_name: Megatron's, with the layer's number in the chunk.
         shared: the embedding of a tied model that two pipeline stages have.
+        is_expert: other ranks have other experts, where ep > 1.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Parameter:
     shape: tuple[int, ...]
     slices: tuple[Slice, ...]
     shared: bool = False
+    is_expert: bool = False
 
 
 def padded_vocab(config: ModelConfig, tp: int) -> int:
@@ -69,10 +74,16 @@ def chunk_layers(config: ModelConfig, cut: Cut, pp_rank: int, chunk: int) -> ran
 
 
 def rank_chunks(
-    config: ModelConfig, cut: Cut, tp_rank: int, pp_rank: int, head: Head = "lm"
+    config: ModelConfig,
+    cut: Cut,
+    tp_rank: int,
+    pp_rank: int,
+    head: Head = "lm",
+    *,
+    ep_rank: int = 0,
 ) -> list[tuple[Parameter, ...]]:
     """The chunks of one rank, each with its parameters in the order of Megatron's modules."""
-    held = all_slices(config, tp_rank, cut.tp, head)
+    held = all_slices(config, tp_rank, cut.tp, head, ep_rank=ep_rank, ep_size=cut.ep)
     chunks = []
     for chunk in range(cut.vpp):
         is_first = pp_rank == 0 and chunk == 0
@@ -121,9 +132,11 @@ def _layer(
 ) -> Iterator[Parameter]:
     prefix = f"decoder.layers.{number}"
     input_norm, post_norm = "input_layernorm.weight", "pre_mlp_layernorm.weight"
+    has_experts = f"{local}.mlp.router.weight" in held
     if cut.fused_norms:
         input_norm = "self_attention.linear_qkv.layer_norm_weight"
-        post_norm = "mlp.linear_fc1.layer_norm_weight"
+        if not has_experts:
+            post_norm = "mlp.linear_fc1.layer_norm_weight"
 
     def plain(name: str, module_name: str) -> Parameter:
         return _plain(held, f"{local}.{name}", f"{prefix}.{module_name}")
@@ -140,8 +153,47 @@ def _layer(
         yield plain("attention.q_norm.weight", "self_attention.q_layernorm.weight")
         yield plain("attention.k_norm.weight", "self_attention.k_layernorm.weight")
     yield plain("post_norm.weight", post_norm)
+    if has_experts:
+        yield plain("mlp.router.weight", "mlp.router.weight")
+        yield from _experts(config, cut, held, local, prefix)
+        return
     yield plain("mlp.gate_up.weight", "mlp.linear_fc1.weight")
     yield plain("mlp.down.weight", "mlp.linear_fc2.weight")
+
+
+def _experts(
+    config: ModelConfig,
+    cut: Cut,
+    held: Mapping[str, tuple[Slice, ...]],
+    local: str,
+    prefix: str,
+) -> Iterator[Parameter]:
+    """This rank's experts: modules one after the other, or (TransformerEngine) weights of one
+    grouped module, first all fc1 and then all fc2.
+    """
+    assert config.moe is not None
+    count = config.moe.num_experts // cut.ep
+    kinds = (("gate_up", "linear_fc1"), ("down", "linear_fc2"))
+
+    def one(expert: int, kind: str, module: str) -> Parameter:
+        whole = held[f"{local}.mlp.experts.{kind}"]
+        rows = sum(piece.rows for piece in whole) // count
+        own = restrict(whole, expert * rows, (expert + 1) * rows)
+        name = f"local_experts.{expert}.{module}.weight"
+        if cut.fused_norms:
+            name = f"{module}.weight{expert}"
+        return Parameter(
+            name=f"{local}.mlp.experts.{expert}.{kind}",
+            module_name=f"{prefix}.mlp.experts.{name}",
+            shape=(rows, own[0].size[1]),
+            slices=own,
+            is_expert=cut.ep > 1,
+        )
+
+    if cut.fused_norms:
+        yield from (one(expert, *kind) for kind in kinds for expert in range(count))
+    else:
+        yield from (one(expert, *kind) for expert in range(count) for kind in kinds)
 
 
 def _interleave(config: ModelConfig, slices: Sequence[Slice]) -> tuple[Slice, ...]:
@@ -218,6 +270,24 @@ def shard_range(
     low = max(start, first + shard * size)
     high = min(stop, first + (shard + 1) * size)
     return (low - start, high - start) if low < high else (0, 0)
+
+
+def chunk_ranges(
+    chunk: Sequence[Parameter], shard: int, num_shards: int, exchange: int = 1
+) -> dict[str, tuple[int, int]]:
+    """`shard_range` of every parameter. Experts have a buffer of their own; of the shards every
+    `exchange`-th has the same ones.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for of_experts in (False, True):
+        own = [parameter for parameter in chunk if parameter.is_expert is of_experts]
+        part = exchange if of_experts else 1
+        if not own:
+            continue
+        index, count = shard // part, num_shards // part
+        places, buckets = buffer_places(own, count)
+        found |= {p.name: shard_range(places[p.name], buckets, index, count) for p in own}
+    return found
 
 
 def flat_pieces(parameter: Parameter, start: int, stop: int) -> list[Piece]:

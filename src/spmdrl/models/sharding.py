@@ -220,10 +220,11 @@ def check_tp(config: ModelConfig, tp: int, *, ep: int = 1, replicate_kv: bool = 
         bad.append(f"num_key_value_heads={config.num_kv_heads} (which does not divide it)")
     if bad:
         raise ValueError(f"tp={tp} does not divide the model's {', '.join(bad)}")
-    _check_ep(config, tp, ep)
+    check_ep(config, tp, ep)
 
 
-def _check_ep(config: ModelConfig, tp: int, ep: int) -> None:
+def check_ep(config: ModelConfig, tp: int, ep: int) -> None:
+    """ValueError unless the degrees divide the model's experts, naming the numbers."""
     moe = config.moe
     if moe is None:
         if ep > 1:

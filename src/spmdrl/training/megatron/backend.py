@@ -98,9 +98,15 @@ class MegatronBackend:
         )
         prepare_process(device)
         cut = model_cut(mesh.degrees, megatron, device)
-        groups = make_groups(mesh, device, tied=config.tie_embeddings and head == "lm")
+        groups = make_groups(
+            mesh,
+            device,
+            tied=config.tie_embeddings and head == "lm",
+            has_experts=config.moe is not None,
+        )
         settings = transformer_config(mesh, config, options, megatron, device)
-        table = rank_chunks(config, cut, mesh.coordinate("tp"), mesh.coordinate("pp"), head)
+        tp_rank, pp_rank, ep_rank = (mesh.coordinate(axis) for axis in ("tp", "pp", "ep"))
+        table = rank_chunks(config, cut, tp_rank, pp_rank, head, ep_rank=ep_rank)
         embd, groups.embd = groups.embd, None  # see groups: weights are loaded, not all-reduced
         self._chunks = [
             build_chunk(settings, config, cut, groups, number, device, head)
@@ -116,7 +122,11 @@ class MegatronBackend:
         if trainable:
             self._optimizer = ShardedOptimizer(settings, self._chunks, named, groups, mesh, options)
         self._pipeline = Pipeline(
-            mesh, settings, groups, self._optimizer.chunks if self._optimizer else self._chunks
+            mesh,
+            settings,
+            groups,
+            self._optimizer.chunks if self._optimizer else self._chunks,
+            device,
         )
         # made after the optimizer, which moves the weights into its buffers
         self._weights: LocalTensors = {

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spmdrl.distributed.expert_axes import expert_degrees
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.megatron_layout import Cut
+from spmdrl.models.sharding import check_ep
 
 if TYPE_CHECKING:
     from spmdrl.training.megatron.backend import MegatronBackend
@@ -64,16 +66,12 @@ def check_megatron(
     Raises:
         ValueError: naming the keys and the numbers.
     """
-    if config.moe is not None:
-        raise ValueError(
-            f"roles.{role}: train.backend=megatron has no layers with experts yet, and the model "
-            f"is a {config.architecture}: use train.backend=torch"
-        )
     tp, pp, vpp = degrees["tp"], degrees["pp"], options.vpp
+    has_dense_layers = config.moe is None or len(config.moe.layers) < config.num_layers
     sizes = {
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
-        "intermediate_size": config.intermediate_size,
+        **({"intermediate_size": config.intermediate_size} if has_dense_layers else {}),
     }
     bad = [f"{name}={size}" for name, size in sizes.items() if size % tp]
     if bad:
@@ -93,6 +91,31 @@ def check_megatron(
             f"roles.{role}.megatron.sp=true with roles.{role}.tp=1: sequence parallelism splits "
             "over the tensor-parallel ranks; set sp: false, or a larger tp"
         )
+    _check_experts(role, config, degrees, options)
+
+
+def _check_experts(
+    role: str, config: ModelConfig, degrees: Mapping[str, int], options: MegatronOptions
+) -> None:
+    tp, ep = degrees["tp"], degrees["ep"]
+    try:
+        check_ep(config, tp, ep)
+    except ValueError as error:
+        raise ValueError(f"roles.{role}: {error}") from None
+    if config.moe is None:
+        return
+    if tp > 1 and not options.sp:
+        raise ValueError(
+            f"roles.{role}.tp={tp} with roles.{role}.megatron.sp=false: Megatron divides the "
+            "tokens of layers with experts over the tensor-parallel ranks; set sp: true"
+        )
+    exchange, room = expert_degrees(degrees)["exchange"], degrees["dp_shard"] * degrees["cp"]
+    if room % exchange:
+        raise ValueError(
+            f"roles.{role}.ep={ep} with tp={tp} leaves {exchange} parts of the experts to the "
+            f"ranks of dp_shard x cp, which are {room}: with train.backend=megatron these exchange "
+            f"tokens and share the optimizer's state; raise roles.{role}.dp_shard"
+        )
 
 
 def model_cut(degrees: Mapping[str, int], options: MegatronOptions, device: torch.device) -> Cut:
@@ -101,6 +124,7 @@ def model_cut(degrees: Mapping[str, int], options: MegatronOptions, device: torc
         tp=degrees["tp"],
         pp=degrees["pp"],
         vpp=options.vpp,
+        ep=degrees["ep"],
         fused_norms=uses_transformer_engine(device),
     )
 

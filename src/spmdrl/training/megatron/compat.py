@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -24,6 +24,7 @@ MODULES = {
     "distributed.param_and_grad_buffer": "the flat parameter and gradient buffers",
     "distributed.distributed_data_parallel": "a stream, where optimizer instances are replicated",
     "optimizer.optimizer": "scale and overflow flags are made with device='cuda'",
+    "transformer.moe.token_dispatcher": "counts are copied to the host on a stream of its own",
 }
 """Modules whose global name `torch` is replaced, and what they do with CUDA."""
 
@@ -39,6 +40,10 @@ def apply() -> None:
     random = vars(import_module("megatron.core.tensor_parallel.random"))
     random["_get_cuda_rng_state"] = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
     random["_set_cuda_rng_state"] = lambda *_, **__: None
+    # Counts of the token exchange become numpy arrays only where they come from a GPU, and
+    # all_to_all_single refuses tensors.
+    dispatcher = vars(import_module("megatron.core.transformer.moe.token_dispatcher"))
+    dispatcher["maybe_move_tensor_to_cpu"] = _as_on_host
 
 
 @contextmanager
@@ -58,10 +63,23 @@ def named_as_on_cuda(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         del vars(parameter)["type"]
 
 
+def _as_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
 class _Stream:
-    """A stream that is made and not used."""
+    """A stream, and an event, of a device that has done everything already."""
 
     def __init__(self, device: Any = None) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
         pass
 
 
@@ -80,6 +98,14 @@ class _Cuda(types.ModuleType):
     @staticmethod
     def synchronize(device: Any = None) -> None:
         pass
+
+    @staticmethod
+    def current_stream(device: Any = None) -> _Stream:
+        return _Stream()
+
+    @staticmethod
+    def stream(stream: Any) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class _CpuTorch(types.ModuleType):

@@ -17,19 +17,27 @@ takes from elsewhere, and what is done about it:
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import random as rng
 
-from spmdrl.distributed.mesh import Mesh, group_backend
+from spmdrl.distributed.expert_axes import expert_place
+from spmdrl.distributed.mesh import Mesh, coordinates, group_backend
 from spmdrl.training.megatron import compat
 
 
 def prepare_process(device: torch.device) -> None:
     """Make what all Megatron roles of a process share; the first of them does."""
     compat.apply()
+    # torch 2.13 has new names for what megatron-core calls by the old ones
+    old = "reduce_scatter_tensor|all_gather_into_tensor"
+    warnings.filterwarnings("ignore", f".*({old}).* is deprecated", FutureWarning)
+    # an expert that is whole on its rank: each of them says so
+    warnings.filterwarnings("ignore", "`sequence_parallel` is set to `True`, but tensor model")
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
     tracker, name = rng.get_cuda_rng_tracker(), rng._MODEL_PARALLEL_RNG_TRACKER_NAME
@@ -40,7 +48,9 @@ def prepare_process(device: torch.device) -> None:
         tracker.set_states({**tracker.get_states(), name: state})
 
 
-def make_groups(mesh: Mesh, device: torch.device, *, tied: bool) -> ProcessGroupCollection:
+def make_groups(
+    mesh: Mesh, device: torch.device, *, tied: bool, has_experts: bool
+) -> ProcessGroupCollection:
     """The groups of this rank. Only the ranks of the mesh call it.
 
     Args:
@@ -61,6 +71,24 @@ def make_groups(mesh: Mesh, device: torch.device, *, tied: bool) -> ProcessGroup
         group = mesh.group(axis)
         return solo if group is None else group
 
+    def alike(*axes: str) -> dist.ProcessGroup:
+        """The ranks that agree with this one in these axes, of the mesh's and of the experts'."""
+        places = [{**p, **expert_place(mesh.degrees, p)} for p in coordinates(mesh.degrees)]
+        mine = places[mesh.ranks.index(dist.get_rank())]
+        ranks = [
+            rank
+            for rank, place in zip(mesh.ranks, places, strict=True)
+            if all(place[axis] == mine[axis] for axis in axes)
+        ]
+        return solo if len(ranks) == 1 else own(ranks)
+
+    experts = {"expt_dp": solo, "intra_expt_dp": solo, "tp_ep": solo}
+    if has_experts:
+        experts = {
+            "expt_dp": along("edp"),
+            "intra_expt_dp": alike("pp", "dp_replicate", "ep", "etp"),
+            "tp_ep": alike("pp", "edp"),
+        }
     groups = ProcessGroupCollection(
         tp=along("tp"),
         pp=along("pp"),
@@ -69,11 +97,9 @@ def make_groups(mesh: Mesh, device: torch.device, *, tied: bool) -> ProcessGroup
         dp_cp=along("reduce"),
         intra_dp_cp=along("shard"),
         inter_dist_opt=along("dp_replicate"),
-        ep=solo,
-        expt_tp=solo,
-        expt_dp=solo,
-        intra_expt_dp=solo,
-        tp_ep=solo,
+        ep=along("ep"),
+        expt_tp=along("etp"),
+        **experts,
         embd=None,
         pos_embd=None,
     )

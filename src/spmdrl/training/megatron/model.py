@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from torch import nn
 
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.experts import MoeConfig
 from spmdrl.models.megatron_layout import Cut, Parameter, chunk_layers, padded_vocab
 from spmdrl.models.sharding import Head as HeadKind
-from spmdrl.training.megatron.checks import MegatronOptions
-from spmdrl.training.megatron.modules import Head, Norm, SpanAttention
+from spmdrl.training.megatron.checks import MegatronOptions, uses_transformer_engine
+from spmdrl.training.megatron.modules import Head, Norm, Router, SpanAttention
 from spmdrl.training.options import TrainOptions
 
 
@@ -76,7 +78,11 @@ def transformer_config(
         "overlap_p2p_comm": interleaved,
         # gloo still reads a message while the schedule would free it
         "deallocate_pipeline_outputs": on_cuda,
+        # its default is deprecated, and says so
+        "cuda_graph_scope": [],
     }
+    if config.moe is not None:
+        given |= _expert_settings(config.moe, config, mesh, device)
     if options.recompute == "layer":
         given |= {
             "recompute_granularity": "full",
@@ -99,11 +105,14 @@ def build_chunk(
     pp_rank = groups.pp.rank()
     is_first = pp_rank == 0 and chunk == 0
     is_last = pp_rank == cut.pp - 1 and chunk == cut.vpp - 1
-    layer, norm = _layer_spec(config, cut, device)
-    num_layers = len(chunk_layers(config, cut, pp_rank, chunk))
+    norm = ModuleSpec(module=Norm, params={"device": device})
+    layers = [
+        _layer_spec(config, layer, cut, norm, device)
+        for layer in chunk_layers(config, cut, pp_rank, chunk)
+    ]
     return GPTModel(
         settings,
-        TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm),
+        TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm),
         vocab_size=padded_vocab(config, cut.tp),
         max_sequence_length=config.max_position,
         pre_process=is_first,
@@ -136,18 +145,46 @@ def name_parameters(chunk: GPTModel, expected: tuple[Parameter, ...]) -> list[nn
     return list(found.values())
 
 
+def _expert_settings(
+    moe: MoeConfig, config: ModelConfig, mesh: Mesh, device: torch.device
+) -> dict[str, Any]:
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.intermediate_size,
+        "moe_layer_freq": [int(layer in moe.layers) for layer in range(config.num_layers)],
+        "expert_model_parallel_size": mesh.size("ep"),
+        "expert_tensor_parallel_size": mesh.size("etp"),
+        # the project's own router stands in for Megatron's
+        "moe_router_load_balancing_type": "none",
+        # all-gathers would want equally many tokens on all ranks
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": uses_transformer_engine(device),
+    }
+
+
 def _layer_spec(
-    config: ModelConfig, cut: Cut, device: torch.device
-) -> tuple[ModuleSpec, ModuleSpec]:
-    """The specification of a layer, and of the final norm."""
-    norm = ModuleSpec(module=Norm, params={"device": device})
+    config: ModelConfig, layer: int, cut: Cut, norm: ModuleSpec, device: torch.device
+) -> ModuleSpec:
+    moe = config.moe if config.moe is not None and layer in config.moe.layers else None
+    num_experts = None if moe is None else moe.num_experts
     if cut.fused_norms:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_norm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=num_experts,
+            moe_grouped_gemm=num_experts is not None,
+            qk_layernorm=config.qk_norm,
+        )
     else:
-        spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_norm, normalization="RMSNorm")
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        spec = get_gpt_layer_local_spec(
+            num_experts=num_experts, qk_layernorm=config.qk_norm, normalization="RMSNorm"
+        )
+        spec.submodules.input_layernorm = norm
+    if moe is not None:
+        spec.submodules.mlp.submodules.router = partial(Router, moe, device)
+    if moe is not None or not cut.fused_norms:
+        spec.submodules.pre_mlp_layernorm = norm
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = SpanAttention
     if config.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
-    return spec, norm
+    return spec

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spmdrl.models.attention import PackedAttention
 from spmdrl.models.decoder import rotate
+from spmdrl.models.experts import MoeConfig
 from spmdrl.models.fused import rms_norm
 
 
@@ -52,6 +53,38 @@ class SpanAttention(nn.Module):
         attend, rope = packed_seq_params.attend, packed_seq_params.rope
         assert attend is not None and rope is not None
         return attend(self.layer, rotate(query, *rope), rotate(key, *rope), value)
+
+
+class Router(nn.Module):
+    """Top-k of the softmax over all experts, as the shared decoder's; Megatron moves the tokens."""
+
+    def __init__(
+        self,
+        moe: MoeConfig,
+        device: torch.device,
+        *,
+        config: Any,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__()
+        self.moe = moe
+        shape = (moe.num_experts, config.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+        vars(self.weight)["sequence_parallel"] = config.sequence_parallel
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Megatron's loggers would want it."""
+
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # [T, E] float32: the chosen experts' weights; [T, E] bool
+        flat = x.reshape(-1, x.shape[-1]).float()
+        probabilities = nn.functional.linear(flat, self.weight.float()).softmax(dim=-1)
+        weights, chosen = probabilities.topk(self.moe.top_k, dim=-1)
+        if self.moe.normalise:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        used = torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, chosen, True)
+        return torch.zeros_like(probabilities).scatter(1, chosen, weights), used
 
 
 class Norm(nn.Module):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -23,7 +24,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor, nn
 
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.models.megatron_layout import Parameter, buffer_places, flat_pieces, shard_range
+from spmdrl.models.megatron_layout import Parameter, chunk_ranges, flat_pieces
 from spmdrl.training.gradients import gradient_norm
 from spmdrl.training.megatron.compat import named_as_on_cuda
 from spmdrl.training.optimizer import MOMENTS
@@ -75,27 +76,13 @@ class ShardedOptimizer:
             DistributedDataParallel(settings, ddp, chunk, pg_collection=groups) for chunk in chunks
         ]
         parameters = [tensor for chunk in named for _, tensor in chunk]
-        self._adamw = _adamw(parameters, options)
+        # dense parameters and experts are summed over other ranks: a buffer and optimizer of each
+        buffers = ("buffers", groups.intra_dp_cp), ("expert_parallel_buffers", groups.intra_expt_dp)
         # no_grad: shards are views of parameters, and shall be leaves themselves
         with named_as_on_cuda(parameters), torch.no_grad():
-            self._inner = DistributedOptimizer(
-                self._adamw,
-                OptimizerConfig(
-                    optimizer="adam",
-                    lr=options.lr,
-                    bf16=options.param_dtype == torch.bfloat16,
-                    params_dtype=options.param_dtype,
-                    use_distributed_optimizer=True,
-                ),
-                None,
-                None,
-                model_chunks=self.chunks,
-                per_model_buffers={i: chunk.buffers for i, chunk in enumerate(self.chunks)},
-                data_parallel_group=groups.intra_dp_cp,
-                data_parallel_group_gloo=None,
-                data_parallel_group_idx=0,
-                distributed_optimizer_instance_id=mesh.coordinate("dp_replicate"),
-            )
+            made = [self._make_inner(*kind, options) for kind in buffers]
+        self._inner = [inner for inner in made if inner is not None]
+        self._adamws = [inner.optimizer for inner in self._inner]
         self._start()
         self.shards = self._make_shards(named)
         self.tensors = self._boxes()
@@ -103,54 +90,87 @@ class ShardedOptimizer:
         self._grad_bytes = [b.grad_data.untyped_storage().nbytes() for b in self._buffers()]
         self._free_gradients()
 
+    def _make_inner(
+        self, kind: str, group: dist.ProcessGroup, options: TrainOptions
+    ) -> DistributedOptimizer | None:
+        buffers = {i: getattr(chunk, kind) for i, chunk in enumerate(self.chunks)}
+        parameters = [p for chunk in buffers.values() for buffer in chunk for p in buffer.params]
+        if not parameters:
+            return None
+        return DistributedOptimizer(
+            _adamw(parameters, options),
+            OptimizerConfig(
+                optimizer="adam",
+                lr=options.lr,
+                bf16=options.param_dtype == torch.bfloat16,
+                params_dtype=options.param_dtype,
+                use_distributed_optimizer=True,
+            ),
+            None,
+            None,
+            model_chunks=self.chunks,
+            per_model_buffers=buffers,
+            data_parallel_group=group,
+            data_parallel_group_gloo=None,
+            data_parallel_group_idx=0,
+            distributed_optimizer_instance_id=self._mesh.coordinate("dp_replicate"),
+        )
+
     def _start(self) -> None:
         """State from the start, so that a checkpoint can be read into it."""
-        for group in self._adamw.param_groups:
-            for master in group["params"]:
-                moments = {name: torch.zeros_like(master) for name in MOMENTS}
-                self._adamw.state[master] = {"step": torch.zeros(()), **moments}
+        self._state: dict[Tensor, dict[str, Tensor]] = {}
+        for adamw in self._adamws:
+            for group in adamw.param_groups:
+                for master in group["params"]:
+                    moments = {name: torch.zeros_like(master) for name in MOMENTS}
+                    self._state[master] = {"step": torch.zeros(()), **moments}
+                    adamw.state[master] = self._state[master]
 
     def _make_shards(
         self, named: Sequence[Sequence[tuple[Parameter, nn.Parameter]]]
     ) -> tuple[Shard, ...]:
-        inner = self._inner
-        masters: dict[nn.Parameter, Tensor] = {}
-        for models, mains in (
-            (inner.model_float16_groups, inner.shard_fp32_from_float16_groups),
-            (inner.model_fp32_groups, inner.shard_fp32_groups),
-        ):
-            for model_group, main_group in zip(models, mains, strict=True):
-                masters |= dict(zip(model_group, main_group, strict=True))
+        masters: dict[nn.Parameter, tuple[DistributedOptimizer, Tensor]] = {}
+        for inner in self._inner:
+            for models, mains in (
+                (inner.model_float16_groups, inner.shard_fp32_from_float16_groups),
+                (inner.model_fp32_groups, inner.shard_fp32_groups),
+            ):
+                for pair in zip(models, mains, strict=True):
+                    masters |= {p: (inner, main) for p, main in zip(*pair, strict=True)}
         shard, count = self._groups.intra_dp_cp.rank(), self._groups.intra_dp_cp.size()
         shards = []
         for chunk in named:
-            places, buckets = buffer_places([p for p, _ in chunk], count)
+            ranges = chunk_ranges([p for p, _ in chunk], shard, count, self._mesh.size("exchange"))
             for parameter, tensor in chunk:
-                start, stop = shard_range(places[parameter.name], buckets, shard, count)
+                start, stop = ranges[parameter.name]
                 if start == stop:
                     assert tensor not in masters, parameter.name
                     continue
+                inner, master = masters[tensor]
                 found = inner._get_model_param_range_map(tensor)["param"]
                 assert (found.start, found.end) == (start, stop), (parameter.name, found)
+                counted = self._is_counted(parameter)
                 shards.append(
-                    Shard(
-                        parameter=parameter,
-                        master=masters[tensor],
-                        start=start,
-                        counted=self._is_counted(parameter),
-                    )
+                    Shard(parameter=parameter, master=master, start=start, counted=counted)
                 )
         return tuple(shards)
 
     def _is_counted(self, parameter: Parameter) -> bool:
-        """Of what several ranks hold, the first tp rank and the first pipeline stage count it."""
+        """Of ranks that hold the same, the first one counts it."""
+        if self._mesh.coordinate("dp_replicate") > 0:
+            return False
         if parameter.shared and parameter.module_name.startswith("output_layer"):
             return False
-        replicated = all(piece.is_whole for piece in parameter.slices)
+        # what tensor parallelism does not divide, every tp rank holds; experts it always does
+        replicated = not parameter.is_expert and all(s.is_whole for s in parameter.slices)
         return not replicated or self._mesh.coordinate("tp") == 0
 
     def _buffers(self) -> list[Any]:
-        return [buffer for chunk in self.chunks for buffer in chunk.buffers]
+        return [
+            buffer
+            for chunk in self.chunks
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
+        ]
 
     def hold_gradients(self) -> None:
         """Make room for gradients, all zero, where there is none yet."""
@@ -168,7 +188,8 @@ class ShardedOptimizer:
         """Sum the gradients over the ranks that hold the same weights; the shards have them."""
         self.hold_gradients()
         finalize_model_grads(self.chunks, None, pg_collection=self._groups)
-        self._inner.prepare_grads()
+        for inner in self._inner:
+            inner.prepare_grads()
 
     def gradients(self) -> list[tuple[Shard, Tensor]]:
         """Every shard's gradient, flat, float32; after `reduce`."""
@@ -181,18 +202,19 @@ class ShardedOptimizer:
     def norm(self, device: torch.device) -> float:
         """Of the whole gradient, equal on all ranks of the role."""
         counted = [gradient for shard, gradient in self.gradients() if shard.counted]
-        axes = ("shard", "tp", "pp")
-        return gradient_norm(counted, [self._mesh.group(axis) for axis in axes], device)
+        return gradient_norm(counted, [self._mesh.group("all")], device)
 
     def step(self, lr: float) -> None:
         """Update the shards and gather the weights from them."""
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._inner.step_with_ready_grads()
+        for inner, adamw in zip(self._inner, self._adamws, strict=True):
+            for group in adamw.param_groups:
+                group["lr"] = lr
+            inner.step_with_ready_grads()
 
     def clear(self) -> None:
         """Forget the gradients, and give their room back."""
-        self._inner.zero_grad()
+        for inner in self._inner:
+            inner.zero_grad()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self._free_gradients()
@@ -200,13 +222,14 @@ class ShardedOptimizer:
     @torch.no_grad()
     def refresh_weights(self) -> None:
         """Round the masters into the weights, and gather these over the shards."""
-        self._inner._copy_main_params_to_model_params()
+        for inner in self._inner:
+            inner._copy_main_params_to_model_params()
         for chunk in self.chunks:
             chunk.start_param_sync()
 
     def parts(self) -> list[Tensor]:
         """What there is beside the weights."""
-        moments = [self._adamw.state[s.master][name] for s in self.shards for name in MOMENTS]
+        moments = [self._state[s.master][name] for s in self.shards for name in MOMENTS]
         weights = {b.param_data.untyped_storage()._cdata for b in self._buffers()}
         masters = [s.master for s in self.shards]
         own = [m for m in masters if m.untyped_storage()._cdata not in weights]
@@ -217,7 +240,7 @@ class ShardedOptimizer:
         found: LocalTensors = {}
         for kind in ("weights", *MOMENTS):
             for shard in self.shards:
-                flat = shard.values if kind == "weights" else self._adamw.state[shard.master][kind]
+                flat = shard.values if kind == "weights" else self._state[shard.master][kind]
                 stop = shard.start + len(flat)
                 for piece in flat_pieces(shard.parameter, shard.start, stop):
                     values = flat[piece.start - shard.start : piece.stop - shard.start]
@@ -228,7 +251,7 @@ class ShardedOptimizer:
     def set_step_count(self, count: int) -> None:
         """Tell AdamW's bias correction how many updates the moments have seen."""
         for shard in self.shards:
-            self._adamw.state[shard.master]["step"].fill_(count)
+            self._state[shard.master]["step"].fill_(count)
 
 
 def _adamw(parameters: Sequence[nn.Parameter], options: TrainOptions) -> torch.optim.AdamW:

@@ -33,7 +33,9 @@ class Pipeline:
         settings: TransformerConfig,
         groups: ProcessGroupCollection,
         chunks: Sequence[Any],
+        device: torch.device,
     ) -> None:
+        self._device = device
         self._mesh, self._settings, self._groups = mesh, settings, groups
         self._chunks = list(chunks)
         self._num_stages = mesh.size("pp")
@@ -52,9 +54,10 @@ class Pipeline:
         """As the schedule takes them: at least one, padded; in a pipeline all equally long, and
         for interleaved stages a multiple of the stages.
 
-        All ranks of a replica have the same rows, and so do this alike.
+        All ranks of a replica have the same rows, and so do this alike. Replicas that exchange
+        tokens between experts have equally many microbatches: each exchange is a collective.
         """
-        count = max(1, len(microbatches))
+        count = self._most(max(1, len(microbatches)))
         if len(self._chunks) > 1:
             count = -(-count // self._num_stages) * self._num_stages
         microbatches = microbatches + [empty_microbatch()] * (count - len(microbatches))
@@ -62,6 +65,14 @@ class Pipeline:
         if self._num_stages > 1:
             lengths = [max(lengths)] * count
         return [pad_microbatch(m, n) for m, n in zip(microbatches, lengths, strict=True)]
+
+    def _most(self, count: int) -> int:
+        group = self._mesh.group("reduce")
+        if self._mesh.size("exchange") == 1 or group is None:
+            return count
+        most = torch.tensor(count, device=self._device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+        return int(most)
 
     def run(
         self,
