@@ -25,7 +25,12 @@ from spmdrl.models.megatron_layout import Cut, Parameter, flat_pieces
 from spmdrl.models.sharding import Slice
 from spmdrl.storages import live_bytes
 from spmdrl.training.megatron import checks
-from spmdrl.training.megatron.checks import MegatronOptions, check_installed, check_megatron
+from spmdrl.training.megatron.checks import (
+    MegatronOptions,
+    check_installed,
+    check_megatron,
+    model_cut,
+)
 from spmdrl.training.readout import VALUES, next_token
 from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.weights.gather import full_tensors
@@ -268,12 +273,12 @@ def test_state_is_held_once_by_the_shards_of_every_rank(tied):
         assert (found == copies).all(), name
 
 
-def exported(world: World, source: str, out: str) -> None:
-    config = read_config(source)
-    checkpoint = open_checkpoint(source)
-    backend = make_backend(world, config, case(tp=2, pp=2), checkpoint=checkpoint)
-    cut = Cut(tp=2, pp=2)
-    layout = megatron_layout(config, range(4), backend.mesh.degrees, cut, torch.float32)
+def exported(world: World, source: str, out: str, made: Case) -> None:
+    config, checkpoint = read_config(source), open_checkpoint(source)
+    backend = make_backend(world, config, made, checkpoint=checkpoint)
+    degrees = backend.mesh.degrees
+    cut = model_cut(degrees, made[1], CPU)
+    layout = megatron_layout(config, range(4), degrees, cut, torch.float32)
     gathered = full_tensors(layout, backend.local_tensors())
     if world.is_first:
         save_pretrained(gathered, config, out, source)  # type: ignore[arg-type]
@@ -281,12 +286,20 @@ def exported(world: World, source: str, out: str) -> None:
         list(gathered)
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
 @pytest.mark.parametrize(
-    ("architecture", "tied"), [("LlamaForCausalLM", True), ("Qwen3ForCausalLM", False)]
+    ("architecture", "given", "made"),
+    [
+        ("LlamaForCausalLM", {"tie_word_embeddings": True}, case(tp=2, pp=2)),
+        ("Qwen3ForCausalLM", {"tie_word_embeddings": False}, case(tp=2, pp=2)),
+        ("Qwen3MoeForCausalLM", EXPERTS, case(tp=2, pp=2, ep=2, sp=True)),
+    ],
 )
-def test_hugging_face_files_come_back_bit_for_bit(tmp_path, architecture, tied):
-    make_tiny_model(tmp_path / "model", architecture, vocab_size=265, tie_word_embeddings=tied)
-    run_ranks(exported, 4, str(tmp_path / "model"), str(tmp_path / "back"))
+def test_hugging_face_files_come_back_bit_for_bit(tmp_path, architecture, given, made):
+    make_tiny_model(tmp_path / "model", architecture, vocab_size=265, **given)
+    run_ranks(exported, 4, str(tmp_path / "model"), str(tmp_path / "back"), made)
     before, after = (open_checkpoint(tmp_path / name) for name in ("model", "back"))
     assert before.names == after.names
     for name in before.names:
@@ -307,11 +320,28 @@ DEGREES = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "ep": 1}
         ({"pp": 2}, {"vpp": 2}, r"pp=2 x roles.policy.megatron.vpp=2 .*num_hidden_layers=2"),
         ({}, {"vpp": 2}, r"megatron.vpp=2 with roles.policy.pp=1"),
         ({}, {"sp": True}, r"megatron.sp=true with roles.policy.tp=1"),
+        ({"ep": 2}, {}, r"roles.policy: ep=2, but Qwen3ForCausalLM has no experts"),
     ],
 )
 def test_degrees_that_megatron_cannot_cut_by_are_refused(degrees, given, match):
     with pytest.raises(ValueError, match=match):
         check_megatron("policy", tiny_config(), {**DEGREES, **degrees}, MegatronOptions(**given))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "sp", "match"),
+    [
+        ({"ep": 3, "dp_shard": 3}, False, r"roles.policy: ep=3 does not divide .*num_experts=4"),
+        ({"tp": 2}, False, r"roles.policy.tp=2 with roles.policy.megatron.sp=false"),
+        ({"ep": 2, "dp_replicate": 2}, False, r"ep=2 with tp=1 leaves 2 parts .*which are 1"),
+        ({"tp": 2, "moe": 15}, True, r"divides each expert over 2 ranks.*intermediate_size=15"),
+    ],
+)
+def test_degrees_that_do_not_divide_the_experts_are_refused(degrees, sp, match):
+    moe = {**EXPERTS, "moe_intermediate_size": degrees.pop("moe", 16)}
+    config, options = tiny_config("Qwen3MoeForCausalLM", **moe), MegatronOptions(sp=sp)
+    with pytest.raises(ValueError, match=match):
+        check_megatron("policy", config, {**DEGREES, **degrees}, options)
 
 
 def test_a_missing_or_other_megatron_is_refused(monkeypatch):
