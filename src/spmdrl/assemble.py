@@ -31,6 +31,7 @@ from spmdrl.role_plan import (
     KINDS,
     RolePlan,
     check_model,
+    frozen_names,
     megatron_options,
     plan_roles,
     role_head,
@@ -216,6 +217,10 @@ class _Builder:
             # a world of gloo alone sends from the host
             world.device if set(world.device_types) == {"cuda"} else torch.device("cpu"),
             read=self._residency.view,
+            keeps_frozen=not any(
+                memory.plan.policies.get((role.name, WEIGHTS)) == "drop"
+                for memory in plan.memory.values()
+            ),
         )
         canary = Canary(
             world,
@@ -231,7 +236,7 @@ class _Builder:
             self._residency,
             streams=own is not None and own.streams,
             check_every=rollout.sync_check_every,
-            canary=canary if rollout.canary else None,
+            canary=canary if rollout.sync_check_every else None,
         )
 
     def _register_engine(self, name: str, engine: NativeEngine) -> None:
@@ -286,7 +291,7 @@ def _backend(
 ) -> TrainBackend | None:
     if not mesh.is_member:
         return None
-    options = train_options(config, name, device)
+    options = train_options(config, name, device, model.config)
     trainable, head = config.is_trained(name), role_head(config, name)
     if uses_megatron(config, name):
         return import_backend()(
@@ -304,7 +309,9 @@ def _backend(
     )
 
 
-def train_options(config: Config, name: str, device: torch.device) -> TrainOptions:
+def train_options(
+    config: Config, name: str, device: torch.device, shape: ModelConfig
+) -> TrainOptions:
     train = config.train_section(name)
     return TrainOptions(
         microbatch_tokens=train.microbatch_tokens,
@@ -323,6 +330,7 @@ def train_options(config: Config, name: str, device: torch.device) -> TrainOptio
         head_chunk=train.head_chunk,
         balance_coef=train.balance_coef,
         param_dtype=training_dtype(config, device),
+        frozen=frozen_names(config, name, shape),
     )
 
 

@@ -57,6 +57,11 @@ class RoleSection(Section):
     train: dict[str, Any] = Field(
         default_factory=dict, description="keys of `train` that differ for this role"
     )
+    freeze: tuple[str, ...] = Field(
+        (),
+        description="of a trained role, Hugging Face names that stay as they are; * stands for "
+        "any text",
+    )
     memory: dict[Part, MemoryPolicy] = Field(
         default_factory=dict,
         description="what of weights, optimizer, kv_cache and graphs is kept, moved to the host or "
@@ -136,10 +141,10 @@ class RolloutSection(Section):
         256, ge=1, description="a weight sync stages two of these on a rank, at most"
     )
     sync_check_every: int = Field(
-        20, ge=0, description="syncs; compare checksums after the first and every so many; 0: never"
-    )
-    canary: bool = Field(
-        True, description="after a sync that moved weights, let engine and policy score fixed rows"
+        20,
+        ge=0,
+        description="syncs; compare checksums after the first and every so many, and let engine "
+        "and policy score fixed rows after each; 0: never",
     )
 
 

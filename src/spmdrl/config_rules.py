@@ -118,6 +118,7 @@ def _check_roles(config: Config) -> None:
                 f"roles.{name}.head={role_section.head}: {name} is a {kind}, and only {SCALAR} "
                 "models have a scalar head"
             )
+        _check_freeze(config, name)
     if kinds.count("policy") > 1:
         raise ValueError(
             f"roles={sorted(config.roles)} has {kinds.count('policy')} policies: one at most "
@@ -153,6 +154,23 @@ def _check_policy_loss(config: Config) -> None:
         raise ValueError(
             f"algorithm.policy_loss=cispo with algorithm.dual_clip={algorithm.dual_clip}: CISPO's "
             "weights are bounded already, so set algorithm.dual_clip=null"
+        )
+
+
+def _check_freeze(config: Config, name: str) -> None:
+    """Only what is trained can be frozen, and by the torch backend alone."""
+    given = config.roles[name].freeze
+    if not given:
+        return
+    if not config.is_trained(name):
+        raise ValueError(
+            f"roles.{name}.freeze={list(given)}: {name} is not trained, so it changes nothing "
+            "anyway: leave the key out"
+        )
+    if config.train_section(name).backend != "torch":
+        raise ValueError(
+            f"roles.{name}.freeze={list(given)} with train.backend="
+            f"{config.train_section(name).backend}: only the torch backend freezes parameters"
         )
 
 

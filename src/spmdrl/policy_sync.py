@@ -83,13 +83,12 @@ class PolicySync:
         policy, rollout = self._policy, self._rollout
         needs = [(policy.name, WEIGHTS)] if policy.mesh.is_member and not self._streams else []
         fills = [(rollout.name, WEIGHTS)] if rollout.mesh.is_member else []
-        began = time.perf_counter()
+        gigabytes, began = self._weights.moved_bytes / 1e9, time.perf_counter()
         if self._weights.has_work:
             self._memory.prepare(needs, fills=fills)
             self._weights.run()
             for part in fills:
                 self._memory.filled(*part)
-        gigabytes = self.plan.moved_bytes / 1e9
         if self.plan.moves:
             self._metrics = {"sync/gb": gigabytes}
             self._metrics["sync/gb_per_s"] = gigabytes / (time.perf_counter() - began)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from spmdrl.config import Config
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.sharding import Head, check_tp
+from spmdrl.models.sharding import Head, check_tp, parameter_parts
 from spmdrl.passes import ModelRole
 from spmdrl.placement import Placement, role_device_type
 from spmdrl.roles import Policy, Reference, Reward, Value
@@ -119,6 +120,35 @@ def _check_experts(config: Config, name: str, shape: ModelConfig) -> None:
         )
 
 
+def frozen_names(config: Config, name: str, shape: ModelConfig) -> frozenset[str]:
+    """The Hugging Face names of the parameters that `roles.NAME.freeze` keeps as they are.
+
+    Raises:
+        ValueError: a pattern that no name fits; all are frozen; or a part of those that lie in one
+            tensor (the projections of an attention, say).
+    """
+    patterns = config.roles[name].freeze
+    tensors = parameter_parts(shape, role_head(config, name))
+    known = [part.name for parts in tensors.values() for part in parts]
+    key = f"roles.{name}.freeze={list(patterns)}"
+    frozen: set[str] = set()
+    for pattern in patterns:
+        fitting = fnmatch.filter(known, pattern)
+        if not fitting:
+            raise ValueError(f"{key}: no parameter fits {pattern!r}; there are {known[:4]} ...")
+        frozen.update(fitting)
+    for parts in tensors.values():
+        inside = [part.name for part in parts if part.name in frozen]
+        if 0 < len(inside) < len(parts):
+            lacking = next(part.name for part in parts if part.name not in frozen)
+            raise ValueError(
+                f"{key}: {inside[0]} and {lacking} lie in one tensor, so freeze both or neither"
+            )
+    if len(frozen) == len(known):
+        raise ValueError(f"{key}: that is every parameter; set roles.{name}.trained: false")
+    return frozenset(frozen)
+
+
 def plan_roles(
     config: Config,
     placements: Mapping[str, Placement],
@@ -206,7 +236,8 @@ def role_layout(
         return megatron_layout(shape, placement.ranks, degrees, cut, dtype, head)
     if degrees["dp_shard"] > 1:
         dtype = torch.float32  # FSDP2 keeps the sharded masters, and casts while it gathers
-    return model_layout(shape, placement.ranks, degrees, dtype, head=head)
+    frozen = frozen_names(config, name, shape)
+    return model_layout(shape, placement.ranks, degrees, dtype, head=head, frozen=frozen)
 
 
 def state_layout(

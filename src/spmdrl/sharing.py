@@ -314,12 +314,16 @@ def _bytes(table: Table) -> int:
 def optimizer_bytes(weights: Table, states: Table) -> int:
     """AdamW's two moments in float32, and the masters where the weights are narrower."""
     copies = 2 if all(held.dtype == torch.float32 for held in weights.values()) else 3
-    return copies * sum(4 * math.prod(held.shape) for held in states.values())
+    return copies * _trained_bytes(states)
 
 
 def gradient_bytes(table: Table) -> int:
     """In float32; beside narrower weights their own gradients too, for a moment."""
-    return sum(4 * math.prod(held.shape) for held in table.values())
+    return _trained_bytes(table)
+
+
+def _trained_bytes(table: Table) -> int:
+    return sum(4 * math.prod(held.shape) for held in table.values() if not held.frozen)
 
 
 def cache_bytes(config: Config, placement: Placement, shape: Shape) -> int:

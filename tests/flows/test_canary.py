@@ -71,7 +71,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["corrupted", "stale"])
 def test_the_canary_stops_the_run_within_one_step(path: Path, tmp_path: Path, kind: str) -> None:
-    words = [*MOVING, f"run_dir={tmp_path}", "rollout.sync_check_every=0"]
+    words = [*MOVING, f"run_dir={tmp_path}", "rollout.sync_check_every=1000"]
     messages = run_ranks(stopped, 2, str(path), words, kind)
     for message in messages:
         assert message.startswith("in step 2: weight sync 2: the canary's log-probabilities")
@@ -79,8 +79,8 @@ def test_the_canary_stops_the_run_within_one_step(path: Path, tmp_path: Path, ki
         assert message.endswith("on rank 1 is not what the policy holds")
 
 
-def test_checksums_alone_find_it_too(path: Path, tmp_path: Path) -> None:
-    words = [*MOVING, f"run_dir={tmp_path}", "rollout.sync_check_every=1", "rollout.canary=false"]
+def test_checksums_find_it_first(path: Path, tmp_path: Path) -> None:
+    words = [*MOVING, f"run_dir={tmp_path}", "rollout.sync_check_every=1"]
     messages = run_ranks(stopped, 2, str(path), words, "stale")
     assert all(m.startswith(f"in step 2: weight sync 2: {TENSOR}[") for m in messages)
 

@@ -134,7 +134,7 @@ def held_by_fsdp(world: World, cases: list[Degrees]) -> list[dict[str, Any]]:
     for degrees in cases:
         mesh = Mesh("policy", list(range(world.size)), degrees, "cpu")
         decoder = build_decoder(mesh, model(), torch.float32, world.device, trainable=True)
-        leaves = make_leaves(decoder, mesh, trainable=True)
+        leaves = make_leaves(decoder, mesh)
         found.append(
             {
                 leaf.name: Held(

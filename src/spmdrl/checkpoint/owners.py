@@ -31,10 +31,22 @@ def slice_owners(layout: WeightLayout) -> dict[Slice, int]:
     return owners
 
 
-def only(tensors: Tensors, owned: Set[Slice]) -> Tensors:
+def frozen_slices(layout: WeightLayout) -> frozenset[Slice]:
+    """The slices of a layout (apart from their local places) that have no optimizer state."""
+    return frozenset(
+        key(piece)
+        for table in layout.values()
+        for held in table.values()
+        if held.frozen
+        for piece in held.slices
+    )
+
+
+def only(tensors: Tensors, owned: Set[Slice], frozen: Set[Slice] = frozenset()) -> Tensors:
     """The tensors with those of their slices that are in `owned`.
 
-    All of `owned` must be there in each group of tensors, or the checkpoint would lack some of it.
+    All of `owned` must be there in each group of tensors, or the checkpoint would lack some of it;
+    of what is `frozen`, the weights alone.
     """
     kept = {
         name: (tensor, tuple(piece for piece in slices if key(piece) in owned))
@@ -44,5 +56,6 @@ def only(tensors: Tensors, owned: Set[Slice]) -> Tensors:
     for name, (_, slices) in kept.items():
         found.setdefault(name.split("/", 1)[0], set()).update(map(key, slices))
     for group, here in found.items():
-        assert here == owned, (group, set(owned) - here)
+        needed = owned if group == "weights" else owned - frozen
+        assert here == needed, (group, needed - here)
     return kept

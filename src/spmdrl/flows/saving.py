@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spmdrl.assemble import Assembly
 from spmdrl.checkpoint.index import Tensors
-from spmdrl.checkpoint.owners import only, slice_owners
+from spmdrl.checkpoint.owners import frozen_slices, only, slice_owners
 from spmdrl.checkpoint.reading import load_tensors, read_private, resume_point, set_aside
 from spmdrl.checkpoint.rng import restore_rng, rng_state
 from spmdrl.checkpoint.writing import CheckpointWriter, Retention, remove_partial
@@ -245,7 +245,8 @@ class Saver:
             state = role.backend.state_tensors()
             held: Tensors = {n: (self._memory.view(t), slices) for n, (t, slices) in state.items()}
             if owned:
-                held = only(held, self._owned[name])
+                frozen = frozen_slices(self._state_layouts[name])
+                held = only(held, self._owned[name], frozen)
             tensors |= {f"{name}.{local}": part for local, part in held.items()}
         return tensors
 

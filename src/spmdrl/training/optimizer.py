@@ -27,7 +27,8 @@ class Optimizer:
             {"params": decayed, "weight_decay": options.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        groups = [group for group in groups if group["params"]]
+        # of what is trained this rank may hold nothing: AdamW takes one group without parameters
+        groups = [group for group in groups if group["params"]] or groups[:1]
         self._adamw = torch.optim.AdamW(
             groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True
         )

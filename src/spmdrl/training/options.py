@@ -26,6 +26,7 @@ class TrainOptions:
     param_dtype: in which the model computes; the optimizer's weights are float32 always.
     head_chunk: tokens of logits held at once.
     balance_coef: of the load-balancing loss of a mixture of experts, see `models.routing.Balance`.
+    frozen: Hugging Face names of parameters that stay as they are.
 
     Raises:
         ValueError: a value out of its range, naming it.
@@ -47,6 +48,7 @@ class TrainOptions:
     param_dtype: torch.dtype = torch.float32
     head_chunk: int = 1024
     balance_coef: float = 0.0
+    frozen: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("microbatch_tokens", "total_steps", "head_chunk"):

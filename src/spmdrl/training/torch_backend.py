@@ -70,10 +70,13 @@ class TorchBackend:
         self._device = device
         dtype = options.param_dtype
         self._kernel = make_kernel(resolve_attention(options.attention, device, dtype))
-        self._decoder = build_decoder(mesh, config, dtype, device, trainable=trainable, head=head)
-        self._leaves = make_leaves(self._decoder, mesh, trainable=trainable)
+        self._decoder = build_decoder(
+            mesh, config, dtype, device, trainable=trainable, head=head, frozen=options.frozen
+        )
+        self._leaves = make_leaves(self._decoder, mesh)
+        self._trained = [leaf for leaf in self._leaves if leaf.trained]
         fill_leaves(self._leaves, checkpoint)
-        self._optimizer = Optimizer(self._leaves, options) if trainable else None
+        self._optimizer = Optimizer(self._trained, options) if trainable else None
         self._num_steps = self._num_skipped = 0
         self._sums: dict[str, Tensor] = {}
         if trainable:
@@ -139,10 +142,10 @@ class TorchBackend:
         gradients = self._take_gradients()
         if self.mesh.shard_mesh is None:
             for axis in ("reduce", "edp"):
-                own = [gradients[leaf.name] for leaf in self._leaves if leaf.summed_over == axis]
+                own = [gradients[leaf.name] for leaf in self._trained if leaf.summed_over == axis]
                 all_reduce_gradients(own, self.mesh.group(axis))
         norm = gradient_norm(
-            [gradients[leaf.name] for leaf in self._leaves if leaf.counted],
+            [gradients[leaf.name] for leaf in self._trained if leaf.counted],
             [self.mesh.group("all")],
             self._device,
         )
@@ -295,9 +298,9 @@ class TorchBackend:
             leaf.parameter.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
 
     def _take_gradients(self) -> dict[str, Tensor]:
-        """Every leaf's float32 gradient, 0 where there was none; they are cleared from it."""
+        """Every trained leaf's float32 gradient, 0 where there was none; it is cleared."""
         taken = {}
-        for leaf in self._leaves:
+        for leaf in self._trained:
             gradient = self._sums.pop(leaf.name, None) if leaf.has_own_master else leaf.gradient()
             if gradient is None:
                 gradient = torch.zeros_like(leaf.master)

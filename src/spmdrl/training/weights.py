@@ -9,6 +9,7 @@ those ranks only that hold the same ones (`distributed.expert_axes`).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,7 @@ class Leaf:
             same part, the first one does.
         summed_over: the mesh's axis over which gradients are summed, where FSDP does not do it.
         decay: whether weight decay applies.
+        trained: whether it changes; what does not has no master of its own.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Leaf:
     counted: bool
     summed_over: Literal["reduce", "edp"]
     decay: bool
+    trained: bool
 
     @property
     def has_own_master(self) -> bool:
@@ -68,8 +71,12 @@ def build_decoder(
     *,
     trainable: bool,
     head: Head = "lm",
+    frozen: Collection[str] = (),
 ) -> Decoder:
     """The decoder of this rank, its weights not filled yet.
+
+    Args:
+        frozen: Hugging Face names of parameters that stay as they are where others are trained.
 
     Raises:
         ValueError: the mesh has a degree that the model or this backend does not allow.
@@ -81,8 +88,9 @@ def build_decoder(
     ep = Parallel(group=mesh.group("exchange"), rank=mesh.coordinate("ep"), size=mesh.size("ep"))
     if mesh.shard_mesh is None:
         decoder = Decoder(config, tp=tp, ep=ep, dtype=dtype, device=device, head=head)
-        return decoder.requires_grad_(trainable)
-    decoder = Decoder(config, tp=tp, ep=ep, device="meta", head=head).requires_grad_(trainable)
+        return _require_grad(decoder, trainable, frozen)
+    decoder = Decoder(config, tp=tp, ep=ep, device="meta", head=head)
+    _require_grad(decoder, trainable, frozen)
     # Nothing that a layer is called with (rope's float32 tables) may be cast.
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -101,8 +109,15 @@ def build_decoder(
     return decoder.to_empty(device=device)
 
 
+def _require_grad(decoder: Decoder, trainable: bool, frozen: Collection[str]) -> Decoder:
+    tables = decoder.slices()
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_(trainable and not any(s.name in frozen for s in tables[name]))
+    return decoder
+
+
 @torch.no_grad()
-def make_leaves(decoder: Decoder, mesh: Mesh, *, trainable: bool) -> tuple[Leaf, ...]:
+def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
     """The decoder's parameters in order of the forward pass, weights and masters not filled."""
     sharded = mesh.shard_mesh is not None
     shard, num_shards = (mesh.coordinate("shard"), mesh.size("shard")) if sharded else (0, 1)
@@ -117,7 +132,7 @@ def make_leaves(decoder: Decoder, mesh: Mesh, *, trainable: bool) -> tuple[Leaf,
         else:
             first, last = _chunk(rows, shard, num_shards)
         assert len(weight) == last - first, (name, weight.shape, first, last)
-        own_master = trainable and weight.dtype != torch.float32
+        own_master = parameter.requires_grad and weight.dtype != torch.float32
         summed_over: Literal["reduce", "edp"] = "edp" if is_expert else "reduce"
         copies = "dp_replicate" if sharded else summed_over
         # what tensor parallelism does not divide, every tp rank holds; experts it always does
@@ -132,6 +147,7 @@ def make_leaves(decoder: Decoder, mesh: Mesh, *, trainable: bool) -> tuple[Leaf,
                 counted=mesh.coordinate(copies) == 0 and not (replicated and decoder.tp.rank > 0),
                 summed_over=summed_over,
                 decay=parameter.ndim > 1,
+                trained=parameter.requires_grad,
             )
         )
     return tuple(leaves)

@@ -7,7 +7,7 @@ other rank holds, and a plan can be made (and printed) where no process runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,6 +67,7 @@ def model_layout(
     degrees: Mapping[str, int],
     dtype: torch.dtype,
     head: Head = "lm",
+    frozen: Collection[str] = (),
 ) -> dict[int, Table]:
     """The layout of a role: tensor-parallel parameters, cut along dim 0 by FSDP where dp_shard > 1.
 
@@ -75,6 +76,9 @@ def model_layout(
     Pipeline stages hold consecutive layers; the first has the embedding, the last the norm and the
     head (which is the embedding again where they are tied). Ranks with the same pp, tp, ep and
     shard coordinates share one table.
+
+    Args:
+        frozen: Hugging Face names of parameters that are not trained.
     """
     tp, cp, pp = degrees.get("tp", 1), degrees.get("cp", 1), degrees.get("pp", 1)
     sharded = degrees.get("dp_shard", 1) > 1
@@ -82,7 +86,7 @@ def model_layout(
     ep, exchange = degrees.get("ep", 1), expert_degrees(degrees)["exchange"]
     shapes = local_parameters(config, tp, head, ep_size=ep)
     stages = [_stage(config, shapes, stage, pp) for stage in range(pp)]
-    cuts = _Cuts(dtype)
+    cuts = _Cuts(dtype, frozen)
     parts: dict[tuple[int, int], dict[str, tuple[int, tuple[Slice, ...]]]] = {}
     tables: dict[tuple[int, int, int, int], Table] = {}
     layout = {}
@@ -129,8 +133,8 @@ class _Cuts:
     Many ranks hold a million slices: they share all but their names.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: torch.dtype, frozen: Collection[str]) -> None:
+        self._dtype, self._frozen = dtype, frozenset(frozen)
         self._kinds: dict[object, int] = {}
         self._tensors: list[tuple[tuple[int, ...], tuple[Slice, ...]]] = []
         """Of each kind: the shape and slices of its first tensor."""
@@ -160,7 +164,8 @@ class _Cuts:
             )
             for i, piece in pieces
         ]
-        return Held(shape=shape, dtype=self._dtype, slices=tuple(own))
+        is_frozen = any(piece.name in self._frozen for piece in own)
+        return Held(shape=shape, dtype=self._dtype, slices=tuple(own), frozen=is_frozen)
 
     def _cut(self, kind: int, index: int, count: int) -> _Part:
         shape, slices = self._tensors[kind]

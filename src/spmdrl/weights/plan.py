@@ -72,6 +72,14 @@ class SyncPlan:
         return bool(self.rounds)
 
     @cached_property
+    def moved_again_bytes(self) -> int:
+        """As `moved_bytes`, of a sync that leaves out what is frozen."""
+        if not self.frozen_rounds:
+            return self.moved_bytes
+        cells = self.cells(frozen=False)
+        return sum(cell.num_bytes * route.num_receivers for _, cell, route in cells)
+
+    @cached_property
     def digest(self) -> str:
         """Equal plans have equal digests."""
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()

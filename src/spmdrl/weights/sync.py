@@ -45,6 +45,8 @@ class WeightSync:
         engine: this rank's engine; None outside the target role.
         device: where messages are sent from; the host in a world of gloo alone.
         read: where a source tensor's values are now; default: in it.
+        keeps_frozen: the target's frozen tensors last from sync to sync, on every rank: they move
+            in the first one alone.
 
     Raises:
         ValueError: ranks with different plans.
@@ -59,6 +61,8 @@ class WeightSync:
         engine: Engine | None,
         device: torch.device,
         read: Read | None = None,
+        *,
+        keeps_frozen: bool = True,
     ) -> None:
         check_equal(plan)
         self.plan = plan
@@ -72,18 +76,29 @@ class WeightSync:
         self.groups = make_groups(plan.groups)
         self.frozen_program = program_of(plan, plan.frozen_rounds, self.rank)
         self.program = program_of(plan, plan.rounds, self.rank)
-        self._ran = False
+        self._keeps_frozen, self._ran = keeps_frozen, False
+
+    @property
+    def leaves_out_frozen(self) -> bool:
+        """Whether the next `run` takes frozen tensors for what they are."""
+        return self._ran and self._keeps_frozen
 
     @property
     def has_work(self) -> bool:
         """Whether the next `run` moves or copies anything anywhere."""
-        return bool(self.plan.rounds or (self.plan.frozen_rounds and not self._ran))
+        return bool(self.plan.rounds or (self.plan.frozen_rounds and not self.leaves_out_frozen))
+
+    @property
+    def moved_bytes(self) -> int:
+        """What the next `run` moves, over all receivers."""
+        return self.plan.moved_again_bytes if self.leaves_out_frozen else self.plan.moved_bytes
 
     @torch.no_grad()
     def run(self) -> None:
         """Make the engine's weights equal to the trainer's."""
         slots = _Slots(self.device)
-        rounds = self.program if self._ran else (*self.frozen_program, *self.program)
+        frozen = () if self.leaves_out_frozen else self.frozen_program
+        rounds = (*frozen, *self.program)
         flights = [_Flight(self, one, slots) for one in rounds]
         for tick in range(len(flights) + 2):
             if tick < len(flights):
