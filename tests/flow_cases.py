@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from harness import run_ranks
 from replay import DIRECTORY
 from spmdrl.config_files import load_config
 from spmdrl.flows.start import train
@@ -59,3 +61,22 @@ def run_configs(
             records = read_metrics(Path(config.run_dir) / "metrics.jsonl")
             results.append([r for r in records if "loss" in r])
     return results
+
+
+def run_layouts(
+    root: Path, layouts: Mapping[int, Mapping[str, list[str]]], prefix: str = "", **sections: Any
+) -> dict[str, list[dict[str, float]]]:
+    """Layout name -> metrics of a run with these overrides on so many ranks. The first run of one
+    rank records its samples in `root`, the others replay them (`replay`); the run of a layout has
+    the directory `root / f"{prefix}{name}"`.
+    """
+    found = {}
+    for size, words in layouts.items():
+        configs = []
+        for name, overrides in words.items():
+            path = root / f"{prefix}{name}.yaml"
+            write_config(path, root / "model", root / f"{prefix}{name}", **sections)
+            configs.append((str(path), overrides))
+        answers = run_ranks(run_configs, size, configs, str(root), timeout_s=400)
+        found |= dict(zip(words, answers[0], strict=True))
+    return found

@@ -1,60 +1,70 @@
-"""An environment for layout tests: the one-rank run records its rows, other runs replay them.
+"""An environment for layout tests: the first one-rank run records its rows, other runs replay them.
 
 Step 0 is always sampled; from step 1 on a replaying run trains on the recorded rows, so that a
-token that differs by rounding does not make later steps incomparable.
+token that differs by rounding does not make later steps incomparable. What every run sampled, in
+all steps, is kept for `assert_same_samples`.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from agreement import assert_same
 from spmdrl.batch import Batch
 from spmdrl.calls import Call
 from spmdrl.distributed.reduce import gather_objects
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.run import Metrics, Run
+from spmdrl.rollout.protocol import Completion
 
 DIRECTORY = "SPMDRL_TEST_REPLAY"
+
+
+Rows = dict[tuple[int, int], dict[str, torch.Tensor]]
+"""(prompt id, sample) -> columns."""
 
 
 class ReplayEnvironment:
     """Records where no record is, else replays; in place of `GroupEnvironment`."""
 
     def __init__(self, run: Run) -> None:
+        run.sampling = replace(run.sampling, margins=True)
         self.inner = GroupEnvironment(run)
-        self.directory = Path(os.environ[DIRECTORY])
+        self.directory, self.name = Path(os.environ[DIRECTORY]), run.directory.name
         self.world = run.world
-        self.recording = run.world.size == 1
+        recorder = self.directory / "recorder"
+        if self.world.size == 1 and not recorder.exists():
+            recorder.write_text(self.name)
+        self.recording = recorder.read_text() == self.name
 
     def collect(self, step: int) -> Batch:
-        path = self.directory / f"step_{step}.pt"
-        if self.recording:
-            batch = self.inner.collect(step)
-            torch.save(rows_of(batch), path)
-            return batch
         sampled = self.inner.collect(step)
-        if step == 0:
-            parts = gather_objects(rows_of(sampled))
-            if self.world.is_first:
-                merged = {key: row for part in parts for key, row in part.items()}
-                torch.save(merged, self.directory / f"sampled_{self.world.size}.pt")
-        recorded = torch.load(path, weights_only=True)
+        merged = {
+            key: row for part in gather_objects(rows_of(sampled)) for key, row in part.items()
+        }
+        if self.world.is_first:
+            torch.save(merged, _file(self.directory, self.name, step))
+        if self.recording:
+            return sampled
+        recorder = (self.directory / "recorder").read_text()
+        recorded: Rows = torch.load(_file(self.directory, recorder, step), weights_only=True)
         keys = zip(sampled["prompt_ids"].tolist(), sampled["sample_index"].tolist(), strict=True)
         rows = [recorded[key] for key in keys]
+        # versions stay those of this run: they must agree by themselves
+        replayed = [name for name in sampled.rows if name != "weight_version"]
         return Batch(
             lengths=torch.tensor([len(row["tokens"]) for row in rows], dtype=torch.int64),
             tokens={
                 name: torch.cat([row[name] for row in rows]) if rows else sampled[name]
                 for name in sampled.tokens
             },
-            rows={
-                name: torch.stack([row[name] for row in rows]) if rows else sampled[name]
-                for name in sampled.rows
-            },
+            rows=sampled.rows
+            | {name: torch.stack([row[name] for row in rows]) for name in replayed if rows},
             objects=sampled.objects,
         )
 
@@ -65,10 +75,48 @@ class ReplayEnvironment:
         return self.inner.metrics()
 
 
-def rows_of(batch: Batch) -> dict[tuple[int, int], dict[str, torch.Tensor]]:
+def rows_of(batch: Batch) -> Rows:
     """Rows by (prompt id, sample)."""
     rows = {}
     for row in batch.split_rows():
         key = (int(row["prompt_ids"][0]), int(row["sample_index"][0]))
         rows[key] = {**row.tokens, **{name: column[0] for name, column in row.rows.items()}}
     return rows
+
+
+def assert_same_samples(directory: Path, name: str, step: int = 0) -> None:
+    """That a run sampled what the recorded run did, up to rounding, and with the same versions.
+
+    Args:
+        name: of the run's directory.
+    """
+    recorder = (directory / "recorder").read_text()
+    expected: Rows = torch.load(_file(directory, recorder, step), weights_only=True)
+    found: Rows = torch.load(_file(directory, name, step), weights_only=True)
+    assert name != recorder and found.keys() == expected.keys()
+    for key, row in found.items():
+        other = expected[key]
+        prompt = int(row["prompt_lengths"])
+        assert torch.equal(row["tokens"][:prompt], other["tokens"][:prompt]), key
+        assert_same(_completion(row), _completion(other), (name, step, key))
+        assert int(row["weight_version"]) == int(other["weight_version"]), (name, step, key)
+
+
+def versions(directory: Path, name: str, step: int) -> set[int]:
+    """The weight versions of a step's samples."""
+    rows: Rows = torch.load(_file(directory, name, step), weights_only=True)
+    return {int(row["weight_version"]) for row in rows.values()}
+
+
+def _completion(row: dict[str, torch.Tensor]) -> Completion:
+    mask = row["loss_mask"]
+    return Completion(
+        tokens=tuple(row["tokens"][mask].tolist()),
+        logprobs=tuple(row["rollout_logprobs"][mask].tolist()),
+        finish="length" if int(row["finish"]) else "stop",
+        margins=tuple(row["margins"][mask].tolist()),
+    )
+
+
+def _file(directory: Path, name: str, step: int) -> Path:
+    return directory / f"sampled_{name}_{step}.pt"

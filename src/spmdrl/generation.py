@@ -95,7 +95,8 @@ class Rollout:
         `tokens`, `rollout_logprobs`, `loss_mask` and the row columns `prompt_ids`,
         `sample_index`, `prompt_lengths`, `response_lengths`, `finish` (0 stop, 1 length,
         2 aborted) and `weight_version`; with `sampling.experts` also the token column
-        `expert_choices`. The prompts' own row and Python columns are repeated for every sample.
+        `expert_choices`, with `sampling.margins` the token column `margins`. The prompts' own row
+        and Python columns are repeated for every sample.
         """
         size = generation.group_size
         repeated = prompts.select(torch.arange(len(prompts)).repeat_interleave(size))
@@ -120,6 +121,7 @@ class Rollout:
                 Column(name="tokens", dtype=torch.int64),
                 Column(name="rollout_logprobs"),
                 Column(name="loss_mask", dtype=torch.bool),
+                *[Column(name="margins")] * generation.sampling.margins,
                 Column(name="prompt_lengths", kind="row", dtype=torch.int64),
                 Column(name="response_lengths", kind="row", dtype=torch.int64),
                 Column(name="finish", kind="row", dtype=torch.int64),
@@ -176,7 +178,7 @@ def _run_generation(
     for group, completions in zip(places.values(), answers, strict=True):
         by_row.update(zip(group, completions, strict=True))
     completions = [by_row[row] for row in range(len(rows))]
-    batch = _completed(rows, completions)
+    batch = _completed(rows, completions, with_margins=generation.sampling.margins)
     for column in experts:
         none = torch.empty((0, *column.shape), dtype=column.dtype)
         chosen = [c.experts for c in completions if c.experts is not None]
@@ -184,8 +186,8 @@ def _run_generation(
     return batch
 
 
-def _completed(prompts: Batch, completions: list[Completion]) -> Batch:
-    sequences, logprobs, masks = [], [], []
+def _completed(prompts: Batch, completions: list[Completion], *, with_margins: bool) -> Batch:
+    sequences, logprobs, masks, margins = [], [], [], []
     for prompt, answer in zip(
         torch.split(prompts["tokens"], prompts.lengths.tolist()), completions, strict=True
     ):
@@ -193,12 +195,15 @@ def _completed(prompts: Batch, completions: list[Completion]) -> Batch:
         sequences.append([*prompt.tolist(), *answer.tokens])
         logprobs += [*zeros, *answer.logprobs]
         masks += [False] * len(prompt) + [True] * len(answer.tokens)
+        margins += [*zeros, *answer.margins]
     counts = torch.tensor([len(c.tokens) for c in completions], dtype=torch.int64)
     batch = from_rows(sequences)
+    asked = {"margins": torch.tensor(margins, dtype=torch.float32)} if with_margins else {}
     return replace(
         batch,
         tokens={
             **batch.tokens,
+            **asked,
             "rollout_logprobs": torch.tensor(logprobs, dtype=torch.float32),
             "loss_mask": torch.tensor(masks, dtype=torch.bool),
         },

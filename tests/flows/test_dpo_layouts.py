@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from test_sft_and_reward_model import write_pairs
 
-from flow_cases import run_configs, write_config
+from flow_cases import run_configs, run_layouts
 from harness import run_ranks
+from replay import assert_same_samples
 from spmdrl.observe.metrics import read_metrics
 from tiny_model import make_tiny_model
 
@@ -155,23 +155,15 @@ ONLINE_LAYOUTS: dict[int, dict[str, list[str]]] = {
 @pytest.fixture(scope="module")
 def online(root):
     """Layout -> metrics of three steps of online DPO."""
-    found = {}
-    for size, layouts in ONLINE_LAYOUTS.items():
-        configs = []
-        for number, words in enumerate(layouts.values()):
-            name = f"online_{size}_{number}"
-            # another reference: the first step's gaps are then no rounding
-            roles = {"policy": {}, "reference": {"model": str(root / "other")}, "rollout": {}}
-            path = write_config(
-                root / f"{name}.yaml", root / "model", root / name, **ONLINE, roles=roles
-            )
-            configs.append((str(path), words))
-        answers = run_ranks(run_configs, size, configs, str(root), timeout_s=300)
-        found |= dict(zip(layouts, answers[0], strict=True))
-    return found
+    # another reference: the first step's gaps are then no rounding
+    roles = {"policy": {}, "reference": {"model": str(root / "other")}, "rollout": {}}
+    return run_layouts(root, ONLINE_LAYOUTS, "online ", **ONLINE, roles=roles)
 
 
-@pytest.mark.parametrize("layout", [n for s, ls in ONLINE_LAYOUTS.items() if s > 1 for n in ls])
+ONLINE_NAMES = [n for s, ls in ONLINE_LAYOUTS.items() if s > 1 for n in ls]
+
+
+@pytest.mark.parametrize("layout", ONLINE_NAMES)
 def test_online_dpo_equals_one_rank(online, layout):
     one, other = online["one"], online[layout]
     assert len(one) == len(other) == 3
@@ -181,9 +173,6 @@ def test_online_dpo_equals_one_rank(online, layout):
     assert one[0]["pairs"] > 5 and one[0]["grad_norm"] > 0
 
 
-def test_online_dpo_samples_equal_one_rank(online, root):
-    one = torch.load(root / "step_0.pt", weights_only=True)
-    for size in (2, 4):
-        other = torch.load(root / f"sampled_{size}.pt", weights_only=True)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(row["tokens"], other[key]["tokens"]) for key, row in one.items())
+@pytest.mark.parametrize("layout", ONLINE_NAMES)
+def test_online_dpo_samples_equal_one_rank(online, root, layout):
+    assert_same_samples(root, f"online {layout}")

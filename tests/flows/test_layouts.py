@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from flow_cases import run_configs, write_config
-from harness import run_ranks
+from flow_cases import run_layouts
+from replay import assert_same_samples
 from tiny_model import make_tiny_model
 
 LAYOUTS = {
@@ -38,16 +37,7 @@ def runs(tmp_path_factory):
     """Layout name -> metrics of three steps, and the directory of the recorded rows."""
     root = tmp_path_factory.mktemp("layouts")
     make_tiny_model(root / "model")
-    found = {}
-    for size, layouts in LAYOUTS.items():
-        configs = []
-        for number, overrides in enumerate(layouts.values()):
-            run_dir = root / f"run_{size}_{number}"
-            path = write_config(root / f"{size}_{number}.yaml", root / "model", run_dir, **SETTINGS)
-            configs.append((str(path), overrides))
-        answers = run_ranks(run_configs, size, configs, str(root), timeout_s=300)
-        found |= dict(zip(layouts, answers[0], strict=True))
-    return found, root
+    return run_layouts(root, LAYOUTS, **SETTINGS), root
 
 
 LAYOUT_NAMES = [name for size, layouts in LAYOUTS.items() if size > 1 for name in layouts]
@@ -65,11 +55,6 @@ def test_losses_and_gradient_norms_equal_one_rank(runs, name):
     assert one[2]["ref_kl"] > 1e-4, "the policy has not moved away from the reference"
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_first_step_tokens_equal_one_rank(runs, size):
-    _, root = runs
-    one = torch.load(root / "step_0.pt", weights_only=True)
-    other = torch.load(root / f"sampled_{size}.pt", weights_only=True)
-    assert one.keys() == other.keys()
-    for key, row in one.items():
-        assert torch.equal(row["tokens"], other[key]["tokens"]), key
+@pytest.mark.parametrize("name", LAYOUT_NAMES)
+def test_first_step_samples_equal_one_rank(runs, name):
+    assert_same_samples(runs[1], name)

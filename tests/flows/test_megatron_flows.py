@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_ppo_layouts import METRICS, settings
 
-from flow_cases import run_configs, write_config
-from harness import run_ranks
+from flow_cases import run_layouts
+from replay import assert_same_samples
 from tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.megatron
@@ -42,19 +41,6 @@ PPO_LAYOUTS: dict[str, list[str]] = {
 }
 
 
-def run(
-    root: Path, world_size: int, given: dict[str, Any], layouts: dict[str, list[str]]
-) -> dict[str, list[dict[str, float]]]:
-    """Layout name -> metrics of three steps; one rank records its rows, others replay them."""
-    configs = []
-    for number, overrides in enumerate(layouts.values()):
-        name = f"{world_size}_{number}"
-        path = write_config(root / f"{name}.yaml", root / "model", root / f"run_{name}", **given)
-        configs.append((str(path), overrides))
-    answers = run_ranks(run_configs, world_size, configs, str(root), timeout_s=400)
-    return dict(zip(layouts, answers[0], strict=True))
-
-
 def models(root: Path) -> None:
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
     make_tiny_model(root / "model", **heads)
@@ -65,23 +51,14 @@ def models(root: Path) -> None:
 def grpo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     root = tmp_path_factory.mktemp("grpo")
     models(root)
-    return run(root, 1, GRPO, {"one": []}) | run(root, 4, GRPO, GRPO_LAYOUTS), root
+    return run_layouts(root, {1: {"one": []}, 4: GRPO_LAYOUTS}, **GRPO), root
 
 
 @pytest.fixture(scope="module")
 def ppo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     root = tmp_path_factory.mktemp("ppo")
     models(root)
-    given = settings(root)
-    return run(root, 1, given, {"one": []}) | run(root, 4, given, PPO_LAYOUTS), root
-
-
-def same_tokens(root: Path) -> None:
-    one = torch.load(root / "step_0.pt", weights_only=True)
-    other = torch.load(root / "sampled_4.pt", weights_only=True)
-    assert one.keys() == other.keys()
-    for key, row in one.items():
-        assert torch.equal(row["tokens"], other[key]["tokens"]), key
+    return run_layouts(root, {1: {"one": []}, 4: PPO_LAYOUTS}, **settings(root)), root
 
 
 @pytest.mark.parametrize("name", GRPO_LAYOUTS)
@@ -105,6 +82,11 @@ def test_ppo_equals_the_torch_backend(ppo, name):
         assert b["rollout_gap_max"] < 1e-4, step
 
 
-@pytest.mark.parametrize("flow", ["grpo", "ppo"])
-def test_first_step_tokens_are_the_same(flow, request):
-    same_tokens(request.getfixturevalue(flow)[1])
+@pytest.mark.parametrize("name", GRPO_LAYOUTS)
+def test_first_step_samples_of_grpo_are_the_same(grpo, name):
+    assert_same_samples(grpo[1], name)
+
+
+@pytest.mark.parametrize("name", PPO_LAYOUTS)
+def test_first_step_samples_of_ppo_are_the_same(ppo, name):
+    assert_same_samples(ppo[1], name)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from flow_cases import run_configs, write_config
-from harness import run_ranks
+from flow_cases import run_layouts
+from replay import assert_same_samples, versions
 from tiny_model import make_tiny_model
 
 ROLES = ("policy", "reference", "reward", "value", "rollout")
@@ -85,20 +84,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("ppo")
     make_tiny_model(root / "model")
     make_tiny_model(root / "scalar", seed=1, head="score")
-    found = {}
-    for size, layouts in LAYOUTS.items():
-        configs = []
-        for number, overrides in enumerate(layouts.values()):
-            path = write_config(
-                root / f"{size}_{number}.yaml",
-                root / "model",
-                root / f"run_{size}_{number}",
-                **settings(root),
-            )
-            configs.append((str(path), overrides))
-        answers = run_ranks(run_configs, size, configs, str(root), timeout_s=400)
-        found |= dict(zip(layouts, answers[0], strict=True))
-    return found, root
+    return run_layouts(root, LAYOUTS, **settings(root)), root
 
 
 NAMES = [name for layouts in LAYOUTS.values() for name in layouts if name != "one"]
@@ -123,15 +109,9 @@ def test_the_run_moves_what_it_should(runs):
     assert one[2]["value/value_error"] < one[0]["value/value_error"]
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_first_step_tokens_equal_one_rank(runs, size):
-    _, root = runs
-    one = torch.load(root / "step_0.pt", weights_only=True)
-    other = torch.load(root / f"sampled_{size}.pt", weights_only=True)
-    assert one.keys() == other.keys()
-    for key, row in one.items():
-        assert torch.equal(row["tokens"], other[key]["tokens"]), key
-        assert row["weight_version"] == other[key]["weight_version"] == 0
+@pytest.mark.parametrize("name", NAMES)
+def test_first_step_samples_equal_one_rank(runs, name):
+    assert_same_samples(runs[1], name)
 
 
 LAG = {"lag": 1, "algorithm": {"kl_coef": 0.05, "importance_cap": 2.0}}
@@ -143,16 +123,9 @@ def lagged(tmp_path_factory):
     root = tmp_path_factory.mktemp("lag")
     make_tiny_model(root / "model")
     make_tiny_model(root / "scalar", seed=1, head="score")
-    found = {}
     apart = [*DISJOINT[2:], "roles.policy.ranks=0", "roles.rollout.ranks=1"]
-    for size, name, words in ((1, "one", []), (2, "colocated", []), (4, "disjoint", apart)):
-        run_dir = root / f"run_{size}"
-        path = write_config(
-            root / f"{size}.yaml", root / "model", run_dir, **{**settings(root), **LAG}
-        )
-        answers = run_ranks(run_configs, size, [(str(path), words)], str(root), timeout_s=400)
-        found[name] = answers[0][0]
-    return found, root
+    layouts = {1: {"one": []}, 2: {"colocated": []}, 4: {"disjoint": apart}}
+    return run_layouts(root, layouts, **{**settings(root), **LAG}), root
 
 
 @pytest.mark.parametrize("name", ["colocated", "disjoint"])
@@ -164,8 +137,13 @@ def test_one_step_off_policy_is_the_same_colocated_and_disjoint(lagged, name):
     assert [record["sample_lag"] for record in other] == [0.0, 4.0, 4.0], "optimizer steps behind"
 
 
-def test_one_step_off_policy_samples_carry_the_version_before_the_update(lagged):
-    _, root = lagged
-    for step, version in enumerate((0, 0, 4)):
-        rows = torch.load(root / f"step_{step}.pt", weights_only=True)
-        assert {int(row["weight_version"]) for row in rows.values()} == {version}, step
+@pytest.mark.parametrize("name", ["colocated", "disjoint"])
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_one_step_off_policy_samples_are_the_same(lagged, name, step):
+    assert_same_samples(lagged[1], name, step)
+
+
+@pytest.mark.parametrize("name", ["one", "colocated", "disjoint"])
+def test_one_step_off_policy_samples_carry_the_version_before_the_update(lagged, name):
+    found = [versions(lagged[1], name, step) for step in range(3)]
+    assert found == [{0}, {0}, {4}]

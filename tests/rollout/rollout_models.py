@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from agreement import assert_same
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.keyed import gumbel, key64, key_tensor
 from spmdrl.models.config import ModelConfig, parse_config
@@ -19,9 +20,10 @@ from spmdrl.rollout.native.engine import NativeEngine, NativeOptions
 from spmdrl.rollout.protocol import Completion, Request
 from spmdrl.rollout.sampling import SamplingParams
 
+__all__ = ["assert_same"]
+
 VOCAB = 128
 EOS = 5
-MARGIN = 1e-4
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Llama": {"tie_word_embeddings": True},
@@ -152,22 +154,3 @@ def naive(
         finish="stop" if done else "length",
         margins=tuple(margins),
     )
-
-
-def assert_same(found: Completion, expected: Completion, what: str = "") -> None:
-    """Equal tokens and log-probabilities, up to a first difference within the margin.
-
-    One of the two must have margins.
-    """
-    margins = expected.margins or found.margins
-    pairs = enumerate(zip(found.tokens, expected.tokens, strict=False))
-    first = next((i for i, (a, b) in pairs if a != b), None)
-    if first is not None:
-        print(f"{what}: first difference at {first}, margin {margins[first]:.2e}")
-        assert margins[first] < MARGIN, (what, first, margins[first])
-    else:
-        assert len(found.tokens) == len(expected.tokens), what
-        assert found.finish == expected.finish, what
-        first = len(found.tokens)
-    gaps = [abs(a - b) for a, b in zip(found.logprobs[:first], expected.logprobs, strict=False)]
-    assert max(gaps, default=0.0) < 1e-4, (what, max(gaps))
