@@ -1,4 +1,4 @@
-"""When the samples of two runs count as the same: equal up to rounding of the scores behind them."""
+"""When the samples of two runs count as the same: up to rounding of the scores behind them."""
 
 from __future__ import annotations
 
