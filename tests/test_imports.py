@@ -33,7 +33,16 @@ LEVELS: list[set[str]] = [
     {"training", "rollout", "weights", "memory"},
     {"calls", "passes", "generation", "roles", "custom_role", "canary", "policy_sync", "placement"}
     | {"data", "rewards", "evaluation", "checkpoint", "observe"},
-    {"sharing", "step_calls", "step_sizes", "working_memory", "role_plan", "assemble", "explain"},
+    {
+        "engines",
+        "sharing",
+        "step_calls",
+        "step_sizes",
+        "working_memory",
+        "role_plan",
+        "assemble",
+        "explain",
+    },
     {"flows"},
     {"cli", "__main__"},
 ]

@@ -16,7 +16,7 @@ from spmdrl.canary import Canary
 from spmdrl.config import Config
 from spmdrl.custom_role import CustomRole, RoleContext
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.distributed.parallel import Parallel
+from spmdrl.engines import check_installed, engine_parts, make_engine
 from spmdrl.generation import GRAPHS, KV_CACHE
 from spmdrl.launch import World
 from spmdrl.memory.residency import Residency
@@ -39,7 +39,9 @@ from spmdrl.role_plan import (
     uses_megatron,
 )
 from spmdrl.roles import Policy, Rollout
-from spmdrl.rollout.native.engine import NativeEngine, NativeOptions
+from spmdrl.rollout.protocol import RolloutEngine
+from spmdrl.rollout.vllm_engine import VllmEngine
+from spmdrl.storages import live_bytes
 from spmdrl.training.megatron.checks import import_backend
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.protocol import TrainBackend
@@ -64,6 +66,12 @@ class Assembly:
     state_layouts: Mapping[str, WeightLayout]
     syncs: Mapping[tuple[str, str], PolicySync]
     memory: Residency
+
+    def close(self) -> None:
+        """End the engines, when all went well: before the process groups."""
+        for role in self.roles.values():
+            if isinstance(role, Rollout) and role.engine is not None:
+                role.engine.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +120,16 @@ def assemble(
 
     Args:
         plan: made of the same configuration, placements and models; None: it is made here.
+
+    Raises:
+        ValueError: an engine that is not installed, or does not have the model; on every rank.
     """
     placements = place_roles(config, world.size, world.local_size)
     shapes = {name: model.config for name, model in models.items()}
     if plan is None:
         plan = plan_roles(config, placements, shapes, world.device_types, world.local_size)
+    for name, shape in shapes.items():
+        check_installed(config, name, shape)
     meshes = {
         name: Mesh(name, p.ranks, p.degrees, plan.devices[name].type)
         for name, p in placements.items()
@@ -187,10 +200,20 @@ class _Builder:
         decode: Decode,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        engine = _engine(self._config, self._device(name), mesh, model, decode)
+        config, device, turns = self._config, self._device(name), self._turns_of(name)
+        moves = turns is not None and mesh.is_member and self._policies[name, WEIGHTS] != "keep"
+        engine = make_engine(
+            config,
+            name,
+            model.config,
+            mesh,
+            device,
+            training_dtype(config, device),
+            decode,
+            sleeps=moves,
+        )
         captured = engine is not None and engine.captures_graphs
-        parts = (WEIGHTS, KV_CACHE, *[GRAPHS] * captured)
-        turns = self._turns_of(name)
+        parts = engine_parts(config, name, device, captures_graphs=captured)
         role = Rollout(name, mesh, model.config, engine, progress, turns, parts)
         self._roles[name] = role
         policy = next((r for r in self._roles.values() if isinstance(r, Policy)), None)
@@ -205,7 +228,7 @@ class _Builder:
             self._register_engine(name, engine)
             self._residency.settle()
 
-    def _sync(self, policy: Policy, role: Rollout, engine: NativeEngine | None) -> PolicySync:
+    def _sync(self, policy: Policy, role: Rollout, engine: RolloutEngine | None) -> PolicySync:
         plan, world, rollout = self._plan, self._world, self._config.rollout
         source, target = plan.layouts[policy.name], plan.layouts[role.name]
         weights = WeightSync(
@@ -239,9 +262,19 @@ class _Builder:
             canary=canary if rollout.sync_check_every else None,
         )
 
-    def _register_engine(self, name: str, engine: NativeEngine) -> None:
+    def _register_engine(self, name: str, engine: RolloutEngine) -> None:
         tensors = [tensor for tensor, _ in engine.local_tensors().values()]
         policies, residency = self._policies, self._residency
+        if isinstance(engine, VllmEngine) and policies[name, WEIGHTS] != "keep":
+            residency.register_foreign(
+                name,
+                WEIGHTS,
+                num_bytes=live_bytes(tensors) + engine.cache_bytes(),
+                leave=engine.sleep,
+                bring=engine.wake,
+                policy=policies[name, WEIGHTS],
+            )
+            return
         residency.register(name, WEIGHTS, tensors=tensors, policy=policies[name, WEIGHTS])
         residency.register_droppable(
             name,
@@ -331,31 +364,4 @@ def train_options(
         balance_coef=train.balance_coef,
         param_dtype=training_dtype(config, device),
         frozen=frozen_names(config, name, shape),
-    )
-
-
-def _engine(
-    config: Config, device: torch.device, mesh: Mesh, model: Model, decode: Decode
-) -> NativeEngine | None:
-    if not mesh.is_member:
-        return None
-    tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
-    ep = Parallel(rank=mesh.coordinate("ep"), size=mesh.size("ep"))
-    rollout = config.rollout
-    options = NativeOptions(
-        kv_cache_gb=rollout.kv_cache_gb,
-        block_size=rollout.block_size,
-        max_running=rollout.max_running,
-        prefill_tokens=rollout.prefill_tokens,
-        cuda_graphs=rollout.cuda_graphs,
-    )
-    return NativeEngine(
-        model.config,
-        tp=tp,
-        ep=ep,
-        options=options,
-        device=device,
-        dtype=training_dtype(config, device),
-        eos_token_ids=model.config.eos_ids,
-        detokenize=decode,
     )

@@ -129,7 +129,9 @@ class TrainSection(Section):
 
 
 class RolloutSection(Section):
-    engine: Literal["native"] = Field("native", description="rollout engine")
+    engine: Literal["native", "vllm"] = Field(
+        "native", description="rollout engine; vllm: in the same processes, on all ranks"
+    )
     kv_cache_gb: float | Literal["auto"] = Field(
         "auto", description="of one rank; auto: what the call needs, within what is free"
     )

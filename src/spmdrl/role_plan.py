@@ -11,6 +11,7 @@ import torch
 
 from spmdrl.config import Config
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.engines import check_engine, shares_tensors, vocab_multiple
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.sharding import Head, check_tp, parameter_parts
@@ -164,8 +165,9 @@ def plan_roles(
 
     Raises:
         ValueError: roles that do not fit on the device together, with the sizes; a role on ranks
-            with and without a GPU.
+            with and without a GPU; an engine that cannot be placed so.
     """
+    check_engine(config, placements, shapes, len(device_types))
     devices = {
         name: torch.device(
             role_device_type(name, config.roles[name].device, placement.ranks, device_types)
@@ -184,6 +186,7 @@ def plan_roles(
             layouts[name],
             node_size=node_size,
             bucket_bytes=config.rollout.sync_bucket_mb * 10**6,
+            share=shares_tensors(config, name, devices[name]),
         )
         for name, kind in kinds.items()
         if policy is not None and kind == "rollout"
@@ -236,8 +239,15 @@ def role_layout(
         return megatron_layout(shape, placement.ranks, degrees, cut, dtype, head)
     if degrees["dp_shard"] > 1:
         dtype = torch.float32  # FSDP2 keeps the sharded masters, and casts while it gathers
-    frozen = frozen_names(config, name, shape)
-    return model_layout(shape, placement.ranks, degrees, dtype, head=head, frozen=frozen)
+    return model_layout(
+        shape,
+        placement.ranks,
+        degrees,
+        dtype,
+        head=head,
+        frozen=frozen_names(config, name, shape),
+        vocab_multiple=vocab_multiple(config, name),
+    )
 
 
 def state_layout(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from spmdrl.config import Config
+from spmdrl.engines import engine_parts, is_vllm, vllm_cache
 from spmdrl.generation import GRAPHS, KV_CACHE
 from spmdrl.memory.parts import Part, PartName, PartWish
 from spmdrl.memory.plan import MemoryPlan, fits, make_plan
@@ -176,7 +177,7 @@ def _parts(
     policy = next((n for n, shape in here.items() if shape.kind == "policy"), None)
     for name in (n for n, shape in here.items() if shape.kind == "rollout"):
         parts += _rollout_parts(config, placements[name], name, here[name], syncs, rank, policy)
-        if uses_graphs(config, here[name]):
+        if uses_graphs(config, name, here[name]):
             holds: tuple[PartName, ...] = ((name, WEIGHTS), (name, KV_CACHE))
             wish = _wish(config, name, GRAPHS)
             parts.append(
@@ -198,6 +199,9 @@ def _rollout_parts(
     shared = syncs[name].shared.get(rank, frozenset()) if name in syncs else frozenset()
     own = {local: held for local, held in table.items() if local not in shared}
     rests_on: tuple[PartName, ...] = ((policy, WEIGHTS),) if policy and shared else ()
+    if is_vllm(config, name):
+        size = cache_bytes(config, name, placement, shape)
+        return _vllm_parts(config, name, shape, _bytes(own), size, rests_on)
     return [
         Part(
             role=name,
@@ -209,15 +213,43 @@ def _rollout_parts(
         Part(
             role=name,
             name=KV_CACHE,
-            num_bytes=cache_bytes(config, placement, shape),
+            num_bytes=cache_bytes(config, name, placement, shape),
             wish=_wish(config, name, KV_CACHE),
             droppable=True,
         ),
     ]
 
 
-def uses_graphs(config: Config, shape: Shape) -> bool:
-    """Whether the rollout's decode steps are captured, which holds addresses."""
+def _vllm_parts(
+    config: Config,
+    name: str,
+    shape: Shape,
+    weights_bytes: int,
+    cache_bytes: int,
+    rests_on: tuple[PartName, ...],
+) -> list[Part]:
+    """On a CPU vLLM frees nothing. On CUDA its sleep frees weights and cache together: the cache
+    counts as one with the weights.
+    """
+    weights = Part(role=name, name=WEIGHTS, num_bytes=weights_bytes, wish="keep", rests_on=rests_on)
+    if shape.device.type == "cpu":
+        cache = Part(role=name, name=KV_CACHE, num_bytes=cache_bytes, wish="keep", droppable=True)
+        return [weights, cache]
+    for part in (KV_CACHE, GRAPHS):
+        if (wish := _wish(config, name, part)) != "auto":
+            raise ValueError(
+                f"roles.{name}.memory.{part}={wish} with rollout.engine=vllm: vLLM frees its cache "
+                f"with its weights and keeps its graphs, so set roles.{name}.memory.weights alone"
+            )
+    return [
+        replace(weights, num_bytes=weights_bytes + cache_bytes, wish=_wish(config, name, WEIGHTS))
+    ]
+
+
+def uses_graphs(config: Config, name: str, shape: Shape) -> bool:
+    """Whether the rollout's decode steps are captured, which holds addresses that may move."""
+    if is_vllm(config, name):
+        return False
     if shape.device.type == "cuda" and not torch.cuda.is_available():
         return False  # a rank without a GPU plans for one that has it: only its own plan counts
     shapes = {name: held.shape for name, held in next(iter(shape.layout.values())).items()}
@@ -244,9 +276,10 @@ def _calls(
     rollouts = [name for name, kind in kinds.items() if kind == "rollout"]
     generate = []
     for name in rollouts:
-        parts = (WEIGHTS, KV_CACHE, *[GRAPHS] * uses_graphs(config, here[name]))
+        captured = uses_graphs(config, name, here[name])
+        parts = engine_parts(config, name, here[name].device, captures_graphs=captured)
         needs = tuple((name, part) for part in parts)
-        work = _blocked_bytes(config, here[name], rank)
+        work = 0 if is_vllm(config, name) else _blocked_bytes(config, here[name], rank)
         generate.append(PlannedCall(name=f"{name}.generate", needs=needs, working_bytes=work))
     scoring = {reward.role for reward in config.rewards}
     score: list[PlannedCall] = []
@@ -326,9 +359,18 @@ def _trained_bytes(table: Table) -> int:
     return sum(4 * math.prod(held.shape) for held in table.values() if not held.frozen)
 
 
-def cache_bytes(config: Config, placement: Placement, shape: Shape) -> int:
+def cache_bytes(config: Config, name: str, placement: Placement, shape: Shape) -> int:
     """The KV cache of one rank: as configured, or what a step's samples can need."""
     rollout, model = config.rollout, shape.config
+    if is_vllm(config, name):
+        return vllm_cache(
+            config,
+            model,
+            shape.dtype,
+            shape.device.type,
+            num_replicas=placement.num_replicas,
+            tp=placement.degrees["tp"],
+        ).num_bytes
     if rollout.kv_cache_gb != "auto":
         return int(rollout.kv_cache_gb * 1e9)
     samples = -(-config.data.prompts_per_step * config.data.group_size // placement.num_replicas)

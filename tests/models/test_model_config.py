@@ -142,6 +142,6 @@ def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
 def test_tiny_keeps_architecture_vocabulary_and_rope() -> None:
     config = parse_config(BASE)
     small = tiny(config)
-    assert (small.num_layers, small.hidden_size, small.head_dim) == (2, 64, 16)
+    assert (small.num_layers, small.hidden_size, small.head_dim) == (2, 64, 32)
     assert (small.vocab_size, small.rope, small.qkv_bias) == (1000, config.rope, True)
     assert parse_config(small.source) == small

@@ -33,7 +33,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def hugging_face_model(name: str) -> Any:
+def hugging_face_model(name: str, **changes: Any) -> Any:
     """transformers' tiny model of that architecture, with lively random weights."""
     import transformers
 
@@ -49,7 +49,7 @@ def hugging_face_model(name: str) -> Any:
         "bos_token_id": 1,
         "pad_token_id": EOS,
     }
-    config = getattr(transformers, f"{name}Config")(**{**sizes, **ARCHITECTURES[name]})
+    config = getattr(transformers, f"{name}Config")(**{**sizes, **ARCHITECTURES[name], **changes})
     config.architectures = [f"{name}ForCausalLM"]
     model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
     generator = torch.Generator().manual_seed(1)
@@ -73,13 +73,16 @@ class StateDict:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
     def read(self, part: Slice) -> Tensor:
         box = tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))
         return self._tensors[part.name][box]
 
 
-def tiny_model(name: str = "Llama") -> tuple[ModelConfig, StateDict]:
-    model = hugging_face_model(name)
+def tiny_model(name: str = "Llama", **changes: Any) -> tuple[ModelConfig, StateDict]:
+    model = hugging_face_model(name, **changes)
     return parse_config(model.config.to_dict()), StateDict(dict(model.state_dict()))
 
 

@@ -63,6 +63,7 @@ def evaluate(config: Config, world: World, server: RewardServer) -> dict[str, fl
         for name, evaluator in evaluators.items():
             with relay.bar(name):
                 metrics |= evaluator.measure(run_dir / "evaluation" / f"{name}.jsonl")
+        assembly.close()
     writer = MetricsWriter(
         run_dir / "evaluation", is_first=world.is_first, tensorboard=config.log.tensorboard
     )
@@ -147,6 +148,7 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
         for row in range(len(batch))
     ]
     parts = gather_objects(own)
+    assembly.close()
     if dist.get_rank() == 0:
         write_results(Path(out_file), [record for part in parts for record in part])
     return sum(len(part) for part in parts)

@@ -139,6 +139,7 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
             raise FlowError(f"in step {run.steps_done + 1}: {error}") from error
         finally:
             run.close()
+        assembly.close()
 
 
 def make_run(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from spmdrl.memory.foreign_part import ForeignPart
 from spmdrl.memory.meter import Meter
 from spmdrl.memory.mover import Mover
 from spmdrl.memory.parts import (
@@ -57,7 +58,7 @@ class Residency:
         self._mover = Mover(device, staging_bytes=staging_bytes)
         self._parts: dict[PartName, Part] = {}
         self._policies: dict[PartName, PartPolicy] = {}
-        self._tensors: dict[PartName, TensorPart] = {}
+        self._tensors: dict[PartName, TensorPart | ForeignPart] = {}
         self._droppables: dict[PartName, _Droppable] = {}
         self._owners: dict[int, PartName] = {}
         """Storage -> the part that it belongs to."""
@@ -117,6 +118,29 @@ class Residency:
         )
         self._tensors[role, part] = held
         self._owners.update(dict.fromkeys(own, (role, part)))
+        self._note_peak()
+
+    def register_foreign(
+        self,
+        role: str,
+        part: str,
+        *,
+        num_bytes: int,
+        leave: Callable[[bool], None],
+        bring: Callable[[], None],
+        policy: PartWish,
+    ) -> None:
+        """Take charge of what another allocator has, which is on the device now.
+
+        Args:
+            leave: frees it, and keeps its content elsewhere if its argument says so.
+            bring: makes it usable again at the same addresses.
+
+        Raises:
+            ValueError: the part is there already.
+        """
+        self._add(Part(role=role, name=part, num_bytes=num_bytes, wish=policy))
+        self._tensors[role, part] = ForeignPart(num_bytes, leave, bring)
         self._note_peak()
 
     def register_droppable(

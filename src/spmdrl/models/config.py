@@ -144,7 +144,7 @@ def tiny(config: ModelConfig) -> ModelConfig:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": 32,  # the least that vLLM has on a CPU
     }
     if config.moe is not None:
         sizes |= tiny_experts(config.architecture)

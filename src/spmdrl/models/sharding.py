@@ -66,6 +66,8 @@ class Split(Enum):
     COLUMNS = "columns"
     KV_ROWS = "kv_rows"
     """Rows by key/value head; with fewer heads than ranks, neighbouring ranks hold the same one."""
+    VOCABULARY = "vocabulary"
+    """Rows, of which the engine may hold more than there are: the last are padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +87,18 @@ class _Place:
     Args:
         tp_rank, tp_size: along the tensor-parallel axis.
         ep_rank, ep_size: which part of the experts, of how many.
+        vocab_multiple: the vocabulary's rows are padded to a multiple of it, and then cut.
     """
 
     tp_rank: int = 0
     tp_size: int = 1
     ep_rank: int = 0
     ep_size: int = 1
+    vocab_multiple: int = 1
+
+    def vocabulary_rows(self, vocab_size: int) -> int:
+        """On each tensor-parallel rank, the padding of the last ones included."""
+        return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple // self.tp_size
 
     @property
     def etp_size(self) -> int:
@@ -105,14 +113,14 @@ class _Place:
 def parameter_parts(config: ModelConfig, head: Head = "lm") -> dict[str, tuple[Part, ...]]:
     """Local name -> the global tensors fused in it, top to bottom; in order of the forward pass."""
     embedding = (config.vocab_size, config.hidden_size)
-    table = {"embed_tokens.weight": _one("model.embed_tokens.weight", embedding, Split.ROWS)}
+    table = {"embed_tokens.weight": _one("model.embed_tokens.weight", embedding, Split.VOCABULARY)}
     for i in range(config.num_layers):
         table |= _layer_parts(config, i)
     table["norm.weight"] = _one("model.norm.weight", (config.hidden_size,), Split.NONE)
     if head == "score":
         table["head.weight"] = _one(SCORE, (1, config.hidden_size), Split.NONE)
     elif not config.tie_embeddings:
-        table["head.weight"] = _one("lm_head.weight", embedding, Split.ROWS)
+        table["head.weight"] = _one("lm_head.weight", embedding, Split.VOCABULARY)
     return table
 
 
@@ -123,13 +131,26 @@ def global_shapes(config: ModelConfig, head: Head = "lm") -> dict[str, tuple[int
 
 
 def local_parameters(
-    config: ModelConfig, tp_size: int, head: Head = "lm", *, ep_size: int = 1
+    config: ModelConfig,
+    tp_size: int,
+    head: Head = "lm",
+    *,
+    ep_size: int = 1,
+    vocab_multiple: int = 1,
 ) -> dict[str, tuple[int, ...]]:
-    """Local name -> local shape, the same on every tensor- and expert-parallel rank."""
+    """Local name -> local shape, the same on every tensor- and expert-parallel rank.
+
+    Args:
+        vocab_multiple: the vocabulary's rows are padded to a multiple of it.
+    """
+    place = _Place(tp_size=tp_size, ep_size=ep_size, vocab_multiple=vocab_multiple)
     shapes = {}
     for name, parts in parameter_parts(config, head).items():
-        held = _slices(config, parts, _Place(tp_size=tp_size, ep_size=ep_size))
-        shapes[name] = (sum(s.rows for s in held), *held[0].size[1:])
+        held = _slices(config, parts, place)
+        rows = sum(s.rows for s in held)
+        if parts[0].split is Split.VOCABULARY:
+            rows = place.vocabulary_rows(config.vocab_size)
+        shapes[name] = (rows, *held[0].size[1:])
     return shapes
 
 
@@ -162,9 +183,20 @@ def all_slices(
     *,
     ep_rank: int = 0,
     ep_size: int = 1,
+    vocab_multiple: int = 1,
 ) -> dict[str, tuple[Slice, ...]]:
-    """`slices` of every local parameter, in order of the forward pass."""
-    place = _Place(tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size)
+    """`slices` of every local parameter, in order of the forward pass.
+
+    Args:
+        vocab_multiple: see `local_parameters`; a rank that has padding alone holds no slice.
+    """
+    place = _Place(
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        ep_rank=ep_rank,
+        ep_size=ep_size,
+        vocab_multiple=vocab_multiple,
+    )
     table = parameter_parts(config, head)
     return {name: _slices(config, parts, place) for name, parts in table.items()}
 
@@ -340,6 +372,11 @@ def _slices(config: ModelConfig, parts: tuple[Part, ...], place: _Place) -> tupl
             start[0], stop[0] = _range(part.shape[0], rank, size)
         elif part.split is Split.KV_ROWS:
             start[0], stop[0] = _kv_range(config, rank, size)
+        elif part.split is Split.VOCABULARY:
+            rows = place.vocabulary_rows(part.shape[0])
+            start[0], stop[0] = (min(n * rows, part.shape[0]) for n in (rank, rank + 1))
+            if start[0] == stop[0]:
+                continue
         result.append(
             Slice(
                 name=part.name,

@@ -102,3 +102,30 @@ class RolloutEngine(Protocol):
     def allocate(self, local_name: str) -> Tensor:
         """Storage of the engine's own for a parameter, to be filled by a weight sync."""
         ...
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether decode steps are replayed as CUDA graphs, which hold addresses of what others
+        may move.
+        """
+        ...
+
+    def cache_bytes(self) -> int:
+        """Of the key-value cache, as it is now."""
+        ...
+
+    def graph_bytes(self) -> int:
+        """Of the graphs, as they are now."""
+        ...
+
+    def release_cache(self) -> None:
+        """Free the cache; the next call makes it."""
+        ...
+
+    def release_graphs(self) -> None:
+        """Free the graphs: before what they hold addresses of moves."""
+        ...
+
+    def close(self) -> None:
+        """The engine is not used any more. Other ranks are not waited for."""
+        ...

@@ -68,6 +68,7 @@ def model_layout(
     dtype: torch.dtype,
     head: Head = "lm",
     frozen: Collection[str] = (),
+    vocab_multiple: int = 1,
 ) -> dict[int, Table]:
     """The layout of a role: tensor-parallel parameters, cut along dim 0 by FSDP where dp_shard > 1.
 
@@ -79,12 +80,13 @@ def model_layout(
 
     Args:
         frozen: Hugging Face names of parameters that are not trained.
+        vocab_multiple: the vocabulary's rows are padded to a multiple of it.
     """
     tp, cp, pp = degrees.get("tp", 1), degrees.get("cp", 1), degrees.get("pp", 1)
     sharded = degrees.get("dp_shard", 1) > 1
     num_shards = degrees.get("dp_shard", 1) * cp if sharded else 1
     ep, exchange = degrees.get("ep", 1), expert_degrees(degrees)["exchange"]
-    shapes = local_parameters(config, tp, head, ep_size=ep)
+    shapes = local_parameters(config, tp, head, ep_size=ep, vocab_multiple=vocab_multiple)
     stages = [_stage(config, shapes, stage, pp) for stage in range(pp)]
     cuts = _Cuts(dtype, frozen)
     parts: dict[tuple[int, int], dict[str, tuple[int, tuple[Slice, ...]]]] = {}
@@ -94,7 +96,15 @@ def model_layout(
         shard = place["dp_shard"] * cp + place["cp"] if sharded else 0
         tp_rank, ep_rank = place["tp"], expert_place(degrees, place)["ep"]
         if (tp_rank, ep_rank) not in parts:
-            found = all_slices(config, tp_rank, tp, head, ep_rank=ep_rank, ep_size=ep)
+            found = all_slices(
+                config,
+                tp_rank,
+                tp,
+                head,
+                ep_rank=ep_rank,
+                ep_size=ep,
+                vocab_multiple=vocab_multiple,
+            )
             kinds = {name: (cuts.kind(shapes[name], held), held) for name, held in found.items()}
             parts[tp_rank, ep_rank] = kinds
         at = (place["pp"], tp_rank, ep_rank, shard)

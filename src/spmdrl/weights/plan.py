@@ -172,17 +172,19 @@ def plan_sync(
     *,
     node_size: int = 1,
     bucket_bytes: int = DEFAULT_BUCKET,
+    share: bool = True,
 ) -> SyncPlan:
     """Same tensor: share. Same rank: copy. Else: each box once to every rank that lacks it.
 
     Args:
+        share: the target can use the source's tensors; without, it has its own of each.
         node_size: ranks of a node; messages stay inside of one where they can.
         bucket_bytes: a sync stages two of them on a rank, at most (one row of a tensor at least).
 
     Raises:
         ValueError: the source does not hold all that the target needs, naming the tensor.
     """
-    shared = _shared(source, target)
+    shared = _shared(source if share else {}, target)
     slot = max(1, 2 * bucket_bytes // NUM_SLOTS)
     patterns = Patterns(node_size, slot // _CELLS_PER_SLOT or 1)
     spans: dict[bool, list[Span]] = {False: [], True: []}

@@ -22,19 +22,19 @@ from ...models.routing import choices_dtype
 from ...models.sharding import Slice, check_tp, local_kv_heads
 from ...storages import require_resident
 from ..protocol import Completion, Progress, Request
+from ..requests import GB, blocks_needed, check_requests
 from ..sampling import SamplingParams
+from ..stops import Detokenize, StopRule
 from .attention import CacheShape, PagedAttention
 from .blocked import blocked_weights
 from .blocks import BlockPool
 from .blockwise import BlockwiseAttention
 from .recording import ExpertRecord
-from .requests import GB, blocks_needed, check_requests
 from .runner import Runner
 from .sampler import Sampler
 from .scheduler import Scheduler, sampled
 from .sequence import Sequence as Sample
 from .sequence import common_prefix, sequences_of
-from .stops import Detokenize, StopRule
 from .varlen import BLOCK_MULTIPLE, VarlenAttention, varlen_is_usable
 
 _CPU_CACHE_GB = 2.0
@@ -197,6 +197,10 @@ class NativeEngine:
         if self._work is not None and self._work.runner.graphs is not None:
             self._work.runner.graphs.drop()
 
+    def close(self) -> None:
+        """See `RolloutEngine.close`."""
+        self.release_cache()
+
     # Generation
 
     def generate(
@@ -278,7 +282,7 @@ class NativeEngine:
             requests,
             self._config,
             capacity=num_blocks * self.block_size,
-            kv_cache_gb=self._options.kv_cache_gb,
+            mend=f"raise rollout.kv_cache_gb={self._options.kv_cache_gb}",
             has_text=self._detokenize is not None,
         )
         return num_blocks

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..protocol import Finish
-from ..sampling import SamplingParams
+from .protocol import Finish
+from .sampling import SamplingParams
 
 Detokenize = Callable[[Sequence[int]], str]
 

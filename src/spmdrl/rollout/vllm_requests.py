@@ -1,0 +1,95 @@
+"""What vLLM is told of sizes and of requests, and what it cannot do. Nothing here imports it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..keyed import key64
+from .protocol import Request
+from .sampling import SamplingParams
+
+BLOCK_MULTIPLE = {"cpu": 32, "cuda": 16}
+"""Of the tokens of a cache block."""
+
+LEAST_TEMPERATURE = 0.01
+"""vLLM raises what lies between 0 and this, and says so in its log alone."""
+
+_SEED_BITS = 63
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmOptions:
+    """Sizes of the engine.
+
+    Args:
+        kv_cache_bytes: of one rank; allocated at start.
+        max_length: tokens of a sequence, prompt and response, at most.
+        block_size: tokens of a cache block.
+        max_running: sequences decoded together, at most.
+        prefill_tokens: prompt tokens a step, at most.
+        cuda_graphs: let vLLM compile the model and capture CUDA graphs.
+        sleeps: weights and cache leave the device between calls (`sleep`); on CUDA only.
+        cache_mend: what gives the cache more room, for messages.
+    """
+
+    kv_cache_bytes: int
+    max_length: int
+    block_size: int = 32
+    max_running: int = 256
+    prefill_tokens: int = 2048
+    cuda_graphs: bool = True
+    sleeps: bool = False
+    cache_mend: str = "raise rollout.kv_cache_gb"
+
+
+def sampling_arguments(
+    sampling: SamplingParams, eos: Sequence[int], key: tuple[int, int, int, int]
+) -> dict[str, Any]:
+    """vLLM's sampling parameters for one sample.
+
+    Its ends of text are all ours: vLLM reads fewer of them from the model. Stop texts are looked
+    for outside of it.
+
+    Args:
+        eos: the model's ends of text.
+        key: (seed, step, prompt id, sample): keys the sample's random numbers. vLLM draws them one
+            after the other, so that they depend on the token's place too, and on nothing else.
+    """
+    ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos)}
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "max_tokens": sampling.max_tokens,
+        "stop_token_ids": sorted(ends),
+        "ignore_eos": True,
+        "seed": None if sampling.is_greedy else key64(*key) & (2**_SEED_BITS - 1),
+        "logprobs": 0,
+        "detokenize": False,
+    }
+
+
+def check_sampling(requests: Sequence[Request]) -> None:
+    """Refuse what vLLM would do otherwise, or not at all.
+
+    Raises:
+        ValueError: naming the key of the first such request.
+    """
+    for request in requests:
+        sampling = request.sampling
+        where = f"rollout.engine=vllm, prompt_id {request.prompt_id}: sampling"
+        if sampling.margins:
+            raise ValueError(f"{where}.margins=True: vLLM does not tell how near a draw was")
+        if 0 < sampling.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"{where}.temperature={sampling.temperature}: vLLM takes 0 (greedy) or at least "
+                f"{LEAST_TEMPERATURE}"
+            )
+        if sampling.min_p > 0 and sampling.top_p < 1:
+            raise ValueError(
+                f"{where}.min_p={sampling.min_p} with top_p={sampling.top_p}: vLLM cuts min_p "
+                "first, which leaves other tokens than the order of this project: set one of them"
+            )

@@ -1,0 +1,122 @@
+"""Samples on their way through vLLM, one engine step after the other. Nothing here imports it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .protocol import Completion, Finish, Progress, Request
+from .stops import Detokenize, StopRule
+
+
+@dataclass(kw_only=True, eq=False)
+class Sample:
+    """One sample; `tokens` begins with the prompt."""
+
+    request: Request
+    rule: StopRule
+    tokens: list[int]
+    logprobs: list[float] = field(default_factory=list)
+    finish: Finish = "aborted"
+
+    def completion(self) -> Completion:
+        tokens = tuple(self.tokens[len(self.request.tokens) :])
+        return Completion(tokens=tokens, logprobs=tuple(self.logprobs), finish=self.finish)
+
+
+def samples_of(
+    requests: Sequence[Request], eos: Sequence[int], detokenize: Detokenize | None
+) -> list[list[Sample]]:
+    """The samples of each request, nothing generated yet."""
+    return [
+        [
+            Sample(
+                request=request,
+                rule=StopRule(request.sampling, eos, detokenize),
+                tokens=list(request.tokens),
+            )
+            for _ in request.samples
+        ]
+        for request in requests
+    ]
+
+
+def run_steps(
+    engine: Any,
+    waiting: dict[str, Sample],
+    progress: Progress | None,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Engine steps until every sample has ended, or one after which `should_stop` says so.
+
+    Args:
+        engine: vLLM's, which holds the samples' requests and none of others; none after this.
+        waiting: by request id; what is open stays in it.
+        should_stop: asked in every step; alike on all ranks of the group.
+    """
+    tokens_done = samples_done = 0
+    try:
+        while waiting:
+            outputs = engine.step()
+            stop = should_stop()
+            unknown: list[str] = []  # to vLLM: what ended with a stop text
+            for output in outputs:
+                sample = waiting[output.request_id]
+                tokens_done += _extend(sample, output)
+                if sample.finish != "aborted":
+                    samples_done += 1
+                    del waiting[output.request_id]
+                    unknown += [] if output.finished else [output.request_id]
+            if unknown:
+                engine.abort_request(unknown)
+            if progress is not None:
+                progress(tokens_done, samples_done)
+            if stop:
+                break
+    finally:
+        if waiting:
+            engine.abort_request(list(waiting))
+
+
+def _extend(sample: Sample, output: Any) -> int:
+    """Add what a step drew for the sample, up to where it ends; returns how many tokens."""
+    [piece] = output.outputs
+    count = 0
+    for token, found in zip(piece.token_ids, piece.logprobs, strict=True):
+        logprob = found[token].logprob
+        if logprob != logprob:
+            raise ValueError(
+                f"the logits of prompt {sample.request.prompt_id} are not finite: the policy's "
+                "weights hold NaN or infinity"
+            )
+        sample.tokens.append(token)
+        sample.logprobs.append(logprob)
+        count += 1
+        finish = sample.rule.check(sample.tokens, len(sample.logprobs))
+        if finish is not None:
+            sample.finish = finish
+            break
+    assert not output.finished or sample.finish != "aborted", piece.finish_reason
+    return count
+
+
+def run_scores(
+    engine: Any, waiting: dict[str, int], sequences: Sequence[Sequence[int]]
+) -> dict[int, list[float]]:
+    """Engine steps until every sequence's tokens are scored: sequence -> log-probabilities of all
+    but the first token.
+
+    Args:
+        waiting: the sequence by request id.
+    """
+    scores: dict[int, list[float]] = {}
+    while waiting:
+        for output in engine.step():
+            number = waiting[output.request_id]
+            if output.prompt_logprobs:
+                pairs = zip(sequences[number][1:], output.prompt_logprobs[1:], strict=True)
+                scores[number] = [found[token].logprob for token, found in pairs]
+            if output.finished:
+                del waiting[output.request_id]
+    return scores

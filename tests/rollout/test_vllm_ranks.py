@@ -1,0 +1,191 @@
+"""vLLM on two ranks beside the trainer: no weight is left behind, whatever brings it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rollout_models import StateDict, dense, naive, prompts_of, request, tiny_model
+from torch import Tensor
+
+from flow_cases import run_configs, write_config
+from harness import run_ranks
+from spmdrl.distributed.parallel import Parallel
+from spmdrl.launch import World
+from spmdrl.models.decoder import Decoder
+from spmdrl.models.hf import fill, load_into
+from spmdrl.models.pad_heads import pad_heads
+from spmdrl.rollout.protocol import Completion
+from spmdrl.rollout.vllm_model import VOCAB_MULTIPLE
+from spmdrl.weights.layout import Table, model_layout
+from spmdrl.weights.plan import plan_sync
+from spmdrl.weights.sync import WeightSync
+from tiny_model import make_tiny_model
+from torchrun import Torchrun, outcome_of
+from vllm_cases import make_vllm, needs_vllm
+
+SIZES = {"hidden_size": 128, "head_dim": 32, "vocab_size": 136}
+"""vLLM pads this vocabulary to 192 rows; of two ranks the second has 40 of them."""
+
+CONFIGS: dict[str, list[str]] = {
+    "dp2, shared storage that the plan moves": [
+        "roles.policy.memory={weights: host, optimizer: host}",
+        "evaluation.held_out=4",
+        "evaluation.sampling={temperature: 0}",
+        "sampling.stop=[ab]",
+    ],
+    "dp2 from shards": ["roles.policy.dp_shard=2", "rollout.sync_check_every=1"],
+    "tp2": ["roles.policy.tp=2", "roles.rollout.tp=2", "rollout.sync_check_every=1"],
+    "tp2 from dp2, one step off-policy": [
+        "roles.rollout.tp=2",
+        "lag=1",
+        "algorithm.importance_cap=2.0",
+    ],
+}
+
+
+def source_tensors(table: Table, weights: StateDict) -> dict[str, tuple[Tensor, Any]]:
+    """What a trainer would hold there, filled."""
+    held = {name: (torch.empty(h.shape, dtype=h.dtype), h.slices) for name, h in table.items()}
+    fill(held.values(), weights)
+    return held
+
+
+def stale_weights(world: World, name: str, tp: int) -> tuple[list[str], list[Completion]]:
+    """Change the trainer's tensors one by one, then all together; sync; compare the engine.
+
+    Returns the local names whose change the engine did not show as the trainer did, and what it
+    generates at the end.
+    """
+    config, weights = tiny_model(name, **SIZES)
+    tensors = {hf: weights.tensor(hf).clone() for hf in weights.names}
+    weights = StateDict(tensors)
+    group = dist.group.WORLD if tp > 1 else None
+    rank = world.rank if tp > 1 else 0
+    engine = make_vllm(config, tp=Parallel(group=group, rank=rank, size=tp))
+    degrees = {"dp_replicate": world.size}
+    source = model_layout(config, [0, 1], degrees, torch.float32)
+    degrees = {"dp_replicate": world.size // tp, "tp": tp}
+    target = model_layout(config, [0, 1], degrees, torch.float32, vocab_multiple=VOCAB_MULTIPLE)
+    held = source_tensors(source[world.rank], weights)
+    sync = WeightSync(
+        # a tiny bucket, so that every tensor travels in cells
+        plan_sync(source, target, bucket_bytes=4096, share=False),
+        source[world.rank],
+        target[world.rank],
+        held,
+        engine,
+        torch.device("cpu"),
+    )
+    sync.run()
+    decoder = Decoder(config, device="cpu")
+    sequences = prompts_of(24, 40)
+    generator = torch.Generator().manual_seed(4)
+
+    def expected() -> Tensor:
+        load_into(decoder, weights)
+        found = []
+        for tokens in sequences:
+            ids = torch.tensor(tokens)
+            with torch.no_grad():
+                hidden = decoder(ids, torch.arange(len(tokens)), dense)
+                logprobs = (hidden @ decoder.head_weight().T).log_softmax(-1)
+            found.append(logprobs[:-1].gather(1, ids[1:, None])[:, 0])
+        return torch.cat(found)
+
+    def engine_scores() -> Tensor:
+        return torch.tensor([value for row in engine.score(sequences) for value in row])
+
+    wrong = []
+    last = expected()
+    if (engine_scores() - last).abs().max() > 1e-4:
+        wrong.append("before any change")
+    for local, (tensor, slices) in held.items():
+        tensor += torch.randn(tensor.shape, generator=generator) * 0.3 * tensor.std().clamp_min(0.1)
+        for piece in slices:
+            tensors[piece.name].copy_(tensor[piece.offset : piece.offset + piece.rows])
+        sync.run()
+        now = expected()
+        assert (now - last).abs().max() > 1e-3, f"the test would not see a stale {local}"
+        last = now
+        if (engine_scores() - now).abs().max() > 1e-4:
+            wrong.append(local)
+    asked = [
+        request(tokens, i, temperature=0, max_tokens=30, ignore_eos=True)
+        for i, tokens in enumerate(sequences)
+    ]
+    found = [group[0] for group in engine.generate(asked, seed=0, step=0)]
+    for i, one in enumerate(asked):
+        if found[i].tokens != naive(config, weights, one, 0, seed=0, step=0).tokens:
+            wrong.append(f"greedy tokens of prompt {i}")
+    engine.close()
+    return wrong, found
+
+
+def _ranks(world: World, configs: list[tuple[str, list[str]]], root: str) -> dict[str, Any]:
+    return {
+        "stale, tp2": stale_weights(world, "Qwen2", 2),
+        "stale, dp2": stale_weights(world, "Llama", 1),
+        "runs": run_configs(world, configs, root),
+    }
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("vllm")
+    # three heads: tp=2 needs the padded model
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 32}
+    make_tiny_model(root / "plain", hidden_size=96, **heads)
+    pad_heads(root / "plain", root / "model", "6/2")
+    return root
+
+
+def config_of(root: Path, name: str) -> Path:
+    settings = {"rollout": {"engine": "vllm", "block_size": 16}, "steps": 4}
+    return write_config(root / f"{name}.yaml", root / "model", root / name, **settings)
+
+
+@pytest.fixture(scope="module")
+def results(root: Path) -> list[dict[str, Any]]:
+    configs = [
+        (str(config_of(root, f"run_{number}")), words)
+        for number, words in enumerate(CONFIGS.values())
+    ]
+    return run_ranks(_ranks, 2, configs, str(root), timeout_s=500)
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", ["stale, tp2", "stale, dp2"])
+def test_no_weight_is_left_behind(results: list[dict[str, Any]], case: str) -> None:
+    (first_wrong, first), (second_wrong, second) = (result[case] for result in results)
+    assert (first_wrong, second_wrong) == ([], [])
+    assert first == second, "the ranks differ"
+
+
+@needs_vllm
+@pytest.mark.parametrize("name", CONFIGS)
+def test_grpo_on_two_ranks(results: list[dict[str, Any]], name: str) -> None:
+    """The engine's log-probabilities are the trainer's, before and after three updates."""
+    records = results[0]["runs"][list(CONFIGS).index(name)]
+    assert len(records) == 4
+    lag = 1.0 if "off-policy" in name else 0.0
+    for record in records if lag == 0 else records[:1]:  # later samples are of an older policy
+        assert record["rollout_gap_max"] < 1e-4
+    for record in records:
+        assert record["grad_norm"] > 0 and record["skipped"] == 0
+        assert 0 <= record["sync/canary_gap"] < 2e-5
+    assert records[-1]["sample_lag"] == lag
+
+
+@needs_vllm
+def test_a_run_under_torchrun_ends_without_a_word(root: Path) -> None:
+    config = config_of(root, "torchrun")
+    with Torchrun(config, "steps=2", "roles.rollout.tp=2") as run:
+        assert run.wait(300) == 0, run.output()
+    assert outcome_of(root / "torchrun") == "done"
+    output = run.output()
+    for word in ("Traceback", "Error", "rocess group", "leaked", "WARNING"):
+        assert word not in output.replace("WARNING reasoning_gym", ""), output
