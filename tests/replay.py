@@ -52,7 +52,7 @@ class ReplayEnvironment:
         if self.recording:
             return sampled
         recorder = (self.directory / "recorder").read_text()
-        recorded: Rows = torch.load(_file(self.directory, recorder, step), weights_only=True)
+        recorded = read_samples(self.directory, recorder, step)
         keys = zip(sampled["prompt_ids"].tolist(), sampled["sample_index"].tolist(), strict=True)
         rows = [recorded[key] for key in keys]
         # versions stay those of this run: they must agree by themselves
@@ -91,8 +91,7 @@ def assert_same_samples(directory: Path, name: str, step: int = 0) -> None:
         name: of the run's directory.
     """
     recorder = (directory / "recorder").read_text()
-    expected: Rows = torch.load(_file(directory, recorder, step), weights_only=True)
-    found: Rows = torch.load(_file(directory, name, step), weights_only=True)
+    expected, found = (read_samples(directory, n, step) for n in (recorder, name))
     assert name != recorder and found.keys() == expected.keys()
     for key, row in found.items():
         other = expected[key]
@@ -102,9 +101,15 @@ def assert_same_samples(directory: Path, name: str, step: int = 0) -> None:
         assert int(row["weight_version"]) == int(other["weight_version"]), (name, step, key)
 
 
+def read_samples(directory: Path, name: str, step: int) -> Rows:
+    """What a run sampled in a step, of all ranks."""
+    rows: Rows = torch.load(_file(directory, name, step), weights_only=True)
+    return rows
+
+
 def versions(directory: Path, name: str, step: int) -> set[int]:
     """The weight versions of a step's samples."""
-    rows: Rows = torch.load(_file(directory, name, step), weights_only=True)
+    rows = read_samples(directory, name, step)
     return {int(row["weight_version"]) for row in rows.values()}
 
 

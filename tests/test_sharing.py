@@ -144,3 +144,25 @@ def test_tensor_parallel_ranks_share_the_mlp_and_sharded_ones_compute_in_their_d
     # 2,304 tokens each, 4,608 with tp
     assert found["tp"] < 1.4 * found["dp"]
     assert found["narrow shard"] < 0.6 * found["shard"]
+
+
+def test_a_sync_reads_the_host_where_both_models_do_not_fit_on_the_device():
+    """Four ranks share the policy, each has a whole engine: a rank has 0.11 + 0.43 GB."""
+    shape = dataclasses.replace(SMOLLM2, vocab_size=1000)
+    sharded = ["roles.policy.dp_shard=4", "data.prompts_per_step=4", "data.group_size=2"]
+    sharded += ["rollout.sync_bucket_mb=2"]
+    small = [*sharded, "data.train.max_tokens=8", "sampling.max_tokens=8", "memory_gb=0.52"]
+    roomy = [*sharded, "memory_gb=8"]
+    for words, streams in ((small, True), (roomy, False)):
+        plan = plan_of(load_config(QUICKSTART, words), 4, shape)
+        for rank in plan.memory.values():
+            assert rank.streams == streams
+            sync = next(call for call in rank.plan.calls if call.name == "sync")
+            assert (("policy", "weights") in sync.resident) != streams
+            assert ("rollout", "weights") in sync.resident
+    assert plan_of(load_config(QUICKSTART, small), 4, shape).memory[0].plan.policies == {
+        ("policy", "weights"): "host",
+        ("policy", "optimizer"): "host",
+        ("rollout", "weights"): "host",
+        ("rollout", "kv_cache"): "drop",
+    }

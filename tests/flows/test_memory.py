@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from spmdrl.launch import World
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.placement import place_roles
 from spmdrl.rewards.server import start_reward_server
+from spmdrl.role_plan import plan_roles
+from spmdrl.roles import Rollout
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
 from tiny_model import make_tiny_model
@@ -150,6 +153,34 @@ def freed(world: World, path: str) -> None:
 
 def test_a_backend_refuses_parts_that_are_away(peaks):
     run_ranks(freed, 1, str(peaks[2]))
+
+
+def synced(world: World, path: str, streams: bool) -> tuple[bool, list[torch.Tensor]]:
+    """Whether the policy's weights are on the device after a sync, and the engine's weights."""
+    # without the canary, whose calls would move the policy too
+    words = ["roles.policy.dp_shard=2", "rollout.sync_check_every=0"]
+    config = load_config(path, [*ON_HOST, *words])
+    placements = place_roles(config, world.size)
+    models = open_models(config, placements)
+    shapes = {name: model.config for name, model in models.items()}
+    plan = plan_roles(config, placements, shapes, world.device_types)
+    memory = {rank: replace(own, streams=streams) for rank, own in plan.memory.items()}
+    assembly = assemble(config, world, models, str, plan=replace(plan, memory=memory))
+    assembly.syncs["policy", "rollout"].run()
+    policy, rollout = assembly.trained["policy"], assembly.roles["rollout"]
+    assert policy.backend is not None and isinstance(rollout, Rollout) and rollout.engine
+    here = {t.untyped_storage().nbytes() > 0 for t in policy.backend.parts()["weights"]}
+    assert len(here) == 1
+    return here.pop(), [tensor.clone() for tensor, _ in rollout.engine.local_tensors().values()]
+
+
+def test_a_sync_that_streams_reads_the_policys_weights_from_the_host(peaks):
+    _, _, path = peaks
+    streamed, plain = (run_ranks(synced, 2, str(path), streams) for streams in (True, False))
+    assert [here for here, _ in streamed] == [False, False]
+    assert [here for here, _ in plain] == [True, True]
+    for (_, found), (_, expected) in zip(streamed, plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.gpu

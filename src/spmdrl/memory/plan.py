@@ -229,7 +229,7 @@ def _refusal(
     else:
         lines.append(
             f"all of it is needed at once: give {_and(roles)} more ranks (dp_shard, tp), or lower "
-            "train.microbatch_tokens or rollout.kv_cache_gb"
+            "train.microbatch_tokens, rollout.kv_cache_gb or rollout.sync_bucket_mb"
         )
     return "\n".join(lines)
 
