@@ -71,13 +71,21 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--ranks", type=int, default=1, help="world size")
     explain.add_argument("--ranks-per-node", type=int, help="default: all on one node")
     commands.choices["report"].add_argument("--seconds", type=float, help="the run's wall time")
-    convert = add("convert", _convert, "GGUF or Hugging Face model -> Hugging Face directory.")
+    convert = add(
+        "convert", _convert, "GGUF, Megatron or Hugging Face model -> Hugging Face directory."
+    )
     convert.add_argument("source")
     convert.add_argument("out_dir")
     convert.add_argument(
         "--pad-heads-to",
         metavar="QUERY/KV",
         help="of a Hugging Face directory: add heads of zeros, so that tp divides them",
+    )
+    convert.add_argument(
+        "--like",
+        metavar="MODEL",
+        help="of a Megatron checkpoint (torch_dist): the Hugging Face directory whose config.json "
+        "and tokenizer it has",
     )
     add("keys", _keys, "Print all configuration keys as a Markdown table.")
     return root
@@ -170,11 +178,19 @@ def _keys(options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> None:
     from spmdrl.models.gguf import convert_gguf, find_packaged_gguf
+    from spmdrl.models.torch_dist import convert_torch_dist, is_torch_dist
 
     if options.pad_heads_to is not None:
         from spmdrl.models.pad_heads import pad_heads
 
         pad_heads(options.source, options.out_dir, options.pad_heads_to)
+    elif is_torch_dist(options.source):
+        if options.like is None:
+            raise ValueError(
+                f"{options.source} is a Megatron checkpoint, which has no config.json and no "
+                "tokenizer: give a Hugging Face directory that has them with --like"
+            )
+        convert_torch_dist(options.source, options.like, options.out_dir)
     elif Path(options.source, "config.json").is_file():
         raise ValueError(
             f"{options.source} is a Hugging Face directory already; of one, convert only adds "
