@@ -20,9 +20,9 @@ from megatron_cases import (
 from test_torch_backend import assemble, compare
 
 from harness import run_ranks
+from spmdrl.batch import from_rows
 from spmdrl.launch import World
-from spmdrl.models.attention import Span
-from spmdrl.training.packing import Microbatch
+from spmdrl.training.packing import pack
 
 pytestmark = pytest.mark.megatron
 
@@ -130,18 +130,8 @@ def logits_of_rows(world: World) -> dict[str, list[torch.Tensor]]:
 
 
 def hidden_logits(backend: Any, tokens: torch.Tensor) -> torch.Tensor:
-    none = torch.zeros(0, dtype=torch.int64)
-    count = len(tokens)
-    microbatch = Microbatch(
-        tokens=tokens,
-        positions=torch.arange(count),
-        spans=(Span(q_start=0, q_stop=count, own=(0, count)),),
-        predict=none,
-        targets=none,
-        source=none,
-        row=none,
-        rows=none,
-    )
+    rows = from_rows([tokens.tolist()], rows={"prompt_lengths": torch.ones(1, dtype=torch.int64)})
+    [microbatch] = pack(rows, budget_tokens=1000, share_prompts=False, places="rows")
     item = backend._item(microbatch)
     with torch.no_grad():
         hidden = backend._chunks[0](

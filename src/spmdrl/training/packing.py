@@ -139,6 +139,7 @@ def pad_microbatch(microbatch: Microbatch, length: int) -> Microbatch:
         microbatch,
         tokens=torch.cat((microbatch.tokens, missing)),
         positions=torch.cat((microbatch.positions, missing)),
+        origin=torch.cat((microbatch.origin, missing - 1)),
         spans=(*microbatch.spans, *spans),
     )
 
