@@ -21,6 +21,7 @@ from spmdrl.models.config import ModelConfig, inverse_frequencies
 from spmdrl.models.decoder import rope_tables
 from spmdrl.models.hf import TensorSource, fill
 from spmdrl.models.megatron_layout import Parameter, rank_chunks
+from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.models.sharding import Head
 from spmdrl.storages import require_resident
 from spmdrl.training.context import LocalStream, split_stream
@@ -262,6 +263,13 @@ class MegatronBackend:
             )
 
         check_head(self.mesh.role, self.head, readout)
+        balanced = self._optimizer is not None and self.options.balance_coef > 0
+        if self.config.moe is not None and (balanced or EXPERT_CHOICES in rows.tokens):
+            raise ValueError(
+                f"role {self.mesh.role!r}: train.backend=megatron has no routing replay and no "
+                "balance loss yet: set algorithm.routing_replay to false and train.balance_coef "
+                "to 0, or train.backend to torch"
+            )
         microbatches = packed(self.options.microbatch_tokens)
         longest = max((len(m.tokens) for m in microbatches), default=0)
         if self.mesh.size("pp") > 1 and longest > self.options.microbatch_tokens:
