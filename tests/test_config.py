@@ -186,6 +186,8 @@ def test_a_role_can_be_taken_away_and_an_unused_reference_is_refused(base: Path)
     with pytest.raises(ValueError, match="never asks it"):
         load_config(base, ["roles.reference.tp=1"])
     assert "reference" not in load_config(base, ["roles.reference=null"]).roles
+    words = ["evaluation.sets.a={data: {}}", "evaluation.sets.b={data: {}}"]
+    assert list(load_config(base, [*words, "evaluation.sets.a=null"]).evaluation.sets) == ["b"]
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,19 @@ class EvaluationSection(Section):
         "start: those before the first step",
     )
 
+    @field_validator("sets", mode="before")
+    @classmethod
+    def _drop_removed_sets(cls, sets: Any) -> Any:
+        """`evaluation.sets.NAME: null` takes away a set that an included file has."""
+        return without_null(sets)
+
+
+def without_null(values: Any) -> Any:
+    """A mapping without what is null in it; anything else as it is."""
+    if not isinstance(values, dict):
+        return values
+    return {name: value for name, value in values.items() if value is not None}
+
 
 class CheckpointSection(Section):
     every: int = Field(0, ge=0, description="steps; 0: only at the end")
@@ -322,9 +335,7 @@ class Config(Section):
     @classmethod
     def _drop_removed_roles(cls, roles: Any) -> Any:
         """`roles.reference: null` takes away a role that an included file has."""
-        if not isinstance(roles, dict):
-            return roles
-        return {name: role for name, role in roles.items() if role is not None}
+        return without_null(roles)
 
     def role_kind(self, name: str) -> str:
         return self.roles[name].kind or name
