@@ -185,7 +185,7 @@ class PromptsSection(Section):
         description="names of the columns response, messages, chosen, rejected, margin, where they "
         "differ",
     )
-    part: str = Field("all", description="all, or 2/3: the second of three parts, by prompt")
+    part: str = Field("all", description="all, 2/3: the second of three parts, or 2-3/4, by prompt")
     unique: bool = Field(False, description="leave out prompts that were there before")
     max_tokens: int = Field(1024, ge=1, description="longer prompts are skipped and counted")
     on_bad_row: Literal["error", "skip"] = Field(

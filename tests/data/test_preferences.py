@@ -120,10 +120,12 @@ def test_parts_are_disjoint_by_prompt_and_complete(tmp_path):
     assert min(map(len, parts)) > 5
     for i, part in enumerate(parts):
         assert all(in_part(text, f"{i + 1}/3") for text in part)
+    joined = set(load(tmp_path, rows, part="2-3/3").texts())
+    assert joined == parts[1] | parts[2]
     texts = [row["prompt"] for row in rows]
     halves = disjoint_parts(texts, [0.5, 0.25])
     assert not {texts[i] for i in halves[0]} & {texts[i] for i in halves[1]}
-    for bad in ("4/3", "0/2", "half", "1/0"):
+    for bad in ("4/3", "0/2", "half", "1/0", "3-2/4", "1-5/4"):
         with pytest.raises(ValueError, match=f"part='{bad}'"):
             ExampleSource(source="x", part=bad)
 

@@ -94,12 +94,14 @@ def test_panels_follow_what_was_recorded() -> None:
     ppo = [{"step": 1.0, "reward": 0.1, "score": 0.1, "kl_per_response": 0.2, "kl": 0.01}]
     ppo[0] |= {"eval/held_out/reward": 0.3, "response_length": 9.0}
     assert choose(MAIN, ppo, 1) == [MAIN[0].draw]
-    assert choose(HELD, ppo, 1) == [HELD[0].draw]
+    assert choose(HELD, ppo, 1) == [HELD[1].draw]
     drawn = choose(DETAILS, ppo, 3)
     names = ("kl_per_response", "response_length", "kl")
     assert drawn == [panel.draw for panel in DETAILS if panel.needs[0] in names]
     sft = [{"step": 1.0, "nll": 1.2, "loss": 1.2, "eval/held_out/nll": 1.1}]
-    assert choose(MAIN, sft, 1) == [MAIN[1].draw] and choose(HELD, sft, 1) == [HELD[1].draw]
+    assert choose(MAIN, sft, 1) == [MAIN[2].draw] and choose(HELD, sft, 1) == [HELD[2].draw]
     pairs = [{"step": 1.0, "loss": 0.7, "accuracy": 0.5, "eval/held_out/accuracy": 0.5}]
-    assert choose(MAIN, pairs, 1) == [MAIN[2].draw] and choose(HELD, pairs, 1) == [HELD[2].draw]
+    assert choose(MAIN, pairs, 1) == [MAIN[3].draw] and choose(HELD, pairs, 1) == [HELD[3].draw]
+    pairs[0] |= {"pairs": 4.0, "eval/answers/win_rate": 0.6}
+    assert choose(MAIN, pairs, 1) == [MAIN[1].draw] and choose(HELD, pairs, 1) == [HELD[0].draw]
     assert len(choose(DETAILS, pairs, 3)) == 3

@@ -47,7 +47,7 @@ class ExampleSource:
         max_tokens: longer examples are left out, counted and logged; None: no limit.
         on_bad_row: what a malformed row is: an `error`, or counted, logged and left out.
         unique: leave out examples whose prompt was there before.
-        part: `all`, or `2/3`: the second of three disjoint parts, by prompt.
+        part: `all`, `2/3`: the second of three disjoint parts, or `2-3/4`, by prompt.
 
     Raises:
         ValueError: an unknown column, a template without `{prompt}`, a malformed part, or settings

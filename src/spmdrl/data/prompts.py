@@ -78,7 +78,7 @@ class PromptSource:
         max_prompt_tokens: longer prompts are skipped, counted and logged; None: no limit.
         on_bad_row: what a row that cannot be used is: an `error`, or counted, logged and left out.
         unique: leave out prompts that were there before.
-        part: `all`, or `2/3`: the second of three disjoint parts, by prompt.
+        part: `all`, `2/3`: the second of three disjoint parts, or `2-3/4`, by prompt.
     """
 
     source: str

@@ -177,18 +177,26 @@ def disjoint_parts(
     return parts
 
 
-def read_part(part: str) -> tuple[int, int]:
-    """`2/3` as (2, 3), `all` as (1, 1). ValueError for what is no part."""
-    match = re.fullmatch(r"([0-9]+)/([0-9]+)", "1/1" if part == "all" else part)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise ValueError(f"part={part!r}: write all, or 2/3 for the second of three parts")
-    return int(match[1]), int(match[2])
+def read_part(part: str) -> tuple[int, int, int]:
+    """`2/3` as (2, 2, 3), `2-3/4` as (2, 3, 4), `all` as (1, 1, 1): first, last, of how many.
+
+    Raises:
+        ValueError: it is no part.
+    """
+    match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?/([0-9]+)", "1/1" if part == "all" else part)
+    if match is not None:
+        first, last, count = (int(x) for x in (match[1], match[2] or match[1], match[3]))
+        if 1 <= first <= last <= count:
+            return first, last, count
+    raise ValueError(
+        f"part={part!r}: write all, 2/3 for the second of three parts, or 2-3/4 for two of four"
+    )
 
 
 def in_part(text: str, part: str) -> bool:
     """Whether a text is in a part: `2/3` is the second of `disjoint_parts(.., [1/3] * 3)`."""
-    number, count = read_part(part)
-    return bisect_right(_bounds([1 / count] * count), _place(0, text)) == number - 1
+    first, last, count = read_part(part)
+    return first <= bisect_right(_bounds([1 / count] * count), _place(0, text)) + 1 <= last
 
 
 def _bounds(shares: Sequence[float]) -> list[int]:

@@ -34,6 +34,7 @@ class Evaluator:
     Args:
         name: of the set, in metrics and files.
         prompts: the held-out prompts, equal on every rank.
+        threshold: None: there is no right or wrong, as with a reward model's scores.
         results_dir: where each evaluation's samples are written as JSONL.
         judged_by: what makes the rewards: answers that are compared must have the same.
         against: a JSONL file of this evaluator's, whose answers the win rate is against; None: no
@@ -51,7 +52,7 @@ class Evaluator:
         sampling: SamplingParams,
         num_samples: int,
         k: Sequence[int],
-        threshold: float,
+        threshold: float | None,
         seed: int,
         results_dir: Path,
         judged_by: str,
@@ -67,8 +68,8 @@ class Evaluator:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics `eval/NAME/...`, equal on every rank: accuracy (avg@k: the mean over samples) and
-        pass@k, mean reward and response length, the win rate where there is an opponent, with
-        standard errors clustered by prompt.
+        pass@k where an answer can be right, mean reward and response length, and the win rate where
+        there is an opponent, with standard errors clustered by prompt.
         """
         return self.measure(results_file(self._results_dir, self._name, step))
 
@@ -91,10 +92,12 @@ class Evaluator:
 
     def _metrics(self, batch: Batch) -> dict[str, float]:
         rewards, lengths = self._table(batch, "rewards"), self._table(batch, "response_lengths")
-        right = rewards >= self._threshold - 1e-6  # rewards are float32
         prefix = EVAL + self._name
-        found = {ACCURACY: avg_at_k(right), "/reward": avg_at_k(rewards)}
-        found |= {f"/pass@{k}": pass_at_k(right, k) for k in self._k}
+        found = {"/reward": avg_at_k(rewards)}
+        if self._threshold is not None:
+            right = rewards >= self._threshold - 1e-6  # rewards are float32
+            found = {ACCURACY: avg_at_k(right), **found}
+            found |= {f"/pass@{k}": pass_at_k(right, k) for k in self._k}
         return {**self._named(found), f"{prefix}/response_length": float(lengths.mean())}
 
     def _compared(self, batch: Batch, opponent: Opponent) -> dict[str, float]:

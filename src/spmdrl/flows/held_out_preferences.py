@@ -8,7 +8,7 @@ from spmdrl.algorithms.direct_preference import PreferenceConfig, implicit_rewar
 from spmdrl.batch import Batch
 from spmdrl.data.preferences import PairSet
 from spmdrl.flows.preference_terms import REFERENCE
-from spmdrl.flows.reference_sums import ReferenceSums
+from spmdrl.flows.reference_sums import ReferenceSums, distinct_rows
 from spmdrl.flows.reward_model import pair_accuracy
 from spmdrl.flows.run import Metrics, Run
 from spmdrl.roles import Policy
@@ -43,5 +43,9 @@ class HeldOutPreferences:
 
 def log_ratio(policy: Policy, reference: ReferenceSums | None, batch: Batch) -> Tensor:
     """log policy - log reference of whole responses (without one, log policy): float64 [B]."""
-    own = batch.row_sum(policy.logprobs(batch)["logprobs"].double())
-    return own if reference is None else own - reference.add(batch)[REFERENCE]
+    first, place = distinct_rows(batch)
+    rows = batch.select(first)
+    own = rows.row_sum(policy.logprobs(rows)["logprobs"].double())
+    if reference is not None:
+        own = own - reference.add(rows)[REFERENCE]
+    return own[place]

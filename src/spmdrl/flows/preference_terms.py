@@ -28,6 +28,9 @@ from spmdrl.training.protocol import LossFn, LossInput
 REFERENCE, BASELINE = "ref_sums", "kl_baseline"
 """Row columns, float64: the reference's log-probability of the response, and KTO's z."""
 
+TRAINED = "trained_tokens"
+"""A metric of the loss: response tokens, which its `tokens` are not."""
+
 
 def preference_settings(section: PreferenceSection) -> PreferenceConfig:
     """ValueError for settings that do not go together, as the loss says."""
@@ -48,7 +51,7 @@ def pair_loss(settings: PreferenceConfig) -> LossFn:
     def loss(given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
         rows = given.rows
         better, worse = ordered_pairs(rows["preference"], rows["prompt_ids"])
-        return preference_loss(
+        total, metrics = preference_loss(
             response_sums(given["logprobs"], given.row, given.num_rows),
             torch.bincount(given.row, minlength=given.num_rows),
             better,
@@ -57,6 +60,8 @@ def pair_loss(settings: PreferenceConfig) -> LossFn:
             ref_logprobs=rows.get(REFERENCE),
             baseline=rows.get(BASELINE),
         )
+        count = torch.full((), len(given.row), dtype=torch.float64, device=given.row.device)
+        return total, {**metrics, TRAINED: count}
 
     return loss
 
@@ -78,4 +83,6 @@ def pair_update(run: Run, step: int, batch: Batch, *, temperature: float) -> Upd
 def pair_metrics(records: UpdateRecords) -> Metrics:
     """Of an update by `pair_loss`: what it counts as its tokens are pairs."""
     metrics = dict(update_metrics(records))
-    return {**metrics, "pairs": metrics.pop("update_tokens")}
+    pairs = metrics.pop("update_tokens")
+    tokens = pairs * metrics.pop(TRAINED, 0.0)  # a mean over pairs, like all metrics
+    return {**metrics, "pairs": pairs, "update_tokens": tokens}

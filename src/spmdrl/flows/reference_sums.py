@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 from safetensors.torch import load, save
+from torch import Tensor
 
 from spmdrl.batch import Batch
 from spmdrl.config import Config
@@ -83,7 +84,8 @@ class CachedSums:
 
     def _learn(self, batch: Batch) -> None:
         keys = row_keys(batch)
-        missing = [i for i, key in enumerate(keys) if key not in self._sums]
+        first, _ = distinct_rows(batch)
+        missing = [i for i in first if keys[i] not in self._sums]
         if not world_any(bool(missing)):
             return
         rows = batch.select(missing)
@@ -139,6 +141,21 @@ def row_keys(batch: Batch) -> list[bytes]:
         digest.update(tokens.numpy().tobytes())
         keys.append(digest.digest())
     return keys
+
+
+def distinct_rows(batch: Batch) -> tuple[list[int], Tensor]:
+    """The first of equal rows (answers that several pairs share), and for every row which of those
+    it is: int64 `[B]`. Computing each once saves time, and packs them alike whoever computes them.
+    """
+    number: dict[bytes, int] = {}
+    first: list[int] = []
+    place = []
+    for i, key in enumerate(row_keys(batch)):
+        if key not in number:
+            number[key] = len(first)
+            first.append(i)
+        place.append(number[key])
+    return first, torch.tensor(place, dtype=torch.int64)
 
 
 def reference_identity(config: Config) -> str:

@@ -57,8 +57,8 @@ class RewardModelTrainer:
                 batch.with_columns(rows=half), self.loss, replace(update, whole_groups=True)
             )
         metrics = dict(update_metrics(records))
-        # what the loss counts as its tokens are pairs
-        return {**metrics, "pairs": metrics.pop("update_tokens")}
+        pairs = metrics.pop("update_tokens")  # what the loss counts as its tokens are pairs
+        return {**metrics, "pairs": pairs}
 
 
 def pairwise_loss(algorithm: AlgorithmSection) -> LossFn:

@@ -241,13 +241,20 @@ def make_evaluators(
             sampling=sampling_params(described.sampling),
             num_samples=described.num_samples,
             k=described.k,
-            threshold=described.threshold,
+            # a reward model's score has no value from which on an answer is right
+            threshold=described.threshold if can_be_right(config, described) else None,
             seed=config.seed,
             results_dir=results_dir,
             judged_by=judge(config, described.rewards),
             against=against,
         )
     return found
+
+
+def can_be_right(config: Config, described: HeldOutSet) -> bool:
+    """Whether some reward is no reward model's."""
+    rewards = described.rewards
+    return any(r.role is None or config.role_kind(r.role) != "reward" for r in rewards)
 
 
 def judge(config: Config, rewards: Sequence[RewardSection]) -> str:

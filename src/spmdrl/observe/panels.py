@@ -28,12 +28,19 @@ Draw = Callable[[Any, Records], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Something to draw, where all the metrics that it needs were recorded."""
+    """Something to draw, where all the metrics that it needs were recorded.
+
+    Args:
+        of_sets: what some held-out set must have, whatever its name.
+    """
 
     needs: tuple[str, ...]
     draw: Draw
+    of_sets: str | None = None
 
     def fits(self, records: Records) -> bool:
+        if self.of_sets is not None and not evaluations(records, self.of_sets):
+            return False
         return all(series(records, name)[1] for name in self.needs)
 
 
@@ -44,14 +51,17 @@ def choose(panels: tuple[Panel, ...], records: Records, count: int) -> list[Draw
     return [panel.draw for panel in (*fitting, *rest)][:count]
 
 
-def evaluations(records: Records) -> dict[str, list[tuple[int, float, float]]]:
-    """Held-out sets by name: (step, accuracy, standard error or 0) in order of steps."""
+def evaluations(
+    records: Records, quantity: str = names.ACCURACY
+) -> dict[str, list[tuple[int, float, float]]]:
+    """Held-out sets by name: (step, value, standard error or 0) in order of steps."""
     found: dict[str, list[tuple[int, float, float]]] = {}
     for record in records:
         for name, value in record.items():
-            if name.startswith(names.EVAL) and name.endswith(names.ACCURACY):
-                prefix = name.removesuffix(names.ACCURACY)
-                error = record.get(prefix + names.STANDARD_ERROR, 0.0)
+            if name.startswith(names.EVAL) and name.endswith(quantity):
+                prefix = name.removesuffix(quantity)
+                own = "" if quantity == names.ACCURACY else quantity
+                error = record.get(prefix + own + names.STANDARD_ERROR, 0.0)
                 if not math.isfinite(value):
                     continue
                 point = (int(record["step"]), value, error)
@@ -158,6 +168,31 @@ def _accuracy_curves(axes: Any, found: Mapping[str, list[tuple[int, float, float
     )
 
 
+def _win_rates(axes: Any, records: Records) -> None:
+    """Against the opponent's answers, over the steps; half is as good as it."""
+    from matplotlib.ticker import PercentFormatter
+
+    found = evaluations(records, names.WIN_RATE)
+    for (name, points), colour in zip(found.items(), (GREEN, *PHASE_COLOURS), strict=False):
+        steps, values, errors = (list(column) for column in zip(*points, strict=True))
+        style = {"marker": "o", "markersize": 6, "capsize": 4, "linewidth": 1.8}
+        axes.errorbar(steps, values, errors, color=colour, label=name, **style)
+        axes.annotate(
+            f"{100 * values[-1]:.0f} %",
+            (steps[-1], values[-1] + errors[-1]),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
+            fontweight="bold",
+        )
+    frame(axes, "Win rate", "against the opponent ± standard error", drawn=bool(found))
+    axes.axhline(0.5, color=GREY, linewidth=1, linestyle="--")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
+    axes.set_ylim(0, 1.08)
+    axes.margins(x=0.2)
+    axes.legend(loc="lower right")
+
+
 def _phases(axes: Any, records: Records) -> None:
     """Seconds per phase, stacked by step."""
     timed = [r for r in records if names.STEP_SECONDS in r]
@@ -248,12 +283,14 @@ HELD_OUT = f"{names.EVAL}held_out"
 
 MAIN = (
     Panel(needs=(names.REWARD,), draw=_reward),
+    Panel(needs=("pairs", "loss"), draw=_line_of("loss", "Training loss", "per pair")),
     Panel(needs=("nll",), draw=_line_of("nll", "Training loss", "nats per response token")),
     Panel(needs=("loss",), draw=_line_of("loss", "Training loss", "per row")),
 )
 """The large panel: what is trained for."""
 
 HELD = (
+    Panel(needs=(), draw=_win_rates, of_sets=names.WIN_RATE),
     Panel(
         needs=("score", f"{HELD_OUT}/reward"),
         draw=_held_out("/reward", "Held-out reward", "mean ± standard error"),

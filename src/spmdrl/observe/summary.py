@@ -33,6 +33,10 @@ def report(run_dir: str, *, model: str, seconds: float | None = None) -> None:
         values, error = [point[1] for point in points], points[-1][2]
         result |= {**_first_and_last("accuracy", values), "standard_error": error}
         print(f"{name}: accuracy {_arrow(values)} (standard error {error:.3f})")
+    for name, points in evaluations(records, names.WIN_RATE).items():
+        _, value, error = points[-1]
+        result |= {"win_rate": value, "win_rate_error": error}
+        print(f"{name}: win rate {value:.3f} (standard error {error:.3f})")
     for name, quantity in ((HELD_OUT, "reward"), (HELD_OUT, "nll"), (HELD_OUT, "margin")):
         _, values = series(records, f"{name}/{quantity}")
         _, errors = series(records, f"{name}/{quantity}{names.STANDARD_ERROR}")
