@@ -145,8 +145,8 @@ class RolloutSection(Section):
     sync_check_every: int = Field(
         20,
         ge=0,
-        description="syncs; compare checksums after the first and every so many, and let engine "
-        "and policy score fixed rows after each; 0: never",
+        description="syncs; compare all checksums after the first and every so many; sums of "
+        "tensors and log-probabilities of fixed rows after each; 0: nothing",
     )
 
 

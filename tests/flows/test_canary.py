@@ -1,4 +1,4 @@
-"""The canary and the checksums: a corrupted or stale tensor stops the run, and is named."""
+"""The proofs of a sync: a corrupted or stale tensor stops the run within the step, and is named."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from spmdrl.config_files import load_config
 from spmdrl.flows.start import FlowError, train
 from spmdrl.launch import World
 from spmdrl.rewards.server import start_reward_server
+from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.weights.sync import WeightSync
 from tiny_model import make_tiny_model
 
-MOVING = ["roles.policy.tp=2", "roles.rollout.tp=1", "model.dtype=float32"]
+MOVING = ["roles.policy.tp=2", "roles.rollout.tp=1"]
 TENSOR = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -35,9 +36,14 @@ def spoil(kind: str, at: int) -> Any:
         plain(self)
         if count != at or dist_rank() != 1:
             return
+        if kind == "engine":
+            score = NativeEngine.score
+            NativeEngine.score = lambda engine, rows: [  # type: ignore[method-assign]
+                [value - 0.01 for value in row] for row in score(engine, rows)
+            ]
         for view, old in zip(views, before, strict=True):
             if kind == "corrupted":
-                view[1] += 0.5
+                view[1, 1] = torch.nextafter(view[1, 1], view[1, 1] + 1)
             elif kind == "stale":
                 assert not torch.equal(view, old)
                 view.copy_(old)
@@ -70,23 +76,34 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["corrupted", "stale"])
-def test_the_canary_stops_the_run_within_one_step(path: Path, tmp_path: Path, kind: str) -> None:
-    words = [*MOVING, f"run_dir={tmp_path}", "rollout.sync_check_every=1000"]
-    messages = run_ranks(stopped, 2, str(path), words, kind)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_stops_within_one_step(path: Path, tmp_path: Path, kind: str, dtype: str) -> None:
+    """Whatever little a step changes: one last digit, or a tensor by the usual learning rate."""
+    words = [*MOVING, f"run_dir={tmp_path}", "rollout.sync_check_every=1000", "train.lr=1e-6"]
+    messages = run_ranks(stopped, 2, str(path), [*words, f"model.dtype={dtype}"], kind)
     for message in messages:
-        assert message.startswith("in step 2: weight sync 2: the canary's log-probabilities")
-        assert f": {TENSOR}[" in message
+        assert message.startswith(f"in step 2: weight sync 2: {TENSOR}[")
         assert message.endswith("on rank 1 is not what the policy holds")
 
 
+def test_an_engine_that_computes_something_else_stops_the_run(path: Path, tmp_path: Path) -> None:
+    """The weights are right, and the canary's log-probabilities are not."""
+    words = [*MOVING, "model.dtype=float32", f"run_dir={tmp_path}"]
+    messages = run_ranks(stopped, 2, str(path), words, "engine")
+    for message in messages:
+        assert message.startswith("in step 2: weight sync 2: the canary's log-probabilities")
+        assert "every tensor is the policy's, bit for bit" in message
+
+
 def test_checksums_find_it_first(path: Path, tmp_path: Path) -> None:
-    words = [*MOVING, f"run_dir={tmp_path}", "rollout.sync_check_every=1"]
+    words = [*MOVING, f"run_dir={tmp_path}", "rollout.sync_check_every=1", "model.dtype=float32"]
     messages = run_ranks(stopped, 2, str(path), words, "stale")
     assert all(m.startswith(f"in step 2: weight sync 2: {TENSOR}[") for m in messages)
 
 
 def test_a_run_that_is_right_shows_its_gap(path: Path, tmp_path: Path) -> None:
     words = [*MOVING, f"run_dir={tmp_path / 'run'}", "rollout.sync_bucket_mb=1"]
+    words.append("model.dtype=float32")
     [records] = run_ranks(run_configs, 2, [(str(path), words)], str(tmp_path))[0]
     assert len(records) == 3
     for record in records:

@@ -196,11 +196,22 @@ def random_syncs(world: World, count: int) -> int:
                 tensors[name].copy_(tensor)
             sync.run()
             assert first_difference(sync) is None
+            assert sync.sums.differing() == []
             whole = {n: t.to(narrow) for n, t in numbered(shapes, salt).items()}
             for name, tensor in tensors_of(wanted or {}, whole, UNTOUCHED).items():
                 assert engine is not None
                 if name not in engine.adopted:
                     assert torch.equal(engine.held[name], tensor), (name, salt)
+        moving = list(plan.cells())
+        for name, cell, _ in moving[:: max(1, len(moving) // 3)]:
+            # one value of one cell on the last rank that has it
+            spoiled = [view[-1:].flatten()[-1:] for view in sync.places.target(name, cell)[-1:]]
+            is_here = world.rank == cell.wanting[-1]
+            for value in spoiled if is_here else []:
+                value *= 2
+            assert sync.sums.differing() == [name]
+            for value in spoiled if is_here else []:
+                value /= 2
         assert sync.staging_bytes <= 3 * max(plan.slot_bytes, 16 * 500)
         moved += plan.moved_bytes
 

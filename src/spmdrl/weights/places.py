@@ -33,6 +33,14 @@ class Places:
         self._source_at: dict[tuple[str, Cell], tuple[Tensor, _Index] | None] = {}
         self._target_at: dict[tuple[str, Cell], tuple[Tensor, ...]] = {}
 
+    def source_pieces(self, name: str) -> tuple[Slice, ...]:
+        """What the source's tensors here hold of a global tensor."""
+        return tuple(piece for _, piece in self._source.get(name, ()))
+
+    def target_pieces(self, name: str) -> tuple[Slice, ...]:
+        """What the target's tensors here hold of a global tensor."""
+        return tuple(piece for _, piece in self._target.get(name, ()))
+
     def source(self, name: str, cell: Cell) -> Tensor | None:
         """The cell as the source has it here, in its dtype; None where it does not."""
         key = (name, cell)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -21,6 +22,7 @@ from spmdrl.weights.places import Places, Read, copy_all
 from spmdrl.weights.plan import NUM_SLOTS, SyncPlan
 from spmdrl.weights.program import Item, Message, RankRound, program_of
 from spmdrl.weights.routes import Ranks
+from spmdrl.weights.sums import TensorSums
 
 _ALIGNMENT = 16
 
@@ -92,6 +94,11 @@ class WeightSync:
     def moved_bytes(self) -> int:
         """What the next `run` moves, over all receivers."""
         return self.plan.moved_again_bytes if self.leaves_out_frozen else self.plan.moved_bytes
+
+    @cached_property
+    def sums(self) -> TensorSums:
+        """The proof of every run."""
+        return TensorSums(self.plan, self.places, self.rank, self.device)
 
     @torch.no_grad()
     def run(self) -> None:
