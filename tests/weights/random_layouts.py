@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from weight_cases import UNTOUCHED, Shapes, box_of, model, numbered, tensors_of
 
+from spmdrl.distributed.expert_axes import expert_degrees
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.sharding import Slice, global_shapes
 from spmdrl.weights.layout import Held, Table, WeightLayout, model_layout
@@ -25,18 +26,23 @@ MODELS = (
           vocab_size=36, num_hidden_layers=3),
     model(num_attention_heads=12, num_key_value_heads=12, head_dim=2, vocab_size=60,
           intermediate_size=36, num_hidden_layers=2, tie_word_embeddings=True),
+    model(architectures=["Qwen3MoeForCausalLM"], num_attention_heads=12, num_key_value_heads=4,
+          head_dim=2, intermediate_size=24, vocab_size=36, num_hidden_layers=3, num_experts=6,
+          num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=[1]),
 )  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 EXPERTS, EXPERT_SHAPES = 4, {"up_proj": (6, 5), "down_proj": (5, 6)}
 SYNTHETIC = {
-    f"model.layers.{layer}.mlp.experts.{e}.{kind}.weight": shape
+    f"synthetic.{layer}.experts.{e}.{kind}.weight": shape
     for layer in (0, 1)
     for kind, shape in EXPERT_SHAPES.items()
     for e in range(EXPERTS)
 } | {"padded.weight": (7, 5)}
-"""What no backend here has: experts, and a vocabulary that is padded to a multiple of the ranks."""
+"""What the torch backend has not: experts divided by kind, and a vocabulary that is padded to a
+multiple of the ranks.
+"""
 
 
 @st.composite
@@ -77,7 +83,7 @@ def with_experts(layout: WeightLayout, ep: int, tp: int) -> WeightLayout:
                 rows = stop[0] - start[0]
                 slices = tuple(
                     Slice(
-                        name=f"model.layers.{layer}.mlp.experts.{e}.{kind}.weight",
+                        name=f"synthetic.{layer}.experts.{e}.{kind}.weight",
                         shape=shape,
                         start=tuple(start),
                         stop=tuple(stop),
@@ -103,7 +109,7 @@ def with_experts(layout: WeightLayout, ep: int, tp: int) -> WeightLayout:
 def parallel(
     draw: st.DrawFn, config: ModelConfig, world_size: int, is_source: bool
 ) -> WeightLayout:
-    """What backends (`pp`, `dp`, `cp`, `tp`) and engines (replicas of `tp`) hold."""
+    """What backends (`pp`, `dp`, `cp`, `tp`) and engines (replicas of `tp`) hold; `ep` in these."""
     most = world_size
     degrees = {}
     tps = [1, 2, 3, 4] if is_source else [1, 2, 3, 4, 6, 12]
@@ -120,8 +126,25 @@ def parallel(
     count = 1
     for degree in degrees.values():
         count *= degree
+    degrees["ep"] = draw(st.sampled_from(fitting_ep(config, degrees, is_source)))
     ranks = sorted(draw(st.permutations(range(world_size)))[:count])
     return model_layout(config, ranks, degrees, draw(st.sampled_from(DTYPES)))
+
+
+def fitting_ep(config: ModelConfig, degrees: Mapping[str, int], is_source: bool) -> list[int]:
+    """The parts into which the experts can be divided; of an engine those within tp."""
+    if config.moe is None:
+        return [1]
+    fitting = []
+    for ep in (1, 2, 3, 6):
+        experts = expert_degrees({**degrees, "ep": ep})
+        room = degrees.get("dp_shard", 1) * degrees.get("cp", 1)
+        if degrees.get("dp_shard", 1) == 1:
+            room *= degrees["dp_replicate"]
+        divides = config.moe.num_experts % ep == config.moe.intermediate_size % experts["etp"] == 0
+        if divides and room % experts["exchange"] == 0 and (is_source or degrees["tp"] % ep == 0):
+            fitting.append(ep)
+    return fitting
 
 
 @st.composite

@@ -150,7 +150,7 @@ def test_stacked_experts_and_a_padded_vocabulary() -> None:
     plan = plan_sync(source, target)
     # of two layers each rank lacks half of two experts; it has the seven rows of the vocabulary
     assert plan.moved_bytes == plan.gathered_bytes == 4 * 2 * 2 * (2 * 3 * 5 + 2 * 5 * 3)
-    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    name = "synthetic.1.experts.3.up_proj.weight"
     sends = {c.start: r.sends for n, c, r in plan.cells() if n == name}
     assert sends == {(0, 0): ((1, 0),), (3, 0): ()}
     shapes = global_shapes(config) | SYNTHETIC
