@@ -182,6 +182,11 @@ def _run_generation(
     for column in experts:
         none = torch.empty((0, *column.shape), dtype=column.dtype)
         chosen = [c.experts for c in completions if c.experts is not None]
+        if len(chosen) < len(completions):
+            raise ValueError(
+                "algorithm.routing_replay=true, but the rollout's engine records no experts: set "
+                "rollout.engine=native, or the other to false"
+            )
         batch = batch.with_columns(tokens={column.name: torch.cat([none, *chosen])})
     return batch
 

@@ -19,9 +19,8 @@ from spmdrl.launch import World
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.grouped import Groups, grouped_gemm, grouped_linear
 from spmdrl.models.hf import load_into, open_model, save_pretrained
-from spmdrl.models.routing import (
-    Routing,
-)
+from spmdrl.models.moe import Experts
+from spmdrl.models.routing import Routing, choices_dtype, pack_choices, unpack_choices
 from spmdrl.models.sharding import Slice, global_shapes
 
 LENGTH = 60
@@ -188,3 +187,74 @@ def test_grouped_products_by_loop_and_by_kernel() -> None:
         torch.testing.assert_close(a, torch.einsum("nm,nmk->nk", grad, weight[expert]))
         torch.testing.assert_close(b[2], grad[3:8].T @ x[3:8])
         assert not b[1].any()
+
+
+@pytest.mark.parametrize("parts", [1, 2], ids=["whole", "parts"])
+def test_fixed_shapes_give_the_same(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA graphs capture it: one kernel, and rows of absent experts computed by nobody."""
+    config = config_of(reference_model("mixtral"))
+    assert config.moe is not None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(11, 64, generator=generator)
+    chosen = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(11)])
+    weights = torch.rand(11, 2, generator=generator)
+    found = []
+    for is_usable in (False, True):
+        monkeypatch.setattr("spmdrl.models.moe.grouped_gemm_is_usable", lambda *_, u=is_usable: u)
+        monkeypatch.setattr(
+            "spmdrl.models.grouped.grouped_gemm_is_usable", lambda *_, u=is_usable: u
+        )
+        total = torch.zeros(11, 64)
+        for rank in range(parts):
+            place = Parallel(rank=rank, size=parts)
+            experts = Experts(config, place, place, dtype=torch.float32, device="cpu")
+            held = range(4 * rank // parts, 4 * (rank + 1) // parts)
+            with torch.no_grad():
+                for number, expert in enumerate(held):
+                    fill = torch.Generator().manual_seed(expert)
+                    for parameter in (experts.gate_up, experts.down):
+                        rows = parameter.shape[0] // len(held)
+                        box = parameter[number * rows : (number + 1) * rows]
+                        box.copy_(torch.randn(box.shape, generator=fill) * 0.1)
+                total += experts(x, chosen, weights)
+        found.append(total)
+    torch.testing.assert_close(found[1], found[0])
+    assert found[0].abs().max() > 0.01
+
+
+def test_choices_are_packed() -> None:
+    chosen = torch.tensor([[0, 254], [-1, -1], [7, 3]])
+    assert (choices_dtype(255), choices_dtype(256)) == (torch.uint8, torch.int16)
+    for num_experts in (255, 400):
+        assert torch.equal(unpack_choices(pack_choices(chosen, num_experts)), chosen)
+
+
+def test_given_choices_are_taken_and_weighted_by_the_routers_own_probabilities() -> None:
+    model = reference_model("qwen3_moe")
+    decoder, _ = decoder_of(model)
+    config, tokens = decoder.config, tokens_of(12)
+    assert config.moe is not None
+    given = torch.tensor([[5, 1, 2], [0, 3, 7]]).repeat(12, 1, 1)
+    given[4] = -1
+    probabilities, layers = [], [decoder.layers[0].mlp, decoder.layers[2].mlp]
+    handed: list[Tensor] = []
+    for layer in layers:
+        layer.router.register_forward_hook(lambda _, __, out: probabilities.append(out))
+        layer.experts.register_forward_pre_hook(lambda _, args: handed.extend(args[1:]))
+    routing = Routing(config.moe, given=given)
+    logits = logits_of(decoder, tokens, routing)
+    plain = Routing(config.moe)
+    assert (logits_of(decoder, tokens, plain) - logits).abs().max() > 1e-2
+    used, weights = handed[0], handed[1]
+    assert torch.equal(used[:4], given[:4, 0]) and torch.equal(used[5:], given[5:, 0])
+    assert torch.equal(used[4], probabilities[0][4].topk(3).indices)
+    own = probabilities[0].gather(1, used)
+    torch.testing.assert_close(weights, own / own.sum(1, keepdim=True))
+    assert torch.equal(routing.chosen()[:4], given[:4])
+    changed = sum(
+        len(set(given[t, number].tolist()) - set(p[t].topk(3).indices.tolist()))
+        for t in range(12)
+        for number, p in enumerate(probabilities[:2])
+        if t != 4
+    )
+    assert 0 < routing.num_changed(torch.arange(12)) == changed

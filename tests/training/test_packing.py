@@ -60,6 +60,19 @@ def test_equal_ids_with_other_prompts_do_not_share() -> None:
     assert found.tokens.tolist() == [1, 2, 1, 4]
 
 
+def test_equal_prompts_with_other_experts_do_not_share() -> None:
+    chosen = torch.zeros(14, 1, 2, dtype=torch.uint8)
+    alike = group_of_three().with_columns(tokens={"expert_choices": chosen})
+    assert len(pack(alike, budget_tokens=100, share_prompts=True)[0].tokens) == 8
+    other = chosen.clone()
+    other[7] = 1  # the second row's second prompt token
+    (found,) = pack(
+        alike.with_columns(tokens={"expert_choices": other}), budget_tokens=100, share_prompts=True
+    )
+    assert found.tokens.tolist() == [7, 8, 9, 1, 2, 7, 8, 9, 4, 6, 1]
+    assert found.origin.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9, 11, 12]
+
+
 def test_a_group_beyond_the_budget_repeats_its_prompt_and_an_atom_stays_whole() -> None:
     batch = make_rows([10], 4, longest=9)
     cut = pack(batch, budget_tokens=20, share_prompts=True)
