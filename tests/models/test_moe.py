@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from moe_models import CASES, by_file_name, config_of, reference_model
 from test_decoder import check_gradients, dense, reference_logits, tokens_of
 from torch import Tensor
 
 from harness import run_ranks
+from moe_models import CASES, by_file_name, config_of, reference_model
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, copy_to
 from spmdrl.launch import World
