@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from spmdrl.config import num_optimizer_steps
+from spmdrl.config import FLOW_DATA, num_optimizer_steps
+from spmdrl.config_algorithms import AlgorithmSection
 from spmdrl.config_files import load_config
 from spmdrl.config_keys import known_keys
 from spmdrl.config_sets import held_out_sets, train_sources
+from spmdrl.config_uses import ALGORITHM_KEYS
 
 BASE = """
 steps: 10
@@ -163,6 +165,10 @@ def test_all_problems_are_listed_at_once(base: Path) -> None:
             ["algorithm.overlong_buffer=64", "sampling.max_tokens=64"],
             ["algorithm.overlong_buffer=64", "sampling.max_tokens=64"],
         ),
+        (["flow=ppo", "roles.value={}", "algorithm.kl_estimator=k1"], ["flow=ppo", "do grpo"]),
+        (["algorithm.gamma=0.9"], ["algorithm.gamma=0.9 with flow=grpo", "ppo"]),
+        (["preference.beta=0.3"], ["preference.beta=0.3 with flow=grpo", "dpo, online_dpo"]),
+        (["flow=sft", "lag=1"], ["lag=1 with flow=sft"]),
         (["algorithm.kl_coef=0.1"], ["algorithm.kl_coef=0.1", "roles=['policy', 'rollout']"]),
         (["data.group_size=1"], ["flow=grpo", "data.group_size=1"]),
         (
@@ -262,3 +268,13 @@ def test_sets_build_on_the_sections_that_they_belong_to(base: Path) -> None:
 def test_optimizer_steps(base: Path) -> None:
     words: list[Any] = ["train.epochs=3", "train.num_minibatches=2"]
     assert num_optimizer_steps(load_config(base, words)) == 60
+
+
+def test_a_trainer_of_ones_own_may_read_any_key(base: Path) -> None:
+    words = ["algorithm.gamma=0.9", "trainer=my_module:MyTrainer"]
+    assert load_config(base, words).algorithm.gamma == 0.9
+
+
+def test_every_algorithm_key_is_read_by_some_flow() -> None:
+    assert set().union(*ALGORITHM_KEYS.values()) == set(AlgorithmSection.model_fields)
+    assert ALGORITHM_KEYS.keys() == FLOW_DATA.keys()

@@ -19,6 +19,7 @@ LEVELS: list[set[str]] = [
         "config_keys",
         "config_algorithms",
         "config_rules",
+        "config_uses",
         "config_sets",
         "batch",
         "keyed",

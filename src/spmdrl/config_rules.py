@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from spmdrl.config import Config, RewardSection
 from spmdrl.config_sets import HELD_OUT, START, held_out_sets
+from spmdrl.config_uses import check_used
 
 SCALAR = ("reward", "value")
 """Kinds of role whose model has a scalar head."""
@@ -41,6 +42,7 @@ def check_crossed(config: Config) -> None:
     _check_experts(config)
     _check_memory(config)
     _check_lag(config)
+    check_used(config)
     samples = data.prompts_per_step * data.group_size
     if train.num_minibatches > data.prompts_per_step:
         raise ValueError(

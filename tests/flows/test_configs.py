@@ -55,7 +55,6 @@ def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
         "data.prompts_per_step=4",
         "data.group_size=4",
         "sampling.max_tokens=8",
-        "algorithm.overlong_buffer=4",
         "evaluation.before=false",
         "evaluation.after=false",
         "checkpoint.export=true",
@@ -75,6 +74,7 @@ def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
     ]
     words += ["evaluation.against=null"] if shipped.evaluation.against else []
     if flow == "grpo":
+        words.append("algorithm.overlong_buffer=4")
         reward = Path(__file__).parents[1] / "toy_rewards.py"
         words.append(f"rewards=[{{function: '{reward}:even_length'}}]")
     if flow == "ppo":
