@@ -132,7 +132,7 @@ def logits_of_rows(world: World) -> dict[str, list[torch.Tensor]]:
 def hidden_logits(backend: Any, tokens: torch.Tensor) -> torch.Tensor:
     rows = from_rows([tokens.tolist()], rows={"prompt_lengths": torch.ones(1, dtype=torch.int64)})
     [microbatch] = pack(rows, budget_tokens=1000, share_prompts=False, places="rows")
-    item = backend._item(microbatch)
+    item = backend._item(microbatch, rows)
     with torch.no_grad():
         hidden = backend._chunks[0](
             item.tokens, item.positions, None, packed_seq_params=item.params

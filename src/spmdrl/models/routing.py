@@ -114,9 +114,14 @@ class Routing:
         result: Tensor = _WithLoss.apply(probabilities, loss)  # type: ignore[no-untyped-call]
         return result
 
+    @property
+    def numbers(self) -> list[int]:
+        """Which of the model's layers with experts have chosen: in a pipeline, those of a stage."""
+        return sorted(self._number[layer] for layer in self._chosen)
+
     def chosen(self) -> Tensor:
         """int64 [T, L, K]: the experts that were used, in ascending order of layers."""
-        return torch.stack([self._chosen[layer] for layer in self._moe.layers], dim=1)
+        return torch.stack([self._chosen[layer] for layer in sorted(self._chosen)], dim=1)
 
     def num_changed(self, places: Tensor) -> Tensor:  # int64 [M]
         """Of the choices at these tokens, how many are not the router's own."""
@@ -124,7 +129,7 @@ class Routing:
             return torch.zeros((), device=places.device)
         chosen, own = (
             self.chosen()[places],
-            torch.stack([self._own[layer][places] for layer in self._moe.layers], dim=1),
+            torch.stack([self._own[layer][places] for layer in sorted(self._own)], dim=1),
         )
         kept = (chosen[..., :, None] == own[..., None, :]).any(dim=-1)
         return (~kept).sum()

@@ -9,7 +9,7 @@ are gathered, so key ranges count in the gathered order: rank by rank, each its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,6 +83,20 @@ def split_stream(microbatch: Microbatch, rank: int, size: int) -> LocalStream:
         targets=torch.cat((microbatch.targets[mine], padding)),
         read=mine,
         order=order,
+    )
+
+
+def stream_part(stream: LocalStream, first: int, last: int) -> LocalStream:
+    """Tokens `[first, last)` of it, for what concerns tokens alone: sources, and the places there
+    that are read, counted from `first`.
+    """
+    predict = stream.predict[: len(stream.read)]
+    inside = (predict >= first) & (predict < last)
+    return replace(
+        stream,
+        source=stream.source[first:last],
+        predict=predict[inside] - first,
+        read=stream.read[inside],
     )
 
 

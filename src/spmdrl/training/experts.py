@@ -87,8 +87,11 @@ class ExpertUse:
 
     def add(self, routing: Routing, stream: LocalStream) -> None:
         places = stream.predict[: len(stream.read)].to(self._sums.device)
+        numbers = routing.numbers
+        if not numbers:  # a pipeline stage of dense layers
+            return
         chosen = routing.chosen()[places]  # [M, L, K]
-        layers = torch.arange(chosen.shape[1], device=chosen.device) * self._moe.num_experts
+        layers = torch.tensor(numbers, device=chosen.device) * self._moe.num_experts
         used = (chosen + layers[:, None]).flatten()
         self._sums.scatter_add_(0, used, torch.ones_like(used, dtype=torch.float64))
         self._sums[-2] += routing.num_changed(places) / (len(self._moe.layers) * self._moe.top_k)

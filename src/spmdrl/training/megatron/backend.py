@@ -24,7 +24,8 @@ from spmdrl.models.megatron_layout import Parameter, rank_chunks
 from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.models.sharding import Head
 from spmdrl.storages import require_resident
-from spmdrl.training.context import LocalStream, split_stream
+from spmdrl.training.context import LocalStream, split_stream, stream_part
+from spmdrl.training.experts import ExpertUse, make_balance, make_routing
 from spmdrl.training.megatron.checks import MegatronOptions, model_cut
 from spmdrl.training.megatron.groups import make_groups, prepare_process
 from spmdrl.training.megatron.model import (
@@ -56,10 +57,15 @@ Outputs = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Item:
-    """A microbatch on this rank's devices."""
+    """A microbatch on this rank's devices.
+
+    Args:
+        part: of the stream, the tokens whose experts this rank chooses.
+    """
 
     microbatch: Microbatch
     stream: LocalStream
+    part: LocalStream
     tokens: Tensor  # [1, L]
     positions: Tensor  # [1, L]
     params: StreamParams
@@ -166,7 +172,8 @@ class MegatronBackend:
         for chunk in self._chunks:
             chunk.eval()
         with torch.no_grad():
-            self._run(self._pack(rows, readout), finish, backward=False)
+            items = [self._item(m, rows) for m in self._pack(rows, readout)]
+            self._run(items, finish, backward=False)
         for chunk in self._chunks:
             chunk.train(self._optimizer is not None)
         self._pipeline.from_last(list(found.values()))
@@ -196,10 +203,12 @@ class MegatronBackend:
             return loss, {"loss": loss.detach(), **metrics}
 
         microbatches = self._pack(rows, readout, whole_groups=whole_groups)
-        parts = self._run(microbatches, finish, backward=True)
+        coefficient = self.options.balance_coef / normaliser if readout.is_per_token else 0.0
+        items = [self._item(m, rows, balance=coefficient) for m in microbatches]
+        parts = self._run(items, finish, backward=True)
         numbers = as_numbers([part for part in parts if part is not None])
         sums = self._pipeline.object_from_last(combine([{"loss": 0.0}, *numbers]))
-        return over_replicas(sums, self.mesh)
+        return over_replicas(sums, self.mesh) | self._expert_metrics(items, rows)
 
     def optim_step(self) -> OptimStep:
         optimizer = self._require_trainable()
@@ -263,13 +272,6 @@ class MegatronBackend:
             )
 
         check_head(self.mesh.role, self.head, readout)
-        balanced = self._optimizer is not None and self.options.balance_coef > 0
-        if self.config.moe is not None and (balanced or EXPERT_CHOICES in rows.tokens):
-            raise ValueError(
-                f"role {self.mesh.role!r}: train.backend=megatron has no routing replay and no "
-                "balance loss yet: set algorithm.routing_replay to false and train.balance_coef "
-                "to 0, or train.backend to torch"
-            )
         microbatches = packed(self.options.microbatch_tokens)
         longest = max((len(m.tokens) for m in microbatches), default=0)
         if self.mesh.size("pp") > 1 and longest > self.options.microbatch_tokens:
@@ -277,16 +279,29 @@ class MegatronBackend:
             microbatches = packed(longest)
         return self._pipeline.fit(microbatches)
 
-    def _run(self, microbatches: list[Microbatch], finish: Any, *, backward: bool) -> list[Any]:
+    def _expert_metrics(self, items: list[Item], rows: Batch) -> dict[str, float]:
+        """How experts were used; every token of a layer on one rank of the role."""
+        if self.config.moe is None:
+            return {}
+        use = ExpertUse(self.config.moe, self._device)
+        for item in items:
+            assert item.params.routing is not None
+            use.add(item.params.routing, item.part)
+        return use.metrics(
+            self.mesh.group("all"),
+            coefficient=self.options.balance_coef,
+            is_replay=EXPERT_CHOICES in rows.tokens,
+        )
+
+    def _run(self, items: list[Item], finish: Any, *, backward: bool) -> list[Any]:
         def forward(chunk: Any, item: Item) -> Tensor:
             output: Tensor = chunk(item.tokens, item.positions, None, packed_seq_params=item.params)
             return output
 
-        items = [self._item(microbatch) for microbatch in microbatches]
-        length = len(microbatches[0].tokens)
+        length = len(items[0].microbatch.tokens)
         return self._pipeline.run(items, length, forward, finish, backward=backward)
 
-    def _item(self, microbatch: Microbatch) -> Item:
+    def _item(self, microbatch: Microbatch, rows: Batch, *, balance: float = 0.0) -> Item:
         stream = split_stream(microbatch, self.mesh.coordinate("cp"), self.mesh.size("cp"))
         positions = self._here(stream.positions)
         attend = PackedAttention(
@@ -297,12 +312,30 @@ class MegatronBackend:
             cp_group=self.mesh.group("cp"),
         )
         rope = rope_tables(positions, self._frequencies, self.config.rope.attention_factor)
+        first, count = 0, len(stream.tokens)
+        if self._is_sp:
+            count //= self._tp.size
+            first = self._tp.rank * count
+        part = stream_part(stream, first, first + count)
+        made = None
+        if self.config.moe is not None:
+            made = make_balance(
+                rows,
+                microbatch,
+                part,
+                self._device,
+                coefficient=balance,
+                normaliser=1.0,
+                group=self.mesh.group("replica"),
+            )
+        routing = make_routing(self.config.moe, rows, microbatch, part, self._device, made)
         return Item(
             microbatch=microbatch,
             stream=stream,
+            part=part,
             tokens=self._here(stream.tokens)[None],
             positions=positions[None],
-            params=StreamParams(attend=attend, rope=rope),
+            params=StreamParams(attend=attend, rope=rope, routing=routing),
         )
 
     def _read(self, item: Item, output: Tensor, readout: Readout) -> Outputs:

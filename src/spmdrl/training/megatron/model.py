@@ -14,6 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import nn
 
@@ -110,7 +111,7 @@ def build_chunk(
         _layer_spec(config, layer, cut, norm, device)
         for layer in chunk_layers(config, cut, pp_rank, chunk)
     ]
-    return GPTModel(
+    chunk_model = GPTModel(
         settings,
         TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm),
         vocab_size=padded_vocab(config, cut.tp),
@@ -123,6 +124,10 @@ def build_chunk(
         pg_collection=groups,
         vp_stage=chunk if cut.vpp > 1 else None,
     )
+    for made in chunk_model.decoder.layers:
+        if isinstance(made.mlp, MoELayer):
+            made.mlp.router.attention = (made.self_attention.core_attention,)
+    return chunk_model
 
 
 def replace_head(chunk: GPTModel, config: ModelConfig, head: HeadKind) -> None:
@@ -180,7 +185,7 @@ def _layer_spec(
         )
         spec.submodules.input_layernorm = norm
     if moe is not None:
-        spec.submodules.mlp.submodules.router = partial(Router, moe, device)
+        spec.submodules.mlp.submodules.router = partial(Router, moe, layer, device)
     if moe is not None or not cut.fused_norms:
         spec.submodules.pre_mlp_layernorm = norm
     attention = spec.submodules.self_attention.submodules

@@ -18,6 +18,7 @@ from spmdrl.models.attention import PackedAttention
 from spmdrl.models.decoder import rotate
 from spmdrl.models.experts import MoeConfig
 from spmdrl.models.fused import rms_norm
+from spmdrl.models.routing import Routing
 
 
 @dataclass
@@ -28,17 +29,23 @@ class StreamParams(PackedSeqParams):  # type: ignore[misc]
 
     attend: PackedAttention | None = None
     rope: tuple[Tensor, Tensor] | None = None
+    routing: Routing | None = None
 
     def __post_init__(self) -> None:
         self.qkv_format = "thd"
 
 
 class SpanAttention(nn.Module):
-    """Rope, then attention over the spans of a packed stream."""
+    """Rope, then attention over the spans of a packed stream.
+
+    `params` are those of the last forward pass: of the microbatch that the layer is at, also where
+    it is computed again.
+    """
 
     def __init__(self, *, layer_number: int, **_: Any) -> None:
         super().__init__()
         self.layer = layer_number - 1
+        self.params = StreamParams()
 
     def forward(
         self,
@@ -50,24 +57,31 @@ class SpanAttention(nn.Module):
         packed_seq_params: StreamParams,
         **_: Any,
     ) -> Tensor:  # [T, H_local, d]
+        self.params = packed_seq_params
         attend, rope = packed_seq_params.attend, packed_seq_params.rope
         assert attend is not None and rope is not None
         return attend(self.layer, rotate(query, *rope), rotate(key, *rope), value)
 
 
 class Router(nn.Module):
-    """Top-k of the softmax over all experts, as the shared decoder's; Megatron moves the tokens."""
+    """Top-k of the softmax over all experts, as the shared decoder's; Megatron moves the tokens.
+
+    `attention` is that of the same layer, which has run before, and knows the microbatch.
+    """
 
     def __init__(
         self,
         moe: MoeConfig,
+        layer: int,
         device: torch.device,
         *,
         config: Any,
         pg_collection: Any = None,
     ) -> None:
         super().__init__()
-        self.moe = moe
+        self.moe, self.layer = moe, layer
+        self.attention: tuple[SpanAttention, ...] = ()
+        """One; a tuple, so that it is no submodule of this one too."""
         shape = (moe.num_experts, config.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         vars(self.weight)["sequence_parallel"] = config.sequence_parallel
@@ -80,7 +94,13 @@ class Router(nn.Module):
     ) -> tuple[Tensor, Tensor]:  # [T, E] float32: the chosen experts' weights; [T, E] bool
         flat = x.reshape(-1, x.shape[-1]).float()
         probabilities = nn.functional.linear(flat, self.weight.float()).softmax(dim=-1)
-        weights, chosen = probabilities.topk(self.moe.top_k, dim=-1)
+        routing = self.attention[0].params.routing
+        if routing is None:
+            chosen = probabilities.topk(self.moe.top_k, dim=-1).indices
+        else:
+            chosen = routing.choose(self.layer, probabilities.detach())
+            probabilities = routing.balanced(self.layer, probabilities, chosen)
+        weights = probabilities.gather(1, chosen)
         if self.moe.normalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         used = torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, chosen, True)
