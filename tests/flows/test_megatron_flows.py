@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_moe_layouts import SETTINGS as MOE
 from test_ppo_layouts import METRICS, settings
 
-from flow_cases import run_layouts
+from flow_cases import run_configs, run_layouts, write_config
+from harness import run_ranks
 from replay import assert_same_samples
 from tiny_model import make_tiny_model
 
@@ -27,6 +29,12 @@ GRPO_LAYOUTS: dict[str, list[str]] = {
         *("train.backend=megatron", "roles.policy.dp_shard=2", "roles.policy.pp=2"),
         *("roles.reference.tp=2", "roles.reference.megatron.sp=true", "roles.rollout.tp=2"),
     ],
+}
+MOE_LAYOUTS: dict[str, list[str]] = {
+    "tp2 pp2 ep2": [
+        *(*PIPELINE, "roles.policy.train.backend=megatron", "roles.policy.ep=2"),
+        "roles.policy.megatron.sp=true",
+    ]
 }
 PPO_LAYOUTS: dict[str, list[str]] = {
     "tp2 pp2": [
@@ -55,6 +63,13 @@ def grpo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path
 
 
 @pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("moe")
+    make_tiny_model(root / "model", "Qwen3MoeForCausalLM")
+    return run_layouts(root, {1: {"one": []}, 4: MOE_LAYOUTS}, **MOE)
+
+
+@pytest.fixture(scope="module")
 def ppo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     root = tmp_path_factory.mktemp("ppo")
     models(root)
@@ -70,6 +85,24 @@ def test_grpo_equals_the_torch_backend(grpo, name):
             assert b[metric] == pytest.approx(a[metric], rel=1e-4, abs=1e-6), (step, metric)
         assert b["rollout_gap_max"] < 1e-4, step
     assert one[2]["ref_kl"] > 1e-4, "the policy has not moved away from the reference"
+
+
+def test_grpo_on_experts_with_replay_equals_the_torch_backend(moe):
+    for step, (a, b) in enumerate(zip(moe["one"], moe["tp2 pp2 ep2"], strict=True)):
+        for metric in ("loss", "grad_norm", "ref_kl", "entropy", "expert_load_max", "balance_loss"):
+            assert b[metric] == pytest.approx(a[metric], rel=2e-4, abs=2e-6), (step, metric)
+
+
+def test_a_checkpoint_of_one_backend_continues_on_the_other(grpo):
+    expected, root = grpo[0]["one"], grpo[1]
+    path = write_config(root / "resumed.yaml", root / "model", root / "run_resumed", **GRPO)
+    torch_first = ["steps=2", "roles.policy.dp_shard=2", "roles.policy.tp=2"]
+    then = ["steps=3", *GRPO_LAYOUTS["tp2 pp2"]]
+    runs = [(str(path), torch_first), (str(path), then)]
+    records = run_ranks(run_configs, 4, runs, str(root), timeout_s=300)[0][1]
+    assert len(records) == 3
+    for metric in ("loss", "grad_norm", "ref_kl", "entropy"):
+        assert records[2][metric] == pytest.approx(expected[2][metric], rel=1e-4, abs=1e-6), metric
 
 
 @pytest.mark.parametrize("name", PPO_LAYOUTS)
