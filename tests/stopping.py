@@ -1,7 +1,8 @@
-"""An environment that asks its own run to stop, as a user would: by the stop file."""
+"""Runs that ask themselves to stop, where a test says."""
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -11,20 +12,22 @@ from spmdrl.flows.dpo import DpoTrainer
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.run import Metrics, Run
 
+POLLS = "SPMDRL_TEST_STOP_AT"
+"""The number of the poll, counted on each rank by itself, from which on a stop is seen there; a
+second number for rank 1 (engines poll at every step, updates at every minibatch)."""
 
-class StopAfterTwo:
-    """Touches `run_dir/stop` while it collects the second step."""
+
+class Wrapped:
+    """The shipped environment, to be changed in places."""
 
     def __init__(self, run: Run) -> None:
-        self.inner, self.directory = GroupEnvironment(run), run.directory
+        self.inner, self.run = GroupEnvironment(run), run
 
     def collect(self, step: int) -> Batch:
-        if step == 1:
-            (self.directory / "stop").touch()
         return self.inner.collect(step)
 
     def ahead(self, step: int) -> tuple[Call[Any], ...]:
-        return ()
+        return self.inner.ahead(step)
 
     def metrics(self) -> Metrics:
         return self.inner.metrics()
@@ -39,3 +42,32 @@ class StopDpoAfterTwo(DpoTrainer):
             (self.run.directory / "stop").touch()
             time.sleep(1.0)  # the watcher looks now and then
         return metrics
+
+
+class StopAfterTwo(Wrapped):
+    """Touches `run_dir/stop` while it collects the second step, as a user would."""
+
+    def collect(self, step: int) -> Batch:
+        if step == 1:
+            (self.run.directory / "stop").touch()
+        return self.inner.collect(step)
+
+
+class StopsAt(Wrapped):
+    """Sees a request to stop at the polls that `POLLS` says; polls are counted in `polls_N`."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        numbers = [int(word) for word in os.environ.get(POLLS, "0").split()]
+        rank = min(run.world.rank, len(numbers) - 1)
+        self.limit, self.count = numbers[rank], 0
+        run._life.ledger._should_stop = self.poll
+
+    def poll(self) -> bool:
+        self.count += 1
+        seen = 0 < self.limit <= self.count
+        watcher = self.run._life.watcher
+        watcher.stop_asked = watcher.stop_asked or seen
+        path = watcher.attempt.directory / f"polls_{self.run.world.rank}"
+        path.write_text(str(self.count))
+        return seen

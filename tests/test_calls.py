@@ -16,6 +16,7 @@ from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import into_minibatches
 from spmdrl.launch import World
+from spmdrl.ledger import Stint
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Toy:
     trace: list[str] = field(default_factory=list)
 
     def add(self, batch: Batch) -> Call[Batch]:
-        def compute(rows: Batch) -> Batch:
+        def compute(rows: Batch, stint: Stint) -> Batch:
             self.trace.append(f"{self.name}.add")
             return Batch(lengths=rows.lengths, tokens={self.name: rows["tokens"] + self.number})
 
@@ -44,7 +45,7 @@ class Toy:
         )
 
     def train(self, batch: Batch, pause_s: float = 0.0) -> Call[dict[str, Any]]:
-        def compute(rows: Batch) -> dict[str, Any]:
+        def compute(rows: Batch, stint: Stint) -> dict[str, Any]:
             self.trace.append(f"{self.name}.train")
             time.sleep(pause_s)
             self.number += 1
@@ -152,7 +153,7 @@ def wrong_count(world: World) -> str:
         batch=batch,
         needs=call.needs,
         returns=call.returns,
-        compute=lambda rows: call.compute(rows).select([0]),
+        compute=lambda rows, stint: call.compute(rows, stint).select([0]),
         finish=call.finish,
     )
     with pytest.raises(ValueError) as caught:

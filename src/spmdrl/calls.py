@@ -9,7 +9,7 @@ belongs to, and then brings all results home.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
@@ -29,8 +29,9 @@ from spmdrl.distributed.exchange import (
 )
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.reduce import broadcast_object
-from spmdrl.ledger import current
+from spmdrl.ledger import Entry, Interrupted, Ledger, Part, Stint, current, places_of
 from spmdrl.memory.turns import Turns
+from spmdrl.runtime.stopping import StopAsked
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result", covariant=True)
@@ -59,7 +60,8 @@ class Call(Generic[Result]):
         needs: the columns that travel to the role.
         returns: the columns that come home; empty for a call that returns `Metrics`.
         compute: runs on member ranks, on this replica's rows in the role's layout; returns the
-            result rows in the same order, or the metrics (equal on all members).
+            result rows in the same order, or the metrics (JSON values, equal on all members); or
+            `Interrupted`, where it was asked to stop and can go on later.
         finish: turns what came home (rows, or metrics) into the call's result, on every rank.
         uses: the parts that must be on the device while it computes.
         writes: whether the call changes tensors; of calls on shared ranks, readers run first.
@@ -68,6 +70,9 @@ class Call(Generic[Result]):
         order: place within a replica, int64 `[B]`; default: home order.
         arrange: last word on atoms and minibatches: a pure function of the world's rows and the
             number of replicas, so that it decides alike on every rank.
+        label: by which a later step finds the result again (what was drawn ahead for it); None: the
+            call's number in its step.
+        kept: False: nothing is kept of the call for a resumed step, and it never stops (checks).
     """
 
     role: Role
@@ -75,7 +80,7 @@ class Call(Generic[Result]):
     batch: Batch
     needs: tuple[str, ...]
     returns: tuple[Column, ...]
-    compute: Callable[[Batch], Any]
+    compute: Callable[[Batch, Stint], Any]
     finish: Callable[[Any], Result]
     uses: tuple[Use, ...] = ()
     writes: bool = False
@@ -83,6 +88,8 @@ class Call(Generic[Result]):
     atom: Tensor | None = None
     order: Tensor | None = None
     arrange: Callable[[RowTable, int], RowTable] | None = None
+    label: str | None = None
+    kept: bool = True
 
 
 class RoleMethod(Generic[Arguments, Result]):
@@ -106,31 +113,102 @@ def together(*calls: Call[Any]) -> tuple[Any, ...]:
     calls that write, otherwise in argument order), then all results come home. Calls of roles on
     disjoint ranks thus run concurrently. Before a call the parts it uses are brought to the device,
     and those of the rank's next call start to come where there is room for both.
+
+    In a run that goes on in a step, calls that were finished there return what is kept of them.
+
+    Raises:
+        StopAsked: a stop was asked for; what the calls have done is kept.
     """
     ledger = current()
-    if ledger is not None and calls:
-        names = "+".join(f"{call.role.name}.{call.method}" for call in calls)
-        ledger.enter(names, "; ".join(_shapes(call) for call in calls))
+    if ledger is None:
+        sent = _send(calls)
+        computed = _compute(sent, [Stint()] * len(calls))
+        homes = [_bring_home(one, value) for one, value in zip(sent, computed, strict=True)]
+        return tuple(call.finish(home) for call, home in zip(calls, homes, strict=True))
+    entries = [ledger.open(call.label, kept=call.kept) for call in calls]
+    todo = [i for i, entry in enumerate(entries) if entry.record is None]
+    fresh = iter(_run_kept(ledger, [calls[i] for i in todo], [entries[i] for i in todo]))
+    results = []
+    for call, entry in zip(calls, entries, strict=True):
+        home = next(fresh) if entry.record is None else _kept(ledger, call, entry)
+        results.append(call.finish(home))
+    return tuple(results)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sent:
+    """A call whose rows have travelled; `rows` is None outside its role."""
+
+    call: Call[Any]
+    plan: ExchangePlan
+    rows: Batch | None
+
+
+def _run_kept(ledger: Ledger, calls: Sequence[Call[Any]], entries: Sequence[Entry]) -> list[Any]:
+    """What came home of calls that are not finished yet; all is kept."""
+    if not calls:
+        return []
+    names = "+".join(f"{call.role.name}.{call.method}" for call in calls)
+    ledger.enter(names, "; ".join(_shapes(call) for call in calls))
+    sent = _send(calls)
+    ledger.stage("computing")
+    computed = _compute(sent, [ledger.stint(entry) for entry in entries])
+    ledger.stage("returning")
+    stopped, stop = ledger.agree(entries, [isinstance(value, Interrupted) for value in computed])
+    homes = []
+    for one, entry, value, is_stopped in zip(sent, entries, computed, stopped, strict=True):
+        if is_stopped:
+            ledger.suspend(entry, _part(value))
+            continue
+        home = _bring_home(one, value)
+        if one.call.returns:
+            ledger.record(entry, rows=home, places=places_of(one.call.atom))
+        else:
+            ledger.record(entry, values=home)
+        homes.append(home)
+    ledger.stage("between")
+    if stop:
+        raise StopAsked
+    return homes
+
+
+def _kept(ledger: Ledger, call: Call[Any], entry: Entry) -> Any:
+    """What an earlier start has kept of a finished call."""
+    assert entry.record is not None
+    if call.returns:
+        return ledger.home_rows(entry, places_of(call.atom))
+    return entry.record.values
+
+
+def _part(computed: Any) -> Part | None:
+    """What this rank has of a call that was stopped here or on another rank."""
+    if isinstance(computed, Interrupted):
+        return computed.part
+    assert computed is None or isinstance(computed, Batch), type(computed)
+    return None if computed is None else Part(rows=computed)
+
+
+def _send(calls: Sequence[Call[Any]]) -> list[_Sent]:
     plans = [_plan(call) for call in calls]
-    sent = [send_to_role(p, c.batch, c.needs) for p, c in zip(plans, calls, strict=True)]
-    if ledger is not None:
-        ledger.stage("computing")
-    computed: list[Any] = [None] * len(calls)
-    mine = [i for i, rows in enumerate(sent) if rows is not None]
-    mine.sort(key=lambda i: calls[i].writes)
+    return [
+        _Sent(call=call, plan=plan, rows=send_to_role(plan, call.batch, call.needs))
+        for call, plan in zip(calls, plans, strict=True)
+    ]
+
+
+def _compute(sent: Sequence[_Sent], stints: Sequence[Stint]) -> list[Any]:
+    """This rank's calls, those that only read before those that write; None for the others."""
+    computed: list[Any] = [None] * len(sent)
+    mine = [i for i, one in enumerate(sent) if one.rows is not None]
+    mine.sort(key=lambda i: sent[i].call.writes)
     for place, index in enumerate(mine):
-        call, rows = calls[index], sent[index]
+        call, rows = sent[index].call, sent[index].rows
         assert rows is not None
         if (memory := call.role.memory) is not None:
-            following = [use for i in mine[place + 1 : place + 2] for use in calls[i].uses]
+            following = [use for i in mine[place + 1 : place + 2] for use in sent[i].call.uses]
             memory.begin(f"{call.role.name}.{call.method}", call.uses, following)
-        computed[index] = call.compute(rows)
-    if ledger is not None:
-        ledger.stage("returning")
-    results = tuple(_home(*item) for item in zip(calls, plans, computed, strict=True))
-    if ledger is not None:
-        ledger.stage("between")
-    return results
+        computed[index] = call.compute(rows, stints[index])
+    return computed
 
 
 def _shapes(call: Call[Any]) -> str:
@@ -158,14 +236,15 @@ def _plan(call: Call[Any]) -> ExchangePlan:
     return plan_exchange(table, replicas)
 
 
-def _home(call: Call[Any], plan: ExchangePlan, computed: Any) -> Any:
+def _bring_home(sent: _Sent, computed: Any) -> Any:
+    call, plan = sent.call, sent.plan
     if call.returns:
         if computed is not None and len(computed) != _rows_of(plan):
             raise ValueError(
                 f"{call.role.name}.{call.method} returned {len(computed)} rows for {_rows_of(plan)}"
             )
-        return call.finish(bring_home(plan, computed, call.returns, call.batch.num_rows))
-    return call.finish(broadcast_object(computed, call.role.mesh.ranks[0]))
+        return bring_home(plan, computed, call.returns, call.batch.num_rows)
+    return broadcast_object(computed, call.role.mesh.ranks[0])
 
 
 def _rows_of(plan: ExchangePlan) -> int:

@@ -7,6 +7,7 @@ the engine gets the same two.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +15,7 @@ from spmdrl.batch import Batch, from_rows
 from spmdrl.distributed.reduce import moments
 from spmdrl.generation import Rollout
 from spmdrl.launch import World
-from spmdrl.roles import Policy
+from spmdrl.roles import Policy, together
 
 _ROWS, _TOKENS = 2, 32
 
@@ -54,12 +55,12 @@ class Canary:
 
     def ask(self, policy: Policy) -> None:
         """Let the policy score the rows. Every rank of the world calls it."""
-        self._expected = policy.logprobs(self.rows)
+        (self._expected,) = together(replace(policy.logprobs.on(self.rows), kept=False))
 
     def gap(self, rollout: Rollout) -> float:
         """Mean distance of the engine's log-probabilities to the policy's; equal on every rank."""
         assert self._expected is not None
-        scored = rollout.logprobs(self.rows)
+        (scored,) = together(replace(rollout.logprobs.on(self.rows), kept=False))
         distance = (scored["engine_logprobs"] - self._expected["logprobs"]).abs()
         # not a number is no small distance
         distance = torch.nan_to_num(distance, nan=float("inf"))

@@ -87,6 +87,12 @@ def parser() -> argparse.ArgumentParser:
         help="of a Megatron checkpoint (torch_dist): the Hugging Face directory whose config.json "
         "and tokenizer it has",
     )
+    doctor = add("doctor", _doctor, "Look at every node of a job; name those to leave out.")
+    doctor.add_argument("--shared", help="a directory that all nodes must see alike")
+    for where, what in (("intra", "within a node"), ("inter", "between nodes")):
+        text = f"least bandwidth of an all-reduce {what}"
+        doctor.add_argument(f"--min-{where}", type=float, default=0.0, metavar="GB/S", help=text)
+    doctor.add_argument("--device", default="auto", help="auto, cpu or cuda")
     add("keys", _keys, "Print all configuration keys as a Markdown table.")
     return root
 
@@ -168,6 +174,27 @@ def _report(options: argparse.Namespace) -> None:
 
     config = _load(options)
     report(config.run_dir, model=config.model.path, seconds=options.seconds)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from spmdrl.doctor import doctor
+    from spmdrl.launch import start_world, stop_world
+
+    world = start_world(timeout_s=120, device=options.device)
+    found = doctor(
+        world,
+        shared=None if options.shared is None else Path(options.shared),
+        min_intra=options.min_intra,
+        min_inter=options.min_inter,
+    )
+    if world.is_first:
+        nodes = world.size // world.local_size
+        print(f"{world.size} ranks on {nodes} nodes, torch on {world.device.type}")
+        print("\n".join(found.lines))
+        print(f"--exclude={','.join(found.bad)}" if found.bad else "all nodes are well", flush=True)
+    stop_world()
+    if found.bad:
+        raise SystemExit(3)
 
 
 def _keys(options: argparse.Namespace) -> None:

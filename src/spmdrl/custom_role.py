@@ -14,6 +14,7 @@ from spmdrl.batch import Batch
 from spmdrl.calls import Call, RoleMethod
 from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.ledger import Stint
 from spmdrl.memory.turns import Turns
 
 __all__ = ["Column", "CustomRole", "RoleContext", "UserRole"]
@@ -80,7 +81,7 @@ class CustomRole:
         return self._columns(batch, "eval_step" if own else "forward_step")
 
     def _columns(self, batch: Batch, method: str) -> Call[Batch]:
-        def compute(rows: Batch) -> Batch:
+        def compute(rows: Batch, stint: Stint) -> Batch:
             columns = getattr(self.user, method)(rows)
             return checked_columns(f"{self.name}.{method}", rows, columns, self.user.returns)
 
@@ -102,7 +103,7 @@ class CustomRole:
                 "train_step(batch) -> metrics to the class, or do not train it"
             )
 
-        def compute(rows: Batch) -> dict[str, float]:
+        def compute(rows: Batch, stint: Stint) -> dict[str, float]:
             return dict(getattr(self.user, "train_step")(rows))  # noqa: B009 (optional method)
 
         return Call(

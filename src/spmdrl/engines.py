@@ -207,7 +207,7 @@ def make_engine(
         return None
     tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
     ep = Parallel(rank=mesh.coordinate("ep"), size=mesh.size("ep"))
-    rollout = config.rollout
+    rollout, keep = config.rollout, config.checkpoint.journal_kv
     if is_vllm(config, name):
         if device.type == "cpu":
             log.info(
@@ -249,6 +249,7 @@ def make_engine(
             max_running=rollout.max_running,
             prefill_tokens=rollout.prefill_tokens,
             cuda_graphs=rollout.cuda_graphs,
+            keeps_aborted=device.type == "cpu" if keep == "auto" else keep,
         ),
         device=device,
         dtype=dtype,

@@ -12,11 +12,12 @@ from spmdrl.calls import Call, RoleMethod
 from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import split_groups_if_few
+from spmdrl.ledger import Interrupted, Part, Stint
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.routing import EXPERT_CHOICES, choices_dtype
 from spmdrl.passes import WEIGHTS, row_order
-from spmdrl.rollout.protocol import Completion, Request, RolloutEngine
+from spmdrl.rollout.protocol import Completion, Finish, Request, RolloutEngine
 from spmdrl.rollout.sampling import SamplingParams
 
 Progress = Callable[[int, int], None]
@@ -24,7 +25,8 @@ Progress = Callable[[int, int], None]
 KV_CACHE, GRAPHS = "kv_cache", "graphs"
 """Parts of an engine, as a `memory` section names them; graphs where decode steps are captured."""
 
-_FINISH = {"stop": 0, "length": 1, "aborted": 2}
+_FINISH: dict[Finish, int] = {"stop": 0, "length": 1, "aborted": 2}
+_NOTHING = Completion(tokens=(), logprobs=(), finish="aborted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class Rollout:
         softmax of the logits (0 for the first), as this engine computes it.
         """
 
-        def compute(rows: Batch) -> Batch:
+        def compute(rows: Batch, stint: Stint) -> Batch:
             assert self.engine is not None, f"role {self.name!r} has no engine on this rank"
             sequences = torch.split(rows["tokens"], rows.lengths.tolist())
             scored = self.engine.score([tuple(sequence.tolist()) for sequence in sequences])
@@ -102,15 +104,18 @@ class Rollout:
         repeated = prompts.select(torch.arange(len(prompts)).repeat_interleave(size))
         samples = torch.arange(size).repeat(len(prompts))
         batch = repeated.with_columns(rows={"sample_index": samples})
-        versions = {"weight_version": torch.full((len(batch),), self.version)}
+        version = self.version
         experts = _expert_column(self.config) if generation.sampling.experts else ()
 
-        def compute(rows: Batch) -> Batch:
+        def compute(rows: Batch, stint: Stint) -> Batch | Interrupted:
             assert self.engine is not None, f"role {self.name!r} has no engine on this rank"
-            return _run_generation(self.engine, rows, generation, experts, self.progress)
+            done = _run_generation(self.engine, rows, generation, experts, self.progress, stint)
+            if isinstance(done, Interrupted):
+                return done
+            return done.with_columns(rows={"weight_version": torch.full((len(rows),), version)})
 
         def finish(home: Batch) -> Batch:
-            return home.with_columns(rows={**batch.rows, **versions}, objects=batch.objects)
+            return home.with_columns(rows=batch.rows, objects=batch.objects)
 
         return Call(
             role=self,
@@ -125,6 +130,7 @@ class Rollout:
                 Column(name="prompt_lengths", kind="row", dtype=torch.int64),
                 Column(name="response_lengths", kind="row", dtype=torch.int64),
                 Column(name="finish", kind="row", dtype=torch.int64),
+                Column(name="weight_version", kind="row", dtype=torch.int64),
                 *experts,
             ),
             compute=compute,
@@ -152,28 +158,41 @@ def _run_generation(
     generation: Generation,
     experts: tuple[Column, ...],
     progress: Progress | None,
-) -> Batch:
+    stint: Stint,
+) -> Batch | Interrupted:
     """Generate for this replica's rows; rows of one prompt become one request."""
     sequences = torch.split(rows["tokens"], rows.lengths.tolist())
     places: dict[int, list[int]] = {}
     for row, prompt_id in enumerate(rows["prompt_ids"].tolist()):
         places.setdefault(prompt_id, []).append(row)
     samples = rows["sample_index"].tolist()
+    begun = {} if stint.begun is None else _begun(stint.begun)
     requests = [
         Request(
             tokens=tuple(sequences[group[0]].tolist()),
             prompt_id=prompt_id,
             samples=tuple(samples[row] for row in group),
             sampling=generation.sampling,
+            begun=tuple(begun.get((prompt_id, samples[row]), _NOTHING) for row in group)
+            if begun
+            else (),
         )
         for prompt_id, group in places.items()
     ]
 
     def report(num_tokens: int, num_done: int) -> None:
+        stint.beat()
         if progress is not None:
             progress(num_done, len(rows))
 
-    answers = engine.generate(requests, seed=generation.seed, step=generation.step, progress=report)
+    answers = engine.generate(
+        requests,
+        seed=generation.seed,
+        step=generation.step,
+        progress=report,
+        should_stop=stint.should_stop,
+        state=None if stint.begun is None else stint.begun.state,
+    )
     by_row: dict[int, Completion] = {}
     for group, completions in zip(places.values(), answers, strict=True):
         by_row.update(zip(group, completions, strict=True))
@@ -188,7 +207,28 @@ def _run_generation(
                 "rollout.engine=native, or the other to false"
             )
         batch = batch.with_columns(tokens={column.name: torch.cat([none, *chosen])})
+    if any(completion.finish == "aborted" for completion in completions):
+        return Interrupted(part=Part(rows=batch, state=engine.aborted_state()))
     return batch
+
+
+def _begun(part: Part) -> dict[tuple[int, int], Completion]:
+    """(prompt id, sample) -> what a call that was stopped has drawn of it."""
+    if part.rows is None:
+        return {}
+    finishes = {code: finish for finish, code in _FINISH.items()}
+    found = {}
+    for row in part.rows.split_rows():
+        mask = row["loss_mask"]
+        key = int(row["prompt_ids"]), int(row["sample_index"])
+        found[key] = Completion(
+            tokens=tuple(row["tokens"][mask].tolist()),
+            logprobs=tuple(row["rollout_logprobs"][mask].tolist()),
+            finish=finishes[int(row["finish"])],
+            margins=tuple(row["margins"][mask].tolist()) if "margins" in row else (),
+            experts=row.tokens.get(EXPERT_CHOICES),
+        )
+    return found
 
 
 def _completed(prompts: Batch, completions: list[Completion], *, with_margins: bool) -> Batch:
@@ -216,5 +256,8 @@ def _completed(prompts: Batch, completions: list[Completion], *, with_margins: b
             "prompt_lengths": prompts.lengths,
             "response_lengths": counts,
             "finish": torch.tensor([_FINISH[c.finish] for c in completions], dtype=torch.int64),
+            # whose rows these are, where the call is stopped
+            "prompt_ids": prompts["prompt_ids"],
+            "sample_index": prompts["sample_index"],
         },
     )

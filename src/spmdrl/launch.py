@@ -81,6 +81,7 @@ def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={device!r}: it must be auto, cpu or cuda")
+    adopt_srun()
     environment = os.environ
     launched = _is_launched()
     rank = int(environment["RANK"]) if launched else 0
@@ -106,6 +107,27 @@ def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
         device_types=device_types,
         store=store,
     )
+
+
+def adopt_srun() -> None:
+    """With SPMDRL_LAUNCH=srun the tasks of `srun` are the ranks: give them torchrun's variables.
+
+    Raises:
+        ValueError: this is no task of srun, or it was not told where rank 0 is.
+    """
+    if os.environ.get("SPMDRL_LAUNCH") != "srun":
+        return
+    names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in (*names, "RANKS_PER_NODE") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"SPMDRL_LAUNCH=srun, but {missing} are not set: start the ranks with srun, as "
+            "scripts/slurm/train.sbatch does, or unset SPMDRL_LAUNCH"
+        )
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["RANKS_PER_NODE"]
 
 
 def _is_launched() -> bool:

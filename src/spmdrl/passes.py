@@ -14,8 +14,9 @@ from spmdrl.calls import Call
 from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import into_minibatches
-from spmdrl.distributed.reduce import group_sum
+from spmdrl.distributed.reduce import group_any, group_sum
 from spmdrl.keyed import key64
+from spmdrl.ledger import Interrupted, Part, Stint
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.routing import EXPERT_CHOICES
@@ -86,7 +87,7 @@ def read_call(
         more: columns that travel beside the packed rows themselves.
     """
 
-    def compute(rows: Batch) -> Batch:
+    def compute(rows: Batch, stint: Stint) -> Batch:
         result = _backend(role).forward(rows, readout)
         columns = {
             name: result[column].cpu() for name, column in zip(names, readout.columns, strict=True)
@@ -125,8 +126,8 @@ def update_call(
     (what the row adds to the normaliser), and the columns that the loss reads.
     """
 
-    def compute(rows: Batch) -> UpdateRecords:
-        return _run_update(_backend(role), rows, loss_fn, readout, update)
+    def compute(rows: Batch, stint: Stint) -> UpdateRecords | Interrupted:
+        return _run_update(_backend(role), rows, loss_fn, readout, update, stint)
 
     return Call(
         role=role,
@@ -155,26 +156,45 @@ def _backend(role: ModelRole) -> TrainBackend:
 
 
 def _run_update(
-    backend: TrainBackend, rows: Batch, loss_fn: LossFn, readout: Readout, update: Update
-) -> UpdateRecords:
-    records = []
-    for epoch in range(update.epochs):
-        order = sorted(
+    backend: TrainBackend,
+    rows: Batch,
+    loss_fn: LossFn,
+    readout: Readout,
+    update: Update,
+    stint: Stint,
+) -> UpdateRecords | Interrupted:
+    """All minibatches that an earlier stint has left; a stop takes place between two of them."""
+    done, records = 0, []
+    if stint.begun is not None:
+        done, records = stint.begun.values["minibatches"], list(stint.begun.values["records"])
+    for minibatch in _minibatches(update)[done:]:
+        if group_any(stint.should_stop(), backend.mesh.group("all")):
+            return Interrupted(part=Part(values={"minibatches": done, "records": records}))
+        done += 1
+        part = rows.select((rows["minibatch"] == minibatch).nonzero().flatten())
+        share = float(part["loss_share"].sum())
+        normaliser = group_sum(share, backend.mesh.group("dp"))
+        stint.beat()
+        if normaliser == 0:  # nothing to learn from: momentum alone must not move the weights
+            continue
+        sums = backend.forward_backward(
+            part, loss_fn, readout, normaliser=normaliser, whole_groups=update.whole_groups
+        )
+        step = backend.optim_step()
+        records.append(
+            combine([sums])
+            | {"grad_norm": step.grad_norm, "lr": step.lr, "skipped": float(step.skipped)}
+        )
+    return records
+
+
+def _minibatches(update: Update) -> list[int]:
+    """The minibatch of every optimizer step: in each epoch in another keyed order."""
+    return [
+        minibatch
+        for epoch in range(update.epochs)
+        for minibatch in sorted(
             range(update.num_minibatches),
             key=lambda m: key64(update.seed, update.step, epoch, m),
         )
-        for minibatch in order:
-            part = rows.select((rows["minibatch"] == minibatch).nonzero().flatten())
-            share = float(part["loss_share"].sum())
-            normaliser = group_sum(share, backend.mesh.group("dp"))
-            if normaliser == 0:  # nothing to learn from: momentum alone must not move the weights
-                continue
-            sums = backend.forward_backward(
-                part, loss_fn, readout, normaliser=normaliser, whole_groups=update.whole_groups
-            )
-            done = backend.optim_step()
-            records.append(
-                combine([sums])
-                | {"grad_norm": done.grad_norm, "lr": done.lr, "skipped": float(done.skipped)}
-            )
-    return records
+    ]

@@ -8,17 +8,37 @@ After the first and some others, checksums of every cell.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from spmdrl.canary import Canary
 from spmdrl.generation import Rollout
 from spmdrl.memory.residency import Residency
 from spmdrl.passes import WEIGHTS
 from spmdrl.roles import Policy
+from spmdrl.weights.layout import LocalTensors, Table, WeightLayout
 from spmdrl.weights.plan import SyncPlan
 from spmdrl.weights.proof import first_difference
 from spmdrl.weights.sync import WeightSync
 
 Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncState:
+    """Args:
+    step: in which it was.
+    done: runs in the step.
+    metrics: of the last of them.
+    held: the engine's own weights stand in the checkpoint: they are those of the last run, and the
+        policy has moved on.
+    """
+
+    step: int = -1
+    done: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    held: bool = False
 
 
 class PolicySync:
@@ -50,6 +70,9 @@ class PolicySync:
         self._streams, self._check_every, self._canary = streams, check_every, canary
         self._count = 0
         self._metrics: Metrics = {}
+        self._done = 0
+        """Runs in the step so far."""
+        self._resumed = SyncState()
 
     @property
     def plan(self) -> SyncPlan:
@@ -64,7 +87,10 @@ class PolicySync:
         """
         policy, rollout = self._policy, self._rollout
         is_first, self._count = self._count == 0, self._count + 1
-        if is_first or self.plan.moves:
+        self._done += 1
+        if self._done <= self._resumed.done:
+            self._run_again()
+        elif is_first or self.plan.moves:
             if self._canary is not None:
                 self._canary.ask(policy)  # first, while the policy's weights are still there
             self._move()
@@ -73,6 +99,59 @@ class PolicySync:
             if self._canary is not None:
                 self._prove(self._canary)
         rollout.version = policy.version
+
+    def _run_again(self) -> None:
+        """A run of the step that the run goes on in: it was proved then, and gives what it gave."""
+        if not self._resumed.held:
+            self._move()
+        self._metrics = dict(self._resumed.metrics)
+
+    # What a checkpoint within a step keeps
+
+    def begin_step(self, step: int) -> None:
+        """Runs are counted anew, and those of an earlier step do not come again."""
+        self._done = 0
+        if step != self._resumed.step:
+            self._resumed = SyncState()
+
+    def state(self, step: int, *, held: bool) -> SyncState:
+        """Args: held: the engine's own weights are kept too, as they are now."""
+        return SyncState(step=step, done=self._done, metrics=self._metrics, held=held)
+
+    def resume(self, state: SyncState) -> None:
+        """Go on in the step where a stop had left the sync."""
+        self._resumed = state
+
+    def can_hold(self) -> bool:
+        """Whether this rank's engine weights stay in memory between its calls, or there are none
+        of the engine's own.
+        """
+        return not self.own_tensors() or not self._memory.drops(self._rollout.name, WEIGHTS)
+
+    def own_tensors(self) -> LocalTensors:
+        """This rank's engine weights that are not the policy's own tensors."""
+        engine = self._rollout.engine
+        shared = self.plan.shared.get(self._weights.rank, frozenset())
+        tensors = {} if engine is None else engine.local_tensors()
+        return {name: held for name, held in tensors.items() if name not in shared}
+
+    def own_layout(self, layout: WeightLayout) -> dict[int, Table]:
+        """Of `layout`, the rollout's, what every rank's engine has of its own."""
+        shared = self.plan.shared
+        return {
+            rank: {n: held for n, held in table.items() if n not in shared.get(rank, frozenset())}
+            for rank, table in layout.items()
+        }
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Inside, `own_tensors` are written by someone else than a sync."""
+        has_own = self._rollout.memory is not None and bool(self.own_tensors())
+        parts = [(self._rollout.name, WEIGHTS)] if has_own else []
+        self._memory.prepare([], fills=parts)
+        yield
+        for part in parts:
+            self._memory.filled(*part)
 
     def take_metrics(self) -> Metrics:
         """Of the last sync, where it moved weights (`gb` over all receivers)."""

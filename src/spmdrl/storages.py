@@ -7,7 +7,9 @@ computes with them asks here first, because reading a freed storage is an illega
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,3 +62,13 @@ def require_resident(role: str, part: str, tensors: Iterable[Tensor]) -> None:
             f"role {role!r}: its {part} are not on the device ({len(freed)} tensors are freed, the "
             f"first of shape {tuple(freed[0].shape)}): hold it with resident({role!r}, {part!r})"
         )
+
+
+def json_tensor(content: object) -> Tensor:
+    """JSON values as a tensor of bytes, for files that hold tensors: uint8 `[bytes]`."""
+    return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+def tensor_json(tensor: Tensor) -> Any:  # uint8 [bytes]
+    """What `json_tensor` was given (lists for tuples)."""
+    return json.loads(tensor.numpy().tobytes())

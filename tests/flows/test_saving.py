@@ -13,9 +13,11 @@ from flow_cases import write_config
 from harness import run_ranks
 from spmdrl.assemble import assemble, open_models
 from spmdrl.batch import from_rows
+from spmdrl.checkpoint.rng import rng_state
 from spmdrl.config_files import load_config
-from spmdrl.flows.saving import Resumed, Saver
+from spmdrl.flows.saving import Moment, Saved, Saver
 from spmdrl.launch import World
+from spmdrl.ledger import Journal
 from spmdrl.placement import place_roles
 from spmdrl.roles import Policy
 from spmdrl.training.protocol import LossInput
@@ -40,8 +42,21 @@ SAVED = {"kl": {"coef": 0.5}}
 
 
 def save(saver: Saver, steps_done: int) -> None:
-    saver.save(steps_done, SAVED, metrics_lines=7)
+    moment = Moment(
+        steps_done=steps_done,
+        saved=SAVED,
+        metrics_lines=7,
+        versions=saver.versions(),
+        generators=rng_state(torch.device("cpu")),
+    )
+    saver.save(moment, Journal())
     saver.wait()
+
+
+def restored(saver: Saver) -> tuple[int, Saved, int]:
+    found = saver.restore()
+    assert found.journal.is_empty
+    return found.steps_done, found.saved, found.metrics_lines
 
 
 def train(policy: Policy) -> None:
@@ -92,14 +107,14 @@ def cross(world: World, path: Path) -> None:
         assert not all(torch.equal(t, t.bfloat16().float()) for t in masters)
 
     saver, policy, layout = make(world, path, half, sharded)
-    assert saver.restore() == Resumed(steps_done=2, saved=SAVED, metrics_lines=7)
+    assert restored(saver) == (2, SAVED, 7)
     check_equal(policy, layout, expected)
     train(policy)
     save(saver, 3)
     expected = state_of(policy, layout)
 
     saver, policy, layout = make(world, path, half)
-    assert saver.restore() == Resumed(steps_done=3, saved=SAVED, metrics_lines=7)
+    assert restored(saver) == (3, SAVED, 7)
     check_equal(policy, layout, expected)
     backend = policy.backend
     assert backend is not None
@@ -124,7 +139,7 @@ def test_bfloat16_checkpoints_cross_between_replicas_and_shards(root: Path) -> N
 
 def begin_afresh(world: World, path: Path, run_dir: Path) -> None:
     saver, policy, _ = make(world, path)
-    assert saver.restore() == Resumed()
+    assert restored(saver) == (0, {}, 0)
     save(saver, 1)
     index = run_dir / "checkpoints" / "step_00000001" / "checkpoint.json"
     written = index.stat().st_ino
@@ -134,13 +149,13 @@ def begin_afresh(world: World, path: Path, run_dir: Path) -> None:
     save(saver, 2)
 
     saver, _, _ = make(world, path, "checkpoint.resume=false")
-    assert saver.restore() == Resumed()
+    assert restored(saver) == (0, {}, 0)
     assert [p.name for p in run_dir.iterdir()] == ["checkpoints.old-1"]
     torch.distributed.barrier()
     save(saver, 1)
 
     saver, _, _ = make(world, path)
-    assert saver.restore() == Resumed(steps_done=1, saved=SAVED, metrics_lines=7)
+    assert restored(saver) == (1, SAVED, 7)
     written = index.stat().st_ino
     save(saver, 1)  # it has just been loaded
     assert index.stat().st_ino == written

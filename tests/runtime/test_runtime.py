@@ -90,7 +90,7 @@ def test_walltime_leaves_room_for_a_step_and_a_save() -> None:
     walltime.steps += [40.0, 10.0]
     # a save is taken for a step: 1.25 x 80 + 5
     assert walltime.fits(0.0, 105.0) and not walltime.fits(1.0, 105.0)
-    walltime.saves.append(4.0)
+    walltime.save = 4.0
     assert walltime.fits(0.0, 60.0) and not walltime.fits(1.0, 60.0)
     assert walltime.stop_by(100.0) == 90.0
     walltime.steps += [10.0] * 8  # the long one is long ago

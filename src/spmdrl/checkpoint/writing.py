@@ -72,6 +72,7 @@ class _Job:
     step: int
     state: Mapping[str, Any]
     staged: Mapping[str, Tensor]
+    began: float
 
 
 class CheckpointWriter:
@@ -111,6 +112,8 @@ class CheckpointWriter:
         self._number = 0
         self._thread: threading.Thread | None = None
         self._failed = threading.Event()
+        self.seconds: float | None = None
+        """Rank 0: from the beginning of the last checkpoint until it was there."""
 
     @property
     def has_failed(self) -> bool:
@@ -138,6 +141,7 @@ class CheckpointWriter:
             OSError: the checkpoint before this one could not be written, see `wait`.
         """
         self.wait()
+        began = time.monotonic()
         entries, boxes = entries_of(owned, rank_file(self._rank))
         self._share(entries)
         own = {PRIVATE + key: tensor for key, tensor in private.items()}
@@ -147,6 +151,7 @@ class CheckpointWriter:
             step=step,
             state=state,
             staged=self._stage({**boxes, **own}),
+            began=began,
         )
         self._number += 1
         self._forget(self._number - 3)
@@ -253,6 +258,7 @@ class CheckpointWriter:
             try:
                 self._publish(partial, self._root / job.name, index)
                 self._published(job.step)
+                self.seconds = time.monotonic() - job.began
             except OSError as error:
                 errors.append(f"rank 0: {error}")
         if errors:

@@ -73,6 +73,15 @@ def group_sum(value: float, group: dist.ProcessGroup | None) -> float:
     return total.item()
 
 
+def group_any(flag: bool, group: dist.ProcessGroup | None) -> bool:
+    """True on every rank of a group (None: this rank alone) when it is true on one."""
+    if group is None:
+        return flag
+    most = torch.tensor([float(flag)])
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+    return bool(most.item())
+
+
 def world_max(values: Tensor) -> Tensor:
     """The maximum over the world in float64, on the host."""
     most = values.detach().to("cpu", torch.float64).clone()

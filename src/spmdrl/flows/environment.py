@@ -69,9 +69,11 @@ class GroupEnvironment:
             group_size=config.data.group_size,
             sampling=self.run.sampling,
         )
-        return self.rollout.generate.on(
-            self.run.rows(step, attempt=attempt, count=count), generation
-        )
+        rows = self.run.rows(step, attempt=attempt, count=count)
+        # what was drawn ahead is found again by a run that goes on with the next step
+        ahead = config.lag > 0 and attempt == 0
+        label = f"{self.rollout.name} for step {step}" if ahead else None
+        return replace(self.rollout.generate.on(rows, generation), label=label)
 
     def _sample(self, step: int, *, attempt: int, count: int) -> Batch:
         batch = self.drawn.pop(step, None) if attempt == 0 else None

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 
+from spmdrl.checkpoint.rng import rng_state
 from spmdrl.config import CheckpointSection
 from spmdrl.distributed.reduce import world_flags
-from spmdrl.flows.saving import Saver
+from spmdrl.flows.saving import Moment, Saver
 from spmdrl.launch import World
+from spmdrl.ledger import Ledger
+from spmdrl.policy_sync import PolicySync
 from spmdrl.runtime.stopping import StopAsked
 from spmdrl.runtime.walltime import Walltime
 from spmdrl.runtime.watcher import STOPPING_PHASE, Watcher
@@ -28,10 +32,15 @@ class Lifetime:
     """
 
     def __init__(
-        self, world: World, section: CheckpointSection, saver: Saver, watcher: Watcher
+        self,
+        world: World,
+        section: CheckpointSection,
+        saver: Saver,
+        watcher: Watcher,
+        syncs: Sequence[PolicySync],
     ) -> None:
         self._world, self._section = world, section
-        self._saver, self.watcher = saver, watcher
+        self._saver, self.watcher, self._syncs = saver, watcher, syncs
         self._walltime = Walltime()
         self._began: float | None = None
         self.resumed = saver.restore()
@@ -39,6 +48,15 @@ class Lifetime:
         self.saved = self.resumed.saved
         self.metrics_lines: Callable[[], int] = lambda: 0
         """How many lines metrics.jsonl has."""
+        self.ledger = Ledger(
+            world,
+            str(watcher.attempt.directory),
+            watcher.pulse,
+            lambda: watcher.stop_asked,
+            self.resumed.journal,
+        )
+        self._moment: Moment | None = None
+        """When the step began that the run is in."""
 
     def begin(self, step: int) -> None:
         """A step begins, or the run stops here.
@@ -51,37 +69,64 @@ class Lifetime:
         if self._began is not None:
             self._walltime.steps.append(now - self._began)
         self._began = now
+        if self._saver.seconds is not None:
+            self._walltime.save = self._saver.seconds
         self.watcher.pulse.at_step(step)
         self.watcher.stop_by = self._walltime.stop_by(deadline)
         late = self._world.is_first and not self._walltime.fits(now, deadline)
         if late:
             log.info("the next step and a save do not fit into the job's time any more")
-        failed, stop = world_flags(self._saver.has_failed, late or self.watcher.stop_asked)
+        failed, stop = world_flags(self._saver.has_failed, self.watcher.look_for_requests() or late)
         if failed:
             self._saver.wait()
         if stop:
             raise StopAsked
+        self._moment = self._now()
+        self.ledger.begin_step(step)
+        for sync in self._syncs:
+            sync.begin_step(step)
 
     def finish(self, step: int) -> None:
         """A step is done: a checkpoint where one is due."""
         self.steps_done = step + 1
+        self._moment = None
+        self.ledger.finish_step()
         if self._section.every > 0 and self.steps_done % self._section.every == 0:
             self.save()
 
     def save(self) -> None:
         """Begin a checkpoint of the steps that are done, unless it is there."""
-        self._saver.save(self.steps_done, self.saved, metrics_lines=self.metrics_lines())
+        self._saver.save(self._now(), self.ledger.journal())
+
+    def _now(self) -> Moment:
+        return Moment(
+            steps_done=self.steps_done,
+            saved=deepcopy(self.saved),
+            metrics_lines=self.metrics_lines(),
+            versions=self._saver.versions(),
+            generators=rng_state(self._world.device),
+        )
 
     def stop(self) -> None:
         """Save, and say that the run can go on from here."""
         self.watcher.agreed()
         log.info("stopping after %d steps, as asked", self.steps_done)
+        began = time.monotonic()
         with self.watcher.pulse.phase(STOPPING_PHASE):
-            self.save()
+            self._save_stopped()
             self._saver.wait()
         if self._world.is_first:
+            log.info("stopped; the save took %.1f s", time.monotonic() - began)
             self.watcher.attempt.clear_stop_files()
+            self.watcher.attempt.write_stopped_by(self.watcher.stop_reason())
             self.watcher.attempt.write_outcome("stopped")
+
+    def _save_stopped(self) -> None:
+        if self._moment is not None:  # within a step
+            self._saver.save(self._moment, self.ledger.journal(), calls=self.ledger.num_done)
+        elif self.steps_done > self.first_step:
+            self.save()
+        # else nothing was done since the checkpoint that the run goes on from
 
     def done(self) -> None:
         """The run has come to its end."""

@@ -255,6 +255,7 @@ class Run:
         """After the last step: checkpoint, final evaluation, export."""
         if self.steps_done > self._life.first_step:
             self._life.save()
+        self._life.begin(self.config.steps)
         if self.config.evaluation.after:
             self._run_evaluation(self.config.steps)
         if self.config.checkpoint.export:

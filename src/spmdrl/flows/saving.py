@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,45 +16,66 @@ from torch import Tensor
 
 from spmdrl.assemble import Assembly
 from spmdrl.checkpoint.index import Tensors
+from spmdrl.checkpoint.journal import merge_journals, pack_journal, unpack_journal
 from spmdrl.checkpoint.owners import frozen_slices, only, slice_owners
 from spmdrl.checkpoint.reading import load_tensors, read_private, resume_point, set_aside
-from spmdrl.checkpoint.rng import restore_rng, rng_state
+from spmdrl.checkpoint.rng import restore_rng
 from spmdrl.checkpoint.writing import CheckpointWriter, Retention, remove_partial
 from spmdrl.config import Config
-from spmdrl.distributed.reduce import agreed, gather_objects
+from spmdrl.distributed.reduce import agreed, gather_objects, world_any
+from spmdrl.flows.differences import changed_keys, describe_journal
 from spmdrl.flows.loss_check import TOLERANCES, LossCheck
 from spmdrl.launch import World
+from spmdrl.ledger import Journal
 from spmdrl.models.hf import save_pretrained
 from spmdrl.models.sharding import Slice
 from spmdrl.passes import OPTIMIZER, WEIGHTS, ModelRole
+from spmdrl.policy_sync import SyncState
 from spmdrl.role_plan import role_head, training_dtype
-from spmdrl.roles import Policy
+from spmdrl.roles import Policy, Rollout
 from spmdrl.runtime.attempt import Attempt
 from spmdrl.weights.gather import full_tensors
+from spmdrl.weights.layout import WeightLayout
 
 log = logging.getLogger(__name__)
 
-
-_NO_MATTER = ("run_dir", "steps", "timeout_s", "limits", "log", "checkpoint", "evaluation")
-"""Sections and keys whose changes are nobody's surprise."""
 
 Saved = dict[str, dict[str, float]]
 """What a flow wants to find again: by owner, numbers by name, equal on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resumed:
-    """Where a run goes on.
+class Moment:
+    """What a checkpoint holds beside roles and calls: as it was between two steps.
 
     Args:
         steps_done: before it.
-        saved: what `save` was given.
+        saved: what flows want to find again.
         metrics_lines: of metrics.jsonl that belong to the steps done.
+        versions: of the policies.
+        generators: the states of the global random generators of this rank.
     """
 
     steps_done: int = 0
     saved: Saved = field(default_factory=dict)
     metrics_lines: int = 0
+    versions: Mapping[str, int] = field(default_factory=dict)
+    generators: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """Where a run goes on: in step `steps_done`, of which `journal` holds the calls.
+
+    Args:
+        path: of the checkpoint; None: there is none, the run begins.
+    """
+
+    path: Path | None = None
+    steps_done: int = 0
+    saved: Saved = field(default_factory=dict)
+    metrics_lines: int = 0
+    journal: Journal = field(default_factory=Journal)
 
 
 class Saver:
@@ -77,8 +99,10 @@ class Saver:
         self._config, self._world, self._memory = config, world, assembly.memory
         self._trained, self._layouts = assembly.trained, assembly.layouts
         self._state_layouts = assembly.state_layouts
+        self._assembly = assembly
+        self._syncs = {rollout: sync for (_, rollout), sync in assembly.syncs.items()}
         self._root = Path(config.run_dir) / "checkpoints"
-        self._last_saved: int | None = None
+        self._last_saved: str | None = None
         section = config.checkpoint
         retention = Retention(last=section.keep_last, every=section.keep_every)
         self._writer = CheckpointWriter(self._root, world, retention, progress=progress)
@@ -99,43 +123,64 @@ class Saver:
     @cached_property
     def _owned(self) -> dict[str, frozenset[Slice]]:
         """Role -> the slices that this rank writes, of the masters and of the moments alike."""
-        rank = self._world.rank
         return {
-            name: frozenset(s for s, owner in slice_owners(layout).items() if owner == rank)
+            name: self._owned_of(layout)
             for name, layout in self._state_layouts.items()
             if name in self._trained
         }
 
-    def save(self, steps_done: int, saved: Saved, *, metrics_lines: int = 0) -> None:
-        """Copy all for a checkpoint after `steps_done` steps, and begin to write it, unless it is
-        there. `wait` ends it.
+    def _owned_of(self, layout: WeightLayout) -> frozenset[Slice]:
+        rank = self._world.rank
+        return frozenset(s for s, owner in slice_owners(layout).items() if owner == rank)
+
+    def versions(self) -> dict[str, int]:
+        """Of the policies, as they are now."""
+        roles = self._assembly.roles.items()
+        return {name: role.version for name, role in roles if isinstance(role, Policy)}
+
+    def save(self, moment: Moment, journal: Journal, *, calls: int | None = None) -> None:
+        """Copy all for a checkpoint, and begin to write it. `wait` ends it.
 
         Every rank of the world calls it.
+
+        Args:
+            moment: when the steps were done, or when the step began that the run is in.
+            journal: what this rank keeps of the calls.
+            calls: how many the step has finished; None: it has not begun, and where there is a
+                checkpoint of this moment already nothing is written.
 
         Raises:
             OSError: the checkpoint before it could not be written, on every rank.
         """
-        if steps_done == self._last_saved:
+        name = f"step_{moment.steps_done:08d}"
+        if calls is None and name == self._last_saved:
             return
         self._writer.wait()
+        counters = {role: self._counters(self._trained[role]) for role in self._trained}
+        owned = dict(self._tensors(owned=True))
+        held = self._held(counters, journal)
+        if calls is not None:
+            owned |= self._engine_copies(held)
+        syncs = {
+            name: asdict(sync.state(moment.steps_done, held=name in held))
+            for name, sync in self._syncs.items()
+        }
         state = {
-            "steps_done": steps_done,
+            "steps_done": moment.steps_done,
             "seed": self._config.seed,
-            "world_size": self._world.size,
-            "counters": {name: self._counters(role) for name, role in self._trained.items()},
+            "layout": self._layout_name(),
+            "counters": counters,
+            "versions": moment.versions,
             "losses": self._check.losses(),
-            "saved": saved,
-            "metrics_lines": metrics_lines,
+            "saved": moment.saved,
+            "metrics_lines": moment.metrics_lines,
+            "syncs": {} if calls is None else syncs,
             "config": self._config.model_dump(mode="json"),
         }
-        self._writer.begin(
-            f"step_{steps_done:08d}",
-            steps_done,
-            state,
-            self._tensors(owned=True),
-            rng_state(self._world.device),
-        )
-        self._last_saved = steps_done
+        private = {**moment.generators, **pack_journal(journal)}
+        full_name = name if calls is None else f"{name}+{calls:04d}"
+        self._writer.begin(full_name, moment.steps_done, state, owned, private)
+        self._last_saved = full_name
 
     def wait(self) -> None:
         """Until the checkpoint that was begun is there. Every rank of the world calls it.
@@ -144,6 +189,11 @@ class Saver:
             OSError: it could not be written, on every rank; older checkpoints are untouched.
         """
         self._writer.wait()
+
+    @property
+    def seconds(self) -> float | None:
+        """Rank 0: what the last checkpoint took until it was there; None before the first."""
+        return self._writer.seconds
 
     @property
     def has_failed(self) -> bool:
@@ -179,24 +229,89 @@ class Saver:
             )
         for difference in changed_keys(state["config"], self._config):
             log.warning("the run goes on with other values: %s", difference)
-        load_tensors(path, self._tensors())
+        is_same = state["layout"] == self._layout_name()
+        self._load(path, state, with_engines=is_same)
+        self._check.compare(state["losses"], str(path))
+        journal = agreed(ValueError, lambda: self._restore_private(path, state, is_same=is_same))
+        self._last_saved = path.name.partition(".")[0]
+        log.info("continuing after step %d of %s", state["steps_done"], path)
+        how = describe_journal(journal, is_same=is_same)
+        if how:
+            log.info("within the step that was stopped: %s", how)
+        return Resumed(
+            path=path,
+            steps_done=int(state["steps_done"]),
+            saved=state["saved"],
+            metrics_lines=int(state["metrics_lines"]),
+            journal=journal,
+        )
+
+    def _load(self, path: Path, state: Mapping[str, Any], *, with_engines: bool) -> None:
+        """The roles' tensors and counters, and the engines' where they were kept too."""
+        states = {name: SyncState(**found) for name, found in state["syncs"].items()}
+        held = [name for name, found in states.items() if found.held and with_engines]
+        with ExitStack() as stack:
+            tensors = dict(self._tensors())
+            for name in held:
+                stack.enter_context(self._syncs[name].filling())
+                tensors |= _named(f"{name}.engine", self._syncs[name].own_tensors())
+            load_tensors(path, tensors)
+        for name, found in states.items():
+            self._syncs[name].resume(replace(found, held=name in held))
         for name, role in self._trained.items():
             if role.backend is not None:
                 self._memory.prepare([(name, WEIGHTS), (name, OPTIMIZER)])
                 role.backend.restored(state["counters"][name])
             if isinstance(role, Policy):
-                role.version = state["counters"][name]["num_steps"]
-        self._check.compare(state["losses"], str(path))
-        if state["world_size"] == self._world.size:
-            private = agreed(ValueError, lambda: read_private(path, self._world.rank))
+                role.version = state["versions"][name]
+
+    def _restore_private(self, path: Path, state: Mapping[str, Any], *, is_same: bool) -> Journal:
+        """This rank's journal; where there are as many ranks as before, its generators too."""
+        size, rank = state["layout"]["world_size"], self._world.rank
+        own = Journal()
+        if size == self._world.size:
+            private = read_private(path, rank)
             restore_rng(private, self._world.device)
-        self._last_saved = int(state["steps_done"])
-        log.info("continuing after step %d of %s", state["steps_done"], path)
-        return Resumed(
-            steps_done=int(state["steps_done"]),
-            saved=state["saved"],
-            metrics_lines=int(state["metrics_lines"]),
-        )
+            own = unpack_journal(private)
+        if is_same:
+            return own
+        journals = [unpack_journal(read_private(path, other)) for other in range(size)]
+        return merge_journals(journals, same_homes=size == self._world.size, own=own)
+
+    def _layout_name(self) -> dict[str, Any]:
+        """What must be equal for a rank's own state to serve it again."""
+        roles = {name: role.mesh.describe() for name, role in self._assembly.roles.items()}
+        return {"world_size": self._world.size, "roles": roles}
+
+    def _held(self, counters: Mapping[str, Mapping[str, float]], journal: Journal) -> list[str]:
+        """The rollouts that were stopped in a call and whose policy has moved on since their sync
+        (with `lag`, the two run beside each other): their own weights must be kept.
+        """
+        generating = world_any(any(part.rows is not None for part in journal.parts.values()))
+        held = []
+        for (policy, rollout), sync in self._assembly.syncs.items():
+            role = self._assembly.roles[rollout]
+            assert isinstance(role, Rollout), rollout
+            moved = counters[policy]["num_steps"] != role.version
+            can = not world_any(not sync.can_hold())
+            if generating and moved and can and sync.plan.moves:
+                held.append(rollout)
+        return held
+
+    def _engine_copies(self, rollouts: Sequence[str]) -> Tensors:
+        """Copies of this rank's share of the engines' own weights: what is computed before all is
+        staged may send them away.
+        """
+        copies: dict[str, tuple[Tensor, tuple[Slice, ...]]] = {}
+        for name in rollouts:
+            sync = self._syncs[name]
+            owned = self._owned_of(sync.own_layout(self._layouts[name]))
+            tensors = {
+                local: (self._memory.view(tensor).cpu().clone(), slices)
+                for local, (tensor, slices) in sync.own_tensors().items()
+            }
+            copies |= only(_named(f"{name}.engine", tensors), owned) if tensors else {}
+        return copies
 
     def export(self, directory: Path) -> None:
         """Every trained role as a directory that `transformers` loads: the policy (or the only one)
@@ -258,22 +373,8 @@ class Saver:
         return dict(counters)
 
 
-def changed_keys(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """What of the configuration decides results and differs from a checkpoint's."""
-    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
-    return [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.split(".")[0] not in _NO_MATTER
-    ]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else None
-        found |= inner or {prefix + key: value}
-    return found
+def _named(group: str, tensors: Tensors) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:
+    return {f"{group}/{name}": held for name, held in tensors.items()}
 
 
 def _present(tensors: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:

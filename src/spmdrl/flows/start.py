@@ -35,7 +35,7 @@ from spmdrl.flows.run import Run
 from spmdrl.flows.saving import Saver
 from spmdrl.flows.sft import sft
 from spmdrl.launch import World, seed_everything
-from spmdrl.ledger import Ledger, keeping
+from spmdrl.ledger import keeping
 from spmdrl.objects import load_object
 from spmdrl.observe.progress import Relay
 from spmdrl.observe.timeline import PhaseTimer
@@ -126,10 +126,11 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
         saver = Saver(config, world, assembly, watcher.attempt, watcher.pulse.beat)
-        lifetime = Lifetime(world, config.checkpoint, saver, watcher)
+        syncs = list(assembly.syncs.values())
+        lifetime = Lifetime(world, config.checkpoint, saver, watcher, syncs)
         run = make_run(config, world, inputs, assembly, pools, relay, saver, lifetime)
         try:
-            with keeping(Ledger(world, str(watcher.attempt.directory), watcher.pulse)):
+            with keeping(lifetime.ledger):
                 flow(run)
             lifetime.done()
         except StopAsked:

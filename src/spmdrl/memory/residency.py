@@ -296,6 +296,10 @@ class Residency:
             raise ValueError(f"part {dotted(name)} was dropped, and nothing has filled it since")
         return self._tensors[name].host_view(local_part(tensor))
 
+    def drops(self, role: str, part: str) -> bool:
+        """Whether the part's content is lost when it leaves the device."""
+        return self._policies.get((role, part)) == "drop"
+
     def settle(self) -> None:
         """Send away all that is not kept or pinned.
 

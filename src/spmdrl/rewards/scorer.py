@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from spmdrl.batch import Batch, from_rows
 from spmdrl.calls import Call, together
 from spmdrl.custom_role import CustomRole
 from spmdrl.data.prompts import Prompt
+from spmdrl.ledger import current, places_of
 from spmdrl.rewards.pool import RewardJob, RewardPool, RewardResult
 from spmdrl.roles import Reward
 
@@ -79,7 +79,8 @@ class Scorer:
                 "answer": [p.answer for p in prompts],
             }
         )
-        rewards, columns = self._by_functions(prompts, texts)
+        made = self._kept(batch, lambda: self._by_functions(prompts, texts))
+        rewards, columns = made.rows["sum"], {n: c for n, c in made.rows.items() if n != "sum"}
         calls = [_call(scoring, batch, evaluation=evaluation) for scoring in self.roles]
         for scoring, home in zip(self.roles, together(*calls), strict=True):
             scores = home[SCORES].float()
@@ -87,13 +88,21 @@ class Scorer:
             rewards = rewards + scoring.weight * scores
         return batch.with_columns(rows={"rewards": rewards, **columns})
 
-    def _by_functions(
-        self, prompts: Sequence[Prompt], texts: Sequence[str]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Their weighted sum, and their columns."""
+    def _kept(self, batch: Batch, make: Callable[[], Batch]) -> Batch:
+        """Functions are not asked again in a step that goes on: they may be slow, or draw."""
+        ledger = current()
+        if ledger is None:
+            return make()
+        places = places_of(batch["prompt_ids"])
+        assert places is not None
+        return ledger.keep_rows(places, make)
+
+    def _by_functions(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Batch:
+        """The row columns `sum` (weighted), and those of the components."""
+        none = torch.zeros(len(texts), dtype=torch.int64)
         if self.pool is None:
             zeros = torch.zeros(len(texts))
-            return zeros, {"reward_failed": zeros}
+            return Batch(lengths=none, rows={"sum": zeros, "reward_failed": zeros})
         jobs = [
             RewardJob(prompt=p.text, response=text, answer=p.answer, entry=p.entry)
             for p, text in zip(prompts, texts, strict=True)
@@ -104,7 +113,8 @@ class Scorer:
             for name in self.pool.names
         }
         failed = _column([float(bool(r.failures)) for r in results])
-        return _column([r.score for r in results]), {**columns, "reward_failed": failed}
+        total = _column([r.score for r in results])
+        return Batch(lengths=none, rows={"sum": total, **columns, "reward_failed": failed})
 
 
 def _call(scoring: ScoringRole, batch: Batch, *, evaluation: bool) -> Call[Any]:

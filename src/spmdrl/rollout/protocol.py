@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -24,12 +24,22 @@ class Request:
         prompt_id: keys the random numbers, with the run's seed, the step and the sample.
         samples: sample indices; the samples of one request share the prompt's computation.
         sampling: how to draw.
+        begun: what an aborted call has drawn of each of `samples`; empty: nothing. Samples go on
+            after their tokens, those that were complete are returned as they are. An engine that
+            cannot go on in the midst of a sample may draw it anew.
     """
 
     tokens: tuple[int, ...]
     prompt_id: int
     samples: tuple[int, ...]
     sampling: SamplingParams
+    begun: tuple[Completion, ...] = ()
+
+    def done(self, place: int) -> Completion | None:
+        """What was complete of the sample at `place` before this call."""
+        if not self.begun or self.begun[place].finish == "aborted":
+            return None
+        return self.begun[place]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +77,7 @@ class RolloutEngine(Protocol):
         step: int,
         progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
+        state: Mapping[str, Tensor] | None = None,
     ) -> list[list[Completion]]:
         """Completions by request and sample, in the order asked.
 
@@ -76,9 +87,18 @@ class RolloutEngine(Protocol):
         Args:
             progress: called with (tokens done, samples done) while it goes on.
             should_stop: asked between engine steps; True ends all open samples as "aborted".
+            state: what `aborted_state` returned after a call with the same requests was aborted. If
+                it serves here (the same engine, options and weights) the call goes on from there
+                bit for bit; if not, by what the requests have `begun`.
 
         Raises:
             ValueError: a request that can never be served, before anything runs.
+        """
+        ...
+
+    def aborted_state(self) -> dict[str, Tensor]:
+        """What the last `generate` left when it was aborted, for the same rank's next one; to be
+        asked at once after it. Empty when it was not aborted, or when there is nothing to keep.
         """
         ...
 

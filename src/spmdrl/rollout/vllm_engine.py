@@ -20,7 +20,7 @@ import os
 import secrets
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -204,22 +204,32 @@ class VllmEngine:
         step: int,
         progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
+        state: Mapping[str, Tensor] | None = None,
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`."""
+        """See `RolloutEngine.generate`. Samples that were cut are drawn anew: there is no state."""
         self._check(requests)
         check_sampling(requests)
         groups = samples_of(requests, self._eos, self._detokenize)
         with self._running():
             waiting: dict[str, Sample] = {}
             for request, group in zip(requests, groups, strict=True):
-                for sample, index in zip(group, request.samples, strict=True):
+                for place, (sample, index) in enumerate(zip(group, request.samples, strict=True)):
+                    if request.done(place) is not None:
+                        continue
                     key = (seed, step, request.prompt_id, index)
                     arguments = sampling_arguments(request.sampling, self._eos, key)
                     waiting[self._add(request.tokens, arguments)] = sample
             run_steps(self._engine, waiting, progress, lambda: self._agree_on_stop(should_stop))
-        completions = [[sample.completion() for sample in group] for group in groups]
+        completions = [
+            [request.done(place) or sample.completion() for place, sample in enumerate(group)]
+            for request, group in zip(requests, groups, strict=True)
+        ]
         self._check_alike(completions)
         return completions
+
+    def aborted_state(self) -> dict[str, Tensor]:
+        """Nothing: vLLM's cache cannot be taken out of it."""
+        return {}
 
     def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
         """See `RolloutEngine.score`."""

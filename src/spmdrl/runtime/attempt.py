@@ -75,6 +75,10 @@ class Attempt:
     def write_outcome(self, outcome: Outcome) -> None:
         replace_file(self.directory / "outcome", f"{outcome}\n".encode())
 
+    def write_stopped_by(self, reason: str) -> None:
+        """Who asked for the stop, for launchers that treat requests differently."""
+        replace_file(self.directory / "stopped_by", f"{reason}\n".encode())
+
     def write_progress(self, steps_done: int) -> None:
         """`run_dir/last_step`, by which a launcher sees whether an attempt came further."""
         replace_file(self.run_dir / "last_step", f"{steps_done}\n".encode())

@@ -79,6 +79,18 @@ class Watcher:
         self.stop_asked = True
         self._tell("stop", reason)
 
+    def look_for_requests(self) -> bool:
+        """Whether a stop was asked for, also in this very moment (rank 0 sees files)."""
+        if self._world.is_first and not self.stop_asked:
+            self._look_for_requests()
+        return self.stop_asked
+
+    def stop_reason(self) -> str:
+        """Who asked for the stop, as far as is known."""
+        if self._store_lost or not self._store.check(["stop"]):
+            return "the job's time is nearly over"
+        return self._store.get("stop").decode()
+
     def agreed(self) -> None:
         """The world has agreed that the run ends: the signals do nothing any more."""
         self._signals.ignore()
@@ -96,12 +108,22 @@ class Watcher:
         if error is None:
             self.agreed()
             self._tell(f"ended/{self._world.rank}", "")
+            self._wait_for_the_others()
         else:
             self._report(error)
         self._ending = True
         self._thread.join()
         self._stacks.close()
         self._signals.close()
+
+    def _wait_for_the_others(self) -> None:
+        """Rank 0 may host the store: the others' watchers shall not see it go."""
+        deadline = time.monotonic() + DEAD_S
+        others = [f"ended/{rank}" for rank in range(self._world.size)]
+        while self._world.is_first and not self._store_lost and time.monotonic() < deadline:
+            if self._store.check(others):
+                return
+            time.sleep(0.01)
 
     # What happens when this rank fails
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,4 +45,8 @@ class PagedAttention(Protocol):
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rows: one for each of the plan's decodes, then the tokens of its chunks."""
+        ...
+
+    def caches(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Keys and values by layer, blocks first: to be read and written between steps."""
         ...

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
+from typing import Any
 
 
 class BlockPool:
@@ -67,6 +69,23 @@ class BlockPool:
                     break
                 self._move(block, target, moves)
         return moves
+
+    def state(self) -> dict[str, Any]:
+        """JSON values from which `restore` makes an equal pool of the same size."""
+        return {
+            "references": self._references,
+            "low": self._low,
+            "high": self._high,
+            "is_high": list(self._is_high),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Become what the pool was whose `state()` it is."""
+        assert len(state["references"]) == self.num_blocks, self.num_blocks
+        self._references = list(state["references"])
+        self._low, self._high = list(state["low"]), list(state["high"])
+        self._is_high = bytearray(state["is_high"])
+        self.num_free = self._references.count(0)
 
     def _move(self, block: int, target: int, moves: dict[int, int]) -> None:
         self._references[target] = self._references[block]

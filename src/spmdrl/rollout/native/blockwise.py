@@ -9,6 +9,7 @@ share is read once for all of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -97,6 +98,9 @@ class BlockwiseAttention:
         self._num_decodes = len(plan.decodes)
         self._decode = self._prepare_decode(plan.decodes) if plan.decodes else None
         self._prefill = self._prepare_prefill(plan.chunks, len(plan.decodes))
+
+    def caches(self) -> tuple[Items[Tensor], Items[Tensor]]:
+        return self._keys, self._values
 
     def __call__(
         self,

@@ -6,9 +6,11 @@ thus used as soon as they are there, and there is nothing to invalidate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from hashlib import blake2b
+from itertools import islice
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -34,7 +36,8 @@ from .runner import Runner
 from .sampler import Sampler
 from .scheduler import Scheduler, sampled
 from .sequence import Sequence as Sample
-from .sequence import common_prefix, sequences_of
+from .sequence import common_prefix, leaders_of, sequences_of
+from .snapshot import blocks_of, restore_snapshot, take_snapshot
 from .varlen import BLOCK_MULTIPLE, VarlenAttention, varlen_is_usable
 
 _CPU_CACHE_GB = 2.0
@@ -54,6 +57,7 @@ class NativeOptions:
         max_running: sequences decoded together, at most.
         prefill_tokens: prompt tokens a step, at most.
         cuda_graphs: replay decode steps as CUDA graphs.
+        keeps_aborted: keep the state of an aborted call (the cache!) for one that goes on.
     """
 
     kv_cache_gb: float | Literal["auto"] = "auto"
@@ -61,6 +65,7 @@ class NativeOptions:
     max_running: int = 256
     prefill_tokens: int = 2048
     cuda_graphs: bool = True
+    keeps_aborted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,7 @@ class _Work:
     """The cache and what holds its addresses."""
 
     num_blocks: int
+    attention: PagedAttention
     runner: Runner
     compact: bool
 
@@ -122,6 +128,7 @@ class NativeEngine:
         self.block_size = -(-self._options.block_size // multiple) * multiple
         self._sampler: Sampler | None = None
         self._work: _Work | None = None
+        self._aborted: dict[str, Tensor] = {}
         self.num_preempted = 0
         """Sequences preempted during the last call."""
 
@@ -211,28 +218,52 @@ class NativeEngine:
         step: int,
         progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
+        state: Mapping[str, Tensor] | None = None,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`."""
+        self._aborted = {}
         num_blocks = self._check(requests)
         groups = [sequences_of(r, i, seed=seed, step=step) for i, r in enumerate(requests)]
-        leaders = []
-        for group in groups:
-            for sample in group[:1]:
-                sample.followers = group[1:]
-                leaders.append(sample)
+        samples = [sample for group in groups for sample in group]
+        leaders = leaders_of(groups)
         record = self._record(leaders, requests)
+        call = self._name(requests, seed, step)
+        resumed = blocks_of(state, call)
         with torch.inference_mode():
             if leaders:
-                work = self._prepare_work(num_blocks)
+                work = self._prepare_work(num_blocks if resumed is None else resumed)
+                scheduler = self._start(work, leaders)
+                if state is not None and resumed is not None:
+                    restore_snapshot(state, scheduler, samples, work.attention, record)
+                elif record is not None:
+                    record.begin(samples)
                 longest = max(request.sampling.max_tokens for request in requests)
                 with blocked_weights(self._decoder, longest):
-                    self._run(work, leaders, requests, progress, should_stop, record)
-        if record is None:
-            return [[sample.completion() for sample in group] for group in groups]
-        return [
-            [s.completion(e) for s, e in zip(group, record.of(group), strict=True)]
-            for group in groups
-        ]
+                    aborted = self._run(work, scheduler, requests, progress, should_stop, record)
+                if aborted and self._options.keeps_aborted:
+                    self._aborted = take_snapshot(call, scheduler, samples, work.attention, record)
+        # where nothing was left to be computed, choices are those that came with the requests
+        experts = [s.begun_experts() for s in samples] if record is None else record.of(samples)
+        done = iter(zip(samples, experts, strict=True))
+        return [[s.completion(e) for s, e in islice(done, len(group))] for group in groups]
+
+    def aborted_state(self) -> dict[str, Tensor]:
+        """See `RolloutEngine.aborted_state`."""
+        state, self._aborted = self._aborted, {}
+        return state
+
+    def _name(self, requests: Sequence[Request], seed: int, step: int) -> dict[str, Any]:
+        """What tells a call on this engine from all others, apart from the weights."""
+        asked = repr([(r.tokens, r.prompt_id, r.samples, r.sampling) for r in requests])
+        return {
+            "requests": blake2b(asked.encode(), digest_size=16).hexdigest(),
+            "key": [seed, step],
+            "tp": [self._tp.rank, self._tp.size],
+            "dtype": str(self._dtype),
+            "device": self._device.type,
+            "block_size": self.block_size,
+            "limits": [self._options.max_running, self._options.prefill_tokens],
+        }
 
     def _record(
         self, leaders: Sequence[Sample], requests: Sequence[Request]
@@ -300,21 +331,25 @@ class NativeEngine:
             prefix=prefix,
         )
 
+    def _start(self, work: _Work, leaders: Sequence[Sample]) -> Scheduler:
+        prefix = common_prefix([leader.request.tokens for leader in leaders])
+        prefix = prefix if prefix * (len(leaders) - 1) >= _PREFIX_TOKENS else 0
+        return self._scheduler(leaders, work.num_blocks, compact=work.compact, prefix=prefix)
+
     def _run(
         self,
         work: _Work,
-        leaders: list[Sample],
+        scheduler: Scheduler,
         requests: Sequence[Request],
         progress: Progress | None,
         should_stop: Callable[[], bool] | None,
         record: ExpertRecord | None,
-    ) -> None:
-        prefix = common_prefix([leader.request.tokens for leader in leaders])
-        prefix = prefix if prefix * (len(leaders) - 1) >= _PREFIX_TOKENS else 0
-        scheduler = self._scheduler(leaders, work.num_blocks, compact=work.compact, prefix=prefix)
+    ) -> bool:
+        """Engine steps until all is done; True where they were stopped before that."""
         rules = [StopRule(r.sampling, self._eos, self._detokenize) for r in requests]
         tokens_done = samples_done = 0
-        while scheduler.has_work:
+        stop = False
+        while scheduler.has_work and not stop:
             plan = scheduler.plan()
             if record is not None:
                 record.note(plan)
@@ -329,9 +364,8 @@ class NativeEngine:
             samples_done += len(finished)
             if progress is not None:
                 progress(tokens_done, samples_done)
-            if stop:
-                scheduler.drain()
         self.num_preempted = scheduler.num_preempted
+        return scheduler.has_work
 
     def _advance(
         self,
@@ -438,5 +472,7 @@ class NativeEngine:
             attention = BlockwiseAttention(shape)
         graphs = options.max_running if self.captures_graphs else 0
         runner = Runner(self._decoder, attention, self._device, graph_sequences=graphs)
-        self._work = _Work(num_blocks=num_blocks, runner=runner, compact=not self._paged)
+        self._work = _Work(
+            num_blocks=num_blocks, attention=attention, runner=runner, compact=not self._paged
+        )
         return self._work

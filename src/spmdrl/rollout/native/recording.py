@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,9 +23,27 @@ class ExpertRecord:
     """
 
     def __init__(self, first: Sample, missing: int) -> None:
-        self._first, self._missing = first, missing
+        self.first, self._missing = first, missing
         self._steps: list[Tensor] = []
         self._num_rows = 0
+
+    def begin(self, samples: Iterable[Sample]) -> None:
+        """Take over the choices with which samples that go on were drawn."""
+        for sample in samples:
+            begun = sample.begun_experts()
+            if begun is not None:
+                known = begun[: len(sample.tokens) - 1]
+                sample.rows = list(range(self._num_rows, self._num_rows + len(known)))
+                self._steps.append(known)
+                self._num_rows += len(known)
+
+    def table(self) -> Tensor:
+        """The choices of all rows so far, [rows, L, K]."""
+        return torch.cat(self._steps)
+
+    def restore(self, table: Tensor, first: Sample) -> None:
+        """Become the record whose table and first sample these are."""
+        self.first, self._steps, self._num_rows = first, [table], len(table)
 
     def note(self, plan: StepPlan) -> None:
         """Which token each row of a step is; before prompts are shared with followers."""
@@ -43,15 +63,15 @@ class ExpertRecord:
     def _assign(self, sample: Sample, start: int, stop: int, row: int) -> None:
         known = len(sample.rows)
         if known < start:
-            sample.rows += self._first.rows[known:start]
+            sample.rows += self.first.rows[known:start]
             known = start
         sample.rows += range(row + known - start, row + stop - start)
 
-    def of(self, samples: list[Sample]) -> list[Tensor]:
+    def of(self, samples: Sequence[Sample]) -> list[Tensor]:
         """Every sample's choices, one row for each of its tokens, [n, L, K]: none of its last one,
         which was never computed.
         """
-        table = torch.cat(self._steps)
+        table = self.table()
         found = []
         for sample in samples:
             rows = sample.rows[: len(sample.tokens)]

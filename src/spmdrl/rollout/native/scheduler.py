@@ -8,8 +8,10 @@ nothing but the requests and the tokens, so that tensor-parallel ranks take the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import Any
 
 from .blocks import BlockPool
 from .sequence import Sequence
@@ -135,11 +137,32 @@ class Scheduler:
             self._ready.remove(sequence)
         self._release(sequence)
 
-    def drain(self) -> None:
-        """Drop all open sequences; the scheduler is of no use after."""
-        self.running.clear()
-        self._ready.clear()
-        self._waiting.clear()
+    def state(self, number: Mapping[Sequence, int]) -> dict[str, Any]:
+        """JSON values from which `restore` makes an equal scheduler; sequences by `number`."""
+        owner = self._prefix_owner
+        return {
+            "pool": self.pool.state(),
+            "running": [number[s] for s in self.running],
+            "ready": [number[s] for s in self._ready],
+            "waiting": [number[s] for s in self._waiting],
+            "freed": self._freed,
+            "prefix": self._prefix,
+            "prefix_owner": None if owner is None else number[owner],
+            "prefix_blocks": self._prefix_blocks,
+            "num_preempted": self.num_preempted,
+        }
+
+    def restore(self, state: Mapping[str, Any], sequences: Items[Sequence]) -> None:
+        """Become what the scheduler was whose `state()` it is."""
+        self.pool.restore(state["pool"])
+        self.running = [sequences[i] for i in state["running"]]
+        self._ready = deque(sequences[i] for i in state["ready"])
+        self._waiting = deque(sequences[i] for i in state["waiting"])
+        self._freed, self._prefix = state["freed"], state["prefix"]
+        owner = state["prefix_owner"]
+        self._prefix_owner = None if owner is None else sequences[owner]
+        self._prefix_blocks = list(state["prefix_blocks"])
+        self.num_preempted = state["num_preempted"]
 
     def _has_room(self) -> bool:
         return len(self.running) < self._max_running

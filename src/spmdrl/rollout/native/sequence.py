@@ -63,6 +63,10 @@ class Sequence:
         """The random key of the next token."""
         return chain(self.key, len(self.tokens))
 
+    def begun_experts(self) -> Tensor | None:
+        """The choices of experts that came with the request."""
+        return self.request.begun[self.slot].experts if self.request.begun else None
+
     def completion(self, experts: Tensor | None = None) -> Completion:
         return Completion(
             tokens=tuple(self.tokens[self.prompt_length :]),
@@ -87,8 +91,8 @@ def common_prefix(prompts: Items[tuple[int, ...]]) -> int:
 
 
 def sequences_of(request: Request, index: int, *, seed: int, step: int) -> list[Sequence]:
-    """The samples of a request."""
-    return [
+    """The samples of a request, with what they have drawn before."""
+    samples = [
         Sequence(
             request=request,
             index=index,
@@ -98,3 +102,22 @@ def sequences_of(request: Request, index: int, *, seed: int, step: int) -> list[
         )
         for slot, sample in enumerate(request.samples)
     ]
+    for sequence, begun in zip(samples, request.begun, strict=False):
+        sequence.tokens += begun.tokens
+        sequence.logprobs, sequence.margins = list(begun.logprobs), list(begun.margins)
+        sequence.finish = begun.finish
+    return samples
+
+
+def leaders_of(groups: Items[Items[Sequence]]) -> list[Sequence]:
+    """What a scheduler begins with: of every group its first fresh sample, which computes the
+    prompt for the other fresh ones, and each sample that goes on; complete ones are left out.
+    """
+    leaders = []
+    for group in groups:
+        samples = [sample for sample in group if sample.finish == "aborted"]
+        fresh = [sample for sample in samples if not sample.num_generated]
+        for sample in fresh[:1]:
+            sample.followers = fresh[1:]
+        leaders += [sample for sample in samples if sample.num_generated or sample is fresh[0]]
+    return leaders

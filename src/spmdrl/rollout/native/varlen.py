@@ -99,6 +99,9 @@ class VarlenAttention:
         self._num_sequences, self._num_tokens = n, len(slots)
         self._max_query = max(counts)
 
+    def caches(self) -> tuple[Items[Tensor], Items[Tensor]]:
+        return self._keys, self._values
+
     def __call__(
         self,
         layer: int,

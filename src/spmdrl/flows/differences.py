@@ -1,0 +1,48 @@
+"""What a run that goes on should be told: what has changed, and how exactly it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from spmdrl.config import Config
+from spmdrl.ledger import Journal
+
+_NO_MATTER = ("run_dir", "steps", "timeout_s", "limits", "log", "checkpoint", "evaluation")
+"""Sections and keys whose changes are nobody's surprise."""
+
+
+def changed_keys(saved: Mapping[str, Any], config: Config) -> list[str]:
+    """What of the configuration decides results and differs from a checkpoint's."""
+    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    return [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key.split(".")[0] not in _NO_MATTER
+    ]
+
+
+def describe_journal(journal: Journal, *, is_same: bool) -> str:
+    """How exactly a run goes on in its step; "" where it begins one."""
+    texts = []
+    if journal.records:
+        texts.append(f"{len(journal.records)} calls return what they gave")
+    for part in journal.parts.values():
+        if part.values is not None:
+            texts.append(f"an update goes on after {part.values['minibatches']} minibatches")
+        if part.rows is not None and part.state and is_same:
+            texts.append("generation goes on bit for bit")
+        elif part.rows is not None:
+            texts.append(
+                "generation keeps what it had drawn; the tails are equal in distribution, not in "
+                "bits"
+            )
+    return "; ".join(dict.fromkeys(texts))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        found |= inner or {prefix + key: value}
+    return found

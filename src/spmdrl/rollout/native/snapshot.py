@@ -1,0 +1,107 @@
+"""An aborted call of the engine as tensors, from which the same call goes on bit for bit.
+
+Rounding depends on what is computed together, so all of the scheduler's state is kept: which
+sequences run, in which order, on which blocks; and what the cache holds in the used ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...storages import json_tensor, tensor_json
+from .attention import PagedAttention
+from .recording import ExpertRecord
+from .scheduler import Scheduler
+from .sequence import Sequence
+
+_STATE, _KEYS, _VALUES, _EXPERTS = "engine", "keys", "values", "experts"
+
+
+def take_snapshot(
+    call: object,
+    scheduler: Scheduler,
+    samples: Items[Sequence],
+    attention: PagedAttention,
+    record: ExpertRecord | None = None,
+) -> dict[str, Tensor]:
+    """Between two engine steps.
+
+    Args:
+        call: JSON values that tell this call on this engine from others.
+        samples: all of the call, complete ones too.
+    """
+    number = {sample: i for i, sample in enumerate(samples)}
+    held = scheduler.state(number)
+    state = {
+        "call": call,
+        "num_blocks": scheduler.pool.num_blocks,
+        "scheduler": held,
+        "samples": [_sample_state(sample, number) for sample in samples],
+        "first": None if record is None else number[record.first],
+    }
+    used = _used(held)
+    keys, values = attention.caches()
+    index = torch.tensor(used, dtype=torch.int64, device=keys[0].device)
+    return {
+        _STATE: json_tensor(state),
+        _KEYS: torch.stack([layer.index_select(0, index) for layer in keys]).cpu(),
+        _VALUES: torch.stack([layer.index_select(0, index) for layer in values]).cpu(),
+        **({} if record is None else {_EXPERTS: record.table()}),
+    }
+
+
+def blocks_of(state: Mapping[str, Tensor] | None, call: object) -> int | None:
+    """The blocks of the cache that a snapshot needs; None where it is of no use for `call`."""
+    if not state:
+        return None
+    content = tensor_json(state[_STATE])
+    # compared as JSON, which has no tuples
+    same = content["call"] == tensor_json(json_tensor(call))
+    return int(content["num_blocks"]) if same else None
+
+
+def restore_snapshot(
+    state: Mapping[str, Tensor],
+    scheduler: Scheduler,
+    samples: Items[Sequence],
+    attention: PagedAttention,
+    record: ExpertRecord | None = None,
+) -> None:
+    """Make fresh samples, a scheduler and a cache of the same call what they were."""
+    content = tensor_json(state[_STATE])
+    for sample, found in zip(samples, content["samples"], strict=True):
+        sample.tokens = [*sample.request.tokens, *found["tokens"]]
+        sample.followers = [samples[i] for i in found["followers"]]
+        for name in ("logprobs", "margins", "finish", "blocks", "num_high", "cached", "rows"):
+            setattr(sample, name, found[name])
+    scheduler.restore(content["scheduler"], samples)
+    if record is not None:
+        record.restore(state[_EXPERTS], samples[content["first"]])
+    for layers, saved in zip(attention.caches(), (state[_KEYS], state[_VALUES]), strict=True):
+        used = torch.tensor(_used(content["scheduler"]), dtype=torch.int64, device=layers[0].device)
+        for layer, blocks in zip(layers, saved, strict=True):
+            layer.zero_()
+            layer.index_copy_(0, used, blocks.to(layer.device))
+
+
+def _sample_state(sample: Sequence, number: Mapping[Sequence, int]) -> dict[str, Any]:
+    return {
+        "tokens": sample.tokens[sample.prompt_length :],
+        "followers": [number[follower] for follower in sample.followers],
+        "logprobs": sample.logprobs,
+        "margins": sample.margins,
+        "finish": sample.finish,
+        "blocks": sample.blocks,
+        "num_high": sample.num_high,
+        "cached": sample.cached,
+        "rows": sample.rows,
+    }
+
+
+def _used(scheduler: Mapping[str, Any]) -> list[int]:
+    return [block for block, count in enumerate(scheduler["pool"]["references"]) if count]
