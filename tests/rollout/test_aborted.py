@@ -19,7 +19,8 @@ def shared() -> list[Request]:
     """Requests with a long common beginning, which is computed once and shared."""
     (common, *ends) = prompts_of(150, 3, 9, 21, 4)
     return [
-        request([*common, *end], i, 2, max_tokens=30, ignore_eos=True) for i, end in enumerate(ends)
+        request((*common, *end), i, 2, max_tokens=30, ignore_eos=True, margins=True)
+        for i, end in enumerate(ends)
     ]
 
 
