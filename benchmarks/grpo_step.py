@@ -15,23 +15,18 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 PHASES = ("rollout", "reward", "logprobs", "update")
 REWARD = f"'{Path(__file__).parent / 'step_reward.py'}:spread'"
 
 
 def main() -> None:
-    options = _options()
+    options = option_parser(__doc__).parse_args()
     if options.ranks > 1 and "RANK" not in os.environ:
-        launch = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={options.ranks}",
-        ]
-        os.execv(sys.executable, [sys.executable, *launch, *sys.argv])
+        start_ranks(options.ranks)
     from spmdrl.rewards.server import start_reward_server
 
     with tempfile.TemporaryDirectory() as directory, start_reward_server() as server:
@@ -40,7 +35,7 @@ def main() -> None:
         from spmdrl.observe.metrics import read_metrics
 
         run_dir = directory if options.ranks == 1 else options.run_dir
-        config = _config(options, run_dir)
+        config = config_of(options, run_dir)
         world = start_world(device=config.device)
         train(config, world, server)
         stop_world()
@@ -68,8 +63,15 @@ def main() -> None:
     )
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+def start_ranks(count: int) -> NoReturn:
+    """This program anew, on `count` ranks of torchrun."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    os.execv(sys.executable, [sys.executable, *launch, *sys.argv])
+
+
+def option_parser(text: str | None) -> argparse.ArgumentParser:
+    """The words that say what a step is."""
+    parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--num-prompts", type=int, default=8)
@@ -79,13 +81,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="measured, after one warm-up")
     parser.add_argument("--run-dir", default="runs/benchmark_grpo_step")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_args()
+    return parser
 
 
-def _config(options: argparse.Namespace, run_dir: str) -> Any:
+def config_of(options: argparse.Namespace, run_dir: str, words: Sequence[str] = ()) -> Any:
+    """The configuration of a step; `words` override what the options say."""
     from spmdrl.config_files import load_config
 
-    words = [
+    given = [
         f"model.path={options.model}",
         f"data.train.source={options.data}",
         f"data.prompts_per_step={options.num_prompts}",
@@ -96,8 +99,9 @@ def _config(options: argparse.Namespace, run_dir: str) -> Any:
         # math is scored and timed; the other keeps a group of all wrong answers from skipping
         f"rewards=[{{function: math}}, {{function: {REWARD}}}]",
         *options.overrides,
+        *words,
     ]
-    return load_config(Path(__file__).parent / "grpo_step.yaml", words)
+    return load_config(Path(__file__).parent / "grpo_step.yaml", given)
 
 
 if __name__ == "__main__":

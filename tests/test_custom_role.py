@@ -14,14 +14,18 @@ from flow_cases import write_config
 from harness import run_ranks
 from spmdrl.assemble import Assembly, assemble, open_models
 from spmdrl.batch import Batch, from_rows
+from spmdrl.checkpoint.rng import rng_state
 from spmdrl.config_files import load_config
 from spmdrl.custom_role import Column, CustomRole, RoleContext
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.reduce import gather_objects
 from spmdrl.flows.inputs import read_inputs
+from spmdrl.flows.moments import Moment
+from spmdrl.flows.saving import Saver
 from spmdrl.flows.start import make_scorer, train
 from spmdrl.generation import Generation
 from spmdrl.launch import World
+from spmdrl.ledger import Journal
 from spmdrl.models.tokenizers import load_tokenizer
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.placement import place_roles
@@ -305,3 +309,54 @@ def test_another_tokenizer_is_refused_or_read_as_text(root):
         run_ranks(trained, 2, str(path), [], timeout_s=200)
     for part in (str(root / "other"), str(root / "model"), "roles.judge.retokenize=true"):
         assert part in str(error.value)
+
+
+class Counting:
+    """Counts what it was trained on."""
+
+    needs, returns = ("tokens",), (Column(name="scores", kind="row"),)
+
+    def setup(self, context: RoleContext) -> None:
+        self.count = torch.zeros(1, dtype=torch.int64)
+
+    def forward_step(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"scores": self.count.float().expand(len(batch))}
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        self.count += batch.num_tokens
+        return {"count": float(self.count)}
+
+    def save_state(self) -> dict[str, torch.Tensor]:
+        return {"count": self.count}
+
+    def load_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.count = tensors["count"]
+
+
+def save_and_restore(world: World, path: str) -> list[list[float]]:
+    config = load_config(path, [f"roles.judge={{kind: '{__file__}:Counting', ranks: 1}}"])
+    batch = from_rows([[1, 2, 3]], rows={"prompt_ids": torch.tensor([world.rank])})
+    found = []
+    for _ in range(2):
+        models = open_models(config, place_roles(config, world.size))
+        assembly = assemble(config, world, models, str)
+        role = assembly.roles["judge"]
+        assert isinstance(role, CustomRole)
+        saver = Saver(config, world, assembly)
+        resumed = saver.restore()
+        found.append(role.forward(batch)["scores"].tolist())
+        role.train(batch)
+        moment = Moment(
+            steps_done=resumed.steps_done + 1,
+            versions=saver.versions(),
+            generators=rng_state(world.device),
+        )
+        saver.save(moment, Journal())
+        saver.wait()
+    return found
+
+
+def test_a_role_that_changes_comes_back_from_a_checkpoint(root: Path) -> None:
+    path = write_config(root / "state.yaml", root / "model", root / "state")
+    # six tokens of two ranks, counted on rank 1
+    assert run_ranks(save_and_restore, 2, str(path)) == [[[0.0], [6.0]]] * 2

@@ -44,9 +44,11 @@ class UserRole(Protocol):
     `roles.NAME.options` as keyword arguments; `setup` and the steps run on the role's ranks alone.
 
     `needs` names the columns that travel to the role: tensors, or texts (`prompt_text`, `response`,
-    `answer`). `returns` says what comes home. Two more functions are optional:
+    `answer`). `returns` says what comes home. These functions are optional:
     `train_step(batch) -> metrics`, which may change the role, and `eval_step(batch) -> columns`,
-    which is called in place of `forward_step` in evaluations.
+    which is called in place of `forward_step` in evaluations. A role that changes also offers
+    `save_state() -> tensors by name` and `load_state(tensors)`: they are in every checkpoint, for
+    each rank its own, and come back on the same ranks.
     """
 
     needs: Sequence[str]
@@ -72,6 +74,17 @@ class CustomRole:
         self.forward = RoleMethod(self._forward)
         self.evaluate = RoleMethod(self._evaluate)
         self.train = RoleMethod(self._train)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the role on this rank."""
+        if not self.mesh.is_member or not hasattr(self.user, "save_state"):
+            return {}
+        return dict(getattr(self.user, "save_state")())  # noqa: B009 (optional method)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `state` had returned on this rank."""
+        if tensors:
+            getattr(self.user, "load_state")(tensors)  # noqa: B009 (optional method)
 
     def _forward(self, batch: Batch) -> Call[Batch]:
         return self._columns(batch, "forward_step")

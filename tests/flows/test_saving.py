@@ -15,7 +15,8 @@ from spmdrl.assemble import assemble, open_models
 from spmdrl.batch import from_rows
 from spmdrl.checkpoint.rng import rng_state
 from spmdrl.config_files import load_config
-from spmdrl.flows.saving import Moment, Saved, Saver
+from spmdrl.flows.moments import Moment, Saved
+from spmdrl.flows.saving import Saver
 from spmdrl.launch import World
 from spmdrl.ledger import Journal
 from spmdrl.placement import place_roles

@@ -9,6 +9,7 @@ directory, and lets `latest` name it: a reader never sees a partial checkpoint.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import threading
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     # documented as torch.distributed.Store, but torch's stubs do not re-export it
     from torch._C._distributed_c10d import Store
 
+log = logging.getLogger(__name__)
+
 _POLL_S = 0.05
 
 
@@ -73,6 +76,7 @@ class _Job:
     state: Mapping[str, Any]
     staged: Mapping[str, Tensor]
     began: float
+    copy_seconds: float
 
 
 class CheckpointWriter:
@@ -145,13 +149,16 @@ class CheckpointWriter:
         entries, boxes = entries_of(owned, rank_file(self._rank))
         self._share(entries)
         own = {PRIVATE + key: tensor for key, tensor in private.items()}
+        copying = time.monotonic()
+        staged = self._stage({**boxes, **own})
         job = _Job(
             number=self._number,
             name=name,
             step=step,
             state=state,
-            staged=self._stage({**boxes, **own}),
+            staged=staged,
             began=began,
+            copy_seconds=time.monotonic() - copying,
         )
         self._number += 1
         self._forget(self._number - 3)
@@ -259,6 +266,13 @@ class CheckpointWriter:
                 self._publish(partial, self._root / job.name, index)
                 self._published(job.step)
                 self.seconds = time.monotonic() - job.began
+                log.info(
+                    "checkpoint %s: %.2f s to copy %.3f GB of rank 0, there after %.1f s",
+                    job.name,
+                    job.copy_seconds,
+                    sum(tensor.nbytes for tensor in job.staged.values()) / 1e9,
+                    self.seconds,
+                )
             except OSError as error:
                 errors.append(f"rank 0: {error}")
         if errors:

@@ -10,7 +10,8 @@ from copy import deepcopy
 from spmdrl.checkpoint.rng import rng_state
 from spmdrl.config import CheckpointSection
 from spmdrl.distributed.reduce import world_flags
-from spmdrl.flows.saving import Moment, Saver
+from spmdrl.flows.moments import Moment
+from spmdrl.flows.saving import Saver
 from spmdrl.launch import World
 from spmdrl.ledger import Ledger
 from spmdrl.policy_sync import PolicySync

@@ -18,8 +18,9 @@ from spmdrl.data.home import DataSet, StepRows, home_rows
 from spmdrl.distributed.reduce import moments, world_max
 from spmdrl.files import set_aside
 from spmdrl.flows.lifetime import Lifetime
+from spmdrl.flows.moments import Saved
 from spmdrl.flows.phase_memory import PhaseMemory
-from spmdrl.flows.saving import Saved, Saver
+from spmdrl.flows.saving import Saver
 from spmdrl.launch import World
 from spmdrl.objects import load_object
 from spmdrl.observe import names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from spmdrl.checkpoint.reading import load_tensors, read_private, resume_point, 
 from spmdrl.checkpoint.rng import restore_rng
 from spmdrl.checkpoint.writing import CheckpointWriter, Retention, remove_partial
 from spmdrl.config import Config
+from spmdrl.custom_role import CustomRole
 from spmdrl.distributed.reduce import agreed, gather_objects, world_any
 from spmdrl.flows.differences import changed_keys, describe_journal
 from spmdrl.flows.loss_check import TOLERANCES, LossCheck
+from spmdrl.flows.moments import Moment, Resumed
 from spmdrl.launch import World
 from spmdrl.ledger import Journal
 from spmdrl.models.hf import save_pretrained
@@ -38,44 +40,6 @@ from spmdrl.weights.gather import full_tensors
 from spmdrl.weights.layout import WeightLayout
 
 log = logging.getLogger(__name__)
-
-
-Saved = dict[str, dict[str, float]]
-"""What a flow wants to find again: by owner, numbers by name, equal on all ranks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moment:
-    """What a checkpoint holds beside roles and calls: as it was between two steps.
-
-    Args:
-        steps_done: before it.
-        saved: what flows want to find again.
-        metrics_lines: of metrics.jsonl that belong to the steps done.
-        versions: of the policies.
-        generators: the states of the global random generators of this rank.
-    """
-
-    steps_done: int = 0
-    saved: Saved = field(default_factory=dict)
-    metrics_lines: int = 0
-    versions: Mapping[str, int] = field(default_factory=dict)
-    generators: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resumed:
-    """Where a run goes on: in step `steps_done`, of which `journal` holds the calls.
-
-    Args:
-        path: of the checkpoint; None: there is none, the run begins.
-    """
-
-    path: Path | None = None
-    steps_done: int = 0
-    saved: Saved = field(default_factory=dict)
-    metrics_lines: int = 0
-    journal: Journal = field(default_factory=Journal)
 
 
 class Saver:
@@ -177,7 +141,7 @@ class Saver:
             "syncs": {} if calls is None else syncs,
             "config": self._config.model_dump(mode="json"),
         }
-        private = {**moment.generators, **pack_journal(journal)}
+        private = {**moment.generators, **pack_journal(journal), **self._custom_states()}
         full_name = name if calls is None else f"{name}+{calls:04d}"
         self._writer.begin(full_name, moment.steps_done, state, owned, private)
         self._last_saved = full_name
@@ -274,9 +238,26 @@ class Saver:
             restore_rng(private, self._world.device)
             own = unpack_journal(private)
         if is_same:
+            for name, role in self._custom_roles():
+                prefix = f"role/{name}/"
+                mine = {k: t for k, t in private.items() if k.startswith(prefix)}
+                role.restore({k.removeprefix(prefix): t for k, t in mine.items()})
             return own
         journals = [unpack_journal(read_private(path, other)) for other in range(size)]
         return merge_journals(journals, same_homes=size == self._world.size, own=own)
+
+    def _custom_roles(self) -> Iterator[tuple[str, CustomRole]]:
+        for name, role in self._assembly.roles.items():
+            if isinstance(role, CustomRole):
+                yield name, role
+
+    def _custom_states(self) -> dict[str, Tensor]:
+        """What users' roles keep of themselves on this rank."""
+        return {
+            f"role/{name}/{key}": tensor
+            for name, role in self._custom_roles()
+            for key, tensor in role.state().items()
+        }
 
     def _layout_name(self) -> dict[str, Any]:
         """What must be equal for a rank's own state to serve it again."""

@@ -1,0 +1,258 @@
+"""Batch jobs on a real Slurm with two emulated nodes: scripts/slurm, signals, requeues.
+
+The cases that take longest run in scripts/test_faults.sh alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab import ROOT, Job, Lab
+
+from flow_cases import write_config
+from spmdrl.observe.metrics import read_metrics
+from tiny_model import make_tiny_model
+from torchrun import heartbeat, outcome_of, wait_until
+
+pytestmark = pytest.mark.slurm
+
+CLOCKS = ("wall_time", "seconds/", "tokens_per_s/", "memory/", "sync/gb_per_s")
+NODES = ("--nodes=2", "--cpus-per-task=2")
+all_cases = pytest.mark.skipif(
+    "SPMDRL_TEST_FAULTS" not in os.environ, reason="scripts/test_faults.sh runs it"
+)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Iterator[Lab]:
+    if os.geteuid() != 0:
+        pytest.skip("Slurm's daemons need root, and this is not root")
+    if shutil.which("slurmctld") is None:
+        pytest.fail("slurmctld is not installed: scripts/dev/install_slurm.sh does it")
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    lab.up()
+    try:
+        yield lab
+    finally:
+        lab.down()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("jobs")
+    make_tiny_model(root / "model")
+    return root
+
+
+def config_of(root: Path, name: str = "Slow", **sections: object) -> str:
+    environment = f"{ROOT / 'tests/slurm/environments.py'}:{name}"
+    path = root / f"{name}.yaml"
+    write_config(
+        path, root / "model", root / "unused", steps=8, environment=environment, **sections
+    )
+    return str(path)
+
+
+def records(run_dir: Path) -> list[dict[str, float]]:
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith(CLOCKS)} for line in lines]
+
+
+def start(lab: Lab, root: Path, run: str, *words: str, name: str = "Slow", **variables: str) -> Job:
+    run_dir = str(root / run)
+    return lab.submit(
+        "train.sbatch", config_of(root, name), *words, options=NODES, RUN_DIR=run_dir, **variables
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(lab: Lab, root: Path) -> Path:
+    """The run directory of a job that nobody disturbed."""
+    job = start(lab, root, "whole")
+    assert job.wait("COMPLETED", "FAILED", seconds=120) == "COMPLETED", job.output()
+    return root / "whole"
+
+
+def in_step(run_dir: Path, step: int) -> bool:
+    """Whether the run has come to a step, as its checkpoints or heartbeats say."""
+    file = run_dir / "metrics.jsonl"
+    return file.is_file() and len(file.read_bytes().splitlines()) >= step
+
+
+def test_two_nodes_train_with_ranks_in_node_order_and_a_log_for_each(whole: Path) -> None:
+    assert [(whole / f"seat_{rank}").read_text() for rank in (0, 1)] == ["0", "1"]
+    assert outcome_of(whole) == "done" and len(records(whole)) == 8
+    (attempt,) = whole.glob("attempt_*")
+    assert (whole / "owner").read_text().strip() == attempt.name.removeprefix("attempt_")
+    logs = sorted(
+        path.relative_to(attempt).parts[1] for path in attempt.glob("ranks/*/*/*/0/*.log")
+    )
+    assert set(logs) == {"node_0", "node_1"}
+    assert [heartbeat(whole, rank)["rank"] for rank in (0, 1)] == [0, 1]
+
+
+def test_a_warning_saves_and_queues_again_and_the_run_goes_on_exactly(
+    lab: Lab, root: Path, whole: Path
+) -> None:
+    job = start(lab, root, "warned")
+    wait_until(lambda: in_step(root / "warned", 3), 100)
+    job.signal_batch("USR1")
+    job.wait_for_restart(100)
+    assert job.wait("COMPLETED", "FAILED", seconds=100) == "COMPLETED", job.output()
+    assert job.restarts == 1
+    assert records(root / "warned") == records(whole)
+
+
+def test_a_warning_during_the_import_of_torch_is_not_lost(
+    lab: Lab, root: Path, whole: Path
+) -> None:
+    job = start(lab, root, "early")
+    wait_until(lambda: (root / "early" / "owner").is_file(), 60)
+    time.sleep(1.5)  # interpreters have begun, and import torch
+    job.signal_batch("USR1")
+    job.wait_for_restart(100)
+    assert "0 steps saved" in job.output()
+    assert job.wait("COMPLETED", "FAILED", seconds=100) == "COMPLETED", job.output()
+    assert records(root / "early") == records(whole)
+
+
+def test_a_cancelled_job_saves_and_is_not_queued_again(lab: Lab, root: Path, whole: Path) -> None:
+    job = start(lab, root, "cancelled")
+    wait_until(lambda: in_step(root / "cancelled", 2), 100)
+    job.cancel()
+    assert job.wait("CANCELLED", "FAILED", "COMPLETED", seconds=60) == "CANCELLED"
+    wait_until(lambda: outcome_of(root / "cancelled") == "stopped", 60)
+    assert (root / "cancelled" / "checkpoints" / "latest").is_file()
+    wait_until(lambda: "outcome stopped, " in job.output(), 60)
+    time.sleep(2)
+    assert job.state == "CANCELLED" and "queued again" not in job.output()
+    # what it saved is good: another job goes on from there
+    again = start(lab, root, "cancelled")
+    assert again.wait("COMPLETED", "FAILED", seconds=100) == "COMPLETED", again.output()
+    assert records(root / "cancelled") == records(whole)
+
+
+def test_a_crash_with_progress_is_queued_again_and_one_without_is_not(lab: Lab, root: Path) -> None:
+    job = start(lab, root, "crash", "checkpoint.every=1", name="CrashesAtThree")
+    job.wait_for_restart(120)  # three steps were saved
+    assert job.wait("COMPLETED", "FAILED", seconds=120) == "FAILED", job.output()
+    assert job.restarts == 1
+    output = job.output()
+    assert output.count("failed: rank 1: RuntimeError: rank 1 does not like the fourth step") == 2
+    assert "outcome crashed, 3 steps saved (-1 before)" in output
+    assert "outcome crashed, 3 steps saved (3 before)" in output
+    assert output.count("RuntimeError: rank 1 does not like the fourth step") >= 4  # torchrun too
+
+
+def test_scripts_are_accepted_by_sbatch(lab: Lab) -> None:
+    for script in sorted((ROOT / "scripts/slurm").glob("*.sbatch")):
+        lab.run("bash", "-n", str(script))
+        lab.run("sbatch", "--test-only", "--time=10", "--nodes=2", str(script))
+    if shutil.which("shellcheck") is not None:
+        own = [*(ROOT / "scripts/slurm").rglob("*"), *(ROOT / "scripts/dev").glob("*.sh")]
+        scripts = [path for path in own if path.suffix in (".sh", ".sbatch")]
+        lab.run("shellcheck", "--shell=bash", *map(str, scripts))
+
+
+@all_cases
+def test_a_preempted_job_saves_and_goes_on_later(lab: Lab, root: Path, whole: Path) -> None:
+    job = start(lab, root, "preempted")
+    wait_until(lambda: in_step(root / "preempted", 3), 100)
+    options = ("--partition=high", "--nodes=2", "--exclusive", "--time=5")
+    other = lab.submit_line("sleep 5", *options)
+    wait_until(lambda: job.state != "RUNNING", 100)
+    assert other.wait("COMPLETED", "FAILED", seconds=120) == "COMPLETED"
+    job.wait_for_restart(100)
+    assert job.wait("COMPLETED", "FAILED", seconds=100) == "COMPLETED", job.output()
+    assert "outcome stopped, " in job.output()
+    assert records(root / "preempted") == records(whole)
+
+
+@all_cases
+def test_a_lost_node_costs_what_was_not_saved(lab: Lab, root: Path, whole: Path) -> None:
+    """The daemon of node 2 dies; what still runs there can save nothing any more."""
+    job = start(lab, root, "lost", "checkpoint.every=1")
+    wait_until(lambda: in_step(root / "lost", 2), 100)
+    lab.kill_node(2)
+    try:
+        wait_until(lambda: job.restarts > 0, 120)
+    finally:
+        lab.start_node(2)
+    if job.state != "RUNNING":
+        job.wait_for_restart(120)
+    assert job.wait("COMPLETED", "FAILED", seconds=120) == "COMPLETED", job.output()
+    assert records(root / "lost") == records(whole)
+    owner = (root / "lost" / "owner").read_text().strip()
+    assert owner == f"{job.number}.{job.restarts}"
+
+
+@all_cases
+def test_an_array_sweeps_and_each_element_is_queued_again_by_itself(lab: Lab, root: Path) -> None:
+    sweep = root / "sweep.txt"
+    sweep.write_text("seed=1\nseed=2 train.lr=0.01\nseed=3\n")
+    job = lab.submit(
+        "sweep.sbatch",
+        str(sweep),
+        config_of(root),
+        options=("--array=0-2%2", "--nodes=1", "--cpus-per-task=2"),
+        RUN_DIR=str(root / "sweep"),
+    )
+    second = Job(lab, f"{job.number}_1", lab.directory / "jobs")
+    wait_until(lambda: in_step(root / "sweep" / "1", 2), 150)
+    second.signal_batch("USR1")
+    second.wait_for_restart(100)
+    for element in range(3):
+        wait_until(lambda e=element: ended_well(root / "sweep" / str(e)), 200)
+    assert second.restarts == 1
+    learned = [records(root / "sweep" / str(element))[-1]["lr"] for element in range(3)]
+    assert learned == [1e-3, 1e-2, 1e-3]
+
+
+def ended_well(run_dir: Path) -> bool:
+    return bool(list(run_dir.glob("attempt_*"))) and outcome_of(run_dir) == "done"
+
+
+@all_cases
+def test_tasks_of_srun_can_be_the_ranks(lab: Lab, root: Path, whole: Path) -> None:
+    job = start(lab, root, "direct", SPMDRL_LAUNCH="srun")
+    wait_until(lambda: in_step(root / "direct", 3), 100)
+    job.signal_batch("USR1")
+    job.wait_for_restart(100)
+    assert job.wait("COMPLETED", "FAILED", seconds=100) == "COMPLETED", job.output()
+    assert records(root / "direct") == records(whole)
+    (log,) = (root / "direct").glob("attempt_*.1/ranks/rank_0.log")
+    assert "continuing after step" in log.read_text()
+
+
+@all_cases
+def test_preflight_names_nodes_and_eval_answers(lab: Lab, root: Path) -> None:
+    well = lab.submit("preflight.sbatch", options=("--nodes=2",))
+    assert well.wait("COMPLETED", "FAILED", seconds=100) == "COMPLETED", well.output()
+    assert "all nodes are well" in well.output()
+    slow = lab.submit("preflight.sbatch", "--min-inter", "1e6", options=("--nodes=2",))
+    assert slow.wait("COMPLETED", "FAILED", seconds=100) == "FAILED", slow.output()
+    assert "--exclude=n1,n2" in slow.output()
+    config = config_of(root, evaluation={"held_out": 4})
+    job = lab.submit("eval.sbatch", config, f"run_dir={root / 'eval'}")
+    assert job.wait("COMPLETED", "FAILED", seconds=100) == "COMPLETED", job.output()
+    assert '"eval/held_out/accuracy"' in job.output()
+
+
+@all_cases
+def test_status_stacks_and_stop(lab: Lab, root: Path) -> None:
+    job, run_dir = start(lab, root, "helped"), root / "helped"
+    wait_until(lambda: in_step(run_dir, 1), 100)
+    shown = lab.run("scripts/slurm/status.sh", str(run_dir))
+    assert "rank 0     step" in shown and "rank 1     step" in shown
+    assert "most recent call first" in lab.run(
+        "scripts/slurm/dump_stacks.sh", job.number, str(run_dir)
+    )
+    lab.run("scripts/slurm/stop.sh", str(run_dir))
+    assert job.wait("COMPLETED", "FAILED", seconds=100) == "COMPLETED", job.output()
+    assert job.restarts == 0 and outcome_of(run_dir) == "stopped"
+    assert not (run_dir / "stop").exists()
