@@ -104,13 +104,10 @@ def check_model(config: Config, name: str, placement: Placement, shape: ModelCon
 
 
 def _check_experts(config: Config, name: str, shape: ModelConfig) -> None:
-    """Replay and balance loss are of a model with experts, on the torch backend."""
-    if shape.moe is None:
-        lacks = f"the model of roles.{name} ({shape.architecture}) has no experts"
-    elif uses_megatron(config, name):
-        lacks = f"train.backend=megatron of roles.{name} does not have it"
-    else:
+    """Replay and balance loss are of a model with experts."""
+    if shape.moe is not None:
         return
+    lacks = f"the model of roles.{name} ({shape.architecture}) has no experts"
     if config.algorithm.routing_replay and config.role_kind(name) in ("policy", "rollout"):
         raise ValueError(f"algorithm.routing_replay=true, but {lacks}: set it to false")
     coefficient = config.train_section(name).balance_coef
