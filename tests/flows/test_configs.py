@@ -68,10 +68,11 @@ def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
         for name in ("teacher", "judge")
         if name in shipped.roles
     ]
-    words += [
-        f"evaluation.sets.{name}.data.source={root / 'test.jsonl'}"
-        for name in shipped.evaluation.sets
-    ]
+    for name, given in shipped.evaluation.sets.items():
+        key = f"evaluation.sets.{name}"
+        words.append(f"{key}.data.source={root / 'test.jsonl'}")
+        words += [f"{key}.data.part=all"] if "part" in given["data"] else []
+        words += [f"{key}.against=null"] if "against" in given else []
     words += ["evaluation.against=null"] if shipped.evaluation.against else []
     if flow == "grpo":
         words.append("algorithm.overlong_buffer=4")
@@ -89,7 +90,7 @@ def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
 def test_configs_run_on_few_ranks(place, ranks):
     runs = []
     for path in CONFIGS:
-        run_dir = place / f"{path.stem}_{ranks}"
+        run_dir = place / f"{path.parent.name}_{path.stem}_{ranks}"
         runs.append((str(path), overrides_for(path, place, run_dir)))
     results = run_ranks(run_configs, ranks, runs, str(place), timeout_s=300)[0]
     for (path, words), records in zip(runs, results, strict=True):

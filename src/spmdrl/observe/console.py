@@ -90,6 +90,8 @@ def make_layout(record: Mapping[str, float], num_steps: int, *, width: int = WID
     supervised = tuple(column for column in SUPERVISED if column.metric in record)
     if supervised and names.LENGTH not in record:  # nothing was sampled
         policy, phases_with_tokens = supervised, phases_with_tokens[1:]
+    elif "pairs" in record:  # what was sampled is compared
+        policy = (*policy[:2], *(column for column in supervised if column.metric != "nll"))
     speed = tuple(
         Column(title=title, width=7, metric=names.TOKENS_PER_S + phase, decimals=0)
         for title, phase in phases_with_tokens
