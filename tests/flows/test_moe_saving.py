@@ -11,7 +11,6 @@ from test_saving import SAVED, check_equal, make, save, state_of, train
 from flow_cases import write_config
 from harness import run_ranks
 from spmdrl.batch import from_rows
-from spmdrl.flows.saving import Resumed
 from spmdrl.launch import World
 from spmdrl.training.readout import next_token
 from tiny_model import make_tiny_model
@@ -39,8 +38,8 @@ def cross(
             for rank, table in layout.items()
         }
         if number:
-            found = Resumed(steps_done=number, saved=SAVED, metrics_lines=7)
-            assert saver.restore() == found, words
+            found = saver.restore()
+            assert (found.steps_done, found.saved, found.metrics_lines) == (number, SAVED, 7), words
             check_equal(policy, layout, expected)
         train(policy)
         save(saver, number + 1)

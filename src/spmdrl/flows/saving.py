@@ -121,6 +121,7 @@ class Saver:
             return
         self._writer.wait()
         counters = {role: self._counters(self._trained[role]) for role in self._trained}
+        losses = self._check.losses()  # before tensors are looked up: it moves them
         owned = dict(self._tensors(owned=True))
         held = self._held(counters, journal)
         if calls is not None:
@@ -135,7 +136,7 @@ class Saver:
             "layout": self._layout_name(),
             "counters": counters,
             "versions": moment.versions,
-            "losses": self._check.losses(),
+            "losses": losses,
             "saved": moment.saved,
             "metrics_lines": moment.metrics_lines,
             "syncs": {} if calls is None else syncs,
