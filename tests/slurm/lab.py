@@ -121,7 +121,7 @@ class Job:
             # for a moment, a job that is being queued again looks like one that has ended
             ended_since = (ended_since or time.monotonic()) if found["JobState"] in ENDED else None
             if ended_since is not None:
-                assert time.monotonic() - ended_since < 15, (found["JobState"], self.output())
+                assert time.monotonic() - ended_since < 60, (found["JobState"], self.output())
             if found["JobState"] == "PENDING":
                 pending_since = pending_since or time.monotonic()
             # earlier its credential is still revoked

@@ -79,6 +79,7 @@ class WeightSync:
         self.frozen_program = program_of(plan, plan.frozen_rounds, self.rank)
         self.program = program_of(plan, plan.rounds, self.rank)
         self._keeps_frozen, self._ran = keeps_frozen, False
+        self._slots = _Slots(device)
 
     @property
     def leaves_out_frozen(self) -> bool:
@@ -103,7 +104,7 @@ class WeightSync:
     @torch.no_grad()
     def run(self) -> None:
         """Make the engine's weights equal to the trainer's."""
-        slots = _Slots(self.device)
+        slots = self._slots
         frozen = () if self.leaves_out_frozen else self.frozen_program
         rounds = (*frozen, *self.program)
         flights = [_Flight(self, one, slots) for one in rounds]
@@ -116,15 +117,24 @@ class WeightSync:
                 flights[tick - 2].land()
         self.staging_bytes = max(self.staging_bytes, slots.num_bytes)
         self._ran = True
+        if self.device.type != "cpu":
+            slots.free()
 
 
 class _Slots:
-    """Staging buffers, one for each round in flight, made when they are first needed."""
+    """Staging buffers, one for each round in flight, made when they are first needed.
+
+    On the host they are kept: the first touch of a new page costs ten times a copy into it. CUDA's
+    allocator keeps what was freed, for all to use.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._buffers = [torch.empty(0, dtype=torch.uint8, device=device)] * NUM_SLOTS
         self._next = 0
+        self.free()
+
+    def free(self) -> None:
+        self._buffers = [torch.empty(0, dtype=torch.uint8, device=self._device)] * NUM_SLOTS
 
     def take(self, num_bytes: int) -> Tensor:
         """A buffer for the next round; the one that used it before has landed."""
