@@ -34,6 +34,10 @@ SIGN_S, DEAD_S = 2.0, 12.0
 rank of another host counts as dead."""
 
 EXIT_HUNG, EXIT_LOST = 75, 76
+LAUNCHER_S = 3.0
+"""How long a rank that lost a peer lives on, so that its launcher notices that peer first: torchrun
+names as root cause the first of those that it finds ended in one look, by their rank."""
+
 STOPPING_PHASE, STOPPING_LIMIT_S = "stop", 20.0
 """The save of a stop: a dead rank may be the reason for it, so that it never ends by itself."""
 
@@ -134,13 +138,12 @@ class Watcher:
             self._fail(f"rank {rank}: {one_line(error)}")
             write_error_file(error)
             return
-        # The cause is another rank, and its launcher shall notice that one first: it names the one
-        # that it sees end first.
+        # The cause is another rank
         self._lost_peer = True
         deadline = time.monotonic() + DEAD_S + 3 * SIGN_S
         while time.monotonic() < deadline and self.attempt.read_failed() is None:
             time.sleep(TICK_S)
-        time.sleep(TICK_S)
+        time.sleep(LAUNCHER_S)
         found = self.attempt.read_failed() or "no rank has said why, and all give signs of life"
         _say(f"[rank {rank}] lost a peer in a collective: {found}")
 
@@ -240,6 +243,8 @@ class Watcher:
         if store.check(["failed"]):
             text = store.get("failed").decode()
             _say(f"[rank {self._world.rank}] ends without saving: {text}")
+            if not self._terminated:
+                time.sleep(LAUNCHER_S)
             _exit(EXIT_LOST)
 
     # Progress
