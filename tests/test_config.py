@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from spmdrl.config import FLOW_DATA, num_optimizer_steps
+from spmdrl.config import FLOW_DATA
 from spmdrl.config_algorithms import AlgorithmSection
 from spmdrl.config_files import load_config
 from spmdrl.config_keys import known_keys
@@ -162,6 +162,14 @@ def test_all_problems_are_listed_at_once(base: Path) -> None:
     [
         (["train.num_minibatches=9"], ["train.num_minibatches=9", "data.prompts_per_step=4"]),
         (
+            ["roles.policy.train.num_minibatches=9"],
+            ["roles.policy.train.num_minibatches=9", "data.prompts_per_step=4"],
+        ),
+        (
+            ["algorithm.kl_coef=0.1", "roles.reference.train.epochs=2"],
+            ["roles.reference.train.epochs=2", "reference is not trained", "leave the key out"],
+        ),
+        (
             ["algorithm.overlong_buffer=64", "sampling.max_tokens=64"],
             ["algorithm.overlong_buffer=64", "sampling.max_tokens=64"],
         ),
@@ -267,7 +275,9 @@ def test_sets_build_on_the_sections_that_they_belong_to(base: Path) -> None:
 
 def test_optimizer_steps(base: Path) -> None:
     words: list[Any] = ["train.epochs=3", "train.num_minibatches=2"]
-    assert num_optimizer_steps(load_config(base, words)) == 60
+    assert load_config(base, words).num_optimizer_steps("policy") == 60
+    own = load_config(base, [*words, "roles.policy.train.epochs=1"])
+    assert own.num_optimizer_steps("policy") == 20
 
 
 def test_a_trainer_of_ones_own_may_read_any_key(base: Path) -> None:

@@ -354,7 +354,7 @@ def train_options(
         lr=train.lr,
         schedule=train.schedule,
         warmup_steps=train.warmup_steps,
-        total_steps=config.steps * train.epochs * train.num_minibatches,
+        total_steps=config.num_optimizer_steps(name),
         min_lr_ratio=train.min_lr_ratio,
         betas=train.betas,
         eps=train.eps,

@@ -358,7 +358,7 @@ class Config(Section):
     def model_path(self, role: str) -> Path:
         return Path(self.roles[role].model or self.model.path)
 
-
-def num_optimizer_steps(config: Config) -> int:
-    """Optimizer steps of the whole run."""
-    return config.steps * config.train.epochs * config.train.num_minibatches
+    def num_optimizer_steps(self, name: str) -> int:
+        """Optimizer steps of the role in the whole run, if every step moves it."""
+        train = self.train_section(name)
+        return self.steps * train.epochs * train.num_minibatches

@@ -33,7 +33,7 @@ def check_crossed(config: Config) -> None:
     Raises:
         ValueError: naming both keys and both values.
     """
-    data, train, algorithm = config.data, config.train, config.algorithm
+    data, algorithm = config.data, config.algorithm
     _check_roles(config)
     _check_backends(config)
     _check_policy_loss(config)
@@ -41,14 +41,10 @@ def check_crossed(config: Config) -> None:
     _check_rewards(config)
     _check_experts(config)
     _check_memory(config)
+    _check_updates(config)
     _check_lag(config)
     check_used(config)
     samples = data.prompts_per_step * data.group_size
-    if train.num_minibatches > data.prompts_per_step:
-        raise ValueError(
-            f"train.num_minibatches={train.num_minibatches} is more than data.prompts_per_step="
-            f"{data.prompts_per_step}: a minibatch holds whole groups, so lower the first"
-        )
     if config.algorithm.overlong_buffer >= config.sampling.max_tokens:
         raise ValueError(
             f"algorithm.overlong_buffer={config.algorithm.overlong_buffer} must be below "
@@ -305,6 +301,26 @@ def _check_memory(config: Config) -> None:
                     f"{where}: nothing would bring them back; only a rollout's weights are, by "
                     "the next weight sync: use host"
                 )
+
+
+def _check_updates(config: Config) -> None:
+    """Epochs and minibatches are those of trained roles, each with its own."""
+    for name, role in config.roles.items():
+        if not config.is_trained(name):
+            for key in ("epochs", "num_minibatches"):
+                if key in role.train:
+                    raise ValueError(
+                        f"roles.{name}.train.{key}={role.train[key]}: {name} is not trained, so it "
+                        f"has no updates: leave the key out, or set roles.{name}.trained=true"
+                    )
+            continue
+        count, prompts = config.train_section(name).num_minibatches, config.data.prompts_per_step
+        if count > prompts:
+            where = f"roles.{name}.train" if "num_minibatches" in role.train else "train"
+            raise ValueError(
+                f"{where}.num_minibatches={count} is more than data.prompts_per_step={prompts}: a "
+                "minibatch holds whole groups, so lower the first"
+            )
 
 
 def _check_lag(config: Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import yaml
 
-from spmdrl.config import Config, num_optimizer_steps
+from spmdrl.config import Config
 from spmdrl.distributed.mesh import format_ranks
 from spmdrl.models.config import ModelConfig, read_config, tiny
 from spmdrl.placement import Placement, place_roles
@@ -62,7 +62,7 @@ def _derived(config: Config) -> list[tuple[str, str, str]]:
         ),
         (
             "optimizer steps in all",
-            f"{num_optimizer_steps(config):,}",
+            f"{config.steps * updates:,}",
             f"steps={config.steps} x {updates} per step",
         ),
         (

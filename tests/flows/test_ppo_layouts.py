@@ -114,6 +114,18 @@ def test_first_step_samples_equal_one_rank(runs, name):
     assert_same_samples(runs[1], name)
 
 
+def test_each_role_has_its_own_epochs_and_minibatches(tmp_path):
+    make_tiny_model(tmp_path / "model")
+    make_tiny_model(tmp_path / "scalar", seed=1, head="score")
+    sections = settings(tmp_path, steps=1, train={"lr": 1e-3, "epochs": 2, "warmup_steps": 100})
+    sections["roles"]["value"]["train"] = {"lr": 5e-3, "epochs": 3, "num_minibatches": 2}
+    (record,) = run_layouts(tmp_path, {1: {"own": []}}, **sections)["own"]
+    assert record["value/update_tokens"] / record["update_tokens"] == 3 / 2
+    # in the warm-up the mean rate of k steps is (k + 1) / 2 hundredths of the whole
+    assert record["lr"] == pytest.approx(1.5e-2 * 1e-3)
+    assert record["value/lr"] == pytest.approx(3.5e-2 * 5e-3)
+
+
 LAG = {"lag": 1, "algorithm": {"kl_coef": 0.05, "importance_cap": 2.0}}
 
 

@@ -62,7 +62,7 @@ class GrpoTrainer:
         batch = with_loss_weights(batch.with_columns(tokens={"advantages": advantages}), self.run)
         calls: list[Call[Any]] = []
         if self._has_gradient(batch):
-            update = update_of(self.run, step, policy_columns(batch))
+            update = update_of(self.run, "policy", step, policy_columns(batch))
             calls.append(self.policy.update.on(batch, self.loss, update))
         lag = self.policy.version - moments(batch["weight_version"]).mean
         with self.run.phase("update"):
@@ -87,13 +87,13 @@ class GrpoTrainer:
         With one optimizer step in all, the policy that is updated is the one that sampled: the loss
         then takes its own log-probabilities, detached, for the old ones.
         """
-        config, algorithm = self.run.config, self.run.config.algorithm
+        train, algorithm = self.run.config.train_section("policy"), self.run.config.algorithm
         calls = []
         if self.reference is not None:
             calls.append(self.reference.logprobs.on(batch, temperature))
         if self.teacher is not None:
             calls.append(self.teacher.logprobs.on(batch, temperature))
-        moves = config.train.epochs * config.train.num_minibatches > 1
+        moves = train.epochs * train.num_minibatches > 1
         wanted = moves or puts_kl_in_reward(algorithm) or self.teacher is not None
         source = algorithm.old_logprobs
         if source == "trainer" or (source == "auto" and wanted):

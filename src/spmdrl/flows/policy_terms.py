@@ -54,13 +54,14 @@ def with_loss_weights(batch: Batch, run: Run) -> Batch:
     )
 
 
-def update_of(run: Run, step: int, columns: tuple[str, ...]) -> Update:
-    """An update by the configuration's epochs and minibatches."""
+def update_of(run: Run, role: str, step: int, columns: tuple[str, ...]) -> Update:
+    """An update by the epochs and minibatches of the role's own train section."""
+    train = run.config.train_section(role)
     return Update(
         seed=run.config.seed,
         step=step,
-        epochs=run.config.train.epochs,
-        num_minibatches=run.config.train.num_minibatches,
+        epochs=train.epochs,
+        num_minibatches=train.num_minibatches,
         temperature=run.config.sampling.temperature,
         columns=columns,
     )

@@ -76,10 +76,10 @@ class PpoTrainer:
         with self.run.phase("logprobs"):
             batch = self._read(batch)
         batch, metrics = self._shape(batch)
-        value_update = update_of(self.run, step, (*VALUE_COLUMNS, "loss_weights"))
+        value_update = update_of(self.run, "value", step, (*VALUE_COLUMNS, "loss_weights"))
         calls: list[Call[Any]] = [self.value.update.on(batch, self.value_loss, value_update)]
         if step >= self.algorithm.value_warmup_steps:
-            update = update_of(self.run, step, policy_columns(batch))
+            update = update_of(self.run, "policy", step, policy_columns(batch))
             calls.append(self.policy.update.on(batch, self.policy_loss, update))
         with self.run.phase("update"):
             done = together(*calls, *alongside)

@@ -74,9 +74,9 @@ def with_pair_shares(batch: Batch) -> Batch:
 
 
 def pair_update(run: Run, step: int, batch: Batch, *, temperature: float) -> Update:
-    """An update by the configuration's epochs and minibatches that never parts a pair."""
+    """An update of the policy, by its epochs and minibatches, that never parts a pair."""
     columns = tuple(n for n in ("preference", REFERENCE, BASELINE) if n in batch)
-    update = update_of(run, step, columns)
+    update = update_of(run, "policy", step, columns)
     return replace(update, whole_groups=True, temperature=temperature)
 
 

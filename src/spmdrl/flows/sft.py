@@ -41,9 +41,8 @@ class SftTrainer:
         """`batch`: rows with `tokens`, `loss_mask` and `response_lengths`."""
         shares = {"loss_share": batch["response_lengths"].double()}
         with self.run.phase("update"):
-            records = self.policy.update(
-                batch.with_columns(rows=shares), likelihood_loss, update_of(self.run, step, ())
-            )
+            update = update_of(self.run, "policy", step, ())
+            records = self.policy.update(batch.with_columns(rows=shares), likelihood_loss, update)
         return update_metrics(records)
 
 
