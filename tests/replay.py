@@ -1,4 +1,4 @@
-"""An environment for layout tests: the first one-rank run records its rows, other runs replay them.
+"""An environment for layout tests: the first run records its rows, the other runs replay them.
 
 Step 0 is always sampled; from step 1 on a replaying run trains on the recorded rows, so that a
 token that differs by rounding does not make later steps incomparable. What every run sampled, in
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from agreement import assert_same
 from spmdrl.batch import Batch
@@ -33,13 +34,15 @@ class ReplayEnvironment:
     """Records where no record is, else replays; in place of `GroupEnvironment`."""
 
     def __init__(self, run: Run) -> None:
-        run.sampling = replace(run.sampling, margins=True)
+        # vLLM knows no margins: runs on it have the same tokens
+        run.sampling = replace(run.sampling, margins=run.config.rollout.engine != "vllm")
         self.inner = GroupEnvironment(run)
         self.directory, self.name = Path(os.environ[DIRECTORY]), run.directory.name
         self.world = run.world
         recorder = self.directory / "recorder"
-        if self.world.size == 1 and not recorder.exists():
+        if self.world.is_first and not recorder.exists():
             recorder.write_text(self.name)
+        dist.barrier()
         self.recording = recorder.read_text() == self.name
 
     def collect(self, step: int) -> Batch:
@@ -119,7 +122,7 @@ def _completion(row: dict[str, torch.Tensor]) -> Completion:
         tokens=tuple(row["tokens"][mask].tolist()),
         logprobs=tuple(row["rollout_logprobs"][mask].tolist()),
         finish="length" if int(row["finish"]) else "stop",
-        margins=tuple(row["margins"][mask].tolist()),
+        margins=tuple(row["margins"][mask].tolist()) if "margins" in row else (),
     )
 
 
