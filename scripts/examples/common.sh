@@ -1,0 +1,45 @@
+# Sourced by the examples on preference files: reads their words, installs, and runs stages.
+# They set `name` (of the script) and `configs` (their folder under configs) first.
+#   --data FILE          JSONL with `prompt`, `chosen` and `rejected`
+#   --model DIR          what is trained; default: SmolLM2-135M-Instruct, fetched
+#   --reward-model DIR   a judge; default: trained here (dpo.sh and online_dpo.sh)
+#   --out DIR            results; a run with the same directory goes on where an earlier one ended
+#   key=value            overrides of the last stage's configuration
+data="" model="" judge="" out="" words=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --data) data=$(realpath "$2"); shift 2 ;;
+        --model) model=$(realpath "$2"); shift 2 ;;
+        --reward-model) judge=$(realpath "$2"); shift 2 ;;
+        --out) out=$(realpath -m "$2"); shift 2 ;;
+        *=*) words+=("$1"); shift ;;
+        *) echo "$name.sh: unknown word $1" >&2; exit 2 ;;
+    esac
+done
+if [ ! -f "$data" ]; then
+    echo "$name.sh: --data ${data:-FILE} is no file: give JSONL with prompt, chosen, rejected" >&2
+    exit 2
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+started=$(date +%s)
+out=${out:-$PWD/runs/$name-$(date +%Y%m%d-%H%M%S)}
+scripts/setup.sh requirements.txt
+[ -n "$model" ] || { scripts/get_model.sh; model=$PWD/models/SmolLM2-135M-Instruct; }
+ranks=${RANKS:-$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count() or 2)')}
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+export DATA=$data
+# CPUs that multiply bfloat16 do it twice as fast; the optimizer's weights are float32 anyway
+dtype=auto
+if grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi
+
+stage() { # NAME [key=value ...]
+    echo "== $1"
+    .venv/bin/torchrun --standalone --nproc-per-node "$ranks" -m spmdrl train \
+        "configs/$configs/$1.yaml" "run_dir=$out/$1" "model.path=$model" "model.dtype=$dtype" "${@:2}"
+    .venv/bin/python -m spmdrl report "configs/$configs/$1.yaml" "run_dir=$out/$1" "${@:2}"
+}
+
+seconds() { # since the script began
+    echo $(($(date +%s) - started))
+}
