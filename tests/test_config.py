@@ -177,6 +177,10 @@ def test_all_problems_are_listed_at_once(base: Path) -> None:
         (["algorithm.gamma=0.9"], ["algorithm.gamma=0.9 with flow=grpo", "ppo"]),
         (["preference.beta=0.3"], ["preference.beta=0.3 with flow=grpo", "dpo, online_dpo"]),
         (["flow=sft", "lag=1"], ["lag=1 with flow=sft"]),
+        (
+            ["algorithm.old_logprobs=rollout", "algorithm.importance_cap=2.0"],
+            ["old_logprobs=rollout with algorithm.importance_cap=2.0", "importance_cap=null"],
+        ),
         (["algorithm.kl_coef=0.1"], ["algorithm.kl_coef=0.1", "roles=['policy', 'rollout']"]),
         (["data.group_size=1"], ["flow=grpo", "data.group_size=1"]),
         (

@@ -42,6 +42,7 @@ def check_crossed(config: Config) -> None:
     _check_experts(config)
     _check_memory(config)
     _check_updates(config)
+    _check_old_logprobs(config)
     _check_lag(config)
     check_used(config)
     samples = data.prompts_per_step * data.group_size
@@ -321,6 +322,16 @@ def _check_updates(config: Config) -> None:
                 f"{where}.num_minibatches={count} is more than data.prompts_per_step={prompts}: a "
                 "minibatch holds whole groups, so lower the first"
             )
+
+
+def _check_old_logprobs(config: Config) -> None:
+    algorithm = config.algorithm
+    if algorithm.old_logprobs == "rollout" and algorithm.importance_cap is not None:
+        raise ValueError(
+            "algorithm.old_logprobs=rollout with algorithm.importance_cap="
+            f"{algorithm.importance_cap}: the loss's ratio is to the rollout already, so nothing "
+            "is left to correct: set importance_cap=null or old_logprobs=trainer"
+        )
 
 
 def _check_lag(config: Config) -> None:

@@ -392,3 +392,16 @@ def test_weights_and_normaliser_give_the_papers_means():
     assert mean("fixed_length") == pytest.approx((1 + 2 + 6 + 4) / 8 / 3)
     with pytest.raises(ValueError, match="sum"):
         loss_shares(torch.tensor([3, 1, 0]), "sum")
+
+
+def test_the_gap_to_a_rollout_that_is_the_old_policy_is_that_of_the_new_one():
+    logprobs, entropy, columns, weights = make_columns(50, 3)
+    columns["old_logprobs"] = columns["rollout_logprobs"]
+    config = PolicyLossConfig(old_is_rollout=True)
+    _, sums = clipped_policy_loss(logprobs, entropy, columns, weights, config)
+    live = weights != 0
+    gap = (logprobs.detach() - columns["rollout_logprobs"])[live].abs()
+    assert sums["rollout_gap"].item() == pytest.approx(gap.double().sum().item(), rel=1e-6)
+    assert sums["rollout_gap_max"].item() == pytest.approx(gap.max().item(), rel=1e-6)
+    with pytest.raises(ValueError, match=r"tis_cap=2\.0 with old_is_rollout"):
+        PolicyLossConfig(old_is_rollout=True, tis_cap=2.0)

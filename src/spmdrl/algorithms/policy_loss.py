@@ -48,9 +48,12 @@ class PolicyLossConfig:
             Training"); None: none. Rollout logprobs of truncated sampling (top-p, top-k) are
             renormalised, so the weights then lie below 1 on average.
         entropy_coefficient: entropy bonus; 0: none.
+        old_is_rollout: `old_logprobs` are the rollout's own, so the gap between rollout and trainer
+            is that of `logprobs`: the engine's error, and from the second update on the policy's
+            own way since then, too.
 
     Raises:
-        ValueError: a value out of its range, naming it.
+        ValueError: a value out of its range, naming it; `tis_cap` where it would correct nothing.
     """
 
     objective: Objective = "ppo"
@@ -61,6 +64,7 @@ class PolicyLossConfig:
     kl_estimator: KlEstimator = "k3"
     tis_cap: float | None = None
     entropy_coefficient: float = 0.0
+    old_is_rollout: bool = False
 
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
@@ -86,6 +90,8 @@ class PolicyLossConfig:
             )
         if self.tis_cap is not None and self.tis_cap <= 0:
             raise ValueError(f"tis_cap={self.tis_cap}: it must be positive, or none")
+        if self.tis_cap is not None and self.old_is_rollout:
+            raise ValueError(f"tis_cap={self.tis_cap} with old_is_rollout: all weights would be 1")
 
 
 def clipped_policy_loss(
@@ -128,7 +134,8 @@ def clipped_policy_loss(
         loss, values = ppo_term(log_ratio, columns["advantages"], config)
     values["kl"] = kl(old, logprobs.detach(), "k3")
     if "rollout_logprobs" in columns:
-        tis_weight, gaps = _rollout_gap(old, columns["rollout_logprobs"], config)
+        trained = logprobs.detach() if config.old_is_rollout else old
+        tis_weight, gaps = _rollout_gap(trained, columns["rollout_logprobs"], config)
         loss, values = loss * tis_weight, values | gaps
     if "ref_logprobs" in columns:
         ref = columns["ref_logprobs"]
@@ -252,11 +259,11 @@ def cispo_term(
 
 
 def _rollout_gap(
-    old: Tensor, rollout: Tensor, config: PolicyLossConfig
+    trained: Tensor, rollout: Tensor, config: PolicyLossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weights of truncated importance sampling (1 without), metrics per token: `[N]` each."""
-    gap = (old - rollout).abs()
-    ratio = probability_ratio(old, rollout)
+    gap = (trained - rollout).abs()
+    ratio = probability_ratio(trained, rollout)
     bins = torch.bucketize(ratio.detach(), torch.tensor(RATIO_EDGES, device=ratio.device))
     values = {"rollout_gap": gap, "rollout_gap_max": gap}
     values |= {name: bins == i for i, name in enumerate(RATIO_BINS)}

@@ -29,6 +29,7 @@ def policy_loss(algorithm: AlgorithmSection, *, kl_coefficient: float) -> LossFn
         kl_estimator=algorithm.kl_estimator,
         tis_cap=algorithm.importance_cap,
         entropy_coefficient=algorithm.entropy_coef,
+        old_is_rollout=algorithm.old_logprobs == "rollout",
     )
 
     def loss(given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
