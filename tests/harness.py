@@ -10,11 +10,12 @@ import multiprocessing as mp
 import os
 import pickle
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+import torch.distributed as dist
 
 PRELOAD = [
     "torch",
@@ -37,13 +38,12 @@ def run_ranks(
     """`function(world, *arguments)` on ranks 0 to world_size - 1; their return values in order."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # here and not in rank 0: a port that is looked for first may be taken when rank 0 binds it
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     answers = context.Queue()
     ranks = [
         context.Process(
-            target=_rank, args=(function, rank, world_size, port, device, answers, arguments)
+            target=_rank, args=(function, rank, world_size, store.port, device, answers, arguments)
         )
         for rank in range(world_size)
     ]
@@ -95,6 +95,7 @@ def _rank(
         LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
         OMP_NUM_THREADS="1",
     )
     import torch

@@ -131,6 +131,7 @@ def start_again(world: World, port: int, local_sizes: list[int]) -> tuple[str, l
     """A second world with ranks on nodes as given: what went wrong, or its nodes."""
     stop_world()
     local_size = local_sizes[world.rank]
+    del os.environ["TORCHELASTIC_USE_AGENT_STORE"]  # rank 0 makes this one's store
     os.environ.update(
         MASTER_PORT=str(port),
         LOCAL_RANK=str(world.rank % local_size),
