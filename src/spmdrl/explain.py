@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+
 import torch
 import yaml
 
-from spmdrl.config import Config
-from spmdrl.distributed.mesh import format_ranks
+from spmdrl.config import Config, DataKind
+from spmdrl.config_sets import train_sources
 from spmdrl.models.config import ModelConfig, read_config, tiny
-from spmdrl.placement import Placement, place_roles
-from spmdrl.role_plan import check_model, plan_roles, training_dtype
+from spmdrl.placement import Placement, place_roles, placement_table
+from spmdrl.role_plan import KINDS, RolePlan, check_model, plan_roles, training_dtype
+from spmdrl.sharing import memory_texts, schedules
+from spmdrl.step_sizes import (
+    MicrobatchCounts,
+    StepSizes,
+    num_microbatches,
+    step_sizes,
+    update_sizes,
+)
+from spmdrl.training.readout import Places
+
+Line = tuple[str, str, str]
+"""A quantity's name, its value, and how it comes about."""
+
+ITEMS: Mapping[DataKind, str] = {
+    "prompts": "prompts",
+    "conversations": "conversations",
+    "preferences": "pairs",
+}
+"""What `data.prompts_per_step` counts."""
+
+SKIPPED = "less what has nothing to learn from"
 
 
 def explain(config: Config, world_size: int, ranks_per_node: int | None = None) -> str:
@@ -21,84 +44,31 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
     Raises:
         ValueError: roles that do not fit the world, or a model that cannot be read.
     """
-    placements = place_roles(config, world_size, ranks_per_node)
+    node_size = world_size if ranks_per_node is None else ranks_per_node
+    if world_size % node_size:
+        raise ValueError(
+            f"--ranks {world_size} with --ranks-per-node {node_size}: nodes have as many ranks each"
+        )
+    placements = place_roles(config, world_size, node_size)
+    plan = _plan(config, placements, world_size, node_size)
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
-    lines = ["# resolved configuration", resolved, f"# derived, on {world_size} ranks"]
-    lines += [f"{name:<28} {value:>14}   {how}" for name, value, how in _derived(config)]
-    lines += ["", "# roles"]
-    for name, placement in placements.items():
-        lines.append(_role_line(config, name, placement))
-    lines += ["", "# weights", *_weights(config, placements)]
-    return "\n".join(lines)
-
-
-def _derived(config: Config) -> list[tuple[str, str, str]]:
-    data, train, sampling = config.data, config.train, config.sampling
-    samples = data.prompts_per_step * data.group_size
-    tokens = samples * (data.train.max_tokens + sampling.max_tokens)
-    groups = data.prompts_per_step / train.num_minibatches
-    updates = train.epochs * train.num_minibatches
-    packed = (
-        data.prompts_per_step * data.train.max_tokens + samples * sampling.max_tokens
-        if train.share_prompts
-        else tokens
+    nodes = (
+        f"{world_size // node_size} nodes of {node_size}" if node_size < world_size else "1 node"
     )
-    return [
-        (
-            "samples per step",
-            f"{samples:,}",
-            f"data.prompts_per_step={data.prompts_per_step} x data.group_size={data.group_size}",
-        ),
-        (
-            "optimizer steps per step",
-            f"{updates:,}",
-            f"train.epochs={train.epochs} x train.num_minibatches={train.num_minibatches}",
-        ),
-        (
-            "groups per minibatch",
-            f"{groups:g}",
-            f"data.prompts_per_step / train.num_minibatches={train.num_minibatches}; "
-            "sizes differ by at most one group",
-        ),
-        (
-            "optimizer steps in all",
-            f"{config.steps * updates:,}",
-            f"steps={config.steps} x {updates} per step",
-        ),
-        (
-            "most tokens per step",
-            f"{tokens:,}",
-            f"samples x (data.train.max_tokens={data.train.max_tokens} + "
-            f"sampling.max_tokens={sampling.max_tokens})",
-        ),
-        (
-            "most packed tokens per epoch",
-            f"{packed:,}",
-            f"train.share_prompts={train.share_prompts}: a group's prompt is computed "
-            + ("once per microbatch" if train.share_prompts else "for every sample"),
-        ),
-        (
-            "most microbatches per epoch",
-            f"{-(-packed // train.microbatch_tokens):,}",
-            f"packed tokens / train.microbatch_tokens={train.microbatch_tokens}, over all replicas",
-        ),
-    ]
+    lines = ["# resolved configuration", resolved, f"# derived, on {world_size} ranks ({nodes})"]
+    lines += _aligned(_derived(config))
+    for name in placements:
+        if own := list(_of_role(config, name, placements[name])):
+            lines += ["", f"{name}:", *_aligned(own)]
+    table = placement_table(placements, memory_texts(plan.memory))
+    lines += ["", "# roles", table, "", "# weights", *_weights(config, plan)]
+    return "\n".join([*lines, "", "# memory", *schedules(plan.memory)])
 
 
-def _role_line(config: Config, name: str, placement: Placement) -> str:
-    samples = config.data.prompts_per_step * config.data.group_size
-    each = samples / placement.num_replicas
-    axes = " x ".join(f"{axis}={n}" for axis, n in placement.degrees.items() if n > 1)
-    return (
-        f"{name:<12} ranks {format_ranks(placement.ranks):<10} ({config.roles[name].ranks})  "
-        f"{axes or 'one rank'}: {placement.num_replicas} replicas, about {each:g} samples each"
-    )
-
-
-def _weights(config: Config, placements: dict[str, Placement]) -> list[str]:
-    """For each rollout, which tensors are the trainer's own, copied, or gathered; then memory."""
+def _plan(
+    config: Config, placements: Mapping[str, Placement], world_size: int, node_size: int
+) -> RolePlan:
     on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if on_cuda else "cpu")
     shapes: dict[str, ModelConfig] = {}
     for name in placements:
         if ":" in config.role_kind(name):
@@ -106,15 +76,150 @@ def _weights(config: Config, placements: dict[str, Placement]) -> list[str]:
         shape = read_config(config.model_path(name))
         shapes[name] = tiny(shape) if config.model.tiny else shape
         check_model(config, name, placements[name], shapes[name])
-    num_ranks = 1 + max(rank for placement in placements.values() for rank in placement.ranks)
-    plan = plan_roles(config, placements, shapes, [device.type] * num_ranks)
-    lines = [f"dtype {training_dtype(config, device)} on {device.type}"]
-    policy = next((name for name in shapes if config.role_kind(name) == "policy"), None)
-    for name in (n for n in shapes if config.role_kind(n) == "rollout"):
+    devices = ["cuda" if on_cuda else "cpu"] * world_size
+    return plan_roles(config, placements, shapes, devices, node_size)
+
+
+def _aligned(lines: Iterable[Line]) -> list[str]:
+    return [f"{name:<28} {value:>12}   {how}" for name, value, how in lines]
+
+
+def _derived(config: Config) -> Iterator[Line]:
+    """Of a step, whatever role has it."""
+    data, kind, sizes = config.data, config.data_kind(), step_sizes(config)
+    item, rows = (
+        ITEMS[kind],
+        {"prompts": "samples", "preferences": "answers"}.get(kind, ITEMS[kind]),
+    )
+    own = [key for key in ("flow", "environment", "trainer") if ":" in (getattr(config, key) or "")]
+    if own:
+        how = f"{', '.join(own)} of your own: they may use other numbers than these"
+        yield "data", kind, how
+    yield f"{item} per step", f"{sizes.items:,}", "data.prompts_per_step"
+    sources = train_sources(config)
+    longest = max(range(len(sources)), key=lambda i: sources[i].max_tokens)
+    where = "data.train" if longest == 0 else f"data.mix.{longest - 1}"
+    row = f"{where}.max_tokens={sources[longest].max_tokens}"
+    if kind == "prompts":
+        how = f"{sizes.items} prompts x data.group_size={data.group_size}"
+        yield "samples per step", f"{sizes.rows:,}", how
+        if (refills := config.algorithm.refill_attempts) > 0:
+            how = f"where no group has signal: 1 + algorithm.refill_attempts={refills} draws"
+            yield "most samples drawn per step", f"{(1 + refills) * sizes.rows:,}", how
+        row = f"({row} + sampling.max_tokens={config.sampling.max_tokens})"
+    elif kind == "preferences":
+        yield "answers per step", f"{sizes.rows:,}", "a chosen and a rejected one each"
+        row += ", prompts included"
+    tokens = sizes.rows * sizes.row_tokens
+    yield "most tokens per step", f"{tokens:,}", f"{sizes.rows} {rows} x {row}"
+    yield f"{item} in all", f"{config.steps * sizes.items:,}", f"steps={config.steps} x these"
+
+
+def _of_role(config: Config, name: str, placement: Placement) -> Iterator[Line]:
+    """What a step of a shipped flow asks of the role, and how it goes through it."""
+    kind, on_prompts = config.role_kind(name), config.data_kind() == "prompts"
+    scores = on_prompts and name in {reward.role for reward in config.rewards}
+    if kind in KINDS and config.is_trained(name):
+        yield from _updates(config, name, placement)
+    elif kind in ("reference", "teacher") or (kind == "reward" and scores):
+        yield _reading(config, name, placement)
+    elif kind == "rollout" and on_prompts:
+        sizes, replicas = step_sizes(config), placement.num_replicas
+        own = -(-sizes.rows // replicas)
+        how = f"{sizes.rows} samples on {replicas} replicas"
+        if sizes.items >= replicas:
+            own = -(-sizes.items // replicas) * sizes.item_rows
+            how += ", groups whole"
+        yield "most samples per replica", f"{own:,}", how
+        running = config.rollout.max_running
+        yield "most decoded together", f"{min(own, running):,}", f"rollout.max_running={running}"
+
+
+def _reading(config: Config, name: str, placement: Placement) -> Line:
+    if config.roles[name].retokenize:
+        how = f"roles.{name}.retokenize=true: texts are as long as its own tokenizer makes them"
+        return "microbatches per reading", "unknown", how
+    train, sizes = config.train_section(name), step_sizes(config)
+    replicas = placement.num_replicas
+    counts = num_microbatches(
+        sizes, train, _places(config, name), items=sizes.items, num_replicas=replicas, whole=False
+    )
+    how = _packed_text(config, name, replicas, counts)
+    return "microbatches per reading", f"{counts.full:,}", how
+
+
+def _updates(config: Config, name: str, placement: Placement) -> Iterator[Line]:
+    """How the role's update goes through the rows of a step."""
+    train, sizes = config.train_section(name), update_sizes(config)
+    updates, replicas = train.epochs * train.num_minibatches, placement.num_replicas
+    minibatches = _key(config, name, "num_minibatches")
+    how = f"{_key(config, name, 'epochs')} x {minibatches}"
+    yield "optimizer steps per step", f"{updates:,}", how
+    steps, warmup = config.steps, 0
+    shown = f"steps={steps}"
+    if config.flow == "ppo" and config.role_kind(name) == "policy":
+        warmup = min(config.algorithm.value_warmup_steps, steps)
+        shown = f"({shown} - algorithm.value_warmup_steps={warmup})" if warmup else shown
+    in_all = updates * (steps - warmup)
+    yield "most optimizer steps in all", f"{in_all:,}", f"{shown} x {updates}, {SKIPPED}"
+    most, left = -(-sizes.items // train.num_minibatches), sizes.items % train.num_minibatches
+    size = f"{most - 1:,} or {most:,}" if left else f"{most:,}"
+    how = f"data.prompts_per_step={sizes.items} / {minibatches}"
+    yield f"{ITEMS[config.data_kind()]} per minibatch", size, how
+    tokens = most * sizes.item_tokens(share_prompts=train.share_prompts)
+    yield "most tokens per minibatch", f"{tokens:,}", _tokens_text(config, name, sizes, most)
+    counts = num_microbatches(
+        sizes, train, _places(config, name), items=most, num_replicas=replicas, whole=sizes.whole
+    )
+    how = _packed_text(config, name, replicas, counts)
+    yield "microbatches per minibatch", f"{counts.full:,}", how
+
+
+def _tokens_text(config: Config, name: str, sizes: StepSizes, items: int) -> str:
+    """How the tokens of so many items come about."""
+    answers, prompt = sizes.row_tokens - sizes.prompt_tokens, sizes.prompt_tokens
+    kind, share = config.data_kind(), config.train_section(name).share_prompts
+    if kind == "conversations":
+        return f"{items} x {answers}"
+    if kind == "preferences":
+        once = f", less where {_key(config, name, 'share_prompts')} computes a prompt once"
+        return f"{items} x {sizes.item_rows} x {answers}" + once * share
+    each = f"{prompt} + {sizes.item_rows} x {answers}"
+    if not share:
+        each = f"{sizes.item_rows} x ({prompt} + {answers})"
+    return f"{items} x ({each}), {_key(config, name, 'share_prompts')}"
+
+
+def _places(config: Config, name: str) -> Places:
+    return "rows" if config.role_kind(name) == "reward" else "loss_tokens"
+
+
+def _packed_text(config: Config, name: str, num_replicas: int, counts: MicrobatchCounts) -> str:
+    return (
+        f"on each of {num_replicas} replicas, {_key(config, name, 'microbatch_tokens')}, all rows "
+        f"of full length; never more than {counts.most:,}"
+    )
+
+
+def _key(config: Config, name: str, key: str) -> str:
+    """The setting of `train` that holds for the role."""
+    value = getattr(config.train_section(name), key)
+    where = f"roles.{name}.train" if key in config.roles[name].train else "train"
+    return f"{where}.{key}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def _weights(config: Config, plan: RolePlan) -> list[str]:
+    """How roles compute; which tensors of a rollout are the trainer's own, copied, gathered."""
+    kinds = {name: config.role_kind(name) for name in plan.layouts}
+    lines = []
+    for device in dict.fromkeys(plan.devices[name] for name in kinds):
+        names = [name for name in kinds if plan.devices[name] == device]
+        lines.append(f"{training_dtype(config, device)} on {device.type}: {', '.join(names)}")
+    policy = next((name for name, kind in kinds.items() if kind == "policy"), None)
+    for name in (n for n, kind in kinds.items() if kind == "rollout"):
         if name not in plan.syncs:
             lines.append(f"{name}: read from {config.model_path(name)}")
             continue
         lines.append(f"{policy} -> {name}: {plan.syncs[name].describe()}")
         lines += [f"  {line}" for line in plan.syncs[name].tensor_lines(plan.layouts[name])]
-    texts = dict.fromkeys(memory.plan.describe() for memory in plan.memory.values())
-    return [*lines, "", "# memory", *texts]
+    return lines

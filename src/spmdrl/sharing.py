@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from spmdrl.config import Config
+from spmdrl.distributed.mesh import format_ranks
 from spmdrl.engines import engine_parts, is_vllm, vllm_cache
 from spmdrl.generation import GRAPHS, KV_CACHE
 from spmdrl.memory.parts import Part, PartName, PartWish
@@ -26,7 +27,7 @@ from spmdrl.placement import Placement
 from spmdrl.rollout.native.blocked import MIN_STEPS
 from spmdrl.rollout.native.varlen import varlen_is_usable
 from spmdrl.step_calls import RankCalls, in_read_order, unusual_steps, usual_step
-from spmdrl.step_sizes import microbatch_tokens
+from spmdrl.step_sizes import microbatch_tokens, step_sizes
 from spmdrl.weights.layout import Table, WeightLayout
 from spmdrl.weights.plan import NUM_SLOTS, SyncPlan
 from spmdrl.working_memory import working_bytes
@@ -130,6 +131,17 @@ def device_bytes(config: Config, device_type: str) -> int | None:
     if device_type == "cuda" and torch.cuda.is_available():  # not on a host without GPUs
         return int(torch.cuda.get_device_properties(0).total_memory * FREE_SHARE)
     return None
+
+
+def schedules(memory: Mapping[int, RankMemory]) -> list[str]:
+    """Every rank's schedule, once for all ranks that have the same."""
+    ranks: dict[str, list[int]] = {}
+    plans = {}
+    for rank, own in memory.items():
+        ranks.setdefault(text := own.plan.describe(""), []).append(rank)
+        plans[text] = own.plan
+    names = {t: f"rank{'s' * (len(own) > 1)} {format_ranks(own)}" for t, own in ranks.items()}
+    return [plan.describe(names[text]) for text, plan in plans.items()]
 
 
 def memory_texts(memory: Mapping[int, RankMemory]) -> dict[str, str]:
@@ -375,6 +387,8 @@ def cache_bytes(config: Config, name: str, placement: Placement, shape: Shape) -
         return int(rollout.kv_cache_gb * 1e9)
     samples = -(-config.data.prompts_per_step * config.data.group_size // placement.num_replicas)
     tokens = config.data.train.max_tokens + config.sampling.max_tokens
+    if config.data_kind() == "prompts":
+        tokens = step_sizes(config).row_tokens
     heads = max(1, model.num_kv_heads // placement.degrees["tp"])
     per_token = 2 * model.num_layers * heads * model.head_dim * shape.dtype.itemsize
     return min(samples, rollout.max_running) * tokens * per_token

@@ -287,7 +287,7 @@ def test_the_description_says_what_moves():
     assert (
         text
         == """\
-memory of rank 2: 110.00 GB; peak 108.00 GB
+memory of rank 2: 110.00 GB; peak 108.00 GB in policy.update, 10.00 GB of it working memory
   policy.weights                 14.00 GB  keep (auto)
   policy.optimizer               84.00 GB  host (auto), beside what it shares with policy.weights
   reference.weights              14.00 GB  host (auto)

@@ -50,7 +50,7 @@ from spmdrl.runtime.pulse import Pulse
 from spmdrl.runtime.signals import Signals
 from spmdrl.runtime.stopping import StopAsked
 from spmdrl.runtime.watcher import Watcher
-from spmdrl.sharing import memory_texts
+from spmdrl.sharing import memory_texts, schedules
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
     check_models(config, inputs, shapes)
     table = placement_table(placements, memory_texts(plan.memory))
     log.info("%d ranks on %s\n%s", world.size, world.device.type, table)
-    for text in dict.fromkeys(rank.plan.describe() for rank in plan.memory.values()):
+    for text in schedules(plan.memory):
         log.info("%s", text)
     run_dir = Path(config.run_dir)
     relay = Relay(is_first=world.is_first and config.log.progress)

@@ -63,10 +63,15 @@ class MemoryPlan:
         made = {name for call in self.calls for name in call.made}
         return tuple(part.key for part in self.parts if part.holds and part.key in made)
 
-    def describe(self) -> str:
-        """The schedule as text: the parts and their policies, then what moves before each call."""
+    def describe(self, ranks: str | None = None) -> str:
+        """The schedule as text: the parts and their policies, then what moves before each call.
+
+        Args:
+            ranks: whose plan it is, where others have the same.
+        """
         room = "no bound" if self.capacity is None else size_text(self.capacity)
-        lines = [f"memory of rank {self.rank}: {room}; peak {size_text(self.peak_bytes)}"]
+        whose = f"rank {self.rank}" if ranks is None else ranks
+        lines = [f"memory of {whose}: {room}; peak {size_text(self.peak_bytes)}{self._where()}"]
         for part in self.parts:
             size = size_text(part.num_bytes)
             lines.append(f"  {dotted(part.key):<24} {size:>14}  {self._policy_text(part)}")
@@ -75,6 +80,15 @@ class MemoryPlan:
         for call in self.calls:
             lines += _call_lines(call)
         return "\n".join(lines)
+
+    def _where(self) -> str:
+        """The call with the peak, and what it has beside parts."""
+        if not self.calls:
+            return ""
+        call = max(self.calls, key=lambda call: call.peak_bytes)
+        sizes = {part.key: part.num_bytes for part in self.parts}
+        working = call.peak_bytes - sum(sizes[name] for name in call.resident)
+        return f" in {call.name}, {size_text(working)} of it working memory"
 
     def _policy_text(self, part: Part) -> str:
         text: str = self.policies[part.key]

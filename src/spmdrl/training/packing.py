@@ -240,19 +240,24 @@ def _cut(rows: list[_Row], budget: int, atom: Tensor | None) -> list[list[_Row]]
 
 def _bins(units: Sequence[list[_Row]], budget: int) -> list[list[_Row]]:
     """First-fit decreasing: at most 11/9 of the fewest bins (Johnson 1973), in a fixed order."""
-    costs = [_cost(unit) for unit in units]
-    order = sorted(range(len(units)), key=lambda i: (-costs[i], units[i][0].index))
-    bins: list[list[_Row]] = []
+    # Two pieces of one group in a bin share its prompt after all; the room left is a bound.
+    costed = sorted(((_cost(unit), unit) for unit in units), key=lambda c: (-c[0], c[1][0].index))
+    bins = first_fit([cost for cost, _ in costed], budget)
+    return [[row for i in places for row in costed[i][1]] for places in bins]
+
+
+def first_fit(costs: Sequence[int], budget: int) -> list[list[int]]:
+    """Each cost in the first bin that has room for it, else in a new one: places in `costs`."""
+    bins: list[list[int]] = []
     free: list[int] = []
-    for i in order:
-        place = next((b for b, room in enumerate(free) if costs[i] <= room), None)
+    for i, cost in enumerate(costs):
+        place = next((b for b, room in enumerate(free) if cost <= room), None)
         if place is None:
             place = len(bins)
             bins.append([])
             free.append(budget)
-        # Two pieces of one group in a bin share its prompt after all; the room left is a bound.
-        bins[place] += units[i]
-        free[place] -= costs[i]
+        bins[place].append(i)
+        free[place] -= cost
     return bins
 
 
