@@ -16,7 +16,8 @@ from spmdrl.generation import GRAPHS, KV_CACHE
 from spmdrl.models.config import ModelConfig
 from spmdrl.passes import WEIGHTS
 from spmdrl.placement import Placement
-from spmdrl.rollout.native.engine import NativeEngine, NativeOptions
+from spmdrl.rollout.native.engine import NativeEngine
+from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import RolloutEngine
 from spmdrl.rollout.vllm_engine import VllmEngine, check_model
 from spmdrl.rollout.vllm_model import VOCAB_MULTIPLE
@@ -207,32 +208,14 @@ def make_engine(
         return None
     tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
     ep = Parallel(rank=mesh.coordinate("ep"), size=mesh.size("ep"))
-    rollout, keep = config.rollout, config.checkpoint.journal_kv
     if is_vllm(config, name):
         if device.type == "cpu":
             log.info(
                 "vLLM cannot free memory on a CPU: roles.%s.memory is keep for all its parts", name
             )
-        cache = vllm_cache(
-            config,
-            shape,
-            dtype,
-            device.type,
-            num_replicas=len(mesh.replicas()),
-            tp=tp.size,
-        )
         return VllmEngine(
             shape,
-            options=VllmOptions(
-                kv_cache_bytes=cache.num_bytes,
-                max_length=cache.longest,
-                block_size=rollout.block_size,
-                max_running=rollout.max_running,
-                prefill_tokens=rollout.prefill_tokens,
-                cuda_graphs=rollout.cuda_graphs,
-                sleeps=sleeps,
-                cache_mend=_mend(config),
-            ),
+            options=_vllm_options(config, shape, mesh, device, dtype, sleeps=sleeps),
             tp=tp,
             device=device,
             dtype=dtype,
@@ -243,18 +226,46 @@ def make_engine(
         shape,
         tp=tp,
         ep=ep,
-        options=NativeOptions(
-            kv_cache_gb=rollout.kv_cache_gb,
-            block_size=rollout.block_size,
-            max_running=rollout.max_running,
-            prefill_tokens=rollout.prefill_tokens,
-            cuda_graphs=rollout.cuda_graphs,
-            keeps_aborted=device.type == "cpu" if keep == "auto" else keep,
-        ),
+        options=_native_options(config, device),
         device=device,
         dtype=dtype,
         eos_token_ids=shape.eos_ids,
         detokenize=decode,
+    )
+
+
+def _native_options(config: Config, device: torch.device) -> NativeOptions:
+    rollout, keep = config.rollout, config.checkpoint.journal_kv
+    return NativeOptions(
+        kv_cache_gb=rollout.kv_cache_gb,
+        block_size=rollout.block_size,
+        max_running=rollout.max_running,
+        prefill_tokens=rollout.prefill_tokens,
+        cuda_graphs=rollout.cuda_graphs,
+        keeps_aborted=device.type == "cpu" if keep == "auto" else keep,
+    )
+
+
+def _vllm_options(
+    config: Config,
+    shape: ModelConfig,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    sleeps: bool,
+) -> VllmOptions:
+    replicas, tp = len(mesh.replicas()), mesh.size("tp")
+    cache = vllm_cache(config, shape, dtype, device.type, num_replicas=replicas, tp=tp)
+    return VllmOptions(
+        kv_cache_bytes=cache.num_bytes,
+        max_length=cache.longest,
+        block_size=config.rollout.block_size,
+        max_running=config.rollout.max_running,
+        prefill_tokens=config.rollout.prefill_tokens,
+        cuda_graphs=config.rollout.cuda_graphs,
+        sleeps=sleeps,
+        cache_mend=_mend(config),
     )
 
 

@@ -14,7 +14,8 @@ from spmdrl.keyed import gumbel
 from spmdrl.launch import World
 from spmdrl.models.config import read_config
 from spmdrl.models.hf import fill, open_checkpoint
-from spmdrl.rollout.native.engine import NativeEngine, NativeOptions
+from spmdrl.rollout.native.engine import NativeEngine
+from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import Request
 from spmdrl.rollout.sampling import SamplingParams
 from tiny_model import make_tiny_model

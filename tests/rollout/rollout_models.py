@@ -16,7 +16,8 @@ from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.hf import fill, load_into
 from spmdrl.models.sharding import Slice
-from spmdrl.rollout.native.engine import NativeEngine, NativeOptions
+from spmdrl.rollout.native.engine import NativeEngine
+from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import Completion, Request
 from spmdrl.rollout.sampling import SamplingParams
 

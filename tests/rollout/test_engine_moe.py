@@ -18,7 +18,8 @@ from spmdrl.models.decoder import Decoder
 from spmdrl.models.hf import RandomCheckpoint, fill, load_into
 from spmdrl.models.routing import Routing, unpack_choices
 from spmdrl.models.sharding import Slice
-from spmdrl.rollout.native.engine import NativeEngine, NativeOptions
+from spmdrl.rollout.native.engine import NativeEngine
+from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import Completion, Request
 
 SIZES = {

@@ -34,12 +34,19 @@ from ..models.config import ModelConfig
 from ..models.sharding import Slice, all_slices
 from ..storages import require_resident
 from .enclosure import Enclosure, replaced
+from .lockstep import Lockstep
 from .protocol import Completion, Progress, Request
 from .requests import check_requests
 from .sampling import SamplingParams
 from .stops import Detokenize
 from .vllm_model import VOCAB_MULTIPLE, check_supported, described, match_parameters
-from .vllm_requests import BLOCK_MULTIPLE, VllmOptions, check_sampling, sampling_arguments
+from .vllm_requests import (
+    BLOCK_MULTIPLE,
+    ENVIRONMENT,
+    VllmOptions,
+    check_sampling,
+    sampling_arguments,
+)
 from .vllm_samples import Sample, run_scores, run_steps, samples_of
 
 _NO_UTILIZATION = 0.01
@@ -100,7 +107,8 @@ class VllmEngine:
         self._detokenize = detokenize
         self._sleeping: set[str] = set()
         self._num_requests = 0
-        job = self._from_leader(secrets.randbits(62))
+        self._group = Lockstep(self._tp, self._device)
+        [job] = self._group.from_leader([secrets.randbits(62)])
         self._enclosure = _enclosure()
         with self._enclosure.entered(), _plain_weights(self._device), _launched(self._device, job):
             self._engine = _start(config, self._tp.size, options, self._device, dtype)
@@ -281,24 +289,17 @@ class VllmEngine:
         return name
 
     def _agree_on_stop(self, should_stop: Callable[[], bool] | None) -> bool:
-        """The group's per-step message: the leader asks, and all ranks of the group know."""
+        """The group's per-step message."""
         if should_stop is None:
             return False
-        stop = self._tp.rank == 0 and should_stop()
-        return bool(self._from_leader(int(stop)))
-
-    def _from_leader(self, number: int) -> int:
-        if self._tp.group is None:
-            return number
-        message = torch.tensor(number, device=self._device)
-        dist.broadcast(message, dist.get_global_rank(self._tp.group, 0), group=self._tp.group)
-        return int(message)
+        [stop] = self._group.from_leader([int(self._group.is_leader and should_stop())])
+        return bool(stop)
 
     def _check_alike(self, completions: list[list[Completion]]) -> None:
         """Every rank of the group drew its tokens itself: one message shows that they are equal."""
         drawn = repr([[c.tokens for c in group] for group in completions])
         own = zlib.crc32(drawn.encode())
-        if self._from_leader(own) != own:
+        if self._group.from_leader([own]) != [own]:
             raise RuntimeError(
                 f"rank {dist.get_rank()} drew other tokens than the first rank of its "
                 "tensor-parallel group: vLLM's ranks do not compute the same logits, bit for bit"
@@ -308,14 +309,7 @@ class VllmEngine:
 def _enclosure() -> Enclosure:
     level = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(level)  # it warns before it has read the variable
-    variables: dict[str, str | None] = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # older versions would pin the trainer's threads too
-        "VLLM_CPU_KVCACHE_SPACE": None,  # it would override kv_cache_memory_bytes
-        "VLLM_NO_USAGE_STATS": "1",  # a thread that reports over HTTP
-        "VLLM_LOGGING_LEVEL": level,
-    }
-    return Enclosure("vllm", variables)
+    return Enclosure("vllm", {**ENVIRONMENT, "VLLM_LOGGING_LEVEL": level})
 
 
 def _start(

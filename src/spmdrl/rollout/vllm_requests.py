@@ -18,6 +18,14 @@ LEAST_TEMPERATURE = 0.01
 
 _SEED_BITS = 63
 
+ENVIRONMENT: dict[str, str | None] = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # older versions would pin the trainer's threads too
+    "VLLM_CPU_KVCACHE_SPACE": None,  # it would override kv_cache_memory_bytes
+    "VLLM_NO_USAGE_STATS": "1",  # a thread that reports over HTTP
+}
+"""Of the process while vLLM runs in it; None: not there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VllmOptions:

@@ -10,62 +10,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...distributed.parallel import Parallel
 from ...models.config import ModelConfig
 from ...models.decoder import Decoder
-from ...models.moe import has_fixed_shapes
 from ...models.routing import choices_dtype
-from ...models.sharding import Slice, check_tp, local_kv_heads
+from ...models.sharding import Slice, check_tp
 from ...storages import require_resident
+from ..lockstep import Lockstep
 from ..protocol import Completion, Progress, Request
-from ..requests import GB, blocks_needed, check_requests
+from ..requests import check_requests
 from ..sampling import SamplingParams
 from ..stops import Detokenize, StopRule
-from .attention import CacheShape, PagedAttention
 from .blocked import blocked_weights
 from .blocks import BlockPool
-from .blockwise import BlockwiseAttention
 from .recording import ExpertRecord
-from .runner import Runner
 from .sampler import Sampler
 from .scheduler import Scheduler, sampled
 from .sequence import Sequence as Sample
 from .sequence import common_prefix, leaders_of, sequences_of
 from .snapshot import blocks_of, restore_snapshot, take_snapshot
-from .varlen import BLOCK_MULTIPLE, VarlenAttention, varlen_is_usable
+from .workspace import NativeOptions, Work, Workspace
 
-_CPU_CACHE_GB = 2.0
-_CUDA_FREE_FRACTION = 0.8
 _PREFIX_TOKENS = 256
 """Prompt tokens that sharing what all prompts begin with must save: it costs a step of its own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NativeOptions:
-    """Sizes of the native engine.
-
-    Args:
-        kv_cache_gb: of one rank, in 10^9 bytes; "auto": what the requests of a call can need, at
-            most 2 on the CPU and 80 % of the free memory on CUDA.
-        block_size: tokens of a cache block; rounded up to 256 where torch's paged kernels run.
-        max_running: sequences decoded together, at most.
-        prefill_tokens: prompt tokens a step, at most.
-        cuda_graphs: replay decode steps as CUDA graphs.
-        keeps_aborted: keep the state of an aborted call (the cache!) for one that goes on.
-    """
-
-    kv_cache_gb: float | Literal["auto"] = "auto"
-    block_size: int = 32
-    max_running: int = 256
-    prefill_tokens: int = 2048
-    cuda_graphs: bool = True
-    keeps_aborted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +48,6 @@ class Parameter:
     slices: tuple[Slice, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-@dataclass(kw_only=True)
-class _Work:
-    """The cache and what holds its addresses."""
-
-    num_blocks: int
-    attention: PagedAttention
-    runner: Runner
-    compact: bool
 
 
 class NativeEngine:
@@ -123,11 +85,11 @@ class NativeEngine:
         self._detokenize = detokenize
         decoder = Decoder(config, tp=tp, ep=ep, dtype=dtype, device="meta")
         self._decoder = decoder.requires_grad_(False)
-        self._paged = varlen_is_usable(dtype, config.head_dim, self._device)
-        multiple = BLOCK_MULTIPLE if self._paged else 1
-        self.block_size = -(-self._options.block_size // multiple) * multiple
+        self._group = Lockstep(tp, self._device)
+        self._workspace = Workspace(
+            config, decoder, self._options, self._group, tp.size, self._device, dtype
+        )
         self._sampler: Sampler | None = None
-        self._work: _Work | None = None
         self._aborted: dict[str, Tensor] = {}
         self.num_preempted = 0
         """Sequences preempted during the last call."""
@@ -182,27 +144,23 @@ class NativeEngine:
     @property
     def captures_graphs(self) -> bool:
         """Whether decode steps are replayed as CUDA graphs, which hold addresses."""
-        shapes = {name: tuple(p.shape) for name, p in self._decoder.named_parameters()}
-        fixed = has_fixed_shapes(self._config, shapes, self._dtype, self._device)
-        return self._paged and self._options.cuda_graphs and fixed
+        return self._workspace.captures_graphs
 
     def cache_bytes(self) -> int:
         """Of the cache, as it is now."""
-        return 0 if self._work is None else self._shape(self._work.num_blocks).num_bytes
+        return self._workspace.cache_bytes()
 
     def graph_bytes(self) -> int:
         """Of the graphs' private memory pool, as it is now."""
-        graphs = None if self._work is None else self._work.runner.graphs
-        return 0 if graphs is None else graphs.pool_bytes
+        return self._workspace.graph_bytes()
 
     def release_cache(self) -> None:
         """Free the cache, and the graphs that hold its addresses; the next call makes them."""
-        self._work = None
+        self._workspace.release()
 
     def release_graphs(self) -> None:
         """Free the graphs: before weights move whose addresses they hold."""
-        if self._work is not None and self._work.runner.graphs is not None:
-            self._work.runner.graphs.drop()
+        self._workspace.release_graphs()
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
@@ -231,7 +189,7 @@ class NativeEngine:
         resumed = blocks_of(state, call)
         with torch.inference_mode():
             if leaders:
-                work = self._prepare_work(num_blocks if resumed is None else resumed)
+                work = self._workspace.prepare(num_blocks if resumed is None else resumed)
                 scheduler = self._start(work, leaders)
                 if state is not None and resumed is not None:
                     restore_snapshot(state, scheduler, samples, work.attention, record)
@@ -261,7 +219,7 @@ class NativeEngine:
             "tp": [self._tp.rank, self._tp.size],
             "dtype": str(self._dtype),
             "device": self._device.type,
-            "block_size": self.block_size,
+            "block_size": self._workspace.block_size,
             "limits": [self._options.max_running, self._options.prefill_tokens],
         }
 
@@ -284,7 +242,7 @@ class NativeEngine:
         samples = [s for i, r in enumerate(requests) for s in sequences_of(r, i, seed=0, step=0)]
         scores: list[list[float]] = [[] for _ in sequences]
         with torch.inference_mode():
-            work = self._prepare_work(num_blocks) if samples else None
+            work = self._workspace.prepare(num_blocks) if samples else None
             scheduler = self._scheduler(samples, num_blocks, compact=work is None or work.compact)
             while work is not None and scheduler.has_work:
                 plan = scheduler.plan()
@@ -308,11 +266,11 @@ class NativeEngine:
         if missing:
             raise ValueError(f"the engine has no weights yet: {missing[0]} was never loaded")
         require_resident("rollout", "weights", self._decoder.parameters())
-        num_blocks = self._num_blocks(requests)
+        num_blocks = self._workspace.blocks_for(requests)
         check_requests(
             requests,
             self._config,
-            capacity=num_blocks * self.block_size,
+            capacity=num_blocks * self._workspace.block_size,
             mend=f"raise rollout.kv_cache_gb={self._options.kv_cache_gb}",
             has_text=self._detokenize is not None,
         )
@@ -324,21 +282,21 @@ class NativeEngine:
         return Scheduler(
             leaders,
             BlockPool(num_blocks),
-            block_size=self.block_size,
+            block_size=self._workspace.block_size,
             max_running=self._options.max_running,
             prefill_tokens=self._options.prefill_tokens,
             compact=compact,
             prefix=prefix,
         )
 
-    def _start(self, work: _Work, leaders: Sequence[Sample]) -> Scheduler:
+    def _start(self, work: Work, leaders: Sequence[Sample]) -> Scheduler:
         prefix = common_prefix([leader.request.tokens for leader in leaders])
         prefix = prefix if prefix * (len(leaders) - 1) >= _PREFIX_TOKENS else 0
         return self._scheduler(leaders, work.num_blocks, compact=work.compact, prefix=prefix)
 
     def _run(
         self,
-        work: _Work,
+        work: Work,
         scheduler: Scheduler,
         requests: Sequence[Request],
         progress: Progress | None,
@@ -381,14 +339,15 @@ class NativeEngine:
         if rows != list(range(logits.shape[0])):
             logits = logits[torch.tensor(rows, device=self._device, dtype=torch.int64)]
         finished: list[Sample] = []
-        stop = should_stop is not None and self._tp.rank == 0 and should_stop()
+        stop = should_stop is not None and self._group.is_leader and should_stop()
         tokens: list[int] = []
         if samples:
             params = [s.request.sampling for s in samples]
             draws = self._sampler.sample(logits, params, [s.next_key() for s in samples])
             logprobs, margins = draws.logprobs.tolist(), draws.margins.tolist()
             tokens = draws.tokens.tolist()
-        tokens, stop = self._agree(tokens, stop)
+        # the group's per-step message
+        stopped, *tokens = self._group.from_leader([int(stop), *tokens])
         for i, sample in enumerate(samples):
             if logprobs[i] != logprobs[i]:
                 self.release_cache()
@@ -404,75 +363,4 @@ class NativeEngine:
             if finish is not None:
                 sample.finish = finish
                 finished.append(sample)
-        return finished, stop
-
-    def _agree(self, tokens: list[int], stop: bool) -> tuple[list[int], bool]:
-        """The group's per-step message: the leader's tokens and whether to stop."""
-        if self._tp.group is None:
-            return tokens, stop
-        message = torch.tensor([int(stop), *tokens], device=self._device)
-        dist.broadcast(message, dist.get_global_rank(self._tp.group, 0), group=self._tp.group)
-        values = message.tolist()
-        return values[1:], bool(values[0])
-
-    # Storage
-
-    def _shape(self, num_blocks: int) -> CacheShape:
-        config = self._config
-        return CacheShape(
-            num_layers=config.num_layers,
-            num_blocks=num_blocks,
-            block_size=self.block_size,
-            heads=config.num_heads // self._tp.size,
-            kv_heads=local_kv_heads(config, self._tp.size),
-            head_dim=config.head_dim,
-            dtype=self._dtype,
-            device=self._device,
-        )
-
-    def _num_blocks(self, requests: Sequence[Request]) -> int:
-        """Blocks of the cache for a call; alike on the ranks of a tensor-parallel group."""
-        given, kept = self._options.kv_cache_gb, 0 if self._work is None else self._work.num_blocks
-        block_bytes = self._shape(1).num_bytes
-        if given != "auto":
-            return int(given * GB) // block_bytes
-        needed = blocks_needed(requests, self.block_size, self._options.max_running)
-        if needed <= kept:
-            return kept
-        if self._device.type == "cpu":
-            return min(needed, int(_CPU_CACHE_GB * GB) // block_bytes)
-        # what torch's allocator has cached is free for it, though not for others
-        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
-            self._device
-        )
-        free = torch.cuda.mem_get_info(self._device)[0] + cached + kept * block_bytes
-        most = int(free * _CUDA_FREE_FRACTION) // block_bytes
-        if self._tp.group is not None:
-            # Ranks may have different amounts free, but must schedule alike.
-            count = torch.tensor(most, device=self._device)
-            dist.all_reduce(count, dist.ReduceOp.MIN, group=self._tp.group)
-            most = int(count)
-        return max(min(needed, most), kept)
-
-    def _prepare_work(self, num_blocks: int) -> _Work:
-        if self._work is not None and self._work.num_blocks == num_blocks:
-            return self._work
-        self._work = None  # frees the old cache before the new one is made
-        shape, options = self._shape(num_blocks), self._options
-        attention: PagedAttention
-        if self._paged:
-            longest = min(self._config.max_position, num_blocks * self.block_size)
-            attention = VarlenAttention(
-                shape,
-                max_sequences=options.max_running,
-                max_blocks=-(-longest // self.block_size),
-                max_tokens=options.max_running + options.prefill_tokens,
-            )
-        else:
-            attention = BlockwiseAttention(shape)
-        graphs = options.max_running if self.captures_graphs else 0
-        runner = Runner(self._decoder, attention, self._device, graph_sequences=graphs)
-        self._work = _Work(
-            num_blocks=num_blocks, attention=attention, runner=runner, compact=not self._paged
-        )
-        return self._work
+        return finished, bool(stopped)

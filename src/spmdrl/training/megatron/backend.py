@@ -20,7 +20,6 @@ from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attent
 from spmdrl.models.config import ModelConfig, inverse_frequencies
 from spmdrl.models.decoder import rope_tables
 from spmdrl.models.hf import TensorSource, fill
-from spmdrl.models.megatron_layout import Parameter, rank_chunks
 from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.models.sharding import Head
 from spmdrl.storages import require_resident
@@ -28,12 +27,7 @@ from spmdrl.training.context import LocalStream, split_stream, stream_part
 from spmdrl.training.experts import ExpertUse, make_balance, make_routing
 from spmdrl.training.megatron.checks import MegatronOptions, model_cut
 from spmdrl.training.megatron.groups import make_groups, prepare_process
-from spmdrl.training.megatron.model import (
-    build_chunk,
-    name_parameters,
-    replace_head,
-    transformer_config,
-)
+from spmdrl.training.megatron.model import build_stage, transformer_config
 from spmdrl.training.megatron.modules import StreamParams
 from spmdrl.training.megatron.optimizer import ShardedOptimizer
 from spmdrl.training.megatron.pipeline import Pipeline
@@ -112,22 +106,15 @@ class MegatronBackend:
             has_experts=config.moe is not None,
         )
         settings = transformer_config(mesh, config, options, megatron, device)
-        tp_rank, pp_rank, ep_rank = (mesh.coordinate(axis) for axis in ("tp", "pp", "ep"))
-        table = rank_chunks(config, cut, tp_rank, pp_rank, head, ep_rank=ep_rank)
-        embd, groups.embd = groups.embd, None  # see groups: weights are loaded, not all-reduced
-        self._chunks = [
-            build_chunk(settings, config, cut, groups, number, device, head)
-            for number in range(cut.vpp)
-        ]
-        groups.embd = embd
-        named: list[list[tuple[Parameter, Any]]] = []
-        for chunk, expected in zip(self._chunks, table, strict=True):
-            replace_head(chunk, config, head)
-            named.append(list(zip(expected, name_parameters(chunk, expected), strict=True)))
+        stage = build_stage(settings, config, cut, groups, mesh, device, head)
+        self._chunks = stage.chunks
+        for chunk in self._chunks:
             chunk.requires_grad_(trainable).train(trainable)
         self._optimizer: ShardedOptimizer | None = None
         if trainable:
-            self._optimizer = ShardedOptimizer(settings, self._chunks, named, groups, mesh, options)
+            self._optimizer = ShardedOptimizer(
+                settings, self._chunks, stage.named, groups, mesh, options
+            )
         self._pipeline = Pipeline(
             mesh,
             settings,
@@ -137,7 +124,7 @@ class MegatronBackend:
         )
         # made after the optimizer, which moves the weights into its buffers
         self._weights: LocalTensors = {
-            p.name: (tensor.detach(), p.slices) for chunk in named for p, tensor in chunk
+            p.name: (tensor.detach(), p.slices) for chunk in stage.named for p, tensor in chunk
         }
         self._is_sp = megatron.sp
         self._num_steps = self._num_skipped = 0

@@ -48,6 +48,51 @@ def prepare_process(device: torch.device) -> None:
         tracker.set_states({**tracker.get_states(), name: state})
 
 
+class _Members:
+    """This rank's groups along axes of a mesh; a group of one rank, made once, where there is
+    nothing along them.
+    """
+
+    def __init__(self, mesh: Mesh, backend: str | None) -> None:
+        self._mesh, self._backend = mesh, backend
+        self.solo = self.own([dist.get_rank()])
+
+    def own(self, ranks: list[int]) -> dist.ProcessGroup:
+        """A new group. Only its members make it: ranks outside of the role know nothing of it."""
+        group: dist.ProcessGroup = dist.new_group(
+            ranks, backend=self._backend, use_local_synchronization=True
+        )
+        return group
+
+    def along(self, axis: str) -> dist.ProcessGroup:
+        """The mesh's group of an axis."""
+        group = self._mesh.group(axis)
+        return self.solo if group is None else group
+
+    def alike(self, *axes: str) -> dist.ProcessGroup:
+        """The ranks that agree with this one in these axes, of the mesh's and of the experts'."""
+        degrees, members = self._mesh.degrees, self._mesh.ranks
+        places = [{**p, **expert_place(degrees, p)} for p in coordinates(degrees)]
+        mine = places[members.index(dist.get_rank())]
+        ranks = [
+            rank
+            for rank, place in zip(members, places, strict=True)
+            if all(place[axis] == mine[axis] for axis in axes)
+        ]
+        return self.solo if len(ranks) == 1 else self.own(ranks)
+
+    def ends(self) -> dist.ProcessGroup | None:
+        """The first and the last pipeline stage; None on stages between, and without a pipeline."""
+        pipeline = self._mesh.group("pp")
+        if pipeline is None:
+            return None
+        stages = dist.get_process_group_ranks(pipeline)
+        ends = [stages[0], stages[-1]]
+        if dist.get_rank() not in ends:
+            return None
+        return pipeline if len(stages) == 2 else self.own(ends)
+
+
 def make_groups(
     mesh: Mesh, device: torch.device, *, tied: bool, has_experts: bool
 ) -> ProcessGroupCollection:
@@ -56,57 +101,25 @@ def make_groups(
     Args:
         tied: the last pipeline stage's head is the first one's embedding.
     """
-    backend = group_backend(device.type, dist.get_backend_config())
-
-    def own(ranks: list[int]) -> dist.ProcessGroup:
-        # only its members make it: ranks outside of the role know nothing of it
-        group: dist.ProcessGroup = dist.new_group(
-            ranks, backend=backend, use_local_synchronization=True
-        )
-        return group
-
-    solo = own([dist.get_rank()])
-
-    def along(axis: str) -> dist.ProcessGroup:
-        group = mesh.group(axis)
-        return solo if group is None else group
-
-    def alike(*axes: str) -> dist.ProcessGroup:
-        """The ranks that agree with this one in these axes, of the mesh's and of the experts'."""
-        places = [{**p, **expert_place(mesh.degrees, p)} for p in coordinates(mesh.degrees)]
-        mine = places[mesh.ranks.index(dist.get_rank())]
-        ranks = [
-            rank
-            for rank, place in zip(mesh.ranks, places, strict=True)
-            if all(place[axis] == mine[axis] for axis in axes)
-        ]
-        return solo if len(ranks) == 1 else own(ranks)
-
-    experts = {"expt_dp": solo, "intra_expt_dp": solo, "tp_ep": solo}
+    members = _Members(mesh, group_backend(device.type, dist.get_backend_config()))
+    experts = dict.fromkeys(("expt_dp", "intra_expt_dp", "tp_ep"), members.solo)
     if has_experts:
         experts = {
-            "expt_dp": along("edp"),
-            "intra_expt_dp": alike("pp", "dp_replicate", "ep", "etp"),
-            "tp_ep": alike("pp", "edp"),
+            "expt_dp": members.along("edp"),
+            "intra_expt_dp": members.alike("pp", "dp_replicate", "ep", "etp"),
+            "tp_ep": members.alike("pp", "edp"),
         }
-    groups = ProcessGroupCollection(
-        tp=along("tp"),
-        pp=along("pp"),
-        cp=along("cp"),
-        dp=along("dp"),
-        dp_cp=along("reduce"),
-        intra_dp_cp=along("shard"),
-        inter_dist_opt=along("dp_replicate"),
-        ep=along("ep"),
-        expt_tp=along("etp"),
+    return ProcessGroupCollection(
+        tp=members.along("tp"),
+        pp=members.along("pp"),
+        cp=members.along("cp"),
+        dp=members.along("dp"),
+        dp_cp=members.along("reduce"),
+        intra_dp_cp=members.along("shard"),
+        inter_dist_opt=members.along("dp_replicate"),
+        ep=members.along("ep"),
+        expt_tp=members.along("etp"),
         **experts,
-        embd=None,
+        embd=members.ends() if tied else None,
         pos_embd=None,
     )
-    pipeline = mesh.group("pp")
-    if tied and pipeline is not None:
-        stages = dist.get_process_group_ranks(pipeline)
-        ends = [stages[0], stages[-1]]
-        if dist.get_rank() in ends:
-            groups.embd = pipeline if len(stages) == 2 else own(ends)
-    return groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,13 @@ from torch import nn
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.experts import MoeConfig
-from spmdrl.models.megatron_layout import Cut, Parameter, chunk_layers, padded_vocab
+from spmdrl.models.megatron_layout import (
+    Cut,
+    Parameter,
+    chunk_layers,
+    padded_vocab,
+    rank_chunks,
+)
 from spmdrl.models.sharding import Head as HeadKind
 from spmdrl.training.megatron.checks import MegatronOptions, uses_transformer_engine
 from spmdrl.training.megatron.modules import Head, Norm, Router, SpanAttention
@@ -36,8 +43,21 @@ def transformer_config(
     device: torch.device,
 ) -> TransformerConfig:
     """The model and its parallel layout as megatron-core describes them."""
-    on_cuda, interleaved = device.type == "cuda", megatron.vpp > 1
-    given: dict[str, Any] = {
+    given = _model_settings(config, options.param_dtype)
+    given |= _layout_settings(mesh, megatron, device) | _kernel_settings(device)
+    if config.moe is not None:
+        given |= _expert_settings(config.moe, config, mesh, device)
+    if options.recompute == "layer":
+        given |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return TransformerConfig(**given)
+
+
+def _model_settings(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    return {
         "num_layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.intermediate_size,
@@ -53,19 +73,37 @@ def transformer_config(
         "activation_func": F.silu,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "params_dtype": options.param_dtype,
-        "pipeline_dtype": options.param_dtype,
-        "bf16": options.param_dtype == torch.bfloat16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+    }
+
+
+def _layout_settings(mesh: Mesh, megatron: MegatronOptions, device: torch.device) -> dict[str, Any]:
+    interleaved = megatron.vpp > 1
+    return {
         "tensor_model_parallel_size": mesh.size("tp"),
         "pipeline_model_parallel_size": mesh.size("pp"),
         "context_parallel_size": mesh.size("cp"),
         "virtual_pipeline_model_parallel_size": megatron.vpp if interleaved else None,
         "sequence_parallel": megatron.sp,
+        # gradients are sums: losses are divided by the global count already
+        "calculate_per_token_loss": True,
+        # Interleaved stages on two ranks have one peer for both directions: messages that are sent
+        # in one batch pair up wrongly there, so they are sent one by one, and overlap.
+        "batch_p2p_comm": not interleaved,
+        "overlap_p2p_comm": interleaved,
+        # gloo still reads a message while the schedule would free it
+        "deallocate_pipeline_outputs": device.type == "cuda",
+    }
+
+
+def _kernel_settings(device: torch.device) -> dict[str, Any]:
+    on_cuda = device.type == "cuda"
+    return {
         # weights are filled from the checkpoint
         "perform_initialization": False,
         "use_cpu_initialization": not on_cuda,
-        # gradients are sums: losses are divided by the global count already
-        "calculate_per_token_loss": True,
         # needs apex; TransformerEngine has its own
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
@@ -73,24 +111,42 @@ def transformer_config(
         "bias_dropout_fusion": False,
         "bias_activation_fusion": on_cuda,
         "apply_rope_fusion": False,
-        # Interleaved stages on two ranks have one peer for both directions: messages that are sent
-        # in one batch pair up wrongly there, so they are sent one by one, and overlap.
-        "batch_p2p_comm": not interleaved,
-        "overlap_p2p_comm": interleaved,
-        # gloo still reads a message while the schedule would free it
-        "deallocate_pipeline_outputs": on_cuda,
         # its default is deprecated, and says so
         "cuda_graph_scope": [],
     }
-    if config.moe is not None:
-        given |= _expert_settings(config.moe, config, mesh, device)
-    if options.recompute == "layer":
-        given |= {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
-    return TransformerConfig(**given)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stage:
+    """A rank's chunks, and the parameters of each, named as the layout does, in its order."""
+
+    chunks: list[GPTModel]
+    named: list[list[tuple[Parameter, nn.Parameter]]]
+
+
+def build_stage(
+    settings: TransformerConfig,
+    config: ModelConfig,
+    cut: Cut,
+    groups: ProcessGroupCollection,
+    mesh: Mesh,
+    device: torch.device,
+    head: HeadKind,
+) -> Stage:
+    """The chunks of this rank of `mesh`, their parameters not filled."""
+    tp_rank, pp_rank, ep_rank = (mesh.coordinate(axis) for axis in ("tp", "pp", "ep"))
+    table = rank_chunks(config, cut, tp_rank, pp_rank, head, ep_rank=ep_rank)
+    embd, groups.embd = groups.embd, None  # see groups: weights are loaded, not all-reduced
+    chunks = [
+        build_chunk(settings, config, cut, groups, number, device, head)
+        for number in range(cut.vpp)
+    ]
+    groups.embd = embd
+    named = []
+    for chunk, expected in zip(chunks, table, strict=True):
+        replace_head(chunk, config, head)
+        named.append(list(zip(expected, name_parameters(chunk, expected), strict=True)))
+    return Stage(chunks=chunks, named=named)
 
 
 def build_chunk(

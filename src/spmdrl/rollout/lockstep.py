@@ -1,0 +1,42 @@
+"""`Lockstep`: the ranks of a tensor-parallel group, which take every step of an engine together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from ..distributed.parallel import Parallel
+
+
+class Lockstep:
+    """A group whose first rank, the leader, decides for all. A rank alone sends no messages.
+
+    Args:
+        tp: this rank's place in the group.
+    """
+
+    def __init__(self, tp: Parallel, device: torch.device) -> None:
+        self._tp, self._device = tp, device
+
+    @property
+    def is_leader(self) -> bool:
+        return self._tp.rank == 0
+
+    def from_leader(self, values: Sequence[int]) -> list[int]:
+        """The leader's values, of which every rank has as many: one message."""
+        if self._tp.group is None:
+            return list(values)
+        message = torch.tensor(values, device=self._device)
+        dist.broadcast(message, dist.get_global_rank(self._tp.group, 0), group=self._tp.group)
+        found: list[int] = message.tolist()
+        return found
+
+    def least(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+        if self._tp.group is None:
+            return value
+        message = torch.tensor(value, device=self._device)
+        dist.all_reduce(message, dist.ReduceOp.MIN, group=self._tp.group)
+        return int(message)

@@ -1,0 +1,169 @@
+"""`Workspace`: the native engine's cache, and what holds its addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ...models.config import ModelConfig
+from ...models.decoder import Decoder
+from ...models.moe import has_fixed_shapes
+from ...models.sharding import local_kv_heads
+from ..lockstep import Lockstep
+from ..protocol import Request
+from ..requests import GB, blocks_needed
+from .attention import CacheShape, PagedAttention
+from .blockwise import BlockwiseAttention
+from .runner import Runner
+from .varlen import BLOCK_MULTIPLE, VarlenAttention, varlen_is_usable
+
+_CPU_CACHE_GB = 2.0
+_CUDA_FREE_FRACTION = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeOptions:
+    """Sizes of the native engine.
+
+    Args:
+        kv_cache_gb: of one rank, in 10^9 bytes; "auto": what the requests of a call can need, at
+            most 2 on the CPU and 80 % of the free memory on CUDA.
+        block_size: tokens of a cache block; rounded up to 256 where torch's paged kernels run.
+        max_running: sequences decoded together, at most.
+        prefill_tokens: prompt tokens a step, at most.
+        cuda_graphs: replay decode steps as CUDA graphs.
+        keeps_aborted: keep the state of an aborted call (the cache!) for one that goes on.
+    """
+
+    kv_cache_gb: float | Literal["auto"] = "auto"
+    block_size: int = 32
+    max_running: int = 256
+    prefill_tokens: int = 2048
+    cuda_graphs: bool = True
+    keeps_aborted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A cache of `num_blocks`, attention over it, and what runs steps with it.
+
+    Args:
+        compact: used blocks are to lie dense, see `Scheduler`.
+    """
+
+    num_blocks: int
+    attention: PagedAttention
+    runner: Runner
+    compact: bool
+
+
+class Workspace:
+    """Makes `Work` for a call, and keeps it for the calls after it that need as much.
+
+    Args:
+        tp_size: ranks that the heads are divided over.
+        group: these ranks.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        decoder: Decoder,
+        options: NativeOptions,
+        group: Lockstep,
+        tp_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._config, self._decoder, self._options = config, decoder, options
+        self._group, self._tp_size = group, tp_size
+        self._device, self._dtype = device, dtype
+        self._paged = varlen_is_usable(dtype, config.head_dim, device)
+        multiple = BLOCK_MULTIPLE if self._paged else 1
+        self.block_size = -(-options.block_size // multiple) * multiple
+        self._work: Work | None = None
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether decode steps are replayed as CUDA graphs, which hold addresses."""
+        shapes = {name: tuple(p.shape) for name, p in self._decoder.named_parameters()}
+        fixed = has_fixed_shapes(self._config, shapes, self._dtype, self._device)
+        return self._paged and self._options.cuda_graphs and fixed
+
+    def cache_bytes(self) -> int:
+        """Of the cache, as it is now."""
+        return 0 if self._work is None else self._shape(self._work.num_blocks).num_bytes
+
+    def graph_bytes(self) -> int:
+        """Of the graphs' private memory pool, as it is now."""
+        graphs = None if self._work is None else self._work.runner.graphs
+        return 0 if graphs is None else graphs.pool_bytes
+
+    def release(self) -> None:
+        """Free the cache, and the graphs that hold its addresses; the next call makes them."""
+        self._work = None
+
+    def release_graphs(self) -> None:
+        """Free the graphs: before weights move whose addresses they hold."""
+        if self._work is not None and self._work.runner.graphs is not None:
+            self._work.runner.graphs.drop()
+
+    def blocks_for(self, requests: Sequence[Request]) -> int:
+        """Blocks of the cache for a call; alike on the ranks of the group."""
+        given, kept = self._options.kv_cache_gb, 0 if self._work is None else self._work.num_blocks
+        block_bytes = self._shape(1).num_bytes
+        if given != "auto":
+            return int(given * GB) // block_bytes
+        needed = blocks_needed(requests, self.block_size, self._options.max_running)
+        if needed <= kept:
+            return kept
+        if self._device.type == "cpu":
+            return min(needed, int(_CPU_CACHE_GB * GB) // block_bytes)
+        # what torch's allocator has cached is free for it, though not for others
+        cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
+            self._device
+        )
+        free = torch.cuda.mem_get_info(self._device)[0] + cached + kept * block_bytes
+        # ranks may have different amounts free, but must schedule alike
+        most = self._group.least(int(free * _CUDA_FREE_FRACTION) // block_bytes)
+        return max(min(needed, most), kept)
+
+    def prepare(self, num_blocks: int) -> Work:
+        """With a cache of so many blocks."""
+        if self._work is not None and self._work.num_blocks == num_blocks:
+            return self._work
+        self._work = None  # frees the old cache before the new one is made
+        shape, options = self._shape(num_blocks), self._options
+        attention: PagedAttention
+        if self._paged:
+            longest = min(self._config.max_position, num_blocks * self.block_size)
+            attention = VarlenAttention(
+                shape,
+                max_sequences=options.max_running,
+                max_blocks=-(-longest // self.block_size),
+                max_tokens=options.max_running + options.prefill_tokens,
+            )
+        else:
+            attention = BlockwiseAttention(shape)
+        graphs = options.max_running if self.captures_graphs else 0
+        runner = Runner(self._decoder, attention, self._device, graph_sequences=graphs)
+        self._work = Work(
+            num_blocks=num_blocks, attention=attention, runner=runner, compact=not self._paged
+        )
+        return self._work
+
+    def _shape(self, num_blocks: int) -> CacheShape:
+        config = self._config
+        return CacheShape(
+            num_layers=config.num_layers,
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            heads=config.num_heads // self._tp_size,
+            kv_heads=local_kv_heads(config, self._tp_size),
+            head_dim=config.head_dim,
+            dtype=self._dtype,
+            device=self._device,
+        )
