@@ -3,13 +3,21 @@
 #
 # A real Slurm on this host, as root, without systemd: one controller and NODES emulated nodes
 # (default 2), in a second. `export SLURM_CONF=DIR/slurm.conf` then makes sbatch and the rest use it.
-# Slurm's emulation of several nodes (slurmd -N) is in Debian's build.
+# Slurm's emulation of several nodes (slurmd -N) is in Debian's build. cred_expire is also how long a
+# job that is queued again waits: 120 s on a cluster that does not set it.
 set -euo pipefail
 what=${1:-} dir=${2:?usage: slurmlab.sh up DIR [NODES] | down DIR} nodes=${3:-2}
 export SLURM_CONF=$dir/slurm.conf
 
 down() {
     local file
+    # What is left of jobs would live on without its daemons, and report to the next lab's. TERM
+    # ends them, or KILL after KillWait.
+    timeout 10 scancel --user="$(id -un)" 2>/dev/null || true
+    for _ in $(seq 700); do
+        [ -n "$(timeout 10 squeue -h 2>/dev/null)" ] || break
+        sleep 0.1
+    done
     for file in "$dir"/run/slurmd.*.pid "$dir"/run/slurmctld.pid; do
         if [ -s "$file" ]; then kill "$(cat "$file")" 2>/dev/null || true; fi
     done
@@ -34,6 +42,7 @@ SlurmctldPort=${SLURMLAB_PORT:-26817}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
+AuthInfo=cred_expire=10
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -47,19 +56,21 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 ReturnToService=2
-KillWait=30
+KillWait=60
 SlurmdTimeout=20
 SlurmdParameters=config_overrides
 SlurmctldPidFile=$dir/run/slurmctld.pid
 SlurmdPidFile=$dir/run/slurmd.%n.pid
 SlurmdSpoolDir=$dir/spool.%n
 StateSaveLocation=$dir/state
+SlurmctldDebug=${SLURMLAB_DEBUG:-info}
+SlurmdDebug=${SLURMLAB_DEBUG:-info}
 SlurmctldLogFile=$dir/log/slurmctld.log
 SlurmdLogFile=$dir/log/slurmd.%n.log
 $(for number in $(seq "$nodes"); do
         echo "NodeName=n$number NodeHostname=$host NodeAddr=127.0.0.1 Port=$((27000 + number)) CPUs=16 State=UNKNOWN"
     done)
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=40
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
 PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
 C
 }

@@ -23,6 +23,15 @@ class Slow(Wrapped):
         return super().collect(step)
 
 
+class SlowAtFirst(Slow):
+    """The job's first start outlives the time in which Slurm notices that a node is lost."""
+
+    def collect(self, step: int) -> Batch:
+        if "SLURM_RESTART_COUNT" not in os.environ:
+            time.sleep(8)
+        return super().collect(step)
+
+
 class CrashesAtThree(Slow):
     """Rank 1 raises in the fourth step, whenever it comes there."""
 

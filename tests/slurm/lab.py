@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torchrun import wait_until
 
 ROOT = Path(__file__).parents[2]
+PATIENCE_S = 600.0
+"""How long anything may take: a start is a few seconds of `import torch` for every process."""
+
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -31,7 +35,7 @@ class Lab:
 
     def _control(self, what: str) -> None:
         script = ROOT / "scripts/dev/slurmlab.sh"
-        subprocess.run([script, what, str(self.directory)], check=True, timeout=60)
+        subprocess.run([script, what, str(self.directory)], check=True, timeout=120)
 
     def run(self, *words: str) -> str:
         done = subprocess.run(
@@ -54,7 +58,7 @@ class Lab:
             **variables,
         }
         done = subprocess.run(
-            ["sbatch", "--parsable", "--time=10", f"--output={log}/%A_%a.log", *options]
+            ["sbatch", "--parsable", "--time=60", f"--output={log}/%A_%a.log", *options]
             + [str(ROOT / "scripts/slurm" / script), *words],
             env={**self.environment, **given},
             cwd=ROOT,
@@ -103,36 +107,30 @@ class Job:
     def cancel(self) -> None:
         self.lab.run("scancel", self.number)
 
-    def wait(self, *states: str, seconds: float) -> str:
+    def wait(self, *states: str) -> str:
         """Until the job is in one of the states."""
-        wait_until(lambda: self.state in states, seconds)
+        wait_until(lambda: self.state in states, PATIENCE_S)
         return self.state
 
-    def wait_for_restart(self, seconds: float) -> None:
-        """Until the job was queued again and runs: Slurm would let it wait for two minutes."""
-        before, deadline = self.restarts, time.monotonic() + seconds
-        pending_since: float | None = None
-        ended_since: float | None = None
-        while True:
-            assert time.monotonic() < deadline, (self.show(), self.output())
-            found = self.show()
-            if found["JobState"] == "RUNNING" and int(found["Restarts"]) > before:
-                return
-            # for a moment, a job that is being queued again looks like one that has ended
-            ended_since = (ended_since or time.monotonic()) if found["JobState"] in ENDED else None
-            if ended_since is not None:
-                assert time.monotonic() - ended_since < 60, (found["JobState"], self.output())
-            if found["JobState"] == "PENDING":
-                pending_since = pending_since or time.monotonic()
-            # earlier its credential is still revoked
-            if pending_since is not None and time.monotonic() - pending_since > 4:
-                subprocess.run(
-                    ["scontrol", "update", f"JobId={self.number}", "StartTime=now"],
-                    env=self.lab.environment,
-                    capture_output=True,
-                    timeout=60,
-                )
-            time.sleep(0.5)
+    def reach(self, condition: Callable[[], bool]) -> None:
+        """Until the job has brought something about; it must not end before.
+
+        For a while, a job that Slurm queues again looks like one that has ended.
+        """
+        began = alive = time.monotonic()
+        while not condition():
+            now = time.monotonic()
+            alive = alive if self.state in ENDED else now
+            assert now - alive < 20 and now - began < PATIENCE_S, (self.show(), self.output())
+            time.sleep(0.2)
+
+    def wait_for_restart(self) -> None:
+        """Until the job was queued again and runs, which Slurm delays by AuthInfo=cred_expire.
+
+        An earlier start, which `scontrol update StartTime=now` can force, may meet a node that
+        still holds the job's old credential as revoked: the job is then FAILED.
+        """
+        self.reach(lambda: self.restarts > 0 and self.state == "RUNNING")
 
     def output(self) -> str:
         parts = [
