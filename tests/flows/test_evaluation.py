@@ -167,14 +167,17 @@ def test_alone_with_an_opponent_of_another_run(runs, root):
         [f"{key}.against={torn}"],
         [f"{key}.against={judged}"],
         [f"{key}.against={root / 'none.jsonl'}"],
+        [f"{key}.against=start"],  # of a training run
     ]
-    good, *bad = run_ranks(serve, 2, str(config), cases, timeout_s=200)[1]
+    good, *bad, alone = run_ranks(serve, 2, str(config), cases, timeout_s=200)[1]
     # the same model and the same random numbers: only ties
     assert good["eval/other/win_rate"] == 0.5
     assert good["eval/other/win_rate/standard_error"] == 0
     assert "eval/held_out/accuracy" not in good and good["eval/greedy/pass@1"] >= 0
     for message, part in zip(bad, ("another prompt", "was judged by", "FileNotFound"), strict=True):
         assert part in message and "against=" in message, message
+    assert alone["eval/other/reward"] == good["eval/other/reward"]
+    assert "eval/other/win_rate" not in alone
     directory = root / "alone" / "evaluation"
     assert len(results(directory / "other.jsonl")) == 18
     assert read_metrics(directory / "metrics.jsonl")[0]["eval/other/win_rate"] == 0.5

@@ -220,8 +220,14 @@ def make_evaluators(
     inputs: Inputs,
     assembly: Assembly,
     pools: Mapping[str, RewardPool],
+    *,
+    has_start: bool = True,
 ) -> dict[str, Evaluator]:
-    """The evaluators of the held-out prompts by set; none without a rollout."""
+    """The evaluators of the held-out prompts by set; none without a rollout.
+
+    Args:
+        has_start: whether there are answers from before the first step to be `against`.
+    """
     rollout = next((r for r in assembly.roles.values() if isinstance(r, Rollout)), None)
     found: dict[str, Evaluator] = {}
     results_dir = Path(config.run_dir) / "evaluation"
@@ -232,7 +238,7 @@ def make_evaluators(
         pool = pools.get(pool_key(described.rewards))
         against = None if described.against is None else Path(described.against)
         if described.against == START:
-            against = results_file(results_dir, name, 0)
+            against = results_file(results_dir, name, 0) if has_start else None
         found[name] = Evaluator(
             world=world,
             name=name,
