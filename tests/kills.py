@@ -2,10 +2,10 @@
 
     python tests/kills.py --kills 30 [--seed 0] [--ranks 3]
 
-A run saves after every step. Half of the kills hit it while a checkpoint is being written, the
-others at any moment, the start included. Every time the job must end within a minute and name the
-rank; the next start must go on from the last complete checkpoint, and all metrics must be those of
-a run that nobody disturbed. The last line is one JSON object.
+A run saves after every step. Two of five kills hit it while a checkpoint is being written, as many
+anywhere between two steps, the others while it starts. Every time the job must end within a minute
+and name the rank; the next start must go on from the last complete checkpoint, and all metrics must
+be those of a run that nobody disturbed. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -57,9 +57,11 @@ class Loop:
     resumed: int = 0
     named: int = 0
     saving: int = 0
+    began: float = 0.0
     slowest: float = 0.0
 
     def start(self, run_dir: Path, number: int) -> Torchrun:
+        self.began = time.time()
         return Torchrun(
             self.root / "config.yaml",
             f"run_dir={run_dir}",
@@ -96,12 +98,13 @@ class Loop:
 
     def kill(self, run: Torchrun, run_dir: Path) -> None:
         rank = self.draw.randrange(self.ranks)
-        saving = self.draw.random() < 0.5
-        pause = self.draw.random() ** 2 * (0.05 if saving else 8.0)
+        when = self.draw.choice(["start", "step", "step", "save", "save"])
+        pause = self.draw.random() ** 2 * {"start": 8.0, "step": 5.0, "save": 0.05}[when]
         wait_until(lambda: len(run.rank_pids()) == self.ranks or run.process.poll() is not None, 60)
         pids = run.rank_pids()
-        if saving:
-            wait_until(lambda: self.is_saving(run_dir) or run.process.poll() is not None, 120)
+        if when != "start":
+            begins = self.is_saving if when == "save" else self.has_stepped
+            wait_until(lambda: begins(run_dir) or run.process.poll() is not None, 120)
         time.sleep(pause)
         if run.process.poll() is not None:
             assert run.process.returncode == 0, run.output()
@@ -120,13 +123,26 @@ class Loop:
         is_named = cause is not None and int(cause[1]) == rank and code != 0
         self.named += is_named
         print(
-            f"kill {self.kills}: rank {rank} {'while saving' if was_saving else 'at any time'}, "
+            f"kill {self.kills}: rank {rank} {'while saving' if was_saving else f'in a {when}'}, "
             f"ended after {seconds:.1f} s, {'named' if is_named else 'NOT NAMED'}",
             flush=True,
         )
 
     def is_saving(self, run_dir: Path) -> bool:
-        return any((run_dir / "checkpoints").glob(".partial-*/*"))
+        return self.is_new(run_dir / "checkpoints", ".partial-*/*")
+
+    def has_stepped(self, run_dir: Path) -> bool:
+        return self.is_new(run_dir, "metrics.jsonl")
+
+    def is_new(self, directory: Path, pattern: str) -> bool:
+        """Whether a file is of this start, and not left by one that was killed."""
+        for path in directory.glob(pattern):
+            try:
+                if path.stat().st_mtime > self.began:
+                    return True
+            except FileNotFoundError:
+                continue
+        return False
 
     def went_on(self, run: Torchrun, run_dir: Path, latest: str | None) -> bool:
         """Whether a start after a kill went on from the last complete checkpoint, exactly."""
