@@ -1,7 +1,8 @@
-"""vLLM on two ranks beside the trainer: no weight is left behind, whatever brings it."""
+"""vLLM on two ranks beside the trainer: no weight is left behind, and every rank can be stopped."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,28 @@ from torch import Tensor
 
 from flow_cases import run_configs, write_config
 from harness import run_ranks
+from spmdrl.config_files import load_config
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.launch import World
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.hf import fill, load_into
 from spmdrl.models.pad_heads import pad_heads
 from spmdrl.rollout.protocol import Completion
+from spmdrl.rollout.vllm_engine import VllmEngine
 from spmdrl.rollout.vllm_model import VOCAB_MULTIPLE
 from spmdrl.weights.layout import Table, model_layout
 from spmdrl.weights.plan import plan_sync
 from spmdrl.weights.sync import WeightSync
+from stopping import POLLS
 from tiny_model import make_tiny_model
-from torchrun import Torchrun, outcome_of
+from torchrun import Torchrun, attempt_of, outcome_of
 from vllm_cases import make_vllm, needs_vllm
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "vocab_size": 136}
 """vLLM pads this vocabulary to 192 rows; of two ranks the second has 40 of them."""
+
+STOPS = (5, 9)
+"""The engine steps after which ranks 0 and 1 see a request to stop."""
 
 CONFIGS: dict[str, list[str]] = {
     "dp2, shared storage that the plan moves": [
@@ -54,11 +61,33 @@ def source_tensors(table: Table, weights: StateDict) -> dict[str, tuple[Tensor, 
     return held
 
 
-def stale_weights(world: World, name: str, tp: int) -> tuple[list[str], list[Completion]]:
+def interrupted(engine: VllmEngine, world: World, tp: int) -> list[Completion]:
+    """Long samples that are asked to stop at a step of the rank's own: of its group's leader."""
+    asked = [
+        request(tokens, i, max_tokens=150, ignore_eos=True)
+        for i, tokens in enumerate(prompts_of(24, 40))
+    ]
+    steps: list[int] = []
+
+    def should_stop() -> bool:
+        assert tp == 1 or world.is_first, "the leader asks, the others are told"
+        steps.append(len(steps) + 1)
+        return steps[-1] == STOPS[0 if tp > 1 else world.rank]
+
+    found = engine.generate(asked, seed=0, step=1, should_stop=should_stop)
+    [whole] = engine.generate(asked[:1], seed=0, step=1)
+    assert whole[0].finish == "length", "it was stopped for good"
+    assert found[0][0].tokens == whole[0].tokens[: len(found[0][0].tokens)]
+    return [group[0] for group in found]
+
+
+def weights_and_stops(
+    world: World, name: str, tp: int
+) -> tuple[list[str], list[Completion], list[Completion]]:
     """Change the trainer's tensors one by one, then all together; sync; compare the engine.
 
-    Returns the local names whose change the engine did not show as the trainer did, and what it
-    generates at the end.
+    Returns the local names whose change the engine did not show as the trainer did, what it
+    generates at the end, and what it has of samples that were stopped.
     """
     config, weights = tiny_model(name, **SIZES)
     tensors = {hf: weights.tensor(hf).clone() for hf in weights.names}
@@ -121,15 +150,32 @@ def stale_weights(world: World, name: str, tp: int) -> tuple[list[str], list[Com
     for i, one in enumerate(asked):
         if found[i].tokens != naive(config, weights, one, 0, seed=0, step=0).tokens:
             wrong.append(f"greedy tokens of prompt {i}")
+    stopped = interrupted(engine, world, tp)
     engine.close()
-    return wrong, found
+    return wrong, found, stopped
 
 
-def _ranks(world: World, configs: list[tuple[str, list[str]]], root: str) -> dict[str, Any]:
+def stopped_run(world: World, config: str, root: str) -> dict[str, Any]:
+    """A run that each rank sees a stop of in its first generation, and what goes on from it."""
+    run_dir = Path(load_config(config, []).run_dir)
+    os.environ[POLLS] = " ".join(str(step) for step in STOPS)
+    [first] = run_configs(world, [(config, [])], root)
+    outcomes, polls = [outcome_of(run_dir)], attempt_of(run_dir) / f"polls_{world.rank}"
+    told = {"before": first, "polls": int(polls.read_text())}
+    dist.barrier()
+    del os.environ[POLLS]
+    [records] = run_configs(world, [(config, [])], root)
+    return {**told, "records": records, "outcomes": [*outcomes, outcome_of(run_dir)]}
+
+
+def _ranks(
+    world: World, configs: list[tuple[str, list[str]]], stopped: str, root: str
+) -> dict[str, Any]:
     return {
-        "stale, tp2": stale_weights(world, "Qwen2", 2),
-        "stale, dp2": stale_weights(world, "Llama", 1),
+        "tp2": weights_and_stops(world, "Qwen2", 2),
+        "dp2": weights_and_stops(world, "Llama", 1),
         "runs": run_configs(world, configs, root),
+        "stopped run": stopped_run(world, stopped, root),
     }
 
 
@@ -143,8 +189,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config_of(root: Path, name: str) -> Path:
-    settings = {"rollout": {"engine": "vllm", "block_size": 16}, "steps": 4}
+def config_of(root: Path, name: str, **sections: Any) -> Path:
+    settings = {"rollout": {"engine": "vllm", "block_size": 16}, "steps": 4, **sections}
     return write_config(root / f"{name}.yaml", root / "model", root / name, **settings)
 
 
@@ -154,15 +200,43 @@ def results(root: Path) -> list[dict[str, Any]]:
         (str(config_of(root, f"run_{number}")), words)
         for number, words in enumerate(CONFIGS.values())
     ]
-    return run_ranks(_ranks, 2, configs, str(root), timeout_s=500)
+    stopped = config_of(
+        root,
+        "stopped",
+        steps=2,
+        environment="stopping:StopsAt",
+        sampling={"max_tokens": 60},
+    )
+    return run_ranks(_ranks, 2, configs, str(stopped), str(root), timeout_s=500)
 
 
 @needs_vllm
-@pytest.mark.parametrize("case", ["stale, tp2", "stale, dp2"])
+@pytest.mark.parametrize("case", ["tp2", "dp2"])
 def test_no_weight_is_left_behind(results: list[dict[str, Any]], case: str) -> None:
-    (first_wrong, first), (second_wrong, second) = (result[case] for result in results)
+    (first_wrong, first, _), (second_wrong, second, _) = (result[case] for result in results)
     assert (first_wrong, second_wrong) == ([], [])
     assert first == second, "the ranks differ"
+
+
+@needs_vllm
+@pytest.mark.parametrize("case", ["tp2", "dp2"])
+def test_every_group_stops_by_itself(results: list[dict[str, Any]], case: str) -> None:
+    first, second = (result[case][2] for result in results)
+    assert {c.finish for c in (*first, *second)} == {"aborted"}
+    assert {len(c.tokens) for c in first} == {STOPS[0]}
+    assert {len(c.tokens) for c in second} == {STOPS[0 if case == "tp2" else 1]}
+
+
+@needs_vllm
+def test_a_run_stops_in_a_long_generation_and_goes_on(results: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(results):
+        found = result["stopped run"]
+        # one more when the generation had ended
+        assert found["polls"] == STOPS[rank] + 1 and found["before"] == []
+        assert found["outcomes"] == ["stopped", "done"]
+        assert len(found["records"]) == 2
+    for record in results[0]["stopped run"]["records"]:
+        assert record["rollout_gap_max"] < 1e-4 and record["grad_norm"] > 0
 
 
 @needs_vllm
