@@ -162,12 +162,14 @@ def test_restrict_drops_what_lies_outside() -> None:
 def test_degrees_that_do_not_divide_are_refused() -> None:
     config = config_of("LlamaForCausalLM", kv_heads=2)
     check_tp(config, 2)
-    with pytest.raises(ValueError, match=r"tp=4 does not divide .*num_key_value_heads=2"):
+    with pytest.raises(ValueError, match=r"tp=4 does not divide .*num_key_value_heads=2: .*16/4\)"):
         check_tp(config, 4)
     check_tp(config, 4, replicate_kv=True)
-    message = "num_attention_heads=8, intermediate_size=32, vocab_size=40"
+    message = "num_attention_heads=8, intermediate_size=32, vocab_size=40, .*-heads-to 12/3"
     with pytest.raises(ValueError, match=message):
         check_tp(config, 3)
+    with pytest.raises(ValueError, match=r"intermediate_size=12$"):
+        check_tp(config_of("LlamaForCausalLM", kv_heads=8, intermediate_size=12), 8)
     with pytest.raises(ValueError, match="ep=2, but LlamaForCausalLM has no experts"):
         check_tp(config, 1, ep=2)
     experts = config_of("Qwen3MoeForCausalLM", **EXPERTS, kv_heads=8)

@@ -207,7 +207,7 @@ def results(root: Path) -> list[dict[str, Any]]:
         environment="stopping:StopsAt",
         sampling={"max_tokens": 60},
     )
-    return run_ranks(_ranks, 2, configs, str(stopped), str(root), timeout_s=500)
+    return run_ranks(_ranks, 2, configs, str(stopped), str(root), timeout_s=800)
 
 
 @needs_vllm

@@ -13,7 +13,7 @@ experts, and the `tp / gcd(tp, ep)` that hold the same ones divide each expert's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
@@ -251,8 +251,21 @@ def check_tp(config: ModelConfig, tp: int, *, ep: int = 1, replicate_kv: bool = 
     if copies and tp % config.num_kv_heads:
         bad.append(f"num_key_value_heads={config.num_kv_heads} (which does not divide it)")
     if bad:
-        raise ValueError(f"tp={tp} does not divide the model's {', '.join(bad)}")
+        mend = heads_mend(config, tp, bad)
+        raise ValueError(f"tp={tp} does not divide the model's {', '.join(bad)}{mend}")
     check_ep(config, tp, ep)
+
+
+def heads_mend(config: ModelConfig, tp: int, bad: Sequence[str]) -> str:
+    """How `tp` is made to divide the heads, for messages; nothing where `bad` names no heads."""
+    if not any("heads" in name for name in bad):
+        return ""
+    kv_heads = -(-config.num_kv_heads // tp) * tp
+    heads = kv_heads * config.num_heads // config.num_kv_heads
+    return (
+        ": take another tp, or a model with heads of zeros beside its own (spmdrl convert MODEL "
+        f"OUT --pad-heads-to {heads}/{kv_heads})"
+    )
 
 
 def check_ep(config: ModelConfig, tp: int, ep: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from spmdrl.distributed.expert_axes import expert_degrees
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.megatron_layout import Cut
-from spmdrl.models.sharding import check_ep
+from spmdrl.models.sharding import check_ep, heads_mend
 
 if TYPE_CHECKING:
     from spmdrl.training.megatron.backend import MegatronBackend
@@ -75,7 +75,10 @@ def check_megatron(
     }
     bad = [f"{name}={size}" for name, size in sizes.items() if size % tp]
     if bad:
-        raise ValueError(f"roles.{role}.tp={tp} does not divide the model's {', '.join(bad)}")
+        raise ValueError(
+            f"roles.{role}.tp={tp} does not divide the model's {', '.join(bad)}"
+            f"{heads_mend(config, tp, bad)}"
+        )
     if vpp > 1 and pp == 1:
         raise ValueError(
             f"roles.{role}.megatron.vpp={vpp} with roles.{role}.pp=1: there is no pipeline whose "
