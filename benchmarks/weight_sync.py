@@ -27,7 +27,7 @@ from torch import Tensor
 from spmdrl.distributed.reduce import world_max
 from spmdrl.launch import World, start_world, stop_world
 from spmdrl.models.config import read_config
-from spmdrl.models.sharding import check_tp
+from spmdrl.models.degrees import check_tp
 from spmdrl.weights.layout import WeightLayout, model_layout
 from spmdrl.weights.plan import plan_sync
 from spmdrl.weights.program import RankRound

@@ -14,7 +14,8 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.engines import check_engine, shares_tensors, vocab_multiple
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.sharding import Head, check_tp, parameter_parts
+from spmdrl.models.degrees import check_tp
+from spmdrl.models.sharding import Head, parameter_parts
 from spmdrl.passes import ModelRole
 from spmdrl.placement import Placement, role_device_type
 from spmdrl.roles import Policy, Reference, Reward, Value
@@ -175,26 +176,14 @@ def plan_roles(
         name: role_layout(config, placements[name], shape, name, devices[name])
         for name, shape in shapes.items()
     }
-    kinds = {name: config.role_kind(name) for name in shapes}
-    policy = next((name for name, kind in kinds.items() if kind == "policy"), None)
-    syncs = {
-        name: plan_sync(
-            layouts[policy],
-            layouts[name],
-            node_size=node_size,
-            bucket_bytes=config.rollout.sync_bucket_mb * 10**6,
-            share=shares_tensors(config, name, devices[name]),
-        )
-        for name, kind in kinds.items()
-        if policy is not None and kind == "rollout"
-    }
+    syncs = _plan_syncs(config, layouts, devices, node_size)
     states = {
         name: state_layout(config, placements[name], shape, name, devices[name], layouts[name])
         for name, shape in shapes.items()
     }
     known = {
         name: Shape(
-            kind=kinds[name],
+            kind=config.role_kind(name),
             config=shape,
             head=role_head(config, name),
             layout=layouts[name],
@@ -208,6 +197,30 @@ def plan_roles(
     return RolePlan(
         devices=devices, layouts=layouts, state_layouts=states, syncs=syncs, memory=memory
     )
+
+
+def _plan_syncs(
+    config: Config,
+    layouts: Mapping[str, WeightLayout],
+    devices: Mapping[str, torch.device],
+    node_size: int,
+) -> dict[str, SyncPlan]:
+    """From the policy to each rollout; none where there is no policy."""
+    kinds = {name: config.role_kind(name) for name in layouts}
+    policy = next((name for name, kind in kinds.items() if kind == "policy"), None)
+    if policy is None:
+        return {}
+    return {
+        name: plan_sync(
+            layouts[policy],
+            layouts[name],
+            node_size=node_size,
+            bucket_bytes=config.rollout.sync_bucket_mb * 10**6,
+            share=shares_tensors(config, name, devices[name]),
+        )
+        for name, kind in kinds.items()
+        if kind == "rollout"
+    }
 
 
 def uses_megatron(config: Config, name: str) -> bool:

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spmdrl.models.config import read_config
+from spmdrl.models.degrees import check_tp
 from spmdrl.models.pad_heads import pad_heads
-from spmdrl.models.sharding import check_tp
 from tiny_model import make_tiny_model
 
 

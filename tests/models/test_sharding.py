@@ -12,9 +12,9 @@ import torch
 from spmdrl.distributed.expert_axes import expert_place
 from spmdrl.distributed.mesh import coordinates
 from spmdrl.models.config import ModelConfig, parse_config
+from spmdrl.models.degrees import check_tp
 from spmdrl.models.sharding import (
     all_slices,
-    check_tp,
     global_shapes,
     local_parameters,
     restrict,

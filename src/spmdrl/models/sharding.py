@@ -13,7 +13,7 @@ experts, and the `tp / gcd(tp, ep)` that hold the same ones divide each expert's
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
@@ -226,63 +226,6 @@ def restrict(held: Iterable[Slice], first_row: int, last_row: int) -> tuple[Slic
                 )
             )
     return tuple(result)
-
-
-def check_tp(config: ModelConfig, tp: int, *, ep: int = 1, replicate_kv: bool = False) -> None:
-    """Refuse tensor- and expert-parallel degrees that do not divide the model.
-
-    Args:
-        replicate_kv: allow more ranks than key/value heads, each head then on several ranks. Only
-            for inference: the gradients of such copies would have to be summed.
-
-    Raises:
-        ValueError: naming the numbers that `tp` or `ep` does not divide.
-    """
-    has_dense_layers = config.moe is None or len(config.moe.layers) < config.num_layers
-    sizes = {
-        "num_attention_heads": config.num_heads,
-        **({"intermediate_size": config.intermediate_size} if has_dense_layers else {}),
-        "vocab_size": config.vocab_size,
-    }
-    copies = replicate_kv and tp > config.num_kv_heads
-    if not copies:
-        sizes["num_key_value_heads"] = config.num_kv_heads
-    bad = [f"{name}={size}" for name, size in sizes.items() if size % tp]
-    if copies and tp % config.num_kv_heads:
-        bad.append(f"num_key_value_heads={config.num_kv_heads} (which does not divide it)")
-    if bad:
-        mend = heads_mend(config, tp, bad)
-        raise ValueError(f"tp={tp} does not divide the model's {', '.join(bad)}{mend}")
-    check_ep(config, tp, ep)
-
-
-def heads_mend(config: ModelConfig, tp: int, bad: Sequence[str]) -> str:
-    """How `tp` is made to divide the heads, for messages; nothing where `bad` names no heads."""
-    if not any("heads" in name for name in bad):
-        return ""
-    kv_heads = -(-config.num_kv_heads // tp) * tp
-    heads = kv_heads * config.num_heads // config.num_kv_heads
-    return (
-        ": take another tp, or a model with heads of zeros beside its own (spmdrl convert MODEL "
-        f"OUT --pad-heads-to {heads}/{kv_heads})"
-    )
-
-
-def check_ep(config: ModelConfig, tp: int, ep: int) -> None:
-    """ValueError unless the degrees divide the model's experts, naming the numbers."""
-    moe = config.moe
-    if moe is None:
-        if ep > 1:
-            raise ValueError(f"ep={ep}, but {config.architecture} has no experts: set it to 1")
-        return
-    if moe.num_experts % ep:
-        raise ValueError(f"ep={ep} does not divide the model's num_experts={moe.num_experts}")
-    etp = _Place(tp_size=tp, ep_size=ep).etp_size
-    if moe.intermediate_size % etp:
-        raise ValueError(
-            f"tp={tp} with ep={ep} divides each expert over {etp} ranks, which do not divide the "
-            f"experts' intermediate_size={moe.intermediate_size}"
-        )
 
 
 def local_kv_heads(config: ModelConfig, tp_size: int) -> int:

@@ -22,9 +22,10 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
+from spmdrl.models.degrees import check_tp
 from spmdrl.models.hf import TensorSource, fill
 from spmdrl.models.moe import Experts
-from spmdrl.models.sharding import Head, Slice, check_tp, is_expert_parameter, restrict
+from spmdrl.models.sharding import Head, Slice, is_expert_parameter, restrict
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ...distributed.parallel import Parallel
 from ...models.config import ModelConfig
 from ...models.decoder import Decoder
+from ...models.degrees import check_tp
 from ...models.routing import choices_dtype
-from ...models.sharding import Slice, check_tp
+from ...models.sharding import Slice
 from ...storages import require_resident
 from ..lockstep import Lockstep
 from ..protocol import Completion, Progress, Request

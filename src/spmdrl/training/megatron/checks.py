@@ -13,8 +13,8 @@ import torch
 
 from spmdrl.distributed.expert_axes import expert_degrees
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.degrees import check_ep, heads_mend
 from spmdrl.models.megatron_layout import Cut
-from spmdrl.models.sharding import check_ep, heads_mend
 
 if TYPE_CHECKING:
     from spmdrl.training.megatron.backend import MegatronBackend
