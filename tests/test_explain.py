@@ -103,6 +103,12 @@ def test_compared_samples_alone_are_updated(root):
         text = explained(root, words=words, flow="online_dpo", roles=roles)
         policy = numbers(text, "policy")
         assert policy["most tokens per minibatch"].startswith(f"{tokens} ")
+        # three groups on a replica, of 96 + 2 x 9 or 96 + 4 x 9 tokens
+        roomy = explained(
+            root, words=[*words, "train.microbatch_tokens=342"], flow="online_dpo", roles=roles
+        )
+        count = 1 if tokens == 580 else 2
+        assert numbers(roomy, "reference")["microbatches per reading"].startswith(f"{count} ")
 
 
 def test_ranks_with_one_plan_are_named_together(root):

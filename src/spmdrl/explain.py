@@ -126,20 +126,23 @@ def _of_role(config: Config, name: str, placement: Placement) -> Iterator[Line]:
     elif kind == "rollout" and on_prompts:
         sizes, replicas = step_sizes(config), placement.num_replicas
         own = -(-sizes.rows // replicas)
-        how = f"{sizes.rows} samples on {replicas} replicas"
+        how = f"{sizes.rows} samples on {replicas} replicas, balanced by tokens"
         if sizes.items >= replicas:
             own = -(-sizes.items // replicas) * sizes.item_rows
             how += ", groups whole"
-        yield "most samples per replica", f"{own:,}", how
+        yield "samples per replica", f"about {own:,}", how
         running = config.rollout.max_running
-        yield "most decoded together", f"{min(own, running):,}", f"rollout.max_running={running}"
+        how = f"of these at most rollout.max_running={running}"
+        yield "decoded together", f"{min(own, running):,}", how
 
 
 def _reading(config: Config, name: str, placement: Placement) -> Line:
     if config.roles[name].retokenize:
         how = f"roles.{name}.retokenize=true: texts are as long as its own tokenizer makes them"
         return "microbatches per reading", "unknown", how
-    train, sizes = config.train_section(name), step_sizes(config)
+    # a reward model scores all samples; others read those that are updated with
+    scores = config.role_kind(name) == "reward"
+    train, sizes = config.train_section(name), (step_sizes if scores else update_sizes)(config)
     replicas = placement.num_replicas
     counts = num_microbatches(
         sizes, train, _places(config, name), items=sizes.items, num_replicas=replicas, whole=False
