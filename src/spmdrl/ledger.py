@@ -82,11 +82,13 @@ class Stint:
         should_stop: whether a stop was asked for. What this rank sees: ranks that compute together
             agree before they act on it. A call that cannot stop need not ask.
         beat: to be called when it came further.
+        report: the same, with (rows done, rows) of this rank's part.
         begun: what an earlier stint of the call has left.
     """
 
     should_stop: Callable[[], bool] = lambda: False
     beat: Callable[[], None] = lambda: None
+    report: Callable[[int, int], None] = lambda done, count: None
     begun: Part | None = None
 
 
@@ -124,6 +126,7 @@ class Ledger:
         pulse: told of every call and its stages.
         should_stop: whether this rank knows of a request to stop.
         journal: of the step that the run goes on in.
+        report: told how far a call is, see `Stint`.
     """
 
     def __init__(
@@ -133,8 +136,10 @@ class Ledger:
         pulse: Pulse,
         should_stop: Callable[[], bool] = lambda: False,
         journal: Journal | None = None,
+        report: Callable[[int, int], None] = lambda done, count: None,
     ) -> None:
         journal = Journal() if journal is None else journal
+        self._report = report
         self._rank, self._size, self._is_first = world.rank, world.size, world.is_first
         self._store: Store = world.connect(f"{prefix}/calls")
         self._pulse, self._should_stop = pulse, should_stop
@@ -203,9 +208,13 @@ class Ledger:
     def stint(self, entry: Entry) -> Stint:
         """What the call's `compute` is given. A call of which nothing is kept never stops."""
         if entry.key is None:
-            return Stint(beat=self._pulse.beat)
-        begun = self._parts.get(entry.key)
-        return Stint(should_stop=self._should_stop, beat=self._pulse.beat, begun=begun)
+            return Stint(beat=self._pulse.beat, report=self._report)
+        return Stint(
+            should_stop=self._should_stop,
+            beat=self._pulse.beat,
+            report=self._report,
+            begun=self._parts.get(entry.key),
+        )
 
     def agree(self, entries: Sequence[Entry], stopped: Sequence[bool]) -> tuple[list[bool], bool]:
         """Which of the calls were stopped on some rank, and whether the flow shall stop here."""

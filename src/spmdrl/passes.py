@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -88,7 +89,10 @@ def read_call(
     """
 
     def compute(rows: Batch, stint: Stint) -> Batch:
-        result = _backend(role).forward(rows, readout)
+        count = len(rows)
+        result = _backend(role).forward(
+            rows, readout, progress=lambda done, of: stint.report(count * done // of, count)
+        )
         columns = {
             name: result[column].cpu() for name, column in zip(names, readout.columns, strict=True)
         }
@@ -167,18 +171,27 @@ def _run_update(
     done, records = 0, []
     if stint.begun is not None:
         done, records = stint.begun.values["minibatches"], list(stint.begun.values["records"])
-    for minibatch in _minibatches(update)[done:]:
+    left = _minibatches(update)[done:]
+    seen, count = 0, sum(int((rows["minibatch"] == m).sum()) for m in left)  # of rows
+    for minibatch in left:
         if group_any(stint.should_stop(), backend.mesh.group("all")):
             return Interrupted(part=Part(values={"minibatches": done, "records": records}))
         done += 1
         part = rows.select((rows["minibatch"] == minibatch).nonzero().flatten())
+        report = partial(_report, stint, seen, len(part), count)
+        seen += len(part)
         share = float(part["loss_share"].sum())
         normaliser = group_sum(share, backend.mesh.group("dp"))
         stint.beat()
         if normaliser == 0:  # nothing to learn from: momentum alone must not move the weights
             continue
         sums = backend.forward_backward(
-            part, loss_fn, readout, normaliser=normaliser, whole_groups=update.whole_groups
+            part,
+            loss_fn,
+            readout,
+            normaliser=normaliser,
+            whole_groups=update.whole_groups,
+            progress=report,
         )
         step = backend.optim_step()
         records.append(
@@ -186,6 +199,11 @@ def _run_update(
             | {"grad_norm": step.grad_norm, "lr": step.lr, "skipped": float(step.skipped)}
         )
     return records
+
+
+def _report(stint: Stint, seen: int, own: int, count: int, done: int, of: int) -> None:
+    """A minibatch of `own` rows, after `seen` of `count`, is through `done` of its microbatches."""
+    stint.report(seen + own * done // of, count)
 
 
 def _minibatches(update: Update) -> list[int]:

@@ -28,6 +28,7 @@ class Lifetime:
     Args:
         saver: checkpoints and export.
         watcher: knows of requests to stop.
+        report: told how far a role call is: (rows done, rows) of this rank.
 
     `saved` holds what a flow wants to find again after a resume: numbers, equal on all ranks.
     """
@@ -39,6 +40,7 @@ class Lifetime:
         saver: Saver,
         watcher: Watcher,
         syncs: Sequence[PolicySync],
+        report: Callable[[int, int], None] = lambda done, count: None,
     ) -> None:
         self._world, self._section = world, section
         self._saver, self.watcher, self._syncs = saver, watcher, syncs
@@ -55,6 +57,7 @@ class Lifetime:
             watcher.pulse,
             lambda: watcher.stop_asked,
             self.resumed.journal,
+            report,
         )
         self._moment: Moment | None = None
         """When the step began that the run is in."""

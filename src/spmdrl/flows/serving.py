@@ -59,7 +59,9 @@ def evaluate(config: Config, world: World, server: RewardServer) -> dict[str, fl
     metrics: dict[str, float] = {}
     with make_pools(config, server, run_dir, world.rank) as pools:
         assembly = _start(config, world, inputs, relay)
-        evaluators = make_evaluators(config, world, inputs, assembly, pools, has_start=False)
+        evaluators = make_evaluators(
+            config, world, inputs, assembly, pools, relay.report, has_start=False
+        )
         for name, evaluator in evaluators.items():
             with relay.bar(name):
                 metrics |= evaluator.measure(run_dir / "evaluation" / f"{name}.jsonl")

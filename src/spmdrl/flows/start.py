@@ -121,14 +121,19 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         log.info("%s", text)
     run_dir = Path(config.run_dir)
     relay = Relay(is_first=world.is_first and config.log.progress)
+
+    def report(done: int, count: int) -> None:
+        watcher.pulse.beat()
+        relay.report(done, count)
+
     with make_pools(config, server, run_dir, world.rank) as pools:
-        assembly = assemble(config, world, models, inputs.decode, relay.report, plan)
+        assembly = assemble(config, world, models, inputs.decode, report, plan)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
         saver = Saver(config, world, assembly, watcher.attempt, watcher.pulse.beat)
         syncs = list(assembly.syncs.values())
-        lifetime = Lifetime(world, config.checkpoint, saver, watcher, syncs)
-        run = make_run(config, world, inputs, assembly, pools, relay, saver, lifetime)
+        lifetime = Lifetime(world, config.checkpoint, saver, watcher, syncs, report)
+        run = make_run(config, world, inputs, assembly, pools, relay, saver, lifetime, report)
         try:
             with keeping(lifetime.ledger):
                 flow(run)
@@ -152,8 +157,11 @@ def make_run(
     relay: Relay,
     saver: Saver,
     lifetime: Lifetime,
+    report: Callable[[int, int], None],
 ) -> Run:
-    scorer = make_scorer(config, inputs, assembly, pools.get(pool_key(config.rewards)))
+    pool = pools.get(pool_key(config.rewards))
+    scorer = make_scorer(config, inputs, assembly, pool, report=report)
+    evaluators = make_evaluators(config, world, inputs, assembly, pools, report)
     return Run(
         config=config,
         world=world,
@@ -162,7 +170,7 @@ def make_run(
         data=StepRows(world, inputs.train, make_stream(config, inputs)),
         held_out=inputs.held_out,
         scorer=scorer,
-        evaluators=list(make_evaluators(config, world, inputs, assembly, pools).values()),
+        evaluators=list(evaluators.values()),
         saver=saver,
         sampling=training_sampling(config),
         timer=PhaseTimer(synchronize=world.synchronize),
@@ -195,6 +203,7 @@ def make_scorer(
     assembly: Assembly,
     pool: RewardPool | None,
     described: HeldOutSet | None = None,
+    report: Callable[[int, int], None] = lambda done, count: None,
 ) -> Scorer:
     """Rewards by the functions of the pool and by the roles that `rewards` names: training's, or
     those of a held-out set.
@@ -211,7 +220,7 @@ def make_scorer(
         if config.roles[section.role].retokenize:
             retokenize = retokenizer(config.model_path(section.role))
         roles.append(ScoringRole(role=role, weight=section.weight, retokenize=retokenize))
-    return Scorer(pool, inputs.decode, sampling.stop, roles)
+    return Scorer(pool, inputs.decode, sampling.stop, roles, report)
 
 
 def make_evaluators(
@@ -220,6 +229,7 @@ def make_evaluators(
     inputs: Inputs,
     assembly: Assembly,
     pools: Mapping[str, RewardPool],
+    report: Callable[[int, int], None] = lambda done, count: None,
     *,
     has_start: bool = True,
 ) -> dict[str, Evaluator]:
@@ -244,7 +254,7 @@ def make_evaluators(
             name=name,
             prompts=prompts,
             rollout=rollout,
-            scorer=make_scorer(config, inputs, assembly, pool, described),
+            scorer=make_scorer(config, inputs, assembly, pool, described, report),
             sampling=sampling_params(described.sampling),
             num_samples=described.num_samples,
             k=described.k,

@@ -46,6 +46,7 @@ class Scorer:
         decode: token ids -> text without special tokens.
         stop: stop strings; the text ends before the first of them.
         roles: whose scores are added.
+        progress: told (rows done, rows) of those that functions score.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Scorer:
         decode: Decode,
         stop: Sequence[str] = (),
         roles: Sequence[ScoringRole] = (),
+        progress: Callable[[int, int], None] = lambda done, count: None,
     ) -> None:
         self.pool, self.decode, self.stop = pool, decode, tuple(stop)
-        self.roles = tuple(roles)
+        self.roles, self.progress = tuple(roles), progress
 
     def texts(self, batch: Batch) -> list[str]:
         """The response texts of rows from `rollout.generate`."""
@@ -107,7 +109,7 @@ class Scorer:
             RewardJob(prompt=p.text, response=text, answer=p.answer, entry=p.entry)
             for p, text in zip(prompts, texts, strict=True)
         ]
-        results = self.pool.score(jobs) if jobs else []
+        results = self.pool.score(jobs, progress=self._report(len(jobs))) if jobs else []
         columns = {
             f"reward/{name}": _column([r.components[name] for r in results])
             for name in self.pool.names
@@ -115,6 +117,10 @@ class Scorer:
         failed = _column([float(bool(r.failures)) for r in results])
         total = _column([r.score for r in results])
         return Batch(lengths=none, rows={"sum": total, **columns, "reward_failed": failed})
+
+    def _report(self, count: int) -> Callable[[int, int], None]:
+        """Calls of functions, each row's one after the other, as rows."""
+        return lambda done, calls: self.progress(count * done // calls, count)
 
 
 def _call(scoring: ScoringRole, batch: Batch, *, evaluation: bool) -> Call[Any]:

@@ -47,7 +47,7 @@ class Pulse:
         """When it last came further."""
 
     def beat(self) -> None:
-        """Some progress: an engine step, a minibatch, a part of a file."""
+        """Some progress: an engine step, a microbatch, a part of a file."""
         self.beats += 1
         self.moved = time.monotonic()
 

@@ -44,6 +44,9 @@ class LossInput:
         return self.outputs[name]
 
 
+Progress = Callable[[int, int], None]
+"""Called with (microbatches done, microbatches) of this rank while a pass goes on."""
+
 LossFn = Callable[[LossInput], tuple[Tensor, dict[str, Tensor]]]
 """The loss as an unnormalised sum over tokens (or rows), and metrics as unnormalised float64 sums
 (maxima where the name ends in `_max`, see `spmdrl.algorithms.metrics`)."""
@@ -73,7 +76,7 @@ class TrainBackend(Protocol):
     @property
     def config(self) -> ModelConfig: ...
 
-    def forward(self, batch: Batch, readout: Readout) -> Batch:
+    def forward(self, batch: Batch, readout: Readout, *, progress: Progress | None = None) -> Batch:
         """The same rows with the readout's columns, float32: [T] with 0 at tokens outside the loss
         mask, or [B] with 0 for rows without tokens. Without gradient.
 
@@ -91,6 +94,7 @@ class TrainBackend(Protocol):
         *,
         normaliser: float,
         whole_groups: bool = False,
+        progress: Progress | None = None,
     ) -> dict[str, float]:
         """Add the gradient of sum(loss) / normaliser over one minibatch.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from spmdrl.models.sharding import Head
 from spmdrl.training.context import LocalStream
 from spmdrl.training.logprobs import token_logprobs
 from spmdrl.training.packing import Microbatch
-from spmdrl.training.protocol import LossInput
+from spmdrl.training.protocol import LossInput, Progress
 from spmdrl.training.readout import Readout
 
 
@@ -27,6 +27,14 @@ def check_head(role: str, head: Head, readout: Readout) -> None:
             f"role {role!r} has the head {head!r}, and {readout.columns} are read by the head "
             f"{readout.head!r}"
         )
+
+
+def counted(microbatches: Sequence[Microbatch], progress: Progress | None) -> Iterator[Microbatch]:
+    """Each of them; what was done with it is progress."""
+    for number, microbatch in enumerate(microbatches, start=1):
+        yield microbatch
+        if progress is not None:
+            progress(number, len(microbatches))
 
 
 def read_places(

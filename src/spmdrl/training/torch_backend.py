@@ -27,11 +27,12 @@ from spmdrl.training.gradients import all_reduce_gradients, gradient_norm
 from spmdrl.training.optimizer import Optimizer
 from spmdrl.training.options import TrainOptions, lr_at
 from spmdrl.training.packing import Microbatch, empty_microbatch, pack
-from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep
+from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep, Progress
 from spmdrl.training.reading import (
     as_columns,
     as_numbers,
     check_head,
+    counted,
     loss_input,
     nothing_read,
     over_replicas,
@@ -82,13 +83,13 @@ class TorchBackend:
         if trainable:
             self._accumulate_wide()
 
-    def forward(self, batch: Batch, readout: Readout) -> Batch:
+    def forward(self, batch: Batch, readout: Readout, *, progress: Progress | None = None) -> Batch:
         self._require("weights")
         rows = batch.to(torch.device("cpu"))
         size = rows.num_tokens if readout.is_per_token else rows.num_rows
         found = {name: torch.zeros(size) for name in readout.columns}
         with torch.no_grad():
-            for microbatch in self._paced(self._pack(rows, readout)):
+            for microbatch in counted(self._paced(self._pack(rows, readout)), progress):
                 stream = self._stream(microbatch)
                 routing = make_routing(self.config.moe, rows, microbatch, stream, self._device)
                 for name, values in self._run(stream, readout, routing).items():
@@ -106,6 +107,7 @@ class TorchBackend:
         *,
         normaliser: float,
         whole_groups: bool = False,
+        progress: Progress | None = None,
     ) -> dict[str, float]:
         self._require_trainable()
         self._require("weights")
@@ -113,7 +115,8 @@ class TorchBackend:
         parts: list[dict[str, Tensor]] = []
         moe = self.config.moe
         use = None if moe is None else ExpertUse(moe, self._device)
-        for microbatch in self._paced(self._pack(rows, readout, whole_groups=whole_groups)):
+        packed = self._pack(rows, readout, whole_groups=whole_groups)
+        for microbatch in counted(self._paced(packed), progress):
             stream = self._stream(microbatch)
             balance = self._balance(rows, microbatch, stream, readout, normaliser)
             routing = make_routing(moe, rows, microbatch, stream, self._device, balance)

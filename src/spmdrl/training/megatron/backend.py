@@ -33,7 +33,7 @@ from spmdrl.training.megatron.optimizer import ShardedOptimizer
 from spmdrl.training.megatron.pipeline import Pipeline
 from spmdrl.training.options import TrainOptions, lr_at
 from spmdrl.training.packing import Microbatch, pack
-from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep
+from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep, Progress
 from spmdrl.training.reading import (
     as_columns,
     as_numbers,
@@ -145,7 +145,7 @@ class MegatronBackend:
                     tensor.zero_()
                 fill(masters, checkpoint)
 
-    def forward(self, batch: Batch, readout: Readout) -> Batch:
+    def forward(self, batch: Batch, readout: Readout, *, progress: Progress | None = None) -> Batch:
         self._require("weights")
         rows = batch.to(torch.device("cpu"))
         size = rows.num_tokens if readout.is_per_token else rows.num_rows
@@ -160,7 +160,7 @@ class MegatronBackend:
             chunk.eval()
         with torch.no_grad():
             items = [self._item(m, rows) for m in self._pack(rows, readout)]
-            self._run(items, finish, backward=False)
+            self._run(items, finish, progress, backward=False)
         for chunk in self._chunks:
             chunk.train(self._optimizer is not None)
         self._pipeline.from_last(list(found.values()))
@@ -174,6 +174,7 @@ class MegatronBackend:
         *,
         normaliser: float,
         whole_groups: bool = False,
+        progress: Progress | None = None,
     ) -> dict[str, float]:
         optimizer = self._require_trainable()
         self._require("weights")
@@ -192,7 +193,7 @@ class MegatronBackend:
         microbatches = self._pack(rows, readout, whole_groups=whole_groups)
         coefficient = self.options.balance_coef / normaliser if readout.is_per_token else 0.0
         items = [self._item(m, rows, balance=coefficient) for m in microbatches]
-        parts = self._run(items, finish, backward=True)
+        parts = self._run(items, finish, progress, backward=True)
         numbers = as_numbers([part for part in parts if part is not None])
         sums = self._pipeline.object_from_last(combine([{"loss": 0.0}, *numbers]))
         return over_replicas(sums, self.mesh) | self._expert_metrics(items, rows)
@@ -280,9 +281,17 @@ class MegatronBackend:
             is_replay=EXPERT_CHOICES in rows.tokens,
         )
 
-    def _run(self, items: list[Item], finish: Any, *, backward: bool) -> list[Any]:
+    def _run(
+        self, items: list[Item], finish: Any, progress: Progress | None, *, backward: bool
+    ) -> list[Any]:
+        done, count = 0, len(items) * len(self._chunks)
+
         def forward(chunk: Any, item: Item) -> Tensor:
+            nonlocal done
             output: Tensor = chunk(item.tokens, item.positions, None, packed_seq_params=item.params)
+            done += 1
+            if progress is not None:
+                progress(done, count)
             return output
 
         length = len(items[0].microbatch.tokens)
