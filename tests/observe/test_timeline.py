@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spmdrl.observe.timeline import PhaseTimer, peak_memory_bytes, timing_metrics
+from spmdrl.observe.timeline import PhaseTimer, take_peak_memory, timing_metrics
 
 
 class Clock:
@@ -71,10 +71,10 @@ def test_metrics_of_times():
 
 
 def test_peak_memory_sees_an_allocation():
-    before = peak_memory_bytes(torch.device("cpu"))
+    before = take_peak_memory(torch.device("cpu"))
     block = torch.ones(60_000_000)  # 240 MB
-    after = peak_memory_bytes(torch.device("cpu"))
+    after = take_peak_memory(torch.device("cpu"))
     assert after >= before
     assert after >= block.numel() * 4
     del block
-    assert peak_memory_bytes(torch.device("cpu")) >= after - 2**20
+    assert take_peak_memory(torch.device("cpu")) >= after - 2**20

@@ -2,66 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from spmdrl.distributed.reduce import world_max
 from spmdrl.memory.residency import Residency
+from spmdrl.observe.names import PEAK_MEMORY
+from spmdrl.observe.timeline import take_peak_memory
 
 PARTS, DEVICE = "memory/parts_gb/", "memory/device_gb/"  # + phase, 1e9 bytes
 MOVED, SPEED = "memory/moved_gb", "memory/gb_per_s"
 
 
 class PhaseMemory:
-    """Reads the residency's meter at the end of every phase.
+    """Reads the residency's meter and the device's peak at both ends of every phase, so that each
+    is charged to the innermost open one.
 
     Args:
         residency: of this rank.
         device: of this rank.
+        take_peak: the most bytes since it was asked last, see `take_peak_memory`.
     """
 
-    def __init__(self, residency: Residency, device: torch.device) -> None:
-        self._residency, self._device = residency, device
-        self._parts: dict[str, float] = {}
-        self._peaks: dict[str, float] = {}
-        self._moved = self._seconds = 0.0
-        residency.take_metrics()  # what the start moved is no step's
+    def __init__(
+        self,
+        residency: Residency,
+        device: torch.device,
+        take_peak: Callable[[torch.device], int] = take_peak_memory,
+    ) -> None:
+        self._residency, self._device, self._take_peak = residency, device, take_peak
+        self._open: list[str] = []
+        self._begin_step()
+        residency.take_metrics()  # what the start had and moved is no step's
+        take_peak(device)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Charge the moves inside, and the largest bytes there were, to `name`."""
-        on_cuda = self._device.type == "cuda"
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats(self._device)
-        yield
-        found = self._residency.take_metrics()
-        for direction in ("to_host", "to_device"):
-            self._moved += found[f"{direction}_bytes"]
-            self._seconds += found[f"{direction}_seconds"]
-        self._parts[name] = max(self._parts.get(name, 0.0), found["peak_resident_bytes"])
-        if on_cuda:
-            peak = float(torch.cuda.max_memory_allocated(self._device))
-            self._peaks[name] = max(self._peaks.get(name, 0.0), peak)
+        self._charge()
+        self._parts.setdefault(name, 0.0)
+        self._open.append(name)
+        try:
+            yield
+            self._charge()  # not after an exception: the device may no longer answer
+        finally:
+            self._open.pop()
 
     def finish(self) -> dict[str, float]:
         """The metrics since the last `finish`: of the rank that had or moved most.
 
-        `memory/parts_gb/<phase>`: of parts that were on the device at once; `memory/device_gb/..`:
-        all that torch had allocated on a CUDA device; `memory/moved_gb` and, where something moved,
-        `memory/gb_per_s`. Every rank of the world calls it.
+        `memory/peak_gb`: the most at any time, in phases and between them, as `take_peak_memory`
+        counts it; `memory/parts_gb/<phase>`: of parts that were on the device at once;
+        `memory/device_gb/..`: all that torch had allocated on a CUDA device; `memory/moved_gb` and,
+        where something moved, `memory/gb_per_s`. Every rank of the world calls it.
         """
+        self._charge()
         names = list(self._parts)  # equal on all ranks, as every rank runs every phase
         values = [*self._parts.values(), *(self._peaks.get(name, 0.0) for name in names)]
-        most = world_max(torch.tensor([*values, self._moved, self._seconds])).tolist()
+        values += [self._peak, self._moved, self._seconds]
+        most = world_max(torch.tensor(values)).tolist()
         metrics = {PARTS + name: most[i] / 1e9 for i, name in enumerate(names)}
-        peaks = most[len(names) : 2 * len(names)]
-        metrics |= {DEVICE + n: v / 1e9 for n, v in zip(names, peaks, strict=True) if v > 0}
-        moved, seconds = most[-2:]
-        metrics[MOVED] = moved / 1e9
+        if self._device.type == "cuda":
+            peaks = most[len(names) : 2 * len(names)]
+            metrics |= {DEVICE + n: v / 1e9 for n, v in zip(names, peaks, strict=True)}
+        peak, moved, seconds = most[-3:]
+        metrics |= {PEAK_MEMORY: peak / 1e9, MOVED: moved / 1e9}
         if seconds > 0:
             metrics[SPEED] = moved / seconds / 1e9
-        self._parts, self._peaks = {}, {}
-        self._moved = self._seconds = 0.0
+        self._begin_step()
         return metrics
+
+    def _begin_step(self) -> None:
+        self._parts: dict[str, float] = {}
+        self._peaks: dict[str, float] = {}
+        self._peak = self._moved = self._seconds = 0.0
+
+    def _charge(self) -> None:
+        found, peak = self._residency.take_metrics(), float(self._take_peak(self._device))
+        for direction in ("to_host", "to_device"):
+            self._moved += found[f"{direction}_bytes"]
+            self._seconds += found[f"{direction}_seconds"]
+        self._peak = max(self._peak, peak)
+        if self._open:
+            name = self._open[-1]
+            self._parts[name] = max(self._parts[name], found["peak_resident_bytes"])
+            self._peaks[name] = max(self._peaks.get(name, 0.0), peak)

@@ -27,7 +27,7 @@ from spmdrl.observe import names
 from spmdrl.observe.console import Console
 from spmdrl.observe.metrics import METRICS_FILE, MetricsWriter
 from spmdrl.observe.progress import Relay
-from spmdrl.observe.timeline import PhaseTimer, peak_memory_bytes, timing_metrics
+from spmdrl.observe.timeline import PhaseTimer, timing_metrics
 from spmdrl.policy_sync import PolicySync
 from spmdrl.rewards.scorer import Scorer
 from spmdrl.rollout.sampling import SamplingParams
@@ -269,13 +269,12 @@ class Run:
         own = self._timer.finish()
         phases = list(own.seconds)
         seconds = world_max(torch.tensor([own.seconds[name] for name in phases]))
-        peak = world_max(torch.tensor([float(peak_memory_bytes(self.world.device))]))
         tokens = {
             names.ROLLOUT: metrics.get("rollout_tokens", 0.0),
             names.UPDATE: metrics.get("update_tokens", 0.0),
         }
         timing = timing_metrics(dict(zip(phases, seconds.tolist(), strict=True)), tokens)
-        return {**timing, names.PEAK_MEMORY: peak.item() / 1e9, **self._memory.finish()}
+        return {**timing, **self._memory.finish()}
 
     def _samples(self, batch: Batch) -> list[dict[str, object]]:
         count = min(self.config.log.text_samples, len(batch))

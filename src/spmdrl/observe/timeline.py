@@ -89,13 +89,14 @@ def timing_metrics(seconds: Mapping[str, float], tokens: Mapping[str, float]) ->
     return metrics
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this rank has held: allocated on a CUDA device, else resident (RSS).
-
-    CUDA's peak counts since `reset_peak_memory`, the resident one since the process began.
+def take_peak_memory(device: torch.device) -> int:
+    """The most bytes that this rank has held: allocated on a CUDA device, since it was asked last;
+    else resident (RSS), since the process began.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
     status = Path("/proc/self/status")
     if status.exists():
         # getrusage's ru_maxrss survives exec, so a small rank would show its launcher's peak
@@ -106,9 +107,3 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new peak on a CUDA device; nothing on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
