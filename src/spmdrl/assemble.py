@@ -20,7 +20,7 @@ from spmdrl.engines import check_installed, engine_parts, make_engine
 from spmdrl.generation import GRAPHS, KV_CACHE
 from spmdrl.launch import World
 from spmdrl.memory.residency import Residency
-from spmdrl.memory.turns import Turns
+from spmdrl.memory.turns import Turns, planned_turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.hf import TensorSource, fill, open_model
 from spmdrl.objects import load_object
@@ -156,8 +156,9 @@ class _Builder:
         self._policies = {} if own is None else own.plan.policies
         capacity = None if own is None else own.plan.capacity
         self._residency = Residency(world.device, capacity=capacity)
-        working = {} if own is None else own.working_bytes
-        self._turns = Turns(residency=self._residency, working_bytes=working)
+        self._turns = Turns(residency=self._residency)
+        if own is not None:
+            self._turns = planned_turns(self._residency, own.plan, own.working_bytes)
         self._roles: dict[str, Role] = {}
         self._trained: dict[str, ModelRole] = {}
         self._syncs: dict[tuple[str, str], PolicySync] = {}
@@ -256,7 +257,7 @@ class _Builder:
             policy,
             role,
             weights,
-            self._residency,
+            self._turns,
             streams=own is not None and own.streams,
             check_every=rollout.sync_check_every,
             canary=canary if rollout.sync_check_every else None,

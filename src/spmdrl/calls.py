@@ -112,7 +112,7 @@ def together(*calls: Call[Any]) -> tuple[Any, ...]:
     All rows travel first, then every rank computes for its roles (calls that only read run before
     calls that write, otherwise in argument order), then all results come home. Calls of roles on
     disjoint ranks thus run concurrently. Before a call the parts it uses are brought to the device,
-    and those of the rank's next call start to come where there is room for both.
+    and those of the rank's next call start to come where the memory plan has room for both.
 
     In a run that goes on in a step, calls that were finished there return what is kept of them.
 
@@ -201,12 +201,11 @@ def _compute(sent: Sequence[_Sent], stints: Sequence[Stint]) -> list[Any]:
     computed: list[Any] = [None] * len(sent)
     mine = [i for i, one in enumerate(sent) if one.rows is not None]
     mine.sort(key=lambda i: sent[i].call.writes)
-    for place, index in enumerate(mine):
+    for index in mine:
         call, rows = sent[index].call, sent[index].rows
         assert rows is not None
         if (memory := call.role.memory) is not None:
-            following = [use for i in mine[place + 1 : place + 2] for use in sent[i].call.uses]
-            memory.begin(f"{call.role.name}.{call.method}", call.uses, following)
+            memory.begin(f"{call.role.name}.{call.method}", call.uses, is_planned=call.kept)
         computed[index] = call.compute(rows, stints[index])
     return computed
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from spmdrl.canary import Canary
 from spmdrl.generation import Rollout
-from spmdrl.memory.residency import Residency
+from spmdrl.memory.turns import Turns
 from spmdrl.passes import WEIGHTS
 from spmdrl.roles import Policy
 from spmdrl.weights.layout import LocalTensors, Table, WeightLayout
@@ -23,6 +23,9 @@ from spmdrl.weights.proof import first_difference
 from spmdrl.weights.sync import WeightSync
 
 Metrics = dict[str, float]
+
+SYNC = "sync"
+"""The call's name in the memory plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +62,14 @@ class PolicySync:
         policy: Policy,
         rollout: Rollout,
         weights: WeightSync,
-        memory: Residency,
+        turns: Turns,
         *,
         streams: bool = False,
         check_every: int = 0,
         canary: Canary | None = None,
     ) -> None:
         self._policy, self._rollout = policy, rollout
-        self._weights, self._memory = weights, memory
+        self._weights, self._turns, self._memory = weights, turns, turns.residency
         self._streams, self._check_every, self._canary = streams, check_every, canary
         self._count = 0
         self._metrics: Metrics = {}
@@ -164,7 +167,7 @@ class PolicySync:
         fills = [(rollout.name, WEIGHTS)] if rollout.mesh.is_member else []
         gigabytes, began = self._weights.moved_bytes / 1e9, time.perf_counter()
         if self._weights.has_work:
-            self._memory.prepare(needs, fills=fills)
+            self._turns.begin(SYNC, needs, fills=fills)
             self._weights.run()
             for part in fills:
                 self._memory.filled(*part)

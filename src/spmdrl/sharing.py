@@ -24,6 +24,7 @@ from spmdrl.models.moe import has_fixed_shapes
 from spmdrl.models.sharding import Head
 from spmdrl.passes import OPTIMIZER, WEIGHTS
 from spmdrl.placement import Placement
+from spmdrl.policy_sync import SYNC
 from spmdrl.rollout.native.blocked import MIN_STEPS
 from spmdrl.rollout.native.varlen import varlen_is_usable
 from spmdrl.step_calls import RankCalls, in_read_order, unusual_steps, usual_step
@@ -34,9 +35,6 @@ from spmdrl.working_memory import working_bytes
 
 FREE_SHARE = 0.9
 """Of a device's memory that roles may fill: the rest is for libraries and fragments."""
-
-SYNC = "sync"
-"""The call that brings weights from policy to rollout."""
 
 
 @dataclass(frozen=True, kw_only=True)

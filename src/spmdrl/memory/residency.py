@@ -195,7 +195,9 @@ class Residency:
 
     # What moves
 
-    def prepare(self, needs: Sequence[PartName], *, fills: Sequence[PartName] = ()) -> None:
+    def prepare(
+        self, needs: Sequence[PartName], *, fills: Sequence[PartName] = (), alone: bool = True
+    ) -> None:
         """Bring the parts that a call needs; before that, send away the others that may go.
 
         Pinned and kept parts stay. The current stream must be the one that the call computes on.
@@ -203,6 +205,7 @@ class Residency:
         Args:
             needs: the parts of the call; what they rest on or hold comes too.
             fills: parts whose whole content the call writes; `filled` says when it has.
+            alone: False: nothing is sent away; see `has_room`.
 
         Raises:
             ValueError: an unknown part, or one that was dropped and that nothing has filled since.
@@ -214,7 +217,18 @@ class Residency:
                     f"role {name[0]!r}: its {name[1]} were dropped, and nothing has filled them "
                     f"since: sync them before this call, or set {self._parts[name].setting}=host"
                 )
-        self._exchange(wanted, written=fills)
+        self._exchange(wanted, written=fills, alone=alone)
+
+    def has_room(self, needs: Sequence[PartName], working_bytes: int) -> bool:
+        """Whether these parts fit beside all that is there; never without a capacity."""
+        if self._capacity is None:
+            return False
+        missing = sum(self._size(name) for name in self._missing(needs))
+        return self.resident_bytes() + working_bytes + missing <= self._capacity
+
+    def _missing(self, needs: Sequence[PartName]) -> list[PartName]:
+        wanted = [name for name in closure(needs, self._parts) if name in self._tensors]
+        return [name for name in wanted if self._tensors[name].is_away]
 
     def prefetch(self, needs: Sequence[PartName], *, working_bytes: int = 0) -> bool:
         """Start to bring a later call's parts while the current call runs, if there is room.
@@ -225,18 +239,11 @@ class Residency:
         Args:
             working_bytes: what the current call has yet to allocate.
 
-        Returns:
-            Whether there was room; without it, or without a capacity, nothing moves.
+        Returns: whether there was room; without it, or without a capacity, nothing moves.
         """
-        missing = [
-            name
-            for name in closure(needs, self._parts)
-            if name in self._tensors and self._tensors[name].is_away
-        ]
-        total = self.resident_bytes() + working_bytes + sum(self._size(n) for n in missing)
-        if self._capacity is None or total > self._capacity:
+        if not self.has_room(needs, working_bytes):
             return False
-        for name in missing:
+        for name in self._missing(needs):
             self._bring(name)
         self._note_peak()
         return True
@@ -320,10 +327,13 @@ class Residency:
         """What moved since the last call, see `Meter.take`."""
         return self._meter.take(self.resident_bytes())
 
-    def _exchange(self, wanted: Sequence[PartName], written: Sequence[PartName] = ()) -> None:
-        """All `wanted` parts on the device for the current stream, and none that may go."""
+    def _exchange(
+        self, wanted: Sequence[PartName], written: Sequence[PartName] = (), *, alone: bool = True
+    ) -> None:
+        """All `wanted` parts on the device for the current stream, and, alone, none that may go."""
         self._note_peak()  # with what the last call has made
-        self._send_away(frozenset(wanted))
+        if alone:
+            self._send_away(frozenset(wanted))
         tensors = [name for name in wanted if name in self._tensors]
         for name in tensors:
             if self._tensors[name].is_away:

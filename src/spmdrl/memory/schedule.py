@@ -169,9 +169,11 @@ def _scheduled(
     moved_in, moved_out = of(move.entering, host=True), of(move.leaving, host=True)
     peak = move.call.working_bytes + total(move.resident)
     prefetch: list[PartName] = []
-    for name in of(following.entering, host=True):
-        if capacity is not None and peak + total([*prefetch, name]) <= capacity:
-            prefetch.append(name)
+    coming = of(following.entering, host=True)
+    for name in coming:
+        own = [n for n in closure((name,), parts) if n in coming and n not in prefetch]
+        if capacity is not None and peak + total([*prefetch, *own]) <= capacity:
+            prefetch += own
     return ScheduledCall(
         name=move.call.name,
         resident=move.resident,

@@ -1,0 +1,112 @@
+"""The schedule that is printed at start-up is what the run does: its moves, call by call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from test_ppo_layouts import ON_HOST, settings
+
+from flow_cases import run_configs, write_config
+from harness import run_ranks
+from spmdrl.assemble import open_models
+from spmdrl.config_files import load_config
+from spmdrl.launch import World
+from spmdrl.memory.parts import PartName
+from spmdrl.memory.residency import Residency
+from spmdrl.memory.turns import Turns
+from spmdrl.placement import place_roles
+from spmdrl.role_plan import plan_roles
+from tiny_model import make_tiny_model
+
+Moves = tuple[str, set[PartName], set[PartName], set[PartName]]
+"""A call: what comes from the host for it, during it for the next one, what leaves before it."""
+
+
+class Recorder:
+    """Writes down what moves; the moves of a check count for the planned call after it."""
+
+    def __init__(self) -> None:
+        self.calls: list[Moves] = []
+        self._in: set[PartName] = set()
+        self._out: set[PartName] = set()
+        self._ahead: set[PartName] = set()
+        self._prefetching = False
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        begin, prefetch = Turns.begin, Residency.prefetch
+        bring, send_away = Residency._bring, Residency._send_away
+
+        def recorded_begin(turns: Turns, call: str, *args: Any, **settings: Any) -> None:
+            begin(turns, call, *args, **settings)
+            if settings.get("is_planned", True):
+                self.calls.append((call, self._in, self._ahead, self._out))
+                self._in, self._out, self._ahead = set(), set(), set()
+
+        def recorded_prefetch(residency: Residency, *args: Any, **settings: Any) -> bool:
+            self._prefetching = True
+            found = prefetch(residency, *args, **settings)
+            self._prefetching = False
+            return found
+
+        def recorded_bring(residency: Residency, name: PartName) -> None:
+            (self._ahead if self._prefetching else self._in).add(name)
+            bring(residency, name)
+
+        def recorded_send_away(residency: Residency, wanted: frozenset[PartName]) -> None:
+            here = {n for n, held in residency._tensors.items() if not held.is_away}
+            send_away(residency, wanted)
+            self._out |= {n for n in here if residency._tensors[n].is_away}
+
+        patch.setattr(Turns, "begin", recorded_begin)
+        patch.setattr(Residency, "prefetch", recorded_prefetch)
+        patch.setattr(Residency, "_bring", recorded_bring)
+        patch.setattr(Residency, "_send_away", recorded_send_away)
+
+
+def compared(world: World, path: str, words: list[str]) -> tuple[list[Moves], list[Moves]]:
+    """The moves of the second and third step: as the plan has them, and as they were."""
+    config = load_config(path, words)
+    placements = place_roles(config, world.size)
+    shapes = {name: model.config for name, model in open_models(config, placements).items()}
+    plan = plan_roles(config, placements, shapes, world.device_types, world.size)
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        recorder.install(patch)
+        run_configs(world, [(path, words)], "")
+    step = plan.memory[world.rank].plan.calls
+    planned = []
+    for before, call in zip((step[-1], *step), step, strict=False):
+        coming = set(call.moved_in).difference(before.prefetch)
+        planned.append((call.name, coming, set(call.prefetch), set(call.moved_out)))
+    names = [call[0] for call in recorder.calls]
+    second = [i for i, name in enumerate(names) if name == step[0].name][1]
+    return planned * 2, recorder.calls[second : second + 2 * len(step)]
+
+
+HOST = [*ON_HOST, "roles.rollout.memory.weights=host"]
+CASES = {
+    "roomy": (1, [*ON_HOST, "memory_gb=1"]),
+    # nothing fits beside the value's update, which is the largest call
+    "tight": (
+        1,
+        [*ON_HOST, "memory_gb=0.0037", "train.microbatch_tokens=110"]
+        + ["roles.value.train.microbatch_tokens=2000", "roles.value.train.num_minibatches=1"],
+    ),
+    "no bound": (1, ON_HOST),
+    "with syncs that move": (2, [*HOST, "memory_gb=1", "roles.policy.dp_shard=2"]),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_what_moves_is_what_the_plan_says(tmp_path, case):
+    make_tiny_model(tmp_path / "model")
+    make_tiny_model(tmp_path / "scalar", seed=1, head="score")
+    ranks, words = CASES[case]
+    given = settings(tmp_path, environment=None)
+    path = write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "run", **given)
+    for planned, found in run_ranks(compared, ranks, str(path), words, timeout_s=300):
+        assert found == planned
+        ahead = [call for call in planned if call[2]]
+        assert bool(ahead) == (case != "no bound")
+        assert case != "tight" or any(call[1] for call in planned), "some parts have no room ahead"
