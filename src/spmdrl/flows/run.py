@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
 import torch
 
 from spmdrl.algorithms.metrics import combine, token_means
 from spmdrl.batch import Batch
 from spmdrl.calls import Call
-from spmdrl.config import Config
+from spmdrl.config import Config, Part
 from spmdrl.data.home import DataSet, StepRows, home_rows
 from spmdrl.distributed.reduce import moments, world_max
 from spmdrl.files import set_aside
@@ -22,6 +22,7 @@ from spmdrl.flows.moments import Saved
 from spmdrl.flows.phase_memory import PhaseMemory
 from spmdrl.flows.saving import Saver
 from spmdrl.launch import World
+from spmdrl.memory.turns import Turns
 from spmdrl.objects import load_object
 from spmdrl.observe import names
 from spmdrl.observe.console import Console
@@ -173,6 +174,27 @@ class Run:
         """Charge the time inside to `name`, and show a bar where the work reports progress."""
         pulse = self._life.watcher.pulse.phase(name)
         with self._timer.phase(name), self._memory.phase(name), self._relay.bar(name), pulse:
+            yield
+
+    @contextmanager
+    def resident(self, role: str, *parts: str) -> Iterator[None]:
+        """Hold parts of a role on the device over all calls inside of the `with`, where its
+        `memory` section would send them away between two: on the ranks that have the role. The
+        memory plan does not count them in other roles' calls, so leave room (`memory_gb`).
+
+        Args:
+            parts: of weights, optimizer, kv_cache, graphs.
+
+        Raises:
+            ValueError: on every rank, an unknown role or part, or none; where the role is, a part
+                that it does not have.
+        """
+        handle: Any = self.role(role, object)
+        known = get_args(Part)
+        if not parts or not set(parts).issubset(known):
+            raise ValueError(f"run.resident({role!r}, {parts}): name some of the parts {known}")
+        memory: Turns | None = handle.memory if handle.mesh.is_member else None
+        with memory.residency.resident(role, *parts) if memory is not None else nullcontext():
             yield
 
     def rows(self, step: int, *, attempt: int = 0, count: int | None = None) -> Batch:
