@@ -15,6 +15,7 @@ from harness import run_ranks
 from spmdrl.assemble import Assembly, assemble, open_models
 from spmdrl.batch import Batch, from_rows
 from spmdrl.checkpoint.rng import rng_state
+from spmdrl.config import Config
 from spmdrl.config_files import load_config
 from spmdrl.custom_role import Column, CustomRole, RoleContext
 from spmdrl.distributed.mesh import Mesh
@@ -26,10 +27,12 @@ from spmdrl.flows.start import make_scorer, train
 from spmdrl.generation import Generation
 from spmdrl.launch import World
 from spmdrl.ledger import Journal
+from spmdrl.memory_report import memory_texts
 from spmdrl.models.tokenizers import load_tokenizer
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.placement import place_roles
 from spmdrl.rewards.server import start_reward_server
+from spmdrl.role_plan import RolePlan, plan_roles
 from spmdrl.roles import Reward, Rollout
 from spmdrl.rollout.sampling import SamplingParams
 from tiny_model import make_tiny_model
@@ -360,3 +363,79 @@ def test_a_role_that_changes_comes_back_from_a_checkpoint(root: Path) -> None:
     path = write_config(root / "state.yaml", root / "model", root / "state")
     # six tokens of two ranks, counted on rank 1
     assert run_ranks(save_and_restore, 2, str(path)) == [[[0.0], [6.0]]] * 2
+
+
+class Half:
+    """Has one half of what a resume needs, or a function that is none."""
+
+    needs, returns = ("tokens",), (Column(name="scores", kind="row"),)
+
+    def __init__(self, name: str, value: Any = None) -> None:
+        setattr(self, name, self.setup if value is None else value)
+
+    def setup(self, context: RoleContext) -> None:
+        raise AssertionError("it is refused before it is set up")
+
+    def forward_step(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"scores": torch.zeros(len(batch))}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "save_state"}, "has 'save_state' and no 'load_state'.*add 'load_state', or take"),
+        ({"name": "load_state"}, "has 'load_state' and no 'save_state'.*add 'save_state', or take"),
+        ({"name": "eval_step", "value": 3}, "has 'eval_step', but it is no function"),
+        ({"name": "device_bytes", "value": "8 GB"}, "has device_bytes='8 GB': give a whole number"),
+    ],
+)
+def test_a_role_that_is_half_there_is_refused_at_start_up(root, options, message):
+    roles = {"judge": {"kind": f"{__file__}:Half", "options": options}}
+    path = write_config(
+        root / "half.yaml", root / "model", root / "half", roles=roles, rewards=[{"role": "judge"}]
+    )
+    with pytest.raises(ValueError, match=f"roles.judge: the class Half {message}"):
+        planned(load_config(path))
+
+
+def planned(config: Config) -> RolePlan:
+    placements = place_roles(config, 1)
+    shapes = {name: model.config for name, model in open_models(config, placements).items()}
+    return plan_roles(config, placements, shapes, ["cpu"])
+
+
+class Sized(Half):
+    """Says what it needs."""
+
+    def __init__(self, gigabytes: float) -> None:
+        self.device_bytes = int(gigabytes * 1e9)
+
+    def setup(self, context: RoleContext) -> None:
+        pass
+
+
+def counted_bytes(world: World, path: str, words: list[str]) -> int:
+    assembly, _, _ = made(world, path, words)
+    assembly.memory.settle()
+    return assembly.memory.resident_bytes()
+
+
+def test_the_size_that_a_role_declares_is_in_the_plan(root):
+    roles = {"judge": {"kind": f"{__file__}:Sized", "options": {"gigabytes": 2}}}
+    path = write_config(
+        root / "sized.yaml",
+        root / "model",
+        root / "sized",
+        roles=roles,
+        rewards=[{"role": "judge"}],
+    )
+    plan = planned(load_config(path, ["memory_gb=2.1"])).memory
+    assert memory_texts(plan)["judge"] == "declared 2.00 GB keep"
+    score = next(call for call in plan[0].plan.calls if call.name == "judge.forward_step")
+    assert score.peak_bytes >= 2e9
+    assert run_ranks(counted_bytes, 1, str(path), ["memory_gb=2.1"])[0] >= 2e9
+    with pytest.raises(ValueError) as refused:
+        planned(load_config(path, ["memory_gb=2.0"]))
+    message = str(refused.value)
+    assert "judge.declared" in message and "2.00 GB  always there" in message
+    assert "roles.judge.memory" not in message, "nothing can move it"

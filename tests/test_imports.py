@@ -43,6 +43,7 @@ LEVELS: list[set[str]] = [
         "role_plan",
         "assemble",
         "explain",
+        "memory_report",
         "doctor",
     },
     {"flows"},

@@ -14,7 +14,7 @@ import torch
 from spmdrl.calls import Role
 from spmdrl.canary import Canary
 from spmdrl.config import Config
-from spmdrl.custom_role import CustomRole, RoleContext
+from spmdrl.custom_role import DECLARED, CustomRole, RoleContext, declared_bytes
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.engines import check_installed, engine_parts, make_engine
 from spmdrl.generation import GRAPHS, KV_CACHE
@@ -23,7 +23,6 @@ from spmdrl.memory.residency import Residency
 from spmdrl.memory.turns import Turns, planned_turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.hf import TensorSource, fill, open_model
-from spmdrl.objects import load_object
 from spmdrl.passes import WEIGHTS, ModelRole
 from spmdrl.placement import Placement, place_roles
 from spmdrl.policy_sync import PolicySync
@@ -295,9 +294,8 @@ class _Builder:
             )
 
     def add_custom(self, name: str, mesh: Mesh) -> None:
-        section = self._config.roles[name]
-        user = load_object(self._config.role_kind(name))(**section.options)
-        self._roles[name] = CustomRole(name, mesh, user, self._turns_of(name))
+        user, turns = self._plan.users[name], self._turns_of(name)
+        self._roles[name] = CustomRole(name, mesh, user, turns)
         if mesh.is_member:
             user.setup(
                 RoleContext(
@@ -308,6 +306,8 @@ class _Builder:
                     seed=self._config.seed,
                 )
             )
+            if turns is not None and (size := declared_bytes(user)) is not None:
+                self._residency.register_fixed(name, DECLARED, num_bytes=size)
 
     def assembly(self) -> Assembly:
         return Assembly(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,8 +16,30 @@ from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.ledger import Stint
 from spmdrl.memory.turns import Turns
+from spmdrl.objects import load_object
 
 __all__ = ["Column", "CustomRole", "RoleContext", "UserRole"]
+
+FORWARD = "forward_step"
+
+METHODS = {"setup", FORWARD, "train_step", "eval_step", "save_state", "load_state"}
+"""The functions that a role may have."""
+
+DECLARED = "declared"
+"""The part of a role of the user's own, of which only the size is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom:
+    """What the plan needs to know of a role of the user's own.
+
+    Args:
+        num_bytes: that each of its ranks has on its device; None: it does not say.
+        device: where it computes, without an index.
+    """
+
+    num_bytes: int | None
+    device: torch.device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +66,8 @@ class UserRole(Protocol):
     `roles.NAME.options` as keyword arguments; `setup` and the steps run on the role's ranks alone.
 
     `needs` names the columns that travel to the role: tensors, or texts (`prompt_text`, `response`,
-    `answer`). `returns` says what comes home. These functions are optional:
-    `train_step(batch) -> metrics`, which may change the role, and `eval_step(batch) -> columns`,
-    which is called in place of `forward_step` in evaluations. A role that changes also offers
-    `save_state() -> tensors by name` and `load_state(tensors)`: they are in every checkpoint, for
-    each rank its own, and come back on the same ranks.
+    `answer`). `returns` says what comes home. What else it may offer: `Trains`, `Evaluates`,
+    `Saves` and `Loads` (both, or neither), `Sized`.
     """
 
     needs: Sequence[str]
@@ -61,6 +80,59 @@ class UserRole(Protocol):
         ...
 
 
+@runtime_checkable
+class Trains(Protocol):
+    """A role that learns: `train_step` may change it, and returns metrics."""
+
+    def train_step(self, batch: Batch) -> Mapping[str, float]: ...
+
+
+@runtime_checkable
+class Evaluates(Protocol):
+    """A role that evaluations ask by `eval_step` in place of `forward_step`."""
+
+    def eval_step(self, batch: Batch) -> Mapping[str, Tensor]: ...
+
+
+@runtime_checkable
+class Saves(Protocol):
+    """A role that changes: its tensors by name are in every checkpoint, for each rank its own."""
+
+    def save_state(self) -> Mapping[str, Tensor]: ...
+
+
+@runtime_checkable
+class Loads(Protocol):
+    """They come back on the same ranks, after `setup`."""
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """A role that says, as soon as it is made, what each of its ranks will have on its device from
+    `setup` on, in bytes: the memory plan counts it, and refuses what does not fit beside it.
+    """
+
+    device_bytes: int
+
+
+def declared_bytes(user: UserRole) -> int | None:
+    """None: the role does not say."""
+    return user.device_bytes if isinstance(user, Sized) else None
+
+
+def make_user_role(name: str, where: str, options: Mapping[str, Any]) -> UserRole:
+    """The object behind `kind: module:Class`, checked.
+
+    Raises:
+        ValueError: something that a role needs is missing, is no function, or is only half there.
+    """
+    user: UserRole = load_object(where)(**options)
+    check_user_role(name, user)
+    return user
+
+
 class CustomRole:
     """The handle of a user's role.
 
@@ -70,32 +142,42 @@ class CustomRole:
 
     def __init__(self, name: str, mesh: Mesh, user: UserRole, memory: Turns | None = None) -> None:
         self.name, self.mesh, self.user, self.memory = name, mesh, user, memory
-        _check_declared(name, user)
+        check_user_role(name, user)
         self.forward = RoleMethod(self._forward)
         self.evaluate = RoleMethod(self._evaluate)
         self.train = RoleMethod(self._train)
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of the role on this rank."""
-        if not self.mesh.is_member or not hasattr(self.user, "save_state"):
+        if not self.mesh.is_member or not isinstance(self.user, Saves):
             return {}
-        return dict(getattr(self.user, "save_state")())  # noqa: B009 (optional method)
+        return dict(self.user.save_state())
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` had returned on this rank."""
-        if tensors:
-            getattr(self.user, "load_state")(tensors)  # noqa: B009 (optional method)
+        if not tensors:
+            return
+        if not isinstance(self.user, Loads):
+            raise ValueError(
+                f"roles.{self.name}: the checkpoint has {sorted(tensors)} of it, and the class "
+                f"{type(self.user).__name__} has no load_state: give it save_state and load_state "
+                "as when the checkpoint was written, or start anew (checkpoint.resume=false)"
+            )
+        self.user.load_state(tensors)
 
     def _forward(self, batch: Batch) -> Call[Batch]:
-        return self._columns(batch, "forward_step")
+        return self._columns(batch, FORWARD, self.user.forward_step)
 
     def _evaluate(self, batch: Batch) -> Call[Batch]:
-        own = hasattr(self.user, "eval_step")
-        return self._columns(batch, "eval_step" if own else "forward_step")
+        if isinstance(self.user, Evaluates):
+            return self._columns(batch, "eval_step", self.user.eval_step)
+        return self._forward(batch)
 
-    def _columns(self, batch: Batch, method: str) -> Call[Batch]:
+    def _columns(
+        self, batch: Batch, method: str, step: Callable[[Batch], Mapping[str, Tensor]]
+    ) -> Call[Batch]:
         def compute(rows: Batch, stint: Stint) -> Batch:
-            columns = getattr(self.user, method)(rows)
+            columns = step(rows)
             return checked_columns(f"{self.name}.{method}", rows, columns, self.user.returns)
 
         return Call(
@@ -110,14 +192,15 @@ class CustomRole:
         )
 
     def _train(self, batch: Batch) -> Call[dict[str, float]]:
-        if not hasattr(self.user, "train_step"):
+        user = self.user
+        if not isinstance(user, Trains):
             raise ValueError(
-                f"roles.{self.name} ({type(self.user).__name__}) has no train_step: add "
+                f"roles.{self.name} ({type(user).__name__}) has no train_step: add "
                 "train_step(batch) -> metrics to the class, or do not train it"
             )
 
         def compute(rows: Batch, stint: Stint) -> dict[str, float]:
-            return dict(getattr(self.user, "train_step")(rows))  # noqa: B009 (optional method)
+            return dict(user.train_step(rows))
 
         return Call(
             role=self,
@@ -167,12 +250,31 @@ def checked_columns(
     return Batch(lengths=rows.lengths, tokens=tokens, rows=row_columns)
 
 
-def _check_declared(name: str, user: UserRole) -> None:
+def check_user_role(name: str, user: UserRole) -> None:
+    """What the class offers, before anything is asked of it.
+
+    Raises:
+        ValueError: naming the role, the class, and what it lacks.
+    """
+    where = f"roles.{name}: the class {type(user).__name__}"
+    offered = {attribute for attribute in dir(user) if not attribute.startswith("_")}
     for attribute in ("needs", "returns", "setup", "forward_step"):
-        if not hasattr(user, attribute):
+        if attribute not in offered:
             raise ValueError(
-                f"roles.{name}: the class {type(user).__name__} has no {attribute!r}; a role has "
-                "needs, returns, setup(context) and forward_step(batch)"
+                f"{where} has no {attribute!r}; a role has needs, returns, setup(context) and "
+                "forward_step(batch)"
+            )
+    for method in METHODS & offered:
+        if not callable(getattr(user, method)):
+            raise ValueError(f"{where} has {method!r}, but it is no function")
+    size = declared_bytes(user)
+    if size is not None and (not isinstance(size, int) or size < 0):
+        raise ValueError(f"{where} has device_bytes={size!r}: give a whole number of bytes")
+    for one, other in (("save_state", "load_state"), ("load_state", "save_state")):
+        if one in offered and other not in offered:
+            raise ValueError(
+                f"{where} has {one!r} and no {other!r}, so a run could not go on from its "
+                f"checkpoints: add {other!r}, or take {one!r} away"
             )
     for column in user.returns:
         if column.kind not in ("token", "row"):

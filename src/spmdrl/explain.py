@@ -9,10 +9,10 @@ import yaml
 
 from spmdrl.config import Config, DataKind
 from spmdrl.config_sets import train_sources
+from spmdrl.memory_report import memory_texts, schedules
 from spmdrl.models.config import ModelConfig, read_config, tiny
 from spmdrl.placement import Placement, place_roles, placement_table
 from spmdrl.role_plan import KINDS, RolePlan, check_model, plan_roles, training_dtype
-from spmdrl.sharing import memory_texts, schedules
 from spmdrl.step_sizes import (
     MicrobatchCounts,
     StepSizes,

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from spmdrl.config import Config
+from spmdrl.custom_role import Custom, UserRole, declared_bytes, make_user_role
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.engines import check_engine, shares_tensors, vocab_multiple
 from spmdrl.memory.turns import Turns
@@ -59,6 +60,7 @@ class RolePlan:
         state_layouts: what every rank holds of the masters and the optimizer's moments.
         syncs: by rollout.
         memory: by rank.
+        users: the objects behind the roles of the user's own.
     """
 
     devices: Mapping[str, torch.device]
@@ -66,6 +68,7 @@ class RolePlan:
     state_layouts: Mapping[str, WeightLayout]
     syncs: Mapping[str, SyncPlan]
     memory: Mapping[int, RankMemory]
+    users: Mapping[str, UserRole]
 
 
 def training_dtype(config: Config, device: torch.device) -> torch.dtype:
@@ -193,9 +196,23 @@ def plan_roles(
         )
         for name, shape in shapes.items()
     }
-    memory = plan_memory(config, placements, known, syncs, device_types)
+    users = {
+        name: make_user_role(name, config.role_kind(name), role.options)
+        for name, role in config.roles.items()
+        if ":" in config.role_kind(name)
+    }
+    customs = {
+        name: Custom(num_bytes=declared_bytes(user), device=devices[name])
+        for name, user in users.items()
+    }
+    memory = plan_memory(config, placements, known, syncs, device_types, customs)
     return RolePlan(
-        devices=devices, layouts=layouts, state_layouts=states, syncs=syncs, memory=memory
+        devices=devices,
+        layouts=layouts,
+        state_layouts=states,
+        syncs=syncs,
+        memory=memory,
+        users=users,
     )
 
 

@@ -7,13 +7,13 @@ every rank's plan, and refuses alike what does not fit, before anything is loade
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from spmdrl.config import Config
-from spmdrl.distributed.mesh import format_ranks
+from spmdrl.custom_role import DECLARED, FORWARD, Custom
 from spmdrl.engines import engine_parts, is_vllm, vllm_cache
 from spmdrl.generation import GRAPHS, KV_CACHE
 from spmdrl.memory.parts import Part, PartName, PartWish
@@ -76,6 +76,7 @@ def plan_memory(
     shapes: Mapping[str, Shape],
     syncs: Mapping[str, SyncPlan],
     device_types: Sequence[str],
+    customs: Mapping[str, Custom],
 ) -> dict[int, RankMemory]:
     """Every rank's plan; ranks whose roles hold the same share one.
 
@@ -97,29 +98,45 @@ def plan_memory(
             for name, shape in shapes.items()
             if rank in shape.layout and shape.device.type == device_types[rank]
         }
+        own = {
+            name: custom.num_bytes
+            for name, custom in customs.items()
+            if rank in placements[name].ranks and custom.device.type == device_types[rank]
+        }
         key = tuple((name, id(shape.layout[rank])) for name, shape in here.items())
+        key += tuple((name, -1) for name in own)
         if key not in made:
-            parts = _parts(config, placements, here, syncs, rank)
             capacity = device_bytes(config, device_types[rank])
-            calls = _calls(config, placements, here, syncs, rank)
-            # where both do not fit, the sync reads the policy's weights from the host
-            streams = not all(fits(parts, sync, capacity) for sync in calls.sync)
-            if streams:
-                calls = _calls(config, placements, here, syncs, rank, streams=True)
-            step = usual_step(config, calls)
-            made[key] = RankMemory(
-                plan=make_plan(
-                    parts,
-                    step,
-                    capacity=capacity,
-                    rank=rank,
-                    other_steps=unusual_steps(config, calls),
-                ),
-                working_bytes={call.name: call.working_bytes for call in step},
-                streams=streams,
-            )
+            made[key] = _on_rank(config, placements, here, own, syncs, rank, capacity)
         plans[rank] = made[key]
     return plans
+
+
+def _on_rank(
+    config: Config,
+    placements: Mapping[str, Placement],
+    here: Mapping[str, Shape],
+    customs: Mapping[str, int | None],
+    syncs: Mapping[str, SyncPlan],
+    rank: int,
+    capacity: int | None,
+) -> RankMemory:
+    parts = _parts(config, placements, here, syncs, rank)
+    for name, size in customs.items():
+        if size is not None:
+            fixed = Part(role=name, name=DECLARED, num_bytes=size, wish="keep", fixed=True)
+            parts.append(fixed)
+    calls = _calls(config, placements, here, syncs, rank, customs)
+    # where both do not fit, the sync reads the policy's weights from the host
+    streams = not all(fits(parts, sync, capacity) for sync in calls.sync)
+    if streams:
+        calls = _calls(config, placements, here, syncs, rank, customs, streams=True)
+    step, others = usual_step(config, calls), unusual_steps(config, calls)
+    return RankMemory(
+        plan=make_plan(parts, step, capacity=capacity, rank=rank, other_steps=others),
+        working_bytes={call.name: call.working_bytes for call in step},
+        streams=streams,
+    )
 
 
 def device_bytes(config: Config, device_type: str) -> int | None:
@@ -129,29 +146,6 @@ def device_bytes(config: Config, device_type: str) -> int | None:
     if device_type == "cuda" and torch.cuda.is_available():  # not on a host without GPUs
         return int(torch.cuda.get_device_properties(0).total_memory * FREE_SHARE)
     return None
-
-
-def schedules(memory: Mapping[int, RankMemory]) -> list[str]:
-    """Every rank's schedule, once for all ranks that have the same."""
-    ranks: dict[str, list[int]] = {}
-    plans = {}
-    for rank, own in memory.items():
-        ranks.setdefault(text := own.plan.describe(""), []).append(rank)
-        plans[text] = own.plan
-    names = {t: f"rank{'s' * (len(own) > 1)} {format_ranks(own)}" for t, own in ranks.items()}
-    return [plan.describe(names[text]) for text, plan in plans.items()]
-
-
-def memory_texts(memory: Mapping[int, RankMemory]) -> dict[str, str]:
-    """Role -> what becomes of its parts, for the placement table; of the first rank that has it."""
-    texts: dict[str, str] = {}
-    for plan in (rank.plan for rank in memory.values()):
-        roles = dict.fromkeys(part.role for part in plan.parts)
-        for role in roles:
-            own = [part for part in plan.parts if part.role == role]
-            shown = ", ".join(f"{p.name} {plan.policies[p.key]}" for p in own)
-            texts.setdefault(role, shown)
-    return texts
 
 
 def _wish(config: Config, role: str, part: str) -> PartWish:
@@ -274,6 +268,7 @@ def _calls(
     here: Mapping[str, Shape],
     syncs: Mapping[str, SyncPlan],
     rank: int,
+    customs: Iterable[str],
     *,
     streams: bool = False,
 ) -> RankCalls:
@@ -291,15 +286,19 @@ def _calls(
         needs = tuple((name, part) for part in parts)
         work = 0 if is_vllm(config, name) else _blocked_bytes(config, here[name], rank)
         generate.append(PlannedCall(name=f"{name}.generate", needs=needs, working_bytes=work))
-    scoring = {reward.role for reward in config.rewards}
-    score: list[PlannedCall] = []
+    # what a role of the user's own has stays on the device
+    score = {name: PlannedCall(name=f"{name}.{FORWARD}", needs=()) for name in customs}
+    scoring = [reward.role for reward in config.rewards if reward.role is not None]
     read: list[PlannedCall] = []
     update = []
     for name in in_read_order(kinds):
         method = {"reward": "score", "value": "values"}.get(kinds[name], "logprobs")
         work = _working_bytes(config, placements[name], name, here[name], backward=False)
         call = PlannedCall(name=f"{name}.{method}", needs=((name, WEIGHTS),), working_bytes=work)
-        (score if name in scoring else read).append(call)
+        if name in scoring:
+            score[name] = call
+        else:
+            read.append(call)
         if config.is_trained(name):
             work = _working_bytes(config, placements[name], name, here[name], backward=True)
             work += gradient_bytes(here[name].layout[rank])
@@ -308,7 +307,7 @@ def _calls(
     return RankCalls(
         sync=tuple(_sync_call(kinds, syncs, streams=streams)),
         generate=tuple(generate),
-        score=tuple(score),
+        score=tuple(score[name] for name in scoring if name in score),
         read=tuple(read),
         update=tuple(update),
     )

@@ -36,6 +36,7 @@ from spmdrl.flows.saving import Saver
 from spmdrl.flows.sft import sft
 from spmdrl.launch import World, seed_everything
 from spmdrl.ledger import keeping
+from spmdrl.memory_report import memory_texts, schedules
 from spmdrl.objects import load_object
 from spmdrl.observe.progress import Relay
 from spmdrl.observe.timeline import PhaseTimer
@@ -50,7 +51,6 @@ from spmdrl.runtime.pulse import Pulse
 from spmdrl.runtime.signals import Signals
 from spmdrl.runtime.stopping import StopAsked
 from spmdrl.runtime.watcher import Watcher
-from spmdrl.sharing import memory_texts, schedules
 
 log = logging.getLogger(__name__)
 

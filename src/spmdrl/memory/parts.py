@@ -32,6 +32,7 @@ class Part:
         droppable: its role makes it anew when it needs it (a cache); its content is never moved.
         frozen: its content never changes, so that the host's copy stays good.
         rests_on: earlier parts that own some of its storages: who needs it needs them too.
+        fixed: nothing can move it.
         holds: parts whose addresses it has captured (CUDA graphs): they may move only after it was
             dropped.
 
@@ -45,11 +46,13 @@ class Part:
     wish: PartWish = "auto"
     droppable: bool = False
     frozen: bool = False
+    fixed: bool = False
     rests_on: tuple[PartName, ...] = ()
     holds: tuple[PartName, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.num_bytes >= 0, (self.key, self.num_bytes)
+        assert not self.fixed or self.wish == "keep", (self.key, self.wish)
         assert self.droppable or not self.holds, (self.key, self.holds)
         if self.droppable and self.wish == "host":
             raise ValueError(f"{self.setting}=host: it has nothing worth moving, set keep or drop")

@@ -232,7 +232,9 @@ def _refusal(
     mends: dict[str, None] = {}
     for part in resident:
         why = "needed"
-        if part.key not in needed:
+        if part.fixed:
+            why = "always there"
+        elif part.key not in needed:
             keeper = keepers.get(part.key, part)
             why = f"kept by {keeper.setting}=keep"
             mends[f"{keeper.setting}={keeper.away}"] = None

@@ -143,6 +143,11 @@ class Residency:
         self._tensors[role, part] = ForeignPart(num_bytes, leave, bring)
         self._note_peak()
 
+    def register_fixed(self, role: str, part: str, *, num_bytes: int) -> None:
+        """Count what stays on the device whatever happens, and nobody can move."""
+        self._add(Part(role=role, name=part, num_bytes=num_bytes, wish="keep", fixed=True))
+        self._tensors[role, part] = ForeignPart(num_bytes, lambda keeps: None, lambda: None)
+
     def register_droppable(
         self,
         role: str,
