@@ -4,7 +4,8 @@
 # A real Slurm on this host, as root, without systemd: one controller and NODES emulated nodes
 # (default 2), in a second. `export SLURM_CONF=DIR/slurm.conf` then makes sbatch and the rest use it.
 # Slurm's emulation of several nodes (slurmd -N) is in Debian's build. cred_expire is also how long a
-# job that is queued again waits: 120 s on a cluster that does not set it.
+# job that is queued again waits (120 s unless set); longer than KillWait, since the end of one start
+# on a slow node may otherwise reach the next, whose steps have the same names.
 set -euo pipefail
 what=${1:-} dir=${2:?usage: slurmlab.sh up DIR [NODES] | down DIR} nodes=${3:-2}
 export SLURM_CONF=$dir/slurm.conf
@@ -42,7 +43,7 @@ SlurmctldPort=${SLURMLAB_PORT:-26817}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=cred_expire=10
+AuthInfo=cred_expire=30
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -56,7 +57,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
 ReturnToService=2
-KillWait=60
+KillWait=20
 SlurmdTimeout=20
 SlurmdParameters=config_overrides
 SlurmctldPidFile=$dir/run/slurmctld.pid
