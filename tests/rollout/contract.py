@@ -146,6 +146,16 @@ def results_do_not_depend_on_what_is_served_together(make: Maker) -> None:
     assert [c.tokens for c in some] == [together[3][2].tokens, together[3][0].tokens]
 
 
+def prompts_longer_than_a_step_draw_the_same(make: Maker) -> None:
+    prompts = prompts_of(50, 33, 41, 60)
+    asked = [request(p, i, 2, max_tokens=6, ignore_eos=True) for i, p in enumerate(prompts)]
+    at_once = generate(make(), asked)
+    in_parts = generate(make(prefill_tokens=16, max_running=4), asked)
+    assert [[c.tokens for c in group] for group in in_parts] == [
+        [c.tokens for c in group] for group in at_once
+    ]
+
+
 def seed_step_prompt_and_sample_key_the_draws(make: Maker) -> None:
     engine, prompt = make(), prompts_of(10)[0]
 
@@ -290,6 +300,7 @@ CHECKS: dict[str, Callable[[Maker], None]] = {
         greedy_tokens_equal_transformers,
         logprobs_are_those_of_the_sampling_distribution,
         results_do_not_depend_on_what_is_served_together,
+        prompts_longer_than_a_step_draw_the_same,
         seed_step_prompt_and_sample_key_the_draws,
         global_random_numbers_are_left_alone,
         stop_texts_and_tokens_end_a_sample,

@@ -114,6 +114,16 @@ def replaced(space: Any, name: str, value: object) -> Iterator[None]:
         setattr(space, name, before)
 
 
+@contextmanager
+def uncompiled(device: torch.device) -> Iterator[None]:
+    """On a CPU no torch.compile: the first log-probabilities would wait half a minute for it."""
+    if device.type != "cpu":
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def _spaces() -> tuple[Any, ...]:
     return (torch, torch.cuda, torch.accelerator, torch.Tensor)
 

@@ -33,7 +33,7 @@ from ..distributed.parallel import Parallel
 from ..models.config import ModelConfig
 from ..models.sharding import Slice, all_slices
 from ..storages import require_resident
-from .enclosure import Enclosure, replaced
+from .enclosure import Enclosure, replaced, uncompiled
 from .lockstep import Lockstep
 from .protocol import Completion, Progress, Request
 from .requests import check_requests
@@ -272,7 +272,7 @@ class VllmEngine:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """vLLM may compute inside of this."""
-        with self._enclosure.entered(), _uncompiled(self._device):
+        with self._enclosure.entered(), uncompiled(self._device):
             self._wake("kv_cache")
             if not self._engine.reset_prefix_cache():
                 raise AssertionError("vLLM's prefix cache is in use, it holds old weights' values")
@@ -323,6 +323,9 @@ def _start(
     from vllm import EngineArgs, LLMEngine
 
     multiple = BLOCK_MULTIPLE[device.type]
+    budget = options.max_running + options.prefill_tokens
+    # a part of a prompt draws a token that is thrown away: a CPU's generator cannot take it back
+    chunks = device.type != "cpu"
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(described(config)))
         return LLMEngine.from_engine_args(
@@ -343,7 +346,8 @@ def _start(
                 block_size=-(-options.block_size // multiple) * multiple,
                 max_model_len=options.max_length,
                 max_num_seqs=options.max_running,
-                max_num_batched_tokens=options.max_running + options.prefill_tokens,
+                max_num_batched_tokens=budget if chunks else max(budget, options.max_length),
+                enable_chunked_prefill=chunks,
                 kv_cache_memory_bytes=options.kv_cache_bytes,
                 gpu_memory_utilization=_NO_UTILIZATION,
                 disable_log_stats=True,
@@ -386,14 +390,4 @@ def _plain_weights(device: torch.device) -> Iterator[None]:
         replaced(ops, "_supports_onednn", False),
         replaced(utils, "check_cpu_sgl_kernel", lambda n, k, dtype: False),
     ):
-        yield
-
-
-@contextmanager
-def _uncompiled(device: torch.device) -> Iterator[None]:
-    """On a CPU no torch.compile: the first log-probabilities would wait half a minute for it."""
-    if device.type != "cpu":
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
         yield
