@@ -184,18 +184,7 @@ def plan_roles(
         name: state_layout(config, placements[name], shape, name, devices[name], layouts[name])
         for name, shape in shapes.items()
     }
-    known = {
-        name: Shape(
-            kind=config.role_kind(name),
-            config=shape,
-            head=role_head(config, name),
-            layout=layouts[name],
-            state_layout=states[name],
-            device=devices[name],
-            dtype=training_dtype(config, devices[name]),
-        )
-        for name, shape in shapes.items()
-    }
+    known = _described(config, shapes, layouts, states, devices)
     users = {
         name: make_user_role(name, config.role_kind(name), role.options)
         for name, role in config.roles.items()
@@ -214,6 +203,28 @@ def plan_roles(
         memory=memory,
         users=users,
     )
+
+
+def _described(
+    config: Config,
+    shapes: Mapping[str, ModelConfig],
+    layouts: Mapping[str, WeightLayout],
+    states: Mapping[str, WeightLayout],
+    devices: Mapping[str, torch.device],
+) -> dict[str, Shape]:
+    """What the memory plan is told of the roles with a model."""
+    return {
+        name: Shape(
+            kind=config.role_kind(name),
+            config=shape,
+            head=role_head(config, name),
+            layout=layouts[name],
+            state_layout=states[name],
+            device=devices[name],
+            dtype=training_dtype(config, devices[name]),
+        )
+        for name, shape in shapes.items()
+    }
 
 
 def _plan_syncs(
