@@ -236,7 +236,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda p: (p / INDEX).unlink(), f"{INDEX} cannot be read"),
     "half an index": (lambda p: os.truncate(p / INDEX, 500), f"{INDEX} cannot be read"),
     "a list": (lambda p: (p / INDEX).write_text("[]"), "not a checkpoint index"),
-    "format": (edit_index(lambda c: c.update(format=99)), "not a checkpoint index of format 3"),
+    "format": (edit_index(lambda c: c.update(format=99)), "not a checkpoint index of format 4"),
     "no entries": (edit_index(lambda c: c.pop("entries")), "is damaged.*entries"),
     "no state": (edit_index(lambda c: c.pop("state")), "is damaged.*state"),
     "a bad entry": (edit_index(lambda c: c["entries"][0].pop("stop")), "is damaged.*stop"),

@@ -6,7 +6,6 @@ different times.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -147,16 +147,16 @@ def _check_files(path: Path, files: Mapping[str, Mark]) -> None:
         if found != mark.num_bytes:
             state = "is missing" if found is None else f"has {found} bytes, not {mark.num_bytes}"
             raise ValueError(f"{path / name} {state}; {mend(path)}")
-        if _crc32(path / name) != mark.crc32:
+        if _xxh3(path / name) != mark.xxh3:
             raise ValueError(f"{path / name} is damaged (its checksum differs); {mend(path)}")
 
 
-def _crc32(path: Path) -> int:
-    total = 0
+def _xxh3(path: Path) -> str:
+    checksum = xxhash.xxh3_64()
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
-            total = zlib.crc32(chunk, total)
-    return total
+            checksum.update(chunk)
+    return checksum.hexdigest()
 
 
 def _plan_reads(path: Path, index: Index, tensors: Tensors) -> tuple[list[_Read], dict[str, Any]]:

@@ -7,14 +7,14 @@ tensor's dtype, shape and place; the values (https://github.com/huggingface/safe
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
+from spmdrl.checkpoint.direct import DirectFile
 from spmdrl.checkpoint.index import Mark
 
 _DTYPES = {
@@ -29,7 +29,7 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22
 _SYNCED = 1 << 28
 """Bytes after which the file is made to reach the disk: the last fsync then has little to do, and
 its progress is seen."""
@@ -60,21 +60,18 @@ def write_safetensors(
         position = stop
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    checksum = unsynced = 0
-    with path.open("wb", buffering=0) as file:
+    checksum, unsynced = xxhash.xxh3_64(), 0
+    with DirectFile(path) as file:
         for part in _parts(text, [tensor for _, tensor in ordered]):
-            rest = part
-            while rest:
-                rest = rest[file.write(rest) :]
-            checksum = zlib.crc32(part, checksum)
+            file.write(part)
+            checksum.update(part)
             unsynced += len(part)
             if unsynced >= _SYNCED:
-                os.fdatasync(file.fileno())
+                file.sync()
                 unsynced = 0
             progress()
-        os.fsync(file.fileno())
-        progress()
-    return Mark(num_bytes=8 + len(text) + position, crc32=checksum)
+    progress()
+    return Mark(num_bytes=8 + len(text) + position, xxh3=checksum.hexdigest())
 
 
 def _parts(header: bytes, tensors: list[Tensor]) -> Iterator[memoryview]:
