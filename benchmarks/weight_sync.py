@@ -5,6 +5,10 @@
 `dpN` shards over N ranks (FSDP) at the source and makes N replicas at the target; `repN` makes N
 replicas on either side. `@2-3` after a layout places it on those ranks; default: from rank 0 on.
 Starts its own ranks. The last line is one JSON object: medians of runs in turn, slowest rank.
+
+`bare_seconds` are the messages alone. `copy_seconds` are the copies that the layouts ask for beside
+them, alone: of what a rank holds in another tensor, and of cells that lie scattered and are packed.
+On a CPU the same cores do both, so that no sync could take less than their sum.
 """
 
 from __future__ import annotations
@@ -29,12 +33,14 @@ from spmdrl.launch import World, start_world, stop_world
 from spmdrl.models.config import read_config
 from spmdrl.models.degrees import check_tp
 from spmdrl.weights.layout import WeightLayout, model_layout
+from spmdrl.weights.places import copy_all
 from spmdrl.weights.plan import plan_sync
 from spmdrl.weights.program import RankRound
 from spmdrl.weights.proof import first_difference
 from spmdrl.weights.sync import WeightSync
 
 AXES = {"dp": "dp_shard", "rep": "dp_replicate", "tp": "tp", "pp": "pp", "cp": "cp"}
+CONTIGUOUS = torch.contiguous_format
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -115,12 +121,16 @@ def measure(world: World, given: argparse.Namespace) -> dict[str, object]:
     own, wanted = source.get(world.rank, {}), target.get(world.rank, {})
     engine = Holder(target, world) if wanted else None
     sync = WeightSync(plan, own, wanted, tensors, engine, world.device)
-    bare = [Bare(sync, one) for one in sync.program]
+    bare, copies = [Bare(sync, one) for one in sync.program], copies_of(sync)
     # of the first run: the host keeps the staging buffers after it
     extra = world_max(torch.tensor([float(growth(world, sync.run))])).item()
-    seconds: dict[str, list[float]] = {"sync": [], "bare": [], "check": []}
+    seconds: dict[str, list[float]] = {"sync": [], "bare": [], "copy": [], "check": []}
     for turn in range(given.rounds + 1):
-        took = {"sync": timed(world, sync.run), "bare": timed(world, lambda: run_bare(bare))}
+        took = {
+            "sync": timed(world, sync.run),
+            "bare": timed(world, lambda: run_bare(bare)),
+            "copy": timed(world, lambda: copy_all(copies)),
+        }
         if turn:
             for name, value in took.items():
                 seconds[name].append(value)
@@ -130,6 +140,7 @@ def measure(world: World, given: argparse.Namespace) -> dict[str, object]:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     moved = plan.moved_bytes
     share = medians["bare"] / medians["sync"]
+    both = (medians["bare"] + medians["copy"]) / medians["sync"]
     staged = world_max(torch.tensor([float(sync.staging_bytes)])).item()
     return {
         "src": given.src,
@@ -142,6 +153,8 @@ def measure(world: World, given: argparse.Namespace) -> dict[str, object]:
         "gb_per_s": round(moved / medians["sync"] / 1e9, 3) if moved else None,
         "bare_seconds": round(medians["bare"], 4),
         "fraction_of_collective_rate": round(share, 3) if moved else None,
+        "copy_seconds": round(medians["copy"], 4),
+        "fraction_of_messages_and_copies": round(both, 3) if moved else None,
         "peak_extra_bytes": int(extra),
         "staging_bytes": int(staged),
         "bucket_bytes": given.bucket_mb * 10**6,
@@ -149,6 +162,22 @@ def measure(world: World, given: argparse.Namespace) -> dict[str, object]:
         "rounds": len(plan.rounds),
         "messages": sum(len(r.sends) + len(r.receives) + len(r.casts) for r in sync.program),
     }  # fmt: skip
+
+
+@torch.no_grad()
+def copies_of(sync: WeightSync) -> list[tuple[Tensor, Tensor]]:
+    """(to, from) of this rank: copies within it, and into messages that have to be packed."""
+    places, pairs = sync.places, []
+    for one in sync.program:
+        for name, cell in one.copies:
+            value = places.source(name, cell)
+            assert value is not None
+            pairs += [(view, value) for view in places.target(name, cell)]
+        for message in one.sends:
+            values = [places.value(name, cell) for name, cell in message.items]
+            if len(values) > 1 or not values[0].is_contiguous():
+                pairs += [(torch.empty_like(v, memory_format=CONTIGUOUS), v) for v in values]
+    return pairs
 
 
 class Bare:

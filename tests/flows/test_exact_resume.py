@@ -124,7 +124,8 @@ def test_grpo(root: Path) -> None:
     stops = ["14 17", "27 28", "44", "93 90"]
     words = ["roles.reference={}", "algorithm.kl_coef=0.05"]
     saved = check(root, "grpo", 2, stops, words, evaluation=EVALUATION)
-    assert {name[:13] for name in saved} == {f"step_{n:08d}" for n in (0, 1, 3)}
+    # with SPMDRL_TEST_EVERY_STOP there are others
+    assert {name[:13] for name in saved} >= {f"step_{n:08d}" for n in (0, 1, 3)}
 
 
 def test_ppo_with_a_controller_and_a_running_mean(root: Path) -> None:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spmdrl.models.linear import in_blocks, linear, serves
+from spmdrl.models import linear as linear_module
+from spmdrl.models.linear import in_blocks, linear, product, serves
 
 
 def _operands(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,8 +33,12 @@ def test_the_product_is_that_of_torch(rows: int, columns: int) -> None:
         torch.testing.assert_close(linear(strided, weight), F.linear(strided, weight))
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("rows", [0, 8, 100])
-def test_gradients_are_those_of_the_plain_product(rows: int) -> None:
+def test_gradients_are_those_of_the_plain_product(
+    rows: int, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_module, "_IS_NARROW", narrow)
     operands = [t.requires_grad_() for t in _operands(rows, 48)]
     x, weight, bias = operands
     factors = torch.randn(rows, 48)
@@ -57,3 +62,12 @@ def test_only_float32_on_the_cpu_is_served() -> None:
     assert not serves(x.bfloat16(), weight.bfloat16())
     wide = linear(x.double().requires_grad_(), weight.double())
     torch.testing.assert_close(wide, F.linear(x.double(), weight.double()))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_products_of_any_strides(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "_IS_NARROW", narrow)
+    a, b, _ = _operands(40, 48)
+    for left in (a, a.t().contiguous().t()):
+        for right in (b, b.t().contiguous().t()):
+            torch.testing.assert_close(product(left, right), a @ b.t(), rtol=0, atol=1e-5)

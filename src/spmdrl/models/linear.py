@@ -9,6 +9,17 @@ finds. On two cores of an EPYC with AVX-512, products of SmolLM2-135M's shapes, 
     oneDNN                       78   213     450
     oneDNN, weight in blocks    137   284     472
 
+Where there is AVX2 alone (EPYC, Zen 3), MKL keeps the products of gradients, whose second operand
+is transposed. In GFLOP/s on two cores, over the model's shapes:
+
+    rows                        128   512  2048
+    forward, MKL                 87   102   134
+    forward, oneDNN             123   124   137
+    inputs' gradient, MKL       123   158   143
+    inputs' gradient, oneDNN    112   140   118
+    weights' gradient, MKL       82   123   152
+    weights' gradient, oneDNN    71    87   101
+
 The two round differently. On seven texts, logits of SmolLM2-135M, which reach 28, differ from those
 of transformers in float64 by 0.6e-4 to 1.1e-4 (transformers in float32), 0.6e-4 to 1.1e-4 (here, by
 MKL) and 0.7e-4 to 1.9e-4 (by oneDNN); from transformers in float32 by 0.7e-4 to 1.0e-4 (by MKL) and
@@ -27,6 +38,8 @@ from torch.autograd.function import once_differentiable
 
 ROWS_HINT = 32
 """For how many rows a weight is laid out; blocks made for 32 serve 1 to 2048 about as well."""
+
+_IS_NARROW = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def linear(
@@ -53,7 +66,8 @@ def product(
     b: Tensor,  # [N, K], any strides
 ) -> Tensor:  # [M, N]
     """a b^T, without gradient."""
-    return _product(a, b, None) if serves(a, b) else a @ b.t()
+    by_onednn = serves(a, b) and not (_IS_NARROW and b.stride(1) != 1)
+    return _product(a, b, None) if by_onednn else a @ b.t()
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
@@ -91,7 +105,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         return (
-            _product(grad, weight.t(), None) if for_x else None,
-            _product(grad.t(), x.t(), None) if for_weight else None,
+            product(grad, weight.t()) if for_x else None,
+            product(grad.t(), x.t()) if for_weight else None,
             grad.sum(0) if for_bias else None,
         )
