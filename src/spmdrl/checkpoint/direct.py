@@ -2,7 +2,7 @@
 
 What goes through the cache is copied by the kernel, page by page, on the cores that train; what is
 written directly (`O_DIRECT`, open(2)) is fetched by the disk from where it lies. Of 0.27 GB, the
-first took a core 0.12 to 0.23 s, the second 0.02 s, and 0.05 s for a copy into a buffer that lies
+first took a core 0.12 to 0.23 s, the second 0.02 s, and 0.03 s for a copy into a buffer that lies
 as the disk wants it. File systems that know no direct writing get the cache's.
 """
 
