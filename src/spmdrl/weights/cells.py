@@ -7,13 +7,15 @@ that a plan costs what one layer costs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
+from operator import sub
 
 import torch
 
-from spmdrl.weights.layout import Table, WeightLayout
+from spmdrl.weights.layout import Naming, Table, WeightLayout, naming_of
 from spmdrl.weights.routes import Ranks
 
 Point = tuple[int, ...]
@@ -41,8 +43,8 @@ class Cell:
 
     @property
     def num_bytes(self) -> int:
-        size = (high - low for low, high in zip(self.start, self.stop, strict=True))
-        return math.prod(size) * self.dtype.itemsize
+        values: int = math.prod(map(sub, self.stop, self.start))
+        return values * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -54,24 +56,37 @@ class Cuts:
     source: tuple[Cut, ...]
     target: tuple[Cut, ...]
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, self.frozen, self.source, self.target))
+
 
 def find_cuts(
     source: WeightLayout, target: WeightLayout, shared: Mapping[int, frozenset[str]]
 ) -> dict[str, Cuts]:
     """Hugging Face name -> cuts, for every tensor that the target does not share, in its order."""
     nothing: frozenset[str] = frozenset()
-    wanted = _distinct((table, shared[rank], rank) for rank, table in target.items())
-    held = _distinct((table, nothing, rank) for rank, table in source.items())
-    frozen = _frozen_names(source)
-    cuts = {}
-    for name, (shape, boxes) in wanted.items():
-        shape_there, pieces = held.get(name, (shape, {}))
-        if shape_there != shape:
-            raise ValueError(
-                f"weight sync: the target's {name} {shape} has the shape {shape_there} at the "
-                "source: are both roles of one model?"
-            )
-        cuts[name] = Cuts(shape, name in frozen, _in_order(pieces), _in_order(boxes))
+    targets = _group((table, shared[rank], rank) for rank, table in target.items())
+    sources = _group((table, nothing, rank) for rank, table in source.items())
+    firsts = _first_alike((*targets, *sources))
+    wanted, held = _distinct(targets, firsts), _distinct(sources, firsts)
+    cuts: dict[str, Cuts] = {}
+    for name, first in firsts.items():
+        if first not in wanted:
+            continue
+        if first not in cuts:
+            shape, boxes, _ = wanted[first]
+            shape_there, pieces, frozen = held.get(first, (shape, {}, False))
+            if shape_there != shape:
+                raise ValueError(
+                    f"weight sync: the target's {name} {shape} has the shape {shape_there} at the "
+                    "source: are both roles of one model?"
+                )
+            cuts[first] = Cuts(shape, frozen, _in_order(pieces), _in_order(boxes))
+        cuts[name] = cuts[first]
     return cuts
 
 
@@ -131,10 +146,7 @@ def split_cells(cells: Iterable[Cell], most_bytes: int) -> tuple[Cell, ...]:
 
 def needed_bytes(cuts: Cuts, cells: Sequence[Cell]) -> int:
     """What target ranks want and do not hold, each in the (widest) dtype that it wants."""
-    lacking = [
-        (cell, tuple(rank for rank in cell.wanting if rank not in set(cell.holders)))
-        for cell in cells
-    ]
+    lacking = [(cell, set(cell.wanting).difference(cell.holders)) for cell in cells]
     sizes = {dtype.itemsize for _, _, dtype, _ in cuts.target}
     if len(sizes) == 1:
         [size] = sizes
@@ -149,45 +161,75 @@ def needed_bytes(cuts: Cuts, cells: Sequence[Cell]) -> int:
     )
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Ranks that have the same table and leave the same local names of it out."""
+
+    table: Table
+    naming: Naming
+    left_out: frozenset[str]
+    ranks: list[int]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Groups with equal ones name their tensors alike."""
+        return id(self.naming), id(self.left_out)
+
+
 Boxes = dict[tuple[Point, Point, torch.dtype], list[int]]
 
 
-def _distinct(
-    tables: Iterable[tuple[Table, frozenset[str], int]],
-) -> dict[str, tuple[Point, Boxes]]:
-    """Name -> its global shape, and the distinct boxes of it with the ranks that have them."""
-    groups: dict[tuple[int, int], tuple[Table, frozenset[str], list[int]]] = {}
+def _group(tables: Iterable[tuple[Table, frozenset[str], int]]) -> list[_Group]:
+    groups: dict[tuple[int, int], _Group] = {}
     for table, left_out, rank in tables:
-        groups.setdefault((id(table), id(left_out)), (table, left_out, []))[2].append(rank)
-    found: dict[str, tuple[Point, Boxes]] = {}
-    for table, left_out, ranks in groups.values():
-        for local_name, held in table.items():
-            if local_name in left_out:
-                continue
+        at = (id(table), id(left_out))
+        if at not in groups:
+            groups[at] = _Group(table, naming_of(table), left_out, [])
+        groups[at].ranks.append(rank)
+    return list(groups.values())
+
+
+def _first_alike(groups: Iterable[_Group]) -> dict[str, str]:
+    """Name -> the first one that is of the same kinds in all tables, in order."""
+    kinds: dict[str, list[tuple[int, Hashable, int]]] = {}
+    for number, group in enumerate({group.key: group for group in groups}.values()):
+        for local_name, (kind, names) in group.naming.items():
+            if local_name not in group.left_out:
+                for i, name in enumerate(names):
+                    kinds.setdefault(name, []).append((number, kind, i))
+    firsts: dict[object, str] = {}
+    return {name: firsts.setdefault(tuple(found), name) for name, found in kinds.items()}
+
+
+def _distinct(
+    groups: Iterable[_Group], firsts: Mapping[str, str]
+) -> dict[str, tuple[Point, Boxes, bool]]:
+    """Of the first of each kind: its global shape, its distinct boxes with the ranks that have
+    them, and whether it is frozen.
+    """
+    found: dict[str, tuple[Point, Boxes, bool]] = {}
+    visited: dict[tuple[int, int], list[str]] = {}
+    for group in groups:
+        if group.key not in visited:
+            visited[group.key] = [
+                local_name
+                for local_name, (_, names) in group.naming.items()
+                if local_name not in group.left_out and any(firsts[n] == n for n in names)
+            ]
+        for local_name in visited[group.key]:
+            held = group.table[local_name]
             for piece in held.slices:
-                _, boxes = found.setdefault(piece.name, (piece.shape, {}))
+                if firsts[piece.name] != piece.name:
+                    continue
+                shape, boxes, frozen = found.get(piece.name, (piece.shape, {}, False))
+                found[piece.name] = (shape, boxes, frozen or held.frozen)
                 box = (piece.start, piece.stop, held.dtype)
-                known = boxes.get(box)
-                if known is None:
-                    boxes[box] = list(ranks)
-                else:
-                    known.extend(ranks)
+                boxes.setdefault(box, []).extend(group.ranks)
     return found
 
 
 def _in_order(boxes: Boxes) -> tuple[Cut, ...]:
     return tuple((*box, tuple(sorted(set(ranks)))) for box, ranks in boxes.items())
-
-
-def _frozen_names(source: WeightLayout) -> set[str]:
-    tables = {id(table): table for table in source.values()}
-    return {
-        piece.name
-        for table in tables.values()
-        for held in table.values()
-        if held.frozen
-        for piece in held.slices
-    }
 
 
 def _boundaries(cuts: Cuts, dim: int) -> list[int]:

@@ -7,7 +7,7 @@ other rank holds, and a plan can be made (and printed) where no process runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,6 +57,70 @@ WeightLayout = Mapping[int, Table]
 """World rank -> its table; ranks that hold the same may share one table."""
 
 
+Naming = Mapping[str, tuple[Hashable, tuple[str, ...]]]
+"""Local name -> its kind, and the names of its slices. Tensors of a kind differ in names alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What a rank holds of each tensor of a kind.
+
+    Args:
+        slices: with their places in the tensor's `Naming`, in place of names.
+        shape, dtype, frozen: see `Held`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    slices: tuple[tuple[int, Slice], ...]
+    frozen: bool
+
+    def named(self, names: Sequence[str]) -> Held:
+        slices = tuple(
+            Slice(name=names[i], shape=s.shape, start=s.start, stop=s.stop, offset=s.offset)
+            for i, s in self.slices
+        )
+        return Held(shape=self.shape, dtype=self.dtype, slices=slices, frozen=self.frozen)
+
+
+class PartTable(Mapping[str, Held]):
+    """A table by kinds: layers are alike, and many ranks would hold a million slices.
+
+    Args:
+        naming: one object for all ranks that hold parts of the same tensors.
+        parts: kind -> what is held of it here.
+    """
+
+    def __init__(self, naming: Naming, parts: Mapping[Hashable, Part]) -> None:
+        self.naming, self.parts = naming, parts
+
+    def __getitem__(self, local_name: str) -> Held:
+        kind, names = self.naming[local_name]
+        return self.parts[kind].named(names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.naming)
+
+    def __len__(self) -> int:
+        return len(self.naming)
+
+
+def naming_of(table: Table) -> Naming:
+    """The table's own, or one where each tensor is a kind for itself."""
+    if isinstance(table, PartTable):
+        return table.naming
+    return {name: (name, _names(held.slices)) for name, held in table.items()}
+
+
+def held_by_kind(table: Table) -> Iterator[tuple[Held, Sequence[str]]]:
+    """Of each kind the first tensor, and the local names of all."""
+    names: dict[Hashable, list[str]] = {}
+    for local_name, (kind, _) in naming_of(table).items():
+        names.setdefault(kind, []).append(local_name)
+    for alike in names.values():
+        yield table[alike[0]], alike
+
+
 LocalTensors = Mapping[str, tuple[torch.Tensor, tuple[Slice, ...]]]
 """Local name -> this rank's tensor, and the slices that lie in it."""
 
@@ -88,14 +152,15 @@ def model_layout(
     ep, exchange = degrees.get("ep", 1), expert_degrees(degrees)["exchange"]
     shapes = local_parameters(config, tp, head, ep_size=ep, vocab_multiple=vocab_multiple)
     stages = [_stage(config, shapes, stage, pp) for stage in range(pp)]
-    cuts = _Cuts(dtype, frozen)
-    parts: dict[tuple[int, int], dict[str, tuple[int, tuple[Slice, ...]]]] = {}
+    kinds = _Kinds(dtype, frozen)
+    whole: dict[tuple[int, int], Naming] = {}
+    namings: dict[tuple[int, int, int], Naming] = {}
     tables: dict[tuple[int, int, int, int], Table] = {}
     layout = {}
     for rank, place in zip(ranks, coordinates(degrees), strict=True):
         shard = place["dp_shard"] * cp + place["cp"] if sharded else 0
         tp_rank, ep_rank = place["tp"], expert_place(degrees, place)["ep"]
-        if (tp_rank, ep_rank) not in parts:
+        if (tp_rank, ep_rank) not in whole:
             found = all_slices(
                 config,
                 tp_rank,
@@ -105,20 +170,16 @@ def model_layout(
                 ep_size=ep,
                 vocab_multiple=vocab_multiple,
             )
-            kinds = {name: (cuts.kind(shapes[name], held), held) for name, held in found.items()}
-            parts[tp_rank, ep_rank] = kinds
-        at = (place["pp"], tp_rank, ep_rank, shard)
-        if at not in tables:
+            whole[tp_rank, ep_rank] = kinds.name_all(shapes, found)
+        at = (place["pp"], tp_rank, ep_rank)
+        if at not in namings:
+            stage = stages[place["pp"]]
+            namings[at] = {n: kind for n, kind in whole[at[1:]].items() if n in stage}
+        if (*at, shard) not in tables:
             # without shards, exchange has nothing to divide
             of_experts = (shard // exchange, max(1, num_shards // exchange))
-            tables[at] = {
-                name: cuts.shard(
-                    kind, held, *(of_experts if is_expert_parameter(name) else (shard, num_shards))
-                )
-                for name, (kind, held) in parts[tp_rank, ep_rank].items()
-                if name in stages[place["pp"]]
-            }
-        layout[rank] = tables[at]
+            tables[*at, shard] = kinds.table(namings[at], (shard, num_shards), of_experts)
+        layout[rank] = tables[*at, shard]
     return layout
 
 
@@ -137,57 +198,66 @@ def _stage(config: ModelConfig, names: Iterable[str], stage: int, count: int) ->
     return frozenset(held)
 
 
-class _Cuts:
-    """FSDP's parts of local tensors. Layers are cut alike, so where is worked out once for all.
-
-    Many ranks hold a million slices: they share all but their names.
-    """
+class _Kinds:
+    """Tensors that differ in nothing but names, and FSDP's parts of them."""
 
     def __init__(self, dtype: torch.dtype, frozen: Collection[str]) -> None:
         self._dtype, self._frozen = dtype, frozenset(frozen)
         self._kinds: dict[object, int] = {}
-        self._tensors: list[tuple[tuple[int, ...], tuple[Slice, ...]]] = []
-        """Of each kind: the shape and slices of its first tensor."""
-        self._parts: dict[tuple[int, int, int], _Part] = {}
+        self._tensors: list[tuple[tuple[int, ...], tuple[Slice, ...], bool]] = []
+        """Of each kind: the shape and slices of its first tensor, and whether experts are in it."""
+        self._parts: dict[tuple[int, int, int], Part] = {}
 
-    def kind(self, shape: tuple[int, ...], slices: tuple[Slice, ...]) -> int:
-        """A number for local tensors that differ in nothing but names."""
-        alike = (shape, *((s.shape, s.start, s.stop, s.offset) for s in slices))
+    def name_all(
+        self, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[Slice, ...]]
+    ) -> Naming:
+        """The kinds of whole tensor-parallel parameters."""
+        return {
+            local_name: (self._kind(local_name, shapes[local_name], held), _names(held))
+            for local_name, held in found.items()
+        }
+
+    def table(
+        self, naming: Naming, of_others: tuple[int, int], of_experts: tuple[int, int]
+    ) -> PartTable:
+        """What a rank holds whose FSDP shards are these (number, count)."""
+        parts: dict[Hashable, Part] = {}
+        for kind, _ in naming.values():
+            if kind not in parts:
+                assert isinstance(kind, int)
+                is_expert = self._tensors[kind][2]
+                parts[kind] = self._part(kind, *(of_experts if is_expert else of_others))
+        return PartTable(naming, parts)
+
+    def _kind(self, local_name: str, shape: tuple[int, ...], slices: tuple[Slice, ...]) -> int:
+        is_expert = is_expert_parameter(local_name)
+        boxes = ((s.shape, s.start, s.stop, s.offset, s.name in self._frozen) for s in slices)
+        alike = (shape, is_expert, *boxes)
         kind = self._kinds.setdefault(alike, len(self._tensors))
         if kind == len(self._tensors):
-            self._tensors.append((shape, slices))
+            self._tensors.append((shape, slices, is_expert))
         return kind
 
-    def shard(self, kind: int, slices: tuple[Slice, ...], index: int, count: int) -> Held:
-        """Shard `index` of `count` of the tensor with these slices."""
+    def _part(self, kind: int, index: int, count: int) -> Part:
+        """Shard `index` of `count`."""
         at = (kind, index, count)
         if at not in self._parts:
-            self._parts[at] = self._cut(*at)
-        shape, pieces = self._parts[at]
-        own = [
-            Slice(
-                name=slices[i].name,
-                shape=piece.shape,
-                start=piece.start,
-                stop=piece.stop,
-                offset=piece.offset,
+            shape, slices, _ = self._tensors[kind]
+            chunk = -(-shape[0] // count)
+            first, last = min(index * chunk, shape[0]), min((index + 1) * chunk, shape[0])
+            places = {piece.name: i for i, piece in enumerate(slices)}
+            pieces = restrict(slices, first, last)
+            self._parts[at] = Part(
+                shape=(last - first, *shape[1:]),
+                dtype=self._dtype,
+                slices=tuple((places[piece.name], piece) for piece in pieces),
+                frozen=any(piece.name in self._frozen for piece in pieces),
             )
-            for i, piece in pieces
-        ]
-        is_frozen = any(piece.name in self._frozen for piece in own)
-        return Held(shape=shape, dtype=self._dtype, slices=tuple(own), frozen=is_frozen)
-
-    def _cut(self, kind: int, index: int, count: int) -> _Part:
-        shape, slices = self._tensors[kind]
-        chunk = -(-shape[0] // count)
-        first, last = min(index * chunk, shape[0]), min((index + 1) * chunk, shape[0])
-        numbers = {piece.name: i for i, piece in enumerate(slices)}
-        pieces = restrict(slices, first, last)
-        return (last - first, *shape[1:]), [(numbers[piece.name], piece) for piece in pieces]
+        return self._parts[at]
 
 
-_Part = tuple[tuple[int, ...], list[tuple[int, Slice]]]
-"""Shape, and slices with their place among those of the whole local tensor."""
+def _names(slices: Iterable[Slice]) -> tuple[str, ...]:
+    return tuple(piece.name for piece in slices)
 
 
 def local_box(tensor: torch.Tensor, held: Slice) -> torch.Tensor:

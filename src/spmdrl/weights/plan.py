@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from spmdrl.weights.cells import Cell, find_cuts
-from spmdrl.weights.layout import Table, WeightLayout
+from spmdrl.weights.layout import Naming, Table, WeightLayout, held_by_kind, naming_of
 from spmdrl.weights.patterns import Patterns, Routed
 from spmdrl.weights.rounds import Round, Span, make_rounds
 from spmdrl.weights.routes import Ranks, Route
@@ -200,12 +200,11 @@ def plan_sync(
     }
     shared_bytes = wanted_bytes = 0
     for table, names, ranks in _target_groups(target, shared):
-        for name, held in table.items():
-            num_bytes = len(ranks) * sum(piece.numel for piece in held.slices) * held.dtype.itemsize
-            if name in names:
-                shared_bytes += len(ranks) * held.num_bytes
-            else:
-                wanted_bytes += num_bytes
+        for held, alike in held_by_kind(table):
+            in_place = sum(name in names for name in alike) * len(ranks)
+            shared_bytes += in_place * held.num_bytes
+            num_bytes = sum(piece.numel for piece in held.slices) * held.dtype.itemsize
+            wanted_bytes += (len(alike) * len(ranks) - in_place) * num_bytes
     gathered = sum(count * patterns.needed_bytes[number] for number, count in counts.items())
     return SyncPlan(
         shared=shared,
@@ -229,17 +228,43 @@ def plan_sync(
 def _shared(source: WeightLayout, target: WeightLayout) -> dict[int, frozenset[str]]:
     """Target rank -> local names that the source holds alike there."""
     found: dict[tuple[int, int], frozenset[str]] = {}
+    equal: dict[frozenset[str], frozenset[str]] = {}
+    pairs = _NamePairs()
     shared = {}
     nothing: Table = {}
     for rank, table in target.items():
         own = source.get(rank, nothing)
         pair = (id(own), id(table))
         if pair not in found:
-            found[pair] = frozenset(
-                name for name, held in table.items() if name in own and held.is_like(own[name])
+            names = frozenset(
+                name
+                for alike in pairs.of(own, table)
+                if table[alike[0]].is_like(own[alike[0]])
+                for name in alike
             )
+            found[pair] = equal.setdefault(names, names)
         shared[rank] = found[pair]
     return shared
+
+
+class _NamePairs:
+    """Local names of two tables, together where they are of one kind in each."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[Naming, Naming, list[list[str]]]] = {}
+
+    def of(self, one: Table, other: Table) -> list[list[str]]:
+        first, second = naming_of(one), naming_of(other)
+        at = (id(first), id(second))
+        if at not in self._known:
+            groups: dict[tuple[Hashable, Hashable], list[str]] = {}
+            for name, (kind, names) in second.items():
+                kind_there, names_there = first.get(name, (None, ()))
+                if names == names_there:
+                    groups.setdefault((kind_there, kind), []).append(name)
+            # the namings are kept, so that no other one has their ids
+            self._known[at] = (first, second, list(groups.values()))
+        return self._known[at][2]
 
 
 def _target_groups(

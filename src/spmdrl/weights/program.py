@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spmdrl.weights.cells import Cell
@@ -56,53 +56,77 @@ def program_of(plan: SyncPlan, rounds: Sequence[Round], rank: int) -> tuple[Rank
 
     Ranks that share a message list its cells alike: both go through the round in the plan's order.
     """
-    own: dict[int, list[tuple[int, Cell, Route]]] = {}
+    own: dict[int, list[_Part]] = {}
+    numbers = {group: i for i, group in enumerate(plan.groups)}
     program = []
     for one in rounds:
-        building = _Building(rank)
+        building = _Building()
         for span in one:
             if span.pattern not in own:
                 own[span.pattern] = [
-                    (i, cell, plan.routes[route])
+                    _part(i, cell, plan.routes[route], rank, numbers)
                     for i, (cell, route) in enumerate(plan.patterns[span.pattern])
                     if rank in plan.routes[route].ranks
                 ]
-            for i, cell, route in own[span.pattern]:
-                if span.first <= i < span.last:
-                    building.add(span.name, cell, route)
-        program.append(building.finish())
+            for part in own[span.pattern]:
+                if span.first <= part.index < span.last:
+                    building.add(span.name, part)
+        program.append(building.finish(plan.groups))
     return tuple(program)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """What a rank does of one cell of a pattern: made once, used for every tensor that has it."""
+
+    index: int
+    cell: Cell
+    is_large: bool
+    copies: bool
+    receivers: tuple[int, ...]
+    senders: tuple[int, ...]
+    casts: tuple[tuple[int, int], ...]
+    """(the group's number, root)"""
+
+
+def _part(index: int, cell: Cell, route: Route, rank: int, numbers: Mapping[Ranks, int]) -> _Part:
+    return _Part(
+        index=index,
+        cell=cell,
+        is_large=cell.num_bytes >= LARGE_BYTES,
+        copies=rank in route.copies,
+        receivers=tuple(receiver for sender, receiver in route.sends if sender == rank),
+        senders=tuple(sender for sender, receiver in route.sends if receiver == rank),
+        casts=tuple((numbers[group], root) for root, group in route.casts if rank in group),
+    )
 
 
 @dataclass
 class _Building:
     """A round of one rank, cell by cell."""
 
-    rank: int
     copies: list[Item] = field(default_factory=list)
     sends: dict[tuple[int, int], list[Item]] = field(default_factory=dict)
     receives: dict[tuple[int, int], list[Item]] = field(default_factory=dict)
-    casts: dict[tuple[Ranks, int, int], list[Item]] = field(default_factory=dict)
-    num_large: int = 0
+    casts: dict[tuple[int, int, int], list[Item]] = field(default_factory=dict)
+    num_cells: int = 0
 
-    def add(self, name: str, cell: Cell, route: Route) -> None:
-        item = (name, cell)
+    def add(self, name: str, part: _Part) -> None:
+        item = (name, part.cell)
         # 0: with the other small ones; else a number of its own, alike on all ranks of a message
         # only in its order, which is what counts
-        self.num_large += 1
-        number = self.num_large if cell.num_bytes >= LARGE_BYTES else 0
-        if self.rank in route.copies:
+        self.num_cells += 1
+        number = self.num_cells if part.is_large else 0
+        if part.copies:
             self.copies.append(item)
-        for sender, receiver in route.sends:
-            if sender == self.rank:
-                self.sends.setdefault((receiver, number), []).append(item)
-            if receiver == self.rank:
-                self.receives.setdefault((sender, number), []).append(item)
-        for root, group in route.casts:
-            if self.rank in group:
-                self.casts.setdefault((group, root, number), []).append(item)
+        for receiver in part.receivers:
+            self.sends.setdefault((receiver, number), []).append(item)
+        for sender in part.senders:
+            self.receives.setdefault((sender, number), []).append(item)
+        for group, root in part.casts:
+            self.casts.setdefault((group, root, number), []).append(item)
 
-    def finish(self) -> RankRound:
+    def finish(self, groups: Sequence[Ranks]) -> RankRound:
         # every rank goes through its groups in one order: no two can wait for each other
         casts = sorted(self.casts.items(), key=lambda cast: cast[0][0])
         return RankRound(
@@ -110,7 +134,7 @@ class _Building:
             sends=_messages(self.sends),
             receives=_messages(self.receives),
             casts=tuple(
-                Message(peer=root, group=group, tag=0, items=_aligned(items))
+                Message(peer=root, group=groups[group], tag=0, items=_aligned(items))
                 for (group, root, _), items in casts
             ),
         )
@@ -126,4 +150,6 @@ def _messages(by_peer: dict[tuple[int, int], list[Item]]) -> tuple[Message, ...]
 
 
 def _aligned(items: list[Item]) -> tuple[Item, ...]:
+    if len(items) == 1:  # as of most messages
+        return (items[0],)
     return tuple(sorted(items, key=lambda item: -item[1].dtype.itemsize))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 Ranks = tuple[int, ...]
 """Ascending."""
@@ -64,13 +64,9 @@ def find_route(
         allowed: groups that may broadcast (None: any); where others would, messages go to every
             rank by itself.
     """
-    held = set(holders)
-    lacking = tuple(rank for rank in wanting if rank not in held)
-    inside = tuple(rank for rank in wanting if rank in held)
+    lacking, inside, near = _sides(holders, wanting, node_size)
     if not lacking:
         return Route(inside, (), ())
-    nodes = {rank // node_size for rank in holders}
-    near = all(rank // node_size in nodes for rank in lacking)
     if inside or near or len(lacking) == 1:
         servers = inside or holders
         parts = _blocks(wanting, servers) or _nearest(lacking, servers, turn, node_size)
@@ -79,9 +75,9 @@ def find_route(
         entry = lacking[turn % len(lacking)]
         [(server, _)] = _nearest((entry,), holders, turn // len(lacking), node_size).items()
         outside, parts = [(server, entry)], {entry: [r for r in lacking if r != entry]}
-    sends, casts = outside, []
+    sends, casts = list(outside), []
     for server, part in parts.items():
-        group = tuple(sorted((server, *part)))
+        group = lacking if outside else tuple(sorted((server, *part)))
         if len(part) + len(outside) > 1 and (allowed is None or group in allowed):
             casts.append((server, group))
         elif outside:  # no communicator: then every rank from the holders
@@ -103,6 +99,17 @@ def choose_groups(bytes_by_group: Mapping[Ranks, int]) -> tuple[Ranks, ...]:
     return tuple(sorted(chosen))
 
 
+@lru_cache(maxsize=1 << 14)
+def _sides(holders: Ranks, wanting: Ranks, node_size: int) -> tuple[Ranks, Ranks, bool]:
+    """Of those who want a box: who lacks and who holds it; whether all lack it near a holder."""
+    held = set(holders)
+    lacking = tuple([rank for rank in wanting if rank not in held])
+    inside = tuple([rank for rank in wanting if rank in held])
+    nodes = {rank // node_size for rank in holders}
+    return lacking, inside, all(rank // node_size in nodes for rank in lacking)
+
+
+@lru_cache(maxsize=1 << 14)
 def _blocks(wanting: Ranks, servers: Ranks) -> dict[int, list[int]] | None:
     """Equal blocks of `wanting`, each with one server; None where servers do not lie so.
 
