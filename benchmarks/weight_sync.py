@@ -1,10 +1,12 @@
 """A weight sync between two layouts, against the same messages sent bare.
 
-    python benchmarks/weight_sync.py --src dp2,tp1 --dst tp2 [--model DIR] [--bucket-mb 64]
+    python benchmarks/weight_sync.py --src dp2,tp1 --dst tp2 [--model DIR] [--by-rows]
 
 `dpN` shards over N ranks (FSDP) at the source and makes N replicas at the target; `repN` makes N
 replicas on either side. `@2-3` after a layout places it on those ranks; default: from rank 0 on.
-Starts its own ranks. The last line is one JSON object: medians of runs in turn, slowest rank.
+Shards that can line up with the target's ranks do, as in a run; `--by-rows` cuts them by rows all
+the same. Starts its own ranks. The last line is one JSON object: medians of runs in turn, slowest
+rank.
 
 `bare_seconds` are the messages alone. `copy_seconds` are the copies that the layouts ask for beside
 them, alone: of what a rank holds in another tensor, and of cells that lie scattered and are packed.
@@ -32,6 +34,7 @@ from spmdrl.distributed.reduce import world_max
 from spmdrl.launch import World, start_world, stop_world
 from spmdrl.models.config import read_config
 from spmdrl.models.degrees import check_tp
+from spmdrl.models.fsdp_cuts import fitting_blocks
 from spmdrl.weights.layout import WeightLayout, model_layout
 from spmdrl.weights.places import copy_all
 from spmdrl.weights.plan import plan_sync
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct-12-4")
     parser.add_argument("--src-dtype", choices=DTYPES, default="float32")
     parser.add_argument("--dst-dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--by-rows", action="store_true")
     parser.add_argument("--bucket-mb", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
@@ -101,12 +105,15 @@ class Holder:
 
 def measure(world: World, given: argparse.Namespace) -> dict[str, object]:
     config = read_config(given.model)
-    layouts = []
-    for side, dtype in (("src", given.src_dtype), ("dst", given.dst_dtype)):
-        ranks, degrees = parse(getattr(given, side), side)
-        check_tp(config, degrees.get("tp", 1), replicate_kv=side == "dst")
-        layouts.append(model_layout(config, ranks, degrees, DTYPES[dtype]))
-    source, target = layouts
+    ranks, degrees = parse(given.src, "src")
+    engine_ranks, engine_degrees = parse(given.dst, "dst")
+    tp = engine_degrees.get("tp", 1)
+    check_tp(config, degrees.get("tp", 1))
+    check_tp(config, tp, replicate_kv=True)
+    lines_up = ranks == engine_ranks and not given.by_rows
+    blocks = fitting_blocks(config, degrees, tp) if lines_up else 1
+    source = model_layout(config, ranks, degrees, DTYPES[given.src_dtype], blocks=blocks)
+    target = model_layout(config, engine_ranks, engine_degrees, DTYPES[given.dst_dtype])
     plan = plan_sync(
         source, target, node_size=world.local_size, bucket_bytes=given.bucket_mb * 10**6
     )

@@ -126,8 +126,9 @@ def test_what_a_rollout_holds_is_never_sharded() -> None:
     policy, rollout = (
         role_layout(given, placed[name], shape, name, torch.device("cpu")) for name in roles
     )
-    assert [policy[rank]["norm.weight"].shape for rank in range(4)] == [(3,)] * 4
-    assert [rollout[rank]["norm.weight"].shape for rank in range(4)] == [(6,)] * 4
+    name = "layers.0.mlp.down.weight"
+    assert [policy[rank][name].shape for rank in range(4)] == [(3, 2)] * 4
+    assert [rollout[rank][name].shape for rank in range(4)] == [(6, 2)] * 4
     # neighbours are the tensor-parallel ranks
     starts = [rollout[rank]["embed_tokens.weight"].slices[0].start[0] for rank in range(4)]
     assert starts == [0, 4, 0, 4]

@@ -173,7 +173,10 @@ class _Builder:
         return self._turns if shares else None
 
     def add_model(self, name: str, mesh: Mesh, model: Model) -> None:
-        backend = _backend(self._config, self._device(name), name, mesh, model)
+        options = train_options(
+            self._config, name, self._device(name), model.config, self._plan.blocks[name]
+        )
+        backend = _backend(self._config, self._device(name), name, mesh, model, options)
         kind, turns = KINDS[self._config.role_kind(name)], self._turns_of(name)
         role = kind.make(name, mesh, model.config, backend, turns)
         self._roles[name] = role
@@ -321,11 +324,15 @@ class _Builder:
 
 
 def _backend(
-    config: Config, device: torch.device, name: str, mesh: Mesh, model: Model
+    config: Config,
+    device: torch.device,
+    name: str,
+    mesh: Mesh,
+    model: Model,
+    options: TrainOptions,
 ) -> TrainBackend | None:
     if not mesh.is_member:
         return None
-    options = train_options(config, name, device, model.config)
     trainable, head = config.is_trained(name), role_head(config, name)
     if uses_megatron(config, name):
         return import_backend()(
@@ -344,7 +351,7 @@ def _backend(
 
 
 def train_options(
-    config: Config, name: str, device: torch.device, shape: ModelConfig
+    config: Config, name: str, device: torch.device, shape: ModelConfig, blocks: int
 ) -> TrainOptions:
     train = config.train_section(name)
     return TrainOptions(
@@ -365,4 +372,5 @@ def train_options(
         balance_coef=train.balance_coef,
         param_dtype=training_dtype(config, device),
         frozen=frozen_names(config, name, shape),
+        blocks=blocks,
     )

@@ -16,6 +16,7 @@ from spmdrl.engines import check_engine, shares_tensors, vocab_multiple
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.degrees import check_tp
+from spmdrl.models.fsdp_cuts import fitting_blocks
 from spmdrl.models.sharding import Head, parameter_parts
 from spmdrl.passes import ModelRole
 from spmdrl.placement import Placement, role_device_type
@@ -56,6 +57,7 @@ class RolePlan:
 
     Args:
         devices: of each role, without an index.
+        blocks: of each role with a model, see `shard_blocks`.
         layouts: what every rank holds of each role's model.
         state_layouts: what every rank holds of the masters and the optimizer's moments.
         syncs: by rollout.
@@ -64,6 +66,7 @@ class RolePlan:
     """
 
     devices: Mapping[str, torch.device]
+    blocks: Mapping[str, int]
     layouts: Mapping[str, WeightLayout]
     state_layouts: Mapping[str, WeightLayout]
     syncs: Mapping[str, SyncPlan]
@@ -175,8 +178,9 @@ def plan_roles(
         )
         for name, placement in placements.items()
     }
+    blocks = {name: shard_blocks(config, placements, shape, name) for name, shape in shapes.items()}
     layouts = {
-        name: role_layout(config, placements[name], shape, name, devices[name])
+        name: role_layout(config, placements[name], shape, name, devices[name], blocks[name])
         for name, shape in shapes.items()
     }
     syncs = _plan_syncs(config, layouts, devices, node_size)
@@ -197,6 +201,7 @@ def plan_roles(
     memory = plan_memory(config, placements, known, syncs, device_types, customs)
     return RolePlan(
         devices=devices,
+        blocks=blocks,
         layouts=layouts,
         state_layouts=states,
         syncs=syncs,
@@ -264,9 +269,18 @@ def megatron_options(config: Config, name: str) -> MegatronOptions:
 
 
 def role_layout(
-    config: Config, placement: Placement, shape: ModelConfig, name: str, device: torch.device
+    config: Config,
+    placement: Placement,
+    shape: ModelConfig,
+    name: str,
+    device: torch.device,
+    blocks: int = 1,
 ) -> WeightLayout:
-    """What every rank holds of a role's model (a rollout's weights are never sharded)."""
+    """What every rank holds of a role's model (a rollout's weights are never sharded).
+
+    Args:
+        blocks: see `shard_blocks`.
+    """
     degrees = dict(placement.degrees)
     if config.role_kind(name) == "rollout":
         degrees["dp_replicate"] *= degrees["dp_shard"]
@@ -275,8 +289,6 @@ def role_layout(
     if uses_megatron(config, name):
         cut = model_cut(degrees, megatron_options(config, name), device)
         return megatron_layout(shape, placement.ranks, degrees, cut, dtype, head)
-    if degrees["dp_shard"] > 1:
-        dtype = torch.float32  # FSDP2 keeps the sharded masters, and casts while it gathers
     return model_layout(
         shape,
         placement.ranks,
@@ -285,7 +297,26 @@ def role_layout(
         head=head,
         frozen=frozen_names(config, name, shape),
         vocab_multiple=vocab_multiple(config, name),
+        blocks=blocks,
+        shard_dtype=torch.float32,  # FSDP2 keeps the masters, and casts while it gathers
     )
+
+
+def shard_blocks(
+    config: Config, placements: Mapping[str, Placement], shape: ModelConfig, name: str
+) -> int:
+    """The blocks in which a policy's shards line up with a rollout on the same ranks, so that a
+    rank trains what it generates with and a sync has nothing to send; 1: in none.
+    """
+    if config.role_kind(name) != "policy" or uses_megatron(config, name):
+        return 1
+    own = placements[name]
+    fitting = [
+        fitting_blocks(shape, own.degrees, placement.degrees["tp"])
+        for other, placement in placements.items()
+        if config.role_kind(other) == "rollout" and placement.ranks == own.ranks
+    ]
+    return max(fitting, default=1)
 
 
 def state_layout(

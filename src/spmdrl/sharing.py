@@ -355,8 +355,10 @@ def _bytes(table: Table) -> int:
 
 def optimizer_bytes(weights: Table, states: Table) -> int:
     """AdamW's two moments in float32, and the masters where the weights are narrower."""
-    copies = 2 if all(held.dtype == torch.float32 for held in weights.values()) else 3
-    return copies * _trained_bytes(states)
+    narrow = {name: held for name, held in weights.items() if held.dtype != torch.float32}
+    # FSDP's shards are float32, what it does not cut may be narrower; else all are of one dtype
+    masters = narrow if len(narrow) < len(weights) else states
+    return 2 * _trained_bytes(states) + _trained_bytes(masters)
 
 
 def gradient_bytes(table: Table) -> int:

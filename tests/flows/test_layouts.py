@@ -14,6 +14,7 @@ LAYOUTS = {
         "dp2": [],
         "shard2": ["roles.policy.dp_shard=2"],
         "tp2": ["roles.policy.tp=2", "roles.rollout.tp=2", "roles.reference.tp=2"],
+        "shard2, rollout tp2": ["roles.policy.dp_shard=2", "roles.rollout.tp=2"],
         "cp2": ["roles.policy.cp=2", "roles.reference.cp=2"],
     },
     4: {
@@ -53,6 +54,16 @@ def test_losses_and_gradient_norms_equal_one_rank(runs, name):
         assert b["rollout_gap_max"] < 1e-4, step
     assert one[0]["grad_norm"] > 0
     assert one[2]["ref_kl"] > 1e-4, "the policy has not moved away from the reference"
+
+
+def test_shards_that_line_up_with_the_engine_move_nothing(runs):
+    """Of the cases of two ranks with shards, one where the engine's tp is not dp_shard beside."""
+    moved = {
+        name: [step.get("sync/gb", 0.0) for step in runs[0][name]]
+        for name in ("shard2", "shard2, rollout tp2")
+    }
+    assert min(moved["shard2"]) > 0
+    assert moved["shard2, rollout tp2"] == [0.0] * 3
 
 
 @pytest.mark.parametrize("name", LAYOUT_NAMES)

@@ -128,7 +128,12 @@ def parallel(
         count *= degree
     degrees["ep"] = draw(st.sampled_from(fitting_ep(config, degrees, is_source)))
     ranks = sorted(draw(st.permutations(range(world_size)))[:count])
-    return model_layout(config, ranks, degrees, draw(st.sampled_from(DTYPES)))
+    dtype = draw(st.sampled_from(DTYPES))
+    shards = degrees.get("dp_shard", 1) * degrees.get("cp", 1)
+    sizes = (kv, config.num_heads, config.intermediate_size)
+    fits = degrees.get("dp_shard", 1) > 1 and not any(n % (shards * degrees["tp"]) for n in sizes)
+    blocks = draw(st.sampled_from([1, shards])) if fits else 1
+    return model_layout(config, ranks, degrees, dtype, blocks=blocks)
 
 
 def fitting_ep(config: ModelConfig, degrees: Mapping[str, int], is_source: bool) -> list[int]:

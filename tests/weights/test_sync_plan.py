@@ -85,6 +85,23 @@ def test_equal_layouts_share_everything_and_move_nothing() -> None:
         assert all(plan.shared[r] == set(names) for r, names in layout(case).items())
 
 
+def test_shards_in_blocks_are_what_a_tensor_parallel_engine_holds() -> None:
+    config = model(num_attention_heads=4, num_key_value_heads=4, vocab_size=36)
+    target = model_layout(config, [0, 1], {"tp": 2}, torch.float32)
+    plain, blocked = (
+        model_layout(config, [0, 1], {"dp_shard": 2}, torch.float32, blocks=blocks)
+        for blocks in (1, 2)
+    )
+    plan = plan_sync(blocked, target)
+    assert (plan.copied_bytes, plan.gathered_bytes, plan.rounds) == (0, 0, ())
+    assert plan.shared_bytes == total_bytes(target)
+    assert plan_sync(plain, target).gathered_bytes > total_bytes(target) // 4
+    # narrower at the engine: a rank's own copy, and still no message
+    half = model_layout(config, [0, 1], {"tp": 2}, torch.bfloat16)
+    plan = plan_sync(blocked, half)
+    assert (plan.copied_bytes, plan.moved_bytes) == (total_bytes(half), 0)
+
+
 def test_replicas_need_no_message() -> None:
     two = layout(([0, 1], {"dp_replicate": 2}))
     plan = plan_sync(layout(([0, 1, 2, 3], {"dp_replicate": 4})), two)
@@ -101,12 +118,29 @@ def test_bytes_by_hand_from_one_rank_to_two() -> None:
     whole = total_bytes(layout(([0], {})))
     norms = 4 * 10 * 5
     halves = (whole - norms) // 2
-    # rank 0 shares the norms, copies its halves; rank 1 receives its halves and the norms
-    assert (plan.shared_bytes, plan.copied_bytes) == (norms, halves)
+    # rank 0 copies its halves and the norms, rank 1 receives its own
+    assert (plan.shared_bytes, plan.copied_bytes) == (0, halves + norms)
     assert plan.gathered_bytes == plan.moved_bytes == halves + norms
-    assert f"copied {halves:,} bytes" in plan.describe()
-    assert "(5 tensors in place)" in plan.describe()
+    assert f"copied {halves + norms:,} bytes" in plan.describe()
     assert "1 rounds" in plan.describe()
+
+
+def test_most_is_shared_or_nothing() -> None:
+    """An engine that shares norms alone would keep the whole policy on the device for them."""
+    source = layout(([0], {}))
+
+    def narrow(part: str) -> WeightLayout:
+        half = torch.bfloat16
+        return {
+            0: {n: replace(h, dtype=half) if part in n else h for n, h in source[0].items()},
+        }
+
+    norms = 4 * 10 * 5
+    plan = plan_sync(source, narrow("norm"))
+    assert (plan.shared_bytes, plan.copied_bytes) == (total_bytes(source) - norms, norms // 2)
+    assert "(12 tensors in place)" in plan.describe()
+    plan = plan_sync(source, narrow("layers"))  # left are embedding, head and the last norm
+    assert plan.shared == {0: frozenset()}
 
 
 def test_key_value_heads_on_several_ranks() -> None:
@@ -268,8 +302,8 @@ def plan_of_70b(world: World) -> dict[str, float]:
     # 723 tensors, of each a piece from every shard, and what this rank's shard sends
     assert cells < 723 * 2 * 512
     assert messages < len(plan.rounds) * 2 * 512
-    # the other ranks of its tensor-parallel place, and all that hold norms
-    assert len([group for group in plan.groups if 77 in group]) == 2
+    # the other ranks of its tensor-parallel place; norms are everywhere
+    assert len([group for group in plan.groups if 77 in group]) == 1
     # per node, each box enters once: from its owner to one rank of each place
     sends = [send for name, _, r in plan.cells() if "layers.3.mlp.down" in name for send in r.sends]
     assert len(sends) == 512 * 7

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from spmdrl.memory.residency import Residency
 from spmdrl.models.config import ModelConfig
 from spmdrl.training.weights import build_decoder, make_leaves
 from spmdrl.weights.gather import full_tensors
-from spmdrl.weights.layout import Held, model_layout
+from spmdrl.weights.layout import Held, Table, model_layout
 from spmdrl.weights.plan import plan_sync
 from spmdrl.weights.proof import checksum, first_difference
 from spmdrl.weights.sync import WeightSync
@@ -45,13 +45,15 @@ class Engine:
         return self.held[local_name]
 
 
-PAIRS: dict[int, list[tuple[Case, Case, torch.dtype]]] = {
+PAIRS: dict[int, list[tuple[Case, Case, torch.dtype | None]]] = {
+    # None: float32, but for norms
     2: [
         (([0, 1], {"dp_shard": 2}), ([0, 1], {"tp": 2}), torch.float32),
         (([0, 1], {"tp": 2}), ([0, 1], {"dp_replicate": 2}), torch.float32),
         (([0], {}), ([1], {}), torch.float32),
         (([0, 1], {"dp_replicate": 2}), ([0, 1], {"dp_replicate": 2}), torch.float32),
         (([0, 1], {"dp_shard": 2}), ([0], {}), torch.bfloat16),
+        (([0, 1], {"tp": 2}), ([0, 1], {"tp": 2}), None),
     ],
     4: [
         (([0, 1], {"dp_shard": 2}), ([2, 3], {"tp": 2}), torch.float32),
@@ -61,12 +63,19 @@ PAIRS: dict[int, list[tuple[Case, Case, torch.dtype]]] = {
 }
 
 
+def with_narrow_norms(table: Table) -> Table:
+    half = torch.bfloat16
+    return {n: replace(held, dtype=half) if "norm" in n else held for n, held in table.items()}
+
+
 def sync(world: World) -> list[int]:
     adopted = []
     for source_case, target_case, dtype in PAIRS[world.size]:
         config = model()
         source = model_layout(config, *source_case, torch.float32)
-        target = model_layout(config, *target_case, dtype)
+        target = model_layout(config, *target_case, dtype or torch.float32)
+        if dtype is None:
+            target = {rank: with_narrow_norms(table) for rank, table in target.items()}
         table = source.get(world.rank, {})
         tensors = tensors_of(table, values(config))
         own = {name: (tensors[name], held.slices) for name, held in table.items()}
@@ -81,6 +90,7 @@ def sync(world: World) -> list[int]:
             if engine is not None and wanted is not None:
                 for name, tensor in tensors_of(wanted, values(config, salt)).items():
                     assert torch.equal(engine.held[name], tensor), (name, salt)
+        assert first_difference(weight_sync) is None
         adopted.append(0 if engine is None else len(engine.adopted))
         if engine is not None:
             for name in engine.adopted:
@@ -90,15 +100,13 @@ def sync(world: World) -> list[int]:
 
 def test_engines_follow_the_trainer_on_two_ranks() -> None:
     num_tensors = len(model_layout(model(), [0], {}, torch.float32)[0])
-    # half of the rows of embedding and head are the same half by dp_shard and by tp; tp and dp
-    # ranks hold the same norms
-    assert run_ranks(sync, 2) == [[2, 5, 0, num_tensors, 0]] * 2
+    # norms alone, or with half of embedding and head, are not worth it
+    assert run_ranks(sync, 2) == [[0, 0, 0, num_tensors, 0, num_tensors - 5]] * 2
 
 
 def test_engines_follow_the_trainer_on_four_ranks() -> None:
     results = run_ranks(sync, 4)
-    # only rank 1 and rank 3 hold norms already, in the last case
-    assert [result[2] for result in results] == [0, 5, 0, 5]
+    assert results == [[0] * len(PAIRS[4])] * 4
 
 
 def assemble(world: World, case: Case, to_rank: int) -> dict[str, Tensor]:
@@ -135,9 +143,12 @@ EXPERTS = model(architectures=["MixtralForCausalLM"], num_local_experts=4, num_e
 def held_by_fsdp(world: World, shape: ModelConfig, cases: list[Degrees]) -> list[dict[str, Any]]:
     """Local shapes of the decoder's parameters as FSDP2 cut them."""
     found = []
-    for degrees in cases:
+    for case in cases:
+        degrees, blocks = without_blocks(case)
         mesh = Mesh("policy", list(range(world.size)), degrees, "cpu")
-        decoder = build_decoder(mesh, shape, torch.float32, world.device, trainable=True)
+        decoder = build_decoder(
+            mesh, shape, torch.float32, world.device, trainable=True, blocks=blocks
+        )
         leaves = make_leaves(decoder, mesh)
         found.append(
             {
@@ -150,10 +161,25 @@ def held_by_fsdp(world: World, shape: ModelConfig, cases: list[Degrees]) -> list
     return found
 
 
+def without_blocks(given: Degrees) -> tuple[Degrees, int]:
+    """Degrees, and the blocks of fused projections, which stand among them in the cases below."""
+    return {axis: n for axis, n in given.items() if axis != "blocks"}, given.get("blocks", 1)
+
+
 @pytest.mark.parametrize(
     ("size", "shape", "cases"),
     [
-        (2, model(), [{"dp_shard": 2}, {"tp": 2}, {"dp_replicate": 2}, {"cp": 2}]),
+        (
+            2,
+            model(),
+            [
+                {"dp_shard": 2},
+                {"tp": 2},
+                {"dp_replicate": 2},
+                {"cp": 2},
+                {"dp_shard": 2, "blocks": 2},
+            ],
+        ),
         (2, EXPERTS, [{"dp_shard": 2, "ep": 2}, {"tp": 2, "ep": 2}, {"cp": 2, "ep": 2}]),
         (
             4,
@@ -172,6 +198,7 @@ def held_by_fsdp(world: World, shape: ModelConfig, cases: list[Degrees]) -> list
             [
                 {"dp_shard": 4},
                 {"dp_shard": 2, "cp": 2},
+                {"dp_replicate": 2, "dp_shard": 2, "blocks": 2},
                 {"dp_shard": 2, "tp": 2},
                 {"dp_replicate": 2, "dp_shard": 2},
             ],
@@ -180,14 +207,18 @@ def held_by_fsdp(world: World, shape: ModelConfig, cases: list[Degrees]) -> list
 )
 def test_the_layout_is_what_fsdp_holds(size: int, shape: ModelConfig, cases: list[Degrees]) -> None:
     found = run_ranks(held_by_fsdp, size, shape, cases)
-    for number, degrees in enumerate(cases):
-        layout = model_layout(shape, list(range(size)), degrees, torch.float32)
+    for number, case in enumerate(cases):
+        degrees, blocks = without_blocks(case)
+        layout = model_layout(shape, list(range(size)), degrees, torch.float32, blocks=blocks)
         for rank in range(size):
-            assert found[rank][number] == layout[rank], (degrees, rank)
-    # four shards of 10 rows are not alike: the last has one row
+            assert found[rank][number] == layout[rank], (case, rank)
+    # four shards of 10 rows are not alike: the last has one row; norms are not cut
     if size == 4 and shape.moe is None:
-        rows = [layout_rows["norm.weight"].shape[0] for layout_rows, *_ in found]
-        assert rows == [3, 3, 3, 1]
+        for name, expected in (
+            ("layers.0.mlp.down.weight", [3, 3, 3, 1]),
+            ("norm.weight", [10] * 4),
+        ):
+            assert [held[name].shape[0] for held, *_ in found] == expected
 
 
 def random_syncs(world: World, count: int) -> int:

@@ -22,6 +22,7 @@ from .config import ModelConfig, inverse_frequencies
 from .fused import rms_norm, swiglu
 from .linear import linear
 from .moe import Moe
+from .rope import rope_tables, rotate
 from .routing import Routing
 from .sharding import Head, Slice, all_slices, local_kv_heads
 
@@ -117,10 +118,16 @@ class Embedding(nn.Module):
 
 class Attention(nn.Module):
     def __init__(
-        self, config: ModelConfig, tp: Parallel, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        tp: Parallel,
+        blocks: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         super().__init__()
-        self.tp, self.head_dim = tp, config.head_dim
+        self.tp, self.head_dim, self.blocks = tp, config.head_dim, blocks
         self.heads = config.num_heads // tp.size
         self.kv_heads = local_kv_heads(config, tp.size)
         q_rows, kv_rows = self.heads * config.head_dim, self.kv_heads * config.head_dim
@@ -139,7 +146,7 @@ class Attention(nn.Module):
         self.out = Projection(config.hidden_size, q_rows, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
-        qkv = self.qkv(copy_to(x, self.tp.group)).view(x.shape[0], -1, self.head_dim)
+        qkv = self._in_order(self.qkv(copy_to(x, self.tp.group)))
         # Splits, not slices: the backward of a split is one copy, a slice's is one of zeros each.
         qk, v = torch.split(qkv, [self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -149,20 +156,36 @@ class Attention(nn.Module):
         out = attend(layer, q, k, v)
         return reduce_from(self.out(out.reshape(x.shape[0], -1)), self.tp.group)
 
+    def _in_order(self, qkv: Tensor) -> Tensor:  # [T, rows] -> [T, H + 2 KVH, d]
+        """All heads of q, then of k, then of v."""
+        if self.blocks == 1:
+            return qkv.view(len(qkv), -1, self.head_dim)
+        heads, kv_heads = self.heads // self.blocks, self.kv_heads // self.blocks
+        parts = qkv.view(len(qkv), self.blocks, -1, self.head_dim)
+        q, k, v = torch.split(parts, [heads, kv_heads, kv_heads], dim=2)
+        return torch.cat((q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)), dim=1)
+
 
 class Mlp(nn.Module):
     def __init__(
-        self, config: ModelConfig, tp: Parallel, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        tp: Parallel,
+        blocks: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         super().__init__()
-        self.tp = tp
+        self.tp, self.blocks = tp, blocks
         width, hidden = config.intermediate_size // tp.size, config.hidden_size
         self.gate_up = Projection(2 * width, hidden, dtype=dtype, device=device)
         self.down = Projection(hidden, width, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(copy_to(x, self.tp.group))
-        return reduce_from(self.down(swiglu(gate_up)), self.tp.group)
+        parts = swiglu(gate_up.view(len(gate_up) * self.blocks, -1))  # a block's gate and up each
+        return reduce_from(self.down(parts.view(len(gate_up), -1)), self.tp.group)
 
 
 class Layer(nn.Module):
@@ -178,6 +201,7 @@ class Layer(nn.Module):
         index: int,
         tp: Parallel,
         ep: Parallel,
+        blocks: int,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -186,13 +210,13 @@ class Layer(nn.Module):
         self.index = index
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_norm = Norm(hidden, eps, dtype=dtype, device=device)
-        self.attention = Attention(config, tp, dtype=dtype, device=device)
+        self.attention = Attention(config, tp, blocks, dtype=dtype, device=device)
         self.post_norm = Norm(hidden, eps, dtype=dtype, device=device)
         self.mlp: Mlp | Moe
         if config.moe is not None and index in config.moe.layers:
             self.mlp = Moe(config, tp, ep, dtype=dtype, device=device)
         else:
-            self.mlp = Mlp(config, tp, dtype=dtype, device=device)
+            self.mlp = Mlp(config, tp, blocks, dtype=dtype, device=device)
 
     def forward(
         self,
@@ -238,6 +262,7 @@ class Decoder(nn.Module):
         device: where the (uninitialised) parameters lie; `meta` for none yet.
         head: "lm" adds `head.weight` unless the embeddings are tied; "score" adds one row, which
             every tensor-parallel rank has.
+        blocks: in which fused projections lie, see `sharding.all_slices`.
     """
 
     def __init__(
@@ -249,15 +274,17 @@ class Decoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "meta",
         head: Head = "lm",
+        blocks: int = 1,
     ) -> None:
         super().__init__()
         tp = Parallel() if tp is None else tp
         ep = Parallel() if ep is None else ep
-        self.config, self.tp, self.ep = config, tp, ep
+        self.config, self.tp, self.ep, self.blocks = config, tp, ep, blocks
         vocab, hidden = config.vocab_size // tp.size, config.hidden_size
         self.embed_tokens = Embedding(vocab, hidden, tp=tp, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
-            Layer(config, i, tp, ep, dtype=dtype, device=device) for i in range(config.num_layers)
+            Layer(config, i, tp, ep, blocks, dtype=dtype, device=device)
+            for i in range(config.num_layers)
         )
         self.norm = Norm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
         self.head: Projection | None = None
@@ -324,7 +351,13 @@ class Decoder(nn.Module):
         """What every parameter holds of the global tensors."""
         tp, ep = self.tp, self.ep
         return all_slices(
-            self.config, tp.rank, tp.size, self.kind, ep_rank=ep.rank, ep_size=ep.size
+            self.config,
+            tp.rank,
+            tp.size,
+            self.kind,
+            ep_rank=ep.rank,
+            ep_size=ep.size,
+            blocks=self.blocks,
         )
 
     def head_weight(self) -> Tensor:
@@ -348,27 +381,3 @@ class Decoder(nn.Module):
             with torch.inference_mode(False):
                 self._frequencies = torch.tensor(values, device=positions.device)
         return rope_tables(positions, self._frequencies, self.config.rope.attention_factor)
-
-
-def rope_tables(
-    positions: Tensor,  # [T] int64
-    frequencies: Tensor,  # [d / 2] float32, of `inverse_frequencies`
-    factor: float,
-) -> tuple[Tensor, Tensor]:
-    """cos and sin for `rotate`, each [T, 1, d] float32, times `factor`."""
-    angles = positions[:, None, None].float() * frequencies  # [T, 1, d / 2]
-    cos, sin = angles.cos() * factor, angles.sin() * factor
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(
-    x: Tensor,  # [T, H, d]
-    cos: Tensor,  # [T, 1, d]
-    sin: Tensor,  # [T, 1, d], the first half negated
-) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of all heads, pairing dim i with i + d / 2.
-
-    x cos + swap(x) sin, where the sign of the half-rotation lies in `sin`; in float32.
-    """
-    swapped = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)

@@ -88,6 +88,7 @@ class _Place:
         tp_rank, tp_size: along the tensor-parallel axis.
         ep_rank, ep_size: which part of the experts, of how many.
         vocab_multiple: the vocabulary's rows are padded to a multiple of it, and then cut.
+        blocks: see `all_slices`.
     """
 
     tp_rank: int = 0
@@ -95,6 +96,7 @@ class _Place:
     ep_rank: int = 0
     ep_size: int = 1
     vocab_multiple: int = 1
+    blocks: int = 1
 
     def vocabulary_rows(self, vocab_size: int) -> int:
         """On each tensor-parallel rank, the padding of the last ones included."""
@@ -184,11 +186,15 @@ def all_slices(
     ep_rank: int = 0,
     ep_size: int = 1,
     vocab_multiple: int = 1,
+    blocks: int = 1,
 ) -> dict[str, tuple[Slice, ...]]:
     """`slices` of every local parameter, in order of the forward pass.
 
     Args:
         vocab_multiple: see `local_parameters`; a rank that has padding alone holds no slice.
+        blocks: fused projections (q, k, v; gate, up) lie in so many blocks below each other, each
+            what one of so many tensor-parallel ranks would hold, so that an FSDP shard of their
+            rows is one.
     """
     place = _Place(
         tp_rank=tp_rank,
@@ -196,6 +202,7 @@ def all_slices(
         ep_rank=ep_rank,
         ep_size=ep_size,
         vocab_multiple=vocab_multiple,
+        blocks=blocks,
     )
     table = parameter_parts(config, head)
     return {name: _slices(config, parts, place) for name, parts in table.items()}
@@ -315,35 +322,43 @@ def _slices(config: ModelConfig, parts: tuple[Part, ...], place: _Place) -> tupl
     experts = range(0)
     if config.moe is not None:
         experts = range(*_range(config.moe.num_experts, place.ep_rank, place.ep_size))
-    for part in parts:
-        start, stop = [0] * len(part.shape), list(part.shape)
-        rank, size = place.tp_rank, place.tp_size
-        if part.expert is not None:
-            if part.expert not in experts:
+    in_blocks = parts[0].split is Split.ROWS and parts[0].expert is None
+    blocks = place.blocks if in_blocks else 1
+    for block in range(blocks):
+        rank, size = place.tp_rank * blocks + block, place.tp_size * blocks
+        for part in parts:
+            if part.expert is not None and part.expert not in experts:
                 continue
-            rank, size = place.etp_rank, place.etp_size
-        if part.split is Split.COLUMNS:
-            start[1], stop[1] = _range(part.shape[1], rank, size)
-        elif part.split is Split.ROWS:
-            start[0], stop[0] = _range(part.shape[0], rank, size)
-        elif part.split is Split.KV_ROWS:
-            start[0], stop[0] = _kv_range(config, rank, size)
-        elif part.split is Split.VOCABULARY:
-            rows = place.vocabulary_rows(part.shape[0])
-            start[0], stop[0] = (min(n * rows, part.shape[0]) for n in (rank, rank + 1))
-            if start[0] == stop[0]:
+            box = _box(config, part, place, rank, size)
+            if box is None:
                 continue
-        result.append(
-            Slice(
-                name=part.name,
-                shape=part.shape,
-                start=tuple(start),
-                stop=tuple(stop),
-                offset=offset,
+            start, stop = box
+            result.append(
+                Slice(name=part.name, shape=part.shape, start=start, stop=stop, offset=offset)
             )
-        )
-        offset += stop[0] - start[0]
+            offset += stop[0] - start[0]
     return tuple(result)
+
+
+def _box(
+    config: ModelConfig, part: Part, place: _Place, rank: int, size: int
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Start and stop of what rank `rank` of `size` has of a tensor; None: nothing."""
+    start, stop = [0] * len(part.shape), list(part.shape)
+    if part.expert is not None:
+        rank, size = place.etp_rank, place.etp_size
+    if part.split is Split.COLUMNS:
+        start[1], stop[1] = _range(part.shape[1], rank, size)
+    elif part.split is Split.ROWS:
+        start[0], stop[0] = _range(part.shape[0], rank, size)
+    elif part.split is Split.KV_ROWS:
+        start[0], stop[0] = _kv_range(config, rank, size)
+    elif part.split is Split.VOCABULARY:
+        rows = place.vocabulary_rows(part.shape[0])
+        start[0], stop[0] = (min(n * rows, part.shape[0]) for n in (rank, rank + 1))
+        if start[0] == stop[0]:
+            return None
+    return tuple(start), tuple(stop)
 
 
 def _range(size: int, rank: int, ranks: int) -> tuple[int, int]:

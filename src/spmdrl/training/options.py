@@ -27,6 +27,7 @@ class TrainOptions:
     head_chunk: tokens of logits held at once.
     balance_coef: of the load-balancing loss of a mixture of experts, see `models.routing.Balance`.
     frozen: Hugging Face names of parameters that stay as they are.
+    blocks: of fused projections, see `models.sharding.all_slices`.
 
     Raises:
         ValueError: a value out of its range, naming it.
@@ -49,6 +50,7 @@ class TrainOptions:
     head_chunk: int = 1024
     balance_coef: float = 0.0
     frozen: frozenset[str] = frozenset()
+    blocks: int = 1
 
     def __post_init__(self) -> None:
         for name in ("microbatch_tokens", "total_steps", "head_chunk"):

@@ -72,7 +72,14 @@ class TorchBackend:
         dtype = options.param_dtype
         self._kernel = make_kernel(resolve_attention(options.attention, device, dtype))
         self._decoder = build_decoder(
-            mesh, config, dtype, device, trainable=trainable, head=head, frozen=options.frozen
+            mesh,
+            config,
+            dtype,
+            device,
+            trainable=trainable,
+            head=head,
+            frozen=options.frozen,
+            blocks=options.blocks,
         )
         self._leaves = make_leaves(self._decoder, mesh)
         self._trained = [leaf for leaf in self._leaves if leaf.trained]
@@ -143,10 +150,10 @@ class TorchBackend:
         optimizer = self._require_trainable()
         self._require("weights", "optimizer")
         gradients = self._take_gradients()
-        if self.mesh.shard_mesh is None:
-            for axis in ("reduce", "edp"):
-                own = [gradients[leaf.name] for leaf in self._trained if leaf.summed_over == axis]
-                all_reduce_gradients(own, self.mesh.group(axis))
+        plain = [leaf for leaf in self._trained if not leaf.sharded]
+        for axis in ("reduce", "edp"):
+            own = [gradients[leaf.name] for leaf in plain if leaf.summed_over == axis]
+            all_reduce_gradients(own, self.mesh.group(axis))
         norm = gradient_norm(
             [gradients[leaf.name] for leaf in self._trained if leaf.counted],
             [self.mesh.group("all")],

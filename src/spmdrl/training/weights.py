@@ -2,9 +2,10 @@
 
 A leaf is one local parameter with what the optimizer, the norm, checkpoints and weight sync need to
 know of it. With `dp_shard: 1` the parameters are plain and replicated over dp and cp; else FSDP2
-shards float32 parameters over dp_shard x cp and gathers them in the compute dtype. Tensor and
-expert parallelism are the decoder's own in both cases; experts are replicated, or sharded, over
-those ranks only that hold the same ones (`distributed.expert_axes`).
+shards float32 parameters over dp_shard x cp and gathers them in the compute dtype, and the few that
+tensor parallelism does not divide (norms) stay plain. Tensor and expert parallelism are the
+decoder's own in both cases; experts are replicated, or sharded, over those ranks only that hold the
+same ones (`distributed.expert_axes`).
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.degrees import check_tp
+from spmdrl.models.fsdp_cuts import fsdp_dims, fsdp_shard
 from spmdrl.models.hf import TensorSource, fill
 from spmdrl.models.moe import Experts
-from spmdrl.models.sharding import Head, Slice, is_expert_parameter, restrict
+from spmdrl.models.sharding import Head, Slice, is_expert_parameter
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,9 +39,10 @@ class Leaf:
         weight: this rank's part, the parameter's own storage; may have no rows.
         master: what the optimizer updates, float32; `weight` itself where that is float32.
         slices: where `weight` lies in the global name space.
+        sharded: by FSDP2, which sums its gradients.
         counted: whether this rank counts the leaf's gradient in the norm: of ranks that hold the
             same part, the first one does.
-        summed_over: the mesh's axis over which gradients are summed, where FSDP does not do it.
+        summed_over: the mesh's axis over which gradients are summed where it is not sharded.
         decay: whether weight decay applies.
         trained: whether it changes; what does not has no master of its own.
     """
@@ -49,6 +52,7 @@ class Leaf:
     weight: Tensor
     master: Tensor
     slices: tuple[Slice, ...]
+    sharded: bool
     counted: bool
     summed_over: Literal["reduce", "edp"]
     decay: bool
@@ -73,11 +77,13 @@ def build_decoder(
     trainable: bool,
     head: Head = "lm",
     frozen: Collection[str] = (),
+    blocks: int = 1,
 ) -> Decoder:
     """The decoder of this rank, its weights not filled yet.
 
     Args:
         frozen: Hugging Face names of parameters that stay as they are where others are trained.
+        blocks: the parts that FSDP2's shards line up with, see `models.sharding.all_slices`.
 
     Raises:
         ValueError: the mesh has a degree that the model or this backend does not allow.
@@ -90,16 +96,9 @@ def build_decoder(
     if mesh.shard_mesh is None:
         decoder = Decoder(config, tp=tp, ep=ep, dtype=dtype, device=device, head=head)
         return _require_grad(decoder, trainable, frozen)
-    decoder = Decoder(config, tp=tp, ep=ep, device="meta", head=head)
+    decoder = Decoder(config, tp=tp, ep=ep, device="meta", head=head, blocks=blocks)
     _require_grad(decoder, trainable, frozen)
-    # Nothing that a layer is called with (rope's float32 tables) may be cast.
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    for experts in [module for module in decoder.modules() if isinstance(module, Experts)]:
-        fully_shard(experts, mesh=mesh.expert_shard_mesh, mp_policy=policy)
-    for layer in (*decoder.layers, decoder):
-        fully_shard(layer, mesh=mesh.shard_mesh, mp_policy=policy)
+    _shard(decoder, mesh, dtype)
     for module in decoder.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by the global count already: gradients are summed.
@@ -108,6 +107,35 @@ def build_decoder(
                 # gloo has no pre-multiplied sum, which a factor means otherwise.
                 module.set_force_sum_reduction_for_comms(True)
     return decoder.to_empty(device=device)
+
+
+def _shard(decoder: Decoder, mesh: Mesh, dtype: torch.dtype) -> None:
+    dims = fsdp_dims(decoder.config, decoder.kind, decoder.blocks)
+    whole, by_columns = set(), set()
+    for name, parameter in decoder.named_parameters():
+        if dims[name] is None:
+            parameter.data = parameter.data.to(dtype)
+            whole.add(parameter)
+        elif dims[name] == 1:
+            by_columns.add(parameter)
+
+    def place(parameter: nn.Parameter) -> Shard:
+        return Shard(1 if parameter in by_columns else 0)
+
+    # Nothing that a layer is called with (rope's float32 tables) may be cast.
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for experts in [module for module in decoder.modules() if isinstance(module, Experts)]:
+        fully_shard(experts, mesh=mesh.expert_shard_mesh, mp_policy=policy)
+    for layer in (*decoder.layers, decoder):
+        fully_shard(
+            layer,
+            mesh=mesh.shard_mesh,
+            mp_policy=policy,
+            shard_placement_fn=place,
+            ignored_params=whole,
+        )
 
 
 def _require_grad(decoder: Decoder, trainable: bool, frozen: Collection[str]) -> Decoder:
@@ -120,19 +148,20 @@ def _require_grad(decoder: Decoder, trainable: bool, frozen: Collection[str]) ->
 @torch.no_grad()
 def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
     """The decoder's parameters in order of the forward pass, weights and masters not filled."""
-    sharded = mesh.shard_mesh is not None
-    shard, num_shards = (mesh.coordinate("shard"), mesh.size("shard")) if sharded else (0, 1)
-    exchange = mesh.size("exchange") if sharded else 1
+    shard, num_shards, exchange = 0, 1, 1
+    if mesh.shard_mesh is not None:
+        shard, num_shards = mesh.coordinate("shard"), mesh.size("shard")
+        exchange = mesh.size("exchange")
     tables = decoder.slices()
+    dims = fsdp_dims(decoder.config, decoder.kind, decoder.blocks)
     leaves = []
     for name, parameter in decoder.named_parameters():
+        sharded = isinstance(parameter, DTensor)
         weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
-        rows, is_expert = parameter.shape[0], is_expert_parameter(name)
-        if is_expert:
-            first, last = _chunk(rows, shard // exchange, num_shards // exchange)
-        else:
-            first, last = _chunk(rows, shard, num_shards)
-        assert len(weight) == last - first, (name, weight.shape, first, last)
+        is_expert = is_expert_parameter(name)
+        of = (shard // exchange, num_shards // exchange) if is_expert else (shard, num_shards)
+        shape, slices = fsdp_shard(tuple(parameter.shape), tables[name], dims[name], *of)
+        assert tuple(weight.shape) == shape, (name, weight.shape, shape)
         own_master = parameter.requires_grad and weight.dtype != torch.float32
         summed_over: Literal["reduce", "edp"] = "edp" if is_expert else "reduce"
         copies = "dp_replicate" if sharded else summed_over
@@ -144,7 +173,8 @@ def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
                 parameter=parameter,
                 weight=weight,
                 master=torch.empty_like(weight, dtype=torch.float32) if own_master else weight,
-                slices=restrict(tables[name], first, last),
+                slices=slices,
+                sharded=sharded,
                 counted=mesh.coordinate(copies) == 0 and not (replicated and decoder.tp.rank > 0),
                 summed_over=summed_over,
                 decay=parameter.ndim > 1,
@@ -152,12 +182,6 @@ def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
             )
         )
     return tuple(leaves)
-
-
-def _chunk(rows: int, index: int, count: int) -> tuple[int, int]:
-    """The rows of one shard: FSDP2 gives the first ranks ceil(rows / count) each."""
-    size = -(-rows // count)
-    return min(index * size, rows), min((index + 1) * size, rows)
 
 
 @torch.no_grad()

@@ -15,13 +15,13 @@ import torch
 from spmdrl.distributed.expert_axes import expert_degrees, expert_place
 from spmdrl.distributed.mesh import coordinates
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.fsdp_cuts import fsdp_dims, fsdp_shard
 from spmdrl.models.sharding import (
     Head,
     Slice,
     all_slices,
     is_expert_parameter,
     local_parameters,
-    restrict,
 )
 
 
@@ -133,18 +133,21 @@ def model_layout(
     head: Head = "lm",
     frozen: Collection[str] = (),
     vocab_multiple: int = 1,
+    blocks: int = 1,
+    shard_dtype: torch.dtype | None = None,
 ) -> dict[int, Table]:
-    """The layout of a role: tensor-parallel parameters, cut along dim 0 by FSDP where dp_shard > 1.
+    """The layout of a role: tensor-parallel parameters, cut by FSDP where dp_shard > 1.
 
-    FSDP2 shards over dp_shard x cp as `torch.chunk` does: the first ranks get ceil(rows / n). Of
-    these ranks, those that hold the same experts shard them (see `distributed.expert_axes`).
-    Pipeline stages hold consecutive layers; the first has the embedding, the last the norm and the
-    head (which is the embedding again where they are tied). Ranks with the same pp, tp, ep and
-    shard coordinates share one table.
+    FSDP2 shards over dp_shard x cp (see `models.fsdp_cuts`). Of these ranks, those that hold the
+    same experts shard them (see `distributed.expert_axes`). Pipeline stages hold consecutive
+    layers; the first has the embedding, the last the norm and the head (which is the embedding
+    again where they are tied). Ranks with the same pp, tp, ep and shard place share one table.
 
     Args:
         frozen: Hugging Face names of parameters that are not trained.
         vocab_multiple: the vocabulary's rows are padded to a multiple of it.
+        blocks: see `models.sharding.all_slices`.
+        shard_dtype: of what FSDP cuts; None: `dtype`.
     """
     tp, cp, pp = degrees.get("tp", 1), degrees.get("cp", 1), degrees.get("pp", 1)
     sharded = degrees.get("dp_shard", 1) > 1
@@ -152,7 +155,8 @@ def model_layout(
     ep, exchange = degrees.get("ep", 1), expert_degrees(degrees)["exchange"]
     shapes = local_parameters(config, tp, head, ep_size=ep, vocab_multiple=vocab_multiple)
     stages = [_stage(config, shapes, stage, pp) for stage in range(pp)]
-    kinds = _Kinds(dtype, frozen)
+    dims = fsdp_dims(config, head, blocks)
+    kinds = _Kinds(dtype, (shard_dtype or dtype) if sharded else dtype, frozen, dims)
     whole: dict[tuple[int, int], Naming] = {}
     namings: dict[tuple[int, int, int], Naming] = {}
     tables: dict[tuple[int, int, int, int], Table] = {}
@@ -169,6 +173,7 @@ def model_layout(
                 ep_rank=ep_rank,
                 ep_size=ep,
                 vocab_multiple=vocab_multiple,
+                blocks=blocks,
             )
             whole[tp_rank, ep_rank] = kinds.name_all(shapes, found)
         at = (place["pp"], tp_rank, ep_rank)
@@ -198,14 +203,36 @@ def _stage(config: ModelConfig, names: Iterable[str], stage: int, count: int) ->
     return frozenset(held)
 
 
-class _Kinds:
-    """Tensors that differ in nothing but names, and FSDP's parts of them."""
+@dataclass(frozen=True)
+class _Kind:
+    """Local tensors that differ in nothing but names.
 
-    def __init__(self, dtype: torch.dtype, frozen: Collection[str]) -> None:
-        self._dtype, self._frozen = dtype, frozenset(frozen)
-        self._kinds: dict[object, int] = {}
-        self._tensors: list[tuple[tuple[int, ...], tuple[Slice, ...], bool]] = []
-        """Of each kind: the shape and slices of its first tensor, and whether experts are in it."""
+    Args:
+        shape, slices: of the first of them, whole.
+        dim: along which FSDP cuts them.
+        has_experts: FSDP cuts them among other ranks.
+    """
+
+    shape: tuple[int, ...]
+    slices: tuple[Slice, ...]
+    dim: int | None
+    has_experts: bool
+
+
+class _Kinds:
+    """The kinds of a model's tensor-parallel parameters, and FSDP's parts of them."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        shard_dtype: torch.dtype,
+        frozen: Collection[str],
+        dims: Mapping[str, int | None],
+    ) -> None:
+        self._dtype, self._shard_dtype = dtype, shard_dtype
+        self._frozen, self._dims = frozenset(frozen), dims
+        self._numbers: dict[object, int] = {}
+        self._kinds: list[_Kind] = []
         self._parts: dict[tuple[int, int, int], Part] = {}
 
     def name_all(
@@ -225,33 +252,33 @@ class _Kinds:
         for kind, _ in naming.values():
             if kind not in parts:
                 assert isinstance(kind, int)
-                is_expert = self._tensors[kind][2]
-                parts[kind] = self._part(kind, *(of_experts if is_expert else of_others))
+                shard = of_experts if self._kinds[kind].has_experts else of_others
+                parts[kind] = self._part(kind, *shard)
         return PartTable(naming, parts)
 
     def _kind(self, local_name: str, shape: tuple[int, ...], slices: tuple[Slice, ...]) -> int:
-        is_expert = is_expert_parameter(local_name)
+        kind = _Kind(shape, slices, self._dims[local_name], is_expert_parameter(local_name))
         boxes = ((s.shape, s.start, s.stop, s.offset, s.name in self._frozen) for s in slices)
-        alike = (shape, is_expert, *boxes)
-        kind = self._kinds.setdefault(alike, len(self._tensors))
-        if kind == len(self._tensors):
-            self._tensors.append((shape, slices, is_expert))
-        return kind
+        alike = (shape, kind.dim, kind.has_experts, *boxes)
+        number = self._numbers.setdefault(alike, len(self._kinds))
+        if number == len(self._kinds):
+            self._kinds.append(kind)
+        return number
 
-    def _part(self, kind: int, index: int, count: int) -> Part:
+    def _part(self, number: int, index: int, count: int) -> Part:
         """Shard `index` of `count`."""
-        at = (kind, index, count)
+        at = (number, index, count)
         if at not in self._parts:
-            shape, slices, _ = self._tensors[kind]
-            chunk = -(-shape[0] // count)
-            first, last = min(index * chunk, shape[0]), min((index + 1) * chunk, shape[0])
-            places = {piece.name: i for i, piece in enumerate(slices)}
-            pieces = restrict(slices, first, last)
+            kind = self._kinds[number]
+            # their places instead of their names: a name can stand there several times
+            slices = tuple(replace(s, name=str(i)) for i, s in enumerate(kind.slices))
+            shape, pieces = fsdp_shard(kind.shape, slices, kind.dim, index, count)
+            held = tuple((int(piece.name), piece) for piece in pieces)
             self._parts[at] = Part(
-                shape=(last - first, *shape[1:]),
-                dtype=self._dtype,
-                slices=tuple((places[piece.name], piece) for piece in pieces),
-                frozen=any(piece.name in self._frozen for piece in pieces),
+                shape=shape,
+                dtype=self._dtype if kind.dim is None else self._shard_dtype,
+                slices=held,
+                frozen=any(kind.slices[i].name in self._frozen for i, _ in held),
             )
         return self._parts[at]
 

@@ -33,6 +33,11 @@ NUM_SLOTS = 3
 
 _CELLS_PER_SLOT = 8
 
+WORTH_SHARING = 0.5
+"""Of the bytes that a rank's source holds, how much the target must share of it to share at all:
+who shares a tensor has all of the source's on the device while it computes.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SyncPlan:
@@ -226,7 +231,7 @@ def plan_sync(
 
 
 def _shared(source: WeightLayout, target: WeightLayout) -> dict[int, frozenset[str]]:
-    """Target rank -> local names that the source holds alike there."""
+    """Target rank -> local names that the source holds alike there, where that is worth it."""
     found: dict[tuple[int, int], frozenset[str]] = {}
     equal: dict[frozenset[str], frozenset[str]] = {}
     pairs = _NamePairs()
@@ -236,19 +241,25 @@ def _shared(source: WeightLayout, target: WeightLayout) -> dict[int, frozenset[s
         own = source.get(rank, nothing)
         pair = (id(own), id(table))
         if pair not in found:
-            names = frozenset(
+            names: frozenset[str] = frozenset(
                 name
                 for alike in pairs.of(own, table)
                 if table[alike[0]].is_like(own[alike[0]])
                 for name in alike
             )
+            if sum(table[n].num_bytes for n in names) < WORTH_SHARING * _num_bytes(own):
+                names = frozenset()
             found[pair] = equal.setdefault(names, names)
         shared[rank] = found[pair]
     return shared
 
 
+def _num_bytes(table: Table) -> int:
+    return sum(held.num_bytes * len(names) for held, names in held_by_kind(table))
+
+
 class _NamePairs:
-    """Local names of two tables, together where they are of one kind in each."""
+    """Local names of two tables, together where both or neither of them are alike in the two."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[Naming, Naming, list[list[str]]]] = {}
@@ -257,11 +268,15 @@ class _NamePairs:
         first, second = naming_of(one), naming_of(other)
         at = (id(first), id(second))
         if at not in self._known:
-            groups: dict[tuple[Hashable, Hashable], list[str]] = {}
+            groups: dict[Hashable, list[str]] = {}
             for name, (kind, names) in second.items():
-                kind_there, names_there = first.get(name, (None, ()))
-                if names == names_there:
-                    groups.setdefault((kind_there, kind), []).append(name)
+                if name not in first:
+                    continue
+                kind_there, names_there = first[name]
+                same = tuple(
+                    tuple(there == here for there in names_there) for here in names
+                )  # which of their slices are of one tensor
+                groups.setdefault((kind_there, kind, same), []).append(name)
             # the namings are kept, so that no other one has their ids
             self._known[at] = (first, second, list(groups.values()))
         return self._known[at][2]

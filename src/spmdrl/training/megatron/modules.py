@@ -15,9 +15,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
 from spmdrl.models.attention import PackedAttention
-from spmdrl.models.decoder import rotate
 from spmdrl.models.experts import MoeConfig
 from spmdrl.models.fused import rms_norm
+from spmdrl.models.rope import rotate
 from spmdrl.models.routing import Routing
 
 
