@@ -29,7 +29,7 @@ MODEL = {
     "vocab_size": 2000,
     "hidden_size": 256,
     "intermediate_size": 680,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 32,
