@@ -210,6 +210,17 @@ def test_frozen_tensors_move_in_the_first_sync_alone() -> None:
     assert not any("norm" in name for name in names[1])
 
 
+def test_layers_that_differ_in_what_is_frozen_are_not_alike() -> None:
+    frozen = {"model.layers.1.mlp.down_proj.weight"}
+    source = model_layout(model(), [0, 1], {"dp_shard": 2}, torch.float32, frozen=frozen)
+    for table in source.values():
+        names = {name for name, held in table.items() if held.frozen}
+        assert names == {"layers.1.mlp.down.weight"}
+    plan = plan_sync(source, layout(([0, 1], {"tp": 2})))
+    assert {span.name for one in plan.frozen_rounds for span in one} == frozen
+    assert not frozen & {span.name for one in plan.rounds for span in one}
+
+
 def test_what_is_narrower_at_the_target_travels_so() -> None:
     half = torch.bfloat16
     source, target = ([0, 1], {"dp_shard": 2}), ([1, 2], {"tp": 2})
