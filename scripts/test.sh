@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh requirements-dev.txt
 scripts/get_model.sh
+scripts/dev/install_compiler.sh
 scripts/dev/install_slurm.sh
 .venv/bin/ruff format --check src tests benchmarks examples scripts
 .venv/bin/ruff check src tests benchmarks examples scripts

@@ -10,6 +10,7 @@ scripts/setup.sh requirements-dev.txt
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 words=("$@")
 if [ $# = 0 ]; then
+    scripts/dev/install_compiler.sh
     scripts/dev/install_slurm.sh
     SPMDRL_TEST_FAULTS=1 SPMDRL_TEST_EVERY_STOP=4 .venv/bin/python -m pytest \
         tests/slurm tests/runtime tests/flows/test_endings.py tests/flows/test_exact_resume.py \

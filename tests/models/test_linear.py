@@ -19,8 +19,12 @@ def _operands(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 9, 33, 200])
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("columns", [1, 25, 96, 512])
-def test_the_product_is_that_of_torch(rows: int, columns: int) -> None:
+def test_the_product_is_that_of_torch(
+    rows: int, columns: int, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_module, "_IS_NARROW", narrow)
     x, weight, bias = _operands(rows, columns)
     for b in (None, bias):
         expected = F.linear(x, weight, b)

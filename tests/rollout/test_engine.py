@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import contract
 import pytest
+import torch
 from rollout_models import (
     assert_same,
     make_engine,
@@ -15,6 +17,7 @@ from rollout_models import (
     tiny_model,
 )
 
+from spmdrl.models import c_code, panels, rows
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import Completion, Request
 
@@ -28,8 +31,28 @@ def test_the_contract_of_engines(check: str) -> None:
     contract.CHECKS[check](make_native)
 
 
+@pytest.mark.parametrize("check", contract.CHECKS)
+def test_the_contract_without_a_compiler(check: str, no_compiler: None) -> None:
+    contract.CHECKS[check](make_native)
+
+
 def generate(engine: NativeEngine, asked: list[Request], **options: Any) -> list[list[Completion]]:
     return engine.generate(asked, seed=11, step=2, **options)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a machine without one runs: torch's own operations."""
+
+    def forget() -> None:
+        rows._rows.cache_clear()
+        panels._code.cache_clear()
+
+    monkeypatch.setattr(c_code, "load", lambda source, **constants: None)
+    forget()
+    assert rows.rows_for(torch.zeros(1)) is None
+    yield
+    forget()
 
 
 LOAD: list[tuple[int, int, dict[str, Any]]] = [
@@ -62,20 +85,19 @@ def expected() -> list[list[Completion]]:
 CACHE_BLOCK = 2 * 2 * 2 * 8 * 16 * 4  # layers, keys and values, heads, tokens, head_dim, bytes
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"block_size": 1},
-        {"block_size": 32},
-        {"prefill_tokens": 7},
-        {"max_running": 1},
-        {"max_running": 3, "prefill_tokens": 16},
-        {"kv_cache_gb": 15 * CACHE_BLOCK / 1e9},
-        {"kv_cache_gb": 15 * CACHE_BLOCK / 1e9, "prefill_tokens": 5},
-    ],
-    ids=str,
-)
+SCHEDULES: list[dict[str, Any]] = [
+    {},
+    {"block_size": 1},
+    {"block_size": 32},
+    {"prefill_tokens": 7},
+    {"max_running": 1},
+    {"max_running": 3, "prefill_tokens": 16},
+    {"kv_cache_gb": 15 * CACHE_BLOCK / 1e9},
+    {"kv_cache_gb": 15 * CACHE_BLOCK / 1e9, "prefill_tokens": 5},
+]
+
+
+@pytest.mark.parametrize("options", SCHEDULES, ids=str)
 def test_tokens_equal_naive_decoding_however_scheduled(
     options: dict[str, Any], expected: list[list[Completion]]
 ) -> None:
@@ -87,6 +109,13 @@ def test_tokens_equal_naive_decoding_however_scheduled(
             assert_same(completion, want[sample], f"{options}, prompt {i}, sample {sample}")
             assert len(completion.margins) == len(completion.tokens)
     assert ("kv_cache_gb" in options) == (engine.num_preempted > 0)
+
+
+@pytest.mark.parametrize("options", SCHEDULES, ids=str)
+def test_they_do_without_a_compiler(
+    options: dict[str, Any], expected: list[list[Completion]], no_compiler: None
+) -> None:
+    test_tokens_equal_naive_decoding_however_scheduled(options, expected)
 
 
 def test_results_do_not_depend_on_what_is_served_together(

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..distributed.parallel import Parallel, copy_to, reduce_from
 from .config import ModelConfig, inverse_frequencies
 from .fused import rms_norm, swiglu
-from .linear import linear
+from .linear import Blocked, linear
 from .moe import Moe
 from .rope import rope_tables, rotate
 from .routing import Routing
@@ -61,7 +61,7 @@ class Projection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
-        self.blocked: Tensor | None = None
+        self.blocked: Blocked | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias, self.blocked)
@@ -104,7 +104,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.tp = tp
         self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
-        self.blocked: Tensor | None = None
+        self.blocked: Blocked | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.tp.group is None:

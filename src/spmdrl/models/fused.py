@@ -3,6 +3,8 @@
 Autograd's own chains of elementwise operations read and write each [T, width] tensor from memory
 several times, and keep what they made; here rows are taken block by block, and the backward
 computes again what is cheap. (SmolLM2-135M: 15 % less time and 0.6 GB less in an update.)
+
+Where no gradient is wanted, in float32, `rows` does each in one pass.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .rows import rows_for
+
 BLOCK_BYTES = 1 << 19
 """Of one operand; a handful of them fit a core's cache."""
 
 
 def swiglu(gate_up: Tensor) -> Tensor:  # [T, 2 W], gate and up side by side -> [T, W]
     """silu(gate) * up (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
+    if rows := rows_for(gate_up):
+        return rows.swiglu(gate_up)
     if not _pays(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -30,6 +36,8 @@ def swiglu(gate_up: Tensor) -> Tensor:  # [T, 2 W], gate and up side by side -> 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # x [..., D], weight [D]
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+    if rows := rows_for(x, weight):
+        return rows.rms_norm(x, weight, eps)
     if not _pays(x):
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     out: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]

@@ -36,6 +36,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .panels import Panels, lay_out
+
+Blocked = Tensor | Panels
+"""A weight as `in_blocks` has laid it out."""
+
 ROWS_HINT = 32
 """For how many rows a weight is laid out; blocks made for 32 serve 1 to 2048 about as well."""
 
@@ -46,7 +51,7 @@ def linear(
     x: Tensor,  # [T, K]
     weight: Tensor,  # [N, K]
     bias: Tensor | None = None,  # [N]
-    blocked: Tensor | None = None,
+    blocked: Blocked | None = None,
 ) -> Tensor:  # [T, N]
     """`F.linear`, with its gradients.
 
@@ -58,6 +63,8 @@ def linear(
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
+    if isinstance(blocked, Panels):
+        return blocked.product(x, bias)
     return _product(x, weight if blocked is None else blocked, bias)
 
 
@@ -81,8 +88,10 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def in_blocks(weight: Tensor) -> Tensor:  # [N, K] -> opaque, of the same size
-    """A copy of a float32 CPU weight in the layout that oneDNN's kernels read fastest."""
+def in_blocks(weight: Tensor) -> Blocked:  # [N, K] -> of about the same size
+    """A copy of a float32 CPU weight in the layout that the fastest kernel here reads best."""
+    if _IS_NARROW and (panels := lay_out(weight)) is not None:
+        return panels
     blocked: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
     return blocked
 

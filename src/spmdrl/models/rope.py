@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .rows import rows_for
+
 
 def rope_tables(
     positions: Tensor,  # [T] int64
@@ -26,5 +28,7 @@ def rotate(
 
     x cos + swap(x) sin, where the sign of the half-rotation lies in `sin`; in float32.
     """
+    if rows := rows_for(x, cos, sin):
+        return rows.rotate(x, cos, sin)
     swapped = x.roll(x.shape[-1] // 2, -1)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)

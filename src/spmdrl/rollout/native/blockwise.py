@@ -69,7 +69,12 @@ class _Prefill:
 
 
 class BlockwiseAttention:
-    """`PagedAttention` over views of the cache, without kernels of its own."""
+    """`PagedAttention` over views of the cache, without kernels of its own.
+
+    `needs_dense`: decoding reads all blocks from a pool's ends to the last used one.
+    """
+
+    needs_dense = True
 
     def __init__(self, shape: CacheShape) -> None:
         self._shape = shape
@@ -96,7 +101,7 @@ class BlockwiseAttention:
         self._copy_blocks(plan.copies)
         self._slots = self._find_slots(plan)
         self._num_decodes = len(plan.decodes)
-        self._decode = self._prepare_decode(plan.decodes) if plan.decodes else None
+        self._prepare_decodes(plan.decodes)
         self._prefill = self._prepare_prefill(plan.chunks, len(plan.decodes))
 
     def caches(self) -> tuple[Items[Tensor], Items[Tensor]]:
@@ -109,12 +114,9 @@ class BlockwiseAttention:
         k: Tensor,  # [T, KVH, d]
         v: Tensor,  # [T, KVH, d]
     ) -> Tensor:
-        assert self._slots is not None, "prepare was not called"
-        block, offset = self._slots
-        self._keys[layer][block, :, :, offset] = k
-        self._values[layer][block, :, offset] = v
+        self._store(layer, k, v)
         n = self._num_decodes
-        decoded = self._attend_blocks(self._decode, layer, q[:n]) if self._decode else None
+        decoded = self._attend_decodes(layer, q[:n]) if n else None
         if not self._prefill:
             assert decoded is not None
             return decoded
@@ -126,8 +128,20 @@ class BlockwiseAttention:
             out[rows] = self._attend_span(span, layer, q[rows], k[rows], v[rows])
         return out
 
-    def _attend_blocks(self, step: _Decode, layer: int, q: Tensor) -> Tensor:
-        shape = self._shape
+    def _prepare_decodes(self, decodes: list[Sequence]) -> None:
+        self._decode = self._decode_views(decodes) if decodes else None
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Keys and values of the step's tokens into the cache."""
+        assert self._slots is not None, "prepare was not called"
+        block, offset = self._slots
+        self._keys[layer][block, :, :, offset] = k
+        self._values[layer][block, :, offset] = v
+
+    def _attend_decodes(self, layer: int, q: Tensor) -> Tensor:
+        """Of the first rows, one for each decode."""
+        step, shape = self._decode, self._shape
+        assert step is not None
         keys, values = self._key_units[layer], self._value_units[layer]
         queries = q.reshape(-1, shape.group * shape.head_dim)
         torch.index_select(queries, 0, step.query_index, out=step.query)
@@ -185,7 +199,7 @@ class BlockwiseAttention:
         found = torch.tensor((blocks, offsets), device=self._shape.device)
         return found[0], found[1]
 
-    def _prepare_decode(self, decodes: list[Sequence]) -> _Decode:
+    def _decode_views(self, decodes: list[Sequence]) -> _Decode:
         shape = self._shape
         size, kv_heads, group, d = shape.block_size, shape.kv_heads, shape.group, shape.head_dim
         index = decode_index(decodes, size, kv_heads, group)

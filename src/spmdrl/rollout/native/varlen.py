@@ -45,6 +45,8 @@ class VarlenAttention:
         kernel: torch's `varlen_attn`, or what stands in for it in a test without a GPU.
     """
 
+    needs_dense = False
+
     def __init__(
         self,
         shape: CacheShape,

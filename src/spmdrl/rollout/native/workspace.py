@@ -17,6 +17,7 @@ from ..protocol import Request
 from ..requests import GB, blocks_needed
 from .attention import CacheShape, PagedAttention
 from .blockwise import BlockwiseAttention
+from .paged_decode import CompiledAttention, compiled_code
 from .runner import Runner
 from .varlen import BLOCK_MULTIPLE, VarlenAttention, varlen_is_usable
 
@@ -146,12 +147,14 @@ class Workspace:
                 max_blocks=-(-longest // self.block_size),
                 max_tokens=options.max_running + options.prefill_tokens,
             )
+        elif compiled_code(shape) is not None:
+            attention = CompiledAttention(shape)
         else:
             attention = BlockwiseAttention(shape)
         graphs = options.max_running if self.captures_graphs else 0
         runner = Runner(self._decoder, attention, self._device, graph_sequences=graphs)
         self._work = Work(
-            num_blocks=num_blocks, attention=attention, runner=runner, compact=not self._paged
+            num_blocks=num_blocks, attention=attention, runner=runner, compact=attention.needs_dense
         )
         return self._work
 

@@ -1,0 +1,140 @@
+/* Attention of single queries over a paged key-value cache of float32, for one shape of it.
+ *
+ * Defined by the compiler's command line: HEAD_DIM, GROUP (query heads per key-value head), BLOCK
+ * (tokens of a cache block); HEAD_DIM and BLOCK are multiples of 4. Strides count floats.
+ *
+ * Keys lie transposed: a vector has one dim of neighbouring tokens, so that scores need no sums
+ * across lanes. Softmax is computed online (Milakov & Gimelshein 2018, arXiv 1805.02867): keys and
+ * values are read once, block by block. A sequence's result depends on that sequence alone.
+ */
+#if HEAD_DIM % 16 == 0 && BLOCK % 16 == 0
+#define DIVISOR 16
+#elif HEAD_DIM % 8 == 0 && BLOCK % 8 == 0
+#define DIVISOR 8
+#else
+#define DIVISOR 4
+#endif
+#include "vectors.h"
+
+/* Query heads whose sums are kept in registers together. */
+#define TILE 3
+#define PARTS (BLOCK / LANES)
+/* Vectors of an output row, so many at once. */
+#if HEAD_DIM % (4 * LANES) == 0
+#define SPAN 4
+#elif HEAD_DIM % (2 * LANES) == 0
+#define SPAN 2
+#else
+#define SPAN 1
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+/* k, v [tokens, kv_heads, HEAD_DIM], heads side by side -> their places in the cache:
+ * keys [blocks, kv_heads, HEAD_DIM, BLOCK], values [blocks, kv_heads, BLOCK, HEAD_DIM] */
+void store_tokens(const float *k, int64_t k_stride, const float *v, int64_t v_stride,
+                  const int64_t *blocks, const int64_t *offsets, int64_t tokens, int64_t kv_heads,
+                  float *keys, float *values) {
+    for (int64_t i = 0; i < tokens; i++)
+        for (int64_t h = 0; h < kv_heads; h++) {
+            const int64_t unit = (blocks[i] * kv_heads + h) * HEAD_DIM * BLOCK;
+            const float *from = k + i * k_stride + h * HEAD_DIM;
+            float *to = keys + unit + offsets[i];
+            for (int d = 0; d < HEAD_DIM; d++)
+                to[d * BLOCK] = from[d];
+            memcpy(values + unit + offsets[i] * HEAD_DIM, v + i * v_stride + h * HEAD_DIM,
+                   HEAD_DIM * sizeof(float));
+        }
+}
+
+INLINE void scores_of(int heads, const float *query, const float *keys, float scale,
+                      float scores[][BLOCK]) {
+    vec sums[TILE][PARTS] = {0};
+    for (int d = 0; d < HEAD_DIM; d++)
+        for (int p = 0; p < PARTS; p++) {
+            const vec key = load(keys + d * BLOCK + p * LANES);
+            for (int g = 0; g < heads; g++)
+                sums[g][p] += query[g * HEAD_DIM + d] * key;
+        }
+    for (int g = 0; g < heads; g++)
+        for (int p = 0; p < PARTS; p++)
+            store(scores[g] + p * LANES, sums[g][p] * scale);
+}
+
+INLINE void add_values(int heads, int held, float weights[][BLOCK], const float *values,
+                       float out[][HEAD_DIM]) {
+    for (int start = 0; start < HEAD_DIM; start += SPAN * LANES) {
+        vec sums[TILE][SPAN];
+        for (int g = 0; g < heads; g++)
+            for (int p = 0; p < SPAN; p++)
+                sums[g][p] = load(out[g] + start + p * LANES);
+        for (int j = 0; j < held; j++)
+            for (int p = 0; p < SPAN; p++) {
+                const vec value = load(values + j * HEAD_DIM + start + p * LANES);
+                for (int g = 0; g < heads; g++)
+                    sums[g][p] += weights[g][j] * value;
+            }
+        for (int g = 0; g < heads; g++)
+            for (int p = 0; p < SPAN; p++)
+                store(out[g] + start + p * LANES, sums[g][p]);
+    }
+}
+
+/* Scores of a block -> weights e^(score - top), with `top`, `total` and `out` brought up to it. */
+INLINE void weigh(int held, float *scores, float *top, float *total, float *out) {
+    for (int j = held; j < BLOCK; j++)
+        scores[j] = -INFINITY;
+    vec most_yet = load(scores);
+    for (int p = 1; p < PARTS; p++)
+        most_yet = most(most_yet, load(scores + p * LANES));
+    const float block_top = max_of(most_yet);
+    if (block_top > *top) {
+        const float shrink = *top == -INFINITY ? 0.0f : exp_of(all(*top - block_top))[0];
+        *total *= shrink;
+        for (int d = 0; d < HEAD_DIM; d += LANES)
+            store(out + d, load(out + d) * shrink);
+        *top = block_top;
+    }
+    vec sum = {0};
+    for (int p = 0; p < PARTS; p++) {
+        const vec weight = exp_of(load(scores + p * LANES) - *top);
+        store(scores + p * LANES, weight);
+        sum += weight;
+    }
+    /* Each place beyond `held` adds e^-87, which float32 does not see. */
+    *total += sum_of(sum);
+}
+
+/* q [n, kv_heads * GROUP, HEAD_DIM], heads side by side -> out likewise; table [n, width] has the
+ * blocks of each sequence, lengths [n] its tokens. */
+void paged_decode(const float *q, int64_t q_stride, const float *keys, const float *values,
+                  const int32_t *table, int64_t width, const int32_t *lengths, int64_t n,
+                  int64_t kv_heads, float scale, float *result, int threads) {
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t h = 0; h < kv_heads; h++) {
+            const float *query = q + i * q_stride + h * GROUP * HEAD_DIM;
+            float out[GROUP][HEAD_DIM] = {0}, scores[GROUP][BLOCK], top[GROUP], total[GROUP] = {0};
+            for (int g = 0; g < GROUP; g++)
+                top[g] = -INFINITY;
+            for (int64_t b = 0; b * BLOCK < lengths[i]; b++) {
+                const int64_t left = lengths[i] - b * BLOCK;
+                const int held = left < BLOCK ? left : BLOCK;
+                const int64_t unit = (table[i * width + b] * kv_heads + h) * HEAD_DIM * BLOCK;
+                int g = 0;
+                for (; g + TILE <= GROUP; g += TILE)
+                    scores_of(TILE, query + g * HEAD_DIM, keys + unit, scale, scores + g);
+                for (; g < GROUP; g++)
+                    scores_of(1, query + g * HEAD_DIM, keys + unit, scale, scores + g);
+                for (g = 0; g < GROUP; g++)
+                    weigh(held, scores[g], top + g, total + g, out[g]);
+                for (g = 0; g + TILE <= GROUP; g += TILE)
+                    add_values(TILE, held, scores + g, values + unit, out + g);
+                for (; g < GROUP; g++)
+                    add_values(1, held, scores + g, values + unit, out + g);
+            }
+            float *to = result + (i * kv_heads + h) * GROUP * HEAD_DIM;
+            for (int g = 0; g < GROUP; g++)
+                for (int d = 0; d < HEAD_DIM; d++)
+                    to[g * HEAD_DIM + d] = out[g][d] / total[g];
+        }
+}

@@ -1,0 +1,105 @@
+"""Paged attention on the CPU by a kernel compiled for the cache's shape: `paged_decode.c`.
+
+Blocks are read where they lie, in any order: none has to be moved to make used ones dense.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...models import c_code
+from .attention import CacheShape
+from .blockwise import BlockwiseAttention
+from .sequence import Sequence
+
+_I, _F, _P, _N = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
+
+
+class CompiledAttention(BlockwiseAttention):
+    """`BlockwiseAttention` with its decode steps, and its writes to the cache, by one kernel each.
+
+    Raises:
+        ValueError: `compiled_code` has none for the shape.
+    """
+
+    needs_dense = False
+
+    def __init__(self, shape: CacheShape) -> None:
+        super().__init__(shape)
+        code = compiled_code(shape)
+        if code is None:
+            raise ValueError(f"no compiled attention for {shape} here")
+        self._store_tokens, self._paged_decode = code.store_tokens, code.paged_decode
+        self._store_tokens.argtypes = (_P, _I, _P, _I, _P, _P, _I, _I, _P, _P)
+        self._paged_decode.argtypes = (_P, _I, _P, _P, _P, _I, _P, _I, _I, _F, _P, _N)
+        self._store_tokens.restype = self._paged_decode.restype = None
+        self._table = self._lengths = torch.empty(0, dtype=torch.int32)
+
+    def _prepare_decodes(self, decodes: list[Sequence]) -> None:
+        size = self._shape.block_size
+        held = [s.blocks[: -(-s.cached // size)] for s in decodes]
+        width = max(map(len, held), default=0)
+        padded = [blocks + [0] * (width - len(blocks)) for blocks in held]
+        self._table = torch.tensor(padded, dtype=torch.int32)
+        self._lengths = torch.tensor([s.cached for s in decodes], dtype=torch.int32)
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        assert self._slots is not None
+        blocks, offsets = self._slots
+        k, v = _side_by_side(k), _side_by_side(v)
+        self._store_tokens(
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            blocks.data_ptr(),
+            offsets.data_ptr(),
+            k.shape[0],
+            k.shape[1],
+            self._keys[layer].data_ptr(),
+            self._values[layer].data_ptr(),
+        )
+
+    def _attend_decodes(self, layer: int, q: Tensor) -> Tensor:
+        q, shape = _side_by_side(q), self._shape
+        out = q.new_empty(q.shape)
+        self._paged_decode(
+            q.data_ptr(),
+            q.stride(0),
+            self._keys[layer].data_ptr(),
+            self._values[layer].data_ptr(),
+            self._table.data_ptr(),
+            self._table.shape[1],
+            self._lengths.data_ptr(),
+            q.shape[0],
+            shape.kv_heads,
+            self._scale,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def compiled_code(shape: CacheShape) -> ctypes.CDLL | None:
+    """The kernels for a cache's shape, or None: another device or dtype than the CPU's float32, an
+    odd size, no compiler."""
+    if shape.device.type != "cpu" or shape.dtype != torch.float32:
+        return None
+    if shape.head_dim % 4 or shape.block_size % 4:
+        return None
+    return c_code.load(
+        Path(__file__).with_name("paged_decode.c"),
+        HEAD_DIM=shape.head_dim,
+        GROUP=shape.group,
+        BLOCK=shape.block_size,
+    )
+
+
+def _side_by_side(x: Tensor) -> Tensor:  # [T, heads, d]
+    """With the heads of a row next to each other; rows may be apart."""
+    dense = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+    return x if dense else x.contiguous()

@@ -1,0 +1,130 @@
+"""The compiled attention equals the one in torch's operations, for any shape and any blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from rollout_models import request
+from torch import Tensor
+
+from spmdrl.rollout.native.attention import CacheShape, PagedAttention
+from spmdrl.rollout.native.blockwise import BlockwiseAttention
+from spmdrl.rollout.native.paged_decode import CompiledAttention, compiled_code
+from spmdrl.rollout.native.scheduler import Chunk, StepPlan
+from spmdrl.rollout.native.sequence import Sequence, sequences_of
+
+LENGTHS = (1, 7, 32, 33, 64, 95)
+
+
+def shape_of(head_dim: int, group: int, block_size: int, kv_heads: int = 2) -> CacheShape:
+    return CacheShape(
+        num_layers=2,
+        num_blocks=sum(-(-n // block_size) for n in LENGTHS),
+        block_size=block_size,
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+def sequences(shape: CacheShape, *, dense: bool) -> list[Sequence]:
+    """One for each length, with the blocks of the pool dealt out in order or not."""
+    blocks = list(range(shape.num_blocks))
+    if not dense:
+        random.Random(0).shuffle(blocks)
+    made = []
+    for i, length in enumerate(LENGTHS):
+        (one,) = sequences_of(request(tuple(range(length)), i), i, seed=0, step=0)
+        one.blocks = [blocks.pop(0) for _ in range(-(-length // shape.block_size))]
+        made.append(one)
+    return made
+
+
+def outputs(attention: PagedAttention, shape: CacheShape, *, dense: bool) -> Tensor:
+    """Of both layers: all tokens computed as prompts, then the last ones again as decodes."""
+    drawn = torch.Generator().manual_seed(1)
+    made, out = sequences(shape, dense=dense), []
+    for one in made:
+        one.cached = len(one.tokens)
+    chunks = [Chunk(sequence=s, start=0, stop=len(s.tokens)) for s in made]
+    steps = (
+        (StepPlan(moves={}, copies=[], decodes=[], chunks=chunks), sum(LENGTHS)),
+        (StepPlan(moves={}, copies=[], decodes=made, chunks=[]), len(LENGTHS)),
+    )
+    for plan, rows in steps:
+        attention.prepare(plan)
+        for layer in range(shape.num_layers):
+            total = shape.heads + 2 * shape.kv_heads
+            qkv = torch.randn(rows, total, shape.head_dim, generator=drawn)
+            q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+            out.append(attention(layer, q, k, v).flatten())
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("head_dim", [4, 8, 48, 64, 80, 128])
+@pytest.mark.parametrize("group", [1, 2, 3, 7])
+@pytest.mark.parametrize("block_size", [4, 16, 32])
+def test_it_is_the_attention_of_torchs_operations(
+    head_dim: int, group: int, block_size: int
+) -> None:
+    shape = shape_of(head_dim, group, block_size)
+    plain = outputs(BlockwiseAttention(shape), shape, dense=True)
+    for dense in (True, False):
+        found = outputs(CompiledAttention(shape), shape, dense=dense)
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_sequence_is_the_same_whatever_is_served_with_it(threads: int) -> None:
+    shape = shape_of(64, 3, 32)
+    attention = CompiledAttention(shape)
+    outputs(attention, shape, dense=False)
+    made = sequences(shape, dense=False)
+    for one in made:
+        one.cached = len(one.tokens)
+    q = torch.randn(len(made), shape.heads, shape.head_dim)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        attention._prepare_decodes(made)
+        together = attention._attend_decodes(1, q)
+        for i, one in enumerate(made):
+            attention._prepare_decodes([one])
+            assert torch.equal(attention._attend_decodes(1, q[i : i + 1])[0], together[i])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_large_scores_and_not_finite_ones() -> None:
+    shape = shape_of(8, 2, 8)
+    attention = CompiledAttention(shape)
+    outputs(attention, shape, dense=True)
+    (one,) = sequences(shape, dense=True)[4:5]
+    one.cached = len(one.tokens)
+    attention._prepare_decodes([one])
+    q = torch.zeros(1, shape.heads, 8)
+    q[0, :2] = 1e4  # scores of thousands: e^score alone would be infinite
+    q[0, 3, 5] = torch.nan
+    out = attention._attend_decodes(0, q)[0]
+    assert out[:3].isfinite().all() and out[3].isnan().all()
+    keys, values = attention.caches()
+    mean = torch.cat([values[0][b, 1] for b in one.blocks])[:64].mean(0)
+    torch.testing.assert_close(out[2], mean, rtol=1e-5, atol=1e-6)  # q of zeros: all alike
+    found = torch.cat([keys[0][b, 0] for b in one.blocks], dim=1)[:, :64]
+    best = int((q[0, 0] @ found).argmax())
+    block, place = one.blocks[best // 8], best % 8
+    torch.testing.assert_close(out[0], values[0][block, 0, place])
+
+
+def test_other_shapes_and_dtypes_have_none() -> None:
+    shape = shape_of(64, 3, 32)
+    assert compiled_code(shape) is not None
+    for changes in ({"dtype": torch.bfloat16}, {"head_dim": 6}, {"block_size": 1}):
+        assert compiled_code(dataclasses.replace(shape, **changes)) is None  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no compiled attention"):
+        CompiledAttention(dataclasses.replace(shape, dtype=torch.bfloat16))
