@@ -16,17 +16,10 @@
 #endif
 #include "vectors.h"
 
-/* Query heads whose sums are kept in registers together. */
+/* Query heads, and vectors of each, whose sums are kept in registers together. */
 #define TILE 3
-#define PARTS (BLOCK / LANES)
-/* Vectors of an output row, so many at once. */
-#if HEAD_DIM % (4 * LANES) == 0
-#define SPAN 4
-#elif HEAD_DIM % (2 * LANES) == 0
-#define SPAN 2
-#else
-#define SPAN 1
-#endif
+#define SPAN_OF(width) ((width) % (4 * LANES) == 0 ? 4 : (width) % (2 * LANES) == 0 ? 2 : 1)
+enum { KEY_SPAN = SPAN_OF(BLOCK), VALUE_SPAN = SPAN_OF(HEAD_DIM) };
 #define INLINE static inline __attribute__((always_inline))
 
 /* k, v [tokens, kv_heads, HEAD_DIM], heads side by side -> their places in the cache:
@@ -48,33 +41,35 @@ void store_tokens(const float *k, int64_t k_stride, const float *v, int64_t v_st
 
 INLINE void scores_of(int heads, const float *query, const float *keys, float scale,
                       float scores[][BLOCK]) {
-    vec sums[TILE][PARTS] = {0};
-    for (int d = 0; d < HEAD_DIM; d++)
-        for (int p = 0; p < PARTS; p++) {
-            const vec key = load(keys + d * BLOCK + p * LANES);
-            for (int g = 0; g < heads; g++)
-                sums[g][p] += query[g * HEAD_DIM + d] * key;
-        }
-    for (int g = 0; g < heads; g++)
-        for (int p = 0; p < PARTS; p++)
-            store(scores[g] + p * LANES, sums[g][p] * scale);
+    for (int start = 0; start < BLOCK; start += KEY_SPAN * LANES) {
+        vec sums[TILE][KEY_SPAN] = {0};
+        for (int d = 0; d < HEAD_DIM; d++)
+            for (int p = 0; p < KEY_SPAN; p++) {
+                const vec key = load(keys + d * BLOCK + start + p * LANES);
+                for (int g = 0; g < heads; g++)
+                    sums[g][p] += query[g * HEAD_DIM + d] * key;
+            }
+        for (int g = 0; g < heads; g++)
+            for (int p = 0; p < KEY_SPAN; p++)
+                store(scores[g] + start + p * LANES, sums[g][p] * scale);
+    }
 }
 
 INLINE void add_values(int heads, int held, float weights[][BLOCK], const float *values,
                        float out[][HEAD_DIM]) {
-    for (int start = 0; start < HEAD_DIM; start += SPAN * LANES) {
-        vec sums[TILE][SPAN];
+    for (int start = 0; start < HEAD_DIM; start += VALUE_SPAN * LANES) {
+        vec sums[TILE][VALUE_SPAN];
         for (int g = 0; g < heads; g++)
-            for (int p = 0; p < SPAN; p++)
+            for (int p = 0; p < VALUE_SPAN; p++)
                 sums[g][p] = load(out[g] + start + p * LANES);
         for (int j = 0; j < held; j++)
-            for (int p = 0; p < SPAN; p++) {
+            for (int p = 0; p < VALUE_SPAN; p++) {
                 const vec value = load(values + j * HEAD_DIM + start + p * LANES);
                 for (int g = 0; g < heads; g++)
                     sums[g][p] += weights[g][j] * value;
             }
         for (int g = 0; g < heads; g++)
-            for (int p = 0; p < SPAN; p++)
+            for (int p = 0; p < VALUE_SPAN; p++)
                 store(out[g] + start + p * LANES, sums[g][p]);
     }
 }
@@ -84,8 +79,8 @@ INLINE void weigh(int held, float *scores, float *top, float *total, float *out)
     for (int j = held; j < BLOCK; j++)
         scores[j] = -INFINITY;
     vec most_yet = load(scores);
-    for (int p = 1; p < PARTS; p++)
-        most_yet = most(most_yet, load(scores + p * LANES));
+    for (int j = LANES; j < BLOCK; j += LANES)
+        most_yet = most(most_yet, load(scores + j));
     const float block_top = max_of(most_yet);
     if (block_top > *top) {
         const float shrink = *top == -INFINITY ? 0.0f : exp_of(all(*top - block_top))[0];
@@ -95,9 +90,9 @@ INLINE void weigh(int held, float *scores, float *top, float *total, float *out)
         *top = block_top;
     }
     vec sum = {0};
-    for (int p = 0; p < PARTS; p++) {
-        const vec weight = exp_of(load(scores + p * LANES) - *top);
-        store(scores + p * LANES, weight);
+    for (int j = 0; j < BLOCK; j += LANES) {
+        const vec weight = exp_of(load(scores + j) - *top);
+        store(scores + j, weight);
         sum += weight;
     }
     /* Each place beyond `held` adds e^-87, which float32 does not see. */
