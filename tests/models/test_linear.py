@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spmdrl.models import linear as linear_module
 from spmdrl.models.linear import in_blocks, linear, product, serves
+from spmdrl.models.panels import lay_out
 
 
 def _operands(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,6 +36,19 @@ def test_the_product_is_that_of_torch(
     strided = torch.randn(rows, 128)[:, ::2]
     with torch.inference_mode():
         torch.testing.assert_close(linear(strided, weight), F.linear(strided, weight))
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+def test_panels_of_many_columns(rows: int) -> None:
+    """More columns than are summed at once, and more rows than a core's cache holds of them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 4100, generator=generator) / 64
+    weight = torch.randn(50, 4100, generator=generator)
+    panels = lay_out(weight)
+    assert panels is not None
+    expected = F.linear(x.double(), weight.double()).float()
+    for part in (x, torch.cat((x, x), dim=1)[:, :4100]):
+        torch.testing.assert_close(panels.product(part), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("narrow", [False, True])

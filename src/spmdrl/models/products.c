@@ -79,8 +79,8 @@ void product(const float *x, int64_t x_stride, int64_t m, const float *panels, i
                 const float *rows[ROWS];
                 const int64_t count = stop - i < ROWS ? stop - i : ROWS;
                 for (int r = 0; r < ROWS; r++) {
-                    /* a row that is not there is the last one again */
-                    rows[r] = x + (r < count ? i + r : stop - 1) * x_stride;
+                    /* in place of a row that is not there, the first */
+                    rows[r] = x + (r < count ? i + r : i) * x_stride;
                     if (bias)
                         memcpy(sums[r], bias + column, width * sizeof(float));
                 }
