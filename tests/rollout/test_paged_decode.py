@@ -66,9 +66,9 @@ def outputs(attention: PagedAttention, shape: CacheShape, *, dense: bool) -> Ten
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("head_dim", [4, 8, 48, 64, 80, 128])
-@pytest.mark.parametrize("group", [1, 2, 3, 7])
-@pytest.mark.parametrize("block_size", [4, 16, 32, 80])
+@pytest.mark.parametrize("head_dim", [4, 24, 64, 128])
+@pytest.mark.parametrize("group", [1, 3, 7])
+@pytest.mark.parametrize("block_size", [4, 32, 80])
 def test_it_is_the_attention_of_torchs_operations(
     head_dim: int, group: int, block_size: int
 ) -> None:
