@@ -24,8 +24,13 @@ PRELOAD = [
     "transformers",
     "omegaconf",
     "pydantic",
-    "spmdrl.launch",
+    "torch._dynamo",  # which `fully_shard` imports
+    "torch.distributed.checkpoint",
+    "torch.utils.tensorboard",
+    "spmdrl.assemble",
+    "spmdrl.flows.grpo",
 ]
+"""Not `datasets`: it starts a thread."""
 
 
 def run_ranks(

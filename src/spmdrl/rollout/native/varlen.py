@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
-from torch.nn.attention.varlen import varlen_attn
 
 from .attention import CacheShape
 from .scheduler import StepPlan
@@ -25,12 +24,22 @@ BLOCK_MULTIPLE = 256
 
 def varlen_is_usable(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
     """Whether the installed torch pages (2.12 on) and its kernels take these tensors."""
+    if device.type != "cuda":
+        return False
     paged = {"block_table", "seqused_k", "enable_gqa", "num_splits"}
-    if device.type != "cuda" or not paged <= inspect.signature(varlen_attn).parameters.keys():
+    if not paged <= inspect.signature(varlen_attn()).parameters.keys():
         return False
     major, _ = torch.cuda.get_device_capability(device)
     fits = head_dim <= 256 and head_dim % 8 == 0
     return major >= 8 and dtype in (torch.float16, torch.bfloat16) and fits
+
+
+def varlen_attn() -> Callable[..., Any]:
+    """torch's. Imported late: torch's compiler comes with it, a second of every start."""
+    from torch.nn.attention import varlen
+
+    kernel: Callable[..., Any] = varlen.varlen_attn
+    return kernel
 
 
 class VarlenAttention:
@@ -54,9 +63,9 @@ class VarlenAttention:
         max_sequences: int,
         max_blocks: int,
         max_tokens: int,
-        kernel: Callable[..., Any] = varlen_attn,
+        kernel: Callable[..., Any] | None = None,
     ) -> None:
-        self._kernel = kernel
+        self._kernel = kernel or varlen_attn()
         self._shape = shape
         layers = (shape.num_layers, shape.num_blocks + 1, shape.block_size)
         heads = (shape.kv_heads, shape.head_dim)
