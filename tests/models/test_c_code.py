@@ -63,6 +63,41 @@ def test_without_a_compiler_there_is_nothing(source: Path, monkeypatch: pytest.M
     assert c_code.load(source, MORE=0) is None
 
 
+def test_the_next_compiler_serves_where_one_fails(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "false")
+    code = c_code.load(source, MORE=0)
+    assert code is not None and code.twice(4) == 8
+    monkeypatch.setenv("CC", "env gcc")  # as ccache is given
+    c_code.load.cache_clear()
+    assert c_code.load(source, MORE=1) is not None
+    assert c_code._compilers()[0] == ("env", "gcc")
+
+
+def test_no_home_is_no_error(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", unknown)
+    code = c_code.load(source, MORE=0)
+    assert code is not None and code.twice(4) == 8
+
+
+def test_a_directory_that_cannot_be_written_is_still_read(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert c_code.load(source, MORE=0) is not None
+    made = kept()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(c_code, "_compile", lambda *arguments: pytest.fail("it was there"))
+    c_code.load.cache_clear()
+    assert c_code.load(source, MORE=0) is not None
+    monkeypatch.undo()
+    assert made
+
+
 def test_a_directory_that_others_write_is_not_used(source: Path) -> None:
     c_code.cache_directory().chmod(0o777)
     with pytest.raises(PermissionError, match="this user's alone"):

@@ -30,7 +30,8 @@ class Panels:
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # [T, K] -> [T, N]
         """x W^T (+ b), without gradient; x in float32 on the CPU."""
         code = _code()
-        assert code is not None
+        assert code is not None and x.shape[1] == self.columns
+        bias = None if bias is None else bias.contiguous()
         if x.stride(1) != 1:
             x = x.contiguous()
         out = x.new_empty(x.shape[0], self.rows)

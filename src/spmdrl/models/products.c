@@ -1,9 +1,9 @@
 /* x W^T of float32 for few to many rows x, with W laid out in panels: the kernel of a CPU that has
  * vectors of 8 (AVX2), where a tile of 4 rows by 3 vectors fills its 16 registers.
  *
- * A panel is WIDTH rows of W, side by side for each column: [K, WIDTH]. A panel is small enough
- * for a core's second-level cache and is used for all rows; while it is, the next one is fetched
- * from memory. (The scheme of Goto & van de Geijn 2008, "Anatomy of high-performance matrix
+ * A panel is WIDTH rows of W, side by side for each column: [K, WIDTH]. A panel fits a core's
+ * second-level cache up to some 4000 columns and is used for all rows; while it is, the next one is
+ * fetched from memory. (The scheme of Goto & van de Geijn 2008, "Anatomy of high-performance matrix
  * multiplication", without a copy of x: its rows are few.)
  */
 #include "vectors.h"
@@ -11,8 +11,6 @@
 #define ROWS 4
 #define PARTS 3
 #define WIDTH (PARTS * LANES)
-/* Columns of W used before the sums go to memory: a panel of so many is 200 kB. */
-#define DEPTH 2048
 /* Floats of x in one core's second-level cache. */
 #define CACHED 65536
 /* Steps between two fetches of 64 bytes ahead. */
@@ -85,12 +83,7 @@ void product(const float *x, int64_t x_stride, int64_t m, const float *panels, i
                         memcpy(sums[r], bias + column, width * sizeof(float));
                 }
                 const float *ahead = panel + k * WIDTH + (i - b * block) / ROWS * (k / FETCH) * 16;
-                for (int64_t start = 0; start < k; start += DEPTH) {
-                    const int64_t depth = k - start < DEPTH ? k - start : DEPTH;
-                    tile(rows, panel + start * WIDTH, depth, sums[0], WIDTH, ahead);
-                    for (int r = 0; r < ROWS; r++)
-                        rows[r] += depth;
-                }
+                tile(rows, panel, k, sums[0], WIDTH, ahead);
                 for (int64_t r = 0; r < count; r++)
                     memcpy(out + (i + r) * n + column, sums[r], width * sizeof(float));
             }

@@ -30,6 +30,7 @@ class Rows:
             function.restype = None
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # [..., D], [D]
+        assert weight.shape == x.shape[-1:]
         flat = x.reshape(-1, x.shape[-1])
         if flat.stride(1) != 1:
             flat = flat.contiguous()
@@ -48,6 +49,7 @@ class Rows:
         return out
 
     def swiglu(self, gate_up: Tensor) -> Tensor:  # [T, 2 W] -> [T, W]
+        assert gate_up.ndim == 2
         gate_up = gate_up.contiguous()
         rows, width = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, width)
@@ -56,6 +58,7 @@ class Rows:
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, H, d], [T, 1, d] twice
         rows, heads, d = x.shape
+        assert cos.shape == sin.shape == (rows, 1, d)
         if x.stride(2) != 1 or x.stride(1) != d:
             x = x.contiguous()
         cos, sin = cos.contiguous(), sin.contiguous()

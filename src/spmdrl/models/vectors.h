@@ -23,6 +23,7 @@
 
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
 typedef vec loose __attribute__((aligned(4)));
 
 static inline vec load(const float *p) { return *(const loose *)p; }
@@ -56,15 +57,16 @@ static inline float max_of(vec v) {
     return max;
 }
 
-/* e^x to 2 units in the last place between -87 and 88, and the ends' values beyond; NaN stays.
+/* e^x to a unit in the last place between -87 and 88, and the ends' values beyond; NaN stays.
  *
  * x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in two parts, so that r is exact), e^x = 2^n e^r, and
  * e^r = 1 + r + r^2 p(r) with the minimax polynomial of Cephes (Moshier 1992, expf).
  */
 static inline vec exp_of(vec x) {
     x = least(all(88.0f), most(all(-87.0f), x));
-    const vec rounder = all(12582912.0f); /* 1.5 * 2^23: what is added to it loses its fraction */
-    const vec n = (x * 1.44269504f + rounder) - rounder;
+    /* 1.5 * 2^23: what is added to it is rounded, and lies in its lowest bits */
+    const vec rounder = all(12582912.0f), shifted = x * 1.44269504f + rounder;
+    const vec n = shifted - rounder;
     const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -72,10 +74,7 @@ static inline vec exp_of(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-    const ivec bits = (__builtin_convertvector(n, ivec) + 127) << 23;
-    vec scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
+    return p * (vec)(((uvec)shifted + 127) << 23);
 }
 
 #endif

@@ -18,6 +18,9 @@ from .sequence import Sequence
 
 _I, _F, _P, _N = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
 
+_MAX_STACK_BYTES = 1 << 18
+"""Of the kernel's frame, which has a block's scores: threads of OpenMP may have 2 MB in all."""
+
 
 class CompiledAttention(BlockwiseAttention):
     """`BlockwiseAttention` with its decode steps, and its writes to the cache, by one kernel each.
@@ -85,11 +88,13 @@ class CompiledAttention(BlockwiseAttention):
 
 
 def compiled_code(shape: CacheShape) -> ctypes.CDLL | None:
-    """The kernels for a cache's shape, or None: another device or dtype than the CPU's float32, an
-    odd size, no compiler."""
+    """The kernels for a cache's shape, or None: another device or dtype than the CPU's float32, a
+    size that is odd or too large, no compiler."""
     if shape.device.type != "cpu" or shape.dtype != torch.float32:
         return None
     if shape.head_dim % 4 or shape.block_size % 4:
+        return None
+    if shape.group * (shape.block_size + shape.head_dim) * 4 > _MAX_STACK_BYTES:
         return None
     return c_code.load(
         Path(__file__).with_name("paged_decode.c"),
