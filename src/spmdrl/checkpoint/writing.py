@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -51,7 +48,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
-_NICENESS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +229,6 @@ class CheckpointWriter:
     # The thread
 
     def _write(self, job: _Job) -> None:
-        _give_way()
         partial = self._root / f".partial-{self._tag}-{job.number}"
 
         def progress() -> None:
@@ -319,11 +314,3 @@ def remove_partial(root: Path) -> None:
     """Take away what checkpoints that were never completed have left below `root`."""
     for path in root.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _give_way() -> None:
-    """This thread computes (checksums, copies) where the ranks' threads wait, not where they work:
-    on Linux a thread has a priority of its own. Whoever waits for the file has nothing to do."""
-    if sys.platform == "linux":
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
