@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,17 +88,18 @@ def test_they_serve_plain_float32_without_gradient_alone() -> None:
         assert rows_for(torch.empty(4, 16)) is None
 
 
+def spied(kernel: Callable[..., Tensor], used: list[str]) -> Callable[..., Tensor]:
+    def call(*arguments: Any) -> Tensor:
+        used.append(kernel.__name__)
+        return kernel(*arguments)
+
+    return call
+
+
 def test_the_models_functions_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
     for name in ("rms_norm", "swiglu", "rotate"):
-        kernel = getattr(Rows, name)
-
-        def spy(self: Rows, *args: object, name: str = name, kernel: object = kernel) -> Tensor:
-            used.append(name)
-            out: Tensor = kernel(self, *args)  # type: ignore[operator]
-            return out
-
-        monkeypatch.setattr(Rows, name, spy)
+        monkeypatch.setattr(Rows, name, spied(getattr(Rows, name), used))
     x, weight = draw(4, 16), nn.Parameter(draw(16))
     tables = draw(4, 1, 4), draw(4, 1, 4)
     with torch.no_grad():

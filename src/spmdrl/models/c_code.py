@@ -1,9 +1,8 @@
 """C kernels for the CPU, compiled on the machine that runs them, for its processor.
 
-A wheel would carry code for the oldest processor; torch's compiler takes half a minute for a
-decoder layer. A small file of C takes cc a second, once: the library is kept in the user's cache
-directory under a name that has everything in it that made it. Where there is no compiler, torch's
-own operations do the work.
+A wheel would carry code for the oldest processor. A small file of C takes the compiler a second,
+once: the library is kept in the user's cache directory under a name that has everything in it that
+made it. Where there is no compiler, torch's own operations do the work.
 """
 
 from __future__ import annotations
@@ -52,13 +51,12 @@ def load(source: Path, **constants: int) -> ctypes.CDLL | None:
     for command in _compilers():
         try:
             return _load(command, source, constants)
-        except (OSError, subprocess.SubprocessError) as error:
-            said = getattr(error, "stderr", None) or error
-            failures.append(f"{' '.join(command)}: {said}")
+        except subprocess.CalledProcessError as error:
+            failures.append(f"{' '.join(command)}: {error.stderr or error}")
+        except (OSError, subprocess.TimeoutExpired) as error:
+            failures.append(f"{' '.join(command)}: {error}")
     if failures:
-        log.warning(
-            "%s: torch's own operations serve: %s", source.name, "; ".join(map(str, failures))
-        )
+        log.warning("%s: torch's own operations serve: %s", source.name, "; ".join(failures))
     else:
         log.info("no C compiler here (%s): torch's operations serve", ", ".join(COMPILERS))
     return None
