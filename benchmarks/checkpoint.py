@@ -2,10 +2,12 @@
 
     python benchmarks/checkpoint.py --model DIR --data FILE [--ranks 2] [--steps 3] [--rounds 2]
 
-Runs with and without checkpoints take turns, in the same processes; a figure is the mean over all
-steps but each run's first. The time of a step is from its line in metrics.jsonl to the next one,
-so that everything between two steps counts. The copy to the host is measured apart: it is the
-price of going on while the copy is written. The last line is one JSON object.
+Runs with and without checkpoints take turns, in the same processes; which of them goes first
+alternates, as later runs find warmer memory. A step is compared with the same step of the other run
+(equal samples, equal tokens), and the mean over all of them is given with its error. The time of a
+step is from its line in metrics.jsonl to the next one, so that everything between two steps counts;
+each run's first is left out. The copies to the host in that time are taken off: they are the price
+of going on while the copy is written. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -34,6 +36,11 @@ class Copies(logging.Handler):
             _, copy_s, gigabytes, whole_s = record.args
             self.found.append((float(copy_s), float(gigabytes), float(whole_s)))
 
+    def take(self) -> list[tuple[float, float, float]]:
+        """Those since the last call."""
+        found, self.found = self.found, []
+        return found
+
 
 def main() -> None:
     parser = grpo_step.option_parser(__doc__)
@@ -55,17 +62,21 @@ def main() -> None:
         # all ranks write into rank 0's directory
         root = Path(broadcast_object(directory, 0))
         seconds: dict[int, list[float]] = {0: [], 1: []}
+        written: list[tuple[float, float, float]] = []
         for number in range(options.rounds):
-            for every in seconds:
+            for every in (0, 1) if number % 2 == 0 else (1, 0):
                 run_dir = root / f"run_{number}_{every}"
                 config = grpo_step.config_of(options, str(run_dir), [f"checkpoint.every={every}"])
                 train(config, world, server)
+                found = copies.take()
                 if world.is_first:
                     seconds[every] += step_seconds(run_dir)
+                    # the last one of a run begins after its last step
+                    written += found[: options.steps] if every else []
         stop_world()
         if not world.is_first:
             return
-    report(options.ranks, seconds, copies.found)
+    report(options.ranks, seconds, written)
 
 
 def step_seconds(run_dir: Path) -> list[float]:
@@ -77,21 +88,25 @@ def step_seconds(run_dir: Path) -> list[float]:
 
 
 def report(
-    ranks: int, seconds: dict[int, list[float]], copies: list[tuple[float, float, float]]
+    ranks: int, seconds: dict[int, list[float]], written: list[tuple[float, float, float]]
 ) -> None:
-    without, with_checkpoints = (statistics.mean(seconds[every]) for every in (0, 1))
-    copy_s = statistics.mean(copy for copy, _, _ in copies)
-    overhead = (with_checkpoints - without - copy_s) / without
+    copied = [copy for copy, _, _ in written]
+    costs = [
+        (beside - copy - alone) / alone
+        for alone, beside, copy in zip(seconds[0], seconds[1], copied, strict=True)
+    ]
+    error = statistics.stdev(costs) / len(costs) ** 0.5 if len(costs) > 1 else None
     print(
         json.dumps(
             {
-                "seconds_without": round(without, 2),
-                "seconds_with": round(with_checkpoints, 2),
-                "copy_seconds": round(copy_s, 3),
-                "overhead_beyond_copy": round(overhead, 4),
-                "checkpoint_gb": round(copies[-1][1], 3),
-                "seconds_until_there": round(statistics.mean(whole for _, _, whole in copies), 2),
-                "steps_measured": len(seconds[1]),
+                "seconds_without": [round(value, 2) for value in seconds[0]],
+                "seconds_with": [round(value, 2) for value in seconds[1]],
+                "copy_seconds": [round(value, 2) for value in copied],
+                "overhead_beyond_copy": round(statistics.mean(costs), 4),
+                "error": None if error is None else round(error, 4),
+                "checkpoint_gb": round(written[-1][1], 3),
+                "seconds_until_there": round(statistics.mean(whole for *_, whole in written), 2),
+                "steps_measured": len(costs),
                 "ranks": ranks,
             }
         )

@@ -282,6 +282,11 @@ def test_optimizer_steps(base: Path) -> None:
     assert load_config(base, words).num_optimizer_steps("policy") == 60
     own = load_config(base, [*words, "roles.policy.train.epochs=1"])
     assert own.num_optimizer_steps("policy") == 20
+    ppo = ["flow=ppo", "roles.value={}", "roles.reference={}", "algorithm.value_warmup_steps=4"]
+    waits = load_config(base, [*words, *ppo])
+    assert (waits.num_optimizer_steps("policy"), waits.num_optimizer_steps("value")) == (36, 60)
+    never = load_config(base, [*words, *ppo, "algorithm.value_warmup_steps=11"])
+    assert never.num_optimizer_steps("policy") == 0
 
 
 def test_a_trainer_of_ones_own_may_read_any_key(base: Path) -> None:

@@ -362,7 +362,8 @@ def train_options(
         lr=train.lr,
         schedule=train.schedule,
         warmup_steps=train.warmup_steps,
-        total_steps=config.num_optimizer_steps(name),
+        # none where the whole run is the value's warm-up
+        total_steps=max(1, config.num_optimizer_steps(name)),
         min_lr_ratio=train.min_lr_ratio,
         betas=train.betas,
         eps=train.eps,

@@ -358,7 +358,12 @@ class Config(Section):
     def model_path(self, role: str) -> Path:
         return Path(self.roles[role].model or self.model.path)
 
+    def value_warmup(self, name: str) -> int:
+        """The run's first steps that do not train the role `name`: PPO's policy may wait."""
+        waits = self.flow == "ppo" and self.role_kind(name) == "policy"
+        return min(self.algorithm.value_warmup_steps, self.steps) if waits else 0
+
     def num_optimizer_steps(self, name: str) -> int:
-        """Optimizer steps of the role in the whole run, if every step moves it."""
+        """Optimizer steps of the role in the whole run, if every minibatch moves it."""
         train = self.train_section(name)
-        return self.steps * train.epochs * train.num_minibatches
+        return (self.steps - self.value_warmup(name)) * train.epochs * train.num_minibatches

@@ -158,12 +158,9 @@ def _updates(config: Config, name: str, placement: Placement) -> Iterator[Line]:
     minibatches = _key(config, name, "num_minibatches")
     how = f"{_key(config, name, 'epochs')} x {minibatches}"
     yield "optimizer steps per step", f"{updates:,}", how
-    steps, warmup = config.steps, 0
-    shown = f"steps={steps}"
-    if config.flow == "ppo" and config.role_kind(name) == "policy":
-        warmup = min(config.algorithm.value_warmup_steps, steps)
-        shown = f"({shown} - algorithm.value_warmup_steps={warmup})" if warmup else shown
-    in_all = updates * (steps - warmup)
+    warmup, shown = config.value_warmup(name), f"steps={config.steps}"
+    shown = f"({shown} - algorithm.value_warmup_steps={warmup})" if warmup else shown
+    in_all = config.num_optimizer_steps(name)
     yield "most optimizer steps in all", f"{in_all:,}", f"{shown} x {updates}, {SKIPPED}"
     most, left = -(-sizes.items // train.num_minibatches), sizes.items % train.num_minibatches
     size = f"{most - 1:,} or {most:,}" if left else f"{most:,}"

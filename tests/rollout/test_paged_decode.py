@@ -11,7 +11,7 @@ from rollout_models import request
 from torch import Tensor
 
 from spmdrl.rollout.native.attention import CacheShape, PagedAttention
-from spmdrl.rollout.native.blockwise import BlockwiseAttention
+from spmdrl.rollout.native.gathered import GatheredAttention
 from spmdrl.rollout.native.paged_decode import CompiledAttention, compiled_code
 from spmdrl.rollout.native.scheduler import Chunk, StepPlan
 from spmdrl.rollout.native.sequence import Sequence, sequences_of
@@ -53,8 +53,8 @@ def outputs(attention: PagedAttention, shape: CacheShape, *, dense: bool) -> Ten
         one.cached = len(one.tokens)
     chunks = [Chunk(sequence=s, start=0, stop=len(s.tokens)) for s in made]
     steps = (
-        (StepPlan(moves={}, copies=[], decodes=[], chunks=chunks), sum(LENGTHS)),
-        (StepPlan(moves={}, copies=[], decodes=made, chunks=[]), len(LENGTHS)),
+        (StepPlan(copies=[], decodes=[], chunks=chunks), sum(LENGTHS)),
+        (StepPlan(copies=[], decodes=made, chunks=[]), len(LENGTHS)),
     )
     for plan, rows in steps:
         attention.prepare(plan)
@@ -73,7 +73,7 @@ def test_it_is_the_attention_of_torchs_operations(
     head_dim: int, group: int, block_size: int
 ) -> None:
     shape = shape_of(head_dim, group, block_size)
-    plain = outputs(BlockwiseAttention(shape), shape, dense=True)
+    plain = outputs(GatheredAttention(shape), shape, dense=True)
     for dense in (True, False):
         found = outputs(CompiledAttention(shape), shape, dense=dense)
         torch.testing.assert_close(found, plain, rtol=1e-5, atol=2e-6)

@@ -38,23 +38,22 @@ def groups_of(shapes: list[tuple[int, int, int]], prefix: int = 0) -> list[list[
 def make(groups: list[list[Sequence]], num_blocks: int, **options: Any) -> Scheduler:
     for group in groups:
         group[0].followers = group[1:]
-    wanted = {"block_size": 4, "max_running": 100, "prefill_tokens": 1000, "compact": True}
+    wanted = {"block_size": 4, "max_running": 100, "prefill_tokens": 1000}
     return Scheduler([g[0] for g in groups], BlockPool(num_blocks), **{**wanted, **options})
 
 
 def compute(plan: StepPlan, cache: Cache, size: int) -> None:
     """Write every token's whole past in its slot, and check that the past is there."""
-    for pairs in (list(plan.moves.items()), plan.copies):
-        copied = {
-            (target, i): cache[source, i]
-            for source, target in pairs
-            for i in range(size)
-            if (source, i) in cache
-        }
-        for _, target in pairs:
-            for i in range(size):
-                cache.pop((target, i), None)
-        cache.update(copied)
+    copied = {
+        (target, i): cache[source, i]
+        for source, target in plan.copies
+        for i in range(size)
+        if (source, i) in cache
+    }
+    for _, target in plan.copies:
+        for i in range(size):
+            cache.pop((target, i), None)
+    cache.update(copied)
     spans = [(s, s.cached - 1, s.cached) for s in plan.decodes]
     spans += [(c.sequence, c.start, c.stop) for c in plan.chunks]
     for sequence, start, stop in spans:
@@ -162,7 +161,6 @@ def test_any_load_is_served(seed: int) -> None:
         block_size=size,
         max_running=draw.choice((1, 3, 100)),
         prefill_tokens=draw.choice((1, 7, 1000)),
-        compact=draw.random() < 0.7,
         prefix=prefix,
     )
     plans = run(scheduler, draw)

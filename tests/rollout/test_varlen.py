@@ -73,7 +73,6 @@ def test_paged_steps_equal_naive_decoding(padded: bool) -> None:
         block_size=BLOCK,
         max_running=5,
         prefill_tokens=24,
-        compact=False,
         prefix=common_prefix(prompts),
     )
     shape = CacheShape(

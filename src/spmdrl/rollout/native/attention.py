@@ -37,13 +37,7 @@ class CacheShape:
 
 
 class PagedAttention(Protocol):
-    """Attention over a block cache that it owns; an `Attend` of the decoder after `prepare`.
-
-    Args:
-        needs_dense: used blocks are to lie dense at the pool's two ends (`BlockPool`).
-    """
-
-    needs_dense: bool
+    """Attention over a block cache that it owns; an `Attend` of the decoder after `prepare`."""
 
     def prepare(self, plan: StepPlan) -> None:
         """Copy the plan's blocks and build the indices that all layers use."""

@@ -244,7 +244,7 @@ class NativeEngine:
         scores: list[list[float]] = [[] for _ in sequences]
         with torch.inference_mode():
             work = self._workspace.prepare(num_blocks) if samples else None
-            scheduler = self._scheduler(samples, num_blocks, compact=work is None or work.compact)
+            scheduler = self._scheduler(samples, num_blocks)
             while work is not None and scheduler.has_work:
                 plan = scheduler.plan()
                 logits, _ = work.runner.run(plan, all_rows=True)
@@ -277,23 +277,20 @@ class NativeEngine:
         )
         return num_blocks
 
-    def _scheduler(
-        self, leaders: Sequence[Sample], num_blocks: int, *, compact: bool, prefix: int = 0
-    ) -> Scheduler:
+    def _scheduler(self, leaders: Sequence[Sample], num_blocks: int, prefix: int = 0) -> Scheduler:
         return Scheduler(
             leaders,
             BlockPool(num_blocks),
             block_size=self._workspace.block_size,
             max_running=self._options.max_running,
             prefill_tokens=self._options.prefill_tokens,
-            compact=compact,
             prefix=prefix,
         )
 
     def _start(self, work: Work, leaders: Sequence[Sample]) -> Scheduler:
         prefix = common_prefix([leader.request.tokens for leader in leaders])
         prefix = prefix if prefix * (len(leaders) - 1) >= _PREFIX_TOKENS else 0
-        return self._scheduler(leaders, work.num_blocks, compact=work.compact, prefix=prefix)
+        return self._scheduler(leaders, work.num_blocks, prefix)
 
     def _run(
         self,

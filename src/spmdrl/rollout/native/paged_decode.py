@@ -1,6 +1,6 @@
 """Paged attention on the CPU by a kernel compiled for the cache's shape: `paged_decode.c`.
 
-Blocks are read where they lie, in any order: none has to be moved to make used ones dense.
+Blocks are read where they lie: nothing is gathered.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ...models import c_code
 from .attention import CacheShape
-from .blockwise import BlockwiseAttention
-from .sequence import Sequence
+from .gathered import GatheredAttention
 
 _I, _F, _P, _N = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
 
@@ -22,14 +21,12 @@ _MAX_STACK_BYTES = 1 << 18
 """Of the kernel's frame, which has a block's scores: threads of OpenMP may have 2 MB in all."""
 
 
-class CompiledAttention(BlockwiseAttention):
-    """`BlockwiseAttention` with its decode steps, and its writes to the cache, by one kernel each.
+class CompiledAttention(GatheredAttention):
+    """`GatheredAttention` with its decode steps, and its writes to the cache, by one kernel each.
 
     Raises:
         ValueError: `compiled_code` has none for the shape.
     """
-
-    needs_dense = False
 
     def __init__(self, shape: CacheShape) -> None:
         super().__init__(shape)
@@ -40,15 +37,6 @@ class CompiledAttention(BlockwiseAttention):
         self._store_tokens.argtypes = (_P, _I, _P, _I, _P, _P, _I, _I, _P, _P)
         self._paged_decode.argtypes = (_P, _I, _P, _P, _P, _I, _P, _I, _I, _F, _P, _N)
         self._store_tokens.restype = self._paged_decode.restype = None
-        self._table = self._lengths = torch.empty(0, dtype=torch.int32)
-
-    def _prepare_decodes(self, decodes: list[Sequence]) -> None:
-        size = self._shape.block_size
-        held = [s.blocks[: -(-s.cached // size)] for s in decodes]
-        width = max(map(len, held), default=0)
-        padded = [blocks + [0] * (width - len(blocks)) for blocks in held]
-        self._table = torch.tensor(padded, dtype=torch.int32)
-        self._lengths = torch.tensor([s.cached for s in decodes], dtype=torch.int32)
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
         assert self._slots is not None

@@ -36,13 +36,12 @@ class StepPlan:
     """One engine step.
 
     Args:
-        moves: blocks to copy first (source -> target; all are read before any is written).
-        copies: then, shared blocks that a sequence is about to write in, to its own copy.
+        copies: shared blocks that a sequence is about to write in, to its own copy (source, target;
+            all are read before any is written), first of all.
         decodes: sequences that compute their newest token.
         chunks: parts of prompts (or of preempted sequences) to compute.
     """
 
-    moves: dict[int, int]
     copies: list[tuple[int, int]]
     decodes: list[Sequence]
     chunks: list[Chunk]
@@ -58,7 +57,6 @@ class Scheduler:
             sequence, and shared.
         max_running: sequences that hold blocks of their own at a time, at most.
         prefill_tokens: prompt tokens a step, at most.
-        compact: move blocks so that used ones lie dense (attention by views, on the CPU).
     """
 
     def __init__(
@@ -69,7 +67,6 @@ class Scheduler:
         block_size: int,
         max_running: int,
         prefill_tokens: int,
-        compact: bool,
         prefix: int = 0,
     ) -> None:
         self.pool = pool
@@ -79,7 +76,6 @@ class Scheduler:
         self._block_size = block_size
         self._max_running = max_running
         self._prefill_tokens = prefill_tokens
-        self._compact, self._freed = compact, False
         self._prefix = prefix
         self._prefix_owner = self._waiting[0] if prefix else None
         self._prefix_blocks: list[int] = []
@@ -91,7 +87,6 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step. Its chunks and decodes count as cached from here on."""
-        moves = self._compact_blocks()
         copies: dict[Sequence, tuple[int, int]] = {}
         decodes = self._plan_decodes(copies)
         budget = self._prefill_tokens
@@ -112,7 +107,7 @@ class Scheduler:
         for sequence in decodes:
             sequence.cached += 1
         self._keep_prefix()
-        return StepPlan(moves=moves, copies=list(copies.values()), decodes=decodes, chunks=chunks)
+        return StepPlan(copies=list(copies.values()), decodes=decodes, chunks=chunks)
 
     def fork(self, leader: Sequence) -> list[Sequence]:
         """The prompt of `leader` was computed: its followers share its blocks from now on.
@@ -124,7 +119,7 @@ class Scheduler:
             for block in leader.blocks:
                 self.pool.share(block)
             follower.blocks = list(leader.blocks)
-            follower.cached, follower.num_high = leader.cached, leader.num_high
+            follower.cached = leader.cached
             follower.rows = list(leader.rows)
         self._ready.extend(followers)
         return followers
@@ -145,7 +140,6 @@ class Scheduler:
             "running": [number[s] for s in self.running],
             "ready": [number[s] for s in self._ready],
             "waiting": [number[s] for s in self._waiting],
-            "freed": self._freed,
             "prefix": self._prefix,
             "prefix_owner": None if owner is None else number[owner],
             "prefix_blocks": self._prefix_blocks,
@@ -158,7 +152,7 @@ class Scheduler:
         self.running = [sequences[i] for i in state["running"]]
         self._ready = deque(sequences[i] for i in state["ready"])
         self._waiting = deque(sequences[i] for i in state["waiting"])
-        self._freed, self._prefix = state["freed"], state["prefix"]
+        self._prefix = state["prefix"]
         owner = state["prefix_owner"]
         self._prefix_owner = None if owner is None else sequences[owner]
         self._prefix_blocks = list(state["prefix_blocks"])
@@ -234,8 +228,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         for block in sequence.blocks:
             self.pool.release(block)
-        sequence.blocks, sequence.cached, sequence.num_high = [], 0, 0
-        self._freed = True
+        sequence.blocks, sequence.cached = [], 0
 
     def _admit(self, sequence: Sequence, copies: dict[Sequence, tuple[int, int]]) -> bool:
         """Blocks for all tokens of a waiting sequence; False when it has to wait on."""
@@ -249,12 +242,7 @@ class Scheduler:
             return not self.running and self._drop_prefix() and self._admit(sequence, copies)
         for block in source[:full]:
             self.pool.share(block)
-        kept = self._prefix // size if sequence is self._prefix_owner else full
-        sequence.num_high = max(kept, sequence.sharable_blocks(size))
-        sequence.blocks = source[:full] + [
-            self.pool.allocate(high=number < sequence.num_high)
-            for number in range(full, full + needed)
-        ]
+        sequence.blocks = source[:full] + [self.pool.allocate() for _ in range(needed)]
         if cached % size:
             copies[sequence] = (source[full], sequence.blocks[full])
         sequence.cached = cached
@@ -297,17 +285,6 @@ class Scheduler:
         stop = min(len(sequence.tokens), sequence.cached + budget)
         chunks.append(Chunk(sequence=sequence, start=sequence.cached, stop=stop))
         return stop - sequence.cached
-
-    def _compact_blocks(self) -> dict[int, int]:
-        if not (self._compact and self._freed):
-            return {}
-        self._freed = False
-        moves = self.pool.compact()
-        if moves:
-            for sequence in (*self.running, *self._ready):
-                sequence.blocks = [moves.get(block, block) for block in sequence.blocks]
-            self._prefix_blocks = [moves.get(block, block) for block in self._prefix_blocks]
-        return moves
 
 
 def sampled(plan: StepPlan, scheduler: Scheduler) -> tuple[list[Sequence], list[int]]:

@@ -23,7 +23,6 @@ class Sequence:
         tokens: prompt and what was generated.
         followers: samples of the same prompt that wait for this one to compute it.
         blocks: cache blocks, in the order of the tokens they hold.
-        num_high: how many of the first blocks lie at the pool's high end, for others to share.
         cached: tokens whose keys and values are in the cache.
         rows: of an `ExpertRecord`, for the first tokens.
     """
@@ -35,7 +34,6 @@ class Sequence:
     tokens: list[int]
     followers: list[Sequence] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
-    num_high: int = 0
     cached: int = 0
     rows: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -54,10 +52,6 @@ class Sequence:
     def decodes(self) -> bool:
         """Only the newest token is not in the cache yet."""
         return self.cached == len(self.tokens) - 1 and self.num_generated > 0
-
-    def sharable_blocks(self, block_size: int) -> int:
-        """How many of the first blocks several samples may use: the prompt's full ones."""
-        return self.prompt_length // block_size if len(self.request.samples) > 1 else 0
 
     def next_key(self) -> int:
         """The random key of the next token."""

@@ -77,7 +77,7 @@ def restore_snapshot(
     for sample, found in zip(samples, content["samples"], strict=True):
         sample.tokens = [*sample.request.tokens, *found["tokens"]]
         sample.followers = [samples[i] for i in found["followers"]]
-        for name in ("logprobs", "margins", "finish", "blocks", "num_high", "cached", "rows"):
+        for name in ("logprobs", "margins", "finish", "blocks", "cached", "rows"):
             setattr(sample, name, found[name])
     scheduler.restore(content["scheduler"], samples)
     if record is not None:
@@ -97,7 +97,6 @@ def _sample_state(sample: Sequence, number: Mapping[Sequence, int]) -> dict[str,
         "margins": sample.margins,
         "finish": sample.finish,
         "blocks": sample.blocks,
-        "num_high": sample.num_high,
         "cached": sample.cached,
         "rows": sample.rows,
     }

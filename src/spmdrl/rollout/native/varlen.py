@@ -54,8 +54,6 @@ class VarlenAttention:
         kernel: torch's `varlen_attn`, or what stands in for it in a test without a GPU.
     """
 
-    needs_dense = False
-
     def __init__(
         self,
         shape: CacheShape,
@@ -81,7 +79,6 @@ class VarlenAttention:
 
     def prepare(self, plan: StepPlan, *, pad_to: int = 0) -> None:
         """Fill the buffers; with `pad_to` the step has that many sequences, the last ones idle."""
-        self._copy_blocks(list(plan.moves.items()))
         self._copy_blocks(plan.copies)
         size, trash = self._shape.block_size, self._shape.num_blocks
         tables = [s.blocks for s in plan.decodes] + [c.sequence.blocks for c in plan.chunks]

@@ -16,7 +16,7 @@ from ..lockstep import Lockstep
 from ..protocol import Request
 from ..requests import GB, blocks_needed
 from .attention import CacheShape, PagedAttention
-from .blockwise import BlockwiseAttention
+from .gathered import GatheredAttention
 from .paged_decode import CompiledAttention, compiled_code
 from .runner import Runner
 from .varlen import BLOCK_MULTIPLE, VarlenAttention, varlen_is_usable
@@ -49,16 +49,11 @@ class NativeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A cache of `num_blocks`, attention over it, and what runs steps with it.
-
-    Args:
-        compact: used blocks are to lie dense, see `Scheduler`.
-    """
+    """A cache of `num_blocks`, attention over it, and what runs steps with it."""
 
     num_blocks: int
     attention: PagedAttention
     runner: Runner
-    compact: bool
 
 
 class Workspace:
@@ -150,12 +145,10 @@ class Workspace:
         elif compiled_code(shape) is not None:
             attention = CompiledAttention(shape)
         else:
-            attention = BlockwiseAttention(shape)
+            attention = GatheredAttention(shape)
         graphs = options.max_running if self.captures_graphs else 0
         runner = Runner(self._decoder, attention, self._device, graph_sequences=graphs)
-        self._work = Work(
-            num_blocks=num_blocks, attention=attention, runner=runner, compact=attention.needs_dense
-        )
+        self._work = Work(num_blocks=num_blocks, attention=attention, runner=runner)
         return self._work
 
     def _shape(self, num_blocks: int) -> CacheShape:
