@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spmdrl.models import linear as linear_module
 from spmdrl.models.linear import in_blocks, linear, product, serves
-from spmdrl.models.panels import lay_out
+from spmdrl.models.panels import Panels, lay_out
 
 
 def _operands(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,18 +20,20 @@ def _operands(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 9, 33, 200])
-@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("panels", [False, True])
 @pytest.mark.parametrize("columns", [1, 25, 96, 512])
 def test_the_product_is_that_of_torch(
-    rows: int, columns: int, narrow: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int, columns: int, panels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_module, "_IS_NARROW", narrow)
+    monkeypatch.setattr(linear_module, "_HAS_PANELS", panels)
     x, weight, bias = _operands(rows, columns)
     for b in (None, bias):
         expected = F.linear(x, weight, b)
         with torch.inference_mode():
             torch.testing.assert_close(linear(x, weight, b), expected, rtol=0, atol=1e-5)
-            blocked = linear(x, weight, b, in_blocks(weight))
+            laid_out = in_blocks(weight)
+            assert isinstance(laid_out, Panels) == panels
+            blocked = linear(x, weight, b, laid_out)
             torch.testing.assert_close(blocked, expected, rtol=0, atol=1e-5)
     strided = torch.randn(rows, 128)[:, ::2]
     with torch.inference_mode():

@@ -9,10 +9,17 @@ finds. On two cores of an EPYC with AVX-512, products of SmolLM2-135M's shapes, 
     oneDNN                       78   213     450
     oneDNN, weight in blocks    137   284     472
 
-Where there is AVX2 alone (EPYC, Zen 3, two cores of 94 GFLOP/s each), a laid-out weight is in the
-panels of our own kernel: at 32 rows oneDNN makes 71 GFLOP/s there, the panels 110; at 1024, 137 and
-150. MKL keeps the products of gradients, whose second operand is transposed. In GFLOP/s over
-the model's shapes:
+A laid-out weight is in the panels of our own kernel where there is a compiler. On another EPYC with
+AVX-512 (two cores of some 105), and where there is AVX2 alone (Zen 3, two of 94):
+
+    rows                          1     8    16    32   128  1024
+    AVX-512, oneDNN in blocks    20   113   153   161   205   194
+    AVX-512, panels              27   153   180   171   210   190
+    AVX2, oneDNN                                   71         137
+    AVX2, panels                                  110         150
+
+With AVX2 alone MKL keeps the products of gradients, whose second operand is transposed. In GFLOP/s
+over the model's shapes:
 
     rows                        128   512  2048
     forward, MKL                 87   102   134
@@ -47,6 +54,8 @@ ROWS_HINT = 32
 """For how many rows a weight is laid out; blocks made for 32 serve 1 to 2048 about as well."""
 
 _IS_NARROW = torch.backends.cpu.get_cpu_capability() == "AVX2"
+_HAS_PANELS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+"""Where they were measured."""
 
 
 def linear(
@@ -92,7 +101,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 def in_blocks(weight: Tensor) -> Blocked:  # [N, K] -> of about the same size
     """A copy of a float32 CPU weight in the layout that the fastest kernel here reads best."""
-    if _IS_NARROW and (panels := lay_out(weight)) is not None:
+    if _HAS_PANELS and (panels := lay_out(weight)) is not None:
         return panels
     blocked: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
     return blocked

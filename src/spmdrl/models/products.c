@@ -1,5 +1,5 @@
-/* x W^T of float32 for few to many rows x, with W laid out in panels: the kernel of a CPU that has
- * vectors of 8 (AVX2), where a tile of 4 rows by 3 vectors fills its 16 registers.
+/* x W^T of float32 for few to many rows x, with W laid out in panels. A tile is 4 rows by 3 vectors:
+ * it fills the 16 registers of AVX2, and keeps the multipliers of AVX-512 as busy as larger ones do.
  *
  * A panel is WIDTH rows of W, side by side for each column: [K, WIDTH]. A panel fits a core's
  * second-level cache up to some 4000 columns and is used for all rows; while it is, the next one is
@@ -63,9 +63,11 @@ static inline void tile(const float *const x[ROWS], const float *panel, int64_t 
 /* x [m, k], panels of W [n, k], bias [n] or NULL -> out [m, n] */
 void product(const float *x, int64_t x_stride, int64_t m, const float *panels, int64_t n, int64_t k,
              const float *bias, float *out, int threads) {
-    int64_t block = CACHED / k / ROWS * ROWS;
-    block = block < 32 ? 32 : block;
-    const int64_t num_blocks = (m + block - 1) / block, num_panels = (n + WIDTH - 1) / WIDTH;
+    const int64_t most = CACHED / k < 32 ? 32 : CACHED / k, num_panels = (n + WIDTH - 1) / WIDTH;
+    /* of equal size, as threads take equally many */
+    int64_t num_blocks = (m + most - 1) / most;
+    const int64_t block = ((m + num_blocks - 1) / num_blocks + ROWS - 1) / ROWS * ROWS;
+    num_blocks = (m + block - 1) / block;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
     for (int64_t b = 0; b < num_blocks; b++)
         for (int64_t p = 0; p < num_panels; p++) {
