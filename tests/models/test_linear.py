@@ -53,6 +53,15 @@ def test_panels_of_many_columns(rows: int) -> None:
         torch.testing.assert_close(panels.product(part), expected, rtol=0, atol=5e-5)
 
 
+def test_panels_refuse_rows_of_another_length() -> None:
+    """The kernel would read beyond them."""
+    panels = lay_out(torch.ones(50, 64))
+    assert panels is not None
+    for length in (63, 65):
+        with pytest.raises(AssertionError):
+            panels.product(torch.ones(3, length))
+
+
 @pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("rows", [0, 8, 100])
 def test_gradients_are_those_of_the_plain_product(

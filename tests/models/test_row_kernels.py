@@ -109,3 +109,16 @@ def test_the_models_functions_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert used == ["rms_norm", "swiglu", "rotate"]
     rms_norm(x, weight, 1e-5).sum().backward()
     assert weight.grad is not None and len(used) == 3
+
+
+def test_operands_that_do_not_fit_are_refused(rows: Rows) -> None:
+    """The kernels would read beyond them."""
+    with pytest.raises(AssertionError):
+        rows.rms_norm(draw(3, 8), draw(7), 1e-5)
+    with pytest.raises(AssertionError):
+        rows.swiglu(draw(2, 3, 8))
+    tables = draw(3, 1, 8), draw(3, 1, 8)
+    rows.rotate(draw(3, 2, 8), *tables)
+    for heads in (draw(4, 2, 8), draw(3, 2, 10)):
+        with pytest.raises(AssertionError):
+            rows.rotate(heads, *tables)
