@@ -133,3 +133,19 @@ def test_nodes_reach_the_plan_of_weights(root, monkeypatch):
     assert seen == [2, 4]
     with pytest.raises(ValueError, match="--ranks 4 with --ranks-per-node 3"):
         explain(load_config(path), 4, 3)
+
+
+def test_what_is_not_there_is_listed(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.py").write_text("import math\n\ndef main(run): ...\n")
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "here.jsonl").write_text("")
+    good = {"flow": "my.py:main", "data": {"train": {"source": "here.jsonl", "max_tokens": 96}}}
+    assert "not found" not in explained(root, **good)
+    reward = {"function": "broken.py:reward"}
+    bad = explained(root, words=["data.train.source=gone.jsonl"], **good, rewards=[reward])
+    bad = bad.split("# not found from here")[1]
+    assert "rewards.0.function=broken.py:reward: ZeroDivisionError: " in bad
+    assert f"data.train.source=gone.jsonl: there is no file {tmp_path}/gone.jsonl" in bad
+    typo = explained(root, **{**good, "flow": "my.py:mian"}).split("# not found from here")[1]
+    assert "flow=my.py:mian: ValueError: 'my.py:mian': my.py has no 'mian'" in typo

@@ -24,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if options.traceback:
             raise
-        print(f"spmdrl {options.name}: error: {error}", file=sys.stderr, flush=True)
+        # in one piece: ranks write to one stream
+        sys.stderr.write(f"spmdrl {options.name}: error: {error}\n")
+        sys.stderr.flush()
         return 2
     return 0
 

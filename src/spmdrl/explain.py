@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 import yaml
 
 from spmdrl.config import Config, DataKind
-from spmdrl.config_sets import train_sources
+from spmdrl.config_sets import held_out_sets, train_sources
 from spmdrl.memory_report import memory_texts, schedules
 from spmdrl.models.config import ModelConfig, read_config, tiny
+from spmdrl.objects import load_object
 from spmdrl.placement import Placement, place_roles, placement_table
 from spmdrl.role_plan import KINDS, RolePlan, check_model, plan_roles, training_dtype
 from spmdrl.step_sizes import (
@@ -62,7 +64,30 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
             lines += ["", f"{name}:", *_aligned(own)]
     table = placement_table(placements, memory_texts(plan.memory))
     lines += ["", "# roles", table, "", "# weights", *_weights(config, plan)]
-    return "\n".join([*lines, "", "# memory", *schedules(plan.memory)])
+    lines += ["", "# memory", *schedules(plan.memory)]
+    if missing := list(_missing(config)):
+        lines += ["", "# not found from here", *missing]
+    return "\n".join(lines)
+
+
+def _missing(config: Config) -> Iterator[str]:
+    """What the configuration names and this machine does not have, seen from this directory."""
+    objects = {"flow": config.flow, "environment": config.environment, "trainer": config.trainer}
+    objects |= {f"rewards.{i}.function": r.function for i, r in enumerate(config.rewards)}
+    for key, where in objects.items():
+        if where is not None and ":" in where:
+            try:
+                load_object(where)
+            except Exception as error:  # the user's file is run, and may raise anything
+                yield f"{key}={where}: {type(error).__name__}: {error}"
+    keys = ("data.train", *(f"data.mix.{i}" for i in range(len(config.data.mix))))
+    sources = {k: data.source for k, data in zip(keys, train_sources(config), strict=True)}
+    for name, described in held_out_sets(config).items():
+        if described.data is not None:
+            sources[f"evaluation.sets.{name}.data"] = described.data.source
+    for key, source in sources.items():
+        if ":" not in source and not Path(source).is_file():
+            yield f"{key}.source={source}: there is no file {Path(source).absolute()}"
 
 
 def _plan(

@@ -20,7 +20,7 @@ def load_object(where: str) -> Any:
     if place.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
         if spec is None or spec.loader is None or not Path(place).is_file():
-            raise ValueError(f"{where!r}: there is no file {place}")
+            raise ValueError(f"{where!r}: there is no file {Path(place).absolute()}")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:

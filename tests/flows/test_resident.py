@@ -38,6 +38,7 @@ def back_and_forth(run: Run) -> None:
         reference.logprobs(batch)
         note("free")
         run.finish(step, batch, environment.metrics())
+    run.conclude()
     file = run.directory / f"seen_{run.world.rank}.json"
     file.write_text(json.dumps(seen))
     for role, parts, message in (

@@ -162,6 +162,8 @@ def begin_afresh(world: World, path: Path, run_dir: Path) -> None:
     assert index.stat().st_ino == written
     with pytest.raises(ValueError, match=r"seed=3, the configuration has seed=4"):
         make(world, path, "seed=4")[0].restore()
+    with pytest.raises(ValueError, match=r"by flow=grpo, the configuration has flow=my.py:main"):
+        make(world, path, "flow=my.py:main")[0].restore()
     kept = run_dir / "checkpoints.old-1" / "step_00000002" / "checkpoint.json"
     assert json.loads(kept.read_text())["state"]["steps_done"] == 2
 

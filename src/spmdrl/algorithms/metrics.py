@@ -39,7 +39,12 @@ def token_means(
     Raises:
         ValueError: `tokens` is missing, or 0.
     """
-    num_tokens = sums.get(TOKENS, 0.0)
+    if TOKENS not in sums:
+        raise ValueError(
+            f"a loss's metrics are {sorted(sums)}: they need {TOKENS!r}, the number of loss "
+            "tokens, by which the other sums are divided"
+        )
+    num_tokens = sums[TOKENS]
     if num_tokens <= 0:
         raise ValueError(f"no mean over {num_tokens} loss tokens; metrics given: {sorted(sums)}")
     whole = {TOKENS, *keep}

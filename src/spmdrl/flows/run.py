@@ -121,7 +121,7 @@ class Run:
         self._roles, self._syncs = roles, syncs
         self.data, self._held_out, self._scorer = data, held_out, scorer
         self._evaluators, self._saver, self._timer = list(evaluators), saver, timer
-        self._syncs_to_evaluate = False
+        self._syncs_to_evaluate = self.is_concluded = False
         self._relay, self._memory, self._life = relay, memory, lifetime
         if world.is_first and not config.checkpoint.resume:
             set_aside(self.directory / METRICS_FILE)
@@ -160,6 +160,17 @@ class Run:
         return made
 
     def weight_sync(self, source: str, target: str) -> PolicySync:
+        """From one role to another.
+
+        Raises:
+            ValueError: none of the configuration's.
+        """
+        if (source, target) not in self._syncs:
+            known = ", ".join(f"{one} -> {other}" for one, other in self._syncs)
+            raise ValueError(
+                f"flow={self.config.flow} asks for a weight sync {source} -> {target}; the "
+                f"configuration's roles have {known or 'none'}"
+            )
         return self._syncs[source, target]
 
     def steps(self) -> Iterator[int]:
@@ -168,6 +179,12 @@ class Run:
         for step in range(self._life.first_step, self.config.steps):
             self._life.begin(step)
             yield step
+            if self.steps_done != step + 1:
+                raise ValueError(
+                    f"flow={self.config.flow} left the step without run.finish(step, batch, "
+                    "metrics) on this rank: it would have no metrics and no checkpoint; a step "
+                    "that is cut short (`continue`) needs it too, on all ranks alike"
+                )
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -268,6 +285,8 @@ class Run:
         self._writer.write(step + 1, record)
         self._writer.write_samples(step + 1, self._samples(batch))
         self._console.step({"step": step + 1, **record})
+        if self.world.is_first and metrics.get("skipped", 0.0) == 1.0:
+            log.warning("step %d changed no weight: no gradient of it was finite", step + 1)
         with self.phase("checkpoint"):
             self._life.finish(step)
             export = self.config.checkpoint.export
@@ -275,7 +294,8 @@ class Run:
                 self._saver.export(self.directory / f"model_step_{self.steps_done:08d}")
 
     def conclude(self) -> None:
-        """After the last step: checkpoint, final evaluation, export."""
+        """After the last step: checkpoint, final evaluation, export. Every flow ends with it."""
+        self.is_concluded = True
         if self.steps_done > self._life.first_step:
             self._life.save()
         self._life.begin(self.config.steps)

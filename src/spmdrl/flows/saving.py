@@ -192,6 +192,13 @@ class Saver:
                 f"{path} was made with seed={state['seed']}, the configuration has seed="
                 f"{self._config.seed}: use that seed, another run_dir, or checkpoint.resume=false"
             )
+        flow = state["config"]["flow"]
+        # a flow of the user's own may have moved to another file
+        if flow != self._config.flow and not (":" in flow and ":" in self._config.flow):
+            raise ValueError(
+                f"{path} was made by flow={flow}, the configuration has flow={self._config.flow}: "
+                "choose another run_dir, or checkpoint.resume=false"
+            )
         for difference in changed_keys(state["config"], self._config):
             log.warning("the run goes on with other values: %s", difference)
         is_same = state["layout"] == self._layout_name()
@@ -200,6 +207,12 @@ class Saver:
         journal = agreed(ValueError, lambda: self._restore_private(path, state, is_same=is_same))
         self._last_saved = path.name.partition(".")[0]
         log.info("continuing after step %d of %s", state["steps_done"], path)
+        if state["steps_done"] >= self._config.steps:
+            log.info(
+                "all of steps=%d are done, only the run's end comes again: raise steps, or choose "
+                "another run_dir",
+                self._config.steps,
+            )
         how = describe_journal(journal, is_same=is_same)
         if how:
             log.info("within the step that was stopped: %s", how)

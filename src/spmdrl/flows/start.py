@@ -137,6 +137,11 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         try:
             with keeping(lifetime.ledger):
                 flow(run)
+            if not run.is_concluded:
+                raise ValueError(
+                    f"flow={config.flow} returned without run.conclude(): the run would have no "
+                    "last checkpoint and no model"
+                )
             lifetime.done()
         except StopAsked:
             lifetime.stop()

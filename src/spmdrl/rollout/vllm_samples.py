@@ -88,7 +88,7 @@ def _extend(sample: Sample, output: Any) -> int:
         if logprob != logprob:
             raise ValueError(
                 f"the logits of prompt {sample.request.prompt_id} are not finite: the policy's "
-                "weights hold NaN or infinity"
+                "weights hold NaN or infinity, or a weight sync has never brought any"
             )
         sample.tokens.append(token)
         sample.logprobs.append(logprob)

@@ -18,6 +18,21 @@ LocalTensors = dict[str, tuple[Tensor, tuple[Slice, ...]]]
 """Local name -> the tensor that this rank holds and where it lies in the global name space."""
 
 
+class Given(dict[str, Tensor]):
+    """Columns by name.
+
+    Raises:
+        ValueError: a loss asks for one that it is not given.
+    """
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ValueError(
+            f"the loss asks for {name!r} and is given {sorted(self)}: name token columns of the "
+            "batch in Update(columns=(...)); row columns all come along, and the readout says "
+            "what was read"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossInput:
     """What was read of one microbatch, in order of its rows and places. Rows are always whole.
@@ -50,6 +65,22 @@ Progress = Callable[[int, int], None]
 LossFn = Callable[[LossInput], tuple[Tensor, dict[str, Tensor]]]
 """The loss as an unnormalised sum over tokens (or rows), and metrics as unnormalised float64 sums
 (maxima where the name ends in `_max`, see `spmdrl.algorithms.metrics`)."""
+
+
+def loss_of(loss_fn: LossFn, given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and metrics of one microbatch.
+
+    Raises:
+        ValueError: the function returns something else.
+    """
+    name, result = getattr(loss_fn, "__qualname__", repr(loss_fn)), loss_fn(given)
+    is_pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+    if not is_pair or not isinstance(result[0], Tensor) or result[0].ndim:
+        raise ValueError(
+            f"the loss function {name} must return (loss, metrics): a sum as a tensor without "
+            "dimensions, and a dict of sums"
+        )
+    return result
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from spmdrl.models.sharding import Head
 from spmdrl.training.context import LocalStream
 from spmdrl.training.logprobs import token_logprobs
 from spmdrl.training.packing import Microbatch
-from spmdrl.training.protocol import LossInput, Progress
+from spmdrl.training.protocol import Given, LossInput, Progress
 from spmdrl.training.readout import Readout
 
 
@@ -93,9 +93,9 @@ def loss_input(
 
     tokens = rows.tokens if readout.is_per_token else {}
     return LossInput(
-        outputs=outputs,
-        columns={n: here(c[microbatch.source]) for n, c in tokens.items()},
-        rows={n: here(c[microbatch.rows]) for n, c in rows.rows.items()},
+        outputs=Given(outputs),
+        columns=Given({n: here(c[microbatch.source]) for n, c in tokens.items()}),
+        rows=Given({n: here(c[microbatch.rows]) for n, c in rows.rows.items()}),
         row=here(microbatch.row),
         num_rows=len(microbatch.rows),
     )

@@ -27,7 +27,7 @@ from spmdrl.training.gradients import all_reduce_gradients, gradient_norm
 from spmdrl.training.optimizer import Optimizer
 from spmdrl.training.options import TrainOptions, lr_at
 from spmdrl.training.packing import Microbatch, empty_microbatch, pack
-from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep, Progress
+from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep, Progress, loss_of
 from spmdrl.training.reading import (
     as_columns,
     as_numbers,
@@ -133,7 +133,8 @@ class TorchBackend:
             if microbatch.is_empty:
                 torch.autograd.backward(nothing_read(outputs))
                 continue
-            loss, metrics = loss_fn(loss_input(rows, microbatch, readout, outputs, self._device))
+            given = loss_input(rows, microbatch, readout, outputs, self._device)
+            loss, metrics = loss_of(loss_fn, given)
             loss = loss / normaliser
             torch.autograd.backward(loss)
             parts.append({"loss": loss.detach(), **metrics})

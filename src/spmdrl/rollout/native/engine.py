@@ -351,7 +351,7 @@ class NativeEngine:
                 self.release_cache()
                 raise ValueError(
                     f"the logits of prompt {sample.request.prompt_id} are not finite: the policy's "
-                    "weights hold NaN or infinity"
+                    "weights hold NaN or infinity, or a weight sync has never brought any"
                 )
             sample.tokens.append(tokens[i])
             sample.logprobs.append(logprobs[i])

@@ -33,7 +33,7 @@ from spmdrl.training.megatron.optimizer import ShardedOptimizer
 from spmdrl.training.megatron.pipeline import Pipeline
 from spmdrl.training.options import TrainOptions, lr_at
 from spmdrl.training.packing import Microbatch, pack
-from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep, Progress
+from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep, Progress, loss_of
 from spmdrl.training.reading import (
     as_columns,
     as_numbers,
@@ -186,7 +186,7 @@ class MegatronBackend:
             if item.microbatch.is_empty:
                 return nothing_read(outputs), None
             given = loss_input(rows, item.microbatch, readout, outputs, self._device)
-            loss, metrics = loss_fn(given)
+            loss, metrics = loss_of(loss_fn, given)
             loss = loss / normaliser
             return loss, {"loss": loss.detach(), **metrics}
 
