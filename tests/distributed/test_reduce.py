@@ -96,3 +96,20 @@ def test_every_rank_gets_the_same_answers() -> None:
         ]
         * 3
     )
+
+
+def part_ways(world: World) -> str:
+    table = torch.zeros(3, 2, dtype=torch.int64)
+    try:
+        if world.rank == 0:
+            gather_tables(table)
+        else:
+            moments(torch.tensor([0.3, -7.5]))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_in_different_collectives_are_told() -> None:
+    texts = run_ranks(part_ways, 2)
+    assert "must be called by every rank" in texts[0]

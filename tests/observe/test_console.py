@@ -46,6 +46,16 @@ def test_a_line_shows_everything_under_its_title():
     assert above.index("seconds") < titles.index("update") < titles.index("peak")
 
 
+def test_a_flow_without_a_policy_loss_shows_its_own():
+    missing = ("kl", "entropy", "clip_fraction")
+    own = {name: value for name, value in RECORD.items() if name not in missing}
+    titles = make_layout({**own, "loss": 1.5, "grad_norm": 0.2}, 120).header().splitlines()[1]
+    assert titles.split("|")[1].split() == ["reward", "length", "loss", "grad"]
+    # before the first update, which will bring them
+    titles = make_layout(own, 120).header().splitlines()[1]
+    assert titles.split("|")[1].split() == ["reward", "length", "kl", "entropy", "clip%"]
+
+
 def test_columns_stay_where_they_are():
     layout = make_layout(RECORD, 120)
     wild = {name: value * 1e5 for name, value in RECORD.items()} | {"step": 120}

@@ -183,9 +183,8 @@ class CheckpointWriter:
         world_any(False)  # rank 0 may host the store: it must not leave before all have read
         if verdict["error"] is not None:
             raise OSError(
-                f"the checkpoint {self._root / verdict['name']} could not be written "
-                f"({verdict['error']}): free space or choose another run_dir; earlier checkpoints "
-                "are untouched"
+                f"the checkpoint {self._root / verdict['name']} could not be written: "
+                f"{verdict['error']}; earlier checkpoints are untouched"
             )
 
     def _share(self, entries: tuple[Entry, ...]) -> None:
@@ -241,7 +240,7 @@ class CheckpointWriter:
             mark = write_safetensors(partial / rank_file(self._rank), job.staged, progress)
             report = {"mark": asdict(mark)}
         except OSError as error:
-            report = {"error": f"rank {self._rank}: {error}"}
+            report = {"error": _told(self._rank, error)}
         self._thread_store.set(f"{job.number}/{self._rank}", json.dumps(report))
         if self._rank == 0:
             error_text = self._conclude(job, partial)
@@ -274,7 +273,7 @@ class CheckpointWriter:
                     self.seconds,
                 )
             except OSError as error:
-                errors.append(f"rank 0: {error}")
+                errors.append(_told(0, error))
         if errors:
             shutil.rmtree(partial, ignore_errors=True)
         return errors[0] if errors else None
@@ -308,6 +307,12 @@ class CheckpointWriter:
                 self._progress()
         value: bytes = store.get(key)
         return value
+
+
+def _told(rank: int, error: OSError) -> str:
+    """The error of a rank, with a mend where it is the system's, which gives a number alone."""
+    mend = "" if error.errno is None else ": free space or choose another run_dir"
+    return f"rank {rank}: {error}{mend}"
 
 
 def remove_partial(root: Path) -> None:

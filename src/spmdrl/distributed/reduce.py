@@ -12,16 +12,28 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
+_MOST_ROWS = 1 << 40
+"""Of a rank's table: more is another collective's number."""
+
 
 def gather_tables(table: Tensor) -> list[Tensor]:  # table [n, k], n differs between ranks
-    """Every rank's table, in rank order, on every rank. `k` and the dtype must be equal."""
+    """Every rank's table, in rank order, on every rank. `k` and the dtype must be equal.
+
+    Raises:
+        RuntimeError: other ranks are in another collective, as far as that can be seen.
+    """
     size = dist.get_world_size()
     if size == 1:
         return [table]
     counts = torch.zeros(size, dtype=torch.int64)
     counts[dist.get_rank()] = table.shape[0]
     dist.all_reduce(counts)
-    most = int(counts.max())
+    least, most = int(counts.min()), int(counts.max())
+    if counts[dist.get_rank()] != table.shape[0] or least < 0 or most > _MOST_ROWS:
+        raise RuntimeError(
+            "ranks are in different collectives: what reduces over the world (moments, world_sum, "
+            "environment.metrics(), role calls) must be called by every rank, in the same order"
+        )
     padded = table.new_zeros(most, *table.shape[1:])
     padded[: table.shape[0]] = table
     gathered = [torch.empty_like(padded) for _ in range(size)]

@@ -92,6 +92,8 @@ def make_layout(record: Mapping[str, float], num_steps: int, *, width: int = WID
         policy, phases_with_tokens = supervised, phases_with_tokens[1:]
     elif "pairs" in record:  # what was sampled is compared
         policy = (*policy[:2], *(column for column in supervised if column.metric != "nll"))
+    elif supervised and not any(column.metric in record for column in policy[2:]):
+        policy = (*policy[:2], *supervised)  # what was sampled is imitated, say
     speed = tuple(
         Column(title=title, width=7, metric=names.TOKENS_PER_S + phase, decimals=0)
         for title, phase in phases_with_tokens
