@@ -121,7 +121,7 @@ class Run:
         self._roles, self._syncs = roles, syncs
         self.data, self._held_out, self._scorer = data, held_out, scorer
         self._evaluators, self._saver, self._timer = list(evaluators), saver, timer
-        self._syncs_to_evaluate = self.is_concluded = False
+        self._syncs_to_evaluate = self.has_begun = self.is_concluded = False
         self._relay, self._memory, self._life = relay, memory, lifetime
         if world.is_first and not config.checkpoint.resume:
             set_aside(self.directory / METRICS_FILE)
@@ -176,6 +176,7 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps that are left; a stop that was asked for ends the flow between two of them."""
         self._timer.finish()
+        self.has_begun = True
         for step in range(self._life.first_step, self.config.steps):
             self._life.begin(step)
             yield step

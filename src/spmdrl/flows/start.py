@@ -146,7 +146,10 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         except StopAsked:
             lifetime.stop()
         except ValueError as error:
-            # the command line shows bad input as one line; this is no bad input any more
+            # the command line shows bad input as one line: a role that the flow asks for and the
+            # configuration lacks, say. Once steps have begun it is no bad input any more
+            if not run.has_begun:
+                raise
             raise FlowError(f"in step {run.steps_done + 1}: {error}") from error
         finally:
             run.close()
