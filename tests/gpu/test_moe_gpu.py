@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gpu import SHAPE, answers
+from test_gpu import SHAPE, answers, needs_graphs
 
-from flow_cases import run_configs, write_config
+from flow_cases import questions, run_configs, write_config
 from harness import run_ranks
 from spmdrl.models.grouped import Groups, grouped_gemm_is_usable, grouped_linear
 from tiny_model import make_tiny_model
@@ -45,6 +45,7 @@ def test_the_kernel_equals_the_loop():
         torch.testing.assert_close(one, two, rtol=2e-2, atol=0.15)
 
 
+@needs_graphs
 def test_graphs_give_the_same_greedy_tokens(root):
     arguments = (str(root / "model"), "bfloat16")
     plain = run_ranks(answers, 1, *arguments, False, device="cuda", timeout_s=200)[0]
@@ -60,6 +61,7 @@ def test_training_with_replay_on_a_gpu(root, dtype):
         root / f"run_{dtype}",
         device="cuda",
         model={"dtype": dtype},
+        data=questions(root / "questions.jsonl"),
         algorithm={"routing_replay": True},
         train={"num_minibatches": 2, "balance_coef": 0.01, "recompute": "layer"},
     )

@@ -6,7 +6,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,8 @@ import torch
 from spmdrl.models.gguf import convert_gguf, find_packaged_gguf
 from spmdrl.models.hf import open_model
 from spmdrl.models.tokenizers import load_tokenizer
+
+gguf = pytest.importorskip("gguf")
 
 TOKENS = ["<|end|>", "<|start|>", *"0123456789", "Ġ", "a", "b", "ab", "Ġab", "12", "<tool>"]
 TEMPLATE = "{% for m in messages %}<|start|>{{ m['content'] }}<|end|>{% endfor %}"

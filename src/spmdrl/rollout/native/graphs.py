@@ -59,6 +59,8 @@ class DecodeGraphs:
         with torch.cuda.stream(side):  # lazily made handles and tables may not be made in capture
             self._forward(tokens, positions)
         torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # as a capture does: what it frees is not the pool's
         before = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         pool = next((held.pool() for held, _ in self._graphs.values()), None)
