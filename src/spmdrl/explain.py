@@ -74,6 +74,7 @@ def _missing(config: Config) -> Iterator[str]:
     """What the configuration names and this machine does not have, seen from this directory."""
     objects = {"flow": config.flow, "environment": config.environment, "trainer": config.trainer}
     objects |= {f"rewards.{i}.function": r.function for i, r in enumerate(config.rewards)}
+    objects |= {f"roles.{name}.kind": config.role_kind(name) for name in config.roles}
     for key, where in objects.items():
         if where is not None and ":" in where:
             try:

@@ -162,8 +162,12 @@ def begin_afresh(world: World, path: Path, run_dir: Path) -> None:
     assert index.stat().st_ino == written
     with pytest.raises(ValueError, match=r"seed=3, the configuration has seed=4"):
         make(world, path, "seed=4")[0].restore()
-    with pytest.raises(ValueError, match=r"by flow=grpo, the configuration has flow=my.py:main"):
-        make(world, path, "flow=my.py:main")[0].restore()
+    saver, _, _ = make(world, path)
+    saver._config = saver._config.model_copy(update={"flow": "ppo"})
+    with pytest.raises(ValueError, match=r"by flow=grpo, the configuration has flow=ppo"):
+        saver.restore()
+    saver._config = saver._config.model_copy(update={"flow": "copy_of_grpo.py:main"})
+    assert restored(saver)[0] == 1
     kept = run_dir / "checkpoints.old-1" / "step_00000002" / "checkpoint.json"
     assert json.loads(kept.read_text())["state"]["steps_done"] == 2
 

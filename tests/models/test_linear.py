@@ -57,6 +57,7 @@ def test_panels_refuse_rows_of_another_length() -> None:
     """The kernel would read beyond them."""
     panels = lay_out(torch.ones(50, 64))
     assert panels is not None
+    assert panels.product(torch.ones(0, 64)).shape == (0, 50)
     for length in (63, 65):
         with pytest.raises(AssertionError):
             panels.product(torch.ones(3, length))

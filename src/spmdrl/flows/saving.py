@@ -193,8 +193,8 @@ class Saver:
                 f"{self._config.seed}: use that seed, another run_dir, or checkpoint.resume=false"
             )
         flow = state["config"]["flow"]
-        # a flow of the user's own may have moved to another file
-        if flow != self._config.flow and not (":" in flow and ":" in self._config.flow):
+        # one of the user's own may be a copy of a shipped flow, or have moved to another file
+        if flow != self._config.flow and ":" not in flow + self._config.flow:
             raise ValueError(
                 f"{path} was made by flow={flow}, the configuration has flow={self._config.flow}: "
                 "choose another run_dir, or checkpoint.resume=false"

@@ -63,6 +63,8 @@ static inline void tile(const float *const x[ROWS], const float *panel, int64_t 
 /* x [m, k], panels of W [n, k], bias [n] or NULL -> out [m, n] */
 void product(const float *x, int64_t x_stride, int64_t m, const float *panels, int64_t n, int64_t k,
              const float *bias, float *out, int threads) {
+    if (m == 0)
+        return;
     const int64_t most = CACHED / k < 32 ? 32 : CACHED / k, num_panels = (n + WIDTH - 1) / WIDTH;
     /* of equal size, as threads take equally many */
     int64_t num_blocks = (m + most - 1) / most;
