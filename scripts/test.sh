@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole CPU test suite with lint and types, on a machine where nothing is installed yet.
+# The CPU test suite with lint and types, on a machine where nothing is installed yet. It holds every
+# invariant; the long sweeps are scripts/test_full.sh's.
 # Words are handed to pytest: scripts/test.sh -k exchange
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,4 +11,4 @@ scripts/dev/install_slurm.sh
 .venv/bin/ruff format --check src tests benchmarks examples scripts
 .venv/bin/ruff check src tests benchmarks examples scripts
 .venv/bin/mypy
-OMP_WAIT_POLICY=passive .venv/bin/python -m pytest "$@"
+OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -m "not full" "$@"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything: the suite of scripts/test.sh, the long sweeps (marker `full`), and what a run survives
+# (scripts/test_faults.sh). Words are handed to the sweeps' pytest and then nothing else runs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ $# = 0 ]; then
+    scripts/test.sh
+    OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -m full
+    exec scripts/test_faults.sh
+fi
+scripts/setup.sh requirements-dev.txt
+scripts/get_model.sh
+OMP_WAIT_POLICY=passive exec .venv/bin/python -m pytest -m full "$@"
