@@ -18,6 +18,7 @@ from torch import Tensor
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.models.config import ModelConfig, parse_config, read_config, tiny
 from spmdrl.models.decoder import Decoder
+from spmdrl.models.export import save_pretrained
 from spmdrl.models.hf import (
     INDEX,
     SINGLE,
@@ -27,7 +28,6 @@ from spmdrl.models.hf import (
     load_into,
     open_checkpoint,
     open_model,
-    save_pretrained,
 )
 from spmdrl.models.sharding import Slice, all_slices, global_shapes, restrict
 from spmdrl.models.tokenizers import check_tokenizer, load_tokenizer

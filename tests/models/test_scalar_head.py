@@ -11,7 +11,8 @@ from transformers import AutoModelForSequenceClassification
 
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.hf import load_into, open_model, random_tensor, save_pretrained
+from spmdrl.models.export import save_pretrained
+from spmdrl.models.hf import load_into, open_model, random_tensor
 from spmdrl.models.sharding import SCORE, Slice, all_slices, global_shapes
 from spmdrl.weights.layout import model_layout
 from tiny_model import make_tiny_model

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from harness import run_ranks
 from spmdrl.launch import World
 from spmdrl.models.config import parse_config
-from spmdrl.models.hf import open_checkpoint, save_pretrained
+from spmdrl.models.export import save_pretrained
+from spmdrl.models.hf import open_checkpoint
 from spmdrl.models.shard_files import write_shards
 from spmdrl.weights.gather import full_tensors
 from spmdrl.weights.layout import model_layout

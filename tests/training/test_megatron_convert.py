@@ -15,7 +15,8 @@ from harness import run_ranks
 from spmdrl.cli import main
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.launch import World
-from spmdrl.models.hf import fill, open_checkpoint, save_pretrained
+from spmdrl.models.export import save_pretrained
+from spmdrl.models.hf import fill, open_checkpoint
 from spmdrl.models.megatron_layout import rank_chunks
 from spmdrl.models.sharding import Slice
 from spmdrl.training.megatron.checks import import_backend, model_cut

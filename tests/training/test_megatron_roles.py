@@ -20,7 +20,8 @@ from spmdrl.config_rules import check_crossed
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.launch import World
 from spmdrl.models.config import read_config
-from spmdrl.models.hf import open_checkpoint, save_pretrained
+from spmdrl.models.export import save_pretrained
+from spmdrl.models.hf import open_checkpoint
 from spmdrl.models.megatron_layout import Cut, Parameter, flat_pieces
 from spmdrl.models.sharding import Slice
 from spmdrl.storages import live_bytes

@@ -29,7 +29,7 @@ from spmdrl.flows.loss_check import TOLERANCES, LossCheck
 from spmdrl.flows.moments import Moment, Resumed
 from spmdrl.launch import World
 from spmdrl.ledger import Journal
-from spmdrl.models.hf import save_pretrained
+from spmdrl.models.export import save_pretrained
 from spmdrl.models.sharding import Slice
 from spmdrl.passes import OPTIMIZER, WEIGHTS, ModelRole
 from spmdrl.policy_sync import SyncState

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..files import atomic_directory
 from .config import ModelConfig, parse_config
-from .hf import save_pretrained
+from .export import save_pretrained
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from spmdrl.models.config import ModelConfig, read_config
-from spmdrl.models.hf import Checkpoint, open_checkpoint, save_pretrained
+from spmdrl.models.export import save_pretrained
+from spmdrl.models.hf import Checkpoint, open_checkpoint
 from spmdrl.models.sharding import Slice, global_shapes
 
 

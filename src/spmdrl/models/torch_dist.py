@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from .config import ModelConfig, read_config
 from .experts import EXPERT_NAMES
-from .hf import save_pretrained
+from .export import save_pretrained
 from .sharding import global_shapes
 
 _WHOLE = {
