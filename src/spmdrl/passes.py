@@ -15,7 +15,7 @@ from spmdrl.calls import Call
 from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import into_minibatches
-from spmdrl.distributed.reduce import group_any, group_sum
+from spmdrl.distributed.reduce import group_any, group_sums
 from spmdrl.keyed import key64
 from spmdrl.ledger import Interrupted, Part, Stint
 from spmdrl.memory.turns import Turns
@@ -54,7 +54,10 @@ class Update:
 
 
 UpdateRecords = list[dict[str, float]]
-"""Metric sums of each optimizer step of an update, in order; equal on every rank."""
+"""Metric sums of each minibatch of an update, in order; equal on every rank."""
+
+NO_GRADIENT = "no_gradient"
+"""Of a record: 1 where the minibatch's gradient was exactly 0, and so nothing moved."""
 
 
 class ModelRole(Protocol):
@@ -180,10 +183,11 @@ def _run_update(
         part = rows.select((rows["minibatch"] == minibatch).nonzero().flatten())
         report = partial(_report, stint, seen, len(part), count)
         seen += len(part)
-        share = float(part["loss_share"].sum())
-        normaliser = group_sum(share, backend.mesh.group("dp"))
+        places = float(part["loss_mask"].sum()) if readout.is_per_token else float(len(part))
+        own = [float(part["loss_share"].sum()), places]
+        normaliser, num_places = group_sums(own, backend.mesh.group("dp"))
         stint.beat()
-        if normaliser == 0:  # nothing to learn from: momentum alone must not move the weights
+        if normaliser == 0 or num_places == 0:  # nothing to learn from, and no mean of anything
             continue
         sums = backend.forward_backward(
             part,
@@ -196,7 +200,12 @@ def _run_update(
         step = backend.optim_step()
         records.append(
             combine([sums])
-            | {"grad_norm": step.grad_norm, "lr": step.lr, "skipped": float(step.skipped)}
+            | {
+                "grad_norm": step.grad_norm,
+                "lr": step.lr,
+                "skipped": float(step.skipped),
+                NO_GRADIENT: float(step.no_gradient),
+            }
         )
     return records
 

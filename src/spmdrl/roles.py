@@ -14,7 +14,7 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.generation import Generation, Rollout
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
-from spmdrl.passes import Update, UpdateRecords, read_call, replayed, update_call
+from spmdrl.passes import NO_GRADIENT, Update, UpdateRecords, read_call, replayed, update_call
 from spmdrl.training.protocol import LossFn, TrainBackend
 from spmdrl.training.readout import SCORES, VALUES, next_token
 
@@ -61,7 +61,7 @@ class Policy:
 
     def _update(self, batch: Batch, loss_fn: LossFn, update: Update) -> Call[UpdateRecords]:
         def count(records: UpdateRecords) -> UpdateRecords:
-            self.version += len(records)
+            self.version += sum(record[NO_GRADIENT] == 0 for record in records)
             return records
 
         readout = next_token(update.temperature)

@@ -384,14 +384,15 @@ def test_weights_and_normaliser_give_the_papers_means():
 
     def mean(mode: str) -> float:
         weights = loss_weights(LENGTHS, MASK, mode, max_tokens=8)
-        count = loss_shares(torch.tensor([3, 1, 0]), mode).sum().item()
+        count = loss_shares(LENGTHS, MASK, mode).sum().item()
         return (weights * values).sum().item() / count
 
     assert mean("token_mean") == pytest.approx((1 + 2 + 6 + 4) / 4)
-    assert mean("sequence_mean") == pytest.approx((9 / 3 + 4 + 0) / 3)
-    assert mean("fixed_length") == pytest.approx((1 + 2 + 6 + 4) / 8 / 3)
+    # the third row has no token in the mask: it is no response of the mean
+    assert mean("sequence_mean") == pytest.approx((9 / 3 + 4) / 2)
+    assert mean("fixed_length") == pytest.approx((1 + 2 + 6 + 4) / 8 / 2)
     with pytest.raises(ValueError, match="sum"):
-        loss_shares(torch.tensor([3, 1, 0]), "sum")
+        loss_shares(LENGTHS, MASK, "sum")
 
 
 def test_the_gap_to_a_rollout_that_is_the_old_policy_is_that_of_the_new_one():

@@ -14,7 +14,7 @@ from spmdrl.distributed.reduce import (
     broadcast_object,
     gather_objects,
     gather_tables,
-    group_sum,
+    group_sums,
     moments,
     world_any,
     world_max,
@@ -71,15 +71,15 @@ def agreements(world: World) -> dict[str, Any]:
         "sum": world_sum(torch.tensor([2.0**24, 1.0])).tolist(),
         "max": world_max(torch.tensor([-1.0 - rank, rank])).tolist(),
         "any": [world_any(rank == 1), world_any(False)],
-        "alone": group_sum(0.5, None),
-        "group": group_sum(rank + 1, pairs[0]) if rank < 2 else None,
+        "alone": group_sums([0.5], None),
+        "group": group_sums([rank + 1, 2.0], pairs[0]) if rank < 2 else None,
     }
 
 
 def test_every_rank_gets_the_same_answers() -> None:
     results = run_ranks(agreements, 3)
     groups = [result.pop("group") for result in results]
-    assert groups == [3, 3, None]
+    assert groups == [[3, 4], [3, 4], None]
     assert (
         results
         == [
@@ -91,7 +91,7 @@ def test_every_rank_gets_the_same_answers() -> None:
                 "sum": [3 * 2.0**24, 3],
                 "max": [-1, 2],
                 "any": [True, False],
-                "alone": 0.5,
+                "alone": [0.5],
             }
         ]
         * 3

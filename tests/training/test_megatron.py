@@ -17,7 +17,7 @@ from megatron_cases import (
     run_cases,
     torch_records,
 )
-from test_torch_backend import assemble, compare
+from test_torch_backend import assemble, compare, still
 
 from harness import run_ranks
 from spmdrl.batch import from_rows
@@ -117,6 +117,18 @@ def test_the_torch_backend_equals_transformers_too(expected):
         own = assemble([record["gradients"]], KINDS[kind])
         for parameter, wanted in record["hf"]["gradients"].items():
             torch.testing.assert_close(own[parameter], wanted, rtol=1e-4, atol=1e-4)
+
+
+def all_still(world: World) -> None:
+    given = {"warmup_steps": 4}
+    for degrees in ({"tp": 2}, {"pp": 2}, {"dp_shard": 2}, {"dp_replicate": 2}):
+        for dtype in (torch.float32, torch.bfloat16):
+            made = case(given={**given, "param_dtype": dtype}, **degrees)
+            still(make_backend(world, KINDS["qwen3"], made))
+
+
+def test_momentum_and_decay_move_nothing_without_a_gradient() -> None:
+    run_ranks(all_still, 2)
 
 
 def logits_of_rows(world: World) -> dict[str, list[torch.Tensor]]:

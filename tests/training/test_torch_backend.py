@@ -266,14 +266,54 @@ def steps_that_fail(world: World) -> None:
     assert not done.skipped and done.lr == pytest.approx(2e-2 / 4)
     # Nothing of the bad gradient is left.
     assert 0 < done.grad_norm < float("inf")
-    # No rank has rows: a step of weight decay alone.
+    # No rank has rows: nothing moves.
     nothing = backend.forward_backward(rows.select([]), loss_fn, next_token(1.0), normaliser=1.0)
     assert nothing == {"loss": 0.0}
-    assert backend.optim_step().grad_norm == 0.0
+    done = backend.optim_step()
+    assert done.grad_norm == 0.0 and done.no_gradient
+    assert backend.counters() == {"num_steps": 2, "num_skipped": 1}
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_everywhere() -> None:
     run_ranks(steps_that_fail, 2)
+
+
+def without_signal(given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
+    """A loss as of groups whose rewards are all equal: the advantages are exactly 0."""
+    loss, metrics = loss_fn(given)
+    return loss * 0.0, metrics
+
+
+def still(backend: Any) -> None:
+    """A minibatch without signal after one with: weights, moments and schedule stay."""
+    rows = make_rows([4, 6], 2, seed=backend.mesh.coordinate("dp"))
+    backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=9.0)
+    assert not backend.optim_step().no_gradient
+    before = {**clone(backend.local_tensors()), **clone(backend.state_tensors())}
+    backend.forward_backward(rows, without_signal, next_token(1.0), normaliser=9.0)
+    done = backend.optim_step()
+    assert (done.grad_norm, done.no_gradient, done.skipped) == (0.0, True, False)
+    assert backend.counters() == {"num_steps": 1, "num_skipped": 0}
+    after = {**backend.local_tensors(), **backend.state_tensors()}
+    for name, (tensor, _) in before.items():
+        assert torch.equal(tensor, after[name][0]), name
+    backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=9.0)
+    done = backend.optim_step()
+    assert done.lr == pytest.approx(1e-2 * 2 / 4), "the second step of a warm-up of four"
+    assert backend.counters() == {"num_steps": 2, "num_skipped": 0}
+
+
+def all_still(world: World) -> None:
+    config = tiny_config()
+    for degrees in ({"dp_replicate": 2}, {"dp_shard": 2}, {"tp": 2}, {"cp": 2}):
+        for dtype in (torch.float32, torch.bfloat16):
+            still(
+                make_backend(world, options(warmup_steps=4, param_dtype=dtype), config, **degrees)
+            )
+
+
+def test_momentum_and_decay_move_nothing_without_a_gradient() -> None:
+    run_ranks(all_still, 2)
 
 
 def frozen_and_refused(world: World) -> None:

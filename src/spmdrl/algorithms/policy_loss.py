@@ -22,6 +22,7 @@ from spmdrl.algorithms.kl import (
     kl_penalty,
     probability_ratio,
 )
+from spmdrl.algorithms.packed import masked_row_sums
 from spmdrl.algorithms.ratio_bins import RATIO_BINS, RATIO_EDGES
 from spmdrl.algorithms.sums import metric_sums
 
@@ -181,20 +182,22 @@ def loss_weights(
 
 
 def loss_shares(
-    response_lengths: Tensor,  # [B] int64 loss tokens per row
+    lengths: Tensor,  # [B] int64 tokens per row, prompts included
+    loss_mask: Tensor,  # [T] bool: response tokens
     mode: Aggregation,
 ) -> Tensor:
     """What each row adds to the number that the loss sum is divided by: float64 `[B]`.
 
-    The number is summed over all rows of the minibatch on all ranks: response tokens for
-    `token_mean`, responses (empty ones too) for the other modes.
+    The number is summed over all rows of the minibatch on all ranks: tokens in the mask for
+    `token_mean`, rows that have one for the other modes. A row that is masked as a whole (DAPO's
+    overlong filtering, arXiv 2503.14476, section 3.4) counts nowhere.
 
     Raises:
         ValueError: unknown mode.
     """
     _check_mode(mode)
-    shares = response_lengths if mode == "token_mean" else torch.ones_like(response_lengths)
-    return shares.double()
+    counts = masked_row_sums(torch.ones_like(loss_mask, dtype=torch.float64), lengths, loss_mask)
+    return counts if mode == "token_mean" else (counts > 0).double()
 
 
 def ppo_term(

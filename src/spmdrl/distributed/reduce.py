@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -76,13 +76,13 @@ def world_sum(values: Tensor) -> Tensor:  # any shape, equal on all ranks
     return total
 
 
-def group_sum(value: float, group: dist.ProcessGroup | None) -> float:
-    """The sum of a number over a group (None: this rank alone), in float64, on the host."""
-    if group is None:
-        return value
-    total = torch.tensor([value], dtype=torch.float64)
-    dist.all_reduce(total, group=group)
-    return total.item()
+def group_sums(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
+    """The sum of each number over a group (None: this rank alone), in float64, on the host."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    sums: list[float] = total.tolist()
+    return sums
 
 
 def group_any(flag: bool, group: dist.ProcessGroup | None) -> bool:

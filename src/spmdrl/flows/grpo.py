@@ -55,14 +55,16 @@ class GrpoTrainer:
 
         `alongside` are calls that run beside the update, the next step's rollout with `lag: 1`.
         """
-        with self.run.phase("logprobs"):
-            batch = self._add_logprobs(batch, self.run.config.sampling.temperature)
         config = self.run.config
+        temperature = config.sampling.temperature
+        with self.run.phase("logprobs"):
+            batch = self._add_logprobs(batch, temperature)
         advantages = token_advantages(batch, config.algorithm, config.sampling.max_tokens)
         batch = with_loss_weights(batch.with_columns(tokens={"advantages": advantages}), self.run)
         calls: list[Call[Any]] = []
         if self._has_gradient(batch):
-            update = update_of(self.run, "policy", step, policy_columns(batch))
+            columns = policy_columns(batch)
+            update = update_of(self.run, "policy", step, columns, temperature=temperature)
             calls.append(self.policy.update.on(batch, self.loss, update))
         lag = self.policy.version - moments(batch["weight_version"]).mean
         with self.run.phase("update"):

@@ -36,7 +36,8 @@ class HeldOutPreferences:
         found: dict[str, float] = {}
         for name, batch in self._run.held_out(PairSet):
             ratio = log_ratio(self._policy, self._reference, batch)
-            rewards = implicit_rewards(ratio, batch["response_lengths"], self._settings)
+            tokens = batch.row_sum(batch["loss_mask"])
+            rewards = implicit_rewards(ratio, tokens, self._settings)
             found |= pair_accuracy(name, batch, rewards)
         return found
 

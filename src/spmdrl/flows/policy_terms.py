@@ -51,19 +51,27 @@ def with_loss_weights(batch: Batch, run: Run) -> Batch:
     weights = loss_weights(batch.lengths, batch["loss_mask"], mode, max_tokens=max_tokens)
     return batch.with_columns(
         tokens={"loss_weights": weights},
-        rows={"loss_share": loss_shares(batch["response_lengths"], mode)},
+        rows={"loss_share": loss_shares(batch.lengths, batch["loss_mask"], mode)},
     )
 
 
-def update_of(run: Run, role: str, step: int, columns: tuple[str, ...]) -> Update:
-    """An update by the epochs and minibatches of the role's own train section."""
+def update_of(
+    run: Run, role: str, step: int, columns: tuple[str, ...], *, temperature: float
+) -> Update:
+    """An update by the epochs and minibatches of the role's own train section.
+
+    Args:
+        temperature: divides the logits: that of the sampling where the rows are the policy's own
+            samples, 1 where they are data, whose likelihood is that of the logits as they are.
+            Scalar heads have none.
+    """
     train = run.config.train_section(role)
     return Update(
         seed=run.config.seed,
         step=step,
         epochs=train.epochs,
         num_minibatches=train.num_minibatches,
-        temperature=run.config.sampling.temperature,
+        temperature=temperature,
         columns=columns,
     )
 

@@ -76,21 +76,21 @@ class PpoTrainer:
         with self.run.phase("logprobs"):
             batch = self._read(batch)
         batch, metrics = self._shape(batch)
-        value_update = update_of(self.run, "value", step, (*VALUE_COLUMNS, "loss_weights"))
+        read = (*VALUE_COLUMNS, "loss_weights")
+        value_update = update_of(self.run, "value", step, read, temperature=1.0)
         calls: list[Call[Any]] = [self.value.update.on(batch, self.value_loss, value_update)]
         if step >= self.algorithm.value_warmup_steps:
-            update = update_of(self.run, "policy", step, policy_columns(batch))
+            columns, temperature = policy_columns(batch), self.run.config.sampling.temperature
+            update = update_of(self.run, "policy", step, columns, temperature=temperature)
             calls.append(self.policy.update.on(batch, self.policy_loss, update))
         with self.run.phase("update"):
             done = together(*calls, *alongside)
-        value_metrics = update_metrics(done[0])
+        value_metrics = dict(update_metrics(done[0]))
+        if done[0]:
+            value_metrics["explained_variance"] = explained_variance(value_metrics)
         policy_metrics = update_metrics(done[1] if len(calls) > 1 else [])
-        return {
-            **metrics,
-            **policy_metrics,
-            **{f"value/{name}": value for name, value in value_metrics.items()},
-            "value/explained_variance": explained_variance(value_metrics),
-        }
+        named = {f"value/{name}": value for name, value in value_metrics.items()}
+        return {**metrics, **policy_metrics, **named}
 
     def _read(self, batch: Batch) -> Batch:
         """`old_logprobs`, `old_values`, and `ref_logprobs` where a KL is wanted."""
@@ -126,14 +126,15 @@ class PpoTrainer:
         spread = moments(advantages, mask)
         if self.algorithm.whiten_advantages:
             advantages = whiten(advantages, spread.mean, spread.std, shift_mean=True) * mask
-        drift = moments(sequence_kl(token_kl, lengths, mask))
+        live = batch.row_sum(mask) > 0  # a response without loss tokens has no KL and no reward
+        drift = moments(sequence_kl(token_kl, lengths, mask), live)
         self._adapt(drift)
         batch = batch.with_columns(tokens={"advantages": advantages, "returns": returns})
         return with_loss_weights(batch, self.run), {
             "kl_per_response": drift.mean,
             "kl_coef": coefficient,
             "score": moments(scores).mean,
-            "shaped_reward": moments(batch.row_sum(rewards)).mean,
+            "shaped_reward": moments(batch.row_sum(rewards), live).mean,
             "advantage_std": spread.std,
             "sample_lag": self.policy.version - moments(batch["weight_version"]).mean,
         }

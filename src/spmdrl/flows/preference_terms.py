@@ -76,8 +76,8 @@ def with_pair_shares(batch: Batch) -> Batch:
 def pair_update(run: Run, step: int, batch: Batch, *, temperature: float) -> Update:
     """An update of the policy, by its epochs and minibatches, that never parts a pair."""
     columns = tuple(n for n in ("preference", REFERENCE, BASELINE) if n in batch)
-    update = update_of(run, "policy", step, columns)
-    return replace(update, whole_groups=True, temperature=temperature)
+    update = update_of(run, "policy", step, columns, temperature=temperature)
+    return replace(update, whole_groups=True)
 
 
 def pair_metrics(records: UpdateRecords) -> Metrics:

@@ -51,7 +51,7 @@ class RewardModelTrainer:
         """`batch`: rows with `tokens`, `prompt_ids` (of the pair), `sample_index` and `margin`."""
         # a pair is two rows, and counts once
         half = {"loss_share": torch.full((len(batch),), 0.5).double()}
-        update = update_of(self.run, "reward", step, ("sample_index", "margin"))
+        update = update_of(self.run, "reward", step, ("sample_index", "margin"), temperature=1.0)
         with self.run.phase("update"):
             records = self.reward.update(
                 batch.with_columns(rows=half), self.loss, replace(update, whole_groups=True)

@@ -29,6 +29,7 @@ from spmdrl.observe.console import Console
 from spmdrl.observe.metrics import METRICS_FILE, MetricsWriter
 from spmdrl.observe.progress import Relay
 from spmdrl.observe.timeline import PhaseTimer, timing_metrics
+from spmdrl.passes import NO_GRADIENT
 from spmdrl.policy_sync import PolicySync
 from spmdrl.rewards.scorer import Scorer
 from spmdrl.rollout.sampling import SamplingParams
@@ -75,7 +76,7 @@ class Evaluates(Protocol):
         ...
 
 
-PER_STEP = ("loss", "grad_norm", "lr", "skipped", *EXPERT_METRICS)
+PER_STEP = ("loss", "grad_norm", "lr", "skipped", NO_GRADIENT, *EXPERT_METRICS)
 """Metrics of an optimizer step as a whole, not of its tokens."""
 
 

@@ -38,10 +38,10 @@ class SftTrainer:
         self.policy = run.role("policy", Policy)
 
     def step(self, step: int, batch: Batch) -> Metrics:
-        """`batch`: rows with `tokens`, `loss_mask` and `response_lengths`."""
-        shares = {"loss_share": batch["response_lengths"].double()}
+        """`batch`: rows with `tokens` and `loss_mask`."""
+        shares = {"loss_share": batch.row_sum(batch["loss_mask"]).double()}
         with self.run.phase("update"):
-            update = update_of(self.run, "policy", step, ())
+            update = update_of(self.run, "policy", step, (), temperature=1.0)
             records = self.policy.update(batch.with_columns(rows=shares), likelihood_loss, update)
         return update_metrics(records)
 
@@ -63,7 +63,8 @@ class HeldOutLikelihood:
         found: dict[str, float] = {}
         for set_name, batch in self.run.held_out(ConversationSet):
             logprobs = self.policy.logprobs(batch)["logprobs"]
-            nll, tokens = -batch.row_sum(logprobs.double()), batch["response_lengths"].double()
+            nll = -batch.row_sum(logprobs.double())
+            tokens = batch.row_sum(batch["loss_mask"]).double()
             per_row, count = moments(nll), moments(tokens)
             mean = per_row.mean / count.mean
             # the error of a ratio of means: the spread of what the rows add to it

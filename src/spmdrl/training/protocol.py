@@ -89,11 +89,14 @@ class OptimStep:
     grad_norm: before clipping, over all parameters of the role; equal on its ranks.
     lr: of this step.
     skipped: the gradient was not finite, and nothing but the schedule moved.
+    no_gradient: it was exactly 0, and nothing moved, the schedule neither: momentum and decay alone
+        must not move the weights.
     """
 
     grad_norm: float
     lr: float
     skipped: bool
+    no_gradient: bool
 
 
 class TrainBackend(Protocol):

@@ -161,16 +161,18 @@ class TorchBackend:
             self._device,
         )
         lr = lr_at(self._num_steps, self.options)
-        self._num_steps += 1
-        if not math.isfinite(norm):
-            self._num_skipped += 1
-            return OptimStep(grad_norm=norm, lr=lr, skipped=True)
+        skipped, no_gradient = not math.isfinite(norm), norm == 0
+        done = OptimStep(grad_norm=norm, lr=lr, skipped=skipped, no_gradient=no_gradient)
+        self._num_steps += not no_gradient
+        self._num_skipped += skipped
+        if skipped or no_gradient:
+            return done
         if norm > self.options.clip_norm:
             for gradient in gradients.values():
                 gradient.mul_(self.options.clip_norm / norm)
         optimizer.step(gradients, lr)
         refresh_weights(self._leaves)
-        return OptimStep(grad_norm=norm, lr=lr, skipped=False)
+        return done
 
     def local_tensors(self) -> LocalTensors:
         return {leaf.name: (leaf.weight, leaf.slices) for leaf in self._leaves}

@@ -204,17 +204,16 @@ class MegatronBackend:
         optimizer.reduce()
         norm = optimizer.norm(self._device)
         lr = lr_at(self._num_steps, self.options)
-        self._num_steps += 1
-        skipped = not math.isfinite(norm)
-        if skipped:
-            self._num_skipped += 1
-        else:
+        skipped, no_gradient = not math.isfinite(norm), norm == 0
+        self._num_steps += not no_gradient
+        self._num_skipped += skipped
+        if not (skipped or no_gradient):
             if norm > self.options.clip_norm:
                 for _, gradient in optimizer.gradients():
                     gradient.mul_(self.options.clip_norm / norm)
             optimizer.step(lr)
         optimizer.clear()
-        return OptimStep(grad_norm=norm, lr=lr, skipped=skipped)
+        return OptimStep(grad_norm=norm, lr=lr, skipped=skipped, no_gradient=no_gradient)
 
     def local_tensors(self) -> LocalTensors:
         return self._weights
