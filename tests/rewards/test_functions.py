@@ -1,10 +1,11 @@
 """The built-in reward functions and the loading of a user's own."""
 
-from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
-from spmdrl.rewards.functions import BUILT_IN, RewardSpec, last_number, load
+from spmdrl.rewards.functions import BUILT_IN, RewardSpec, load
+from spmdrl.rewards.texts import last_value
 
 
 def score(function, response, answer=None, entry=None, **parameters):
@@ -29,8 +30,8 @@ def score(function, response, answer=None, entry=None, **parameters):
         ("the answer is 4.0", "4"),
     ],
 )
-def test_last_number(text, number):
-    assert last_number(text) == (None if number is None else Decimal(number))
+def test_last_value(text, number):
+    assert last_value(text) == (None if number is None else Fraction(number))
 
 
 def test_number():

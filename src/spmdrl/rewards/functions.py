@@ -15,19 +15,14 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-RewardFunction = Callable[[str, str, str | None, Mapping[str, Any]], float | Mapping[str, float]]
+from spmdrl.rewards.expressions import make_comparison
+from spmdrl.rewards.texts import last_numeral, last_value, plain_words
 
-# A sign counts only where it is no subtraction ("10-4" ends in 4), a comma between thousands.
-NUMBER = re.compile(
-    r"(?:(?<![\d.)])-)?"
-    r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
-    r"(?:[eE][+-]?\d{1,4})?"
-)
+RewardFunction = Callable[[str, str, str | None, Mapping[str, Any]], float | Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +97,6 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def last_number(text: str) -> Decimal | None:
-    """The last number in a text, commas between thousands allowed; None when there is none."""
-    found = NUMBER.findall(text.replace("\u2212", "-"))
-    return Decimal(found[-1].replace(",", "")) if found else None
-
-
 def _reference(answer: str | None) -> str:
     if answer is None:
         raise ValueError("the row has no answer to compare with (data.answer_column)")
@@ -115,24 +104,33 @@ def _reference(answer: str | None) -> str:
 
 
 def number() -> RewardFunction:
-    """1 when the last number in the response equals the answer (the answer's last number)."""
+    """1 when the last number in the response equals the answer (the answer's last number).
+
+    A fraction (`1/2`) is one number; a time, ratio or power (`10:30`, `2^10`) is compared as a
+    whole; exponents and indices do not count.
+    """
 
     def score(prompt: str, response: str, answer: str | None, entry: Mapping[str, Any]) -> float:
-        wanted = last_number(_reference(answer))
+        wanted = last_value(_reference(answer))
         if wanted is None:
             raise ValueError(f"the answer {answer!r} holds no number")
-        return float(last_number(response) == wanted)
+        return float(last_value(response) == wanted)
 
     return score
 
 
 def exact(*, ignore_case: bool = True, ignore_punctuation: bool = True) -> RewardFunction:
-    """1 when the response equals the answer, white space normalised."""
+    """1 when the response equals the answer, white space normalised.
 
-    def normal(text: str) -> str:
-        text = text.casefold() if ignore_case else text
-        text = re.sub(r"[^\w\s]", "", text) if ignore_punctuation else text
-        return " ".join(text.split())
+    Args:
+        ignore_case: capitals and small letters are the same.
+        ignore_punctuation: what ends a sentence, encloses words or marks emphasis is left out, and
+            so are commas between thousands; signs, points, slashes and the like within words or
+            before digits are compared.
+    """
+    normal = functools.partial(
+        plain_words, ignore_case=ignore_case, ignore_punctuation=ignore_punctuation
+    )
 
     def score(prompt: str, response: str, answer: str | None, entry: Mapping[str, Any]) -> float:
         return float(normal(response) == normal(_reference(answer)))
@@ -157,17 +155,14 @@ def format_(*, pattern: str, whole: bool = False) -> RewardFunction:
 
 
 def math() -> RewardFunction:
-    """1 when math-verify finds the response's final expression equal to the answer."""
-    from math_verify import parse, verify
+    """1 when math-verify finds the response's final expression equal to the answer.
+
+    Words are compared as words, and a unit behind a number may be left out (`rewards.expressions`).
+    """
+    equal = make_comparison()
 
     def score(prompt: str, response: str, answer: str | None, entry: Mapping[str, Any]) -> float:
-        text = _reference(answer)
-        # The pool's own limit ends a call that hangs, so math-verify's alarms are off.
-        wanted = parse(f"${text}$", parsing_timeout=None) or parse(text, parsing_timeout=None)
-        if not wanted:
-            raise ValueError(f"math-verify reads nothing in the answer {text!r}")
-        found = parse(response, parsing_timeout=None)
-        return float(verify(wanted, found, timeout_seconds=None))
+        return float(equal(_reference(answer), response))
 
     return score
 
@@ -190,8 +185,7 @@ def reasoning_gym(*, extract: str = "tag", binary: bool = False) -> RewardFuncti
 
     def candidate(response: str) -> str:
         if extract == "number":
-            found = last_number(response)
-            return "" if found is None else str(found)
+            return last_numeral(response)
         tagged = extract_answer(response) if extract == "tag" else None
         return response.strip() if tagged is None else str(tagged)
 

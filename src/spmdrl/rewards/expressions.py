@@ -1,0 +1,234 @@
+"""The comparison behind the reward `math`: math-verify's, and a plain reading of plain words.
+
+math-verify reads an answer as LaTeX, in which a bare word is a product of its letters: `72 clips`
+is no 72, and `listen` equals `silent`. Here words are compared as words, and what stands behind a
+number is its unit, which one side may leave out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+Compare = Callable[[str, str], bool]
+"""(answer, response) -> whether the response's final expression is equal to the answer."""
+
+_TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|operatorname|mbox|hbox|emph)\*?"
+    r"\s*\{([^{}]*)\}"
+)
+_SPACE = re.compile(
+    r"\\(?:begin|end)\s*\{\w+\*?\}(?:\{[clr|]+\})?|\\[,;:! ]|\\q?quad(?![A-Za-z])|~|\s+"
+)
+_WORD = re.compile(r"(?<![\\\w])[^\W\d_]+(?:['’-][^\W\d_]+)*|(?<=\d)[^\W\d_]+")
+_LABEL = re.compile(
+    r"(?:(?:the )?(?:final |correct |right )?answer(?: is)?\s*[:=]?\s*|"
+    r"(?:about|approximately|approx\.?|roughly|around|exactly)\s+)+(?=\S)",
+    re.IGNORECASE,
+)
+_MIXED = re.compile(r"(?<![\d./])(\d+) +(\d+)/(\d+)(?![\d/])")
+_UNIT = re.compile(
+    r"(?P<head>.*?[\d})%!])[\s-]*"
+    r"(?P<unit>[^\W\d_°]+\.?(?:(?:\s*[/·*]\s*|[\s-]+)?[^\W\d_]+\.?|\s*\^\s*\{?-?\d\}?|[²³])*)"
+)
+
+_NAMES = """sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt cbrt abs sgn
+min max sup inf lim gcd lcm mod det dim ker rank deg re im floor ceil sum prod int pi phi psi
+chi tau eta rho mu nu xi theta alpha beta gamma delta epsilon zeta kappa lambda sigma omega iota
+infinity infty oo and or pm mp cdot times div frac dfrac tfrac percent percentage pct choose
+cis arg li erf"""
+_MATHS = frozenset(_NAMES.split())
+"""Words that LaTeX readers know, or that join expressions."""
+
+_SCALES = {
+    "hundred": "10^{2}",
+    "thousand": "10^{3}",
+    "million": "10^{6}",
+    "billion": "10^{9}",
+    "trillion": "10^{12}",
+    "dozen": "12",
+}
+
+_MEASURES = """mm millimeter millimetre|cm centimeter centimetre|m meter metre|
+km kilometer kilometre|in inch|ft foot feet|yd yard|mi mile|mg milligram|g gram gramme|
+kg kilogram kilo|lb pound|oz ounce|t ton tonne|ms millisecond|s sec second|min minute|
+h hr hour|day|week|month|yr year|ml milliliter millilitre|l liter litre|gal gallon|cup|
+dollar usd|cent|euro eur|yen|degree deg|rad radian|w watt|kw kilowatt|j joule|kj kilojoule|
+n newton|v volt|hz hertz|khz kilohertz|mph|kmh kph"""
+_UNITS = {name: names.split()[0] for names in _MEASURES.split("|") for name in names.split()}
+"""Units that cannot stand for one another -> one name of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a short text says.
+
+    Args:
+        text: it without markup.
+        words: whether it has words of a language, outside of `\\text{...}` too (`bare`).
+        head, unit: of a number with a unit; None: it is none.
+    """
+
+    text: str
+    words: bool
+    bare: bool
+    head: str | None = None
+    unit: str | None = None
+
+
+def make_comparison() -> Compare:
+    """math-verify's comparison with a plain reading of words and units.
+
+    The comparison raises ValueError where the answer is empty for every reader.
+    """
+    from math_verify import parse, verify
+
+    # the pool's own limit ends a call that hangs, so math-verify's alarms are off
+    def parsed(text: str) -> list[Any]:
+        return list(parse(text, parsing_timeout=None))
+
+    def as_latex(text: str) -> list[Any]:
+        return parsed(f"${text}$") or parsed(text)
+
+    def same(wanted: list[Any], found: list[Any]) -> bool:
+        return bool(verify(wanted, found, timeout_seconds=None))
+
+    def compare(answer: str, response: str) -> bool:
+        found = parsed(response)
+        claim = _claim(response, found)
+        if "\\boxed" not in answer:
+            answer = _LABEL.sub("", answer.strip(), count=1)
+        wanted = read("" if "\\boxed" in answer else answer)
+        if not answer.strip():
+            raise ValueError(f"math-verify reads nothing in the answer {answer!r}")
+        if wanted.unit is not None and claim.unit is not None and _differ(wanted.unit, claim.unit):
+            return False
+        heads = [] if claim.head is None else [as_latex(claim.head)]
+        if _MIXED.search(claim.text):
+            found = as_latex(_mixed(claim.text))
+        if wanted.head is not None:
+            return any(same(as_latex(wanted.head), other) for other in (found, *heads))
+        if wanted.words:
+            if _folded(wanted.text) == _folded(claim.text):
+                return True
+            if wanted.bare and claim.bare:
+                return False
+        value = parsed(answer) if "\\boxed" in answer else as_latex(_mixed(answer))
+        if not value and not wanted.words:
+            raise ValueError(f"math-verify reads nothing in the answer {answer!r}")
+        values = [value]
+        if re.fullmatch(r"-?\d+,\d+", answer.strip()):
+            values.append(parsed(answer))  # a list as LaTeX, a decimal comma as plain text
+        return any(same(value, other) for value in values for other in (found, *heads))
+
+    return compare
+
+
+def read(text: str) -> Reading:
+    """A short text, LaTeX or plain: an expression, a number with a unit, or words."""
+    inner = _stripped(text)
+    plain = " ".join(_SPACE.sub(" ", _TEXT.sub(r" \1 ", inner)).split()).rstrip(".")
+    plain = plain.replace("\\$", "$").replace("\\%", "%").strip()
+    words = has_words(plain)
+    if "$" in plain.strip("$"):
+        return Reading(text=plain, words=False, bare=False)
+    outside = _SPACE.sub(" ", _TEXT.sub(" ", inner))
+    reading = Reading(text=plain, words=words, bare="\\" not in outside and has_words(outside))
+    match = _UNIT.fullmatch(plain)
+    if match is None or has_words(match["head"]) or not re.search(r"\d", match["head"]):
+        return reading
+    head, unit = match["head"].strip(), match["unit"]
+    names = _WORD.findall(unit)
+    # a letter behind a number is a factor, but for the metre's
+    known = [name for name in names if (len(name) > 1 or unit == "m") and _unit_name(name)]
+    if not known and not has_words(unit):
+        return reading
+    if any(name.casefold() in _MATHS for name in names):
+        return reading
+    scale = _SCALES.get(names[0].casefold().rstrip("s")) if names else None
+    head = f"{head.lstrip('$')}*{scale}" if scale else head
+    unit = re.sub(r"^[^\W\d_]+\s*", "", unit) if scale else unit
+    return Reading(text=plain, words=words, bare=reading.bare, head=_mixed(head), unit=unit)
+
+
+def has_words(text: str) -> bool:
+    """Whether a text holds words that are neither mathematics nor a product of letters."""
+    return any(is_word(word) for word in _WORD.findall(text))
+
+
+def is_word(word: str) -> bool:
+    """Whether letters are a word: no function's name, and not to be read as a product.
+
+    `xy`, `abc`, `mgh` and `ABD` may be products, or sets of choices: short, and without vowels or
+    in the order of the alphabet. In doubt a product: words that are equal are equal either way.
+    """
+    lower = word.casefold()
+    if len(word) < 2 or lower in _MATHS:
+        return False
+    if len(word) > 3:
+        steps = [ord(b) - ord(a) for a, b in pairwise(lower)]
+        chosen = word.isupper() and set(lower) <= set("abcdefgh") and min(steps) > 0
+        return not (chosen or set(steps) == {1})
+    if set(lower) & set("eiol"):
+        return not (word.isupper() and set(lower) <= set("abcdefgh") and lower[0] < lower[-1])
+    if len(word) == 2 or not set(lower) & set("aeiou"):
+        return False
+    return not (list(lower) == sorted(lower) and set(lower) <= set("abcdkmnpqxyz"))
+
+
+def _claim(response: str, found: list[Any]) -> Reading:
+    """The response's final expression: its last box, else what math-verify has found."""
+    boxed = last_boxed(response)
+    if boxed is not None:
+        return read(boxed)
+    last = found[-1] if found else ""
+    return read(last if isinstance(last, str) else "")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last `\boxed{...}` of a text holds; None where none is closed."""
+    for match in reversed(list(re.finditer(r"\\f?boxed\s*\{", text))):
+        depth = 1
+        for place in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                return text[match.end() : place]
+    return None
+
+
+def _stripped(text: str) -> str:
+    """A text without the dollars or the box around all of it."""
+    text = text.strip()
+    boxed = last_boxed(text)
+    if boxed is not None and re.sub(r"[\s$.]", "", text) == re.sub(
+        r"[\s$.]", "", f"\\boxed{{{boxed}}}"
+    ):
+        return _stripped(boxed)
+    for start, end in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        if text.startswith(start) and text.endswith(end) and len(text) > len(start + end):
+            return text[len(start) : -len(end)].strip()
+    return text
+
+
+def _mixed(text: str) -> str:
+    r"""`3 1/2` as LaTeX: `3\frac{1}{2}`."""
+    return _MIXED.sub(r"\1\\frac{\2}{\3}", text)
+
+
+def _folded(text: str) -> str:
+    return " ".join(re.sub(r"[“”\"`*]", " ", text).casefold().split()).strip(" .,;:!?'")
+
+
+def _unit_name(word: str) -> str | None:
+    lower = word.casefold().rstrip(".")
+    forms = (lower, lower.removesuffix("s"), lower.removesuffix("es"))
+    return next((_UNITS[form] for form in forms if form in _UNITS), None)
+
+
+def _differ(unit: str, other: str) -> bool:
+    """Whether both are known units, and not the same one."""
+    names = [_unit_name(text) for text in (unit, other)]
+    return None not in names and names[0] != names[1]
