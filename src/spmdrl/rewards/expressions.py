@@ -32,13 +32,13 @@ _LABEL = re.compile(
 _MIXED = re.compile(r"(?<![\d./])(\d+) +(\d+)/(\d+)(?![\d/])")
 _UNIT = re.compile(
     r"(?P<head>.*?[\d})%!])[\s-]*"
-    r"(?P<unit>[^\W\d_°]+\.?(?:(?:\s*[/·*]\s*|[\s-]+)?[^\W\d_]+\.?|\s*\^\s*\{?-?\d\}?|[²³])*)"
+    r"(?P<unit>[^\W\d_]+\.?(?:(?:\s*[/·*]\s*|\s+|-)[^\W\d_]+\.?|\s*\^\s*\{?-?\d\}?|[²³])*)"
 )
 
-_NAMES = """sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt cbrt abs sgn
-min max sup inf lim gcd lcm mod det dim ker rank deg re im floor ceil sum prod int pi phi psi
-chi tau eta rho mu nu xi theta alpha beta gamma delta epsilon zeta kappa lambda sigma omega iota
-infinity infty oo and or pm mp cdot times div frac dfrac tfrac percent percentage pct choose
+_NAMES = """sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt cbrt abs
+sgn min max sup inf lim gcd lcm mod det dim ker rank deg re im floor ceil sum prod int pi phi
+psi chi tau eta rho mu nu xi theta alpha beta gamma delta epsilon zeta kappa lambda sigma omega
+iota infinity infty oo and or pm mp cdot times div frac dfrac tfrac percent percentage pct choose
 cis arg li erf"""
 _MATHS = frozenset(_NAMES.split())
 """Words that LaTeX readers know, or that join expressions."""
@@ -190,13 +190,14 @@ def _claim(response: str, found: list[Any]) -> Reading:
 
 def last_boxed(text: str) -> str | None:
     r"""What the last `\boxed{...}` of a text holds; None where none is closed."""
-    for match in reversed(list(re.finditer(r"\\f?boxed\s*\{", text))):
-        depth = 1
-        for place in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[match.end() : place]
-    return None
+    last: tuple[int, int] | None = None
+    opened: list[int | None] = []  # where the content of a box begins; None for other braces
+    for match in re.finditer(r"\\f?boxed\s*\{|[{}]", text):
+        if match.group() != "}":
+            opened.append(match.end() if match.group() != "{" else None)
+        elif opened and (start := opened.pop()) is not None and (last is None or start > last[0]):
+            last = (start, match.start())
+    return None if last is None else text[slice(*last)]
 
 
 def _stripped(text: str) -> str:

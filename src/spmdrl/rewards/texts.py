@@ -11,8 +11,11 @@ import unicodedata
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
-_PAIRS = ('""', "''", "“”", "‘’", "«»", "「」", "『』", "《》", "**", "``")
-_INNER = r"(?=\S)([^\n]+?)(?<=\S)"
+_PAIRS = (
+    *(('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"), ("«", "»"), ("「", "」"), ("『", "』")),
+    *(("《", "》"), ("*", "*"), ("`", "`")),
+)
+_INNER = r"(?=\S)([^\n]{1,300}?)(?<=\S)"
 _ENCLOSED = re.compile(
     rf"(?<![\w*])\*\*{_INNER}\*\*(?![\w*])|"
     + "|".join(rf"(?<!\w){re.escape(a)}{_INNER}{re.escape(b)}(?!\w)" for a, b in _PAIRS)
@@ -66,7 +69,7 @@ _NUMBER = re.compile(
     rf"|(?P<sign>(?<![\d.)])-)?(?P<number>{_NUMERAL})"
     r"(?P<exponent>[eE][+-]?\d{1,4})?"
     # what makes a whole of two numbers: a fraction, a time or ratio, a power
-    rf"(?P<rest>(?:/{_NUMERAL})+(?![\d/])|(?::\d+)+|(?:\*\*|\^)\{{?[+-]?\d+\}}?)?"
+    rf"(?P<rest>(?:/{_NUMERAL})++|(?::\d+)+|(?:\*\*|\^)\{{?[+-]?\d+\}}?)?"
 )
 _DASH = re.compile(r"(?:(?<=^)|(?<=[\s=(\[{:,$]))[\u2012\u2013\uff0d\ufe63](?=[\d.])")
 _FRACTION = re.compile(r"\\[dtc]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
