@@ -159,6 +159,23 @@ def test_experts_of_a_dense_model_are_refused() -> None:
         engine.generate(load(), seed=0, step=0)
 
 
+@pytest.mark.parametrize("change", [{"mlp_only_layers": [0, 1, 2]}, {"decoder_sparse_step": 4}])
+def test_a_mixture_whose_layers_are_all_dense_draws_the_tokens_of_naive_decoding(
+    change: dict[str, Any],
+) -> None:
+    described = {**SIZES, **MODELS["Qwen3Moe"], "architectures": ["Qwen3MoeForCausalLM"], **change}
+    config = parse_config(described)
+    source = Lively(config)
+    engine = NativeEngine(config)
+    table = engine.parameters_table()
+    fill(((engine.allocate(local), held.slices) for local, held in table.items()), source)
+    asked = [request(prompts_of(9)[0], 0, 2, max_tokens=8, margins=True)]
+    found = engine.generate(asked, seed=5, step=1)
+    for sample in asked[0].samples:
+        want = naive(config, source, asked[0], sample, seed=5, step=1)
+        assert_same(found[0][sample], want, f"sample {sample}")
+
+
 def on_ranks(world: World, degrees: dict[str, int]) -> list[list[list[Completion]]]:
     mesh = Mesh("rollout", range(world.size), degrees, "cpu")
     tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))

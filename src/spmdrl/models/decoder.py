@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..distributed.parallel import Parallel, copy_to, reduce_from
-from .config import ModelConfig, inverse_frequencies
+from .config import ModelConfig
 from .fused import rms_norm, swiglu
 from .linear import Blocked, linear
 from .moe import Moe
 from .rope import rope_tables, rotate
+from .rope_scaling import inverse_frequencies
 from .routing import Routing
 from .sharding import Head, Slice, all_slices, local_kv_heads
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .fields import Fields
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
@@ -59,45 +61,58 @@ EXPERT_NAMES: Mapping[str, ExpertNames] = {
 stacks the experts in memory, and unstacks them when it saves)."""
 
 
-def parse_experts(source: Mapping[str, Any], architecture: str, origin: str) -> MoeConfig | None:
-    """The experts that config.json describes; None for a dense architecture.
+def parse_experts(fields: Fields, architecture: str) -> MoeConfig | None:
+    """The experts that config.json describes; None where no layer has any.
 
     What concerns the training of the released model alone (`router_aux_loss_coef`,
     `router_jitter_noise`) is not read.
 
     Raises:
-        ValueError: a missing key, or fewer experts than a token goes to.
+        ValueError: two numbers of experts, or fewer experts than a token goes to.
     """
     if architecture not in EXPERT_NAMES:
         return None
     is_mixtral = architecture == "MixtralForCausalLM"
-    # transformers 5 writes num_local_experts for both families
-    num_experts = source.get("num_local_experts") or source.get("num_experts")
-    size_key = "intermediate_size" if is_mixtral else "moe_intermediate_size"
-    given = {
-        "num_local_experts" if is_mixtral else "num_experts": num_experts,
-        "num_experts_per_tok": source.get("num_experts_per_tok"),
-        size_key: source.get(size_key),
-    }
-    missing = [key for key, value in given.items() if value is None]
-    if missing:
-        raise ValueError(f"{origin}: the keys {missing} are missing for {architecture}")
-    num_experts, top_k, size = (int(value) for value in given.values() if value is not None)
-    if not 1 <= top_k <= num_experts:
+    num_experts = _num_experts(fields)
+    every, dense = 1, frozenset[int]()
+    if not is_mixtral:
+        every = fields.integer("decoder_sparse_step")
+        dense = frozenset(fields.integers("mlp_only_layers"))
+    num_layers = fields.integer("num_hidden_layers")
+    layers = tuple(i for i in range(num_layers) if i not in dense and (i + 1) % every == 0)
+    if not layers or (num_experts == 0 and not is_mixtral):
+        return None
+    top_k = fields.integer("num_experts_per_tok")
+    if top_k > num_experts:
         raise ValueError(
-            f"{origin}: num_experts_per_tok={top_k} must be between 1 and the number of experts, "
-            f"{num_experts}"
+            f"{fields.origin}: num_experts_per_tok={top_k} must be between 1 and the number of "
+            f"experts, {num_experts}"
         )
-    every = int(source.get("decoder_sparse_step") or 1)
-    dense = source.get("mlp_only_layers") or ()
-    num_layers = int(source["num_hidden_layers"])
     return MoeConfig(
         num_experts=num_experts,
         top_k=top_k,
-        intermediate_size=size,
-        normalise=is_mixtral or bool(source.get("norm_topk_prob", False)),
-        layers=tuple(i for i in range(num_layers) if i not in dense and (i + 1) % every == 0),
+        intermediate_size=fields.integer(
+            "intermediate_size" if is_mixtral else "moe_intermediate_size"
+        ),
+        normalise=is_mixtral or fields.flag("norm_topk_prob"),
+        layers=layers,
     )
+
+
+def _num_experts(fields: Fields) -> int:
+    """transformers reads either name for both families, and writes num_local_experts."""
+    names = [
+        key
+        for key in ("num_local_experts", "num_experts")
+        if key in fields and not fields.is_null(key)
+    ]
+    found = {fields.integer(key, 0) for key in names} or {fields.integer("num_experts", 0)}
+    if len(found) > 1:
+        raise ValueError(
+            f"{fields.origin}: num_local_experts={fields.value('num_local_experts')} and "
+            f"num_experts={fields.value('num_experts')} contradict each other"
+        )
+    return found.pop()
 
 
 def tiny_experts(architecture: str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from ..files import atomic_directory
-from .config import CAUSAL, CLASSIFICATION, ModelConfig
+from .config import ModelConfig
+from .families import CAUSAL, CLASSIFICATION
 from .hf import INDEX, SINGLE
 from .shard_files import write_shards
 from .sharding import Head, global_shapes

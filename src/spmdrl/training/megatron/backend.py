@@ -17,9 +17,10 @@ from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, gather_own_grad
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
-from spmdrl.models.config import ModelConfig, inverse_frequencies
+from spmdrl.models.config import ModelConfig
 from spmdrl.models.hf import TensorSource, fill
 from spmdrl.models.rope import rope_tables
+from spmdrl.models.rope_scaling import inverse_frequencies
 from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.models.sharding import Head
 from spmdrl.storages import require_resident
