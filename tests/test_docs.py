@@ -74,9 +74,11 @@ def test_the_flow_example_runs_as_written(tmp_path):
     config = write_config(
         tmp_path / "config.yaml", tmp_path / "model", tmp_path / "run", flow=f"{flow}:main"
     )
-    records = run_ranks(run_configs, 2, [(str(config), [])], str(tmp_path), timeout_s=200)[0][0]
+    # each step's loss is of other samples: a seed whose losses fall by far more than these differ
+    cases = [(str(config), ["seed=5", "train.lr=0.003"])]
+    records = run_ranks(run_configs, 2, cases, str(tmp_path), timeout_s=200)[0][0]
     losses = [record["loss"] for record in records]
-    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert len(losses) == 3 and losses[-1] < losses[0] - 0.2
 
 
 def score_lengths(world, code: str) -> list[float]:

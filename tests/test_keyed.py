@@ -35,8 +35,8 @@ def test_keys_are_fixed_for_ever() -> None:
     assert key64(0) == -6411193824288604561
     assert key64(1, 2, 3) == -8634215444751041720
     assert key64(-1) == 6755974106381971767
-    assert token_hash(torch.arange(3)).tolist() == [-218192509, -457519452, 1061857226]
-    expected = torch.tensor([[-0.9442, 1.0978, 0.2542, -1.0611]])
+    assert token_hash(torch.arange(3)).tolist() == [-1832243442, -1767835285, -1270735941]
+    expected = torch.tensor([[0.5133, 1.0111, -0.9879, 2.1269]])
     found = gumbel(key_tensor([key64(1, 2, 3)], CPU), 0, 4)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert len({key64(a, b) for a in range(-20, 20) for b in range(-20, 20)}) == 1600
@@ -60,6 +60,23 @@ def test_noise_depends_on_key_and_token_alone() -> None:
     tokens = torch.tensor([[5, 999, 0]]).expand(6, 3)
     chosen = exponential_at(k, token_hash(tokens))
     assert torch.equal(chosen, found[:, [5, 999, 0]])
+
+
+def test_no_two_tokens_have_one_hash() -> None:
+    """Else the less likely of the two could never be drawn."""
+    hashes = token_hash(torch.arange(1 << 18))
+    assert len(hashes.unique()) == 1 << 18
+    last = token_hash(torch.tensor([(1 << 32) - 1, (1 << 31), (1 << 31) - 1, 1 << 18]))
+    assert len(last.unique()) == 4
+
+
+def test_tokens_of_a_large_vocabulary_share_a_draw_by_their_probabilities() -> None:
+    """Pairs that had one 32-bit hash, in vocabularies of 128,256 and 151,936."""
+    k = keys(2000, 3)
+    for pair in ((64794, 120504), (50673, 117623), (116760, 125186), (18498, 102490)):
+        noise = exponential_at(k, token_hash(torch.tensor([pair]).expand(2000, 2)))
+        second = float((torch.tensor([0.51, 0.49]) / noise).argmax(1).double().mean())
+        assert abs(second - 0.49) < 4.5 * math.sqrt(0.25 / 2000), pair
 
 
 def test_noise_is_exponential() -> None:

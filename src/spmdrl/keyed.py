@@ -6,7 +6,7 @@ depend on who serves the request, nor on what else is in the batch (invariant 7 
 
 The 64-bit mixer is splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
 generators"). The 32-bit mixer of the noise is ours: two multiplications and one shift over a token
-hash that is computed once; tests/test_keyed.py holds the statistics.
+hash that is computed once and unique; tests/test_keyed.py holds the statistics.
 """
 
 from __future__ import annotations
@@ -16,10 +16,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+NOISE_VERSION = 2
+"""Of the numbers drawn here and of how ties are broken (`rollout.native.sampler`): runs of unequal
+versions draw other tokens from equal keys."""
+
 _MASK = (1 << 64) - 1
+_MASK_32 = (1 << 32) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+_MURMUR_1 = 0x85EBCA6B
+_MURMUR_2 = 0xC2B2AE35
 _NOISE_MULTIPLIER = 0x2C1B3C6D  # odd, from Wang's and Wellons' searches for 32-bit mixers
 _TINY = 2.0**-32
 _HUGE = 24.0
@@ -76,12 +83,18 @@ class Noise:
         return _finish(a, b, high, out)
 
 
-def token_hash(tokens: Tensor) -> Tensor:  # tokens int64 [...]
-    """A 32-bit hash of token ids, int32 `[...]`."""
-    x = tokens * _signed(_GOLDEN) + _signed(_MIX_1)
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(_MIX_1)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(_MIX_2)
-    return (x >> 32).to(torch.int32)
+def token_hash(tokens: Tensor) -> Tensor:  # tokens int64 [...], 0 to 2^32 - 1
+    """A 32-bit hash of token ids, int32 `[...]`; no two ids have the same.
+
+    Two ids of one hash would have one noise under every key, and the less likely of them would
+    never be drawn. So this is a bijection: murmur3's finaliser (Appleby 2011, public domain,
+    MurmurHash3.cpp, `fmix32`) of the id plus a constant, without which id 0 would be 0.
+    """
+    x = (tokens + (_GOLDEN >> 32)) & _MASK_32
+    x = ((x ^ (x >> 16)) * _MURMUR_1) & _MASK_32
+    x = ((x ^ (x >> 13)) * _MURMUR_2) & _MASK_32
+    x = x ^ (x >> 16)
+    return torch.where(x >> 31 == 1, x - (1 << 32), x).to(torch.int32)
 
 
 def exponential_at(
@@ -125,7 +138,3 @@ def _finish(x: Tensor, scratch: Tensor, multiplier: Tensor, out: Tensor) -> Tens
     out.copy_(x)
     out.abs_().mul_(-(2.0**-31))
     return out.log1p_().neg_().clamp_(_TINY, _HUGE)
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
