@@ -27,7 +27,10 @@ from spmdrl.distributed.reduce import broadcast_object, gather_objects
 from spmdrl.launch import World
 
 MAX_SKEW_S = 2.0
-MIN_SHM_GB, MIN_TMP_GB, MIN_FILES = 1.0, 1.0, 1024
+MIN_SHM_GB, MIN_TMP_GB = 1.0, 1.0
+MIN_FILES, FILES_PER_RANK = 512, 12
+"""Open files of a rank: libraries, shards and a few connections; and for each rank of the world two
+for each of six roles over all ranks."""
 MAX_TMP_PATH = 80
 """Sockets' paths end at 107 bytes, and libraries append to this one."""
 MIN_FREE_GPU = 0.9
@@ -160,8 +163,9 @@ def local_problems(world: World) -> list[str]:
     if len(tempfile.gettempdir()) > MAX_TMP_PATH:
         problems.append(f"TMPDIR={tempfile.gettempdir()} has more than {MAX_TMP_PATH} characters")
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files != resource.RLIM_INFINITY and files < MIN_FILES:
-        problems.append(f"ulimit -n is {files}, less than {MIN_FILES}")
+    least = MIN_FILES + FILES_PER_RANK * world.size
+    if files != resource.RLIM_INFINITY and files < least:
+        problems.append(f"ulimit -Hn is {files}, less than the {least} of {world.size} ranks")
     if world.device.type == "cuda":
         locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         if locked != resource.RLIM_INFINITY:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,18 +11,24 @@ from itertools import count
 from pathlib import Path
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write `content` beside `path`, fsync, rename over it; the old file stays when this fails."""
+def replace_file(path: Path, content: bytes, *, lasting: bool = True) -> None:
+    """Write `content` beside `path`, fsync, rename over it; the old file stays when this fails.
+
+    Args:
+        lasting: whether it shall survive a crash of the machine; False saves the two fsyncs.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with beside.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if lasting:
+                os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-    sync(path.parent)
+    if lasting:
+        sync(path.parent)
 
 
 @contextmanager
@@ -29,7 +36,8 @@ def atomic_directory(out_dir: str | Path) -> Iterator[Path]:
     """A new directory to write into, which takes the name `out_dir` when the block ends well.
 
     Every file in it is fsynced before the rename. An older `out_dir` is kept until then and removed
-    after; when the block fails, the new directory is removed and the older one is as it was.
+    after; when the block fails, the new directory is removed and the older one is as it was. Of a
+    process that is killed between the two renames, `bring_back` finds the older one.
 
     Raises:
         OSError: a file could not be written (a full disk, say); names `out_dir`.
@@ -40,13 +48,12 @@ def atomic_directory(out_dir: str | Path) -> Iterator[Path]:
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
+        bring_back(target.parent, target.name)
         fresh.mkdir()
         yield fresh
         for file in [*fresh.rglob("*"), fresh]:
             sync(file)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
+        _exchange(fresh, target, old)
         sync(target.parent)
     except OSError as error:
         raise OSError(
@@ -56,6 +63,36 @@ def atomic_directory(out_dir: str | Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(fresh: Path, target: Path, old: Path) -> None:
+    """`fresh` takes the place of `target`, which becomes `old`; or all stays as it was."""
+    if not target.exists():
+        fresh.rename(target)
+        return
+    target.rename(old)
+    try:
+        fresh.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+
+
+def bring_back(parent: Path, name: str | None = None) -> list[Path]:
+    """Give directories below `parent` their names back that a killed process had renamed in order
+    to replace them (`.NAME.PID.old`), where NAME is not there; those that it gave back.
+
+    Args:
+        name: of the only one to look for; None: any.
+    """
+    found = []
+    olds = parent.glob(f".{'*' if name is None else glob.escape(name)}.*.old")
+    for old in sorted(olds, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        target = old.with_name(old.name[1:].rsplit(".", 2)[0])
+        if not target.exists():
+            old.rename(target)
+            found.append(target)
+    return found
 
 
 def set_aside(path: Path) -> Path | None:

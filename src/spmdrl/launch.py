@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -36,6 +37,8 @@ class World:
     device: torch.device
     device_types: tuple[str, ...]
     store: Store
+    gpu_bytes: int | None = None
+    """The memory of the smallest GPU of all ranks; None: no rank has one."""
 
     @property
     def is_first(self) -> bool:
@@ -68,6 +71,7 @@ class Seat:
     device_type: str
     local_rank: int
     local_size: int
+    gpu_bytes: int = 0
 
 
 def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
@@ -81,6 +85,7 @@ def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={device!r}: it must be auto, cpu or cuda")
+    raise_file_limit()
     adopt_srun()
     environment = os.environ
     launched = _is_launched()
@@ -91,7 +96,12 @@ def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
     chosen = _choose_device(device, local_rank, local_size)
     timeout = timedelta(seconds=timeout_s)
     store = _open_store(launched, timeout)
-    seat = Seat(device_type=chosen.type, local_rank=local_rank, local_size=local_size)
+    seat = Seat(
+        device_type=chosen.type,
+        local_rank=local_rank,
+        local_size=local_size,
+        gpu_bytes=_gpu_bytes(chosen),
+    )
     seats = _exchange_seats(store, rank, size, seat)
     check_seats(seats)
     device_types = tuple(seat.device_type for seat in seats)
@@ -106,7 +116,19 @@ def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
         device=chosen,
         device_types=device_types,
         store=store,
+        gpu_bytes=min((seat.gpu_bytes for seat in seats if seat.gpu_bytes), default=None),
     )
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files to the hard one.
+
+    Ranks are connected by sockets, in every group that they share: some hundreds of ranks need more
+    than the 1024 that many systems give at first.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def adopt_srun() -> None:
@@ -154,6 +176,11 @@ def _choose_device(device: str, local_rank: int, local_size: int) -> torch.devic
     return torch.device("cpu")
 
 
+def _gpu_bytes(device: torch.device) -> int:
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
+
+
 def _open_store(launched: bool, timeout: timedelta) -> Store:
     """The launcher's store; one of its own for a single process."""
     if not launched:
@@ -168,13 +195,20 @@ def _open_store(launched: bool, timeout: timedelta) -> Store:
 def _exchange_seats(store: Store, rank: int, size: int, seat: Seat) -> tuple[Seat, ...]:
     """Every rank's seat, in rank order."""
     keys = [f"device/{other}" for other in range(size)]
-    store.set(keys[rank], f"{seat.device_type} {seat.local_rank} {seat.local_size}")
+    words = (seat.device_type, seat.local_rank, seat.local_size, seat.gpu_bytes)
+    store.set(keys[rank], " ".join(map(str, words)))
     store.wait(keys)
     seats = []
     for value in store.multi_get(keys):
-        device_type, local_rank, local_size = value.decode().split()
+        device_type, *numbers = value.decode().split()
+        local_rank, local_size, gpu_bytes = map(int, numbers)
         seats.append(
-            Seat(device_type=device_type, local_rank=int(local_rank), local_size=int(local_size))
+            Seat(
+                device_type=device_type,
+                local_rank=local_rank,
+                local_size=local_size,
+                gpu_bytes=gpu_bytes,
+            )
         )
     # rank 0 may host the store: if it left with an error before the others have read, they would
     # lose the connection instead of raising the same error

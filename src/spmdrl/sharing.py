@@ -139,6 +139,15 @@ def _on_rank(
     )
 
 
+def for_unlike_gpus(config: Config, gpu_bytes: int | None) -> Config:
+    """The configuration with the memory of the smallest GPU of the world as its bound, so that all
+    ranks make one plan, and refuse alike what does not fit.
+    """
+    if config.memory_gb is not None or gpu_bytes is None:
+        return config
+    return config.model_copy(update={"memory_gb": gpu_bytes * FREE_SHARE / 1e9})
+
+
 def device_bytes(config: Config, device_type: str) -> int | None:
     """What roles may fill of a rank's device; None: no bound (a CPU's memory is the user's)."""
     if config.memory_gb is not None:

@@ -10,6 +10,8 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from harness import run_ranks
-from spmdrl.checkpoint.index import INDEX, Tensors
+from spmdrl.checkpoint import writing
+from spmdrl.checkpoint.index import CHECKPOINTS, INDEX, Entry, Mark, Tensors, index_text
 from spmdrl.checkpoint.owners import only, slice_owners
 from spmdrl.checkpoint.reading import (
     latest_checkpoint,
@@ -430,6 +433,179 @@ def fence(world: World, root: Path) -> str:
 def test_who_is_not_permitted_publishes_nothing(tmp_path: Path) -> None:
     one, two = run_ranks(fence, 2, tmp_path)
     assert one == two and "another attempt by now" in one
+
+
+def break_the_thread(world: World, root: Path) -> list[str]:
+    """Errors of every type in the writing thread of one rank, and what all ranks hear of it."""
+    save(world, root, [0, 1], {"dp_shard": 2}, step=1)
+    whole, messages = writing.write_safetensors, []
+    broken: list[tuple[int, BaseException]] = [
+        (0, KeyError("no such dtype")),
+        (1, MemoryError("no room")),
+        (1, SystemExit(3)),
+        (0, SystemExit(3)),
+    ]
+    for rank, error in broken:
+
+        def fail(*_: object, error: BaseException = error) -> Mark:
+            raise error
+
+        writing.write_safetensors = fail if world.rank == rank else whole
+        began = time.monotonic()
+        with pytest.raises(OSError, match="earlier checkpoints are untouched") as caught:
+            save(world, root, [0, 1], {"dp_shard": 2}, step=2)
+        assert time.monotonic() - began < 20
+        messages.append(str(caught.value))
+        torch.distributed.barrier()
+    writing.write_safetensors = whole
+
+    def published(step: int) -> None:
+        raise TypeError("told wrongly")
+
+    with pytest.raises(OSError) as caught:
+        save(world, root, [0, 1], {"dp_shard": 2}, step=2, published=published)
+    messages.append(str(caught.value))
+    # a thread that is gone without a word
+    writing.CheckpointWriter._work = lambda self, job: None  # type: ignore[method-assign]
+    with pytest.raises(OSError) as caught:
+        save(world, root, [0, 1], {"dp_shard": 2}, step=4)
+    return [*messages, str(caught.value)]
+
+
+def test_whatever_ends_the_writing_thread_is_reported_with_its_type(tmp_path: Path) -> None:
+    one, two = run_ranks(break_the_thread, 2, tmp_path)
+    assert one == two
+    words = [
+        "rank 0: KeyError: 'no such dtype'",
+        "rank 1: MemoryError: no room",
+        "rank 1: SystemExit: 3",
+        "rank 0: SystemExit: 3",
+        "rank 0: TypeError: told wrongly",
+        "rank 0: the thread that writes it ended without a word",
+    ]
+    assert [word in message for word, message in zip(words, one, strict=True)] == [True] * 6
+
+
+def refuse_kinds(world: World, root: Path) -> list[str]:
+    """What no checkpoint keeps, held by rank 1 alone: an error on both, and nothing is begun."""
+    writer = CheckpointWriter(root, world, Retention(last=2))
+    kinds: dict[str, Any] = {
+        "role/judge/phase": torch.zeros(2, dtype=torch.complex128),
+        "role/judge/seen": np.zeros(2),
+        "role/judge/table": torch.zeros(2, 2).to_sparse(),
+    }
+    messages = []
+    for name, value in kinds.items():
+        with pytest.raises(ValueError) as caught:
+            writer.begin("step_00000001", 1, {}, {}, {name: value} if world.rank == 1 else {})
+        messages.append(str(caught.value))
+    for state in ({"saved": {"kl": {"table": np.zeros(2)}}}, {"counters": {3: 1.0}}):
+        with pytest.raises(ValueError) as caught:
+            writer.begin("step_00000001", 1, state, {}, {})
+        messages.append(str(caught.value))
+    assert not root.exists()
+    dtypes = (torch.int8, torch.uint16, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2)
+    kept = {str(dtype): torch.arange(3).to(dtype) for dtype in dtypes}
+    state = {"saved": {"kl": {"coef": torch.tensor(0.5), "seen": np.float32(2.0)}}}
+    writer.begin("step_00000001", 1, state, {}, kept)
+    writer.wait()
+    path = root / "step_00000001"
+    for name, tensor in read_private(path, world.rank).items():
+        assert tensor.dtype == kept[name].dtype
+        assert torch.equal(tensor.view(torch.uint8), kept[name].view(torch.uint8))
+    assert read_state(path)["saved"] == {"kl": {"coef": 0.5, "seen": 2.0}}
+    return messages
+
+
+def test_what_a_checkpoint_cannot_keep_is_refused_before_it_begins(tmp_path: Path) -> None:
+    one, two = run_ranks(refuse_kinds, 2, tmp_path / "checkpoints")
+    assert one == two
+    dtype, array, sparse, value, key = one
+    assert dtype.startswith("rank 1: role/judge/phase is torch.complex128: a checkpoint keeps")
+    assert array == "rank 1: role/judge/seen is a ndarray: a checkpoint keeps tensors"
+    assert sparse.startswith("rank 1: role/judge/table is a torch.sparse_coo tensor on cpu")
+    assert value.startswith("rank 0: the state['saved']['kl']['table'] is a ndarray")
+    assert key.startswith("rank 0: the state['counters'] has the key 3")
+
+
+def test_a_large_index_is_made_in_parts_and_others_hear_of_them() -> None:
+    entry = Entry(group="g", name="n", shape=(4, 2), start=(0, 0), stop=(2, 2), file="f", key="k#0")
+    beats: list[float] = []
+    marks = {"rank_00000.safetensors": Mark(num_bytes=8, xxh3="ab")}
+    entries = [entry] * 50_000
+    began = time.monotonic()
+    parts = list(index_text(7, '{"a": 1}', marks, entries, lambda: beats.append(time.monotonic())))
+    seconds = time.monotonic() - began
+    assert len(beats) >= 20 and max(b - a for a, b in pairwise([began, *beats])) < seconds / 5 + 0.2
+    content = json.loads("".join(parts))
+    assert (content["step"], content["state"], len(content["entries"])) == (7, {"a": 1}, 50_000)
+    assert content["entries"][0] == content["entries"][-1] == json.loads(json.dumps(asdict(entry)))
+
+
+def lose_the_pointer(world: World, root: Path) -> list[Any]:
+    """Three checkpoints, and then what may become of `latest`."""
+    for step in (2, 3, 1):  # after a return to an earlier step that one is the newest
+        save(world, root, [0], {}, step, retention=Retention(last=9))
+    found: list[Any] = []
+
+    def look() -> None:
+        try:
+            path = latest_checkpoint(root)
+            found.append(None if path is None else path.name)
+        except ValueError as error:
+            found.append(str(error))
+
+    pointer = root / "latest"
+    pointer.unlink()
+    for path in root.glob("step_*"):  # as a copy without times leaves them
+        os.utime(path / INDEX, (1000, 1000))
+    look()
+    pointer.write_text(" \n")
+    look()
+    (root / "step_00000001" / "rank_00000.safetensors").unlink()
+    (root / "step_00000009.mine").mkdir()
+    look()
+    pointer.write_bytes(b"\xff\xfe\x00")
+    look()
+    for name in ("step_00000007", "../other", "/etc", "a\0b"):
+        pointer.write_text(name)
+        look()
+    pointer.unlink()
+    pointer.mkdir()
+    look()
+    pointer.rmdir()
+    for step in (2, 3):
+        (root / f"step_0000000{step}" / INDEX).write_text("")
+    look()
+    return found
+
+
+def test_checkpoints_without_a_usable_pointer_are_never_passed_over(tmp_path: Path) -> None:
+    [found] = run_ranks(lose_the_pointer, 1, tmp_path / "run")
+    assert found[:3] == ["step_00000001", "step_00000001", "step_00000003"]
+    pointer = str(tmp_path / "run" / "latest")
+    for message in found[3:]:
+        assert pointer in message and "checkpoint.resume=false" in message, message
+        assert "step_00000002, step_00000003" in message
+    assert "names 'step_00000007', which has no checkpoint.json" in found[4]
+    assert "none below" in found[-1]
+
+
+def keep_what_is_not_ours(world: World, root: Path) -> list[str]:
+    for step in (1, 2, 3):
+        save(world, root, [0], {}, step, retention=Retention(last=9))
+    (root / "step_00000002.mine").mkdir()
+    writer = CheckpointWriter(root, world, Retention(last=1))
+    path = root / "step_00000001"
+    writer.adopt([path.name, *read_state(path)[CHECKPOINTS]])  # as a run does that goes on from it
+    for step in (2, 3, 4):
+        writer.begin(f"step_{step:08d}", step, {}, {}, {})
+        writer.wait()
+    return sorted(p.name.removeprefix("step_0000000") for p in root.glob("step_*"))
+
+
+def test_retention_removes_only_what_the_run_wrote_or_goes_on_from(tmp_path: Path) -> None:
+    assert run_ranks(keep_what_is_not_ours, 1, tmp_path) == [["2", "2.mine", "3", "4"]]
 
 
 def keep_some(world: World, root: Path) -> str:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from harness import run_ranks
 from spmdrl.distributed.reduce import (
+    OtherRankFailed,
+    agreed,
     broadcast_object,
     gather_objects,
     gather_tables,
@@ -21,6 +23,7 @@ from spmdrl.distributed.reduce import (
     world_sum,
 )
 from spmdrl.launch import World
+from spmdrl.runtime.failures import is_lost_peer
 
 
 def uneven_parts(size: int) -> list[torch.Tensor]:
@@ -113,3 +116,38 @@ def part_ways(world: World) -> str:
 def test_ranks_in_different_collectives_are_told() -> None:
     texts = run_ranks(part_ways, 2)
     assert "must be called by every rank" in texts[0]
+
+
+def disagree(world: World) -> list[tuple[type, str, bool]]:
+    """One rank meets an error of the kind that is foreseen, of another, or both kinds come."""
+    cases: list[dict[int, Exception]] = [
+        {},
+        {1: ValueError("no such file")},
+        {1: KeyError("rng/python")},
+        {0: ValueError("no such file"), 2: KeyError("rng/python")},
+    ]
+    seen: list[tuple[type, str, bool]] = []
+    for case in cases:
+
+        def act(case: dict[int, Exception] = case) -> int:
+            if world.rank in case:
+                raise case[world.rank]
+            return world.rank
+
+        try:
+            assert agreed(ValueError, act) == world.rank
+        except Exception as error:
+            seen.append((type(error), str(error), is_lost_peer(error)))
+    return seen
+
+
+def test_what_nobody_foresaw_on_one_rank_ends_the_others_too() -> None:
+    found = run_ranks(disagree, 3)
+    known = (ValueError, "rank 1: no such file", False)
+    other = "rank {}: KeyError: 'rng/python'"
+    for rank in range(3):
+        assert found[rank][0] == known
+    assert [found[r][1] for r in (0, 2)] == [(OtherRankFailed, other.format(1), True)] * 2
+    assert found[1][1] == (KeyError, "'rng/python'", False)  # with its own traceback
+    assert found[0][2] == found[1][2] == (OtherRankFailed, other.format(2), True)
+    assert found[2][2][0] is KeyError

@@ -6,9 +6,10 @@ import resource
 from pathlib import Path
 
 import pytest
+import torch
 
 from spmdrl.algorithms.ratio_bins import RATIO_BINS, RATIO_EDGES
-from spmdrl.observe.metrics import MetricsWriter, merge_steps, read_metrics
+from spmdrl.observe.metrics import MetricsWriter, merge_steps, read_metrics, set_aside_metrics
 
 
 def writer(run_dir: Path, **options) -> MetricsWriter:
@@ -67,7 +68,54 @@ def test_truncation_drops_later_steps_as_a_whole(tmp_path):
         assert [m["a"] for m in metrics.read()] == [0, 1, 2, 30]
         assert metrics.truncate_to(0) == 4
         assert metrics.read() == []
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    # what was dropped is kept beside it
+    dropped = read_metrics(tmp_path / "metrics.dropped.jsonl")
+    assert [m["a"] for m in dropped] == [3, 4, 0, 1, 2, 30]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "metrics.dropped.jsonl",
+        "metrics.jsonl",
+    ]
+
+
+def test_metrics_of_another_run_are_set_aside_and_empty_ones_not(tmp_path):
+    assert set_aside_metrics(tmp_path) is None
+    with writer(tmp_path) as metrics:
+        assert set_aside_metrics(tmp_path) is None
+        metrics.write(1, {"a": 1})
+    for number in (1, 2):
+        assert set_aside_metrics(tmp_path) == tmp_path / f"metrics.jsonl.old-{number}"
+        with writer(tmp_path) as metrics:
+            metrics.write(number, {"a": number})
+    assert read_metrics(tmp_path / "metrics.jsonl.old-2")[0]["a"] == 1
+
+
+def test_what_no_rank_may_write_is_refused_on_every_rank(tmp_path):
+    for is_first in (True, False):
+        metrics = MetricsWriter(tmp_path, is_first=is_first, tensorboard=False)
+        with pytest.raises(ValueError, match=r"may not be called .'step'"):
+            metrics.write(1, {"step": 2.0})
+        with pytest.raises(ValueError, match="the metric 'note' is 'good', a str: return one"):
+            metrics.write(1, {"loss": 1.0, "note": "good"})
+        with pytest.raises(ValueError, match="the metric 'both' is tensor"):
+            metrics.write(1, {"both": torch.ones(2)})
+        metrics.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_that_cannot_write_is_named(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    metrics = MetricsWriter(tmp_path, is_first=True)
+    metrics.write(1, {"a": 1.0})
+    with pytest.raises(OSError, match=r"TensorBoard's events not written .*tensorboard"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
+        try:
+            for step in range(1, 9):
+                metrics.write(step, {f"a{i}": 1.0 for i in range(30)})
+                (tmp_path / "metrics.jsonl").write_text("")  # what is full is the other file
+                metrics._file.seek(0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    metrics.close()
 
 
 def test_a_torn_last_line_is_dropped(tmp_path):

@@ -10,7 +10,9 @@ Reading it executes nothing: the files are JSON and safetensors.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,11 @@ FORMAT = 4
 INDEX = "checkpoint.json"
 LATEST = "latest"
 PRIVATE = "private/"
+CHECKPOINTS = "checkpoints"
+"""The part of the state that names the run's checkpoints that were there before."""
+
+_PART = 2000
+"""Entries that are made JSON at once: some milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,24 +68,40 @@ class Mark:
 @dataclass(frozen=True, kw_only=True)
 class Index:
     """Args:
+    written: when, in seconds since 1970; 0: it does not say.
     state: JSON values.
     files: by name, in rank order.
     """
 
+    written: float
     step: int
     state: Mapping[str, Any]
     files: Mapping[str, Mark]
     entries: tuple[Entry, ...]
 
-    def to_json(self) -> str:
-        content = {
-            "format": FORMAT,
-            "step": self.step,
-            "state": self.state,
-            "files": {name: asdict(mark) for name, mark in self.files.items()},
-            "entries": [asdict(entry) for entry in self.entries],
-        }
-        return json.dumps(content)
+
+def index_text(
+    step: int,
+    state: str,
+    files: Mapping[str, Mark],
+    entries: Sequence[Entry],
+    progress: Callable[[], None] = lambda: None,
+) -> Iterator[str]:
+    """The index's JSON in parts: a large one takes seconds, in which others must get their turn.
+
+    Args:
+        state: its JSON.
+        files: by name, in rank order.
+        progress: called between parts.
+    """
+    marks = json.dumps({name: asdict(mark) for name, mark in files.items()})
+    yield f'{{"format": {FORMAT}, "written": {time.time()}, "step": {step}, "state": {state}, '
+    yield f'"files": {marks}, "entries": ['
+    for start in range(0, len(entries), _PART):
+        progress()
+        part = json.dumps([vars(entry) for entry in entries[start : start + _PART]])
+        yield (", " if start else "") + part[1:-1]
+    yield "]}"
 
 
 def rank_file(rank: int) -> str:
@@ -123,6 +146,7 @@ def read_index(path: Path) -> Index:
         )
     try:
         return Index(
+            written=float(content.get("written", 0.0)),
             step=content["step"],
             state=content["state"],
             files={name: Mark(**mark) for name, mark in content["files"].items()},
@@ -142,6 +166,14 @@ def _entry(raw: Mapping[str, Any]) -> Entry:
         file=raw["file"],
         key=raw["key"],
     )
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a directory is called as this project calls checkpoints: other names are the user's.
+
+    `step_STEPS`, `+CALLS` in one that was stopped, `.N` where the name was taken.
+    """
+    return re.fullmatch(r"step_\d{8,}(\+\d{4,})?(\.\d+)?", name) is not None
 
 
 def mend(path: Path) -> str:

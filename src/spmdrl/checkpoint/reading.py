@@ -6,7 +6,8 @@ different times.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from spmdrl.checkpoint.index import (
     Index,
     Mark,
     Tensors,
+    is_checkpoint_name,
     mend,
     rank_file,
     read_index,
@@ -33,6 +35,8 @@ from spmdrl.distributed.reduce import agreed, broadcast_object
 from spmdrl.files import set_aside as set_path_aside
 from spmdrl.models.sharding import Slice
 from spmdrl.weights.layout import local_box, overlap, within
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 26
 
@@ -86,19 +90,68 @@ def set_aside(root: Path) -> Path | None:
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest complete checkpoint below `root`, or None, as this rank sees it.
 
+    Where there are checkpoints and `latest` names none (it was lost, or a full disk left it empty),
+    it is the one written last, which a warning says.
+
     Raises:
-        ValueError: `latest` names a directory that is not there.
+        ValueError: `latest` names what is no complete checkpoint; or no checkpoint is complete.
     """
     pointer = root / LATEST
-    if not pointer.is_file():
-        return None
-    path = root / pointer.read_text(encoding="utf-8").strip()
-    if not (path / INDEX).is_file():
+    names = sorted(path.name for path in root.glob("step_*") if path.is_dir())
+    other = ", ".join(names) or "there is none"
+    afresh = "set checkpoint.resume=false, which keeps them aside, to start afresh"
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        name = ""
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"{pointer} names {path.name!r}, which has no {INDEX}: "
-            "write the name of a complete step_* directory into it, or delete it to start afresh"
+            f"{pointer} cannot be read ({error}): write the name of a checkpoint into it "
+            f"({other}), or {afresh}"
+        ) from None
+    if not name and not names and not pointer.exists():
+        return None
+    if not name:
+        path = _written_last(root, names)
+        if path is None:
+            raise ValueError(
+                f"{pointer} names no checkpoint, and none below {root} is complete ({other}): "
+                f"{afresh}"
+            )
+        log.warning(
+            "%s names no checkpoint: the run goes on from %s, which was written last; to go on "
+            "from another, write its name into that file; %s",
+            *(pointer, path.name, afresh),
+        )
+        return path
+    path = root / name
+    if "\0" in name or path.parent != root or not (path / INDEX).is_file():
+        raise ValueError(
+            f"{pointer} names {name!r}, which has no {INDEX}: write the name of a complete "
+            f"checkpoint into it ({other}), or {afresh}"
         )
     return path
+
+
+def _written_last(root: Path, names: Sequence[str]) -> Path | None:
+    """The complete one that says so in its index: copies of files keep no times."""
+    found = []
+    for name in names:
+        path = root / name
+        if not is_checkpoint_name(name):
+            continue
+        try:
+            index = read_index(path)
+        except ValueError:
+            continue
+        sizes = {file: mark.num_bytes for file, mark in index.files.items()}
+        if all(_size(path / file) == size for file, size in sizes.items()):
+            found.append((index.written, (path / INDEX).stat().st_mtime, index.step, name))
+    return root / max(found)[-1] if found else None
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -143,7 +196,7 @@ def _check_files(path: Path, files: Mapping[str, Mark]) -> None:
     """This rank's share of them."""
     rank, size = dist.get_rank(), dist.get_world_size()
     for name, mark in list(files.items())[rank::size]:
-        found = (path / name).stat().st_size if (path / name).is_file() else None
+        found = _size(path / name)
         if found != mark.num_bytes:
             state = "is missing" if found is None else f"has {found} bytes, not {mark.num_bytes}"
             raise ValueError(f"{path / name} {state}; {mend(path)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -25,14 +26,35 @@ _DTYPES = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 
 _CHUNK = 1 << 22
 _SYNCED = 1 << 28
 """Bytes after which the file is made to reach the disk: the last fsync then has little to do, and
 its progress is seen."""
+
+
+def check_tensors(tensors: Mapping[str, Any]) -> None:
+    """ValueError: one of them cannot be kept in a file of safetensors, by name."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}: a checkpoint keeps tensors")
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            raise ValueError(
+                f"{name} is a {tensor.layout} tensor on {tensor.device}: a checkpoint keeps dense "
+                "tensors with values"
+            )
+        if tensor.dtype not in _DTYPES:
+            known = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in _DTYPES))
+            raise ValueError(f"{name} is {tensor.dtype}: a checkpoint keeps {known}")
 
 
 @torch.no_grad()

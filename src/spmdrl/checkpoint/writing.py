@@ -14,7 +14,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -25,21 +25,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.checkpoint.index import (
+    CHECKPOINTS,
     INDEX,
     LATEST,
     PRIVATE,
     Entry,
-    Index,
     Mark,
     Tensors,
     entries_of,
+    index_text,
+    is_checkpoint_name,
     rank_file,
 )
-from spmdrl.checkpoint.stream import write_safetensors
-from spmdrl.distributed.reduce import broadcast_object, world_any
+from spmdrl.checkpoint.stream import check_tensors, write_safetensors
+from spmdrl.distributed.reduce import agreed, broadcast_object, world_any
 from spmdrl.files import replace_file, sync
 from spmdrl.launch import World
 from spmdrl.memory.arena import ALIGNMENT, HostArena
+from spmdrl.storages import json_values
 
 if TYPE_CHECKING:
     # documented as torch.distributed.Store, but torch's stubs do not re-export it
@@ -73,7 +76,7 @@ class _Job:
     number: int
     name: str
     step: int
-    state: Mapping[str, Any]
+    state: str
     staged: Mapping[str, Tensor]
     began: float
     copy_seconds: float
@@ -113,11 +116,24 @@ class CheckpointWriter:
         self._entries: tuple[Entry, ...] | None = None
         self._all_entries: tuple[Entry, ...] = ()
         """Of all ranks, on rank 0."""
+        self._known: set[str] | None = None
         self._number = 0
         self._thread: threading.Thread | None = None
         self._failed = threading.Event()
         self.seconds: float | None = None
         """Rank 0: from the beginning of the last checkpoint until it was there."""
+
+    def adopt(self, names: Iterable[str]) -> None:
+        """Only these checkpoints and those to come are the run's, for `Retention` to remove; until
+        it is called, all that are there are.
+        """
+        self._known = set(names)
+        others = sorted(_names(self._root) - self._known) if self._rank == 0 else []
+        if others:
+            log.info(
+                "%s: the run does not go on from %s, and so will not remove them",
+                *(self._root, ", ".join(others)),
+            )
 
     @property
     def has_failed(self) -> bool:
@@ -136,16 +152,26 @@ class CheckpointWriter:
 
         Args:
             step: the steps that are done.
-            state: JSON values, equal on all ranks.
+            state: values as `json_values` takes them, equal on all ranks.
             owned: this rank's tensors with the slices that it is to write: each slice of the global
                 tensors is given by one rank (`owners.slice_owners` says by which).
             private: what this rank keeps for itself.
 
         Raises:
+            ValueError: a tensor or value is of a kind that a checkpoint cannot keep, on every rank,
+                by name; nothing was begun.
             OSError: the checkpoint before this one could not be written, see `wait`.
         """
         self.wait()
         began = time.monotonic()
+
+        def checked() -> str:
+            check_tensors({key: tensor for key, (tensor, _) in owned.items()})
+            check_tensors(private)
+            known = _names(self._root) if self._known is None else self._known
+            return json.dumps({**json_values(state, "the state"), CHECKPOINTS: sorted(known)})
+
+        text = agreed(ValueError, checked)
         entries, boxes = entries_of(owned, rank_file(self._rank))
         self._share(entries)
         own = {PRIVATE + key: tensor for key, tensor in private.items()}
@@ -155,7 +181,7 @@ class CheckpointWriter:
             number=self._number,
             name=name,
             step=step,
-            state=state,
+            state=text,
             staged=staged,
             began=began,
             copy_seconds=time.monotonic() - copying,
@@ -163,7 +189,7 @@ class CheckpointWriter:
         self._number += 1
         self._forget(self._number - 3)
         self._thread = threading.Thread(
-            target=self._write, args=(job,), name="spmdrl-checkpoint", daemon=True
+            target=self._work, args=(job,), name="spmdrl-checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -176,8 +202,9 @@ class CheckpointWriter:
         """
         if self._thread is None:
             return
-        verdict = json.loads(self._await(self._store, f"{self._number - 1}/done", self._number - 1))
-        self._thread.join()
+        number, thread = self._number - 1, self._thread
+        verdict = json.loads(self._await(self._store, f"{number}/done", number, thread))
+        thread.join()
         self._thread = None
         self._failed.clear()
         world_any(False)  # rank 0 may host the store: it must not leave before all have read
@@ -227,59 +254,71 @@ class CheckpointWriter:
 
     # The thread
 
-    def _write(self, job: _Job) -> None:
+    def _work(self, job: _Job) -> None:
+        """Whatever happens is reported: all ranks wait for this thread."""
         partial = self._root / f".partial-{self._tag}-{job.number}"
-
-        def progress() -> None:
-            self._thread_store.add(f"{job.number}/progress", 1)
-            self._progress()
-
         report: dict[str, Any]
         try:
-            partial.mkdir(parents=True, exist_ok=True)
-            mark = write_safetensors(partial / rank_file(self._rank), job.staged, progress)
-            report = {"mark": asdict(mark)}
-        except OSError as error:
+            report = {"mark": asdict(self._write(job, partial))}
+        except BaseException as error:
             report = {"error": _told(self._rank, error)}
         self._thread_store.set(f"{job.number}/{self._rank}", json.dumps(report))
-        if self._rank == 0:
+        if self._rank != 0:
+            return
+        try:
             error_text = self._conclude(job, partial)
-            if error_text is not None:
-                self._failed.set()
-            verdict = json.dumps({"name": job.name, "error": error_text})
-            self._thread_store.set(f"{job.number}/done", verdict)
+        except BaseException as error:
+            error_text = _told(0, error)
+        if error_text is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            self._failed.set()
+            log.error("checkpoint %s: %s; the run ends at its next step", job.name, error_text)
+        verdict = json.dumps({"name": job.name, "error": error_text})
+        self._thread_store.set(f"{job.number}/done", verdict)
+
+    def _write(self, job: _Job, partial: Path) -> Mark:
+        """This rank's file."""
+        partial.mkdir(parents=True, exist_ok=True)
+        return write_safetensors(
+            partial / rank_file(self._rank), job.staged, lambda: self._advance(job)
+        )
+
+    def _advance(self, job: _Job) -> None:
+        """Progress, also for the ranks that wait for this one."""
+        self._thread_store.add(f"{job.number}/progress", 1)
+        self._progress()
 
     def _conclude(self, job: _Job, partial: Path) -> str | None:
-        """Rank 0: publish the checkpoint when all parts are there; the error, if there is one."""
+        """Rank 0: publish the checkpoint when all parts are there; a rank's error, if there is one.
+
+        Raises:
+            Exception: this rank's own.
+        """
         keys = [f"{job.number}/{rank}" for rank in range(self._size)]
         reports = [json.loads(self._await(self._thread_store, key, job.number)) for key in keys]
-        errors = [report["error"] for report in reports if "error" in report]
-        if not errors:
-            index = Index(
-                step=job.step,
-                state=job.state,
-                files={rank_file(r): Mark(**found["mark"]) for r, found in enumerate(reports)},
-                entries=self._all_entries,
-            )
-            try:
-                self._publish(partial, self._root / job.name, index)
-                self._published(job.step)
-                self.seconds = time.monotonic() - job.began
-                log.info(
-                    "checkpoint %s: %.2f s to copy %.3f GB of rank 0, there after %.1f s",
-                    job.name,
-                    job.copy_seconds,
-                    sum(tensor.nbytes for tensor in job.staged.values()) / 1e9,
-                    self.seconds,
-                )
-            except OSError as error:
-                errors.append(_told(0, error))
+        errors: list[str] = [report["error"] for report in reports if "error" in report]
         if errors:
-            shutil.rmtree(partial, ignore_errors=True)
-        return errors[0] if errors else None
+            return errors[0]
+        files = {rank_file(r): Mark(**found["mark"]) for r, found in enumerate(reports)}
+        self._publish(job, partial, files)
+        self._published(job.step)
+        self.seconds = time.monotonic() - job.began
+        log.info(
+            "checkpoint %s: %.2f s to copy %.3f GB of rank 0, there after %.1f s",
+            job.name,
+            job.copy_seconds,
+            sum(tensor.nbytes for tensor in job.staged.values()) / 1e9,
+            self.seconds,
+        )
+        return None
 
-    def _publish(self, partial: Path, final: Path, index: Index) -> None:
-        replace_file(partial / INDEX, index.to_json().encode())
+    def _publish(self, job: _Job, partial: Path, files: Mapping[str, Mark]) -> None:
+        final, parts = self._root / job.name, []
+        for part in index_text(
+            job.step, job.state, files, self._all_entries, lambda: self._advance(job)
+        ):
+            parts.append(part.encode())
+        replace_file(partial / INDEX, b"".join(parts))
         sync(partial)
         self._permit()
         # beside an older run's of this step, which may be what `latest` names
@@ -288,19 +327,31 @@ class CheckpointWriter:
         partial.rename(final)
         sync(final.parent)
         replace_file(final.parent / LATEST, final.name.encode())
-        keeps = self._retention.keeps
-        others = [p for p in final.parent.glob("step_*") if p != final and not keeps(p.name)]
+        keeps, there = self._retention.keeps, _names(self._root)
+        if self._known is not None:
+            self._known = {*self._known, final.name} & there
+            there = self._known
+        others = [self._root / n for n in there if n != final.name and not keeps(n)]
         others.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
         surplus = len(others) + (not keeps(final.name)) - self._retention.last
         for path in others[: max(0, surplus)]:
             shutil.rmtree(path, ignore_errors=True)  # what stays goes with the next checkpoint
             self._progress()
 
-    def _await(self, store: Store, key: str, number: int) -> bytes:
-        """The value of a key that some rank will set; progress of any rank counts as ours."""
+    def _await(
+        self, store: Store, key: str, number: int, thread: threading.Thread | None = None
+    ) -> bytes:
+        """The value of a key that some rank will set; progress of any rank counts as ours.
+
+        Args:
+            thread: this rank's, which is to report before it ends.
+        """
         seen = 0
         while not store.check([key]):
             time.sleep(_POLL_S)
+            if thread is not None and not thread.is_alive():
+                self._report_for(store, number)
+                thread = None
             count = store.add(f"{number}/progress", 0)
             if count != seen:
                 seen = count
@@ -308,11 +359,28 @@ class CheckpointWriter:
         value: bytes = store.get(key)
         return value
 
+    def _report_for(self, store: Store, number: int) -> None:
+        """The thread is gone: what it has not reported is reported in its place."""
+        text = f"rank {self._rank}: the thread that writes it ended without a word"
+        if not store.check([f"{number}/{self._rank}"]):
+            store.set(f"{number}/{self._rank}", json.dumps({"error": text}))
+        if self._rank == 0 and not store.check([f"{number}/done"]):
+            store.set(f"{number}/done", json.dumps({"name": f"number {number}", "error": text}))
 
-def _told(rank: int, error: OSError) -> str:
-    """The error of a rank, with a mend where it is the system's, which gives a number alone."""
+
+def _told(rank: int, error: BaseException) -> str:
+    """The error of a rank: the system's, which gives a number alone, with a mend; others with their
+    type, and their stack in the log.
+    """
+    if not isinstance(error, OSError):
+        log.error("the thread that writes a checkpoint", exc_info=error)
+        return f"rank {rank}: {type(error).__name__}: {error}"
     mend = "" if error.errno is None else ": free space or choose another run_dir"
     return f"rank {rank}: {error}{mend}"
+
+
+def _names(root: Path) -> set[str]:
+    return {path.name for path in root.glob("step_*") if is_checkpoint_name(path.name)}
 
 
 def remove_partial(root: Path) -> None:

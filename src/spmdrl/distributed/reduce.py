@@ -55,17 +55,32 @@ def broadcast_object(value: Any, source: int) -> Any:
     return box[0]
 
 
+class OtherRankFailed(dist.DistError):
+    """Another rank raised something that is not of this rank's making; like a lost peer."""
+
+
 def agreed(kind: type[OSError] | type[ValueError], action: Callable[[], Result]) -> Result:
-    """Run `action`; if it raises `kind` on one rank, every rank of the world does, naming it."""
+    """Run `action`; if it raises `kind` on one rank, every rank of the world does, naming it.
+
+    Raises:
+        OtherRankFailed: it raised something else on another rank, which ends with that; no rank
+            waits here for one that does not come.
+    """
     result: list[Result] = []
-    failure = None
+    failure: tuple[bool, str] | None = None
+    own: Exception | None = None
     try:
         result.append(action())
     except kind as error:
-        failure = f"rank {dist.get_rank()}: {error}"
-    failures = [text for text in gather_objects(failure) if text is not None]
-    if failures:
-        raise kind(failures[0])
+        failure = True, f"rank {dist.get_rank()}: {error}"
+    except Exception as error:
+        own = error
+        failure = False, f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+    failures = [found for found in gather_objects(failure) if found is not None]
+    if own is not None:
+        raise own
+    for is_known, text in sorted(failures, key=lambda found: found[0]):
+        raise kind(text) if is_known else OtherRankFailed(text)
     return result[0]
 
 

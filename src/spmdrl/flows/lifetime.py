@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 
 from spmdrl.checkpoint.rng import rng_state
 from spmdrl.config import CheckpointSection
-from spmdrl.distributed.reduce import world_flags
+from spmdrl.distributed.reduce import gather_objects, world_flags
 from spmdrl.flows.moments import Moment
 from spmdrl.flows.saving import Saver
 from spmdrl.launch import World
@@ -18,6 +17,7 @@ from spmdrl.policy_sync import PolicySync
 from spmdrl.runtime.stopping import StopAsked
 from spmdrl.runtime.walltime import Walltime
 from spmdrl.runtime.watcher import STOPPING_PHASE, Watcher
+from spmdrl.storages import json_values
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Lifetime:
     def _now(self) -> Moment:
         return Moment(
             steps_done=self.steps_done,
-            saved=deepcopy(self.saved),
+            saved=json_values(self.saved, "run.saved"),
             metrics_lines=self.metrics_lines(),
             versions=self._saver.versions(),
             generators=rng_state(self._world.device),
@@ -119,6 +119,9 @@ class Lifetime:
         with self.watcher.pulse.phase(STOPPING_PHASE):
             self._save_stopped()
             self._saver.wait()
+        broken = [text for text in gather_objects(self.watcher.broken) if text is not None]
+        if broken:
+            raise RuntimeError(f"{broken[0]}; all was saved, and the next start goes on from here")
         if self._world.is_first:
             log.info("stopped; the save took %.1f s", time.monotonic() - began)
             self.watcher.attempt.clear_stop_files()

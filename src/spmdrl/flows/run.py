@@ -16,7 +16,6 @@ from spmdrl.calls import Call
 from spmdrl.config import Config, Part
 from spmdrl.data.home import DataSet, StepRows, home_rows
 from spmdrl.distributed.reduce import moments, world_max
-from spmdrl.files import set_aside
 from spmdrl.flows.lifetime import Lifetime
 from spmdrl.flows.moments import Saved
 from spmdrl.flows.phase_memory import PhaseMemory
@@ -26,7 +25,7 @@ from spmdrl.memory.turns import Turns
 from spmdrl.objects import load_object
 from spmdrl.observe import names
 from spmdrl.observe.console import Console
-from spmdrl.observe.metrics import METRICS_FILE, MetricsWriter
+from spmdrl.observe.metrics import MetricsWriter, set_aside_metrics
 from spmdrl.observe.progress import Relay
 from spmdrl.observe.timeline import PhaseTimer, timing_metrics
 from spmdrl.passes import NO_GRADIENT
@@ -124,8 +123,8 @@ class Run:
         self._evaluators, self._saver, self._timer = list(evaluators), saver, timer
         self._syncs_to_evaluate = self.has_begun = self.is_concluded = False
         self._relay, self._memory, self._life = relay, memory, lifetime
-        if world.is_first and not config.checkpoint.resume:
-            set_aside(self.directory / METRICS_FILE)
+        if world.is_first and lifetime.resumed.path is None:
+            set_aside_metrics(self.directory)
         self._writer = MetricsWriter(
             self.directory, is_first=world.is_first, tensorboard=config.log.tensorboard
         )

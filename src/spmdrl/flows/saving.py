@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.assemble import Assembly
-from spmdrl.checkpoint.index import Tensors
+from spmdrl.checkpoint.index import CHECKPOINTS, Tensors
 from spmdrl.checkpoint.journal import merge_journals, pack_journal, unpack_journal
 from spmdrl.checkpoint.owners import frozen_slices, only, slice_owners
 from spmdrl.checkpoint.reading import load_tensors, read_private, resume_point, set_aside
@@ -182,11 +181,15 @@ class Saver:
             aside = set_aside(self._root)
             if aside is not None:
                 log.info("checkpoint.resume=false: the older checkpoints are kept as %s", aside)
+            self._writer.adopt([])
             return Resumed()
         found = resume_point(self._root)
         if found is None:
+            self._writer.adopt([])
             return Resumed()
         path, state = found
+        if CHECKPOINTS in state:
+            self._writer.adopt([path.name, *state[CHECKPOINTS]])
         if state["seed"] != self._config.seed:
             raise ValueError(
                 f"{path} was made with seed={state['seed']}, the configuration has seed="
@@ -327,24 +330,23 @@ class Saver:
             held = role.backend.local_tensors()
             tensors = {n: (self._memory.view(t), slices) for n, (t, slices) in held.items()}
         gathered = full_tensors(self._layouts[name], tensors)
-        failure = None
-        if dist.get_rank() == 0:
+
+        def write() -> None:
             try:
-                save_pretrained(
-                    _present(gathered),
-                    role.config,
-                    directory,
-                    self._config.model_path(name),
-                    head=role_head(self._config, name),
-                )
-            except OSError as error:
-                failure = str(error)
-        # whatever is left of the exchange, so that no rank waits for another
-        for _ in gathered:
-            pass
-        failures = [text for text in gather_objects(failure) if text is not None]
-        if failures:
-            raise OSError(failures[0])
+                if self._world.is_first:
+                    save_pretrained(
+                        _present(gathered),
+                        role.config,
+                        directory,
+                        self._config.model_path(name),
+                        head=role_head(self._config, name),
+                    )
+            finally:
+                # whatever is left of the exchange, so that no rank waits for another
+                for _ in gathered:
+                    pass
+
+        agreed(OSError, write)
 
     def _tensors(self, *, owned: bool = False) -> Tensors:
         """Every trained role's state as `role.kind/NAME`; with `owned` what is written here."""

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from spmdrl.algorithms.ratio_bins import RATIO_BINS, RATIO_EDGES
-from spmdrl.files import replace_file
+from spmdrl.files import replace_file, set_aside
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
+DROPPED_FILE = "metrics.dropped.jsonl"
+"""Lines of steps that were done again, because the run went on from an earlier checkpoint."""
 TENSORBOARD_DIR = "tensorboard"
 RESERVED = ("step", "wall_time")
 # JSON has no such numbers; Python's own NaN and Infinity literals stop other readers
@@ -64,15 +68,16 @@ class MetricsWriter:
             wall_time: seconds since 1970; None: now.
 
         Raises:
-            ValueError: a step before the last one (a resumed run calls `truncate_to` first), or a
-                reserved name.
+            ValueError: a reserved name, or a value that is no number, on every rank; a step before
+                the last one (a resumed run calls `truncate_to` first).
             OSError: the line could not be written; the error names the file.
         """
-        if not self._is_first:
-            return
         reserved = [name for name in RESERVED if name in values]
         if reserved:
             raise ValueError(f"metrics may not be called {reserved}: these name the line itself")
+        numbers = {name: _number(name, value) for name, value in values.items()}
+        if not self._is_first:
+            return
         if self._last_step is not None and step < self._last_step:
             raise ValueError(
                 f"{self.path} already holds step {self._last_step}, and step {step} is to be "
@@ -80,17 +85,20 @@ class MetricsWriter:
             )
         now = time.time() if wall_time is None else wall_time
         record: dict[str, float | str] = {"step": step, "wall_time": round(now, 3)}
-        record |= {name: _to_json(float(value)) for name, value in values.items()}
+        record |= {name: _to_json(value) for name, value in numbers.items()}
         self._append(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._last_step = step
         self._num_lines += 1
         board = self._tensorboard()
         if board is not None:
-            for name, value in values.items():
-                if name not in RATIO_BINS:
-                    board.add_scalar(name, float(value), step, walltime=now)
-            if RATIO_BINS[0] in values:
-                _add_ratios(board, [values[name] for name in RATIO_BINS], step)
+            with self._naming_tensorboard():
+                for name, value in numbers.items():
+                    if name not in RATIO_BINS:
+                        board.add_scalar(name, value, step, walltime=now)
+                if RATIO_BINS[0] in numbers:
+                    _add_ratios(board, [numbers[name] for name in RATIO_BINS], step)
+                # its thread tells here, or at the next event, what it failed at
+                board.flush()
 
     def write_samples(
         self, step: int, samples: Sequence[Mapping[str, object]], *, tag: str = "samples"
@@ -102,9 +110,10 @@ class MetricsWriter:
         board = self._tensorboard()
         if board is None:
             return
-        for number, sample in enumerate(samples):
-            board.add_text(f"{tag}/{number}", _markdown(sample), step)
-        board.flush()
+        with self._naming_tensorboard():
+            for number, sample in enumerate(samples):
+                board.add_text(f"{tag}/{number}", _markdown(sample), step)
+            board.flush()
 
     def count_lines(self) -> int:
         """Lines written so far; 0 on ranks that do not write."""
@@ -114,13 +123,19 @@ class MetricsWriter:
         """Keep the first `num_lines`, for a run that resumes from where it had written so many;
         returns how many were dropped.
 
-        The file is replaced as a whole. TensorBoard hides the events of later steps.
+        The file is replaced as a whole, after the others were added to `DROPPED_FILE` beside it.
+        TensorBoard hides the events of later steps.
         """
         if not self._is_first:
             return 0
         lines = [line for _, line in _whole_lines(self.path)]
-        kept = lines[:num_lines]
+        kept, dropped = lines[:num_lines], lines[num_lines:]
         self.close()
+        if dropped:
+            with (self.path.parent / DROPPED_FILE).open("ab") as file:
+                file.write(b"".join(line + b"\n" for line in dropped))
+                file.flush()
+                os.fsync(file.fileno())
         replace_file(self.path, b"".join(line + b"\n" for line in kept))
         self._open()
         self._purge_step = 0 if self._last_step is None else self._last_step + 1
@@ -135,8 +150,9 @@ class MetricsWriter:
             self._file.close()
             self._file = None
         if self._board is not None:
-            self._board.close()
-            self._board = None
+            board, self._board = self._board, None
+            with self._naming_tensorboard():
+                board.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -177,12 +193,34 @@ class MetricsWriter:
             # seconds of import that only the writing rank should pay
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(
-                str(self.path.parent / TENSORBOARD_DIR),
-                purge_step=self._purge_step,
-                flush_secs=10,
-            )
+            with self._naming_tensorboard():
+                self._board = SummaryWriter(
+                    str(self.path.parent / TENSORBOARD_DIR),
+                    purge_step=self._purge_step,
+                    flush_secs=10,
+                )
         return self._board
+
+    @contextmanager
+    def _naming_tensorboard(self) -> Iterator[None]:
+        """Its writer names no file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"TensorBoard's events not written ({error.strerror}): free space, or set "
+                "log.tensorboard=false",
+                str(self.path.parent / TENSORBOARD_DIR),
+            ) from error
+
+
+def set_aside_metrics(run_dir: Path) -> Path | None:
+    """Of an earlier run in `run_dir` that this one does not go on from: metrics.jsonl is kept as
+    metrics.jsonl.old-N, unless it is empty; its new path.
+    """
+    path = run_dir / METRICS_FILE
+    return set_aside(path) if path.is_file() and path.stat().st_size else None
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -241,6 +279,15 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, float]:
             raise ValueError(f"{path}:{number}: {name!r} is {value!r}, not a number")
         values[name] = number_or_none
     return values
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]  # what users' flows return
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"the metric {name!r} is {value!r}, a {type(value).__name__}: return one number"
+        ) from None
 
 
 def _to_json(value: float) -> float | str:

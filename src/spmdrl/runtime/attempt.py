@@ -9,6 +9,7 @@ what the newer one saved.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 from spmdrl.distributed.reduce import agreed, broadcast_object
-from spmdrl.files import replace_file
+from spmdrl.files import bring_back, replace_file
 from spmdrl.launch import World
+
+log = logging.getLogger(__name__)
 
 Outcome = Literal["done", "stopped", "crashed", "hung"]
 """How an attempt ended; a missing file reads as `crashed`."""
@@ -89,7 +92,7 @@ class Attempt:
             file.write(text.rstrip() + "\n")
 
     def read_failed(self) -> str | None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # what cannot be read is not known
             return (self.directory / "failed").read_text(encoding="utf-8").strip()
         return None
 
@@ -130,4 +133,6 @@ def _begin(run_dir: Path) -> Attempt:
         deadline=None if deadline is None else float(deadline),
     )
     attempt.check_owner()
+    for path in bring_back(run_dir):
+        log.warning("%s was being replaced when its process ended: it is the older one again", path)
     return attempt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -68,7 +69,8 @@ def end_process_in(seconds: float, code: int) -> None:
 
     def end() -> None:
         time.sleep(seconds)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
         os._exit(code)
 
     threading.Thread(target=end, name="spmdrl-end", daemon=True).start()

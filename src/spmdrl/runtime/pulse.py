@@ -88,7 +88,10 @@ def behind(heartbeats: Mapping[int, str], size: int) -> str:
     """Which ranks are behind, where they and the others are; from the heartbeats by rank."""
     found: dict[int, tuple[Position, float]] = {}
     for rank, line in heartbeats.items():
-        content = json.loads(line)
+        try:
+            content = json.loads(line)
+        except ValueError:  # not whole: its machine crashed
+            continue
         position = Position(**{name: content[name] for name in asdict(Position())})
         found[rank] = position, content["quiet_s"]
     missing = sorted(set(range(size)) - set(found))

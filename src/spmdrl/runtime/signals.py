@@ -35,7 +35,9 @@ class Signals:
 
     def wait(self, seconds: float) -> list[int]:
         """The signals noted since the last call; waits for one for `seconds` at most."""
-        if not select.select([self._reader], [], [], seconds)[0]:
+        ready = select.poll()  # `select.select` knows no descriptor from 1024 on
+        ready.register(self._reader, select.POLLIN)
+        if not ready.poll(1000 * seconds):
             return []
         with contextlib.suppress(BlockingIOError):
             return [number for number in self._reader.recv(4096) if number in STOPPING]

@@ -9,11 +9,12 @@ torchrun sends SIGTERM for both.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -21,17 +22,15 @@ import torch.distributed as dist
 
 from spmdrl.files import replace_file
 from spmdrl.launch import World
-from spmdrl.runtime.attempt import Attempt
+from spmdrl.runtime.attempt import Attempt, Outcome
 from spmdrl.runtime.failures import is_lost_peer, one_line, write_error_file
 from spmdrl.runtime.pulse import Pulse, behind
 from spmdrl.runtime.signals import STOPPING, Signals
+from spmdrl.runtime.signs import DEAD_S, SIGN_S, Signs
 from spmdrl.runtime.stacks import Stacks
 
 TICK_S = 0.5
 HEARTBEAT_S = 5.0
-SIGN_S, DEAD_S = 2.0, 12.0
-"""How often a watcher gives a sign of life, and without how long of it, while the job is ending, a
-rank of another host counts as dead."""
 
 EXIT_HUNG, EXIT_LOST = 75, 76
 LAUNCHER_S = 3.0
@@ -64,16 +63,20 @@ class Watcher:
         self._limits = {STOPPING_PHASE: STOPPING_LIMIT_S, **limits}
         self._stacks = Stacks(attempt.directory / "stacks", world.rank)
         self._store = world.connect(str(attempt.directory))
-        self._store.set(f"seat/{world.rank}", f"{socket.gethostname()} {os.getpid()}")
+        self._signs = Signs(self._store, world.rank, world.size)
         self.stop_asked = False
         """A stop was asked for somewhere; every rank comes to know within a tick or two."""
         self.stop_by: float | None = None
         """When to ask for a stop, in seconds since 1970, so that the save ends in time."""
+        self.broken: str | None = None
+        """What this rank cannot do without, and has lost: the run saves and ends."""
+        self._wards: list[Callable[[], str | None]] = []
+        self._signalled: list[int] = []
+        """Signals that nobody has answered yet."""
+        self._failing: set[str] = set()
         self._ending = False
         self._terminated = self._lost_peer = self._store_lost = False
-        self._signs: dict[int, tuple[bytes, float]] = {}
-        """Rank -> its newest sign of life, and when it came."""
-        self._next_heartbeat = self._next_sign = self._next_armed = 0.0
+        self._next_heartbeat = self._next_armed = 0.0
         self._thread = threading.Thread(target=self._run, name="spmdrl-watcher", daemon=True)
 
     def ask(self, reason: str) -> None:
@@ -83,10 +86,17 @@ class Watcher:
         self.stop_asked = True
         self._tell("stop", reason)
 
+    def look_after(self, ward: Callable[[], str | None]) -> None:
+        """Ask `ward` now and then, from the watcher's thread, how a thread or process is doing that
+        the caller owns: None, or what has become of it where the run cannot go on without it.
+        """
+        self._wards.append(ward)
+
     def look_for_requests(self) -> bool:
         """Whether a stop was asked for, also in this very moment (rank 0 sees files)."""
-        if self._world.is_first and not self.stop_asked:
-            self._look_for_requests()
+        self._look_for_requests()
+        if not self._thread.is_alive():
+            self._lose("the watcher's thread ended without a word")
         return self.stop_asked
 
     def stop_reason(self) -> str:
@@ -136,7 +146,8 @@ class Watcher:
         rank = self._world.rank
         if not is_lost_peer(error):
             self._fail(f"rank {rank}: {one_line(error)}")
-            write_error_file(error)
+            with self._outliving("writing the launcher's error file"):
+                write_error_file(error)
             return
         # The cause is another rank
         self._lost_peer = True
@@ -147,10 +158,14 @@ class Watcher:
         found = self.attempt.read_failed() or "no rank has said why, and all give signs of life"
         _say(f"[rank {rank}] lost a peer in a collective: {found}")
 
-    def _fail(self, text: str) -> None:
-        self.attempt.write_failed(text)
-        self.attempt.write_outcome("crashed")
-        self._tell("failed", text)
+    def _fail(self, text: str, outcome: Outcome = "crashed") -> None:
+        self._tell("failed", text)  # first: a full disk must not keep it from the others
+        self._write_end(text, outcome)
+
+    def _write_end(self, text: str, outcome: Outcome) -> None:
+        with self._outliving("writing how the attempt ended"):
+            self.attempt.write_failed(text)
+            self.attempt.write_outcome(outcome)
 
     def _tell(self, key: str, text: str) -> None:
         """Put a key into the store; `news` tells all watchers to look."""
@@ -170,38 +185,77 @@ class Watcher:
     # The thread
 
     def _run(self) -> None:
-        while not self._ending:
-            signals = self._signals.wait(TICK_S)
-            try:
-                self._look(signals)
-                self._check_limits()
-                self._beat()
-            except dist.DistError as error:
-                self._lose_store(error)
+        try:
+            while not self._ending:
+                self._tick()
+        except BaseException as error:  # of any type: nobody else would hear of it
+            traceback.print_exc()
+            self._lose(f"the watcher's thread ended ({one_line(error)})")
 
-    def _look(self, signals: list[int]) -> None:
-        if STOPPING[0] in signals:
+    def _tick(self) -> None:
+        """Each part stands alone: what fails in one is no reason to leave out the others."""
+        self._arm()  # first: a run that makes progress lives, whatever happens below
+        with self._outliving("waiting for signals"):
+            self._signalled += self._signals.wait(TICK_S)
+        for part in (self._look, self._check_limits, self._beat, self._ask_wards):
+            with self._outliving(part.__name__.strip("_")):
+                try:
+                    part()
+                except dist.DistError as error:
+                    self._lose_store(error)
+
+    @contextmanager
+    def _outliving(self, work: str) -> Iterator[None]:
+        """Files on a shared file system come and go: said once, and tried again at the next tick.
+
+        No other error is caught.
+        """
+        try:
+            yield
+            self._failing.discard(work)
+        except OSError as error:
+            if work not in self._failing:
+                _say(f"[rank {self._world.rank}] watcher: {work}: {error}; goes on without")
+            self._failing.add(work)
+            time.sleep(TICK_S / 10)
+
+    def _lose(self, what: str) -> None:
+        """Something is gone that this rank needs: all ranks save, and `Lifetime.stop` raises."""
+        if self.broken is None:
+            self.broken = f"rank {self._world.rank}: {what}"
+            self.ask(self.broken)
+
+    def _ask_wards(self) -> None:
+        for ward in self._wards:
+            found = ward()
+            if found is not None:
+                self._lose(found)
+
+    def _look(self) -> None:
+        if STOPPING[0] in self._signalled:
             self._on_term()
-        elif signals:
+        elif self._signalled:
             self.ask("SIGUSR1")
-        if self._world.is_first and not self.stop_asked:
-            self._look_for_requests()
+        self._signalled.clear()
+        self._look_for_requests()
         if self._store_lost:
             return
-        if time.monotonic() >= self._next_sign:
-            self._next_sign = time.monotonic() + SIGN_S
-            self._store.set(f"sign/{self._world.rank}", str(time.monotonic_ns()))
+        self._signs.give()
         if self._store.check(["news"]):
             self._look_for_news()
         if self._terminated or self._lost_peer:
             self._look_for_the_dead()
 
     def _look_for_requests(self) -> None:
-        for file in self.attempt.stop_files():
-            if file.exists():
-                self.ask(f"the file {file}")
+        """Rank 0 sees them for all."""
+        if not self._world.is_first or self.stop_asked:
+            return
         if self.stop_by is not None and time.time() >= self.stop_by:
             self.ask("the job's time is nearly over")
+        for file in self.attempt.stop_files():
+            with self._outliving(f"looking for {file}"):
+                if file.exists():
+                    self.ask(f"the file {file}")
 
     def _look_for_news(self) -> None:
         if self._store.check(["hung"]):
@@ -217,26 +271,14 @@ class Watcher:
             _say(f"[rank {self._world.rank}] SIGTERM after a failure: ends without saving")
             _exit(EXIT_LOST)
         self._terminated = True
-        self._look_for_the_dead()
+        # before a look at all ranks, which may take its time: they shall hear of it
         if not self._lost_peer:
             self.ask("SIGTERM")
+        self._look_for_the_dead()
 
     def _look_for_the_dead(self) -> None:
         """After SIGTERM or a failed collective: whether some rank died without a word."""
-        store, now, here = self._store, time.monotonic(), socket.gethostname()
-        dead = []
-        for rank in range(self._world.size):
-            seat, sign = f"seat/{rank}", f"sign/{rank}"
-            known = store.check([seat, sign])
-            newest = store.get(sign) if known else b""
-            if self._signs.get(rank, (None, 0.0))[0] != newest:
-                self._signs[rank] = newest, now
-            host, pid = store.get(seat).decode().split() if known else ("", "0")
-            gone = host == here and not _lives(int(pid))
-            if gone or now - self._signs[rank][1] > DEAD_S:
-                dead.append(rank)
-        # what has ended well, or with a word, is not what we look for
-        dead = [rank for rank in dead if not store.check([f"ended/{rank}"])]
+        store, dead = self._store, self._signs.dead()
         if dead and not store.check(["failed"]):
             names = ", ".join(f"rank {rank}" for rank in dead)
             self._fail(f"{names}: died without a word (killed?)")
@@ -252,65 +294,69 @@ class Watcher:
     def _limit(self) -> float:
         return self._limits.get(self.pulse.position.phase, self._limits["default"])
 
-    def _check_limits(self) -> None:
-        limit = self._limit()
+    def _arm(self) -> None:
         if time.monotonic() >= self._next_armed:
             self._next_armed = time.monotonic() + 5
-            self._stacks.arm(limit + 60)
+            self._stacks.arm(self._limit() + 60)
+
+    def _check_limits(self) -> None:
+        limit = self._limit()
         if time.monotonic() - self.pulse.moved <= limit:
             return
         phase = self.pulse.position.phase
         if phase == STOPPING_PHASE:
             _say(f"[rank {self._world.rank}] the save made no progress for {limit:g} s: ends")
-            self._stacks.dump("the save of a stop made no progress")
+            self._dump("the save of a stop made no progress")
             _exit(EXIT_HUNG)
         self._tell("beat", "")  # the others' heartbeats shall be of now, too
-        self._beat(now=True)
+        with self._outliving("beat"):
+            self._beat(now=True)
         time.sleep(3 * TICK_S)
         found = behind(self._heartbeats(), self._world.size)
         self._end_hung(f"no progress for {limit:g} s in phase {phase}: {found}", is_first=True)
 
     def _end_hung(self, text: str, *, is_first: bool) -> None:
-        self._stacks.dump(text)
+        self._dump(text)
         if is_first:
             _say(f"[rank {self._world.rank}] hung: {text}")
-            self.attempt.write_failed(text)
-            self.attempt.write_outcome("hung")
+            self._write_end(text, "hung")
             self._tell("hung", text)
             time.sleep(4 * TICK_S)  # for the stacks of the others, before a launcher ends them
         _exit(EXIT_HUNG)
 
+    def _dump(self, title: str) -> None:
+        with self._outliving("writing stacks"):
+            self._stacks.dump(title)
+
     def _heartbeats(self) -> dict[int, str]:
-        directory = self.attempt.directory / "heartbeats"
-        return {int(path.stem[5:]): path.read_text() for path in directory.glob("rank_*.json")}
+        found = {}
+        for path in (self.attempt.directory / "heartbeats").glob("rank_*.json"):
+            with suppress(OSError):
+                found[int(path.stem[5:])] = path.read_text(encoding="utf-8", errors="replace")
+        return found
 
     def _beat(self, *, now: bool = False) -> None:
         if not now and time.monotonic() < self._next_heartbeat:
             return
         self._next_heartbeat = time.monotonic() + HEARTBEAT_S
         line = self.pulse.heartbeat(self._world.rank)
-        replace_file(heartbeat_file(self.attempt.directory, self._world.rank), line.encode())
+        file = heartbeat_file(self.attempt.directory, self._world.rank)
+        replace_file(file, line.encode(), lasting=False)  # every rank, every few seconds
 
 
 def heartbeat_file(directory: Path, rank: int) -> Path:
     return directory / "heartbeats" / f"rank_{rank:05d}.json"
 
 
-def _lives(pid: int) -> bool:
-    """Whether a process of this host runs; one that was killed may be there as a zombie."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return False
-    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
-
-
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # whoever read it is gone, or it was closed
+        print(text, file=sys.stderr, flush=True)
 
 
 def _exit(code: int) -> None:
     """End the process at once: the main thread may be in a collective that never returns."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            if stream is not None:
+                stream.flush()
     os._exit(code)

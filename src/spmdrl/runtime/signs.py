@@ -1,0 +1,97 @@
+"""`Signs`: signs of life in the store, by which ranks that died without a word are found."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # documented as torch.distributed.Store, but torch's stubs do not re-export it
+    from torch._C._distributed_c10d import Store
+
+SIGN_S, DEAD_S = 2.0, 12.0
+"""How often a rank gives a sign of life, and without how long of it a rank of another host counts
+as dead, while the job is ending."""
+
+
+class Signs:
+    """This rank's seat (host and process) and signs, and what it knows of the others'.
+
+    Whatever the number of ranks, a look at all of them is one question to the store, once they have
+    a seat.
+
+    Args:
+        store: a connection of the caller's own.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        self._store, self._rank = store, rank
+        self._host = socket.gethostname()
+        self._unseated = list(range(size))
+        self._seats: dict[int, tuple[str, int]] = {}
+        self._newest: dict[int, tuple[bytes, float]] = {}
+        """Rank -> its newest sign of life, and when it came."""
+        self._next_sign = self._next_look = 0.0
+        self._set_sign()
+        store.set(f"seat/{rank}", f"{self._host} {os.getpid()}")
+
+    def give(self) -> None:
+        """A sign of life, when one is due."""
+        if time.monotonic() >= self._next_sign:
+            self._next_sign = time.monotonic() + SIGN_S
+            self._set_sign()
+
+    def dead(self) -> list[int]:
+        """Ranks whose process is gone, or that have given no sign for `DEAD_S`; what has ended well
+        is not among them.
+        """
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + SIGN_S
+            self._find_seats()
+            self._read(now)
+        silent = [rank for rank, (_, came) in self._newest.items() if now - came > DEAD_S]
+        gone = [
+            rank
+            for rank, (host, pid) in self._seats.items()
+            if host == self._host and not lives(pid)
+        ]
+        found = sorted({*silent, *gone})
+        return [rank for rank in found if not self._store.check([f"ended/{rank}"])]
+
+    def _set_sign(self) -> None:
+        self._store.set(f"sign/{self._rank}", str(time.monotonic_ns()))
+
+    def _find_seats(self) -> None:
+        if not self._unseated:
+            return
+        if self._store.check([f"seat/{rank}" for rank in self._unseated]):
+            found = self._unseated
+        else:
+            found = [rank for rank in self._unseated if self._store.check([f"seat/{rank}"])]
+        for rank, seat in self._values("seat", found).items():
+            host, pid = seat.decode().split()
+            self._seats[rank] = host, int(pid)
+        self._unseated = [rank for rank in self._unseated if rank not in self._seats]
+
+    def _read(self, now: float) -> None:
+        signs = {**dict.fromkeys(self._unseated, b""), **self._values("sign", list(self._seats))}
+        for rank, sign in signs.items():
+            if self._newest.get(rank, (None, now))[0] != sign:
+                self._newest[rank] = sign, now
+
+    def _values(self, key: str, ranks: list[int]) -> dict[int, bytes]:
+        values = self._store.multi_get([f"{key}/{rank}" for rank in ranks]) if ranks else []
+        return dict(zip(ranks, values, strict=True))
+
+
+def lives(pid: int) -> bool:
+    """Whether a process of this host runs; one that was killed may be there as a zombie."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
