@@ -236,6 +236,18 @@ class RewardPoolSection(Section):
     timeout_s: float = Field(10.0, gt=0, description="per sample")
     memory_gb: float = Field(4.0, gt=0, description="per subprocess")
     failed_reward: float = Field(0.0, description="of a sample whose reward function failed")
+    max_failed_share: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="share of a function's last calls (8 at least) on a rank that have failed, "
+        "from which on the run ends",
+    )
+    environment: tuple[str, ...] = Field(
+        (),
+        description="names of environment variables that functions see beside the usual ones, "
+        "e.g. a judge's token; * stands for any text",
+    )
 
 
 class EvaluationSection(Section):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from spmdrl.config import RewardPoolSection, RewardSection
+from spmdrl.flows.inputs import pool_key, reward_specs
 from spmdrl.rewards.functions import RewardSpec
 from spmdrl.rewards.pool import RewardError, RewardJob, RewardPool
 from spmdrl.rewards.server import start_reward_server
@@ -33,16 +35,35 @@ def naughty(prompt, response, answer, entry):
         return float("nan")
     if response == "inf":
         return float("inf")
+    if response == "huge":
+        return 1e39
     if response == "none":
         return None
     if response == "memory":
         return float(len(bytearray(2**31)))
     if response == "die":
         os._exit(7)
+    if response == "escape":
+        child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+        if os.fork() == 0:  # a daemon: its parent is gone
+            os.setsid()
+            daemon = subprocess.Popen(["sleep", "61"])
+            open(entry["pid_file"], "w").write(f"{child.pid} {daemon.pid}")
+            os._exit(0)
+        os.wait()
     return float(response)
 
 def parts(prompt, response, answer, entry):
     return {"score": float(response), "length": len(response)}
+
+def mixed(prompt, response, answer, entry):
+    return {"score": 1.0, "acc": True, "pred": "[INVALID]", "note": None, "digits": "12"}
+
+def bad_score(prompt, response, answer, entry):
+    return {"score": "[INVALID]", "acc": True}
+
+def sees(prompt, response, answer, entry):
+    return float(response in os.environ)
 
 def no_score(prompt, response, answer, entry):
     return {"length": 1.0}
@@ -107,20 +128,30 @@ def test_order_weights_and_columns(server, user):
 
 
 def test_each_kind_of_failure_costs_one_call(server, user, caplog):
-    bad = ["raise", "exit", "hang", "nan", "inf", "none", "memory", "die"]
+    bad = ["raise", "exit", "hang", "nan", "inf", "huge", "none", "memory", "die"]
     with naughty(server, user, failed=-1.0) as pool:
         responses = [r for word in bad for r in (word, "1")]
         results = pool.score(jobs(*responses))
         assert [r.score for r in results] == [-1.0, 1.0] * len(bad)
         reasons = [r.failures[0].reason for r in results[::2]]
         assert reasons == [
-            *("exception", "exception", "timeout", "nan", "nan", "exception", "memory", "died")
+            *(
+                "exception",
+                "exception",
+                "timeout",
+                "nan",
+                "nan",
+                "nan",
+                "exception",
+                "memory",
+                "died",
+            )
         ]
         assert "KeyError: 'from the reward'" in results[0].failures[0].message
         assert "exit code 7" in results[-2].failures[0].message
         assert not any(r.failures for r in results[1::2])
         assert [r.score for r in pool.score(jobs("2", "3"))] == [2.0, 3.0]
-    assert "8 of 16 calls failed" in caplog.text and "'timeout': 1" in caplog.text
+    assert "9 of 18 calls failed" in caplog.text and "'timeout': 1" in caplog.text
 
 
 def test_hanging_calls_run_out_side_by_side(server, user):
@@ -155,6 +186,100 @@ def test_a_function_that_never_works_is_given_up_early(server, user):
         with pytest.raises(RewardError, match="16 of 16 calls"):
             pool.score(jobs(*["hang"] * 1000))
         assert time.monotonic() - start < 10  # all of them: 12.5
+
+
+def test_a_function_that_nearly_always_fails_ends_the_run(server, user):
+    """With the share that `reward_pool.max_failed_share` has by default."""
+    config = RewardPoolSection()
+    with naughty(server, user, max_failed=config.max_failed_share, num_workers=2) as pool:
+        pool.score(jobs(*["raise"] * 7, "1"))
+        with pytest.raises(RewardError, match=r"(?s)99 of 100 calls.*max_failed_share=0.95"):
+            pool.score(jobs(*["1", *["raise"] * 99]))
+
+
+def test_what_float32_cannot_hold_is_a_failure(server, user):
+    spec = RewardSpec(name="x", function=f"{user}:naughty", weight=1e30)
+    with RewardPool(server, [spec]) as pool:
+        good, bad = pool.score(jobs("1", "1e10"))
+        assert good.score == 1e30 and not good.failures
+        assert bad.score == 0.0 and "1e+30 x the reward" in bad.failures[0].message
+    twice = [RewardSpec(name=name, function=f"{user}:naughty") for name in "ab"]
+    with RewardPool(server, twice) as pool:
+        assert len(pool.score(jobs("3e38"))[0].failures) == 2  # their sum is no float32
+    for settings in ({"failed": float("nan")}, {"failed": 1e39}):
+        with pytest.raises(ValueError, match=r"failed=.*finite"):
+            RewardPool(server, [spec], **settings)
+
+
+def test_entries_that_are_no_numbers_are_left_out_with_one_warning(server, user, caplog):
+    """As verl's functions return them (agentica rllm, verl: {"score", "acc", "pred"})."""
+    with RewardPool(server, [RewardSpec(name="x", function=f"{user}:mixed")]) as pool:
+        results = [*pool.score(jobs("1", "2")), *pool.score(jobs("3"))]
+    assert [dict(r.components) for r in results] == [{"x": 1.0, "x/acc": 1.0}] * 3
+    assert not any(r.failures for r in results)
+    for key in ("pred", "note", "digits"):
+        assert caplog.text.count(f"reward x: the entry '{key}'") == 1
+    with RewardPool(server, [RewardSpec(name="x", function=f"{user}:bad_score")]) as pool:
+        failure = pool.score(jobs("1"))[0].failures[0]
+    assert "'score' is no number: '[INVALID]'" in failure.message
+
+
+def test_functions_see_the_usual_variables_and_those_that_are_named(user, monkeypatch):
+    monkeypatch.setenv("JUDGE_TOKEN", "secret")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    spec = RewardSpec(name="x", function=f"{user}:sees")
+    names = ("PATH", "JUDGE_TOKEN", "HF_TOKEN", "MASTER_ADDR")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    with start_reward_server() as server:
+        with RewardPool(server, [spec]) as pool:
+            assert [r.score for r in pool.score(jobs(*names))] == [1.0, 0.0, 0.0, 0.0]
+        with RewardPool(server, [spec], environment=("JUDGE_*",)) as pool:
+            assert [r.score for r in pool.score(jobs(*names))] == [1.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("how", ["pool", "server"])
+def test_processes_in_other_sessions_end_with_their_worker(user, tmp_path, how):
+    pid_file = tmp_path / "pids"
+    with start_reward_server() as server:
+        pool = naughty(server, user, timeout_s=20.0)
+        assert pool.score(jobs("escape", pid_file=str(pid_file)))[0].failures
+        pids = [int(pid) for pid in pid_file.read_text().split()]
+        assert len(pids) == 2 and not any(gone(pid, within_s=0.05) for pid in pids)
+        if how == "pool":
+            pool.close()
+            assert all(gone(pid) for pid in pids)
+    assert all(gone(pid) for pid in pids)
+    for worker in pool._workers:
+        worker.channel.close()
+
+
+LIMITED = """
+import resource, sys
+from spmdrl.rewards.functions import RewardSpec
+from spmdrl.rewards.pool import RewardJob, RewardPool
+from spmdrl.rewards.server import start_reward_server
+resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+with start_reward_server() as server:
+    spec = RewardSpec(name="x", function=sys.argv[1] + ":naughty")
+    with RewardPool(server, [spec], memory_mb=64 << 10, timeout_s=100.0) as pool:
+        print(pool.score([RewardJob(prompt="", response="1", answer=None)])[0].score)
+"""
+
+
+def test_workers_start_below_hard_limits(user):
+    """As of `ulimit -v` and `ulimit -t`, for a user who may not raise them."""
+    code = "import ctypes; ctypes.CDLL(None).prctl(24, 24, 0, 0, 0)\n"  # drop CAP_SYS_RESOURCE
+    done = subprocess.run(
+        [sys.executable, "-c", code + LIMITED, user], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.returncode) == ("1.0\n", 0), done.stderr
+
+
+def test_a_function_named_like_a_scoring_role_has_a_column_of_its_own():
+    sections = [RewardSection(role="reward"), RewardSection(function="my.py:reward")]
+    assert [spec.name for spec in reward_specs(sections)] == ["reward#2"]
+    assert pool_key(sections) != pool_key(sections[1:])
 
 
 def test_a_dict_without_score_is_a_failure(server, user):

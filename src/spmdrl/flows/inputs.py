@@ -177,13 +177,17 @@ def prompt_source(section: PromptsSection) -> PromptSource:
 
 
 def reward_specs(rewards: Sequence[RewardSection]) -> list[RewardSpec]:
-    """One component per function in `rewards`, named after it (numbered when repeated)."""
+    """One component per function in `rewards`, named after it.
+
+    Numbered when the name is there already, as a function's or a scoring role's.
+    """
+    roles = {section.role for section in rewards}
     specs: list[RewardSpec] = []
     for section in rewards:
         if section.function is None:
             continue
         base = section.function.rpartition(":")[2]
-        taken = sum(spec.name.split("#")[0] == base for spec in specs)
+        taken = sum(spec.name.split("#")[0] == base for spec in specs) + (base in roles)
         specs.append(
             RewardSpec(
                 name=f"{base}#{taken + 1}" if taken else base,
@@ -219,6 +223,8 @@ def make_pools(
                 timeout_s=config.reward_pool.timeout_s,
                 memory_mb=round(config.reward_pool.memory_gb * 1000),
                 failed=config.reward_pool.failed_reward,
+                max_failed=config.reward_pool.max_failed_share,
+                environment=config.reward_pool.environment,
                 output=run_dir / f"rewards_rank_{rank:05d}{suffix}.log",
             )
             pools[pool_key(rewards)] = stack.enter_context(pool)
@@ -226,8 +232,8 @@ def make_pools(
 
 
 def pool_key(rewards: Sequence[RewardSection]) -> str:
-    """Equal for lists that one pool serves: those of the same functions."""
-    return repr([r for r in rewards if r.function is not None])
+    """Equal for lists that one pool serves: those of the same functions by the same names."""
+    return repr(reward_specs(rewards))
 
 
 def sampling_params(section: SamplingSection) -> SamplingParams:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 import selectors
 import signal
@@ -22,8 +23,8 @@ from types import TracebackType
 from typing import Any
 
 from spmdrl.rewards.functions import RewardSpec, needed_modules
-from spmdrl.rewards.process import WorkerSettings, receive, send
-from spmdrl.rewards.server import RewardServer
+from spmdrl.rewards.process import FLOAT32_MAX, WorkerSettings, receive, send
+from spmdrl.rewards.server import RewardServer, passed_variables
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,9 @@ class RewardPool:
         timeout_s: wall-clock seconds of one call of one component.
         memory_mb: MiB that calls may take beyond what the loaded worker has; None: no limit.
         failed: the value of a component whose call failed.
-        max_failed: share of a component's failed calls from which on it is an error.
+        max_failed: share of a component's failed calls from which on it is an error; in
+            (0, 1].
+        environment: names of variables of this process that functions see beside `server.PASSED`.
         load_timeout_s: seconds to import the functions.
         output: file that gets what reward functions print; None: nothing is kept.
 
@@ -118,17 +121,19 @@ class RewardPool:
         memory_mb: int | None = 4096,
         failed: float = 0.0,
         max_failed: float = 1.0,
+        environment: Sequence[str] = (),
         load_timeout_s: float = 120.0,
         output: Path | None = None,
     ) -> None:
         names = [spec.name for spec in specs]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"reward components need one name each, at least one: {names}")
-        if num_workers < 1 or timeout_s <= 0 or not 0 <= max_failed <= 1:
+        if num_workers < 1 or timeout_s <= 0 or not 0 < max_failed <= 1:
             raise ValueError(
                 f"num_workers={num_workers} and timeout_s={timeout_s} must be positive, "
-                f"max_failed={max_failed} from 0 to 1"
+                f"max_failed={max_failed} above 0 and at most 1"
             )
+        _check_range(failed, specs)
         self._server = server
         self._specs = tuple(specs)
         self._num_workers = num_workers
@@ -141,9 +146,11 @@ class RewardPool:
             cpu_s=timeout_s,
             memory_mb=memory_mb,
             output=None if output is None else str(output.resolve()),
+            environment=passed_variables(environment),
         )
         self._settings = pickle.dumps(settings)
         self._tallies = [_Tally() for _ in specs]
+        self._ignored: set[tuple[str, str]] = set()
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         server.preload(sorted({name for spec in specs for name in needed_modules(spec)}))
@@ -299,17 +306,34 @@ class RewardPool:
             self._store(call, answer, answers)
 
     def _store(self, call: int, answer: dict[str, Any], answers: dict[int, dict[str, Any]]) -> None:
-        answers[call] = answer
         component = call % len(self._specs)
+        spec = self._specs[component]
+        if "values" in answer and not _fits(spec.weight * answer["values"]["score"], self._specs):
+            value = answer["values"]["score"]
+            message = f"{spec.weight} x the reward {value} is more than a float32 can hold"
+            answer = {"reason": "nan", "message": message}
+        answers[call] = answer
         tally = self._tallies[component]
         tally.calls += 1
         if "values" in answer:
             tally.worked = True
+            self._warn_of_ignored(spec.name, answer["ignored"])
             return
         tally.failures += 1
         tally.first = tally.first or answer["message"]
         if not tally.worked and tally.failures >= MAX_START:
             raise self._error(component)
+
+    def _warn_of_ignored(self, component: str, keys: Sequence[str]) -> None:
+        """Once for each key of a function's dict."""
+        for key in keys:
+            if (component, key) not in self._ignored:
+                self._ignored.add((component, key))
+                log.warning(
+                    "reward %s: the entry %r of its dict is no number and is left out of the "
+                    "metrics",
+                    *(component, key),
+                )
 
     def _result(self, answers: Mapping[int, dict[str, Any]], calls: range) -> RewardResult:
         components: dict[str, float] = {}
@@ -350,5 +374,22 @@ class RewardPool:
         spec, tally = self._specs[component], self._tallies[component]
         return RewardError(
             f"reward {spec.name!r} ({spec.function}): {tally.failures} of {tally.calls} calls "
-            f"failed (allowed: under {self._max_failed:.0%}); the first:\n{tally.first}"
+            f"failed (reward_pool.max_failed_share={self._max_failed:g}: so many end the run); "
+            f"the first:\n{tally.first}"
         )
+
+
+def _fits(weighted: float, specs: Sequence[RewardSpec]) -> bool:
+    """Whether a weighted value, and with it the sum of all, is finite in float32."""
+    return abs(weighted) <= FLOAT32_MAX / len(specs)
+
+
+def _check_range(failed: float, specs: Sequence[RewardSpec]) -> None:
+    for spec in specs:
+        if not math.isfinite(spec.weight):
+            raise ValueError(f"the weight {spec.weight} of reward {spec.name!r} must be finite")
+        if not _fits(spec.weight * failed, specs):
+            raise ValueError(
+                f"failed={failed} with the weight {spec.weight} of reward {spec.name!r} must be "
+                "finite in float32"
+            )

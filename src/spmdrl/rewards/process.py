@@ -8,6 +8,7 @@ JSON datagrams on one socket; the end of that socket (the rank is gone) ends eve
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -20,7 +21,7 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,11 @@ from typing import Any, NoReturn
 from spmdrl.rewards.functions import RewardFunction, RewardSpec, load
 
 MAX_TRACEBACK = 4000
+
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+"""Rewards are float32 columns: what is larger would be infinite there."""
+
+PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +45,21 @@ class WorkerSettings:
         cpu_s: CPU seconds that one call may take, a second line behind the rank's wall clock.
         memory_mb: MiB that calls may take beyond what the loaded worker has; None: no limit.
         output: file that gets what reward functions print; None: nothing is kept.
+        environment: variables beside those that the server has.
     """
 
     specs: tuple[RewardSpec, ...]
     cpu_s: float
     memory_mb: int | None
     output: str | None
+    environment: Mapping[str, str]
 
 
 def serve(control_fd: int) -> None:
     """The fork server: answers requests until the rank's end of the socket closes."""
     control = socket.socket(fileno=control_fd)
     _outlive_signals()
+    _adopt_orphans()
     children: set[int] = set()
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 65536, 1)
@@ -65,9 +74,9 @@ def serve(control_fd: int) -> None:
             _answer(control, request["number"], pid)
         else:
             children.remove(request["pid"])
-            _answer(control, request["number"], _kill(request["pid"]))
-    for pid in children:
-        _kill(pid)
+            _answer(control, request["number"], _kill(request["pid"], children))
+    while children:
+        _kill(children.pop(), children)
 
 
 def _answer(control: socket.socket, number: int, value: int) -> None:
@@ -103,11 +112,54 @@ def _fork_worker(control: socket.socket, descriptor: int) -> int:
     return pid
 
 
-def _kill(pid: int) -> int:
-    """End a worker and what it started; its exit code, negative for a signal."""
+def _adopt_orphans() -> None:
+    """A process that has left its worker (setsid, a double fork) becomes the server's child.
+
+    Where the kernel has no such thing it is a process of its own, as before.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _kill(pid: int, others: Set[int]) -> int:
+    """End a worker and what it started; its exit code, negative for a signal.
+
+    Args:
+        others: the workers that go on. Children of the server that are none of these have outlived
+            whatever started them: they end, too.
+    """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    for found in _descendants(pid):  # those in other groups
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    while strays := [child for child in _children().get(os.getpid(), ()) if child not in others]:
+        for stray in strays:
+            os.kill(stray, signal.SIGKILL)  # ours: at most a zombie
+            os.waitpid(stray, 0)
+    return code
+
+
+def _children() -> dict[int, list[int]]:
+    """Parent -> its children, of all processes that are seen here."""
+    found: dict[int, list[int]] = {}
+    for directory in Path("/proc").iterdir():
+        if not directory.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
+            found.setdefault(parent, []).append(int(directory.name))
+    return found
+
+
+def _descendants(pid: int) -> list[int]:
+    children = _children()
+    found, new = [], [pid]
+    while new:
+        new = [child for parent in new for child in children.get(parent, ())]
+        found += new
+    return found
 
 
 def _run_worker(control: socket.socket, descriptor: int) -> NoReturn:
@@ -129,6 +181,7 @@ def work(channel: socket.socket) -> None:
         return
     settings: WorkerSettings = pickle.loads(message)
     _redirect_output(settings.output)
+    os.environ.update(settings.environment)
     try:
         functions = [load(spec) for spec in settings.specs]
     except ValueError as error:
@@ -145,26 +198,47 @@ def work(channel: socket.socket) -> None:
 
 
 def call(function: RewardFunction, arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """`{"values": {"score": …}}`, or `{"reason": …, "message": …}` when it failed."""
+    """`{"values": {"score": …}, "ignored": […]}`, or `{"reason": …, "message": …}` when it failed.
+
+    `ignored` are the keys of a dict whose values are no numbers.
+    """
     try:
-        values = _named(function(*arguments))
+        values, ignored = _named(function(*arguments))
     except MemoryError:
         return {"reason": "memory", "message": "MemoryError: the call went past the memory limit"}
     # Whatever a reward function raises (SystemExit too) is a failed call, not a failed worker.
     except BaseException:
         return {"reason": "exception", "message": _trace()}
-    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    # of what is not finite in float32, NaN compares as false
+    bad = {name: value for name, value in values.items() if not abs(value) <= FLOAT32_MAX}
     if bad:
         return {"reason": "nan", "message": f"the reward function returned {bad}"}
-    return {"values": values}
+    return {"values": values, "ignored": ignored}
 
 
-def _named(value: float | Mapping[str, float]) -> dict[str, float]:
+def _named(value: Any) -> tuple[dict[str, float], list[str]]:
+    """The named numbers that a function has returned, and the keys of what is no number."""
     if not isinstance(value, Mapping):
-        return {"score": float(value)}
+        return {"score": float(value)}, []
     if "score" not in value:
         raise ValueError(f"a reward function's dict must hold 'score'; it has {list(value)}")
-    return {str(name): float(number) for name, number in value.items()}
+    values: dict[str, float] = {}
+    ignored: list[str] = []
+    for name, entry in value.items():
+        try:
+            # a text may look like a number, but is none
+            values[str(name)] = _number(entry) if name != "score" else float(entry)
+        except (TypeError, ValueError) as error:
+            if name == "score":
+                raise ValueError(f"'score' is no number: {entry!r}") from error
+            ignored.append(str(name))
+    return values, ignored
+
+
+def _number(entry: Any) -> float:
+    if isinstance(entry, str | bytes):
+        raise TypeError(entry)
+    return float(entry)
 
 
 def _trace() -> str:
@@ -185,15 +259,21 @@ def _redirect_output(output: str | None) -> None:
 
 def _limit_memory(extra_mb: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + extra_mb * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + extra_mb * 2**20)
 
 
 def _limit_cpu(seconds: float) -> None:
     """RLIMIT_CPU counts over the whole life of a process: move it along before every call."""
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used + seconds) + 1, hard))
+    _limit(resource.RLIMIT_CPU, math.ceil(used + seconds) + 1)
+
+
+def _limit(kind: int, limit: int) -> None:
+    """A soft limit, no higher than the hard one, which stays (only root may raise it)."""
+    hard = resource.getrlimit(kind)[1]
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(kind, (limit, hard))
 
 
 def send(channel: socket.socket, payload: bytes) -> None:

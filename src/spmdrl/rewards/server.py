@@ -8,7 +8,26 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from types import TracebackType
+
+PASSED = (
+    *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TMPDIR"),
+    *("TERM", "PYTHON*", "VIRTUAL_ENV", "CONDA_*", "LD_LIBRARY_PATH", "LD_PRELOAD", "XDG_*"),
+    *("OMP_*", "MKL_*", "OPENBLAS_*", "MALLOC_*", "HF_HOME", "HF_*_OFFLINE", "HF_*_CACHE"),
+    *("TRANSFORMERS_*", "TOKENIZERS_PARALLELISM", "SSL_CERT_*", "*_proxy", "*_PROXY"),
+    *("CUDA_*", "NVIDIA_*"),
+)
+"""Variables that reward functions see; `*` stands for any text. Tokens are not among them."""
+
+
+def passed_variables(names: Sequence[str]) -> dict[str, str]:
+    """This process's environment variables whose names are among `names`."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if any(fnmatchcase(name, wanted) for wanted in names)
+    }
 
 
 def start_reward_server() -> RewardServer:
@@ -28,7 +47,7 @@ def start_reward_server() -> RewardServer:
         # One thread per worker, and the same set order in every worker of every rank.
         "OMP_NUM_THREADS": "1",
         "PYTHONHASHSEED": "0",
-        **os.environ,
+        **passed_variables(PASSED),
     }
     process = subprocess.Popen(
         [sys.executable, "-c", code],
