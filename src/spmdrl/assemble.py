@@ -6,10 +6,12 @@ are checked before the first of them, so that bad input fails at once and everyw
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from spmdrl.calls import Role
 from spmdrl.canary import Canary
@@ -48,6 +50,8 @@ from spmdrl.training.protocol import TrainBackend
 from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.weights.layout import WeightLayout
 from spmdrl.weights.sync import WeightSync
+
+log = logging.getLogger(__name__)
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -90,6 +94,13 @@ def open_models(config: Config, placements: Mapping[str, Placement]) -> dict[str
             divide the model.
     """
     models = {}
+    said: set[str] = set()
+
+    def warn(text: str) -> None:
+        if text not in said and not (dist.is_initialized() and dist.get_rank()):
+            log.warning("%s", text)
+        said.add(text)
+
     for name, role in config.roles.items():
         if ":" in config.role_kind(name):
             continue
@@ -99,6 +110,7 @@ def open_models(config: Config, placements: Mapping[str, Placement]) -> dict[str
             head_init=role.head,
             use_tiny=config.model.tiny,
             seed=config.seed,
+            warn=warn,
         )
         models[name] = Model(config=shape, weights=weights)
         check_model(config, name, placements[name], shape)

@@ -20,8 +20,6 @@ from spmdrl.models.config import ModelConfig, parse_config, read_config, tiny
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.export import save_pretrained
 from spmdrl.models.hf import (
-    INDEX,
-    SINGLE,
     RandomCheckpoint,
     check_weights,
     fill,
@@ -30,6 +28,7 @@ from spmdrl.models.hf import (
     open_model,
 )
 from spmdrl.models.sharding import Slice, all_slices, global_shapes, restrict
+from spmdrl.models.weight_files import INDEX, SINGLE
 from spmdrl.models.tokenizers import check_tokenizer, load_tokenizer
 
 SOURCE: dict[str, Any] = {

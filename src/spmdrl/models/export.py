@@ -16,9 +16,10 @@ from torch import Tensor
 from ..files import atomic_directory
 from .config import ModelConfig
 from .families import CAUSAL, CLASSIFICATION
-from .hf import INDEX, SINGLE
+
 from .shard_files import write_shards
 from .sharding import Head, global_shapes
+from .weight_files import INDEX, SINGLE
 
 MAX_SHARD_BYTES = 4 * 1024**3
 

@@ -6,21 +6,19 @@ A rank reads only the slices that it holds, one at a time; a full copy of the we
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .config import ModelConfig, read_config, tiny
 from .decoder import Decoder
+from .inspection import HEAD, WithTiedHead, inspect
 from .sharding import SCORE, Head, Slice, global_shapes
+from .weight_files import Checkpoint, open_checkpoint
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 HeadInit = Literal["file", "normal", "zero"]
 """Where a scalar head's weights come from."""
 
@@ -35,73 +33,6 @@ class TensorSource(Protocol):
     def read(self, part: Slice) -> Tensor:
         """The values of `part`, in the source's dtype, on the CPU; shape `part.size`."""
         ...
-
-
-class Checkpoint:
-    """The safetensors files of a directory; files are mapped only while a slice is read."""
-
-    def __init__(self, path: Path, files: dict[str, Path]) -> None:
-        self.path = path
-        self._files = files
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        with _open(self._file(name)) as handle:
-            return tuple(self._get(handle, name).get_shape())
-
-    def read(self, part: Slice) -> Tensor:
-        box = tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))
-        with _open(self._file(part.name)) as handle:
-            held = self._get(handle, part.name)
-            shape = tuple(held.get_shape())
-            if shape != part.shape:
-                raise ValueError(
-                    f"{self._file(part.name)}: tensor {part.name!r} has shape {shape}, "
-                    f"config.json asks for {part.shape}"
-                )
-            values: Tensor = held[box]
-            return values
-
-    def _file(self, name: str) -> Path:
-        if name not in self._files:
-            raise ValueError(f"{self.path} has no tensor {name!r}")
-        return self._files[name]
-
-    def _get(self, handle: Any, name: str) -> Any:
-        try:
-            return handle.get_slice(name)
-        except SafetensorError as error:
-            raise ValueError(f"{self._files[name]} has no tensor {name!r}") from error
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The weights of a Hugging Face directory (one safetensors file, or several with an index).
-
-    Raises:
-        ValueError: neither is there, or a file that the index names is missing or damaged.
-    """
-    directory = Path(path)
-    index, single = directory / INDEX, directory / SINGLE
-    if index.is_file():
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: directory / file for name, file in weight_map.items()}
-        for name, file in files.items():
-            if not file.is_file():
-                raise ValueError(f"{file} is missing, {index} says that it holds {name!r}")
-        for file in sorted(set(files.values())):
-            with _open(file):
-                pass
-        return Checkpoint(directory, files)
-    if not single.is_file():
-        raise ValueError(
-            f"{directory} has neither {SINGLE} nor {INDEX}: give the directory of a Hugging Face "
-            "model with safetensors weights (`spmdrl convert` makes one of a GGUF file)"
-        )
-    with _open(single) as handle:
-        return Checkpoint(directory, dict.fromkeys(handle.keys(), single))
 
 
 class RandomCheckpoint:
@@ -174,57 +105,43 @@ def open_model(
     head_init: HeadInit = "file",
     use_tiny: bool = False,
     seed: int = 0,
+    warn: Callable[[str], None] | None = None,
 ) -> tuple[ModelConfig, TensorSource]:
     """Configuration and weights of a directory, checked against each other.
 
     Args:
         head_init: a scalar head comes from the `file`, or is made anew (see `WithNewScore`).
         use_tiny: only config.json is read: a tiny model of that architecture, random weights.
+        warn: is called with what is odd about the directory and no reason to refuse it.
 
     Raises:
-        ValueError: a missing tensor, naming it and the directory.
+        ValueError: a missing, strange or quantised tensor, naming it and the file.
     """
     config = read_config(path)
     if use_tiny:
         config = tiny(config)
         return config, RandomCheckpoint(config, seed, head)
     checkpoint = open_checkpoint(path)
+    is_new = head == "score" and head_init != "file"
+    report = inspect(config, checkpoint, None if is_new else head)
+    report.refuse(checkpoint.path)
+    if warn is not None:
+        for note in report.notes:
+            warn(note)
     if head == "score" and head_init != "file":
-        check_weights(config, checkpoint, None)
         return config, WithNewScore(checkpoint, config, head_init, seed)
-    check_weights(config, checkpoint, head)
+    if head == "lm" and config.tie_embeddings and HEAD in checkpoint.names:
+        return config, WithTiedHead(checkpoint)
     return config, checkpoint
 
 
 def check_weights(config: ModelConfig, checkpoint: Checkpoint, head: Head | None = "lm") -> None:
-    """ValueError naming directory and tensor unless every tensor of the model is there.
+    """ValueError naming file and tensor unless the directory holds what config.json describes.
 
     A tied model's `lm_head.weight` may be in the file; it is not used. Without `head` the body
     alone is checked.
     """
-    wanted = global_shapes(config, head or "lm").keys()
-    missing = sorted(wanted - checkpoint.names - ({"lm_head.weight"} if head is None else set()))
-    if missing == ["lm_head.weight"]:
-        found = "it holds a scalar head (score.weight), so it is a reward or value model"
-        tied = "if the embeddings are tied, config.json must say tie_word_embeddings: true"
-        raise ValueError(
-            f"{checkpoint.path} has no tensor 'lm_head.weight': "
-            f"{found if SCORE in checkpoint.names else tied}"
-        )
-    if missing == [SCORE]:
-        raise ValueError(
-            f"{checkpoint.path} has no tensor {SCORE!r}: a reward or value model has a scalar head "
-            "of that name; train one with the flow reward_model, or give the role a new head with "
-            "roles.NAME.head=normal (or zero)"
-        )
-    if head == "score" and not missing and checkpoint.shape(SCORE) != (1, config.hidden_size):
-        raise ValueError(
-            f"{checkpoint.path}: tensor {SCORE!r} has shape {checkpoint.shape(SCORE)}, a scalar "
-            f"head has {(1, config.hidden_size)}: one label (num_labels: 1)"
-        )
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{checkpoint.path} has no tensor {missing[0]!r}{more}")
+    inspect(config, checkpoint, head).refuse(checkpoint.path)
 
 
 @torch.no_grad()
@@ -240,10 +157,3 @@ def load_into(decoder: Decoder, checkpoint: TensorSource) -> None:
     parameters = dict(decoder.named_parameters())
     held = decoder.slices()
     fill(((tensor, held[name]) for name, tensor in parameters.items()), checkpoint)
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{file} is no readable safetensors file: {error}") from error

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spmdrl.models.config import ModelConfig, read_config
+from spmdrl.models.config import ModelConfig
 from spmdrl.models.export import save_pretrained
-from spmdrl.models.hf import Checkpoint, open_checkpoint
+from spmdrl.models.hf import TensorSource, open_model
 from spmdrl.models.sharding import Slice, global_shapes
 
 
@@ -29,7 +29,7 @@ def pad_heads(source: str | Path, out_dir: str | Path, heads: str) -> ModelConfi
         ValueError: not two numbers, fewer heads than there are, or another number of query heads to
             each key/value head (the old heads would change their partners).
     """
-    config = read_config(source)
+    config, weights = open_model(source)
     num_heads, num_kv_heads = _parse(heads)
     old = (config.num_heads, config.num_kv_heads)
     if num_heads < old[0] or num_kv_heads < old[1]:
@@ -46,7 +46,7 @@ def pad_heads(source: str | Path, out_dir: str | Path, heads: str) -> ModelConfi
         "head_dim": config.head_dim,
     }
     padded = replace(config, num_heads=num_heads, num_kv_heads=num_kv_heads, source=described)
-    save_pretrained(_padded(open_checkpoint(source), padded), padded, out_dir, source)
+    save_pretrained(_padded(weights, padded), padded, out_dir, source)
     return padded
 
 
@@ -57,11 +57,11 @@ def _parse(heads: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _padded(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def _padded(weights: TensorSource, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     for name, shape in global_shapes(config).items():
-        old = checkpoint.shape(name)
+        old = weights.shape(name)
         whole = Slice(name=name, shape=old, start=(0,) * len(old), stop=old, offset=0)
-        tensor = checkpoint.read(whole)
+        tensor = weights.read(whole)
         if old != shape:
             larger = torch.zeros(shape, dtype=tensor.dtype)
             larger[tuple(slice(0, size) for size in old)] = tensor
