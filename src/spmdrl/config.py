@@ -294,6 +294,10 @@ class CheckpointSection(Section):
     export: bool | int = Field(
         True, description="write run_dir/model at the end; a number: and every so many steps"
     )
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of the exported weights; auto: that of the files that the model was read from",
+    )
     journal_kv: bool | Literal["auto"] = Field(
         "auto",
         description="a stop in generation saves the key-value cache, so that it goes on bit for "

@@ -54,6 +54,12 @@ def train_sources(config: Config) -> list[WeightedSource]:
     return [WeightedSource.model_validate(config.data.train.model_dump()), *mixed]
 
 
+def uses_chat(config: Config) -> bool:
+    """Whether some data go through the chat template."""
+    own = [described.data for described in held_out_sets(config).values()]
+    return any(section.chat for section in (*train_sources(config), *own) if section is not None)
+
+
 def mixed_source(config: Config, entry: Mapping[str, Any]) -> WeightedSource:
     """One entry of `data.mix`."""
     return WeightedSource.model_validate(_like_train(config, entry))

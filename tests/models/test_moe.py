@@ -17,8 +17,8 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, copy_to
 from spmdrl.launch import World
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.grouped import Groups, grouped_gemm, grouped_linear
 from spmdrl.models.export import save_pretrained
+from spmdrl.models.grouped import Groups, grouped_gemm, grouped_linear
 from spmdrl.models.hf import load_into, open_model
 from spmdrl.models.moe import Experts
 from spmdrl.models.routing import Routing, choices_dtype, pack_choices, unpack_choices

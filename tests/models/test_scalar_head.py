@@ -7,39 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from scalar_heads import decoder_of, scores
 from transformers import AutoModelForSequenceClassification
 
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.export import save_pretrained
-from spmdrl.models.hf import load_into, open_model, random_tensor
+from spmdrl.models.hf import open_model, random_tensor
 from spmdrl.models.sharding import SCORE, Slice, all_slices, global_shapes
 from spmdrl.weights.layout import model_layout
 from tiny_model import make_tiny_model
 
 FAMILIES = ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM"]
-
-
-def decoder_of(directory: Path, **options: object) -> Decoder:
-    config, weights = open_model(directory, head="score", **options)  # type: ignore[arg-type]
-    decoder = Decoder(config, device="cpu", head="score")
-    load_into(decoder, weights)
-    return decoder
-
-
-def scores(decoder: Decoder, rows: list[list[int]]) -> torch.Tensor:
-    def dense(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=True
-        )
-        return out[0].transpose(0, 1)
-
-    found = []
-    for row in rows:
-        hidden = decoder(torch.tensor(row), torch.arange(len(row)), dense)
-        found.append((hidden[-1] @ decoder.head_weight().T)[0])
-    return torch.stack(found).detach()
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -61,13 +40,14 @@ def test_a_saved_model_is_one_for_sequence_classification(tmp_path):
     save(decoder, config, tmp_path / "out", tmp_path / "lm")
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert saved["architectures"] == ["LlamaForSequenceClassification"]
-    assert saved["id2label"] == {"0": "LABEL_0"} and saved["pad_token_id"] == 1
+    # <|im_end|>, which ends texts, is the only other special token
+    assert saved["id2label"] == {"0": "LABEL_0"} and saved["pad_token_id"] == 0
     rows = [[5, 9, 200, 17], [8, 7]]
     # transformers pads the short row, and reads its score at the last token that is no padding
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    padded = torch.tensor([rows[0], [*rows[1], 1, 1]])
+    padded = torch.tensor([rows[0], [*rows[1], 0, 0]])
     with torch.no_grad():
-        expected = theirs(padded, attention_mask=(padded != 1).long()).logits[:, 0]
+        expected = theirs(padded, attention_mask=(padded != 0).long()).logits[:, 0]
     torch.testing.assert_close(scores(decoder, rows), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(scores(decoder_of(tmp_path / "out"), rows), expected)
 

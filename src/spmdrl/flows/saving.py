@@ -24,18 +24,17 @@ from spmdrl.config import Config
 from spmdrl.custom_role import CustomRole
 from spmdrl.distributed.reduce import agreed, gather_objects, world_any
 from spmdrl.flows.differences import changed_keys, describe_journal
+from spmdrl.flows.exporting import export_models
 from spmdrl.flows.loss_check import TOLERANCES, LossCheck
 from spmdrl.flows.moments import Moment, Resumed
 from spmdrl.launch import World
 from spmdrl.ledger import Journal
-from spmdrl.models.export import save_pretrained
 from spmdrl.models.sharding import Slice
 from spmdrl.passes import OPTIMIZER, WEIGHTS, ModelRole
 from spmdrl.policy_sync import SyncState
-from spmdrl.role_plan import role_head, training_dtype
+from spmdrl.role_plan import training_dtype
 from spmdrl.roles import Policy, Rollout
 from spmdrl.runtime.attempt import Attempt
-from spmdrl.weights.gather import full_tensors
 from spmdrl.weights.layout import WeightLayout
 
 log = logging.getLogger(__name__)
@@ -312,41 +311,8 @@ class Saver:
         return copies
 
     def export(self, directory: Path) -> None:
-        """Every trained role as a directory that `transformers` loads: the policy (or the only one)
-        as `directory`, each other as `directory_NAME`. Every rank calls it.
-
-        Raises:
-            OSError: it could not be written, on every rank; an older directory is untouched.
-        """
-        first = "policy" if "policy" in self._trained else next(iter(self._trained))
-        for name in self._trained:
-            own = directory.with_name(f"{directory.name}_{name}")
-            self._export(name, directory if name == first else own)
-
-    def _export(self, name: str, directory: Path) -> None:
-        role = self._trained[name]
-        tensors = None
-        if role.backend is not None:
-            held = role.backend.local_tensors()
-            tensors = {n: (self._memory.view(t), slices) for n, (t, slices) in held.items()}
-        gathered = full_tensors(self._layouts[name], tensors)
-
-        def write() -> None:
-            try:
-                if self._world.is_first:
-                    save_pretrained(
-                        _present(gathered),
-                        role.config,
-                        directory,
-                        self._config.model_path(name),
-                        head=role_head(self._config, name),
-                    )
-            finally:
-                # whatever is left of the exchange, so that no rank waits for another
-                for _ in gathered:
-                    pass
-
-        agreed(OSError, write)
+        """See `export_models`."""
+        export_models(self._config, self._assembly, directory)
 
     def _tensors(self, *, owned: bool = False) -> Tensors:
         """Every trained role's state as `role.kind/NAME`; with `owned` what is written here."""
@@ -372,9 +338,3 @@ class Saver:
 
 def _named(group: str, tensors: Tensors) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:
     return {f"{group}/{name}": held for name, held in tensors.items()}
-
-
-def _present(tensors: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        assert tensor is not None, f"{name} was not gathered on this rank"
-        yield name, tensor

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..files import atomic_directory
 from .config import ModelConfig
 from .families import CAUSAL, CLASSIFICATION
-
+from .fields import Fields, read_json
+from .padding import set_padding
 from .shard_files import write_shards
-from .sharding import Head, global_shapes
-from .weight_files import INDEX, SINGLE
+from .sharding import Head, Slice, global_shapes
+from .weight_files import INDEX, SINGLE, open_checkpoint
 
+EMBEDDING = "model.embed_tokens.weight"
 MAX_SHARD_BYTES = 4 * 1024**3
 
 TOKENIZER_FILES = (
@@ -30,10 +33,24 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
 )
+MORE_TEMPLATES = "additional_chat_templates"
+"""The directory of a tokenizer's templates beside the default one."""
+
+
+def files_dtype(directory: str | Path, config: ModelConfig) -> torch.dtype:
+    """The dtype of the embeddings in a directory's files, which stands for all of them.
+
+    Raises:
+        ValueError: see `open_checkpoint`.
+    """
+    shape = (config.vocab_size, config.hidden_size)
+    row = Slice(name=EMBEDDING, shape=shape, start=(0, 0), stop=(1, shape[1]), offset=0)
+    return open_checkpoint(directory).read(row).dtype
 
 
 def save_pretrained(
@@ -43,47 +60,71 @@ def save_pretrained(
     tokenizer_dir: str | Path | None,
     *,
     head: Head = "lm",
+    dtype: torch.dtype | None = None,
+    ends: Sequence[int] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a directory that `transformers` loads; no tensor is held in memory after the next came.
 
-    A model with a scalar head is one for sequence classification with one label.
+    A model with a scalar head is one for sequence classification with one label. transformers reads
+    its score at the last token that is no padding, so the padding token that is written, in
+    config.json and for the tokenizer alike, is one with which no row ends.
 
     Args:
         tensors: every global tensor once, by Hugging Face name, in any order, on any device.
         tokenizer_dir: where tokenizer files and generation_config.json are copied from.
+        dtype: of the values in the files; None: as they come.
+        ends: tokens that end a text, beside those of `config`.
 
     Raises:
         OSError: a file could not be written; an older `out_dir` is then as it was.
-        ValueError: a tensor is missing, unknown, given twice or of another shape.
+        ValueError: a tensor is missing, unknown, given twice, of another shape, or has values that
+            `dtype` cannot hold.
     """
     with atomic_directory(out_dir) as fresh:
         shapes = global_shapes(config, head)
-        dtype = _write_weights(_checked(tensors, shapes), shapes, fresh, max_shard_bytes)
-        source = {**_without_labels(config.source), **_described(config, head), "dtype": dtype}
-        _write_json(fresh / "config.json", source)
+        cast = (_cast(name, tensor, dtype) for name, tensor in _checked(tensors, shapes))
+        written = _write_weights(cast, shapes, fresh, max_shard_bytes)
+        source = {**_without_labels(config.source), **_described(config, head), "dtype": written}
         if tokenizer_dir is not None:
             _copy_files(Path(tokenizer_dir), fresh)
-        if not (fresh / "generation_config.json").exists():
-            keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-            given = {key: source[key] for key in keys if source.get(key) is not None}
-            _write_json(fresh / "generation_config.json", given)
+        file = fresh / "generation_config.json"
+        copied = read_json(file) if file.is_file() else {}
+        fields = Fields(values=copied, origin=file.name, defaults={"eos_token_id": None})
+        found = dict.fromkeys([*config.eos_ids, *fields.ids("eos_token_id"), *ends])
+        all_ends = [token for token in found if 0 <= token < config.vocab_size]
+        if head == "score":
+            source["pad_token_id"] = set_padding(fresh, config, all_ends)
+        _write_json(fresh / "config.json", source)
+        generation = _generation(copied, source, all_ends, head)
+        if generation != copied or not file.is_file():
+            _write_json(file, generation)
+
+
+def _generation(
+    copied: Mapping[str, Any], source: Mapping[str, Any], ends: Sequence[int], head: Head
+) -> dict[str, Any]:
+    """generation_config.json: what the copied one says, with every end of text."""
+    keys = ("bos_token_id", "pad_token_id")
+    given = {key: source[key] for key in keys if source.get(key) is not None}
+    written = {**given, **copied}
+    if ends:
+        written["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+    if head == "score":
+        written["pad_token_id"] = source["pad_token_id"]
+    return written
 
 
 def _described(config: ModelConfig, head: Head) -> dict[str, Any]:
     """What config.json says of the head."""
     if head == "lm":
         return {"architectures": [config.architecture]}
-    described: dict[str, Any] = {
+    return {
         "architectures": [config.architecture.replace(CAUSAL, CLASSIFICATION)],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
         "problem_type": "regression",
     }
-    # transformers reads a padded row's score at the last token that is no padding
-    if config.source.get("pad_token_id") is None and config.eos_ids:
-        described["pad_token_id"] = config.eos_ids[0]
-    return described
 
 
 def _without_labels(source: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +173,21 @@ def _copy_files(source: Path, target: Path) -> None:
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    for template in sorted((source / MORE_TEMPLATES).glob("*.jinja")):
+        (target / MORE_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, target / MORE_TEMPLATES / template.name)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> tuple[str, Tensor]:
+    if dtype is None or tensor.dtype == dtype:
+        return name, tensor
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and not torch.equal(cast.isfinite(), tensor.isfinite()):
+        raise ValueError(
+            f"{name} has values of up to {tensor.abs().max().item():.3g}, which float16 cannot "
+            "hold: set checkpoint.export_dtype to bfloat16 or float32"
+        )
+    return name, cast
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

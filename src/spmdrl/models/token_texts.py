@@ -1,0 +1,115 @@
+"""What a tokenizer says of single tokens: texts, special tokens, and which of them end a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Decode = Callable[[Sequence[int]], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """A token that ends a text.
+
+    Args:
+        source: what says so, in words.
+    """
+
+    token: int
+    text: str
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenTexts:
+    """Texts of tokens, without the tokenizer.
+
+    Args:
+        decode: token ids -> text, special tokens left out.
+        decode_all: token ids -> text, special tokens as they are written.
+        special: ids of the special tokens by their texts.
+        ends: what ends a text, as the tokenizer has it.
+    """
+
+    decode: Decode
+    decode_all: Decode
+    special: Mapping[str, int] = field(default_factory=dict)
+    ends: tuple[End, ...] = ()
+
+
+def token_texts(tokenizer: Any, *, chat: bool) -> TokenTexts:
+    """Of a transformers tokenizer.
+
+    Args:
+        chat: whether the chat template is used: then what it writes after an answer is an end.
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def decode_all(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
+    return TokenTexts(
+        decode=decode,
+        decode_all=decode_all,
+        special=special_tokens(tokenizer),
+        ends=tokenizer_ends(tokenizer, chat=chat),
+    )
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Ids of the tokens that a decoded text can leave out, by their texts."""
+    added = tokenizer.added_tokens_decoder.items()
+    found = {str(token): int(i) for i, token in added if token.special}
+    named = [str(token) for token in tokenizer.all_special_tokens]
+    return {token: int(tokenizer.convert_tokens_to_ids(token)) for token in named} | found
+
+
+def tokenizer_ends(tokenizer: Any, *, chat: bool) -> tuple[End, ...]:
+    """The end of text, and what the chat template writes after an answer, where that is another:
+    the tokens that answers in training data end with.
+    """
+    found = []
+    if tokenizer.eos_token_id is not None:
+        found.append(
+            End(
+                token=int(tokenizer.eos_token_id),
+                text=str(tokenizer.eos_token),
+                source="the tokenizer's eos_token",
+            )
+        )
+    written = turn_end(tokenizer) if chat else None
+    if written is not None and written.token not in [end.token for end in found]:
+        found.append(written)
+    return tuple(found)
+
+
+def turn_end(tokenizer: Any) -> End | None:
+    """The special token that the chat template writes first after an answer; None where there is no
+    template, or it shows none.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    answer = "fjord-quartz"
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:
+        # A template is a program, and may raise anything at a conversation that it does not expect.
+        # This one is only asked for its end; rows that it refuses are named as they are read.
+        return None
+    place = text.rfind(answer)
+    if place < 0:
+        return None
+    rest = text[place + len(answer) :]
+    special = special_tokens(tokenizer)
+    found = [(at, -len(token), token) for token in special if (at := rest.find(token)) >= 0]
+    if not found:
+        return None
+    token = min(found)[2]
+    return End(token=special[token], text=token, source="the chat template's end of a turn")
