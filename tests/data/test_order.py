@@ -122,6 +122,21 @@ def test_a_mix_refills_from_what_the_step_left():
     assert [sum(i < 10 for i in indices) for indices in drawn[:4]] == [2, 2, 2, 2]
 
 
+def test_some_of_a_refill_are_of_every_source_by_its_weight():
+    """As flows use it: the first items of a refill replace the groups without signal."""
+    stream = MixedStream(
+        seed=5, sizes=(400, 400, 300), weights=(2.0, 1.0, 1.0), prompts_per_step=64
+    )
+    refills = [stream.indices(step, 1)[:20] for step in range(60)]
+    flat = np.array([i for indices in refills for i in indices])
+    shares = [(flat < 400).mean(), ((flat >= 400) & (flat < 800)).mean(), (flat >= 800).mean()]
+    assert np.allclose(shares, [0.5, 0.25, 0.25], atol=0.04)
+    single = np.array([stream.indices(step, 2)[0] for step in range(200)])
+    assert 0.35 < (single < 400).mean() < 0.65
+    assert MixedStream(**vars(stream)).indices(7, 1) == stream.indices(7, 1)
+    assert stream.indices(7, 1) != sorted(stream.indices(7, 1))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

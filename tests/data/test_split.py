@@ -1,10 +1,12 @@
 """Held-out prompts share no question with the training prompts."""
 
+import time
+
 import numpy as np
 import pytest
 
 from spmdrl.data.prompts import LoadReport, PromptSet, PromptSource, load_prompts
-from spmdrl.data.split import split, without_overlap
+from spmdrl.data.split import disjoint_parts, in_part, split, without_overlap
 
 
 class Characters:
@@ -88,3 +90,23 @@ def test_an_empty_subset():
     report = LoadReport(num_rows=0, num_bad=0, num_long=0, longest=0)
     empty = PromptSet([], np.empty(0, np.int32), np.empty(0, np.int64), report)
     assert len(empty.subset([])) == 0 and list(empty) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 49, 100, 333])
+def test_parts_are_those_of_equal_shares(count):
+    texts = [f"question {i}" for i in range(400)]
+    parts = disjoint_parts(texts, [1 / count] * count)
+    for number in {1, 2, count // 2 + 1, count}:
+        if number <= count:
+            own = [i for i, text in enumerate(texts) if in_part(text, f"{number}/{count}")]
+            assert own == parts[number - 1]
+    several = [i for i, text in enumerate(texts) if in_part(text, f"1-{count // 2 + 1}/{count}")]
+    assert several == sorted(i for part in parts[: count // 2 + 1] for i in part)
+
+
+def test_one_of_many_parts_takes_no_longer():
+    """A public report: 11 ms for each row of `part: 1/1000`."""
+    texts = [f"question {i}" for i in range(5000)]
+    began = time.perf_counter()
+    found = sum(in_part(text, "7/100000") for text in texts)
+    assert found < 5 and time.perf_counter() - began < 5

@@ -32,3 +32,11 @@ def test_a_failure_leaves_the_older_file(tmp_path):
         write_results(path, rows())
     assert json.loads(path.read_text()) == {"a": 1}
     assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_half_of_a_pair_of_surrogates_is_written_and_read(tmp_path):
+    path = tmp_path / "out.jsonl"
+    rows = [{"prompt": "é \ud83d", "answer": "4\udc00"}, {"prompt": "é"}]
+    write_results(path, rows)
+    assert [json.loads(line) for line in path.read_bytes().splitlines()] == rows
+    assert "é" in path.read_text(encoding="utf-8")

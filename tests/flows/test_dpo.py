@@ -171,4 +171,4 @@ def test_kept_sums_survive_the_file():
     sums = {bytes([i]) * 16: -1.5 * i for i in range(5)}
     content = encode(sums, "a model (12)")
     assert decode(content, "a model (12)") == sums
-    assert decode(content, "another") == "a model (12)"
+    assert decode(content, "another") == "holds log-probabilities of a model (12)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -11,16 +11,22 @@ import torch
 from spmdrl.batch import Batch, from_rows
 from spmdrl.data.encode import EndingTokenizer, make_encoder
 from spmdrl.data.examples import (
+    CALL_ALONE,
     EMPTY_ANSWER,
     Example,
     ExampleSource,
-    Messages,
+    Report,
     Unusable,
+    read_examples,
+    read_mark,
+    unreported,
+)
+from spmdrl.data.messages import (
+    Messages,
     checked_messages,
     opening,
     prompt_key,
     read_answers,
-    read_examples,
     with_system,
 )
 from spmdrl.data.rows import Row
@@ -32,11 +38,13 @@ class Conversation:
     text: what the user says first, before any template.
     tokens: int32 ids of the whole conversation, to the end of its last answer.
     answers: where each answer starts and stops; its end-of-turn token is part of it.
+    mark: of its row, see `data.identity`.
     """
 
     text: str
     tokens: Sequence[int]
     answers: tuple[tuple[int, int], ...]
+    mark: bytes = b""
 
     @property
     def loss_mask(self) -> list[bool]:
@@ -82,6 +90,12 @@ class ConversationSet(Sequence[Conversation]):
     def identities(self) -> list[Hashable]:
         return [tuple(item.tokens) for item in self._items]
 
+    def marks(self) -> list[bytes]:
+        return [item.mark for item in self._items]
+
+    def ids(self) -> Iterator[Sequence[int]]:
+        return (item.tokens for item in self._items)
+
     def subset(self, indices: Sequence[int]) -> ConversationSet:
         return ConversationSet([self._items[i] for i in indices], self.left_out)
 
@@ -107,17 +121,19 @@ class ConversationSet(Sequence[Conversation]):
         return batch.with_columns(tokens={"loss_mask": mask})
 
 
-def load_conversations(source: ExampleSource, tokenizer: EndingTokenizer) -> ConversationSet:
+def load_conversations(
+    source: ExampleSource, tokenizer: EndingTokenizer, report: Report = unreported
+) -> ConversationSet:
     """Conversations from a column of messages, or of a prompt and a response.
 
     The column `messages` is read where `source.columns` names it; else prompt and `response` (a
-    text, or a conversation that ends in it). Conversations with an empty answer or of more than
-    `max_tokens` are left out, counted and logged.
+    text, or a conversation that ends in it). Conversations with an empty answer, with one that only
+    calls tools, or of more than `max_tokens` are left out, counted and logged.
 
     Raises:
         ValueError: see `data.examples.read_examples`; a tokenizer without chat template or end.
     """
-    encoder = make_encoder(source.source, tokenizer, chat=source.chat)
+    encoder = make_encoder(source.source, tokenizer, chat=source.chat, now=source.now)
     whole = "messages" in source.columns
     if whole and not source.chat:
         raise ValueError(
@@ -126,22 +142,25 @@ def load_conversations(source: ExampleSource, tokenizer: EndingTokenizer) -> Con
 
     def make(row: Row) -> Example[Conversation]:
         text, messages = _whole(row, source) if whole else _prompt_and_response(row, source)
-        if any(m["role"] == "assistant" and not m["content"].strip() for m in messages):
-            raise Unusable(EMPTY_ANSWER)
-        encoded = encoder.encode(messages)
+        silent = [m for m in messages if m["role"] == "assistant" and not m["content"].strip()]
+        if silent:
+            raise Unusable(CALL_ALONE if any(m.get("tool_calls") for m in silent) else EMPTY_ANSWER)
+        encoded = encoder.encode(messages, encoder.tools_of(row))
         if source.max_tokens is not None and len(encoded.tokens) > source.max_tokens:
             raise Unusable(f"of more than max_tokens={source.max_tokens}")
         first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        item = Conversation(text=text, tokens=encoded.tokens, answers=encoded.answers)
+        item = Conversation(
+            text=text, tokens=encoded.tokens, answers=encoded.answers, mark=read_mark(row)
+        )
         return Example(text=text, prompt=prompt_key(messages[:first]), item=item)
 
     needed = [source.column("messages" if whole else "response")]
-    return ConversationSet(*read_examples(source, needed, make))
+    return ConversationSet(*read_examples(source, needed, make, encoder.has_tools, report))
 
 
 def _whole(row: Row, source: ExampleSource) -> tuple[str, Messages]:
     column = source.column("messages")
-    messages = checked_messages(row.values.get(column), column, source)
+    messages = checked_messages(row.get(column), column, source)
     return opening(messages), with_system(messages, source)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Protocol
 
-from spmdrl.data.examples import BadRow, Messages
+from spmdrl.data.messages import BadRow, Messages, checked_text, read_tools
+from spmdrl.data.rows import Row, said
+
+Tools = Sequence[Mapping[str, Any]]
 
 
 class Tokenizer(Protocol):
@@ -16,7 +21,7 @@ class Tokenizer(Protocol):
     chat_template: Any
 
     def apply_chat_template(
-        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool, **more: Any
     ) -> Any: ...
 
     def __call__(self, text: Any, *, add_special_tokens: bool) -> Any: ...
@@ -52,13 +57,27 @@ class AnswerEncoder:
 
     An answer ends with the first special token that the template writes after it; where it writes
     none, and without a template, the last answer ends with the end of text.
+
+    Args:
+        ends: the special tokens.
+        now: the time that the template is told.
     """
 
     tokenizer: EndingTokenizer
     chat: bool
     ends: tuple[str, ...]
+    now: datetime
 
-    def encode(self, messages: Messages) -> Encoded:
+    @property
+    def has_tools(self) -> bool:
+        """Whether prompts name the tools that a row offers."""
+        return self.chat and writes_tools(self.tokenizer)
+
+    def tools_of(self, row: Row) -> Tools:
+        """Those to be named. BadRow: they are malformed."""
+        return read_tools(row) if self.has_tools else ()
+
+    def encode(self, messages: Messages, tools: Tools = ()) -> Encoded:
         """All answers of a conversation; what follows the last one is dropped.
 
         Raises:
@@ -74,7 +93,7 @@ class AnswerEncoder:
         answers: list[tuple[int, int]] = []
         text, ended = "", False
         for place in places:
-            before, answer, ended = self._split(messages[: place + 1])
+            before, answer, ended = self._split(messages[: place + 1], tools)
             if not before.startswith(text):
                 raise BadRow(
                     f"the chat template writes messages 0 to {place - 1} otherwise once message "
@@ -90,22 +109,22 @@ class AnswerEncoder:
             answers[-1] = (answers[-1][0], len(tokens))
         return Encoded(tokens=array("i", tokens), answers=tuple(answers))
 
-    def encode_last(self, messages: Messages) -> tuple[array[int], array[int]]:
+    def encode_last(self, messages: Messages, tools: Tools = ()) -> tuple[array[int], array[int]]:
         """The prompt, as generation encodes it, and the answer that is the last message."""
-        before, answer, ended = self._split(messages)
+        before, answer, ended = self._split(messages, tools)
         prompt = self._ids(before)
         whole = self._continued(prompt, before, before + answer)
         end = [] if ended else [int(self.tokenizer.eos_token_id)]
         return array("i", prompt), array("i", whole[len(prompt) :] + end)
 
-    def _split(self, messages: Messages) -> tuple[str, str, bool]:
+    def _split(self, messages: Messages, tools: Tools) -> tuple[str, str, bool]:
         """Text before the last message, an answer; the answer; whether it holds the turn's end."""
         content = str(messages[-1]["content"])
         if not self.chat:
             assert len(messages) == 2, messages
             return str(messages[0]["content"]), content, False
-        before = render(messages[:-1], self.tokenizer, prompt=True)
-        after = render(messages, self.tokenizer, prompt=False)
+        before = render(messages[:-1], self.tokenizer, prompt=True, tools=tools, now=self.now)
+        after = render(messages, self.tokenizer, prompt=False, tools=tools, now=self.now)
         if not after.startswith(before):
             raise BadRow(
                 "the chat template does not write the generation prompt before an answer that is "
@@ -138,22 +157,23 @@ class AnswerEncoder:
                 return whole
         elif not tokens:
             return self._ids(longer)
-        rest: list[int] = self.tokenizer(longer[len(text) :], add_special_tokens=False)["input_ids"]
-        return tokens + rest
+        return tokens + _token_ids(longer[len(text) :], self.tokenizer, special=False)
 
     def _ids(self, text: str) -> list[int]:
         """A chat template writes special tokens itself."""
-        return list(self.tokenizer(text, add_special_tokens=not self.chat)["input_ids"])
+        return _token_ids(text, self.tokenizer, special=not self.chat)
 
 
-def make_encoder(source: str, tokenizer: EndingTokenizer, *, chat: bool) -> AnswerEncoder:
+def make_encoder(
+    source: str, tokenizer: EndingTokenizer, *, chat: bool, now: datetime
+) -> AnswerEncoder:
     """ValueError where a chat template is asked for and there is none, or no end of text."""
     check_chat_template(source, tokenizer, chat=chat)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"data source {source!r}: the tokenizer has no eos_token to end answers")
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     ends = dict.fromkeys([*map(str, tokenizer.all_special_tokens), *added])
-    return AnswerEncoder(tokenizer=tokenizer, chat=chat, ends=tuple(ends))
+    return AnswerEncoder(tokenizer=tokenizer, chat=chat, ends=tuple(ends), now=now)
 
 
 def check_chat_template(source: str, tokenizer: Tokenizer, *, chat: bool) -> None:
@@ -164,22 +184,60 @@ def check_chat_template(source: str, tokenizer: Tokenizer, *, chat: bool) -> Non
         )
 
 
-def render(messages: Messages, tokenizer: Tokenizer, *, prompt: bool) -> str:
+def templates(tokenizer: Tokenizer) -> str:
+    """The text of its chat templates; "" without one."""
+    found = tokenizer.chat_template
+    named = found if isinstance(found, Mapping) else {"": found or ""}
+    return "\n".join(str(named[name]) for name in sorted(named))
+
+
+def writes_tools(tokenizer: Tokenizer) -> bool:
+    """Whether a chat template has a place for tools."""
+    return re.search(r"\btools\b", templates(tokenizer)) is not None
+
+
+def tells_time(tokenizer: Tokenizer) -> bool:
+    """Whether a chat template writes the date."""
+    return "strftime_now" in templates(tokenizer)
+
+
+def render(
+    messages: Messages, tokenizer: Tokenizer, *, prompt: bool, tools: Tools = (), now: datetime
+) -> str:
     """The chat template's text, with the beginning of an answer (`prompt`) or without.
+
+    Args:
+        now: what the template's `strftime_now` gives: prompts do not change over midnight.
 
     Raises:
         BadRow: the template refuses the messages.
+        ValueError: it is no template.
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, TemplateSyntaxError
 
+    more: dict[str, Any] = {"strftime_now": now.strftime}
+    if tools:
+        more["tools"] = [dict(tool) for tool in tools]
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt
-            )
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=prompt, **more
         )
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"the tokenizer's chat template is none: line {error.lineno}: {error.message}"
+        ) from error
     except TemplateError as error:  # such as roles in an order that the template refuses
         raise BadRow(f"the chat template refuses it: {error}") from error
+    except Exception as error:  # a template is code: it fails on a row as any code may
+        raise BadRow(f"the chat template fails on it: {said(error)}") from error
+    return checked_text(str(text), None)
+
+
+def _token_ids(text: str, tokenizer: Tokenizer, *, special: bool) -> list[int]:
+    try:
+        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    except Exception as error:  # the tokenizer's own, of whatever type
+        raise BadRow(f"the tokenizer refuses it: {said(error)}") from error
 
 
 def _disagreement(short: str, long: str) -> str:

@@ -124,7 +124,10 @@ class MixedStream:
                 )
 
     def indices(self, step: int, attempt: int = 0) -> list[int]:
-        """The items of a step, source by source; `attempt`: see `PromptStream.indices`."""
+        """The items of a step, source by source; `attempt`: see `PromptStream.indices`.
+
+        A refill's items are shuffled: where some of them are used, all sources have their shares.
+        """
         before = seats(self.weights, step * self.prompts_per_step)
         after = seats(self.weights, (step + 1) * self.prompts_per_step)
         drawn: list[int] = []
@@ -138,6 +141,8 @@ class MixedStream:
                 own = rest[(attempt - 1) * len(places) : attempt * len(places)].tolist()
             drawn += [offset + item for item in own]
             offset += size
+        if attempt > 0:
+            drawn = [drawn[i] for i in permutation(len(drawn), self.seed, 4, step, attempt)]
         return drawn
 
     def _items(self, source: int, places: range) -> list[int]:

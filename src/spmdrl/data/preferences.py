@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import overload
 
 import torch
@@ -13,15 +13,19 @@ from spmdrl.batch import Batch, from_rows
 from spmdrl.data.encode import EndingTokenizer, make_encoder
 from spmdrl.data.examples import (
     EMPTY_ANSWER,
-    BadRow,
     Example,
     ExampleSource,
+    Report,
     Unusable,
-    prompt_key,
-    read_answers,
     read_examples,
+    read_mark,
+    unreported,
 )
+from spmdrl.data.messages import BadRow, prompt_key, read_answers, shown
 from spmdrl.data.rows import Row
+
+HUGE = 3.4e38
+"""Margins are float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,7 @@ class Pair:
     prompt: int32 ids, the chat template's generation prompt included.
     chosen, rejected: int32 ids, each with the token that ends a turn.
     margin: by how much the chosen answer is better; 0 where the data do not say.
+    mark: of its row, see `data.identity`.
     """
 
     text: str
@@ -41,6 +46,7 @@ class Pair:
     chosen: Sequence[int]
     rejected: Sequence[int]
     margin: float
+    mark: bytes = b""
 
 
 class PairSet(Sequence[Pair]):
@@ -75,6 +81,13 @@ class PairSet(Sequence[Pair]):
 
     def identities(self) -> list[Hashable]:
         return [(*map(tuple, (i.prompt, i.chosen, i.rejected)),) for i in self._items]
+
+    def marks(self) -> list[bytes]:
+        return [item.mark for item in self._items]
+
+    def ids(self) -> Iterator[Sequence[int]]:
+        for item in self._items:
+            yield from (item.prompt, item.chosen, item.rejected)
 
     def subset(self, indices: Sequence[int]) -> PairSet:
         return PairSet([self._items[i] for i in indices], self.left_out)
@@ -135,7 +148,9 @@ class PairSet(Sequence[Pair]):
         return batch.with_columns(tokens={"loss_mask": mask})
 
 
-def load_preferences(source: ExampleSource, tokenizer: EndingTokenizer) -> PairSet:
+def load_preferences(
+    source: ExampleSource, tokenizer: EndingTokenizer, report: Report = unreported
+) -> PairSet:
     """Pairs from the columns of the prompt, `chosen`, `rejected`, and `margin` where it is named.
 
     Answers are texts, or conversations of which the last message is the answer; then the prompt's
@@ -146,7 +161,7 @@ def load_preferences(source: ExampleSource, tokenizer: EndingTokenizer) -> PairS
     Raises:
         ValueError: see `data.examples.read_examples`; a tokenizer without chat template or end.
     """
-    encoder = make_encoder(source.source, tokenizer, chat=source.chat)
+    encoder = make_encoder(source.source, tokenizer, chat=source.chat, now=source.now)
     columns = [source.column("chosen"), source.column("rejected")]
 
     def make(row: Row) -> Example[Pair]:
@@ -155,8 +170,9 @@ def load_preferences(source: ExampleSource, tokenizer: EndingTokenizer) -> PairS
         if not (chosen_text.strip() and rejected_text.strip()):
             raise Unusable(EMPTY_ANSWER)
         margin = _margin(row, source)
-        prompt, chosen = encoder.encode_last([*asked.messages, _said(chosen_text)])
-        _, rejected = encoder.encode_last([*asked.messages, _said(rejected_text)])
+        tools = encoder.tools_of(row)
+        prompt, chosen = encoder.encode_last([*asked.messages, _said(chosen_text)], tools)
+        _, rejected = encoder.encode_last([*asked.messages, _said(rejected_text)], tools)
         if chosen == rejected:  # also where only the space around them differs
             raise Unusable("with equal answers")
         longest = len(prompt) + max(len(chosen), len(rejected))
@@ -172,11 +188,12 @@ def load_preferences(source: ExampleSource, tokenizer: EndingTokenizer) -> PairS
             chosen=chosen,
             rejected=rejected,
             margin=margin,
+            mark=read_mark(row),
         )
         return Example(text=asked.text, prompt=prompt_key(asked.messages), item=pair)
 
     margins = [source.columns["margin"]] if "margin" in source.columns else []
-    return PairSet(*read_examples(source, [*columns, *margins], make))
+    return PairSet(*read_examples(source, [*columns, *margins], make, encoder.has_tools, report))
 
 
 def _said(answer: str) -> Mapping[str, str]:
@@ -187,7 +204,9 @@ def _margin(row: Row, source: ExampleSource) -> float:
     if "margin" not in source.columns:
         return 0.0
     column = source.columns["margin"]
-    value = row.values.get(column)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadRow(f"column {column!r} holds no number but {value!r}")
+    value = row.get(column)
+    if isinstance(value, Decimal):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < HUGE:
+        raise BadRow(f"column {column!r} holds no number of float32 but {shown(value)}")
     return float(value)

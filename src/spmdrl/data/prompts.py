@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -14,18 +14,30 @@ import torch
 from numpy.typing import NDArray
 
 from spmdrl.batch import Batch, from_rows
-from spmdrl.data.encode import Tokenizer, check_chat_template, render
+from spmdrl.data.answers import answer_text
+from spmdrl.data.encode import Tokenizer, check_chat_template, render, writes_tools
 from spmdrl.data.examples import (
+    Report,
+    all_rows,
+    check_columns,
+    leave_out,
+    read_mark,
+    reported,
+    tell_of_tools,
+    unreported,
+)
+from spmdrl.data.messages import (
     BadRow,
     check_prompt_settings,
     checked_messages,
     opening,
     read_answers,
     read_prompt,
+    read_tools,
     waiting,
     with_system,
 )
-from spmdrl.data.rows import Row, read_rows
+from spmdrl.data.rows import Row, is_conversation, one_line
 from spmdrl.data.split import in_part, read_part
 
 log = logging.getLogger(__name__)
@@ -44,6 +56,7 @@ class Prompt:
         tokens: token ids, the chat template's generation prompt included.
         answer: the reference answer.
         entry: the row: all that a reward function may need.
+        tools: what the chat template was told of tools.
     """
 
     prompt_id: int
@@ -52,6 +65,7 @@ class Prompt:
     tokens: tuple[int, ...]
     answer: str | None
     entry: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +74,8 @@ class PromptSource:
 
     Args:
         source: a .jsonl, .json (an object per line) or .parquet file, `hub:NAME`, or
-            `reasoning_gym:TASK`.
+            `reasoning_gym:TASK`. Names of columns may be those of fields
+            (`reward_model.ground_truth`).
         parameters: the task's parameters; arguments of `datasets.load_dataset` for `hub:`.
         size: rows at most; None: all. A reasoning_gym task needs it.
         seed: of a reasoning_gym task.
@@ -79,6 +94,7 @@ class PromptSource:
         on_bad_row: what a row that cannot be used is: an `error`, or counted, logged and left out.
         unique: leave out prompts that were there before.
         part: `all`, `2/3`: the second of three disjoint parts, or `2-3/4`, by prompt.
+        now: the time that a chat template is told.
     """
 
     source: str
@@ -96,6 +112,7 @@ class PromptSource:
     on_bad_row: Literal["error", "skip"] = "error"
     unique: bool = False
     part: str = "all"
+    now: datetime = field(default_factory=datetime.now, compare=False)
 
     def __post_init__(self) -> None:
         read_part(self.part)
@@ -133,6 +150,8 @@ class _Draft:
     text: str
     messages: tuple[Mapping[str, Any], ...]
     answer: str | None
+    tools: Sequence[Mapping[str, Any]]
+    mark: bytes
 
 
 class PromptSet(Sequence[Prompt]):
@@ -171,6 +190,7 @@ class PromptSet(Sequence[Prompt]):
             tokens=tuple(self._ids(index).tolist()),
             answer=draft.answer,
             entry=draft.row.values,
+            tools=draft.tools,
         )
 
     def texts(self) -> list[str]:
@@ -179,6 +199,12 @@ class PromptSet(Sequence[Prompt]):
 
     def identities(self) -> Sequence[Hashable]:
         return self.texts()
+
+    def marks(self) -> list[bytes]:
+        return [draft.mark for draft in self._drafts]
+
+    def ids(self) -> Iterator[Sequence[int]]:
+        return (self._ids(index).tolist() for index in range(len(self)))
 
     def rows(self, indices: Sequence[int], first_id: int) -> Batch:
         """`tokens`, `prompt_ids` from `first_id` on, and the Python column `prompt`."""
@@ -228,8 +254,13 @@ def join_prompts(sets: Sequence[PromptSet]) -> PromptSet:
     )
 
 
-def load_prompts(source: PromptSource, tokenizer: Tokenizer) -> PromptSet:
+def load_prompts(
+    source: PromptSource, tokenizer: Tokenizer, report: Report = unreported
+) -> PromptSet:
     """Read, check, render and tokenise all prompts of a source.
+
+    Args:
+        report: told how far it is.
 
     Raises:
         ValueError: the source cannot be read, has no such column (those it has are named), holds a
@@ -237,24 +268,20 @@ def load_prompts(source: PromptSource, tokenizer: Tokenizer) -> PromptSet:
     """
     check_chat_template(source.source, tokenizer, chat=source.chat)
     source = _with_task_columns(source)
-    rows = list(
-        read_rows(source.source, parameters=source.parameters, size=source.size, seed=source.seed)
-    )
-    _check_columns(source, rows)
+    rows = all_rows(source, seed=source.seed, report=report)
+    check_columns(source.source, _needed(source), rows)
+    has_tools = source.chat and writes_tools(tokenizer)
+    tell_of_tools(source.source, rows, used=has_tools)
     drafts: list[_Draft] = []
     texts: list[str] = []
     seen: set[str] = set()
     num_bad = num_repeated = num_elsewhere = 0
-    for row in rows:
+    for row in reported(rows, report):
         try:
-            draft = _draft(row, source)
+            draft = _draft(row, source, has_tools=has_tools)
             text = _render(draft, source, tokenizer)
         except BadRow as error:
-            if source.on_bad_row == "error":
-                raise ValueError(
-                    f"{row.place}: {error} (on_bad_row: skip leaves it out)"
-                ) from error
-            log.warning("%s: %s; left out", row.place, error)
+            leave_out(row, error, source.on_bad_row)
             num_bad += 1
             continue
         if not in_part(draft.opening, source.part):
@@ -265,10 +292,10 @@ def load_prompts(source: PromptSource, tokenizer: Tokenizer) -> PromptSet:
             seen.add(text)
             texts.append(text)
             drafts.append(draft)
-    lengths, tokens = _encode(texts, source, tokenizer)
+    lengths, tokens = _encode(texts, source, tokenizer, report)
     limit = source.max_prompt_tokens
     fits = [i for i, length in enumerate(lengths) if limit is None or length <= limit]
-    report = LoadReport(
+    done = LoadReport(
         num_rows=len(rows),
         num_bad=num_bad,
         num_long=len(drafts) - len(fits),
@@ -276,8 +303,8 @@ def load_prompts(source: PromptSource, tokenizer: Tokenizer) -> PromptSet:
         num_repeated=num_repeated,
         num_elsewhere=num_elsewhere,
     )
-    _tell(report, source, num_left=len(fits))
-    return PromptSet(drafts, tokens, lengths, report).subset(fits)
+    _tell(done, source, num_left=len(fits))
+    return PromptSet(drafts, tokens, lengths, done).subset(fits)
 
 
 def _with_task_columns(source: PromptSource) -> PromptSource:
@@ -287,49 +314,42 @@ def _with_task_columns(source: PromptSource) -> PromptSource:
     return PromptSource(**{**vars(source), **columns})
 
 
-def _check_columns(source: PromptSource, rows: Sequence[Row]) -> None:
-    """A column that no row has is a wrong setting, not a bad row."""
-    there = {name for row in rows for name in row.values}
-    settings = {"answer_column": source.answer_column}
+def _needed(source: PromptSource) -> dict[str, str]:
+    """Column -> the key that names it."""
+    needed = {source.prompt_column: "prompt_column"}
     if source.messages_column is not None:
-        settings["messages_column"] = source.messages_column
-    else:
-        settings["prompt_column"] = source.prompt_column
-    for key, name in settings.items():
-        if there and name is not None and name not in there:
-            raise ValueError(
-                f"data source {source.source!r} has no column {name!r} ({key}); it has "
-                f"{sorted(there)}"
-            )
+        needed = {source.messages_column: "messages_column"}
+    return needed | (
+        {} if source.answer_column is None else {source.answer_column: "answer_column"}
+    )
 
 
-def _draft(row: Row, source: PromptSource) -> _Draft:
+def _draft(row: Row, source: PromptSource, *, has_tools: bool) -> _Draft:
     if row.problem is not None:
         raise BadRow(row.problem)
-    answer = None if source.answer_column is None else row.values.get(source.answer_column)
+    answer = None if source.answer_column is None else row.get(source.answer_column)
     if source.messages_column is not None:
         column = source.messages_column
-        given = waiting(checked_messages(row.values.get(column), column, source), column)
+        given = waiting(checked_messages(row.get(column), column, source), column)
         first, messages = opening(given), with_system(given, source)
-    elif source.answer_column is not None and _is_conversation(answer):
+    elif source.answer_column is not None and is_conversation(answer):
         asked = read_answers(row, [source.answer_column], source)
         first, messages, answer = asked.text, list(asked.messages), asked.answers[0]
     else:
-        value = row.values.get(source.prompt_column)
+        value = row.get(source.prompt_column)
         messages = read_prompt(value, source.prompt_column, source)
         first = value if isinstance(value, str) else opening(messages)
+    if source.answer_column is not None:
+        answer = answer_text(answer, source.answer_column, source.answer_pattern)
     return _Draft(
         row=row,
         opening=first,
         text=next(m["content"] for m in reversed(messages) if m["role"] == "user"),
         messages=tuple(messages) if source.chat else (),
-        answer=_answer(answer, source),
+        answer=answer,
+        tools=read_tools(row) if has_tools else (),
+        mark=read_mark(row),
     )
-
-
-def _is_conversation(value: Any) -> bool:
-    """Not any list: an answer may be a list of numbers, which is then its text."""
-    return isinstance(value, list) and any(isinstance(m, Mapping) and "role" in m for m in value)
 
 
 def _question(draft: _Draft) -> str:
@@ -340,34 +360,23 @@ def _question(draft: _Draft) -> str:
     return draft.text
 
 
-def _answer(value: Any, source: PromptSource) -> str | None:
-    if source.answer_column is None:
-        return None
-    if value is None:
-        raise BadRow(f"column {source.answer_column!r} holds no answer")
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    if source.answer_pattern is None:
-        return text
-    match = re.search(source.answer_pattern, text)
-    if match is None:
-        raise BadRow(f"the answer {text[-80:]!r} does not match {source.answer_pattern!r}")
-    return str(match.group(1) if match.re.groups else match.group()).strip()
-
-
 def _render(draft: _Draft, source: PromptSource, tokenizer: Tokenizer) -> str:
-    return render(draft.messages, tokenizer, prompt=True) if source.chat else draft.text
+    if not source.chat:
+        return draft.text
+    return render(draft.messages, tokenizer, prompt=True, tools=draft.tools, now=source.now)
 
 
 def _encode(
-    texts: Sequence[str], source: PromptSource, tokenizer: Tokenizer
+    texts: Sequence[str], source: PromptSource, tokenizer: Tokenizer, report: Report
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Lengths `[number of texts]` and ids `[T]`. A chat template writes special tokens itself."""
     lengths: list[int] = []
     packed = [np.empty(0, np.int32)]
     for first in range(0, len(texts), ENCODE_ROWS):
-        rows = tokenizer(
-            list(texts[first : first + ENCODE_ROWS]), add_special_tokens=not source.chat
-        )["input_ids"]
+        report(first, len(texts))
+        some = list(texts[first : first + ENCODE_ROWS])
+        with one_line(f"data source {source.source!r}: the tokenizer refuses its prompts"):
+            rows = tokenizer(some, add_special_tokens=not source.chat)["input_ids"]
         lengths += [len(row) for row in rows]
         packed += [np.asarray(row, np.int32) for row in rows]
     return np.asarray(lengths, np.int64), np.concatenate(packed)

@@ -1,6 +1,8 @@
 """Rows of a data source, each with the place it came from; a bad row is told, not raised.
 
-`reasoning_gym` and `datasets` take more than a second to import, so they are imported where used.
+Libraries that read files raise errors of any type: each kind of read has one place here where
+those become one line with the source's name. `pyarrow`, `reasoning_gym` and `datasets` take long to
+import, so they are imported where used.
 """
 
 from __future__ import annotations
@@ -8,11 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 KINDS = "a .jsonl, .json or .parquet file, 'hub:NAME' or 'reasoning_gym:TASK'"
+TOOLS = "tools"
+"""The column whose tools the chat template is given."""
+
+_POINTER = b"version https://git-lfs.github.com/"
+_BATCH = 1024  # rows of a Parquet file that are turned into Python values at a time
+_SAID = 400  # letters of a library's message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +39,37 @@ class Row:
     place: str
     values: Mapping[str, Any]
     problem: str | None = None
+
+    def has(self, column: str) -> bool:
+        """Whether there is such a column, or such a field: `reward_model.ground_truth`."""
+        return _found(self.values, column)[0]
+
+    def get(self, column: str) -> Any:
+        """What a column or a field holds; None where there is none."""
+        return _found(self.values, column)[1]
+
+
+def _found(values: Mapping[str, Any], column: str) -> tuple[bool, Any]:
+    if column in values:
+        return True, values[column]
+    head, _, rest = column.partition(".")
+    inner = values.get(head)
+    return _found(inner, rest) if rest and isinstance(inner, Mapping) else (False, None)
+
+
+def said(error: Exception) -> str:
+    """A library's error as one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:_SAID]}{'…' if len(text) > _SAID else ''}"
+
+
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """ValueError with this beginning for whatever is raised inside: by a library, of any type."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {said(error)}") from error
 
 
 def read_rows(
@@ -54,18 +94,24 @@ def read_rows(
     path = Path(source)
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise ValueError(f"data source {source!r} is not known: it must be {KINDS}")
-    if not path.is_file():
+    with one_line(f"data source {source!r} cannot be read"):
+        is_file = path.is_file()
+    if not is_file:
         raise ValueError(f"data source {source!r} is not a file")
     if parameters:
         raise ValueError(f"data source {source!r} is a file: it takes no {sorted(parameters)}")
-    if path.suffix == ".parquet":
-        return _parquet_rows(path, size)
-    return _json_rows(path, size)
+    with one_line(f"data source {source!r} cannot be read"), path.open("rb") as file:
+        head = file.read(len(_POINTER))
+    if head == _POINTER:
+        raise ValueError(
+            f"data source {source!r} is a Git LFS pointer, not the data: `git lfs pull` fetches it"
+        )
+    return _parquet_rows(path, size) if path.suffix == ".parquet" else _json_rows(path, size)
 
 
 def _json_rows(path: Path, size: int | None) -> Iterator[Row]:
     """A JSON object per line. Read here and not by `datasets`, which names no line."""
-    with path.open("rb") as file:
+    with one_line(f"data source {str(path)!r} cannot be read"), path.open("rb") as file:
         for index, line in enumerate(file):
             if index == size:
                 return
@@ -83,42 +129,83 @@ def _parse(line: bytes) -> tuple[Mapping[str, Any], str | None]:
         return {}, f"not UTF-8: {error}"
     except json.JSONDecodeError as error:
         return {}, f"not JSON: {error.msg} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # too many digits, nested too deeply
+        return {}, f"JSON that cannot be read: {error}"
     if not isinstance(values, dict):
         return {}, f"not a JSON object but {type(values).__name__}"
     return values, None
 
 
 def _parquet_rows(path: Path, size: int | None) -> Iterator[Row]:
-    from datasets import load_dataset
+    """Read by pyarrow itself: `datasets` decodes what its metadata in the file say."""
+    with one_line(f"data source {str(path)!r} cannot be read"):
+        from pyarrow import parquet
 
-    # Streaming reads the file itself instead of a copy in a cache that ranks would share.
+        index = 0
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_BATCH):
+                for values, problem in _arrow_rows(batch):
+                    if index == size:
+                        return
+                    place = f"{path}: row {index}"
+                    yield Row(index=index, place=place, values=values, problem=problem)
+                    index += 1
+
+
+def _arrow_rows(batch: Any) -> Iterator[tuple[Mapping[str, Any], str | None]]:
+    """Values of each row, or what is wrong with it: text that is not UTF-8, a time that Python
+    cannot hold.
+    """
+    rows: list[tuple[Mapping[str, Any], str | None]]
     try:
-        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        for index, values in enumerate(rows):
-            if index == size:
-                return
-            yield Row(index=index, place=f"{path}: row {index}", values=values)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"data source {str(path)!r} cannot be read: {error}") from error
+        rows = [(values, None) for values in batch.to_pylist()]
+    except Exception:  # some row's, of whatever type: found below
+        rows = [_arrow_row(batch, place) for place in range(batch.num_rows)]
+    for values, problem in rows:
+        yield _unfilled(values), problem
+
+
+def _arrow_row(batch: Any, place: int) -> tuple[Mapping[str, Any], str | None]:
+    try:
+        return batch.slice(place, 1).to_pylist()[0], None
+    except Exception as error:  # pyarrow's, of whatever type: the row's fault
+        return {}, f"it cannot be read: {said(error)}"
+
+
+def _unfilled(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without the nulls that Arrow writes into messages and tools for keys that only others have:
+    a chat template would take them for values.
+    """
+    return {
+        name: _without_nulls(value) if name == TOOLS or is_conversation(value) else value
+        for name, value in values.items()
+    }
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def is_conversation(value: Any) -> bool:
+    """Not any list: an answer may be a list of numbers, which is then its text."""
+    return isinstance(value, list) and any(isinstance(m, Mapping) and "role" in m for m in value)
 
 
 def _hub_rows(name: str, parameters: Mapping[str, Any], size: int | None) -> Iterator[Row]:
-    from datasets import Dataset, load_dataset
+    # what is missing, misspelt, out of reach, or damaged in the cache
+    with one_line(f"data source 'hub:{name}' with {dict(parameters)} cannot be read"):
+        from datasets import Dataset, load_dataset
 
-    try:
         rows = load_dataset(name, **{"split": "train", **parameters})
-    # What is missing, misspelt or out of reach comes as one of these.
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"data source 'hub:{name}' with {dict(parameters)} cannot be read: "
-            f"{type(error).__name__}: {error}"
-        ) from error
     if not isinstance(rows, Dataset):
         raise ValueError(f"data source 'hub:{name}': split={parameters['split']!r} is no one split")
-    for index, values in enumerate(rows):
-        if index == size:
-            return
-        yield Row(index=index, place=f"hub:{name}: row {index}", values=values)
+    with one_line(f"data source 'hub:{name}' cannot be read"):
+        for index, values in enumerate(rows):
+            if index == size:
+                return
+            yield Row(index=index, place=f"hub:{name}: row {index}", values=_unfilled(values))
 
 
 def _task_rows(
@@ -137,13 +224,14 @@ def _task_rows(
     if size is None or size < 1:
         raise ValueError(f"data source 'reasoning_gym:{task}' needs a positive size, not {size}")
     spread = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest())
-    try:
+    with one_line(f"reasoning_gym task {task!r} refuses {dict(parameters)}"):
         items = create_dataset(task, size=size, seed=spread, **parameters)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(
-            f"reasoning_gym task {task!r} refuses {dict(parameters)}: {error}"
-        ) from error
     maker = {"task": task, "parameters": dict(parameters)}
     for index in range(size):
         place = f"reasoning_gym:{task}: item {index} of seed {seed}"
-        yield Row(index=index, place=place, values={**items[index], "reasoning_gym": maker})
+        try:
+            values = {**items[index], "reasoning_gym": maker}
+        except Exception as error:  # a task's own code, of whatever type
+            yield Row(index=index, place=place, values={}, problem=said(error))
+            continue
+        yield Row(index=index, place=place, values=values)

@@ -196,7 +196,14 @@ def read_part(part: str) -> tuple[int, int, int]:
 def in_part(text: str, part: str) -> bool:
     """Whether a text is in a part: `2/3` is the second of `disjoint_parts(.., [1/3] * 3)`."""
     first, last, count = read_part(part)
-    return first <= bisect_right(_bounds([1 / count] * count), _place(0, text)) + 1 <= last
+    if (first, last) == (1, count):
+        return True
+    # `_bounds` of equal shares, those two that matter: a sum of i equal floats, rounded once, is
+    # their product
+    low, high = (
+        PLACES if i == count else round(i * (1 / count) * PLACES) for i in (first - 1, last)
+    )
+    return low <= _place(0, text) < high
 
 
 def _bounds(shares: Sequence[float]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spmdrl.data.rows import one_line, said
 from spmdrl.distributed.reduce import broadcast_object
 
 
@@ -38,8 +40,9 @@ def read_opponent(path: Path, prompts: Sequence[str], judged_by: str) -> Opponen
     if dist.get_rank() == 0:
         try:
             found = _rewards(path, prompts, judged_by)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            found = f"{type(error).__name__}: {error}"
+        # a user's file: whatever is wrong in it, of any type
+        except Exception as error:
+            found = said(error)
     found = broadcast_object(found, 0)
     if isinstance(found, str):
         raise ValueError(
@@ -51,16 +54,20 @@ def read_opponent(path: Path, prompts: Sequence[str], judged_by: str) -> Opponen
 
 def _rewards(path: Path, prompts: Sequence[str], judged_by: str) -> list[list[float]]:
     rewards: list[list[float]] = [[] for _ in prompts]
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        record = json.loads(line)
-        place = int(record["prompt_id"])
-        if not (0 <= place < len(prompts) and record["prompt"] == prompts[place]):
-            raise ValueError(f"line {number} answers another prompt: {record['prompt'][:60]!r}")
-        if record["judge"] != judged_by:
-            raise ValueError(
-                f"line {number} was judged by {record['judge']}, this evaluation by {judged_by}"
-            )
-        rewards[place].append(float(record["reward"]))
+    # not splitlines: texts may hold other characters that end lines, U+2028 for one
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        with one_line(f"line {number}"):
+            record = json.loads(line)
+            place, prompt = int(record["prompt_id"]), str(record["prompt"])
+            judge, reward = record["judge"], float(record["reward"])
+        if not (0 <= place < len(prompts) and prompt == prompts[place]):
+            raise ValueError(f"line {number} answers another prompt: {prompt[:60]!r}")
+        if judge != judged_by:
+            raise ValueError(f"line {number} was judged by {judge}, this evaluation by {judged_by}")
+        if not math.isfinite(reward):
+            raise ValueError(f"line {number} has the reward {reward}")
+        rewards[place].append(reward)
     counts = sorted({len(own) for own in rewards})
     if len(counts) != 1 or counts == [0]:
         raise ValueError(f"its prompts have {counts} answers each, and all must have equally many")

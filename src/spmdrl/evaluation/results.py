@@ -18,11 +18,18 @@ def write_results(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
         OSError: the disk is full, or another fault of the file system; an older file stays whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=str) for row in rows
-    ]
+    lines = [_line(_finite(row)) for row in rows]
     replace_file(path, "".join(line + "\n" for line in lines).encode())
     return len(lines)
+
+
+def _line(row: Any) -> str:
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a pair of surrogates: JSON can write it, UTF-8 cannot
+        return json.dumps(row, allow_nan=False, default=str)
+    return text
 
 
 def _finite(value: Any) -> Any:

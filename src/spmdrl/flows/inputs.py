@@ -12,7 +12,7 @@ from typing import Any
 from spmdrl.config import Config, DataKind, PromptsSection, RewardSection, SamplingSection
 from spmdrl.config_sets import HELD_OUT, HeldOutSet, held_out_sets, train_sources
 from spmdrl.data.conversations import ConversationSet, load_conversations
-from spmdrl.data.examples import ExampleSource
+from spmdrl.data.examples import ExampleSource, Report, unreported
 from spmdrl.data.preferences import PairSet, load_preferences
 from spmdrl.data.prompts import (
     Prompt,
@@ -52,11 +52,15 @@ class Inputs:
     held_out: Mapping[str, AnySet]
 
 
-def read_inputs(config: Config, kind: DataKind = "prompts") -> Inputs:
-    """Read and tokenise everything; ValueError as `spmdrl.data`'s loaders and `data.split`."""
+def read_inputs(config: Config, kind: DataKind = "prompts", report: Report = unreported) -> Inputs:
+    """Read and tokenise everything; ValueError as `spmdrl.data`'s loaders and `data.split`.
+
+    Args:
+        report: told how far the source is that is being read.
+    """
     tokenizer = load_tokenizer(config.model.path)
     sections = train_sources(config)
-    sources = [load_data(section, kind, tokenizer) for section in sections]
+    sources = [load_data(section, kind, tokenizer, report) for section in sections]
     held_out: dict[str, AnySet] = {}
     if config.evaluation.held_out > 0:
         divide = split if kind == "prompts" else split_examples
@@ -65,7 +69,7 @@ def read_inputs(config: Config, kind: DataKind = "prompts") -> Inputs:
         held_out[HELD_OUT] = parts.held_out
         sources = [without_questions(source, parts.held_out) for source in sources]
     train = join_sets(sources)
-    held_out |= read_held_out(held_out_sets(config), kind, tokenizer, train.texts())
+    held_out |= read_held_out(held_out_sets(config), kind, tokenizer, train.texts(), report)
     if len(train) < config.data.prompts_per_step:
         raise ValueError(
             f"data.prompts_per_step={config.data.prompts_per_step}, but data.train has "
@@ -81,7 +85,11 @@ def read_inputs(config: Config, kind: DataKind = "prompts") -> Inputs:
 
 
 def read_held_out(
-    sets: Mapping[str, HeldOutSet], kind: DataKind, tokenizer: Any, trained: Sequence[str]
+    sets: Mapping[str, HeldOutSet],
+    kind: DataKind,
+    tokenizer: Any,
+    trained: Sequence[str],
+    report: Report = unreported,
 ) -> dict[str, AnySet]:
     """The sets that have data of their own, without the questions whose texts are trained on.
 
@@ -92,7 +100,7 @@ def read_held_out(
     for name, described in sets.items():
         if described.data is None:
             continue
-        own = load_data(described.data, described.kind or kind, tokenizer)
+        own = load_data(described.data, described.kind or kind, tokenizer, report)
         found[name], note = without_overlap(own, trained)
         log.info("evaluation.sets.%s: %s", name, note)
     return found
@@ -116,13 +124,15 @@ def join_sets(sets: Sequence[AnySet]) -> AnySet:
     return ConversationSet([item for s in sets if isinstance(s, ConversationSet) for item in s])
 
 
-def load_data(section: PromptsSection, kind: DataKind, tokenizer: Any) -> AnySet:
+def load_data(
+    section: PromptsSection, kind: DataKind, tokenizer: Any, report: Report = unreported
+) -> AnySet:
     """The set that a section describes."""
     if kind == "conversations":
-        return load_conversations(example_source(section), tokenizer)
+        return load_conversations(example_source(section), tokenizer, report)
     if kind == "preferences":
-        return load_preferences(example_source(section), tokenizer)
-    return load_prompts(prompt_source(section), tokenizer)
+        return load_preferences(example_source(section), tokenizer, report)
+    return load_prompts(prompt_source(section), tokenizer, report)
 
 
 def example_source(section: PromptsSection) -> ExampleSource:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -72,7 +72,7 @@ class CachedSums:
         self._run, self._path = run, run.directory / CACHE_FILE
         self._made_by = reference_identity(run.config)
         self._sums = self._read()
-        known = len(self._sums)
+        known = frozenset(self._sums)
         for data, items in sets:
             for at in range(0, len(items), CHUNK):
                 self._learn(home_rows(run.world, data, items[at : at + CHUNK]))
@@ -102,12 +102,14 @@ class CachedSums:
         found = rows.row_sum(column.double()).tolist()
         self._sums |= zip((keys[i] for i in missing), found, strict=True)
 
-    def _share(self, known: int) -> None:
+    def _share(self, known: Collection[bytes]) -> None:
         """Every rank gets what the others computed; the first one writes it all."""
-        for part in gather_objects(self._sums):
-            self._sums |= part
-        computed = len(self._sums) - known
-        log.info("reference: %d rows computed, %d read from %s", computed, known, self._path)
+        own = {key: value for key, value in self._sums.items() if key not in known}
+        if world_any(bool(own)):
+            for part in gather_objects(own):
+                self._sums |= part
+        computed = len(self._sums) - len(known)
+        log.info("reference: %d rows computed, %d read from %s", computed, len(known), self._path)
         if not computed:
             return
         failure = None
@@ -122,14 +124,22 @@ class CachedSums:
     def _read(self) -> Sums:
         found: Sums | str = {}
         if self._run.world.is_first and self._path.is_file():
-            found = decode(self._path.read_bytes(), self._made_by)
+            found = self._decoded()
         found = broadcast_object(found, 0)
         if isinstance(found, str):
             raise ValueError(
-                f"{self._path} holds log-probabilities of {found}, and the reference is "
-                f"{self._made_by}: remove the file, or use another run_dir"
+                f"{self._path} {found}, and the reference is {self._made_by}: remove the file, or "
+                "use another run_dir"
             )
         return found
+
+    def _decoded(self) -> Sums | str:
+        """What the file holds, or what is wrong with it, as part of a sentence."""
+        try:
+            return decode(self._path.read_bytes(), self._made_by)
+        # a cut or foreign file: whatever JSON and safetensors raise is told with its name
+        except Exception as error:
+            return f"cannot be read ({type(error).__name__}: {error})"
 
 
 def row_keys(batch: Batch) -> list[bytes]:
@@ -182,11 +192,11 @@ def encode(sums: Sums, made_by: str) -> bytes:
 
 
 def decode(content: bytes, made_by: str) -> Sums | str:
-    """What `encode` was given; of another reference, its name."""
+    """What `encode` was given; of another reference, what is wrong, as part of a sentence."""
     size = int.from_bytes(content[:8], "little")
     found = str(json.loads(content[8 : 8 + size])["__metadata__"]["reference"])
     if found != made_by:
-        return found
+        return f"holds log-probabilities of {found}"
     tensors = load(content)
     keys = tensors["keys"].numpy().tobytes()
     count = len(tensors["sums"])

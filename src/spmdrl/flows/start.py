@@ -38,7 +38,7 @@ from spmdrl.launch import World, seed_everything
 from spmdrl.ledger import keeping
 from spmdrl.memory_report import memory_texts, schedules
 from spmdrl.objects import load_object
-from spmdrl.observe.progress import Relay
+from spmdrl.observe.progress import Relay, TimedLines
 from spmdrl.observe.timeline import PhaseTimer
 from spmdrl.placement import place_roles, placement_table
 from spmdrl.rewards.pool import RewardPool
@@ -115,7 +115,7 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
     shapes = {name: model.config for name, model in models.items()}
     planned = for_unlike_gpus(config, world.gpu_bytes)
     plan = plan_roles(planned, placements, shapes, world.device_types, world.local_size)
-    inputs = read_inputs(config, config.data_kind())
+    inputs = read_inputs(config, config.data_kind(), TimedLines("the data", watcher.pulse.beat))
     check_models(config, inputs, shapes)
     table = placement_table(placements, memory_texts(plan.memory))
     log.info("%d ranks on %s\n%s", world.size, world.device.type, table)

@@ -1,16 +1,21 @@
 """Progress bars: one for the run, one within a long phase; on rank 0's terminal only.
 
-Where the stream is no terminal (a log file, a Slurm job) nothing at all is written.
+Where the stream is no terminal (a log file, a Slurm job) no bar is drawn. What takes long before
+the first step is told in the log (`TimedLines`).
 """
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -36,6 +41,28 @@ def phase_bar(
             bar.update(done - bar.n)
 
         yield report
+
+
+class TimedLines:
+    """Says in the log how far long work is, now and then.
+
+    Args:
+        what: is done.
+        beat: called whenever it came further.
+        every_s: seconds between two lines.
+    """
+
+    def __init__(self, what: str, beat: Callable[[], None], every_s: float = 30.0) -> None:
+        self._what, self._beat, self._every_s = what, beat, every_s
+        self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """`done` rows of `total`; 0 where it is not known how many there are."""
+        self._beat()
+        if time.monotonic() - self._said < self._every_s:
+            return
+        self._said = time.monotonic()
+        log.info("reading %s: row %d%s", self._what, done, f" of {total}" if total else "")
 
 
 class Relay:

@@ -1,0 +1,229 @@
+"""What a row's columns hold: a prompt, messages, answers, tools. Anything else is a bad row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from spmdrl.data.rows import TOOLS, Row
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class BadRow(ValueError):
+    """What is wrong with one row."""
+
+
+class PromptSettings(Protocol):
+    """How prompts are read, alike in all kinds of data."""
+
+    @property
+    def prompt_column(self) -> str: ...
+
+    @property
+    def template(self) -> str: ...
+
+    @property
+    def system(self) -> str | None: ...
+
+    @property
+    def chat(self) -> bool: ...
+
+
+def check_prompt_settings(settings: PromptSettings) -> None:
+    """ValueError for a template without its place, or a system prompt without messages."""
+    if "{prompt}" not in settings.template:
+        raise ValueError(f"template={settings.template!r} must contain {{prompt}}")
+    if settings.system is not None and not settings.chat:
+        raise ValueError(f"system={settings.system!r} needs chat=True: raw text has no messages")
+
+
+def checked_text(text: str, column: str | None) -> str:
+    """The text of a column (None: of the chat template). BadRow: it has half of a pair of
+    surrogates, which no encoding can write.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        letter = text[error.start]
+        where = "the rendered conversation" if column is None else f"column {column!r}"
+        raise BadRow(
+            f"{where}: {letter!r} at letter {error.start} is half of a character"
+        ) from error
+    return text
+
+
+def shown(value: Any) -> str:
+    """A value in a message: as much as helps to find it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits, nested too deeply
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Args:
+    text: what the user says first, before any template.
+    messages: the conversation up to the answers (of raw text: one message).
+    answers: one of each column asked for.
+    """
+
+    text: str
+    messages: Messages
+    answers: tuple[str, ...]
+
+
+def read_answers(row: Row, columns: Sequence[str], settings: PromptSettings) -> Asked:
+    """A row's prompt, and the answers in some columns.
+
+    An answer is a text, or a conversation of which it is the last message. What precedes it there
+    is the prompt, the same in all columns; the prompt's own column may then be missing.
+
+    Raises:
+        BadRow: an answer or the prompt is missing, or columns disagree about the prompt.
+    """
+    answers: list[str] = []
+    contexts: list[Messages] = []
+    for column in columns:
+        value = row.get(column)
+        if isinstance(value, str):
+            answers.append(checked_text(value, column))
+            continue
+        if not isinstance(value, list):
+            raise BadRow(f"column {column!r} holds no text and no conversation but {shown(value)}")
+        context, answer = ending_in_answer(value, column, settings)
+        answers.append(answer)
+        contexts += [context] if context else []
+    column = settings.prompt_column
+    given = row.get(column)
+    if not contexts:
+        if not row.has(column):
+            raise BadRow(f"there is no column {column!r} for the prompt in {sorted(row.values)}")
+        prompt = read_prompt(given, column, settings)
+        text = given if isinstance(given, str) else opening(prompt)
+        return Asked(text=text, messages=prompt, answers=tuple(answers))
+    first = contexts[0]
+    if any(prompt_key(context) != prompt_key(first) for context in contexts):
+        raise BadRow("the conversations differ before their last answer")
+    waiting(first, columns[0])
+    if column not in columns and given is not None:
+        messages = _with_given(first, given, settings)
+    else:
+        messages = with_system(first, settings)
+    return Asked(text=opening(first), messages=messages, answers=tuple(answers))
+
+
+def _with_given(context: Messages, given: Any, settings: PromptSettings) -> Messages:
+    """What precedes the answers, checked against the prompt's column; a prompt that is one text
+    gets its template.
+    """
+    column = settings.prompt_column
+    if not isinstance(given, str):
+        if prompt_key(checked_messages(given, column, settings)) != prompt_key(context):
+            raise BadRow(f"column {column!r} is not what precedes the answers")
+        return with_system(context, settings)
+    users = [m["content"] for m in context if m["role"] == "user"]
+    if given not in users:
+        raise BadRow(
+            f"column {column!r} is no message of the user before the answers, but {shown(given)}: "
+            "where they are whole conversations, prompt_column can be their column"
+        )
+    if len(users) > 1:
+        return with_system(context, settings)
+    asked = {"role": "user", "content": settings.template.replace("{prompt}", given)}
+    return with_system([asked if m["role"] == "user" else m for m in context], settings)
+
+
+def read_prompt(value: Any, column: str, settings: PromptSettings) -> list[Mapping[str, Any]]:
+    """The conversation that a prompt's column holds (a text is one user message).
+
+    Raises:
+        BadRow: it is neither a text nor messages that wait for an answer.
+    """
+    if isinstance(value, list):
+        return with_system(waiting(checked_messages(value, column, settings), column), settings)
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"column {column!r} holds no text but {shown(value)}")
+    checked_text(value, column)
+    # Not str.format: prompts and templates are full of braces.
+    text = settings.template.replace("{prompt}", value)
+    return with_system([{"role": "user", "content": text}], settings)
+
+
+def checked_messages(value: Any, column: str, settings: PromptSettings) -> list[Mapping[str, Any]]:
+    """A list of `{role, content}`, as it stands in a column, without keys that hold null: chat
+    templates ask whether a key is there. BadRow for anything else.
+    """
+    messages: list[Mapping[str, Any]] = []
+    for message in value if isinstance(value, list) else []:
+        given = message if isinstance(message, Mapping) else {}
+        if not isinstance(given.get("role"), str) or not isinstance(given.get("content"), str):
+            raise BadRow(f"column {column!r}: {shown(message)} is no message with role and content")
+        checked_text(given["role"], column)
+        checked_text(given["content"], column)
+        messages.append({key: part for key, part in given.items() if part is not None})
+    if not messages:
+        raise BadRow(f"column {column!r} holds no conversation but {shown(value)}")
+    if not settings.chat:
+        raise BadRow(f"column {column!r} holds messages, which need chat=True")
+    return messages
+
+
+def waiting(messages: Messages, column: str) -> list[Mapping[str, Any]]:
+    """The messages; BadRow unless they wait for an answer to a user."""
+    if not any(m["role"] == "user" for m in messages) or messages[-1]["role"] == "assistant":
+        raise BadRow(
+            f"column {column!r} holds no conversation that waits for an answer: "
+            f"{shown(list(messages))}"
+        )
+    return list(messages)
+
+
+def ending_in_answer(value: Any, column: str, settings: PromptSettings) -> tuple[Messages, str]:
+    """A conversation as what stands before its last answer, and that answer.
+
+    Raises:
+        BadRow: it does not end with an answer.
+    """
+    messages = checked_messages(value, column, settings)
+    if messages[-1]["role"] != "assistant":
+        raise BadRow(f"column {column!r} does not end with an assistant message")
+    return messages[:-1], str(messages[-1]["content"])
+
+
+def with_system(messages: Messages, settings: PromptSettings) -> list[Mapping[str, Any]]:
+    """With the settings' system prompt in front, unless the messages bring their own."""
+    if settings.system is not None and messages[0]["role"] != "system":
+        return [{"role": "system", "content": settings.system}, *messages]
+    return list(messages)
+
+
+def opening(messages: Messages) -> str:
+    """What the user says first: the same in all turns and continuations of a conversation."""
+    return str(next((m for m in messages if m["role"] == "user"), messages[0])["content"])
+
+
+def prompt_key(messages: Messages) -> Hashable:
+    """Equal for equal prompts."""
+    return tuple((m["role"], m["content"]) for m in messages)
+
+
+def read_tools(row: Row) -> Sequence[Mapping[str, Any]]:
+    """The tools that the row's prompt offers, as the column `tools` holds them: a list, or its
+    JSON. BadRow for anything else.
+    """
+    value = row.values.get(TOOLS)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"column {TOOLS!r} holds no list of tools: {error}") from error
+    if not value:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise BadRow(f"column {TOOLS!r} holds no list of tools but {shown(value)}")
+    return value
