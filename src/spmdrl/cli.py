@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -146,13 +145,14 @@ def _eval(options: argparse.Namespace) -> None:
     from spmdrl.rewards.server import start_reward_server
 
     with start_reward_server() as server:
+        from spmdrl.files import finite_json
         from spmdrl.flows.serving import evaluate
 
         config = _load(options)
         with _world(config) as world:
             metrics = evaluate(config, world, server)
             if world.is_first:
-                print(json.dumps({"model": config.model.path, **metrics}), flush=True)
+                print(finite_json({"model": config.model.path, **metrics}), flush=True)
 
 
 def _generate(options: argparse.Namespace) -> None:

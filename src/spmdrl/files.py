@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import glob
+import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 
 def replace_file(path: Path, content: bytes, *, lasting: bool = True) -> None:
@@ -112,3 +115,28 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def finite_json(value: object) -> str:
+    """A value as one line of JSON; a float that is not finite becomes null, for JSON has none.
+
+    Letters stay as they are: read such lines by splitting at line feeds alone, for `str.splitlines`
+    also splits at U+0085 and U+2028, which may stand within a text.
+    """
+    finite = _finite(value)
+    text = json.dumps(finite, ensure_ascii=False, allow_nan=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a pair of surrogates: JSON can write it, UTF-8 cannot
+        return json.dumps(finite, allow_nan=False, default=str)
+    return text
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,5 +1,6 @@
 """report.png from metrics of runs of several kinds."""
 
+import json
 import struct
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from spmdrl.observe.drawing import series, smooth
 from spmdrl.observe.metrics import MetricsWriter
 from spmdrl.observe.panels import DETAILS, HELD, MAIN, choose, evaluations
 from spmdrl.observe.report import summary, write_report
+from spmdrl.observe.summary import report
 
 
 def record(step: int, num_steps: int) -> dict[str, float]:
@@ -105,3 +107,33 @@ def test_panels_follow_what_was_recorded() -> None:
     pairs[0] |= {"pairs": 4.0, "eval/answers/win_rate": 0.6}
     assert choose(MAIN, pairs, 1) == [MAIN[1].draw] and choose(HELD, pairs, 1) == [HELD[0].draw]
     assert len(choose(DETAILS, pairs, 3)) == 3
+
+
+def test_the_last_line_is_json_with_every_set(tmp_path, capsys):
+    """NaN (one prompt has no standard error) is null, and no set hides another."""
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    nan = float("nan")
+    with MetricsWriter(tmp_path / "run", is_first=True, tensorboard=False) as metrics:
+        for step in (0, 2):
+            values = {"eval/a/accuracy": 0.1 + step, "eval/a/standard_error": nan}
+            values |= {"eval/b/accuracy": 0.25, "eval/b/standard_error": 0.5, "eval/c/nll": 3.0}
+            metrics.write(step, {**(record(step, 2) if step else {}), **values})
+    report(str(tmp_path / "run"), model="m")
+    last = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=refuse)
+    assert last["sets"] == {
+        "a": {"accuracy_before": 0.1, "accuracy_after": 2.1, "standard_error": None},
+        "b": {"accuracy_before": 0.25, "accuracy_after": 0.25, "standard_error": 0.5},
+        "c": {"nll_before": 3.0, "nll_after": 3.0, "nll_error": 0.0},
+    }
+    make_run(tmp_path / "one", 2, {0: {"sums": 0.1}, 2: {"sums": 0.9}})
+    report(str(tmp_path / "one"), model="m")
+    last = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=refuse)
+    assert (last["accuracy_before"], last["accuracy_after"], last["standard_error"]) == (
+        0.1,
+        0.9,
+        0.02,
+    )
+    assert "sets" not in last

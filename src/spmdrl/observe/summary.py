@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spmdrl.files import finite_json
 from spmdrl.observe import names
-from spmdrl.observe.drawing import series
+from spmdrl.observe.drawing import Records
 from spmdrl.observe.metrics import METRICS_FILE, TENSORBOARD_DIR, read_metrics
-from spmdrl.observe.panels import HELD_OUT, evaluations
+from spmdrl.observe.panels import evaluations
 from spmdrl.observe.report import write_report
 
 
@@ -28,22 +28,12 @@ def report(run_dir: str, *, model: str, seconds: float | None = None) -> None:
     records = read_metrics(directory / METRICS_FILE)
     picture = write_report(directory, run_name=directory.name, model=Path(model).name)
     trained = [r for r in records if names.STEP_SECONDS in r]
-    result: dict[str, object] = {}
-    for name, points in evaluations(records).items():
-        values, error = [point[1] for point in points], points[-1][2]
-        result |= {**_first_and_last("accuracy", values), "standard_error": error}
-        print(f"{name}: accuracy {_arrow(values)} (standard error {error:.3f})")
-    for name, points in evaluations(records, names.WIN_RATE).items():
-        _, value, error = points[-1]
-        result |= {"win_rate": value, "win_rate_error": error}
-        print(f"{name}: win rate {value:.3f} (standard error {error:.3f})")
-    for name, quantity in ((HELD_OUT, "reward"), (HELD_OUT, "nll"), (HELD_OUT, "margin")):
-        _, values = series(records, f"{name}/{quantity}")
-        _, errors = series(records, f"{name}/{quantity}{names.STANDARD_ERROR}")
-        if values:
-            result |= _first_and_last(quantity, values)
-            error = errors[-1] if errors else float("nan")
-            print(f"held out: {quantity} {_arrow(values)} (standard error {error:.3f})")
+    sets = held_out_results(records)
+    for name, found in sets.items():
+        for quantity, (values, error) in found.items():
+            shown = _arrow(values) if quantity != "win rate" else f"{values[-1]:.3f}"
+            print(f"{name}: {quantity} {shown} (standard error {error:.3f})")
+    result = summary_of_sets(sets)
     if seconds is None:
         seconds = sum(r[names.STEP_SECONDS] for r in trained)
     result |= {
@@ -56,7 +46,50 @@ def report(run_dir: str, *, model: str, seconds: float | None = None) -> None:
     print(f"TensorBoard:  tensorboard --logdir {directory / TENSORBOARD_DIR}")
     if (directory / "model").is_dir():
         print(f"model:        {directory / 'model'}")
-    print(json.dumps(result))
+    print(finite_json(result))
+
+
+Found = Mapping[str, tuple[Sequence[float], float]]
+"""Of a set: quantity -> its values in order of steps, and the last one's standard error."""
+
+QUANTITIES = {
+    "accuracy": names.ACCURACY,
+    "win rate": names.WIN_RATE,
+    "reward": "/reward",
+    "nll": "/nll",
+    "margin": "/margin",
+}
+
+
+def held_out_results(records: Records) -> Mapping[str, Found]:
+    """What was measured on each held-out set."""
+    found: dict[str, dict[str, tuple[list[float], float]]] = {}
+    for quantity, suffix in QUANTITIES.items():
+        for name, points in evaluations(records, suffix).items():
+            values = [point[1] for point in points]
+            found.setdefault(name, {})[quantity] = (values, points[-1][2])
+    return found
+
+
+def summary_of_sets(sets: Mapping[str, Found]) -> dict[str, object]:
+    """What the last line says of the sets: each one's under `sets`, where there are several; at the
+    top those of `held_out`, or of the only set.
+    """
+    told = {name: _told(found) for name, found in sets.items()}
+    result: dict[str, object] = {"sets": told} if len(told) > 1 else {}
+    first = next(iter(told.values()), {}) if len(told) == 1 else told.get("held_out", {})
+    return {**result, **first}
+
+
+def _told(found: Found) -> dict[str, float]:
+    told: dict[str, float] = {}
+    for quantity, (values, error) in found.items():
+        if quantity == "win rate":
+            told |= {"win_rate": values[-1], "win_rate_error": error}
+            continue
+        told |= _first_and_last(quantity, values)
+        told["standard_error" if quantity == "accuracy" else f"{quantity}_error"] = error
+    return told
 
 
 def _first_and_last(quantity: str, values: Sequence[float]) -> dict[str, float]:
