@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         "--like",
         metavar="MODEL",
         help="of a Megatron checkpoint (torch_dist): the Hugging Face directory whose config.json "
-        "and tokenizer it has",
+        "and tokenizer it has; the checkpoint's index is a pickle, so convert only what you trust",
     )
     doctor = add("doctor", _doctor, "Look at every node of a job; name those to leave out.")
     doctor.add_argument("--shared", help="a directory that all nodes must see alike")

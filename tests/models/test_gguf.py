@@ -66,7 +66,7 @@ def gguf_name(name: str) -> str:
     return name
 
 
-def write_gguf(path: Path, *, tied: bool = True, architecture: str = "llama", **keys: str) -> None:
+def write_gguf(path: Path, *, tied: bool = True, architecture: str = "llama", **keys: Any) -> None:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(256)
     writer.add_embedding_length(HIDDEN)
@@ -91,6 +91,11 @@ def write_gguf(path: Path, *, tied: bool = True, architecture: str = "llama", **
     writer.add_chat_template(TEMPLATE)
     if "scaling" in keys:
         writer.add_string("llama.rope.scaling.type", keys["scaling"])
+    for name, value in keys.get("more", {}).items():
+        kinds = {bool: writer.add_bool, float: writer.add_float32, int: writer.add_uint32}
+        kinds.get(type(value), writer.add_string)(name, value)
+    for name, extra in keys.get("tensors", {}).items():
+        writer.add_tensor(name, extra)
     for name, weight in weights(tied).items():
         if "q_proj" in name or "k_proj" in name:
             weight = permute(weight, HEADS if "q_proj" in name else KV_HEADS)
@@ -155,6 +160,80 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
         write_gguf(path, **keys)
         with pytest.raises(ValueError, match=message):
             convert_gguf(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+SCALING, OLD = "llama.rope.scaling.factor", "llama.rope.scale_linear"
+
+
+@pytest.mark.parametrize(
+    ("more", "kind", "factor"),
+    [
+        ({SCALING: 4.0}, "linear", 4.0),
+        ({OLD: 2.0}, "linear", 2.0),
+        ({SCALING: 4.0, OLD: 2.0}, "linear", 4.0),
+        ({SCALING: 0.0}, "default", 1.0),
+        ({SCALING: 4.0, "llama.rope.scaling.type": "linear"}, "linear", 4.0),
+        ({SCALING: 4.0, "llama.rope.scaling.type": "none"}, "default", 1.0),
+        ({"llama.rope.scaling.type": "none"}, "default", 1.0),
+    ],
+)
+def test_rope_is_scaled_as_llama_cpp_scales_it(
+    tmp_path: Path, more: dict[str, Any], kind: str, factor: float
+) -> None:
+    """Of a public report: a factor without a type is linear, and was dropped."""
+    write_gguf(tmp_path / "m.gguf", more=more)
+    rope = convert_gguf(tmp_path / "m.gguf", tmp_path / "out").rope
+    assert (rope.kind, rope.factor, rope.theta) == (kind, factor, 50000.0)
+    assert open_model(tmp_path / "out")[0].rope == rope
+
+
+def test_a_begin_of_text_is_added_where_the_file_says_so(tmp_path: Path) -> None:
+    """Of a public report: `add_bos_token` was dropped."""
+    for value, count in ((True, 2), (False, 1)):
+        write_gguf(tmp_path / "m.gguf", more={"tokenizer.ggml.add_bos_token": value})
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+        ids = load_tokenizer(tmp_path / "out")("a")["input_ids"]
+        assert len(ids) == count and (ids[0] == 1) == value
+
+
+def test_a_second_end_of_text_and_further_templates_are_kept(tmp_path: Path) -> None:
+    more = {"tokenizer.ggml.eot_token_id": 1, "tokenizer.chat_template.tool_use": "tools"}
+    write_gguf(tmp_path / "m.gguf", more=more)
+    config = convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert config.eos_ids == (0, 1)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    messages = [{"role": "user", "content": "ab"}]
+    text = tokenizer.apply_chat_template(messages, chat_template="tool_use", tokenize=False)
+    assert text == "tools"
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "<|start|>ab<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"more": {"llama.expert_count": 4}}, "key 'llama.expert_count' is not converted"),
+        ({"more": {"llama.logit_scale": 2.0}}, "key 'llama.logit_scale' is not converted"),
+        ({"more": {"llama.rope.dimension_count": 4, "llama.attention.key_length": DIM}}, "rope.dimension_count=4 with heads of"),
+        ({"more": {"llama.attention.value_length": 4}}, "value_length=4 with heads of"),
+        ({"more": {SCALING: -1.0}}, "rope.scaling.factor must be at least 0"),
+        ({"more": {"llama.rope.scaling.type": 2}}, "rope.scaling.type must be a text"),
+        ({"more": {"tokenizer.ggml.add_eos_token": True}}, "add_eos_token=true is not converted"),
+        ({"more": {"tokenizer.ggml.padding_token_id": 999}}, "padding_token_id must be below"),
+        ({"tensors": {"blk.0.ffn_gate_exps.weight": np.ones((2, 4), np.float32)}}, "ffn_gate_exps"),
+        ({"tensors": {"blk.0.attn_q.bias": np.ones(4, np.float32)}}, "attn_q.bias' is not conv"),
+        ({"tensors": {"blk.7.attn_norm.weight": np.ones(4, np.float32)}}, "blk.7.attn_norm"),
+        ({"tensors": {"rope_freqs.weight": np.ones(4, np.float32)}}, "scaled rope"),
+    ],
+)
+def test_keys_and_tensors_without_a_place_are_refused_by_name(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    write_gguf(tmp_path / "m.gguf", **keys)
+    with pytest.raises(ValueError, match=message) as caught:
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert str(tmp_path / "m.gguf") in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -12,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, TokenType, dequantize
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from gguf import GGUFReader, dequantize
 from torch import Tensor
 
 from ..files import atomic_directory
 from .config import ModelConfig, parse_config
 from .export import save_pretrained
+from .fields import Fields, refuse_pointer
+from .gguf_tokenizer import build_tokenizer, token_id, token_list, tokenizer_config
+from .sharding import global_shapes
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -38,6 +41,43 @@ GLOBAL_NAMES = {
 }
 
 
+_READ = (
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "vocab_size",
+)
+"""The keys of the architecture that are read, or change nothing without those that are refused."""
+
+_ENDS = ("eos", "eot", "eom")
+"""The kinds of ids at which llama.cpp ends a text."""
+
+
+class _Reader(GGUFReader):  # type: ignore[misc]
+    """A reader that does not read beyond the file's end: the library's own takes what is there,
+    and counts through arrays of any length that a damaged file claims.
+    """
+
+    def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if not int(offset) <= end <= len(self.data):
+            raise ValueError(f"it has {len(self.data)} bytes, and byte {end} is asked for")
+        return super()._get(offset, dtype, count, override_order)
+
+
 def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> ModelConfig:
     """Write a Hugging Face directory of a llama-architecture GGUF file; atomically.
 
@@ -45,36 +85,56 @@ def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> ModelConfig:
     Face's order, and the tokenizer is rebuilt from the file's vocabulary and merges.
 
     Raises:
-        ValueError: no readable GGUF file, another architecture, or a feature not converted here.
+        ValueError: no readable GGUF file, another architecture, or a key or tensor that is not
+            converted, by name.
         OSError: `out_dir` could not be written.
     """
     path = Path(gguf_path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+    reader, fields = _read(path)
+    config = parse_config(
+        _config_source(fields, [t.name for t in reader.tensors]), origin=str(path)
+    )
+    names = _tensor_names(reader, config, path)
     try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{path} is no readable GGUF file: {error}") from error
-    fields = {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if not name.startswith("GGUF.")
-    }
-    source = _config_source(fields, [t.name for t in reader.tensors], path)
-    config = parse_config(source, origin=str(path))
-    tokenizer = build_tokenizer(fields, path)
+        tokenizer = build_tokenizer(fields)
+        described = tokenizer_config(fields)
+    # the library raises bare Exceptions of its own, and has no file to name
+    except Exception as error:
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        named = text if str(path) in text else f"{path}: tokenizer.ggml makes no tokenizer: {text}"
+        raise ValueError(named) from error
     target = Path(out_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.tokenizer")
     try:
         with atomic_directory(scratch) as directory:
             tokenizer.save(str(directory / "tokenizer.json"))
-            content = json.dumps(tokenizer_config(fields), indent=2)
+            content = json.dumps(described, indent=2)
             (directory / "tokenizer_config.json").write_text(content + "\n", encoding="utf-8")
-        save_pretrained(_tensors(reader, config), config, target, scratch)
+        save_pretrained(_tensors(reader, names, config, path), config, target, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return config
+
+
+def _read(path: Path) -> tuple[GGUFReader, Fields]:
+    """The file, and the values of its keys."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    refuse_pointer(path)
+    try:
+        reader = _Reader(path)
+        values = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if not name.startswith("GGUF.")
+        }
+    # a damaged file makes the library raise errors of any kind, none of which names it
+    except Exception as error:
+        raise ValueError(
+            f"{path} is no readable GGUF file: {type(error).__name__}: {error}"
+        ) from error
+    return reader, Fields(values=values, origin=str(path))
 
 
 def find_packaged_gguf(package: str) -> Path:
@@ -122,109 +182,134 @@ def _unpack(wheel: Path) -> Path:
     return target
 
 
-def _config_source(fields: dict[str, Any], tensors: list[str], path: Path) -> dict[str, Any]:
+def _config_source(fields: Fields, tensors: list[str]) -> dict[str, Any]:
     """config.json's content of GGUF's `llama.*` keys."""
-    if fields["general.architecture"] != "llama":
+    path, architecture = fields.origin, fields.text("general.architecture")
+    if architecture != "llama":
         raise ValueError(
-            f"{path}: GGUF architecture {fields['general.architecture']!r} is not supported; "
+            f"{path}: GGUF architecture {architecture!r} is not supported; "
             "supported is llama (use the model's Hugging Face directory instead)"
         )
-    if "llama.rope.scaling.type" in fields or "rope_freqs.weight" in tensors:
-        raise ValueError(f"{path}: scaled rope is not converted from GGUF")
-    heads = int(fields["llama.attention.head_count"])
-    hidden = int(fields["llama.embedding_length"])
-    head_dim = int(fields.get("llama.rope.dimension_count", hidden // heads))
-    theta = float(fields.get("llama.rope.freq_base", 10000.0))
-    ids = {
-        f"{kind}_token_id": fields.get(f"tokenizer.ggml.{key}_token_id")
-        for kind, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-    }
+    if "rope_freqs.weight" in tensors:
+        raise ValueError(f"{path}: scaled rope is not converted from GGUF (rope_freqs.weight)")
+    known = {f"llama.{key}" for key in _READ}
+    for key in fields.values:
+        if key.startswith("llama.") and key not in known:
+            raise ValueError(f"{path}: the key {key!r} is not converted from GGUF")
+    heads = fields.integer("llama.attention.head_count")
+    hidden = fields.integer("llama.embedding_length")
+    kv_heads, head_dim = heads, hidden // heads
+    if "llama.attention.head_count_kv" in fields:
+        kv_heads = fields.integer("llama.attention.head_count_kv")
+    if "llama.attention.key_length" in fields:
+        head_dim = fields.integer("llama.attention.key_length")
+    elif "llama.rope.dimension_count" in fields:
+        head_dim = fields.integer("llama.rope.dimension_count")
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if key in fields and fields.integer(key) != head_dim:
+            raise ValueError(f"{path}: {key}={fields.value(key)} with heads of {head_dim} values")
+    epsilon = fields.number("llama.attention.layer_norm_rms_epsilon")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "vocab_size": len(token_list(fields)),
         "hidden_size": hidden,
-        "intermediate_size": int(fields["llama.feed_forward_length"]),
-        "num_hidden_layers": int(fields["llama.block_count"]),
+        "intermediate_size": fields.integer("llama.feed_forward_length"),
+        "num_hidden_layers": fields.integer("llama.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(fields.get("llama.attention.head_count_kv", heads)),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "hidden_act": "silu",
         # GGUF keeps a float32; the shortest decimal of it is the number that was meant.
-        "rms_norm_eps": float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
-        "max_position_embeddings": int(fields["llama.context_length"]),
-        "rope_theta": theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rms_norm_eps": float(str(np.float32(epsilon))),
+        "max_position_embeddings": fields.integer("llama.context_length"),
+        **_rope_source(fields),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": False,
         "mlp_bias": False,
         "initializer_range": 0.02,
         "use_cache": True,
-        **{key: int(value) for key, value in ids.items() if value is not None},
+        **_token_ids(fields),
     }
 
 
-def build_tokenizer(fields: dict[str, Any], path: Path) -> Tokenizer:
-    """Byte-level BPE of GGUF's vocabulary, merges, token types and pre-tokenizer.
+def _rope_source(fields: Fields) -> dict[str, Any]:
+    """As llama.cpp reads it: without a type the factor is linear, and 0 is no factor."""
+    theta = 10000.0
+    if "llama.rope.freq_base" in fields:
+        theta = fields.number("llama.rope.freq_base", above=0.0)
+    key = "llama.rope.scaling.type"
+    kind = fields.text(key) if key in fields else "linear"
+    if kind not in ("none", "linear"):
+        raise ValueError(f"{fields.origin}: scaled rope is not converted from GGUF: {key}={kind!r}")
+    factors = ("llama.rope.scaling.factor", "llama.rope.scale_linear")
+    given = next((key for key in factors if key in fields), None)
+    factor = 1.0 if given is None else fields.number(given, least=0.0) or 1.0
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if kind == "linear" and factor != 1.0:
+        rope |= {"rope_type": "linear", "factor": factor}
+    return {"rope_theta": theta, "rope_parameters": rope}
 
-    `tokenizer.ggml.pre: smollm` means GPT-2's splits with every digit alone (llama.cpp's
-    LLAMA_VOCAB_PRE_TYPE_SMOLLM); without the digit rule numbers get other tokens than in training.
+
+def _token_ids(fields: Fields) -> dict[str, Any]:
+    """config.json's ids of special tokens."""
+    found: dict[str, Any] = {
+        f"{kind}_token_id": token_id(fields, key) for kind, key in (("bos", "bos"), ("pad", "padding"))
+    }
+    ends = dict.fromkeys(end for kind in _ENDS if (end := token_id(fields, kind)) is not None)
+    if ends:
+        found["eos_token_id"] = next(iter(ends)) if len(ends) == 1 else list(ends)
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _tensor_names(reader: GGUFReader, config: ModelConfig, path: Path) -> dict[str, str]:
+    """GGUF's name of every tensor -> Hugging Face's.
+
+    Raises:
+        ValueError: one is not converted, missing or of another shape.
     """
-    kind, pre = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre", "gpt-2")
-    splits: dict[str, list[Any]] = {
-        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-        "gpt-2": [],
-    }
-    if kind != "gpt2" or pre not in splits:
-        raise ValueError(
-            f"{path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not supported; "
-            f"supported are 'gpt2' with {', '.join(splits)}"
-        )
-    tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits[pre], byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    special = (TokenType.CONTROL, TokenType.USER_DEFINED)
-    for token, given in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True):
-        if given in special:
-            control = given == TokenType.CONTROL
-            tokenizer.add_tokens([AddedToken(token, special=control, normalized=False)])
-    return tokenizer
-
-
-def tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json's content, chat template included."""
-    tokens: list[str] = fields["tokenizer.ggml.tokens"]
-    content: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": int(fields["llama.context_length"]),
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-    }
-    for kind, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if index is not None:
-            content[f"{kind}_token"] = tokens[int(index)]
-    template = fields.get("tokenizer.chat_template")
-    if template is not None:
-        content["chat_template"] = template
-    return content
-
-
-def _tensors(reader: GGUFReader, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}
+    shapes = global_shapes(config)
+    names = {}
     for tensor in reader.tensors:
-        # A copy where nothing was dequantised: torch wants memory that it may write to.
-        values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         name = GLOBAL_NAMES.get(tensor.name)
-        if name is None:
-            _, index, kind, suffix = tensor.name.split(".")
-            name = f"model.layers.{index}.{LAYER_NAMES[kind]}.{suffix}"
-            if kind in heads:
-                values = _unpermute(values, heads[kind])
+        match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)
+        if match is not None and match[2] in LAYER_NAMES:
+            name = f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.weight"
+        if name not in shapes:
+            raise ValueError(
+                f"{path}: the tensor {tensor.name!r} is not converted from GGUF (a model of "
+                f"{config.num_layers} layers without biases and experts is)"
+            )
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        if shape != shapes[name]:
+            raise ValueError(
+                f"{path}: the tensor {tensor.name!r} has shape {shape}, the file's keys ask for "
+                f"{shapes[name]}"
+            )
+        names[tensor.name] = name
+    missing = sorted(shapes.keys() - set(names.values()))
+    if missing:
+        raise ValueError(f"{path} has no tensor for {missing[0]!r}")
+    return names
+
+
+def _tensors(
+    reader: GGUFReader, names: dict[str, str], config: ModelConfig, path: Path
+) -> Iterator[tuple[str, Tensor]]:
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    for tensor in reader.tensors:
+        try:
+            # A copy where nothing was dequantised: torch wants memory that it may write to.
+            values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        # of another kind for each format that the library does not know
+        except Exception as error:
+            raise ValueError(f"{path}: the tensor {tensor.name!r}: {error}") from error
+        if not (np.isfinite(values.min()) and np.isfinite(values.max())):
+            raise ValueError(f"{path}: the tensor {tensor.name!r} holds NaN or infinity")
+        name = names[tensor.name]
+        count = next((count for kind, count in heads.items() if f".{kind}." in name), None)
+        if count is not None:
+            values = _unpermute(values, count)
         yield name, torch.from_numpy(np.ascontiguousarray(values))
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,21 @@ _LAYER = {
 """Name within a layer -> Megatron's; where norms are fused into projections, the first."""
 
 
+_STATE = ("optimizer", "chained_", "rng_state", "rerun_state", "opt_param")
+"""How the tensors begin that are of the training's state, not of the model."""
+
+_PADDED_TO = (*range(1, 65), *(128 << i for i in range(7)))
+"""Of what the vocabulary's rows are a multiple: of tp here, in Megatron-LM of 128 tp."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """A tensor of the checkpoint, and indices of its leading dims: of the layer, of the expert."""
+
+    key: str
+    at: tuple[int, ...] = ()
+
+
 def is_torch_dist(path: str | Path) -> bool:
     return Path(path, ".metadata").is_file()
 
@@ -58,10 +75,12 @@ def convert_torch_dist(source: str | Path, like: str | Path, out_dir: str | Path
             configuration and the tokenizer.
 
     Raises:
-        ValueError: `source` lacks a tensor or has another shape, naming it.
+        ValueError: `source` lacks a tensor, has one that is not converted, or another shape,
+            naming it.
     """
     config = read_config(like)
     checkpoint = TorchDist(source, config)
+    checkpoint.check()
     tensors = ((name, checkpoint.read(name)) for name in global_shapes(config))
     save_pretrained(tensors, config, out_dir, like)
 
@@ -81,20 +100,49 @@ class TorchDist:
             )
         self._path, self._config = Path(path), config
         self._reader = FileSystemReader(path)
-        self._metadata: Metadata = self._reader.read_metadata()
+        try:
+            self._metadata: Metadata = self._reader.read_metadata()
+        # a damaged pickle raises errors of any kind
+        except Exception as error:
+            raise ValueError(
+                f"{path}/.metadata cannot be read: {type(error).__name__}: {error}"
+            ) from error
         self._reader.set_up_storage_reader(self._metadata, True)
         self._last: tuple[str, tuple[int, ...], Tensor] | None = None
 
+    def check(self) -> None:
+        """ValueError unless every tensor is converted, with all its layers, experts and rows."""
+        config = self._config
+        places = [self._place(name) for name in global_shapes(config)]
+        counts: dict[str, tuple[int, ...]] = {}
+        for place in places:
+            counts[place.key] = tuple(
+                max(a, b + 1)
+                for a, b in zip_longest(counts.get(place.key, ()), place.at, fillvalue=0)
+            )
+        for key, held in self._metadata.state_dict_metadata.items():
+            is_state = key.startswith(_STATE) or key.endswith("_extra_state")
+            if is_state or not isinstance(held, TensorStorageMetadata):
+                continue
+            if key not in counts:
+                raise ValueError(
+                    f"{self._path}: the tensor {key!r} {tuple(held.size)} has no place in the "
+                    f"given configuration ({config.architecture}): the checkpoint is of another "
+                    "model"
+                )
+            stacked = tuple(held.size[: len(counts[key])])
+            if stacked != counts[key]:
+                raise ValueError(
+                    f"{self._path}: the tensor {key!r} is of {stacked} layers (and experts), the "
+                    f"given configuration has {counts[key]}: the checkpoint is of another model"
+                )
+
     def read(self, name: str) -> Tensor:
         """The whole tensor of that Hugging Face name."""
-        shape = global_shapes(self._config)[name]
-        if name in _WHOLE:
-            # a vocabulary may be padded
-            found = self._tensor(_WHOLE[name], ())[: shape[0]]
-        else:
-            match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-            assert match is not None, name
-            found = self._of_layer(int(match[1]), match[2], match[3])
+        shape, place = global_shapes(self._config)[name], self._place(name)
+        found = self._part(name, self._tensor(place))
+        if place.key in (_WHOLE["model.embed_tokens.weight"], _WHOLE["lm_head.weight"]):
+            found = self._without_padding(place.key, found, shape[0])
         if tuple(found.shape) != shape:
             raise ValueError(
                 f"{self._path} has {tuple(found.shape)} for {name}, which is {shape} in the given "
@@ -102,48 +150,72 @@ class TorchDist:
             )
         return found
 
-    def _of_layer(self, layer: int, name: str, kind: str) -> Tensor:
-        config = self._config
-        names = EXPERT_NAMES.get(config.architecture)
-        if name in _LAYER:
-            return self._layer_tensor(layer, *_LAYER[name])
-        if name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-            qkv = self._layer_tensor(layer, f"self_attention.linear_qkv.{kind}")
-            per_group = config.num_heads // config.num_kv_heads
-            groups = qkv.view(config.num_kv_heads, per_group + 2, config.head_dim, *qkv.shape[1:])
-            parts = dict(zip("qkv", torch.split(groups, [per_group, 1, 1], dim=1), strict=True))
-            return parts[name[-6]].reshape(-1, *qkv.shape[1:])
-        if name in ("mlp.gate_proj", "mlp.up_proj"):
-            gate, up = self._layer_tensor(layer, "mlp.linear_fc1.weight").chunk(2)
-            return gate if name == "mlp.gate_proj" else up
-        assert names is not None, name
-        if f"{name}.weight" == names.router:
-            return self._layer_tensor(layer, "mlp.router.weight")
-        number = re.search(r"\.experts\.(\d+)\.", name)
-        assert number is not None, name
-        expert, plain = int(number[1]), f"{name}.weight".replace(f".{number[1]}.", ".{}.", 1)
-        if plain == names.down:
-            return self._layer_tensor(layer, "mlp.experts.experts.linear_fc2.weight", expert=expert)
-        both = self._layer_tensor(layer, "mlp.experts.experts.linear_fc1.weight", expert=expert)
-        gate, up = both.chunk(2)
-        return gate if plain == names.gate else up
+    def _without_padding(self, key: str, found: Tensor, rows: int) -> Tensor:
+        """A vocabulary is padded to a multiple of the ranks that divided it, and not further."""
+        count = len(found)
+        if any(count % k == 0 and rows <= count < rows + k for k in _PADDED_TO):
+            return found[:rows]
+        raise ValueError(
+            f"{self._path}: the tensor {key!r} has {count} rows, the given configuration has "
+            f"vocab_size={rows}: more than padding; give a --like of the same vocabulary"
+        )
 
-    def _layer_tensor(self, layer: int, *names: str, expert: int | None = None) -> Tensor:
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        """What of a fused tensor of the checkpoint one tensor is."""
+        config = self._config
+        last = name.split(".")[-2]
+        if last in ("q_proj", "k_proj", "v_proj"):
+            per_group = config.num_heads // config.num_kv_heads
+            groups = whole.view(
+                config.num_kv_heads, per_group + 2, config.head_dim, *whole.shape[1:]
+            )
+            parts = dict(zip("qkv", torch.split(groups, [per_group, 1, 1], dim=1), strict=True))
+            return parts[last[0]].reshape(-1, *whole.shape[1:])
+        if last in ("gate_proj", "w1"):
+            return whole.chunk(2)[0]
+        return whole.chunk(2)[1] if last in ("up_proj", "w3") else whole
+
+    def _place(self, name: str) -> _Place:
+        """Which tensor of the checkpoint holds a tensor of that Hugging Face name."""
+        if name in _WHOLE:
+            return _Place(key=_WHOLE[name])
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+        assert match is not None, name
+        layer, inner, kind = int(match[1]), match[2], match[3]
+        if inner in _LAYER:
+            return self._find(layer, *_LAYER[inner])
+        if inner in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+            return self._find(layer, f"self_attention.linear_qkv.{kind}")
+        if inner in ("mlp.gate_proj", "mlp.up_proj"):
+            return self._find(layer, "mlp.linear_fc1.weight")
+        names = EXPERT_NAMES[self._config.architecture]
+        if f"{inner}.weight" == names.router:
+            return self._find(layer, "mlp.router.weight")
+        number = re.search(r"\.experts\.(\d+)\.", inner)
+        assert number is not None, name
+        is_down = f"{inner}.weight".replace(f".{number[1]}.", ".{}.", 1) == names.down
+        fused = f"mlp.experts.experts.linear_fc{2 if is_down else 1}.weight"
+        return self._find(layer, fused, expert=int(number[1]))
+
+    def _find(self, layer: int, *names: str, expert: int | None = None) -> _Place:
+        """Stacked with all layers, or one of its own; where names differ, the first that is there.
+        """
         inner = () if expert is None else (expert,)
         for name in names:
-            for key, at in (
-                (f"decoder.layers.{name}", (layer, *inner)),
-                (f"decoder.layers.{layer}.{name}", inner),
+            for place in (
+                _Place(key=f"decoder.layers.{name}", at=(layer, *inner)),
+                _Place(key=f"decoder.layers.{layer}.{name}", at=inner),
             ):
-                if key in self._metadata.state_dict_metadata:
-                    return self._tensor(key, at)
+                if place.key in self._metadata.state_dict_metadata:
+                    return place
         raise ValueError(
             f"{self._path} has no tensor decoder.layers.{names[0]} of layer {layer}: the "
             "checkpoint is of another model, or of another format"
         )
 
-    def _tensor(self, key: str, at: tuple[int, ...]) -> Tensor:
-        """The global tensor at these indices of its leading dims; the last one read is kept."""
+    def _tensor(self, place: _Place) -> Tensor:
+        """The last one read is kept."""
+        key, at = place.key, place.at
         if self._last is not None and self._last[:2] == (key, at):
             return self._last[2]
         found = self._metadata.state_dict_metadata.get(key)
@@ -154,7 +226,13 @@ class TorchDist:
         offsets = torch.Size((*at, *(0 for _ in sizes)))
         wanted = ChunkStorageMetadata(offsets=offsets, sizes=target.shape)
         items = create_read_items_for_chunk_list(key, found, [wanted])
-        self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        # files that are missing, cut or of another checkpoint raise errors of any kind
+        except Exception as error:
+            raise ValueError(
+                f"{self._path}: the tensor {key!r} cannot be read: {type(error).__name__}: {error}"
+            ) from error
         self._last = (key, at, target.view(sizes))
         return self._last[2]
 
