@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0, or 2 after bad input (one clear message on stderr)."""
+    _prepare_streams()
     options = parse(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
     try:
@@ -23,11 +26,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if options.traceback:
             raise
+        text = str(error)
+        if isinstance(error, UnicodeEncodeError) and not _has_utf8_names():
+            text = f"{error.object!r} cannot be a file's name here: {_UTF8_NEEDED}"
         # in one piece: ranks write to one stream
-        sys.stderr.write(f"spmdrl {options.name}: error: {error}\n")
+        sys.stderr.write(f"spmdrl {options.name}: error: {text}\n")
         sys.stderr.flush()
         return 2
     return 0
+
+
+def _has_utf8_names() -> bool:
+    return sys.getfilesystemencoding().lower() in ("utf-8", "utf8")
+
+
+_UTF8_NEEDED = (
+    f"the locale's encoding of file names is {sys.getfilesystemencoding()}, and other letters than "
+    "ASCII's need UTF-8: set PYTHONUTF8=1 (or LC_ALL=C.UTF-8)"
+)
+
+
+def _prepare_streams() -> None:
+    """Letters that a terminal's or log's encoding lacks end nothing; nor do closed streams."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if not _has_utf8_names() and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"spmdrl: {_UTF8_NEEDED}\n")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import random
 import resource
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -17,6 +20,10 @@ from torch.distributed.rendezvous import rendezvous
 if TYPE_CHECKING:
     # documented as torch.distributed.Store, but torch's stubs do not re-export it
     from torch._C._distributed_c10d import Store
+
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+WAIT_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +102,16 @@ def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
     local_size = int(environment.get("LOCAL_WORLD_SIZE", size)) if launched else 1
     chosen = _choose_device(device, local_rank, local_size)
     timeout = timedelta(seconds=timeout_s)
-    store = _open_store(launched, timeout)
+    with _saying_what_it_waits_for(launched):
+        store = _open_store(launched, timeout)
     seat = Seat(
         device_type=chosen.type,
         local_rank=local_rank,
         local_size=local_size,
         gpu_bytes=_gpu_bytes(chosen),
     )
-    seats = _exchange_seats(store, rank, size, seat)
+    with _saying_what_it_waits_for(launched):
+        seats = _exchange_seats(store, rank, size, seat)
     check_seats(seats)
     device_types = tuple(seat.device_type for seat in seats)
     dist.init_process_group(
@@ -154,14 +163,40 @@ def adopt_srun() -> None:
 
 def _is_launched() -> bool:
     """True if a launcher set the variables of a rank; ValueError if it set only some of them."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    names = RANK_VARIABLES
     given = [name for name in names if name in os.environ]
     # an address alone may be left over; a rank or a size means that a launcher was at work
     launched = any(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if launched and len(given) < len(names):
         missing = sorted(set(names) - set(given))
-        raise ValueError(f"{given} are set but {missing} are not: start the ranks with torchrun")
+        raise ValueError(
+            f"{given} are set but {missing} are not: start the ranks with torchrun, or, for one "
+            f"rank, with env {' '.join(f'-u {name}' for name in given)}"
+        )
     return launched
+
+
+@contextmanager
+def _saying_what_it_waits_for(launched: bool) -> Iterator[None]:
+    """After `WAIT_S`, once: variables of a rank may be left over from a job that is long gone."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    shown = " ".join(f"{name}={os.environ.get(name)}" for name in names)
+
+    def say() -> None:
+        sys.stderr.write(
+            f"spmdrl: waits for the other ranks ({shown}); if these variables are left over from "
+            f"another job, start with env {' '.join(f'-u {name}' for name in RANK_VARIABLES)}\n"
+        )
+        sys.stderr.flush()
+
+    timer = threading.Timer(WAIT_S, say)
+    timer.daemon = True
+    if launched:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _choose_device(device: str, local_rank: int, local_size: int) -> torch.device:

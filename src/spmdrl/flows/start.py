@@ -129,6 +129,9 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         relay.report(done, count)
 
     with make_pools(config, server, run_dir, world.rank) as pools:
+        watcher.look_after(server.ended)
+        for pool in pools.values():
+            watcher.look_after(pool.look)
         assembly = assemble(config, world, models, inputs.decode, report, plan)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())

@@ -17,6 +17,7 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +25,13 @@ from typing import Any
 
 from spmdrl.rewards.functions import RewardSpec, needed_modules
 from spmdrl.rewards.process import FLOAT32_MAX, WorkerSettings, receive, send
-from spmdrl.rewards.server import RewardServer, passed_variables
+from spmdrl.rewards.server import RewardServer, ServerEnded, passed_variables
+from spmdrl.runtime.signs import lives
 
 log = logging.getLogger(__name__)
 
 MIN_JUDGED = 8  # calls before a share of failures says anything
+SERVER_S = 1.0  # after which the server is looked after while workers are busy
 MAX_START = 16  # failures in a row after which a component that never worked is given up
 
 
@@ -152,6 +155,7 @@ class RewardPool:
         self._tallies = [_Tally() for _ in specs]
         self._ignored: set[tuple[str, str]] = set()
         self._workers: list[_Worker] = []
+        self._missed: set[int] = set()
         self._selector = selectors.DefaultSelector()
         server.preload(sorted({name for spec in specs for name in needed_modules(spec)}))
         try:
@@ -198,10 +202,29 @@ class RewardPool:
         self._judge(results)
         return results
 
+    def look(self) -> None:
+        """Name workers that died between calls; others are started when they are needed. To be
+        called by any thread.
+        """
+        for worker in list(self._workers):
+            # one that is stopped leaves the list first
+            is_idle = worker.ready and worker.call is None
+            if is_idle and not lives(worker.pid) and worker in self._workers:
+                self._miss(worker)
+
+    def _miss(self, worker: _Worker) -> None:
+        if worker.pid not in self._missed:
+            self._missed.add(worker.pid)
+            log.warning(
+                "a reward worker (process %d) died between two calls; another takes its place",
+                worker.pid,
+            )
+
     def close(self) -> None:
         """End the workers."""
         for worker in list(self._workers):
-            self._stop_worker(worker)
+            with suppress(ServerEnded):  # which has ended them
+                self._stop_worker(worker)
         self._selector.close()
 
     def __enter__(self) -> RewardPool:
@@ -248,6 +271,7 @@ class RewardPool:
             except (BrokenPipeError, ConnectionResetError):
                 # It died while idle: the call is not to blame.
                 pending.appendleft(worker.call)
+                self._miss(worker)
                 self._stop_worker(worker)
 
     def _wait(self, answers: dict[int, dict[str, Any]]) -> None:
@@ -255,8 +279,9 @@ class RewardPool:
         if not self._workers:
             return
         limit = min(w.deadline for w in self._workers if w.call is not None or not w.ready)
-        for key, _ in self._selector.select(max(0.0, limit - time.monotonic())):
+        for key, _ in self._selector.select(min(SERVER_S, max(0.0, limit - time.monotonic()))):
             self._take(key.data, answers)
+        self._server.check()
         now = time.monotonic()
         for worker in list(self._workers):
             busy = worker.call is not None or not worker.ready
@@ -290,6 +315,8 @@ class RewardPool:
     ) -> None:
         """A worker that died or hangs: end it and count its call as failed."""
         call, worker.call = worker.call, None
+        if call is None and worker.ready:
+            self._miss(worker)
         status = self._stop_worker(worker)
         if not worker.ready:
             names = [f"{spec.name} ({spec.function})" for spec in self._specs]

@@ -33,7 +33,7 @@ MAX_TRACEBACK = 4000
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 """Rewards are float32 columns: what is larger would be infinite there."""
 
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +117,13 @@ def _adopt_orphans() -> None:
 
     Where the kernel has no such thing it is a process of its own, as before.
     """
+    _ask_kernel(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _ask_kernel(option: int, value: int) -> None:
+    """prctl(2), where there is such a thing."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def _kill(pid: int, others: Set[int]) -> int:
@@ -165,6 +170,8 @@ def _descendants(pid: int) -> list[int]:
 def _run_worker(control: socket.socket, descriptor: int) -> NoReturn:
     try:
         os.setpgid(0, 0)
+        # a server that was killed ends nobody: its workers end by themselves
+        _ask_kernel(PR_SET_PDEATHSIG, signal.SIGKILL)
         control.close()
         work(socket.socket(fileno=descriptor))
         os._exit(0)

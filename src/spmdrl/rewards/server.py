@@ -61,6 +61,10 @@ def start_reward_server() -> RewardServer:
     return RewardServer(process, ours)
 
 
+class ServerEnded(RuntimeError):
+    """The server is gone, and its workers with it."""
+
+
 class RewardServer:
     """Forks and ends reward workers. One rank has one; several pools may share it."""
 
@@ -68,6 +72,7 @@ class RewardServer:
         self._process = process
         self._control = control
         self._num_requests = 0
+        self._is_closed = False
 
     def preload(self, modules: Sequence[str]) -> None:
         """Import modules in the server, so that workers forked later have them."""
@@ -85,8 +90,23 @@ class RewardServer:
         self._request({"do": "kill", "pid": pid}, [])
         return self._answer()
 
+    def ended(self) -> str | None:
+        """What has become of the server where it ended by itself; to be asked by any thread."""
+        code = self._process.poll()
+        if code is None or self._is_closed:
+            return None
+        return f"the reward server (process {self._process.pid}) ended with exit code {code}"
+
+    def check(self) -> None:
+        """Raises:
+        ServerEnded: it ended by itself.
+        """
+        if self.ended() is not None:
+            raise self._ended()
+
     def close(self) -> None:
         """End the server and all its workers."""
+        self._is_closed = True
         self._control.close()
         self._process.wait()
 
@@ -112,12 +132,19 @@ class RewardServer:
     def _answer(self) -> int:
         """The answer to the last request; those to interrupted requests before it are passed."""
         while True:
-            message = self._control.recv(4096)
+            try:
+                message = self._control.recv(4096)
+            except ConnectionResetError:
+                message = b""
             if not message:
                 raise self._ended()
             number, value = json.loads(message)
             if number == self._num_requests:
                 return int(value)
 
-    def _ended(self) -> RuntimeError:
-        return RuntimeError(f"the reward server ended (exit code {self._process.poll()})")
+    def _ended(self) -> ServerEnded:
+        code = self._process.wait()  # its end of the socket is closed: it is ending
+        return ServerEnded(
+            f"the reward server (process {self._process.pid}) ended with exit code {code}: was it "
+            "killed, for memory perhaps?"
+        )

@@ -30,7 +30,7 @@ from spmdrl.runtime.signs import DEAD_S, SIGN_S, Signs
 from spmdrl.runtime.stacks import Stacks
 
 TICK_S = 0.5
-HEARTBEAT_S = 5.0
+HEARTBEAT_S, WARDS_S = 5.0, 2.0
 
 EXIT_HUNG, EXIT_LOST = 75, 76
 LAUNCHER_S = 3.0
@@ -76,7 +76,7 @@ class Watcher:
         self._failing: set[str] = set()
         self._ending = False
         self._terminated = self._lost_peer = self._store_lost = False
-        self._next_heartbeat = self._next_armed = 0.0
+        self._next_heartbeat = self._next_armed = self._next_ask = 0.0
         self._thread = threading.Thread(target=self._run, name="spmdrl-watcher", daemon=True)
 
     def ask(self, reason: str) -> None:
@@ -226,6 +226,9 @@ class Watcher:
             self.ask(self.broken)
 
     def _ask_wards(self) -> None:
+        if time.monotonic() < self._next_ask:
+            return
+        self._next_ask = time.monotonic() + WARDS_S
         for ward in self._wards:
             found = ward()
             if found is not None:
