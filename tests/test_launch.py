@@ -162,3 +162,61 @@ def test_every_rank_knows_the_nodes_or_gets_the_same_error() -> None:
     [first, *rest] = run_ranks(start_again, 3, free_port(), [2, 2, 1])
     assert "2 on rank 0, 1 on rank 2" in first[0]
     assert rest == [first, first]
+
+
+LEFT_OVER = """
+import resource, sys
+import spmdrl.launch as launch
+launch.WAIT_S = 0.5
+try:
+    launch.start_world(timeout_s=3.0, device="cpu")
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_variables_that_are_left_over_are_named_while_it_waits() -> None:
+    left = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_OVER],
+        env=environment(**left, MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("spmdrl: waits")]
+    assert f"RANK=1 WORLD_SIZE=4 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}" in line
+    assert line.endswith("env -u RANK -u WORLD_SIZE -u LOCAL_RANK -u MASTER_ADDR -u MASTER_PORT")
+
+
+FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from spmdrl.doctor import local_problems
+from spmdrl.launch import start_world, stop_world
+world = start_world(device="cpu")
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+print(soft == hard, [text for text in local_problems(world) if "ulimit -Hn" in text])
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+print([text for text in local_problems(world) if "ulimit -Hn" in text])
+stop_world()
+"""
+
+
+def test_a_rank_may_open_as_many_files_as_the_system_lets_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FILES],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "True []"
+    assert second == "['ulimit -Hn is 300, less than the 524 of 1 ranks']"
