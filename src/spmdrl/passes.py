@@ -21,7 +21,7 @@ from spmdrl.ledger import Interrupted, Part, Stint
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.routing import EXPERT_CHOICES
-from spmdrl.training.protocol import LossFn, TrainBackend
+from spmdrl.training.protocol import NO_GRADIENT, LossFn, TrainBackend
 from spmdrl.training.readout import Readout
 
 PACKING = ("tokens", "prompt_lengths", "prompt_ids", "loss_mask")
@@ -55,9 +55,6 @@ class Update:
 
 UpdateRecords = list[dict[str, float]]
 """Metric sums of each minibatch of an update, in order; equal on every rank."""
-
-NO_GRADIENT = "no_gradient"
-"""Of a record: 1 where the minibatch's gradient was exactly 0, and so nothing moved."""
 
 
 class ModelRole(Protocol):

@@ -14,8 +14,8 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.generation import Generation, Rollout
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
-from spmdrl.passes import NO_GRADIENT, Update, UpdateRecords, read_call, replayed, update_call
-from spmdrl.training.protocol import LossFn, TrainBackend
+from spmdrl.passes import Update, UpdateRecords, read_call, replayed, update_call
+from spmdrl.training.protocol import NO_GRADIENT, LossFn, TrainBackend
 from spmdrl.training.readout import SCORES, VALUES, next_token
 
 __all__ = [

@@ -122,3 +122,42 @@ def weights_changed(config: Config) -> bool:
         if not torch.equal(begun.read(whole), exported.read(whole)):
             return True
     return False
+
+
+PAPERS: dict[str, dict[str, object]] = {
+    # DeepSeekMath 2402.03300; the recipe's KL is smaller than the paper's 0.04
+    "gsm8k": {"advantage": "grpo", "advantage_std": True, "kl_in": "loss", "kl_estimator": "k3"},
+    # 2503.20783, section 3.2 and table 6: neither deviation nor length nor KL
+    "dr_grpo": {"advantage_std": False, "loss_mean": "fixed_length", "kl_coef": 0, "clip_low": 0.2},
+    # 2503.14476, eqs. 8 and 12
+    "dapo": {"loss_mean": "token_mean", "clip_low": 0.2, "clip_high": 0.28, "kl_coef": 0},
+    # 2507.18071, eqs. 5 and 7 and section 5.1
+    "gspo": {"loss_mean": "sequence_mean", "clip_low": 3e-4, "clip_high": 4e-4, "kl_coef": 0},
+    # 2506.13585, section 3.1: no bound from below, a mean over tokens
+    "cispo": {"policy_loss": "cispo", "clip_low": 1, "loss_mean": "token_mean", "kl_coef": 0},
+    # 2402.14740: the KL of a response in its reward, a sum over its tokens
+    "rloo": {"advantage": "rloo", "kl_in": "reward", "kl_estimator": "k1"},
+    # 2501.03262: the KL of a token in its reward (k1); with baseline a loss of its own (k2)
+    "reinforce_pp": {"advantage": "reinforce_pp", "kl_in": "reward", "kl_estimator": "k1"},
+    "reinforce_pp_baseline": {"kl_in": "loss", "kl_estimator": "k2", "loss_mean": "token_mean"},
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_an_algorithm_is_as_its_paper_has_it(name):
+    config = load_config(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
+    found = {key: getattr(config.algorithm, key) for key in PAPERS[name]}
+    assert found == PAPERS[name]
+    assert ("reference" in config.roles) == (config.algorithm.kl_coef > 0)
+    # without clipping (RLOO) there is one update of what was sampled
+    assert name != "rloo" or config.train.num_minibatches * config.train.epochs == 1
+
+
+def test_preference_losses_are_as_their_papers_have_them():
+    root = Path(__file__).parents[2] / "configs"
+    found = {n: load_config(root / f"{n}.yaml").preference for n in ("dpo", "kto", "orpo", "simpo")}
+    # 2305.18290 (appendix B), 2402.01306 (section 4.2), 2403.07691 (section 5.1)
+    assert [found[n].beta for n in ("dpo", "kto", "orpo")] == [0.1] * 3
+    assert found["kto"].kto_weights == (1.0, 1.0)
+    # 2405.14734, table 8: beta 2 to 2.5, gamma half of it
+    assert (found["simpo"].beta, found["simpo"].margin) == (2.0, 1.0)

@@ -19,6 +19,7 @@ from spmdrl.rollout.native.varlen import varlen_is_usable
 from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import Request
 from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.training.reading import as_numbers
 from tiny_model import make_tiny_model
 
 pytestmark = [
@@ -47,6 +48,14 @@ def test_noise_is_the_same_on_both_devices():
     keys = torch.tensor([1, -5, 2**60])
     on_cpu, on_gpu = gumbel(keys, 3, 1000), gumbel(keys.cuda(), 3, 1000).cpu()
     assert torch.allclose(on_cpu, on_gpu, atol=1e-4)
+
+
+def test_metrics_of_a_loss_may_lie_on_two_devices():
+    part = {"loss": torch.tensor(2.0, device="cuda"), "tokens": torch.tensor(3.0).double()}
+    assert as_numbers([part, {"tokens": torch.tensor(1.0)}]) == [
+        {"loss": 2.0, "tokens": 3.0},
+        {"tokens": 1.0},
+    ]
 
 
 def answers(world: World, model: str, dtype: str, graphs: bool) -> list[tuple[int, ...]]:

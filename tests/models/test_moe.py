@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from test_decoder import check_gradients, dense, reference_logits, tokens_of
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness import run_ranks
 from moe_models import CASES, by_file_name, config_of, reference_model
@@ -221,6 +222,21 @@ def test_fixed_shapes_give_the_same(parts: int, monkeypatch: pytest.MonkeyPatch)
         found.append(total)
     torch.testing.assert_close(found[1], found[0])
     assert found[0].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_nothing_waits_for_the_device_where_no_expert_is_elsewhere(
+    needs_grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake tensors have no values: what asks for some, and so would wait for a GPU, is an error."""
+    for module in ("moe", "grouped"):
+        monkeypatch.setattr(f"spmdrl.models.{module}.grouped_gemm_is_usable", lambda *_: True)
+    config = config_of(reference_model("mixtral"))
+    with FakeTensorMode(), torch.set_grad_enabled(needs_grad):
+        experts = Experts(config, Parallel(), Parallel(), dtype=torch.bfloat16, device="cpu")
+        x = torch.randn(11, 64, dtype=torch.bfloat16)
+        out = experts(x, torch.zeros(11, 2, dtype=torch.int64), torch.ones(11, 2).bfloat16())
+        assert out.shape == (11, 64)
 
 
 def test_choices_are_packed() -> None:

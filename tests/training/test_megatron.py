@@ -18,11 +18,13 @@ from megatron_cases import (
     torch_records,
 )
 from test_torch_backend import assemble, compare, still
+from training_cases import loss_fn
 
 from harness import run_ranks
 from spmdrl.batch import from_rows
 from spmdrl.launch import World
 from spmdrl.training.packing import pack
+from spmdrl.training.readout import next_token
 
 pytestmark = pytest.mark.megatron
 
@@ -129,6 +131,41 @@ def all_still(world: World) -> None:
 
 def test_momentum_and_decay_move_nothing_without_a_gradient() -> None:
     run_ranks(all_still, 2)
+
+
+def copies_and_state(world: World) -> list[dict[str, torch.Tensor]]:
+    """Weights that both tp ranks hold, after steps with unlike gradients on them; and where AdamW's
+    state lies.
+    """
+    found = []
+    for kind, sp in (("qwen3", False), ("qwen3_moe", True)):
+        backend = make_backend(world, KINDS[kind], case(tp=2, sp=sp))
+        optimizer, rows = backend._optimizer, probe_rows()
+        # under another default device, as a GPU's is not the CPU: the state is where its master is
+        with torch.device("meta"):
+            optimizer._start()
+        for shard in optimizer.shards:
+            for name, tensor in optimizer._state[shard.master].items():
+                assert tensor.device == shard.master.device, name
+        for _ in range(2):
+            backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=9.0)
+            for shard in optimizer.shards:
+                gradient = dict(backend._chunks[0].named_parameters())
+                held = gradient[shard.parameter.module_name].main_grad
+                held.mul_(1 + 1e-3 * world.rank * shard.parameter.is_replicated)
+            backend.optim_step()
+        copies = [s for s in optimizer.shards if s.parameter.is_replicated]
+        found.append({s.parameter.name: s.values.clone() for s in copies})
+    return found
+
+
+def test_copies_of_tensor_parallel_ranks_stay_copies_and_state_lies_with_its_master() -> None:
+    one, other = run_ranks(copies_and_state, 2)
+    assert any("router" in name for name in one[1])
+    for a, b in zip(one, other, strict=True):
+        assert any("norm" in name for name in a)
+        for name, tensor in a.items():
+            assert torch.equal(tensor, b[name]), name
 
 
 def logits_of_rows(world: World) -> dict[str, list[torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -174,3 +175,19 @@ def test_rows_are_read_at_their_last_token_and_empty_rows_not_at_all() -> None:
 def test_readouts_name_their_columns() -> None:
     assert isinstance(next_token(0.5), Readout) and next_token(0.5).temperature == 0.5
     assert VALUES.is_per_token and not SCORES.is_per_token
+
+
+def warned(world: World) -> list[str]:
+    mesh = Mesh("value", range(world.size), {"dp_shard": 2}, "cpu")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        backend = TorchBackend(mesh, tiny_config(), LivelyScores(), options(), CPU, head="score")
+        for readout in READOUTS.values():
+            backend.forward(rows(), readout)
+            backend.forward_backward(rows(), loss_fn, readout, normaliser=9.0)
+            backend.optim_step()
+    return [str(warning.message) for warning in seen]
+
+
+def test_a_sharded_scalar_head_trains_without_a_warning() -> None:
+    assert run_ranks(warned, 2) == [[], []]

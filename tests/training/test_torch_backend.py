@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from training_cases import (
     LivelyCheckpoint,
     loss_fn,
@@ -314,6 +315,89 @@ def all_still(world: World) -> None:
 
 def test_momentum_and_decay_move_nothing_without_a_gradient() -> None:
     run_ranks(all_still, 2)
+
+
+def unlike_gradients(world: World) -> list[dict[str, Tensor]]:
+    """Two steps with a little noise on rank 1's gradients, as atomics on CUDA make it; the
+    parameters that both tp ranks hold.
+    """
+    config, found = tiny_config(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        backend = make_backend(world, options(param_dtype=dtype), config, tp=2)
+        rows = make_rows([4, 6], 2)
+        copies = [leaf for leaf in backend._leaves if leaf.replicated]
+        for _ in range(2):
+            backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=9.0)
+            for leaf in copies:
+                held = backend._sums.get(leaf.name, leaf.parameter.grad)
+                assert held is not None
+                held.mul_(1 + 1e-3 * world.rank)
+            backend.optim_step()
+        found.append({leaf.name: leaf.master.detach().clone() for leaf in copies})
+    return found
+
+
+def test_copies_of_tensor_parallel_ranks_stay_copies() -> None:
+    one, other = run_ranks(unlike_gradients, 2)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys() and any("norm" in name for name in a)
+        for name, tensor in a.items():
+            assert torch.equal(tensor, b[name]), name
+
+
+def reductions(world: World) -> tuple[dict[str, int], float, float]:
+    """Collectives of the backwards of one optimizer step in many microbatches on 2 x 2 ranks, by
+    name; gradient norms of it and of a backend without shards.
+    """
+    config, norms = tiny_config(), []
+    rows = make_rows([5, 6], 3, seed=world.rank)
+    counts: dict[str, int] = {}
+    for degrees in ({"dp_replicate": 2, "dp_shard": 2}, {"dp_replicate": 4}):
+        backend = make_backend(world, options(microbatch_tokens=20), config, **degrees)
+        for _ in range(2):  # what a step leaves must not be in the next one
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=9.0)
+            norm = backend.optim_step().grad_norm
+        counts = counts or {event.key: event.count for event in seen.key_averages()}
+        norms.append(norm)
+    return counts, norms[0], norms[1]
+
+
+def test_replicas_of_shards_reduce_once_a_step() -> None:
+    counts, sharded, plain = run_ranks(reductions, 4)[0]
+    scattered = sum(n for op, n in counts.items() if op == "c10d::_reduce_scatter_base_")
+    groups = tiny_config().num_layers + 1  # what FSDP2 gathers at once: layers, and the rest
+    assert scattered >= 3 * groups, "several microbatches"
+    reduced = sum(n for op, n in counts.items() if op == "c10d::allreduce_")
+    # and one of the number of microbatches
+    assert reduced <= groups + 1, counts
+    assert sharded == pytest.approx(plain, rel=1e-5)
+
+
+def taken_names(world: World) -> list[str]:
+    backend, found = make_backend(world, options(), tiny_config()), []
+    metrics: list[dict[str, Any]] = [
+        *({name: torch.tensor(1.0)} for name in ("loss", "lr", "grad_norm", "skipped")),
+        {"gap": 0.5},
+        {"gap": torch.ones(2)},
+    ]
+    for given in metrics:
+        with pytest.raises(ValueError, match="metric") as error:
+            backend.forward_backward(
+                make_rows([4], 2),
+                lambda g, m=given: (g["logprobs"].sum(), m),
+                next_token(1.0),
+                normaliser=1.0,
+            )
+        found.append(str(error.value))
+    return found
+
+
+def test_metrics_of_a_loss_do_not_take_the_updates_names() -> None:
+    (texts,) = run_ranks(taken_names, 1)
+    for name, text in zip(("loss", "lr", "grad_norm", "skipped"), texts, strict=False):
+        assert f"{name!r}" in text and "another" in text
+    assert "'gap'" in texts[4] and "0.5" in texts[4] and "(2,)" in texts[5]
 
 
 def frozen_and_refused(world: World) -> None:

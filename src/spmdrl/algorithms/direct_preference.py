@@ -123,16 +123,15 @@ def preference_loss(
         ValueError: the loss needs `ref_logprobs` or `baseline` and has none, or shapes differ.
     """
     _check(logprobs, response_lengths, ref_logprobs, baseline, config)
-    counts = response_lengths.clamp(min=1)
     wide = logprobs.double()
     ratio = wide
     if config.needs_reference and ref_logprobs is not None:
         ratio = wide - ref_logprobs.detach().double()
-    rewards = implicit_rewards(ratio, counts, config)
-    compared = ratio / counts if config.normalises else ratio
+    rewards = implicit_rewards(ratio, response_lengths, config)
+    compared = as_compared(ratio, response_lengths, config)
     z = torch.zeros_like(wide) if baseline is None else baseline.detach().double()
     pairs = Compared(chosen=compared[better], rejected=compared[worse], baseline=z[better])
-    nll = -(wide / counts)[better]
+    nll = -(wide / response_lengths.clamp(min=1))[better]
     loss = LOSSES[config.loss](pairs, config)
     if config.nll_coef:
         loss = loss + config.nll_coef * nll
@@ -199,6 +198,15 @@ LOSSES: Mapping[str, Callable[[Compared, PreferenceConfig], Tensor]] = MappingPr
 )
 
 
+def as_compared(
+    ratio: Tensor,  # [R] log-ratio to the reference, or log-probability without one
+    response_lengths: Tensor,  # [R] int64 tokens
+    config: PreferenceConfig,
+) -> Tensor:
+    """What a loss compares of each response, in nats: per token where it normalises: `[R]`."""
+    return ratio / response_lengths.clamp(min=1) if config.normalises else ratio
+
+
 def implicit_rewards(
     ratio: Tensor,  # [R] log-ratio to the reference, or log-probability without one
     response_lengths: Tensor,  # [R]
@@ -213,13 +221,14 @@ def implicit_rewards(
     return config.beta * (own if config.needs_reference else own / response_lengths.clamp(min=1))
 
 
-def kto_baseline(mean_log_ratio: float) -> float:
-    """KTO's z: the mean log-ratio over responses to other prompts, at least 0.
+def kto_baseline(mean_compared: float) -> float:
+    """KTO's z: the mean over responses to other prompts of what the loss compares, at least 0.
 
-    arXiv 2402.01306, section 4.1. The mean is that of the world, so that no result depends on how
-    rows are spread over ranks.
+    arXiv 2402.01306, section 4.1. z stands beside the log-ratios of `as_compared`, so it has their
+    unit: nats of a response, or per token. The mean is that of the world, so that no result depends
+    on how rows are spread over ranks.
     """
-    return max(0.0, mean_log_ratio)
+    return max(0.0, mean_compared)
 
 
 def ordered_pairs(

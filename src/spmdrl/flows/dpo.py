@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from spmdrl.algorithms.direct_preference import PreferenceConfig, kto_baseline
+from spmdrl.algorithms.direct_preference import PreferenceConfig, as_compared, kto_baseline
 from spmdrl.batch import Batch
 from spmdrl.data.home import DataSet, StepRows
 from spmdrl.data.preferences import PairSet
@@ -59,8 +59,7 @@ class DpoTrainer:
             if self.reference is not None:
                 batch = self.reference.add(batch)
             if self.others is not None:
-                drift = log_ratio(self.policy, self.reference, self.others.batch(step))
-                baseline = kto_baseline(moments(drift).mean)
+                baseline = self._baseline(self.others.batch(step))
                 column = torch.full((len(batch),), baseline, dtype=torch.float64)
                 batch = batch.with_columns(rows={BASELINE: column})
                 metrics[BASELINE] = baseline
@@ -68,6 +67,12 @@ class DpoTrainer:
         with self.run.phase("update"):
             records = self.policy.update(batch, self.loss, update)
         return {**pair_metrics(records), **metrics}
+
+    def _baseline(self, mismatched: Batch) -> float:
+        """KTO's z, from prompts with answers to other prompts."""
+        drift = log_ratio(self.policy, self.reference, mismatched)
+        tokens = mismatched.row_sum(mismatched["loss_mask"])
+        return kto_baseline(moments(as_compared(drift, tokens, self.settings)).mean)
 
 
 def preferring_chosen(batch: Batch) -> Batch:

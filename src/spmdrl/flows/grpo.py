@@ -18,7 +18,7 @@ from spmdrl.distributed.reduce import moments, world_any
 from spmdrl.flows.advantage_terms import puts_kl_in_reward, token_advantages
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.policy_terms import policy_columns, policy_loss, update_of, with_loss_weights
-from spmdrl.flows.run import Environment, Metrics, Run, Trainer, update_metrics
+from spmdrl.flows.run import Environment, Metrics, Run, Trainer, joined, update_metrics
 from spmdrl.roles import Policy, Reference, together
 
 
@@ -33,7 +33,7 @@ def grpo(run: Run) -> None:
         batch = environment.collect(step)  # prompts, samples and rewards: home rows
         # advantages and updates; beside them, with lag: 1, the next step's samples
         metrics = trainer.step(step, batch, *environment.ahead(step + 1))
-        run.finish(step, batch, {**environment.metrics(), **metrics})
+        run.finish(step, batch, joined(environment.metrics(), metrics))
     sync.run()
     run.conclude()
 

@@ -23,7 +23,7 @@ from spmdrl.flows.preference_terms import (
     with_pair_shares,
 )
 from spmdrl.flows.reference_sums import AskedSums
-from spmdrl.flows.run import Environment, Metrics, Run
+from spmdrl.flows.run import Environment, Metrics, Run, joined
 from spmdrl.roles import Policy, Reference, together
 
 
@@ -39,7 +39,7 @@ def online_dpo(run: Run) -> None:
         batch = environment.collect(step)  # prompts, samples and rewards: home rows
         # pairs and updates; beside them, with lag: 1, the next step's samples
         metrics = trainer.step(step, batch, *environment.ahead(step + 1))
-        run.finish(step, batch, {**environment.metrics(), **metrics})
+        run.finish(step, batch, joined(environment.metrics(), metrics))
     sync.run()
     run.conclude()
 

@@ -30,7 +30,7 @@ from spmdrl.config_algorithms import AlgorithmSection
 from spmdrl.distributed.reduce import Moments, moments
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.policy_terms import policy_columns, policy_loss, update_of, with_loss_weights
-from spmdrl.flows.run import Environment, Metrics, Run, Trainer, update_metrics
+from spmdrl.flows.run import Environment, Metrics, Run, Trainer, joined, update_metrics
 from spmdrl.roles import Policy, Reference, Value, together
 from spmdrl.training.protocol import LossFn, LossInput
 
@@ -48,7 +48,7 @@ def ppo(run: Run) -> None:
         run.evaluate(step)
         batch = environment.collect(step)  # prompts, samples and scores: home rows
         metrics = trainer.step(step, batch, *environment.ahead(step + 1))
-        run.finish(step, batch, {**environment.metrics(), **metrics})
+        run.finish(step, batch, joined(environment.metrics(), metrics))
     sync.run()
     run.conclude()
 

@@ -28,11 +28,11 @@ from spmdrl.observe.console import Console
 from spmdrl.observe.metrics import MetricsWriter, set_aside_metrics
 from spmdrl.observe.progress import Relay
 from spmdrl.observe.timeline import PhaseTimer, timing_metrics
-from spmdrl.passes import NO_GRADIENT
 from spmdrl.policy_sync import PolicySync
 from spmdrl.rewards.scorer import Scorer
 from spmdrl.rollout.sampling import SamplingParams
 from spmdrl.training.experts import EXPERT_METRICS
+from spmdrl.training.protocol import STEP_METRICS
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Evaluates(Protocol):
         ...
 
 
-PER_STEP = ("loss", "grad_norm", "lr", "skipped", NO_GRADIENT, *EXPERT_METRICS)
+PER_STEP = (*STEP_METRICS, *EXPERT_METRICS)
 """Metrics of an optimizer step as a whole, not of its tokens."""
 
 
@@ -282,7 +282,7 @@ class Run:
         """
         syncs = [sync.take_metrics() for sync in self._syncs.values()]
         moved = {name: value for found in syncs for name, value in found.items()}
-        record = {**metrics, **moved, **self._timing(metrics)}
+        record = joined(metrics, moved, self._timing(metrics))
         self._writer.write(step + 1, record)
         self._writer.write_samples(step + 1, self._samples(batch))
         self._console.step({"step": step + 1, **record})
@@ -331,6 +331,24 @@ class Run:
             }
             for i in range(count)
         ]
+
+
+def joined(*parts: Metrics) -> Metrics:
+    """All of them in one.
+
+    Raises:
+        ValueError: two of them have one name.
+    """
+    found: dict[str, float] = {}
+    for part in parts:
+        taken = sorted(found.keys() & part.keys())
+        if taken:
+            raise ValueError(
+                f"metrics called {taken} come from two parts of the flow (its environment and its "
+                "trainer, say), and one would be lost: give one of them another name"
+            )
+        found |= part
+    return found
 
 
 def update_metrics(records: Sequence[Metrics]) -> Metrics:

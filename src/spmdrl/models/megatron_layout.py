@@ -60,6 +60,13 @@ class Parameter:
     shared: bool = False
     is_expert: bool = False
 
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every tp rank holds it: what tensor parallelism does not divide, and no expert,
+        which it always does.
+        """
+        return not self.is_expert and all(part.is_whole for part in self.slices)
+
 
 def padded_vocab(config: ModelConfig, tp: int) -> int:
     """The vocabulary with padding, which tp divides."""

@@ -126,11 +126,13 @@ class Experts(nn.Module):
         counts = counts.scatter_add_(0, key, torch.ones_like(key))[:-1]
         if self.ep.group is not None:
             order, out = self._exchange(x, order, top_k, counts.view(-1, self.count))
-        elif self._counts_on_device(x) and not torch.is_grad_enabled():
-            # no wait for the device, and the same shapes whatever is chosen: for CUDA graphs
+        elif self._counts_on_device(x) and not (torch.is_grad_enabled() and self.num_columns > 1):
+            # No wait for the device, and the same shapes whatever is chosen: for CUDA graphs. Not
+            # for a backward where some rows belong to no group: their gradients are not defined.
             out = self._run(x.index_select(0, order // top_k), Groups(counts=counts))
-            absent = key.index_select(0, order) == num_keys
-            out = out.masked_fill(absent[:, None], 0)
+            if self.num_columns > 1:
+                absent = key.index_select(0, order) == num_keys
+                out = out.masked_fill(absent[:, None], 0)
         else:
             sizes = counts.tolist()
             order = order[: sum(sizes)]

@@ -15,6 +15,9 @@ from spmdrl.training.packing import Microbatch
 EXPERT_METRICS = ("expert_load", "experts_idle", "balance_loss")
 """Those that describe an optimizer step as a whole."""
 
+EXPERT_SUMS = ("expert_load_max", "replay_changed")
+"""Those that are a maximum and a sum over tokens."""
+
 
 def make_routing(
     moe: MoeConfig | None,

@@ -29,6 +29,20 @@ def all_reduce_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup |
             gradient.copy_(part.view_as(gradient))
 
 
+def average_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Let every rank of the group have the mean of their gradients, in place.
+
+    Of parameters that each rank of a tensor-parallel group holds: their gradients are the same but
+    for the order of sums, which atomics on CUDA leave open. Copies that step by unlike gradients
+    would drift apart, and nothing would bring them together again.
+    """
+    if group is None or not gradients:
+        return
+    all_reduce_gradients(gradients, group)
+    for gradient in gradients:
+        gradient.div_(dist.get_world_size(group))
+
+
 def gradient_norm(
     counted: Iterable[Tensor],
     groups: Sequence[dist.ProcessGroup | None],

@@ -14,6 +14,14 @@ from spmdrl.training.weights import Leaf
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def fresh_state(master: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a tensor before its first step: all of it where the tensor lies, since fused
+    kernels take `step` on no other device (pytorch issue 124133).
+    """
+    step = torch.zeros((), dtype=torch.float32, device=master.device)
+    return {"step": step, **{name: torch.zeros_like(master) for name in MOMENTS}}
+
+
 class Optimizer:
     """torch's AdamW, with state from the start (so that a checkpoint can be read into it)."""
 
@@ -35,13 +43,9 @@ class Optimizer:
         self._start()
 
     def _start(self) -> None:
-        state = self._adamw.state_dict()
-        ordered = [tensor for group in self._adamw.param_groups for tensor in group["params"]]
-        state["state"] = {
-            i: {"step": torch.zeros(()), **{name: torch.zeros_like(t) for name in MOMENTS}}
-            for i, t in enumerate(ordered)
-        }
-        self._adamw.load_state_dict(state)
+        for group in self._adamw.param_groups:
+            for master in group["params"]:
+                self._adamw.state[master] = fresh_state(master)
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], lr: float) -> None:

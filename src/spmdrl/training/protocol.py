@@ -12,6 +12,7 @@ from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.sharding import Slice
+from spmdrl.training.experts import EXPERT_METRICS, EXPERT_SUMS
 from spmdrl.training.readout import Readout
 
 LocalTensors = dict[str, tuple[Tensor, tuple[Slice, ...]]]
@@ -67,11 +68,21 @@ LossFn = Callable[[LossInput], tuple[Tensor, dict[str, Tensor]]]
 (maxima where the name ends in `_max`, see `spmdrl.algorithms.metrics`)."""
 
 
+NO_GRADIENT = "no_gradient"
+"""Metric of a minibatch: 1 where its gradient was exactly 0, and so nothing moved."""
+
+STEP_METRICS = ("loss", "grad_norm", "lr", "skipped", NO_GRADIENT)
+"""What an update says of an optimizer step as a whole."""
+
+TAKEN = (*STEP_METRICS, *EXPERT_METRICS, *EXPERT_SUMS, "update_tokens")
+"""Names of metrics that a loss may not have."""
+
+
 def loss_of(loss_fn: LossFn, given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and metrics of one microbatch.
 
     Raises:
-        ValueError: the function returns something else.
+        ValueError: the function returns something else, or a metric with a name of the update's.
     """
     name, result = getattr(loss_fn, "__qualname__", repr(loss_fn)), loss_fn(given)
     is_pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
@@ -80,6 +91,18 @@ def loss_of(loss_fn: LossFn, given: LossInput) -> tuple[Tensor, dict[str, Tensor
             f"the loss function {name} must return (loss, metrics): a sum as a tensor without "
             "dimensions, and a dict of sums"
         )
+    for metric, value in result[1].items():
+        if metric in TAKEN:
+            raise ValueError(
+                f"the loss function {name} returns a metric {metric!r}, and the update has one of "
+                "that name: give it another"
+            )
+        if not isinstance(value, Tensor) or value.ndim:
+            raise ValueError(
+                f"the loss function {name} must return its metric {metric!r} as a tensor without "
+                "dimensions (a sum), and returns "
+                + (f"the shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value))
+            )
     return result
 
 
@@ -160,9 +183,10 @@ class TrainBackend(Protocol):
         ...
 
     def state_tensors(self) -> LocalTensors:
-        """What a checkpoint holds, on this rank, all float32 in every layout and compute dtype: the
-        master weights `weights/NAME` (the weights themselves where those are float32), and the
-        optimizer's `exp_avg/NAME` and `exp_avg_sq/NAME`; the storage itself. Empty when frozen.
+        """What a checkpoint holds, on this rank: the master weights `weights/NAME` (the weights
+        themselves where those are float32), and the optimizer's `exp_avg/NAME` and
+        `exp_avg_sq/NAME`, all float32 in every layout and compute dtype; and `weights/NAME` of what
+        does not train, as it is held. The storage itself. Empty when the role is frozen.
         """
         ...
 

@@ -55,8 +55,8 @@ def read_places(
     """
     read = hidden.index_select(0, predict)
     if readout.head == "score":
-        # Equal on all tp ranks, as hidden states and this head are.
-        return ((read.float() @ weight.float().t()).squeeze(1),)
+        # Equal on all tp ranks, as hidden states and this head are. No view: FSDP2 warns of these.
+        return (torch.mv(read.float(), weight.float().flatten()),)
     return token_logprobs(
         read,
         weight,
@@ -126,7 +126,10 @@ def over_replicas(sums: dict[str, float], mesh: Mesh) -> dict[str, float]:
 
 
 def as_numbers(parts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
-    """All metrics with one wait for the device."""
-    values = [value.detach().double() for part in parts for value in part.values()]
-    numbers = iter(torch.stack(values).tolist() if values else ())
-    return [{name: next(numbers) for name in part} for part in parts]
+    """All metrics with one wait for each device on which a loss left some."""
+    waiting: dict[torch.device, list[Tensor]] = {}
+    for part in parts:
+        for value in part.values():
+            waiting.setdefault(value.device, []).append(value.detach().double())
+    numbers = {at: iter(torch.stack(values).tolist()) for at, values in waiting.items()}
+    return [{name: next(numbers[value.device]) for name, value in p.items()} for p in parts]

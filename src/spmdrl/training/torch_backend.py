@@ -23,7 +23,7 @@ from spmdrl.models.sharding import Head
 from spmdrl.storages import require_resident
 from spmdrl.training.context import LocalStream, split_stream
 from spmdrl.training.experts import ExpertUse, make_balance, make_routing
-from spmdrl.training.gradients import all_reduce_gradients, gradient_norm
+from spmdrl.training.gradients import all_reduce_gradients, average_gradients, gradient_norm
 from spmdrl.training.optimizer import Optimizer
 from spmdrl.training.options import TrainOptions, lr_at
 from spmdrl.training.packing import Microbatch, empty_microbatch, pack
@@ -122,8 +122,9 @@ class TorchBackend:
         parts: list[dict[str, Tensor]] = []
         moe = self.config.moe
         use = None if moe is None else ExpertUse(moe, self._device)
-        packed = self._pack(rows, readout, whole_groups=whole_groups)
-        for microbatch in counted(self._paced(packed), progress):
+        packed = self._paced(self._pack(rows, readout, whole_groups=whole_groups))
+        for number, microbatch in enumerate(counted(packed, progress), start=1):
+            self._reduce_over_replicas(number == len(packed))
             stream = self._stream(microbatch)
             balance = self._balance(rows, microbatch, stream, readout, normaliser)
             routing = make_routing(moe, rows, microbatch, stream, self._device, balance)
@@ -155,6 +156,8 @@ class TorchBackend:
         for axis in ("reduce", "edp"):
             own = [gradients[leaf.name] for leaf in plain if leaf.summed_over == axis]
             all_reduce_gradients(own, self.mesh.group(axis))
+        copies = [gradients[leaf.name] for leaf in self._trained if leaf.replicated]
+        average_gradients(copies, self.mesh.group("tp"))
         norm = gradient_norm(
             [gradients[leaf.name] for leaf in self._trained if leaf.counted],
             [self.mesh.group("all")],
@@ -235,6 +238,11 @@ class TorchBackend:
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
         missing = int(most) - len(microbatches)
         return microbatches + [empty_microbatch()] * missing
+
+    def _reduce_over_replicas(self, is_last: bool) -> None:
+        """Sum shards over the replicas in the last backward alone: they are the slowest axis."""
+        if isinstance(self._decoder, FSDPModule) and self.mesh.size("dp_replicate") > 1:
+            self._decoder.set_requires_all_reduce(is_last)
 
     def _stream(self, microbatch: Microbatch) -> LocalStream:
         return split_stream(microbatch, self.mesh.coordinate("cp"), self.mesh.size("cp"))

@@ -43,6 +43,7 @@ class Leaf:
         counted: whether this rank counts the leaf's gradient in the norm: of ranks that hold the
             same part, the first one does.
         summed_over: the mesh's axis over which gradients are summed where it is not sharded.
+        replicated: tensor parallelism does not divide it, and so every tp rank holds it.
         decay: whether weight decay applies.
         trained: whether it changes; what does not has no master of its own.
     """
@@ -55,6 +56,7 @@ class Leaf:
     sharded: bool
     counted: bool
     summed_over: Literal["reduce", "edp"]
+    replicated: bool
     decay: bool
     trained: bool
 
@@ -177,6 +179,7 @@ def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
                 sharded=sharded,
                 counted=mesh.coordinate(copies) == 0 and not (replicated and decoder.tp.rank > 0),
                 summed_over=summed_over,
+                replicated=replicated,
                 decay=parameter.ndim > 1,
                 trained=parameter.requires_grad,
             )

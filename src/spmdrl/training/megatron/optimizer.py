@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.megatron_layout import Parameter, chunk_ranges, flat_pieces
-from spmdrl.training.gradients import gradient_norm
+from spmdrl.training.gradients import average_gradients, gradient_norm
 from spmdrl.training.megatron.compat import named_as_on_cuda
-from spmdrl.training.optimizer import MOMENTS
+from spmdrl.training.optimizer import MOMENTS, fresh_state
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.protocol import LocalTensors
 
@@ -122,8 +122,7 @@ class ShardedOptimizer:
         for adamw in self._adamws:
             for group in adamw.param_groups:
                 for master in group["params"]:
-                    moments = {name: torch.zeros_like(master) for name in MOMENTS}
-                    self._state[master] = {"step": torch.zeros(()), **moments}
+                    self._state[master] = fresh_state(master)
                     adamw.state[master] = self._state[master]
 
     def _make_shards(
@@ -161,9 +160,7 @@ class ShardedOptimizer:
             return False
         if parameter.shared and parameter.module_name.startswith("output_layer"):
             return False
-        # what tensor parallelism does not divide, every tp rank holds; experts it always does
-        replicated = not parameter.is_expert and all(s.is_whole for s in parameter.slices)
-        return not replicated or self._mesh.coordinate("tp") == 0
+        return not parameter.is_replicated or self._mesh.coordinate("tp") == 0
 
     def _buffers(self) -> list[Any]:
         return [
@@ -190,6 +187,8 @@ class ShardedOptimizer:
         finalize_model_grads(self.chunks, None, pg_collection=self._groups)
         for inner in self._inner:
             inner.prepare_grads()
+        copies = [grad for shard, grad in self.gradients() if shard.parameter.is_replicated]
+        average_gradients(copies, self._mesh.group("tp"))
 
     def gradients(self) -> list[tuple[Shard, Tensor]]:
         """Every shard's gradient, flat, float32; after `reduce`."""
