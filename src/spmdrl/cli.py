@@ -113,6 +113,12 @@ def parser() -> argparse.ArgumentParser:
         help="of a Megatron checkpoint (torch_dist): the Hugging Face directory whose config.json "
         "and tokenizer it has; the checkpoint's index is a pickle, so convert only what you trust",
     )
+    check = add(
+        "check-model",
+        _check_model,
+        "Compare what a Hugging Face directory says with what it holds; 2 if it is refused.",
+    )
+    check.add_argument("directory")
     doctor = add("doctor", _doctor, "Look at every node of a job; name those to leave out.")
     doctor.add_argument("--shared", help="a directory that all nodes must see alike")
     for where, what in (("intra", "within a node"), ("inter", "between nodes")):
@@ -222,6 +228,15 @@ def _doctor(options: argparse.Namespace) -> None:
     stop_world()
     if found.bad:
         raise SystemExit(3)
+
+
+def _check_model(options: argparse.Namespace) -> None:
+    from spmdrl.models.check import check_directory
+
+    found = check_directory(options.directory)
+    print("\n".join(found.lines), flush=True)
+    if found.errors:
+        raise SystemExit(2)
 
 
 def _keys(options: argparse.Namespace) -> None:

@@ -2,35 +2,148 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .config import ModelConfig
+from .fields import Fields, kind_of, read_json, refuse_pointer
+
+TOKENIZER_CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
+
+_JSON = (
+    TOKENIZER_CONFIG,
+    TOKENIZER,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "chat_template.json",
+)
+_TOKENS = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space")
 
 
 def load_tokenizer(path: str | Path) -> Any:
     """transformers' tokenizer of a directory, without running code from it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or a file of it is damaged, naming the file.
     """
     # transformers takes a second to import, and most uses of this module need no tokenizer.
     from transformers import AutoTokenizer
 
     directory = Path(path)
-    if not (directory / "tokenizer_config.json").is_file():
-        raise ValueError(f"{directory} has no tokenizer_config.json: it holds no tokenizer")
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    if not (directory / TOKENIZER_CONFIG).is_file():
+        raise ValueError(f"{directory} has no {TOKENIZER_CONFIG}: it holds no tokenizer")
+    _check_config(directory / TOKENIZER_CONFIG)
+    _check_templates(directory)
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    # the libraries raise errors of any kind, and most name no file
+    except Exception as error:
+        raise ValueError(_diagnosis(directory, error)) from error
+
+
+def _check_config(file: Path) -> None:
+    """ValueError for what the library takes as it is, and stumbles over later."""
+    fields = Fields(values=read_json(file), origin=str(file))
+    for key in _TOKENS:
+        if key in fields and not _is_token(fields.value(key)):
+            raise fields.wrong(key, "a text, an object with its content, or null")
+    for key in _FLAGS:
+        if key in fields and not fields.is_null(key):
+            fields.flag(key)
+    if "model_max_length" in fields and not fields.is_null("model_max_length"):
+        fields.number("model_max_length", above=0.0)
+    if "tokenizer_class" in fields and not fields.is_null("tokenizer_class"):
+        fields.text("tokenizer_class")
+    if "chat_template" in fields:
+        _check_template(fields)
+    if "added_tokens_decoder" in fields:
+        for index, token in fields.section("added_tokens_decoder").items():
+            if not index.isdecimal() or token is None or not _is_token(token):
+                raise ValueError(
+                    f"{file}: added_tokens_decoder has {kind_of(token)} for {index!r}, which is no "
+                    "token of an id"
+                )
+
+
+def _is_token(value: Any) -> bool:
+    if isinstance(value, dict):
+        return isinstance(value.get("content"), str)
+    return value is None or isinstance(value, str)
+
+
+def _check_template(fields: Fields) -> None:
+    value = fields.value("chat_template")
+    named = value if isinstance(value, list) else []
+    are_texts = all(
+        isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
+        for one in named
+    )
+    is_mapping = isinstance(value, dict) and all(isinstance(one, str) for one in value.values())
+    is_plain = value is None or isinstance(value, str)
+    if not (is_plain or is_mapping or (isinstance(value, list) and are_texts)):
+        raise fields.wrong("chat_template", "a text, or a list of objects with name and template")
+
+
+def _check_templates(directory: Path) -> None:
+    """ValueError where a file of a chat template is no text."""
+    found = (directory / "chat_template.jinja", *directory.glob("additional_chat_templates/*"))
+    for file in found:
+        if file.is_file():
+            refuse_pointer(file)
+            try:
+                file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} is no text in UTF-8: {error}") from error
+
+
+def _diagnosis(directory: Path, error: Exception) -> str:
+    """Which file the library cannot read, as far as that can be found out."""
+    from tokenizers import Tokenizer
+    from transformers import AutoConfig
+
+    files = [directory / name for name in _JSON if (directory / name).is_file()]
+    for file in files:
+        try:
+            read_json(file)
+        except ValueError as damaged:
+            return str(damaged)
+    if (directory / TOKENIZER).is_file():
+        try:
+            Tokenizer.from_file(str(directory / TOKENIZER))
+        # its errors are bare Exceptions
+        except Exception as wrong:
+            return f"{directory / TOKENIZER} is no tokenizer: {_one_line(wrong)}"
+    if (directory / "config.json").is_file():
+        try:
+            AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        # a wrong value of any key
+        except Exception as wrong:
+            return f"{directory / 'config.json'}: {_one_line(wrong)}"
+    names = ", ".join(file.name for file in files)
+    return f"{directory}: no tokenizer can be made of {names}: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 400 else text[:397] + '...'}"
 
 
 def check_tokenizer(tokenizer: Any, config: ModelConfig) -> None:
     """ValueError where the tokenizer has ids without an embedding row (the reverse is usual)."""
-    size = 1 + max(tokenizer.get_vocab().values())
+    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    size = 1 + max(vocabulary.values(), default=-1)
     if size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {size} token ids, but the model's embedding has "
-            f"{config.vocab_size} rows (vocab_size): they do not belong together"
+            f"{tokenizer.name_or_path}: the tokenizer has {size} token ids, but the model's "
+            f"embedding has {config.vocab_size} rows (vocab_size): they do not belong together"
         )
+    if size == 0:
+        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no tokens")
 
 
 def difference(first: Any, second: Any) -> str | None:

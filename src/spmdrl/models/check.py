@@ -1,0 +1,94 @@
+"""`spmdrl check-model`: all that is wrong or odd about a model's directory, weights included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .config import ModelConfig, read_config
+from .families import CLASSIFICATION
+from .inspection import HEAD, WithTiedHead, inspect
+from .sharding import SCORE, Head, Slice, global_shapes
+from .tokenizers import TOKENIZER_CONFIG, check_tokenizer, load_tokenizer
+from .weight_files import PLAIN, Checkpoint, open_checkpoint
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What is found while a directory is read.
+
+    Args:
+        summary: what the model is.
+        errors: for which it is refused; whole lines that name file and key or tensor.
+        notes: what is odd.
+    """
+
+    summary: str = ""
+    errors: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[str]:
+        errors = [f"error: {text}" for text in self.errors]
+        notes = [f"note: {text}" for text in self.notes]
+        verdict = "the model is refused" if errors else "the model is loaded"
+        return [*([self.summary] if self.summary else []), *notes, *errors, verdict]
+
+
+def check_directory(path: str | Path) -> Findings:
+    """Read all of a Hugging Face directory: configuration, every weight, tokenizer."""
+    found = Findings()
+    try:
+        config = read_config(path)
+    except (ValueError, OSError) as error:
+        found.errors.append(str(error))
+        return found
+    _check_weights(Path(path), config, found)
+    if not (Path(path) / TOKENIZER_CONFIG).is_file():
+        found.notes.append(f"{path} has no {TOKENIZER_CONFIG}: it holds no tokenizer")
+        return found
+    try:
+        check_tokenizer(load_tokenizer(path), config)
+    except (ValueError, OSError) as error:
+        found.errors.append(str(error))
+    return found
+
+
+def _check_weights(path: Path, config: ModelConfig, found: Findings) -> None:
+    try:
+        checkpoint = open_checkpoint(path)
+    except (ValueError, OSError) as error:
+        found.errors.append(str(error))
+        return
+    head = _head(config, checkpoint)
+    report = inspect(config, checkpoint, head)
+    found.errors += report.errors
+    found.notes += report.notes
+    files = {entry.file for entry in checkpoint.entries.values()}
+    dtypes = sorted({entry.dtype for entry in checkpoint.entries.values()})
+    found.summary = (
+        f"{path}: {config.architecture}{' with a scalar head' if head == 'score' else ''}, "
+        f"{config.num_layers} layers, {len(checkpoint.names)} tensors ({', '.join(dtypes)}) in "
+        f"{len(files)} {'file' if len(files) == 1 else 'files'}"
+    )
+    is_doubled = head == "lm" and config.tie_embeddings and HEAD in checkpoint.names
+    source = WithTiedHead(checkpoint) if is_doubled else checkpoint
+    for name, shape in global_shapes(config, head).items():
+        entry = checkpoint.entries.get(name)
+        if entry is None or entry.shape != shape or entry.dtype not in PLAIN:
+            continue
+        try:
+            source.read(
+                Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
+            )
+        except ValueError as error:
+            found.errors.append(str(error))
+
+
+def _head(config: ModelConfig, checkpoint: Checkpoint) -> Head:
+    """The one that the directory has."""
+    named = str(config.source["architectures"][0])
+    is_scalar = CLASSIFICATION in named or (
+        SCORE in checkpoint.names and HEAD not in checkpoint.names and not config.tie_embeddings
+    )
+    return "score" if is_scalar else "lm"
