@@ -14,6 +14,7 @@ from .rope_scaling import RopeConfig, parse_rope
 from .unsupported import refuse_features
 
 GENERATION = "generation_config.json"
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def parse_config(
     """
     architecture = _architecture(source, origin)
     fields = Fields(values=source, origin=origin, defaults=DEFAULTS[architecture])
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.integer("num_hidden_layers", most=MOST_LAYERS)
     max_position = fields.integer("max_position_embeddings")
     refuse_features(fields, architecture, num_layers, max_position)
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")

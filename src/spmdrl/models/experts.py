@@ -8,6 +8,8 @@ from typing import Any
 
 from .fields import Fields
 
+MOST_EXPERTS = 65_536
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoeConfig:
@@ -106,7 +108,9 @@ def _num_experts(fields: Fields) -> int:
         for key in ("num_local_experts", "num_experts")
         if key in fields and not fields.is_null(key)
     ]
-    found = {fields.integer(key, 0) for key in names} or {fields.integer("num_experts", 0)}
+    found = {fields.integer(key, 0, MOST_EXPERTS) for key in names} or {
+        fields.integer("num_experts", 0, MOST_EXPERTS)
+    }
     if len(found) > 1:
         raise ValueError(
             f"{fields.origin}: num_local_experts={fields.value('num_local_experts')} and "

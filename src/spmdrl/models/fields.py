@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 POINTER = b"version https://git-lfs.github.com/"
+MOST = 2**31 - 1
 
 
 def is_pointer(file: Path) -> bool:
@@ -81,19 +83,22 @@ class Fields:
             return self.defaults[key]
         raise ValueError(f"{self.origin}: the key {key!r} is missing")
 
-    def integer(self, key: str, least: int | None = 1) -> int:
+    def integer(self, key: str, least: int | None = 1, most: int = MOST) -> int:
         value = self.value(key)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.wrong(key, "a whole number")
         if least is not None and value < least:
             raise self.wrong(key, f"at least {least}")
+        if value > most:
+            raise self.wrong(key, f"at most {most}")
         return value
 
     def number(self, key: str, above: float | None = None, least: float | None = None) -> float:
         value = self.value(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.wrong(key, "a number")
-        if not math.isfinite(value):
+        # an integer may be too large for a float
+        if abs(value) > sys.float_info.max or not math.isfinite(value):
             raise self.wrong(key, "a finite number")
         if above is not None and value <= above:
             raise self.wrong(key, f"above {above:g}")
@@ -135,7 +140,7 @@ class Fields:
         """Token ids: one, a list of them, or null for none."""
         value = self.value(key)
         given = () if value is None else value if isinstance(value, list) else (value,)
-        if not all(type(item) is int and item >= 0 for item in given):
+        if not all(type(item) is int and 0 <= item <= MOST for item in given):
             raise self.wrong(key, "a token id (a whole number), a list of them, or null")
         return tuple(given)
 
