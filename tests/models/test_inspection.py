@@ -232,7 +232,7 @@ def test_a_default_that_does_not_fit_the_weights_is_named(tmp_path: Path) -> Non
     source = json.loads((tmp_path / "config.json").read_text())
     del source["intermediate_size"]
     (tmp_path / "config.json").write_text(json.dumps(source))
-    with pytest.raises(ValueError, match=r"without intermediate_size there, the defaults count"):
+    with pytest.raises(ValueError, match=r"without intermediate_size in config.json, defaults count"):
         open_model(tmp_path)
     assert parse_config(source).intermediate_size == 11008
 

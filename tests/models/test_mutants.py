@@ -6,22 +6,24 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from mutants import Mutant, of_directory, of_gguf
+from mutants import VALUES, Mutant, of_directory, of_gguf
 from test_gguf import write_gguf
 
-from spmdrl.models.config import read_config
+from spmdrl.models.config import parse_config, read_config
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.export import save_pretrained
+from spmdrl.models.families import DEFAULTS, MODEL_TYPES, SUPPORTED
 from spmdrl.models.gguf import convert_gguf
 from spmdrl.models.hf import load_into, open_model
 from spmdrl.models.sharding import Slice, global_shapes
 from spmdrl.models.tokenizers import check_tokenizer, load_tokenizer
 from tiny_model import make_tiny_model
 
-EACH = 12
+EACH = 20
 """Of so many mutants the quick run takes one."""
 
 
@@ -75,14 +77,16 @@ def sweep(start: Path, mutants: list[Mutant], scratch: Path) -> Counter[str]:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.copytree(start, scratch)
         mutant.change(scratch)
-        found[outcome(mutant, scratch)] += 1
+        result = outcome(mutant, scratch)
+        print(f"{result}: {mutant.name}" if result == "read" else result)
+        found[result] += 1
+    print(f"{len(mutants)} mutants: {dict(found)}")
     return found
 
 
 def check(found: Counter[str], mutants: list[Mutant]) -> None:
     wrong = [text for text in found if text not in ("read", "refused")]
     assert wrong == [], "\n".join(wrong[:50])
-    print(f"{len(mutants)} mutants: {dict(found)}")
     assert found["refused"] > len(mutants) // 3
 
 
@@ -96,6 +100,33 @@ def gguf_start(directory: Path) -> Path:
 @pytest.mark.parametrize("kind", ["directory", "gguf"])
 def test_a_sample_of_damaged_files_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     run(tmp_path, kind, EACH)
+
+
+@pytest.mark.parametrize("architecture", SUPPORTED)
+def test_every_key_of_every_family_is_read_or_refused_by_name(architecture: str) -> None:
+    source = {
+        **{key: value for key, value in DEFAULTS[architecture].items() if value is not None},
+        "architectures": [architecture],
+        "model_type": MODEL_TYPES[architecture],
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32, "mscale": 1.0},
+    }
+    parse_config(source)
+    rope: dict[str, Any] = source["rope_scaling"]
+    for value in VALUES.values():
+        changed = [{**source, key: value} for key in (*source, "layer_types", "bos_token_id")]
+        changed += [{**source, "rope_scaling": {**rope, key: value}} for key in (*rope, "truncate")]
+        for one in changed:
+            try:
+                parse_config(one)
+            except ValueError as error:
+                assert "config.json" in str(error) and "\n" not in str(error)
+        try:
+            parse_config(source, generation={"eos_token_id": value})
+        except ValueError as error:
+            assert "generation_config.json: eos_token_id" in str(error)
 
 
 @pytest.mark.full

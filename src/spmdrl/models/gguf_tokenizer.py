@@ -35,7 +35,7 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
         )
     tokens = token_list(fields)
     vocab = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in fields.value("tokenizer.ggml.merges")]
+    merges = _merges(fields)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits[pre], byte_level])
@@ -55,6 +55,15 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
             special_tokens=[(tokens[bos], bos)],
         )
     return tokenizer
+
+
+def _merges(fields: Fields) -> list[tuple[str, str]]:
+    key = "tokenizer.ggml.merges"
+    given: Any = fields.value(key)
+    if not isinstance(given, list) or not all(isinstance(m, str) and " " in m for m in given):
+        raise fields.wrong(key, "a list of texts with a blank in each")
+    pairs = (merge.split(" ", 1) for merge in given)
+    return [(first, second) for first, second in pairs]
 
 
 def tokenizer_config(fields: Fields) -> dict[str, Any]:

@@ -81,8 +81,11 @@ def inspect(config: ModelConfig, checkpoint: Checkpoint, head: Head | None) -> R
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         notes.append(f"{checkpoint.path}: the tensor {odd[0]!r}{more} is of no use to the model")
     foreign, quantised = _files(checkpoint.path)
-    missing = _missing(config, checkpoint, head, wanted, unexpected)
-    shaped = list(_shaped(config, checkpoint, head, wanted))
+    defaults = DEFAULTS[config.architecture]
+    absent = [k for k in _SIZES if defaults.get(k) is not None and k not in config.source]
+    taken = f" (without {', '.join(absent)} in config.json, defaults count)" if absent else ""
+    missing = [text + taken for text in _missing(checkpoint, wanted, unexpected)]
+    shaped = list(_shaped(config, checkpoint, head, wanted, taken))
     return Report(
         errors=(*foreign, *refused, *missing, *shaped),
         notes=(*notes, *quantised),
@@ -131,11 +134,7 @@ def _files(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _missing(
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    head: Head | None,
-    wanted: dict[str, tuple[int, ...]],
-    unexpected: list[str],
+    checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]], unexpected: list[str]
 ) -> list[str]:
     missing = sorted(wanted.keys() - checkpoint.names)
     if not missing:
@@ -163,11 +162,9 @@ def _shaped(
     checkpoint: Checkpoint,
     head: Head | None,
     wanted: dict[str, tuple[int, ...]],
+    taken: str,
 ) -> Iterator[str]:
     """Tensors of another shape or dtype than the model's."""
-    defaults = DEFAULTS[config.architecture]
-    absent = [k for k in _SIZES if defaults.get(k) is not None and k not in config.source]
-    taken = f" (without {', '.join(absent)} there, the defaults count)" if absent else ""
     for name in sorted(wanted.keys() & checkpoint.names):
         entry, shape = checkpoint.entries[name], wanted[name]
         if entry.dtype not in PLAIN:

@@ -118,6 +118,8 @@ def _diagnosis(directory: Path, error: Exception) -> str:
         # its errors are bare Exceptions
         except Exception as wrong:
             return f"{directory / TOKENIZER} is no tokenizer: {_one_line(wrong)}"
+    elif not any((directory / name).is_file() for name in ("tokenizer.model", "vocab.json")):
+        return f"{directory} has no file {TOKENIZER}, and none that it could be made of"
     if (directory / "config.json").is_file():
         try:
             AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
