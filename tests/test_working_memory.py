@@ -64,12 +64,34 @@ def total(given: LossInput) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return given["logprobs"].sum(), {}
 
 
-def measured(
-    world: World, name: str, degrees: dict[str, int], dtype: torch.dtype, recompute: str
-) -> tuple[int, int]:
-    """Peak bytes of a forward pass, and of a forward and backward pass, on this rank."""
+Case = tuple[str, torch.dtype, str]
+"""A layout of `LAYOUTS`, a dtype, what is recomputed."""
+
+CASES: list[Case] = [
+    (name, dtype, recompute)
+    for name in LAYOUTS
+    for dtype in (torch.float32, torch.bfloat16)
+    for recompute in ("none", "layer")
+]
+
+
+def size_of(case: Case) -> int:
+    return 2 if LAYOUTS[case[0]] else 1
+
+
+def degrees_of(case: Case) -> dict[str, Any]:
+    return {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, **LAYOUTS[case[0]]}
+
+
+def measured(world: World, cases: list[Case]) -> list[tuple[int, int]]:
+    """Peak bytes of a forward pass, and of a forward and backward pass, on this rank, by case."""
+    return [measure(world, case) for case in cases]
+
+
+def measure(world: World, case: Case) -> tuple[int, int]:
+    name, dtype, recompute = case
     config = model_of(name)
-    mesh = Mesh("policy", tuple(range(world.size)), degrees, "cpu")
+    mesh = Mesh("policy", tuple(range(world.size)), degrees_of(case), "cpu")
     plain = TrainSection()
     options = TrainOptions(
         microbatch_tokens=TOKENS,
@@ -103,13 +125,21 @@ def estimated(
     return work + gradient_bytes(model_layout(config, ranks, degrees, held)[0])
 
 
-@pytest.mark.parametrize("recompute", ["none", "layer"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_estimate_is_a_close_upper_bound(name: str, dtype: torch.dtype, recompute: str):
-    degrees: dict[str, Any] = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, **LAYOUTS[name]}
-    size = 2 if LAYOUTS[name] else 1
-    for peaks in run_ranks(measured, size, name, degrees, dtype, recompute):
-        for peak, backward in zip(peaks, (False, True), strict=True):
-            found = estimated(model_of(name), degrees, dtype, recompute, backward)
+@pytest.fixture(scope="module")
+def peaks() -> dict[Case, list[tuple[int, int]]]:
+    """Case -> peaks of each rank; the cases of one size share a world."""
+    found = {}
+    for size in (1, 2):
+        cases = [case for case in CASES if size_of(case) == size]
+        by_rank = run_ranks(measured, size, cases, timeout_s=300)
+        found |= {case: [own[i] for own in by_rank] for i, case in enumerate(cases)}
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}".replace("torch.", ""))
+def test_the_estimate_is_a_close_upper_bound(case: Case, peaks: dict[Case, list[tuple[int, int]]]):
+    name, dtype, recompute = case
+    for own in peaks[case]:
+        for peak, backward in zip(own, (False, True), strict=True):
+            found = estimated(model_of(name), degrees_of(case), dtype, recompute, backward)
             assert peak <= found <= 1.65 * peak, (backward, peak, found)
