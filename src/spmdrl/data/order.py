@@ -7,7 +7,7 @@ generator: the order is then the same in every version of every library.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
@@ -25,6 +25,29 @@ class Stream(Protocol):
     def indices(self, step: int, attempt: int = 0) -> list[int]:
         """The step's items, or those of its refill `attempt` (from 1)."""
         ...
+
+    def passed(self, step: int) -> list[int]:
+        """What the pass over the data (over each source) that `step` is in gave before it."""
+        ...
+
+    def following(self, step: int) -> list[int]:
+        """What that pass gives from `step` on."""
+        ...
+
+
+def stream_of(seed: int, shares: Sequence[tuple[int, float]], prompts_per_step: int) -> Stream:
+    """The order of one source, or of several.
+
+    Args:
+        shares: (items, weight) of each.
+
+    Raises:
+        ValueError: a source is too small for what a step draws from it.
+    """
+    if len(shares) == 1:
+        return PromptStream(seed=seed, num_prompts=shares[0][0], prompts_per_step=prompts_per_step)
+    sizes, weights = zip(*shares, strict=True)
+    return MixedStream(seed=seed, sizes=sizes, weights=weights, prompts_per_step=prompts_per_step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +104,15 @@ class PromptStream:
         rest = rest[permutation(len(rest), self.seed, 1, step)]
         first = (attempt - 1) * self.prompts_per_step
         return [int(i) for i in rest[first : first + self.prompts_per_step]]
+
+    def passed(self, step: int) -> list[int]:
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return [int(i) for i in self._order(epoch)[: within * self.prompts_per_step]]
+
+    def following(self, step: int) -> list[int]:
+        epoch, within = divmod(step, self.steps_per_epoch)
+        places = slice(within * self.prompts_per_step, self.steps_per_epoch * self.prompts_per_step)
+        return [int(i) for i in self._order(epoch)[places]]
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         if not self.shuffle:
@@ -144,6 +176,21 @@ class MixedStream:
         if attempt > 0:
             drawn = [drawn[i] for i in permutation(len(drawn), self.seed, 4, step, attempt)]
         return drawn
+
+    def passed(self, step: int) -> list[int]:
+        return [item for own, at in self._passes(step) for item in own[:at].tolist()]
+
+    def following(self, step: int) -> list[int]:
+        return [item for own, at in self._passes(step) for item in own[at:].tolist()]
+
+    def _passes(self, step: int) -> Iterator[tuple[NDArray[np.int64], int]]:
+        """The pass over each source that a step is in, and how far it is before the step."""
+        offset = 0
+        for source, place in enumerate(seats(self.weights, step * self.prompts_per_step)):
+            size = self.sizes[source]
+            epoch, at = divmod(place, size)
+            yield permutation(size, self.seed, 2, source, epoch) + offset, at
+            offset += size
 
     def _items(self, source: int, places: range) -> list[int]:
         """What stands at these places of a source's endless sequence of shuffled epochs."""

@@ -203,8 +203,8 @@ class PromptSet(Sequence[Prompt]):
     def marks(self) -> list[bytes]:
         return [draft.mark for draft in self._drafts]
 
-    def ids(self) -> Iterator[Sequence[int]]:
-        return (self._ids(index).tolist() for index in range(len(self)))
+    def ids(self) -> Iterator[NDArray[np.int32]]:
+        return (self._ids(index) for index in range(len(self)))
 
     def rows(self, indices: Sequence[int], first_id: int) -> Batch:
         """`tokens`, `prompt_ids` from `first_id` on, and the Python column `prompt`."""

@@ -6,12 +6,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from spmdrl.config import Config, DataKind, PromptsSection, RewardSection, SamplingSection
 from spmdrl.config_sets import HELD_OUT, HeldOutSet, held_out_sets, train_sources
 from spmdrl.data.conversations import ConversationSet, load_conversations
+from spmdrl.data.encode import tells_time
 from spmdrl.data.examples import ExampleSource, Report, unreported
 from spmdrl.data.preferences import PairSet, load_preferences
 from spmdrl.data.prompts import (
@@ -43,6 +45,8 @@ class Inputs:
     Args:
         shares: (items, weight) of each source of the training data.
         held_out: sets by name.
+        now: the time that chat templates are told.
+        tell_time: whether they tell it.
     """
 
     tokenizer: Any
@@ -50,17 +54,42 @@ class Inputs:
     train: AnySet
     shares: tuple[tuple[int, float], ...]
     held_out: Mapping[str, AnySet]
+    now: datetime
+    tell_time: bool = False
 
 
-def read_inputs(config: Config, kind: DataKind = "prompts", report: Report = unreported) -> Inputs:
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How sections become sets.
+
+    Args:
+        now: the time that chat templates are told.
+        report: told how far the source is that is being read.
+    """
+
+    tokenizer: Any
+    now: datetime
+    report: Report = unreported
+
+
+def read_inputs(
+    config: Config,
+    kind: DataKind = "prompts",
+    report: Report = unreported,
+    clock: Callable[[], datetime] = datetime.now,
+) -> Inputs:
     """Read and tokenise everything; ValueError as `spmdrl.data`'s loaders and `data.split`.
 
     Args:
         report: told how far the source is that is being read.
+        clock: asked for the time that chat templates are told, if one of them tells it.
     """
     tokenizer = load_tokenizer(config.model.path)
+    is_dated = tell_time(config, tokenizer)
+    now = clock() if is_dated else datetime.now()
+    reading = Reading(tokenizer=tokenizer, now=now, report=report)
     sections = train_sources(config)
-    sources = [load_data(section, kind, tokenizer, report) for section in sections]
+    sources = [load_data(section, kind, reading) for section in sections]
     held_out: dict[str, AnySet] = {}
     if config.evaluation.held_out > 0:
         divide = split if kind == "prompts" else split_examples
@@ -69,7 +98,7 @@ def read_inputs(config: Config, kind: DataKind = "prompts", report: Report = unr
         held_out[HELD_OUT] = parts.held_out
         sources = [without_questions(source, parts.held_out) for source in sources]
     train = join_sets(sources)
-    held_out |= read_held_out(held_out_sets(config), kind, tokenizer, train.texts(), report)
+    held_out |= read_held_out(held_out_sets(config), kind, reading, train.texts())
     if len(train) < config.data.prompts_per_step:
         raise ValueError(
             f"data.prompts_per_step={config.data.prompts_per_step}, but data.train has "
@@ -81,15 +110,24 @@ def read_inputs(config: Config, kind: DataKind = "prompts", report: Report = unr
         train=train,
         shares=tuple((len(s), w.weight) for s, w in zip(sources, sections, strict=True)),
         held_out=held_out,
+        now=now,
+        tell_time=is_dated,
+    )
+
+
+def tell_time(config: Config, tokenizer: Any) -> bool:
+    """Whether a chat template that the run renders writes the date."""
+    others = [name for name, role in config.roles.items() if role.retokenize]
+    return tells_time(tokenizer) or any(
+        tells_time(load_tokenizer(config.model_path(name))) for name in others
     )
 
 
 def read_held_out(
     sets: Mapping[str, HeldOutSet],
     kind: DataKind,
-    tokenizer: Any,
+    reading: Reading,
     trained: Sequence[str],
-    report: Report = unreported,
 ) -> dict[str, AnySet]:
     """The sets that have data of their own, without the questions whose texts are trained on.
 
@@ -100,7 +138,7 @@ def read_held_out(
     for name, described in sets.items():
         if described.data is None:
             continue
-        own = load_data(described.data, described.kind or kind, tokenizer, report)
+        own = load_data(described.data, described.kind or kind, reading)
         found[name], note = without_overlap(own, trained)
         log.info("evaluation.sets.%s: %s", name, note)
     return found
@@ -124,18 +162,17 @@ def join_sets(sets: Sequence[AnySet]) -> AnySet:
     return ConversationSet([item for s in sets if isinstance(s, ConversationSet) for item in s])
 
 
-def load_data(
-    section: PromptsSection, kind: DataKind, tokenizer: Any, report: Report = unreported
-) -> AnySet:
+def load_data(section: PromptsSection, kind: DataKind, reading: Reading) -> AnySet:
     """The set that a section describes."""
+    tokenizer, report = reading.tokenizer, reading.report
     if kind == "conversations":
-        return load_conversations(example_source(section), tokenizer, report)
+        return load_conversations(example_source(section, reading.now), tokenizer, report)
     if kind == "preferences":
-        return load_preferences(example_source(section), tokenizer, report)
-    return load_prompts(prompt_source(section), tokenizer, report)
+        return load_preferences(example_source(section, reading.now), tokenizer, report)
+    return load_prompts(prompt_source(section, reading.now), tokenizer, report)
 
 
-def example_source(section: PromptsSection) -> ExampleSource:
+def example_source(section: PromptsSection, now: datetime) -> ExampleSource:
     parameters = {"split": section.split} if section.source.startswith("hub:") else {}
     return ExampleSource(
         source=section.source,
@@ -150,6 +187,7 @@ def example_source(section: PromptsSection) -> ExampleSource:
         on_bad_row=section.on_bad_row,
         unique=section.unique,
         part=section.part,
+        now=now,
     )
 
 
@@ -163,7 +201,7 @@ def make_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
     return decode
 
 
-def prompt_source(section: PromptsSection) -> PromptSource:
+def prompt_source(section: PromptsSection, now: datetime) -> PromptSource:
     parameters = dict(section.task)
     if section.source.startswith("hub:"):
         parameters.setdefault("split", section.split)
@@ -183,6 +221,7 @@ def prompt_source(section: PromptsSection) -> PromptSource:
         unique=section.unique,
         part=section.part,
         messages_column=section.columns.get("messages"),
+        now=now,
     )
 
 

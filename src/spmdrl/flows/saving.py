@@ -23,10 +23,12 @@ from spmdrl.checkpoint.writing import CheckpointWriter, Retention, remove_partia
 from spmdrl.config import Config
 from spmdrl.custom_role import CustomRole
 from spmdrl.distributed.reduce import agreed, gather_objects, world_any
+from spmdrl.flows.data_identity import DataIdentity
 from spmdrl.flows.differences import changed_keys, describe_journal
 from spmdrl.flows.exporting import export_models
 from spmdrl.flows.loss_check import TOLERANCES, LossCheck
 from spmdrl.flows.moments import Moment, Resumed
+from spmdrl.keyed import NOISE_VERSION
 from spmdrl.launch import World
 from spmdrl.ledger import Journal
 from spmdrl.models.sharding import Slice
@@ -48,6 +50,7 @@ class Saver:
         assembly: the roles, and what every rank holds of each of them.
         attempt: who may write; None: whoever comes.
         progress: told while something is written.
+        data: what the run's data are known by; None: nothing is kept of it.
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class Saver:
         assembly: Assembly,
         attempt: Attempt | None = None,
         progress: Callable[[], None] = lambda: None,
+        data: DataIdentity | None = None,
     ) -> None:
+        self._data = data
         self._config, self._world, self._memory = config, world, assembly.memory
         self._trained, self._layouts = assembly.trained, assembly.layouts
         self._state_layouts = assembly.state_layouts
@@ -139,6 +144,8 @@ class Saver:
             "metrics_lines": moment.metrics_lines,
             "syncs": {} if calls is None else syncs,
             "config": self._config.model_dump(mode="json"),
+            "noise": NOISE_VERSION,
+            **({} if self._data is None else {"data": self._data.state}),
         }
         private = {**moment.generators, **pack_journal(journal), **self._custom_states()}
         full_name = name if calls is None else f"{name}+{calls:04d}"
@@ -203,10 +210,24 @@ class Saver:
             )
         for difference in changed_keys(state["config"], self._config):
             log.warning("the run goes on with other values: %s", difference)
+        if self._data is not None and "data" in state:
+            for text in self._data.differences(state["data"], int(state["steps_done"])):
+                log.warning("the run goes on with other data: %s", text)
         is_same = state["layout"] == self._layout_name()
+        is_drawn_alike = state.get("noise", 1) == NOISE_VERSION or not self._samples()
+        if not is_drawn_alike:
+            log.warning(
+                "%s was sampled with version %s of the noise, and this spmdrl draws with version "
+                "%d: from here on the same seed gives other tokens, and a step that was stopped is "
+                "done anew",
+                *(path, state.get("noise", 1), NOISE_VERSION),
+            )
+            state = {**state, "syncs": {}}
         self._load(path, state, with_engines=is_same)
         self._check.compare(state["losses"], str(path))
         journal = agreed(ValueError, lambda: self._restore_private(path, state, is_same=is_same))
+        if not is_drawn_alike:
+            journal = Journal()
         self._last_saved = path.name.partition(".")[0]
         log.info("continuing after step %d of %s", state["steps_done"], path)
         if state["steps_done"] >= self._config.steps:
@@ -261,6 +282,9 @@ class Saver:
             return own
         journals = [unpack_journal(read_private(path, other)) for other in range(size)]
         return merge_journals(journals, same_homes=size == self._world.size, own=own)
+
+    def _samples(self) -> bool:
+        return any(isinstance(role, Rollout) for role in self._assembly.roles.values())
 
     def _custom_roles(self) -> Iterator[tuple[str, CustomRole]]:
         for name, role in self._assembly.roles.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from spmdrl.distributed.reduce import gather_objects
 from spmdrl.evaluation.results import write_results
 from spmdrl.flows.inputs import (
     Inputs,
+    Reading,
     check_models,
     make_decoder,
     make_pools,
@@ -87,13 +89,15 @@ def evaluation_inputs(config: Config) -> Inputs:
     if any(d.data is None for d in prompts.values()):
         return read_inputs(config, kind)
     tokenizer = load_tokenizer(config.model.path)
-    held_out = read_held_out(prompts, kind, tokenizer, ())
+    now = datetime.now()
+    held_out = read_held_out(prompts, kind, Reading(tokenizer=tokenizer, now=now), ())
     return Inputs(
         tokenizer=tokenizer,
         decode=make_decoder(tokenizer),
         train=next(iter(held_out.values())),
         shares=(),
         held_out=held_out,
+        now=now,
     )
 
 
@@ -109,7 +113,7 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
     config = rollout_only(config)
     tokenizer = load_tokenizer(config.model.path)
     source = replace(
-        prompt_source(config.data.train),
+        prompt_source(config.data.train, datetime.now()),
         source=prompts_file,
         answer_column=None,
         size=None,
@@ -122,6 +126,7 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
         train=prompts,
         shares=(),
         held_out={},
+        now=source.now,
     )
     relay = Relay(is_first=world.is_first and config.log.progress)
     assembly = _start(config, world, inputs, relay)

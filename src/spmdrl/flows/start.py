@@ -11,9 +11,10 @@ from spmdrl.config import Config, RewardSection
 from spmdrl.config_sets import START, HeldOutSet, held_out_sets
 from spmdrl.custom_role import CustomRole
 from spmdrl.data.home import StepRows
-from spmdrl.data.order import MixedStream, PromptStream, Stream
+from spmdrl.data.order import Stream, stream_of
 from spmdrl.data.prompts import PromptSet
 from spmdrl.evaluation.evaluator import Evaluator, results_file
+from spmdrl.flows.data_identity import data_identity, first_start
 from spmdrl.flows.dpo import dpo
 from spmdrl.flows.grpo import grpo
 from spmdrl.flows.inputs import (
@@ -115,13 +116,18 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
     shapes = {name: model.config for name, model in models.items()}
     planned = for_unlike_gpus(config, world.gpu_bytes)
     plan = plan_roles(planned, placements, shapes, world.device_types, world.local_size)
-    inputs = read_inputs(config, config.data_kind(), TimedLines("the data", watcher.pulse.beat))
+    run_dir = Path(config.run_dir)
+    inputs = read_inputs(
+        config,
+        config.data_kind(),
+        TimedLines("the data", watcher.pulse.beat),
+        lambda: first_start(config, run_dir / "checkpoints"),
+    )
     check_models(config, inputs, shapes)
     table = placement_table(placements, memory_texts(plan.memory))
     log.info("%d ranks on %s\n%s", world.size, world.device.type, table)
     for text in schedules(plan.memory):
         log.info("%s", text)
-    run_dir = Path(config.run_dir)
     relay = Relay(is_first=world.is_first and config.log.progress)
 
     def report(done: int, count: int) -> None:
@@ -135,7 +141,8 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         assembly = assemble(config, world, models, inputs.decode, report, plan)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
-        saver = Saver(config, world, assembly, watcher.attempt, watcher.pulse.beat)
+        identity = data_identity(config, inputs)
+        saver = Saver(config, world, assembly, watcher.attempt, watcher.pulse.beat, identity)
         syncs = list(assembly.syncs.values())
         lifetime = Lifetime(world, config.checkpoint, saver, watcher, syncs, report)
         run = make_run(config, world, inputs, assembly, pools, relay, saver, lifetime, report)
@@ -195,19 +202,7 @@ def make_run(
 
 def make_stream(config: Config, inputs: Inputs) -> Stream:
     """The order of the training data. ValueError: a source is too small for its weight."""
-    if len(inputs.shares) > 1:
-        sizes, weights = zip(*inputs.shares, strict=True)
-        return MixedStream(
-            seed=config.seed,
-            sizes=sizes,
-            weights=weights,
-            prompts_per_step=config.data.prompts_per_step,
-        )
-    return PromptStream(
-        seed=config.seed,
-        num_prompts=len(inputs.train),
-        prompts_per_step=config.data.prompts_per_step,
-    )
+    return stream_of(config.seed, inputs.shares, config.data.prompts_per_step)
 
 
 def make_scorer(
