@@ -13,6 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "spmdrl"
 
 LEVELS: list[set[str]] = [
+    {"ragged"},
     {
         "config",
         "config_files",

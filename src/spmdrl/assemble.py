@@ -18,7 +18,7 @@ from spmdrl.canary import Canary
 from spmdrl.config import Config
 from spmdrl.custom_role import DECLARED, CustomRole, RoleContext, declared_bytes
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.engines import check_installed, engine_parts, make_engine
+from spmdrl.engines import check_installed, engine_parts, is_vllm, make_engine
 from spmdrl.generation import GRAPHS, KV_CACHE
 from spmdrl.launch import World
 from spmdrl.memory.residency import Residency
@@ -246,7 +246,8 @@ class _Builder:
             self._residency.settle()
 
     def _sync(self, policy: Policy, role: Rollout, engine: RolloutEngine | None) -> PolicySync:
-        plan, world, rollout = self._plan, self._world, self._config.rollout
+        plan, world, config = self._plan, self._world, self._config
+        rollout = config.rollout
         source, target = plan.layouts[policy.name], plan.layouts[role.name]
         weights = WeightSync(
             plan.syncs[role.name],
@@ -267,6 +268,8 @@ class _Builder:
             num_replicas=len(role.mesh.replicas()),
             vocab_size=role.config.vocab_size,
             dtype=training_dtype(self._config, self._plan.devices[role.name]),
+            # vLLM scores rows at temperature 1 alone
+            temperature=1.0 if is_vllm(config, role.name) else config.sampling.temperature,
         )
         own = plan.memory.get(world.rank)
         return PolicySync(

@@ -37,14 +37,24 @@ class Canary:
         world, num_replicas: every replica of the engine gets `_ROWS` rows.
         vocab_size: tokens are drawn below it.
         dtype: of the engine; it bounds how near the gaps can be to 0.
+        temperature: of the samples, at which both sides read the rows; 0 reads as 1 does.
     """
 
     def __init__(
-        self, world: World, *, num_replicas: int, vocab_size: int, dtype: torch.dtype
+        self,
+        world: World,
+        *,
+        num_replicas: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        temperature: float = 1.0,
     ) -> None:
         self.rows = fixed_rows(world, num_replicas, vocab_size)
-        self._floor = _FLOOR.get(dtype, _LOW_PRECISION_FLOOR)
-        self._first = _FIRST.get(dtype, _LOW_PRECISION_FIRST)
+        self._temperature = temperature or 1.0
+        # a temperature below 1 makes logits larger, and with them what rounding makes of them
+        larger = max(1.0, 1.0 / self._temperature)
+        self._floor = _FLOOR.get(dtype, _LOW_PRECISION_FLOOR) * larger
+        self._first = _FIRST.get(dtype, _LOW_PRECISION_FIRST) * larger
         self._gaps: deque[float] = deque(maxlen=_HISTORY)
         self._expected: Batch | None = None
 
@@ -55,12 +65,14 @@ class Canary:
 
     def ask(self, policy: Policy) -> None:
         """Let the policy score the rows. Every rank of the world calls it."""
-        (self._expected,) = together(replace(policy.logprobs.on(self.rows), kept=False))
+        (self._expected,) = together(
+            replace(policy.logprobs.on(self.rows, self._temperature), kept=False)
+        )
 
     def gap(self, rollout: Rollout) -> float:
         """Mean distance of the engine's log-probabilities to the policy's; equal on every rank."""
         assert self._expected is not None
-        (scored,) = together(replace(rollout.logprobs.on(self.rows), kept=False))
+        (scored,) = together(replace(rollout.logprobs.on(self.rows, self._temperature), kept=False))
         distance = (scored["engine_logprobs"] - self._expected["logprobs"]).abs()
         # not a number is no small distance
         distance = torch.nan_to_num(distance, nan=float("inf"))

@@ -66,15 +66,16 @@ class Rollout:
         self.generate = RoleMethod(self._generate)
         self.logprobs = RoleMethod(self._logprobs)
 
-    def _logprobs(self, batch: Batch) -> Call[Batch]:
+    def _logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
         """Adds the token column `engine_logprobs`: of each token after those before it, under the
-        softmax of the logits (0 for the first), as this engine computes it.
+        softmax of logits / temperature (0 for the first), as this engine computes it.
         """
 
         def compute(rows: Batch, stint: Stint) -> Batch:
             assert self.engine is not None, f"role {self.name!r} has no engine on this rank"
             sequences = torch.split(rows["tokens"], rows.lengths.tolist())
-            scored = self.engine.score([tuple(sequence.tolist()) for sequence in sequences])
+            rows_of = [tuple(sequence.tolist()) for sequence in sequences]
+            scored = self.engine.score(rows_of, temperature=temperature)
             flat = [value for values in scored for value in (0.0, *values)]
             column = torch.tensor(flat, dtype=torch.float32)
             return Batch(lengths=rows.lengths, tokens={"engine_logprobs": column})

@@ -38,8 +38,8 @@ def spoil(kind: str, at: int) -> Any:
             return
         if kind == "engine":
             score = NativeEngine.score
-            NativeEngine.score = lambda engine, rows: [  # type: ignore[method-assign]
-                [value - 0.01 for value in row] for row in score(engine, rows)
+            NativeEngine.score = lambda engine, rows, **given: [  # type: ignore[method-assign]
+                [value - 0.01 for value in row] for row in score(engine, rows, **given)
             ]
         for view, old in zip(views, before, strict=True):
             if kind == "corrupted":
@@ -101,8 +101,15 @@ def test_checksums_find_it_first(path: Path, tmp_path: Path) -> None:
     assert all(m.startswith(f"in step 2: weight sync 2: {TENSOR}[") for m in messages)
 
 
-def test_a_run_that_is_right_shows_its_gap(path: Path, tmp_path: Path) -> None:
-    words = [*MOVING, f"run_dir={tmp_path / 'run'}", "rollout.sync_bucket_mb=1"]
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_run_that_is_right_shows_its_gap(path: Path, tmp_path: Path, temperature: float) -> None:
+    """Both sides read the canary at the temperature of the samples."""
+    words = [
+        f"sampling.temperature={temperature}",
+        *MOVING,
+        f"run_dir={tmp_path / 'run'}",
+        "rollout.sync_bucket_mb=1",
+    ]
     words.append("model.dtype=float32")
     [records] = run_ranks(run_configs, 2, [(str(path), words)], str(tmp_path))[0]
     assert len(records) == 3

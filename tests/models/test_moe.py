@@ -19,6 +19,7 @@ from spmdrl.distributed.parallel import Parallel, copy_to
 from spmdrl.launch import World
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.export import save_pretrained
+from spmdrl.models import grouped
 from spmdrl.models.grouped import Groups, grouped_gemm, grouped_linear
 from spmdrl.models.hf import load_into, open_model
 from spmdrl.models.moe import Experts
@@ -189,6 +190,26 @@ def test_grouped_products_by_loop_and_by_kernel() -> None:
         torch.testing.assert_close(a, torch.einsum("nm,nmk->nk", grad, weight[expert]))
         torch.testing.assert_close(b[2], grad[3:8].T @ x[3:8])
         assert not b[1].any()
+
+
+@pytest.mark.parametrize("trained", ["x", "weight"])
+def test_gradients_of_frozen_experts_are_not_computed(
+    trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, plain = 0, grouped.product
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return plain(a, b)
+
+    monkeypatch.setattr(grouped, "product", counted)
+    x = torch.randn(9, 8).requires_grad_(trained == "x")
+    weight = torch.randn(4, 16, 8).requires_grad_(trained == "weight")
+    counts = torch.tensor([3, 0, 5, 1])
+    grouped_linear(x, weight, Groups(counts=counts, sizes=counts.tolist())).sum().backward()
+    assert count == 6  # three experts have rows: forward, and one gradient
+    assert (x.grad is None) == (trained == "weight")
 
 
 @pytest.mark.parametrize("parts", [1, 2], ids=["whole", "parts"])

@@ -8,16 +8,16 @@ from rollout_models import ARCHITECTURES, hugging_face_model, make_engine, promp
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("prefill", [7, 2048])
-def test_scores_are_those_of_transformers(name: str, prefill: int) -> None:
+@pytest.mark.parametrize(("prefill", "temperature"), [(7, 1.0), (2048, 0.6)])
+def test_scores_are_those_of_transformers(name: str, prefill: int, temperature: float) -> None:
     model = hugging_face_model(name)
     engine = make_engine(*tiny_model(name), prefill_tokens=prefill)
     sequences = [tuple(tokens) for tokens in prompts_of(5, 1, 33, 16, 40)]
-    scores = engine.score(sequences)
+    scores = engine.score(sequences, temperature=temperature)
     for tokens, found in zip(sequences, scores, strict=True):
         ids = torch.tensor([tokens])
         with torch.no_grad():
-            logprobs = model(ids).logits[0].log_softmax(-1)
+            logprobs = model(ids).logits[0].div(temperature).log_softmax(-1)
         expected = logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=0)
 

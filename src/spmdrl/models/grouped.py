@@ -79,16 +79,19 @@ class _Loop(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
+        for_x, for_weight, _ = ctx.needs_input_grad
+        d_x = torch.empty_like(x) if for_x else None
+        d_weight = torch.empty_like(weight) if for_weight else None
         start = 0
         for expert, size in enumerate(ctx.sizes):
             rows = slice(start, start + size)
-            if size:
+            if size and d_x is not None:
                 d_x[rows] = product(grad[rows], weight[expert].t())
+            if d_weight is not None and size:
                 d_weight[expert] = product(grad[rows].t(), x[rows].t())
-            else:
+            elif d_weight is not None:
                 d_weight[expert].zero_()
             start += size
         return d_x, d_weight, None

@@ -102,12 +102,15 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+    def score(
+        self, sequences: Sequence[tuple[int, ...]], *, temperature: float = 1.0
+    ) -> list[list[float]]:
         """Log-probabilities of every token but the first, given those before it, under the softmax
-        of the logits: one list for each sequence, a token shorter than it.
+        of logits / temperature: one list for each sequence, a token shorter than it.
 
         Raises:
-            ValueError: a sequence that the cache or the model cannot hold.
+            ValueError: a sequence that the cache or the model cannot hold, or a temperature that
+                the engine cannot score at.
         """
         ...
 

@@ -239,8 +239,12 @@ class VllmEngine:
         """Nothing: vLLM's cache cannot be taken out of it."""
         return {}
 
-    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
-        """See `RolloutEngine.score`."""
+    def score(
+        self, sequences: Sequence[tuple[int, ...]], *, temperature: float = 1.0
+    ) -> list[list[float]]:
+        """See `RolloutEngine.score`. vLLM scores prompts before any temperature: at 1 alone."""
+        if temperature != 1:
+            raise ValueError(f"temperature={temperature}: vLLM scores rows at temperature 1 alone")
         sampling = SamplingParams(max_tokens=1, temperature=0)
         self._check(
             [

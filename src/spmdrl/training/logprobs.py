@@ -18,9 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from spmdrl.distributed.parallel import Parallel, copy_to
 from spmdrl.models.linear import product
+from spmdrl.training.support import Support, add_support_gradients, support_logits
 
 CPU_TILE = 1 << 20
 """Logits in one tile on a CPU: 4 MB in float32. Other devices take the whole vocabulary."""
+
+_NOBODY = -(1 << 62)
+"""In place of a token's row of the head, where there is no token."""
 
 
 def token_logprobs(
@@ -32,11 +36,13 @@ def token_logprobs(
     chunk: int,
     tp: Parallel | None = None,
     first_id: int | None = None,
+    support: Support | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden weight^T / temperature) at the targets, and the softmax's entropy.
 
-    Products are computed in the weight's dtype, all else in float32 (float64 for float64 weights).
-    Differentiable in hidden and weight, for both results.
+    Products are computed in the weight's dtype, all else in float32 (float64 for float64 weights);
+    the temperature divides logits, as an engine's sampler does: a hidden state that was divided
+    would be rounded anew. Differentiable in hidden and weight, for both results.
 
     Args:
         chunk: tokens of logits held at once.
@@ -44,15 +50,21 @@ def token_logprobs(
             all ranks; the gradient of `hidden` is summed over them.
         first_id: the token of the weight's first row; default: all ranks have equally many rows.
             A rank may have none.
+        support: the places whose log-probability is that of the softmax over some tokens alone. The
+            entropy is always that of the whole vocabulary.
 
     Returns:
         logprobs [N] and entropy [N] in nats, float32 (or float64).
     """
     tp = Parallel() if tp is None else tp
     hidden = copy_to(hidden, tp.group)
-    local = targets - (tp.rank * weight.shape[0] if first_id is None else first_id)
+    first = tp.rank * weight.shape[0] if first_id is None else first_id
+    rows = ids = at_target = None
+    if support is not None:
+        rows, at_target = support.rows, support.ids == targets[support.rows, None]
+        ids = (support.ids - first).masked_fill_(support.ids < 0, _NOBODY)
     logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, local, 1.0 / temperature, chunk, tp
+        hidden, weight, targets - first, rows, ids, at_target, 1.0 / temperature, chunk, tp
     )
     return logprobs, entropy
 
@@ -64,6 +76,9 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         local: Tensor,
+        rows: Tensor | None,  # [M] the support's, with
+        ids: Tensor | None,  # [M, K] its ids as places in the weight, and
+        at_target: Tensor | None,  # [M, K] where the targets are among them
         scale: float,
         chunk: int,
         tp: Parallel,
@@ -75,40 +90,114 @@ class _TokenLogprobs(torch.autograd.Function):
         # H = log Z - E[logit]; both relative to the peak, so that no large terms cancel.
         entropy = log_mass - product / mass
         normaliser = log_mass + peak
-        ctx.save_for_backward(hidden, weight, local, normaliser, entropy)
+        logprobs, chances = target - normaliser, None
+        if rows is not None:
+            assert ids is not None and at_target is not None
+            logits = support_logits(hidden[rows], weight, ids, scale, chunk)
+            if tp.group is not None:
+                dist.all_reduce(logits, group=tp.group)
+            below = logits.masked_fill_(ids == _NOBODY, float("-inf")).log_softmax(1)
+            logprobs[rows] = below.masked_fill(~at_target, 0).sum(1)
+            chances = below.exp_()
+        ctx.save_for_backward(
+            hidden, weight, local, normaliser, entropy, rows, ids, at_target, chances
+        )
         ctx.scale, ctx.chunk = scale, chunk
         ctx.set_materialize_grads(False)
-        return target - normaliser, entropy
+        return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, normaliser, entropy = ctx.saved_tensors
-        if d_logprobs is None:
-            d_logprobs = torch.zeros_like(normaliser)
-        wide = normaliser.dtype
+        hidden, weight, local, normaliser, entropy, rows, ids, at_target, chances = (
+            ctx.saved_tensors
+        )
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        wide, device = normaliser.dtype, hidden.device
         # Chunks are summed in float32 also for bfloat16 weights: a chunk's share may be small.
-        d_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
-        d_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-        for tile in _tiles(hidden, weight, ctx.scale, ctx.chunk):
-            rows, g = tile.rows, d_logprobs[tile.rows, None]
-            factors = tile.logits.sub_(normaliser[rows, None])
-            if d_entropy is None:
-                # d/dz_v = -g p_v: the factor g is put on the small operands instead.
-                factors.exp_()
-                _add_product(d_hidden[rows], factors, weight[tile.columns], -g)
-                _add_product(d_weight[tile.columns], factors.t(), tile.hidden * -g)
-                continue
-            # d/dz_v = -p_v (g + d_entropy (log p_v + H))
-            p = factors.exp()
-            factors.add_(entropy[rows, None]).mul_(-d_entropy[rows, None]).sub_(g).mul_(p)
-            _add_product(d_hidden[rows], factors, weight[tile.columns])
-            _add_product(d_weight[tile.columns], factors.t(), tile.hidden)
-        _add_targets(d_hidden, d_weight, hidden, weight, local, d_logprobs, ctx.scale)
-        d_hidden.mul_(ctx.scale)
-        return d_hidden.to(hidden.dtype), d_weight.to(weight.dtype), None, None, None, None
+        d_hidden = torch.zeros(hidden.shape, dtype=wide, device=device) if for_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=wide, device=device) if for_weight else None
+        # The logits are the products times `scale`, and so are their gradients.
+        g = torch.zeros_like(normaliser) if d_logprobs is None else d_logprobs * ctx.scale
+        if rows is not None and d_logprobs is not None:
+            d_logits = (at_target.to(wide) - chances) * g[rows, None]
+            own = _rows_of(d_hidden, rows)
+            add_support_gradients(own, d_weight, hidden[rows], weight, ids, d_logits, ctx.chunk)
+            _put_rows(d_hidden, rows, own)
+            g = g.index_fill(0, rows, 0)
+        terms, d_h = (local, normaliser, entropy, g), d_hidden
+        others: Tensor | None = None
+        if d_entropy is not None:
+            d_entropy = d_entropy * ctx.scale
+        elif rows is not None:
+            # without the entropy's gradient, the whole softmax is that of the other rows alone
+            is_other = torch.ones_like(local, dtype=torch.bool).index_fill_(0, rows, False)
+            others = is_other.nonzero().flatten()
+            hidden, d_h = hidden[others], _rows_of(d_hidden, others)
+            terms = (local[others], normaliser[others], entropy[others], g[others])
+        _add_gradients(d_h, d_weight, hidden, weight, *terms, d_entropy, ctx.scale, ctx.chunk)
+        if others is not None:
+            _put_rows(d_hidden, others, d_h)
+        return (
+            None if d_hidden is None else d_hidden.to(hidden.dtype),
+            None if d_weight is None else d_weight.to(weight.dtype),
+            *(None,) * 7,
+        )
+
+
+def _rows_of(total: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if total is None else total[rows]
+
+
+def _put_rows(total: Tensor | None, rows: Tensor, values: Tensor | None) -> None:
+    if total is not None and values is not None:
+        total[rows] = values
+
+
+def _add_gradients(
+    d_hidden: Tensor | None,  # [N, D], added to
+    d_weight: Tensor | None,  # [V_local, D], added to
+    hidden: Tensor,
+    weight: Tensor,
+    local: Tensor,
+    normaliser: Tensor,
+    entropy: Tensor,
+    g: Tensor,  # [N] the gradient of the log-probabilities, times `scale`
+    d_entropy: Tensor | None,  # [N] likewise
+    scale: float,
+    chunk: int,
+) -> None:
+    """The gradients through the softmax over all tokens."""
+    for tile in _tiles(hidden, weight, chunk):
+        rows, columns = tile.rows, tile.columns
+        factors = _scaled_below(tile.logits, normaliser[rows], scale)
+        if d_entropy is None:
+            # d/dz_v = -g p_v: the factor g is put on the small operands instead.
+            narrow, minus = factors.exp_().to(weight.dtype), -g[rows, None]
+            if d_hidden is not None:
+                part = product(narrow, weight[columns].t())
+                d_hidden[rows].addcmul_(part.to(d_hidden.dtype), minus)
+            if d_weight is not None:
+                weighted = (tile.hidden * minus).to(weight.dtype)
+                d_weight[columns].add_(product(narrow.t(), weighted.t()))
+            continue
+        # d/dz_v = -p_v (g + d_entropy (log p_v + H))
+        p = factors.exp()
+        factors.add_(entropy[rows, None]).mul_(-d_entropy[rows, None]).sub_(g[rows, None]).mul_(p)
+        narrow = factors.to(weight.dtype)
+        if d_hidden is not None:
+            d_hidden[rows].add_(product(narrow, weight[columns].t()))
+        if d_weight is not None:
+            d_weight[columns].add_(product(narrow.t(), tile.hidden.t()))
+    # through the targets' own logits
+    held = ((local >= 0) & (local < weight.shape[0])).nonzero().flatten()
+    places, g = local[held], g[held, None]
+    if d_hidden is not None:
+        d_hidden.index_add_(0, held, weight[places].to(g.dtype) * g)
+    if d_weight is not None:
+        d_weight.index_add_(0, places, hidden[held].to(g.dtype) * g)
 
 
 def cpu_tile(chunk: int) -> int:
@@ -118,15 +207,15 @@ def cpu_tile(chunk: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Tile:
-    """Logits of some rows and some of this rank's vocabulary."""
+    """Logits of some rows and some of this rank's vocabulary, before the temperature."""
 
     rows: slice
     columns: slice
     logits: Tensor
-    hidden: Tensor  # [rows, D], divided by the temperature, in the weight's dtype
+    hidden: Tensor  # [rows, D], in the weight's dtype
 
 
-def _tiles(hidden: Tensor, weight: Tensor, scale: float, chunk: int) -> Iterator[_Tile]:
+def _tiles(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[_Tile]:
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     chunk = max(1, min(chunk, num_rows))
     width = vocab if weight.device.type != "cpu" else min(vocab, cpu_tile(chunk) // chunk)
@@ -134,11 +223,11 @@ def _tiles(hidden: Tensor, weight: Tensor, scale: float, chunk: int) -> Iterator
     wide = torch.promote_types(weight.dtype, torch.float32)
     for start in range(0, num_rows, chunk):
         rows = slice(start, min(start + chunk, num_rows))
-        scaled = (hidden[rows] * scale).to(weight.dtype)
+        own = hidden[rows].to(weight.dtype)
         for first in range(0, vocab, width):
             columns = slice(first, min(first + width, vocab))
-            logits = product(scaled, weight[columns])
-            yield _Tile(rows=rows, columns=columns, logits=logits.to(wide), hidden=scaled)
+            logits = product(own, weight[columns])
+            yield _Tile(rows=rows, columns=columns, logits=logits.to(wide), hidden=own)
 
 
 def _reduce(
@@ -152,16 +241,16 @@ def _reduce(
         torch.zeros(hidden.shape[0], dtype=wide, device=hidden.device) for _ in range(4)
     )
     peak.fill_(float("-inf"))
-    for tile in _tiles(hidden, weight, scale, chunk):
+    for tile in _tiles(hidden, weight, chunk):
         rows = tile.rows
         place = local[rows] - tile.columns.start
         inside = (place >= 0) & (place < tile.logits.shape[1])
         found = tile.logits.gather(1, place.masked_fill(~inside, 0)[:, None])[:, 0]
-        target[rows] += found.masked_fill_(~inside, 0)
-        new_peak = torch.maximum(peak[rows], tile.logits.amax(1))
+        target[rows] += found.masked_fill_(~inside, 0).mul_(scale)
+        new_peak = torch.maximum(peak[rows], tile.logits.amax(1).mul_(scale))
         # Online softmax (Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867, alg. 3).
         _move_peak(mass[rows], product[rows], peak[rows], new_peak)
-        below = tile.logits.sub_(new_peak[:, None])
+        below = _scaled_below(tile.logits, new_peak, scale)
         weights = below.exp()
         mass[rows] += weights.sum(1)
         product[rows] += torch.linalg.vecdot(weights, below)
@@ -190,26 +279,6 @@ def _combine(
     return top, sums[0], sums[1], sums[2]
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, row_scale: Tensor | None = None) -> None:
-    """total += row_scale * (a b), the product in b's dtype."""
-    part = product(a.to(b.dtype), b.t())
-    if row_scale is None:
-        total.add_(part)
-    else:
-        total.addcmul_(part.to(total.dtype), row_scale)
-
-
-def _add_targets(
-    d_hidden: Tensor,
-    d_weight: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    local: Tensor,
-    d_logprobs: Tensor,
-    scale: float,
-) -> None:
-    """The gradient through the targets' own logits: of hidden (before its scale) and weight."""
-    held = ((local >= 0) & (local < weight.shape[0])).nonzero().flatten()
-    rows, g = local[held], d_logprobs[held, None]
-    d_hidden.index_add_(0, held, weight[rows].to(g.dtype) * g)
-    d_weight.index_add_(0, rows, hidden[held].to(g.dtype) * (g * scale))
+def _scaled_below(logits: Tensor, level: Tensor, scale: float) -> Tensor:  # [N, K], [N]
+    """scale * logits - level, in place: one pass, whatever the scale."""
+    return torch.add(-level[:, None], logits, alpha=scale, out=logits)

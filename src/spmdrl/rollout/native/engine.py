@@ -232,7 +232,9 @@ class NativeEngine:
             return None
         return ExpertRecord(leaders[0], torch.iinfo(choices_dtype(moe.num_experts)).max)
 
-    def score(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+    def score(
+        self, sequences: Sequence[tuple[int, ...]], *, temperature: float = 1.0
+    ) -> list[list[float]]:
         """See `RolloutEngine.score`."""
         sampling = SamplingParams(max_tokens=1)
         requests = [
@@ -248,7 +250,7 @@ class NativeEngine:
             while work is not None and scheduler.has_work:
                 plan = scheduler.plan()
                 logits, _ = work.runner.run(plan, all_rows=True)
-                logprobs = logits.log_softmax(dim=-1)
+                logprobs = logits.div_(temperature).log_softmax(dim=-1)
                 row = 0
                 for chunk in plan.chunks:
                     sample, count = chunk.sequence, chunk.stop - chunk.start

@@ -1,0 +1,122 @@
+"""The softmax over the tokens that a draw of truncated sampling could have been.
+
+A token that was drawn from the k most likely ones, say, has the probability of a softmax over these
+k. The engine records their ids (`rollout.sampling.MAX_SUPPORT` at most) in the ragged column
+`SUPPORT`; here the policy, and whatever it is compared with, are read over the same ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spmdrl.models.linear import product
+from spmdrl.ragged import Ragged
+
+SUPPORT = "support_ids"
+"""The ragged column: ids of the tokens that each token was drawn from; none: from all."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Support:
+    """Args:
+    rows: which of the places that are read have one, int64 [M], ascending.
+    ids: the tokens, the target among them, int64 [M, K]; then -1.
+    """
+
+    rows: Tensor
+    ids: Tensor
+
+    def to(self, device: torch.device) -> Support:
+        return Support(
+            rows=self.rows.to(device, non_blocking=True), ids=self.ids.to(device, non_blocking=True)
+        )
+
+
+def support_at(column: Ragged, places: Tensor, targets: Tensor) -> Support | None:
+    """What the column says of the tokens at `places`; None where all were drawn from all tokens.
+
+    Raises:
+        ValueError: a token is not among those that it was drawn from.
+    """
+    own = column.select(places)
+    rows = own.counts.nonzero().flatten()
+    if not len(rows):
+        return None
+    ids = own.select(rows).padded(-1).long()
+    missing = (ids != targets[rows, None]).all(1).nonzero().flatten()
+    if len(missing):
+        row = rows[missing[0]]
+        raise ValueError(
+            f"token {int(targets[row])} at place {int(places[row])} of the batch's tokens is not "
+            f"among those that {SUPPORT!r} says it was drawn from: whoever changes tokens after "
+            "they were sampled must leave that column out, or make a new one"
+        )
+    return Support(rows=rows, ids=ids)
+
+
+def support_logits(
+    hidden: Tensor,  # [M, D] at the support's rows
+    weight: Tensor,  # [V_local, D]
+    local: Tensor,  # [M, K] int64, which of the weight's rows; others are another rank's, or none
+    scale: float,
+    chunk: int,
+) -> Tensor:
+    """Logits times `scale` [M, K], 0 where they are not here; in the precision of the head's."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    out = torch.zeros(local.shape, dtype=wide, device=hidden.device)
+    for part in _parts(local, len(weight), chunk):
+        logits = product(hidden[part.rows].to(weight.dtype), weight[part.unique])
+        out[part.rows][part.held] = logits[part.row, part.column].to(wide) * scale
+    return out
+
+
+def add_support_gradients(
+    d_hidden: Tensor | None,  # [M, D] of the support's rows, added to
+    d_weight: Tensor | None,  # [V_local, D], added to
+    hidden: Tensor,  # [M, D]
+    weight: Tensor,  # [V_local, D]
+    local: Tensor,  # [M, K]
+    d_logits: Tensor,  # [M, K], before the scale
+    chunk: int,
+) -> None:
+    """The gradients through `support_logits`: products over a chunk's own rows of the head."""
+    for part in _parts(local, len(weight), chunk):
+        rows = hidden[part.rows].to(weight.dtype)
+        factors = d_logits.new_zeros(len(rows), len(part.unique))
+        factors[part.row, part.column] = d_logits[part.rows][part.held]
+        narrow = factors.to(weight.dtype)
+        if d_hidden is not None:
+            d_hidden[part.rows].add_(product(narrow, weight[part.unique].t()))
+        if d_weight is not None:
+            d_weight.index_add_(0, part.unique, product(narrow.t(), rows.t()).to(d_weight.dtype))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Part:
+    """A chunk of the support's rows.
+
+    Args:
+        held: which of the chunk's ids are this rank's, bool [rows, K].
+        row, column: of each of them, in the product with the weight's rows `unique`.
+    """
+
+    rows: slice
+    held: Tensor
+    row: Tensor
+    column: Tensor
+    unique: Tensor
+
+
+def _parts(local: Tensor, vocab: int, chunk: int) -> Iterator[_Part]:
+    for start in range(0, len(local), chunk):
+        rows = slice(start, min(start + chunk, len(local)))
+        own = local[rows]
+        held = (own >= 0) & (own < vocab)
+        unique, column = torch.unique(own[held], return_inverse=True)
+        if len(unique):
+            row = held.nonzero()[:, 0]
+            yield _Part(rows=rows, held=held, row=row, column=column, unique=unique)
