@@ -4,6 +4,7 @@ update. (Of a report that a user's environment that masks cut responses diluted 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from spmdrl.algorithms.advantages import group_advantages
 from spmdrl.batch import Batch
 from spmdrl.calls import Call
 from spmdrl.config_files import load_config
+from spmdrl.distributed.reduce import moments
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.run import Metrics, Run
 from spmdrl.flows.start import train
@@ -46,6 +48,25 @@ class MaskingEnvironment:
             self.run.directory / f"rows_{step}_{self.run.world.rank}.pt",
         )
         return batch
+
+    def ahead(self, step: int) -> tuple[Call[Any], ...]:
+        return ()
+
+    def metrics(self) -> Metrics:
+        return self.inner.metrics()
+
+
+class FlatEnvironment:
+    """One prompt's rewards differ, those of all others are equal; in step 1 all are."""
+
+    def __init__(self, run: Run) -> None:
+        self.inner = GroupEnvironment(run)
+
+    def collect(self, step: int) -> Batch:
+        batch = self.inner.collect(step)
+        alive = (batch["prompt_ids"] == moments(batch["prompt_ids"]).minimum) & (step != 1)
+        rewards = torch.where(alive, batch["sample_index"] % 2, 0).to(batch["rewards"].dtype)
+        return batch.with_columns(rows={"rewards": rewards})
 
     def ahead(self, step: int) -> tuple[Call[Any], ...]:
         return ()
@@ -93,6 +114,26 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, list[dict[str, float]]]]:
         data=questions(root / "questions.jsonl"),
         algorithm={"kl_coef": 0.1},
         steps=3,
+    )
+    configs["online_dpo"] = write_config(
+        root / "online_dpo.yaml",
+        root / "model",
+        root / "online_dpo",
+        flow="online_dpo",
+        environment=f"{Path(__file__)}:MaskingEnvironment",
+        roles={"policy": {}, "reference": {}, "rollout": {}},
+        data=questions(root / "questions.jsonl"),
+        steps=1,
+    )
+    configs["flat"] = write_config(
+        root / "flat.yaml",
+        root / "model",
+        root / "flat",
+        environment=f"{Path(__file__)}:FlatEnvironment",
+        data=questions(root / "questions.jsonl"),
+        steps=3,
+        train={"num_minibatches": 5, "weight_decay": 0.1, "schedule": "linear"},
+        checkpoint={"export": False, "every": 1, "keep_last": 9},
     )
     (found, _) = run_ranks(run_all, 2, [str(p) for p in configs.values()], timeout_s=300)
     return root, dict(zip(configs, found, strict=True))
@@ -155,3 +196,23 @@ def test_ppo_counts_responses_that_the_mask_leaves(runs):
     assert first["value/update_tokens"] == first["update_tokens"] > 0
     assert second["update_tokens"] == second["value/update_tokens"] == 0
     assert third["kl_per_response"] != 0 and third["update_tokens"] > 0
+
+
+def test_answers_that_are_masked_are_in_no_pair(runs):
+    (record,) = (r for r in runs[1]["online_dpo"] if "samples" in r)
+    assert record["pairs"] == 0 and "loss" not in record
+
+
+def test_minibatches_without_signal_are_no_update(runs):
+    """One minibatch of five has a gradient: the schedule, the version and the lag count one."""
+    root, records = runs
+    first, second, third = (r for r in records["flat"] if "samples" in r)
+    assert first["no_gradient"] == third["no_gradient"] == 4 / 5
+    assert "loss" not in second and second["update_tokens"] == 0
+    assert [r["sample_lag"] for r in (first, second, third)] == [0, 0, 0]
+    indices = [
+        json.loads((root / f"flat/checkpoints/step_{n:08d}/checkpoint.json").read_text())
+        for n in (1, 2, 3)
+    ]
+    assert [index["state"]["versions"]["policy"] for index in indices] == [1, 1, 2]
+    assert [index["state"]["counters"]["policy"]["num_steps"] for index in indices] == [1, 1, 2]

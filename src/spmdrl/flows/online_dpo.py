@@ -76,7 +76,8 @@ class OnlineDpoTrainer:
 
     def compared(self, batch: Batch) -> Batch:
         """The rows that are in pairs, with their `preference` and `loss_share`."""
-        usable = distinct_answers(batch)
+        # an answer that the loss mask leaves out as a whole has no log-probability to compare
+        usable = distinct_answers(batch) & (batch.row_sum(batch["loss_mask"]) > 0)
         pairing = self.run.config.preference.pairs
         rows, preference = pair_rows(batch["rewards"], batch["prompt_ids"], usable, pairing)
         return with_pair_shares(batch.select(rows).with_columns(rows={"preference": preference}))
