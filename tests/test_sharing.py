@@ -14,6 +14,7 @@ from spmdrl.flows.serving import rollout_only
 from spmdrl.models.config import ModelConfig, parse_config, read_config
 from spmdrl.placement import place_roles
 from spmdrl.role_plan import RolePlan, plan_roles
+from spmdrl.sharing import FREE_SHARE, device_bytes, for_unlike_gpus
 from tiny_model import make_tiny_model
 
 
@@ -166,3 +167,12 @@ def test_a_sync_reads_the_host_where_both_models_do_not_fit_on_the_device():
         ("rollout", "weights"): "host",
         ("rollout", "kv_cache"): "drop",
     }
+
+
+def test_the_smallest_gpu_of_the_world_bounds_every_ranks_plan(model, tmp_path) -> None:
+    path = write_config(tmp_path / "c.yaml", model, tmp_path / "run")
+    config, given = load_config(path), load_config(path, ["memory_gb=3"])
+    assert for_unlike_gpus(config, None) == config
+    assert for_unlike_gpus(given, 80_000_000_000) == given
+    bounded = for_unlike_gpus(config, 40_000_000_000)
+    assert device_bytes(bounded, "cuda") == int(40e9 * FREE_SHARE)

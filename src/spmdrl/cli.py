@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
+import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,15 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if options.traceback:
             raise
         text = str(error)
         if isinstance(error, UnicodeEncodeError) and not _has_utf8_names():
             text = f"{error.object!r} cannot be a file's name here: {_UTF8_NEEDED}"
+        elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            text += f": raise ulimit -n, which is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}"
+        elif isinstance(error, MemoryError):
+            limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+            text = f"no memory is left {text}".rstrip()
+            if limit != resource.RLIM_INFINITY:
+                text += f": raise ulimit -v, which is {limit // 1024}"
         # in one piece: ranks write to one stream
-        sys.stderr.write(f"spmdrl {options.name}: error: {text}\n")
-        sys.stderr.flush()
+        print(f"spmdrl {options.name}: error: {text}", file=sys.stderr, flush=True)
         return 2
     return 0
 
@@ -47,12 +55,19 @@ _UTF8_NEEDED = (
 
 
 def _prepare_streams() -> None:
-    """Letters that a terminal's or log's encoding lacks end nothing; nor do closed streams."""
+    """Letters that a terminal's or log's encoding lacks end nothing; nor do closed streams, whose
+    numbers the next files would have.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if not _has_utf8_names() and os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"spmdrl: {_UTF8_NEEDED}\n")
+        print(f"spmdrl: {_UTF8_NEEDED}", file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -183,11 +183,12 @@ def _saying_what_it_waits_for(launched: bool) -> Iterator[None]:
     shown = " ".join(f"{name}={os.environ.get(name)}" for name in names)
 
     def say() -> None:
-        sys.stderr.write(
+        print(
             f"spmdrl: waits for the other ranks ({shown}); if these variables are left over from "
-            f"another job, start with env {' '.join(f'-u {name}' for name in RANK_VARIABLES)}\n"
+            f"another job, start with env {' '.join(f'-u {name}' for name in RANK_VARIABLES)}",
+            file=sys.stderr,
+            flush=True,
         )
-        sys.stderr.flush()
 
     timer = threading.Timer(WAIT_S, say)
     timer.daemon = True

@@ -175,3 +175,24 @@ def ask(world: World, root: Path, how: str) -> list[bool]:
 @pytest.mark.parametrize("how", ["signal", "term", "file", "deadline"])
 def test_a_request_to_one_rank_reaches_all(tmp_path: Path, how: str) -> None:
     assert run_ranks(ask, 3, tmp_path, how) == [[False, True]] * 3
+
+
+CPU_TIME = """
+import resource, time
+resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
+from spmdrl.runtime.signals import Signals
+signals = Signals()
+print(resource.getrlimit(resource.RLIMIT_CPU))
+used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 1, 10))
+while not (found := signals.wait(0.0)):
+    sum(range(100_000))
+print(found)
+"""
+
+
+def test_the_end_of_cpu_time_asks_for_a_stop_before_it_kills() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", CPU_TIME], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == f"(9, 10)\n[{int(signal.SIGXCPU)}]\n", done.stderr

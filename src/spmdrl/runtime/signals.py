@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import select
 import signal
 import socket
@@ -12,6 +13,12 @@ from types import FrameType
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to stop: schedulers send the first, and the second as a warning."""
+
+_NOTED = (*STOPPING, signal.SIGXCPU)
+"""The system sends the last when the CPU time of the process (`ulimit -t`) is nearly over."""
+
+CPU_S = 60
+"""Of that time, what is left for a save (a tenth of a smaller limit)."""
 
 
 class Signals:
@@ -26,8 +33,9 @@ class Signals:
         self._reader, self._writer = socket.socketpair()
         self._reader.setblocking(False)
         self._writer.setblocking(False)
-        for number in STOPPING:
+        for number in _NOTED:
             signal.signal(number, _note)
+        _leave_cpu_time()
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         own = weakref.ref(self)
         # a forked child would write its own signals to our socket
@@ -40,7 +48,7 @@ class Signals:
         if not ready.poll(1000 * seconds):
             return []
         with contextlib.suppress(BlockingIOError):
-            return [number for number in self._reader.recv(4096) if number in STOPPING]
+            return [number for number in self._reader.recv(4096) if number in _NOTED]
         return []
 
     def ignore(self) -> None:
@@ -49,7 +57,7 @@ class Signals:
         CPython gives Python's handlers up at exit: a late signal would then kill a rank that is
         done (with -10 for SIGUSR1).
         """
-        for number in STOPPING:
+        for number in _NOTED:
             signal.signal(number, signal.SIG_IGN)
 
     def close(self) -> None:
@@ -58,11 +66,19 @@ class Signals:
         if current != self._writer.fileno():  # a later object has taken over
             signal.set_wakeup_fd(current, warn_on_full_buffer=False)
         else:
-            for number in STOPPING:
+            for number in _NOTED:
                 if signal.getsignal(number) is _note:
                     signal.signal(number, signal.SIG_DFL)
         self._reader.close()
         self._writer.close()
+
+
+def _leave_cpu_time() -> None:
+    """Where CPU time has an end, the signal comes some time before SIGKILL does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if hard != resource.RLIM_INFINITY and soft == hard:
+        left = min(CPU_S, hard // 10)
+        resource.setrlimit(resource.RLIMIT_CPU, (hard - left, hard))
 
 
 def _note(number: int, frame: FrameType | None) -> None:

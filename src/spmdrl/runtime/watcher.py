@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from signal import Signals as Number
 from types import TracebackType
 
 import torch.distributed as dist
@@ -238,7 +239,7 @@ class Watcher:
         if STOPPING[0] in self._signalled:
             self._on_term()
         elif self._signalled:
-            self.ask("SIGUSR1")
+            self.ask(Number(self._signalled[0]).name)
         self._signalled.clear()
         self._look_for_requests()
         if self._store_lost:
