@@ -71,7 +71,7 @@ def test_all_at_once(place: Path) -> None:
     before = [*as_user(), *limits("umask 077; ulimit -v 12000000 -n 256 -t 3000")]
     ended = run(str(config), before=before, variables={**LEFT_OVER, **ASCII})
     assert ended.lives == LIVES, ended.output
-    assert (root / "runs here" / "a" / "checkpoints" / "latest").read_text() == "step_00000002\n"
+    assert (root / "runs here" / "a" / "checkpoints" / "latest").read_text() == "step_00000002"
 
 
 def test_names_of_files_that_a_locale_cannot_write_are_refused_in_one_line(place: Path) -> None:
@@ -176,7 +176,7 @@ def test_each_alone(place: Path, name: str) -> None:
 def test_closed_streams(place: Path) -> None:
     ended = run(str(prepare(place)), home=place, before=limits("exec 0<&- 1>&- 2>&-"))
     assert ended.status == 0
-    assert (place / "run" / "checkpoints" / "latest").read_text() == "step_00000002\n"
+    assert (place / "run" / "checkpoints" / "latest").read_text() == "step_00000002"
 
 
 @as_root
