@@ -21,6 +21,7 @@ LEVELS: list[set[str]] = [
         "config_algorithms",
         "config_rules",
         "config_uses",
+        "config_doubts",
         "config_sets",
         "batch",
         "keyed",

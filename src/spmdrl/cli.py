@@ -152,7 +152,8 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 def _load(options: argparse.Namespace) -> Config:
     from spmdrl.config_files import load_config
 
-    return load_config(options.config, options.overrides)
+    trains = options.name in ("train", "explain")
+    return load_config(options.config, options.overrides, trains=trains)
 
 
 @contextmanager

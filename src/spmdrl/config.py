@@ -7,11 +7,12 @@ configuration itself. Every key is checked: an unknown one is an error that sugg
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator
 
 # pydantic asks for this one before Python 3.12
 from typing_extensions import TypedDict
@@ -19,8 +20,26 @@ from typing_extensions import TypedDict
 from spmdrl.config_algorithms import AlgorithmSection, PreferenceSection, Section
 
 
+def with_home(place: str) -> str:
+    """A path with the user's home directory in place of a leading `~`, or `~NAME`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not place.startswith("~"):
+        return place
+    found = os.path.expanduser(place)
+    if found.startswith("~"):
+        raise ValueError(f"{place.split('/')[0]} has no home directory here: write the path out")
+    return found
+
+
+Place = Annotated[str, AfterValidator(with_home)]
+"""A path, or what may name a file: `~` is the user's home directory."""
+
+
 class ModelSection(Section):
-    path: str = Field(description="Hugging Face directory: config.json, safetensors, tokenizer")
+    path: Place = Field(description="Hugging Face directory: config.json, safetensors, tokenizer")
     tiny: bool = Field(False, description="random weights at a toy size of the same architecture")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: float32 on a CPU, bfloat16 on a GPU"
@@ -44,12 +63,12 @@ class MegatronSettings(TypedDict, total=False):
 
 
 class RoleSection(Section):
-    kind: str | None = Field(
+    kind: Place | None = Field(
         None,
         description="policy | reference | teacher | reward | value | rollout | module:Class; "
         "default: its name",
     )
-    model: str | None = Field(None, description="Hugging Face directory; default: model.path")
+    model: Place | None = Field(None, description="Hugging Face directory; default: model.path")
     head: Literal["file", "normal", "zero"] = Field(
         "file", description="scalar head of a reward or value model: its file's, or a new one"
     )
@@ -97,6 +116,10 @@ class RoleSection(Section):
     )
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+TokenId = Annotated[int, Field(ge=0)]
+
+
 class TrainSection(Section):
     backend: Literal["torch", "megatron"] = Field(
         "torch", description="train backend; megatron needs megatron-core"
@@ -118,10 +141,12 @@ class TrainSection(Section):
     min_lr_ratio: float = Field(
         0.0, ge=0, le=1, description="where linear and cosine end, as a share of lr"
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW, each below 1")
     eps: float = Field(1e-8, gt=0, description="AdamW")
     weight_decay: float = Field(0.0, ge=0, description="AdamW, not on norms and biases")
-    clip_norm: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
+    clip_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=True, description="largest norm of the whole gradient; .inf: none"
+    )
     head_chunk: int = Field(1024, ge=1, description="tokens of logits held at once")
     balance_coef: float = Field(
         0.0, ge=0, description="of a MoE's load-balancing loss, for each response by itself; 0: off"
@@ -157,13 +182,13 @@ class SamplingSection(Section):
     min_p: float = Field(0.0, ge=0, lt=1, description="share of the best probability; 0: off")
     max_tokens: int = Field(256, ge=1, description="of a response")
     stop: tuple[str, ...] = Field((), description="texts that end a response")
-    stop_token_ids: tuple[int, ...] = Field(
+    stop_token_ids: tuple[TokenId, ...] = Field(
         (), description="tokens that end a response, beside the end of text"
     )
 
 
 class PromptsSection(Section):
-    source: str = Field(description="reasoning_gym:TASK | FILE.jsonl | FILE.parquet | hub:NAME")
+    source: Place = Field(description="reasoning_gym:TASK | FILE.jsonl | FILE.parquet | hub:NAME")
     task: dict[str, Any] = Field(default_factory=dict, description="reasoning-gym parameters")
     size: int | None = Field(None, ge=1, description="rows to use")
     split: str = Field("train", description="split of a hub data set")
@@ -221,7 +246,7 @@ class DataSection(Section):
 
 
 class RewardSection(Section):
-    function: str | None = Field(
+    function: Place | None = Field(
         None, description="math | reasoning_gym | exact | number | format | module:f"
     )
     role: str | None = Field(None, description="or: a reward model, or a role of your own")
@@ -266,7 +291,7 @@ class EvaluationSection(Section):
     sampling: dict[str, Any] = Field(
         default_factory=dict, description="keys of sampling that differ"
     )
-    against: str | None = Field(
+    against: Place | None = Field(
         None,
         description="win rate against the answers of a JSONL file that an evaluation wrote, or "
         "start: those before the first step",
@@ -314,12 +339,12 @@ class LogSection(Section):
 class Config(Section):
     """The whole configuration of a run."""
 
-    flow: str = Field("grpo", description="shipped flow, or path/to/my_flow.py:function")
-    environment: str | None = Field(None, description="module:Class in place of the flow's own")
-    trainer: str | None = Field(None, description="module:Class in place of the flow's own")
-    seed: int = Field(0, description="of all random numbers")
+    flow: Place = Field("grpo", description="shipped flow, or path/to/my_flow.py:function")
+    environment: Place | None = Field(None, description="module:Class in place of the flow's own")
+    trainer: Place | None = Field(None, description="module:Class in place of the flow's own")
+    seed: int = Field(0, ge=-(2**63), lt=2**63, description="of all random numbers")
     steps: int = Field(ge=1, description="rollouts, each with its updates")
-    run_dir: str = Field(description="metrics, checkpoints, report, model")
+    run_dir: Place = Field(min_length=1, description="metrics, checkpoints, report, model")
     lag: Literal[0, 1] = Field(
         0, description="1: the next step's samples are drawn while the policy is updated"
     )

@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from spmdrl.config import Config
 from spmdrl.config_keys import WILDCARDS, known_keys
-from spmdrl.config_rules import check_crossed
+from spmdrl.config_rules import check_crossed, check_training
 from spmdrl.config_sets import (
     described_sets,
     held_out_set,
@@ -30,8 +30,11 @@ _ENVIRONMENT = re.compile(r"^\s*#.*|\$\{([A-Z][A-Z0-9_]*)(?::([^}]*))?\}", re.MU
 """A whole comment line (left as it is), or `${NAME}` or `${NAME:default}`."""
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, trains: bool = True) -> Config:
     """Read `path` with its includes, apply `key=value` overrides, check everything.
+
+    Args:
+        trains: whether the configuration is to train by; False: to answer prompts by.
 
     Raises:
         ValueError: a missing or malformed file, an unknown key, a wrong value, or two keys that do
@@ -46,6 +49,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: {error}") from None
     config = parse_config(plain, str(path))
     check_crossed(config)
+    if trains:
+        check_training(config)
     return config
 
 
@@ -61,6 +66,8 @@ def parse_config(values: Any, origin: str) -> Config:
     for number, entry in enumerate(config.data.mix):
         with _told(entry, f"{origin}: data.mix.{number}", "data.train."):
             mixed_source(config, entry)
+    with _told(config.evaluation.sampling, f"{origin}: evaluation", "sampling."):
+        set_sampling(config, {})
     for name, given in described_sets(config).items():
         where = f"{origin}: evaluation.sets.{name}"
         with _told(given.get("data", {}), where, "data.train."):
@@ -164,7 +171,10 @@ def _problem(key: str, details: Sequence[Mapping[str, Any]]) -> str:
         return f"unknown key {key!r}{_suggestion(key)}"
     if details[0]["type"] == "missing":
         return f"the key {key!r} is required"
-    return f"{key}={details[0]['input']!r}: {' or: '.join(d['msg'] for d in details)}"
+    value = details[0]["input"]
+    if details[0]["type"] == "tuple_type" and isinstance(value, str | int | float):
+        return f"{key}={value!r}: the key takes a list: write {key}=[{value}]"
+    return f"{key}={value!r}: {' or: '.join(d['msg'] for d in details)}"
 
 
 def _suggestion(key: str) -> str:

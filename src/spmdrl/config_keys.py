@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -56,6 +56,8 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 def _takes(annotation: Any) -> str:
     origin = get_origin(annotation)
+    if origin is Annotated:
+        return _takes(get_args(annotation)[0])
     if origin is Literal:
         return ", ".join(str(value) for value in get_args(annotation))
     if origin in (Union, types.UnionType):

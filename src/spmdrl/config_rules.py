@@ -23,6 +23,15 @@ NEEDED = {
 `spmdrl eval` and `generate` need of a configuration.
 """
 
+KL_ERROR_LIMIT = 0.2
+"""`ERROR_LIMIT` of the adaptive KL coefficient."""
+
+UPDATE_KEYS = (
+    *("epochs", "num_minibatches", "recompute", "lr", "schedule", "warmup_steps", "min_lr_ratio"),
+    *("betas", "eps", "weight_decay", "clip_norm", "balance_coef"),
+)
+"""Keys of `train` that only updates read."""
+
 SAMPLING = ("grpo", "ppo", "online_dpo")
 """Shipped flows that train on samples of the policy."""
 
@@ -63,6 +72,36 @@ def check_crossed(config: Config) -> None:
             "samples of a group, so it needs at least 2 (algorithm.advantage=reinforce_pp needs 1)"
         )
     _check_evaluation(config)
+
+
+def check_training(config: Config) -> None:
+    """What would go wrong in training alone.
+
+    Raises:
+        ValueError: naming the keys and values.
+    """
+    data, algorithm = config.data, config.algorithm
+    if config.flow in SAMPLING and config.sampling.temperature == 0:
+        raise ValueError(
+            f"flow={config.flow} with sampling.temperature={config.sampling.temperature}: greedy "
+            "samples teach nothing; only evaluation.sampling.temperature may be 0"
+        )
+    if config.flow not in SAMPLING or config.trainer is not None or config.environment is not None:
+        return
+    if algorithm.refill_attempts and (data.group_size < 2 or not config.rewards):
+        other = "rewards=[]" if not config.rewards else f"data.group_size={data.group_size}"
+        raise ValueError(
+            f"algorithm.refill_attempts={algorithm.refill_attempts} with {other}: no group's "
+            "rewards differ, so every one would be drawn again in vain: set refill_attempts to 0"
+        )
+    samples = data.prompts_per_step * data.group_size
+    adapts = config.flow == "ppo" and algorithm.kl_target is not None
+    if adapts and KL_ERROR_LIMIT * samples >= algorithm.kl_horizon:
+        raise ValueError(
+            f"algorithm.kl_horizon={algorithm.kl_horizon} with {samples} samples a step "
+            "(data.prompts_per_step x data.group_size): the coefficient could fall to 0 in one "
+            f"step; the horizon must be above {KL_ERROR_LIMIT * samples:g}"
+        )
 
 
 def _check_evaluation(config: Config) -> None:
@@ -139,11 +178,6 @@ def _check_roles(config: Config) -> None:
         raise ValueError(
             f"algorithm.teacher_coef={teacher_coef} with roles={sorted(config.roles)}: distilling "
             "needs both the coefficient and roles.teacher"
-        )
-    if config.flow in SAMPLING and config.sampling.temperature == 0:
-        raise ValueError(
-            f"flow={config.flow} with sampling.temperature={config.sampling.temperature}: greedy "
-            "samples teach nothing; only evaluation.sampling.temperature may be 0"
         )
 
 
@@ -308,12 +342,11 @@ def _check_updates(config: Config) -> None:
     """Epochs and minibatches are those of trained roles, each with its own."""
     for name, role in config.roles.items():
         if not config.is_trained(name):
-            for key in ("epochs", "num_minibatches"):
-                if key in role.train:
-                    raise ValueError(
-                        f"roles.{name}.train.{key}={role.train[key]}: {name} is not trained, so it "
-                        f"has no updates: leave the key out, or set roles.{name}.trained=true"
-                    )
+            for key in (key for key in UPDATE_KEYS if key in role.train):
+                raise ValueError(
+                    f"roles.{name}.train.{key}={role.train[key]}: {name} is not trained, so it "
+                    f"has no updates: leave the key out, or set roles.{name}.trained=true"
+                )
             continue
         count, prompts = config.train_section(name).num_minibatches, config.data.prompts_per_step
         if count > prompts:

@@ -10,6 +10,7 @@ from pydantic import Field
 from spmdrl.config import (
     Config,
     DataKind,
+    Place,
     PromptsSection,
     RewardSection,
     SamplingSection,
@@ -45,7 +46,7 @@ class HeldOutSet(Section):
     num_samples: int = Field(1, ge=1)
     k: tuple[int, ...] = (1,)
     sampling: SamplingSection = SamplingSection()
-    against: str | None = None
+    against: Place | None = None
 
 
 def train_sources(config: Config) -> list[WeightedSource]:

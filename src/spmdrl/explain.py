@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from spmdrl.config import Config, DataKind
+from spmdrl.config_doubts import doubts
 from spmdrl.config_sets import held_out_sets, train_sources
 from spmdrl.memory_report import memory_texts, schedules
 from spmdrl.models.config import ModelConfig, read_config, tiny
@@ -65,6 +66,8 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
     table = placement_table(placements, memory_texts(plan.memory))
     lines += ["", "# roles", table, "", "# weights", *_weights(config, plan)]
     lines += ["", "# memory", *schedules(plan.memory)]
+    if found := doubts(config):
+        lines += ["", "# doubtful", *found]
     if missing := list(_missing(config)):
         lines += ["", "# not found from here", *missing]
     return "\n".join(lines)

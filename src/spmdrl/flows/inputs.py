@@ -337,6 +337,8 @@ def check_models(config: Config, inputs: Inputs, shapes: Mapping[str, ModelConfi
             model's positions.
     """
     for name, shape in shapes.items():
+        if config.role_kind(name) == "rollout":
+            check_stop_tokens(config, shape.vocab_size)
         check_lengths(config, name, shape.max_position)
         directory = config.model_path(name)
         if config.roles[name].retokenize:
@@ -355,6 +357,20 @@ def check_models(config: Config, inputs: Inputs, shapes: Mapping[str, ModelConfi
                     else ""
                 )
             )
+
+
+def check_stop_tokens(config: Config, vocab_size: int) -> None:
+    """ValueError for an id that the model has no token for: it would never end a response."""
+    found = {"sampling": config.sampling}
+    for name, described in held_out_sets(config).items():
+        found[f"the sampling of evaluation set {name}"] = described.sampling
+    for where, sampling in found.items():
+        for number in sampling.stop_token_ids:
+            if number >= vocab_size:
+                raise ValueError(
+                    f"stop_token_ids={list(sampling.stop_token_ids)} in {where}: the model's "
+                    f"tokens are 0 to {vocab_size - 1}, so {number} would never end a response"
+                )
 
 
 def retokenizer(directory: Path) -> Retokenize:

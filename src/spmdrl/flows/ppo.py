@@ -75,11 +75,12 @@ class PpoTrainer:
         """
         with self.run.phase("logprobs"):
             batch = self._read(batch)
-        batch, metrics = self._shape(batch)
+        waits = step < self.algorithm.value_warmup_steps
+        batch, metrics = self._shape(batch, policy_waits=waits)
         read = (*VALUE_COLUMNS, "loss_weights")
         value_update = update_of(self.run, "value", step, read, temperature=1.0)
         calls: list[Call[Any]] = [self.value.update.on(batch, self.value_loss, value_update)]
-        if step >= self.algorithm.value_warmup_steps:
+        if not waits:
             columns, temperature = policy_columns(batch), self.run.config.sampling.temperature
             update = update_of(self.run, "policy", step, columns, temperature=temperature)
             calls.append(self.policy.update.on(batch, self.policy_loss, update))
@@ -107,7 +108,7 @@ class PpoTrainer:
             tokens={"old_logprobs": batch[own], "old_values": batch["values"]}
         )
 
-    def _shape(self, batch: Batch) -> tuple[Batch, Metrics]:
+    def _shape(self, batch: Batch, *, policy_waits: bool) -> tuple[Batch, Metrics]:
         """`advantages` and `returns` from scores and KL, and what is to be known of them."""
         mask, lengths = batch["loss_mask"], batch.lengths
         scores = self._scores(batch)
@@ -128,7 +129,7 @@ class PpoTrainer:
             advantages = whiten(advantages, spread.mean, spread.std, shift_mean=True) * mask
         live = batch.row_sum(mask) > 0  # a response without loss tokens has no KL and no reward
         drift = moments(sequence_kl(token_kl, lengths, mask), live)
-        self._adapt(drift)
+        self._adapt(drift, policy_waits=policy_waits)
         batch = batch.with_columns(tokens={"advantages": advantages, "returns": returns})
         return with_loss_weights(batch, self.run), {
             "kl_per_response": drift.mean,
@@ -152,8 +153,10 @@ class PpoTrainer:
         scale = 1.0 if algorithm.score_scaling == "none" else self.scaler.scale
         return scale_and_clip(scores, scale=scale, clip=algorithm.score_clip)
 
-    def _adapt(self, drift: Moments) -> None:
-        self.kl = self.kl.updated(drift.mean, int(drift.count))
+    def _adapt(self, drift: Moments, *, policy_waits: bool) -> None:
+        # while the value warms up the policy cannot move: its KL says nothing of the coefficient
+        if not policy_waits:
+            self.kl = self.kl.updated(drift.mean, int(drift.count))
         self.run.saved["kl_control"] = self.kl.state()
         self.run.saved["score_scaler"] = self.scaler.state()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spmdrl.assemble import Assembly, assemble, open_models
 from spmdrl.config import Config, RewardSection
+from spmdrl.config_doubts import doubts
 from spmdrl.config_sets import START, HeldOutSet, held_out_sets
 from spmdrl.custom_role import CustomRole
 from spmdrl.data.home import StepRows
@@ -125,6 +126,8 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
     )
     check_models(config, inputs, shapes)
     table = placement_table(placements, memory_texts(plan.memory))
+    for doubt in doubts(config) if world.is_first else ():
+        log.warning("%s", doubt)
     log.info("%d ranks on %s\n%s", world.size, world.device.type, table)
     for text in schedules(plan.memory):
         log.info("%s", text)
