@@ -8,7 +8,7 @@ import resource
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -136,8 +136,10 @@ def raise_file_limit() -> None:
     than the 1024 that many systems give at first.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # refused where the hard limit is above the system's own (fs.nr_open), even if it stays
+    with suppress(ValueError):
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def adopt_srun() -> None:
