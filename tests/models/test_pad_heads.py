@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from spmdrl.models.config import read_config
@@ -34,10 +35,20 @@ def test_the_padded_model_computes_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("heads", "message"),
-    [("12", "QUERY/KV"), ("0/0", "QUERY/KV"), ("1/1", "heads already"), ("16/2", "same ratio")],
+    [("12", "QUERY/KV"), ("0/0", "QUERY/KV"), ("1/1", "heads already"), ("16/2", "same ratio"), ("12/6", "no multiple of num_attention")],
 )
 def test_bad_numbers_of_heads(tmp_path: Path, heads: str, message: str) -> None:
     make_tiny_model(tmp_path / "model")
     with pytest.raises(ValueError, match=message):
         pad_heads(tmp_path / "model", tmp_path / "padded", heads)
+    assert not (tmp_path / "padded").exists()
+
+
+def test_what_would_be_dropped_is_refused(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, file)
+    with pytest.raises(ValueError, match="q_proj.bias' is a bias"):
+        pad_heads(tmp_path / "model", tmp_path / "padded", "8/4")
     assert not (tmp_path / "padded").exists()

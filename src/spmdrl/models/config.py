@@ -105,7 +105,7 @@ def parse_config(
         qkv_bias=architecture == "Qwen2ForCausalLM",
         qk_norm=architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
         moe=parse_experts(fields, architecture),
-        bos_id=next(iter(fields.ids("bos_token_id")), None),
+        bos_id=None if fields.is_null("bos_token_id") else fields.integer("bos_token_id", 0),
         eos_ids=_eos_ids(fields, generation or {}, generation_origin),
         source=dict(source),
     )

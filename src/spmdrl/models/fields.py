@@ -20,13 +20,18 @@ def is_pointer(file: Path) -> bool:
         return opened.read(len(POINTER)) == POINTER
 
 
+def pointer_error(file: Path) -> str:
+    """What is said of a pointer."""
+    return (
+        f"{file} is a Git LFS pointer, the file itself was not downloaded: run `git lfs pull` "
+        "in its repository"
+    )
+
+
 def refuse_pointer(file: Path) -> None:
     """ValueError where `file` is a Git LFS pointer."""
     if is_pointer(file):
-        raise ValueError(
-            f"{file} is a Git LFS pointer, the file itself was not downloaded: run `git lfs pull` "
-            "in its repository"
-        )
+        raise ValueError(pointer_error(file))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def inspect(config: ModelConfig, checkpoint: Checkpoint, head: Head | None) -> R
         notes.append(f"{checkpoint.path}: the tensor {odd[0]!r}{more} is of no use to the model")
     foreign, quantised = _files(checkpoint.path)
     defaults = DEFAULTS[config.architecture]
-    absent = [k for k in _SIZES if defaults.get(k) is not None and k not in config.source]
+    given = {"num_experts" if k == "num_local_experts" else k for k in config.source}
+    absent = [k for k in _SIZES if defaults.get(k) is not None and k not in given]
     taken = f" (without {', '.join(absent)} in config.json, defaults count)" if absent else ""
     missing = [text + taken for text in _missing(checkpoint, wanted, unexpected)]
     shaped = list(_shaped(config, checkpoint, head, wanted, taken))

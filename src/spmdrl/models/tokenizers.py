@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ModelConfig
-from .fields import Fields, kind_of, read_json, refuse_pointer
+from .fields import Fields, is_pointer, kind_of, pointer_error, read_json, refuse_pointer
 
 TOKENIZER_CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
 
@@ -107,6 +107,9 @@ def _diagnosis(directory: Path, error: Exception) -> str:
     from transformers import AutoConfig
 
     files = [directory / name for name in _JSON if (directory / name).is_file()]
+    for other in ("tokenizer.model", "merges.txt"):
+        if (directory / other).is_file() and is_pointer(directory / other):
+            return pointer_error(directory / other)
     for file in files:
         try:
             read_json(file)

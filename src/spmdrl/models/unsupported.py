@@ -34,7 +34,7 @@ def refuse_features(fields: Fields, architecture: str, num_layers: int, max_posi
         if value:
             mend = ": give the directory of the model in float weights" if key in foreign else ""
             raise ValueError(
-                f"{origin}: {key}={value!r} is not supported for {architecture}{mend}"
+                f"{origin}: {key}={_short(value)} is not supported for {architecture}{mend}"
             )
     if not fields.values.get("is_causal", True):
         raise ValueError(f"{origin}: is_causal=false is not supported: attention looks back only")
@@ -75,3 +75,9 @@ def _active_window(fields: Fields, architecture: str, num_layers: int) -> int | 
             "sliding_window give no window: set all layer_types to 'full_attention'"
         )
     return window
+
+
+def _short(value: object) -> str:
+    """A value in a message: lists of modules can be long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
