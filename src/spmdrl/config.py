@@ -195,7 +195,9 @@ class PromptsSection(Section):
     seed: int = Field(0, description="of a reasoning-gym task")
     prompt_column: str = Field("question", description="column of the question")
     answer_column: str | None = Field(
-        "answer", description="column of the reference answer; null: none"
+        "answer",
+        description="column of the reference answer, or a field of one "
+        "(reward_model.ground_truth); null: none",
     )
     answer_pattern: str | None = Field(None, description="regex, group 1 is the answer")
     template: str = Field(
