@@ -66,7 +66,7 @@ def measure(world: World, given: argparse.Namespace) -> dict[str, float]:
         }
     )
     models = open_models(config, place_roles(config, world.size))
-    roles = assemble(config, world, models, str).roles
+    roles = assemble(config, world, models, None).roles
     reference, reward = roles["reference"], roles["reward"]
     assert isinstance(reference, Reference) and isinstance(reward, Reward)
     batch = rows(world, given.rows, given.tokens)

@@ -65,7 +65,7 @@ def made(world: World, path: str, words: list[str]) -> tuple[Assembly, Any, Any]
     config = load_config(path, words)
     inputs = read_inputs(config)
     models = open_models(config, place_roles(config, world.size))
-    assembly = assemble(config, world, models, inputs.decode)
+    assembly = assemble(config, world, models, inputs.texts)
     return assembly, make_scorer(config, inputs, assembly, None), inputs
 
 
@@ -342,7 +342,7 @@ def save_and_restore(world: World, path: str) -> list[list[float]]:
     found = []
     for _ in range(2):
         models = open_models(config, place_roles(config, world.size))
-        assembly = assemble(config, world, models, str)
+        assembly = assemble(config, world, models, None)
         role = assembly.roles["judge"]
         assert isinstance(role, CustomRole)
         saver = Saver(config, world, assembly)

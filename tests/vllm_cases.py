@@ -10,7 +10,7 @@ import torch
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.hf import TensorSource, fill
-from spmdrl.rollout.stops import Detokenize
+from spmdrl.models.token_texts import TokenTexts
 from spmdrl.rollout.vllm_engine import VllmEngine
 from spmdrl.rollout.vllm_requests import VllmOptions
 from spmdrl.rollout.vllm_versions import check_version, installed_version
@@ -36,12 +36,12 @@ def make_vllm(
     source: TensorSource | None = None,
     *,
     tp: Parallel | None = None,
-    detokenize: Detokenize | None = None,
+    texts: TokenTexts | None = None,
     **options: Any,
 ) -> VllmEngine:
     """An engine in this process; with `source` its weights are filled."""
     sizes = {"kv_cache_bytes": 64 << 20, "max_length": config.max_position, **options}
-    engine = VllmEngine(config, options=VllmOptions(**sizes), tp=tp, detokenize=detokenize)
+    engine = VllmEngine(config, options=VllmOptions(**sizes), tp=tp, texts=texts)
     if source is not None:
         fill(engine.local_tensors().values(), source)
     return engine

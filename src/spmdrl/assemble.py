@@ -7,7 +7,7 @@ are checked before the first of them, so that bad input fails at once and everyw
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from spmdrl.memory.residency import Residency
 from spmdrl.memory.turns import Turns, planned_turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.hf import TensorSource, fill, open_model
+from spmdrl.models.token_texts import TokenTexts
 from spmdrl.passes import WEIGHTS, ModelRole
 from spmdrl.placement import Placement, place_roles
 from spmdrl.policy_sync import PolicySync
@@ -52,8 +53,6 @@ from spmdrl.weights.layout import WeightLayout
 from spmdrl.weights.sync import WeightSync
 
 log = logging.getLogger(__name__)
-
-Decode = Callable[[Sequence[int]], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ def assemble(
     config: Config,
     world: World,
     models: Mapping[str, Model],
-    decode: Decode,
+    texts: TokenTexts | None,
     progress: Callable[[int, int], None] | None = None,
     plan: RolePlan | None = None,
 ) -> Assembly:
@@ -131,6 +130,7 @@ def assemble(
     starting needs no more room than running.
 
     Args:
+        texts: of tokens, for rollouts; None: they have no stop texts.
         plan: made of the same configuration, placements and models; None: it is made here.
 
     Raises:
@@ -154,7 +154,7 @@ def assemble(
         if ":" in kind:
             builder.add_custom(name, mesh)
         elif kind == "rollout":
-            builder.add_rollout(name, mesh, models[name], decode, progress)
+            builder.add_rollout(name, mesh, models[name], texts, progress)
         else:
             builder.add_model(name, mesh, models[name])
     return builder.assembly()
@@ -214,7 +214,7 @@ class _Builder:
         name: str,
         mesh: Mesh,
         model: Model,
-        decode: Decode,
+        texts: TokenTexts | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         config, device, turns = self._config, self._device(name), self._turns_of(name)
@@ -226,7 +226,7 @@ class _Builder:
             mesh,
             device,
             training_dtype(config, device),
-            decode,
+            texts,
             sleeps=moves,
         )
         captured = engine is not None and engine.captures_graphs

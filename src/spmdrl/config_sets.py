@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
@@ -59,6 +60,67 @@ def uses_chat(config: Config) -> bool:
     """Whether some data go through the chat template."""
     own = [described.data for described in held_out_sets(config).values()]
     return any(section.chat for section in (*train_sources(config), *own) if section is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsRead:
+    """Rows that a run reads.
+
+    Args:
+        data_key, data_tokens: the section that describes them, and its max_tokens.
+        sampling_key, sampling: how answers to them are drawn; None: they hold their answers.
+    """
+
+    data_key: str
+    data_tokens: int
+    sampling_key: str = ""
+    sampling: SamplingSection | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a row, at most."""
+        return self.data_tokens + (0 if self.sampling is None else self.sampling.max_tokens)
+
+    def describe(self) -> str:
+        """What `longest` comes from, as part of a sentence."""
+        data = f"{self.data_key}.max_tokens={self.data_tokens}"
+        if self.sampling is None:
+            return f"{data} allows rows of {self.longest} tokens"
+        answer = f"{self.sampling_key}.max_tokens={self.sampling.max_tokens}"
+        return f"{data} and {answer} make {self.longest} tokens"
+
+
+def rows_read(config: Config) -> list[RowsRead]:
+    """Those of training, then those of each held-out set. Answers to prompts are sampled; for
+    held-out ones that takes a rollout.
+    """
+    kind, samples = config.data_kind(), "rollout" in map(config.role_kind, config.roles)
+    sources = train_sources(config)
+    longest = max(range(len(sources)), key=lambda i: sources[i].max_tokens)
+    key = "data.train" if longest == 0 else f"data.mix.{longest - 1}"
+    found = [
+        _rows(key, sources[longest], "sampling", config.sampling if kind == "prompts" else None)
+    ]
+    for name, described in held_out_sets(config).items():
+        sampled = samples and (described.kind or kind) == "prompts"
+        sampling = described.sampling if sampled else None
+        where = f"evaluation.sets.{name}"
+        if described.data is not None:
+            found.append(_rows(f"{where}.data", described.data, f"{where}.sampling", sampling))
+        elif sampling is not None:
+            found.append(_rows(key, sources[longest], "evaluation.sampling", sampling))
+    return found
+
+
+def _rows(
+    key: str, data: PromptsSection, sampling_key: str, sampling: SamplingSection | None
+) -> RowsRead:
+    return RowsRead(
+        data_key=key,
+        data_tokens=data.max_tokens,
+        sampling_key=sampling_key,
+        sampling=sampling,
+    )
 
 
 def mixed_source(config: Config, entry: Mapping[str, Any]) -> WeightedSource:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from spmdrl.config import Config
-from spmdrl.config_sets import held_out_sets, train_sources
+from spmdrl.config_sets import held_out_sets, rows_read
 from spmdrl.distributed.mesh import Mesh, format_ranks
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.generation import GRAPHS, KV_CACHE
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.token_texts import TokenTexts
 from spmdrl.passes import WEIGHTS
 from spmdrl.placement import Placement
 from spmdrl.rollout.native.engine import NativeEngine
@@ -25,8 +26,6 @@ from spmdrl.rollout.vllm_requests import BLOCK_MULTIPLE, LEAST_TEMPERATURE, Vllm
 from spmdrl.rollout.vllm_versions import check_version, installed_version
 
 log = logging.getLogger(__name__)
-
-Decode = Callable[[Sequence[int]], str]
 
 _LEAST_LENGTH = 64
 """Tokens of a sequence that every engine serves: the canary's rows are shorter."""
@@ -138,12 +137,8 @@ def engine_parts(
 
 def longest_sequence(config: Config, shape: ModelConfig) -> int:
     """Tokens of the longest prompt and response that the configuration allows."""
-    train = max(source.max_tokens for source in train_sources(config))
-    lengths = [train + config.sampling.max_tokens]
-    for described in held_out_sets(config).values():
-        prompts = train if described.data is None else described.data.max_tokens
-        lengths.append(prompts + described.sampling.max_tokens)
-    return min(max(*lengths, _LEAST_LENGTH), shape.max_position)
+    lengths = [rows.longest for rows in rows_read(config) if rows.sampling is not None]
+    return min(max(_LEAST_LENGTH, *lengths), shape.max_position)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,19 +190,21 @@ def make_engine(
     mesh: Mesh,
     device: torch.device,
     dtype: torch.dtype,
-    decode: Decode,
+    texts: TokenTexts | None,
     *,
     sleeps: bool,
 ) -> RolloutEngine | None:
     """The rollout's engine on this rank; None outside of it. Every rank calls it.
 
     Args:
+        texts: of tokens; None: there are no stop texts, and no ends but those of `shape`.
         sleeps: on CUDA, its weights do not stay on the device.
     """
     if not mesh.is_member:
         return None
     tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
     ep = Parallel(rank=mesh.coordinate("ep"), size=mesh.size("ep"))
+    eos = ends_of_text(shape, texts)
     if is_vllm(config, name):
         if device.type == "cpu":
             log.info(
@@ -219,8 +216,8 @@ def make_engine(
             tp=tp,
             device=device,
             dtype=dtype,
-            eos_token_ids=shape.eos_ids,
-            detokenize=decode,
+            eos_token_ids=eos,
+            texts=texts,
         )
     return NativeEngine(
         shape,
@@ -229,9 +226,15 @@ def make_engine(
         options=_native_options(config, device),
         device=device,
         dtype=dtype,
-        eos_token_ids=shape.eos_ids,
-        detokenize=decode,
+        eos_token_ids=eos,
+        texts=texts,
     )
+
+
+def ends_of_text(shape: ModelConfig, texts: TokenTexts | None) -> tuple[int, ...]:
+    """The tokens that end a response: those of the model's files and of its tokenizer."""
+    named = [*shape.eos_ids, *[end.token for end in ([] if texts is None else texts.ends)]]
+    return tuple(i for i in dict.fromkeys(named) if 0 <= i < shape.vocab_size)
 
 
 def _native_options(config: Config, device: torch.device) -> NativeOptions:

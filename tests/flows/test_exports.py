@@ -78,7 +78,7 @@ def export(world: World, path: str, overrides: list[str]) -> Found:
     """Export; what the roles say of this rank's rows."""
     config = load_config(path, overrides)
     models = open_models(config, place_roles(config, world.size))
-    assembly = assemble(config, world, models, str)
+    assembly = assemble(config, world, models, None)
     export_models(config, assembly, Path(config.run_dir) / "model")
     policy, reward, value = (assembly.roles[name] for name in ("policy", "reward", "value"))
     assert isinstance(policy, Policy) and isinstance(reward, Reward) and isinstance(value, Value)
@@ -194,7 +194,7 @@ def test_an_export_that_cannot_be_written_ends_every_rank_alike(tmp_path: Path) 
 def fail_to_export(world: World, path: str, damaged: str) -> str:
     config = load_config(path, [])
     models = open_models(config, place_roles(config, world.size))
-    assembly = assemble(config, world, models, str)
+    assembly = assemble(config, world, models, None)
     if world.is_first:
         Path(damaged).parent.joinpath("tokenizer_config.json").unlink()
     try:

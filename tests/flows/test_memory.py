@@ -130,7 +130,7 @@ def test_roles_that_cannot_fit_are_refused_with_the_sizes(peaks):
 def freed(world: World, path: str) -> None:
     config = load_config(path, ON_HOST)
     placements = place_roles(config, world.size)
-    assembly = assemble(config, world, open_models(config, placements), str)
+    assembly = assemble(config, world, open_models(config, placements), None)
     policy = assembly.trained["policy"]
     rows = Batch(
         lengths=torch.tensor([3]),
@@ -165,7 +165,7 @@ def synced(world: World, path: str, streams: bool) -> tuple[bool, list[torch.Ten
     shapes = {name: model.config for name, model in models.items()}
     plan = plan_roles(config, placements, shapes, world.device_types)
     memory = {rank: replace(own, streams=streams) for rank, own in plan.memory.items()}
-    assembly = assemble(config, world, models, str, plan=replace(plan, memory=memory))
+    assembly = assemble(config, world, models, None, plan=replace(plan, memory=memory))
     assembly.syncs["policy", "rollout"].run()
     policy, rollout = assembly.trained["policy"], assembly.roles["rollout"]
     assert policy.backend is not None and isinstance(rollout, Rollout) and rollout.engine

@@ -146,7 +146,7 @@ def updated(world: World, path: str, overrides: list[str]) -> tuple[Any, Any]:
     """
     config = load_config(path, overrides)
     models = open_models(config, place_roles(config, world.size))
-    assembly = assemble(config, world, models, str)
+    assembly = assemble(config, world, models, None)
     policy, rollout = assembly.roles["policy"], assembly.roles["rollout"]
     assert isinstance(policy, Policy) and isinstance(rollout, Rollout)
     assembly.syncs["policy", "rollout"].run()

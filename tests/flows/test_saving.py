@@ -33,7 +33,7 @@ Made = tuple[Saver, Policy, WeightLayout]
 def make(world: World, path: Path, *overrides: str) -> Made:
     config = load_config(str(path), list(overrides))
     models = open_models(config, place_roles(config, world.size))
-    assembly = assemble(config, world, models, str)
+    assembly = assemble(config, world, models, None)
     policy = assembly.trained["policy"]
     assert isinstance(policy, Policy)
     return Saver(config, world, assembly), policy, assembly.layouts["policy"]

@@ -16,6 +16,7 @@ from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.hf import fill, load_into
 from spmdrl.models.sharding import Slice
+from spmdrl.models.token_texts import TokenTexts
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import Completion, Request
@@ -94,7 +95,7 @@ def make_engine(
         config,
         tp=tp,
         options=NativeOptions(**{"block_size": 8, **options}),
-        detokenize=spell,
+        texts=TokenTexts(decode=spell, decode_all=spell),
     )
     table = engine.parameters_table()
     fill(((engine.allocate(name), held.slices) for name, held in table.items()), source)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rollout_models import ARCHITECTURES, hugging_face_model, make_engine, prompts_of, tiny_model
+from rollout_models import (
+    ARCHITECTURES,
+    hugging_face_model,
+    make_engine,
+    prompts_of,
+    request,
+    tiny_model,
+)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -20,6 +27,19 @@ def test_scores_are_those_of_transformers(name: str, prefill: int, temperature: 
             logprobs = model(ids).logits[0].div(temperature).log_softmax(-1)
         expected = logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=0)
+
+
+def test_what_generation_may_make_is_scored_up_to_the_context_s_end() -> None:
+    config, source = tiny_model()
+    engine = make_engine(config, source)
+    room = 56
+    prompt = prompts_of(config.max_position - room)[0]
+    asked = [request(prompt, 0, max_tokens=room, ignore_eos=True)]
+    [[sample]] = engine.generate(asked, seed=1, step=0)
+    assert len(prompt) + len(sample.tokens) == config.max_position
+    [scores] = engine.score([(*prompt, *sample.tokens)])
+    found = torch.tensor(scores[-room:])
+    torch.testing.assert_close(found, torch.tensor(sample.logprobs), atol=1e-4, rtol=0)
 
 
 def test_scores_do_not_disturb_what_is_generated() -> None:

@@ -17,6 +17,7 @@ from rollout_models import prompts_of, request, spell
 
 from harness import run_ranks
 from spmdrl.launch import World
+from spmdrl.models.token_texts import TokenTexts
 from spmdrl.rollout.vllm_engine import VllmEngine
 from vllm_cases import make_vllm, needs_vllm
 
@@ -51,7 +52,9 @@ class Engines:
         config, source = self._models[name]
         if self._asked != (name, options):
             self.close()
-            self.engine = make_vllm(config, source, detokenize=spell, **options)
+            self.engine = make_vllm(
+                config, source, texts=TokenTexts(decode=spell, decode_all=spell), **options
+            )
             self._asked = (name, options)
         assert self.engine is not None
         return self.engine

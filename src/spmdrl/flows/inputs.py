@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spmdrl.config import Config, DataKind, PromptsSection, RewardSection, SamplingSection
-from spmdrl.config_sets import HELD_OUT, HeldOutSet, held_out_sets, train_sources
+from spmdrl.config_sets import HELD_OUT, HeldOutSet, held_out_sets, train_sources, uses_chat
 from spmdrl.data.conversations import ConversationSet, load_conversations
 from spmdrl.data.encode import tells_time
 from spmdrl.data.examples import ExampleSource, Report, unreported
@@ -24,7 +24,9 @@ from spmdrl.data.prompts import (
     load_prompts,
 )
 from spmdrl.data.split import split, split_examples, without_overlap
+from spmdrl.flows.response_ends import check_ends, check_lengths
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.token_texts import Decode, TokenTexts, token_texts
 from spmdrl.models.tokenizers import check_tokenizer, difference, load_tokenizer
 from spmdrl.rewards.functions import RewardSpec
 from spmdrl.rewards.pool import RewardPool
@@ -39,8 +41,8 @@ AnySet = PromptSet | ConversationSet | PairSet
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The tokenizer, its decoder (special tokens left out), and the data: prompts, conversations
-    or preference pairs.
+    """The tokenizer, what it says of tokens, and the data: prompts, conversations or preference
+    pairs.
 
     Args:
         shares: (items, weight) of each source of the training data.
@@ -50,12 +52,17 @@ class Inputs:
     """
 
     tokenizer: Any
-    decode: Callable[[Sequence[int]], str]
+    texts: TokenTexts
     train: AnySet
     shares: tuple[tuple[int, float], ...]
     held_out: Mapping[str, AnySet]
     now: datetime
     tell_time: bool = False
+
+    @property
+    def decode(self) -> Decode:
+        """Token ids -> text, special tokens left out."""
+        return self.texts.decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +113,7 @@ def read_inputs(
         )
     return Inputs(
         tokenizer=tokenizer,
-        decode=make_decoder(tokenizer),
+        texts=token_texts(tokenizer, chat=uses_chat(config)),
         train=train,
         shares=tuple((len(s), w.weight) for s, w in zip(sources, sections, strict=True)),
         held_out=held_out,
@@ -189,16 +196,6 @@ def example_source(section: PromptsSection, now: datetime) -> ExampleSource:
         part=section.part,
         now=now,
     )
-
-
-def make_decoder(tokenizer: Any) -> Callable[[Sequence[int]], str]:
-    """Token ids -> text, special tokens left out."""
-
-    def decode(ids: Sequence[int]) -> str:
-        text: str = tokenizer.decode(ids, skip_special_tokens=True)
-        return text
-
-    return decode
 
 
 def prompt_source(section: PromptsSection, now: datetime) -> PromptSource:
@@ -302,44 +299,18 @@ def training_sampling(config: Config) -> SamplingParams:
     return replace(sampling_params(config.sampling), experts=config.algorithm.routing_replay)
 
 
-def check_lengths(config: Config, role: str, max_position: int) -> None:
-    """ValueError when the longest prompt and answer exceed the model's positions."""
-    train, answer = config.data.train, config.sampling.max_tokens
-    longest = max(source.max_tokens for source in train_sources(config))
-    found = [("data.train.max_tokens", longest, "sampling.max_tokens", answer)]
-    for name, described in held_out_sets(config).items():
-        if described.data is None:
-            prompt_key, own, answer_key = "data.train", train, "evaluation.sampling"
-        else:
-            where = f"evaluation.sets.{name}"
-            prompt_key, own, answer_key = f"{where}.data", described.data, f"{where}.sampling"
-        found.append(
-            (
-                f"{prompt_key}.max_tokens",
-                own.max_tokens,
-                f"{answer_key}.max_tokens",
-                described.sampling.max_tokens,
-            )
-        )
-    for prompt_key, prompt, answer_key, answer in found:
-        if prompt + answer > max_position:
-            raise ValueError(
-                f"{prompt_key}={prompt} and {answer_key}={answer} make {prompt + answer} tokens, "
-                f"but the model of roles.{role} has {max_position} positions"
-            )
-
-
 def check_models(config: Config, inputs: Inputs, shapes: Mapping[str, ModelConfig]) -> None:
     """That every role can read the tokens that the others write.
 
     Raises:
-        ValueError: a tokenizer of another model, ids without an embedding, or rows longer than a
-            model's positions.
+        ValueError: a tokenizer of another model, ids without an embedding, rows longer than a
+            model's positions, or a rollout whose responses would never end.
     """
     for name, shape in shapes.items():
+        check_lengths(config, name, shape.max_position)
         if config.role_kind(name) == "rollout":
             check_stop_tokens(config, shape.vocab_size)
-        check_lengths(config, name, shape.max_position)
+            check_ends(config, name, shape, inputs.texts)
         directory = config.model_path(name)
         if config.roles[name].retokenize:
             continue

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from spmdrl.assemble import Assembly, assemble, open_models
 from spmdrl.config import Config
-from spmdrl.config_sets import held_out_sets
+from spmdrl.config_sets import held_out_sets, uses_chat
 from spmdrl.data.home import home_rows
 from spmdrl.data.prompts import load_prompts
 from spmdrl.distributed.reduce import gather_objects
@@ -21,7 +21,6 @@ from spmdrl.flows.inputs import (
     Inputs,
     Reading,
     check_models,
-    make_decoder,
     make_pools,
     prompt_source,
     read_held_out,
@@ -30,13 +29,14 @@ from spmdrl.flows.inputs import (
 )
 from spmdrl.flows.start import make_evaluators
 from spmdrl.launch import World, seed_everything
+from spmdrl.models.token_texts import token_texts
 from spmdrl.models.tokenizers import load_tokenizer
 from spmdrl.observe.metrics import MetricsWriter
 from spmdrl.observe.progress import Relay
 from spmdrl.placement import place_roles
-from spmdrl.rewards.scorer import cut_at
 from spmdrl.rewards.server import RewardServer
 from spmdrl.roles import Generation, Rollout
+from spmdrl.rollout.stops import StopTexts
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def evaluation_inputs(config: Config) -> Inputs:
     held_out = read_held_out(prompts, kind, Reading(tokenizer=tokenizer, now=now), ())
     return Inputs(
         tokenizer=tokenizer,
-        decode=make_decoder(tokenizer),
+        texts=token_texts(tokenizer, chat=uses_chat(config)),
         train=next(iter(held_out.values())),
         shares=(),
         held_out=held_out,
@@ -110,7 +110,8 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
     Raises:
         ValueError: bad input; OSError: the output cannot be written.
     """
-    config = rollout_only(config)
+    data = config.data.model_copy(update={"kind": "prompts"})  # whatever the flow reads
+    config = rollout_only(config).model_copy(update={"data": data})
     tokenizer = load_tokenizer(config.model.path)
     source = replace(
         prompt_source(config.data.train, datetime.now()),
@@ -122,7 +123,7 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
     prompts = load_prompts(source, tokenizer)
     inputs = Inputs(
         tokenizer=tokenizer,
-        decode=make_decoder(tokenizer),
+        texts=token_texts(tokenizer, chat=uses_chat(config)),
         train=prompts,
         shares=(),
         held_out={},
@@ -140,6 +141,7 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
     with relay.bar("generate"):
         rows = home_rows(world, prompts)
         batch = rollout.generate(rows, generation)
+    stops = StopTexts(config.sampling.stop, inputs.texts)
     logprobs = batch.row_sum(batch["rollout_logprobs"]).tolist()
     responses = torch.split(batch["tokens"][batch["loss_mask"]], batch["response_lengths"].tolist())
     own = [
@@ -147,7 +149,7 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
             "prompt_id": batch.objects["prompt"][row].prompt_id,
             "sample": int(batch["sample_index"][row]),
             "prompt": batch.objects["prompt"][row].text,
-            "response": cut_at(inputs.decode(responses[row].tolist()), config.sampling.stop),
+            "response": stops.before(responses[row].tolist()),
             "finish": ("stop", "length", "aborted")[int(batch["finish"][row])],
             "tokens": len(responses[row]),
             "logprob": logprobs[row],
@@ -189,4 +191,4 @@ def _start(config: Config, world: World, inputs: Inputs, relay: Relay) -> Assemb
     seed_everything(config.seed)
     models = open_models(config, place_roles(config, world.size, world.local_size))
     check_models(config, inputs, {name: model.config for name, model in models.items()})
-    return assemble(config, world, models, inputs.decode, relay.report)
+    return assemble(config, world, models, inputs.texts, relay.report)

@@ -141,7 +141,7 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         watcher.look_after(server.ended)
         for pool in pools.values():
             watcher.look_after(pool.look)
-        assembly = assemble(config, world, models, inputs.decode, report, plan)
+        assembly = assemble(config, world, models, inputs.texts, report, plan)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
         identity = data_identity(config, inputs)
@@ -231,7 +231,7 @@ def make_scorer(
         if config.roles[section.role].retokenize:
             retokenize = retokenizer(config.model_path(section.role))
         roles.append(ScoringRole(role=role, weight=section.weight, retokenize=retokenize))
-    return Scorer(pool, inputs.decode, sampling.stop, roles, report)
+    return Scorer(pool, inputs.texts, sampling.stop, roles, report)
 
 
 def make_evaluators(

@@ -13,10 +13,11 @@ from spmdrl.calls import Call, together
 from spmdrl.custom_role import CustomRole
 from spmdrl.data.prompts import Prompt
 from spmdrl.ledger import current, places_of
+from spmdrl.models.token_texts import TokenTexts
 from spmdrl.rewards.pool import RewardJob, RewardPool, RewardResult
 from spmdrl.roles import Reward
+from spmdrl.rollout.stops import StopTexts
 
-Decode = Callable[[Sequence[int]], str]
 Retokenize = Callable[[Prompt, str], Sequence[int]]
 """(prompt, response text) -> token ids for another model."""
 
@@ -43,7 +44,7 @@ class Scorer:
 
     Args:
         pool: this rank's reward workers; None: no reward functions.
-        decode: token ids -> text without special tokens.
+        texts: of tokens.
         stop: stop strings; the text ends before the first of them.
         roles: whose scores are added.
         progress: told (rows done, rows) of those that functions score.
@@ -52,12 +53,12 @@ class Scorer:
     def __init__(
         self,
         pool: RewardPool | None,
-        decode: Decode,
+        texts: TokenTexts,
         stop: Sequence[str] = (),
         roles: Sequence[ScoringRole] = (),
         progress: Callable[[int, int], None] = lambda done, count: None,
     ) -> None:
-        self.pool, self.decode, self.stop = pool, decode, tuple(stop)
+        self.pool, self.stops = pool, StopTexts(stop, texts)
         self.roles, self.progress = tuple(roles), progress
 
     def texts(self, batch: Batch) -> list[str]:
@@ -65,7 +66,7 @@ class Scorer:
         responses = torch.split(
             batch["tokens"][batch["loss_mask"]], batch["response_lengths"].tolist()
         )
-        return [cut_at(self.decode(ids.tolist()), self.stop) for ids in responses]
+        return [self.stops.before(ids.tolist()) for ids in responses]
 
     def score(self, batch: Batch, *, evaluation: bool = False) -> Batch:
         """`batch` (with the Python column `prompt`) and the row columns `rewards` `[B]` and
@@ -142,14 +143,8 @@ def _call(scoring: ScoringRole, batch: Batch, *, evaluation: bool) -> Call[Any]:
     return scoring.role.score.on(other.with_columns(tokens={"loss_mask": mask}))
 
 
-def cut_at(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first stop string in it."""
-    ends = [place for s in stop if (place := text.find(s)) >= 0]
-    return text[: min(ends)] if ends else text
-
-
 def _column(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-__all__ = ["RewardResult", "Scorer", "ScoringRole", "cut_at"]
+__all__ = ["RewardResult", "Scorer", "ScoringRole"]

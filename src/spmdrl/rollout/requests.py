@@ -27,6 +27,7 @@ def check_requests(
     capacity: int,
     mend: str,
     has_text: bool,
+    generates: bool = True,
 ) -> None:
     """ValueError naming the first request that can never be served, and why.
 
@@ -34,6 +35,7 @@ def check_requests(
         capacity: tokens that the key-value cache holds.
         mend: what gives it more.
         has_text: whether the engine can turn tokens into text.
+        generates: False where the requests' tokens are scored, and none are added to them.
     """
     for i, request in enumerate(requests):
         name = f"request {i} (prompt_id {request.prompt_id})"
@@ -42,8 +44,10 @@ def check_requests(
             raise ValueError(f"{name} has an empty prompt")
         if min(tokens) < 0 or max(tokens) >= config.vocab_size:
             raise ValueError(f"{name} has token ids outside the vocabulary of {config.vocab_size}")
-        total = len(tokens) + max_tokens
-        asked = f"{name}: {len(tokens)} prompt tokens and sampling.max_tokens={max_tokens}"
+        total, asked = len(tokens), f"{name}: {len(tokens)} tokens"
+        if generates:
+            total += max_tokens
+            asked = f"{name}: {len(tokens)} prompt tokens and sampling.max_tokens={max_tokens}"
         if total > config.max_position:
             raise ValueError(f"{asked} need {total} positions, the model has {config.max_position}")
         if total > capacity:

@@ -2,43 +2,179 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from ..models.token_texts import Decode, TokenTexts
 from .protocol import Finish
 from .sampling import SamplingParams
 
-Detokenize = Callable[[Sequence[int]], str]
-
 _CONTEXT = 8
 """Tokens decoded before the ones that can hold a stop text, so that its first letters are whole."""
+
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+"""What stands for bytes that are no whole character yet."""
+
+
+class StopRules:
+    """The end conditions of requests. What is found out of tokens serves all later requests too.
+
+    Args:
+        eos: the model's ends of text.
+        texts: needed for stop texts.
+    """
+
+    def __init__(self, eos: Sequence[int], texts: TokenTexts | None) -> None:
+        self._eos, self._texts = frozenset(eos), texts
+        self._finders: dict[tuple[str, ...], StopTexts] = {}
+
+    def of(self, sampling: SamplingParams) -> StopRule:
+        finder = None
+        if sampling.stop and self._texts is not None:
+            if sampling.stop not in self._finders:
+                self._finders[sampling.stop] = StopTexts(sampling.stop, self._texts)
+            finder = self._finders[sampling.stop]
+        ids = frozenset(sampling.stop_token_ids)
+        if finder is not None:
+            ids |= finder.ids
+        if not sampling.ignore_eos:
+            ids |= self._eos
+        return StopRule(ids, finder, sampling.max_tokens)
 
 
 class StopRule:
     """The end conditions of one request.
 
     Args:
-        eos: the model's ends of text.
-        detokenize: token ids to text; needed for stop texts.
+        ids: tokens that end a sample.
+        texts: what looks for stop texts; None: there are none.
     """
 
-    def __init__(
-        self, sampling: SamplingParams, eos: Sequence[int], detokenize: Detokenize | None
-    ) -> None:
-        self._ids = frozenset(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            self._ids |= frozenset(eos)
-        self._max_tokens = sampling.max_tokens
-        self._texts = sampling.stop
-        self._detokenize = detokenize
-        # A token is at least one byte, so the text lies within as many tokens as it has bytes.
-        self._tail = max((len(text.encode()) for text in sampling.stop), default=0) + _CONTEXT
+    def __init__(self, ids: frozenset[int], texts: StopTexts | None, max_tokens: int) -> None:
+        self._ids, self._texts, self._max_tokens = ids, texts, max_tokens
 
     def check(self, tokens: list[int], num_generated: int) -> Finish | None:
         """Whether the newest of `tokens` (prompt and generated) ends the sample."""
         if tokens[-1] in self._ids:
             return "stop"
-        if self._texts and self._detokenize is not None:
-            tail = self._detokenize(tokens[-min(num_generated, self._tail) :])
-            if any(text in tail for text in self._texts):
-                return "stop"
+        if self._texts is not None and self._texts.end(tokens, num_generated):
+            return "stop"
         return "length" if num_generated >= self._max_tokens else None
+
+
+class StopTexts:
+    """Some stop texts: whether generated tokens end with one of them, and the text before it.
+
+    A special token ends a sample by its id. A text with a special token in it is looked for where
+    special tokens are written, any other one where they are left out, as reward functions see it.
+    """
+
+    def __init__(self, stop: Sequence[str], texts: TokenTexts) -> None:
+        self._texts = texts
+        self.ids = frozenset(texts.special[text] for text in stop if text in texts.special)
+        special = [t for t in stop if any(token in t for token in texts.special)]
+        plain = [text for text in stop if text not in special]
+        self._finders = [
+            _Finder(tuple(some), decode)
+            for some, decode in ((plain, texts.decode), (special, texts.decode_all))
+            if some
+        ]
+        self._plain, self._special = plain, special
+
+    def end(self, tokens: Sequence[int], num_generated: int) -> bool:
+        """Whether a stop text is in the generated ones, and was not before the newest came."""
+        return any(finder.end(tokens, num_generated) for finder in self._finders)
+
+    def before(self, tokens: Sequence[int]) -> str:
+        """The text of a response up to the first stop text, special tokens left out."""
+        place = next((i for i, token in enumerate(tokens) if token in self.ids), len(tokens))
+        tokens = tokens[:place]
+        text = cut_at(self._texts.decode(tokens), self._plain)
+        written = self._texts.decode_all(tokens) if self._special else ""
+        kept = cut_at(written, self._special)
+        if kept == written:
+            return text
+        for token in self._texts.special:
+            kept = kept.replace(token, "")
+        return min(text, kept, key=len)
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """`text` up to the first stop string in it."""
+    ends = [place for s in stop if (place := text.find(s)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Token:
+    """Args:
+    may_end: whether a stop text can end within its letters.
+    is_blank: it has none.
+    is_fragment: it is a part of a character.
+    """
+
+    may_end: bool
+    is_blank: bool
+    is_fragment: bool
+
+
+class _Finder:
+    """Looks for texts at the end of tokens, and decodes only where a token may complete one."""
+
+    def __init__(self, stop: tuple[str, ...], decode: Decode) -> None:
+        self._stop, self._decode = stop, decode
+        self._known: dict[int, _Token] = {}
+        self._fragment: int | None = None  # some token that is a part of a character
+        self._in_runs: dict[int, bool] = {}
+        # a token with letters is at least one byte, so a text lies within so many of them
+        self._tail = max(len(text.encode(errors="surrogatepass")) for text in stop) + _CONTEXT
+
+    def end(self, tokens: Sequence[int], num_generated: int) -> bool:
+        if not self._look_up(tokens[-1]).may_end:
+            return False
+        first, start, lacking = len(tokens) - num_generated, len(tokens), self._tail
+        while start > first and lacking > 0:
+            start -= 1
+            lacking -= not self._look_up(tokens[start]).is_blank
+        while start > first and self._is_in_run(tokens[start - 1]):
+            start -= 1
+        tail = self._decode(tokens[start:])
+        return any(text in tail for text in self._stop)
+
+    def _is_in_run(self, token: int) -> bool:
+        """Whether its letters depend on fragments beside it: Llama 2's single bytes are text only
+        where all that follow each other make whole characters, so no tail begins among them.
+        """
+        if self._look_up(token).is_fragment:
+            return True
+        if self._fragment is None:
+            return False
+        if token not in self._in_runs:
+            alone, behind = self._decode([token]), self._decode([self._fragment, token])
+            self._in_runs[token] = not behind.endswith(alone)
+        return self._in_runs[token]
+
+    def _look_up(self, token: int) -> _Token:
+        found = self._known.get(token)
+        if found is None:
+            found = self._known[token] = self._examine(token)
+            self._fragment = token if found.is_fragment else self._fragment
+        return found
+
+    def _examine(self, token: int) -> _Token:
+        """From its letters alone and behind others: decoders drop a first blank, or a prefix that
+        marks the rest of a word.
+        """
+        alone, twice = self._decode([token]), self._decode([token, token])
+        is_fragment = _UNKNOWN in twice
+        if is_fragment or not twice.startswith(alone):
+            return _Token(may_end=True, is_blank=False, is_fragment=is_fragment)
+        behind = twice[len(alone) :]
+        may_end = any(_may_end(text, own) for text in self._stop for own in (alone, behind))
+        return _Token(may_end=may_end, is_blank=not twice, is_fragment=False)
+
+
+def _may_end(text: str, letters: str) -> bool:
+    """Whether `text` can end within `letters`, whatever stands before them."""
+    most = min(len(text), len(letters))
+    return text in letters or any(letters.startswith(text[-k:]) for k in range(1, most + 1))

@@ -32,13 +32,14 @@ from torch import Tensor
 from ..distributed.parallel import Parallel
 from ..models.config import ModelConfig
 from ..models.sharding import Slice, all_slices
+from ..models.token_texts import TokenTexts
 from ..storages import require_resident
 from .enclosure import Enclosure, replaced, uncompiled
 from .lockstep import Lockstep
 from .protocol import Completion, Progress, Request
 from .requests import check_requests
 from .sampling import SamplingParams
-from .stops import Detokenize
+from .stops import StopRules
 from .vllm_model import VOCAB_MULTIPLE, check_supported, described, match_parameters
 from .vllm_requests import (
     BLOCK_MULTIPLE,
@@ -82,7 +83,7 @@ class VllmEngine:
         config: the model.
         tp: this rank's place in its tensor-parallel group: contiguous ranks of the world.
         eos_token_ids: ends of text; the configuration's where None.
-        detokenize: token ids to text, for stop texts.
+        texts: of tokens, for stop texts.
 
     Raises:
         ValueError: vLLM holds other parameters than the model's, or in another form.
@@ -97,14 +98,14 @@ class VllmEngine:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         eos_token_ids: Sequence[int] | None = None,
-        detokenize: Detokenize | None = None,
+        texts: TokenTexts | None = None,
     ) -> None:
         self._config, self._options = config, options
         self._tp = Parallel() if tp is None else tp
         self._device = torch.device("cpu") if device is None else device
         self._dtype = dtype
         self._eos = tuple(config.eos_ids if eos_token_ids is None else eos_token_ids)
-        self._detokenize = detokenize
+        self._stops, self._has_text = StopRules(self._eos, texts), texts is not None
         self._sleeping: set[str] = set()
         self._num_requests = 0
         self._group = Lockstep(self._tp, self._device)
@@ -217,7 +218,7 @@ class VllmEngine:
         """See `RolloutEngine.generate`. Samples that were cut are drawn anew: there is no state."""
         self._check(requests)
         check_sampling(requests)
-        groups = samples_of(requests, self._eos, self._detokenize)
+        groups = samples_of(requests, self._stops)
         with self._running():
             waiting: dict[str, Sample] = {}
             for request, group in zip(requests, groups, strict=True):
@@ -270,7 +271,7 @@ class VllmEngine:
             self._config,
             capacity=self._options.max_length,
             mend=self._options.cache_mend,
-            has_text=self._detokenize is not None,
+            has_text=self._has_text,
         )
 
     @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .protocol import Completion, Finish, Progress, Request
-from .stops import Detokenize, StopRule
+from .stops import StopRule, StopRules
 
 
 @dataclass(kw_only=True, eq=False)
@@ -25,15 +25,13 @@ class Sample:
         return Completion(tokens=tokens, logprobs=tuple(self.logprobs), finish=self.finish)
 
 
-def samples_of(
-    requests: Sequence[Request], eos: Sequence[int], detokenize: Detokenize | None
-) -> list[list[Sample]]:
+def samples_of(requests: Sequence[Request], stops: StopRules) -> list[list[Sample]]:
     """The samples of each request, nothing generated yet."""
     return [
         [
             Sample(
                 request=request,
-                rule=StopRule(request.sampling, eos, detokenize),
+                rule=stops.of(request.sampling),
                 tokens=list(request.tokens),
             )
             for _ in request.samples

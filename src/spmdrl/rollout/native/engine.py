@@ -21,12 +21,13 @@ from ...models.decoder import Decoder
 from ...models.degrees import check_tp
 from ...models.routing import choices_dtype
 from ...models.sharding import Slice
+from ...models.token_texts import TokenTexts
 from ...storages import require_resident
 from ..lockstep import Lockstep
 from ..protocol import Completion, Progress, Request
 from ..requests import check_requests
 from ..sampling import SamplingParams
-from ..stops import Detokenize, StopRule
+from ..stops import StopRule, StopRules
 from .blocked import blocked_weights
 from .blocks import BlockPool
 from .recording import ExpertRecord
@@ -60,7 +61,7 @@ class NativeEngine:
             of it calls `generate` with the same requests.
         ep: which part of the experts is here, of how many; they lie on the ranks of `tp`.
         eos_token_ids: ends of text; the configuration's where None.
-        detokenize: token ids to text, for stop texts.
+        texts: of tokens, for stop texts.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class NativeEngine:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         eos_token_ids: Sequence[int] | None = None,
-        detokenize: Detokenize | None = None,
+        texts: TokenTexts | None = None,
     ) -> None:
         tp = Parallel() if tp is None else tp
         ep = Parallel() if ep is None else ep
@@ -82,8 +83,8 @@ class NativeEngine:
         self._options = NativeOptions() if options is None else options
         self._device = torch.device("cpu") if device is None else device
         self._dtype = dtype
-        self._eos = tuple(config.eos_ids if eos_token_ids is None else eos_token_ids)
-        self._detokenize = detokenize
+        eos = config.eos_ids if eos_token_ids is None else eos_token_ids
+        self._stops, self._has_text = StopRules(eos, texts), texts is not None
         decoder = Decoder(config, tp=tp, ep=ep, dtype=dtype, device="meta")
         self._decoder = decoder.requires_grad_(False)
         self._group = Lockstep(tp, self._device)
@@ -241,7 +242,7 @@ class NativeEngine:
             Request(tokens=tokens, prompt_id=i, samples=(0,), sampling=sampling)
             for i, tokens in enumerate(sequences)
         ]
-        num_blocks = self._check(requests)
+        num_blocks = self._check(requests, generates=False)
         samples = [s for i, r in enumerate(requests) for s in sequences_of(r, i, seed=0, step=0)]
         scores: list[list[float]] = [[] for _ in sequences]
         with torch.inference_mode():
@@ -263,7 +264,7 @@ class NativeEngine:
                         scheduler.finish(sample)
         return scores
 
-    def _check(self, requests: Sequence[Request]) -> int:
+    def _check(self, requests: Sequence[Request], *, generates: bool = True) -> int:
         """ValueError unless the engine can serve the requests; blocks of the cache for them."""
         missing = [n for n, p in self.parameters_table().items() if p.tensor is None]
         if missing:
@@ -275,7 +276,8 @@ class NativeEngine:
             self._config,
             capacity=num_blocks * self._workspace.block_size,
             mend=f"raise rollout.kv_cache_gb={self._options.kv_cache_gb}",
-            has_text=self._detokenize is not None,
+            has_text=self._has_text,
+            generates=generates,
         )
         return num_blocks
 
@@ -304,7 +306,7 @@ class NativeEngine:
         record: ExpertRecord | None,
     ) -> bool:
         """Engine steps until all is done; True where they were stopped before that."""
-        rules = [StopRule(r.sampling, self._eos, self._detokenize) for r in requests]
+        rules = [self._stops.of(request.sampling) for request in requests]
         tokens_done = samples_done = 0
         stop = False
         while scheduler.has_work and not stop:
