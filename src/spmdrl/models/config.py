@@ -159,12 +159,12 @@ def _architecture(source: Mapping[str, Any], origin: str) -> str:
 
 
 def _head_dim(fields: Fields, architecture: str, hidden_size: int, num_heads: int) -> int:
-    if architecture == "LlamaForCausalLM" and hidden_size % num_heads:
+    is_given = not fields.is_null("head_dim")
+    if not is_given and architecture == "LlamaForCausalLM" and hidden_size % num_heads:
         raise ValueError(
             f"{fields.origin}: hidden_size={hidden_size} is no multiple of "
             f"num_attention_heads={num_heads}"
         )
-    is_given = not fields.is_null("head_dim")
     head_dim = fields.integer("head_dim") if is_given else hidden_size // num_heads
     if head_dim % 2 or head_dim == 0:
         raise ValueError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spmdrl.models.config import ModelConfig, parse_config
+from spmdrl.models.config import ModelConfig
 from spmdrl.models.export import save_pretrained
 from spmdrl.models.hf import TensorSource, open_model
 from spmdrl.models.sharding import Slice, global_shapes
@@ -45,8 +45,6 @@ def pad_heads(source: str | Path, out_dir: str | Path, heads: str) -> ModelConfi
         "num_key_value_heads": num_kv_heads,
         "head_dim": config.head_dim,
     }
-    # what the families demand of sizes (Llama: the heads divide hidden_size) holds for the new ones
-    parse_config(described, origin=f"--pad-heads-to {heads}")
     padded = replace(config, num_heads=num_heads, num_kv_heads=num_kv_heads, source=described)
     save_pretrained(_padded(weights, padded), padded, out_dir, source)
     return padded
