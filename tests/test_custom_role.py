@@ -19,16 +19,16 @@ from spmdrl.config import Config
 from spmdrl.config_files import load_config
 from spmdrl.custom_role import Column, CustomRole, RoleContext
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.distributed.reduce import gather_objects
 from spmdrl.flows.inputs import read_inputs
 from spmdrl.flows.moments import Moment
 from spmdrl.flows.saving import Saver
 from spmdrl.flows.start import make_scorer, train
 from spmdrl.generation import Generation
+from spmdrl.kept import Journal
 from spmdrl.launch import World
-from spmdrl.ledger import Journal
 from spmdrl.memory_report import memory_texts
 from spmdrl.models.tokenizers import load_tokenizer
+from spmdrl.objects import load_object
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.placement import place_roles
 from spmdrl.rewards.server import start_reward_server
@@ -99,7 +99,7 @@ def scores_of_all(world: World, path: str, words: list[str]) -> None:
 
 
 def check_similarity(world: World, inputs: Any, scored: Batch) -> None:
-    """Row by row, without padding, around the same centre: the mean over the role's rows."""
+    """Row by row, without padding, around the centre of the example's own texts."""
     directory = Path(inputs.tokenizer.name_or_path)
     model, tokenizer = (
         AutoModel.from_pretrained(directory),
@@ -112,8 +112,8 @@ def check_similarity(world: World, inputs: Any, scored: Batch) -> None:
             return model(ids["input_ids"]).last_hidden_state[0].mean(0)
 
     texts = list(zip(scored.objects["response"], scored.objects["answer"], strict=True))
-    parts = gather_objects(texts)  # the role sits on one rank and sees all rows
-    centre = torch.stack([embed(answer) for part in parts for _, answer in part]).mean(0)
+    texts_of = load_object(f"{ROLES / 'embedding_similarity.py'}:BACKGROUND")
+    centre = torch.stack([embed(text) for text in texts_of]).mean(0)
     wanted = [
         torch.cosine_similarity(embed(r) - centre, embed(a) - centre, dim=0) for r, a in texts
     ]

@@ -31,7 +31,7 @@ LEVELS: list[set[str]] = [
     }
     | {"storages"},
     {"algorithms"},
-    {"distributed", "runtime", "ledger"},
+    {"distributed", "runtime", "ledger", "kept", "origin"},
     {"models"},
     {"training", "rollout", "weights", "memory"},
     {"calls", "passes", "generation", "roles", "custom_role", "canary", "policy_sync", "placement"}

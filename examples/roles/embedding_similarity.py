@@ -6,8 +6,9 @@
       - {role: similarity}
 
 The score is the cosine of two embeddings in [-1, 1]. An embedding is the mean of a language model's
-last hidden states over the text, less the mean embedding of the batch's reference answers: plain
-means of such states all point the same way.
+last hidden states over the text, less the mean embedding of a few fixed texts: plain means of such
+states all point the same way. Nothing of it depends on the other rows of a batch, so that a score
+is the same on any number of ranks.
 """
 
 from __future__ import annotations
@@ -20,18 +21,34 @@ from torch import Tensor
 from spmdrl.batch import Batch
 from spmdrl.custom_role import Column, RoleContext
 
+BACKGROUND = (
+    "The answer is 42.",
+    "I do not know.",
+    "First, let us look at what is given.",
+    "Yes, that is right.",
+    "It was a cold day in the north.",
+)
+
 
 class EmbeddingSimilarity:
     """Args:
     batch_size: texts embedded at once.
     max_tokens: of a text; what is beyond is not read.
+    background: texts whose mean embedding all others are seen from.
     """
 
     needs = ("response", "answer")
     returns = (Column(name="scores", kind="row"),)
 
-    def __init__(self, batch_size: int = 16, max_tokens: int = 256) -> None:
-        self.batch_size, self.max_tokens = batch_size, max_tokens
+    def __init__(
+        self,
+        batch_size: int = 16,
+        max_tokens: int = 256,
+        background: Sequence[str] = BACKGROUND,
+    ) -> None:
+        if not background:
+            raise ValueError("background=[]: give at least one text")
+        self.batch_size, self.max_tokens, self.background = batch_size, max_tokens, background
 
     def setup(self, context: RoleContext) -> None:
         # here, not at the top: only the role's own ranks load the model
@@ -41,12 +58,12 @@ class EmbeddingSimilarity:
         self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model = AutoModel.from_pretrained(context.model, local_files_only=True)
         self.model.to(context.device).eval()
+        self.centre = self.embed(self.background).mean(0)
 
     def forward_step(self, batch: Batch) -> dict[str, Tensor]:
-        answers = self.embed(batch.objects["answer"])
-        centre = answers.mean(0) if len(batch) > 1 else torch.zeros(answers.shape[1])
-        responses = self.embed(batch.objects["response"])
-        return {"scores": torch.cosine_similarity(responses - centre, answers - centre)}
+        answers = self.embed(batch.objects["answer"]) - self.centre
+        responses = self.embed(batch.objects["response"]) - self.centre
+        return {"scores": torch.cosine_similarity(responses, answers)}
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:  # [B, D]

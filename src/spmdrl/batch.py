@@ -109,8 +109,16 @@ class Batch:
         return out.index_add(0, self.row_of_token().to(column.device), column)
 
     def select(self, index: Tensor | Sequence[int]) -> Batch:
-        """The rows of `index` (int64, repeats allowed) in its order, with all their columns."""
-        rows = torch.as_tensor(index, dtype=torch.int64, device=self.lengths.device)
+        """The rows of `index` (whole numbers, repeats allowed) in its order, with all their
+        columns. ValueError for a mask: its numbers would be read as rows 0 and 1.
+        """
+        given = torch.as_tensor(index, device=self.lengths.device)
+        if given.dtype == torch.bool or (given.is_floating_point() and given.numel()):
+            raise ValueError(
+                f"select takes row numbers, not {given.dtype}: for a mask, select(mask.nonzero()"
+                ".flatten())"
+            )
+        rows = given.long()
         lengths = self.lengths[rows]
         position = _token_index(self.offsets()[:-1][rows], lengths)
         picked = rows.tolist()

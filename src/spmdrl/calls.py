@@ -9,8 +9,8 @@ belongs to, and then brings all results home.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -29,8 +29,10 @@ from spmdrl.distributed.exchange import (
 )
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.reduce import broadcast_object
-from spmdrl.ledger import Entry, Interrupted, Ledger, Part, Stint, current, places_of
+from spmdrl.kept import Part, Record
+from spmdrl.ledger import Entry, Interrupted, Ledger, Stint, current, places_of
 from spmdrl.memory.turns import Turns
+from spmdrl.origin import origin_of
 from spmdrl.runtime.stopping import StopAsked
 
 Arguments = ParamSpec("Arguments")
@@ -70,8 +72,10 @@ class Call(Generic[Result]):
         order: place within a replica, int64 `[B]`; default: home order.
         arrange: last word on atoms and minibatches: a pure function of the world's rows and the
             number of replicas, so that it decides alike on every rank.
-        label: by which a later step finds the result again (what was drawn ahead for it); None: the
-            call's number in its step.
+        settings: beside the rows, what decides the results: a run that goes on in a step finds the
+            call by them. Values whose `repr` says what they are, equal on all ranks.
+        label: by which a later step finds the result again (what was drawn ahead for it); None: it
+            is of its step alone.
         kept: False: nothing is kept of the call for a resumed step, and it never stops (checks).
     """
 
@@ -88,6 +92,7 @@ class Call(Generic[Result]):
     atom: Tensor | None = None
     order: Tensor | None = None
     arrange: Callable[[RowTable, int], RowTable] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = None
     kept: bool = True
 
@@ -114,7 +119,8 @@ def together(*calls: Call[Any]) -> tuple[Any, ...]:
     disjoint ranks thus run concurrently. Before a call the parts it uses are brought to the device,
     and those of the rank's next call start to come where the memory plan has room for both.
 
-    In a run that goes on in a step, calls that were finished there return what is kept of them.
+    In a run that goes on in a step, calls that were finished there return what is kept of them,
+    where they were made from the same rows and settings.
 
     Raises:
         StopAsked: a stop was asked for; what the calls have done is kept.
@@ -125,7 +131,7 @@ def together(*calls: Call[Any]) -> tuple[Any, ...]:
         computed = _compute(sent, [Stint()] * len(calls))
         homes = [_bring_home(one, value) for one, value in zip(sent, computed, strict=True)]
         return tuple(call.finish(home) for call, home in zip(calls, homes, strict=True))
-    entries = [ledger.open(call.label, kept=call.kept) for call in calls]
+    entries = [_entry(ledger, call) for call in calls]
     todo = [i for i, entry in enumerate(entries) if entry.record is None]
     fresh = iter(_run_kept(ledger, [calls[i] for i in todo], [entries[i] for i in todo]))
     results = []
@@ -154,17 +160,18 @@ def _run_kept(ledger: Ledger, calls: Sequence[Call[Any]], entries: Sequence[Entr
     ledger.stage("computing")
     computed = _compute(sent, [ledger.stint(entry) for entry in entries])
     ledger.stage("returning")
-    stopped, stop = ledger.agree(entries, [isinstance(value, Interrupted) for value in computed])
+    stopped = [isinstance(value, Interrupted) for value in computed]
+    entries, are_stopped, stop = ledger.agree(entries, stopped)
     homes = []
-    for one, entry, value, is_stopped in zip(sent, entries, computed, stopped, strict=True):
+    for one, entry, value, is_stopped in zip(sent, entries, computed, are_stopped, strict=True):
         if is_stopped:
             ledger.suspend(entry, _part(value))
             continue
         home = _bring_home(one, value)
         if one.call.returns:
-            ledger.record(entry, rows=home, places=places_of(one.call.atom))
+            ledger.record(entry, Record(rows=home, places=places_of(one.call.atom)))
         else:
-            ledger.record(entry, values=home)
+            ledger.record(entry, Record(values=home))
         homes.append(home)
     ledger.stage("between")
     if stop:
@@ -172,12 +179,21 @@ def _run_kept(ledger: Ledger, calls: Sequence[Call[Any]], entries: Sequence[Entr
     return homes
 
 
+def _entry(ledger: Ledger, call: Call[Any]) -> Entry:
+    if not call.kept:
+        return Entry()
+    return ledger.open(
+        f"{call.role.name}.{call.method}",
+        origin_of(ledger.settings_of(call.role.name, call.settings), call.batch, call.needs),
+        label=call.label,
+        writes=call.writes,
+    )
+
+
 def _kept(ledger: Ledger, call: Call[Any], entry: Entry) -> Any:
     """What an earlier start has kept of a finished call."""
-    assert entry.record is not None
-    if call.returns:
-        return ledger.home_rows(entry, places_of(call.atom))
-    return entry.record.values
+    record = ledger.recall(entry, places_of(call.atom) if call.returns else None)
+    return record.rows if call.returns else record.values
 
 
 def _part(computed: Any) -> Part | None:

@@ -25,6 +25,9 @@ FORWARD = "forward_step"
 METHODS = {"setup", FORWARD, "train_step", "eval_step", "save_state", "load_state"}
 """The functions that a role may have."""
 
+SCORES = "scores"
+"""The row column of a role that `rewards` names."""
+
 DECLARED = "declared"
 """The part of a role of the user's own, of which only the size is known."""
 
@@ -176,18 +179,23 @@ class CustomRole:
     def _columns(
         self, batch: Batch, method: str, step: Callable[[Batch], Mapping[str, Tensor]]
     ) -> Call[Batch]:
-        def compute(rows: Batch, stint: Stint) -> Batch:
-            columns = step(rows)
-            return checked_columns(f"{self.name}.{method}", rows, columns, self.user.returns)
+        returns = tuple(self.user.returns)
+
+        def compute(rows: Batch, stint: Stint) -> Batch | None:
+            columns = checked_columns(f"{self.name}.{method}", rows, step(rows), returns)
+            return columns if returns else None
+
+        def finish(home: Batch | None) -> Batch:
+            return Batch(lengths=batch.lengths) if home is None else home
 
         return Call(
             role=self,
             method=method,
             batch=batch,
             needs=tuple(self.user.needs),
-            returns=tuple(self.user.returns),
+            returns=returns,
             compute=compute,
-            finish=lambda home: home,
+            finish=finish,
             atom=batch["prompt_ids"],
         )
 
@@ -200,7 +208,7 @@ class CustomRole:
             )
 
         def compute(rows: Batch, stint: Stint) -> dict[str, float]:
-            return dict(user.train_step(rows))
+            return checked_metrics(f"{self.name}.train_step", user.train_step(rows))
 
         return Call(
             role=self,
@@ -222,7 +230,8 @@ def checked_columns(
 
     Raises:
         ValueError: a declared column is missing, is no tensor, has not one entry per token or row,
-            or has a value that is not finite; the first bad row is named.
+            has a value that is not finite or that its dtype does not hold (the first bad row is
+            named), or is of another kind of number than declared.
     """
     tokens: dict[str, Tensor] = {}
     row_columns: dict[str, Tensor] = {}
@@ -240,14 +249,74 @@ def checked_columns(
                 f"{column.kind} column and there are {count} {'tokens' if per_token else 'rows'}: "
                 f"return {(count, *column.shape)}"
             )
-        values = values.detach().to("cpu", column.dtype)
-        if values.is_floating_point():
-            bad = (~torch.isfinite(values.reshape(count, -1))).any(1).nonzero().flatten()
-            if len(bad):
-                at = int(rows.row_of_token()[bad[0]]) if per_token else int(bad[0])
-                raise ValueError(f"{where}: {column.name!r} is not finite in row {at} of its rows")
-        (tokens if per_token else row_columns)[column.name] = values
+        own = values.detach().cpu()
+        bad = _bad_entries(f"{where}: {column.name!r}", own, column)
+        if len(bad):
+            at = int(rows.row_of_token()[bad[0]]) if per_token else int(bad[0])
+            fault = "is not finite" if values.is_floating_point() else f"exceeds {column.dtype}"
+            raise ValueError(f"{where}: {column.name!r} {fault} in row {at} of its rows")
+        (tokens if per_token else row_columns)[column.name] = own.to(column.dtype)
     return Batch(lengths=rows.lengths, tokens=tokens, rows=row_columns)
+
+
+def _bad_entries(what: str, values: Tensor, column: Column) -> Tensor:
+    """The places along the first dim whose values the column's dtype cannot hold, int64.
+
+    Raises:
+        ValueError: the dtype holds another kind of number: a cast would make up values.
+    """
+    given, wanted = values.dtype, column.dtype
+    if not torch.can_cast(given, wanted):
+        raise ValueError(
+            f"{what} is {given}, but is declared {wanted}: return that, or declare the other "
+            "(Column(..., dtype=...))"
+        )
+    if wanted.is_floating_point:
+        bad = ~torch.isfinite(values.to(wanted))
+    else:
+        bad = values.to(wanted).to(given) != values if given != wanted else values != values
+    return bad.flatten(1).any(1).nonzero().flatten() if bad.dim() > 1 else bad.nonzero().flatten()
+
+
+def checked_metrics(where: str, metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What `train_step` returned as plain numbers, which a checkpoint can keep.
+
+    Raises:
+        ValueError: it is no mapping, or an entry is no number; the key is named.
+    """
+    if not isinstance(metrics, Mapping):
+        raise ValueError(f"{where} returned a {type(metrics).__name__}: return a dict of numbers")
+    found = {}
+    for key, value in metrics.items():
+        try:
+            found[str(key)] = float(value)
+        # what users compute with decides what is raised: a tensor of many values, a text, None
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{where} returned {key!r} as a {type(value).__name__}, which is no number: {error}"
+            ) from None
+    return found
+
+
+def check_scores(name: str, user: UserRole) -> None:
+    """That a role may be named in `rewards`.
+
+    Raises:
+        ValueError: it declares no row column `scores` with one number a row.
+    """
+    declared = {column.name: column for column in user.returns}
+    wish = f"Column(name={SCORES!r}, kind='row')"
+    if SCORES not in declared:
+        raise ValueError(
+            f"rewards name the role {name!r}, but the class {type(user).__name__} returns "
+            f"{sorted(declared)}: add {wish} to its `returns`"
+        )
+    column = declared[SCORES]
+    if column.kind != "row" or column.shape != ():
+        raise ValueError(
+            f"rewards name the role {name!r}, but the class {type(user).__name__} declares "
+            f"{SCORES!r} as a {column.kind} column of the shape {column.shape}: declare {wish}"
+        )
 
 
 def check_user_role(name: str, user: UserRole) -> None:

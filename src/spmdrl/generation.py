@@ -12,7 +12,9 @@ from spmdrl.calls import Call, RoleMethod
 from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import split_groups_if_few
-from spmdrl.ledger import Interrupted, Part, Stint
+from spmdrl.kept import Part
+from spmdrl.keyed import NOISE_VERSION
+from spmdrl.ledger import Interrupted, Stint
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.routing import EXPERT_CHOICES, choices_dtype
@@ -141,6 +143,7 @@ class Rollout:
             atom=batch["prompt_ids"],
             order=row_order(batch),
             arrange=split_groups_if_few,
+            settings={"generation": generation, "noise": NOISE_VERSION},
         )
 
 

@@ -1,17 +1,19 @@
 """`Ledger`: what a run keeps of its role calls, so that it can stop in a step and go on from there.
 
-Results of the calls that a step has finished are kept, on their home ranks, under (step, number of
-the call). A run that goes on from a stop does the step anew: calls that were finished return what
-is kept of them, and the one that was stopped goes on from where it came to. `together` looks the
-ledger up in the context (`keeping`), so that roles, flows and what users write need not carry it.
+Results of the calls that a step has finished are kept, on their home ranks, with what they were
+made from (`Origin`). A run that goes on from a stop does the step anew: calls that were finished
+return what is kept of them, and the one that was stopped goes on from where it came to, if the name
+and the origin are the same; else they are made anew. `together` looks the ledger up in the context
+(`keeping`), so that roles, flows and what users write need not carry it.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -19,52 +21,27 @@ import torch
 from torch import Tensor
 
 from spmdrl.batch import Batch
-from spmdrl.distributed.reduce import world_flags
+from spmdrl.distributed.reduce import world_sum
+from spmdrl.kept import Journal, Kept, Part, Record
 from spmdrl.launch import World
+from spmdrl.origin import Origin
 from spmdrl.runtime.pulse import Pulse, Stage
 
 if TYPE_CHECKING:
     # documented as torch.distributed.Store, but torch's stubs do not re-export it
     from torch._C._distributed_c10d import Store
 
+log = logging.getLogger(__name__)
+
 _KEPT_MEETINGS = 64
 """Meetings whose keys stay in the store; no rank is so many role calls behind another."""
 
 
+_NO_ORIGIN = Origin(settings="", sums=())
+
+
 class Diverged(RuntimeError):
     """Ranks make different role calls: the first to notice raises, before it could hang."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Record:
-    """What came home of a finished call.
-
-    Args:
-        step: in which it ran.
-        rows: home rows; None where the result is `values`.
-        places: (atom, place within the atom) of every row, `[B, 2]`; None without atoms.
-        values: JSON values, equal on all ranks.
-    """
-
-    step: int
-    rows: Batch | None = None
-    places: Tensor | None = None
-    values: Any = None
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """What a call that was stopped has left on one rank.
-
-    Args:
-        rows: of its results, in the role's layout.
-        values: JSON values, equal on all of the role's ranks.
-        state: what this rank alone can go on from, in the same layout.
-    """
-
-    rows: Batch | None = None
-    values: Any = None
-    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,28 +71,22 @@ class Stint:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A call's place in the ledger; `key` is None where nothing is kept."""
-
-    key: str | None = None
-    record: Record | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Journal:
-    """What a stop saves of the calls, and a resumed run begins with. By the calls' keys.
+    """A call's place in the ledger; with `kept: None` where nothing is kept of it yet.
 
     Args:
-        is_foreign: it comes from other ranks: rows are those of the whole world then, and go to
-            their new homes by their places.
+        name: None: nothing will be kept either.
+        origin: of this rank's rows.
     """
 
-    records: Mapping[str, Record] = field(default_factory=dict)
-    parts: Mapping[str, Part] = field(default_factory=dict)
-    is_foreign: bool = False
+    name: str | None = None
+    origin: Origin = _NO_ORIGIN
+    writes: bool = False
+    is_labelled: bool = False
+    kept: Kept | None = None
 
     @property
-    def is_empty(self) -> bool:
-        return not (self.records or self.parts)
+    def record(self) -> Record | None:
+        return None if self.kept is None else self.kept.record
 
 
 class Ledger:
@@ -127,6 +98,8 @@ class Ledger:
         should_stop: whether this rank knows of a request to stop.
         journal: of the step that the run goes on in.
         report: told how far a call is, see `Stint`.
+        roles: what each role is, in words: equal for roles whose results may be taken for each
+            other's.
     """
 
     def __init__(
@@ -137,57 +110,95 @@ class Ledger:
         should_stop: Callable[[], bool] = lambda: False,
         journal: Journal | None = None,
         report: Callable[[int, int], None] = lambda done, count: None,
+        roles: Mapping[str, str] | None = None,
     ) -> None:
         journal = Journal() if journal is None else journal
-        self._report = report
+        self._report, self._roles = report, {} if roles is None else roles
         self._rank, self._size, self._is_first = world.rank, world.size, world.is_first
         self._store: Store = world.connect(f"{prefix}/calls")
         self._pulse, self._should_stop = pulse, should_stop
-        self._records, self._parts = dict(journal.records), dict(journal.parts)
-        self._foreign = set(journal.records) if journal.is_foreign else set()
+        self._kept: list[Kept] = []
+        self._unclaimed = list(journal.calls)
+        """Of an earlier start, and not asked for yet."""
+        self._late: list[str] = []
+        """Calls made anew in a step whose updates had begun."""
         self._history = b""
-        self._meetings = self._calls = 0
+        self._meetings = 0
         self._step = -1
 
     # Steps
 
     def begin_step(self, step: int) -> None:
         """Forget the calls of earlier steps, but for labelled ones of the step before this one."""
-        self._step, self._calls = step, 0
-        self._records = {
-            key: record
-            for key, record in self._records.items()
-            if record.step == step or (record.step == step - 1 and _is_label(key))
-        }
+        self._step = step
+        self._kept = [
+            kept
+            for kept in self._kept
+            if kept.step == step or (kept.step == step - 1 and kept.is_labelled)
+        ]
 
     def finish_step(self) -> None:
-        """The step is done: of what it has kept, the next one looks up labelled calls alone."""
-        self._records = {
-            key: record
-            for key, record in self._records.items()
-            if record.step == self._step and _is_label(key)
-        }
+        """The step is done: of what it has kept, the next one looks up labelled calls alone. What
+        an earlier start had kept and nothing has asked for is of no use any more.
+        """
+        self._kept = [kept for kept in self._kept if kept.step == self._step and kept.is_labelled]
+        if self._unclaimed:
+            names = ", ".join(dict.fromkeys(kept.name for kept in self._unclaimed))
+            late = ", ".join(dict.fromkeys(self._late))
+            log.warning(
+                "what was kept from before the stop was made from other data or settings, or is "
+                "not asked for any more, and was not used: %s%s",
+                names,
+                f"; made anew with weights that updates of the step had changed: {late}"
+                if late
+                else "",
+            )
+        self._unclaimed, self._late = [], []
 
     def journal(self) -> Journal:
         """What is kept now."""
-        return Journal(records=dict(self._records), parts=dict(self._parts))
+        return Journal(calls=(*self._kept, *self._unclaimed))
 
     @property
     def num_done(self) -> int:
         """Calls of the step that are finished."""
-        return sum(record.step == self._step for record in self._records.values())
+        calls = (*self._kept, *self._unclaimed)
+        return sum(kept.step == self._step and kept.record is not None for kept in calls)
 
     # Calls
 
-    def open(self, label: str | None, *, kept: bool) -> Entry:
-        """The place of the step's next call (or of the labelled one); with what is kept of it."""
-        if not kept:
-            return Entry()
-        key = f"label {label}"
-        if label is None:
-            key = f"{self._step}/{self._calls}"
-            self._calls += 1
-        return Entry(key=key, record=self._records.get(key))
+    def settings_of(self, role: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A call's settings with what its role is."""
+        return {**settings, "role": self._roles.get(role, role)}
+
+    def open(
+        self, name: str, origin: Origin, *, label: str | None = None, writes: bool = False
+    ) -> Entry:
+        """The place of the step's next call, with what an earlier start has kept of it.
+
+        Args:
+            name: `role.method`.
+            origin: of this rank's rows.
+            label: by which the next step may look the call up, too.
+        """
+        name = name if label is None else label
+        entry = Entry(name=name, origin=origin, writes=writes, is_labelled=label is not None)
+        found = [kept for kept in self._unclaimed if kept.name == name]
+        if not found:
+            return self._late_if_new(entry)
+        self._meet(f"what is kept of {name}")
+        wanted = origin.of_world(world_sum(torch.tensor(origin.sums, dtype=torch.float64)).tolist())
+        kept = next((kept for kept in found if kept.origin.agrees(wanted)), None)
+        if kept is None:
+            return self._late_if_new(entry)
+        self._unclaimed.remove(kept)
+        return replace(entry, kept=kept)
+
+    def _late_if_new(self, entry: Entry) -> Entry:
+        assert entry.name is not None
+        if any(kept.writes and kept.name != entry.name for kept in self._unclaimed):
+            self._late.append(entry.name)
+        return entry
 
     def enter(self, name: str, shapes: str) -> None:
         """Calls begin; all ranks of the world shall come to this place in one order.
@@ -207,69 +218,103 @@ class Ledger:
 
     def stint(self, entry: Entry) -> Stint:
         """What the call's `compute` is given. A call of which nothing is kept never stops."""
-        if entry.key is None:
+        if entry.name is None:
             return Stint(beat=self._pulse.beat, report=self._report)
         return Stint(
             should_stop=self._should_stop,
             beat=self._pulse.beat,
             report=self._report,
-            begun=self._parts.get(entry.key),
+            begun=None if entry.kept is None else entry.kept.part,
         )
 
-    def agree(self, entries: Sequence[Entry], stopped: Sequence[bool]) -> tuple[list[bool], bool]:
-        """Which of the calls were stopped on some rank, and whether the flow shall stop here."""
-        if all(entry.key is None for entry in entries):
-            return [False] * len(entries), False
-        *any_stopped, stop = world_flags(*stopped, self._should_stop())
-        return any_stopped, stop or any(any_stopped)
+    def agree(
+        self, entries: Sequence[Entry], stopped: Sequence[bool]
+    ) -> tuple[list[Entry], list[bool], bool]:
+        """The entries with the world's origins, which of their calls were stopped on some rank, and
+        whether the flow shall stop here.
+        """
+        if all(entry.name is None for entry in entries):
+            return list(entries), [False] * len(entries), False
+        sums = [number for entry in entries for number in entry.origin.sums]
+        flags = [float(flag) for flag in (*stopped, self._should_stop())]
+        totals = world_sum(torch.tensor([*flags, *sums], dtype=torch.float64)).tolist()
+        *any_stopped, stop = [total > 0 for total in totals[: len(flags)]]
+        numbers, whole = iter(totals[len(flags) :]), []
+        for entry in entries:
+            own = [next(numbers) for _ in entry.origin.sums]
+            whole.append(replace(entry, origin=entry.origin.of_world(own)) if own else entry)
+        return whole, any_stopped, stop or any(any_stopped)
 
-    def record(
-        self,
-        entry: Entry,
-        *,
-        rows: Batch | None = None,
-        places: Tensor | None = None,
-        values: Any = None,
-    ) -> None:
-        """A call is finished."""
-        if entry.key is not None:
-            self._parts.pop(entry.key, None)
-            self._records[entry.key] = Record(
-                step=self._step, rows=rows, places=places, values=values
-            )
+    def record(self, entry: Entry, record: Record) -> None:
+        """A call is finished.
+
+        Args:
+            entry: as `agree` returned it.
+        """
+        self._keep(entry, record=record)
 
     def suspend(self, entry: Entry, part: Part | None) -> None:
         """A call was stopped; None where this rank has no part in it."""
-        assert entry.key is not None
-        self._parts.pop(entry.key, None)
-        if part is not None:
-            self._parts[entry.key] = part
+        self._keep(entry, part=Part() if part is None else part)
 
-    def home_rows(self, entry: Entry, places: Tensor | None) -> Batch:
-        """The rows of a finished call, for home rows at these places.
+    def _keep(
+        self, entry: Entry, *, record: Record | None = None, part: Part | None = None
+    ) -> None:
+        if entry.name is None:
+            return
+        self._kept.append(
+            Kept(
+                name=entry.name,
+                step=self._step,
+                origin=entry.origin,
+                writes=entry.writes,
+                is_labelled=entry.is_labelled,
+                record=record,
+                part=part,
+            )
+        )
+
+    def recall(self, entry: Entry, places: Tensor | None) -> Record:
+        """What an earlier start has kept of a finished call, and now this one does.
+
+        Args:
+            places: of the home rows.
 
         Raises:
-            ValueError: the rows were kept by other ranks, and cannot be told apart.
+            ValueError: its rows were kept by other ranks, and cannot be told apart.
         """
-        assert entry.record is not None and entry.record.rows is not None
-        record, rows = entry.record, entry.record.rows
-        if entry.key not in self._foreign:
-            return rows
-        if places is None or record.places is None:
-            raise ValueError(
-                f"call {entry.key} of the step was finished on another number of ranks, and its "
-                "rows have no atoms by which they find home: go on with as many ranks as before"
-            )
-        index = {tuple(place): row for row, place in enumerate(record.places.tolist())}
-        return rows.select([index[tuple(place)] for place in places.tolist()])
+        assert entry.kept is not None and entry.kept.record is not None
+        kept, record = entry.kept, entry.kept.record
+        if record.rows is not None and kept.is_foreign:
+            if places is None or record.places is None:
+                raise ValueError(
+                    f"{kept.name} was finished on another number of ranks, and its rows have no "
+                    "atoms by which they find home: go on with as many ranks as before"
+                )
+            index = {tuple(place): row for row, place in enumerate(record.places.tolist())}
+            rows = record.rows.select([index[tuple(place)] for place in places.tolist()])
+            record = Record(rows=rows, places=places)
+        self._kept.append(replace(kept, record=record, is_foreign=False))
+        return record
 
-    def keep_rows(self, places: Tensor, make: Callable[[], Batch]) -> Batch:
-        """Home rows that are made without a role call, or what is kept of them."""
-        entry = self.open(None, kept=True)
+    def keep_rows(
+        self, name: str, origin: Origin, places: Tensor, make: Callable[[], Batch]
+    ) -> Batch:
+        """Home rows that are made without a role call, or what is kept of them. Every rank of the
+        world calls it.
+
+        Args:
+            name, origin: as of a call.
+            places: of the rows.
+        """
+        entry = self.open(name, origin)
         if entry.record is not None:
-            return self.home_rows(entry, places)
+            recalled = self.recall(entry, places).rows
+            assert recalled is not None, name
+            return recalled
         rows = make()
-        self.record(entry, rows=rows, places=places)
+        whole = origin.of_world(world_sum(torch.tensor(origin.sums, dtype=torch.float64)).tolist())
+        self.record(replace(entry, origin=whole), Record(rows=rows, places=places))
         return rows
 
     def _meet(self, what: str) -> None:
@@ -291,10 +336,6 @@ class Ledger:
         if self._is_first and self._meetings >= _KEPT_MEETINGS:
             self._store.delete_key(f"{self._meetings - _KEPT_MEETINGS}")
         self._meetings += 1
-
-
-def _is_label(key: str) -> bool:
-    return key.startswith("label ")
 
 
 def places_of(atom: Tensor | None) -> Tensor | None:  # [B] int64

@@ -16,8 +16,9 @@ from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import into_minibatches
 from spmdrl.distributed.reduce import group_any, group_sums
+from spmdrl.kept import Part
 from spmdrl.keyed import key64
-from spmdrl.ledger import Interrupted, Part, Stint
+from spmdrl.ledger import Interrupted, Stint
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.routing import EXPERT_CHOICES
@@ -113,6 +114,7 @@ def read_call(
         uses=((role.name, WEIGHTS),),
         atom=batch["prompt_ids"],
         order=row_order(batch),
+        settings={"readout": readout},
     )
 
 
@@ -146,6 +148,7 @@ def update_call(
         atom=batch["prompt_ids"],
         order=row_order(batch),
         arrange=into_minibatches(update.num_minibatches, seed=update.seed, step=update.step),
+        settings={"readout": readout, "update": update},
     )
 
 

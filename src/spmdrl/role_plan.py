@@ -10,7 +10,8 @@ from functools import partial
 import torch
 
 from spmdrl.config import Config
-from spmdrl.custom_role import Custom, UserRole, declared_bytes, make_user_role
+from spmdrl.config_sets import held_out_sets
+from spmdrl.custom_role import Custom, UserRole, check_scores, declared_bytes, make_user_role
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.engines import check_engine, shares_tensors, vocab_multiple
 from spmdrl.memory.turns import Turns
@@ -194,6 +195,8 @@ def plan_roles(
         for name, role in config.roles.items()
         if ":" in config.role_kind(name)
     }
+    for name in _scoring_roles(config) & users.keys():
+        check_scores(name, users[name])
     customs = {
         name: Custom(num_bytes=declared_bytes(user), device=devices[name])
         for name, user in users.items()
@@ -208,6 +211,12 @@ def plan_roles(
         memory=memory,
         users=users,
     )
+
+
+def _scoring_roles(config: Config) -> set[str]:
+    """The roles that rewards name, those of held-out sets too."""
+    lists = (config.rewards, *(described.rewards for described in held_out_sets(config).values()))
+    return {reward.role for rewards in lists for reward in rewards if reward.role is not None}
 
 
 def _described(

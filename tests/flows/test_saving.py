@@ -17,8 +17,8 @@ from spmdrl.checkpoint.rng import rng_state
 from spmdrl.config_files import load_config
 from spmdrl.flows.moments import Moment, Saved
 from spmdrl.flows.saving import Saver
+from spmdrl.kept import Journal
 from spmdrl.launch import World
-from spmdrl.ledger import Journal
 from spmdrl.placement import place_roles
 from spmdrl.roles import Policy
 from spmdrl.training.protocol import LossInput
@@ -56,7 +56,7 @@ def save(saver: Saver, steps_done: int) -> None:
 
 def restored(saver: Saver) -> tuple[int, Saved, int]:
     found = saver.restore()
-    assert found.journal.is_empty
+    assert found.journal == Journal()
     return found.steps_done, found.saved, found.metrics_lines
 
 

@@ -2,60 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spmdrl.batch import Batch, concat
-from spmdrl.ledger import Journal, Part, Record
+from spmdrl.kept import Journal, Kept, Part, Record
+from spmdrl.origin import Origin
 from spmdrl.storages import json_tensor, tensor_json
 
 PREFIX = "journal/"
 _CONTENTS = PREFIX + "contents"
+_FORMAT = 2
+
+log = logging.getLogger(__name__)
 
 
 def pack_journal(journal: Journal) -> dict[str, Tensor]:
     """All of it by name: tensors, and one that holds the rest as JSON."""
     tensors: dict[str, Tensor] = {}
-    records, parts = [], []
-    for number, (key, record) in enumerate(journal.records.items()):
-        name = f"{PREFIX}record/{number}"
-        rows = _pack_rows(record.rows, name, tensors)
-        if record.places is not None:
-            tensors[f"{name}/places"] = record.places
-        records.append({"key": key, "step": record.step, "rows": rows, "values": record.values})
-    for number, (key, part) in enumerate(journal.parts.items()):
-        name = f"{PREFIX}part/{number}"
-        rows = _pack_rows(part.rows, name, tensors)
-        tensors |= {f"{name}/state/{k}": tensor for k, tensor in part.state.items()}
-        parts.append({"key": key, "rows": rows, "values": part.values, "state": list(part.state)})
-    return {**tensors, _CONTENTS: json_tensor({"records": records, "parts": parts})}
+    calls = [_pack_call(k, f"{PREFIX}{n}", tensors) for n, k in enumerate(journal.calls)]
+    return {**tensors, _CONTENTS: json_tensor({"format": _FORMAT, "calls": calls})}
 
 
 def unpack_journal(tensors: Mapping[str, Tensor]) -> Journal:
-    """What `pack_journal` was given; an empty one where none was packed."""
+    """What `pack_journal` was given; an empty one where none was packed, or one that does not say
+    what its calls were made from.
+    """
     if _CONTENTS not in tensors:
         return Journal()
     contents = tensor_json(tensors[_CONTENTS])
-    records, parts = {}, {}
-    for number, found in enumerate(contents["records"]):
-        name = f"{PREFIX}record/{number}"
-        records[found["key"]] = Record(
-            step=found["step"],
-            rows=_unpack_rows(found["rows"], name, tensors),
-            places=tensors.get(f"{name}/places"),
-            values=found["values"],
-        )
-    for number, found in enumerate(contents["parts"]):
-        name = f"{PREFIX}part/{number}"
-        parts[found["key"]] = Part(
-            rows=_unpack_rows(found["rows"], name, tensors),
-            values=found["values"],
-            state={key: tensors[f"{name}/state/{key}"] for key in found["state"]},
-        )
-    return Journal(records=records, parts=parts)
+    if contents.get("format") != _FORMAT:
+        log.warning("calls of the step that an older version has kept are made anew")
+        return Journal()
+    calls = enumerate(contents["calls"])
+    return Journal(calls=tuple(_unpack_call(k, f"{PREFIX}{n}", tensors) for n, k in calls))
 
 
 def merge_journals(journals: Sequence[Journal], *, same_homes: bool, own: Journal) -> Journal:
@@ -67,26 +52,32 @@ def merge_journals(journals: Sequence[Journal], *, same_homes: bool, own: Journa
         same_homes: there are as many ranks as before: what was home stays so.
         own: of this rank among them, if `same_homes`.
     """
-    records = dict(own.records)
-    if not same_homes:
-        for key in journals[0].records:
-            found = [journal.records[key] for journal in journals]
-            places = [record.places for record in found if record.places is not None]
-            records[key] = Record(
-                step=found[0].step,
-                rows=_join([record.rows for record in found]),
-                places=torch.cat(places) if len(places) == len(found) else None,
-                values=found[0].values,
-            )
-    keys = dict.fromkeys(key for journal in journals for key in journal.parts)
-    parts = {}
-    for key in keys:
-        left = [journal.parts[key] for journal in journals if key in journal.parts]
-        values = [part.values for part in left if part.values is not None]
-        parts[key] = Part(
-            rows=_join([part.rows for part in left]), values=values[0] if values else None
-        )
-    return Journal(records=records, parts=parts, is_foreign=not same_homes)
+    calls = []
+    for number, found in enumerate(zip(*(journal.calls for journal in journals), strict=True)):
+        records = [kept.record for kept in found if kept.record is not None]
+        if not records:
+            parts = [kept.part for kept in found if kept.part is not None]
+            calls.append(replace(found[0], part=_merge_parts(parts)))
+        elif same_homes:
+            calls.append(own.calls[number])
+        elif found[0].is_foreign or records[0].rows is None:
+            calls.append(found[0])
+        else:
+            calls.append(replace(found[0], record=_merge_records(records), is_foreign=True))
+    return Journal(calls=tuple(calls))
+
+
+def _merge_records(records: Sequence[Record]) -> Record:
+    places = [record.places for record in records if record.places is not None]
+    return Record(
+        rows=_join([record.rows for record in records]),
+        places=torch.cat(places) if len(places) == len(records) else None,
+    )
+
+
+def _merge_parts(parts: Sequence[Part]) -> Part:
+    values = [part.values for part in parts if part.values is not None]
+    return Part(rows=_join([part.rows for part in parts]), values=values[0] if values else None)
 
 
 def _join(batches: Sequence[Batch | None]) -> Batch | None:
@@ -96,6 +87,56 @@ def _join(batches: Sequence[Batch | None]) -> Batch | None:
     # what was finished carries more columns than what was stopped
     names = set.intersection(*(set(batch.columns()) for batch in given))
     return concat([batch.keep(sorted(names)) for batch in given])
+
+
+def _pack_call(kept: Kept, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "name": kept.name,
+        "step": kept.step,
+        "settings": kept.origin.settings,
+        "sums": list(kept.origin.sums),
+        "writes": kept.writes,
+        "is_labelled": kept.is_labelled,
+        "is_foreign": kept.is_foreign,
+        "record": None,
+        "part": None,
+    }
+    if (record := kept.record) is not None:
+        rows = _pack_rows(record.rows, name, tensors)
+        if record.places is not None:
+            tensors[f"{name}/places"] = record.places
+        found["record"] = {"rows": rows, "values": record.values}
+    if (part := kept.part) is not None:
+        rows = _pack_rows(part.rows, name, tensors)
+        tensors |= {f"{name}/state/{k}": tensor for k, tensor in part.state.items()}
+        found["part"] = {"rows": rows, "values": part.values, "state": list(part.state)}
+    return found
+
+
+def _unpack_call(found: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]) -> Kept:
+    record, part = None, None
+    if (kept := found["record"]) is not None:
+        record = Record(
+            rows=_unpack_rows(kept["rows"], name, tensors),
+            places=tensors.get(f"{name}/places"),
+            values=kept["values"],
+        )
+    if (kept := found["part"]) is not None:
+        part = Part(
+            rows=_unpack_rows(kept["rows"], name, tensors),
+            values=kept["values"],
+            state={key: tensors[f"{name}/state/{key}"] for key in kept["state"]},
+        )
+    return Kept(
+        name=found["name"],
+        step=found["step"],
+        origin=Origin(settings=found["settings"], sums=tuple(found["sums"])),
+        writes=found["writes"],
+        is_labelled=found["is_labelled"],
+        is_foreign=found["is_foreign"],
+        record=record,
+        part=part,
+    )
 
 
 def _pack_rows(rows: Batch | None, name: str, tensors: dict[str, Tensor]) -> dict[str, Any] | None:

@@ -225,7 +225,7 @@ def _pack(batch: Batch, columns: Sequence[Column]) -> Tensor:
     ]
     if batch.num_rows == 0:
         return torch.empty(0, dtype=torch.uint8)
-    header = torch.frombuffer(bytearray(_header(columns)), dtype=torch.uint8)
+    header = _as_bytes(_header(columns))
     size = torch.tensor([len(header)])
     return torch.cat([_bytes(size), header, _bytes(batch.lengths), *parts])
 
@@ -246,10 +246,14 @@ def _text_bytes(batch: Batch, column: Column) -> Tensor:
     # surrogatepass: JSON may hold a lone surrogate, which must come out as it went in
     encoded = [None if text is None else text.encode(errors="surrogatepass") for text in texts]
     sizes = torch.tensor([-1 if e is None else len(e) for e in encoded], dtype=torch.int64)
-    joined = b"".join(e for e in encoded if e is not None)
+    return torch.cat([_bytes(sizes), _as_bytes(b"".join(e for e in encoded if e is not None))])
+
+
+def _as_bytes(data: bytes) -> Tensor:  # uint8 [bytes]
     # frombuffer refuses an empty buffer
-    data = torch.frombuffer(bytearray(joined), dtype=torch.uint8) if joined else sizes.new_empty(0)
-    return torch.cat([_bytes(sizes), _bytes(data)])
+    if not data:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _texts(sizes: Tensor, data: bytes) -> list[str | None]:  # sizes [B]

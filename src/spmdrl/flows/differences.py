@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from spmdrl.config import Config
-from spmdrl.ledger import Journal
+from spmdrl.kept import Journal
+from spmdrl.objects import source_digest
 
 _NO_MATTER = ("run_dir", "steps", "timeout_s", "limits", "log", "checkpoint", "evaluation")
 """Sections and keys whose changes are nobody's surprise."""
@@ -25,9 +26,10 @@ def changed_keys(saved: Mapping[str, Any], config: Config) -> list[str]:
 def describe_journal(journal: Journal, *, is_same: bool) -> str:
     """How exactly a run goes on in its step; "" where it begins one."""
     texts = []
-    if journal.records:
-        texts.append(f"{len(journal.records)} calls return what they gave")
-    for part in journal.parts.values():
+    num_done = sum(kept.record is not None for kept in journal.calls)
+    if num_done:
+        texts.append(f"{num_done} calls return what they gave, where they are asked the same")
+    for part in (kept.part for kept in journal.calls if kept.part is not None):
         if part.values is not None:
             texts.append(f"an update goes on after {part.values['minibatches']} minibatches")
         if part.rows is not None and part.state and is_same:
@@ -38,6 +40,20 @@ def describe_journal(journal: Journal, *, is_same: bool) -> str:
                 "bits"
             )
     return "; ".join(dict.fromkeys(texts))
+
+
+def describe_roles(config: Config) -> dict[str, str]:
+    """What each role is, apart from its ranks and from what a checkpoint brings back."""
+    found = {}
+    for name, section in config.roles.items():
+        kind = config.role_kind(name)
+        parts: list[object] = [kind]
+        if not config.is_trained(name) and kind != "rollout":
+            parts += [str(config.model_path(name).resolve()), section.head]
+        if ":" in kind:
+            parts += [source_digest(kind), sorted(section.options.items())]
+        found[name] = repr(parts)
+    return found
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from spmdrl.checkpoint.rng import rng_state
 from spmdrl.config import CheckpointSection
@@ -29,6 +29,7 @@ class Lifetime:
         saver: checkpoints and export.
         watcher: knows of requests to stop.
         report: told how far a role call is: (rows done, rows) of this rank.
+        roles: what each of them is, see `Ledger`.
 
     `saved` holds what a flow wants to find again after a resume: numbers, equal on all ranks.
     """
@@ -41,6 +42,7 @@ class Lifetime:
         watcher: Watcher,
         syncs: Sequence[PolicySync],
         report: Callable[[int, int], None] = lambda done, count: None,
+        roles: Mapping[str, str] | None = None,
     ) -> None:
         self._world, self._section = world, section
         self._saver, self.watcher, self._syncs = saver, watcher, syncs
@@ -58,6 +60,7 @@ class Lifetime:
             lambda: watcher.stop_asked,
             self.resumed.journal,
             report,
+            roles,
         )
         self._moment: Moment | None = None
         """When the step began that the run is in."""

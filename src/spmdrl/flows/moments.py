@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from spmdrl.ledger import Journal
+from spmdrl.kept import Journal
 
 Saved = dict[str, dict[str, float]]
 """What a flow wants to find again: by owner, numbers by name, equal on all ranks."""

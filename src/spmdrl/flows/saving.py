@@ -28,9 +28,9 @@ from spmdrl.flows.differences import changed_keys, describe_journal
 from spmdrl.flows.exporting import export_models
 from spmdrl.flows.loss_check import TOLERANCES, LossCheck
 from spmdrl.flows.moments import Moment, Resumed
+from spmdrl.kept import Journal
 from spmdrl.keyed import NOISE_VERSION
 from spmdrl.launch import World
-from spmdrl.ledger import Journal
 from spmdrl.models.sharding import Slice
 from spmdrl.passes import OPTIMIZER, WEIGHTS, ModelRole
 from spmdrl.policy_sync import SyncState
@@ -274,17 +274,36 @@ class Saver:
             private = read_private(path, rank)
             restore_rng(private, self._world.device)
             own = unpack_journal(private)
+        for name, role in self._custom_roles():
+            self._restore_custom(path, state["layout"], name, role)
         if is_same:
-            for name, role in self._custom_roles():
-                prefix = f"role/{name}/"
-                mine = {k: t for k, t in private.items() if k.startswith(prefix)}
-                role.restore({k.removeprefix(prefix): t for k, t in mine.items()})
             return own
         journals = [unpack_journal(read_private(path, other)) for other in range(size)]
         return merge_journals(journals, same_homes=size == self._world.size, own=own)
 
     def _samples(self) -> bool:
         return any(isinstance(role, Rollout) for role in self._assembly.roles.values())
+
+    def _restore_custom(
+        self, path: Path, saved: Mapping[str, Any], name: str, role: CustomRole
+    ) -> None:
+        """A role of the user's own: what each of its ranks has kept comes back there."""
+        if name not in saved["roles"]:
+            return
+        is_same = saved["roles"][name] == role.mesh.describe()
+        prefix = f"role/{name}/"
+        ranks = range(saved["world_size"]) if not is_same else (self._world.rank,)
+        for rank in ranks:
+            private = read_private(path, rank) if rank < saved["world_size"] else {}
+            own = {k.removeprefix(prefix): t for k, t in private.items() if k.startswith(prefix)}
+            if own and not is_same:
+                raise ValueError(
+                    f"roles.{name}: {path} has its state for {saved['roles'][name]}, the "
+                    f"configuration gives it {role.mesh.describe()}: what a role of your own has "
+                    "saved comes back on the same ranks alone; give it those, or begin it anew "
+                    "under another name"
+                )
+            role.restore(own)
 
     def _custom_roles(self) -> Iterator[tuple[str, CustomRole]]:
         for name, role in self._assembly.roles.items():
@@ -308,7 +327,9 @@ class Saver:
         """The rollouts that were stopped in a call and whose policy has moved on since their sync
         (with `lag`, the two run beside each other): their own weights must be kept.
         """
-        generating = world_any(any(part.rows is not None for part in journal.parts.values()))
+        generating = world_any(
+            any(kept.part is not None and kept.part.rows is not None for kept in journal.calls)
+        )
         held = []
         for (policy, rollout), sync in self._assembly.syncs.items():
             role = self._assembly.roles[rollout]

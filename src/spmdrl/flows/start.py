@@ -16,6 +16,7 @@ from spmdrl.data.order import Stream, stream_of
 from spmdrl.data.prompts import PromptSet
 from spmdrl.evaluation.evaluator import Evaluator, results_file
 from spmdrl.flows.data_identity import data_identity, first_start
+from spmdrl.flows.differences import describe_roles
 from spmdrl.flows.dpo import dpo
 from spmdrl.flows.grpo import grpo
 from spmdrl.flows.inputs import (
@@ -147,7 +148,8 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         identity = data_identity(config, inputs)
         saver = Saver(config, world, assembly, watcher.attempt, watcher.pulse.beat, identity)
         syncs = list(assembly.syncs.values())
-        lifetime = Lifetime(world, config.checkpoint, saver, watcher, syncs, report)
+        roles = describe_roles(config)
+        lifetime = Lifetime(world, config.checkpoint, saver, watcher, syncs, report, roles)
         run = make_run(config, world, inputs, assembly, pools, relay, saver, lifetime, report)
         try:
             with keeping(lifetime.ledger):

@@ -8,17 +8,13 @@ imported at module level, torch least of all.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
-import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
+from spmdrl.objects import load_module
 from spmdrl.rewards.expressions import make_comparison
 from spmdrl.rewards.texts import last_numeral, last_value, plain_words
 
@@ -61,7 +57,7 @@ def load(spec: RewardSpec) -> RewardFunction:
             "'module:function' nor 'path/to/file.py:function'"
         )
     try:
-        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+        module = load_module(place)
     # A user's module may raise anything while it is imported; all of it means the same here.
     except Exception as error:
         raise ValueError(
@@ -76,25 +72,6 @@ def load(spec: RewardSpec) -> RewardFunction:
 def needed_modules(spec: RewardSpec) -> tuple[str, ...]:
     """Modules that a built-in imports: slow enough to be imported once, before workers fork."""
     return {"math": ("math_verify",), "reasoning_gym": ("reasoning_gym",)}.get(spec.function, ())
-
-
-def _import_module(name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return importlib.import_module(name)
-
-
-def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} (seen from {os.getcwd()}) is not a file")
-    sys.path.append(str(path.resolve().parent))  # for its neighbours
-    name = f"spmdrl_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look it up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def _reference(answer: str | None) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from spmdrl.objects import source_digest
 from spmdrl.rewards.functions import RewardSpec, needed_modules
 from spmdrl.rewards.process import FLOAT32_MAX, WorkerSettings, receive, send
 from spmdrl.rewards.server import RewardServer, ServerEnded, passed_variables
@@ -170,6 +171,10 @@ class RewardPool:
     def names(self) -> tuple[str, ...]:
         """The components' names."""
         return tuple(spec.name for spec in self._specs)
+
+    def describe(self) -> tuple[str, ...]:
+        """Each component in words that are equal for equal rewards."""
+        return tuple(f"{spec!r} {source_digest(spec.function)}" for spec in self._specs)
 
     def score(
         self, jobs: Sequence[RewardJob], *, progress: Callable[[int, int], None] | None = None

@@ -10,19 +10,17 @@ import torch
 
 from spmdrl.batch import Batch, from_rows
 from spmdrl.calls import Call, together
-from spmdrl.custom_role import CustomRole
+from spmdrl.custom_role import SCORES, CustomRole
 from spmdrl.data.prompts import Prompt
 from spmdrl.ledger import current, places_of
 from spmdrl.models.token_texts import TokenTexts
+from spmdrl.origin import origin_of
 from spmdrl.rewards.pool import RewardJob, RewardPool, RewardResult
 from spmdrl.roles import Reward
 from spmdrl.rollout.stops import StopTexts
 
 Retokenize = Callable[[Prompt, str], Sequence[int]]
 """(prompt, response text) -> token ids for another model."""
-
-SCORES = "scores"
-"""The row column that a scoring role returns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +96,12 @@ class Scorer:
             return make()
         places = places_of(batch["prompt_ids"])
         assert places is not None
-        return ledger.keep_rows(places, make)
+        entries = [repr(prompt.entry) for prompt in batch.objects["prompt"]]
+        read = batch.with_columns(objects={"entry": entries})
+        names = ("prompt_ids", "sample_index", "prompt_text", "response", "answer", "entry")
+        functions = () if self.pool is None else self.pool.describe()
+        origin = origin_of({"functions": functions}, read, names)
+        return ledger.keep_rows("rewards", origin, places, make)
 
     def _by_functions(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Batch:
         """The row columns `sum` (weighted), and those of the components."""
