@@ -74,8 +74,8 @@ class Call(Generic[Result]):
             number of replicas, so that it decides alike on every rank.
         settings: beside the rows, what decides the results: a run that goes on in a step finds the
             call by them. Values whose `repr` says what they are, equal on all ranks.
-        label: by which a later step finds the result again (what was drawn ahead for it); None: it
-            is of its step alone.
+        label: by which a run that goes on finds the result; default: `role.method`.
+        is_ahead: the call is for the next step, which looks it up by the same label.
         kept: False: nothing is kept of the call for a resumed step, and it never stops (checks).
     """
 
@@ -94,6 +94,7 @@ class Call(Generic[Result]):
     arrange: Callable[[RowTable, int], RowTable] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = None
+    is_ahead: bool = False
     kept: bool = True
 
 
@@ -183,10 +184,10 @@ def _entry(ledger: Ledger, call: Call[Any]) -> Entry:
     if not call.kept:
         return Entry()
     return ledger.open(
-        f"{call.role.name}.{call.method}",
+        f"{call.role.name}.{call.method}" if call.label is None else call.label,
         origin_of(ledger.settings_of(call.role.name, call.settings), call.batch, call.needs),
-        label=call.label,
         writes=call.writes,
+        is_ahead=call.is_ahead,
     )
 
 

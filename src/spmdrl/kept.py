@@ -51,7 +51,7 @@ class Kept:
         step: in which it ran.
         origin: of the world's rows; equal on all ranks.
         writes: whether the call changes its role.
-        is_labelled: the next step may look it up.
+        is_ahead: made for the next step, which looks it up.
         is_foreign: a record's rows are those of the whole world, and find home by their places.
         part: on ranks outside the role an empty one.
     """
@@ -60,7 +60,7 @@ class Kept:
     step: int
     origin: Origin
     writes: bool = False
-    is_labelled: bool = False
+    is_ahead: bool = False
     is_foreign: bool = False
     record: Record | None = None
     part: Part | None = None

@@ -81,7 +81,7 @@ class Entry:
     name: str | None = None
     origin: Origin = _NO_ORIGIN
     writes: bool = False
-    is_labelled: bool = False
+    is_ahead: bool = False
     kept: Kept | None = None
 
     @property
@@ -129,19 +129,19 @@ class Ledger:
     # Steps
 
     def begin_step(self, step: int) -> None:
-        """Forget the calls of earlier steps, but for labelled ones of the step before this one."""
+        """Forget the calls of earlier steps, but for those that were made ahead for this one."""
         self._step = step
         self._kept = [
             kept
             for kept in self._kept
-            if kept.step == step or (kept.step == step - 1 and kept.is_labelled)
+            if kept.step == step or (kept.step == step - 1 and kept.is_ahead)
         ]
 
     def finish_step(self) -> None:
-        """The step is done: of what it has kept, the next one looks up labelled calls alone. What
-        an earlier start had kept and nothing has asked for is of no use any more.
+        """The step is done: of what it has kept, the next one looks up what was made ahead. What an
+        earlier start had kept and nothing has asked for is of no use any more.
         """
-        self._kept = [kept for kept in self._kept if kept.step == self._step and kept.is_labelled]
+        self._kept = [kept for kept in self._kept if kept.step == self._step and kept.is_ahead]
         if self._unclaimed:
             names = ", ".join(dict.fromkeys(kept.name for kept in self._unclaimed))
             late = ", ".join(dict.fromkeys(self._late))
@@ -172,17 +172,16 @@ class Ledger:
         return {**settings, "role": self._roles.get(role, role)}
 
     def open(
-        self, name: str, origin: Origin, *, label: str | None = None, writes: bool = False
+        self, name: str, origin: Origin, *, writes: bool = False, is_ahead: bool = False
     ) -> Entry:
         """The place of the step's next call, with what an earlier start has kept of it.
 
         Args:
-            name: `role.method`.
+            name: `role.method`, or the call's label.
             origin: of this rank's rows.
-            label: by which the next step may look the call up, too.
+            writes, is_ahead: see `Kept`.
         """
-        name = name if label is None else label
-        entry = Entry(name=name, origin=origin, writes=writes, is_labelled=label is not None)
+        entry = Entry(name=name, origin=origin, writes=writes, is_ahead=is_ahead)
         found = [kept for kept in self._unclaimed if kept.name == name]
         if not found:
             return self._late_if_new(entry)
@@ -268,7 +267,7 @@ class Ledger:
                 step=self._step,
                 origin=entry.origin,
                 writes=entry.writes,
-                is_labelled=entry.is_labelled,
+                is_ahead=entry.is_ahead,
                 record=record,
                 part=part,
             )

@@ -47,7 +47,7 @@ def load_module(place: str) -> ModuleType:
         return importlib.import_module(place)
     path = Path(place).resolve()
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"{path}: there is no such file")
     number = blake2b(os.fsencode(path), digest_size=4).hexdigest()
     name = f"spmdrl_user_{path.stem}_{number}"
     if name in sys.modules:

@@ -59,7 +59,7 @@ class GroupEnvironment:
             self.drawn[step] = call.finish(home)
             return self.drawn[step]
 
-        return (replace(call, finish=keep),)
+        return (replace(call, finish=keep, is_ahead=True),)
 
     def _draw(self, step: int, *, attempt: int, count: int) -> Call[Batch]:
         config = self.run.config
