@@ -1,7 +1,7 @@
 """`Canary`: a few fixed rows that policy and engine both score, to see that they agree.
 
 The rows are random tokens: what they mean does not matter, and no data is needed. Every replica of
-the engine gets the same two.
+the engine gets the same two, and the worst replica decides: in a mean over many, one would be lost.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections import deque
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from spmdrl.batch import Batch, from_rows
-from spmdrl.distributed.reduce import moments
+from spmdrl.distributed.reduce import world_sum
 from spmdrl.generation import Rollout
 from spmdrl.launch import World
 from spmdrl.roles import Policy, together
@@ -49,7 +50,7 @@ class Canary:
         dtype: torch.dtype,
         temperature: float = 1.0,
     ) -> None:
-        self.rows = fixed_rows(world, num_replicas, vocab_size)
+        self.rows, self._num_replicas = fixed_rows(world, num_replicas, vocab_size), num_replicas
         self._temperature = temperature or 1.0
         # a temperature below 1 makes logits larger, and with them what rounding makes of them
         larger = max(1.0, 1.0 / self._temperature)
@@ -70,13 +71,17 @@ class Canary:
         )
 
     def gap(self, rollout: Rollout) -> float:
-        """Mean distance of the engine's log-probabilities to the policy's; equal on every rank."""
+        """Mean distance of the engine's log-probabilities to the policy's, of the replica where it
+        is largest; equal on every rank.
+        """
         assert self._expected is not None
-        (scored,) = together(replace(rollout.logprobs.on(self.rows, self._temperature), kept=False))
+        call = replace(rollout.logprobs.on(self.rows, self._temperature), kept=False)
+        # one atom for each replica, all of one cost: each gets its own rows
+        (scored,) = together(replace(call, atom=replica_of(self.rows)))
         distance = (scored["engine_logprobs"] - self._expected["logprobs"]).abs()
         # not a number is no small distance
         distance = torch.nan_to_num(distance, nan=float("inf"))
-        return moments(distance, self.rows["loss_mask"]).mean
+        return largest_mean(distance, self.rows, self._num_replicas)
 
     def accepts(self, gap: float) -> bool:
         """Whether that is no jump; the next ones are then measured by it too."""
@@ -84,6 +89,22 @@ class Canary:
         if accepted:
             self._gaps.append(gap)
         return accepted
+
+
+def replica_of(rows: Batch) -> Tensor:
+    """Which replica of the engine each of `fixed_rows` is for, int64 `[B]`."""
+    return rows["prompt_ids"] // _ROWS
+
+
+def largest_mean(distance: Tensor, rows: Batch, num_replicas: int) -> float:  # distance [T]
+    """The mean distance at loss tokens, of the replica where it is largest, over the world."""
+    mask = rows["loss_mask"]
+    replica = replica_of(rows)[rows.row_of_token()[mask]]
+    sums = torch.zeros(2, num_replicas, dtype=torch.float64)
+    sums[0].index_add_(0, replica, distance[mask].double())
+    sums[1].index_add_(0, replica, torch.ones(len(replica), dtype=torch.float64))
+    total, count = world_sum(sums)
+    return float((total / count).max())
 
 
 def fixed_rows(world: World, num_replicas: int, vocab_size: int) -> Batch:

@@ -89,25 +89,26 @@ class PolicySync:
                 differs; or it makes other log-probabilities of the same weights.
         """
         policy, rollout = self._policy, self._rollout
-        is_first, self._count = self._count == 0, self._count + 1
         self._done += 1
-        if self._done <= self._resumed.done:
-            self._run_again()
-        elif is_first or self.plan.moves:
-            if self._canary is not None:
-                self._canary.ask(policy)  # first, while the policy's weights are still there
-            self._move()
-            if self._check_every:
-                self._compare(in_full=(self._count - 1) % self._check_every == 0)
-            if self._canary is not None:
-                self._prove(self._canary)
+        again = self._done <= self._resumed.done
+        # the engine's own weights came from a checkpoint, and the policy has others by now
+        if not (again and self._resumed.held):
+            self._move_and_prove()
+        if again:
+            self._metrics = dict(self._resumed.metrics)
         rollout.version = policy.version
 
-    def _run_again(self) -> None:
-        """A run of the step that the run goes on in: it was proved then, and gives what it gave."""
-        if not self._resumed.held:
-            self._move()
-        self._metrics = dict(self._resumed.metrics)
+    def _move_and_prove(self) -> None:
+        is_first, self._count = self._count == 0, self._count + 1
+        if not (is_first or self.plan.moves):
+            return
+        if self._canary is not None:
+            self._canary.ask(self._policy)  # first, while the policy's weights are still there
+        self._move()
+        if self._check_every:
+            self._compare(in_full=(self._count - 1) % self._check_every == 0)
+        if self._canary is not None:
+            self._prove(self._canary)
 
     # What a checkpoint within a step keeps
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import torch
 
 from flow_cases import run_configs, write_config
 from harness import run_ranks
+from spmdrl.canary import fixed_rows, largest_mean, replica_of
 from spmdrl.config_files import load_config
+from spmdrl.distributed.exchange import gather_rows, plan_exchange
+from spmdrl.distributed.mesh import Mesh
 from spmdrl.flows.start import FlowError, train
 from spmdrl.launch import World
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.weights.sync import WeightSync
+from stopping import POLLS
 from tiny_model import make_tiny_model
 
 MOVING = ["roles.policy.tp=2", "roles.rollout.tp=1"]
@@ -99,6 +104,60 @@ def test_checksums_find_it_first(path: Path, tmp_path: Path) -> None:
     words = [*MOVING, f"run_dir={tmp_path}", "rollout.sync_check_every=1", "model.dtype=float32"]
     messages = run_ranks(stopped, 2, str(path), words, "stale")
     assert all(m.startswith(f"in step 2: weight sync 2: {TENSOR}[") for m in messages)
+
+
+def stopped_and_spoiled(world: World, path: str, words: list[str]) -> str:
+    """What a run says that goes on within its first step and whose sync there goes wrong."""
+    config = load_config(path, words)
+    with start_reward_server() as server:
+        os.environ[POLLS] = "15"
+        train(config, world, server)
+        latest = (Path(config.run_dir) / "checkpoints" / "latest").read_text()
+        assert latest.startswith("step_00000000+"), latest
+        os.environ[POLLS] = "0"
+        plain = WeightSync.run
+        WeightSync.run = spoil("corrupted", 1)  # type: ignore[method-assign]
+        try:
+            with pytest.raises(FlowError) as raised:
+                train(config, world, server)
+        finally:
+            WeightSync.run = plain  # type: ignore[method-assign]
+    return str(raised.value)
+
+
+def test_a_sync_that_a_resumed_step_repeats_is_proved(path: Path, tmp_path: Path) -> None:
+    environment = f"environment={Path(__file__).parents[1] / 'stopping.py'}:StopsAt"
+    words = [*MOVING, f"run_dir={tmp_path}", "model.dtype=float32", environment]
+    messages = run_ranks(stopped_and_spoiled, 2, str(path), words)
+    assert all(m.startswith(f"in step 1: weight sync 1: {TENSOR}[") for m in messages)
+
+
+def worst_of(world: World, num_replicas: int) -> tuple[float, float]:
+    rows = fixed_rows(world, num_replicas, 50)
+    distance = torch.full((rows.num_tokens,), 0.02)
+    usual = largest_mean(distance, rows, num_replicas)
+    one = replica_of(rows)[rows.row_of_token()] == num_replicas - 2
+    return usual, largest_mean(torch.where(one, 3.0, distance), rows, num_replicas)
+
+
+@pytest.mark.parametrize("num_replicas", [2, 64, 256])
+def test_one_replica_that_is_off_is_not_lost_among_many(num_replicas: int) -> None:
+    for usual, worst in run_ranks(worst_of, 2, num_replicas):
+        assert usual == pytest.approx(0.02) and worst == pytest.approx(3.0)
+
+
+def dealt(world: World) -> list[int]:
+    """The replica for which each row is that comes to this rank's."""
+    mesh = Mesh("rollout", range(world.size), {"dp_replicate": world.size}, "cpu")
+    rows = fixed_rows(world, world.size, 50)
+    plan = plan_exchange(
+        gather_rows(rows.lengths, replica_of(rows), rows["prompt_ids"]), mesh.replicas()
+    )
+    return [int(row) // 2 for row in plan.rows_at(world.rank)]
+
+
+def test_every_replica_scores_its_own_rows() -> None:
+    assert run_ranks(dealt, 3) == [[0, 0], [1, 1], [2, 2]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,6 +147,62 @@ def test_a_common_prefix_has_the_experts_of_the_sample_that_computed_it() -> Non
     first, other = found[0][0].experts, found[2][1].experts
     assert first is not None and other is not None
     assert torch.equal(first[:300], other[:300])
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 4, 9])
+@pytest.mark.parametrize("max_running", [2, 8])
+def test_experts_of_a_stopped_call_are_complete_when_it_goes_on_without_its_state(
+    stop_after: int, max_running: int
+) -> None:
+    """Prompts that were not reached, or half computed, and samples amidst their answers."""
+    options = {"prefill_tokens": 8, "max_running": max_running}
+    asked = load(margins=False)
+    whole = engine_of("Qwen3Moe", **options).generate(asked, seed=5, step=1)
+    engine, steps = engine_of("Qwen3Moe", **options), 0
+
+    def stops() -> bool:
+        nonlocal steps
+        steps += 1
+        return steps >= stop_after
+
+    left = engine.generate(asked, seed=5, step=1, should_stop=stops)
+    assert any(c.finish == "aborted" for found in left for c in found)
+    again = [replace(r, begun=tuple(found)) for r, found in zip(asked, left, strict=True)]
+    resumed = engine.generate(again, seed=5, step=1)
+    missing = torch.iinfo(torch.uint8).max
+    for before, after in zip(whole, resumed, strict=True):
+        for one, other in zip(before, after, strict=True):
+            assert one.tokens == other.tokens
+            assert one.experts is not None and other.experts is not None
+            lacking = (other.experts == missing).flatten(1).any(1).nonzero().flatten().tolist()
+            assert lacking == [len(one.experts) - 1]
+            assert torch.equal(one.experts, other.experts)
+
+
+def test_a_sample_that_goes_on_without_its_experts_has_those_of_its_own_prompt() -> None:
+    """It finds the prompt with another sample of its request, not with the first of all."""
+    asked = [request(p, i, 2, max_tokens=8, experts=True) for i, p in enumerate(prompts_of(20, 33))]
+    engine = engine_of("Qwen3Moe", prefill_tokens=16, max_running=1)
+    whole = engine.generate(asked, seed=5, step=1)
+    cut = [
+        replace(
+            one,
+            begun=tuple(
+                replace(
+                    c, tokens=c.tokens[:3], logprobs=c.logprobs[:3], finish="aborted", experts=None
+                )
+                for c in found
+            ),
+        )
+        for one, found in zip(asked, whole, strict=True)
+    ]
+    engine = engine_of("Qwen3Moe", prefill_tokens=16, max_running=4)
+    resumed = engine.generate(cut, seed=5, step=1)
+    for before, after in zip(whole, resumed, strict=True):
+        for one, other in zip(before, after, strict=True):
+            assert one.tokens == other.tokens
+            assert one.experts is not None and other.experts is not None
+            assert torch.equal(one.experts, other.experts)
 
 
 def test_experts_of_a_dense_model_are_refused() -> None:

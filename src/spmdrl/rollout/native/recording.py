@@ -32,10 +32,15 @@ class ExpertRecord:
         for sample in samples:
             begun = sample.begun_experts()
             if begun is not None:
-                known = begun[: len(sample.tokens) - 1]
+                known = self._computed(begun[: len(sample.tokens) - 1])
                 sample.rows = list(range(self._num_rows, self._num_rows + len(known)))
                 self._steps.append(known)
                 self._num_rows += len(known)
+
+    def _computed(self, experts: Tensor) -> Tensor:  # [n, L, K]
+        """The rows before the first token that a stopped call had not come to."""
+        lacks = (experts.flatten(1) == self._missing).any(1).nonzero()
+        return experts[: int(lacks[0])] if len(lacks) else experts
 
     def table(self) -> Tensor:
         """The choices of all rows so far, [rows, L, K]."""

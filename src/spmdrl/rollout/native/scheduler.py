@@ -233,7 +233,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence, copies: dict[Sequence, tuple[int, int]]) -> bool:
         """Blocks for all tokens of a waiting sequence; False when it has to wait on."""
         size = self._block_size
-        source, cached = self._find_prefix(sequence)
+        source, cached, rows = self._find_prefix(sequence)
         full = cached // size
         needed = -(-len(sequence.tokens) // size) - full
         # Room for its first tokens too, or it would be preempted at once.
@@ -246,11 +246,13 @@ class Scheduler:
         if cached % size:
             copies[sequence] = (source[full], sequence.blocks[full])
         sequence.cached = cached
+        sequence.rows += rows[len(sequence.rows) : cached]
         self.running.append(sequence)
         return True
 
-    def _find_prefix(self, sequence: Sequence) -> tuple[list[int], int]:
-        """Blocks with the first tokens of a sequence that were computed before, and how many.
+    def _find_prefix(self, sequence: Sequence) -> tuple[list[int], int, list[int]]:
+        """Blocks with the first tokens of a sequence that were computed before, how many these are,
+        and their `rows` where they are another sample's of the request.
 
         A preempted sample may find the prompt's full blocks with another sample of its request;
         fresh requests find what all prompts begin with.
@@ -260,8 +262,8 @@ class Scheduler:
         kept = self._prefix if self._prefix_blocks else 0
         for other in self.running if tokens > kept else ():
             if other.index == sequence.index and other.cached >= tokens:
-                return other.blocks, tokens
-        return self._prefix_blocks, kept
+                return other.blocks, tokens, other.rows
+        return self._prefix_blocks, kept, []
 
     def _keep_prefix(self) -> None:
         """From the step on that computes it, hold the common prefix while some may need it."""
