@@ -110,7 +110,7 @@ def stopped_and_spoiled(world: World, path: str, words: list[str]) -> str:
     """What a run says that goes on within its first step and whose sync there goes wrong."""
     config = load_config(path, words)
     with start_reward_server() as server:
-        os.environ[POLLS] = "15"
+        os.environ[POLLS] = "6"
         train(config, world, server)
         latest = (Path(config.run_dir) / "checkpoints" / "latest").read_text()
         assert latest.startswith("step_00000000+"), latest
