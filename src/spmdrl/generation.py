@@ -92,6 +92,7 @@ class Rollout:
             finish=lambda home: home,
             uses=tuple((self.name, part) for part in self.parts),
             order=row_order(batch),
+            settings={"temperature": temperature},
         )
 
     def _generate(self, prompts: Batch, generation: Generation) -> Call[Batch]:
