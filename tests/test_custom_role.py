@@ -277,10 +277,13 @@ def retokenized(world: World, path: str, words: list[str]) -> None:
     assert isinstance(judge, Reward)
     tokenizer = load_tokenizer(load_config(path, words).model_path("judge"))
     rows = []
-    for prompt, text in zip(batch.objects["prompt"], scored.objects["response"], strict=True):
+    texts, finishes = scored.objects["response"], batch["finish"].tolist()
+    for prompt, text, finish in zip(batch.objects["prompt"], texts, finishes, strict=True):
         messages = [*prompt.messages, {"role": "assistant", "content": text}]
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        rows.append(tokenizer(whole, add_special_tokens=False)["input_ids"])
+        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        # the template writes a turn's end, which a response that was cut has not come to
+        rows.append(ids if finish == 0 else ids[:-1])
     own = from_rows(
         rows,
         rows={

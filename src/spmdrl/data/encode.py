@@ -109,20 +109,46 @@ class AnswerEncoder:
             answers[-1] = (answers[-1][0], len(tokens))
         return Encoded(tokens=array("i", tokens), answers=tuple(answers))
 
-    def encode_last(self, messages: Messages, tools: Tools = ()) -> tuple[array[int], array[int]]:
-        """The prompt, as generation encodes it, and the answer that is the last message."""
-        before, answer, ended = self._split(messages, tools)
+    def encode_last(
+        self, messages: Messages, tools: Tools = (), *, is_cut: bool = False
+    ) -> tuple[array[int], array[int]]:
+        """The prompt, as generation encodes it, and the answer that is the last message.
+
+        Args:
+            is_cut: the answer does not come to its end, so none is written.
+        """
+        before, answer, ended = self._split(messages, tools, is_cut=is_cut)
         prompt = self._ids(before)
         whole = self._continued(prompt, before, before + answer)
         end = [] if ended else [int(self.tokenizer.eos_token_id)]
         return array("i", prompt), array("i", whole[len(prompt) :] + end)
 
-    def _split(self, messages: Messages, tools: Tools) -> tuple[str, str, bool]:
-        """Text before the last message, an answer; the answer; whether it holds the turn's end."""
+    def read_last(self, messages: Messages, tools: Tools, *, is_cut: bool) -> list[int]:
+        """Prompt and answer, also where the template does not write the answer as it is: then all
+        that it writes, to its last special token.
+        """
+        try:
+            prompt, answer = self.encode_last(messages, tools, is_cut=is_cut)
+        except BadRow:
+            text = render(messages, self.tokenizer, prompt=False, tools=tools, now=self.now)
+            places = [(text.rfind(end), end) for end in self.ends if end in text]
+            if not places:
+                end_ids = [] if is_cut else [int(self.tokenizer.eos_token_id)]
+                return self._ids(text) + end_ids
+            at, end = max(places)
+            return self._ids(text[: at if is_cut else at + len(end)])
+        return [*prompt, *answer]
+
+    def _split(
+        self, messages: Messages, tools: Tools, *, is_cut: bool = False
+    ) -> tuple[str, str, bool]:
+        """Text before the last message, an answer; the answer; whether it is complete: it holds the
+        turn's end, or was cut before one.
+        """
         content = str(messages[-1]["content"])
         if not self.chat:
             assert len(messages) == 2, messages
-            return str(messages[0]["content"]), content, False
+            return str(messages[0]["content"]), content, is_cut
         before = render(messages[:-1], self.tokenizer, prompt=True, tools=tools, now=self.now)
         after = render(messages, self.tokenizer, prompt=False, tools=tools, now=self.now)
         if not after.startswith(before):
@@ -138,6 +164,8 @@ class AnswerEncoder:
                 f"{answer[:80]!r}"
             )
         stop = place + len(content.strip())
+        if is_cut:
+            return before, answer[:stop], True
         found = [(at, end) for end in self.ends if (at := answer.find(end, stop)) >= 0]
         if not found:
             return before, answer[:stop], False

@@ -17,7 +17,6 @@ from spmdrl.data.encode import tells_time
 from spmdrl.data.examples import ExampleSource, Report, unreported
 from spmdrl.data.preferences import PairSet, load_preferences
 from spmdrl.data.prompts import (
-    Prompt,
     PromptSet,
     PromptSource,
     join_prompts,
@@ -30,7 +29,6 @@ from spmdrl.models.token_texts import Decode, TokenTexts, token_texts
 from spmdrl.models.tokenizers import check_tokenizer, difference, load_tokenizer
 from spmdrl.rewards.functions import RewardSpec
 from spmdrl.rewards.pool import RewardPool
-from spmdrl.rewards.scorer import Retokenize
 from spmdrl.rewards.server import RewardServer
 from spmdrl.rollout.sampling import SamplingParams
 
@@ -342,19 +340,3 @@ def check_stop_tokens(config: Config, vocab_size: int) -> None:
                     f"stop_token_ids={list(sampling.stop_token_ids)} in {where}: the model's "
                     f"tokens are 0 to {vocab_size - 1}, so {number} would never end a response"
                 )
-
-
-def retokenizer(directory: Path) -> Retokenize:
-    """(prompt, response text) -> the tokens of a model with a tokenizer of its own."""
-    tokenizer = load_tokenizer(directory)
-
-    def encode(prompt: Prompt, response: str) -> Sequence[int]:
-        if not prompt.messages or tokenizer.chat_template is None:
-            text, special = prompt.text + response, True
-        else:
-            messages = [*prompt.messages, {"role": "assistant", "content": response}]
-            text, special = tokenizer.apply_chat_template(messages, tokenize=False), False
-        ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-        return ids
-
-    return encode

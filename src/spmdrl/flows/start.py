@@ -9,7 +9,7 @@ from pathlib import Path
 from spmdrl.assemble import Assembly, assemble, open_models
 from spmdrl.config import Config, RewardSection
 from spmdrl.config_doubts import doubts
-from spmdrl.config_sets import START, HeldOutSet, held_out_sets
+from spmdrl.config_sets import START, HeldOutSet, held_out_sets, uses_chat
 from spmdrl.custom_role import CustomRole
 from spmdrl.data.home import StepRows
 from spmdrl.data.order import Stream, stream_of
@@ -25,7 +25,6 @@ from spmdrl.flows.inputs import (
     make_pools,
     pool_key,
     read_inputs,
-    retokenizer,
     sampling_params,
     training_sampling,
 )
@@ -33,6 +32,7 @@ from spmdrl.flows.lifetime import Lifetime
 from spmdrl.flows.online_dpo import online_dpo
 from spmdrl.flows.phase_memory import PhaseMemory
 from spmdrl.flows.ppo import ppo
+from spmdrl.flows.retokenizing import retokenizer
 from spmdrl.flows.reward_model import reward_model
 from spmdrl.flows.run import Run
 from spmdrl.flows.saving import Saver
@@ -231,7 +231,8 @@ def make_scorer(
         assert isinstance(role, Reward | CustomRole), (section.role, role)
         retokenize = None
         if config.roles[section.role].retokenize:
-            retokenize = retokenizer(config.model_path(section.role))
+            path = config.model_path(section.role)
+            retokenize = retokenizer(section.role, path, inputs.now, chat=uses_chat(config))
         roles.append(ScoringRole(role=role, weight=section.weight, retokenize=retokenize))
     return Scorer(pool, inputs.texts, sampling.stop, roles, report)
 

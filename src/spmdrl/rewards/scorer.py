@@ -19,8 +19,11 @@ from spmdrl.rewards.pool import RewardJob, RewardPool, RewardResult
 from spmdrl.roles import Reward
 from spmdrl.rollout.stops import StopTexts
 
-Retokenize = Callable[[Prompt, str], Sequence[int]]
-"""(prompt, response text) -> token ids for another model."""
+Retokenize = Callable[[Prompt, str, bool], Sequence[int]]
+"""(prompt, response text, whether it was cut) -> token ids for another model."""
+
+STOPPED = 0
+"""`finish` of a response that came to its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +136,12 @@ def _call(scoring: ScoringRole, batch: Batch, *, evaluation: bool) -> Call[Any]:
         return method.on(batch)
     if scoring.retokenize is None:
         return scoring.role.score.on(batch)
-    pairs = zip(batch.objects["prompt"], batch.objects["response"], strict=True)
+    # rows that a user's environment made may say nothing of how they ended
+    ended = batch["finish"] == STOPPED if "finish" in batch else torch.ones(len(batch)).bool()
+    texts = batch.objects["response"]
+    given = zip(batch.objects["prompt"], texts, ended.tolist(), strict=True)
     other = from_rows(
-        [scoring.retokenize(prompt, text) for prompt, text in pairs],
+        [scoring.retokenize(prompt, text, not is_whole) for prompt, text, is_whole in given],
         rows={
             **{name: batch[name] for name in ("prompt_ids", "sample_index")},
             # nothing is shared: what the other tokenizer makes of a prompt may end elsewhere
