@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from spmdrl.data.encode import make_encoder
-from spmdrl.data.examples import BadRow
+from spmdrl.data.messages import BadRow
 from spmdrl.data.prompts import Prompt
 from spmdrl.models.tokenizers import load_tokenizer
 from spmdrl.rewards.scorer import Retokenize
