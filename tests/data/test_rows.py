@@ -100,3 +100,27 @@ def test_a_file_takes_no_parameters(tmp_path):
     file.write_text("{}\n")
     with pytest.raises(ValueError, match=r"takes no \['split'\]"):
         rows(file, split="train")
+
+
+@pytest.mark.parametrize("content", [b'{"q": \n', b"\xff\xfe", b"[1, 2]\n5\n"])
+def test_a_damaged_set_of_the_hub_is_named_in_one_line(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"data source 'hub:.*/set' .*cannot be read: ") as raised:
+        rows(f"hub:{tmp_path / 'set'}", cache_dir=str(tmp_path / "cache"))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_item_that_a_task_cannot_make_is_a_bad_row(monkeypatch):
+    from reasoning_gym.arithmetic.chain_sum import ChainSumDataset
+
+    whole = ChainSumDataset.__getitem__
+
+    def failing(self, index):
+        return whole(self, index) if index != 1 else {}["no such word"]
+
+    monkeypatch.setattr(ChainSumDataset, "__getitem__", failing)
+    read = rows("reasoning_gym:chain_sum", size=3, seed=3)
+    assert [row.problem for row in read] == [None, "KeyError: 'no such word'", None]
+    assert "item 1 of seed 3" in read[1].place

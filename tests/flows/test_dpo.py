@@ -12,7 +12,7 @@ from test_sft_and_reward_model import write_pairs
 from flow_cases import run_configs
 from harness import run_ranks
 from spmdrl.config_files import load_config
-from spmdrl.flows.reference_sums import decode, encode
+from spmdrl.flows.reference_sums import CachedSums, decode, encode
 from spmdrl.flows.start import FlowError, train
 from spmdrl.launch import World
 from spmdrl.observe.metrics import read_metrics
@@ -172,3 +172,13 @@ def test_kept_sums_survive_the_file():
     content = encode(sums, "a model (12)")
     assert decode(content, "a model (12)") == sums
     assert decode(content, "another") == "holds log-probabilities of a model (12)"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PAR1", bytes(50), b"\xff" * 40, b"\x05\0\0\0\0\0\0\0[1,2]"]
+)
+def test_a_damaged_file_of_sums_is_named(tmp_path, content):
+    sums = object.__new__(CachedSums)
+    sums._path, sums._made_by = tmp_path / "reference.safetensors", "a model (12)"
+    sums._path.write_bytes(content)
+    assert str(sums._decoded()).startswith("cannot be read (")
