@@ -339,11 +339,13 @@ class Counting:
         self.count = tensors["count"]
 
 
-def save_and_restore(world: World, path: str) -> list[list[float]]:
-    config = load_config(path, [f"roles.judge={{kind: '{__file__}:Counting', ranks: 1}}"])
+def save_and_restore(world: World, path: str, changes: tuple[str, ...] = ()) -> list[list[float]]:
+    """Args: changes: of the second start."""
     batch = from_rows([[1, 2, 3]], rows={"prompt_ids": torch.tensor([world.rank])})
     found = []
-    for _ in range(2):
+    for words in ((), changes):
+        own = [f"roles.judge={{kind: '{__file__}:Counting', ranks: 1}}", *words]
+        config = load_config(path, own)
         models = open_models(config, place_roles(config, world.size))
         assembly = assemble(config, world, models, None)
         role = assembly.roles["judge"]
@@ -366,6 +368,16 @@ def test_a_role_that_changes_comes_back_from_a_checkpoint(root: Path) -> None:
     path = write_config(root / "state.yaml", root / "model", root / "state")
     # six tokens of two ranks, counted on rank 1
     assert run_ranks(save_and_restore, 2, str(path)) == [[[0.0], [6.0]]] * 2
+
+
+def test_its_state_comes_back_whatever_the_layout_of_other_roles(root: Path) -> None:
+    path = write_config(root / "moved.yaml", root / "model", root / "moved")
+    words = ("roles.policy.tp=2", "roles.rollout.tp=2")
+    assert run_ranks(save_and_restore, 2, str(path), words) == [[[0.0], [6.0]]] * 2
+    path = write_config(root / "own.yaml", root / "model", root / "own")
+    with pytest.raises(AssertionError, match="comes back on the same ranks alone") as refused:
+        run_ranks(save_and_restore, 2, str(path), ("roles.judge.ranks=0",))
+    assert "roles.judge: " in str(refused.value)
 
 
 class Half:

@@ -90,7 +90,7 @@ def plan_memory(
         ValueError: a call that cannot fit on some rank's device, with the sizes.
     """
     ranks = sorted({rank for placement in placements.values() for rank in placement.ranks})
-    made: dict[tuple[tuple[str, int], ...], RankMemory] = {}
+    made: dict[tuple[tuple[str, int, int], ...], RankMemory] = {}
     plans = {}
     for rank in ranks:
         here = {
@@ -103,13 +103,21 @@ def plan_memory(
             for name, custom in customs.items()
             if rank in placements[name].ranks and custom.device.type == device_types[rank]
         }
-        key = tuple((name, id(shape.layout[rank])) for name, shape in here.items())
-        key += tuple((name, -1) for name in own)
+        key = tuple((name, *_same_for(shape, rank)) for name, shape in here.items())
+        key += tuple((name, -1, 0) for name in own)
         if key not in made:
             capacity = device_bytes(config, device_types[rank])
             made[key] = _on_rank(config, placements, here, own, syncs, rank, capacity)
         plans[rank] = made[key]
     return plans
+
+
+def _same_for(shape: Shape, rank: int) -> tuple[int, int]:
+    """What ranks have in common whose parts of a role are as large: their table of weights, and,
+    where an optimizer cuts by another measure (Megatron's), its bytes.
+    """
+    weights, states = shape.layout[rank], shape.state_layout[rank]
+    return id(weights), 0 if states is weights else optimizer_bytes(weights, states)
 
 
 def _on_rank(

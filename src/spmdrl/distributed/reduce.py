@@ -48,6 +48,13 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def gather_at_first(value: Any) -> list[Any] | None:
+    """Every rank's picklable value, in rank order, on rank 0; None on the others."""
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0)
+    return values
+
+
 def broadcast_object(value: Any, source: int) -> Any:
     """`value` of rank `source` on every rank."""
     box = [value]

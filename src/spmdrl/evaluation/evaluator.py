@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.batch import Batch
 from spmdrl.data.home import DataSet, home_rows
 from spmdrl.data.prompts import Prompt
-from spmdrl.distributed.reduce import gather_objects, gather_tables
+from spmdrl.distributed.reduce import gather_at_first, gather_tables
 from spmdrl.evaluation.against import Opponent, read_opponent
 from spmdrl.evaluation.metrics import Estimate, avg_at_k, pass_at_k, win_rate
 from spmdrl.evaluation.results import write_results
@@ -123,8 +122,8 @@ class Evaluator:
 
     def _write(self, batch: Batch, path: Path) -> None:
         own = [{**_record(batch, row), "judge": self._judged_by} for row in range(len(batch))]
-        parts = gather_objects(own)
-        if dist.get_rank() == 0:
+        parts = gather_at_first(own)
+        if parts is not None:
             write_results(path, [record for part in parts for record in part])
 
 
