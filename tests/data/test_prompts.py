@@ -130,7 +130,7 @@ def test_long_prompts_are_left_out_and_counted(tokenizer, write, caplog):
     prompts = load_prompts(PromptSource(source=file, max_prompt_tokens=40), tokenizer)
     assert [(p.prompt_id, p.text) for p in prompts] == [(1, "b")]
     assert prompts.report.num_long == 2 and prompts.report.num_rows == 3
-    assert "2 of 3 prompts are longer than max_prompt_tokens=40" in caplog.text
+    assert "2 of 3 prompts are longer than data.train.max_tokens=40" in caplog.text
     with pytest.raises(ValueError, match="leaves no prompt: of 3 rows 0 are bad and 3 longer"):
         load_prompts(PromptSource(source=file, max_prompt_tokens=10), tokenizer)
 

@@ -81,7 +81,7 @@ def test_two_sources_are_made_disjoint():
 @pytest.mark.parametrize("number", [0, 200, 500])
 def test_too_many_held_out(number):
     with pytest.raises(
-        ValueError, match=f"200 distinct questions with 200 texts: num_held_out={number}"
+        ValueError, match=f"200 distinct questions with 200 texts: evaluation.held_out={number}"
     ):
         split(chain_sum(size=3000, seed=1), num_held_out=number)
 

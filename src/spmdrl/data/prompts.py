@@ -388,14 +388,14 @@ def _tell(report: LoadReport, source: PromptSource, *, num_left: int) -> None:
     if not num_left:
         raise ValueError(
             f"data source {source.source!r} leaves no prompt: of {report.num_rows} rows "
-            f"{report.num_bad} are bad and {report.num_long} longer than max_prompt_tokens={limit} "
-            f"(the longest has {report.longest}); {report.num_elsewhere} are not in part "
-            f"{source.part}"
+            f"{report.num_bad} are bad and {report.num_long} longer than "
+            f"data.train.max_tokens={limit} (the longest has {report.longest}); "
+            f"{report.num_elsewhere} are not in part {source.part}"
         )
     if report.num_long:
         log.warning(
-            "%s: %d of %d prompts are longer than max_prompt_tokens=%d (the longest has %d); left "
-            "out",
+            "%s: %d of %d prompts are longer than data.train.max_tokens=%d (the longest has %d); "
+            "left out",
             *(source.source, report.num_long, report.num_long + num_left, limit, report.longest),
         )
     if report.num_repeated:

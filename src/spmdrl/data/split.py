@@ -72,8 +72,8 @@ def split_examples(examples: S, *, num_held_out: int, seed: int = 0) -> Split[S]
         total += counts[text]
     if num_held_out < 1 or total < num_held_out or len(held) == len(counts):
         raise ValueError(
-            f"{len(texts)} examples have {len(counts)} prompts: num_held_out={num_held_out} must "
-            "be positive and leave a prompt to train on"
+            f"{len(texts)} examples have {len(counts)} prompts: "
+            f"evaluation.held_out={num_held_out} must be positive and leave a prompt to train on"
         )
     note = (
         f"{len(texts)} examples have {len(counts)} prompts: {len(held)} are held out ({total} "
@@ -112,8 +112,8 @@ def split(prompts: S, *, num_held_out: int, seed: int = 0) -> Split[S]:
     if num_held_out < 1 or len(kept) < num_held_out or len(held) == len(rows):
         raise ValueError(
             f"{len(prompts)} prompts hold {len(rows)} distinct questions with "
-            f"{sum(map(len, rows.values()))} texts: num_held_out={num_held_out} must be positive "
-            "and leave a question to train on"
+            f"{sum(map(len, rows.values()))} texts: evaluation.held_out={num_held_out} must be "
+            "positive and leave a question to train on"
         )
     train = [i for i, question in enumerate(questions) if question not in held]
     note = (
