@@ -104,7 +104,7 @@ def _paths(content: Any, depth: int) -> Iterator[tuple[str | int, ...]]:
         yield (key,)
         if depth > 1:
             # the vocabulary and the names of tensors: a few stand for all
-            few = [p for p in _paths(value, depth - 1)][:8]
+            few = list(_paths(value, depth - 1))[:8]
             yield from ((key, *path) for path in few)
 
 

@@ -215,7 +215,10 @@ def test_a_second_end_of_text_and_further_templates_are_kept(tmp_path: Path) -> 
     [
         ({"more": {"llama.expert_count": 4}}, "key 'llama.expert_count' is not converted"),
         ({"more": {"llama.logit_scale": 2.0}}, "key 'llama.logit_scale' is not converted"),
-        ({"more": {"llama.rope.dimension_count": 4, "llama.attention.key_length": DIM}}, "rope.dimension_count=4 with heads of"),
+        (
+            {"more": {"llama.rope.dimension_count": 4, "llama.attention.key_length": DIM}},
+            "rope.dimension_count=4 with heads of",
+        ),
         ({"more": {"llama.attention.value_length": 4}}, "value_length=4 with heads of"),
         ({"more": {SCALING: -1.0}}, "rope.scaling.factor must be at least 0"),
         ({"more": {"llama.rope.scaling.type": 2}}, "rope.scaling.type must be a text"),

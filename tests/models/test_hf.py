@@ -28,8 +28,8 @@ from spmdrl.models.hf import (
     open_model,
 )
 from spmdrl.models.sharding import Slice, all_slices, global_shapes, restrict
-from spmdrl.models.weight_files import INDEX, SINGLE
 from spmdrl.models.tokenizers import check_tokenizer, load_tokenizer
+from spmdrl.models.weight_files import INDEX, SINGLE
 
 SOURCE: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -135,12 +135,12 @@ def test_a_head_of_its_own_in_a_tied_model_is_refused(tmp_path: Path) -> None:
     rewrite(tmp_path / "m", lambda w: w.update({"lm_head.weight": embedding.clone()}))
     load(tmp_path / "m")
     rewrite(tmp_path / "m", lambda w: w.update({"lm_head.weight": embedding.bfloat16()}))
-    with pytest.raises(ValueError, match="'lm_head.weight' differs from 'model.embed_tokens"):
+    with pytest.raises(ValueError, match=r"'lm_head.weight' differs from 'model.embed_tokens"):
         load(tmp_path / "m")
     other = embedding.clone()
     other[-1, -1] += 1
     rewrite(tmp_path / "m", lambda w: w.update({"lm_head.weight": other}))
-    with pytest.raises(ValueError, match="set tie_word_embeddings: false in config.json"):
+    with pytest.raises(ValueError, match=r"set tie_word_embeddings: false in config.json"):
         load(tmp_path / "m")
     rewrite(tmp_path / "m", lambda w: w.update({"lm_head.weight": other[:-1].clone()}))
     with pytest.raises(ValueError, match="is not the tied embedding"):
@@ -191,7 +191,7 @@ def test_an_index_that_contradicts_its_files_is_refused(tmp_path: Path) -> None:
     open_model(tmp_path, warn=notes.append)
     assert notes == [f"{tmp_path / INDEX} does not name '{Q}', which a file holds"]
     save(first, second, {**names, Q: "../a.safetensors"})
-    with pytest.raises(ValueError, match="index.json: weight_map has '../a.safetensors'"):
+    with pytest.raises(ValueError, match=r"index.json: weight_map has '../a.safetensors'"):
         open_model(tmp_path)
 
 
@@ -220,10 +220,10 @@ def test_another_prefix_is_seen(tmp_path: Path) -> None:
     make_tiny_model(tmp_path)
     weights = load_file(tmp_path / SINGLE)
     save_file({f"_orig_mod.{k}": v for k, v in weights.items()}, tmp_path / SINGLE)
-    with pytest.raises(ValueError, match="it holds '_orig_mod.model.embed_tokens.weight', under"):
+    with pytest.raises(ValueError, match=r"it holds '_orig_mod.model.embed_tokens.weight', under"):
         open_model(tmp_path)
     save_file({k.removeprefix("model."): v for k, v in weights.items()}, tmp_path / SINGLE)
-    with pytest.raises(ValueError, match="it holds 'embed_tokens.weight', under another prefix"):
+    with pytest.raises(ValueError, match=r"it holds 'embed_tokens.weight', under another prefix"):
         open_model(tmp_path)
 
 
@@ -232,7 +232,9 @@ def test_a_default_that_does_not_fit_the_weights_is_named(tmp_path: Path) -> Non
     source = json.loads((tmp_path / "config.json").read_text())
     del source["intermediate_size"]
     (tmp_path / "config.json").write_text(json.dumps(source))
-    with pytest.raises(ValueError, match=r"without intermediate_size in config.json, defaults count"):
+    with pytest.raises(
+        ValueError, match=r"without intermediate_size in config.json, defaults count"
+    ):
         open_model(tmp_path)
     assert parse_config(source).intermediate_size == 11008
 

@@ -134,7 +134,10 @@ def test_eos_ids_of_both_files_are_joined(tmp_path: Path) -> None:
         ({"is_causal": False}, "is_causal=false"),
         ({"per_layer_config": {"0": {"rms_norm_eps": 1.0}}}, "per_layer_config"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
-        ({"compression_config": {"format": "float-quantized"}}, "compression_config.*float weights"),
+        (
+            {"compression_config": {"format": "float-quantized"}},
+            "compression_config.*float weights",
+        ),
         ({"quantization": {"bits": 4}}, "quantization="),
         ({"layer_types": ["full_attention"]}, "layer_types must be a list with one text for each"),
         ({"layer_types": ["sliding_attention"] * 4}, "give no window"),
@@ -146,7 +149,10 @@ def test_eos_ids_of_both_files_are_joined(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported"),
         ({"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 2}, "window 512"),
         ({"architectures": ["MistralForCausalLM"], "max_position_embeddings": 8192}, "window 4096"),
-        ({"architectures": ["LlamaForCausalLM"], "num_attention_heads": 6}, "hidden_size=128 is no"),
+        (
+            {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 6},
+            "hidden_size=128 is no",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused(change: dict[str, Any], message: str) -> None:

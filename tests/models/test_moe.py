@@ -17,9 +17,9 @@ from moe_models import CASES, by_file_name, config_of, reference_model
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, copy_to
 from spmdrl.launch import World
+from spmdrl.models import grouped
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.export import save_pretrained
-from spmdrl.models import grouped
 from spmdrl.models.grouped import Groups, grouped_gemm, grouped_linear
 from spmdrl.models.hf import load_into, open_model
 from spmdrl.models.moe import Experts

@@ -1,5 +1,4 @@
-"""Damaged model files: each is refused in one line that names the file, or read; never a traceback.
-"""
+"""Damaged model files: each is read, or refused in one line that names the file; no traceback."""
 
 from __future__ import annotations
 

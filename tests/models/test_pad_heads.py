@@ -49,6 +49,6 @@ def test_what_would_be_dropped_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model" / "model.safetensors"
     weights = load_file(file)
     save_file({**weights, "model.layers.0.self_attn.q_proj.bias": torch.ones(32)}, file)
-    with pytest.raises(ValueError, match="q_proj.bias' is a bias"):
+    with pytest.raises(ValueError, match=r"q_proj.bias' is a bias"):
         pad_heads(tmp_path / "model", tmp_path / "padded", "8/4")
     assert not (tmp_path / "padded").exists()

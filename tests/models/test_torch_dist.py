@@ -64,9 +64,14 @@ def test_a_checkpoint_of_the_same_model_is_converted(like: Path, tmp_path: Path,
     decoder = Decoder(config, device="cpu")
     load_into(decoder, open_model(tmp_path / "out")[1])
     found = dict(decoder.named_parameters())
-    assert torch.equal(found["embed_tokens.weight"], tensors["embedding.word_embeddings.weight"][:264])
+    assert torch.equal(
+        found["embed_tokens.weight"], tensors["embedding.word_embeddings.weight"][:264]
+    )
     for layer in range(2):
-        fc1, down = tensors[f"{LAYERS}mlp.linear_fc1.weight"], tensors[f"{LAYERS}mlp.linear_fc2.weight"]
+        fc1, down = (
+            tensors[f"{LAYERS}mlp.linear_fc1.weight"],
+            tensors[f"{LAYERS}mlp.linear_fc2.weight"],
+        )
         assert torch.equal(found[f"layers.{layer}.mlp.gate_up.weight"], fc1[layer])
         assert torch.equal(found[f"layers.{layer}.mlp.down.weight"], down[layer])
 
@@ -106,7 +111,7 @@ def test_damaged_files_are_named(like: Path, tmp_path: Path) -> None:
     (data,) = source.glob("*.distcp")
     content = data.read_bytes()
     data.write_bytes(content[: len(content) // 3])
-    with pytest.raises(ValueError, match="/d: the tensor .* cannot be read"):
+    with pytest.raises(ValueError, match=r"/d: the tensor .* cannot be read"):
         convert_torch_dist(source, like, tmp_path / "out")
     (source / ".metadata").write_bytes(b"\0" * 100)
     with pytest.raises(ValueError, match=r"/d/\.metadata cannot be read"):

@@ -129,9 +129,7 @@ def tiny(config: ModelConfig) -> ModelConfig:
     # Lists with one entry per layer would contradict the new number of layers.
     source = {key: value for key, value in config.source.items() if key != "layer_types"}
     source |= sizes
-    fields = Fields(
-        values=source, origin="config.json", defaults=DEFAULTS[config.architecture]
-    )
+    fields = Fields(values=source, origin="config.json", defaults=DEFAULTS[config.architecture])
     return replace(
         config,
         hidden_size=sizes["hidden_size"],

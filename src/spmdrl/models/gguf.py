@@ -254,7 +254,8 @@ def _rope_source(fields: Fields) -> dict[str, Any]:
 def _token_ids(fields: Fields) -> dict[str, Any]:
     """config.json's ids of special tokens."""
     found: dict[str, Any] = {
-        f"{kind}_token_id": token_id(fields, key) for kind, key in (("bos", "bos"), ("pad", "padding"))
+        f"{kind}_token_id": token_id(fields, key)
+        for kind, key in (("bos", "bos"), ("pad", "padding"))
     }
     ends = dict.fromkeys(end for kind in _ENDS if (end := token_id(fields, kind)) is not None)
     if ends:

@@ -22,6 +22,7 @@ from .weight_files import Checkpoint, open_checkpoint
 HeadInit = Literal["file", "normal", "zero"]
 """Where a scalar head's weights come from."""
 
+
 class TensorSource(Protocol):
     """Global tensors by Hugging Face name, read slice by slice."""
 

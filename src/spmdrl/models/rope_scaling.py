@@ -64,9 +64,7 @@ def parse_rope(fields: Fields, max_position: int) -> RopeConfig:
         return RopeConfig(theta=theta, original_max_position=max_position)
     if kind == "linear":
         factor = given.number("factor", above=0.0)
-        return RopeConfig(
-            theta=theta, kind=kind, factor=factor, original_max_position=max_position
-        )
+        return RopeConfig(theta=theta, kind=kind, factor=factor, original_max_position=max_position)
     outside = fields if "original_max_position_embeddings" in fields else given
     original = max_position
     if "original_max_position_embeddings" in outside:

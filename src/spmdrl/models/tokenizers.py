@@ -80,7 +80,9 @@ def _check_template(fields: Fields) -> None:
     value = fields.value("chat_template")
     named = value if isinstance(value, list) else []
     are_texts = all(
-        isinstance(one, dict) and isinstance(one.get("name"), str) and isinstance(one.get("template"), str)
+        isinstance(one, dict)
+        and isinstance(one.get("name"), str)
+        and isinstance(one.get("template"), str)
         for one in named
     )
     is_mapping = isinstance(value, dict) and all(isinstance(one, str) for one in value.values())

@@ -198,8 +198,7 @@ class TorchDist:
         return self._find(layer, fused, expert=int(number[1]))
 
     def _find(self, layer: int, *names: str, expert: int | None = None) -> _Place:
-        """Stacked with all layers, or one of its own; where names differ, the first that is there.
-        """
+        """Stacked with all layers, or one of its own; of several names the first that is there."""
         inner = () if expert is None else (expert,)
         for name in names:
             for place in (

@@ -64,9 +64,7 @@ def _active_window(fields: Fields, architecture: str, num_layers: int) -> int | 
         raise fields.wrong("layer_types", f"a list with one text for each of {num_layers} layers")
     strange = [k for k in kinds if k not in ("full_attention", "sliding_attention")]
     if strange:
-        raise ValueError(
-            f"{fields.origin}: layer_types has {strange[0]!r}, which is not supported"
-        )
+        raise ValueError(f"{fields.origin}: layer_types has {strange[0]!r}, which is not supported")
     if "sliding_attention" not in kinds:
         return None
     if window is None:

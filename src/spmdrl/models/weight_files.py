@@ -167,7 +167,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise fields.wrong("weight_map", "an object that names a file for each tensor")
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{index}: weight_map has {file!r} for {name!r}, which is no file name")
+            raise ValueError(
+                f"{index}: weight_map has {file!r} for {name!r}, which is no file name"
+            )
     return dict(weight_map)
 
 
