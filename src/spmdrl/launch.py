@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 WAIT_S = 30.0
+MIN_ADDRESSES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={device!r}: it must be auto, cpu or cuda")
     raise_file_limit()
+    check_address_space()
     adopt_srun()
     environment = os.environ
     launched = _is_launched()
@@ -140,6 +143,21 @@ def raise_file_limit() -> None:
     with suppress(ValueError):
         if soft != hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def check_address_space() -> None:
+    """ValueError: `ulimit -v` leaves less than `MIN_ADDRESSES`; at its end libraries crash."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    used = pages * resource.getpagesize()
+    if limit - used < MIN_ADDRESSES:
+        raise ValueError(
+            f"ulimit -v is {limit // 1024} kB, and {used // 1024} are in use before a model is "
+            f"loaded: raise it to {(used + MIN_ADDRESSES) // 1024} and what models need, or to "
+            "unlimited"
+        )
 
 
 def adopt_srun() -> None:
