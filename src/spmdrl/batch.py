@@ -1,9 +1,9 @@
 """`Batch`: packed rows of token sequences with per-token, per-row and home-only columns.
 
 A batch holds B rows (samples) of T tokens in all, without padding. A token column is one tensor
-whose first dim is T, rows laid end to end; a row column's first dim is B; a Python column is a list
-of B objects which stays on its home rank. Everything here is pure: no process groups, no device
-moves that the caller did not ask for.
+whose first dim is T, rows laid end to end; a ragged column has unequally many values for each
+token; a row column's first dim is B; a Python column is a list of B objects which stays on its home
+rank. Everything here is pure: no process groups, no device moves that the caller did not ask for.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from spmdrl.ragged import Ragged, join, span_index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class Batch:
         rows: row columns by name, each `[B, ...]`.
         objects: Python columns by name, each a list of B objects; they stay on their home rank,
             but for texts that a role asks for.
+        ragged: ragged columns by name, of T tokens each.
 
     Raises:
         ValueError: a column whose first dim does not match, naming the column.
@@ -35,6 +38,7 @@ class Batch:
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     objects: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    ragged: Mapping[str, Ragged] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.lengths.dtype != torch.int64 or self.lengths.dim() != 1:
@@ -62,7 +66,13 @@ class Batch:
                     f"Python column {name!r} has {len(values)} entries, but the batch has "
                     f"{num_rows} rows"
                 )
-        names = [*self.tokens, *self.rows, *self.objects]
+        for name, ragged in self.ragged.items():
+            if len(ragged) != num_tokens:
+                raise ValueError(
+                    f"ragged column {name!r} is of {len(ragged)} tokens, but the rows have "
+                    f"{num_tokens}"
+                )
+        names = [*self.tokens, *self.rows, *self.objects, *self.ragged]
         if len(names) != len(set(names)):
             raise ValueError(f"a column name stands in two kinds of column: {sorted(names)}")
 
@@ -78,7 +88,8 @@ class Batch:
         return self.num_rows
 
     def __contains__(self, name: object) -> bool:
-        return name in self.tokens or name in self.rows or name in self.objects
+        kinds = (self.tokens, self.rows, self.objects, self.ragged)
+        return any(name in columns for columns in kinds)
 
     def __getitem__(self, name: str) -> Tensor:
         """A token or row column; ValueError lists the columns there are."""
@@ -89,7 +100,7 @@ class Batch:
         raise ValueError(f"the batch has no tensor column {name!r}; it has {self.columns()}")
 
     def columns(self) -> list[str]:
-        return sorted([*self.tokens, *self.rows, *self.objects])
+        return sorted([*self.tokens, *self.rows, *self.objects, *self.ragged])
 
     def offsets(self) -> Tensor:
         """Where each row starts in the token columns, with T at the end: int64 `[B + 1]`."""
@@ -120,13 +131,14 @@ class Batch:
             )
         rows = given.long()
         lengths = self.lengths[rows]
-        position = _token_index(self.offsets()[:-1][rows], lengths)
+        position = span_index(self.offsets()[:-1][rows], lengths)
         picked = rows.tolist()
         return Batch(
             lengths=lengths,
             tokens={name: column[position] for name, column in self.tokens.items()},
             rows={name: column[rows] for name, column in self.rows.items()},
             objects={name: [column[i] for i in picked] for name, column in self.objects.items()},
+            ragged={name: column.select(position) for name, column in self.ragged.items()},
         )
 
     def keep(self, names: Sequence[str]) -> Batch:
@@ -139,6 +151,7 @@ class Batch:
             tokens={n: c for n, c in self.tokens.items() if n in names},
             rows={n: c for n, c in self.rows.items() if n in names},
             objects={n: c for n, c in self.objects.items() if n in names},
+            ragged={n: c for n, c in self.ragged.items() if n in names},
         )
 
     def with_columns(
@@ -147,6 +160,7 @@ class Batch:
         tokens: Mapping[str, Tensor] | None = None,
         rows: Mapping[str, Tensor] | None = None,
         objects: Mapping[str, Sequence[Any]] | None = None,
+        ragged: Mapping[str, Ragged] | None = None,
     ) -> Batch:
         """This batch with columns added or replaced."""
         return Batch(
@@ -154,13 +168,16 @@ class Batch:
             tokens={**self.tokens, **(tokens or {})},
             rows={**self.rows, **(rows or {})},
             objects={**self.objects, **(objects or {})},
+            ragged={**self.ragged, **(ragged or {})},
         )
 
     def __or__(self, other: Batch) -> Batch:
         """Columns of both; `other` wins. ValueError when the rows differ in length."""
         if not torch.equal(self.lengths, other.lengths):
             raise ValueError("only batches of the same rows can be merged: the lengths differ")
-        return self.with_columns(tokens=other.tokens, rows=other.rows, objects=other.objects)
+        return self.with_columns(
+            tokens=other.tokens, rows=other.rows, objects=other.objects, ragged=other.ragged
+        )
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
@@ -168,22 +185,13 @@ class Batch:
             tokens={n: c.to(device) for n, c in self.tokens.items()},
             rows={n: c.to(device) for n, c in self.rows.items()},
             objects=self.objects,
+            ragged={n: c.to(device) for n, c in self.ragged.items()},
         )
 
     def split_rows(self) -> Iterator[Batch]:
         """Every row as a batch of its own."""
         for i in range(self.num_rows):
             yield self.select([i])
-
-
-def _token_index(starts: Tensor, lengths: Tensor) -> Tensor:
-    """Indices of the tokens of spans `[start, start + length)`, laid end to end."""
-    total = int(lengths.sum())
-    ends = lengths.cumsum(0)
-    within = torch.arange(total, device=lengths.device) - torch.repeat_interleave(
-        ends - lengths, lengths
-    )
-    return torch.repeat_interleave(starts, lengths) + within
 
 
 def concat(batches: Sequence[Batch]) -> Batch:
@@ -199,6 +207,7 @@ def concat(batches: Sequence[Batch]) -> Batch:
         tokens={n: torch.cat([b.tokens[n] for b in batches]) for n in first.tokens},
         rows={n: torch.cat([b.rows[n] for b in batches]) for n in first.rows},
         objects={n: [x for b in batches for x in b.objects[n]] for n in first.objects},
+        ragged={n: join([b.ragged[n] for b in batches]) for n in first.ragged},
     )
 
 
@@ -207,6 +216,7 @@ def _kinds(batch: Batch) -> dict[str, list[str]]:
         "tokens": sorted(batch.tokens),
         "rows": sorted(batch.rows),
         "objects": sorted(batch.objects),
+        "ragged": sorted(batch.ragged),
     }
 
 

@@ -234,6 +234,8 @@ def _shapes(call: Call[Any]) -> str:
         if name in batch.tokens or name in batch.rows:
             column = batch[name]
             texts.append(f"{name} {str(column.dtype)[6:]}{list(column.shape[1:])}")
+        elif name in batch.ragged:
+            texts.append(f"{name} ragged {str(batch.ragged[name].values.dtype)[6:]}")
     return ", ".join(texts)
 
 

@@ -176,7 +176,9 @@ class RolloutSection(Section):
 
 
 class SamplingSection(Section):
-    temperature: float = Field(1.0, ge=0, description="0: greedy (evaluation only)")
+    temperature: float = Field(
+        1.0, ge=0, le=1000, description="0: greedy (evaluation only), else 0.001 to 1000"
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1: off")
     top_k: int = Field(0, ge=0, description="0: off")
     min_p: float = Field(0.0, ge=0, lt=1, description="share of the best probability; 0: off")
@@ -185,6 +187,15 @@ class SamplingSection(Section):
     stop_token_ids: tuple[TokenId, ...] = Field(
         (), description="tokens that end a response, beside the end of text"
     )
+
+    @field_validator("temperature")
+    @classmethod
+    def _is_no_trace(cls, value: float) -> float:
+        if 0 < value < 0.001:
+            raise ValueError(
+                "it must be 0 (greedy) or at least 0.001: logits divided by it overflow"
+            )
+        return value
 
 
 class PromptsSection(Section):

@@ -19,8 +19,10 @@ from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.routing import EXPERT_CHOICES, choices_dtype
 from spmdrl.passes import WEIGHTS, row_order
+from spmdrl.ragged import Ragged
 from spmdrl.rollout.protocol import Completion, Finish, Request, RolloutEngine
 from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.training.support import SUPPORT
 
 Progress = Callable[[int, int], None]
 
@@ -101,7 +103,8 @@ class Rollout:
         `tokens`, `rollout_logprobs`, `loss_mask` and the row columns `prompt_ids`,
         `sample_index`, `prompt_lengths`, `response_lengths`, `finish` (0 stop, 1 length,
         2 aborted) and `weight_version`; with `sampling.experts` also the token column
-        `expert_choices`, with `sampling.margins` the token column `margins`. The prompts' own row
+        `expert_choices`, with `sampling.margins` the token column `margins`, with
+        `sampling.support` the ragged column `support_ids`. The prompts' own row
         and Python columns are repeated for every sample.
         """
         size = generation.group_size
@@ -131,6 +134,8 @@ class Rollout:
                 Column(name="rollout_logprobs"),
                 Column(name="loss_mask", dtype=torch.bool),
                 *[Column(name="margins")] * generation.sampling.margins,
+                *[Column(name=SUPPORT, kind="ragged", dtype=torch.int32)]
+                * generation.sampling.support,
                 Column(name="prompt_lengths", kind="row", dtype=torch.int64),
                 Column(name="response_lengths", kind="row", dtype=torch.int64),
                 Column(name="finish", kind="row", dtype=torch.int64),
@@ -203,6 +208,8 @@ def _run_generation(
         by_row.update(zip(group, completions, strict=True))
     completions = [by_row[row] for row in range(len(rows))]
     batch = _completed(rows, completions, with_margins=generation.sampling.margins)
+    if generation.sampling.support:
+        batch = batch.with_columns(ragged={SUPPORT: _supports(rows, completions)})
     for column in experts:
         none = torch.empty((0, *column.shape), dtype=column.dtype)
         chosen = [c.experts for c in completions if c.experts is not None]
@@ -232,8 +239,22 @@ def _begun(part: Part) -> dict[tuple[int, int], Completion]:
             finish=finishes[int(row["finish"])],
             margins=tuple(row["margins"][mask].tolist()) if "margins" in row else (),
             experts=row.tokens.get(EXPERT_CHOICES),
+            support=row.ragged[SUPPORT].select(mask.nonzero().flatten())
+            if SUPPORT in row.ragged
+            else None,
         )
     return found
+
+
+def _supports(prompts: Batch, completions: list[Completion]) -> Ragged:
+    """What the tokens of every row were drawn from; a prompt's tokens from nothing."""
+    counts, values = [torch.zeros(0, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int32)]
+    for length, answer in zip(prompts.lengths.tolist(), completions, strict=True):
+        if answer.support is None:
+            raise ValueError("sampling.support=True, but the rollout's engine records no tokens")
+        counts += [torch.zeros(length, dtype=torch.int32), answer.support.counts]
+        values.append(answer.support.values)
+    return Ragged(counts=torch.cat(counts), values=torch.cat(values))
 
 
 def _completed(prompts: Batch, completions: list[Completion], *, with_margins: bool) -> Batch:

@@ -74,6 +74,12 @@ def origin_of(settings: Mapping[str, Any], batch: Batch, names: Sequence[str]) -
         salt = _salt(name)
         if name in batch.objects:
             hashes += _mix(_text_hashes(batch.objects[name]) + salt)
+        elif name in batch.ragged:
+            ragged = batch.ragged[name]
+            token = torch.arange(batch.num_tokens).repeat_interleave(ragged.counts.long())
+            values = torch.zeros(batch.num_tokens, dtype=torch.int64)
+            values.index_add_(0, token, _mix(ragged.values.long()))
+            hashes += _mix(batch.row_sum(_mix(values + ragged.counts + place)) + salt)
         elif (column := batch[name]).dim() != 1:
             continue
         elif column.is_floating_point():

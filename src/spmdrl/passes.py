@@ -24,6 +24,7 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.training.protocol import NO_GRADIENT, LossFn, TrainBackend
 from spmdrl.training.readout import Readout
+from spmdrl.training.support import SUPPORT
 
 PACKING = ("tokens", "prompt_lengths", "prompt_ids", "loss_mask")
 """The columns from which a backend packs its rows."""
@@ -73,6 +74,13 @@ def replayed(batch: Batch) -> tuple[str, ...]:
     since its are the experts that were chosen.
     """
     return (EXPERT_CHOICES,) if EXPERT_CHOICES in batch else ()
+
+
+def supported(batch: Batch) -> tuple[str, ...]:
+    """The column with the tokens that each was drawn from, where the batch has it: the
+    log-probabilities of whichever model are then those over the same tokens.
+    """
+    return (SUPPORT,) if SUPPORT in batch else ()
 
 
 def read_call(

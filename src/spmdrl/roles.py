@@ -14,7 +14,7 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.generation import Generation, Rollout
 from spmdrl.memory.turns import Turns
 from spmdrl.models.config import ModelConfig
-from spmdrl.passes import Update, UpdateRecords, read_call, replayed, update_call
+from spmdrl.passes import Update, UpdateRecords, read_call, replayed, supported, update_call
 from spmdrl.training.protocol import NO_GRADIENT, LossFn, TrainBackend
 from spmdrl.training.readout import SCORES, VALUES, next_token
 
@@ -35,7 +35,8 @@ class Policy:
 
     Methods: `logprobs(batch, temperature)` adds the token columns `logprobs` and `entropy`;
     `update(batch, loss_fn, update)` trains and returns metric sums, equal on every rank. Both take
-    the experts of the column `expert_choices`, where the batch has it.
+    the experts of the column `expert_choices`, where the batch has it, and read log-probabilities
+    over the tokens of the ragged column `support_ids`, where there is one.
 
     `version` counts the optimizer steps behind the weights, on every rank of the world.
     """
@@ -56,7 +57,7 @@ class Policy:
 
     def _logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
         names = ("logprobs", "entropy")
-        more = replayed(batch)
+        more = (*replayed(batch), *supported(batch))
         return read_call(self, "logprobs", batch, next_token(temperature), names, more)
 
     def _update(self, batch: Batch, loss_fn: LossFn, update: Update) -> Call[UpdateRecords]:
@@ -65,12 +66,13 @@ class Policy:
             return records
 
         readout = next_token(update.temperature)
-        update = replace(update, columns=(*update.columns, *replayed(batch)))
+        update = replace(update, columns=(*update.columns, *replayed(batch), *supported(batch)))
         return update_call(self, batch, loss_fn, readout, update, then=count)
 
 
 class Reference:
-    """A frozen model: `logprobs(batch, temperature)` adds the token column `ref_logprobs`.
+    """A frozen model: `logprobs(batch, temperature)` adds the token column `ref_logprobs`, over the
+    tokens of the ragged column `support_ids`, where there is one.
 
     Args:
         prefix: of its columns, so that a batch can hold those of several frozen models.
@@ -92,7 +94,8 @@ class Reference:
         self.logprobs = RoleMethod(self._logprobs)
 
     def _logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
-        return read_call(self, "logprobs", batch, next_token(temperature), self._columns)
+        more = supported(batch)
+        return read_call(self, "logprobs", batch, next_token(temperature), self._columns, more)
 
 
 class Reward:

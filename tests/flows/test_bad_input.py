@@ -54,6 +54,7 @@ CASES = {
     "no reward": (["rewards=[]"], ["rewards"]),
     "flow": (["flow=grop"], ["flow=", "grpo"]),
     "environment": (["environment=nowhere:Class"], ["nowhere"]),
+    "temperature near 0": (["sampling.temperature=1e-38"], ["sampling.temperature", "0.001"]),
     "greedy": (["sampling.temperature=0"], ["flow=grpo", "sampling.temperature=0"]),
     "clip": (["algorithm.clip_low=1.5"], ["algorithm.clip_low=1.5"]),
     "two policies": (["roles.other.kind=policy"], ["2 policies"]),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spmdrl.keyed import gumbel, key64, key_tensor
 from spmdrl.rollout.native.sampler import Draws, Sampler, truncate
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.sampling import MAX_SUPPORT, SamplingParams
 
 CPU = torch.device("cpu")
 
@@ -89,7 +89,61 @@ def test_truncation_looks_beyond_its_first_candidates_where_it_must(scale: float
         token = draws.tokens[i]
         noise = gumbel(key_tensor(keys(3), CPU)[i : i + 1], 0, 5000)
         assert token == (expected + noise).argmax()
+        if int((expected > -torch.inf).sum()) > MAX_SUPPORT:  # the kept mass is added back
+            expected = (logits[i : i + 1] / p.temperature).log_softmax(-1)
         assert abs(draws.logprobs[i] - expected[0, token]) < 1e-5
+
+
+@pytest.mark.parametrize("mine", [{"top_k": 20}, {"top_p": 0.6}, {"min_p": 0.05}, {"top_k": 400}])
+@pytest.mark.parametrize("other", [{"top_k": 3000}, {"top_k": 7}, {"top_p": 0.999}, {}])
+def test_ties_at_a_limit_do_not_depend_on_neighbours(
+    mine: dict[str, Any], other: dict[str, Any]
+) -> None:
+    """In bfloat16 many logits are equal: the smaller ids are kept, whatever others ask for."""
+    logits = some_logits(2, 4000).bfloat16().float()
+    own, theirs = SamplingParams(**mine, support=True), SamplingParams(**other)
+    rows = logits[:1].expand(200, -1)
+    alone = Sampler(4000, CPU).sample(rows.clone(), [own] * 200, keys(200))
+    mixed = torch.cat((rows, logits[1:]))
+    beside = Sampler(4000, CPU).sample(mixed, [*[own] * 200, theirs], keys(201))
+    assert torch.equal(alone.tokens, beside.tokens[:200])
+    torch.testing.assert_close(alone.logprobs, beside.logprobs[:200], rtol=0, atol=1e-6)
+    order = logits[0].sort(descending=True, stable=True).indices
+    assert alone.support is not None
+    count = int(alone.support.counts[0])
+    if "top_k" in mine:
+        assert count == (mine["top_k"] if mine["top_k"] <= MAX_SUPPORT else 0)
+        assert set(alone.tokens.tolist()) <= set(order[: mine["top_k"]].tolist())
+    if count:
+        assert alone.support.values[:count].tolist() == order[:count].tolist()
+
+
+def test_a_cumulative_probability_that_reaches_top_p_ends_there() -> None:
+    """Halves and quarters: how a sum was rounded does not decide."""
+    for vocab, top_p, kept in ((4, 0.5, 2), (8, 0.75, 6), (2, 0.5, 1), (64, 0.125, 8)):
+        for temperature in (1.0, 0.7):
+            found = draw(
+                torch.full((1, vocab), 3.3), 300, top_p=top_p, temperature=temperature, support=True
+            )
+            assert found.tokens.unique().tolist() == list(range(kept))
+            assert found.support is not None and found.support.counts.tolist() == [kept] * 300
+
+
+def test_what_was_drawn_from_is_told_where_it_is_few() -> None:
+    logits = some_logits(4, 1000)
+    params = [
+        SamplingParams(top_k=5, support=True),
+        SamplingParams(support=True),
+        SamplingParams(top_k=256, support=True),
+        SamplingParams(top_k=257, support=True),
+    ]
+    draws = Sampler(1000, CPU).sample(logits.clone(), params, keys(4))
+    assert draws.support is not None and draws.support.counts.tolist() == [5, 0, 256, 0]
+    table = draws.support.padded(-1)
+    for row, count in ((0, 5), (2, 256)):
+        assert set(table[row, :count].tolist()) == set(logits[row].topk(count).indices.tolist())
+    whole = logits.log_softmax(-1)
+    assert abs(draws.logprobs[3] - whole[3, draws.tokens[3]]) < 1e-6
 
 
 def test_a_row_draws_the_same_whatever_stands_beside_it() -> None:
@@ -161,6 +215,9 @@ def test_distances_to_the_limits() -> None:
     ("name", "value"),
     [
         ("temperature", -0.1),
+        ("temperature", 1e-38),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("top_k", -1),

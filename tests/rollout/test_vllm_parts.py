@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -15,6 +17,7 @@ from rollout_models import tiny_model
 from spmdrl.models.config import parse_config
 from spmdrl.models.sharding import all_slices, local_parameters
 from spmdrl.rollout.enclosure import Enclosure, replaced
+from spmdrl.rollout.protocol import Request
 from spmdrl.rollout.sampling import SamplingParams
 from spmdrl.rollout.vllm_model import (
     VOCAB_MULTIPLE,
@@ -23,7 +26,8 @@ from spmdrl.rollout.vllm_model import (
     match_parameters,
     parameter_names,
 )
-from spmdrl.rollout.vllm_requests import sampling_arguments
+from spmdrl.rollout.vllm_requests import check_sampling, sampling_arguments
+from spmdrl.rollout.vllm_samples import support_of
 from spmdrl.rollout.vllm_versions import check_version
 
 SIZES = {"hidden_size": 128, "head_dim": 32}
@@ -178,3 +182,27 @@ def test_changes_are_undone_after_an_error_too() -> None:
     assert torch.Event is plain and dict(os.environ) == before
     with pytest.raises(ValueError, match="has no 'never'"), replaced(torch, "never", 1):
         pass
+
+
+def test_what_a_token_was_drawn_from_is_what_vllm_gives_a_chance() -> None:
+    @dataclass(frozen=True)
+    class Entry:
+        logprob: float
+
+    chances = {7: 0.5, 3: 0.25, 9: 0.25, 4: 0.0}
+    found = {t: Entry(math.log(p) if p else -math.inf) for t, p in chances.items()}
+    assert support_of(found) == ([3, 7, 9], pytest.approx(0.0, abs=1e-12))
+    del found[9]  # one that tied with the last and was not told of
+    ids, mass = support_of(found)
+    assert ids == [3, 7] and mass == pytest.approx(math.log(0.75))
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.9}, {"top_k": 257}])
+def test_more_tokens_than_vllm_tells_of_are_refused(sampling: dict[str, Any]) -> None:
+    wanted = SamplingParams(**sampling, support=True)
+    asked = Request(tokens=(1,), prompt_id=3, samples=(0,), sampling=wanted)
+    with pytest.raises(ValueError, match=r"sampling\.top_k=.*between 1 and 256"):
+        check_sampling([asked])
+    assert sampling_arguments(SamplingParams(top_k=5, support=True), (), (0, 0, 0, 0))[
+        "logprobs"
+    ] == (5 + 16)

@@ -46,8 +46,8 @@ class PolicyLossConfig:
         kl_coefficient, kl_estimator: KL to `ref_logprobs` as a term of the loss; 0: none.
         tis_cap: truncated importance sampling, min(p_train / p_rollout, cap) on the policy term
             (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-            Training"); None: none. Rollout logprobs of truncated sampling (top-p, top-k) are
-            renormalised, so the weights then lie below 1 on average.
+            Training"); None: none. After truncated sampling (top-p, top-k) both are of one
+            distribution, see `training.support`.
         entropy_coefficient: entropy bonus; 0: none.
         old_is_rollout: `old_logprobs` are the rollout's own, so the gap between rollout and trainer
             is that of `logprobs`: the engine's error, and from the second update on the policy's

@@ -13,6 +13,7 @@ from torch import Tensor
 from spmdrl.batch import Batch, concat
 from spmdrl.kept import Journal, Kept, Part, Record
 from spmdrl.origin import Origin
+from spmdrl.ragged import Ragged
 from spmdrl.storages import json_tensor, tensor_json
 
 PREFIX = "journal/"
@@ -145,7 +146,10 @@ def _pack_rows(rows: Batch | None, name: str, tensors: dict[str, Tensor]) -> dic
     tensors[f"{name}/lengths"] = rows.lengths
     tensors |= {f"{name}/tokens/{column}": values for column, values in rows.tokens.items()}
     tensors |= {f"{name}/rows/{column}": values for column, values in rows.rows.items()}
-    return {"tokens": list(rows.tokens), "rows": list(rows.rows)}
+    for column, ragged in rows.ragged.items():
+        tensors[f"{name}/ragged/{column}/counts"] = ragged.counts
+        tensors[f"{name}/ragged/{column}/values"] = ragged.values
+    return {"tokens": list(rows.tokens), "rows": list(rows.rows), "ragged": list(rows.ragged)}
 
 
 def _unpack_rows(
@@ -157,4 +161,12 @@ def _unpack_rows(
         lengths=tensors[f"{name}/lengths"],
         tokens={column: tensors[f"{name}/tokens/{column}"] for column in columns["tokens"]},
         rows={column: tensors[f"{name}/rows/{column}"] for column in columns["rows"]},
+        ragged={
+            column: Ragged(
+                counts=tensors[f"{name}/ragged/{column}/counts"],
+                values=tensors[f"{name}/ragged/{column}/values"],
+            )
+            # journals of older versions have none
+            for column in columns.get("ragged", ())
+        },
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spmdrl.batch import Batch, concat
 from spmdrl.distributed.reduce import gather_tables
+from spmdrl.ragged import Ragged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,11 @@ class Column:
     """What a call returns: the column's name, kind, dtype and trailing dims.
 
     A column of the kind `text` is a Python column of str and None; its dtype is that of its bytes.
+    The dtype of a ragged column is that of its values.
     """
 
     name: str
-    kind: Literal["token", "row", "text"] = "token"
+    kind: Literal["token", "row", "text", "ragged"] = "token"
     dtype: torch.dtype = torch.float32
     shape: tuple[int, ...] = ()
 
@@ -205,7 +207,10 @@ def _schema(batch: Batch) -> tuple[Column, ...]:
         for n, c in sorted(batch.rows.items())
     ]
     text = [Column(name=n, kind="text", dtype=torch.uint8) for n in sorted(batch.objects)]
-    return (*token, *row, *text)
+    ragged = [
+        Column(name=n, kind="ragged", dtype=c.values.dtype) for n, c in sorted(batch.ragged.items())
+    ]
+    return (*token, *row, *text, *ragged)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -219,15 +224,34 @@ def _header(columns: Sequence[Column]) -> bytes:
 
 def _pack(batch: Batch, columns: Sequence[Column]) -> Tensor:
     """Header, lengths, then every column, as bytes; nothing for no rows."""
-    parts = [
-        _text_bytes(batch, column) if column.kind == "text" else _bytes(_typed(batch, column))
-        for column in columns
-    ]
+    parts = [_column_bytes(batch, column) for column in columns]
     if batch.num_rows == 0:
         return torch.empty(0, dtype=torch.uint8)
     header = _as_bytes(_header(columns))
     size = torch.tensor([len(header)])
     return torch.cat([_bytes(size), header, _bytes(batch.lengths), *parts])
+
+
+def _column_bytes(batch: Batch, column: Column) -> Tensor:
+    if column.kind == "text":
+        return _text_bytes(batch, column)
+    if column.kind == "ragged":
+        return _ragged_bytes(batch, column)
+    return _bytes(_typed(batch, column))
+
+
+def _ragged_bytes(batch: Batch, column: Column) -> Tensor:
+    """A ragged column: each token's number of values (int32 `[T]`), then the values."""
+    if column.name not in batch.ragged:
+        raise ValueError(
+            f"the call declared the ragged column {column.name!r} but returned {batch.columns()}"
+        )
+    ragged = batch.ragged[column.name]
+    if ragged.values.dtype != column.dtype:
+        raise ValueError(
+            f"column {column.name!r} was declared {column.dtype} but is {ragged.values.dtype}"
+        )
+    return torch.cat([_bytes(ragged.counts), _bytes(ragged.values)])
 
 
 def _text_bytes(batch: Batch, column: Column) -> Tensor:
@@ -317,18 +341,24 @@ def _unpack(data: Tensor, num_rows: int, columns: Sequence[Column], source: int)
     tokens: dict[str, Tensor] = {}
     rows: dict[str, Tensor] = {}
     objects: dict[str, list[str | None]] = {}
+    ragged: dict[str, Ragged] = {}
     for column in columns:
         if column.kind == "text":
             sizes = take(num_rows, torch.int64)
             text = take(int(sizes.clamp(min=0).sum()), torch.uint8)
             objects[column.name] = _texts(sizes, text.numpy().tobytes())
             continue
+        if column.kind == "ragged":
+            counts = take(total, torch.int32)
+            values = take(int(counts.sum()), column.dtype)
+            ragged[column.name] = Ragged(counts=counts, values=values)
+            continue
         first = total if column.kind == "token" else num_rows
         count = first * math.prod(column.shape)
         tensor = take(count, column.dtype).reshape(first, *column.shape)
         (tokens if column.kind == "token" else rows)[column.name] = tensor
     assert position == len(data), (position, len(data), num_rows)
-    return Batch(lengths=lengths, tokens=tokens, rows=rows, objects=objects)
+    return Batch(lengths=lengths, tokens=tokens, rows=rows, objects=objects, ragged=ragged)
 
 
 def _check_header(received: bytes, expected: bytes, source: int) -> None:

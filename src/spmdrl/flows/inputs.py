@@ -23,6 +23,7 @@ from spmdrl.data.prompts import (
     load_prompts,
 )
 from spmdrl.data.split import split, split_examples, without_overlap
+from spmdrl.engines import is_vllm
 from spmdrl.flows.response_ends import check_ends, check_lengths
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.token_texts import Decode, TokenTexts, token_texts
@@ -30,7 +31,8 @@ from spmdrl.models.tokenizers import check_tokenizer, difference, load_tokenizer
 from spmdrl.rewards.functions import RewardSpec
 from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.server import RewardServer
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.sampling import MAX_SUPPORT, SamplingParams
+from spmdrl.rollout.vllm_requests import SUPPORT_NEEDS_TOP_K
 
 log = logging.getLogger(__name__)
 
@@ -293,8 +295,19 @@ def sampling_params(section: SamplingSection) -> SamplingParams:
 
 
 def training_sampling(config: Config) -> SamplingParams:
-    """`sampling`, with what the algorithm wants to be recorded."""
-    return replace(sampling_params(config.sampling), experts=config.algorithm.routing_replay)
+    """`sampling`, with what the algorithm wants to be recorded.
+
+    Raises:
+        ValueError: vLLM would have to tell of more tokens than it can.
+    """
+    sampling = sampling_params(config.sampling)
+    # online DPO compares answers' likelihoods, whatever they were drawn from
+    of_samples = config.data_kind() == "prompts" and config.flow != "online_dpo"
+    support = of_samples and sampling.is_truncated and not sampling.is_greedy
+    is_listed = 1 <= sampling.top_k <= MAX_SUPPORT
+    if support and not is_listed and any(is_vllm(config, name) for name in config.roles):
+        raise ValueError(f"sampling.top_k={sampling.top_k}: {SUPPORT_NEEDS_TOP_K}")
+    return replace(sampling, experts=config.algorithm.routing_replay, support=support)
 
 
 def check_models(config: Config, inputs: Inputs, shapes: Mapping[str, ModelConfig]) -> None:

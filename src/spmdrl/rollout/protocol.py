@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from ..models.sharding import Slice
+from ..ragged import Ragged
 from .sampling import SamplingParams
 
 Finish = Literal["stop", "length", "aborted"]
@@ -49,7 +50,8 @@ class Completion:
     Args:
         tokens: what was generated, the token that ended it included.
         logprobs: of each token under the distribution it was drawn from (after temperature and
-            truncation, renormalised); for greedy requests under the softmax of the logits.
+            truncation, renormalised); for greedy requests under the softmax of the logits. Where
+            truncation leaves more than `MAX_SUPPORT` tokens, under the softmax of all of them.
         finish: "stop" (end of text, stop token or stop text), "length", or "aborted".
         margins: by how much each draw's perturbed score won (0 or more, in nats), or the distance
             of a token's log-probability to a truncation boundary if that is smaller. Empty unless
@@ -57,6 +59,8 @@ class Completion:
         experts: which experts each token of prompt and answer went to, in every layer that has
             experts: [tokens, L, K] in `models.routing.choices_dtype`, whose largest value stands
             for tokens that were not computed (the last one is not). None unless asked for.
+        support: the ids, int32, that each token was drawn from; none where that were all tokens, or
+            more than `MAX_SUPPORT`. None unless asked for.
     """
 
     tokens: tuple[int, ...]
@@ -64,6 +68,7 @@ class Completion:
     finish: Finish
     margins: tuple[float, ...] = ()
     experts: Tensor | None = None
+    support: Ragged | None = None
 
 
 class RolloutEngine(Protocol):

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_SUPPORT = 256
+"""Tokens that truncation may leave for their ids to be recorded, and for the log-probability to be
+that of the softmax over them. Where more are left, it is that of the softmax over all tokens."""
+
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.001, 1000.0
+"""Beyond them logits overflow, or hardly differ; 0 is greedy."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -24,6 +31,8 @@ class SamplingParams:
         ignore_eos: do not end at the model's ends of text.
         margins: also report how near every draw was to falling otherwise.
         experts: also report which experts every token went to.
+        support: also report the tokens that each token was drawn from, where truncation leaves at
+            most `MAX_SUPPORT` of them.
 
     Raises:
         ValueError: a value outside its range, naming it.
@@ -39,10 +48,15 @@ class SamplingParams:
     ignore_eos: bool = False
     margins: bool = False
     experts: bool = False
+    support: bool = False
 
     def __post_init__(self) -> None:
         rules = {
-            "temperature": (self.temperature >= 0, self.temperature, "at least 0"),
+            "temperature": (
+                self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE,
+                self.temperature,
+                f"0 (greedy) or between {LEAST_TEMPERATURE} and {MOST_TEMPERATURE}",
+            ),
             "top_p": (0 < self.top_p <= 1, self.top_p, "above 0 and at most 1"),
             "top_k": (self.top_k >= 0, self.top_k, "at least 0 (0: all tokens)"),
             "min_p": (0 <= self.min_p < 1, self.min_p, "at least 0 and below 1"),

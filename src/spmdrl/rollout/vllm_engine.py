@@ -38,12 +38,13 @@ from .enclosure import Enclosure, replaced, uncompiled
 from .lockstep import Lockstep
 from .protocol import Completion, Progress, Request
 from .requests import check_requests
-from .sampling import SamplingParams
+from .sampling import MAX_SUPPORT, SamplingParams
 from .stops import StopRules
 from .vllm_model import VOCAB_MULTIPLE, check_supported, described, match_parameters
 from .vllm_requests import (
     BLOCK_MULTIPLE,
     ENVIRONMENT,
+    TIES,
     VllmOptions,
     check_sampling,
     sampling_arguments,
@@ -344,6 +345,7 @@ def _start(
                 tensor_parallel_size=tp_size,
                 distributed_executor_backend="external_launcher",
                 logprobs_mode="processed_logprobs",
+                max_logprobs=MAX_SUPPORT + TIES,
                 enable_prefix_caching=True,
                 async_scheduling=False,
                 enforce_eager=device.type == "cpu" or not options.cuda_graphs,

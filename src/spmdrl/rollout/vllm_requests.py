@@ -8,13 +8,22 @@ from typing import Any
 
 from ..keyed import key64
 from .protocol import Request
-from .sampling import SamplingParams
+from .sampling import MAX_SUPPORT, SamplingParams
 
 BLOCK_MULTIPLE = {"cpu": 32, "cuda": 16}
 """Of the tokens of a cache block."""
 
 LEAST_TEMPERATURE = 0.01
 """vLLM raises what lies between 0 and this, and says so in its log alone."""
+
+TIES = 16
+"""Tokens asked for beyond top_k: vLLM keeps all that tie with the last one."""
+
+SUPPORT_NEEDS_TOP_K = (
+    "with rollout.engine=vllm truncated samples are trained on over the tokens that they were "
+    "drawn from, and vLLM tells of these up to a number alone: set sampling.top_k between 1 and "
+    f"{MAX_SUPPORT}, besides what else cuts, or top_p=1 and min_p=0, or rollout.engine=native"
+)
 
 _SEED_BITS = 63
 
@@ -75,7 +84,7 @@ def sampling_arguments(
         "stop_token_ids": sorted(ends),
         "ignore_eos": True,
         "seed": None if sampling.is_greedy else key64(*key) & (2**_SEED_BITS - 1),
-        "logprobs": 0,
+        "logprobs": sampling.top_k + TIES if sampling.support else 0,
         "detokenize": False,
     }
 
@@ -96,6 +105,8 @@ def check_sampling(requests: Sequence[Request]) -> None:
                 f"{where}.temperature={sampling.temperature}: vLLM takes 0 (greedy) or at least "
                 f"{LEAST_TEMPERATURE}"
             )
+        if sampling.support and not 1 <= sampling.top_k <= MAX_SUPPORT:
+            raise ValueError(f"{where}.top_k={sampling.top_k}: {SUPPORT_NEEDS_TOP_K}")
         if sampling.min_p > 0 and sampling.top_p < 1:
             raise ValueError(
                 f"{where}.min_p={sampling.min_p} with top_p={sampling.top_p}: vLLM cuts min_p "

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from ..ragged import Ragged
 from .protocol import Completion, Finish, Progress, Request
 from .stops import StopRule, StopRules
 
@@ -18,11 +22,24 @@ class Sample:
     rule: StopRule
     tokens: list[int]
     logprobs: list[float] = field(default_factory=list)
+    support: list[list[int]] = field(default_factory=list)
     finish: Finish = "aborted"
 
     def completion(self) -> Completion:
         tokens = tuple(self.tokens[len(self.request.tokens) :])
-        return Completion(tokens=tokens, logprobs=tuple(self.logprobs), finish=self.finish)
+        return Completion(
+            tokens=tokens,
+            logprobs=tuple(self.logprobs),
+            finish=self.finish,
+            support=self._supports() if self.request.sampling.support else None,
+        )
+
+    def _supports(self) -> Ragged:
+        ids = [token for ids in self.support for token in ids]
+        return Ragged(
+            counts=torch.tensor([len(ids) for ids in self.support], dtype=torch.int32),
+            values=torch.tensor(ids, dtype=torch.int32),
+        )
 
 
 def samples_of(requests: Sequence[Request], stops: StopRules) -> list[list[Sample]]:
@@ -89,6 +106,10 @@ def _extend(sample: Sample, output: Any) -> int:
                 "weights hold NaN or infinity, or a weight sync has never brought any"
             )
         sample.tokens.append(token)
+        if sample.request.sampling.support:
+            ids, mass = support_of(found)
+            sample.support.append(ids)
+            logprob -= mass
         sample.logprobs.append(logprob)
         count += 1
         finish = sample.rule.check(sample.tokens, len(sample.logprobs))
@@ -97,6 +118,19 @@ def _extend(sample: Sample, output: Any) -> int:
             break
     assert not output.finished or sample.finish != "aborted", piece.finish_reason
     return count
+
+
+def support_of(found: Mapping[int, Any]) -> tuple[list[int], float]:
+    """The tokens that one was drawn from, and the logarithm of their mass.
+
+    The mass is 1, but where more tokens tie with the last of vLLM's top-k than it was asked for:
+    the draw is then taken as one from those that it told of.
+
+    Args:
+        found: the most likely tokens and the drawn one; those that may not be drawn have -inf.
+    """
+    kept = {token: entry.logprob for token, entry in found.items() if entry.logprob > -math.inf}
+    return sorted(kept), math.log(math.fsum(math.exp(value) for value in kept.values()))
 
 
 def run_scores(

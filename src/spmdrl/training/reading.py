@@ -18,6 +18,7 @@ from spmdrl.training.logprobs import token_logprobs
 from spmdrl.training.packing import Microbatch
 from spmdrl.training.protocol import Given, LossInput, Progress
 from spmdrl.training.readout import Readout
+from spmdrl.training.support import SUPPORT, Support, support_at
 
 
 def check_head(role: str, head: Head, readout: Readout) -> None:
@@ -47,11 +48,12 @@ def read_places(
     head_chunk: int,
     tp: Parallel,
     first_id: int | None = None,
+    support: Support | None = None,
 ) -> tuple[Tensor, ...]:
     """The readout's columns at the places `predict`, [M] each.
 
     Args:
-        first_id: see `token_logprobs`.
+        first_id, support: see `token_logprobs`.
     """
     read = hidden.index_select(0, predict)
     if readout.head == "score":
@@ -65,7 +67,23 @@ def read_places(
         chunk=head_chunk,
         tp=tp,
         first_id=first_id,
+        support=support,
     )
+
+
+def support_of(
+    rows: Batch,
+    microbatch: Microbatch,
+    stream: LocalStream,
+    readout: Readout,
+    device: torch.device,
+) -> Support | None:
+    """Of the places of the stream that are read: the tokens that theirs were drawn from."""
+    column = rows.ragged.get(SUPPORT)
+    if column is None or readout.head != "lm" or not readout.is_per_token:
+        return None
+    found = support_at(column, microbatch.source[stream.read], microbatch.targets[stream.read])
+    return None if found is None else found.to(device)
 
 
 def whole_stream(

@@ -37,9 +37,11 @@ from spmdrl.training.reading import (
     nothing_read,
     over_replicas,
     read_places,
+    support_of,
     whole_stream,
 )
 from spmdrl.training.readout import Readout
+from spmdrl.training.support import Support
 from spmdrl.training.weights import build_decoder, fill_leaves, make_leaves, refresh_weights
 
 
@@ -99,7 +101,8 @@ class TorchBackend:
             for microbatch in counted(self._paced(self._pack(rows, readout)), progress):
                 stream = self._stream(microbatch)
                 routing = make_routing(self.config.moe, rows, microbatch, stream, self._device)
-                for name, values in self._run(stream, readout, routing).items():
+                support = support_of(rows, microbatch, stream, readout, self._device)
+                for name, values in self._run(stream, readout, routing, support).items():
                     found[name][microbatch.source] = values.cpu()
         if isinstance(self._decoder, FSDPModule):
             # The root stays gathered after a forward pass; an optimizer step would not reach it.
@@ -128,7 +131,8 @@ class TorchBackend:
             stream = self._stream(microbatch)
             balance = self._balance(rows, microbatch, stream, readout, normaliser)
             routing = make_routing(moe, rows, microbatch, stream, self._device, balance)
-            outputs = self._run(stream, readout, routing)
+            support = support_of(rows, microbatch, stream, readout, self._device)
+            outputs = self._run(stream, readout, routing, support)
             if use is not None and routing is not None:
                 use.add(routing, stream)
             if microbatch.is_empty:
@@ -268,7 +272,11 @@ class TorchBackend:
         )
 
     def _run(
-        self, stream: LocalStream, readout: Readout, routing: Routing | None
+        self,
+        stream: LocalStream,
+        readout: Readout,
+        routing: Routing | None,
+        support: Support | None,
     ) -> dict[str, Tensor]:
         """The readout's columns at all places of the microbatch that are read, [N] each."""
         check_head(self.mesh.role, self.head, readout)
@@ -290,6 +298,7 @@ class TorchBackend:
                 readout,
                 head_chunk=self.options.head_chunk,
                 tp=self._decoder.tp,
+                support=support,
             )
 
         tokens, positions = self._here(stream.tokens), self._here(stream.positions)

@@ -36,6 +36,7 @@ from .scheduler import Scheduler, sampled
 from .sequence import Sequence as Sample
 from .sequence import common_prefix, leaders_of, sequences_of
 from .snapshot import blocks_of, restore_snapshot, take_snapshot
+from .supports import rows_of
 from .workspace import NativeOptions, Work, Workspace
 
 _PREFIX_TOKENS = 256
@@ -348,6 +349,7 @@ class NativeEngine:
             draws = self._sampler.sample(logits, params, [s.next_key() for s in samples])
             logprobs, margins = draws.logprobs.tolist(), draws.margins.tolist()
             tokens = draws.tokens.tolist()
+            support = None if draws.support is None else rows_of(draws.support)
         # the group's per-step message
         stopped, *tokens = self._group.from_leader([int(stop), *tokens])
         for i, sample in enumerate(samples):
@@ -361,6 +363,8 @@ class NativeEngine:
             sample.logprobs.append(logprobs[i])
             if sample.request.sampling.margins:
                 sample.margins.append(margins[i])
+            if support is not None and sample.request.sampling.support:
+                sample.support.append(support[i])
             finish = rules[sample.index].check(sample.tokens, sample.num_generated)
             if finish is not None:
                 sample.finish = finish

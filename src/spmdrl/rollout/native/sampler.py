@@ -4,6 +4,9 @@ A token is argmax(l / T + g) with Gumbel noise g, computed as argmax(p / e) with
 exponential noise: the same order with one logarithm less, and the probabilities p serve the
 log-probability too. Truncation works on the most likely candidates alone; noise depends on the key
 and the token id, so either way of computing draws the same token.
+
+Logits of one value stand in the order of their ids, at whatever limit: in bfloat16 many are equal,
+and a request's tokens must not depend on how many candidates its neighbours ask for.
 """
 
 from __future__ import annotations
@@ -15,21 +18,26 @@ import torch
 from torch import Tensor
 
 from ...keyed import Noise, exponential_at, key_tensor
-from ..sampling import SamplingParams
+from ...ragged import Ragged
+from ..sampling import MAX_SUPPORT, SamplingParams
 
 _CANDIDATES = 1024
 _CPU_VALUES = 200_000
 _DEVICE_VALUES = 16_000_000
 _ARGMAX_ROWS = 128
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """Of N rows: `tokens [N]` int64, `logprobs [N]` float32 and `margins [N]` float32."""
+    """Of N rows: `tokens [N]` int64, `logprobs [N]` float32 and `margins [N]` float32; `support`:
+    the int32 ids that each was drawn from, on the host, where some row asks for them.
+    """
 
     tokens: Tensor
     logprobs: Tensor
     margins: Tensor
+    support: Ragged | None = None
 
 
 class Sampler:
@@ -58,12 +66,17 @@ class Sampler:
         tokens = torch.empty(n, dtype=torch.int64, device=self._device)
         logprobs = torch.empty(n, device=self._device)
         margins = torch.empty(n, device=self._device)
+        support = None
         for kind in sorted(set(kinds)):
             numbers = [i for i, k in enumerate(kinds) if k == kind]
             rows = torch.tensor(numbers, device=self._device)
             part = self._sample_kind(kind, logits[rows], [params[i] for i in numbers], key[rows])
             tokens[rows], logprobs[rows], margins[rows] = part.tokens, part.logprobs, part.margins
-        return Draws(tokens=tokens, logprobs=logprobs, margins=margins)
+            if part.support is not None:  # one kind alone has it, so its rows are in order
+                counts = torch.zeros(n, dtype=torch.int32)
+                counts[torch.tensor(numbers)] = part.support.counts
+                support = Ragged(counts=counts, values=part.support.values)
+        return Draws(tokens=tokens, logprobs=logprobs, margins=margins, support=support)
 
     def _sample_kind(
         self, kind: str, logits: Tensor, params: list[SamplingParams], keys: Tensor
@@ -71,11 +84,9 @@ class Sampler:
         asked = any(p.margins for p in params)
         if kind == "greedy":
             return _greedy(logits, asked)
-        temperatures = {p.temperature for p in params}
-        if len(temperatures) > 1:
+        if any(p.temperature != 1 for p in params):
+            # a column also where all are equal: CUDA multiplies by a number's rounded inverse
             logits.div_(self._column([p.temperature for p in params]))
-        elif (temperature := temperatures.pop()) != 1:
-            logits.div_(temperature)
         if kind == "truncated":
             return self._truncated(logits, params, keys, asked)
         starts = range(0, len(params), self._rows)
@@ -112,21 +123,63 @@ class Sampler:
         values, tokens = logits.topk(count, dim=-1)
         keep, distance = truncate(values, total, top_k, *limits)
         if count < vocabulary and bool(keep[:, -1].any()):
-            values, tokens = logits.sort(dim=-1, descending=True)
+            values, tokens = logits.sort(dim=-1, descending=True, stable=True)
             keep, distance = truncate(values, total, top_k, *limits)
+        else:
+            tokens = _by_id(logits, values, tokens, keep)
         values = values.masked_fill(~keep, -torch.inf)
         noise = exponential_at(keys, self._noise.index_hash[tokens])
         scores = values - noise.log_()
         place = scores.argmax(-1, keepdim=True)
-        logprobs = values.gather(1, place)[:, 0] - values.logsumexp(-1)
+        left = keep.sum(-1)
+        own = values.double().logsumexp(-1)
+        whole = torch.where(left > MAX_SUPPORT, total[:, 0].double(), own)
+        logprobs = (values.gather(1, place)[:, 0] - whole).float()
         return Draws(
             tokens=tokens.gather(1, place)[:, 0],
             logprobs=logprobs,
             margins=torch.minimum(_margins(scores, asked), distance),
+            support=self._support(tokens, keep, left, params),
         )
+
+    def _support(
+        self, tokens: Tensor, keep: Tensor, left: Tensor, params: list[SamplingParams]
+    ) -> Ragged | None:
+        """The ids that are kept, where few are and some are not."""
+        if not any(p.support for p in params):
+            return None
+        wanted = torch.tensor([p.support for p in params], device=self._device)
+        wanted &= (left <= MAX_SUPPORT) & (left < self._noise.index_hash.shape[0])
+        ids = tokens[keep & wanted[:, None]].to(torch.int32).cpu()
+        return Ragged(counts=(left * wanted).to(torch.int32).cpu(), values=ids)
 
     def _column(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self._device)[:, None]
+
+
+def _by_id(
+    logits: Tensor,  # [N, V]
+    values: Tensor,  # [N, K] the largest of them, descending
+    tokens: Tensor,  # [N, K] theirs
+    keep: Tensor,  # [N, K] bool
+) -> Tensor:
+    """The tokens with equal logits in order of their ids, `[N, K]`, where they are kept.
+
+    Which of several equal logits `topk` takes at its end, and in which order it returns them, is
+    its own choice.
+    """
+    same = values[:, 1:] == values[:, :-1]
+    if not bool((same & keep[:, 1:]).any() | (same & keep[:, :-1]).any()):
+        return tokens
+    group = torch.nn.functional.pad(~same, (1, 0)).cumsum(-1)
+    vocabulary = logits.shape[1]
+    tokens = (group * vocabulary + tokens).sort(-1).values % vocabulary
+    # of those that equal the last candidate, others may have smaller ids
+    last = values == values[:, -1:]
+    for row in (last & keep).any(-1).nonzero().flatten().tolist():
+        count = int(last[row].sum())
+        tokens[row, -count:] = (logits[row] == values[row, -1]).nonzero().flatten()[:count]
+    return tokens
 
 
 def truncate(
@@ -138,7 +191,8 @@ def truncate(
 ) -> tuple[Tensor, Tensor]:
     """Which candidates stay (bool `[N, K]`), and how near a limit was to another choice (`[N]`).
 
-    Top-p keeps the tokens before which the probability is still below it; probabilities are those
+    Top-p keeps the tokens before which the probability is still below it, and what has come within
+    `_ROUNDING` of it has reached it: how a sum was rounded must not decide. Probabilities are those
     of the distribution that top-k leaves. The distance is in nats for top-k and min-p, and in
     probability for top-p.
     """
@@ -146,11 +200,11 @@ def truncate(
     places = torch.arange(count, device=values.device)
     keep = places < top_k[:, None]
     limited = (top_k < count)[:, None]
-    kept = values.masked_fill(~keep, -torch.inf)
-    norm = torch.where(limited, kept.logsumexp(-1, keepdim=True), total)
+    kept = values.double().masked_fill(~keep, -torch.inf)
+    norm = torch.where(limited, kept.logsumexp(-1, keepdim=True), total.double())
     probabilities = (kept - norm).exp()
     before = probabilities.cumsum(-1) - probabilities
-    keep &= (before < top_p) | (top_p >= 1)
+    keep &= (before < top_p.double() * (1 - _ROUNDING)) | (top_p >= 1)
     floor = values[:, :1] + min_p.log()
     keep &= values >= floor
     padded = torch.cat((values, values.new_full((len(values), 1), -torch.inf)), dim=1)
@@ -159,7 +213,7 @@ def truncate(
     distance = torch.where(limited, gap, torch.inf)[:, 0]
     p_distance = (before - top_p).abs().masked_fill(top_p >= 1, torch.inf).amin(-1)
     m_distance = (values - floor).abs().masked_fill(min_p <= 0, torch.inf).amin(-1)
-    return keep, torch.minimum(distance, torch.minimum(p_distance, m_distance))
+    return keep, torch.minimum(distance, torch.minimum(p_distance.float(), m_distance))
 
 
 def _kind(params: SamplingParams) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...keyed import chain, key64
 from ..protocol import Completion, Finish, Request
+from .supports import SupportRecord
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,6 +39,7 @@ class Sequence:
     rows: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
+    support: SupportRecord = field(default_factory=lambda: SupportRecord())
     finish: Finish = "aborted"
 
     @property
@@ -68,6 +70,9 @@ class Sequence:
             finish=self.finish,
             margins=tuple(self.margins),
             experts=experts,
+            support=self.support.column(self.num_generated)
+            if self.request.sampling.support
+            else None,
         )
 
 
@@ -100,6 +105,8 @@ def sequences_of(request: Request, index: int, *, seed: int, step: int) -> list[
         sequence.tokens += begun.tokens
         sequence.logprobs, sequence.margins = list(begun.logprobs), list(begun.margins)
         sequence.finish = begun.finish
+        if begun.support is not None:
+            sequence.support = SupportRecord.of(begun.support)
     return samples
 
 

@@ -6,6 +6,7 @@ sequences run, in which order, on which blocks; and what the cache holds in the 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import Any
@@ -18,6 +19,7 @@ from .attention import PagedAttention
 from .recording import ExpertRecord
 from .scheduler import Scheduler
 from .sequence import Sequence
+from .supports import SupportRecord
 
 _STATE, _KEYS, _VALUES, _EXPERTS = "engine", "keys", "values", "experts"
 
@@ -79,6 +81,9 @@ def restore_snapshot(
         sample.followers = [samples[i] for i in found["followers"]]
         for name in ("logprobs", "margins", "finish", "blocks", "cached", "rows"):
             setattr(sample, name, found[name])
+        sample.support = SupportRecord(
+            counts=array("i", found["support"][0]), ids=array("i", found["support"][1])
+        )
     scheduler.restore(content["scheduler"], samples)
     if record is not None:
         record.restore(state[_EXPERTS], samples[content["first"]])
@@ -95,6 +100,7 @@ def _sample_state(sample: Sequence, number: Mapping[Sequence, int]) -> dict[str,
         "followers": [number[follower] for follower in sample.followers],
         "logprobs": sample.logprobs,
         "margins": sample.margins,
+        "support": [list(sample.support.counts), list(sample.support.ids)],
         "finish": sample.finish,
         "blocks": sample.blocks,
         "cached": sample.cached,

@@ -43,6 +43,7 @@ from spmdrl.training.reading import (
     nothing_read,
     over_replicas,
     read_places,
+    support_of,
     whole_stream,
 )
 from spmdrl.training.readout import Readout
@@ -153,7 +154,7 @@ class MegatronBackend:
         found = {name: torch.zeros(size, device=self._device) for name in readout.columns}
 
         def finish(item: Item, output: Tensor) -> tuple[Tensor, None]:
-            for name, values in self._read(item, output, readout).items():
+            for name, values in self._read(item, rows, output, readout).items():
                 found[name][item.microbatch.source.to(self._device)] = values.float()
             return output, None
 
@@ -183,7 +184,7 @@ class MegatronBackend:
         rows = batch.to(torch.device("cpu"))
 
         def finish(item: Item, output: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
-            outputs = self._read(item, output, readout)
+            outputs = self._read(item, rows, output, readout)
             if item.microbatch.is_empty:
                 return nothing_read(outputs), None
             given = loss_input(rows, item.microbatch, readout, outputs, self._device)
@@ -334,7 +335,7 @@ class MegatronBackend:
             params=StreamParams(attend=attend, rope=rope, routing=routing),
         )
 
-    def _read(self, item: Item, output: Tensor, readout: Readout) -> Outputs:
+    def _read(self, item: Item, rows: Batch, output: Tensor, readout: Readout) -> Outputs:
         """The readout's columns at all places of the microbatch that are read."""
         hidden = output[0]
         if self._is_sp:
@@ -350,6 +351,7 @@ class MegatronBackend:
             head_chunk=self.options.head_chunk,
             tp=self._tp,
             first_id=first_id,
+            support=support_of(rows, item.microbatch, item.stream, readout, self._device),
         )
         return whole_stream(found, readout, item.stream, self.mesh)
 

@@ -1,0 +1,47 @@
+"""Which tokens every token of a sample was drawn from, as bytes: lists of ids would be tenfold."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ...ragged import Ragged
+
+
+@dataclass(kw_only=True, eq=False)
+class SupportRecord:
+    """Counts and ids of the tokens drawn so far, int32; a token may be left out at the end."""
+
+    counts: array[int] = field(default_factory=lambda: array("i"))
+    ids: array[int] = field(default_factory=lambda: array("i"))
+
+    @classmethod
+    def of(cls, column: Ragged) -> SupportRecord:
+        record = cls()
+        record.counts.frombytes(column.counts.numpy().tobytes())
+        record.ids.frombytes(column.values.numpy().tobytes())
+        return record
+
+    def append(self, ids: bytes) -> None:
+        """What the next token was drawn from, as int32 of this machine."""
+        self.counts.append(len(ids) // self.ids.itemsize)
+        self.ids.frombytes(ids)
+
+    def column(self, num_tokens: int) -> Ragged:
+        """Of so many tokens."""
+        assert len(self.counts) == num_tokens, (len(self.counts), num_tokens)
+        counts, ids = (np.array(part, dtype=np.int32) for part in (self.counts, self.ids))
+        return Ragged(counts=torch.from_numpy(counts), values=torch.from_numpy(ids))
+
+
+def rows_of(column: Ragged) -> list[bytes]:
+    """Each token's ids as bytes."""
+    data, size = column.values.numpy().tobytes(), column.values.itemsize
+    found, start = [], 0
+    for count in column.counts.tolist():
+        found.append(data[start : start + count * size])
+        start += count * size
+    return found
