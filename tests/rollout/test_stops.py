@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spmdrl.models.token_texts import TokenTexts, token_texts
 from spmdrl.rollout.sampling import SamplingParams
-from spmdrl.rollout.stops import StopRules, StopTexts
+from spmdrl.rollout.stops import StopRule, StopRules, StopTexts
 
 SPECIAL = ("<|end|>", "<|turn|>")
 ADDED = ("</think>", "<tool>")
@@ -189,3 +189,12 @@ def test_a_special_token_ends_by_its_id_and_is_not_in_the_text() -> None:
     # special tokens within a text: the rest of it is no part of the response either
     within = [ids["h"], texts.special["<|turn|>"], ids["i"], ids["!"], end]
     assert StopTexts(("!<|end|>",), texts).before(within) == "hi"
+
+
+def test_a_decoder_alone_serves_where_no_token_is_special() -> None:
+    texts, _ = bytes_of_text()
+    ids = {texts.decode([i]): i for i in range(256)}
+    rule = StopRule(SamplingParams(stop=("hi",), max_tokens=9), (ids["!"],), texts.decode)
+    assert rule.check([ids["h"], ids["i"]], 2) == "stop"
+    assert rule.check([ids["h"], ids["!"]], 2) == "stop"
+    assert rule.check([ids["i"], ids["h"]], 2) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..models.token_texts import Decode, TokenTexts
@@ -34,24 +34,30 @@ class StopRules:
             if sampling.stop not in self._finders:
                 self._finders[sampling.stop] = StopTexts(sampling.stop, self._texts)
             finder = self._finders[sampling.stop]
-        ids = frozenset(sampling.stop_token_ids)
-        if finder is not None:
-            ids |= finder.ids
-        if not sampling.ignore_eos:
-            ids |= self._eos
-        return StopRule(ids, finder, sampling.max_tokens)
+        return StopRule(sampling, self._eos, finder)
 
 
 class StopRule:
     """The end conditions of one request.
 
     Args:
-        ids: tokens that end a sample.
-        texts: what looks for stop texts; None: there are none.
+        eos: the model's ends of text.
+        texts: what looks for the request's stop texts, or how tokens are decoded where none of them
+            is special; None: there are no stop texts.
     """
 
-    def __init__(self, ids: frozenset[int], texts: StopTexts | None, max_tokens: int) -> None:
-        self._ids, self._texts, self._max_tokens = ids, texts, max_tokens
+    def __init__(
+        self, sampling: SamplingParams, eos: Iterable[int], texts: StopTexts | Decode | None
+    ) -> None:
+        if texts is not None and not isinstance(texts, StopTexts):
+            decoded = TokenTexts(decode=texts, decode_all=texts)
+            texts = StopTexts(sampling.stop, decoded) if sampling.stop else None
+        self._texts, self._max_tokens = texts, sampling.max_tokens
+        self._ids = frozenset(sampling.stop_token_ids)
+        if texts is not None:
+            self._ids |= texts.ids
+        if not sampling.ignore_eos:
+            self._ids |= frozenset(eos)
 
     def check(self, tokens: list[int], num_generated: int) -> Finish | None:
         """Whether the newest of `tokens` (prompt and generated) ends the sample."""
