@@ -51,7 +51,7 @@ def _text(value: Any, column: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Decimal):
-        return str(value)
+        return f"{value:f}"
     try:
         return json.dumps(value, default=str)
     except (ValueError, RecursionError) as error:

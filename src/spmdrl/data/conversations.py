@@ -155,7 +155,7 @@ def load_conversations(
         return Example(text=text, prompt=prompt_key(messages[:first]), item=item)
 
     needed = [source.column("messages" if whole else "response")]
-    return ConversationSet(*read_examples(source, needed, make, encoder.has_tools, report))
+    return ConversationSet(*read_examples(source, needed, make, encoder.template, report))
 
 
 def _whole(row: Row, source: ExampleSource) -> tuple[str, Messages]:

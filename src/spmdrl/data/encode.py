@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
+from spmdrl.data.doubts import names
 from spmdrl.data.messages import BadRow, Messages, checked_text, read_tools
-from spmdrl.data.rows import Row, said
+from spmdrl.data.rows import TOOLS, Row, said
 
 Tools = Sequence[Mapping[str, Any]]
+
+_OTHER_ANSWER = "fjord-quartz"
 
 
 class Tokenizer(Protocol):
@@ -67,6 +69,11 @@ class AnswerEncoder:
     chat: bool
     ends: tuple[str, ...]
     now: datetime
+
+    @property
+    def template(self) -> str | None:
+        """The text of the chat templates; None where none is used."""
+        return templates(self.tokenizer) if self.chat else None
 
     @property
     def has_tools(self) -> bool:
@@ -157,7 +164,7 @@ class AnswerEncoder:
                 f"there: {_disagreement(before, after)}; use another template"
             )
         answer = after[len(before) :]
-        place = answer.find(content.strip())  # some templates strip
+        place = self._place(before, answer, messages, tools)
         if place < 0:
             raise BadRow(
                 f"the chat template does not write the answer as it is: {content[:80]!r} becomes "
@@ -171,6 +178,21 @@ class AnswerEncoder:
             return before, answer[:stop], False
         at, end = min(found)
         return before, answer[: at + len(end)], True
+
+    def _place(self, before: str, answer: str, messages: Messages, tools: Tools) -> int:
+        """Where what was said begins in `answer`; -1 where it does not stand there.
+
+        A short answer ("A") may also be a part of what the template writes before it ("Assistant:
+        A"): where it stands twice, the template is asked for the place of another answer.
+        """
+        said = str(messages[-1]["content"]).strip()  # some templates strip
+        place = answer.find(said)
+        if place == answer.rfind(said):
+            return place
+        other = [*messages[:-1], {**messages[-1], "content": _OTHER_ANSWER}]
+        text = render(other, self.tokenizer, prompt=False, tools=tools, now=self.now)
+        found = text.find(_OTHER_ANSWER, len(before)) - len(before)
+        return found if found > 0 and answer.startswith(said, found) else place
 
     def _continued(self, tokens: list[int], text: str, longer: str) -> list[int]:
         """`tokens`, the ids of `text`, continued to those of `longer`.
@@ -206,9 +228,15 @@ def make_encoder(
 
 def check_chat_template(source: str, tokenizer: Tokenizer, *, chat: bool) -> None:
     """ValueError where a chat template is asked for and there is none."""
-    if chat and tokenizer.chat_template is None:
+    found = tokenizer.chat_template
+    if chat and found is None:
         raise ValueError(
             f"data source {source!r}: the tokenizer has no chat template: set chat to false"
+        )
+    if chat and isinstance(found, Mapping) and "default" not in found:
+        raise ValueError(
+            f"data source {source!r}: the tokenizer has several chat templates, and none is named "
+            f"'default': {', '.join(sorted(found))}"
         )
 
 
@@ -221,7 +249,7 @@ def templates(tokenizer: Tokenizer) -> str:
 
 def writes_tools(tokenizer: Tokenizer) -> bool:
     """Whether a chat template has a place for tools."""
-    return re.search(r"\btools\b", templates(tokenizer)) is not None
+    return names(templates(tokenizer), TOOLS)
 
 
 def tells_time(tokenizer: Tokenizer) -> bool:

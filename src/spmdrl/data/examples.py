@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
+from spmdrl.data.doubts import tell_of_keys, tell_of_tools
 from spmdrl.data.identity import row_mark
 from spmdrl.data.messages import BadRow, check_prompt_settings
-from spmdrl.data.rows import TOOLS, Row, read_rows
+from spmdrl.data.rows import Row, read_rows
 from spmdrl.data.split import in_part, read_part
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def read_examples(
     source: ExampleSource,
     needed: Sequence[str],
     make: Callable[[Row], Example[Item]],
-    has_tools: bool,
+    template: str | None,
     report: Report,
 ) -> tuple[list[Item], Mapping[str, int]]:
     """The items of all rows that can be used; how many are left out, by reason (also logged).
@@ -114,7 +115,7 @@ def read_examples(
     Args:
         needed: columns without which no row can be used.
         make: raises `BadRow` or `Unusable`.
-        has_tools: whether it uses the column of tools.
+        template: the text of the chat templates that it uses; None: none.
         report: told how far it is.
 
     Raises:
@@ -123,7 +124,8 @@ def read_examples(
     """
     rows = all_rows(source, seed=0, report=report)
     check_columns(source.source, dict.fromkeys(needed, "prompt_column or columns"), rows)
-    tell_of_tools(source.source, rows, used=has_tools)
+    tell_of_tools(source.source, rows, template)
+    tell_of_keys(source.source, rows, {source.prompt_column, *needed}, template)
     items: list[Item] = []
     seen: set[Hashable] = set()
     left_out: Counter[str] = Counter()
@@ -217,13 +219,3 @@ def read_mark(row: Row) -> bytes:
         return row_mark(row.values)
     except (ValueError, RecursionError) as error:
         raise BadRow(f"it holds what cannot be written as JSON: {error}") from error
-
-
-def tell_of_tools(source: str, rows: Sequence[Row], *, used: bool) -> None:
-    """Warn once where rows have tools that no chat template writes."""
-    if not used and any(row.values.get(TOOLS) for row in rows):
-        log.warning(
-            "%s: the prompts do not name the tools of column %r: the chat template has no place "
-            "for them",
-            *(source, TOOLS),
-        )

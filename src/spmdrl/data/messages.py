@@ -7,9 +7,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from spmdrl.data.rows import TOOLS, Row
+from spmdrl.data.rows import TOOLS, Row, is_conversation
 
 Messages = Sequence[Mapping[str, Any]]
+
+_ROLES = ("system", "user", "assistant", "tool")
 
 
 class BadRow(ValueError):
@@ -90,7 +92,10 @@ def read_answers(row: Row, columns: Sequence[str], settings: PromptSettings) -> 
     contexts: list[Messages] = []
     for column in columns:
         value = row.get(column)
+        if isinstance(value, str) and column == settings.prompt_column:
+            raise BadRow(same_column(column))
         if isinstance(value, str):
+            _refuse_json(value, column)
             answers.append(checked_text(value, column))
             continue
         if not isinstance(value, list):
@@ -149,9 +154,27 @@ def read_prompt(value: Any, column: str, settings: PromptSettings) -> list[Mappi
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"column {column!r} holds no text but {shown(value)}")
     checked_text(value, column)
+    _refuse_json(value, column)
     # Not str.format: prompts and templates are full of braces.
     text = settings.template.replace("{prompt}", value)
     return with_system([{"role": "user", "content": text}], settings)
+
+
+def same_column(column: str) -> str:
+    """What is said of a text that is named twice; a conversation may be, it has both."""
+    return f"column {column!r} is named as prompt and as answer, and holds one text"
+
+
+def _refuse_json(text: str, column: str) -> None:
+    """BadRow for a conversation that was stored as text: the model would be asked its JSON."""
+    if not (text.lstrip().startswith("[") and '"role"' in text):
+        return
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if is_conversation(value):
+        raise BadRow(f"column {column!r} holds a conversation as text: store it as a list")
 
 
 def checked_messages(value: Any, column: str, settings: PromptSettings) -> list[Mapping[str, Any]]:
@@ -163,7 +186,7 @@ def checked_messages(value: Any, column: str, settings: PromptSettings) -> list[
         given = message if isinstance(message, Mapping) else {}
         if not isinstance(given.get("role"), str) or not isinstance(given.get("content"), str):
             raise BadRow(f"column {column!r}: {shown(message)} is no message with role and content")
-        checked_text(given["role"], column)
+        _check_role(given["role"], column)
         checked_text(given["content"], column)
         messages.append({key: part for key, part in given.items() if part is not None})
     if not messages:
@@ -171,6 +194,15 @@ def checked_messages(value: Any, column: str, settings: PromptSettings) -> list[
     if not settings.chat:
         raise BadRow(f"column {column!r} holds messages, which need chat=True")
     return messages
+
+
+def _check_role(role: str, column: str) -> None:
+    checked_text(role, column)
+    meant = role.strip().lower()
+    if meant != role and meant in _ROLES:
+        raise BadRow(f"column {column!r}: the role {role!r} must be written {meant!r}")
+    if not meant:
+        raise BadRow(f"column {column!r}: a message has the role {role!r}, which is none")
 
 
 def waiting(messages: Messages, column: str) -> list[Mapping[str, Any]]:

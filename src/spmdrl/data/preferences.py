@@ -193,7 +193,7 @@ def load_preferences(
         return Example(text=asked.text, prompt=prompt_key(asked.messages), item=pair)
 
     margins = [source.columns["margin"]] if "margin" in source.columns else []
-    return PairSet(*read_examples(source, [*columns, *margins], make, encoder.has_tools, report))
+    return PairSet(*read_examples(source, [*columns, *margins], make, encoder.template, report))
 
 
 def _said(answer: str) -> Mapping[str, str]:

@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 
 from spmdrl.batch import Batch, from_rows
 from spmdrl.data.answers import answer_text
-from spmdrl.data.encode import Tokenizer, check_chat_template, render, writes_tools
+from spmdrl.data.doubts import (
+    tell_of_answers,
+    tell_of_keys,
+    tell_of_questions,
+    tell_of_tools,
+)
+from spmdrl.data.encode import Tokenizer, check_chat_template, render, templates, writes_tools
 from spmdrl.data.examples import (
     Report,
     all_rows,
@@ -23,9 +29,9 @@ from spmdrl.data.examples import (
     leave_out,
     read_mark,
     reported,
-    tell_of_tools,
     unreported,
 )
+from spmdrl.data.load_report import LoadReport, tell
 from spmdrl.data.messages import (
     BadRow,
     check_prompt_settings,
@@ -34,6 +40,7 @@ from spmdrl.data.messages import (
     read_answers,
     read_prompt,
     read_tools,
+    same_column,
     waiting,
     with_system,
 )
@@ -127,20 +134,6 @@ class PromptSource:
                 f"messages_column={self.messages_column!r} takes whole conversations: it goes "
                 f"with chat=True (not {self.chat}) and no template (not {self.template!r})"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadReport:
-    """What loading did: rows read; left out: bad rows, prompts that were there before, those of
-    other parts, long ones; tokens of the longest.
-    """
-
-    num_rows: int
-    num_bad: int
-    num_long: int
-    longest: int
-    num_repeated: int = 0
-    num_elsewhere: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,10 +264,13 @@ def load_prompts(
     rows = all_rows(source, seed=source.seed, report=report)
     check_columns(source.source, _needed(source), rows)
     has_tools = source.chat and writes_tools(tokenizer)
-    tell_of_tools(source.source, rows, used=has_tools)
+    template = templates(tokenizer) if source.chat else None
+    tell_of_tools(source.source, rows, template)
+    tell_of_keys(source.source, rows, _needed(source), template)
     drafts: list[_Draft] = []
     texts: list[str] = []
     seen: set[str] = set()
+    unwritten: list[str] = []
     num_bad = num_repeated = num_elsewhere = 0
     for row in reported(rows, report):
         try:
@@ -292,6 +288,14 @@ def load_prompts(
             seen.add(text)
             texts.append(text)
             drafts.append(draft)
+            if draft.text.strip() not in text:
+                unwritten.append(row.place)
+    tell_of_questions(source.source, unwritten, len(drafts))
+    tell_of_answers(
+        source.source,
+        [d.row.place for d in drafts if d.answer is not None and not d.answer.strip()],
+        len(drafts),
+    )
     lengths, tokens = _encode(texts, source, tokenizer, report)
     limit = source.max_prompt_tokens
     fits = [i for i, length in enumerate(lengths) if limit is None or length <= limit]
@@ -303,7 +307,7 @@ def load_prompts(
         num_repeated=num_repeated,
         num_elsewhere=num_elsewhere,
     )
-    _tell(done, source, num_left=len(fits))
+    tell(done, source, num_left=len(fits))
     return PromptSet(drafts, tokens, lengths, done).subset(fits)
 
 
@@ -337,6 +341,8 @@ def _draft(row: Row, source: PromptSource, *, has_tools: bool) -> _Draft:
         first, messages, answer = asked.text, list(asked.messages), asked.answers[0]
     else:
         value = row.get(source.prompt_column)
+        if isinstance(value, str) and source.answer_column == source.prompt_column:
+            raise BadRow(same_column(source.prompt_column))
         messages = read_prompt(value, source.prompt_column, source)
         first = value if isinstance(value, str) else opening(messages)
     if source.answer_column is not None:
@@ -363,7 +369,10 @@ def _question(draft: _Draft) -> str:
 def _render(draft: _Draft, source: PromptSource, tokenizer: Tokenizer) -> str:
     if not source.chat:
         return draft.text
-    return render(draft.messages, tokenizer, prompt=True, tools=draft.tools, now=source.now)
+    text = render(draft.messages, tokenizer, prompt=True, tools=draft.tools, now=source.now)
+    if not text:
+        raise BadRow("the chat template writes nothing for it")
+    return text
 
 
 def _encode(
@@ -380,25 +389,3 @@ def _encode(
         lengths += [len(row) for row in rows]
         packed += [np.asarray(row, np.int32) for row in rows]
     return np.asarray(lengths, np.int64), np.concatenate(packed)
-
-
-def _tell(report: LoadReport, source: PromptSource, *, num_left: int) -> None:
-    """Log what was left out; ValueError when nothing is left."""
-    limit = source.max_prompt_tokens
-    if not num_left:
-        raise ValueError(
-            f"data source {source.source!r} leaves no prompt: of {report.num_rows} rows "
-            f"{report.num_bad} are bad and {report.num_long} longer than "
-            f"data.train.max_tokens={limit} (the longest has {report.longest}); "
-            f"{report.num_elsewhere} are not in part {source.part}"
-        )
-    if report.num_long:
-        log.warning(
-            "%s: %d of %d prompts are longer than data.train.max_tokens=%d (the longest has %d); "
-            "left out",
-            *(source.source, report.num_long, report.num_long + num_left, limit, report.longest),
-        )
-    if report.num_repeated:
-        log.warning(
-            "%s: %d prompts were there before; left out", source.source, report.num_repeated
-        )

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 KINDS = "a .jsonl, .json or .parquet file, 'hub:NAME' or 'reasoning_gym:TASK'"
 TOOLS = "tools"
 """The column whose tools the chat template is given."""
@@ -124,7 +126,7 @@ def _parse(line: bytes) -> tuple[Mapping[str, Any], str | None]:
     if not line.strip():
         return {}, "the line is empty"
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         return {}, f"not UTF-8: {error}"
     except json.JSONDecodeError as error:
@@ -136,6 +138,16 @@ def _parse(line: bytes) -> tuple[Mapping[str, Any], str | None]:
     return values, None
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """ValueError where one key stands twice: the last would count, and nobody meant that."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return values
+
+
 def _parquet_rows(path: Path, size: int | None) -> Iterator[Row]:
     """Read by pyarrow itself: `datasets` decodes what its metadata in the file say."""
     with one_line(f"data source {str(path)!r} cannot be read"):
@@ -143,6 +155,10 @@ def _parquet_rows(path: Path, size: int | None) -> Iterator[Row]:
 
         index = 0
         with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"two columns are named {twice!r}")
             for batch in file.iter_batches(batch_size=_BATCH):
                 for values, problem in _arrow_rows(batch):
                     if index == size:
@@ -162,7 +178,7 @@ def _arrow_rows(batch: Any) -> Iterator[tuple[Mapping[str, Any], str | None]]:
     except Exception:  # some row's, of whatever type: found below
         rows = [_arrow_row(batch, place) for place in range(batch.num_rows)]
     for values, problem in rows:
-        yield _unfilled(values), problem
+        yield _unfilled(_shortened(values, batch.schema)), problem
 
 
 def _arrow_row(batch: Any, place: int) -> tuple[Mapping[str, Any], str | None]:
@@ -170,6 +186,35 @@ def _arrow_row(batch: Any, place: int) -> tuple[Mapping[str, Any], str | None]:
         return batch.slice(place, 1).to_pylist()[0], None
     except Exception as error:  # pyarrow's, of whatever type: the row's fault
         return {}, f"it cannot be read: {said(error)}"
+
+
+def _shortened(values: Mapping[str, Any], schema: Any) -> Mapping[str, Any]:
+    """With the shortest decimals of float32 and float16 columns, and of such fields of structs:
+    0.1 is stored as the float32 next to it, which as a float64 is 0.10000000149011612.
+    """
+    narrow = {field.name: field.type for field in schema if _has_narrow(field.type)}
+    if not narrow or not values:
+        return values
+    return {**values, **{name: _shortest(values[name], kind) for name, kind in narrow.items()}}
+
+
+def _has_narrow(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return any(_has_narrow(field.type) for field in kind)
+    return bool(types.is_float32(kind) or types.is_float16(kind))
+
+
+def _shortest(value: Any, kind: Any) -> Any:
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_struct(kind):
+        fields = {field.name: field.type for field in kind if _has_narrow(field.type)}
+        return {**value, **{name: _shortest(value[name], of) for name, of in fields.items()}}
+    return float(str((np.float32 if types.is_float32(kind) else np.float16)(value)))
 
 
 def _unfilled(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -205,7 +250,8 @@ def _hub_rows(name: str, parameters: Mapping[str, Any], size: int | None) -> Ite
         for index, values in enumerate(rows):
             if index == size:
                 return
-            yield Row(index=index, place=f"hub:{name}: row {index}", values=_unfilled(values))
+            values = _unfilled(_shortened(values, rows.features.arrow_schema))
+            yield Row(index=index, place=f"hub:{name}: row {index}", values=values)
 
 
 def _task_rows(
