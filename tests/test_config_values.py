@@ -32,6 +32,50 @@ PPO = ["roles.reference={}", "roles.value={}", "algorithm.kl_coef=0.1"]
 REFILL = ["algorithm.refill_attempts=2"]
 
 
+FILE = "data.train.source=a.jsonl"
+CACHED = ["preference.reference=cache"]
+HELD = "evaluation.held_out=4"
+SETS = "evaluation.sets={a: {data: {size: 4, split: test}}}"
+UNREAD: list[tuple[str, list[str], str]] = [
+    ("grpo", ["roles.value={}"], "roles.value: flow=grpo never asks it"),
+    ("ppo", ["roles.value={}", "roles.reference={}"], "roles.reference: no effect without"),
+    ("grpo", ["limits={updat: 5}"], "limits.updat: no effect"),
+    ("sft", ["train.share_prompts=false"], "train.share_prompts=False: no effect"),
+    ("ppo", [*PPO, "roles.value.train={head_chunk: 7}"], "roles.value.train.head_chunk=7"),
+    ("dpo", [*CACHED, "log.text_samples=1"], "log.text_samples=1: no effect without a flow that"),
+    ("grpo", ["checkpoint.keep_every=2"], "checkpoint.keep_every=2: no effect without"),
+    (
+        "grpo",
+        ["checkpoint.export=false", "checkpoint.export_dtype=float16"],
+        "checkpoint.export_dtype=float16: no effect without checkpoint.export",
+    ),
+    ("grpo", ["rollout.engine=vllm", "checkpoint.journal_kv=false"], "journal_kv=False: no effect"),
+    ("grpo", ["device=cpu", "rollout.cuda_graphs=false"], "cuda_graphs=False: no effect"),
+    ("grpo", ["roles.policy.tp_across_nodes=true"], "tp_across_nodes=True: no effect with"),
+    ("sft", [HELD, "evaluation.threshold=0.5"], "evaluation.threshold=0.5: no effect without"),
+    ("sft", ["evaluation.sets={a: {data: {size: 4}, k: [1]}}"], "evaluation.sets.a.k=[1]: no"),
+    (
+        "grpo",
+        [FILE, "data.train.columns={response: a}"],
+        "data.train.columns.response: no effect on",
+    ),
+    ("sft", [FILE, "data.train.columns={chosen: a}"], "data.train.columns.chosen: no effect on"),
+    (
+        "dpo",
+        [*CACHED, FILE, "data.train.answer_pattern='(a)'"],
+        "answer_pattern=(a): no effect without",
+    ),
+    ("sft", [FILE, "data.train.answer_column=a"], "data.train.answer_column=a: no effect without"),
+    (
+        "grpo",
+        [FILE, "data.train.columns={messages: m}", "data.train.prompt_column=a"],
+        "data.train.prompt_column=a: no effect without questions beside",
+    ),
+    ("grpo", ["data.mix=[{split: test}]"], "data.mix.0.split=test: no effect without"),
+    ("grpo", [SETS], "evaluation.sets.a.data.split=test: no effect without"),
+]
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("configs")
@@ -143,10 +187,25 @@ def test_a_stop_token_is_one_of_the_model_s(files):
         ),
         (
             "ppo",
+            ["roles.value={}", "algorithm.kl_target=6"],
+            r"kl_target=6.0 with algorithm\.kl_coef=0.0: .* never leave 0",
+        ),
+        (
+            "ppo",
             [*PPO, "roles.reference.train={lr: 0.1}"],
             "roles.reference.train.lr=0.1: reference is not trained",
         ),
         ("grpo", ["roles.rollout.train={betas: [0.5, 0.6]}"], r"roles\.rollout\.train\.betas"),
+        (
+            "grpo",
+            ["roles.rollout.train={head_chunk: 9}"],
+            r"rollout\.train\.head_chunk=9.*no train",
+        ),
+        ("sft", ["environment=a:B"], r"environment=a:B with flow=sft, which does not read it"),
+        ("sft", ["environment=a:B", "trainer=a:B"], r"environment=a:B with flow=sft"),
+        ("grpo", ["data.kind=preferences"], r"data\.kind=preferences with flow=grpo"),
+        ("grpo", ["roles.rollout.trained=true"], r"roles\.rollout\.trained=true: .*no train"),
+        ("grpo", ["roles.policy.options={a: 1}"], r"roles\.policy\.options=.*only a module:Class"),
     ],
 )
 def test_keys_that_go_together_badly_are_refused(files, flow, words, message):
@@ -196,6 +255,7 @@ def test_the_least_horizon_is_the_controller_s():
         ("ppo", [*PPO, "algorithm.kl_horizon=500"], "kl_horizon=500: no effect without"),
         ("dpo", ["preference.reference=cache", "preference.kto_weights=[1,2]"], "loss=kto"),
         ("dpo", ["preference.reference=cache", "preference.pairs=all"], "flow=online_dpo"),
+        *UNREAD,
     ],
 )
 def test_what_is_said_in_vain_is_warned_of(files, flow, words, message):

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from spmdrl.config import Config, PromptsSection, TrainSection
-from spmdrl.config_sets import held_out_sets
+from spmdrl.config import FLOW_DATA, Config, DataKind, PromptsSection, TrainSection
+from spmdrl.config_sets import described_sets, held_out_sets, mixed_source
+
+FLOW_ROLES: Mapping[str, tuple[str, ...]] = {
+    "sft": ("policy",),
+    "reward_model": ("reward",),
+    "dpo": ("policy", "reference"),
+    "online_dpo": ("policy", "reference"),
+    "grpo": ("policy", "reference", "teacher"),
+    "ppo": ("policy", "reference", "value"),
+}
+"""Shipped flow -> the roles that it asks, beside a rollout and those that reward."""
+
+PHASES = (
+    *("default", "start", "sync", "rollout", "reward", "logprobs", "update", "reference"),
+    *("evaluation", "checkpoint", "stopping"),
+)
+"""What `limits` can name in a shipped flow."""
+
+COLUMNS: Mapping[DataKind, tuple[str, ...]] = {
+    "prompts": ("messages",),
+    "conversations": ("messages", "response"),
+    "preferences": ("chosen", "rejected", "margin"),
+}
+"""Kind of data -> the names of `columns` that it reads."""
+
+DRAWN = ("threshold", "num_samples", "k", "sampling", "against")
+"""Keys of a held-out set that say how answers are drawn and judged."""
 
 RECIPES = ("policy_loss", "loss_mean", "clip_low", "clip_high")
 
@@ -18,9 +44,60 @@ def doubts(config: Config) -> list[str]:
     What a flow of the user's own reads is not known: of it only roles and data are judged.
     """
     found = [*_of_roles(config), *_of_evaluation(config), *_of_data(config)]
+    found += [*_of_checkpoints(config), *_of_devices(config)]
+    if config.trainer is None and config.environment is None and config.flow in FLOW_ROLES:
+        found += _of_flow(config)
     if config.trainer is None:
         found += [*_of_algorithm(config), *_of_preference(config)]
     return found
+
+
+def _of_flow(config: Config) -> Iterator[str]:
+    """What a shipped flow never asks."""
+    lists = [config.rewards, *(described.rewards for described in held_out_sets(config).values())]
+    judges = {reward.role for rewards in lists for reward in rewards}
+    asked = {*FLOW_ROLES[config.flow], *judges}
+    for name in config.roles:
+        if name not in asked and config.role_kind(name) != "rollout":
+            yield f"roles.{name}: flow={config.flow} never asks it: leave the role out"
+    if config.flow == "ppo" and "reference" in config.roles and config.algorithm.kl_coef == 0:
+        yield "roles.reference: no effect without algorithm.kl_coef above 0"
+    for phase in config.limits:
+        if phase not in PHASES:
+            yield f"limits.{phase}: no effect, for no phase has that name; there are {PHASES}"
+    if config.flow == "reward_model" and config.roles["reward"].retokenize:
+        yield "roles.reward.retokenize=True: no effect on a reward model that is trained"
+    has_groups = config.flow != "sft"
+    names = ["share_prompts"]
+    yield from _in_vain(config.train, "train", names, "rows of one prompt", has_groups)
+    samples = FLOW_DATA[config.flow] == "prompts"
+    yield from _in_vain(config.log, "log", ["text_samples"], "a flow that samples", samples)
+
+
+def _of_checkpoints(config: Config) -> Iterator[str]:
+    section = config.checkpoint
+    repeats = section.every > 0
+    yield from _in_vain(section, "checkpoint", ["keep_every"], "checkpoint.every above 0", repeats)
+    names = ["export_dtype"]
+    exports = bool(section.export)
+    yield from _in_vain(section, "checkpoint", names, "checkpoint.export", exports)
+    kinds = {config.role_kind(name) for name in config.roles}
+    draws = "rollout" in kinds and config.rollout.engine == "native"
+    names = ["journal_kv"]
+    yield from _in_vain(
+        section, "checkpoint", names, "roles.rollout with rollout.engine=native", draws
+    )
+
+
+def _of_devices(config: Config) -> Iterator[str]:
+    """Keys of GPUs where there is none."""
+    names = ["cuda_graphs"]
+    yield from _in_vain(
+        config.rollout, "rollout", names, "a GPU (device=cpu)", config.device != "cpu"
+    )
+    for name, role in config.roles.items():
+        if role.tp_across_nodes and role.tp == 1:
+            yield f"roles.{name}.tp_across_nodes=True: no effect with roles.{name}.tp=1"
 
 
 def _of_algorithm(config: Config) -> Iterator[str]:
@@ -109,14 +186,43 @@ def _of_training(config: Config, name: str, train: TrainSection, where: str) -> 
             f"{where}.min_lr_ratio={train.min_lr_ratio:g} with {where}.schedule=constant: no "
             "effect; linear and cosine end there"
         )
+    if config.role_kind(name) in ("reward", "value"):
+        names = ["head_chunk"] if where != "train" or not _reads_logits(config) else []
+        yield from _in_vain(train, where, names, "a head of logits", holds=False)
+
+
+def _reads_logits(config: Config) -> bool:
+    return any(
+        config.role_kind(name) in ("policy", "reference", "teacher") for name in config.roles
+    )
 
 
 def _of_evaluation(config: Config) -> Iterator[str]:
-    evaluation = config.evaluation
-    if held_out_sets(config) or not evaluation.model_fields_set - {"sets", "held_out"}:
+    evaluation, sets = config.evaluation, held_out_sets(config)
+    if sets:
+        yield from _of_held_out(config)
+        return
+    if not evaluation.model_fields_set - {"sets", "held_out"}:
         return
     keys = _keys("evaluation", evaluation)
     yield f"{keys}: no effect without a held-out set (evaluation.held_out or evaluation.sets)"
+
+
+def _of_held_out(config: Config) -> Iterator[str]:
+    """How answers are drawn and judged, where none are."""
+    sets, has_rollout = held_out_sets(config), _draws(config)
+    drawn = {name for name, s in sets.items() if (s.kind or config.data_kind()) == "prompts"}
+    drawn = drawn if has_rollout else set()
+    needs = "a held-out set of prompts, and a rollout"
+    yield from _in_vain(config.evaluation, "evaluation", DRAWN, needs, bool(drawn))
+    for name, given in described_sets(config).items():
+        for key in DRAWN if name not in drawn else ():
+            if key in given:
+                yield f"evaluation.sets.{name}.{key}={given[key]}: no effect without {needs}"
+
+
+def _draws(config: Config) -> bool:
+    return any(config.role_kind(name) == "rollout" for name in config.roles)
 
 
 def _of_data(config: Config) -> Iterator[str]:
@@ -127,24 +233,49 @@ def _of_data(config: Config) -> Iterator[str]:
     lists = [config.rewards, *(described.rewards for described in held_out_sets(config).values())]
     if pool.model_fields_set and not any(r.function for rewards in lists for r in rewards):
         yield f"{_keys('reward_pool', pool)}: no effect without a reward function"
-    yield from _of_source(data.train, kind)
+    # a held-out set takes over what data.train says
+    kinds = {kind, *(s.kind or kind for s in held_out_sets(config).values())}
+    yield from _of_source(data.train, "data.train", kinds, data.train.model_fields_set)
+    for number, entry in enumerate(data.mix):
+        source = mixed_source(config, entry)
+        yield from _of_source(source, f"data.mix.{number}", {kind}, entry)
+    for name, described in held_out_sets(config).items():
+        if described.data is not None:
+            own = described_sets(config)[name].get("data", {})
+            where, kinds = f"evaluation.sets.{name}.data", {described.kind or kind}
+            yield from _of_source(described.data, where, kinds, own)
 
 
-def _of_source(source: PromptsSection, kind: str) -> Iterator[str]:
-    """Keys that only some sources have."""
-    given = source.model_fields_set
+def _of_source(
+    source: PromptsSection, where: str, kinds: Collection[DataKind], given: Collection[str]
+) -> Iterator[str]:
+    """Keys that only some sources have, and those that only some kinds of data have.
+
+    Args:
+        kinds: of what is read with the section's keys.
+        given: the keys that it gives itself.
+    """
     is_task, is_hub = (source.source.startswith(f"{name}:") for name in ("reasoning_gym", "hub"))
 
     def only(names: Sequence[str], needs: str, *, holds: bool) -> Iterator[str]:
-        yield from _in_vain(source, "data.train", names, needs, holds)
+        own = [name for name in names if name in given]
+        yield from _in_vain(source, where, own, needs, holds)
 
     yield from only(["task", "seed"], "a source reasoning_gym:TASK", holds=is_task)
     yield from only(["split"], "a source hub:NAME", holds=is_hub)
-    names = ["prompt_column", "answer_column", "columns", "answer_pattern"]
+    answers = ["answer_column", "answer_pattern"]
+    names = ["prompt_column", "columns", *answers]
     yield from only(names, "a source with columns", holds=not is_task)
-    names = ["answer_column", "answer_pattern"]
-    if not is_task and "answer_column" in given and kind == "preferences":
-        yield from only(names, "data of prompts", holds=False)
+    if is_task:
+        return
+    yield from only(answers, "data of prompts", holds="prompts" in kinds)
+    whole = "messages" in source.columns and "preferences" not in kinds
+    names = ["prompt_column"]
+    yield from only(names, "questions beside columns.messages", holds=not whole)
+    read = {column for kind in kinds for column in COLUMNS[kind]}
+    for name in source.columns if "columns" in given else ():
+        if name not in read:
+            yield f"{where}.columns.{name}: no effect on {', '.join(sorted(kinds))}"
 
 
 def _in_vain(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from spmdrl.config import Config, RewardSection
 from spmdrl.config_sets import HELD_OUT, START, held_out_sets
-from spmdrl.config_uses import check_used
+from spmdrl.config_uses import check_role_used, check_used
 
 SCALAR = ("reward", "value")
 """Kinds of role whose model has a scalar head."""
@@ -96,6 +96,12 @@ def check_training(config: Config) -> None:
         )
     samples = data.prompts_per_step * data.group_size
     adapts = config.flow == "ppo" and algorithm.kl_target is not None
+    if adapts and algorithm.kl_coef == 0:
+        raise ValueError(
+            f"algorithm.kl_target={algorithm.kl_target} with algorithm.kl_coef="
+            f"{algorithm.kl_coef}: the target steers the coefficient by factors, which never leave "
+            "0: set algorithm.kl_coef above 0, or kl_target to null"
+        )
     if adapts and KL_ERROR_LIMIT * samples >= algorithm.kl_horizon:
         raise ValueError(
             f"algorithm.kl_horizon={algorithm.kl_horizon} with {samples} samples a step "
@@ -157,6 +163,7 @@ def _check_roles(config: Config) -> None:
                 "models have a scalar head"
             )
         _check_freeze(config, name)
+        check_role_used(config, name)
     if kinds.count("policy") > 1:
         raise ValueError(
             f"roles={sorted(config.roles)} has {kinds.count('policy')} policies: one at most "

@@ -1,4 +1,4 @@
-"""Which keys of the algorithm a shipped flow reads: what it would ignore is refused.
+"""Which keys a shipped flow and the kinds of role read: what they would ignore is refused.
 
 A trainer or a flow of the user's own may read any of them.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from spmdrl.config import Config
+from spmdrl.config import FLOW_DATA, Config
 
 _CLIPPED = {
     *("policy_loss", "loss_mean", "clip_low", "clip_high", "dual_clip", "kl_coef"),
@@ -35,8 +35,8 @@ ALGORITHM_KEYS: Mapping[str, frozenset[str]] = {
 PREFERENCE_FLOWS = ("dpo", "online_dpo")
 """Shipped flows that read `preference`."""
 
-LAGGING_FLOWS = ("grpo", "ppo", "online_dpo")
-"""Shipped flows that can draw samples ahead."""
+SAMPLING_FLOWS = ("grpo", "ppo", "online_dpo")
+"""Shipped flows with an environment, which can draw samples ahead."""
 
 
 def check_used(config: Config) -> None:
@@ -45,9 +45,17 @@ def check_used(config: Config) -> None:
     Raises:
         ValueError: a key that is set and that the shipped flow ignores, naming who reads it.
     """
-    if config.flow not in ALGORITHM_KEYS or config.trainer is not None:
+    if config.flow not in ALGORITHM_KEYS:
         return
-    for key, value, flows in _given(config):
+    own_parts = config.trainer is not None or config.environment is not None
+    if config.data.kind not in (None, FLOW_DATA[config.flow]) and not own_parts:
+        raise ValueError(
+            f"data.kind={config.data.kind} with flow={config.flow}, which reads "
+            f"{FLOW_DATA[config.flow]}: leave the key out"
+        )
+    # a trainer of the user's own may read any key of an algorithm
+    given = _of_sampling(config) if config.trainer is not None else _given(config)
+    for key, value, flows in given:
         if config.flow not in flows:
             raise ValueError(
                 f"{key}={value} with flow={config.flow}, which does not read it (that do "
@@ -57,10 +65,43 @@ def check_used(config: Config) -> None:
 
 def _given(config: Config) -> Iterator[tuple[str, object, list[str]]]:
     """The keys that are set, their values, and the shipped flows that read them."""
-    if config.lag:
-        yield "lag", config.lag, list(LAGGING_FLOWS)
+    yield from _of_sampling(config)
     for name in sorted(config.algorithm.model_fields_set):
         flows = [flow for flow, keys in ALGORITHM_KEYS.items() if name in keys]
         yield f"algorithm.{name}", getattr(config.algorithm, name), flows
     for name in sorted(config.preference.model_fields_set):
         yield f"preference.{name}", getattr(config.preference, name), list(PREFERENCE_FLOWS)
+
+
+def _of_sampling(config: Config) -> Iterator[tuple[str, object, list[str]]]:
+    """The keys of flows that sample, whoever trains."""
+    if config.lag:
+        yield "lag", config.lag, list(SAMPLING_FLOWS)
+    if config.environment is not None:
+        yield "environment", config.environment, list(SAMPLING_FLOWS)
+
+
+def check_role_used(config: Config, name: str) -> None:
+    """Options are of a role of the user's own; that and a rollout have no trainer of this project.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    role, kind = config.roles[name], config.role_kind(name)
+    if role.options and ":" not in kind:
+        raise ValueError(
+            f"roles.{name}.options={role.options}: {name} is a {kind}, and only a module:Class "
+            "takes options: leave the key out"
+        )
+    if kind != "rollout" and ":" not in kind:
+        return
+    if role.trained:
+        raise ValueError(
+            f"roles.{name}.trained=true: {name} is a {kind}, which has no train backend: leave the "
+            "key out"
+        )
+    for key, value in role.train.items():
+        raise ValueError(
+            f"roles.{name}.train.{key}={value}: {name} is a {kind}, which has no train backend: "
+            "leave the key out"
+        )

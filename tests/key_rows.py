@@ -1,0 +1,242 @@
+"""A line for every key of the configuration: what sets it where it matters, and what shows it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Args:
+    base: a configuration of `test_key_effects.bases`.
+    words: what changes in it; the last one is what is tried.
+    shown: by what, each of `plan` (what is derived from the configuration without a run), `refused`
+        and `doubt` (a message on loading or planning that names the key), and of a tiny run
+        `metrics`, `files` or `error` (a message that names the key or its value); or
+        `FILE::TEST`, which sets the key.
+    """
+
+    base: str
+    shown: tuple[str, ...]
+    words: tuple[str, ...]
+
+
+def row(base: str, shown: str, *words: str) -> Row:
+    return Row(base, tuple(shown.split()), words)
+
+
+def reward(name: str) -> str:
+    return f"rewards.0.function={HERE / 'key_rewards.py'}:{name}"
+
+
+BOTH = "plan metrics"
+KL = ("roles.reference={}", "algorithm.kl_coef=0.1")
+AIMS = (*KL, "algorithm.kl_target=0.1", "algorithm.kl_horizon=100")
+HELD = "evaluation.held_out=4"
+DRAWN = (HELD, "evaluation.num_samples=2")
+SAVED = ("steps=3", "checkpoint.every=1", "checkpoint.keep_last=1")
+FEW = ("steps=1", "data.prompts_per_step=1")
+TEACHER = ("roles.teacher={}", "algorithm.teacher_coef=1")
+AGAIN = "train.epochs=4"
+ENDS = ",".join(str(token) for token in range(9, 80))
+LETTERS = ",".join("abcdefghijklmnopqrstuvwxyz")
+
+ROWS: dict[str, Row] = {
+    "flow": row("ppo", BOTH, "flow=grpo"),
+    "environment": row("grpo", "error", "environment=nowhere:Environment"),
+    "trainer": row("grpo", "error", "trainer=nowhere:Trainer"),
+    "seed": row("grpo", "metrics", "seed=4"),
+    "steps": row("grpo", BOTH, "steps=1"),
+    "run_dir": row("grpo", "error", "run_dir=/dev/null/x"),
+    "lag": row("grpo", "metrics", "algorithm.importance_cap=2.0", "lag=1"),
+    "device": row("grpo", "tests/test_launch.py::test_a_device_that_is_not_there_is_refused"),
+    "memory_gb": row("grpo", "plan", "memory_gb=0.5"),
+    "timeout_s": row(
+        "grpo", "tests/test_launch.py::test_variables_that_are_left_over_are_named_while_it_waits"
+    ),
+    "limits": row("grpo", "tests/flows/test_endings.py::test_a_hung_rank_is_named_with_its_stack"),
+    "model.path": row("grpo", "error", "model.path=nowhere"),
+    "model.tiny": row("grpo", BOTH, "model.tiny=true"),
+    "model.dtype": row("grpo", BOTH, "model.dtype=bfloat16"),
+    "model.attention": row("grpo", BOTH, "model.attention=sdpa"),
+    "roles.NAME.kind": row("grpo", "plan error", "roles.policy.kind=reference"),
+    "roles.NAME.model": row("grpo", "error", "roles.policy.model=nowhere"),
+    "roles.NAME.head": row("ppo", "metrics", "roles.value.head=normal"),
+    "roles.NAME.trained": row("grpo", "plan error", "roles.policy.trained=false"),
+    "roles.NAME.train": row("grpo", BOTH, "roles.policy.train={lr: 0.5}"),
+    "roles.NAME.freeze": row("grpo", BOTH, "roles.policy.freeze=['*norm*']"),
+    "roles.NAME.memory": row("grpo", "plan", "roles.rollout.memory={weights: drop}"),
+    "roles.NAME.retokenize": row(
+        "grpo", "tests/test_custom_role.py::test_another_tokenizer_is_refused_or_read_as_text"
+    ),
+    "roles.NAME.options": row(
+        "grpo", "tests/test_custom_role.py::test_the_example_roles_score_as_their_parts_do"
+    ),
+    "roles.NAME.ranks": row("grpo", "plan", "roles.rollout.ranks=0"),
+    "roles.NAME.device": row("grpo", "plan", "roles.policy.device=cpu"),
+    "roles.NAME.dp_replicate": row("grpo", "refused error", "roles.policy.dp_replicate=3"),
+    "roles.NAME.dp_shard": row("grpo", "plan", "roles.policy.dp_shard=2"),
+    "roles.NAME.cp": row("grpo", "plan", "roles.policy.cp=2"),
+    "roles.NAME.tp": row("grpo", "plan", "roles.policy.tp=2"),
+    "roles.NAME.ep": row("moe", "plan", "roles.policy.tp=2", "roles.policy.ep=2"),
+    "roles.NAME.pp": row("grpo", "refused", "roles.policy.pp=2"),
+    "roles.NAME.megatron": row("grpo", "refused", "roles.policy.megatron={sp: true}"),
+    "roles.NAME.tp_across_nodes": row(
+        "grpo",
+        "tests/test_placement.py::test_a_tp_group_over_several_nodes_must_be_asked_for",
+    ),
+    "train.backend": row("grpo", "plan", "train.backend=megatron"),
+    "train.epochs": row("grpo", BOTH, "train.epochs=2"),
+    "train.num_minibatches": row("grpo", BOTH, "train.num_minibatches=2"),
+    "train.microbatch_tokens": row("grpo", "plan", "train.microbatch_tokens=64"),
+    "train.share_prompts": row("grpo", "plan", "train.share_prompts=false"),
+    "train.recompute": row("grpo", "plan", "train.recompute=layer"),
+    "train.lr": row("grpo", BOTH, "train.lr=0.5"),
+    "train.schedule": row("grpo", BOTH, "train.schedule=linear"),
+    "train.warmup_steps": row("grpo", BOTH, "train.warmup_steps=2"),
+    "train.min_lr_ratio": row("grpo", BOTH, "train.schedule=linear", "train.min_lr_ratio=0.5"),
+    "train.betas": row("grpo", BOTH, "train.betas=[0.5,0.6]"),
+    "train.eps": row("grpo", BOTH, "train.eps=0.1"),
+    "train.weight_decay": row("grpo", BOTH, "train.weight_decay=100"),
+    "train.clip_norm": row("grpo", "plan files", "checkpoint.export=true", "train.clip_norm=1e-9"),
+    "train.head_chunk": row("grpo", "plan", "train.head_chunk=7"),
+    "train.balance_coef": row("moe", BOTH, "train.balance_coef=0.5"),
+    "rollout.engine": row("grpo", "plan", "rollout.engine=vllm"),
+    "rollout.kv_cache_gb": row("grpo", "plan error", "rollout.kv_cache_gb=1e-9"),
+    "rollout.block_size": row("grpo", "plan", "rollout.block_size=16"),
+    "rollout.max_running": row("grpo", "plan", "rollout.max_running=2"),
+    "rollout.prefill_tokens": row("grpo", "plan", "rollout.prefill_tokens=64"),
+    "rollout.cuda_graphs": row("grpo", "plan doubt", "device=cpu", "rollout.cuda_graphs=false"),
+    "rollout.sync_bucket_mb": row(
+        "grpo",
+        "tests/test_sharing.py::"
+        "test_a_sync_reads_the_host_where_both_models_do_not_fit_on_the_device",
+    ),
+    "rollout.sync_check_every": row("grpo", "metrics", "rollout.sync_check_every=0"),
+    "sampling.temperature": row("grpo", BOTH, "sampling.temperature=0.5"),
+    "sampling.top_p": row("grpo", BOTH, "sampling.top_p=0.5"),
+    "sampling.top_k": row("grpo", BOTH, "sampling.top_k=5"),
+    "sampling.min_p": row("grpo", BOTH, "sampling.min_p=0.1"),
+    "sampling.max_tokens": row("grpo", BOTH, "sampling.max_tokens=5"),
+    "sampling.stop": row("grpo", BOTH, f"sampling.stop=[{LETTERS}]"),
+    "sampling.stop_token_ids": row("grpo", BOTH, f"sampling.stop_token_ids=[{ENDS}]"),
+    "algorithm.advantage": row("grpo", "metrics", "algorithm.advantage=rloo"),
+    "algorithm.advantage_std": row("grpo", "metrics", "algorithm.advantage_std=false"),
+    "algorithm.policy_loss": row("grpo", "metrics", AGAIN, "algorithm.policy_loss=gspo"),
+    "algorithm.teacher_coef": row("grpo", "metrics", *TEACHER, "algorithm.teacher_coef=2"),
+    "algorithm.loss_mean": row("grpo", "metrics", "algorithm.loss_mean=fixed_length"),
+    "algorithm.clip_low": row("grpo", "metrics", AGAIN, "algorithm.clip_low=0.001"),
+    "algorithm.clip_high": row("grpo", "metrics", AGAIN, "algorithm.clip_high=0.001"),
+    "algorithm.dual_clip": row("grpo", "metrics", AGAIN, "algorithm.dual_clip=1.001"),
+    "algorithm.kl_coef": row("grpo", "metrics", *KL, "algorithm.kl_coef=0.5"),
+    "algorithm.kl_estimator": row("grpo", "metrics", *KL, "algorithm.kl_estimator=k1"),
+    "algorithm.kl_in": row("grpo", "metrics", *KL, "algorithm.kl_in=reward"),
+    "algorithm.kl_target": row("ppo", "metrics", *KL, "algorithm.kl_target=5"),
+    "algorithm.kl_horizon": row("ppo", "metrics", *AIMS, "algorithm.kl_horizon=500"),
+    "algorithm.old_logprobs": row("grpo", "metrics", "algorithm.old_logprobs=rollout"),
+    "algorithm.gamma": row("ppo", "metrics", "algorithm.gamma=0.5"),
+    "algorithm.gae_lambda": row("ppo", "metrics", "algorithm.gae_lambda=0.5"),
+    "algorithm.whiten_advantages": row("ppo", "metrics", "algorithm.whiten_advantages=false"),
+    "algorithm.value_clip": row("ppo", "metrics", AGAIN, "algorithm.value_clip=0.001"),
+    "algorithm.value_warmup_steps": row("ppo", BOTH, "algorithm.value_warmup_steps=1"),
+    "algorithm.score_scaling": row("ppo", "metrics", "algorithm.score_scaling=whiten"),
+    "algorithm.score_clip": row("ppo", "metrics", "algorithm.score_clip=0.1"),
+    "algorithm.cut_penalty": row("ppo", "metrics", "algorithm.cut_penalty=0.5"),
+    "algorithm.entropy_coef": row("grpo", "metrics", "algorithm.entropy_coef=0.1"),
+    "algorithm.centre_coef": row("reward_model", "metrics", "algorithm.centre_coef=0.1"),
+    "algorithm.routing_replay": row("moe", BOTH, AGAIN, "algorithm.routing_replay=true"),
+    "algorithm.importance_cap": row("grpo", "metrics", "algorithm.importance_cap=0.5"),
+    "algorithm.refill_attempts": row("grpo", BOTH, "algorithm.refill_attempts=2"),
+    "algorithm.overlong_buffer": row("grpo", "metrics", "algorithm.overlong_buffer=5"),
+    "algorithm.overlong_penalty": row(
+        "grpo", "metrics", "algorithm.overlong_buffer=5", "algorithm.overlong_penalty=5"
+    ),
+    "preference.loss": row("dpo", BOTH, "preference.loss=ipo"),
+    "preference.beta": row("dpo", BOTH, "preference.beta=0.5"),
+    "preference.label_smoothing": row("dpo", BOTH, "preference.label_smoothing=0.1"),
+    "preference.margin": row("dpo", BOTH, "preference.loss=simpo", "preference.margin=0.1"),
+    "preference.nll_coef": row("dpo", BOTH, "preference.nll_coef=0.1"),
+    "preference.length_normalise": row("dpo", BOTH, "preference.length_normalise=true"),
+    "preference.kto_weights": row(
+        "dpo", BOTH, "preference.loss=kto", "preference.kto_weights=[1,2]"
+    ),
+    "preference.reference": row("dpo", "files", "roles.reference={}", "preference.reference=step"),
+    "preference.pairs": row("online_dpo", BOTH, "preference.pairs=all"),
+    "data.kind": row("grpo", "refused error", "data.kind=conversations"),
+    "data.train.source": row("grpo", "plan error", "data.train.source=other.jsonl"),
+    "data.train.task": row("task", BOTH, "data.train.task={min_terms: 3}"),
+    "data.train.size": row("grpo", BOTH, "data.train.size=6"),
+    "data.train.split": row("grpo", "doubt", "data.train.split=test"),
+    "data.train.seed": row("task", BOTH, "data.train.seed=5"),
+    "data.train.prompt_column": row("grpo", BOTH, "data.train.prompt_column=answer"),
+    "data.train.answer_column": row("grpo", "plan error", "data.train.answer_column=other"),
+    "data.train.answer_pattern": row("grpo", "plan error", "data.train.answer_pattern='(zz)'"),
+    "data.train.template": row("grpo", BOTH, "data.train.template='{prompt}!'"),
+    "data.train.system": row("grpo", BOTH, "data.train.system=short"),
+    "data.train.chat": row("grpo", BOTH, "data.train.chat=false"),
+    "data.train.columns": row("sft", "metrics", "data.train.columns={response: rejected}"),
+    "data.train.part": row("grpo", BOTH, "data.train.part=1/2"),
+    "data.train.unique": row("grpo", BOTH, "data.train.unique=true"),
+    "data.train.max_tokens": row("grpo", BOTH, "data.train.max_tokens=26"),
+    "data.train.on_bad_row": row(
+        "grpo",
+        "plan error",
+        "data.train.source=BAD.jsonl",
+        "data.train.on_bad_row=skip",
+        "data.train.on_bad_row=error",
+    ),
+    "data.mix": row("grpo", BOTH, "data.mix=[{template: '{prompt}!!'}]"),
+    "data.prompts_per_step": row("grpo", BOTH, "data.prompts_per_step=3"),
+    "data.group_size": row("grpo", BOTH, "data.group_size=2"),
+    "rewards.0.function": row("grpo", BOTH, "rewards.0.function=exact"),
+    "rewards.0.role": row(
+        "grpo", "metrics", "roles.reward={head: normal}", "rewards=[{role: reward}]"
+    ),
+    "rewards.0.weight": row("grpo", BOTH, "rewards.0.weight=2"),
+    "rewards.0.options": row("grpo", BOTH, reward("scaled"), "rewards.0.options={scale: 3.0}"),
+    "reward_pool.num_workers": row("grpo", "metrics", reward("calls"), "reward_pool.num_workers=2"),
+    "reward_pool.timeout_s": row(
+        "grpo", "metrics", *FEW, reward("slow"), "reward_pool.timeout_s=0.02"
+    ),
+    "reward_pool.memory_gb": row("grpo", "error", "reward_pool.memory_gb=1e-9"),
+    "reward_pool.failed_reward": row(
+        "grpo", "metrics", reward("half_right"), "reward_pool.failed_reward=0.5"
+    ),
+    "reward_pool.max_failed_share": row(
+        "grpo", "error", reward("half_right"), "reward_pool.max_failed_share=0.1"
+    ),
+    "reward_pool.environment": row(
+        "grpo", "metrics", reward("sees"), "reward_pool.environment=[SPMDRL_TEST_*]"
+    ),
+    "evaluation.held_out": row("grpo", "plan files", HELD),
+    "evaluation.sets": row("grpo", "plan files", "evaluation.sets={a: {data: {part: 1/2}}}"),
+    "evaluation.threshold": row("grpo", BOTH, HELD, "evaluation.threshold=0.0"),
+    "evaluation.every": row("grpo", "metrics", HELD, "evaluation.every=1"),
+    "evaluation.before": row("grpo", "metrics", HELD, "evaluation.before=false"),
+    "evaluation.after": row("grpo", "metrics", HELD, "evaluation.after=false"),
+    "evaluation.num_samples": row("grpo", BOTH, HELD, "evaluation.num_samples=2"),
+    "evaluation.k": row("grpo", BOTH, *DRAWN, "evaluation.k=[2]"),
+    "evaluation.sampling": row("grpo", BOTH, HELD, "evaluation.sampling={top_k: 2}"),
+    "evaluation.against": row("grpo", BOTH, HELD, "evaluation.against=start"),
+    "checkpoint.every": row("grpo", "files", SAVED[0], "checkpoint.every=1"),
+    "checkpoint.keep_last": row("grpo", "files", *SAVED),
+    "checkpoint.keep_every": row("grpo", "files", *SAVED, "checkpoint.keep_every=1"),
+    "checkpoint.resume": row(
+        "grpo",
+        "tests/flows/test_saving.py::"
+        "test_a_fresh_start_keeps_older_checkpoints_aside_and_never_resumes_them",
+    ),
+    "checkpoint.export": row("grpo", "files", "checkpoint.export=true"),
+    "checkpoint.export_dtype": row(
+        "grpo", "files", "checkpoint.export=true", "checkpoint.export_dtype=bfloat16"
+    ),
+    "checkpoint.journal_kv": row("grpo", "plan", "checkpoint.journal_kv=false"),
+    "log.tensorboard": row("grpo", "files", "log.tensorboard=true"),
+    "log.text_samples": row("grpo", "files", "log.tensorboard=true", "log.text_samples=4"),
+    "log.progress": row(
+        "grpo", "tests/flows/test_progress.py::test_every_long_phase_shows_how_far_it_is"
+    ),
+}
