@@ -27,6 +27,7 @@ from spmdrl.engines import is_vllm
 from spmdrl.flows.response_ends import check_ends, check_lengths
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.token_texts import Decode, TokenTexts, token_texts
+from spmdrl.models.tokenizer_files import notes
 from spmdrl.models.tokenizers import check_tokenizer, difference, load_tokenizer
 from spmdrl.rewards.functions import RewardSpec
 from spmdrl.rewards.pool import RewardPool
@@ -92,6 +93,8 @@ def read_inputs(
         clock: asked for the time that chat templates are told, if one of them tells it.
     """
     tokenizer = load_tokenizer(config.model.path)
+    for note in notes(Path(config.model.path), tokenizer):
+        log.warning("%s", note)
     is_dated = tell_time(config, tokenizer)
     now = clock() if is_dated else datetime.now()
     reading = Reading(tokenizer=tokenizer, now=now, report=report)

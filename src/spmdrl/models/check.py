@@ -9,7 +9,8 @@ from .config import ModelConfig, read_config
 from .families import CLASSIFICATION
 from .inspection import HEAD, WithTiedHead, inspect
 from .sharding import SCORE, Head, Slice, global_shapes
-from .tokenizers import TOKENIZER_CONFIG, check_tokenizer, load_tokenizer
+from .tokenizer_files import TOKENIZER_CONFIG, notes
+from .tokenizers import check_tokenizer, load_tokenizer
 from .weight_files import PLAIN, Checkpoint, open_checkpoint
 
 
@@ -48,7 +49,9 @@ def check_directory(path: str | Path) -> Findings:
         found.notes.append(f"{path} has no {TOKENIZER_CONFIG}: it holds no tokenizer")
         return found
     try:
-        check_tokenizer(load_tokenizer(path), config)
+        tokenizer = load_tokenizer(path)
+        check_tokenizer(tokenizer, config)
+        found.notes += notes(Path(path), tokenizer)
     except (ValueError, OSError) as error:
         found.errors.append(str(error))
     return found

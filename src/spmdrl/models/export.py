@@ -128,6 +128,10 @@ def _described(config: ModelConfig, head: Head) -> dict[str, Any]:
 
 
 def _without_labels(source: dict[str, Any]) -> dict[str, Any]:
+    # transformers does not load a padding token without a row in the embedding
+    pad, size = source.get("pad_token_id"), source.get("vocab_size")
+    if isinstance(pad, int) and isinstance(size, int) and pad >= size:
+        source = {**source, "pad_token_id": None}
     gone = ("torch_dtype", "id2label", "label2id", "num_labels", "problem_type")
     return {key: value for key, value in source.items() if key not in gone}
 

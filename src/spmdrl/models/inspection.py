@@ -89,7 +89,7 @@ def inspect(config: ModelConfig, checkpoint: Checkpoint, head: Head | None) -> R
     shaped = list(_shaped(config, checkpoint, head, wanted, taken))
     return Report(
         errors=(*foreign, *refused, *missing, *shaped),
-        notes=(*notes, *quantised),
+        notes=(*notes, *quantised, *_ids(config, checkpoint.path)),
     )
 
 
@@ -132,6 +132,18 @@ def _files(path: Path) -> tuple[list[str], list[str]]:
         if (path / file).exists()
     ]
     return foreign[:1], quantised
+
+
+def _ids(config: ModelConfig, path: Path) -> Iterator[str]:
+    """Ids of special tokens that no token has."""
+    given = {"eos_token_id": config.eos_ids, "bos_token_id": (config.bos_id,)}
+    for key, ids in given.items():
+        for token in ids:
+            if token is not None and token >= config.vocab_size:
+                yield (
+                    f"{path}: {key} {token} has no row in the embedding (vocab_size "
+                    f"{config.vocab_size}): it has no effect"
+                )
 
 
 def _missing(

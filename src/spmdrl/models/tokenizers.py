@@ -8,8 +8,7 @@ from typing import Any
 
 from .config import ModelConfig
 from .fields import Fields, is_pointer, kind_of, pointer_error, read_json, refuse_pointer
-
-TOKENIZER_CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
+from .tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, refuse_changed
 
 _JSON = (
     TOKENIZER_CONFIG,
@@ -38,12 +37,39 @@ def load_tokenizer(path: str | Path) -> Any:
     _check_config(directory / TOKENIZER_CONFIG)
     _check_templates(directory)
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
         )
+        # some faults show only when it is used
+        tokenizer("a")
     # the libraries raise errors of any kind, and most name no file
     except Exception as error:
         raise ValueError(_diagnosis(directory, error)) from error
+    refuse_changed(directory, tokenizer)
+    _check_syntax(directory, tokenizer.chat_template)
+    return tokenizer
+
+
+def _check_syntax(directory: Path, template: Any) -> None:
+    """ValueError where a chat template is none."""
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    named = template if isinstance(template, dict) else {"": template}
+    for name, text in named.items():
+        try:
+            if text:
+                render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=text)
+        except TemplateSyntaxError as error:
+            file = next((f for f in _template_files(directory) if f.is_file()), None)
+            what = f" {name!r}" if name else ""
+            raise ValueError(
+                f"{file or directory / TOKENIZER_CONFIG}: the chat template{what} is none: line "
+                f"{error.lineno}: {error.message}"
+            ) from error
+        # what a template makes of messages is known when rows are read
+        except Exception:
+            continue
 
 
 def _check_config(file: Path) -> None:
@@ -93,14 +119,17 @@ def _check_template(fields: Fields) -> None:
 
 def _check_templates(directory: Path) -> None:
     """ValueError where a file of a chat template is no text."""
-    found = (directory / "chat_template.jinja", *directory.glob("additional_chat_templates/*"))
-    for file in found:
+    for file in _template_files(directory):
         if file.is_file():
             refuse_pointer(file)
             try:
                 file.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file} is no text in UTF-8: {error}") from error
+
+
+def _template_files(directory: Path) -> tuple[Path, ...]:
+    return (directory / "chat_template.jinja", *directory.glob("additional_chat_templates/*"))
 
 
 def _diagnosis(directory: Path, error: Exception) -> str:
