@@ -258,3 +258,35 @@ def test_packaged_files_are_found(tmp_path: Path) -> None:
     (tmp_path / "broken.whl").write_bytes(b"?")
     with pytest.raises(ValueError, match="is no wheel"):
         find_packaged_gguf(str(tmp_path / "broken.whl"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"llama.vocab_size": 9999}, f"llama.vocab_size must be {len(TOKENS)}, the number of"),
+        ({"general.type": "adapter"}, "general.type='adapter' is no model"),
+        ({"adapter.type": "lora"}, "is no model: give the file of the model"),
+        ({"split.count": 2}, "is one of 2 parts: join them first"),
+        ({"tokenizer.ggml.normalizer.lowercase": True}, "'tokenizer.ggml.normalizer.lowercase' is"),
+        ({"tokenizer.ggml.precompiled_charsmap": "x"}, "precompiled_charsmap' is not converted"),
+        ({"tokenizer.ggml.add_sep_token": True}, "'tokenizer.ggml.add_sep_token' is not converted"),
+    ],
+)
+def test_parts_of_models_and_rules_that_are_not_converted_are_refused(
+    tmp_path: Path, more: dict[str, Any], message: str
+) -> None:
+    write_gguf(tmp_path / "m.gguf", more=more)
+    with pytest.raises(ValueError, match=rf"m\.gguf.*{message}"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_a_token_that_stands_twice_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of the two ids could never be told from the second."""
+    place = TOKENS.index("b")
+    twice = [*TOKENS[:-1], "b"]
+    monkeypatch.setitem(write_gguf.__globals__, "TOKENS", twice)
+    write_gguf(tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match=rf"has 'b' twice, at {place} and at {len(twice) - 1}"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")

@@ -192,6 +192,7 @@ def _config_source(fields: Fields, tensors: list[str]) -> dict[str, Any]:
         )
     if "rope_freqs.weight" in tensors:
         raise ValueError(f"{path}: scaled rope is not converted from GGUF (rope_freqs.weight)")
+    _refuse_parts(fields)
     known = {f"llama.{key}" for key in _READ}
     for key in fields.values:
         if key.startswith("llama.") and key not in known:
@@ -231,6 +232,23 @@ def _config_source(fields: Fields, tensors: list[str]) -> dict[str, Any]:
         "use_cache": True,
         **_token_ids(fields),
     }
+
+
+def _refuse_parts(fields: Fields) -> None:
+    """ValueError for a file that is no whole model, or of which two keys disagree."""
+    if fields.values.get("general.type", "model") != "model" or "adapter.type" in fields:
+        raise ValueError(
+            f"{fields.origin}: general.type={fields.values.get('general.type')!r} is no model: "
+            "give the file of the model that it belongs to, with an adapter merged into it"
+        )
+    if "split.count" in fields and fields.integer("split.count", 0) > 1:
+        raise ValueError(
+            f"{fields.origin} is one of {fields.value('split.count')} parts: join them first "
+            "(`llama-gguf-split --merge`)"
+        )
+    key, count = "llama.vocab_size", len(token_list(fields))
+    if key in fields and fields.integer(key) != count:
+        raise fields.wrong(key, f"{count}, the number of tokenizer.ggml.tokens")
 
 
 def _rope_source(fields: Fields) -> dict[str, Any]:

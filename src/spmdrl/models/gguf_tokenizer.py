@@ -9,6 +9,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from .fields import Fields
 
+_PREFIX = "tokenizer.ggml."
+_KNOWN = (
+    *("model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges"),
+    *("add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces"),
+)
+"""The keys that are read, or that llama.cpp does not ask for byte-level BPE; other keys change
+tokens."""
+
 
 def build_tokenizer(fields: Fields) -> Tokenizer:
     """Byte-level BPE of GGUF's vocabulary, merges, token types and pre-tokenizer.
@@ -33,8 +41,18 @@ def build_tokenizer(fields: Fields) -> Tokenizer:
             f"{fields.origin}: tokenizer.ggml.add_eos_token=true is not converted from GGUF: every "
             "prompt would end"
         )
+    for key, value in fields.values.items():
+        rule = key.removeprefix(_PREFIX)
+        if rule != key and value and rule not in _KNOWN and not rule.endswith("_token_id"):
+            raise ValueError(f"{fields.origin}: the key {key!r} is not converted from GGUF")
     tokens = token_list(fields)
     vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) < len(tokens):
+        i = next(i for i, token in enumerate(tokens) if vocab[token] != i)
+        raise ValueError(
+            f"{fields.origin}: tokenizer.ggml.tokens has {tokens[i]!r} twice, at {i} and at "
+            f"{vocab[tokens[i]]}"
+        )
     merges = _merges(fields)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
