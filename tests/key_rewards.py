@@ -31,3 +31,7 @@ def slow(prompt, response, answer, entry):
 
 def half_right(prompt, response, answer, entry):
     return float("nan") if len(response) % 2 else 1.0
+
+
+def hungry(prompt, response, answer, entry):
+    return float(len(bytearray(300 << 20)) > 0)

@@ -62,10 +62,10 @@ ROWS: dict[str, Row] = {
     "model.tiny": row("grpo", BOTH, "model.tiny=true"),
     "model.dtype": row("grpo", BOTH, "model.dtype=bfloat16"),
     "model.attention": row("grpo", BOTH, "model.attention=sdpa"),
-    "roles.NAME.kind": row("grpo", "plan error", "roles.policy.kind=reference"),
+    "roles.NAME.kind": row("grpo", "refused error", "roles.policy.kind=reference"),
     "roles.NAME.model": row("grpo", "error", "roles.policy.model=nowhere"),
     "roles.NAME.head": row("ppo", "metrics", "roles.value.head=normal"),
-    "roles.NAME.trained": row("grpo", "plan error", "roles.policy.trained=false"),
+    "roles.NAME.trained": row("grpo", "refused error", "roles.policy.trained=false"),
     "roles.NAME.train": row("grpo", BOTH, "roles.policy.train={lr: 0.5}"),
     "roles.NAME.freeze": row("grpo", BOTH, "roles.policy.freeze=['*norm*']"),
     "roles.NAME.memory": row("grpo", "plan", "roles.rollout.memory={weights: drop}"),
@@ -115,7 +115,9 @@ ROWS: dict[str, Row] = {
         "tests/test_sharing.py::"
         "test_a_sync_reads_the_host_where_both_models_do_not_fit_on_the_device",
     ),
-    "rollout.sync_check_every": row("grpo", "metrics", "rollout.sync_check_every=0"),
+    "rollout.sync_check_every": row(
+        "grpo", "tests/flows/test_canary.py::test_checksums_find_it_first"
+    ),
     "sampling.temperature": row("grpo", BOTH, "sampling.temperature=0.5"),
     "sampling.top_p": row("grpo", BOTH, "sampling.top_p=0.5"),
     "sampling.top_k": row("grpo", BOTH, "sampling.top_k=5"),
@@ -180,7 +182,7 @@ ROWS: dict[str, Row] = {
     "data.train.columns": row("sft", "metrics", "data.train.columns={response: rejected}"),
     "data.train.part": row("grpo", BOTH, "data.train.part=1/2"),
     "data.train.unique": row("grpo", BOTH, "data.train.unique=true"),
-    "data.train.max_tokens": row("grpo", BOTH, "data.train.max_tokens=26"),
+    "data.train.max_tokens": row("grpo", BOTH, "data.train.max_tokens=18"),
     "data.train.on_bad_row": row(
         "grpo",
         "plan error",
@@ -201,7 +203,7 @@ ROWS: dict[str, Row] = {
     "reward_pool.timeout_s": row(
         "grpo", "metrics", *FEW, reward("slow"), "reward_pool.timeout_s=0.02"
     ),
-    "reward_pool.memory_gb": row("grpo", "error", "reward_pool.memory_gb=1e-9"),
+    "reward_pool.memory_gb": row("grpo", "metrics", reward("hungry"), "reward_pool.memory_gb=0.05"),
     "reward_pool.failed_reward": row(
         "grpo", "metrics", reward("half_right"), "reward_pool.failed_reward=0.5"
     ),

@@ -80,7 +80,7 @@ UNREAD: list[tuple[str, list[str], str]] = [
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("configs")
     found = {}
-    for flow in ("grpo", "ppo", "sft", "dpo"):
+    for flow in ("grpo", "ppo", "sft", "dpo", "reward_model"):
         found[flow] = folder / f"{flow}.yaml"
         found[flow].write_text(BASE.replace("FLOW", flow))
     return found
@@ -185,6 +185,14 @@ def test_a_stop_token_is_one_of_the_model_s(files):
             [*PPO, "algorithm.kl_target=6", "algorithm.kl_horizon=6"],
             r"kl_horizon=6 with 32 samples.*above 6\.4",
         ),
+        ("grpo", ["roles.policy.trained=false"], r"policy\.trained=false with flow=grpo"),
+        ("ppo", ["roles.value={trained: false}"], r"value\.trained=false with flow=ppo"),
+        (
+            "reward_model",
+            ["roles.reward={}"],
+            r"reward\.trained=false with flow=reward_model",
+        ),
+        ("grpo", ["roles.policy.kind=reference"], r"policy\.kind=reference with flow=grpo"),
         (
             "ppo",
             ["roles.value={}", "algorithm.kl_target=6"],

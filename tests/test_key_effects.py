@@ -272,7 +272,7 @@ def check_runs(bases: dict[str, Path], keys: list[str]) -> None:
     found = dict(zip(cases, run_ranks(run_cases, 1, asked, timeout_s=1200)[0], strict=True))
     assert found["grpo", ("steps=2",)] == found["grpo", ()]
     wrong = [text for key in keys for text in check_run(key, found)]
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)
 
 
 def check_run(key: str, found: dict[tuple[str, tuple[str, ...]], dict[str, str]]) -> Iterator[str]:

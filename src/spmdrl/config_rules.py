@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from spmdrl.config import Config, RewardSection
 from spmdrl.config_sets import HELD_OUT, START, held_out_sets
-from spmdrl.config_uses import check_role_used, check_used
+from spmdrl.config_uses import check_role_used, check_updated, check_used
 
 SCALAR = ("reward", "value")
 """Kinds of role whose model has a scalar head."""
@@ -81,6 +81,7 @@ def check_training(config: Config) -> None:
         ValueError: naming the keys and values.
     """
     data, algorithm = config.data, config.algorithm
+    check_updated(config)
     if config.flow in SAMPLING and config.sampling.temperature == 0:
         raise ValueError(
             f"flow={config.flow} with sampling.temperature={config.sampling.temperature}: greedy "

@@ -39,6 +39,37 @@ SAMPLING_FLOWS = ("grpo", "ppo", "online_dpo")
 """Shipped flows with an environment, which can draw samples ahead."""
 
 
+UPDATED: Mapping[str, tuple[str, ...]] = {
+    "reward_model": ("reward",),
+    "ppo": ("policy", "value"),
+    **dict.fromkeys(("sft", "dpo", "online_dpo", "grpo"), ("policy",)),
+}
+"""Shipped flow -> the roles that it updates, each of the kind that it is named after."""
+
+
+def check_updated(config: Config) -> None:
+    """That the roles which the flow's own trainer updates can be.
+
+    Raises:
+        ValueError: naming the role's key.
+    """
+    if config.trainer is not None:
+        return
+    for name in UPDATED.get(config.flow, ()):
+        if name not in config.roles:
+            continue
+        if config.role_kind(name) != name:
+            raise ValueError(
+                f"roles.{name}.kind={config.role_kind(name)} with flow={config.flow}, which "
+                f"updates a {name} of that name: leave the key out"
+            )
+        if not config.is_trained(name):
+            raise ValueError(
+                f"roles.{name}.trained=false with flow={config.flow}, which updates it: set it to "
+                "true"
+            )
+
+
 def check_used(config: Config) -> None:
     """That the flow reads what is said of its algorithm.
 
