@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spmdrl.cli import main
+from spmdrl.models.check import check_directory
 from spmdrl.models.weight_files import SINGLE
 from tiny_model import make_tiny_model
 
@@ -69,3 +70,17 @@ def test_a_configuration_that_is_none_ends_the_report(
     assert status(tmp_path) == 2
     out = capsys.readouterr().out
     assert 'config.json: vocab_size must be a whole number, not "264"' in out
+
+
+def test_weights_that_are_zero_throughout_are_noted(tmp_path: Path) -> None:
+    """What a download that broke off leaves of a file whose space was set aside."""
+    make_tiny_model(tmp_path)
+    weights = load_file(tmp_path / SINGLE)
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        weights[name].zero_()
+    save_file(weights, tmp_path / SINGLE)
+    found = check_directory(tmp_path)
+    assert found.errors == []
+    (note,) = found.notes
+    assert "tensor 'model.embed_tokens.weight' and 1 more is zero throughout" in note
+    assert str(tmp_path / SINGLE) in note

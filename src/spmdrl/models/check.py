@@ -76,16 +76,22 @@ def _check_weights(path: Path, config: ModelConfig, found: Findings) -> None:
     )
     is_doubled = head == "lm" and config.tie_embeddings and HEAD in checkpoint.names
     source = WithTiedHead(checkpoint) if is_doubled else checkpoint
+    zeros: list[str] = []
     for name, shape in global_shapes(config, head).items():
         entry = checkpoint.entries.get(name)
         if entry is None or entry.shape != shape or entry.dtype not in PLAIN:
             continue
         try:
-            source.read(
+            values = source.read(
                 Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
             )
         except ValueError as error:
             found.errors.append(str(error))
+        else:
+            zeros += [] if values.any() else [f"{entry.file}: tensor {name!r}"]
+    if zeros:
+        more = f" and {len(zeros) - 1} more" if len(zeros) > 1 else ""
+        found.notes.append(f"{zeros[0]}{more} is zero throughout: was it downloaded whole?")
 
 
 def _head(config: ModelConfig, checkpoint: Checkpoint) -> Head:
