@@ -34,4 +34,5 @@ def half_right(prompt, response, answer, entry):
 
 
 def hungry(prompt, response, answer, entry):
-    return float(len(bytearray(300 << 20)) > 0)
+    size = 300 << 20 if len(response) % 2 else 1
+    return float(len(bytearray(size)) > 0)

@@ -214,7 +214,7 @@ ROWS: dict[str, Row] = {
         "grpo", "metrics", reward("sees"), "reward_pool.environment=[SPMDRL_TEST_*]"
     ),
     "evaluation.held_out": row("grpo", "plan files", HELD),
-    "evaluation.sets": row("grpo", "plan files", "evaluation.sets={a: {data: {part: 1/2}}}"),
+    "evaluation.sets": row("task", "plan files", "evaluation.sets={a: {data: {seed: 9, size: 8}}}"),
     "evaluation.threshold": row("grpo", BOTH, HELD, "evaluation.threshold=0.0"),
     "evaluation.every": row("grpo", "metrics", HELD, "evaluation.every=1"),
     "evaluation.before": row("grpo", "metrics", HELD, "evaluation.before=false"),
