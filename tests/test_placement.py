@@ -116,7 +116,7 @@ def test_what_a_rollout_holds_is_never_sharded() -> None:
         {
             "architectures": ["LlamaForCausalLM"],
             "vocab_size": 8,
-            "hidden_size": 6,
+            "hidden_size": 8,
             "intermediate_size": 4,
             "num_hidden_layers": 1,
             "num_attention_heads": 2,
@@ -127,8 +127,8 @@ def test_what_a_rollout_holds_is_never_sharded() -> None:
         role_layout(given, placed[name], shape, name, torch.device("cpu")) for name in roles
     )
     name = "layers.0.mlp.down.weight"
-    assert [policy[rank][name].shape for rank in range(4)] == [(3, 2)] * 4
-    assert [rollout[rank][name].shape for rank in range(4)] == [(6, 2)] * 4
+    assert [policy[rank][name].shape for rank in range(4)] == [(4, 2)] * 4
+    assert [rollout[rank][name].shape for rank in range(4)] == [(8, 2)] * 4
     # neighbours are the tensor-parallel ranks
     starts = [rollout[rank]["embed_tokens.weight"].slices[0].start[0] for rank in range(4)]
     assert starts == [0, 4, 0, 4]

@@ -267,10 +267,12 @@ def _exchange_seats(store: Store, rank: int, size: int, seat: Seat) -> tuple[Sea
             )
         )
     # rank 0 may host the store: if it left with an error before the others have read, they would
-    # lose the connection instead of raising the same error
+    # lose the connection instead of raising the same error. Nor may they wait for anything after
+    # that, since rank 0 may be the first to go on.
     if store.add("device/read", 1) == size:
         store.set("device/all_read", "")
-    store.wait(["device/all_read"])
+    if rank == 0:
+        store.wait(["device/all_read"])
     return tuple(seats)
 
 

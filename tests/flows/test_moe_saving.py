@@ -66,7 +66,7 @@ def test_checkpoints_cross_expert_layouts_and_the_export_is_read(tmp_path: Path)
 
 
 def test_bfloat16_checkpoints_keep_their_masters(tmp_path: Path) -> None:
-    make_tiny_model(tmp_path / "model", "MixtralForCausalLM", num_local_experts=4)
+    make_tiny_model(tmp_path / "model", "MixtralForCausalLM", num_experts=4)
     path = write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "run")
     # other layouts round otherwise, and send some tokens to other experts
     run_ranks(cross, 2, path, tmp_path / "run", "bfloat16", [*LAYOUTS[:2], LAYOUTS[0]])

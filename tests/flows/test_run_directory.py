@@ -136,7 +136,7 @@ def fail_to_export(world: World, path: str) -> list[Any]:
 
     config = load_config(path)
     models = open_models(config, place_roles(config, world.size))
-    saver = Saver(config, world, assemble(config, world, models, str))
+    saver = Saver(config, world, assemble(config, world, models, None))
     exporting.save_pretrained = broken
     with pytest.raises(Exception) as caught:
         saver.export(Path(config.run_dir) / "model")
