@@ -23,6 +23,8 @@ from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.weights.layout import model_layout
 from spmdrl.working_memory import working_bytes
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 1600
 MODEL = {
     "architectures": ["LlamaForCausalLM"],

@@ -28,6 +28,8 @@ from stopping import Wrapped
 from tiny_model import make_tiny_model
 from torchrun import outcome_of
 
+pytestmark = pytest.mark.slow
+
 STOP = "SPMDRL_TEST_STOP_IN"
 """`CALL STEP N`: the N-th poll in that call of that step sees a request to stop."""
 

@@ -18,6 +18,8 @@ from spmdrl.models.sharding import Slice
 from spmdrl.placement import place_roles
 from tiny_model import make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("**/*.yaml"))
 SAMPLED = ("grpo", "ppo")
 """Flows that compare the trainer's log-probabilities with the engine's."""
