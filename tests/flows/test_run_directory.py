@@ -26,6 +26,7 @@ from spmdrl.placement import place_roles
 from spmdrl.rewards.server import start_reward_server
 from stopping import Wrapped
 from tiny_model import make_tiny_model
+from torchrun import wait_until
 
 
 class CrashesInTheThird(Wrapped):
@@ -92,7 +93,10 @@ def lose_latest(world: World, path: str, run_dir: Path) -> list[Any]:
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("spmdrl").addHandler(handler)
     found: list[Any] = [start(world, path)]
-    (checkpoints / "latest").unlink()
+    pointer = checkpoints / "latest"
+    # the crashed run's thread may still be writing its last one
+    wait_until(lambda: pointer.is_file() and pointer.read_text() == "step_00000002", 30)
+    pointer.unlink()
     (run_dir / "well").touch()
     found.append(start(world, path, "checkpoint.keep_last=9"))
     warnings = [text for text in told if "names no checkpoint: the run goes on from" in text]

@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,10 @@ def test_what_no_rank_may_write_is_refused_on_every_rank(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboard_that_cannot_write_is_named(tmp_path):
+def test_tensorboard_that_cannot_write_is_named(tmp_path, monkeypatch):
+    # its thread keeps the error for whoever writes next, and lets Python print it as it ends
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    others = set(threading.enumerate())
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     metrics = MetricsWriter(tmp_path, is_first=True)
     metrics.write(1, {"a": 1.0})
@@ -117,6 +121,8 @@ def test_tensorboard_that_cannot_write_is_named(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     with pytest.raises(OSError, match="tensorboard"):
         metrics.close()  # what its thread had not written is lost
+    for thread in set(threading.enumerate()) - others:
+        thread.join(10)
 
 
 def test_a_torn_last_line_is_dropped(tmp_path):
