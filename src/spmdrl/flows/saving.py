@@ -196,23 +196,7 @@ class Saver:
         path, state = found
         if CHECKPOINTS in state:
             self._writer.adopt([path.name, *state[CHECKPOINTS]])
-        if state["seed"] != self._config.seed:
-            raise ValueError(
-                f"{path} was made with seed={state['seed']}, the configuration has seed="
-                f"{self._config.seed}: use that seed, another run_dir, or checkpoint.resume=false"
-            )
-        flow = state["config"]["flow"]
-        # one of the user's own may be a copy of a shipped flow, or have moved to another file
-        if flow != self._config.flow and ":" not in flow + self._config.flow:
-            raise ValueError(
-                f"{path} was made by flow={flow}, the configuration has flow={self._config.flow}: "
-                "choose another run_dir, or checkpoint.resume=false"
-            )
-        for difference in changed_keys(state["config"], self._config):
-            log.warning("the run goes on with other values: %s", difference)
-        if self._data is not None and "data" in state:
-            for text in self._data.differences(state["data"], int(state["steps_done"])):
-                log.warning("the run goes on with other data: %s", text)
+        self._compare(path, state)
         is_same = state["layout"] == self._layout_name()
         is_drawn_alike = state.get("noise", 1) == NOISE_VERSION or not self._samples()
         if not is_drawn_alike:
@@ -246,6 +230,30 @@ class Saver:
             metrics_lines=int(state["metrics_lines"]),
             journal=journal,
         )
+
+    def _compare(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Refuse what cannot go on from a checkpoint, and warn of what goes on otherwise.
+
+        Raises:
+            ValueError: it is of another seed or flow.
+        """
+        if state["seed"] != self._config.seed:
+            raise ValueError(
+                f"{path} was made with seed={state['seed']}, the configuration has seed="
+                f"{self._config.seed}: use that seed, another run_dir, or checkpoint.resume=false"
+            )
+        flow = state["config"]["flow"]
+        # one of the user's own may be a copy of a shipped flow, or have moved to another file
+        if flow != self._config.flow and ":" not in flow + self._config.flow:
+            raise ValueError(
+                f"{path} was made by flow={flow}, the configuration has flow={self._config.flow}: "
+                "choose another run_dir, or checkpoint.resume=false"
+            )
+        for difference in changed_keys(state["config"], self._config):
+            log.warning("the run goes on with other values: %s", difference)
+        if self._data is not None and "data" in state:
+            for text in self._data.differences(state["data"], int(state["steps_done"])):
+                log.warning("the run goes on with other data: %s", text)
 
     def _load(self, path: Path, state: Mapping[str, Any], *, with_engines: bool) -> None:
         """The roles' tensors and counters, and the engines' where they were kept too."""
