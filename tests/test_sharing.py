@@ -14,7 +14,7 @@ from spmdrl.flows.serving import rollout_only
 from spmdrl.models.config import ModelConfig, parse_config, read_config
 from spmdrl.placement import place_roles
 from spmdrl.role_plan import RolePlan, plan_roles
-from spmdrl.sharing import FREE_SHARE, device_bytes, for_unlike_gpus
+from spmdrl.sharing import FREE_SHARE, device_bytes, for_unlike_gpus, optimizer_bytes
 from tiny_model import make_tiny_model
 
 
@@ -176,3 +176,21 @@ def test_the_smallest_gpu_of_the_world_bounds_every_ranks_plan(model, tmp_path) 
     assert for_unlike_gpus(given, 80_000_000_000) == given
     bounded = for_unlike_gpus(config, 40_000_000_000)
     assert device_bytes(bounded, "cuda") == int(40e9 * FREE_SHARE)
+
+
+def test_ranks_whose_optimizers_hold_unlike_shares_have_plans_of_their_own(model, tmp_path) -> None:
+    """Megatron cuts masters and moments into flat ranges; its weights are whole on every rank."""
+    words = ["train.backend=megatron", "roles.policy.dp_shard=3"]
+    path = write_config(tmp_path / "c.yaml", model, tmp_path / "run")
+    plan = plan_of(load_config(path, words), 3)
+    held = [
+        optimizer_bytes(plan.layouts["policy"][rank], plan.state_layouts["policy"][rank])
+        for rank in range(3)
+    ]
+    planned = [
+        part.num_bytes
+        for rank in range(3)
+        for part in plan.memory[rank].plan.parts
+        if part.key == ("policy", "optimizer")
+    ]
+    assert planned == held and len(set(held)) > 1
