@@ -96,3 +96,15 @@ def stop_twice_beside_a_finished_call(world: World) -> tuple[int, int, list[list
 def test_a_finished_call_is_not_made_again_after_two_stops_beside_it() -> None:
     found = run_ranks(stop_twice_beside_a_finished_call, 1)
     assert found == [(1, 3, [[False, True], [False, True], [True, True]])]
+
+
+def ask_for_objects(world: World) -> str:
+    role, batch = toy("a", [0]), home_rows(world, 2).with_columns(objects={"prompt": ["a", 3]})
+    with keeping(Ledger(world, "test", Pulse())), pytest.raises(ValueError) as caught:
+        together(replace(role.add(batch), needs=("tokens", "prompt")))
+    return str(caught.value)
+
+
+def test_what_is_no_text_is_refused_with_its_place() -> None:
+    [message] = run_ranks(ask_for_objects, 1)
+    assert message.startswith("the Python column 'prompt' has a int in row 1: only str and None")
