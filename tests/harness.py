@@ -29,6 +29,7 @@ PRELOAD = [
     "torch.utils.tensorboard",
     "spmdrl.assemble",
     "spmdrl.flows.grpo",
+    "megatron.core.models.gpt",  # left out by the server where it is not installed
 ]
 """Not `datasets`: it starts a thread."""
 

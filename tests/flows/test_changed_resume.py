@@ -7,9 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -38,15 +36,8 @@ AFTER = "after"
 
 UNUSED = "was not used"
 
-
-def by_answer(prompt: str, response: str, answer: str | None, entry: Mapping[str, Any]) -> float:
-    """Depends on everything that it is given."""
-    letters = sum(map(ord, response))
-    return (letters + int(answer or 0) + len(prompt) + int(entry["extra"])) % 97 / 96
-
-
-def other_reward(prompt: str, response: str, answer: str | None, entry: Mapping[str, Any]) -> float:
-    return 1.0 - by_answer(prompt, response, answer, entry)
+REWARDS = Path(__file__).parents[1] / "toy_rewards.py"
+"""Not in this file: a reward worker would import torch with it."""
 
 
 class Checks(Wrapped):
@@ -156,9 +147,12 @@ CHANGES: dict[str, tuple[list[str], set[str]]] = {
     "temperature": (["sampling.temperature=0.8"], set(PLACES)),
     "grown": (["rows=20"], set(PLACES)),
     "answers": (["extra=2"], {"scored", "updating"}),
-    "reward": ([f"rewards=[{{function: '{__file__}:other_reward'}}]"], {"scored", "updating"}),
+    "reward": (
+        [f"rewards=[{{function: '{REWARDS}:other_than_by_answer'}}]"],
+        {"scored", "updating"},
+    ),
     "weight": (
-        [f"rewards=[{{function: '{__file__}:by_answer', weight: 0.5}}]"],
+        [f"rewards=[{{function: '{REWARDS}:by_answer', weight: 0.5}}]"],
         {"scored", "updating"},
     ),
     "minibatches": (["train.num_minibatches=1"], {"updating"}),
@@ -190,7 +184,7 @@ def check(root: Path, name: str, ranks: int, cases: list[Case]) -> None:
             "group_size": 2,
             "train": {"source": "-", "max_tokens": 96},
         },
-        rewards=[{"function": f"{__file__}:by_answer"}],
+        rewards=[{"function": f"{REWARDS}:by_answer"}],
         sampling={"max_tokens": 6},
         train={"num_minibatches": 2, "epochs": 2},
         evaluation={"held_out": 2, "before": False, "after": False},
