@@ -29,7 +29,10 @@ PRELOAD = [
     "torch.utils.tensorboard",
     "spmdrl.assemble",
     "spmdrl.flows.grpo",
-    "megatron.core.models.gpt",  # left out by the server where it is not installed
+    "transformers.models.auto.tokenization_auto",
+    # left out by the server where they are not installed
+    "reasoning_gym",
+    "megatron.core.models.gpt",
 ]
 """Not `datasets`: it starts a thread."""
 
