@@ -8,10 +8,9 @@ started=$(date +%s)
 scripts/setup.sh requirements.txt
 scripts/get_model.sh
 ranks=${RANKS:-$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count() or 2)')}
-cores=$(nproc)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+# Ctrl-C: the run saves and ends well, and there is nothing to report on yet
+trap 'exit 130' INT
 words=("run_dir=runs/quickstart-$(date +%Y%m%d-%H%M%S)" "$@")
-.venv/bin/torchrun --standalone --nproc-per-node "$ranks" -m spmdrl train configs/quickstart.yaml \
-    "${words[@]}"
+.venv/bin/python -m spmdrl launch --nproc-per-node "$ranks" train configs/quickstart.yaml "${words[@]}"
 .venv/bin/python -m spmdrl report configs/quickstart.yaml "${words[@]}" \
     --seconds $(($(date +%s) - started))

@@ -17,6 +17,7 @@ from spmdrl.config_files import load_config
 from spmdrl.config_keys import key_table, known_keys
 from spmdrl.custom_role import CustomRole, RoleContext
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.launcher_signals import COMMANDS
 from tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,8 @@ def test_commands_parse_and_their_configurations_load(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line.split(" #")[0])
     words = words[words.index("spmdrl") + 1 :]
+    if words[0] == "launch":
+        words = words[next(i for i, word in enumerate(words) if word in COMMANDS) :]
     options = parse(words)
     if "config" in vars(options) and Path(options.config).is_file():
         load_config(options.config, options.overrides)

@@ -49,6 +49,7 @@ LEVELS: list[set[str]] = [
         "doctor",
     },
     {"flows"},
+    {"launcher", "launcher_signals"},
     {"cli", "__main__"},
 ]
 """A room imports from lower levels only, and from its own level where it does not stand apart."""

@@ -1,7 +1,16 @@
 """`python -m spmdrl`."""
 
+import signal
 import sys
 
-from spmdrl.cli import main
 
-sys.exit(main())
+def run() -> int:
+    # as `runtime.signals.hold`, before anything else is imported: what answers them lets them come
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    from spmdrl.cli import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

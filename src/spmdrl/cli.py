@@ -13,9 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spmdrl.launcher_signals import COMMANDS
+from spmdrl.runtime.error_file import launcher_shows_errors, write_error_file
+from spmdrl.runtime.signals import EXIT_INTERRUPTED, Signals, release
+
 if TYPE_CHECKING:
     from spmdrl.config import Config
     from spmdrl.launch import World
+
+HEARS_SIGNALS = (*COMMANDS, "launch")
+"""They answer SIGINT and SIGTERM themselves."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,25 +30,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _prepare_streams()
     options = parse(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
+    if options.name not in HEARS_SIGNALS:
+        release()
     try:
         command(options)
     except (ValueError, OSError, MemoryError) as error:
         if options.traceback:
             raise
-        text = str(error)
-        if isinstance(error, UnicodeEncodeError) and not _has_utf8_names():
-            text = f"{error.object!r} cannot be a file's name here: {_UTF8_NEEDED}"
-        elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            text += f": raise ulimit -n, which is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}"
-        elif isinstance(error, MemoryError):
-            limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-            text = f"no memory is left {text}".rstrip()
-            if limit != resource.RLIM_INFINITY:
-                text += f": raise ulimit -v, which is {limit // 1024}"
         # in one piece: ranks write to one stream
-        print(f"spmdrl {options.name}: error: {text}", file=sys.stderr, flush=True)
+        line = f"spmdrl {options.name}: error: {_text_of(error)}"
+        if launcher_shows_errors():
+            write_error_file(error, line, code=2)
+        else:
+            print(line, file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        if options.name in HEARS_SIGNALS:  # a debugger's
+            raise
+        print(f"spmdrl {options.name}: interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        # `spmdrl launch` shows the first rank's, where every rank has one
+        if not launcher_shows_errors():
+            raise
+        from spmdrl.runtime.failures import is_lost_peer
+
+        write_error_file(error, lost=is_lost_peer(error))
+        return 1
     return 0
+
+
+def _text_of(error: ValueError | OSError | MemoryError) -> str:
+    text = str(error)
+    if isinstance(error, UnicodeEncodeError) and not _has_utf8_names():
+        return f"{error.object!r} cannot be a file's name here: {_UTF8_NEEDED}"
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{text}: raise ulimit -n, which is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}"
+    if isinstance(error, MemoryError):
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        text = f"no memory is left {text}".rstrip()
+        if limit != resource.RLIM_INFINITY:
+            text += f": raise ulimit -v, which is {limit // 1024}"
+    return text
 
 
 def _has_utf8_names() -> bool:
@@ -76,8 +106,15 @@ def _prepare_streams() -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The words of a command line; `key=value` may stand before and after options."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
     root = parser()
-    options, rest = root.parse_known_args(arguments)
+    if words[:1] == ["launch"] or words[:2] == ["--traceback", "launch"]:
+        # its words are torchrun's and another command's
+        number = words.index("launch") + 1
+        options = root.parse_args(words[:number])
+        options.words = words[number:]
+        return options
+    options, rest = root.parse_known_args(words)
     strange = [word for word in rest if word.startswith("-") or "=" not in word]
     if strange or (rest and "overrides" not in vars(options)):
         root.error(f"unrecognized arguments: {' '.join(strange or rest)}")
@@ -101,6 +138,7 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         return command
 
+    add("launch", _launch, LAUNCH_TEXT)
     for name, function, text in (
         ("train", _train, "Run the configuration's flow on all ranks."),
         ("eval", _eval, "Evaluate model.path on the held-out sets of prompts."),
@@ -148,6 +186,11 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+LAUNCH_TEXT = (
+    f"[torchrun's options] {'|'.join(COMMANDS)} ...: run a command on the ranks of this node."
+)
+
+
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", help="a YAML file")
     command.add_argument("overrides", nargs="*", metavar="key=value")
@@ -177,17 +220,35 @@ def _world(config: Config) -> Iterator[World]:
     stop_world()
 
 
+@contextmanager
+def _signals(options: argparse.Namespace, *, saves: bool = True) -> Iterator[Signals]:
+    """Hear signals from here on; after a good end they do nothing any more."""
+    signals = Signals(options.name, saves=saves)
+    try:
+        yield signals
+        signals.ignore()
+    finally:
+        signals.close()
+
+
+def _launch(options: argparse.Namespace) -> None:
+    from spmdrl.launcher import launch
+
+    before = ["--traceback"] if options.traceback else []
+    code = launch(options.words, before)
+    if code:
+        raise SystemExit(code)
+
+
 def _train(options: argparse.Namespace) -> None:
     # before torch is imported: a warning may come meanwhile, and reward workers are forked from a
     # clean process
     from spmdrl.rewards.server import start_reward_server
-    from spmdrl.runtime.signals import Signals
 
-    signals = Signals()
-    with start_reward_server() as server:
+    with _signals(options) as signals, start_reward_server() as server:
+        config = _load(options)  # before torch is imported: a mistake is told at once
         from spmdrl.flows.start import train
 
-        config = _load(options)
         with _world(config) as world:
             train(config, world, server, signals)
 
@@ -195,11 +256,11 @@ def _train(options: argparse.Namespace) -> None:
 def _eval(options: argparse.Namespace) -> None:
     from spmdrl.rewards.server import start_reward_server
 
-    with start_reward_server() as server:
+    with _signals(options, saves=False), start_reward_server() as server:
+        config = _load(options)
         from spmdrl.files import finite_json
         from spmdrl.flows.serving import evaluate
 
-        config = _load(options)
         with _world(config) as world:
             metrics = evaluate(config, world, server)
             if world.is_first:
@@ -207,13 +268,14 @@ def _eval(options: argparse.Namespace) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from spmdrl.flows.serving import generate
+    with _signals(options, saves=False):
+        config = _load(options)
+        from spmdrl.flows.serving import generate
 
-    config = _load(options)
-    with _world(config) as world:
-        count = generate(config, world, options.prompts, options.out)
-        if world.is_first:
-            print(f"{count} answers in {options.out}", flush=True)
+        with _world(config) as world:
+            count = generate(config, world, options.prompts, options.out)
+            if world.is_first:
+                print(f"{count} answers in {options.out}", flush=True)
 
 
 def _explain(options: argparse.Namespace) -> None:
@@ -230,22 +292,24 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from spmdrl.doctor import doctor
-    from spmdrl.launch import start_world, stop_world
+    with _signals(options, saves=False):
+        from spmdrl.doctor import doctor
+        from spmdrl.launch import start_world, stop_world
 
-    world = start_world(timeout_s=120, device=options.device)
-    found = doctor(
-        world,
-        shared=None if options.shared is None else Path(options.shared),
-        min_intra=options.min_intra,
-        min_inter=options.min_inter,
-    )
-    if world.is_first:
-        nodes = world.size // world.local_size
-        print(f"{world.size} ranks on {nodes} nodes, torch on {world.device.type}")
-        print("\n".join(found.lines))
-        print(f"--exclude={','.join(found.bad)}" if found.bad else "all nodes are well", flush=True)
-    stop_world()
+        world = start_world(timeout_s=120, device=options.device)
+        found = doctor(
+            world,
+            shared=None if options.shared is None else Path(options.shared),
+            min_intra=options.min_intra,
+            min_inter=options.min_inter,
+        )
+        if world.is_first:
+            nodes = world.size // world.local_size
+            print(f"{world.size} ranks on {nodes} nodes, torch on {world.device.type}")
+            print("\n".join(found.lines))
+            end = f"--exclude={','.join(found.bad)}" if found.bad else "all nodes are well"
+            print(end, flush=True)
+        stop_world()
     if found.bad:
         raise SystemExit(3)
 

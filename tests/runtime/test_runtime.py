@@ -15,7 +15,8 @@ import torch.distributed as dist
 from harness import run_ranks
 from spmdrl.launch import World
 from spmdrl.runtime.attempt import DEADLINE, DIRECTORY, OWNER, Fenced, begin_attempt
-from spmdrl.runtime.failures import is_lost_peer, one_line
+from spmdrl.runtime.error_file import one_line
+from spmdrl.runtime.failures import is_lost_peer
 from spmdrl.runtime.pulse import Pulse, behind
 from spmdrl.runtime.signals import STOPPING, Signals
 from spmdrl.runtime.walltime import Walltime

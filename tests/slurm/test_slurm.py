@@ -137,6 +137,27 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(lab: Lab, root: Path, who
     assert records(root / "cancelled") == records(whole)
 
 
+@all_cases
+@pytest.mark.parametrize("whom", ["tasks", "batch"])
+def test_sigint_is_a_stop_by_hand(lab: Lab, root: Path, whole: Path, whom: str) -> None:
+    """Slurm signals torchrun and the ranks, and torchrun passes it on: one request."""
+    name = f"interrupted_{whom}"
+    job = start(lab, root, name)
+    job.reach(lambda: in_step(root / name, 2))
+    if whom == "tasks":
+        lab.run("scancel", "--signal=INT", job.number)
+    else:
+        job.signal_batch("INT")
+    assert job.wait("CANCELLED", "FAILED", "COMPLETED") == "COMPLETED", job.output()
+    assert outcome_of(root / name) == "stopped" and "queued again" not in job.output()
+    reason = "SIGINT" if whom == "tasks" else f"the file {root / name / 'stop'}"
+    (attempt,) = (root / name).glob("attempt_*")
+    assert (attempt / "stopped_by").read_text() == f"{reason}\n"
+    again = start(lab, root, name)
+    assert again.wait("COMPLETED", "FAILED") == "COMPLETED", again.output()
+    assert records(root / name) == records(whole)
+
+
 def test_a_crash_with_progress_is_queued_again_and_one_without_is_not(lab: Lab, root: Path) -> None:
     job = start(lab, root, "crash", "checkpoint.every=1", name="CrashesAtThree")
     job.wait_for_restart()  # three steps were saved

@@ -122,21 +122,17 @@ class Lifetime:
         with self.watcher.pulse.phase(STOPPING_PHASE):
             self._save_stopped()
             self._saver.wait()
-        broken = [text for text in gather_objects(self.watcher.broken) if text is not None]
-        if broken:
-            raise RuntimeError(f"{broken[0]}; all was saved, and the next start goes on from here")
-        if self._world.is_first:
-            log.info("stopped; the save took %.1f s", time.monotonic() - began)
-            self.watcher.attempt.clear_stop_files()
-            self.watcher.attempt.write_stopped_by(self.watcher.stop_reason())
-            self.watcher.attempt.write_outcome("stopped")
+        conclude_stop(self.watcher, self._world)
+        log.info("stopped; the save took %.1f s", time.monotonic() - began)
 
     def _save_stopped(self) -> None:
         if self._moment is not None:  # within a step
             self._saver.save(self._moment, self.ledger.journal(), calls=self.ledger.num_done)
         elif self.steps_done > self.first_step:
             self.save()
-        # else nothing was done since the checkpoint that the run goes on from
+        else:
+            # nothing was done since the checkpoint that the run goes on from
+            log.info("step %d was not begun: nothing was to save", self.steps_done + 1)
 
     def done(self) -> None:
         """The run has come to its end."""
@@ -146,3 +142,36 @@ class Lifetime:
         if self._world.is_first:
             self.watcher.attempt.clear_stop_files()
             self.watcher.attempt.write_outcome("done")
+
+
+def check_start(watcher: Watcher) -> None:
+    """Stop a run that has not begun a step, where that was asked for: before what takes long.
+
+    Raises:
+        StopAsked: on every rank alike; `stop_start` answers it.
+    """
+    (asked,) = world_flags(watcher.look_for_requests())
+    if asked:
+        raise StopAsked
+
+
+def stop_start(watcher: Watcher, world: World) -> None:
+    """Say that nothing was to save; the next start begins where this one would have."""
+    watcher.agreed()
+    conclude_stop(watcher, world)
+    log.info("stopped at the start, as asked: nothing was to save")
+
+
+def conclude_stop(watcher: Watcher, world: World) -> None:
+    """All is saved: leave what launchers read of a stop.
+
+    Raises:
+        RuntimeError: on every rank, where one of them has lost what it cannot do without.
+    """
+    broken = [text for text in gather_objects(watcher.broken) if text is not None]
+    if broken:
+        raise RuntimeError(f"{broken[0]}; all was saved, and the next start goes on from here")
+    if world.is_first:
+        watcher.attempt.clear_stop_files()
+        watcher.attempt.write_stopped_by(watcher.stop_reason())
+        watcher.attempt.write_outcome("stopped")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from spmdrl.assemble import Assembly, assemble, open_models
@@ -28,7 +29,7 @@ from spmdrl.flows.inputs import (
     sampling_params,
     training_sampling,
 )
-from spmdrl.flows.lifetime import Lifetime
+from spmdrl.flows.lifetime import Lifetime, check_start, stop_start
 from spmdrl.flows.online_dpo import online_dpo
 from spmdrl.flows.phase_memory import PhaseMemory
 from spmdrl.flows.ppo import ppo
@@ -54,6 +55,7 @@ from spmdrl.runtime.pulse import Pulse
 from spmdrl.runtime.signals import Signals
 from spmdrl.runtime.stopping import StopAsked
 from spmdrl.runtime.watcher import Watcher
+from spmdrl.sharing import for_unlike_gpus
 
 log = logging.getLogger(__name__)
 
@@ -102,11 +104,18 @@ def train(
     Raises:
         ValueError: bad input, on every rank, before the flow starts.
     """
-    signals = Signals() if signals is None else signals
+    if signals is None:
+        with closing(Signals()) as own:
+            train(config, world, server, own)
+        return
     attempt = begin_attempt(Path(config.run_dir), world)
     limits = {"default": LIMIT * config.timeout_s, **config.limits}
     with Watcher(world, attempt, Pulse(), signals, limits) as watcher:
-        _train(config, world, server, watcher)
+        try:
+            check_start(watcher)
+            _train(config, world, server, watcher)
+        except StopAsked:
+            stop_start(watcher, world)
 
 
 def _train(config: Config, world: World, server: RewardServer, watcher: Watcher) -> None:
@@ -115,9 +124,8 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
     placements = place_roles(config, world.size, world.local_size)
     models = open_models(config, placements)
     shapes = {name: model.config for name, model in models.items()}
-    plan = plan_roles(
-        config, placements, shapes, world.device_types, world.local_size, world.gpu_bytes
-    )
+    planned = for_unlike_gpus(config, world.gpu_bytes)
+    plan = plan_roles(planned, placements, shapes, world.device_types, world.local_size)
     run_dir = Path(config.run_dir)
     inputs = read_inputs(
         config,
@@ -126,6 +134,7 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         lambda: first_start(config, run_dir / "checkpoints"),
     )
     check_models(config, inputs, shapes)
+    check_start(watcher)
     table = placement_table(placements, memory_texts(plan.memory))
     for doubt in doubts(config) if world.is_first else ():
         log.warning("%s", doubt)

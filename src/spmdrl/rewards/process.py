@@ -33,6 +33,9 @@ MAX_TRACEBACK = 4000
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 """Rewards are float32 columns: what is larger would be infinite there."""
 
+OUTLIVED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that do nothing to the server and its workers."""
+
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -87,10 +90,12 @@ def _answer(control: socket.socket, number: int, value: int) -> None:
 def _outlive_signals() -> None:
     """A signal to the whole job (Ctrl-C, Slurm's warning) is the rank's to answer.
 
-    Handlers, not SIG_IGN: programs that a reward function starts get the defaults back.
+    Handlers, not SIG_IGN: programs that a reward function starts get the defaults back. The server
+    was started with these signals held, so that none could end it before.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in OUTLIVED:
         signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OUTLIVED)
 
 
 def _preload(modules: Sequence[str]) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from types import TracebackType
+
+from spmdrl.rewards.process import OUTLIVED
 
 PASSED = (
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "LC_*", "TZ", "TMPDIR"),
@@ -49,14 +52,18 @@ def start_reward_server() -> RewardServer:
         "PYTHONHASHSEED": "0",
         **passed_variables(PASSED),
     }
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        pass_fds=(theirs.fileno(),),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-        env=environment,
-    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, OUTLIVED)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            env=environment,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return RewardServer(process, ours)
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
 import time
-import traceback
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -35,31 +32,6 @@ def is_lost_peer(error: BaseException) -> bool:
             return True
         seen = seen.__cause__
     return False
-
-
-def one_line(error: BaseException) -> str:
-    """The last error of a chain, as the first line of its text."""
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {text[0] if text else ''}"
-
-
-def write_error_file(error: BaseException) -> None:
-    """Tell torchrun what went wrong, in the form of its own handler, where it asks for it.
-
-    Its summary names the rank and shows the text. (`torch.distributed.elastic.multiprocessing.
-    errors.record` does the same, but shows a traceback for bad input, too.)
-    """
-    where = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if where is None:
-        return
-    trace = "".join(traceback.format_exception(error))
-    shown = str(error) if isinstance(error, ValueError | OSError) else trace
-    information = {"py_callstack": shown, "timestamp": str(int(time.time()))}
-    content = {"message": {"message": one_line(error), "extraInfo": information}}
-    Path(where).write_text(json.dumps(content), encoding="utf-8")
 
 
 def end_process_in(seconds: float, code: int) -> None:

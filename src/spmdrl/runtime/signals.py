@@ -1,18 +1,29 @@
-"""Signals that ask a run to stop, noted from the first moment on. Imports nothing heavy."""
+"""What asks a run to stop, and what ends the process at once, noted from the first moment on.
+
+This is the one place that gives signals a meaning. It imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import resource
-import select
 import signal
 import socket
+import struct
+import sys
+import threading
+import time
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+from typing import Any, Literal, NoReturn
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
-"""What asks a run to stop: schedulers send the first, and the second as a warning."""
+"""What asks a run to stop beside SIGINT: schedulers send the first, and the second as a warning."""
 
 _NOTED = (*STOPPING, signal.SIGXCPU)
 """The system sends the last when the CPU time of the process (`ulimit -t`) is nearly over."""
@@ -20,36 +31,120 @@ _NOTED = (*STOPPING, signal.SIGXCPU)
 CPU_S = 60
 """Of that time, what is left for a save (a tenth of a smaller limit)."""
 
+HELD = (signal.SIGINT, signal.SIGTERM)
 
-class Signals:
-    """Notes the stopping signals, to be read by a thread at any later time.
+SAME_S = 1.0
+"""Deliveries of SIGINT within so many seconds are one request: Slurm signals a launcher and its
+ranks, and the launcher passes it on."""
 
-    The C handler of Python writes a signal's number to a socket at once, also while the main thread
-    is in a collective or imports torch; nothing is lost between here and the first `wait`. To be
-    made by the main thread.
+EXIT_INTERRUPTED = 130
+"""As shells have it for what SIGINT ended."""
+
+_LEAVE_FIRST_S, _LEAVE_OTHERS_S = 0.1, 0.3
+"""How long ranks that end at once wait before they do: all shall have heard of it by then, so that
+none shows what it lost in the others."""
+
+_SO_TIMESTAMPNS = 35
+"""Linux's number of the option, which `socket` does not name."""
+
+DEBUGGER_FILE = "debugger"
+"""What a rank leaves beside its error file for `spmdrl launch`: SIGINT was its debugger's."""
+
+
+def hold() -> None:
+    """From now on SIGINT and SIGTERM wait for `release`, so that none is lost or ends the program
+    while it imports what answers them. What it starts meanwhile begins with them held, too.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+
+
+def release() -> None:
+    """Deliver what has waited since `hold`, and hold nothing any more."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+
+
+@dataclass(kw_only=True)
+class Interrupts:
+    """What SIGINT means, and SIGTERM after it, by the times at which they were sent.
+
+    Args:
+        saves: the first SIGINT is a request; else it ends the process.
+        under_agent: torchrun's agent is there. At a second SIGINT it sends SIGTERM.
     """
 
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
+    saves: bool
+    under_agent: bool
+    first: float | None = None
+    """When the first SIGINT was sent, in seconds."""
+
+    def meaning(self, number: int, sent: float) -> Literal["ask", "same", "end"]:
+        """Whether a signal asks for a stop, is one with the last SIGINT, or ends the process."""
+        if number == signal.SIGINT and self.first is None:
+            self.first = sent
+            return "ask" if self.saves else "end"
+        later = self.first is not None and sent - self.first > SAME_S
+        if number == signal.SIGINT:
+            return "end" if later else "same"
+        return "end" if number == signal.SIGTERM and later and self.under_agent else "ask"
+
+
+class Signals:
+    """Notes the stopping signals, to be read by a thread at any later time, and ends the process
+    where SIGINT means that.
+
+    The C handler of Python writes a signal's number to a socket at once, also while the main thread
+    is in a collective or imports torch, and the socket keeps when that was; a thread of its own
+    reads it. Nothing is lost between here and the first `wait`. To be made by the main thread.
+
+    Under a debugger (pdb, or one that traces) SIGINT is the debugger's: it raises KeyboardInterrupt
+    as ever.
+
+    Args:
+        command: whose name the last line has.
+        saves: stopping signals are requests, the first SIGINT among them. Without it they keep
+            their defaults, but for SIGINT, which ends the process.
+    """
+
+    def __init__(self, command: str = "train", *, saves: bool = True) -> None:
+        self._reader, self._writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        # a thread that waits for the interpreter's lock shall not take two for one, or one for two
+        self._reader.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         self._writer.setblocking(False)
-        for number in _NOTED:
+        self._command, self._saves = command, saves
+        self._interrupts = Interrupts(saves=saves, under_agent="TORCHELASTIC_RUN_ID" in os.environ)
+        self._requests: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self.noted: int | None = None
+        """The first request."""
+        self._is_settled = False
+        self._own = _NOTED if saves else ()
+        for number in self._own:
             signal.signal(number, _note)
-        _leave_cpu_time()
+        before = signal.getsignal(signal.SIGINT)
+        self._before = signal.default_int_handler if before is _note else before
+        if not is_debugged():
+            signal.signal(signal.SIGINT, _note)
+        if saves:
+            _leave_cpu_time()
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         own = weakref.ref(self)
         # a forked child would write its own signals to our socket
         os.register_at_fork(after_in_child=lambda: _forget(own()))
+        self._thread = threading.Thread(target=self._listen, name="spmdrl-signals", daemon=True)
+        self._thread.start()
+        release()
 
     def wait(self, seconds: float) -> list[int]:
-        """The signals noted since the last call; waits for one for `seconds` at most."""
-        ready = select.poll()  # `select.select` knows no descriptor from 1024 on
-        ready.register(self._reader, select.POLLIN)
-        if not ready.poll(1000 * seconds):
-            return []
-        with contextlib.suppress(BlockingIOError):
-            return [number for number in self._reader.recv(4096) if number in _NOTED]
-        return []
+        """The requests noted since the last call; waits for one for `seconds` at most."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._requests.get(timeout=seconds))
+            while True:
+                found.append(self._requests.get_nowait())
+        return found
+
+    def settle(self) -> None:
+        """The run ends: nothing is a request any more. A later SIGINT still ends the process."""
+        self._is_settled = True
 
     def ignore(self) -> None:
         """From now on they do nothing, also while the interpreter shuts down.
@@ -57,20 +152,107 @@ class Signals:
         CPython gives Python's handlers up at exit: a late signal would then kill a rank that is
         done (with -10 for SIGUSR1).
         """
-        for number in _NOTED:
+        for number in (*self._own, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
     def close(self) -> None:
         """Note no more. Handlers give way to the defaults; signals that are ignored stay so."""
+        if self._writer.fileno() < 0:
+            return
         current = signal.set_wakeup_fd(-1)
         if current != self._writer.fileno():  # a later object has taken over
             signal.set_wakeup_fd(current, warn_on_full_buffer=False)
         else:
-            for number in _NOTED:
+            for number in self._own:
                 if signal.getsignal(number) is _note:
                     signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(signal.SIGINT) is _note:
+                signal.signal(signal.SIGINT, self._before)
+        if self._thread.is_alive():  # not in a forked child
+            self._writer.send(b"\0")
+            self._thread.join()
         self._reader.close()
         self._writer.close()
+
+    def _listen(self) -> None:
+        while True:
+            message, extra, _, _ = self._reader.recvmsg(1, 64)
+            if message == b"\0":
+                return
+            self._take(message[0], _sent(extra))
+
+    def _take(self, number: int, sent: float) -> None:
+        if number not in (*self._own, signal.SIGINT):
+            return
+        if number == signal.SIGINT and (signal.getsignal(number) is not _note or is_debugged()):
+            _leave_debugger_file()
+            return
+        meaning = self._interrupts.meaning(number, sent)
+        if meaning == "end":
+            again = " again: ends at once, without saving" if self._saves else ""
+            end_at_once(f"spmdrl {self._command}: interrupted{again}")
+        if meaning == "same" or self._is_settled:
+            return
+        if number == signal.SIGINT and is_first_rank():
+            say(
+                f"spmdrl {self._command}: SIGINT: stops where it can go on exactly, and saves; "
+                "a second one ends at once, without saving"
+            )
+        self.noted = number if self.noted is None else self.noted
+        self._requests.put(number)
+
+
+def is_first_rank() -> bool:
+    """By the launcher's variables: there need not be a world yet."""
+    name = "SLURM_PROCID" if os.environ.get("SPMDRL_LAUNCH") == "srun" else "RANK"
+    return os.environ.get(name, "0") == "0"
+
+
+def say(line: str) -> None:
+    """A line to stderr, whatever other threads hold of the stream."""
+    with contextlib.suppress(OSError):
+        # a terminal shows "^C" before it
+        os.write(2, f"{os.linesep if os.isatty(2) else ''}{line}\n".encode())
+
+
+def end_at_once(line: str) -> NoReturn:
+    """End the process; the first rank says why, the others say nothing any more."""
+    if is_first_rank():
+        say(line)
+        time.sleep(_LEAVE_FIRST_S)
+    else:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        time.sleep(_LEAVE_OTHERS_S)
+    os._exit(EXIT_INTERRUPTED)
+
+
+def is_debugged() -> bool:
+    """Whether the main thread is in a debugger, or is traced by one. To be asked by any thread."""
+    identity = threading.main_thread().ident
+    frame = None if identity is None else sys._current_frames().get(identity)
+    while frame is not None:
+        if frame.f_trace is not None or frame.f_globals.get("__name__") in ("bdb", "pdb"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _leave_debugger_file() -> None:
+    where = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if where and os.environ.get("SPMDRL_LAUNCH") == "launch":
+        with contextlib.suppress(OSError):
+            Path(where).with_name(DEBUGGER_FILE).touch()
+
+
+def _sent(extra: Sequence[tuple[int, int, bytes]]) -> float:
+    """When a signal was delivered; of reading, where the kernel does not tell (gVisor)."""
+    for level, kind, value in extra:
+        if (level, kind) == (socket.SOL_SOCKET, _SO_TIMESTAMPNS):
+            seconds, nanoseconds = struct.unpack("qq", value)
+            return float(seconds + nanoseconds * 1e-9)
+    return time.time()
 
 
 def _leave_cpu_time() -> None:
@@ -81,10 +263,12 @@ def _leave_cpu_time() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (hard - left, hard))
 
 
-def _note(number: int, frame: FrameType | None) -> None:
+def _note(number: int, frame: FrameType | None) -> Any:
     """The number is in the socket already: without a handler the signal would do its default."""
+    if number == signal.SIGINT and is_debugged():
+        signal.default_int_handler(number, frame)
 
 
 def _forget(signals: Signals | None) -> None:
-    if signals is not None and signals._writer.fileno() >= 0:
+    if signals is not None:
         signals.close()

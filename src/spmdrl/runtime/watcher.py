@@ -24,9 +24,10 @@ import torch.distributed as dist
 from spmdrl.files import replace_file
 from spmdrl.launch import World
 from spmdrl.runtime.attempt import Attempt, Outcome
-from spmdrl.runtime.failures import is_lost_peer, one_line, write_error_file
+from spmdrl.runtime.error_file import one_line, write_error_file
+from spmdrl.runtime.failures import is_lost_peer
 from spmdrl.runtime.pulse import Pulse, behind
-from spmdrl.runtime.signals import STOPPING, Signals
+from spmdrl.runtime.signals import Signals
 from spmdrl.runtime.signs import DEAD_S, SIGN_S, Signs
 from spmdrl.runtime.stacks import Stacks
 
@@ -37,6 +38,9 @@ EXIT_HUNG, EXIT_LOST = 75, 76
 LAUNCHER_S = 3.0
 """How long a rank that lost a peer lives on, so that its launcher notices that peer first: torchrun
 names as root cause the first of those that it finds ended in one look, by their rank."""
+
+INTERRUPTED = Number.SIGINT.name
+"""The reason of a stop by hand."""
 
 STOPPING_PHASE, STOPPING_LIMIT_S = "stop", 20.0
 """The save of a stop: a dead rank may be the reason for it, so that it never ends by itself."""
@@ -81,11 +85,16 @@ class Watcher:
         self._thread = threading.Thread(target=self._run, name="spmdrl-watcher", daemon=True)
 
     def ask(self, reason: str) -> None:
-        """Ask all ranks to stop."""
-        if not self.stop_asked:
+        """Ask all ranks to stop. The first to ask is the one that is told of."""
+        if self.stop_asked:
+            return
+        if reason != INTERRUPTED:  # of which `Signals` has said something
             _say(f"[rank {self._world.rank}] stop asked for: {reason}")
         self.stop_asked = True
         self._tell("stop", reason)
+        if reason == INTERRUPTED:  # now: it may be interrupted again before all is saved
+            with self._outliving("writing who asked for the stop"):
+                self.attempt.write_stopped_by(reason)
 
     def look_after(self, ward: Callable[[], str | None]) -> None:
         """Ask `ward` now and then, from the watcher's thread, how a thread or process is doing that
@@ -98,17 +107,19 @@ class Watcher:
         self._look_for_requests()
         if not self._thread.is_alive():
             self._lose("the watcher's thread ended without a word")
-        return self.stop_asked
+        return self.stop_asked or self._signals.noted is not None
 
     def stop_reason(self) -> str:
         """Who asked for the stop, as far as is known."""
-        if self._store_lost or not self._store.check(["stop"]):
-            return "the job's time is nearly over"
-        return self._store.get("stop").decode()
+        if not self._store_lost and self._store.check(["stop"]):
+            return self._store.get("stop").decode()
+        if self._signals.noted is not None:
+            return Number(self._signals.noted).name
+        return "the job's time is nearly over"
 
     def agreed(self) -> None:
-        """The world has agreed that the run ends: the signals do nothing any more."""
-        self._signals.ignore()
+        """The world has agreed that the run ends: no signal is a request any more."""
+        self._signals.settle()
 
     def __enter__(self) -> Watcher:
         self._thread.start()
@@ -129,7 +140,8 @@ class Watcher:
         self._ending = True
         self._thread.join()
         self._stacks.close()
-        self._signals.close()
+        if error is not None:  # whoever ends this rank shall find the defaults
+            self._signals.close()
 
     def _wait_for_the_others(self) -> None:
         """Rank 0 may host the store: the others' watchers shall not see it go."""
@@ -236,11 +248,12 @@ class Watcher:
                 self._lose(found)
 
     def _look(self) -> None:
-        if STOPPING[0] in self._signalled:
-            self._on_term()
-        elif self._signalled:
-            self.ask(Number(self._signalled[0]).name)
-        self._signalled.clear()
+        while self._signalled:
+            if self._signalled[0] == Number.SIGTERM:
+                self._on_term()
+            else:
+                self.ask(Number(self._signalled[0]).name)
+            self._signalled.pop(0)
         self._look_for_requests()
         if self._store_lost:
             return

@@ -1,0 +1,158 @@
+"""`Forwarder`: the thread of `spmdrl launch` that passes SIGINT and SIGTERM on to the ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from spmdrl.runtime.signals import (
+    DEBUGGER_FILE,
+    EXIT_INTERRUPTED,
+    HELD,
+    Interrupts,
+    say,
+)
+
+COMMANDS = ("train", "eval", "generate", "doctor")
+"""What ranks run."""
+
+TICK_S = 0.05
+
+KILL_S = 1.0
+"""What ranks have to end at once by themselves."""
+
+LEAVE_S = 0.4
+"""What the main thread then has to leave in order."""
+
+
+class Forwarder:
+    """Answers the signals that are held (`runtime.signals.hold`), from now to the process's end.
+
+    Before there are ranks a signal ends the process: nothing is there to be saved.
+
+    Args:
+        command: what the ranks run; `train` saves at the first SIGINT.
+    """
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+        self._interrupts = self._new_interrupts()
+        self.exit_code = 0
+        """What the process ends with whatever its ranks said."""
+        self._begins = threading.Lock()
+        self._has_ranks = False
+        self._directory = Path()
+        self._patience: float | None = None
+        self._request: int | None = None
+        """The signal that all ranks are to get, also those that begin later."""
+        self._told: set[int] = set()
+        self._deadline: float | None = None
+        threading.Thread(target=self._run, name="spmdrl-forwarder", daemon=True).start()
+
+    def start_ranks(self, command: str, patience: float | None, directory: Path) -> None:
+        """From now on there may be ranks.
+
+        Args:
+            command: what they run.
+            patience: seconds that they have after a request; None: no limit.
+            directory: where they leave files for the launcher.
+        """
+        with self._begins:
+            self._has_ranks, self._command = True, command
+            self._interrupts = self._new_interrupts()
+            self._patience, self._directory = patience, directory
+
+    def _new_interrupts(self) -> Interrupts:
+        return Interrupts(saves=self._command == "train", under_agent=True)
+
+    def _run(self) -> None:
+        while True:
+            found = signal.sigtimedwait(HELD, TICK_S)
+            if found is not None:
+                self._take(found.si_signo)
+            if self._request is not None:
+                self._tell(self._request)
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                say(f"spmdrl launch: ranks have not ended within {self._patience:g} s: killed")
+                self._end()
+
+    def _take(self, number: int) -> None:
+        meaning = self._interrupts.meaning(number, time.time())
+        with self._begins:
+            if not self._has_ranks:
+                self._leave_early(number)
+        if meaning == "end":
+            self._end_at_once()
+        elif meaning == "ask":
+            if not ranks():
+                say(f"spmdrl launch: {signal.Signals(number).name}: no rank has started yet; waits")
+            self._told.clear()
+            self._request = number
+            if self._patience is not None and self._deadline is None:
+                self._deadline = time.monotonic() + self._patience
+
+    def _leave_early(self, number: int) -> None:
+        if self._command == "train":
+            say("spmdrl launch: stopped before any rank was started: nothing was to save")
+        else:
+            say(f"spmdrl {self._command}: interrupted")
+        os._exit(0 if self._command == "train" and number == signal.SIGINT else 128 + number)
+
+    def _tell(self, number: int) -> None:
+        """Each rank once. One that is being started has it when it comes to hear signals."""
+        for pid in ranks():
+            if pid not in self._told:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+                self._told.add(pid)
+
+    def _end_at_once(self) -> None:
+        """The ranks end by themselves, as they have SIGINT once more; if not, they are ended."""
+        if not ranks():
+            say(f"spmdrl {self._command}: interrupted: no rank had started")
+        self._told.clear()
+        self._tell(signal.SIGINT)
+        deadline = time.monotonic() + KILL_S
+        while ranks() and time.monotonic() < deadline:
+            time.sleep(TICK_S)
+        if ranks():
+            found = list(self._directory.rglob(DEBUGGER_FILE))
+            if found:
+                self._go_on(found)
+                return
+            say(f"spmdrl {self._command}: interrupted: ranks that did not end were killed")
+        self._end()
+
+    def _go_on(self, files: Sequence[Path]) -> None:
+        """SIGINT was a debugger's: its rank goes on, and so does everything."""
+        for file in files:
+            file.unlink()
+        self._interrupts = self._new_interrupts()
+        self._request = self._deadline = None
+
+    def _end(self) -> None:
+        self.exit_code = EXIT_INTERRUPTED
+        for pid in ranks():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        time.sleep(LEAVE_S)
+        os._exit(EXIT_INTERRUPTED)
+
+
+def ranks() -> list[int]:
+    """The processes of ranks that live: this process's children that lead a session."""
+    found = []
+    for directory in Path("/proc").iterdir():
+        if not directory.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            text = (directory / "stat").read_text(encoding="utf-8", errors="replace")
+            state, parent, _, session = text.rpartition(")")[2].split()[:4]
+            if int(parent) == os.getpid() and session == directory.name and state not in "ZX":
+                found.append(int(directory.name))
+    return found

@@ -1,0 +1,165 @@
+"""Ctrl-C saves, and the run goes on from there exactly; a second one ends everything at once."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flow_cases import questions, run_configs, write_config
+from harness import run_ranks
+from interrupted import Started, living
+from spmdrl.observe.metrics import read_metrics
+from tiny_model import make_tiny_model
+from torchrun import attempt_of, outcome_of, wait_until
+
+ENVIRONMENT = f"environment={Path(__file__).parents[1] / 'interrupted.py'}:InPhase"
+CLOCKS = ("wall_time", "seconds/", "tokens_per_s/", "memory/", "sync/gb_per_s")
+ENDS_S = 2.0
+"""Within which all is over after a second Ctrl-C."""
+
+WAYS = [("launch", "typed"), ("launch", "first"), ("launch", "all")]
+WAYS += [("torchrun", "typed"), ("torchrun", "first"), ("torchrun", "all")]
+WAYS += [("one", "typed"), ("one", "first")]
+PHASES = ["import", "evaluation", "rollout", "update", "saving"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("interrupts")
+    make_tiny_model(root / "model")
+    return root
+
+
+def configure(root: Path, name: str) -> Path:
+    return write_config(
+        root / f"{name}.yaml",
+        root / "model",
+        root / name,
+        data={"prompts_per_step": 4, "group_size": 2, **questions(root / "questions.jsonl")},
+        sampling={"max_tokens": 150},
+        train={"num_minibatches": 4, "epochs": 4},
+        evaluation={"held_out": 4, "every": 1, "after": False},
+        checkpoint={"every": 1},
+    )
+
+
+def whole(root: Path, ranks: int) -> Path:
+    """The directory of a run that nobody has interrupted."""
+    name = f"whole_{ranks}"
+    if not (root / name).exists():
+        run_ranks(run_configs, ranks, [(str(configure(root, name)), [ENVIRONMENT])], str(root))
+    return root / name
+
+
+def records(run_dir: Path) -> list[dict[str, float]]:
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith(CLOCKS)} for line in lines]
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    checkpoints = run_dir / "checkpoints"
+    found: dict[str, torch.Tensor] = {}
+    for file in (checkpoints / (checkpoints / "latest").read_text()).glob("*.safetensors"):
+        tensors = load_file(file)
+        found |= {k: t for k, t in tensors.items() if not k.startswith("private/")}
+    return found
+
+
+def go_on(root: Path, config: Path, run_dir: Path, ranks: int) -> None:
+    """To the end; then it equals the run that nobody has interrupted."""
+    run_ranks(run_configs, ranks, [(str(config), [ENVIRONMENT])], str(root))
+    assert outcome_of(run_dir) == "done"
+    expected = whole(root, ranks)
+    assert records(run_dir) == records(expected)
+    found, wanted = weights(run_dir), weights(expected)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def stop_and_go_on(root: Path, starter: str, way: str, phase: str) -> dict[str, Any]:
+    """Interrupt a run once in a phase, and let it go on; what was seen."""
+    name = f"once_{starter}_{way}_{phase}"
+    config, run_dir = configure(root, name), root / name
+    terminal = way == "typed"
+    words = ("train", str(config), ENVIRONMENT)
+    with Started(starter, *words, log=root / f"{name}.log", terminal=terminal, phase=phase) as run:
+        run.reach(run_dir, phase)
+        pids = run.tree()
+        began = time.monotonic()
+        run.interrupt(way)
+        code = run.wait(90)
+        seconds = time.monotonic() - began
+        output = run.output()
+    # plain torchrun has a stack and an exit code of its own
+    assert code == (1 if starter == "torchrun" else 0), output
+    assert starter == "torchrun" or "Traceback" not in output, output
+    assert output.count("spmdrl train: SIGINT: stops") == 1, output
+    assert not living(pids)
+    attempt = attempt_of(run_dir)
+    assert (attempt / "outcome").read_text() == "stopped\n"
+    assert (attempt / "stopped_by").read_text() == "SIGINT\n"
+    pointer = run_dir / "checkpoints" / "latest"
+    if phase == "import":
+        assert output.count("nothing was to save") == 1 and not pointer.exists()
+    else:
+        assert "nothing was to save" not in output and pointer.exists()
+    saved = pointer.read_text() if phase != "import" else "nothing"
+    go_on(root, config, run_dir, 1 if starter == "one" else 2)
+    return {"code": code, "seconds": round(seconds, 1), "saved": saved}
+
+
+def end_at_once(root: Path, starter: str, way: str, phase: str) -> dict[str, Any]:
+    """Interrupt a run twice; what was seen."""
+    name = f"twice_{starter}_{way}_{phase}"
+    config, run_dir = configure(root, name), root / name
+    words = ("train", str(config), ENVIRONMENT)
+    log, terminal = root / f"{name}.log", way == "typed"
+    # the first one is answered by a save that takes its time
+    slow = f"{phase} slow"
+    with Started(starter, *words, log=log, terminal=terminal, phase=slow) as run:
+        run.reach(run_dir, phase)
+        run.interrupt(way)
+        time.sleep(1.2)
+        pids = run.tree()
+        alive = run.process.poll() is None
+        began = time.monotonic()
+        if alive:
+            run.interrupt(way)
+        code = run.wait(30)
+        wait_until(lambda: not living(pids), 30)
+        seconds = time.monotonic() - began
+        output = run.output()
+    assert seconds < ENDS_S, (seconds, output)
+    if alive and code != 0:
+        assert code == (1 if starter == "torchrun" else 130), (code, output)
+        assert output.count("interrupted again: ends at once, without saving") == 1, output
+        assert starter == "torchrun" or "Traceback" not in output, output
+    return {"code": code, "seconds": round(seconds, 1), "alive": alive}
+
+
+def test_ctrl_c_at_a_terminal_saves_and_the_run_goes_on_exactly(root: Path) -> None:
+    found = stop_and_go_on(root, "launch", "typed", "rollout")
+    assert found["saved"].startswith("step_00000001+"), found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("starter", "way"), WAYS, ids="-".join)
+def test_every_way_to_interrupt_saves_in_every_phase(
+    root: Path, starter: str, way: str, phase: str
+) -> None:
+    print(f"\nonce {starter} {way} {phase}: {stop_and_go_on(root, starter, way, phase)}")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("starter", "way"), WAYS, ids="-".join)
+def test_a_second_one_ends_everything_at_once(
+    root: Path, starter: str, way: str, phase: str
+) -> None:
+    print(f"\ntwice {starter} {way} {phase}: {end_at_once(root, starter, way, phase)}")
