@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from harness import run_ranks
+from spmdrl.batch import Batch
 from spmdrl.calls import together
+from spmdrl.kept import Journal, Part
 from spmdrl.launch import World
-from spmdrl.ledger import Ledger, keeping
+from spmdrl.ledger import Interrupted, Ledger, Stint, keeping
 from spmdrl.runtime.pulse import Pulse
+from spmdrl.runtime.stopping import StopAsked
 from test_calls import home_rows, toy
 
 
@@ -59,3 +64,47 @@ def positions(world: World) -> list[tuple[str, int, str]]:
 
 def test_calls_are_counted_within_a_ledger_alone() -> None:
     assert run_ranks(positions, 2) == [[("", 0, "between"), ("a.add+a.add", 1, "between")]] * 2
+
+
+def stop_twice_beside_a_finished_call(world: World) -> tuple[int, int, list[list[bool]]]:
+    """A role trains beside one that is stopped, in two starts; the third comes to the end."""
+    trained, stopped = toy("a", [0]), toy("b", [0])
+    batch, starts = home_rows(world, 2), 0
+
+    def compute(rows: Batch, stint: Stint) -> Batch | Interrupted:
+        nonlocal starts
+        starts += 1
+        if stint.should_stop():
+            return Interrupted(part=Part(rows=Batch(lengths=rows.lengths)))
+        return Batch(lengths=rows.lengths, tokens={"b": rows["tokens"]})
+
+    call = replace(stopped.add(batch), compute=compute)
+    journal, left = Journal(), []
+    for start in range(3):
+        ledger = Ledger(world, f"{start}", Pulse(), lambda at=start: at < 2, journal)
+        with keeping(ledger):
+            if start < 2:
+                with pytest.raises(StopAsked):
+                    together(trained.train(batch), call)
+            else:
+                together(trained.train(batch), call)
+        journal = ledger.journal()
+        left.append(sorted(kept.record is not None for kept in journal.calls))
+    return trained.number, starts, left
+
+
+def test_a_finished_call_is_not_made_again_after_two_stops_beside_it() -> None:
+    found = run_ranks(stop_twice_beside_a_finished_call, 1)
+    assert found == [(1, 3, [[False, True], [False, True], [True, True]])]
+
+
+def ask_for_objects(world: World) -> str:
+    role, batch = toy("a", [0]), home_rows(world, 2).with_columns(objects={"prompt": ["a", 3]})
+    with keeping(Ledger(world, "test", Pulse())), pytest.raises(ValueError) as caught:
+        together(replace(role.add(batch), needs=("tokens", "prompt")))
+    return str(caught.value)
+
+
+def test_what_is_no_text_is_refused_with_its_place() -> None:
+    [message] = run_ranks(ask_for_objects, 1)
+    assert message.startswith("the Python column 'prompt' has a int in row 1: only str and None")

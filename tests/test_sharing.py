@@ -14,7 +14,7 @@ from spmdrl.flows.serving import rollout_only
 from spmdrl.models.config import ModelConfig, parse_config, read_config
 from spmdrl.placement import place_roles
 from spmdrl.role_plan import RolePlan, plan_roles
-from spmdrl.sharing import FREE_SHARE, device_bytes, for_unlike_gpus
+from spmdrl.sharing import FREE_SHARE, device_bytes, optimizer_bytes
 from tiny_model import make_tiny_model
 
 
@@ -172,7 +172,38 @@ def test_a_sync_reads_the_host_where_both_models_do_not_fit_on_the_device():
 def test_the_smallest_gpu_of_the_world_bounds_every_ranks_plan(model, tmp_path) -> None:
     path = write_config(tmp_path / "c.yaml", model, tmp_path / "run")
     config, given = load_config(path), load_config(path, ["memory_gb=3"])
-    assert for_unlike_gpus(config, None) == config
-    assert for_unlike_gpus(given, 80_000_000_000) == given
-    bounded = for_unlike_gpus(config, 40_000_000_000)
-    assert device_bytes(bounded, "cuda") == int(40e9 * FREE_SHARE)
+    assert device_bytes(given, "cuda", 80_000_000_000) == device_bytes(given, "cpu", None) == 3e9
+    assert device_bytes(config, "cuda", 40_000_000_000) == int(40e9 * FREE_SHARE)
+    placements = place_roles(config, 2)
+    shapes = {name: read_config(config.model_path(name)) for name in placements}
+    with pytest.raises(ValueError, match="the device has 900 bytes"):
+        plan_roles(config, placements, shapes, ["cuda", "cuda"], gpu_bytes=1000)
+
+
+def test_a_host_is_not_bounded_by_the_gpus_of_others(model, tmp_path) -> None:
+    path = write_config(tmp_path / "c.yaml", model, tmp_path / "run")
+    config = load_config(path, ["roles.policy.ranks=0", "roles.rollout.ranks=1"])
+    assert device_bytes(config, "cpu", 40_000_000_000) is None
+    placements = place_roles(config, 2)
+    shapes = {name: read_config(config.model_path(name)) for name in placements}
+    plan = plan_roles(config, placements, shapes, ["cpu", "cuda"], gpu_bytes=40_000_000_000)
+    capacities = [plan.memory[rank].plan.capacity for rank in range(2)]
+    assert capacities == [None, int(40e9 * FREE_SHARE)]
+
+
+def test_ranks_whose_optimizers_hold_unlike_shares_have_plans_of_their_own(model, tmp_path) -> None:
+    """Megatron cuts masters and moments into flat ranges; its weights are whole on every rank."""
+    words = ["train.backend=megatron", "roles.policy.dp_shard=3"]
+    path = write_config(tmp_path / "c.yaml", model, tmp_path / "run")
+    plan = plan_of(load_config(path, words), 3)
+    held = [
+        optimizer_bytes(plan.layouts["policy"][rank], plan.state_layouts["policy"][rank])
+        for rank in range(3)
+    ]
+    planned = [
+        part.num_bytes
+        for rank in range(3)
+        for part in plan.memory[rank].plan.parts
+        if part.key == ("policy", "optimizer")
+    ]
+    assert planned == held and len(set(held)) > 1

@@ -43,7 +43,6 @@ from spmdrl.role_plan import (
 from spmdrl.roles import Policy, Rollout
 from spmdrl.rollout.protocol import RolloutEngine
 from spmdrl.rollout.vllm_engine import VllmEngine
-from spmdrl.sharing import for_unlike_gpus
 from spmdrl.storages import live_bytes
 from spmdrl.training.megatron.checks import import_backend
 from spmdrl.training.options import TrainOptions
@@ -139,8 +138,9 @@ def assemble(
     placements = place_roles(config, world.size, world.local_size)
     shapes = {name: model.config for name, model in models.items()}
     if plan is None:
-        planned = for_unlike_gpus(config, world.gpu_bytes)
-        plan = plan_roles(planned, placements, shapes, world.device_types, world.local_size)
+        plan = plan_roles(
+            config, placements, shapes, world.device_types, world.local_size, world.gpu_bytes
+        )
     for name, shape in shapes.items():
         check_installed(config, name, shape)
     meshes = {

@@ -133,13 +133,16 @@ def together(*calls: Call[Any]) -> tuple[Any, ...]:
         homes = [_bring_home(one, value) for one, value in zip(sent, computed, strict=True)]
         return tuple(call.finish(home) for call, home in zip(calls, homes, strict=True))
     entries = [_entry(ledger, call) for call in calls]
-    todo = [i for i, entry in enumerate(entries) if entry.record is None]
-    fresh = iter(_run_kept(ledger, [calls[i] for i in todo], [entries[i] for i in todo]))
-    results = []
-    for call, entry in zip(calls, entries, strict=True):
-        home = next(fresh) if entry.record is None else _kept(ledger, call, entry)
-        results.append(call.finish(home))
-    return tuple(results)
+    # first what is there: the ledger holds it again, should a stop come while the others run
+    found = {
+        i: _kept(ledger, call, entry)
+        for i, (call, entry) in enumerate(zip(calls, entries, strict=True))
+        if entry.record is not None
+    }
+    todo = [i for i in range(len(calls)) if i not in found]
+    fresh = _run_kept(ledger, [calls[i] for i in todo], [entries[i] for i in todo])
+    found |= zip(todo, fresh, strict=True)
+    return tuple(call.finish(found[i]) for i, call in enumerate(calls))
 
 
 @dataclass(frozen=True, kw_only=True)

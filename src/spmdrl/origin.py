@@ -73,7 +73,10 @@ def origin_of(settings: Mapping[str, Any], batch: Batch, names: Sequence[str]) -
     for name in sorted(names):
         salt = _salt(name)
         if name in batch.objects:
-            hashes += _mix(_text_hashes(batch.objects[name]) + salt)
+            texts = batch.objects[name]
+            # anything else does not travel: the exchange refuses it, with its place
+            if all(text is None or isinstance(text, str) for text in texts):
+                hashes += _mix(_text_hashes(texts) + salt)
         elif name in batch.ragged:
             ragged = batch.ragged[name]
             token = torch.arange(batch.num_tokens).repeat_interleave(ragged.counts.long())

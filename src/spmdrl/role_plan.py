@@ -161,12 +161,14 @@ def plan_roles(
     shapes: Mapping[str, ModelConfig],
     device_types: Sequence[str],
     node_size: int = 1,
+    gpu_bytes: int | None = None,
 ) -> RolePlan:
     """Layouts, weight syncs and memory of the roles, from the models' shapes alone.
 
     Args:
         device_types: of every rank of the world.
         node_size: ranks of a node.
+        gpu_bytes: the memory of the world's smallest GPU; None: of this host's.
 
     Raises:
         ValueError: roles that do not fit on the device together, with the sizes; a role on ranks
@@ -201,7 +203,7 @@ def plan_roles(
         name: Custom(num_bytes=declared_bytes(user), device=devices[name])
         for name, user in users.items()
     }
-    memory = plan_memory(config, placements, known, syncs, device_types, customs)
+    memory = plan_memory(config, placements, known, syncs, device_types, customs, gpu_bytes)
     return RolePlan(
         devices=devices,
         blocks=blocks,

@@ -77,6 +77,7 @@ def plan_memory(
     syncs: Mapping[str, SyncPlan],
     device_types: Sequence[str],
     customs: Mapping[str, Custom],
+    gpu_bytes: int | None,
 ) -> dict[int, RankMemory]:
     """Every rank's plan; ranks whose roles hold the same share one.
 
@@ -85,6 +86,8 @@ def plan_memory(
     Args:
         syncs: by rollout, the plan that brings the policy's weights.
         device_types: of every rank of the world.
+        gpu_bytes: the memory of its smallest GPU, so that all ranks make one plan, and refuse alike
+            what does not fit; None: of this host's.
 
     Raises:
         ValueError: a call that cannot fit on some rank's device, with the sizes.
@@ -106,7 +109,7 @@ def plan_memory(
         key = tuple((name, *_same_for(shape, rank)) for name, shape in here.items())
         key += tuple((name, -1, 0) for name in own)
         if key not in made:
-            capacity = device_bytes(config, device_types[rank])
+            capacity = device_bytes(config, device_types[rank], gpu_bytes)
             made[key] = _on_rank(config, placements, here, own, syncs, rank, capacity)
         plans[rank] = made[key]
     return plans
@@ -147,22 +150,15 @@ def _on_rank(
     )
 
 
-def for_unlike_gpus(config: Config, gpu_bytes: int | None) -> Config:
-    """The configuration with the memory of the smallest GPU of the world as its bound, so that all
-    ranks make one plan, and refuse alike what does not fit.
-    """
-    if config.memory_gb is not None or gpu_bytes is None:
-        return config
-    return config.model_copy(update={"memory_gb": gpu_bytes * FREE_SHARE / 1e9})
-
-
-def device_bytes(config: Config, device_type: str) -> int | None:
+def device_bytes(config: Config, device_type: str, gpu_bytes: int | None) -> int | None:
     """What roles may fill of a rank's device; None: no bound (a CPU's memory is the user's)."""
     if config.memory_gb is not None:
         return int(config.memory_gb * 1e9)
-    if device_type == "cuda" and torch.cuda.is_available():  # not on a host without GPUs
-        return int(torch.cuda.get_device_properties(0).total_memory * FREE_SHARE)
-    return None
+    if device_type != "cuda":
+        return None
+    if gpu_bytes is None and torch.cuda.is_available():  # not on a host without GPUs
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+    return None if gpu_bytes is None else int(gpu_bytes * FREE_SHARE)
 
 
 def _wish(config: Config, role: str, part: str) -> PartWish:

@@ -2,9 +2,14 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from harness import run_ranks
+from spmdrl.batch import from_rows
+from spmdrl.evaluation.evaluator import Evaluator
 from spmdrl.evaluation.results import write_results
 
 
@@ -40,3 +45,29 @@ def test_half_of_a_pair_of_surrogates_is_written_and_read(tmp_path):
     write_results(path, rows)
     assert [json.loads(line) for line in path.read_bytes().splitlines()] == rows
     assert "é" in path.read_text(encoding="utf-8")
+
+
+def write_on_each(world, directory):
+    """Every rank is told a file of its own; rank 2 has no rows."""
+    count = 2 - world.rank
+    ones = torch.ones(count, dtype=torch.int64)
+    names = ("sample_index", "finish", "response_lengths", "rewards")
+    batch = from_rows(
+        [[1]] * count,
+        rows={"prompt_ids": 10 * world.rank + ones.cumsum(0), **dict.fromkeys(names, ones)},
+        objects={
+            "prompt": [SimpleNamespace(text="What?", answer="4")] * count,
+            "response": [f"{world.rank}"] * count,
+        },
+    )
+    evaluator = object.__new__(Evaluator)
+    evaluator._judged_by = "exact"
+    evaluator._write(batch, directory / f"{world.rank}.jsonl")
+
+
+def test_all_samples_come_to_the_first_rank_and_to_no_other(tmp_path):
+    run_ranks(write_on_each, 3, tmp_path)
+    assert os.listdir(tmp_path) == ["0.jsonl"]
+    rows = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
+    found = [(row["prompt_id"], row["response"], row["judge"]) for row in rows]
+    assert found == [(1, "0", "exact"), (2, "0", "exact"), (11, "1", "exact")]

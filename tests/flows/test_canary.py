@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 
 from flow_cases import run_configs, write_config
 from harness import run_ranks
-from spmdrl.canary import fixed_rows, largest_mean, replica_of
+from spmdrl.batch import Batch
+from spmdrl.canary import Canary, fixed_rows, largest_mean, replica_of
 from spmdrl.config_files import load_config
-from spmdrl.distributed.exchange import gather_rows, plan_exchange
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.flows.start import FlowError, train
+from spmdrl.generation import Rollout
 from spmdrl.launch import World
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.rollout.native.engine import NativeEngine
@@ -146,18 +148,22 @@ def test_one_replica_that_is_off_is_not_lost_among_many(num_replicas: int) -> No
         assert usual == pytest.approx(0.02) and worst == pytest.approx(3.0)
 
 
-def dealt(world: World) -> list[int]:
-    """The replica for which each row is that comes to this rank's."""
+def by_rank(world: World) -> float:
+    """The gap of an engine whose log-probabilities are off by the number of its rank."""
+
+    def score(rows: list[tuple[int, ...]], *, temperature: float) -> list[list[float]]:
+        return [[float(world.rank)] * (len(row) - 1) for row in rows]
+
     mesh = Mesh("rollout", range(world.size), {"dp_replicate": world.size}, "cpu")
-    rows = fixed_rows(world, world.size, 50)
-    plan = plan_exchange(
-        gather_rows(rows.lengths, replica_of(rows), rows["prompt_ids"]), mesh.replicas()
-    )
-    return [int(row) // 2 for row in plan.rows_at(world.rank)]
+    rollout = Rollout("rollout", mesh, SimpleNamespace(), SimpleNamespace(score=score))
+    canary = Canary(world, num_replicas=world.size, vocab_size=50, dtype=torch.float32)
+    zeros = torch.zeros(canary.rows.num_tokens)
+    canary._expected = Batch(lengths=canary.rows.lengths, tokens={"logprobs": zeros})
+    return canary.gap(rollout)
 
 
-def test_every_replica_scores_its_own_rows() -> None:
-    assert run_ranks(dealt, 3) == [[0, 0], [1, 1], [2, 2]]
+def test_every_replica_scores_its_own_rows_and_the_worst_one_counts() -> None:
+    assert run_ranks(by_rank, 3) == [2.0, 2.0, 2.0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from test_dpo_layouts import CLOCKS, write_dpo
@@ -12,6 +14,7 @@ from test_sft_and_reward_model import write_pairs
 from flow_cases import run_configs
 from harness import run_ranks
 from spmdrl.config_files import load_config
+from spmdrl.flows import reference_sums
 from spmdrl.flows.reference_sums import CachedSums, decode, encode
 from spmdrl.flows.start import FlowError, train
 from spmdrl.launch import World
@@ -182,3 +185,31 @@ def test_a_damaged_file_of_sums_is_named(tmp_path, content):
     sums._path, sums._made_by = tmp_path / "reference.safetensors", "a model (12)"
     sums._path.write_bytes(content)
     assert str(sums._decoded()).startswith("cannot be read (")
+
+
+def share_sums(world: World, directory: Path) -> tuple[list[int], list[int], bool]:
+    """How many sums this rank sends, and how many it then has, when nobody has computed one and
+    when rank 1 has; whether the file holds them all.
+    """
+    sent: list[int] = []
+    gather = reference_sums.gather_objects
+
+    def counting(value: Any) -> list[Any]:
+        sent.append(len(value))
+        return gather(value)
+
+    reference_sums.gather_objects = counting
+    known = {bytes([i]) * 16: -1.0 * i for i in range(50)}
+    sums = object.__new__(CachedSums)
+    sums._run = SimpleNamespace(world=world)
+    sums._path, sums._made_by = directory / "reference.safetensors", "a model (12)"
+    sums._sums, counts = dict(known), []
+    for computed in ({}, {b"x" * 16: 5.0} if world.rank == 1 else {}):
+        sums._sums |= computed
+        sums._share(frozenset(known))
+        counts.append(len(sums._sums))
+    return sent, counts, decode(sums._path.read_bytes(), sums._made_by) == sums._sums
+
+
+def test_ranks_send_what_they_have_computed_alone(tmp_path):
+    assert run_ranks(share_sums, 2, tmp_path) == [([0], [50, 51], True), ([1], [50, 51], True)]

@@ -89,6 +89,23 @@ def no_tokens(run: Run) -> None:
     flow(run, lambda given: (imitate(given)[0], {"nll": given["logprobs"].double().sum()}))
 
 
+def name_of_the_update(run: Run) -> None:
+    flow(run, lambda given: (imitate(given)[0], {**imitate(given)[1], "lr": torch.tensor(1.0)}))
+
+
+def metric_of_tokens(run: Run) -> None:
+    flow(run, lambda given: (imitate(given)[0], {**imitate(given)[1], "nll": given["logprobs"]}))
+
+
+def name_of_the_run(run: Run) -> None:
+    environment, sync = GroupEnvironment(run), run.weight_sync("policy", "rollout")
+    for step in run.steps():
+        sync.run()
+        batch = environment.collect(step)
+        run.finish(step, batch, {**environment.metrics(), "seconds/step": 1.0})
+    run.conclude()
+
+
 def not_finite(run: Run) -> None:
     flow(run, lambda given: (given["logprobs"].sum() * torch.nan, imitate(given)[1]))
 
@@ -103,6 +120,9 @@ MISTAKES = {
     "no_metrics": r"sum_alone must return \(loss, metrics\)",
     "loss_by_token": "a tensor without dimensions",
     "no_tokens": r"metrics are \['nll'\]: they need 'tokens'",
+    "name_of_the_update": "returns a metric 'lr', and the update has one of that name",
+    "metric_of_tokens": r"its metric 'nll' as a tensor without dimensions .* returns the shape",
+    "name_of_the_run": r"metrics called \['seconds/step'\] come from two parts",
 }
 
 EARLY = ("other_role", "other_sync")

@@ -7,12 +7,17 @@ import re
 import sys
 from typing import Any
 
+import pytest
 from tqdm import tqdm
 
+import spmdrl.flows.start as start
 import spmdrl.observe.progress as progress
-from flow_cases import run_configs, write_config
+from flow_cases import questions, run_configs, write_config
 from harness import run_ranks
+from spmdrl.config_files import load_config
 from spmdrl.launch import World
+from spmdrl.rewards.server import start_reward_server
+from spmdrl.runtime.pulse import Pulse
 from tiny_model import make_tiny_model
 
 
@@ -61,3 +66,31 @@ def test_every_long_phase_shows_how_far_it_is(tmp_path):
         assert [a for a in done if 0 < a < total], (phase, found)
         assert done == sorted(done) or phase == "logprobs", (phase, done)
     assert not re.search(r"\d+/\d+", second)
+
+
+def beats_of_loading(world: World, path: str) -> int:
+    """How often the run's pulse beats while the data are read."""
+    pulses, found, read = [], [], start.read_inputs
+
+    class Kept(Pulse):
+        def __init__(self) -> None:
+            super().__init__()
+            pulses.append(self)
+
+    def read_inputs(*words: Any) -> Any:
+        before = pulses[0].beats
+        read(*words)
+        found.append(pulses[0].beats - before)
+        raise ValueError("that is all")
+
+    start.Pulse, start.read_inputs = Kept, read_inputs  # type: ignore[misc]
+    with start_reward_server() as server, pytest.raises(ValueError, match="that is all"):
+        start.train(load_config(path), world, server)
+    return found[0]
+
+
+def test_a_run_beats_while_its_data_are_read(tmp_path):
+    make_tiny_model(tmp_path / "model")
+    data = questions(tmp_path / "questions.jsonl", 600)
+    path = write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "run", data=data)
+    assert run_ranks(beats_of_loading, 1, str(path))[0] >= 5

@@ -151,6 +151,15 @@ def test_prompts_with_a_common_beginning_share_it() -> None:
                 assert_same(found[i][sample], alone, f"{options}, prompt {i}, sample {sample}")
 
 
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0, "top_k": 5}, {}])
+def test_what_nothing_has_cut_was_drawn_from_all_tokens(sampling: dict[str, Any]) -> None:
+    """Also where somebody asks for a greedy answer by the sampling of a run that truncates."""
+    asked = request(prompts_of(5)[0], 1, 2, max_tokens=4, support=True, **sampling)
+    for completion in generate(make_engine(*tiny_model()), [asked])[0]:
+        assert completion.support is not None
+        assert completion.support.counts.tolist() == [0] * len(completion.tokens)
+
+
 def test_what_the_cache_cannot_hold_is_refused_before_anything_runs() -> None:
     config, source = tiny_model()
     engine = make_engine(config, source, kv_cache_gb=10 * CACHE_BLOCK / 1e9)

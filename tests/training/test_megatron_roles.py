@@ -22,7 +22,7 @@ from spmdrl.launch import World
 from spmdrl.models.config import read_config
 from spmdrl.models.export import save_pretrained
 from spmdrl.models.hf import open_checkpoint
-from spmdrl.models.megatron_layout import Cut, Parameter, flat_pieces
+from spmdrl.models.megatron_layout import Cut, Parameter, flat_pieces, rank_chunks
 from spmdrl.models.sharding import Slice
 from spmdrl.storages import live_bytes
 from spmdrl.training.megatron import checks
@@ -272,6 +272,18 @@ def test_state_is_held_once_by_the_shards_of_every_rank(tied):
     for name, found in count.items():
         copies = 2 if name.endswith("norm.weight") or (tied and "embed" in name) else 1
         assert (found == copies).all(), name
+
+
+def test_all_tp_ranks_have_the_same_parameters_in_common() -> None:
+    """Their gradients are averaged over tp: also where the last rank has no token at all."""
+    config = tiny_config(vocab_size=5, num_key_value_heads=4)
+    common = [
+        [parameter.name for parameter in chunk if parameter.is_replicated]
+        for rank in range(4)
+        for chunk in rank_chunks(config, Cut(tp=4), rank, 0)
+    ]
+    assert len(common) == 4 and common[0].count("norm.weight") == 1
+    assert all(names == common[0] for names in common)
 
 
 def exported(world: World, source: str, out: str, made: Case) -> None:

@@ -298,20 +298,19 @@ class Saver:
         """A role of the user's own: what each of its ranks has kept comes back there."""
         if name not in saved["roles"]:
             return
-        is_same = saved["roles"][name] == role.mesh.describe()
-        prefix = f"role/{name}/"
-        ranks = range(saved["world_size"]) if not is_same else (self._world.rank,)
-        for rank in ranks:
-            private = read_private(path, rank) if rank < saved["world_size"] else {}
-            own = {k.removeprefix(prefix): t for k, t in private.items() if k.startswith(prefix)}
-            if own and not is_same:
-                raise ValueError(
-                    f"roles.{name}: {path} has its state for {saved['roles'][name]}, the "
-                    f"configuration gives it {role.mesh.describe()}: what a role of your own has "
-                    "saved comes back on the same ranks alone; give it those, or begin it anew "
-                    "under another name"
-                )
-            role.restore(own)
+        prefix, rank, size = f"role/{name}/", self._world.rank, saved["world_size"]
+        if saved["roles"][name] == role.mesh.describe():
+            private = read_private(path, rank) if rank < size else {}
+            role.restore(
+                {k.removeprefix(prefix): t for k, t in private.items() if k.startswith(prefix)}
+            )
+        elif any(key.startswith(prefix) for r in range(size) for key in read_private(path, r)):
+            raise ValueError(
+                f"roles.{name}: {path} has its state for {saved['roles'][name]}, the "
+                f"configuration gives it {role.mesh.describe()}: what a role of your own has "
+                "saved comes back on the same ranks alone; give it those, or begin it anew "
+                "under another name"
+            )
 
     def _custom_roles(self) -> Iterator[tuple[str, CustomRole]]:
         for name, role in self._assembly.roles.items():

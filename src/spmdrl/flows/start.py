@@ -55,7 +55,6 @@ from spmdrl.runtime.pulse import Pulse
 from spmdrl.runtime.signals import Signals
 from spmdrl.runtime.stopping import StopAsked
 from spmdrl.runtime.watcher import Watcher
-from spmdrl.sharing import for_unlike_gpus
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +123,9 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
     placements = place_roles(config, world.size, world.local_size)
     models = open_models(config, placements)
     shapes = {name: model.config for name, model in models.items()}
-    planned = for_unlike_gpus(config, world.gpu_bytes)
-    plan = plan_roles(planned, placements, shapes, world.device_types, world.local_size)
+    plan = plan_roles(
+        config, placements, shapes, world.device_types, world.local_size, world.gpu_bytes
+    )
     run_dir = Path(config.run_dir)
     inputs = read_inputs(
         config,

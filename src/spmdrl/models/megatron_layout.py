@@ -63,9 +63,9 @@ class Parameter:
     @property
     def is_replicated(self) -> bool:
         """Whether every tp rank holds it: what tensor parallelism does not divide, and no expert,
-        which it always does.
+        which it always does, nor padding of a vocabulary that is another rank's.
         """
-        return not self.is_expert and all(part.is_whole for part in self.slices)
+        return bool(self.slices) and not self.is_expert and all(s.is_whole for s in self.slices)
 
 
 def padded_vocab(config: ModelConfig, tp: int) -> int:

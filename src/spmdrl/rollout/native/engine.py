@@ -363,8 +363,9 @@ class NativeEngine:
             sample.logprobs.append(logprobs[i])
             if sample.request.sampling.margins:
                 sample.margins.append(margins[i])
-            if support is not None and sample.request.sampling.support:
-                sample.support.append(support[i])
+            if sample.request.sampling.support:
+                # where no row of the step is truncated, all were drawn from all tokens
+                sample.support.append(b"" if support is None else support[i])
             finish = rules[sample.index].check(sample.tokens, sample.num_generated)
             if finish is not None:
                 sample.finish = finish
