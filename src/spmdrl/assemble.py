@@ -7,8 +7,10 @@ are checked before the first of them, so that bad input fails at once and everyw
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -44,12 +46,14 @@ from spmdrl.roles import Policy, Rollout
 from spmdrl.rollout.protocol import RolloutEngine
 from spmdrl.rollout.vllm_engine import VllmEngine
 from spmdrl.storages import live_bytes
-from spmdrl.training.megatron.checks import import_backend
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.protocol import TrainBackend
 from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.weights.layout import WeightLayout
 from spmdrl.weights.sync import WeightSync
+
+if TYPE_CHECKING:
+    from spmdrl.training.megatron.backend import MegatronBackend
 
 log = logging.getLogger(__name__)
 
@@ -365,6 +369,15 @@ def _backend(
     return TorchBackend(
         mesh, model.config, model.weights, options, device, trainable=trainable, head=head
     )
+
+
+def import_backend() -> type[MegatronBackend]:
+    """The backend's class; megatron-core is imported here and nowhere before."""
+    with warnings.catch_warnings():
+        # that TransformerEngine and apex are not there is no news, and said five times
+        warnings.filterwarnings("ignore", message=".*[Aa]pex (is|are) not installed")
+        from spmdrl.training.megatron.backend import MegatronBackend
+    return MegatronBackend
 
 
 def train_options(

@@ -11,13 +11,12 @@ from torch import Tensor
 from spmdrl.models.attention import (
     AttentionKind,
     PackedAttention,
-    Span,
-    covers_rows,
     make_kernel,
     resolve_attention,
 )
 from spmdrl.models.attention_tiles import cut, group_pieces
 from spmdrl.models.attention_varlen import Sequences, VarlenKernel, make_sequences
+from spmdrl.models.spans import Span, covers_rows
 
 CPU = torch.device("cpu")
 

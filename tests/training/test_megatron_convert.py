@@ -12,6 +12,7 @@ from megatron_cases import CPU, KINDS, Case, case
 from training_cases import LivelyCheckpoint, options
 
 from harness import run_ranks
+from spmdrl.assemble import import_backend
 from spmdrl.cli import main
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.launch import World
@@ -19,7 +20,7 @@ from spmdrl.models.export import save_pretrained
 from spmdrl.models.hf import fill, open_checkpoint
 from spmdrl.models.megatron_layout import rank_chunks
 from spmdrl.models.sharding import Slice
-from spmdrl.training.megatron.checks import import_backend, model_cut
+from spmdrl.training.megatron.checks import model_cut
 
 pytestmark = pytest.mark.megatron
 

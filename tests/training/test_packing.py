@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from training_cases import make_rows
 
 from spmdrl.batch import Batch, from_rows
-from spmdrl.models.attention import Span, covers_rows
+from spmdrl.models.spans import Span, covers_rows
 from spmdrl.training.context import split_stream
 from spmdrl.training.packing import Microbatch, empty_microbatch, pack
 

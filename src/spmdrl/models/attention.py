@@ -1,8 +1,6 @@
 """Attention over a packed stream of tokens, described by spans.
 
-A `Span` says which rows of the queries see which ranges of the keys; packed sequences, prompts
-that several responses share, chunks of a prefill and the parts of a context-parallel stream are
-all lists of spans. A kernel turns spans into a function of q, k, v:
+A kernel turns a list of `spans.Span` into a function of q, k, v:
 
 - `blocked`: explicit products of small tiles; the fastest on CPUs. float32 and float64.
 - `sdpa`: `scaled_dot_product_attention` per tile; any device and dtype.
@@ -13,8 +11,7 @@ all lists of spans. A kernel turns spans into a function of q, k, v:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
@@ -23,46 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed.parallel import gather_sum_grad
+from .attention_tiles import TiledKernel
+from .attention_varlen import FlexKernel, flash_kernel, varlen_kernel
+from .spans import AttentionFunction, Span, covers_rows
 
 AttentionKind = Literal["blocked", "sdpa", "varlen", "flash", "flex"]
 KINDS: tuple[AttentionKind, ...] = ("blocked", "sdpa", "varlen", "flash", "flex")
-
-Range = tuple[int, int]
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q [Tq, H, d], k [Tk, KVH, d], v [Tk, KVH, d]) -> [Tq, H, d]."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """Rows `[q_start, q_stop)` of q and the keys that they see.
-
-    Args:
-        own: the range of keys that is seen causally, aligned at the end: the last row sees all of
-            it, the one before all but its last key.
-        prefix: ranges of keys that every row sees.
-    """
-
-    q_start: int
-    q_stop: int
-    own: Range
-    prefix: tuple[Range, ...] = ()
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.q_start < self.q_stop, self
-        assert self.own[1] - self.own[0] >= self.q_stop - self.q_start, self
-
-    @property
-    def num_queries(self) -> int:
-        return self.q_stop - self.q_start
-
-    @property
-    def num_keys(self) -> int:
-        return sum(stop - start for start, stop in self.keys)
-
-    @property
-    def keys(self) -> tuple[Range, ...]:
-        """All ranges of keys in order; a row sees all but the last few keys of their sequence."""
-        return (*self.prefix, self.own)
 
 
 class AttentionKernel(Protocol):
@@ -113,12 +76,6 @@ class PackedAttention:
         return self._function(q, k, v)
 
 
-def covers_rows(spans: Sequence[Span]) -> bool:
-    """Whether the spans' rows follow each other without gaps from row 0."""
-    stops = [0, *(span.q_stop for span in spans)]
-    return all(span.q_start == stop for span, stop in zip(spans, stops, strict=False))
-
-
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionKind:
     """The kind that `model.attention` means on this device.
 
@@ -151,13 +108,9 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> At
 
 
 def make_kernel(kind: AttentionKind) -> AttentionKernel:
-    """The kernel of a resolved kind; imports what only that kind needs."""
+    """The kernel of a resolved kind."""
     if kind in ("blocked", "sdpa"):
-        from .attention_tiles import TiledKernel
-
         return TiledKernel(explicit=kind == "blocked")
-    from .attention_varlen import FlexKernel, flash_kernel, varlen_kernel
-
     if kind == "flex":
         return FlexKernel()
     return flash_kernel() if kind == "flash" else varlen_kernel()

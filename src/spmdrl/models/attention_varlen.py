@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import AttentionFunction, Span
+from .spans import AttentionFunction, Span
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

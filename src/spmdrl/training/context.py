@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spmdrl.models.attention import Range, Span
+from spmdrl.models.spans import Range, Span
 from spmdrl.training.packing import Microbatch
 
 

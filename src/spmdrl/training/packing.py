@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from spmdrl.batch import Batch
-from spmdrl.models.attention import Span
 from spmdrl.models.routing import EXPERT_CHOICES
+from spmdrl.models.spans import Span
 from spmdrl.training.readout import Places
 
 PADDING_SPAN = 64

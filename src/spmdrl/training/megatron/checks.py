@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,9 +13,6 @@ from spmdrl.distributed.expert_axes import expert_degrees
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.degrees import check_ep, heads_mend
 from spmdrl.models.megatron_layout import Cut
-
-if TYPE_CHECKING:
-    from spmdrl.training.megatron.backend import MegatronBackend
 
 SUPPORTED = "0.16.1"
 """The backend reads private names of the package, so one version is supported, and tested."""
@@ -47,15 +42,6 @@ def check_installed(role: str) -> None:
         f"roles.{role}: train.backend=megatron needs megatron-core {SUPPORTED}, which {state}: "
         "install spmdrl[megatron], or set train.backend=torch"
     )
-
-
-def import_backend() -> type[MegatronBackend]:
-    """The backend's class; megatron-core is imported here and nowhere before."""
-    with warnings.catch_warnings():
-        # that TransformerEngine and apex are not there is no news, and said five times
-        warnings.filterwarnings("ignore", message=".*[Aa]pex (is|are) not installed")
-        from spmdrl.training.megatron.backend import MegatronBackend
-    return MegatronBackend
 
 
 def check_megatron(

@@ -1,0 +1,55 @@
+"""Spans: which rows of the queries see which ranges of the keys.
+
+Packed sequences, prompts that several responses share, chunks of a prefill and the parts of a
+context-parallel stream are all lists of spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Range = tuple[int, int]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [Tq, H, d], k [Tk, KVH, d], v [Tk, KVH, d]) -> [Tq, H, d]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Rows `[q_start, q_stop)` of q and the keys that they see.
+
+    Args:
+        own: the range of keys that is seen causally, aligned at the end: the last row sees all of
+            it, the one before all but its last key.
+        prefix: ranges of keys that every row sees.
+    """
+
+    q_start: int
+    q_stop: int
+    own: Range
+    prefix: tuple[Range, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.q_start < self.q_stop, self
+        assert self.own[1] - self.own[0] >= self.q_stop - self.q_start, self
+
+    @property
+    def num_queries(self) -> int:
+        return self.q_stop - self.q_start
+
+    @property
+    def num_keys(self) -> int:
+        return sum(stop - start for start, stop in self.keys)
+
+    @property
+    def keys(self) -> tuple[Range, ...]:
+        """All ranges of keys in order; a row sees all but the last few keys of their sequence."""
+        return (*self.prefix, self.own)
+
+
+def covers_rows(spans: Sequence[Span]) -> bool:
+    """Whether the spans' rows follow each other without gaps from row 0."""
+    stops = [0, *(span.q_stop for span in spans)]
+    return all(span.q_start == stop for span, stop in zip(spans, stops, strict=False))
