@@ -1,6 +1,6 @@
-"""Advantages from one reward per response: within its group (the samples of one prompt), or alone.
+"""Advantages from one reward per response, some relative to its group (the samples of one prompt).
 
-Groups live whole on the rank, so nothing here is reduced over ranks.
+A group is whole on its rank, so nothing here is reduced over ranks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def group_advantages(
     """A_i = (r_i - mean(r)) / (std(r) + eps) over the group of i: float32 `[B]`.
 
     GRPO: DeepSeekMath, arXiv 2402.03300, section 4.1.2; the deviation is the sample's (n - 1), as
-    in TRL and verl. `std=False` leaves the division out: Dr.GRPO, arXiv 2503.20783, section 3.2.
-    A group of one, or whose rewards are all equal, has advantages of exactly 0.
+    in TRL and verl. `std=False` omits the division: Dr.GRPO, arXiv 2503.20783, section 3.2. A
+    group of one, or with equal rewards only, has advantages of exactly 0.
 
     Raises:
         ValueError: shapes differ, or a reward is not finite (its rows are named).
@@ -44,7 +44,7 @@ def leave_one_out(
     """A_i = r_i - mean of the other rewards of the group = n / (n - 1) (r_i - mean(r)): `[B]`.
 
     RLOO: Kool et al. 2019; Ahmadian et al., "Back to Basics", arXiv 2402.14740. A group of one, or
-    whose rewards are all equal, has advantages of exactly 0. Errors as `group_advantages`.
+    with equal rewards only, has advantages of exactly 0. Raises the errors of `group_advantages`.
     """
     centred, counts, flat = _centred(rewards, prompt_ids)
     scaled = centred * counts / (counts - 1).clamp(min=1)
@@ -61,8 +61,8 @@ def rewards_to_go(
 ) -> Tensor:
     """A_t = r - kl_coef * sum of kl_i for i >= t, 0 outside the mask: float32 `[T]`.
 
-    REINFORCE++: Hu et al. 2025, arXiv 2501.03262, section 3. It is to be whitened by the moments of
-    all response tokens of the batch, over all ranks. Errors as `token_rewards` and `gae`.
+    REINFORCE++: Hu et al. 2025, arXiv 2501.03262, section 3. The caller whitens it with the moments
+    of all response tokens of the batch, over all ranks. Raises as `token_rewards` and `gae` do.
     """
     per_token = token_rewards(rewards, token_kl, lengths, loss_mask, kl_coef=kl_coef)
     zeros = torch.zeros_like(per_token)
@@ -74,7 +74,7 @@ def broadcast_to_tokens(
     lengths: Tensor,  # [B] int64
     loss_mask: Tensor | None = None,  # [T] bool
 ) -> Tensor:
-    """Every row's value on each of its tokens, 0 where `loss_mask` is False: `[T]`."""
+    """Each row's value on every one of its tokens, 0 where `loss_mask` is False: `[T]`."""
     tokens = torch.repeat_interleave(values, lengths)
     return tokens if loss_mask is None else torch.where(loss_mask, tokens, 0)
 
@@ -103,11 +103,11 @@ def group_spread(
 
 
 def _centred(rewards: Tensor, prompt_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards less their group's mean, group sizes, whether the group is flat: `[B]` each.
+    """Rewards minus their group's mean, group sizes, whether the group is flat: `[B]` each.
 
-    In float64, so that the order of a group's rows does not show in the float32 result. Flat groups
-    are found by comparing rewards: their rounded mean differs from them by a little, which the
-    division by a tiny deviation would turn into noise.
+    Computed in float64, so that the order of a group's rows does not affect the float32 result.
+    Flat groups are found by comparing rewards: their rounded mean differs from them slightly, which
+    the division by a tiny deviation would turn into noise.
     """
     low, high = group_spread(rewards, prompt_ids)
     index, num_groups = group_index(prompt_ids)

@@ -1,8 +1,8 @@
 """Losses that learn from preferences directly, without a reward model, as sums over pairs.
 
-A pair is two rows with the same prompt, of which one is preferred. The losses see each row as one
+A pair is two rows with the same prompt, one of which is preferred. The losses see each row as one
 number, the log-probability of its response under the policy and under the reference, so they do not
-depend on packing; a sum over pairs is divided once, outside, by the pairs of all ranks.
+depend on packing. The caller divides a sum over pairs once, by the number of pairs of all ranks.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from spmdrl.algorithms.sums import metric_sums
 PreferenceLoss = Literal["dpo", "ipo", "simpo", "kto", "orpo"]
 
 NORMALISED = ("ipo", "simpo", "orpo")
-"""Losses that compare log-probabilities per token unless they are told otherwise."""
+"""Losses that compare log-probabilities per token unless `length_normalise` is set."""
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceConfig:
-    """Which loss, and its terms.
+    """The choice of a loss, and its terms.
 
     Args:
-        loss: see the function of that name.
+        loss: name of the loss; see the function of that name.
         beta: DPO, KTO: strength of the KL to the reference; IPO: its tau; SimPO: scale of the
             reward; ORPO: weight of the odds-ratio term.
         label_smoothing: DPO, SimPO: the chance that a label is wrong (cDPO), in [0, 0.5).
-        margin: SimPO: by how much the chosen reward should be larger (gamma).
-        nll_coef: of the chosen response's negative log-likelihood per token (Pang et al. 2024,
-            "Iterative Reasoning Preference Optimization", arXiv 2404.19733, eq. 1).
-        length_normalise: compare log-probabilities per token; None: as `NORMALISED` says.
-        kto_weights: KTO: of chosen and rejected responses (lambda_D, lambda_U).
+        margin: SimPO: gamma, the margin by which the chosen reward should be larger.
+        nll_coef: weight of the chosen response's negative log-likelihood per token (Pang et al.
+            2024, "Iterative Reasoning Preference Optimization", arXiv 2404.19733, eq. 1).
+        length_normalise: compare log-probabilities per token; None: only for `NORMALISED` losses.
+        kto_weights: KTO: weights of chosen and rejected responses (lambda_D, lambda_U).
 
     Raises:
-        ValueError: a value out of its range, naming it.
+        ValueError: a value is out of its range, or the loss has no such term; the value is named.
     """
 
     loss: PreferenceLoss = "dpo"
@@ -86,12 +86,12 @@ class PreferenceConfig:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Compared:
-    """What a loss compares, of each pair: float64 `[P]` each.
+    """The quantities of each pair that a loss compares: float64 `[P]` each.
 
     Args:
-        chosen, rejected: the responses' log-ratios to the reference (without one, their
-            log-probabilities), per token where the loss normalises.
-        baseline: KTO's z; 0 elsewhere.
+        chosen, rejected: the responses' log-ratios to the reference (without a reference their
+            log-probabilities), per token if the loss normalises.
+        baseline: KTO's z; 0 for other losses.
     """
 
     chosen: Tensor
@@ -117,10 +117,11 @@ def preference_loss(
 
     Metrics (float64 sums over pairs; see `algorithms.metrics`): tokens (the number of PAIRS, which
     means are divided by), accuracy (the chosen response has the larger implicit reward), margin
-    (their difference), reward_chosen, reward_rejected, nll (of the chosen response, per token).
+    (the difference of these rewards), reward_chosen, reward_rejected, nll (the chosen response's
+    negative log-likelihood per token).
 
     Raises:
-        ValueError: the loss needs `ref_logprobs` or `baseline` and has none, or shapes differ.
+        ValueError: the loss needs `ref_logprobs` or `baseline` and got none, or shapes differ.
     """
     _check(logprobs, response_lengths, ref_logprobs, baseline, config)
     wide = logprobs.double()
@@ -158,14 +159,14 @@ def dpo(pairs: Compared, config: PreferenceConfig) -> Tensor:
 def ipo(pairs: Compared, config: PreferenceConfig) -> Tensor:
     """(gap - 1 / (2 beta))^2: `[P]`.
 
-    Azar et al. 2023, arXiv 2310.12036, eq. 17, beta is its tau; by default per token, as the
-    authors' results have it (TRL, `DPOTrainer`).
+    Azar et al. 2023, arXiv 2310.12036, eq. 17; beta is its tau. The gap is per token by default, as
+    in the authors' results (TRL, `DPOTrainer`).
     """
     return (pairs.gap - 1 / (2 * config.beta)).square()
 
 
 def simpo(pairs: Compared, config: PreferenceConfig) -> Tensor:
-    """-log sigmoid(beta gap - margin), of log-probabilities per token, without a reference: `[P]`.
+    """-log sigmoid(beta gap - margin), gap of log-probabilities per token, no reference: `[P]`.
 
     Meng et al. 2024, arXiv 2405.14734, eq. 6.
     """
@@ -176,7 +177,7 @@ def kto(pairs: Compared, config: PreferenceConfig) -> Tensor:
     """The mean of w_c (1 - sigmoid(beta (r_c - z))) and w_r (1 - sigmoid(beta (z - r_r))): `[P]`.
 
     Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1: each response is judged by itself against
-    z, the KL of the policy to the reference. The mean over pairs is that over responses.
+    z, the KL of the policy to the reference. The mean over pairs is the mean over responses.
     """
     good, bad = config.kto_weights
     chosen = 1 - torch.sigmoid(config.beta * (pairs.chosen - pairs.baseline))
@@ -203,7 +204,7 @@ def as_compared(
     response_lengths: Tensor,  # [R] int64 tokens
     config: PreferenceConfig,
 ) -> Tensor:
-    """What a loss compares of each response, in nats: per token where it normalises: `[R]`."""
+    """The number that a loss compares per response, in nats; per token if it normalises: `[R]`."""
     return ratio / response_lengths.clamp(min=1) if config.normalises else ratio
 
 
@@ -212,21 +213,21 @@ def implicit_rewards(
     response_lengths: Tensor,  # [R]
     config: PreferenceConfig,
 ) -> Tensor:
-    """The reward that the policy stands for, without gradient: `[R]`.
+    """The implicit reward of each response under the policy, without gradient: `[R]`.
 
-    beta log(policy / reference) (DPO, arXiv 2305.18290, eq. 5), also where the loss compares it per
-    token; SimPO and ORPO: beta times the log-probability per token.
+    beta log(policy / reference) (DPO, arXiv 2305.18290, eq. 5), even if the loss compares it per
+    token; for SimPO and ORPO, beta times the log-probability per token.
     """
     own = ratio.detach()
     return config.beta * (own if config.needs_reference else own / response_lengths.clamp(min=1))
 
 
 def kto_baseline(mean_compared: float) -> float:
-    """KTO's z: the mean over responses to other prompts of what the loss compares, at least 0.
+    """KTO's z: the mean over responses to other prompts of the compared number, at least 0.
 
-    arXiv 2402.01306, section 4.1. z stands beside the log-ratios of `as_compared`, so it has their
-    unit: nats of a response, or per token. The mean is that of the world, so that no result depends
-    on how rows are spread over ranks.
+    arXiv 2402.01306, section 4.1. z is subtracted from the log-ratios of `as_compared`, so it has
+    their unit: nats per response, or per token. The mean is taken over the world, so that no result
+    depends on the distribution of rows over ranks.
     """
     return max(0.0, mean_compared)
 
@@ -235,7 +236,7 @@ def ordered_pairs(
     preference: Tensor,  # [R] larger is better
     prompt_ids: Tensor,  # [R] int64
 ) -> tuple[Tensor, Tensor]:
-    """All (better, worse) rows of one prompt whose preference differs: int64 `[P]` each."""
+    """All (better, worse) rows of one prompt whose preferences differ: int64 `[P]` each."""
     order = torch.argsort(prompt_ids, stable=True)
     _, sizes = torch.unique_consecutive(prompt_ids[order], return_counts=True)
     starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
@@ -267,10 +268,10 @@ def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, accurate at both ends (Maechler 2012); x = 0 counts as -1e-12."""
+    """log(1 - exp(x)) for x < 0, accurate at both ends (Maechler 2012); x is at most -1e-12."""
     x = x.clamp(max=-1e-12)
     near = x > -math.log(2)
-    # each branch on values where it is finite, so that no NaN comes back through `where`
+    # each branch sees only values where it is finite, so that no NaN flows back through `where`
     close = torch.log(-torch.expm1(torch.where(near, x, -1.0)))
     far = torch.log1p(-torch.exp(torch.where(near, -1.0, x)))
     return torch.where(near, close, far)

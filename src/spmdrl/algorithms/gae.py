@@ -20,9 +20,9 @@ def gae(
     """A_t = sum_l (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t, and A_t + V_t.
 
     Schulman et al. 2016, arXiv 1506.02438, eq. 16. The steps of a row's episode are its tokens in
-    the mask, in order: a token between them (a tool's answer, the next turn's prompt) is part of
-    the state, so its reward and value count nowhere and it is not discounted. The value after the
-    last step is 0, also where the response was cut.
+    the mask, in order. A token between them (a tool's output, the next turn's prompt) is part of
+    the state: its reward and value are ignored and it is not discounted. The value after the last
+    step is 0, even if the response was cut.
 
     Returns:
         advantages, returns: float32 `[T]` each, 0 outside the mask.

@@ -1,6 +1,6 @@
-"""Per-token estimators of the KL divergence, and the one place where a log-ratio is exponentiated.
+"""Per-token estimators of the KL divergence, and the only place that exponentiates a log-ratio.
 
-Follows J. Schulman, "Approximating KL Divergence" (2020, joschu.net/blog/kl-approx.html).
+The source is J. Schulman, "Approximating KL Divergence" (2020, joschu.net/blog/kl-approx.html).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LOG_RATIO_LIMIT = 20.0
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """`values` in float32, or unchanged when they already are float64."""
+    """`values` in float32, or unchanged if they are float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -39,7 +39,7 @@ def kl(
     ref_logprobs: Tensor,  # [...], of the same tokens under the reference
     estimator: KlEstimator,
 ) -> Tensor:
-    """Estimates of KL(p || ref) per token from samples of p, plainly differentiable: `[...]`.
+    """Estimates of KL(p || ref) per token from samples of p, with the plain gradient: `[...]`.
 
     With d = log p - log ref (Schulman's log(1/r)): k1 = d (unbiased, may be negative);
     k2 = d^2 / 2 (biased, low variance); k3 = exp(-d) - 1 + d (unbiased, never negative). In k3, -d
@@ -65,10 +65,10 @@ def kl_penalty(
     ref_logprobs: Tensor,  # [...]
     estimator: KlEstimator,
 ) -> Tensor:
-    """The KL estimate as a term of a loss: the value of `kl`, a gradient that penalises: `[...]`.
+    """The KL estimate as a loss term: the value of `kl`, with a gradient that penalises: `[...]`.
 
-    k2 and k3 (DeepSeekMath, arXiv 2402.03300, eq. 4) are differentiated as they stand. k1's own
-    gradient is grad log p, whose expectation is zero; the gradient of its expectation is
+    k2 and k3 (DeepSeekMath, arXiv 2402.03300, eq. 4) are differentiated directly. k1's own gradient
+    is grad log p, whose expectation is zero; the gradient of its expectation is
     E[k1 grad log p] = E[grad k2], so k1 takes k2's gradient.
     """
     penalty = kl(logprobs, ref_logprobs.detach(), estimator)

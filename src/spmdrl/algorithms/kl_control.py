@@ -1,6 +1,6 @@
 """The coefficient of the KL penalty in the reward, fixed or steered towards a target.
 
-Controllers are values: an update gives a new one, from numbers that are equal on all ranks.
+Controllers are values: an update returns a new one, made from numbers that are equal on all ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def sequence_kl(
 ) -> Tensor:
     """The KL estimate of each response, in nats: the sum over its tokens, float32 `[B]`.
 
-    Its mean over the rows of the world is what `AdaptiveKl` steers (use k1 or k3: k2 is biased).
+    Its mean over the rows of the world is the input of `AdaptiveKl` (use k1 or k3: k2 is biased).
 
     Raises:
         ValueError: shapes differ.
@@ -35,7 +35,7 @@ def sequence_kl(
 
 @dataclass(frozen=True, kw_only=True)
 class FixedKl:
-    """A coefficient that stays.
+    """A coefficient that never changes.
 
     Raises:
         ValueError: coef is negative or not finite.
@@ -51,25 +51,25 @@ class FixedKl:
         return self
 
     def state(self) -> dict[str, float]:
-        """Nothing: the coefficient is the configuration's."""
+        """An empty state: the coefficient comes from the configuration."""
         return {}
 
     def restored(self, state: Mapping[str, float]) -> FixedKl:
-        """Raises ValueError for the state of another controller."""
+        """This controller; raises ValueError for the state of another kind of controller."""
         _check_state(state, set(), "fixed")
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveKl:
-    """A coefficient in proportion to how far the KL is from its target.
+    """A coefficient that changes in proportion to the KL's distance from its target.
 
     Ziegler et al. 2019, arXiv 1909.08593, section 2.2: e = clip(KL / target - 1, -0.2, 0.2),
-    coef <- coef (1 + K e). K is n / horizon after n samples, as in the paper's code; the paper's
+    coef <- coef (1 + K e). K is n / horizon after n samples, as in the paper's code; the paper has
     K = 0.1.
 
     Args:
-        coef: at the start; it must be positive, because a product never leaves 0.
+        coef: coefficient at the start; it must be positive, because a product never leaves 0.
         target: mean KL of a whole response (`sequence_kl`), in nats.
         horizon: samples over which the coefficient can change by a factor of about 1.2.
 

@@ -1,7 +1,7 @@
-"""How sums of metrics combine, over microbatches, ranks and minibatches.
+"""Combination of sums of metrics over microbatches, ranks and minibatches.
 
 A loss function returns float64 sums over its loss tokens, and their number as `tokens`. Names that
-end in `_max` are maxima of values >= 0 (so a rank without tokens gives 0): they combine by max.
+end in `_max` are maxima of values >= 0 (so a rank without tokens gives 0) and combine by maximum.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows laid end to end: which row a token is of, sums over rows, the last response token."""
+"""Helpers for rows laid end to end: the row of a token, sums over rows, the last response token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def check_columns(
     loss_mask: Tensor,  # [T] bool
     **columns: Tensor,  # [T] each
 ) -> None:
-    """Raises ValueError, naming the column, where one is not `[T]` or the mask is not bool."""
+    """Raise ValueError, naming the column, if one is not `[T]` or the mask is not bool."""
     if loss_mask.dtype != torch.bool:
         # An integer mask would be taken for indices.
         raise ValueError(f"loss_mask is {loss_mask.dtype}: it must be bool")
@@ -34,7 +34,7 @@ def masked_row_sums(
     lengths: Tensor,  # [B] int64
     loss_mask: Tensor,  # [T] bool
 ) -> Tensor:
-    """The sum over each row's tokens in the mask; what stands outside may be NaN: float64 `[B]`."""
+    """The sum over each row's tokens in the mask (values outside may be NaN): float64 `[B]`."""
     kept = torch.where(loss_mask, column, 0).double()
     return kept.new_zeros(len(lengths)).index_add(0, row_of_token(lengths), kept)
 
@@ -47,7 +47,7 @@ def last_tokens(
 
     Returns:
         rows: int64 `[K]`, ascending.
-        places: int64 `[K]`, in the token columns.
+        places: int64 `[K]`, their indices in the token columns.
     """
     places = loss_mask.nonzero().flatten()
     row = row_of_token(lengths)[places]

@@ -1,4 +1,4 @@
-"""Which samples of a prompt are compared: pairs from their rewards."""
+"""Pairs of a prompt's samples to compare, chosen by their rewards."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def pair_rows(
     usable: Tensor,  # [B] bool: rows that may be compared
     pairing: Pairing,
 ) -> tuple[Tensor, Tensor]:
-    """The rows that are compared (int64 `[R]`, ascending), and their preferences (float64 `[R]`).
+    """The rows to compare (int64 `[R]`, ascending), and their preferences (float64 `[R]`).
 
-    Two rows of a prompt are a pair where their preferences differ; the larger one is better.
-    `best_worst`: of each prompt the row with the largest and the one with the smallest reward, the
+    Two rows of a prompt form a pair if their preferences differ; the larger one is better.
+    `best_worst`: per prompt, the row with the largest and the row with the smallest reward, the
     first of equal ones (Guo et al. 2024, arXiv 2402.04792, has two samples and so this pair).
-    `all`: every row, with its reward for preference. Prompts whose rewards are all equal have none.
+    `all`: every row, with its reward as preference. Prompts with equal rewards only have no pair.
 
     Raises:
         ValueError: shapes differ, or a reward is not finite (its rows are named).
@@ -44,10 +44,10 @@ def pair_rows(
 
 
 def distinct_answers(batch: Batch) -> Tensor:
-    """Rows whose response differs from those of earlier rows of their prompt: bool `[B]`.
+    """Mask of rows whose response differs from those of earlier rows of their prompt: bool `[B]`.
 
-    Equal answers have nothing to be preferred for, and a reward model's scores of them may differ
-    by rounding.
+    Of equal responses none is preferable, and a reward model's scores of them may differ by
+    rounding.
     """
     seen: set[tuple[int, bytes]] = set()
     fresh = []

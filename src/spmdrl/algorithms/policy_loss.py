@@ -1,8 +1,8 @@
 """The policy-gradient losses of PPO, GRPO, Dr.GRPO, DAPO, GSPO and CISPO, as unnormalised sums.
 
-A token's weight carries the aggregation mode (`loss_weights`), and the sum is divided once,
-outside, by a count over all ranks (`loss_shares`): the result does not depend on how the rows
-were cut into ranks and microbatches.
+A token's weight carries the aggregation mode (`loss_weights`). The caller divides the sum once, by
+a count over all ranks (`loss_shares`), so the result does not depend on how the rows were split
+into ranks and microbatches.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from spmdrl.algorithms.sums import metric_sums
 Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
 Objective = Literal["ppo", "gspo", "cispo"]
 
-# the token columns that the loss reads, where they are there
+# the token columns that the loss reads if they exist
 COLUMNS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossConfig:
-    """Which terms the policy loss has.
+    """The terms of the policy loss.
 
     Args:
         objective: see `ppo_term`, `gspo_term` and `cispo_term`.
@@ -43,18 +43,18 @@ class PolicyLossConfig:
             (arXiv 1707.06347, eq. 7), DAPO 0.2 / 0.28 (arXiv 2503.14476, eq. 10).
         dual_clip: c > 1 bounds the loss of a token with negative advantage by c |A| (dual-clip
             PPO, Ye et al., arXiv 1912.09729); None: no bound.
-        kl_coefficient, kl_estimator: KL to `ref_logprobs` as a term of the loss; 0: none.
+        kl_coefficient, kl_estimator: KL to `ref_logprobs` as a term of the loss; 0: no term.
         tis_cap: truncated importance sampling, min(p_train / p_rollout, cap) on the policy term
             (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-            Training"); None: none. After truncated sampling (top-p, top-k) both are of one
-            distribution, see `training.support`.
-        entropy_coefficient: entropy bonus; 0: none.
+            Training"); None: no such weight. After truncated sampling (top-p, top-k) both
+            probabilities are over the kept tokens, see `training.support`.
+        entropy_coefficient: weight of the entropy bonus; 0: no bonus.
         old_is_rollout: `old_logprobs` are the rollout's own, so the gap between rollout and trainer
-            is that of `logprobs`: the engine's error, and from the second update on the policy's
-            own way since then, too.
+            is measured on `logprobs`: it is the engine's error and, from the second update on, also
+            the policy's change since the rollout.
 
     Raises:
-        ValueError: a value out of its range, naming it; `tis_cap` where it would correct nothing.
+        ValueError: a value is out of its range, or `tis_cap` would correct nothing; it is named.
     """
 
     objective: Objective = "ppo"
@@ -105,20 +105,20 @@ def clipped_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of weights * (policy term + KL term - entropy bonus), and sums of metrics.
 
-    Columns: `advantages` (needed); `old_logprobs` (absent: on-policy, one update per rollout, and
-    `logprobs.detach()` stands for it); `ref_logprobs` (needed for the KL term); `rollout_logprobs`
-    (needed for truncated importance sampling).
+    Columns: `advantages` (required); `old_logprobs` (if absent, `logprobs.detach()` replaces it:
+    on-policy, one update per rollout); `ref_logprobs` (required for the KL term);
+    `rollout_logprobs` (required for truncated importance sampling).
 
     Metrics (float64 scalars, sums over tokens of non-zero weight; see `algorithms.metrics`):
     tokens, clip_fraction, kl (k3 of KL(old || new)), entropy, ratio; dual_clip_fraction with
-    `dual_clip`; ref_kl (by `kl_estimator`) with `ref_logprobs`; rollout_gap and rollout_gap_max
-    (absolute difference of train and rollout logprobs) and the histogram rollout_ratio/... (share
-    of tokens whose ratio of train to rollout probability is at most ..., see `RATIO_EDGES`) with
-    `rollout_logprobs`; tis_weight and tis_truncated with `tis_cap`.
+    `dual_clip`; ref_kl (by `kl_estimator`) with `ref_logprobs`. With `rollout_logprobs`:
+    rollout_gap and rollout_gap_max (absolute difference of train and rollout logprobs) and the
+    histogram rollout_ratio/... (tokens per bin of the ratio of train to rollout probability, see
+    `RATIO_EDGES`); with `tis_cap` also tis_weight and tis_truncated.
 
     Raises:
-        ValueError: a needed column is missing, or an entropy bonus is wanted and `entropy` carries
-            no gradient.
+        ValueError: a needed column, or `row` for gspo, is missing; or an entropy bonus is wanted
+            and `entropy` carries no gradient.
     """
     _check_columns(columns, config, row)
     columns = {name: at_least_float32(columns[name]) for name in COLUMNS if name in columns}
@@ -162,11 +162,11 @@ def loss_weights(
 
     `token_mean`: 1 (DAPO, arXiv 2503.14476, eq. 12); `sequence_mean`: 1 / response tokens of its
     row (GRPO, DeepSeekMath, arXiv 2402.03300, eq. 3); `fixed_length`: 1 / max_tokens (Dr.GRPO,
-    arXiv 2503.20783, section 3.2: a constant instead of the response's length). The sum is to be
-    divided by the sum of `loss_shares`.
+    arXiv 2503.20783, section 3.2: a constant instead of the response's length). The caller divides
+    the loss sum by the sum of `loss_shares`.
 
     Raises:
-        ValueError: unknown mode, or max_tokens < 1.
+        ValueError: unknown mode, or max_tokens < 1 with `fixed_length`.
     """
     _check_mode(mode)
     mask = loss_mask.float()
@@ -186,11 +186,11 @@ def loss_shares(
     loss_mask: Tensor,  # [T] bool: response tokens
     mode: Aggregation,
 ) -> Tensor:
-    """What each row adds to the number that the loss sum is divided by: float64 `[B]`.
+    """Each row's contribution to the number that divides the loss sum: float64 `[B]`.
 
     The number is summed over all rows of the minibatch on all ranks: tokens in the mask for
-    `token_mean`, rows that have one for the other modes. A row that is masked as a whole (DAPO's
-    overlong filtering, arXiv 2503.14476, section 3.4) counts nowhere.
+    `token_mean`, rows with a token in the mask for the other modes. A row that is masked as a whole
+    (DAPO's overlong filtering, arXiv 2503.14476, section 3.4) is not counted.
 
     Raises:
         ValueError: unknown mode.
@@ -235,8 +235,8 @@ def gspo_term(
 
     GSPO, Zheng et al. 2025, arXiv 2507.18071, in the form of its section 4.3 (GSPO-token), where a
     token's gradient has its own advantage; with one advantage per response and the weights of
-    `sequence_mean` value and gradient are those of section 4.1. The clip range is two orders
-    smaller than PPO's (3e-4 and 4e-4 there).
+    `sequence_mean`, value and gradient are those of section 4.1. The clip range is two orders of
+    magnitude smaller than PPO's (3e-4 and 4e-4 there).
     """
     num_rows = int(row.max()) + 1 if len(row) else 0
     kept = torch.where(live, log_ratio.detach(), 0.0).double()
@@ -252,9 +252,9 @@ def cispo_term(
     advantages: Tensor,  # [N]
     config: PolicyLossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-sg(clip(ratio)) A log p per token: every token keeps a gradient, its weight is bounded.
+    """-sg(clip(ratio)) A log p per token: every token keeps a gradient, and its weight is bounded.
 
-    CISPO, MiniMax-M1, arXiv 2506.13585, section 3.1; clip_low = 1 is no bound from below, as there.
+    CISPO, MiniMax-M1, arXiv 2506.13585, section 3.1; clip_low = 1 sets no lower bound, as there.
     """
     ratio = exp_ratio(log_ratio.detach())
     clipped = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
@@ -264,7 +264,7 @@ def cispo_term(
 def _rollout_gap(
     trained: Tensor, rollout: Tensor, config: PolicyLossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weights of truncated importance sampling (1 without), metrics per token: `[N]` each."""
+    """Weights of truncated importance sampling (1 without a cap), metrics per token: `[N]` each."""
     gap = (trained - rollout).abs()
     ratio = probability_ratio(trained, rollout)
     bins = torch.bucketize(ratio.detach(), torch.tensor(RATIO_EDGES, device=ratio.device))

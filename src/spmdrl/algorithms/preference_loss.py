@@ -23,18 +23,18 @@ def bradley_terry_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum over pairs of w (-log sigmoid(s_c - s_r - margin) + centre_coef (s_c + s_r)^2), metrics.
 
-    InstructGPT, arXiv 2203.02155, eq. 1; the margin is Llama 2's, arXiv 2307.09288, eq. 2. The
-    loss does not see a shift of all scores of a prompt; the second term fixes it around 0
-    (Eisenstein et al. 2023, arXiv 2312.09244; TRL's `center_rewards_coefficient`). Rows may stand
-    in any order, but both rows of a pair must be here.
+    InstructGPT, arXiv 2203.02155, eq. 1; the margin is Llama 2's, arXiv 2307.09288, eq. 2. A shift
+    of all scores of a prompt does not change the first term; the second term centres them on 0
+    (Eisenstein et al. 2023, arXiv 2312.09244; TRL's `center_rewards_coefficient`). Rows may be in
+    any order, but both rows of a pair must be given.
 
     Metrics (float64 sums over pairs of non-zero weight; see `algorithms.metrics`): tokens (the
     number of PAIRS, which means are divided by), accuracy (s_c > s_r), margin (s_c - s_r),
     score_chosen, score_rejected.
 
     Raises:
-        ValueError: a pair that is not one chosen and one rejected row, or whose rows differ in
-            margin or weight; shapes differ; centre_coef is negative or not finite.
+        ValueError: a pair is not one chosen and one rejected row, or its rows differ in margin or
+            weight; shapes differ; centre_coef is negative or not finite.
     """
     if not (math.isfinite(centre_coef) and centre_coef >= 0):
         raise ValueError(f"centre_coef={centre_coef}: it must be finite and not negative")

@@ -1,4 +1,4 @@
-"""From one score per response to a reward per token, as PPO-RLHF wants it."""
+"""Rewards per token for PPO-RLHF, made from one score per response."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from spmdrl.algorithms.kl import at_least_float32
 from spmdrl.algorithms.packed import check_columns, last_tokens
 
-# A deviation below this share of the mean is what rounding leaves of equal scores.
+# A deviation below this share of the mean is rounding error of equal scores.
 ROUNDING = 1e-12
 
 
@@ -27,8 +27,8 @@ def token_rewards(
     """r_t = -kl_coef kl_t, plus the row's score at its last response token: float32 `[T]`.
 
     Ziegler et al. 2019, arXiv 1909.08593, section 2.2; InstructGPT, arXiv 2203.02155, eq. 2. Tokens
-    outside the mask have 0, and the score of a row without response tokens is left out. Use k1:
-    with gamma = 1 the rewards to go are then unbiased estimates of the KL-regularised return.
+    outside the mask get 0, and the score of a row without response tokens is dropped. Use k1: with
+    gamma = 1 the rewards to go are then unbiased estimates of the KL-regularised return.
 
     Raises:
         ValueError: shapes differ, or kl_coef is negative or not finite.
@@ -49,7 +49,7 @@ def missing_eos_penalty(
     *,
     penalty: float,
 ) -> Tensor:
-    """Scores less `penalty` where the response was cut, as TRL's `missing_eos_penalty`: `[B]`.
+    """Scores minus `penalty` for cut responses, like TRL's `missing_eos_penalty`: `[B]`.
 
     Raises:
         ValueError: the penalty is negative or not finite.
@@ -83,7 +83,7 @@ def scale_and_clip(
 
 @dataclass(frozen=True, kw_only=True)
 class RewardScaler:
-    """Count, mean and (population) standard deviation of all scores so far, of all ranks.
+    """Count, mean and (population) standard deviation of all scores so far, over all ranks.
 
     Raises:
         ValueError: a value is not finite, or count or std is negative.
@@ -101,14 +101,14 @@ class RewardScaler:
 
     @property
     def scale(self) -> float:
-        """1 / std, for `scale_and_clip`; 1 as long as the scores seen have no spread."""
+        """1 / std, for `scale_and_clip`; 1 while the scores seen so far have no spread."""
         return 1.0 if self.std <= ROUNDING * abs(self.mean) else 1.0 / self.std
 
     def updated(self, count: float, mean: float, std: float) -> RewardScaler:
-        """With `count` more scores of these moments over the whole world.
+        """The scaler after `count` more scores with these moments over the whole world.
 
         Chan, Golub & LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample
-        Variances", eq. 2.1. Errors as the constructor's.
+        Variances", eq. 2.1. Raises the constructor's errors.
         """
         new = RewardScaler(count=count, mean=mean, std=std)
         if new.count == 0 or self.count == 0:
@@ -124,7 +124,7 @@ class RewardScaler:
 
     @classmethod
     def from_state(cls, state: Mapping[str, float]) -> RewardScaler:
-        """The scaler whose `state()` this is. ValueError names keys that are missing or foreign."""
+        """Rebuild a scaler from its `state()`. ValueError names missing and unknown keys."""
         names = {"count", "mean", "std"}
         if set(state) != names:
             raise ValueError(

@@ -16,7 +16,7 @@ def overlong_penalty(
     buffer: int,
     factor: float = 1.0,
 ) -> Tensor:
-    """Soft overlong punishment, to be added to the rewards: float32 `[B]` in [-factor, 0].
+    """Soft overlong punishment, a term to add to the rewards: float32 `[B]` in [-factor, 0].
 
     DAPO, arXiv 2503.14476, eq. 13: 0 up to `max_tokens - buffer` tokens, then falling linearly to
     -1 at `max_tokens`; times `factor`.
@@ -44,8 +44,8 @@ def kl_in_reward(
 ) -> Tensor:
     """R_i = r_i - coefficient * sum of the KL estimates over response i: `[B]`.
 
-    The KL-regularised reward of RLHF (Stiennon et al., arXiv 2009.01325, section 3.4) summed over
-    the response, for algorithms with one reward per response. Use k1: its gradient through the
+    The KL-regularised reward of RLHF (Stiennon et al., arXiv 2009.01325, section 3.4), summed over
+    the response for algorithms with one reward per response. Use k1: its gradient through the
     advantage is that of the KL itself.
     """
     row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
@@ -60,8 +60,8 @@ def has_signal(
 ) -> Tensor:
     """Whether the rewards of a group differ: bool `[num_groups]`, in order of first appearance.
 
-    The constraint of DAPO's dynamic sampling (arXiv 2503.14476, eq. 11) for any reward: a group
-    whose rewards are all equal gives no gradient and is sampled anew. The order is that of
+    The constraint of DAPO's dynamic sampling (arXiv 2503.14476, eq. 11), for any reward: a group
+    whose rewards are all equal gives no gradient and is replaced. The order is that of
     `spmdrl.batch.group_index`, so `has_signal(...)[group_index(prompt_ids)[0]]` selects rows.
 
     Raises:

@@ -12,7 +12,7 @@ def next_token_loss(
     logprobs: Tensor,  # [N] of the target tokens, with gradient
     weights: Tensor,  # [N] from `loss_weights`; 0: the token counts nowhere
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of weights * -log p(token), and sums of metrics.
+    """Sum of weights * -log p(token), with sums of metrics.
 
     Metrics (float64 sums over tokens of non-zero weight; see `algorithms.metrics`): tokens, nll
     (nats, without the weights, so that exp of its mean is the perplexity).

@@ -10,7 +10,7 @@ from torch import Tensor
 from spmdrl.algorithms.kl import at_least_float32
 from spmdrl.algorithms.sums import metric_sums
 
-# the token columns that the value loss reads; `old_values` only to clip
+# the token columns that the value loss reads; `old_values` only for clipping
 VALUE_COLUMNS = ("old_values", "returns")
 
 
@@ -23,8 +23,8 @@ def clipped_value_loss(
     """Sum of weights * 0.5 max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2), and metrics.
 
     PPO2 of OpenAI's baselines and the code of Ziegler et al. 2019 (arXiv 1909.08593). `clip=None`
-    leaves the second term out. Columns: `returns`, and `old_values` (those that the advantages were
-    computed with) for the clip.
+    omits the second term. Columns: `returns` and, for the clip, `old_values` (the values that the
+    advantages were computed with).
 
     Metrics (float64 sums over tokens of non-zero weight; see `algorithms.metrics`): tokens, value,
     value_error ((v - R)^2), returns, returns_sq (R^2, for `explained_variance`);
@@ -61,8 +61,8 @@ def clipped_value_loss(
 def explained_variance(means: Mapping[str, float]) -> float:
     """1 - Var(R - v) / Var(R) from the means (`token_means`) of `clipped_value_loss`'s metrics.
 
-    1: the values predict the returns; 0: no better than a constant; below: worse. 0 where all
-    returns are equal, since there is nothing to explain.
+    1: the values predict the returns; 0: no better than a constant; below 0: worse. It is 0 if all
+    returns are equal, because there is nothing to explain.
 
     Raises:
         ValueError: a mean is missing.
@@ -73,6 +73,6 @@ def explained_variance(means: Mapping[str, float]) -> float:
             raise ValueError(f"explained variance needs the mean of {name!r}: {sorted(means)}")
     value, error, returns, returns_sq = (means[name] for name in needed)
     variance = returns_sq - returns**2
-    if variance <= 1e-12 * returns_sq:  # what rounding leaves of equal returns
+    if variance <= 1e-12 * returns_sq:  # rounding error of equal returns
         return 0.0
     return 1.0 - (error - (returns - value) ** 2) / variance

@@ -1,4 +1,4 @@
-"""Whitening with moments that are given: this module never looks at local statistics."""
+"""Whitening with given moments: this module never computes statistics of its values."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def whiten(
 ) -> Tensor:
     """(x - mean) / sqrt(std^2 + eps), plus the mean again without `shift_mean`: float32 `[N]`.
 
-    As in the code of Ziegler et al. 2019 (arXiv 1909.08593): advantages are shifted, rewards are
-    only scaled about their mean. `mean` and `std` (the population's) are those of all tokens or
-    rows of the world, so that no result depends on how rows are spread over ranks. Float64 values
-    stay float64.
+    The code of Ziegler et al. 2019 (arXiv 1909.08593) does the same: advantages are shifted,
+    rewards are only scaled about their mean. `mean` and `std` (the population's) must be those of
+    all tokens or rows of the world, so that no result depends on the distribution of rows over
+    ranks. Float64 values stay float64.
 
     Raises:
         ValueError: mean or std is not finite, or std is negative.

@@ -1,9 +1,9 @@
 """The row exchange: home layout -> a role's layout -> home.
 
-`plan_exchange` is a pure function of what every rank knows (the gathered row table and the role's
-replicas), so all ranks make the same plan without further talk. One `all_to_all_single` of bytes
-then carries all columns of all rows, texts as UTF-8. Home columns live on the host, so that ranks
-with and without a GPU exchange rows the same way (gloo).
+`plan_exchange` is a pure function of values that every rank has (the gathered row table and the
+role's replicas), so all ranks make the same plan without further messages. One
+`all_to_all_single` of bytes then carries all columns of all rows, texts as UTF-8. Home columns are
+on the host, so that ranks with and without a GPU exchange rows the same way (gloo).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from spmdrl.ragged import Ragged
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """What a call returns: the column's name, kind, dtype and trailing dims.
+    """A column that a call returns or sends: its name, kind, dtype and trailing dims.
 
-    A column of the kind `text` is a Python column of str and None; its dtype is that of its bytes.
-    The dtype of a ragged column is that of its values.
+    A column of kind `text` is a Python column of str and None; its dtype is that of its bytes. The
+    dtype of a ragged column is that of its values.
     """
 
     name: str
@@ -39,14 +39,14 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class RowTable:
-    """All rows of the world, ordered by home rank and then by their place there.
+    """All rows of the world, ordered by home rank and then by their index there.
 
     Args:
         home: home rank of each row, `[N]`.
-        cost: what balancing counts, usually tokens, `[N]`.
-        atom: rows of one atom stay together, `[N]`.
-        order: where the row goes within its replica (ties by global place), `[N]`.
-        minibatch: each minibatch is balanced by itself, `[N]`.
+        cost: cost of each row that balancing counts, usually tokens, `[N]`.
+        atom: atom id of each row; the rows of one atom stay together, `[N]`.
+        order: sort key of each row within its replica (ties by global index), `[N]`.
+        minibatch: minibatch of each row; each minibatch is balanced by itself, `[N]`.
     """
 
     home: Tensor
@@ -58,14 +58,14 @@ class RowTable:
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangePlan:
-    """For each replica its rows (places in the `RowTable`), in the order they will have there.
+    """The rows of each replica (indices into the `RowTable`), in the order they have there.
 
     Args:
         replicas: the ranks that take the same rows; the first one sends the results home.
         rows: global row numbers per replica.
-        home: home rank of every global row, `[N]`.
-        place: the row's index in its home batch, `[N]`.
-        minibatch: of every global row, `[N]`.
+        home: home rank of each global row, `[N]`.
+        place: index of each global row in its home batch, `[N]`.
+        minibatch: minibatch of each global row, `[N]`.
     """
 
     replicas: tuple[tuple[int, ...], ...]
@@ -81,13 +81,13 @@ class ExchangePlan:
         return None
 
     def rows_at(self, rank: int) -> Tensor:
-        """The global rows that `rank` takes, in its order; none outside the role."""
+        """The global rows that `rank` takes, in its order; empty outside the role."""
         own = self.replica_of(rank)
         return self.home.new_empty(0) if own is None else self.rows[own]
 
 
 def gather_rows(cost: Tensor, atom: Tensor, order: Tensor) -> RowTable:
-    """The world's row table from each rank's own columns (all int64 `[B]`), in one minibatch."""
+    """Gather the world's row table from each rank's columns (all int64 `[B]`), in one minibatch."""
     parts = gather_tables(torch.stack([cost, atom, order], dim=1).cpu())
     home = torch.cat([torch.full((len(p),), rank) for rank, p in enumerate(parts)]).long()
     table = torch.cat(parts)
@@ -104,8 +104,8 @@ def plan_exchange(table: RowTable, replicas: Sequence[Sequence[int]]) -> Exchang
     """Assign atoms to replicas: largest first (ties by atom), each to the replica with the least
     cost so far (ties by replica), minibatch by minibatch.
 
-    Within a replica rows stand by (minibatch, order, global place). Longest-processing-time-first
-    is within 4/3 of the best makespan (Graham 1969, https://doi.org/10.1137/0117039).
+    Rows within a replica are sorted by (minibatch, order, global index). Longest-processing-time-
+    first is within 4/3 of the best makespan (Graham 1969, https://doi.org/10.1137/0117039).
     """
     minibatches, orders = table.minibatch.tolist(), table.order.tolist()
     atoms: dict[int, dict[int, list[int]]] = {}
@@ -115,7 +115,7 @@ def plan_exchange(table: RowTable, replicas: Sequence[Sequence[int]]) -> Exchang
     assigned: list[list[int]] = [[] for _ in replicas]
     for members in atoms.values():
         weights = {atom: sum(costs[row] for row in rows) for atom, rows in members.items()}
-        # (cost so far, replica): of equal costs the first replica comes next
+        # (cost so far, replica): among equal costs the first replica comes next
         load = [(0, replica) for replica in range(len(replicas))]
         for atom in sorted(members, key=lambda atom: (-weights[atom], atom)):
             cost, target = load[0]
@@ -139,14 +139,14 @@ def _place_at_home(home: Tensor) -> Tensor:
 
 
 def send_to_role(plan: ExchangePlan, batch: Batch, names: Sequence[str]) -> Batch | None:
-    """Home rows to their replicas: this rank's rows in the role's layout; None outside the role.
+    """Send home rows to their replicas; returns this rank's rows there, None outside the role.
 
     The row column `minibatch` is added. `batch` must have the columns of `names`, with the same
-    kinds and dtypes on every rank, rows or none. Python columns arrive as such.
+    kinds and dtypes on every rank, even without rows. Python columns stay Python columns.
 
     Raises:
-        ValueError: a column is missing, or a Python column has something else than str and None,
-            or another rank's column has another kind, dtype or trailing dims.
+        ValueError: a column is missing, a Python column has values other than str and None, or
+            another rank's column has another kind, dtype or trailing dims.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     sent = batch.keep(names)
@@ -170,9 +170,9 @@ def send_to_role(plan: ExchangePlan, batch: Batch, names: Sequence[str]) -> Batc
 def bring_home(
     plan: ExchangePlan, result: Batch | None, columns: Sequence[Column], home_rows: int
 ) -> Batch:
-    """A role's result rows (in the order they had there) back to their home places.
+    """Send a role's result rows (in the order they had there) back to their home places.
 
-    Only the first rank of each replica sends; rows may have new lengths.
+    Only the first rank of each replica sends. Rows may have new lengths.
 
     Raises:
         ValueError: `result` lacks a declared column, or has it with another dtype or shape.
@@ -218,12 +218,12 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _header(columns: Sequence[Column]) -> bytes:
-    """The columns as text, so that the receiver can tell that it expects the same ones."""
+    """The columns as text, so that the receiver can check that it expects the same ones."""
     return "".join(f"{c.kind} {c.name!r} {c.dtype} {c.shape}\n" for c in columns).encode()
 
 
 def _pack(batch: Batch, columns: Sequence[Column]) -> Tensor:
-    """Header, lengths, then every column, as bytes; nothing for no rows."""
+    """Header, lengths, then every column, as bytes; empty if there are no rows."""
     parts = [_column_bytes(batch, column) for column in columns]
     if batch.num_rows == 0:
         return torch.empty(0, dtype=torch.uint8)
@@ -267,7 +267,7 @@ def _text_bytes(batch: Batch, column: Column) -> Tensor:
                 f"the Python column {column.name!r} has a {type(text).__name__} in row {row}: only "
                 "str and None leave their home rank, so write it as text"
             )
-    # surrogatepass: JSON may hold a lone surrogate, which must come out as it went in
+    # surrogatepass: JSON may hold a lone surrogate, which must arrive unchanged
     encoded = [None if text is None else text.encode(errors="surrogatepass") for text in texts]
     sizes = torch.tensor([-1 if e is None else len(e) for e in encoded], dtype=torch.int64)
     return torch.cat([_bytes(sizes), _as_bytes(b"".join(e for e in encoded if e is not None))])
@@ -312,7 +312,7 @@ def _typed(batch: Batch, column: Column) -> Tensor:
 def _exchange(
     outgoing: Sequence[Tensor], counts: Sequence[int], columns: Sequence[Column]
 ) -> list[Batch]:
-    """One all-to-all of bytes; the rows from each rank (`counts` of them) as batches."""
+    """Run one all-to-all of bytes; returns the rows of each rank (`counts` of them) as batches."""
     sizes = torch.tensor([len(part) for part in outgoing], dtype=torch.int64)
     incoming = torch.empty_like(sizes)
     dist.all_to_all_single(incoming, sizes)

@@ -1,12 +1,12 @@
 """Expert parallelism folded into a role's other axes: pure functions of degrees.
 
 `ep` adds no ranks. For the experts, the ranks of a pipeline stage (dp_replicate x dp_shard x cp x
-tp, tp fastest) are seen as edp x ep x etp, etp fastest, as Megatron-Core folds them (MoE Parallel
+tp, tp fastest) are viewed as edp x ep x etp, etp fastest, as Megatron-Core folds them (MoE Parallel
 Folding, https://arxiv.org/abs/2504.14960): `etp` ranks divide each expert, `ep` parts hold
-different experts, and `edp` ranks hold the same ones and sum their gradients. etp is what ep leaves
-of tp, tp / gcd(tp, ep): parts lie on the ranks of tp first, since these have the same tokens anyway
-and exchange none, and only then on those of cp and dp. So ep is exchange x ep_tp: along `exchange`
-ranks with the same tp coordinate send tokens to each other.
+different experts, and `edp` ranks hold the same ones and sum their gradients. etp is the rest of tp
+that ep leaves, tp / gcd(tp, ep): the parts are placed on the ranks of tp first, since these have
+the same tokens and exchange none, and then on those of cp and dp. So ep is exchange x ep_tp: ranks
+with the same tp coordinate send tokens to each other along `exchange`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 
 EXPERT_AXES = ("pp", "edp", "exchange", "ep_tp", "etp")
-"""Outermost first; their degrees multiply to the role's ranks."""
+"""Expert axes, outermost first; their degrees multiply to the number of the role's ranks."""
 
 
 def expert_degrees(degrees: Mapping[str, int]) -> dict[str, int]:
@@ -33,10 +33,10 @@ def expert_degrees(degrees: Mapping[str, int]) -> dict[str, int]:
 
 
 def expert_place(degrees: Mapping[str, int], place: Mapping[str, int]) -> dict[str, int]:
-    """A rank's index along every expert axis, and `ep`: which part of the experts it holds.
+    """A rank's index along every expert axis, and along `ep`: the part of the experts it holds.
 
     Args:
-        place: its index along every axis of `mesh.AXES`.
+        place: the rank's index along every axis of `mesh.AXES`.
     """
     sizes = expert_degrees(degrees)
     data = place["dp_replicate"] * degrees.get("dp_shard", 1) + place["dp_shard"]
@@ -57,10 +57,10 @@ def expert_place(degrees: Mapping[str, int], place: Mapping[str, int]) -> dict[s
 def check_ep(role: str, degrees: Mapping[str, int]) -> None:
     """Refuse an `ep` that the role's ranks cannot be divided into.
 
-    Where weights are sharded (dp_shard), tokens are exchanged within the ranks of one copy of them.
+    If weights are sharded (dp_shard), tokens are exchanged within the ranks of one copy of them.
 
     Raises:
-        ValueError: naming the degrees.
+        ValueError: ep does not divide those ranks; the degrees are named.
     """
     tp, ep, cp = (degrees.get(axis, 1) for axis in ("tp", "ep", "cp"))
     shard = degrees.get("dp_shard", 1)
@@ -75,5 +75,5 @@ def check_ep(role: str, degrees: Mapping[str, int]) -> None:
 
 
 def _data(degrees: Mapping[str, int]) -> int:
-    """Ranks with different tokens, and cp."""
+    """Number of ranks along the data-parallel axes and cp."""
     return math.prod(degrees.get(axis, 1) for axis in ("dp_replicate", "dp_shard", "cp"))

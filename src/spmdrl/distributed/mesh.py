@@ -1,8 +1,8 @@
 """`Mesh`: one role's named axes over a subset of the world's ranks.
 
 Every rank of the world constructs every mesh, in the same order, members or not: communicators are
-created collectively. Outside its ranks a mesh answers `is_member == False`, and asking it for a
-group or a coordinate is an error that names the role.
+created collectively. Outside its ranks a mesh has `is_member == False`, and asking it for a group
+or a coordinate raises an error that names the role.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from spmdrl.distributed.expert_axes import EXPERT_AXES, check_ep, expert_degrees
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-"""Outermost first: the ranks of one tp group are neighbours."""
+"""Mesh axes, outermost first: the ranks of one tp group are neighbours."""
 
 _MERGED: dict[str, tuple[str, ...]] = {
     "dp": ("dp_replicate", "dp_shard"),
@@ -33,22 +33,22 @@ _MERGED_EXPERT: dict[str, tuple[str, ...]] = {"ep": ("exchange", "ep_tp")}
 class Mesh:
     """Named axes `pp, dp_replicate, dp_shard, cp, tp` over `ranks`.
 
-    Merged axes are there too: `dp` (replicas that see different rows), `shard` (over which weights
+    Merged axes exist too: `dp` (replicas that see different rows), `shard` (over which weights
     are sharded: dp_shard x cp), `reduce` (over which gradients are summed), `replica` (the ranks
-    that see the same rows: cp x tp) and `all`. For experts the same ranks have the axes of
-    `expert_axes`, `ep` among them, which adds no ranks.
+    of a stage that see the same rows: cp x tp) and `all`. For experts the same ranks have the axes
+    of `expert_axes`, including `ep`, which adds no ranks.
 
     Args:
         role: the role's name, for error messages.
         ranks: world ranks, ascending, in mesh order (tp fastest).
         degrees: axis (or `ep`) -> degree; axes left out have degree 1.
-        device_type: cpu or cuda, where the role computes; equal on all ranks of the world. In a
-            world of gloo alone (some rank has no GPU) the groups of a cuda mesh have NCCL.
+        device_type: cpu or cuda, where the role computes; equal on all ranks of the world. If the
+            world has only gloo (some rank has no GPU), the groups of a cuda mesh have NCCL.
 
     Raises:
         ValueError: the degrees do not multiply to the number of ranks, or ep does not divide them;
-            a rank is outside the world; the ranks do not ascend (torch sorts the ranks of a group:
-            an index along an axis is the rank in the axis' group).
+            a rank is outside the world; the ranks do not ascend (torch sorts the ranks of a group,
+            and an index along an axis must be the rank in the axis' group).
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Mesh:
         )
 
     def _create_groups(self) -> dict[str, dist.ProcessGroup]:
-        """This rank's group along every axis; axes that span the same ranks share one group."""
+        """This rank's group along every axis; axes over the same ranks share one group."""
         created: dict[tuple[int, ...], dist.ProcessGroup] = {}
         mine = {}
         dense = {**{a: (a,) for a in AXES}, **_MERGED}
@@ -96,9 +96,10 @@ class Mesh:
         return mine
 
     def _make_shard_mesh(self, exchange: int) -> DeviceMesh | None:
-        """The mesh that FSDP2 takes: (replicate, shard), one for each (pp, tp) coordinate.
+        """The (replicate, shard) mesh of FSDP2 that this rank is in; all ranks make all of them.
 
-        Of the ranks of a shard every `exchange`-th holds the same experts.
+        There is one per (pp, tp) coordinate and per residue modulo `exchange` of the ranks of a
+        shard: every `exchange`-th rank holds the same experts.
         """
         if self.degrees["dp_shard"] == 1:
             return None
@@ -112,7 +113,7 @@ class Mesh:
             grid = torch.tensor(ranks).reshape(self.degrees["dp_replicate"], -1)
             inside = self._rank in ranks
             mesh = DeviceMesh(
-                # outside only the making of the groups counts, and a cuda mesh would set the
+                # outside only the creation of the groups matters, and a cuda mesh would set the
                 # current device, which fails on a rank without a GPU
                 self._device_type if inside else "cpu",
                 grid,
@@ -131,7 +132,7 @@ class Mesh:
 
     @property
     def expert_shard_mesh(self) -> DeviceMesh | None:
-        """FSDP2's mesh for experts: the part of `shard_mesh` whose ranks hold the same ones."""
+        """FSDP2's mesh for experts: the ranks of `shard_mesh` that hold the same experts."""
         self._require_member("expert_shard_mesh")
         return self._expert_shard_mesh
 
@@ -165,7 +166,7 @@ class Mesh:
         return self._groups.get(axis)
 
     def replicas(self) -> list[tuple[int, ...]]:
-        """For each dp coordinate the ranks (all of pp, cp, tp) that take the same rows."""
+        """The ranks (all of pp, cp, tp) that take the same rows, one tuple per dp coordinate."""
         return _groups_of(self._grid, ("pp", "cp", "tp"))
 
     def describe(self) -> str:
@@ -184,10 +185,10 @@ class Mesh:
 
 
 def group_backend(device_type: str, world_backend: str) -> str | None:
-    """The backend of a mesh's groups; None for that of the world.
+    """The backend of a mesh's groups; None for the world's backend.
 
-    `world_backend` is `dist.get_backend_config()`. In a world without NCCL it is named also for a
-    cpu mesh: left alone, a DeviceMesh over the whole world would reuse the world's group on ranks
+    `world_backend` is `dist.get_backend_config()`. In a world without NCCL even a cpu mesh names
+    its backend: otherwise a DeviceMesh over the whole world would reuse the world's group on ranks
     without a GPU but create one on the others, so the order of creation would differ.
     """
     if "nccl" in world_backend:
@@ -196,7 +197,7 @@ def group_backend(device_type: str, world_backend: str) -> str | None:
 
 
 def coordinates(degrees: Mapping[str, int]) -> list[dict[str, int]]:
-    """Axis -> index, of every place in mesh order (tp fastest): a pure function, for plans."""
+    """Axis -> index for every place in mesh order (tp fastest): a pure function, for plans."""
     ranges = [range(degrees.get(axis, 1)) for axis in AXES]
     return [dict(zip(AXES, place, strict=True)) for place in product(*ranges)]
 

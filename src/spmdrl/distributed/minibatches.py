@@ -1,4 +1,4 @@
-"""Which minibatch a row belongs to: fixed for the world before rows are assigned to ranks."""
+"""Membership of rows in minibatches: fixed for the world before rows are assigned to ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def into_minibatches(
 ) -> Callable[[RowTable, int], RowTable]:
     """An `arrange` that cuts the atoms, in keyed random order, into equal minibatches.
 
-    Membership depends on (seed, step, atom id) alone. Sizes differ by at most one atom; with fewer
-    atoms than minibatches there are as many minibatches as atoms.
+    Membership depends only on (seed, step, atom id). Sizes differ by at most one atom; with fewer
+    atoms than minibatches, there are as many minibatches as atoms.
     """
 
     def arrange(table: RowTable, num_replicas: int) -> RowTable:

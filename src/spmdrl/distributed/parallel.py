@@ -1,6 +1,6 @@
 """Differentiable collectives of tensor, context and expert parallelism.
 
-Each function takes a process group, or None where the degree is 1 (then it is the identity). The
+Each function takes a process group, or None if the degree is 1 (then it is the identity). The
 pairs are those of Megatron-LM (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3):
 `copy_to` before a column-parallel product and `reduce_from` after a row-parallel one.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """This rank's place along one axis: what a layer needs to know of tensor parallelism."""
+    """This rank's place along one axis, such as a layer's tensor parallelism."""
 
     group: dist.ProcessGroup | None = None
     rank: int = 0
@@ -51,7 +51,7 @@ class _ReduceFrom(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenation along dim 0 of equal parts; `reduce` says what the backward does."""
+    """Concatenation along dim 0 of equal parts; `reduce` selects the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, reduce: bool) -> Tensor:
@@ -105,7 +105,7 @@ def reduce_from(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def gather_sum_grad(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """All-gather along dim 0 (equal parts); the backward sums the ranks' gradients.
 
-    For a gathered tensor that each rank uses in a different way (context-parallel keys).
+    Use it for a gathered tensor that each rank uses differently (context-parallel keys).
     """
     return x if group is None else _apply(_Gather, x, group, True)
 
@@ -113,7 +113,7 @@ def gather_sum_grad(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def gather_own_grad(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """All-gather along dim 0 (equal parts); the backward takes this rank's part.
 
-    For a gathered tensor from which every rank computes the same loss (log-probabilities).
+    Use it for a gathered tensor from which every rank computes the same loss (log-probabilities).
     """
     return x if group is None else _apply(_Gather, x, group, False)
 
@@ -121,14 +121,14 @@ def gather_own_grad(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def all_to_all_rows(
     x: Tensor, sent: Sequence[int], got: Sequence[int], group: dist.ProcessGroup
 ) -> Tensor:
-    """Rows to every rank of the group, `sent[i]` (in order) to the i-th; those that come, rank by
-    rank, `got[i]` from the i-th. The backward sends the gradients back.
+    """Send `sent[i]` rows (in order) to rank i of the group; returns the rows received from all
+    ranks, in rank order, `got[i]` of them from rank i. The backward sends the gradients back.
     """
     return _apply(_AllToAllRows, x, list(sent), list(got), group)
 
 
 def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Row i of `counts` [ranks, ...] to the i-th rank; what the ranks sent here, in their order."""
+    """Send row i of `counts` [ranks, ...] to rank i; returns the rows received, in rank order."""
     got = torch.empty_like(counts)
     dist.all_to_all_single(got, counts.contiguous(), group=group)
     return got

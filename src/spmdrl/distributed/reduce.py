@@ -1,4 +1,4 @@
-"""Values that every rank of the world must agree on. All of it runs on host tensors."""
+"""Reductions and gathers of values that all ranks of the world must agree on, on host tensors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 Result = TypeVar("Result")
 
 _MOST_ROWS = 1 << 40
-"""Of a rank's table: more is another collective's number."""
+"""Largest plausible number of rows of a rank's table: more means a different collective."""
 
 
 def gather_tables(table: Tensor) -> list[Tensor]:  # table [n, k], n differs between ranks
     """Every rank's table, in rank order, on every rank. `k` and the dtype must be equal.
 
     Raises:
-        RuntimeError: other ranks are in another collective, as far as that can be seen.
+        RuntimeError: other ranks are in another collective, as far as this can be detected.
     """
     size = dist.get_world_size()
     if size == 1:
@@ -42,7 +42,7 @@ def gather_tables(table: Tensor) -> list[Tensor]:  # table [n, k], n differs bet
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's picklable value, in rank order, on every rank; for small reports."""
+    """Every rank's picklable value, in rank order, on every rank; meant for small reports."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -63,15 +63,15 @@ def broadcast_object(value: Any, source: int) -> Any:
 
 
 class OtherRankFailed(dist.DistError):
-    """Another rank raised something that is not of this rank's making; like a lost peer."""
+    """Another rank raised an error that is not this rank's; treated like a lost peer."""
 
 
 def agreed(kind: type[OSError] | type[ValueError], action: Callable[[], Result]) -> Result:
-    """Run `action`; if it raises `kind` on one rank, every rank of the world does, naming it.
+    """Run `action`; if it raises `kind` on one rank, every rank of the world raises it, naming it.
 
     Raises:
-        OtherRankFailed: it raised something else on another rank, which ends with that; no rank
-            waits here for one that does not come.
+        OtherRankFailed: it raised another error on another rank, which ends with that error. No
+            rank waits here for a rank that has failed.
     """
     result: list[Result] = []
     failure: tuple[bool, str] | None = None
@@ -99,7 +99,7 @@ def world_sum(values: Tensor) -> Tensor:  # any shape, equal on all ranks
 
 
 def group_sums(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
-    """The sum of each number over a group (None: this rank alone), in float64, on the host."""
+    """The sum of each number over a group (None: only this rank), in float64, on the host."""
     total = torch.tensor(values, dtype=torch.float64)
     if group is not None:
         dist.all_reduce(total, group=group)
@@ -108,7 +108,7 @@ def group_sums(values: Sequence[float], group: dist.ProcessGroup | None) -> list
 
 
 def group_any(flag: bool, group: dist.ProcessGroup | None) -> bool:
-    """True on every rank of a group (None: this rank alone) when it is true on one."""
+    """True on every rank of a group (None: only this rank) if it is true on one."""
     if group is None:
         return flag
     most = torch.tensor([float(flag)])
@@ -124,18 +124,18 @@ def world_max(values: Tensor) -> Tensor:
 
 
 def world_any(flag: bool) -> bool:
-    """True on every rank when it is true on one."""
+    """True on every rank if it is true on one."""
     return bool(world_max(torch.tensor([float(flag)])).item())
 
 
 def world_flags(*flags: bool) -> list[bool]:
-    """Each of them, true on every rank when it is true on one."""
+    """The flags, each true on every rank if it is true on one."""
     return [value > 0 for value in world_max(torch.tensor([float(f) for f in flags])).tolist()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Count, mean and (population) standard deviation over the whole world."""
+    """Count, mean, (population) standard deviation and extremes over the world; all 0 if empty."""
 
     count: float
     mean: float
@@ -145,9 +145,9 @@ class Moments:
 
 
 def moments(column: Tensor, mask: Tensor | None = None) -> Moments:  # column [N], mask [N] bool
-    """Moments of a column's values (where `mask` is true) over all ranks, reduced in float64.
+    """Moments of a column's values (those in `mask`) over all ranks, reduced in float64.
 
-    The variance is the two-pass one, so a large mean costs no digits.
+    The variance is computed in two passes, so a large mean costs no digits.
     """
     values = column.detach().to("cpu", torch.float64).flatten()
     if mask is not None:

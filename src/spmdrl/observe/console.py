@@ -1,4 +1,4 @@
-"""One line per step on rank 0's console, in columns that stay where they are."""
+"""One line per step on rank 0's console, in columns whose place does not change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LINES_PER_HEADER = 25
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column: its width in characters, its metric, digits after the point, a factor on it."""
+    """A column: its title, width in characters, metric, digits after the point, a factor on it."""
 
     title: str
     width: int
@@ -32,14 +32,14 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The columns of a run, by section; made from its first record so that they stay."""
+    """The columns of a run, by section; made from its first record so that they do not change."""
 
     num_steps: int
     sections: tuple[tuple[str, tuple[Column, ...]], ...]
     folded: tuple[str, ...]
 
     def header(self) -> str:
-        """Two lines: what the sections are, what the columns are."""
+        """Two lines: the titles of the sections, and those of the columns."""
         step_width = _step_width(self.num_steps)
         above, below = [" " * step_width], ["step".rjust(step_width)]
         for title, columns in self.sections:
@@ -49,7 +49,7 @@ class Layout:
         return f"{' | '.join(above).rstrip()}\n{' | '.join(below)}"
 
     def line(self, record: Mapping[str, float]) -> str:
-        """The line of a record; "-" where a metric is missing."""
+        """The line of a record, with "-" for missing metrics."""
         folded = sum(record.get(names.SECONDS + name, 0.0) for name in self.folded)
         other = names.SECONDS + names.OTHER
         record = {**record, other: record.get(other, 0.0) + folded}
@@ -66,14 +66,14 @@ SUPERVISED = (
     Column(title="margin", width=7, metric="margin", decimals=3),
     Column(title="grad", width=7, metric="grad_norm", decimals=2),
 )
-"""Columns of flows that sample nothing, where they are recorded."""
+"""Columns of flows that sample nothing; each is shown if its metric is recorded."""
 
 
 def make_layout(record: Mapping[str, float], num_steps: int, *, width: int = WIDTH) -> Layout:
     """The layout for records like this one, within `width` characters.
 
-    The KL shown is that to the reference where there is one, else that of the policy's move. Where
-    not all phases fit, the shortest are added to `other`.
+    The KL shown is that to the reference if it is recorded, else that of the policy's move. If not
+    all phases fit, the shortest are added to `other`.
     """
     kl = names.REF_KL if names.REF_KL in record else names.KL
     policy: tuple[Column, ...] = (
@@ -90,10 +90,10 @@ def make_layout(record: Mapping[str, float], num_steps: int, *, width: int = WID
     supervised = tuple(column for column in SUPERVISED if column.metric in record)
     if supervised and names.LENGTH not in record:  # nothing was sampled
         policy, phases_with_tokens = supervised, phases_with_tokens[1:]
-    elif "pairs" in record:  # what was sampled is compared
+    elif "pairs" in record:  # the samples are compared
         policy = (*policy[:2], *(column for column in supervised if column.metric != "nll"))
     elif supervised and not any(column.metric in record for column in policy[2:]):
-        policy = (*policy[:2], *supervised)  # what was sampled is imitated, say
+        policy = (*policy[:2], *supervised)  # the samples are imitated, say
     speed = tuple(
         Column(title=title, width=7, metric=names.TOKENS_PER_S + phase, decimals=0)
         for title, phase in phases_with_tokens
@@ -123,12 +123,12 @@ def make_layout(record: Mapping[str, float], num_steps: int, *, width: int = WID
 
 
 class Console:
-    """Prints a line per step on the first rank, the header now and then.
+    """Prints a line per step on the first rank, with the header every `LINES_PER_HEADER` lines.
 
     Args:
         is_first: whether this rank prints.
-        num_steps: of the whole run.
-        stream: None: stdout.
+        num_steps: number of steps of the whole run.
+        stream: stream to print to; None: stdout.
     """
 
     def __init__(self, *, is_first: bool, num_steps: int, stream: TextIO | None = None) -> None:
@@ -139,7 +139,7 @@ class Console:
         self._lines = 0
 
     def step(self, record: Mapping[str, float]) -> None:
-        """Print the line of a record, which has `step` and metrics by `observe.names`."""
+        """Print the line of a record, which has `step` and metrics named by `observe.names`."""
         if not self._is_first:
             return
         if self._layout is None:
@@ -151,7 +151,7 @@ class Console:
 
 
 def number(value: float, width: int, decimals: int) -> str:
-    """`value` in `width` >= 5 characters: less decimals or k, M, G when large, 1e-05 when small."""
+    """`value` in `width` >= 5 characters: fewer decimals, k, M or G if large, 1.0e-05 if small."""
     if not math.isfinite(value):
         return str(value)
     if decimals > 3 and 0 < abs(value) < 10.0 ** (2 - decimals) and width >= 8:

@@ -1,4 +1,4 @@
-"""How the report draws: its colours, curves and frames."""
+"""Colours, curves and frames of the report's drawings."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def series(records: Records, name: str) -> tuple[list[float], list[float]]:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Centred mean over about a tenth of the values, over what there is of it at both ends."""
+    """Centred mean over about a tenth of the values; near both ends, over as many as exist."""
     half = len(values) // 20
     windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
 
 def curve(axes: Any, records: Records, name: str, colour: str, label: str | None = None) -> bool:
-    """Raw values faint, their smoothed course over them; False when there are none."""
+    """Draw values, from 20 on faintly under their smoothed course; False if there are none."""
     steps, values = series(records, name)
     if not values:
         return False
@@ -71,7 +71,7 @@ def curve(axes: Any, records: Records, name: str, colour: str, label: str | None
 
 
 def frame(axes: Any, title: str, label: str, *, drawn: bool, x_label: str | None = "step") -> None:
-    """Title, labels and whole-numbered steps; says so where nothing was recorded."""
+    """Set title, labels and whole-numbered steps; write "not recorded" if nothing was drawn."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_title(title, pad=8)
@@ -94,6 +94,6 @@ def line(axes: Any, records: Records, name: str, title: str, label: str) -> None
 
 
 def from_zero(axes: Any, *, drawn: bool) -> None:
-    """Let the axis begin at 0 where all values are positive, so that heights compare."""
+    """Let the axis begin at 0 if all values are positive, so that heights can be compared."""
     if drawn and axes.dataLim.y0 >= 0:
         axes.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""Logging of a job with many ranks: rank 0 tells what goes on, the others only what is wrong."""
+"""Logging of a job with many ranks: rank 0 reports progress, the others only problems."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class RankHandler(logging.Handler):
 def set_up_logging(
     rank: int, *, level: int = logging.INFO, stream: TextIO | None = None
 ) -> logging.Logger:
-    """Rank 0 prints the package's records from `level` on, every other rank from WARNING on.
+    """Print the package's records from `level` on rank 0, from WARNING on every other rank.
 
-    Other ranks' lines begin with "[rank N]". Libraries print from WARNING on everywhere. A second
+    Lines of other ranks begin with "[rank N]". Libraries print from WARNING everywhere. A second
     call replaces the first.
 
     Args:
-        rank: of this process.
-        level: rank 0's.
-        stream: None: stderr.
+        rank: rank of this process.
+        level: lowest level that rank 0 prints.
+        stream: stream to print to; None: stderr.
 
     Returns:
         The package's logger.

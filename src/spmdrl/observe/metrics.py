@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 DROPPED_FILE = "metrics.dropped.jsonl"
-"""Lines of steps that were done again, because the run went on from an earlier checkpoint."""
+"""File for lines of steps that were repeated because the run resumed from an earlier checkpoint."""
 TENSORBOARD_DIR = "tensorboard"
 RESERVED = ("step", "wall_time")
 # JSON has no such numbers; Python's own NaN and Infinity literals stop other readers
@@ -32,13 +32,13 @@ class MetricsWriter:
     """Appends a run's metrics to `run_dir`/metrics.jsonl and `run_dir`/tensorboard.
 
     Every rank has one and calls it alike; only the first rank's touches files. A line is one write
-    to an unbuffered file, so a killed run leaves whole lines and at most one torn one, which the
+    to an unbuffered file, so a killed run leaves whole lines and at most one partial one, which the
     next writer drops.
 
     Args:
-        run_dir: made when it is not there.
+        run_dir: directory of the run; created if it does not exist.
         is_first: whether this rank writes.
-        tensorboard: False leaves TensorBoard out.
+        tensorboard: False omits TensorBoard.
 
     Raises:
         ValueError: an existing metrics.jsonl has a malformed line (file and line named).
@@ -60,16 +60,16 @@ class MetricsWriter:
     def write(
         self, step: int, values: Mapping[str, float], *, wall_time: float | None = None
     ) -> None:
-        """One line for `step`; a second line of the same step may add other names.
+        """Write one line for `step`; a second line of the same step may add other names.
 
         Args:
-            step: not below the step of the last line.
-            values: finite or not; non-finite numbers are stored as strings and read back as floats.
-            wall_time: seconds since 1970; None: now.
+            step: step of the line, not below the step of the last line.
+            values: numbers; non-finite ones are stored as strings and read back as floats.
+            wall_time: seconds since 1970; None: the present time.
 
         Raises:
-            ValueError: a reserved name, or a value that is no number, on every rank; a step before
-                the last one (a resumed run calls `truncate_to` first).
+            ValueError: a reserved name, or a value that is not a number, on every rank; a step
+                before the last one (a resumed run calls `truncate_to` first).
             OSError: the line could not be written; the error names the file.
         """
         reserved = [name for name in RESERVED if name in values]
@@ -97,15 +97,15 @@ class MetricsWriter:
                         board.add_scalar(name, value, step, walltime=now)
                 if RATIO_BINS[0] in numbers:
                     _add_ratios(board, [numbers[name] for name in RATIO_BINS], step)
-                # its thread tells here, or at the next event, what it failed at
+                # its thread reports here, or at the next event, an error that it met
                 board.flush()
 
     def write_samples(
         self, step: int, samples: Sequence[Mapping[str, object]], *, tag: str = "samples"
     ) -> None:
-        """Text samples for TensorBoard: each a mapping as prompt, response, reward.
+        """Write text samples to TensorBoard, each a mapping such as prompt, response, reward.
 
-        Strings stand verbatim in blocks of their own, other values on one line.
+        Strings are shown verbatim in blocks of their own, other values on one line.
         """
         board = self._tensorboard()
         if board is None:
@@ -116,15 +116,15 @@ class MetricsWriter:
             board.flush()
 
     def count_lines(self) -> int:
-        """Lines written so far; 0 on ranks that do not write."""
+        """Number of lines written so far; 0 on ranks that do not write."""
         return self._num_lines
 
     def truncate_to(self, num_lines: int) -> int:
-        """Keep the first `num_lines`, for a run that resumes from where it had written so many;
-        returns how many were dropped.
+        """Keep the first `num_lines`, for a run that resumes from where it had written that many;
+        returns the number of dropped lines.
 
-        The file is replaced as a whole, after the others were added to `DROPPED_FILE` beside it.
-        TensorBoard hides the events of later steps.
+        The dropped lines are first appended to `DROPPED_FILE` in the same directory, then the file
+        is replaced as a whole. TensorBoard hides the events of later steps.
         """
         if not self._is_first:
             return 0
@@ -142,7 +142,7 @@ class MetricsWriter:
         return len(lines) - len(kept)
 
     def read(self) -> list[dict[str, float]]:
-        """The lines written so far, see `read_metrics`; empty on ranks that do not write."""
+        """The lines written so far (see `read_metrics`); empty on ranks that do not write."""
         return read_metrics(self.path) if self._is_first else []
 
     def close(self) -> None:
@@ -203,7 +203,7 @@ class MetricsWriter:
 
     @contextmanager
     def _naming_tensorboard(self) -> Iterator[None]:
-        """Its writer names no file."""
+        """Name the directory in errors of TensorBoard's writer, which names no file."""
         try:
             yield
         except OSError as error:
@@ -216,8 +216,8 @@ class MetricsWriter:
 
 
 def set_aside_metrics(run_dir: Path) -> Path | None:
-    """Of an earlier run in `run_dir` that this one does not go on from: metrics.jsonl is kept as
-    metrics.jsonl.old-N, unless it is empty; its new path.
+    """Set aside the metrics.jsonl of an earlier run in `run_dir` that this one does not resume, as
+    metrics.jsonl.old-N; returns its new path, None if it is missing or empty.
     """
     path = run_dir / METRICS_FILE
     return set_aside(path) if path.is_file() and path.stat().st_size else None
@@ -226,17 +226,17 @@ def set_aside_metrics(run_dir: Path) -> Path | None:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl, each with `step`, `wall_time` and its metrics as numbers.
 
-    A last line without its newline (a killed run) is left out.
+    A last line without its newline (left by a killed run) is omitted.
 
     Raises:
-        ValueError: a malformed line; file and line are named.
-        FileNotFoundError: no such file.
+        ValueError: a line is malformed; file and line are named.
+        FileNotFoundError: the file does not exist.
     """
     return [_parse(path, number, line) for number, line in _whole_lines(path)]
 
 
 def merge_steps(records: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """One record per step, in order of steps: lines of the same step joined, later ones win."""
+    """Merge records into one per step, in order of steps; of equal names the later line's wins."""
     merged: dict[float, dict[str, float]] = {}
     for record in records:
         merged.setdefault(record["step"], {}).update(record)
@@ -244,7 +244,7 @@ def merge_steps(records: Sequence[Mapping[str, float]]) -> list[dict[str, float]
 
 
 def _add_ratios(board: SummaryWriter, shares: Sequence[float], step: int) -> None:
-    """The histogram of per-token ratios of train to rollout probability."""
+    """Add the histogram of per-token ratios of train to rollout probability."""
     limits = [*RATIO_EDGES, 2 * RATIO_EDGES[-1]]
     middles = [(a + b) / 2 for a, b in pairwise([0.0, *limits])]
     board.add_histogram_raw(
@@ -261,7 +261,7 @@ def _add_ratios(board: SummaryWriter, shares: Sequence[float], step: int) -> Non
 
 
 def _whole_lines(path: Path) -> list[tuple[int, bytes]]:
-    """(line number from 1, line without newline) of all lines that end in a newline."""
+    """(line number from 1, line without newline) for each line that ends in a newline."""
     return list(enumerate(path.read_bytes().split(b"\n")[:-1], start=1))
 
 
@@ -297,7 +297,7 @@ def _to_json(value: float) -> float | str:
 
 
 def _markdown(sample: Mapping[str, object]) -> str:
-    """Strings as indented blocks, which Markdown leaves as they are; other values in bold lines."""
+    """Strings as indented blocks, which Markdown keeps verbatim; other values in bold lines."""
     parts = []
     for name, value in sample.items():
         if isinstance(value, str):

@@ -1,6 +1,6 @@
-"""The names of metrics that the console and the report know; others are stored and plotted alike.
+"""Names of the metrics that the console and the report know; others are stored and plotted too.
 
-A record of metrics.jsonl is flat: these names, `step`, `wall_time`, and whatever a flow adds.
+A record of metrics.jsonl is flat: these names, `step`, `wall_time`, and the metrics a flow adds.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ STEP_SECONDS = "seconds/step"
 TOKENS_PER_S = "tokens_per_s/"  # + phase, over all ranks
 ROLLOUT = "rollout"  # the phase whose tokens/s are the rollout's
 UPDATE = "update"  # the phase whose tokens/s are the training's
-OTHER = "other"  # the part of a step outside of all phases
+OTHER = "other"  # the time of a step outside all phases
 
 EVAL = "eval/"  # + name of the set + one of the following
 ACCURACY = "/accuracy"  # in [0, 1]
-WIN_RATE = "/win_rate"  # against the opponent's answers, a tie counts half
+WIN_RATE = "/win_rate"  # against the opponent's responses, a tie counts half
 STANDARD_ERROR = "/standard_error"
 
 
 def phases(record: Mapping[str, float]) -> list[str]:
-    """The phases whose seconds a record holds, in its order, `other` last."""
+    """The phases whose seconds a record holds, in its order, with `other` last."""
     names = [n.removeprefix(SECONDS) for n in record if n.startswith(SECONDS) and n != STEP_SECONDS]
     return [name for name in names if name != OTHER] + [OTHER] * (OTHER in names)

@@ -1,4 +1,4 @@
-"""The report's panels: what can be drawn of a run, and which of it fits the metrics there are."""
+"""The report's panels, and the choice of those that fit the recorded metrics."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Draw = Callable[[Any, Records], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """Something to draw, where all the metrics that it needs were recorded.
+    """A drawing, available if all the metrics that it needs were recorded.
 
     Args:
-        of_sets: what some held-out set must have, whatever its name.
+        of_sets: quantity that some held-out set must have, whatever the set's name.
     """
 
     needs: tuple[str, ...]
@@ -45,7 +45,7 @@ class Panel:
 
 
 def choose(panels: tuple[Panel, ...], records: Records, count: int) -> list[Draw]:
-    """The first `count` panels that fit; with fewer, others say that nothing was recorded."""
+    """The first `count` panels that fit; missing ones are filled with panels of no data."""
     fitting = [panel for panel in panels if panel.fits(records)]
     rest = [panel for panel in panels if panel not in fitting]
     return [panel.draw for panel in (*fitting, *rest)][:count]
@@ -54,7 +54,7 @@ def choose(panels: tuple[Panel, ...], records: Records, count: int) -> list[Draw
 def evaluations(
     records: Records, quantity: str = names.ACCURACY
 ) -> dict[str, list[tuple[int, float, float]]]:
-    """Held-out sets by name: (step, value, standard error or 0) in order of steps."""
+    """Evaluations of each held-out set: (step, value, standard error or 0) in order of steps."""
     found: dict[str, list[tuple[int, float, float]]] = {}
     for record in records:
         for name, value in record.items():
@@ -76,7 +76,7 @@ def _reward(axes: Any, records: Records) -> None:
 
 
 def _kl(axes: Any, records: Records) -> None:
-    """KL to the reference and of a step's move: logarithmic where both are there."""
+    """KL to the reference and of a step's move; logarithmic if both were recorded."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     to_reference = curve(axes, records, names.REF_KL, ORANGE, "to the reference")
@@ -98,7 +98,7 @@ def _kl(axes: Any, records: Records) -> None:
 
 
 def _accuracy(axes: Any, records: Records) -> None:
-    """Bars of before and after, or curves when a set was evaluated more than twice."""
+    """Draw bars of before and after, or curves if a set was evaluated more than twice."""
     from matplotlib.ticker import PercentFormatter
 
     found = evaluations(records)
@@ -169,7 +169,7 @@ def _accuracy_curves(axes: Any, found: Mapping[str, list[tuple[int, float, float
 
 
 def _win_rates(axes: Any, records: Records) -> None:
-    """Against the opponent's answers, over the steps; half is as good as it."""
+    """Win rates against the opponent's responses over the steps; 0.5 means equally good."""
     from matplotlib.ticker import PercentFormatter
 
     found = evaluations(records, names.WIN_RATE)
@@ -194,7 +194,7 @@ def _win_rates(axes: Any, records: Records) -> None:
 
 
 def _phases(axes: Any, records: Records) -> None:
-    """Seconds per phase, stacked by step."""
+    """Seconds per phase, stacked for each step."""
     timed = [r for r in records if names.STEP_SECONDS in r]
     phases = list(dict.fromkeys(name for r in timed for name in names.phases(r)))
     frame(axes, "Time per step", "seconds", drawn=bool(phases))
@@ -242,7 +242,7 @@ def _line_of(name: str, title: str, label: str) -> Draw:
 
 
 def _held_out(name: str, title: str, label: str) -> Draw:
-    """A held-out quantity over the steps, with standard errors."""
+    """A drawing of a held-out quantity over the steps, with standard errors."""
 
     def draw(axes: Any, records: Records) -> None:
         full, error = f"{HELD_OUT}{name}", f"{HELD_OUT}{name}{names.STANDARD_ERROR}"
@@ -287,7 +287,7 @@ MAIN = (
     Panel(needs=("nll",), draw=_line_of("nll", "Training loss", "nats per response token")),
     Panel(needs=("loss",), draw=_line_of("loss", "Training loss", "per row")),
 )
-"""The large panel: what is trained for."""
+"""Candidates for the large panel: the objective of the training."""
 
 HELD = (
     Panel(needs=(), draw=_win_rates, of_sets=names.WIN_RATE),
@@ -301,7 +301,7 @@ HELD = (
     ),
     Panel(needs=(), draw=_accuracy),
 )
-"""What the held-out set says."""
+"""Candidates for the panel of the held-out set."""
 
 DETAILS = (
     Panel(needs=("kl_per_response",), draw=_drift),
@@ -320,6 +320,6 @@ DETAILS = (
         needs=(names.PEAK_MEMORY,), draw=_line_of(names.PEAK_MEMORY, "Peak memory", "GB per rank")
     ),
 )
-"""The row of three small panels: the first that were recorded."""
+"""Candidates for the row of three small panels: the first three that were recorded."""
 
 TIMES: tuple[Draw, Draw] = (_phases, _speed)

@@ -1,7 +1,7 @@
 """Progress bars: one for the run, one within a long phase; on rank 0's terminal only.
 
-Where the stream is no terminal (a log file, a Slurm job) no bar is drawn. What takes long before
-the first step is told in the log (`TimedLines`).
+If the stream is not a terminal (a log file, a Slurm job), no bar is drawn. Long work before the
+first step is reported in the log (`TimedLines`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 def phase_bar(
     name: str, *, is_first: bool, unit: str = "rows", stream: TextIO | None = None
 ) -> Iterator[Callable[[int, int], None]]:
-    """A bar that vanishes at its end; yields `report(done, total)`, callable at any rate.
+    """Show a bar that vanishes at its end; yields `report(done, total)`, callable at any rate.
 
     Args:
-        name: shown before the bar.
+        name: text before the bar.
         is_first: whether this rank shows it.
-        unit: what is counted.
-        stream: None: stderr.
+        unit: unit of the counts.
+        stream: stream to draw on; None: stderr.
     """
     stream = sys.stderr if stream is None else stream
     if not shows(is_first=is_first, stream=stream):
@@ -44,12 +44,12 @@ def phase_bar(
 
 
 class TimedLines:
-    """Says in the log how far long work is, now and then.
+    """Logs the progress of long work now and then.
 
     Args:
-        what: is done.
-        beat: called whenever it came further.
-        every_s: seconds between two lines.
+        what: what is being read, for the log line.
+        beat: called at every report of progress.
+        every_s: least number of seconds between two lines.
     """
 
     def __init__(self, what: str, beat: Callable[[], None], every_s: float = 30.0) -> None:
@@ -57,7 +57,7 @@ class TimedLines:
         self._said = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """`done` rows of `total`; 0 where it is not known how many there are."""
+        """Report `done` rows of `total`; 0 if the total is not known."""
         self._beat()
         if time.monotonic() - self._said < self._every_s:
             return
@@ -66,7 +66,7 @@ class TimedLines:
 
 
 class Relay:
-    """Hands the progress of work inside a phase to the bar that is open, if one is."""
+    """Passes the progress of work inside a phase to the open bar, if there is one."""
 
     def __init__(self, *, is_first: bool) -> None:
         self._is_first = is_first
@@ -88,12 +88,12 @@ class Relay:
 
 
 def shows(*, is_first: bool, stream: TextIO) -> bool:
-    """Whether a bar is drawn: on the first rank, and only where a person can see it move."""
+    """Whether a bar is drawn: only on the first rank, and only where a person can see it move."""
     return is_first and stream.isatty()
 
 
 def write_line(line: str, stream: TextIO | None = None) -> None:
-    """Print a line above the bars that are open, if any. None: stdout."""
+    """Print a line above any open bars, to `stream` (None: stdout)."""
     stream = sys.stdout if stream is None else stream
     tqdm.write(line, file=stream)
     stream.flush()

@@ -18,16 +18,16 @@ def write_report(run_dir: Path, *, run_name: str, model: str, out: Path | None =
     """Draw the run's report; the picture replaces an older one as a whole.
 
     Args:
-        run_dir: holds metrics.jsonl, with the names of `observe.names`.
-        run_name, model: for the title.
-        out: None: `run_dir`/report.png.
+        run_dir: directory with metrics.jsonl, whose names are those of `observe.names`.
+        run_name, model: names for the title.
+        out: path of the picture; None: `run_dir`/report.png.
 
     Returns:
         The picture's path.
 
     Raises:
         ValueError: metrics.jsonl holds no step, or a malformed line.
-        FileNotFoundError: no metrics.jsonl.
+        FileNotFoundError: metrics.jsonl does not exist.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def write_report(run_dir: Path, *, run_name: str, model: str, out: Path | None =
 
 
 def summary(records: Records) -> str:
-    """One line on the run: steps, time, reward and peak memory, as far as recorded."""
+    """One line on the run: steps, time, reward and peak memory, as far as they were recorded."""
     trained = [r for r in records if names.STEP_SECONDS in r]
     count = len(trained) or len(records)
     parts = [f"{count} step{'s' * (count > 1)}"]

@@ -1,4 +1,4 @@
-"""The end of a run: report.png, where everything is, and one line of JSON."""
+"""The end of a run: report.png, the paths of its files, and one line of JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spmdrl.observe.report import write_report
 
 
 def report(run_dir: str, *, model: str, seconds: float | None = None) -> None:
-    """Draw the report and print a summary whose last line is one JSON object.
+    """Draw the report and print a summary; its last line is one JSON object.
 
     Args:
         seconds: wall time to state; None: the sum of the steps' seconds.
@@ -50,7 +50,7 @@ def report(run_dir: str, *, model: str, seconds: float | None = None) -> None:
 
 
 Found = Mapping[str, tuple[Sequence[float], float]]
-"""Of a set: quantity -> its values in order of steps, and the last one's standard error."""
+"""One set's results: quantity -> its values in order of steps, and the last standard error."""
 
 QUANTITIES = {
     "accuracy": names.ACCURACY,
@@ -62,7 +62,7 @@ QUANTITIES = {
 
 
 def held_out_results(records: Records) -> Mapping[str, Found]:
-    """What was measured on each held-out set."""
+    """Results of every held-out set, by its name."""
     found: dict[str, dict[str, tuple[list[float], float]]] = {}
     for quantity, suffix in QUANTITIES.items():
         for name, points in evaluations(records, suffix).items():
@@ -72,8 +72,8 @@ def held_out_results(records: Records) -> Mapping[str, Found]:
 
 
 def summary_of_sets(sets: Mapping[str, Found]) -> dict[str, object]:
-    """What the last line says of the sets: each one's under `sets`, where there are several; at the
-    top those of `held_out`, or of the only set.
+    """Entries of the last line for the sets: at the top those of `held_out` or of the only set, and
+    under `sets` each one's if there are several.
     """
     told = {name: _told(found) for name, found in sets.items()}
     result: dict[str, object] = {"sets": told} if len(told) > 1 else {}
@@ -93,7 +93,7 @@ def _told(found: Found) -> dict[str, float]:
 
 
 def _first_and_last(quantity: str, values: Sequence[float]) -> dict[str, float]:
-    """A run that evaluates at its end alone has no `before`."""
+    """The first value as `before` (unless it is the only one), the last as `after`."""
     first = {f"{quantity}_before": values[0]} if len(values) > 1 else {}
     return {**first, f"{quantity}_after": values[-1]}
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, tokens per second, and peak memory of this rank."""
+"""Seconds of a step by phase, tokens per second, and peak memory of this rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StepTime:
     """One rank's times of one step.
 
     Args:
-        seconds: by phase, in order of first use, `other` last; they add up to the step's.
+        seconds: seconds by phase, in order of first use, `other` last; they add up to the step's.
     """
 
     seconds: dict[str, float]
@@ -31,7 +31,7 @@ class PhaseTimer:
     Args:
         synchronize: waits for the device's queued work (`World.synchronize`), called at both ends
             of a phase so that its seconds are its own.
-        clock: seconds, monotonic.
+        clock: returns monotonic seconds.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Charge the time inside to `name`, less what inner phases take."""
+        """Charge the time inside the block to `name`, except the time of inner phases."""
         self._charge()
         self._seconds.setdefault(name, 0.0)
         self._open.append(name)
@@ -59,7 +59,7 @@ class PhaseTimer:
             self._open.pop()
 
     def finish(self) -> StepTime:
-        """The times since the last `finish` (or construction), and begin anew."""
+        """Return the times since the last `finish` (or construction), and start anew."""
         self._charge()
         other = self._seconds.pop(OTHER, 0.0)
         step = StepTime(seconds={**self._seconds, OTHER: other})
@@ -78,8 +78,8 @@ def timing_metrics(seconds: Mapping[str, float], tokens: Mapping[str, float]) ->
     """The metrics of a step's times: `seconds/<phase>`, `seconds/step`, `tokens_per_s/<phase>`.
 
     Args:
-        seconds: by phase, already reduced over the ranks (their maximum).
-        tokens: by phase, already summed over the ranks.
+        seconds: seconds by phase, already reduced over the ranks (their maximum).
+        tokens: tokens by phase, already summed over the ranks.
     """
     metrics = {SECONDS + name: value for name, value in seconds.items()}
     metrics[STEP_SECONDS] = sum(seconds.values())
@@ -90,8 +90,8 @@ def timing_metrics(seconds: Mapping[str, float], tokens: Mapping[str, float]) ->
 
 
 def take_peak_memory(device: torch.device) -> int:
-    """The most bytes that this rank has held: allocated on a CUDA device, since it was asked last;
-    else resident (RSS), since the process began.
+    """Peak bytes of this rank: allocated on a CUDA device since the last call, or else resident in
+    host memory (RSS) since the process began.
     """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
