@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "spmdrl"
-DONE: list[str] = ["algorithms", "distributed", "observe"]  # packages, and loose modules with their ".py"
+DONE: list[str] = [
+    "algorithms",
+    "distributed",
+    "memory",
+    "observe",
+]  # packages, and loose modules with their ".py"
 
 OPENING = re.compile(r"(Of|What|How|Which|Where|Who|From|For|With|As|In|By|To)\b")
 ARGUMENT = re.compile(r"^\s+\w+: of ", re.MULTILINE)

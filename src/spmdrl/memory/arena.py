@@ -1,4 +1,4 @@
-"""Host arenas: where the bytes of a part lie while they are away from the device."""
+"""Host arenas: the bytes of a part while they are away from the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL_BYTES = 1 << 20
 """Storages below this size move together: a transfer of less does not fill the bus."""
 
 ALIGNMENT = 512
-"""Of each storage in an arena and in the staging bucket, as the CUDA allocator aligns blocks."""
+"""Alignment of storages in an arena and in the staging bucket, as the CUDA allocator's blocks."""
 
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for every context of the process."""
@@ -38,13 +38,13 @@ class Bucket:
 
 @dataclass(frozen=True, kw_only=True)
 class ArenaLayout:
-    """Where each storage of a part lies in its arena.
+    """Positions of a part's storages in its arena.
 
     Args:
-        sizes, offsets: of each storage, in bytes, in the given order.
-        num_bytes: of the arena.
+        sizes, offsets: size and offset of each storage, in bytes, in the given order.
+        num_bytes: size of the arena.
         buckets: storages that move together.
-        alone: storages that move by themselves.
+        alone: storages that move individually.
     """
 
     sizes: tuple[int, ...]
@@ -57,8 +57,8 @@ class ArenaLayout:
 def layout_arena(sizes: Sequence[int], staging_bytes: int) -> ArenaLayout:
     """Lay storages of `sizes` bytes end to end in their order.
 
-    Neighbours that are small make a bucket, as long as it fits into `staging_bytes`; with 0 every
-    storage moves alone.
+    Small neighbours form a bucket as long as it fits into `staging_bytes`; with 0 every storage
+    moves individually.
     """
     room = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
     ends = [0, *accumulate(room)]
@@ -82,10 +82,10 @@ def layout_arena(sizes: Sequence[int], staging_bytes: int) -> ArenaLayout:
 
 
 class HostArena:
-    """One allocation on the host, page-locked where `pinned`, freed with the object.
+    """One allocation on the host, page-locked if `pinned`, freed with the object.
 
     The pages are mapped here and registered with CUDA, because torch's own allocator rounds pinned
-    blocks up to the next power of two (pytorch/pytorch#150517): up to twice the memory.
+    blocks up to the next power of two (pytorch/pytorch#150517), up to twice the memory.
 
     Raises:
         ValueError: the host refuses to pin so much.
@@ -94,10 +94,10 @@ class HostArena:
     def __init__(self, num_bytes: int, *, pinned: bool) -> None:
         assert num_bytes > 0, num_bytes
         pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # A child of fork would turn the pages into copies under the device's transfers.
+        # In a forked child the pages would become copies under the device's transfers.
         pages.madvise(mmap.MADV_DONTFORK)
-        with suppress(OSError):  # a kernel without them
-            # The first copy into fresh pages, and pinning them, take a third of the time.
+        with suppress(OSError):  # a kernel without huge pages
+            # With huge pages the first copy into fresh pages and pinning take a third of the time.
             pages.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: Tensor = torch.frombuffer(pages, dtype=torch.uint8)
         if pinned:

@@ -1,4 +1,4 @@
-"""`ForeignPart`: a part whose memory another allocator has, which frees it and brings it back."""
+"""`ForeignPart`: a part in the memory of another allocator, which frees it and brings it back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from spmdrl.memory.mover import Ticket
 
 
 class ForeignPart:
-    """To `Residency` what a `TensorPart` is; the tensors keep their addresses.
+    """A part that `Residency` treats like a `TensorPart`; its tensors keep their addresses.
 
     Args:
-        num_bytes: on the device.
-        leave: frees it; its argument says whether the content comes back with `bring`.
-        bring: makes room for it again, at the same addresses.
+        num_bytes: size on the device.
+        leave: frees the memory; its argument says whether the content must return with `bring`.
+        bring: allocates the memory again, at the same addresses.
     """
 
     def __init__(
@@ -28,36 +28,36 @@ class ForeignPart:
         """Whether the content is defined, wherever it is."""
 
     def start_leaving(self) -> Ticket | None:
-        """None: the copy is made within `leave`."""
+        """Return no ticket: `leave` makes the copy."""
         assert not self.is_away
         return None
 
     def leave(self) -> None:
-        """Free the memory; the content is kept elsewhere, if there is any."""
+        """Free the memory; the content, if there is any, is kept elsewhere."""
         self._leave(self.is_filled)
         self.is_away = True
 
     def lose(self) -> None:
-        """Free the memory; the content is gone."""
+        """Free the memory; the content is lost."""
         self._leave(False)
         self.is_away, self.is_filled = True, False
 
     def bring(self) -> Ticket | None:
-        """The memory again, with its content where that was kept."""
+        """Make the memory usable again, with its content if that was kept."""
         assert self.is_away
         self._bring()
         self.is_away = False
         return None
 
     def hand_out(self, *, read_only: bool, stays: bool) -> None:
-        """Let the current stream use it."""
+        """Let the current stream use the memory."""
         assert not self.is_away
 
     def host_view(self, tensor: Tensor) -> Tensor:
-        """Nothing of it can be seen while it is away."""
+        """Raise ValueError: the content cannot be seen while it is away."""
         raise ValueError(f"a tensor of {tuple(tensor.shape)} is away, with an allocator of its own")
 
     def filled(self) -> None:
-        """The content was written as a whole."""
+        """Note that the whole content was written."""
         assert not self.is_away
         self.is_filled = True

@@ -1,4 +1,4 @@
-"""What the moves of a residency cost, between two readings."""
+"""Cost of a residency's moves between two readings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DIRECTIONS: tuple[Direction, ...] = ("to_host", "to_device")
 
 
 class Meter:
-    """Adds up copies, and keeps the largest number of resident bytes."""
+    """Adds up copies, and keeps the maximum of resident bytes."""
 
     def __init__(self) -> None:
         self._running: list[tuple[Direction, Ticket]] = []
@@ -21,20 +21,20 @@ class Meter:
         self._peak = 0
 
     def copied(self, direction: Direction, ticket: Ticket) -> None:
-        """Count a copy that was started."""
+        """Count a copy that has been started."""
         self._running.append((direction, ticket))
         self._collect(only_done=True)
 
     def resident(self, num_bytes: int) -> None:
-        """Count what is on the device now."""
+        """Count the bytes that are on the device now."""
         self._peak = max(self._peak, num_bytes)
 
     def take(self, num_bytes: int) -> dict[str, float]:
-        """The sums since the last reading; `num_bytes` are resident now.
+        """Return the sums since the last reading; `num_bytes` are resident now.
 
         Returns:
             `peak_resident_bytes`, and for `to_host` and `to_device` `_bytes`, `_seconds` (of the
-            copies alone, not of what they waited for) and `_gb_per_s` (10^9; 0 without copies).
+            copies, without the waits before them) and `_gb_per_s` (10^9; 0 without copies).
         """
         self.resident(num_bytes)
         self._collect(only_done=False)
@@ -49,7 +49,7 @@ class Meter:
         return found
 
     def _collect(self, *, only_done: bool) -> None:
-        """Move copies from the list into the sums, so that the list stays short."""
+        """Move copies from the list into the sums, which keeps the list short."""
         running = []
         for name, ticket in self._running:
             if only_done and not ticket.is_done():

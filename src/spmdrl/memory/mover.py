@@ -1,8 +1,8 @@
 """`Mover`: copies storages between the device and their host arena, and frees them.
 
-On CUDA all copies run on one side stream, which waits for what the compute stream was given before.
-The host waits for a copy out before the storage is freed, so that the allocator can hand the block
-out at once (`record_stream` would hold it back until an event is polled). Storages are allocated on
+On CUDA all copies run on one side stream, which waits for the work queued on the compute stream.
+The host waits for a copy out before the storage is freed, so that the allocator can reuse the block
+at once (`record_stream` would hold it back until an event is polled). Storages are allocated on
 the compute stream, whose pool they return to. On the CPU the same calls are plain copies.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from spmdrl.memory.arena import ArenaLayout, Bucket, HostArena
 
 STAGING_BYTES = 32 << 20
-"""Of the device's bucket for small storages, on CUDA."""
+"""Size of the device's bucket for small storages, on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class Ticket:
     """A copy that was started.
 
     Args:
-        num_bytes: that move.
-        host_seconds: it took, where there are no events.
+        num_bytes: bytes that the copy moves.
+        host_seconds: duration of the copy, if there are no events.
         events: (start, end) on the side stream.
     """
 
@@ -41,12 +41,12 @@ class Ticket:
         return bool(self.events[1].query())  # type: ignore[no-untyped-call]
 
     def finish(self) -> None:
-        """Let the host wait until the copy is done."""
+        """Block the host until the copy is done."""
         if self.events is not None:
             self.events[1].synchronize()
 
     def seconds(self) -> float:
-        """How long the copy took, without what it waited for; waits until it is done."""
+        """Duration of the copy without the waits before it; blocks until it is done."""
         if self.events is None:
             return self.host_seconds
         self.finish()
@@ -58,8 +58,8 @@ class Mover:
     """Moves storages of one device.
 
     Args:
-        staging_bytes: of the bucket through which small storages move together; default: on the CPU
-            0, no bucket.
+        staging_bytes: size of the bucket through which small storages move together; 0: no bucket;
+            None: 0 on the CPU, `STAGING_BYTES` on CUDA.
     """
 
     def __init__(self, device: torch.device, *, staging_bytes: int | None = None) -> None:
@@ -76,7 +76,7 @@ class Mover:
     def to_host(
         self, storages: Sequence[torch.UntypedStorage], layout: ArenaLayout, arena: HostArena
     ) -> Ticket:
-        """Start to copy the storages into the arena; they must stay until the ticket is done."""
+        """Start copying the storages into the arena; they must stay until the ticket is done."""
         staging = self._staging_for(layout)
 
         def copy() -> None:
@@ -93,7 +93,7 @@ class Mover:
     def to_device(
         self, storages: Sequence[torch.UntypedStorage], layout: ArenaLayout, arena: HostArena
     ) -> Ticket:
-        """Start to fill the storages, which are allocated; `let_compute_wait` before any use.
+        """Start filling the allocated storages; call `let_compute_wait` before any use.
 
         They must not be freed before the ticket is done.
         """
@@ -111,7 +111,7 @@ class Mover:
         return self._run(copy, sum(layout.sizes))
 
     def let_compute_wait(self, ticket: Ticket) -> None:
-        """Whatever the current stream is given from now on runs after the copy."""
+        """Make all later work of the current stream run after the copy."""
         if ticket.events is not None:
             torch.cuda.current_stream(self.device).wait_event(ticket.events[1])
 
@@ -122,7 +122,7 @@ class Mover:
             return Ticket(num_bytes=num_bytes, host_seconds=time.perf_counter() - began)
         start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        # Also before a copy in: the blocks may have been another's, whose kernels still run.
+        # Before a copy in, too: kernels of the blocks' former owner may still run.
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._side):
             start.record()
@@ -142,20 +142,20 @@ class Mover:
 
 
 def allocate(storages: Sequence[torch.UntypedStorage], sizes: Sequence[int]) -> None:
-    """Give freed storages `sizes` bytes each, of undefined content."""
+    """Give freed storages `sizes` bytes each, with undefined content."""
     for storage, size in zip(storages, sizes, strict=True):
         assert storage.nbytes() == 0, (storage.nbytes(), size)
         storage.resize_(size)
 
 
 def free(storages: Sequence[torch.UntypedStorage]) -> None:
-    """Give the storages' memory back to the allocator."""
+    """Return the storages' memory to the allocator."""
     for storage in storages:
         storage.resize_(0)
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    """The storage as uint8 `[nbytes]`: a tensor of its own, so that no other's version changes."""
+    """The storage as uint8 `[nbytes]`, a new tensor, so that no other tensor's version changes."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
@@ -164,7 +164,7 @@ def _inside(storages: Sequence[torch.UntypedStorage], bucket: Bucket) -> list[Te
 
 
 def _staged(staging: Tensor, layout: ArenaLayout, bucket: Bucket) -> list[Tensor]:
-    """Where the bucket's storages lie in the staging bucket, which begins where it begins."""
+    """Views of the bucket's storages in the staging bucket, whose start is the bucket's."""
     return [
         staging.narrow(0, layout.offsets[i] - bucket.start, layout.sizes[i])
         for i in range(bucket.first, bucket.last)

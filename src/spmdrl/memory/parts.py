@@ -1,7 +1,7 @@
-"""Parts of roles as values: what a plan knows of what a role has on the device.
+"""Parts of roles as values: the facts that a plan needs about a role's memory on the device.
 
-A part is what stays of a role between its calls: `weights`, `optimizer`, `kv_cache`, `graphs`, ...
-Working memory (activations, gradients) is none, it comes and goes within a call.
+A part is memory that a role keeps between its calls: `weights`, `optimizer`, `kv_cache`, `graphs`,
+... Working memory (activations, gradients) is not a part; it exists only within a call.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ PartName = tuple[str, str]
 """(role, part)."""
 
 PartPolicy = Literal["keep", "host", "drop"]
-"""Where a part is while no call needs it: on the device, on the host, nowhere."""
+"""Place of a part while no call needs it: on the device, on the host, or nowhere."""
 
 PartWish = Literal["keep", "host", "drop", "auto"]
-"""A policy as configured; `auto` leaves it to the plan."""
+"""A policy as configured; `auto` lets the plan decide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,19 +25,18 @@ class Part:
     """One part of a role on this rank.
 
     Args:
-        role, name: as in `roles.ROLE.memory.NAME`.
-        num_bytes: on the device, of the part's own: what it shares with an earlier part is that
-            one's.
+        role, name: names as in `roles.ROLE.memory.NAME`.
+        num_bytes: the part's own bytes on the device, without those it shares with an earlier part.
         wish: the configured policy.
-        droppable: its role makes it anew when it needs it (a cache); its content is never moved.
-        frozen: its content never changes, so that the host's copy stays good.
-        rests_on: earlier parts that own some of its storages: who needs it needs them too.
+        droppable: its role recreates it when needed (a cache); its content is never moved.
+        frozen: its content never changes, so the host's copy stays valid.
+        rests_on: earlier parts that own some of its storages; a call that needs it needs them too.
         fixed: nothing can move it.
-        holds: parts whose addresses it has captured (CUDA graphs): they may move only after it was
+        holds: parts whose addresses it has captured (CUDA graphs); they may move only after it was
             dropped.
 
     Raises:
-        ValueError: a policy that the part cannot have, naming it.
+        ValueError: the part cannot have this policy; its setting is named.
     """
 
     role: str
@@ -68,7 +67,7 @@ class Part:
 
     @property
     def away(self) -> PartPolicy:
-        """What `auto` means where the part cannot stay."""
+        """The policy that `auto` becomes if the part cannot stay."""
         return "drop" if self.droppable else "host"
 
 
@@ -76,7 +75,7 @@ def by_name(parts: Sequence[Part]) -> dict[PartName, Part]:
     """The parts by (role, part).
 
     Raises:
-        ValueError: a part that is there twice, or refers to one that does not come before it.
+        ValueError: a part occurs twice, or refers to one that does not come before it.
     """
     found: dict[PartName, Part] = {}
     for part in parts:
@@ -93,10 +92,10 @@ def by_name(parts: Sequence[Part]) -> dict[PartName, Part]:
 
 
 def closure(names: Iterable[PartName], parts: Mapping[PartName, Part]) -> list[PartName]:
-    """The parts and all that they rest on or hold, each once, what is referred to first.
+    """The parts and all parts that they rest on or hold, each once, referred ones first.
 
     Raises:
-        ValueError: an unknown part, naming those there are.
+        ValueError: a part is unknown; the known ones are named.
     """
     found: dict[PartName, None] = {}
 
@@ -115,10 +114,10 @@ def closure(names: Iterable[PartName], parts: Mapping[PartName, Part]) -> list[P
 
 
 def check_captures(parts: Mapping[PartName, Part], policies: Mapping[PartName, PartPolicy]) -> None:
-    """Captured addresses may stay only where the parts that they point into stay.
+    """Check that captured addresses stay only if the parts that they point into stay.
 
     Raises:
-        ValueError: a part with `holds` is kept and one of those is not, naming both settings.
+        ValueError: a part with `holds` is kept but one of these is not; both settings are named.
     """
     for part in parts.values():
         moving = [name for name in closure(part.holds, parts) if policies[name] != "keep"]
@@ -136,7 +135,7 @@ def dotted(name: PartName) -> str:
 
 
 def size_text(num_bytes: int) -> str:
-    """In GB of 10^9 bytes; small sizes in MB or bytes."""
+    """A size in GB of 10^9 bytes; small sizes in MB or bytes."""
     if num_bytes >= 10**8:
         return f"{num_bytes / 1e9:,.2f} GB"
     if num_bytes >= 10**5:

@@ -1,13 +1,13 @@
-"""The memory plan of a rank: a pure function of its parts' sizes, the calls of a step, the room.
+"""The memory plan of a rank: a pure function of its parts' sizes, a step's calls, and the room.
 
-Parts move between calls only, out before in: the peak of a call is what it needs, what is kept, and
-its working memory. `auto` keeps all where every call fits; else it sends away, one after the other,
-what costs least and helps a call that does not fit:
+Parts move only between calls, out before in: the peak of a call is the parts it needs, the kept
+parts, and its working memory. `auto` keeps everything if every call fits. Otherwise it sends parts
+away, one at a time, choosing the cheapest that helps a call that does not fit:
 
-1. what its role makes anew for nothing (a KV cache without graphs over it): nothing is copied;
-2. optimizer states, used by one call of the step;
-3. other parts, those of the fewest calls first, larger first;
-4. what CUDA graphs hold addresses of, and the graphs: they are captured again in every step.
+1. parts that their role recreates at no cost (a KV cache without graphs over it): nothing is copied
+2. optimizer states, used by one call of the step
+3. other parts, those of the fewest calls first, larger ones first
+4. parts that CUDA graphs hold addresses of, and the graphs, which every step then captures again
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from spmdrl.memory.schedule import (
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What happens to each part, and what each call of a step finds and moves.
+    """The policy of each part, and the parts that each call of a step finds and moves.
 
     Args:
-        rank: whose plan it is; ranks with other roles have other plans.
-        capacity: bytes for parts and working memory; None: no bound.
-        parts: as they were given.
-        policies: of every part; `auto` is decided.
+        rank: rank of the plan; ranks with other roles have other plans.
+        capacity: bytes for parts and working memory; None: unlimited.
+        parts: the parts as given to `make_plan`.
+        policies: policy of every part, with `auto` decided.
         calls: the step's calls in the steady state.
     """
 
@@ -59,15 +59,15 @@ class MemoryPlan:
 
     @property
     def recaptured(self) -> tuple[PartName, ...]:
-        """Parts with captured addresses that are made anew in every step."""
+        """Parts with captured addresses that are recreated in every step."""
         made = {name for call in self.calls for name in call.made}
         return tuple(part.key for part in self.parts if part.holds and part.key in made)
 
     def describe(self, ranks: str | None = None) -> str:
-        """The schedule as text: the parts and their policies, then what moves before each call.
+        """The schedule as text: the parts and their policies, then the moves before each call.
 
         Args:
-            ranks: whose plan it is, where others have the same.
+            ranks: names of all ranks with this plan, if there are others.
         """
         room = "no bound" if self.capacity is None else size_text(self.capacity)
         whose = f"rank {self.rank}" if ranks is None else ranks
@@ -82,7 +82,7 @@ class MemoryPlan:
         return "\n".join(lines)
 
     def _where(self) -> str:
-        """The call with the peak, and what it has beside parts."""
+        """The call with the peak, and its working memory."""
         if not self.calls:
             return ""
         call = max(self.calls, key=lambda call: call.peak_bytes)
@@ -113,16 +113,16 @@ def make_plan(
     """Decide every `auto`, and lay out the step.
 
     Args:
-        parts: of all roles on this rank; those that others refer to come first.
-        calls: of a step, in order, without those of roles on other ranks.
-        capacity: bytes for parts and working memory of this rank; None: no bound.
-        rank: for messages.
-        other_steps: by the setting that brings it about, a step with the same calls in another
-            order, or more than once.
+        parts: the parts of all roles on this rank; those that others refer to come first.
+        calls: the calls of a step, in order, without those of roles on other ranks.
+        capacity: bytes for parts and working memory of this rank; None: unlimited.
+        rank: this rank, for messages.
+        other_steps: steps with the same calls in another order, or repeated, by the setting that
+            causes them.
 
     Raises:
         ValueError: a call does not fit (with a table of sizes), graphs are to be kept over parts
-            that move, a dropped part that nobody fills, an unknown part.
+            that move, a dropped part is never filled, a part is unknown.
     """
     known = by_name(parts)
     policies = _resolve(known, calls, capacity)
@@ -145,7 +145,7 @@ def make_plan(
 
 
 def fits(parts: Sequence[Part], call: PlannedCall, capacity: int | None) -> bool:
-    """Whether the call has room, with all away that it does not need and that may go."""
+    """Whether the call fits once all parts that it does not need and that may go are away."""
     known = by_name(parts)
     policies = _resolve(known, [call], capacity)
     return capacity is None or peak_bytes(call, known, policies) <= capacity
@@ -154,7 +154,7 @@ def fits(parts: Sequence[Part], call: PlannedCall, capacity: int | None) -> bool
 def _resolve(
     parts: Mapping[PartName, Part], calls: Sequence[PlannedCall], capacity: int | None
 ) -> dict[PartName, PartPolicy]:
-    """Policies with which every call fits, as far as `auto` parts can bring that about."""
+    """Policies with which every call fits, as far as moving `auto` parts can achieve it."""
     policies: dict[PartName, PartPolicy] = {
         name: "keep" if part.wish == "auto" else part.wish for name, part in parts.items()
     }
@@ -185,7 +185,7 @@ def _resolve(
 def _cost(
     part: Part, bound: set[PartName], needs: Sequence[set[PartName]]
 ) -> tuple[int, bool, int, int, PartName]:
-    """The order in which parts are sent away, see the top of the file."""
+    """Sort key of the order in which parts are sent away; see the top of the file."""
     if part.key in bound:
         kind = 3
     elif part.droppable:
@@ -199,13 +199,13 @@ def _cost(
 def _bound(
     parts: Mapping[PartName, Part], policies: Mapping[PartName, PartPolicy]
 ) -> set[PartName]:
-    """Kept captures and what they hold addresses of."""
+    """Kept captures and the parts that they hold addresses of."""
     captures = [n for n, part in parts.items() if part.holds and policies[n] == "keep"]
     return set(closure(captures, parts))
 
 
 def _drop_captures(parts: Mapping[PartName, Part], policies: dict[PartName, PartPolicy]) -> None:
-    """Captures with `auto` cannot stay when a part that they hold addresses of moves."""
+    """Send captures with `auto` away if a part that they hold addresses of moves."""
     for name, part in parts.items():
         moving = any(policies[held] != "keep" for held in closure(part.holds, parts))
         if part.wish == "auto" and moving:
@@ -219,7 +219,7 @@ def _refusal(
     capacity: int,
     rank: int,
 ) -> str:
-    """Who takes how much in a call that does not fit, and what the user can change."""
+    """Message for a call that does not fit: the size of each part, and the settings to change."""
     needed = set(call.all_needs(parts))
     resident = [parts[n] for n in resident_during(call, parts, policies) if parts[n].num_bytes]
     roles = list(dict.fromkeys(part.role for part in resident))
@@ -251,7 +251,7 @@ def _refusal(
 
 
 def _keepers(parts: Mapping[PartName, Part]) -> dict[PartName, Part]:
-    """Parts that may not move because captures over them are to be kept, and those captures."""
+    """Parts that may not move because kept captures hold them, and those captures themselves."""
     return {
         name: part
         for part in parts.values()

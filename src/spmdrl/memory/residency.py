@@ -1,8 +1,8 @@
-"""`Residency`: owns what of this rank's roles is on its device.
+"""`Residency`: owns the memory of this rank's roles on its device.
 
-`prepare` goes before every call, and moves parts out before it moves others in. What a call leaves
-on the device stays until a call that does not need it, so that calls of one role in a row move
-nothing.
+`prepare` precedes every call, and moves parts out before it moves others in. Parts that a call
+leaves on the device stay until a call that does not need them, so consecutive calls of one role
+move nothing.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ class Residency:
     """The parts of this rank's roles, and their moves.
 
     Args:
-        device: of the parts.
-        capacity: bytes that parts and working memory may take, for prefetches; None: there are
-            none.
+        device: device of the parts.
+        capacity: bytes that parts and working memory may take, for prefetches; None: no prefetches.
         staging_bytes: see `Mover`.
     """
 
@@ -61,11 +60,11 @@ class Residency:
         self._tensors: dict[PartName, TensorPart | ForeignPart] = {}
         self._droppables: dict[PartName, _Droppable] = {}
         self._owners: dict[int, PartName] = {}
-        """Storage -> the part that it belongs to."""
+        """Storage -> the part that owns it."""
         self._pins: list[frozenset[PartName]] = []
         self._meter = Meter()
 
-    # What there is
+    # Registration
 
     def register(
         self,
@@ -78,16 +77,16 @@ class Residency:
     ) -> None:
         """Take charge of the tensors' storages, which hold their content now.
 
-        A storage that an earlier part has belongs to that part and its policy. This part then rests
-        on that one: who needs this part needs that one too, whole.
+        A storage that an earlier part owns stays with that part and its policy. This part then
+        rests on that one: a call that needs this part needs all of that one too.
 
         Args:
-            policy: `auto` means `host` until `apply` says what the plan made of it.
-            frozen: the content never changes: it is copied to the host once.
+            policy: `auto` means `host` until `apply` sets the plan's decision.
+            frozen: the content never changes, so it is copied to the host only once.
 
         Raises:
-            ValueError: the part is there already; a storage is freed and no part's; or a storage
-                cannot be freed (its memory is not torch's) and the policy is not `keep`.
+            ValueError: the part exists already; a storage is freed and owned by no part; or a
+                storage cannot be freed (its memory is not torch's) and the policy is not `keep`.
         """
         tensors = list(tensors)
         given = {storage_key(s): s for s in distinct_storages(tensors)}
@@ -130,21 +129,21 @@ class Residency:
         bring: Callable[[], None],
         policy: PartWish,
     ) -> None:
-        """Take charge of what another allocator has, which is on the device now.
+        """Take charge of memory of another allocator, which is on the device now.
 
         Args:
-            leave: frees it, and keeps its content elsewhere if its argument says so.
+            leave: frees it, and keeps its content elsewhere if its argument is True.
             bring: makes it usable again at the same addresses.
 
         Raises:
-            ValueError: the part is there already.
+            ValueError: the part exists already.
         """
         self._add(Part(role=role, name=part, num_bytes=num_bytes, wish=policy))
         self._tensors[role, part] = ForeignPart(num_bytes, leave, bring)
         self._note_peak()
 
     def register_fixed(self, role: str, part: str, *, num_bytes: int) -> None:
-        """Count what stays on the device whatever happens, and nobody can move."""
+        """Count memory that always stays on the device and that nothing can move."""
         self._add(Part(role=role, name=part, num_bytes=num_bytes, wish="keep", fixed=True))
         self._tensors[role, part] = ForeignPart(num_bytes, lambda keeps: None, lambda: None)
 
@@ -158,16 +157,16 @@ class Residency:
         policy: PartWish = "auto",
         holds: Sequence[PartName] = (),
     ) -> None:
-        """Take charge of what the role makes for itself whenever it misses it.
+        """Take charge of memory that the role recreates whenever it needs it.
 
         Args:
-            drop: frees it; does nothing where there is nothing.
-            num_bytes: that it has on the device now.
-            policy: `auto` means `drop` until `apply` says what the plan made of it.
+            drop: frees it; does nothing if there is nothing to free.
+            num_bytes: returns its present size on the device.
+            policy: `auto` means `drop` until `apply` sets the plan's decision.
             holds: earlier parts whose addresses it captures; it is dropped before they move.
 
         Raises:
-            ValueError: the part is there already; policy `host`, or `keep` over parts that are not
+            ValueError: the part exists already; policy `host`, or `keep` over parts that are not
                 kept.
         """
         self._add(
@@ -183,14 +182,14 @@ class Residency:
         self._droppables[role, part] = _Droppable(drop=drop, num_bytes=num_bytes)
 
     def parts(self) -> tuple[Part, ...]:
-        """What `make_plan` needs to know; droppable parts with the bytes that they have now."""
+        """The input of `make_plan`; droppable parts have their present size."""
         return tuple(replace(part, num_bytes=self._size(n)) for n, part in self._parts.items())
 
     def apply(self, policies: Mapping[PartName, PartPolicy]) -> None:
-        """Take over what a plan decided. Nothing moves before the next `prepare`.
+        """Take over the decisions of a plan. Nothing moves before the next `prepare`.
 
         Raises:
-            ValueError: an unknown part, or captures that are to be kept over parts that move.
+            ValueError: a part is unknown, or captures are to be kept over parts that move.
         """
         decided = self._policies | dict(policies)
         closure(decided, self._parts)
@@ -198,22 +197,22 @@ class Residency:
         check_captures(self._parts, decided)
         self._policies = decided
 
-    # What moves
+    # Moves
 
     def prepare(
         self, needs: Sequence[PartName], *, fills: Sequence[PartName] = (), alone: bool = True
     ) -> None:
-        """Bring the parts that a call needs; before that, send away the others that may go.
+        """Bring the parts that a call needs, after sending away the others that may go.
 
         Pinned and kept parts stay. The current stream must be the one that the call computes on.
 
         Args:
-            needs: the parts of the call; what they rest on or hold comes too.
-            fills: parts whose whole content the call writes; `filled` says when it has.
+            needs: the parts of the call; parts that they rest on or hold come too.
+            fills: parts whose whole content the call writes; it calls `filled` when it has.
             alone: False: nothing is sent away; see `has_room`.
 
         Raises:
-            ValueError: an unknown part, or one that was dropped and that nothing has filled since.
+            ValueError: a part is unknown, or was dropped and not filled since.
         """
         wanted = closure((*needs, *fills), self._parts)
         for name in wanted:
@@ -225,7 +224,7 @@ class Residency:
         self._exchange(wanted, written=fills, alone=alone)
 
     def has_room(self, needs: Sequence[PartName], working_bytes: int) -> bool:
-        """Whether these parts fit beside all that is there; never without a capacity."""
+        """Whether these parts fit in addition to all resident ones; False without a capacity."""
         if self._capacity is None:
             return False
         missing = sum(self._size(name) for name in self._missing(needs))
@@ -236,13 +235,13 @@ class Residency:
         return [name for name in wanted if self._tensors[name].is_away]
 
     def prefetch(self, needs: Sequence[PartName], *, working_bytes: int = 0) -> bool:
-        """Start to bring a later call's parts while the current call runs, if there is room.
+        """Start bringing a later call's parts while the current call runs, if there is room.
 
-        Goes between the current call's `prepare` and its computation: the copies wait for what the
-        device was given before them. The later call's `prepare` makes it wait for the copies.
+        Call it between the current call's `prepare` and its computation: the copies wait for the
+        work that the device has queued before. The later call's `prepare` waits for the copies.
 
         Args:
-            working_bytes: what the current call has yet to allocate.
+            working_bytes: bytes that the current call has yet to allocate.
 
         Returns: whether there was room; without it, or without a capacity, nothing moves.
         """
@@ -255,12 +254,12 @@ class Residency:
 
     @contextmanager
     def resident(self, role: str, *parts: str) -> Iterator[None]:
-        """Bring these parts, and keep them over all calls inside of the `with`.
+        """Bring these parts, and keep them during all calls inside the `with` block.
 
-        Parts that were dropped come too, undefined, so that they can be filled.
+        Parts that were dropped come too, with undefined content, so that they can be filled.
 
         Raises:
-            ValueError: an unknown part, or none.
+            ValueError: a part is unknown, or none is named.
         """
         if not parts:
             raise ValueError(f"resident({role!r}): name the parts to hold")
@@ -274,10 +273,10 @@ class Residency:
             self._pins.remove(pin)
 
     def filled(self, role: str, part: str) -> None:
-        """Say that the part's whole content was written, after it had been dropped.
+        """Note that the part's whole content was written after it had been dropped.
 
         Raises:
-            ValueError: an unknown part, one without tensors, or one that is not on the device.
+            ValueError: the part is unknown, has no tensors, or is not on the device.
         """
         held = self._tensors.get((role, part))
         if held is None or held.is_away:
@@ -288,10 +287,11 @@ class Residency:
         held.filled()
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The tensor where its values are: itself, or the host's copy while its part is away.
+        """The tensor with the current values: itself, or the host's copy while its part is away.
 
-        For reading and writing without a move (checkpoints): what is written to the host's copy
-        comes to the device with the part.
+        Checkpoints read and write through it without a move: values that are written to the host's
+            copy
+        come to the device with the part.
 
         Raises:
             ValueError: the part was dropped.
@@ -300,7 +300,7 @@ class Residency:
             return tensor
         name = self._owners.get(storage_key(local_part(tensor).untyped_storage()))
         if is_resident(tensor):
-            if name is not None:  # it may be coming, and who writes it outdates the host's copy
+            if name is not None:  # it may be coming, and a writer would outdate the host's copy
                 self._tensors[name].hand_out(read_only=self._parts[name].frozen, stays=False)
             return tensor
         assert name is not None, tuple(tensor.shape)
@@ -313,15 +313,15 @@ class Residency:
         return self._policies.get((role, part)) == "drop"
 
     def settle(self) -> None:
-        """Send away all that is not kept or pinned.
+        """Send away all parts that are not kept or pinned.
 
-        Called after each role was built, it keeps building from peaking at the sum of the roles.
+        Called after each role was built, it keeps the peak of building below the sum of all roles.
         """
         self._note_peak()
         self._send_away(frozenset())
 
     def resident_bytes(self) -> int:
-        """Bytes of all parts that are on the device, or coming."""
+        """Bytes of all parts that are on the device or coming."""
         return sum(
             self._size(name)
             for name in self._parts
@@ -329,14 +329,14 @@ class Residency:
         )
 
     def take_metrics(self) -> dict[str, float]:
-        """What moved since the last call, see `Meter.take`."""
+        """Bytes and seconds of moves since the last call; see `Meter.take`."""
         return self._meter.take(self.resident_bytes())
 
     def _exchange(
         self, wanted: Sequence[PartName], written: Sequence[PartName] = (), *, alone: bool = True
     ) -> None:
-        """All `wanted` parts on the device for the current stream, and, alone, none that may go."""
-        self._note_peak()  # with what the last call has made
+        """Let the current stream use `wanted`; if `alone`, send away all parts that may go."""
+        self._note_peak()  # with the memory that the last call has allocated
         if alone:
             self._send_away(frozenset(wanted))
         tensors = [name for name in wanted if name in self._tensors]
@@ -352,7 +352,7 @@ class Residency:
     def _send_away(self, wanted: frozenset[PartName]) -> None:
         stay = wanted.union(*self._pins)
         leaving = {n for n, policy in self._policies.items() if policy != "keep"} - stay
-        # Captured addresses never outlive what they point into, which was registered before them.
+        # Captures are dropped before the parts that they point into, which were registered earlier.
         for name, droppable in reversed(self._droppables.items()):
             targets = closure(self._parts[name].holds, self._parts)
             if name in leaving or leaving.intersection(targets):

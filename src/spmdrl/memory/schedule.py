@@ -1,4 +1,4 @@
-"""What moves between the calls of a step when every part has its policy: a pure function."""
+"""Moves between the calls of a step when every part has its policy: a pure function."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class PlannedCall:
     """A call of the step on this rank.
 
     Args:
-        name: for messages, such as `policy.update`.
+        name: name for messages, such as `policy.update`.
         needs: the parts that it uses.
-        fills: parts whose whole content it writes, whatever was there (a weight sync's target).
-        working_bytes: what it has on the device beside parts: activations, gradients.
+        fills: parts whose whole content it overwrites (a weight sync's target).
+        working_bytes: device bytes in addition to parts: activations, gradients.
     """
 
     name: str
@@ -30,18 +30,18 @@ class PlannedCall:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduledCall:
-    """A call in the steady state: what lies on the device, and what moves before it.
+    """A call in the steady state: the parts on the device, and the moves before it.
 
     Args:
         resident: the parts on the device during the call.
-        moved_in: of these, what comes from the host.
-        made: of these, what is made anew: caches, graphs, weights that a call fills.
-        moved_out: what goes to the host before the call (a frozen part is only freed).
-        dropped: what is freed before the call, and not kept anywhere.
-        bytes_in, bytes_out: that are copied from and to the host.
-        peak_bytes: resident and working memory.
-        prefetch: of the next call's `moved_in`, what can come during this call.
-        prefetch_bytes: of these parts.
+        moved_in: those of them that come from the host.
+        made: those of them that are recreated: caches, graphs, weights that a call fills.
+        moved_out: parts that go to the host before the call (a frozen part is only freed).
+        dropped: parts that are freed before the call and not kept anywhere.
+        bytes_in, bytes_out: bytes that are copied from and to the host.
+        peak_bytes: bytes of resident parts and working memory.
+        prefetch: the part of the next call's `moved_in` that can come during this call.
+        prefetch_bytes: their size.
     """
 
     name: str
@@ -68,7 +68,7 @@ class _Moves:
 def peak_bytes(
     call: PlannedCall, parts: Mapping[PartName, Part], policies: Mapping[PartName, PartPolicy]
 ) -> int:
-    """What is on the device during the call, whatever was called before it."""
+    """Bytes on the device during the call, whatever was called before it."""
     return call.working_bytes + sum(
         parts[name].num_bytes for name in resident_during(call, parts, policies)
     )
@@ -77,7 +77,7 @@ def peak_bytes(
 def resident_during(
     call: PlannedCall, parts: Mapping[PartName, Part], policies: Mapping[PartName, PartPolicy]
 ) -> list[PartName]:
-    """What the call needs and what is kept, in the parts' order."""
+    """The parts that the call needs or that are kept, in the parts' order."""
     needed = set(call.all_needs(parts))
     return [name for name in parts if name in needed or policies[name] == "keep"]
 
@@ -88,11 +88,10 @@ def schedule(
     policies: Mapping[PartName, PartPolicy],
     capacity: int | None,
 ) -> tuple[ScheduledCall, ...]:
-    """The calls of a step that follows another; before the first, only kept parts are there.
+    """The calls of a step that follows another; before the first, only kept parts are resident.
 
     Args:
-        capacity: bytes for parts and working memory; None: no bound, and no room for prefetches.
-
+        capacity: bytes for parts and working memory; None: unlimited, but nothing is prefetched.
     """
     steady = _moves((*calls, *calls), parts, policies)[len(calls) :]
     return tuple(
@@ -107,13 +106,13 @@ def check_filled(
     policies: Mapping[PartName, PartPolicy],
     setting: str | None = None,
 ) -> None:
-    """That no call of the step needs what was dropped before it, and not filled since.
+    """Check that no call of the step needs a part that was dropped and not filled since.
 
     Args:
-        setting: that makes a step have these calls, for the message.
+        setting: the setting that makes a step have these calls, for the message.
 
     Raises:
-        ValueError: naming the part's setting, the call, and the call that came between.
+        ValueError: the part's setting, the call, and the call that came between are named.
     """
     losable = [
         name
@@ -141,7 +140,7 @@ def _moves(
     parts: Mapping[PartName, Part],
     policies: Mapping[PartName, PartPolicy],
 ) -> list[_Moves]:
-    """What comes and goes at each call; before the first, what is kept is there."""
+    """Parts that enter and leave at each call; before the first, only kept parts are resident."""
     resident = {name for name in parts if policies[name] == "keep"}
     moves = []
     for call in calls:

@@ -1,4 +1,4 @@
-"""`TensorPart`: a part's own storages, and where their content is."""
+"""`TensorPart`: a part's own storages, and the place of their content."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from spmdrl.storages import storage_key
 class TensorPart:
     """Storages that are on the device, coming (their copy runs), or away, all together.
 
-    Going away is two calls, `start_leaving` and `leave`, so that the copies of several parts run
-    before the host waits for any.
+    Leaving takes two calls, `start_leaving` and `leave`, so that the copies of several parts run
+    before the host waits for any of them.
 
     Args:
-        storages: distinct, not freed, with defined content.
+        storages: distinct storages, not freed, with defined content.
     """
 
     def __init__(self, storages: Sequence[torch.UntypedStorage], mover: Mover) -> None:
@@ -34,9 +34,9 @@ class TensorPart:
         self._coming: Ticket | None = None
 
     def start_leaving(self) -> Ticket | None:
-        """Start to copy what the host does not have yet; None where that is nothing."""
+        """Start copying the content that the host lacks; None if it lacks nothing."""
         assert not self.is_away
-        if self._coming is not None:  # it came, and nobody used it
+        if self._coming is not None:  # it came and was never used
             self._coming.finish()
         if self._host_is_current or not self.is_filled or not self._storages:
             return None
@@ -51,7 +51,7 @@ class TensorPart:
         self.is_away, self._coming = True, None
 
     def lose(self) -> None:
-        """Free the storages; the content is gone."""
+        """Free the storages; the content is lost."""
         if self._coming is not None:
             self._coming.finish()
         self.leave()
@@ -59,7 +59,7 @@ class TensorPart:
         self.is_filled = not self._storages
 
     def bring(self) -> Ticket | None:
-        """Allocate the storages, and start to fill them where they have content."""
+        """Allocate the storages, and start filling them if they have content."""
         assert self.is_away
         allocate(self._storages, self._layout.sizes)
         self.is_away = False
@@ -73,8 +73,8 @@ class TensorPart:
         """Let the current stream use the storages.
 
         Args:
-            read_only: else the host's copy is outdated from here on.
-            stays: the part is kept: the arena, which served at the start-up alone, is freed.
+            read_only: if False, the host's copy is outdated from now on.
+            stays: the part is kept; the arena, needed only at start-up, is freed.
         """
         assert not self.is_away
         if self._coming is not None:
@@ -87,10 +87,10 @@ class TensorPart:
         self._host_is_current &= read_only and not stays
 
     def host_view(self, tensor: Tensor) -> Tensor:
-        """The same values in the arena, while the part is away: what is written there comes back.
+        """The same values in the arena, while the part is away; values written there come back.
 
         Args:
-            tensor: over one of the storages.
+            tensor: tensor over one of the storages.
         """
         assert self.is_away and self._arena is not None and self._host_is_current
         keys = [storage_key(storage) for storage in self._storages]
@@ -100,6 +100,6 @@ class TensorPart:
         return typed.as_strided(tensor.size(), tensor.stride(), offset)
 
     def filled(self) -> None:
-        """The content was written as a whole."""
+        """Note that the whole content was written."""
         assert not self.is_away
         self.is_filled, self._host_is_current = True, False

@@ -1,4 +1,4 @@
-"""`Turns`: what a role call does with the memory of its rank before it computes."""
+"""`Turns`: the moves of memory that precede each role call of a rank."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from spmdrl.memory.residency import Residency
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """What the plan says of a rank's calls, by call (`policy.update`).
+    """The plan's data on a rank's calls, by call (`policy.update`).
 
     Args:
-        residency: of this rank.
-        working_bytes: what it has on the device beside parts.
-        prefetches: what can start to come for the call after it; the room for it is reserved.
+        residency: owner of this rank's parts.
+        working_bytes: bytes of each call on the device in addition to parts.
+        prefetches: parts that can start to come for the next call; the plan reserves their room.
     """
 
     residency: Residency
@@ -32,15 +32,15 @@ class Turns:
         fills: Sequence[PartName] = (),
         is_planned: bool = True,
     ) -> None:
-        """Bring what `call` uses, and start to bring what the plan's next call uses.
+        """Bring the parts that `call` uses, and start bringing those of the plan's next call.
 
-        In a step of other calls than the planned ones that may be in vain, and where parts are held
-        (`Residency.resident`) the room may be taken: then nothing is started.
+        If a step's calls are not the planned ones, this prefetch may be in vain. If parts are held
+        (`Residency.resident`), their room may be taken; then nothing is started.
 
         Args:
             fills: parts whose whole content the call writes.
-            is_planned: False: the call is a check between those of the plan, whatever its name.
-                Where there is room, what they have and what is coming for them stays.
+            is_planned: False: the call is a check between the calls of the plan, whatever its name.
+                If there is room, the parts that those calls have or await stay.
         """
         working = self.working_bytes.get(call, 0)
         if not is_planned:
