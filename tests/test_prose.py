@@ -14,6 +14,7 @@ DONE: list[str] = [
     "distributed",
     "memory",
     "observe",
+    "training",
 ]  # packages, and loose modules with their ".py"
 
 OPENING = re.compile(r"(Of|What|How|Which|Where|Who|From|For|With|As|In|By|To)\b")

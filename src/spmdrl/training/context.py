@@ -1,9 +1,9 @@
-"""Context parallelism: one microbatch's stream split over ranks, as a pure function.
+"""Context parallelism: the split of a microbatch's stream over ranks, as a pure function.
 
-The stream is cut into 2n chunks for n ranks, and rank r takes chunks r and 2n - 1 - r (zigzag): in
+The stream is cut into 2n chunks for n ranks, and rank r takes chunks r and 2n - 1 - r (zigzag). In
 a long causal sequence later tokens see more keys, and this gives every rank the same share of them
-(a contiguous split would leave the last rank up to twice the mean). Queries stay; keys and values
-are gathered, so key ranges count in the gathered order: rank by rank, each its two chunks.
+(a contiguous split would give the last rank up to twice the mean). Queries stay; keys and values
+are gathered, so key ranges are in the gathered order: rank by rank, each rank's two chunks.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from spmdrl.training.packing import Microbatch
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LocalStream:
-    """What one rank computes of a microbatch.
+    """The part of a microbatch that one rank computes.
 
     Args:
         tokens, positions: int64 [L], this rank's part, equally long on all ranks.
-        source: int64 [L], the tokens' places in the batch's token columns, -1 where they have none.
-        spans: rows count here, keys in the gathered stream.
-        predict, targets: int64 [M], the loss tokens predicted here, padded to the most that any
-            rank has (at least 1).
-        read: int64, which of the microbatch's loss tokens the first of these are, in order.
-        order: int64 [N], where each of the microbatch's loss tokens stands among the ranks' parts
-            laid end to end; None where there is one rank, and all are in order.
+        source: int64 [L], the tokens' places in the batch's token columns; -1 if they have none.
+        spans: rows are places in this part, keys are places in the gathered stream.
+        predict, targets: int64 [M], the places read here and their target ids, padded to the most
+            that any rank has (at least 1).
+        read: int64, the microbatch's loss tokens that the first entries of `predict` are, in order.
+        order: int64 [N], the place of each of the microbatch's loss tokens when the ranks' parts
+            are laid end to end; None for a single rank, where all are in order.
     """
 
     tokens: Tensor
@@ -44,7 +44,7 @@ class LocalStream:
 
 
 def split_stream(microbatch: Microbatch, rank: int, size: int) -> LocalStream:
-    """Rank `rank`'s part of the stream, of `size` ranks."""
+    """Return the part of the stream that rank `rank` of `size` computes."""
     if size == 1:
         return LocalStream(
             tokens=microbatch.tokens,
@@ -64,7 +64,7 @@ def split_stream(microbatch: Microbatch, rank: int, size: int) -> LocalStream:
         spans.append(Span(q_start=length, q_stop=padded, own=(length, padded)))
     chunks = (rank, 2 * size - 1 - rank)
     places = torch.cat([torch.arange(c * chunk, (c + 1) * chunk) for c in chunks])
-    part = places.clamp(max=length - 1)  # padding repeats a token; nothing reads what it gives
+    part = places.clamp(max=length - 1)  # padding repeats a token; nothing reads its result
     gathered = _gathered(microbatch.predict, chunk, size)
     owner, place = gathered // (2 * chunk), gathered % (2 * chunk)
     counts = torch.bincount(owner, minlength=size)
@@ -87,7 +87,7 @@ def split_stream(microbatch: Microbatch, rank: int, size: int) -> LocalStream:
 
 
 def stream_part(stream: LocalStream, first: int, last: int) -> LocalStream:
-    """Tokens `[first, last)` of it, for what concerns tokens alone: sources, and the places there
+    """Return the stream with the sources of tokens `[first, last)` only, and the places among them
     that are read, counted from `first`.
     """
     predict = stream.predict[: len(stream.read)]
@@ -101,7 +101,7 @@ def stream_part(stream: LocalStream, first: int, last: int) -> LocalStream:
 
 
 def _gathered(places: Tensor, chunk: int, size: int) -> Tensor:
-    """Places in the stream as places in the gathered stream."""
+    """Convert places in the stream to places in the gathered stream."""
     number, within = places // chunk, places % chunk
     late = number >= size
     owner = torch.where(late, 2 * size - 1 - number, number)
@@ -134,7 +134,7 @@ def _split_spans(
 
 
 def _gathered_ranges(keys: Range, chunk: int, size: int) -> list[Range]:
-    """A range of the stream as ranges of the gathered stream, cut where chunks end."""
+    """Convert a range of the stream to ranges of the gathered stream, cut at chunk ends."""
     result = []
     start, stop = keys
     while start < stop:

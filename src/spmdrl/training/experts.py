@@ -1,4 +1,4 @@
-"""Mixtures of experts in training: choices that are replayed, balance, and how experts are used."""
+"""Mixtures of experts in training: replayed choices, the balance loss, and metrics of use."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from spmdrl.training.context import LocalStream
 from spmdrl.training.packing import Microbatch
 
 EXPERT_METRICS = ("expert_load", "experts_idle", "balance_loss")
-"""Those that describe an optimizer step as a whole."""
+"""Metrics that describe an optimizer step as a whole."""
 
 EXPERT_SUMS = ("expert_load_max", "replay_changed")
-"""Those that are a maximum and a sum over tokens."""
+"""Metrics that are a maximum and a sum over tokens."""
 
 
 def make_routing(
@@ -27,9 +27,9 @@ def make_routing(
     device: torch.device,
     balance: Balance | None = None,
 ) -> Routing | None:
-    """For one pass over a microbatch; None for a dense model.
+    """Make the routing of one pass over a microbatch; None for a dense model.
 
-    The token column `expert_choices` of the rows, if they have it, is replayed.
+    If the rows have the token column `expert_choices`, it is replayed.
     """
     if moe is None:
         return None
@@ -43,7 +43,7 @@ def make_routing(
 
 
 def check_choices(recorded: Tensor, moe: MoeConfig) -> None:
-    """ValueError unless recorded choices can be those of this model."""
+    """Raise ValueError unless the recorded choices fit this model's experts."""
     wanted = (len(moe.layers), moe.top_k)
     if tuple(recorded.shape[1:]) != wanted:
         raise ValueError(
@@ -63,8 +63,8 @@ def make_balance(
     normaliser: float,
     group: dist.ProcessGroup | None,
 ) -> Balance | None:
-    """The mean over sequences, each with its `loss_share`, of their balance losses; a sequence is
-    the loss tokens of a row, so that prompts computed once for several rows change nothing.
+    """Make the balance loss: the mean over sequences, weighted by `loss_share`. A sequence is the
+    loss tokens of a row, so that prompts computed once for several rows change nothing.
     """
     if coefficient == 0 or len(microbatch.predict) == 0:
         return None
@@ -80,12 +80,12 @@ def make_balance(
 
 
 class ExpertUse:
-    """Sums over the places that are read in one minibatch, on this rank."""
+    """Sums of expert use over the places that this rank reads in one minibatch."""
 
     def __init__(self, moe: MoeConfig, device: torch.device) -> None:
         self._moe = moe
         size = len(moe.layers) * moe.num_experts
-        # the experts' tokens, layer by layer; choices changed by a replay; balance losses
+        # tokens per expert, layer by layer; choices changed by a replay; balance losses
         self._sums = torch.zeros(size + 2, dtype=torch.float64, device=device)
 
     def add(self, routing: Routing, stream: LocalStream) -> None:
@@ -103,12 +103,12 @@ class ExpertUse:
     def metrics(
         self, group: dist.ProcessGroup | None, *, coefficient: float, is_replay: bool
     ) -> dict[str, float]:
-        """Over the ranks of `group`, all of which have other tokens.
+        """Combine the sums over the ranks of `group`, all of which have different tokens.
 
-        `expert_load_max` and `expert_load`: tokens of the busiest expert of a layer, relative to an
-        even share (1); of the worst layer, and the mean over layers. `experts_idle`: the share of
-        experts without a token. `replay_changed`, summed over tokens: the share of choices that the
-        trainer would not have taken. `balance_loss`: mean over layers and sequences.
+        `expert_load_max` and `expert_load` are the tokens of a layer's busiest expert, relative to
+        an even share (1): of the worst layer, and the mean over layers. `experts_idle` is the share
+        of experts without a token. `replay_changed` sums over tokens the share of choices that the
+        trainer would not have made. `balance_loss` is the mean over layers and sequences.
         """
         sums = self._sums.clone()
         if group is not None:

@@ -13,13 +13,13 @@ SMALL_BYTES = 1 << 20
 
 
 def all_reduce_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Sum every gradient over the group, in place; contiguous tensors of one dtype."""
+    """Sum every gradient over the group, in place; they must be contiguous and of one dtype."""
     if group is None:
         return
     small = [g for g in gradients if g.numel() * g.element_size() < SMALL_BYTES]
     large = [g for g in gradients if g.numel() * g.element_size() >= SMALL_BYTES]
     flat = [torch.cat([g.flatten() for g in small])] if small else []
-    # All at once: on gloo one transfer then runs while another is summed.
+    # Start all of them at once: on gloo one transfer then runs while another is summed.
     pending = [dist.all_reduce(t, group=group, async_op=True) for t in (*large, *flat)]
     for work in pending:
         work.wait()
@@ -30,11 +30,11 @@ def all_reduce_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup |
 
 
 def average_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-    """Let every rank of the group have the mean of their gradients, in place.
+    """Average the gradients over the ranks of the group, in place.
 
-    Of parameters that each rank of a tensor-parallel group holds: their gradients are the same but
-    for the order of sums, which atomics on CUDA leave open. Copies that step by unlike gradients
-    would drift apart, and nothing would bring them together again.
+    This is for parameters that every rank of a tensor-parallel group holds. Their gradients differ
+    only in the order of sums, which atomics on CUDA do not fix. Copies that step by different
+    gradients would drift apart for good.
     """
     if group is None or not gradients:
         return
@@ -48,13 +48,13 @@ def gradient_norm(
     groups: Sequence[dist.ProcessGroup | None],
     device: torch.device,
 ) -> float:
-    """The norm of the whole gradient, whose parts are spread over `groups`.
+    """Compute the norm of the whole gradient, which is spread over `groups`.
 
-    Squares are summed in float64, so that the layout changes the norm by rounding alone.
+    Squares are summed in float64, so that the layout changes the norm only by rounding.
 
     Args:
-        counted: the gradients that this rank counts: each element of the whole on one rank.
-        groups: summed over in turn; None is a group of one.
+        counted: the gradients that this rank counts; exactly one rank counts each element.
+        groups: the groups to sum over, in turn; None is a group of one rank.
     """
     squares = [_sum_of_squares(gradient) for gradient in counted]
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -67,8 +67,8 @@ def gradient_norm(
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
-    """In float32 over runs of 1024, then in float64: ten times faster on CPUs than float64
-    throughout and as good to 1e-9, where float32 throughout loses the third digit.
+    """Sum squares in float32 over runs of 1024, then in float64. On CPUs this is ten times faster
+    than float64 throughout and as good to 1e-9; float32 throughout loses the third digit.
     """
     flat = gradient.flatten()
     whole = len(flat) // 1024 * 1024

@@ -1,8 +1,8 @@
 """Log-probabilities and entropy of chosen tokens, without the logits of all tokens at once.
 
 The head's product is computed in tiles of [tokens, vocabulary], small enough for a CPU's caches,
-with an online softmax over the vocabulary; the backward computes the tiles again. Passes over a
-tile beside its product: maximum, exp, sum, dot in the forward; exp and two updates in the backward.
+with an online softmax over the vocabulary; the backward recomputes the tiles. Besides its product a
+tile takes passes for maximum, exp, sum, dot (forward), or for exp and two updates (backward).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from spmdrl.models.linear import product
 from spmdrl.training.support import Support, add_support_gradients, support_logits
 
 CPU_TILE = 1 << 20
-"""Logits in one tile on a CPU: 4 MB in float32. Other devices take the whole vocabulary."""
+"""Logits in one tile on a CPU: 4 MB in float32. Tiles span the vocabulary on other devices."""
 
 _NOBODY = -(1 << 62)
-"""In place of a token's row of the head, where there is no token."""
+"""Mark that stands for a token's row of the head where there is no token."""
 
 
 def token_logprobs(
@@ -38,19 +38,19 @@ def token_logprobs(
     first_id: int | None = None,
     support: Support | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden weight^T / temperature) at the targets, and the softmax's entropy.
+    """Compute log softmax(hidden weight^T / temperature) at the targets, and the softmax's entropy.
 
-    Products are computed in the weight's dtype, all else in float32 (float64 for float64 weights);
-    the temperature divides logits, as an engine's sampler does: a hidden state that was divided
-    would be rounded anew. Differentiable in hidden and weight, for both results.
+    Products are computed in the weight's dtype, all else in float32 (float64 for float64 weights).
+    The temperature divides logits, as an engine's sampler does; dividing hidden states would round
+    them again. Both results are differentiable in hidden and weight.
 
     Args:
-        chunk: tokens of logits held at once.
+        chunk: tokens whose logits are held at once.
         tp: with a group, `weight` holds the rows of rank `tp.rank` and the results are the same on
             all ranks; the gradient of `hidden` is summed over them.
-        first_id: the token of the weight's first row; default: all ranks have equally many rows.
+        first_id: token id of the weight's first row; by default all ranks have equally many rows.
             A rank may have none.
-        support: the places whose log-probability is that of the softmax over some tokens alone. The
+        support: places whose log-probability is that of a softmax over only some tokens. The
             entropy is always that of the whole vocabulary.
 
     Returns:
@@ -76,9 +76,9 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         local: Tensor,
-        rows: Tensor | None,  # [M] the support's, with
-        ids: Tensor | None,  # [M, K] its ids as places in the weight, and
-        at_target: Tensor | None,  # [M, K] where the targets are among them
+        rows: Tensor | None,  # [M] rows of the support
+        ids: Tensor | None,  # [M, K] its ids as rows of the weight
+        at_target: Tensor | None,  # [M, K] bool, which of them are the targets
         scale: float,
         chunk: int,
         tp: Parallel,
@@ -116,7 +116,7 @@ class _TokenLogprobs(torch.autograd.Function):
         )
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         wide, device = normaliser.dtype, hidden.device
-        # Chunks are summed in float32 also for bfloat16 weights: a chunk's share may be small.
+        # Chunks are summed in float32 even for bfloat16 weights: a chunk's share may be small.
         d_hidden = torch.zeros(hidden.shape, dtype=wide, device=device) if for_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=wide, device=device) if for_weight else None
         # The logits are the products times `scale`, and so are their gradients.
@@ -132,7 +132,7 @@ class _TokenLogprobs(torch.autograd.Function):
         if d_entropy is not None:
             d_entropy = d_entropy * ctx.scale
         elif rows is not None:
-            # without the entropy's gradient, the whole softmax is that of the other rows alone
+            # without the entropy's gradient only the other rows need the softmax over all tokens
             is_other = torch.ones_like(local, dtype=torch.bool).index_fill_(0, rows, False)
             others = is_other.nonzero().flatten()
             hidden, d_h = hidden[others], _rows_of(d_hidden, others)
@@ -169,7 +169,7 @@ def _add_gradients(
     scale: float,
     chunk: int,
 ) -> None:
-    """The gradients through the softmax over all tokens."""
+    """Add the gradients through the softmax over all tokens."""
     for tile in _tiles(hidden, weight, chunk):
         rows, columns = tile.rows, tile.columns
         factors = _scaled_below(tile.logits, normaliser[rows], scale)
@@ -201,7 +201,7 @@ def _add_gradients(
 
 
 def cpu_tile(chunk: int) -> int:
-    """Logits in one tile of `chunk` tokens on a CPU: no fewer than 256 columns."""
+    """Return the logits in one tile of `chunk` tokens on a CPU: it has at least 256 columns."""
     return max(256 * chunk, CPU_TILE)
 
 
@@ -233,8 +233,8 @@ def _tiles(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[_Tile]:
 def _reduce(
     hidden: Tensor, weight: Tensor, local: Tensor, scale: float, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Over this rank's vocabulary, each [N]: peak = max z, sum exp(z - peak),
-    sum exp(z - peak) (z - peak), and the target's logit (0 where it is another rank's).
+    """Reduce this rank's vocabulary to [N] each: peak = max z, sum exp(z - peak),
+    sum exp(z - peak) (z - peak), and the target's logit (0 if it is another rank's).
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     peak, mass, product, target = (
@@ -261,7 +261,7 @@ def _reduce(
 def _move_peak(mass: Tensor, product: Tensor, old: Tensor, new: Tensor) -> None:
     """Rescale sums relative to the peak `old` to the peak `new`, in place."""
     factor = (old - new).exp_()
-    # Nothing has been summed where the old peak is -inf: 0 there, not 0 * inf.
+    # Where the old peak is -inf nothing has been summed yet: use 0 there, not 0 * inf.
     shift = (old - new).masked_fill_(old == float("-inf"), 0)
     product.addcmul_(mass, shift).mul_(factor)
     mass.mul_(factor)
@@ -270,7 +270,7 @@ def _move_peak(mass: Tensor, product: Tensor, old: Tensor, new: Tensor) -> None:
 def _combine(
     peak: Tensor, mass: Tensor, product: Tensor, target: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sums over all ranks' parts of the vocabulary."""
+    """Combine the sums over all ranks' parts of the vocabulary."""
     top = peak.clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
     _move_peak(mass, product, peak, top)
@@ -280,5 +280,5 @@ def _combine(
 
 
 def _scaled_below(logits: Tensor, level: Tensor, scale: float) -> Tensor:  # [N, K], [N]
-    """scale * logits - level, in place: one pass, whatever the scale."""
+    """Compute scale * logits - level in place, in one pass whatever the scale."""
     return torch.add(-level[:, None], logits, alpha=scale, out=logits)

@@ -15,19 +15,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def fresh_state(master: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of a tensor before its first step: all of it where the tensor lies, since fused
-    kernels take `step` on no other device (pytorch issue 124133).
+    """Make AdamW's state of a tensor before its first step, all of it on the tensor's device: fused
+    kernels accept `step` on no other device (pytorch issue 124133).
     """
     step = torch.zeros((), dtype=torch.float32, device=master.device)
     return {"step": step, **{name: torch.zeros_like(master) for name in MOMENTS}}
 
 
 class Optimizer:
-    """torch's AdamW, with state from the start (so that a checkpoint can be read into it)."""
+    """torch's AdamW, whose state exists from the start so that a checkpoint can be read into it."""
 
     def __init__(self, leaves: Sequence[Leaf], options: TrainOptions) -> None:
         self._leaves = tuple(leaves)
-        # A shard without rows has nothing to update, and fused kernels do not take it.
+        # A shard without rows has nothing to update, and fused kernels do not accept it.
         self._live = [leaf for leaf in self._leaves if leaf.master.numel()]
         decayed = [leaf.master for leaf in self._live if leaf.decay]
         plain = [leaf.master for leaf in self._live if not leaf.decay]
@@ -35,7 +35,7 @@ class Optimizer:
             {"params": decayed, "weight_decay": options.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        # of what is trained this rank may hold nothing: AdamW takes one group without parameters
+        # A rank may hold nothing that is trained; AdamW accepts one group without parameters.
         groups = [group for group in groups if group["params"]] or groups[:1]
         self._adamw = torch.optim.AdamW(
             groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True
@@ -49,7 +49,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        """Update the masters; `gradients` by leaf name, float32, shaped as the masters."""
+        """Update the masters with `gradients`: by leaf name, float32, shaped like the masters."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
         for leaf in self._live:
@@ -59,7 +59,7 @@ class Optimizer:
             leaf.master.grad = None
 
     def tensors(self) -> LocalTensors:
-        """`exp_avg/NAME` and `exp_avg_sq/NAME` of every leaf."""
+        """Return `exp_avg/NAME` and `exp_avg_sq/NAME` of every leaf."""
         found: LocalTensors = {}
         for moment in MOMENTS:
             for leaf in self._leaves:

@@ -1,4 +1,4 @@
-"""How a role is trained, and the learning-rate schedule."""
+"""Options of a role's training, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Recompute = Literal["none", "layer"]
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Args:
-    microbatch_tokens: stream tokens computed at once on one replica.
-    recompute: `layer` keeps only each layer's input for the backward.
-    share_prompts: compute the prompt of a group's rows once.
-    attention: `model.attention`, see `models.attention`.
-    lr: after warm-up.
-    betas, eps, weight_decay: of AdamW (Loshchilov & Hutter 2019); no decay on 1-d parameters.
-    schedule: from `lr` to `lr * min_lr_ratio` between `warmup_steps` and `total_steps`.
+    microbatch_tokens: stream tokens that one replica computes at once.
+    recompute: `layer` keeps only each layer's input for the backward pass.
+    share_prompts: whether the prompt of a group's rows is computed once.
+    attention: the key `model.attention`, see `models.attention`.
+    lr: learning rate after warm-up.
+    betas, eps, weight_decay: AdamW's (Loshchilov & Hutter 2019); 1-d parameters do not decay.
+    schedule: course from `lr` to `lr * min_lr_ratio` between `warmup_steps` and `total_steps`.
     clip_norm: largest norm of the whole gradient.
-    param_dtype: in which the model computes; the optimizer's weights are float32 always.
-    head_chunk: tokens of logits held at once.
-    balance_coef: of the load-balancing loss of a mixture of experts, see `models.routing.Balance`.
-    frozen: Hugging Face names of parameters that stay as they are.
-    blocks: of fused projections, see `models.sharding.all_slices`.
+    param_dtype: dtype in which the model computes; the optimizer's weights are always float32.
+    head_chunk: tokens whose logits are held at once.
+    balance_coef: weight of the experts' load-balancing loss, see `models.routing.Balance`.
+    frozen: Hugging Face names of parameters that do not change.
+    blocks: number of blocks of fused projections, see `models.sharding.all_slices`.
 
     Raises:
-        ValueError: a value out of its range, naming it.
+        ValueError: a value is out of its range; the message names it.
     """
 
     microbatch_tokens: int = 8192
@@ -71,10 +71,10 @@ class TrainOptions:
 
 
 def lr_at(step: int, options: TrainOptions) -> float:
-    """The learning rate of optimizer step `step` (from 0).
+    """Return the learning rate of optimizer step `step` (from 0).
 
-    Warm-up rises linearly, lr (step + 1) / warmup_steps; then `linear` and `cosine` fall from lr,
-    and would reach lr * min_lr_ratio at step total_steps, after the last.
+    It rises linearly during warm-up, lr (step + 1) / warmup_steps. Then `linear` and `cosine` fall
+    from lr and would reach lr * min_lr_ratio at step total_steps, one after the last.
     """
     if step < options.warmup_steps:
         return options.lr * (step + 1) / options.warmup_steps

@@ -1,10 +1,10 @@
-"""Rows as microbatches: packed streams of tokens without padding, shared prompts computed once.
+"""Packing of rows into microbatches: streams of tokens without padding, shared prompts only once.
 
 A stream holds, for each group, the prompt once and then the responses: [prompt][r_1][r_2]...
-Positions of a response go on from the prompt, its attention sees the prompt and itself, and its
+Positions of a response continue from the prompt, its attention sees the prompt and itself, and its
 first token is predicted by the prompt's last place. This gives the same log-probabilities and
-gradients as rows of their own, for fewer tokens. What comes after the last place that is read (for
-log-probabilities a row's last token at least) is left out. All here is a pure function of the rows.
+gradients as separate rows, with fewer tokens. Tokens after the last place that is read are left out
+(for log-probabilities at least a row's last token). All of this is a pure function of the rows.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ PADDING_SPAN = 64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Microbatch:
-    """One stream and where it is read: before each loss token, or at each row's last token.
+    """One stream and its places that are read: before each loss token, or at each row's last token.
 
     Args:
         tokens, positions: the stream, int64 [S].
-        origin: int64 [S], each token's place in the batch's token columns; -1 where it has none.
-        spans: what each place of the stream sees, covering it.
+        origin: int64 [S], each token's place in the batch's token columns; -1 if it has none.
+        spans: the keys that each place of the stream sees; together they cover the stream.
         predict: int64 [N], the places in the stream that are read.
         targets: int64 [N], the ids of the loss tokens, or of the rows' last tokens.
-        source: int64 [N], where that which is read goes: a place in the batch's token columns, or
-            a row.
-        row: int64 [N], which of `rows` it belongs to.
+        source: int64 [N], the destination of each value that is read: a place in the batch's token
+            columns, or a row.
+        row: int64 [N], the index into `rows` of the row that is read.
         rows: int64 [R], the batch's rows in this microbatch, ascending.
     """
 
@@ -52,16 +52,16 @@ class Microbatch:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it only keeps pace with other ranks: no rows, nothing read."""
+        """Whether it has no rows, reads nothing and only keeps pace with other ranks."""
         return len(self.rows) == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
     """Args:
-    prompt, used: tokens in the prompt and tokens that enter the stream (both 0: none does).
-    group: rows with the same number share their prompt.
-    read: the row's own places that are read, int64; within its first `used`.
+    prompt, used: tokens in the prompt, and tokens that enter the stream (both 0 if none do).
+    group: number of the group; rows with the same number share their prompt.
+    read: places of the row that are read, int64; all below `used`.
     """
 
     index: int
@@ -83,21 +83,21 @@ def pack(
     atom: Tensor | None = None,  # [B] int64
     places: Places = "loss_tokens",
 ) -> list[Microbatch]:
-    """The rows as microbatches of at most `budget_tokens` stream tokens where that can be.
+    """Pack the rows into microbatches of at most `budget_tokens` stream tokens where possible.
 
-    Rows of one atom stay together even where they exceed the budget (a loss over pairs needs both).
-    Without atoms the rows of a shared prompt stay together if they fit, else their group is cut
-    into pieces that repeat the prompt. A row longer than the budget is a microbatch of its own.
+    Rows of one atom stay together even if they exceed the budget (a loss over pairs needs both).
+    Without atoms the rows of a shared prompt stay together if they fit; otherwise their group is
+    cut into pieces that repeat the prompt. A row longer than the budget gets its own microbatch.
 
     Args:
-        batch: with the token column `tokens` and the row column `prompt_lengths` [B]. Optional:
-            `prompt_ids` [B] and the token columns `loss_mask` [T] bool (default: the response) and
-            `expert_choices` (rows share a prompt only if it has the same ones).
-        places: what is read, see `training.readout`.
+        batch: rows with the token column `tokens` and the row column `prompt_lengths` [B].
+            Optional: `prompt_ids` [B] and the token columns `loss_mask` [T] bool (default: the
+            response) and `expert_choices` (rows share a prompt only if its choices are equal).
+        places: the places that are read, see `training.readout`.
 
     Raises:
         ValueError: the budget is below 1, a prompt is longer than its row, or the loss mask is
-            true at a row's first token, which nothing predicts (row named).
+            true at a row's first token, which nothing predicts (the message names the row).
     """
     if budget_tokens < 1:
         raise ValueError(f"microbatch_tokens={budget_tokens}: it must be at least 1")
@@ -110,7 +110,7 @@ def pack(
 
 
 def empty_microbatch() -> Microbatch:
-    """One token, nothing read: for a rank that keeps pace with others."""
+    """Make a microbatch of one token that is not read, for a rank that keeps pace with others."""
     none = torch.zeros(0, dtype=torch.int64)
     return Microbatch(
         tokens=torch.zeros(1, dtype=torch.int64),
@@ -126,12 +126,12 @@ def empty_microbatch() -> Microbatch:
 
 
 def pad_microbatch(microbatch: Microbatch, length: int) -> Microbatch:
-    """The same with a stream of `length` tokens; nothing sees or reads what is added."""
+    """Pad the stream to `length` tokens; no token sees the padding, and none of it is read."""
     used = len(microbatch.tokens)
     if used == length:
         return microbatch
     missing = torch.zeros(length - used, dtype=torch.int64)
-    # short pieces: attention over padding is work too
+    # Padding is cut into short pieces because attention over it costs time too.
     starts = range(used, length, PADDING_SPAN)
     stops = [min(start + PADDING_SPAN, length) for start in starts]
     spans = [Span(q_start=a, q_stop=b, own=(a, b)) for a, b in zip(starts, stops, strict=True)]
@@ -145,10 +145,10 @@ def pad_microbatch(microbatch: Microbatch, length: int) -> Microbatch:
 
 
 def loss_mask(batch: Batch) -> Tensor:
-    """bool [T]: the column `loss_mask`, or the tokens after the prompt.
+    """Return the loss mask, bool [T]: the column `loss_mask`, or the tokens after the prompt.
 
     Raises:
-        ValueError: a prompt is longer than its row, or the mask is true at a first token.
+        ValueError: a prompt is longer than its row, or the mask is true at a row's first token.
     """
     prompts, starts = batch["prompt_lengths"], batch.offsets()[:-1]
     bad = ((prompts > batch.lengths) | (prompts < 0)).nonzero().flatten()
@@ -174,13 +174,13 @@ def loss_mask(batch: Batch) -> Tensor:
 
 
 def _before_loss_tokens(batch: Batch) -> list[Tensor]:
-    """For every row the places before its loss tokens."""
+    """List for every row the places before its loss tokens."""
     masks = torch.split(loss_mask(batch), batch.lengths.tolist())
     return [mask.nonzero().flatten() - 1 for mask in masks]
 
 
 def _last_tokens(batch: Batch) -> list[Tensor]:
-    """For every row its last place; none where it has no tokens."""
+    """List for every row its last place; a row without tokens has none."""
     return [torch.arange(n)[-1:] for n in batch.lengths.tolist()]
 
 
@@ -196,8 +196,8 @@ def _describe(batch: Batch, read: Sequence[Tensor], share_prompts: bool) -> list
     for i, places in enumerate(read):
         used = int(places[-1]) + 1 if len(places) else 0
         prompt = min(prompts[i], used)
-        # Equal ids with other tokens (a longer context, say) must not share, nor do those with
-        # other experts (a group that was sampled on several replicas).
+        # Rows with equal ids must not share a prompt if its tokens differ (a longer context, for
+        # example) or its experts do (a group that was sampled on several replicas).
         content = b"".join(column[i][:prompt].cpu().numpy().tobytes() for column in shared)
         group = groups.setdefault((ids[i], content), len(groups))
         rows.append(_Row(index=i, prompt=prompt, used=used, group=group, read=places))
@@ -205,7 +205,7 @@ def _describe(batch: Batch, read: Sequence[Tensor], share_prompts: bool) -> list
 
 
 def _atoms(rows: Sequence[_Row], atom: Tensor | None) -> list[list[_Row]]:
-    """Rows that belong together, in order of first appearance."""
+    """Group the rows that belong together, in order of first appearance."""
     keys = [row.group for row in rows] if atom is None else atom.tolist()
     units: dict[int, list[_Row]] = {}
     for key, row in zip(keys, rows, strict=True):
@@ -214,7 +214,7 @@ def _atoms(rows: Sequence[_Row], atom: Tensor | None) -> list[list[_Row]]:
 
 
 def _cost(rows: Iterable[_Row]) -> int:
-    """Stream tokens of these rows together."""
+    """Count the stream tokens of these rows together."""
     prompts = {}
     own = 0
     for row in rows:
@@ -224,7 +224,7 @@ def _cost(rows: Iterable[_Row]) -> int:
 
 
 def _cut(rows: list[_Row], budget: int, atom: Tensor | None) -> list[list[_Row]]:
-    """A shared-prompt group as pieces that fit, each with its own copy of the prompt."""
+    """Cut a shared-prompt group into pieces that fit, each with its own copy of the prompt."""
     if atom is not None or _cost(rows) <= budget:
         return [rows]
     pieces: list[list[_Row]] = []
@@ -239,15 +239,15 @@ def _cut(rows: list[_Row], budget: int, atom: Tensor | None) -> list[list[_Row]]
 
 
 def _bins(units: Sequence[list[_Row]], budget: int) -> list[list[_Row]]:
-    """First-fit decreasing: at most 11/9 of the fewest bins (Johnson 1973), in a fixed order."""
-    # Two pieces of one group in a bin share its prompt after all; the room left is a bound.
+    """Pack by first-fit decreasing, in a fixed order: at most about 11/9 of the fewest bins."""
+    # Johnson 1973. Pieces of a group that meet in a bin share its prompt: costs are upper bounds.
     costed = sorted(((_cost(unit), unit) for unit in units), key=lambda c: (-c[0], c[1][0].index))
     bins = first_fit([cost for cost, _ in costed], budget)
     return [[row for i in places for row in costed[i][1]] for places in bins]
 
 
 def first_fit(costs: Sequence[int], budget: int) -> list[list[int]]:
-    """Each cost in the first bin that has room for it, else in a new one: places in `costs`."""
+    """Put each cost into the first bin with room for it, or a new one; return indices of costs."""
     bins: list[list[int]] = []
     free: list[int] = []
     for i, cost in enumerate(costs):
@@ -267,7 +267,7 @@ def _build(batch: Batch, places: Places, rows: Sequence[_Row]) -> Microbatch:
     spans, pieces, first_of = _lay_out(rows, starts)
     total = spans[-1].q_stop if spans else 0
     if total == 0:
-        # Nothing is read of any row: a stream must not be empty.
+        # No position is read in any row, but a stream must contain at least one token.
         blank = empty_microbatch()
         spans, stream, positions = list(blank.spans), blank.tokens, blank.positions
         origin = blank.origin
@@ -305,8 +305,8 @@ def _build(batch: Batch, places: Places, rows: Sequence[_Row]) -> Microbatch:
 def _lay_out(
     rows: Sequence[_Row], starts: Sequence[int]
 ) -> tuple[list[Span], list[tuple[int, int, int]], dict[int, tuple[int, int]]]:
-    """The stream's spans, its pieces (first token in the batch, length, first position), and for
-    each row where its prompt and its own tokens start in the stream.
+    """Lay out the stream: its spans, its pieces (first token in the batch, length, first position)
+    and, for each row, the places in the stream where its prompt and its own tokens start.
     """
     groups: dict[int, list[_Row]] = {}
     for row in rows:
@@ -326,7 +326,7 @@ def _lay_out(
         for row in members:
             start = starts[row.index]
             if alone:
-                # One causal sequence: no prefix to look up.
+                # A single row is one causal sequence without a prefix to look up.
                 spans.append(Span(q_start=at, q_stop=at + row.used, own=(at, at + row.used)))
                 pieces.append((start, row.used, 0))
                 first_of[row.index] = (at, at + prompt)

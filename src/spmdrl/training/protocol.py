@@ -1,4 +1,4 @@
-"""What a train backend offers, and what a loss function is given."""
+"""The interfaces of train backends and of loss functions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from spmdrl.training.experts import EXPERT_METRICS, EXPERT_SUMS
 from spmdrl.training.readout import Readout
 
 LocalTensors = dict[str, tuple[Tensor, tuple[Slice, ...]]]
-"""Local name -> the tensor that this rank holds and where it lies in the global name space."""
+"""Local name -> the tensor that this rank holds and its slices of the global name space."""
 
 
 class Given(dict[str, Tensor]):
     """Columns by name.
 
     Raises:
-        ValueError: a loss asks for one that it is not given.
+        ValueError: a loss asks for a column that it was not given.
     """
 
     def __missing__(self, name: str) -> Tensor:
@@ -36,18 +36,18 @@ class Given(dict[str, Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class LossInput:
-    """What was read of one microbatch, in order of its rows and places. Rows are always whole.
+    """The values read from one microbatch, in order of its rows and places. Rows are always whole.
 
-    `given["logprobs"]` is what the readout calls so: [N], with gradient, at loss tokens or at rows
-    (see `training.readout`).
+    `given["logprobs"]` is the readout's column of that name: [N], with gradient, at loss tokens or
+    at rows (see `training.readout`).
 
     Args:
         outputs: the readout's columns, [N] each, with gradient.
-        columns: the batch's token columns at the loss tokens, [N, ...] each; none when rows are
+        columns: the batch's token columns at the loss tokens, [N, ...] each; empty if rows are
             read.
         rows: the batch's row columns, [R, ...] each.
         row: [N] int64, the row of each place that was read.
-        num_rows: R; a row of which nothing was read counts too.
+        num_rows: R, which includes rows of which nothing was read.
     """
 
     outputs: Mapping[str, Tensor]
@@ -61,28 +61,28 @@ class LossInput:
 
 
 Progress = Callable[[int, int], None]
-"""Called with (microbatches done, microbatches) of this rank while a pass goes on."""
+"""Callback of a running pass with this rank's (microbatches done, microbatches)."""
 
 LossFn = Callable[[LossInput], tuple[Tensor, dict[str, Tensor]]]
-"""The loss as an unnormalised sum over tokens (or rows), and metrics as unnormalised float64 sums
-(maxima where the name ends in `_max`, see `spmdrl.algorithms.metrics`)."""
+"""Function to the loss, an unnormalised sum over tokens (or rows), and to metrics: unnormalised
+sums (maxima if the name ends in `_max`, see `spmdrl.algorithms.metrics`), best in float64."""
 
 
 NO_GRADIENT = "no_gradient"
-"""Metric of a minibatch: 1 where its gradient was exactly 0, and so nothing moved."""
+"""Metric of a minibatch: 1 if its gradient was exactly 0, so that nothing moved."""
 
 STEP_METRICS = ("loss", "grad_norm", "lr", "skipped", NO_GRADIENT)
-"""What an update says of an optimizer step as a whole."""
+"""Metrics by which an update describes an optimizer step as a whole."""
 
 TAKEN = (*STEP_METRICS, *EXPERT_METRICS, *EXPERT_SUMS, "update_tokens")
-"""Names of metrics that a loss may not have."""
+"""Metric names that a loss must not use."""
 
 
 def loss_of(loss_fn: LossFn, given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and metrics of one microbatch.
+    """Compute the loss and metrics of one microbatch.
 
     Raises:
-        ValueError: the function returns something else, or a metric with a name of the update's.
+        ValueError: the function returns something else, or a metric whose name the update uses.
     """
     name, result = getattr(loss_fn, "__qualname__", repr(loss_fn)), loss_fn(given)
     is_pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
@@ -109,11 +109,11 @@ def loss_of(loss_fn: LossFn, given: LossInput) -> tuple[Tensor, dict[str, Tensor
 @dataclass(frozen=True, kw_only=True)
 class OptimStep:
     """Args:
-    grad_norm: before clipping, over all parameters of the role; equal on its ranks.
-    lr: of this step.
-    skipped: the gradient was not finite, and nothing but the schedule moved.
-    no_gradient: it was exactly 0, and nothing moved, the schedule neither: momentum and decay alone
-        must not move the weights.
+    grad_norm: norm before clipping, over all parameters of the role; equal on its ranks.
+    lr: learning rate of this step.
+    skipped: whether the gradient was not finite; then only the schedule moved.
+    no_gradient: whether the gradient was exactly 0; then nothing moved, not even the schedule,
+        since momentum and decay must not move the weights on their own.
     """
 
     grad_norm: float
@@ -123,8 +123,8 @@ class OptimStep:
 
 
 class TrainBackend(Protocol):
-    """A model on a mesh. Every rank of a replica (cp x tp) is given the same rows; replicas may
-    have unequally many, or none. Every method is called by all ranks of the mesh together.
+    """A model on a mesh. All ranks of a replica (pp x cp x tp) are given the same rows; replicas
+    may have different numbers of rows, or none. All ranks of the mesh call every method together.
     """
 
     @property
@@ -134,12 +134,12 @@ class TrainBackend(Protocol):
     def config(self) -> ModelConfig: ...
 
     def forward(self, batch: Batch, readout: Readout, *, progress: Progress | None = None) -> Batch:
-        """The same rows with the readout's columns, float32: [T] with 0 at tokens outside the loss
-        mask, or [B] with 0 for rows without tokens. Without gradient.
+        """Return the rows with the readout's columns, float32: [T] with 0 at tokens outside the
+        loss mask, or [B] with 0 for rows without tokens. No gradient is computed.
 
-        Rows need the token column `tokens` and the row column `prompt_lengths`; `prompt_ids` (rows
-        whose prompts may be computed once) and the token columns `loss_mask` and `expert_choices`
-        (of a mixture of experts: to be taken instead of the model's own) are optional.
+        Rows need the token column `tokens` and the row column `prompt_lengths`. Optional are the
+        row column `prompt_ids` (equal for rows whose prompt may be computed once) and the token
+        columns `loss_mask` and `expert_choices` (experts to use instead of the model's choice).
         """
         ...
 
@@ -156,13 +156,13 @@ class TrainBackend(Protocol):
         """Add the gradient of sum(loss) / normaliser over one minibatch.
 
         Args:
-            whole_groups: rows with one `prompt_ids` are in one microbatch, whatever its size, for
-                losses that compare them.
+            whole_groups: put rows with equal `prompt_ids` into one microbatch, whatever its size,
+                for losses that compare them.
 
         Returns the metrics and `loss` (divided by the normaliser), combined over the mesh's `dp`
-        axis, equal on all its ranks; of a mixture of experts also how these were used (see
-        `training.experts.ExpertUse`). Its balance loss, for which rows need `loss_share`, is in the
-        gradient and not in `loss`.
+        axis and equal on all its ranks; for a mixture of experts also the metrics of their use (see
+        `training.experts.ExpertUse`). The balance loss, for which rows need `loss_share`, is part
+        of the gradient but not of `loss`.
         """
         ...
 
@@ -171,31 +171,31 @@ class TrainBackend(Protocol):
         ...
 
     def local_tensors(self) -> LocalTensors:
-        """The weights on this rank, in the dtype that the model computes with (the master's where
-        FSDP shards are the master); the storage itself, for sharing and for loading.
+        """Return this rank's weights, in the dtype that the model computes with (the master's if
+        FSDP shards are the master): the storage itself, for sharing and for loading.
         """
         ...
 
     def parts(self) -> dict[str, list[Tensor]]:
-        """What stays between calls, for memory sharing: `weights`, and the `optimizer`'s tensors
-        where there is one. A call needs those that it uses on the device.
+        """Return the tensors that stay between calls, for memory sharing: `weights`, and those of
+        the `optimizer` if the role trains. A call needs the parts that it uses on the device.
         """
         ...
 
     def state_tensors(self) -> LocalTensors:
-        """What a checkpoint holds, on this rank: the master weights `weights/NAME` (the weights
-        themselves where those are float32), and the optimizer's `exp_avg/NAME` and
-        `exp_avg_sq/NAME`, all float32 in every layout and compute dtype; and `weights/NAME` of what
-        does not train, as it is held. The storage itself. Empty when the role is frozen.
+        """Return this rank's share of a checkpoint: the master weights `weights/NAME` (the weights
+        themselves if those are float32), and the optimizer's `exp_avg/NAME` and `exp_avg_sq/NAME`,
+        all float32 in every layout and compute dtype; also `weights/NAME` of parameters that do not
+        train, in the dtype they are held in. The storage itself. Empty if the role is frozen.
         """
         ...
 
     def counters(self) -> dict[str, int]:
-        """The optimizer's scalar state, equal on all ranks."""
+        """Return the optimizer's scalar state, equal on all ranks."""
         ...
 
     def restored(self, counters: Mapping[str, int]) -> None:
-        """Go on from a checkpoint, after `state_tensors()` have been filled: take its `counters()`
-        and round the master weights into the weights that the model computes with.
+        """Resume from a checkpoint, after `state_tensors()` have been filled: adopt its
+        `counters()` and round the master weights into the weights that the model computes with.
         """
         ...

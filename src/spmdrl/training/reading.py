@@ -1,4 +1,4 @@
-"""What every train backend does with a microbatch's hidden states, beside the model itself."""
+"""Steps that all train backends share: from a microbatch's hidden states to columns and metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spmdrl.training.support import SUPPORT, Support, support_at
 
 
 def check_head(role: str, head: Head, readout: Readout) -> None:
-    """ValueError unless the role's model has the head that is to be read."""
+    """Raise ValueError unless the role's model has the head that is to be read."""
     if readout.head != head:
         raise ValueError(
             f"role {role!r} has the head {head!r}, and {readout.columns} are read by the head "
@@ -31,7 +31,7 @@ def check_head(role: str, head: Head, readout: Readout) -> None:
 
 
 def counted(microbatches: Sequence[Microbatch], progress: Progress | None) -> Iterator[Microbatch]:
-    """Each of them; what was done with it is progress."""
+    """Yield the microbatches, and report each as done when the next one is asked for."""
     for number, microbatch in enumerate(microbatches, start=1):
         yield microbatch
         if progress is not None:
@@ -50,14 +50,14 @@ def read_places(
     first_id: int | None = None,
     support: Support | None = None,
 ) -> tuple[Tensor, ...]:
-    """The readout's columns at the places `predict`, [M] each.
+    """Compute the readout's columns at the places `predict`, [M] each.
 
     Args:
         first_id, support: see `token_logprobs`.
     """
     read = hidden.index_select(0, predict)
     if readout.head == "score":
-        # Equal on all tp ranks, as hidden states and this head are. No view: FSDP2 warns of these.
+        # Equal on all tp ranks, like hidden states and this head. No view: FSDP2 warns of views.
         return (torch.mv(read.float(), weight.float().flatten()),)
     return token_logprobs(
         read,
@@ -78,7 +78,7 @@ def support_of(
     readout: Readout,
     device: torch.device,
 ) -> Support | None:
-    """Of the places of the stream that are read: the tokens that theirs were drawn from."""
+    """Return the support of the tokens at the stream's places that are read, if they have one."""
     column = rows.ragged.get(SUPPORT)
     if column is None or readout.head != "lm" or not readout.is_per_token:
         return None
@@ -89,7 +89,7 @@ def support_of(
 def whole_stream(
     found: Sequence[Tensor], readout: Readout, stream: LocalStream, mesh: Mesh
 ) -> dict[str, Tensor]:
-    """By column, the values of all cp ranks' places, in the microbatch's order."""
+    """Gather each column's values over the cp ranks, in the microbatch's order."""
     if stream.order is None:
         return dict(zip(readout.columns, found, strict=True))
     order = stream.order.to(found[0].device, non_blocking=True)
@@ -104,7 +104,7 @@ def loss_input(
     outputs: Mapping[str, Tensor],
     device: torch.device,
 ) -> LossInput:
-    """What the loss function gets of a microbatch."""
+    """Make the loss function's input from a microbatch."""
 
     def here(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
@@ -120,12 +120,12 @@ def loss_input(
 
 
 def nothing_read(outputs: Mapping[str, Tensor]) -> Tensor:
-    """0, from which a backward goes through the whole model: of a microbatch without rows."""
+    """Return the loss of a microbatch without rows: 0, with a backward through the whole model."""
     return torch.stack([values.sum() for values in outputs.values()]).sum()
 
 
 def as_columns(batch: Batch, readout: Readout, columns: Mapping[str, Tensor]) -> Batch:
-    """The batch with the readout's columns, where its own are."""
+    """Return the batch with the readout's columns, on the batch's device."""
     here = {name: column.to(batch.lengths.device) for name, column in columns.items()}
     if readout.is_per_token:
         return batch.with_columns(tokens=here)
@@ -133,18 +133,18 @@ def as_columns(batch: Batch, readout: Readout, columns: Mapping[str, Tensor]) ->
 
 
 def over_replicas(sums: dict[str, float], mesh: Mesh) -> dict[str, float]:
-    """Metric sums of all replicas together."""
+    """Combine the metric sums of all replicas."""
     group = mesh.group("dp")
     if group is None:
         return sums
-    # As objects: a rank without rows does not know the names.
+    # Gathered as objects: a rank without rows does not know the names.
     gathered: list[dict[str, float]] = [{}] * mesh.size("dp")
     dist.all_gather_object(gathered, sums, group=group)
     return combine(gathered)
 
 
 def as_numbers(parts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, float]]:
-    """All metrics with one wait for each device on which a loss left some."""
+    """Convert all metrics to numbers, with one wait per device on which a loss left some."""
     waiting: dict[torch.device, list[Tensor]] = {}
     for part in parts:
         for value in part.values():

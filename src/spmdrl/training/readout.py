@@ -1,4 +1,4 @@
-"""What a pass over rows reads of a model: by which head, at which places, into which columns."""
+"""Readouts: the head, the places and the columns by which a pass over rows reads a model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Places = Literal["loss_tokens", "rows"]
 @dataclass(frozen=True, kw_only=True)
 class Readout:
     """Args:
-    columns: the names of what is read, in order: float32 [N] each.
-    head: of the model that can be read so.
-    places: `loss_tokens`: once for each token of the loss mask, from the place before it (the
-        state in which the token was chosen); the columns are token columns. `rows`: once for each
-        row, from its last token; the columns are row columns.
-    temperature: divides the logits.
+    columns: names of the columns that are read, in order; each is float32 [N].
+    head: the head that the model must have.
+    places: `loss_tokens` reads once per token of the loss mask, at the place before it (the state
+        in which the token was chosen), into token columns. `rows` reads once per row, at its last
+        token, into row columns.
+    temperature: divisor of the logits.
     """
 
     columns: tuple[str, ...]
@@ -32,7 +32,7 @@ class Readout:
 
 
 def next_token(temperature: float = 1.0) -> Readout:
-    """`logprobs`: log p(x_t | x_<t), and the `entropy` of that distribution, at loss tokens."""
+    """Read `logprobs`, log p(x_t | x_<t), and the distribution's `entropy` at loss tokens."""
     return Readout(
         columns=("logprobs", "entropy"),
         head="lm",
@@ -42,7 +42,7 @@ def next_token(temperature: float = 1.0) -> Readout:
 
 
 VALUES = Readout(columns=("values",), head="score", places="loss_tokens")
-"""`values`: V(x_<t), of the state in which loss token t was chosen."""
+"""`values`: V(x_<t), the value of the state in which loss token t was chosen."""
 
 SCORES = Readout(columns=("scores",), head="score", places="rows")
 """`scores`: the scalar of a whole row, read at its last token."""

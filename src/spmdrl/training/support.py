@@ -1,8 +1,8 @@
-"""The softmax over the tokens that a draw of truncated sampling could have been.
+"""The softmax over the tokens that truncated sampling could have drawn.
 
-A token that was drawn from the k most likely ones, say, has the probability of a softmax over these
-k. The engine records their ids (`rollout.sampling.MAX_SUPPORT` at most) in the ragged column
-`SUPPORT`; here the policy, and whatever it is compared with, are read over the same ids.
+A token that was drawn from the k most likely ones, for example, has the probability of a softmax
+over these k. The engine records their ids (at most `rollout.sampling.MAX_SUPPORT`) in the ragged
+column `SUPPORT`; the policy, and whatever it is compared with, are read over the same ids.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from spmdrl.models.linear import product
 from spmdrl.ragged import Ragged
 
 SUPPORT = "support_ids"
-"""The ragged column: ids of the tokens that each token was drawn from; none: from all."""
+"""Ragged column of the token ids that each token was drawn from; empty if from all tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Support:
     """Args:
-    rows: which of the places that are read have one, int64 [M], ascending.
-    ids: the tokens, the target among them, int64 [M, K]; then -1.
+    rows: indices of those places that have a support, among the places read, int64 [M], ascending.
+    ids: int64 [M, K], the support's tokens, including the target; padded with -1.
     """
 
     rows: Tensor
@@ -37,10 +37,10 @@ class Support:
 
 
 def support_at(column: Ragged, places: Tensor, targets: Tensor) -> Support | None:
-    """What the column says of the tokens at `places`; None where all were drawn from all tokens.
+    """Return the support of the tokens at `places`; None if all were drawn from all tokens.
 
     Raises:
-        ValueError: a token is not among those that it was drawn from.
+        ValueError: a token is not in its own support.
     """
     own = column.select(places)
     rows = own.counts.nonzero().flatten()
@@ -61,11 +61,11 @@ def support_at(column: Ragged, places: Tensor, targets: Tensor) -> Support | Non
 def support_logits(
     hidden: Tensor,  # [M, D] at the support's rows
     weight: Tensor,  # [V_local, D]
-    local: Tensor,  # [M, K] int64, which of the weight's rows; others are another rank's, or none
+    local: Tensor,  # [M, K] int64, the weight's rows; out of range: another rank's, or padding
     scale: float,
     chunk: int,
 ) -> Tensor:
-    """Logits times `scale` [M, K], 0 where they are not here; in the precision of the head's."""
+    """Compute logits times `scale` [M, K], 0 where the row is not held here; at least float32."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     out = torch.zeros(local.shape, dtype=wide, device=hidden.device)
     for part in _parts(local, len(weight), chunk):
@@ -83,7 +83,7 @@ def add_support_gradients(
     d_logits: Tensor,  # [M, K], before the scale
     chunk: int,
 ) -> None:
-    """The gradients through `support_logits`: products over a chunk's own rows of the head."""
+    """Add the gradients through `support_logits`: per chunk, products with its rows of the head."""
     for part in _parts(local, len(weight), chunk):
         rows = hidden[part.rows].to(weight.dtype)
         factors = d_logits.new_zeros(len(rows), len(part.unique))
@@ -100,8 +100,8 @@ class _Part:
     """A chunk of the support's rows.
 
     Args:
-        held: which of the chunk's ids are this rank's, bool [rows, K].
-        row, column: of each of them, in the product with the weight's rows `unique`.
+        held: bool [rows, K], whether each of the chunk's ids is held by this rank.
+        row, column: place of each held id in the product with the weight's rows `unique`.
     """
 
     rows: slice

@@ -1,5 +1,5 @@
-"""The torch-native train backend: data (plain or FSDP2) x tensor x context parallel, and experts
-over these.
+"""The torch-native train backend: data (plain or FSDP2) x tensor x context parallelism, with
+experts over these axes.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class TorchBackend:
     """A decoder on this rank of `mesh`, and its optimizer.
 
     Args:
-        mesh: of the role; this rank is a member.
+        mesh: the role's mesh; this rank is a member.
         checkpoint: the initial weights.
-        trainable: False for a frozen role: no gradients, no optimizer, `forward` only.
-        head: which the decoder has, and so which readouts it serves.
+        trainable: False for a frozen role, which has no gradients, no optimizer and only `forward`.
+        head: the decoder's head, which decides the readouts that it serves.
 
     Raises:
-        ValueError: degrees that do not fit the model, or an attention that cannot run here.
+        ValueError: the degrees do not fit the model, or the attention cannot run here.
     """
 
     def __init__(
@@ -231,8 +231,8 @@ class TorchBackend:
         )
 
     def _paced(self, microbatches: list[Microbatch]) -> list[Microbatch]:
-        """As many on every rank that FSDP2 gathers and reduces with, or that experts exchange
-        tokens with: each is a collective.
+        """Add empty microbatches until all ranks that FSDP2 gathers and reduces with, or that
+        experts exchange tokens with, have equally many: each one is a collective.
         """
         group = self.mesh.group("reduce")
         alone = self.mesh.shard_mesh is None and self.mesh.size("exchange") == 1
@@ -244,7 +244,7 @@ class TorchBackend:
         return microbatches + [empty_microbatch()] * missing
 
     def _reduce_over_replicas(self, is_last: bool) -> None:
-        """Sum shards over the replicas in the last backward alone: they are the slowest axis."""
+        """Sum shards over the replicas only in the last backward: they are the slowest axis."""
         if isinstance(self._decoder, FSDPModule) and self.mesh.size("dp_replicate") > 1:
             self._decoder.set_requires_all_reduce(is_last)
 
@@ -278,7 +278,7 @@ class TorchBackend:
         routing: Routing | None,
         support: Support | None,
     ) -> dict[str, Tensor]:
-        """The readout's columns at all places of the microbatch that are read, [N] each."""
+        """Compute the readout's columns at all places of the microbatch that are read, [N] each."""
         check_head(self.mesh.role, self.head, readout)
         attend = PackedAttention(
             stream.spans,
@@ -328,7 +328,7 @@ class TorchBackend:
             leaf.parameter.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
 
     def _take_gradients(self) -> dict[str, Tensor]:
-        """Every trained leaf's float32 gradient, 0 where there was none; it is cleared."""
+        """Take every trained leaf's float32 gradient, 0 if there was none, and clear it."""
         taken = {}
         for leaf in self._trained:
             gradient = self._sums.pop(leaf.name, None) if leaf.has_own_master else leaf.gradient()

@@ -1,10 +1,10 @@
-"""The weights of a role on one rank: a decoder, plain or sharded by FSDP2, and its leaves.
+"""A role's weights on one rank: a decoder, plain or sharded by FSDP2, and its leaves.
 
 A leaf is one local parameter with what the optimizer, the norm, checkpoints and weight sync need to
-know of it. With `dp_shard: 1` the parameters are plain and replicated over dp and cp; else FSDP2
-shards float32 parameters over dp_shard x cp and gathers them in the compute dtype, and the few that
-tensor parallelism does not divide (norms) stay plain. Tensor and expert parallelism are the
-decoder's own in both cases; experts are replicated, or sharded, over those ranks only that hold the
+know about it. With `dp_shard: 1` the parameters are plain and replicated over dp and cp. Otherwise
+FSDP2 shards float32 parameters over dp_shard x cp and gathers them in the compute dtype; the few
+that tensor parallelism does not divide (norms) stay plain. Tensor and expert parallelism are the
+decoder's own in both cases. Experts are replicated, or sharded, only over the ranks that hold the
 same ones (`distributed.expert_axes`).
 """
 
@@ -35,17 +35,17 @@ class Leaf:
     """One local parameter.
 
     Args:
-        parameter: as the decoder has it (a DTensor under FSDP2).
+        parameter: the decoder's parameter (a DTensor if FSDP2 shards it).
         weight: this rank's part, the parameter's own storage; may have no rows.
-        master: what the optimizer updates, float32; `weight` itself where that is float32.
-        slices: where `weight` lies in the global name space.
-        sharded: by FSDP2, which sums its gradients.
-        counted: whether this rank counts the leaf's gradient in the norm: of ranks that hold the
-            same part, the first one does.
-        summed_over: the mesh's axis over which gradients are summed where it is not sharded.
-        replicated: tensor parallelism does not divide it, and so every tp rank holds it.
+        master: the float32 tensor that the optimizer updates; `weight` itself if that is float32.
+        slices: slices of the global name space that `weight` holds.
+        sharded: whether FSDP2 shards it and sums its gradients.
+        counted: whether this rank counts the leaf's gradient in the norm; the first of the ranks
+            that hold the same part does.
+        summed_over: the mesh's axis over which gradients are summed if it is not sharded.
+        replicated: whether every tp rank holds it because tensor parallelism does not divide it.
         decay: whether weight decay applies.
-        trained: whether it changes; what does not has no master of its own.
+        trained: whether it changes; a leaf that does not has no master of its own.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Leaf:
         return self.master is not self.weight
 
     def gradient(self) -> Tensor | None:
-        """This rank's part of the parameter's gradient, if it has one."""
+        """Return this rank's part of the parameter's gradient, if it has one."""
         gradient = self.parameter.grad
         return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
@@ -81,11 +81,11 @@ def build_decoder(
     frozen: Collection[str] = (),
     blocks: int = 1,
 ) -> Decoder:
-    """The decoder of this rank, its weights not filled yet.
+    """Build this rank's decoder; its weights are not filled yet.
 
     Args:
-        frozen: Hugging Face names of parameters that stay as they are where others are trained.
-        blocks: the parts that FSDP2's shards line up with, see `models.sharding.all_slices`.
+        frozen: Hugging Face names of parameters that do not change while others are trained.
+        blocks: number of blocks of fused projections, see `models.sharding.all_slices`.
 
     Raises:
         ValueError: the mesh has a degree that the model or this backend does not allow.
@@ -103,10 +103,10 @@ def build_decoder(
     _shard(decoder, mesh, dtype)
     for module in decoder.modules():
         if isinstance(module, FSDPModule):
-            # Losses are divided by the global count already: gradients are summed.
+            # Losses are already divided by the global count: gradients are summed.
             module.set_gradient_divide_factor(1.0)
             if device.type == "cpu":
-                # gloo has no pre-multiplied sum, which a factor means otherwise.
+                # Otherwise a factor means a pre-multiplied sum, which gloo does not have.
                 module.set_force_sum_reduction_for_comms(True)
     return decoder.to_empty(device=device)
 
@@ -149,7 +149,7 @@ def _require_grad(decoder: Decoder, trainable: bool, frozen: Collection[str]) ->
 
 @torch.no_grad()
 def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
-    """The decoder's parameters in order of the forward pass, weights and masters not filled."""
+    """Make leaves of the decoder's parameters, in their order; they are not filled yet."""
     shard, num_shards, exchange = 0, 1, 1
     if mesh.shard_mesh is not None:
         shard, num_shards = mesh.coordinate("shard"), mesh.size("shard")
@@ -167,7 +167,7 @@ def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
         own_master = parameter.requires_grad and weight.dtype != torch.float32
         summed_over: Literal["reduce", "edp"] = "edp" if is_expert else "reduce"
         copies = "dp_replicate" if sharded else summed_over
-        # what tensor parallelism does not divide, every tp rank holds; experts it always does
+        # Every tp rank holds what tensor parallelism does not divide; it always divides experts.
         replicated = not is_expert and all(part.is_whole for part in tables[name])
         leaves.append(
             Leaf(
@@ -189,14 +189,14 @@ def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
 
 @torch.no_grad()
 def fill_leaves(leaves: tuple[Leaf, ...], checkpoint: TensorSource) -> None:
-    """Read masters (so that a float32 checkpoint loses nothing), and weights from them."""
+    """Read masters (so that a float32 checkpoint loses nothing), and round weights from them."""
     fill(((leaf.master, leaf.slices) for leaf in leaves), checkpoint)
     refresh_weights(leaves)
 
 
 @torch.no_grad()
 def refresh_weights(leaves: tuple[Leaf, ...]) -> None:
-    """Round the masters into the weights, where they are apart."""
+    """Round the masters into the weights where these are separate tensors."""
     for leaf in leaves:
         if leaf.has_own_master:
             leaf.weight.copy_(leaf.master)

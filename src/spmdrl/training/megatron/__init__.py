@@ -1,1 +1,1 @@
-"""The train backend on Megatron-Core. `checks` imports nothing of it; every other module does."""
+"""The train backend on Megatron-Core. All modules except `checks` import megatron-core."""

@@ -1,5 +1,5 @@
 """The Megatron train backend: tensor, sequence, pipeline and context parallelism, with Megatron's
-distributed optimizer. Packing, losses, readouts and metrics are those of the torch backend.
+distributed optimizer. Packing, losses, readouts and metrics are shared with the torch backend.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Item:
     """A microbatch on this rank's devices.
 
     Args:
-        part: of the stream, the tokens whose experts this rank chooses.
+        part: the tokens of the stream whose experts this rank chooses.
     """
 
     microbatch: Microbatch
@@ -70,10 +70,10 @@ class Item:
 class MegatronBackend:
     """GPTModel chunks on this rank of `mesh`, and their optimizer.
 
-    Args: as of `TorchBackend`; `megatron` says how stages and sequences are cut.
+    The arguments are those of `TorchBackend`; `megatron` says how stages and sequences are cut.
 
     Raises:
-        ValueError: an attention that cannot run here.
+        ValueError: the attention cannot run here.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class MegatronBackend:
 
     @torch.no_grad()
     def _fill(self, checkpoint: TensorSource) -> None:
-        """Read the weights; masters of their own too, so that a float32 file loses nothing."""
+        """Read the weights, and separate masters too, so that a float32 file loses nothing."""
         for tensor, _ in self._weights.values():
             tensor.zero_()  # the padding of a vocabulary stays so
         fill(self._weights.values(), checkpoint)
@@ -269,7 +269,7 @@ class MegatronBackend:
         return self._pipeline.fit(microbatches)
 
     def _expert_metrics(self, items: list[Item], rows: Batch) -> dict[str, float]:
-        """How experts were used; every token of a layer on one rank of the role."""
+        """Compute the metrics of expert use; one rank of the role has each token of a layer."""
         if self.config.moe is None:
             return {}
         use = ExpertUse(self.config.moe, self._device)
@@ -336,7 +336,7 @@ class MegatronBackend:
         )
 
     def _read(self, item: Item, rows: Batch, output: Tensor, readout: Readout) -> Outputs:
-        """The readout's columns at all places of the microbatch that are read."""
+        """Compute the readout's columns at all places of the microbatch that are read."""
         hidden = output[0]
         if self._is_sp:
             # `read_places` sums the gradient over tp: each rank takes its part of the sum
@@ -356,7 +356,7 @@ class MegatronBackend:
         return whole_stream(found, readout, item.stream, self.mesh)
 
     def _head_weight(self) -> tuple[Tensor, int | None]:
-        """The last stage's head without the vocabulary's padding, and its first token."""
+        """Return the last stage's head without the vocabulary's padding, and its first token id."""
         last = self._chunks[-1]
         weight: Tensor | None = last.output_layer.weight
         if self.head == "score":

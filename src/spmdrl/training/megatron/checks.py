@@ -1,4 +1,4 @@
-"""What the Megatron backend needs and refuses, known without importing megatron-core."""
+"""Requirements of the Megatron backend, checked without importing megatron-core."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from spmdrl.models.degrees import check_ep, heads_mend
 from spmdrl.models.megatron_layout import Cut
 
 SUPPORTED = "0.16.1"
-"""The backend reads private names of the package, so one version is supported, and tested."""
+"""The only version that is supported and tested, since the backend reads private names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronOptions:
     """Args:
-    vpp: runs of layers on each pipeline rank (interleaved schedule).
-    sp: sequence parallelism: norms and residuals are split over the tp ranks.
+    vpp: number of runs of layers on each pipeline rank (interleaved schedule).
+    sp: whether norms and residuals are split over the tp ranks (sequence parallelism).
     """
 
     vpp: int = 1
@@ -30,7 +30,7 @@ class MegatronOptions:
 
 
 def check_installed(role: str) -> None:
-    """ValueError unless the supported megatron-core is installed."""
+    """Raise ValueError unless the supported megatron-core is installed."""
     try:
         found = version("megatron-core")
     except PackageNotFoundError:
@@ -47,10 +47,10 @@ def check_installed(role: str) -> None:
 def check_megatron(
     role: str, config: ModelConfig, degrees: Mapping[str, int], options: MegatronOptions
 ) -> None:
-    """Refuse degrees that Megatron cannot cut the model by.
+    """Refuse degrees by which Megatron cannot cut the model.
 
     Raises:
-        ValueError: naming the keys and the numbers.
+        ValueError: a degree does not fit; the message names the keys and the numbers.
     """
     tp, pp, vpp = degrees["tp"], degrees["pp"], options.vpp
     has_dense_layers = config.moe is None or len(config.moe.layers) < config.num_layers
@@ -108,7 +108,7 @@ def _check_experts(
 
 
 def model_cut(degrees: Mapping[str, int], options: MegatronOptions, device: torch.device) -> Cut:
-    """How the role's model is cut on `device`."""
+    """Return the cut of the role's model on `device`."""
     return Cut(
         tp=degrees["tp"],
         pp=degrees["pp"],
@@ -119,5 +119,5 @@ def model_cut(degrees: Mapping[str, int], options: MegatronOptions, device: torc
 
 
 def uses_transformer_engine(device: torch.device) -> bool:
-    """TransformerEngine's linear layers and norms are used where it is installed; it has no CPU."""
+    """Whether to use TransformerEngine's linear layers and norms: on CUDA, if it is installed."""
     return device.type == "cuda" and find_spec("transformer_engine") is not None

@@ -1,7 +1,7 @@
-"""megatron-core 0.16.1 where there is no CUDA: its own modules are told that "cuda" is the CPU.
+"""Support for megatron-core 0.16.1 without CUDA: its modules are told that "cuda" is the CPU.
 
-Nothing is done where CUDA is available. Only names inside of megatron's modules are replaced, so
-that roles on the torch backend see the torch that they know. Each entry says what fails without.
+Nothing is done if CUDA is available. Only names inside megatron's modules are replaced, so that
+roles on the torch backend see the ordinary torch. Each entry says what would fail otherwise.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ MODULES = {
     "optimizer.optimizer": "scale and overflow flags are made with device='cuda'",
     "transformer.moe.token_dispatcher": "counts are copied to the host on a stream of its own",
 }
-"""Modules whose global name `torch` is replaced, and what they do with CUDA."""
+"""Modules whose global name `torch` is replaced, and their use of CUDA."""
 
 
 def apply() -> None:
-    """Replace the names, once for the process."""
+    """Replace the names in this process; calling it again changes nothing."""
     if torch.cuda.is_available():
         return
     for name in MODULES:
         vars(import_module(f"megatron.core.{name}"))["torch"] = _CPU_TORCH
-    # Activation checkpointing saves and restores the CUDA generator. There is none, and with all
-    # dropouts 0 nothing draws: an empty state stands for it.
+    # Activation checkpointing saves and restores the CUDA generator. None exists, and with all
+    # dropouts 0 nothing draws from it: an empty state takes its place.
     random = vars(import_module("megatron.core.tensor_parallel.random"))
     random["_get_cuda_rng_state"] = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
     random["_set_cuda_rng_state"] = lambda *_, **__: None
-    # Counts of the token exchange become numpy arrays only where they come from a GPU, and
+    # Counts of the token exchange become numpy arrays only if they come from a GPU, and
     # all_to_all_single refuses tensors.
     dispatcher = vars(import_module("megatron.core.transformer.moe.token_dispatcher"))
     dispatcher["maybe_move_tensor_to_cpu"] = _as_on_host
@@ -48,9 +48,9 @@ def apply() -> None:
 
 @contextmanager
 def named_as_on_cuda(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let `parameter.type()` say 'torch.cuda.FloatTensor' inside of the `with`.
+    """Make `parameter.type()` return 'torch.cuda.FloatTensor' inside the `with` block.
 
-    `DistributedOptimizer.__init__` tells dtypes apart by that name, and refuses all others.
+    `DistributedOptimizer.__init__` tells dtypes apart by that name and refuses all others.
     """
     if torch.cuda.is_available():
         yield
@@ -68,7 +68,7 @@ def _as_on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False
 
 
 class _Stream:
-    """A stream, and an event, of a device that has done everything already."""
+    """A stream, and an event, of a device on which all work is already done."""
 
     def __init__(self, device: Any = None) -> None:
         pass
@@ -109,7 +109,7 @@ class _Cuda(types.ModuleType):
 
 
 class _CpuTorch(types.ModuleType):
-    """`torch` whose factories put on the host what they are asked to put on "cuda"."""
+    """`torch` whose factories put tensors on the host when asked to put them on "cuda"."""
 
     cuda = _Cuda("torch.cuda")
 

@@ -1,18 +1,18 @@
-"""A role's process groups as Megatron takes them, and what Megatron has once in a process.
+"""A role's process groups in Megatron's form, and the state that Megatron has once per process.
 
-Every role has a `ProcessGroupCollection` of its own, made of its mesh's groups; `parallel_state` is
-never initialised, so roles of different layouts live side by side. What megatron-core 0.16.1 still
-takes from elsewhere, and what is done about it:
+Every role has its own `ProcessGroupCollection`, made of its mesh's groups; `parallel_state` is
+never initialised, so roles with different layouts coexist. megatron-core 0.16.1 still reaches for
+other state in five places, and each has its remedy:
 
 - `get_megatron_optimizer` gathers objects over the whole world: the backend makes the
   `DistributedOptimizer` itself (`optimizer.py`).
-- DDP makes a one-rank group by a call over the whole world where `expt_dp` is missing: it is given.
-- Tied embeddings are all-reduced over `embd` when a model is built: it is built without that group
-  (weights are loaded on both stages), and the schedules are given it.
+- DDP makes a one-rank group by a call over the whole world if `expt_dp` is missing: it is given.
+- Tied embeddings are all-reduced over `embd` when a model is built: the model is built without that
+  group (weights are loaded on both stages), and the schedules are given it.
 - Sequence parallelism takes a scratch buffer from `parallel_state`, and a state of the generator
-  that dropouts would use: neither knows of a layout, and they are made once (`prepare_process`).
-- Two pipeline ranks that overlap their messages use the world's group for one direction: messages
-  have no other users while a role computes.
+  that dropouts would use: neither depends on a layout, and they are made once (`prepare_process`).
+- Two pipeline ranks that overlap their messages use the world's group for one direction: nothing
+  else sends messages on it while a role computes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from spmdrl.training.megatron import compat
 
 
 def prepare_process(device: torch.device) -> None:
-    """Make what all Megatron roles of a process share; the first of them does."""
+    """Make the state that all Megatron roles of a process share, unless it is made already."""
     compat.apply()
-    # torch 2.13 has new names for what megatron-core calls by the old ones
+    # torch 2.13 renamed collectives that megatron-core calls by their old names
     old = "reduce_scatter_tensor|all_gather_into_tensor"
     warnings.filterwarnings("ignore", f".*({old}).* is deprecated", FutureWarning)
-    # an expert that is whole on its rank: each of them says so
+    # every expert that is whole on its rank gives this warning
     warnings.filterwarnings("ignore", "`sequence_parallel` is set to `True`, but tensor model")
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
@@ -49,28 +49,26 @@ def prepare_process(device: torch.device) -> None:
 
 
 class _Members:
-    """This rank's groups along axes of a mesh; a group of one rank, made once, where there is
-    nothing along them.
-    """
+    """This rank's groups along axes of a mesh; a group of this rank only for axes of degree 1."""
 
     def __init__(self, mesh: Mesh, backend: str | None) -> None:
         self._mesh, self._backend = mesh, backend
         self.solo = self.own([dist.get_rank()])
 
     def own(self, ranks: list[int]) -> dist.ProcessGroup:
-        """A new group. Only its members make it: ranks outside of the role know nothing of it."""
+        """Make a new group. Only its members do: ranks outside the role know nothing of it."""
         group: dist.ProcessGroup = dist.new_group(
             ranks, backend=self._backend, use_local_synchronization=True
         )
         return group
 
     def along(self, axis: str) -> dist.ProcessGroup:
-        """The mesh's group of an axis."""
+        """Return the mesh's group of an axis."""
         group = self._mesh.group(axis)
         return self.solo if group is None else group
 
     def alike(self, *axes: str) -> dist.ProcessGroup:
-        """The ranks that agree with this one in these axes, of the mesh's and of the experts'."""
+        """Return the group of ranks with this rank's place along these (mesh or expert) axes."""
         degrees, members = self._mesh.degrees, self._mesh.ranks
         places = [{**p, **expert_place(degrees, p)} for p in coordinates(degrees)]
         mine = places[members.index(dist.get_rank())]
@@ -82,7 +80,7 @@ class _Members:
         return self.solo if len(ranks) == 1 else self.own(ranks)
 
     def ends(self) -> dist.ProcessGroup | None:
-        """The first and the last pipeline stage; None on stages between, and without a pipeline."""
+        """Return the group of the first and the last pipeline stage; None outside of these."""
         pipeline = self._mesh.group("pp")
         if pipeline is None:
             return None
@@ -96,10 +94,10 @@ class _Members:
 def make_groups(
     mesh: Mesh, device: torch.device, *, tied: bool, has_experts: bool
 ) -> ProcessGroupCollection:
-    """The groups of this rank. Only the ranks of the mesh call it.
+    """Make this rank's groups. Only the ranks of the mesh call it.
 
     Args:
-        tied: the last pipeline stage's head is the first one's embedding.
+        tied: whether the last pipeline stage's head is the first one's embedding.
     """
     members = _Members(mesh, group_backend(device.type, dist.get_backend_config()))
     experts = dict.fromkeys(("expt_dp", "intra_expt_dp", "tp_ep"), members.solo)

@@ -1,4 +1,4 @@
-"""GPTModel chunks of a rank, built from a Hugging Face configuration."""
+"""GPTModel chunks of a rank, built from a model's configuration."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def transformer_config(
     megatron: MegatronOptions,
     device: torch.device,
 ) -> TransformerConfig:
-    """The model and its parallel layout as megatron-core describes them."""
+    """Describe the model and its parallel layout for megatron-core."""
     given = _model_settings(config, options.param_dtype)
     given |= _layout_settings(mesh, megatron, device) | _kernel_settings(device)
     if config.moe is not None:
@@ -87,13 +87,13 @@ def _layout_settings(mesh: Mesh, megatron: MegatronOptions, device: torch.device
         "context_parallel_size": mesh.size("cp"),
         "virtual_pipeline_model_parallel_size": megatron.vpp if interleaved else None,
         "sequence_parallel": megatron.sp,
-        # gradients are sums: losses are divided by the global count already
+        # gradients are sums: losses are already divided by the global count
         "calculate_per_token_loss": True,
-        # Interleaved stages on two ranks have one peer for both directions: messages that are sent
-        # in one batch pair up wrongly there, so they are sent one by one, and overlap.
+        # Interleaved stages on two ranks have one peer for both directions. Messages sent in one
+        # batch would pair up wrongly there, so they are sent one by one, and overlap.
         "batch_p2p_comm": not interleaved,
         "overlap_p2p_comm": interleaved,
-        # gloo still reads a message while the schedule would free it
+        # gloo may still be reading a message when the schedule would free it
         "deallocate_pipeline_outputs": device.type == "cuda",
     }
 
@@ -111,14 +111,14 @@ def _kernel_settings(device: torch.device) -> dict[str, Any]:
         "bias_dropout_fusion": False,
         "bias_activation_fusion": on_cuda,
         "apply_rope_fusion": False,
-        # its default is deprecated, and says so
+        # the default is deprecated and warns
         "cuda_graph_scope": [],
     }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stage:
-    """A rank's chunks, and the parameters of each, named as the layout does, in its order."""
+    """A rank's chunks, and the parameters of each, with the layout's names and in its order."""
 
     chunks: list[GPTModel]
     named: list[list[tuple[Parameter, nn.Parameter]]]
@@ -133,7 +133,7 @@ def build_stage(
     device: torch.device,
     head: HeadKind,
 ) -> Stage:
-    """The chunks of this rank of `mesh`, their parameters not filled."""
+    """Build the chunks of this rank of `mesh`; their parameters are not filled yet."""
     tp_rank, pp_rank, ep_rank = (mesh.coordinate(axis) for axis in ("tp", "pp", "ep"))
     table = rank_chunks(config, cut, tp_rank, pp_rank, head, ep_rank=ep_rank)
     embd, groups.embd = groups.embd, None  # see groups: weights are loaded, not all-reduced
@@ -158,7 +158,7 @@ def build_chunk(
     device: torch.device,
     head: HeadKind,
 ) -> GPTModel:
-    """One chunk, its parameters not filled, with megatron-core's own output layer."""
+    """Build one chunk with megatron-core's own output layer; parameters are not filled yet."""
     pp_rank = groups.pp.rank()
     is_first = pp_rank == 0 and chunk == 0
     is_last = pp_rank == cut.pp - 1 and chunk == cut.vpp - 1
@@ -187,7 +187,7 @@ def build_chunk(
 
 
 def replace_head(chunk: GPTModel, config: ModelConfig, head: HeadKind) -> None:
-    """Let the last chunk return hidden states, with a scalar head where that is asked for."""
+    """Make the last chunk return hidden states, and give it a scalar head if `head` asks for it."""
     if not chunk.post_process:
         return
     weight: nn.Parameter | None = chunk.output_layer.weight
@@ -198,7 +198,7 @@ def replace_head(chunk: GPTModel, config: ModelConfig, head: HeadKind) -> None:
 
 
 def name_parameters(chunk: GPTModel, expected: tuple[Parameter, ...]) -> list[nn.Parameter]:
-    """The chunk's parameters, which must be those of the layout, in its order."""
+    """Return the chunk's parameters, which must be the layout's, in its order."""
     found = dict(chunk.named_parameters())
     named = {p.module_name: p.shape for p in expected}
     held = {name: tuple(parameter.shape) for name, parameter in found.items()}
@@ -216,9 +216,9 @@ def _expert_settings(
         "moe_layer_freq": [int(layer in moe.layers) for layer in range(config.num_layers)],
         "expert_model_parallel_size": mesh.size("ep"),
         "expert_tensor_parallel_size": mesh.size("etp"),
-        # the project's own router stands in for Megatron's
+        # the project's own router replaces Megatron's
         "moe_router_load_balancing_type": "none",
-        # all-gathers would want equally many tokens on all ranks
+        # all-gathers would need equally many tokens on all ranks
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": uses_transformer_engine(device),
     }

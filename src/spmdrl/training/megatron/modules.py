@@ -1,8 +1,9 @@
-"""The modules that take the place of megatron-core's own in a layer's specification.
+"""Modules that replace megatron-core's own in a layer's specification.
 
-The plain norm of megatron-core refuses sequence parallelism, its plain attention packed sequences
-and context parallelism. These do all of it, by the project's own kernels: attention over spans
-(shared prompts included), rope at any position, and log-probabilities without all logits at once.
+megatron-core's plain norm refuses sequence parallelism, and its plain attention refuses packed
+sequences and context parallelism. These modules support them with the project's own kernels:
+attention over spans (shared prompts included), rope at any position, and log-probabilities without
+all logits at once.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from spmdrl.models.routing import Routing
 
 @dataclass
 class StreamParams(PackedSeqParams):  # type: ignore[misc]
-    """What a microbatch's attention needs. It travels through the layers as an argument, not as
-    state: in a pipeline several microbatches are under way, and recomputation needs its own.
+    """Values that a microbatch's attention needs. They pass through the layers as an argument, not
+    as state: a pipeline works on several microbatches, and recomputation needs its own values.
     """
 
     attend: PackedAttention | None = None
@@ -38,8 +39,8 @@ class StreamParams(PackedSeqParams):  # type: ignore[misc]
 class SpanAttention(nn.Module):
     """Rope, then attention over the spans of a packed stream.
 
-    `params` are those of the last forward pass: of the microbatch that the layer is at, also where
-    it is computed again.
+    `params` are those of the last forward pass, and so of the layer's current microbatch, even
+    while it is recomputed.
     """
 
     def __init__(self, *, layer_number: int, **_: Any) -> None:
@@ -64,9 +65,9 @@ class SpanAttention(nn.Module):
 
 
 class Router(nn.Module):
-    """Top-k of the softmax over all experts, as the shared decoder's; Megatron moves the tokens.
+    """Top-k of the softmax over all experts, as in the shared decoder; Megatron moves the tokens.
 
-    `attention` is that of the same layer, which has run before, and knows the microbatch.
+    `attention` is the same layer's attention, which has run before and knows the microbatch.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class Router(nn.Module):
         super().__init__()
         self.moe, self.layer = moe, layer
         self.attention: tuple[SpanAttention, ...] = ()
-        """One; a tuple, so that it is no submodule of this one too."""
+        """One module, in a tuple so that it does not become a submodule of this one too."""
         shape = (moe.num_experts, config.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         vars(self.weight)["sequence_parallel"] = config.sequence_parallel
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Megatron's loggers would want it."""
+        """Do nothing; Megatron sets the number for its loggers."""
 
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None
@@ -108,9 +109,7 @@ class Router(nn.Module):
 
 
 class Norm(nn.Module):
-    """Root-mean-square norm; its gradient is summed over tp ranks by Megatron where they see
-    different tokens.
-    """
+    """Root-mean-square norm; Megatron sums its gradient over tp ranks with different tokens."""
 
     def __init__(
         self, config: Any, hidden_size: int, eps: float, device: torch.device, **_: Any
@@ -128,9 +127,9 @@ class Norm(nn.Module):
 
 
 class Head(nn.Module):
-    """In place of the output layer: it has the weight and hands on the hidden states.
+    """Replacement of the output layer: it holds the weight and returns the hidden states.
 
-    `weight` is None where it is the embedding's.
+    `weight` is None if it is the embedding's.
     """
 
     def __init__(self, weight: nn.Parameter | None) -> None:

@@ -1,7 +1,7 @@
 """Megatron's gradient buffers and distributed optimizer over a role's own groups.
 
 The optimizer's state is sharded over dp_shard x cp: every rank updates a flat range of its chunks'
-parameters and gathers the rest. With dp_replicate > 1 there are so many copies of it.
+parameters and gathers the rest. It exists dp_replicate times.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from spmdrl.training.protocol import LocalTensors
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shard:
-    """What this rank updates of one parameter.
+    """The range of one parameter that this rank updates.
 
     Args:
-        master: float32, flat; a view of the weights where those are float32. AdamW knows it as
+        master: float32, flat; a view of the weights if those are float32. AdamW's state is keyed by
             this object; `values` is the same without autograd's bookkeeping of views.
-        start: of the range in the flattened parameter.
-        counted: its gradient counts in the norm here: once in the whole role.
+        start: start of the range in the flattened parameter.
+        counted: whether this rank counts its gradient in the norm; one rank of the role does.
     """
 
     parameter: Parameter
@@ -76,9 +76,9 @@ class ShardedOptimizer:
             DistributedDataParallel(settings, ddp, chunk, pg_collection=groups) for chunk in chunks
         ]
         parameters = [tensor for chunk in named for _, tensor in chunk]
-        # dense parameters and experts are summed over other ranks: a buffer and optimizer of each
+        # Dense parameters and experts are summed over different ranks, so each has its optimizer.
         buffers = ("buffers", groups.intra_dp_cp), ("expert_parallel_buffers", groups.intra_expt_dp)
-        # no_grad: shards are views of parameters, and shall be leaves themselves
+        # no_grad: shards are views of parameters and must be autograd leaves themselves
         with named_as_on_cuda(parameters), torch.no_grad():
             made = [self._make_inner(*kind, options) for kind in buffers]
         self._inner = [inner for inner in made if inner is not None]
@@ -86,7 +86,7 @@ class ShardedOptimizer:
         self._start()
         self.shards = self._make_shards(named)
         self.tensors = self._boxes()
-        """Masters (`weights/NAME`) and moments as boxes of the name space; the storage itself."""
+        """Masters (`weights/NAME`) and moments as boxes of the name space: the storage itself."""
         self._grad_bytes = [b.grad_data.untyped_storage().nbytes() for b in self._buffers()]
         self._free_gradients()
 
@@ -117,7 +117,7 @@ class ShardedOptimizer:
         )
 
     def _start(self) -> None:
-        """State from the start, so that a checkpoint can be read into it."""
+        """Make AdamW's state before the first step, so that a checkpoint can be read into it."""
         self._state: dict[Tensor, dict[str, Tensor]] = {}
         for adamw in self._adamws:
             for group in adamw.param_groups:
@@ -155,7 +155,7 @@ class ShardedOptimizer:
         return tuple(shards)
 
     def _is_counted(self, parameter: Parameter) -> bool:
-        """Of ranks that hold the same, the first one counts it."""
+        """Whether this rank is the first of those that hold the parameter."""
         if self._mesh.coordinate("dp_replicate") > 0:
             return False
         if parameter.shared and parameter.module_name.startswith("output_layer"):
@@ -170,7 +170,7 @@ class ShardedOptimizer:
         ]
 
     def hold_gradients(self) -> None:
-        """Make room for gradients, all zero, where there is none yet."""
+        """Allocate gradients, all zero, unless they are allocated already."""
         for buffer, size in zip(self._buffers(), self._grad_bytes, strict=True):
             storage = buffer.grad_data.untyped_storage()
             if storage.nbytes() == 0:
@@ -182,7 +182,7 @@ class ShardedOptimizer:
             buffer.grad_data.untyped_storage().resize_(0)
 
     def reduce(self) -> None:
-        """Sum the gradients over the ranks that hold the same weights; the shards have them."""
+        """Sum the gradients over the ranks that hold the same weights, into the shards."""
         self.hold_gradients()
         finalize_model_grads(self.chunks, None, pg_collection=self._groups)
         for inner in self._inner:
@@ -191,7 +191,7 @@ class ShardedOptimizer:
         average_gradients(copies, self._mesh.group("tp"))
 
     def gradients(self) -> list[tuple[Shard, Tensor]]:
-        """Every shard's gradient, flat, float32; after `reduce`."""
+        """Return every shard's gradient, flat, float32; call it after `reduce`."""
         found = []
         for shard in self.shards:
             assert shard.master.grad is not None, shard.parameter.name
@@ -199,7 +199,7 @@ class ShardedOptimizer:
         return found
 
     def norm(self, device: torch.device) -> float:
-        """Of the whole gradient, equal on all ranks of the role."""
+        """Compute the norm of the whole gradient, equal on all ranks of the role."""
         counted = [gradient for shard, gradient in self.gradients() if shard.counted]
         return gradient_norm(counted, [self._mesh.group("all")], device)
 
@@ -211,7 +211,7 @@ class ShardedOptimizer:
             inner.step_with_ready_grads()
 
     def clear(self) -> None:
-        """Forget the gradients, and give their room back."""
+        """Clear the gradients and free their memory."""
         for inner in self._inner:
             inner.zero_grad()
         for chunk in self.chunks:
@@ -220,14 +220,14 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def refresh_weights(self) -> None:
-        """Round the masters into the weights, and gather these over the shards."""
+        """Round the masters into the weights, and gather the weights over the shards."""
         for inner in self._inner:
             inner._copy_main_params_to_model_params()
         for chunk in self.chunks:
             chunk.start_param_sync()
 
     def parts(self) -> list[Tensor]:
-        """What there is beside the weights."""
+        """Return the moments, and the masters that are not views of the weights."""
         moments = [self._state[s.master][name] for s in self.shards for name in MOMENTS]
         weights = {b.param_data.untyped_storage()._cdata for b in self._buffers()}
         masters = [s.master for s in self.shards]
@@ -235,7 +235,7 @@ class ShardedOptimizer:
         return [*own, *moments]
 
     def _boxes(self) -> LocalTensors:
-        """Made once: no view can be taken of a storage that is away."""
+        """Make all boxes at once, because no view can be made of a storage that is away."""
         found: LocalTensors = {}
         for kind in ("weights", *MOMENTS):
             for shard in self.shards:
@@ -254,7 +254,7 @@ class ShardedOptimizer:
 
 
 def _adamw(parameters: Sequence[nn.Parameter], options: TrainOptions) -> torch.optim.AdamW:
-    """Over whole parameters: the distributed optimizer puts its shards in their place."""
+    """Make AdamW over whole parameters; the distributed optimizer replaces them by its shards."""
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},

@@ -1,4 +1,4 @@
-"""Microbatches through Megatron's schedules: one rank, or 1F1B and interleaved pipelines."""
+"""Megatron's schedules for microbatches: one rank, or 1F1B and interleaved pipelines."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.training.packing import Microbatch, empty_microbatch, pad_microbatch
 
 Finish = Callable[[Any, Tensor], tuple[Tensor, Any]]
-"""(item, output of the last chunk) -> (loss, what `run` returns of the item)."""
+"""Function (item, output of the last chunk) -> (loss, the item's result in `run`)."""
 
 
 class Pipeline:
-    """The stages of a role's replica.
+    """The pipeline stages of a role's replica.
 
     Args:
-        chunks: this rank's, in the order in which a microbatch goes through them.
+        chunks: this rank's chunks, in the order in which a microbatch passes through them.
     """
 
     def __init__(
@@ -46,16 +46,16 @@ class Pipeline:
 
     @property
     def unit(self) -> int:
-        """Streams are as long as a multiple of this, so that cp and tp ranks have equal parts."""
+        """Number that every stream's length is a multiple of, so that cp and tp parts are equal."""
         cp, tp = self._mesh.size("cp"), self._mesh.size("tp")
         return (2 * cp if cp > 1 else 1) * (tp if self._settings.sequence_parallel else 1)
 
     def fit(self, microbatches: list[Microbatch]) -> list[Microbatch]:
-        """As the schedule takes them: at least one, padded; in a pipeline all equally long, and
-        for interleaved stages a multiple of the stages.
+        """Fit microbatches to the schedule: at least one, each padded. In a pipeline all are
+        equally long, and interleaved stages have a multiple of the stages.
 
-        All ranks of a replica have the same rows, and so do this alike. Replicas that exchange
-        tokens between experts have equally many microbatches: each exchange is a collective.
+        All ranks of a replica have the same rows, and so get the same result. Replicas that
+        exchange tokens between experts get equally many: each exchange is a collective.
         """
         count = self._most(max(1, len(microbatches)))
         if len(self._chunks) > 1:
@@ -83,11 +83,11 @@ class Pipeline:
         *,
         backward: bool,
     ) -> list[Any]:
-        """Every item through all chunks, and back; on the last stage what `finish` made of each.
+        """Run items through all chunks (and back); return `finish`'s results, on the last stage.
 
         Args:
-            length: of the streams, in a pipeline.
-            forward: (chunk, item) -> the chunk's output.
+            length: length of every stream; it matters only in a pipeline.
+            forward: function (chunk, item) -> the chunk's output.
         """
 
         def step(iterator: Any, chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
@@ -124,7 +124,7 @@ class Pipeline:
                 dist.broadcast(tensor, src=source, group=group)
 
     def object_from_last(self, value: Any) -> Any:
-        """The last stage's object, on all stages."""
+        """Return the last stage's object on all stages."""
         group = self._mesh.group("pp")
         if group is None:
             return value
@@ -134,4 +134,4 @@ class Pipeline:
 
 
 _ONE = torch.tensor(1, dtype=torch.int)
-"""The schedule's count of tokens, which nothing is divided by."""
+"""Token count for the schedule; nothing is divided by it."""
