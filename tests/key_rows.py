@@ -183,6 +183,7 @@ ROWS: dict[str, Row] = {
     "data.train.part": row("grpo", BOTH, "data.train.part=1/2"),
     "data.train.unique": row("grpo", BOTH, "data.train.unique=true"),
     "data.train.max_tokens": row("grpo", BOTH, "data.train.max_tokens=18"),
+    "data.train.keep_shortest": row("grpo", BOTH, "data.train.keep_shortest=40%"),
     "data.train.on_bad_row": row(
         "grpo",
         "plan error",
@@ -214,6 +215,9 @@ ROWS: dict[str, Row] = {
         "grpo", "metrics", reward("sees"), "reward_pool.environment=[SPMDRL_TEST_*]"
     ),
     "evaluation.held_out": row("grpo", "plan files", HELD),
+    "evaluation.max_items": row(
+        "grpo", "plan files", "evaluation.held_out=50%", "evaluation.max_items=2"
+    ),
     "evaluation.sets": row("task", "plan files", "evaluation.sets={a: {data: {seed: 9, size: 8}}}"),
     "evaluation.threshold": row("grpo", BOTH, HELD, "evaluation.threshold=0.0"),
     "evaluation.every": row("grpo", "metrics", HELD, "evaluation.every=1"),

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from spmdrl.algorithms.kl_control import ERROR_LIMIT
+from spmdrl.amounts import count_of
 from spmdrl.cli import _load, parse
 from spmdrl.config import with_home
 from spmdrl.config_doubts import doubts
 from spmdrl.config_files import load_config
 from spmdrl.config_rules import KL_ERROR_LIMIT
+from spmdrl.config_sets import held_out_sets
 from spmdrl.flows.inputs import check_stop_tokens
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +54,7 @@ UNREAD: list[tuple[str, list[str], str]] = [
     ("grpo", ["rollout.engine=vllm", "checkpoint.journal_kv=false"], "journal_kv=False: no effect"),
     ("grpo", ["device=cpu", "rollout.cuda_graphs=false"], "cuda_graphs=False: no effect"),
     ("grpo", ["roles.policy.tp_across_nodes=true"], "tp_across_nodes=True: no effect with"),
+    ("sft", [HELD, "evaluation.max_items=2"], "evaluation.max_items=2: no effect on the count"),
     ("sft", [HELD, "evaluation.threshold=0.5"], "evaluation.threshold=0.5: no effect without"),
     ("sft", ["evaluation.sets={a: {data: {size: 4}, k: [1]}}"], "evaluation.sets.a.k=[1]: no"),
     (
@@ -110,6 +113,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("sampling.stop_token_ids=[-1]", r"sampling\.stop_token_ids\.0=-1: .*greater"),
         ("evaluation.k=1", r"evaluation\.k=1: .*list: write evaluation\.k=\[1\]"),
         ("roles.policy.freeze=norm", r"roles\.policy\.freeze='norm': .*\[norm\]"),
+        ("evaluation.held_out=-1", r"evaluation\.held_out=-1: .*a count \(128\), or a share"),
+        (
+            "evaluation.held_out=0.1",
+            r"evaluation\.held_out=0\.1: .*a share of what there is \(10%\)",
+        ),
+        ("evaluation.held_out=101%", r"evaluation\.held_out='101%': .*a share"),
+        ("evaluation.held_out=some", r"evaluation\.held_out='some': .*a share"),
+        ("evaluation.held_out=true", r"evaluation\.held_out=True: .*a share"),
+        ("evaluation.max_items=0", r"evaluation\.max_items=0: .*greater"),
+        ("evaluation.sets.a={data: {}, max_items: 0}", r"evaluation\.max_items=0: .*greater"),
+        ("data.train.keep_shortest=0%", r"data\.train\.keep_shortest='0%': .*above 0%"),
+        ("data.train.keep_shortest=5", r"data\.train\.keep_shortest=5: .*a share"),
         ("run_dir=''", r"run_dir=''"),
         ("run_dir=~nobody-at-all/x", r"run_dir=.*~nobody-at-all has no home directory"),
     ],
@@ -117,6 +132,33 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_value_that_means_nothing_is_refused_by_its_key(files, override, message):
     with pytest.raises(ValueError, match=message):
         load_config(files["grpo"], [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "of_30"),
+    [
+        ("0", 0, 0),
+        ("7", 7, 7),
+        ("'7'", 7, 7),
+        ("10%", "10%", 3),
+        ("2.50 %", "2.5%", 1),
+        ("0%", 0, 0),
+    ],
+)
+def test_what_is_held_out_is_a_count_or_a_share(files, text, value, of_30):
+    found = load_config(files["grpo"], [f"evaluation.held_out={text}"]).evaluation.held_out
+    assert found == value and type(found) is type(value)
+    assert count_of(found, 30) == of_30
+
+
+def test_sets_are_bounded_alike_unless_they_say_otherwise(files):
+    words = [
+        "evaluation.max_items=4",
+        "evaluation.sets={a: {data: {}, max_items: 9}, b: {data: {}}}",
+    ]
+    found = held_out_sets(load_config(files["grpo"], [*words, "evaluation.held_out=50%"]))
+    bounds = {name: own.max_items for name, own in found.items()}
+    assert bounds == {"held_out": 4, "a": 9, "b": 4}
 
 
 def test_no_clipping_is_a_norm_without_limit(files):

@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "spmdrl"
 LEVELS: list[set[str]] = [
     {"ragged"},
     {
+        "amounts",
         "config",
         "config_files",
         "config_keys",

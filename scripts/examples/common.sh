@@ -1,6 +1,8 @@
 # Sourced by the examples on preference files: reads their words, installs, and runs stages.
 # They set `name` (of the script) and `configs` (their folder under configs) first.
-#   --data FILE          JSONL with `prompt`, `chosen` and `rejected`
+#   --data FILE          JSONL or Parquet with `prompt`, `chosen` and `rejected`: texts, or the
+#                        answers as conversations. PROMPT_COLUMN, CHOSEN_COLUMN and REJECTED_COLUMN
+#                        in the environment name other columns
 #   --model DIR          what is trained; default: SmolLM2-135M-Instruct, fetched
 #   --reward-model DIR   a judge; default: trained here (dpo.sh and online_dpo.sh)
 #   --out DIR            results; a run with the same directory goes on where an earlier one ended
@@ -17,7 +19,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 if [ ! -f "$data" ]; then
-    echo "$name.sh: --data ${data:-FILE} is no file: give JSONL with prompt, chosen, rejected" >&2
+    echo "$name.sh: --data ${data:-FILE} is no file: give one with prompt, chosen, rejected" >&2
     exit 2
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -33,8 +35,16 @@ export DATA=$data
 dtype=auto
 if grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi
 
+fit() { # checks all stages before the first one trains; what differs in them for this file
+    echo "== check"
+    sizes=$(.venv/bin/python scripts/examples/fit.py "$name" --model "$model" --ranks "$ranks" "$@")
+}
+
 stage() { # NAME [key=value ...]
     echo "== $1"
+    local fitted
+    read -ra fitted <<<"$(sed -n "s/^$1 *//p" <<<"$sizes")"
+    set -- "$1" ${fitted[@]+"${fitted[@]}"} "${@:2}"
     .venv/bin/torchrun --standalone --nproc-per-node "$ranks" -m spmdrl train \
         "configs/$configs/$1.yaml" "run_dir=$out/$1" "model.path=$model" "model.dtype=$dtype" "${@:2}"
     .venv/bin/python -m spmdrl report "configs/$configs/$1.yaml" "run_dir=$out/$1" "${@:2}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spmdrl.files import finite_json
 from spmdrl.observe.metrics import read_metrics
 
 PAIRS, ANSWERS = "eval/pairs", "eval/answers"
@@ -35,14 +37,19 @@ def main() -> None:
         "win_rate_error": last[f"{ANSWERS}/win_rate/standard_error"],
         "reward_before": first[f"{ANSWERS}/reward"],
         "reward_after": last[f"{ANSWERS}/reward"],
-        "reward_error": statistics.stdev(gains) / len(gains) ** 0.5,
+        "reward_error": error_of_mean(gains),
         "response_length_before": first[f"{ANSWERS}/response_length"],
         "response_length_after": last[f"{ANSWERS}/response_length"],
         **judge(given.judge),
         "seconds": given.seconds,
     }
     print(f"curves:       {given.run / 'report.png'}")
-    print(json.dumps(summary))
+    print(finite_json(summary))
+
+
+def error_of_mean(gains: Sequence[float]) -> float:
+    """One prompt has none."""
+    return statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else math.nan
 
 
 def rewards(directory: Path) -> tuple[Mapping[int, float], Mapping[int, float]]:
@@ -55,7 +62,8 @@ def rewards(directory: Path) -> tuple[Mapping[int, float], Mapping[int, float]]:
 
 def by_prompt(file: Path) -> dict[int, float]:
     found: dict[int, list[float]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    # not splitlines: texts may hold other characters that end lines
+    for line in file.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
         record = json.loads(line)
         found.setdefault(record["prompt_id"], []).append(record["reward"])
     return {prompt: statistics.mean(values) for prompt, values in found.items()}

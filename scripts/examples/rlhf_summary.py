@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from pathlib import Path
 
+from spmdrl.files import finite_json
 from spmdrl.observe.metrics import read_metrics
 
 EVAL = "eval/held_out"
@@ -36,7 +38,7 @@ def main() -> None:
     }
     for stage in ("sft", "reward_model", "ppo"):
         print(f"{stage}: {given.directory / stage / 'report.png'}")
-    print(json.dumps(summary))
+    print(finite_json(summary))
 
 
 def held_out_rewards(directory: Path) -> tuple[dict[int, float], dict[int, float]]:
@@ -49,16 +51,19 @@ def held_out_rewards(directory: Path) -> tuple[dict[int, float], dict[int, float
 
 def rewards_by_prompt(file: Path) -> dict[int, float]:
     rewards: dict[int, list[float]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
+    # not splitlines: texts may hold other characters that end lines
+    for line in file.read_text(encoding="utf-8").removesuffix("\n").split("\n"):
         record = json.loads(line)
         rewards.setdefault(record["prompt_id"], []).append(record["reward"])
     return {prompt: statistics.mean(values) for prompt, values in rewards.items()}
 
 
 def error_of_difference(before: dict[int, float], after: dict[int, float]) -> float:
-    """The standard error of the mean difference; both are of the same prompts, so in pairs."""
+    """The standard error of the mean difference; both are of the same prompts, so in pairs. One
+    prompt has none.
+    """
     gains = [after[prompt] - before[prompt] for prompt in before]
-    return float(statistics.stdev(gains) / len(gains) ** 0.5)
+    return float(statistics.stdev(gains) / len(gains) ** 0.5) if len(gains) > 1 else math.nan
 
 
 if __name__ == "__main__":

@@ -146,6 +146,11 @@ def parser() -> argparse.ArgumentParser:
         ("report", _report, "Draw report.png of run_dir and print a summary."),
     ):
         _add_config(add(name, function, text))
+    data_check = add(
+        "check", _check, "Say whether a run would start: keys, roles, models, data; 2 if not."
+    )
+    _add_config(data_check)
+    data_check.add_argument("--ranks", type=int, default=1, help="of the run, on one machine")
     generate = add("generate", _generate, "Answer prompts: JSONL in, JSONL out.")
     generate.add_argument("--prompts", required=True, help="JSONL with data.train.prompt_column")
     generate.add_argument("--out", required=True, help="JSONL to write")
@@ -199,7 +204,7 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 def _load(options: argparse.Namespace) -> Config:
     from spmdrl.config_files import load_config
 
-    trains = options.name in ("train", "explain")
+    trains = options.name in ("train", "explain", "check")
     return load_config(options.config, options.overrides, trains=trains)
 
 
@@ -282,6 +287,14 @@ def _explain(options: argparse.Namespace) -> None:
     from spmdrl.explain import explain
 
     print(explain(_load(options), options.ranks, options.ranks_per_node))
+
+
+def _check(options: argparse.Namespace) -> None:
+    from spmdrl.flows.checking import check
+    from spmdrl.observe.log import set_up_logging
+
+    set_up_logging(0)
+    print(check(_load(options), options.ranks).describe(), flush=True)
 
 
 def _report(options: argparse.Namespace) -> None:

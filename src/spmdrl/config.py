@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, field_validator
 
 # pydantic asks for this one before Python 3.12
 from typing_extensions import TypedDict
 
+from spmdrl.amounts import Amount, read_amount, read_share
 from spmdrl.config_algorithms import AlgorithmSection, PreferenceSection, Section
 
 
@@ -225,7 +226,17 @@ class PromptsSection(Section):
     )
     part: str = Field("all", description="all, 2/3: the second of three parts, or 2-3/4, by prompt")
     unique: bool = Field(False, description="leave out prompts that were there before")
-    max_tokens: int = Field(1024, ge=1, description="longer prompts are skipped and counted")
+    max_tokens: int = Field(
+        1024,
+        ge=1,
+        description="longer prompts are left out and counted; of conversations and preference "
+        "pairs: longer rows, answers included",
+    )
+    keep_shortest: Annotated[str, BeforeValidator(read_share)] = Field(
+        "100%",
+        description="share of the rows, the shortest, that is kept where max_tokens allows them; "
+        "longer ones are left out and counted",
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="a row that cannot be used is an error, or counted and skipped"
     )
@@ -289,11 +300,20 @@ class RewardPoolSection(Section):
 
 
 class EvaluationSection(Section):
-    held_out: int = Field(0, ge=0, description="questions kept out of data.train: set held_out")
+    held_out: Annotated[Amount, BeforeValidator(read_amount)] = Field(
+        0,
+        description="questions kept out of data.train, the set held_out: a count, or a share (10%)",
+    )
+    max_items: int | None = Field(
+        None,
+        ge=1,
+        description="questions, conversations or pairs of a held-out set, at most, where "
+        "evaluation.held_out is no count; null: all",
+    )
     sets: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
         description="NAME: {data: keys of data.train that differ, kind, rewards, and any of "
-        "threshold, num_samples, k, sampling, against}",
+        "threshold, num_samples, k, sampling, against, max_items}",
     )
     threshold: float = Field(1.0, description="reward from which on an answer counts as right")
     every: int = Field(0, ge=0, description="steps; 0: only before and after")
@@ -346,7 +366,9 @@ class CheckpointSection(Section):
 class LogSection(Section):
     tensorboard: bool = Field(True, description="write TensorBoard files")
     text_samples: int = Field(2, ge=0, description="prompt and response texts per step")
-    progress: bool = Field(True, description="bars within long phases, on a terminal")
+    progress: bool = Field(
+        True, description="bars within long phases on a terminal, lines now and then in a log"
+    )
 
 
 class Config(Section):

@@ -211,6 +211,9 @@ def _of_evaluation(config: Config) -> Iterator[str]:
 def _of_held_out(config: Config) -> Iterator[str]:
     """How answers are drawn and judged, where none are."""
     sets, has_rollout = held_out_sets(config), _draws(config)
+    most, held_out = config.evaluation.max_items, config.evaluation.held_out
+    if most is not None and isinstance(held_out, int) and not config.evaluation.sets:
+        yield f"evaluation.max_items={most}: no effect on the count evaluation.held_out={held_out}"
     drawn = {name for name, s in sets.items() if (s.kind or config.data_kind()) == "prompts"}
     drawn = drawn if has_rollout else set()
     needs = "a held-out set of prompts, and a rollout"

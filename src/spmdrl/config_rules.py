@@ -113,7 +113,7 @@ def check_training(config: Config) -> None:
 
 def _check_evaluation(config: Config) -> None:
     evaluation = config.evaluation
-    if evaluation.held_out > 0 and HELD_OUT in evaluation.sets:
+    if evaluation.held_out and HELD_OUT in evaluation.sets:
         raise ValueError(
             f"evaluation.held_out={evaluation.held_out} and evaluation.sets.{HELD_OUT}: both make "
             f"the set {HELD_OUT}, so give one of them, or the other another name"

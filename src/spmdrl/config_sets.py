@@ -18,7 +18,7 @@ from spmdrl.config import (
 )
 from spmdrl.config_algorithms import Section
 
-ROWS = ("task", "size", "split", "seed", "part", "unique")
+ROWS = ("task", "size", "split", "seed", "part", "unique", "keep_shortest")
 """Keys of `data.train` that choose rows: a source of its own does not take them over."""
 
 HELD_OUT = "held_out"
@@ -48,6 +48,7 @@ class HeldOutSet(Section):
     k: tuple[int, ...] = (1,)
     sampling: SamplingSection = SamplingSection()
     against: Place | None = None
+    max_items: int | None = Field(None, ge=1)
 
 
 def train_sources(config: Config) -> list[WeightedSource]:
@@ -151,7 +152,7 @@ def held_out_sets(config: Config) -> dict[str, HeldOutSet]:
 
 def held_out_set(config: Config, given: Mapping[str, Any]) -> HeldOutSet:
     """What is said of a set, completed by the sections that it builds on."""
-    shared = {"threshold", "num_samples", "k", "against"}
+    shared = {"threshold", "num_samples", "k", "against", "max_items"}
     completed = {
         "rewards": config.model_dump(include={"rewards"})["rewards"],
         **config.evaluation.model_dump(include=shared),

@@ -208,12 +208,15 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert all_marked(tokenizer, loaded) == ["user: a\nassistant: {b<|im_end|>}"]
     assert loaded.left_out == {
         "with an empty answer": 1,
-        "of more than max_tokens=45": 1,
+        "longer than data.train.max_tokens=45": 1,
         "with a prompt that was there before": 2,
         "malformed": 2,
     }
-    assert "of 7 rows are left out: 2 malformed, 1 of more than max_tokens=45" in caplog.text
-    with pytest.raises(ValueError, match=r"leaves no example of 7 rows: 2 malformed, 4 of more"):
+    line = "1 of 7 rows are used (left out: 1 longer than data.train.max_tokens=45, 2 malformed ("
+    assert line in caplog.text
+    with pytest.raises(
+        ValueError, match=r"leaves no example of 7 rows: 4 longer.*, 2 malformed \(.*:6: not JSON"
+    ):
         load(tmp_path, tokenizer, *rows, max_tokens=5, **settings)
 
 
@@ -261,7 +264,6 @@ def test_a_bad_row_is_an_error_with_file_and_line(tmp_path: Path, row: Any, prob
 BAD_PAIRS = [
     ({"prompt": "a", "response": None}, "'response' holds no text and no conversation but None"),
     ({"prompt": 5, "response": "b"}, "'prompt' holds no text but 5"),
-    ({"response": "b"}, r"no column 'prompt' for the prompt in \['response'\]"),
     ({"prompt": turns("a", "b"), "response": "b"}, "no conversation that waits"),
 ]
 
@@ -270,6 +272,16 @@ BAD_PAIRS = [
 def test_a_bad_prompt_or_response(tmp_path: Path, row: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=rf"rows\.jsonl:1: .*{problem}"):
         load(tmp_path, character_tokenizer(), row)
+
+
+def test_prompts_are_in_a_column_or_before_the_answers(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer()
+    whole = {"response": turns("a", "b")}
+    assert len(load(tmp_path, tokenizer, whole)) == 1
+    with pytest.raises(ValueError, match=r"no column 'prompt' \(data.train.prompt_column\)"):
+        load(tmp_path, tokenizer, {"response": "b"}, on_bad_row="skip")
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: there is no column 'prompt' for the prom"):
+        load(tmp_path, tokenizer, whole, {"response": "b"})
 
 
 def test_messages_need_a_chat_template(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_what_cannot_be_used_is_counted_and_left_out(tmp_path, caplog):
         pairs = load(tmp_path, rows, max_tokens=100, on_bad_row="skip")
     assert len(pairs) == 1
     text = caplog.text
-    for part in ("equal answers", "empty answer", "max_tokens=100", "pairs.jsonl:5"):
+    for part in ("equal answers", "empty answer", "data.train.max_tokens=100", "pairs.jsonl:5"):
         assert part in text, text
     with pytest.raises(ValueError, match=r"pairs.jsonl:5: .*chosen"):
         load(tmp_path, rows)
@@ -102,15 +102,15 @@ def many(count: int) -> list[dict[str, Any]]:
 
 def test_no_prompt_is_on_both_sides_of_a_split(tmp_path):
     pairs = load(tmp_path, many(60))
-    parts = split_examples(pairs, num_held_out=10, seed=1)
+    parts = split_examples(pairs, held_out=10, seed=1)
     held, train = set(parts.held_out.texts()), set(parts.train.texts())
     assert not held & train and len(held | train) == 20
     assert 10 <= len(parts.held_out) <= 12 and len(parts.held_out) % 3 == 0
     # which prompts are held out does not depend on other rows
-    fewer = split_examples(load(tmp_path, many(30)), num_held_out=3, seed=1)
+    fewer = split_examples(load(tmp_path, many(30)), held_out=3, seed=1)
     assert len(fewer.train) + len(fewer.held_out) == 30
     with pytest.raises(ValueError, match="leave a prompt to train on"):
-        split_examples(pairs, num_held_out=60)
+        split_examples(pairs, held_out=60)
 
 
 def test_parts_are_disjoint_by_prompt_and_complete(tmp_path):
@@ -160,4 +160,47 @@ def test_mismatched_pairs_have_answers_to_another_prompt(tmp_path):
 
 def test_a_prompt_that_leaves_no_room_has_a_reason_of_its_own(tmp_path):
     pairs = load(tmp_path, [GOOD, {**GOOD, "prompt": "x" * 200}], max_tokens=100)
-    assert pairs.left_out == {"whose prompt leaves no room within max_tokens=100": 1}
+    assert pairs.left_out == {"whose prompt leaves no room within data.train.max_tokens=100": 1}
+
+
+def lengths_of(pairs: PairSet) -> list[int]:
+    return [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
+
+
+def test_the_limit_of_length_follows_the_rows(tmp_path, caplog):
+    """The longest twentieth is left out, or what `max_tokens` leaves out of them."""
+    rows = [{**GOOD, "prompt": f"{i:04}", "chosen": "y" * (i + 1)} for i in range(100)]
+    whole = sorted(lengths_of(load(tmp_path, rows)))
+    for share, count in (("95%", 95), ("7%", 7), ("100%", 100), ("2.5%", 3)):
+        kept = load(tmp_path, rows, keep_shortest=share)
+        assert sorted(lengths_of(kept)) == whole[:count], share
+    caplog.clear()
+    kept = load(tmp_path, rows, keep_shortest="95%", key="data.mix.0")
+    limit = whole[94]
+    reason = f"longer than {limit} tokens (data.mix.0.keep_shortest=95%)"
+    assert kept.left_out == {reason: 5}
+    line = f"95 of 100 rows are used (left out: 5 {reason}; the longest has {whole[-1]} tokens"
+    assert [r.getMessage().count(line) for r in caplog.records] == [1]
+    # where many are too long, the share that is asked for is not taken from the others again
+    bounded = load(tmp_path, rows, keep_shortest="95%", max_tokens=whole[49])
+    assert sorted(lengths_of(bounded)) == whole[:50]
+    assert bounded.left_out == {f"longer than data.train.max_tokens={whole[49]}": 50}
+
+
+def test_the_limit_of_length_is_that_of_the_part(tmp_path):
+    rows = [{**GOOD, "prompt": f"{i:04}", "chosen": "y" * (i + 1)} for i in range(200)]
+    part = load(tmp_path, rows, part="1/2")
+    kept = load(tmp_path, rows, part="1/2", keep_shortest="90%", max_tokens=5000)
+    assert sorted(lengths_of(kept)) == sorted(lengths_of(part))[: len(kept)]
+    assert 0 <= len(kept) - 0.9 * len(part) < 1
+    assert kept.left_out["not in part 1/2"] == 200 - len(part)
+
+
+def test_many_malformed_rows_are_told_in_few_lines(tmp_path, caplog):
+    rows = [GOOD, *({**GOOD, "chosen": 3} for _ in range(50))]
+    assert load(tmp_path, rows, on_bad_row="skip").left_out == {"malformed": 50}
+    assert len(caplog.records) == 11 and "only counted" in caplog.records[9].getMessage()
+    said = caplog.records[10].getMessage()
+    assert (
+        "1 of 51 rows are used (left out: 50 malformed (" in said and "pairs.jsonl:2: col" in said
+    )

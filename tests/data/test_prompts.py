@@ -130,8 +130,8 @@ def test_long_prompts_are_left_out_and_counted(tokenizer, write, caplog):
     prompts = load_prompts(PromptSource(source=file, max_prompt_tokens=40), tokenizer)
     assert [(p.prompt_id, p.text) for p in prompts] == [(1, "b")]
     assert prompts.report.num_long == 2 and prompts.report.num_rows == 3
-    assert "2 of 3 prompts are longer than data.train.max_tokens=40" in caplog.text
-    with pytest.raises(ValueError, match="leaves no prompt: of 3 rows 0 are bad and 3 longer"):
+    assert "1 of 3 rows are used (left out: 2 longer than data.train.max_tokens=40" in caplog.text
+    with pytest.raises(ValueError, match="leaves no example of 3 rows: 3 longer than"):
         load_prompts(PromptSource(source=file, max_prompt_tokens=10), tokenizer)
 
 
@@ -162,7 +162,7 @@ def test_or_bad_rows_are_skipped_and_counted(tokenizer, write, caplog):
     prompts = load_prompts(source, tokenizer)
     assert [p.prompt_id for p in prompts] == [len(BAD)]
     assert prompts.report.num_bad == len(BAD) == caplog.text.count("; left out")
-    with pytest.raises(ValueError, match=r"leaves no prompt: of 1 rows 1 are bad"):
+    with pytest.raises(ValueError, match=r"leaves no example of 1 rows: 1 malformed"):
         load_prompts(PromptSource(source=write("[]"), on_bad_row="skip"), tokenizer)
 
 
@@ -184,15 +184,17 @@ def test_a_bad_conversation_is_a_bad_row(tokenizer, write, messages, problem):
 
 def test_a_missing_column_names_those_there_are(tokenizer, write):
     file = write({"question": "a", "solution": "1"})
-    with pytest.raises(ValueError, match=r"no column 'prompt' \(prompt_column\); it has \['quest"):
+    with pytest.raises(
+        ValueError, match=r"no column 'prompt' \(data.train.prompt_column\); it has \['quest"
+    ):
         load_prompts(PromptSource(source=file, on_bad_row="skip"), tokenizer)
     source = PromptSource(source=file, prompt_column="question", answer_column="answer")
-    with pytest.raises(ValueError, match=r"no column 'answer' \(answer_column\)"):
+    with pytest.raises(ValueError, match=r"no column 'answer' \(data.train.answer_column\)"):
         load_prompts(source, tokenizer)
 
 
 def test_an_empty_file(tokenizer, write):
-    with pytest.raises(ValueError, match="leaves no prompt: of 0 rows"):
+    with pytest.raises(ValueError, match="leaves no example of 0 rows"):
         load_prompts(PromptSource(source=write()), tokenizer)
 
 

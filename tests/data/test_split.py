@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spmdrl.data.prompts import LoadReport, PromptSet, PromptSource, load_prompts
-from spmdrl.data.split import disjoint_parts, in_part, split, without_overlap
+from spmdrl.data.split import disjoint_parts, in_part, limited, split, without_overlap
 
 
 class Characters:
@@ -31,7 +31,7 @@ def chain_sum(*, size, seed, max_digits=1):
 
 def test_a_small_task_space_is_divided_by_question():
     prompts = chain_sum(size=3000, seed=1)
-    parts = split(prompts, num_held_out=80)
+    parts = split(prompts, held_out=80)
     train, held_out = parts.train.texts(), parts.held_out.texts()
     assert len(held_out) == len(set(held_out)) == 80
     assert len(set(train)) == 120 and not set(train) & set(held_out)
@@ -41,9 +41,9 @@ def test_a_small_task_space_is_divided_by_question():
 
 def test_the_held_out_questions_depend_on_text_and_seed_alone():
     few, many = chain_sum(size=3000, seed=1), chain_sum(size=4000, seed=2)
-    first, again = split(few, num_held_out=80), split(many, num_held_out=80)
+    first, again = split(few, held_out=80), split(many, held_out=80)
     assert set(first.held_out.texts()) == set(again.held_out.texts())
-    other = split(few, num_held_out=80, seed=1)
+    other = split(few, held_out=80, seed=1)
     assert set(other.held_out.texts()) != set(first.held_out.texts())
 
 
@@ -61,7 +61,7 @@ def test_a_question_is_held_out_in_all_its_phrasings():
         source="reasoning_gym:basic_arithmetic", parameters=parameters, size=4000, chat=False
     )
     prompts = load_prompts(source, Characters())
-    parts = split(prompts, num_held_out=201)
+    parts = split(prompts, held_out=201)
     expressions = {p.entry["metadata"]["expression"] for p in parts.held_out}
     assert len(set(parts.held_out.texts())) == len(parts.held_out) == 201
     assert 51 <= len(expressions) < 60
@@ -78,12 +78,34 @@ def test_two_sources_are_made_disjoint():
         without_overlap(chain_sum(size=100, seed=2), chain_sum(size=3000, seed=1).texts())
 
 
-@pytest.mark.parametrize("number", [0, 200, 500])
+@pytest.mark.parametrize("number", [0, 200, 500, "100%"])
 def test_too_many_held_out(number):
     with pytest.raises(
         ValueError, match=f"200 distinct questions with 200 texts: evaluation.held_out={number}"
     ):
-        split(chain_sum(size=3000, seed=1), num_held_out=number)
+        split(chain_sum(size=3000, seed=1), held_out=number)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "at_most", "count"),
+    [("10%", None, 20), ("0.1%", None, 1), ("10%", 7, 7), ("10%", 30, 20), (15, 7, 15)],
+)
+def test_a_share_of_the_questions_is_held_out(held_out, at_most, count):
+    parts = split(chain_sum(size=3000, seed=1), held_out=held_out, at_most=at_most)
+    assert len(parts.held_out) == count and len(set(parts.train.texts())) == 200 - count
+
+
+def test_a_bounded_set_is_a_choice_by_text():
+    """What is evaluated does not depend on how many rows there are, nor on their order."""
+    prompts = chain_sum(size=3000, seed=1)
+    few, more = limited(prompts, 20), limited(prompts, 60)
+    assert len(few) == 20 and set(few.texts()) <= set(more.texts())
+    places = [p.prompt_id for p in more]
+    assert places == sorted(places)
+    turned = prompts.subset(list(reversed(range(3000))))
+    assert set(limited(turned, 20).texts()) == set(few.texts())
+    assert set(limited(prompts, 20, seed=1).texts()) != set(few.texts())
+    assert len(limited(prompts, None)) == 3000
 
 
 def test_an_empty_subset():

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from spmdrl.observe.console import Console, make_layout, number
-from spmdrl.observe.log import RankHandler, set_up_logging
-from spmdrl.observe.progress import phase_bar
+from spmdrl.observe.log import ALIKE, RankHandler, set_up_logging
+from spmdrl.observe.progress import Relay, phase_bar
 
 RECORD = {
     "step": 7,
@@ -167,3 +167,33 @@ def test_a_flow_that_samples_nothing_shows_its_loss() -> None:
     for title in ("reward", "entropy", "nll", "rollout"):
         assert title not in header
     assert "0.6931" in layout.line(record)
+
+
+def test_a_phase_tells_a_log_how_far_it_is(caplog, monkeypatch):
+    """A log is no terminal: work of more than a minute says so now and then, on rank 0."""
+    now = [0.0]
+    monkeypatch.setattr("spmdrl.observe.progress.time.monotonic", lambda: now[0])
+    for is_first in (True, False):
+        relay = Relay(is_first=is_first)
+        with caplog.at_level(logging.INFO), relay.bar("evaluation"):
+            for second in range(100):
+                now[0] += 1
+                relay.report(second, 200)
+            with relay.bar("reward"):
+                now[0] += 40
+                relay.report(1, 2)
+            relay.report(150, 200)
+    assert [record.getMessage() for record in caplog.records] == [
+        *("evaluation: 29 of 200 rows, 30 s", "evaluation: 59 of 200 rows, 60 s"),
+        *("evaluation: 89 of 200 rows, 90 s", "reward: 1 of 2 rows, 40 s"),
+        "evaluation: 150 of 200 rows, 140 s",
+    ]
+
+
+def test_what_all_ranks_read_alike_is_told_once():
+    for rank, shown in ((0, True), (1, False)):
+        stream = io.StringIO()
+        logger = set_up_logging(rank, stream=stream)
+        logger.warning("9 rows", extra=ALIKE)
+        logger.warning("rank's own")
+        assert ("9 rows" in stream.getvalue()) is shown and "rank's own" in stream.getvalue()

@@ -84,6 +84,9 @@ class ConversationSet(Sequence[Conversation]):
     def texts(self) -> list[str]:
         return [item.text for item in self._items]
 
+    def openings(self) -> list[str]:
+        return self.texts()
+
     def questions(self) -> list[str]:
         return self.texts()
 
@@ -142,17 +145,17 @@ def load_conversations(
 
     def make(row: Row) -> Example[Conversation]:
         text, messages = _whole(row, source) if whole else _prompt_and_response(row, source)
+        source.check_part(text)
         silent = [m for m in messages if m["role"] == "assistant" and not m["content"].strip()]
         if silent:
             raise Unusable(CALL_ALONE if any(m.get("tool_calls") for m in silent) else EMPTY_ANSWER)
         encoded = encoder.encode(messages, encoder.tools_of(row))
-        if source.max_tokens is not None and len(encoded.tokens) > source.max_tokens:
-            raise Unusable(f"of more than max_tokens={source.max_tokens}")
         first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
         item = Conversation(
             text=text, tokens=encoded.tokens, answers=encoded.answers, mark=read_mark(row)
         )
-        return Example(text=text, prompt=prompt_key(messages[:first]), item=item)
+        prompt = prompt_key(messages[:first])
+        return Example(prompt=prompt, item=item, tokens=len(encoded.tokens))
 
     needed = [source.column("messages" if whole else "response")]
     return ConversationSet(*read_examples(source, needed, make, encoder.template, report))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from spmdrl.data.rows import TOOLS, Row, is_conversation
+from spmdrl.observe.log import ALIKE
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ def tell_of_tools(source: str, rows: Sequence[Row], template: str | None) -> Non
             "%s: the prompts do not name the tools of column %r: the chat template has no place "
             "for them",
             *(source, TOOLS),
+            extra=ALIKE,
         )
 
 
@@ -48,6 +50,7 @@ def tell_of_keys(
                 "%s: %d messages have the key %r, which the chat template does not read: it has "
                 "no effect",
                 *(source, count, key),
+                extra=ALIKE,
             )
 
 
@@ -62,6 +65,7 @@ def tell_of_questions(source: str, places: Sequence[str], count: int) -> None:
         log.warning(
             "%s: the chat template does not write the question as it is in %d of %d prompts (%s)",
             *(source, len(places), count, places[0]),
+            extra=ALIKE,
         )
 
 
@@ -76,6 +80,7 @@ def tell_of_answers(source: str, places: Sequence[str], count: int) -> None:
         log.warning(
             "%s: the answer is empty in %d of %d rows (%s)",
             *(source, len(places), count, places[0]),
+            extra=ALIKE,
         )
 
 

@@ -11,9 +11,11 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from spmdrl.data.doubts import tell_of_keys, tell_of_tools
 from spmdrl.data.identity import row_mark
+from spmdrl.data.load_report import MALFORMED, REPEATED, length_limit, not_in, tell
 from spmdrl.data.messages import BadRow, check_prompt_settings
 from spmdrl.data.rows import Row, read_rows
 from spmdrl.data.split import in_part, read_part
+from spmdrl.observe.log import ALIKE
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ COLUMNS = ("response", "messages", "chosen", "rejected", "margin")
 
 EMPTY_ANSWER = "with an empty answer"
 CALL_ALONE = "with an answer that calls tools and says nothing, which is not learned from"
+TOLD = 10
+"""Malformed rows that are shown; the others are counted."""
 REPORTED = 256
 """Rows between two reports of progress."""
 
@@ -55,10 +59,13 @@ class ExampleSource:
         system: system prompt; None: what the chat template does without one.
         chat: through the tokenizer's chat template, or as raw text.
         max_tokens: longer examples are left out, counted and logged; None: no limit.
+        keep_shortest: share of the examples that is kept, the shortest; longer ones are left out
+            where `max_tokens` allows them, counted and logged.
         on_bad_row: what a malformed row is: an `error`, or counted, logged and left out.
         unique: leave out examples whose prompt was there before.
         part: `all`, `2/3`: the second of three disjoint parts, or `2-3/4`, by prompt.
         now: the time that a chat template is told.
+        key: of the section that says all this, for messages.
 
     Raises:
         ValueError: an unknown column, a template without `{prompt}`, a malformed part, or settings
@@ -77,6 +84,8 @@ class ExampleSource:
     on_bad_row: Literal["error", "skip"] = "error"
     unique: bool = False
     part: str = "all"
+    keep_shortest: str = "100%"
+    key: str = "data.train"
     now: datetime = field(default_factory=datetime.now, compare=False)
 
     def __post_init__(self) -> None:
@@ -86,21 +95,39 @@ class ExampleSource:
             raise ValueError(f"columns={dict(self.columns)}: {unknown[0]!r} is none of {COLUMNS}")
         read_part(self.part)
 
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens
+
     def column(self, name: str) -> str:
         return self.columns.get(name, name)
+
+    def has_prompts(self, rows: Sequence[Row], answers: Sequence[str]) -> bool:
+        """Whether prompts can be found: in their column, or in conversations with the answers."""
+        if "messages" in self.columns:
+            return True
+        in_answers = any(isinstance(row.get(name), list) for row in rows for name in answers)
+        return in_answers or any(row.has(self.prompt_column) for row in rows)
+
+    def check_part(self, text: str) -> None:
+        """Unusable: the example of a prompt with this opening is in another part."""
+        if not in_part(text, self.part):
+            raise Unusable(not_in(self.part))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example(Generic[Item]):
     """Args:
-    text: what the user says first, before any template: parts and held-out sets go by it.
+    tokens: of the whole example: of the longer answer of a pair.
+    prompt_tokens: of what precedes the answers of a pair; 0 where that does not matter.
     prompt: equal for examples with the same prompt: `unique` goes by it.
     item: what the set holds.
     """
 
-    text: str
     prompt: Hashable
     item: Item
+    tokens: int
+    prompt_tokens: int = 0
 
 
 def read_examples(
@@ -123,37 +150,46 @@ def read_examples(
             row (file and line are named) where `on_bad_row` is `error`, or leaves no example.
     """
     rows = all_rows(source, seed=0, report=report)
-    check_columns(source.source, dict.fromkeys(needed, "prompt_column or columns"), rows)
+    keys = dict.fromkeys(needed, f"{source.key}.prompt_column or {source.key}.columns")
+    if not source.has_prompts(rows, needed):
+        keys[source.prompt_column] = f"{source.key}.prompt_column"
+    check_columns(source.source, keys, rows)
     tell_of_tools(source.source, rows, template)
     tell_of_keys(source.source, rows, {source.prompt_column, *needed}, template)
-    items: list[Item] = []
-    seen: set[Hashable] = set()
+    made: list[Example[Item]] = []
+    malformed: str | None = None
     left_out: Counter[str] = Counter()
     for row in reported(rows, report):
         try:
-            example = _made(row, make)
+            made.append(_made(row, make))
         except BadRow as error:
-            leave_out(row, error, source.on_bad_row)
-            left_out["malformed"] += 1
-            continue
+            left_out[MALFORMED] += 1
+            malformed = malformed or f"{row.place}: {error}"
+            leave_out(row, error, source.on_bad_row, left_out[MALFORMED])
         except Unusable as error:
             left_out[str(error)] += 1
-            continue
-        if not in_part(example.text, source.part):
-            left_out[f"not in part {source.part}"] += 1
+    limit = length_limit([example.tokens for example in made], source)
+    items: list[Item] = []
+    seen: set[Hashable] = set()
+    for example in made:
+        if limit is not None and example.prompt_tokens >= limit.tokens:
+            left_out[f"whose prompt leaves no room within {limit.setting}"] += 1
+        elif limit is not None and example.tokens > limit.tokens:
+            left_out[limit.reason] += 1
         elif source.unique and example.prompt in seen:
-            left_out["with a prompt that was there before"] += 1
+            left_out[REPEATED] += 1
         else:
             seen.add(example.prompt)
             items.append(example.item)
-    reasons = ", ".join(f"{count} {why}" for why, count in sorted(left_out.items()))
-    if not items:
-        raise ValueError(
-            f"data source {source.source!r} leaves no example of {len(rows)} rows"
-            + (f": {reasons}" if reasons else "")
-        )
-    if reasons:
-        log.warning("%s: of %d rows are left out: %s", source.source, len(rows), reasons)
+    tell(
+        source.source,
+        source.key,
+        num_rows=len(rows),
+        num_used=len(items),
+        left_out=left_out,
+        longest=max((example.tokens for example in made), default=0),
+        malformed=malformed,
+    )
     return items, dict(left_out)
 
 
@@ -188,11 +224,17 @@ def reported(rows: Sequence[Row], report: Report) -> Iterator[Row]:
         yield row
 
 
-def leave_out(row: Row, error: BadRow, on_bad_row: Literal["error", "skip"]) -> None:
-    """Tell of a bad row. ValueError where it is an error, with its place."""
+def leave_out(row: Row, error: BadRow, on_bad_row: Literal["error", "skip"], number: int) -> None:
+    """Tell of a bad row, the source's first ones. ValueError where it is an error, with its place.
+
+    Args:
+        number: of bad rows so far, this one included.
+    """
     if on_bad_row == "error":
         raise ValueError(f"{row.place}: {error} (on_bad_row: skip leaves it out)") from error
-    log.warning("%s: %s; left out", row.place, error)
+    if number <= TOLD:
+        more = " (more like these are only counted)" if number == TOLD else ""
+        log.warning("%s: %s; left out%s", row.place, error, more, extra=ALIKE)
 
 
 def _made(row: Row, make: Callable[[Row], Example[Item]]) -> Example[Item]:
@@ -209,7 +251,8 @@ def check_columns(source: str, needed: Mapping[str, str], rows: Sequence[Row]) -
     for name, key in needed.items():
         if there and not any(row.has(name) for row in rows):
             raise ValueError(
-                f"data source {source!r} has no column {name!r} ({key}); it has {there}"
+                f"data source {source!r} has no column {name!r} ({key}); it has {there}: name the "
+                "one that is meant"
             )
 
 

@@ -1,25 +1,71 @@
-"""What loading prompts did, and how it is told."""
+"""What loading a source did, and how it is told."""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from spmdrl.amounts import share_of
+from spmdrl.observe.log import ALIKE
+
 log = logging.getLogger(__name__)
+
+REPEATED = "with a prompt that was there before"
+MALFORMED = "malformed"
 
 
 class Limits(Protocol):
-    """The settings of a source that leave prompts out."""
+    """The settings of a source that leave rows out for their length."""
 
     @property
-    def source(self) -> str: ...
+    def key(self) -> str: ...
 
     @property
-    def max_prompt_tokens(self) -> int | None: ...
+    def limit(self) -> int | None: ...
 
     @property
-    def part(self) -> str: ...
+    def keep_shortest(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthLimit:
+    """Args:
+    tokens: of the longest row that is kept.
+    setting: what says so, as part of a sentence.
+    """
+
+    tokens: int
+    setting: str
+
+    @property
+    def reason(self) -> str:
+        """Why a longer row is left out."""
+        return f"longer than {self.setting}"
+
+
+def length_limit(lengths: Sequence[int], source: Limits) -> LengthLimit | None:
+    """The smaller one of the source's limit and the length that so many of its rows do not exceed.
+
+    Args:
+        lengths: of all rows that may be used, in tokens.
+    """
+    found = None
+    if source.limit is not None:
+        setting = f"{source.key}.max_tokens={source.limit}"
+        found = LengthLimit(tokens=source.limit, setting=setting)
+    share = share_of(source.keep_shortest)
+    if share == 1 or not lengths:
+        return found
+    # 0.07 * 100 is a little more than 7
+    place = max(1, math.ceil(share * len(lengths) - 1e-9))
+    longest = int(sorted(lengths)[place - 1])
+    if found is not None and found.tokens <= longest:
+        return found
+    setting = f"{longest} tokens ({source.key}.keep_shortest={source.keep_shortest})"
+    return LengthLimit(tokens=longest, setting=setting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,24 +81,64 @@ class LoadReport:
     num_repeated: int = 0
     num_elsewhere: int = 0
 
+    def left_out(self, part: str, limit: LengthLimit | None) -> dict[str, int]:
+        """How many, by reason."""
+        counts = {
+            MALFORMED: self.num_bad,
+            not_in(part): self.num_elsewhere,
+            REPEATED: self.num_repeated,
+            "" if limit is None else limit.reason: self.num_long,
+        }
+        return {why: count for why, count in counts.items() if count}
 
-def tell(report: LoadReport, source: Limits, *, num_left: int) -> None:
-    """Log what was left out; ValueError when nothing is left."""
-    limit = source.max_prompt_tokens
-    if not num_left:
+
+def joined(reports: Sequence[LoadReport]) -> LoadReport:
+    """Of several sources together."""
+    return LoadReport(
+        num_rows=sum(r.num_rows for r in reports),
+        num_bad=sum(r.num_bad for r in reports),
+        num_long=sum(r.num_long for r in reports),
+        longest=max((r.longest for r in reports), default=0),
+        num_repeated=sum(r.num_repeated for r in reports),
+        num_elsewhere=sum(r.num_elsewhere for r in reports),
+    )
+
+
+def not_in(part: str) -> str:
+    return f"not in part {part}"
+
+
+def tell(
+    source: str,
+    key: str,
+    *,
+    num_rows: int,
+    num_used: int,
+    left_out: Mapping[str, int],
+    longest: int,
+    malformed: str | None,
+) -> None:
+    """Say in one line how many rows of a source are used, and how many are not, for which reasons.
+
+    Args:
+        key: of the section that describes the source.
+        longest: tokens of the longest row, used or not.
+        malformed: where the first malformed row stands and what is wrong with it; None: none is.
+
+    Raises:
+        ValueError: none is used.
+    """
+    texts = {MALFORMED: f"{MALFORMED} ({malformed})"}
+    reasons = ", ".join(f"{n} {texts.get(why, why)}" for why, n in sorted(left_out.items()))
+    if any(why.startswith("longer") for why in left_out):
+        reasons += f"; the longest has {longest} tokens"
+    if not num_used:
         raise ValueError(
-            f"data source {source.source!r} leaves no prompt: of {report.num_rows} rows "
-            f"{report.num_bad} are bad and {report.num_long} longer than "
-            f"data.train.max_tokens={limit} (the longest has {report.longest}); "
-            f"{report.num_elsewhere} are not in part {source.part}"
+            f"data source {source!r} ({key}) leaves no example of {num_rows} rows"
+            + (f": {reasons}" if reasons else "")
         )
-    if report.num_long:
-        log.warning(
-            "%s: %d of %d prompts are longer than data.train.max_tokens=%d (the longest has %d); "
-            "left out",
-            *(source.source, report.num_long, report.num_long + num_left, limit, report.longest),
-        )
-    if report.num_repeated:
-        log.warning(
-            "%s: %d prompts were there before; left out", source.source, report.num_repeated
-        )
+    line = f"{source} ({key}): {num_used} of {num_rows} rows are used"
+    if left_out:
+        line += f" (left out: {reasons})"
+    is_usual = all(why.startswith("not in") for why in left_out)
+    log.log(logging.INFO if is_usual else logging.WARNING, "%s", line, extra=ALIKE)

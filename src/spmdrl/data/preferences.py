@@ -76,6 +76,9 @@ class PairSet(Sequence[Pair]):
     def texts(self) -> list[str]:
         return [item.text for item in self._items]
 
+    def openings(self) -> list[str]:
+        return self.texts()
+
     def questions(self) -> list[str]:
         return self.texts()
 
@@ -166,6 +169,7 @@ def load_preferences(
 
     def make(row: Row) -> Example[Pair]:
         asked = read_answers(row, columns, source)
+        source.check_part(asked.text)
         chosen_text, rejected_text = asked.answers
         if not (chosen_text.strip() and rejected_text.strip()):
             raise Unusable(EMPTY_ANSWER)
@@ -175,11 +179,6 @@ def load_preferences(
         _, rejected = encoder.encode_last([*asked.messages, _said(rejected_text)], tools)
         if chosen == rejected:  # also where only the space around them differs
             raise Unusable("with equal answers")
-        longest = len(prompt) + max(len(chosen), len(rejected))
-        if source.max_tokens is not None and len(prompt) >= source.max_tokens:
-            raise Unusable(f"whose prompt leaves no room within max_tokens={source.max_tokens}")
-        if source.max_tokens is not None and longest > source.max_tokens:
-            raise Unusable(f"of more than max_tokens={source.max_tokens}")
         pair = Pair(
             text=asked.text,
             chosen_text=chosen_text,
@@ -190,7 +189,12 @@ def load_preferences(
             margin=margin,
             mark=read_mark(row),
         )
-        return Example(text=asked.text, prompt=prompt_key(asked.messages), item=pair)
+        return Example(
+            prompt=prompt_key(asked.messages),
+            item=pair,
+            tokens=len(prompt) + max(len(chosen), len(rejected)),
+            prompt_tokens=len(prompt),
+        )
 
     margins = [source.columns["margin"]] if "margin" in source.columns else []
     return PairSet(*read_examples(source, [*columns, *margins], make, encoder.template, report))

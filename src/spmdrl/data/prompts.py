@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Literal, overload
+from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -31,10 +28,9 @@ from spmdrl.data.examples import (
     reported,
     unreported,
 )
-from spmdrl.data.load_report import LoadReport, tell
+from spmdrl.data.load_report import LoadReport, joined, length_limit, tell
 from spmdrl.data.messages import (
     BadRow,
-    check_prompt_settings,
     checked_messages,
     opening,
     read_answers,
@@ -44,10 +40,9 @@ from spmdrl.data.messages import (
     waiting,
     with_system,
 )
+from spmdrl.data.prompt_source import PromptSource, needed_columns, with_task_columns
 from spmdrl.data.rows import Row, is_conversation, one_line
-from spmdrl.data.split import in_part, read_part
-
-log = logging.getLogger(__name__)
+from spmdrl.data.split import in_part
 
 ENCODE_ROWS = 1024  # texts handed to the tokenizer at a time
 
@@ -73,67 +68,6 @@ class Prompt:
     answer: str | None
     entry: Mapping[str, Any]
     tools: Sequence[Mapping[str, Any]] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptSource:
-    """Where prompts come from and how a row becomes one.
-
-    Args:
-        source: a .jsonl, .json (an object per line) or .parquet file, `hub:NAME`, or
-            `reasoning_gym:TASK`. Names of columns may be those of fields
-            (`reward_model.ground_truth`).
-        parameters: the task's parameters; arguments of `datasets.load_dataset` for `hub:`.
-        size: rows at most; None: all. A reasoning_gym task needs it.
-        seed: of a reasoning_gym task.
-        prompt_column: column of the question (a reasoning_gym task's is `question`): a text, or a
-            list of messages.
-        answer_column: column of the reference answer (`answer` there); None: there is none. Of a
-            conversation, as preference data have them, the last message is the answer; where it is
-            the prompt's column too, what precedes the answer is the prompt.
-        messages_column: column of a list of `{role, content}`, instead of the prompt column.
-        answer_pattern: regular expression found in the answer; its group 1 (or the whole match) is
-            the answer. GSM8K: `#### (.+)`.
-        template: text around a question that is a text, which replaces `{prompt}`.
-        system: system prompt; None: what the chat template does without one (some bring their own).
-        chat: through the tokenizer's chat template, or as raw text.
-        max_prompt_tokens: longer prompts are skipped, counted and logged; None: no limit.
-        on_bad_row: what a row that cannot be used is: an `error`, or counted, logged and left out.
-        unique: leave out prompts that were there before.
-        part: `all`, `2/3`: the second of three disjoint parts, or `2-3/4`, by prompt.
-        now: the time that a chat template is told.
-    """
-
-    source: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    size: int | None = None
-    seed: int = 0
-    prompt_column: str = "prompt"
-    answer_column: str | None = None
-    messages_column: str | None = None
-    answer_pattern: str | None = None
-    template: str = "{prompt}"
-    system: str | None = None
-    chat: bool = True
-    max_prompt_tokens: int | None = None
-    on_bad_row: Literal["error", "skip"] = "error"
-    unique: bool = False
-    part: str = "all"
-    now: datetime = field(default_factory=datetime.now, compare=False)
-
-    def __post_init__(self) -> None:
-        read_part(self.part)
-        check_prompt_settings(self)
-        if self.answer_pattern is not None:
-            try:
-                re.compile(self.answer_pattern)
-            except re.error as error:
-                raise ValueError(f"answer_pattern={self.answer_pattern!r}: {error}") from error
-        if self.messages_column is not None and (self.template != "{prompt}" or not self.chat):
-            raise ValueError(
-                f"messages_column={self.messages_column!r} takes whole conversations: it goes "
-                f"with chat=True (not {self.chat}) and no template (not {self.template!r})"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +124,12 @@ class PromptSet(Sequence[Prompt]):
         """The prompts' texts."""
         return [draft.text for draft in self._drafts]
 
+    def openings(self) -> list[str]:
+        """What the user says first, before any template: parts go by it."""
+        return [draft.opening for draft in self._drafts]
+
     def identities(self) -> Sequence[Hashable]:
-        return self.texts()
+        return [(draft.opening, draft.text) for draft in self._drafts]
 
     def marks(self) -> list[bytes]:
         return [draft.mark for draft in self._drafts]
@@ -209,9 +147,9 @@ class PromptSet(Sequence[Prompt]):
         )
 
     def questions(self) -> list[str]:
-        """What tells two questions apart: the text; of a reasoning_gym task that records the
-        `expression` it asks for, that expression, since the words around it vary ("What is 2 + 3?",
-        "Compute 2 + 3.").
+        """What tells two questions apart: the text; of several turns, what the user says first; of
+        a reasoning_gym task that records the `expression` it asks for, that expression, since the
+        words around it vary ("What is 2 + 3?", "Compute 2 + 3.").
         """
         return [_question(draft) for draft in self._drafts]
 
@@ -231,19 +169,11 @@ class PromptSet(Sequence[Prompt]):
 
 def join_prompts(sets: Sequence[PromptSet]) -> PromptSet:
     """The prompts of all sets, one set after the other."""
-    reports = [part.report for part in sets]
     return PromptSet(
         [draft for part in sets for draft in part._drafts],
         np.concatenate([np.empty(0, np.int32), *(part._tokens for part in sets)]),
         np.concatenate([np.empty(0, np.int64), *(part.lengths for part in sets)]),
-        LoadReport(
-            num_rows=sum(r.num_rows for r in reports),
-            num_bad=sum(r.num_bad for r in reports),
-            num_long=sum(r.num_long for r in reports),
-            longest=max((r.longest for r in reports), default=0),
-            num_repeated=sum(r.num_repeated for r in reports),
-            num_elsewhere=sum(r.num_elsewhere for r in reports),
-        ),
+        joined([part.report for part in sets]),
     )
 
 
@@ -260,27 +190,30 @@ def load_prompts(
             bad row (file and line are named) where `on_bad_row` is `error`, or leaves no prompt.
     """
     check_chat_template(source.source, tokenizer, chat=source.chat)
-    source = _with_task_columns(source)
+    source = with_task_columns(source)
     rows = all_rows(source, seed=source.seed, report=report)
-    check_columns(source.source, _needed(source), rows)
+    check_columns(source.source, needed_columns(source, rows), rows)
     has_tools = source.chat and writes_tools(tokenizer)
     template = templates(tokenizer) if source.chat else None
     tell_of_tools(source.source, rows, template)
-    tell_of_keys(source.source, rows, _needed(source), template)
+    tell_of_keys(source.source, rows, needed_columns(source, rows), template)
     drafts: list[_Draft] = []
     texts: list[str] = []
     seen: set[str] = set()
     unwritten: list[str] = []
     num_bad = num_repeated = num_elsewhere = 0
+    malformed: str | None = None
     for row in reported(rows, report):
         try:
             draft = _draft(row, source, has_tools=has_tools)
-            text = _render(draft, source, tokenizer)
+            is_here = in_part(draft.opening, source.part)
+            text = _render(draft, source, tokenizer) if is_here else ""
         except BadRow as error:
-            leave_out(row, error, source.on_bad_row)
             num_bad += 1
+            malformed = malformed or f"{row.place}: {error}"
+            leave_out(row, error, source.on_bad_row, num_bad)
             continue
-        if not in_part(draft.opening, source.part):
+        if not is_here:
             num_elsewhere += 1
         elif source.unique and text in seen:
             num_repeated += 1
@@ -297,8 +230,8 @@ def load_prompts(
         len(drafts),
     )
     lengths, tokens = _encode(texts, source, tokenizer, report)
-    limit = source.max_prompt_tokens
-    fits = [i for i, length in enumerate(lengths) if limit is None or length <= limit]
+    limit = length_limit(lengths.tolist(), source)
+    fits = [i for i, length in enumerate(lengths) if limit is None or length <= limit.tokens]
     done = LoadReport(
         num_rows=len(rows),
         num_bad=num_bad,
@@ -307,25 +240,17 @@ def load_prompts(
         num_repeated=num_repeated,
         num_elsewhere=num_elsewhere,
     )
-    tell(done, source, num_left=len(fits))
-    return PromptSet(drafts, tokens, lengths, done).subset(fits)
-
-
-def _with_task_columns(source: PromptSource) -> PromptSource:
-    if not source.source.startswith("reasoning_gym:"):
-        return source
-    columns = {"prompt_column": "question", "answer_column": "answer", "messages_column": None}
-    return PromptSource(**{**vars(source), **columns})
-
-
-def _needed(source: PromptSource) -> dict[str, str]:
-    """Column -> the key that names it."""
-    needed = {source.prompt_column: "prompt_column"}
-    if source.messages_column is not None:
-        needed = {source.messages_column: "messages_column"}
-    return needed | (
-        {} if source.answer_column is None else {source.answer_column: "answer_column"}
+    left_out = done.left_out(source.part, limit)
+    tell(
+        source.source,
+        source.key,
+        num_rows=len(rows),
+        num_used=len(fits),
+        left_out=left_out,
+        longest=done.longest,
+        malformed=malformed,
     )
+    return PromptSet(drafts, tokens, lengths, done).subset(fits)
 
 
 def _draft(row: Row, source: PromptSource, *, has_tools: bool) -> _Draft:
@@ -363,7 +288,9 @@ def _question(draft: _Draft) -> str:
         expression = draft.row.values["metadata"].get("expression")
         if isinstance(expression, str):
             return expression
-    return draft.text
+    # the last turn of many conversations is the same: "Go on."
+    is_one_turn = sum(message["role"] == "user" for message in draft.messages) <= 1
+    return draft.text if is_one_turn else draft.opening
 
 
 def _render(draft: _Draft, source: PromptSource, tokenizer: Tokenizer) -> str:

@@ -17,6 +17,9 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from spmdrl.amounts import Amount, count_of
+from spmdrl.observe.log import ALIKE
+
 log = logging.getLogger(__name__)
 
 PLACES = 2**64
@@ -31,6 +34,10 @@ class Divisible(Protocol):
 
     def texts(self) -> list[str]:
         """The prompts' texts: what must not be on both sides of a division."""
+        ...
+
+    def openings(self) -> list[str]:
+        """What the user says first: parts, and overlaps of sources of their own, go by it."""
         ...
 
     def identities(self) -> Sequence[Hashable]:
@@ -53,28 +60,33 @@ class Split(Generic[S]):
     note: str
 
 
-def split_examples(examples: S, *, num_held_out: int, seed: int = 0) -> Split[S]:
-    """Hold out at least `num_held_out` examples: all those of some prompts; the others train.
+def split_examples(
+    examples: S, *, held_out: Amount, seed: int = 0, at_most: int | None = None
+) -> Split[S]:
+    """Hold out all examples of some prompts, at least so many; the others train.
 
     Which prompts depends on the seed and their texts alone.
+
+    Args:
+        held_out: a count, or a share of the examples.
+        at_most: a bound on what a share comes to; None: none.
 
     Raises:
         ValueError: nothing would be left to train on.
     """
     texts = examples.texts()
     counts = Counter(texts)
+    wanted = count_of(held_out, len(texts), at_most)
     held: set[str] = set()
     total = 0
     for text in sorted(counts, key=lambda text: _draw(seed, text)):
-        if total >= num_held_out:
+        if total >= wanted:
             break
         held.add(text)
         total += counts[text]
-    if num_held_out < 1 or total < num_held_out or len(held) == len(counts):
-        raise ValueError(
-            f"{len(texts)} examples have {len(counts)} prompts: "
-            f"evaluation.held_out={num_held_out} must be positive and leave a prompt to train on"
-        )
+    if wanted < 1 or total < wanted or len(held) == len(counts):
+        there = f"{len(texts)} examples have {len(counts)} prompts"
+        raise _nothing_left(there, held_out, "prompt")
     note = (
         f"{len(texts)} examples have {len(counts)} prompts: {len(held)} are held out ({total} "
         f"examples), {len(counts) - len(held)} train ({len(texts) - total} examples)"
@@ -87,12 +99,16 @@ def split_examples(examples: S, *, num_held_out: int, seed: int = 0) -> Split[S]
     )
 
 
-def split(prompts: S, *, num_held_out: int, seed: int = 0) -> Split[S]:
-    """Hold out `num_held_out` distinct prompts; all rows that ask other questions train.
+def split(prompts: S, *, held_out: Amount, seed: int = 0, at_most: int | None = None) -> Split[S]:
+    """Hold out so many distinct prompts; all rows that ask other questions train.
 
     Which questions depends on the seed and the questions alone, not on how many rows are read nor
     on their order. Where one question has several texts, all of them are held out (of the last
     question, as many as are wanted), each once.
+
+    Args:
+        held_out: a count, or a share of the distinct prompts.
+        at_most: a bound on what a share comes to; None: none.
 
     Raises:
         ValueError: nothing would be left to train on.
@@ -101,20 +117,19 @@ def split(prompts: S, *, num_held_out: int, seed: int = 0) -> Split[S]:
     rows: dict[str, dict[str, int]] = {}  # question -> text -> its first row
     for i, (question, text) in enumerate(zip(questions, texts, strict=True)):
         rows.setdefault(question, {}).setdefault(text, i)
+    num_texts = sum(map(len, rows.values()))
+    wanted = count_of(held_out, num_texts, at_most)
     held: set[str] = set()
     kept: list[int] = []
     for question in sorted(rows, key=lambda question: _draw(seed, question)):
-        if len(kept) >= num_held_out:
+        if len(kept) >= wanted:
             break
         held.add(question)
         by_text = rows[question]
-        kept += [by_text[text] for text in sorted(by_text)][: num_held_out - len(kept)]
-    if num_held_out < 1 or len(kept) < num_held_out or len(held) == len(rows):
-        raise ValueError(
-            f"{len(prompts)} prompts hold {len(rows)} distinct questions with "
-            f"{sum(map(len, rows.values()))} texts: evaluation.held_out={num_held_out} must be "
-            "positive and leave a question to train on"
-        )
+        kept += [by_text[text] for text in sorted(by_text)][: wanted - len(kept)]
+    if wanted < 1 or len(kept) < wanted or len(held) == len(rows):
+        there = f"{len(prompts)} prompts hold {len(rows)} distinct questions with {num_texts} texts"
+        raise _nothing_left(there, held_out, "question")
     train = [i for i, question in enumerate(questions) if question not in held]
     note = (
         f"{len(texts)} prompts hold {len(rows)} distinct questions: {len(held)} are held out "
@@ -124,19 +139,41 @@ def split(prompts: S, *, num_held_out: int, seed: int = 0) -> Split[S]:
     return Split(train=prompts.subset(train), held_out=prompts.subset(sorted(kept)), note=note)
 
 
-def without_overlap(held_out: S, training_texts: Collection[str]) -> tuple[S, str]:
+def _nothing_left(there: str, held_out: Amount, what: str) -> ValueError:
+    return ValueError(
+        f"{there}: evaluation.held_out={held_out} must be positive and leave a {what} to train "
+        "on: lower it, give it as a share (10%), or bring more rows"
+    )
+
+
+def limited(examples: S, count: int | None, *, seed: int = 0) -> S:
+    """So many of the examples, in their order; None: all.
+
+    Which ones depends on the seed and their texts alone: those of some prompts, and of the last of
+    these as many as there is room for.
+    """
+    if count is None or len(examples) <= count:
+        return examples
+    texts = examples.openings()
+    drawn = {text: _draw(seed, text) for text in set(texts)}
+    chosen = sorted(range(len(texts)), key=lambda i: drawn[texts[i]])[:count]
+    return examples.subset(sorted(chosen))
+
+
+def without_overlap(held_out: S, trained_openings: Collection[str]) -> tuple[S, str]:
     """The items of a separate held-out source whose prompts are not trained on; a note.
 
-    Each once; pairs of one prompt are all kept, unless they are the same pair. Goes by the text:
-    of a task that asks one question in several ways, `split` one source instead.
+    Each once; pairs of one prompt are all kept, unless they are the same pair. Goes by what the
+    user says first: of a task that asks one question in several ways, `split` one source instead.
 
     Raises:
         ValueError: none is left (the task space is too small for a source of its own: use `split`).
     """
-    trained = set(training_texts)
+    trained = set(trained_openings)
     first: dict[Hashable, int] = {}
-    for i, (text, identity) in enumerate(zip(held_out.texts(), held_out.identities(), strict=True)):
-        if text not in trained:
+    pairs = zip(held_out.openings(), held_out.identities(), strict=True)
+    for i, (opening, identity) in enumerate(pairs):
+        if opening not in trained:
             first.setdefault(identity, i)
     kept = list(first.values())
     if not kept:
@@ -149,7 +186,7 @@ def without_overlap(held_out: S, training_texts: Collection[str]) -> tuple[S, st
         "come twice"
     )
     if len(kept) < len(held_out):
-        log.warning("%s", note)
+        log.warning("%s", note, extra=ALIKE)
     return held_out.subset(kept), note
 
 

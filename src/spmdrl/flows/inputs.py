@@ -16,13 +16,9 @@ from spmdrl.data.conversations import ConversationSet, load_conversations
 from spmdrl.data.encode import tells_time
 from spmdrl.data.examples import ExampleSource, Report, unreported
 from spmdrl.data.preferences import PairSet, load_preferences
-from spmdrl.data.prompts import (
-    PromptSet,
-    PromptSource,
-    join_prompts,
-    load_prompts,
-)
-from spmdrl.data.split import split, split_examples, without_overlap
+from spmdrl.data.prompt_source import PromptSource
+from spmdrl.data.prompts import PromptSet, join_prompts, load_prompts
+from spmdrl.data.split import limited, split, split_examples, without_overlap
 from spmdrl.engines import is_vllm
 from spmdrl.flows.response_ends import check_ends, check_lengths
 from spmdrl.models.config import ModelConfig
@@ -99,21 +95,19 @@ def read_inputs(
     now = clock() if is_dated else datetime.now()
     reading = Reading(tokenizer=tokenizer, now=now, report=report)
     sections = train_sources(config)
-    sources = [load_data(section, kind, reading) for section in sections]
+    keys = ["data.train", *(f"data.mix.{i}" for i in range(len(sections) - 1))]
+    sources = [load_data(*given, kind, reading) for given in zip(keys, sections, strict=True)]
     held_out: dict[str, AnySet] = {}
-    if config.evaluation.held_out > 0:
+    evaluation, seed = config.evaluation, config.seed
+    if evaluation.held_out:
         divide = split if kind == "prompts" else split_examples
-        whole = join_sets(sources)
-        parts = divide(whole, num_held_out=config.evaluation.held_out, seed=config.seed)
-        held_out[HELD_OUT] = parts.held_out
+        most = None if isinstance(evaluation.held_out, int) else evaluation.max_items
+        parts = divide(join_sets(sources), held_out=evaluation.held_out, seed=seed, at_most=most)
+        held_out[HELD_OUT] = limited(parts.held_out, most, seed=seed)
         sources = [without_questions(source, parts.held_out) for source in sources]
     train = join_sets(sources)
-    held_out |= read_held_out(held_out_sets(config), kind, reading, train.texts())
-    if len(train) < config.data.prompts_per_step:
-        raise ValueError(
-            f"data.prompts_per_step={config.data.prompts_per_step}, but data.train has "
-            f"{len(train)} {kind} ({config.data.train.source})"
-        )
+    held_out |= read_held_out(held_out_sets(config), kind, reading, train.openings(), seed)
+    check_enough(config, train, held_out.get(HELD_OUT))
     return Inputs(
         tokenizer=tokenizer,
         texts=token_texts(tokenizer, chat=uses_chat(config)),
@@ -138,20 +132,43 @@ def read_held_out(
     kind: DataKind,
     reading: Reading,
     trained: Sequence[str],
+    seed: int,
 ) -> dict[str, AnySet]:
-    """The sets that have data of their own, without the questions whose texts are trained on.
+    """The sets that have data of their own, without the questions that are trained on.
 
     Args:
         kind: of sets that say none.
+        trained: what the user says first in what is trained on.
+        seed: of the choice among more than a set's `max_items`.
     """
     found: dict[str, AnySet] = {}
     for name, described in sets.items():
         if described.data is None:
             continue
-        own = load_data(described.data, described.kind or kind, reading)
-        found[name], note = without_overlap(own, trained)
+        where = f"evaluation.sets.{name}.data"
+        own = load_data(where, described.data, described.kind or kind, reading)
+        kept, note = without_overlap(own, trained)
+        found[name] = limited(kept, described.max_items, seed=seed)
+        if len(found[name]) < len(kept):
+            note += f"; {len(found[name])} of them are evaluated (evaluation.max_items)"
         log.info("evaluation.sets.%s: %s", name, note)
     return found
+
+
+def check_enough(config: Config, train: AnySet, held_out: AnySet | None) -> None:
+    """ValueError where there are fewer items than a step draws.
+
+    Args:
+        held_out: what was kept out of the training data; None: nothing.
+    """
+    wanted, kind = config.data.prompts_per_step, config.data_kind()
+    if len(train) >= wanted:
+        return
+    text = f"data.prompts_per_step={wanted}, but data.train has {len(train)} {kind}"
+    if held_out is not None:
+        amount = config.evaluation.held_out
+        text += f" beside {len(held_out)} that are held out (evaluation.held_out={amount})"
+    raise ValueError(f"{text} ({config.data.train.source}): lower it, or bring more rows")
 
 
 def without_questions(data: AnySet, held_out: AnySet) -> AnySet:
@@ -172,17 +189,20 @@ def join_sets(sets: Sequence[AnySet]) -> AnySet:
     return ConversationSet([item for s in sets if isinstance(s, ConversationSet) for item in s])
 
 
-def load_data(section: PromptsSection, kind: DataKind, reading: Reading) -> AnySet:
-    """The set that a section describes."""
+def load_data(key: str, section: PromptsSection, kind: DataKind, reading: Reading) -> AnySet:
+    """The set that a section, which stands under `key`, describes."""
     tokenizer, report = reading.tokenizer, reading.report
+    if kind == "prompts":
+        return load_prompts(prompt_source(section, reading.now, key), tokenizer, report)
+    source = example_source(section, reading.now, key)
     if kind == "conversations":
-        return load_conversations(example_source(section, reading.now), tokenizer, report)
-    if kind == "preferences":
-        return load_preferences(example_source(section, reading.now), tokenizer, report)
-    return load_prompts(prompt_source(section, reading.now), tokenizer, report)
+        return load_conversations(source, tokenizer, report)
+    return load_preferences(source, tokenizer, report)
 
 
-def example_source(section: PromptsSection, now: datetime) -> ExampleSource:
+def example_source(
+    section: PromptsSection, now: datetime, key: str = "data.train"
+) -> ExampleSource:
     parameters = {"split": section.split} if section.source.startswith("hub:") else {}
     return ExampleSource(
         source=section.source,
@@ -194,14 +214,16 @@ def example_source(section: PromptsSection, now: datetime) -> ExampleSource:
         system=section.system,
         chat=section.chat,
         max_tokens=section.max_tokens,
+        keep_shortest=section.keep_shortest,
         on_bad_row=section.on_bad_row,
         unique=section.unique,
         part=section.part,
         now=now,
+        key=key,
     )
 
 
-def prompt_source(section: PromptsSection, now: datetime) -> PromptSource:
+def prompt_source(section: PromptsSection, now: datetime, key: str = "data.train") -> PromptSource:
     parameters = dict(section.task)
     if section.source.startswith("hub:"):
         parameters.setdefault("split", section.split)
@@ -217,11 +239,13 @@ def prompt_source(section: PromptsSection, now: datetime) -> PromptSource:
         system=section.system,
         chat=section.chat,
         max_prompt_tokens=section.max_tokens,
+        keep_shortest=section.keep_shortest,
         on_bad_row=section.on_bad_row,
         unique=section.unique,
         part=section.part,
         messages_column=section.columns.get("messages"),
         now=now,
+        key=key,
     )
 
 

@@ -32,7 +32,7 @@ from spmdrl.launch import World, seed_everything
 from spmdrl.models.token_texts import token_texts
 from spmdrl.models.tokenizers import load_tokenizer
 from spmdrl.observe.metrics import MetricsWriter
-from spmdrl.observe.progress import Relay
+from spmdrl.observe.progress import Relay, TimedLines
 from spmdrl.placement import place_roles
 from spmdrl.rewards.server import RewardServer
 from spmdrl.roles import Generation, Rollout
@@ -87,10 +87,11 @@ def evaluation_inputs(config: Config) -> Inputs:
             "evaluation.held_out to keep questions out of data.train"
         )
     if any(d.data is None for d in prompts.values()):
-        return read_inputs(config, kind)
+        return read_inputs(config, kind, TimedLines("the data"))
     tokenizer = load_tokenizer(config.model.path)
     now = datetime.now()
-    held_out = read_held_out(prompts, kind, Reading(tokenizer=tokenizer, now=now), ())
+    reading = Reading(tokenizer=tokenizer, now=now, report=TimedLines("the data"))
+    held_out = read_held_out(prompts, kind, reading, (), config.seed)
     return Inputs(
         tokenizer=tokenizer,
         texts=token_texts(tokenizer, chat=uses_chat(config)),
@@ -118,9 +119,10 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
         source=prompts_file,
         answer_column=None,
         size=None,
+        keep_shortest="100%",
         parameters={},
     )
-    prompts = load_prompts(source, tokenizer)
+    prompts = load_prompts(source, tokenizer, TimedLines("the prompts"))
     inputs = Inputs(
         tokenizer=tokenizer,
         texts=token_texts(tokenizer, chat=uses_chat(config)),

@@ -10,19 +10,24 @@ from spmdrl.observe.progress import write_line
 
 PACKAGE = "spmdrl"
 
+ALIKE = {"alike": True}
+"""`extra` of a record that every rank makes alike, of the files that all read: rank 0 shows it."""
+
 
 class RankHandler(logging.Handler):
     """Writes records to a stream, above open progress bars."""
 
     def __init__(self, rank: int, stream: TextIO) -> None:
         super().__init__()
-        self._stream = stream
+        self._rank, self._stream = rank, stream
         prefix = "" if rank == 0 else f"[rank {rank}] "
         self.setFormatter(
             logging.Formatter(f"{prefix}%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
         )
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self._rank and "alike" in vars(record):
+            return
         write_line(self.format(record), self._stream)
 
 

@@ -1,7 +1,7 @@
-"""Progress bars: one for the run, one within a long phase; on rank 0's terminal only.
+"""Progress of long work: bars on rank 0's terminal, or a line in its log now and then.
 
-If the stream is not a terminal (a log file, a Slurm job), no bar is drawn. Long work before the
-first step is reported in the log (`TimedLines`).
+If the stream is not a terminal (a log file, a Slurm job), no bar is drawn, and the log reports how
+far a long phase is. Long work before the first step is reported there in any case (`TimedLines`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ def phase_bar(
         stream: stream to draw on; None: stderr.
     """
     stream = sys.stderr if stream is None else stream
-    if not shows(is_first=is_first, stream=stream):
+    if not is_first:
         yield lambda done, total: None
+        return
+    if not stream.isatty():
+        yield Lines(name, unit=unit)
         return
     with tqdm(desc=name, unit=unit, file=stream, leave=False, dynamic_ncols=True) as bar:
 
@@ -43,8 +46,33 @@ def phase_bar(
         yield report
 
 
+EVERY_S = 30.0
+"""Least number of seconds between two lines."""
+
+
+class Lines:
+    """Logs the progress of a phase now and then.
+
+    Args:
+        name: name of the phase.
+        unit: unit of the counts.
+        every_s: least number of seconds between two lines.
+    """
+
+    def __init__(self, name: str, *, unit: str = "rows", every_s: float = EVERY_S) -> None:
+        self._name, self._unit, self._every_s = name, unit, every_s
+        self._began = self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._said < self._every_s:
+            return
+        self._said = now
+        log.info("%s: %d of %d %s, %d s", self._name, done, total, self._unit, now - self._began)
+
+
 class TimedLines:
-    """Logs the progress of long work now and then.
+    """Logs the progress of long reading now and then.
 
     Args:
         what: what is being read, for the log line.
@@ -52,7 +80,9 @@ class TimedLines:
         every_s: least number of seconds between two lines.
     """
 
-    def __init__(self, what: str, beat: Callable[[], None], every_s: float = 30.0) -> None:
+    def __init__(
+        self, what: str, beat: Callable[[], None] = lambda: None, every_s: float = EVERY_S
+    ) -> None:
         self._what, self._beat, self._every_s = what, beat, every_s
         self._said = time.monotonic()
 
@@ -66,7 +96,7 @@ class TimedLines:
 
 
 class Relay:
-    """Passes the progress of work inside a phase to the open bar, if there is one."""
+    """Passes the progress of work inside a phase to its bar or its lines, if there is a phase."""
 
     def __init__(self, *, is_first: bool) -> None:
         self._is_first = is_first
@@ -85,11 +115,6 @@ class Relay:
     def report(self, done: int, total: int) -> None:
         if self._report is not None:
             self._report(done, total)
-
-
-def shows(*, is_first: bool, stream: TextIO) -> bool:
-    """Whether a bar is drawn: only on the first rank, and only where a person can see it move."""
-    return is_first and stream.isatty()
 
 
 def write_line(line: str, stream: TextIO | None = None) -> None:

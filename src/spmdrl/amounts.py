@@ -1,0 +1,57 @@
+"""How many of something: a count, or a share (`10%`) of however many there are."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
+
+Amount = int | str
+"""A count, or a share as `share_text` writes it; 0 is none."""
+
+
+def read_amount(value: Any) -> Amount:
+    """A count or a share as a configuration gives it.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    text = value.strip() if isinstance(value, str) else ""
+    if re.fullmatch("[0-9]+", text):
+        return int(text)
+    if (found := _SHARE.fullmatch(text)) is None or not float(found[1]) <= 100:
+        raise ValueError("write a count (128), or a share of what there is (10%)")
+    return share_text(float(found[1])) if float(found[1]) else 0
+
+
+def read_share(value: Any) -> str:
+    """A share above 0 as a configuration gives it. ValueError: it is none."""
+    found = _SHARE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if found is None or not 0 < float(found[1]) <= 100:
+        raise ValueError("write a share, above 0% and at most 100%")
+    return share_text(float(found[1]))
+
+
+def share_text(percent: float) -> str:
+    """As shares are written: `10%`, `2.5%`."""
+    return f"{percent:g}%"
+
+
+def share_of(share: str) -> float:
+    """`10%` as 0.1."""
+    return float(share.removesuffix("%")) / 100
+
+
+def count_of(amount: Amount, total: int, at_most: int | None = None) -> int:
+    """How many of `total` that is: of a share to the nearest, and at least one.
+
+    Args:
+        at_most: a bound on what a share comes to; None: none.
+    """
+    if isinstance(amount, int):
+        return amount
+    count = max(1, round(share_of(amount) * total))
+    return count if at_most is None else min(count, at_most)

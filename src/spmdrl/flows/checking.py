@@ -1,0 +1,70 @@
+"""`spmdrl check`: whether a run would start, found out by one process without starting it.
+
+What `spmdrl train` refuses before it computes is refused here: keys, roles that do not fit the
+ranks, models that cannot be read or do not fit each other, data that lack rows, columns or room.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from spmdrl.assemble import open_models
+from spmdrl.config import Config
+from spmdrl.config_doubts import doubts
+from spmdrl.engines import check_installed
+from spmdrl.flows.inputs import Inputs, check_models, read_inputs
+from spmdrl.flows.start import find_flow, make_stream
+from spmdrl.observe.progress import TimedLines
+from spmdrl.placement import place_roles
+from spmdrl.role_plan import plan_roles
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A configuration that a run would start with, and what that run would read."""
+
+    config: Config
+    inputs: Inputs
+
+    @property
+    def mean_tokens(self) -> float:
+        """Of the training data's items: of a prompt, a conversation, a pair (its prompt once)."""
+        train = self.inputs.train
+        return sum(len(ids) for ids in train.ids()) / len(train)
+
+    def describe(self) -> str:
+        """One line: what a step draws of how many items, and what is held out."""
+        data, train = self.config.data, self.inputs.train
+        text = (
+            f"{len(train)} {self.config.data_kind()} of {self.mean_tokens:.0f} tokens on average, "
+            f"data.prompts_per_step={data.prompts_per_step}, steps={self.config.steps}"
+        )
+        held_out = ", ".join(f"{len(own)} in {name}" for name, own in self.inputs.held_out.items())
+        return f"{text}; held out: {held_out or 'nothing'}"
+
+
+def check(config: Config, num_ranks: int) -> Checked:
+    """Read all that a run on so many ranks of one machine would read but the weights.
+
+    Raises:
+        ValueError: what such a run would refuse.
+    """
+    find_flow(config.flow)
+    placements = place_roles(config, num_ranks, num_ranks)
+    models = open_models(config, placements)
+    shapes = {name: model.config for name, model in models.items()}
+    on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    plan_roles(config, placements, shapes, ["cuda" if on_cuda else "cpu"] * num_ranks, num_ranks)
+    for name, shape in shapes.items():
+        check_installed(config, name, shape)
+    inputs = read_inputs(config, config.data_kind(), TimedLines("the data"))
+    check_models(config, inputs, shapes)
+    make_stream(config, inputs)
+    for doubt in doubts(config):
+        log.warning("%s", doubt)
+    return Checked(config=config, inputs=inputs)
