@@ -15,6 +15,7 @@ DONE: list[str] = [
     "memory",
     "observe",
     "training",
+    "weights",
 ]  # packages, and loose modules with their ".py"
 
 OPENING = re.compile(r"(Of|What|How|Which|Where|Who|From|For|With|As|In|By|To)\b")

@@ -1,7 +1,7 @@
-"""Cells: a tensor cut at every boundary of both layouts, and who holds and who wants each box.
+"""Cells: boxes of a tensor cut at every boundary of both layouts, with their holders and takers.
 
 Layers are alike, and so are their cells: tensors with the same cuts share one list (a pattern), so
-that a plan costs what one layer costs.
+a plan costs as much as one layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from spmdrl.weights.layout import Naming, Table, WeightLayout, naming_of
 from spmdrl.weights.routes import Ranks
 
 Point = tuple[int, ...]
-"""One index for each dim."""
+"""One index per dim."""
 
 Cut = tuple[Point, Point, torch.dtype, Ranks]
 """Start, stop, dtype, and the ranks that have (or want) this box."""
@@ -27,12 +27,12 @@ Cut = tuple[Point, Point, torch.dtype, Ranks]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A box `[start, stop)` of a tensor, whole within every slice that touches it.
+    """A box `[start, stop)` of a tensor, which no slice cuts.
 
     Args:
-        dtype: as it travels.
+        dtype: dtype in which it is sent.
         holders: ranks of the source that hold it.
-        wanting: ranks of the target that want it, as `dtype`.
+        wanting: ranks of the target that want it in `dtype`.
     """
 
     start: Point
@@ -49,7 +49,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Cuts:
-    """What both layouts make of one tensor; tensors with equal cuts move alike."""
+    """One tensor's boxes in both layouts; tensors with equal cuts move alike."""
 
     shape: Point
     frozen: bool
@@ -94,7 +94,7 @@ def cells_of(name: str, cuts: Cuts) -> tuple[Cell, ...]:
     """The cells that some rank wants, in row-major order.
 
     Raises:
-        ValueError: the source lacks one, or holds it in several dtypes.
+        ValueError: the source lacks a cell, or holds one in several dtypes.
     """
     grid = [_boundaries(cuts, dim) for dim in range(len(cuts.shape))]
     held = _by_cell(cuts.source, grid)
@@ -121,7 +121,7 @@ def cells_of(name: str, cuts: Cuts) -> tuple[Cell, ...]:
 
 
 def split_cells(cells: Iterable[Cell], most_bytes: int) -> tuple[Cell, ...]:
-    """Cells of at most `most_bytes` (or one index), so ordered that all holders begin at once."""
+    """Split cells to `most_bytes` (or one index), ordered so that all holders can start at once."""
     chunks: list[tuple[float, int, Cell]] = []
     for number, cell in enumerate(cells):
         dim = next((d for d, (a, b) in enumerate(_ranges(cell)) if b - a > 1), 0)
@@ -145,7 +145,7 @@ def split_cells(cells: Iterable[Cell], most_bytes: int) -> tuple[Cell, ...]:
 
 
 def needed_bytes(cuts: Cuts, cells: Sequence[Cell]) -> int:
-    """What target ranks want and do not hold, each in the (widest) dtype that it wants."""
+    """Bytes that target ranks want and do not hold, each in the (widest) dtype that it wants."""
     lacking = [(cell, set(cell.wanting).difference(cell.holders)) for cell in cells]
     sizes = {dtype.itemsize for _, _, dtype, _ in cuts.target}
     if len(sizes) == 1:
@@ -163,7 +163,7 @@ def needed_bytes(cuts: Cuts, cells: Sequence[Cell]) -> int:
 
 @dataclass(frozen=True)
 class _Group:
-    """Ranks that have the same table and leave the same local names of it out."""
+    """Ranks that have the same table and omit the same local names of it."""
 
     table: Table
     naming: Naming
@@ -172,7 +172,7 @@ class _Group:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Groups with equal ones name their tensors alike."""
+        """Key of the group; groups with equal keys name their tensors alike."""
         return id(self.naming), id(self.left_out)
 
 
@@ -190,7 +190,7 @@ def _group(tables: Iterable[tuple[Table, frozenset[str], int]]) -> list[_Group]:
 
 
 def _first_alike(groups: Iterable[_Group]) -> dict[str, str]:
-    """Name -> the first one that is of the same kinds in all tables, in order."""
+    """Name -> the first name with the same kinds in all tables, in order."""
     kinds: dict[str, list[tuple[int, Hashable, int]]] = {}
     for number, group in enumerate({group.key: group for group in groups}.values()):
         for local_name, (kind, names) in group.naming.items():
@@ -204,8 +204,8 @@ def _first_alike(groups: Iterable[_Group]) -> dict[str, str]:
 def _distinct(
     groups: Iterable[_Group], firsts: Mapping[str, str]
 ) -> dict[str, tuple[Point, Boxes, bool]]:
-    """Of the first of each kind: its global shape, its distinct boxes with the ranks that have
-    them, and whether it is frozen.
+    """Global shape, distinct boxes with the ranks that have them, and whether it is frozen, of the
+    first tensor of each kind, by its name.
     """
     found: dict[str, tuple[Point, Boxes, bool]] = {}
     visited: dict[tuple[int, int], list[str]] = {}
@@ -259,7 +259,7 @@ def _by_dtype(
     wishes: Sequence[tuple[torch.dtype, Ranks]],
     unions: dict[tuple[Ranks, ...], Ranks],
 ) -> list[tuple[torch.dtype, Ranks]]:
-    """What travels, and to whom: the wanted dtype where that is narrower, else the source's."""
+    """Dtypes that travel, and to whom: the wanted dtype if it is narrower, else the source's."""
     dtypes = {dtype for dtype, _ in wishes}
     if len(dtypes) == 1:
         [wish] = dtypes
@@ -271,7 +271,7 @@ def _by_dtype(
             by_rank.setdefault(rank, set()).add(dtype)
     travels: dict[torch.dtype, list[int]] = {}
     for rank, wanted in by_rank.items():
-        # a rank that wants the box in several dtypes gets it once, with all its digits
+        # a rank that wants the box in several dtypes gets it once, in full precision
         one = next(iter(wanted)) if len(wanted) == 1 else source
         travels.setdefault(one if one.itemsize < source.itemsize else source, []).append(rank)
     return [(dtype, tuple(sorted(ranks))) for dtype, ranks in travels.items()]

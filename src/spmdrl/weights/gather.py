@@ -1,4 +1,4 @@
-"""Whole tensors on one rank, one after the other, from any layout: for Hugging Face exports."""
+"""Whole tensors on one rank, one after the other, from any layout, for Hugging Face exports."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from spmdrl.weights.layout import LocalTensors, WeightLayout, key, local_box
 def full_tensors(
     source: WeightLayout, tensors: LocalTensors | None, *, to_rank: int = 0
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """Every global tensor in turn on `to_rank` (None elsewhere), assembled on the host.
+    """Yield every global tensor in turn on `to_rank` (None elsewhere), assembled on the host.
 
-    All ranks of the world iterate together. At most one whole tensor is held at a time.
+    All ranks of the world iterate together. At most one whole tensor is in memory at a time.
     """
     rank = dist.get_rank()
     table = tensors or {}
     by_name: dict[str, list[tuple[int, str, Slice]]] = {}
     seen: set[Slice] = set()
-    # the receiving rank's own slices first: what it holds needs no message
+    # the receiving rank's own slices first: they need no message
     for holder in sorted(source, key=lambda r: (r != to_rank, r)):
         for local_name, held in source[holder].items():
             for piece in held.slices:

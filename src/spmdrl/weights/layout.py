@@ -1,7 +1,7 @@
-"""`WeightLayout`: what every rank holds of a model, as slices of the Hugging Face name space.
+"""`WeightLayout`: every rank's tensors of a model, as slices of the Hugging Face name space.
 
-Layouts are pure functions of a model's shapes and a mesh's degrees: every rank knows what every
-other rank holds, and a plan can be made (and printed) where no process runs.
+Layouts are pure functions of a model's shapes and a mesh's degrees: every rank knows the tensors of
+every other rank, and a plan can be made (and printed) without any process.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from spmdrl.models.sharding import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Held:
-    """One local tensor: its shape, dtype, and the slices that lie in it.
+    """One local tensor: its shape, dtype, and the slices in it.
 
     Rows that no slice covers are padding (of a vocabulary, say). Experts that are stacked in one
-    tensor are slices below each other.
+    tensor are slices one below the other.
 
     Args:
-        frozen: the values never change: they move in the first sync alone.
+        frozen: the values never change: syncs after the first can omit them.
     """
 
     shape: tuple[int, ...]
@@ -46,27 +46,27 @@ class Held:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def is_like(self, other: Held) -> bool:
-        """Whether one storage can serve as both."""
+        """Whether one storage can serve as both tensors."""
         return (self.shape, self.dtype, self.slices) == (other.shape, other.dtype, other.slices)
 
 
 Table = Mapping[str, Held]
-"""Local name -> what one rank holds there."""
+"""Local name -> the rank's tensor of that name."""
 
 WeightLayout = Mapping[int, Table]
-"""World rank -> its table; ranks that hold the same may share one table."""
+"""World rank -> its table; ranks with equal tables may share one object."""
 
 
 Naming = Mapping[str, tuple[Hashable, tuple[str, ...]]]
-"""Local name -> its kind, and the names of its slices. Tensors of a kind differ in names alone."""
+"""Local name -> its kind, and its slices' names. Tensors of one kind differ only in names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """What a rank holds of each tensor of a kind.
+    """One rank's tensor of a kind, without the names.
 
     Args:
-        slices: with their places in the tensor's `Naming`, in place of names.
+        slices: (index of the slice's name in the tensor's `Naming`, slice).
         shape, dtype, frozen: see `Held`.
     """
 
@@ -84,11 +84,11 @@ class Part:
 
 
 class PartTable(Mapping[str, Held]):
-    """A table by kinds: layers are alike, and many ranks would hold a million slices.
+    """A table by kinds: layers are alike, and the slices of many ranks could be a million.
 
     Args:
         naming: one object for all ranks that hold parts of the same tensors.
-        parts: kind -> what is held of it here.
+        parts: kind -> this rank's part of it.
     """
 
     def __init__(self, naming: Naming, parts: Mapping[Hashable, Part]) -> None:
@@ -106,14 +106,14 @@ class PartTable(Mapping[str, Held]):
 
 
 def naming_of(table: Table) -> Naming:
-    """The table's own, or one where each tensor is a kind for itself."""
+    """The table's own naming, or one in which each tensor is its own kind."""
     if isinstance(table, PartTable):
         return table.naming
     return {name: (name, _names(held.slices)) for name, held in table.items()}
 
 
 def held_by_kind(table: Table) -> Iterator[tuple[Held, Sequence[str]]]:
-    """Of each kind the first tensor, and the local names of all."""
+    """The first tensor of each kind, with the local names of all."""
     names: dict[Hashable, list[str]] = {}
     for local_name, (kind, _) in naming_of(table).items():
         names.setdefault(kind, []).append(local_name)
@@ -122,7 +122,7 @@ def held_by_kind(table: Table) -> Iterator[tuple[Held, Sequence[str]]]:
 
 
 LocalTensors = Mapping[str, tuple[torch.Tensor, tuple[Slice, ...]]]
-"""Local name -> this rank's tensor, and the slices that lie in it."""
+"""Local name -> this rank's tensor, and the slices in it."""
 
 
 def model_layout(
@@ -136,18 +136,18 @@ def model_layout(
     blocks: int = 1,
     shard_dtype: torch.dtype | None = None,
 ) -> dict[int, Table]:
-    """The layout of a role: tensor-parallel parameters, cut by FSDP where dp_shard > 1.
+    """The layout of a role: tensor-parallel parameters, cut by FSDP if dp_shard > 1.
 
-    FSDP2 shards over dp_shard x cp (see `models.fsdp_cuts`). Of these ranks, those that hold the
-    same experts shard them (see `distributed.expert_axes`). Pipeline stages hold consecutive
-    layers; the first has the embedding, the last the norm and the head (which is the embedding
-    again where they are tied). Ranks with the same pp, tp, ep and shard place share one table.
+    FSDP2 shards over dp_shard x cp (see `models.fsdp_cuts`). Experts are sharded over those of
+    these ranks that hold the same ones (see `distributed.expert_axes`). Pipeline stages hold
+    consecutive layers; the first has the embedding, the last the norm and the head (or, if they are
+    tied, the embedding again). Ranks with the same pp, tp, ep and shard place share one table.
 
     Args:
         frozen: Hugging Face names of parameters that are not trained.
         vocab_multiple: the vocabulary's rows are padded to a multiple of it.
         blocks: see `models.sharding.all_slices`.
-        shard_dtype: of what FSDP cuts; None: `dtype`.
+        shard_dtype: dtype of the tensors that FSDP cuts; None: `dtype`.
     """
     tp, cp, pp = degrees.get("tp", 1), degrees.get("cp", 1), degrees.get("pp", 1)
     sharded = degrees.get("dp_shard", 1) > 1
@@ -189,7 +189,7 @@ def model_layout(
 
 
 def _stage(config: ModelConfig, names: Iterable[str], stage: int, count: int) -> frozenset[str]:
-    """The local names of a pipeline stage; the first stages have a layer more where need be."""
+    """The local names of a pipeline stage; the first stages take the layers left by division."""
     size, more = divmod(config.num_layers, count)
     first = stage * size + min(stage, more)
     layers = range(first, first + size + (stage < more))
@@ -205,12 +205,12 @@ def _stage(config: ModelConfig, names: Iterable[str], stage: int, count: int) ->
 
 @dataclass(frozen=True)
 class _Kind:
-    """Local tensors that differ in nothing but names.
+    """Local tensors that differ only in names.
 
     Args:
-        shape, slices: of the first of them, whole.
-        dim: along which FSDP cuts them.
-        has_experts: FSDP cuts them among other ranks.
+        shape, slices: those of the first of them, whole.
+        dim: dim along which FSDP cuts them; None: it does not.
+        has_experts: FSDP cuts them over the ranks with the same experts.
     """
 
     shape: tuple[int, ...]
@@ -238,7 +238,7 @@ class _Kinds:
     def name_all(
         self, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[Slice, ...]]
     ) -> Naming:
-        """The kinds of whole tensor-parallel parameters."""
+        """The naming of whole tensor-parallel parameters."""
         return {
             local_name: (self._kind(local_name, shapes[local_name], held), _names(held))
             for local_name, held in found.items()
@@ -247,7 +247,7 @@ class _Kinds:
     def table(
         self, naming: Naming, of_others: tuple[int, int], of_experts: tuple[int, int]
     ) -> PartTable:
-        """What a rank holds whose FSDP shards are these (number, count)."""
+        """The tensors of a rank whose FSDP shards are these (number, count)."""
         parts: dict[Hashable, Part] = {}
         for kind, _ in naming.values():
             if kind not in parts:
@@ -270,7 +270,7 @@ class _Kinds:
         at = (number, index, count)
         if at not in self._parts:
             kind = self._kinds[number]
-            # their places instead of their names: a name can stand there several times
+            # their indices instead of their names: a name can occur several times
             slices = tuple(replace(s, name=str(i)) for i, s in enumerate(kind.slices))
             shape, pieces = fsdp_shard(kind.shape, slices, kind.dim, index, count)
             held = tuple((int(piece.name), piece) for piece in pieces)
@@ -288,12 +288,12 @@ def _names(slices: Iterable[Slice]) -> tuple[str, ...]:
 
 
 def local_box(tensor: torch.Tensor, held: Slice) -> torch.Tensor:
-    """The view of a local tensor where the slice lies."""
+    """The view of a local tensor that holds the slice."""
     return tensor[held.offset : held.offset + held.rows]
 
 
 def overlap(a: Slice, b: Slice) -> tuple[tuple[int, int], ...] | None:
-    """The global ranges that two slices of one tensor share, or None."""
+    """The global ranges that two slices of one tensor share, or None if there are none."""
     ranges = tuple(
         (max(a0, b0), min(a1, b1))
         for a0, a1, b0, b1 in zip(a.start, a.stop, b.start, b.stop, strict=True)
@@ -310,5 +310,5 @@ def within(ranges: Sequence[tuple[int, int]], held: Slice) -> tuple[slice, ...]:
 
 
 def key(piece: Slice) -> Slice:
-    """A slice apart from where it lies locally."""
+    """A slice without its local place (offset 0), for comparisons."""
     return piece if piece.offset == 0 else replace(piece, offset=0)

@@ -1,4 +1,4 @@
-"""Layouts of roles that Megatron trains: their weights, and their optimizer's state."""
+"""Layouts of roles that Megatron trains, of their weights and of their optimizer's state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def megatron_layout(
     dtype: torch.dtype,
     head: Head = "lm",
 ) -> dict[int, Table]:
-    """What every rank holds of the weights: its tensor-parallel part of its pipeline stage."""
+    """Every rank's weights: the tensor-parallel part of its pipeline stage."""
 
     def table(chunk: tuple[Parameter, ...], shard: int) -> Table:
         return {p.name: Held(shape=p.shape, dtype=dtype, slices=p.slices) for p in chunk}
@@ -43,7 +43,7 @@ def megatron_state_layout(
     cut: Cut,
     head: Head = "lm",
 ) -> dict[int, Table]:
-    """What every rank holds of the masters, and so of each moment: flat ranges, as boxes."""
+    """Every rank's part of the masters, and so of each moment: flat ranges, as boxes."""
     num_shards = degrees["dp_shard"] * degrees["cp"]
     exchange = expert_degrees(degrees)["exchange"]
 

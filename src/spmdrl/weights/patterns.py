@@ -1,4 +1,4 @@
-"""Patterns: the cells of tensors that are cut alike, with their routes."""
+"""Patterns: the cells of tensors with equal cuts, and their routes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Routed = tuple[Cell, int]
 """A cell and the number of its route."""
 
 _TURNS = 4
-"""Layers in a row that differ in which of several equal ranks serve a cell."""
+"""Consecutive layers that take different ones of several equal ranks to serve a cell."""
 
 
 class Patterns:
-    """Distinct lists of cells. Tensors cut alike share `_TURNS` of them, one after the other."""
+    """Distinct lists of cells. Tensors with equal cuts share `_TURNS` of them, in turn."""
 
     def __init__(self, node_size: int, most_bytes: int) -> None:
         self._node_size, self._most_bytes = node_size, most_bytes
@@ -24,12 +24,12 @@ class Patterns:
         self._uses: Counter[Cuts] = Counter()
         self._numbers: dict[tuple[Cuts, int], int] = {}
         self._cells: list[tuple[tuple[Cell, ...], int]] = []
-        """Cells and the turn of their first."""
+        """Cells, and the turn of the first."""
         self.needed_bytes: list[int] = []
-        """Of each pattern: what receivers need, in the target's dtype."""
+        """Bytes that the receivers of each pattern need, in the target's dtype."""
 
     def add(self, name: str, cuts: Cuts) -> tuple[int, int]:
-        """The number of the tensor's pattern, and of its cells."""
+        """Add a tensor; returns its pattern's number, and the number of its cells."""
         if cuts not in self._known:
             whole = cells_of(name, cuts)
             self._known[cuts] = split_cells(whole, self._most_bytes), needed_bytes(cuts, whole)
@@ -48,7 +48,7 @@ class Patterns:
         """Every pattern with routes, all routes, and the groups that broadcast.
 
         Args:
-            uses: pattern -> tensors that have it.
+            uses: pattern -> number of tensors that have it.
         """
         free = _Routes(self._node_size, None)
         routed = [free.number_all(cells, turn) for cells, turn in self._cells]
@@ -78,7 +78,7 @@ class _Routes:
         return tuple((c, self._number(c.holders, c.wanting, turn + i)) for i, c in enumerate(cells))
 
     def _number(self, holders: Ranks, wanting: Ranks, turn: int) -> int:
-        # more turns than this repeat: an entry for each wanting rank from each holder
+        # turns repeat after one entry for each pair of wanting rank and holder
         question = (holders, wanting, turn % (len(wanting) * len(holders)))
         number = self._asked.get(question)
         if number is None:

@@ -1,4 +1,4 @@
-"""Where a cell lies on this rank: as views of the source's and of the target's tensors."""
+"""Views of a cell in this rank's source and target tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spmdrl.weights.cells import Cell
 from spmdrl.weights.layout import LocalTensors
 
 Read = Callable[[Tensor], Tensor]
-"""A source tensor where its values are now: on the device, or on the host while it is away."""
+"""Returns a source tensor's current values: on the device, or on the host while it is away."""
 
 _Index = tuple[slice, ...]
 
@@ -21,8 +21,8 @@ class Places:
     """This rank's side of a sync.
 
     Args:
-        source: the tensors that are read; none outside the source role.
-        target: the tensors that are written, without those that are shared.
+        source: the tensors to read; empty outside the source role.
+        target: the tensors to write, without the shared ones.
         read: see `Read`.
     """
 
@@ -34,15 +34,15 @@ class Places:
         self._target_at: dict[tuple[str, Cell], tuple[Tensor, ...]] = {}
 
     def source_pieces(self, name: str) -> tuple[Slice, ...]:
-        """What the source's tensors here hold of a global tensor."""
+        """The slices of a global tensor in the source's tensors here."""
         return tuple(piece for _, piece in self._source.get(name, ()))
 
     def target_pieces(self, name: str) -> tuple[Slice, ...]:
-        """What the target's tensors here hold of a global tensor."""
+        """The slices of a global tensor in the target's tensors here."""
         return tuple(piece for _, piece in self._target.get(name, ()))
 
     def source(self, name: str, cell: Cell) -> Tensor | None:
-        """The cell as the source has it here, in its dtype; None where it does not."""
+        """The cell in the source's tensors here, in their dtype; None if they do not hold it."""
         key = (name, cell)
         if key not in self._source_at:
             found = _find(self._source.get(name, ()), cell)
@@ -51,7 +51,7 @@ class Places:
         return None if at is None else self._read(at[0])[at[1]]
 
     def target(self, name: str, cell: Cell) -> tuple[Tensor, ...]:
-        """The views to fill here: several where one tensor serves as two (tied embeddings)."""
+        """The views to fill here: several if one tensor serves as two (tied embeddings)."""
         key = (name, cell)
         if key not in self._target_at:
             found = _find(self._target.get(name, ()), cell)
@@ -59,7 +59,7 @@ class Places:
         return self._target_at[key]
 
     def value(self, name: str, cell: Cell) -> Tensor:
-        """The cell to pass on: the source's, or what has come to the target."""
+        """The cell to pass on: the source's, or the one that the target has received."""
         own = self.source(name, cell)
         if own is not None:
             return own
@@ -78,7 +78,7 @@ def _by_name(tensors: LocalTensors) -> _Held:
 
 
 def _find(held: Sequence[tuple[Tensor, Slice]], cell: Cell) -> list[tuple[Tensor, _Index]]:
-    """Every tensor with the cell in it, and where. Cells are never cut by a slice."""
+    """Every tensor with the cell, and the index of the cell in it. No slice cuts a cell."""
     found = []
     for tensor, piece in held:
         bounds = zip(piece.start, piece.stop, cell.start, cell.stop, strict=True)
@@ -91,7 +91,7 @@ def _find(held: Sequence[tuple[Tensor, Slice]], cell: Cell) -> list[tuple[Tensor
 
 
 def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy each (to, from), casting; on CUDA together, in few kernels."""
+    """Copy each (to, from) pair, casting; on CUDA all pairs together, in few kernels."""
     together = [pair for pair in pairs if pair[0].is_cuda and pair[1].is_cuda]
     if together:
         torch._foreach_copy_([to for to, _ in together], [source for _, source in together])

@@ -1,11 +1,11 @@
-"""`SyncPlan`: what moves between two layouts, a pure function of them, equal on every rank.
+"""`SyncPlan`: the moves between two layouts, a pure function of them, equal on every rank.
 
     shared     one tensor at source and target: nothing moves
-    cells      boxes of the others, with who holds and who wants each (`cells`)
-    routes     how a cell comes to those who lack it (`routes`)
+    cells      boxes of the other tensors, with their holders and takers (`cells`)
+    routes     the way of a cell to the ranks that lack it (`routes`)
     rounds     cells in the target's order, so many that no rank stages more than a slot
 
-What one rank has to do is `program.program_of`; `sync.WeightSync` does it.
+`program.program_of` derives one rank's part of it, which `sync.WeightSync` executes.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from spmdrl.weights.routes import Ranks, Route
 
 DEFAULT_BUCKET = 256 * 2**20
 NUM_SLOTS = 3
-"""Rounds in flight: one that sends, one that broadcasts, one that arrives; together two buckets."""
+"""Rounds in flight: one sends, one broadcasts, one arrives; together they stage two buckets."""
 
 _CELLS_PER_SLOT = 8
 
 WORTH_SHARING = 0.5
-"""Of the bytes that a rank's source holds, how much the target must share of it to share at all:
-who shares a tensor has all of the source's on the device while it computes.
+"""Share of a rank's source bytes that the target must be able to use in place, to share at all:
+a rank that shares one tensor keeps all of the source's on the device while it computes.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyncPlan:
-    """What `WeightSync` does.
+    """The moves that `WeightSync` makes.
 
     Args:
         shared: rank -> local names whose target tensor is the source's own storage.
         patterns: distinct lists of cells with their routes' numbers.
         routes: see `Route`.
-        groups: ranks that broadcast among them.
-        rounds: what moves in every sync, in the target's order.
-        frozen_rounds: what moves in the first sync alone.
-        slot_bytes: that a rank stages in a round, at most.
+        groups: ranks that broadcast among themselves.
+        rounds: moves of every sync, in the target's order.
+        frozen_rounds: moves of frozen tensors, which syncs after the first can omit.
+        slot_bytes: most bytes that a rank stages in a round.
         world_size: one more than the highest rank.
         shared_bytes, copied_bytes, gathered_bytes: over all target ranks, in the target's dtype:
             used in place, copied on the rank itself, needed from another rank (the lower bound of
             what must move).
-        moved_bytes: over all receivers, as it travels.
+        moved_bytes: bytes over all receivers, in the dtypes that travel.
     """
 
     shared: Mapping[int, frozenset[str]]
@@ -73,12 +73,12 @@ class SyncPlan:
 
     @property
     def moves(self) -> bool:
-        """Whether there is anything to do after the first sync."""
+        """Whether a sync after the first moves anything."""
         return bool(self.rounds)
 
     @cached_property
     def moved_again_bytes(self) -> int:
-        """As `moved_bytes`, of a sync that leaves out what is frozen."""
+        """`moved_bytes` of a sync that omits frozen tensors."""
         if not self.frozen_rounds:
             return self.moved_bytes
         cells = self.cells(frozen=False)
@@ -86,11 +86,11 @@ class SyncPlan:
 
     @cached_property
     def digest(self) -> str:
-        """Equal plans have equal digests."""
+        """Hash of the plan: equal plans have equal digests."""
         return hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
 
     def as_json(self) -> dict[str, object]:
-        """As plain values, for files and comparisons."""
+        """The plan as plain values, for files and comparisons."""
         return {
             "shared": {str(rank): sorted(names) for rank, names in self.shared.items()},
             "patterns": [
@@ -109,7 +109,7 @@ class SyncPlan:
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> SyncPlan:
-        """The plan that gave these values, also after they were written and read as JSON."""
+        """Rebuild a plan from `as_json`, even after the values were written and read as JSON."""
         slot, world_size, shared, copied, gathered, moved = given["bytes"]
         return cls(
             shared={int(rank): frozenset(names) for rank, names in given["shared"].items()},
@@ -156,7 +156,7 @@ class SyncPlan:
         return text
 
     def tensor_lines(self, target: WeightLayout) -> list[str]:
-        """What becomes of each kind of tensor (layers together), with bytes over all ranks."""
+        """Fate of each kind of tensor (layers together), with bytes over all ranks."""
         moved = {name for name, _, route in self.cells() if route.num_receivers}
         bytes_by: dict[tuple[str, str], int] = {}
         for table, shared, ranks in _target_groups(target, self.shared):
@@ -179,15 +179,15 @@ def plan_sync(
     bucket_bytes: int = DEFAULT_BUCKET,
     share: bool = True,
 ) -> SyncPlan:
-    """Same tensor: share. Same rank: copy. Else: each box once to every rank that lacks it.
+    """Plan a sync: share equal tensors, copy on one rank, else send a box once to all who lack it.
 
     Args:
-        share: the target can use the source's tensors; without, it has its own of each.
-        node_size: ranks of a node; messages stay inside of one where they can.
-        bucket_bytes: a sync stages two of them on a rank, at most (one row of a tensor at least).
+        share: the target can use the source's tensors; if False, it has its own of each.
+        node_size: ranks of a node; messages stay inside a node if possible.
+        bucket_bytes: a sync stages at most two of them on a rank (at least one row of a tensor).
 
     Raises:
-        ValueError: the source does not hold all that the target needs, naming the tensor.
+        ValueError: the source does not hold all that the target needs; the tensor is named.
     """
     shared = _shared(source if share else {}, target)
     slot = max(1, 2 * bucket_bytes // NUM_SLOTS)
@@ -231,7 +231,7 @@ def plan_sync(
 
 
 def _shared(source: WeightLayout, target: WeightLayout) -> dict[int, frozenset[str]]:
-    """Target rank -> local names that the source holds alike there, where that is worth it."""
+    """Target rank -> local names that the source holds alike there, if sharing is worthwhile."""
     found: dict[tuple[int, int], frozenset[str]] = {}
     equal: dict[frozenset[str], frozenset[str]] = {}
     pairs = _NamePairs()
@@ -259,7 +259,7 @@ def _num_bytes(table: Table) -> int:
 
 
 class _NamePairs:
-    """Local names of two tables, together where both or neither of them are alike in the two."""
+    """Groups of local names of two tables: a group is alike in both tables as a whole, or not."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[Naming, Naming, list[list[str]]]] = {}
@@ -277,7 +277,7 @@ class _NamePairs:
                     tuple(there == here for there in names_there) for here in names
                 )  # which of their slices are of one tensor
                 groups.setdefault((kind_there, kind, same), []).append(name)
-            # the namings are kept, so that no other one has their ids
+            # the namings are kept, so that no other object gets their ids
             self._known[at] = (first, second, list(groups.values()))
         return self._known[at][2]
 
@@ -285,7 +285,7 @@ class _NamePairs:
 def _target_groups(
     target: WeightLayout, shared: Mapping[int, frozenset[str]]
 ) -> list[tuple[Table, frozenset[str], list[int]]]:
-    """Ranks that hold the same table and share the same part of it, together."""
+    """Groups of ranks that hold the same table and share the same names of it."""
     groups: dict[tuple[int, frozenset[str]], tuple[Table, frozenset[str], list[int]]] = {}
     for rank, table in target.items():
         at = (id(table), shared[rank])

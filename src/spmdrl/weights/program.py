@@ -1,4 +1,4 @@
-"""What one rank does of a plan: messages and local copies, round by round."""
+"""One rank's part of a plan: messages and local copies, round by round."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spmdrl.weights.rounds import Round
 from spmdrl.weights.routes import Ranks, Route
 
 LARGE_BYTES = 1 << 18
-"""A cell of this size goes by itself, from tensor to tensor where both lie dense in memory."""
+"""Cells of this size are sent on their own, without staging if dense in memory at both ends."""
 
 Item = tuple[str, Cell]
 """A tensor's name and a cell of it."""
@@ -19,12 +19,12 @@ Item = tuple[str, Cell]
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """Cells that travel together, widest dtype first (so each lies aligned).
+    """Cells that travel together, widest dtype first (so each is aligned).
 
     Args:
-        peer: the other rank of a message, the root of a broadcast.
-        group: None for a message between two ranks.
-        tag: tells apart the messages between two ranks in a round.
+        peer: the other rank of a message, or the root of a broadcast.
+        group: group of a broadcast; None for a message between two ranks.
+        tag: distinguishes the messages between two ranks in a round.
     """
 
     peer: int
@@ -52,9 +52,9 @@ class RankRound:
 
 
 def program_of(plan: SyncPlan, rounds: Sequence[Round], rank: int) -> tuple[RankRound, ...]:
-    """What `rank` does of these rounds of the plan, one entry for each.
+    """The part of `rank` in these rounds of the plan, one entry per round.
 
-    Ranks that share a message list its cells alike: both go through the round in the plan's order.
+    Ranks that share a message list its cells alike: both follow the plan's order in a round.
     """
     own: dict[int, list[_Part]] = {}
     numbers = {group: i for i, group in enumerate(plan.groups)}
@@ -77,7 +77,7 @@ def program_of(plan: SyncPlan, rounds: Sequence[Round], rank: int) -> tuple[Rank
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Part:
-    """What a rank does of one cell of a pattern: made once, used for every tensor that has it."""
+    """A rank's part in one cell of a pattern: made once, used for every tensor that has it."""
 
     index: int
     cell: Cell
@@ -103,7 +103,7 @@ def _part(index: int, cell: Cell, route: Route, rank: int, numbers: Mapping[Rank
 
 @dataclass
 class _Building:
-    """A round of one rank, cell by cell."""
+    """A round of one rank under construction, cell by cell."""
 
     copies: list[Item] = field(default_factory=list)
     sends: dict[tuple[int, int], list[Item]] = field(default_factory=dict)
@@ -113,8 +113,8 @@ class _Building:
 
     def add(self, name: str, part: _Part) -> None:
         item = (name, part.cell)
-        # 0: with the other small ones; else a number of its own, alike on all ranks of a message
-        # only in its order, which is what counts
+        # 0: with the other small ones; else a number of its own, which only has to be in the
+        # same order on all ranks of a message
         self.num_cells += 1
         number = self.num_cells if part.is_large else 0
         if part.copies:
@@ -127,7 +127,7 @@ class _Building:
             self.casts.setdefault((group, root, number), []).append(item)
 
     def finish(self, groups: Sequence[Ranks]) -> RankRound:
-        # every rank goes through its groups in one order: no two can wait for each other
+        # every rank goes through its groups in one order, so no two wait for each other
         casts = sorted(self.casts.items(), key=lambda cast: cast[0][0])
         return RankRound(
             copies=tuple(self.copies),
@@ -150,6 +150,6 @@ def _messages(by_peer: dict[tuple[int, int], list[Item]]) -> tuple[Message, ...]
 
 
 def _aligned(items: list[Item]) -> tuple[Item, ...]:
-    if len(items) == 1:  # as of most messages
+    if len(items) == 1:  # the case of most messages
         return (items[0],)
     return tuple(sorted(items, key=lambda item: -item[1].dtype.itemsize))

@@ -1,6 +1,6 @@
-"""Proof of a sync: checksums of every cell, at the rank that served it and at those that got it.
+"""Proof of a sync: checksums of every cell, on the rank that served it and on its receivers.
 
-The checksums take the routes of the cells, 8 bytes in place of each. Shared tensors are one storage
+The checksums take the routes of the cells, 8 bytes instead of each. Shared tensors are one storage
 and need none.
 """
 
@@ -18,15 +18,15 @@ from spmdrl.weights.program import Item, Message, RankRound
 from spmdrl.weights.sync import WeightSync
 
 _BLOCK = {"cpu": 1 << 16, "cuda": 1 << 22}
-"""Values summed at a time: on the CPU what stays in the cache, on CUDA few kernels."""
+"""Values summed at a time: on the CPU as many as fit the cache, on CUDA few kernels."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(values: Tensor) -> int:
-    """A sum of all values' bits, each times an odd weight that its position gives, modulo 2^64.
+    """Sum of all values' bits, each times an odd weight given by its position, modulo 2^64.
 
-    Any one changed value changes it; two that changed places do, too.
+    Any one changed value changes it, and swapping two values of up to 4 bytes in a block does too.
     """
     total = torch.zeros((), dtype=torch.int64, device=values.device)
     flat = values.reshape(-1).view(_BITS[values.element_size()])
@@ -34,7 +34,7 @@ def checksum(values: Tensor) -> int:
     weights = torch.arange(1, 2 * min(size, max(1, flat.numel())), 2, device=values.device)
     for number, start in enumerate(range(0, flat.numel(), size)):
         block = flat[start : start + size].to(torch.int64)
-        # blocks differ in an odd factor: a block that took another's place is noticed
+        # blocks differ in an odd factor: a block in the place of another is noticed
         total += (block * weights[: block.numel()]).sum() * (2 * number + 1)
     return int(total)
 
@@ -42,8 +42,8 @@ def checksum(values: Tensor) -> int:
 def first_difference(sync: WeightSync) -> str | None:
     """The first tensor, in the plan's order, that some engine does not hold as the trainer does.
 
-    Every rank of the world calls it, after a `run`, while source and target are where the sync had
-    them. Returns the same text on every rank: the tensor, and what differs where.
+    Every rank of the world calls it, after a `run`, while source and target are still resident as
+    in the sync. Returns the same text on every rank: the tensor, and the box and rank that differ.
     """
     order = {name: i for i, name in enumerate(dict.fromkeys(n for n, _, _ in sync.plan.cells()))}
     found: list[tuple[int, str]] = []
@@ -60,7 +60,7 @@ def first_difference(sync: WeightSync) -> str | None:
 
 @torch.no_grad()
 def _compare(sync: WeightSync, one: RankRound) -> list[tuple[Item, int, int]]:
-    """(cell, checksum at its server, checksum here) of all cells that this rank gets or copies."""
+    """(cell, checksum at its server, checksum here) for all cells that this rank gets or copies."""
     places, results = sync.places, []
     known: dict[Item, int] = {}
     for item in one.copies:
@@ -93,7 +93,7 @@ def _compare(sync: WeightSync, one: RankRound) -> list[tuple[Item, int, int]]:
 
 
 def _vector(sync: WeightSync, message: Message, received: Mapping[Item, int]) -> Tensor:
-    """The checksums of a message's cells: of the source's, or what this rank was told of them."""
+    """The checksums of a message's cells: the source's, or those that this rank has received."""
     sums = [
         received[item] if item in received else _at_source(sync.places, item)
         for item in message.items
@@ -110,5 +110,5 @@ def _at_source(places: Places, item: Item) -> int:
 
 def _at_target(places: Places, item: Item) -> list[int]:
     name, cell = item
-    # a target of more digits than what travels holds what travelled
+    # a target of higher precision than the message holds the value that was sent
     return [checksum(view.to(cell.dtype)) for view in places.target(name, cell)]

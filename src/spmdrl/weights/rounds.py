@@ -1,4 +1,4 @@
-"""Rounds: what a sync moves at a time, so that no rank stages more than a slot."""
+"""Rounds: portions of a sync, so that no rank stages more than a slot at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spmdrl.weights.routes import Ranks, Route
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Cells `[first, last)` of a tensor, by their place in the tensor's pattern."""
+    """Cells `[first, last)` of a tensor, by their index in the tensor's pattern."""
 
     name: str
     pattern: int
@@ -33,7 +33,7 @@ def make_rounds(
     slot: int,
     world_size: int,
 ) -> tuple[Round, ...]:
-    """Spans in order, cut where a rank would stage more than `slot` bytes."""
+    """Spans in order, cut so that no rank stages more than `slot` bytes (or a cell) in a round."""
     loads: dict[int, Tensor] = {}
     rounds: list[Round] = []
     current: list[Span] = []
@@ -74,7 +74,7 @@ def make_rounds(
 
 
 def _load(cells: Iterable[Routed], routes: Sequence[Route], world_size: int) -> Tensor:
-    """Bytes that each rank stages, at most: what it sends, receives and passes on."""
+    """Upper bound of the bytes that each rank stages: those it sends, receives and passes on."""
     by_rank: Counter[int] = Counter()
     by_group: Counter[Ranks] = Counter()
     for cell, number in cells:

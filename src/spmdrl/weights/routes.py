@@ -1,7 +1,7 @@
-"""Routes: how a box of weights comes from the ranks that hold it to those that lack it.
+"""Routes: the way of a box of weights from the ranks that hold it to those that lack it.
 
-Pure functions of sets of ranks. A box reaches every rank that lacks it exactly once: from a holder
-by a message of its own, or by a broadcast in a group of ranks that all want the box.
+Pure functions of sets of ranks. A box reaches every rank that lacks it exactly once: in a message,
+or in a broadcast whose root holds the box or has just received it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 Ranks = tuple[int, ...]
-"""Ascending."""
+"""Rank numbers, ascending."""
 
 MAX_GROUPS = 8
-"""Broadcast groups that a rank takes part in; each costs a communicator and its buffers."""
+"""Most broadcast groups that a rank takes part in; each costs a communicator and its buffers."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """Who sends a box to whom.
+    """Senders and receivers of a box.
 
     Args:
         copies: ranks that hold the box and want it in another tensor.
-        sends: (from, to), first.
-        casts: (root, group with the root), after the sends, one of which may have come to the root.
+        sends: (from, to), which go first.
+        casts: (root, group with the root), after the sends, one of which may have reached the root.
     """
 
     copies: Ranks
@@ -34,7 +34,7 @@ class Route:
 
     @cached_property
     def ranks(self) -> frozenset[int]:
-        """All that take part."""
+        """All ranks that take part."""
         pairs = (rank for pair in self.sends for rank in pair)
         return frozenset((*self.copies, *pairs, *(r for _, group in self.casts for r in group)))
 
@@ -53,16 +53,17 @@ def find_route(
 ) -> Route:
     """The route of a box from `holders` to `wanting`.
 
-    Holders that want the box themselves serve the others: each its own node, or its block of
-    `wanting`. If none of them does, the box goes from a holder on a rank's own node where every
-    rank has one, else once to one rank of `wanting`, which broadcasts it among them.
+    Holders that want the box themselves serve the others, each its own node or its block of
+    `wanting`. If there are none, holders serve the ranks of their nodes, provided that every
+    lacking rank has one there (or is the only one). Otherwise the box is sent once to one rank of
+    `wanting`, which broadcasts it to the others.
 
     Args:
-        turn: which of several ranks that would do equally well is taken; counted up from box to
-            box, it spreads the load.
+        turn: selects one of several equally good ranks; counted up from box to box, it spreads the
+            load.
         node_size: ranks of a node.
-        allowed: groups that may broadcast (None: any); where others would, messages go to every
-            rank by itself.
+        allowed: groups that may broadcast (None: any); in place of other broadcasts, every rank
+            gets a message of its own.
     """
     lacking, inside, near = _sides(holders, wanting, node_size)
     if not lacking:
@@ -80,7 +81,7 @@ def find_route(
         group = lacking if outside else tuple(sorted((server, *part)))
         if len(part) + len(outside) > 1 and (allowed is None or group in allowed):
             casts.append((server, group))
-        elif outside:  # no communicator: then every rank from the holders
+        elif outside:  # no communicator: every rank gets it from the holders
             shares = _nearest(tuple(part), holders, turn, node_size)
             sends += [(holder, rank) for holder, to in shares.items() for rank in to]
         else:
@@ -89,7 +90,7 @@ def find_route(
 
 
 def choose_groups(bytes_by_group: Mapping[Ranks, int]) -> tuple[Ranks, ...]:
-    """The groups worth a communicator: those with most bytes, `MAX_GROUPS` of a rank at most."""
+    """The groups worth a communicator: those with most bytes, at most `MAX_GROUPS` per rank."""
     taken: Counter[int] = Counter()
     chosen = []
     for group, _ in sorted(bytes_by_group.items(), key=lambda item: (-item[1], item[0])):
@@ -101,7 +102,7 @@ def choose_groups(bytes_by_group: Mapping[Ranks, int]) -> tuple[Ranks, ...]:
 
 @lru_cache(maxsize=1 << 14)
 def _sides(holders: Ranks, wanting: Ranks, node_size: int) -> tuple[Ranks, Ranks, bool]:
-    """Of those who want a box: who lacks and who holds it; whether all lack it near a holder."""
+    """Ranks of `wanting` without and with the box; whether the former all have a holder near."""
     held = set(holders)
     lacking = tuple([rank for rank in wanting if rank not in held])
     inside = tuple([rank for rank in wanting if rank in held])
@@ -111,9 +112,9 @@ def _sides(holders: Ranks, wanting: Ranks, node_size: int) -> tuple[Ranks, Ranks
 
 @lru_cache(maxsize=1 << 14)
 def _blocks(wanting: Ranks, servers: Ranks) -> dict[int, list[int]] | None:
-    """Equal blocks of `wanting`, each with one server; None where servers do not lie so.
+    """Equal blocks of `wanting`, each with one server; None if the servers are not spread so.
 
-    Boxes whose servers are other ranks of the same blocks then share their groups.
+    Boxes with other servers, one in each of the same blocks, then share their groups.
     """
     count, size = len(servers), len(wanting)
     blocks = [wanting[size * i // count : size * (i + 1) // count] for i in range(count)]
@@ -130,7 +131,7 @@ def _blocks(wanting: Ranks, servers: Ranks) -> dict[int, list[int]] | None:
 def _nearest(
     lacking: Iterable[int], servers: Sequence[int], turn: int, node_size: int
 ) -> dict[int, list[int]]:
-    """Each rank to a server on its node, or else to any: always the one with least to do."""
+    """Assign each rank to a server on its node, or else to any, always to the least loaded one."""
     parts: dict[int, list[int]] = {}
     for rank in lacking:
         near = [s for s in servers if s // node_size == rank // node_size]

@@ -1,11 +1,11 @@
 """Sums of whole tensors at source and target: a proof cheap enough for every sync.
 
 A sum takes a tensor's bits as integers, modulo 2^64, with a weight for each row. It does not depend
-on how the tensor is cut, so every rank adds up what it holds, and one reduction over the world
-compares all tensors. A tensor that was not brought up to date, or that changed on its way, is found
-at once; which box of it differs where, `proof.first_difference` says.
+on how the tensor is cut, so every rank adds up its own boxes, and one reduction over the world
+compares all tensors. It finds tensors that were not updated, or that changed on their way;
+`proof.first_difference` then tells which box differs, and where.
 
-Bits of several values are added as one 64-bit number: that reads memory as fast as it goes.
+Bits of several values are added as one 64-bit number, at the speed of reading memory.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from spmdrl.weights.plan import SyncPlan
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Values cast at a time: on the CPU what stays in the cache, on CUDA few kernels."""
+"""Values cast at a time: on the CPU as many as fit the cache, on CUDA few kernels."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Term:
-    """A box that this rank adds to the sum of a tensor, so many times.
+    """A box that this rank adds `times` times to the sum of a tensor.
 
     Args:
-        box: of the tensor's cells, or several of them together; its dtype is what travels.
+        box: one of the tensor's cells, or several together; its dtype is the one that travels.
     """
 
     number: int
@@ -43,11 +43,11 @@ class _Term:
 
 
 class TensorSums:
-    """Compares, for every tensor that a plan moves, what the source holds with the targets.
+    """Compares, for every tensor that a plan moves, the source's values with the targets'.
 
     Args:
-        places: of this rank.
-        device: of the reduction over the world.
+        places: this rank's tensors.
+        device: device of the reduction over the world.
     """
 
     def __init__(self, plan: SyncPlan, places: Places, rank: int, device: torch.device) -> None:
@@ -59,7 +59,7 @@ class TensorSums:
 
     @torch.no_grad()
     def differing(self) -> list[str]:
-        """The tensors that are not alike at source and targets, equal on every rank.
+        """The tensors that differ between source and targets, equal on every rank.
 
         Every rank of the world calls it, after a sync.
         """
@@ -68,7 +68,7 @@ class TensorSums:
             summed = (term.number, times, tensor_sum(view, term.box))
             found.setdefault(view.device, []).append(summed)
         total = torch.zeros(len(self._names), dtype=torch.int64)
-        for own in found.values():  # source or target may lie on the host
+        for own in found.values():  # source or target may be on the host
             numbers, times_of, sums = zip(*own, strict=True)
             parts = torch.stack(sums).cpu() * torch.tensor(times_of)
             total.index_add_(0, torch.tensor(numbers), parts)
@@ -77,7 +77,7 @@ class TensorSums:
         return [name for name, rest in zip(self._names, total.tolist(), strict=True) if rest]
 
     def _views(self) -> Iterator[tuple[_Term, Tensor, int]]:
-        """What is summed here, and how often it counts: the source against the targets."""
+        """The views to sum here, with their factors: the source's cancel the targets'."""
         for term in self._source:
             value = self._places.source(term.name, term.box)
             assert value is not None, term
@@ -85,22 +85,22 @@ class TensorSums:
         for term in self._target:
             first, *copies = self._places.target(term.name, term.box)
             yield term, first, 1
-            for copy in copies:  # of one box in two tensors, which the source counts once
+            for copy in copies:  # one box in two tensors, which the source counts once
                 yield term, first, -_COPY
                 yield term, copy, _COPY
 
 
 _COPY = 0x9E3779B97F4A7C15 - (1 << 64)
-"""An odd factor, so that what differs between copies does not cancel against anything."""
+"""An odd factor, so that a difference between copies does not cancel against anything."""
 
 
 def tensor_sum(values: Tensor, box: Cell) -> Tensor:
-    """The box's part of its tensor's sum, int64: rows (of one dim: values) with their weights.
+    """The box's part of its tensor's sum, int64: rows (in one dim, values) times their weights.
 
-    A row's sum takes its bytes as little-endian 64-bit numbers from the row's beginning on.
+    A row's sum takes its bytes as little-endian 64-bit numbers from the start of the row.
 
     Args:
-        values: shaped as the box, in any dtype that holds those of `box.dtype`.
+        values: values of the box's shape, in any dtype that can hold those of `box.dtype`.
     """
     rows, last = len(values), values.shape[-1]
     size = max(1, values[:1].numel())
@@ -115,7 +115,7 @@ def tensor_sum(values: Tensor, box: Cell) -> Tensor:
 
 
 def row_weights(first: int, count: int, device: torch.device) -> Tensor:
-    """Odd 64-bit numbers without any order: splitmix64's mixer of the row's number."""
+    """Odd 64-bit numbers without any pattern: splitmix64's mixer of the row's number."""
     x = torch.arange(first + 1, first + 1 + count, device=device) * _signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         x = (x ^ (x >> shift & ((1 << (64 - shift)) - 1))) * _signed(factor)
@@ -123,7 +123,7 @@ def row_weights(first: int, count: int, device: torch.device) -> Tensor:
 
 
 def _row_sums(block: Tensor, first: int, width: int) -> Tensor:
-    """[rows] sums of rows whose columns `[first, first + width)` are here."""
+    """[rows] sums of rows whose columns `[first, first + width)` are in the block."""
     lanes = 8 // block.element_size()
     aligned = block.stride(-1) == 1 and not any(
         number % lanes for number in (first, width, block.storage_offset(), *block.stride()[:-1])
@@ -136,7 +136,7 @@ def _row_sums(block: Tensor, first: int, width: int) -> Tensor:
 
 
 def _bits(block: Tensor) -> Tensor:
-    """The values' bits as numbers that are not negative (of 8 bytes: as they are)."""
+    """The values' bits as non-negative numbers (those of 8 bytes unchanged)."""
     size = block.element_size()
     bits = block.view(_BITS[size]).to(torch.int64)
     return bits if size == 8 else bits & ((1 << (8 * size)) - 1)
@@ -147,17 +147,17 @@ def _signed(number: int) -> int:
 
 
 def _patterns(plan: SyncPlan) -> dict[str, int]:
-    """The tensors that the plan moves, in its order, with their patterns."""
+    """Tensors that the plan moves, in its order, with their patterns."""
     rounds = (*plan.frozen_rounds, *plan.rounds)
     return {span.name: span.pattern for one in rounds for span in one}
 
 
 _Counts = Callable[[Cell, int], int]
-"""How often this rank counts a cell of the tensor with a pattern."""
+"""Returns the number of times that this rank counts a cell of a tensor with a pattern."""
 
 
 def _served_by(rank: int) -> _Counts:
-    """For each target once, by one of the holders: another one for another pattern."""
+    """Count a cell once per target, on one of its holders, which depends on the pattern."""
 
     def times(cell: Cell, pattern: int) -> int:
         chosen = cell.holders[pattern % len(cell.holders)]
@@ -176,7 +176,7 @@ def _terms(
     pieces_of: Callable[[str], Sequence[Slice]],
     times: _Counts,
 ) -> Iterator[_Term]:
-    """What this rank adds; tensors that are cut alike and lie alike are looked at once."""
+    """This rank's terms; tensors with the same cuts and the same local boxes are examined once."""
     known: dict[object, tuple[tuple[Cell, int], ...]] = {}
     counted: dict[int, list[tuple[Cell, int]]] = {}
     for number, (name, pattern) in enumerate(patterns.items()):
@@ -198,7 +198,7 @@ _Box = tuple[tuple[int, ...], tuple[int, ...]]
 def _together(
     cells: Iterable[tuple[Cell, int]], pieces: Sequence[_Box]
 ) -> Iterator[tuple[Cell, int]]:
-    """Cells that fill a piece and count alike as one box, the others as they are."""
+    """Merge cells that fill a piece and count alike into one box; leave the others unchanged."""
     left = list(cells)
     for start, stop in pieces:
         inside = [i for i, (cell, _) in enumerate(left) if _lies_in(cell, start, stop)]

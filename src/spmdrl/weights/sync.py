@@ -1,8 +1,8 @@
 """`WeightSync`: brings the policy's weights to the rollout engine, by the plan.
 
-Rounds overlap: while one round's broadcasts and the next one's messages are under way, this rank
-packs and unpacks others. Large cells go from tensor to tensor, without staging, where they lie
-dense in memory in the dtype that travels; the rest goes through at most `NUM_SLOTS` slots.
+Rounds overlap: during one round's broadcasts and the next one's messages this rank packs and
+unpacks others. Large cells go from tensor to tensor, without staging, if they are dense in memory
+and in the dtype that travels; the rest goes through at most `NUM_SLOTS` slots.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ALIGNMENT = 16
 
 
 class Engine(Protocol):
-    """What the sync needs of a rollout engine."""
+    """The methods of a rollout engine that the sync needs."""
 
     def adopt(self, local_name: str, tensor: Tensor) -> None: ...
 
@@ -36,22 +36,22 @@ class Engine(Protocol):
 
 
 class WeightSync:
-    """Adopts what can be shared, and moves the rest at every `run()`.
+    """Lets the engine adopt shared tensors, and moves the rest at every `run()`.
 
-    Every rank of the world makes it and calls it, in the same order.
+    Every rank of the world constructs and calls it, in the same order.
 
     Args:
-        plan: of the two layouts, equal on every rank.
-        source, target: what this rank holds of both roles; empty outside of them.
+        plan: plan of the two layouts, equal on every rank.
+        source, target: this rank's tables of both roles; empty outside them.
         tensors: this rank's source tensors.
         engine: this rank's engine; None outside the target role.
-        device: where messages are sent from; the host in a world of gloo alone.
-        read: where a source tensor's values are now; default: in it.
-        keeps_frozen: the target's frozen tensors last from sync to sync, on every rank: they move
-            in the first one alone.
+        device: device that messages are sent from; the host if the world has only gloo.
+        read: returns a source tensor's current values; None: the tensor itself.
+        keeps_frozen: the target's frozen tensors last from sync to sync, on every rank, so only the
+            first one moves them.
 
     Raises:
-        ValueError: ranks with different plans.
+        ValueError: ranks have different plans.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class WeightSync:
         self.rank = dist.get_rank()
         self.device = device
         self.staging_bytes = 0
-        """Of the largest run so far."""
+        """Staging bytes of the largest run so far."""
         _check_held(source, tensors)
         own = {} if engine is None else _adopt(plan.shared[self.rank], engine, target, tensors)
         self.places = Places(tensors, own, (lambda tensor: tensor) if read is None else read)
@@ -83,7 +83,7 @@ class WeightSync:
 
     @property
     def leaves_out_frozen(self) -> bool:
-        """Whether the next `run` takes frozen tensors for what they are."""
+        """Whether the next `run` omits frozen tensors."""
         return self._ran and self._keeps_frozen
 
     @property
@@ -93,12 +93,12 @@ class WeightSync:
 
     @property
     def moved_bytes(self) -> int:
-        """What the next `run` moves, over all receivers."""
+        """Bytes that the next `run` moves, over all receivers."""
         return self.plan.moved_again_bytes if self.leaves_out_frozen else self.plan.moved_bytes
 
     @cached_property
     def sums(self) -> TensorSums:
-        """The proof of every run."""
+        """The proof that every run is checked with."""
         return TensorSums(self.plan, self.places, self.rank, self.device)
 
     @torch.no_grad()
@@ -122,10 +122,10 @@ class WeightSync:
 
 
 class _Slots:
-    """Staging buffers, one for each round in flight, made when they are first needed.
+    """Staging buffers, one for each round in flight, created when they are first needed.
 
-    On the host they are kept: the first touch of a new page costs ten times a copy into it. CUDA's
-    allocator keeps what was freed, for all to use.
+    On the host they are kept: the first touch of a new page costs ten times a copy into it. On
+    CUDA they are freed: the allocator keeps the memory for everybody.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -151,19 +151,19 @@ class _Slots:
 
 @dataclass
 class _Flight:
-    """A round under way: `send`, then `cast`, then `land`."""
+    """A round in flight: `send`, then `cast`, then `land`."""
 
     sync: WeightSync
     round: RankRound
     slots: _Slots
     _works: list[dist.Work] = field(default_factory=list)
     _arriving: list[tuple[Message, Tensor]] = field(default_factory=list)
-    """Messages that are unpacked when they are here."""
+    """Messages to unpack when they have arrived."""
     _casts: list[tuple[Message, Tensor, bool]] = field(default_factory=list)
-    """With whether they are staged."""
+    """Broadcasts, with their bytes and whether they are staged."""
 
     def send(self) -> None:
-        """Start the messages between two ranks; meanwhile copy what is here."""
+        """Start the messages between two ranks; meanwhile make the local copies."""
         if self.round.is_empty:
             return
         outgoing = [(m, self._dense(m, out=True)) for m in self.round.sends]
@@ -189,7 +189,7 @@ class _Flight:
         self._copy()
 
     def cast(self) -> None:
-        """Unpack the messages, some of which are broadcast now."""
+        """Unpack the messages, and start the broadcasts, some of them of what has arrived."""
         self._finish()
         for message, value, staged in self._casts:
             if staged and message.peer == self.sync.rank:
@@ -229,7 +229,7 @@ class _Flight:
         copy_all([(box, self.sync.places.value(name, cell)) for (name, cell), box in boxes])
 
     def _dense(self, message: Message, *, out: bool) -> Tensor | None:
-        """The message's only cell in place, as bytes, where it can be sent or received so."""
+        """The message's only cell in place, as bytes; None if it must be staged."""
         if len(message.items) > 1:
             return None
         [(name, cell)] = message.items
@@ -268,7 +268,7 @@ def _boxes(message: Message, value: Tensor) -> Iterator[tuple[Item, Tensor]]:
 
 
 def check_equal(plan: SyncPlan) -> None:
-    """ValueError on every rank unless all of the world have the same plan."""
+    """ValueError on every rank unless all ranks of the world have the same plan."""
     digests = gather_objects(plan.digest)
     odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if odd:
@@ -279,7 +279,7 @@ def check_equal(plan: SyncPlan) -> None:
 
 
 def make_groups(groups: Sequence[Ranks]) -> Mapping[Ranks, dist.ProcessGroup | None]:
-    """A communicator for every group; every rank of the world calls it. None: the world's."""
+    """Create a communicator for every group (None: the world's); all ranks of the world call it."""
     whole = tuple(range(dist.get_world_size()))
     return {g: None if g == whole else dist.new_group(list(g)) for g in groups}
 
@@ -287,7 +287,7 @@ def make_groups(groups: Sequence[Ranks]) -> Mapping[Ranks, dist.ProcessGroup | N
 def _adopt(
     shared: frozenset[str], engine: Engine, table: Table, tensors: LocalTensors
 ) -> LocalTensors:
-    """Give the engine its tensors; returns those of its own."""
+    """Give the engine the shared tensors; returns its own tensors."""
     own = {}
     for local_name, held in table.items():
         if local_name in shared:
@@ -300,7 +300,7 @@ def _adopt(
 
 
 def _check_held(table: Table, tensors: LocalTensors) -> None:
-    """The layout is computed, the tensors are there: both must say the same."""
+    """Assert that the computed layout agrees with the tensors that exist."""
     for local_name, held in table.items():
         tensor, slices = tensors[local_name]
         found = Held(shape=tuple(tensor.shape), dtype=tensor.dtype, slices=slices)
