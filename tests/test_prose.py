@@ -14,6 +14,7 @@ DONE: list[str] = [
     "distributed",
     "memory",
     "observe",
+    "rollout",
     "training",
     "weights",
 ]  # packages, and loose modules with their ".py"

@@ -1,9 +1,9 @@
-"""`Enclosure`: what a library changes in this process is there while the library runs, and no more.
+"""`Enclosure`: limits a library's changes to this process to the time while the library runs.
 
 An engine in the trainer's process replaces functions of torch (on a CPU vLLM makes
 `torch.set_num_threads` and `Tensor.pin_memory` do nothing), overwrites environment variables
 (LOCAL_WORLD_SIZE with its own group's size), seeds the global random numbers, and sets thread count
-and precision. Each would change what the trainer computes, or what its next library reads.
+and precision. Each would change the trainer's results, or the values that the next library reads.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import torch
 
 
 class Enclosure:
-    """Every change that `package` makes inside of `entered` is undone outside, and back inside.
+    """Undoes the changes that `package` makes inside `entered`, when that block is left.
 
-    Covered: functions and classes of its own that it puts into torch's modules; environment
-    variables; Python's, numpy's and torch's random numbers; torch's thread count and matmul
-    precision; objects that it hid from the garbage collector.
+    Its own functions and classes in torch's modules, and environment variables, return at the next
+    `entered`. Python's, numpy's and torch's random numbers, torch's thread count and matmul
+    precision, and objects hidden from the garbage collector are only reset.
 
     Args:
         package: the library's top-level name.
-        environment: variables to set inside; None takes one away.
+        environment: variables to set inside; None removes one.
     """
 
     def __init__(self, package: str, environment: Mapping[str, str | None]) -> None:
@@ -40,11 +40,11 @@ class Enclosure:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Let the library run inside of this."""
+        """Apply the library's changes for the time of the `with` block."""
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             for category in (DeprecationWarning, FutureWarning):
-                warnings.simplefilter("ignore", category)  # of its code, which is not ours to mend
+                warnings.simplefilter("ignore", category)  # about its code, not this project's
             stack.enter_context(self._process_values())
             stack.enter_context(self._variables())
             for number, space in enumerate(_spaces()):
@@ -99,10 +99,10 @@ class Enclosure:
 
 @contextmanager
 def replaced(space: Any, name: str, value: object) -> Iterator[None]:
-    """Another value for a module's or a class's `name`.
+    """Replace the value of a module's or a class's `name` for the time of the `with` block.
 
     Raises:
-        ValueError: it has none of that name.
+        ValueError: it has no such name.
     """
     if name not in vars(space):
         raise ValueError(f"{space!r} has no {name!r}: is it of a version that is not supported?")
@@ -116,7 +116,7 @@ def replaced(space: Any, name: str, value: object) -> Iterator[None]:
 
 @contextmanager
 def uncompiled(device: torch.device) -> Iterator[None]:
-    """On a CPU no torch.compile: the first log-probabilities would wait half a minute for it."""
+    """Disable torch.compile on a CPU, where the first log-probabilities would wait 30 s for it."""
     if device.type != "cpu":
         yield
         return

@@ -1,4 +1,4 @@
-"""`Lockstep`: the ranks of a tensor-parallel group, which take every step of an engine together."""
+"""`Lockstep`: the ranks of a tensor-parallel group, which run every step of an engine together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..distributed.parallel import Parallel
 
 
 class Lockstep:
-    """A group whose first rank, the leader, decides for all. A rank alone sends no messages.
+    """A group whose first rank, the leader, decides for all. A group of one sends no messages.
 
     Args:
         tp: this rank's place in the group.
@@ -25,7 +25,7 @@ class Lockstep:
         return self._tp.rank == 0
 
     def from_leader(self, values: Sequence[int]) -> list[int]:
-        """The leader's values, of which every rank has as many: one message."""
+        """Return the leader's values, by one message; every rank passes equally many."""
         if self._tp.group is None:
             return list(values)
         message = torch.tensor(values, device=self._device)
@@ -34,7 +34,7 @@ class Lockstep:
         return found
 
     def least(self, value: int) -> int:
-        """The smallest of all ranks' values."""
+        """Return the smallest of all ranks' values."""
         if self._tp.group is None:
             return value
         message = torch.tensor(value, device=self._device)

@@ -1,4 +1,4 @@
-"""What the requests of a call need, and those that can never be served."""
+"""Cache blocks that the requests of a call need, and checks for requests that never fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GB = 10**9
 
 
 def blocks_needed(requests: Sequence[Request], block_size: int, max_running: int) -> int:
-    """Blocks with which the largest `max_running` samples run to their ends together."""
+    """Count the blocks that the largest `max_running` samples need to finish side by side."""
     needs = (
         -(-(len(request.tokens) + request.sampling.max_tokens) // block_size)
         for request in requests
@@ -29,13 +29,13 @@ def check_requests(
     has_text: bool,
     generates: bool = True,
 ) -> None:
-    """ValueError naming the first request that can never be served, and why.
+    """Raise ValueError if a request can never be served, naming the first one and the reason.
 
     Args:
         capacity: tokens that the key-value cache holds.
-        mend: what gives it more.
+        mend: text for messages, how to make the cache larger.
         has_text: whether the engine can turn tokens into text.
-        generates: False where the requests' tokens are scored, and none are added to them.
+        generates: False if the requests' tokens are only scored, and none are added.
     """
     for i, request in enumerate(requests):
         name = f"request {i} (prompt_id {request.prompt_id})"

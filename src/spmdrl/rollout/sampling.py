@@ -1,41 +1,41 @@
-"""`SamplingParams`: how one request's tokens are drawn."""
+"""`SamplingParams`: the options by which one request's tokens are drawn."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 MAX_SUPPORT = 256
-"""Tokens that truncation may leave for their ids to be recorded, and for the log-probability to be
-that of the softmax over them. Where more are left, it is that of the softmax over all tokens."""
+"""Most tokens that truncation may leave if their ids are to be recorded, and a log-probability is
+to be that of the softmax over them. If more are left, the softmax is that over all tokens."""
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.001, 1000.0
-"""Beyond them logits overflow, or hardly differ; 0 is greedy."""
+"""Limits beyond which logits overflow or hardly differ; 0 is greedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Truncated sampling, and where a completion ends.
+    """Options of truncated sampling, and conditions that end a completion.
 
     The truncations apply in the order of `transformers`: temperature, top-k, top-p (on the
-    distribution that top-k leaves), min-p; what is left is renormalised.
+    distribution that top-k leaves), min-p; the rest is renormalised.
 
     Args:
-        temperature: divides the logits; 0 takes the most likely token.
-        top_p: the smallest set of most likely tokens whose probability reaches it.
-        top_k: that many most likely tokens; 0 is all.
-        min_p: tokens at least that likely relative to the most likely one.
-        max_tokens: tokens of a completion at most.
-        stop: texts that end a completion; the last token may carry text beyond.
-        stop_token_ids: tokens that end a completion, besides the model's ends of text. The token
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_p: keep the smallest set of most likely tokens whose probability reaches it.
+        top_k: keep this many of the most likely tokens; 0 keeps all.
+        min_p: keep tokens that are at least this likely relative to the most likely one.
+        max_tokens: largest number of tokens in a completion.
+        stop: texts that end a completion; the last token may hold text beyond the stop text.
+        stop_token_ids: tokens that end a completion, as well as the model's ends of text. The token
             that ends it is part of it and has a log-probability.
         ignore_eos: do not end at the model's ends of text.
-        margins: also report how near every draw was to falling otherwise.
-        experts: also report which experts every token went to.
-        support: also report the tokens that each token was drawn from, where truncation leaves at
+        margins: also report how close every draw was to a different result.
+        experts: also report the experts that every token was routed to.
+        support: also report the tokens that each token was drawn from, if truncation leaves at
             most `MAX_SUPPORT` of them.
 
     Raises:
-        ValueError: a value outside its range, naming it.
+        ValueError: a value is outside its range; the message names it.
     """
 
     temperature: float = 1.0
@@ -73,5 +73,5 @@ class SamplingParams:
 
     @property
     def is_truncated(self) -> bool:
-        """True where some token with a probability may not be drawn."""
+        """Whether some tokens with a probability above 0 cannot be drawn."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0

@@ -1,4 +1,4 @@
-"""When a sample ends."""
+"""Conditions that end a sample."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from .protocol import Finish
 from .sampling import SamplingParams
 
 _CONTEXT = 8
-"""Tokens decoded before the ones that can hold a stop text, so that its first letters are whole."""
+"""Tokens decoded before those that can hold a stop text, so that its first letters are complete."""
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-"""What stands for bytes that are no whole character yet."""
+"""Replacement for bytes that do not form a complete character yet."""
 
 
 class StopRules:
-    """The end conditions of requests. What is found out of tokens serves all later requests too.
+    """End conditions of requests. Findings about tokens are kept and serve all later requests too.
 
     Args:
         eos: the model's ends of text.
-        texts: needed for stop texts.
+        texts: the texts of tokens, needed for stop texts.
     """
 
     def __init__(self, eos: Sequence[int], texts: TokenTexts | None) -> None:
@@ -42,8 +42,8 @@ class StopRule:
 
     Args:
         eos: the model's ends of text.
-        texts: what looks for the request's stop texts, or how tokens are decoded where none of them
-            is special; None: there are no stop texts.
+        texts: the finder of the request's stop texts, or a decoder of tokens if no token is
+            special; None if there are no stop texts.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class StopRule:
             self._ids |= frozenset(eos)
 
     def check(self, tokens: list[int], num_generated: int) -> Finish | None:
-        """Whether the newest of `tokens` (prompt and generated) ends the sample."""
+        """Return the reason if the newest of `tokens` (prompt and generated) ends the sample."""
         if tokens[-1] in self._ids:
             return "stop"
         if self._texts is not None and self._texts.end(tokens, num_generated):
@@ -69,10 +69,10 @@ class StopRule:
 
 
 class StopTexts:
-    """Some stop texts: whether generated tokens end with one of them, and the text before it.
+    """Stop texts: whether generated tokens end with one of them, and the text before it.
 
-    A special token ends a sample by its id. A text with a special token in it is looked for where
-    special tokens are written, any other one where they are left out, as reward functions see it.
+    A special token ends a sample by its id. A stop text that contains a special token is searched
+    for in text with special tokens, any other one in text without them, as reward functions see it.
     """
 
     def __init__(self, stop: Sequence[str], texts: TokenTexts) -> None:
@@ -88,11 +88,11 @@ class StopTexts:
         self._plain, self._special = plain, special
 
     def end(self, tokens: Sequence[int], num_generated: int) -> bool:
-        """Whether a stop text is in the generated ones, and was not before the newest came."""
+        """Whether the newest token completes a stop text in the generated tokens."""
         return any(finder.end(tokens, num_generated) for finder in self._finders)
 
     def before(self, tokens: Sequence[int]) -> str:
-        """The text of a response up to the first stop text, special tokens left out."""
+        """Return the text of a response up to the first stop text, without special tokens."""
         place = next((i for i, token in enumerate(tokens) if token in self.ids), len(tokens))
         tokens = tokens[:place]
         text = cut_at(self._texts.decode(tokens), self._plain)
@@ -106,7 +106,7 @@ class StopTexts:
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:
-    """`text` up to the first stop string in it."""
+    """Return `text` up to the first stop string in it."""
     ends = [place for s in stop if (place := text.find(s)) >= 0]
     return text[: min(ends)] if ends else text
 
@@ -115,8 +115,8 @@ def cut_at(text: str, stop: Sequence[str]) -> str:
 class _Token:
     """Args:
     may_end: whether a stop text can end within its letters.
-    is_blank: it has none.
-    is_fragment: it is a part of a character.
+    is_blank: whether it has no letters.
+    is_fragment: whether it is a part of a character.
     """
 
     may_end: bool
@@ -125,14 +125,14 @@ class _Token:
 
 
 class _Finder:
-    """Looks for texts at the end of tokens, and decodes only where a token may complete one."""
+    """Finder of texts at the end of tokens; it decodes only if a token may complete one."""
 
     def __init__(self, stop: tuple[str, ...], decode: Decode) -> None:
         self._stop, self._decode = stop, decode
         self._known: dict[int, _Token] = {}
         self._fragment: int | None = None  # some token that is a part of a character
         self._in_runs: dict[int, bool] = {}
-        # a token with letters is at least one byte, so a text lies within so many of them
+        # A token with letters has at least one byte: a text spans at most as many as it has bytes.
         self._tail = max(len(text.encode(errors="surrogatepass")) for text in stop) + _CONTEXT
 
     def end(self, tokens: Sequence[int], num_generated: int) -> bool:
@@ -148,8 +148,8 @@ class _Finder:
         return any(text in tail for text in self._stop)
 
     def _is_in_run(self, token: int) -> bool:
-        """Whether its letters depend on fragments beside it: Llama 2's single bytes are text only
-        where all that follow each other make whole characters, so no tail begins among them.
+        """Whether its letters depend on neighbouring fragments: Llama 2's single bytes are text
+        only if a run of them makes whole characters, so a tail must not begin inside a run.
         """
         if self._look_up(token).is_fragment:
             return True
@@ -168,8 +168,8 @@ class _Finder:
         return found
 
     def _examine(self, token: int) -> _Token:
-        """From its letters alone and behind others: decoders drop a first blank, or a prefix that
-        marks the rest of a word.
+        """Examine its letters, both alone and after another token: decoders drop a first blank, or
+        a prefix that marks the rest of a word.
         """
         alone, twice = self._decode([token]), self._decode([token, token])
         is_fragment = _UNKNOWN in twice
@@ -181,6 +181,6 @@ class _Finder:
 
 
 def _may_end(text: str, letters: str) -> bool:
-    """Whether `text` can end within `letters`, whatever stands before them."""
+    """Whether `text` can end within `letters`, whatever precedes them."""
     most = min(len(text), len(letters))
     return text in letters or any(letters.startswith(text[-k:]) for k in range(1, most + 1))

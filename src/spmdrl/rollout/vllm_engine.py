@@ -1,15 +1,15 @@
-"""`VllmEngine`: vLLM as a rollout engine in the ranks' own processes. No other file imports it.
+"""`VllmEngine`: vLLM as a rollout engine in the ranks' own processes. No other file imports vLLM.
 
-torchrun has started the ranks (vLLM's `external_launcher`), its engine core and worker run in this
-process, and its scheduler takes the same decisions on every rank of a tensor-parallel group. vLLM
-lays its groups over all ranks of the world, contiguous ones to a group.
+torchrun has started the ranks (vLLM's `external_launcher`); vLLM's engine core and worker run in
+this process, and its scheduler takes the same decisions on every rank of a tensor-parallel group.
+vLLM lays its groups over all ranks of the world, each over contiguous ranks.
 
-Weights: vLLM's own parameters are what a weight sync writes (or the trainer's tensors take their
-place), so nothing is loaded twice and no copy exists. That needs parameters in the plain form in
-which they were made. On CUDA they are for dense models that are not quantised. On a CPU vLLM packs
-them for oneDNN at loading: `model.load_weights` then raises after it has updated some, and the
-official `reload_weights` leaves a tied head as it was. So packing is turned off, and every
-parameter's name, shape and dtype is checked.
+Weights: a weight sync writes vLLM's own parameters (or the trainer's tensors replace them), so
+nothing is loaded twice and no copy exists. This needs parameters in the plain form in which they
+were made. On CUDA that holds for dense models that are not quantised. On a CPU vLLM packs them for
+oneDNN at loading: `model.load_weights` then raises after it has updated some, and the official
+`reload_weights` does not update a tied head. So packing is turned off, and every parameter's name,
+shape and dtype is checked.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ from .vllm_requests import (
 from .vllm_samples import Sample, run_scores, run_steps, samples_of
 
 _NO_UTILIZATION = 0.01
-"""Of the device's memory: a check at start that counts the trainer's as taken. The cache's size is
-given, so nothing else depends on it."""
+"""Share of the device's memory for a check at start, which counts the trainer's memory as taken.
+The cache's size is given, so nothing else depends on it."""
 
 
 def check_model(config: ModelConfig, device_type: str) -> None:
@@ -75,16 +75,16 @@ def check_model(config: ModelConfig, device_type: str) -> None:
 
 
 class VllmEngine:
-    """A `RolloutEngine` on vLLM. Every rank of the world makes one, at the same place.
+    """A `RolloutEngine` on vLLM. Every rank of the world makes one, at the same point.
 
     Nothing outlives a `generate` call: the prefix cache serves the samples of one call, and is
-    reset before the next, whose weights may be others.
+    reset before the next, whose weights may differ.
 
     Args:
         config: the model.
-        tp: this rank's place in its tensor-parallel group: contiguous ranks of the world.
-        eos_token_ids: ends of text; the configuration's where None.
-        texts: of tokens, for stop texts.
+        tp: this rank's place in its tensor-parallel group, which has contiguous ranks of the world.
+        eos_token_ids: ends of text; None means the configuration's.
+        texts: the texts of tokens, for stop texts.
 
     Raises:
         ValueError: vLLM holds other parameters than the model's, or in another form.
@@ -126,14 +126,14 @@ class VllmEngine:
     # Weights
 
     def local_tensors(self) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:
-        """What this rank holds: local name -> (tensor, slices)."""
+        """Return this rank's weights: local name -> (tensor, slices)."""
         return {n: (held.data, self._slices[n]) for n, held in self._parameters.items()}
 
     def adopt(self, local_name: str, tensor: Tensor) -> None:
-        """Use `tensor`'s storage as the parameter. On CUDA vLLM's graphs hold other addresses.
+        """Use `tensor`'s storage as the parameter; only on a CPU, since CUDA graphs hold addresses.
 
         Raises:
-            ValueError: another shape, dtype or device than the parameter's.
+            ValueError: shape, dtype or device differ from the parameter's.
         """
         held = self._parameters[local_name]
         found = (tuple(tensor.shape), tensor.dtype, tensor.device.type)
@@ -145,37 +145,37 @@ class VllmEngine:
         held.data = tensor.detach()
 
     def allocate(self, local_name: str) -> Tensor:
-        """vLLM's own storage of the parameter, to be filled."""
+        """Return vLLM's own storage of the parameter, to be filled."""
         held: Tensor = self._parameters[local_name].data
         return held
 
-    # What is kept between calls
+    # Parts kept between calls
 
     @property
     def captures_graphs(self) -> bool:
-        """False: vLLM's graphs stay where they are, and its weights keep their addresses."""
+        """Always False: vLLM's graphs stay in place, and its weights keep their addresses."""
         return False
 
     def cache_bytes(self) -> int:
-        """Of the cache, as it is now."""
+        """Return the current bytes of the cache."""
         return 0 if "kv_cache" in self._sleeping else self._options.kv_cache_bytes
 
     def graph_bytes(self) -> int:
-        """0: see `captures_graphs`."""
+        """Return 0, see `captures_graphs`."""
         return 0
 
     def release_cache(self) -> None:
-        """Never asked: it goes and comes with the weights, or stays."""
+        """Refuse: the cache leaves and returns with the weights, or stays."""
         raise AssertionError("vLLM frees its cache with its weights: the plan must keep it")
 
     def release_graphs(self) -> None:
-        """There are none that others would have to let go of."""
+        """Do nothing, since vLLM's graphs hold no addresses of others' tensors."""
 
     def sleep(self, keeps_weights: bool) -> None:
         """Free weights and cache on the device.
 
         Args:
-            keeps_weights: on the host; else all of them must be written after `wake`.
+            keeps_weights: keep them on the host; otherwise all must be written after `wake`.
         """
         assert self._options.sleeps and not self._sleeping
         with self._enclosure.entered():
@@ -183,7 +183,7 @@ class VllmEngine:
         self._sleeping = {"weights", "kv_cache"}
 
     def wake(self) -> None:
-        """Room for the weights, at the old addresses; the cache comes with the next `generate`."""
+        """Allocate the weights, at their old addresses; the next `generate` allocates the cache."""
         self._wake("weights")
 
     def _wake(self, part: str) -> None:
@@ -200,7 +200,7 @@ class VllmEngine:
 
         destroy = dist.destroy_process_group
         self._parameters = {}
-        # its shutdown ends the default process group too, which is the trainer's
+        # its shutdown would also end the default process group, which is the trainer's
         with self._enclosure.entered(), replaced(dist, "destroy_process_group", keep_default):
             self._engine.engine_core.shutdown()
 
@@ -216,7 +216,7 @@ class VllmEngine:
         should_stop: Callable[[], bool] | None = None,
         state: Mapping[str, Tensor] | None = None,
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`. Samples that were cut are drawn anew: there is no state."""
+        """See `RolloutEngine.generate`. Aborted samples are drawn again: there is no state."""
         self._check(requests)
         check_sampling(requests)
         groups = samples_of(requests, self._stops)
@@ -238,13 +238,13 @@ class VllmEngine:
         return completions
 
     def aborted_state(self) -> dict[str, Tensor]:
-        """Nothing: vLLM's cache cannot be taken out of it."""
+        """Return nothing: vLLM's cache cannot be taken out of it."""
         return {}
 
     def score(
         self, sequences: Sequence[tuple[int, ...]], *, temperature: float = 1.0
     ) -> list[list[float]]:
-        """See `RolloutEngine.score`. vLLM scores prompts before any temperature: at 1 alone."""
+        """See `RolloutEngine.score`. vLLM ignores the temperature for prompts: it must be 1."""
         if temperature != 1:
             raise ValueError(f"temperature={temperature}: vLLM scores rows at temperature 1 alone")
         sampling = SamplingParams(max_tokens=1, temperature=0)
@@ -277,7 +277,7 @@ class VllmEngine:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """vLLM may compute inside of this."""
+        """Let vLLM compute inside the `with` block."""
         with self._enclosure.entered(), uncompiled(self._device):
             self._wake("kv_cache")
             if not self._engine.reset_prefix_cache():
@@ -295,14 +295,14 @@ class VllmEngine:
         return name
 
     def _agree_on_stop(self, should_stop: Callable[[], bool] | None) -> bool:
-        """The group's per-step message."""
+        """Agree with the group, by its message of each step."""
         if should_stop is None:
             return False
         [stop] = self._group.from_leader([int(self._group.is_leader and should_stop())])
         return bool(stop)
 
     def _check_alike(self, completions: list[list[Completion]]) -> None:
-        """Every rank of the group drew its tokens itself: one message shows that they are equal."""
+        """Check by one message that the ranks of the group, which all drew their tokens, agree."""
         drawn = repr([[c.tokens for c in group] for group in completions])
         own = zlib.crc32(drawn.encode())
         if self._group.from_leader([own]) != [own]:
@@ -325,12 +325,12 @@ def _start(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Any:
-    """vLLM's engine with random weights: the real ones come by a weight sync, or from files."""
+    """Start vLLM's engine with random weights; real ones come by a weight sync, or from files."""
     from vllm import EngineArgs, LLMEngine
 
     multiple = BLOCK_MULTIPLE[device.type]
     budget = options.max_running + options.prefill_tokens
-    # a part of a prompt draws a token that is thrown away: a CPU's generator cannot take it back
+    # A part of a prompt draws a token that is discarded; a CPU's generator cannot be rewound.
     chunks = device.type != "cpu"
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(described(config)))
@@ -367,26 +367,26 @@ def _start(
 def _launched(device: torch.device, job: int) -> Iterator[None]:
     """Tell vLLM the rank, its device, and a name of this job.
 
-    On a CPU its tensor-parallel groups meet in shared memory that is named after the last part of
-    the address of the process group, and after the ranks: the same in all jobs of a machine under
-    an external launcher, so that two at a time would write into each other's sums.
+    On a CPU its tensor-parallel groups meet in shared memory named after the last part of the
+    process group's address, and after the ranks. Under an external launcher these are the same in
+    all jobs of a machine, so two concurrent jobs would write into each other's sums.
     """
     from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
     def arguments(executor: Any) -> tuple[str, int, int]:
-        # the process group is there already: nobody connects to the address
+        # the process group exists already: nobody connects to the address
         return f"env://:{job}", dist.get_rank(), device.index or 0
 
     with replaced(ExecutorWithExternalLauncher, "_distributed_args", arguments):
         yield
-    # its ranks have met; what is mapped stays, and nothing is left behind when they end
+    # its ranks have met: mapped memory stays, and no file is left behind when they end
     for file in Path("/dev/shm").glob(f"{job}-*"):
         file.unlink(missing_ok=True)
 
 
 @contextmanager
 def _plain_weights(device: torch.device) -> Iterator[None]:
-    """On a CPU let vLLM multiply with the parameters as they are, see the top of the file."""
+    """Let vLLM multiply with unpacked parameters on a CPU, see the top of the file."""
     if device.type != "cpu":
         yield
         return

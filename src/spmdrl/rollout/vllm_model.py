@@ -1,4 +1,4 @@
-"""A model as vLLM names and holds it. Nothing here imports vLLM."""
+"""Names and forms in which vLLM holds a model. Nothing here imports vLLM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..models.config import ModelConfig
 from ..models.sharding import all_slices, local_parameters
 
 VOCAB_MULTIPLE = 64
-"""vLLM pads the vocabulary's rows to a multiple of it before it cuts them
+"""Multiple to which vLLM pads the vocabulary's rows before it cuts them
 (DEFAULT_VOCAB_PADDING_SIZE)."""
 
 _FUSED = {".q_proj.": ".qkv_proj.", ".gate_proj.": ".gate_up_proj."}
@@ -22,7 +22,7 @@ _Parameter = TypeVar("_Parameter", bound=Tensor)
 
 
 def described(config: ModelConfig) -> dict[str, Any]:
-    """config.json for vLLM: as the model's own was read, as a language model."""
+    """Make config.json for vLLM: the model's own, with the language model's architecture."""
     return {**config.source, "architectures": [config.architecture]}
 
 
@@ -32,11 +32,11 @@ def check_supported(
     """Refuse a model that this vLLM cannot run.
 
     Args:
-        known: the architectures that vLLM has itself.
-        head_dims: with which its attention works; None: all.
+        known: the architectures that vLLM implements itself.
+        head_dims: head dims that its attention supports; None if it supports all.
 
     Raises:
-        ValueError: naming the model's property.
+        ValueError: a property of the model is not supported; the message names it.
     """
     if config.architecture not in known:
         raise ValueError(
@@ -56,7 +56,7 @@ def check_supported(
 
 
 def parameter_names(config: ModelConfig) -> dict[str, str]:
-    """Local name -> vLLM's: Hugging Face names, in which what is fused is called so."""
+    """Map local names to vLLM's: Hugging Face names, except those of fused parameters."""
     names = {}
     for local, held in all_slices(config, 0, 1).items():
         name = held[0].name
@@ -73,13 +73,13 @@ def match_parameters(
     device_type: str,
     found: Mapping[str, _Parameter],
 ) -> dict[str, _Parameter]:
-    """Local name -> vLLM's parameter. All are in the form that a sync writes, none is left over.
+    """Map local names to vLLM's parameters, all in the form that a sync writes, none left over.
 
     Args:
         found: this rank's parameters, by vLLM's names.
 
     Raises:
-        ValueError: a parameter more or less than the model has, or one in another form.
+        ValueError: a parameter is missing, unknown to the model, or in another form.
     """
     names = parameter_names(config)
     if set(found) != set(names.values()):

@@ -1,4 +1,4 @@
-"""What vLLM is told of sizes and of requests, and what it cannot do. Nothing here imports it."""
+"""Sizes and requests in vLLM's terms, and checks of what it cannot do. It is not imported here."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .protocol import Request
 from .sampling import MAX_SUPPORT, SamplingParams
 
 BLOCK_MULTIPLE = {"cpu": 32, "cuda": 16}
-"""Of the tokens of a cache block."""
+"""Multiple to which the tokens of a cache block are rounded up, by device type."""
 
 LEAST_TEMPERATURE = 0.01
-"""vLLM raises what lies between 0 and this, and says so in its log alone."""
+"""Least temperature above 0; vLLM raises lower ones, and reports it only in its log."""
 
 TIES = 16
-"""Tokens asked for beyond top_k: vLLM keeps all that tie with the last one."""
+"""Tokens asked for beyond top_k, because vLLM keeps all that tie with the last one."""
 
 SUPPORT_NEEDS_TOP_K = (
     "with rollout.engine=vllm truncated samples are trained on over the tokens that they were "
@@ -33,7 +33,7 @@ ENVIRONMENT: dict[str, str | None] = {
     "VLLM_CPU_KVCACHE_SPACE": None,  # it would override kv_cache_memory_bytes
     "VLLM_NO_USAGE_STATS": "1",  # a thread that reports over HTTP
 }
-"""Of the process while vLLM runs in it; None: not there."""
+"""Environment variables of the process while vLLM runs in it; None removes one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +41,14 @@ class VllmOptions:
     """Sizes of the engine.
 
     Args:
-        kv_cache_bytes: of one rank; allocated at start.
-        max_length: tokens of a sequence, prompt and response, at most.
+        kv_cache_bytes: bytes of one rank's cache, allocated at start.
+        max_length: most tokens of prompt and response together.
         block_size: tokens of a cache block.
-        max_running: sequences decoded together, at most.
-        prefill_tokens: prompt tokens a step, at most.
+        max_running: most samples decoded together.
+        prefill_tokens: most prompt tokens per step.
         cuda_graphs: let vLLM compile the model and capture CUDA graphs.
-        sleeps: weights and cache leave the device between calls (`sleep`); on CUDA only.
-        cache_mend: what gives the cache more room, for messages.
+        sleeps: let weights and cache leave the device between calls (`sleep`); only on CUDA.
+        cache_mend: text for messages, how to make the cache larger.
     """
 
     kv_cache_bytes: int
@@ -64,15 +64,15 @@ class VllmOptions:
 def sampling_arguments(
     sampling: SamplingParams, eos: Sequence[int], key: tuple[int, int, int, int]
 ) -> dict[str, Any]:
-    """vLLM's sampling parameters for one sample.
+    """Make vLLM's sampling parameters for one sample.
 
-    Its ends of text are all ours: vLLM reads fewer of them from the model. Stop texts are looked
-    for outside of it.
+    All ends of text are given here, since vLLM reads fewer of them from the model. Stop texts are
+    searched for outside vLLM.
 
     Args:
         eos: the model's ends of text.
-        key: (seed, step, prompt id, sample): keys the sample's random numbers. vLLM draws them one
-            after the other, so that they depend on the token's place too, and on nothing else.
+        key: (seed, step, prompt id, sample), the key of the sample's random numbers. vLLM draws
+            them one after another, so they also depend on the token's place, and on nothing else.
     """
     ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos)}
     return {
@@ -90,10 +90,10 @@ def sampling_arguments(
 
 
 def check_sampling(requests: Sequence[Request]) -> None:
-    """Refuse what vLLM would do otherwise, or not at all.
+    """Refuse options that vLLM lacks or would apply differently.
 
     Raises:
-        ValueError: naming the key of the first such request.
+        ValueError: a request has one; the message names the key of the first.
     """
     for request in requests:
         sampling = request.sampling

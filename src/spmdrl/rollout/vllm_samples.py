@@ -1,4 +1,4 @@
-"""Samples on their way through vLLM, one engine step after the other. Nothing here imports it."""
+"""Samples on their way through vLLM, one engine step after another. Nothing here imports vLLM."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Sample:
 
 
 def samples_of(requests: Sequence[Request], stops: StopRules) -> list[list[Sample]]:
-    """The samples of each request, nothing generated yet."""
+    """Make the samples of each request, with nothing generated yet."""
     return [
         [
             Sample(
@@ -63,19 +63,19 @@ def run_steps(
     progress: Progress | None,
     should_stop: Callable[[], bool],
 ) -> None:
-    """Engine steps until every sample has ended, or one after which `should_stop` says so.
+    """Run engine steps until every sample has ended, or `should_stop` returns True.
 
     Args:
-        engine: vLLM's, which holds the samples' requests and none of others; none after this.
-        waiting: by request id; what is open stays in it.
-        should_stop: asked in every step; alike on all ranks of the group.
+        engine: vLLM's engine, which holds only the samples' requests; afterwards it holds none.
+        waiting: samples by request id; open samples stay in it.
+        should_stop: callback in every step, with equal results on all ranks of the group.
     """
     tokens_done = samples_done = 0
     try:
         while waiting:
             outputs = engine.step()
             stop = should_stop()
-            unknown: list[str] = []  # to vLLM: what ended with a stop text
+            unknown: list[str] = []  # samples that ended with a stop text, unknown to vLLM
             for output in outputs:
                 sample = waiting[output.request_id]
                 tokens_done += _extend(sample, output)
@@ -95,7 +95,7 @@ def run_steps(
 
 
 def _extend(sample: Sample, output: Any) -> int:
-    """Add what a step drew for the sample, up to where it ends; returns how many tokens."""
+    """Add the tokens that a step drew for the sample, up to its end; return their number."""
     [piece] = output.outputs
     count = 0
     for token, found in zip(piece.token_ids, piece.logprobs, strict=True):
@@ -121,13 +121,13 @@ def _extend(sample: Sample, output: Any) -> int:
 
 
 def support_of(found: Mapping[int, Any]) -> tuple[list[int], float]:
-    """The tokens that one was drawn from, and the logarithm of their mass.
+    """Return the tokens that one was drawn from, and the logarithm of their mass.
 
-    The mass is 1, but where more tokens tie with the last of vLLM's top-k than it was asked for:
-    the draw is then taken as one from those that it told of.
+    The mass is 1, unless more tokens tie with the last of vLLM's top-k than it was asked for; the
+    draw is then taken as one from the tokens that it reported.
 
     Args:
-        found: the most likely tokens and the drawn one; those that may not be drawn have -inf.
+        found: the most likely tokens and the drawn one; those that cannot be drawn have -inf.
     """
     kept = {token: entry.logprob for token, entry in found.items() if entry.logprob > -math.inf}
     return sorted(kept), math.log(math.fsum(math.exp(value) for value in kept.values()))
@@ -136,11 +136,10 @@ def support_of(found: Mapping[int, Any]) -> tuple[list[int], float]:
 def run_scores(
     engine: Any, waiting: dict[str, int], sequences: Sequence[Sequence[int]]
 ) -> dict[int, list[float]]:
-    """Engine steps until every sequence's tokens are scored: sequence -> log-probabilities of all
-    but the first token.
+    """Run engine steps until all sequences are scored; return log-probabilities by sequence.
 
     Args:
-        waiting: the sequence by request id.
+        waiting: index of the sequence by request id; a sequence's first token has no score.
     """
     scores: dict[int, list[float]] = {}
     while waiting:

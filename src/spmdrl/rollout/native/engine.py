@@ -1,7 +1,7 @@
-"""`NativeEngine`: the rollout engine of the project, on the trainer's own decoder.
+"""`NativeEngine`: the project's own rollout engine, on the trainer's decoder.
 
-Nothing outlives a `generate` call but storage: no prefix cache, no request state. New weights are
-thus used as soon as they are there, and there is nothing to invalidate.
+Only storage outlives a `generate` call: no prefix cache, and no request state but the snapshot of
+an aborted call. So new weights are used as soon as they arrive, and nothing must be invalidated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .supports import rows_of
 from .workspace import NativeOptions, Work, Workspace
 
 _PREFIX_TOKENS = 256
-"""Prompt tokens that sharing what all prompts begin with must save: it costs a step of its own."""
+"""Least prompt tokens that sharing the common prefix must save, since it costs an extra step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,11 @@ class NativeEngine:
 
     Args:
         config: the model.
-        tp: this rank's place in its tensor-parallel group, which generates in lockstep: every rank
-            of it calls `generate` with the same requests.
-        ep: which part of the experts is here, of how many; they lie on the ranks of `tp`.
-        eos_token_ids: ends of text; the configuration's where None.
-        texts: of tokens, for stop texts.
+        tp: this rank's place in its tensor-parallel group, which generates in lockstep: each of its
+            ranks calls `generate` with the same requests.
+        ep: this rank's part of the experts, which are divided over the ranks of `tp`.
+        eos_token_ids: ends of text; None means the configuration's.
+        texts: the texts of tokens, for stop texts.
     """
 
     def __init__(
@@ -95,12 +95,12 @@ class NativeEngine:
         self._sampler: Sampler | None = None
         self._aborted: dict[str, Tensor] = {}
         self.num_preempted = 0
-        """Sequences preempted during the last call."""
+        """Number of preemptions during the last call."""
 
     # Weights
 
     def parameters_table(self) -> dict[str, Parameter]:
-        """Local name -> what this rank needs to hold."""
+        """Return the parameters that this rank needs to hold, by local name."""
         slices = self._decoder.slices()
         return {
             name: Parameter(
@@ -113,7 +113,7 @@ class NativeEngine:
         }
 
     def local_tensors(self) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:
-        """What this rank holds: local name -> (tensor, slices)."""
+        """Return this rank's weights: local name -> (tensor, slices)."""
         table = self.parameters_table()
         return {n: (p.tensor, p.slices) for n, p in table.items() if p.tensor is not None}
 
@@ -121,7 +121,7 @@ class NativeEngine:
         """Use `tensor`'s storage as the parameter.
 
         Raises:
-            ValueError: another shape, dtype or device than the parameter's.
+            ValueError: shape, dtype or device differ from the parameter's.
         """
         wanted = self.parameters_table()[local_name]
         found = (tuple(tensor.shape), tensor.dtype, tensor.device.type)
@@ -136,13 +136,13 @@ class NativeEngine:
         self.release_graphs()
 
     def allocate(self, local_name: str) -> Tensor:
-        """Storage of the engine's own for the parameter, not yet filled."""
+        """Allocate the engine's own storage for the parameter, not yet filled."""
         wanted = self.parameters_table()[local_name]
         tensor = torch.empty(wanted.shape, dtype=wanted.dtype, device=self._device)
         self.adopt(local_name, tensor)
         return tensor
 
-    # What is kept between calls beside the weights
+    # Parts kept between calls, besides the weights
 
     @property
     def captures_graphs(self) -> bool:
@@ -150,19 +150,19 @@ class NativeEngine:
         return self._workspace.captures_graphs
 
     def cache_bytes(self) -> int:
-        """Of the cache, as it is now."""
+        """Return the current bytes of the cache."""
         return self._workspace.cache_bytes()
 
     def graph_bytes(self) -> int:
-        """Of the graphs' private memory pool, as it is now."""
+        """Return the current bytes of the graphs' private memory pool."""
         return self._workspace.graph_bytes()
 
     def release_cache(self) -> None:
-        """Free the cache, and the graphs that hold its addresses; the next call makes them."""
+        """Free the cache, and the graphs that hold its addresses; the next call makes new ones."""
         self._workspace.release()
 
     def release_graphs(self) -> None:
-        """Free the graphs: before weights move whose addresses they hold."""
+        """Free the graphs, before weights move whose addresses they hold."""
         self._workspace.release_graphs()
 
     def close(self) -> None:
@@ -203,7 +203,7 @@ class NativeEngine:
                     aborted = self._run(work, scheduler, requests, progress, should_stop, record)
                 if aborted and self._options.keeps_aborted:
                     self._aborted = take_snapshot(call, scheduler, samples, work.attention, record)
-        # where nothing was left to be computed, choices are those that came with the requests
+        # if nothing was left to compute, the choices are those that came with the requests
         experts = [s.begun_experts() for s in samples] if record is None else record.of(samples)
         done = iter(zip(samples, experts, strict=True))
         return [[s.completion(e) for s, e in islice(done, len(group))] for group in groups]
@@ -214,7 +214,7 @@ class NativeEngine:
         return state
 
     def _name(self, requests: Sequence[Request], seed: int, step: int) -> dict[str, Any]:
-        """What tells a call on this engine from all others, apart from the weights."""
+        """Make the values that distinguish a call on this engine from others, weights aside."""
         asked = repr([(r.tokens, r.prompt_id, r.samples, r.sampling) for r in requests])
         return {
             "requests": blake2b(asked.encode(), digest_size=16).hexdigest(),
@@ -266,7 +266,7 @@ class NativeEngine:
         return scores
 
     def _check(self, requests: Sequence[Request], *, generates: bool = True) -> int:
-        """ValueError unless the engine can serve the requests; blocks of the cache for them."""
+        """Return the cache blocks for the requests; ValueError if they cannot be served."""
         missing = [n for n, p in self.parameters_table().items() if p.tensor is None]
         if missing:
             raise ValueError(f"the engine has no weights yet: {missing[0]} was never loaded")
@@ -306,7 +306,7 @@ class NativeEngine:
         should_stop: Callable[[], bool] | None,
         record: ExpertRecord | None,
     ) -> bool:
-        """Engine steps until all is done; True where they were stopped before that."""
+        """Run engine steps until all samples are done; True if they were stopped before that."""
         rules = [self._stops.of(request.sampling) for request in requests]
         tokens_done = samples_done = 0
         stop = False
@@ -336,7 +336,7 @@ class NativeEngine:
         rules: list[StopRule],
         should_stop: Callable[[], bool] | None,
     ) -> tuple[list[Sample], bool]:
-        """Draw a token for each of `samples`; returns those that end with it, and the stop flag."""
+        """Draw a token for each of `samples`; return those that end with it, and the stop flag."""
         if self._sampler is None:
             self._sampler = Sampler(self._config.vocab_size, self._device)
         if rows != list(range(logits.shape[0])):
@@ -364,7 +364,7 @@ class NativeEngine:
             if sample.request.sampling.margins:
                 sample.margins.append(margins[i])
             if sample.request.sampling.support:
-                # where no row of the step is truncated, all were drawn from all tokens
+                # if no row of the step is truncated, all were drawn from all tokens
                 sample.support.append(b"" if support is None else support[i])
             finish = rules[sample.index].check(sample.tokens, sample.num_generated)
             if finish is not None:

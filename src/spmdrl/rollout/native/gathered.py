@@ -1,6 +1,6 @@
 """Paged attention in plain torch operations, on any device and in any dtype.
 
-Every layer gathers what a sequence holds from the cache's blocks. It serves where nothing can be
+Every layer gathers a sample's keys and values from the cache's blocks. It is used if nothing can be
 compiled, and kernels are tested against it.
 """
 
@@ -40,8 +40,8 @@ class GatheredAttention:
     def __init__(self, shape: CacheShape) -> None:
         self._shape = shape
         layers = (shape.num_layers, shape.num_blocks, shape.kv_heads)
-        # Zeros, since a block's unused tail is multiplied by weights of zero. Keys are kept
-        # transposed: scores of a whole block are then sums of contiguous rows.
+        # Zeros, because a block's unused tail is multiplied by weights of zero. Keys are kept
+        # transposed, so that scores of a whole block are sums of contiguous rows.
         self._keys = self._zeros(*layers, shape.head_dim, shape.block_size).unbind(0)
         self._values = self._zeros(*layers, shape.block_size, shape.head_dim).unbind(0)
         self._scale = shape.head_dim**-0.5
@@ -91,14 +91,14 @@ class GatheredAttention:
         self._lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Keys and values of the step's tokens into the cache."""
+        """Write keys and values of the step's tokens into the cache."""
         assert self._slots is not None, "prepare was not called"
         block, offset = self._slots
         self._keys[layer][block, :, :, offset] = k
         self._values[layer][block, :, offset] = v
 
     def _attend_decodes(self, layer: int, q: Tensor) -> Tensor:  # [n, H, d]
-        """Of the first rows, one for each decode."""
+        """Attend for the first rows, one per decode."""
         k, v = self._gather(layer, self._table)
         places = torch.arange(k.shape[2], device=q.device)
         mask = (places < self._lengths[:, None])[:, None, None]
@@ -124,7 +124,7 @@ class GatheredAttention:
         return out.transpose(1, 2).flatten(0, 1)
 
     def _gather(self, layer: int, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the blocks in `table` [n, W]: [n, KVH, W * block_size, d]."""
+        """Gather keys and values of the blocks in `table` [n, W]: [n, KVH, W * block_size, d]."""
 
         def of(cache: Tensor) -> Tensor:  # [blocks, KVH, block_size, d]
             found = cache.index_select(0, table.flatten())
@@ -141,7 +141,7 @@ class GatheredAttention:
             cache.index_copy_(0, target, cache.index_select(0, source))
 
     def _find_slots(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """Block and offset of every row's key and value."""
+        """Find the block and the offset of every row's key and value."""
         size = self._shape.block_size
         blocks = [s.blocks[(s.cached - 1) // size] for s in plan.decodes]
         offsets = [(s.cached - 1) % size for s in plan.decodes]
@@ -153,7 +153,7 @@ class GatheredAttention:
         return found[0], found[1]
 
     def _prepare_prefill(self, chunks: list[Chunk], first_row: int) -> list[_Prefill]:
-        """Spans of rows; neighbouring chunks with the same places in their prompts make one."""
+        """Make spans of rows; neighbouring chunks at the same places in their prompts share one."""
         spans, row = [], first_row
         for (start, stop), group in groupby(chunks, key=lambda c: (c.start, c.stop)):
             members = list(group)

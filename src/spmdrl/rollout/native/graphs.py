@@ -1,4 +1,4 @@
-"""CUDA graphs of whole decode steps, one for each batch-size bucket, captured when first needed."""
+"""CUDA graphs of whole decode steps, one per batch-size bucket, captured when first needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Forward = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def buckets(largest: int) -> tuple[int, ...]:
-    """Batch sizes to capture: 1, 2, 4, 8, then steps of 8, and of 16 above 128; up to `largest`."""
+    """List batch sizes to capture: 1, 2, 4, multiples of 8 (above 128 of 16 only), `largest`."""
     sizes = [1, 2, 4, *range(8, 128, 8), *range(128, largest + 16, 16)]
     return (*(n for n in sizes if n < largest), largest)
 
@@ -22,8 +22,8 @@ def buckets(largest: int) -> tuple[int, ...]:
 class DecodeGraphs:
     """Replays `forward(tokens [n], positions [n]) -> tensors [n, ...]` at padded batch sizes.
 
-    A graph holds addresses: weights and cache must stay where they were at capture (their values
-    may change), or `drop` must be called. All graphs share one memory pool.
+    A graph holds addresses: weights and cache must keep the addresses that they had at capture
+    (their values may change), or `drop` must be called. All graphs share one memory pool.
     """
 
     def __init__(self, forward: Forward, attention: VarlenAttention, max_running: int) -> None:
@@ -36,7 +36,7 @@ class DecodeGraphs:
         self.pool_bytes = 0
 
     def run(self, plan: StepPlan, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """What `forward` gives for a plan without chunks; overwritten by the next run."""
+        """Return `forward`'s result for a plan without chunks; the next run overwrites it."""
         n = len(plan.decodes)
         size = next(s for s in self._sizes if s >= n)
         self._tokens[:n].copy_(tokens, non_blocking=True)
@@ -56,11 +56,11 @@ class DecodeGraphs:
         tokens, positions = self._tokens[:size], self._positions[:size]
         side = torch.cuda.Stream(tokens.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # lazily made handles and tables may not be made in capture
+        with torch.cuda.stream(side):  # handles and tables made lazily must exist before capture
             self._forward(tokens, positions)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # as a capture does: what it frees is not the pool's
+        torch.cuda.empty_cache()  # a capture does so too: memory that it frees is not the pool's
         before = torch.cuda.memory_reserved()
         graph = torch.cuda.CUDAGraph()
         pool = next((held.pool() for held, _ in self._graphs.values()), None)

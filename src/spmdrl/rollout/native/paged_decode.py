@@ -1,6 +1,6 @@
 """Paged attention on the CPU by a kernel compiled for the cache's shape: `paged_decode.c`.
 
-Blocks are read where they lie: nothing is gathered.
+Blocks are read in place: nothing is gathered.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .gathered import GatheredAttention
 _I, _F, _P, _N = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
 
 _MAX_STACK_BYTES = 1 << 18
-"""Of the kernel's frame, which has a block's scores: threads of OpenMP may have 2 MB in all."""
+"""Limit of the kernel's frame, which holds a block's scores: OpenMP threads may have only 2 MB."""
 
 
 class CompiledAttention(GatheredAttention):
-    """`GatheredAttention` with its decode steps, and its writes to the cache, by one kernel each.
+    """`GatheredAttention` with one kernel for its decode steps, and one for writes to the cache.
 
     Raises:
-        ValueError: `compiled_code` has none for the shape.
+        ValueError: `compiled_code` has no kernels for the shape.
     """
 
     def __init__(self, shape: CacheShape) -> None:
@@ -76,8 +76,8 @@ class CompiledAttention(GatheredAttention):
 
 
 def compiled_code(shape: CacheShape) -> ctypes.CDLL | None:
-    """The kernels for a cache's shape, or None: another device or dtype than the CPU's float32, a
-    size that is odd or too large, no compiler."""
+    """Compile the kernels for a cache; None unless a compiler exists and the cache is float32 on a
+    CPU, of sizes that the kernels support."""
     if shape.device.type != "cpu" or shape.dtype != torch.float32:
         return None
     if shape.head_dim % 4 or shape.block_size % 4:
@@ -93,6 +93,6 @@ def compiled_code(shape: CacheShape) -> ctypes.CDLL | None:
 
 
 def _side_by_side(x: Tensor) -> Tensor:  # [T, heads, d]
-    """With the heads of a row next to each other; rows may be apart."""
+    """Make the heads of a row contiguous; there may be gaps between rows."""
     dense = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
     return x if dense else x.contiguous()

@@ -1,4 +1,4 @@
-"""Which experts every token of a call went to, as the engine computed it."""
+"""Record of the experts that the engine chose for every token of a call."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .sequence import Sequence as Sample
 
 
 class ExpertRecord:
-    """The steps' choices on the host, and which row of them is which token of which sample.
+    """The steps' choices on the host, and the row of them for every token of every sample.
 
-    A token that is computed again (after a preemption) keeps its first choices: with them its
-    answer was drawn. Tokens of a prompt that another sample computed have that sample's.
+    A token that is computed again (after a preemption) keeps its first choices, with which its
+    response was drawn. Tokens of a prompt that another sample computed have that sample's choices.
 
     Args:
-        first: the sample that computes what all prompts begin with.
-        missing: what stands for a token without choices.
+        first: the sample that computes the common prefix of all prompts.
+        missing: value that marks a token without choices.
     """
 
     def __init__(self, first: Sample, missing: int) -> None:
@@ -28,7 +28,7 @@ class ExpertRecord:
         self._num_rows = 0
 
     def begin(self, samples: Iterable[Sample]) -> None:
-        """Take over the choices with which samples that go on were drawn."""
+        """Take over the choices with which resumed samples were drawn."""
         for sample in samples:
             begun = sample.begun_experts()
             if begun is not None:
@@ -38,20 +38,20 @@ class ExpertRecord:
                 self._num_rows += len(known)
 
     def _computed(self, experts: Tensor) -> Tensor:  # [n, L, K]
-        """The rows before the first token that a stopped call had not come to."""
+        """Return the rows before the first token that the stopped call had not reached."""
         lacks = (experts.flatten(1) == self._missing).any(1).nonzero()
         return experts[: int(lacks[0])] if len(lacks) else experts
 
     def table(self) -> Tensor:
-        """The choices of all rows so far, [rows, L, K]."""
+        """Return the choices of all rows so far, [rows, L, K]."""
         return torch.cat(self._steps)
 
     def restore(self, table: Tensor, first: Sample) -> None:
-        """Become the record whose table and first sample these are."""
+        """Adopt another record's table and first sample."""
         self.first, self._steps, self._num_rows = first, [table], len(table)
 
     def note(self, plan: StepPlan) -> None:
-        """Which token each row of a step is; before prompts are shared with followers."""
+        """Note the token of each row of a step, before prompts are shared with followers."""
         row = self._num_rows
         for sample in plan.decodes:
             self._assign(sample, sample.cached - 1, sample.cached, row)
@@ -62,7 +62,7 @@ class ExpertRecord:
         self._num_rows = row
 
     def keep(self, experts: Tensor) -> None:
-        """The choices of the step that was noted last, [rows, L, K]."""
+        """Keep the choices of the step that was noted last, [rows, L, K]."""
         self._steps.append(experts.to("cpu"))
 
     def _assign(self, sample: Sample, start: int, stop: int, row: int) -> None:
@@ -73,8 +73,8 @@ class ExpertRecord:
         sample.rows += range(row + known - start, row + stop - start)
 
     def of(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """Every sample's choices, one row for each of its tokens, [n, L, K]: none of its last one,
-        which was never computed.
+        """Return every sample's choices, [n, L, K], one row per token; the last token, which was
+        never computed, has none.
         """
         table = self.table()
         found = []

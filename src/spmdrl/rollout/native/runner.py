@@ -1,4 +1,4 @@
-"""`Runner`: one engine step on the device, from a plan to logits (and to experts chosen)."""
+"""`Runner`: one engine step on the device, from a plan to logits (and to the chosen experts)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Runner:
     """Runs the decoder over a step's tokens.
 
     Args:
-        graph_sequences: capture decode steps of up to that many sequences as CUDA graphs; 0: never.
+        graph_sequences: most samples of a decode step that is captured as a CUDA graph; 0: never.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class Runner:
             self.graphs = DecodeGraphs(self._forward_all, attention, graph_sequences)
 
     def run(self, plan: StepPlan, *, all_rows: bool = False) -> tuple[Tensor, Tensor | None]:
-        """float32 logits `[R, V]` of the rows that are sampled: decodes, then last chunks; and of
-        a mixture of experts the packed choices `[rows, L, K]` of all rows.
+        """Compute float32 logits `[R, V]` of the rows that are sampled: decodes, then last chunks;
+        for a mixture of experts also the packed choices `[rows, L, K]` of all rows.
 
-        They may be overwritten by the caller, and are by the next step.
+        The caller may overwrite them, and the next step does.
 
         Args:
-            all_rows: logits of every row of the step instead.
+            all_rows: compute logits of every row of the step instead.
         """
         tokens, positions, rows = flatten(plan)
         token_ids = torch.tensor(tokens, device=self._device)
@@ -62,7 +62,7 @@ class Runner:
         return (self._project(hidden), *chosen)
 
     def _decode(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """Hidden states, and of a mixture of experts its choices."""
+        """Compute hidden states, and for a mixture of experts its packed choices."""
         moe = self._decoder.config.moe
         if moe is None:
             return (self._decoder(tokens, positions, self._attention),)
@@ -82,7 +82,7 @@ class Runner:
 
 
 def flatten(plan: StepPlan) -> tuple[list[int], list[int], list[int]]:
-    """Tokens and positions of all rows of a step, and the rows whose next token is drawn."""
+    """List tokens and positions of all rows of a step, and the rows whose next token is drawn."""
     tokens = [s.tokens[s.cached - 1] for s in plan.decodes]
     positions = [s.cached - 1 for s in plan.decodes]
     rows = list(range(len(tokens)))

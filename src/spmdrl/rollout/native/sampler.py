@@ -1,12 +1,12 @@
-"""Draws tokens from logits by the Gumbel-max rule with keyed noise.
+"""Sampling from logits by the Gumbel-max rule with keyed noise.
 
-A token is argmax(l / T + g) with Gumbel noise g, computed as argmax(p / e) with e = exp(-g)
-exponential noise: the same order with one logarithm less, and the probabilities p serve the
-log-probability too. Truncation works on the most likely candidates alone; noise depends on the key
-and the token id, so either way of computing draws the same token.
+A token is argmax(l / T + g) with Gumbel noise g, computed as argmax(p / e) with exponential noise
+e = exp(-g): the order is the same with one logarithm less, and the probabilities p also give the
+log-probability. Truncation works only on the most likely candidates; noise depends on the key and
+the token id, so both computations draw the same token.
 
-Logits of one value stand in the order of their ids, at whatever limit: in bfloat16 many are equal,
-and a request's tokens must not depend on how many candidates its neighbours ask for.
+Equal logits are ordered by their ids, at every limit: in bfloat16 many are equal, and a request's
+tokens must not depend on the number of candidates that its neighbours ask for.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """Of N rows: `tokens [N]` int64, `logprobs [N]` float32 and `margins [N]` float32; `support`:
-    the int32 ids that each was drawn from, on the host, where some row asks for them.
+    """Draws of N rows: `tokens [N]` int64, `logprobs [N]` float32 and `margins [N]` float32;
+    `support` holds the int32 ids that each was drawn from, on the host, if a row asks for them.
     """
 
     tokens: Tensor
@@ -41,13 +41,13 @@ class Draws:
 
 
 class Sampler:
-    """Samples from float32 logits over a vocabulary."""
+    """Sampler of tokens from float32 logits over a vocabulary."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._device = device
         self._noise = Noise(0, vocab_size, device)
-        # So many rows at once that logits and noise stay in the CPU's second-level cache, and that
-        # the buffers take a few hundred megabytes of a GPU at most.
+        # Rows at once: few enough that logits and noise stay in the CPU's second-level cache, and
+        # that the buffers take at most a few hundred megabytes of a GPU.
         values = _CPU_VALUES if device.type == "cpu" else _DEVICE_VALUES
         self._rows = max(1, values // vocab_size)
 
@@ -55,9 +55,9 @@ class Sampler:
         self,
         logits: Tensor,  # [N, V] float32, overwritten
         params: list[SamplingParams],  # N
-        keys: list[int],  # N, of the tokens to draw
+        keys: list[int],  # N, keys of the tokens to draw
     ) -> Draws:
-        """One token for each row; margins are infinite where `params` does not ask for them."""
+        """Draw one token per row; margins mean something only in rows that ask for them."""
         key = key_tensor(keys, self._device)
         kinds = [_kind(p) for p in params]
         if len(set(kinds)) == 1:
@@ -72,7 +72,7 @@ class Sampler:
             rows = torch.tensor(numbers, device=self._device)
             part = self._sample_kind(kind, logits[rows], [params[i] for i in numbers], key[rows])
             tokens[rows], logprobs[rows], margins[rows] = part.tokens, part.logprobs, part.margins
-            if part.support is not None:  # one kind alone has it, so its rows are in order
+            if part.support is not None:  # only one kind has it, so its rows are in order
                 counts = torch.zeros(n, dtype=torch.int32)
                 counts[torch.tensor(numbers)] = part.support.counts
                 support = Ragged(counts=counts, values=part.support.values)
@@ -85,7 +85,7 @@ class Sampler:
         if kind == "greedy":
             return _greedy(logits, asked)
         if any(p.temperature != 1 for p in params):
-            # a column also where all are equal: CUDA multiplies by a number's rounded inverse
+            # a column even if all are equal: CUDA multiplies by a number's rounded inverse
             logits.div_(self._column([p.temperature for p in params]))
         if kind == "truncated":
             return self._truncated(logits, params, keys, asked)
@@ -117,7 +117,7 @@ class Sampler:
         top_k = torch.tensor([p.top_k or vocabulary for p in params], device=self._device)
         largest = max(p.top_k or _CANDIDATES for p in params)
         limits = self._column([p.top_p for p in params]), self._column([p.min_p for p in params])
-        # One candidate beyond the limit, for the distance to it.
+        # One candidate beyond the limit gives the distance to it.
         count = min(vocabulary, largest + 1)
         total = logits.logsumexp(-1, keepdim=True)
         values, tokens = logits.topk(count, dim=-1)
@@ -145,7 +145,7 @@ class Sampler:
     def _support(
         self, tokens: Tensor, keep: Tensor, left: Tensor, params: list[SamplingParams]
     ) -> Ragged | None:
-        """The ids that are kept, where few are and some are not."""
+        """Return the kept ids of rows that ask for them, if they are few but not all."""
         if not any(p.support for p in params):
             return None
         wanted = torch.tensor([p.support for p in params], device=self._device)
@@ -163,10 +163,9 @@ def _by_id(
     tokens: Tensor,  # [N, K] theirs
     keep: Tensor,  # [N, K] bool
 ) -> Tensor:
-    """The tokens with equal logits in order of their ids, `[N, K]`, where they are kept.
+    """Put tokens with equal logits into the order of their ids, `[N, K]`, where they are kept.
 
-    Which of several equal logits `topk` takes at its end, and in which order it returns them, is
-    its own choice.
+    `topk` does not define which of several equal logits it takes at its end, nor their order.
     """
     same = values[:, 1:] == values[:, :-1]
     if not bool((same & keep[:, 1:]).any() | (same & keep[:, :-1]).any()):
@@ -174,7 +173,7 @@ def _by_id(
     group = torch.nn.functional.pad(~same, (1, 0)).cumsum(-1)
     vocabulary = logits.shape[1]
     tokens = (group * vocabulary + tokens).sort(-1).values % vocabulary
-    # of those that equal the last candidate, others may have smaller ids
+    # tokens beyond the candidates may equal the last one and have smaller ids
     last = values == values[:, -1:]
     for row in (last & keep).any(-1).nonzero().flatten().tolist():
         count = int(last[row].sum())
@@ -189,11 +188,11 @@ def truncate(
     top_p: Tensor,  # [N, 1]
     min_p: Tensor,  # [N, 1]
 ) -> tuple[Tensor, Tensor]:
-    """Which candidates stay (bool `[N, K]`), and how near a limit was to another choice (`[N]`).
+    """Return the candidates kept (bool `[N, K]`) and the distance to another choice (`[N]`).
 
-    Top-p keeps the tokens before which the probability is still below it, and what has come within
-    `_ROUNDING` of it has reached it: how a sum was rounded must not decide. Probabilities are those
-    of the distribution that top-k leaves. The distance is in nats for top-k and min-p, and in
+    Top-p keeps the tokens whose preceding probability is still below it; a sum within `_ROUNDING`
+    of it counts as having reached it, so that rounding does not decide. Probabilities are those of
+    the distribution that top-k leaves. The distance is in nats for top-k and min-p, and in
     probability for top-p.
     """
     count = values.shape[1]
@@ -223,7 +222,7 @@ def _kind(params: SamplingParams) -> str:
 
 
 def _argmax(scores: Tensor) -> Tensor:  # [N, V]
-    """`scores.argmax(-1)`, in two steps: on the CPU a maximum is far faster than its index."""
+    """Compute `scores.argmax(-1)` in two steps: on a CPU a maximum is far faster than its index."""
     n, width = scores.shape
     if scores.device.type != "cpu" or width % _ARGMAX_ROWS:
         return scores.argmax(-1)
@@ -241,7 +240,7 @@ def _greedy(logits: Tensor, asked: bool) -> Draws:
 
 
 def _margins(scores: Tensor, asked: bool) -> Tensor:  # [N, K]
-    """By how much the best score wins: `[N]`."""
+    """Compute the lead of the best score, `[N]`; infinite if not asked for or without a second."""
     if not asked or scores.shape[1] == 1:
         return scores.new_full((scores.shape[0],), math.inf)
     best = scores.topk(2, dim=-1).values

@@ -1,8 +1,8 @@
-"""`Scheduler`: which tokens the next engine step computes, and where their keys and values go.
+"""`Scheduler`: decides the tokens of the next engine step, and the blocks of their keys and values.
 
-Continuous batching: every running sequence decodes one token a step; prompts are computed in
-chunks beside them, up to a token budget. Decisions are pure Python on the host and depend on
-nothing but the requests and the tokens, so that tensor-parallel ranks take the same ones.
+Continuous batching: every running sample decodes one token per step; prompts are computed in
+chunks in the same steps, up to a token budget. Decisions are pure Python on the host and depend
+only on the requests and the tokens, so that tensor-parallel ranks take the same ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        """The next token is drawn from the chunk's last row."""
+        """Whether the next token is drawn from the chunk's last row."""
         return self.stop == len(self.sequence.tokens)
 
 
@@ -36,10 +36,10 @@ class StepPlan:
     """One engine step.
 
     Args:
-        copies: shared blocks that a sequence is about to write in, to its own copy (source, target;
-            all are read before any is written), first of all.
-        decodes: sequences that compute their newest token.
-        chunks: parts of prompts (or of preempted sequences) to compute.
+        copies: (source, target) of shared blocks that a sample is about to write in, and its own
+            copy; done before anything else, and all are read before any is written.
+        decodes: samples that compute their newest token.
+        chunks: parts of prompts (or of preempted samples) to compute.
     """
 
     copies: list[tuple[int, int]]
@@ -48,15 +48,15 @@ class StepPlan:
 
 
 class Scheduler:
-    """Queues of sequences over one block pool.
+    """Queues of samples over one block pool.
 
     Args:
-        sequences: first samples of the requests (the others are their followers), first come
-            first served. Each must fit into the pool alone.
-        prefix: the tokens with which all prompts begin: they are computed once, by the first
-            sequence, and shared.
-        max_running: sequences that hold blocks of their own at a time, at most.
-        prefill_tokens: prompt tokens a step, at most.
+        sequences: first samples of the requests (the others are their followers), served in this
+            order. Each must fit into the pool on its own.
+        prefix: number of tokens with which all prompts begin; the first sample computes them once,
+            and they are shared.
+        max_running: most samples that hold blocks of their own at a time.
+        prefill_tokens: most prompt tokens per step.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Scheduler:
         return bool(self.running or self._ready or self._waiting)
 
     def plan(self) -> StepPlan:
-        """The next step. Its chunks and decodes count as cached from here on."""
+        """Plan the next step. Its chunks and decodes count as cached from now on."""
         copies: dict[Sequence, tuple[int, int]] = {}
         decodes = self._plan_decodes(copies)
         budget = self._prefill_tokens
@@ -97,7 +97,7 @@ class Scheduler:
         self._start_ready(decodes, copies)
         while budget and self._waiting and not self._ready and self._has_room():
             if self._prefix_owner in self.running:
-                break  # until the prefix is there
+                break  # until the prefix is computed
             if not self._admit(self._waiting[0], copies):
                 break
             budget -= self._take(self._waiting.popleft(), budget, chunks)
@@ -110,9 +110,9 @@ class Scheduler:
         return StepPlan(copies=list(copies.values()), decodes=decodes, chunks=chunks)
 
     def fork(self, leader: Sequence) -> list[Sequence]:
-        """The prompt of `leader` was computed: its followers share its blocks from now on.
+        """Share the blocks of `leader`, whose prompt was computed, with its followers.
 
-        Returns them; each must be given its first token (or be finished) before the next plan.
+        Returns these; each must be given its first token (or be finished) before the next plan.
         """
         followers, leader.followers = leader.followers, []
         for follower in followers:
@@ -125,7 +125,7 @@ class Scheduler:
         return followers
 
     def finish(self, sequence: Sequence) -> None:
-        """The sample is complete: its blocks are free."""
+        """Remove a complete sample and release its blocks."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
@@ -133,7 +133,7 @@ class Scheduler:
         self._release(sequence)
 
     def state(self, number: Mapping[Sequence, int]) -> dict[str, Any]:
-        """JSON values from which `restore` makes an equal scheduler; sequences by `number`."""
+        """Return JSON values from which `restore` makes an equal scheduler; samples by `number`."""
         owner = self._prefix_owner
         return {
             "pool": self.pool.state(),
@@ -147,7 +147,7 @@ class Scheduler:
         }
 
     def restore(self, state: Mapping[str, Any], sequences: Items[Sequence]) -> None:
-        """Become what the scheduler was whose `state()` it is."""
+        """Adopt the `state()` of another scheduler."""
         self.pool.restore(state["pool"])
         self.running = [sequences[i] for i in state["running"]]
         self._ready = deque(sequences[i] for i in state["ready"])
@@ -162,7 +162,7 @@ class Scheduler:
         return len(self.running) < self._max_running
 
     def _plan_decodes(self, copies: dict[Sequence, tuple[int, int]]) -> list[Sequence]:
-        """A slot for the newest token of every decoding sequence, oldest first."""
+        """Reserve a slot for the newest token of every decoding sample, oldest first."""
         decodes = []
         i = 0
         while i < len(self.running):
@@ -194,7 +194,7 @@ class Scheduler:
             decodes.append(sequence)
 
     def _reserve(self, sequence: Sequence, copies: dict[Sequence, tuple[int, int]]) -> bool:
-        """A block of its own for the token at `cached`; False when the pool is empty."""
+        """Give the sample a block of its own for the token at `cached`; False if none is free."""
         number = sequence.cached // self._block_size
         if number < len(sequence.blocks):
             block = sequence.blocks[number]
@@ -212,9 +212,9 @@ class Scheduler:
         return True
 
     def _preempt(self, copies: dict[Sequence, tuple[int, int]]) -> Sequence | None:
-        """Take the blocks of the youngest sequence; it is computed again later.
+        """Take the blocks of the youngest sample; it is computed again later.
 
-        None where letting go of the kept prefix freed a block instead.
+        Returns None if the kept prefix was dropped instead.
         """
         if self._drop_prefix():
             return None
@@ -231,12 +231,12 @@ class Scheduler:
         sequence.blocks, sequence.cached = [], 0
 
     def _admit(self, sequence: Sequence, copies: dict[Sequence, tuple[int, int]]) -> bool:
-        """Blocks for all tokens of a waiting sequence; False when it has to wait on."""
+        """Give a waiting sample blocks for all its tokens; False if it must keep waiting."""
         size = self._block_size
         source, cached, rows = self._find_prefix(sequence)
         full = cached // size
         needed = -(-len(sequence.tokens) // size) - full
-        # Room for its first tokens too, or it would be preempted at once.
+        # Keep room for its first tokens, or it would be preempted at once.
         spare = 1 + len(sequence.followers) if self.running else 0
         if needed + spare > self.pool.num_free:
             return not self.running and self._drop_prefix() and self._admit(sequence, copies)
@@ -251,13 +251,13 @@ class Scheduler:
         return True
 
     def _find_prefix(self, sequence: Sequence) -> tuple[list[int], int, list[int]]:
-        """Blocks with the first tokens of a sequence that were computed before, how many these are,
-        and their `rows` where they are another sample's of the request.
+        """Find first tokens of a sample that were computed before: their blocks, their number, and
+        their `rows` if another sample of the request computed them.
 
         A preempted sample may find the prompt's full blocks with another sample of its request;
-        fresh requests find what all prompts begin with.
+        fresh requests find the common prefix of all prompts.
         """
-        # One prompt token at least is computed: the last one's row is needed.
+        # At least one prompt token is computed, because the last one's row is needed.
         tokens = (sequence.prompt_length - 1) // self._block_size * self._block_size
         kept = self._prefix if self._prefix_blocks else 0
         for other in self.running if tokens > kept else ():
@@ -266,7 +266,7 @@ class Scheduler:
         return self._prefix_blocks, kept, []
 
     def _keep_prefix(self) -> None:
-        """From the step on that computes it, hold the common prefix while some may need it."""
+        """Hold the common prefix from the step that computes it, while samples may need it."""
         owner = self._prefix_owner
         if owner is not None and owner.cached >= self._prefix:
             self._prefix_owner = None
@@ -277,7 +277,7 @@ class Scheduler:
             self._drop_prefix()
 
     def _drop_prefix(self) -> bool:
-        """Whether the prefix was held, and is no more."""
+        """Drop the prefix; return whether it was held."""
         held, self._prefix_blocks = self._prefix_blocks, []
         for block in held:
             self.pool.release(block)
@@ -290,9 +290,9 @@ class Scheduler:
 
 
 def sampled(plan: StepPlan, scheduler: Scheduler) -> tuple[list[Sequence], list[int]]:
-    """The sequences that get a token from this step, and the row of logits of each.
+    """List the samples that get a token from this step, and the row of logits of each.
 
-    A prompt's last row serves its sample and the followers, which share its blocks from here on.
+    A prompt's last row serves its sample and the followers, which share its blocks from now on.
     """
     samples = list(plan.decodes)
     rows = list(range(len(samples)))

@@ -17,15 +17,15 @@ class Sequence:
     """State of one sample.
 
     Args:
-        request: what it is a sample of.
+        request: the request that the sample belongs to.
         index: the request's place in the call.
         slot: the sample's place in the request.
-        key: the random key of (seed, step, prompt id, sample), extended by the token position.
-        tokens: prompt and what was generated.
+        key: random key of (seed, step, prompt id, sample); a token's key adds its position.
+        tokens: the prompt's and the generated tokens.
         followers: samples of the same prompt that wait for this one to compute it.
         blocks: cache blocks, in the order of the tokens they hold.
-        cached: tokens whose keys and values are in the cache.
-        rows: of an `ExpertRecord`, for the first tokens.
+        cached: number of tokens whose keys and values are in the cache.
+        rows: rows of an `ExpertRecord`, for the first tokens.
     """
 
     request: Request
@@ -52,15 +52,15 @@ class Sequence:
 
     @property
     def decodes(self) -> bool:
-        """Only the newest token is not in the cache yet."""
+        """Whether only the newest token is not in the cache yet."""
         return self.cached == len(self.tokens) - 1 and self.num_generated > 0
 
     def next_key(self) -> int:
-        """The random key of the next token."""
+        """Return the random key of the next token."""
         return chain(self.key, len(self.tokens))
 
     def begun_experts(self) -> Tensor | None:
-        """The choices of experts that came with the request."""
+        """Return the choices of experts that came with the request, if any."""
         return self.request.begun[self.slot].experts if self.request.begun else None
 
     def completion(self, experts: Tensor | None = None) -> Completion:
@@ -77,20 +77,20 @@ class Sequence:
 
 
 def common_prefix(prompts: Items[tuple[int, ...]]) -> int:
-    """Tokens with which all prompts begin, less than the shortest prompt has; 0 for one prompt.
+    """Count the tokens with which all prompts begin, below the shortest's length; 0 for one prompt.
 
-    A prompt's last token is not counted, since its row gives the first token of the answer.
+    A prompt's last token is not counted, since its row gives the first token of the response.
     """
     if len(prompts) < 2:
         return 0
-    # Whatever all share, the smallest and the largest in lexical order share.
+    # All prompts share a prefix if the smallest and the largest in lexical order do.
     first, last = min(prompts), max(prompts)
     limit = min(len(prompt) for prompt in prompts) - 1
     return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
 
 
 def sequences_of(request: Request, index: int, *, seed: int, step: int) -> list[Sequence]:
-    """The samples of a request, with what they have drawn before."""
+    """Make the samples of a request, with the tokens that they have drawn before."""
     samples = [
         Sequence(
             request=request,
@@ -111,8 +111,8 @@ def sequences_of(request: Request, index: int, *, seed: int, step: int) -> list[
 
 
 def leaders_of(groups: Items[Items[Sequence]]) -> list[Sequence]:
-    """What a scheduler begins with: of every group its first fresh sample, which computes the
-    prompt for the other fresh ones, and each sample that goes on; complete ones are left out.
+    """List the samples with which a scheduler begins: each group's first fresh sample, which
+    computes the prompt for the other fresh ones, and each resumed sample; no complete ones.
     """
     leaders = []
     for group in groups:

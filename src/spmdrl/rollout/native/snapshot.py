@@ -1,7 +1,7 @@
-"""An aborted call of the engine as tensors, from which the same call goes on bit for bit.
+"""Snapshots: an aborted call of the engine as tensors, from which it resumes bit for bit.
 
-Rounding depends on what is computed together, so all of the scheduler's state is kept: which
-sequences run, in which order, on which blocks; and what the cache holds in the used ones.
+Rounding depends on the rows that are computed together, so all of the scheduler's state is kept:
+the running samples, their order and their blocks, and the contents of the used cache blocks.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def take_snapshot(
     attention: PagedAttention,
     record: ExpertRecord | None = None,
 ) -> dict[str, Tensor]:
-    """Between two engine steps.
+    """Take a snapshot between two engine steps.
 
     Args:
-        call: JSON values that tell this call on this engine from others.
-        samples: all of the call, complete ones too.
+        call: JSON values that distinguish this call on this engine from others.
+        samples: all samples of the call, including complete ones.
     """
     number = {sample: i for i, sample in enumerate(samples)}
     held = scheduler.state(number)
@@ -58,7 +58,7 @@ def take_snapshot(
 
 
 def blocks_of(state: Mapping[str, Tensor] | None, call: object) -> int | None:
-    """The blocks of the cache that a snapshot needs; None where it is of no use for `call`."""
+    """Return the size in blocks of a snapshot's cache; None if it is not one of `call`."""
     if not state:
         return None
     content = tensor_json(state[_STATE])
@@ -74,7 +74,7 @@ def restore_snapshot(
     attention: PagedAttention,
     record: ExpertRecord | None = None,
 ) -> None:
-    """Make fresh samples, a scheduler and a cache of the same call what they were."""
+    """Restore fresh samples, a scheduler and a cache of the same call to the snapshot's state."""
     content = tensor_json(state[_STATE])
     for sample, found in zip(samples, content["samples"], strict=True):
         sample.tokens = [*sample.request.tokens, *found["tokens"]]

@@ -1,4 +1,4 @@
-"""Which tokens every token of a sample was drawn from, as bytes: lists of ids would be tenfold."""
+"""Tokens that each token of a sample was drawn from, as bytes: lists of ids take tenfold memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...ragged import Ragged
 
 @dataclass(kw_only=True, eq=False)
 class SupportRecord:
-    """Counts and ids of the tokens drawn so far, int32; a token may be left out at the end."""
+    """Supports of the tokens drawn so far: the number of ids for each token, and all ids, int32."""
 
     counts: array[int] = field(default_factory=lambda: array("i"))
     ids: array[int] = field(default_factory=lambda: array("i"))
@@ -26,19 +26,19 @@ class SupportRecord:
         return record
 
     def append(self, ids: bytes) -> None:
-        """What the next token was drawn from, as int32 of this machine."""
+        """Add the ids that the next token was drawn from, as bytes of this machine's int32."""
         self.counts.append(len(ids) // self.ids.itemsize)
         self.ids.frombytes(ids)
 
     def column(self, num_tokens: int) -> Ragged:
-        """Of so many tokens."""
+        """Return the column; it must have `num_tokens` tokens."""
         assert len(self.counts) == num_tokens, (len(self.counts), num_tokens)
         counts, ids = (np.array(part, dtype=np.int32) for part in (self.counts, self.ids))
         return Ragged(counts=torch.from_numpy(counts), values=torch.from_numpy(ids))
 
 
 def rows_of(column: Ragged) -> list[bytes]:
-    """Each token's ids as bytes."""
+    """Return each token's ids as bytes."""
     data, size = column.values.numpy().tobytes(), column.values.itemsize
     found, start = [], 0
     for count in column.counts.tolist():

@@ -1,7 +1,7 @@
 """Paged attention by torch's FlashAttention kernels (`varlen_attn` with a block table), on CUDA.
 
-Decodes and prompt chunks of a step go through one call. Every index lies in a buffer that is kept,
-so that a CUDA graph captured over a decode step finds it again.
+Decodes and prompt chunks of a step go through one call. Every index is in a permanent buffer, so
+that a CUDA graph captured over a decode step finds it again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK_MULTIPLE = 256
 
 
 def varlen_is_usable(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
-    """Whether the installed torch pages (2.12 on) and its kernels take these tensors."""
+    """Whether the installed torch supports pages (from 2.12), and its kernels these tensors."""
     if device.type != "cuda":
         return False
     paged = {"block_table", "seqused_k", "enable_gqa", "num_splits"}
@@ -35,7 +35,7 @@ def varlen_is_usable(dtype: torch.dtype, head_dim: int, device: torch.device) ->
 
 
 def varlen_attn() -> Callable[..., Any]:
-    """torch's. Imported late: torch's compiler comes with it, a second of every start."""
+    """Return torch's kernel, imported late: torch's compiler comes with it and takes a second."""
     from torch.nn.attention import varlen
 
     kernel: Callable[..., Any] = varlen.varlen_attn
@@ -45,13 +45,13 @@ def varlen_attn() -> Callable[..., Any]:
 class VarlenAttention:
     """`PagedAttention` over caches `[num_blocks + 1, block_size, KVH, d]` per layer.
 
-    The last block takes what padded rows write.
+    Padded rows write into the last block.
 
     Args:
-        max_sequences: sequences of a step, at most.
-        max_blocks: blocks of one sequence, at most.
-        max_tokens: rows of a step, at most.
-        kernel: torch's `varlen_attn`, or what stands in for it in a test without a GPU.
+        max_sequences: most samples in a step.
+        max_blocks: most blocks of one sample.
+        max_tokens: most rows in a step.
+        kernel: torch's `varlen_attn`, or its replacement in a test without a GPU.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class VarlenAttention:
         self._shape = shape
         layers = (shape.num_layers, shape.num_blocks + 1, shape.block_size)
         heads = (shape.kv_heads, shape.head_dim)
-        # Zeros: the kernel may multiply what lies behind a sequence's end by weights of zero.
+        # Zeros, because the kernel may multiply values behind a sample's end by weights of zero.
         self._keys = self._zeros(*layers, *heads, dtype=shape.dtype).unbind(0)
         self._values = self._zeros(*layers, *heads, dtype=shape.dtype).unbind(0)
         self._table = self._zeros(max_sequences, max_blocks, dtype=torch.int32)
@@ -78,7 +78,7 @@ class VarlenAttention:
         self._num_sequences = self._num_tokens = self._max_query = 0
 
     def prepare(self, plan: StepPlan, *, pad_to: int = 0) -> None:
-        """Fill the buffers; with `pad_to` the step has that many sequences, the last ones idle."""
+        """Fill the buffers; `pad_to` is the number of samples to which idle ones pad the step."""
         self._copy_blocks(plan.copies)
         size, trash = self._shape.block_size, self._shape.num_blocks
         tables = [s.blocks for s in plan.decodes] + [c.sequence.blocks for c in plan.chunks]
@@ -121,7 +121,7 @@ class VarlenAttention:
         slots, n = self._slots[: self._num_tokens], self._num_sequences
         keys.flatten(0, 1).index_copy_(0, slots, k)
         values.flatten(0, 1).index_copy_(0, slots, v)
-        # FlashAttention 2 wants lengths of keys although a block table makes them idle;
+        # FlashAttention 2 requires lengths of keys although a block table makes them useless;
         # 3 and later refuse both together.
         old = current_flash_attention_impl() in (None, "FA2")
         out = self._kernel(

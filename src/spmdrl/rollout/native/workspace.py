@@ -1,4 +1,4 @@
-"""`Workspace`: the native engine's cache, and what holds its addresses."""
+"""`Workspace`: the native engine's cache, and the objects that hold its addresses."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class NativeOptions:
     """Sizes of the native engine.
 
     Args:
-        kv_cache_gb: of one rank, in 10^9 bytes; "auto": what the requests of a call can need, at
-            most 2 on the CPU and 80 % of the free memory on CUDA.
-        block_size: tokens of a cache block; rounded up to 256 where torch's paged kernels run.
-        max_running: sequences decoded together, at most.
-        prefill_tokens: prompt tokens a step, at most.
+        kv_cache_gb: size of one rank's cache, in 10^9 bytes; "auto": the most that a call's
+            requests can need, up to 2 on the CPU and 80 % of the free memory on CUDA.
+        block_size: tokens of a cache block; torch's paged kernels round it up to 256's multiples.
+        max_running: most samples decoded together.
+        prefill_tokens: most prompt tokens per step.
         cuda_graphs: replay decode steps as CUDA graphs.
-        keeps_aborted: keep the state of an aborted call (the cache!) for one that goes on.
+        keeps_aborted: keep the state of an aborted call (with its cache!), to resume it.
     """
 
     kv_cache_gb: float | Literal["auto"] = "auto"
@@ -49,7 +49,7 @@ class NativeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A cache of `num_blocks`, attention over it, and what runs steps with it."""
+    """A cache of `num_blocks`, attention over it, and the runner of steps with it."""
 
     num_blocks: int
     attention: PagedAttention
@@ -57,10 +57,10 @@ class Work:
 
 
 class Workspace:
-    """Makes `Work` for a call, and keeps it for the calls after it that need as much.
+    """Maker of `Work` for a call, which it keeps for later calls that need no larger cache.
 
     Args:
-        tp_size: ranks that the heads are divided over.
+        tp_size: number of ranks that the heads are divided over.
         group: these ranks.
     """
 
@@ -90,25 +90,25 @@ class Workspace:
         return self._paged and self._options.cuda_graphs and fixed
 
     def cache_bytes(self) -> int:
-        """Of the cache, as it is now."""
+        """Return the current bytes of the cache."""
         return 0 if self._work is None else self._shape(self._work.num_blocks).num_bytes
 
     def graph_bytes(self) -> int:
-        """Of the graphs' private memory pool, as it is now."""
+        """Return the current bytes of the graphs' private memory pool."""
         graphs = None if self._work is None else self._work.runner.graphs
         return 0 if graphs is None else graphs.pool_bytes
 
     def release(self) -> None:
-        """Free the cache, and the graphs that hold its addresses; the next call makes them."""
+        """Free the cache, and the graphs that hold its addresses; the next call makes new ones."""
         self._work = None
 
     def release_graphs(self) -> None:
-        """Free the graphs: before weights move whose addresses they hold."""
+        """Free the graphs, before weights move whose addresses they hold."""
         if self._work is not None and self._work.runner.graphs is not None:
             self._work.runner.graphs.drop()
 
     def blocks_for(self, requests: Sequence[Request]) -> int:
-        """Blocks of the cache for a call; alike on the ranks of the group."""
+        """Return the number of cache blocks for a call, equal on the ranks of the group."""
         given, kept = self._options.kv_cache_gb, 0 if self._work is None else self._work.num_blocks
         block_bytes = self._shape(1).num_bytes
         if given != "auto":
@@ -118,7 +118,7 @@ class Workspace:
             return kept
         if self._device.type == "cpu":
             return min(needed, int(_CPU_CACHE_GB * GB) // block_bytes)
-        # what torch's allocator has cached is free for it, though not for others
+        # memory that torch's allocator has cached is free for it, though not for others
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
             self._device
         )
@@ -128,7 +128,7 @@ class Workspace:
         return max(min(needed, most), kept)
 
     def prepare(self, num_blocks: int) -> Work:
-        """With a cache of so many blocks."""
+        """Return the work with a cache of `num_blocks`, the kept one if it has that size."""
         if self._work is not None and self._work.num_blocks == num_blocks:
             return self._work
         self._work = None  # frees the old cache before the new one is made
