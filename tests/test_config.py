@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from spmdrl.config import FLOW_DATA
 from spmdrl.config_algorithms import AlgorithmSection
+from spmdrl.config_data import FLOW_DATA
 from spmdrl.config_files import load_config
 from spmdrl.config_keys import known_keys
 from spmdrl.config_sets import held_out_sets, train_sources

@@ -10,7 +10,7 @@ import pytest
 from spmdrl.algorithms.kl_control import ERROR_LIMIT
 from spmdrl.amounts import count_of
 from spmdrl.cli import _load, parse
-from spmdrl.config import with_home
+from spmdrl.config_data import with_home
 from spmdrl.config_doubts import doubts
 from spmdrl.config_files import load_config
 from spmdrl.config_rules import KL_ERROR_LIMIT

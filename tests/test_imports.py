@@ -20,6 +20,7 @@ LEVELS: list[set[str]] = [
         "config_files",
         "config_keys",
         "config_algorithms",
+        "config_data",
         "config_rules",
         "config_uses",
         "config_doubts",

@@ -44,11 +44,11 @@ class Stage:
 JUDGE = ("roles.judge.model=MODEL", "roles.judge.head=zero")
 EXAMPLES = {
     "rlhf": (
-        Stage(config="rlhf/sft", tokens=4000),
-        Stage(config="rlhf/reward_model", tokens=4000),
+        Stage(config="rlhf/sft", tokens=2000),
+        Stage(config="rlhf/reward_model", tokens=2400),
         Stage(
             config="rlhf/ppo",
-            tokens=3000,
+            tokens=1400,
             stand_ins=(
                 *("roles.reward.model=MODEL", "roles.reward.head=zero"),
                 "roles.value.model=MODEL",
@@ -56,12 +56,12 @@ EXAMPLES = {
         ),
     ),
     "dpo": (
-        Stage(config="preferences/judge", tokens=4000),
-        Stage(config="preferences/dpo", tokens=4000, stand_ins=JUDGE),
+        Stage(config="preferences/judge", tokens=2400),
+        Stage(config="preferences/dpo", tokens=2400, stand_ins=JUDGE),
     ),
     "online_dpo": (
-        Stage(config="preferences/judge", tokens=4000),
-        Stage(config="preferences/online_dpo", tokens=5000, stand_ins=JUDGE),
+        Stage(config="preferences/judge", tokens=2400),
+        Stage(config="preferences/online_dpo", tokens=3600, stand_ins=JUDGE),
     ),
 }
 
@@ -114,7 +114,7 @@ def fit(stage: Stage, words: Sequence[str], own: Sequence[str], num_ranks: int) 
     if not chosen:
         items = min(items, len(checked.inputs.train))
         if not torch.cuda.is_available():
-            items = min(items, max(fewest, int(stage.tokens / step_tokens(asked, checked))))
+            items = min(items, max(fewest, round(stage.tokens / step_tokens(asked, checked))))
     print(f"{path.stem}: {described(checked, items)}", file=sys.stderr)
     sized = [] if items == asked.data.prompts_per_step else [f"{ITEMS}={items}"]
     return [*limits, *sized]

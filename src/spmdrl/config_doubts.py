@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from spmdrl.config import FLOW_DATA, Config, DataKind, PromptsSection, TrainSection
+from spmdrl.config import Config, TrainSection
+from spmdrl.config_data import FLOW_DATA, DataKind, PromptsSection
 from spmdrl.config_sets import described_sets, held_out_sets, mixed_source
 
 FLOW_ROLES: Mapping[str, tuple[str, ...]] = {

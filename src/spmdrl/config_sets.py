@@ -10,13 +10,11 @@ from pydantic import Field
 
 from spmdrl.config import (
     Config,
-    DataKind,
-    Place,
-    PromptsSection,
     RewardSection,
     SamplingSection,
 )
 from spmdrl.config_algorithms import Section
+from spmdrl.config_data import DataKind, Place, PromptsSection
 
 ROWS = ("task", "size", "split", "seed", "part", "unique", "keep_shortest")
 """Keys of `data.train` that choose rows: a source of its own does not take them over."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from spmdrl.config import FLOW_DATA, Config
+from spmdrl.config import Config
+from spmdrl.config_data import FLOW_DATA
 
 _CLIPPED = {
     *("policy_loss", "loss_mean", "clip_low", "clip_high", "dual_clip", "kl_coef"),

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from spmdrl.config import Config, DataKind
+from spmdrl.config import Config
+from spmdrl.config_data import DataKind
 from spmdrl.config_doubts import doubts
 from spmdrl.config_sets import held_out_sets, train_sources
 from spmdrl.memory_report import memory_texts, schedules

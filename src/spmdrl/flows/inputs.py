@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from spmdrl.config import Config, DataKind, PromptsSection, RewardSection, SamplingSection
+from spmdrl.config import Config, RewardSection, SamplingSection
+from spmdrl.config_data import DataKind, PromptsSection
 from spmdrl.config_sets import HELD_OUT, HeldOutSet, held_out_sets, train_sources, uses_chat
 from spmdrl.data.conversations import ConversationSet, load_conversations
 from spmdrl.data.encode import tells_time
@@ -168,7 +169,7 @@ def check_enough(config: Config, train: AnySet, held_out: AnySet | None) -> None
     if held_out is not None:
         amount = config.evaluation.held_out
         text += f" beside {len(held_out)} that are held out (evaluation.held_out={amount})"
-    raise ValueError(f"{text} ({config.data.train.source}): lower it, or bring more rows")
+    raise ValueError(f"{text}: lower it, or bring more rows than {config.data.train.source} has")
 
 
 def without_questions(data: AnySet, held_out: AnySet) -> AnySet:
