@@ -73,6 +73,15 @@ class InPhase(Wrapped):
         return batch
 
 
+class Breaks(Wrapped):
+    """Is looked at in a debugger in the second step."""
+
+    def collect(self, step: int) -> Batch:
+        if step == 1:
+            breakpoint()
+        return super().collect(step)
+
+
 class Started:
     """`spmdrl WORDS` by one of `STARTERS`, in a session of its own, with or without a terminal.
 

@@ -18,7 +18,7 @@ from interrupted import Started, living
 from spmdrl.launcher import show_failure, torchrun_options
 from spmdrl.runtime.error_file import EXIT_CODE, LOST_PEER
 from tiny_model import make_tiny_model
-from torchrun import wait_until
+from torchrun import attempt_of, wait_until
 
 WORDS = ["train", "configs/gsm8k.yaml", "steps=2"]
 
@@ -158,3 +158,50 @@ def test_eval_ends_in_one_line(tmp_path: Path, starter: str, way: str) -> None:
     assert code == (1 if starter == "torchrun" else 130), run.output()
     assert run.output().count("spmdrl eval: interrupted") == 1
     assert starter == "torchrun" or "Traceback" not in run.output(), run.output()
+
+
+HERE = Path(__file__).parent
+
+
+def configure(root: Path, environment: str) -> list[str]:
+    """The words of a small run with an environment of the tests'."""
+    make_tiny_model(root / "model")
+    data = questions(root / "questions.jsonl")
+    config = write_config(root / "run.yaml", root / "model", root / "run", data=data)
+    return [str(config), f"environment={HERE / environment}"]
+
+
+@pytest.mark.full
+def test_a_crash_is_the_first_ranks_stack_once(tmp_path: Path) -> None:
+    words = configure(tmp_path, "misbehaving.py:Raises")
+    with Started("launch", "train", *words, log=tmp_path / "log", terminal=False) as run:
+        assert run.wait(100) == 1
+    output = run.output()
+    assert output.count("Traceback") == 1 and "\nrank 1:\nTraceback" in output, output
+    assert output.rstrip().endswith("RuntimeError: rank 1 had enough")
+    assert "Root Cause" not in output and "torch/distributed/run.py" not in output
+
+
+@pytest.mark.full
+def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
+    words = configure(tmp_path, "misbehaving.py:Dies")
+    with Started("launch", "train", *words, log=tmp_path / "log", terminal=False) as run:
+        assert run.wait(100) == 128 + signal.SIGKILL
+    assert "Traceback" not in run.output(), run.output()
+    assert run.output().splitlines()[-1].endswith("died of SIGKILL")
+
+
+@pytest.mark.full
+def test_ctrl_c_in_a_debugger_under_launch_is_the_debuggers(tmp_path: Path) -> None:
+    words = configure(tmp_path, "interrupted.py:Breaks")
+    log = tmp_path / "log"
+    before = ("--nproc-per-node=1", "train", *words)
+    with Started("launch", *before, log=log, terminal=True) as run:
+        wait_until(lambda: "(Pdb)" in run.output(), 100)
+        for number in (1, 2, 3):
+            run.interrupt("typed")
+            wait_until(lambda n=number: run.output().count("--KeyboardInterrupt--") == n, 20)
+            time.sleep(1.5)
+        os.write(run.terminal, b"c\n")
+        assert run.wait(60) == 0, run.output()
+    assert (attempt_of(tmp_path / "run") / "outcome").read_text() == "done\n"
