@@ -59,16 +59,17 @@ def launch(words: Sequence[str], before: Sequence[str] = ()) -> int:
     with tempfile.TemporaryDirectory(prefix="spmdrl_launch_") as directory:
         options = torchrun_options(words, before, directory)
         command = options.training_script_args[len(before)]
-        forwarder.start_ranks(command, _patience(options), Path(options.log_dir))
+        forwarder.start_ranks(command, _patience(options), Path(directory))
         try:
             run(options)  # type: ignore[no-untyped-call]
         except ChildFailedError as error:
-            return forwarder.exit_code or show_failure(error.failures)
+            forwarder.let_end()
+            return show_failure(error.failures)
         except SignalException as error:
             return 128 + int(error.sigval)
         except (DistError, RendezvousError) as error:  # an address that is taken, or not there
             raise ValueError(f"the ranks cannot meet: {one_line(error)}") from error
-    return forwarder.exit_code
+    return 0
 
 
 def torchrun_options(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from spmdrl.runtime.signals import (
@@ -26,9 +26,6 @@ TICK_S = 0.05
 KILL_S = 1.0
 """What ranks have to end at once by themselves."""
 
-LEAVE_S = 0.4
-"""What the main thread then has to leave in order."""
-
 
 class Forwarder:
     """Answers the signals that are held (`runtime.signals.hold`), from now to the process's end.
@@ -42,11 +39,10 @@ class Forwarder:
     def __init__(self, command: str) -> None:
         self._command = command
         self._interrupts = self._new_interrupts()
-        self.exit_code = 0
-        """What the process ends with whatever its ranks said."""
+        self._is_ending = False
         self._begins = threading.Lock()
         self._has_ranks = False
-        self._directory = Path()
+        self._directory = self._debugger_file = Path()
         self._patience: float | None = None
         self._request: int | None = None
         """The signal that all ranks are to get, also those that begin later."""
@@ -60,12 +56,19 @@ class Forwarder:
         Args:
             command: what they run.
             patience: seconds that they have after a request; None: no limit.
-            directory: where they leave files for the launcher.
+            directory: a temporary one, in which they leave files for the launcher.
         """
         with self._begins:
             self._has_ranks, self._command = True, command
             self._interrupts = self._new_interrupts()
             self._patience, self._directory = patience, directory
+            self._debugger_file = directory / "debugger"
+            os.environ[DEBUGGER_FILE] = str(self._debugger_file)
+
+    def let_end(self) -> None:
+        """After the ranks: where this is about to end the process, it does so."""
+        while self._is_ending:
+            time.sleep(TICK_S)
 
     def _new_interrupts(self) -> Interrupts:
         return Interrupts(saves=self._command == "train", under_agent=True)
@@ -113,6 +116,7 @@ class Forwarder:
 
     def _end_at_once(self) -> None:
         """The ranks end by themselves, as they have SIGINT once more; if not, they are ended."""
+        self._is_ending = True
         if not ranks():
             say(f"spmdrl {self._command}: interrupted: no rank had started")
         self._told.clear()
@@ -121,26 +125,26 @@ class Forwarder:
         while ranks() and time.monotonic() < deadline:
             time.sleep(TICK_S)
         if ranks():
-            found = list(self._directory.rglob(DEBUGGER_FILE))
-            if found:
-                self._go_on(found)
+            if self._debugger_file.exists():
+                self._go_on()
                 return
             say(f"spmdrl {self._command}: interrupted: ranks that did not end were killed")
         self._end()
 
-    def _go_on(self, files: Sequence[Path]) -> None:
+    def _go_on(self) -> None:
         """SIGINT was a debugger's: its rank goes on, and so does everything."""
-        for file in files:
-            file.unlink()
+        self._debugger_file.unlink()
         self._interrupts = self._new_interrupts()
         self._request = self._deadline = None
+        self._is_ending = False
 
     def _end(self) -> None:
-        self.exit_code = EXIT_INTERRUPTED
+        """At once: a process that has imported torch takes its time to leave in order."""
+        self._is_ending = True
         for pid in ranks():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        time.sleep(LEAVE_S)
+        shutil.rmtree(self._directory, ignore_errors=True)
         os._exit(EXIT_INTERRUPTED)
 
 

@@ -19,8 +19,8 @@ from torchrun import attempt_of, outcome_of, wait_until
 
 ENVIRONMENT = f"environment={Path(__file__).parents[1] / 'interrupted.py'}:InPhase"
 CLOCKS = ("wall_time", "seconds/", "tokens_per_s/", "memory/", "sync/gb_per_s")
-ENDS_S = 2.0
-"""Within which all is over after a second Ctrl-C."""
+ENDS_S, TORCHRUN_S = 2.0, 5.0
+"""Within which all is over after a second Ctrl-C; torchrun, whose interpreter is slow to end."""
 
 WAYS = [("launch", "typed"), ("launch", "first"), ("launch", "all")]
 WAYS += [("torchrun", "typed"), ("torchrun", "first"), ("torchrun", "all")]
@@ -130,16 +130,18 @@ def end_at_once(root: Path, starter: str, way: str, phase: str) -> dict[str, Any
         began = time.monotonic()
         if alive:
             run.interrupt(way)
-        code = run.wait(30)
-        wait_until(lambda: not living(pids), 30)
+        launcher = [run.process.pid] if starter == "torchrun" else []
+        wait_until(lambda: not set(living(pids)) - {*launcher}, 30)
         seconds = time.monotonic() - began
+        code = run.wait(30)
+        last = time.monotonic() - began
         output = run.output()
-    assert seconds < ENDS_S, (seconds, output)
+    assert seconds < ENDS_S and last < (TORCHRUN_S if launcher else ENDS_S), (last, output)
     if alive and code != 0:
         assert code == (1 if starter == "torchrun" else 130), (code, output)
         assert output.count("interrupted again: ends at once, without saving") == 1, output
         assert starter == "torchrun" or "Traceback" not in output, output
-    return {"code": code, "seconds": round(seconds, 1), "alive": alive}
+    return {"code": code, "seconds": round(last, 1), "ranks": round(seconds, 1), "alive": alive}
 
 
 def test_ctrl_c_at_a_terminal_saves_and_the_run_goes_on_exactly(root: Path) -> None:

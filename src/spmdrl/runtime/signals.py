@@ -47,8 +47,10 @@ none shows what it lost in the others."""
 _SO_TIMESTAMPNS = 35
 """Linux's number of the option, which `socket` does not name."""
 
-DEBUGGER_FILE = "debugger"
-"""What a rank leaves beside its error file for `spmdrl launch`: SIGINT was its debugger's."""
+DEBUGGER_FILE = "SPMDRL_DEBUGGER_FILE"
+"""The variable that names a file, which a rank makes to tell `spmdrl launch` that SIGINT was its
+debugger's.
+"""
 
 
 def hold() -> None:
@@ -240,10 +242,10 @@ def is_debugged() -> bool:
 
 
 def _leave_debugger_file() -> None:
-    where = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if where and os.environ.get("SPMDRL_LAUNCH") == "launch":
+    where = os.environ.get(DEBUGGER_FILE)
+    if where is not None:
         with contextlib.suppress(OSError):
-            Path(where).with_name(DEBUGGER_FILE).touch()
+            Path(where).touch()
 
 
 def _sent(extra: Sequence[tuple[int, int, bytes]]) -> float:
