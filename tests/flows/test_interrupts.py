@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from torchrun import attempt_of, outcome_of, wait_until
 ENVIRONMENT = f"environment={Path(__file__).parents[1] / 'interrupted.py'}:InPhase"
 CLOCKS = ("wall_time", "seconds/", "tokens_per_s/", "memory/", "sync/gb_per_s")
 ENDS_S, TORCHRUN_S = 2.0, 5.0
-"""Within which all is over after a second Ctrl-C; torchrun, whose interpreter is slow to end."""
+"""Within which all is over after a second Ctrl-C; torchrun, whose interpreter is slow to end. On a
+machine that is busy with more than it has cores for, so many times that.
+"""
 
 WAYS = [("launch", "typed"), ("launch", "first"), ("launch", "all")]
 WAYS += [("torchrun", "typed"), ("torchrun", "first"), ("torchrun", "all")]
@@ -136,7 +139,9 @@ def end_at_once(root: Path, starter: str, way: str, phase: str) -> dict[str, Any
         code = run.wait(30)
         last = time.monotonic() - began
         output = run.output()
-    assert seconds < ENDS_S and last < (TORCHRUN_S if launcher else ENDS_S), (last, output)
+    busy = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+    limit = TORCHRUN_S if launcher else ENDS_S
+    assert seconds < busy * ENDS_S and last < busy * limit, (seconds, last, busy, output)
     if alive and code != 0:
         assert code == (1 if starter == "torchrun" else 130), (code, output)
         assert output.count("interrupted again: ends at once, without saving") == 1, output
@@ -151,7 +156,7 @@ def test_ctrl_c_at_a_terminal_saves_and_the_run_goes_on_exactly(root: Path) -> N
 
 @pytest.mark.full
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize(("starter", "way"), WAYS, ids="-".join)
+@pytest.mark.parametrize(("starter", "way"), WAYS)
 def test_every_way_to_interrupt_saves_in_every_phase(
     root: Path, starter: str, way: str, phase: str
 ) -> None:
@@ -160,7 +165,7 @@ def test_every_way_to_interrupt_saves_in_every_phase(
 
 @pytest.mark.full
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize(("starter", "way"), WAYS, ids="-".join)
+@pytest.mark.parametrize(("starter", "way"), WAYS)
 def test_a_second_one_ends_everything_at_once(
     root: Path, starter: str, way: str, phase: str
 ) -> None:
