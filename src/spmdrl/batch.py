@@ -1,9 +1,9 @@
 """`Batch`: packed rows of token sequences with per-token, per-row and home-only columns.
 
 A batch holds B rows (samples) of T tokens in all, without padding. A token column is one tensor
-whose first dim is T, rows laid end to end; a ragged column has unequally many values for each
-token; a row column's first dim is B; a Python column is a list of B objects which stays on its home
-rank. Everything here is pure: no process groups, no device moves that the caller did not ask for.
+whose first dim is T, rows laid end to end; a ragged column has a varying number of values per
+token; a row column's first dim is B; a Python column is a list of B objects that stays on its home
+rank. Everything here is pure: no process groups, and device moves only where the caller asks.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Batch:
         tokens: token columns by name, each `[T, ...]` with `T = lengths.sum()`.
         rows: row columns by name, each `[B, ...]`.
         objects: Python columns by name, each a list of B objects; they stay on their home rank,
-            but for texts that a role asks for.
+            except texts that a role asks for.
         ragged: ragged columns by name, of T tokens each.
 
     Raises:
-        ValueError: a column whose first dim does not match, naming the column.
+        ValueError: a column's first dim does not match; the column is named.
     """
 
     lengths: Tensor
@@ -92,7 +92,7 @@ class Batch:
         return any(name in columns for columns in kinds)
 
     def __getitem__(self, name: str) -> Tensor:
-        """A token or row column; ValueError lists the columns there are."""
+        """A token or row column; ValueError lists the existing columns."""
         if name in self.tokens:
             return self.tokens[name]
         if name in self.rows:
@@ -103,7 +103,7 @@ class Batch:
         return sorted([*self.tokens, *self.rows, *self.objects, *self.ragged])
 
     def offsets(self) -> Tensor:
-        """Where each row starts in the token columns, with T at the end: int64 `[B + 1]`."""
+        """Start of each row in the token columns, with T at the end: int64 `[B + 1]`."""
         zero = torch.zeros(1, dtype=torch.int64, device=self.lengths.device)
         return torch.cat([zero, self.lengths.cumsum(0)])
 
@@ -121,7 +121,7 @@ class Batch:
 
     def select(self, index: Tensor | Sequence[int]) -> Batch:
         """The rows of `index` (whole numbers, repeats allowed) in its order, with all their
-        columns. ValueError for a mask: its numbers would be read as rows 0 and 1.
+        columns. ValueError for a mask, whose values would be read as rows 0 and 1.
         """
         given = torch.as_tensor(index, device=self.lengths.device)
         if given.dtype == torch.bool or (given.is_floating_point() and given.numel()):
@@ -142,7 +142,7 @@ class Batch:
         )
 
     def keep(self, names: Sequence[str]) -> Batch:
-        """This batch with only the columns of `names`; ValueError when one is missing."""
+        """This batch with only the columns of `names`; ValueError if one is missing."""
         for name in names:
             if name not in self:
                 raise ValueError(f"the batch has no column {name!r}; it has {self.columns()}")
@@ -172,7 +172,7 @@ class Batch:
         )
 
     def __or__(self, other: Batch) -> Batch:
-        """Columns of both; `other` wins. ValueError when the rows differ in length."""
+        """Columns of both; `other` wins. ValueError if the rows differ in length."""
         if not torch.equal(self.lengths, other.lengths):
             raise ValueError("only batches of the same rows can be merged: the lengths differ")
         return self.with_columns(
@@ -195,7 +195,7 @@ class Batch:
 
 
 def concat(batches: Sequence[Batch]) -> Batch:
-    """The rows of all batches, in order. ValueError when their columns differ or none is given."""
+    """The rows of all batches, in order. ValueError if their columns differ or none is given."""
     if not batches:
         raise ValueError("concat needs at least one batch")
     first = batches[0]

@@ -40,7 +40,7 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Role(Protocol):
-    """What `together` needs of a role."""
+    """The attributes of a role that `together` needs."""
 
     name: str
     mesh: Mesh
@@ -56,27 +56,27 @@ class Call(Generic[Result]):
     """A role call that has not started.
 
     Args:
-        role: whose ranks compute.
+        role: role whose ranks compute.
         method: the method's name, for messages and the timeline.
         batch: home rows.
         needs: the columns that travel to the role.
         returns: the columns that come home; empty for a call that returns `Metrics`.
         compute: runs on member ranks, on this replica's rows in the role's layout; returns the
-            result rows in the same order, or the metrics (JSON values, equal on all members); or
-            `Interrupted`, where it was asked to stop and can go on later.
-        finish: turns what came home (rows, or metrics) into the call's result, on every rank.
+            result rows in the same order, or the metrics (JSON values, equal on all members), or
+            `Interrupted` if it was asked to stop and can be continued later.
+        finish: turns the home rows or metrics into the call's result, on every rank.
         uses: the parts that must be on the device while it computes.
-        writes: whether the call changes tensors; of calls on shared ranks, readers run first.
-        cost: what balancing counts per row, int64 `[B]`; default: tokens.
-        atom: rows that must stay together, int64 `[B]`; default: each row for itself.
-        order: place within a replica, int64 `[B]`; default: home order.
-        arrange: last word on atoms and minibatches: a pure function of the world's rows and the
-            number of replicas, so that it decides alike on every rank.
-        settings: beside the rows, what decides the results: a run that goes on in a step finds the
-            call by them. Values whose `repr` says what they are, equal on all ranks.
-        label: by which a run that goes on finds the result; default: `role.method`.
+        writes: whether the call changes tensors; on shared ranks, calls that only read run first.
+        cost: cost per row for balancing, int64 `[B]`; None: its tokens.
+        atom: atom id per row; rows of one atom stay together, int64 `[B]`; None: each row alone.
+        order: sort key within a replica, int64 `[B]`; None: home order.
+        arrange: final decision on atoms and minibatches: a pure function of the world's rows and
+            the number of replicas, so that it is the same on every rank.
+        settings: all that decides the results besides the rows; a resumed step finds the call by
+            it. Values whose `repr` identifies them, equal on all ranks.
+        label: name by which a resumed run finds the result; None: `role.method`.
         is_ahead: the call is for the next step, which looks it up by the same label.
-        kept: False: nothing is kept of the call for a resumed step, and it never stops (checks).
+        kept: False: the result is not kept for resuming, and the call never stops (checks).
     """
 
     role: Role
@@ -113,18 +113,18 @@ class RoleMethod(Generic[Arguments, Result]):
 
 
 def together(*calls: Call[Any]) -> tuple[Any, ...]:
-    """Run calls side by side; their results in argument order, on every rank.
+    """Run calls side by side; returns their results in argument order, on every rank.
 
     All rows travel first, then every rank computes for its roles (calls that only read run before
     calls that write, otherwise in argument order), then all results come home. Calls of roles on
-    disjoint ranks thus run concurrently. Before a call the parts it uses are brought to the device,
-    and those of the rank's next call start to come where the memory plan has room for both.
+    disjoint ranks thus run concurrently. Before a call its parts are brought to the device; parts
+    of the rank's next call start to come if the memory plan has room for both.
 
-    In a run that goes on in a step, calls that were finished there return what is kept of them,
-    where they were made from the same rows and settings.
+    In a resumed step, calls that had finished return their kept results if they were made from the
+    same rows and settings.
 
     Raises:
-        StopAsked: a stop was asked for; what the calls have done is kept.
+        StopAsked: a stop was asked for; the finished work of the calls is kept.
     """
     ledger = current()
     if ledger is None:
@@ -133,7 +133,7 @@ def together(*calls: Call[Any]) -> tuple[Any, ...]:
         homes = [_bring_home(one, value) for one, value in zip(sent, computed, strict=True)]
         return tuple(call.finish(home) for call, home in zip(calls, homes, strict=True))
     entries = [_entry(ledger, call) for call in calls]
-    # first what is there: the ledger holds it again, should a stop come while the others run
+    # kept results first: the ledger then holds them again if a stop comes while the others run
     found = {
         i: _kept(ledger, call, entry)
         for i, (call, entry) in enumerate(zip(calls, entries, strict=True))
@@ -147,7 +147,7 @@ def together(*calls: Call[Any]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sent:
-    """A call whose rows have travelled; `rows` is None outside its role."""
+    """A call whose rows have been exchanged; `rows` is None outside its role."""
 
     call: Call[Any]
     plan: ExchangePlan
@@ -155,7 +155,7 @@ class _Sent:
 
 
 def _run_kept(ledger: Ledger, calls: Sequence[Call[Any]], entries: Sequence[Entry]) -> list[Any]:
-    """What came home of calls that are not finished yet; all is kept."""
+    """Run calls that are not finished yet; returns their home results, all of which are kept."""
     if not calls:
         return []
     names = "+".join(f"{call.role.name}.{call.method}" for call in calls)
@@ -195,13 +195,13 @@ def _entry(ledger: Ledger, call: Call[Any]) -> Entry:
 
 
 def _kept(ledger: Ledger, call: Call[Any], entry: Entry) -> Any:
-    """What an earlier start has kept of a finished call."""
+    """The result of a finished call that an earlier start has kept."""
     record = ledger.recall(entry, places_of(call.atom) if call.returns else None)
     return record.rows if call.returns else record.values
 
 
 def _part(computed: Any) -> Part | None:
-    """What this rank has of a call that was stopped here or on another rank."""
+    """This rank's partial result of a call that was stopped here or on another rank."""
     if isinstance(computed, Interrupted):
         return computed.part
     assert computed is None or isinstance(computed, Batch), type(computed)
@@ -217,7 +217,7 @@ def _send(calls: Sequence[Call[Any]]) -> list[_Sent]:
 
 
 def _compute(sent: Sequence[_Sent], stints: Sequence[Stint]) -> list[Any]:
-    """This rank's calls, those that only read before those that write; None for the others."""
+    """Compute this rank's calls, readers before writers; None for the calls of other ranks."""
     computed: list[Any] = [None] * len(sent)
     mine = [i for i, one in enumerate(sent) if one.rows is not None]
     mine.sort(key=lambda i: sent[i].call.writes)
@@ -231,7 +231,7 @@ def _compute(sent: Sequence[_Sent], stints: Sequence[Stint]) -> list[Any]:
 
 
 def _shapes(call: Call[Any]) -> str:
-    """The columns that travel, apart from how many rows there are: equal on all ranks."""
+    """The columns that travel, without the number of rows: equal on all ranks."""
     batch, texts = call.batch, []
     for name in sorted(call.needs):
         if name in batch.tokens or name in batch.rows:
@@ -244,7 +244,7 @@ def _shapes(call: Call[Any]) -> str:
 
 def _plan(call: Call[Any]) -> ExchangePlan:
     batch = call.batch
-    # the default atom is unique in the world: the rank stands in the high bits
+    # the default atom is unique in the world: the high bits hold the rank
     unique = torch.arange(batch.num_rows) + (dist.get_rank() << 40)
     table = gather_rows(
         batch.lengths if call.cost is None else call.cost,

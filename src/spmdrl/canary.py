@@ -1,7 +1,7 @@
-"""`Canary`: a few fixed rows that policy and engine both score, to see that they agree.
+"""`Canary`: a few fixed rows that policy and engine both score, to check that they agree.
 
-The rows are random tokens: what they mean does not matter, and no data is needed. Every replica of
-the engine gets the same two, and the worst replica decides: in a mean over many, one would be lost.
+The rows are random tokens: their meaning does not matter, and no data is needed. Every replica of
+the engine gets the same two, and the worst replica decides: a mean over many would hide it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _ROWS, _TOKENS = 2, 32
 
 _FLOOR = {torch.float32: 2e-5, torch.float64: 1e-9}
 _FIRST = {torch.float32: 1e-2, torch.float64: 1e-4}
-"""Of the mean gap in nats: what is never a jump, and what the first sync may show. bfloat16 has 8
-bits: gaps of random tokens under it are some hundredths."""
+"""Mean gaps in nats: up to the floor a gap is never a jump; the first sync may show the second.
+bfloat16 has 8 bits, and its gaps of random tokens are some hundredths."""
 
 _LOW_PRECISION_FLOOR, _LOW_PRECISION_FIRST = 0.03, 0.3
 
@@ -32,13 +32,13 @@ _HISTORY, _FACTOR = 8, 4.0
 
 
 class Canary:
-    """The rows, what the policy says of them, and the gaps so far.
+    """The fixed rows, the policy's scores of them, and the gaps so far.
 
     Args:
         world, num_replicas: every replica of the engine gets `_ROWS` rows.
         vocab_size: tokens are drawn below it.
-        dtype: of the engine; it bounds how near the gaps can be to 0.
-        temperature: of the samples, at which both sides read the rows; 0 reads as 1 does.
+        dtype: dtype of the engine, which bounds how close to 0 the gaps can be.
+        temperature: sampling temperature, at which both sides score the rows; 0 is read as 1.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Canary:
     ) -> None:
         self.rows, self._num_replicas = fixed_rows(world, num_replicas, vocab_size), num_replicas
         self._temperature = temperature or 1.0
-        # a temperature below 1 makes logits larger, and with them what rounding makes of them
+        # a temperature below 1 enlarges logits and their rounding errors
         larger = max(1.0, 1.0 / self._temperature)
         self._floor = _FLOOR.get(dtype, _LOW_PRECISION_FLOOR) * larger
         self._first = _FIRST.get(dtype, _LOW_PRECISION_FIRST) * larger
@@ -61,7 +61,7 @@ class Canary:
 
     @property
     def limit(self) -> float:
-        """The largest mean gap, in nats, that is no jump."""
+        """The largest mean gap, in nats, that is not a jump."""
         return max(self._floor, _FACTOR * max(self._gaps)) if self._gaps else self._first
 
     def ask(self, policy: Policy) -> None:
@@ -71,20 +71,20 @@ class Canary:
         )
 
     def gap(self, rollout: Rollout) -> float:
-        """Mean distance of the engine's log-probabilities to the policy's, of the replica where it
-        is largest; equal on every rank.
+        """Mean distance of the engine's log-probabilities from the policy's, on the replica with
+        the largest one; equal on every rank.
         """
         assert self._expected is not None
         call = replace(rollout.logprobs.on(self.rows, self._temperature), kept=False)
-        # one atom for each replica, all of one cost: each gets its own rows
+        # one atom for each replica, all of equal cost: each gets its own rows
         (scored,) = together(replace(call, atom=replica_of(self.rows)))
         distance = (scored["engine_logprobs"] - self._expected["logprobs"]).abs()
-        # not a number is no small distance
+        # NaN must not pass for a small distance
         distance = torch.nan_to_num(distance, nan=float("inf"))
         return largest_mean(distance, self.rows, self._num_replicas)
 
     def accepts(self, gap: float) -> bool:
-        """Whether that is no jump; the next ones are then measured by it too."""
+        """Whether the gap is not a jump; if so, later gaps are compared with it too."""
         accepted = gap <= self.limit
         if accepted:
             self._gaps.append(gap)
@@ -92,12 +92,12 @@ class Canary:
 
 
 def replica_of(rows: Batch) -> Tensor:
-    """Which replica of the engine each of `fixed_rows` is for, int64 `[B]`."""
+    """Index of the engine's replica that each of `fixed_rows` is for, int64 `[B]`."""
     return rows["prompt_ids"] // _ROWS
 
 
 def largest_mean(distance: Tensor, rows: Batch, num_replicas: int) -> float:  # distance [T]
-    """The mean distance at loss tokens, of the replica where it is largest, over the world."""
+    """The mean distance at loss tokens over the world, of the replica with the largest one."""
     mask = rows["loss_mask"]
     replica = replica_of(rows)[rows.row_of_token()[mask]]
     sums = torch.zeros(2, num_replicas, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Which engine a rollout has: what that asks of the configuration, and making it."""
+"""The rollout's engine: its demands on the configuration, its sizes, and its construction."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from spmdrl.rollout.vllm_versions import check_version, installed_version
 log = logging.getLogger(__name__)
 
 _LEAST_LENGTH = 64
-"""Tokens of a sequence that every engine serves: the canary's rows are shorter."""
+"""Tokens of a sequence that every engine must serve: the canary's rows are shorter."""
 
 
 def is_vllm(config: Config, name: str) -> bool:
@@ -36,13 +36,13 @@ def is_vllm(config: Config, name: str) -> bool:
 
 
 def vocab_multiple(config: Config, name: str) -> int:
-    """To which the role's vocabulary is padded."""
+    """Multiple to which the role's vocabulary is padded."""
     return VOCAB_MULTIPLE if is_vllm(config, name) else 1
 
 
 def shares_tensors(config: Config, name: str, device: torch.device) -> bool:
     """Whether the rollout can compute with the policy's own tensors. vLLM's graphs hold addresses
-    of tensors that it made.
+    of tensors that vLLM made.
     """
     return not is_vllm(config, name) or device.type == "cpu"
 
@@ -53,13 +53,13 @@ def check_engine(
     shapes: Mapping[str, ModelConfig],
     size: int,
 ) -> None:
-    """Refuse what vLLM cannot be laid over, and what it would draw otherwise.
+    """Refuse placements that vLLM cannot use, and sampling that it would do differently.
 
     Args:
-        size: ranks of the world.
+        size: number of ranks of the world.
 
     Raises:
-        ValueError: naming the keys.
+        ValueError: the placement or sampling does not suit vLLM; the keys are named.
     """
     rollouts = [name for name in placements if is_vllm(config, name)]
     if rollouts:
@@ -110,10 +110,10 @@ def _check_sampling(config: Config) -> None:
 
 
 def check_installed(config: Config, name: str, shape: ModelConfig) -> None:
-    """Refuse a vLLM that is not there, of another version, or without the role's model.
+    """Refuse a vLLM that is missing, has an unsuitable version, or lacks the role's model.
 
     Raises:
-        ValueError: naming the mend.
+        ValueError: vLLM cannot be used; the message tells the fix.
     """
     if not is_vllm(config, name):
         return
@@ -126,7 +126,7 @@ def check_installed(config: Config, name: str, shape: ModelConfig) -> None:
 def engine_parts(
     config: Config, name: str, device: torch.device, *, captures_graphs: bool
 ) -> tuple[str, ...]:
-    """What a call of the rollout needs on the device."""
+    """Parts of the rollout that its calls need on the device."""
     if is_vllm(config, name) and device.type == "cuda":
         return (WEIGHTS,)  # the cache comes and goes with them
     return (WEIGHTS, KV_CACHE, *[GRAPHS] * captures_graphs)
@@ -143,10 +143,10 @@ def longest_sequence(config: Config, shape: ModelConfig) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSize:
-    """Of vLLM's key-value cache, which is made at start and never grows.
+    """Size of vLLM's key-value cache, which is made at start and never grows.
 
     Args:
-        num_bytes: of one rank.
+        num_bytes: size on one rank.
         longest: tokens of the longest sequence that it can hold.
     """
 
@@ -163,7 +163,7 @@ def vllm_cache(
     num_replicas: int,
     tp: int,
 ) -> CacheSize:
-    """`rollout.kv_cache_gb`; `auto` is what the step's samples can need, on a CPU 2 GB at most."""
+    """`rollout.kv_cache_gb`; `auto`: all that a step's samples can need, on a CPU at most 2 GB."""
     rollout, length = config.rollout, longest_sequence(config, shape)
     multiple = BLOCK_MULTIPLE[device_type]
     block = -(-rollout.block_size // multiple) * multiple
@@ -180,7 +180,7 @@ def vllm_cache(
     return CacheSize(num_bytes=blocks * block_bytes, longest=min(length, (blocks - 1) * block))
 
 
-# Making it
+# Construction
 
 
 def make_engine(
@@ -194,10 +194,10 @@ def make_engine(
     *,
     sleeps: bool,
 ) -> RolloutEngine | None:
-    """The rollout's engine on this rank; None outside of it. Every rank calls it.
+    """Make the rollout's engine on this rank; None outside it. Every rank calls it.
 
     Args:
-        texts: of tokens; None: there are no stop texts, and no ends but those of `shape`.
+        texts: texts of tokens; None: no stop texts, and only the ends of text of `shape`.
         sleeps: on CUDA, its weights do not stay on the device.
     """
     if not mesh.is_member:

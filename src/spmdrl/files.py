@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, and old ones that are never lost."""
+"""Files and directories that appear as a whole or not at all, and old ones that are never lost."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any
 
 
 def replace_file(path: Path, content: bytes, *, lasting: bool = True) -> None:
-    """Write `content` beside `path`, fsync, rename over it; the old file stays when this fails.
+    """Write `content` to a temporary file, fsync, rename to `path`; a failure keeps the old file.
 
     Args:
-        lasting: whether it shall survive a crash of the machine; False saves the two fsyncs.
+        lasting: whether it must survive a crash of the machine; False saves the two fsyncs.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -36,14 +36,14 @@ def replace_file(path: Path, content: bytes, *, lasting: bool = True) -> None:
 
 @contextmanager
 def atomic_directory(out_dir: str | Path) -> Iterator[Path]:
-    """A new directory to write into, which takes the name `out_dir` when the block ends well.
+    """A new directory to write into, which takes the name `out_dir` if the block succeeds.
 
     Every file in it is fsynced before the rename. An older `out_dir` is kept until then and removed
-    after; when the block fails, the new directory is removed and the older one is as it was. Of a
-    process that is killed between the two renames, `bring_back` finds the older one.
+    after; if the block fails, the new directory is removed and the older one is unchanged. If the
+    process is killed between the two renames, `bring_back` finds the older one.
 
     Raises:
-        OSError: a file could not be written (a full disk, say); names `out_dir`.
+        OSError: a file could not be written (a full disk, say); `out_dir` is named.
     """
     target = Path(out_dir).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def atomic_directory(out_dir: str | Path) -> Iterator[Path]:
 
 
 def _exchange(fresh: Path, target: Path, old: Path) -> None:
-    """`fresh` takes the place of `target`, which becomes `old`; or all stays as it was."""
+    """Put `fresh` in the place of `target`, which becomes `old`; on failure nothing changes."""
     if not target.exists():
         fresh.rename(target)
         return
@@ -82,11 +82,11 @@ def _exchange(fresh: Path, target: Path, old: Path) -> None:
 
 
 def bring_back(parent: Path, name: str | None = None) -> list[Path]:
-    """Give directories below `parent` their names back that a killed process had renamed in order
-    to replace them (`.NAME.PID.old`), where NAME is not there; those that it gave back.
+    """Rename back directories below `parent` that a killed process had renamed in order to replace
+    them (`.NAME.PID.old`), if NAME does not exist; returns the restored paths.
 
     Args:
-        name: of the only one to look for; None: any.
+        name: only this directory; None: any.
     """
     found = []
     olds = parent.glob(f".{'*' if name is None else glob.escape(name)}.*.old")
@@ -99,7 +99,7 @@ def bring_back(parent: Path, name: str | None = None) -> list[Path]:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Rename `path` to `path.old-1` (or -2, ...) if it is there; the new name."""
+    """Rename `path` to `path.old-1` (or -2, ...) if it exists; returns the new path, else None."""
     if not path.exists():
         return None
     aside = next(p for n in count(1) if not (p := Path(f"{path}.old-{n}")).exists())
@@ -118,10 +118,10 @@ def sync(path: Path) -> None:
 
 
 def finite_json(value: object) -> str:
-    """A value as one line of JSON; a float that is not finite becomes null, for JSON has none.
+    """A value as one line of JSON; a non-finite float becomes null, because JSON has none.
 
-    Letters stay as they are: read such lines by splitting at line feeds alone, for `str.splitlines`
-    also splits at U+0085 and U+2028, which may stand within a text.
+    Letters are not escaped: split such lines only at line feeds, because `str.splitlines` also
+    splits at U+0085 and U+2028, which may occur within a text.
     """
     finite = _finite(value)
     text = json.dumps(finite, ensure_ascii=False, allow_nan=False, default=str)

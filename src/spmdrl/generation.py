@@ -1,4 +1,4 @@
-"""The rollout role: answers to prompts, by an engine on the role's ranks."""
+"""The rollout role: responses to prompts, from an engine on the role's ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from spmdrl.training.support import SUPPORT
 Progress = Callable[[int, int], None]
 
 KV_CACHE, GRAPHS = "kv_cache", "graphs"
-"""Parts of an engine, as a `memory` section names them; graphs where decode steps are captured."""
+"""Parts of an engine, as a `memory` section names them; graphs if decode steps are captured."""
 
 _FINISH: dict[Finish, int] = {"stop": 0, "length": 1, "aborted": 2}
 _NOTHING = Completion(tokens=(), logprobs=(), finish="aborted")
@@ -35,7 +35,7 @@ _NOTHING = Completion(tokens=(), logprobs=(), finish="aborted")
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """How a rollout samples: `group_size` answers per prompt, keyed by (seed, step, prompt id)."""
+    """Sampling of a rollout: `group_size` responses per prompt, keyed by (seed, step, prompt)."""
 
     seed: int
     step: int
@@ -48,10 +48,10 @@ class Rollout:
 
     Args:
         progress: called on member ranks with (sequences done, sequences) of this replica.
-        memory: of this rank.
-        parts: what a call needs on the device.
+        memory: memory moves of this rank.
+        parts: the parts that a call needs on the device.
 
-    `version` is the policy's when the engine last got its weights: the optimizer steps behind them.
+    `version` is the policy's at the engine's last sync: the number of its optimizer steps.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Rollout:
         self.logprobs = RoleMethod(self._logprobs)
 
     def _logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
-        """Adds the token column `engine_logprobs`: of each token after those before it, under the
-        softmax of logits / temperature (0 for the first), as this engine computes it.
+        """Adds the token column `engine_logprobs`: each token's log-probability under this engine's
+        softmax of logits / temperature, given the tokens before it (0 for the first).
         """
 
         def compute(rows: Batch, stint: Stint) -> Batch:
@@ -98,14 +98,15 @@ class Rollout:
         )
 
     def _generate(self, prompts: Batch, generation: Generation) -> Call[Batch]:
-        """`prompts`: home rows with the token column `tokens` and the row column `prompt_ids`
-        (unique in the step). The result's rows are prompt and response, with the token columns
-        `tokens`, `rollout_logprobs`, `loss_mask` and the row columns `prompt_ids`,
-        `sample_index`, `prompt_lengths`, `response_lengths`, `finish` (0 stop, 1 length,
-        2 aborted) and `weight_version`; with `sampling.experts` also the token column
-        `expert_choices`, with `sampling.margins` the token column `margins`, with
-        `sampling.support` the ragged column `support_ids`. The prompts' own row
-        and Python columns are repeated for every sample.
+        """Generate `group_size` rows of prompt and response for each prompt.
+
+        `prompts` are home rows with the token column `tokens` and the row column `prompt_ids`
+        (unique in the step). Results have the token columns `tokens`, `rollout_logprobs` and
+        `loss_mask`, the row columns `prompt_ids`, `sample_index`, `prompt_lengths`,
+        `response_lengths`, `finish` (0 stop, 1 length, 2 aborted) and `weight_version`; with
+        `sampling.experts` and `.margins` also the token columns `expert_choices` and `margins`,
+        with `sampling.support` the ragged column `support_ids`. The prompts' own row and Python
+        columns are repeated for every sample.
         """
         size = generation.group_size
         repeated = prompts.select(torch.arange(len(prompts)).repeat_interleave(size))
@@ -154,7 +155,7 @@ class Rollout:
 
 
 def _expert_column(config: ModelConfig) -> tuple[Column, ...]:
-    """What `expert_choices` look like; ValueError for a model without experts."""
+    """The column `expert_choices`; ValueError for a model without experts."""
     moe = config.moe
     if moe is None:
         raise ValueError(f"sampling.experts: {config.architecture} has no experts to record")
@@ -225,7 +226,7 @@ def _run_generation(
 
 
 def _begun(part: Part) -> dict[tuple[int, int], Completion]:
-    """(prompt id, sample) -> what a call that was stopped has drawn of it."""
+    """(prompt id, sample) -> the tokens that a stopped call has drawn of it."""
     if part.rows is None:
         return {}
     finishes = {code: finish for finish, code in _FINISH.items()}
@@ -247,7 +248,7 @@ def _begun(part: Part) -> dict[tuple[int, int], Completion]:
 
 
 def _supports(prompts: Batch, completions: list[Completion]) -> Ragged:
-    """What the tokens of every row were drawn from; a prompt's tokens from nothing."""
+    """The tokens that each token was drawn from; none for a prompt's tokens."""
     counts, values = [torch.zeros(0, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int32)]
     for length, answer in zip(prompts.lengths.tolist(), completions, strict=True):
         if answer.support is None:
@@ -282,7 +283,7 @@ def _completed(prompts: Batch, completions: list[Completion], *, with_margins: b
             "prompt_lengths": prompts.lengths,
             "response_lengths": counts,
             "finish": torch.tensor([_FINISH[c.finish] for c in completions], dtype=torch.int64),
-            # whose rows these are, where the call is stopped
+            # identifies the rows if the call is stopped
             "prompt_ids": prompts["prompt_ids"],
             "sample_index": prompts["sample_index"],
         },

@@ -1,4 +1,4 @@
-"""What a run keeps of its role calls for a start that goes on in their step."""
+"""Results and partial states of role calls that a run keeps, to resume a step at a later start."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from spmdrl.origin import Origin
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Record:
-    """What came home of a finished call.
+    """The home result of a finished call.
 
     Args:
-        rows: home rows; None where the result is `values`.
-        places: (atom, place within the atom) of every row, `[B, 2]`; None without atoms.
+        rows: home rows; None if the result is `values`.
+        places: (atom, index within the atom) of every row, `[B, 2]`; None without atoms.
         values: JSON values, equal on all ranks.
     """
 
@@ -29,12 +29,12 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """What a call that was stopped has left on one rank.
+    """One rank's partial result of a stopped call.
 
     Args:
-        rows: of its results, in the role's layout.
+        rows: result rows, in the role's layout.
         values: JSON values, equal on all of the role's ranks.
-        state: what this rank alone can go on from, in the same layout.
+        state: further state that only this rank can resume from, in the same layout.
     """
 
     rows: Batch | None = None
@@ -44,16 +44,16 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kept:
-    """What is kept of one call: a record where it was finished, else a part.
+    """Kept data of one call: a record if it was finished, else a part.
 
     Args:
         name: `role.method`, or the call's label.
-        step: in which it ran.
-        origin: of the world's rows; equal on all ranks.
+        step: step in which it ran.
+        origin: origin of the world's rows; equal on all ranks.
         writes: whether the call changes its role.
         is_ahead: made for the next step, which looks it up.
-        is_foreign: a record's rows are those of the whole world, and find home by their places.
-        part: on ranks outside the role an empty one.
+        is_foreign: the record has the rows of the whole world, which find home by their places.
+        part: empty on ranks outside the role.
     """
 
     name: str
@@ -68,10 +68,10 @@ class Kept:
 
 @dataclass(frozen=True, kw_only=True)
 class Journal:
-    """What a stop saves of the calls, and a resumed run begins with.
+    """The kept calls that a stop saves, and that a resumed run starts with.
 
     Args:
-        calls: as many, in one order, on all ranks.
+        calls: kept calls, the same ones in the same order on all ranks.
     """
 
     calls: tuple[Kept, ...] = ()

@@ -1,12 +1,12 @@
 """Random numbers as pure functions of a key: the same on any rank, batch or device.
 
 A key is a chain of integers (run seed, step, prompt id, sample, token position) hashed to 64 bits.
-Noise over the vocabulary is a hash of the key and the token id, so that a sampled token does not
-depend on who serves the request, nor on what else is in the batch (invariant 7 of the design).
+Noise over the vocabulary is a hash of the key and the token id, so a sampled token depends neither
+on the rank that serves the request nor on the rest of the batch (invariant 7 of the design).
 
 The 64-bit mixer is splitmix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
-generators"). The 32-bit mixer of the noise is ours: two multiplications and one shift over a token
-hash that is computed once and unique; tests/test_keyed.py holds the statistics.
+generators"). The 32-bit mixer of the noise is ours: two multiplications and one shift over a unique
+token hash that is computed once; tests/test_keyed.py checks the statistics.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 NOISE_VERSION = 2
-"""Of the numbers drawn here and of how ties are broken (`rollout.native.sampler`): runs of unequal
-versions draw other tokens from equal keys."""
+"""Version of the numbers drawn here and of the breaking of ties (`rollout.native.sampler`): runs
+of different versions draw different tokens from equal keys."""
 
 _MASK = (1 << 64) - 1
 _MASK_32 = (1 << 32) - 1
@@ -53,11 +53,11 @@ def _splitmix(x: int) -> int:
 
 
 class Noise:
-    """Gumbel noise over a slice of the vocabulary, with buffers that are used again.
+    """Exponential noise over a slice of the vocabulary, in buffers that are reused.
 
     Args:
         vocab_start: the first token id of the slice.
-        vocab_size: number of ids in it.
+        vocab_size: number of token ids in it.
     """
 
     def __init__(self, vocab_start: int, vocab_size: int, device: torch.device) -> None:
@@ -84,10 +84,10 @@ class Noise:
 
 
 def token_hash(tokens: Tensor) -> Tensor:  # tokens int64 [...], 0 to 2^32 - 1
-    """A 32-bit hash of token ids, int32 `[...]`; no two ids have the same.
+    """A 32-bit hash of token ids, int32 `[...]`; no two ids have the same hash.
 
-    Two ids of one hash would have one noise under every key, and the less likely of them would
-    never be drawn. So this is a bijection: murmur3's finaliser (Appleby 2011, public domain,
+    Two ids with one hash would have the same noise under every key, and the less likely of them
+    would never be drawn. So this is a bijection: murmur3's finaliser (Appleby 2011, public domain,
     MurmurHash3.cpp, `fmix32`) of the id plus a constant, without which id 0 would be 0.
     """
     x = (tokens + (_GOLDEN >> 32)) & _MASK_32
@@ -110,7 +110,7 @@ def exponential_at(
 def gumbel(keys: Tensor, vocab_start: int, vocab_size: int) -> Tensor:  # keys int64 [B]
     """Gumbel(0, 1) noise of token ids `vocab_start ...`: float32 `[B, vocab_size]`.
 
-    A slice of a larger call's result: noise depends on the key and the token id alone.
+    A slice of a larger call's result is equal: noise depends only on the key and the token id.
     """
     return Noise(vocab_start, vocab_size, keys.device).exponential(keys).log_().neg_()
 
@@ -129,8 +129,8 @@ def _halves(keys: Tensor) -> tuple[Tensor, Tensor]:
 def _finish(x: Tensor, scratch: Tensor, multiplier: Tensor, out: Tensor) -> Tensor:
     """int32 bits -> Exponential(1) in `out`; int32 products wrap.
 
-    The shift is arithmetic, which adding (unlike xor) tolerates: no mask is needed. u has 31 bits
-    with a sign that is dropped, so -log1p(-u) resolves the small values (those that win) to 2^-31.
+    The shift is arithmetic, which adding (unlike xor) tolerates, so no mask is needed. u has 31
+    bits and its sign is dropped, so -log1p(-u) resolves the small values (which win) to 2^-31.
     """
     x.mul_(multiplier)
     torch.bitwise_right_shift(x, 15, out=scratch)

@@ -1,10 +1,10 @@
-"""`Ledger`: what a run keeps of its role calls, so that it can stop in a step and go on from there.
+"""`Ledger`: keeps the results of role calls, so that a run can stop within a step and resume there.
 
-Results of the calls that a step has finished are kept, on their home ranks, with what they were
-made from (`Origin`). A run that goes on from a stop does the step anew: calls that were finished
-return what is kept of them, and the one that was stopped goes on from where it came to, if the name
-and the origin are the same; else they are made anew. `together` looks the ledger up in the context
-(`keeping`), so that roles, flows and what users write need not carry it.
+It keeps the results of the calls that a step has finished, on their home ranks, with their inputs'
+`Origin`. A resumed run repeats the step: calls that were finished return their kept results, and
+the one that was stopped continues from its partial state, if the name and the origin are the same;
+otherwise they are computed again. `together` finds the ledger in the context (`keeping`), so that
+roles, flows and users' code need not pass it on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KEPT_MEETINGS = 64
-"""Meetings whose keys stay in the store; no rank is so many role calls behind another."""
+"""Number of meetings whose keys stay in the store; no rank lags this many role calls behind."""
 
 
 _NO_ORIGIN = Origin(settings="", sums=())
@@ -46,21 +46,21 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Interrupted:
-    """What a call's `compute` returns in place of its result where it stopped before its end."""
+    """Result of a call's `compute` that stopped before its end."""
 
     part: Part
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stint:
-    """What a call's `compute` is given.
+    """Controls that a call's `compute` is given.
 
     Args:
-        should_stop: whether a stop was asked for. What this rank sees: ranks that compute together
+        should_stop: whether a stop was asked for, as this rank sees it: ranks that compute together
             agree before they act on it. A call that cannot stop need not ask.
-        beat: to be called when it came further.
-        report: the same, with (rows done, rows) of this rank's part.
-        begun: what an earlier stint of the call has left.
+        beat: to be called on progress.
+        report: to be called on progress with (rows done, rows) of this rank's part.
+        begun: partial result of an earlier stint of the call.
     """
 
     should_stop: Callable[[], bool] = lambda: False
@@ -71,11 +71,11 @@ class Stint:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A call's place in the ledger; with `kept: None` where nothing is kept of it yet.
+    """A call's place in the ledger; `kept` is None if nothing is kept of it yet.
 
     Args:
-        name: None: nothing will be kept either.
-        origin: of this rank's rows.
+        name: name of the call; None: nothing will be kept of it.
+        origin: origin of this rank's rows.
     """
 
     name: str | None = None
@@ -90,16 +90,15 @@ class Entry:
 
 
 class Ledger:
-    """One rank's.
+    """One rank's ledger.
 
     Args:
-        prefix: of its keys in the store: unique for the run.
+        prefix: prefix of its keys in the store, unique for the run.
         pulse: told of every call and its stages.
         should_stop: whether this rank knows of a request to stop.
-        journal: of the step that the run goes on in.
-        report: told how far a call is, see `Stint`.
-        roles: what each role is, in words: equal for roles whose results may be taken for each
-            other's.
+        journal: journal of the step that the run resumes.
+        report: called with a call's progress, see `Stint`.
+        roles: description of each role, equal for roles whose results may replace each other's.
     """
 
     def __init__(
@@ -119,9 +118,9 @@ class Ledger:
         self._pulse, self._should_stop = pulse, should_stop
         self._kept: list[Kept] = []
         self._unclaimed = list(journal.calls)
-        """Of an earlier start, and not asked for yet."""
+        """Calls kept by an earlier start and not asked for yet."""
         self._late: list[str] = []
-        """Calls made anew in a step whose updates had begun."""
+        """Calls that are repeated in a step whose updates had begun."""
         self._history = b""
         self._meetings = 0
         self._step = -1
@@ -129,7 +128,7 @@ class Ledger:
     # Steps
 
     def begin_step(self, step: int) -> None:
-        """Forget the calls of earlier steps, but for those that were made ahead for this one."""
+        """Forget the calls of earlier steps, except those that were made ahead for this one."""
         self._step = step
         self._kept = [
             kept
@@ -138,8 +137,8 @@ class Ledger:
         ]
 
     def finish_step(self) -> None:
-        """The step is done: of what it has kept, the next one looks up what was made ahead. What an
-        earlier start had kept and nothing has asked for is of no use any more.
+        """End the step: keep only calls that were made ahead for the next step. Calls of an earlier
+        start that were never asked for are dropped with a warning.
         """
         self._kept = [kept for kept in self._kept if kept.step == self._step and kept.is_ahead]
         if self._unclaimed:
@@ -156,29 +155,29 @@ class Ledger:
         self._unclaimed, self._late = [], []
 
     def journal(self) -> Journal:
-        """What is kept now."""
+        """The calls that are kept now."""
         return Journal(calls=(*self._kept, *self._unclaimed))
 
     @property
     def num_done(self) -> int:
-        """Calls of the step that are finished."""
+        """Number of the step's finished calls."""
         calls = (*self._kept, *self._unclaimed)
         return sum(kept.step == self._step and kept.record is not None for kept in calls)
 
     # Calls
 
     def settings_of(self, role: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """A call's settings with what its role is."""
+        """A call's settings with the description of its role."""
         return {**settings, "role": self._roles.get(role, role)}
 
     def open(
         self, name: str, origin: Origin, *, writes: bool = False, is_ahead: bool = False
     ) -> Entry:
-        """The place of the step's next call, with what an earlier start has kept of it.
+        """Open the entry of the step's next call, with what an earlier start has kept of it.
 
         Args:
             name: `role.method`, or the call's label.
-            origin: of this rank's rows.
+            origin: origin of this rank's rows.
             writes, is_ahead: see `Kept`.
         """
         entry = Entry(name=name, origin=origin, writes=writes, is_ahead=is_ahead)
@@ -200,14 +199,14 @@ class Ledger:
         return entry
 
     def enter(self, name: str, shapes: str) -> None:
-        """Calls begin; all ranks of the world shall come to this place in one order.
+        """Enter a group of calls. Every rank must enter the same groups in the same order.
 
         Args:
-            name: `role.method`, of all calls of a `together`.
+            name: names (`role.method`) of all calls of a `together`.
             shapes: their columns; equal on all ranks.
 
         Raises:
-            Diverged: another rank came to another call, or by another way.
+            Diverged: another rank has entered other calls, now or earlier.
         """
         self._pulse.at_call(name, "sending")
         self._meet(f"{name}({shapes})")
@@ -216,7 +215,7 @@ class Ledger:
         self._pulse.at_call(self._pulse.position.call, stage)
 
     def stint(self, entry: Entry) -> Stint:
-        """What the call's `compute` is given. A call of which nothing is kept never stops."""
+        """The controls for the call's `compute`. A call that is not kept never stops."""
         if entry.name is None:
             return Stint(beat=self._pulse.beat, report=self._report)
         return Stint(
@@ -229,8 +228,8 @@ class Ledger:
     def agree(
         self, entries: Sequence[Entry], stopped: Sequence[bool]
     ) -> tuple[list[Entry], list[bool], bool]:
-        """The entries with the world's origins, which of their calls were stopped on some rank, and
-        whether the flow shall stop here.
+        """Agree over the world on the origins of the entries, on the calls that were stopped on
+        some rank, and on whether the flow must stop here.
         """
         if all(entry.name is None for entry in entries):
             return list(entries), [False] * len(entries), False
@@ -245,15 +244,15 @@ class Ledger:
         return whole, any_stopped, stop or any(any_stopped)
 
     def record(self, entry: Entry, record: Record) -> None:
-        """A call is finished.
+        """Keep the result of a finished call.
 
         Args:
-            entry: as `agree` returned it.
+            entry: entry that `agree` returned.
         """
         self._keep(entry, record=record)
 
     def suspend(self, entry: Entry, part: Part | None) -> None:
-        """A call was stopped; None where this rank has no part in it."""
+        """Keep the partial result of a stopped call; None if this rank has none."""
         self._keep(entry, part=Part() if part is None else part)
 
     def _keep(
@@ -274,13 +273,13 @@ class Ledger:
         )
 
     def recall(self, entry: Entry, places: Tensor | None) -> Record:
-        """What an earlier start has kept of a finished call, and now this one does.
+        """Take over the result of a finished call that an earlier start has kept.
 
         Args:
-            places: of the home rows.
+            places: places of the home rows.
 
         Raises:
-            ValueError: its rows were kept by other ranks, and cannot be told apart.
+            ValueError: other ranks have kept its rows, and they cannot be identified.
         """
         assert entry.kept is not None and entry.kept.record is not None
         kept, record = entry.kept, entry.kept.record
@@ -299,12 +298,12 @@ class Ledger:
     def keep_rows(
         self, name: str, origin: Origin, places: Tensor, make: Callable[[], Batch]
     ) -> Batch:
-        """Home rows that are made without a role call, or what is kept of them. Every rank of the
-        world calls it.
+        """Return home rows that `make` creates without a role call, or the kept ones. Every rank of
+        the world calls it.
 
         Args:
-            name, origin: as of a call.
-            places: of the rows.
+            name, origin: see `open`.
+            places: places of the rows.
         """
         entry = self.open(name, origin)
         if entry.record is not None:
@@ -317,7 +316,7 @@ class Ledger:
         return rows
 
     def _meet(self, what: str) -> None:
-        """Compare notes through the store: who comes first leaves them, the others read."""
+        """Compare the ranks' histories through the store: the first to come writes, others read."""
         if self._size == 1:
             return
         self._history = blake2b(self._history + what.encode(), digest_size=8).digest()
@@ -338,7 +337,7 @@ class Ledger:
 
 
 def places_of(atom: Tensor | None) -> Tensor | None:  # [B] int64
-    """(atom, how many of its rows come before) of every row, `[B, 2]`: the same wherever it is."""
+    """(atom, number of its rows before this one) of every row, `[B, 2]`: equal in any layout."""
     if atom is None:
         return None
     seen: dict[int, int] = {}
@@ -354,7 +353,7 @@ _CURRENT: ContextVar[Ledger | None] = ContextVar("ledger", default=None)
 
 @contextmanager
 def keeping(ledger: Ledger) -> Iterator[None]:
-    """Role calls inside are entered into the ledger."""
+    """Enter role calls inside the block into the ledger."""
     token = _CURRENT.set(ledger)
     try:
         yield
@@ -363,5 +362,5 @@ def keeping(ledger: Ledger) -> Iterator[None]:
 
 
 def current() -> Ledger | None:
-    """The ledger of the run that goes on, if there is one."""
+    """The ledger of the current run, if there is one."""
     return _CURRENT.get()

@@ -1,4 +1,4 @@
-"""The memory plans of all ranks as texts: for `explain`, and for the start of a run."""
+"""The memory plans of all ranks as texts, for `explain` and the start of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spmdrl.sharing import RankMemory
 
 
 def schedules(memory: Mapping[int, RankMemory]) -> list[str]:
-    """Every rank's schedule, once for all ranks that have the same."""
+    """The schedules of all ranks, each one once for all ranks that share it."""
     ranks: dict[str, list[int]] = {}
     plans = {}
     for rank, own in memory.items():
@@ -21,9 +21,7 @@ def schedules(memory: Mapping[int, RankMemory]) -> list[str]:
 
 
 def memory_texts(memory: Mapping[int, RankMemory]) -> dict[str, str]:
-    """Role -> the sizes of its parts and what becomes of them, for the placement table: of the rank
-    that has most of it.
-    """
+    """Role -> sizes and policies of its parts, on the rank with the most bytes of the role."""
     most: dict[str, tuple[int, str]] = {}
     for plan in (rank.plan for rank in memory.values()):
         by_role: dict[str, list[Part]] = {}

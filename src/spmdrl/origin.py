@@ -1,8 +1,8 @@
-"""`Origin`: what a role call was made from, in a few numbers that a later start compares.
+"""`Origin`: the inputs of a role call in a few numbers, which a later start compares.
 
-Whole numbers, booleans and texts are hashed: they must be the same. Of a float column two sums are
-kept, of its values under keyed weights and of their sizes: on another number of ranks the same
-values differ in rounding. All are sums over rows, so they do not depend on which rank has which.
+Whole numbers, booleans and texts are hashed and must be equal. For a float column two sums are
+kept, of its values with keyed weights and of their magnitudes: on another number of ranks, the same
+values differ in rounding. All are sums over rows, whatever the distribution of the rows.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from spmdrl.keyed import key64
 
 _HALF = 1 << 32
 _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
-"""Those of splitmix64, as signed numbers."""
+"""Constants of splitmix64, as signed numbers."""
 
 _TOLERANCE = 1e-5
-"""Of a float column's sum of sizes: rounding is far below, other values are far above."""
+"""Relative to a float column's sum of magnitudes: far above rounding, far below other values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Of one call.
+    """Fingerprint of one call's inputs.
 
     Args:
-        settings: a digest of the call's configuration.
-        sums: of the rows: those of the halves of their hashes, and two of each float column, in the
-            order of their names. Of this rank's rows, or, `of_world`, of the world's.
+        settings: digest of the call's configuration.
+        sums: sums over the rows: of the two halves of their hashes, and two for each float column,
+            in the order of the names. Over this rank's rows or, from `of_world`, over the world's.
     """
 
     settings: str
     sums: tuple[float, ...]
 
     def of_world(self, totals: Sequence[float]) -> Origin:
-        """The same with the sums of all ranks' `sums`."""
+        """The world's origin, from the sums over all ranks of their `sums`."""
         first, second, *floats = totals
         return replace(self, sums=(first % _HALF, second % _HALF, *floats))
 
     def agrees(self, other: Origin) -> bool:
-        """Whether both are of the same call, up to rounding of floats."""
+        """Whether both describe the same call, up to rounding of floats."""
         if self.settings != other.settings or len(self.sums) != len(other.sums):
             return False
         if self.sums[:2] != other.sums[:2]:
@@ -59,12 +59,12 @@ class Origin:
 
 
 def origin_of(settings: Mapping[str, Any], batch: Batch, names: Sequence[str]) -> Origin:
-    """Of a call with home rows.
+    """The origin of a call with home rows.
 
     Args:
-        settings: whose `repr` tells other values from these, on every rank alike.
-        names: the columns that the call reads. Of tensors those with one value for a token or a
-            row count; wider ones were computed from them.
+        settings: values whose `repr` identifies them, the same on every rank.
+        names: the columns that the call reads. Tensors count if they have one value per token or
+            row; wider ones were computed from these.
     """
     text = repr(sorted(settings.items()))
     hashes = _mix(batch.lengths + _salt("lengths"))
@@ -74,7 +74,7 @@ def origin_of(settings: Mapping[str, Any], batch: Batch, names: Sequence[str]) -
         salt = _salt(name)
         if name in batch.objects:
             texts = batch.objects[name]
-            # anything else does not travel: the exchange refuses it, with its place
+            # other objects do not travel: the exchange refuses them, naming their row
             if all(text is None or isinstance(text, str) for text in texts):
                 hashes += _mix(_text_hashes(texts) + salt)
         elif name in batch.ragged:
@@ -103,7 +103,7 @@ def origin_of(settings: Mapping[str, Any], batch: Batch, names: Sequence[str]) -
 
 
 def _places(batch: Batch) -> Tensor:
-    """A number for every token's place in its row, int64 `[T]`."""
+    """A number for every token's index in its row, int64 `[T]`."""
     place = torch.arange(batch.num_tokens) - batch.offsets()[:-1][batch.row_of_token()]
     return (place + 1) * _GOLDEN
 
@@ -113,7 +113,7 @@ def _salt(name: str) -> int:
 
 
 def _text_hashes(texts: Sequence[str | None]) -> Tensor:
-    """int64 `[B]`."""
+    """Hashes of texts, int64 `[B]`."""
     digests = [
         blake2b(b"" if t is None else b"t" + t.encode(errors="surrogatepass"), digest_size=8)
         for t in texts

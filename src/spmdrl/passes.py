@@ -27,7 +27,7 @@ from spmdrl.training.readout import Readout
 from spmdrl.training.support import SUPPORT
 
 PACKING = ("tokens", "prompt_lengths", "prompt_ids", "loss_mask")
-"""The columns from which a backend packs its rows."""
+"""The columns that a backend packs its rows from."""
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 """The parts of a trained model, as a role's `memory` section names them."""
@@ -35,14 +35,14 @@ WEIGHTS, OPTIMIZER = "weights", "optimizer"
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """How an update goes through its rows.
+    """Schedule of an update over its rows.
 
     Args:
-        seed, step: key minibatch membership and order, with the prompt ids.
+        seed, step: keys of minibatch membership and order, together with the prompt ids.
         epochs: passes over the rows.
         num_minibatches: optimizer steps per pass; groups (rows of one prompt id) stay whole.
-        temperature: of the sampling, so that log-probabilities are those of the sampler.
-        columns: the columns that the loss reads, beside the packed rows themselves.
+        temperature: sampling temperature, so that log-probabilities are those of the sampler.
+        columns: the columns that the loss reads, in addition to the packed rows themselves.
         whole_groups: microbatches keep groups whole too, for losses that compare their rows.
     """
 
@@ -70,15 +70,13 @@ class ModelRole(Protocol):
 
 
 def replayed(batch: Batch) -> tuple[str, ...]:
-    """The column with the rollout's expert choices, where the batch has it: for the policy alone,
-    since its are the experts that were chosen.
-    """
+    """The column with the rollout's expert choices, if the batch has it; only for the policy."""
     return (EXPERT_CHOICES,) if EXPERT_CHOICES in batch else ()
 
 
 def supported(batch: Batch) -> tuple[str, ...]:
-    """The column with the tokens that each was drawn from, where the batch has it: the
-    log-probabilities of whichever model are then those over the same tokens.
+    """The column with the tokens that each one was drawn from, if the batch has it: any model's
+    log-probabilities are then over the same tokens.
     """
     return (SUPPORT,) if SUPPORT in batch else ()
 
@@ -94,7 +92,7 @@ def read_call(
     """A forward pass; the readout's columns come home under `names`.
 
     Args:
-        more: columns that travel beside the packed rows themselves.
+        more: columns that travel in addition to the packed rows themselves.
     """
 
     def compute(rows: Batch, stint: Stint) -> Batch:
@@ -134,10 +132,10 @@ def update_call(
     update: Update,
     then: Callable[[UpdateRecords], UpdateRecords] = lambda records: records,
 ) -> Call[UpdateRecords]:
-    """Every minibatch of every epoch in one call; `then` sees the records on every rank.
+    """All minibatches of all epochs in one call; `then` gets the records on every rank.
 
     Rows need `tokens`, `prompt_lengths`, `prompt_ids`, `loss_mask`, the row column `loss_share`
-    (what the row adds to the normaliser), and the columns that the loss reads.
+    (the row's contribution to the normaliser), and the columns that the loss reads.
     """
 
     def compute(rows: Batch, stint: Stint) -> UpdateRecords | Interrupted:
@@ -161,7 +159,7 @@ def update_call(
 
 
 def row_order(batch: Batch) -> Tensor:
-    """Rows in order of (prompt id, sample): int64 `[B]`."""
+    """Sort keys that order rows by (prompt id, sample): int64 `[B]`."""
     return batch["prompt_ids"] * (1 << 20) + batch["sample_index"]
 
 
@@ -178,7 +176,7 @@ def _run_update(
     update: Update,
     stint: Stint,
 ) -> UpdateRecords | Interrupted:
-    """All minibatches that an earlier stint has left; a stop takes place between two of them."""
+    """Run the minibatches that an earlier stint has left; it can stop between two of them."""
     done, records = 0, []
     if stint.begun is not None:
         done, records = stint.begun.values["minibatches"], list(stint.begun.values["records"])
@@ -195,7 +193,7 @@ def _run_update(
         own = [float(part["loss_share"].sum()), places]
         normaliser, num_places = group_sums(own, backend.mesh.group("dp"))
         stint.beat()
-        if normaliser == 0 or num_places == 0:  # nothing to learn from, and no mean of anything
+        if normaliser == 0 or num_places == 0:  # nothing to learn from or to average
             continue
         sums = backend.forward_backward(
             part,
@@ -219,12 +217,12 @@ def _run_update(
 
 
 def _report(stint: Stint, seen: int, own: int, count: int, done: int, of: int) -> None:
-    """A minibatch of `own` rows, after `seen` of `count`, is through `done` of its microbatches."""
+    """Report `done` of `of` microbatches of `own` rows, which follow `seen` of all `count` rows."""
     stint.report(seen + own * done // of, count)
 
 
 def _minibatches(update: Update) -> list[int]:
-    """The minibatch of every optimizer step: in each epoch in another keyed order."""
+    """The minibatch of every optimizer step, in another keyed order in each epoch."""
     return [
         minibatch
         for epoch in range(update.epochs)

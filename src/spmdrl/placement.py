@@ -1,4 +1,4 @@
-"""Where roles live: from the configuration to ranks and degrees. Pure functions."""
+"""Placement of roles: from the configuration to ranks and degrees. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from spmdrl.distributed.mesh import check_ranks, format_ranks
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """One role's ranks (mesh order) and degrees: of the mesh's axes, and ep."""
+    """One role's ranks (in mesh order), and its degrees along the mesh's axes and ep."""
 
     ranks: tuple[int, ...]
     degrees: Mapping[str, int]
 
     @property
     def num_replicas(self) -> int:
-        """Replicas that see different rows."""
+        """Number of replicas that see different rows."""
         return self.degrees["dp_replicate"] * self.degrees["dp_shard"]
 
     def describe(self) -> str:
@@ -35,14 +35,13 @@ def place_roles(
 ) -> dict[str, Placement]:
     """Every role's placement, in the configuration's order.
 
-    Ranks are numbered node by node, `local_size` of them on each (default: all on one node).
-
-    With `model.tiny` a configuration for more ranks is folded into the world: so that any
-    configuration can be debugged on a laptop.
+    Ranks are numbered node by node, `local_size` of them on each (default: all on one node). With
+    `model.tiny`, a configuration for more ranks is folded into the world, so that any configuration
+    can be debugged on a laptop.
 
     Raises:
-        ValueError: ranks outside the world, degrees that do not multiply to the ranks, or a
-            tensor-parallel group over several nodes that the role did not ask for.
+        ValueError: ranks are outside the world, degrees do not multiply to the ranks, or a
+            tensor-parallel group spans several nodes and the role does not allow it.
     """
     local_size = world_size if local_size is None else local_size
     if config.model.tiny:
@@ -63,7 +62,7 @@ def role_device_type(
     ranks: Sequence[int],
     device_types: Sequence[str],
 ) -> Literal["cpu", "cuda"]:
-    """Where the role `name` computes: `roles.NAME.device`, and the device type of every world rank.
+    """Device type of role `name`, by `roles.NAME.device` and the device type of every world rank.
 
     Raises:
         ValueError: some of the role's ranks have a GPU and some have none.
@@ -87,7 +86,7 @@ def _place(config: Config, world_size: int, local_size: int) -> dict[str, Placem
     placements: dict[str, Placement] = {}
     for name, section in config.roles.items():
         ranks = _ranks(name, config, local_size) or tuple(range(world_size))
-        # ranks outside the world first: degrees that do not fit follow from them
+        # ranks outside the world first: they cause wrong degrees
         outside = [rank for rank in ranks if rank >= world_size]
         if outside:
             raise ValueError(
@@ -101,7 +100,7 @@ def _place(config: Config, world_size: int, local_size: int) -> dict[str, Placem
 
 
 def _check_nodes(name: str, placement: Placement, local_size: int) -> None:
-    """ValueError if a tensor-parallel group, neighbours in `ranks`, lies on several nodes."""
+    """ValueError if a tensor-parallel group, neighbours in `ranks`, spans several nodes."""
     ranks, tp = placement.ranks, placement.degrees["tp"]
     for start in range(0, len(ranks), tp):
         group = ranks[start : start + tp]
@@ -133,7 +132,7 @@ def _named_ranks(name: str, config: Config) -> str:
 
 
 def _named_nodes(name: str, config: Config) -> tuple[int, ...] | None:
-    """The nodes that `roles.NAME.ranks` names; None where it names ranks."""
+    """The nodes that `roles.NAME.ranks` names; None if it names ranks."""
     text = _named_ranks(name, config)
     if not text.startswith("nodes "):
         return None
@@ -169,7 +168,7 @@ def _numbers(name: str, config: Config, text: str) -> tuple[int, ...]:
 
 
 def _degrees(name: str, section: RoleSection, num_ranks: int) -> dict[str, int]:
-    """Fill in what is left open: dp_shard `all`, then dp_replicate."""
+    """Fill in the open degrees: dp_shard `all`, then dp_replicate."""
     inner = section.pp * section.cp * section.tp
     if section.dp_shard == "all":
         shard = max(1, num_ranks // (inner * (section.dp_replicate or 1)))
@@ -193,16 +192,14 @@ def _degrees(name: str, section: RoleSection, num_ranks: int) -> dict[str, int]:
 
 
 def _least(section: RoleSection) -> int:
-    """Of what the ranks must be a multiple, for the degrees that are written down."""
+    """Divisor of the number of ranks, given the degrees that are set explicitly."""
     shard = 1 if section.dp_shard == "all" else section.dp_shard
     written = section.pp * (section.dp_replicate or 1) * shard * section.cp * section.tp
     return math.lcm(written, section.pp * math.lcm(section.tp, section.ep))
 
 
 def _local_needed(config: Config, local_size: int) -> int:
-    """Ranks per node with which the roles that name nodes get the ranks their degrees ask for;
-    `local_size` where it does.
-    """
+    """Ranks per node that suit the degrees of roles on named nodes; `local_size` if it does."""
     needed, fixed = 1, False
     for name, section in config.roles.items():
         if (nodes := _named_nodes(name, config)) is not None:
@@ -213,7 +210,7 @@ def _local_needed(config: Config, local_size: int) -> int:
 
 
 def _world_needed(config: Config, local_size: int) -> int:
-    """The smallest world in which every role has room: what its ranks and degrees ask for."""
+    """The smallest world in which every role has the ranks that its ranks and degrees ask for."""
     highest, divisor = 0, 1
     for name, section in config.roles.items():
         if (ranks := _ranks(name, config, local_size)) is not None:
@@ -227,9 +224,9 @@ def _fold(placements: Mapping[str, Placement], world_size: int) -> dict[str, Pla
     """Placements of a larger world on `world_size` ranks.
 
     Ranks that serve the same roles form a cell. Every cell keeps at least one rank of its own while
-    there are enough, so that roles on disjoint ranks stay so; the rest go where the most ranks were
-    folded into one. Degrees are cut to the ranks left, tp kept longest, then pp, cp, dp_shard; ep
-    to what divides these.
+    there are enough, so that roles on disjoint ranks stay disjoint; further ranks go to the cell
+    with the most original ranks per rank. Degrees are cut to the remaining ranks, tp last, before
+    it pp, cp, dp_shard; ep is cut to a divisor of these.
     """
     cells: dict[frozenset[str], int] = {}
     for rank in sorted({rank for p in placements.values() for rank in p.ranks}):
@@ -248,7 +245,7 @@ def _fold(placements: Mapping[str, Placement], world_size: int) -> dict[str, Pla
 
 
 def _share(sizes: Sequence[int], world_size: int) -> list[range]:
-    """A range of ranks for each cell; cells share ranks only when they outnumber them."""
+    """A range of ranks for each cell; cells share ranks only if there are more cells than ranks."""
     if len(sizes) >= world_size:
         places = [i * world_size // len(sizes) for i in range(len(sizes))]
         return [range(place, place + 1) for place in places]
@@ -266,7 +263,7 @@ def _fold_degrees(degrees: Mapping[str, int], num_ranks: int) -> dict[str, int]:
             folded[axis] = math.gcd(folded[axis], 2)
         num_ranks //= folded[axis]
     folded["dp_replicate"] = num_ranks
-    inside_tp = degrees["tp"] % degrees["ep"] == 0  # as a rollout's must be
+    inside_tp = degrees["tp"] % degrees["ep"] == 0  # a rollout requires it
     shard = folded["dp_shard"] * folded["cp"] * (1 if folded["dp_shard"] > 1 else num_ranks)
     room = folded["tp"] * (1 if inside_tp else shard)
     return folded | {"ep": math.gcd(degrees["ep"], room)}
@@ -277,7 +274,7 @@ def placement_table(
 ) -> str:
     """Role, ranks and degrees as an aligned table, for the start of a run and `explain`.
 
-    `memory`: a text by role, the last column; nothing is shown for roles that are not in it.
+    `memory`: text by role for the last column, which is empty for other roles.
     """
     axes = list(next(iter(placements.values())).degrees)
     for rare in ("pp", "ep"):
@@ -289,7 +286,7 @@ def placement_table(
         texts = [] if memory is None else [memory.get(name, "")]
         lines.append([name, format_ranks(placement.ranks), *degrees, *texts])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    # degrees are numbers: to the right
+    # degrees are numbers: align them to the right
     aligned = [">" if column in axes else "<" for column in lines[0]]
     layout = "".join(f"  {{:{a}{w}}}" for a, w in zip(aligned, widths, strict=True))
     return "\n".join(layout.format(*line).rstrip() for line in lines)

@@ -1,8 +1,8 @@
-"""`PolicySync`: from a policy's update to the engine that samples from it, with versions and proof.
+"""`PolicySync`: brings a policy's update to the engine that samples from it, and proves it.
 
-What the engine holds is proved in three ways. After every sync that moved something, sums of all
-tensors are compared, and the canary: what both make of it, log-probabilities of a few fixed rows.
-After the first and some others, checksums of every cell.
+The engine's weights are proved in three ways. After every sync that moved something, sums of all
+tensors are compared, and so are both sides' log-probabilities of a few fixed rows (the canary).
+After the first sync and some others, checksums of every cell are compared.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ SYNC = "sync"
 
 @dataclass(frozen=True, kw_only=True)
 class SyncState:
-    """Args:
-    step: in which it was.
-    done: runs in the step.
-    metrics: of the last of them.
-    held: the engine's own weights stand in the checkpoint: they are those of the last run, and the
-        policy has moved on.
+    """State of the syncs within a step.
+
+    Args:
+        step: the step.
+        done: number of runs in the step.
+        metrics: metrics of the last run.
+        held: the checkpoint holds the engine's own weights, which are those of the last run,
+            because the policy has moved on.
     """
 
     step: int = -1
@@ -45,16 +47,17 @@ class SyncState:
 
 
 class PolicySync:
-    """Makes the rollout's weights those of the policy, and says so on every rank.
+    """Makes the rollout's weights those of the policy, and records the version on every rank.
 
-    `rollout.version` becomes `policy.version`, and every sample carries it as `weight_version`. A
-    call of both roles: the weights of both are on the device while it runs, or the policy's are
-    read from the host.
+    `rollout.version` becomes `policy.version`, and every sample carries it as `weight_version`. The
+    sync is a call of both roles: the weights of both are on the device while it runs, or the
+    policy's are read from the host.
 
     Args:
-        streams: on this rank the policy's weights need not be on the device.
-        check_every: compare checksums after the first sync and every so many; 0: nothing is proved.
-        canary: None: nobody scores fixed rows.
+        streams: the policy's weights need not be on this rank's device.
+        check_every: compare checksums after the first sync and then every N syncs, and sums after
+            the others; 0: neither.
+        canary: None: no fixed rows are scored.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class PolicySync:
         self._count = 0
         self._metrics: Metrics = {}
         self._done = 0
-        """Runs in the step so far."""
+        """Number of runs in the step so far."""
         self._resumed = SyncState()
 
     @property
@@ -82,16 +85,16 @@ class PolicySync:
         return self._weights.plan
 
     def run(self) -> None:
-        """Every rank of the world calls it.
+        """Run the sync. Every rank of the world calls it.
 
         Raises:
-            ValueError: the engine does not hold the policy's weights, naming the first tensor that
-                differs; or it makes other log-probabilities of the same weights.
+            ValueError: the engine does not hold the policy's weights (the first tensor that differs
+                is named), or computes other log-probabilities from the same weights.
         """
         policy, rollout = self._policy, self._rollout
         self._done += 1
         again = self._done <= self._resumed.done
-        # the engine's own weights came from a checkpoint, and the policy has others by now
+        # the engine's own weights came from a checkpoint, and the policy has changed since
         if not (again and self._resumed.held):
             self._move_and_prove()
         if again:
@@ -110,26 +113,24 @@ class PolicySync:
         if self._canary is not None:
             self._prove(self._canary)
 
-    # What a checkpoint within a step keeps
+    # State for checkpoints within a step
 
     def begin_step(self, step: int) -> None:
-        """Runs are counted anew, and those of an earlier step do not come again."""
+        """Count runs from 0 again; the runs of an earlier step are not repeated."""
         self._done = 0
         if step != self._resumed.step:
             self._resumed = SyncState()
 
     def state(self, step: int, *, held: bool) -> SyncState:
-        """Args: held: the engine's own weights are kept too, as they are now."""
+        """The state to save; `held`: the engine's own weights are saved too, as they are now."""
         return SyncState(step=step, done=self._done, metrics=self._metrics, held=held)
 
     def resume(self, state: SyncState) -> None:
-        """Go on in the step where a stop had left the sync."""
+        """Resume in the step in which a stop had left the sync."""
         self._resumed = state
 
     def can_hold(self) -> bool:
-        """Whether this rank's engine weights stay in memory between its calls, or there are none
-        of the engine's own.
-        """
+        """Whether this rank's engine has no weights of its own, or keeps them between its calls."""
         return not self.own_tensors() or not self._memory.drops(self._rollout.name, WEIGHTS)
 
     def own_tensors(self) -> LocalTensors:
@@ -140,7 +141,7 @@ class PolicySync:
         return {name: held for name, held in tensors.items() if name not in shared}
 
     def own_layout(self, layout: WeightLayout) -> dict[int, Table]:
-        """Of `layout`, the rollout's, what every rank's engine has of its own."""
+        """The tables of every rank's own engine weights, out of `layout`, the rollout's."""
         shared = self.plan.shared
         return {
             rank: {n: held for n, held in table.items() if n not in shared.get(rank, frozenset())}
@@ -149,7 +150,7 @@ class PolicySync:
 
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """Inside, `own_tensors` are written by someone else than a sync."""
+        """Let the block write `own_tensors` by other means than a sync."""
         has_own = self._rollout.memory is not None and bool(self.own_tensors())
         parts = [(self._rollout.name, WEIGHTS)] if has_own else []
         self._memory.prepare([], fills=parts)
@@ -158,7 +159,7 @@ class PolicySync:
             self._memory.filled(*part)
 
     def take_metrics(self) -> Metrics:
-        """Of the last sync, where it moved weights (`gb` over all receivers)."""
+        """Metrics of the last sync, empty if it moved no weights (`gb` is over all receivers)."""
         metrics, self._metrics = self._metrics, {}
         return metrics
 
@@ -177,7 +178,7 @@ class PolicySync:
             self._metrics["sync/gb_per_s"] = gigabytes / (time.perf_counter() - began)
 
     def _compare(self, *, in_full: bool) -> None:
-        """Sums of tensors first, as they are cheap; where they differ, checksums say where."""
+        """Compare sums of tensors first, which are cheap; if they differ, checksums locate it."""
         if not in_full and not (differing := self._weights.sums.differing()):
             return
         found = first_difference(self._weights)

@@ -1,4 +1,4 @@
-"""`Ragged`: a column with unequally many values for each token."""
+"""`Ragged`: a column with a varying number of values per token."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ragged:
-    """Args:
-    counts: values of each token, int32 [T].
-    values: those of all tokens, laid end to end, [counts.sum()].
+    """Values of each token, in varying number.
+
+    Args:
+        counts: number of values of each token, int32 [T].
+        values: values of all tokens, laid end to end, [counts.sum()].
 
     Raises:
-        ValueError: there are more or fewer values than the counts say.
+        ValueError: the number of values is not the sum of the counts.
     """
 
     counts: Tensor
@@ -37,7 +39,7 @@ class Ragged:
         return len(self.counts)
 
     def select(self, index: Tensor) -> Ragged:  # int64 [N]
-        """What the tokens `index` have, in its order."""
+        """The values of the tokens `index`, in its order."""
         counts = self.counts.long()
         starts = counts.cumsum(0) - counts
         picked = counts[index]
@@ -49,7 +51,7 @@ class Ragged:
         return Ragged(counts=self.counts.to(device), values=self.values.to(device))
 
     def padded(self, fill: int) -> Tensor:
-        """A row for each token, [T, K]: its values, then `fill`."""
+        """A row per token, [T, K]: its values, padded with `fill`."""
         counts = self.counts.long()
         width = int(counts.max()) if len(counts) else 0
         table = self.values.new_full((len(counts), width), fill)
@@ -59,7 +61,7 @@ class Ragged:
 
 
 def join(parts: Sequence[Ragged]) -> Ragged:
-    """The tokens of all parts, in order; there is at least one."""
+    """The tokens of all parts (at least one), in order."""
     return Ragged(
         counts=torch.cat([part.counts for part in parts]),
         values=torch.cat([part.values for part in parts]),

@@ -1,4 +1,4 @@
-"""What can be known of the roles from configuration and shapes: kinds, devices, layouts, memory."""
+"""Facts on the roles that follow from configuration and shapes: kinds, devices, layouts, memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from spmdrl.weights.plan import SyncPlan, plan_sync
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """A kind of role with a model on a train backend: its handle, and the head that it reads."""
+    """A kind of role with a model on a train backend: its handle, and its head."""
 
     make: Callable[[str, Mesh, ModelConfig, TrainBackend | None, Turns | None], ModelRole]
     head: Head
@@ -54,16 +54,16 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RolePlan:
-    """What can be known of the roles before any of them is there.
+    """Facts on the roles that are known before any of them exists.
 
     Args:
-        devices: of each role, without an index.
-        blocks: of each role with a model, see `shard_blocks`.
-        layouts: what every rank holds of each role's model.
-        state_layouts: what every rank holds of the masters and the optimizer's moments.
-        syncs: by rollout.
-        memory: by rank.
-        users: the objects behind the roles of the user's own.
+        devices: device of each role, without an index.
+        blocks: blocks of each role with a model, see `shard_blocks`.
+        layouts: every rank's tensors of each role's model.
+        state_layouts: every rank's masters and moments of the optimizer.
+        syncs: weight sync by rollout.
+        memory: memory plan by rank.
+        users: the objects behind users' own roles.
     """
 
     devices: Mapping[str, torch.device]
@@ -83,16 +83,17 @@ def training_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def role_head(config: Config, name: str) -> Head:
-    """Which head the model of a role has."""
+    """The head of a role's model."""
     kind = config.role_kind(name)
     return KINDS[kind].head if kind in KINDS else "lm"
 
 
 def check_model(config: Config, name: str, placement: Placement, shape: ModelConfig) -> None:
-    """Refuse degrees that do not divide the role's model, and what only experts could do.
+    """Refuse degrees that do not divide the role's model, and settings that need experts.
 
     Raises:
-        ValueError: naming the role and the numbers; megatron-core is missing where it is needed.
+        ValueError: the model does not suit them (role and numbers are named), or megatron-core is
+            missing where it is needed.
     """
     _check_experts(config, name, shape)
     if uses_megatron(config, name):
@@ -112,7 +113,7 @@ def check_model(config: Config, name: str, placement: Placement, shape: ModelCon
 
 
 def _check_experts(config: Config, name: str, shape: ModelConfig) -> None:
-    """Replay and balance loss are of a model with experts."""
+    """Refuse routing replay and a balance loss for a model without experts."""
     if shape.moe is not None:
         return
     lacks = f"the model of roles.{name} ({shape.architecture}) has no experts"
@@ -127,10 +128,10 @@ def _check_experts(config: Config, name: str, shape: ModelConfig) -> None:
 
 
 def frozen_names(config: Config, name: str, shape: ModelConfig) -> frozenset[str]:
-    """The Hugging Face names of the parameters that `roles.NAME.freeze` keeps as they are.
+    """The Hugging Face names of the parameters that `roles.NAME.freeze` keeps unchanged.
 
     Raises:
-        ValueError: a pattern that no name fits; all are frozen; or a part of those that lie in one
+        ValueError: no name fits a pattern; all parameters are frozen; or only some of those in one
             tensor (the projections of an attention, say).
     """
     patterns = config.roles[name].freeze
@@ -163,16 +164,16 @@ def plan_roles(
     node_size: int = 1,
     gpu_bytes: int | None = None,
 ) -> RolePlan:
-    """Layouts, weight syncs and memory of the roles, from the models' shapes alone.
+    """Layouts, weight syncs and memory of the roles, from configuration and the models' shapes.
 
     Args:
-        device_types: of every rank of the world.
+        device_types: device type of every rank of the world.
         node_size: ranks of a node.
-        gpu_bytes: the memory of the world's smallest GPU; None: of this host's.
+        gpu_bytes: the memory of the world's smallest GPU; None: that of this host's.
 
     Raises:
-        ValueError: roles that do not fit on the device together, with the sizes; a role on ranks
-            with and without a GPU; an engine that cannot be placed so.
+        ValueError: roles do not fit on the device together (sizes are given), a role is on ranks
+            with and without a GPU, or an engine cannot be placed so.
     """
     check_engine(config, placements, shapes, len(device_types))
     devices = {
@@ -216,7 +217,7 @@ def plan_roles(
 
 
 def _scoring_roles(config: Config) -> set[str]:
-    """The roles that rewards name, those of held-out sets too."""
+    """The roles that rewards name, including those of held-out sets."""
     lists = (config.rewards, *(described.rewards for described in held_out_sets(config).values()))
     return {reward.role for rewards in lists for reward in rewards if reward.role is not None}
 
@@ -228,7 +229,7 @@ def _described(
     states: Mapping[str, WeightLayout],
     devices: Mapping[str, torch.device],
 ) -> dict[str, Shape]:
-    """What the memory plan is told of the roles with a model."""
+    """The memory plan's input on roles with a model."""
     return {
         name: Shape(
             kind=config.role_kind(name),
@@ -249,7 +250,7 @@ def _plan_syncs(
     devices: Mapping[str, torch.device],
     node_size: int,
 ) -> dict[str, SyncPlan]:
-    """From the policy to each rollout; none where there is no policy."""
+    """The sync from the policy to each rollout; none if there is no policy."""
     kinds = {name: config.role_kind(name) for name in layouts}
     policy = next((name for name, kind in kinds.items() if kind == "policy"), None)
     if policy is None:
@@ -287,7 +288,7 @@ def role_layout(
     device: torch.device,
     blocks: int = 1,
 ) -> WeightLayout:
-    """What every rank holds of a role's model (a rollout's weights are never sharded).
+    """Every rank's tensors of a role's model (a rollout's weights are never sharded).
 
     Args:
         blocks: see `shard_blocks`.
@@ -316,8 +317,8 @@ def role_layout(
 def shard_blocks(
     config: Config, placements: Mapping[str, Placement], shape: ModelConfig, name: str
 ) -> int:
-    """The blocks in which a policy's shards line up with a rollout on the same ranks, so that a
-    rank trains what it generates with and a sync has nothing to send; 1: in none.
+    """The number of blocks that align a policy's shards with a rollout on the same ranks, so that a
+    rank trains what it generates with and a sync sends nothing; 1 if there is none.
     """
     if config.role_kind(name) != "policy" or uses_megatron(config, name):
         return 1
@@ -338,9 +339,7 @@ def state_layout(
     device: torch.device,
     layout: WeightLayout,
 ) -> WeightLayout:
-    """What every rank holds of the role's masters and moments: as the weights are cut, or as
-    Megatron's distributed optimizer cuts them.
-    """
+    """Every rank's masters and moments: cut like the weights, or by Megatron's optimizer."""
     if not uses_megatron(config, name):
         return layout
     cut = model_cut(placement.degrees, megatron_options(config, name), device)

@@ -1,7 +1,7 @@
 """The roles: handles that every rank holds, with a backend or an engine on the role's ranks.
 
-A role is a leaf: its name, its mesh, its model, and the calls that it offers. How a call runs is in
-`passes` (train backends) and `generation` (engines); a user's own role is in `custom_role`.
+A role is a leaf: its name, its mesh, its model, and the calls that it offers. The calls are
+implemented in `passes` (train backends) and `generation` (engines); users' roles in `custom_role`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Policy:
     """The trained model.
 
     Methods: `logprobs(batch, temperature)` adds the token columns `logprobs` and `entropy`;
-    `update(batch, loss_fn, update)` trains and returns metric sums, equal on every rank. Both take
-    the experts of the column `expert_choices`, where the batch has it, and read log-probabilities
-    over the tokens of the ragged column `support_ids`, where there is one.
+    `update(batch, loss_fn, update)` trains and returns metric sums, equal on every rank. Both use
+    the experts of the column `expert_choices` and compute log-probabilities over the tokens of the
+    ragged column `support_ids`, if the batch has these columns.
 
     `version` counts the optimizer steps behind the weights, on every rank of the world.
     """
@@ -72,10 +72,10 @@ class Policy:
 
 class Reference:
     """A frozen model: `logprobs(batch, temperature)` adds the token column `ref_logprobs`, over the
-    tokens of the ragged column `support_ids`, where there is one.
+    tokens of the ragged column `support_ids` if the batch has it.
 
     Args:
-        prefix: of its columns, so that a batch can hold those of several frozen models.
+        prefix: prefix of its columns, so that a batch can hold those of several frozen models.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Reference:
 class Reward:
     """A reward model: `score(batch)` adds the row column `scores`, read at the last token.
 
-    `update(batch, loss_fn, update)` trains it where `roles.NAME.trained` says so; the loss gets
+    `update(batch, loss_fn, update)` trains it if `roles.NAME.trained` is set; the loss gets
     `scores`.
     """
 

@@ -1,7 +1,7 @@
-"""The memory plan of a configuration: which parts its roles have on each rank, and what moves.
+"""The memory plan of a configuration: the parts of its roles on each rank, and their moves.
 
 Everything here is a function of the configuration and the models' shapes, so that every rank knows
-every rank's plan, and refuses alike what does not fit, before anything is loaded.
+every rank's plan, and all refuse alike what does not fit, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from spmdrl.weights.plan import NUM_SLOTS, SyncPlan
 from spmdrl.working_memory import working_bytes
 
 FREE_SHARE = 0.9
-"""Of a device's memory that roles may fill: the rest is for libraries and fragments."""
+"""Share of a device's memory that roles may fill; the rest is for libraries and fragments."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the plan needs to know of a role.
+    """The plan's input on a role.
 
     Args:
-        layout: what each of its ranks holds.
-        state_layout: and of its masters and moments.
-        device: where it computes, without an index.
-        dtype: in which it computes; sharded weights are held in float32.
+        layout: the tensors of each of its ranks.
+        state_layout: the masters and moments of each of its ranks.
+        device: device that it computes on, without an index.
+        dtype: dtype that it computes in; sharded weights are held in float32.
     """
 
     kind: str
@@ -59,10 +59,12 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Args:
-    plan: of the rank.
-    working_bytes: by call (`policy.update`), what it has on the device beside parts.
-    streams: weight syncs do not need the policy's weights on the device.
+    """Memory plan of one rank.
+
+    Args:
+        plan: the rank's plan.
+        working_bytes: by call (`policy.update`), its bytes on the device in addition to parts.
+        streams: weight syncs do not need the policy's weights on the device.
     """
 
     plan: MemoryPlan
@@ -79,18 +81,18 @@ def plan_memory(
     customs: Mapping[str, Custom],
     gpu_bytes: int | None,
 ) -> dict[int, RankMemory]:
-    """Every rank's plan; ranks whose roles hold the same share one.
+    """Every rank's plan; ranks with equal roles share one.
 
-    A role on the host of a rank with a GPU shares no device memory, and is in no plan.
+    A role on the host of a rank with a GPU uses no device memory and is in no plan.
 
     Args:
         syncs: by rollout, the plan that brings the policy's weights.
-        device_types: of every rank of the world.
-        gpu_bytes: the memory of its smallest GPU, so that all ranks make one plan, and refuse alike
-            what does not fit; None: of this host's.
+        device_types: device type of every rank of the world.
+        gpu_bytes: the memory of the world's smallest GPU, so that all ranks make one plan, and
+            refuse alike what does not fit; None: that of this host's.
 
     Raises:
-        ValueError: a call that cannot fit on some rank's device, with the sizes.
+        ValueError: a call cannot fit on some rank's device; sizes are given.
     """
     ranks = sorted({rank for placement in placements.values() for rank in placement.ranks})
     made: dict[tuple[tuple[str, int, int], ...], RankMemory] = {}
@@ -116,9 +118,7 @@ def plan_memory(
 
 
 def _same_for(shape: Shape, rank: int) -> tuple[int, int]:
-    """What ranks have in common whose parts of a role are as large: their table of weights, and,
-    where an optimizer cuts by another measure (Megatron's), its bytes.
-    """
+    """Key of the sizes of a role's parts: the table, and the bytes of a state cut otherwise."""
     weights, states = shape.layout[rank], shape.state_layout[rank]
     return id(weights), 0 if states is weights else optimizer_bytes(weights, states)
 
@@ -138,7 +138,7 @@ def _on_rank(
             fixed = Part(role=name, name=DECLARED, num_bytes=size, wish="keep", fixed=True)
             parts.append(fixed)
     calls = _calls(config, placements, here, syncs, rank, customs)
-    # where both do not fit, the sync reads the policy's weights from the host
+    # if both do not fit, the sync reads the policy's weights from the host
     streams = not all(fits(parts, sync, capacity) for sync in calls.sync)
     if streams:
         calls = _calls(config, placements, here, syncs, rank, customs, streams=True)
@@ -151,7 +151,7 @@ def _on_rank(
 
 
 def device_bytes(config: Config, device_type: str, gpu_bytes: int | None) -> int | None:
-    """What roles may fill of a rank's device; None: no bound (a CPU's memory is the user's)."""
+    """Bytes of a rank's device that roles may fill; None: unlimited (a CPU's is the user's)."""
     if config.memory_gb is not None:
         return int(config.memory_gb * 1e9)
     if device_type != "cuda":
@@ -173,7 +173,7 @@ def _parts(
     syncs: Mapping[str, SyncPlan],
     rank: int,
 ) -> list[Part]:
-    """Of all roles on the rank; trained models first, whose tensors a rollout may share."""
+    """The parts of all roles on the rank; trained models, which a rollout may share, come first."""
     parts = []
     for name in (n for n, shape in here.items() if shape.kind != "rollout"):
         table = here[name].layout[rank]
@@ -245,9 +245,7 @@ def _vllm_parts(
     cache_bytes: int,
     rests_on: tuple[PartName, ...],
 ) -> list[Part]:
-    """On a CPU vLLM frees nothing. On CUDA its sleep frees weights and cache together: the cache
-    counts as one with the weights.
-    """
+    """The parts of a vLLM rollout: a CPU frees none, CUDA sleep frees weights and cache at once."""
     weights = Part(role=name, name=WEIGHTS, num_bytes=weights_bytes, wish="keep", rests_on=rests_on)
     if shape.device.type == "cpu":
         cache = Part(role=name, name=KV_CACHE, num_bytes=cache_bytes, wish="keep", droppable=True)
@@ -285,7 +283,7 @@ def _calls(
     *,
     streams: bool = False,
 ) -> RankCalls:
-    """What the roles on this rank are asked in a step.
+    """The calls of the roles on this rank in a step.
 
     Args:
         streams: the sync reads the policy's weights from the host.
@@ -299,7 +297,7 @@ def _calls(
         needs = tuple((name, part) for part in parts)
         work = 0 if is_vllm(config, name) else _blocked_bytes(config, here[name], rank)
         generate.append(PlannedCall(name=f"{name}.generate", needs=needs, working_bytes=work))
-    # what a role of the user's own has stays on the device
+    # memory of a user's own role stays on the device
     score = {name: PlannedCall(name=f"{name}.{FORWARD}", needs=()) for name in customs}
     scoring = [reward.role for reward in config.rewards if reward.role is not None]
     read: list[PlannedCall] = []
@@ -329,7 +327,7 @@ def _calls(
 def _sync_call(
     kinds: Mapping[str, str], syncs: Mapping[str, SyncPlan], *, streams: bool
 ) -> Iterator[PlannedCall]:
-    """The call that fills the rollouts' weights, on a rank that takes part in one."""
+    """The call that fills the rollouts' weights, if this rank takes part in one."""
     moving = [name for name, sync in syncs.items() if sync.moves]
     source = tuple((name, WEIGHTS) for name, kind in kinds.items() if kind == "policy" and moving)
     target = tuple((name, WEIGHTS) for name in moving if name in kinds)
@@ -341,7 +339,7 @@ def _sync_call(
 
 
 def _blocked_bytes(config: Config, shape: Shape, rank: int) -> int:
-    """The copy of its weights that a native engine decodes with on a CPU."""
+    """Bytes of the copy of its weights that a native engine decodes with on a CPU."""
     pays = config.sampling.max_tokens >= MIN_STEPS
     is_served = shape.device.type == "cpu" and shape.dtype == torch.float32
     return _bytes(shape.layout[rank]) if pays and is_served else 0
@@ -367,15 +365,16 @@ def _bytes(table: Table) -> int:
 
 
 def optimizer_bytes(weights: Table, states: Table) -> int:
-    """AdamW's two moments in float32, and the masters where the weights are narrower."""
+    """Bytes of AdamW's two moments in float32, and of the masters if the weights are narrower."""
     narrow = {name: held for name, held in weights.items() if held.dtype != torch.float32}
-    # FSDP's shards are float32, what it does not cut may be narrower; else all are of one dtype
+    # FSDP's shards are float32, tensors that it does not cut may be narrower; else all have one
+    # dtype
     masters = narrow if len(narrow) < len(weights) else states
     return 2 * _trained_bytes(states) + _trained_bytes(masters)
 
 
 def gradient_bytes(table: Table) -> int:
-    """In float32; beside narrower weights their own gradients too, for a moment."""
+    """Bytes of gradients in float32; narrower weights briefly have their own gradients, too."""
     return _trained_bytes(table)
 
 
@@ -384,7 +383,7 @@ def _trained_bytes(table: Table) -> int:
 
 
 def cache_bytes(config: Config, name: str, placement: Placement, shape: Shape) -> int:
-    """The KV cache of one rank: as configured, or what a step's samples can need."""
+    """Bytes of one rank's KV cache: as configured, or as much as a step's samples can need."""
     rollout, model = config.rollout, shape.config
     if is_vllm(config, name):
         return vllm_cache(

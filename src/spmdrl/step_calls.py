@@ -1,6 +1,6 @@
-"""The calls of a step on one rank, as the memory plan sees them: what the shipped flows do.
+"""The calls of a step on one rank, as the memory plan sees them: those of the shipped flows.
 
-A flow of the user's own is planned as if it did the same.
+A user's own flow is planned as if it made the same calls.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from spmdrl.config_sets import described_sets
 from spmdrl.memory.schedule import PlannedCall
 
 READ_ORDER = ("value", "reference", "teacher", "policy", "reward")
-"""Kinds of roles in the order in which flows read from them; updates keep it too."""
+"""Kinds of roles in the order in which flows read from them; updates use it too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankCalls:
-    """What the roles of one rank are asked in a step; each may be empty.
+    """Calls of one rank's roles in a step; each group may be empty.
 
     Args:
         sync: brings the policy's weights to the rollout.
-        generate: of rollouts.
-        score: of the roles that `rewards` names.
-        read: of the other models.
-        update: of the trained ones.
+        generate: calls of rollouts.
+        score: calls of the roles that `rewards` names.
+        read: calls of the other models.
+        update: calls of the trained models.
     """
 
     sync: tuple[PlannedCall, ...]
@@ -38,13 +38,13 @@ class RankCalls:
 def usual_step(config: Config, calls: RankCalls) -> list[PlannedCall]:
     """A step that follows another; with `lag: 1` it draws the samples of the next one."""
     if config.lag:
-        # beside the update, which changes what it computes with: readers go first
+        # together with the update, which changes its weights: readers go first
         return [*calls.sync, *calls.score, *calls.read, *calls.generate, *calls.update]
     return [*calls.sync, *calls.generate, *calls.score, *calls.read, *calls.update]
 
 
 def unusual_steps(config: Config, calls: RankCalls) -> dict[str, list[PlannedCall]]:
-    """Steps with further calls, by the setting that brings them about."""
+    """Steps with further calls, by the setting that causes them."""
     sampled = [*calls.generate, *calls.score]
     last = [*calls.read, *(calls.generate if config.lag else ()), *calls.update]
     again = [*calls.sync, *sampled, *sampled, *last]
@@ -53,14 +53,14 @@ def unusual_steps(config: Config, calls: RankCalls) -> dict[str, list[PlannedCal
         found[setting] = again
     if config.algorithm.refill_attempts > 0:
         found[f"algorithm.refill_attempts={config.algorithm.refill_attempts}"] = again
-    if config.lag:  # the first step draws its own samples, and the next one's
+    if config.lag:  # the first step draws its own samples, and those of the next one
         found[f"lag={config.lag}"] = [*calls.sync, *sampled, *last]
     return found
 
 
 def _evaluation_between_syncs(config: Config) -> str | None:
-    """The setting by which the rollout answers held-out prompts, and then others, between two
-    syncs: the samples of the step, or another set.
+    """The setting that makes the rollout respond to held-out prompts and then, before the next
+    sync, to others: those of the step, or of another set.
     """
     evaluation = config.evaluation
     sets = list(described_sets(config))

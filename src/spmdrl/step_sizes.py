@@ -1,4 +1,4 @@
-"""How much data a step has, from the configuration alone: bounds for plans, numbers for `explain`.
+"""Amount of data in a step, from the configuration: bounds for plans, numbers for `explain`.
 
 The bounds hold for the shipped flows with their own environments.
 """
@@ -16,14 +16,14 @@ from spmdrl.training.readout import Places
 
 @dataclass(frozen=True, kw_only=True)
 class StepSizes:
-    """A step's items (prompts with their samples, conversations, pairs), and their tokens at most.
+    """A step's items (prompts with samples, conversations or pairs), and bounds of their tokens.
 
     Args:
-        items: of a step.
-        item_rows: rows of an item.
-        prompt_tokens: of a row, those that all rows of the item have.
-        row_tokens: of a row, the prompt's too.
-        whole: an update never parts the rows of an item, even where they exceed a microbatch.
+        items: number of items in a step.
+        item_rows: number of rows in an item.
+        prompt_tokens: tokens of a row that all rows of the item have in common.
+        row_tokens: tokens of a row, including the prompt's.
+        whole: an update never separates the rows of an item, even if they exceed a microbatch.
     """
 
     items: int
@@ -37,7 +37,7 @@ class StepSizes:
         return self.items * self.item_rows
 
     def packed_tokens(self, rows: int, *, share_prompts: bool) -> int:
-        """Of so many rows of one item."""
+        """Packed tokens of `rows` rows of one item."""
         again = rows if not share_prompts else 1
         return again * self.prompt_tokens + rows * (self.row_tokens - self.prompt_tokens)
 
@@ -57,7 +57,7 @@ def step_sizes(config: Config) -> StepSizes:
             row_tokens=longest + config.sampling.max_tokens,
             whole=False,
         )
-    # of a conversation or a pair, prompt and answer are within max_tokens together
+    # prompt and response of a conversation or a pair are within max_tokens together
     return StepSizes(
         items=data.prompts_per_step,
         item_rows=2 if kind == "preferences" else 1,
@@ -68,7 +68,7 @@ def step_sizes(config: Config) -> StepSizes:
 
 
 def update_sizes(config: Config) -> StepSizes:
-    """What of them an update has."""
+    """The sizes of the part of a step that an update uses."""
     sizes = step_sizes(config)
     if config.flow != "online_dpo":
         return sizes
@@ -80,7 +80,7 @@ def microbatch_tokens(config: Config, name: str, placement: Placement, *, update
     """The most packed tokens that a replica of the role computes at once.
 
     Args:
-        update: in an update; else where it reads columns.
+        update: whether for an update; else for reading columns.
     """
     train = config.train_section(name)
     sizes = update_sizes(config) if update else step_sizes(config)
@@ -97,11 +97,11 @@ def microbatch_tokens(config: Config, name: str, placement: Placement, *, update
 
 @dataclass(frozen=True, kw_only=True)
 class MicrobatchCounts:
-    """Of the replica that has most.
+    """Microbatch counts of the most heavily loaded replica.
 
     Args:
-        full: where every row is as long as it may be.
-        most: whatever their lengths; short rows may come to be on fewer replicas than long ones.
+        full: count if every row has its maximal length.
+        most: bound for any lengths; short rows may end up on fewer replicas than long ones.
     """
 
     full: int
@@ -117,18 +117,18 @@ def num_microbatches(
     num_replicas: int,
     whole: bool,
 ) -> MicrobatchCounts:
-    """Of one pass over so many items, as `plan_exchange` spreads them and `pack` packs them.
+    """Microbatches of one pass over the items, as `plan_exchange` assigns and `pack` packs them.
 
     Args:
-        items: of a minibatch, or all that a call reads.
-        whole: the rows of an item are never parted.
+        items: number of items in a minibatch, or of all that a call reads.
+        whole: the rows of an item are never separated.
     """
     budget, share = train.microbatch_tokens, train.share_prompts
-    # Graham's bound of what the replica with most has, counted as it is balanced
+    # Graham's bound on the tokens of the replica with most, in the measure that is balanced
     tokens = sizes.item_rows * sizes.row_tokens * (items + num_replicas - 1) // num_replicas
-    if places == "loss_tokens":  # nothing comes after a row's last token that it would predict
+    if places == "loss_tokens":  # a row's last token predicts nothing
         sizes = replace(sizes, row_tokens=sizes.row_tokens - 1)
-    units = [sizes.item_tokens(share_prompts=share)]  # of an item, what is packed as one
+    units = [sizes.item_tokens(share_prompts=share)]  # parts of an item that are packed as one
     if not whole and (not share or units[0] > budget):
         answer = max(1, sizes.row_tokens - sizes.prompt_tokens)
         room = max(1, (budget - sizes.prompt_tokens) // answer) if share else 1
@@ -145,9 +145,7 @@ def num_microbatches(
 
 
 def _reads_more(config: Config, name: str) -> bool:
-    """Whether the role reads other rows than those of a step: held-out ones, or a whole data set's
-    (of conversations and pairs).
-    """
+    """Whether the role also reads held-out rows, or a whole set of conversations or pairs."""
     held_out = held_out_sets(config).values()
     scoring = {reward.role for described in held_out for reward in described.rewards}
     return name in scoring or config.data_kind() != "prompts"

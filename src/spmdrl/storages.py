@@ -1,7 +1,7 @@
-"""Storages behind tensors: how many bytes are alive, and whether a tensor's storage is there.
+"""Storages behind tensors: the bytes that are alive, and whether a tensor's storage is freed.
 
 Parts of roles that share a device in turns have their storages freed between their calls (see
-`spmdrl.memory`). The tensors stay: their shapes, views and owners know nothing of it. Whoever
+`spmdrl.memory`). The tensors stay: their shapes, views and owners are unaffected. Code that
 computes with them asks here first, because reading a freed storage is an illegal access.
 """
 
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a DTensor; any other tensor itself."""
+    """This rank's part of a DTensor; any other tensor unchanged."""
     if isinstance(tensor, DTensor):
         with torch.no_grad():
             return tensor.to_local()
@@ -32,9 +32,9 @@ def distinct_storages(tensors: Iterable[Tensor]) -> tuple[torch.UntypedStorage, 
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """What two storages have in common if and only if they are one, freed or not, while it lives.
+    """Identity of a storage, freed or not, while it lives: equal only for one and the same storage.
 
-    The address of the data is no such thing: it is 0 for all that are freed.
+    The address of the data would not do: it is 0 for all freed storages.
     """
     key: int = storage._cdata
     return key
@@ -46,16 +46,16 @@ def live_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def is_resident(tensor: Tensor) -> bool:
-    """Whether the tensor's storage is not freed (one without values needs none)."""
+    """Whether the tensor's storage is not freed (a tensor without values needs none)."""
     local = local_part(tensor)
     return local.numel() == 0 or local.untyped_storage().nbytes() > 0
 
 
 def require_resident(role: str, part: str, tensors: Iterable[Tensor]) -> None:
-    """Refuse to go on without a part.
+    """Refuse to continue without a part.
 
     Raises:
-        ValueError: a tensor's storage is freed, naming the role and the part.
+        ValueError: a tensor's storage is freed; the role and the part are named.
     """
     freed = [tensor for tensor in tensors if not is_resident(tensor)]
     if freed:
@@ -66,24 +66,24 @@ def require_resident(role: str, part: str, tensors: Iterable[Tensor]) -> None:
 
 
 def json_tensor(content: object) -> Tensor:
-    """JSON values as a tensor of bytes, for files that hold tensors: uint8 `[bytes]`."""
+    """JSON values as a tensor of bytes, for files of tensors: uint8 `[bytes]`."""
     return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
 
 
 def tensor_json(tensor: Tensor) -> Any:  # uint8 [bytes]
-    """What `json_tensor` was given (lists for tuples)."""
+    """The values that `json_tensor` was given (tuples become lists)."""
     return json.loads(tensor.numpy().tobytes())
 
 
 def json_values(value: Any, where: str) -> Any:
-    """A copy of what JSON keeps as it is: numbers (those of tensors and NumPy as Python's), texts,
-    truth values, None, and lists and dicts of them.
+    """A copy in types that JSON keeps unchanged: numbers (those of tensors and NumPy as Python's),
+    texts, truth values, None, and lists and dicts of them.
 
     Args:
         where: the name of `value`, for the error.
 
     Raises:
-        ValueError: anything else, and keys that are no texts, by name.
+        ValueError: any other value, or a key that is not a text; it is named.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value

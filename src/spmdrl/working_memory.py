@@ -1,8 +1,8 @@
-"""What a call of a model has on the device beside parts, estimated from shapes.
+"""Device memory of a model's call in addition to parts, estimated from shapes.
 
-From above for usual shapes, by what `tests/test_working_memory.py` measures; values are counted per
-token and layer: the residual stream and the norms' (all tensor-parallel ranks have them whole),
-queries, keys, values and attention's output, and those of the MLP.
+The estimate is an upper bound for usual shapes, fitted to measurements of
+`tests/test_working_memory.py`. Values are counted per token and layer: the residual stream and the
+norms' (whole on all tensor-parallel ranks), queries, keys, values, attention's output, the MLP's.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from spmdrl.training.logprobs import cpu_tile
 
 @dataclass(frozen=True, kw_only=True)
 class _Values:
-    """What a layer has at once, per token.
+    """Values that a layer holds at once, per token.
 
     Args:
         stream: multiples of the hidden size.
-        heads: of the width of queries, keys and values.
-        mlp: of the MLP's width.
+        heads: multiples of the width of queries, keys and values.
+        mlp: multiples of the MLP's width.
     """
 
     stream: float
@@ -35,17 +35,17 @@ class _Values:
 
 
 _FORWARD = _Values(stream=4, heads=5, mlp=4.2)
-"""Within a layer, without gradients: attention's or the MLP's, whichever is more."""
+"""Values within a layer without gradients: attention's or the MLP's, whichever are more."""
 
 _FUSED = _Values(stream=5, heads=2.5, mlp=3)
 _CUDA = _Values(stream=5, heads=2.5, mlp=4.5)
 _PLAIN = _Values(stream=13, heads=4, mlp=4.5)
-"""Kept for the backward pass: float32 on a CPU (`models.fused`); CUDA, whose norms are fused too;
-narrow dtypes on a CPU, whose norms and rotations keep float32 copies.
+"""Values kept for the backward pass: float32 on a CPU (`models.fused`); CUDA, whose norms are fused
+too; narrow dtypes on a CPU, whose norms and rotations keep float32 copies.
 """
 
 _LOGITS = 4
-"""Copies of a chunk's logits, float32; the last ones go when the next ones are there."""
+"""Copies of a chunk's logits, float32; the last ones are freed once the next ones exist."""
 
 
 def working_bytes(
@@ -59,12 +59,12 @@ def working_bytes(
     *,
     backward: bool,
 ) -> int:
-    """Activations, logits, and with FSDP what is gathered; gradients are not in it.
+    """Bytes of activations, logits and, with FSDP, gathered parameters; gradients are not included.
 
     Args:
-        degrees: of the role.
-        dtype: in which the role computes.
-        tokens: packed, that a replica computes at once.
+        degrees: degrees of the role.
+        dtype: dtype in which the role computes.
+        tokens: packed tokens that a replica computes at once.
         backward: a forward and a backward pass; else a forward pass without gradients.
     """
     cp, tp = degrees["cp"], degrees["tp"]
@@ -87,7 +87,7 @@ def working_bytes(
         inputs = config.num_layers * own * width
         held = inputs if train.recompute == "layer" else config.num_layers * layer
         last = 1.1 * layer if train.recompute == "layer" else 0.3 * layer
-        if head == "lm":  # its gradient, beside the embedding's where they are tied
+        if head == "lm":  # its gradient, in addition to the embedding's if they are tied
             scores += config.vocab_size // tp * width * 4
         total = int(held) * dtype.itemsize + max(int(last) * dtype.itemsize, scores)
     if degrees["dp_shard"] > 1:
@@ -98,13 +98,13 @@ def working_bytes(
 def _logits(
     config: ModelConfig, train: TrainSection, tp: int, device: torch.device, tokens: int
 ) -> int:
-    """Logits that are there at once, see `training.logprobs`."""
+    """Logits that exist at once, see `training.logprobs`."""
     chunk, vocab = min(train.head_chunk, tokens), config.vocab_size // tp
     return chunk * vocab if device.type == "cuda" else min(chunk * vocab, cpu_tile(chunk))
 
 
 def _mlp(config: ModelConfig, tp: int, factor: float) -> float:
-    """Values per token of a layer's MLP, or of as many experts as a token goes to."""
+    """Values per token of a layer's MLP, or of as many experts as a token is sent to."""
     dense = factor * config.intermediate_size / tp
     if config.moe is None:
         return dense
@@ -128,8 +128,8 @@ def _gathered_bytes(
     *,
     backward: bool,
 ) -> int:
-    """FSDP2: the parameters outside of layers, and two layers; their gradients, and in float32 what
-    is reduced.
+    """Bytes that FSDP2 gathers: the parameters outside layers, and two layers; in a backward pass
+    also their gradients, and the float32 buffer that is reduced.
     """
     local = local_parameters(config, degrees["tp"], head, ep_size=degrees.get("ep", 1))
     sizes = {name: math.prod(shape) for name, shape in local.items()}

@@ -1,10 +1,10 @@
-"""What lies where in a checkpoint.
+"""The layout of a checkpoint.
 
 A checkpoint is a directory `step_NNNNNNNN` with one safetensors file per rank and
 `checkpoint.json`: the state, size and checksum of every file, and an index of (tensor, slice) ->
-file. Tensors are kept as slices of global tensors, so a checkpoint loads on other ranks and
-layouts. What belongs to one rank alone (`private/...` in its file) does not stand in the index.
-Reading it executes nothing: the files are JSON and safetensors.
+file. Tensors are stored as slices of global tensors, so a checkpoint loads on other ranks and
+layouts. Tensors of only one rank (`private/...` in its file) are not in the index. Reading executes
+nothing: the files are JSON and safetensors.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from spmdrl.models.sharding import Slice
 from spmdrl.weights.layout import local_box
 
 Tensors = Mapping[str, tuple[Tensor, tuple[Slice, ...]]]
-"""`group/local name` -> local tensor and its slices; the group keeps equal names apart."""
+"""`group/local name` -> local tensor and its slices; groups separate equal names."""
 
 FORMAT = 4
 INDEX = "checkpoint.json"
 LATEST = "latest"
 PRIVATE = "private/"
 CHECKPOINTS = "checkpoints"
-"""The part of the state that names the run's checkpoints that were there before."""
+"""Key of the state that holds the names of the run's earlier checkpoints."""
 
 _PART = 2000
-"""Entries that are made JSON at once: some milliseconds."""
+"""Number of entries converted to JSON at a time, which takes some milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Where one slice of `group`'s global tensor lies."""
+    """Location of one slice of `group`'s global tensor."""
 
     group: str
     name: str
@@ -55,10 +55,10 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """By what a file is known to be whole.
+    """Size and checksum of an intact file.
 
     Args:
-        xxh3: XXH3 of 64 bits, in hexadecimal (https://xxhash.com): CRC-32 takes four times as long.
+        xxh3: 64-bit XXH3 in hexadecimal (https://xxhash.com); CRC-32 takes four times as long.
     """
 
     num_bytes: int
@@ -67,10 +67,12 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """Args:
-    written: when, in seconds since 1970; 0: it does not say.
-    state: JSON values.
-    files: by name, in rank order.
+    """Contents of a `checkpoint.json`.
+
+    Args:
+        written: time of writing, in seconds since 1970; 0: not recorded.
+        state: JSON values.
+        files: files by name, in rank order.
     """
 
     written: float
@@ -87,11 +89,11 @@ def index_text(
     entries: Sequence[Entry],
     progress: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
-    """The index's JSON in parts: a large one takes seconds, in which others must get their turn.
+    """Yield the index's JSON in parts: a large one takes seconds, and other threads must get turns.
 
     Args:
-        state: its JSON.
-        files: by name, in rank order.
+        state: the state's JSON.
+        files: files by name, in rank order.
         progress: called between parts.
     """
     marks = json.dumps({name: asdict(mark) for name, mark in files.items()})
@@ -109,7 +111,7 @@ def rank_file(rank: int) -> str:
 
 
 def entries_of(owned: Tensors, file: str) -> tuple[tuple[Entry, ...], dict[str, Tensor]]:
-    """What a rank writes: entries of the index, and the tensors by their keys in the file."""
+    """A rank's entries of the index, and its tensors by their keys in its file."""
     entries, boxes = [], {}
     for full_name, (tensor, slices) in owned.items():
         for piece in slices:
@@ -130,10 +132,10 @@ def entries_of(owned: Tensors, file: str) -> tuple[tuple[Entry, ...], dict[str, 
 
 
 def read_index(path: Path) -> Index:
-    """The index of the checkpoint `path`.
+    """Read the index of the checkpoint `path`.
 
     Raises:
-        ValueError: it is damaged or of another format.
+        ValueError: it is damaged or has another format.
     """
     try:
         content = json.loads((path / INDEX).read_text(encoding="utf-8"))
@@ -169,13 +171,13 @@ def _entry(raw: Mapping[str, Any]) -> Entry:
 
 
 def is_checkpoint_name(name: str) -> bool:
-    """Whether a directory is called as this project calls checkpoints: other names are the user's.
+    """Whether a directory has a name of this project's checkpoints; other names are the user's.
 
-    `step_STEPS`, `+CALLS` in one that was stopped, `.N` where the name was taken.
+    Names are `step_STEPS`, with `+CALLS` if stopped within a step, and `.N` if the name was taken.
     """
     return re.fullmatch(r"step_\d{8,}(\+\d{4,})?(\.\d+)?", name) is not None
 
 
 def mend(path: Path) -> str:
-    """What to do about a damaged checkpoint."""
+    """Advice on a damaged checkpoint, for error messages."""
     return f"write the name of an older checkpoint into {path.parent / LATEST}"

@@ -1,4 +1,4 @@
-"""A rank's journal as tensors, to be kept in its file of a checkpoint."""
+"""A rank's journal as tensors, to be stored in its file of a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ log = logging.getLogger(__name__)
 
 
 def pack_journal(journal: Journal) -> dict[str, Tensor]:
-    """All of it by name: tensors, and one that holds the rest as JSON."""
+    """The journal as named tensors, one of which holds all other values as JSON."""
     tensors: dict[str, Tensor] = {}
     calls = [_pack_call(k, f"{PREFIX}{n}", tensors) for n, k in enumerate(journal.calls)]
     return {**tensors, _CONTENTS: json_tensor({"format": _FORMAT, "calls": calls})}
 
 
 def unpack_journal(tensors: Mapping[str, Tensor]) -> Journal:
-    """What `pack_journal` was given; an empty one where none was packed, or one that does not say
-    what its calls were made from.
+    """Rebuild the journal that `pack_journal` was given; an empty one if none was packed, or if an
+    older version packed it.
     """
     if _CONTENTS not in tensors:
         return Journal()
@@ -45,13 +45,13 @@ def unpack_journal(tensors: Mapping[str, Tensor]) -> Journal:
 
 
 def merge_journals(journals: Sequence[Journal], *, same_homes: bool, own: Journal) -> Journal:
-    """The journals of all ranks that wrote a checkpoint, for a rank of another layout.
+    """Merge the journals of all ranks that wrote a checkpoint, for a rank of another layout.
 
-    Rows of calls that were stopped are put together, and no state of a rank survives.
+    Rows of stopped calls are joined, and no state of a rank survives.
 
     Args:
-        same_homes: there are as many ranks as before: what was home stays so.
-        own: of this rank among them, if `same_homes`.
+        same_homes: there are as many ranks as before, so rows keep their home ranks.
+        own: this rank's journal among them, if `same_homes`.
     """
     calls = []
     for number, found in enumerate(zip(*(journal.calls for journal in journals), strict=True)):
@@ -85,7 +85,7 @@ def _join(batches: Sequence[Batch | None]) -> Batch | None:
     given = [batch for batch in batches if batch is not None]
     if not given:
         return None
-    # what was finished carries more columns than what was stopped
+    # finished calls have more columns than stopped ones
     names = set.intersection(*(set(batch.columns()) for batch in given))
     return concat([batch.keep(sorted(names)) for batch in given])
 

@@ -1,4 +1,4 @@
-"""Which rank writes which slice: each slice once, and every holder about as many bytes."""
+"""Owners of slices: one rank writes each slice, and holders write about equally many values."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from spmdrl.weights.layout import WeightLayout, key
 def slice_owners(layout: WeightLayout) -> dict[Slice, int]:
     """Every distinct slice of a layout (apart from its local place) -> the rank that writes it.
 
-    A pure function, so that ranks need not talk: largest first, to the holder with the least so
-    far, slices that only one rank holds before all others.
+    A pure function, so that ranks need no messages. Slices that only one rank holds come first,
+    then larger ones first; each goes to its holder with the fewest values so far.
     """
     holders: dict[Slice, list[int]] = {}
     for rank in sorted(layout):
@@ -43,10 +43,10 @@ def frozen_slices(layout: WeightLayout) -> frozenset[Slice]:
 
 
 def only(tensors: Tensors, owned: Set[Slice], frozen: Set[Slice] = frozenset()) -> Tensors:
-    """The tensors with those of their slices that are in `owned`.
+    """The tensors, each with those of its slices that are in `owned`.
 
-    All of `owned` must be there in each group of tensors, or the checkpoint would lack some of it;
-    of what is `frozen`, the weights alone.
+    Each group of tensors must contain all of `owned`, or the checkpoint would lack some of it;
+    `frozen` slices are required only of the weights.
     """
     kept = {
         name: (tensor, tuple(piece for piece in slices if key(piece) in owned))

@@ -1,7 +1,6 @@
-"""Reading checkpoints: what there is to resume from, and any layout's tensors from it.
+"""Reading of checkpoints: the choice of one to resume from, and tensors of any layout from it.
 
-What there is to resume from is decided by rank 0 alone, as ranks may see a shared file system at
-different times.
+Only rank 0 chooses, because ranks may see a shared file system at different times.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _CHUNK = 1 << 26
 
 @dataclass(frozen=True, kw_only=True)
 class _Read:
-    """Part of an entry, and the view of a local tensor where it goes."""
+    """Part of an entry, and the view of a local tensor to copy it into."""
 
     file: str
     key: str
@@ -52,12 +51,12 @@ class _Read:
 
 
 def resume_point(root: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint below `root` and its state, as rank 0 sees them; None without one.
+    """The newest checkpoint below `root` and its state, as rank 0 sees them; None if there is none.
 
-    Every rank of the world calls it and gets the same.
+    Every rank of the world calls it and gets the same result.
 
     Raises:
-        ValueError: `latest` or the index is damaged, on every rank.
+        ValueError: `latest` or the index is damaged; raised on every rank.
     """
 
     def find() -> tuple[Path, dict[str, Any]] | None:
@@ -69,13 +68,13 @@ def resume_point(root: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def set_aside(root: Path) -> Path | None:
-    """Rename `root` to `root.old-1` (or -2, ...) if it holds checkpoints; the new name.
+    """Rename `root` to `root.old-1` (or -2, ...) if it holds checkpoints; returns the new path.
 
-    So a run that starts afresh is not mixed with an older one, and nothing is lost. Every rank of
-    the world calls it.
+    So a new run is not mixed with an older one, and nothing is lost. Every rank of the world calls
+    it.
 
     Raises:
-        OSError: it cannot be renamed, on every rank.
+        OSError: it cannot be renamed; raised on every rank.
     """
 
     def rename() -> Path | None:
@@ -90,11 +89,11 @@ def set_aside(root: Path) -> Path | None:
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest complete checkpoint below `root`, or None, as this rank sees it.
 
-    Where there are checkpoints and `latest` names none (it was lost, or a full disk left it empty),
-    it is the one written last, which a warning says.
+    If there are checkpoints and `latest` names none (it was lost, or a full disk left it empty),
+    the one written last is chosen, with a warning.
 
     Raises:
-        ValueError: `latest` names what is no complete checkpoint; or no checkpoint is complete.
+        ValueError: `latest` names no complete checkpoint, or no checkpoint is complete.
     """
     pointer = root / LATEST
     names = sorted(path.name for path in root.glob("step_*") if path.is_dir())
@@ -134,7 +133,7 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def _written_last(root: Path, names: Sequence[str]) -> Path | None:
-    """The complete one that says so in its index: copies of files keep no times."""
+    """The complete checkpoint with the latest time in its index; copied files keep no times."""
     found = []
     for name in names:
         path = root / name
@@ -155,24 +154,24 @@ def _size(path: Path) -> int | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The JSON values of a checkpoint.
+    """The state of a checkpoint, as JSON values.
 
     Raises:
-        ValueError: the index is damaged or of another format.
+        ValueError: the index is damaged or has another format.
     """
     return dict(read_index(path).state)
 
 
 @torch.no_grad()
 def load_tensors(path: Path, tensors: Tensors) -> None:
-    """Fill local tensors from a checkpoint that any layout wrote; every rank of the world calls it.
+    """Fill local tensors from a checkpoint of any layout; every rank of the world calls it.
 
-    Index and files are checked, each file to its last byte by one rank, before the first tensor
-    changes.
+    Before the first tensor changes, the index and every file are checked, each file in full by one
+    rank.
 
     Raises:
         ValueError: a slice or a file is missing, a file is damaged, or the checkpoint is of another
-            model: on every rank, naming tensor and file.
+            model; raised on every rank, naming tensor or file.
     """
     index = agreed(ValueError, lambda: read_index(path))
     agreed(ValueError, lambda: _check_files(path, index.files))
@@ -182,10 +181,10 @@ def load_tensors(path: Path, tensors: Tensors) -> None:
 
 
 def read_private(path: Path, rank: int) -> dict[str, Tensor]:
-    """What rank `rank` of those that wrote the checkpoint kept for itself, by name.
+    """The private tensors of rank `rank` among those that wrote the checkpoint, by name.
 
     Raises:
-        ValueError: its file is damaged.
+        ValueError: the rank's file is damaged.
     """
     file = _open(path / rank_file(rank))
     names = [key for key in file.keys() if key.startswith(PRIVATE)]  # noqa: SIM118
@@ -193,7 +192,7 @@ def read_private(path: Path, rank: int) -> dict[str, Tensor]:
 
 
 def _check_files(path: Path, files: Mapping[str, Mark]) -> None:
-    """This rank's share of them."""
+    """Check this rank's share of the files."""
     rank, size = dist.get_rank(), dist.get_world_size()
     for name, mark in list(files.items())[rank::size]:
         found = _size(path / name)
@@ -213,7 +212,7 @@ def _xxh3(path: Path) -> str:
 
 
 def _plan_reads(path: Path, index: Index, tensors: Tensors) -> tuple[list[_Read], dict[str, Any]]:
-    """What this rank reads, and the files that it opened for it."""
+    """The reads of this rank, and the files that it opened for them."""
     by_name: dict[tuple[str, str], list[Entry]] = {}
     for entry in index.entries:
         by_name.setdefault((entry.group, entry.name), []).append(entry)

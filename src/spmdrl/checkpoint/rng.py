@@ -1,6 +1,6 @@
 """The global random generators of a rank, as tensors.
 
-Nothing in the project draws from them (draws are keyed); what users write may.
+The project itself never draws from them (its draws are keyed), but users' code may.
 """
 
 from __future__ import annotations

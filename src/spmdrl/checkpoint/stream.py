@@ -1,7 +1,7 @@
-"""Writing a safetensors file tensor by tensor, so that no second copy of all of them is made.
+"""Writing of a safetensors file tensor by tensor, without a second copy of all tensors.
 
-The format: 8 bytes with the header's length, little endian; the header, JSON that gives every
-tensor's dtype, shape and place; the values (https://github.com/huggingface/safetensors#format).
+The format: 8 bytes with the header's length, little endian; the header, JSON with every tensor's
+dtype, shape and place; the values (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _DTYPES = {
 
 _CHUNK = 1 << 22
 _SYNCED = 1 << 28
-"""Bytes after which the file is made to reach the disk: the last fsync then has little to do, and
-its progress is seen."""
+"""Bytes after which the file is synced to the disk: the last fsync then has little to do, and
+progress is visible."""
 
 
 def check_tensors(tensors: Mapping[str, Any]) -> None:
-    """ValueError: one of them cannot be kept in a file of safetensors, by name."""
+    """Raise ValueError, naming the tensor, if one cannot be stored in a safetensors file."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is a {type(tensor).__name__}: a checkpoint keeps tensors")
@@ -61,10 +61,10 @@ def check_tensors(tensors: Mapping[str, Any]) -> None:
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], progress: Callable[[], None] = lambda: None
 ) -> Mark:
-    """Write and fsync the file; its size and checksum. At most one tensor at a time is on the host.
+    """Write and fsync the file; returns its size and checksum. The host holds one tensor at a time.
 
     Args:
-        progress: called after every part that is on the disk, and more often.
+        progress: called after every part, and at the end.
 
     Raises:
         OSError: the file could not be written whole.

@@ -1,9 +1,9 @@
-"""`CheckpointWriter`: copies what a checkpoint holds, and writes it while training goes on.
+"""`CheckpointWriter`: copies a checkpoint's contents, and writes them while training continues.
 
-A rank's part is copied to the host (page-locked where there is a GPU), and a thread writes it under
-a temporary name, with fsync and a checksum. Threads report through the store, no collective runs
-beside the training's. When all parts are there, rank 0's thread writes the index, renames the
-directory, and lets `latest` name it: a reader never sees a partial checkpoint.
+Each rank copies its part to the host (page-locked if there is a GPU), and a thread writes it under
+a temporary name, with fsync and a checksum. Threads report through the store, so no collective runs
+in parallel to the training's. When all parts are written, rank 0's thread writes the index, renames
+the directory, and makes `latest` name it: a reader never sees a partial checkpoint.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Which checkpoints stay.
+    """Rule for the checkpoints to keep.
 
     Args:
-        last: how many of those written last.
-        every: and those of every so many steps; 0: none.
+        last: number of newest checkpoints to keep, not counting those that `every` keeps.
+        every: keep all checkpoints whose number of steps is a multiple of it; 0: no such rule.
     """
 
     last: int
     every: int = 0
 
     def keeps(self, name: str) -> bool:
-        """Whether it stays however old it is."""
+        """Whether `every` keeps the checkpoint, whatever its age."""
         whole = re.fullmatch(r"step_(\d{8})(\.\d+)?", name)
         return self.every > 0 and whole is not None and int(whole[1]) % self.every == 0
 
@@ -83,14 +83,14 @@ class _Job:
 
 
 class CheckpointWriter:
-    """One at a time is under way. Every rank of the world has one and calls it alike.
+    """Writes checkpoints, one at a time. Every rank of the world has one and calls it alike.
 
     Args:
         root: the directory of the checkpoints.
         tag: unique among the starts of the run, so that a start on a lost node writes elsewhere.
-        permit: asked before a checkpoint is published; an OSError forbids it.
-        published: told the step of a checkpoint that is there, on rank 0, by the writing thread.
-        progress: told whenever some rank came further with what this one waits for.
+        permit: called before a checkpoint is published; an OSError forbids it.
+        published: called with the step of a published checkpoint, on rank 0's writing thread.
+        progress: called whenever some rank makes progress that this one waits for.
     """
 
     def __init__(
@@ -115,17 +115,17 @@ class CheckpointWriter:
         self._arena: HostArena | None = None
         self._entries: tuple[Entry, ...] | None = None
         self._all_entries: tuple[Entry, ...] = ()
-        """Of all ranks, on rank 0."""
+        """Entries of all ranks, on rank 0."""
         self._known: set[str] | None = None
         self._number = 0
         self._thread: threading.Thread | None = None
         self._failed = threading.Event()
         self.seconds: float | None = None
-        """Rank 0: from the beginning of the last checkpoint until it was there."""
+        """Rank 0: seconds from the start of the last checkpoint until it was published."""
 
     def adopt(self, names: Iterable[str]) -> None:
-        """Only these checkpoints and those to come are the run's, for `Retention` to remove; until
-        it is called, all that are there are.
+        """Limit the checkpoints that `Retention` may remove to these and later ones; before this
+        call, all that exist are the run's.
         """
         self._known = set(names)
         others = sorted(_names(self._root) - self._known) if self._rank == 0 else []
@@ -137,7 +137,7 @@ class CheckpointWriter:
 
     @property
     def has_failed(self) -> bool:
-        """Rank 0: the checkpoint under way could not be written; `wait` raises it on all ranks."""
+        """Rank 0: the current checkpoint could not be written; `wait` raises it on all ranks."""
         return self._failed.is_set()
 
     def begin(
@@ -148,19 +148,19 @@ class CheckpointWriter:
         owned: Tensors,
         private: Mapping[str, Tensor],
     ) -> None:
-        """Copy this rank's part, and start to write the checkpoint `name`.
+        """Copy this rank's part, and start writing the checkpoint `name`.
 
         Args:
-            step: the steps that are done.
-            state: values as `json_values` takes them, equal on all ranks.
-            owned: this rank's tensors with the slices that it is to write: each slice of the global
-                tensors is given by one rank (`owners.slice_owners` says by which).
-            private: what this rank keeps for itself.
+            step: number of finished steps.
+            state: values that `json_values` accepts, equal on all ranks.
+            owned: this rank's tensors with the slices that it must write: one rank writes each
+                slice of the global tensors (`owners.slice_owners` chooses it).
+            private: tensors that this rank keeps for itself.
 
         Raises:
-            ValueError: a tensor or value is of a kind that a checkpoint cannot keep, on every rank,
-                by name; nothing was begun.
-            OSError: the checkpoint before this one could not be written, see `wait`.
+            ValueError: a checkpoint cannot keep a tensor or value of this kind; raised on every
+                rank, naming it; nothing was started.
+            OSError: the previous checkpoint could not be written, see `wait`.
         """
         self.wait()
         began = time.monotonic()
@@ -194,11 +194,11 @@ class CheckpointWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the checkpoint under way is there, if one is.
+        """Wait until the current checkpoint, if there is one, is published.
 
         Raises:
-            OSError: it could not be written, on every rank, naming the path; older checkpoints are
-                untouched.
+            OSError: it could not be written; raised on every rank, naming the path; older
+                checkpoints are untouched.
         """
         if self._thread is None:
             return
@@ -215,7 +215,7 @@ class CheckpointWriter:
             )
 
     def _share(self, entries: tuple[Entry, ...]) -> None:
-        """Tell rank 0 what this rank writes; the same every time but for the first."""
+        """Send this rank's entries to rank 0, unless no rank's have changed since the last time."""
         if not world_any(entries != self._entries):
             return
         self._entries = entries
@@ -228,7 +228,7 @@ class CheckpointWriter:
 
     @torch.no_grad()
     def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the host, in an arena that is kept for the next checkpoint."""
+        """Copies on the host, in an arena that is reused for the next checkpoint."""
         offsets, total = {}, 0
         for name, tensor in tensors.items():
             offsets[name] = total
@@ -247,7 +247,7 @@ class CheckpointWriter:
         return staged
 
     def _forget(self, number: int) -> None:
-        """Rank 0: the keys of an old checkpoint, which every rank has read."""
+        """Rank 0: delete the keys of an old checkpoint, which every rank has read."""
         if self._rank == 0 and number >= 0:
             for key in (*range(self._size), "progress", "done"):
                 self._store.delete_key(f"{number}/{key}")
@@ -255,7 +255,7 @@ class CheckpointWriter:
     # The thread
 
     def _work(self, job: _Job) -> None:
-        """Whatever happens is reported: all ranks wait for this thread."""
+        """Run the thread; any outcome is reported, because all ranks wait for this thread."""
         partial = self._root / f".partial-{self._tag}-{job.number}"
         report: dict[str, Any]
         try:
@@ -277,22 +277,22 @@ class CheckpointWriter:
         self._thread_store.set(f"{job.number}/done", verdict)
 
     def _write(self, job: _Job, partial: Path) -> Mark:
-        """This rank's file."""
+        """Write this rank's file."""
         partial.mkdir(parents=True, exist_ok=True)
         return write_safetensors(
             partial / rank_file(self._rank), job.staged, lambda: self._advance(job)
         )
 
     def _advance(self, job: _Job) -> None:
-        """Progress, also for the ranks that wait for this one."""
+        """Report progress, also to the ranks that wait for this one."""
         self._thread_store.add(f"{job.number}/progress", 1)
         self._progress()
 
     def _conclude(self, job: _Job, partial: Path) -> str | None:
-        """Rank 0: publish the checkpoint when all parts are there; a rank's error, if there is one.
+        """Rank 0: publish the checkpoint when all parts are written; returns an error of any rank.
 
         Raises:
-            Exception: this rank's own.
+            Exception: this rank's own error.
         """
         keys = [f"{job.number}/{rank}" for rank in range(self._size)]
         reports = [json.loads(self._await(self._thread_store, key, job.number)) for key in keys]
@@ -321,7 +321,7 @@ class CheckpointWriter:
         replace_file(partial / INDEX, b"".join(parts))
         sync(partial)
         self._permit()
-        # beside an older run's of this step, which may be what `latest` names
+        # next to an older run's of this step, which `latest` may name
         names = (final.with_name(f"{final.name}.{number}") for number in count(1))
         final = next(path for path in chain([final], names) if not path.exists())
         partial.rename(final)
@@ -335,7 +335,7 @@ class CheckpointWriter:
         others.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
         surplus = len(others) + (not keeps(final.name)) - self._retention.last
         for path in others[: max(0, surplus)]:
-            shutil.rmtree(path, ignore_errors=True)  # what stays goes with the next checkpoint
+            shutil.rmtree(path, ignore_errors=True)  # leftovers go with the next checkpoint
             self._progress()
 
     def _await(
@@ -344,7 +344,7 @@ class CheckpointWriter:
         """The value of a key that some rank will set; progress of any rank counts as ours.
 
         Args:
-            thread: this rank's, which is to report before it ends.
+            thread: this rank's thread, which must report before it ends.
         """
         seen = 0
         while not store.check([key]):
@@ -360,7 +360,7 @@ class CheckpointWriter:
         return value
 
     def _report_for(self, store: Store, number: int) -> None:
-        """The thread is gone: what it has not reported is reported in its place."""
+        """Report in place of the thread, which has ended, what it has not reported."""
         text = f"rank {self._rank}: the thread that writes it ended without a word"
         if not store.check([f"{number}/{self._rank}"]):
             store.set(f"{number}/{self._rank}", json.dumps({"error": text}))
@@ -369,9 +369,7 @@ class CheckpointWriter:
 
 
 def _told(rank: int, error: BaseException) -> str:
-    """The error of a rank: the system's, which gives a number alone, with a mend; others with their
-    type, and their stack in the log.
-    """
+    """A rank's error as text: a system error with advice, others with type and a logged stack."""
     if not isinstance(error, OSError):
         log.error("the thread that writes a checkpoint", exc_info=error)
         return f"rank {rank}: {type(error).__name__}: {error}"
@@ -384,6 +382,6 @@ def _names(root: Path) -> set[str]:
 
 
 def remove_partial(root: Path) -> None:
-    """Take away what checkpoints that were never completed have left below `root`."""
+    """Remove what unfinished checkpoints have left below `root`."""
     for path in root.glob(".partial-*"):
         shutil.rmtree(path, ignore_errors=True)
