@@ -96,6 +96,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("train.lr=.nan", r"train\.lr=nan"),
         ("sampling.temperature=.inf", r"sampling\.temperature=inf: .*finite"),
         ("sampling.temperature=.nan", r"sampling\.temperature=nan"),
+        ("sampling.temperature=5e-4", r"sampling\.temperature=0\.0005: .*at least 0\.001"),
+        ("sampling.temperature=1001", r"sampling\.temperature=1001"),
         ("rewards.0.weight=.nan", r"rewards\.0\.weight=nan: .*finite"),
         ("reward_pool.failed_reward=.nan", r"reward_pool\.failed_reward=nan: .*finite"),
         ("reward_pool.failed_reward=-.inf", r"reward_pool\.failed_reward=-inf: .*finite"),
