@@ -288,6 +288,20 @@ def test_a_dict_without_score_is_a_failure(server, user):
     assert failure.reason == "exception" and "must hold 'score'" in failure.message
 
 
+def test_a_file_that_changes_or_goes_is_known_by_what_was_loaded(server, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def one(prompt, response, answer, entry):\n    return 1.0\n")
+    specs = [RewardSpec(name="one", function=f"{file}:one")]
+    with RewardPool(server, specs, num_workers=1) as pool:
+        before = pool.describe()
+        file.write_text("def one(prompt, response, answer, entry):\n    return 2.0\n")
+        with RewardPool(server, specs, num_workers=1) as other:
+            assert other.describe() != before == pool.describe()
+        file.unlink()
+        assert pool.describe() == before
+        assert [result.score for result in pool.score(jobs("a"))] == [1.0]
+
+
 def test_workers_do_not_import_torch(server, user):
     with RewardPool(server, [RewardSpec(name="x", function=f"{user}:torch_free")]) as pool:
         assert pool.score(jobs("1"))[0].score == 1.0

@@ -166,6 +166,8 @@ class RewardPool:
         except BaseException:
             self.close()
             raise
+        # once: what was loaded counts, whatever becomes of the file while the run goes on
+        self._described = tuple(f"{spec!r} {source_digest(spec.function)}" for spec in specs)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -174,7 +176,7 @@ class RewardPool:
 
     def describe(self) -> tuple[str, ...]:
         """Each component in words that are equal for equal rewards."""
-        return tuple(f"{spec!r} {source_digest(spec.function)}" for spec in self._specs)
+        return self._described
 
     def score(
         self, jobs: Sequence[RewardJob], *, progress: Callable[[int, int], None] | None = None
