@@ -67,16 +67,16 @@ class Call(Generic[Result]):
         finish: turns the home rows or metrics into the call's result, on every rank.
         uses: the parts that must be on the device while it computes.
         writes: whether the call changes tensors; on shared ranks, calls that only read run first.
-        cost: cost per row for balancing, int64 `[B]`; None: its tokens.
-        atom: atom id per row; rows of one atom stay together, int64 `[B]`; None: each row alone.
-        order: sort key within a replica, int64 `[B]`; None: home order.
+        cost: cost per row for balancing, int64 `[B]`, by default its tokens.
+        atom: atom id per row, int64 `[B]`; rows of one atom stay together. By default each is one.
+        order: sort key within a replica, int64 `[B]`, by default home order.
         arrange: final decision on atoms and minibatches: a pure function of the world's rows and
             the number of replicas, so that it is the same on every rank.
         settings: all that decides the results besides the rows; a resumed step finds the call by
             it. Values whose `repr` identifies them, equal on all ranks.
-        label: name by which a resumed run finds the result; None: `role.method`.
+        label: name by which a resumed run finds the result, by default `role.method`.
         is_ahead: the call is for the next step, which looks it up by the same label.
-        kept: False: the result is not kept for resuming, and the call never stops (checks).
+        kept: if False, the result is not kept for resuming, and the call never stops (checks).
     """
 
     role: Role

@@ -136,7 +136,7 @@ def engine_parts(
 
 
 def longest_sequence(config: Config, shape: ModelConfig) -> int:
-    """Tokens of the longest prompt and response that the configuration allows."""
+    """Tokens of the longest prompt with response that configuration and model allow."""
     lengths = [rows.longest for rows in rows_read(config) if rows.sampling is not None]
     return min(max(_LEAST_LENGTH, *lengths), shape.max_position)
 
@@ -197,7 +197,7 @@ def make_engine(
     """Make the rollout's engine on this rank; None outside it. Every rank calls it.
 
     Args:
-        texts: texts of tokens; None: no stop texts, and only the ends of text of `shape`.
+        texts: texts of tokens, or None for no stop texts and only the ends of text of `shape`.
         sleeps: on CUDA, its weights do not stay on the device.
     """
     if not mesh.is_member:

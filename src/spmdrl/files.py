@@ -86,7 +86,7 @@ def bring_back(parent: Path, name: str | None = None) -> list[Path]:
     them (`.NAME.PID.old`), if NAME does not exist; returns the restored paths.
 
     Args:
-        name: only this directory; None: any.
+        name: the only directory to look for, or None for any.
     """
     found = []
     olds = parent.glob(f".{'*' if name is None else glob.escape(name)}.*.old")

@@ -47,7 +47,7 @@ class Rollout:
     """The engine: `generate(prompts, generation)` returns one row per sample.
 
     Args:
-        progress: called on member ranks with (sequences done, sequences) of this replica.
+        progress: called on member ranks with (samples done, samples) of this replica.
         memory: memory moves of this rank.
         parts: the parts that a call needs on the device.
 

@@ -74,7 +74,7 @@ class Entry:
     """A call's place in the ledger; `kept` is None if nothing is kept of it yet.
 
     Args:
-        name: name of the call; None: nothing will be kept of it.
+        name: name of the call, or None if nothing will be kept of it.
         origin: origin of this rank's rows.
     """
 

@@ -217,7 +217,7 @@ def _run_update(
 
 
 def _report(stint: Stint, seen: int, own: int, count: int, done: int, of: int) -> None:
-    """Report `done` of `of` microbatches of `own` rows, which follow `seen` of all `count` rows."""
+    """Report the rows done of `count`: `seen`, and `done` / `of` of a minibatch of `own` rows."""
     stint.report(seen + own * done // of, count)
 
 

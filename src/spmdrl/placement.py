@@ -35,7 +35,7 @@ def place_roles(
 ) -> dict[str, Placement]:
     """Every role's placement, in the configuration's order.
 
-    Ranks are numbered node by node, `local_size` of them on each (default: all on one node). With
+    Ranks are numbered node by node, `local_size` of them on each (by default all on one). With
     `model.tiny`, a configuration for more ranks is folded into the world, so that any configuration
     can be debugged on a laptop.
 

@@ -56,8 +56,8 @@ class PolicySync:
     Args:
         streams: the policy's weights need not be on this rank's device.
         check_every: compare checksums after the first sync and then every N syncs, and sums after
-            the others; 0: neither.
-        canary: None: no fixed rows are scored.
+            the others; 0 compares neither.
+        canary: scores fixed rows, or None.
     """
 
     def __init__(

@@ -169,7 +169,7 @@ def plan_roles(
     Args:
         device_types: device type of every rank of the world.
         node_size: ranks of a node.
-        gpu_bytes: the memory of the world's smallest GPU; None: that of this host's.
+        gpu_bytes: the memory of the world's smallest GPU, by default of this host's.
 
     Raises:
         ValueError: roles do not fit on the device together (sizes are given), a role is on ranks

@@ -88,8 +88,8 @@ def plan_memory(
     Args:
         syncs: by rollout, the plan that brings the policy's weights.
         device_types: device type of every rank of the world.
-        gpu_bytes: the memory of the world's smallest GPU, so that all ranks make one plan, and
-            refuse alike what does not fit; None: that of this host's.
+        gpu_bytes: the memory of the world's smallest GPU (None for this host's), so that all ranks
+            make one plan, and refuse alike what does not fit.
 
     Raises:
         ValueError: a call cannot fit on some rank's device; sizes are given.
@@ -151,7 +151,7 @@ def _on_rank(
 
 
 def device_bytes(config: Config, device_type: str, gpu_bytes: int | None) -> int | None:
-    """Bytes of a rank's device that roles may fill; None: unlimited (a CPU's is the user's)."""
+    """Bytes of a rank's device that roles may fill; None without a bound (CPU, no `memory_gb`)."""
     if config.memory_gb is not None:
         return int(config.memory_gb * 1e9)
     if device_type != "cuda":

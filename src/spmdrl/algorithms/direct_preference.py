@@ -39,7 +39,7 @@ class PreferenceConfig:
         margin: SimPO: gamma, the margin by which the chosen reward should be larger.
         nll_coef: weight of the chosen response's negative log-likelihood per token (Pang et al.
             2024, "Iterative Reasoning Preference Optimization", arXiv 2404.19733, eq. 1).
-        length_normalise: compare log-probabilities per token; None: only for `NORMALISED` losses.
+        length_normalise: compare log-probabilities per token; None leaves it to `NORMALISED`.
         kto_weights: KTO: weights of chosen and rejected responses (lambda_D, lambda_U).
 
     Raises:

@@ -91,8 +91,8 @@ class AdaptiveKl:
         """The controller after `num_samples` responses of mean KL `kl_mean` over all ranks.
 
         Raises:
-            ValueError: kl_mean is not finite, num_samples is negative, or there are so many samples
-                for the horizon that the coefficient could fall to 0 or below.
+            ValueError: kl_mean is not finite, num_samples is negative, or too many for the horizon:
+                the coefficient could fall to 0 or below.
         """
         if not math.isfinite(kl_mean):
             raise ValueError(f"the mean KL is {kl_mean}: the KL coefficient cannot follow it")

@@ -42,13 +42,13 @@ class PolicyLossConfig:
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; PPO 0.2 / 0.2
             (arXiv 1707.06347, eq. 7), DAPO 0.2 / 0.28 (arXiv 2503.14476, eq. 10).
         dual_clip: c > 1 bounds the loss of a token with negative advantage by c |A| (dual-clip
-            PPO, Ye et al., arXiv 1912.09729); None: no bound.
-        kl_coefficient, kl_estimator: KL to `ref_logprobs` as a term of the loss; 0: no term.
+            PPO, Ye et al., arXiv 1912.09729); None sets no bound.
+        kl_coefficient, kl_estimator: KL to `ref_logprobs` as a term of the loss; 0 omits it.
         tis_cap: truncated importance sampling, min(p_train / p_rollout, cap) on the policy term
             (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-            Training"); None: no such weight. After truncated sampling (top-p, top-k) both
+            Training"); None omits it. After truncated sampling (top-p, top-k) both
             probabilities are over the kept tokens, see `training.support`.
-        entropy_coefficient: weight of the entropy bonus; 0: no bonus.
+        entropy_coefficient: weight of the entropy bonus; 0 omits it.
         old_is_rollout: `old_logprobs` are the rollout's own, so the gap between rollout and trainer
             is measured on `logprobs`: it is the engine's error and, from the second update on, also
             the policy's change since the rollout.

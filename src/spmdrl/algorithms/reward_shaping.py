@@ -66,7 +66,7 @@ def scale_and_clip(
     scale: float,
     clip: float | None,
 ) -> Tensor:
-    """scale * score, then clipped to [-clip, clip] (None: not clipped): `[B]`.
+    """scale * score, then clipped to [-clip, clip] unless `clip` is None: `[B]`.
 
     Zheng et al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO", arXiv 2307.04964,
     "reward normalization and clipping", without the shift (subtract the mean before, if wanted).

@@ -61,8 +61,8 @@ def clipped_value_loss(
 def explained_variance(means: Mapping[str, float]) -> float:
     """1 - Var(R - v) / Var(R) from the means (`token_means`) of `clipped_value_loss`'s metrics.
 
-    1: the values predict the returns; 0: no better than a constant; below 0: worse. It is 0 if all
-    returns are equal, because there is nothing to explain.
+    It is 1 if the values predict the returns, 0 if they do no better than a constant, and negative
+    if they do worse. If all returns are equal it is 0, because there is nothing to explain.
 
     Raises:
         ValueError: a mean is missing.

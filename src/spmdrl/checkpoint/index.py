@@ -70,7 +70,7 @@ class Index:
     """Contents of a `checkpoint.json`.
 
     Args:
-        written: time of writing, in seconds since 1970; 0: not recorded.
+        written: time of writing, in seconds since 1970, or 0 if it is not recorded.
         state: JSON values.
         files: files by name, in rank order.
     """

@@ -59,7 +59,7 @@ class Retention:
 
     Args:
         last: number of newest checkpoints to keep, not counting those that `every` keeps.
-        every: keep all checkpoints whose number of steps is a multiple of it; 0: no such rule.
+        every: keep all checkpoints whose number of steps is a multiple of it; 0 keeps none.
     """
 
     last: int
@@ -121,7 +121,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failed = threading.Event()
         self.seconds: float | None = None
-        """Rank 0: seconds from the start of the last checkpoint until it was published."""
+        """Seconds from the start of the last checkpoint until it was published; only on rank 0."""
 
     def adopt(self, names: Iterable[str]) -> None:
         """Limit the checkpoints that `Retention` may remove to these and later ones; before this
@@ -137,7 +137,7 @@ class CheckpointWriter:
 
     @property
     def has_failed(self) -> bool:
-        """Rank 0: the current checkpoint could not be written; `wait` raises it on all ranks."""
+        """Whether the current checkpoint failed, on rank 0; `wait` raises it on all ranks."""
         return self._failed.is_set()
 
     def begin(
@@ -247,7 +247,7 @@ class CheckpointWriter:
         return staged
 
     def _forget(self, number: int) -> None:
-        """Rank 0: delete the keys of an old checkpoint, which every rank has read."""
+        """Delete, on rank 0, the keys of an old checkpoint, which every rank has read."""
         if self._rank == 0 and number >= 0:
             for key in (*range(self._size), "progress", "done"):
                 self._store.delete_key(f"{number}/{key}")
@@ -289,7 +289,7 @@ class CheckpointWriter:
         self._progress()
 
     def _conclude(self, job: _Job, partial: Path) -> str | None:
-        """Rank 0: publish the checkpoint when all parts are written; returns an error of any rank.
+        """Publish the checkpoint, on rank 0, when all parts are written; returns a rank's error.
 
         Raises:
             Exception: this rank's own error.

@@ -98,8 +98,8 @@ class Mesh:
     def _make_shard_mesh(self, exchange: int) -> DeviceMesh | None:
         """The (replicate, shard) mesh of FSDP2 that this rank is in; all ranks make all of them.
 
-        There is one per (pp, tp) coordinate and per residue modulo `exchange` of the ranks of a
-        shard: every `exchange`-th rank holds the same experts.
+        There is one for each (pp, tp) coordinate and each set of every `exchange`-th rank with it:
+        these ranks hold the same experts.
         """
         if self.degrees["dp_shard"] == 1:
             return None

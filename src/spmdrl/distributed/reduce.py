@@ -99,7 +99,7 @@ def world_sum(values: Tensor) -> Tensor:  # any shape, equal on all ranks
 
 
 def group_sums(values: Sequence[float], group: dist.ProcessGroup | None) -> list[float]:
-    """The sum of each number over a group (None: only this rank), in float64, on the host."""
+    """The sum of each number over a group (only this rank if None), in float64, on the host."""
     total = torch.tensor(values, dtype=torch.float64)
     if group is not None:
         dist.all_reduce(total, group=group)
@@ -108,7 +108,7 @@ def group_sums(values: Sequence[float], group: dist.ProcessGroup | None) -> list
 
 
 def group_any(flag: bool, group: dist.ProcessGroup | None) -> bool:
-    """True on every rank of a group (None: only this rank) if it is true on one."""
+    """True on every rank of a group (only this rank if None) if it is true on one."""
     if group is None:
         return flag
     most = torch.tensor([float(flag)])

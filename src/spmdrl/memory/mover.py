@@ -58,8 +58,8 @@ class Mover:
     """Moves storages of one device.
 
     Args:
-        staging_bytes: size of the bucket through which small storages move together; 0: no bucket;
-            None: 0 on the CPU, `STAGING_BYTES` on CUDA.
+        staging_bytes: size of the bucket through which small storages move together, 0 for none.
+            The default is 0 on the CPU, `STAGING_BYTES` on CUDA.
     """
 
     def __init__(self, device: torch.device, *, staging_bytes: int | None = None) -> None:

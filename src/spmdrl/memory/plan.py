@@ -41,7 +41,7 @@ class MemoryPlan:
 
     Args:
         rank: rank of the plan; ranks with other roles have other plans.
-        capacity: bytes for parts and working memory; None: unlimited.
+        capacity: bytes for parts and working memory, or None for no limit.
         parts: the parts as given to `make_plan`.
         policies: policy of every part, with `auto` decided.
         calls: the step's calls in the steady state.
@@ -115,7 +115,7 @@ def make_plan(
     Args:
         parts: the parts of all roles on this rank; those that others refer to come first.
         calls: the calls of a step, in order, without those of roles on other ranks.
-        capacity: bytes for parts and working memory of this rank; None: unlimited.
+        capacity: bytes for parts and working memory of this rank, or None for no limit.
         rank: this rank, for messages.
         other_steps: steps with the same calls in another order, or repeated, by the setting that
             causes them.

@@ -42,7 +42,7 @@ class Residency:
 
     Args:
         device: device of the parts.
-        capacity: bytes that parts and working memory may take, for prefetches; None: no prefetches.
+        capacity: bytes that parts and working memory may take with prefetches; None prevents these.
         staging_bytes: see `Mover`.
     """
 
@@ -209,7 +209,7 @@ class Residency:
         Args:
             needs: the parts of the call; parts that they rest on or hold come too.
             fills: parts whose whole content the call writes; it calls `filled` when it has.
-            alone: False: nothing is sent away; see `has_room`.
+            alone: send the others away; without it everything stays, see `has_room`.
 
         Raises:
             ValueError: a part is unknown, or was dropped and not filled since.

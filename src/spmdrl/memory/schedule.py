@@ -40,7 +40,7 @@ class ScheduledCall:
         dropped: parts that are freed before the call and not kept anywhere.
         bytes_in, bytes_out: bytes that are copied from and to the host.
         peak_bytes: bytes of resident parts and working memory.
-        prefetch: the part of the next call's `moved_in` that can come during this call.
+        prefetch: those of the next call's `moved_in` that can come during this call.
         prefetch_bytes: their size.
     """
 
@@ -91,7 +91,7 @@ def schedule(
     """The calls of a step that follows another; before the first, only kept parts are resident.
 
     Args:
-        capacity: bytes for parts and working memory; None: unlimited, but nothing is prefetched.
+        capacity: bytes for parts and working memory, or None for no limit and no prefetches.
     """
     steady = _moves((*calls, *calls), parts, policies)[len(calls) :]
     return tuple(

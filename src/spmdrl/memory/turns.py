@@ -39,8 +39,8 @@ class Turns:
 
         Args:
             fills: parts whose whole content the call writes.
-            is_planned: False: the call is a check between the calls of the plan, whatever its name.
-                If there is room, the parts that those calls have or await stay.
+            is_planned: if False, the call is a check between the calls of the plan, whatever its
+                name; if there is room, the parts that those calls have or await stay.
         """
         working = self.working_bytes.get(call, 0)
         if not is_planned:
@@ -55,6 +55,6 @@ class Turns:
 def planned_turns(
     residency: Residency, plan: MemoryPlan, working_bytes: Mapping[str, int]
 ) -> Turns:
-    """The turns of a plan, whose schedule is printed."""
+    """The turns of a plan, with its prefetches by call."""
     prefetches = {call.name: call.prefetch for call in plan.calls}
     return Turns(residency=residency, working_bytes=working_bytes, prefetches=prefetches)

@@ -128,7 +128,7 @@ class Console:
     Args:
         is_first: whether this rank prints.
         num_steps: number of steps of the whole run.
-        stream: stream to print to; None: stdout.
+        stream: stream to print to, stdout by default.
     """
 
     def __init__(self, *, is_first: bool, num_steps: int, stream: TextIO | None = None) -> None:

@@ -42,7 +42,7 @@ def set_up_logging(
     Args:
         rank: rank of this process.
         level: lowest level that rank 0 prints.
-        stream: stream to print to; None: stderr.
+        stream: stream to print to, stderr by default.
 
     Returns:
         The package's logger.

@@ -65,7 +65,7 @@ class MetricsWriter:
         Args:
             step: step of the line, not below the step of the last line.
             values: numbers; non-finite ones are stored as strings and read back as floats.
-            wall_time: seconds since 1970; None: the present time.
+            wall_time: seconds since 1970, the present time by default.
 
         Raises:
             ValueError: a reserved name, or a value that is not a number, on every rank; a step

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 REWARD = "reward"  # mean over responses
 LENGTH = "response_length"  # mean, in tokens
-KL = "kl"  # of the policy's move within the step, per token
-REF_KL = "ref_kl"  # to the reference, per token
+KL = "kl"  # KL of the policy's move within the step, nats per token
+REF_KL = "ref_kl"  # KL to the reference, nats per token
 ENTROPY = "entropy"  # nats per token
 CLIP_FRACTION = "clip_fraction"
 PEAK_MEMORY = "memory/peak_gb"  # 1e9 bytes, the largest of all ranks

@@ -28,7 +28,7 @@ def phase_bar(
         name: text before the bar.
         is_first: whether this rank shows it.
         unit: unit of the counts.
-        stream: stream to draw on; None: stderr.
+        stream: stream to draw on, stderr by default.
     """
     stream = sys.stderr if stream is None else stream
     if not is_first:
@@ -118,7 +118,7 @@ class Relay:
 
 
 def write_line(line: str, stream: TextIO | None = None) -> None:
-    """Print a line above any open bars, to `stream` (None: stdout)."""
+    """Print a line above any open bars, to `stream` (stdout by default)."""
     stream = sys.stdout if stream is None else stream
     tqdm.write(line, file=stream)
     stream.flush()

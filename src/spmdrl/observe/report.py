@@ -20,7 +20,7 @@ def write_report(run_dir: Path, *, run_name: str, model: str, out: Path | None =
     Args:
         run_dir: directory with metrics.jsonl, whose names are those of `observe.names`.
         run_name, model: names for the title.
-        out: path of the picture; None: `run_dir`/report.png.
+        out: path of the picture, `run_dir`/report.png by default.
 
     Returns:
         The picture's path.

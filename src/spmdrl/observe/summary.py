@@ -17,7 +17,7 @@ def report(run_dir: str, *, model: str, seconds: float | None = None) -> None:
     """Draw the report and print a summary; its last line is one JSON object.
 
     Args:
-        seconds: wall time to state; None: the sum of the steps' seconds.
+        seconds: wall time to state, by default the sum of the steps' seconds.
 
     Raises:
         ValueError: the run has no metrics yet.

@@ -1,4 +1,4 @@
-"""Cells: boxes of a tensor cut at every boundary of both layouts, with their holders and takers.
+"""Cells: boxes of a tensor cut at every boundary of both layouts, and who holds and wants them.
 
 Layers are alike, and so are their cells: tensors with the same cuts share one list (a pattern), so
 a plan costs as much as one layer.

@@ -147,7 +147,7 @@ def model_layout(
         frozen: Hugging Face names of parameters that are not trained.
         vocab_multiple: the vocabulary's rows are padded to a multiple of it.
         blocks: see `models.sharding.all_slices`.
-        shard_dtype: dtype of the tensors that FSDP cuts; None: `dtype`.
+        shard_dtype: dtype of the tensors that FSDP cuts, by default `dtype`.
     """
     tp, cp, pp = degrees.get("tp", 1), degrees.get("cp", 1), degrees.get("pp", 1)
     sharded = degrees.get("dp_shard", 1) > 1
@@ -209,7 +209,7 @@ class _Kind:
 
     Args:
         shape, slices: those of the first of them, whole.
-        dim: dim along which FSDP cuts them; None: it does not.
+        dim: dim along which FSDP cuts them, or None.
         has_experts: FSDP cuts them over the ranks with the same experts.
     """
 

@@ -1,8 +1,8 @@
 """`SyncPlan`: the moves between two layouts, a pure function of them, equal on every rank.
 
     shared     one tensor at source and target: nothing moves
-    cells      boxes of the other tensors, with their holders and takers (`cells`)
-    routes     the way of a cell to the ranks that lack it (`routes`)
+    cells      boxes of the other tensors, with the ranks that hold and want them (`cells`)
+    routes     delivery of a cell to the ranks that lack it (`routes`)
     rounds     cells in the target's order, so many that no rank stages more than a slot
 
 `program.program_of` derives one rank's part of it, which `sync.WeightSync` executes.

@@ -1,4 +1,4 @@
-"""Routes: the way of a box of weights from the ranks that hold it to those that lack it.
+"""Routes: delivery of a box of weights from the ranks that hold it to those that lack it.
 
 Pure functions of sets of ranks. A box reaches every rank that lacks it exactly once: in a message,
 or in a broadcast whose root holds the box or has just received it.
@@ -62,8 +62,8 @@ def find_route(
         turn: selects one of several equally good ranks; counted up from box to box, it spreads the
             load.
         node_size: ranks of a node.
-        allowed: groups that may broadcast (None: any); in place of other broadcasts, every rank
-            gets a message of its own.
+        allowed: groups that may broadcast, or None for any; in place of other broadcasts, every
+            rank gets a message of its own.
     """
     lacking, inside, near = _sides(holders, wanting, node_size)
     if not lacking:

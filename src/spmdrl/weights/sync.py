@@ -46,7 +46,7 @@ class WeightSync:
         tensors: this rank's source tensors.
         engine: this rank's engine; None outside the target role.
         device: device that messages are sent from; the host if the world has only gloo.
-        read: returns a source tensor's current values; None: the tensor itself.
+        read: returns a source tensor's current values, by default the tensor itself.
         keeps_frozen: the target's frozen tensors last from sync to sync, on every rank, so only the
             first one moves them.
 
@@ -279,7 +279,7 @@ def check_equal(plan: SyncPlan) -> None:
 
 
 def make_groups(groups: Sequence[Ranks]) -> Mapping[Ranks, dist.ProcessGroup | None]:
-    """Create a communicator for every group (None: the world's); all ranks of the world call it."""
+    """Create the communicator of every group (None for the world's), on all ranks of the world."""
     whole = tuple(range(dist.get_world_size()))
     return {g: None if g == whole else dist.new_group(list(g)) for g in groups}
 
