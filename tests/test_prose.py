@@ -14,6 +14,7 @@ DONE: list[str] = [
     "checkpoint",
     "distributed",
     "memory",
+    "models",
     "observe",
     "rollout",
     "training",

@@ -2,7 +2,7 @@
 
 A kernel turns a list of `spans.Span` into a function of q, k, v:
 
-- `blocked`: explicit products of small tiles; the fastest on CPUs. float32 and float64.
+- `blocked`: explicit products of small tiles; fastest on CPUs; float32 and float64.
 - `sdpa`: `scaled_dot_product_attention` per tile; any device and dtype.
 - `varlen`: `torch.nn.attention.varlen`; CUDA, half precision.
 - `flash`: the flash-attn package; CUDA, half precision.
@@ -29,12 +29,12 @@ KINDS: tuple[AttentionKind, ...] = ("blocked", "sdpa", "varlen", "flash", "flex"
 
 
 class AttentionKernel(Protocol):
-    """A way to compute attention; made once by `make_kernel` and used for many lists of spans."""
+    """Method to compute attention; made once by `make_kernel` and used for many lists of spans."""
 
     def prepare(
         self, spans: Sequence[Span], *, dtype: torch.dtype, device: torch.device
     ) -> AttentionFunction:
-        """The differentiable function for spans whose rows cover q from its first to its last."""
+        """Make the differentiable function for spans whose rows cover all of q."""
         ...
 
 
@@ -42,11 +42,11 @@ class PackedAttention:
     """The decoder's `Attend` for one packed stream.
 
     Args:
-        spans: in order, covering every row of q; with context parallelism q rows are this rank's
-            and key ranges count in the gathered stream.
-        kernel: of `make_kernel`.
-        dtype, device: of q, k and v.
-        cp_group: gathers keys and values, equal parts from each rank, and sums their gradients.
+        spans: spans in order, covering every row of q; with context parallelism rows of q are this
+            rank's and key ranges are places in the gathered stream.
+        kernel: a kernel of `make_kernel`.
+        dtype, device: dtype and device of q, k and v.
+        cp_group: ranks whose equal parts of keys and values are gathered (and gradients summed).
     """
 
     def __init__(
@@ -70,17 +70,17 @@ class PackedAttention:
         v: Tensor,  # [Tk, KVH_local, d]
     ) -> Tensor:  # [Tq, H_local, d]
         if self._cp_group is not None:
-            # One collective for both: latency counts more than bytes here.
+            # One collective for both: latency matters more than bytes here.
             both = gather_sum_grad(torch.cat((k, v), dim=1), self._cp_group)
             k, v = both.chunk(2, dim=1)
         return self._function(q, k, v)
 
 
 def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionKind:
-    """The kind that `model.attention` means on this device.
+    """Resolve `model.attention` to a kind for this device.
 
     Raises:
-        ValueError: unknown name, or a kind that this device, dtype or installation cannot run.
+        ValueError: the name is unknown, or this device, dtype or installation cannot run the kind.
     """
     half = dtype in (torch.bfloat16, torch.float16)
     on_cuda = device.type == "cuda"
@@ -108,7 +108,7 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> At
 
 
 def make_kernel(kind: AttentionKind) -> AttentionKernel:
-    """The kernel of a resolved kind."""
+    """Make the kernel of a resolved kind."""
     if kind in ("blocked", "sdpa"):
         return TiledKernel(explicit=kind == "blocked")
     if kind == "flex":

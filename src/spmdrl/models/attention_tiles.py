@@ -1,9 +1,9 @@
 """Attention of spans as batched tiles, for any device: kernels `blocked` and `sdpa`.
 
-Spans are cut into pieces of few query rows (each sees keys up to its own end only, so little masked
-work is done), and pieces of like shape are padded to one shape and computed in one batch. The
+Spans are cut into pieces of few query rows (each sees keys only up to its own end, so little masked
+work is done). Pieces of similar shape are padded to one shape and computed in one batch. The
 backward recomputes each tile and accumulates into one gradient tensor per input: its cost is
-proportional to the tokens, where autograd through slices would touch every token once per span.
+proportional to the tokens, while autograd through slices would touch every token once per span.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLOCK_ROWS = 64
 MAX_SCORES = 1 << 15
 """Scores per head in one tile: with 9 heads in float32 about 1.2 MB, within a core's cache."""
 PAD_RATIO, PAD_FLOOR = 0.25, 1024
-"""A piece joins a tile if padding adds at most this share of its scores, or this many."""
+"""Limits of the padding by which a piece joins a tile: a share of its scores, or a number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +48,12 @@ class Tile:
     """S pieces padded to Q query rows and K keys.
 
     Args:
-        rows: which row of q is at each of the S * Q places (a slice where S is 1).
-        keys: which row of k is at each of the S * K places.
-        mask: [S or 1, Q, K], 0 or -inf, added to the scores; None: nothing is masked.
-        causal: the mask is the plain causal one of a square tile.
-        places, live_rows, live: None without padding, else the places that are no padding, their
-            rows of q, and 1 or 0 for every place [S * Q, 1].
+        rows: the row of q at each of the S * Q places (a slice if S is 1).
+        keys: the row of k at each of the S * K places (a slice for one range of one piece).
+        mask: [S or 1, Q, K], 0 or -inf, added to the scores; None if nothing is masked.
+        causal: whether the mask is the plain causal one of a square tile.
+        places, live_rows, live: None without padding; otherwise the places that are not padding,
+            their rows of q, and 1 or 0 for every place [S * Q, 1].
     """
 
     size: tuple[int, int, int]
@@ -67,7 +67,7 @@ class Tile:
 
 
 class TiledKernel:
-    """Tiles by explicit products (`explicit`) or by `scaled_dot_product_attention`."""
+    """Kernel of tiles, by explicit products (`explicit`) or `scaled_dot_product_attention`."""
 
     def __init__(self, *, explicit: bool) -> None:
         self._explicit = explicit
@@ -87,7 +87,7 @@ class TiledKernel:
 
 
 def cut(spans: Sequence[Span], block_rows: int | None) -> list[Piece]:
-    """Spans as pieces of at most `block_rows` query rows (None: uncut), keys cut at their end."""
+    """Cut spans into pieces of at most `block_rows` query rows (None: uncut) with their keys."""
     pieces = []
     for span in spans:
         size = block_rows or span.num_queries
@@ -99,7 +99,7 @@ def cut(spans: Sequence[Span], block_rows: int | None) -> list[Piece]:
 
 
 def _first(ranges: Sequence[Range], count: int) -> tuple[Range, ...]:
-    """The first `count` indices of the ranges, neighbours joined."""
+    """Return the first `count` indices of the ranges, with neighbours joined."""
     result: list[Range] = []
     for start, stop in ranges:
         stop = min(stop, start + count)
@@ -114,7 +114,7 @@ def _first(ranges: Sequence[Range], count: int) -> tuple[Range, ...]:
 
 
 def group_pieces(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Pieces that are computed together, of like shape, in a fixed order."""
+    """Yield groups of pieces of similar shape to compute together, in a fixed order."""
     ordered = sorted(pieces, key=lambda p: (-p.num_keys, -p.num_queries, p.rows))
     group: list[Piece] = []
     most_queries = most_keys = 0
@@ -163,7 +163,7 @@ def make_tile(pieces: Sequence[Piece], dtype: torch.dtype, device: torch.device)
 
 
 def _places(ranges: Sequence[Sequence[Range]], width: int) -> slice | Tensor:
-    """The row at each place, every piece padded to `width` with its own first row."""
+    """Return the row at each place; every piece is padded to `width` with its own first row."""
     if len(ranges) == 1 and len(ranges[0]) == 1:
         return slice(*ranges[0][0])
     parts = []
@@ -205,7 +205,7 @@ class _Tiled(torch.autograd.Function):
         kv_heads = k.shape[1]
         d_out = _heads_outside(grad, kv_heads)
         d_q = torch.empty_like(d_out)
-        # Many tiles may add to one key: a sum of bfloat16 terms would lose the small ones.
+        # Many tiles may add to one key: a sum in bfloat16 would lose small terms.
         wide = torch.promote_types(k.dtype, torch.float32)
         d_k, d_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
         delta = None
@@ -228,7 +228,7 @@ class _Tiled(torch.autograd.Function):
 
 
 def _heads_outside(x: Tensor, kv_heads: int, scale: float = 1.0) -> Tensor:
-    """[T, H, e] -> [KVH, T, G e], scaled: the G query heads of a kv head side by side.
+    """Rearrange [T, H, e] -> [KVH, T, G e], scaled: the G query heads of a kv head side by side.
 
     Products then batch over kv heads with G query rows per token, and keys are never repeated.
     """
@@ -238,12 +238,12 @@ def _heads_outside(x: Tensor, kv_heads: int, scale: float = 1.0) -> Tensor:
 
 
 def _heads_inside(x: Tensor, shape: torch.Size) -> Tensor:
-    """[KVH, T, G e] -> [T, H, e]"""
+    """Rearrange [KVH, T, G e] -> [T, H, e]."""
     return x.transpose(0, 1).reshape(shape)
 
 
 class _Inputs:
-    """q [KVH, T, G d], scaled, and k, v [KVH, T, d]: laid out so that a tile takes one copy."""
+    """Inputs q [KVH, T, G d], scaled, and k, v [KVH, T, d]: a tile of each takes one copy."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         self._head_dim = q.shape[-1]
@@ -251,7 +251,7 @@ class _Inputs:
         self._k, self._v = (_heads_outside(x, k.shape[1]) for x in (k, v))
 
     def take(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-        """q [KVH S, Q G, d] and k, v [KVH S, K, d] of a tile; views where it is one range."""
+        """Take q [KVH S, Q G, d] and k, v [KVH S, K, d] of a tile; views if they are one range."""
         q = _take_rows(self.q, tile, self._head_dim)
         return q, self._keys(self._k, tile), self._keys(self._v, tile)
 
@@ -264,7 +264,7 @@ def _take(x: Tensor, index: slice | Tensor) -> Tensor:
 
 
 def _take_rows(x: Tensor, tile: Tile, width: int, *, zero_padding: bool = False) -> Tensor:
-    """[KVH, T, G e] -> [KVH S, Q G, e]"""
+    """Take the tile's rows of [KVH, T, G e] as [KVH S, Q G, e]."""
     rows = _take(x, tile.rows)
     if zero_padding and tile.live is not None:
         rows = rows * tile.live
@@ -289,12 +289,12 @@ def _add_keys(total: Tensor, part: Tensor, tile: Tile) -> None:
     if isinstance(tile.keys, slice):
         total[tile.keys].add_(rows)
     else:
-        # Five times as fast as from the transposed view, on a CPU.
+        # On a CPU this is five times as fast as from the transposed view.
         total.index_add_(0, tile.keys, rows.to(total.dtype).contiguous())
 
 
 def _probabilities(q: Tensor, k: Tensor, tile: Tile) -> Tensor:
-    """softmax(q k^T + mask): [KVH S, Q G, K]"""
+    """Compute softmax(q k^T + mask): [KVH S, Q G, K]."""
     scores = torch.bmm(q, k.transpose(1, 2))
     if tile.mask is not None:
         count, num_q, num_k = tile.size
@@ -314,7 +314,7 @@ def _explicit_backward(
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> Tensor:
     count, num_q, num_k = tile.size
     rows = q.unflatten(1, (num_q, -1)).transpose(1, 2)  # type: ignore[no-untyped-call]
-    # Stride 0 over the query heads of a kv head: equal head counts without a copy.
+    # Stride 0 over the query heads of a kv head gives equal head counts without a copy.
     k, v = (x[:, None].expand(-1, rows.shape[1], -1, -1) for x in (k, v))
     mask = None if tile.causal else tile.mask
     if mask is not None and mask.shape[0] > 1:

@@ -1,7 +1,7 @@
-"""Attention of spans by kernels that take sequences of unequal length: `flash`, `varlen`, `flex`.
+"""Attention of spans by kernels for sequences of unequal length: `flash`, `varlen`, `flex`.
 
-The keys of every span are laid end to end (a shared prompt once per response: keys and values are
-a small part of a layer's activations), so that each span is a sequence of its own with the causal
+The keys of every span are laid end to end (a shared prompt once per response, since keys and values
+are a small part of a layer's activations). So each span is a separate sequence, with the causal
 mask aligned at its end.
 """
 
@@ -23,8 +23,8 @@ class Sequences:
     """Spans as sequences.
 
     Args:
-        key_rows: for each laid-out key its row of k; None where k is laid out already.
-        ends_q, ends_k: int32 [n + 1], where each sequence starts, with the total at the end.
+        key_rows: the row of k of each laid-out key; None if k is laid out already.
+        ends_q, ends_k: int32 [n + 1], the start of each sequence, with the total at the end.
     """
 
     key_rows: Tensor | None
@@ -75,7 +75,7 @@ class VarlenKernel:
 
 
 def flash_kernel() -> VarlenKernel:
-    """flash-attn's varlen function, whose causal mask is aligned at the end since 2.1."""
+    """Make the kernel of flash-attn's varlen function, whose mask ends aligned since 2.1."""
     from flash_attn import flash_attn_varlen_func
 
     def run(q: Tensor, k: Tensor, v: Tensor, s: Sequences) -> Tensor:
@@ -88,10 +88,10 @@ def flash_kernel() -> VarlenKernel:
 
 
 def varlen_kernel() -> VarlenKernel:
-    """torch's own varlen function, FlashAttention-2 inside: its mask is aligned at the end too."""
+    """Make the kernel of torch's varlen function (FlashAttention-2); its mask ends aligned too."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 may lack the argument; later ones refuse unequal head counts without it.
+    # torch 2.11 may lack the argument; later versions refuse unequal head counts without it.
     groups_heads = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
     def run(q: Tensor, k: Tensor, v: Tensor, s: Sequences) -> Tensor:
@@ -125,7 +125,7 @@ class FlexKernel:
         index = torch.arange(len(spans))
         sequence_q = torch.repeat_interleave(index, counts_q).to(device)
         sequence_k = torch.repeat_interleave(index, counts_k).to(device)
-        # The last laid-out key that each row sees.
+        # the last laid-out key that each row sees
         shift = counts_k.cumsum(0) - counts_q.cumsum(0)
         last_key = (
             torch.arange(int(counts_q.sum())) + torch.repeat_interleave(shift, counts_q)
@@ -151,7 +151,7 @@ class FlexKernel:
         if device.type != "cuda":
             return self._flex.flex_attention
         if self._compiled is None:
-            # Dynamic shapes: every microbatch has another number of tokens.
+            # Dynamic shapes, because the number of tokens differs between microbatches.
             self._compiled = torch.compile(self._flex.flex_attention, dynamic=True)
         return self._compiled
 

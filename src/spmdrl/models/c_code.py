@@ -1,8 +1,8 @@
 """C kernels for the CPU, compiled on the machine that runs them, for its processor.
 
-A wheel would carry code for the oldest processor. A small file of C takes the compiler a second,
-once: the library is kept in the user's cache directory under a name that has everything in it that
-made it. Where there is no compiler, torch's own operations do the work.
+A wheel would contain code for the oldest processor. Compiling a small C file takes a second, once:
+the library is kept in the user's cache directory, under a name with a hash of everything that it
+was made from. Without a compiler, torch's own operations are used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 COMPILERS = ("gcc", "clang", "cc")
-"""In this order: a site's module brings a new gcc, and leaves the system's old cc."""
+"""Compilers in order of preference: a site's module brings a new gcc, but keeps the old cc."""
 FLAGS = (
     "-O3",
     "-march=native",
@@ -41,11 +41,11 @@ _TIMEOUT_S = 60
 
 @functools.cache
 def load(source: Path, **constants: int) -> ctypes.CDLL | None:
-    """The functions of a C file, compiled with `constants` defined; None where that cannot be done
-    here, which the log says.
+    """Compile and load a C file, with `constants` defined; None, and a line in the log, if that is
+    impossible here.
 
-    The compiler is `$CC` or the first of `COMPILERS` that compiles it. Its OpenMP is gcc's, which
-    torch has loaded under the same name, so that there is one pool of threads; clang has another.
+    The compiler is `$CC` or the first of `COMPILERS` that compiles it. gcc's OpenMP is the one that
+    torch has loaded under the same name, so that one pool of threads exists; clang has its own.
     """
     failures = []
     for command in _compilers():
@@ -73,8 +73,8 @@ def _load(command: tuple[str, ...], source: Path, constants: dict[str, int]) -> 
 
 @contextmanager
 def _directory(name: str) -> Iterator[Path]:
-    """The cache's, or where `name` is not there and cannot be made, one of this process that is
-    gone after: a loaded library needs no file."""
+    """Yield the cache's directory, or, if `name` does not exist there and cannot be made, a
+    temporary one, which is removed afterwards: a loaded library needs no file."""
     try:
         path = cache_directory()
         if not (path / name).exists() and not os.access(path, os.W_OK):
@@ -87,10 +87,10 @@ def _directory(name: str) -> Iterator[Path]:
 
 
 def cache_directory() -> Path:
-    """Where compiled kernels are kept: the user's alone, since what lies there is run.
+    """Return the directory of compiled kernels, which only the user can use, since they are run.
 
     Raises:
-        OSError: it cannot be made, there is no home, or somebody else may write there.
+        OSError: it cannot be made, there is no home, or other users have access to it.
     """
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -106,7 +106,7 @@ def cache_directory() -> Path:
 
 
 def _compile(command: tuple[str, ...], flags: tuple[str, ...], source: Path, target: Path) -> None:
-    """Atomic, since ranks that share a home directory start together."""
+    """Compile atomically, since ranks that share a home directory start together."""
     with tempfile.TemporaryDirectory(dir=target.parent) as made:
         out = Path(made) / target.name
         subprocess.run(
@@ -116,13 +116,13 @@ def _compile(command: tuple[str, ...], flags: tuple[str, ...], source: Path, tar
             text=True,
             timeout=_TIMEOUT_S,
         )
-        # one that another rank has mapped stays: over NFS it would be gone from under it
+        # A file that another rank has mapped stays: over NFS a replaced file would vanish for it.
         if not target.exists():
             out.replace(target)
 
 
 def _fingerprint(command: tuple[str, ...], source: Path, constants: dict[str, int]) -> str:
-    """Of what the library is made of: text, compiler, processor."""
+    """Hash everything that the library is made from: source, compiler, flags, processor."""
     version = subprocess.run(
         [*command, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S
     ).stdout
@@ -132,7 +132,7 @@ def _fingerprint(command: tuple[str, ...], source: Path, constants: dict[str, in
 
 
 def _processor() -> str:
-    """What -march=native looks at."""
+    """Describe the processor by the properties that -march=native looks at."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -142,6 +142,6 @@ def _processor() -> str:
 
 
 def _compilers() -> list[tuple[str, ...]]:
-    """The commands to try, `$CC` with its words first."""
+    """List the commands to try, `$CC` with its arguments first."""
     given = tuple(shlex.split(os.environ.get("CC", "")))
     return [c for c in (given, *((name,) for name in COMPILERS)) if c and shutil.which(c[0])]

@@ -1,4 +1,4 @@
-"""`spmdrl check-model`: all that is wrong or odd about a model's directory, weights included."""
+"""`spmdrl check-model`: finds errors and oddities in a model's directory, weights included."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .weight_files import PLAIN, Checkpoint, open_checkpoint
 
 @dataclass(kw_only=True)
 class Findings:
-    """What is found while a directory is read.
+    """Findings about a directory.
 
     Args:
-        summary: what the model is.
-        errors: for which it is refused; whole lines that name file and key or tensor.
-        notes: what is odd.
+        summary: one line about the model.
+        errors: reasons to refuse it, as whole lines that name file and key or tensor.
+        notes: oddities that are no reason to refuse it.
     """
 
     summary: str = ""
@@ -95,7 +95,7 @@ def _check_weights(path: Path, config: ModelConfig, found: Findings) -> None:
 
 
 def _head(config: ModelConfig, checkpoint: Checkpoint) -> Head:
-    """The one that the directory has."""
+    """Return the head that the directory's model has."""
     named = str(config.source["architectures"][0])
     is_scalar = CLASSIFICATION in named or (
         SCORE in checkpoint.names and HEAD not in checkpoint.names and not config.tie_embeddings

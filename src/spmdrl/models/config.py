@@ -1,4 +1,4 @@
-"""`ModelConfig`: what the decoder needs of a Hugging Face `config.json`, checked as it is read."""
+"""`ModelConfig`: the decoder's part of a Hugging Face `config.json`, checked when it is read."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MOST_LAYERS = 10_000
 class ModelConfig:
     """Sizes and switches of one decoder; `source` is config.json as it was read.
 
-    `architecture` names the family as a language model, whichever head the directory's model has.
-    `intermediate_size` is that of dense layers; `moe` describes the layers with experts.
+    `architecture` is the family's name as a language model, whatever head the directory's model
+    has. `intermediate_size` is that of dense layers; `moe` describes the layers with experts.
     """
 
     architecture: str
@@ -46,11 +46,11 @@ class ModelConfig:
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The configuration in the directory `path` (its config.json, and generation_config.json).
+    """Read the configuration in the directory `path` (config.json and generation_config.json).
 
     Raises:
-        ValueError: no readable config.json there; an architecture or a feature that the decoder
-            lacks (the supported architectures are listed); a value that is none of its key.
+        ValueError: there is no readable config.json; the decoder lacks the architecture (the
+            message lists those it supports) or a feature; a value is not valid for its key.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
@@ -70,9 +70,9 @@ def parse_config(
     origin: str = "config.json",
     generation_origin: str = GENERATION,
 ) -> ModelConfig:
-    """`read_config` of a mapping with config.json's keys; `origin` is named in errors.
+    """Parse a mapping with config.json's keys like `read_config`; errors name `origin`.
 
-    A key that is missing has the value that `transformers` gives it (see `families`).
+    A missing key gets the value that `transformers` gives it (see `families`).
     """
     architecture = _architecture(source, origin)
     fields = Fields(values=source, origin=origin, defaults=DEFAULTS[architecture])
@@ -112,9 +112,9 @@ def parse_config(
 
 
 def tiny(config: ModelConfig) -> ModelConfig:
-    """The same architecture and vocabulary with 2 layers of width 64: for `model.tiny: true`.
+    """Shrink to 2 layers of width 64 with the same vocabulary, for `model.tiny: true`.
 
-    A mixture of experts has 8 of them in both layers, and a token goes to 2.
+    A mixture of experts has 8 experts in both layers, and a token is routed to 2.
     """
     sizes: dict[str, Any] = {
         "hidden_size": 64,
@@ -122,7 +122,7 @@ def tiny(config: ModelConfig) -> ModelConfig:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 32,  # the least that vLLM has on a CPU
+        "head_dim": 32,  # the least that vLLM supports on a CPU
     }
     if config.moe is not None:
         sizes |= tiny_experts(config.architecture)
@@ -173,7 +173,7 @@ def _head_dim(fields: Fields, architecture: str, hidden_size: int, num_heads: in
 
 
 def _eos_ids(fields: Fields, generation: Mapping[str, Any], origin: str) -> tuple[int, ...]:
-    """All ends of text: chat models often name a second one in generation_config.json alone."""
+    """Collect all ends of text; chat models often name a second one in generation_config.json."""
     other = Fields(values=generation, origin=origin, defaults={"eos_token_id": None})
     ids = (*fields.ids("eos_token_id"), *other.ids("eos_token_id"))
     return tuple(dict.fromkeys(ids))

@@ -1,6 +1,6 @@
 """The decoder of Llama 2/3, SmolLM2, Qwen2/2.5, Qwen3, Mistral, and of Qwen3-MoE and Mixtral.
 
-One definition serves the torch train backend and the native rollout engine. It works on a packed
+The torch train backend and the native rollout engine share this definition. It works on a packed
 stream of T tokens and leaves attention to the caller (`Attend`), who knows which tokens belong
 together and where keys and values are kept. Parameters are this rank's tensor-parallel part,
 fused: `layers.{i}.attention.qkv.weight` has the rows of q, k, v, and `mlp.gate_up.weight` those of
@@ -45,9 +45,9 @@ class Attend(Protocol):
 
 
 class Projection(nn.Module):
-    """y = x W^T (+ b), with storage that is not initialised: weights are always filled after.
+    """Projection y = x W^T (+ b), whose storage is not initialised: weights are filled later.
 
-    `blocked` is the weight as `linear.in_blocks` has laid it out; whoever sets it keeps it true.
+    `blocked` is the weight as laid out by `linear.in_blocks`; its setter keeps it up to date.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Projection(nn.Module):
 class Norm(nn.Module):
     """Root-mean-square norm over the last dim (Zhang & Sennrich 2019), float32 inside.
 
-    `tp` is given where each rank applies the weight to its own heads alone: its gradient is then
-    the sum over the ranks.
+    Pass `tp` if each rank applies the weight only to its own heads: the weight's gradient is then
+    summed over the ranks.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Vocabulary-parallel: each rank looks up the rows that it has, and the ranks' sum is all.
+    """Vocabulary-parallel embedding: each rank looks up its own rows, and the ranks sum them.
 
     `blocked` serves a tied head, see `Projection`.
     """
@@ -148,7 +148,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
         qkv = self._in_order(self.qkv(copy_to(x, self.tp.group)))
-        # Splits, not slices: the backward of a split is one copy, a slice's is one of zeros each.
+        # Splits, not slices: a split's backward is one copy, each slice's is a tensor of zeros.
         qk, v = torch.split(qkv, [self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = torch.split(qk, [self.heads, self.kv_heads], dim=1)
@@ -158,7 +158,7 @@ class Attention(nn.Module):
         return reduce_from(self.out(out.reshape(x.shape[0], -1)), self.tp.group)
 
     def _in_order(self, qkv: Tensor) -> Tensor:  # [T, rows] -> [T, H + 2 KVH, d]
-        """All heads of q, then of k, then of v."""
+        """Arrange all heads of q, then of k, then of v."""
         if self.blocks == 1:
             return qkv.view(len(qkv), -1, self.head_dim)
         heads, kv_heads = self.heads // self.blocks, self.kv_heads // self.blocks
@@ -190,9 +190,9 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer; the unit of FSDP2's `fully_shard` and of recomputation.
+    """One decoder layer, the unit of FSDP2's `fully_shard` and of recomputation.
 
-    A mixed-precision policy must have `cast_forward_inputs=False`: `rope` stays float32, as it is
+    A mixed-precision policy must have `cast_forward_inputs=False`, so that `rope` stays float32, as
     in the rollout engine.
     """
 
@@ -229,7 +229,7 @@ class Layer(nn.Module):
     ) -> Tensor:
         if not recompute:
             return self.run(x, rope, attend, routing)
-        # Inside forward, so that an FSDP-wrapped layer is unsharded once for both passes.
+        # Checkpoint inside forward, so that FSDP unshards the layer once for both passes.
         result: Tensor = checkpoint(
             self.run, x, rope, attend, routing, use_reentrant=False, preserve_rng_state=False
         )
@@ -252,18 +252,18 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to hidden states after the final norm, and the head's weight.
+    """Decoder from token ids to hidden states after the final norm, with the head's weight.
 
     Args:
         config: the global model.
-        tp: this rank's place in the tensor-parallel group; `check_tp` says which degrees fit.
-        ep: which part of the experts is here, of how many, and with whom tokens are exchanged for
-            the others (see `Moe`).
-        dtype: of all parameters. Norms and rope are computed in float32 whatever it is.
-        device: where the (uninitialised) parameters lie; `meta` for none yet.
+        tp: this rank's place in the tensor-parallel group; `check_tp` checks the degree.
+        ep: this rank's part of the experts, and the group with which tokens are exchanged for the
+            other parts (see `Moe`).
+        dtype: dtype of all parameters. Norms and rope are always computed in float32.
+        device: device of the (uninitialised) parameters; `meta` for none yet.
         head: "lm" adds `head.weight` unless the embeddings are tied; "score" adds one row, which
-            every tensor-parallel rank has.
-        blocks: in which fused projections lie, see `sharding.all_slices`.
+            every tensor-parallel rank holds.
+        blocks: number of blocks of fused projections, see `sharding.all_slices`.
     """
 
     def __init__(
@@ -330,15 +330,15 @@ class Decoder(nn.Module):
         recompute: Recompute = "none",
         routing: Routing | None = None,
     ) -> Tensor | R:
-        """Hidden states [T, D] after the final norm, or what `finish` makes of them.
+        """Compute hidden states [T, D] after the final norm, or the result of `finish` on them.
 
         `finish(hidden [T, D], head_weight [V_local, D])` runs inside forward, where FSDP2 has
-        gathered the head's weight. Hidden states are the same on every tensor-parallel rank; a
-        product with the local rows of the head must pass them through
-        `copy_to(hidden, tp.group)` first, and so must nothing else.
+        gathered the head's weight. Hidden states are the same on every tensor-parallel rank. Pass
+        them through `copy_to(hidden, tp.group)` for a product with the local rows of the head, and
+        for nothing else.
 
-        `recompute="layer"` keeps only each layer's input for the backward pass. `routing` is of a
-        mixture of experts: what is to be chosen, and what was.
+        `recompute="layer"` keeps only each layer's input for the backward pass. `routing` holds the
+        experts to choose and those that were chosen.
         """
         again = recompute == "layer" and torch.is_grad_enabled()
         rope = self.rope(positions)
@@ -349,7 +349,7 @@ class Decoder(nn.Module):
         return hidden if finish is None else finish(hidden, self.head_weight())
 
     def slices(self) -> dict[str, tuple[Slice, ...]]:
-        """What every parameter holds of the global tensors."""
+        """Return the slices of the global tensors that every parameter holds."""
         tp, ep = self.tp, self.ep
         return all_slices(
             self.config,
@@ -362,7 +362,7 @@ class Decoder(nn.Module):
         )
 
     def head_weight(self) -> Tensor:
-        """[V_local, D]: the embedding's where they are tied; [1, D] of a scalar head."""
+        """Return the head's weight: [V_local, D], the embedding's if tied; [1, D] if scalar."""
         return self.head_holder.weight
 
     @property
@@ -371,10 +371,10 @@ class Decoder(nn.Module):
         return self.embed_tokens if self.head is None else self.head
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for `rotate`, each [T, 1, d] float32.
+        """Compute cos and sin for `rotate`, each [T, 1, d] float32.
 
-        Computed once a forward pass: T x d values cost less than one layer's norm, and no table
-        of all positions has to be kept or grown.
+        They are computed once per forward pass: T x d values cost less than one layer's norm, and
+        no table of all positions must be kept or enlarged.
         """
         if self._frequencies is None or self._frequencies.device != positions.device:
             values = inverse_frequencies(self.config.rope, self.config.head_dim)

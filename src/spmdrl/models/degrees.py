@@ -1,4 +1,4 @@
-"""Which tensor- and expert-parallel degrees divide a model."""
+"""Checks that tensor- and expert-parallel degrees divide a model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def check_tp(config: ModelConfig, tp: int, *, ep: int = 1, replicate_kv: bool = 
     """Refuse tensor- and expert-parallel degrees that do not divide the model.
 
     Args:
-        replicate_kv: allow more ranks than key/value heads, each head then on several ranks. Only
+        replicate_kv: allow more ranks than key/value heads, with each head on several ranks. Only
             for inference: the gradients of such copies would have to be summed.
 
     Raises:
-        ValueError: naming the numbers that `tp` or `ep` does not divide.
+        ValueError: `tp` or `ep` does not divide some sizes; the message names them.
     """
     has_dense_layers = config.moe is None or len(config.moe.layers) < config.num_layers
     sizes = {
@@ -37,7 +37,7 @@ def check_tp(config: ModelConfig, tp: int, *, ep: int = 1, replicate_kv: bool = 
 
 
 def heads_mend(config: ModelConfig, tp: int, bad: Sequence[str]) -> str:
-    """How `tp` is made to divide the heads, for messages; nothing where `bad` names no heads."""
+    """Explain how `tp` can divide the heads, for messages; empty if `bad` names no heads."""
     if not any("heads" in name for name in bad):
         return ""
     kv_heads = -(-config.num_kv_heads // tp) * tp
@@ -49,7 +49,7 @@ def heads_mend(config: ModelConfig, tp: int, bad: Sequence[str]) -> str:
 
 
 def check_ep(config: ModelConfig, tp: int, ep: int) -> None:
-    """ValueError unless the degrees divide the model's experts, naming the numbers."""
+    """Raise ValueError, with the numbers, unless the degrees divide the model's experts."""
     moe = config.moe
     if moe is None:
         if ep > 1:

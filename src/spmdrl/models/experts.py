@@ -1,4 +1,4 @@
-"""What a mixture of experts adds to a model's configuration, and its Hugging Face names."""
+"""The part of a model's configuration that describes experts, and their Hugging Face names."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class MoeConfig:
     """The experts of a model; all its layers with experts are alike.
 
     Args:
-        top_k: experts that a token goes to.
-        intermediate_size: of one expert.
-        normalise: the chosen experts' probabilities are divided by their sum.
+        top_k: number of experts that a token is routed to.
+        intermediate_size: width of one expert.
+        normalise: whether the chosen experts' probabilities are divided by their sum.
         layers: the layers that have experts, ascending; the others are dense.
     """
 
@@ -34,9 +34,9 @@ class ExpertNames:
     """The tensors of one layer with experts, after `model.layers.{i}.`.
 
     Args:
-        router: [num_experts, hidden_size].
-        gate, up: [intermediate_size, hidden_size], `{}` is the expert's number.
-        down: [hidden_size, intermediate_size].
+        router: name of the router, [num_experts, hidden_size].
+        gate, up: names of tensors [intermediate_size, hidden_size]; `{}` is the expert's number.
+        down: name of a tensor [hidden_size, intermediate_size].
     """
 
     router: str
@@ -59,18 +59,18 @@ EXPERT_NAMES: Mapping[str, ExpertNames] = {
     "Qwen3MoeForCausalLM": _names("mlp", "gate_proj", "up_proj", "down_proj"),
     "MixtralForCausalLM": _names("block_sparse_moe", "w1", "w3", "w2"),
 }
-"""By architecture, as the safetensors files of the released models have them (`transformers` 5
+"""Names by architecture, as in the safetensors files of the released models (`transformers` 5
 stacks the experts in memory, and unstacks them when it saves)."""
 
 
 def parse_experts(fields: Fields, architecture: str) -> MoeConfig | None:
-    """The experts that config.json describes; None where no layer has any.
+    """Read the experts that config.json describes; None if no layer has any.
 
-    What concerns the training of the released model alone (`router_aux_loss_coef`,
-    `router_jitter_noise`) is not read.
+    Keys that only concern the training of the released model (`router_aux_loss_coef`,
+    `router_jitter_noise`) are not read.
 
     Raises:
-        ValueError: two numbers of experts, or fewer experts than a token goes to.
+        ValueError: two numbers of experts contradict each other, or there are fewer than `top_k`.
     """
     if architecture not in EXPERT_NAMES:
         return None
@@ -102,7 +102,7 @@ def parse_experts(fields: Fields, architecture: str) -> MoeConfig | None:
 
 
 def _num_experts(fields: Fields) -> int:
-    """transformers reads either name for both families, and writes num_local_experts."""
+    """Read the number under either name, as transformers does; it writes num_local_experts."""
     names = [
         key
         for key in ("num_local_experts", "num_experts")
@@ -120,7 +120,7 @@ def _num_experts(fields: Fields) -> int:
 
 
 def tiny_experts(architecture: str) -> dict[str, Any]:
-    """The keys of config.json that a tiny model has instead of its own."""
+    """Return the keys of config.json by which a tiny model replaces its own."""
     sizes: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2}
     if architecture == "MixtralForCausalLM":
         return sizes

@@ -1,6 +1,6 @@
-"""Hugging Face directories that `transformers` loads, written in one piece.
+"""Hugging Face directories that `transformers` loads, written atomically.
 
-No tensor is held in memory after the next came.
+No tensor is kept in memory once the next one has arrived.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 MORE_TEMPLATES = "additional_chat_templates"
-"""The directory of a tokenizer's templates beside the default one."""
+"""The directory of a tokenizer's templates other than the default one."""
 
 
 def files_dtype(directory: str | Path, config: ModelConfig) -> torch.dtype:
-    """The dtype of the embeddings in a directory's files, which stands for all of them.
+    """Return the dtype of the embeddings in a directory's files, taken as that of all tensors.
 
     Raises:
         ValueError: see `open_checkpoint`.
@@ -64,20 +64,20 @@ def save_pretrained(
     ends: Sequence[int] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a directory that `transformers` loads; no tensor is held in memory after the next came.
+    """Write a directory that `transformers` loads; no tensor is kept once the next has arrived.
 
-    A model with a scalar head is one for sequence classification with one label. transformers reads
-    its score at the last token that is no padding, so the padding token that is written, in
-    config.json and for the tokenizer alike, is one with which no row ends.
+    A model with a scalar head is written as sequence classification with one label. transformers
+    reads its score at the last token that is not padding, so the padding token in config.json and
+    in the tokenizer is one with which no row ends.
 
     Args:
         tensors: every global tensor once, by Hugging Face name, in any order, on any device.
-        tokenizer_dir: where tokenizer files and generation_config.json are copied from.
-        dtype: of the values in the files; None: as they come.
-        ends: tokens that end a text, beside those of `config`.
+        tokenizer_dir: directory from which tokenizer files and generation_config.json are copied.
+        dtype: dtype of the values in the files; None keeps that of `tensors`.
+        ends: tokens that end a text, in addition to those of `config`.
 
     Raises:
-        OSError: a file could not be written; an older `out_dir` is then as it was.
+        OSError: a file could not be written; an older `out_dir` is then unchanged.
         ValueError: a tensor is missing, unknown, given twice, of another shape, or has values that
             `dtype` cannot hold.
     """
@@ -104,7 +104,7 @@ def save_pretrained(
 def _generation(
     copied: Mapping[str, Any], source: Mapping[str, Any], ends: Sequence[int], head: Head
 ) -> dict[str, Any]:
-    """generation_config.json: what the copied one says, with every end of text."""
+    """Make generation_config.json's content: that of the copied one, with every end of text."""
     keys = ("bos_token_id", "pad_token_id")
     given = {key: source[key] for key in keys if source.get(key) is not None}
     written = {**given, **copied}
@@ -116,7 +116,7 @@ def _generation(
 
 
 def _described(config: ModelConfig, head: Head) -> dict[str, Any]:
-    """What config.json says of the head."""
+    """Return config.json's keys about the head."""
     if head == "lm":
         return {"architectures": [config.architecture]}
     return {
@@ -128,7 +128,7 @@ def _described(config: ModelConfig, head: Head) -> dict[str, Any]:
 
 
 def _without_labels(source: dict[str, Any]) -> dict[str, Any]:
-    # transformers does not load a padding token without a row in the embedding
+    # transformers cannot load a padding token that has no row in the embedding
     pad, size = source.get("pad_token_id"), source.get("vocab_size")
     if isinstance(pad, int) and isinstance(size, int) and pad >= size:
         source = {**source, "pad_token_id": None}
@@ -157,7 +157,7 @@ def _write_weights(
     directory: Path,
     max_shard_bytes: int,
 ) -> str:
-    """The weights and, where there are several files, their index; returns the dtype."""
+    """Write the weights and, if there are several files, their index; return the dtype."""
     shards = write_shards(tensors, shapes, directory, max_shard_bytes)
     count = len(shards.names)
     files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]

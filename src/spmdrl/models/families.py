@@ -1,4 +1,4 @@
-"""The architectures of the decoder, and what their configurations say where a key is missing."""
+"""The architectures of the decoder, and the values of keys that their configurations lack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODEL_TYPES: Mapping[str, str] = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "MixtralForCausalLM": "mixtral",
 }
-"""By architecture, config.json's `model_type`: the class that `transformers` takes."""
+"""config.json's `model_type` by architecture, by which `transformers` chooses its class."""
 
 SUPPORTED = (
     *(name for name in MODEL_TYPES if name not in EXPERT_NAMES),
@@ -93,6 +93,6 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 2,
     },
 }
-"""By architecture: those of `transformers`' configuration classes, for every key that is read.
+"""Defaults of `transformers`' configuration classes by architecture, for every key that is read.
 
-Ends of text are left out: which token ends a text is the tokenizer's to say, not the class's."""
+Ends of text are left out: the tokenizer decides which tokens end a text, not the class."""

@@ -1,4 +1,4 @@
-"""JSON files and the values in them, read so that what is wrong is named by file and key."""
+"""JSON files and the values in them; errors name the file and the key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_pointer(file: Path) -> bool:
 
 
 def pointer_error(file: Path) -> str:
-    """What is said of a pointer."""
+    """Make the error message about a pointer."""
     return (
         f"{file} is a Git LFS pointer, the file itself was not downloaded: run `git lfs pull` "
         "in its repository"
@@ -29,22 +29,22 @@ def pointer_error(file: Path) -> str:
 
 
 def refuse_pointer(file: Path) -> None:
-    """ValueError where `file` is a Git LFS pointer."""
+    """Raise ValueError if `file` is a Git LFS pointer."""
     if is_pointer(file):
         raise ValueError(pointer_error(file))
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
-        ValueError: no JSON object, naming the file.
+        ValueError: the file holds no JSON object; the message names it.
         OSError: the file cannot be read.
     """
     refuse_pointer(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-    # RecursionError: brackets without end; UnicodeDecodeError and JSONDecodeError are ValueErrors
+    # RecursionError: too many brackets; UnicodeDecodeError and JSONDecodeError are ValueErrors
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -53,7 +53,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def kind_of(value: Any) -> str:
-    """How a JSON value is called in a message, with the value where it is short."""
+    """Describe a JSON value in a message, by the value itself if it is short."""
     if value is None:
         return "null"
     if isinstance(value, bool | int | float | str):
@@ -67,10 +67,10 @@ class Fields:
     """Named values of a file, each read as the kind that it must have.
 
     Args:
-        values: what the file says.
-        origin: what messages begin with: the file.
-        defaults: for keys that the file does not have; a key without one is required. A null is
-            a value, not a missing key, as `transformers` has it.
+        values: the file's values by key.
+        origin: the file, with which messages begin.
+        defaults: values of keys that the file lacks; a key without one is required. A null is a
+            value, not a missing key, as in `transformers`.
     """
 
     values: Mapping[str, Any]
@@ -81,7 +81,7 @@ class Fields:
         return key in self.values
 
     def value(self, key: str) -> Any:
-        """Of any kind."""
+        """Return a value of any kind."""
         if key in self.values:
             return self.values[key]
         if key in self.defaults:
@@ -124,7 +124,7 @@ class Fields:
         return value
 
     def section(self, key: str) -> Mapping[str, Any]:
-        """An object; empty where it is null."""
+        """Return an object; null gives an empty one."""
         value = self.value(key)
         if value is None:
             return {}
@@ -133,7 +133,7 @@ class Fields:
         return value
 
     def integers(self, key: str) -> tuple[int, ...]:
-        """A list of whole numbers; empty where it is null."""
+        """Return a list of whole numbers; null gives an empty one."""
         value = self.value(key)
         if value is None:
             return ()
@@ -142,7 +142,7 @@ class Fields:
         return tuple(value)
 
     def ids(self, key: str) -> tuple[int, ...]:
-        """Token ids: one, a list of them, or null for none."""
+        """Return token ids, given as one, a list of them, or null for none."""
         value = self.value(key)
         given = () if value is None else value if isinstance(value, list) else (value,)
         if not all(type(item) is int and 0 <= item <= MOST for item in given):
@@ -153,7 +153,7 @@ class Fields:
         return self.value(key) is None
 
     def wrong(self, key: str, kind: str) -> ValueError:
-        """The error that says what `key` must be."""
+        """Make the error that says what `key` must be."""
         where = "" if key in self.values else " (the default, as the file does not have it)"
         given = kind_of(self.value(key))
         return ValueError(f"{self.origin}: {key} must be {kind}, not {given}{where}")

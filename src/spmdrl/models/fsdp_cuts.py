@@ -1,8 +1,8 @@
-"""How FSDP2 cuts a decoder's local parameters into shards, in terms of the sharding table.
+"""FSDP2's cuts of a decoder's local parameters into shards, in terms of the sharding table.
 
-Shards can line up with what the tensor-parallel ranks of a rollout hold: fused projections then lie
-in blocks (see `sharding.all_slices`), and those that tensor parallelism divides by columns FSDP
-divides so too. A rank that trains a shard then has all that it generates with.
+Shards can match the parts of a rollout's tensor-parallel ranks. Fused projections are then in
+blocks (see `sharding.all_slices`), and FSDP cuts by columns where tensor parallelism does. A rank
+that trains a shard then already holds the weights that it generates with.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from .sharding import Head, Slice, Split, parameter_parts, restrict
 
 
 def fitting_blocks(config: ModelConfig, degrees: Mapping[str, int], engine_tp: int) -> int:
-    """The blocks with which the shards of a role are what an engine's ranks hold, if both are on
-    the same ranks; 1: it cannot be.
+    """Return the number of blocks with which the shards of a role equal the parts of an engine on
+    the same ranks; 1 if that is impossible.
     """
     shards = degrees.get("dp_shard", 1) * degrees.get("cp", 1)
     plain = degrees.get("tp", 1) == degrees.get("pp", 1) == 1 and degrees.get("dp_shard", 1) > 1
-    # tp is the innermost axis there, as the shards are here
+    # the engine's innermost axis is tp, as it is the shards' here
     sizes = (config.num_heads, config.num_kv_heads, config.intermediate_size)
     return shards if plain and engine_tp == shards and not any(n % shards for n in sizes) else 1
 
 
 def fsdp_dims(config: ModelConfig, head: Head = "lm", blocks: int = 1) -> dict[str, int | None]:
-    """Local name -> the dim along which FSDP cuts the parameter; None: every rank has all of it.
+    """Map local names to the dim along which FSDP cuts the parameter; None if it is not cut.
 
-    What tensor parallelism does not divide (norms, a scalar head, routers) FSDP does not either. In
-    `blocks` (see `all_slices`) it cuts as tensor parallelism of that degree does.
+    FSDP does not divide parameters that tensor parallelism does not divide (norms, a scalar head,
+    routers). With `blocks` (see `all_slices`) it cuts like tensor parallelism of that degree.
     """
     dims: dict[str, int | None] = {}
     for name, parts in parameter_parts(config, head).items():
@@ -45,10 +45,10 @@ def fsdp_dims(config: ModelConfig, head: Head = "lm", blocks: int = 1) -> dict[s
 def fsdp_shard(
     shape: tuple[int, ...], held: Iterable[Slice], dim: int | None, index: int, count: int
 ) -> tuple[tuple[int, ...], tuple[Slice, ...]]:
-    """Shape and slices of shard `index` of `count` of a local parameter, as FSDP2 cuts it.
+    """Return shape and slices of shard `index` of `count` of a local parameter, as FSDP2 cuts it.
 
-    Along dim 0 as `torch.chunk` does: the first ranks have ceil(rows / count) each. Columns must
-    divide evenly.
+    Dim 0 is cut as by `torch.chunk`: the first ranks have ceil(rows / count) rows each. Columns
+    must divide evenly.
     """
     held = tuple(held)
     if dim is None or count == 1:

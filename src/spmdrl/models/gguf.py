@@ -1,4 +1,4 @@
-"""GGUF files of the llama architecture to Hugging Face directories in float32."""
+"""Conversion of GGUF files of the llama architecture to Hugging Face directories in float32."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ _READ = (
     "rope.scaling.type",
     "vocab_size",
 )
-"""The keys of the architecture that are read, or change nothing without those that are refused."""
+"""Keys of the architecture that are read, or that have no effect without keys that are refused."""
 
 _ENDS = ("eos", "eot", "eom")
 """The kinds of ids at which llama.cpp ends a text."""
 
 
 class _Reader(GGUFReader):  # type: ignore[misc]
-    """A reader that does not read beyond the file's end: the library's own takes what is there,
-    and counts through arrays of any length that a damaged file claims.
+    """A reader that refuses to read beyond the file's end: the library's own reader returns what is
+    left, and loops over arrays of any length that a damaged file claims.
     """
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
@@ -79,14 +79,14 @@ class _Reader(GGUFReader):  # type: ignore[misc]
 
 
 def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> ModelConfig:
-    """Write a Hugging Face directory of a llama-architecture GGUF file; atomically.
+    """Write a llama-architecture GGUF file as a Hugging Face directory, atomically.
 
-    The quantised values are kept exactly (float32), the rows of q and k put back into Hugging
+    The quantised values are kept exactly (float32), the rows of q and k are put back into Hugging
     Face's order, and the tokenizer is rebuilt from the file's vocabulary and merges.
 
     Raises:
-        ValueError: no readable GGUF file, another architecture, or a key or tensor that is not
-            converted, by name.
+        ValueError: the file is not a readable GGUF file, has another architecture, or a key or
+            tensor that is not converted; the message names it.
         OSError: `out_dir` could not be written.
     """
     path = Path(gguf_path)
@@ -98,7 +98,7 @@ def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> ModelConfig:
     try:
         tokenizer = build_tokenizer(fields)
         described = tokenizer_config(fields)
-    # the library raises bare Exceptions of its own, and has no file to name
+    # the library raises bare Exceptions, which do not name the file
     except Exception as error:
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         named = text if str(path) in text else f"{path}: tokenizer.ggml makes no tokenizer: {text}"
@@ -118,7 +118,7 @@ def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> ModelConfig:
 
 
 def _read(path: Path) -> tuple[GGUFReader, Fields]:
-    """The file, and the values of its keys."""
+    """Open the file, and read the values of its keys."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     refuse_pointer(path)
@@ -138,7 +138,7 @@ def _read(path: Path) -> tuple[GGUFReader, Fields]:
 
 
 def find_packaged_gguf(package: str) -> Path:
-    """The .gguf in an installed package, a wheel (unpacked beside it), or a directory of either.
+    """Find the .gguf file: itself, in a package, in a wheel (unpacked next to it), or in a folder.
 
     Raises:
         ValueError: there is none, or more than one.
@@ -183,7 +183,7 @@ def _unpack(wheel: Path) -> Path:
 
 
 def _config_source(fields: Fields, tensors: list[str]) -> dict[str, Any]:
-    """config.json's content of GGUF's `llama.*` keys."""
+    """Make config.json's content from GGUF's `llama.*` keys."""
     path, architecture = fields.origin, fields.text("general.architecture")
     if architecture != "llama":
         raise ValueError(
@@ -221,7 +221,7 @@ def _config_source(fields: Fields, tensors: list[str]) -> dict[str, Any]:
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "hidden_act": "silu",
-        # GGUF keeps a float32; the shortest decimal of it is the number that was meant.
+        # GGUF stores a float32; its shortest decimal is the number that was meant.
         "rms_norm_eps": float(str(np.float32(epsilon))),
         "max_position_embeddings": fields.integer("llama.context_length"),
         **_rope_source(fields),
@@ -235,7 +235,7 @@ def _config_source(fields: Fields, tensors: list[str]) -> dict[str, Any]:
 
 
 def _refuse_parts(fields: Fields) -> None:
-    """ValueError for a file that is no whole model, or of which two keys disagree."""
+    """Raise ValueError for a file that is not a complete model, or whose keys disagree."""
     if fields.values.get("general.type", "model") != "model" or "adapter.type" in fields:
         raise ValueError(
             f"{fields.origin}: general.type={fields.values.get('general.type')!r} is no model: "
@@ -252,7 +252,7 @@ def _refuse_parts(fields: Fields) -> None:
 
 
 def _rope_source(fields: Fields) -> dict[str, Any]:
-    """As llama.cpp reads it: without a type the factor is linear, and 0 is no factor."""
+    """Read rope like llama.cpp: without a type the factor is linear, and 0 means no factor."""
     theta = 10000.0
     if "llama.rope.freq_base" in fields:
         theta = fields.number("llama.rope.freq_base", above=0.0)
@@ -270,7 +270,7 @@ def _rope_source(fields: Fields) -> dict[str, Any]:
 
 
 def _token_ids(fields: Fields) -> dict[str, Any]:
-    """config.json's ids of special tokens."""
+    """Make config.json's ids of special tokens."""
     found: dict[str, Any] = {
         f"{kind}_token_id": token_id(fields, key)
         for kind, key in (("bos", "bos"), ("pad", "padding"))
@@ -282,10 +282,10 @@ def _token_ids(fields: Fields) -> dict[str, Any]:
 
 
 def _tensor_names(reader: GGUFReader, config: ModelConfig, path: Path) -> dict[str, str]:
-    """GGUF's name of every tensor -> Hugging Face's.
+    """Map GGUF's name of every tensor to Hugging Face's.
 
     Raises:
-        ValueError: one is not converted, missing or of another shape.
+        ValueError: a tensor is not converted, missing or of another shape.
     """
     shapes = global_shapes(config)
     names = {}
@@ -318,9 +318,9 @@ def _tensors(
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     for tensor in reader.tensors:
         try:
-            # A copy where nothing was dequantised: torch wants memory that it may write to.
+            # This copies if nothing was dequantised, because torch needs writable memory.
             values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        # of another kind for each format that the library does not know
+        # the kind of error differs between the formats that the library does not know
         except Exception as error:
             raise ValueError(f"{path}: the tensor {tensor.name!r}: {error}") from error
         if not (np.isfinite(values.min()) and np.isfinite(values.max())):
@@ -333,6 +333,6 @@ def _tensors(
 
 
 def _unpermute(values: Any, heads: int) -> Any:
-    """GGUF interleaves the two halves of each q and k head (rope on neighbours); undo it."""
+    """Undo GGUF's interleaving of the two halves of each q and k head (rope on neighbours)."""
     halves = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)

@@ -14,14 +14,13 @@ _KNOWN = (
     *("model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges"),
     *("add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces"),
 )
-"""The keys that are read, or that llama.cpp does not ask for byte-level BPE; other keys change
-tokens."""
+"""Keys that are read, or that llama.cpp ignores for byte-level BPE; other keys change tokens."""
 
 
 def build_tokenizer(fields: Fields) -> Tokenizer:
-    """Byte-level BPE of GGUF's vocabulary, merges, token types and pre-tokenizer.
+    """Build byte-level BPE from GGUF's vocabulary, merges, token types and pre-tokenizer.
 
-    `tokenizer.ggml.pre: smollm` means GPT-2's splits with every digit alone (llama.cpp's
+    `tokenizer.ggml.pre: smollm` means GPT-2's splits with every digit separate (llama.cpp's
     LLAMA_VOCAB_PRE_TYPE_SMOLLM); without the digit rule numbers get other tokens than in training.
     """
     pre_key, add_key = "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token"
@@ -85,7 +84,7 @@ def _merges(fields: Fields) -> list[tuple[str, str]]:
 
 
 def tokenizer_config(fields: Fields) -> dict[str, Any]:
-    """tokenizer_config.json's content, chat templates included."""
+    """Make tokenizer_config.json's content, including chat templates."""
     tokens = token_list(fields)
     content: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -112,7 +111,7 @@ def tokenizer_config(fields: Fields) -> dict[str, Any]:
 
 
 def token_list(fields: Fields) -> list[str]:
-    """The vocabulary, by id."""
+    """Return the vocabulary, by id."""
     key = "tokenizer.ggml.tokens"
     tokens: Any = fields.value(key)
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
@@ -121,7 +120,7 @@ def token_list(fields: Fields) -> list[str]:
 
 
 def token_id(fields: Fields, kind: str) -> int | None:
-    """The id of a special token (`bos`, `eos`, `padding`, ...), if the file has it."""
+    """Return the id of a special token (`bos`, `eos`, `padding`, ...), if the file has it."""
     key = f"tokenizer.ggml.{kind}_token_id"
     if key not in fields:
         return None

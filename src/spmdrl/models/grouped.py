@@ -1,4 +1,4 @@
-"""y = x W_e^T for rows sorted by expert e: one grouped GEMM on GPUs, else a loop over experts."""
+"""Products y = x W_e^T of rows sorted by expert e: one grouped GEMM on GPUs, else a loop."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .linear import product
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Groups:
-    """How many of the sorted rows each expert has.
+    """Numbers of the sorted rows per expert.
 
     Args:
         counts: int64 [E], on the rows' device; rows after the last group belong to none.
-        sizes: the same numbers on the host, where they are known there.
+        sizes: the same numbers on the host, if they are known there.
     """
 
     counts: Tensor
@@ -30,8 +30,8 @@ class Groups:
 def grouped_gemm_is_usable(dtype: torch.dtype, device: torch.device, *widths: int) -> bool:
     """Whether torch has one kernel for all experts, which needs no sizes on the host.
 
-    `torch.nn.functional.grouped_mm` takes bfloat16 on GPUs from compute capability 8.0 on; rows
-    must be multiples of 16 bytes.
+    `torch.nn.functional.grouped_mm` takes bfloat16 on GPUs from compute capability 8.0; the bytes
+    of a row must be a multiple of 16.
     """
     if device.type != "cuda" or dtype != torch.bfloat16 or not torch.cuda.is_available():
         return False
@@ -44,7 +44,7 @@ def grouped_linear(
     weight: Tensor,  # [E, M, K]
     groups: Groups,
 ) -> Tensor:  # [N, M]; rows that belong to no group are not defined
-    """Each row times the weight of its expert."""
+    """Multiply each row by the weight of its expert."""
     if grouped_gemm_is_usable(x.dtype, x.device, *weight.shape[1:]):
         return grouped_gemm(x, weight, groups.counts)
     sizes = groups.counts.tolist() if groups.sizes is None else groups.sizes
@@ -53,14 +53,14 @@ def grouped_linear(
 
 
 def grouped_gemm(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`grouped_linear` by torch's kernel (on CPUs torch has a reference of it)."""
+    """Compute `grouped_linear` by torch's kernel (on CPUs by torch's reference of it)."""
     ends = counts.cumsum(0, dtype=torch.int32)
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
 
 class _Loop(torch.autograd.Function):
-    """One product for each expert that has rows; gradients are written in place, expert by expert
-    (autograd's own, of a slice of the weight, would be as large as the weight).
+    """Products, one per expert that has rows; gradients are written in place, expert by expert
+    (autograd's gradient of one slice of the weight would be as large as the weight).
     """
 
     @staticmethod

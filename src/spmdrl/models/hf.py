@@ -1,6 +1,6 @@
 """Hugging Face directories: streamed sharded loads, random tiny weights.
 
-A rank reads only the slices that it holds, one at a time; a full copy of the weights is never made.
+A rank reads only the slices that it holds, one at a time, and never makes a copy of all weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .sharding import SCORE, Head, Slice, global_shapes
 from .weight_files import Checkpoint, open_checkpoint
 
 HeadInit = Literal["file", "normal", "zero"]
-"""Where a scalar head's weights come from."""
+"""Sources of a scalar head's weights."""
 
 
 class TensorSource(Protocol):
@@ -32,12 +32,12 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, part: Slice) -> Tensor:
-        """The values of `part`, in the source's dtype, on the CPU; shape `part.size`."""
+        """Read the values of `part`, in the source's dtype, on the CPU, with shape `part.size`."""
         ...
 
 
 class RandomCheckpoint:
-    """Random weights for `config`: a function of (seed, tensor name), so alike on every layout."""
+    """Random weights for `config`: a function of (seed, tensor name), equal on every layout."""
 
     def __init__(self, config: ModelConfig, seed: int, head: Head = "lm") -> None:
         self._shapes = global_shapes(config, head)
@@ -56,7 +56,7 @@ class RandomCheckpoint:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """float32 [shape]: ones for a norm's weight, else normal with deviation 0.02."""
+    """Make a float32 tensor: ones for a norm's weight, otherwise normal with deviation 0.02."""
     if name.endswith("norm.weight"):
         return torch.ones(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -65,10 +65,10 @@ def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 class WithNewScore:
-    """A language model's weights with a scalar head of its own, alike on every layout.
+    """A language model's weights with a new scalar head, equal on every layout.
 
     Args:
-        body: everything but the head; a head that it has is not used.
+        body: the weights except the head; a head that it has is not used.
         head_init: `normal` draws from N(0, 1 / (D + 1)) (Stiennon et al. 2020,
             https://arxiv.org/abs/2009.01325), as a function of the seed; `zero` is zeros.
     """
@@ -108,15 +108,15 @@ def open_model(
     seed: int = 0,
     warn: Callable[[str], None] | None = None,
 ) -> tuple[ModelConfig, TensorSource]:
-    """Configuration and weights of a directory, checked against each other.
+    """Open configuration and weights of a directory, and check them against each other.
 
     Args:
-        head_init: a scalar head comes from the `file`, or is made anew (see `WithNewScore`).
-        use_tiny: only config.json is read: a tiny model of that architecture, random weights.
-        warn: is called with what is odd about the directory and no reason to refuse it.
+        head_init: take a scalar head from the `file`, or make a new one (see `WithNewScore`).
+        use_tiny: read only config.json and make a tiny random model of that architecture.
+        warn: callback with each oddity of the directory that is no reason to refuse it.
 
     Raises:
-        ValueError: a missing, strange or quantised tensor, naming it and the file.
+        ValueError: a tensor is missing, unknown or quantised; the message names it and the file.
     """
     config = read_config(path)
     if use_tiny:
@@ -137,10 +137,10 @@ def open_model(
 
 
 def check_weights(config: ModelConfig, checkpoint: Checkpoint, head: Head | None = "lm") -> None:
-    """ValueError naming file and tensor unless the directory holds what config.json describes.
+    """Raise ValueError, with file and tensor, unless the weights are those of config.json.
 
-    A tied model's `lm_head.weight` may be in the file; it is not used. Without `head` the body
-    alone is checked.
+    A tied model's `lm_head.weight` may be in the file; it is not used. Without `head` only the
+    body is checked.
     """
     inspect(config, checkpoint, head).refuse(checkpoint.path)
 

@@ -1,4 +1,4 @@
-"""What a model's directory says compared with what it holds: one report, made when it is opened."""
+"""Comparison of a model directory's configuration with its files, reported when it is opened."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _QUANTISED = re.compile(
 )
 _ADAPTER = re.compile(r"\.lora_|\.base_layer\.|\.modules_to_save\.|\.adapters?[._]")
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
-"""What older files keep although it follows from the configuration."""
+"""Tensors that older files hold although they follow from the configuration."""
 
 _SIZES = (
     "vocab_size",
@@ -46,13 +46,13 @@ _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_confi
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was found: `errors` refuse the directory, `notes` are worth a line in the log."""
+    """Findings: `errors` are reasons to refuse the directory, `notes` are for the log."""
 
     errors: tuple[str, ...]
     notes: tuple[str, ...]
 
     def refuse(self, path: Path) -> None:
-        """ValueError with the first error, and how to see the others."""
+        """Raise ValueError with the first error, and the command that shows the others."""
         if self.errors:
             others = len(self.errors) - 1
             more = f" (and {others} more: `spmdrl check-model {path}` lists them)" if others else ""
@@ -60,10 +60,10 @@ class Report:
 
 
 def inspect(config: ModelConfig, checkpoint: Checkpoint, head: Head | None) -> Report:
-    """Names, shapes, dtypes and files, without reading a weight.
+    """Inspect names, shapes, dtypes and files, without reading a weight.
 
     Args:
-        head: the one that will be read; None: the body alone, whatever head the directory has.
+        head: the head that will be read; None for only the body, whatever head there is.
     """
     wanted = dict(global_shapes(config, head or "lm"))
     if head is None:
@@ -94,7 +94,7 @@ def inspect(config: ModelConfig, checkpoint: Checkpoint, head: Head | None) -> R
 
 
 def _reason(name: str, config: ModelConfig) -> str | None:
-    """Why a tensor that the model does not have makes the directory another model's."""
+    """Explain why a tensor that the model lacks makes the directory another model's; else None."""
     if _QUANTISED.search(name):
         return "belongs to quantised weights: give the directory of the model in float weights"
     if _ADAPTER.search(name):
@@ -114,7 +114,7 @@ def _reason(name: str, config: ModelConfig) -> str | None:
 
 
 def _is_known(name: str, config: ModelConfig, head: Head | None) -> bool:
-    """Whether a tensor without use is usual: another head, a tied one, what follows from sizes."""
+    """Whether an unused tensor is usual: another head, a tied one, or one that sizes determine."""
     is_tied = name == HEAD and config.tie_embeddings
     return is_tied or head is None or bool(_DERIVED.search(name)) or (head, name) == ("score", HEAD)
 
@@ -135,7 +135,7 @@ def _files(path: Path) -> tuple[list[str], list[str]]:
 
 
 def _ids(config: ModelConfig, path: Path) -> Iterator[str]:
-    """Ids of special tokens that no token has."""
+    """Yield notes on ids of special tokens that have no row in the embedding."""
     given = {"eos_token_id": config.eos_ids, "bos_token_id": (config.bos_id,)}
     for key, ids in given.items():
         for token in ids:
@@ -177,7 +177,7 @@ def _shaped(
     wanted: dict[str, tuple[int, ...]],
     taken: str,
 ) -> Iterator[str]:
-    """Tensors of another shape or dtype than the model's."""
+    """Yield errors about tensors of another shape or dtype than the model's."""
     for name in sorted(wanted.keys() & checkpoint.names):
         entry, shape = checkpoint.entries[name], wanted[name]
         if entry.dtype not in PLAIN:
@@ -207,9 +207,9 @@ _UNTIE = "where the model has a head of its own, set tie_word_embeddings: false 
 
 
 class WithTiedHead:
-    """Weights of a tied model whose files hold a head as well: it must be the embedding.
+    """Weights of a tied model whose files also hold a head, which must equal the embedding.
 
-    Compared slice by slice, as the embedding is read.
+    They are compared slice by slice, when the embedding is read.
     """
 
     def __init__(self, body: Checkpoint) -> None:

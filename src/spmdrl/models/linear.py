@@ -1,16 +1,16 @@
-"""y = x W^T (+ b), and on the CPU in float32 by oneDNN's kernels instead of MKL's.
+"""Products y = x W^T (+ b); on the CPU, in float32, by oneDNN's kernels instead of MKL's.
 
 torch gives float32 products to MKL, which leaves half of an AMD processor unused, and most of any
-processor where rows are few (a decode step). oneDNN makes its kernels for the processor that it
-finds. On two cores of an EPYC with AVX-512, products of SmolLM2-135M's shapes, in GFLOP/s:
+processor if rows are few (a decode step). oneDNN generates kernels for the processor that it finds.
+On two cores of an EPYC with AVX-512, products of SmolLM2-135M's shapes, in GFLOP/s:
 
     rows                          8    32    1024
     MKL                          37    88     202
     oneDNN                       78   213     450
     oneDNN, weight in blocks    137   284     472
 
-A laid-out weight is in the panels of our own kernel where there is a compiler. On another EPYC with
-AVX-512 (two cores of some 105), and where there is AVX2 alone (Zen 3, two of 94):
+If a compiler exists, a laid-out weight is in the panels of the project's own kernel. On another
+EPYC with AVX-512 (two cores of some 105), and on one with AVX2 only (Zen 3, two of 94):
 
     rows                          1     8    16    32   128  1024
     AVX-512, oneDNN in blocks    20   113   153   161   205   194
@@ -18,8 +18,8 @@ AVX-512 (two cores of some 105), and where there is AVX2 alone (Zen 3, two of 94
     AVX2, oneDNN                                   71         137
     AVX2, panels                                  110         150
 
-With AVX2 alone MKL keeps the products of gradients, whose second operand is transposed. In GFLOP/s
-over the model's shapes:
+With AVX2 only, MKL still computes the products of gradients, whose second operand is transposed. In
+GFLOP/s over the model's shapes:
 
     rows                        128   512  2048
     forward, MKL                 87   102   134
@@ -32,8 +32,8 @@ over the model's shapes:
 The two round differently. On seven texts, logits of SmolLM2-135M, which reach 28, differ from those
 of transformers in float64 by 0.6e-4 to 1.1e-4 (transformers in float32), 0.6e-4 to 1.1e-4 (here, by
 MKL) and 0.7e-4 to 1.9e-4 (by oneDNN); from transformers in float32 by 0.7e-4 to 1.0e-4 (by MKL) and
-0.9e-4 to 1.5e-4 (by oneDNN). Any other order of summation in one kind of layer alone, the output
-projections say, moves them by 0.6e-4 to 1.0e-4: that is what float32 resolves there.
+0.9e-4 to 1.5e-4 (by oneDNN). Another order of summation in only one kind of layer, such as the
+output projections, changes them by 0.6e-4 to 1.0e-4: that is float32's resolution there.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ from torch.autograd.function import once_differentiable
 from .panels import Panels, lay_out
 
 Blocked = Tensor | Panels
-"""A weight as `in_blocks` has laid it out."""
+"""A weight as laid out by `in_blocks`."""
 
 ROWS_HINT = 32
-"""For how many rows a weight is laid out; blocks made for 32 serve 1 to 2048 about as well."""
+"""Number of rows that a weight is laid out for; blocks for 32 suit 1 to 2048 about as well."""
 
 _IS_NARROW = torch.backends.cpu.get_cpu_capability() == "AVX2"
 _HAS_PANELS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-"""Where they were measured."""
+"""Whether to use panels: only on processors of the kinds that were measured."""
 
 
 def linear(
@@ -64,10 +64,10 @@ def linear(
     bias: Tensor | None = None,  # [N]
     blocked: Blocked | None = None,
 ) -> Tensor:  # [T, N]
-    """`F.linear`, with its gradients.
+    """Compute `F.linear`, with its gradients.
 
     Args:
-        blocked: `weight` as `in_blocks` has laid it out, used where no gradient is wanted.
+        blocked: `weight` as laid out by `in_blocks`, used if no gradient is needed.
     """
     if not serves(x, weight):
         return F.linear(x, weight, bias)
@@ -83,13 +83,13 @@ def product(
     a: Tensor,  # [M, K], any strides
     b: Tensor,  # [N, K], any strides
 ) -> Tensor:  # [M, N]
-    """a b^T, without gradient."""
+    """Compute a b^T, without gradient."""
     by_onednn = serves(a, b) and not (_IS_NARROW and b.stride(1) != 1)
     return _product(a, b, None) if by_onednn else a @ b.t()
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN computes it; `torch.backends.mkldnn.flags(enabled=False)` says no."""
+    """Whether oneDNN computes it; `torch.backends.mkldnn.flags(enabled=False)` disables it."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -100,7 +100,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
 
 
 def in_blocks(weight: Tensor) -> Blocked:  # [N, K] -> of about the same size
-    """A copy of a float32 CPU weight in the layout that the fastest kernel here reads best."""
+    """Copy a float32 CPU weight into the layout that this machine's fastest kernel reads best."""
     if _HAS_PANELS and (panels := lay_out(weight)) is not None:
         return panels
     blocked: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)

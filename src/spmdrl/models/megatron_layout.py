@@ -1,15 +1,15 @@
-"""What a rank of Megatron holds of a model, as slices of the Hugging Face name space.
+"""Layout of a model on a Megatron rank, as slices of the Hugging Face name space.
 
 Local parameters have the names that `sharding` gives them, so that a rollout on the same rank can
-use those that are alike. What is not alike:
+use those that are equal. The differences are:
 
 - QKV is interleaved: for each key/value head the rows of its queries, of the key, of the value.
 - The vocabulary is padded to a multiple of tp; no slice covers the padding.
 - A pipeline stage holds whole layers, in `vpp` runs of them (interleaved schedule).
-- Experts are parameters each, not stacked.
+- Experts are separate parameters, not stacked.
 - The optimizer's state is a flat range of a buffer of all parameters, whatever their shapes.
 
-All functions here are pure, and know of Megatron only how it cuts.
+All functions here are pure, and depend on Megatron only by the way it cuts.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ EMBEDDING, HEAD = "embed_tokens.weight", "head.weight"
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """How a role's model is cut.
+    """Numbers of parts that a role's model is cut into.
 
     Args:
-        ep: parts of the experts, see `distributed.expert_axes`.
-        vpp: runs of layers on each pipeline rank.
-        fused_norms: norms are parameters of the projection behind them (TransformerEngine).
+        ep: number of parts of the experts, see `distributed.expert_axes`.
+        vpp: number of runs of layers on each pipeline rank.
+        fused_norms: whether norms belong to the projection after them (TransformerEngine).
     """
 
     tp: int = 1
@@ -47,10 +47,10 @@ class Parameter:
     """One parameter of a model chunk.
 
     Args:
-        name: as in `sharding`, with the layer's number in the whole model.
-        module_name: Megatron's, with the layer's number in the chunk.
-        shared: the embedding of a tied model that two pipeline stages have.
-        is_expert: other ranks have other experts, where ep > 1.
+        name: name as in `sharding`, with the layer's number in the whole model.
+        module_name: Megatron's name, with the layer's number in the chunk.
+        shared: whether it is the embedding of a tied model, which two pipeline stages hold.
+        is_expert: whether it is an expert and other ranks hold others (ep > 1).
     """
 
     name: str
@@ -62,19 +62,19 @@ class Parameter:
 
     @property
     def is_replicated(self) -> bool:
-        """Whether every tp rank holds it: what tensor parallelism does not divide, and no expert,
-        which it always does, nor padding of a vocabulary that is another rank's.
+        """Whether every tp rank holds it, since tensor parallelism does not divide it. It always
+        divides experts; a rank with only padding of the vocabulary holds no slice of it.
         """
         return bool(self.slices) and not self.is_expert and all(s.is_whole for s in self.slices)
 
 
 def padded_vocab(config: ModelConfig, tp: int) -> int:
-    """The vocabulary with padding, which tp divides."""
+    """Return the size of the vocabulary with padding, which tp divides."""
     return -(-config.vocab_size // tp) * tp
 
 
 def chunk_layers(config: ModelConfig, cut: Cut, pp_rank: int, chunk: int) -> range:
-    """The layers of one chunk: stage p has the p-th part of each of `vpp` parts of the model."""
+    """Return a chunk's layers: stage p has the p-th part of each of `vpp` parts of the model."""
     size = config.num_layers // (cut.pp * cut.vpp)
     first = (chunk * cut.pp + pp_rank) * size
     return range(first, first + size)
@@ -89,7 +89,7 @@ def rank_chunks(
     *,
     ep_rank: int = 0,
 ) -> list[tuple[Parameter, ...]]:
-    """The chunks of one rank, each with its parameters in the order of Megatron's modules."""
+    """List the chunks of one rank, each with its parameters in the order of Megatron's modules."""
     held = all_slices(config, tp_rank, cut.tp, head, ep_rank=ep_rank, ep_size=cut.ep)
     chunks = []
     for chunk in range(cut.vpp):
@@ -120,7 +120,7 @@ def _plain(held: Mapping[str, tuple[Slice, ...]], name: str, module_name: str) -
 
 
 def _vocab(config: ModelConfig, cut: Cut, tp_rank: int, name: str, module_name: str) -> Parameter:
-    """Rows of a padded vocabulary; the last ranks may have padding alone."""
+    """Make a parameter with rows of a padded vocabulary; the last ranks may have only padding."""
     [part] = parameter_parts(config)[name]
     rows = padded_vocab(config, cut.tp) // cut.tp
     whole = Slice(name=part.name, shape=part.shape, start=(0, 0), stop=part.shape, offset=0)
@@ -175,7 +175,7 @@ def _experts(
     local: str,
     prefix: str,
 ) -> Iterator[Parameter]:
-    """This rank's experts: modules one after the other, or (TransformerEngine) weights of one
+    """Yield this rank's experts: modules one after another, or (TransformerEngine) weights of one
     grouped module, first all fc1 and then all fc2.
     """
     assert config.moe is not None
@@ -204,7 +204,7 @@ def _experts(
 
 
 def _interleave(config: ModelConfig, slices: Sequence[Slice]) -> tuple[Slice, ...]:
-    """Slices of q, k and v below each other as those of one key/value head after the other."""
+    """Reorder slices of q, k and v, which are below one another, by key/value head."""
     groups = slices[1].rows // config.head_dim
     result, offset = [], 0
     for group in range(groups):
@@ -222,12 +222,12 @@ def _interleave(config: ModelConfig, slices: Sequence[Slice]) -> tuple[Slice, ..
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """A box of a parameter's own shape that lies whole in a flat range of it.
+    """A box of a parameter's own shape that a flat range of the parameter contains entirely.
 
     Args:
-        start, stop: of the values in the flattened parameter.
-        shape: of the box.
-        slices: of the name space, that lie in it.
+        start, stop: range of its values in the flattened parameter.
+        shape: shape of the box.
+        slices: slices of the name space in the box.
     """
 
     start: int
@@ -239,11 +239,11 @@ class Piece:
 def buffer_places(
     chunk: Sequence[Parameter], num_shards: int
 ) -> tuple[dict[str, tuple[int, int]], list[tuple[int, int]]]:
-    """Where the parameters of a chunk lie in its flat buffer, and the buckets of the buffer.
+    """Compute the places of a chunk's parameters in its flat buffer, and the buffer's buckets.
 
-    As `_ParamAndGradBuffer` of megatron-core lays them out: last parameter first, each at a
-    multiple of 64 values, buckets of a multiple of 128 that the shards divide; an embedding that
-    two stages have is a bucket of its own, so that both cut it alike.
+    The layout is that of megatron-core's `_ParamAndGradBuffer`: last parameter first, each at a
+    multiple of 64 values, in buckets of a multiple of 128 that the shards divide. An embedding that
+    two stages hold is a separate bucket, so that both cut it alike.
     """
     unit = math.lcm(num_shards, 128)
     places: dict[str, tuple[int, int]] = {}
@@ -270,7 +270,7 @@ def buffer_places(
 def shard_range(
     place: tuple[int, int], buckets: Sequence[tuple[int, int]], shard: int, num_shards: int
 ) -> tuple[int, int]:
-    """The values of a flattened parameter that shard `shard` has; equal numbers for none."""
+    """Return the range of a flattened parameter that shard `shard` holds; (0, 0) for none."""
     start, stop = place
     first, last = next(bucket for bucket in buckets if bucket[0] <= start < bucket[1])
     size = (last - first) // num_shards
@@ -282,8 +282,8 @@ def shard_range(
 def chunk_ranges(
     chunk: Sequence[Parameter], shard: int, num_shards: int, exchange: int = 1
 ) -> dict[str, tuple[int, int]]:
-    """`shard_range` of every parameter. Experts have a buffer of their own; of the shards every
-    `exchange`-th has the same ones.
+    """Return `shard_range` of every parameter. Experts have their own buffer; every `exchange`-th
+    shard holds the same ones.
     """
     found: dict[str, tuple[int, int]] = {}
     for of_experts in (False, True):
@@ -298,8 +298,8 @@ def chunk_ranges(
 
 
 def flat_pieces(parameter: Parameter, start: int, stop: int) -> list[Piece]:
-    """Values `[start, stop)` of a flattened parameter as boxes: the end of a row, whole rows, the
-    begin of a row.
+    """Cut values `[start, stop)` of a flattened parameter into boxes: the end of a row, whole rows,
+    the beginning of a row.
     """
     width = math.prod(parameter.shape[1:])
     row = -(-start // width)

@@ -1,9 +1,9 @@
-"""Mixture-of-experts layers: every token goes to its top-k experts, none is dropped.
+"""Mixture-of-experts layers: every token is routed to its top-k experts, and none is dropped.
 
-Ranks hold whole experts or parts of them as `sharding` says. Tokens are the same on all
-tensor-parallel ranks, so each of these serves those experts that it has a part of, and their sum is
-taken as after any row-parallel product. Experts that lie on ranks with other tokens are served by
-an exchange: tokens go to the rank with the same tp coordinate that has the expert, and come back.
+Ranks hold whole experts or parts of them, as described by `sharding`. Tokens are the same on all
+tensor-parallel ranks, so each of these computes the experts that it has a part of, and results are
+summed as after any row-parallel product. Experts on ranks with other tokens are reached by an
+exchange: a token goes to the rank with the same tp coordinate that has the expert, and returns.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def has_fixed_shapes(
     dtype: torch.dtype,
     device: torch.device,
 ) -> bool:
-    """Whether a pass without gradient does the same whatever is chosen, so that it can be captured
-    as a CUDA graph; `shapes` are those of a rank's parameters, by local name.
+    """Whether a pass without gradient has the same shapes whatever experts are chosen, so that it
+    can be captured as a CUDA graph; `shapes` are those of a rank's parameters, by local name.
     """
     widths = {shape[1] for name, shape in shapes.items() if name.endswith(".mlp.experts.down")}
     return config.moe is None or grouped_gemm_is_usable(dtype, device, config.hidden_size, *widths)
 
 
 class Router(nn.Module):
-    """Probabilities over all experts [T, E], in float32: choices are as fine as they can be."""
+    """Probabilities over all experts [T, E], in float32 so that close choices are told apart."""
 
     def __init__(
         self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
@@ -54,8 +54,8 @@ class Moe(nn.Module):
     """Router and experts of one layer.
 
     Args:
-        ep: `ep.rank` of `ep.size` parts of the experts is here; `ep.group` has the ranks with other
-            tokens (and the same tp coordinate) that hold other parts, in their order.
+        ep: this rank's part of the experts, `ep.rank` of `ep.size`; `ep.group` has the ranks with
+            other tokens (and the same tp coordinate) that hold other parts, in their order.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class Moe(nn.Module):
 
 
 class Experts(nn.Module):
-    """This rank's experts, stacked: `gate_up` has the rows of gate and up of each, `down` of down.
+    """This rank's experts, stacked: `gate_up` has each one's rows of gate and up, `down` of down.
 
-    A module of its own: FSDP2 shards it over other ranks than the rest of the layer.
+    It is a separate module because FSDP2 shards it over other ranks than the rest of the layer.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Experts(nn.Module):
         x: Tensor,  # [T, D]
         chosen: Tensor,  # int64 [T, K]
         weights: Tensor,  # [T, K]
-    ) -> Tensor:  # [T, D], the experts of this tp rank's column alone
+    ) -> Tensor:  # [T, D], only of the experts in this tp rank's column
         top_k = chosen.shape[1]
         key, num_keys = self._keys(chosen.flatten())
         order = key.argsort(stable=True)
@@ -127,8 +127,8 @@ class Experts(nn.Module):
         if self.ep.group is not None:
             order, out = self._exchange(x, order, top_k, counts.view(-1, self.count))
         elif self._counts_on_device(x) and not (torch.is_grad_enabled() and self.num_columns > 1):
-            # No wait for the device, and the same shapes whatever is chosen: for CUDA graphs. Not
-            # for a backward where some rows belong to no group: their gradients are not defined.
+            # For CUDA graphs: no wait for the device, and the same shapes whatever is chosen. Not
+            # for a backward if some rows belong to no group: their gradients are undefined.
             out = self._run(x.index_select(0, order // top_k), Groups(counts=counts))
             if self.num_columns > 1:
                 absent = key.index_select(0, order) == num_keys
@@ -142,8 +142,8 @@ class Experts(nn.Module):
         return (by_choice.view(*chosen.shape, -1) * weights[:, :, None]).sum(dim=1)
 
     def _keys(self, expert: Tensor) -> tuple[Tensor, int]:
-        """By which rows are sorted: the rank that has the expert, then the expert; the last key
-        (their number is given) is for experts of other tp ranks.
+        """Compute the keys by which rows are sorted, and the number of keys: by the rank that has
+        the expert, then by expert. Experts of other tp ranks get the number of keys as their key.
         """
         part, within = expert // self.count, expert % self.count
         row, column = part // self.num_columns, part % self.num_columns
@@ -157,7 +157,7 @@ class Experts(nn.Module):
     def _exchange(
         self, x: Tensor, order: Tensor, top_k: int, sent: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Rows to the ranks that have their experts, and back; `sent` [ranks, E] says how many."""
+        """Send rows to the ranks that have their experts, and back; `sent` [ranks, E]: counts."""
         assert self.ep.group is not None
         got = exchange_counts(sent, self.ep.group)
         ours = got.sum(0)

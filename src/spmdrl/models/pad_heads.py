@@ -1,4 +1,4 @@
-"""More attention heads that compute nothing, so that a tensor-parallel degree divides them."""
+"""Extra attention heads that compute nothing, so that a tensor-parallel degree divides them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from spmdrl.models.sharding import Slice, global_shapes
 
 
 def pad_heads(source: str | Path, out_dir: str | Path, heads: str) -> ModelConfig:
-    """Write a model that computes what `source` does, with more heads.
+    """Write a model that computes the same as `source`, with more heads.
 
-    The new heads come last, with weights of 0: their values are 0, and `o_proj` does not read them.
-    They train like others (their gradients are not all 0), so the padded model is another model
-    once it is updated.
+    The new heads come last, with weights of 0: their values are 0, and `o_proj` ignores them. They
+    train like others (their gradients are not all 0), so the padded model diverges from the
+    original once it is updated.
 
     Args:
         heads: `QUERY/KV`, such as 12/4.
 
     Raises:
-        ValueError: not two numbers, fewer heads than there are, or another number of query heads to
-            each key/value head (the old heads would change their partners).
+        ValueError: `heads` are not two numbers, are fewer than the model's, or change the number of
+            query heads per key/value head (old heads would then get other partners).
     """
     config, weights = open_model(source)
     num_heads, num_kv_heads = _parse(heads)

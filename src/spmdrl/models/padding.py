@@ -1,8 +1,8 @@
 """The padding token of a model with a scalar head.
 
-transformers reads a row's score at its last token that is no padding. Where the end of a text is
-also the padding, as in many chat models, that is the token before the one that the head was trained
-on (https://github.com/huggingface/transformers/issues/35352).
+transformers reads a row's score at its last token that is not padding. If the end of text is also
+the padding, as in many chat models, that is the token before the one that the head was trained on
+(https://github.com/huggingface/transformers/issues/35352).
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .tokenizers import load_tokenizer
 log = logging.getLogger(__name__)
 
 NEW = "<|pad|>"
-"""A padding token where the tokenizer has none to spare and the embedding has room for it."""
+"""The padding token to add if the tokenizer has none to spare and the embedding has room for it."""
 
 
 def set_padding(directory: Path, config: ModelConfig, ends: Sequence[int]) -> int | None:
-    """Give the tokenizer in `directory` a padding token with which no row ends; returns its id.
+    """Give the tokenizer in `directory` a padding token with which no row ends; return its id.
 
-    Its own stays where it serves. None where no token serves: then it has none, and transformers
-    refuses to score several rows at once rather than scoring the wrong token.
+    A usable one is kept. If no token is usable it gets none, and the result is None: transformers
+    then refuses to score several rows at once, rather than scoring the wrong token.
 
     Args:
-        ends: tokens that end a text, as the model's files have it.
+        ends: tokens that end a text according to the model's files.
     """
     named = config.source.get("pad_token_id")
     if not (directory / "tokenizer_config.json").is_file():
@@ -62,11 +62,11 @@ def set_padding(directory: Path, config: ModelConfig, ends: Sequence[int]) -> in
 def padding_token(
     tokenizer: Any, taken: set[int], vocab_size: int, named: int | None
 ) -> tuple[str, int] | None:
-    """A special token that can pad rows, and its id: none of `taken`, with an embedding.
+    """Choose a special token that can pad rows, with its id: none of `taken`, with an embedding.
 
-    The tokenizer's own where it serves; else the one that the model's configuration has `named`,
-    one whose name speaks of padding, the unknown token, one that the chat template does not write,
-    any other, a new one.
+    In order of preference: the tokenizer's own, the one `named` by the model's configuration, one
+    whose text contains "pad", the unknown token, one that the chat template does not write, any
+    other, a new one.
     """
     special = special_tokens(tokenizer)
     free = {text: i for text, i in special.items() if i not in taken and 0 <= i < vocab_size}

@@ -17,7 +17,7 @@ _I, _P, _N = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 
 @dataclass(frozen=True, kw_only=True)
 class Panels:
-    """Of a weight [rows, columns].
+    """Panels of a weight [rows, columns].
 
     Args:
         data: [panels, columns, rows of a panel], with zeros beyond the last row.
@@ -28,7 +28,7 @@ class Panels:
     columns: int
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:  # [T, K] -> [T, N]
-        """x W^T (+ b), without gradient; x in float32 on the CPU."""
+        """Compute x W^T (+ b) without gradient; x is float32 on the CPU."""
         code = _code()
         assert code is not None and x.shape[1] == self.columns
         bias = None if bias is None else bias.contiguous()
@@ -50,7 +50,7 @@ class Panels:
 
 
 def lay_out(weight: Tensor) -> Panels | None:  # [N, K]
-    """A copy in panels of a float32 weight on the CPU; None without a compiler here."""
+    """Copy a float32 weight on the CPU into panels; None if no C compiler is available."""
     code = _code()
     if code is None:
         return None

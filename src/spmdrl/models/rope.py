@@ -13,7 +13,7 @@ def rope_tables(
     frequencies: Tensor,  # [d / 2] float32, of `inverse_frequencies`
     factor: float,
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin for `rotate`, each [T, 1, d] float32, times `factor`."""
+    """Compute cos and sin for `rotate`, each [T, 1, d] float32, times `factor`."""
     angles = positions[:, None, None].float() * frequencies  # [T, 1, d / 2]
     cos, sin = angles.cos() * factor, angles.sin() * factor
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -24,9 +24,9 @@ def rotate(
     cos: Tensor,  # [T, 1, d]
     sin: Tensor,  # [T, 1, d], the first half negated
 ) -> Tensor:
-    """Rotary embedding (Su et al. 2021) of all heads, pairing dim i with i + d / 2.
+    """Apply rotary embedding (Su et al. 2021) to all heads, pairing dim i with i + d / 2.
 
-    x cos + swap(x) sin, where the sign of the half-rotation lies in `sin`; in float32.
+    The result is x cos + swap(x) sin, in float32; `sin` holds the sign of the half-rotation.
     """
     if rows := rows_for(x, cos, sin):
         return rows.rotate(x, cos, sin)

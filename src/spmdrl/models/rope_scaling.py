@@ -14,7 +14,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding; the fields after `factor` belong to `llama3` or `yarn` alone."""
+    """Rotary position embedding; the fields after `factor` are for `llama3` or `yarn` only."""
 
     theta: float = 10000.0
     kind: str = "default"
@@ -29,15 +29,15 @@ class RopeConfig:
 
 
 def parse_rope(fields: Fields, max_position: int) -> RopeConfig:
-    """From `rope_scaling`, or where that is empty `rope_parameters`, of config.json.
+    """Parse config.json's `rope_scaling`, or, if that is empty, `rope_parameters`.
 
-    Where keys stand twice, the one that `transformers` takes (`convert_rope_params_to_dict`,
-    `standardize_rope_params`) counts: `rope_scaling` before `rope_parameters`, `rope_theta` within
-    before outside, `original_max_position_embeddings` outside before within.
+    If a key is given twice, the choice is that of `transformers` (`convert_rope_params_to_dict`,
+    `standardize_rope_params`): `rope_scaling` before `rope_parameters`, `rope_theta` inside before
+    outside, `original_max_position_embeddings` outside before inside.
 
     Raises:
-        ValueError: a kind of rope that is not supported, a key that the kind needs and the file
-            lacks, or a value that is none.
+        ValueError: the kind of rope is not supported, a key that it needs is missing, or a value
+            is not valid.
     """
     name = "rope_scaling" if fields.section("rope_scaling") else "rope_parameters"
     values = fields.section(name)
@@ -102,7 +102,7 @@ def _llama3(given: Fields, theta: float, original: int) -> RopeConfig:
 def _yarn(given: Fields, theta: float, original: int, max_position: int) -> RopeConfig:
     if theta == 1.0:
         raise given.wrong("rope_theta", "another number than 1 for yarn")
-    # the key must be there, though it may be null
+    # the key must exist, though it may be null
     is_null = given.is_null("factor")
     factor = max_position / original if is_null else given.number("factor", above=0.0)
 
@@ -122,7 +122,7 @@ def _yarn(given: Fields, theta: float, original: int, max_position: int) -> Rope
 
 
 def _yarn_attention_factor(given: Fields, factor: float) -> float:
-    """The factor on cos and sin: YaRN's equation 22, 0.1 ln(s) + 1."""
+    """Compute the factor of cos and sin: YaRN's equation 22, 0.1 ln(s) + 1."""
 
     def scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -139,7 +139,7 @@ def _yarn_attention_factor(given: Fields, factor: float) -> float:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> list[float]:
-    """The head_dim / 2 angular frequencies in radians per position.
+    """Compute the head_dim / 2 angular frequencies, in radians per position.
 
     `llama3` is Llama 3.1's rule (by wavelength), `yarn` is Peng et al. 2023
     (https://arxiv.org/abs/2309.00071), section 3.2.
@@ -167,7 +167,7 @@ def _llama3_frequency(frequency: float, rope: RopeConfig) -> float:
 
 
 def _yarn_range(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
-    """First and last dimension of YaRN's ramp between extrapolation and interpolation."""
+    """Compute the first and last dim of YaRN's ramp between extrapolation and interpolation."""
 
     def dimension(turns: float) -> float:
         length = rope.original_max_position / (turns * 2 * math.pi)
@@ -177,5 +177,5 @@ def _yarn_range(rope: RopeConfig, head_dim: int) -> tuple[float, float]:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    # Equal ends would divide by zero; the reference implementation opens the same gap.
+    # Equal ends would divide by zero; the reference implementation adds the same gap.
     return low, high + 0.001 if low == high else high

@@ -1,7 +1,7 @@
 """Norm, SwiGLU and rotary embedding in one pass each: float32 on the CPU, without gradient.
 
-torch makes four to six operations of each, and in a decode step, with few rows, starting an
-operation takes longer than its arithmetic. Kernels in `rows.c`.
+torch takes four to six operations for each, and in a decode step, with few rows, starting an
+operation takes longer than its arithmetic. The kernels are in `rows.c`.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ class Rows:
 
 
 def rows_for(*tensors: Tensor) -> Rows | None:
-    """The kernels, where they serve these operands: plain float32 tensors of the CPU, no gradient
-    wanted, and a compiler here."""
+    """Return the kernels if they support these operands: plain float32 tensors on the CPU, no
+    gradient needed, and a C compiler available."""
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    # Subclasses (fake tensors, which a plan is measured with; DTensors) have no memory of their own
+    # Subclasses (fake tensors, which measure plans; DTensors) have no memory of their own.
     plain = all(
         type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu"
         for t in tensors

@@ -1,8 +1,8 @@
-"""The safetensors files of a Hugging Face directory, written as their tensors come.
+"""Safetensors files of a Hugging Face directory, written while their tensors arrive.
 
-The format (https://github.com/huggingface/safetensors#format): 8 bytes with the header's length,
-little endian; the header, JSON that gives every tensor's dtype, shape and place, with spaces after
-it; the values. The header comes first and is known last, so room for it is left.
+The format (https://github.com/huggingface/safetensors#format) is 8 bytes with the header's length,
+little endian; the header, JSON with every tensor's dtype, shape and place, padded with spaces; and
+the values. The header comes first but is known last, so room is left for it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _DTYPES = {
     torch.float16: "F16",
 }
 _LARGEST = 10**15
-"""No tensor begins beyond it in a file."""
+"""Upper bound of the place where a tensor begins in a file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """What `write_shards` has written.
+    """Summary of the files written by `write_shards`.
 
     Args:
-        names: of each file's tensors; file `i` is `{i}.part`.
-        num_bytes: of all values.
-        dtype: of the last tensor, as config.json calls it.
+        names: names of each file's tensors; file `i` is `{i}.part`.
+        num_bytes: bytes of all values.
+        dtype: dtype of the last tensor, as written in config.json.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -53,11 +53,11 @@ def write_shards(
 ) -> Shards:
     """Write files `0.part`, `1.part`, ... of at most `max_bytes` (or one tensor) each.
 
-    No tensor is kept: those on the host are written from where they lie.
+    No tensor is kept, and those on the host are not copied.
 
     Args:
-        tensors: each once, in any order, on any device.
-        shapes: of all of them.
+        tensors: names and tensors, each once, in any order, on any device.
+        shapes: shapes of all of them, by name.
 
     Raises:
         OSError: a file could not be written.
@@ -85,11 +85,11 @@ def write_shards(
 
 
 class _File:
-    """A file that grows by tensors.
+    """A file that grows tensor by tensor.
 
     Args:
-        file: empty, and opened for writing.
-        shapes: of all tensors that may come.
+        file: an empty file that is open for writing.
+        shapes: shapes of all tensors that may come.
     """
 
     def __init__(self, file: BufferedWriter, shapes: Mapping[str, Shape]) -> None:
@@ -99,14 +99,14 @@ class _File:
         self._file = file
         self._file.seek(8 + self._room)
         self.num_bytes = 0
-        """Of the values so far."""
+        """Bytes of the values so far."""
 
     @property
     def names(self) -> Iterable[str]:
         return self._entries.keys()
 
     def has_room(self, tensor: Tensor, max_bytes: int) -> bool:
-        """Whether it may come next: values lie aligned for their dtype, without gaps."""
+        """Whether `tensor` may come next: values must be aligned for their dtype, without gaps."""
         fits = self.num_bytes + tensor.numel() * tensor.element_size() <= max_bytes
         return self.num_bytes == 0 or (fits and self.num_bytes % tensor.element_size() == 0)
 
@@ -119,7 +119,7 @@ class _File:
         self.num_bytes += size
 
     def finish(self) -> None:
-        """Write the header: now it is a safetensors file."""
+        """Write the header, which completes the safetensors file."""
         header = _header(self._entries).ljust(self._room)
         assert len(header) == self._room, (len(header), self._room)
         self._file.seek(0)

@@ -1,13 +1,13 @@
-"""The one table of who holds what: each local parameter as slices of the Hugging Face name space.
+"""The only sharding table: each local parameter as slices of the Hugging Face name space.
 
 A decoder's local parameters are fused and tensor-parallel. Loading, saving, weight sync and
-checkpoints all talk of them as `Slice`s of the global tensors named as in Hugging Face files. A
+checkpoints all describe them as `Slice`s of the global tensors, named as in Hugging Face files. A
 tied model has no `lm_head.weight` in this name space. All functions here are pure.
 
 Experts are stacked: one local tensor has all gate and up projections of a layer's experts on this
-rank, expert by expert, another all down projections. Of `ep` parts of the experts a rank holds one.
-With tensor parallelism the `tp` ranks take part in that: `gcd(tp, ep)` of them hold different
-experts, and the `tp / gcd(tp, ep)` that hold the same ones divide each expert's width.
+rank, expert by expert, another all down projections. A rank holds one of `ep` parts of the experts.
+The `tp` ranks share in this division: `gcd(tp, ep)` of them hold different experts, and the
+`tp / gcd(tp, ep)` that hold the same ones divide each expert's width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .config import ModelConfig
 from .experts import EXPERT_NAMES, MoeConfig
 
 Head = Literal["lm", "score"]
-"""What is read of the hidden states: logits, or one scalar (reward and value models)."""
+"""Kinds of heads: logits, or one scalar (reward and value models)."""
 
 SCORE = "score.weight"
 """The scalar head's name, as in `transformers`' ...ForSequenceClassification with one label."""
@@ -30,7 +30,7 @@ SCORE = "score.weight"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slice:
-    """A box `[start, stop)` of the global tensor `name`, at rows `offset` on of a local tensor."""
+    """A box `[start, stop)` of the global tensor `name`, from row `offset` of a local tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,20 +59,20 @@ class Slice:
 
 
 class Split(Enum):
-    """How tensor parallelism divides a global tensor."""
+    """Ways in which tensor parallelism divides a global tensor."""
 
     NONE = "none"
     ROWS = "rows"
     COLUMNS = "columns"
     KV_ROWS = "kv_rows"
-    """Rows by key/value head; with fewer heads than ranks, neighbouring ranks hold the same one."""
+    """Rows by key/value head; with fewer heads than ranks, neighbouring ranks share one."""
     VOCABULARY = "vocabulary"
-    """Rows, of which the engine may hold more than there are: the last are padding."""
+    """Rows; an engine may hold additional ones at the end, which are padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One global tensor within a local parameter; `expert` is the number of the expert it is of."""
+    """One global tensor within a local parameter; `expert` is its expert's number, if any."""
 
     name: str
     shape: tuple[int, ...]
@@ -82,12 +82,12 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Which part of a model a rank holds.
+    """A rank's place, which determines the part of a model that it holds.
 
     Args:
-        tp_rank, tp_size: along the tensor-parallel axis.
-        ep_rank, ep_size: which part of the experts, of how many.
-        vocab_multiple: the vocabulary's rows are padded to a multiple of it, and then cut.
+        tp_rank, tp_size: place along the tensor-parallel axis.
+        ep_rank, ep_size: index and number of the parts of the experts.
+        vocab_multiple: number to whose multiple the vocabulary's rows are padded before the cut.
         blocks: see `all_slices`.
     """
 
@@ -99,12 +99,12 @@ class _Place:
     blocks: int = 1
 
     def vocabulary_rows(self, vocab_size: int) -> int:
-        """On each tensor-parallel rank, the padding of the last ones included."""
+        """Count the rows on each tensor-parallel rank, including the padding of the last ones."""
         return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple // self.tp_size
 
     @property
     def etp_size(self) -> int:
-        """Ranks over which one expert's width is divided."""
+        """Number of ranks over which one expert's width is divided."""
         return self.tp_size // math.gcd(self.tp_size, self.ep_size)
 
     @property
@@ -113,7 +113,7 @@ class _Place:
 
 
 def parameter_parts(config: ModelConfig, head: Head = "lm") -> dict[str, tuple[Part, ...]]:
-    """Local name -> the global tensors fused in it, top to bottom; in order of the forward pass."""
+    """Map local names, in order of the forward pass, to their fused tensors, top to bottom."""
     embedding = (config.vocab_size, config.hidden_size)
     table = {"embed_tokens.weight": _one("model.embed_tokens.weight", embedding, Split.VOCABULARY)}
     for i in range(config.num_layers):
@@ -127,7 +127,7 @@ def parameter_parts(config: ModelConfig, head: Head = "lm") -> dict[str, tuple[P
 
 
 def global_shapes(config: ModelConfig, head: Head = "lm") -> dict[str, tuple[int, ...]]:
-    """The name space: Hugging Face name -> global shape."""
+    """Return the name space: Hugging Face name -> global shape."""
     table = parameter_parts(config, head)
     return {part.name: part.shape for parts in table.values() for part in parts}
 
@@ -140,10 +140,10 @@ def local_parameters(
     ep_size: int = 1,
     vocab_multiple: int = 1,
 ) -> dict[str, tuple[int, ...]]:
-    """Local name -> local shape, the same on every tensor- and expert-parallel rank.
+    """Map local names to local shapes, which are equal on all tensor- and expert-parallel ranks.
 
     Args:
-        vocab_multiple: the vocabulary's rows are padded to a multiple of it.
+        vocab_multiple: number to whose multiple the vocabulary's rows are padded.
     """
     place = _Place(tp_size=tp_size, ep_size=ep_size, vocab_multiple=vocab_multiple)
     shapes = {}
@@ -165,7 +165,7 @@ def slices(
     ep_rank: int = 0,
     ep_size: int = 1,
 ) -> tuple[Slice, ...]:
-    """What the local parameter `local_name` of one rank holds.
+    """Return the slices that the local parameter `local_name` of one rank holds.
 
     Raises:
         ValueError: the model has no such local parameter.
@@ -188,13 +188,13 @@ def all_slices(
     vocab_multiple: int = 1,
     blocks: int = 1,
 ) -> dict[str, tuple[Slice, ...]]:
-    """`slices` of every local parameter, in order of the forward pass.
+    """Return `slices` of every local parameter, in order of the forward pass.
 
     Args:
-        vocab_multiple: see `local_parameters`; a rank that has padding alone holds no slice.
-        blocks: fused projections (q, k, v; gate, up) lie in so many blocks below each other, each
-            what one of so many tensor-parallel ranks would hold, so that an FSDP shard of their
-            rows is one.
+        vocab_multiple: see `local_parameters`; a rank that has only padding holds no slice.
+        blocks: number of blocks, below one another, that make up a fused projection (q, k, v; gate,
+            up). Each is the part that one of as many tensor-parallel ranks would hold, so that an
+            FSDP shard of the rows is such a part.
     """
     place = _Place(
         tp_rank=tp_rank,
@@ -209,12 +209,12 @@ def all_slices(
 
 
 def is_expert_parameter(local_name: str) -> bool:
-    """Whether a local parameter holds experts: `ep` divides it, and FSDP among other ranks."""
+    """Whether a local parameter holds experts, which `ep` divides, and FSDP over other ranks."""
     return ".mlp.experts." in local_name
 
 
 def restrict(held: Iterable[Slice], first_row: int, last_row: int) -> tuple[Slice, ...]:
-    """What of `held` lies in rows `[first_row, last_row)` of the local tensor (an FSDP shard).
+    """Restrict `held` to rows `[first_row, last_row)` of the local tensor (an FSDP shard).
 
     The offsets of the result count from `first_row`, that is, within the shard.
     """
@@ -236,7 +236,7 @@ def restrict(held: Iterable[Slice], first_row: int, last_row: int) -> tuple[Slic
 
 
 def local_kv_heads(config: ModelConfig, tp_size: int) -> int:
-    """Key/value heads on each tensor-parallel rank, at least one."""
+    """Count the key/value heads on each tensor-parallel rank, at least one."""
     return max(1, config.num_kv_heads // tp_size)
 
 
@@ -343,7 +343,7 @@ def _slices(config: ModelConfig, parts: tuple[Part, ...], place: _Place) -> tupl
 def _box(
     config: ModelConfig, part: Part, place: _Place, rank: int, size: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Start and stop of what rank `rank` of `size` has of a tensor; None: nothing."""
+    """Return start and stop of rank `rank`'s box of a tensor, of `size` ranks; None if empty."""
     start, stop = [0] * len(part.shape), list(part.shape)
     if part.expert is not None:
         rank, size = place.etp_rank, place.etp_size

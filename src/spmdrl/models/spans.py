@@ -1,4 +1,4 @@
-"""Spans: which rows of the queries see which ranges of the keys.
+"""Spans: rows of the queries and the ranges of the keys that they see.
 
 Packed sequences, prompts that several responses share, chunks of a prefill and the parts of a
 context-parallel stream are all lists of spans.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 Range = tuple[int, int]
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q [Tq, H, d], k [Tk, KVH, d], v [Tk, KVH, d]) -> [Tq, H, d]."""
+"""Function (q [Tq, H, d], k [Tk, KVH, d], v [Tk, KVH, d]) -> [Tq, H, d]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,8 @@ class Span:
     """Rows `[q_start, q_stop)` of q and the keys that they see.
 
     Args:
-        own: the range of keys that is seen causally, aligned at the end: the last row sees all of
-            it, the one before all but its last key.
+        own: the range of keys that is seen causally, aligned at the end: the last row sees all
+            keys of it, the row before sees all but the last, and so on.
         prefix: ranges of keys that every row sees.
     """
 
@@ -45,11 +45,11 @@ class Span:
 
     @property
     def keys(self) -> tuple[Range, ...]:
-        """All ranges of keys in order; a row sees all but the last few keys of their sequence."""
+        """All ranges of keys in order; each row sees all of these keys but the last few."""
         return (*self.prefix, self.own)
 
 
 def covers_rows(spans: Sequence[Span]) -> bool:
-    """Whether the spans' rows follow each other without gaps from row 0."""
+    """Whether the spans' rows follow one another without gaps from row 0."""
     stops = [0, *(span.q_stop for span in spans)]
     return all(span.q_start == stop for span, stop in zip(spans, stops, strict=False))

@@ -1,4 +1,4 @@
-"""What a tokenizer says of single tokens: texts, special tokens, and which of them end a text."""
+"""A tokenizer's data about single tokens: texts, special tokens, and the tokens that end a text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class End:
     """A token that ends a text.
 
     Args:
-        source: what says so, in words.
+        source: the origin of this fact, in words.
     """
 
     token: int
@@ -27,10 +27,10 @@ class TokenTexts:
     """Texts of tokens, without the tokenizer.
 
     Args:
-        decode: token ids -> text, special tokens left out.
-        decode_all: token ids -> text, special tokens as they are written.
+        decode: function from token ids to text without special tokens.
+        decode_all: function from token ids to text that includes special tokens.
         special: ids of the special tokens by their texts.
-        ends: what ends a text, as the tokenizer has it.
+        ends: tokens that end a text according to the tokenizer.
     """
 
     decode: Decode
@@ -40,10 +40,10 @@ class TokenTexts:
 
 
 def token_texts(tokenizer: Any, *, chat: bool) -> TokenTexts:
-    """Of a transformers tokenizer.
+    """Make the texts of a transformers tokenizer.
 
     Args:
-        chat: whether the chat template is used: then what it writes after an answer is an end.
+        chat: whether the chat template is used; its end of an assistant's message is then an end.
     """
 
     def decode(ids: Sequence[int]) -> str:
@@ -63,7 +63,7 @@ def token_texts(tokenizer: Any, *, chat: bool) -> TokenTexts:
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Ids of the tokens that a decoded text can leave out, by their texts."""
+    """Return the ids of the tokens that a decoded text can leave out, by their texts."""
     added = tokenizer.added_tokens_decoder.items()
     found = {str(token): int(i) for i, token in added if token.special}
     named = [str(token) for token in tokenizer.all_special_tokens]
@@ -71,8 +71,8 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 
 
 def tokenizer_ends(tokenizer: Any, *, chat: bool) -> tuple[End, ...]:
-    """The end of text, and what the chat template writes after an answer, where that is another:
-    the tokens that answers in training data end with.
+    """List the tokens with which responses in training data end: the end of text, and the chat
+    template's end of an assistant's message if that is another token.
     """
     found = []
     if tokenizer.eos_token_id is not None:
@@ -90,8 +90,8 @@ def tokenizer_ends(tokenizer: Any, *, chat: bool) -> tuple[End, ...]:
 
 
 def turn_end(tokenizer: Any) -> End | None:
-    """The special token that the chat template writes first after an answer; None where there is no
-    template, or it shows none.
+    """Find the special token that the chat template writes first after an assistant's message;
+    None if there is no template, or it writes none.
     """
     if tokenizer.chat_template is None:
         return None
@@ -100,8 +100,8 @@ def turn_end(tokenizer: Any) -> End | None:
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:
-        # A template is a program, and may raise anything at a conversation that it does not expect.
-        # This one is only asked for its end; rows that it refuses are named as they are read.
+        # A template is a program, and may raise anything for a conversation it does not expect.
+        # Here only its end is of interest; rows that it refuses are named when they are read.
         return None
     place = text.rfind(answer)
     if place < 0:

@@ -1,4 +1,4 @@
-"""A tokenizer compared with the files it was made of: libraries make others of them at times."""
+"""Comparison of a tokenizer with its files, from which libraries sometimes make a different one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ _PROBE = " Is it 12.5%?  Yes:\n\tdon't, naïve 漢字 \N{GRINNING FACE}"
 
 
 def refuse_changed(directory: Path, tokenizer: Any) -> None:
-    """ValueError where `transformers` makes a tokenizer that loses what tokenizer.json keeps, or
-    one whose tokens are drawn at random.
-
-    The class of that name brings its own rules for spaces and bytes, whatever the file says.
+    """Raise ValueError if `transformers` makes a tokenizer that loses letters which tokenizer.json
+    keeps (a tokenizer_class may override its rules for spaces and bytes), or one whose tokens are
+    drawn at random.
     """
     file = directory / TOKENIZER
     if not file.is_file() or not tokenizer.is_fast:
         return
     written, core = _of_file(file), tokenizer.backend_tokenizer
-    # not every kind of model has it
+    # not every kind of model has this attribute
     rate = getattr(core.model, "dropout", None)
     if rate:
         raise ValueError(
@@ -45,7 +44,7 @@ def refuse_changed(directory: Path, tokenizer: Any) -> None:
 
 
 def notes(directory: Path, tokenizer: Any) -> tuple[str, ...]:
-    """What the tokenizer's files say otherwise than each other, or than what was made of them."""
+    """Describe contradictions between the tokenizer's files, or with the tokenizer made of them."""
     return tuple(_notes(directory, tokenizer))
 
 
@@ -76,7 +75,7 @@ def _notes(directory: Path, tokenizer: Any) -> Iterator[str]:
 
 
 def _claims(directory: Path) -> Iterator[tuple[Path, int, str]]:
-    """Ids of tokens that files beside tokenizer.json have: file, id, text."""
+    """Yield ids of tokens that files other than tokenizer.json give: file, id, text."""
     config = directory / TOKENIZER_CONFIG
     for key, token in (read_json(config).get("added_tokens_decoder") or {}).items():
         yield config, int(key), token["content"] if isinstance(token, dict) else token
@@ -88,7 +87,7 @@ def _claims(directory: Path) -> Iterator[tuple[Path, int, str]]:
 
 
 def _names(directory: Path, tokenizer: Any) -> Iterator[str]:
-    """Special tokens that two files name differently."""
+    """Yield notes on special tokens that two files name differently."""
     if not (directory / NAMED).is_file():
         return
     given, other = read_json(directory / TOKENIZER_CONFIG), read_json(directory / NAMED)
@@ -107,17 +106,17 @@ def _content(value: Any) -> Any:
 
 
 def _encode(core: Tokenizer, text: str) -> list[int] | None:
-    """Ids; None where it has none for some letter."""
+    """Return the ids; None if the tokenizer has none for some letter."""
     try:
         return list(core.encode(text, add_special_tokens=False).ids)
-    # the library's bare Exceptions, of a missing unknown token
+    # the library raises a bare Exception if an unknown token is missing
     except Exception:
         return None
 
 
 def _of_file(file: Path) -> Tokenizer:
     written = Tokenizer.from_file(str(file))
-    # of the library's own making, which sets them anew for every text
+    # transformers sets both again for every text
     written.no_truncation()
     written.no_padding()
     return written

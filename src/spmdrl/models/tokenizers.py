@@ -23,10 +23,10 @@ _FLAGS = ("add_bos_token", "add_eos_token", "add_prefix_space")
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """transformers' tokenizer of a directory, without running code from it.
+    """Load transformers' tokenizer of a directory, without running code from it.
 
     Raises:
-        ValueError: there is none, or a file of it is damaged, naming the file.
+        ValueError: there is none, or one of its files is damaged; the message names the file.
     """
     # transformers takes a second to import, and most uses of this module need no tokenizer.
     from transformers import AutoTokenizer
@@ -51,7 +51,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def _check_syntax(directory: Path, template: Any) -> None:
-    """ValueError where a chat template is none."""
+    """Raise ValueError if a chat template has a syntax error."""
     from jinja2 import TemplateSyntaxError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -67,13 +67,13 @@ def _check_syntax(directory: Path, template: Any) -> None:
                 f"{file or directory / TOKENIZER_CONFIG}: the chat template{what} is none: line "
                 f"{error.lineno}: {error.message}"
             ) from error
-        # what a template makes of messages is known when rows are read
+        # a template's errors for messages are reported when rows are read
         except Exception:
             continue
 
 
 def _check_config(file: Path) -> None:
-    """ValueError for what the library takes as it is, and stumbles over later."""
+    """Raise ValueError for values that the library accepts here and fails on later."""
     fields = Fields(values=read_json(file), origin=str(file))
     for key in _TOKENS:
         if key in fields and not _is_token(fields.value(key)):
@@ -118,7 +118,7 @@ def _check_template(fields: Fields) -> None:
 
 
 def _check_templates(directory: Path) -> None:
-    """ValueError where a file of a chat template is no text."""
+    """Raise ValueError if a chat template's file is not text."""
     for file in _template_files(directory):
         if file.is_file():
             refuse_pointer(file)
@@ -133,7 +133,7 @@ def _template_files(directory: Path) -> tuple[Path, ...]:
 
 
 def _diagnosis(directory: Path, error: Exception) -> str:
-    """Which file the library cannot read, as far as that can be found out."""
+    """Name the file that the library cannot read, as far as that can be found out."""
     from tokenizers import Tokenizer
     from transformers import AutoConfig
 
@@ -170,7 +170,7 @@ def _one_line(error: Exception) -> str:
 
 
 def check_tokenizer(tokenizer: Any, config: ModelConfig) -> None:
-    """ValueError where the tokenizer has ids without an embedding row (the reverse is usual)."""
+    """Raise ValueError if the tokenizer has ids without embedding row (the reverse is usual)."""
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
     size = 1 + max(vocabulary.values(), default=-1)
     if size > config.vocab_size:
@@ -183,9 +183,9 @@ def check_tokenizer(tokenizer: Any, config: ModelConfig) -> None:
 
 
 def difference(first: Any, second: Any) -> str | None:
-    """How two tokenizers' ids differ, as part of a sentence; None where they are the same.
+    """Describe the difference of two tokenizers' ids, as part of a sentence; None if equal.
 
-    Chat templates may differ: only what an id means counts.
+    Chat templates may differ: only the meaning of ids counts.
     """
     one, two = first.get_vocab(), second.get_vocab()
     if one == two:

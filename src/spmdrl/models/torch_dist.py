@@ -2,8 +2,8 @@
 
 Such a directory is one of `torch.distributed.checkpoint`, whose global tensors do not depend on the
 ranks that wrote them; megatron-core is not needed to read it. Layers are stacked along a leading
-dim, or numbered where they are not alike; experts are stacked behind that. Only the parts of the
-tensor that is asked for are read, and at most one layer's tensor is held.
+dim, or numbered if they differ; experts are stacked along the next dim. Only the required parts of
+a tensor are read, and at most one layer's tensor is kept.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ _LAYER = {
     "self_attn.k_norm": ("self_attention.k_layernorm.weight",),
     "mlp.down_proj": ("mlp.linear_fc2.weight",),
 }
-"""Name within a layer -> Megatron's; where norms are fused into projections, the first."""
+"""Name within a layer -> Megatron's; the first of two if norms are fused into projections."""
 
 
 _STATE = ("optimizer", "chained_", "rng_state", "rerun_state", "opt_param")
-"""How the tensors begin that are of the training's state, not of the model."""
+"""Prefixes of tensors that belong to the state of the training, not to the model."""
 
 _PADDED_TO = (*range(1, 65), *(128 << i for i in range(7)))
-"""Of what the vocabulary's rows are a multiple: of tp here, in Megatron-LM of 128 tp."""
+"""Numbers that the vocabulary's rows may be a multiple of: tp here, 128 tp in Megatron-LM."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """A tensor of the checkpoint, and indices of its leading dims: of the layer, of the expert."""
+    """A tensor of the checkpoint, and the indices of its leading dims (layer, expert)."""
 
     key: str
     at: tuple[int, ...] = ()
@@ -70,13 +70,13 @@ def convert_torch_dist(source: str | Path, like: str | Path, out_dir: str | Path
     """Write `out_dir` as a Hugging Face directory with the weights of `source`.
 
     Args:
-        source: trusted: its index is a pickle.
+        source: directory of the checkpoint, which must be trusted: its index is a pickle.
         like: a Hugging Face directory of the same architecture and sizes, which gives the
             configuration and the tokenizer.
 
     Raises:
-        ValueError: `source` lacks a tensor, has one that is not converted, or another shape,
-            naming it.
+        ValueError: `source` lacks a tensor, has one that is not converted, or one of another
+            shape; the message names it.
     """
     config = read_config(like)
     checkpoint = TorchDist(source, config)
@@ -111,7 +111,7 @@ class TorchDist:
         self._last: tuple[str, tuple[int, ...], Tensor] | None = None
 
     def check(self) -> None:
-        """ValueError unless every tensor is converted, with all its layers, experts and rows."""
+        """Raise ValueError unless all tensors are converted, with all layers and experts."""
         config = self._config
         places = [self._place(name) for name in global_shapes(config)]
         counts: dict[str, tuple[int, ...]] = {}
@@ -138,7 +138,7 @@ class TorchDist:
                 )
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor of that Hugging Face name."""
+        """Read the whole tensor of a Hugging Face name."""
         shape, place = global_shapes(self._config)[name], self._place(name)
         found = self._part(name, self._tensor(place))
         if place.key in (_WHOLE["model.embed_tokens.weight"], _WHOLE["lm_head.weight"]):
@@ -151,7 +151,7 @@ class TorchDist:
         return found
 
     def _without_padding(self, key: str, found: Tensor, rows: int) -> Tensor:
-        """A vocabulary is padded to a multiple of the ranks that divided it, and not further."""
+        """Remove a vocabulary's padding, which must reach a multiple of one of `_PADDED_TO`."""
         count = len(found)
         if any(count % k == 0 and rows <= count < rows + k for k in _PADDED_TO):
             return found[:rows]
@@ -161,7 +161,7 @@ class TorchDist:
         )
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
-        """What of a fused tensor of the checkpoint one tensor is."""
+        """Return the part of the checkpoint's (perhaps fused) tensor that is the named one."""
         config = self._config
         last = name.split(".")[-2]
         if last in ("q_proj", "k_proj", "v_proj"):
@@ -176,7 +176,7 @@ class TorchDist:
         return whole.chunk(2)[1] if last in ("up_proj", "w3") else whole
 
     def _place(self, name: str) -> _Place:
-        """Which tensor of the checkpoint holds a tensor of that Hugging Face name."""
+        """Find the checkpoint's tensor that holds the tensor of a Hugging Face name."""
         if name in _WHOLE:
             return _Place(key=_WHOLE[name])
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
@@ -198,7 +198,7 @@ class TorchDist:
         return self._find(layer, fused, expert=int(number[1]))
 
     def _find(self, layer: int, *names: str, expert: int | None = None) -> _Place:
-        """Stacked with all layers, or one of its own; of several names the first that is there."""
+        """Find the first of `names` that exists, stacked over all layers or for this layer only."""
         inner = () if expert is None else (expert,)
         for name in names:
             for place in (
@@ -213,7 +213,7 @@ class TorchDist:
         )
 
     def _tensor(self, place: _Place) -> Tensor:
-        """The last one read is kept."""
+        """Read a tensor, or return it if it is the one that was read last."""
         key, at = place.key, place.at
         if self._last is not None and self._last[:2] == (key, at):
             return self._last[2]
@@ -237,7 +237,7 @@ class TorchDist:
 
 
 class _Into(LoadPlanner):
-    """Puts what is read into one tensor; everything else of a plan is made by the caller."""
+    """Planner that reads into one tensor; the caller makes the rest of the plan."""
 
     def __init__(self, target: Tensor) -> None:
         self._target = target

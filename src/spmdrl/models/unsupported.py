@@ -1,4 +1,4 @@
-"""What config.json may ask for and the decoder does not compute: refused, key by key."""
+"""Refusal of features that config.json may ask for and the decoder does not compute, key by key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SILU = ("silu", "swish")
 
 
 def refuse_features(fields: Fields, architecture: str, num_layers: int, max_position: int) -> None:
-    """ValueError for what would silently give other logits than the model's own."""
+    """Raise ValueError for a feature whose absence would silently change the model's logits."""
     origin = fields.origin
     model_type = fields.values.get("model_type", MODEL_TYPES[architecture])
     if model_type != MODEL_TYPES[architecture]:
@@ -27,7 +27,7 @@ def refuse_features(fields: Fields, architecture: str, num_layers: int, max_posi
             f"{origin}: hidden_act={fields.value('hidden_act')!r} is not supported (silu)"
         )
     foreign = [key for key in fields.values if _FOREIGN.search(key)]
-    # Qwen2's class does not read attention_bias: it has the biases of q, k and v always.
+    # Qwen2's class does not read attention_bias: it always has the biases of q, k and v.
     biases = [] if architecture == "Qwen2ForCausalLM" else ["attention_bias"]
     for key in (*biases, "mlp_bias", "per_layer_config", "transformers_weights", *foreign):
         value = fields.values.get(key)
@@ -47,7 +47,7 @@ def refuse_features(fields: Fields, architecture: str, num_layers: int, max_posi
 
 
 def _active_window(fields: Fields, architecture: str, num_layers: int) -> int | None:
-    """The attention window in tokens, if some layer of the model has one."""
+    """Return the attention window in tokens, if a layer of the model has one."""
     if architecture == "LlamaForCausalLM":
         return None
     if architecture in ("MistralForCausalLM", "MixtralForCausalLM"):
@@ -76,6 +76,6 @@ def _active_window(fields: Fields, architecture: str, num_layers: int) -> int | 
 
 
 def _short(value: object) -> str:
-    """A value in a message: lists of modules can be long."""
+    """Format a value for a message, shortened: lists of modules can be long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,7 +1,7 @@
-"""The safetensors files of a directory: what they hold, and slices of it.
+"""The safetensors files of a directory: their tensors, and slices of these.
 
 The headers are read once, when the directory is opened. A tensor's bytes are mapped only while a
-slice of it is read, so that a file with many tensors costs no more per read than one with few.
+slice of it is read, so that a read costs the same in files with many tensors and with few.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PLAIN: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-"""The dtypes in which a value stands for itself; others need scales, or are no weights."""
+"""The dtypes whose values can be used directly; others need scales, or are not weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """A tensor in a file: its dtype as safetensors writes it, and from which byte on it lies."""
+    """A tensor in a file: its dtype in safetensors' spelling, its first byte, its size in bytes."""
 
     file: Path
     dtype: str
@@ -43,10 +43,10 @@ class Entry:
     size: int
 
     def map(self) -> Tensor:
-        """The tensor, whose memory is the file; nothing is read before it is touched."""
+        """Map the tensor: its values are read only when used (copied if they are misaligned)."""
         raw = np.memmap(self.file, np.uint8, mode="c", offset=self.begin, shape=(self.size,))
         dtype = PLAIN[self.dtype]
-        # a writer may leave values where their dtype cannot lie in memory
+        # a writer may place values without the alignment that their dtype needs in memory
         values = torch.from_numpy(raw if self.begin % dtype.itemsize == 0 else np.array(raw))
         return values.view(dtype).view(self.shape)
 
@@ -55,7 +55,7 @@ class Checkpoint:
     """The weights of a directory.
 
     Args:
-        notes: what is odd about the directory's files, without making a tensor doubtful.
+        notes: oddities of the directory's files that make no tensor doubtful.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Checkpoint:
         return self._entry(name).shape
 
     def read(self, part: Slice) -> Tensor:
-        """The values of `part`, checked: they are finite.
+        """Read the values of `part` and check that they are finite.
 
         Raises:
-            ValueError: naming file and tensor: it is not there, has another shape or a dtype that
-                is not `PLAIN`, or a value of the slice is NaN or infinite.
+            ValueError: the tensor is missing, has another shape or a dtype that is not `PLAIN`, or
+                a value of the slice is NaN or infinite; the message names file and tensor.
         """
         entry = self._entry(part.name)
         if entry.shape != part.shape:
@@ -87,7 +87,7 @@ class Checkpoint:
             raise ValueError(f"{entry.file}: tensor {part.name!r} {dtype_error(entry.dtype)}")
         box = tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))
         values = entry.map()[box]
-        # one pass without a copy; the extremes are not finite where one value is not
+        # one pass without a copy: the extremes are not finite if any value is not
         if not all(extreme.float().isfinite() for extreme in values.aminmax()):
             index = (~values.float().isfinite()).nonzero()[0].tolist()
             place = [i + a for i, a in zip(index, part.start, strict=True)]
@@ -104,7 +104,7 @@ class Checkpoint:
 
 
 def dtype_error(dtype: str) -> str:
-    """What is said of a tensor whose values do not stand for themselves."""
+    """Make the error message about a tensor whose values cannot be used directly."""
     return (
         f"has dtype {dtype}, which is not one of {', '.join(PLAIN)}: quantised weights are not "
         "read; give the directory of the model in float weights"
@@ -112,10 +112,10 @@ def dtype_error(dtype: str) -> str:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The weights of a Hugging Face directory (one safetensors file, or several with an index).
+    """Open the weights of a Hugging Face directory: one safetensors file, or several and an index.
 
     Raises:
-        ValueError: neither is there, files contradict each other, or one is missing or damaged.
+        ValueError: there are no weights, files contradict each other, or one is missing or damaged.
     """
     directory = Path(path)
     index, single = directory / INDEX, directory / SINGLE
@@ -174,7 +174,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _unread(directory: Path, read: list[Path]) -> tuple[str, ...]:
-    """A note on weights of this name scheme that no index names: of an older save, it may be."""
+    """Make a note on files named like weights that are not read: they may be of an older save."""
     others = sorted(str(f.name) for f in directory.glob("model*.safetensors") if f not in read)
     return (f"{directory}: {others[0]}{_more(others)} is not read",) if others else ()
 
@@ -184,10 +184,10 @@ def _more(names: list[str]) -> str:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """What a safetensors file holds, by name.
+    """Read the header of a safetensors file: its tensors by name.
 
     Raises:
-        ValueError: it is no such file, or damaged, or shorter than its header says.
+        ValueError: it is not such a file, or damaged, or shorter than its header says.
     """
     refuse_pointer(file)
     try:
