@@ -213,5 +213,5 @@ def test_a_file_of_the_users_own_may_hold_dataclasses_and_is_one_module(tmp_path
     assert options().size == 7
     file.with_name("broken.py").write_text("raise RuntimeError('no')\n")
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="no"):
+        with pytest.raises(ValueError, match=r"broken.py cannot be imported: RuntimeError: no\n.*"):
             load_object(f"{tmp_path / 'broken.py'}:flow")

@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from flow_cases import run_configs, write_config
 from harness import run_ranks
 from spmdrl.batch import from_rows
 from spmdrl.cli import parse
+from spmdrl.config import RewardSection
 from spmdrl.config_files import load_config
 from spmdrl.config_keys import key_table, known_keys
 from spmdrl.custom_role import CustomRole, RoleContext
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.launcher_signals import COMMANDS
+from spmdrl.rewards.functions import RewardSpec, load
 from tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -105,3 +108,47 @@ def score_lengths(world, code: str) -> list[float]:
 def test_the_role_example_runs_as_written():
     code = blocks(ROOT / "docs" / "adding-a-role-or-backend.md", "python")[0]
     assert run_ranks(score_lengths, 2, code) == [[0.0, 0.5], [5.0, 5.5, 6.0]]
+
+
+ROW = {"question": "q", "tests": ["5", "7"], "solution": "5", "data_source": "openai/gsm8k"}
+VERL = {"reward_model": {"ground_truth": "5"}, "extra_info": {"index": 0}}
+
+
+@pytest.mark.parametrize(
+    ("block", "name", "score"),
+    [
+        (0, "brief", 1.0),
+        (0, "right", 1.0),
+        (0, "in_order", 3.0),
+        (0, "passes", {"score": 0.5, "passed": 1}),
+        (1, "from_trl", 1.0),
+        (1, "from_openrlhf", 1.0),
+        (1, "compute_score", NotImplementedError),  # what it takes for the source is the prompt
+        (1, "from_verl", 1.0),
+    ],
+)
+def test_the_reward_examples_work_as_written(tmp_path, block, name, score):
+    file = tmp_path / f"my_rewards_{block}.py"
+    file.write_text(blocks(ROOT / "docs" / "rewards.md", "python")[block])
+    row = {**ROW, **VERL}
+    # TRL's function takes all columns as lists, `tests` too
+    function = load(RewardSpec(name=name, function=f"{file}:{name}"), list(row))
+    if isinstance(score, type):
+        with pytest.raises(score):
+            function("2 + 3?", "is 5", "5", row)
+    else:
+        assert function("2 + 3?", "is 5", "5", row) == score
+
+
+@pytest.mark.parametrize("name", ["trl_reward", "reward_func"])
+def test_functions_of_batches_are_refused_as_the_page_says(tmp_path, name):
+    file = tmp_path / "my_rewards.py"
+    file.write_text(blocks(ROOT / "docs" / "rewards.md", "python")[1])
+    with pytest.raises(ValueError, match="a batch elsewhere, here a call has one sample"):
+        load(RewardSpec(name=name, function=f"{file}:{name}"), list(ROW))
+
+
+def test_the_reward_list_of_the_page_is_read(tmp_path):
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    sections = yaml.safe_load(re.findall(r"^```yaml\n(.*?)^```", page, re.M | re.S)[0])["rewards"]
+    assert [RewardSection(**section).weight for section in sections] == [1.0, 0.1, 0.5]

@@ -30,6 +30,7 @@ LEVELS: list[set[str]] = [
         "launch",
         "files",
         "objects",
+        "errors",
     }
     | {"storages"},
     {"algorithms"},

@@ -32,8 +32,9 @@ from spmdrl.config_keys import known_keys
 from spmdrl.config_sets import held_out_sets, train_sources
 from spmdrl.engines import _native_options
 from spmdrl.explain import explain
-from spmdrl.flows.inputs import example_source, prompt_source, reward_specs, training_sampling
+from spmdrl.flows.inputs import example_source, prompt_source, training_sampling
 from spmdrl.flows.preference_terms import preference_settings
+from spmdrl.flows.reward_pools import reward_specs
 from spmdrl.flows.start import train
 from spmdrl.launch import World
 from spmdrl.models.config import read_config

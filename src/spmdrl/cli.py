@@ -8,11 +8,13 @@ import io
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spmdrl.errors import AgreedError
 from spmdrl.launcher_signals import COMMANDS
 from spmdrl.runtime.error_file import launcher_shows_errors, write_error_file
 from spmdrl.runtime.signals import EXIT_INTERRUPTED, Signals, release
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
 
 HEARS_SIGNALS = (*COMMANDS, "launch")
 """They answer SIGINT and SIGTERM themselves."""
+
+
+FIRST_S = 1.0
+"""How long other ranks wait for the first to say what all of them have found: launchers end all
+ranks when one has ended.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = f"spmdrl {options.name}: error: {_text_of(error)}"
         if launcher_shows_errors():
             write_error_file(error, line, code=2)
+        elif isinstance(error, AgreedError) and os.environ.get("RANK", "0") != "0":
+            time.sleep(FIRST_S)
         else:
             print(line, file=sys.stderr, flush=True)
         return 2

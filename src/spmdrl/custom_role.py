@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,16 +15,23 @@ from spmdrl.batch import Batch
 from spmdrl.calls import Call, RoleMethod
 from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.errors import headline, told
 from spmdrl.ledger import Stint
 from spmdrl.memory.turns import Turns
-from spmdrl.objects import load_object
+from spmdrl.objects import lacks, load_object
 
 __all__ = ["Column", "CustomRole", "RoleContext", "UserRole"]
 
 FORWARD = "forward_step"
 
-METHODS = {"setup", FORWARD, "train_step", "eval_step", "save_state", "load_state"}
-"""The functions that a role may have."""
+NEEDED = {"setup": ("context",), FORWARD: ("batch",)}
+OPTIONAL = {
+    "train_step": ("batch",),
+    "eval_step": ("batch",),
+    "save_state": (),
+    "load_state": ("tensors",),
+}
+"""The functions that a role must have and may have -> the arguments of their calls."""
 
 SCORES = "scores"
 """The row column of a role that `rewards` names."""
@@ -129,10 +137,28 @@ def make_user_role(name: str, where: str, options: Mapping[str, Any]) -> UserRol
     """The object behind `kind: module:Class`, checked.
 
     Raises:
-        ValueError: something that a role needs is missing, is no function, or is only half there.
+        ValueError: it cannot be made with these options; something that a role needs is missing, is
+            no function of the arguments that it will be given, or is only half there.
     """
-    user: UserRole = load_object(where)(**options)
-    check_user_role(name, user)
+    kind = load_object(where, f"roles.{name}.kind")
+    key = f"roles.{name}.kind={where}"
+    if not callable(kind):
+        raise ValueError(f"{key} is a {type(kind).__name__}: name a class")
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError as error:
+        raise ValueError(
+            f"{key} is made with roles.{name}.options={dict(options)}: {error}"
+        ) from None
+    try:
+        user: UserRole = kind(**options)
+    # The user's own code may raise anything; all of it means that there is no such role.
+    except Exception as error:
+        raise ValueError(told(f"{key} cannot be made: {headline(error)}", error)) from error
+    try:
+        check_user_role(name, user)
+    except ValueError as error:
+        raise ValueError(f"{error} ({where})") from None
     return user
 
 
@@ -319,6 +345,13 @@ def check_scores(name: str, user: UserRole) -> None:
         )
 
 
+def _are_all(kind: type, values: object) -> bool:
+    """Whether it is a list, or the like, of such values. (A text is one of texts, too.)"""
+    if not isinstance(values, Collection) or isinstance(values, str):
+        return False
+    return all(isinstance(value, kind) for value in values)
+
+
 def check_user_role(name: str, user: UserRole) -> None:
     """What the class offers, before anything is asked of it.
 
@@ -333,9 +366,12 @@ def check_user_role(name: str, user: UserRole) -> None:
                 f"{where} has no {attribute!r}; a role has needs, returns, setup(context) and "
                 "forward_step(batch)"
             )
-    for method in METHODS & offered:
-        if not callable(getattr(user, method)):
-            raise ValueError(f"{where} has {method!r}, but it is no function")
+    if not _are_all(str, user.needs):
+        raise ValueError(f"{where} has needs={user.needs!r}: make it a tuple of columns' names")
+    if not _are_all(Column, user.returns):
+        raise ValueError(
+            f"{where} has returns={user.returns!r}: make it a tuple of Column(name=..., kind=...)"
+        )
     size = declared_bytes(user)
     if size is not None and (not isinstance(size, int) or size < 0):
         raise ValueError(f"{where} has device_bytes={size!r}: give a whole number of bytes")
@@ -345,6 +381,9 @@ def check_user_role(name: str, user: UserRole) -> None:
                 f"{where} has {one!r} and no {other!r}, so a run could not go on from its "
                 f"checkpoints: add {other!r}, or take {one!r} away"
             )
+    lacking = lacks(user, NEEDED, OPTIONAL)
+    if lacking is not None:
+        raise ValueError(f"{where} {lacking}")
     for column in user.returns:
         if column.kind not in ("token", "row"):
             raise ValueError(

@@ -82,9 +82,9 @@ def _missing(config: Config) -> Iterator[str]:
     for key, where in objects.items():
         if where is not None and ":" in where:
             try:
-                load_object(where)
+                load_object(where, key)
             except Exception as error:  # the user's file is run, and may raise anything
-                yield f"{key}={where}: {type(error).__name__}: {error}"
+                yield str(error)
     keys = ("data.train", *(f"data.mix.{i}" for i in range(len(config.data.mix))))
     sources = {k: data.source for k, data in zip(keys, train_sources(config), strict=True)}
     for name, described in held_out_sets(config).items():

@@ -2,35 +2,130 @@
 
 from __future__ import annotations
 
+import dis
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import MappingProxyType, ModuleType
+from typing import Any, Protocol
+
+from spmdrl.errors import headline, told
 
 FILE = ".py"
 """The end of a place that is a file, not a module."""
 
 
-def load_object(where: str) -> Any:
+def load_object(where: str, key: str | None = None) -> Any:
     """What `module:name` or `path/to/file.py:name` names.
 
+    Args:
+        key: of the configuration, for messages.
+
     Raises:
-        ValueError: no such module, file or name.
+        ValueError: no such module, file or name, or an error while the module was imported (then
+            chained).
     """
+    what = repr(where) if key is None else f"{key}={where}"
     place, colon, name = where.rpartition(":")
     if not colon:
-        raise ValueError(f"{where!r}: write it as module:name or path/to/file.py:name")
+        raise ValueError(f"{what}: write it as module:name or path/to/file.py:name")
     try:
         module = load_module(place)
-    except (FileNotFoundError, ModuleNotFoundError) as error:
-        raise ValueError(f"{where!r}: {error}") from None
+    # A user's module may raise anything while it is imported; all of it means the same here.
+    except Exception as error:
+        text = f"{what}: {place} cannot be imported: {headline(error)}"
+        raise ValueError(told(text, error)) from error
     if name not in vars(module):
-        raise ValueError(f"{where!r}: {place} has no {name!r}")
+        raise ValueError(f"{what}: {place} has no {name!r}; it has {_own_names(module)}")
     return vars(module)[name]
+
+
+def _own_names(module: ModuleType) -> list[str]:
+    """The functions and classes that a module defines."""
+    return [
+        name
+        for name, value in vars(module).items()
+        if (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == module.__name__
+    ]
+
+
+def misfit(function: Callable[..., Any], arguments: Sequence[str]) -> str | None:
+    """Why a call with these positional arguments would not do, to follow the function's name; None:
+    it would, as far as its signature says.
+    """
+    if inspect.iscoroutinefunction(function):
+        return "is `async`, and nobody awaits it: write `def`"
+    if inspect.isgeneratorfunction(function):
+        return "has a `yield`, so that a call of it runs nothing: return what it makes"
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # of C libraries, some say nothing of their parameters
+        return None
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        given = ", ".join(arguments)
+        return f"takes {signature}, but is called with ({given}): {error}"
+    return None
+
+
+def lacks(
+    part: Any,
+    methods: Mapping[str, Sequence[str]],
+    optional: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> str | None:
+    """What a class, or an object, lacks of the methods that it is asked for, to follow its name.
+
+    Args:
+        methods: name -> the positional arguments of a call.
+        optional: those that may be absent.
+
+    Returns:
+        None where it has all of them, to be called so.
+    """
+    owner = part if inspect.isclass(part) else type(part)
+    for name, arguments in {**methods, **optional}.items():
+        call = f"{name}({', '.join(arguments)})"
+        if name not in dir(part) or _is_stub(owner, name):
+            if name in optional or (part is owner and _is_found_later(owner, name)):
+                continue
+            return f"has no {name!r}: add {call}"
+        method = getattr(part, name)
+        if not callable(method):
+            return f"has {name!r}, but it is no function: make it {call}"
+        static = inspect.getattr_static(part, name)
+        is_bound = part is not owner or isinstance(static, staticmethod | classmethod)
+        wrong = misfit(method, arguments if is_bound else ["self", *arguments])
+        if wrong is not None:
+            return f"cannot be used, as its {name!r} {wrong}"
+    # set by ABCMeta, on classes that are abstract alone
+    abstract = sorted(vars(owner)["__abstractmethods__"]) if inspect.isabstract(owner) else []
+    return f"is abstract: add {', '.join(abstract)}" if abstract else None
+
+
+def may_have(owner: type, name: str) -> bool:
+    """Whether an object of a class may have an attribute."""
+    return name in dir(owner) or _is_found_later(owner, name)
+
+
+def _is_found_later(owner: type, name: str) -> bool:
+    """Whether a function of the class sets it, or looks for what is not there."""
+    functions = [f for base in owner.__mro__ for f in vars(base).values() if inspect.isfunction(f)]
+    code = [line for function in functions for line in dis.get_instructions(function)]
+    is_set = any(line.opname == "STORE_ATTR" and line.argval == name for line in code)
+    return is_set or "__getattr__" in dir(owner)
+
+
+def _is_stub(owner: type, name: str) -> bool:
+    """Whether a method is a protocol's own, which does nothing."""
+    holder = next((base for base in owner.__mro__ if name in vars(base)), None)
+    return holder is not None and Protocol in holder.__bases__
 
 
 def load_module(place: str) -> ModuleType:

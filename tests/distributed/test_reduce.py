@@ -22,6 +22,7 @@ from spmdrl.distributed.reduce import (
     world_max,
     world_sum,
 )
+from spmdrl.errors import AgreedError
 from spmdrl.launch import World
 from spmdrl.runtime.failures import is_lost_peer
 
@@ -125,6 +126,7 @@ def disagree(world: World) -> list[tuple[type, str, bool]]:
         {1: ValueError("no such file")},
         {1: KeyError("rng/python")},
         {0: ValueError("no such file"), 2: KeyError("rng/python")},
+        {rank: ValueError("a typo") for rank in range(3)},
     ]
     seen: list[tuple[type, str, bool]] = []
     for case in cases:
@@ -143,7 +145,7 @@ def disagree(world: World) -> list[tuple[type, str, bool]]:
 
 def test_what_nobody_foresaw_on_one_rank_ends_the_others_too() -> None:
     found = run_ranks(disagree, 3)
-    known = (ValueError, "rank 1: no such file", False)
+    known = (AgreedError, "rank 1: no such file", False)
     other = "rank {}: KeyError: 'rng/python'"
     for rank in range(3):
         assert found[rank][0] == known
@@ -151,3 +153,4 @@ def test_what_nobody_foresaw_on_one_rank_ends_the_others_too() -> None:
     assert found[1][1] == (KeyError, "'rng/python'", False)  # with its own traceback
     assert found[0][2] == found[1][2] == (OtherRankFailed, other.format(2), True)
     assert found[2][2][0] is KeyError
+    assert [found[rank][3] for rank in range(3)] == [(AgreedError, "a typo", False)] * 3

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spmdrl.config import RewardPoolSection, RewardSection
-from spmdrl.flows.inputs import pool_key, reward_specs
+from spmdrl.flows.reward_pools import pool_key, reward_specs
 from spmdrl.rewards.functions import RewardSpec
 from spmdrl.rewards.pool import RewardError, RewardJob, RewardPool
 from spmdrl.rewards.server import start_reward_server
@@ -142,7 +142,7 @@ def test_each_kind_of_failure_costs_one_call(server, user, caplog):
                 "nan",
                 "nan",
                 "nan",
-                "exception",
+                "returned",
                 "memory",
                 "died",
             )
@@ -285,7 +285,7 @@ def test_a_function_named_like_a_scoring_role_has_a_column_of_its_own():
 def test_a_dict_without_score_is_a_failure(server, user):
     with RewardPool(server, [RewardSpec(name="x", function=f"{user}:no_score")]) as pool:
         failure = pool.score(jobs("1"))[0].failures[0]
-    assert failure.reason == "exception" and "must hold 'score'" in failure.message
+    assert failure.reason == "returned" and "must hold 'score'" in failure.message
 
 
 def test_a_file_that_changes_or_goes_is_known_by_what_was_loaded(server, tmp_path):

@@ -128,6 +128,10 @@ class PromptSet(Sequence[Prompt]):
         """What the user says first, before any template: parts go by it."""
         return [draft.opening for draft in self._drafts]
 
+    def entries(self) -> Iterator[Mapping[str, Any]]:
+        """The prompts' rows."""
+        return (draft.row.values for draft in self._drafts)
+
     def identities(self) -> Sequence[Hashable]:
         return [(draft.opening, draft.text) for draft in self._drafts]
 

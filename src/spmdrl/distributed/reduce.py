@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spmdrl.errors import AgreedError
+
 Result = TypeVar("Result")
 
 _MOST_ROWS = 1 << 40
@@ -67,27 +69,35 @@ class OtherRankFailed(dist.DistError):
 
 
 def agreed(kind: type[OSError] | type[ValueError], action: Callable[[], Result]) -> Result:
-    """Run `action`; if it raises `kind` on one rank, every rank of the world raises it, naming it.
+    """Run `action`; if it raises `kind` on one rank, every rank of the world raises it, naming that
+    rank unless all of them say the same.
 
     Raises:
+        AgreedError: for `ValueError`.
         OtherRankFailed: it raised another error on another rank, which ends with that error. No
             rank waits here for a rank that has failed.
     """
     result: list[Result] = []
     failure: tuple[bool, str] | None = None
+    known: Exception | None = None
     own: Exception | None = None
     try:
         result.append(action())
     except kind as error:
-        failure = True, f"rank {dist.get_rank()}: {error}"
+        known, failure = error, (True, str(error))
     except Exception as error:
         own = error
-        failure = False, f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-    failures = [found for found in gather_objects(failure) if found is not None]
+        failure = False, f"{type(error).__name__}: {error}"
+    found: list[tuple[bool, str] | None] = gather_objects(failure)
     if own is not None:
         raise own
-    for is_known, text in sorted(failures, key=lambda found: found[0]):
-        raise kind(text) if is_known else OtherRankFailed(text)
+    is_same = len(set(found)) == 1
+    failures = [(*one, rank) for rank, one in enumerate(found) if one is not None]
+    for is_known, text, rank in sorted(failures, key=lambda one: one[0]):
+        text = text if is_same else f"rank {rank}: {text}"
+        if not is_known:
+            raise OtherRankFailed(text)
+        raise (AgreedError if kind is ValueError else kind)(text) from known
     return result[0]
 
 

@@ -1,16 +1,15 @@
-"""What a run reads before it starts: tokenizer, prompts, reward functions."""
+"""What a run reads before it starts: tokenizer and data."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from spmdrl.config import Config, RewardSection, SamplingSection
+from spmdrl.config import Config, SamplingSection
 from spmdrl.config_data import DataKind, PromptsSection
 from spmdrl.config_sets import HELD_OUT, HeldOutSet, held_out_sets, train_sources, uses_chat
 from spmdrl.data.conversations import ConversationSet, load_conversations
@@ -26,9 +25,6 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.token_texts import Decode, TokenTexts, token_texts
 from spmdrl.models.tokenizer_files import notes
 from spmdrl.models.tokenizers import check_tokenizer, difference, load_tokenizer
-from spmdrl.rewards.functions import RewardSpec
-from spmdrl.rewards.pool import RewardPool
-from spmdrl.rewards.server import RewardServer
 from spmdrl.rollout.sampling import MAX_SUPPORT, SamplingParams
 from spmdrl.rollout.vllm_requests import SUPPORT_NEEDS_TOP_K
 
@@ -248,66 +244,6 @@ def prompt_source(section: PromptsSection, now: datetime, key: str = "data.train
         now=now,
         key=key,
     )
-
-
-def reward_specs(rewards: Sequence[RewardSection]) -> list[RewardSpec]:
-    """One component per function in `rewards`, named after it.
-
-    Numbered when the name is there already, as a function's or a scoring role's.
-    """
-    roles = {section.role for section in rewards}
-    specs: list[RewardSpec] = []
-    for section in rewards:
-        if section.function is None:
-            continue
-        base = section.function.rpartition(":")[2]
-        taken = sum(spec.name.split("#")[0] == base for spec in specs) + (base in roles)
-        specs.append(
-            RewardSpec(
-                name=f"{base}#{taken + 1}" if taken else base,
-                function=section.function,
-                weight=section.weight,
-                parameters=section.options,
-            )
-        )
-    return specs
-
-
-@contextmanager
-def make_pools(
-    config: Config, server: RewardServer, run_dir: Path, rank: int
-) -> Iterator[Mapping[str, RewardPool]]:
-    """This rank's reward workers: a pool for each list of rewards (`pool_key`) with functions.
-
-    Raises:
-        ValueError: a function cannot be loaded.
-    """
-    own = [described.rewards for described in held_out_sets(config).values()]
-    pools: dict[str, RewardPool] = {}
-    with ExitStack() as stack:
-        for rewards in (config.rewards, *own):
-            specs = reward_specs(rewards)
-            if not specs or pool_key(rewards) in pools:
-                continue
-            suffix = f"_{len(pools)}" if pools else ""
-            pool = RewardPool(
-                server,
-                specs,
-                num_workers=config.reward_pool.num_workers,
-                timeout_s=config.reward_pool.timeout_s,
-                memory_mb=round(config.reward_pool.memory_gb * 1000),
-                failed=config.reward_pool.failed_reward,
-                max_failed=config.reward_pool.max_failed_share,
-                environment=config.reward_pool.environment,
-                output=run_dir / f"rewards_rank_{rank:05d}{suffix}.log",
-            )
-            pools[pool_key(rewards)] = stack.enter_context(pool)
-        yield pools
-
-
-def pool_key(rewards: Sequence[RewardSection]) -> str:
-    """Equal for lists that one pool serves: those of the same functions by the same names."""
-    return repr(reward_specs(rewards))
 
 
 def sampling_params(section: SamplingSection) -> SamplingParams:

@@ -18,6 +18,7 @@ from spmdrl.data.home import DataSet, StepRows, home_rows
 from spmdrl.distributed.reduce import moments, world_max
 from spmdrl.flows.lifetime import Lifetime
 from spmdrl.flows.moments import Saved
+from spmdrl.flows.parts import check_made
 from spmdrl.flows.phase_memory import PhaseMemory
 from spmdrl.flows.saving import Saver
 from spmdrl.launch import World
@@ -153,10 +154,15 @@ class Run:
         return role
 
     def make(self, where: str | None, default: Callable[[Run], R]) -> R:
-        """`default(run)`, or what the configuration's `module:Class` names in its place."""
+        """`default(run)`, or what the configuration's `module:Class` names in its place.
+
+        Raises:
+            ValueError: it lacks what the flow asks of it.
+        """
         if where is None:
             return default(self)
         made: R = load_object(where)(self)
+        check_made(self.config, where, made)
         return made
 
     def weight_sync(self, source: str, target: str) -> PolicySync:

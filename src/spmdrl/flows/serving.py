@@ -21,12 +21,12 @@ from spmdrl.flows.inputs import (
     Inputs,
     Reading,
     check_models,
-    make_pools,
     prompt_source,
     read_held_out,
     read_inputs,
     sampling_params,
 )
+from spmdrl.flows.reward_pools import make_pools
 from spmdrl.flows.start import make_evaluators
 from spmdrl.launch import World, seed_everything
 from spmdrl.models.token_texts import token_texts
@@ -59,7 +59,7 @@ def evaluate(config: Config, world: World, server: RewardServer) -> dict[str, fl
     run_dir.mkdir(parents=True, exist_ok=True)
     relay = Relay(is_first=world.is_first and config.log.progress)
     metrics: dict[str, float] = {}
-    with make_pools(config, server, run_dir, world.rank) as pools:
+    with make_pools(config, server, run_dir, world, inputs, trains=False) as pools:
         assembly = _start(config, world, inputs, relay)
         evaluators = make_evaluators(
             config, world, inputs, assembly, pools, relay.report, has_start=False

@@ -15,6 +15,8 @@ from spmdrl.custom_role import CustomRole
 from spmdrl.data.home import StepRows
 from spmdrl.data.order import Stream, stream_of
 from spmdrl.data.prompts import PromptSet
+from spmdrl.distributed.reduce import agreed
+from spmdrl.errors import AgreedError
 from spmdrl.evaluation.evaluator import Evaluator, results_file
 from spmdrl.flows.data_identity import data_identity, first_start
 from spmdrl.flows.differences import describe_roles
@@ -23,18 +25,18 @@ from spmdrl.flows.grpo import grpo
 from spmdrl.flows.inputs import (
     Inputs,
     check_models,
-    make_pools,
-    pool_key,
     read_inputs,
     sampling_params,
     training_sampling,
 )
 from spmdrl.flows.lifetime import Lifetime, check_start, stop_start
 from spmdrl.flows.online_dpo import online_dpo
+from spmdrl.flows.parts import check_flow, check_parts
 from spmdrl.flows.phase_memory import PhaseMemory
 from spmdrl.flows.ppo import ppo
 from spmdrl.flows.retokenizing import retokenizer
 from spmdrl.flows.reward_model import reward_model
+from spmdrl.flows.reward_pools import make_pools, pool_key
 from spmdrl.flows.run import Run
 from spmdrl.flows.saving import Saver
 from spmdrl.flows.sft import sft
@@ -46,7 +48,7 @@ from spmdrl.observe.progress import Relay, TimedLines
 from spmdrl.observe.timeline import PhaseTimer
 from spmdrl.placement import place_roles, placement_table
 from spmdrl.rewards.pool import RewardPool
-from spmdrl.rewards.scorer import Scorer, ScoringRole
+from spmdrl.rewards.scorer import RewardsFailed, Scorer, ScoringRole
 from spmdrl.rewards.server import RewardServer
 from spmdrl.role_plan import plan_roles
 from spmdrl.roles import Reward, Rollout
@@ -88,8 +90,20 @@ def find_flow(name: str) -> Flow:
             f"flow={name!r}: shipped flows are {sorted(FLOWS)}; a flow of your own is "
             "path/to/my_flow.py:function"
         )
-    found: Flow = load_object(name)
+    found: Flow = load_object(name, "flow")
     return found
+
+
+def checked_flow(config: Config) -> Flow:
+    """The flow, once it is known that it and the parts that the configuration names can serve.
+
+    Raises:
+        ValueError: as `find_flow`, `check_flow` and `check_parts`.
+    """
+    flow = find_flow(config.flow)
+    check_flow(config, flow)
+    check_parts(config)
+    return flow
 
 
 def train(
@@ -118,13 +132,16 @@ def train(
 
 
 def _train(config: Config, world: World, server: RewardServer, watcher: Watcher) -> None:
-    flow = find_flow(config.flow)
+    flow = agreed(ValueError, lambda: checked_flow(config))
     seed_everything(config.seed)
     placements = place_roles(config, world.size, world.local_size)
     models = open_models(config, placements)
     shapes = {name: model.config for name, model in models.items()}
-    plan = plan_roles(
-        config, placements, shapes, world.device_types, world.local_size, world.gpu_bytes
+    plan = agreed(
+        ValueError,
+        lambda: plan_roles(
+            config, placements, shapes, world.device_types, world.local_size, world.gpu_bytes
+        ),
     )
     run_dir = Path(config.run_dir)
     inputs = read_inputs(
@@ -147,7 +164,7 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         watcher.pulse.beat()
         relay.report(done, count)
 
-    with make_pools(config, server, run_dir, world.rank) as pools:
+    with make_pools(config, server, run_dir, world, inputs) as pools:
         watcher.look_after(server.ended)
         for pool in pools.values():
             watcher.look_after(pool.look)
@@ -171,6 +188,9 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
             lifetime.done()
         except StopAsked:
             lifetime.stop()
+        except RewardsFailed as error:
+            # the user's own code: its story is told, and no other stack
+            raise AgreedError(f"in step {run.steps_done + 1}: {error}") from None
         except ValueError as error:
             # the command line shows bad input as one line: a role that the flow asks for and the
             # configuration lacks, say. Once steps have begun it is no bad input any more

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from spmdrl.rewards.powers import without_huge
+
 Compare = Callable[[str, str], bool]
 """(answer, response) -> whether the response's final expression is equal to the answer."""
 
@@ -88,7 +90,7 @@ def make_comparison() -> Compare:
 
     # the pool's own limit ends a call that hangs, so math-verify's alarms are off
     def parsed(text: str) -> list[Any]:
-        return list(parse(text, parsing_timeout=None))
+        return list(parse(without_huge(text), parsing_timeout=None))
 
     def as_latex(text: str) -> list[Any]:
         return parsed(f"${text}$") or parsed(text)

@@ -1,20 +1,23 @@
 """Reward functions: the built-in ones, and loading of a user's own.
 
 A reward function is `fn(prompt, response, answer, entry)`; it returns a float, or a dict of named
-floats that holds `score`. Functions run in worker processes (`rewards.pool`), so nothing heavy is
-imported at module level, torch least of all.
+floats that holds `score`. A user's may take less, or columns of the row (`rewards.arguments`).
+Functions run in worker processes (`rewards.pool`), so nothing heavy is imported at module level,
+torch least of all.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from spmdrl.errors import headline
 from spmdrl.objects import load_module
+from spmdrl.rewards.arguments import caller_of
 from spmdrl.rewards.expressions import make_comparison
 from spmdrl.rewards.texts import last_numeral, last_value, plain_words
 
@@ -38,18 +41,23 @@ class RewardSpec:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load(spec: RewardSpec) -> RewardFunction:
-    """The function that a component names.
+def load(spec: RewardSpec, columns: Collection[str] | None = None) -> RewardFunction:
+    """The function that a component names; a user's is a `Caller`.
+
+    Args:
+        columns: of the rows that it scores; None: not known.
 
     Raises:
         ValueError: no such built-in, module, file or function, a parameter that it does not take,
-            or an error while the user's module was imported (then chained).
+            a function that cannot be called with what there is, or an error while the user's module
+            was imported (then chained).
     """
+    where = f"reward {spec.name!r} ({spec.function})"
     if spec.function in BUILT_IN:
         try:
             return BUILT_IN[spec.function](**spec.parameters)
         except (TypeError, ValueError, ImportError, re.error) as error:
-            raise ValueError(f"reward {spec.name!r} ({spec.function}): {error}") from error
+            raise ValueError(f"{where}: {error}") from error
     place, _, name = spec.function.rpartition(":")
     if not place or not name:
         raise ValueError(
@@ -61,12 +69,15 @@ def load(spec: RewardSpec) -> RewardFunction:
     # A user's module may raise anything while it is imported; all of it means the same here.
     except Exception as error:
         raise ValueError(
-            f"reward {spec.name!r}: {place!r} cannot be imported: {type(error).__name__}: {error}"
+            f"reward {spec.name!r}: {place!r} cannot be imported: {headline(error)}"
         ) from error
     function = vars(module).get(name)
     if not callable(function):
         raise ValueError(f"reward {spec.name!r}: {place!r} has no function {name!r}")
-    return functools.partial(function, **spec.parameters) if spec.parameters else function
+    try:
+        return caller_of(function, spec.parameters, columns)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def needed_modules(spec: RewardSpec) -> tuple[str, ...]:

@@ -2,77 +2,44 @@
 
 A call that raises, hangs, returns NaN, eats memory or kills its worker costs that one call: its
 value becomes `failed`, the reason is counted and logged, the worker is replaced. A component whose
-calls all fail is an error with the first traceback.
+calls all fail is an error with the first one's message.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import pickle
 import selectors
 import signal
 import socket
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from spmdrl.objects import source_digest
 from spmdrl.rewards.functions import RewardSpec, needed_modules
-from spmdrl.rewards.process import FLOAT32_MAX, WorkerSettings, receive, send
+from spmdrl.rewards.judging import (
+    Judge,
+    RewardError,
+    RewardJob,
+    RewardResult,
+    Tell,
+    Teller,
+    count_failures,
+)
+from spmdrl.rewards.process import WorkerSettings, receive, send
 from spmdrl.rewards.server import RewardServer, ServerEnded, passed_variables
 from spmdrl.runtime.signs import lives
 
 log = logging.getLogger(__name__)
 
-MIN_JUDGED = 8  # calls before a share of failures says anything
 SERVER_S = 1.0  # after which the server is looked after while workers are busy
-MAX_START = 16  # failures in a row after which a component that never worked is given up
-
-
-class RewardError(ValueError):
-    """A reward component fails so often that it must be mended."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardJob:
-    """One sample to score: the four arguments of a reward function."""
-
-    prompt: str
-    response: str
-    answer: str | None
-    entry: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """A failed call: `reason` is exception, timeout, nan, memory or died."""
-
-    component: str
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardResult:
-    """The reward of one sample.
-
-    Args:
-        score: weighted sum of the components.
-        components: each component's unweighted value by its name, and `name/key` for what else its
-            function returned.
-        failures: the calls that failed; their value is the pool's `failed`.
-    """
-
-    score: float
-    components: Mapping[str, float]
-    failures: tuple[Failure, ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -84,14 +51,17 @@ class _Worker:
     call: int | None = None
 
 
-@dataclass(kw_only=True)
-class _Tally:
-    """A component's calls since its failures were last judged."""
+@dataclass(frozen=True, kw_only=True)
+class Called:
+    """How a user's function is called.
 
-    calls: int = 0
-    failures: int = 0
-    worked: bool = False
-    first: str = ""
+    Args:
+        how: in words.
+        columns: of the row that it must be given.
+    """
+
+    how: str
+    columns: tuple[str, ...]
 
 
 class RewardPool:
@@ -107,12 +77,13 @@ class RewardPool:
         max_failed: share of a component's failed calls from which on it is an error; in
             (0, 1].
         environment: names of variables of this process that functions see beside `server.PASSED`.
+        columns: of the rows that are scored, which functions may take by name; None: not known.
         load_timeout_s: seconds to import the functions.
         output: file that gets what reward functions print; None: nothing is kept.
 
     Raises:
-        ValueError: a function cannot be loaded (one worker loads them at once, to know); a name
-            stands twice; a limit is not positive.
+        ValueError: a function cannot be loaded, or not be called with what there is (one worker
+            loads them at once, to know); a name stands twice; a limit is not positive.
     """
 
     def __init__(
@@ -126,6 +97,7 @@ class RewardPool:
         failed: float = 0.0,
         max_failed: float = 1.0,
         environment: Sequence[str] = (),
+        columns: Collection[str] | None = None,
         load_timeout_s: float = 120.0,
         output: Path | None = None,
     ) -> None:
@@ -137,24 +109,23 @@ class RewardPool:
                 f"num_workers={num_workers} and timeout_s={timeout_s} must be positive, "
                 f"max_failed={max_failed} above 0 and at most 1"
             )
-        _check_range(failed, specs)
+        self._judge = Judge(specs, failed=failed, max_failed=max_failed)
+        self.failed, self._teller = failed, Teller(failed)
         self._server = server
         self._specs = tuple(specs)
         self._num_workers = num_workers
         self._timeout_s = timeout_s
         self._load_timeout_s = load_timeout_s
-        self._failed = failed
-        self._max_failed = max_failed
         settings = WorkerSettings(
             specs=self._specs,
+            columns=None if columns is None else tuple(sorted(columns)),
             cpu_s=timeout_s,
             memory_mb=memory_mb,
             output=None if output is None else str(output.resolve()),
             environment=passed_variables(environment),
         )
         self._settings = pickle.dumps(settings)
-        self._tallies = [_Tally() for _ in specs]
-        self._ignored: set[tuple[str, str]] = set()
+        self._callers: tuple[Called | None, ...] = ()
         self._workers: list[_Worker] = []
         self._missed: set[int] = set()
         self._selector = selectors.DefaultSelector()
@@ -178,14 +149,46 @@ class RewardPool:
         """Each component in words that are equal for equal rewards."""
         return self._described
 
+    @property
+    def callers(self) -> Mapping[str, Called]:
+        """How users' functions are called, by component."""
+        pairs = zip(self.names, self._callers, strict=True)
+        return {name: called for name, called in pairs if called is not None}
+
     def score(
-        self, jobs: Sequence[RewardJob], *, progress: Callable[[int, int], None] | None = None
+        self,
+        jobs: Sequence[RewardJob],
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        tell: Tell | None = None,
     ) -> list[RewardResult]:
         """The rewards of `jobs`, in order. `progress(done, total)` counts calls.
 
+        Args:
+            tell: given what has failed; None: it is logged.
+
         Raises:
-            RewardError: a component fails too often; it carries the first traceback.
+            RewardError: a component fails too often; it carries the first error.
         """
+        results = self._results(jobs, progress)
+        (self._teller if tell is None else tell)(count_failures(self._specs, results))
+        self._judge.check()
+        return results
+
+    def tried(self, jobs: Sequence[RewardJob]) -> list[RewardResult]:
+        """What `score` returns, without a word and with nothing left of it: functions may keep
+        something between calls, so other workers do the work to come.
+        """
+        results = self._results(jobs, None)
+        self._judge.reset()
+        for worker in list(self._workers):
+            self._stop_worker(worker)
+        self._start_worker()  # it loads while the caller goes on
+        return results
+
+    def _results(
+        self, jobs: Sequence[RewardJob], progress: Callable[[int, int], None] | None
+    ) -> list[RewardResult]:
         width = len(self._specs)
         total = len(jobs) * width
         pending = deque(range(total))
@@ -203,11 +206,8 @@ class RewardPool:
             # After an exception nothing may answer a call of the past.
             for worker in [worker for worker in self._workers if worker.call is not None]:
                 self._stop_worker(worker)
-        results = [
-            self._result(answers, range(i * width, i * width + width)) for i in range(len(jobs))
-        ]
-        self._judge(results)
-        return results
+        parts = [range(i * width, i * width + width) for i in range(len(jobs))]
+        return [self._judge.result([answers[call] for call in part]) for part in parts]
 
     def look(self) -> None:
         """Name workers that died between calls; others are started when they are needed. To be
@@ -307,8 +307,9 @@ class RewardPool:
         answer = json.loads(message)
         if not worker.ready:
             if "error" in answer:
-                log.error("%s", answer["trace"])
                 raise ValueError(answer["error"])
+            told = answer["callers"]
+            self._callers = tuple(map(_called, told))
             worker.ready = True
             return
         assert worker.call is not None, worker
@@ -340,90 +341,13 @@ class RewardPool:
             self._store(call, answer, answers)
 
     def _store(self, call: int, answer: dict[str, Any], answers: dict[int, dict[str, Any]]) -> None:
-        component = call % len(self._specs)
-        spec = self._specs[component]
-        if "values" in answer and not _fits(spec.weight * answer["values"]["score"], self._specs):
-            value = answer["values"]["score"]
-            message = f"{spec.weight} x the reward {value} is more than a float32 can hold"
-            answer = {"reason": "nan", "message": message}
-        answers[call] = answer
-        tally = self._tallies[component]
-        tally.calls += 1
-        if "values" in answer:
-            tally.worked = True
-            self._warn_of_ignored(spec.name, answer["ignored"])
-            return
-        tally.failures += 1
-        tally.first = tally.first or answer["message"]
-        if not tally.worked and tally.failures >= MAX_START:
-            raise self._error(component)
-
-    def _warn_of_ignored(self, component: str, keys: Sequence[str]) -> None:
-        """Once for each key of a function's dict."""
-        for key in keys:
-            if (component, key) not in self._ignored:
-                self._ignored.add((component, key))
-                log.warning(
-                    "reward %s: the entry %r of its dict is no number and is left out of the "
-                    "metrics",
-                    *(component, key),
-                )
-
-    def _result(self, answers: Mapping[int, dict[str, Any]], calls: range) -> RewardResult:
-        components: dict[str, float] = {}
-        failures = []
-        score = 0.0
-        for spec, call in zip(self._specs, calls, strict=True):
-            answer = answers[call]
-            if "values" not in answer:
-                failures.append(
-                    Failure(component=spec.name, reason=answer["reason"], message=answer["message"])
-                )
-            values = answer.get("values", {"score": self._failed})
-            score += spec.weight * values["score"]
-            components[spec.name] = values["score"]
-            components |= {f"{spec.name}/{k}": v for k, v in values.items() if k != "score"}
-        return RewardResult(score=score, components=components, failures=tuple(failures))
-
-    def _judge(self, results: Sequence[RewardResult]) -> None:
-        """Log this batch's failures; raise when a component's share of them is too large."""
-        failures = [failure for result in results for failure in result.failures]
-        for spec in self._specs:
-            mine = [failure for failure in failures if failure.component == spec.name]
-            if mine:
-                reasons = dict(Counter(failure.reason for failure in mine))
-                log.warning(
-                    "reward %s: %d of %d calls failed %s and count as %g; the first: %s",
-                    *(spec.name, len(mine), len(results), reasons, self._failed),
-                    mine[0].message.strip(),
-                )
-        for component, tally in enumerate(self._tallies):
-            if tally.calls < MIN_JUDGED:
-                continue  # a small batch is judged with those that follow
-            if tally.failures and tally.failures >= self._max_failed * tally.calls:
-                raise self._error(component)
-            self._tallies[component] = _Tally(worked=tally.worked)
-
-    def _error(self, component: int) -> RewardError:
-        spec, tally = self._specs[component], self._tallies[component]
-        return RewardError(
-            f"reward {spec.name!r} ({spec.function}): {tally.failures} of {tally.calls} calls "
-            f"failed (reward_pool.max_failed_share={self._max_failed:g}: so many end the run); "
-            f"the first:\n{tally.first}"
-        )
+        answers[call] = self._judge.taken(call % len(self._specs), answer)
 
 
-def _fits(weighted: float, specs: Sequence[RewardSpec]) -> bool:
-    """Whether a weighted value, and with it the sum of all, is finite in float32."""
-    return abs(weighted) <= FLOAT32_MAX / len(specs)
+def _called(told: Mapping[str, Any] | None) -> Called | None:
+    if told is None:
+        return None
+    return Called(how=told["how"], columns=tuple(told["columns"]))
 
 
-def _check_range(failed: float, specs: Sequence[RewardSpec]) -> None:
-    for spec in specs:
-        if not math.isfinite(spec.weight):
-            raise ValueError(f"the weight {spec.weight} of reward {spec.name!r} must be finite")
-        if not _fits(spec.weight * failed, specs):
-            raise ValueError(
-                f"failed={failed} with the weight {spec.weight} of reward {spec.name!r} must be "
-                "finite in float32"
-            )
+__all__ = ["Called", "RewardError", "RewardJob", "RewardPool", "RewardResult"]

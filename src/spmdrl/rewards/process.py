@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pickle
+import reprlib
 import resource
 import signal
 import socket
@@ -26,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from spmdrl.errors import own_frames, own_story, told
+from spmdrl.rewards.arguments import Caller
 from spmdrl.rewards.functions import RewardFunction, RewardSpec, load
-
-MAX_TRACEBACK = 4000
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 """Rewards are float32 columns: what is larger would be infinite there."""
@@ -45,6 +46,7 @@ class WorkerSettings:
 
     Args:
         specs: the components it scores.
+        columns: of the rows that it scores; None: not known.
         cpu_s: CPU seconds that one call may take, a second line behind the rank's wall clock.
         memory_mb: MiB that calls may take beyond what the loaded worker has; None: no limit.
         output: file that gets what reward functions print; None: nothing is kept.
@@ -52,6 +54,7 @@ class WorkerSettings:
     """
 
     specs: tuple[RewardSpec, ...]
+    columns: tuple[str, ...] | None
     cpu_s: float
     memory_mb: int | None
     output: str | None
@@ -195,18 +198,25 @@ def work(channel: socket.socket) -> None:
     _redirect_output(settings.output)
     os.environ.update(settings.environment)
     try:
-        functions = [load(spec) for spec in settings.specs]
+        functions = [load(spec, settings.columns) for spec in settings.specs]
     except ValueError as error:
-        send(channel, json.dumps({"error": str(error), "trace": _trace()}).encode())
+        send(channel, json.dumps({"error": _load_error(error)}).encode())
         return
     if settings.memory_mb is not None:
         _limit_memory(settings.memory_mb)
-    send(channel, json.dumps({"ready": True}).encode())
+    callers = [f if isinstance(f, Caller) else None for f in functions]
+    known = [None if c is None else {"how": c.describe(), "columns": c.columns} for c in callers]
+    send(channel, json.dumps({"callers": known}).encode())
     while (message := receive(channel)) is not None:
         component, arguments = pickle.loads(message)
         _limit_cpu(settings.cpu_s)
         reply = call(functions[component], arguments)
         send(channel, json.dumps(reply).encode())
+
+
+def _load_error(error: ValueError) -> str:
+    """The error in a line, and where the user's code raised it."""
+    return str(error) if error.__cause__ is None else told(str(error), error.__cause__)
 
 
 def call(function: RewardFunction, arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -215,12 +225,20 @@ def call(function: RewardFunction, arguments: tuple[Any, ...]) -> dict[str, Any]
     `ignored` are the keys of a dict whose values are no numbers.
     """
     try:
-        values, ignored = _named(function(*arguments))
+        value = function(*arguments)
     except MemoryError:
         return {"reason": "memory", "message": "MemoryError: the call went past the memory limit"}
     # Whatever a reward function raises (SystemExit too) is a failed call, not a failed worker.
-    except BaseException:
-        return {"reason": "exception", "message": _trace()}
+    except BaseException as error:
+        is_refused = isinstance(function, Caller) and not own_frames(error)
+        reason = "signature" if is_refused and isinstance(error, TypeError) else "exception"
+        return {"reason": reason, "message": own_story(error)}
+    try:
+        values, ignored = _named(value)
+    # `float` asks the value's own code, which may raise anything.
+    except Exception as error:
+        returned = f"it returned a {type(value).__name__}: {reprlib.repr(value)}"
+        return {"reason": "returned", "message": f"{returned} ({error})"}
     # of what is not finite in float32, NaN compares as false
     bad = {name: value for name, value in values.items() if not abs(value) <= FLOAT32_MAX}
     if bad:
@@ -251,10 +269,6 @@ def _number(entry: Any) -> float:
     if isinstance(entry, str | bytes):
         raise TypeError(entry)
     return float(entry)
-
-
-def _trace() -> str:
-    return traceback.format_exc()[-MAX_TRACEBACK:]
 
 
 def _redirect_output(output: str | None) -> None:

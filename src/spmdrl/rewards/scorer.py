@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from spmdrl.batch import Batch, from_rows
 from spmdrl.calls import Call, together
 from spmdrl.custom_role import SCORES, CustomRole
 from spmdrl.data.prompts import Prompt
+from spmdrl.distributed.reduce import gather_objects, world_any
+from spmdrl.errors import AgreedError
 from spmdrl.ledger import current, places_of
 from spmdrl.models.token_texts import TokenTexts
 from spmdrl.origin import origin_of
+from spmdrl.rewards.judging import FailureCount, RewardError, Teller, add_counts
 from spmdrl.rewards.pool import RewardJob, RewardPool, RewardResult
 from spmdrl.roles import Reward
 from spmdrl.rollout.stops import StopTexts
@@ -24,6 +28,10 @@ Retokenize = Callable[[Prompt, str, bool], Sequence[int]]
 
 STOPPED = 0
 """`finish` of a response that came to its end."""
+
+
+class RewardsFailed(AgreedError):
+    """Reward functions fail so often that they must be mended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +68,7 @@ class Scorer:
         progress: Callable[[int, int], None] = lambda done, count: None,
     ) -> None:
         self.pool, self.stops = pool, StopTexts(stop, texts)
+        self._teller = None if pool is None else Teller(pool.failed)
         self.roles, self.progress = tuple(roles), progress
 
     def texts(self, batch: Batch) -> list[str]:
@@ -116,7 +125,7 @@ class Scorer:
             RewardJob(prompt=p.text, response=text, answer=p.answer, entry=p.entry)
             for p, text in zip(prompts, texts, strict=True)
         ]
-        results = self.pool.score(jobs, progress=self._report(len(jobs))) if jobs else []
+        results = self._scored(self.pool, jobs)
         columns = {
             f"reward/{name}": _column([r.components[name] for r in results])
             for name in self.pool.names
@@ -124,6 +133,31 @@ class Scorer:
         failed = _column([float(bool(r.failures)) for r in results])
         total = _column([r.score for r in results])
         return Batch(lengths=none, rows={"sum": total, **columns, "reward_failed": failed})
+
+    def _scored(self, pool: RewardPool, jobs: Sequence[RewardJob]) -> list[RewardResult]:
+        """Of this rank's jobs. What fails on any rank is said once, by the first.
+
+        Raises:
+            RewardsFailed: a function fails too often on some rank; on all ranks.
+        """
+        counts: list[FailureCount] = []
+        results: list[RewardResult] = []
+        problem = None
+        try:
+            if jobs:
+                report = self._report(len(jobs))
+                results = pool.score(jobs, progress=report, tell=counts.extend)
+        except RewardError as error:
+            problem = str(error)
+        if not world_any(bool(counts) or problem is not None):
+            return results
+        told = gather_objects((counts, problem))
+        for rank, (_, found) in enumerate(told):
+            if found is not None:
+                raise RewardsFailed(found if len(told) == 1 else f"rank {rank}: {found}")
+        if dist.get_rank() == 0 and self._teller is not None:
+            self._teller(add_counts([count for counts, _ in told for count in counts]))
+        return results
 
     def _report(self, count: int) -> Callable[[int, int], None]:
         """Calls of functions, each row's one after the other, as rows."""
@@ -156,4 +190,4 @@ def _column(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-__all__ = ["RewardResult", "Scorer", "ScoringRole"]
+__all__ = ["RewardResult", "RewardsFailed", "Scorer", "ScoringRole"]
