@@ -1,4 +1,4 @@
-"""The rollout's engine: its demands on the configuration, its sizes, and its construction."""
+"""The rollout's engine: its requirements on the configuration, its sizes, its construction."""
 
 from __future__ import annotations
 

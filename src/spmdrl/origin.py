@@ -23,7 +23,7 @@ _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644E
 """Constants of splitmix64, as signed numbers."""
 
 _TOLERANCE = 1e-5
-"""Relative to a float column's sum of magnitudes: far above rounding, far below other values."""
+"""Tolerance relative to a float column's sum of magnitudes: far above rounding errors."""
 
 
 @dataclass(frozen=True, kw_only=True)

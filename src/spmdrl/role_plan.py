@@ -1,4 +1,4 @@
-"""Facts on the roles that follow from configuration and shapes: kinds, devices, layouts, memory."""
+"""Facts about the roles, from configuration and shapes: kinds, devices, layouts, memory."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ KINDS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RolePlan:
-    """Facts on the roles that are known before any of them exists.
+    """Facts about the roles that are known before any of them exists.
 
     Args:
         devices: device of each role, without an index.
@@ -229,7 +229,7 @@ def _described(
     states: Mapping[str, WeightLayout],
     devices: Mapping[str, torch.device],
 ) -> dict[str, Shape]:
-    """The memory plan's input on roles with a model."""
+    """The memory plan's input about roles with a model."""
     return {
         name: Shape(
             kind=config.role_kind(name),

@@ -39,7 +39,7 @@ FREE_SHARE = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The plan's input on a role.
+    """The plan's input about a role.
 
     Args:
         layout: the tensors of each of its ranks.
@@ -245,7 +245,7 @@ def _vllm_parts(
     cache_bytes: int,
     rests_on: tuple[PartName, ...],
 ) -> list[Part]:
-    """The parts of a vLLM rollout: a CPU frees none, CUDA sleep frees weights and cache at once."""
+    """The parts of a vLLM rollout; its sleep frees weights and cache together (none on a CPU)."""
     weights = Part(role=name, name=WEIGHTS, num_bytes=weights_bytes, wish="keep", rests_on=rests_on)
     if shape.device.type == "cpu":
         cache = Part(role=name, name=KV_CACHE, num_bytes=cache_bytes, wish="keep", droppable=True)
@@ -374,7 +374,7 @@ def optimizer_bytes(weights: Table, states: Table) -> int:
 
 
 def gradient_bytes(table: Table) -> int:
-    """Bytes of gradients in float32; narrower weights briefly have their own gradients, too."""
+    """Bytes of float32 gradients, without the short-lived ones in the dtype of narrower weights."""
     return _trained_bytes(table)
 
 

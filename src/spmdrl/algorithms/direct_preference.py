@@ -268,7 +268,7 @@ def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, accurate at both ends (Maechler 2012); x is at most -1e-12."""
+    """log(1 - exp(x)) for x < 0, accurate at both ends (Maechler 2012); x is clamped to -1e-12."""
     x = x.clamp(max=-1e-12)
     near = x > -math.log(2)
     # each branch sees only values where it is finite, so that no NaN flows back through `where`

@@ -255,7 +255,7 @@ class CheckpointWriter:
     # The thread
 
     def _work(self, job: _Job) -> None:
-        """Run the thread; any outcome is reported, because all ranks wait for this thread."""
+        """Body of the thread; it reports any outcome, because all ranks wait for it."""
         partial = self._root / f".partial-{self._tag}-{job.number}"
         report: dict[str, Any]
         try:
@@ -289,7 +289,7 @@ class CheckpointWriter:
         self._progress()
 
     def _conclude(self, job: _Job, partial: Path) -> str | None:
-        """Publish the checkpoint, on rank 0, when all parts are written; returns a rank's error.
+        """Publish the checkpoint, on rank 0, once all parts are written; returns a rank's error.
 
         Raises:
             Exception: this rank's own error.
@@ -360,7 +360,7 @@ class CheckpointWriter:
         return value
 
     def _report_for(self, store: Store, number: int) -> None:
-        """Report in place of the thread, which has ended, what it has not reported."""
+        """Report for the thread, which has ended, anything that it has not reported."""
         text = f"rank {self._rank}: the thread that writes it ended without a word"
         if not store.check([f"{number}/{self._rank}"]):
             store.set(f"{number}/{self._rank}", json.dumps({"error": text}))

@@ -16,7 +16,7 @@ SMALL_BYTES = 1 << 20
 """Storages below this size move together: a transfer of less does not fill the bus."""
 
 ALIGNMENT = 512
-"""Alignment of storages in an arena and in the staging bucket, as the CUDA allocator's blocks."""
+"""Alignment of storages in an arena and in the staging bucket, as in the CUDA allocator."""
 
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for every context of the process."""

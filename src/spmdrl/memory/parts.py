@@ -62,7 +62,7 @@ class Part:
 
     @property
     def setting(self) -> str:
-        """The configuration key that decides about the part."""
+        """The configuration key that sets the part's policy."""
         return f"roles.{self.role}.memory.{self.name}"
 
     @property
@@ -92,7 +92,7 @@ def by_name(parts: Sequence[Part]) -> dict[PartName, Part]:
 
 
 def closure(names: Iterable[PartName], parts: Mapping[PartName, Part]) -> list[PartName]:
-    """The parts and all parts that they rest on or hold, each once, referred ones first.
+    """The parts and all parts that they rest on or hold, each once, after those it refers to.
 
     Raises:
         ValueError: a part is unknown; the known ones are named.

@@ -1,4 +1,4 @@
-"""The memory plan of a rank: a pure function of its parts' sizes, a step's calls, and the room.
+"""The memory plan of a rank: a pure function of its parts' sizes, a step's calls, and capacity.
 
 Parts move only between calls, out before in: the peak of a call is the parts it needs, the kept
 parts, and its working memory. `auto` keeps everything if every call fits. Otherwise it sends parts

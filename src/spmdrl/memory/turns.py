@@ -12,7 +12,7 @@ from spmdrl.memory.residency import Residency
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """The plan's data on a rank's calls, by call (`policy.update`).
+    """The plan's data for a rank's calls, by call (`policy.update`).
 
     Args:
         residency: owner of this rank's parts.

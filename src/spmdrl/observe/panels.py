@@ -45,7 +45,7 @@ class Panel:
 
 
 def choose(panels: tuple[Panel, ...], records: Records, count: int) -> list[Draw]:
-    """The first `count` panels that fit; missing ones are filled with panels of no data."""
+    """The first `count` panels that fit and, if there are too few, others, which draw no data."""
     fitting = [panel for panel in panels if panel.fits(records)]
     rest = [panel for panel in panels if panel not in fitting]
     return [panel.draw for panel in (*fitting, *rest)][:count]

@@ -156,7 +156,7 @@ class SyncPlan:
         return text
 
     def tensor_lines(self, target: WeightLayout) -> list[str]:
-        """Fate of each kind of tensor (layers together), with bytes over all ranks."""
+        """Treatment of each kind of tensor (layers together), with bytes over all ranks."""
         moved = {name for name, _, route in self.cells() if route.num_receivers}
         bytes_by: dict[tuple[str, str], int] = {}
         for table, shared, ranks in _target_groups(target, self.shared):

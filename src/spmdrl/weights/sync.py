@@ -98,7 +98,7 @@ class WeightSync:
 
     @cached_property
     def sums(self) -> TensorSums:
-        """The proof that every run is checked with."""
+        """Checksums of whole tensors, to prove a run."""
         return TensorSums(self.plan, self.places, self.rank, self.device)
 
     @torch.no_grad()
