@@ -43,6 +43,8 @@ class InPhase(Wrapped):
         super().__init__(run)
         self.phase, *slow = [*os.environ.get(PHASE, "").split(), ""]
         run.evaluate_with(self, syncs=False)
+        if "slow" in slow:  # and something else is there to be ended
+            subprocess.Popen(["sleep", "600"])
         if self.phase == "saving" or "slow" in slow:
             self.save_slowly(0.3 if "slow" in slow else 0.03)
 

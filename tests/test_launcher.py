@@ -99,18 +99,18 @@ def test_the_first_own_error_is_shown_alone(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().err == "lost\n"
 
 
-def test_a_mistake_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "spmdrl", "launch", "--nproc-per-node=2", "train"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "none.yaml")],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("spmdrl train: error: "), done.stderr
+def test_a_mistake_is_one_line_whoever_finds_it(tmp_path: Path) -> None:
+    """A key that is unknown is found before there are ranks; data that is not there, by them."""
+    make_tiny_model(tmp_path / "model")
+    data = {"train": {"source": "none.jsonl"}}
+    config = write_config(tmp_path / "a.yaml", tmp_path / "model", tmp_path / "run", data=data)
+    command = [sys.executable, "-m", "spmdrl", "launch", "--nproc-per-node=2", "train", str(config)]
+    for words, start in ((["stepz=3"], "spmdrl launch: error: "), ([], "spmdrl train: error: ")):
+        done = subprocess.run(
+            [*command, *words], capture_output=True, text=True, timeout=100, check=False
+        )
+        assert (done.returncode, done.stdout) == (2, ""), done
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith(start), done.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

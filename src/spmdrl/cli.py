@@ -249,8 +249,14 @@ def _signals(options: argparse.Namespace, *, saves: bool = True) -> Iterator[Sig
 def _launch(options: argparse.Namespace) -> None:
     from spmdrl.launcher import launch
 
+    def check(words: Sequence[str]) -> None:
+        """A user's mistake is found here, before every rank finds it."""
+        ranks_options = parse(words)
+        if "config" in vars(ranks_options):
+            _load(ranks_options)
+
     before = ["--traceback"] if options.traceback else []
-    code = launch(options.words, before)
+    code = launch(options.words, before, check)
     if code:
         raise SystemExit(code)
 

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,17 @@ FOREVER_S = 10**8
 """As good as no limit to the seconds of a shutdown."""
 
 
-def launch(words: Sequence[str], before: Sequence[str] = ()) -> int:
+def launch(
+    words: Sequence[str],
+    before: Sequence[str] = (),
+    check: Callable[[Sequence[str]], None] = lambda words: None,
+) -> int:
     """Run a command on the ranks of this node; the exit code: 0 also after a stop that was saved.
 
     Args:
         words: torchrun's options, the command and its words.
         before: words of `spmdrl` that come before the command.
+        check: told what the ranks are to run; what it raises keeps them from being started.
 
     Raises:
         ValueError: the words cannot be used.
@@ -59,6 +64,7 @@ def launch(words: Sequence[str], before: Sequence[str] = ()) -> int:
     with tempfile.TemporaryDirectory(prefix="spmdrl_launch_") as directory:
         options = torchrun_options(words, before, directory)
         command = options.training_script_args[len(before)]
+        check(options.training_script_args)
         forwarder.start_ranks(command, _patience(options), Path(directory))
         try:
             run(options)  # type: ignore[no-untyped-call]

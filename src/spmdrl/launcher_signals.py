@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+from spmdrl.runtime.processes import processes
 from spmdrl.runtime.signals import (
     DEBUGGER_FILE,
     EXIT_INTERRUPTED,
@@ -150,13 +151,5 @@ class Forwarder:
 
 def ranks() -> list[int]:
     """The processes of ranks that live: this process's children that lead a session."""
-    found = []
-    for directory in Path("/proc").iterdir():
-        if not directory.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            text = (directory / "stat").read_text(encoding="utf-8", errors="replace")
-            state, parent, _, session = text.rpartition(")")[2].split()[:4]
-            if int(parent) == os.getpid() and session == directory.name and state not in "ZX":
-                found.append(int(directory.name))
-    return found
+    own = os.getpid()
+    return [p.pid for p in processes() if p.parent == own and p.session == p.pid]

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
+from spmdrl.runtime.processes import descendants
+
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to stop beside SIGINT: schedulers send the first, and the second as a warning."""
 
@@ -218,7 +220,9 @@ def say(line: str) -> None:
 
 
 def end_at_once(line: str) -> NoReturn:
-    """End the process; the first rank says why, the others say nothing any more."""
+    """End the process and what it has started in its own group (data loaders, say; a reward server
+    ends by itself). The first rank says why, the others say nothing any more.
+    """
     if is_first_rank():
         say(line)
         time.sleep(_LEAVE_FIRST_S)
@@ -227,6 +231,10 @@ def end_at_once(line: str) -> NoReturn:
         os.dup2(null, 1)
         os.dup2(null, 2)
         time.sleep(_LEAVE_OTHERS_S)
+    for process in descendants(os.getpid()):
+        if process.group == os.getpgrp():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
     os._exit(EXIT_INTERRUPTED)
 
 
