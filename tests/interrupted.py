@@ -218,3 +218,8 @@ def living(pids: Sequence[int]) -> list[int]:
         if state not in "ZX":
             found.append(pid)
     return found
+
+
+def busy() -> float:
+    """How many processes share a core of this machine, at least 1."""
+    return max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))

@@ -14,7 +14,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from flow_cases import questions, write_config
-from interrupted import Started, living
+from interrupted import Started, busy, living
 from spmdrl.launcher import show_failure, torchrun_options
 from spmdrl.runtime.error_file import EXIT_CODE, LOST_PEER
 from tiny_model import make_tiny_model
@@ -205,3 +205,40 @@ def test_ctrl_c_in_a_debugger_under_launch_is_the_debuggers(tmp_path: Path) -> N
         os.write(run.terminal, b"c\n")
         assert run.wait(60) == 0, run.output()
     assert (attempt_of(tmp_path / "run") / "outcome").read_text() == "done\n"
+
+
+@pytest.mark.full
+def test_a_rank_that_does_not_answer_is_killed(tmp_path: Path) -> None:
+    words = configure(tmp_path, "interrupted.py:InPhase")
+    log, terminal = tmp_path / "log", True
+    with Started("launch", "train", *words, log=log, terminal=terminal, phase="rollout") as run:
+        run.reach(tmp_path / "run", "rollout")
+        pids = run.tree()
+        rank = max(pid for pid in pids if b"-u" in words_of(pid))
+        os.kill(rank, signal.SIGSTOP)
+        run.interrupt("typed")
+        time.sleep(1.2)
+        run.interrupt("typed")
+        began = time.monotonic()
+        assert run.wait(20) == 130
+        wait_until(lambda: not living(pids), 20)
+        assert time.monotonic() - began < 2.0 * busy()
+    assert "ranks that did not end were killed" in run.output()
+
+
+def words_of(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+
+
+@pytest.mark.full
+def test_patience_is_limited_where_the_user_limits_it(tmp_path: Path) -> None:
+    words = configure(tmp_path, "interrupted.py:InPhase")
+    before = ("--shutdown-timeout=1", "train", *words)
+    log = tmp_path / "log"
+    with Started("launch", *before, log=log, terminal=False, phase="rollout slow") as run:
+        run.reach(tmp_path / "run", "rollout")
+        pids = run.tree()
+        run.interrupt("first")
+        assert run.wait(20) == 130
+        wait_until(lambda: not living(pids), 20)
+    assert "spmdrl launch: ranks have not ended within 1 s: killed" in run.output()

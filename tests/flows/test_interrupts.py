@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 
 from flow_cases import questions, run_configs, write_config
 from harness import run_ranks
-from interrupted import Started, living
+from interrupted import Started, busy, living
 from spmdrl.observe.metrics import read_metrics
 from tiny_model import make_tiny_model
 from torchrun import attempt_of, outcome_of, wait_until
@@ -21,8 +20,8 @@ from torchrun import attempt_of, outcome_of, wait_until
 ENVIRONMENT = f"environment={Path(__file__).parents[1] / 'interrupted.py'}:InPhase"
 CLOCKS = ("wall_time", "seconds/", "tokens_per_s/", "memory/", "sync/gb_per_s")
 ENDS_S, TORCHRUN_S = 2.0, 5.0
-"""Within which all is over after a second Ctrl-C; torchrun, whose interpreter is slow to end. On a
-machine that is busy with more than it has cores for, so many times that.
+"""Within which all is over after a second Ctrl-C; torchrun, whose interpreter is slow to end. See
+`busy`.
 """
 
 WAYS = [("launch", "typed"), ("launch", "first"), ("launch", "all")]
@@ -139,9 +138,8 @@ def end_at_once(root: Path, starter: str, way: str, phase: str) -> dict[str, Any
         code = run.wait(30)
         last = time.monotonic() - began
         output = run.output()
-    busy = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
     limit = TORCHRUN_S if launcher else ENDS_S
-    assert seconds < busy * ENDS_S and last < busy * limit, (seconds, last, busy, output)
+    assert seconds < busy() * ENDS_S and last < busy() * limit, (seconds, last, output)
     if alive and code != 0:
         assert code == (1 if starter == "torchrun" else 130), (code, output)
         assert output.count("interrupted again: ends at once, without saving") == 1, output
