@@ -75,7 +75,7 @@ class VarlenKernel:
 
 
 def flash_kernel() -> VarlenKernel:
-    """Make the kernel of flash-attn's varlen function, whose mask ends aligned since 2.1."""
+    """Make flash-attn's varlen kernel, whose causal mask is aligned at the end since 2.1."""
     from flash_attn import flash_attn_varlen_func
 
     def run(q: Tensor, k: Tensor, v: Tensor, s: Sequences) -> Tensor:
@@ -88,7 +88,7 @@ def flash_kernel() -> VarlenKernel:
 
 
 def varlen_kernel() -> VarlenKernel:
-    """Make the kernel of torch's varlen function (FlashAttention-2); its mask ends aligned too."""
+    """Make torch's varlen kernel (FlashAttention-2), whose mask is aligned at the end too."""
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 may lack the argument; later versions refuse unequal head counts without it.

@@ -47,7 +47,7 @@ class Attend(Protocol):
 class Projection(nn.Module):
     """Projection y = x W^T (+ b), whose storage is not initialised: weights are filled later.
 
-    `blocked` is the weight as laid out by `linear.in_blocks`; its setter keeps it up to date.
+    `blocked` is the weight as laid out by `linear.in_blocks`; code that sets it keeps it current.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Vocabulary-parallel embedding: each rank looks up its own rows, and the ranks sum them.
+    """Vocabulary-parallel embedding: each rank looks up its own rows, and the results are summed.
 
     `blocked` serves a tied head, see `Projection`.
     """

@@ -17,7 +17,7 @@ MODEL_TYPES: Mapping[str, str] = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "MixtralForCausalLM": "mixtral",
 }
-"""config.json's `model_type` by architecture, by which `transformers` chooses its class."""
+"""config.json's `model_type` of each architecture; `transformers` chooses its class by it."""
 
 SUPPORTED = (
     *(name for name in MODEL_TYPES if name not in EXPERT_NAMES),

@@ -17,7 +17,7 @@
 #define FETCH 4
 
 #if defined(__x86_64__)
-/* Or gcc reads it from memory again for each row, and loads, not sums, are the limit. */
+/* Otherwise gcc reads it from memory for each row, and loads become the limit, not sums. */
 #define IN_REGISTER(v) __asm__("" : "+x"(v))
 #else
 #define IN_REGISTER(v)
@@ -66,7 +66,7 @@ void product(const float *x, int64_t x_stride, int64_t m, const float *panels, i
     if (m == 0)
         return;
     const int64_t most = CACHED / k < 32 ? 32 : CACHED / k, num_panels = (n + WIDTH - 1) / WIDTH;
-    /* of equal size, as threads take equally many */
+    /* of equal size, since all threads take equally many */
     int64_t num_blocks = (m + most - 1) / most;
     const int64_t block = ((m + num_blocks - 1) / num_blocks + ROWS - 1) / ROWS * ROWS;
     num_blocks = (m + block - 1) / block;
@@ -81,7 +81,7 @@ void product(const float *x, int64_t x_stride, int64_t m, const float *panels, i
                 const float *rows[ROWS];
                 const int64_t count = stop - i < ROWS ? stop - i : ROWS;
                 for (int r = 0; r < ROWS; r++) {
-                    /* in place of a row that is not there, the first */
+                    /* the first row replaces a row that does not exist */
                     rows[r] = x + (r < count ? i + r : i) * x_stride;
                     if (bias)
                         memcpy(sums[r], bias + column, width * sizeof(float));

@@ -1,6 +1,6 @@
 /* Norm, SwiGLU and rotary embedding over the rows of float32 matrices, each in one pass.
  *
- * Strides count floats. A row's result depends on that row alone.
+ * Strides count floats. A row's result depends only on that row.
  */
 #include "vectors.h"
 

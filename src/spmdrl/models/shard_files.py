@@ -53,7 +53,7 @@ def write_shards(
 ) -> Shards:
     """Write files `0.part`, `1.part`, ... of at most `max_bytes` (or one tensor) each.
 
-    No tensor is kept, and those on the host are not copied.
+    No tensor is kept, and contiguous ones on the host are not copied.
 
     Args:
         tensors: names and tensors, each once, in any order, on any device.

@@ -14,7 +14,7 @@ _SILU = ("silu", "swish")
 
 
 def refuse_features(fields: Fields, architecture: str, num_layers: int, max_position: int) -> None:
-    """Raise ValueError for a feature whose absence would silently change the model's logits."""
+    """Raise ValueError for a feature that the decoder lacks and that would change the logits."""
     origin = fields.origin
     model_type = fields.values.get("model_type", MODEL_TYPES[architecture])
     if model_type != MODEL_TYPES[architecture]:

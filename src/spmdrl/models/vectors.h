@@ -1,4 +1,4 @@
-/* Vectors of float32 as gcc and clang extend C by them, as wide as the processor's registers.
+/* Vectors of float32 by gcc's and clang's extension of C, as wide as the processor's registers.
  *
  * A source may define DIVISOR before it includes this: LANES then divides it.
  */
@@ -64,7 +64,7 @@ static inline float max_of(vec v) {
  */
 static inline vec exp_of(vec x) {
     x = least(all(88.0f), most(all(-87.0f), x));
-    /* 1.5 * 2^23: what is added to it is rounded, and lies in its lowest bits */
+    /* 1.5 * 2^23: a number added to it is rounded, and is in its lowest bits */
     const vec rounder = all(12582912.0f), shifted = x * 1.44269504f + rounder;
     const vec n = shifted - rounder;
     const vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;

@@ -246,7 +246,7 @@ class VllmEngine:
     ) -> list[list[float]]:
         """See `RolloutEngine.score`. vLLM ignores the temperature for prompts: it must be 1."""
         if temperature != 1:
-            raise ValueError(f"temperature={temperature}: vLLM scores rows at temperature 1 alone")
+            raise ValueError(f"temperature={temperature}: vLLM scores rows only at temperature 1")
         sampling = SamplingParams(max_tokens=1, temperature=0)
         self._check(
             [

@@ -20,9 +20,9 @@ TIES = 16
 """Tokens asked for beyond top_k, because vLLM keeps all that tie with the last one."""
 
 SUPPORT_NEEDS_TOP_K = (
-    "with rollout.engine=vllm truncated samples are trained on over the tokens that they were "
-    "drawn from, and vLLM tells of these up to a number alone: set sampling.top_k between 1 and "
-    f"{MAX_SUPPORT}, besides what else cuts, or top_p=1 and min_p=0, or rollout.engine=native"
+    "training on truncated samples needs the tokens that they were drawn from, and with "
+    "rollout.engine=vllm only a limited number of these is known: set sampling.top_k between 1 and "
+    f"{MAX_SUPPORT} (other limits may stay), or top_p=1 and min_p=0, or rollout.engine=native"
 )
 
 _SEED_BITS = 63

@@ -21,7 +21,7 @@ from spmdrl.models.spans import Span
 from spmdrl.training.readout import Places
 
 PADDING_SPAN = 64
-"""Tokens of padding that see each other."""
+"""Number of padding tokens that see one another."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,7 +20,7 @@ LocalTensors = dict[str, tuple[Tensor, tuple[Slice, ...]]]
 
 
 class Given(dict[str, Tensor]):
-    """Columns by name.
+    """Columns of a loss input, by name.
 
     Raises:
         ValueError: a loss asks for a column that it was not given.
@@ -64,8 +64,8 @@ Progress = Callable[[int, int], None]
 """Callback of a running pass with this rank's (microbatches done, microbatches)."""
 
 LossFn = Callable[[LossInput], tuple[Tensor, dict[str, Tensor]]]
-"""Function to the loss, an unnormalised sum over tokens (or rows), and to metrics: unnormalised
-sums (maxima if the name ends in `_max`, see `spmdrl.algorithms.metrics`), best in float64."""
+"""Loss function. It returns the loss, an unnormalised sum over tokens (or rows), and metrics as
+unnormalised float64 sums (maxima if named `..._max`, see `spmdrl.algorithms.metrics`)."""
 
 
 NO_GRADIENT = "no_gradient"

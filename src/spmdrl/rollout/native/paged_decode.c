@@ -3,9 +3,9 @@
  * Defined by the compiler's command line: HEAD_DIM, GROUP (query heads per key-value head), BLOCK
  * (tokens of a cache block); HEAD_DIM and BLOCK are multiples of 4. Strides count floats.
  *
- * Keys lie transposed: a vector has one dim of neighbouring tokens, so that scores need no sums
+ * Keys are transposed: a vector has one dim of neighbouring tokens, so that scores need no sums
  * across lanes. Softmax is computed online (Milakov & Gimelshein 2018, arXiv 1805.02867): keys and
- * values are read once, block by block. A sequence's result depends on that sequence alone.
+ * values are read once, block by block. A sequence's result depends only on that sequence.
  */
 #if HEAD_DIM % 16 == 0 && BLOCK % 16 == 0
 #define DIVISOR 16
@@ -95,7 +95,7 @@ INLINE void weigh(int held, float *scores, float *top, float *total, float *out)
         store(scores + j, weight);
         sum += weight;
     }
-    /* Each place beyond `held` adds e^-87, which float32 does not see. */
+    /* Each place beyond `held` adds e^-87, which is lost in float32. */
     *total += sum_of(sum);
 }
 

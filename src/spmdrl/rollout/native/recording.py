@@ -73,8 +73,8 @@ class ExpertRecord:
         sample.rows += range(row + known - start, row + stop - start)
 
     def of(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """Return every sample's choices, [n, L, K], one row per token; the last token, which was
-        never computed, has none.
+        """Return every sample's choices, [n, L, K], one row per token; `missing` for tokens that
+        were not computed, as the last one never is.
         """
         table = self.table()
         found = []

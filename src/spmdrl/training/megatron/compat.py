@@ -1,7 +1,7 @@
 """Support for megatron-core 0.16.1 without CUDA: its modules are told that "cuda" is the CPU.
 
 Nothing is done if CUDA is available. Only names inside megatron's modules are replaced, so that
-roles on the torch backend see the ordinary torch. Each entry says what would fail otherwise.
+roles on the torch backend see the ordinary torch. `MODULES` says what would fail otherwise.
 """
 
 from __future__ import annotations
