@@ -15,6 +15,7 @@ from harness import run_ranks
 from spmdrl.config_files import load_config
 from spmdrl.errors import AgreedError
 from spmdrl.flows import start
+from spmdrl.flows.checking import check
 from spmdrl.flows.serving import evaluate
 from spmdrl.flows.start import train
 from spmdrl.launch import World
@@ -185,6 +186,14 @@ def test_failures_of_a_step_are_said_once_over_all_ranks(root: Path) -> None:
     assert "spmdrl/" not in error.partition("\n")[2]
     assert "gives_up" not in other_log
     assert "gives_up:" not in log  # the error says it
+
+
+@pytest.mark.parametrize("name", ["trl", "untyped", "broken", "of a set", "flow"])
+def test_a_check_without_a_run_says_the_same(root: Path, name: str) -> None:
+    words, message = REFUSED[name]
+    config = load_config(root / "c.yaml", [word.replace("ROOT", str(root)) for word in words])
+    with pytest.raises(ValueError, match=message):
+        check(config, 2)
 
 
 def scores(world: World, root: str) -> dict[str, float]:

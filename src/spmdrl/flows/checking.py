@@ -1,7 +1,8 @@
 """`spmdrl check`: whether a run would start, found out by one process without starting it.
 
 What `spmdrl train` refuses before it computes is refused here: keys, roles that do not fit the
-ranks, models that cannot be read or do not fit each other, data that lack rows, columns or room.
+ranks, models that cannot be read or do not fit each other, data that lack rows, columns or room,
+parts and reward functions of the user's own that cannot serve.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from spmdrl.config import Config
 from spmdrl.config_doubts import doubts
 from spmdrl.engines import check_installed
 from spmdrl.flows.inputs import Inputs, check_models, read_inputs
-from spmdrl.flows.start import find_flow, make_stream
+from spmdrl.flows.reward_pools import check_rewards
+from spmdrl.flows.start import checked_flow, make_stream
 from spmdrl.observe.progress import TimedLines
 from spmdrl.placement import place_roles
 from spmdrl.role_plan import plan_roles
@@ -54,7 +56,7 @@ def check(config: Config, num_ranks: int) -> Checked:
     Raises:
         ValueError: what such a run would refuse.
     """
-    find_flow(config.flow)
+    checked_flow(config)
     placements = place_roles(config, num_ranks, num_ranks)
     models = open_models(config, placements)
     shapes = {name: model.config for name, model in models.items()}
@@ -65,6 +67,7 @@ def check(config: Config, num_ranks: int) -> Checked:
     inputs = read_inputs(config, config.data_kind(), TimedLines("the data"))
     check_models(config, inputs, shapes)
     make_stream(config, inputs)
+    check_rewards(config, inputs)
     for doubt in doubts(config):
         log.warning("%s", doubt)
     return Checked(config=config, inputs=inputs)

@@ -17,7 +17,7 @@ from spmdrl.flows.inputs import Inputs
 from spmdrl.launch import World
 from spmdrl.rewards.functions import RewardSpec
 from spmdrl.rewards.pool import RewardPool
-from spmdrl.rewards.server import RewardServer
+from spmdrl.rewards.server import RewardServer, start_reward_server
 from spmdrl.rewards.trial import try_out
 
 log = logging.getLogger(__name__)
@@ -138,8 +138,27 @@ def make_pools(
         yield pools
 
 
+def check_rewards(config: Config, inputs: Inputs) -> None:
+    """Load and try the functions as `make_pools` does, in one process that needs them no longer.
+
+    Raises:
+        ValueError: as `make_pools`.
+    """
+    scored = scored_sets(config, inputs, trains=True)
+    if not scored:
+        return
+    with ExitStack() as stack:
+        server = stack.enter_context(start_reward_server())
+        pools = {}
+        for key, what in scored.items():
+            pools[key] = stack.enter_context(_start_pool(config.reward_pool, server, what, None))
+        problem = _try_all(scored, pools)
+    if problem is not None:
+        raise ValueError(problem)
+
+
 def _start_pool(
-    section: RewardPoolSection, server: RewardServer, scored: Scored, output: Path
+    section: RewardPoolSection, server: RewardServer, scored: Scored, output: Path | None
 ) -> RewardPool:
     return RewardPool(
         server,
