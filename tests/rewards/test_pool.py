@@ -353,6 +353,10 @@ def test_bad_settings_are_refused(server):
         RewardPool(server, [])
     with pytest.raises(ValueError, match="timeout_s=0"):
         RewardPool(server, [spec], timeout_s=0)
+    for weight in (float("nan"), float("inf")):
+        heavy = RewardSpec(name="x", function="number", weight=weight)
+        with pytest.raises(ValueError, match=f"the weight {weight} of reward 'x' must be finite"):
+            RewardPool(server, [heavy])
 
 
 def test_an_interrupted_batch_leaves_nothing_behind(server, user):
