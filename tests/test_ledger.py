@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from harness import run_ranks
 from spmdrl.batch import Batch
 from spmdrl.calls import together
-from spmdrl.kept import Journal, Part
+from spmdrl.kept import Journal, Kept, Part
 from spmdrl.launch import World
 from spmdrl.ledger import Interrupted, Ledger, Stint, keeping
+from spmdrl.origin import Origin
 from spmdrl.runtime.pulse import Pulse
 from spmdrl.runtime.stopping import StopAsked
 from test_calls import home_rows, toy
@@ -108,3 +110,24 @@ def ask_for_objects(world: World) -> str:
 def test_what_is_no_text_is_refused_with_its_place() -> None:
     [message] = run_ranks(ask_for_objects, 1)
     assert message.startswith("the Python column 'prompt' has a int in row 1: only str and None")
+
+
+def finish_without_asking(world: World) -> list[str]:
+    """What is said at the end of a step that has not asked for what was kept."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("spmdrl")
+    logger.addHandler(handler)
+    kept = Kept(name="a.add", step=0, origin=Origin(settings="", sums=()))
+    ledger = Ledger(world, "test", Pulse(), journal=Journal(calls=(kept, kept)))
+    for step in range(2):
+        ledger.begin_step(step)
+        ledger.finish_step()
+    logger.removeHandler(handler)
+    return told
+
+
+def test_what_was_not_used_is_said_once_and_by_one_rank() -> None:
+    [message], nothing = run_ranks(finish_without_asking, 2)
+    assert message.endswith("is not asked for any more, and was not used: a.add") and not nothing

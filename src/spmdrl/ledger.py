@@ -141,7 +141,7 @@ class Ledger:
         start that were never asked for are dropped with a warning.
         """
         self._kept = [kept for kept in self._kept if kept.step == self._step and kept.is_ahead]
-        if self._unclaimed:
+        if self._unclaimed and self._is_first:  # all ranks have the same
             names = ", ".join(dict.fromkeys(kept.name for kept in self._unclaimed))
             late = ", ".join(dict.fromkeys(self._late))
             log.warning(

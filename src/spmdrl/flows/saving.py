@@ -199,13 +199,14 @@ class Saver:
         self._compare(path, state)
         is_same = state["layout"] == self._layout_name()
         is_drawn_alike = state.get("noise", 1) == NOISE_VERSION or not self._samples()
-        if not is_drawn_alike:
+        if not is_drawn_alike and self._world.is_first:
             log.warning(
                 "%s was sampled with version %s of the noise, and this spmdrl draws with version "
                 "%d: from here on the same seed gives other tokens, and a step that was stopped is "
                 "done anew",
                 *(path, state.get("noise", 1), NOISE_VERSION),
             )
+        if not is_drawn_alike:
             state = {**state, "syncs": {}}
         self._load(path, state, with_engines=is_same)
         self._check.compare(state["losses"], str(path))
@@ -249,6 +250,8 @@ class Saver:
                 f"{path} was made by flow={flow}, the configuration has flow={self._config.flow}: "
                 "choose another run_dir, or checkpoint.resume=false"
             )
+        if not self._world.is_first:  # all ranks have the same to say
+            return
         for difference in changed_keys(state["config"], self._config):
             log.warning("the run goes on with other values: %s", difference)
         if self._data is not None and "data" in state:
