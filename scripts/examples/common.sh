@@ -30,7 +30,8 @@ scripts/setup.sh requirements.txt
 ranks=${RANKS:-$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
-export DATA=$data
+# where answers are conversations, the prompts are in them
+export DATA=$data ANSWER_COLUMN=${CHOSEN_COLUMN:-chosen}
 # CPUs that multiply bfloat16 do it twice as fast; the optimizer's weights are float32 anyway
 dtype=auto
 if grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import random
 import subprocess
 import sys
@@ -112,6 +113,7 @@ def fitted(
         example: str, data: Path, *words: str, directory: Path = model
     ) -> tuple[int, dict[str, list[str]], str]:
         monkeypatch.setenv("DATA", str(data))
+        monkeypatch.setenv("ANSWER_COLUMN", os.environ.get("CHOSEN_COLUMN", "chosen"))
         command = ["fit.py", example, "--model", str(directory), "--ranks", "2", *words]
         monkeypatch.setattr(sys, "argv", command)
         status = fit.main()

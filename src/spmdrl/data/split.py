@@ -181,10 +181,9 @@ def without_overlap(held_out: S, trained_openings: Collection[str]) -> tuple[S, 
             f"each of the {len(held_out)} held-out questions is also trained on: divide one source "
             "instead (spmdrl.data.split.split)"
         )
-    note = (
-        f"{len(kept)} of {len(held_out)} held-out examples are kept: the others are trained on or "
-        "come twice"
-    )
+    note = f"{len(kept)} of {len(held_out)} held-out examples are kept"
+    if len(kept) < len(held_out):
+        note += ": the others are trained on or come twice"
     if len(kept) < len(held_out):
         log.warning("%s", note, extra=ALIKE)
     return held_out.subset(kept), note
