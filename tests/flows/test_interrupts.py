@@ -54,8 +54,12 @@ def whole(root: Path, ranks: int) -> Path:
     """The directory of a run that nobody has interrupted."""
     name = f"whole_{ranks}"
     if not (root / name).exists():
-        run_ranks(run_configs, ranks, [(str(configure(root, name)), [ENVIRONMENT])], str(root))
+        finish(root, configure(root, name), ranks)
     return root / name
+
+
+def finish(root: Path, config: Path, ranks: int) -> None:
+    run_ranks(run_configs, ranks, [(str(config), [ENVIRONMENT])], str(root), timeout_s=400)
 
 
 def records(run_dir: Path) -> list[dict[str, float]]:
@@ -74,7 +78,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def go_on(root: Path, config: Path, run_dir: Path, ranks: int) -> None:
     """To the end; then it equals the run that nobody has interrupted."""
-    run_ranks(run_configs, ranks, [(str(config), [ENVIRONMENT])], str(root))
+    finish(root, config, ranks)
     assert outcome_of(run_dir) == "done"
     expected = whole(root, ranks)
     assert records(run_dir) == records(expected)
