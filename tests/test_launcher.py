@@ -14,7 +14,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from flow_cases import questions, write_config
-from interrupted import Started, busy, living
+from interrupted import PHASE, Started, busy, living
 from spmdrl.launcher import show_failure, torchrun_options
 from spmdrl.runtime.error_file import EXIT_CODE, LOST_PEER
 from tiny_model import make_tiny_model
@@ -242,3 +242,35 @@ def test_patience_is_limited_where_the_user_limits_it(tmp_path: Path) -> None:
         assert run.wait(20) == 130
         wait_until(lambda: not living(pids), 20)
     assert "spmdrl launch: ranks have not ended within 1 s: killed" in run.output()
+
+
+@pytest.mark.full
+def test_sigterm_saves_too(tmp_path: Path) -> None:
+    words = configure(tmp_path, "interrupted.py:InPhase")
+    log = tmp_path / "log"
+    with Started("launch", "train", *words, log=log, terminal=False, phase="rollout") as run:
+        run.reach(tmp_path / "run", "rollout")
+        os.kill(run.process.pid, signal.SIGTERM)
+        assert run.wait(60) == 0, run.output()
+    attempt = attempt_of(tmp_path / "run")
+    assert (attempt / "outcome").read_text() == "stopped\n"
+    assert (attempt / "stopped_by").read_text() == "SIGTERM\n"
+
+
+@pytest.mark.full
+def test_a_script_that_starts_it_beside_itself_may_interrupt_it(tmp_path: Path) -> None:
+    """A shell lets what it starts with `&` ignore SIGINT."""
+    words = configure(tmp_path, "interrupted.py:InPhase")
+    log = (tmp_path / "log").open("wb")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "spmdrl", "launch", "--nproc-per-node=2", "train", *words],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, PHASE: "rollout"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    with log, run:
+        wait_until((tmp_path / "run" / "in_rollout").exists, 100)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 0
+    assert (attempt_of(tmp_path / "run") / "stopped_by").read_text() == "SIGINT\n"
