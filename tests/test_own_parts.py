@@ -91,6 +91,9 @@ def makes(run):
 class TrainerAlone(GrpoTrainer):
     def step(self, step, batch): ...
 
+class OneCall(GrpoTrainer):
+    def step(self, step, batch, ahead): ...
+
 class NoStep:
     def __init__(self, run): ...
 
@@ -232,6 +235,8 @@ def test_trainers(file: Path) -> None:
     checked_flow(config_of(file, trainer=alone))  # with no calls alongside
     with pytest.raises(ValueError, match=r"is called with \(self, step, batch, call\)"):
         checked_flow(config_of(file, trainer=alone, **LAG))
+    with pytest.raises(ValueError, match=r"is called with \(self, step, batch\)"):
+        checked_flow(config_of(file, trainer=f"{file}:OneCall", **LAG))
 
 
 def test_trainers_of_pairs_evaluate_them(file: Path) -> None:

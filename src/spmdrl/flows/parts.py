@@ -14,6 +14,9 @@ Methods = Mapping[str, Sequence[str]]
 ENVIRONMENT: Methods = {"collect": ("step",), "ahead": ("step",), "metrics": ()}
 """What a shipped flow asks of an environment: method -> the arguments of its calls."""
 
+WITH_CALL: Methods = {"step": ("step", "batch", "call")}
+"""A trainer's step with the next step's samples alongside."""
+
 SAMPLING, OFFLINE = ("grpo", "ppo", "online_dpo"), ("sft", "reward_model", "dpo")
 """Shipped flows with an environment and a trainer, and with a trainer alone."""
 
@@ -95,15 +98,17 @@ def check_made(config: Config, where: str, made: object) -> None:
 def _check_methods(config: Config, key: str, where: str, part: object) -> None:
     """Of a class or of an object; a flow of the user's own may ask for other ones."""
     is_shipped = config.flow in SAMPLING + OFFLINE
-    methods = _asked(config, key) if is_shipped else {}
-    lacking = lacks(part, methods)
-    if lacking is not None:
-        name = part.__name__ if inspect.isclass(part) else type(part).__name__
-        raise ValueError(f"{key}={where}: the class {name} {lacking}")
+    for methods in _asked(config, key) if is_shipped else [{}]:
+        lacking = lacks(part, methods)
+        if lacking is not None:
+            name = part.__name__ if inspect.isclass(part) else type(part).__name__
+            raise ValueError(f"{key}={where}: the class {name} {lacking}")
 
 
-def _asked(config: Config, key: str) -> Methods:
+def _asked(config: Config, key: str) -> list[Methods]:
+    """The methods, by each of the ways in which they are called."""
     if key == "environment":
-        return ENVIRONMENT
-    alongside = ("call",) if config.flow in SAMPLING and config.lag > 0 else ()
-    return {"step": ("step", "batch", *alongside)}
+        return [ENVIRONMENT]
+    alone: Methods = {"step": ("step", "batch")}
+    # the last step has nothing alongside
+    return [alone, WITH_CALL] if config.flow in SAMPLING and config.lag > 0 else [alone]
