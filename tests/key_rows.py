@@ -215,9 +215,7 @@ ROWS: dict[str, Row] = {
         "grpo", "metrics", reward("sees"), "reward_pool.environment=[SPMDRL_TEST_*]"
     ),
     "evaluation.held_out": row("grpo", "plan files", HELD),
-    "evaluation.max_items": row(
-        "grpo", "plan files", "evaluation.held_out=50%", "evaluation.max_items=2"
-    ),
+    "evaluation.max_items": row("grpo", BOTH, "evaluation.held_out=50%", "evaluation.max_items=2"),
     "evaluation.sets": row("task", "plan files", "evaluation.sets={a: {data: {seed: 9, size: 8}}}"),
     "evaluation.threshold": row("grpo", BOTH, HELD, "evaluation.threshold=0.0"),
     "evaluation.every": row("grpo", "metrics", HELD, "evaluation.every=1"),
