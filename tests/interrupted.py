@@ -176,25 +176,26 @@ class Started:
             found += new
         return found
 
-    def ranks(self) -> int:
-        """How many ranks' interpreters run."""
+    def importing(self) -> int:
+        """How many ranks have begun to import torch, or have done it."""
         count = 0
         for pid in self.tree():
             try:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                maps = Path(f"/proc/{pid}/maps").read_text()
             except OSError:
                 continue
-            count += b"-u" in words and b"spmdrl" in words
-        return count if self.starter != "one" else 1
+            is_rank = pid == self.process.pid if self.starter == "one" else b"-u" in words
+            count += is_rank and b"spmdrl" in words and "libtorch" in maps
+        return count
 
     def reach(self, run_dir: Path, phase: str) -> None:
         """Until the run is in the phase."""
         if phase == "import":
-            wait_until(lambda: self.ranks() == (1 if self.starter == "one" else 2), 60)
-            time.sleep(0.5)
+            wait_until(lambda: self.importing() == (1 if self.starter == "one" else 2), 100)
             return
         marked = run_dir / f"in_{phase}"
-        wait_until(lambda: marked.exists() or self.process.poll() is not None, 120)
+        wait_until(lambda: marked.exists() or self.process.poll() is not None, 200)
         assert marked.exists(), self.output()
 
     def wait(self, seconds: float) -> int:

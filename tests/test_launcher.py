@@ -100,12 +100,13 @@ def test_the_first_own_error_is_shown_alone(tmp_path: Path, capsys) -> None:
 
 
 def test_a_mistake_is_one_line_whoever_finds_it(tmp_path: Path) -> None:
-    """A key that is unknown is found before there are ranks; data that is not there, by them."""
-    make_tiny_model(tmp_path / "model")
-    data = {"train": {"source": "none.jsonl"}}
-    config = write_config(tmp_path / "a.yaml", tmp_path / "model", tmp_path / "run", data=data)
-    command = [sys.executable, "-m", "spmdrl", "launch", "--nproc-per-node=2", "train", str(config)]
-    for words, start in ((["stepz=3"], "spmdrl launch: error: "), ([], "spmdrl train: error: ")):
+    """A key that is unknown is found before there are ranks; a device that is none, by them."""
+    config = write_config(tmp_path / "a.yaml", tmp_path / "model", tmp_path / "run")
+    command = [sys.executable, "-m", "spmdrl", "launch", "--nproc-per-node=2"]
+    for words, start in (
+        (["train", str(config), "stepz=3"], "spmdrl launch: error: "),
+        (["doctor", "--device=tpu"], "spmdrl doctor: error: device='tpu'"),
+    ):
         done = subprocess.run(
             [*command, *words], capture_output=True, text=True, timeout=100, check=False
         )
