@@ -89,7 +89,7 @@ class Warnings(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-FILE = ("ro", "ex")
+FILE = ("rows=", "extra=")
 """How the words begin that change the file."""
 
 
@@ -118,14 +118,14 @@ def stop_and_change(world: World, config: str, base: Path, cases: list[Case]) ->
             os.environ[STOP] = stop
             train(load_config(config, own), world, server)
             assert outcome_of(run_dir) == "stopped", name
-            numbers = {w.split("=")[0]: int(w.split("=")[1]) for w in changes if w[:2] in FILE}
+            numbers = {w.split("=")[0]: int(w.split("=")[1]) for w in changes if w.startswith(FILE)}
             if world.is_first and numbers:
                 write_rows(data, numbers.get("rows", 12), numbers.get("extra", 0))
             dist.barrier()
             os.environ[STOP] = ""
             handler = Warnings()
             logging.getLogger("spmdrl").addHandler(handler)
-            again = [*own, *(w for w in changes if w[:2] not in FILE)]
+            again = [*own, *(w for w in changes if not w.startswith(FILE))]
             train(load_config(config, again), world, server)
             logging.getLogger("spmdrl").removeHandler(handler)
             assert outcome_of(run_dir) == "done", name
@@ -141,7 +141,7 @@ CHANGES: dict[str, tuple[list[str], set[str]]] = {
     "nothing": ([], set()),
     "group_size": (["data.group_size=3"], set(PLACES)),
     "prompts": (["data.prompts_per_step=3"], set(PLACES)),
-    "fewer_prompts": (["data.prompts_per_step=1"], set(PLACES)),
+    "fewer_prompts": (["data.prompts_per_step=1", "train.num_minibatches=1"], set(PLACES)),
     "max_tokens": (["sampling.max_tokens=4"], set(PLACES)),
     "more_tokens": (["sampling.max_tokens=9"], set(PLACES)),
     "temperature": (["sampling.temperature=0.8"], set(PLACES)),
@@ -159,7 +159,7 @@ CHANGES: dict[str, tuple[list[str], set[str]]] = {
     "epochs": (["train.epochs=1"], {"updating"}),
     "advantage": (["algorithm.advantage=rloo"], {"updating"}),
     "evaluation": (["evaluation.every=1"], set()),
-    "held_out": (["evaluation.held_out=3"], set(PLACES)),
+    "held_out": (["evaluation.held_out=7"], set(PLACES)),
     "reference": (["roles.reference={}", "algorithm.kl_coef=0.1"], {"updating"}),
     "lr": (["train.lr=1e-4"], set()),
 }
