@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,15 @@ def test_the_end_of_cpu_time_asks_for_a_stop_before_it_kills() -> None:
         [sys.executable, "-c", CPU_TIME], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.stdout == f"(9, 10)\n[{int(signal.SIGXCPU)}]\n", done.stderr
+
+
+def write_from_two_threads(world: World, root: Path) -> str:
+    attempt = begin_attempt(root, world)
+    watched = Watcher(world, attempt, Pulse(), Signals(), {"default": 60.0})
+    with watched as watcher, ThreadPoolExecutor(2) as threads:
+        list(threads.map(watcher.write_stopped_by, ["SIGINT"] * 400))
+    return (attempt.directory / "stopped_by").read_text()
+
+
+def test_who_asked_may_be_written_by_the_run_and_its_watcher_at_once(tmp_path: Path) -> None:
+    assert run_ranks(write_from_two_threads, 1, tmp_path / "run") == ["SIGINT\n"]

@@ -173,5 +173,5 @@ def conclude_stop(watcher: Watcher, world: World) -> None:
         raise RuntimeError(f"{broken[0]}; all was saved, and the next start goes on from here")
     if world.is_first:
         watcher.attempt.clear_stop_files()
-        watcher.attempt.write_stopped_by(watcher.stop_reason())
+        watcher.write_stopped_by(watcher.stop_reason())
         watcher.attempt.write_outcome("stopped")

@@ -79,6 +79,7 @@ class Watcher:
         self._signalled: list[int] = []
         """Signals that nobody has answered yet."""
         self._failing: set[str] = set()
+        self._writes = threading.Lock()
         self._ending = False
         self._terminated = self._lost_peer = self._store_lost = False
         self._next_heartbeat = self._next_armed = self._next_ask = 0.0
@@ -92,9 +93,15 @@ class Watcher:
             _say(f"[rank {self._world.rank}] stop asked for: {reason}")
         self.stop_asked = True
         self._tell("stop", reason)
-        if reason == INTERRUPTED:  # now: it may be interrupted again before all is saved
+        if reason == INTERRUPTED and self._world.is_first:
+            # now: it may be interrupted again before all is saved
             with self._outliving("writing who asked for the stop"):
-                self.attempt.write_stopped_by(reason)
+                self.write_stopped_by(reason)
+
+    def write_stopped_by(self, reason: str) -> None:
+        """See `Attempt`. The main thread and this object's both may."""
+        with self._writes:
+            self.attempt.write_stopped_by(reason)
 
     def look_after(self, ward: Callable[[], str | None]) -> None:
         """Ask `ward` now and then, from the watcher's thread, how a thread or process is doing that
