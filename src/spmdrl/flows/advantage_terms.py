@@ -1,4 +1,4 @@
-"""Advantages of flow `grpo`: one function per `algorithm.advantage`, and the teacher's share."""
+"""Advantages of flow `grpo`: one function per `algorithm.advantage`, and the teacher's term."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from spmdrl.distributed.reduce import moments
 
 
 def token_advantages(batch: Batch, algorithm: AlgorithmSection, max_tokens: int) -> Tensor:
-    """float32 `[T]`, 0 outside the loss mask; every rank of the world calls it.
+    """Advantage of each token: float32 `[T]`, 0 outside the loss mask; every rank calls it.
 
-    `batch` has `rewards`, `old_logprobs` and `ref_logprobs` where a KL goes into the reward, and
-    `teacher_logprobs` with `teacher_coef`.
+    `batch` has `rewards`; `old_logprobs` and `ref_logprobs` if a KL goes into the reward;
+    `old_logprobs` and `teacher_logprobs` if `teacher_coef` > 0.
     """
     rewards = shaped_rewards(batch, algorithm, max_tokens)
     advantages = ADVANTAGES[algorithm.advantage](batch, rewards, algorithm)
@@ -36,19 +36,19 @@ def token_advantages(batch: Batch, algorithm: AlgorithmSection, max_tokens: int)
 
 
 def grpo_advantages(batch: Batch, rewards: Tensor, algorithm: AlgorithmSection) -> Tensor:
-    """DeepSeekMath, arXiv 2402.03300; without std Dr.GRPO, arXiv 2503.20783."""
+    """GRPO (DeepSeekMath, arXiv 2402.03300); without `advantage_std` Dr.GRPO (arXiv 2503.20783)."""
     own = group_advantages(rewards, batch["prompt_ids"], std=algorithm.advantage_std)
     return broadcast_to_tokens(own, batch.lengths, batch["loss_mask"])
 
 
 def rloo_advantages(batch: Batch, rewards: Tensor, algorithm: AlgorithmSection) -> Tensor:
-    """RLOO: Ahmadian et al. 2024, arXiv 2402.14740."""
+    """RLOO (Ahmadian et al. 2024, arXiv 2402.14740): each reward less the others' mean."""
     own = leave_one_out(rewards, batch["prompt_ids"])
     return broadcast_to_tokens(own, batch.lengths, batch["loss_mask"])
 
 
 def reinforce_pp_advantages(batch: Batch, rewards: Tensor, algorithm: AlgorithmSection) -> Tensor:
-    """REINFORCE++: Hu et al. 2025, arXiv 2501.03262: the KL of each token in its reward to go."""
+    """REINFORCE++ (Hu et al. 2025, arXiv 2501.03262): each token's reward-to-go includes its KL."""
     mask = batch["loss_mask"]
     token_kl, coefficient = torch.zeros(batch.num_tokens), 0.0
     if puts_kl_in_reward(algorithm):
@@ -61,7 +61,7 @@ def reinforce_pp_advantages(batch: Batch, rewards: Tensor, algorithm: AlgorithmS
 def reinforce_pp_baseline_advantages(
     batch: Batch, rewards: Tensor, algorithm: AlgorithmSection
 ) -> Tensor:
-    """REINFORCE++ with baseline, arXiv 2501.03262: less the group's mean, then over the batch."""
+    """REINFORCE++ with baseline (arXiv 2501.03262): rewards less the group's mean, whitened."""
     own = group_advantages(rewards, batch["prompt_ids"], std=False)
     mask = batch["loss_mask"]
     return whitened(broadcast_to_tokens(own, batch.lengths, mask), mask)
@@ -78,18 +78,18 @@ ADVANTAGES: Mapping[str, Callable[[Batch, Tensor, AlgorithmSection], Tensor]] = 
 
 
 def whitened(advantages: Tensor, mask: Tensor) -> Tensor:  # [T], [T] bool
-    """Over all tokens in the mask of the world; exactly 0 where all are equal: `[T]`."""
+    """Whiten over the masked tokens of all ranks: `[T]`; exactly 0 if all of them are equal."""
     spread = moments(advantages, mask)
     if spread.minimum == spread.maximum:
-        # their rounded mean may differ from them a little, and the division would make it large
+        # their rounded mean may differ from them slightly, and the division would magnify that
         return torch.zeros_like(advantages)
     return whiten(advantages, spread.mean, spread.std, shift_mean=True) * mask
 
 
 def teacher_advantages(batch: Batch) -> Tensor:
-    """log teacher - log policy of every sampled token: `[T]`, 0 outside the mask.
+    """Teacher's log-probability less the policy's, per sampled token: `[T]`, 0 outside the mask.
 
-    On-policy distillation: the reverse KL of each token as its reward, nothing of later tokens'
+    On-policy distillation: each token's reward is its own reverse KL, without those of later tokens
     (Agarwal et al. 2023, arXiv 2306.13649, with lambda = 1 and the reverse KL; Lu & Thinking
     Machines Lab 2025, "On-Policy Distillation").
     """
@@ -102,7 +102,7 @@ def puts_kl_in_reward(algorithm: AlgorithmSection) -> bool:
 
 
 def shaped_rewards(batch: Batch, algorithm: AlgorithmSection, max_tokens: int) -> Tensor:  # [B]
-    """Rewards after the overlong penalty and, of whole responses, the KL penalty."""
+    """Rewards after the overlong penalty and, unless tokens carry it, the response's KL penalty."""
     rewards = batch["rewards"]
     if algorithm.overlong_buffer > 0:
         rewards = rewards + overlong_penalty(
@@ -111,7 +111,7 @@ def shaped_rewards(batch: Batch, algorithm: AlgorithmSection, max_tokens: int) -
             buffer=algorithm.overlong_buffer,
             factor=algorithm.overlong_penalty,
         )
-    # REINFORCE++ has it in the reward of every token
+    # REINFORCE++ puts the KL into each token's reward
     if puts_kl_in_reward(algorithm) and algorithm.advantage != "reinforce_pp":
         token_kl = kl(batch["old_logprobs"], batch["ref_logprobs"], algorithm.kl_estimator)
         rewards = kl_in_reward(

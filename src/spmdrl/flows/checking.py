@@ -1,8 +1,8 @@
-"""`spmdrl check`: whether a run would start, found out by one process without starting it.
+"""`spmdrl check`: find out in one process whether a run would start, without starting it.
 
-What `spmdrl train` refuses before it computes is refused here: keys, roles that do not fit the
-ranks, models that cannot be read or do not fit each other, data that lack rows, columns or room,
-parts and reward functions of the user's own that cannot serve.
+It refuses what `spmdrl train` refuses before computing: bad keys, roles that do not fit the
+ranks, models that cannot be read or do not fit each other, data without enough rows, columns or
+room, and environments, trainers and reward functions of the user's own that cannot be used.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A configuration that a run would start with, and what that run would read."""
+    """A configuration with which a run would start, and the inputs that it would read."""
 
     config: Config
     inputs: Inputs
 
     @property
     def mean_tokens(self) -> float:
-        """Of the training data's items: of a prompt, a conversation, a pair (its prompt once)."""
+        """Mean tokens of a training item: prompt, conversation or pair (its prompt counts once)."""
         train = self.inputs.train
         return sum(len(ids) for ids in train.ids()) / len(train)
 
     def describe(self) -> str:
-        """One line: what a step draws of how many items, and what is held out."""
+        """Describe in one line the items, how many a step draws, and the held-out sets."""
         data, train = self.config.data, self.inputs.train
         text = (
             f"{len(train)} {self.config.data_kind()} of {self.mean_tokens:.0f} tokens on average, "
@@ -51,10 +51,10 @@ class Checked:
 
 
 def check(config: Config, num_ranks: int) -> Checked:
-    """Read all that a run on so many ranks of one machine would read but the weights.
+    """Read everything but the weights that a run on `num_ranks` ranks of one machine would read.
 
     Raises:
-        ValueError: what such a run would refuse.
+        ValueError: such a run would refuse the configuration or its inputs.
     """
     checked_flow(config)
     placements = place_roles(config, num_ranks, num_ranks)

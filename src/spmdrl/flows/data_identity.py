@@ -1,4 +1,4 @@
-"""What a checkpoint knows of its data, and what a run that goes on with others is told."""
+"""Identity of a run's data in its checkpoints, and warnings for a run resumed with other data."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 def first_start(config: Config, root: Path) -> datetime:
-    """When the run that goes on was first started, as its first rank had it; now, for a new one.
+    """Time at which a resumed run was first started, by its first rank's clock; now for a new run.
 
-    What a chat template writes of the date is then the same on every rank and after every resume.
-    Every rank of the world calls it.
+    So a chat template writes the same date on every rank and after every resume. Every rank of the
+    world calls it.
 
     Args:
         root: the directory of the checkpoints.
@@ -47,10 +47,10 @@ def first_start(config: Config, root: Path) -> datetime:
 
 @dataclass(frozen=True, kw_only=True)
 class DataIdentity:
-    """Of the data of this start.
+    """Identity of the data that this start reads.
 
     Args:
-        names: of the training data's sources, as the configuration names them.
+        names: the training data's sources, as the configuration names them.
     """
 
     config: Config
@@ -59,7 +59,7 @@ class DataIdentity:
 
     @cached_property
     def sources(self) -> dict[str, AnySet]:
-        """The training data by source, without what is held out."""
+        """Training data by source, without the held-out items."""
         found, first = {}, 0
         for name, (count, _) in zip(self.names, self.inputs.shares, strict=True):
             found[name] = self.inputs.train[first : first + count]
@@ -68,7 +68,7 @@ class DataIdentity:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """JSON values, equal on all ranks."""
+        """JSON values that a checkpoint keeps, equal on all ranks."""
         tokenizer = self.inputs.tokenizer
         return {
             "train": {
@@ -87,7 +87,7 @@ class DataIdentity:
         }
 
     def check_ranks(self) -> None:
-        """ValueError, on every rank, where some rank has read other data than the first one."""
+        """Raise ValueError on every rank if some rank has read other data than the first one."""
         states = gather_objects(self.state)
         for rank, state in enumerate(states):
             for key in ("tokenizer", "template", "train", "held_out"):
@@ -98,7 +98,7 @@ class DataIdentity:
                     )
 
     def differences(self, saved: Mapping[str, Any], steps_done: int) -> list[str]:
-        """What differs from a checkpoint's data, and what repeats therefore; sentences."""
+        """Sentences on what differs from a checkpoint's data, and on prompts that repeat for it."""
         now = self.state
         texts = [
             f"the {what} is another than the checkpoint's"
@@ -147,7 +147,7 @@ class DataIdentity:
         return len(marks) == before["count"] and bool(rows_digest(marks) == before["rows"])
 
     def _repeats(self, saved: Mapping[str, Any], steps_done: int) -> list[str]:
-        """Which of the prompts to come were drawn before, where that can be known."""
+        """Sentence on how many of the coming prompts were drawn before, if that can be known."""
         if steps_done == 0:
             return []
         train = saved["train"]
@@ -169,10 +169,10 @@ class DataIdentity:
 
 
 def data_identity(config: Config, inputs: Inputs) -> DataIdentity:
-    """Of a run's data. Every rank of the world calls it.
+    """Identify a run's data. Every rank of the world calls it.
 
     Raises:
-        ValueError: on every rank: ranks have read different data.
+        ValueError: ranks have read different data (raised on every rank).
     """
     names = ("data.train", *(f"data.mix.{i}" for i in range(len(config.data.mix))))
     identity = DataIdentity(config=config, inputs=inputs, names=names)
@@ -185,7 +185,7 @@ def _shares(train: Mapping[str, Any]) -> list[tuple[int, float]]:
 
 
 def _places(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[int]:
-    """Where the items of each source, all of which begin as they did, are now."""
+    """New index of each old item, given that every source still begins with its old items."""
     firsts, first = {}, 0
     for name, source in after.items():
         firsts[name] = first

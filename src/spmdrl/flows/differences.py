@@ -1,4 +1,4 @@
-"""What a run that goes on should be told: what has changed, and how exactly it goes on."""
+"""Messages for a resumed run: what has changed, and how exactly it resumes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from spmdrl.kept import Journal
 from spmdrl.objects import source_digest
 
 _NO_MATTER = ("run_dir", "steps", "timeout_s", "limits", "log", "checkpoint", "evaluation")
-"""Sections and keys whose changes are nobody's surprise."""
+"""Sections and keys whose changes need no warning."""
 
 
 def changed_keys(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """What of the configuration decides results and differs from a checkpoint's."""
+    """Keys that decide results and differ from a checkpoint's configuration, one text for each."""
     before, now = _flat(saved), _flat(config.model_dump(mode="json"))
     return [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
@@ -24,7 +24,7 @@ def changed_keys(saved: Mapping[str, Any], config: Config) -> list[str]:
 
 
 def describe_journal(journal: Journal, *, is_same: bool) -> str:
-    """How exactly a run goes on in its step; "" where it begins one."""
+    """Describe how exactly a run resumes within its step; "" if it begins a new one."""
     texts = []
     num_done = sum(kept.record is not None for kept in journal.calls)
     if num_done:
@@ -43,7 +43,7 @@ def describe_journal(journal: Journal, *, is_same: bool) -> str:
 
 
 def describe_roles(config: Config) -> dict[str, str]:
-    """What each role is, apart from its ranks and from what a checkpoint brings back."""
+    """Describe each role, without its ranks and without what a checkpoint restores."""
     found = {}
     for name, section in config.roles.items():
         kind = config.role_kind(name)

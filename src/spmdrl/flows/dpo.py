@@ -1,9 +1,9 @@
-"""DPO and its kin: a policy from preference pairs, without samples and without a reward model.
+"""DPO and its variants: train a policy on preference pairs, without samples or a reward model.
 
 Follows Rafailov et al. 2023 (https://arxiv.org/abs/2305.18290): the log-ratio of policy and
-reference is the reward, and pairs are its Bradley-Terry likelihood. `preference.loss` makes it IPO,
-SimPO, KTO or ORPO (`algorithms.direct_preference` names the papers), `preference.label_smoothing`
-cDPO. Left out: unpaired data for KTO, whose responses come in pairs here.
+reference is the reward, and the loss is the negative Bradley-Terry log-likelihood of the pairs.
+`preference.loss` selects IPO, SimPO, KTO or ORPO (`algorithms.direct_preference` names the papers);
+`preference.label_smoothing` makes it cDPO. Left out: unpaired data for KTO.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class DpoTrainer:
         self.held_out = HeldOutPreferences(run, self.policy, self.reference, self.settings)
 
     def step(self, step: int, batch: Batch) -> Metrics:
-        """`batch`: rows with `tokens`, `prompt_ids` (of the pair) and `sample_index`."""
+        """Update the policy on `batch`: `tokens`, `prompt_ids` (one per pair), `sample_index`."""
         metrics: dict[str, float] = {}
         batch = with_pair_shares(preferring_chosen(batch))
         with self.run.phase("logprobs"):
@@ -69,19 +69,19 @@ class DpoTrainer:
         return {**pair_metrics(records), **metrics}
 
     def _baseline(self, mismatched: Batch) -> float:
-        """KTO's z, from prompts with answers to other prompts."""
+        """KTO's z, estimated on prompts with answers to other prompts."""
         drift = log_ratio(self.policy, self.reference, mismatched)
         tokens = mismatched.row_sum(mismatched["loss_mask"])
         return kto_baseline(moments(as_compared(drift, tokens, self.settings)).mean)
 
 
 def preferring_chosen(batch: Batch) -> Batch:
-    """`batch` of data pairs with the column `preference`: 1 chosen, 0 rejected."""
+    """Add the column `preference` to data pairs: 1 for chosen, 0 for rejected."""
     return batch.with_columns(rows={"preference": (batch["sample_index"] == 0).double()})
 
 
 def other_answers(run: Run) -> StepRows:
-    """Every step's prompts with answers to other prompts, for KTO."""
+    """Each step's prompts with answers to other prompts, for KTO. ValueError: no pairs as data."""
     pairs = run.data.data
     if not isinstance(pairs, PairSet):
         raise ValueError("preference.loss=kto needs data of kind preferences")
@@ -91,7 +91,7 @@ def other_answers(run: Run) -> StepRows:
 def reference_sums(
     run: Run, settings: PreferenceConfig, others: StepRows | None
 ) -> ReferenceSums | None:
-    """As `preference.reference` has it; None where the loss has no reference."""
+    """Reference sums as `preference.reference` wants them; None if the loss has no reference."""
     if not settings.needs_reference:
         return None
     if run.config.preference.reference == "step":

@@ -1,4 +1,4 @@
-"""`GroupEnvironment`: prompts -> groups of samples -> rewards, with refills of dead groups."""
+"""`GroupEnvironment`: prompts -> groups of samples -> rewards, with refills for dead groups."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from spmdrl.roles import Generation, Rollout, together
 class GroupEnvironment:
     """Collects `data.prompts_per_step` groups of `data.group_size` scored samples.
 
-    With `algorithm.refill_attempts`, groups whose rewards are all equal are dropped and others
-    drawn in their place (dynamic sampling, DAPO, https://arxiv.org/abs/2503.14476, section 3.2).
+    With `algorithm.refill_attempts` > 0, groups whose rewards are all equal are dropped and others
+    are drawn in their place (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2).
     """
 
     def __init__(self, run: Run) -> None:
@@ -28,10 +28,10 @@ class GroupEnvironment:
         self.rollout = run.role("rollout", Rollout)
         self.sampled: list[Batch] = []
         self.drawn: dict[int, Batch] = {}
-        """Step -> samples that were drawn ahead of it."""
+        """Step -> samples drawn ahead of it, not yet scored."""
 
     def collect(self, step: int) -> Batch:
-        """One step's home rows: the columns of `rollout.generate` and `rewards`, `[B]`."""
+        """Collect one step's home rows: the columns of `rollout.generate` and `rewards`, `[B]`."""
         wanted = self.run.config.data.prompts_per_step
         refills = self.run.config.algorithm.refill_attempts
         batch = self._sample(step, attempt=0, count=wanted)
@@ -46,11 +46,11 @@ class GroupEnvironment:
             drawn = self._sample(step, attempt=attempt, count=missing)
             self.sampled.append(drawn)
             parts.append(_alive(drawn))
-        # a step without any signal still takes place: it moves nothing but is seen in the metrics
+        # a step without any signal still takes place: it moves nothing, but the metrics show it
         return concat(parts) if _num_groups(parts) else batch
 
     def ahead(self, step: int) -> tuple[Call[Any], ...]:
-        """With `lag: 1`: drawing the samples of `step`, to run beside the update before it."""
+        """Call that draws `step`'s samples alongside the previous update, with `lag: 1`; or ()."""
         if self.run.config.lag == 0 or step >= self.run.config.steps:
             return ()
         call = self._draw(step, attempt=0, count=self.run.config.data.prompts_per_step)
@@ -70,7 +70,7 @@ class GroupEnvironment:
             sampling=self.run.sampling,
         )
         rows = self.run.rows(step, attempt=attempt, count=count)
-        # what was drawn ahead is found again by a run that goes on with the next step
+        # a run that resumes with the next step finds by its label what was drawn ahead
         ahead = config.lag > 0 and attempt == 0
         label = f"{self.rollout.name} for step {step}" if ahead else None
         return replace(self.rollout.generate.on(rows, generation), label=label)
@@ -84,7 +84,7 @@ class GroupEnvironment:
             return self.run.score(batch)
 
     def metrics(self) -> Metrics:
-        """Of all samples of the step, dropped ones too, over the world: every rank calls it."""
+        """Metrics of the step's samples on all ranks, dropped ones too; every rank calls it."""
         batch = concat(self.sampled)
         groups = _num_groups(self.sampled)
         with_signal = world_sum(has_signal_of(batch).sum()).item()
@@ -106,19 +106,19 @@ class GroupEnvironment:
 
 
 def has_signal_of(batch: Batch) -> Tensor:
-    """bool `[num_groups]`, also for a rank without rows."""
+    """Whether the rewards of each group differ: bool `[num_groups]`, empty without rows."""
     if len(batch) == 0:
         return torch.zeros(0, dtype=torch.bool)
     return has_signal(batch["rewards"], batch["prompt_ids"])
 
 
 def _alive(batch: Batch) -> Batch:
-    """The rows of groups whose rewards differ."""
+    """Rows of the groups whose rewards differ."""
     index, _ = group_index(batch["prompt_ids"])
     return batch.select(has_signal_of(batch)[index].nonzero().flatten())
 
 
 def _num_groups(parts: list[Batch]) -> int:
-    """Groups over all parts and ranks."""
+    """Number of groups over all parts and ranks."""
     own = torch.cat([torch.unique(part["prompt_ids"]) for part in parts]).unsqueeze(1)
     return sum(len(table) for table in gather_tables(own))

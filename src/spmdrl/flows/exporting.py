@@ -1,4 +1,4 @@
-"""Trained models as directories that `transformers` loads."""
+"""Export of trained models as directories that `transformers` loads."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _DTYPES = {
 
 
 def export_models(config: Config, assembly: Assembly, directory: Path) -> None:
-    """Every trained role as a directory that `transformers` loads: the policy (or the only one)
-    as `directory`, each other as `directory_NAME`. Every rank calls it.
+    """Write every trained role as a directory that `transformers` loads: the policy (without one,
+    the first role) as `directory`, each other as `directory_NAME`. Every rank calls it.
 
     Raises:
-        OSError: it could not be written, on every rank; an older directory is untouched.
+        OSError: a directory could not be written, on every rank; an older one is untouched.
     """
     trained = assembly.trained
     first = "policy" if "policy" in trained else next(iter(trained))
@@ -56,7 +56,7 @@ def _export(config: Config, assembly: Assembly, name: str, directory: Path) -> N
         except (OSError, ValueError) as error:
             raise OSError(f"{directory} could not be written: {error}") from error
         finally:
-            # whatever is left of the exchange, so that no rank waits for another
+            # finish the exchange, so that no rank waits for another
             for _ in gathered:
                 pass
 
@@ -84,11 +84,11 @@ def _write(
 
 
 def export_dtype(config: Config, name: str, shape: ModelConfig) -> torch.dtype:
-    """`checkpoint.export_dtype`; `auto` is the dtype of the files that the role was read from."""
+    """Dtype by `checkpoint.export_dtype`; `auto` is that of the files the role was read from."""
     wanted = config.checkpoint.export_dtype
     if wanted != "auto":
         return _DTYPES[wanted]
-    # toy weights are of no file
+    # toy weights come from no file
     return torch.float32 if config.model.tiny else files_dtype(config.model_path(name), shape)
 
 

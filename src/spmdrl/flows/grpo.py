@@ -1,11 +1,11 @@
-"""GRPO and its kin: samples per prompt, advantages from their rewards, a policy-gradient loss.
+"""GRPO and its variants: several samples per prompt, rewards -> advantages -> policy gradient.
 
 Follows DeepSeekMath (Shao et al. 2024, https://arxiv.org/abs/2402.03300), with the options of
 Dr.GRPO (https://arxiv.org/abs/2503.20783: no std, fixed-length mean) and DAPO
 (https://arxiv.org/abs/2503.14476: token mean, clip-higher, dynamic sampling, overlong shaping).
-`algorithm.advantage` makes it RLOO or REINFORCE++, `algorithm.policy_loss` GSPO or CISPO; a role
-`teacher` is distilled on the policy's own samples (`advantage_terms` names the papers).
-Left out: process rewards, and the iterated refresh of the reference.
+`algorithm.advantage` turns it into RLOO or REINFORCE++, `algorithm.policy_loss` into GSPO or CISPO.
+A role `teacher` is distilled on the policy's own samples (`advantage_terms` names the papers).
+Left out: process rewards and the iterated refresh of the reference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def grpo(run: Run) -> None:
             sync.run()
         run.evaluate(step)
         batch = environment.collect(step)  # prompts, samples and rewards: home rows
-        # advantages and updates; beside them, with lag: 1, the next step's samples
+        # advantages and updates; with lag: 1 the next step's samples are drawn alongside
         metrics = trainer.step(step, batch, *environment.ahead(step + 1))
         run.finish(step, batch, joined(environment.metrics(), metrics))
     sync.run()
@@ -51,9 +51,9 @@ class GrpoTrainer:
         self.teacher = run.role("teacher", Reference) if algorithm.teacher_coef > 0 else None
 
     def step(self, step: int, batch: Batch, *alongside: Call[Any]) -> Metrics:
-        """`batch`: rows of `rollout.generate` with the row column `rewards`.
+        """Update the policy on `batch`: rows of `rollout.generate` with the row column `rewards`.
 
-        `alongside` are calls that run beside the update, the next step's rollout with `lag: 1`.
+        The calls of `alongside` run next to the update: the next step's rollout, with `lag: 1`.
         """
         config = self.run.config
         temperature = config.sampling.temperature
@@ -76,7 +76,7 @@ class GrpoTrainer:
         return metrics
 
     def _has_gradient(self, batch: Batch) -> bool:
-        """Whether some sample of the world moves the policy; if none does, nothing must."""
+        """Whether any sample on any rank moves the policy; if none does, the update is skipped."""
         algorithm = self.run.config.algorithm
         pulled = algorithm.entropy_coef != 0 or (
             algorithm.kl_coef > 0 and algorithm.kl_in == "loss"
@@ -84,10 +84,10 @@ class GrpoTrainer:
         return pulled or world_any(bool((batch["advantages"] != 0).any()))
 
     def _add_logprobs(self, batch: Batch, temperature: float) -> Batch:
-        """`ref_logprobs` where a KL is wanted, `old_logprobs` where they are not the loss's own.
+        """Add `ref_logprobs` if a KL needs them, and `old_logprobs` unless the loss has its own.
 
-        With one optimizer step in all, the policy that is updated is the one that sampled: the loss
-        then takes its own log-probabilities, detached, for the old ones.
+        With one optimizer step per update, the old policy is the one being updated: the loss then
+        uses its own log-probabilities, detached, as the old ones.
         """
         train, algorithm = self.run.config.train_section("policy"), self.run.config.algorithm
         calls = []

@@ -1,4 +1,4 @@
-"""What a policy prefers of held-out pairs, by the reward that it stands for."""
+"""Preferences of a policy on held-out pairs, by its implicit reward."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from spmdrl.roles import Policy
 
 
 class HeldOutPreferences:
-    """How often, and by how much, the policy prefers the chosen answer of a held-out pair.
+    """Measures how often, and by how much, the policy prefers the chosen answer of held-out pairs.
 
     Args:
-        reference: None: the loss has none.
+        reference: adds the reference's log-probabilities; None if the loss has no reference.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class HeldOutPreferences:
         self._reference, self._settings = reference, settings
 
     def evaluate(self, step: int) -> Metrics:
-        """`eval/SET` (the accuracy of the implicit reward) and `eval/SET/margin`, with errors."""
+        """Metrics `eval/SET` (implicit reward's accuracy) and `eval/SET/margin`, with errors."""
         found: dict[str, float] = {}
         for name, batch in self._run.held_out(PairSet):
             ratio = log_ratio(self._policy, self._reference, batch)
@@ -43,7 +43,7 @@ class HeldOutPreferences:
 
 
 def log_ratio(policy: Policy, reference: ReferenceSums | None, batch: Batch) -> Tensor:
-    """log policy - log reference of whole responses (without one, log policy): float64 [B]."""
+    """Log-ratio of policy and reference (without one, log policy) per response: float64 [B]."""
     first, place = distinct_rows(batch)
     rows = batch.select(first)
     own = rows.row_sum(policy.logprobs(rows)["logprobs"].double())

@@ -1,4 +1,4 @@
-"""What a run reads before it starts: tokenizer and data."""
+"""Inputs that a run reads before it starts: tokenizer and data."""
 
 from __future__ import annotations
 
@@ -35,14 +35,13 @@ AnySet = PromptSet | ConversationSet | PairSet
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The tokenizer, what it says of tokens, and the data: prompts, conversations or preference
-    pairs.
+    """Tokenizer, texts of its tokens, and data: prompts, conversations or preference pairs.
 
     Args:
         shares: (items, weight) of each source of the training data.
-        held_out: sets by name.
-        now: the time that chat templates are told.
-        tell_time: whether they tell it.
+        held_out: name -> set.
+        now: the time that chat templates are given.
+        tell_time: whether a chat template writes it.
     """
 
     tokenizer: Any
@@ -55,17 +54,17 @@ class Inputs:
 
     @property
     def decode(self) -> Decode:
-        """Token ids -> text, special tokens left out."""
+        """Function from token ids to text, without special tokens."""
         return self.texts.decode
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How sections become sets.
+    """Values needed to read the sets that sections describe.
 
     Args:
-        now: the time that chat templates are told.
-        report: told how far the source is that is being read.
+        now: the time that chat templates are given.
+        report: called with the progress in the source being read.
     """
 
     tokenizer: Any
@@ -79,11 +78,11 @@ def read_inputs(
     report: Report = unreported,
     clock: Callable[[], datetime] = datetime.now,
 ) -> Inputs:
-    """Read and tokenise everything; ValueError as `spmdrl.data`'s loaders and `data.split`.
+    """Read and tokenise everything; ValueError as in `spmdrl.data`'s loaders and `data.split`.
 
     Args:
-        report: told how far the source is that is being read.
-        clock: asked for the time that chat templates are told, if one of them tells it.
+        report: called with the progress in the source being read.
+        clock: gives the time for chat templates, called if one of them writes the date.
     """
     tokenizer = load_tokenizer(config.model.path)
     for note in notes(Path(config.model.path), tokenizer):
@@ -131,12 +130,12 @@ def read_held_out(
     trained: Sequence[str],
     seed: int,
 ) -> dict[str, AnySet]:
-    """The sets that have data of their own, without the questions that are trained on.
+    """Read the sets with data of their own, without items whose opening is trained on.
 
     Args:
-        kind: of sets that say none.
-        trained: what the user says first in what is trained on.
-        seed: of the choice among more than a set's `max_items`.
+        kind: the kind of data of sets that name none.
+        trained: the openings (first user messages) of the training data.
+        seed: seed of the choice if a set has more than its `max_items`.
     """
     found: dict[str, AnySet] = {}
     for name, described in sets.items():
@@ -153,10 +152,10 @@ def read_held_out(
 
 
 def check_enough(config: Config, train: AnySet, held_out: AnySet | None) -> None:
-    """ValueError where there are fewer items than a step draws.
+    """Raise ValueError if there are fewer items than a step draws.
 
     Args:
-        held_out: what was kept out of the training data; None: nothing.
+        held_out: the items held out of the training data; None if there are none.
     """
     wanted, kind = config.data.prompts_per_step, config.data_kind()
     if len(train) >= wanted:
@@ -169,13 +168,13 @@ def check_enough(config: Config, train: AnySet, held_out: AnySet | None) -> None
 
 
 def without_questions(data: AnySet, held_out: AnySet) -> AnySet:
-    """The items that ask nothing that is held out."""
+    """Items of `data` whose questions are not held out."""
     asked = set(held_out.questions())
     return data.subset([i for i, question in enumerate(data.questions()) if question not in asked])
 
 
 def join_sets(sets: Sequence[AnySet]) -> AnySet:
-    """Sets of one kind, one after the other."""
+    """Join sets of one kind, one after the other."""
     first = sets[0]
     if len(sets) == 1:
         return first
@@ -187,7 +186,7 @@ def join_sets(sets: Sequence[AnySet]) -> AnySet:
 
 
 def load_data(key: str, section: PromptsSection, kind: DataKind, reading: Reading) -> AnySet:
-    """The set that a section, which stands under `key`, describes."""
+    """Load the set that a section describes; `key` is the section's place in the configuration."""
     tokenizer, report = reading.tokenizer, reading.report
     if kind == "prompts":
         return load_prompts(prompt_source(section, reading.now, key), tokenizer, report)
@@ -259,13 +258,13 @@ def sampling_params(section: SamplingSection) -> SamplingParams:
 
 
 def training_sampling(config: Config) -> SamplingParams:
-    """`sampling`, with what the algorithm wants to be recorded.
+    """Parameters from `sampling`, with what the algorithm needs recorded.
 
     Raises:
-        ValueError: vLLM would have to tell of more tokens than it can.
+        ValueError: vLLM would have to report more tokens per position than it can.
     """
     sampling = sampling_params(config.sampling)
-    # online DPO compares answers' likelihoods, whatever they were drawn from
+    # online DPO compares responses' likelihoods, whatever distribution they were drawn from
     of_samples = config.data_kind() == "prompts" and config.flow != "online_dpo"
     support = of_samples and sampling.is_truncated and not sampling.is_greedy
     is_listed = 1 <= sampling.top_k <= MAX_SUPPORT
@@ -275,11 +274,11 @@ def training_sampling(config: Config) -> SamplingParams:
 
 
 def check_models(config: Config, inputs: Inputs, shapes: Mapping[str, ModelConfig]) -> None:
-    """That every role can read the tokens that the others write.
+    """Check that every role can read the tokens that the others write.
 
     Raises:
-        ValueError: a tokenizer of another model, ids without an embedding, rows longer than a
-            model's positions, or a rollout whose responses would never end.
+        ValueError: a role's tokenizer differs, ids have no embedding, rows are longer than a
+            model's positions, or a rollout's responses would never end.
     """
     for name, shape in shapes.items():
         check_lengths(config, name, shape.max_position)
@@ -306,7 +305,7 @@ def check_models(config: Config, inputs: Inputs, shapes: Mapping[str, ModelConfi
 
 
 def check_stop_tokens(config: Config, vocab_size: int) -> None:
-    """ValueError for an id that the model has no token for: it would never end a response."""
+    """Raise ValueError for a stop id outside the model's vocabulary: it would end no response."""
     found = {"sampling": config.sampling}
     for name, described in held_out_sets(config).items():
         found[f"the sampling of evaluation set {name}"] = described.sampling

@@ -1,4 +1,4 @@
-"""`Lifetime`: when a run saves, and when it stops."""
+"""`Lifetime` decides when a run saves and when it stops."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Lifetime:
     """Begins and ends steps, the same on every rank.
 
     Args:
-        saver: checkpoints and export.
-        watcher: knows of requests to stop.
-        report: told how far a role call is: (rows done, rows) of this rank.
-        roles: what each of them is, see `Ledger`.
+        saver: writes and restores checkpoints.
+        watcher: knows the requests to stop.
+        report: called with the progress of a role call: (rows done, rows) of this rank.
+        roles: name -> description of a role, see `Ledger`.
 
-    `saved` holds what a flow wants to find again after a resume: numbers, equal on all ranks.
+    `saved` holds numbers that a flow needs again after a resume, equal on all ranks.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Lifetime:
         self.first_step = self.steps_done = self.resumed.steps_done
         self.saved = self.resumed.saved
         self.metrics_lines: Callable[[], int] = lambda: 0
-        """How many lines metrics.jsonl has."""
+        """Counts the lines of metrics.jsonl."""
         self.ledger = Ledger(
             world,
             str(watcher.attempt.directory),
@@ -63,14 +63,14 @@ class Lifetime:
             roles,
         )
         self._moment: Moment | None = None
-        """When the step began that the run is in."""
+        """State at the beginning of the current step; None between steps."""
 
     def begin(self, step: int) -> None:
-        """A step begins, or the run stops here.
+        """Begin a step, or stop the run here.
 
         Raises:
-            StopAsked: a stop was asked for, or the step would not fit into the job's time.
-            OSError: the checkpoint under way could not be written.
+            StopAsked: a stop was requested, or the step would not fit into the job's time.
+            OSError: the checkpoint being written has failed.
         """
         now, deadline = time.time(), self.watcher.attempt.deadline
         if self._began is not None:
@@ -94,7 +94,7 @@ class Lifetime:
             sync.begin_step(step)
 
     def finish(self, step: int) -> None:
-        """A step is done: a checkpoint where one is due."""
+        """End a step, and save a checkpoint if one is due."""
         self.steps_done = step + 1
         self._moment = None
         self.ledger.finish_step()
@@ -102,7 +102,7 @@ class Lifetime:
             self.save()
 
     def save(self) -> None:
-        """Begin a checkpoint of the steps that are done, unless it is there."""
+        """Begin a checkpoint of the steps done, unless it exists."""
         self._saver.save(self._now(), self.ledger.journal())
 
     def _now(self) -> Moment:
@@ -115,7 +115,7 @@ class Lifetime:
         )
 
     def stop(self) -> None:
-        """Save, and say that the run can go on from here."""
+        """Save, and tell launchers that the run can resume from here."""
         self.watcher.agreed()
         log.info("stopping after %d steps, as asked", self.steps_done)
         began = time.monotonic()
@@ -131,11 +131,11 @@ class Lifetime:
         elif self.steps_done > self.first_step:
             self.save()
         else:
-            # nothing was done since the checkpoint that the run goes on from
+            # nothing was done since the checkpoint that the run resumed from
             log.info("step %d was not begun: nothing was to save", self.steps_done + 1)
 
     def done(self) -> None:
-        """The run has come to its end."""
+        """Wait for the last checkpoint, and write the outcome `done`."""
         with self.watcher.pulse.phase("checkpoint"):
             self._saver.wait()
         self.watcher.agreed()
@@ -145,10 +145,10 @@ class Lifetime:
 
 
 def check_start(watcher: Watcher) -> None:
-    """Stop a run that has not begun a step, where that was asked for: before what takes long.
+    """Stop a run before its first step if that was requested; called before slow parts of a start.
 
     Raises:
-        StopAsked: on every rank alike; `stop_start` answers it.
+        StopAsked: a stop was requested (raised on every rank); `stop_start` handles it.
     """
     (asked,) = world_flags(watcher.look_for_requests())
     if asked:
@@ -156,17 +156,17 @@ def check_start(watcher: Watcher) -> None:
 
 
 def stop_start(watcher: Watcher, world: World) -> None:
-    """Say that nothing was to save; the next start begins where this one would have."""
+    """End a stopped start, which saves nothing: the next one begins where it would have."""
     watcher.agreed()
     conclude_stop(watcher, world)
     log.info("stopped at the start, as asked: nothing was to save")
 
 
 def conclude_stop(watcher: Watcher, world: World) -> None:
-    """All is saved: leave what launchers read of a stop.
+    """Write the files that tell launchers of a stop, once everything is saved.
 
     Raises:
-        RuntimeError: on every rank, where one of them has lost what it cannot do without.
+        RuntimeError: some rank has lost something essential (raised on every rank).
     """
     broken = [text for text in gather_objects(watcher.broken) if text is not None]
     if broken:

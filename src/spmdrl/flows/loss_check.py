@@ -1,4 +1,4 @@
-"""A loss of fixed rows at the saved weights: what a resumed run computes must be the same."""
+"""Check of a resume: fixed rows must give the same mean loss as when the weights were saved."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from spmdrl.roles import Policy, Value
 from spmdrl.training.readout import SCORES, VALUES, Readout, next_token
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""In nats, or in units of scores and values: what another layout's rounding may change."""
+"""Differences that another layout's rounding may make, in nats or units of scores and values."""
 
 ROUTED = 5.0
-"""Factor of the tolerance for a mixture of experts: rounding sends some tokens to other experts."""
+"""Factor on the tolerance for a mixture of experts: rounding sends some tokens to other experts."""
 
 
 class LossCheck:
-    """Mean of a column that each trained role reads from fixed rows.
+    """Compares the means of a column that each trained role computes for fixed rows.
 
     Args:
-        roles: by name.
-        tolerance: of the comparison, see `TOLERANCES`.
+        roles: name -> trained role.
+        tolerance: largest difference allowed, see `TOLERANCES`.
     """
 
     def __init__(self, world: World, roles: Mapping[str, ModelRole], tolerance: float) -> None:
         self._world, self._roles, self._tolerance = world, roles, tolerance
 
     def losses(self) -> dict[str, float]:
-        """Role -> its mean, the same on every rank; every rank of the world calls it."""
+        """Role -> mean of its column, the same on every rank; every rank of the world calls it."""
         calls = [self._call(role) for role in self._roles.values()]
         found = {}
         for name, call, columns in zip(self._roles, calls, together(*calls), strict=True):
@@ -45,10 +45,10 @@ class LossCheck:
         return found
 
     def compare(self, saved: Mapping[str, float], where: str) -> None:
-        """Whether the roles, as they are now, give what a checkpoint says.
+        """Check that the roles, as they are now, give the means that a checkpoint holds.
 
         Raises:
-            ValueError: one does not, on every rank.
+            ValueError: a role gives another mean (raised on every rank).
         """
         for name, loss in self.losses().items():
             routed = self._roles[name].config.moe is not None

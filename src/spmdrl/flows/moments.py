@@ -1,4 +1,4 @@
-"""Where a run was saved, and where it goes on."""
+"""Points at which a run is saved and from which it resumes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 from spmdrl.kept import Journal
 
 Saved = dict[str, dict[str, float]]
-"""What a flow wants to find again: by owner, numbers by name, equal on all ranks."""
+"""Numbers that a flow needs again after a resume: owner -> name -> number, equal on all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What a checkpoint holds beside roles and calls: as it was between two steps.
+    """State between two steps that a checkpoint holds in addition to roles and calls.
 
     Args:
-        steps_done: before it.
-        saved: what flows want to find again.
-        metrics_lines: of metrics.jsonl that belong to the steps done.
-        versions: of the policies.
-        generators: the states of the global random generators of this rank.
+        steps_done: number of steps done before it.
+        saved: numbers that the flow needs again.
+        metrics_lines: number of lines of metrics.jsonl that belong to the steps done.
+        versions: policy -> its weight version.
+        generators: the states of this rank's global random generators.
     """
 
     steps_done: int = 0
@@ -35,10 +35,10 @@ class Moment:
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """Where a run goes on: in step `steps_done`, of which `journal` holds the calls.
+    """Point from which a run resumes: in step `steps_done`, whose calls `journal` holds.
 
     Args:
-        path: of the checkpoint; None: there is none, the run begins.
+        path: the checkpoint's directory, or None for a fresh run.
     """
 
     path: Path | None = None

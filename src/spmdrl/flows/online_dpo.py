@@ -1,8 +1,9 @@
-"""Online DPO: the policy's own samples, judged as they come, are the preference pairs.
+"""Online DPO: preference pairs are the policy's own samples, compared by their rewards.
 
 Follows Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback"
-(https://arxiv.org/abs/2402.04792), with any number of samples per prompt and any reward (a model, a
-function) for the judge; DPO or IPO. Left out: the exploration terms of XPO and Nash-MD's mixture.
+(https://arxiv.org/abs/2402.04792), with any number of samples per prompt, any reward (a model or a
+function) as the judge, and the loss of DPO or IPO. Left out: the exploration terms of XPO and
+Nash-MD's mixture.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ class OnlineDpoTrainer:
         self.held_out = HeldOutPreferences(run, self.policy, AskedSums(reference), settings)
 
     def step(self, step: int, batch: Batch, *alongside: Call[Any]) -> Metrics:
-        """`batch`: rows of `rollout.generate` with the row column `rewards`.
+        """Update the policy on `batch`: rows of `rollout.generate` with the row column `rewards`.
 
-        `alongside` are calls that run beside the update, the next step's rollout with `lag: 1`.
+        The calls of `alongside` run next to the update: the next step's rollout, with `lag: 1`.
         """
         pairs = self.compared(batch)
         with self.run.phase("logprobs"):
@@ -75,8 +76,8 @@ class OnlineDpoTrainer:
         return {**pair_metrics(done[0] if calls else []), "sample_lag": lag}
 
     def compared(self, batch: Batch) -> Batch:
-        """The rows that are in pairs, with their `preference` and `loss_share`."""
-        # an answer that the loss mask leaves out as a whole has no log-probability to compare
+        """Rows that are in pairs, with their `preference` and `loss_share`."""
+        # a response that the loss mask leaves out entirely has no log-probability to compare
         usable = distinct_answers(batch) & (batch.row_sum(batch["loss_mask"]) > 0)
         pairing = self.run.config.preference.pairs
         rows, preference = pair_rows(batch["rewards"], batch["prompt_ids"], usable, pairing)

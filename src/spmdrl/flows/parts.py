@@ -1,4 +1,4 @@
-"""A user's flow, environment and trainer: what they lack is said before there is a model."""
+"""Checks of a user's flow, environment and trainer, made before any model is loaded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from spmdrl.objects import lacks, load_object, may_have, misfit
 Methods = Mapping[str, Sequence[str]]
 
 ENVIRONMENT: Methods = {"collect": ("step",), "ahead": ("step",), "metrics": ()}
-"""What a shipped flow asks of an environment: method -> the arguments of its calls."""
+"""Methods that a shipped flow calls on its environment: method -> arguments of the call."""
 
 WITH_CALL: Methods = {"step": ("step", "batch", "call")}
-"""A trainer's step with the next step's samples alongside."""
+"""Call of a trainer's `step` with the next step's rollout alongside."""
 
 SAMPLING, OFFLINE = ("grpo", "ppo", "online_dpo"), ("sft", "reward_model", "dpo")
-"""Shipped flows with an environment and a trainer, and with a trainer alone."""
+"""Shipped flows with an environment and a trainer, and those with only a trainer."""
 
 HELD_OUT = ("dpo", "online_dpo")
 """Shipped flows whose trainer has `held_out`, an object with `evaluate(step)`."""
@@ -32,15 +32,13 @@ NO_HELD_OUT = (
 
 @runtime_checkable
 class HasHeldOut(Protocol):
-    """A trainer of preference pairs; what it evaluates by has `evaluate(step)`."""
+    """Trainer of preference pairs; its `held_out` evaluates them with `evaluate(step)`."""
 
     held_out: object
 
 
 def check_flow(config: Config, flow: Callable[..., Any]) -> None:
-    """Raises:
-    ValueError: a user's flow that is no function of a run.
-    """
+    """Raise ValueError if a user's flow is not a function of one argument, the run."""
     if ":" not in config.flow:
         return
     where = f"flow={config.flow}"
@@ -53,11 +51,11 @@ def check_flow(config: Config, flow: Callable[..., Any]) -> None:
 
 
 def check_parts(config: Config) -> None:
-    """The environment and trainer that the configuration names, before anything is made of them.
+    """Check the environment and trainer that the configuration names, before they are made.
 
     Raises:
-        ValueError: one cannot be loaded or made of a run, or lacks what the flow asks of it; in a
-            line with the key, the file, the attribute and the mend.
+        ValueError: one cannot be loaded or made with a run, or lacks what the flow needs; one line
+            names the key, the file, the attribute and the fix.
     """
     for key, where in (("environment", config.environment), ("trainer", config.trainer)):
         if where is None:
@@ -77,10 +75,10 @@ def check_parts(config: Config) -> None:
 
 
 def check_made(config: Config, where: str, made: object) -> None:
-    """What became of such a class or function, before the first step.
+    """Check the object made by such a class or function, before the first step.
 
     Raises:
-        ValueError: as `check_parts`; also where it lacks an attribute that is made with it.
+        ValueError: as `check_parts`; also if it lacks an attribute that its `__init__` should set.
     """
     for key, named in (("environment", config.environment), ("trainer", config.trainer)):
         if where != named:
@@ -96,7 +94,7 @@ def check_made(config: Config, where: str, made: object) -> None:
 
 
 def _check_methods(config: Config, key: str, where: str, part: object) -> None:
-    """Of a class or of an object; a flow of the user's own may ask for other ones."""
+    """Check the methods of a class or object; a user's own flow may call other ones."""
     is_shipped = config.flow in SAMPLING + OFFLINE
     for methods in _asked(config, key) if is_shipped else [{}]:
         lacking = lacks(part, methods)
@@ -106,7 +104,7 @@ def _check_methods(config: Config, key: str, where: str, part: object) -> None:
 
 
 def _asked(config: Config, key: str) -> list[Methods]:
-    """The methods, by each of the ways in which they are called."""
+    """Methods that the flow calls: one entry for each way of calling them."""
     if key == "environment":
         return [ENVIRONMENT]
     alone: Methods = {"step": ("step", "batch")}

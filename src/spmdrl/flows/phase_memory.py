@@ -1,4 +1,4 @@
-"""What a step's phases had on the device, and what moved for them."""
+"""Memory of a step's phases: bytes on the device, and bytes moved for them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MOVED, SPEED = "memory/moved_gb", "memory/gb_per_s"
 
 
 class PhaseMemory:
-    """Reads the residency's meter and the device's peak at both ends of every phase, so that each
-    is charged to the innermost open one.
+    """Reads the residency's meter and the device's peak at both ends of every phase, and charges
+    them to the innermost open one.
 
     Args:
-        residency: of this rank.
-        device: of this rank.
-        take_peak: the most bytes since it was asked last, see `take_peak_memory`.
+        residency: this rank's parts.
+        device: this rank's device.
+        take_peak: gives the largest number of bytes since its last call, see `take_peak_memory`.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class PhaseMemory:
         self._residency, self._device, self._take_peak = residency, device, take_peak
         self._open: list[str] = []
         self._begin_step()
-        residency.take_metrics()  # what the start had and moved is no step's
+        residency.take_metrics()  # bytes of the start belong to no step
         take_peak(device)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Charge the moves inside, and the largest bytes there were, to `name`."""
+        """Charge the bytes moved inside, and the peak, to `name`."""
         self._charge()
         self._parts.setdefault(name, 0.0)
         self._open.append(name)
@@ -51,15 +51,15 @@ class PhaseMemory:
             self._open.pop()
 
     def finish(self) -> dict[str, float]:
-        """The metrics since the last `finish`: of the rank that had or moved most.
+        """Metrics since the last `finish`, each the maximum over the ranks; every rank calls it.
 
-        `memory/peak_gb`: the most at any time, in phases and between them, as `take_peak_memory`
-        counts it; `memory/parts_gb/<phase>`: of parts that were on the device at once;
-        `memory/device_gb/..`: all that torch had allocated on a CUDA device; `memory/moved_gb` and,
-        where something moved, `memory/gb_per_s`. Every rank of the world calls it.
+        `memory/peak_gb` is the peak in phases and between them, as `take_peak_memory` counts it;
+        `memory/parts_gb/<phase>` the peak of parts on the device together; `memory/device_gb/..`
+        the peak that torch had allocated on a CUDA device; then `memory/moved_gb` and, if anything
+        moved, `memory/gb_per_s`.
         """
         self._charge()
-        names = list(self._parts)  # equal on all ranks, as every rank runs every phase
+        names = list(self._parts)  # equal on all ranks, since every rank runs every phase
         values = [*self._parts.values(), *(self._peaks.get(name, 0.0) for name in names)]
         values += [self._peak, self._moved, self._seconds]
         most = world_max(torch.tensor(values)).tolist()

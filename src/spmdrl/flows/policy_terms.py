@@ -1,4 +1,4 @@
-"""What the policy-gradient flows share: the policy's loss and the weights of its tokens."""
+"""Parts shared by the policy-gradient flows: the policy's loss and the weights of its tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from spmdrl.training.protocol import LossFn, LossInput
 
 
 def policy_loss(algorithm: AlgorithmSection, *, kl_coefficient: float) -> LossFn:
-    """The loss of one microbatch: an unnormalised sum over its response tokens."""
+    """Make the loss of one microbatch: an unnormalised sum over its response tokens."""
     settings = PolicyLossConfig(
         objective=algorithm.policy_loss,
         clip_low=algorithm.clip_low,
@@ -46,7 +46,7 @@ def policy_loss(algorithm: AlgorithmSection, *, kl_coefficient: float) -> LossFn
 
 
 def with_loss_weights(batch: Batch, run: Run) -> Batch:
-    """`batch` with `loss_weights` [T] and `loss_share` [B], as `algorithm.loss_mean` has them."""
+    """Add `loss_weights` [T] and `loss_share` [B] by `algorithm.loss_mean`."""
     mode, max_tokens = run.config.algorithm.loss_mean, run.config.sampling.max_tokens
     weights = loss_weights(batch.lengths, batch["loss_mask"], mode, max_tokens=max_tokens)
     return batch.with_columns(
@@ -58,12 +58,11 @@ def with_loss_weights(batch: Batch, run: Run) -> Batch:
 def update_of(
     run: Run, role: str, step: int, columns: tuple[str, ...], *, temperature: float
 ) -> Update:
-    """An update by the epochs and minibatches of the role's own train section.
+    """Update with the epochs and minibatches of the role's own train section.
 
     Args:
-        temperature: divides the logits: that of the sampling where the rows are the policy's own
-            samples, 1 where they are data, whose likelihood is that of the logits as they are.
-            Scalar heads have none.
+        temperature: divides the logits: the sampling temperature for the policy's own samples, 1
+            for data, whose likelihood is that of the unscaled logits. Scalar heads ignore it.
     """
     train = run.config.train_section(role)
     return Update(
@@ -77,5 +76,5 @@ def update_of(
 
 
 def policy_columns(batch: Batch) -> tuple[str, ...]:
-    """Those of the policy loss's columns that the batch has."""
+    """Names of the policy loss's columns that the batch has."""
     return tuple(name for name in (*COLUMNS, "loss_weights") if name in batch)

@@ -1,10 +1,10 @@
-"""PPO-RLHF: a policy, a value model, a frozen reference and a reward, with a KL in the reward.
+"""PPO-RLHF: policy, value model, frozen reference and reward, with a KL penalty in the reward.
 
 Follows Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593) and InstructGPT (Ouyang et al. 2022,
 https://arxiv.org/abs/2203.02155): per-token KL penalty plus the score at the end, generalised
 advantage estimation (https://arxiv.org/abs/1506.02438), the clipped objective of PPO
 (https://arxiv.org/abs/1707.06347) and the clipped value loss of its code. Left out: the pretraining
-term (PPO-ptx), and one trunk for policy and value.
+term (PPO-ptx) and a trunk shared by policy and value.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from spmdrl.roles import Policy, Reference, Value, together
 from spmdrl.training.protocol import LossFn, LossInput
 
 CUT = 1
-"""`finish` of a response that reached `sampling.max_tokens`."""
+"""Value of the column `finish` for a response that reached `sampling.max_tokens`."""
 
 
 def ppo(run: Run) -> None:
@@ -64,14 +64,14 @@ class PpoTrainer:
         self.policy_loss = policy_loss(algorithm, kl_coefficient=0.0)
         self.value_loss = value_loss(algorithm)
         self.kl, self.scaler = kl_control(algorithm), RewardScaler()
-        if run.saved:  # of the checkpoint that the run goes on from
+        if run.saved:  # values from the checkpoint that the run resumes from
             self.kl = self.kl.restored(run.saved["kl_control"])
             self.scaler = RewardScaler.from_state(run.saved["score_scaler"])
 
     def step(self, step: int, batch: Batch, *alongside: Call[Any]) -> Metrics:
-        """`batch`: rows of `rollout.generate` with the row column `rewards`, the scores.
+        """Update value model and policy on `batch`: rows of `rollout.generate` with `rewards`.
 
-        `alongside` are calls that run beside the update, the next step's rollout with `lag: 1`.
+        The calls of `alongside` run next to the update: the next step's rollout, with `lag: 1`.
         """
         with self.run.phase("logprobs"):
             batch = self._read(batch)
@@ -94,7 +94,7 @@ class PpoTrainer:
         return {**metrics, **policy_metrics, **named}
 
     def _read(self, batch: Batch) -> Batch:
-        """`old_logprobs`, `old_values`, and `ref_logprobs` where a KL is wanted."""
+        """Add `old_logprobs`, `old_values`, and `ref_logprobs` if a KL needs them."""
         temperature = self.run.config.sampling.temperature
         calls: list[Call[Any]] = [self.value.values.on(batch)]
         if self.reference is not None:
@@ -109,7 +109,7 @@ class PpoTrainer:
         )
 
     def _shape(self, batch: Batch, *, policy_waits: bool) -> tuple[Batch, Metrics]:
-        """`advantages` and `returns` from scores and KL, and what is to be known of them."""
+        """Add `advantages` and `returns`, made from scores and KL, and return their metrics too."""
         mask, lengths = batch["loss_mask"], batch.lengths
         scores = self._scores(batch)
         token_kl, coefficient = batch["old_logprobs"].new_zeros(batch.num_tokens), self.kl.coef
@@ -141,7 +141,7 @@ class PpoTrainer:
         }
 
     def _scores(self, batch: Batch) -> Tensor:  # [B]
-        """The rewards after the penalty for cut responses, scaling and clipping."""
+        """Rewards after the penalty for cut responses, scaling and clipping."""
         algorithm = self.algorithm
         cut = batch["finish"] == CUT
         scores = missing_eos_penalty(batch["rewards"], cut, penalty=algorithm.cut_penalty)
@@ -154,7 +154,7 @@ class PpoTrainer:
         return scale_and_clip(scores, scale=scale, clip=algorithm.score_clip)
 
     def _adapt(self, drift: Moments, *, policy_waits: bool) -> None:
-        # while the value warms up the policy cannot move: its KL says nothing of the coefficient
+        # the policy cannot move during value warm-up: its KL says nothing about the coefficient
         if not policy_waits:
             self.kl = self.kl.updated(drift.mean, int(drift.count))
         self.run.saved["kl_control"] = self.kl.state()
@@ -162,7 +162,7 @@ class PpoTrainer:
 
 
 def kl_control(algorithm: AlgorithmSection) -> KlControl:
-    """The coefficient of the KL: fixed, or steered towards `algorithm.kl_target`."""
+    """Controller of the KL coefficient: fixed, or steered towards `algorithm.kl_target`."""
     if algorithm.kl_target is None:
         return FixedKl(coef=algorithm.kl_coef)
     return AdaptiveKl(
@@ -171,7 +171,7 @@ def kl_control(algorithm: AlgorithmSection) -> KlControl:
 
 
 def value_loss(algorithm: AlgorithmSection) -> LossFn:
-    """The loss of one microbatch: an unnormalised sum over its response tokens."""
+    """Make the loss of one microbatch: an unnormalised sum over its response tokens."""
 
     def loss(given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
         weights = given.columns["loss_weights"]

@@ -1,7 +1,7 @@
-"""What the flows on preferences share: the loss of a microbatch, and what a row adds to its sum.
+"""Parts shared by the preference flows: the loss of a microbatch, and each row's share of it.
 
-A group is an atom, and which of its rows are compared is one row column: `preference`, larger is
-better. Two rows of one prompt with different preferences are a pair.
+A prompt's group of rows is never split. The row column `preference` (larger is better) decides
+which of its rows are compared: two rows of one prompt with different preferences are a pair.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ REFERENCE, BASELINE = "ref_sums", "kl_baseline"
 """Row columns, float64: the reference's log-probability of the response, and KTO's z."""
 
 TRAINED = "trained_tokens"
-"""A metric of the loss: response tokens, which its `tokens` are not."""
+"""Metric of the loss: response tokens (its metric `tokens` counts pairs)."""
 
 
 def preference_settings(section: PreferenceSection) -> PreferenceConfig:
-    """ValueError for settings that do not go together, as the loss says."""
+    """Settings of the loss from the section; ValueError if they do not fit together."""
     return PreferenceConfig(
         loss=section.loss,
         beta=section.beta,
@@ -46,7 +46,7 @@ def preference_settings(section: PreferenceSection) -> PreferenceConfig:
 
 
 def pair_loss(settings: PreferenceConfig) -> LossFn:
-    """The loss of one microbatch: an unnormalised sum over its pairs."""
+    """Make the loss of one microbatch: an unnormalised sum over its pairs."""
 
     def loss(given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
         rows = given.rows
@@ -67,22 +67,22 @@ def pair_loss(settings: PreferenceConfig) -> LossFn:
 
 
 def with_pair_shares(batch: Batch) -> Batch:
-    """`batch` with `loss_share`: the pairs of which a row is the better one, float64 `[B]`."""
+    """Add `loss_share`: the number of pairs in which a row is the better one, float64 `[B]`."""
     better, _ = ordered_pairs(batch["preference"], batch["prompt_ids"])
     shares = torch.bincount(better, minlength=len(batch)).double()
     return batch.with_columns(rows={"loss_share": shares})
 
 
 def pair_update(run: Run, step: int, batch: Batch, *, temperature: float) -> Update:
-    """An update of the policy, by its epochs and minibatches, that never parts a pair."""
+    """Update of the policy, with its epochs and minibatches, that never splits a prompt's group."""
     columns = tuple(n for n in ("preference", REFERENCE, BASELINE) if n in batch)
     update = update_of(run, "policy", step, columns, temperature=temperature)
     return replace(update, whole_groups=True)
 
 
 def pair_metrics(records: UpdateRecords) -> Metrics:
-    """Of an update by `pair_loss`: what it counts as its tokens are pairs."""
+    """Metrics of an update with `pair_loss`, whose `tokens` are renamed to the pairs they count."""
     metrics = dict(update_metrics(records))
     pairs = metrics.pop("update_tokens")
-    tokens = pairs * metrics.pop(TRAINED, 0.0)  # a mean over pairs, like all metrics
+    tokens = pairs * metrics.pop(TRAINED, 0.0)  # that metric, like all, is a mean over pairs
     return {**metrics, "pairs": pairs, "update_tokens": tokens}

@@ -1,4 +1,4 @@
-"""`Run`: what every flow shares and no algorithm decides: roles, steps, metrics, checkpoints."""
+"""`Run` holds what all flows share and no algorithm decides: roles, steps, metrics, checkpoints."""
 
 from __future__ import annotations
 
@@ -43,33 +43,33 @@ D = TypeVar("D", bound=DataSet)
 
 
 class Environment(Protocol):
-    """The first half of a flow: what a class named by `environment` offers."""
+    """First half of a flow: the methods of a class that `environment` names."""
 
     def collect(self, step: int) -> Batch:
-        """One step's scored samples: home rows with `rewards`."""
+        """Collect one step's scored samples: home rows with `rewards`."""
         ...
 
     def ahead(self, step: int) -> tuple[Call[Any], ...]:
-        """Calls that prepare `step` and may run beside the update before it; () for none."""
+        """Calls that prepare `step` and may run alongside the previous update; () for none."""
         ...
 
     def metrics(self) -> Metrics:
-        """Of the samples just collected; every rank calls it."""
+        """Metrics of the samples just collected; every rank calls it."""
         ...
 
 
 class Trainer(Protocol):
-    """The second half of a flow: what a class named by `trainer` offers."""
+    """Second half of a flow: the method of a class that `trainer` names."""
 
     def step(self, step: int, batch: Batch, *alongside: Call[Any]) -> Metrics:
-        """Advantages and updates from what `collect` returned; the calls of `alongside` go with
-        the updates (`together`).
+        """Compute advantages and update on what `collect` returned; pass the calls of `alongside`
+        to the `together` of the updates.
         """
         ...
 
 
 class Evaluates(Protocol):
-    """What `Run.evaluate` asks at its times."""
+    """An evaluator: `Run.evaluate` calls it when an evaluation is due."""
 
     def evaluate(self, step: int) -> Metrics:
         """Metrics named `eval/SET...`, equal on every rank."""
@@ -84,19 +84,19 @@ class Run:
     """One run of a flow, the same on every rank.
 
     Args:
-        config, world: as given.
-        roles: by name; every rank holds all of them.
+        config, world: the configuration and the ranks of the run.
+        roles: name -> role; every rank holds all of them.
         syncs: (source role, target role) -> their weight sync.
-        data: the training data and the order it comes in.
-        held_out: sets that are never trained on, by name.
-        scorer: rewards.
-        evaluators: of held-out prompts, by generation.
-        saver: the export.
-        lifetime: when to save and to stop.
-        sampling: of training's rollouts.
+        data: the training data and their order.
+        held_out: name -> set that is never trained on.
+        scorer: computes the rewards.
+        evaluators: evaluate by generation on held-out prompts.
+        saver: exports the model.
+        lifetime: decides when to save and when to stop.
+        sampling: sampling parameters of the training rollouts.
         timer, memory, relay: seconds and bytes by phase; progress bars.
 
-    `saved` holds what a flow wants to find again after a resume: numbers, equal on all ranks.
+    `saved` holds numbers that a flow needs again after a resume, equal on all ranks.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Run:
         return self._life.steps_done
 
     def role(self, name: str, kind: type[R]) -> R:
-        """The role `name`; ValueError when the configuration has none, or one of another kind."""
+        """The role `name`; ValueError if the configuration has none, or one of another kind."""
         if name not in self._roles:
             raise ValueError(
                 f"flow={self.config.flow} needs roles.{name}; the configuration has "
@@ -154,10 +154,10 @@ class Run:
         return role
 
     def make(self, where: str | None, default: Callable[[Run], R]) -> R:
-        """`default(run)`, or what the configuration's `module:Class` names in its place.
+        """Make `default(run)`, or an object of the `module:Class` that the configuration names.
 
         Raises:
-            ValueError: it lacks what the flow asks of it.
+            ValueError: the object lacks a method or attribute that the flow needs.
         """
         if where is None:
             return default(self)
@@ -166,10 +166,10 @@ class Run:
         return made
 
     def weight_sync(self, source: str, target: str) -> PolicySync:
-        """From one role to another.
+        """The weight sync from one role to another.
 
         Raises:
-            ValueError: none of the configuration's.
+            ValueError: the configuration's roles have no such sync.
         """
         if (source, target) not in self._syncs:
             known = ", ".join(f"{one} -> {other}" for one, other in self._syncs)
@@ -180,7 +180,7 @@ class Run:
         return self._syncs[source, target]
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left; a stop that was asked for ends the flow between two of them."""
+        """Steps still to do, by number; a requested stop ends the flow between two of them."""
         self._timer.finish()
         self.has_begun = True
         for step in range(self._life.first_step, self.config.steps):
@@ -195,23 +195,23 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Charge the time inside to `name`, and show a bar where the work reports progress."""
+        """Charge the time inside to `name`, and show a bar if the work reports progress."""
         pulse = self._life.watcher.pulse.phase(name)
         with self._timer.phase(name), self._memory.phase(name), self._relay.bar(name), pulse:
             yield
 
     @contextmanager
     def resident(self, role: str, *parts: str) -> Iterator[None]:
-        """Hold parts of a role on the device over all calls inside of the `with`, where its
-        `memory` section would send them away between two: on the ranks that have the role. The
-        memory plan does not count them in other roles' calls, so leave room (`memory_gb`).
+        """Hold parts of a role on the device during all calls inside the `with`, even if its
+        `memory` section would send them away in between. It acts on the ranks that have the role.
+        The memory plan does not count them in other roles' calls, so leave room (`memory_gb`).
 
         Args:
-            parts: of weights, optimizer, kv_cache, graphs.
+            parts: any of weights, optimizer, kv_cache, graphs.
 
         Raises:
-            ValueError: on every rank, an unknown role or part, or none; where the role is, a part
-                that it does not have.
+            ValueError: the role or a part is unknown, or no part is named (on every rank); or the
+                role does not have a part (on its ranks).
         """
         handle: Any = self.role(role, object)
         known = get_args(Part)
@@ -222,42 +222,42 @@ class Run:
             yield
 
     def rows(self, step: int, *, attempt: int = 0, count: int | None = None) -> Batch:
-        """This rank's part of a step's data (or of a refill, `count` items at most): home rows.
+        """This rank's share of a step's data (or of a refill, at most `count` items): home rows.
 
-        Prompts, conversations or preference pairs, as `data.kind` says; see `data.home`.
+        They are prompts, conversations or preference pairs, by `data.kind`; see `data.home`.
         """
         return self.data.batch(step, attempt=attempt, count=count)
 
     def held_out_sets(self, kind: type[D]) -> dict[str, D]:
-        """The held-out sets of a kind (`PairSet`, say), by name."""
+        """Held-out sets of one kind (`PairSet`, say), by name."""
         return {name: data for name, data in self._held_out.items() if isinstance(data, kind)}
 
     def held_out(self, kind: type[D]) -> Iterator[tuple[str, Batch]]:
-        """Their names, and this rank's home rows of each."""
+        """Names of the held-out sets of one kind, and this rank's home rows of each."""
         for name, data in self.held_out_sets(kind).items():
             yield name, home_rows(self.world, data)
 
     def score(self, batch: Batch) -> Batch:
-        """`batch` with `rewards` and the rewards' components."""
+        """Add `rewards` and their components to `batch`."""
         return self._scorer.score(batch)
 
     def reward_metrics(self, batch: Batch) -> Metrics:
-        """Means of the reward's components, and the share of calls that failed."""
+        """Means of the reward's components, and the share of rows with a failed reward."""
         components = sorted(name for name in batch.rows if name.startswith("reward/"))
         metrics = {name: moments(batch[name]).mean for name in components}
         return {**metrics, "reward_failed": moments(batch["reward_failed"]).mean}
 
     def evaluate_with(self, evaluator: Evaluates, *, syncs: bool = True) -> None:
-        """Evaluate by this too, beside the answers to held-out prompts.
+        """Add an evaluator to those that generate responses to held-out prompts.
 
         Args:
-            syncs: the flow's steps bring no weights to a rollout, so evaluations do it.
+            syncs: whether evaluations sync the weights, as the flow's steps do not.
         """
         self._syncs_to_evaluate = syncs
         self._evaluators.insert(0, evaluator)
 
     def evaluate(self, step: int) -> None:
-        """Evaluate on the held-out set where the configuration wants it before this step."""
+        """Evaluate on the held-out sets if the configuration wants it before this step."""
         evaluation = self.config.evaluation
         first = step == 0 and evaluation.before
         due = evaluation.every > 0 and step > 0 and step % evaluation.every == 0
@@ -282,9 +282,9 @@ class Run:
         log.info("after %d steps: %s", step, shown)
 
     def finish(self, step: int, batch: Batch, metrics: Metrics) -> None:
-        """End a step: metrics, text samples, and a checkpoint where one is due.
+        """End a step: write metrics and text samples, and save or export if that is due.
 
-        Metrics are recorded under the number of steps done: 1 after the first, 0 before it.
+        Metrics are recorded under the number of steps done: 1 after the first step.
         """
         syncs = [sync.take_metrics() for sync in self._syncs.values()]
         moved = {name: value for found in syncs for name, value in found.items()}
@@ -301,7 +301,7 @@ class Run:
                 self._saver.export(self.directory / f"model_step_{self.steps_done:08d}")
 
     def conclude(self) -> None:
-        """After the last step: checkpoint, final evaluation, export. Every flow ends with it."""
+        """End the run: checkpoint, final evaluation, export. Every flow ends with this call."""
         self.is_concluded = True
         if self.steps_done > self._life.first_step:
             self._life.save()
@@ -340,10 +340,10 @@ class Run:
 
 
 def joined(*parts: Metrics) -> Metrics:
-    """All of them in one.
+    """Join several sets of metrics into one.
 
     Raises:
-        ValueError: two of them have one name.
+        ValueError: two of them have a metric of the same name.
     """
     found: dict[str, float] = {}
     for part in parts:
@@ -358,7 +358,7 @@ def joined(*parts: Metrics) -> Metrics:
 
 
 def update_metrics(records: Sequence[Metrics]) -> Metrics:
-    """Metrics of a step from its optimizer steps: token means, and plain means of the rest."""
+    """Metrics of a step from its optimizer steps: token means; plain means of `PER_STEP`."""
     if not records:
         return {"update_tokens": 0.0}
     sums = combine([{k: v for k, v in r.items() if k not in PER_STEP} for r in records])
