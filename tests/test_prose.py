@@ -13,6 +13,7 @@ DONE: list[str] = [
     "algorithms",
     "checkpoint",
     "distributed",
+    "flows",
     "memory",
     "models",
     "observe",

@@ -1,9 +1,9 @@
-"""The reference's log-probabilities of whole responses: asked in every step, or once and kept.
+"""Log-probabilities of whole responses by the reference: asked in every step, or cached.
 
-A loss on pairs needs one number of the reference per row, so all of a data set's fit in a small
-file. With `preference.reference: cache` they are computed before the first step, for the rows that
-the run will draw and those held out; without `roles.reference` by the policy itself, which then
-still is the reference.
+A loss on pairs needs one number of the reference per row, so those of a whole data set fit into a
+small file. With `preference.reference: cache` they are computed before the first step, for the rows
+that the run will draw and the held-out ones; without `roles.reference` the policy computes them,
+which at that time still is the reference.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ CACHE_FILE = "reference.safetensors"
 REFERENCE_ROLE = "reference"
 KEY_BYTES = 16
 CHUNK = 4096
-"""Items computed in one call: a held-out set as a whole, so that it is packed as in evaluations."""
+"""Items per call; a held-out set that fits is computed whole, packed as in evaluations."""
 
 Sums = dict[bytes, float]
-"""A row's digest -> the log-probability of its response."""
+"""Digest of a row -> log-probability of its response."""
 
 
 class ReferenceSums(Protocol):
@@ -47,7 +47,7 @@ class ReferenceSums(Protocol):
 
 
 class AskedSums:
-    """Asks `roles.reference` each time, at the temperature given."""
+    """Asks `roles.reference` at each call, at the given temperature."""
 
     def __init__(self, reference: Reference, temperature: float = 1.0) -> None:
         self._reference, self._temperature = reference, temperature
@@ -58,14 +58,15 @@ class AskedSums:
 
 
 class CachedSums:
-    """Knows the rows of some data sets from the start, and keeps them in `run_dir`.
+    """Computes the sums of some data sets at the start, and keeps them in a file in `run_dir`.
 
     Args:
-        sets: each with the items that will be asked for.
+        sets: data sets, each with the indices of the items that will be asked for.
 
     Raises:
-        ValueError: the file on disk is of another reference; or rows are missing in it, and the
-            policy, which was the reference, has been trained since.
+        ValueError: the file comes from another reference; or it lacks rows, and the policy, which
+            was the reference, has been trained since.
+        OSError: the file could not be written (raised on every rank).
     """
 
     def __init__(self, run: Run, sets: Sequence[tuple[DataSet, Sequence[int]]]) -> None:
@@ -103,7 +104,7 @@ class CachedSums:
         self._sums |= zip((keys[i] for i in missing), found, strict=True)
 
     def _share(self, known: Collection[bytes]) -> None:
-        """Every rank gets what the others computed; the first one writes it all."""
+        """Give every rank what the others computed; the first rank writes all of it."""
         own = {key: value for key, value in self._sums.items() if key not in known}
         if world_any(bool(own)):
             for part in gather_objects(own):
@@ -134,16 +135,16 @@ class CachedSums:
         return found
 
     def _decoded(self) -> Sums | str:
-        """What the file holds, or what is wrong with it, as part of a sentence."""
+        """Content of the file, or what is wrong with it as part of a sentence."""
         try:
             return decode(self._path.read_bytes(), self._made_by)
-        # a cut or foreign file: whatever JSON and safetensors raise is told with its name
+        # a cut or foreign file: whatever JSON and safetensors raise is reported with its name
         except Exception as error:
             return f"cannot be read ({type(error).__name__}: {error})"
 
 
 def row_keys(batch: Batch) -> list[bytes]:
-    """A digest of each row's prompt and response."""
+    """Digests of the rows' prompts and responses."""
     parts = torch.split(batch["tokens"], batch.lengths.tolist())
     keys = []
     for tokens, start in zip(parts, batch["prompt_lengths"].tolist(), strict=True):
@@ -154,8 +155,8 @@ def row_keys(batch: Batch) -> list[bytes]:
 
 
 def distinct_rows(batch: Batch) -> tuple[list[int], Tensor]:
-    """The first of equal rows (answers that several pairs share), and for every row which of those
-    it is: int64 `[B]`. Computing each once saves time, and packs them alike whoever computes them.
+    """Find the first of equal rows (answers that several pairs share), and each row's place among
+    those: int64 `[B]`. Each is then computed once, and packed alike by policy and reference.
     """
     number: dict[bytes, int] = {}
     first: list[int] = []
@@ -169,7 +170,7 @@ def distinct_rows(batch: Batch) -> tuple[list[int], Tensor]:
 
 
 def reference_identity(config: Config) -> str:
-    """The reference's directory, with a digest of its files' names, sizes and beginnings."""
+    """Directory of the reference, with a digest of its files' names, sizes and first megabytes."""
     named = REFERENCE_ROLE in config.roles
     directory = config.model_path(REFERENCE_ROLE) if named else Path(config.model.path)
     digest = hashlib.blake2b(f"{config.model.tiny} {config.model.dtype}".encode(), digest_size=8)
@@ -181,7 +182,7 @@ def reference_identity(config: Config) -> str:
 
 
 def encode(sums: Sums, made_by: str) -> bytes:
-    """As a safetensors file: keys uint8 [n, 16], sums float64 [n]."""
+    """Encode sums as a safetensors file: keys uint8 [n, 16], sums float64 [n]."""
     keys = torch.frombuffer(bytearray(b"".join(sums)), dtype=torch.uint8)
     tensors = {
         "keys": keys.view(len(sums), KEY_BYTES),
@@ -192,7 +193,7 @@ def encode(sums: Sums, made_by: str) -> bytes:
 
 
 def decode(content: bytes, made_by: str) -> Sums | str:
-    """What `encode` was given; of another reference, what is wrong, as part of a sentence."""
+    """Sums that `encode` was given; for another reference, what is wrong, in words."""
     size = int.from_bytes(content[:8], "little")
     found = str(json.loads(content[8 : 8 + size])["__metadata__"]["reference"])
     if found != made_by:

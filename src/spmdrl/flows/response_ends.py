@@ -1,4 +1,4 @@
-"""Where responses end: how long rows may become, and which tokens end a response."""
+"""Ends of responses: how long rows may become, and which tokens end a response."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def check_lengths(config: Config, role: str, max_position: int) -> None:
-    """ValueError when the longest row exceeds the model's positions."""
+    """Raise ValueError if the longest row exceeds the model's positions."""
     for rows in rows_read(config):
         if rows.longest > max_position:
             raise ValueError(
@@ -23,10 +23,10 @@ def check_lengths(config: Config, role: str, max_position: int) -> None:
 
 
 def check_ends(config: Config, role: str, shape: ModelConfig, texts: TokenTexts) -> None:
-    """Say which tokens end a response, where the rollout's model and its tokenizer differ.
+    """Warn of the tokens that end a response if the rollout's model and its tokenizer differ.
 
     Raises:
-        ValueError: nothing ends a response but its greatest length.
+        ValueError: only the maximum length would end a response.
     """
     path = config.model_path(role)
     files = f"{path}/config.json and generation_config.json"

@@ -1,4 +1,4 @@
-"""What a reward model with a tokenizer of its own reads: the rows that it was trained on."""
+"""Rows for a reward model with its own tokenizer, written like those that it was trained on."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from spmdrl.rewards.scorer import Retokenize
 
 
 def retokenizer(role: str, directory: Path, now: datetime, *, chat: bool) -> Retokenize:
-    """(prompt, response, whether it was cut) -> tokens, as the flow `reward_model` makes them: the
-    conversation to the end of the answer's turn, raw text to the end of text. A cut response has no
-    end. An answer that the chat template rewrites (it leaves out a thinking part, say) is read as
-    the template writes it.
+    """Function (prompt, response, whether it was cut) -> tokens, as the flow `reward_model` makes
+    them: a conversation up to the end of the response's turn, raw text up to the end-of-text token.
+    A cut response gets no end. If the chat template rewrites a response (by leaving out its
+    thinking, say), the tokens are those that the template writes.
 
     Args:
         chat: whether prompts are conversations.
-        now: the time that the chat template is told.
+        now: the time that the chat template is given.
 
     Raises:
         ValueError: the tokenizer has no end of text, or no chat template for conversations.

@@ -1,9 +1,9 @@
-"""A reward model from preference pairs: a scalar head on a language model, the pairwise loss.
+"""Reward model: train a scalar head on a language model with preference pairs.
 
 Follows InstructGPT (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1): the
 Bradley-Terry likelihood that the chosen answer scores higher, with Llama 2's optional margin
-(https://arxiv.org/abs/2307.09288, eq. 2) and a term that keeps scores around 0. Left out: several
-answers ranked at once.
+(https://arxiv.org/abs/2307.09288, eq. 2) and a term that keeps scores around 0. Left out: ranking
+more than two answers at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from spmdrl.roles import Reward
 from spmdrl.training.protocol import LossFn, LossInput
 
 CHOSEN = 0
-"""`sample_index` of a pair's chosen row; the rejected one has 1."""
+"""Value of `sample_index` in a pair's chosen row; the rejected row has 1."""
 
 
 def reward_model(run: Run) -> None:
@@ -48,7 +48,7 @@ class RewardModelTrainer:
         self.loss = pairwise_loss(run.config.algorithm)
 
     def step(self, step: int, batch: Batch) -> Metrics:
-        """`batch`: rows with `tokens`, `prompt_ids` (of the pair), `sample_index` and `margin`."""
+        """Update the model on `tokens`, `prompt_ids` (one per pair), `sample_index`, `margin`."""
         # a pair is two rows, and counts once
         half = {"loss_share": torch.full((len(batch),), 0.5).double()}
         update = update_of(self.run, "reward", step, ("sample_index", "margin"), temperature=1.0)
@@ -57,12 +57,12 @@ class RewardModelTrainer:
                 batch.with_columns(rows=half), self.loss, replace(update, whole_groups=True)
             )
         metrics = dict(update_metrics(records))
-        pairs = metrics.pop("update_tokens")  # what the loss counts as its tokens are pairs
+        pairs = metrics.pop("update_tokens")  # the loss counts pairs as its tokens
         return {**metrics, "pairs": pairs}
 
 
 def pairwise_loss(algorithm: AlgorithmSection) -> LossFn:
-    """The loss of one microbatch: an unnormalised sum over its pairs."""
+    """Make the loss of one microbatch: an unnormalised sum over its pairs."""
 
     def loss(given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
         rows = given.rows
@@ -78,14 +78,14 @@ def pairwise_loss(algorithm: AlgorithmSection) -> LossFn:
 
 
 class HeldOutPairs:
-    """How often the chosen answer of a held-out pair scores higher."""
+    """Measures how often the chosen answer of a held-out pair scores higher."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.reward = run.role("reward", Reward)
 
     def evaluate(self, step: int) -> Metrics:
-        """`eval/SET` (the accuracy) and `eval/SET/margin`, with standard errors."""
+        """Metrics `eval/SET` (the accuracy) and `eval/SET/margin`, with standard errors."""
         found: dict[str, float] = {}
         for name, batch in self.run.held_out(PairSet):
             found |= pair_accuracy(name, batch, self.reward.score(batch)["scores"])
@@ -93,11 +93,11 @@ class HeldOutPairs:
 
 
 def pair_accuracy(set_name: str, batch: Batch, scores: Tensor) -> dict[str, float]:
-    """Accuracy (a tie counts half) and margin of pairs, with errors clustered by prompt: pairs of
-    one prompt are not independent. Every rank calls it.
+    """Accuracy (a tie counts half) and margin of pairs, with errors clustered by prompt, since
+    pairs of one prompt are not independent. Every rank calls it.
 
     Args:
-        batch: home rows of pairs, each pair's rows side by side.
+        batch: home rows of pairs, the two rows of a pair next to each other.
         scores: [B], higher for the better answer.
     """
     is_chosen = batch["sample_index"] == CHOSEN

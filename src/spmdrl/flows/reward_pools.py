@@ -1,4 +1,4 @@
-"""The reward functions of a run: a pool for each list of rewards, tried before there is a model."""
+"""Reward functions of a run: a pool for each list of rewards, tried out before models load."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 def reward_specs(rewards: Sequence[RewardSection]) -> list[RewardSpec]:
-    """One component per function in `rewards`, named after it.
+    """Make one component per function in `rewards`, named after it.
 
-    Numbered when the name is there already, as a function's or a scoring role's.
+    A number is added if another function or a scoring role already has the name.
     """
     roles = {section.role for section in rewards}
     specs: list[RewardSpec] = []
@@ -48,17 +48,17 @@ def reward_specs(rewards: Sequence[RewardSection]) -> list[RewardSpec]:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What one pool scores.
+    """Functions of one pool and the prompts that they score.
 
     Args:
-        prompts: by where they come from; none where the data have none.
+        prompts: name of a source -> its prompts; empty if the data have none.
     """
 
     specs: Sequence[RewardSpec]
     prompts: Mapping[str, PromptSet]
 
     def columns(self) -> frozenset[str] | None:
-        """Of the rows, those of some rows alone too; None: there are none."""
+        """Columns of the rows, including those that only some rows have; None without prompts."""
         if not self.prompts:
             return None
         found: set[str] = set()
@@ -69,8 +69,8 @@ class Scored:
 
 
 def scored_sets(config: Config, inputs: Inputs, *, trains: bool) -> dict[str, Scored]:
-    """What each pool scores, by its `pool_key`: the training data (if it `trains`) and the held-out
-    sets of prompts.
+    """Map `pool_key` to what that pool scores: the training data (if the run `trains`) and the
+    held-out sets of prompts.
     """
     lists: list[tuple[str, Sequence[RewardSection], object]] = []
     if trains:
@@ -103,17 +103,17 @@ def make_pools(
     *,
     trains: bool = True,
 ) -> Iterator[Mapping[str, RewardPool]]:
-    """This rank's reward workers: a pool for each list of rewards (`pool_key`) with functions.
+    """Start this rank's reward workers: a pool for each list of rewards (see `pool_key`).
 
     The first rank tries every function on the first prompt of each set that it scores. All ranks of
     the world call it together.
 
     Args:
-        trains: whether the training data are scored, too.
+        trains: whether the training data are scored as well.
 
     Raises:
-        AgreedError: a function cannot be loaded on some rank, cannot be called with what a row has,
-            returns what is no number, or fails in the trial.
+        AgreedError: a function cannot be loaded on some rank, cannot be called with a row's
+            columns, returns something other than a number, or fails in the trial.
     """
     scored = scored_sets(config, inputs, trains=trains)
     with ExitStack() as stack:
@@ -139,10 +139,10 @@ def make_pools(
 
 
 def check_rewards(config: Config, inputs: Inputs) -> None:
-    """Load and try the functions as `make_pools` does, in one process that needs them no longer.
+    """Load and try the functions as `make_pools` does, in one process, and end the pools again.
 
     Raises:
-        ValueError: as `make_pools`.
+        ValueError: `make_pools` would refuse a function.
     """
     scored = scored_sets(config, inputs, trains=True)
     if not scored:
@@ -175,7 +175,7 @@ def _start_pool(
 
 
 def _try_all(scored: Mapping[str, Scored], pools: Mapping[str, RewardPool]) -> str | None:
-    """What is wrong with the first function for which something is; the rest is logged."""
+    """Problem of the first function that has one, or None; notes are logged."""
     for key, what in scored.items():
         pool = pools[key]
         for name, called in pool.callers.items():
@@ -202,5 +202,5 @@ def _tell_of_missing(name: str, columns: Sequence[str], where: str, prompts: Pro
 
 
 def pool_key(rewards: Sequence[RewardSection]) -> str:
-    """Equal for lists that one pool serves: those of the same functions by the same names."""
+    """Key, equal for lists that one pool serves: same functions, names, weights and options."""
     return repr(reward_specs(rewards))

@@ -1,4 +1,4 @@
-"""`Saver`: checkpoints of the trained roles, and the model as a Hugging Face directory."""
+"""`Saver` writes and restores checkpoints of the trained roles, and exports the models."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves and restores the roles that are trained. What lies on the host is read there.
+    """Saves and restores the trained roles. Tensors on the host are read there.
 
     Args:
-        config: for `run_dir`, `checkpoint`, and the tokenizer's directory.
+        config: gives `run_dir`, `checkpoint`, the seed and the roles' models.
         assembly: the roles, and what every rank holds of each of them.
-        attempt: who may write; None: whoever comes.
-        progress: told while something is written.
-        data: what the run's data are known by; None: nothing is kept of it.
+        attempt: checked for ownership before a checkpoint is published; None: no check.
+        progress: called while something is written.
+        data: identity of the run's data; None: checkpoints keep none.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Saver:
 
     @cached_property
     def _owned(self) -> dict[str, frozenset[Slice]]:
-        """Role -> the slices that this rank writes, of the masters and of the moments alike."""
+        """Role -> slices that this rank writes, both of master weights and of moments."""
         return {
             name: self._owned_of(layout)
             for name, layout in self._state_layouts.items()
@@ -101,23 +101,23 @@ class Saver:
         return frozenset(s for s, owner in slice_owners(layout).items() if owner == rank)
 
     def versions(self) -> dict[str, int]:
-        """Of the policies, as they are now."""
+        """Current weight versions of the policies, by role."""
         roles = self._assembly.roles.items()
         return {name: role.version for name, role in roles if isinstance(role, Policy)}
 
     def save(self, moment: Moment, journal: Journal, *, calls: int | None = None) -> None:
-        """Copy all for a checkpoint, and begin to write it. `wait` ends it.
+        """Copy everything for a checkpoint and begin to write it; `wait` waits for its end.
 
         Every rank of the world calls it.
 
         Args:
-            moment: when the steps were done, or when the step began that the run is in.
-            journal: what this rank keeps of the calls.
-            calls: how many the step has finished; None: it has not begun, and where there is a
-                checkpoint of this moment already nothing is written.
+            moment: the state after the steps done, or at the beginning of the current step.
+            journal: the calls that this rank keeps.
+            calls: number of calls that the step has finished; None if the step has not begun:
+                nothing is written then if a checkpoint of this moment exists.
 
         Raises:
-            OSError: the checkpoint before it could not be written, on every rank.
+            OSError: the previous checkpoint could not be written (raised on every rank).
         """
         name = f"step_{moment.steps_done:08d}"
         if calls is None and name == self._last_saved:
@@ -153,7 +153,7 @@ class Saver:
         self._last_saved = full_name
 
     def wait(self) -> None:
-        """Until the checkpoint that was begun is there. Every rank of the world calls it.
+        """Wait until the checkpoint that was begun exists. Every rank of the world calls it.
 
         Raises:
             OSError: it could not be written, on every rank; older checkpoints are untouched.
@@ -162,23 +162,23 @@ class Saver:
 
     @property
     def seconds(self) -> float | None:
-        """Rank 0: what the last checkpoint took until it was there; None before the first."""
+        """Seconds until the last checkpoint was published, on rank 0; None before the first."""
         return self._writer.seconds
 
     @property
     def has_failed(self) -> bool:
-        """Rank 0: what was begun could not be written, and `wait` would raise."""
+        """Whether writing the checkpoint failed, so that `wait` would raise; only on rank 0."""
         return self._writer.has_failed
 
     def restore(self) -> Resumed:
-        """Load the latest checkpoint, if there is one and it is wanted.
+        """Load the latest checkpoint if one exists and `checkpoint.resume` is true.
 
-        With `checkpoint.resume: false` older checkpoints are set aside, so that a run that resumes
-        later cannot go on from one of them.
+        With `checkpoint.resume: false` older checkpoints are set aside, so that no later start
+        resumes from one of them.
 
         Raises:
-            ValueError: the checkpoint is damaged, of another model, or of another seed; or what was
-                loaded computes something else than what was saved.
+            ValueError: the checkpoint is damaged, or of another model, seed or flow; or the loaded
+                weights compute something else than when they were saved.
             OSError: older checkpoints could not be set aside.
         """
         if self._world.is_first:
@@ -233,10 +233,10 @@ class Saver:
         )
 
     def _compare(self, path: Path, state: Mapping[str, Any]) -> None:
-        """Refuse what cannot go on from a checkpoint, and warn of what goes on otherwise.
+        """Refuse a run that cannot resume from a checkpoint, and warn of changed values and data.
 
         Raises:
-            ValueError: it is of another seed or flow.
+            ValueError: the checkpoint is of another seed or flow.
         """
         if state["seed"] != self._config.seed:
             raise ValueError(
@@ -244,7 +244,7 @@ class Saver:
                 f"{self._config.seed}: use that seed, another run_dir, or checkpoint.resume=false"
             )
         flow = state["config"]["flow"]
-        # one of the user's own may be a copy of a shipped flow, or have moved to another file
+        # a user's own flow may be a copy of a shipped one, or may have moved to another file
         if flow != self._config.flow and ":" not in flow + self._config.flow:
             raise ValueError(
                 f"{path} was made by flow={flow}, the configuration has flow={self._config.flow}: "
@@ -259,7 +259,7 @@ class Saver:
                 log.warning("the run goes on with other data: %s", text)
 
     def _load(self, path: Path, state: Mapping[str, Any], *, with_engines: bool) -> None:
-        """The roles' tensors and counters, and the engines' where they were kept too."""
+        """Load the roles' tensors and counters, and the engines' own tensors if they were kept."""
         states = {name: SyncState(**found) for name, found in state["syncs"].items()}
         held = [name for name, found in states.items() if found.held and with_engines]
         with ExitStack() as stack:
@@ -278,7 +278,7 @@ class Saver:
                 role.version = state["versions"][name]
 
     def _restore_private(self, path: Path, state: Mapping[str, Any], *, is_same: bool) -> Journal:
-        """This rank's journal; where there are as many ranks as before, its generators too."""
+        """Restore users' roles and, on as many ranks as before, generators; return the journal."""
         size, rank = state["layout"]["world_size"], self._world.rank
         own = Journal()
         if size == self._world.size:
@@ -298,7 +298,7 @@ class Saver:
     def _restore_custom(
         self, path: Path, saved: Mapping[str, Any], name: str, role: CustomRole
     ) -> None:
-        """A role of the user's own: what each of its ranks has kept comes back there."""
+        """Restore a user's own role: each of its ranks gets back the state that it saved."""
         if name not in saved["roles"]:
             return
         prefix, rank, size = f"role/{name}/", self._world.rank, saved["world_size"]
@@ -321,7 +321,7 @@ class Saver:
                 yield name, role
 
     def _custom_states(self) -> dict[str, Tensor]:
-        """What users' roles keep of themselves on this rank."""
+        """States of the users' own roles on this rank."""
         return {
             f"role/{name}/{key}": tensor
             for name, role in self._custom_roles()
@@ -329,13 +329,13 @@ class Saver:
         }
 
     def _layout_name(self) -> dict[str, Any]:
-        """What must be equal for a rank's own state to serve it again."""
+        """Ranks and meshes that must be the same for a rank to get its own state back."""
         roles = {name: role.mesh.describe() for name, role in self._assembly.roles.items()}
         return {"world_size": self._world.size, "roles": roles}
 
     def _held(self, counters: Mapping[str, Mapping[str, float]], journal: Journal) -> list[str]:
-        """The rollouts that were stopped in a call and whose policy has moved on since their sync
-        (with `lag`, the two run beside each other): their own weights must be kept.
+        """Rollouts whose own weights must be kept: they were stopped in a call, and their policy
+        has been updated since their sync (with `lag`, the two run concurrently).
         """
         generating = world_any(
             any(kept.part is not None and kept.part.rows is not None for kept in journal.calls)
@@ -351,8 +351,8 @@ class Saver:
         return held
 
     def _engine_copies(self, rollouts: Sequence[str]) -> Tensors:
-        """Copies of this rank's share of the engines' own weights: what is computed before all is
-        staged may send them away.
+        """Copies of this rank's share of the engines' own weights, which later work may send away
+        before everything is staged.
         """
         copies: dict[str, tuple[Tensor, tuple[Slice, ...]]] = {}
         for name in rollouts:
@@ -366,11 +366,11 @@ class Saver:
         return copies
 
     def export(self, directory: Path) -> None:
-        """See `export_models`."""
+        """Export the trained roles, see `export_models`."""
         export_models(self._config, self._assembly, directory)
 
     def _tensors(self, *, owned: bool = False) -> Tensors:
-        """Every trained role's state as `role.kind/NAME`; with `owned` what is written here."""
+        """State of every trained role as `role.kind/NAME`; with `owned`, what is written here."""
         tensors: dict[str, tuple[Tensor, tuple[Slice, ...]]] = {}
         for name, role in self._trained.items():
             if role.backend is None:
@@ -384,7 +384,7 @@ class Saver:
         return tensors
 
     def _counters(self, role: ModelRole) -> dict[str, int | float]:
-        """The role's counters as its first rank knows them, on every rank."""
+        """Counters of a role as its first rank knows them, on every rank."""
         own = role.backend.counters() if role.backend is not None else None
         counters = gather_objects(own)[role.mesh.ranks[0]]
         assert counters is not None, role.name

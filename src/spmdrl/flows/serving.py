@@ -1,4 +1,4 @@
-"""`spmdrl eval` and `spmdrl generate`: the rollout engine alone, on all ranks."""
+"""`spmdrl eval` and `spmdrl generate`: use the rollout engine without training, on all ranks."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from spmdrl.rollout.stops import StopTexts
 log = logging.getLogger(__name__)
 
 GENERATE_KEY = -2
-"""The `step` of the random numbers of `spmdrl generate`."""
+"""Value of `step` in the random numbers of `spmdrl generate`."""
 
 
 def evaluate(config: Config, world: World, server: RewardServer) -> dict[str, float]:
-    """Evaluate `model.path` on every held-out set of prompts: `Evaluator.measure`'s metrics.
+    """Evaluate the rollout's model on every held-out set of prompts; `Evaluator.measure`'s metrics.
 
-    They also go to `run_dir/evaluation`: each set's samples as NAME.jsonl, the metrics as
-    metrics.jsonl and TensorBoard files.
+    Each set's samples are written to `run_dir/evaluation/NAME.jsonl`; the metrics also go to that
+    folder, as metrics.jsonl and, with `log.tensorboard`, TensorBoard files.
 
     Raises:
         ValueError: bad input, or a configuration without a held-out set of prompts.
@@ -77,7 +77,7 @@ def evaluate(config: Config, world: World, server: RewardServer) -> dict[str, fl
 
 
 def evaluation_inputs(config: Config) -> Inputs:
-    """The held-out sets of prompts; the training data are read where they have a part in them."""
+    """Read the held-out sets of prompts, and the training data if some are held out of those."""
     kind = config.data_kind()
     described = held_out_sets(config)
     prompts = {name: d for name, d in described.items() if (d.kind or kind) == "prompts"}
@@ -103,13 +103,15 @@ def evaluation_inputs(config: Config) -> Inputs:
 
 
 def generate(config: Config, world: World, prompts_file: str, out_file: str) -> int:
-    """Answer the prompts of a file (`data.train`'s columns, template and chat settings); how many.
+    """Generate responses to the prompts of a file, read with `data.train`'s columns, template and
+    chat settings; return the number of responses.
 
     Each output line has `prompt_id`, `sample`, `prompt`, `response`, `finish`, `tokens` and
     `logprob` (the sum over the response).
 
     Raises:
-        ValueError: bad input; OSError: the output cannot be written.
+        ValueError: bad input.
+        OSError: the output cannot be written.
     """
     data = config.data.model_copy(update={"kind": "prompts"})  # whatever the flow reads
     config = rollout_only(config).model_copy(update={"data": data})
@@ -166,7 +168,7 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
 
 
 def rollout_only(config: Config, *, scoring: bool = False) -> Config:
-    """The configuration with its rollout role alone; with `scoring`, the roles that reward too."""
+    """Configuration with only the rollout role; with `scoring`, also the roles that reward."""
     names = [name for name in config.roles if config.role_kind(name) == "rollout"]
     if not names:
         raise ValueError(f"roles={sorted(config.roles)} has no rollout: add roles.rollout: {{}}")
@@ -179,10 +181,10 @@ def rollout_only(config: Config, *, scoring: bool = False) -> Config:
     for name in kept:
         role = config.roles[name]
         while str(role.ranks).startswith("same as "):
-            # the role it points to may be left out
+            # the role whose ranks it names may be left out
             other = config.roles.get(str(role.ranks).removeprefix("same as ").strip())
             role = role.model_copy(update={"ranks": "all" if other is None else other.ranks})
-        # no sync would bring weights back that were dropped
+        # no sync would restore weights that were dropped
         memory = {part: wish for part, wish in role.memory.items() if wish != "drop"}
         role = role.model_copy(update={"memory": memory})
         roles[name] = role

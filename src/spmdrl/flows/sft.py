@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: the negative log-likelihood of responses, packed, prompts without loss.
+"""Supervised fine-tuning: minimise the negative log-likelihood of responses, on packed rows.
 
-The first stage of InstructGPT (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, section 3.5).
-The loss is the mean over all response tokens of a minibatch. Left out: loss on prompts.
+This is the first stage of InstructGPT (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155,
+section 3.5). The loss is the mean over a minibatch's response tokens. Left out: loss on prompts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class SftTrainer:
         self.policy = run.role("policy", Policy)
 
     def step(self, step: int, batch: Batch) -> Metrics:
-        """`batch`: rows with `tokens` and `loss_mask`."""
+        """Update the policy on `batch`: rows with `tokens` and `loss_mask`."""
         shares = {"loss_share": batch.row_sum(batch["loss_mask"]).double()}
         with self.run.phase("update"):
             update = update_of(self.run, "policy", step, (), temperature=1.0)
@@ -47,19 +47,19 @@ class SftTrainer:
 
 
 def likelihood_loss(given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one microbatch: an unnormalised sum over its response tokens."""
+    """Loss of one microbatch: an unnormalised sum over its response tokens."""
     return next_token_loss(given["logprobs"], torch.ones_like(given["logprobs"]))
 
 
 class HeldOutLikelihood:
-    """The mean negative log-likelihood of held-out responses, per token."""
+    """Measures the mean negative log-likelihood per token of held-out responses."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.policy = run.role("policy", Policy)
 
     def evaluate(self, step: int) -> Metrics:
-        """`eval/SET/nll` in nats per token, its standard error, clustered by conversation."""
+        """Metric `eval/SET/nll` in nats per token, with its error clustered by conversation."""
         found: dict[str, float] = {}
         for set_name, batch in self.run.held_out(ConversationSet):
             logprobs = self.policy.logprobs(batch)["logprobs"]
@@ -67,7 +67,7 @@ class HeldOutLikelihood:
             tokens = batch.row_sum(batch["loss_mask"]).double()
             per_row, count = moments(nll), moments(tokens)
             mean = per_row.mean / count.mean
-            # the error of a ratio of means: the spread of what the rows add to it
+            # error of a ratio of means: from the spread of the rows' contributions
             spread = moments(nll - mean * tokens).std / count.mean / max(count.count, 1.0) ** 0.5
             name = f"{EVAL}{set_name}/nll"
             found |= {name: mean, name + STANDARD_ERROR: spread}

@@ -1,4 +1,4 @@
-"""`spmdrl train`: from a configuration to a running flow, on every rank alike."""
+"""`spmdrl train`: start the flow of a configuration, the same on every rank."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ from spmdrl.runtime.watcher import Watcher
 log = logging.getLogger(__name__)
 
 LIMIT = 0.9
-"""Of `timeout_s`: a run counts as hung before its collectives give up, so that all are named."""
+"""Share of `timeout_s` without progress that counts as a hang: collectives have not failed yet."""
 
 Flow = Callable[[Run], None]
 
@@ -74,14 +74,14 @@ FLOWS: Mapping[str, Flow] = {
     "grpo": grpo,
     "ppo": ppo,
 }
-"""`config.FLOW_DATA` says what each of them reads."""
+"""Shipped flows by name; `config_data.FLOW_DATA` says what data each of them reads."""
 
 
 def find_flow(name: str) -> Flow:
-    """A shipped flow by name, or a user's `path/to/my_flow.py:main`.
+    """Find a shipped flow by name, or a user's `path/to/my_flow.py:main`.
 
     Raises:
-        ValueError: neither.
+        ValueError: the name is neither.
     """
     if name in FLOWS:
         return FLOWS[name]
@@ -95,7 +95,7 @@ def find_flow(name: str) -> Flow:
 
 
 def checked_flow(config: Config) -> Flow:
-    """The flow, once it is known that it and the parts that the configuration names can serve.
+    """Find the flow, and check it and the environment and trainer that the configuration names.
 
     Raises:
         ValueError: as `find_flow`, `check_flow` and `check_parts`.
@@ -109,10 +109,10 @@ def checked_flow(config: Config) -> Flow:
 def train(
     config: Config, world: World, server: RewardServer, signals: Signals | None = None
 ) -> None:
-    """Run the configured flow, or go on with it, until it is done or was asked to stop.
+    """Run the configured flow, or resume it, until it is done or asked to stop.
 
     Args:
-        signals: noted since the program began; None: from now on.
+        signals: signals noted since the program began; None: note them from now on.
 
     Raises:
         ValueError: bad input, on every rank, before the flow starts.
@@ -189,11 +189,11 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         except StopAsked:
             lifetime.stop()
         except RewardsFailed as error:
-            # the user's own code: its story is told, and no other stack
+            # the user's own code failed: the message tells it, another stack would not help
             raise AgreedError(f"in step {run.steps_done + 1}: {error}") from None
         except ValueError as error:
-            # the command line shows bad input as one line: a role that the flow asks for and the
-            # configuration lacks, say. Once steps have begun it is no bad input any more
+            # the command line shows bad input as one line (a role that the flow needs and the
+            # configuration lacks, say). Once steps have begun, the input is not to blame
             if not run.has_begun:
                 raise
             raise FlowError(f"in step {run.steps_done + 1}: {error}") from error
@@ -235,7 +235,7 @@ def make_run(
 
 
 def make_stream(config: Config, inputs: Inputs) -> Stream:
-    """The order of the training data. ValueError: a source is too small for its weight."""
+    """Order of the training data. ValueError: a source is too small for its weight."""
     return stream_of(config.seed, inputs.shares, config.data.prompts_per_step)
 
 
@@ -247,8 +247,8 @@ def make_scorer(
     described: HeldOutSet | None = None,
     report: Callable[[int, int], None] = lambda done, count: None,
 ) -> Scorer:
-    """Rewards by the functions of the pool and by the roles that `rewards` names: training's, or
-    those of a held-out set.
+    """Scorer by the pool's functions and the roles that `rewards` names: those of training, or of
+    the held-out set `described`.
     """
     rewards = config.rewards if described is None else described.rewards
     sampling = config.sampling if described is None else described.sampling
@@ -276,10 +276,10 @@ def make_evaluators(
     *,
     has_start: bool = True,
 ) -> dict[str, Evaluator]:
-    """The evaluators of the held-out prompts by set; none without a rollout.
+    """Evaluators of the held-out prompts, by set; none without a rollout.
 
     Args:
-        has_start: whether there are answers from before the first step to be `against`.
+        has_start: whether `against: start` can read responses from before the first step.
     """
     rollout = next((r for r in assembly.roles.values() if isinstance(r, Rollout)), None)
     found: dict[str, Evaluator] = {}
@@ -301,7 +301,7 @@ def make_evaluators(
             sampling=sampling_params(described.sampling),
             num_samples=described.num_samples,
             k=described.k,
-            # a reward model's score has no value from which on an answer is right
+            # no value of a reward model's score makes a response right
             threshold=described.threshold if can_be_right(config, described) else None,
             seed=config.seed,
             results_dir=results_dir,
@@ -312,13 +312,13 @@ def make_evaluators(
 
 
 def can_be_right(config: Config, described: HeldOutSet) -> bool:
-    """Whether some reward is no reward model's."""
+    """Whether some reward is not a reward model's, so that a response can be right."""
     rewards = described.rewards
     return any(r.role is None or config.role_kind(r.role) != "reward" for r in rewards)
 
 
 def judge(config: Config, rewards: Sequence[RewardSection]) -> str:
-    """What makes the rewards, in words: equal for answers that may be compared."""
+    """Description of what makes the rewards: equal for responses that may be compared."""
     parts = []
     for reward in rewards:
         name = reward.function
@@ -332,4 +332,4 @@ def judge(config: Config, rewards: Sequence[RewardSection]) -> str:
 
 
 class FlowError(RuntimeError):
-    """Something went wrong while the flow ran; the cause has the traceback."""
+    """A failure while the flow ran; its cause has the traceback."""
