@@ -1,4 +1,4 @@
-"""How many of something: a count, or a share (`10%`) of however many there are."""
+"""Amounts: a count, or a share (`10%`) of however many there are."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ Amount = int | str
 
 
 def read_amount(value: Any) -> Amount:
-    """A count or a share as a configuration gives it.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Read a count or a share from a configuration's value. ValueError: it is neither."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     text = value.strip() if isinstance(value, str) else ""
@@ -28,7 +24,7 @@ def read_amount(value: Any) -> Amount:
 
 
 def read_share(value: Any) -> str:
-    """A share above 0 as a configuration gives it. ValueError: it is none."""
+    """Read a share above 0% from a configuration's value. ValueError: it is none."""
     found = _SHARE.fullmatch(value.strip()) if isinstance(value, str) else None
     if found is None or not 0 < float(found[1]) <= 100:
         raise ValueError("write a share, above 0% and at most 100%")
@@ -36,20 +32,20 @@ def read_share(value: Any) -> str:
 
 
 def share_text(percent: float) -> str:
-    """As shares are written: `10%`, `2.5%`."""
+    """Canonical text of a share: `10%`, `2.5%`."""
     return f"{percent:g}%"
 
 
 def share_of(share: str) -> float:
-    """`10%` as 0.1."""
+    """Convert `10%` to 0.1."""
     return float(share.removesuffix("%")) / 100
 
 
 def count_of(amount: Amount, total: int, at_most: int | None = None) -> int:
-    """How many of `total` that is: of a share to the nearest, and at least one.
+    """Convert an amount of `total` to a count; a share is rounded, and is at least one.
 
     Args:
-        at_most: a bound on what a share comes to; None: none.
+        at_most: upper bound on the count of a share; None: no bound.
     """
     if isinstance(amount, int):
         return amount

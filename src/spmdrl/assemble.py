@@ -1,7 +1,7 @@
-"""From a configuration to roles that work: meshes, backends, engine, weight sync.
+"""Assembly of working roles from a configuration: meshes, backends, engine, weight sync.
 
-Every rank runs all of this alike, members of a role or not: meshes are made collectively. Models
-are checked before the first of them, so that bad input fails at once and everywhere.
+Every rank runs all of this, whether it belongs to a role or not: meshes are made collectively.
+Models are checked before the first mesh, so that bad input fails at once on every rank.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
-    """The roles by name, what each rank holds of their models, and the syncs between them.
+    """Roles by name, the slices of their models on each rank, and the syncs between them.
 
     Args:
         trained: the roles that have an optimizer.
@@ -74,7 +74,7 @@ class Assembly:
     memory: Residency
 
     def close(self) -> None:
-        """End the engines, when all went well: before the process groups."""
+        """Close the engines after a run without errors, before the process groups end."""
         for role in self.roles.values():
             if isinstance(role, Rollout) and role.engine is not None:
                 role.engine.close()
@@ -89,7 +89,7 @@ class Model:
 
 
 def open_models(config: Config, placements: Mapping[str, Placement]) -> dict[str, Model]:
-    """Every role's model, checked against its parallel degrees. No collective takes part.
+    """Open every role's model and check it against its parallel degrees, without a collective.
 
     Raises:
         ValueError: missing or foreign files, an unsupported architecture, a degree that does not
@@ -129,15 +129,15 @@ def assemble(
 ) -> Assembly:
     """Make every role on every rank, in the configuration's order.
 
-    Each role's parts take their place (host or device) before the next role is built, so that
-    starting needs no more room than running.
+    Each role's parts move to their place (host or device) before the next role is built, so that
+    the start needs no more memory than the run.
 
     Args:
-        texts: of tokens, for rollouts; None: they have no stop texts.
-        plan: made of the same configuration, placements and models; None: it is made here.
+        texts: texts of tokens, for rollouts; None: no stop texts.
+        plan: plan of the same configuration, placements and models; None: it is made here.
 
     Raises:
-        ValueError: an engine that is not installed, or does not have the model; on every rank.
+        ValueError: an engine is not installed or does not support the model; on every rank.
     """
     placements = place_roles(config, world.size, world.local_size)
     shapes = {name: model.config for name, model in models.items()}
@@ -165,7 +165,7 @@ def assemble(
 
 
 class _Builder:
-    """Makes roles one after the other, and registers their parts."""
+    """Builder of roles, one after the other; it registers their parts."""
 
     def __init__(self, config: Config, world: World, plan: RolePlan) -> None:
         self._config, self._world, self._plan = config, world, plan
@@ -181,7 +181,7 @@ class _Builder:
         self._syncs: dict[tuple[str, str], PolicySync] = {}
 
     def _device(self, name: str) -> torch.device:
-        """Where the role computes on this rank."""
+        """The device of the role on this rank."""
         on_cuda = self._plan.devices[name].type == "cuda"
         return self._world.device if on_cuda else torch.device("cpu")
 
@@ -272,7 +272,7 @@ class _Builder:
             num_replicas=len(role.mesh.replicas()),
             vocab_size=role.config.vocab_size,
             dtype=training_dtype(self._config, self._plan.devices[role.name]),
-            # vLLM scores rows at temperature 1 alone
+            # vLLM scores rows only at temperature 1
             temperature=1.0 if is_vllm(config, role.name) else config.sampling.temperature,
         )
         own = plan.memory.get(world.rank)
@@ -372,9 +372,9 @@ def _backend(
 
 
 def import_backend() -> type[MegatronBackend]:
-    """The backend's class; megatron-core is imported here and nowhere before."""
+    """Import the Megatron backend's class, and megatron-core with it, only when it is needed."""
     with warnings.catch_warnings():
-        # that TransformerEngine and apex are not there is no news, and said five times
+        # it warns several times that TransformerEngine and apex are missing, which is expected
         warnings.filterwarnings("ignore", message=".*[Aa]pex (is|are) not installed")
         from spmdrl.training.megatron.backend import MegatronBackend
     return MegatronBackend
@@ -392,7 +392,7 @@ def train_options(
         lr=train.lr,
         schedule=train.schedule,
         warmup_steps=train.warmup_steps,
-        # none where the whole run is the value's warm-up
+        # there are none if the value's warm-up takes the whole run
         total_steps=max(1, config.num_optimizer_steps(name)),
         min_lr_ratio=train.min_lr_ratio,
         betas=train.betas,

@@ -27,13 +27,13 @@ from spmdrl.config_data import (
 
 
 class ModelSection(Section):
-    path: Place = Field(description="Hugging Face directory: config.json, safetensors, tokenizer")
-    tiny: bool = Field(False, description="random weights at a toy size of the same architecture")
+    path: Place = Field(description="Hugging Face directory: config.json, safetensors, tokenizer.")
+    tiny: bool = Field(False, description="Use random weights at a toy size of the architecture.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: float32 on a CPU, bfloat16 on a GPU"
+        "auto", description="Dtype of the computation; auto is float32 on a CPU, bfloat16 on a GPU."
     )
     attention: Literal["auto", "blocked", "sdpa", "varlen", "flash", "flex"] = Field(
-        "auto", description="kernel of the trainer; auto: the fastest that fits"
+        "auto", description="Attention kernel of the trainer; auto takes the fastest that fits."
     )
 
 
@@ -42,7 +42,7 @@ MemoryPolicy = Literal["keep", "host", "drop", "auto"]
 
 
 class MegatronSettings(TypedDict, total=False):
-    """How Megatron cuts a role's model, beside the mesh."""
+    """Megatron's ways to split a role's model, in addition to the mesh."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
 
@@ -53,54 +53,60 @@ class MegatronSettings(TypedDict, total=False):
 class RoleSection(Section):
     kind: Place | None = Field(
         None,
-        description="policy | reference | teacher | reward | value | rollout | module:Class; "
-        "default: its name",
+        description="Kind of role: policy | reference | teacher | reward | value | rollout | "
+        "module:Class; by default the role's name.",
     )
-    model: Place | None = Field(None, description="Hugging Face directory; default: model.path")
+    model: Place | None = Field(None, description="Hugging Face directory; default: model.path.")
     head: Literal["file", "normal", "zero"] = Field(
-        "file", description="scalar head of a reward or value model: its file's, or a new one"
+        "file", description="Scalar head of a reward or value model: its file's, or a new one."
     )
-    trained: bool | None = Field(None, description="default: policy and value are, others not")
+    trained: bool | None = Field(
+        None, description="Train the role; by default policy and value are trained, others not."
+    )
     train: dict[str, Any] = Field(
-        default_factory=dict, description="keys of `train` that differ for this role"
+        default_factory=dict, description="Keys of `train` that differ for this role."
     )
     freeze: tuple[str, ...] = Field(
         (),
-        description="of a trained role, Hugging Face names that stay as they are; * stands for "
-        "any text",
+        description="Hugging Face names of a trained role's parameters that stay fixed; * "
+        "matches any text.",
     )
     memory: dict[Part, MemoryPolicy] = Field(
         default_factory=dict,
-        description="what of weights, optimizer, kv_cache and graphs is kept, moved to the host or "
-        "dropped between its calls; default: auto",
+        description="Residency of weights, optimizer, kv_cache and graphs between the role's "
+        "calls: keep, host, drop or auto (default).",
     )
     retokenize: bool = Field(
-        False, description="a reward model of another tokenizer reads texts instead of tokens"
+        False, description="Let a reward model with another tokenizer read texts instead of tokens."
     )
     options: dict[str, Any] = Field(
-        default_factory=dict, description="keyword arguments of a module:Class"
+        default_factory=dict, description="Keyword arguments of a module:Class."
     )
-    ranks: str | int = Field("all", description="all | 0-3 | 0,2 | nodes 0-1 | same as ROLE")
+    ranks: str | int = Field(
+        "all", description="Ranks of the role: all | 0-3 | 0,2 | nodes 0-1 | same as ROLE."
+    )
     device: Literal["auto", "cpu"] = Field(
-        "auto", description="auto: the GPUs of its ranks, or the host where none has one"
+        "auto", description="Device of the role; auto: its ranks' GPUs, or the host if none has."
     )
-    dp_replicate: int | None = Field(None, ge=1, description="default: what the others leave")
+    dp_replicate: int | None = Field(
+        None, ge=1, description="Replicas, at least 1; by default what the other degrees leave."
+    )
     dp_shard: int | Literal["all"] = Field(
-        1, description="ranks that share one copy of the weights (FSDP2); all: as many as fit"
+        1, description="Ranks per copy of the weights (FSDP2), at least 1; all: as many as fit."
     )
-    cp: int = Field(1, ge=1, description="context-parallel ranks")
-    tp: int = Field(1, ge=1, description="tensor-parallel ranks")
+    cp: int = Field(1, ge=1, description="Context-parallel ranks, at least 1.")
+    tp: int = Field(1, ge=1, description="Tensor-parallel ranks, at least 1.")
     ep: int = Field(
-        1, ge=1, description="parts of a MoE's experts, on the ranks of tp, cp and dp; adds none"
+        1, ge=1, description="Expert-parallel degree of a MoE, at least 1, within tp, cp and dp."
     )
-    pp: int = Field(1, ge=1, description="pipeline stages (train.backend: megatron)")
+    pp: int = Field(1, ge=1, description="Pipeline stages, at least 1 (train.backend=megatron).")
     megatron: MegatronSettings = Field(
         default_factory=MegatronSettings,
-        description="vpp: runs of layers on each pipeline rank (interleaved schedule); sp: split "
-        "norms and residuals over the tp ranks",
+        description="Megatron's options: vpp, runs of layers per pipeline rank (interleaved "
+        "schedule); sp, split norms and residuals over the tp ranks.",
     )
     tp_across_nodes: bool = Field(
-        False, description="a tensor-parallel group may lie on several nodes"
+        False, description="Allow a tensor-parallel group to span several nodes."
     )
 
 
@@ -110,70 +116,79 @@ TokenId = Annotated[int, Field(ge=0)]
 
 class TrainSection(Section):
     backend: Literal["torch", "megatron"] = Field(
-        "torch", description="train backend; megatron needs megatron-core"
+        "torch", description="Train backend; megatron needs megatron-core."
     )
-    epochs: int = Field(1, ge=1, description="passes over one step's samples")
-    num_minibatches: int = Field(1, ge=1, description="optimizer steps per epoch")
+    epochs: int = Field(1, ge=1, description="Passes over one step's samples, at least 1.")
+    num_minibatches: int = Field(1, ge=1, description="Optimizer steps per epoch, at least 1.")
     microbatch_tokens: int = Field(
-        8192, ge=1, description="packed tokens computed at once on a replica"
+        8192, ge=1, description="Packed tokens that a replica computes at once, at least 1."
     )
-    share_prompts: bool = Field(True, description="compute a group's prompt once per microbatch")
+    share_prompts: bool = Field(True, description="Compute a group's prompt once per microbatch.")
     recompute: Literal["none", "layer"] = Field(
-        "none", description="layer: keep only layer inputs for the backward pass"
+        "none", description="Activation recomputation; layer: keep only the inputs of layers."
     )
-    lr: float = Field(1e-6, gt=0, description="AdamW learning rate after warm-up")
+    lr: float = Field(1e-6, gt=0, description="AdamW learning rate after warm-up, above 0.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="after warm-up"
+        "constant", description="Shape of the learning rate after warm-up."
     )
-    warmup_steps: int = Field(0, ge=0, description="optimizer steps")
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up, at least 0.")
     min_lr_ratio: float = Field(
-        0.0, ge=0, le=1, description="where linear and cosine end, as a share of lr"
+        0.0, ge=0, le=1, description="End of linear and cosine as a share of lr, 0 to 1."
     )
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW, each below 1")
-    eps: float = Field(1e-8, gt=0, description="AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW, not on norms and biases")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW betas, each in [0, 1).")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon, above 0.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="AdamW decay, at least 0; spares norms and biases."
+    )
     clip_norm: float = Field(
-        1.0, gt=0, allow_inf_nan=True, description="largest norm of the whole gradient; .inf: none"
+        1.0, gt=0, allow_inf_nan=True, description="Largest norm of the whole gradient; .inf: any."
     )
-    head_chunk: int = Field(1024, ge=1, description="tokens of logits held at once")
+    head_chunk: int = Field(1024, ge=1, description="Tokens of logits held at once, at least 1.")
     balance_coef: float = Field(
-        0.0, ge=0, description="of a MoE's load-balancing loss, for each response by itself; 0: off"
+        0.0, ge=0, description="Weight of a MoE's load-balancing loss, taken per response; 0: off."
     )
 
 
 class RolloutSection(Section):
     engine: Literal["native", "vllm"] = Field(
-        "native", description="rollout engine; vllm: in the same processes, on all ranks"
+        "native", description="Rollout engine; vllm runs in the same processes, on all ranks."
     )
     kv_cache_gb: float | Literal["auto"] = Field(
-        "auto", description="of one rank; auto: what the call needs, within what is free"
+        "auto", description="Cache of a rank in GB; auto: what the call needs, within what is free."
     )
-    block_size: int = Field(32, ge=1, description="tokens of a cache block")
-    max_running: int = Field(256, ge=1, description="sequences decoded together on one replica")
-    prefill_tokens: int = Field(2048, ge=1, description="prompt tokens per engine step")
-    cuda_graphs: bool = Field(True, description="replay decode steps as CUDA graphs")
+    block_size: int = Field(32, ge=1, description="Tokens per cache block, at least 1.")
+    max_running: int = Field(
+        256, ge=1, description="Samples decoded together on one replica, at least 1."
+    )
+    prefill_tokens: int = Field(
+        2048, ge=1, description="Most prompt tokens per engine step, at least 1."
+    )
+    cuda_graphs: bool = Field(True, description="Replay decode steps as CUDA graphs.")
     sync_bucket_mb: int = Field(
-        256, ge=1, description="a weight sync stages two of these on a rank, at most"
+        256, ge=1, description="Bucket of a weight sync, in MB; a rank stages two at most."
     )
     sync_check_every: int = Field(
         20,
         ge=0,
-        description="syncs; compare all checksums after the first and every so many; sums of "
-        "tensors and log-probabilities of fixed rows after each; 0: nothing",
+        description="Compare full checksums after the first sync and then every N syncs; "
+        "cheaper checks (tensor sums, log-probabilities of fixed rows) run after every sync; 0: "
+        "none.",
     )
 
 
 class SamplingSection(Section):
     temperature: float = Field(
-        1.0, ge=0, le=1000, description="0: greedy (evaluation only), else 0.001 to 1000"
+        1.0, ge=0, le=1000, description="Temperature, 0.001 to 1000; 0: greedy (evaluation only)."
     )
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1: off")
-    top_k: int = Field(0, ge=0, description="0: off")
-    min_p: float = Field(0.0, ge=0, lt=1, description="share of the best probability; 0: off")
-    max_tokens: int = Field(256, ge=1, description="of a response")
-    stop: tuple[str, ...] = Field((), description="texts that end a response")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus probability, above 0; 1: off.")
+    top_k: int = Field(0, ge=0, description="Most likely tokens to choose from; 0: off.")
+    min_p: float = Field(
+        0.0, ge=0, lt=1, description="Least probability as a share of the best, below 1; 0: off."
+    )
+    max_tokens: int = Field(256, ge=1, description="Most tokens of a response, at least 1.")
+    stop: tuple[str, ...] = Field((), description="Texts that end a response.")
     stop_token_ids: tuple[TokenId, ...] = Field(
-        (), description="tokens that end a response, beside the end of text"
+        (), description="Token ids that end a response, as well as the end of text."
     )
 
     @field_validator("temperature")
@@ -188,82 +203,94 @@ class SamplingSection(Section):
 
 class RewardSection(Section):
     function: Place | None = Field(
-        None, description="math | reasoning_gym | exact | number | format | module:f"
+        None, description="Function: math | reasoning_gym | exact | number | format | module:f."
     )
-    role: str | None = Field(None, description="or: a reward model, or a role of your own")
-    weight: float = Field(1.0, description="factor in the sum")
+    role: str | None = Field(
+        None, description="Role that scores instead: a reward model or your own."
+    )
+    weight: float = Field(1.0, description="Factor of this reward in the sum.")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="of a built-in; keyword arguments of a function"
+        default_factory=dict, description="Options of a built-in; keyword arguments of a function."
     )
 
 
 class RewardPoolSection(Section):
-    num_workers: int = Field(1, ge=1, description="subprocesses per rank")
-    timeout_s: float = Field(10.0, gt=0, description="per sample")
-    memory_gb: float = Field(4.0, gt=0, description="per subprocess")
-    failed_reward: float = Field(0.0, description="of a sample whose reward function failed")
+    num_workers: int = Field(1, ge=1, description="Subprocesses per rank, at least 1.")
+    timeout_s: float = Field(10.0, gt=0, description="Limit of one call of a function, in seconds.")
+    memory_gb: float = Field(4.0, gt=0, description="Memory limit of one subprocess, in GB.")
+    failed_reward: float = Field(0.0, description="Reward of a sample whose function failed.")
     max_failed_share: float = Field(
         0.95,
         gt=0,
         le=1,
-        description="share of a function's last calls (8 at least) on a rank that have failed, "
-        "from which on the run ends",
+        description="Share of failed calls, above 0 and at most 1, that ends the run: among a "
+        "function's last calls on a rank, at least 8.",
     )
     environment: tuple[str, ...] = Field(
         (),
-        description="names of environment variables that functions see beside the usual ones, "
-        "e.g. a judge's token; * stands for any text",
+        description="Environment variables that functions see in addition to the usual ones, "
+        "e.g. a judge's token; * matches any text.",
     )
 
 
 class CheckpointSection(Section):
-    every: int = Field(0, ge=0, description="steps; 0: only at the end")
-    keep_last: int = Field(2, ge=1, description="checkpoints to keep")
-    keep_every: int = Field(0, ge=0, description="and those of every so many steps; 0: none")
-    resume: bool = Field(True, description="continue from run_dir's latest checkpoint")
+    every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep, at least 1.")
+    keep_every: int = Field(0, ge=0, description="Keep those of every N-th step as well; 0: none.")
+    resume: bool = Field(True, description="Resume from run_dir's latest checkpoint.")
     export: bool | int = Field(
-        True, description="write run_dir/model at the end; a number: and every so many steps"
+        True, description="Write run_dir/model at the end; N: also a model_step_* every N steps."
     )
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="of the exported weights; auto: that of the files that the model was read from",
+        description="Dtype of the exported weights; auto: that of the files the model came from.",
     )
     journal_kv: bool | Literal["auto"] = Field(
         "auto",
-        description="a stop in generation saves the key-value cache, so that it goes on bit for "
-        "bit; auto: on a CPU",
+        description="Save the key-value cache at a stop in generation, which then resumes bit "
+        "for bit; auto: on a CPU.",
     )
 
 
 class LogSection(Section):
-    tensorboard: bool = Field(True, description="write TensorBoard files")
-    text_samples: int = Field(2, ge=0, description="prompt and response texts per step")
+    tensorboard: bool = Field(True, description="Write TensorBoard files.")
+    text_samples: int = Field(2, ge=0, description="Prompts and responses logged per step.")
     progress: bool = Field(
-        True, description="bars within long phases on a terminal, lines now and then in a log"
+        True, description="Show long phases as bars on a terminal, or as occasional lines in a log."
     )
 
 
 class Config(Section):
     """The whole configuration of a run."""
 
-    flow: Place = Field("grpo", description="shipped flow, or path/to/my_flow.py:function")
-    environment: Place | None = Field(None, description="module:Class in place of the flow's own")
-    trainer: Place | None = Field(None, description="module:Class in place of the flow's own")
-    seed: int = Field(0, ge=-(2**63), lt=2**63, description="of all random numbers")
-    steps: int = Field(ge=1, description="rollouts, each with its updates")
-    run_dir: Place = Field(min_length=1, description="metrics, checkpoints, report, model")
+    flow: Place = Field("grpo", description="Shipped flow, or path/to/my_flow.py:function.")
+    environment: Place | None = Field(
+        None, description="module:Class in place of the flow's own environment."
+    )
+    trainer: Place | None = Field(
+        None, description="module:Class in place of the flow's own trainer."
+    )
+    seed: int = Field(0, ge=-(2**63), lt=2**63, description="Seed of all random numbers.")
+    steps: int = Field(
+        ge=1, description="Training steps, at least 1; each draws its data and then updates."
+    )
+    run_dir: Place = Field(
+        min_length=1, description="Directory of metrics, checkpoints, report and exported model."
+    )
     lag: Literal[0, 1] = Field(
-        0, description="1: the next step's samples are drawn while the policy is updated"
+        0, description="1: sample the next step during the update; 0: after it."
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where ranks compute")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Device of the ranks; auto takes GPUs if there are any."
+    )
     memory_gb: float | None = Field(
-        None, gt=0, description="of a rank's device, for all roles; default: what it has"
+        None, gt=0, description="Device memory of a rank for all roles, in GB; default: all it has."
     )
-    timeout_s: float = Field(1800.0, gt=0, description="of a collective")
+    timeout_s: float = Field(1800.0, gt=0, description="Timeout of one collective, in seconds.")
     limits: dict[str, float] = Field(
         default_factory=dict,
-        description="seconds without progress, by phase, that end a run as hung; `default` for the "
-        "others: 0.9 of timeout_s",
+        description="Seconds without progress, by phase, after which the run ends as hung; "
+        "`default` is for all other phases (0.9 of timeout_s).",
     )
     model: ModelSection
     roles: dict[str, RoleSection]
@@ -282,14 +309,14 @@ class Config(Section):
     @field_validator("roles", mode="before")
     @classmethod
     def _drop_removed_roles(cls, roles: Any) -> Any:
-        """`roles.reference: null` takes away a role that an included file has."""
+        """Drop roles set to null: `roles.reference: null` removes an included file's role."""
         return without_null(roles)
 
     def role_kind(self, name: str) -> str:
         return self.roles[name].kind or name
 
     def data_kind(self) -> DataKind:
-        """What a row of the data is; a flow of the user's own has prompts where it says nothing."""
+        """Kind of the rows of the data; a user's own flow has prompts unless it says otherwise."""
         return self.data.kind or FLOW_DATA.get(self.flow, "prompts")
 
     def is_trained(self, name: str) -> bool:
@@ -297,7 +324,7 @@ class Config(Section):
         return self.role_kind(name) in ("policy", "value") if trained is None else trained
 
     def train_section(self, name: str) -> TrainSection:
-        """`train`, with what `roles.NAME.train` says otherwise."""
+        """`train`, overridden by the keys of `roles.NAME.train`."""
         own = self.roles[name].train
         return (
             TrainSection.model_validate({**self.train.model_dump(), **own}) if own else self.train
@@ -307,11 +334,11 @@ class Config(Section):
         return Path(self.roles[role].model or self.model.path)
 
     def value_warmup(self, name: str) -> int:
-        """The run's first steps that do not train the role `name`: PPO's policy may wait."""
+        """Number of first steps that do not train the role `name`: PPO's policy may wait."""
         waits = self.flow == "ppo" and self.role_kind(name) == "policy"
         return min(self.algorithm.value_warmup_steps, self.steps) if waits else 0
 
     def num_optimizer_steps(self, name: str) -> int:
-        """Optimizer steps of the role in the whole run, if every minibatch moves it."""
+        """Optimizer steps of the role in the whole run, if every minibatch updates it."""
         train = self.train_section(name)
         return (self.steps - self.value_warmup(name)) * train.epochs * train.num_minibatches

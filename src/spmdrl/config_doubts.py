@@ -1,4 +1,4 @@
-"""What a configuration says in vain, or against a paper: warned of once, when a run starts."""
+"""Warnings, given once when a run starts: keys without effect, or against their paper."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ FLOW_ROLES: Mapping[str, tuple[str, ...]] = {
     "grpo": ("policy", "reference", "teacher"),
     "ppo": ("policy", "reference", "value"),
 }
-"""Shipped flow -> the roles that it asks, beside a rollout and those that reward."""
+"""Shipped flow -> the roles that it calls, except a rollout and those that reward."""
 
 PHASES = (
     *("default", "start", "sync", "rollout", "reward", "logprobs", "update", "reference"),
     *("evaluation", "checkpoint", "stopping"),
 )
-"""What `limits` can name in a shipped flow."""
+"""Names that `limits` can have in a shipped flow."""
 
 COLUMNS: Mapping[DataKind, tuple[str, ...]] = {
     "prompts": ("messages",),
@@ -34,15 +34,16 @@ COLUMNS: Mapping[DataKind, tuple[str, ...]] = {
 """Kind of data -> the names of `columns` that it reads."""
 
 DRAWN = ("threshold", "num_samples", "k", "sampling", "against")
-"""Keys of a held-out set that say how answers are drawn and judged."""
+"""Keys of a held-out set for sampling and judging responses."""
 
 RECIPES = ("policy_loss", "loss_mean", "clip_low", "clip_high")
 
 
 def doubts(config: Config) -> list[str]:
-    """Sentences, each on keys that go together badly or have no effect as things are.
+    """Sentences, each on keys that fit together badly or have no effect in this configuration.
 
-    What a flow of the user's own reads is not known: of it only roles and data are judged.
+    Nobody knows which keys a user's own flow reads, so the `algorithm` keys and roles that a
+    shipped flow would ignore are judged for shipped flows only.
     """
     found = [*_of_roles(config), *_of_evaluation(config), *_of_data(config)]
     found += [*_of_checkpoints(config), *_of_devices(config)]
@@ -54,7 +55,7 @@ def doubts(config: Config) -> list[str]:
 
 
 def _of_flow(config: Config) -> Iterator[str]:
-    """What a shipped flow never asks."""
+    """Roles and keys that a shipped flow never reads."""
     lists = [config.rewards, *(described.rewards for described in held_out_sets(config).values())]
     judges = {reward.role for rewards in lists for reward in rewards}
     asked = {*FLOW_ROLES[config.flow], *judges}
@@ -91,7 +92,7 @@ def _of_checkpoints(config: Config) -> Iterator[str]:
 
 
 def _of_devices(config: Config) -> Iterator[str]:
-    """Keys of GPUs where there is none."""
+    """Keys of devices and groups that the run does not have."""
     names = ["cuda_graphs"]
     yield from _in_vain(
         config.rollout, "rollout", names, "a GPU (device=cpu)", config.device != "cpu"
@@ -102,7 +103,7 @@ def _of_devices(config: Config) -> Iterator[str]:
 
 
 def _of_algorithm(config: Config) -> Iterator[str]:
-    """Keys of `algorithm` that others switch off, or that are no paper's."""
+    """Keys of `algorithm` that others switch off, or that differ from their paper."""
     algorithm = config.algorithm
     if config.flow not in ("grpo", "ppo"):
         return
@@ -210,7 +211,7 @@ def _of_evaluation(config: Config) -> Iterator[str]:
 
 
 def _of_held_out(config: Config) -> Iterator[str]:
-    """How answers are drawn and judged, where none are."""
+    """Keys for sampling and judging responses, where none are sampled."""
     sets, has_rollout = held_out_sets(config), _draws(config)
     most, held_out = config.evaluation.max_items, config.evaluation.held_out
     if most is not None and isinstance(held_out, int) and not config.evaluation.sets:
@@ -237,7 +238,7 @@ def _of_data(config: Config) -> Iterator[str]:
     lists = [config.rewards, *(described.rewards for described in held_out_sets(config).values())]
     if pool.model_fields_set and not any(r.function for rewards in lists for r in rewards):
         yield f"{_keys('reward_pool', pool)}: no effect without a reward function"
-    # a held-out set takes over what data.train says
+    # a held-out set inherits data.train's keys
     kinds = {kind, *(s.kind or kind for s in held_out_sets(config).values())}
     yield from _of_source(data.train, "data.train", kinds, data.train.model_fields_set)
     for number, entry in enumerate(data.mix):
@@ -253,11 +254,11 @@ def _of_data(config: Config) -> Iterator[str]:
 def _of_source(
     source: PromptsSection, where: str, kinds: Collection[DataKind], given: Collection[str]
 ) -> Iterator[str]:
-    """Keys that only some sources have, and those that only some kinds of data have.
+    """Keys for only some sources, and keys for only some kinds of data.
 
     Args:
-        kinds: of what is read with the section's keys.
-        given: the keys that it gives itself.
+        kinds: kinds of the data that are read with the section's keys.
+        given: the keys that the section sets itself.
     """
     is_task, is_hub = (source.source.startswith(f"{name}:") for name in ("reasoning_gym", "hub"))
 
@@ -285,7 +286,7 @@ def _of_source(
 def _in_vain(
     section: BaseModel, where: str, names: Sequence[str], needs: str, holds: bool
 ) -> Iterator[str]:
-    """A sentence for each key that is set though what it needs does not hold."""
+    """A sentence for each key that differs from its default although `needs` does not hold."""
     if holds:
         return
     values = section.model_dump(include=set(names) & section.model_fields_set)

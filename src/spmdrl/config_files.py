@@ -1,4 +1,4 @@
-"""From YAML files, the environment and `key=value` words to a checked `Config`."""
+"""Loader of a checked `Config` from YAML files, the environment and `key=value` words."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, trains: bool
     """Read `path` with its includes, apply `key=value` overrides, check everything.
 
     Args:
-        trains: whether the configuration is to train by; False: to answer prompts by.
+        trains: the configuration is for training; False: only for answering prompts.
 
     Raises:
         ValueError: a missing or malformed file, an unknown key, a wrong value, or two keys that do
-            not fit together; the message names the keys, the values and the mend.
+            not fit together; the message names the keys, the values and the fix.
     """
     merged = _read(Path(path), ())
     for word in overrides:
@@ -55,7 +55,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, trains: bool
 
 
 def parse_config(values: Any, origin: str) -> Config:
-    """`values` (nested dicts) as a `Config`; ValueError lists every bad key with a suggestion."""
+    """Make a `Config` of nested dicts; ValueError lists every bad key with a suggestion."""
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -81,7 +81,7 @@ def parse_config(values: Any, origin: str) -> Config:
 
 @contextmanager
 def _told(values: Any, where: str, prefix: str) -> Iterator[None]:
-    """A mapping's bad keys become one ValueError that says where it stands."""
+    """Turn the bad keys of a mapping into one ValueError that names its place."""
     try:
         yield
     except ValidationError as error:
@@ -89,7 +89,7 @@ def _told(values: Any, where: str, prefix: str) -> Iterator[None]:
 
 
 def _problems(error: ValidationError, values: Any, prefix: str, origin: str) -> str:
-    """A line for every bad key, which `prefix` completes."""
+    """One line per bad key; `prefix` completes the key's name."""
     problems: dict[str, list[Any]] = {}
     for detail in error.errors():
         problems.setdefault(prefix + _key_of(detail, values), []).append(detail)
@@ -135,7 +135,7 @@ def _override(config: DictConfig, word: str) -> None:
 
 
 def _substitute(text: str, origin: str) -> str:
-    """`${NAME:default}` replaced from the environment, before YAML gives the text its types."""
+    """Replace `${NAME:default}` from the environment, before YAML gives the text its types."""
 
     def value_of(match: re.Match[str]) -> str:
         name, default = match.group(1), match.group(2)
@@ -166,7 +166,7 @@ def _key_of(detail: Mapping[str, Any], values: Any) -> str:
 
 
 def _problem(key: str, details: Sequence[Mapping[str, Any]]) -> str:
-    """What is wrong with one key: a union gives a message for each of its choices."""
+    """Message on one key; pydantic gives one detail for each choice of a union."""
     if details[0]["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_suggestion(key)}"
     if details[0]["type"] == "missing":

@@ -13,16 +13,16 @@ from typing_extensions import is_typeddict
 from spmdrl.config import Config
 
 WILDCARDS = {"roles": "NAME", "rewards": "0"}
-"""What stands for the user's own role names and list places in `known_keys`."""
+"""Placeholders in `known_keys` for the user's role names and for list indices."""
 
 
 def known_keys() -> list[str]:
-    """All keys of the configuration, dotted; a role's keys stand under `roles.NAME`."""
+    """All dotted keys of the configuration; a role's keys are under `roles.NAME`."""
     return [key for key, _ in _fields(Config, "")]
 
 
 def key_table() -> str:
-    """All keys with what they take, their default and their meaning, as a Markdown table."""
+    """Markdown table of all keys: accepted values, default and meaning."""
     lines = ["| key | takes | default | |", "|---|---|---|---|"]
     for key, field in _fields(Config, ""):
         default = (

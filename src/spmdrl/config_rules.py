@@ -1,4 +1,4 @@
-"""The rules of a configuration that name two keys."""
+"""Rules of a configuration that involve two keys."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ NEEDED = {
     "online_dpo": ("reference",),
     "ppo": ("value",),
 }
-"""Shipped flow -> the roles that it needs beside policy and rollout: those two are all that
-`spmdrl eval` and `generate` need of a configuration.
-"""
+"""Shipped flow -> the roles that it needs, besides the policy and rollout of flows that sample."""
 
 KL_ERROR_LIMIT = 0.2
 """`ERROR_LIMIT` of the adaptive KL coefficient."""
@@ -37,11 +35,7 @@ SAMPLING = ("grpo", "ppo", "online_dpo")
 
 
 def check_crossed(config: Config) -> None:
-    """The rules that name two keys.
-
-    Raises:
-        ValueError: naming both keys and both values.
-    """
+    """Check the rules that involve two keys. ValueError names both keys and both values."""
     data, algorithm = config.data, config.algorithm
     _check_roles(config)
     _check_backends(config)
@@ -75,11 +69,7 @@ def check_crossed(config: Config) -> None:
 
 
 def check_training(config: Config) -> None:
-    """What would go wrong in training alone.
-
-    Raises:
-        ValueError: naming the keys and values.
-    """
+    """Check the rules that only training needs. ValueError names the keys and values."""
     data, algorithm = config.data, config.algorithm
     check_updated(config)
     if config.flow in SAMPLING and config.sampling.temperature == 0:
@@ -148,7 +138,7 @@ def _check_k(k: Sequence[int], num_samples: int, where: str) -> None:
 
 
 def _check_roles(config: Config) -> None:
-    """What the shipped flow needs of the roles, and of what they are asked to do."""
+    """Check that the roles, and their settings, are those that the shipped flow needs."""
     kinds = [config.role_kind(name) for name in config.roles]
     for role in NEEDED.get(config.flow, ()):
         if role not in config.roles:
@@ -199,7 +189,7 @@ def _check_policy_loss(config: Config) -> None:
 
 
 def _check_freeze(config: Config, name: str) -> None:
-    """Only what is trained can be frozen, and by the torch backend alone."""
+    """Refuse `freeze` of roles that are not trained, and with backends other than torch."""
     given = config.roles[name].freeze
     if not given:
         return
@@ -216,7 +206,7 @@ def _check_freeze(config: Config, name: str) -> None:
 
 
 def _check_backends(config: Config) -> None:
-    """Pipelines and sequence parallelism are Megatron's."""
+    """Refuse pipelines and sequence parallelism without Megatron."""
     for name, role in config.roles.items():
         kind = config.role_kind(name)
         has_model = kind != "rollout" and ":" not in kind
@@ -347,7 +337,7 @@ def _check_memory(config: Config) -> None:
 
 
 def _check_updates(config: Config) -> None:
-    """Epochs and minibatches are those of trained roles, each with its own."""
+    """Refuse update keys, such as epochs and minibatches, of roles that are not trained."""
     for name, role in config.roles.items():
         if not config.is_trained(name):
             for key in (key for key in UPDATE_KEYS if key in role.train):

@@ -1,4 +1,4 @@
-"""The data sets of a configuration, complete: what `data.mix` and `evaluation.sets` build on."""
+"""Complete data sets of a configuration: `data.mix` and `evaluation.sets` with inherited keys."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from spmdrl.config_algorithms import Section
 from spmdrl.config_data import DataKind, Place, PromptsSection
 
 ROWS = ("task", "size", "split", "seed", "part", "unique", "keep_shortest")
-"""Keys of `data.train` that choose rows: a source of its own does not take them over."""
+"""Keys of `data.train` that choose rows: a set with its own source does not inherit them."""
 
 HELD_OUT = "held_out"
-"""The set that `evaluation.held_out` takes out of data.train."""
+"""Name of the set that `evaluation.held_out` takes out of data.train."""
 
 START = "start"
-"""`against`: the answers that the run itself gave before its first step."""
+"""Value of `against` for the run's own responses before its first step."""
 
 
 class WeightedSource(PromptsSection):
-    weight: float = Field(1.0, gt=0, description="share of a step, beside the other sources'")
+    weight: float = Field(1.0, gt=0, description="Share of a step, relative to the others'.")
 
 
 class HeldOutSet(Section):
-    """A held-out set with all that is said of it.
+    """A held-out set with all its settings.
 
     Args:
-        data: None: questions kept out of data.train.
-        kind: None: what the flow's data are.
+        data: its source; None: questions kept out of data.train.
+        kind: kind of its rows; None: that of the flow's data.
     """
 
     data: PromptsSection | None = None
@@ -50,13 +50,13 @@ class HeldOutSet(Section):
 
 
 def train_sources(config: Config) -> list[WeightedSource]:
-    """`data.train`, then those of `data.mix`."""
+    """Sources of training data: `data.train`, then those of `data.mix`."""
     mixed = [mixed_source(config, entry) for entry in config.data.mix]
     return [WeightedSource.model_validate(config.data.train.model_dump()), *mixed]
 
 
 def uses_chat(config: Config) -> bool:
-    """Whether some data go through the chat template."""
+    """Whether any data go through the chat template."""
     own = [described.data for described in held_out_sets(config).values()]
     return any(section.chat for section in (*train_sources(config), *own) if section is not None)
 
@@ -66,8 +66,8 @@ class RowsRead:
     """Rows that a run reads.
 
     Args:
-        data_key, data_tokens: the section that describes them, and its max_tokens.
-        sampling_key, sampling: how answers to them are drawn; None: they hold their answers.
+        data_key, data_tokens: key of the section that describes them, and its max_tokens.
+        sampling_key, sampling: settings for responses to them; None: the rows hold their own.
     """
 
     data_key: str
@@ -77,11 +77,11 @@ class RowsRead:
 
     @property
     def longest(self) -> int:
-        """Tokens of a row, at most."""
+        """Most tokens of a row."""
         return self.data_tokens + (0 if self.sampling is None else self.sampling.max_tokens)
 
     def describe(self) -> str:
-        """What `longest` comes from, as part of a sentence."""
+        """Derivation of `longest`, as part of a sentence."""
         data = f"{self.data_key}.max_tokens={self.data_tokens}"
         if self.sampling is None:
             return f"{data} allows rows of {self.longest} tokens"
@@ -90,8 +90,8 @@ class RowsRead:
 
 
 def rows_read(config: Config) -> list[RowsRead]:
-    """Those of training, then those of each held-out set. Answers to prompts are sampled; for
-    held-out ones that takes a rollout.
+    """List the rows of training, then those of each held-out set; responses to held-out prompts
+    are counted only if there is a rollout to sample them.
     """
     kind, samples = config.data_kind(), "rollout" in map(config.role_kind, config.roles)
     sources = train_sources(config)
@@ -128,10 +128,10 @@ def mixed_source(config: Config, entry: Mapping[str, Any]) -> WeightedSource:
 
 
 def described_sets(config: Config) -> dict[str, dict[str, Any]]:
-    """What is said of each held-out set, `held_out` first.
+    """The keys given for each held-out set, `held_out` first.
 
     Raises:
-        ValueError: `data` or `sampling` of a set holds no keys.
+        ValueError: `data` or `sampling` of a set is not a mapping.
     """
     own: dict[str, dict[str, Any]] = {HELD_OUT: {}} if config.evaluation.held_out else {}
     for name, given in config.evaluation.sets.items():
@@ -149,7 +149,7 @@ def held_out_sets(config: Config) -> dict[str, HeldOutSet]:
 
 
 def held_out_set(config: Config, given: Mapping[str, Any]) -> HeldOutSet:
-    """What is said of a set, completed by the sections that it builds on."""
+    """Complete the given keys of a set with those of the sections that it inherits from."""
     shared = {"threshold", "num_samples", "k", "against", "max_items"}
     completed = {
         "rewards": config.model_dump(include={"rewards"})["rewards"],

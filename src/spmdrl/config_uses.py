@@ -1,6 +1,6 @@
-"""Which keys a shipped flow and the kinds of role read: what they would ignore is refused.
+"""Keys that each shipped flow and kind of role reads; keys that they would ignore are refused.
 
-A trainer or a flow of the user's own may read any of them.
+A user's own trainer or flow may read any of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PREFERENCE_FLOWS = ("dpo", "online_dpo")
 """Shipped flows that read `preference`."""
 
 SAMPLING_FLOWS = ("grpo", "ppo", "online_dpo")
-"""Shipped flows with an environment, which can draw samples ahead."""
+"""Shipped flows with an environment, which can sample one step ahead."""
 
 
 UPDATED: Mapping[str, tuple[str, ...]] = {
@@ -45,11 +45,11 @@ UPDATED: Mapping[str, tuple[str, ...]] = {
     "ppo": ("policy", "value"),
     **dict.fromkeys(("sft", "dpo", "online_dpo", "grpo"), ("policy",)),
 }
-"""Shipped flow -> the roles that it updates, each of the kind that it is named after."""
+"""Shipped flow -> the roles that it updates; each has its kind as its name."""
 
 
 def check_updated(config: Config) -> None:
-    """That the roles which the flow's own trainer updates can be.
+    """Check that the roles that the shipped trainer updates are trained, and of the right kind.
 
     Raises:
         ValueError: naming the role's key.
@@ -72,10 +72,10 @@ def check_updated(config: Config) -> None:
 
 
 def check_used(config: Config) -> None:
-    """That the flow reads what is said of its algorithm.
+    """Check that the shipped flow reads the keys that are set.
 
     Raises:
-        ValueError: a key that is set and that the shipped flow ignores, naming who reads it.
+        ValueError: a key that is set and that the flow ignores, naming the flows that read it.
     """
     if config.flow not in ALGORITHM_KEYS:
         return
@@ -96,7 +96,7 @@ def check_used(config: Config) -> None:
 
 
 def _given(config: Config) -> Iterator[tuple[str, object, list[str]]]:
-    """The keys that are set, their values, and the shipped flows that read them."""
+    """Keys that are set, their values, and the shipped flows that read them."""
     yield from _of_sampling(config)
     for name in sorted(config.algorithm.model_fields_set):
         flows = [flow for flow, keys in ALGORITHM_KEYS.items() if name in keys]
@@ -106,7 +106,7 @@ def _given(config: Config) -> Iterator[tuple[str, object, list[str]]]:
 
 
 def _of_sampling(config: Config) -> Iterator[tuple[str, object, list[str]]]:
-    """The keys of flows that sample, whoever trains."""
+    """Keys that only flows that sample read, whatever the trainer is."""
     if config.lag:
         yield "lag", config.lag, list(SAMPLING_FLOWS)
     if config.environment is not None:
@@ -114,7 +114,7 @@ def _of_sampling(config: Config) -> Iterator[tuple[str, object, list[str]]]:
 
 
 def check_role_used(config: Config, name: str) -> None:
-    """Options are of a role of the user's own; that and a rollout have no trainer of this project.
+    """Refuse options of built-in roles, and training keys of rollouts and users' own roles.
 
     Raises:
         ValueError: naming the key.

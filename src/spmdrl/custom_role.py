@@ -1,4 +1,4 @@
-"""A user's own role: a class with a few functions, on ranks of its own like any other role."""
+"""Users' own roles: a class with a few functions, placed on ranks like any other role."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ OPTIONAL = {
     "save_state": (),
     "load_state": ("tensors",),
 }
-"""The functions that a role must have and may have -> the arguments of their calls."""
+"""Functions that a role must have, and those that it may have -> the arguments of their calls."""
 
 SCORES = "scores"
-"""The row column of a role that `rewards` names."""
+"""Row column that a role returns if `rewards` names it."""
 
 DECLARED = "declared"
-"""The part of a role of the user's own, of which only the size is known."""
+"""Name of a user's role's only part, of which the plan knows only the size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Custom:
-    """What the plan needs to know of a role of the user's own.
+    """Facts about a user's own role that the plan needs.
 
     Args:
-        num_bytes: that each of its ranks has on its device; None: it does not say.
-        device: where it computes, without an index.
+        num_bytes: bytes on the device of each of its ranks; None: the role does not say.
+        device: device type on which it computes, without an index.
     """
 
     num_bytes: int | None
@@ -55,14 +55,14 @@ class Custom:
 
 @dataclass(frozen=True, kw_only=True)
 class RoleContext:
-    """What a user's role is given on the ranks where it runs.
+    """Arguments of a user's role on the ranks where it runs.
 
     Args:
-        name: of the role in the configuration.
-        mesh: its ranks and groups; each replica (`dp`) gets rows of its own.
-        device: where this rank computes.
+        name: name of the role in the configuration.
+        mesh: its ranks and groups; each replica (`dp`) gets its own rows.
+        device: device on which this rank computes.
         model: the directory that `roles.NAME.model` or `model.path` names.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     name: str
@@ -73,12 +73,12 @@ class RoleContext:
 
 
 class UserRole(Protocol):
-    """What the class behind `kind: module:Class` offers. It is made on every rank with
-    `roles.NAME.options` as keyword arguments; `setup` and the steps run on the role's ranks alone.
+    """Interface of the class behind `kind: module:Class`. Every rank makes one with
+    `roles.NAME.options` as keyword arguments; `setup` and the steps run only on the role's ranks.
 
-    `needs` names the columns that travel to the role: tensors, or texts (`prompt_text`, `response`,
-    `answer`). `returns` says what comes home. What else it may offer: `Trains`, `Evaluates`,
-    `Saves` and `Loads` (both, or neither), `Sized`.
+    `needs` names the columns sent to the role: tensors, or texts (`prompt_text`, `response`,
+    `answer`). `returns` declares the columns that come home. Optional interfaces: `Trains`,
+    `Evaluates`, `Saves` and `Loads` (both, or neither), `Sized`.
     """
 
     needs: Sequence[str]
@@ -87,7 +87,7 @@ class UserRole(Protocol):
     def setup(self, context: RoleContext) -> None: ...
 
     def forward_step(self, batch: Batch) -> Mapping[str, Tensor]:
-        """The columns of `returns` for these rows: `[T]` token columns, `[B]` row columns."""
+        """The columns of `returns` for these rows: token columns `[T]`, row columns `[B]`."""
         ...
 
 
@@ -100,45 +100,45 @@ class Trains(Protocol):
 
 @runtime_checkable
 class Evaluates(Protocol):
-    """A role that evaluations ask by `eval_step` in place of `forward_step`."""
+    """A role whose `eval_step` evaluations call in place of `forward_step`."""
 
     def eval_step(self, batch: Batch) -> Mapping[str, Tensor]: ...
 
 
 @runtime_checkable
 class Saves(Protocol):
-    """A role that changes: its tensors by name are in every checkpoint, for each rank its own."""
+    """A role with state: every checkpoint holds its tensors by name, separately for each rank."""
 
     def save_state(self) -> Mapping[str, Tensor]: ...
 
 
 @runtime_checkable
 class Loads(Protocol):
-    """They come back on the same ranks, after `setup`."""
+    """A role that takes its saved tensors back, on the same ranks and after `setup`."""
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None: ...
 
 
 @runtime_checkable
 class Sized(Protocol):
-    """A role that says, as soon as it is made, what each of its ranks will have on its device from
-    `setup` on, in bytes: the memory plan counts it, and refuses what does not fit beside it.
+    """A role that declares, as soon as it is made, the bytes that each of its ranks occupies on its
+    device from `setup` on: the memory plan counts them and refuses what does not fit.
     """
 
     device_bytes: int
 
 
 def declared_bytes(user: UserRole) -> int | None:
-    """None: the role does not say."""
+    """Bytes that the role declares per rank; None: it declares none."""
     return user.device_bytes if isinstance(user, Sized) else None
 
 
 def make_user_role(name: str, where: str, options: Mapping[str, Any]) -> UserRole:
-    """The object behind `kind: module:Class`, checked.
+    """Make and check the object behind `kind: module:Class`.
 
     Raises:
-        ValueError: it cannot be made with these options; something that a role needs is missing, is
-            no function of the arguments that it will be given, or is only half there.
+        ValueError: it cannot be made with these options; something that a role needs is missing, or
+            does not take the arguments of its calls; or it only saves, or only loads.
     """
     kind = load_object(where, f"roles.{name}.kind")
     key = f"roles.{name}.kind={where}"
@@ -152,7 +152,7 @@ def make_user_role(name: str, where: str, options: Mapping[str, Any]) -> UserRol
         ) from None
     try:
         user: UserRole = kind(**options)
-    # The user's own code may raise anything; all of it means that there is no such role.
+    # The user's own code may raise anything; whatever it is, the role cannot be made.
     except Exception as error:
         raise ValueError(told(f"{key} cannot be made: {headline(error)}", error)) from error
     try:
@@ -163,7 +163,7 @@ def make_user_role(name: str, where: str, options: Mapping[str, Any]) -> UserRol
 
 
 class CustomRole:
-    """The handle of a user's role.
+    """Handle of a user's role.
 
     Methods: `forward(batch)` and `evaluate(batch)` return the declared columns of the home rows;
     `train(batch)` returns `train_step`'s metrics.
@@ -177,13 +177,13 @@ class CustomRole:
         self.train = RoleMethod(self._train)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of the role on this rank."""
+        """The role's tensors on this rank that a checkpoint keeps."""
         if not self.mesh.is_member or not isinstance(self.user, Saves):
             return {}
         return dict(self.user.save_state())
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state` had returned on this rank."""
+        """Restore the tensors that `state` returned on this rank."""
         if not tensors:
             return
         if not isinstance(self.user, Loads):
@@ -252,11 +252,11 @@ class CustomRole:
 def checked_columns(
     where: str, rows: Batch, columns: Mapping[str, Tensor], returns: Sequence[Column]
 ) -> Batch:
-    """A role's columns as rows that can go home.
+    """Check a role's columns and pack them as rows that can go home.
 
     Raises:
-        ValueError: a declared column is missing, is no tensor, has not one entry per token or row,
-            has a value that is not finite or that its dtype does not hold (the first bad row is
+        ValueError: a declared column is missing, is not a tensor, has not one entry per token or
+            row, has a value that is not finite or does not fit its dtype (the first bad row is
             named), or is of another kind of number than declared.
     """
     tokens: dict[str, Tensor] = {}
@@ -286,10 +286,10 @@ def checked_columns(
 
 
 def _bad_entries(what: str, values: Tensor, column: Column) -> Tensor:
-    """The places along the first dim whose values the column's dtype cannot hold, int64.
+    """Indices along the first dim of values that the column's dtype cannot hold, int64.
 
     Raises:
-        ValueError: the dtype holds another kind of number: a cast would make up values.
+        ValueError: the dtype holds another kind of number, so a cast would change the values.
     """
     given, wanted = values.dtype, column.dtype
     if not torch.can_cast(given, wanted):
@@ -305,10 +305,10 @@ def _bad_entries(what: str, values: Tensor, column: Column) -> Tensor:
 
 
 def checked_metrics(where: str, metrics: Mapping[str, Any]) -> dict[str, float]:
-    """What `train_step` returned as plain numbers, which a checkpoint can keep.
+    """Convert the metrics that `train_step` returned to plain numbers, which a checkpoint can keep.
 
     Raises:
-        ValueError: it is no mapping, or an entry is no number; the key is named.
+        ValueError: they are not a mapping, or an entry is not a number; the key is named.
     """
     if not isinstance(metrics, Mapping):
         raise ValueError(f"{where} returned a {type(metrics).__name__}: return a dict of numbers")
@@ -316,7 +316,7 @@ def checked_metrics(where: str, metrics: Mapping[str, Any]) -> dict[str, float]:
     for key, value in metrics.items():
         try:
             found[str(key)] = float(value)
-        # what users compute with decides what is raised: a tensor of many values, a text, None
+        # the error depends on the value: a tensor of many values, a text, None
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{where} returned {key!r} as a {type(value).__name__}, which is no number: {error}"
@@ -325,10 +325,10 @@ def checked_metrics(where: str, metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check_scores(name: str, user: UserRole) -> None:
-    """That a role may be named in `rewards`.
+    """Check that `rewards` may name a role.
 
     Raises:
-        ValueError: it declares no row column `scores` with one number a row.
+        ValueError: it does not declare a row column `scores` with one number per row.
     """
     declared = {column.name: column for column in user.returns}
     wish = f"Column(name={SCORES!r}, kind='row')"
@@ -346,17 +346,17 @@ def check_scores(name: str, user: UserRole) -> None:
 
 
 def _are_all(kind: type, values: object) -> bool:
-    """Whether it is a list, or the like, of such values. (A text is one of texts, too.)"""
+    """Whether `values` is a collection of such values; a text does not count as one of texts."""
     if not isinstance(values, Collection) or isinstance(values, str):
         return False
     return all(isinstance(value, kind) for value in values)
 
 
 def check_user_role(name: str, user: UserRole) -> None:
-    """What the class offers, before anything is asked of it.
+    """Check the interface of a user's role before its first call.
 
     Raises:
-        ValueError: naming the role, the class, and what it lacks.
+        ValueError: naming the role, the class and the fault.
     """
     where = f"roles.{name}: the class {type(user).__name__}"
     offered = {attribute for attribute in dir(user) if not attribute.startswith("_")}

@@ -1,7 +1,7 @@
-"""`spmdrl doctor`: looks at every node of a job, and at what lies between them, before a run does.
+"""`spmdrl doctor`: checks of every node of a job, and of the network between them, before a run.
 
-Ranks report what they see; rank 0 compares. A node is bad when one of its ranks lacks something,
-when it differs from what most nodes have, or when it is slow to reach.
+Each rank reports what it finds, and all ranks compare the reports. A node is bad if one of its
+ranks has a problem, if it differs from most other nodes, or if it is slow.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from spmdrl.launch import World
 MAX_SKEW_S = 2.0
 MIN_SHM_GB, MIN_TMP_GB = 1.0, 1.0
 MIN_FILES, FILES_PER_RANK = 512, 12
-"""Open files of a rank: libraries, shards and a few connections; and for each rank of the world two
-for each of six roles over all ranks."""
+"""Open files that a rank needs: for libraries, shards and a few connections; and per rank of the
+world, two for each of six roles over all ranks."""
 MAX_TMP_PATH = 80
-"""Sockets' paths end at 107 bytes, and libraries append to this one."""
+"""Most characters of TMPDIR: socket paths have 107 bytes at most, and libraries extend it."""
 MIN_FREE_GPU = 0.9
-"""Of a GPU's memory: less is free where another process has some of it."""
+"""Least free share of a GPU's memory; if it is smaller, another process uses the GPU."""
 CANARY_S = 15.0
 
 _SIZES = (1 << 20, 1 << 24, 1 << 26)
@@ -43,12 +43,12 @@ _REPEATS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """One rank's.
+    """Findings of one rank.
 
     Args:
-        node: the name by which a scheduler knows the host.
-        versions: what must be equal on all nodes.
-        problems: what is wrong here.
+        node: the scheduler's name of the host.
+        versions: names and values that must be equal on all nodes.
+        problems: problems of this rank, as sentences.
     """
 
     rank: int
@@ -59,10 +59,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """Args:
-    lines: for people.
-    bad: nodes to leave out.
-    """
+    """Result of all checks: `lines` to print, and the names of `bad` nodes to leave out."""
 
     lines: tuple[str, ...]
     bad: tuple[str, ...]
@@ -71,12 +68,12 @@ class Diagnosis:
 def doctor(
     world: World, *, shared: Path | None, min_intra: float = 0.0, min_inter: float = 0.0
 ) -> Diagnosis:
-    """Every rank of the world calls it; the same diagnosis everywhere.
+    """Check all nodes. Every rank of the world calls it and gets the same diagnosis.
 
     Args:
-        shared: a directory that all nodes see alike; None: not checked.
-        min_intra, min_inter: bus bandwidth of an all-reduce within a node and between two nodes, in
-            GB/s (1e9 bytes), below which a node is bad.
+        shared: a directory that all nodes should share; None: not checked.
+        min_intra, min_inter: least bus bandwidth of an all-reduce within a node and between two
+            nodes, in GB/s (1e9 bytes); below it a node is bad.
     """
     problems = [*local_problems(world), *_skew(world)]
     if shared is not None:
@@ -99,11 +96,11 @@ def diagnose(
     min_intra: float = 0.0,
     min_inter: float = 0.0,
 ) -> Diagnosis:
-    """What follows from the reports and the measurements.
+    """Derive the diagnosis from the reports and the measurements.
 
     Args:
-        nodes: names in rank order.
-        intra: GB/s within each node; empty where a node has one rank.
+        nodes: names of the nodes in rank order.
+        intra: GB/s within each node; empty if nodes have one rank.
         inter: GB/s between pairs of nodes, by their indices.
     """
     lines, bad = [], dict.fromkeys(r.node for r in reports if r.problems)
@@ -129,7 +126,7 @@ def diagnose(
         if speed < min_inter:
             slow.update((a, b))
             lines.append(f"{nodes[a]} and {nodes[b]}: that is below {min_inter:g} GB/s")
-    # of a slow pair, the node that is slow with all its partners; both where that says nothing
+    # of a slow pair, blame the node that is slow with all its partners, or else both
     partners = Counter(index for pair in inter for index in pair)
     for a, b in inter:
         if inter[a, b] < min_inter:
@@ -139,7 +136,7 @@ def diagnose(
 
 
 def versions(world: World) -> dict[str, str]:
-    """What must be equal on all nodes."""
+    """Names and values that must be equal on all nodes."""
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -154,7 +151,7 @@ def versions(world: World) -> dict[str, str]:
 
 
 def local_problems(world: World) -> list[str]:
-    """What this rank lacks by itself."""
+    """Problems that this rank can find alone."""
     problems = []
     for place, least in (("/dev/shm", MIN_SHM_GB), (tempfile.gettempdir(), MIN_TMP_GB)):
         free = shutil.disk_usage(place).free / 1e9 if Path(place).is_dir() else 0.0
@@ -190,7 +187,7 @@ def _skew(world: World) -> list[str]:
 
 
 def _canary(world: World, shared: Path) -> list[str]:
-    """Whether a file that rank 0 writes is seen here."""
+    """Check that a file that rank 0 writes becomes visible here; returns the problems."""
     file, token = shared / f".spmdrl-canary-{secrets.token_hex(4)}", secrets.token_hex(16)
     file, token = broadcast_object((file, token), 0)
     problems = []
@@ -215,7 +212,7 @@ def _canary(world: World, shared: Path) -> list[str]:
 
 
 def _within_nodes(world: World) -> list[float]:
-    """GB/s of every node; empty where nodes have one rank."""
+    """GB/s within every node; empty if nodes have one rank."""
     if world.local_size == 1:
         return []
     speeds: list[float] = []
@@ -223,7 +220,7 @@ def _within_nodes(world: World) -> list[float]:
         ranks = list(range(first, first + world.local_size))
         group = dist.new_group(ranks)
         own = _bandwidth(world, group, len(ranks)) if world.rank in ranks else 0.0
-        # one node after the other: they may share a wire
+        # one node after the other: they may share a link
         speeds.append(max(gather_objects(own)))
     return speeds
 
@@ -242,11 +239,11 @@ def _between_nodes(world: World) -> dict[tuple[int, int], float]:
 
 
 def _bandwidth(world: World, group: dist.ProcessGroup, size: int) -> float:
-    """The best bus bandwidth of an all-reduce in GB/s: each byte crosses 2 (n - 1) / n times."""
+    """Best bus bandwidth of an all-reduce, in GB/s: each byte crosses 2 (n - 1) / n times."""
     best = 0.0
     for num_bytes in _SIZES:
         tensor = torch.zeros(num_bytes // 4, device=world.device)
-        dist.all_reduce(tensor, group=group)  # connections are made by the first
+        dist.all_reduce(tensor, group=group)  # the first call opens the connections
         for _ in range(_REPEATS):
             world.synchronize()
             began = time.perf_counter()

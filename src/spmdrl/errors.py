@@ -1,4 +1,4 @@
-"""Errors as users see them: said by one rank, and with the frames of their own code alone."""
+"""Errors for users: printed by one rank, with only the frames of the user's own code."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import traceback
 from pathlib import Path
 
 MAX_STORY = 4000
-"""Letters of an error's story; what is longer is cut at its end."""
+"""Most characters of an error's text; the rest is cut off."""
 
 _PACKAGE = f"{Path(__file__).resolve().parent}/"
 
 
 class AgreedError(ValueError):
-    """Bad input that every rank of the world raises alike: the first rank says it."""
+    """Bad input on which every rank of the world raises the same error: rank 0 prints it."""
 
 
 def own_story(error: BaseException) -> str:
-    """An error that a user's code has raised: its type and text, then the frames of that code, and
-    the errors that it came from.
+    """Text of an error in a user's code: its type and message, the frames of that code, and the
+    errors that caused it.
 
-    The frames above the user's code, of this package and of imports, are left out.
+    Frames above the user's code, of this package and of imports, are left out.
     """
     return told(headline(error), error)
 
 
 def told(text: str, error: BaseException) -> str:
-    """`text`, which says what happened, and under it where in the user's code it did."""
+    """`text`, which says what happened, followed by the place in the user's code."""
     parts = [text]
     seen: BaseException | None = error
     while seen is not None:
@@ -37,13 +37,13 @@ def told(text: str, error: BaseException) -> str:
 
 
 def headline(error: BaseException) -> str:
-    """`KeyError: 'x'`; only the type where there is no text."""
+    """Type and message of an error, `KeyError: 'x'`; only the type if it has no message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def own_frames(error: BaseException) -> traceback.StackSummary:
-    """The frames from the user's first one on; none where the error comes from this package."""
+    """Frames from the user's first one on; none if the error comes from this package."""
     frames: list[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
     while frames and _is_ours(frames[0]):
         frames = frames[1:]

@@ -1,4 +1,4 @@
-"""`spmdrl explain`: the resolved configuration, and how each derived quantity comes about."""
+"""`spmdrl explain`: the resolved configuration, and the derivation of each quantity."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from spmdrl.step_sizes import (
 from spmdrl.training.readout import Places
 
 Line = tuple[str, str, str]
-"""A quantity's name, its value, and how it comes about."""
+"""A quantity's name, its value, and its derivation."""
 
 ITEMS: Mapping[DataKind, str] = {
     "prompts": "prompts",
     "conversations": "conversations",
     "preferences": "pairs",
 }
-"""What `data.prompts_per_step` counts."""
+"""Kind of data -> the items that `data.prompts_per_step` counts."""
 
 SKIPPED = "less what has nothing to learn from"
 
@@ -43,7 +43,7 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
     """The text that `spmdrl explain CONFIG --ranks N` prints.
 
     Args:
-        ranks_per_node: default: one node has all ranks.
+        ranks_per_node: number of ranks on each node; None: all are on one node.
 
     Raises:
         ValueError: roles that do not fit the world, or a model that cannot be read.
@@ -75,7 +75,7 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
 
 
 def _missing(config: Config) -> Iterator[str]:
-    """What the configuration names and this machine does not have, seen from this directory."""
+    """Objects and files that the configuration names and that do not exist here."""
     objects = {"flow": config.flow, "environment": config.environment, "trainer": config.trainer}
     objects |= {f"rewards.{i}.function": r.function for i, r in enumerate(config.rewards)}
     objects |= {f"roles.{name}.kind": config.role_kind(name) for name in config.roles}
@@ -115,7 +115,7 @@ def _aligned(lines: Iterable[Line]) -> list[str]:
 
 
 def _derived(config: Config) -> Iterator[Line]:
-    """Of a step, whatever role has it."""
+    """Quantities of a step that do not depend on a role."""
     data, kind, sizes = config.data, config.data_kind(), step_sizes(config)
     item, rows = (
         ITEMS[kind],
@@ -146,7 +146,7 @@ def _derived(config: Config) -> Iterator[Line]:
 
 
 def _of_role(config: Config, name: str, placement: Placement) -> Iterator[Line]:
-    """What a step of a shipped flow asks of the role, and how it goes through it."""
+    """Quantities of the role's work in a step of a shipped flow."""
     kind, on_prompts = config.role_kind(name), config.data_kind() == "prompts"
     scores = on_prompts and name in {reward.role for reward in config.rewards}
     if kind in KINDS and config.is_trained(name):
@@ -170,7 +170,7 @@ def _reading(config: Config, name: str, placement: Placement) -> Line:
     if config.roles[name].retokenize:
         how = f"roles.{name}.retokenize=true: texts are as long as its own tokenizer makes them"
         return "microbatches per reading", "unknown", how
-    # a reward model scores all samples; others read those that are updated with
+    # a reward model scores all samples; other roles read only those that updates use
     scores = config.role_kind(name) == "reward"
     train, sizes = config.train_section(name), (step_sizes if scores else update_sizes)(config)
     replicas = placement.num_replicas
@@ -182,7 +182,7 @@ def _reading(config: Config, name: str, placement: Placement) -> Line:
 
 
 def _updates(config: Config, name: str, placement: Placement) -> Iterator[Line]:
-    """How the role's update goes through the rows of a step."""
+    """Minibatches and microbatches of the role's update over the rows of a step."""
     train, sizes = config.train_section(name), update_sizes(config)
     updates, replicas = train.epochs * train.num_minibatches, placement.num_replicas
     minibatches = _key(config, name, "num_minibatches")
@@ -206,7 +206,7 @@ def _updates(config: Config, name: str, placement: Placement) -> Iterator[Line]:
 
 
 def _tokens_text(config: Config, name: str, sizes: StepSizes, items: int) -> str:
-    """How the tokens of so many items come about."""
+    """Derivation of the number of tokens of so many items."""
     answers, prompt = sizes.row_tokens - sizes.prompt_tokens, sizes.prompt_tokens
     kind, share = config.data_kind(), config.train_section(name).share_prompts
     if kind == "conversations":
@@ -232,14 +232,14 @@ def _packed_text(config: Config, name: str, num_replicas: int, counts: Microbatc
 
 
 def _key(config: Config, name: str, key: str) -> str:
-    """The setting of `train` that holds for the role."""
+    """The role's setting of a key of `train`, as KEY=VALUE."""
     value = getattr(config.train_section(name), key)
     where = f"roles.{name}.train" if key in config.roles[name].train else "train"
     return f"{where}.{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _weights(config: Config, plan: RolePlan) -> list[str]:
-    """How roles compute; which tensors of a rollout are the trainer's own, copied, gathered."""
+    """Dtype and device of each role; the tensors that a rollout shares, copies and gathers."""
     kinds = {name: config.role_kind(name) for name in plan.layouts}
     lines = []
     for device in dict.fromkeys(plan.devices[name] for name in kinds):

@@ -1,4 +1,4 @@
-"""`World`: this process's place in the job. It alone makes and ends the default process group."""
+"""`World`: this process's place in the job; only it makes and ends the default process group."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ MIN_ADDRESSES = 1 << 30
 class World:
     """Rank, size, local rank and device of this process, and the device type of every rank.
 
-    `torchrun` (or `srun` with the same variables) gives RANK, WORLD_SIZE, LOCAL_RANK,
+    `torchrun` (or `srun` with the same variables) sets RANK, WORLD_SIZE, LOCAL_RANK,
     LOCAL_WORLD_SIZE and the rendezvous; without them the world is this one process. Ranks are
     numbered node by node, `local_size` of them on each.
 
-    `store` is the launcher's; whoever waits on it uses a connection of its own (`clone`).
+    `store` is the launcher's; code that waits on it needs its own connection (`connect`).
     """
 
     rank: int
@@ -47,7 +47,7 @@ class World:
     device_types: tuple[str, ...]
     store: Store
     gpu_bytes: int | None = None
-    """The memory of the smallest GPU of all ranks; None: no rank has one."""
+    """Bytes of memory of the smallest GPU of all ranks; None: no rank has one."""
 
     @property
     def is_first(self) -> bool:
@@ -55,7 +55,7 @@ class World:
         return self.rank == 0
 
     def connect(self, prefix: str) -> Store:
-        """A connection to the store of the caller's own, with keys of its own: a wait on one
+        """Open the caller's own connection to the store, with its own keys: a wait on a
         connection blocks its other users.
         """
         # documented, but torch's stubs have neither
@@ -68,14 +68,14 @@ class World:
         return self.rank // self.local_size
 
     def synchronize(self) -> None:
-        """Wait for the device's queued work, so that a phase's seconds are its own."""
+        """Wait for the device's queued work, so that timings of phases are exact."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seat:
-    """What a rank tells the others before there is a process group."""
+    """Facts that a rank tells the others before the process group exists."""
 
     device_type: str
     local_rank: int
@@ -86,11 +86,11 @@ class Seat:
 def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
     """Pick the device and join the default process group: gloo, and NCCL where all ranks have CUDA.
 
-    Ranks tell each other their device types through the store, before the group is made.
+    Ranks exchange their device types through the store before the group is made.
 
     Raises:
-        ValueError: torchrun's variables are incomplete, `device` is neither auto, cpu nor cuda, or
-            it is cuda where there is none; on all ranks: see `check_seats`.
+        ValueError: torchrun's variables are incomplete, or `device` is neither auto, cpu nor cuda,
+            or is cuda without a GPU; on all ranks: see `check_seats`.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={device!r}: it must be auto, cpu or cuda")
@@ -136,17 +136,17 @@ def raise_file_limit() -> None:
     """Raise the soft limit of open files to the hard one.
 
     Ranks are connected by sockets, in every group that they share: some hundreds of ranks need more
-    than the 1024 that many systems give at first.
+    than 1024, the usual soft limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # refused where the hard limit is above the system's own (fs.nr_open), even if it stays
+    # refused if the hard limit exceeds the system's (fs.nr_open), even without a change
     with suppress(ValueError):
         if soft != hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def check_address_space() -> None:
-    """ValueError: `ulimit -v` leaves less than `MIN_ADDRESSES`; at its end libraries crash."""
+    """ValueError: `ulimit -v` leaves less than `MIN_ADDRESSES`; libraries crash without it."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return
@@ -161,10 +161,11 @@ def check_address_space() -> None:
 
 
 def adopt_srun() -> None:
-    """With SPMDRL_LAUNCH=srun the tasks of `srun` are the ranks: give them torchrun's variables.
+    """Set torchrun's variables from those of `srun`, whose tasks are the ranks if
+    SPMDRL_LAUNCH=srun.
 
     Raises:
-        ValueError: this is no task of srun, or it was not told where rank 0 is.
+        ValueError: this is not a task of srun, or rank 0's address is not set.
     """
     if os.environ.get("SPMDRL_LAUNCH") != "srun":
         return
@@ -182,7 +183,7 @@ def adopt_srun() -> None:
 
 
 def _is_launched() -> bool:
-    """True if a launcher set the variables of a rank; ValueError if it set only some of them."""
+    """Whether a launcher set the variables of a rank; ValueError if it set only some of them."""
     names = RANK_VARIABLES
     given = [name for name in names if name in os.environ]
     # an address alone may be left over; a rank or a size means that a launcher was at work
@@ -198,7 +199,7 @@ def _is_launched() -> bool:
 
 @contextmanager
 def _saying_what_it_waits_for(launched: bool) -> Iterator[None]:
-    """After `WAIT_S`, once: variables of a rank may be left over from a job that is long gone."""
+    """Print once, after `WAIT_S`, that ranks are awaited: the variables may be of an old job."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     shown = " ".join(f"{name}={os.environ.get(name)}" for name in names)
 
@@ -238,7 +239,7 @@ def _gpu_bytes(device: torch.device) -> int:
 
 
 def _open_store(launched: bool, timeout: timedelta) -> Store:
-    """The launcher's store; one of its own for a single process."""
+    """Open the launcher's store, or a new one for a single process."""
     if not launched:
         # documented as torch.distributed.TCPStore, but torch's stubs do not re-export it
         return dist.TCPStore("127.0.0.1", 0, 1, is_master=True, timeout=timeout)  # type: ignore[attr-defined]
@@ -249,7 +250,7 @@ def _open_store(launched: bool, timeout: timedelta) -> Store:
 
 
 def _exchange_seats(store: Store, rank: int, size: int, seat: Seat) -> tuple[Seat, ...]:
-    """Every rank's seat, in rank order."""
+    """Exchange the seats of all ranks; in rank order."""
     keys = [f"device/{other}" for other in range(size)]
     words = (seat.device_type, seat.local_rank, seat.local_size, seat.gpu_bytes)
     store.set(keys[rank], " ".join(map(str, words)))
@@ -266,9 +267,9 @@ def _exchange_seats(store: Store, rank: int, size: int, seat: Seat) -> tuple[Sea
                 gpu_bytes=gpu_bytes,
             )
         )
-    # rank 0 may host the store: if it left with an error before the others have read, they would
-    # lose the connection instead of raising the same error. Nor may they wait for anything after
-    # that, since rank 0 may be the first to go on.
+    # rank 0 may host the store: if it failed before the others have read, they would lose the
+    # connection instead of raising the same error. And they must not wait after reading, since
+    # rank 0 may be the first to leave.
     if store.add("device/read", 1) == size:
         store.set("device/all_read", "")
     if rank == 0:
@@ -277,7 +278,7 @@ def _exchange_seats(store: Store, rank: int, size: int, seat: Seat) -> tuple[Sea
 
 
 def check_seats(seats: Sequence[Seat]) -> None:
-    """ValueError unless ranks are numbered node by node, equally many on each."""
+    """ValueError unless ranks are numbered node by node, with the same number on each."""
     first: dict[int, int] = {}
     for rank, seat in enumerate(seats):
         first.setdefault(seat.local_size, rank)
@@ -302,16 +303,16 @@ def world_backend(device_types: Sequence[str]) -> str:
 
 
 def stop_world() -> None:
-    """Leave the default process group; harmless when there is none."""
+    """Leave the default process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def set_cpu_threads(local_size: int) -> None:
-    """Cores / ranks threads, unless OMP_NUM_THREADS was set by the user.
+    """Use cores / ranks threads, unless the user set OMP_NUM_THREADS.
 
-    torchrun sets OMP_NUM_THREADS=1 itself when it starts several ranks and says so; a value of 1
-    with several ranks is thus not taken as the user's wish where more cores are there.
+    torchrun itself sets OMP_NUM_THREADS=1 for several ranks, so 1 does not count as the user's
+    choice then.
     """
     wish = os.environ.get("OMP_NUM_THREADS")
     if wish is not None and not (wish == "1" and local_size > 1):
@@ -323,8 +324,8 @@ def set_cpu_threads(local_size: int) -> None:
 def seed_everything(seed: int) -> None:
     """Seed Python's and torch's global generators alike on every rank.
 
-    Nothing in the project draws from them on purpose (draws are keyed, see `spmdrl.keyed`); this
-    keeps libraries that do from differing between runs.
+    The project does not draw from them on purpose (draws are keyed, see `spmdrl.keyed`); this makes
+    libraries that do draw the same numbers in every run.
     """
     random.seed(seed)
     torch.manual_seed(seed)

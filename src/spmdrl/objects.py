@@ -17,14 +17,14 @@ from typing import Any, Protocol
 from spmdrl.errors import headline, told
 
 FILE = ".py"
-"""The end of a place that is a file, not a module."""
+"""Suffix of a place that is a file instead of a module."""
 
 
 def load_object(where: str, key: str | None = None) -> Any:
-    """What `module:name` or `path/to/file.py:name` names.
+    """Load the object that `module:name` or `path/to/file.py:name` names.
 
     Args:
-        key: of the configuration, for messages.
+        key: key of the configuration, for messages.
 
     Raises:
         ValueError: no such module, file or name, or an error while the module was imported (then
@@ -56,8 +56,8 @@ def _own_names(module: ModuleType) -> list[str]:
 
 
 def misfit(function: Callable[..., Any], arguments: Sequence[str]) -> str | None:
-    """Why a call with these positional arguments would not do, to follow the function's name; None:
-    it would, as far as its signature says.
+    """Reason why a call with these positional arguments would fail, to follow the function's name;
+    None: its signature accepts them.
     """
     if inspect.iscoroutinefunction(function):
         return "is `async`, and nobody awaits it: write `def`"
@@ -65,7 +65,7 @@ def misfit(function: Callable[..., Any], arguments: Sequence[str]) -> str | None
         return "has a `yield`, so that a call of it runs nothing: return what it makes"
     try:
         signature = inspect.signature(function)
-    except (ValueError, TypeError):  # of C libraries, some say nothing of their parameters
+    except (ValueError, TypeError):  # some functions of C libraries have no signature
         return None
     try:
         signature.bind(*arguments)
@@ -80,14 +80,14 @@ def lacks(
     methods: Mapping[str, Sequence[str]],
     optional: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> str | None:
-    """What a class, or an object, lacks of the methods that it is asked for, to follow its name.
+    """Find the first method that a class or object lacks, in words to follow its name.
 
     Args:
         methods: name -> the positional arguments of a call.
-        optional: those that may be absent.
+        optional: methods that may be absent.
 
     Returns:
-        None where it has all of them, to be called so.
+        None if it has all of them and they take these arguments.
     """
     owner = part if inspect.isclass(part) else type(part)
     for name, arguments in {**methods, **optional}.items():
@@ -104,7 +104,7 @@ def lacks(
         wrong = misfit(method, arguments if is_bound else ["self", *arguments])
         if wrong is not None:
             return f"cannot be used, as its {name!r} {wrong}"
-    # set by ABCMeta, on classes that are abstract alone
+    # set by ABCMeta, only on abstract classes
     abstract = sorted(vars(owner)["__abstractmethods__"]) if inspect.isabstract(owner) else []
     return f"is abstract: add {', '.join(abstract)}" if abstract else None
 
@@ -115,7 +115,7 @@ def may_have(owner: type, name: str) -> bool:
 
 
 def _is_found_later(owner: type, name: str) -> bool:
-    """Whether a function of the class sets it, or looks for what is not there."""
+    """Whether a function of the class sets the attribute, or `__getattr__` may find it."""
     functions = [f for base in owner.__mro__ for f in vars(base).values() if inspect.isfunction(f)]
     code = [line for function in functions for line in dis.get_instructions(function)]
     is_set = any(line.opname == "STORE_ATTR" and line.argval == name for line in code)
@@ -123,18 +123,18 @@ def _is_found_later(owner: type, name: str) -> bool:
 
 
 def _is_stub(owner: type, name: str) -> bool:
-    """Whether a method is a protocol's own, which does nothing."""
+    """Whether a method is inherited from a protocol, and so does nothing."""
     holder = next((base for base in owner.__mro__ if name in vars(base)), None)
     return holder is not None and Protocol in holder.__bases__
 
 
 def load_module(place: str) -> ModuleType:
-    """The module of that name, the working directory's too, or that file as a module.
+    """Import a module by name (the working directory is searched too) or a file as a module.
 
-    A file that is named twice, by whatever path, is one module.
+    A file is imported once, whatever path names it.
 
     Raises:
-        FileNotFoundError, ModuleNotFoundError: there is none.
+        FileNotFoundError, ModuleNotFoundError: it does not exist.
         Exception: whatever the module raises while it is executed.
     """
     if not place.endswith(FILE):
@@ -161,7 +161,7 @@ def load_module(place: str) -> ModuleType:
 
 
 def source_digest(where: str) -> str:
-    """Of the file that `path/to/file.py:name` names; "" for anything else."""
+    """Digest of the file that `path/to/file.py:name` names; "" for anything else."""
     place = where.rpartition(":")[0]
     if not place.endswith(FILE):
         return ""
