@@ -202,7 +202,7 @@ ROWS: dict[str, Row] = {
     "rewards.0.options": row("grpo", BOTH, reward("scaled"), "rewards.0.options={scale: 3.0}"),
     "reward_pool.num_workers": row("grpo", "metrics", reward("calls"), "reward_pool.num_workers=2"),
     "reward_pool.timeout_s": row(
-        "grpo", "metrics", *FEW, reward("slow"), "reward_pool.timeout_s=0.02"
+        "grpo", "error", *FEW, reward("slow"), "reward_pool.timeout_s=0.02"
     ),
     "reward_pool.memory_gb": row("grpo", "metrics", reward("hungry"), "reward_pool.memory_gb=0.05"),
     "reward_pool.failed_reward": row(

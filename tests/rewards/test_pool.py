@@ -409,3 +409,39 @@ def test_workers_outlive_signals_to_the_group_but_not_the_rank(user, tmp_path):
         rank.kill()
         rank.wait()
     assert all(gone(pid) for pid in pids)
+
+
+KILLED = """
+import json, os, signal, socket, sys, time
+from spmdrl.rewards.functions import RewardSpec
+from spmdrl.rewards.pool import RewardJob, RewardPool
+from spmdrl.rewards.server import start_reward_server
+
+server = start_reward_server()
+if sys.argv[1] == "unread":
+    ours, theirs = socket.socketpair()
+    request = json.dumps({"do": "fork", "number": 1}).encode()
+    socket.send_fds(server._control, [request], [theirs.fileno()])
+    time.sleep(2)
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+with RewardPool(server, [RewardSpec(name="x", function=sys.argv[2])]) as pool:
+    signal.alarm(1)
+    pool.score([RewardJob(prompt="", response="", answer=None, entry={})])
+"""
+
+
+@pytest.mark.parametrize("when", ["unread", "busy"])
+def test_a_killed_rank_s_server_and_workers_end_without_a_word(when, tmp_path):
+    """Also where an answer lies unread, and where a worker has one for nobody."""
+    file = tmp_path / "slow.py"
+    file.write_text("import time\ndef f(*given):\n    time.sleep(2)\n    return 1.0\n")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, when, f"{file}:f"],
+        capture_output=True,  # until the last process that has the pipe is gone
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.stderr == ""

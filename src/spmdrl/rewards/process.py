@@ -68,7 +68,10 @@ def serve(control_fd: int) -> None:
     _adopt_orphans()
     children: set[int] = set()
     while True:
-        message, descriptors, _, _ = socket.recv_fds(control, 65536, 1)
+        try:
+            message, descriptors, _, _ = socket.recv_fds(control, 65536, 1)
+        except ConnectionResetError:  # the rank was killed before it read an answer
+            break
         if not message:
             break
         request = json.loads(message)
@@ -86,7 +89,7 @@ def serve(control_fd: int) -> None:
 
 
 def _answer(control: socket.socket, number: int, value: int) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the rank is gone: the next read says so
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the next read says so
         control.send(json.dumps([number, value]).encode())
 
 
