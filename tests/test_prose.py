@@ -12,7 +12,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "spmdrl"
 DONE: list[str] = [
     "algorithms",
     "checkpoint",
+    "data",
     "distributed",
+    "evaluation",
     "flows",
     "memory",
     "models",

@@ -1,4 +1,4 @@
-"""Reference answers: what a column holds, of any type, as the text that reward functions get."""
+"""Reference answers: a column's value, of any type, as the text that reward functions get."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from spmdrl.data.messages import BadRow, checked_text
 
 
 def answer_text(value: Any, column: str, pattern: str | None) -> str:
-    """The answer that a column holds.
+    """Text of the answer that a column holds.
 
-    Numbers are written as JSON writes them (a decimal as it stands, with its digits), dates as ISO
-    8601, lists as JSON.
+    Numbers are written as in JSON (decimals with all their digits), dates as ISO 8601, lists as
+    JSON.
 
     Args:
-        pattern: regular expression found in it; its group 1 (or the whole match) is the answer.
+        pattern: regular expression whose group 1 (or whole match) is the answer; None: all of it.
 
     Raises:
-        BadRow: nothing is there (null, NaN, pandas' missing values), a struct (one of its fields
-            may be the answer), bytes; or the pattern is not found.
+        BadRow: the value is missing (null, NaN, pandas' missing values), a struct (one of its
+            fields may be the answer), bytes or infinite; or the pattern is not found.
     """
     text = _text(value, column)
     checked_text(text, column)
@@ -61,10 +61,10 @@ def _text(value: Any, column: str) -> str:
 
 
 def _plain(value: Any, column: str) -> Any:
-    """Without the types of libraries; None for what stands for a missing value.
+    """Convert a value from libraries' types to plain ones; None if it means a missing value.
 
     Raises:
-        BadRow: bytes, or a number that is infinite.
+        BadRow: the value is bytes or an infinite number.
     """
     if isinstance(value, np.datetime64 | np.timedelta64):
         return None if np.isnat(value) else str(value)
@@ -91,7 +91,7 @@ def _plain(value: Any, column: str) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """A decimal as a number of JSON, which has no other."""
+    """Convert a decimal in a list to a number that JSON can write."""
     if not isinstance(value, Decimal):
         return value
     return int(value) if value == value.to_integral_value() else float(value)

@@ -1,4 +1,4 @@
-"""Conversations for supervised fine-tuning: the loss is on the answers alone."""
+"""Conversations for supervised fine-tuning: only the answers have a loss."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from spmdrl.data.rows import Row
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
     """Args:
-    text: what the user says first, before any template.
-    tokens: int32 ids of the whole conversation, to the end of its last answer.
-    answers: where each answer starts and stops; its end-of-turn token is part of it.
-    mark: of its row, see `data.identity`.
+    text: the first user message, before any template.
+    tokens: int32 ids of the whole conversation, up to the end of its last answer.
+    answers: (start, stop) of each answer in `tokens`, its end-of-turn token included.
+    mark: digest of its row, see `data.identity`.
     """
 
     text: str
@@ -48,7 +48,7 @@ class Conversation:
 
     @property
     def loss_mask(self) -> list[bool]:
-        """For each token, whether it is of an answer."""
+        """Whether each token belongs to an answer."""
         mask = [False] * len(self.tokens)
         for start, stop in self.answers:
             mask[start:stop] = [True] * (stop - start)
@@ -103,9 +103,9 @@ class ConversationSet(Sequence[Conversation]):
         return ConversationSet([self._items[i] for i in indices], self.left_out)
 
     def rows(self, indices: Sequence[int], first_id: int) -> Batch:
-        """One row each: `tokens`, `loss_mask` (the answers), `prompt_ids` from `first_id` on,
-        `sample_index` (0), `prompt_lengths` (before the first answer), `response_lengths` (tokens
-        in the mask).
+        """Make one row per conversation: `tokens`, `loss_mask` (the answers), `prompt_ids` from
+        `first_id` on, `sample_index` (0), `prompt_lengths` (tokens before the first answer),
+        `response_lengths` (tokens in the mask).
         """
         items = [self._items[i] for i in indices]
         spoken = [sum(stop - start for start, stop in item.answers) for item in items]
@@ -127,14 +127,14 @@ class ConversationSet(Sequence[Conversation]):
 def load_conversations(
     source: ExampleSource, tokenizer: EndingTokenizer, report: Report = unreported
 ) -> ConversationSet:
-    """Conversations from a column of messages, or of a prompt and a response.
+    """Load conversations from a column of messages, or from a prompt and a response.
 
-    The column `messages` is read where `source.columns` names it; else prompt and `response` (a
-    text, or a conversation that ends in it). Conversations with an empty answer, with one that only
-    calls tools, or of more than `max_tokens` are left out, counted and logged.
+    The column `messages` is read if `source.columns` names it; otherwise the prompt's column and
+    `response` (a text, or a conversation that ends in it). Conversations are left out, counted and
+    logged if an answer is empty or only calls tools, or if they exceed `max_tokens`.
 
     Raises:
-        ValueError: see `data.examples.read_examples`; a tokenizer without chat template or end.
+        ValueError: see `data.examples.read_examples`; no chat template, or no end-of-text token.
     """
     encoder = make_encoder(source.source, tokenizer, chat=source.chat, now=source.now)
     whole = "messages" in source.columns

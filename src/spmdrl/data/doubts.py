@@ -1,4 +1,4 @@
-"""What is odd about a source's rows, and no reason to refuse one: a line in the log for each."""
+"""Warnings about odd rows of a source that are no reason to refuse it: one line in the log each."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ log = logging.getLogger(__name__)
 
 
 def tell_of_tools(source: str, rows: Sequence[Row], template: str | None) -> None:
-    """Warn once where rows have tools that no chat template writes.
+    """Warn once if rows have tools that no chat template writes.
 
     Args:
-        template: the text of the chat templates that are used; None: none.
+        template: text of the chat templates in use; None if none is.
     """
     if names(template or "", TOOLS):
         return
@@ -33,8 +33,8 @@ def tell_of_tools(source: str, rows: Sequence[Row], template: str | None) -> Non
 def tell_of_keys(
     source: str, rows: Sequence[Row], columns: Collection[str], template: str | None
 ) -> None:
-    """Warn once of each key of messages that the chat template does not read: `weight`, say, which
-    has a meaning elsewhere.
+    """Warn once of each message key that the chat template does not read, such as `weight`, which
+    means something in other projects.
     """
     counts: Counter[str] = Counter()
     for row in rows:
@@ -55,11 +55,11 @@ def tell_of_keys(
 
 
 def tell_of_questions(source: str, places: Sequence[str], count: int) -> None:
-    """Warn where the chat template does not write what the user says.
+    """Warn if the chat template does not write the user's question as it is.
 
     Args:
-        places: of the rows whose question it does not write.
-        count: rows in all.
+        places: places of the rows whose question it does not write.
+        count: number of prompts checked.
     """
     if places:
         log.warning(
@@ -70,11 +70,11 @@ def tell_of_questions(source: str, places: Sequence[str], count: int) -> None:
 
 
 def tell_of_answers(source: str, places: Sequence[str], count: int) -> None:
-    """Warn where reference answers are empty: an empty response would be right.
+    """Warn if reference answers are empty: an empty response would then be right.
 
     Args:
-        places: of those rows.
-        count: rows in all.
+        places: places of the rows with an empty answer.
+        count: number of rows checked.
     """
     if places:
         log.warning(
@@ -85,5 +85,5 @@ def tell_of_answers(source: str, places: Sequence[str], count: int) -> None:
 
 
 def names(template: str, word: str) -> bool:
-    """Whether a chat template has this word."""
+    """Whether a chat template contains this word."""
     return re.search(rf"\b{re.escape(word)}\b", template) is not None

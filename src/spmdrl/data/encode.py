@@ -1,4 +1,4 @@
-"""Conversations as token ids, with the answers marked."""
+"""Encoding of conversations as token ids, with the answers marked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OTHER_ANSWER = "fjord-quartz"
 
 
 class Tokenizer(Protocol):
-    """What is used of a `transformers` tokenizer."""
+    """The methods used of a `transformers` tokenizer."""
 
     chat_template: Any
 
@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
 
 class EndingTokenizer(Tokenizer, Protocol):
-    """What is used where answers are given, and must end."""
+    """A tokenizer that also knows its special tokens, which end the answers given in the data."""
 
     eos_token_id: Any
 
@@ -44,8 +44,8 @@ class EndingTokenizer(Tokenizer, Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
     """Args:
-    tokens: int32 ids, to the end of the last answer.
-    answers: where each answer starts and stops, its end-of-turn token included.
+    tokens: int32 ids, up to the end of the last answer.
+    answers: (start, stop) of each answer in `tokens`, its end-of-turn token included.
     """
 
     tokens: array[int]
@@ -54,15 +54,15 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerEncoder:
-    """Finds the tokens of answers in any chat template: what a longer prefix of the conversation
+    """Finds the tokens of answers in any chat template, by what a longer prefix of the conversation
     adds to a shorter one.
 
-    An answer ends with the first special token that the template writes after it; where it writes
-    none, and without a template, the last answer ends with the end of text.
+    An answer ends with the first special token that the template writes after it. If it writes
+    none, or without a template, the last answer ends with the end-of-text token.
 
     Args:
-        ends: the special tokens.
-        now: the time that the template is told.
+        ends: texts of the special tokens.
+        now: the time that the template is given.
     """
 
     tokenizer: EndingTokenizer
@@ -72,7 +72,7 @@ class AnswerEncoder:
 
     @property
     def template(self) -> str | None:
-        """The text of the chat templates; None where none is used."""
+        """Text of the chat templates; None if none is used."""
         return templates(self.tokenizer) if self.chat else None
 
     @property
@@ -81,15 +81,15 @@ class AnswerEncoder:
         return self.chat and writes_tools(self.tokenizer)
 
     def tools_of(self, row: Row) -> Tools:
-        """Those to be named. BadRow: they are malformed."""
+        """Tools of the row that its prompt names. BadRow: they are malformed."""
         return read_tools(row) if self.has_tools else ()
 
     def encode(self, messages: Messages, tools: Tools = ()) -> Encoded:
-        """All answers of a conversation; what follows the last one is dropped.
+        """Encode a conversation and mark all its answers; what follows the last one is dropped.
 
         Raises:
-            BadRow: there is no answer, nothing precedes the first one, or the chat template does
-                not write a prefix of the conversation as it writes that part of a longer one.
+            BadRow: there is no answer, nothing precedes the first one, or the chat template writes
+                a prefix of the conversation differently from the same part of a longer one.
         """
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not places:
@@ -119,10 +119,10 @@ class AnswerEncoder:
     def encode_last(
         self, messages: Messages, tools: Tools = (), *, is_cut: bool = False
     ) -> tuple[array[int], array[int]]:
-        """The prompt, as generation encodes it, and the answer that is the last message.
+        """Encode the prompt, as generation does, and the answer, which is the last message.
 
         Args:
-            is_cut: the answer does not come to its end, so none is written.
+            is_cut: whether the answer was cut, so that it gets no end.
         """
         before, answer, ended = self._split(messages, tools, is_cut=is_cut)
         prompt = self._ids(before)
@@ -131,8 +131,8 @@ class AnswerEncoder:
         return array("i", prompt), array("i", whole[len(prompt) :] + end)
 
     def read_last(self, messages: Messages, tools: Tools, *, is_cut: bool) -> list[int]:
-        """Prompt and answer, also where the template does not write the answer as it is: then all
-        that it writes, to its last special token.
+        """Encode prompt and answer together. If the template does not write the answer as it is,
+        take everything that it writes, up to its last special token.
         """
         try:
             prompt, answer = self.encode_last(messages, tools, is_cut=is_cut)
@@ -149,8 +149,8 @@ class AnswerEncoder:
     def _split(
         self, messages: Messages, tools: Tools, *, is_cut: bool = False
     ) -> tuple[str, str, bool]:
-        """Text before the last message, an answer; the answer; whether it is complete: it holds the
-        turn's end, or was cut before one.
+        """Split the text into the part before the answer (the last message) and the answer; tell
+        whether it needs no further end: it holds the turn's end, or was cut.
         """
         content = str(messages[-1]["content"])
         if not self.chat:
@@ -180,10 +180,10 @@ class AnswerEncoder:
         return before, answer[: at + len(end)], True
 
     def _place(self, before: str, answer: str, messages: Messages, tools: Tools) -> int:
-        """Where what was said begins in `answer`; -1 where it does not stand there.
+        """Index at which the last message's content begins in `answer`; -1 if it is not there.
 
-        A short answer ("A") may also be a part of what the template writes before it ("Assistant:
-        A"): where it stands twice, the template is asked for the place of another answer.
+        A short answer ("A") may also occur in what the template writes before it ("Assistant: A").
+        If it occurs twice, the place is found by rendering another answer in its stead.
         """
         said = str(messages[-1]["content"]).strip()  # some templates strip
         place = answer.find(said)
@@ -195,11 +195,11 @@ class AnswerEncoder:
         return found if found > 0 and answer.startswith(said, found) else place
 
     def _continued(self, tokens: list[int], text: str, longer: str) -> list[int]:
-        """`tokens`, the ids of `text`, continued to those of `longer`.
+        """Extend `tokens`, the ids of `text`, to those of `longer`.
 
-        Where a token reaches over the boundary (a prompt that ends and an answer that begins with
-        a line break, say) the rest is encoded by itself: generation, too, starts from the
-        prompt's own tokens.
+        If a token would cross the boundary (a prompt that ends and an answer that begins with a
+        line break, say), the rest is encoded separately: generation, too, starts from the prompt's
+        own tokens.
         """
         if self.chat:
             whole = self._ids(longer)
@@ -210,14 +210,14 @@ class AnswerEncoder:
         return tokens + _token_ids(longer[len(text) :], self.tokenizer, special=False)
 
     def _ids(self, text: str) -> list[int]:
-        """A chat template writes special tokens itself."""
+        """Ids of a text; special tokens are added to raw text, since chat templates write them."""
         return _token_ids(text, self.tokenizer, special=not self.chat)
 
 
 def make_encoder(
     source: str, tokenizer: EndingTokenizer, *, chat: bool, now: datetime
 ) -> AnswerEncoder:
-    """ValueError where a chat template is asked for and there is none, or no end of text."""
+    """Make an encoder. ValueError: no chat template although `chat`, or no end-of-text token."""
     check_chat_template(source, tokenizer, chat=chat)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"data source {source!r}: the tokenizer has no eos_token to end answers")
@@ -227,7 +227,7 @@ def make_encoder(
 
 
 def check_chat_template(source: str, tokenizer: Tokenizer, *, chat: bool) -> None:
-    """ValueError where a chat template is asked for and there is none."""
+    """Raise ValueError if `chat` needs a chat template and there is none, or no default one."""
     found = tokenizer.chat_template
     if chat and found is None:
         raise ValueError(
@@ -241,14 +241,14 @@ def check_chat_template(source: str, tokenizer: Tokenizer, *, chat: bool) -> Non
 
 
 def templates(tokenizer: Tokenizer) -> str:
-    """The text of its chat templates; "" without one."""
+    """Text of the tokenizer's chat templates; "" without one."""
     found = tokenizer.chat_template
     named = found if isinstance(found, Mapping) else {"": found or ""}
     return "\n".join(str(named[name]) for name in sorted(named))
 
 
 def writes_tools(tokenizer: Tokenizer) -> bool:
-    """Whether a chat template has a place for tools."""
+    """Whether a chat template writes tools."""
     return names(templates(tokenizer), TOOLS)
 
 
@@ -260,14 +260,14 @@ def tells_time(tokenizer: Tokenizer) -> bool:
 def render(
     messages: Messages, tokenizer: Tokenizer, *, prompt: bool, tools: Tools = (), now: datetime
 ) -> str:
-    """The chat template's text, with the beginning of an answer (`prompt`) or without.
+    """Render messages by the chat template, with the beginning of an answer (`prompt`) or without.
 
     Args:
-        now: what the template's `strftime_now` gives: prompts do not change over midnight.
+        now: the time of the template's `strftime_now`, fixed so that midnight changes no prompt.
 
     Raises:
-        BadRow: the template refuses the messages.
-        ValueError: it is no template.
+        BadRow: the template refuses the messages or fails on them.
+        ValueError: the template has a syntax error.
     """
     from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -297,6 +297,6 @@ def _token_ids(text: str, tokenizer: Tokenizer, *, special: bool) -> list[int]:
 
 
 def _disagreement(short: str, long: str) -> str:
-    """The first place where `long` does not go on as `short` does."""
+    """Excerpts at the first place where `long` differs from `short`."""
     at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(long))
     return f"{short[at : at + 40]!r} becomes {long[at : at + 40]!r}"

@@ -1,4 +1,4 @@
-"""Examples to learn from: how rows are read, and what messages a row holds."""
+"""Examples to train on: reading of rows, and reasons to leave them out."""
 
 from __future__ import annotations
 
@@ -22,54 +22,54 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 COLUMNS = ("response", "messages", "chosen", "rejected", "margin")
-"""What `ExampleSource.columns` can name, beside the prompt."""
+"""Columns other than the prompt's that `ExampleSource.columns` can name."""
 
 
 EMPTY_ANSWER = "with an empty answer"
 CALL_ALONE = "with an answer that calls tools and says nothing, which is not learned from"
 TOLD = 10
-"""Malformed rows that are shown; the others are counted."""
+"""Number of malformed rows that are shown; the others are only counted."""
 REPORTED = 256
-"""Rows between two reports of progress."""
+"""Number of rows between two reports of progress."""
 
 Report = Callable[[int, int], None]
-"""Told how far loading is: (rows done, rows); 0 where it is not known how many there are."""
+"""Called with the progress of loading: (rows done, rows); 0 rows if their number is unknown."""
 
 
 def unreported(done: int, count: int) -> None:
-    """Nobody is told."""
+    """Report to nobody."""
 
 
 class Unusable(ValueError):
-    """Why a well-formed row is left out: too long, say."""
+    """Reason to leave out a well-formed row: an empty answer, say."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleSource:
-    """Where examples come from and how a row becomes one.
+    """Source of examples, and settings by which a row becomes one.
 
     Args:
         source: a .jsonl, .json (an object per line) or .parquet file, or `hub:NAME`. Names of
             columns may be those of fields (`extra.question`).
         parameters: arguments of `datasets.load_dataset` for `hub:`.
-        size: rows at most; None: all.
+        size: maximum number of rows; None: all.
         prompt_column: column of the prompt: a text, or a list of messages.
-        columns: names of the columns of `COLUMNS`, where they differ.
-        template: text around a prompt that is a text, which replaces `{prompt}`.
-        system: system prompt; None: what the chat template does without one.
-        chat: through the tokenizer's chat template, or as raw text.
+        columns: actual names of the columns of `COLUMNS`, if they differ.
+        template: text in which a prompt that is a text replaces `{prompt}`.
+        system: system prompt; None: the chat template decides.
+        chat: True renders by the tokenizer's chat template, False takes raw text.
         max_tokens: longer examples are left out, counted and logged; None: no limit.
-        keep_shortest: share of the examples that is kept, the shortest; longer ones are left out
-            where `max_tokens` allows them, counted and logged.
-        on_bad_row: what a malformed row is: an `error`, or counted, logged and left out.
-        unique: leave out examples whose prompt was there before.
-        part: `all`, `2/3`: the second of three disjoint parts, or `2-3/4`, by prompt.
-        now: the time that a chat template is told.
-        key: of the section that says all this, for messages.
+        keep_shortest: share of the examples to keep, the shortest; longer ones are left out,
+            counted and logged, even if `max_tokens` allows them.
+        on_bad_row: `error` refuses a malformed row, `skip` counts, logs and leaves it out.
+        unique: leave out examples whose prompt has occurred before.
+        part: `all`, `2/3` (the second of three disjoint parts) or `2-3/4`, by prompt.
+        now: the time that a chat template is given.
+        key: key of the section with these settings, for messages.
 
     Raises:
-        ValueError: an unknown column, a template without `{prompt}`, a malformed part, or settings
-            that raw text cannot follow.
+        ValueError: an unknown column, a template without `{prompt}`, a malformed part, or a system
+            prompt for raw text.
     """
 
     source: str
@@ -103,14 +103,14 @@ class ExampleSource:
         return self.columns.get(name, name)
 
     def has_prompts(self, rows: Sequence[Row], answers: Sequence[str]) -> bool:
-        """Whether prompts can be found: in their column, or in conversations with the answers."""
+        """Whether the rows hold prompts: in their column, or in conversations with the answers."""
         if "messages" in self.columns:
             return True
         in_answers = any(isinstance(row.get(name), list) for row in rows for name in answers)
         return in_answers or any(row.has(self.prompt_column) for row in rows)
 
     def check_part(self, text: str) -> None:
-        """Unusable: the example of a prompt with this opening is in another part."""
+        """Raise Unusable if an example with this opening is in another part."""
         if not in_part(text, self.part):
             raise Unusable(not_in(self.part))
 
@@ -118,10 +118,10 @@ class ExampleSource:
 @dataclass(frozen=True, kw_only=True)
 class Example(Generic[Item]):
     """Args:
-    tokens: of the whole example: of the longer answer of a pair.
-    prompt_tokens: of what precedes the answers of a pair; 0 where that does not matter.
-    prompt: equal for examples with the same prompt: `unique` goes by it.
-    item: what the set holds.
+    tokens: number of tokens of the whole example; of a pair, with the longer answer.
+    prompt_tokens: number of tokens of a pair's prompt; 0 for conversations.
+    prompt: equal for examples with the same prompt; `unique` compares it.
+    item: the item that the set holds.
     """
 
     prompt: Hashable
@@ -137,17 +137,17 @@ def read_examples(
     template: str | None,
     report: Report,
 ) -> tuple[list[Item], Mapping[str, int]]:
-    """The items of all rows that can be used; how many are left out, by reason (also logged).
+    """Read the items of all usable rows, and count by reason those left out (also logged).
 
     Args:
         needed: columns without which no row can be used.
-        make: raises `BadRow` or `Unusable`.
-        template: the text of the chat templates that it uses; None: none.
-        report: told how far it is.
+        make: makes an example of a row; raises `BadRow` or `Unusable`.
+        template: text of the chat templates that `make` uses; None if it uses none.
+        report: called with the progress.
 
     Raises:
         ValueError: the source cannot be read, lacks a column (those it has are named), has a bad
-            row (file and line are named) where `on_bad_row` is `error`, or leaves no example.
+            row (file and line are named) while `on_bad_row` is `error`, or leaves no example.
     """
     rows = all_rows(source, seed=0, report=report)
     keys = dict.fromkeys(needed, f"{source.key}.prompt_column or {source.key}.columns")
@@ -194,7 +194,7 @@ def read_examples(
 
 
 class SourceSettings(Protocol):
-    """What names the rows of a source."""
+    """Settings that determine the rows of a source."""
 
     @property
     def source(self) -> str: ...
@@ -207,7 +207,7 @@ class SourceSettings(Protocol):
 
 
 def all_rows(source: SourceSettings, *, seed: int, report: Report) -> list[Row]:
-    """Every row of a source. ValueError: see `data.rows.read_rows`."""
+    """Read every row of a source. ValueError: see `data.rows.read_rows`."""
     rows = []
     for row in read_rows(source.source, parameters=source.parameters, size=source.size, seed=seed):
         rows.append(row)
@@ -217,7 +217,7 @@ def all_rows(source: SourceSettings, *, seed: int, report: Report) -> list[Row]:
 
 
 def reported(rows: Sequence[Row], report: Report) -> Iterator[Row]:
-    """The rows, with reports on how many are done."""
+    """Yield the rows, and report how many are done."""
     for number, row in enumerate(rows):
         if number % REPORTED == 0:
             report(number, len(rows))
@@ -225,10 +225,10 @@ def reported(rows: Sequence[Row], report: Report) -> Iterator[Row]:
 
 
 def leave_out(row: Row, error: BadRow, on_bad_row: Literal["error", "skip"], number: int) -> None:
-    """Tell of a bad row, the source's first ones. ValueError where it is an error, with its place.
+    """Log a bad row, if it is one of the first; ValueError with its place if it is an `error`.
 
     Args:
-        number: of bad rows so far, this one included.
+        number: number of bad rows so far, including this one.
     """
     if on_bad_row == "error":
         raise ValueError(f"{row.place}: {error} (on_bad_row: skip leaves it out)") from error
@@ -244,8 +244,8 @@ def _made(row: Row, make: Callable[[Row], Example[Item]]) -> Example[Item]:
 
 
 def check_columns(source: str, needed: Mapping[str, str], rows: Sequence[Row]) -> None:
-    """ValueError for a column (-> the keys that name it) that no row has: that is a wrong setting,
-    and no bad row.
+    """Raise ValueError if no row has a column of `needed` (column -> key that names it): that is a
+    wrong setting, not a bad row.
     """
     there = sorted({name for row in rows for name in row.values})
     for name, key in needed.items():
@@ -257,7 +257,7 @@ def check_columns(source: str, needed: Mapping[str, str], rows: Sequence[Row]) -
 
 
 def read_mark(row: Row) -> bytes:
-    """What tells a row from others. BadRow: it holds what cannot be told."""
+    """Digest that tells a row from others. BadRow: a value cannot be written as JSON."""
     try:
         return row_mark(row.values)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The data of a step as home rows: each rank gets its contiguous part."""
+"""Home rows of a step's data: each rank gets a contiguous share."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from spmdrl.launch import World
 
 
 class DataSet(Protocol):
-    """Prompts, conversations or preference pairs: items that every rank knows, in one order."""
+    """Prompts, conversations or preference pairs, known to every rank in the same order."""
 
     def __len__(self) -> int: ...
 
     def rows(self, indices: Sequence[int], first_id: int) -> Batch:
-        """Some items as rows; `prompt_ids` count from `first_id`, item by item.
+        """Make rows of some items; `prompt_ids` count from `first_id`, item by item.
 
-        The columns are the same for any number of items, none included.
+        The columns are the same for any number of items, even for none.
         """
         ...
 
     def texts(self) -> list[str]:
-        """The prompts' texts."""
+        """Texts of the prompts."""
         ...
 
 
 class StepRows:
-    """Every rank knows all items and their order; `batch` gives the rows whose home is here."""
+    """Rows of each step: every rank knows all items, `batch` gives those whose home is here."""
 
     def __init__(self, world: World, data: DataSet, stream: Stream) -> None:
         self.world, self.data, self.stream = world, data, stream
 
     def batch(self, step: int, *, attempt: int = 0, count: int | None = None) -> Batch:
-        """Home rows of a step's items, or of its refill `attempt` (`count` of them at most).
+        """Home rows of a step's items, or of its refill `attempt`, at most `count` items.
 
-        `prompt_ids` are places in the step, so they differ between attempts.
+        `prompt_ids` number the step's items, and continue in its refills.
         """
         indices = self.stream.indices(step, attempt)[:count]
         first = attempt * self.stream.prompts_per_step
@@ -46,7 +46,7 @@ class StepRows:
 def home_rows(
     world: World, data: DataSet, indices: Sequence[int] | None = None, *, first_id: int = 0
 ) -> Batch:
-    """This rank's contiguous part of the items at `indices` (of all of them, without): see
+    """This rank's contiguous share of the items at `indices` (None: of all items), as rows of
     `DataSet.rows`.
     """
     chosen = range(len(data)) if indices is None else indices

@@ -1,4 +1,4 @@
-"""What data are known by: digests and counts that a checkpoint keeps, equal on all ranks."""
+"""Identities of data: digests and counts that a checkpoint keeps, equal on all ranks."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MARK_BYTES = 8
 
 
 def row_mark(values: Mapping[str, Any]) -> bytes:
-    """A digest of a row's columns, whatever their order.
+    """Digest of a row's columns, in any order.
 
     Raises:
-        ValueError, RecursionError: it cannot be written as JSON.
+        ValueError, RecursionError: the row cannot be written as JSON.
     """
     text = json.dumps(sorted(values.items()), default=_described, skipkeys=True)
     return hashlib.blake2b(text.encode(), digest_size=MARK_BYTES).digest()
 
 
 def _described(value: Any) -> str:
-    """What JSON does not know: equal on every rank, so no address of an object."""
+    """Describe a value that JSON cannot write, equally on every rank: without object addresses."""
     if isinstance(value, bytes | bytearray):
         return hashlib.blake2b(value, digest_size=MARK_BYTES).hexdigest()
     kind = type(value)
@@ -33,12 +33,12 @@ def _described(value: Any) -> str:
 
 
 class Known(Protocol):
-    """A set whose items know their rows and their tokens."""
+    """Set whose items know their rows and their tokens."""
 
     def __len__(self) -> int: ...
 
     def marks(self) -> list[bytes]:
-        """Of each item's row, see `row_mark`."""
+        """Digest of each item's row, see `row_mark`."""
         ...
 
     def ids(self) -> Iterator[Sequence[int] | NDArray[np.int32]]:
@@ -49,9 +49,9 @@ class Known(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class SetIdentity:
     """Args:
-    count: items.
-    rows: a digest of their rows, in order.
-    tokens: a digest of what they are encoded as.
+    count: number of items.
+    rows: digest of their rows, in order.
+    tokens: digest of their token ids.
     """
 
     count: int
@@ -60,7 +60,7 @@ class SetIdentity:
 
 
 def set_identity(data: Known) -> SetIdentity:
-    """What a set is known by."""
+    """Identify a set by its count and digests."""
     digest = hashlib.blake2b(digest_size=16)
     for ids in data.ids():
         packed = np.asarray(ids, np.int32).tobytes()
@@ -70,12 +70,12 @@ def set_identity(data: Known) -> SetIdentity:
 
 
 def rows_digest(marks: Sequence[bytes]) -> str:
-    """Of rows in order."""
+    """Digest of rows, given by their marks in order."""
     return hashlib.blake2b(b"".join(marks), digest_size=16).hexdigest()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Of what its ids mean."""
+    """Digest of a tokenizer's vocabulary and special tokens."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     special = sorted(map(str, tokenizer.all_special_tokens))
     content = json.dumps([vocabulary, special]).encode()

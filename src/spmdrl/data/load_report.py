@@ -1,4 +1,4 @@
-"""What loading a source did, and how it is told."""
+"""Reports on loading a source: rows used, and rows left out by reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MALFORMED = "malformed"
 
 
 class Limits(Protocol):
-    """The settings of a source that leave rows out for their length."""
+    """Settings of a source by which rows are left out for their length."""
 
     @property
     def key(self) -> str: ...
@@ -33,8 +33,8 @@ class Limits(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class LengthLimit:
     """Args:
-    tokens: of the longest row that is kept.
-    setting: what says so, as part of a sentence.
+    tokens: maximum length of a row that is kept.
+    setting: the setting that causes the limit, as part of a sentence.
     """
 
     tokens: int
@@ -42,15 +42,15 @@ class LengthLimit:
 
     @property
     def reason(self) -> str:
-        """Why a longer row is left out."""
+        """Reason for which a longer row is left out."""
         return f"longer than {self.setting}"
 
 
 def length_limit(lengths: Sequence[int], source: Limits) -> LengthLimit | None:
-    """The smaller one of the source's limit and the length that so many of its rows do not exceed.
+    """Limit by the smaller of `limit` and the longest length within `keep_shortest`; None if none.
 
     Args:
-        lengths: of all rows that may be used, in tokens.
+        lengths: lengths in tokens of all rows that may be used.
     """
     found = None
     if source.limit is not None:
@@ -70,8 +70,8 @@ def length_limit(lengths: Sequence[int], source: Limits) -> LengthLimit | None:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """What loading did: rows read; left out: bad rows, prompts that were there before, those of
-    other parts, long ones; tokens of the longest.
+    """Counts of one load: rows read; rows left out as bad, too long, repeated or elsewhere (in
+    another part); and the tokens of the longest row.
     """
 
     num_rows: int
@@ -82,7 +82,7 @@ class LoadReport:
     num_elsewhere: int = 0
 
     def left_out(self, part: str, limit: LengthLimit | None) -> dict[str, int]:
-        """How many, by reason."""
+        """Number of rows left out, by reason."""
         counts = {
             MALFORMED: self.num_bad,
             not_in(part): self.num_elsewhere,
@@ -93,7 +93,7 @@ class LoadReport:
 
 
 def joined(reports: Sequence[LoadReport]) -> LoadReport:
-    """Of several sources together."""
+    """Join the reports of several sources."""
     return LoadReport(
         num_rows=sum(r.num_rows for r in reports),
         num_bad=sum(r.num_bad for r in reports),
@@ -118,15 +118,15 @@ def tell(
     longest: int,
     malformed: str | None,
 ) -> None:
-    """Say in one line how many rows of a source are used, and how many are not, for which reasons.
+    """Log in one line how many rows of a source are used, and how many are left out and why.
 
     Args:
-        key: of the section that describes the source.
+        key: key of the section that describes the source.
         longest: tokens of the longest row, used or not.
-        malformed: where the first malformed row stands and what is wrong with it; None: none is.
+        malformed: place of the first malformed row and what is wrong with it; None without one.
 
     Raises:
-        ValueError: none is used.
+        ValueError: no row is used.
     """
     texts = {MALFORMED: f"{MALFORMED} ({malformed})"}
     reasons = ", ".join(f"{n} {texts.get(why, why)}" for why, n in sorted(left_out.items()))

@@ -1,4 +1,4 @@
-"""What a row's columns hold: a prompt, messages, answers, tools. Anything else is a bad row."""
+"""Reading of a row's columns: a prompt, messages, answers, tools. Anything else is a bad row."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 
 class BadRow(ValueError):
-    """What is wrong with one row."""
+    """Problem of one row."""
 
 
 class PromptSettings(Protocol):
-    """How prompts are read, alike in all kinds of data."""
+    """Settings by which prompts are read, the same for all kinds of data."""
 
     @property
     def prompt_column(self) -> str: ...
@@ -35,7 +35,7 @@ class PromptSettings(Protocol):
 
 
 def check_prompt_settings(settings: PromptSettings) -> None:
-    """ValueError for a template without its place, or a system prompt without messages."""
+    """Raise ValueError for a template without `{prompt}`, or a system prompt for raw text."""
     if "{prompt}" not in settings.template:
         raise ValueError(f"template={settings.template!r} must contain {{prompt}}")
     if settings.system is not None and not settings.chat:
@@ -43,8 +43,8 @@ def check_prompt_settings(settings: PromptSettings) -> None:
 
 
 def checked_text(text: str, column: str | None) -> str:
-    """The text of a column (None: of the chat template). BadRow: it has half of a pair of
-    surrogates, which no encoding can write.
+    """Return the text of a column (None: of the chat template). BadRow: it has half of a surrogate
+    pair, which no encoding can write.
     """
     try:
         text.encode()
@@ -58,7 +58,7 @@ def checked_text(text: str, column: str | None) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: as much as helps to find it."""
+    """Text of a value for a message, shortened to what helps to find it."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of too many digits, nested too deeply
@@ -69,9 +69,9 @@ def shown(value: Any) -> str:
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """Args:
-    text: what the user says first, before any template.
-    messages: the conversation up to the answers (of raw text: one message).
-    answers: one of each column asked for.
+    text: the first user message, before any template.
+    messages: the conversation up to the answers; one message for raw text.
+    answers: one answer of each column asked for.
     """
 
     text: str
@@ -80,10 +80,10 @@ class Asked:
 
 
 def read_answers(row: Row, columns: Sequence[str], settings: PromptSettings) -> Asked:
-    """A row's prompt, and the answers in some columns.
+    """Read a row's prompt, and the answers in some columns.
 
-    An answer is a text, or a conversation of which it is the last message. What precedes it there
-    is the prompt, the same in all columns; the prompt's own column may then be missing.
+    An answer is a text, or the last message of a conversation. The messages before it are then the
+    prompt, the same in all columns, and the prompt's own column may be missing.
 
     Raises:
         BadRow: an answer or the prompt is missing, or columns disagree about the prompt.
@@ -123,8 +123,8 @@ def read_answers(row: Row, columns: Sequence[str], settings: PromptSettings) -> 
 
 
 def _with_given(context: Messages, given: Any, settings: PromptSettings) -> Messages:
-    """What precedes the answers, checked against the prompt's column; a prompt that is one text
-    gets its template.
+    """Messages before the answers, checked against the prompt's column. If that holds a text which
+    is the only user message, the template is applied to it.
     """
     column = settings.prompt_column
     if not isinstance(given, str):
@@ -144,7 +144,7 @@ def _with_given(context: Messages, given: Any, settings: PromptSettings) -> Mess
 
 
 def read_prompt(value: Any, column: str, settings: PromptSettings) -> list[Mapping[str, Any]]:
-    """The conversation that a prompt's column holds (a text is one user message).
+    """Read the conversation that a prompt's column holds (a text becomes one user message).
 
     Raises:
         BadRow: it is neither a text nor messages that wait for an answer.
@@ -155,18 +155,18 @@ def read_prompt(value: Any, column: str, settings: PromptSettings) -> list[Mappi
         raise BadRow(f"column {column!r} holds no text but {shown(value)}")
     checked_text(value, column)
     _refuse_json(value, column)
-    # Not str.format: prompts and templates are full of braces.
+    # not str.format: prompts and templates are full of braces
     text = settings.template.replace("{prompt}", value)
     return with_system([{"role": "user", "content": text}], settings)
 
 
 def same_column(column: str) -> str:
-    """What is said of a text that is named twice; a conversation may be, it has both."""
+    """Message for a text named as both prompt and answer (a conversation may be: it holds both)."""
     return f"column {column!r} is named as prompt and as answer, and holds one text"
 
 
 def _refuse_json(text: str, column: str) -> None:
-    """BadRow for a conversation that was stored as text: the model would be asked its JSON."""
+    """Raise BadRow for a conversation stored as text: the model would be prompted with its JSON."""
     if not (text.lstrip().startswith("[") and '"role"' in text):
         return
     try:
@@ -178,8 +178,8 @@ def _refuse_json(text: str, column: str) -> None:
 
 
 def checked_messages(value: Any, column: str, settings: PromptSettings) -> list[Mapping[str, Any]]:
-    """A list of `{role, content}`, as it stands in a column, without keys that hold null: chat
-    templates ask whether a key is there. BadRow for anything else.
+    """Return a column's list of `{role, content}` without keys that hold null, since chat templates
+    ask whether a key exists. BadRow for anything else.
     """
     messages: list[Mapping[str, Any]] = []
     for message in value if isinstance(value, list) else []:
@@ -206,7 +206,7 @@ def _check_role(role: str, column: str) -> None:
 
 
 def waiting(messages: Messages, column: str) -> list[Mapping[str, Any]]:
-    """The messages; BadRow unless they wait for an answer to a user."""
+    """Return the messages; BadRow unless they wait for an answer to a user."""
     if not any(m["role"] == "user" for m in messages) or messages[-1]["role"] == "assistant":
         raise BadRow(
             f"column {column!r} holds no conversation that waits for an answer: "
@@ -216,7 +216,7 @@ def waiting(messages: Messages, column: str) -> list[Mapping[str, Any]]:
 
 
 def ending_in_answer(value: Any, column: str, settings: PromptSettings) -> tuple[Messages, str]:
-    """A conversation as what stands before its last answer, and that answer.
+    """Split a conversation into the messages before its last answer, and that answer.
 
     Raises:
         BadRow: it does not end with an answer.
@@ -228,25 +228,25 @@ def ending_in_answer(value: Any, column: str, settings: PromptSettings) -> tuple
 
 
 def with_system(messages: Messages, settings: PromptSettings) -> list[Mapping[str, Any]]:
-    """With the settings' system prompt in front, unless the messages bring their own."""
+    """Put the settings' system prompt in front, unless the messages have their own."""
     if settings.system is not None and messages[0]["role"] != "system":
         return [{"role": "system", "content": settings.system}, *messages]
     return list(messages)
 
 
 def opening(messages: Messages) -> str:
-    """What the user says first: the same in all turns and continuations of a conversation."""
+    """First user message: it is the same in all turns and continuations of a conversation."""
     return str(next((m for m in messages if m["role"] == "user"), messages[0])["content"])
 
 
 def prompt_key(messages: Messages) -> Hashable:
-    """Equal for equal prompts."""
+    """Key that is equal for equal prompts."""
     return tuple((m["role"], m["content"]) for m in messages)
 
 
 def read_tools(row: Row) -> Sequence[Mapping[str, Any]]:
-    """The tools that the row's prompt offers, as the column `tools` holds them: a list, or its
-    JSON. BadRow for anything else.
+    """Read the tools that the row's prompt offers from the column `tools`: a list, or its JSON.
+    BadRow for anything else.
     """
     value = row.values.get(TOOLS)
     if isinstance(value, str) and value.strip():

@@ -1,7 +1,7 @@
-"""Which prompts a step draws: a pure function of seed and step, so that a resume is the same call.
+"""Order of the data: the items of a step are a pure function of seed and step, also after a resume.
 
 The shuffle sorts indices by a keyed 64-bit hash (splitmix64) instead of using a library's
-generator: the order is then the same in every version of every library.
+generator, so that the order is the same in every version of every library.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from numpy.typing import NDArray
 
 
 class Stream(Protocol):
-    """Which items a step draws."""
+    """Order of the items that the steps draw."""
 
     @property
     def prompts_per_step(self) -> int: ...
 
     def indices(self, step: int, attempt: int = 0) -> list[int]:
-        """The step's items, or those of its refill `attempt` (from 1)."""
+        """Indices of the step's items, or of those of its refill `attempt` (from 1)."""
         ...
 
     def passed(self, step: int) -> list[int]:
-        """What the pass over the data (over each source) that `step` is in gave before it."""
+        """Items drawn before `step` in the pass over the data (over each source) that it is in."""
         ...
 
     def following(self, step: int) -> list[int]:
-        """What that pass gives from `step` on."""
+        """Items that this pass draws from `step` on."""
         ...
 
 
 def stream_of(seed: int, shares: Sequence[tuple[int, float]], prompts_per_step: int) -> Stream:
-    """The order of one source, or of several.
+    """Make the order of one source, or of several.
 
     Args:
-        shares: (items, weight) of each.
+        shares: (items, weight) of each source.
 
     Raises:
         ValueError: a source is too small for what a step draws from it.
@@ -54,9 +54,9 @@ def stream_of(seed: int, shares: Sequence[tuple[int, float]], prompts_per_step: 
 class PromptStream:
     """Shuffled epochs over `num_prompts` prompts, `prompts_per_step` at a time.
 
-    An epoch is as many whole steps as the data give; what is left over (less than a step, other
-    prompts in every epoch) waits for a later epoch. So no prompt comes twice in an epoch, and none
-    twice in a step, where two groups of one prompt would draw the same random numbers.
+    An epoch is as many whole steps as the data give; the rest (less than a step, other prompts in
+    every epoch) waits for a later epoch. So no prompt occurs twice in an epoch, hence none twice
+    in a step.
 
     Raises:
         ValueError: fewer prompts than one step draws.
@@ -79,17 +79,17 @@ class PromptStream:
         return self.num_prompts // self.prompts_per_step
 
     def epoch(self, step: int) -> int:
-        """The epoch (from 0) of a step (from 0)."""
+        """Epoch (from 0) of a step (from 0)."""
         return step // self.steps_per_epoch
 
     def indices(self, step: int, attempt: int = 0) -> list[int]:
-        """The prompts of a step, as indices into the data.
+        """Indices of a step's prompts in the data.
 
         Args:
-            step: from 0.
-            attempt: 0 for the step's own prompts; 1, 2, … for refills (groups without signal are
-                replaced), drawn without repetition from the prompts that the step's earlier
-                attempts left, whichever step of the epoch they belong to.
+            step: counts from 0.
+            attempt: 0 for the step's own prompts; 1, 2, … for refills (of groups without signal),
+                drawn without repetition from the prompts that the step's earlier attempts left,
+                whichever step of the epoch they belong to.
 
         Returns:
             `prompts_per_step` indices; fewer, at last none, when refills have used up the data.
@@ -122,15 +122,15 @@ class PromptStream:
 
 @dataclass(frozen=True, kw_only=True)
 class MixedStream:
-    """Several sources side by side, each with a share of every step and shuffled epochs of its own.
+    """Several sources mixed by weight, each with its own shuffled epochs.
 
-    The shares are kept over steps, not within each one: after any number of steps a source has
-    given its share of the items, rounded. Where an epoch of a source ends inside a step, a prompt
-    may come twice in that step.
+    The shares hold over steps, not within each one: after any number of steps a source has given
+    its share of the items, rounded. If an epoch of a source ends within a step, a prompt may occur
+    twice in that step.
 
     Args:
-        sizes: items of each source; indices count through all of them in order.
-        weights: of each source, positive; only their ratios count.
+        sizes: number of items of each source; indices count through all sources in order.
+        weights: positive weight of each source; only their ratios count.
 
     Raises:
         ValueError: no source, a weight that is not positive, or a source of fewer items than one
@@ -156,9 +156,9 @@ class MixedStream:
                 )
 
     def indices(self, step: int, attempt: int = 0) -> list[int]:
-        """The items of a step, source by source; `attempt`: see `PromptStream.indices`.
+        """Indices of a step's items, source by source; `attempt`: see `PromptStream.indices`.
 
-        A refill's items are shuffled: where some of them are used, all sources have their shares.
+        A refill's items are shuffled, so that its first ones, too, come from all sources.
         """
         before = seats(self.weights, step * self.prompts_per_step)
         after = seats(self.weights, (step + 1) * self.prompts_per_step)
@@ -184,7 +184,7 @@ class MixedStream:
         return [item for own, at in self._passes(step) for item in own[at:].tolist()]
 
     def _passes(self, step: int) -> Iterator[tuple[NDArray[np.int64], int]]:
-        """The pass over each source that a step is in, and how far it is before the step."""
+        """Yield the pass over each source that a step is in, and its number of items before it."""
         offset = 0
         for source, place in enumerate(seats(self.weights, step * self.prompts_per_step)):
             size = self.sizes[source]
@@ -193,7 +193,7 @@ class MixedStream:
             offset += size
 
     def _items(self, source: int, places: range) -> list[int]:
-        """What stands at these places of a source's endless sequence of shuffled epochs."""
+        """Items at these places of a source's endless sequence of shuffled epochs."""
         size = self.sizes[source]
         items: list[int] = []
         for epoch in range(places.start // size, -(-places.stop // size)):
@@ -204,12 +204,12 @@ class MixedStream:
 
 
 def seats(weights: Sequence[float], total: int) -> list[int]:
-    """`total` seats shared by weight, so that no share shrinks when there are more of them.
+    """Share `total` seats by weight, so that no share shrinks when `total` grows.
 
     Webster's method, a divisor method (Balinski & Young 1982, "Fair Representation"): the seats go
-    one by one to the largest w / (2 c + 1), c its seats so far; ties to the earlier. All but the
-    last few are counted at once: after the seats with w / (2 c + 1) >= 1 / (2 x) each has
-    floor(w x + 1/2). In exact arithmetic, since rounding could take a seat away again.
+    one by one to the largest w / (2 c + 1), where c are its seats so far; ties go to the earlier.
+    All but the last few are counted at once: after the seats with w / (2 c + 1) >= 1 / (2 x) each
+    has floor(w x + 1/2). The arithmetic is exact, since rounding could take a seat away again.
     """
     exact = [Fraction(weight) for weight in weights]
     whole = sum(exact)
@@ -224,7 +224,7 @@ def seats(weights: Sequence[float], total: int) -> list[int]:
 
 
 def permutation(count: int, *key: int) -> NDArray[np.int64]:
-    """A permutation of `range(count)` that depends on the key's integers alone: int64 `[count]`."""
+    """Permutation of `range(count)` that depends only on the key's integers: int64 `[count]`."""
     state = np.zeros(1, dtype=np.uint64)
     for part in key:
         state = _mix(state ^ np.uint64(part % 2**64))
@@ -232,7 +232,7 @@ def permutation(count: int, *key: int) -> NDArray[np.int64]:
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64: Steele, Lea, Flood 2014, 'Fast splittable pseudorandom number generators'."""
+    """Mix by splitmix64 (Steele et al. 2014, 'Fast splittable pseudorandom number generators')."""
     value = value + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""Preference pairs: a prompt, an answer that was chosen and one that was rejected."""
+"""Preference pairs: a prompt, a chosen answer and a rejected one."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from spmdrl.data.messages import BadRow, prompt_key, read_answers, shown
 from spmdrl.data.rows import Row
 
 HUGE = 3.4e38
-"""Margins are float32."""
+"""Bound on the size of a margin, so that it fits into float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """Args:
-    text: of the prompt: what the user says first, before any template.
-    chosen_text, rejected_text: the answers as they stand in the data.
+    text: the first user message, before any template.
+    chosen_text, rejected_text: the answers as written in the data.
     prompt: int32 ids, the chat template's generation prompt included.
     chosen, rejected: int32 ids, each with the token that ends a turn.
-    margin: by how much the chosen answer is better; 0 where the data do not say.
-    mark: of its row, see `data.identity`.
+    margin: amount by which the chosen answer is better; 0 if the data do not say.
+    mark: digest of its row, see `data.identity`.
     """
 
     text: str
@@ -96,8 +96,8 @@ class PairSet(Sequence[Pair]):
         return PairSet([self._items[i] for i in indices], self.left_out)
 
     def mismatched(self) -> PairSet:
-        """Every prompt with the answers of the next item whose prompt is another, cut so that no
-        row is longer than the longest of this set: what KTO's estimate of the KL is taken on.
+        """Pair every prompt with the answers of the next item that has another prompt, for KTO's
+        estimate of the KL. Answers are cut so that no row is longer than the longest of this set.
 
         Raises:
             ValueError: all items have the same prompt.
@@ -127,9 +127,9 @@ class PairSet(Sequence[Pair]):
         )
 
     def rows(self, indices: Sequence[int], first_id: int) -> Batch:
-        """Two rows each, the chosen first: `tokens`, `loss_mask` (the answer), `prompt_ids` (equal
-        in a pair, from `first_id` on), `sample_index` (0 chosen, 1 rejected), `prompt_lengths`,
-        `response_lengths`, `margin` float32, and the Python column `prompt_text`.
+        """Make two rows per pair, chosen first: `tokens`, `loss_mask` (the answer), `prompt_ids`
+        (equal in a pair, from `first_id` on), `sample_index` (0 chosen, 1 rejected),
+        `prompt_lengths`, `response_lengths`, `margin` float32, and the Python column `prompt_text`.
         """
         items = [self._items[i] for i in indices]
         both = [(item.prompt, answer) for item in items for answer in (item.chosen, item.rejected)]
@@ -154,15 +154,15 @@ class PairSet(Sequence[Pair]):
 def load_preferences(
     source: ExampleSource, tokenizer: EndingTokenizer, report: Report = unreported
 ) -> PairSet:
-    """Pairs from the columns of the prompt, `chosen`, `rejected`, and `margin` where it is named.
+    """Load pairs from the columns of the prompt, `chosen`, `rejected`, and `margin` if it is named.
 
-    Answers are texts, or conversations of which the last message is the answer; then the prompt's
-    column may be missing, and what stands before the answer is the prompt (it must be the same on
-    both sides). Pairs with equal answers, an empty one, or more than `max_tokens` on a side are
-    left out, counted and logged; so are prompts that leave no room for answers.
+    Answers are texts, or the last messages of conversations; then the prompt's column may be
+    missing, and the messages before the answer are the prompt (the same on both sides). Pairs with
+    equal answers, an empty one, or more than `max_tokens` on a side are left out, counted and
+    logged; so are prompts that leave no room for answers.
 
     Raises:
-        ValueError: see `data.examples.read_examples`; a tokenizer without chat template or end.
+        ValueError: see `data.examples.read_examples`; no chat template, or no end-of-text token.
     """
     encoder = make_encoder(source.source, tokenizer, chat=source.chat, now=source.now)
     columns = [source.column("chosen"), source.column("rejected")]
@@ -177,7 +177,7 @@ def load_preferences(
         tools = encoder.tools_of(row)
         prompt, chosen = encoder.encode_last([*asked.messages, _said(chosen_text)], tools)
         _, rejected = encoder.encode_last([*asked.messages, _said(rejected_text)], tools)
-        if chosen == rejected:  # also where only the space around them differs
+        if chosen == rejected:  # also if only the space around them differs
             raise Unusable("with equal answers")
         pair = Pair(
             text=asked.text,

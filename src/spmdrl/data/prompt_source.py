@@ -1,4 +1,4 @@
-"""Where prompts come from, as a value, and which columns its rows need."""
+"""`PromptSource`: the source of prompts as a value, and the columns that its rows need."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from spmdrl.data.split import read_part
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSource:
-    """Where prompts come from and how a row becomes one.
+    """Source of prompts, and settings by which a row becomes one.
 
     Args:
         source: a .jsonl, .json (an object per line) or .parquet file, `hub:NAME`, or
             `reasoning_gym:TASK`. Names of columns may be those of fields
             (`reward_model.ground_truth`).
         parameters: the task's parameters; arguments of `datasets.load_dataset` for `hub:`.
-        size: rows at most; None: all. A reasoning_gym task needs it.
-        seed: of a reasoning_gym task.
+        size: maximum number of rows; None: all. A reasoning_gym task needs it.
+        seed: seed of a reasoning_gym task.
         prompt_column: column of the question (a reasoning_gym task's is `question`): a text, or a
             list of messages.
-        answer_column: column of the reference answer (`answer` there); None: there is none. Of a
-            conversation, as preference data have them, the last message is the answer; where it is
-            the prompt's column too, what precedes the answer is the prompt.
+        answer_column: column of the reference answer (a task's is `answer`); None: there is none.
+            If it holds conversations, like preference data, the last message is the answer, and any
+            messages before it are the prompt.
         messages_column: column of a list of `{role, content}`, instead of the prompt column.
-        answer_pattern: regular expression found in the answer; its group 1 (or the whole match) is
-            the answer. GSM8K: `#### (.+)`.
-        template: text around a question that is a text, which replaces `{prompt}`.
-        system: system prompt; None: what the chat template does without one (some bring their own).
-        chat: through the tokenizer's chat template, or as raw text.
-        max_prompt_tokens: longer prompts are skipped, counted and logged; None: no limit.
-        keep_shortest: share of the prompts that is kept, the shortest; longer ones are left out
-            where `max_prompt_tokens` allows them, counted and logged.
-        on_bad_row: what a row that cannot be used is: an `error`, or counted, logged and left out.
-        unique: leave out prompts that were there before.
-        part: `all`, `2/3`: the second of three disjoint parts, or `2-3/4`, by prompt.
-        now: the time that a chat template is told.
-        key: of the section that says all this, for messages.
+        answer_pattern: regular expression searched in the answer; its group 1 (or the whole match)
+            is the answer. GSM8K: `#### (.+)`.
+        template: text in which a question that is a text replaces `{prompt}`.
+        system: system prompt; None: the chat template decides (some have their own).
+        chat: True renders by the tokenizer's chat template, False takes raw text.
+        max_prompt_tokens: longer prompts are left out, counted and logged; None: no limit.
+        keep_shortest: share of the prompts to keep, the shortest; longer ones are left out, counted
+            and logged, even if `max_prompt_tokens` allows them.
+        on_bad_row: `error` refuses an unusable row, `skip` counts, logs and leaves it out.
+        unique: leave out prompts that have occurred before.
+        part: `all`, `2/3` (the second of three disjoint parts) or `2-3/4`, by prompt.
+        now: the time that a chat template is given.
+        key: key of the section with these settings, for messages.
     """
 
     source: str
@@ -84,7 +84,7 @@ class PromptSource:
 
 
 def with_task_columns(source: PromptSource) -> PromptSource:
-    """With the columns that all tasks of reasoning_gym have, of one of those."""
+    """Set the columns that all reasoning_gym tasks have, if the source is one."""
     if not source.source.startswith("reasoning_gym:"):
         return source
     columns = {"prompt_column": "question", "answer_column": "answer", "messages_column": None}
@@ -92,7 +92,7 @@ def with_task_columns(source: PromptSource) -> PromptSource:
 
 
 def needed_columns(source: PromptSource, rows: Sequence[Row]) -> dict[str, str]:
-    """Column -> the key that names it. Where answers are conversations, they have the prompts."""
+    """Needed column -> key that names it. Answers that are conversations hold the prompts."""
     needed = {source.prompt_column: f"{source.key}.prompt_column"}
     column = source.answer_column
     if source.messages_column is not None:

@@ -1,4 +1,4 @@
-"""Prompts: from the rows of a source to messages and tokens."""
+"""Prompts: a source's rows become messages and tokens."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class Prompt:
     """One prompt.
 
     Args:
-        prompt_id: its row in the source: the same whatever was skipped.
-        text: what the user says (the last user message), as a reward function gets it.
+        prompt_id: number of its row in the source, whatever rows were left out.
+        text: the last user message, as a reward function gets it.
         messages: the conversation; empty for raw text.
         tokens: token ids, the chat template's generation prompt included.
-        answer: the reference answer.
-        entry: the row: all that a reward function may need.
-        tools: what the chat template was told of tools.
+        answer: the reference answer, or None.
+        entry: all columns of the row, for reward functions.
+        tools: the tools given to the chat template.
     """
 
     prompt_id: int
@@ -82,7 +82,7 @@ class _Draft:
 
 
 class PromptSet(Sequence[Prompt]):
-    """Prompts of a source, in its order. Token ids are kept packed (4 bytes each)."""
+    """Prompts of a source, in its order. Token ids are stored packed (4 bytes each)."""
 
     def __init__(
         self,
@@ -121,15 +121,15 @@ class PromptSet(Sequence[Prompt]):
         )
 
     def texts(self) -> list[str]:
-        """The prompts' texts."""
+        """Texts of the prompts."""
         return [draft.text for draft in self._drafts]
 
     def openings(self) -> list[str]:
-        """What the user says first, before any template: parts go by it."""
+        """First user messages, before any template; they decide the part of a prompt."""
         return [draft.opening for draft in self._drafts]
 
     def entries(self) -> Iterator[Mapping[str, Any]]:
-        """The prompts' rows."""
+        """Columns of the prompts' rows."""
         return (draft.row.values for draft in self._drafts)
 
     def identities(self) -> Sequence[Hashable]:
@@ -142,7 +142,7 @@ class PromptSet(Sequence[Prompt]):
         return (self._ids(index) for index in range(len(self)))
 
     def rows(self, indices: Sequence[int], first_id: int) -> Batch:
-        """`tokens`, `prompt_ids` from `first_id` on, and the Python column `prompt`."""
+        """Make rows: `tokens`, `prompt_ids` from `first_id` on, and the Python column `prompt`."""
         prompts = [self[i] for i in indices]
         return from_rows(
             [prompt.tokens for prompt in prompts],
@@ -151,14 +151,14 @@ class PromptSet(Sequence[Prompt]):
         )
 
     def questions(self) -> list[str]:
-        """What tells two questions apart: the text; of several turns, what the user says first; of
-        a reasoning_gym task that records the `expression` it asks for, that expression, since the
-        words around it vary ("What is 2 + 3?", "Compute 2 + 3.").
+        """Text by which a question is told from others: its text; with several turns, the first
+        user message; in a reasoning_gym task that records the `expression` it asks for, that
+        expression, since the words around it vary ("What is 2 + 3?", "Compute 2 + 3.").
         """
         return [_question(draft) for draft in self._drafts]
 
     def subset(self, indices: Sequence[int]) -> PromptSet:
-        """The prompts of these indices, in their order."""
+        """Prompts at these indices, in their order."""
         return PromptSet(
             [self._drafts[i] for i in indices],
             np.concatenate([np.empty(0, np.int32), *(self._ids(i) for i in indices)]),
@@ -172,7 +172,7 @@ class PromptSet(Sequence[Prompt]):
 
 
 def join_prompts(sets: Sequence[PromptSet]) -> PromptSet:
-    """The prompts of all sets, one set after the other."""
+    """Join the prompts of all sets, one set after the other."""
     return PromptSet(
         [draft for part in sets for draft in part._drafts],
         np.concatenate([np.empty(0, np.int32), *(part._tokens for part in sets)]),
@@ -187,11 +187,11 @@ def load_prompts(
     """Read, check, render and tokenise all prompts of a source.
 
     Args:
-        report: told how far it is.
+        report: called with the progress.
 
     Raises:
-        ValueError: the source cannot be read, has no such column (those it has are named), holds a
-            bad row (file and line are named) where `on_bad_row` is `error`, or leaves no prompt.
+        ValueError: the source cannot be read, lacks a column (those it has are named), holds a bad
+            row (file and line are named) while `on_bad_row` is `error`, or leaves no prompt.
     """
     check_chat_template(source.source, tokenizer, chat=source.chat)
     source = with_task_columns(source)
@@ -309,7 +309,7 @@ def _render(draft: _Draft, source: PromptSource, tokenizer: Tokenizer) -> str:
 def _encode(
     texts: Sequence[str], source: PromptSource, tokenizer: Tokenizer, report: Report
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Lengths `[number of texts]` and ids `[T]`. A chat template writes special tokens itself."""
+    """Encode texts, raw ones with special tokens: lengths `[number of texts]` and ids `[T]`."""
     lengths: list[int] = []
     packed = [np.empty(0, np.int32)]
     for first in range(0, len(texts), ENCODE_ROWS):

@@ -1,7 +1,7 @@
-"""Rows of a data source, each with the place it came from; a bad row is told, not raised.
+"""Rows of a data source, each with its place; a bad row carries its problem and raises nothing.
 
-Libraries that read files raise errors of any type: each kind of read has one place here where
-those become one line with the source's name. `pyarrow`, `reasoning_gym` and `datasets` take long to
+Libraries that read files raise errors of any type: each kind of read has one place here that turns
+them into one line with the source's name. `pyarrow`, `reasoning_gym` and `datasets` take long to
 import, so they are imported where used.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 
 KINDS = "a .jsonl, .json or .parquet file, 'hub:NAME' or 'reasoning_gym:TASK'"
 TOOLS = "tools"
-"""The column whose tools the chat template is given."""
+"""Column with the tools that the chat template is given."""
 
 _POINTER = b"version https://git-lfs.github.com/"
 _BATCH = 1024  # rows of a Parquet file that are turned into Python values at a time
@@ -31,10 +31,10 @@ class Row:
     """One row as read.
 
     Args:
-        index: its number in the source, from 0.
-        place: where it stands, for messages: `file.jsonl:12`.
-        values: its columns; empty when it is bad.
-        problem: what is wrong with it; None when nothing is.
+        index: number of the row in the source, from 0.
+        place: its place, for messages: `file.jsonl:12`.
+        values: column -> value; empty for a bad row.
+        problem: what is wrong with the row; None for a good row.
     """
 
     index: int
@@ -43,11 +43,11 @@ class Row:
     problem: str | None = None
 
     def has(self, column: str) -> bool:
-        """Whether there is such a column, or such a field: `reward_model.ground_truth`."""
+        """Whether such a column or field (`reward_model.ground_truth`) exists."""
         return _found(self.values, column)[0]
 
     def get(self, column: str) -> Any:
-        """What a column or a field holds; None where there is none."""
+        """Value of a column or a field; None if it does not exist."""
         return _found(self.values, column)[1]
 
 
@@ -60,14 +60,14 @@ def _found(values: Mapping[str, Any], column: str) -> tuple[bool, Any]:
 
 
 def said(error: Exception) -> str:
-    """A library's error as one line."""
+    """Write a library's error as one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:_SAID]}{'…' if len(text) > _SAID else ''}"
 
 
 @contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """ValueError with this beginning for whatever is raised inside: by a library, of any type."""
+    """Turn any error raised inside by a library into a ValueError that begins with `what`."""
     try:
         yield
     except Exception as error:
@@ -77,17 +77,17 @@ def one_line(what: str) -> Iterator[None]:
 def read_rows(
     source: str, *, parameters: Mapping[str, Any], size: int | None, seed: int
 ) -> Iterator[Row]:
-    """The rows of a source.
+    """Read the rows of a source.
 
     Args:
         source: a local file, `hub:NAME` or `reasoning_gym:TASK`.
         parameters: the task's parameters; arguments of `datasets.load_dataset` (`name`, `split`,
             …: `split` is "train" unless given); none for a file.
-        size: rows at most; a reasoning_gym task needs it.
-        seed: of a reasoning_gym task.
+        size: maximum number of rows; a reasoning_gym task needs it.
+        seed: seed of a reasoning_gym task.
 
     Raises:
-        ValueError: the source does not exist or cannot be read, or takes no such parameters.
+        ValueError: the source does not exist, cannot be read, or takes no such parameters.
     """
     if source.startswith("reasoning_gym:"):
         return _task_rows(source.removeprefix("reasoning_gym:"), parameters, size, seed)
@@ -112,7 +112,7 @@ def read_rows(
 
 
 def _json_rows(path: Path, size: int | None) -> Iterator[Row]:
-    """A JSON object per line. Read here and not by `datasets`, which names no line."""
+    """Read a JSON object per line. `datasets` is not used for it, since its errors name no line."""
     with one_line(f"data source {str(path)!r} cannot be read"), path.open("rb") as file:
         for index, line in enumerate(file):
             if index == size:
@@ -139,7 +139,7 @@ def _parse(line: bytes) -> tuple[Mapping[str, Any], str | None]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """ValueError where one key stands twice: the last would count, and nobody meant that."""
+    """Make an object; ValueError if a key occurs twice: the last would count, unintendedly."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
@@ -149,7 +149,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parquet_rows(path: Path, size: int | None) -> Iterator[Row]:
-    """Read by pyarrow itself: `datasets` decodes what its metadata in the file say."""
+    """Read a Parquet file by pyarrow: `datasets` would decode values as its metadata there say."""
     with one_line(f"data source {str(path)!r} cannot be read"):
         from pyarrow import parquet
 
@@ -169,8 +169,8 @@ def _parquet_rows(path: Path, size: int | None) -> Iterator[Row]:
 
 
 def _arrow_rows(batch: Any) -> Iterator[tuple[Mapping[str, Any], str | None]]:
-    """Values of each row, or what is wrong with it: text that is not UTF-8, a time that Python
-    cannot hold.
+    """Yield the values of each row, or what is wrong with it: text that is not UTF-8, say, or a
+    time that Python cannot hold.
     """
     rows: list[tuple[Mapping[str, Any], str | None]]
     try:
@@ -189,8 +189,8 @@ def _arrow_row(batch: Any, place: int) -> tuple[Mapping[str, Any], str | None]:
 
 
 def _shortened(values: Mapping[str, Any], schema: Any) -> Mapping[str, Any]:
-    """With the shortest decimals of float32 and float16 columns, and of such fields of structs:
-    0.1 is stored as the float32 next to it, which as a float64 is 0.10000000149011612.
+    """Replace values of float32 and float16 columns, and of such fields of structs, by their
+    shortest decimals: 0.1 stored as float32 would read 0.10000000149011612 as a float64.
     """
     narrow = {field.name: field.type for field in schema if _has_narrow(field.type)}
     if not narrow or not values:
@@ -218,8 +218,8 @@ def _shortest(value: Any, kind: Any) -> Any:
 
 
 def _unfilled(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Without the nulls that Arrow writes into messages and tools for keys that only others have:
-    a chat template would take them for values.
+    """Remove the nulls that Arrow writes into messages and tools for keys that only others have: a
+    chat template would take them for values.
     """
     return {
         name: _without_nulls(value) if name == TOOLS or is_conversation(value) else value
@@ -234,12 +234,12 @@ def _without_nulls(value: Any) -> Any:
 
 
 def is_conversation(value: Any) -> bool:
-    """Not any list: an answer may be a list of numbers, which is then its text."""
+    """Whether a value is a list of messages, unlike an answer that is a list of numbers."""
     return isinstance(value, list) and any(isinstance(m, Mapping) and "role" in m for m in value)
 
 
 def _hub_rows(name: str, parameters: Mapping[str, Any], size: int | None) -> Iterator[Row]:
-    # what is missing, misspelt, out of reach, or damaged in the cache
+    # the data may be missing, misspelt, out of reach, or damaged in the cache
     with one_line(f"data source 'hub:{name}' with {dict(parameters)} cannot be read"):
         from datasets import Dataset, load_dataset
 
@@ -257,10 +257,10 @@ def _hub_rows(name: str, parameters: Mapping[str, Any], size: int | None) -> Ite
 def _task_rows(
     task: str, parameters: Mapping[str, Any], size: int | None, seed: int
 ) -> Iterator[Row]:
-    """Generated tasks: columns `question`, `answer`, `metadata`, `reasoning_gym` (for scoring).
+    """Generate tasks: columns `question`, `answer`, `metadata`, `reasoning_gym` (for scoring).
 
-    reasoning_gym draws item i from `Random(seed + i)`, so that neighbouring seeds give almost the
-    same items; the seed handed to it is a hash of ours.
+    reasoning_gym draws item i from `Random(seed + i)`, so neighbouring seeds would give almost the
+    same items: it is given a hash of our seed.
     """
     from reasoning_gym import create_dataset
     from reasoning_gym.factory import DATASETS

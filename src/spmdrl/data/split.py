@@ -1,8 +1,8 @@
-"""Sets divided by prompt: what is held out is not trained on, and parts have no common prompt.
+"""Division of sets by prompt: held-out items are not trained on, and parts share no prompt.
 
-Held out means: no training row asks the same question (`PromptSet.questions`). A seed alone does
-not give that: the tasks of a small space repeat (chain_sum with 2 terms of 1 digit has 200
-questions in all, however many rows are drawn), so the questions themselves are divided.
+Held out means that no training row asks the same question (`PromptSet.questions`). Different seeds
+are not enough for that: the tasks of a small space repeat (chain_sum with 2 terms of 1 digit has
+200 questions in all, however many rows are drawn), so the questions themselves are divided.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ S = TypeVar("S", bound="Divisible")
 
 
 class Divisible(Protocol):
-    """A set whose items ask questions: prompts, conversations, preference pairs."""
+    """Set whose items ask questions: prompts, conversations, preference pairs."""
 
     def __len__(self) -> int: ...
 
     def texts(self) -> list[str]:
-        """The prompts' texts: what must not be on both sides of a division."""
+        """Texts of the prompts, none of which may be on both sides of a division."""
         ...
 
     def openings(self) -> list[str]:
-        """What the user says first: parts, and overlaps of sources of their own, go by it."""
+        """First user messages; they decide parts, and overlaps with separate held-out sources."""
         ...
 
     def identities(self) -> Sequence[Hashable]:
-        """Equal for items that say the same: prompts of one text, pairs of the same tokens."""
+        """Keys, equal for equal items: prompts of the same text, pairs of the same tokens."""
         ...
 
     def questions(self) -> list[str]:
-        """What tells two questions apart: usually the text."""
+        """Texts by which questions are told apart: usually the prompts' texts."""
         ...
 
     def subset(self: S, indices: Sequence[int]) -> S: ...
@@ -53,7 +53,7 @@ class Divisible(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Split(Generic[S]):
-    """Two sets without a common question, and a line that says how they came about."""
+    """Two sets without a common question, and a line that describes the division."""
 
     train: S
     held_out: S
@@ -63,13 +63,13 @@ class Split(Generic[S]):
 def split_examples(
     examples: S, *, held_out: Amount, seed: int = 0, at_most: int | None = None
 ) -> Split[S]:
-    """Hold out all examples of some prompts, at least so many; the others train.
+    """Hold out all examples of some prompts, at least `held_out` examples; the others train.
 
-    Which prompts depends on the seed and their texts alone.
+    The choice of prompts depends only on the seed and their texts.
 
     Args:
         held_out: a count, or a share of the examples.
-        at_most: a bound on what a share comes to; None: none.
+        at_most: bound on the count that a share gives; None: no bound.
 
     Raises:
         ValueError: nothing would be left to train on.
@@ -100,15 +100,15 @@ def split_examples(
 
 
 def split(prompts: S, *, held_out: Amount, seed: int = 0, at_most: int | None = None) -> Split[S]:
-    """Hold out so many distinct prompts; all rows that ask other questions train.
+    """Hold out `held_out` distinct prompts; all rows that ask other questions train.
 
-    Which questions depends on the seed and the questions alone, not on how many rows are read nor
-    on their order. Where one question has several texts, all of them are held out (of the last
-    question, as many as are wanted), each once.
+    The order in which questions are taken depends only on the seed and the questions, not on how
+    many rows are read or in which order. If a question has several texts, all of them are held out
+    (of the last question, as many as are still wanted), each once.
 
     Args:
         held_out: a count, or a share of the distinct prompts.
-        at_most: a bound on what a share comes to; None: none.
+        at_most: bound on the count that a share gives; None: no bound.
 
     Raises:
         ValueError: nothing would be left to train on.
@@ -147,10 +147,10 @@ def _nothing_left(there: str, held_out: Amount, what: str) -> ValueError:
 
 
 def limited(examples: S, count: int | None, *, seed: int = 0) -> S:
-    """So many of the examples, in their order; None: all.
+    """Choose `count` of the examples, in their order; None: all.
 
-    Which ones depends on the seed and their texts alone: those of some prompts, and of the last of
-    these as many as there is room for.
+    The choice depends only on the seed and the examples' openings: it takes all examples of some
+    openings, and of the last of these as many as there is room for.
     """
     if count is None or len(examples) <= count:
         return examples
@@ -161,13 +161,13 @@ def limited(examples: S, count: int | None, *, seed: int = 0) -> S:
 
 
 def without_overlap(held_out: S, trained_openings: Collection[str]) -> tuple[S, str]:
-    """The items of a separate held-out source whose prompts are not trained on; a note.
+    """Keep the items of a separate held-out source that are not trained on; return a note, too.
 
-    Each once; pairs of one prompt are all kept, unless they are the same pair. Goes by what the
-    user says first: of a task that asks one question in several ways, `split` one source instead.
+    Equal items are kept once; different pairs of one prompt are all kept. Items are compared by
+    their openings: if a task asks one question in several ways, `split` one source instead.
 
     Raises:
-        ValueError: none is left (the task space is too small for a source of its own: use `split`).
+        ValueError: none is left (the task space is too small for a separate source: use `split`).
     """
     trained = set(trained_openings)
     first: dict[Hashable, int] = {}
@@ -192,14 +192,14 @@ def without_overlap(held_out: S, trained_openings: Collection[str]) -> tuple[S, 
 def disjoint_parts(
     texts: Sequence[str], shares: Sequence[float], *, seed: int = 0
 ) -> list[list[int]]:
-    """Indices of `texts` in parts that have no text in common: one list per share.
+    """Divide the indices of `texts` into parts that share no text: one list per share.
 
-    The part of a text depends on the seed, the shares and the text alone. So stages of a pipeline
+    The part of a text depends only on the seed, the shares and the text. So stages of a pipeline
     that read one file in different ways (other columns, other limits) still get disjoint prompts;
-    in return the sizes are the shares of the distinct texts only about.
+    in return, the sizes match the shares of the distinct texts only approximately.
 
     Args:
-        shares: of the distinct texts; what they leave of 1 is in no part.
+        shares: share of the distinct texts in each part; the rest up to 1 is in no part.
 
     Raises:
         ValueError: a share that is not positive, or shares of more than 1 in all.
@@ -214,10 +214,10 @@ def disjoint_parts(
 
 
 def read_part(part: str) -> tuple[int, int, int]:
-    """`2/3` as (2, 2, 3), `2-3/4` as (2, 3, 4), `all` as (1, 1, 1): first, last, of how many.
+    """Read (first, last, number of parts): `2/3` is (2, 2, 3), `2-3/4` (2, 3, 4), `all` (1, 1, 1).
 
     Raises:
-        ValueError: it is no part.
+        ValueError: the text describes no part.
     """
     match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?/([0-9]+)", "1/1" if part == "all" else part)
     if match is not None:
@@ -234,8 +234,8 @@ def in_part(text: str, part: str) -> bool:
     first, last, count = read_part(part)
     if (first, last) == (1, count):
         return True
-    # `_bounds` of equal shares, those two that matter: a sum of i equal floats, rounded once, is
-    # their product
+    # the two of the `_bounds` of equal shares that matter: a sum of i equal floats, rounded once,
+    # is their product
     low, high = (
         PLACES if i == count else round(i * (1 / count) * PLACES) for i in (first - 1, last)
     )
@@ -243,7 +243,7 @@ def in_part(text: str, part: str) -> bool:
 
 
 def _bounds(shares: Sequence[float]) -> list[int]:
-    """Where the parts end on the range that `_place` draws from."""
+    """Ends of the parts in the range that `_place` draws from."""
     total = math.fsum(shares)
     if not all(share > 0 for share in shares) or total > 1 + 1e-9:
         raise ValueError(f"shares={list(shares)}: each must be positive, and their sum at most 1")
@@ -254,7 +254,7 @@ def _bounds(shares: Sequence[float]) -> list[int]:
 
 
 def _place(seed: int, text: str) -> int:
-    """Uniform in [0, PLACES), and independent of `_draw`: a part is held out from at random."""
+    """Draw uniformly from [0, PLACES), independently of the draws that decide what is held out."""
     return int.from_bytes(_draw(seed, text, "part")[:8], "big")
 
 

@@ -1,4 +1,4 @@
-"""The answers that a win rate is against: what an earlier evaluation wrote."""
+"""Opponent of a win rate: the rewards that an earlier evaluation wrote."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from spmdrl.distributed.reduce import broadcast_object
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Opponent:
     """Args:
-    rewards: float64 [P, m], of the m answers to each prompt.
+    rewards: rewards of the m responses to each of P prompts, float64 [P, m].
     """
 
     rewards: Tensor
 
 
 def read_opponent(path: Path, prompts: Sequence[str], judged_by: str) -> Opponent:
-    """The rewards in a results file, in order of the prompts; read by the first rank for all.
+    """Read the rewards of a results file in the order of the prompts; only the first rank reads it.
 
     Args:
-        prompts: the texts of the set, in order: `prompt_id` counts in it.
-        judged_by: must be what the file's rewards were made by.
+        prompts: the texts of the set, in order; `prompt_id` is an index into them.
+        judged_by: description of what makes the rewards; the file's must be the same.
 
     Raises:
-        ValueError: on every rank: the file is missing or malformed, is of other prompts, or was
-            judged otherwise.
+        ValueError: the file is missing or malformed, has other prompts, or was judged differently
+            (raised on every rank).
     """
     found: list[list[float]] | str = ""
     if dist.get_rank() == 0:
         try:
             found = _rewards(path, prompts, judged_by)
-        # a user's file: whatever is wrong in it, of any type
+        # a user's file may be wrong in any way: errors of any type become one line
         except Exception as error:
             found = said(error)
     found = broadcast_object(found, 0)
@@ -54,7 +54,7 @@ def read_opponent(path: Path, prompts: Sequence[str], judged_by: str) -> Opponen
 
 def _rewards(path: Path, prompts: Sequence[str], judged_by: str) -> list[list[float]]:
     rewards: list[list[float]] = [[] for _ in prompts]
-    # not splitlines: texts may hold other characters that end lines, U+2028 for one
+    # not splitlines: texts may hold other characters that end lines, such as U+2028
     lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
     for number, line in enumerate(lines, start=1):
         with one_line(f"line {number}"):

@@ -1,4 +1,4 @@
-"""`Evaluator`: answers to held-out prompts, by the same engine and rewards as training."""
+"""`Evaluator`: responses to held-out prompts, by the same engine and scorer as training."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from spmdrl.roles import Generation, Rollout
 from spmdrl.rollout.sampling import SamplingParams
 
 KEY = -1
-"""The `step` of evaluation's random numbers: the same before and after training."""
+"""Value of `step` in evaluation's random numbers: the same before and after training."""
 
 FINISH = ("stop", "length", "aborted")
 
 
 class Evaluator:
-    """Draws `num_samples` answers per prompt; an answer whose reward reaches `threshold` is right.
+    """Samples `num_samples` responses per prompt; one whose reward reaches `threshold` is right.
 
     Args:
-        name: of the set, in metrics and files.
+        name: name of the set, in metrics and files.
         prompts: the held-out prompts, equal on every rank.
-        threshold: None: there is no right or wrong, as with a reward model's scores.
-        results_dir: where each evaluation's samples are written as JSONL.
-        judged_by: what makes the rewards: answers that are compared must have the same.
-        against: a JSONL file of this evaluator's, whose answers the win rate is against; None: no
-            win rate. A file that is this evaluation's own is no opponent.
+        threshold: smallest reward of a right response; None if no reward (a score, say) means that.
+        results_dir: folder of the JSONL files with each evaluation's samples.
+        judged_by: description of what makes the rewards; it must be equal to compare responses.
+        against: JSONL file of an evaluation of this set: the win rate is against its responses.
+            None: no win rate; nor is there one against the file that is being written.
     """
 
     def __init__(
@@ -67,16 +67,16 @@ class Evaluator:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics `eval/NAME/...`, equal on every rank: accuracy (avg@k: the mean over samples) and
-        pass@k where an answer can be right, mean reward and response length, and the win rate where
-        there is an opponent, with standard errors clustered by prompt.
+        pass@k if a response can be right, mean reward and response length, and the win rate if
+        there is an opponent. All but the length have standard errors clustered by prompt.
         """
         return self.measure(results_file(self._results_dir, self._name, step))
 
     def measure(self, path: Path) -> dict[str, float]:
-        """The metrics, with each sample in the JSONL file `path`.
+        """Measure the metrics, and write each sample to the JSONL file `path`.
 
         Raises:
-            ValueError: the opponent's answers are missing, of other prompts or judged otherwise.
+            ValueError: the opponent's file is missing, has other prompts or was judged differently.
         """
         opponent = None
         if self._against is not None and self._against.resolve() != path.resolve():
@@ -113,7 +113,7 @@ class Evaluator:
         return metrics | errors
 
     def _table(self, batch: Batch, name: str) -> Tensor:
-        """A row column by prompt and sample, of all ranks: float64 `[P, n]`."""
+        """Table of a row column from all ranks, by prompt and sample: float64 `[P, n]`."""
         columns = (batch["prompt_ids"], batch["sample_index"], batch[name])
         table = torch.cat(gather_tables(torch.stack([c.double() for c in columns], dim=1)))
         size = self._generation.group_size
@@ -128,7 +128,7 @@ class Evaluator:
 
 
 def results_file(directory: Path, name: str, step: int) -> Path:
-    """Where an evaluation before step `step` (after the last: as many as steps) is written."""
+    """Path of the evaluation before step `step` (after the last step: the number of steps)."""
     return directory / f"{name}_{step:08d}.jsonl"
 
 

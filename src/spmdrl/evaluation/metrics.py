@@ -1,8 +1,8 @@
 """pass@k, avg@k and their standard errors: pure functions of scores.
 
-Everything is per prompt first and then averaged over prompts: the samples of one prompt are one
-cluster (Miller 2024, "Adding error bars to evals", section 2.2), so the standard error of a mean
-is that of the prompts' means.
+Scores are averaged per prompt first, then over prompts: the samples of one prompt are one cluster
+(Miller 2024, "Adding error bars to evals", section 2.2), so the standard error of a mean is that
+of the prompts' means.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over prompts with its standard error (nan for fewer than two prompts)."""
+    """Mean over prompts with its standard error (nan for fewer than two prompts)."""
 
     mean: float
     standard_error: float
@@ -28,7 +28,7 @@ def estimate(values: Tensor) -> Estimate:  # [P], one value per prompt
     """Mean and standard error `sqrt(sum (x - mean)^2 / (P (P - 1)))`, in float64.
 
     Raises:
-        ValueError: no prompts.
+        ValueError: there are no prompts.
     """
     count = values.numel()
     if count == 0:
@@ -39,13 +39,13 @@ def estimate(values: Tensor) -> Estimate:  # [P], one value per prompt
 
 
 def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Estimate:
-    """The plain mean of values of which those of one cluster are not independent.
+    """Plain mean of values that are independent only between clusters.
 
-    Its standard error is Miller's eq. 4: from the sums of the deviations within each cluster, times
-    G / (G - 1) for G clusters; nan for fewer than two.
+    Its standard error is Miller's eq. 4 (from the sums of the deviations within each cluster), its
+    variance times G / (G - 1) for G clusters; nan for fewer than two.
 
     Raises:
-        ValueError: no values, or not one cluster for each.
+        ValueError: there are no values, or not one cluster for each.
     """
     if not values or len(values) != len(clusters):
         raise ValueError(f"{len(values)} values of {len(clusters)} clusters have no mean")
@@ -62,10 +62,10 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> Est
 
 
 def avg_at_k(scores: Tensor) -> Estimate:  # [P, n], the samples of P prompts; bool or number
-    """The mean score, with the standard error clustered by prompt.
+    """Mean score, with the standard error clustered by prompt.
 
     Raises:
-        ValueError: no prompts or no samples.
+        ValueError: there are no prompts or no samples.
     """
     if scores.dim() != 2 or scores.shape[1] == 0:
         raise ValueError(f"scores must be [prompts, samples], not {tuple(scores.shape)}")
@@ -73,15 +73,15 @@ def avg_at_k(scores: Tensor) -> Estimate:  # [P, n], the samples of P prompts; b
 
 
 def win_rate(
-    rewards: Tensor,  # [P, n], of the samples of P prompts
-    others: Tensor,  # [P, m], of the opponent's samples of the same prompts
+    rewards: Tensor,  # [P, n], rewards of n samples of P prompts
+    others: Tensor,  # [P, m], rewards of the opponent's m samples of the same prompts
 ) -> Estimate:
-    """The chance that a sample is judged better than the opponent's; a tie counts half.
+    """Probability that a sample has a higher reward than the opponent's; a tie counts half.
 
-    Every sample meets every one of the opponent's for its prompt; the error is clustered by prompt.
+    Every sample meets each of the opponent's for its prompt; the error is clustered by prompt.
 
     Raises:
-        ValueError: other prompts, or no samples.
+        ValueError: the numbers of prompts differ, or there are no prompts or samples.
     """
     if rewards.dim() != 2 or others.dim() != 2 or len(rewards) != len(others):
         raise ValueError(
@@ -93,10 +93,10 @@ def win_rate(
 
 
 def pass_at_k(right: Tensor, k: int) -> Estimate:  # bool [P, n], the samples of P prompts
-    """The chance that at least one of k samples is right (`unbiased_pass_at_k`), over prompts.
+    """Mean over prompts of the probability that one of k samples is right (`unbiased_pass_at_k`).
 
     Raises:
-        ValueError: k exceeds the samples drawn; no prompts.
+        ValueError: k is not positive or exceeds the samples drawn, or there are no prompts.
     """
     if right.dim() != 2:
         raise ValueError(f"right must be [prompts, samples], not {tuple(right.shape)}")
@@ -105,11 +105,11 @@ def pass_at_k(right: Tensor, k: int) -> Estimate:  # bool [P, n], the samples of
 
 
 def unbiased_pass_at_k(
-    num_samples: Tensor,  # int64 [P], samples drawn of each prompt
-    num_correct: Tensor,  # int64 [P], those that are right
+    num_samples: Tensor,  # int64 [P], samples drawn for each prompt
+    num_correct: Tensor,  # int64 [P], right samples among them
     k: int,
 ) -> Tensor:
-    """The unbiased estimate of pass@k of each prompt: float64 `[P]`.
+    """Unbiased estimate of pass@k for each prompt: float64 `[P]`.
 
     `1 - C(n - c, k) / C(n, k)`: Chen et al. 2021, "Evaluating large language models trained on
     code", eq. 1, as the product `1 - prod_{i=n-c+1..n} (1 - k / i)`.
@@ -127,5 +127,5 @@ def unbiased_pass_at_k(
     width = int(c.max()) if c.numel() else 0
     i = n[:, None] - torch.arange(width, dtype=torch.float64, device=n.device)
     factors = torch.where(i > (n - c)[:, None], 1.0 - k / i.clamp(min=1.0), 1.0)
-    # With fewer than k wrong samples any k hold a right one: C(n - c, k) is zero.
+    # with fewer than k wrong samples, any k samples contain a right one: C(n - c, k) is zero
     return torch.where(n - c < k, 1.0, 1.0 - factors.prod(dim=1))

@@ -1,4 +1,4 @@
-"""Per-sample results as JSONL, complete or not there at all."""
+"""Per-sample results as JSONL files, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from spmdrl.files import finite_json, replace_file
 
 
 def write_results(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write a JSON object per line; how many. A float that is not finite becomes null.
+    """Write a JSON object per line; return their number. A float that is not finite becomes null.
 
     Raises:
-        OSError: the disk is full, or another fault of the file system; an older file stays whole.
+        OSError: the disk is full, or the file system fails otherwise; an older file stays whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [finite_json(row) for row in rows]
