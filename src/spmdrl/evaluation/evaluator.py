@@ -33,7 +33,7 @@ class Evaluator:
     Args:
         name: name of the set, in metrics and files.
         prompts: the held-out prompts, equal on every rank.
-        threshold: smallest reward of a right response; None if no reward (a score, say) means that.
+        threshold: smallest reward of a right response; None: rewards do not tell right from wrong.
         results_dir: folder of the JSONL files with each evaluation's samples.
         judged_by: description of what makes the rewards; it must be equal to compare responses.
         against: JSONL file of an evaluation of this set: the win rate is against its responses.

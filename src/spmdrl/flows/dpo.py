@@ -81,7 +81,7 @@ def preferring_chosen(batch: Batch) -> Batch:
 
 
 def other_answers(run: Run) -> StepRows:
-    """Each step's prompts with answers to other prompts, for KTO. ValueError: no pairs as data."""
+    """Each step's prompts with answers to other prompts, for KTO. ValueError: they are no pairs."""
     pairs = run.data.data
     if not isinstance(pairs, PairSet):
         raise ValueError("preference.loss=kto needs data of kind preferences")

@@ -38,7 +38,7 @@ def online_dpo(run: Run) -> None:
             sync.run()
         run.evaluate(step)
         batch = environment.collect(step)  # prompts, samples and rewards: home rows
-        # pairs and updates; beside them, with lag: 1, the next step's samples
+        # pairs and updates; with lag: 1 the next step's samples are drawn alongside
         metrics = trainer.step(step, batch, *environment.ahead(step + 1))
         run.finish(step, batch, joined(environment.metrics(), metrics))
     sync.run()

@@ -113,7 +113,7 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
         ValueError: bad input.
         OSError: the output cannot be written.
     """
-    data = config.data.model_copy(update={"kind": "prompts"})  # whatever the flow reads
+    data = config.data.model_copy(update={"kind": "prompts"})  # even if the flow reads other data
     config = rollout_only(config).model_copy(update={"data": data})
     tokenizer = load_tokenizer(config.model.path)
     source = replace(
