@@ -19,6 +19,7 @@ DONE: list[str] = [
     "memory",
     "models",
     "observe",
+    "rewards",
     "rollout",
     "training",
     "weights",

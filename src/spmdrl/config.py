@@ -217,7 +217,7 @@ class RewardSection(Section):
 class RewardPoolSection(Section):
     num_workers: int = Field(1, ge=1, description="Subprocesses per rank, at least 1.")
     timeout_s: float = Field(10.0, gt=0, description="Limit of one call of a function, in seconds.")
-    memory_gb: float = Field(4.0, gt=0, description="Memory limit of one subprocess, in GB.")
+    memory_gb: float = Field(4.0, gt=0, description="Memory that calls add to a subprocess, in GB.")
     failed_reward: float = Field(0.0, description="Reward of a sample whose function failed.")
     max_failed_share: float = Field(
         0.95,

@@ -1,4 +1,4 @@
-"""How a user's reward function is called: by the names of its parameters, or by position."""
+"""Calls of a user's reward function: by the names of its parameters, or by position."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 GIVEN = ("prompt", "response", "answer", "entry")
-"""What a call has to give besides the row's columns; these names win over columns."""
+"""Arguments that every call can give besides the row's columns; they win over columns."""
 
 BATCHES = frozenset({"completions", "prompts", "responses", "queries", "labels", "solution_strs"})
-"""Names by which other trainers hand over lists, one entry a sample."""
+"""Names by which other trainers pass lists, one entry per sample."""
 
 SHOWN = 12
-"""Names of columns in a message, at most."""
+"""Most column names in a message."""
 
 GUIDE = "docs/rewards.md"
 
@@ -24,15 +24,16 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """A user's function as one of (prompt, response, answer, entry).
+    """A user's function as a function of (prompt, response, answer, entry).
 
     Args:
-        options: keyword arguments that every call has.
-        names: of `GIVEN`, those that it takes by name; None: all four, by position.
-        columns: of the row, which it must have; None stands for one that a row lacks.
-        optional: columns that it takes where the row has them.
-        takes_rest: it has `**kwargs`, for all of `GIVEN` and of the row that it does not name.
-        instead: parameters named like columns that are given one of the four by position.
+        options: keyword arguments of every call.
+        names: names from `GIVEN` that it takes by name; None: it takes all four by position.
+        columns: required columns of the row; a row that lacks one passes None for it.
+        optional: columns that it takes if the row has them.
+        takes_rest: it has `**kwargs`, which get everything in `GIVEN` and the row that it does not
+            name.
+        instead: parameters named like columns that get one of the four arguments by position.
     """
 
     function: Callable[..., Any]
@@ -57,7 +58,7 @@ class Caller:
         return self.function(**(arguments | dict(self.options)))
 
     def describe(self) -> str:
-        """How it is called, in words."""
+        """Description of its calls, in words."""
         if self.names is None:
             told = [
                 f"; its {name!r} is the {what}, no column" for name, what in self.instead.items()
@@ -73,15 +74,15 @@ def caller_of(
     options: Mapping[str, Any],
     columns: Collection[str] | None,
 ) -> Caller:
-    """Arguments go by name where all required parameters are of `GIVEN` or columns of the row and
-    the response is among what is given, else as the four positional ones.
+    """Decide how to call a function: by name if all required parameters are in `GIVEN` or columns
+    of the row and it gets the response, else with the four arguments by position.
 
     Args:
         options: keyword arguments of the configuration; they win over columns.
-        columns: of the rows; None: not known, any name may be one.
+        columns: columns of the rows; None: unknown, any name may be one.
 
     Raises:
-        ValueError: neither; with what is wrong and how to mend it, as the end of a line.
+        ValueError: neither is possible; the text says why and the fix, as the end of a line.
     """
     if inspect.isclass(function):
         raise ValueError("it is a class: name a function, or an object that can be called")
@@ -91,7 +92,7 @@ def caller_of(
         )
     try:
         signature = inspect.signature(function)
-    except (ValueError, TypeError):  # of C libraries, some say nothing of their parameters
+    except (ValueError, TypeError):  # some functions of C libraries have no signature
         return Caller(function=function, options=options)
     parameters = list(signature.parameters.values())
     _check_options(parameters, options)
@@ -121,7 +122,7 @@ def _by_name(
     options: Mapping[str, Any],
     columns: Collection[str] | None,
 ) -> Caller | None:
-    """None: it cannot be called by name, or would not be given the response."""
+    """Caller by name; None: it cannot be called by name, or would not get the response."""
     takes_rest = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     named = [p for p in parameters if p.kind in _BY_NAME and p.name not in options]
     needed = [p.name for p in named if p.default is p.empty]
@@ -152,8 +153,8 @@ def _is_column(name: str, columns: Collection[str] | None) -> bool:
 
 
 def _takes_four(signature: inspect.Signature, options: Mapping[str, Any]) -> bool:
-    """Whether it is meant for the four by position: a default of its own in the first three places
-    is an option's, and one of the four names in another's place shows another order.
+    """Whether it takes the four arguments by position: not if one of the four names is in another's
+    place, nor if one of the first three parameters has another name and a default (an option).
     """
     try:
         signature.bind(*GIVEN, **options)

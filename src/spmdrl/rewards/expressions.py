@@ -1,8 +1,8 @@
-"""The comparison behind the reward `math`: math-verify's, and a plain reading of plain words.
+"""Comparison of the reward `math`: math-verify's, with words and units read as such.
 
 math-verify reads an answer as LaTeX, in which a bare word is a product of its letters: `72 clips`
-is no 72, and `listen` equals `silent`. Here words are compared as words, and what stands behind a
-number is its unit, which one side may leave out.
+is not 72, and `listen` equals `silent`. Here words are compared as words, and a word after a number
+is its unit, which one side may omit.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ h hr hour|day|week|month|yr year|ml milliliter millilitre|l liter litre|gal gall
 dollar usd|cent|euro eur|yen|degree deg|rad radian|w watt|kw kilowatt|j joule|kj kilojoule|
 n newton|v volt|hz hertz|khz kilohertz|mph|kmh kph"""
 _UNITS = {name: names.split()[0] for names in _MEASURES.split("|") for name in names.split()}
-"""Units that cannot stand for one another -> one name of each."""
+"""Name of a unit -> its canonical name; units with different ones cannot replace each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a short text says.
+    """Interpretation of a short text.
 
     Args:
-        text: it without markup.
-        words: whether it has words of a language, outside of `\\text{...}` too (`bare`).
-        head, unit: of a number with a unit; None: it is none.
+        text: the text without markup.
+        words, bare: it has words of a language, anywhere or outside of `\\text{...}`.
+        head, unit: a number and its unit; None: the text is not such a pair.
     """
 
     text: str
@@ -82,9 +82,9 @@ class Reading:
 
 
 def make_comparison() -> Compare:
-    """math-verify's comparison with a plain reading of words and units.
+    """Make a comparison by math-verify that also reads words and units.
 
-    The comparison raises ValueError where the answer is empty for every reader.
+    The comparison raises ValueError if nothing can be read in the answer.
     """
     from math_verify import parse, verify
 
@@ -130,7 +130,7 @@ def make_comparison() -> Compare:
 
 
 def read(text: str) -> Reading:
-    """A short text, LaTeX or plain: an expression, a number with a unit, or words."""
+    """Read a short text, LaTeX or plain: an expression, a number with a unit, or words."""
     inner = _stripped(text)
     plain = " ".join(_SPACE.sub(" ", _TEXT.sub(r" \1 ", inner)).split()).rstrip(".")
     plain = plain.replace("\\$", "$").replace("\\%", "%").strip()
@@ -144,7 +144,7 @@ def read(text: str) -> Reading:
         return reading
     head, unit = match["head"].strip(), match["unit"]
     names = _WORD.findall(unit)
-    # a letter behind a number is a factor, but for the metre's
+    # a letter after a number is a factor, except for the metre's
     known = [name for name in names if (len(name) > 1 or unit == "m") and _unit_name(name)]
     if not known and not has_words(unit):
         return reading
@@ -162,10 +162,10 @@ def has_words(text: str) -> bool:
 
 
 def is_word(word: str) -> bool:
-    """Whether letters are a word: no function's name, and not to be read as a product.
+    """Whether letters are a word: neither the name of a function nor a product.
 
     `xy`, `abc`, `mgh` and `ABD` may be products, or sets of choices: short, and without vowels or
-    in the order of the alphabet. In doubt a product: words that are equal are equal either way.
+    in alphabetical order. In doubt it is a product: equal words are equal either way.
     """
     lower = word.casefold()
     if len(word) < 2 or lower in _MATHS:
@@ -182,7 +182,7 @@ def is_word(word: str) -> bool:
 
 
 def _claim(response: str, found: list[Any]) -> Reading:
-    """The response's final expression: its last box, else what math-verify has found."""
+    """The response's final expression: its last box, or else math-verify's last find."""
     boxed = last_boxed(response)
     if boxed is not None:
         return read(boxed)
@@ -191,7 +191,7 @@ def _claim(response: str, found: list[Any]) -> Reading:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` of a text holds; None where none is closed."""
+    r"""Content of the last `\boxed{...}` of a text; None if none is closed."""
     last: tuple[int, int] | None = None
     opened: list[int | None] = []  # where the content of a box begins; None for other braces
     for match in re.finditer(r"\\f?boxed\s*\{|[{}]", text):
@@ -203,7 +203,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _stripped(text: str) -> str:
-    """A text without the dollars or the box around all of it."""
+    """Remove the dollars or the box around a whole text."""
     text = text.strip()
     boxed = last_boxed(text)
     if boxed is not None and re.sub(r"[\s$.]", "", text) == re.sub(
@@ -217,7 +217,7 @@ def _stripped(text: str) -> str:
 
 
 def _mixed(text: str) -> str:
-    r"""`3 1/2` as LaTeX: `3\frac{1}{2}`."""
+    r"""Write mixed numbers as LaTeX: `3 1/2` becomes `3\frac{1}{2}`."""
     return _MIXED.sub(r"\1\\frac{\2}{\3}", text)
 
 
@@ -232,6 +232,6 @@ def _unit_name(word: str) -> str | None:
 
 
 def _differ(unit: str, other: str) -> bool:
-    """Whether both are known units, and not the same one."""
+    """Whether both are known units, and different ones."""
     names = [_unit_name(text) for text in (unit, other)]
     return None not in names and names[0] != names[1]

@@ -1,9 +1,9 @@
-"""Reward functions: the built-in ones, and loading of a user's own.
+"""Reward functions: the built-in ones, and the loader of a user's own.
 
 A reward function is `fn(prompt, response, answer, entry)`; it returns a float, or a dict of named
-floats that holds `score`. A user's may take less, or columns of the row (`rewards.arguments`).
-Functions run in worker processes (`rewards.pool`), so nothing heavy is imported at module level,
-torch least of all.
+floats that contains `score`. A user's function may take fewer arguments, or columns of the row
+(`rewards.arguments`). Functions run in worker processes (`rewards.pool`), so nothing heavy is
+imported at module level, least of all torch.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class RewardSpec:
     """One component of the reward.
 
     Args:
-        name: its column's name.
-        function: a built-in's name, `module:function`, or `path/to/file.py:function`.
+        name: name of its column.
+        function: name of a built-in, `module:function`, or `path/to/file.py:function`.
         weight: its factor in the weighted sum.
-        parameters: options of a built-in; keyword arguments for a user's function.
+        parameters: options of a built-in, or keyword arguments of a user's function.
     """
 
     name: str
@@ -42,15 +42,15 @@ class RewardSpec:
 
 
 def load(spec: RewardSpec, columns: Collection[str] | None = None) -> RewardFunction:
-    """The function that a component names; a user's is a `Caller`.
+    """Load the function that a component names; a user's function becomes a `Caller`.
 
     Args:
-        columns: of the rows that it scores; None: not known.
+        columns: columns of the rows that it scores; None: unknown.
 
     Raises:
         ValueError: no such built-in, module, file or function, a parameter that it does not take,
-            a function that cannot be called with what there is, or an error while the user's module
-            was imported (then chained).
+            a function that cannot be called with the arguments that exist, or an error while the
+            user's module was imported (then chained).
     """
     where = f"reward {spec.name!r} ({spec.function})"
     if spec.function in BUILT_IN:
@@ -81,7 +81,7 @@ def load(spec: RewardSpec, columns: Collection[str] | None = None) -> RewardFunc
 
 
 def needed_modules(spec: RewardSpec) -> tuple[str, ...]:
-    """Modules that a built-in imports: slow enough to be imported once, before workers fork."""
+    """Modules of a built-in that are slow to import, so they are imported before workers fork."""
     return {"math": ("math_verify",), "reasoning_gym": ("reasoning_gym",)}.get(spec.function, ())
 
 
@@ -92,7 +92,7 @@ def _reference(answer: str | None) -> str:
 
 
 def number() -> RewardFunction:
-    """1 when the last number in the response equals the answer (the answer's last number).
+    """Score 1 if the last number in the response equals the last number in the answer.
 
     A fraction (`1/2`) is one number; a time, ratio or power (`10:30`, `2^10`) is compared as a
     whole; exponents and indices do not count.
@@ -108,13 +108,13 @@ def number() -> RewardFunction:
 
 
 def exact(*, ignore_case: bool = True, ignore_punctuation: bool = True) -> RewardFunction:
-    """1 when the response equals the answer, white space normalised.
+    """Score 1 if the response equals the answer after normalising white space.
 
     Args:
-        ignore_case: capitals and small letters are the same.
-        ignore_punctuation: what ends a sentence, encloses words or marks emphasis is left out, and
-            so are commas between thousands; signs, points, slashes and the like within words or
-            before digits are compared.
+        ignore_case: capitals and small letters are equal.
+        ignore_punctuation: ignore marks that end a sentence, enclose words or mark emphasis, and
+            commas between thousands; signs, points, slashes and the like within words or before
+            digits are compared.
     """
     normal = functools.partial(
         plain_words, ignore_case=ignore_case, ignore_punctuation=ignore_punctuation
@@ -127,11 +127,11 @@ def exact(*, ignore_case: bool = True, ignore_punctuation: bool = True) -> Rewar
 
 
 def format_(*, pattern: str, whole: bool = False) -> RewardFunction:
-    """1 when `pattern` (a regular expression, `.` matches line ends) is found in the response.
+    """Score 1 if `pattern` is found in the response.
 
     Args:
-        pattern: the regular expression.
-        whole: it must match the whole response, surrounding white space aside.
+        pattern: a regular expression; `.` also matches line ends.
+        whole: it must match the whole response, except surrounding white space.
     """
     compiled = re.compile(pattern, re.DOTALL)
 
@@ -143,9 +143,9 @@ def format_(*, pattern: str, whole: bool = False) -> RewardFunction:
 
 
 def math() -> RewardFunction:
-    """1 when math-verify finds the response's final expression equal to the answer.
+    """Score 1 if math-verify finds the response's final expression equal to the answer.
 
-    Words are compared as words, and a unit behind a number may be left out (`rewards.expressions`).
+    Words are compared as words, and a unit after a number may be omitted (`rewards.expressions`).
     """
     equal = make_comparison()
 
@@ -156,13 +156,13 @@ def math() -> RewardFunction:
 
 
 def reasoning_gym(*, extract: str = "tag", binary: bool = False) -> RewardFunction:
-    """The `score_answer` of the task that made the prompt, in [0, 1].
+    """Score by `score_answer` of the task that made the prompt, in [0, 1].
 
     Args:
-        extract: what is handed to the task: `tag` (the last `<answer>…</answer>`, else the whole
+        extract: text that the task gets: `tag` (the last `<answer>…</answer>`, or else the whole
             response), `number` (the last number), `whole` (the response, stripped).
-        binary: 1 for a full score, else 0. Several tasks give partial credit for an answer that
-            contains the right one ("14" for "4" gets 0.5).
+        binary: 1 for a full score, otherwise 0. Several tasks give partial credit for a response
+            that contains the right answer ("14" for "4" gets 0.5).
     """
     from reasoning_gym import create_dataset
     from reasoning_gym.utils import extract_answer

@@ -1,4 +1,4 @@
-"""What becomes of failed calls: counted, told, and too many of them an error."""
+"""Failed calls of reward functions: they are counted and logged, and too many are an error."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from spmdrl.rewards.process import FLOAT32_MAX
 
 log = logging.getLogger(__name__)
 
-MIN_JUDGED = 8  # calls before a share of failures says anything
-MAX_START = 16  # failures in a row after which a component that never worked is given up
+MIN_JUDGED = 8  # fewest calls by which a share of failures is judged
+MAX_START = 16  # failures after which a component that has never worked is given up
 
 
 class RewardError(ValueError):
-    """A reward component fails so often that it must be mended."""
+    """A reward component fails so often that the user must fix it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +37,9 @@ class Failure:
     """A failed call.
 
     Args:
-        reason: exception, signature (it does not take such arguments), returned (what is no
-            number), timeout, nan, memory or died.
-        message: its first line says what happened; those after it where, in the user's code.
+        reason: exception, signature (it does not take such arguments), returned (something that is
+            not a number), timeout, nan, memory or died.
+        message: its first line says what happened, the lines after it where in the user's code.
     """
 
     component: str
@@ -53,8 +53,8 @@ class RewardResult:
 
     Args:
         score: weighted sum of the components.
-        components: each component's unweighted value by its name, and `name/key` for what else its
-            function returned.
+        components: each component's unweighted value by its name, and the other numbers that its
+            function returned as `name/key`.
         failures: the calls that failed; their value is the pool's `failed`.
     """
 
@@ -65,12 +65,12 @@ class RewardResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FailureCount:
-    """A component's failed calls of a batch, at least one.
+    """A component's failed calls in a batch, at least one.
 
     Args:
-        calls: all of them.
-        reasons: how many failed by each reason.
-        first: the first one's message.
+        calls: number of all its calls.
+        reasons: number of failed calls by reason.
+        first: message of the first failure.
     """
 
     component: str
@@ -85,7 +85,7 @@ Tell = Callable[[Sequence[FailureCount]], None]
 def count_failures(
     specs: Sequence[RewardSpec], results: Sequence[RewardResult]
 ) -> list[FailureCount]:
-    """Of the components that failed in some call."""
+    """Count the failures of each component that failed in some call."""
     found = []
     for spec in specs:
         own = [f for result in results for f in result.failures if f.component == spec.name]
@@ -103,7 +103,7 @@ def count_failures(
 
 
 def add_counts(counts: Sequence[FailureCount]) -> list[FailureCount]:
-    """One for each component: those of all ranks together."""
+    """Add the counts of all ranks; one count per component."""
     found: dict[str, FailureCount] = {}
     for count in counts:
         known = found.get(count.component)
@@ -120,10 +120,10 @@ def add_counts(counts: Sequence[FailureCount]) -> list[FailureCount]:
 
 
 class Teller:
-    """Logs failures; where in the user's code one happened it says once.
+    """Logger of failures; it shows each place in the user's code only once.
 
     Args:
-        failed: what a failed call counts as.
+        failed: value of a failed call.
     """
 
     def __init__(self, failed: float) -> None:
@@ -145,7 +145,7 @@ class Teller:
 
 @dataclass(kw_only=True)
 class _Tally:
-    """A component's calls since its failures were last judged."""
+    """Calls of a component since its failures were last judged."""
 
     calls: int = 0
     failures: int = 0
@@ -154,10 +154,10 @@ class _Tally:
 
 
 class Judge:
-    """Counts the calls of one pool's components, and says when too many have failed.
+    """Counter of the calls of one pool's components; too many failures are an error.
 
     Args:
-        failed, max_failed: as the pool's.
+        failed, max_failed: the pool's arguments of these names.
 
     Raises:
         ValueError: a weight, or `failed` times one, is not finite in float32.
@@ -181,7 +181,7 @@ class Judge:
         self._tallies = [_Tally() for _ in self._specs]
 
     def taken(self, component: int, answer: dict[str, Any]) -> dict[str, Any]:
-        """A worker's answer as it counts.
+        """Count a worker's answer; returns it, or a failure if its value is too large.
 
         Raises:
             RewardError: the component never worked, and is given up.
@@ -203,7 +203,7 @@ class Judge:
         return answer
 
     def result(self, answers: Sequence[Mapping[str, Any]]) -> RewardResult:
-        """Of one sample, from the answers of all components in their order."""
+        """Make the result of one sample from the answers of all components, in their order."""
         components: dict[str, float] = {}
         failures = []
         score = 0.0
@@ -219,18 +219,16 @@ class Judge:
         return RewardResult(score=score, components=components, failures=tuple(failures))
 
     def check(self) -> None:
-        """Raises:
-        RewardError: a component's share of failed calls is too large.
-        """
+        """Judge the failures so far. RewardError: a component's share of them is too large."""
         for component, tally in enumerate(self._tallies):
             if tally.calls < MIN_JUDGED:
-                continue  # a small batch is judged with those that follow
+                continue  # a small batch is judged together with the next ones
             if tally.failures and tally.failures >= self._max_failed * tally.calls:
                 raise self._error(component)
             self._tallies[component] = _Tally(worked=tally.worked)
 
     def _warn_of_ignored(self, component: str, keys: Sequence[str]) -> None:
-        """Once for each key of a function's dict."""
+        """Warn once for each key of a function's dict."""
         for key in keys:
             if (component, key) not in self._ignored:
                 self._ignored.add((component, key))
@@ -250,5 +248,5 @@ class Judge:
 
 
 def _fits(weighted: float, specs: Sequence[RewardSpec]) -> bool:
-    """Whether a weighted value, and with it the sum of all, is finite in float32."""
+    """Whether a weighted value, and so the sum of all components, is finite in float32."""
     return abs(weighted) <= FLOAT32_MAX / len(specs)

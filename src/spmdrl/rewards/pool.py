@@ -1,8 +1,8 @@
-"""`RewardPool`: scores samples in killable worker processes with time and memory limits.
+"""`RewardPool`: worker processes, with time and memory limits, that score samples.
 
-A call that raises, hangs, returns NaN, eats memory or kills its worker costs that one call: its
-value becomes `failed`, the reason is counted and logged, the worker is replaced. A component whose
-calls all fail is an error with the first one's message.
+If a call raises, hangs, returns NaN, uses too much memory or kills its worker, only that call
+fails: its value is `failed`, the reason is counted and logged, and a worker that hangs, dies or
+ran out of memory is replaced. A component that fails too often is an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from spmdrl.runtime.signs import lives
 
 log = logging.getLogger(__name__)
 
-SERVER_S = 1.0  # after which the server is looked after while workers are busy
+SERVER_S = 1.0  # seconds between checks of the server while workers are busy
 
 
 @dataclass(kw_only=True)
@@ -53,12 +53,7 @@ class _Worker:
 
 @dataclass(frozen=True, kw_only=True)
 class Called:
-    """How a user's function is called.
-
-    Args:
-        how: in words.
-        columns: of the row that it must be given.
-    """
+    """Calls of a user's function: described in words, and the columns that it needs of the row."""
 
     how: str
     columns: tuple[str, ...]
@@ -68,22 +63,21 @@ class RewardPool:
     """Workers that score samples with the components of `specs`. Not for use from two threads.
 
     Args:
-        server: the rank's fork server, started first thing in the program.
+        server: the rank's fork server, which the program starts before anything else.
         specs: the components; their names differ.
-        num_workers: processes at most; they start when first needed.
+        num_workers: most processes; they start when first needed.
         timeout_s: wall-clock seconds of one call of one component.
         memory_mb: MiB that calls may take beyond what the loaded worker has; None: no limit.
         failed: the value of a component whose call failed.
-        max_failed: share of a component's failed calls from which on it is an error; in
-            (0, 1].
-        environment: names of variables of this process that functions see beside `server.PASSED`.
-        columns: of the rows that are scored, which functions may take by name; None: not known.
+        max_failed: least share of a component's failed calls that is an error, in (0, 1].
+        environment: names of this process's variables that functions see besides `server.PASSED`.
+        columns: columns of the scored rows, which functions may take by name; None: unknown.
         load_timeout_s: seconds to import the functions.
-        output: file that gets what reward functions print; None: nothing is kept.
+        output: file for the output that reward functions print; None: it is dropped.
 
     Raises:
-        ValueError: a function cannot be loaded, or not be called with what there is (one worker
-            loads them at once, to know); a name stands twice; a limit is not positive.
+        ValueError: a function cannot be loaded, or not called with the arguments that exist (one
+            worker loads them at once to find out); two names are equal; a limit is not positive.
     """
 
     def __init__(
@@ -137,21 +131,21 @@ class RewardPool:
         except BaseException:
             self.close()
             raise
-        # once: what was loaded counts, whatever becomes of the file while the run goes on
+        # only once: a file that changes during the run is not loaded again
         self._described = tuple(f"{spec!r} {source_digest(spec.function)}" for spec in specs)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The components' names."""
+        """Names of the components."""
         return tuple(spec.name for spec in self._specs)
 
     def describe(self) -> tuple[str, ...]:
-        """Each component in words that are equal for equal rewards."""
+        """One text per component, which is equal for equal rewards."""
         return self._described
 
     @property
     def callers(self) -> Mapping[str, Called]:
-        """How users' functions are called, by component."""
+        """Calls of users' functions, by component."""
         pairs = zip(self.names, self._callers, strict=True)
         return {name: called for name, called in pairs if called is not None}
 
@@ -162,13 +156,13 @@ class RewardPool:
         progress: Callable[[int, int], None] | None = None,
         tell: Tell | None = None,
     ) -> list[RewardResult]:
-        """The rewards of `jobs`, in order. `progress(done, total)` counts calls.
+        """Score `jobs`, in order. `progress(done, total)` counts calls.
 
         Args:
-            tell: given what has failed; None: it is logged.
+            tell: gets the counts of failures; None: they are logged.
 
         Raises:
-            RewardError: a component fails too often; it carries the first error.
+            RewardError: a component fails too often; the text has its first failure.
         """
         results = self._results(jobs, progress)
         (self._teller if tell is None else tell)(count_failures(self._specs, results))
@@ -176,14 +170,14 @@ class RewardPool:
         return results
 
     def tried(self, jobs: Sequence[RewardJob]) -> list[RewardResult]:
-        """What `score` returns, without a word and with nothing left of it: functions may keep
-        something between calls, so other workers do the work to come.
+        """Score `jobs` as a trial: nothing is logged or counted, and new workers replace the used
+        ones, because functions may keep state between calls.
         """
         results = self._results(jobs, None)
         self._judge.reset()
         for worker in list(self._workers):
             self._stop_worker(worker)
-        self._start_worker()  # it loads while the caller goes on
+        self._start_worker()  # it loads while the caller continues
         return results
 
     def _results(
@@ -203,18 +197,16 @@ class RewardPool:
                 if progress is not None and len(answers) > before:
                     progress(len(answers), total)
         finally:
-            # After an exception nothing may answer a call of the past.
+            # After an exception no worker may answer an old call.
             for worker in [worker for worker in self._workers if worker.call is not None]:
                 self._stop_worker(worker)
         parts = [range(i * width, i * width + width) for i in range(len(jobs))]
         return [self._judge.result([answers[call] for call in part]) for part in parts]
 
     def look(self) -> None:
-        """Name workers that died between calls; others are started when they are needed. To be
-        called by any thread.
-        """
+        """Log workers that died between calls; new ones start when needed. Any thread may call."""
         for worker in list(self._workers):
-            # one that is stopped leaves the list first
+            # a worker that is being stopped leaves the list first
             is_idle = worker.ready and worker.call is None
             if is_idle and not lives(worker.pid) and worker in self._workers:
                 self._miss(worker)
@@ -230,7 +222,7 @@ class RewardPool:
     def close(self) -> None:
         """End the workers."""
         for worker in list(self._workers):
-            with suppress(ServerEnded):  # which has ended them
+            with suppress(ServerEnded):  # its end was theirs
                 self._stop_worker(worker)
         self._selector.close()
 
@@ -276,13 +268,13 @@ class RewardPool:
             try:
                 send(worker.channel, pickle.dumps((worker.call % len(self._specs), arguments)))
             except (BrokenPipeError, ConnectionResetError):
-                # It died while idle: the call is not to blame.
+                # It died while idle, so the call did not cause it.
                 pending.appendleft(worker.call)
                 self._miss(worker)
                 self._stop_worker(worker)
 
     def _wait(self, answers: dict[int, dict[str, Any]]) -> None:
-        """Take in what workers say, until one has said something or a time limit has passed."""
+        """Take answers of workers, until one has come or a time limit has passed."""
         if not self._workers:
             return
         limit = min(w.deadline for w in self._workers if w.call is not None or not w.ready)
@@ -316,12 +308,12 @@ class RewardPool:
         self._store(worker.call, answer, answers)
         worker.call = None
         if answer.get("reason") == "memory":
-            self._stop_worker(worker)  # what it holds would fail the next call too
+            self._stop_worker(worker)  # the memory it holds would fail the next call too
 
     def _lose(
         self, worker: _Worker, answer: dict[str, Any], answers: dict[int, dict[str, Any]]
     ) -> None:
-        """A worker that died or hangs: end it and count its call as failed."""
+        """End a worker that died or hangs, and count its call as failed."""
         call, worker.call = worker.call, None
         if call is None and worker.ready:
             self._miss(worker)

@@ -1,4 +1,4 @@
-"""Numbers that are too large to be written out, as powers of powers make them: kept as symbols."""
+"""Symbols for numbers that are too large to be written out, such as powers of powers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from hashlib import blake2b
 from math import inf, log2
 
 MAX_BITS = 14_000
-"""Of a number that is computed: Python writes no more than 4300 digits."""
+"""Most bits of a number that is computed: Python writes no more than 4300 digits."""
 
 MAX_DEPTH = 60
-"""Of brackets within brackets; what is deeper counts as too large."""
+"""Deepest nesting of brackets; a deeper number counts as too large."""
 
 _TOKEN = re.compile(
     r"(?P<number>\d+(?:(?:,|\{,\}|\\[,!])\d{3})*(?:\.\d+)?)|(?P<power>\*\*|\^)|"
@@ -20,11 +20,9 @@ _TOKEN = re.compile(
 
 
 def without_huge(text: str) -> str:
-    """The text with a symbol in place of every power of more than `MAX_BITS` bits: the same symbol
-    for what is written alike.
+    """Replace every power of more than `MAX_BITS` bits by a symbol, equal powers by the same one.
 
-    Sizes are estimated from above: a sum, a difference or a fraction counts as the product of its
-    numbers.
+    Sizes are upper bounds: a sum, a difference or a fraction counts as the product of its numbers.
     """
     if "^" not in text and "**" not in text:
         return text
@@ -46,7 +44,7 @@ def _symbol(text: str) -> str:
 
 
 class _Scan:
-    """Reads a text's numbers and powers; `spans` are those that are too large."""
+    """Reader of a text's numbers and powers; `spans` are those that are too large."""
 
     def __init__(self, text: str) -> None:
         found = _TOKEN.finditer(text)
@@ -55,7 +53,7 @@ class _Scan:
         self.spans: list[tuple[int, int]] = []
 
     def group(self, depth: int) -> float:
-        """Bits of all up to a closing bracket, which is left."""
+        """Bits of all factors up to a closing bracket, which is not consumed."""
         bits = 0.0
         while self.at < len(self.tokens) and self.tokens[self.at].lastgroup != "closed":
             bits += self.factor(depth)

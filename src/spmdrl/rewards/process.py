@@ -1,8 +1,9 @@
-"""The fork server's process and the worker processes that it forks: what runs outside the rank.
+"""The fork server's process and the workers that it forks: all code that runs outside the rank.
 
-The server holds no threads and no CUDA, imports the built-in rewards' libraries once, and forks a
-worker in milliseconds. It imports nothing but the standard library itself. Messages to it are
-JSON datagrams on one socket; the end of that socket (the rank is gone) ends every worker.
+The server has no threads and no CUDA, imports the libraries of built-in rewards once, and forks a
+worker in milliseconds. This module imports only the standard library and this package's own light
+modules. Messages to the server are JSON datagrams on one socket; when the rank closes that socket
+or dies, every worker ends.
 """
 
 from __future__ import annotations
@@ -32,25 +33,25 @@ from spmdrl.rewards.arguments import Caller
 from spmdrl.rewards.functions import RewardFunction, RewardSpec, load
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
-"""Rewards are float32 columns: what is larger would be infinite there."""
+"""Largest reward: rewards are float32 columns, in which a larger one would be infinite."""
 
 OUTLIVED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that do nothing to the server and its workers."""
+"""Signals that the server and its workers ignore."""
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    """What a worker is told when it starts.
+    """Settings that a worker gets when it starts.
 
     Args:
-        specs: the components it scores.
-        columns: of the rows that it scores; None: not known.
-        cpu_s: CPU seconds that one call may take, a second line behind the rank's wall clock.
+        specs: the components that it scores.
+        columns: columns of the rows that it scores; None: unknown.
+        cpu_s: CPU seconds that one call may take, in case the rank's wall-clock limit fails.
         memory_mb: MiB that calls may take beyond what the loaded worker has; None: no limit.
-        output: file that gets what reward functions print; None: nothing is kept.
-        environment: variables beside those that the server has.
+        output: file for the output that reward functions print; None: it is dropped.
+        environment: variables in addition to those of the server.
     """
 
     specs: tuple[RewardSpec, ...]
@@ -62,7 +63,7 @@ class WorkerSettings:
 
 
 def serve(control_fd: int) -> None:
-    """The fork server: answers requests until the rank's end of the socket closes."""
+    """Run the fork server: answer requests until the rank's end of the socket closes."""
     control = socket.socket(fileno=control_fd)
     _outlive_signals()
     _adopt_orphans()
@@ -94,10 +95,10 @@ def _answer(control: socket.socket, number: int, value: int) -> None:
 
 
 def _outlive_signals() -> None:
-    """A signal to the whole job (Ctrl-C, Slurm's warning) is the rank's to answer.
+    """Ignore signals to the whole job (Ctrl-C, Slurm's warning), which the rank answers.
 
-    Handlers, not SIG_IGN: programs that a reward function starts get the defaults back. The server
-    was started with these signals held, so that none could end it before.
+    This installs handlers instead of SIG_IGN, so that programs that a reward function starts get
+    the defaults back. The server is started with these signals held, so that none ends it earlier.
     """
     for number in OUTLIVED:
         signal.signal(number, lambda *_: None)
@@ -124,25 +125,25 @@ def _fork_worker(control: socket.socket, descriptor: int) -> int:
 
 
 def _adopt_orphans() -> None:
-    """A process that has left its worker (setsid, a double fork) becomes the server's child.
+    """Let a process that has left its worker (setsid, a double fork) become the server's child.
 
-    Where the kernel has no such thing it is a process of its own, as before.
+    If the kernel does not support this, the process stays independent.
     """
     _ask_kernel(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _ask_kernel(option: int, value: int) -> None:
-    """prctl(2), where there is such a thing."""
+    """Call prctl(2), if it exists."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def _kill(pid: int, others: Set[int]) -> int:
-    """End a worker and what it started; its exit code, negative for a signal.
+    """End a worker and the processes it started; returns its exit code, negative for a signal.
 
     Args:
-        others: the workers that go on. Children of the server that are none of these have outlived
-            whatever started them: they end, too.
+        others: the workers that continue. Other children of the server have outlived the process
+            that started them, and end too.
     """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
@@ -158,7 +159,7 @@ def _kill(pid: int, others: Set[int]) -> int:
 
 
 def _children() -> dict[int, list[int]]:
-    """Parent -> its children, of all processes that are seen here."""
+    """Parent -> its children, for all visible processes."""
     found: dict[int, list[int]] = {}
     for directory in Path("/proc").iterdir():
         if not directory.name.isdigit():
@@ -181,7 +182,7 @@ def _descendants(pid: int) -> list[int]:
 def _run_worker(control: socket.socket, descriptor: int) -> NoReturn:
     try:
         os.setpgid(0, 0)
-        # a server that was killed ends nobody: its workers end by themselves
+        # a server that is killed cannot end its workers: they end by themselves
         _ask_kernel(PR_SET_PDEATHSIG, signal.SIGKILL)
         control.close()
         work(socket.socket(fileno=descriptor))
@@ -193,7 +194,7 @@ def _run_worker(control: socket.socket, descriptor: int) -> NoReturn:
 
 
 def work(channel: socket.socket) -> None:
-    """A worker: load the functions, say so, then answer calls until the channel closes."""
+    """Run a worker: load the functions, report it, then answer calls until the channel closes."""
     message = receive(channel)
     if message is None:
         return
@@ -218,14 +219,13 @@ def work(channel: socket.socket) -> None:
 
 
 def _load_error(error: ValueError) -> str:
-    """The error in a line, and where the user's code raised it."""
+    """Text of the error: one line, then the place in the user's code that raised it."""
     return str(error) if error.__cause__ is None else told(str(error), error.__cause__)
 
 
 def call(function: RewardFunction, arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """`{"values": {"score": …}, "ignored": […]}`, or `{"reason": …, "message": …}` when it failed.
-
-    `ignored` are the keys of a dict whose values are no numbers.
+    """Call a function: `{"values": {"score": …}, "ignored": […]}`, or `{"reason": …, "message": …}`
+    if it failed. `ignored` are the keys of a dict whose values are not numbers.
     """
     try:
         value = function(*arguments)
@@ -238,11 +238,11 @@ def call(function: RewardFunction, arguments: tuple[Any, ...]) -> dict[str, Any]
         return {"reason": reason, "message": own_story(error)}
     try:
         values, ignored = _named(value)
-    # `float` asks the value's own code, which may raise anything.
+    # `float` calls the value's own code, which may raise anything.
     except Exception as error:
         returned = f"it returned a {type(value).__name__}: {reprlib.repr(value)}"
         return {"reason": "returned", "message": f"{returned} ({error})"}
-    # of what is not finite in float32, NaN compares as false
+    # `not <=` because NaN compares as false
     bad = {name: value for name, value in values.items() if not abs(value) <= FLOAT32_MAX}
     if bad:
         return {"reason": "nan", "message": f"the reward function returned {bad}"}
@@ -250,7 +250,7 @@ def call(function: RewardFunction, arguments: tuple[Any, ...]) -> dict[str, Any]
 
 
 def _named(value: Any) -> tuple[dict[str, float], list[str]]:
-    """The named numbers that a function has returned, and the keys of what is no number."""
+    """The named numbers that a function has returned, and the keys whose values are not numbers."""
     if not isinstance(value, Mapping):
         return {"score": float(value)}, []
     if "score" not in value:
@@ -259,7 +259,7 @@ def _named(value: Any) -> tuple[dict[str, float], list[str]]:
     ignored: list[str] = []
     for name, entry in value.items():
         try:
-            # a text may look like a number, but is none
+            # a text is not a number, even if it looks like one
             values[str(name)] = _number(entry) if name != "score" else float(entry)
         except (TypeError, ValueError) as error:
             if name == "score":
@@ -275,7 +275,7 @@ def _number(entry: Any) -> float:
 
 
 def _redirect_output(output: str | None) -> None:
-    """Point the standard streams away from the rank's console and last line."""
+    """Redirect the standard streams, away from the rank's console."""
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     sink = null
@@ -292,13 +292,13 @@ def _limit_memory(extra_mb: int) -> None:
 
 
 def _limit_cpu(seconds: float) -> None:
-    """RLIMIT_CPU counts over the whole life of a process: move it along before every call."""
+    """Limit the CPU time of the next call: RLIMIT_CPU counts over the whole life of a process."""
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     _limit(resource.RLIMIT_CPU, math.ceil(used + seconds) + 1)
 
 
 def _limit(kind: int, limit: int) -> None:
-    """A soft limit, no higher than the hard one, which stays (only root may raise it)."""
+    """Set a soft limit, at most the hard one, which stays (only root may raise it)."""
     hard = resource.getrlimit(kind)[1]
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
@@ -306,12 +306,12 @@ def _limit(kind: int, limit: int) -> None:
 
 
 def send(channel: socket.socket, payload: bytes) -> None:
-    """One length-prefixed message."""
+    """Send one length-prefixed message."""
     channel.sendall(struct.pack("!I", len(payload)) + payload)
 
 
 def receive(channel: socket.socket) -> bytes | None:
-    """One length-prefixed message; None when the other end is gone."""
+    """Receive one length-prefixed message; None if the other end is gone."""
     header = _read(channel, 4)
     return None if header is None else _read(channel, struct.unpack("!I", header)[0])
 

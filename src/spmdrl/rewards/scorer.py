@@ -1,4 +1,4 @@
-"""From generated rows to rewards: functions in the pool, reward models, roles of the user's own."""
+"""Rewards of generated rows: by functions in the pool, reward models and users' own roles."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Retokenize = Callable[[Prompt, str, bool], Sequence[int]]
 """(prompt, response text, whether it was cut) -> token ids for another model."""
 
 STOPPED = 0
-"""`finish` of a response that came to its end."""
+"""Value of `finish` for a response that ended by itself."""
 
 
 class RewardsFailed(AgreedError):
-    """Reward functions fail so often that they must be mended."""
+    """Reward functions fail so often that the user must fix them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class ScoringRole:
     """A role whose `scores` are part of the reward.
 
     Args:
-        weight: of its score in the sum.
-        retokenize: for a reward model with a tokenizer of its own; None: it reads the tokens.
+        weight: factor of its score in the sum.
+        retokenize: for a reward model with its own tokenizer; None: it reads the tokens.
     """
 
     role: Reward | CustomRole
@@ -49,14 +49,14 @@ class ScoringRole:
 
 
 class Scorer:
-    """Adds texts and rewards to home rows. All ranks of the world call it together.
+    """Scorer that adds texts and rewards to home rows. All ranks of the world call it together.
 
     Args:
         pool: this rank's reward workers; None: no reward functions.
-        texts: of tokens.
+        texts: texts of tokens.
         stop: stop strings; the text ends before the first of them.
-        roles: whose scores are added.
-        progress: told (rows done, rows) of those that functions score.
+        roles: roles whose scores are added.
+        progress: gets (rows done, rows) while functions score.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Scorer:
         return [self.stops.before(ids.tolist()) for ids in responses]
 
     def score(self, batch: Batch, *, evaluation: bool = False) -> Batch:
-        """`batch` (with the Python column `prompt`) and the row columns `rewards` `[B]` and
-        `reward/NAME` of each component, `reward_failed` `[B]`, and the Python columns `response`,
-        `prompt_text` and `answer`.
+        """Score `batch`, which has the Python column `prompt`: adds the row columns `rewards`,
+        `reward/NAME` of each component and `reward_failed` (`[B]` each), and the Python columns
+        `response`, `prompt_text` and `answer`.
         """
         prompts: Sequence[Prompt] = batch.objects["prompt"]
         texts = self.texts(batch)
@@ -102,7 +102,7 @@ class Scorer:
         return batch.with_columns(rows={"rewards": rewards, **columns})
 
     def _kept(self, batch: Batch, make: Callable[[], Batch]) -> Batch:
-        """Functions are not asked again in a step that goes on: they may be slow, or draw."""
+        """Keep results for a resumed step: functions may be slow or random, so none runs twice."""
         ledger = current()
         if ledger is None:
             return make()
@@ -116,7 +116,7 @@ class Scorer:
         return ledger.keep_rows("rewards", origin, places, make)
 
     def _by_functions(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Batch:
-        """The row columns `sum` (weighted), and those of the components."""
+        """Row columns of the functions: `sum` (weighted), `reward/NAME` and `reward_failed`."""
         none = torch.zeros(len(texts), dtype=torch.int64)
         if self.pool is None:
             zeros = torch.zeros(len(texts))
@@ -135,10 +135,10 @@ class Scorer:
         return Batch(lengths=none, rows={"sum": total, **columns, "reward_failed": failed})
 
     def _scored(self, pool: RewardPool, jobs: Sequence[RewardJob]) -> list[RewardResult]:
-        """Of this rank's jobs. What fails on any rank is said once, by the first.
+        """Score this rank's jobs. Rank 0 logs the failures of all ranks together.
 
         Raises:
-            RewardsFailed: a function fails too often on some rank; on all ranks.
+            RewardsFailed: a function fails too often on some rank; raised on all ranks.
         """
         counts: list[FailureCount] = []
         results: list[RewardResult] = []
@@ -160,7 +160,7 @@ class Scorer:
         return results
 
     def _report(self, count: int) -> Callable[[int, int], None]:
-        """Calls of functions, each row's one after the other, as rows."""
+        """Convert progress in calls, which go row by row, to progress in rows."""
         return lambda done, calls: self.progress(count * done // calls, count)
 
 
@@ -170,7 +170,7 @@ def _call(scoring: ScoringRole, batch: Batch, *, evaluation: bool) -> Call[Any]:
         return method.on(batch)
     if scoring.retokenize is None:
         return scoring.role.score.on(batch)
-    # rows that a user's environment made may say nothing of how they ended
+    # rows that a user's environment made may have no `finish`
     ended = batch["finish"] == STOPPED if "finish" in batch else torch.ones(len(batch)).bool()
     texts = batch.objects["response"]
     given = zip(batch.objects["prompt"], texts, ended.tolist(), strict=True)
@@ -178,7 +178,7 @@ def _call(scoring: ScoringRole, batch: Batch, *, evaluation: bool) -> Call[Any]:
         [scoring.retokenize(prompt, text, not is_whole) for prompt, text, is_whole in given],
         rows={
             **{name: batch[name] for name in ("prompt_ids", "sample_index")},
-            # nothing is shared: what the other tokenizer makes of a prompt may end elsewhere
+            # prompts are not shared: their end may differ with the other tokenizer
             "prompt_lengths": torch.zeros(len(batch), dtype=torch.int64),
         },
     )

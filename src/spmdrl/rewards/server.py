@@ -1,4 +1,4 @@
-"""The rank's handle on its fork server. Imports neither torch nor anything else that is heavy."""
+"""The rank's handle on its fork server. Imports nothing heavy, so not torch."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PASSED = (
     *("TRANSFORMERS_*", "TOKENIZERS_PARALLELISM", "SSL_CERT_*", "*_proxy", "*_PROXY"),
     *("CUDA_*", "NVIDIA_*"),
 )
-"""Variables that reward functions see; `*` stands for any text. Tokens are not among them."""
+"""Environment variables that reward functions see; `*` matches any text. No secrets pass."""
 
 
 def passed_variables(names: Sequence[str]) -> dict[str, str]:
-    """This process's environment variables whose names are among `names`."""
+    """This process's environment variables whose names match one of `names`."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -34,12 +34,12 @@ def passed_variables(names: Sequence[str]) -> dict[str, str]:
 
 
 def start_reward_server() -> RewardServer:
-    """Start the fork server: the first thing a program does, before `import torch`.
+    """Start the fork server; a program does this first, before `import torch`.
 
     Workers are forked from the server, never from the rank, which by then may hold CUDA contexts,
     registered memory and threads that do not survive a fork. The server is a fresh interpreter
-    (a new program, not a fork of this one) in a session of its own, so that a Ctrl-C or a signal to
-    the rank's process group leaves it alone; it ends when the rank does.
+    (not a fork of this one) in its own session, so that Ctrl-C or a signal to the rank's process
+    group does not reach it; it ends when the rank does.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     code = (
@@ -47,7 +47,7 @@ def start_reward_server() -> RewardServer:
         f"from spmdrl.rewards.process import serve; serve({theirs.fileno()})"
     )
     environment = {
-        # One thread per worker, and the same set order in every worker of every rank.
+        # one thread per worker, and the same order of sets in all workers
         "OMP_NUM_THREADS": "1",
         "PYTHONHASHSEED": "0",
         **passed_variables(PASSED),
@@ -69,11 +69,11 @@ def start_reward_server() -> RewardServer:
 
 
 class ServerEnded(RuntimeError):
-    """The server is gone, and its workers with it."""
+    """The server has ended, and its workers with it."""
 
 
 class RewardServer:
-    """Forks and ends reward workers. One rank has one; several pools may share it."""
+    """Handle that forks and ends reward workers. A rank has one; several pools may share it."""
 
     def __init__(self, process: subprocess.Popen[bytes], control: socket.socket) -> None:
         self._process = process
@@ -86,28 +86,26 @@ class RewardServer:
         self._request({"do": "preload", "modules": list(modules)}, [])
 
     def fork(self) -> tuple[int, socket.socket]:
-        """A new worker: its process id and the socket that it listens on."""
+        """Fork a worker; returns its process id and the rank's end of the socket to it."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             self._request({"do": "fork"}, [theirs.fileno()])
         return self._answer(), ours
 
     def kill(self, pid: int) -> int:
-        """End a worker with all that it started; its exit code, negative for a signal."""
+        """End a worker and all it started; returns its exit code, negative for a signal."""
         self._request({"do": "kill", "pid": pid}, [])
         return self._answer()
 
     def ended(self) -> str | None:
-        """What has become of the server where it ended by itself; to be asked by any thread."""
+        """Message about a server that ended by itself, or None. Any thread may ask."""
         code = self._process.poll()
         if code is None or self._is_closed:
             return None
         return f"the reward server (process {self._process.pid}) ended with exit code {code}"
 
     def check(self) -> None:
-        """Raises:
-        ServerEnded: it ended by itself.
-        """
+        """Check that the server runs. ServerEnded: it ended by itself."""
         if self.ended() is not None:
             raise self._ended()
 
@@ -137,7 +135,7 @@ class RewardServer:
             raise self._ended() from error
 
     def _answer(self) -> int:
-        """The answer to the last request; those to interrupted requests before it are passed."""
+        """Read the answer to the last request; skip those to earlier, interrupted requests."""
         while True:
             try:
                 message = self._control.recv(4096)

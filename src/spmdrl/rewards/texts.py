@@ -1,7 +1,7 @@
-"""Texts as the reward functions `exact` and `number` read them: decoration off, meaning kept.
+"""Texts for the reward functions `exact` and `number`: decoration is removed, meaning is kept.
 
-Punctuation within a word or before digits has a meaning (a sign, a point, a fraction, `C++`). What
-may go is what ends a sentence, encloses a word or a text, or marks emphasis.
+Punctuation within a word or before digits has a meaning (a sign, a point, a fraction, `C++`). Marks
+that end a sentence, enclose a word or a text, or show emphasis may be removed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _ACRONYM = re.compile(r"(?<![\w.])(?:[^\W\d_]\.){2,}")
 
 
 def plain_words(text: str, *, ignore_case: bool, ignore_punctuation: bool) -> str:
-    """The text with single blanks, and without case and decoration where those are ignored.
+    """Normalise white space, and remove case and decoration if they are to be ignored.
 
-    A text of punctuation alone stays as it is.
+    A text of only punctuation keeps it.
     """
     text = unicodedata.normalize("NFC", text)
     text = text.casefold() if ignore_case else text
@@ -42,14 +42,14 @@ def plain_words(text: str, *, ignore_case: bool, ignore_punctuation: bool) -> st
 
 
 def _without_pairs(text: str) -> str:
-    """Quotes and emphasis around words go, pair by pair, the inner ones too."""
+    """Remove quotes and emphasis around words, pair by pair, nested ones too."""
     while (bare := _ENCLOSED.sub(lambda match: next(g for g in match.groups() if g), text)) != text:
         text = bare
     return text
 
 
 def _bare(word: str) -> str:
-    """A word without what ends or encloses it; empty where it is such punctuation alone."""
+    """Remove the marks that end or enclose a word; empty if it consists only of them."""
     word = word.lstrip("¿¡").replace("…", "")
     while word and word[-1] in ".,;:?!":
         # 5! is a factorial
@@ -63,12 +63,12 @@ def _bare(word: str) -> str:
 
 _NUMERAL = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<!\w)\.\d+)"
 _NUMBER = re.compile(
-    # an exponent or an index is no number of its own
+    # an exponent or an index is not a number by itself
     r"(?P<power>(?<=[^\W_]|[)}\]|])[\^_]\s*\{?\s*[+-]?\d+(?:\.\d+)?)"
-    # a sign counts only where it is no subtraction ("10-4" ends in 4)
+    # a sign does not count if it is a subtraction ("10-4" ends in 4)
     rf"|(?P<sign>(?<![\d.)])-)?(?P<number>{_NUMERAL})"
     r"(?P<exponent>[eE][+-]?\d{1,4})?"
-    # what makes a whole of two numbers: a fraction, a time or ratio, a power
+    # two numbers that make one: a fraction, a time or ratio, a power
     rf"(?P<rest>(?:/{_NUMERAL})++|(?::\d+)+|(?:\*\*|\^)\{{?[+-]?\d+\}}?)?"
 )
 _DASH = re.compile(r"(?:(?<=^)|(?<=[\s=(\[{:,$]))[\u2012\u2013\uff0d\ufe63](?=[\d.])")
@@ -79,10 +79,10 @@ Value = Fraction | str
 
 
 def last_value(text: str) -> Value | None:
-    """The last number in a text; None when there is none.
+    """The last number in a text; None if there is none.
 
-    Commas between thousands are allowed; `1/2` is a fraction; exponents and indices are not
-    numbers of their own, and what is a time, a ratio or a power is compared as a whole.
+    Commas between thousands are allowed; `1/2` is a fraction; exponents and indices are not numbers
+    by themselves; a time, a ratio or a power is compared as a whole.
     """
     numeral = last_numeral(text)
     if not re.search(r"\d", numeral):
@@ -94,14 +94,14 @@ def last_value(text: str) -> Value | None:
 
 
 def last_numeral(text: str) -> str:
-    """The last number in a text as it stands there, without commas; empty when there is none."""
+    """The last number in a text as it is written, without commas; empty if there is none."""
     text = _DASH.sub("-", text.replace("\u2212", "-"))
     text = re.sub(r"(?<=\d)(?:\{,\}|\\[,!]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))", ",", text)
     text = _FRACTION.sub(r"\1/\2", text)
     found = [match for match in _NUMBER.finditer(text) if match["power"] is None]
     if not found:
         return ""
-    # the second part of "Q1:72" is no ratio's
+    # "Q1:72" is not a ratio
     whole, before = found[-1].group(), text[: found[-1].start()][-1:]
     whole = whole.rsplit(":", 1)[-1] if before.isalpha() else whole
     return whole.replace(",", "").replace("**", "^").replace("{", "").replace("}", "")

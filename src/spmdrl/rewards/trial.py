@@ -1,4 +1,4 @@
-"""Reward functions tried on a row of the data, before there is a model to write responses."""
+"""Trial of reward functions on a row of the data, before a model can write responses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spmdrl.rewards.judging import Failure, RewardJob
 from spmdrl.rewards.pool import RewardPool
 
 NO_ANSWER = "I do not know."
-"""The first response tried where the row has no answer."""
+"""First response of the trial if the row has no answer."""
 
 LONG = """<think>
 Let me see.
@@ -21,10 +21,10 @@ Let me see.
 </answer>
 The final answer is \\boxed{{{answer}}}
 #### {answer}"""
-"""The second: the answer in the forms that functions look for."""
+"""Second response: the answer in the forms that functions look for."""
 
 AT_ONCE = ("signature", "returned")
-"""Reasons that no other response would mend."""
+"""Reasons of failures that would occur with any response."""
 
 MENDS = {
     "returned": "return a number, or a dict of numbers with 'score'",
@@ -36,9 +36,11 @@ MENDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Args:
-    problem: why the functions cannot serve; None: they can.
-    notes: of functions that failed for one of the responses.
+    """Result of a trial.
+
+    Args:
+        problem: reason why a function cannot be used; None: all can.
+        notes: one per function that failed for one of the responses.
     """
 
     problem: str | None
@@ -49,8 +51,8 @@ def try_out(pool: RewardPool, specs: Sequence[RewardSpec], prompt: Prompt, where
     """Score two responses to a prompt: its answer, and a longer text around it.
 
     Args:
-        specs: the pool's.
-        where: the prompt comes from, in messages.
+        specs: specs of the pool.
+        where: source of the prompt, for messages.
     """
     answer = prompt.answer or NO_ANSWER
     jobs = [
@@ -79,7 +81,7 @@ def try_out(pool: RewardPool, specs: Sequence[RewardSpec], prompt: Prompt, where
 
 
 def _told(failure: Failure) -> str:
-    """What happened, what mends it, and where, in the user's code."""
+    """Message on a failure: the event, its fix, and the place in the user's code."""
     first, line, rest = failure.message.strip().partition("\n")
     mend = MENDS.get(failure.reason)
     return f"{first}{'' if mend is None else f' ({mend})'}{line}{rest}"
