@@ -1,4 +1,4 @@
-"""The command line. Each command is one function elsewhere; nothing heavy is imported before it."""
+"""Command line. Each command is one function elsewhere; nothing heavy is imported before it."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ if TYPE_CHECKING:
     from spmdrl.launch import World
 
 HEARS_SIGNALS = (*COMMANDS, "launch")
-"""They answer SIGINT and SIGTERM themselves."""
+"""Commands that answer SIGINT and SIGTERM themselves."""
 
 
 FIRST_S = 1.0
-"""How long other ranks wait for the first to say what all of them have found: launchers end all
-ranks when one has ended.
+"""Seconds that other ranks wait while rank 0 prints an error that all have found: launchers end
+all ranks when one has ended.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0, or 2 after bad input (one clear message on stderr)."""
+    """Run a command; returns 0, 2 after bad input (one clear message on stderr), 1 after an error
+    that `spmdrl launch` shows, or 130 after Ctrl-C.
+    """
     _prepare_streams()
     options = parse(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError) as error:
         if options.traceback:
             raise
-        # in one piece: ranks write to one stream
+        # printed in one write: ranks share a stream
         line = f"spmdrl {options.name}: error: {_text_of(error)}"
         if launcher_shows_errors():
             write_error_file(error, line, code=2)
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"spmdrl {options.name}: interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except Exception as error:
-        # `spmdrl launch` shows the first rank's, where every rank has one
+        # `spmdrl launch` shows the first rank's, if every rank has one
         if not launcher_shows_errors():
             raise
         from spmdrl.runtime.failures import is_lost_peer
@@ -95,8 +97,8 @@ _UTF8_NEEDED = (
 
 
 def _prepare_streams() -> None:
-    """Letters that a terminal's or log's encoding lacks end nothing; nor do closed streams, whose
-    numbers the next files would have.
+    """Prevent errors from characters that the encoding of a terminal or log lacks, and from closed
+    standard streams, whose file descriptors the next files would get.
     """
     for number in range(3):
         try:
@@ -115,11 +117,11 @@ def _prepare_streams() -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The words of a command line; `key=value` may stand before and after options."""
+    """Parse the words of a command line; `key=value` may come before and after options."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     root = parser()
     if words[:1] == ["launch"] or words[:2] == ["--traceback", "launch"]:
-        # its words are torchrun's and another command's
+        # its words are those of torchrun and of another command
         number = words.index("launch") + 1
         options = root.parse_args(words[:number])
         options.words = words[number:]
@@ -134,7 +136,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The commands and their words."""
+    """Parser of the commands and their words."""
     root = argparse.ArgumentParser(
         prog="spmdrl", description="RL post-training as one SPMD program. Start ranks by torchrun."
     )
@@ -220,7 +222,7 @@ def _load(options: argparse.Namespace) -> Config:
 
 @contextmanager
 def _world(config: Config) -> Iterator[World]:
-    """Join the world; leave it when all went well (after an error the others may not answer)."""
+    """Join the world; leave it only if there was no error, after which others may not answer."""
     from spmdrl.launch import start_world, stop_world
     from spmdrl.observe.log import set_up_logging
     from spmdrl.runtime.failures import end_process_in
@@ -237,7 +239,7 @@ def _world(config: Config) -> Iterator[World]:
 
 @contextmanager
 def _signals(options: argparse.Namespace, *, saves: bool = True) -> Iterator[Signals]:
-    """Hear signals from here on; after a good end they do nothing any more."""
+    """Answer signals from here on; after an end without error they are ignored."""
     signals = Signals(options.name, saves=saves)
     try:
         yield signals
@@ -250,7 +252,7 @@ def _launch(options: argparse.Namespace) -> None:
     from spmdrl.launcher import launch
 
     def check(words: Sequence[str]) -> None:
-        """A user's mistake is found here, before every rank finds it."""
+        """Find a user's mistake here, before every rank finds it."""
         ranks_options = parse(words)
         if "config" in vars(ranks_options):
             _load(ranks_options)
@@ -267,7 +269,7 @@ def _train(options: argparse.Namespace) -> None:
     from spmdrl.rewards.server import start_reward_server
 
     with _signals(options) as signals, start_reward_server() as server:
-        config = _load(options)  # before torch is imported: a mistake is told at once
+        config = _load(options)  # before torch is imported: a mistake is reported at once
         from spmdrl.flows.start import train
 
         with _world(config) as world:

@@ -1,8 +1,8 @@
 """`spmdrl launch`: torchrun's own launcher as a library, in this process, with Ctrl-C as a request.
 
-torchrun answers SIGINT with a stack, an exit code of 1 and SIGKILL to ranks that have not ended in
-30 s. Here a thread answers SIGINT and SIGTERM, passes them on to the ranks, and their end is waited
-for. What the ranks do with them is theirs (`runtime.signals`).
+torchrun answers SIGINT with a stack, exit code 1, and SIGKILL for ranks that have not ended in
+30 s. Here a thread answers SIGINT and SIGTERM, passes them on to the ranks, and the launcher waits
+for their end. The ranks decide what to do with them (`runtime.signals`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 USAGE = f"spmdrl launch [torchrun's options] {'|'.join(COMMANDS)} [its words]"
 
 FOREVER_S = 10**8
-"""As good as no limit to the seconds of a shutdown."""
+"""Seconds of a shutdown that are practically no limit."""
 
 
 def launch(
@@ -35,12 +35,12 @@ def launch(
     before: Sequence[str] = (),
     check: Callable[[Sequence[str]], None] = lambda words: None,
 ) -> int:
-    """Run a command on the ranks of this node; the exit code: 0 also after a stop that was saved.
+    """Run a command on the ranks of this node; returns the exit code, 0 also after a saved stop.
 
     Args:
         words: torchrun's options, the command and its words.
         before: words of `spmdrl` that come before the command.
-        check: told what the ranks are to run; what it raises keeps them from being started.
+        check: gets the words that the ranks will run; if it raises, no rank starts.
 
     Raises:
         ValueError: the words cannot be used.
@@ -57,7 +57,7 @@ def launch(
     from torch.distributed.run import run
 
     if "LOGLEVEL" not in os.environ:
-        # its warnings tell of each process that it ends
+        # it warns of each process that it ends
         logger = logging.getLogger("torch.distributed.elastic")
         logger.addHandler(logging.NullHandler())
         logger.propagate = False
@@ -73,7 +73,7 @@ def launch(
             return show_failure(error.failures)
         except SignalException as error:
             return 128 + int(error.sigval)
-        except (DistError, RendezvousError) as error:  # an address that is taken, or not there
+        except (DistError, RendezvousError) as error:  # an address in use, or one that is missing
             raise ValueError(f"the ranks cannot meet: {one_line(error)}") from error
     return 0
 
@@ -81,9 +81,9 @@ def launch(
 def torchrun_options(
     words: Sequence[str], before: Sequence[str], directory: str
 ) -> argparse.Namespace:
-    """torchrun's own parse, with the ranks' command in place of a script.
+    """Parse words as torchrun does, with the ranks' command in place of a script.
 
-    Also sets the variables that the ranks are to begin with.
+    Also sets the variables that the ranks inherit.
     """
     from torch.distributed.run import (
         determine_local_world_size,
@@ -125,8 +125,8 @@ def torchrun_options(
 
 
 def _agents_signals(wanted: str) -> list[str]:
-    """What torchrun's agent answers: what is asked for, but not what the forwarder answers, and
-    nothing that is ignored (SIGHUP under nohup).
+    """Signals for torchrun's agent: the wanted ones, without those that the forwarder answers and
+    those that are ignored (SIGHUP under nohup).
     """
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     unknown = [name for name in names if name not in signal.Signals.__members__]
@@ -138,11 +138,11 @@ def _agents_signals(wanted: str) -> list[str]:
         if name not in ("SIGINT", "SIGTERM")
         and signal.getsignal(signal.Signals[name]) != signal.SIG_IGN
     ]
-    return found or ["SIGQUIT"]  # it takes no empty list
+    return found or ["SIGQUIT"]  # the list must not be empty
 
 
 def _patience(options: argparse.Namespace) -> float | None:
-    """Seconds that ranks have after a request, where the user limits them."""
+    """Seconds that ranks have after a request; None: the user sets no limit."""
     if options.shutdown_timeout is None:
         told = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
         options.shutdown_timeout = FOREVER_S if told is None else int(told)
@@ -151,9 +151,9 @@ def _patience(options: argparse.Namespace) -> float | None:
 
 
 def show_failure(failures: Mapping[int, ProcessFailure]) -> int:
-    """Show why the ranks failed, once: the exit code.
+    """Show once why the ranks failed; returns the exit code.
 
-    A user's mistake is one line, a crash the stack of the first rank that raised.
+    A user's mistake is shown as one line, a crash as the stack of the first rank that raised.
     """
     rank = min(failures, key=lambda rank: _order(failures[rank]))
     failure = failures[rank]
@@ -172,11 +172,11 @@ def show_failure(failures: Mapping[int, ProcessFailure]) -> int:
 
 EXIT_BAD_INPUT = 2
 EXIT_BAD_NODES = 3
-"""Of `spmdrl doctor`, which has named them."""
+"""Exit code of `spmdrl doctor` if it has named bad nodes."""
 
 
 def _order(failure: ProcessFailure) -> tuple[int, int, int]:
-    """The least is the first cause: an error of a rank's own, a death, then what came of them."""
+    """Key for sorting; the least is the first cause: a rank's own error, a death, then the rest."""
     message = _message(failure)
     if message is not None and not _is_lost(message):
         kind = 0
@@ -188,7 +188,7 @@ def _order(failure: ProcessFailure) -> tuple[int, int, int]:
 
 
 def _message(failure: ProcessFailure) -> dict[str, Any] | None:
-    """What the rank's error file has, if it wrote one."""
+    """Content of the rank's error file; None: it wrote none."""
     message = failure.error_file_data["message"]
     return message if isinstance(message, dict) else None
 

@@ -20,21 +20,21 @@ from spmdrl.runtime.signals import (
 )
 
 COMMANDS = ("train", "eval", "generate", "doctor")
-"""What ranks run."""
+"""Commands that ranks can run."""
 
 TICK_S = 0.05
 
 KILL_S = 1.0
-"""What ranks have to end at once by themselves."""
+"""Seconds that ranks have to end by themselves when they must end at once."""
 
 
 class Forwarder:
-    """Answers the signals that are held (`runtime.signals.hold`), from now to the process's end.
+    """Answers the held signals (`runtime.signals.hold`) until the process ends.
 
-    Before there are ranks a signal ends the process: nothing is there to be saved.
+    Before any rank is started a signal ends the process: there is nothing to save.
 
     Args:
-        command: what the ranks run; `train` saves at the first SIGINT.
+        command: the command of the ranks; `train` saves at the first SIGINT.
     """
 
     def __init__(self, command: str) -> None:
@@ -46,18 +46,18 @@ class Forwarder:
         self._directory = self._debugger_file = Path()
         self._patience: float | None = None
         self._request: int | None = None
-        """The signal that all ranks are to get, also those that begin later."""
+        """Signal that all ranks get, also those that start later."""
         self._told: set[int] = set()
         self._deadline: float | None = None
         threading.Thread(target=self._run, name="spmdrl-forwarder", daemon=True).start()
 
     def start_ranks(self, command: str, patience: float | None, directory: Path) -> None:
-        """From now on there may be ranks.
+        """Note that ranks may exist from now on.
 
         Args:
-            command: what they run.
+            command: the command that they run.
             patience: seconds that they have after a request; None: no limit.
-            directory: a temporary one, in which they leave files for the launcher.
+            directory: temporary directory in which they leave files for the launcher.
         """
         with self._begins:
             self._has_ranks, self._command = True, command
@@ -67,7 +67,7 @@ class Forwarder:
             os.environ[DEBUGGER_FILE] = str(self._debugger_file)
 
     def let_end(self) -> None:
-        """After the ranks: where this is about to end the process, it does so."""
+        """Wait, after the ranks have ended, if the thread is about to end the process."""
         while self._is_ending:
             time.sleep(TICK_S)
 
@@ -108,7 +108,7 @@ class Forwarder:
         os._exit(0 if self._command == "train" and number == signal.SIGINT else 128 + number)
 
     def _tell(self, number: int) -> None:
-        """Each rank once. One that is being started has it when it comes to hear signals."""
+        """Signal each rank once; a rank that is still starting answers it when it can."""
         for pid in ranks():
             if pid not in self._told:
                 with contextlib.suppress(ProcessLookupError):
@@ -116,7 +116,7 @@ class Forwarder:
                 self._told.add(pid)
 
     def _end_at_once(self) -> None:
-        """The ranks end by themselves, as they have SIGINT once more; if not, they are ended."""
+        """Send SIGINT once more, by which ranks end by themselves, and kill those that do not."""
         self._is_ending = True
         if not ranks():
             say(f"spmdrl {self._command}: interrupted: no rank had started")
@@ -133,14 +133,14 @@ class Forwarder:
         self._end()
 
     def _go_on(self) -> None:
-        """SIGINT was a debugger's: its rank goes on, and so does everything."""
+        """Continue, because SIGINT was for a rank's debugger."""
         self._debugger_file.unlink()
         self._interrupts = self._new_interrupts()
         self._request = self._deadline = None
         self._is_ending = False
 
     def _end(self) -> None:
-        """At once: a process that has imported torch takes its time to leave in order."""
+        """Kill the ranks and exit at once: after `import torch` a regular exit takes long."""
         self._is_ending = True
         for pid in ranks():
             with contextlib.suppress(ProcessLookupError):
@@ -150,6 +150,6 @@ class Forwarder:
 
 
 def ranks() -> list[int]:
-    """The processes of ranks that live: this process's children that lead a session."""
+    """Process ids of running ranks: this process's children that lead a session."""
     own = os.getpid()
     return [p.pid for p in processes() if p.parent == own and p.session == p.pid]

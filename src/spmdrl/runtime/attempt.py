@@ -1,9 +1,9 @@
-"""`Attempt`: one start of a run. Its directory, whose the run is, and how it ended.
+"""`Attempt`: one start of a run, with its directory, its ownership of the run and its outcome.
 
-`run_dir/attempt_NNNN` (or `$SPMDRL_ATTEMPT_DIR`) holds what belongs to one start: `outcome`,
-`stop`, `failed`, heartbeats and stacks. `run_dir/owner` names the start that may write checkpoints:
-a newer start takes it over, so that an older one that still runs on a lost node cannot overwrite
-what the newer one saved.
+`run_dir/attempt_NNNN` (or `$SPMDRL_ATTEMPT_DIR`) holds the files of one start: `outcome`, `stop`,
+`failed`, heartbeats and stacks. `run_dir/owner` names the start that may write checkpoints: a newer
+start takes it over, so that an older one that still runs on a lost node cannot overwrite the newer
+one's checkpoints.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ from spmdrl.launch import World
 log = logging.getLogger(__name__)
 
 Outcome = Literal["done", "stopped", "crashed", "hung"]
-"""How an attempt ended; a missing file reads as `crashed`."""
+"""End of an attempt; a missing file means `crashed`."""
 
 DIRECTORY, OWNER, DEADLINE = "SPMDRL_ATTEMPT_DIR", "SPMDRL_OWNER", "SPMDRL_DEADLINE"
-"""Variables of the launcher: where the attempt's files go, its token in `run_dir/owner` (which the
-launcher then writes), and when the job ends, in seconds since 1970."""
+"""Variables of the launcher: the directory of the attempt's files, its token in `run_dir/owner`
+(which the launcher then writes), and the end of the job in seconds since 1970."""
 
 STOP_FILE = "stop"
 
 
 class Fenced(OSError):
-    """Another attempt owns the run by now."""
+    """Another attempt owns the run now."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """Args:
-    owner: this attempt's token.
-    deadline: when the job ends, in seconds since 1970; None: nothing is known of an end.
+    """One start of a run.
+
+    Args:
+        owner: this attempt's token.
+        deadline: end of the job in seconds since 1970; None: unknown.
     """
 
     run_dir: Path
@@ -51,16 +53,16 @@ class Attempt:
     deadline: float | None
 
     def stop_files(self) -> tuple[Path, Path]:
-        """Either asks for a stop when it is there."""
+        """Files that ask for a stop if either exists."""
         return self.run_dir / STOP_FILE, self.directory / STOP_FILE
 
     def clear_stop_files(self) -> None:
-        """So that the next start does not stop at once."""
+        """Remove the stop files, so that the next start does not stop at once."""
         for file in self.stop_files():
             file.unlink(missing_ok=True)
 
     def check_owner(self) -> None:
-        """Whether this attempt may still write checkpoints.
+        """Check that this attempt may still write checkpoints.
 
         Raises:
             Fenced: another attempt has taken the run over.
@@ -79,30 +81,30 @@ class Attempt:
         replace_file(self.directory / "outcome", f"{outcome}\n".encode())
 
     def write_stopped_by(self, reason: str) -> None:
-        """Who asked for the stop, for launchers that treat requests differently."""
+        """Write who asked for the stop, for launchers that treat requests differently."""
         replace_file(self.directory / "stopped_by", f"{reason}\n".encode())
 
     def write_progress(self, steps_done: int) -> None:
-        """`run_dir/last_step`, by which a launcher sees whether an attempt came further."""
+        """Write `run_dir/last_step`, by which a launcher sees whether an attempt made progress."""
         replace_file(self.run_dir / "last_step", f"{steps_done}\n".encode())
 
     def write_failed(self, text: str) -> None:
-        """What ended the attempt, one line that names the rank; the first to know writes it."""
+        """Write the cause of the attempt's end, naming the rank, unless another rank has."""
         with contextlib.suppress(FileExistsError), (self.directory / "failed").open("x") as file:
             file.write(text.rstrip() + "\n")
 
     def read_failed(self) -> str | None:
-        with contextlib.suppress(OSError):  # what cannot be read is not known
+        with contextlib.suppress(OSError):  # a file that cannot be read counts as missing
             return (self.directory / "failed").read_text(encoding="utf-8").strip()
         return None
 
 
 def begin_attempt(run_dir: Path, world: World) -> Attempt:
-    """The same attempt on every rank; rank 0 makes its directory and takes the run over.
+    """Begin an attempt, the same on every rank; rank 0 makes its directory and takes the run over.
 
     Raises:
-        OSError: the directory cannot be written, or the launcher's token is not the owner's (any
-            more); on every rank.
+        OSError: the directory cannot be written, or the launcher's token is not (or no longer) the
+            owner's; on every rank.
     """
 
     def begin() -> Attempt | None:

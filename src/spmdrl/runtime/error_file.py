@@ -1,5 +1,5 @@
-"""What a rank tells its launcher of an error: a file in the form of torchrun's own handler. Imports
-nothing heavy.
+"""The file by which a rank tells its launcher of an error, in the format of torchrun's own handler.
+Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import traceback
 from pathlib import Path
 
 LAUNCH = "SPMDRL_LAUNCH"
-"""The variable that says who started the ranks: `launch` (`spmdrl launch`), `srun`, or torchrun."""
+"""Variable that names the ranks' launcher: `launch` (`spmdrl launch`), `srun`, or torchrun."""
 
 LOST_PEER, EXIT_CODE = "lost_peer", "exit_code"
-"""What the file has beside torchrun's own keys: another rank's end has caused the error; what the
-rank was about to end with when its launcher ended it.
+"""Keys of the file besides torchrun's own: whether another rank's end caused the error, and the
+exit code that the rank was about to end with when its launcher ended it.
 """
 
 
 def one_line(error: BaseException) -> str:
-    """The last error of a chain, as the first line of its text."""
+    """The first cause of an error: its type and the first line of its message."""
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -31,16 +31,16 @@ def one_line(error: BaseException) -> str:
 def write_error_file(
     error: BaseException, line: str | None = None, *, code: int = 1, lost: bool = False
 ) -> None:
-    """Tell the launcher what went wrong, where it asks for that.
+    """Tell the launcher of an error, if it asks for such a file.
 
     torchrun's summary names the rank and shows the text. (Its own handler,
     `torch.distributed.elastic.multiprocessing.errors.record`, does the same, but shows a traceback
     for bad input, too.)
 
     Args:
-        line: what users see of bad input; None: the error's own.
-        code: what the process ends with.
-        lost: another rank's end has caused it.
+        line: message on bad input for users; None: the error's own.
+        code: exit code of the process.
+        lost: another rank's end caused the error.
     """
     where = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not where:

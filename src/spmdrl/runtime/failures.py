@@ -1,4 +1,4 @@
-"""What a failure is: this rank's own, or that of a peer seen in a collective."""
+"""Kinds of failure: this rank's own, or that of a peer, noticed in a collective."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LOST = (
     "Timed out waiting",
     "timed out",
 )
-"""What gloo and the store say of a peer that is gone; they raise plain RuntimeErrors."""
+"""Texts by which gloo and the store report a peer that is gone, as plain RuntimeErrors."""
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether the error says that another rank is gone, and so is not this rank's own."""
+    """Whether the error says that another rank is gone, so that it is not this rank's own."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, dist.DistError):
@@ -35,8 +35,8 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def end_process_in(seconds: float, code: int) -> None:
-    """A process that failed ends by then, whatever its interpreter waits for while it shuts down:
-    groups whose peers are gone may never be taken apart.
+    """End a failed process after `seconds`, even if its interpreter still waits in its shutdown:
+    the destruction of groups whose peers are gone may never return.
     """
 
     def end() -> None:

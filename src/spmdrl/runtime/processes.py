@@ -1,4 +1,4 @@
-"""Processes of this host, as /proc shows them. Imports nothing heavy."""
+"""Processes of this host, read from /proc. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """A process that has not ended: its number and those of its parent, group and session."""
+    """A process that has not ended: its id and those of its parent, group and session."""
 
     pid: int
     parent: int
@@ -19,7 +19,7 @@ class Process:
 
 
 def processes() -> Iterator[Process]:
-    """All that are seen here, without zombies."""
+    """All visible processes except zombies."""
     for directory in Path("/proc").iterdir():
         if not directory.name.isdigit():
             continue
@@ -36,7 +36,7 @@ def processes() -> Iterator[Process]:
 
 
 def descendants(pid: int) -> list[Process]:
-    """What a process has started and that has started, but not what was left by its parent."""
+    """Children of a process, their children and so on, without orphans."""
     children: dict[int, list[Process]] = {}
     for process in processes():
         children.setdefault(process.parent, []).append(process)

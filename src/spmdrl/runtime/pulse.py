@@ -1,4 +1,4 @@
-"""`Pulse`: where this rank is and when it last came further, for the watcher and for people."""
+"""`Pulse`: this rank's position and its last progress, for the watcher and for people."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ STAGES: tuple[Stage, ...] = ("between", "sending", "computing", "returning")
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Args:
-    step: of the flow; -1 before the first.
-    calls: role calls begun since the start.
-    stage: of the newest call: `between` when it is done.
-    call: its name, `role.method`.
+    """Position of a rank in a flow.
+
+    Args:
+        step: step of the flow; -1 before the first.
+        calls: number of role calls begun since the start.
+        stage: stage of the newest call; `between` when it is done.
+        call: name of the newest call, `role.method`.
     """
 
     step: int = -1
@@ -29,7 +31,7 @@ class Position:
     call: str = ""
 
     def order(self) -> tuple[int, int, int]:
-        """Ranks with the least are behind. A call that is done counts as its last stage."""
+        """Sorting key; the least rank is behind. A finished call counts as in its last stage."""
         return self.step, self.calls, STAGES.index(self.stage) or len(STAGES)
 
     def describe(self) -> str:
@@ -38,16 +40,16 @@ class Position:
 
 
 class Pulse:
-    """Written by the main thread (and by who saves), read by the watcher's."""
+    """Position and progress, written by the main thread (and by savers), read by the watcher's."""
 
     def __init__(self) -> None:
         self.position = Position()
         self.beats = 0
         self.moved = time.monotonic()
-        """When it last came further."""
+        """Time of the last progress, by the monotonic clock."""
 
     def beat(self) -> None:
-        """Some progress: an engine step, a microbatch, a part of a file."""
+        """Note progress: an engine step, a microbatch, a piece of a file."""
         self.beats += 1
         self.moved = time.monotonic()
 
@@ -55,7 +57,7 @@ class Pulse:
         self._move(replace(self.position, step=step))
 
     def at_call(self, call: str, stage: Stage) -> None:
-        """The newest call enters a stage; `sending` begins a new call."""
+        """Note that the newest call enters a stage; `sending` begins a new call."""
         calls = self.position.calls + (stage == "sending")
         self._move(replace(self.position, call=call, stage=stage, calls=calls))
 
@@ -69,7 +71,7 @@ class Pulse:
             self._move(replace(self.position, phase=outer))
 
     def heartbeat(self, rank: int) -> str:
-        """One line of JSON: rank, position, beats, and how long ago it came further."""
+        """One line of JSON: rank, position, beats, and the seconds since the last progress."""
         content = {
             "rank": rank,
             **asdict(self.position),
@@ -85,12 +87,12 @@ class Pulse:
 
 
 def behind(heartbeats: Mapping[int, str], size: int) -> str:
-    """Which ranks are behind, where they and the others are; from the heartbeats by rank."""
+    """Describe the ranks that are behind, and the positions of both sides, from the heartbeats."""
     found: dict[int, tuple[Position, float]] = {}
     for rank, line in heartbeats.items():
         try:
             content = json.loads(line)
-        except ValueError:  # not whole: its machine crashed
+        except ValueError:  # incomplete: its machine crashed
             continue
         position = Position(**{name: content[name] for name in asdict(Position())})
         found[rank] = position, content["quiet_s"]

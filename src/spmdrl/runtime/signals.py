@@ -1,6 +1,6 @@
-"""What asks a run to stop, and what ends the process at once, noted from the first moment on.
+"""Signals that ask a run to stop or end the process at once, noted from the program's start on.
 
-This is the one place that gives signals a meaning. It imports nothing heavy.
+Only this module gives signals a meaning. It imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -25,64 +25,64 @@ from typing import Any, Literal, NoReturn
 from spmdrl.runtime.processes import descendants
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)
-"""What asks a run to stop beside SIGINT: schedulers send the first, and the second as a warning."""
+"""Signals, besides SIGINT, that ask a run to stop; schedulers send the second as a warning."""
 
 _NOTED = (*STOPPING, signal.SIGXCPU)
-"""The system sends the last when the CPU time of the process (`ulimit -t`) is nearly over."""
+"""The system sends the last when the CPU time of the process (`ulimit -t`) is nearly used up."""
 
 CPU_S = 60
-"""Of that time, what is left for a save (a tenth of a smaller limit)."""
+"""Seconds of CPU time reserved for a save (at most a tenth of the limit)."""
 
 HELD = (signal.SIGINT, signal.SIGTERM)
 
 SAME_S = 1.0
-"""Deliveries of SIGINT within so many seconds are one request: Slurm signals a launcher and its
+"""Seconds within which deliveries of SIGINT are one request: Slurm signals a launcher and its
 ranks, and the launcher passes it on."""
 
 EXIT_INTERRUPTED = 130
-"""As shells have it for what SIGINT ended."""
+"""Exit code that shells use for a process that SIGINT ended."""
 
 _LEAVE_FIRST_S, _LEAVE_OTHERS_S = 0.1, 0.3
-"""How long ranks that end at once wait before they do: all shall have heard of it by then, so that
-none shows what it lost in the others."""
+"""Seconds that ranks wait before they end at once, so that all ranks have received the signal and
+none reports the loss of a peer."""
 
 _SO_TIMESTAMPNS = 35
-"""Linux's number of the option, which `socket` does not name."""
+"""Linux's number of the socket option, which `socket` does not name."""
 
 DEBUGGER_FILE = "SPMDRL_DEBUGGER_FILE"
-"""The variable that names a file, which a rank makes to tell `spmdrl launch` that SIGINT was its
-debugger's.
+"""Variable with the path of a file that a rank makes to tell `spmdrl launch` that SIGINT was for
+its debugger.
 """
 
 
 def hold() -> None:
-    """From now on SIGINT and SIGTERM wait for `release`, so that none is lost or ends the program
-    while it imports what answers them. What it starts meanwhile begins with them held, too.
+    """Hold SIGINT and SIGTERM until `release`, so that none is lost or ends the program while it
+    imports the code that answers them. Processes started meanwhile inherit this.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
 
 def release() -> None:
-    """Deliver what has waited since `hold`, and hold nothing any more."""
+    """Deliver the signals held since `hold`, and hold no more."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
 @dataclass(kw_only=True)
 class Interrupts:
-    """What SIGINT means, and SIGTERM after it, by the times at which they were sent.
+    """Meaning of SIGINT, and of SIGTERM after it, by the times at which they were sent.
 
     Args:
-        saves: the first SIGINT is a request; else it ends the process.
-        under_agent: torchrun's agent is there. At a second SIGINT it sends SIGTERM.
+        saves: the first SIGINT is a request; otherwise it ends the process.
+        under_agent: torchrun's agent, which sends SIGTERM at a second SIGINT, runs the process.
     """
 
     saves: bool
     under_agent: bool
     first: float | None = None
-    """When the first SIGINT was sent, in seconds."""
+    """Time at which the first SIGINT was sent, in seconds."""
 
     def meaning(self, number: int, sent: float) -> Literal["ask", "same", "end"]:
-        """Whether a signal asks for a stop, is one with the last SIGINT, or ends the process."""
+        """Whether a signal asks for a stop, repeats the first SIGINT, or ends the process."""
         if number == signal.SIGINT and self.first is None:
             self.first = sent
             return "ask" if self.saves else "end"
@@ -93,25 +93,25 @@ class Interrupts:
 
 
 class Signals:
-    """Notes the stopping signals, to be read by a thread at any later time, and ends the process
-    where SIGINT means that.
+    """Recorder of the stopping signals, which another thread can read later; ends the process when
+    SIGINT means that.
 
-    The C handler of Python writes a signal's number to a socket at once, also while the main thread
-    is in a collective or imports torch, and the socket keeps when that was; a thread of its own
-    reads it. Nothing is lost between here and the first `wait`. To be made by the main thread.
+    Python's C handler writes a signal's number to a socket at once, even while the main thread is
+    in a collective or imports torch; the socket keeps the time, and a separate thread reads it.
+    Nothing is lost between here and the first `wait`. Only the main thread may make it.
 
-    Under a debugger (pdb, or one that traces) SIGINT is the debugger's: it raises KeyboardInterrupt
-    as ever.
+    Under a debugger (pdb, or one that traces) SIGINT is for the debugger: it raises
+    KeyboardInterrupt as usual.
 
     Args:
-        command: whose name the last line has.
-        saves: stopping signals are requests, the first SIGINT among them. Without it they keep
-            their defaults, but for SIGINT, which ends the process.
+        command: name of the command, for messages.
+        saves: stopping signals, including the first SIGINT, are requests. Otherwise they keep
+            their defaults, except SIGINT, which ends the process.
     """
 
     def __init__(self, command: str = "train", *, saves: bool = True) -> None:
         self._reader, self._writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        # a thread that waits for the interpreter's lock shall not take two for one, or one for two
+        # kernel times: a thread that waits for the interpreter's lock would measure wrong gaps
         self._reader.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
         self._writer.setblocking(False)
         self._command, self._saves = command, saves
@@ -138,7 +138,7 @@ class Signals:
         release()
 
     def wait(self, seconds: float) -> list[int]:
-        """The requests noted since the last call; waits for one for `seconds` at most."""
+        """Requests noted since the last call; waits at most `seconds` for the first."""
         found = []
         with contextlib.suppress(queue.Empty):
             found.append(self._requests.get(timeout=seconds))
@@ -147,20 +147,20 @@ class Signals:
         return found
 
     def settle(self) -> None:
-        """The run ends: nothing is a request any more. A later SIGINT still ends the process."""
+        """End requests, because the run ends. A later second SIGINT still ends the process."""
         self._is_settled = True
 
     def ignore(self) -> None:
-        """From now on they do nothing, also while the interpreter shuts down.
+        """Ignore the signals from now on, also while the interpreter shuts down.
 
-        CPython gives Python's handlers up at exit: a late signal would then kill a rank that is
-        done (with -10 for SIGUSR1).
+        CPython drops Python's handlers at exit: a late signal would then kill a finished rank (exit
+        code -10 for SIGUSR1).
         """
         for number in (*self._own, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
     def close(self) -> None:
-        """Note no more. Handlers give way to the defaults; signals that are ignored stay so."""
+        """Stop noting signals. Their handlers are reset; ignored signals stay ignored."""
         if self._writer.fileno() < 0:
             return
         current = signal.set_wakeup_fd(-1)
@@ -207,21 +207,21 @@ class Signals:
 
 
 def is_first_rank() -> bool:
-    """By the launcher's variables: there need not be a world yet."""
+    """Whether this is rank 0, by the launcher's variables: there may be no world yet."""
     name = "SLURM_PROCID" if os.environ.get("SPMDRL_LAUNCH") == "srun" else "RANK"
     return os.environ.get(name, "0") == "0"
 
 
 def say(line: str) -> None:
-    """A line to stderr, whatever other threads hold of the stream."""
+    """Write a line to stderr, whatever locks other threads hold on the stream."""
     with contextlib.suppress(OSError):
         # a terminal shows "^C" before it
         os.write(2, f"{os.linesep if os.isatty(2) else ''}{line}\n".encode())
 
 
 def end_at_once(line: str) -> NoReturn:
-    """End the process and what it has started in its own group (data loaders, say; a reward server
-    ends by itself). The first rank says why, the others say nothing any more.
+    """End the process and the processes it has started in its group (data loaders, say; a reward
+    server ends by itself). Rank 0 prints `line`; the others print nothing more.
     """
     if is_first_rank():
         say(line)
@@ -239,7 +239,7 @@ def end_at_once(line: str) -> NoReturn:
 
 
 def is_debugged() -> bool:
-    """Whether the main thread is in a debugger, or is traced by one. To be asked by any thread."""
+    """Whether the main thread is in a debugger, or is traced by one. Any thread may ask."""
     identity = threading.main_thread().ident
     frame = None if identity is None else sys._current_frames().get(identity)
     while frame is not None:
@@ -257,7 +257,7 @@ def _leave_debugger_file() -> None:
 
 
 def _sent(extra: Sequence[tuple[int, int, bytes]]) -> float:
-    """When a signal was delivered; of reading, where the kernel does not tell (gVisor)."""
+    """Time at which a signal was delivered, or of reading it if the kernel lacks it (gVisor)."""
     for level, kind, value in extra:
         if (level, kind) == (socket.SOL_SOCKET, _SO_TIMESTAMPNS):
             seconds, nanoseconds = struct.unpack("qq", value)
@@ -266,7 +266,7 @@ def _sent(extra: Sequence[tuple[int, int, bytes]]) -> float:
 
 
 def _leave_cpu_time() -> None:
-    """Where CPU time has an end, the signal comes some time before SIGKILL does."""
+    """If CPU time is limited, let SIGXCPU come some time before SIGKILL."""
     soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
     if hard != resource.RLIM_INFINITY and soft == hard:
         left = min(CPU_S, hard // 10)
@@ -274,7 +274,7 @@ def _leave_cpu_time() -> None:
 
 
 def _note(number: int, frame: FrameType | None) -> Any:
-    """The number is in the socket already: without a handler the signal would do its default."""
+    """Do nothing: the number is in the socket already, and a handler prevents the default."""
     if number == signal.SIGINT and is_debugged():
         signal.default_int_handler(number, frame)
 

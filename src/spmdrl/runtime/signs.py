@@ -1,4 +1,4 @@
-"""`Signs`: signs of life in the store, by which ranks that died without a word are found."""
+"""`Signs`: signs of life in the store, by which ranks that died silently are found."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 SIGN_S, DEAD_S = 2.0, 12.0
-"""How often a rank gives a sign of life, and without how long of it a rank of another host counts
-as dead, while the job is ending."""
+"""Seconds between signs of life of a rank, and the silence after which a rank counts as dead while
+the job is ending."""
 
 
 class Signs:
-    """This rank's seat (host and process) and signs, and what it knows of the others'.
+    """This rank's seat (host and process) and signs, and those of the others as far as known.
 
-    Whatever the number of ranks, a look at all of them is one question to the store, once they have
-    a seat.
+    Once all ranks have a seat, reading all signs is one request to the store for any number of
+    ranks.
 
     Args:
-        store: a connection of the caller's own.
+        store: the caller's own connection.
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
@@ -33,20 +33,20 @@ class Signs:
         self._unseated = list(range(size))
         self._seats: dict[int, tuple[str, int]] = {}
         self._newest: dict[int, tuple[bytes, float]] = {}
-        """Rank -> its newest sign of life, and when it came."""
+        """Rank -> its newest sign of life, and the time at which it came."""
         self._next_sign = self._next_look = 0.0
         self._set_sign()
         store.set(f"seat/{rank}", f"{self._host} {os.getpid()}")
 
     def give(self) -> None:
-        """A sign of life, when one is due."""
+        """Give a sign of life if one is due."""
         if time.monotonic() >= self._next_sign:
             self._next_sign = time.monotonic() + SIGN_S
             self._set_sign()
 
     def dead(self) -> list[int]:
-        """Ranks whose process is gone, or that have given no sign for `DEAD_S`; what has ended well
-        is not among them.
+        """Ranks whose process is gone, or that have given no sign for `DEAD_S`, except those that
+        have ended normally.
         """
         now = time.monotonic()
         if now >= self._next_look:
@@ -89,7 +89,7 @@ class Signs:
 
 
 def lives(pid: int) -> bool:
-    """Whether a process of this host runs; one that was killed may be there as a zombie."""
+    """Whether a process of this host runs; a zombie does not."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):

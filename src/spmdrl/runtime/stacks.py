@@ -1,4 +1,4 @@
-"""Where every thread of this process is: Python's stacks, and what NCCL last did."""
+"""Stacks of all Python threads of this process, and NCCL's last operations."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 
 class Stacks:
-    """Writes to `attempt/stacks/rank_N.txt`; SIGUSR2 does it at any time, also in a hang.
+    """Writer of `attempt/stacks/rank_N.txt`; SIGUSR2 dumps stacks at any time, even in a hang.
 
-    To be made by the main thread.
+    Only the main thread may make it.
     """
 
     def __init__(self, directory: Path, rank: int) -> None:
@@ -25,7 +25,7 @@ class Stacks:
         faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
 
     def dump(self, title: str) -> None:
-        """All Python stacks, and NCCL's flight recorder where there is NCCL."""
+        """Write all Python stacks, and NCCL's flight recorder if there is NCCL."""
         self._file.write(f"--- {time.strftime('%F %T')} {title}\n")
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
@@ -35,10 +35,10 @@ class Stacks:
             self._flight.write_bytes(record)
 
     def arm(self, seconds: float) -> None:
-        """Dump and end the process if nobody calls this again for `seconds`.
+        """Dump and end the process unless this is called again within `seconds`.
 
-        By a thread of C that needs no lock of Python's: it also ends a process in which some
-        extension holds that lock for ever.
+        A C thread does it without the interpreter's lock, so it also ends a process in which an
+        extension holds that lock forever.
         """
         faulthandler.dump_traceback_later(seconds, exit=True, file=self._file)
 

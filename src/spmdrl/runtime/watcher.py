@@ -1,9 +1,9 @@
-"""`Watcher`: a thread of every rank that notices what the main thread cannot.
+"""`Watcher`: a thread of every rank that notices events that the main thread cannot.
 
-It takes up requests to stop (signals, stop files, a deadline) and tells them to all ranks through a
+It takes requests to stop (signals, stop files, a deadline) and passes them to all ranks through a
 key in the store; role calls read `stop_asked` without a collective. It writes the heartbeat, ends a
-process that makes no progress, and tells a request to stop from the end of a job whose rank died:
-torchrun sends SIGTERM for both.
+process that makes no progress, and distinguishes a request to stop from the end of a job whose rank
+died: torchrun sends SIGTERM for both.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ HEARTBEAT_S, WARDS_S = 5.0, 2.0
 
 EXIT_HUNG, EXIT_LOST = 75, 76
 LAUNCHER_S = 3.0
-"""How long a rank that lost a peer lives on, so that its launcher notices that peer first: torchrun
-names as root cause the first of those that it finds ended in one look, by their rank."""
+"""Seconds that a rank that lost a peer stays alive, so that its launcher notices that peer first:
+torchrun names as root cause the lowest rank that it finds ended in one poll."""
 
 INTERRUPTED = Number.SIGINT.name
-"""The reason of a stop by hand."""
+"""Reason of a stop by Ctrl-C."""
 
 STOPPING_PHASE, STOPPING_LIMIT_S = "stop", 20.0
-"""The save of a stop: a dead rank may be the reason for it, so that it never ends by itself."""
+"""Phase of the save at a stop, and its limit in seconds: the save would hang if a rank has died."""
 
 
 class Watcher:
-    """From `__enter__` to `__exit__` of a run.
+    """Watch over a run, from `__enter__` to `__exit__`.
 
     Args:
-        pulse: of this rank.
-        signals: noted since the program began.
+        pulse: this rank's pulse.
+        signals: recorder of the signals since the program's start.
         limits: seconds without progress by phase, `default` for the others.
     """
 
@@ -70,14 +70,14 @@ class Watcher:
         self._store = world.connect(str(attempt.directory))
         self._signs = Signs(self._store, world.rank, world.size)
         self.stop_asked = False
-        """A stop was asked for somewhere; every rank comes to know within a tick or two."""
+        """A stop was requested on some rank; every rank learns of it within a tick or two."""
         self.stop_by: float | None = None
-        """When to ask for a stop, in seconds since 1970, so that the save ends in time."""
+        """Time to request a stop, in seconds since 1970, so that the save ends in time."""
         self.broken: str | None = None
-        """What this rank cannot do without, and has lost: the run saves and ends."""
+        """Loss of something that this rank needs, in words: the run saves and ends."""
         self._wards: list[Callable[[], str | None]] = []
         self._signalled: list[int] = []
-        """Signals that nobody has answered yet."""
+        """Signals that have not been answered yet."""
         self._failing: set[str] = set()
         self._writes = threading.Lock()
         self._ending = False
@@ -86,38 +86,38 @@ class Watcher:
         self._thread = threading.Thread(target=self._run, name="spmdrl-watcher", daemon=True)
 
     def ask(self, reason: str) -> None:
-        """Ask all ranks to stop. The first to ask is the one that is told of."""
+        """Ask all ranks to stop. Only the first request on this rank counts."""
         if self.stop_asked:
             return
-        if reason != INTERRUPTED:  # of which `Signals` has said something
+        if reason != INTERRUPTED:  # `Signals` has printed a line on it
             _say(f"[rank {self._world.rank}] stop asked for: {reason}")
         self.stop_asked = True
         self._tell("stop", reason)
         if reason == INTERRUPTED and self._world.is_first:
-            # now: it may be interrupted again before all is saved
+            # now: it may be interrupted again before the save ends
             with self._outliving("writing who asked for the stop"):
                 self.write_stopped_by(reason)
 
     def write_stopped_by(self, reason: str) -> None:
-        """See `Attempt`. The main thread and this object's both may."""
+        """Write `stopped_by` of `Attempt`; the main thread and the watcher's both may."""
         with self._writes:
             self.attempt.write_stopped_by(reason)
 
     def look_after(self, ward: Callable[[], str | None]) -> None:
-        """Ask `ward` now and then, from the watcher's thread, how a thread or process is doing that
-        the caller owns: None, or what has become of it where the run cannot go on without it.
+        """Call `ward` now and then, from the watcher's thread, to check a thread or process of the
+        caller: it returns None, or a message if it ended and the run cannot continue without it.
         """
         self._wards.append(ward)
 
     def look_for_requests(self) -> bool:
-        """Whether a stop was asked for, also in this very moment (rank 0 sees files)."""
+        """Look for requests now (rank 0 looks for files); whether a stop was requested."""
         self._look_for_requests()
         if not self._thread.is_alive():
             self._lose("the watcher's thread ended without a word")
         return self.stop_asked or self._signals.noted is not None
 
     def stop_reason(self) -> str:
-        """Who asked for the stop, as far as is known."""
+        """Reason of the stop, as far as it is known."""
         if not self._store_lost and self._store.check(["stop"]):
             return self._store.get("stop").decode()
         if self._signals.noted is not None:
@@ -125,7 +125,7 @@ class Watcher:
         return "the job's time is nearly over"
 
     def agreed(self) -> None:
-        """The world has agreed that the run ends: no signal is a request any more."""
+        """Note that the world has agreed to end the run: signals are no longer requests."""
         self._signals.settle()
 
     def __enter__(self) -> Watcher:
@@ -147,11 +147,11 @@ class Watcher:
         self._ending = True
         self._thread.join()
         self._stacks.close()
-        if error is not None:  # whoever ends this rank shall find the defaults
+        if error is not None:  # from now on signals act by their defaults
             self._signals.close()
 
     def _wait_for_the_others(self) -> None:
-        """Rank 0 may host the store: the others' watchers shall not see it go."""
+        """Let rank 0, which may host the store, wait until the others' watchers need it no more."""
         deadline = time.monotonic() + DEAD_S
         others = [f"ended/{rank}" for rank in range(self._world.size)]
         while self._world.is_first and not self._store_lost and time.monotonic() < deadline:
@@ -162,14 +162,14 @@ class Watcher:
     # What happens when this rank fails
 
     def _report(self, error: BaseException) -> None:
-        """Tell the others before this process ends, so that they know what SIGTERM means."""
+        """Tell the other ranks before this process ends, so that they know why SIGTERM comes."""
         rank = self._world.rank
         if not is_lost_peer(error):
             self._fail(f"rank {rank}: {one_line(error)}")
             with self._outliving("writing the launcher's error file"):
                 write_error_file(error)
             return
-        # The cause is another rank
+        # the cause is another rank
         self._lost_peer = True
         deadline = time.monotonic() + DEAD_S + 3 * SIGN_S
         while time.monotonic() < deadline and self.attempt.read_failed() is None:
@@ -188,7 +188,7 @@ class Watcher:
             self.attempt.write_outcome(outcome)
 
     def _tell(self, key: str, text: str) -> None:
-        """Put a key into the store; `news` tells all watchers to look."""
+        """Set a key in the store; the key `news` tells all watchers to look."""
         if self._store_lost:
             return
         try:
@@ -198,7 +198,7 @@ class Watcher:
             self._lose_store(error)
 
     def _lose_store(self, error: dist.DistError) -> None:
-        """Its host is gone, and with it the job; what is left is to end in time."""
+        """Note that the store's host is gone, and with it the job, which can only end now."""
         self._store_lost = True
         _say(f"[rank {self._world.rank}] the store is gone: {one_line(error)}")
 
@@ -208,12 +208,12 @@ class Watcher:
         try:
             while not self._ending:
                 self._tick()
-        except BaseException as error:  # of any type: nobody else would hear of it
+        except BaseException as error:  # of any type: nobody else would notice it
             traceback.print_exc()
             self._lose(f"the watcher's thread ended ({one_line(error)})")
 
     def _tick(self) -> None:
-        """Each part stands alone: what fails in one is no reason to leave out the others."""
+        """Run all parts; a failure in one does not keep the others from running."""
         self._arm()  # first: a run that makes progress lives, whatever happens below
         with self._outliving("waiting for signals"):
             self._signalled += self._signals.wait(TICK_S)
@@ -226,9 +226,9 @@ class Watcher:
 
     @contextmanager
     def _outliving(self, work: str) -> Iterator[None]:
-        """Files on a shared file system come and go: said once, and tried again at the next tick.
+        """Survive errors of a shared file system: print each once, and retry at the next tick.
 
-        No other error is caught.
+        Only OSError is caught.
         """
         try:
             yield
@@ -240,7 +240,9 @@ class Watcher:
             time.sleep(TICK_S / 10)
 
     def _lose(self, what: str) -> None:
-        """Something is gone that this rank needs: all ranks save, and `Lifetime.stop` raises."""
+        """Note the loss of something that this rank needs: all ranks save, then `Lifetime.stop`
+        raises.
+        """
         if self.broken is None:
             self.broken = f"rank {self._world.rank}: {what}"
             self.ask(self.broken)
@@ -271,7 +273,7 @@ class Watcher:
             self._look_for_the_dead()
 
     def _look_for_requests(self) -> None:
-        """Rank 0 sees them for all."""
+        """Look for a deadline and stop files; rank 0 does it for all ranks."""
         if not self._world.is_first or self.stop_asked:
             return
         if self.stop_by is not None and time.time() >= self.stop_by:
@@ -290,18 +292,18 @@ class Watcher:
             self.stop_asked = True
 
     def _on_term(self) -> None:
-        """The scheduler's request, or torchrun's way to end the survivors of a dead rank."""
+        """Answer SIGTERM: a scheduler's request, or torchrun's end of a dead rank's peers."""
         if self._store_lost or self._store.check(["failed"]):
             _say(f"[rank {self._world.rank}] SIGTERM after a failure: ends without saving")
             _exit(EXIT_LOST)
         self._terminated = True
-        # before a look at all ranks, which may take its time: they shall hear of it
+        # before looking at all ranks, which may take time: they must learn of it first
         if not self._lost_peer:
             self.ask("SIGTERM")
         self._look_for_the_dead()
 
     def _look_for_the_dead(self) -> None:
-        """After SIGTERM or a failed collective: whether some rank died without a word."""
+        """End this process if, after SIGTERM or a failed collective, a rank has failed or died."""
         store, dead = self._store, self._signs.dead()
         if dead and not store.check(["failed"]):
             names = ", ".join(f"rank {rank}" for rank in dead)
@@ -332,7 +334,7 @@ class Watcher:
             _say(f"[rank {self._world.rank}] the save made no progress for {limit:g} s: ends")
             self._dump("the save of a stop made no progress")
             _exit(EXIT_HUNG)
-        self._tell("beat", "")  # the others' heartbeats shall be of now, too
+        self._tell("beat", "")  # so that the others' heartbeats are fresh, too
         with self._outliving("beat"):
             self._beat(now=True)
         time.sleep(3 * TICK_S)
@@ -345,7 +347,7 @@ class Watcher:
             _say(f"[rank {self._world.rank}] hung: {text}")
             self._write_end(text, "hung")
             self._tell("hung", text)
-            time.sleep(4 * TICK_S)  # for the stacks of the others, before a launcher ends them
+            time.sleep(4 * TICK_S)  # so that the others write stacks before a launcher ends them
         _exit(EXIT_HUNG)
 
     def _dump(self, title: str) -> None:
@@ -373,7 +375,7 @@ def heartbeat_file(directory: Path, rank: int) -> Path:
 
 
 def _say(text: str) -> None:
-    with suppress(OSError, ValueError):  # whoever read it is gone, or it was closed
+    with suppress(OSError, ValueError):  # its reader is gone, or it was closed
         print(text, file=sys.stderr, flush=True)
 
 
