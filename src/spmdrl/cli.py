@@ -28,9 +28,7 @@ HEARS_SIGNALS = (*COMMANDS, "launch")
 
 
 FIRST_S = 1.0
-"""Seconds that other ranks wait while rank 0 prints an error that all have found: launchers end
-all ranks when one has ended.
-"""
+"""Seconds that other ranks wait for rank 0's message: launchers end all ranks after the first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

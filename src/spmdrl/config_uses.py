@@ -49,11 +49,7 @@ UPDATED: Mapping[str, tuple[str, ...]] = {
 
 
 def check_updated(config: Config) -> None:
-    """Check that the roles that the shipped trainer updates are trained, and of the right kind.
-
-    Raises:
-        ValueError: naming the role's key.
-    """
+    """ValueError: a role that the shipped trainer updates is not trained, or of another kind."""
     if config.trainer is not None:
         return
     for name in UPDATED.get(config.flow, ()):
@@ -72,11 +68,7 @@ def check_updated(config: Config) -> None:
 
 
 def check_used(config: Config) -> None:
-    """Check that the shipped flow reads the keys that are set.
-
-    Raises:
-        ValueError: a key that is set and that the flow ignores, naming the flows that read it.
-    """
+    """ValueError: a key is set that the shipped flow ignores; the flows that read it are named."""
     if config.flow not in ALGORITHM_KEYS:
         return
     own_parts = config.trainer is not None or config.environment is not None
@@ -114,11 +106,7 @@ def _of_sampling(config: Config) -> Iterator[tuple[str, object, list[str]]]:
 
 
 def check_role_used(config: Config, name: str) -> None:
-    """Refuse options of built-in roles, and training keys of rollouts and users' own roles.
-
-    Raises:
-        ValueError: naming the key.
-    """
+    """ValueError: options of a built-in role, or training keys of a rollout or a user's role."""
     role, kind = config.roles[name], config.role_kind(name)
     if role.options and ":" not in kind:
         raise ValueError(

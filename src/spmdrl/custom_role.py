@@ -353,11 +353,7 @@ def _are_all(kind: type, values: object) -> bool:
 
 
 def check_user_role(name: str, user: UserRole) -> None:
-    """Check the interface of a user's role before its first call.
-
-    Raises:
-        ValueError: naming the role, the class and the fault.
-    """
+    """Check the interface of a user's role. ValueError names the role, the class and the fault."""
     where = f"roles.{name}: the class {type(user).__name__}"
     offered = {attribute for attribute in dir(user) if not attribute.startswith("_")}
     for attribute in ("needs", "returns", "setup", "forward_step"):

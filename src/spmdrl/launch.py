@@ -55,9 +55,7 @@ class World:
         return self.rank == 0
 
     def connect(self, prefix: str) -> Store:
-        """Open the caller's own connection to the store, with its own keys: a wait on a
-        connection blocks its other users.
-        """
+        """Open a new connection to the store, with its own keys: a wait blocks a shared one."""
         # documented, but torch's stubs have neither
         own = self.store.clone()  # type: ignore[attr-defined]
         store: Store = dist.PrefixStore(prefix, own)  # type: ignore[attr-defined]

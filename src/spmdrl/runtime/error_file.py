@@ -1,6 +1,4 @@
-"""The file by which a rank tells its launcher of an error, in the format of torchrun's own handler.
-Imports nothing heavy.
-"""
+"""A rank's error file for its launcher, in torchrun's own format. Imports nothing heavy."""
 
 from __future__ import annotations
 

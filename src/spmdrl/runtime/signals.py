@@ -50,9 +50,7 @@ _SO_TIMESTAMPNS = 35
 """Linux's number of the socket option, which `socket` does not name."""
 
 DEBUGGER_FILE = "SPMDRL_DEBUGGER_FILE"
-"""Variable with the path of a file that a rank makes to tell `spmdrl launch` that SIGINT was for
-its debugger.
-"""
+"""Variable with the path of a file by which a rank claims SIGINT for its debugger."""
 
 
 def hold() -> None:

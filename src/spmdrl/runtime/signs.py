@@ -45,9 +45,7 @@ class Signs:
             self._set_sign()
 
     def dead(self) -> list[int]:
-        """Ranks whose process is gone, or that have given no sign for `DEAD_S`, except those that
-        have ended normally.
-        """
+        """Ranks whose process is gone, or without a sign for `DEAD_S`, unless they ended well."""
         now = time.monotonic()
         if now >= self._next_look:
             self._next_look = now + SIGN_S

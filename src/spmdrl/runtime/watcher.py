@@ -240,9 +240,7 @@ class Watcher:
             time.sleep(TICK_S / 10)
 
     def _lose(self, what: str) -> None:
-        """Note the loss of something that this rank needs: all ranks save, then `Lifetime.stop`
-        raises.
-        """
+        """Note that something vital is gone: all ranks save, then `Lifetime.stop` raises."""
         if self.broken is None:
             self.broken = f"rank {self._world.rank}: {what}"
             self.ask(self.broken)
