@@ -154,7 +154,7 @@ class RolloutSection(Section):
         "native", description="Rollout engine; vllm runs in the same processes, on all ranks."
     )
     kv_cache_gb: float | Literal["auto"] = Field(
-        "auto", description="Cache of a rank in GB; auto: what the call needs, within what is free."
+        "auto", description="KV cache per rank, GB; auto: what the call needs, within what is free."
     )
     block_size: int = Field(32, ge=1, description="Tokens per cache block, at least 1.")
     max_running: int = Field(
