@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-from typing import IO
+import threading
+from pathlib import Path
 
 import pytest
 
 from spmdrl.runtime.signals import EXIT_INTERRUPTED, Interrupts
+from torchrun import wait_until
 
 INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
@@ -44,15 +46,27 @@ def start(code: str, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def read_until(stream: IO[str] | None, text: str) -> str:
-    """What a process says, to the text."""
-    assert stream is not None
+def read_until(process: subprocess.Popen[str], text: str) -> str:
+    """What a process says, to the text. One that says nothing more for a minute is killed."""
+    assert process.stdout is not None
     found = ""
-    while not found.endswith(text):
-        letter = stream.read(1)
-        assert letter, found
-        found += letter
+    limit = threading.Timer(60, process.kill)
+    limit.start()
+    try:
+        while not found.endswith(text):
+            letter = process.stdout.read(1)
+            assert letter, found
+            found += letter
+    finally:
+        limit.cancel()
+        limit.join()
     return found
+
+
+def interrupt_at_prompt(process: subprocess.Popen[str]) -> None:
+    """SIGINT once pdb reads its input: Python's handlers do not run between a prompt and that."""
+    wait_until(lambda: "pipe_read" in Path(f"/proc/{process.pid}/wchan").read_text(), 60)
+    process.send_signal(INT)
 
 
 STARVED = """
@@ -76,11 +90,11 @@ time.sleep(60)
 def test_two_deliveries_of_one_request_are_one_whatever_keeps_the_reader(rank: str) -> None:
     """They count by when they were sent; a later one ends the process, in a line of rank 0."""
     with start(STARVED, RANK=rank) as process:
-        read_until(process.stdout, "ready\n")
+        read_until(process, "ready\n")
         process.send_signal(INT)
-        told = read_until(process.stdout, "busy\n")
+        told = read_until(process, "busy\n")
         process.send_signal(INT)
-        read_until(process.stdout, f"[{int(INT)}]\n")
+        read_until(process, f"[{int(INT)}]\n")
         process.send_signal(INT)
         rest = process.communicate(timeout=20)[0]
     assert process.returncode == EXIT_INTERRUPTED
@@ -103,13 +117,13 @@ print("noted", signals.noted, flush=True)
 def test_in_a_debugger_sigint_is_the_debuggers() -> None:
     with start(DEBUGGED) as process:
         assert process.stdin is not None
-        read_until(process.stdout, "(Pdb) ")
-        process.send_signal(INT)
-        assert "--KeyboardInterrupt--" in read_until(process.stdout, "(Pdb) ")
+        read_until(process, "(Pdb) ")
+        interrupt_at_prompt(process)
+        assert "--KeyboardInterrupt--" in read_until(process, "(Pdb) ")
         process.stdin.write("c\n")
         process.stdin.flush()
-        read_until(process.stdout, "goes on\n")
+        read_until(process, "goes on\n")
         process.send_signal(INT)
-        assert "Program interrupted" in read_until(process.stdout, "(Pdb) ")
+        assert "Program interrupted" in read_until(process, "(Pdb) ")
         rest = process.communicate("p signals.noted\nc\n", timeout=30)[0]
     assert "None" in rest and "noted None" in rest and process.returncode == 0, rest

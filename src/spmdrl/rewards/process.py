@@ -283,7 +283,8 @@ def _redirect_output(output: str | None) -> None:
         sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)  # a kill flushes nothing
+    # line by line: a kill flushes nothing; in UTF-8: what a function prints fails in no locale
+    sys.stdout = os.fdopen(1, "w", 1, encoding="utf-8", errors="replace", closefd=False)
 
 
 def _limit_memory(extra_mb: int) -> None:
