@@ -169,21 +169,8 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--ranks", type=int, default=1, help="world size")
     explain.add_argument("--ranks-per-node", type=int, help="default: all on one node")
     commands.choices["report"].add_argument("--seconds", type=float, help="the run's wall time")
-    convert = add(
-        "convert", _convert, "GGUF, Megatron or Hugging Face model -> Hugging Face directory."
-    )
-    convert.add_argument("source")
-    convert.add_argument("out_dir")
-    convert.add_argument(
-        "--pad-heads-to",
-        metavar="QUERY/KV",
-        help="of a Hugging Face directory: add heads of zeros, so that tp divides them",
-    )
-    convert.add_argument(
-        "--like",
-        metavar="MODEL",
-        help="of a Megatron checkpoint (torch_dist): the Hugging Face directory whose config.json "
-        "and tokenizer it has; the checkpoint's index is a pickle, so convert only what you trust",
+    _add_convert_words(
+        add("convert", _convert, "GGUF, Megatron or Hugging Face model -> Hugging Face directory.")
     )
     check = add(
         "check-model",
@@ -199,6 +186,22 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--device", default="auto", help="auto, cpu or cuda")
     add("keys", _keys, "Print all configuration keys as a Markdown table.")
     return root
+
+
+def _add_convert_words(convert: argparse.ArgumentParser) -> None:
+    convert.add_argument("source")
+    convert.add_argument("out_dir")
+    convert.add_argument(
+        "--pad-heads-to",
+        metavar="QUERY/KV",
+        help="of a Hugging Face directory: add heads of zeros, so that tp divides them",
+    )
+    convert.add_argument(
+        "--like",
+        metavar="MODEL",
+        help="of a Megatron checkpoint (torch_dist): the Hugging Face directory whose config.json "
+        "and tokenizer it has; the checkpoint's index is a pickle, so convert only what you trust",
+    )
 
 
 LAUNCH_TEXT = (

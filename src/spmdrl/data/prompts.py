@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import numpy as np
@@ -201,32 +201,13 @@ def load_prompts(
     template = templates(tokenizer) if source.chat else None
     tell_of_tools(source.source, rows, template)
     tell_of_keys(source.source, rows, needed_columns(source, rows), template)
-    drafts: list[_Draft] = []
-    texts: list[str] = []
-    seen: set[str] = set()
-    unwritten: list[str] = []
-    num_bad = num_repeated = num_elsewhere = 0
-    malformed: str | None = None
-    for row in reported(rows, report):
-        try:
-            draft = _draft(row, source, has_tools=has_tools)
-            is_here = in_part(draft.opening, source.part)
-            text = _render(draft, source, tokenizer) if is_here else ""
-        except BadRow as error:
-            num_bad += 1
-            malformed = malformed or f"{row.place}: {error}"
-            leave_out(row, error, source.on_bad_row, num_bad)
-            continue
-        if not is_here:
-            num_elsewhere += 1
-        elif source.unique and text in seen:
-            num_repeated += 1
-        else:
-            seen.add(text)
-            texts.append(text)
-            drafts.append(draft)
-            if draft.text.strip() not in text:
-                unwritten.append(row.place)
+    found = _read_drafts(rows, source, tokenizer, has_tools=has_tools, report=report)
+    drafts, texts = found.drafts, found.texts
+    unwritten = [
+        draft.row.place
+        for draft, text in zip(drafts, texts, strict=True)
+        if draft.text.strip() not in text
+    ]
     tell_of_questions(source.source, unwritten, len(drafts))
     tell_of_answers(
         source.source,
@@ -238,11 +219,11 @@ def load_prompts(
     fits = [i for i, length in enumerate(lengths) if limit is None or length <= limit.tokens]
     done = LoadReport(
         num_rows=len(rows),
-        num_bad=num_bad,
+        num_bad=found.num_bad,
         num_long=len(drafts) - len(fits),
         longest=int(lengths.max(initial=0)),
-        num_repeated=num_repeated,
-        num_elsewhere=num_elsewhere,
+        num_repeated=found.num_repeated,
+        num_elsewhere=found.num_elsewhere,
     )
     left_out = done.left_out(source.part, limit)
     tell(
@@ -252,9 +233,53 @@ def load_prompts(
         num_used=len(fits),
         left_out=left_out,
         longest=done.longest,
-        malformed=malformed,
+        malformed=found.malformed,
     )
     return PromptSet(drafts, tokens, lengths, done).subset(fits)
+
+
+@dataclass(kw_only=True)
+class _Drafts:
+    """Drafts of a source's rows with their rendered texts, and how many rows gave none."""
+
+    drafts: list[_Draft] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    num_bad: int = 0
+    num_repeated: int = 0
+    num_elsewhere: int = 0
+    malformed: str | None = None
+    """The first bad row's place and problem."""
+
+
+def _read_drafts(
+    rows: Sequence[Row],
+    source: PromptSource,
+    tokenizer: Tokenizer,
+    *,
+    has_tools: bool,
+    report: Report,
+) -> _Drafts:
+    found = _Drafts()
+    seen: set[str] = set()
+    for row in reported(rows, report):
+        try:
+            draft = _draft(row, source, has_tools=has_tools)
+            is_here = in_part(draft.opening, source.part)
+            text = _render(draft, source, tokenizer) if is_here else ""
+        except BadRow as error:
+            found.num_bad += 1
+            found.malformed = found.malformed or f"{row.place}: {error}"
+            leave_out(row, error, source.on_bad_row, found.num_bad)
+            continue
+        if not is_here:
+            found.num_elsewhere += 1
+        elif source.unique and text in seen:
+            found.num_repeated += 1
+        else:
+            seen.add(text)
+            found.texts.append(text)
+            found.drafts.append(draft)
+    return found
 
 
 def _draft(row: Row, source: PromptSource, *, has_tools: bool) -> _Draft:

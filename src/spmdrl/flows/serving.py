@@ -6,11 +6,13 @@ import logging
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from spmdrl.assemble import Assembly, assemble, open_models
+from spmdrl.batch import Batch
 from spmdrl.config import Config
 from spmdrl.config_sets import held_out_sets, uses_chat
 from spmdrl.data.home import home_rows
@@ -145,10 +147,19 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
     with relay.bar("generate"):
         rows = home_rows(world, prompts)
         batch = rollout.generate(rows, generation)
-    stops = StopTexts(config.sampling.stop, inputs.texts)
+    own = _records(batch, StopTexts(config.sampling.stop, inputs.texts))
+    parts = gather_objects(own)
+    assembly.close()
+    if dist.get_rank() == 0:
+        write_results(Path(out_file), [record for part in parts for record in part])
+    return sum(len(part) for part in parts)
+
+
+def _records(batch: Batch, stops: StopTexts) -> list[dict[str, Any]]:
+    """Lines of the output file, one for each row."""
     logprobs = batch.row_sum(batch["rollout_logprobs"]).tolist()
     responses = torch.split(batch["tokens"][batch["loss_mask"]], batch["response_lengths"].tolist())
-    own = [
+    return [
         {
             "prompt_id": batch.objects["prompt"][row].prompt_id,
             "sample": int(batch["sample_index"][row]),
@@ -160,11 +171,6 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
         }
         for row in range(len(batch))
     ]
-    parts = gather_objects(own)
-    assembly.close()
-    if dist.get_rank() == 0:
-        write_results(Path(out_file), [record for part in parts for record in part])
-    return sum(len(part) for part in parts)
 
 
 def rollout_only(config: Config, *, scoring: bool = False) -> Config:

@@ -46,11 +46,11 @@ from spmdrl.memory_report import memory_texts, schedules
 from spmdrl.objects import load_object
 from spmdrl.observe.progress import Relay, TimedLines
 from spmdrl.observe.timeline import PhaseTimer
-from spmdrl.placement import place_roles, placement_table
+from spmdrl.placement import Placement, place_roles, placement_table
 from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.scorer import RewardsFailed, Scorer, ScoringRole
 from spmdrl.rewards.server import RewardServer
-from spmdrl.role_plan import plan_roles
+from spmdrl.role_plan import RolePlan, plan_roles
 from spmdrl.roles import Reward, Rollout
 from spmdrl.runtime.attempt import begin_attempt
 from spmdrl.runtime.pulse import Pulse
@@ -152,12 +152,7 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
     )
     check_models(config, inputs, shapes)
     check_start(watcher)
-    table = placement_table(placements, memory_texts(plan.memory))
-    for doubt in doubts(config) if world.is_first else ():
-        log.warning("%s", doubt)
-    log.info("%d ranks on %s\n%s", world.size, world.device.type, table)
-    for text in schedules(plan.memory):
-        log.info("%s", text)
+    _tell_plan(config, world, placements, plan)
     relay = Relay(is_first=world.is_first and config.log.progress)
 
     def report(done: int, count: int) -> None:
@@ -178,28 +173,51 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         lifetime = Lifetime(world, config.checkpoint, saver, watcher, syncs, report, roles)
         run = make_run(config, world, inputs, assembly, pools, relay, saver, lifetime, report)
         try:
-            with keeping(lifetime.ledger):
-                flow(run)
-            if not run.is_concluded:
-                raise ValueError(
-                    f"flow={config.flow} returned without run.conclude(): the run would have no "
-                    "last checkpoint and no model"
-                )
-            lifetime.done()
-        except StopAsked:
-            lifetime.stop()
-        except RewardsFailed as error:
-            # the user's own code failed: the message tells it, another stack would not help
-            raise AgreedError(f"in step {run.steps_done + 1}: {error}") from None
-        except ValueError as error:
-            # the command line shows bad input as one line (a role that the flow needs and the
-            # configuration lacks, say). Once steps have begun, the input is not to blame
-            if not run.has_begun:
-                raise
-            raise FlowError(f"in step {run.steps_done + 1}: {error}") from error
+            _run_flow(flow, run, lifetime)
         finally:
             run.close()
         assembly.close()
+
+
+def _run_flow(flow: Flow, run: Run, lifetime: Lifetime) -> None:
+    """Run the flow to its end or to a stop.
+
+    Raises:
+        ValueError: before the first step: bad input, or a return without `run.conclude()`.
+        AgreedError: the user's reward functions failed within a step.
+        FlowError: the same ValueErrors once steps have begun.
+    """
+    try:
+        with keeping(lifetime.ledger):
+            flow(run)
+        if not run.is_concluded:
+            raise ValueError(
+                f"flow={run.config.flow} returned without run.conclude(): the run would have no "
+                "last checkpoint and no model"
+            )
+        lifetime.done()
+    except StopAsked:
+        lifetime.stop()
+    except RewardsFailed as error:
+        # the user's own code failed: the message tells it, another stack would not help
+        raise AgreedError(f"in step {run.steps_done + 1}: {error}") from None
+    except ValueError as error:
+        # the command line shows bad input as one line (a role that the flow needs and the
+        # configuration lacks, say). Once steps have begun, the input is not to blame
+        if not run.has_begun:
+            raise
+        raise FlowError(f"in step {run.steps_done + 1}: {error}") from error
+
+
+def _tell_plan(
+    config: Config, world: World, placements: Mapping[str, Placement], plan: RolePlan
+) -> None:
+    table = placement_table(placements, memory_texts(plan.memory))
+    for doubt in doubts(config) if world.is_first else ():
+        log.warning("%s", doubt)
+    log.info("%d ranks on %s\n%s", world.size, world.device.type, table)
+    for text in schedules(plan.memory):
+        log.info("%s", text)
 
 
 def make_run(
