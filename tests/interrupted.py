@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from spmdrl.batch import Batch
 from spmdrl.flows.run import Metrics, Run
@@ -43,7 +44,7 @@ class InPhase(Wrapped):
         super().__init__(run)
         self.phase, *slow = [*os.environ.get(PHASE, "").split(), ""]
         run.evaluate_with(self, syncs=False)
-        if "slow" in slow:  # and something else is there to be ended
+        if "slow" in slow:  # and something else exists to be ended
             subprocess.Popen(["sleep", "600"])
         if self.phase == "saving" or "slow" in slow:
             self.save_slowly(0.3 if "slow" in slow else 0.03)
@@ -125,8 +126,8 @@ class Started:
         self._copier = threading.Thread(target=self._copy, args=(output,), daemon=True)
         self._copier.start()
 
-    def _copy(self, output: object) -> None:
-        with output:  # type: ignore[attr-defined]
+    def _copy(self, output: IO[bytes]) -> None:
+        with output:
             while True:
                 try:
                     text = os.read(self.terminal, 4096)
@@ -134,8 +135,8 @@ class Started:
                     return
                 if not text:
                     return
-                output.write(text)  # type: ignore[attr-defined]
-                output.flush()  # type: ignore[attr-defined]
+                output.write(text)
+                output.flush()
 
     def __enter__(self) -> Started:
         return self

@@ -172,8 +172,7 @@ def takes_config_and_role(function: ast.FunctionDef | ast.AsyncFunctionDef) -> b
 def docstrings(tree: ast.Module) -> Iterator[str]:
     """Strings that stand by themselves: of modules, classes, functions and attributes."""
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        for child in body if isinstance(body, list) else []:
+        for child in ast.iter_child_nodes(node):
             value = child.value if isinstance(child, ast.Expr) else None
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 yield value.value
@@ -210,7 +209,7 @@ def run_python(checkout: Path, code: str, *words: str) -> str | None:
 
 
 def keys_of(checkout: Path) -> tuple[int | None, int | None]:
-    """How many keys the configuration has, and how many of them are basic."""
+    """Count the configuration's keys, and the basic ones among them."""
     every = run_python(checkout, KEYS)
     first, second = (every or "- -").split()
     return (int(first) if first != "-" else None), (int(second) if second != "-" else None)

@@ -32,7 +32,7 @@ ITEMS = "data.prompts_per_step"
 class Stage:
     """Args:
     config: under configs.
-    tokens: of a step on two CPU cores, about, samples included.
+    tokens: approximate tokens of a step on two CPU cores, including samples.
     stand_ins: keys that name models which earlier stages make: MODEL is what they begin with.
     """
 
@@ -132,7 +132,7 @@ def context_limits(config: Config) -> list[str]:
 
 
 def step_tokens(config: Config, checked: Checked) -> float:
-    """Of an item, about, with the samples that are drawn of it."""
+    """Approximate tokens of an item, including the samples drawn for it."""
     samples = config.data.group_size if config.data_kind() == "prompts" else 0
     return checked.mean_tokens + samples * config.sampling.max_tokens
 

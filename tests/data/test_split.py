@@ -96,7 +96,7 @@ def test_a_share_of_the_questions_is_held_out(held_out, at_most, count):
 
 
 def test_a_bounded_set_is_a_choice_by_text():
-    """What is evaluated does not depend on how many rows there are, nor on their order."""
+    """The evaluated rows depend neither on the number of rows nor on their order."""
     prompts = chain_sum(size=3000, seed=1)
     few, more = limited(prompts, 20), limited(prompts, 60)
     assert len(few) == 20 and set(few.texts()) <= set(more.texts())

@@ -107,7 +107,7 @@ def fitted(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Iterator[Fitted]:
-    """What the script says of a file: its status, the keys of each stage, what it tells people."""
+    """Run the script on a file: its exit code, the keys of each stage, and its messages."""
 
     def run(
         example: str, data: Path, *words: str, directory: Path = model
@@ -128,7 +128,7 @@ def fitted(
 
 
 def items(keys: list[str]) -> int:
-    """Of a step; 16 is what the shipped stages say."""
+    """The stage's items in a step; the shipped stages have 16."""
     return next((int(key.split("=")[1]) for key in keys if "per_step" in key), 16)
 
 
@@ -163,7 +163,7 @@ def test_the_examples_take_long_rows_a_few_at_a_time(tmp_path, fitted):
 
 
 def test_rows_are_no_longer_than_the_model_s_context(tmp_path, fitted):
-    """With what is sampled: 48, 64, and 192 tokens of held-out answers."""
+    """Lengths include the samples: 48, 64, and 192 tokens for held-out prompts."""
     make_tiny_model(tmp_path / "model", max_position_embeddings=500)
     data = write_pairs(tmp_path / "pairs.jsonl", 60)
     found = {name: fitted(name, data, directory=tmp_path / "model")[1] for name in EXAMPLES}

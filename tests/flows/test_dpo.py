@@ -188,8 +188,8 @@ def test_a_damaged_file_of_sums_is_named(tmp_path, content):
 
 
 def share_sums(world: World, directory: Path) -> tuple[list[int], list[int], bool]:
-    """How many sums this rank sends, and how many it then has, when nobody has computed one and
-    when rank 1 has; whether the file holds them all.
+    """Count the sums that this rank sends and then has, when nobody has computed one and when
+    rank 1 has; tell whether the file holds them all.
     """
     sent: list[int] = []
     gather = reference_sums.gather_objects

@@ -1,4 +1,4 @@
-"""Ctrl-C saves, and the run goes on from there exactly; a second one ends everything at once."""
+"""Ctrl-C saves and the run resumes exactly from there; a second one ends everything at once."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def go_on(root: Path, config: Path, run_dir: Path, ranks: int) -> None:
-    """To the end; then it equals the run that nobody has interrupted."""
+    """Resume the run to its end, and check that it equals the uninterrupted one."""
     finish(root, config, ranks)
     assert outcome_of(run_dir) == "done"
     expected = whole(root, ranks)
@@ -88,7 +88,7 @@ def go_on(root: Path, config: Path, run_dir: Path, ranks: int) -> None:
 
 
 def stop_and_go_on(root: Path, starter: str, way: str, phase: str) -> dict[str, Any]:
-    """Interrupt a run once in a phase, and let it go on; what was seen."""
+    """Interrupt a run once in a phase and resume it; return what was seen."""
     name = f"once_{starter}_{way}_{phase}"
     config, run_dir = configure(root, name), root / name
     terminal = way == "typed"

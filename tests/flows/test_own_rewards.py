@@ -163,7 +163,7 @@ def test_what_cannot_serve_is_refused_before_the_model_is_loaded(root: Path) -> 
 
 
 def failures(world: World, root: str) -> tuple[str, str]:
-    """What a rank logs, and the error, of functions that fail in the first step."""
+    """Return a rank's log and the error when functions fail in the first step."""
     stream = io.StringIO()
     set_up_logging(world.rank, stream=stream)
     words = [
@@ -197,7 +197,7 @@ def test_a_check_without_a_run_says_the_same(root: Path, name: str) -> None:
 
 
 def scores(world: World, root: str) -> dict[str, float]:
-    """By `spmdrl eval`: the training rewards, which fit no row of the set, have no part in it."""
+    """`spmdrl eval` does not use the training rewards, which fit no row of the set."""
     words = [
         f"rewards=[{{function: '{root}/mine.py:by_columns'}}]",
         "evaluation.held_out=0",

@@ -69,7 +69,7 @@ def test_every_long_phase_shows_how_far_it_is(tmp_path):
 
 
 def beats_of_loading(world: World, path: str) -> int:
-    """How often the run's pulse beats while the data are read."""
+    """Count the beats of the run's pulse while the data are read."""
     pulses, found, read = [], [], start.read_inputs
 
     class Kept(Pulse):
