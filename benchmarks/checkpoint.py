@@ -51,10 +51,10 @@ def main() -> None:
     from spmdrl.rewards.server import start_reward_server
 
     with tempfile.TemporaryDirectory() as directory, start_reward_server() as server:
+        from spmdrl.commands.train import train
         from spmdrl.distributed.reduce import broadcast_object
-        from spmdrl.flows.start import train
-        from spmdrl.launch import start_world, stop_world
         from spmdrl.observe.log import set_up_logging
+        from spmdrl.world import start_world, stop_world
 
         world = start_world(device="auto")
         copies = Copies()

@@ -30,9 +30,9 @@ def main() -> None:
     from spmdrl.rewards.server import start_reward_server
 
     with tempfile.TemporaryDirectory() as directory, start_reward_server() as server:
-        from spmdrl.flows.start import train
-        from spmdrl.launch import start_world, stop_world
+        from spmdrl.commands.train import train
         from spmdrl.observe.metrics import read_metrics
+        from spmdrl.world import start_world, stop_world
 
         run_dir = directory if options.ranks == 1 else options.run_dir
         config = config_of(options, run_dir)
@@ -86,7 +86,7 @@ def option_parser(text: str | None) -> argparse.ArgumentParser:
 
 def config_of(options: argparse.Namespace, run_dir: str, words: Sequence[str] = ()) -> Any:
     """The configuration of a step; `words` override what the options say."""
-    from spmdrl.config_files import load_config
+    from spmdrl.config.load import load_config
 
     given = [
         f"model.path={options.model}",

@@ -94,7 +94,7 @@ def main() -> None:
 
 def make_prompts(model: str, count: int, length: int, data: str | None) -> list[list[int]]:
     """Different prompts of `length` tokens each: a user's turn in the model's chat template."""
-    from spmdrl.models.tokenizers import load_tokenizer
+    from spmdrl.models.files.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     if data is None:
@@ -136,7 +136,7 @@ Generate = Callable[[list[list[int]], int], list[int]]
 
 
 def native(model: str, device: torch.device, fixed: bool, seed: int) -> Generate:
-    from spmdrl.models.hf import fill, open_model
+    from spmdrl.models.files.hf import fill, open_model
     from spmdrl.rollout.native.engine import NativeEngine
 
     config, checkpoint = open_model(model)
@@ -147,10 +147,10 @@ def native(model: str, device: torch.device, fixed: bool, seed: int) -> Generate
 
 
 def vllm(model: str, device: torch.device, fixed: bool, seed: int) -> Generate:
-    from spmdrl.launch import start_world
-    from spmdrl.models.hf import fill, open_model
+    from spmdrl.models.files.hf import fill, open_model
     from spmdrl.rollout.vllm_engine import VllmEngine
     from spmdrl.rollout.vllm_requests import VllmOptions
+    from spmdrl.world import start_world
 
     start_world(device=device.type)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from spmdrl.assemble import assemble, open_models
 from spmdrl.batch import Batch, from_rows
-from spmdrl.config import Config
+from spmdrl.config.sections import Config
 from spmdrl.distributed.reduce import world_max
-from spmdrl.launch import World, start_world, stop_world
 from spmdrl.placement import place_roles
-from spmdrl.roles import Reference, Reward, together
+from spmdrl.roles.handles import Reference, Reward, together
+from spmdrl.run.assembly.assembly import assemble, open_models
+from spmdrl.world import World, start_world, stop_world
 
 
 def main() -> None:

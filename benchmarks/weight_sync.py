@@ -31,7 +31,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.distributed.reduce import world_max
-from spmdrl.launch import World, start_world, stop_world
 from spmdrl.models.config import read_config
 from spmdrl.models.degrees import check_tp
 from spmdrl.models.fsdp_cuts import fitting_blocks
@@ -41,6 +40,7 @@ from spmdrl.weights.plan import plan_sync
 from spmdrl.weights.program import RankRound
 from spmdrl.weights.proof import first_difference
 from spmdrl.weights.sync import WeightSync
+from spmdrl.world import World, start_world, stop_world
 
 AXES = {"dp": "dp_shard", "rep": "dp_replicate", "tp": "tp", "pp": "pp", "cp": "cp"}
 CONTIGUOUS = torch.contiguous_format

@@ -13,7 +13,7 @@ if [ $# = 0 ]; then
     scripts/dev/install_compiler.sh
     scripts/dev/install_slurm.sh
     SPMDRL_TEST_FAULTS=1 SPMDRL_TEST_EVERY_STOP=4 .venv/bin/python -m pytest \
-        tests/slurm tests/runtime tests/flows/test_endings.py tests/flows/test_exact_resume.py \
+        tests/slurm tests/supervision tests/run/test_endings.py tests/run/test_exact_resume.py \
         tests/checkpoint tests/rollout/test_aborted.py
     words=(--kills 30)
 fi

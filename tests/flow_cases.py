@@ -12,11 +12,11 @@ import yaml
 
 from harness import run_ranks
 from replay import DIRECTORY
-from spmdrl.config_files import load_config
-from spmdrl.flows.start import train
-from spmdrl.launch import World
+from spmdrl.commands.train import train
+from spmdrl.config.load import load_config
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.server import start_reward_server
+from spmdrl.world import World
 
 TASK = "reasoning_gym:chain_sum"
 

@@ -27,7 +27,7 @@ PRELOAD = [
     "torch._dynamo",  # which `fully_shard` imports
     "torch.distributed.checkpoint",
     "torch.utils.tensorboard",
-    "spmdrl.assemble",
+    "spmdrl.run.assembly.assembly",
     "spmdrl.flows.grpo",
     "transformers.models.auto.tokenization_auto",
     # left out by the server where they are not installed
@@ -109,7 +109,7 @@ def _rank(
     )
     import torch
 
-    from spmdrl.launch import start_world, stop_world
+    from spmdrl.world import start_world, stop_world
 
     torch.set_num_threads(1)
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from spmdrl.batch import Batch
-from spmdrl.flows.run import Metrics, Run
+from spmdrl.run.run import Metrics, Run
 from stopping import Wrapped
 from torchrun import wait_until
 

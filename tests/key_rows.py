@@ -52,12 +52,12 @@ ROWS: dict[str, Row] = {
     "steps": row("grpo", BOTH, "steps=1"),
     "run_dir": row("grpo", "error", "run_dir=/dev/null/x"),
     "lag": row("grpo", "metrics", "algorithm.importance_cap=2.0", "lag=1"),
-    "device": row("grpo", "tests/test_launch.py::test_a_device_that_is_not_there_is_refused"),
+    "device": row("grpo", "tests/test_world.py::test_a_device_that_is_not_there_is_refused"),
     "memory_gb": row("grpo", "plan", "memory_gb=0.5"),
     "timeout_s": row(
-        "grpo", "tests/test_launch.py::test_variables_that_are_left_over_are_named_while_it_waits"
+        "grpo", "tests/test_world.py::test_variables_that_are_left_over_are_named_while_it_waits"
     ),
-    "limits": row("grpo", "tests/flows/test_endings.py::test_a_hung_rank_is_named_with_its_stack"),
+    "limits": row("grpo", "tests/run/test_endings.py::test_a_hung_rank_is_named_with_its_stack"),
     "model.path": row("grpo", "error", "model.path=nowhere"),
     "model.tiny": row("grpo", BOTH, "model.tiny=true"),
     "model.dtype": row("grpo", BOTH, "model.dtype=bfloat16"),
@@ -70,10 +70,10 @@ ROWS: dict[str, Row] = {
     "roles.NAME.freeze": row("grpo", BOTH, "roles.policy.freeze=['*norm*']"),
     "roles.NAME.memory": row("grpo", "plan", "roles.rollout.memory={weights: drop}"),
     "roles.NAME.retokenize": row(
-        "grpo", "tests/test_custom_role.py::test_another_tokenizer_is_refused_or_read_as_text"
+        "grpo", "tests/roles/test_custom_role.py::test_another_tokenizer_is_refused_or_read_as_text"
     ),
     "roles.NAME.options": row(
-        "grpo", "tests/test_custom_role.py::test_the_example_roles_score_as_their_parts_do"
+        "grpo", "tests/roles/test_custom_role.py::test_the_example_roles_score_as_their_parts_do"
     ),
     "roles.NAME.ranks": row("grpo", "plan", "roles.rollout.ranks=0"),
     "roles.NAME.device": row("grpo", "plan", "roles.policy.device=cpu"),
@@ -112,11 +112,11 @@ ROWS: dict[str, Row] = {
     "rollout.cuda_graphs": row("grpo", "plan doubt", "device=cpu", "rollout.cuda_graphs=false"),
     "rollout.sync_bucket_mb": row(
         "grpo",
-        "tests/test_sharing.py::"
+        "tests/planning/test_planned_memory.py::"
         "test_a_sync_reads_the_host_where_both_models_do_not_fit_on_the_device",
     ),
     "rollout.sync_check_every": row(
-        "grpo", "tests/flows/test_canary.py::test_checksums_find_it_first"
+        "grpo", "tests/roles/test_canary.py::test_checksums_find_it_first"
     ),
     "sampling.temperature": row("grpo", BOTH, "sampling.temperature=0.5"),
     "sampling.top_p": row("grpo", BOTH, "sampling.top_p=0.5"),
@@ -230,7 +230,7 @@ ROWS: dict[str, Row] = {
     "checkpoint.keep_every": row("grpo", "files", *SAVED, "checkpoint.keep_every=1"),
     "checkpoint.resume": row(
         "grpo",
-        "tests/flows/test_saving.py::"
+        "tests/run/test_saving.py::"
         "test_a_fresh_start_keeps_older_checkpoints_aside_and_never_resumes_them",
     ),
     "checkpoint.export": row("grpo", "files", "checkpoint.export=true"),

@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 from spmdrl.batch import Batch
-from spmdrl.calls import Call
 from spmdrl.flows.environment import GroupEnvironment
-from spmdrl.flows.run import Metrics, Run
+from spmdrl.roles.calls import Call
+from spmdrl.run.run import Metrics, Run
 
 
 class _Wrapped:

@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from agreement import assert_same
 from spmdrl.batch import Batch
-from spmdrl.calls import Call
 from spmdrl.distributed.reduce import gather_objects
 from spmdrl.flows.environment import GroupEnvironment
-from spmdrl.flows.run import Metrics, Run
+from spmdrl.roles.calls import Call
 from spmdrl.rollout.protocol import Completion
+from spmdrl.run.run import Metrics, Run
 
 DIRECTORY = "SPMDRL_TEST_REPLAY"
 

@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 from spmdrl.batch import Batch
-from spmdrl.calls import Call
 from spmdrl.flows.dpo import DpoTrainer
 from spmdrl.flows.environment import GroupEnvironment
-from spmdrl.flows.run import Metrics, Run
+from spmdrl.roles.calls import Call
+from spmdrl.run.run import Metrics, Run
 
 POLLS = "SPMDRL_TEST_STOP_AT"
 """The number of the poll, counted on each rank by itself, from which on a stop is seen there; a

@@ -13,14 +13,14 @@ import yaml
 from flow_cases import run_configs, write_config
 from harness import run_ranks
 from spmdrl.batch import from_rows
-from spmdrl.cli import parse
-from spmdrl.config import RewardSection
-from spmdrl.config_files import load_config
-from spmdrl.config_keys import key_table, known_keys
-from spmdrl.custom_role import CustomRole, RoleContext
+from spmdrl.commands.cli import parse
+from spmdrl.commands.launch_signals import COMMANDS
+from spmdrl.config.key_table import key_table, known_keys
+from spmdrl.config.load import load_config
+from spmdrl.config.sections import RewardSection
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.launcher_signals import COMMANDS
 from spmdrl.rewards.functions import RewardSpec, load
+from spmdrl.roles.custom import CustomRole, RoleContext
 from tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[1]

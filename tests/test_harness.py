@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from harness import run_ranks
-from spmdrl.launch import World
+from spmdrl.world import World
 
 
 def describe(world: World, factor: int) -> tuple[int, int, str, int]:

@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 
 from flow_cases import write_config
-from spmdrl.config import Config
-from spmdrl.config_files import load_config
-from spmdrl.custom_role import make_user_role
-from spmdrl.flows.parts import check_made
-from spmdrl.flows.start import checked_flow
-from spmdrl.objects import load_object
+from spmdrl.commands.train import checked_flow
+from spmdrl.config.load import load_config
+from spmdrl.config.sections import Config
+from spmdrl.config.user_objects import load_object
+from spmdrl.roles.custom import make_user_role
+from spmdrl.run.user_parts import check_made
 
 OWN = """
 from abc import ABC, abstractmethod
 
-from spmdrl.custom_role import Column
+from spmdrl.roles.custom import Column
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.grpo import GrpoTrainer
-from spmdrl.flows.run import Environment, Trainer
+from spmdrl.run.run import Environment, Trainer
 
 value = 3
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from spmdrl.config import Config
-from spmdrl.config_files import load_config
+from spmdrl.config.load import load_config
+from spmdrl.config.sections import Config
 from spmdrl.models import config as model_config
 from spmdrl.placement import place_roles, placement_table, role_device_type
-from spmdrl.role_plan import role_layout
+from spmdrl.planning.plan import role_layout
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

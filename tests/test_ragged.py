@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harness import run_ranks
-from spmdrl.batch import Batch, concat, from_rows
+from spmdrl.batch import Batch, Ragged, concat, from_rows
 from spmdrl.checkpoint.journal import pack_journal, unpack_journal
 from spmdrl.distributed.exchange import (
     Column,
@@ -15,10 +15,9 @@ from spmdrl.distributed.exchange import (
     plan_exchange,
     send_to_role,
 )
-from spmdrl.kept import Journal, Kept, Record
-from spmdrl.launch import World
-from spmdrl.origin import origin_of
-from spmdrl.ragged import Ragged
+from spmdrl.roles.kept import Journal, Kept, Record
+from spmdrl.roles.origin import origin_of
+from spmdrl.world import World
 
 
 def column(*tokens: list[int]) -> Ragged:

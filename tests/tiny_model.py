@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from spmdrl.models.config import ModelConfig, read_config
 from spmdrl.models.experts import EXPERT_NAMES
-from spmdrl.models.export import save_pretrained
-from spmdrl.models.hf import RandomCheckpoint
+from spmdrl.models.files.export import save_pretrained
+from spmdrl.models.files.hf import RandomCheckpoint
 from spmdrl.models.sharding import Head, Slice
 
 CHAT_TEMPLATE = (

@@ -9,8 +9,8 @@ import torch
 
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.hf import TensorSource, fill
-from spmdrl.models.token_texts import TokenTexts
+from spmdrl.models.files.hf import TensorSource, fill
+from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.rollout.vllm_engine import VllmEngine
 from spmdrl.rollout.vllm_requests import VllmOptions
 from spmdrl.rollout.vllm_versions import check_version, installed_version

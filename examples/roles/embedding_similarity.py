@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.batch import Batch
-from spmdrl.custom_role import Column, RoleContext
+from spmdrl.roles.custom import Column, RoleContext
 
 BACKGROUND = (
     "The answer is 42.",

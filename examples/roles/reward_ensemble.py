@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from spmdrl.batch import Batch
-from spmdrl.custom_role import Column, RoleContext
-from spmdrl.models.hf import open_model
+from spmdrl.models.files.hf import open_model
+from spmdrl.roles.custom import Column, RoleContext
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.readout import SCORES
 from spmdrl.training.torch_backend import TorchBackend

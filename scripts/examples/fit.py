@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from spmdrl.config import Config
-from spmdrl.config_files import load_config
-from spmdrl.config_sets import rows_read
-from spmdrl.flows.checking import Checked, check
+from spmdrl.commands.check import Checked, check
+from spmdrl.config.data_sets import rows_read
+from spmdrl.config.load import load_config
+from spmdrl.config.sections import Config
 from spmdrl.models.config import read_config
 from spmdrl.observe.log import set_up_logging
 

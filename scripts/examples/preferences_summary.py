@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from spmdrl.files import finite_json
+from spmdrl.atomic_files import finite_json
 from spmdrl.observe.metrics import read_metrics
 
 PAIRS, ANSWERS = "eval/pairs", "eval/answers"

@@ -8,7 +8,7 @@ import math
 import statistics
 from pathlib import Path
 
-from spmdrl.files import finite_json
+from spmdrl.atomic_files import finite_json
 from spmdrl.observe.metrics import read_metrics
 
 EVAL = "eval/held_out"

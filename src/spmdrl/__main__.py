@@ -7,7 +7,7 @@ import sys
 def run() -> int:
     # as `runtime.signals.hold`, before other imports; the code that answers them releases them
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    from spmdrl.cli import main
+    from spmdrl.commands.cli import main
 
     return main()
 

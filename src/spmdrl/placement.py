@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from spmdrl.config import Config, RoleSection
+from spmdrl.config.sections import Config, RoleSection
 from spmdrl.distributed.mesh import check_ranks, format_ranks
 
 

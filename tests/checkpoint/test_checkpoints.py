@@ -24,8 +24,7 @@ from torch import Tensor
 from harness import run_ranks
 from spmdrl.checkpoint import writing
 from spmdrl.checkpoint.index import CHECKPOINTS, INDEX, Entry, Mark, Tensors, index_text
-from spmdrl.checkpoint.owners import only, slice_owners
-from spmdrl.checkpoint.reading import (
+from spmdrl.checkpoint.load import (
     latest_checkpoint,
     load_tensors,
     read_private,
@@ -33,12 +32,13 @@ from spmdrl.checkpoint.reading import (
     resume_point,
     set_aside,
 )
+from spmdrl.checkpoint.owners import only, slice_owners
 from spmdrl.checkpoint.rng import restore_rng, rng_state
 from spmdrl.checkpoint.writing import CheckpointWriter, Retention, remove_partial
-from spmdrl.launch import World
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.sharding import Slice, global_shapes
 from spmdrl.weights.layout import model_layout
+from spmdrl.world import World
 
 MODEL = {
     "architectures": ["Qwen2ForCausalLM"],

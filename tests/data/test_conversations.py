@@ -24,7 +24,7 @@ from data_cases import (
 from spmdrl.data.conversations import ConversationSet, load_conversations
 from spmdrl.data.examples import ExampleSource
 from spmdrl.data.prompts import PromptSource, load_prompts
-from spmdrl.models.tokenizers import load_tokenizer
+from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.training.packing import loss_mask
 
 MODEL = Path(

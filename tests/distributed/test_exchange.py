@@ -17,7 +17,7 @@ from spmdrl.distributed.exchange import (
     send_to_role,
 )
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.launch import World
+from spmdrl.world import World
 
 NAMES = ("tokens", "half", "flag", "wide", "small", "id")
 TEXTS = ("answer", "note")

@@ -16,7 +16,7 @@ from spmdrl.distributed.mesh import (
     format_ranks,
     group_backend,
 )
-from spmdrl.launch import World
+from spmdrl.world import World
 
 
 def describe(world: World) -> dict[str, Any]:

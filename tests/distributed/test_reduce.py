@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from harness import run_ranks
+from spmdrl.config.user_errors import AgreedError
 from spmdrl.distributed.reduce import (
     OtherRankFailed,
     agreed,
@@ -22,9 +23,8 @@ from spmdrl.distributed.reduce import (
     world_max,
     world_sum,
 )
-from spmdrl.errors import AgreedError
-from spmdrl.launch import World
-from spmdrl.runtime.failures import is_lost_peer
+from spmdrl.supervision.failures import is_lost_peer
+from spmdrl.world import World
 
 
 def uneven_parts(size: int) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ import yaml
 
 
 def main() -> int:
-    from spmdrl.cli import main as spmdrl
+    from spmdrl.commands.cli import main as spmdrl
 
     config, *words = sys.argv[1:]
     with open(config, encoding="utf-8") as file:

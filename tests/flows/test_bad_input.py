@@ -12,11 +12,11 @@ import pytest
 
 from flow_cases import run_configs, write_config
 from harness import run_ranks
-from spmdrl.config_files import load_config
-from spmdrl.flows.start import FlowError, train
-from spmdrl.launch import World
-from spmdrl.models.tokenizers import load_tokenizer
+from spmdrl.commands.train import FlowError, train
+from spmdrl.config.load import load_config
+from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.rewards.server import start_reward_server
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 HERE = Path(__file__).parents[1]

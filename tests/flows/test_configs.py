@@ -11,9 +11,9 @@ import torch
 
 from flow_cases import run_configs
 from harness import run_ranks
-from spmdrl.config import Config
-from spmdrl.config_files import load_config
-from spmdrl.models.hf import open_checkpoint, open_model
+from spmdrl.config.load import load_config
+from spmdrl.config.sections import Config
+from spmdrl.models.files.hf import open_checkpoint, open_model
 from spmdrl.models.sharding import Slice
 from spmdrl.placement import place_roles
 from tiny_model import make_tiny_model

@@ -13,13 +13,13 @@ from test_sft_and_reward_model import write_pairs
 
 from flow_cases import run_configs
 from harness import run_ranks
-from spmdrl.config_files import load_config
+from spmdrl.commands.train import FlowError, train
+from spmdrl.config.load import load_config
 from spmdrl.flows import reference_sums
 from spmdrl.flows.reference_sums import CachedSums, decode, encode
-from spmdrl.flows.start import FlowError, train
-from spmdrl.launch import World
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.server import start_reward_server
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 HERE = Path(__file__).parents[1]

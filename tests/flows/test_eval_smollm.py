@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from harness import run_ranks
-from spmdrl.config_files import load_config
-from spmdrl.flows.serving import evaluate
-from spmdrl.launch import World
-from spmdrl.models.tokenizers import load_tokenizer
+from spmdrl.commands.evaluate import evaluate
+from spmdrl.config.load import load_config
+from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.rewards.server import start_reward_server
+from spmdrl.world import World
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"

@@ -11,13 +11,13 @@ import pytest
 
 from flow_cases import run_configs, write_config
 from harness import run_ranks
-from spmdrl.config_files import load_config
-from spmdrl.flows.inputs import read_inputs
-from spmdrl.flows.serving import evaluate
-from spmdrl.flows.start import make_stream
-from spmdrl.launch import World
+from spmdrl.commands.evaluate import evaluate
+from spmdrl.config.load import load_config
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.server import start_reward_server
+from spmdrl.run.assembly.factories import make_stream
+from spmdrl.run.inputs import read_inputs
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 LENGTH = f"{Path(__file__).parents[1] / 'toy_rewards.py'}:length"

@@ -19,13 +19,13 @@ from transformers import (
 
 from flow_cases import write_config
 from harness import run_ranks
-from spmdrl.assemble import assemble, open_models
 from spmdrl.batch import Batch, from_rows
-from spmdrl.config_files import load_config
-from spmdrl.flows.exporting import export_models
-from spmdrl.launch import World
+from spmdrl.config.load import load_config
 from spmdrl.placement import place_roles
-from spmdrl.roles import Policy, Reward, Value
+from spmdrl.roles.handles import Policy, Reward, Value
+from spmdrl.run.assembly.assembly import assemble, open_models
+from spmdrl.run.exporting import export_models
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 ROWS = [[5, 9, 200, 17, 1], [30, 31, 32, 33, 34, 35, 1], [8, 1]]

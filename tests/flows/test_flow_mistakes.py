@@ -13,14 +13,14 @@ from torch import Tensor
 
 from flow_cases import write_config
 from harness import run_ranks
-from spmdrl.config_files import load_config
+from spmdrl.commands.train import FlowError, train
+from spmdrl.config.load import load_config
 from spmdrl.flows.environment import GroupEnvironment
-from spmdrl.flows.run import Run, update_metrics
-from spmdrl.flows.start import FlowError, train
-from spmdrl.launch import World
 from spmdrl.rewards.server import start_reward_server
-from spmdrl.roles import Policy, Update
+from spmdrl.roles.handles import Policy, Update
+from spmdrl.run.run import Run, update_metrics
 from spmdrl.training.protocol import LossFn, LossInput
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 

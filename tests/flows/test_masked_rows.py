@@ -16,15 +16,15 @@ from flow_cases import questions, write_config
 from harness import run_ranks
 from spmdrl.algorithms.advantages import group_advantages
 from spmdrl.batch import Batch
-from spmdrl.calls import Call
-from spmdrl.config_files import load_config
+from spmdrl.commands.train import train
+from spmdrl.config.load import load_config
 from spmdrl.distributed.reduce import moments
 from spmdrl.flows.environment import GroupEnvironment
-from spmdrl.flows.run import Metrics, Run
-from spmdrl.flows.start import train
-from spmdrl.launch import World
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.server import start_reward_server
+from spmdrl.roles.calls import Call
+from spmdrl.run.run import Metrics, Run
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 MAX_TOKENS = 10

@@ -11,7 +11,7 @@ from test_ppo_layouts import METRICS, settings
 from flow_cases import run_configs, write_config
 from harness import run_ranks
 from replay import assert_same_samples
-from spmdrl.launch import World
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 from vllm_cases import needs_vllm
 

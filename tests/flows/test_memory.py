@@ -13,18 +13,18 @@ from test_ppo_layouts import ON_HOST, settings
 
 from flow_cases import questions, write_config
 from harness import run_ranks
-from spmdrl.assemble import assemble, open_models
 from spmdrl.batch import Batch
-from spmdrl.config_files import load_config
-from spmdrl.flows.start import train
-from spmdrl.launch import World
+from spmdrl.commands.train import train
+from spmdrl.config.load import load_config
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.placement import place_roles
+from spmdrl.planning.plan import plan_roles
 from spmdrl.rewards.server import start_reward_server
-from spmdrl.role_plan import plan_roles
-from spmdrl.roles import Rollout
+from spmdrl.roles.handles import Rollout
+from spmdrl.run.assembly.assembly import assemble, open_models
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 SIZE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}

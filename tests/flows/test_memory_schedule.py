@@ -9,14 +9,14 @@ from test_ppo_layouts import ON_HOST, settings
 
 from flow_cases import run_configs, write_config
 from harness import run_ranks
-from spmdrl.assemble import open_models
-from spmdrl.config_files import load_config
-from spmdrl.launch import World
+from spmdrl.config.load import load_config
+from spmdrl.memory.call_memory import Turns
 from spmdrl.memory.parts import PartName
 from spmdrl.memory.residency import Residency
-from spmdrl.memory.turns import Turns
 from spmdrl.placement import place_roles
-from spmdrl.role_plan import plan_roles
+from spmdrl.planning.plan import plan_roles
+from spmdrl.run.assembly.assembly import open_models
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 Moves = tuple[str, set[PartName], set[PartName], set[PartName]]

@@ -11,17 +11,17 @@ import torch
 from flow_cases import run_configs, write_config
 from harness import run_ranks
 from replay import assert_same_samples
-from spmdrl.assemble import assemble, open_models
 from spmdrl.batch import from_rows
-from spmdrl.config_files import load_config
+from spmdrl.config.load import load_config
 from spmdrl.distributed.reduce import gather_objects
 from spmdrl.flows.policy_terms import policy_loss
-from spmdrl.launch import World
 from spmdrl.models.moe import Experts
 from spmdrl.models.routing import EXPERT_CHOICES, unpack_choices
 from spmdrl.placement import place_roles
-from spmdrl.roles import Generation, Policy, Rollout, Update
+from spmdrl.roles.handles import Generation, Policy, Rollout, Update
 from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.run.assembly.assembly import assemble, open_models
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 LAYOUTS = {

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from flow_cases import run_configs
 from harness import run_ranks
 from spmdrl.batch import Batch
-from spmdrl.flows.run import Metrics, Run
 from spmdrl.flows.sft import SftTrainer
 from spmdrl.observe.metrics import read_metrics
+from spmdrl.run.run import Metrics, Run
 from tiny_model import make_tiny_model
 
 ROWS = "rows.pt"

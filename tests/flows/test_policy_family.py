@@ -11,9 +11,9 @@ import torch
 from flow_cases import run_configs, write_config
 from harness import run_ranks
 from spmdrl.batch import Batch, from_rows
-from spmdrl.config_algorithms import AlgorithmSection
+from spmdrl.config.algorithms import AlgorithmSection
 from spmdrl.flows.advantage_terms import token_advantages
-from spmdrl.launch import World
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 CASES: dict[str, dict[str, Any]] = {

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
-import spmdrl.flows.start as start
+import spmdrl.commands.train as start
 import spmdrl.observe.progress as progress
 from flow_cases import questions, run_configs, write_config
 from harness import run_ranks
-from spmdrl.config_files import load_config
-from spmdrl.launch import World
+from spmdrl.config.load import load_config
 from spmdrl.rewards.server import start_reward_server
-from spmdrl.runtime.pulse import Pulse
+from spmdrl.supervision.pulse import Pulse
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 

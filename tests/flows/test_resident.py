@@ -10,10 +10,10 @@ import pytest
 from flow_cases import run_configs, write_config
 from harness import run_ranks
 from spmdrl.flows.environment import GroupEnvironment
-from spmdrl.flows.run import Run
-from spmdrl.launch import World
-from spmdrl.roles import Policy, Reference
-from spmdrl.storages import is_resident
+from spmdrl.memory.storages import is_resident
+from spmdrl.roles.handles import Policy, Reference
+from spmdrl.run.run import Run
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 

@@ -15,7 +15,7 @@ from flow_cases import run_configs
 from harness import run_ranks
 from spmdrl.data.examples import ExampleSource
 from spmdrl.data.preferences import load_preferences
-from spmdrl.models.tokenizers import load_tokenizer
+from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.observe.metrics import read_metrics
 from tiny_model import make_tiny_model
 

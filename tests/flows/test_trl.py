@@ -14,11 +14,11 @@ from spmdrl.algorithms.direct_preference import PreferenceConfig, kto_baseline
 from spmdrl.batch import Batch, from_rows
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.flows.preference_terms import BASELINE, REFERENCE, pair_loss, with_pair_shares
-from spmdrl.launch import World
-from spmdrl.models.hf import open_model
+from spmdrl.models.files.hf import open_model
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 # another project's warnings are not ours

@@ -10,16 +10,16 @@ import torch
 
 from flow_cases import questions, run_configs, write_config
 from harness import run_ranks
-from spmdrl.keyed import gumbel
-from spmdrl.launch import World
+from spmdrl.keyed_random import gumbel
 from spmdrl.models.config import read_config
-from spmdrl.models.hf import fill, open_checkpoint
+from spmdrl.models.files.hf import fill, open_checkpoint
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.varlen import varlen_is_usable
 from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import Request
 from spmdrl.rollout.sampling import SamplingParams
-from spmdrl.training.reading import as_numbers
+from spmdrl.training.backend_steps import as_numbers
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 pytestmark = [

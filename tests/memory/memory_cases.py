@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.memory.residency import Residency
-from spmdrl.storages import is_resident, live_bytes
+from spmdrl.memory.storages import is_resident, live_bytes
 
 CPU = torch.device("cpu")
 ROLES = ("policy", "reference", "reward", "value")

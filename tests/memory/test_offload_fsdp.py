@@ -9,9 +9,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from harness import run_ranks
-from spmdrl.launch import World
 from spmdrl.memory.residency import Residency
-from spmdrl.storages import is_resident, live_bytes, local_part
+from spmdrl.memory.storages import is_resident, live_bytes, local_part
+from spmdrl.world import World
 
 WEIGHTS, OPTIMIZER = ("policy", "weights"), ("policy", "optimizer")
 

@@ -11,9 +11,9 @@ from memory_cases import CPU, ROLES, moved, values, watch, weigh
 from torch import Tensor, nn
 
 from harness import run_ranks
-from spmdrl.launch import World
 from spmdrl.memory.residency import Residency
-from spmdrl.storages import is_resident, live_bytes
+from spmdrl.memory.storages import is_resident, live_bytes
+from spmdrl.world import World
 
 MB = 1 << 20
 

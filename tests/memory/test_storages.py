@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from spmdrl.storages import distinct_storages, is_resident, live_bytes, require_resident
+from spmdrl.memory.storages import distinct_storages, is_resident, live_bytes, require_resident
 
 
 def test_views_and_tied_tensors_count_once():

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.hf import load_into, open_model
+from spmdrl.models.files.hf import load_into, open_model
 
 
 def decoder_of(directory: Path, **options: object) -> Decoder:

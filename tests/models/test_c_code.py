@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spmdrl.models import c_code
+from spmdrl.models.kernels import c_code
 
 SOURCE = "int twice(int x) { return 2 * x + MORE; }\n"
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spmdrl.cli import main
-from spmdrl.models.check import check_directory
-from spmdrl.models.weight_files import SINGLE
+from spmdrl.commands.cli import main
+from spmdrl.models.files.check import check_directory
+from spmdrl.models.files.weight_files import SINGLE
 from tiny_model import make_tiny_model
 
 

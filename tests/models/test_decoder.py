@@ -12,10 +12,10 @@ from torch import Tensor
 
 from harness import run_ranks
 from spmdrl.distributed.parallel import Parallel, copy_to
-from spmdrl.launch import World
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.sharding import all_slices, local_parameters
+from spmdrl.world import World
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -16,11 +16,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from spmdrl.data.examples import ExampleSource
 from spmdrl.data.preferences import load_preferences
 from spmdrl.models.config import ModelConfig, parse_config
-from spmdrl.models.export import files_dtype, save_pretrained
-from spmdrl.models.hf import RandomCheckpoint, open_model
+from spmdrl.models.files.export import files_dtype, save_pretrained
+from spmdrl.models.files.hf import RandomCheckpoint, open_model
+from spmdrl.models.files.token_texts import token_texts, turn_end
+from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.models.sharding import Head, Slice, global_shapes
-from spmdrl.models.token_texts import token_texts, turn_end
-from spmdrl.models.tokenizers import load_tokenizer
 from tiny_model import make_tiny_model
 
 CHATML = (

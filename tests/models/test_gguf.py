@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from spmdrl.models.gguf import convert_gguf, find_packaged_gguf
-from spmdrl.models.hf import open_model
-from spmdrl.models.tokenizers import load_tokenizer
+from spmdrl.models.files.gguf import convert_gguf, find_packaged_gguf
+from spmdrl.models.files.hf import open_model
+from spmdrl.models.files.tokenizers import load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.models.config import ModelConfig, parse_config, read_config, tiny
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.export import save_pretrained
-from spmdrl.models.hf import (
+from spmdrl.models.files.export import save_pretrained
+from spmdrl.models.files.hf import (
     RandomCheckpoint,
     check_weights,
     fill,
@@ -27,9 +27,9 @@ from spmdrl.models.hf import (
     open_checkpoint,
     open_model,
 )
+from spmdrl.models.files.tokenizers import check_tokenizer, load_tokenizer
+from spmdrl.models.files.weight_files import INDEX, SINGLE
 from spmdrl.models.sharding import Slice, all_slices, global_shapes, restrict
-from spmdrl.models.tokenizers import check_tokenizer, load_tokenizer
-from spmdrl.models.weight_files import INDEX, SINGLE
 
 SOURCE: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from spmdrl.models.config import parse_config
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.hf import load_into, open_checkpoint, open_model
+from spmdrl.models.files.hf import load_into, open_checkpoint, open_model
+from spmdrl.models.files.weight_files import INDEX, SINGLE
 from spmdrl.models.sharding import Slice
-from spmdrl.models.weight_files import INDEX, SINGLE
 from tiny_model import make_tiny_model
 
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -16,15 +16,15 @@ from harness import run_ranks
 from moe_models import CASES, by_file_name, config_of, reference_model
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, copy_to
-from spmdrl.launch import World
 from spmdrl.models import grouped
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.export import save_pretrained
+from spmdrl.models.files.export import save_pretrained
+from spmdrl.models.files.hf import load_into, open_model
 from spmdrl.models.grouped import Groups, grouped_gemm, grouped_linear
-from spmdrl.models.hf import load_into, open_model
 from spmdrl.models.moe import Experts
 from spmdrl.models.routing import Routing, choices_dtype, pack_choices, unpack_choices
 from spmdrl.models.sharding import Slice, global_shapes
+from spmdrl.world import World
 
 LENGTH = 60
 

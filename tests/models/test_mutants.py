@@ -14,12 +14,12 @@ from test_gguf import write_gguf
 
 from spmdrl.models.config import parse_config, read_config
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.export import save_pretrained
 from spmdrl.models.families import DEFAULTS, MODEL_TYPES, SUPPORTED
-from spmdrl.models.gguf import convert_gguf
-from spmdrl.models.hf import load_into, open_model
+from spmdrl.models.files.export import save_pretrained
+from spmdrl.models.files.gguf import convert_gguf
+from spmdrl.models.files.hf import load_into, open_model
+from spmdrl.models.files.tokenizers import check_tokenizer, load_tokenizer
 from spmdrl.models.sharding import Slice, global_shapes
-from spmdrl.models.tokenizers import check_tokenizer, load_tokenizer
 from tiny_model import make_tiny_model
 
 EACH = 20

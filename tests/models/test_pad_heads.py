@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from spmdrl.models.config import read_config
 from spmdrl.models.degrees import check_tp
-from spmdrl.models.pad_heads import pad_heads
+from spmdrl.models.files.pad_heads import pad_heads
 from tiny_model import make_tiny_model
 
 

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from harness import run_ranks
-from spmdrl.launch import World
 from spmdrl.models.config import parse_config
-from spmdrl.models.export import save_pretrained
-from spmdrl.models.hf import open_checkpoint
-from spmdrl.models.shard_files import write_shards
+from spmdrl.models.files.export import save_pretrained
+from spmdrl.models.files.hf import open_checkpoint
+from spmdrl.models.files.shard_files import write_shards
 from spmdrl.weights.gather import full_tensors
 from spmdrl.weights.layout import model_layout
+from spmdrl.world import World
 
 TENSORS = {
     "half": torch.arange(3).bfloat16(),

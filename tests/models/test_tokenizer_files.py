@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spmdrl.models.check import check_directory
-from spmdrl.models.export import save_pretrained
-from spmdrl.models.hf import open_model
+from spmdrl.models.files.check import check_directory
+from spmdrl.models.files.export import save_pretrained
+from spmdrl.models.files.hf import open_model
+from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.models.sharding import Slice, global_shapes
-from spmdrl.models.tokenizers import load_tokenizer
 from tiny_model import make_tiny_model
 
 

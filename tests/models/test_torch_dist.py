@@ -11,8 +11,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.hf import load_into, open_model
-from spmdrl.models.torch_dist import convert_torch_dist
+from spmdrl.models.files.hf import load_into, open_model
+from spmdrl.models.files.torch_dist import convert_torch_dist
 from tiny_model import make_tiny_model
 
 LAYERS = "decoder.layers."

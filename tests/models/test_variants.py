@@ -14,7 +14,7 @@ from torch import Tensor
 from variants import Variant, all_variants
 
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.hf import load_into, open_model
+from spmdrl.models.files.hf import load_into, open_model
 
 EACH = 17
 """Of so many variants the quick run takes one."""

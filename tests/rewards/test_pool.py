@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from spmdrl.config import RewardPoolSection, RewardSection
-from spmdrl.flows.reward_pools import pool_key, reward_specs
+from spmdrl.config.sections import RewardPoolSection, RewardSection
 from spmdrl.rewards.functions import RewardSpec
 from spmdrl.rewards.pool import RewardError, RewardJob, RewardPool
 from spmdrl.rewards.server import start_reward_server
+from spmdrl.run.reward_pools import pool_key, reward_specs
 
 USER = '''
 import os, subprocess, sys, time

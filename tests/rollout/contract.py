@@ -29,7 +29,7 @@ from torch import Tensor
 
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.hf import load_into
+from spmdrl.models.files.hf import load_into
 from spmdrl.rollout.protocol import Completion, Request, RolloutEngine
 from spmdrl.rollout.sampling import SamplingParams
 

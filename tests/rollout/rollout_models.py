@@ -11,12 +11,12 @@ from torch import Tensor
 
 from agreement import assert_same
 from spmdrl.distributed.parallel import Parallel
-from spmdrl.keyed import gumbel, key64, key_tensor
+from spmdrl.keyed_random import gumbel, key64, key_tensor
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.hf import fill, load_into
+from spmdrl.models.files.hf import fill, load_into
+from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.models.sharding import Slice
-from spmdrl.models.token_texts import TokenTexts
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import Completion, Request

@@ -10,9 +10,9 @@ import pytest
 from rollout_models import assert_same, make_engine, prompts_of, request, tiny_model
 from test_engine import CACHE_BLOCK, load
 
+from spmdrl.memory.json_tensors import tensor_json
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import Completion, Request
-from spmdrl.storages import tensor_json
 
 
 def shared() -> list[Request]:

@@ -17,7 +17,8 @@ from rollout_models import (
     tiny_model,
 )
 
-from spmdrl.models import c_code, panels, rows
+from spmdrl.models.kernels import c_code, panels
+from spmdrl.models.kernels import row_kernels as rows
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import Completion, Request
 

@@ -13,15 +13,15 @@ from torch import Tensor
 from harness import run_ranks
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel
-from spmdrl.launch import World
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.hf import RandomCheckpoint, fill, load_into
+from spmdrl.models.files.hf import RandomCheckpoint, fill, load_into
 from spmdrl.models.routing import Routing, unpack_choices
 from spmdrl.models.sharding import Slice
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import Completion, Request
+from spmdrl.world import World
 
 SIZES = {
     "vocab_size": VOCAB,

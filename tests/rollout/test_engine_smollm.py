@@ -8,8 +8,8 @@ import pytest
 import torch
 from rollout_models import assert_same, request
 
-from spmdrl.models.hf import fill, open_model
-from spmdrl.models.tokenizers import load_tokenizer
+from spmdrl.models.files.hf import fill, open_model
+from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import Completion
 

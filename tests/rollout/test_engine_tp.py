@@ -10,8 +10,8 @@ from rollout_models import assert_same, make_engine, naive, prompts_of, request,
 
 from harness import run_ranks
 from spmdrl.distributed.parallel import Parallel
-from spmdrl.launch import World
 from spmdrl.rollout.protocol import Completion, Request
+from spmdrl.world import World
 
 
 def load() -> list[Request]:

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from spmdrl.models.token_texts import TokenTexts, token_texts
+from spmdrl.models.files.token_texts import TokenTexts, token_texts
 from spmdrl.rollout.sampling import SamplingParams
 from spmdrl.rollout.stops import StopRule, StopRules, StopTexts
 

@@ -12,7 +12,7 @@ from rollout_models import assert_same, naive, prompts_of, request, tiny_model
 from torch import Tensor
 
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.hf import load_into
+from spmdrl.models.files.hf import load_into
 from spmdrl.rollout.native.attention import CacheShape
 from spmdrl.rollout.native.blocks import BlockPool
 from spmdrl.rollout.native.engine import sampled

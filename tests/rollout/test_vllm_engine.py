@@ -16,9 +16,9 @@ import torch.distributed as dist
 from rollout_models import prompts_of, request, spell
 
 from harness import run_ranks
-from spmdrl.launch import World
-from spmdrl.models.token_texts import TokenTexts
+from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.rollout.vllm_engine import VllmEngine
+from spmdrl.world import World
 from vllm_cases import make_vllm, needs_vllm
 
 PATCHED = ((torch, "Event"), (torch, "set_num_threads"), (torch.Tensor, "pin_memory"))

@@ -16,9 +16,9 @@ from rollout_models import tiny_model
 
 from spmdrl.models.config import parse_config
 from spmdrl.models.sharding import all_slices, local_parameters
-from spmdrl.rollout.enclosure import Enclosure, replaced
 from spmdrl.rollout.protocol import Request
 from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.vllm_isolation import Enclosure, replaced
 from spmdrl.rollout.vllm_model import (
     VOCAB_MULTIPLE,
     check_supported,

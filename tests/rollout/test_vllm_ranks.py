@@ -14,18 +14,18 @@ from torch import Tensor
 
 from flow_cases import run_configs, write_config
 from harness import run_ranks
-from spmdrl.config_files import load_config
+from spmdrl.config.load import load_config
 from spmdrl.distributed.parallel import Parallel
-from spmdrl.launch import World
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.hf import fill, load_into
-from spmdrl.models.pad_heads import pad_heads
+from spmdrl.models.files.hf import fill, load_into
+from spmdrl.models.files.pad_heads import pad_heads
 from spmdrl.rollout.protocol import Completion
 from spmdrl.rollout.vllm_engine import VllmEngine
 from spmdrl.rollout.vllm_model import VOCAB_MULTIPLE
 from spmdrl.weights.layout import Table, model_layout
 from spmdrl.weights.plan import plan_sync
 from spmdrl.weights.sync import WeightSync
+from spmdrl.world import World
 from stopping import POLLS
 from tiny_model import make_tiny_model
 from torchrun import Torchrun, attempt_of, outcome_of

@@ -6,7 +6,7 @@ import os
 import time
 
 from spmdrl.batch import Batch
-from spmdrl.flows.run import Run
+from spmdrl.run.run import Run
 from stopping import Wrapped
 
 

@@ -11,16 +11,16 @@ from torch import Tensor
 from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_config
 
 from moe_models import by_file_name
-from spmdrl.assemble import import_backend
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.launch import World
 from spmdrl.models.config import CAUSAL, ModelConfig
 from spmdrl.models.sharding import Head, Slice
+from spmdrl.run.assembly.assembly import import_backend
 from spmdrl.training.megatron.checks import MegatronOptions
 from spmdrl.training.protocol import LocalTensors, LossInput
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
+from spmdrl.world import World
 
 CPU = torch.device("cpu")
 

@@ -13,15 +13,15 @@ from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_c
 
 from flow_cases import run_configs, write_config
 from harness import run_ranks
-from spmdrl.config_files import load_config
+from spmdrl.config.load import load_config
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.launch import World
 from spmdrl.models.config import read_config
-from spmdrl.models.hf import open_checkpoint
+from spmdrl.models.files.hf import open_checkpoint
 from spmdrl.models.sharding import Slice
-from spmdrl.role_plan import frozen_names
+from spmdrl.planning.plan import frozen_names
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 FROZEN = frozenset({"model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"})

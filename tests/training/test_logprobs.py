@@ -9,9 +9,9 @@ from torch import Tensor
 
 from harness import run_ranks
 from spmdrl.distributed.parallel import Parallel
-from spmdrl.launch import World
 from spmdrl.training import logprobs as module
 from spmdrl.training.logprobs import token_logprobs
+from spmdrl.world import World
 
 
 def inputs(

@@ -22,9 +22,9 @@ from training_cases import loss_fn
 
 from harness import run_ranks
 from spmdrl.batch import from_rows
-from spmdrl.launch import World
 from spmdrl.training.packing import pack
 from spmdrl.training.readout import next_token
+from spmdrl.world import World
 
 pytestmark = pytest.mark.megatron
 

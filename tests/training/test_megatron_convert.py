@@ -12,15 +12,15 @@ from megatron_cases import CPU, KINDS, Case, case
 from training_cases import LivelyCheckpoint, options
 
 from harness import run_ranks
-from spmdrl.assemble import import_backend
-from spmdrl.cli import main
+from spmdrl.commands.cli import main
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.launch import World
-from spmdrl.models.export import save_pretrained
-from spmdrl.models.hf import fill, open_checkpoint
+from spmdrl.models.files.export import save_pretrained
+from spmdrl.models.files.hf import fill, open_checkpoint
 from spmdrl.models.megatron_layout import rank_chunks
 from spmdrl.models.sharding import Slice
+from spmdrl.run.assembly.assembly import import_backend
 from spmdrl.training.megatron.checks import model_cut
+from spmdrl.world import World
 
 pytestmark = pytest.mark.megatron
 

@@ -10,7 +10,7 @@ from test_moe_backend import CASES, COEFFICIENT, moe_config, on_ranks, recorded_
 from test_torch_backend import compare, train
 
 from harness import run_ranks
-from spmdrl.launch import World
+from spmdrl.world import World
 
 pytestmark = pytest.mark.megatron
 

@@ -15,16 +15,15 @@ from test_torch_backend import clone, compare, poisoned, train
 from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_config
 
 from harness import run_ranks
-from spmdrl.config import Config
-from spmdrl.config_rules import check_crossed
+from spmdrl.config.rules import check_crossed
+from spmdrl.config.sections import Config
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.launch import World
+from spmdrl.memory.storages import live_bytes
 from spmdrl.models.config import read_config
-from spmdrl.models.export import save_pretrained
-from spmdrl.models.hf import open_checkpoint
+from spmdrl.models.files.export import save_pretrained
+from spmdrl.models.files.hf import open_checkpoint
 from spmdrl.models.megatron_layout import Cut, Parameter, flat_pieces, rank_chunks
 from spmdrl.models.sharding import Slice
-from spmdrl.storages import live_bytes
 from spmdrl.training.megatron import checks
 from spmdrl.training.megatron.checks import (
     MegatronOptions,
@@ -36,6 +35,7 @@ from spmdrl.training.readout import VALUES, next_token
 from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.weights.gather import full_tensors
 from spmdrl.weights.megatron import megatron_layout, megatron_state_layout
+from spmdrl.world import World
 from tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.megatron

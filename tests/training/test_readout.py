@@ -13,14 +13,14 @@ from training_cases import dense, make_rows, options, tiny_config
 from harness import run_ranks
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.launch import World
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.hf import RandomCheckpoint, fill
+from spmdrl.models.files.hf import RandomCheckpoint, fill
 from spmdrl.models.sharding import Slice, all_slices
 from spmdrl.training.packing import pack
 from spmdrl.training.protocol import LossInput
 from spmdrl.training.readout import SCORES, VALUES, Readout, next_token
 from spmdrl.training.torch_backend import TorchBackend
+from spmdrl.world import World
 
 CPU = torch.device("cpu")
 READOUTS = {"values": VALUES, "scores": SCORES}

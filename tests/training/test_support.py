@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from harness import run_ranks
+from spmdrl.batch import Ragged
 from spmdrl.distributed.parallel import Parallel
-from spmdrl.launch import World
-from spmdrl.ragged import Ragged
 from spmdrl.training import logprobs as module
 from spmdrl.training import support as support_module
 from spmdrl.training.logprobs import token_logprobs
 from spmdrl.training.support import support_at
+from spmdrl.world import World
 
 N, V, D = 13, 600, 8
 

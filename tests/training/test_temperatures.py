@@ -9,7 +9,6 @@ from training_cases import LivelyCheckpoint, options, tiny_config
 from harness import run_ranks
 from spmdrl.batch import from_rows
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.launch import World
 from spmdrl.models.sharding import Slice
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
@@ -17,6 +16,7 @@ from spmdrl.rollout.protocol import Request
 from spmdrl.rollout.sampling import SamplingParams
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
+from spmdrl.world import World
 
 CPU = torch.device("cpu")
 TEMPERATURES = (1.0, 0.6, 0.7, 0.8, 1.2)

@@ -21,15 +21,15 @@ from training_cases import (
 from harness import run_ranks
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.launch import World
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.hf import load_into
+from spmdrl.models.files.hf import load_into
 from spmdrl.models.sharding import global_shapes
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.protocol import LocalTensors, LossInput
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
+from spmdrl.world import World
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.8

@@ -11,7 +11,7 @@ from torch import Tensor
 from spmdrl.batch import Batch, from_rows
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.hf import RandomCheckpoint
+from spmdrl.models.files.hf import RandomCheckpoint
 from spmdrl.models.sharding import Slice
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.protocol import LossInput

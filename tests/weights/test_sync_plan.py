@@ -15,11 +15,11 @@ from random_layouts import SYNTHETIC, pairs, simulate, with_experts
 from weight_cases import Case, model
 
 from harness import run_ranks
-from spmdrl.launch import World
 from spmdrl.models.sharding import global_shapes
 from spmdrl.weights.layout import WeightLayout, model_layout
 from spmdrl.weights.plan import SyncPlan, plan_sync
 from spmdrl.weights.program import program_of
+from spmdrl.world import World
 
 CASES: list[Case] = [
     ([0], {}),

@@ -16,7 +16,6 @@ from weight_cases import UNTOUCHED, Case, Degrees, model, numbered, tensors_of, 
 
 from harness import run_ranks
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.launch import World
 from spmdrl.memory.residency import Residency
 from spmdrl.models.config import ModelConfig
 from spmdrl.training.weights import build_decoder, make_leaves
@@ -25,6 +24,7 @@ from spmdrl.weights.layout import Held, Table, model_layout
 from spmdrl.weights.plan import plan_sync
 from spmdrl.weights.proof import checksum, first_difference
 from spmdrl.weights.sync import WeightSync
+from spmdrl.world import World
 
 
 @dataclass

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spmdrl.batch import Batch, concat
-from spmdrl.kept import Journal, Kept, Part, Record
-from spmdrl.origin import Origin
-from spmdrl.ragged import Ragged
-from spmdrl.storages import json_tensor, tensor_json
+from spmdrl.batch import Batch, Ragged, concat
+from spmdrl.memory.json_tensors import json_tensor, tensor_json
+from spmdrl.roles.kept import Journal, Kept, Part, Record
+from spmdrl.roles.origin import Origin
 
 PREFIX = "journal/"
 _CONTENTS = PREFIX + "contents"

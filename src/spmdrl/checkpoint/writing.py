@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spmdrl.atomic_files import replace_file, sync
 from spmdrl.checkpoint.index import (
     CHECKPOINTS,
     INDEX,
@@ -39,10 +40,9 @@ from spmdrl.checkpoint.index import (
 )
 from spmdrl.checkpoint.stream import check_tensors, write_safetensors
 from spmdrl.distributed.reduce import agreed, broadcast_object, world_any
-from spmdrl.files import replace_file, sync
-from spmdrl.launch import World
 from spmdrl.memory.arena import ALIGNMENT, HostArena
-from spmdrl.storages import json_values
+from spmdrl.memory.json_tensors import json_values
+from spmdrl.world import World
 
 if TYPE_CHECKING:
     # documented as torch.distributed.Store, but torch's stubs do not re-export it

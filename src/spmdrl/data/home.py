@@ -7,7 +7,7 @@ from typing import Protocol
 
 from spmdrl.batch import Batch
 from spmdrl.data.order import Stream
-from spmdrl.launch import World
+from spmdrl.world import World
 
 
 class DataSet(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from spmdrl.amounts import share_of
+from spmdrl.config.amounts import share_of
 from spmdrl.observe.log import ALIKE
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from spmdrl.amounts import Amount, count_of
+from spmdrl.config.amounts import Amount, count_of
 from spmdrl.observe.log import ALIKE
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spmdrl.batch import Batch, concat
+from spmdrl.batch import Batch, Ragged, concat
 from spmdrl.distributed.reduce import gather_tables
-from spmdrl.ragged import Ragged
 
 
 @dataclass(frozen=True, kw_only=True)

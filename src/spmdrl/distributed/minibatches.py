@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from spmdrl.distributed.exchange import RowTable
-from spmdrl.keyed import key64
+from spmdrl.keyed_random import key64
 
 
 def into_minibatches(

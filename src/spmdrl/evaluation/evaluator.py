@@ -15,11 +15,11 @@ from spmdrl.distributed.reduce import gather_at_first, gather_tables
 from spmdrl.evaluation.against import Opponent, read_opponent
 from spmdrl.evaluation.metrics import Estimate, avg_at_k, pass_at_k, win_rate
 from spmdrl.evaluation.results import write_results
-from spmdrl.launch import World
 from spmdrl.observe.names import ACCURACY, EVAL, STANDARD_ERROR, WIN_RATE
 from spmdrl.rewards.scorer import Scorer
-from spmdrl.roles import Generation, Rollout
+from spmdrl.roles.handles import Generation, Rollout
 from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.world import World
 
 KEY = -1
 """Value of `step` in evaluation's random numbers: the same before and after training."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from spmdrl.files import finite_json, replace_file
+from spmdrl.atomic_files import finite_json, replace_file
 
 
 def write_results(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

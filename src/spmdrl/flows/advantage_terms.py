@@ -18,7 +18,7 @@ from spmdrl.algorithms.kl import kl
 from spmdrl.algorithms.rewards import kl_in_reward, overlong_penalty
 from spmdrl.algorithms.whiten import whiten
 from spmdrl.batch import Batch
-from spmdrl.config_algorithms import AlgorithmSection
+from spmdrl.config.algorithms import AlgorithmSection
 from spmdrl.distributed.reduce import moments
 
 

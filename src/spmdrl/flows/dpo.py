@@ -25,8 +25,8 @@ from spmdrl.flows.preference_terms import (
     with_pair_shares,
 )
 from spmdrl.flows.reference_sums import AskedSums, CachedSums, ReferenceSums
-from spmdrl.flows.run import Metrics, Run
-from spmdrl.roles import Policy, Reference
+from spmdrl.roles.handles import Policy, Reference
+from spmdrl.run.run import Metrics, Run
 
 
 def dpo(run: Run) -> None:

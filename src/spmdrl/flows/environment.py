@@ -10,10 +10,10 @@ from torch import Tensor
 
 from spmdrl.algorithms.rewards import has_signal
 from spmdrl.batch import Batch, concat, group_index
-from spmdrl.calls import Call
 from spmdrl.distributed.reduce import gather_tables, moments, world_sum
-from spmdrl.flows.run import Metrics, Run
-from spmdrl.roles import Generation, Rollout, together
+from spmdrl.roles.calls import Call
+from spmdrl.roles.handles import Generation, Rollout, together
+from spmdrl.run.run import Metrics, Run
 
 
 class GroupEnvironment:

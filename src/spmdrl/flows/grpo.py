@@ -13,13 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 from spmdrl.batch import Batch
-from spmdrl.calls import Call
 from spmdrl.distributed.reduce import moments, world_any
 from spmdrl.flows.advantage_terms import puts_kl_in_reward, token_advantages
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.policy_terms import policy_columns, policy_loss, update_of, with_loss_weights
-from spmdrl.flows.run import Environment, Metrics, Run, Trainer, joined, update_metrics
-from spmdrl.roles import Policy, Reference, together
+from spmdrl.roles.calls import Call
+from spmdrl.roles.handles import Policy, Reference, together
+from spmdrl.run.run import Environment, Metrics, Run, Trainer, joined, update_metrics
 
 
 def grpo(run: Run) -> None:

@@ -10,8 +10,8 @@ from spmdrl.data.preferences import PairSet
 from spmdrl.flows.preference_terms import REFERENCE
 from spmdrl.flows.reference_sums import ReferenceSums, distinct_rows
 from spmdrl.flows.reward_model import pair_accuracy
-from spmdrl.flows.run import Metrics, Run
-from spmdrl.roles import Policy
+from spmdrl.roles.handles import Policy
+from spmdrl.run.run import Metrics, Run
 
 
 class HeldOutPreferences:

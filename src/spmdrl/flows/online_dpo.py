@@ -12,7 +12,6 @@ from typing import Any
 
 from spmdrl.algorithms.pairing import distinct_answers, pair_rows
 from spmdrl.batch import Batch
-from spmdrl.calls import Call
 from spmdrl.distributed.reduce import moments, world_sum
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.held_out_preferences import HeldOutPreferences
@@ -24,8 +23,9 @@ from spmdrl.flows.preference_terms import (
     with_pair_shares,
 )
 from spmdrl.flows.reference_sums import AskedSums
-from spmdrl.flows.run import Environment, Metrics, Run, joined
-from spmdrl.roles import Policy, Reference, together
+from spmdrl.roles.calls import Call
+from spmdrl.roles.handles import Policy, Reference, together
+from spmdrl.run.run import Environment, Metrics, Run, joined
 
 
 def online_dpo(run: Run) -> None:

@@ -12,9 +12,9 @@ from spmdrl.algorithms.policy_loss import (
     loss_weights,
 )
 from spmdrl.batch import Batch
-from spmdrl.config_algorithms import AlgorithmSection
-from spmdrl.flows.run import Run
-from spmdrl.roles import Update
+from spmdrl.config.algorithms import AlgorithmSection
+from spmdrl.roles.handles import Update
+from spmdrl.run.run import Run
 from spmdrl.training.protocol import LossFn, LossInput
 
 

@@ -25,13 +25,13 @@ from spmdrl.algorithms.reward_shaping import (
 from spmdrl.algorithms.value_loss import VALUE_COLUMNS, clipped_value_loss, explained_variance
 from spmdrl.algorithms.whiten import whiten
 from spmdrl.batch import Batch
-from spmdrl.calls import Call
-from spmdrl.config_algorithms import AlgorithmSection
+from spmdrl.config.algorithms import AlgorithmSection
 from spmdrl.distributed.reduce import Moments, moments
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.policy_terms import policy_columns, policy_loss, update_of, with_loss_weights
-from spmdrl.flows.run import Environment, Metrics, Run, Trainer, joined, update_metrics
-from spmdrl.roles import Policy, Reference, Value, together
+from spmdrl.roles.calls import Call
+from spmdrl.roles.handles import Policy, Reference, Value, together
+from spmdrl.run.run import Environment, Metrics, Run, Trainer, joined, update_metrics
 from spmdrl.training.protocol import LossFn, LossInput
 
 CUT = 1

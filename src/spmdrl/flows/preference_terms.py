@@ -18,11 +18,11 @@ from spmdrl.algorithms.direct_preference import (
     response_sums,
 )
 from spmdrl.batch import Batch
-from spmdrl.config_algorithms import PreferenceSection
+from spmdrl.config.algorithms import PreferenceSection
 from spmdrl.flows.policy_terms import update_of
-from spmdrl.flows.run import Metrics, Run, update_metrics
-from spmdrl.passes import UpdateRecords
-from spmdrl.roles import Update
+from spmdrl.roles.handles import Update
+from spmdrl.roles.model_calls import UpdateRecords
+from spmdrl.run.run import Metrics, Run, update_metrics
 from spmdrl.training.protocol import LossFn, LossInput
 
 REFERENCE, BASELINE = "ref_sums", "kl_baseline"

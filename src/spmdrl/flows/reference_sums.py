@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from spmdrl.atomic_files import replace_file
 from spmdrl.batch import Batch
-from spmdrl.config import Config
+from spmdrl.config.sections import Config
 from spmdrl.data.home import DataSet, home_rows
 from spmdrl.distributed.reduce import broadcast_object, gather_objects, world_any
-from spmdrl.files import replace_file
 from spmdrl.flows.preference_terms import REFERENCE
-from spmdrl.flows.run import Run
-from spmdrl.roles import Policy, Reference
+from spmdrl.roles.handles import Policy, Reference
+from spmdrl.run.run import Run
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from spmdrl.algorithms.preference_loss import bradley_terry_loss
 from spmdrl.batch import Batch
-from spmdrl.config_algorithms import AlgorithmSection
+from spmdrl.config.algorithms import AlgorithmSection
 from spmdrl.data.preferences import PairSet
 from spmdrl.distributed.reduce import gather_objects
 from spmdrl.evaluation.metrics import clustered_mean
 from spmdrl.flows.policy_terms import update_of
-from spmdrl.flows.run import Metrics, Run, update_metrics
 from spmdrl.observe.names import ACCURACY, EVAL, STANDARD_ERROR
-from spmdrl.roles import Reward
+from spmdrl.roles.handles import Reward
+from spmdrl.run.run import Metrics, Run, update_metrics
 from spmdrl.training.protocol import LossFn, LossInput
 
 CHOSEN = 0

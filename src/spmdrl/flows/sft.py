@@ -14,9 +14,9 @@ from spmdrl.batch import Batch
 from spmdrl.data.conversations import ConversationSet
 from spmdrl.distributed.reduce import moments
 from spmdrl.flows.policy_terms import update_of
-from spmdrl.flows.run import Metrics, Run, update_metrics
 from spmdrl.observe.names import EVAL, STANDARD_ERROR
-from spmdrl.roles import Policy
+from spmdrl.roles.handles import Policy
+from spmdrl.run.run import Metrics, Run, update_metrics
 from spmdrl.training.protocol import LossInput
 
 

@@ -27,8 +27,8 @@ from spmdrl.memory.parts import (
     closure,
     dotted,
 )
+from spmdrl.memory.storages import distinct_storages, is_resident, local_part, storage_key
 from spmdrl.memory.tensor_part import TensorPart
-from spmdrl.storages import distinct_storages, is_resident, local_part, storage_key
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spmdrl.memory.arena import HostArena, layout_arena
 from spmdrl.memory.mover import Mover, Ticket, allocate, free
-from spmdrl.storages import storage_key
+from spmdrl.memory.storages import storage_key
 
 
 class TensorPart:

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed.parallel import gather_sum_grad
-from .attention_tiles import TiledKernel
-from .attention_varlen import FlexKernel, flash_kernel, varlen_kernel
-from .spans import AttentionFunction, Span, covers_rows
+from spmdrl.distributed.parallel import gather_sum_grad
+from spmdrl.models.attention_tiles import TiledKernel
+from spmdrl.models.attention_varlen import FlexKernel, flash_kernel, varlen_kernel
+from spmdrl.models.spans import AttentionFunction, Span, covers_rows
 
 AttentionKind = Literal["blocked", "sdpa", "varlen", "flash", "flex"]
 KINDS: tuple[AttentionKind, ...] = ("blocked", "sdpa", "varlen", "flash", "flex")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .spans import AttentionFunction, Range, Span
+from spmdrl.models.spans import AttentionFunction, Range, Span
 
 BLOCK_ROWS = 64
 """Query rows per piece of the explicit kernel."""

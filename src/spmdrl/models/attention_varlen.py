@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .spans import AttentionFunction, Span
+from spmdrl.models.spans import AttentionFunction, Span
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .experts import MoeConfig, parse_experts, tiny_experts
-from .families import CAUSAL, CLASSIFICATION, DEFAULTS, SUPPORTED
-from .fields import Fields, read_json
-from .rope_scaling import RopeConfig, parse_rope
-from .unsupported import refuse_features
+from spmdrl.models.experts import MoeConfig, parse_experts, tiny_experts
+from spmdrl.models.families import CAUSAL, CLASSIFICATION, DEFAULTS, SUPPORTED
+from spmdrl.models.fields import Fields, read_json
+from spmdrl.models.rope_scaling import RopeConfig, parse_rope
+from spmdrl.models.unsupported import refuse_features
 
 GENERATION = "generation_config.json"
 MOST_LAYERS = 10_000

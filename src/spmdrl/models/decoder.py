@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..distributed.parallel import Parallel, copy_to, reduce_from
-from .config import ModelConfig
-from .fused import rms_norm, swiglu
-from .linear import Blocked, linear
-from .moe import Moe
-from .rope import rope_tables, rotate
-from .rope_scaling import inverse_frequencies
-from .routing import Routing
-from .sharding import Head, Slice, all_slices, local_kv_heads
+from spmdrl.distributed.parallel import Parallel, copy_to, reduce_from
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.fused import rms_norm, swiglu
+from spmdrl.models.linear import Blocked, linear
+from spmdrl.models.moe import Moe
+from spmdrl.models.rope import rope_tables, rotate
+from spmdrl.models.rope_scaling import inverse_frequencies
+from spmdrl.models.routing import Routing
+from spmdrl.models.sharding import Head, Slice, all_slices, local_kv_heads
 
 R = TypeVar("R")
 Recompute = Literal["none", "layer"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .config import ModelConfig
+from spmdrl.models.config import ModelConfig
 
 
 def check_tp(config: ModelConfig, tp: int, *, ep: int = 1, replicate_kv: bool = False) -> None:

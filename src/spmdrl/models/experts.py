@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import Fields
+from spmdrl.models.fields import Fields
 
 MOST_EXPERTS = 65_536
 

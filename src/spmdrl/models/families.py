@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .experts import EXPERT_NAMES
+from spmdrl.models.experts import EXPERT_NAMES
 
 CAUSAL, CLASSIFICATION = "ForCausalLM", "ForSequenceClassification"
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from .config import ModelConfig
-from .sharding import Head, Slice, Split, parameter_parts, restrict
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.sharding import Head, Slice, Split, parameter_parts, restrict
 
 
 def fitting_blocks(config: ModelConfig, degrees: Mapping[str, int], engine_tp: int) -> int:

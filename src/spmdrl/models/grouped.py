@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import product
+from spmdrl.models.linear import product
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from .config import ModelConfig
-from .sharding import Head, Slice, all_slices, parameter_parts, restrict
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.sharding import Head, Slice, all_slices, parameter_parts, restrict
 
 EMBEDDING, HEAD = "embed_tokens.weight", "head.weight"
 

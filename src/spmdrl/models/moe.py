@@ -14,12 +14,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..distributed.parallel import Parallel, all_to_all_rows, copy_to, exchange_counts, reduce_from
-from .config import ModelConfig
-from .fused import swiglu
-from .grouped import Groups, grouped_gemm_is_usable, grouped_linear
-from .linear import linear
-from .routing import Routing
+from spmdrl.distributed.parallel import (
+    Parallel,
+    all_to_all_rows,
+    copy_to,
+    exchange_counts,
+    reduce_from,
+)
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.fused import swiglu
+from spmdrl.models.grouped import Groups, grouped_gemm_is_usable, grouped_linear
+from spmdrl.models.linear import linear
+from spmdrl.models.routing import Routing
 
 
 def has_fixed_shapes(

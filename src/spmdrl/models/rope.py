@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rows import rows_for
+from spmdrl.models.kernels.row_kernels import rows_for
 
 
 def rope_tables(

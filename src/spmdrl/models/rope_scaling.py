@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import Fields
+from spmdrl.models.fields import Fields
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .experts import MoeConfig
+from spmdrl.models.experts import MoeConfig
 
 EXPERT_CHOICES = "expert_choices"
 """Token column of recorded choices, [T, L, K]: each token's experts in every layer with experts,

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
 
-from .config import ModelConfig
-from .experts import EXPERT_NAMES, MoeConfig
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.experts import EXPERT_NAMES, MoeConfig
 
 Head = Literal["lm", "score"]
 """Kinds of heads: logits, or one scalar (reward and value models)."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from .families import MODEL_TYPES
-from .fields import Fields
+from spmdrl.models.families import MODEL_TYPES
+from spmdrl.models.fields import Fields
 
 _FOREIGN = re.compile(r"quanti[sz]|^quant_|compress")
 """Keys of quantised formats: quantization_config, compression_config, MLX's quantization, ..."""

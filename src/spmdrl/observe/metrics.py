@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from spmdrl.algorithms.ratio_bins import RATIO_BINS, RATIO_EDGES
-from spmdrl.files import replace_file, set_aside
+from spmdrl.atomic_files import replace_file, set_aside
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

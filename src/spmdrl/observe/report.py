@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from spmdrl.files import replace_file
+from spmdrl.atomic_files import replace_file
 from spmdrl.observe import names
 from spmdrl.observe.drawing import GREY, STYLE, Records, series
 from spmdrl.observe.metrics import METRICS_FILE, merge_steps, read_metrics

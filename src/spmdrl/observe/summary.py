@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from spmdrl.files import finite_json
+from spmdrl.atomic_files import finite_json
 from spmdrl.observe import names
 from spmdrl.observe.drawing import Records
 from spmdrl.observe.metrics import METRICS_FILE, TENSORBOARD_DIR, read_metrics

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from spmdrl.errors import headline
-from spmdrl.objects import load_module
+from spmdrl.config.user_errors import headline
+from spmdrl.config.user_objects import load_module
 from spmdrl.rewards.arguments import caller_of
 from spmdrl.rewards.expressions import make_comparison
 from spmdrl.rewards.texts import last_numeral, last_value, plain_words

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from spmdrl.objects import source_digest
+from spmdrl.config.user_objects import source_digest
 from spmdrl.rewards.functions import RewardSpec, needed_modules
 from spmdrl.rewards.judging import (
     Judge,
@@ -35,7 +35,7 @@ from spmdrl.rewards.judging import (
 )
 from spmdrl.rewards.process import WorkerSettings, receive, send
 from spmdrl.rewards.server import RewardServer, ServerEnded, passed_variables
-from spmdrl.runtime.signs import lives
+from spmdrl.supervision.signs import lives
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spmdrl.errors import own_frames, own_story, told
+from spmdrl.config.user_errors import own_frames, own_story, told
 from spmdrl.rewards.arguments import Caller
 from spmdrl.rewards.functions import RewardFunction, RewardSpec, load
 

@@ -10,17 +10,17 @@ import torch
 import torch.distributed as dist
 
 from spmdrl.batch import Batch, from_rows
-from spmdrl.calls import Call, together
-from spmdrl.custom_role import SCORES, CustomRole
+from spmdrl.config.user_errors import AgreedError
 from spmdrl.data.prompts import Prompt
 from spmdrl.distributed.reduce import gather_objects, world_any
-from spmdrl.errors import AgreedError
-from spmdrl.ledger import current, places_of
-from spmdrl.models.token_texts import TokenTexts
-from spmdrl.origin import origin_of
+from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.rewards.judging import FailureCount, RewardError, Teller, add_counts
 from spmdrl.rewards.pool import RewardJob, RewardPool, RewardResult
-from spmdrl.roles import Reward
+from spmdrl.roles.calls import Call, together
+from spmdrl.roles.custom import SCORES, CustomRole
+from spmdrl.roles.handles import Reward
+from spmdrl.roles.ledger import current, places_of
+from spmdrl.roles.origin import origin_of
 from spmdrl.rollout.stops import StopTexts
 
 Retokenize = Callable[[Prompt, str, bool], Sequence[int]]

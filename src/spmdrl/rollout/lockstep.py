@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from ..distributed.parallel import Parallel
+from spmdrl.distributed.parallel import Parallel
 
 
 class Lockstep:

@@ -8,9 +8,9 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from ..models.sharding import Slice
-from ..ragged import Ragged
-from .sampling import SamplingParams
+from spmdrl.batch import Ragged
+from spmdrl.models.sharding import Slice
+from spmdrl.rollout.sampling import SamplingParams
 
 Finish = Literal["stop", "length", "aborted"]
 Progress = Callable[[int, int], None]

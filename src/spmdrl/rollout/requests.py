@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..models.config import ModelConfig
-from .protocol import Request
+from spmdrl.models.config import ModelConfig
+from spmdrl.rollout.protocol import Request
 
 GB = 10**9
 

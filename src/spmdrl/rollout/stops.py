@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..models.token_texts import Decode, TokenTexts
-from .protocol import Finish
-from .sampling import SamplingParams
+from spmdrl.models.files.token_texts import Decode, TokenTexts
+from spmdrl.rollout.protocol import Finish
+from spmdrl.rollout.sampling import SamplingParams
 
 _CONTEXT = 8
 """Tokens decoded before those that can hold a stop text, so that its first letters are complete."""

@@ -29,19 +29,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed.parallel import Parallel
-from ..models.config import ModelConfig
-from ..models.sharding import Slice, all_slices
-from ..models.token_texts import TokenTexts
-from ..storages import require_resident
-from .enclosure import Enclosure, replaced, uncompiled
-from .lockstep import Lockstep
-from .protocol import Completion, Progress, Request
-from .requests import check_requests
-from .sampling import MAX_SUPPORT, SamplingParams
-from .stops import StopRules
-from .vllm_model import VOCAB_MULTIPLE, check_supported, described, match_parameters
-from .vllm_requests import (
+from spmdrl.distributed.parallel import Parallel
+from spmdrl.memory.storages import require_resident
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.files.token_texts import TokenTexts
+from spmdrl.models.sharding import Slice, all_slices
+from spmdrl.rollout.lockstep import Lockstep
+from spmdrl.rollout.protocol import Completion, Progress, Request
+from spmdrl.rollout.requests import check_requests
+from spmdrl.rollout.sampling import MAX_SUPPORT, SamplingParams
+from spmdrl.rollout.stops import StopRules
+from spmdrl.rollout.vllm_isolation import Enclosure, replaced, uncompiled
+from spmdrl.rollout.vllm_model import VOCAB_MULTIPLE, check_supported, described, match_parameters
+from spmdrl.rollout.vllm_requests import (
     BLOCK_MULTIPLE,
     ENVIRONMENT,
     TIES,
@@ -49,7 +49,7 @@ from .vllm_requests import (
     check_sampling,
     sampling_arguments,
 )
-from .vllm_samples import Sample, run_scores, run_steps, samples_of
+from spmdrl.rollout.vllm_samples import Sample, run_scores, run_steps, samples_of
 
 _NO_UTILIZATION = 0.01
 """Share of the device's memory for a check at start, which counts the trainer's memory as taken.

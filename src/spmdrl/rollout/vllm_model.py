@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..models.config import ModelConfig
-from ..models.sharding import all_slices, local_parameters
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.sharding import all_slices, local_parameters
 
 VOCAB_MULTIPLE = 64
 """Multiple to which vLLM pads the vocabulary's rows before it cuts them

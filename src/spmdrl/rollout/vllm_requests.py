@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..keyed import key64
-from .protocol import Request
-from .sampling import MAX_SUPPORT, SamplingParams
+from spmdrl.keyed_random import key64
+from spmdrl.rollout.protocol import Request
+from spmdrl.rollout.sampling import MAX_SUPPORT, SamplingParams
 
 BLOCK_MULTIPLE = {"cpu": 32, "cuda": 16}
 """Multiple to which the tokens of a cache block are rounded up, by device type."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..ragged import Ragged
-from .protocol import Completion, Finish, Progress, Request
-from .stops import StopRule, StopRules
+from spmdrl.batch import Ragged
+from spmdrl.rollout.protocol import Completion, Finish, Progress, Request
+from spmdrl.rollout.stops import StopRule, StopRules
 
 
 @dataclass(kw_only=True, eq=False)

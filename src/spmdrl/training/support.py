@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spmdrl.batch import Ragged
 from spmdrl.models.linear import product
-from spmdrl.ragged import Ragged
 
 SUPPORT = "support_ids"
 """Ragged column of the token ids that each token was drawn from; empty if from all tokens."""

@@ -15,20 +15,13 @@ from torch.distributed.fsdp import FSDPModule
 from spmdrl.algorithms.metrics import combine
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.memory.storages import require_resident
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.hf import TensorSource
+from spmdrl.models.files.hf import TensorSource
 from spmdrl.models.routing import EXPERT_CHOICES, Balance, Routing
 from spmdrl.models.sharding import Head
-from spmdrl.storages import require_resident
-from spmdrl.training.context import LocalStream, split_stream
-from spmdrl.training.experts import ExpertUse, make_balance, make_routing
-from spmdrl.training.gradients import all_reduce_gradients, average_gradients, gradient_norm
-from spmdrl.training.optimizer import Optimizer
-from spmdrl.training.options import TrainOptions, lr_at
-from spmdrl.training.packing import Microbatch, empty_microbatch, pack
-from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep, Progress, loss_of
-from spmdrl.training.reading import (
+from spmdrl.training.backend_steps import (
     as_columns,
     as_numbers,
     check_head,
@@ -40,6 +33,13 @@ from spmdrl.training.reading import (
     support_of,
     whole_stream,
 )
+from spmdrl.training.context import LocalStream, split_stream
+from spmdrl.training.experts import ExpertUse, make_balance, make_routing
+from spmdrl.training.gradients import all_reduce_gradients, average_gradients, gradient_norm
+from spmdrl.training.optimizer import Optimizer
+from spmdrl.training.options import TrainOptions, lr_at
+from spmdrl.training.packing import Microbatch, empty_microbatch, pack
+from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep, Progress, loss_of
 from spmdrl.training.readout import Readout
 from spmdrl.training.support import Support
 from spmdrl.training.weights import build_decoder, fill_leaves, make_leaves, refresh_weights

@@ -24,8 +24,8 @@ from spmdrl.distributed.parallel import Parallel
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.degrees import check_tp
+from spmdrl.models.files.hf import TensorSource, fill
 from spmdrl.models.fsdp_cuts import fsdp_dims, fsdp_shard
-from spmdrl.models.hf import TensorSource, fill
 from spmdrl.models.moe import Experts
 from spmdrl.models.sharding import Head, Slice, is_expert_parameter
 

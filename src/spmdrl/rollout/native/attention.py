@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .scheduler import StepPlan
+from spmdrl.rollout.native.scheduler import StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ...models.decoder import Decoder, Projection
-from ...models.linear import in_blocks, serves
+from spmdrl.models.decoder import Decoder, Projection
+from spmdrl.models.linear import in_blocks, serves
 
 MIN_STEPS = 24
 """Decode steps after which the copy pays off: laying out SmolLM2-135M takes 0.2 to 0.3 s on two

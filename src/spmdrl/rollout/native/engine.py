@@ -15,29 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...distributed.parallel import Parallel
-from ...models.config import ModelConfig
-from ...models.decoder import Decoder
-from ...models.degrees import check_tp
-from ...models.routing import choices_dtype
-from ...models.sharding import Slice
-from ...models.token_texts import TokenTexts
-from ...storages import require_resident
-from ..lockstep import Lockstep
-from ..protocol import Completion, Progress, Request
-from ..requests import check_requests
-from ..sampling import SamplingParams
-from ..stops import StopRule, StopRules
-from .blocked import blocked_weights
-from .blocks import BlockPool
-from .recording import ExpertRecord
-from .sampler import Sampler
-from .scheduler import Scheduler, sampled
-from .sequence import Sequence as Sample
-from .sequence import common_prefix, leaders_of, sequences_of
-from .snapshot import blocks_of, restore_snapshot, take_snapshot
-from .supports import rows_of
-from .workspace import NativeOptions, Work, Workspace
+from spmdrl.distributed.parallel import Parallel
+from spmdrl.memory.storages import require_resident
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.decoder import Decoder
+from spmdrl.models.degrees import check_tp
+from spmdrl.models.files.token_texts import TokenTexts
+from spmdrl.models.routing import choices_dtype
+from spmdrl.models.sharding import Slice
+from spmdrl.rollout.lockstep import Lockstep
+from spmdrl.rollout.native.blocked import blocked_weights
+from spmdrl.rollout.native.blocks import BlockPool
+from spmdrl.rollout.native.recording import ExpertRecord
+from spmdrl.rollout.native.sampler import Sampler
+from spmdrl.rollout.native.scheduler import Scheduler, sampled
+from spmdrl.rollout.native.sequence import Sequence as Sample
+from spmdrl.rollout.native.sequence import common_prefix, leaders_of, sequences_of
+from spmdrl.rollout.native.snapshot import blocks_of, restore_snapshot, take_snapshot
+from spmdrl.rollout.native.supports import rows_of
+from spmdrl.rollout.native.workspace import NativeOptions, Work, Workspace
+from spmdrl.rollout.protocol import Completion, Progress, Request
+from spmdrl.rollout.requests import check_requests
+from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.stops import StopRule, StopRules
 
 _PREFIX_TOKENS = 256
 """Least prompt tokens that sharing the common prefix must save, since it costs an extra step."""

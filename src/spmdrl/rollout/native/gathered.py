@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import CacheShape
-from .scheduler import Chunk, StepPlan
-from .sequence import Sequence
+from spmdrl.rollout.native.attention import CacheShape
+from spmdrl.rollout.native.scheduler import Chunk, StepPlan
+from spmdrl.rollout.native.sequence import Sequence
 
 
 @dataclass(frozen=True, kw_only=True)

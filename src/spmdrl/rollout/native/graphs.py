@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .scheduler import StepPlan
-from .varlen import VarlenAttention
+from spmdrl.rollout.native.scheduler import StepPlan
+from spmdrl.rollout.native.varlen import VarlenAttention
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 

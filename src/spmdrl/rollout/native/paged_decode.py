@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...models import c_code
-from .attention import CacheShape
-from .gathered import GatheredAttention
+from spmdrl.models.kernels import c_code
+from spmdrl.rollout.native.attention import CacheShape
+from spmdrl.rollout.native.gathered import GatheredAttention
 
 _I, _F, _P, _N = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .scheduler import StepPlan
-from .sequence import Sequence as Sample
+from spmdrl.rollout.native.scheduler import StepPlan
+from spmdrl.rollout.native.sequence import Sequence as Sample
 
 
 class ExpertRecord:

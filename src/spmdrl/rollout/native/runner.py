@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...models.decoder import Decoder
-from ...models.linear import linear
-from ...models.routing import Routing, pack_choices
-from .attention import PagedAttention
-from .graphs import DecodeGraphs
-from .scheduler import StepPlan
-from .varlen import VarlenAttention
+from spmdrl.models.decoder import Decoder
+from spmdrl.models.linear import linear
+from spmdrl.models.routing import Routing, pack_choices
+from spmdrl.rollout.native.attention import PagedAttention
+from spmdrl.rollout.native.graphs import DecodeGraphs
+from spmdrl.rollout.native.scheduler import StepPlan
+from spmdrl.rollout.native.varlen import VarlenAttention
 
 
 class Runner:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...keyed import Noise, exponential_at, key_tensor
-from ...ragged import Ragged
-from ..sampling import MAX_SUPPORT, SamplingParams
+from spmdrl.batch import Ragged
+from spmdrl.keyed_random import Noise, exponential_at, key_tensor
+from spmdrl.rollout.sampling import MAX_SUPPORT, SamplingParams
 
 _CANDIDATES = 1024
 _CPU_VALUES = 200_000

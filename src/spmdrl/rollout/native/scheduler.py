@@ -13,8 +13,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any
 
-from .blocks import BlockPool
-from .sequence import Sequence
+from spmdrl.rollout.native.blocks import BlockPool
+from spmdrl.rollout.native.sequence import Sequence
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ...keyed import chain, key64
-from ..protocol import Completion, Finish, Request
-from .supports import SupportRecord
+from spmdrl.keyed_random import chain, key64
+from spmdrl.rollout.native.supports import SupportRecord
+from spmdrl.rollout.protocol import Completion, Finish, Request
 
 
 @dataclass(kw_only=True, eq=False)

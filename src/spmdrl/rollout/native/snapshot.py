@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...storages import json_tensor, tensor_json
-from .attention import PagedAttention
-from .recording import ExpertRecord
-from .scheduler import Scheduler
-from .sequence import Sequence
-from .supports import SupportRecord
+from spmdrl.memory.json_tensors import json_tensor, tensor_json
+from spmdrl.rollout.native.attention import PagedAttention
+from spmdrl.rollout.native.recording import ExpertRecord
+from spmdrl.rollout.native.scheduler import Scheduler
+from spmdrl.rollout.native.sequence import Sequence
+from spmdrl.rollout.native.supports import SupportRecord
 
 _STATE, _KEYS, _VALUES, _EXPERTS = "engine", "keys", "values", "experts"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ...ragged import Ragged
+from spmdrl.batch import Ragged
 
 
 @dataclass(kw_only=True, eq=False)

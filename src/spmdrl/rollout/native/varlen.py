@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
 
-from .attention import CacheShape
-from .scheduler import StepPlan
+from spmdrl.rollout.native.attention import CacheShape
+from spmdrl.rollout.native.scheduler import StepPlan
 
 BLOCK_MULTIPLE = 256
 """FlashAttention 2 reads pages whose size is a multiple of this."""

@@ -8,18 +8,18 @@ from typing import Literal
 
 import torch
 
-from ...models.config import ModelConfig
-from ...models.decoder import Decoder
-from ...models.moe import has_fixed_shapes
-from ...models.sharding import local_kv_heads
-from ..lockstep import Lockstep
-from ..protocol import Request
-from ..requests import GB, blocks_needed
-from .attention import CacheShape, PagedAttention
-from .gathered import GatheredAttention
-from .paged_decode import CompiledAttention, compiled_code
-from .runner import Runner
-from .varlen import BLOCK_MULTIPLE, VarlenAttention, varlen_is_usable
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.decoder import Decoder
+from spmdrl.models.moe import has_fixed_shapes
+from spmdrl.models.sharding import local_kv_heads
+from spmdrl.rollout.lockstep import Lockstep
+from spmdrl.rollout.native.attention import CacheShape, PagedAttention
+from spmdrl.rollout.native.gathered import GatheredAttention
+from spmdrl.rollout.native.paged_decode import CompiledAttention, compiled_code
+from spmdrl.rollout.native.runner import Runner
+from spmdrl.rollout.native.varlen import BLOCK_MULTIPLE, VarlenAttention, varlen_is_usable
+from spmdrl.rollout.protocol import Request
+from spmdrl.rollout.requests import GB, blocks_needed
 
 _CPU_CACHE_GB = 2.0
 _CUDA_FREE_FRACTION = 0.8

@@ -16,14 +16,25 @@ from spmdrl.algorithms.metrics import combine
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, gather_own_grad
+from spmdrl.memory.storages import require_resident
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.hf import TensorSource, fill
+from spmdrl.models.files.hf import TensorSource, fill
 from spmdrl.models.rope import rope_tables
 from spmdrl.models.rope_scaling import inverse_frequencies
 from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.models.sharding import Head
-from spmdrl.storages import require_resident
+from spmdrl.training.backend_steps import (
+    as_columns,
+    as_numbers,
+    check_head,
+    loss_input,
+    nothing_read,
+    over_replicas,
+    read_places,
+    support_of,
+    whole_stream,
+)
 from spmdrl.training.context import LocalStream, split_stream, stream_part
 from spmdrl.training.experts import ExpertUse, make_balance, make_routing
 from spmdrl.training.megatron.checks import MegatronOptions, model_cut
@@ -35,17 +46,6 @@ from spmdrl.training.megatron.pipeline import Pipeline
 from spmdrl.training.options import TrainOptions, lr_at
 from spmdrl.training.packing import Microbatch, pack
 from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep, Progress, loss_of
-from spmdrl.training.reading import (
-    as_columns,
-    as_numbers,
-    check_head,
-    loss_input,
-    nothing_read,
-    over_replicas,
-    read_places,
-    support_of,
-    whole_stream,
-)
 from spmdrl.training.readout import Readout
 
 Outputs = dict[str, Tensor]

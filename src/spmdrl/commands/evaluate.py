@@ -1,0 +1,205 @@
+"""`spmdrl eval` and `spmdrl generate`: use the rollout engine without training, on all ranks."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from spmdrl.batch import Batch
+from spmdrl.config.data_sets import held_out_sets, uses_chat
+from spmdrl.config.sections import Config
+from spmdrl.data.home import home_rows
+from spmdrl.data.prompts import load_prompts
+from spmdrl.distributed.reduce import gather_objects
+from spmdrl.evaluation.results import write_results
+from spmdrl.models.files.token_texts import token_texts
+from spmdrl.models.files.tokenizers import load_tokenizer
+from spmdrl.observe.metrics import MetricsWriter
+from spmdrl.observe.progress import Relay, TimedLines
+from spmdrl.placement import place_roles
+from spmdrl.rewards.server import RewardServer
+from spmdrl.roles.handles import Generation, Rollout
+from spmdrl.rollout.stops import StopTexts
+from spmdrl.run.assembled import Assembly
+from spmdrl.run.assembly.assembly import assemble, open_models
+from spmdrl.run.assembly.factories import make_evaluators
+from spmdrl.run.inputs import (
+    Inputs,
+    Reading,
+    check_models,
+    prompt_source,
+    read_held_out,
+    read_inputs,
+    sampling_params,
+)
+from spmdrl.run.reward_pools import make_pools
+from spmdrl.world import World, seed_everything
+
+log = logging.getLogger(__name__)
+
+GENERATE_KEY = -2
+"""Value of `step` in the random numbers of `spmdrl generate`."""
+
+
+def evaluate(config: Config, world: World, server: RewardServer) -> dict[str, float]:
+    """Evaluate the rollout's model on every held-out set of prompts; `Evaluator.measure`'s metrics.
+
+    Each set's samples are written to `run_dir/evaluation/NAME.jsonl`; the metrics also go to that
+    folder, as metrics.jsonl and, with `log.tensorboard`, TensorBoard files.
+
+    Raises:
+        ValueError: bad input, or a configuration without a held-out set of prompts.
+    """
+    config = rollout_only(config, scoring=True)
+    inputs = evaluation_inputs(config)
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    relay = Relay(is_first=world.is_first and config.log.progress)
+    metrics: dict[str, float] = {}
+    with make_pools(config, server, run_dir, world, inputs, trains=False) as pools:
+        assembly = _start(config, world, inputs, relay)
+        evaluators = make_evaluators(
+            config, world, inputs, assembly, pools, relay.report, has_start=False
+        )
+        for name, evaluator in evaluators.items():
+            with relay.bar(name):
+                metrics |= evaluator.measure(run_dir / "evaluation" / f"{name}.jsonl")
+        assembly.close()
+    writer = MetricsWriter(
+        run_dir / "evaluation", is_first=world.is_first, tensorboard=config.log.tensorboard
+    )
+    with writer:
+        writer.write(0, metrics)
+    return metrics
+
+
+def evaluation_inputs(config: Config) -> Inputs:
+    """Read the held-out sets of prompts, and the training data if some are held out of those."""
+    kind = config.data_kind()
+    described = held_out_sets(config)
+    prompts = {name: d for name, d in described.items() if (d.kind or kind) == "prompts"}
+    if not prompts:
+        raise ValueError(
+            "there are no prompts to evaluate on: set evaluation.sets.NAME.data, or "
+            "evaluation.held_out to keep questions out of data.train"
+        )
+    if any(d.data is None for d in prompts.values()):
+        return read_inputs(config, kind, TimedLines("the data"))
+    tokenizer = load_tokenizer(config.model.path)
+    now = datetime.now()
+    reading = Reading(tokenizer=tokenizer, now=now, report=TimedLines("the data"))
+    held_out = read_held_out(prompts, kind, reading, (), config.seed)
+    return Inputs(
+        tokenizer=tokenizer,
+        texts=token_texts(tokenizer, chat=uses_chat(config)),
+        train=next(iter(held_out.values())),
+        shares=(),
+        held_out=held_out,
+        now=now,
+    )
+
+
+def generate(config: Config, world: World, prompts_file: str, out_file: str) -> int:
+    """Generate responses to the prompts of a file, read with `data.train`'s columns, template and
+    chat settings; return the number of responses.
+
+    Each output line has `prompt_id`, `sample`, `prompt`, `response`, `finish`, `tokens` and
+    `logprob` (the sum over the response).
+
+    Raises:
+        ValueError: bad input.
+        OSError: the output cannot be written.
+    """
+    data = config.data.model_copy(update={"kind": "prompts"})  # even if the flow reads other data
+    config = rollout_only(config).model_copy(update={"data": data})
+    tokenizer = load_tokenizer(config.model.path)
+    source = replace(
+        prompt_source(config.data.train, datetime.now()),
+        source=prompts_file,
+        answer_column=None,
+        size=None,
+        keep_shortest="100%",
+        parameters={},
+    )
+    prompts = load_prompts(source, tokenizer, TimedLines("the prompts"))
+    inputs = Inputs(
+        tokenizer=tokenizer,
+        texts=token_texts(tokenizer, chat=uses_chat(config)),
+        train=prompts,
+        shares=(),
+        held_out={},
+        now=source.now,
+    )
+    relay = Relay(is_first=world.is_first and config.log.progress)
+    assembly = _start(config, world, inputs, relay)
+    rollout = next(r for r in assembly.roles.values() if isinstance(r, Rollout))
+    generation = Generation(
+        seed=config.seed,
+        step=GENERATE_KEY,
+        group_size=config.evaluation.num_samples,
+        sampling=sampling_params(config.sampling),
+    )
+    with relay.bar("generate"):
+        rows = home_rows(world, prompts)
+        batch = rollout.generate(rows, generation)
+    own = _records(batch, StopTexts(config.sampling.stop, inputs.texts))
+    parts = gather_objects(own)
+    assembly.close()
+    if dist.get_rank() == 0:
+        write_results(Path(out_file), [record for part in parts for record in part])
+    return sum(len(part) for part in parts)
+
+
+def _records(batch: Batch, stops: StopTexts) -> list[dict[str, Any]]:
+    """Lines of the output file, one for each row."""
+    logprobs = batch.row_sum(batch["rollout_logprobs"]).tolist()
+    responses = torch.split(batch["tokens"][batch["loss_mask"]], batch["response_lengths"].tolist())
+    return [
+        {
+            "prompt_id": batch.objects["prompt"][row].prompt_id,
+            "sample": int(batch["sample_index"][row]),
+            "prompt": batch.objects["prompt"][row].text,
+            "response": stops.before(responses[row].tolist()),
+            "finish": ("stop", "length", "aborted")[int(batch["finish"][row])],
+            "tokens": len(responses[row]),
+            "logprob": logprobs[row],
+        }
+        for row in range(len(batch))
+    ]
+
+
+def rollout_only(config: Config, *, scoring: bool = False) -> Config:
+    """Configuration with only the rollout role; with `scoring`, also the roles that reward."""
+    names = [name for name in config.roles if config.role_kind(name) == "rollout"]
+    if not names:
+        raise ValueError(f"roles={sorted(config.roles)} has no rollout: add roles.rollout: {{}}")
+    kept = [names[0]]
+    if scoring:
+        sets = held_out_sets(config).values()
+        lists = (config.rewards, *(described.rewards for described in sets))
+        kept += [r.role for rewards in lists for r in rewards if r.role is not None]
+    roles = {}
+    for name in kept:
+        role = config.roles[name]
+        while str(role.ranks).startswith("same as "):
+            # the role whose ranks it names may be left out
+            other = config.roles.get(str(role.ranks).removeprefix("same as ").strip())
+            role = role.model_copy(update={"ranks": "all" if other is None else other.ranks})
+        # no sync would restore weights that were dropped
+        memory = {part: wish for part, wish in role.memory.items() if wish != "drop"}
+        role = role.model_copy(update={"memory": memory})
+        roles[name] = role
+    return config.model_copy(update={"roles": roles})
+
+
+def _start(config: Config, world: World, inputs: Inputs, relay: Relay) -> Assembly:
+    seed_everything(config.seed)
+    models = open_models(config, place_roles(config, world.size, world.local_size))
+    check_models(config, inputs, {name: model.config for name, model in models.items()})
+    return assemble(config, world, models, inputs.texts, relay.report)

@@ -1,0 +1,255 @@
+"""`spmdrl explain`: the resolved configuration, and the derivation of each quantity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+import yaml
+
+from spmdrl.config.data import DataKind
+from spmdrl.config.data_sets import held_out_sets, train_sources
+from spmdrl.config.doubts import doubts
+from spmdrl.config.sections import Config
+from spmdrl.config.user_objects import load_object
+from spmdrl.models.config import ModelConfig, read_config, tiny
+from spmdrl.placement import Placement, place_roles, placement_table
+from spmdrl.planning.memory_text import memory_texts, schedules
+from spmdrl.planning.plan import KINDS, RolePlan, check_model, plan_roles, training_dtype
+from spmdrl.planning.token_bounds import (
+    MicrobatchCounts,
+    StepSizes,
+    num_microbatches,
+    step_sizes,
+    update_sizes,
+)
+from spmdrl.training.readout import Places
+
+Line = tuple[str, str, str]
+"""A quantity's name, its value, and its derivation."""
+
+ITEMS: Mapping[DataKind, str] = {
+    "prompts": "prompts",
+    "conversations": "conversations",
+    "preferences": "pairs",
+}
+"""Kind of data -> the items that `data.prompts_per_step` counts."""
+
+SKIPPED = "less what has nothing to learn from"
+
+
+def explain(config: Config, world_size: int, ranks_per_node: int | None = None) -> str:
+    """The text that `spmdrl explain CONFIG --ranks N` prints.
+
+    Args:
+        ranks_per_node: number of ranks on each node; None: all are on one node.
+
+    Raises:
+        ValueError: roles that do not fit the world, or a model that cannot be read.
+    """
+    node_size = world_size if ranks_per_node is None else ranks_per_node
+    if world_size % node_size:
+        raise ValueError(
+            f"--ranks {world_size} with --ranks-per-node {node_size}: nodes have as many ranks each"
+        )
+    placements = place_roles(config, world_size, node_size)
+    plan = _plan(config, placements, world_size, node_size)
+    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    nodes = (
+        f"{world_size // node_size} nodes of {node_size}" if node_size < world_size else "1 node"
+    )
+    lines = ["# resolved configuration", resolved, f"# derived, on {world_size} ranks ({nodes})"]
+    lines += _aligned(_derived(config))
+    for name in placements:
+        if own := list(_of_role(config, name, placements[name])):
+            lines += ["", f"{name}:", *_aligned(own)]
+    table = placement_table(placements, memory_texts(plan.memory))
+    lines += ["", "# roles", table, "", "# weights", *_weights(config, plan)]
+    lines += ["", "# memory", *schedules(plan.memory)]
+    if found := doubts(config):
+        lines += ["", "# doubtful", *found]
+    if missing := list(_missing(config)):
+        lines += ["", "# not found from here", *missing]
+    return "\n".join(lines)
+
+
+def _missing(config: Config) -> Iterator[str]:
+    """Objects and files that the configuration names and that do not exist here."""
+    objects = {"flow": config.flow, "environment": config.environment, "trainer": config.trainer}
+    objects |= {f"rewards.{i}.function": r.function for i, r in enumerate(config.rewards)}
+    objects |= {f"roles.{name}.kind": config.role_kind(name) for name in config.roles}
+    for key, where in objects.items():
+        if where is not None and ":" in where:
+            try:
+                load_object(where, key)
+            except Exception as error:  # the user's file is run, and may raise anything
+                yield str(error)
+    keys = ("data.train", *(f"data.mix.{i}" for i in range(len(config.data.mix))))
+    sources = {k: data.source for k, data in zip(keys, train_sources(config), strict=True)}
+    for name, described in held_out_sets(config).items():
+        if described.data is not None:
+            sources[f"evaluation.sets.{name}.data"] = described.data.source
+    for key, source in sources.items():
+        if ":" not in source and not Path(source).is_file():
+            yield f"{key}.source={source}: there is no file {Path(source).absolute()}"
+
+
+def _plan(
+    config: Config, placements: Mapping[str, Placement], world_size: int, node_size: int
+) -> RolePlan:
+    on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    shapes: dict[str, ModelConfig] = {}
+    for name in placements:
+        if ":" in config.role_kind(name):
+            continue
+        shape = read_config(config.model_path(name))
+        shapes[name] = tiny(shape) if config.model.tiny else shape
+        check_model(config, name, placements[name], shapes[name])
+    devices = ["cuda" if on_cuda else "cpu"] * world_size
+    return plan_roles(config, placements, shapes, devices, node_size)
+
+
+def _aligned(lines: Iterable[Line]) -> list[str]:
+    return [f"{name:<28} {value:>12}   {how}" for name, value, how in lines]
+
+
+def _derived(config: Config) -> Iterator[Line]:
+    """Quantities of a step that do not depend on a role."""
+    data, kind, sizes = config.data, config.data_kind(), step_sizes(config)
+    item, rows = (
+        ITEMS[kind],
+        {"prompts": "samples", "preferences": "answers"}.get(kind, ITEMS[kind]),
+    )
+    own = [key for key in ("flow", "environment", "trainer") if ":" in (getattr(config, key) or "")]
+    if own:
+        how = f"{', '.join(own)} of your own: they may use other numbers than these"
+        yield "data", kind, how
+    yield f"{item} per step", f"{sizes.items:,}", "data.prompts_per_step"
+    sources = train_sources(config)
+    longest = max(range(len(sources)), key=lambda i: sources[i].max_tokens)
+    where = "data.train" if longest == 0 else f"data.mix.{longest - 1}"
+    row = f"{where}.max_tokens={sources[longest].max_tokens}"
+    if kind == "prompts":
+        how = f"{sizes.items} prompts x data.group_size={data.group_size}"
+        yield "samples per step", f"{sizes.rows:,}", how
+        if (refills := config.algorithm.refill_attempts) > 0:
+            how = f"where no group has signal: 1 + algorithm.refill_attempts={refills} draws"
+            yield "most samples drawn per step", f"{(1 + refills) * sizes.rows:,}", how
+        row = f"({row} + sampling.max_tokens={config.sampling.max_tokens})"
+    elif kind == "preferences":
+        yield "answers per step", f"{sizes.rows:,}", "a chosen and a rejected one each"
+        row += ", prompts included"
+    tokens = sizes.rows * sizes.row_tokens
+    yield "most tokens per step", f"{tokens:,}", f"{sizes.rows} {rows} x {row}"
+    yield f"{item} in all", f"{config.steps * sizes.items:,}", f"steps={config.steps} x these"
+
+
+def _of_role(config: Config, name: str, placement: Placement) -> Iterator[Line]:
+    """Quantities of the role's work in a step of a shipped flow."""
+    kind, on_prompts = config.role_kind(name), config.data_kind() == "prompts"
+    scores = on_prompts and name in {reward.role for reward in config.rewards}
+    if kind in KINDS and config.is_trained(name):
+        yield from _updates(config, name, placement)
+    elif kind in ("reference", "teacher") or (kind == "reward" and scores):
+        yield _reading(config, name, placement)
+    elif kind == "rollout" and on_prompts:
+        sizes, replicas = step_sizes(config), placement.num_replicas
+        own = -(-sizes.rows // replicas)
+        how = f"{sizes.rows} samples on {replicas} replicas, balanced by tokens"
+        if sizes.items >= replicas:
+            own = -(-sizes.items // replicas) * sizes.item_rows
+            how += ", groups whole"
+        yield "samples per replica", f"about {own:,}", how
+        running = config.rollout.max_running
+        how = f"of these at most rollout.max_running={running}"
+        yield "decoded together", f"{min(own, running):,}", how
+
+
+def _reading(config: Config, name: str, placement: Placement) -> Line:
+    if config.roles[name].retokenize:
+        how = f"roles.{name}.retokenize=true: texts are as long as its own tokenizer makes them"
+        return "microbatches per reading", "unknown", how
+    # a reward model scores all samples; other roles read only those that updates use
+    scores = config.role_kind(name) == "reward"
+    train, sizes = config.train_section(name), (step_sizes if scores else update_sizes)(config)
+    replicas = placement.num_replicas
+    counts = num_microbatches(
+        sizes, train, _places(config, name), items=sizes.items, num_replicas=replicas, whole=False
+    )
+    how = _packed_text(config, name, replicas, counts)
+    return "microbatches per reading", f"{counts.full:,}", how
+
+
+def _updates(config: Config, name: str, placement: Placement) -> Iterator[Line]:
+    """Minibatches and microbatches of the role's update over the rows of a step."""
+    train, sizes = config.train_section(name), update_sizes(config)
+    updates, replicas = train.epochs * train.num_minibatches, placement.num_replicas
+    minibatches = _key(config, name, "num_minibatches")
+    how = f"{_key(config, name, 'epochs')} x {minibatches}"
+    yield "optimizer steps per step", f"{updates:,}", how
+    warmup, shown = config.value_warmup(name), f"steps={config.steps}"
+    shown = f"({shown} - algorithm.value_warmup_steps={warmup})" if warmup else shown
+    in_all = config.num_optimizer_steps(name)
+    yield "most optimizer steps in all", f"{in_all:,}", f"{shown} x {updates}, {SKIPPED}"
+    most, left = -(-sizes.items // train.num_minibatches), sizes.items % train.num_minibatches
+    size = f"{most - 1:,} or {most:,}" if left else f"{most:,}"
+    how = f"data.prompts_per_step={sizes.items} / {minibatches}"
+    yield f"{ITEMS[config.data_kind()]} per minibatch", size, how
+    tokens = most * sizes.item_tokens(share_prompts=train.share_prompts)
+    yield "most tokens per minibatch", f"{tokens:,}", _tokens_text(config, name, sizes, most)
+    counts = num_microbatches(
+        sizes, train, _places(config, name), items=most, num_replicas=replicas, whole=sizes.whole
+    )
+    how = _packed_text(config, name, replicas, counts)
+    yield "microbatches per minibatch", f"{counts.full:,}", how
+
+
+def _tokens_text(config: Config, name: str, sizes: StepSizes, items: int) -> str:
+    """Derivation of the number of tokens of so many items."""
+    answers, prompt = sizes.row_tokens - sizes.prompt_tokens, sizes.prompt_tokens
+    kind, share = config.data_kind(), config.train_section(name).share_prompts
+    if kind == "conversations":
+        return f"{items} x {answers}"
+    if kind == "preferences":
+        once = f", less where {_key(config, name, 'share_prompts')} computes a prompt once"
+        return f"{items} x {sizes.item_rows} x {answers}" + once * share
+    each = f"{prompt} + {sizes.item_rows} x {answers}"
+    if not share:
+        each = f"{sizes.item_rows} x ({prompt} + {answers})"
+    return f"{items} x ({each}), {_key(config, name, 'share_prompts')}"
+
+
+def _places(config: Config, name: str) -> Places:
+    return "rows" if config.role_kind(name) == "reward" else "loss_tokens"
+
+
+def _packed_text(config: Config, name: str, num_replicas: int, counts: MicrobatchCounts) -> str:
+    return (
+        f"on each of {num_replicas} replicas, {_key(config, name, 'microbatch_tokens')}, all rows "
+        f"of full length; never more than {counts.most:,}"
+    )
+
+
+def _key(config: Config, name: str, key: str) -> str:
+    """The role's setting of a key of `train`, as KEY=VALUE."""
+    value = getattr(config.train_section(name), key)
+    where = f"roles.{name}.train" if key in config.roles[name].train else "train"
+    return f"{where}.{key}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def _weights(config: Config, plan: RolePlan) -> list[str]:
+    """Dtype and device of each role; the tensors that a rollout shares, copies and gathers."""
+    kinds = {name: config.role_kind(name) for name in plan.layouts}
+    lines = []
+    for device in dict.fromkeys(plan.devices[name] for name in kinds):
+        names = [name for name in kinds if plan.devices[name] == device]
+        lines.append(f"{training_dtype(config, device)} on {device.type}: {', '.join(names)}")
+    policy = next((name for name, kind in kinds.items() if kind == "policy"), None)
+    for name in (n for n, kind in kinds.items() if kind == "rollout"):
+        if name not in plan.syncs:
+            lines.append(f"{name}: read from {config.model_path(name)}")
+            continue
+        lines.append(f"{policy} -> {name}: {plan.syncs[name].describe()}")
+        lines += [f"  {line}" for line in plan.syncs[name].tensor_lines(plan.layouts[name])]
+    return lines

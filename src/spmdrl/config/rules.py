@@ -1,0 +1,380 @@
+"""Rules of a configuration that involve two keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from spmdrl.config.data_sets import HELD_OUT, START, held_out_sets
+from spmdrl.config.sections import Config, RewardSection
+from spmdrl.config.shipped_flows import check_role_used, check_updated, check_used
+
+SCALAR = ("reward", "value")
+"""Kinds of role whose model has a scalar head."""
+
+NEEDED = {
+    "sft": ("policy",),
+    "reward_model": ("reward",),
+    "dpo": ("policy",),
+    "online_dpo": ("reference",),
+    "ppo": ("value",),
+}
+"""Shipped flow -> the roles that it needs, besides the policy and rollout of flows that sample."""
+
+KL_ERROR_LIMIT = 0.2
+"""`ERROR_LIMIT` of the adaptive KL coefficient."""
+
+UPDATE_KEYS = (
+    *("epochs", "num_minibatches", "recompute", "lr", "schedule", "warmup_steps", "min_lr_ratio"),
+    *("betas", "eps", "weight_decay", "clip_norm", "balance_coef"),
+)
+"""Keys of `train` that only updates read."""
+
+SAMPLING = ("grpo", "ppo", "online_dpo")
+"""Shipped flows that train on samples of the policy."""
+
+
+def check_crossed(config: Config) -> None:
+    """Check the rules that involve two keys. ValueError names both keys and both values."""
+    data, algorithm = config.data, config.algorithm
+    _check_roles(config)
+    _check_backends(config)
+    _check_policy_loss(config)
+    _check_preference(config)
+    _check_rewards(config)
+    _check_experts(config)
+    _check_memory(config)
+    _check_updates(config)
+    _check_old_logprobs(config)
+    _check_lag(config)
+    check_used(config)
+    samples = data.prompts_per_step * data.group_size
+    if config.algorithm.overlong_buffer >= config.sampling.max_tokens:
+        raise ValueError(
+            f"algorithm.overlong_buffer={config.algorithm.overlong_buffer} must be below "
+            f"sampling.max_tokens={config.sampling.max_tokens}"
+        )
+    compares = config.flow == "grpo" and algorithm.advantage != "reinforce_pp" and config.rewards
+    if samples < 2 and compares:
+        raise ValueError(
+            f"data.prompts_per_step={data.prompts_per_step} x data.group_size={data.group_size} "
+            "make one sample: GRPO compares the samples of a group"
+        )
+    if compares and data.group_size < 2:
+        raise ValueError(
+            f"flow={config.flow} with data.group_size={data.group_size}: GRPO compares the "
+            "samples of a group, so it needs at least 2 (algorithm.advantage=reinforce_pp needs 1)"
+        )
+    _check_evaluation(config)
+
+
+def check_training(config: Config) -> None:
+    """Check the rules that only training needs. ValueError names the keys and values."""
+    data, algorithm = config.data, config.algorithm
+    check_updated(config)
+    if config.flow in SAMPLING and config.sampling.temperature == 0:
+        raise ValueError(
+            f"flow={config.flow} with sampling.temperature={config.sampling.temperature}: greedy "
+            "samples teach nothing; only evaluation.sampling.temperature may be 0"
+        )
+    if config.flow not in SAMPLING or config.trainer is not None or config.environment is not None:
+        return
+    if algorithm.refill_attempts and (data.group_size < 2 or not config.rewards):
+        other = "rewards=[]" if not config.rewards else f"data.group_size={data.group_size}"
+        raise ValueError(
+            f"algorithm.refill_attempts={algorithm.refill_attempts} with {other}: no group's "
+            "rewards differ, so every one would be drawn again in vain: set refill_attempts to 0"
+        )
+    samples = data.prompts_per_step * data.group_size
+    adapts = config.flow == "ppo" and algorithm.kl_target is not None
+    if adapts and algorithm.kl_coef == 0:
+        raise ValueError(
+            f"algorithm.kl_target={algorithm.kl_target} with algorithm.kl_coef="
+            f"{algorithm.kl_coef}: the target steers the coefficient by factors, which never leave "
+            "0: set algorithm.kl_coef above 0, or kl_target to null"
+        )
+    if adapts and KL_ERROR_LIMIT * samples >= algorithm.kl_horizon:
+        raise ValueError(
+            f"algorithm.kl_horizon={algorithm.kl_horizon} with {samples} samples a step "
+            "(data.prompts_per_step x data.group_size): the coefficient could fall to 0 in one "
+            f"step; the horizon must be above {KL_ERROR_LIMIT * samples:g}"
+        )
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation = config.evaluation
+    if evaluation.held_out and HELD_OUT in evaluation.sets:
+        raise ValueError(
+            f"evaluation.held_out={evaluation.held_out} and evaluation.sets.{HELD_OUT}: both make "
+            f"the set {HELD_OUT}, so give one of them, or the other another name"
+        )
+    _check_k(evaluation.k, evaluation.num_samples, "evaluation")
+    for name, held_out in held_out_sets(config).items():
+        where = "evaluation" if name not in evaluation.sets else f"evaluation.sets.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+            raise ValueError(f"{where}: a set's name holds letters, digits, '_', '-' and '.' only")
+        if held_out.data is None and name != HELD_OUT:
+            raise ValueError(f"{where} has no data: give keys of data.train that differ")
+        _check_k(held_out.k, held_out.num_samples, where)
+        _check_reward_list(config, held_out.rewards, f"{where}.rewards")
+        if held_out.against is None:
+            continue
+        if not held_out.rewards:
+            raise ValueError(f"{where}.against={held_out.against} needs rewards to judge by")
+        if held_out.against == START and not evaluation.before:
+            raise ValueError(
+                f"{where}.against={START} with evaluation.before=false: the answers before the "
+                "first step are what it compares with"
+            )
+
+
+def _check_k(k: Sequence[int], num_samples: int, where: str) -> None:
+    wrong = [number for number in k if not 1 <= number <= num_samples]
+    if wrong:
+        raise ValueError(
+            f"{where}.k={wrong[0]} with {where}.num_samples={num_samples}: pass@k needs at least k "
+            "samples, and k at least 1"
+        )
+
+
+def _check_roles(config: Config) -> None:
+    """Check that the roles, and their settings, are those that the shipped flow needs."""
+    kinds = [config.role_kind(name) for name in config.roles]
+    for role in NEEDED.get(config.flow, ()):
+        if role not in config.roles:
+            raise ValueError(
+                f"flow={config.flow} needs roles.{role}, and roles={sorted(config.roles)} has "
+                f"none: add roles.{role}: {{}}"
+            )
+    for name, role_section in config.roles.items():
+        kind = config.role_kind(name)
+        if role_section.head != "file" and kind not in SCALAR:
+            raise ValueError(
+                f"roles.{name}.head={role_section.head}: {name} is a {kind}, and only {SCALAR} "
+                "models have a scalar head"
+            )
+        _check_freeze(config, name)
+        check_role_used(config, name)
+    if kinds.count("policy") > 1:
+        raise ValueError(
+            f"roles={sorted(config.roles)} has {kinds.count('policy')} policies: one at most "
+            "is synced to the rollout, so give the others another kind"
+        )
+    kl_coef = config.algorithm.kl_coef
+    if kl_coef > 0 and "reference" not in config.roles:
+        raise ValueError(
+            f"algorithm.kl_coef={kl_coef} needs a reference, but roles={sorted(config.roles)} has "
+            "none of that name: add roles.reference or set the coefficient to 0"
+        )
+    if kl_coef == 0 and "reference" in config.roles and config.flow == "grpo":
+        raise ValueError(
+            f"roles.reference is there, but algorithm.kl_coef={kl_coef} never asks it: raise the "
+            "coefficient, or take the role away (roles.reference: null)"
+        )
+    teacher_coef = config.algorithm.teacher_coef
+    if (teacher_coef > 0) != ("teacher" in config.roles) and config.flow == "grpo":
+        raise ValueError(
+            f"algorithm.teacher_coef={teacher_coef} with roles={sorted(config.roles)}: distilling "
+            "needs both the coefficient and roles.teacher"
+        )
+
+
+def _check_policy_loss(config: Config) -> None:
+    algorithm = config.algorithm
+    if algorithm.policy_loss == "cispo" and algorithm.dual_clip is not None:
+        raise ValueError(
+            f"algorithm.policy_loss=cispo with algorithm.dual_clip={algorithm.dual_clip}: CISPO's "
+            "weights are bounded already, so set algorithm.dual_clip=null"
+        )
+
+
+def _check_freeze(config: Config, name: str) -> None:
+    """Refuse `freeze` of roles that are not trained, and with backends other than torch."""
+    given = config.roles[name].freeze
+    if not given:
+        return
+    if not config.is_trained(name):
+        raise ValueError(
+            f"roles.{name}.freeze={list(given)}: {name} is not trained, so it changes nothing "
+            "anyway: leave the key out"
+        )
+    if config.train_section(name).backend != "torch":
+        raise ValueError(
+            f"roles.{name}.freeze={list(given)} with train.backend="
+            f"{config.train_section(name).backend}: only the torch backend freezes parameters"
+        )
+
+
+def _check_backends(config: Config) -> None:
+    """Refuse pipelines and sequence parallelism without Megatron."""
+    for name, role in config.roles.items():
+        kind = config.role_kind(name)
+        has_model = kind != "rollout" and ":" not in kind
+        if has_model and config.train_section(name).backend == "megatron":
+            continue
+        asked = [f"roles.{name}.pp={role.pp}"] if role.pp > 1 else []
+        asked += [
+            f"roles.{name}.megatron.{key}={str(value).lower()}"
+            for key, value in role.megatron.items()
+        ]
+        if not asked:
+            continue
+        if has_model:
+            raise ValueError(
+                f"{asked[0]} with train.backend=torch: pipelines and sequence parallelism are "
+                f"Megatron's; set roles.{name}.train.backend: megatron, or leave the key out"
+            )
+        raise ValueError(
+            f"{asked[0]}: {name} is a {kind}, and only models on train.backend=megatron have "
+            "pipelines and sequence parallelism: leave the key out"
+        )
+
+
+def _check_preference(config: Config) -> None:
+    preference, roles = config.preference, sorted(config.roles)
+    if preference.label_smoothing and preference.loss not in ("dpo", "simpo"):
+        raise ValueError(
+            f"preference.label_smoothing={preference.label_smoothing} with preference.loss="
+            f"{preference.loss}: only dpo and simpo have it, so set it to 0"
+        )
+    if preference.margin and preference.loss != "simpo":
+        raise ValueError(
+            f"preference.margin={preference.margin} with preference.loss={preference.loss}: only "
+            "simpo has it, so set it to 0"
+        )
+    if min(preference.kto_weights) < 0:
+        raise ValueError(f"preference.kto_weights={preference.kto_weights}: none may be negative")
+    if config.flow == "dpo":
+        compares = preference.loss not in ("simpo", "orpo")
+        if compares and preference.reference == "step" and "reference" not in config.roles:
+            raise ValueError(
+                f"preference.loss={preference.loss} needs a reference, but roles={roles} has none "
+                "of that name: add roles.reference, or set preference.reference=cache (the policy "
+                "before its first step)"
+            )
+        if not compares and "reference" in config.roles:
+            raise ValueError(
+                f"roles.reference is there, but preference.loss={preference.loss} never asks it: "
+                "take the role away (roles.reference: null)"
+            )
+    if config.flow == "online_dpo":
+        if preference.loss not in ("dpo", "ipo") or preference.reference != "step":
+            raise ValueError(
+                f"flow=online_dpo with preference.loss={preference.loss} and preference.reference="
+                f"{preference.reference}: its loss is dpo or ipo, and its samples are new in every "
+                "step (preference.reference=step)"
+            )
+        if config.data.group_size < 2:
+            raise ValueError(
+                f"flow=online_dpo with data.group_size={config.data.group_size}: it compares the "
+                "samples of a prompt, so it needs at least 2"
+            )
+
+
+def _check_experts(config: Config) -> None:
+    for name in config.roles:
+        coefficient = config.train_section(name).balance_coef
+        if coefficient > 0 and config.is_trained(name) and config.role_kind(name) == "reward":
+            raise ValueError(
+                f"train.balance_coef={coefficient} for the reward model roles.{name}: it reads one "
+                "token of a row, and the balance is over the tokens of a response: set "
+                f"roles.{name}.train.balance_coef to 0"
+            )
+
+
+def _check_rewards(config: Config) -> None:
+    distils = config.flow == "grpo" and config.algorithm.teacher_coef > 0
+    if config.flow in SAMPLING and not config.rewards and not distils:
+        raise ValueError(
+            f"flow={config.flow} with rewards=[]: name at least one function, e.g. "
+            "{function: math}, or one reward model, e.g. {role: reward}"
+        )
+    _check_reward_list(config, config.rewards, "rewards")
+    for name, role in config.roles.items():
+        if role.retokenize and config.role_kind(name) != "reward":
+            raise ValueError(
+                f"roles.{name}.retokenize=true: only a reward model can read texts, and {name} is "
+                f"a {config.role_kind(name)}"
+            )
+
+
+def _check_reward_list(config: Config, rewards: Sequence[RewardSection], key: str) -> None:
+    for number, reward in enumerate(rewards):
+        where = f"{key}.{number}"
+        if (reward.function is None) == (reward.role is None):
+            raise ValueError(
+                f"{where} has function={reward.function!r} and role={reward.role!r}: name a "
+                "function or a role"
+            )
+        if reward.role is None:
+            continue
+        if reward.role not in config.roles:
+            raise ValueError(
+                f"{where}.role={reward.role!r} is none of roles={sorted(config.roles)}"
+            )
+        kind = config.role_kind(reward.role)
+        if kind != "reward" and ":" not in kind:
+            raise ValueError(
+                f"{where}.role={reward.role!r} is a {kind}: a reward comes from a role of kind "
+                "reward, or of your own (module:Class)"
+            )
+
+
+def _check_memory(config: Config) -> None:
+    for name, role in config.roles.items():
+        kind = config.role_kind(name)
+        for part, policy in role.memory.items():
+            where = f"roles.{name}.memory.{part}={policy}"
+            if part in ("kv_cache", "graphs") and kind != "rollout":
+                raise ValueError(f"{where}: only a rollout has a {part}, and {name} is a {kind}")
+            if part == "optimizer" and not config.is_trained(name):
+                raise ValueError(f"{where}: {name} is not trained, so it has no optimizer")
+            if part in ("weights", "optimizer") and policy == "drop" and kind != "rollout":
+                raise ValueError(
+                    f"{where}: nothing would bring them back; only a rollout's weights are, by "
+                    "the next weight sync: use host"
+                )
+
+
+def _check_updates(config: Config) -> None:
+    """Refuse update keys, such as epochs and minibatches, of roles that are not trained."""
+    for name, role in config.roles.items():
+        if not config.is_trained(name):
+            for key in (key for key in UPDATE_KEYS if key in role.train):
+                raise ValueError(
+                    f"roles.{name}.train.{key}={role.train[key]}: {name} is not trained, so it "
+                    f"has no updates: leave the key out, or set roles.{name}.trained=true"
+                )
+            continue
+        count, prompts = config.train_section(name).num_minibatches, config.data.prompts_per_step
+        if count > prompts:
+            where = f"roles.{name}.train" if "num_minibatches" in role.train else "train"
+            raise ValueError(
+                f"{where}.num_minibatches={count} is more than data.prompts_per_step={prompts}: a "
+                "minibatch holds whole groups, so lower the first"
+            )
+
+
+def _check_old_logprobs(config: Config) -> None:
+    algorithm = config.algorithm
+    if algorithm.old_logprobs == "rollout" and algorithm.importance_cap is not None:
+        raise ValueError(
+            "algorithm.old_logprobs=rollout with algorithm.importance_cap="
+            f"{algorithm.importance_cap}: the loss's ratio is to the rollout already, so nothing "
+            "is left to correct: set importance_cap=null or old_logprobs=trainer"
+        )
+
+
+def _check_lag(config: Config) -> None:
+    algorithm = config.algorithm
+    if config.lag == 0 or config.flow not in SAMPLING:
+        return
+    # online DPO has no ratio to the policy that sampled: its pairs may be of any policy
+    if config.flow == "online_dpo":
+        return
+    if algorithm.importance_cap is None and algorithm.old_logprobs != "rollout":
+        raise ValueError(
+            f"lag={config.lag} with algorithm.importance_cap=null and algorithm.old_logprobs="
+            f"{algorithm.old_logprobs}: the samples are one update old, so correct for it: set "
+            "algorithm.importance_cap (e.g. 2.0), or algorithm.old_logprobs=rollout"
+        )

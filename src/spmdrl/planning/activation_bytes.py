@@ -1,0 +1,140 @@
+"""Device memory of a model's call in addition to parts, estimated from shapes.
+
+The estimate is an upper bound for usual shapes, fitted to measurements of
+`tests/planning/test_activation_bytes.py`. Values are counted per token and layer: the residual
+stream and the norms' (whole on all tensor-parallel ranks), queries, keys, values, attention's
+output, the MLP's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from spmdrl.config.sections import TrainSection
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.sharding import Head, local_kv_heads, local_parameters
+from spmdrl.training.logprobs import cpu_tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Values:
+    """Values that a layer holds at once, per token.
+
+    Args:
+        stream: multiples of the hidden size.
+        heads: multiples of the width of queries, keys and values.
+        mlp: multiples of the MLP's width.
+    """
+
+    stream: float
+    heads: float
+    mlp: float
+
+
+_FORWARD = _Values(stream=4, heads=5, mlp=4.2)
+"""Values within a layer without gradients: attention's or the MLP's, whichever are more."""
+
+_FUSED = _Values(stream=5, heads=2.5, mlp=3)
+_CUDA = _Values(stream=5, heads=2.5, mlp=4.5)
+_PLAIN = _Values(stream=13, heads=4, mlp=4.5)
+"""Values kept for the backward pass: float32 on a CPU (`models.fused`); CUDA, whose norms are fused
+too; narrow dtypes on a CPU, whose norms and rotations keep float32 copies.
+"""
+
+_LOGITS = 4
+"""Copies of a chunk's logits, float32; the last ones are freed once the next ones exist."""
+
+
+def working_bytes(
+    config: ModelConfig,
+    train: TrainSection,
+    degrees: Mapping[str, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    head: Head,
+    tokens: int,
+    *,
+    backward: bool,
+) -> int:
+    """Bytes of activations, logits and, with FSDP, gathered parameters; gradients are not included.
+
+    Args:
+        degrees: degrees of the role.
+        dtype: dtype in which the role computes.
+        tokens: packed tokens that a replica computes at once.
+        backward: a forward and a backward pass; else a forward pass without gradients.
+    """
+    cp, tp = degrees["cp"], degrees["tp"]
+    own = -(-tokens // (2 * cp)) * 2  # each rank takes two chunks of 2 cp
+    heads = (config.num_heads // tp + 2 * local_kv_heads(config, tp)) * config.head_dim
+    # keys and values of all ranks
+    gathered = cp * 2 * local_kv_heads(config, tp) * config.head_dim if cp > 1 else 0
+    width = config.hidden_size
+    scores = 4 * own * width * dtype.itemsize
+    if head == "lm":
+        scores += _LOGITS * _logits(config, train, tp, device, own) * 4
+    if not backward:
+        attention = _FORWARD.stream * width + _FORWARD.heads * heads + 2 * gathered
+        values = max(attention, _FORWARD.stream * width + _mlp(config, tp, _FORWARD.mlp))
+        total = max(int(own * values) * dtype.itemsize, scores)
+    else:
+        kept = _kept(dtype, device)
+        mlp = _mlp(config, tp, kept.mlp)
+        layer = own * (kept.stream * width + kept.heads * heads + mlp + gathered)
+        inputs = config.num_layers * own * width
+        held = inputs if train.recompute == "layer" else config.num_layers * layer
+        last = 1.1 * layer if train.recompute == "layer" else 0.3 * layer
+        if head == "lm":  # its gradient, in addition to the embedding's if they are tied
+            scores += config.vocab_size // tp * width * 4
+        total = int(held) * dtype.itemsize + max(int(last) * dtype.itemsize, scores)
+    if degrees["dp_shard"] > 1:
+        total += _gathered_bytes(config, degrees, dtype, head, backward=backward)
+    return total
+
+
+def _logits(
+    config: ModelConfig, train: TrainSection, tp: int, device: torch.device, tokens: int
+) -> int:
+    """Logits that exist at once, see `training.logprobs`."""
+    chunk, vocab = min(train.head_chunk, tokens), config.vocab_size // tp
+    return chunk * vocab if device.type == "cuda" else min(chunk * vocab, cpu_tile(chunk))
+
+
+def _mlp(config: ModelConfig, tp: int, factor: float) -> float:
+    """Values per token of a layer's MLP, or of as many experts as a token is sent to."""
+    dense = factor * config.intermediate_size / tp
+    if config.moe is None:
+        return dense
+    # a row for every choice: as it is sent, computed, put back and weighted
+    row = factor * config.moe.intermediate_size / tp + 4 * config.hidden_size
+    experts = config.moe.top_k * row + 2 * config.moe.num_experts
+    return max(dense, experts) if len(config.moe.layers) < config.num_layers else experts
+
+
+def _kept(dtype: torch.dtype, device: torch.device) -> _Values:
+    if device.type == "cuda":
+        return _CUDA
+    return _FUSED if dtype.itemsize >= 4 else _PLAIN
+
+
+def _gathered_bytes(
+    config: ModelConfig,
+    degrees: Mapping[str, int],
+    dtype: torch.dtype,
+    head: Head,
+    *,
+    backward: bool,
+) -> int:
+    """Bytes that FSDP2 gathers: the parameters outside layers, and two layers; in a backward pass
+    also their gradients, and the float32 buffer that is reduced.
+    """
+    local = local_parameters(config, degrees["tp"], head, ep_size=degrees.get("ep", 1))
+    sizes = {name: math.prod(shape) for name, shape in local.items()}
+    layer = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
+    rest = sum(size for name, size in sizes.items() if not name.startswith("layers."))
+    gathered = (rest + 2 * layer) * dtype.itemsize
+    return gathered + (max(rest, layer) * (dtype.itemsize + 4) if backward else 0)

@@ -1,0 +1,182 @@
+"""The rollout's engine: its requirements on the configuration, its sizes, its construction."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from spmdrl.config.data_sets import held_out_sets, rows_read
+from spmdrl.config.sections import Config
+from spmdrl.distributed.mesh import format_ranks
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.files.token_texts import TokenTexts
+from spmdrl.placement import Placement
+from spmdrl.roles.generation import GRAPHS, KV_CACHE
+from spmdrl.roles.model_calls import WEIGHTS
+from spmdrl.rollout.vllm_engine import check_model
+from spmdrl.rollout.vllm_model import VOCAB_MULTIPLE
+from spmdrl.rollout.vllm_requests import BLOCK_MULTIPLE, LEAST_TEMPERATURE
+from spmdrl.rollout.vllm_versions import check_version, installed_version
+
+log = logging.getLogger(__name__)
+
+_LEAST_LENGTH = 64
+"""Tokens of a sequence that every engine must serve: the canary's rows are shorter."""
+
+
+def is_vllm(config: Config, name: str) -> bool:
+    return config.rollout.engine == "vllm" and config.role_kind(name) == "rollout"
+
+
+def vocab_multiple(config: Config, name: str) -> int:
+    """Multiple to which the role's vocabulary is padded."""
+    return VOCAB_MULTIPLE if is_vllm(config, name) else 1
+
+
+def shares_tensors(config: Config, name: str, device: torch.device) -> bool:
+    """Whether the rollout can compute with the policy's own tensors. vLLM's graphs hold addresses
+    of tensors that vLLM made.
+    """
+    return not is_vllm(config, name) or device.type == "cpu"
+
+
+def check_engine(
+    config: Config,
+    placements: Mapping[str, Placement],
+    shapes: Mapping[str, ModelConfig],
+    size: int,
+) -> None:
+    """Refuse placements that vLLM cannot use, and sampling that it would do differently.
+
+    Args:
+        size: number of ranks of the world.
+
+    Raises:
+        ValueError: the placement or sampling does not suit vLLM; the keys are named.
+    """
+    rollouts = [name for name in placements if is_vllm(config, name)]
+    if rollouts:
+        _check_sampling(config)
+    if len(rollouts) > 1:
+        raise ValueError(
+            f"rollout.engine=vllm with the rollouts {rollouts}: a process has one vLLM, so take "
+            "all but one away, or set rollout.engine=native"
+        )
+    for name in rollouts:
+        placement = placements[name]
+        if placement.ranks != tuple(range(size)):
+            raise ValueError(
+                f"rollout.engine=vllm with roles.{name}.ranks={config.roles[name].ranks!r} (ranks "
+                f"{format_ranks(placement.ranks)} of {size}): vLLM lays its groups over all ranks "
+                f"of the world, so set roles.{name}.ranks=all, or rollout.engine=native"
+            )
+        if placement.degrees["cp"] > 1:
+            raise ValueError(
+                f"rollout.engine=vllm with roles.{name}.cp={placement.degrees['cp']}: an engine "
+                f"has tensor parallelism alone, so set roles.{name}.tp instead"
+            )
+        tp, vocabulary = placement.degrees["tp"], shapes[name].vocab_size
+        padded = -(-vocabulary // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        if padded % tp:
+            raise ValueError(
+                f"rollout.engine=vllm with roles.{name}.tp={tp}: it does not divide the "
+                f"{padded:,} rows to which vLLM pads the vocabulary of {vocabulary:,}"
+            )
+
+
+def _check_sampling(config: Config) -> None:
+    sampled = {"sampling": config.sampling}
+    for name, described in held_out_sets(config).items():
+        sampled[f"evaluation.sets.{name}.sampling"] = described.sampling
+    for key, sampling in sampled.items():
+        if sampling.min_p > 0 and sampling.top_p < 1:
+            raise ValueError(
+                f"rollout.engine=vllm with {key}.min_p={sampling.min_p} and {key}.top_p="
+                f"{sampling.top_p}: vLLM cuts min_p first, which leaves other tokens than the "
+                "order of this project: set one of them"
+            )
+        if 0 < sampling.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"rollout.engine=vllm with {key}.temperature={sampling.temperature}: vLLM takes 0 "
+                f"(greedy) or at least {LEAST_TEMPERATURE}"
+            )
+
+
+def check_installed(config: Config, name: str, shape: ModelConfig) -> None:
+    """Refuse a vLLM that is missing, has an unsuitable version, or lacks the role's model.
+
+    Raises:
+        ValueError: vLLM cannot be used; the message tells the fix.
+    """
+    if not is_vllm(config, name):
+        return
+    wanted = "cpu" in (config.device, config.roles[name].device)
+    device_type = "cpu" if wanted or not torch.cuda.is_available() else "cuda"
+    check_version(installed_version(), torch.__version__, on_cuda=device_type == "cuda")
+    check_model(shape, device_type)
+
+
+def engine_parts(
+    config: Config, name: str, device: torch.device, *, captures_graphs: bool
+) -> tuple[str, ...]:
+    """Parts of the rollout that its calls need on the device."""
+    if is_vllm(config, name) and device.type == "cuda":
+        return (WEIGHTS,)  # the cache comes and goes with them
+    return (WEIGHTS, KV_CACHE, *[GRAPHS] * captures_graphs)
+
+
+# Sizes
+
+
+def longest_sequence(config: Config, shape: ModelConfig) -> int:
+    """Tokens of the longest prompt with response that configuration and model allow."""
+    lengths = [rows.longest for rows in rows_read(config) if rows.sampling is not None]
+    return min(max(_LEAST_LENGTH, *lengths), shape.max_position)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSize:
+    """Size of vLLM's key-value cache, which is made at start and never grows.
+
+    Args:
+        num_bytes: size on one rank.
+        longest: tokens of the longest sequence that it can hold.
+    """
+
+    num_bytes: int
+    longest: int
+
+
+def vllm_cache(
+    config: Config,
+    shape: ModelConfig,
+    dtype: torch.dtype,
+    device_type: str,
+    *,
+    num_replicas: int,
+    tp: int,
+) -> CacheSize:
+    """`rollout.kv_cache_gb`; `auto`: all that a step's samples can need, on a CPU at most 2 GB."""
+    rollout, length = config.rollout, longest_sequence(config, shape)
+    multiple = BLOCK_MULTIPLE[device_type]
+    block = -(-rollout.block_size // multiple) * multiple
+    heads = max(1, shape.num_kv_heads // tp)
+    block_bytes = 2 * shape.num_layers * heads * shape.head_dim * dtype.itemsize * block
+    if rollout.kv_cache_gb == "auto":
+        samples = config.data.prompts_per_step * config.data.group_size
+        running = min(-(-samples // num_replicas), rollout.max_running)
+        needed = running * -(-length // block)
+        most = int(2e9) // block_bytes if device_type == "cpu" else needed
+        blocks = max(min(needed, most), -(-length // block)) + 1  # vLLM keeps one for itself
+    else:
+        blocks = max(int(rollout.kv_cache_gb * 1e9) // block_bytes, 2)
+    return CacheSize(num_bytes=blocks * block_bytes, longest=min(length, (blocks - 1) * block))
+
+
+def ends_of_text(shape: ModelConfig, texts: TokenTexts | None) -> tuple[int, ...]:
+    """The tokens that end a response: those of the model's files and of its tokenizer."""
+    named = [*shape.eos_ids, *[end.token for end in ([] if texts is None else texts.ends)]]
+    return tuple(i for i in dict.fromkeys(named) if 0 <= i < shape.vocab_size)

@@ -1,0 +1,289 @@
+"""The rollout role: responses to prompts, from an engine on the role's ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from spmdrl.batch import Batch, Ragged, from_rows
+from spmdrl.distributed.exchange import Column
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.distributed.minibatches import split_groups_if_few
+from spmdrl.keyed_random import NOISE_VERSION
+from spmdrl.memory.call_memory import Turns
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.routing import EXPERT_CHOICES, choices_dtype
+from spmdrl.roles.calls import Call, RoleMethod
+from spmdrl.roles.kept import Part
+from spmdrl.roles.ledger import Interrupted, Stint
+from spmdrl.roles.model_calls import WEIGHTS, row_order
+from spmdrl.rollout.protocol import Completion, Finish, Request, RolloutEngine
+from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.training.support import SUPPORT
+
+Progress = Callable[[int, int], None]
+
+KV_CACHE, GRAPHS = "kv_cache", "graphs"
+"""Parts of an engine, as a `memory` section names them; graphs if decode steps are captured."""
+
+_FINISH: dict[Finish, int] = {"stop": 0, "length": 1, "aborted": 2}
+_NOTHING = Completion(tokens=(), logprobs=(), finish="aborted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Sampling of a rollout: `group_size` responses per prompt, keyed by (seed, step, prompt)."""
+
+    seed: int
+    step: int
+    group_size: int
+    sampling: SamplingParams
+
+
+class Rollout:
+    """The engine: `generate(prompts, generation)` returns one row per sample.
+
+    Args:
+        progress: called on member ranks with (samples done, samples) of this replica.
+        memory: memory moves of this rank.
+        parts: the parts that a call needs on the device.
+
+    `version` is the policy's at the engine's last sync: the number of its optimizer steps.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mesh: Mesh,
+        config: ModelConfig,
+        engine: RolloutEngine | None,
+        progress: Progress | None = None,
+        memory: Turns | None = None,
+        parts: tuple[str, ...] = (WEIGHTS, KV_CACHE),
+    ) -> None:
+        self.name, self.mesh, self.config = name, mesh, config
+        self.engine, self.progress, self.memory = engine, progress, memory
+        self.parts, self.version = parts, 0
+        self.generate = RoleMethod(self._generate)
+        self.logprobs = RoleMethod(self._logprobs)
+
+    def _logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
+        """Adds the token column `engine_logprobs`: each token's log-probability under this engine's
+        softmax of logits / temperature, given the tokens before it (0 for the first).
+        """
+
+        def compute(rows: Batch, stint: Stint) -> Batch:
+            assert self.engine is not None, f"role {self.name!r} has no engine on this rank"
+            sequences = torch.split(rows["tokens"], rows.lengths.tolist())
+            rows_of = [tuple(sequence.tolist()) for sequence in sequences]
+            scored = self.engine.score(rows_of, temperature=temperature)
+            flat = [value for values in scored for value in (0.0, *values)]
+            column = torch.tensor(flat, dtype=torch.float32)
+            return Batch(lengths=rows.lengths, tokens={"engine_logprobs": column})
+
+        return Call(
+            role=self,
+            method="logprobs",
+            batch=batch,
+            needs=("tokens",),
+            returns=(Column(name="engine_logprobs"),),
+            compute=compute,
+            finish=lambda home: home,
+            uses=tuple((self.name, part) for part in self.parts),
+            order=row_order(batch),
+            settings={"temperature": temperature},
+        )
+
+    def _generate(self, prompts: Batch, generation: Generation) -> Call[Batch]:
+        """Generate `group_size` rows of prompt and response for each prompt.
+
+        `prompts` are home rows with the token column `tokens` and the row column `prompt_ids`
+        (unique in the step). Results have the token columns `tokens`, `rollout_logprobs` and
+        `loss_mask`, the row columns `prompt_ids`, `sample_index`, `prompt_lengths`,
+        `response_lengths`, `finish` (0 stop, 1 length, 2 aborted) and `weight_version`; with
+        `sampling.experts` and `.margins` also the token columns `expert_choices` and `margins`,
+        with `sampling.support` the ragged column `support_ids`. The prompts' own row and Python
+        columns are repeated for every sample.
+        """
+        size = generation.group_size
+        repeated = prompts.select(torch.arange(len(prompts)).repeat_interleave(size))
+        samples = torch.arange(size).repeat(len(prompts))
+        batch = repeated.with_columns(rows={"sample_index": samples})
+        version = self.version
+        experts = _expert_column(self.config) if generation.sampling.experts else ()
+
+        def compute(rows: Batch, stint: Stint) -> Batch | Interrupted:
+            assert self.engine is not None, f"role {self.name!r} has no engine on this rank"
+            done = _run_generation(self.engine, rows, generation, experts, self.progress, stint)
+            if isinstance(done, Interrupted):
+                return done
+            return done.with_columns(rows={"weight_version": torch.full((len(rows),), version)})
+
+        def finish(home: Batch) -> Batch:
+            return home.with_columns(rows=batch.rows, objects=batch.objects)
+
+        return Call(
+            role=self,
+            method="generate",
+            batch=batch,
+            needs=("tokens", "prompt_ids", "sample_index"),
+            returns=(
+                Column(name="tokens", dtype=torch.int64),
+                Column(name="rollout_logprobs"),
+                Column(name="loss_mask", dtype=torch.bool),
+                *[Column(name="margins")] * generation.sampling.margins,
+                *[Column(name=SUPPORT, kind="ragged", dtype=torch.int32)]
+                * generation.sampling.support,
+                Column(name="prompt_lengths", kind="row", dtype=torch.int64),
+                Column(name="response_lengths", kind="row", dtype=torch.int64),
+                Column(name="finish", kind="row", dtype=torch.int64),
+                Column(name="weight_version", kind="row", dtype=torch.int64),
+                *experts,
+            ),
+            compute=compute,
+            finish=finish,
+            uses=tuple((self.name, part) for part in self.parts),
+            cost=batch.lengths + generation.sampling.max_tokens,
+            atom=batch["prompt_ids"],
+            order=row_order(batch),
+            arrange=split_groups_if_few,
+            settings={"generation": generation, "noise": NOISE_VERSION},
+        )
+
+
+def _expert_column(config: ModelConfig) -> tuple[Column, ...]:
+    """The column `expert_choices`; ValueError for a model without experts."""
+    moe = config.moe
+    if moe is None:
+        raise ValueError(f"sampling.experts: {config.architecture} has no experts to record")
+    dtype, shape = choices_dtype(moe.num_experts), (len(moe.layers), moe.top_k)
+    return (Column(name=EXPERT_CHOICES, dtype=dtype, shape=shape),)
+
+
+def _run_generation(
+    engine: RolloutEngine,
+    rows: Batch,
+    generation: Generation,
+    experts: tuple[Column, ...],
+    progress: Progress | None,
+    stint: Stint,
+) -> Batch | Interrupted:
+    """Generate for this replica's rows; rows of one prompt become one request."""
+    sequences = torch.split(rows["tokens"], rows.lengths.tolist())
+    places: dict[int, list[int]] = {}
+    for row, prompt_id in enumerate(rows["prompt_ids"].tolist()):
+        places.setdefault(prompt_id, []).append(row)
+    samples = rows["sample_index"].tolist()
+    begun = {} if stint.begun is None else _begun(stint.begun)
+    requests = [
+        Request(
+            tokens=tuple(sequences[group[0]].tolist()),
+            prompt_id=prompt_id,
+            samples=tuple(samples[row] for row in group),
+            sampling=generation.sampling,
+            begun=tuple(begun.get((prompt_id, samples[row]), _NOTHING) for row in group)
+            if begun
+            else (),
+        )
+        for prompt_id, group in places.items()
+    ]
+
+    def report(num_tokens: int, num_done: int) -> None:
+        stint.beat()
+        if progress is not None:
+            progress(num_done, len(rows))
+
+    answers = engine.generate(
+        requests,
+        seed=generation.seed,
+        step=generation.step,
+        progress=report,
+        should_stop=stint.should_stop,
+        state=None if stint.begun is None else stint.begun.state,
+    )
+    by_row: dict[int, Completion] = {}
+    for group, completions in zip(places.values(), answers, strict=True):
+        by_row.update(zip(group, completions, strict=True))
+    completions = [by_row[row] for row in range(len(rows))]
+    batch = _completed(rows, completions, with_margins=generation.sampling.margins)
+    if generation.sampling.support:
+        batch = batch.with_columns(ragged={SUPPORT: _supports(rows, completions)})
+    for column in experts:
+        none = torch.empty((0, *column.shape), dtype=column.dtype)
+        chosen = [c.experts for c in completions if c.experts is not None]
+        if len(chosen) < len(completions):
+            raise ValueError(
+                "algorithm.routing_replay=true, but the rollout's engine records no experts: set "
+                "rollout.engine=native, or the other to false"
+            )
+        batch = batch.with_columns(tokens={column.name: torch.cat([none, *chosen])})
+    if any(completion.finish == "aborted" for completion in completions):
+        return Interrupted(part=Part(rows=batch, state=engine.aborted_state()))
+    return batch
+
+
+def _begun(part: Part) -> dict[tuple[int, int], Completion]:
+    """(prompt id, sample) -> the tokens that a stopped call has drawn of it."""
+    if part.rows is None:
+        return {}
+    finishes = {code: finish for finish, code in _FINISH.items()}
+    found = {}
+    for row in part.rows.split_rows():
+        mask = row["loss_mask"]
+        key = int(row["prompt_ids"]), int(row["sample_index"])
+        found[key] = Completion(
+            tokens=tuple(row["tokens"][mask].tolist()),
+            logprobs=tuple(row["rollout_logprobs"][mask].tolist()),
+            finish=finishes[int(row["finish"])],
+            margins=tuple(row["margins"][mask].tolist()) if "margins" in row else (),
+            experts=row.tokens.get(EXPERT_CHOICES),
+            support=row.ragged[SUPPORT].select(mask.nonzero().flatten())
+            if SUPPORT in row.ragged
+            else None,
+        )
+    return found
+
+
+def _supports(prompts: Batch, completions: list[Completion]) -> Ragged:
+    """The tokens that each token was drawn from; none for a prompt's tokens."""
+    counts, values = [torch.zeros(0, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int32)]
+    for length, answer in zip(prompts.lengths.tolist(), completions, strict=True):
+        if answer.support is None:
+            raise ValueError("sampling.support=True, but the rollout's engine records no tokens")
+        counts += [torch.zeros(length, dtype=torch.int32), answer.support.counts]
+        values.append(answer.support.values)
+    return Ragged(counts=torch.cat(counts), values=torch.cat(values))
+
+
+def _completed(prompts: Batch, completions: list[Completion], *, with_margins: bool) -> Batch:
+    sequences, logprobs, masks, margins = [], [], [], []
+    for prompt, answer in zip(
+        torch.split(prompts["tokens"], prompts.lengths.tolist()), completions, strict=True
+    ):
+        zeros = [0.0] * len(prompt)
+        sequences.append([*prompt.tolist(), *answer.tokens])
+        logprobs += [*zeros, *answer.logprobs]
+        masks += [False] * len(prompt) + [True] * len(answer.tokens)
+        margins += [*zeros, *answer.margins]
+    counts = torch.tensor([len(c.tokens) for c in completions], dtype=torch.int64)
+    batch = from_rows(sequences)
+    asked = {"margins": torch.tensor(margins, dtype=torch.float32)} if with_margins else {}
+    return replace(
+        batch,
+        tokens={
+            **batch.tokens,
+            **asked,
+            "rollout_logprobs": torch.tensor(logprobs, dtype=torch.float32),
+            "loss_mask": torch.tensor(masks, dtype=torch.bool),
+        },
+        rows={
+            "prompt_lengths": prompts.lengths,
+            "response_lengths": counts,
+            "finish": torch.tensor([_FINISH[c.finish] for c in completions], dtype=torch.int64),
+            # identifies the rows if the call is stopped
+            "prompt_ids": prompts["prompt_ids"],
+            "sample_index": prompts["sample_index"],
+        },
+    )

@@ -1,0 +1,233 @@
+"""The two role calls on a train backend: reading columns from a model, and updating it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from torch import Tensor
+
+from spmdrl.algorithms.metrics import combine
+from spmdrl.batch import Batch
+from spmdrl.distributed.exchange import Column
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.distributed.minibatches import into_minibatches
+from spmdrl.distributed.reduce import group_any, group_sums
+from spmdrl.keyed_random import key64
+from spmdrl.memory.call_memory import Turns
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.routing import EXPERT_CHOICES
+from spmdrl.roles.calls import Call
+from spmdrl.roles.kept import Part
+from spmdrl.roles.ledger import Interrupted, Stint
+from spmdrl.training.protocol import NO_GRADIENT, LossFn, TrainBackend
+from spmdrl.training.readout import Readout
+from spmdrl.training.support import SUPPORT
+
+PACKING = ("tokens", "prompt_lengths", "prompt_ids", "loss_mask")
+"""The columns that a backend packs its rows from."""
+
+WEIGHTS, OPTIMIZER = "weights", "optimizer"
+"""The parts of a trained model, as a role's `memory` section names them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """Schedule of an update over its rows.
+
+    Args:
+        seed, step: keys of minibatch membership and order, together with the prompt ids.
+        epochs: passes over the rows.
+        num_minibatches: optimizer steps per pass; groups (rows of one prompt id) stay whole.
+        temperature: sampling temperature, so that log-probabilities are those of the sampler.
+        columns: the columns that the loss reads, in addition to the packed rows themselves.
+        whole_groups: microbatches keep groups whole too, for losses that compare their rows.
+    """
+
+    seed: int
+    step: int
+    epochs: int = 1
+    num_minibatches: int = 1
+    temperature: float = 1.0
+    columns: tuple[str, ...] = ()
+    whole_groups: bool = False
+
+
+UpdateRecords = list[dict[str, float]]
+"""Metric sums of each minibatch of an update, in order; equal on every rank."""
+
+
+class ModelRole(Protocol):
+    """A role with a model on a train backend."""
+
+    name: str
+    mesh: Mesh
+    config: ModelConfig
+    backend: TrainBackend | None
+    memory: Turns | None
+
+
+def replayed(batch: Batch) -> tuple[str, ...]:
+    """The column with the rollout's expert choices, if the batch has it; only for the policy."""
+    return (EXPERT_CHOICES,) if EXPERT_CHOICES in batch else ()
+
+
+def supported(batch: Batch) -> tuple[str, ...]:
+    """The column with the tokens that each one was drawn from, if the batch has it: any model's
+    log-probabilities are then over the same tokens.
+    """
+    return (SUPPORT,) if SUPPORT in batch else ()
+
+
+def read_call(
+    role: ModelRole,
+    method: str,
+    batch: Batch,
+    readout: Readout,
+    names: Sequence[str],
+    more: tuple[str, ...] = (),
+) -> Call[Batch]:
+    """A forward pass; the readout's columns come home under `names`.
+
+    Args:
+        more: columns that travel in addition to the packed rows themselves.
+    """
+
+    def compute(rows: Batch, stint: Stint) -> Batch:
+        count = len(rows)
+        result = _backend(role).forward(
+            rows, readout, progress=lambda done, of: stint.report(count * done // of, count)
+        )
+        columns = {
+            name: result[column].cpu() for name, column in zip(names, readout.columns, strict=True)
+        }
+        if readout.is_per_token:
+            return Batch(lengths=rows.lengths, tokens=columns)
+        return Batch(lengths=rows.lengths, rows=columns)
+
+    return Call(
+        role=role,
+        method=method,
+        batch=batch,
+        needs=(*PACKING, *more),
+        returns=tuple(
+            Column(name=name, kind="token" if readout.is_per_token else "row") for name in names
+        ),
+        compute=compute,
+        finish=lambda home: home,
+        uses=((role.name, WEIGHTS),),
+        atom=batch["prompt_ids"],
+        order=row_order(batch),
+        settings={"readout": readout},
+    )
+
+
+def update_call(
+    role: ModelRole,
+    batch: Batch,
+    loss_fn: LossFn,
+    readout: Readout,
+    update: Update,
+    then: Callable[[UpdateRecords], UpdateRecords] = lambda records: records,
+) -> Call[UpdateRecords]:
+    """All minibatches of all epochs in one call; `then` gets the records on every rank.
+
+    Rows need `tokens`, `prompt_lengths`, `prompt_ids`, `loss_mask`, the row column `loss_share`
+    (the row's contribution to the normaliser), and the columns that the loss reads.
+    """
+
+    def compute(rows: Batch, stint: Stint) -> UpdateRecords | Interrupted:
+        return _run_update(_backend(role), rows, loss_fn, readout, update, stint)
+
+    return Call(
+        role=role,
+        method="update",
+        batch=batch,
+        needs=(*PACKING, "loss_share", *update.columns),
+        returns=(),
+        compute=compute,
+        finish=then,
+        uses=((role.name, WEIGHTS), (role.name, OPTIMIZER)),
+        writes=True,
+        atom=batch["prompt_ids"],
+        order=row_order(batch),
+        arrange=into_minibatches(update.num_minibatches, seed=update.seed, step=update.step),
+        settings={"readout": readout, "update": update},
+    )
+
+
+def row_order(batch: Batch) -> Tensor:
+    """Sort keys that order rows by (prompt id, sample): int64 `[B]`."""
+    return batch["prompt_ids"] * (1 << 20) + batch["sample_index"]
+
+
+def _backend(role: ModelRole) -> TrainBackend:
+    assert role.backend is not None, f"role {role.name!r} has no backend on this rank"
+    return role.backend
+
+
+def _run_update(
+    backend: TrainBackend,
+    rows: Batch,
+    loss_fn: LossFn,
+    readout: Readout,
+    update: Update,
+    stint: Stint,
+) -> UpdateRecords | Interrupted:
+    """Run the minibatches that an earlier stint has left; it can stop between two of them."""
+    done, records = 0, []
+    if stint.begun is not None:
+        done, records = stint.begun.values["minibatches"], list(stint.begun.values["records"])
+    left = _minibatches(update)[done:]
+    seen, count = 0, sum(int((rows["minibatch"] == m).sum()) for m in left)  # of rows
+    for minibatch in left:
+        if group_any(stint.should_stop(), backend.mesh.group("all")):
+            return Interrupted(part=Part(values={"minibatches": done, "records": records}))
+        done += 1
+        part = rows.select((rows["minibatch"] == minibatch).nonzero().flatten())
+        report = partial(_report, stint, seen, len(part), count)
+        seen += len(part)
+        places = float(part["loss_mask"].sum()) if readout.is_per_token else float(len(part))
+        own = [float(part["loss_share"].sum()), places]
+        normaliser, num_places = group_sums(own, backend.mesh.group("dp"))
+        stint.beat()
+        if normaliser == 0 or num_places == 0:  # nothing to learn from or to average
+            continue
+        sums = backend.forward_backward(
+            part,
+            loss_fn,
+            readout,
+            normaliser=normaliser,
+            whole_groups=update.whole_groups,
+            progress=report,
+        )
+        step = backend.optim_step()
+        records.append(
+            combine([sums])
+            | {
+                "grad_norm": step.grad_norm,
+                "lr": step.lr,
+                "skipped": float(step.skipped),
+                NO_GRADIENT: float(step.no_gradient),
+            }
+        )
+    return records
+
+
+def _report(stint: Stint, seen: int, own: int, count: int, done: int, of: int) -> None:
+    """Report the rows done of `count`: `seen`, and `done` / `of` of a minibatch of `own` rows."""
+    stint.report(seen + own * done // of, count)
+
+
+def _minibatches(update: Update) -> list[int]:
+    """The minibatch of every optimizer step, in another keyed order in each epoch."""
+    return [
+        minibatch
+        for epoch in range(update.epochs)
+        for minibatch in sorted(
+            range(update.num_minibatches),
+            key=lambda m: key64(update.seed, update.step, epoch, m),
+        )
+    ]

@@ -1,0 +1,203 @@
+"""`PolicySync`: brings a policy's update to the engine that samples from it, and proves it.
+
+The engine's weights are proved in three ways. After every sync that moved something, sums of all
+tensors are compared, and so are both sides' log-probabilities of a few fixed rows (the canary).
+After the first sync and some others, checksums of every cell are compared.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from spmdrl.memory.call_memory import Turns
+from spmdrl.roles.canary import Canary
+from spmdrl.roles.generation import Rollout
+from spmdrl.roles.handles import Policy
+from spmdrl.roles.model_calls import WEIGHTS
+from spmdrl.weights.layout import LocalTensors, Table, WeightLayout
+from spmdrl.weights.plan import SyncPlan
+from spmdrl.weights.proof import first_difference
+from spmdrl.weights.sync import WeightSync
+
+Metrics = dict[str, float]
+
+SYNC = "sync"
+"""The call's name in the memory plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncState:
+    """State of the syncs within a step.
+
+    Args:
+        step: the step.
+        done: number of runs in the step.
+        metrics: metrics of the last run.
+        held: the checkpoint holds the engine's own weights, which are those of the last run,
+            because the policy has moved on.
+    """
+
+    step: int = -1
+    done: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    held: bool = False
+
+
+class PolicySync:
+    """Makes the rollout's weights those of the policy, and records the version on every rank.
+
+    `rollout.version` becomes `policy.version`, and every sample carries it as `weight_version`. The
+    sync is a call of both roles: the weights of both are on the device while it runs, or the
+    policy's are read from the host.
+
+    Args:
+        streams: the policy's weights need not be on this rank's device.
+        check_every: compare checksums after the first sync and then every N syncs, and sums after
+            the others; 0 compares neither.
+        canary: scores fixed rows, or None.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        rollout: Rollout,
+        weights: WeightSync,
+        turns: Turns,
+        *,
+        streams: bool = False,
+        check_every: int = 0,
+        canary: Canary | None = None,
+    ) -> None:
+        self._policy, self._rollout = policy, rollout
+        self._weights, self._turns, self._memory = weights, turns, turns.residency
+        self._streams, self._check_every, self._canary = streams, check_every, canary
+        self._count = 0
+        self._metrics: Metrics = {}
+        self._done = 0
+        """Number of runs in the step so far."""
+        self._resumed = SyncState()
+
+    @property
+    def plan(self) -> SyncPlan:
+        return self._weights.plan
+
+    def run(self) -> None:
+        """Run the sync. Every rank of the world calls it.
+
+        Raises:
+            ValueError: the engine does not hold the policy's weights (the first tensor that differs
+                is named), or computes other log-probabilities from the same weights.
+        """
+        policy, rollout = self._policy, self._rollout
+        self._done += 1
+        again = self._done <= self._resumed.done
+        # the engine's own weights came from a checkpoint, and the policy has changed since
+        if not (again and self._resumed.held):
+            self._move_and_prove()
+        if again:
+            self._metrics = dict(self._resumed.metrics)
+        rollout.version = policy.version
+
+    def _move_and_prove(self) -> None:
+        is_first, self._count = self._count == 0, self._count + 1
+        if not (is_first or self.plan.moves):
+            return
+        if self._canary is not None:
+            self._canary.ask(self._policy)  # first, while the policy's weights are still there
+        self._move()
+        if self._check_every:
+            self._compare(in_full=(self._count - 1) % self._check_every == 0)
+        if self._canary is not None:
+            self._prove(self._canary)
+
+    # State for checkpoints within a step
+
+    def begin_step(self, step: int) -> None:
+        """Count runs from 0 again; the runs of an earlier step are not repeated."""
+        self._done = 0
+        if step != self._resumed.step:
+            self._resumed = SyncState()
+
+    def state(self, step: int, *, held: bool) -> SyncState:
+        """The state to save; `held`: the engine's own weights are saved too, as they are now."""
+        return SyncState(step=step, done=self._done, metrics=self._metrics, held=held)
+
+    def resume(self, state: SyncState) -> None:
+        """Resume in the step in which a stop had left the sync."""
+        self._resumed = state
+
+    def can_hold(self) -> bool:
+        """Whether this rank's engine has no weights of its own, or keeps them between its calls."""
+        return not self.own_tensors() or not self._memory.drops(self._rollout.name, WEIGHTS)
+
+    def own_tensors(self) -> LocalTensors:
+        """This rank's engine weights that are not the policy's own tensors."""
+        engine = self._rollout.engine
+        shared = self.plan.shared.get(self._weights.rank, frozenset())
+        tensors = {} if engine is None else engine.local_tensors()
+        return {name: held for name, held in tensors.items() if name not in shared}
+
+    def own_layout(self, layout: WeightLayout) -> dict[int, Table]:
+        """The tables of every rank's own engine weights, out of `layout`, the rollout's."""
+        shared = self.plan.shared
+        return {
+            rank: {n: held for n, held in table.items() if n not in shared.get(rank, frozenset())}
+            for rank, table in layout.items()
+        }
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Let the block write `own_tensors` by other means than a sync."""
+        has_own = self._rollout.memory is not None and bool(self.own_tensors())
+        parts = [(self._rollout.name, WEIGHTS)] if has_own else []
+        self._memory.prepare([], fills=parts)
+        yield
+        for part in parts:
+            self._memory.filled(*part)
+
+    def take_metrics(self) -> Metrics:
+        """Metrics of the last sync, empty if it moved no weights (`gb` is over all receivers)."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    def _move(self) -> None:
+        policy, rollout = self._policy, self._rollout
+        needs = [(policy.name, WEIGHTS)] if policy.mesh.is_member and not self._streams else []
+        fills = [(rollout.name, WEIGHTS)] if rollout.mesh.is_member else []
+        gigabytes, began = self._weights.moved_bytes / 1e9, time.perf_counter()
+        if self._weights.has_work:
+            self._turns.begin(SYNC, needs, fills=fills)
+            self._weights.run()
+            for part in fills:
+                self._memory.filled(*part)
+        if self.plan.moves:
+            self._metrics = {"sync/gb": gigabytes}
+            self._metrics["sync/gb_per_s"] = gigabytes / (time.perf_counter() - began)
+
+    def _compare(self, *, in_full: bool) -> None:
+        """Compare sums of tensors first, which are cheap; if they differ, checksums locate it."""
+        if not in_full and not (differing := self._weights.sums.differing()):
+            return
+        found = first_difference(self._weights)
+        if found is not None:
+            raise ValueError(f"weight sync {self._count}: {found}")
+        assert in_full, f"sums of {differing} differ, and no checksum does"
+
+    def _prove(self, canary: Canary) -> None:
+        gap = canary.gap(self._rollout)
+        if self.plan.moves:
+            self._metrics["sync/canary_gap"] = gap
+        if not canary.accepts(gap):
+            found = first_difference(self._weights)
+            if found is None:
+                found = (
+                    "every tensor is the policy's, bit for bit: the engine computes something else "
+                    "(a cache of old weights, another architecture, graphs over freed memory)"
+                )
+            raise ValueError(
+                f"weight sync {self._count}: the canary's log-probabilities of engine and policy "
+                f"differ by {gap:.2e} on average, where {canary.limit:.2e} is expected: {found}"
+            )

@@ -1,0 +1,35 @@
+"""`Assembly`: the working roles of a run, and what every rank holds of their models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from spmdrl.memory.residency import Residency
+from spmdrl.roles.calls import Role
+from spmdrl.roles.handles import Rollout
+from spmdrl.roles.model_calls import ModelRole
+from spmdrl.roles.policy_sync import PolicySync
+from spmdrl.weights.layout import WeightLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """Roles by name, the slices of their models on each rank, and the syncs between them.
+
+    Args:
+        trained: the roles that have an optimizer.
+    """
+
+    roles: Mapping[str, Role]
+    trained: Mapping[str, ModelRole]
+    layouts: Mapping[str, WeightLayout]
+    state_layouts: Mapping[str, WeightLayout]
+    syncs: Mapping[tuple[str, str], PolicySync]
+    memory: Residency
+
+    def close(self) -> None:
+        """Close the engines after a run without errors, before the process groups end."""
+        for role in self.roles.values():
+            if isinstance(role, Rollout) and role.engine is not None:
+                role.engine.close()

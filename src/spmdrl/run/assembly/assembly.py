@@ -1,0 +1,386 @@
+"""Assembly of working roles from a configuration: meshes, backends, engine, weight sync.
+
+Every rank runs all of this, whether it belongs to a role or not: meshes are made collectively.
+Models are checked before the first mesh, so that bad input fails at once on every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from spmdrl.config.sections import Config
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.memory.call_memory import Turns, planned_turns
+from spmdrl.memory.residency import Residency
+from spmdrl.memory.storages import live_bytes
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.files.hf import TensorSource, fill, open_model
+from spmdrl.models.files.token_texts import TokenTexts
+from spmdrl.placement import Placement, place_roles
+from spmdrl.planning.engines import check_installed, engine_parts, is_vllm
+from spmdrl.planning.plan import (
+    KINDS,
+    RolePlan,
+    check_model,
+    frozen_names,
+    megatron_options,
+    plan_roles,
+    role_head,
+    training_dtype,
+    uses_megatron,
+)
+from spmdrl.roles.calls import Role
+from spmdrl.roles.canary import Canary
+from spmdrl.roles.custom import DECLARED, CustomRole, RoleContext, declared_bytes
+from spmdrl.roles.generation import GRAPHS, KV_CACHE
+from spmdrl.roles.handles import Policy, Rollout
+from spmdrl.roles.model_calls import WEIGHTS, ModelRole
+from spmdrl.roles.policy_sync import PolicySync
+from spmdrl.rollout.protocol import RolloutEngine
+from spmdrl.rollout.vllm_engine import VllmEngine
+from spmdrl.run.assembled import Assembly
+from spmdrl.run.assembly.make_engine import make_engine
+from spmdrl.training.options import TrainOptions
+from spmdrl.training.protocol import TrainBackend
+from spmdrl.training.torch_backend import TorchBackend
+from spmdrl.weights.sync import WeightSync
+from spmdrl.world import World
+
+if TYPE_CHECKING:
+    from spmdrl.training.megatron.backend import MegatronBackend
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A role's model: configuration and weights."""
+
+    config: ModelConfig
+    weights: TensorSource
+
+
+def open_models(config: Config, placements: Mapping[str, Placement]) -> dict[str, Model]:
+    """Open every role's model and check it against its parallel degrees, without a collective.
+
+    Raises:
+        ValueError: missing or foreign files, an unsupported architecture, a degree that does not
+            divide the model.
+    """
+    models = {}
+    said: set[str] = set()
+
+    def warn(text: str) -> None:
+        if text not in said and not (dist.is_initialized() and dist.get_rank()):
+            log.warning("%s", text)
+        said.add(text)
+
+    for name, role in config.roles.items():
+        if ":" in config.role_kind(name):
+            continue
+        shape, weights = open_model(
+            config.model_path(name),
+            head=role_head(config, name),
+            head_init=role.head,
+            use_tiny=config.model.tiny,
+            seed=config.seed,
+            warn=warn,
+        )
+        models[name] = Model(config=shape, weights=weights)
+        check_model(config, name, placements[name], shape)
+    return models
+
+
+def assemble(
+    config: Config,
+    world: World,
+    models: Mapping[str, Model],
+    texts: TokenTexts | None,
+    progress: Callable[[int, int], None] | None = None,
+    plan: RolePlan | None = None,
+) -> Assembly:
+    """Make every role on every rank, in the configuration's order.
+
+    Each role's parts move to their place (host or device) before the next role is built, so that
+    the start needs no more memory than the run.
+
+    Args:
+        texts: texts of tokens, for rollouts; None: no stop texts.
+        plan: plan of the same configuration, placements and models; None: it is made here.
+
+    Raises:
+        ValueError: an engine is not installed or does not support the model; on every rank.
+    """
+    placements = place_roles(config, world.size, world.local_size)
+    shapes = {name: model.config for name, model in models.items()}
+    if plan is None:
+        plan = plan_roles(
+            config, placements, shapes, world.device_types, world.local_size, world.gpu_bytes
+        )
+    for name, shape in shapes.items():
+        check_installed(config, name, shape)
+    meshes = {
+        name: Mesh(name, p.ranks, p.degrees, plan.devices[name].type)
+        for name, p in placements.items()
+    }
+    builder = _Builder(config, world, plan)
+    # rollouts last: they may use the tensors of the policy
+    for name in sorted(config.roles, key=lambda n: config.role_kind(n) == "rollout"):
+        kind, mesh = config.role_kind(name), meshes[name]
+        if ":" in kind:
+            builder.add_custom(name, mesh)
+        elif kind == "rollout":
+            builder.add_rollout(name, mesh, models[name], texts, progress)
+        else:
+            builder.add_model(name, mesh, models[name])
+    return builder.assembly()
+
+
+class _Builder:
+    """Builder of roles, one after the other; it registers their parts."""
+
+    def __init__(self, config: Config, world: World, plan: RolePlan) -> None:
+        self._config, self._world, self._plan = config, world, plan
+        own = plan.memory.get(world.rank)  # a rank may have no role
+        self._policies = {} if own is None else own.plan.policies
+        capacity = None if own is None else own.plan.capacity
+        self._residency = Residency(world.device, capacity=capacity)
+        self._turns = Turns(residency=self._residency)
+        if own is not None:
+            self._turns = planned_turns(self._residency, own.plan, own.working_bytes)
+        self._roles: dict[str, Role] = {}
+        self._trained: dict[str, ModelRole] = {}
+        self._syncs: dict[tuple[str, str], PolicySync] = {}
+
+    def _device(self, name: str) -> torch.device:
+        """The device of the role on this rank."""
+        on_cuda = self._plan.devices[name].type == "cuda"
+        return self._world.device if on_cuda else torch.device("cpu")
+
+    def _turns_of(self, name: str) -> Turns | None:
+        """None for a role on the host of a rank with a GPU: it shares no device memory."""
+        shares = self._plan.devices[name].type == self._world.device.type
+        return self._turns if shares else None
+
+    def add_model(self, name: str, mesh: Mesh, model: Model) -> None:
+        options = train_options(
+            self._config, name, self._device(name), model.config, self._plan.blocks[name]
+        )
+        backend = _backend(self._config, self._device(name), name, mesh, model, options)
+        kind, turns = KINDS[self._config.role_kind(name)], self._turns_of(name)
+        role = kind.make(name, mesh, model.config, backend, turns)
+        self._roles[name] = role
+        trained = self._config.is_trained(name)
+        if trained:
+            self._trained[name] = role
+        if backend is None or turns is None:
+            return
+        for part, tensors in backend.parts().items():
+            self._residency.register(
+                name,
+                part,
+                tensors=tensors,
+                policy=self._policies[name, part],
+                frozen=not trained,
+            )
+        self._residency.settle()
+
+    def add_rollout(
+        self,
+        name: str,
+        mesh: Mesh,
+        model: Model,
+        texts: TokenTexts | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        config, device, turns = self._config, self._device(name), self._turns_of(name)
+        moves = turns is not None and mesh.is_member and self._policies[name, WEIGHTS] != "keep"
+        engine = make_engine(
+            config,
+            name,
+            model.config,
+            mesh,
+            device,
+            training_dtype(config, device),
+            texts,
+            sleeps=moves,
+        )
+        captured = engine is not None and engine.captures_graphs
+        parts = engine_parts(config, name, device, captures_graphs=captured)
+        role = Rollout(name, mesh, model.config, engine, progress, turns, parts)
+        self._roles[name] = role
+        policy = next((r for r in self._roles.values() if isinstance(r, Policy)), None)
+        layouts, rank = self._plan.layouts, self._world.rank
+        if policy is not None:
+            self._syncs[policy.name, name] = self._sync(policy, role, engine)
+        elif engine is not None:
+            # without a policy the rollout reads its model's files
+            table = layouts[name][rank].items()
+            fill(((engine.allocate(n), held.slices) for n, held in table), model.weights)
+        if engine is not None and turns is not None:
+            self._register_engine(name, engine)
+            self._residency.settle()
+
+    def _sync(self, policy: Policy, role: Rollout, engine: RolloutEngine | None) -> PolicySync:
+        plan, world, config = self._plan, self._world, self._config
+        rollout = config.rollout
+        source, target = plan.layouts[policy.name], plan.layouts[role.name]
+        weights = WeightSync(
+            plan.syncs[role.name],
+            source.get(world.rank, {}),
+            target.get(world.rank, {}),
+            {} if policy.backend is None else policy.backend.local_tensors(),
+            engine,
+            # a world of gloo alone sends from the host
+            world.device if set(world.device_types) == {"cuda"} else torch.device("cpu"),
+            read=self._residency.view,
+            keeps_frozen=not any(
+                memory.plan.policies.get((role.name, WEIGHTS)) == "drop"
+                for memory in plan.memory.values()
+            ),
+        )
+        canary = Canary(
+            world,
+            num_replicas=len(role.mesh.replicas()),
+            vocab_size=role.config.vocab_size,
+            dtype=training_dtype(self._config, self._plan.devices[role.name]),
+            # vLLM scores rows only at temperature 1
+            temperature=1.0 if is_vllm(config, role.name) else config.sampling.temperature,
+        )
+        own = plan.memory.get(world.rank)
+        return PolicySync(
+            policy,
+            role,
+            weights,
+            self._turns,
+            streams=own is not None and own.streams,
+            check_every=rollout.sync_check_every,
+            canary=canary if rollout.sync_check_every else None,
+        )
+
+    def _register_engine(self, name: str, engine: RolloutEngine) -> None:
+        tensors = [tensor for tensor, _ in engine.local_tensors().values()]
+        policies, residency = self._policies, self._residency
+        if isinstance(engine, VllmEngine) and policies[name, WEIGHTS] != "keep":
+            residency.register_foreign(
+                name,
+                WEIGHTS,
+                num_bytes=live_bytes(tensors) + engine.cache_bytes(),
+                leave=engine.sleep,
+                bring=engine.wake,
+                policy=policies[name, WEIGHTS],
+            )
+            return
+        residency.register(name, WEIGHTS, tensors=tensors, policy=policies[name, WEIGHTS])
+        residency.register_droppable(
+            name,
+            KV_CACHE,
+            drop=engine.release_cache,
+            num_bytes=engine.cache_bytes,
+            policy=policies[name, KV_CACHE],
+        )
+        if engine.captures_graphs:
+            residency.register_droppable(
+                name,
+                GRAPHS,
+                drop=engine.release_graphs,
+                num_bytes=engine.graph_bytes,
+                policy=policies[name, GRAPHS],
+                holds=((name, WEIGHTS), (name, KV_CACHE)),
+            )
+
+    def add_custom(self, name: str, mesh: Mesh) -> None:
+        user, turns = self._plan.users[name], self._turns_of(name)
+        self._roles[name] = CustomRole(name, mesh, user, turns)
+        if mesh.is_member:
+            user.setup(
+                RoleContext(
+                    name=name,
+                    mesh=mesh,
+                    device=self._device(name),
+                    model=self._config.model_path(name),
+                    seed=self._config.seed,
+                )
+            )
+            if turns is not None and (size := declared_bytes(user)) is not None:
+                self._residency.register_fixed(name, DECLARED, num_bytes=size)
+
+    def assembly(self) -> Assembly:
+        return Assembly(
+            roles={name: self._roles[name] for name in self._config.roles},
+            trained=self._trained,
+            layouts=self._plan.layouts,
+            state_layouts=self._plan.state_layouts,
+            syncs=self._syncs,
+            memory=self._residency,
+        )
+
+
+def _backend(
+    config: Config,
+    device: torch.device,
+    name: str,
+    mesh: Mesh,
+    model: Model,
+    options: TrainOptions,
+) -> TrainBackend | None:
+    if not mesh.is_member:
+        return None
+    trainable, head = config.is_trained(name), role_head(config, name)
+    if uses_megatron(config, name):
+        return import_backend()(
+            mesh,
+            model.config,
+            model.weights,
+            options,
+            device,
+            megatron_options(config, name),
+            trainable=trainable,
+            head=head,
+        )
+    return TorchBackend(
+        mesh, model.config, model.weights, options, device, trainable=trainable, head=head
+    )
+
+
+def import_backend() -> type[MegatronBackend]:
+    """Import the Megatron backend's class, and megatron-core with it, only when it is needed."""
+    with warnings.catch_warnings():
+        # it warns several times that TransformerEngine and apex are missing, which is expected
+        warnings.filterwarnings("ignore", message=".*[Aa]pex (is|are) not installed")
+        from spmdrl.training.megatron.backend import MegatronBackend
+    return MegatronBackend
+
+
+def train_options(
+    config: Config, name: str, device: torch.device, shape: ModelConfig, blocks: int
+) -> TrainOptions:
+    train = config.train_section(name)
+    return TrainOptions(
+        microbatch_tokens=train.microbatch_tokens,
+        share_prompts=train.share_prompts,
+        recompute=train.recompute,
+        attention=config.model.attention,
+        lr=train.lr,
+        schedule=train.schedule,
+        warmup_steps=train.warmup_steps,
+        # there are none if the value's warm-up takes the whole run
+        total_steps=max(1, config.num_optimizer_steps(name)),
+        min_lr_ratio=train.min_lr_ratio,
+        betas=train.betas,
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+        clip_norm=train.clip_norm,
+        head_chunk=train.head_chunk,
+        balance_coef=train.balance_coef,
+        param_dtype=training_dtype(config, device),
+        frozen=frozen_names(config, name, shape),
+        blocks=blocks,
+    )

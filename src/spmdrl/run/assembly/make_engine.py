@@ -1,0 +1,113 @@
+"""Construction of a rollout's engine on this rank."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from spmdrl.config.sections import Config
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.distributed.parallel import Parallel
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.files.token_texts import TokenTexts
+from spmdrl.planning.engines import ends_of_text, is_vllm, vllm_cache
+from spmdrl.rollout.native.engine import NativeEngine
+from spmdrl.rollout.native.workspace import NativeOptions
+from spmdrl.rollout.protocol import RolloutEngine
+from spmdrl.rollout.vllm_engine import VllmEngine
+from spmdrl.rollout.vllm_requests import VllmOptions
+
+log = logging.getLogger(__name__)
+
+
+def make_engine(
+    config: Config,
+    name: str,
+    shape: ModelConfig,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    texts: TokenTexts | None,
+    *,
+    sleeps: bool,
+) -> RolloutEngine | None:
+    """Make the rollout's engine on this rank; None outside it. Every rank calls it.
+
+    Args:
+        texts: texts of tokens, or None for no stop texts and only the ends of text of `shape`.
+        sleeps: on CUDA, its weights do not stay on the device.
+    """
+    if not mesh.is_member:
+        return None
+    tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
+    ep = Parallel(rank=mesh.coordinate("ep"), size=mesh.size("ep"))
+    eos = ends_of_text(shape, texts)
+    if is_vllm(config, name):
+        if device.type == "cpu":
+            log.info(
+                "vLLM cannot free memory on a CPU: roles.%s.memory is keep for all its parts", name
+            )
+        return VllmEngine(
+            shape,
+            options=_vllm_options(config, shape, mesh, device, dtype, sleeps=sleeps),
+            tp=tp,
+            device=device,
+            dtype=dtype,
+            eos_token_ids=eos,
+            texts=texts,
+        )
+    return NativeEngine(
+        shape,
+        tp=tp,
+        ep=ep,
+        options=_native_options(config, device),
+        device=device,
+        dtype=dtype,
+        eos_token_ids=eos,
+        texts=texts,
+    )
+
+
+def _native_options(config: Config, device: torch.device) -> NativeOptions:
+    rollout, keep = config.rollout, config.checkpoint.journal_kv
+    return NativeOptions(
+        kv_cache_gb=rollout.kv_cache_gb,
+        block_size=rollout.block_size,
+        max_running=rollout.max_running,
+        prefill_tokens=rollout.prefill_tokens,
+        cuda_graphs=rollout.cuda_graphs,
+        keeps_aborted=device.type == "cpu" if keep == "auto" else keep,
+    )
+
+
+def _vllm_options(
+    config: Config,
+    shape: ModelConfig,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    sleeps: bool,
+) -> VllmOptions:
+    replicas, tp = len(mesh.replicas()), mesh.size("tp")
+    cache = vllm_cache(config, shape, dtype, device.type, num_replicas=replicas, tp=tp)
+    return VllmOptions(
+        kv_cache_bytes=cache.num_bytes,
+        max_length=cache.longest,
+        block_size=config.rollout.block_size,
+        max_running=config.rollout.max_running,
+        prefill_tokens=config.rollout.prefill_tokens,
+        cuda_graphs=config.rollout.cuda_graphs,
+        sleeps=sleeps,
+        cache_mend=_mend(config),
+    )
+
+
+def _mend(config: Config) -> str:
+    if config.rollout.kv_cache_gb == "auto":
+        return (
+            "vLLM is started for data.train.max_tokens and sampling.max_tokens (or those of "
+            "evaluation), raise them"
+        )
+    return f"raise rollout.kv_cache_gb={config.rollout.kv_cache_gb}"

@@ -1,0 +1,318 @@
+"""Inputs that a run reads before it starts: tokenizer and data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from spmdrl.config.data import DataKind, PromptsSection
+from spmdrl.config.data_sets import HELD_OUT, HeldOutSet, held_out_sets, train_sources, uses_chat
+from spmdrl.config.sections import Config, SamplingSection
+from spmdrl.data.conversations import ConversationSet, load_conversations
+from spmdrl.data.encode import tells_time
+from spmdrl.data.examples import ExampleSource, Report, unreported
+from spmdrl.data.preferences import PairSet, load_preferences
+from spmdrl.data.prompt_source import PromptSource
+from spmdrl.data.prompts import PromptSet, join_prompts, load_prompts
+from spmdrl.data.split import limited, split, split_examples, without_overlap
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.files.token_texts import Decode, TokenTexts, token_texts
+from spmdrl.models.files.tokenizer_files import notes
+from spmdrl.models.files.tokenizers import check_tokenizer, difference, load_tokenizer
+from spmdrl.planning.engines import is_vllm
+from spmdrl.rollout.sampling import MAX_SUPPORT, SamplingParams
+from spmdrl.rollout.vllm_requests import SUPPORT_NEEDS_TOP_K
+from spmdrl.run.response_ends import check_ends, check_lengths
+
+log = logging.getLogger(__name__)
+
+AnySet = PromptSet | ConversationSet | PairSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Tokenizer, texts of its tokens, and data: prompts, conversations or preference pairs.
+
+    Args:
+        shares: (items, weight) of each source of the training data.
+        held_out: name -> set.
+        now: the time that chat templates are given.
+        tell_time: whether a chat template writes it.
+    """
+
+    tokenizer: Any
+    texts: TokenTexts
+    train: AnySet
+    shares: tuple[tuple[int, float], ...]
+    held_out: Mapping[str, AnySet]
+    now: datetime
+    tell_time: bool = False
+
+    @property
+    def decode(self) -> Decode:
+        """Function from token ids to text, without special tokens."""
+        return self.texts.decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """Values needed to read the sets that sections describe.
+
+    Args:
+        now: the time that chat templates are given.
+        report: called with the progress in the source being read.
+    """
+
+    tokenizer: Any
+    now: datetime
+    report: Report = unreported
+
+
+def read_inputs(
+    config: Config,
+    kind: DataKind = "prompts",
+    report: Report = unreported,
+    clock: Callable[[], datetime] = datetime.now,
+) -> Inputs:
+    """Read and tokenise everything; ValueError as in `spmdrl.data`'s loaders and `data.split`.
+
+    Args:
+        report: called with the progress in the source being read.
+        clock: gives the time for chat templates, called if one of them writes the date.
+    """
+    tokenizer = load_tokenizer(config.model.path)
+    for note in notes(Path(config.model.path), tokenizer):
+        log.warning("%s", note)
+    is_dated = tell_time(config, tokenizer)
+    now = clock() if is_dated else datetime.now()
+    reading = Reading(tokenizer=tokenizer, now=now, report=report)
+    sections = train_sources(config)
+    keys = ["data.train", *(f"data.mix.{i}" for i in range(len(sections) - 1))]
+    sources = [load_data(*given, kind, reading) for given in zip(keys, sections, strict=True)]
+    held_out: dict[str, AnySet] = {}
+    evaluation, seed = config.evaluation, config.seed
+    if evaluation.held_out:
+        divide = split if kind == "prompts" else split_examples
+        most = None if isinstance(evaluation.held_out, int) else evaluation.max_items
+        parts = divide(join_sets(sources), held_out=evaluation.held_out, seed=seed, at_most=most)
+        held_out[HELD_OUT] = limited(parts.held_out, most, seed=seed)
+        sources = [without_questions(source, parts.held_out) for source in sources]
+    train = join_sets(sources)
+    held_out |= read_held_out(held_out_sets(config), kind, reading, train.openings(), seed)
+    check_enough(config, train, held_out.get(HELD_OUT))
+    return Inputs(
+        tokenizer=tokenizer,
+        texts=token_texts(tokenizer, chat=uses_chat(config)),
+        train=train,
+        shares=tuple((len(s), w.weight) for s, w in zip(sources, sections, strict=True)),
+        held_out=held_out,
+        now=now,
+        tell_time=is_dated,
+    )
+
+
+def tell_time(config: Config, tokenizer: Any) -> bool:
+    """Whether a chat template that the run renders writes the date."""
+    others = [name for name, role in config.roles.items() if role.retokenize]
+    return tells_time(tokenizer) or any(
+        tells_time(load_tokenizer(config.model_path(name))) for name in others
+    )
+
+
+def read_held_out(
+    sets: Mapping[str, HeldOutSet],
+    kind: DataKind,
+    reading: Reading,
+    trained: Sequence[str],
+    seed: int,
+) -> dict[str, AnySet]:
+    """Read the sets with data of their own, without items whose opening is trained on.
+
+    Args:
+        kind: the kind of data of sets that name none.
+        trained: the openings (first user messages) of the training data.
+        seed: seed of the choice if a set has more than its `max_items`.
+    """
+    found: dict[str, AnySet] = {}
+    for name, described in sets.items():
+        if described.data is None:
+            continue
+        where = f"evaluation.sets.{name}.data"
+        own = load_data(where, described.data, described.kind or kind, reading)
+        kept, note = without_overlap(own, trained)
+        found[name] = limited(kept, described.max_items, seed=seed)
+        if len(found[name]) < len(kept):
+            note += f"; {len(found[name])} of them are evaluated (evaluation.max_items)"
+        log.info("evaluation.sets.%s: %s", name, note)
+    return found
+
+
+def check_enough(config: Config, train: AnySet, held_out: AnySet | None) -> None:
+    """Raise ValueError if there are fewer items than a step draws.
+
+    Args:
+        held_out: the items held out of the training data; None if there are none.
+    """
+    wanted, kind = config.data.prompts_per_step, config.data_kind()
+    if len(train) >= wanted:
+        return
+    text = f"data.prompts_per_step={wanted}, but data.train has {len(train)} {kind}"
+    if held_out is not None:
+        amount = config.evaluation.held_out
+        text += f" beside {len(held_out)} that are held out (evaluation.held_out={amount})"
+    raise ValueError(f"{text}: lower it, or bring more rows than {config.data.train.source} has")
+
+
+def without_questions(data: AnySet, held_out: AnySet) -> AnySet:
+    """Items of `data` whose questions are not held out."""
+    asked = set(held_out.questions())
+    return data.subset([i for i, question in enumerate(data.questions()) if question not in asked])
+
+
+def join_sets(sets: Sequence[AnySet]) -> AnySet:
+    """Join sets of one kind, one after the other."""
+    first = sets[0]
+    if len(sets) == 1:
+        return first
+    if isinstance(first, PromptSet):
+        return join_prompts([s for s in sets if isinstance(s, PromptSet)])
+    if isinstance(first, PairSet):
+        return PairSet([item for s in sets if isinstance(s, PairSet) for item in s])
+    return ConversationSet([item for s in sets if isinstance(s, ConversationSet) for item in s])
+
+
+def load_data(key: str, section: PromptsSection, kind: DataKind, reading: Reading) -> AnySet:
+    """Load the set that a section describes; `key` is the section's place in the configuration."""
+    tokenizer, report = reading.tokenizer, reading.report
+    if kind == "prompts":
+        return load_prompts(prompt_source(section, reading.now, key), tokenizer, report)
+    source = example_source(section, reading.now, key)
+    if kind == "conversations":
+        return load_conversations(source, tokenizer, report)
+    return load_preferences(source, tokenizer, report)
+
+
+def example_source(
+    section: PromptsSection, now: datetime, key: str = "data.train"
+) -> ExampleSource:
+    parameters = {"split": section.split} if section.source.startswith("hub:") else {}
+    return ExampleSource(
+        source=section.source,
+        parameters=parameters,
+        size=section.size,
+        prompt_column=section.prompt_column,
+        columns=section.columns,
+        template=section.template,
+        system=section.system,
+        chat=section.chat,
+        max_tokens=section.max_tokens,
+        keep_shortest=section.keep_shortest,
+        on_bad_row=section.on_bad_row,
+        unique=section.unique,
+        part=section.part,
+        now=now,
+        key=key,
+    )
+
+
+def prompt_source(section: PromptsSection, now: datetime, key: str = "data.train") -> PromptSource:
+    parameters = dict(section.task)
+    if section.source.startswith("hub:"):
+        parameters.setdefault("split", section.split)
+    return PromptSource(
+        source=section.source,
+        parameters=parameters,
+        size=section.size,
+        seed=section.seed,
+        prompt_column=section.prompt_column,
+        answer_column=section.answer_column,
+        answer_pattern=section.answer_pattern,
+        template=section.template,
+        system=section.system,
+        chat=section.chat,
+        max_prompt_tokens=section.max_tokens,
+        keep_shortest=section.keep_shortest,
+        on_bad_row=section.on_bad_row,
+        unique=section.unique,
+        part=section.part,
+        messages_column=section.columns.get("messages"),
+        now=now,
+        key=key,
+    )
+
+
+def sampling_params(section: SamplingSection) -> SamplingParams:
+    return SamplingParams(
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        min_p=section.min_p,
+        max_tokens=section.max_tokens,
+        stop=section.stop,
+        stop_token_ids=section.stop_token_ids,
+    )
+
+
+def training_sampling(config: Config) -> SamplingParams:
+    """Parameters from `sampling`, with what the algorithm needs recorded.
+
+    Raises:
+        ValueError: vLLM would have to report more tokens per position than it can.
+    """
+    sampling = sampling_params(config.sampling)
+    # online DPO compares responses' likelihoods, whatever distribution they were drawn from
+    of_samples = config.data_kind() == "prompts" and config.flow != "online_dpo"
+    support = of_samples and sampling.is_truncated and not sampling.is_greedy
+    is_listed = 1 <= sampling.top_k <= MAX_SUPPORT
+    if support and not is_listed and any(is_vllm(config, name) for name in config.roles):
+        raise ValueError(f"sampling.top_k={sampling.top_k}: {SUPPORT_NEEDS_TOP_K}")
+    return replace(sampling, experts=config.algorithm.routing_replay, support=support)
+
+
+def check_models(config: Config, inputs: Inputs, shapes: Mapping[str, ModelConfig]) -> None:
+    """Check that every role can read the tokens that the others write.
+
+    Raises:
+        ValueError: a role's tokenizer differs, ids have no embedding, rows are longer than a
+            model's positions, or a rollout's responses would never end.
+    """
+    for name, shape in shapes.items():
+        check_lengths(config, name, shape.max_position)
+        if config.role_kind(name) == "rollout":
+            check_stop_tokens(config, shape.vocab_size)
+            check_ends(config, name, shape, inputs.texts)
+        directory = config.model_path(name)
+        if config.roles[name].retokenize:
+            continue
+        check_tokenizer(inputs.tokenizer, shape)
+        if directory == Path(config.model.path):
+            continue
+        differs = difference(inputs.tokenizer, load_tokenizer(directory))
+        if differs is not None:
+            raise ValueError(
+                f"roles.{name}.model={directory} and model.path={config.model.path} have different "
+                f"tokenizers ({differs}): use models of one tokenizer"
+                + (
+                    f", or set roles.{name}.retokenize=true, so that it reads texts"
+                    if config.role_kind(name) == "reward"
+                    else ""
+                )
+            )
+
+
+def check_stop_tokens(config: Config, vocab_size: int) -> None:
+    """Raise ValueError for a stop id outside the model's vocabulary: it would end no response."""
+    found = {"sampling": config.sampling}
+    for name, described in held_out_sets(config).items():
+        found[f"the sampling of evaluation set {name}"] = described.sampling
+    for where, sampling in found.items():
+        for number in sampling.stop_token_ids:
+            if number >= vocab_size:
+                raise ValueError(
+                    f"stop_token_ids={list(sampling.stop_token_ids)} in {where}: the model's "
+                    f"tokens are 0 to {vocab_size - 1}, so {number} would never end a response"
+                )
