@@ -136,9 +136,10 @@ def test_megatron_is_imported_in_its_package_alone_and_that_is_imported_late() -
 
 def test_relative_and_absolute_imports_are_both_seen() -> None:
     text = (
-        "import spmdrl.run.assembly.factories\nfrom spmdrl import commands\nimport spmdrl.run.run\n"
-        "from ..weights.plan import key\nfrom . import sampling\nfrom ...keyed_random import key64\n"
-        "def f():\n    from ... import roles\n"
+        "import spmdrl.run.assembly.factories\nfrom spmdrl import commands\n"
+        "import spmdrl.run.run\n"
+        "from ..weights.plan import key\nfrom . import sampling\n"
+        "from ...keyed_random import key64\ndef f():\n    from ... import roles\n"
     )
     found = rooms_imported(text, ["spmdrl", "rollout", "native"])
     assert found == {"run.assembly", "run", "commands", "rollout", "keyed_random", "roles"}

@@ -34,9 +34,9 @@ from spmdrl.config.sections import Config
 from spmdrl.flows.preference_terms import preference_settings
 from spmdrl.models.config import read_config
 from spmdrl.placement import role_device_type
-from spmdrl.planning.engines import _native_options
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.run.assembly.assembly import train_options
+from spmdrl.run.assembly.make_engine import _native_options
 from spmdrl.run.inputs import example_source, prompt_source, training_sampling
 from spmdrl.run.reward_pools import reward_specs
 from spmdrl.world import World
