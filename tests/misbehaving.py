@@ -7,10 +7,7 @@ import signal
 import time
 from typing import Any
 
-from spmdrl.batch import Batch
-from spmdrl.flows.environment import GroupEnvironment
-from spmdrl.roles.calls import Call
-from spmdrl.run.run import Metrics, Run
+from spmdrl.api import Batch, Call, GroupEnvironment, Metrics, Run
 
 
 class _Wrapped:

@@ -6,11 +6,7 @@ import os
 import time
 from typing import Any
 
-from spmdrl.batch import Batch
-from spmdrl.flows.dpo import DpoTrainer
-from spmdrl.flows.environment import GroupEnvironment
-from spmdrl.roles.calls import Call
-from spmdrl.run.run import Metrics, Run
+from spmdrl.api import Batch, Call, DpoTrainer, GroupEnvironment, Metrics, Run
 
 POLLS = "SPMDRL_TEST_STOP_AT"
 """The number of the poll, counted on each rank by itself, from which on a stop is seen there; a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -64,6 +65,24 @@ def test_every_key_is_documented():
     documented = re.findall(r"^\| `([a-z0-9_.A-Z]+)` \|", page, re.M)
     assert documented == known_keys()
     assert key_table() in page, "run: spmdrl keys, and paste its table into docs/configuration.md"
+
+
+USERS_FILES = {
+    **{f"{p.name} {i}": b for p in PAGES for i, b in enumerate(blocks(p, "python"))},
+    **{p.name: p.read_text() for p in sorted((ROOT / "examples").rglob("*.py"))},
+}
+"""Code that users copy into files of their own."""
+
+
+@pytest.mark.parametrize("name", USERS_FILES)
+def test_code_for_users_imports_only_the_public_face(name):
+    found = set()
+    for node in ast.walk(ast.parse(USERS_FILES[name])):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    assert {m for m in found if m.split(".")[0] == "spmdrl"} <= {"spmdrl.api"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -23,7 +23,7 @@ LEVELS: list[set[str]] = [
     {"run"},
     {"flows"},
     {"run.assembly"},
-    {"commands", "__main__"},
+    {"commands", "api", "__main__"},
 ]
 """A room imports from lower levels only, and from its own level where it does not stand apart."""
 
@@ -151,7 +151,11 @@ def test_relative_and_absolute_imports_are_both_seen() -> None:
 
 def test_light_modules_do_not_import_torch() -> None:
     """Reward workers start from a server that has neither torch nor CUDA in it."""
-    modules = ["spmdrl", *(f"spmdrl.rewards.{m}" for m in ("server", "process", "functions"))]
+    modules = [
+        "spmdrl",
+        "spmdrl.api",
+        *(f"spmdrl.rewards.{m}" for m in ("server", "process", "functions")),
+    ]
     code = f"import sys\nimport {', '.join(modules)}\nprint('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],

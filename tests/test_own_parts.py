@@ -18,10 +18,7 @@ from spmdrl.run.user_parts import check_made
 OWN = """
 from abc import ABC, abstractmethod
 
-from spmdrl.roles.custom import Column
-from spmdrl.flows.environment import GroupEnvironment
-from spmdrl.flows.grpo import GrpoTrainer
-from spmdrl.run.run import Environment, Trainer
+from spmdrl.api import Column, Environment, GroupEnvironment, GrpoTrainer
 
 value = 3
 

@@ -18,8 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spmdrl.batch import Batch
-from spmdrl.roles.custom import Column, RoleContext
+from spmdrl.api import Batch, Column, RoleContext
 
 BACKGROUND = (
     "The answer is 42.",

@@ -20,12 +20,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spmdrl.batch import Batch
-from spmdrl.models.files.hf import open_model
-from spmdrl.roles.custom import Column, RoleContext
-from spmdrl.training.options import TrainOptions
-from spmdrl.training.readout import SCORES
-from spmdrl.training.torch_backend import TorchBackend
+from spmdrl.api import (
+    SCORES,
+    Batch,
+    Column,
+    RoleContext,
+    TorchBackend,
+    TrainOptions,
+    open_model,
+)
 
 
 class RewardEnsemble:

@@ -30,7 +30,7 @@ Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
 Objective = Literal["ppo", "gspo", "cispo"]
 
 # the token columns that the loss reads if they exist
-COLUMNS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
+POLICY_COLUMNS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def clipped_policy_loss(
             and `entropy` carries no gradient.
     """
     _check_columns(columns, config, row)
-    columns = {name: at_least_float32(columns[name]) for name in COLUMNS if name in columns}
+    columns = {name: at_least_float32(columns[name]) for name in POLICY_COLUMNS if name in columns}
     logprobs, entropy = at_least_float32(logprobs), at_least_float32(entropy)
     weights, live = at_least_float32(weights), weights != 0
     old = columns.get("old_logprobs", logprobs.detach())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from spmdrl.algorithms.policy_loss import (
-    COLUMNS,
+    POLICY_COLUMNS,
     PolicyLossConfig,
     clipped_policy_loss,
     loss_shares,
@@ -77,4 +77,4 @@ def update_of(
 
 def policy_columns(batch: Batch) -> tuple[str, ...]:
     """Names of the policy loss's columns that the batch has."""
-    return tuple(name for name in (*COLUMNS, "loss_weights") if name in batch)
+    return tuple(name for name in (*POLICY_COLUMNS, "loss_weights") if name in batch)

@@ -1,0 +1,285 @@
+"""Names that a flow, role, environment, trainer, reward or backend of a user's own imports.
+
+`from spmdrl.api import Run, Policy` stays valid where modules move. Importing this module imports
+nothing else: a name is looked up when it is used, and torch comes with the first that needs it.
+
+- A flow: `Run`, its two halves `Environment` and `Trainer`, `Evaluates`, `Metrics`, `joined`,
+  `update_metrics`; its configuration: `Config`, `AlgorithmSection`, `PreferenceSection`.
+- Rows: `Batch`, `concat`, `from_rows`, `group_index`; data: `DataSet`, `StepRows`, `PairSet`,
+  `ConversationSet`, `home_rows`.
+- Roles: `Policy`, `Reference`, `Reward`, `Value`, `Rollout`, `CustomRole`; their calls: `Call`,
+  `together`, `Generation`, `Update`, `UpdateRecords`, `LossFn`, `LossInput`.
+- Numbers of all ranks: `moments`, `Moments`, `world_any`, `world_max`, `world_sum`,
+  `broadcast_object`, `gather_objects`, `gather_tables`; estimates and names of evaluations:
+  `clustered_mean`, `EVAL`, `ACCURACY`, `STANDARD_ERROR`.
+- A role of one's own: `UserRole`, `Column`, `RoleContext`; with a model of the train backend:
+  `TorchBackend`, `TrainOptions`, `open_model`, `Readout`, `SCORES`, `VALUES`, `next_token`.
+- A backend or an engine: `TrainBackend`, `OptimStep`, `LocalTensors`; `RolloutEngine`, `Request`,
+  `Completion`, `SamplingParams`.
+- Parts of the shipped flows, to subclass or to call: `GroupEnvironment`, the trainers, and the
+  terms that they share. Algorithms: all that the shipped flows call. A copy of a shipped flow finds
+  here everything that it imports.
+"""
+
+# sorting would give each `name as name` a statement of its own
+# ruff: noqa: I001
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spmdrl.algorithms.advantages import (
+        broadcast_to_tokens as broadcast_to_tokens,
+        group_advantages as group_advantages,
+        leave_one_out as leave_one_out,
+        rewards_to_go as rewards_to_go,
+    )
+    from spmdrl.algorithms.direct_preference import (
+        PreferenceConfig as PreferenceConfig,
+        as_compared as as_compared,
+        implicit_rewards as implicit_rewards,
+        kto_baseline as kto_baseline,
+        ordered_pairs as ordered_pairs,
+        preference_loss as preference_loss,
+        response_sums as response_sums,
+    )
+    from spmdrl.algorithms.gae import gae as gae
+    from spmdrl.algorithms.kl import kl as kl
+    from spmdrl.algorithms.kl_control import (
+        AdaptiveKl as AdaptiveKl,
+        FixedKl as FixedKl,
+        KlControl as KlControl,
+        sequence_kl as sequence_kl,
+    )
+    from spmdrl.algorithms.pairing import (
+        distinct_answers as distinct_answers,
+        pair_rows as pair_rows,
+    )
+    from spmdrl.algorithms.policy_loss import (
+        POLICY_COLUMNS as POLICY_COLUMNS,
+        PolicyLossConfig as PolicyLossConfig,
+        clipped_policy_loss as clipped_policy_loss,
+        loss_shares as loss_shares,
+        loss_weights as loss_weights,
+    )
+    from spmdrl.algorithms.preference_loss import bradley_terry_loss as bradley_terry_loss
+    from spmdrl.algorithms.reward_shaping import (
+        RewardScaler as RewardScaler,
+        missing_eos_penalty as missing_eos_penalty,
+        scale_and_clip as scale_and_clip,
+        token_rewards as token_rewards,
+    )
+    from spmdrl.algorithms.rewards import (
+        has_signal as has_signal,
+        kl_in_reward as kl_in_reward,
+        overlong_penalty as overlong_penalty,
+    )
+    from spmdrl.algorithms.supervised import next_token_loss as next_token_loss
+    from spmdrl.algorithms.value_loss import (
+        VALUE_COLUMNS as VALUE_COLUMNS,
+        clipped_value_loss as clipped_value_loss,
+        explained_variance as explained_variance,
+    )
+    from spmdrl.algorithms.whiten import whiten as whiten
+    from spmdrl.batch import (
+        Batch as Batch,
+        concat as concat,
+        from_rows as from_rows,
+        group_index as group_index,
+    )
+    from spmdrl.config.algorithms import (
+        AlgorithmSection as AlgorithmSection,
+        PreferenceSection as PreferenceSection,
+    )
+    from spmdrl.config.sections import Config as Config
+    from spmdrl.data.conversations import ConversationSet as ConversationSet
+    from spmdrl.data.home import DataSet as DataSet, StepRows as StepRows, home_rows as home_rows
+    from spmdrl.data.preferences import PairSet as PairSet
+    from spmdrl.distributed.exchange import Column as Column
+    from spmdrl.distributed.reduce import (
+        Moments as Moments,
+        broadcast_object as broadcast_object,
+        gather_objects as gather_objects,
+        gather_tables as gather_tables,
+        moments as moments,
+        world_any as world_any,
+        world_max as world_max,
+        world_sum as world_sum,
+    )
+    from spmdrl.evaluation.metrics import clustered_mean as clustered_mean
+    from spmdrl.flows.advantage_terms import (
+        puts_kl_in_reward as puts_kl_in_reward,
+        token_advantages as token_advantages,
+    )
+    from spmdrl.flows.dpo import DpoTrainer as DpoTrainer
+    from spmdrl.flows.environment import GroupEnvironment as GroupEnvironment
+    from spmdrl.flows.grpo import GrpoTrainer as GrpoTrainer
+    from spmdrl.flows.held_out_preferences import (
+        HeldOutPreferences as HeldOutPreferences,
+        log_ratio as log_ratio,
+    )
+    from spmdrl.flows.online_dpo import OnlineDpoTrainer as OnlineDpoTrainer
+    from spmdrl.flows.policy_terms import (
+        policy_columns as policy_columns,
+        policy_loss as policy_loss,
+        update_of as update_of,
+        with_loss_weights as with_loss_weights,
+    )
+    from spmdrl.flows.ppo import PpoTrainer as PpoTrainer
+    from spmdrl.flows.preference_terms import (
+        BASELINE as BASELINE,
+        REFERENCE as REFERENCE,
+        pair_loss as pair_loss,
+        pair_metrics as pair_metrics,
+        pair_update as pair_update,
+        preference_settings as preference_settings,
+        with_pair_shares as with_pair_shares,
+    )
+    from spmdrl.flows.reference_sums import (
+        AskedSums as AskedSums,
+        CachedSums as CachedSums,
+        ReferenceSums as ReferenceSums,
+        distinct_rows as distinct_rows,
+    )
+    from spmdrl.flows.reward_model import (
+        RewardModelTrainer as RewardModelTrainer,
+        pair_accuracy as pair_accuracy,
+    )
+    from spmdrl.flows.sft import SftTrainer as SftTrainer
+    from spmdrl.models.files.hf import open_model as open_model
+    from spmdrl.observe.names import (
+        ACCURACY as ACCURACY,
+        EVAL as EVAL,
+        STANDARD_ERROR as STANDARD_ERROR,
+    )
+    from spmdrl.roles.calls import Call as Call, together as together
+    from spmdrl.roles.custom import (
+        CustomRole as CustomRole,
+        RoleContext as RoleContext,
+        UserRole as UserRole,
+    )
+    from spmdrl.roles.generation import Generation as Generation, Rollout as Rollout
+    from spmdrl.roles.handles import (
+        Policy as Policy,
+        Reference as Reference,
+        Reward as Reward,
+        Value as Value,
+    )
+    from spmdrl.roles.model_calls import Update as Update, UpdateRecords as UpdateRecords
+    from spmdrl.rollout.protocol import (
+        Completion as Completion,
+        Request as Request,
+        RolloutEngine as RolloutEngine,
+    )
+    from spmdrl.rollout.sampling import SamplingParams as SamplingParams
+    from spmdrl.run.run import (
+        Environment as Environment,
+        Evaluates as Evaluates,
+        Metrics as Metrics,
+        Run as Run,
+        Trainer as Trainer,
+        joined as joined,
+        update_metrics as update_metrics,
+    )
+    from spmdrl.training.options import TrainOptions as TrainOptions
+    from spmdrl.training.protocol import (
+        LocalTensors as LocalTensors,
+        LossFn as LossFn,
+        LossInput as LossInput,
+        OptimStep as OptimStep,
+        TrainBackend as TrainBackend,
+    )
+    from spmdrl.training.readout import (
+        Readout as Readout,
+        SCORES as SCORES,
+        VALUES as VALUES,
+        next_token as next_token,
+    )
+    from spmdrl.training.torch_backend import TorchBackend as TorchBackend
+
+_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "algorithms.advantages": "broadcast_to_tokens group_advantages leave_one_out rewards_to_go",
+        "algorithms.direct_preference": (
+            "PreferenceConfig as_compared implicit_rewards kto_baseline ordered_pairs "
+            "preference_loss response_sums"
+        ),
+        "algorithms.gae": "gae",
+        "algorithms.kl": "kl",
+        "algorithms.kl_control": "AdaptiveKl FixedKl KlControl sequence_kl",
+        "algorithms.pairing": "distinct_answers pair_rows",
+        "algorithms.policy_loss": (
+            "POLICY_COLUMNS PolicyLossConfig clipped_policy_loss loss_shares loss_weights"
+        ),
+        "algorithms.preference_loss": "bradley_terry_loss",
+        "algorithms.reward_shaping": (
+            "RewardScaler missing_eos_penalty scale_and_clip token_rewards"
+        ),
+        "algorithms.rewards": "has_signal kl_in_reward overlong_penalty",
+        "algorithms.supervised": "next_token_loss",
+        "algorithms.value_loss": "VALUE_COLUMNS clipped_value_loss explained_variance",
+        "algorithms.whiten": "whiten",
+        "batch": "Batch concat from_rows group_index",
+        "config.algorithms": "AlgorithmSection PreferenceSection",
+        "config.sections": "Config",
+        "data.conversations": "ConversationSet",
+        "data.home": "DataSet StepRows home_rows",
+        "data.preferences": "PairSet",
+        "distributed.exchange": "Column",
+        "distributed.reduce": (
+            "Moments broadcast_object gather_objects gather_tables moments world_any "
+            "world_max world_sum"
+        ),
+        "evaluation.metrics": "clustered_mean",
+        "flows.advantage_terms": "puts_kl_in_reward token_advantages",
+        "flows.dpo": "DpoTrainer",
+        "flows.environment": "GroupEnvironment",
+        "flows.grpo": "GrpoTrainer",
+        "flows.held_out_preferences": "HeldOutPreferences log_ratio",
+        "flows.online_dpo": "OnlineDpoTrainer",
+        "flows.policy_terms": "policy_columns policy_loss update_of with_loss_weights",
+        "flows.ppo": "PpoTrainer",
+        "flows.preference_terms": (
+            "BASELINE REFERENCE pair_loss pair_metrics pair_update preference_settings "
+            "with_pair_shares"
+        ),
+        "flows.reference_sums": "AskedSums CachedSums ReferenceSums distinct_rows",
+        "flows.reward_model": "RewardModelTrainer pair_accuracy",
+        "flows.sft": "SftTrainer",
+        "models.files.hf": "open_model",
+        "observe.names": "ACCURACY EVAL STANDARD_ERROR",
+        "roles.calls": "Call together",
+        "roles.custom": "CustomRole RoleContext UserRole",
+        "roles.generation": "Generation Rollout",
+        "roles.handles": "Policy Reference Reward Value",
+        "roles.model_calls": "Update UpdateRecords",
+        "rollout.protocol": "Completion Request RolloutEngine",
+        "rollout.sampling": "SamplingParams",
+        "run.run": "Environment Evaluates Metrics Run Trainer joined update_metrics",
+        "training.options": "TrainOptions",
+        "training.protocol": "LocalTensors LossFn LossInput OptimStep TrainBackend",
+        "training.readout": "Readout SCORES VALUES next_token",
+        "training.torch_backend": "TorchBackend",
+    }
+)
+"""Module -> its names in this one."""
+
+_PLACES = MappingProxyType(
+    {name: module for module, names in _NAMES.items() for name in names.split()}
+)
+
+__all__ = sorted(_PLACES)
+
+if not TYPE_CHECKING:  # a type checker knows the names from the imports above, and no others
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PLACES:
+            raise AttributeError(f"spmdrl.api has no {name!r}")
+        return getattr(import_module(f"spmdrl.{_PLACES[name]}"), name)
+
+    def __dir__() -> list[str]:
+        return __all__

@@ -1,0 +1,61 @@
+"""The public face: lazy, complete, typed, and with signatures that change by decision only."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+from api_signatures import FILE, text
+from spmdrl import api
+
+SOURCE = Path(__file__).parents[1] / "src" / "spmdrl"
+
+FLOWS = [p for p in sorted((SOURCE / "flows").glob("*.py")) if p.stem != "reference_sums"]
+"""What a user copies. `reference_sums` writes a file of the project's own, and is only called."""
+
+
+def imported(path: Path) -> list[tuple[str, str, str]]:
+    """Names imported from this project: (module, name, name here)."""
+    return [
+        (node.module, alias.name, alias.asname or alias.name)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("spmdrl")
+        for alias in node.names
+    ]
+
+
+def test_signatures_are_those_on_file() -> None:
+    """A change is a decision: it goes into CHANGELOG.md, and this rewrites the file:
+
+    PYTHONPATH=src python tests/api_signatures.py
+    """
+    assert text() == FILE.read_text(encoding="utf-8")
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    typed = {name: module for module, name, own in imported(SOURCE / "api.py") if name == own}
+    found = {name: f"spmdrl.{module}" for name, module in api._PLACES.items()}
+    assert found == typed
+    assert list(api.__all__) == sorted(found) == dir(api)
+
+
+@pytest.mark.parametrize("name", api.__all__)
+def test_names_exist(name: str) -> None:
+    module = importlib.import_module(f"spmdrl.{api._PLACES[name]}")
+    assert getattr(api, name) is vars(module)[name]
+
+
+def test_other_names_are_refused() -> None:
+    assert not hasattr(api, "Nothing")
+    with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
+        from spmdrl.api import Nothing  # noqa: F401
+
+
+@pytest.mark.parametrize("path", FLOWS, ids=lambda path: path.stem)
+def test_a_copied_flow_finds_its_imports(path: Path) -> None:
+    for module, name, _ in imported(path):
+        assert name in api.__all__, f"{path.name} imports {name}: add it to spmdrl.api"
+        assert getattr(api, name) is vars(importlib.import_module(module))[name]
