@@ -9,15 +9,10 @@ from pathlib import Path
 
 from spmdrl.config.doubts import doubts
 from spmdrl.config.sections import Config
+from spmdrl.config.shipped_flows import flow_row, is_shipped, shipped_flows
 from spmdrl.config.user_errors import AgreedError
 from spmdrl.config.user_objects import load_object
 from spmdrl.distributed.reduce import agreed
-from spmdrl.flows.dpo import dpo
-from spmdrl.flows.grpo import grpo
-from spmdrl.flows.online_dpo import online_dpo
-from spmdrl.flows.ppo import ppo
-from spmdrl.flows.reward_model import reward_model
-from spmdrl.flows.sft import sft
 from spmdrl.observe.progress import Relay, TimedLines
 from spmdrl.placement import Placement, place_roles, placement_table
 from spmdrl.planning.memory_text import memory_texts, schedules
@@ -53,31 +48,19 @@ LIMIT = 0.9
 Flow = Callable[[Run], None]
 
 
-FLOWS: Mapping[str, Flow] = {
-    "sft": sft,
-    "reward_model": reward_model,
-    "dpo": dpo,
-    "online_dpo": online_dpo,
-    "grpo": grpo,
-    "ppo": ppo,
-}
-"""Shipped flows by name; `config_data.FLOW_DATA` says what data each of them reads."""
-
-
 def find_flow(name: str) -> Flow:
     """Find a shipped flow by name, or a user's `path/to/my_flow.py:main`.
 
     Raises:
         ValueError: the name is neither.
     """
-    if name in FLOWS:
-        return FLOWS[name]
-    if ":" not in name:
+    if ":" not in name and not is_shipped(name):
+        shipped = sorted(row.name for row in shipped_flows())
         raise ValueError(
-            f"flow={name!r}: shipped flows are {sorted(FLOWS)}; a flow of your own is "
+            f"flow={name!r}: shipped flows are {shipped}; a flow of your own is "
             "path/to/my_flow.py:function"
         )
-    found: Flow = load_object(name, "flow")
+    found: Flow = load_object(flow_row(name).function, "flow")
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
@@ -70,16 +69,6 @@ class PromptsSection(Section):
 
 
 DataKind = Literal["prompts", "conversations", "preferences"]
-
-FLOW_DATA: Mapping[str, DataKind] = {
-    "sft": "conversations",
-    "reward_model": "preferences",
-    "dpo": "preferences",
-    "online_dpo": "prompts",
-    "grpo": "prompts",
-    "ppo": "prompts",
-}
-"""Shipped flow -> the kind of its data."""
 
 
 class DataSection(Section):

@@ -6,19 +6,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from spmdrl.config.data import FLOW_DATA, DataKind, PromptsSection
+from spmdrl.config.data import DataKind, PromptsSection
 from spmdrl.config.data_sets import described_sets, held_out_sets, mixed_source
 from spmdrl.config.sections import Config, TrainSection
-
-FLOW_ROLES: Mapping[str, tuple[str, ...]] = {
-    "sft": ("policy",),
-    "reward_model": ("reward",),
-    "dpo": ("policy", "reference"),
-    "online_dpo": ("policy", "reference"),
-    "grpo": ("policy", "reference", "teacher"),
-    "ppo": ("policy", "reference", "value"),
-}
-"""Shipped flow -> the roles that it calls, except a rollout and those that reward."""
+from spmdrl.config.shipped_flows import is_shipped
 
 PHASES = (
     *("default", "start", "sync", "rollout", "reward", "logprobs", "update", "reference"),
@@ -47,7 +38,7 @@ def doubts(config: Config) -> list[str]:
     """
     found = [*_of_roles(config), *_of_evaluation(config), *_of_data(config)]
     found += [*_of_checkpoints(config), *_of_devices(config)]
-    if config.trainer is None and config.environment is None and config.flow in FLOW_ROLES:
+    if config.trainer is None and config.environment is None and is_shipped(config.flow):
         found += _of_flow(config)
     if config.trainer is None:
         found += [*_of_algorithm(config), *_of_preference(config)]
@@ -58,22 +49,23 @@ def _of_flow(config: Config) -> Iterator[str]:
     """Roles and keys that a shipped flow never reads."""
     lists = [config.rewards, *(described.rewards for described in held_out_sets(config).values())]
     judges = {reward.role for rewards in lists for reward in rewards}
-    asked = {*FLOW_ROLES[config.flow], *judges}
+    flow = config.flow_row
+    asked = {*flow.needs, *flow.asks, *judges}
     for name in config.roles:
         if name not in asked and config.role_kind(name) != "rollout":
             yield f"roles.{name}: flow={config.flow} never asks it: leave the role out"
-    if config.flow == "ppo" and "reference" in config.roles and config.algorithm.kl_coef == 0:
+    if flow.warms_value and "reference" in config.roles and config.algorithm.kl_coef == 0:
         yield "roles.reference: no effect without algorithm.kl_coef above 0"
     for phase in config.limits:
         if phase not in PHASES:
             yield f"limits.{phase}: no effect, for no phase has that name; there are {PHASES}"
-    if config.flow == "reward_model" and config.roles["reward"].retokenize:
+    if "reward" in flow.updates and config.roles["reward"].retokenize:
         yield "roles.reward.retokenize=True: no effect on a reward model that is trained"
-    has_groups = config.flow != "sft"
+    has_groups = flow.data != "conversations"
     names = ["share_prompts"]
     yield from _in_vain(config.train, "train", names, "rows of one prompt", has_groups)
-    samples = FLOW_DATA[config.flow] == "prompts"
-    yield from _in_vain(config.log, "log", ["text_samples"], "a flow that samples", samples)
+    names = ["text_samples"]
+    yield from _in_vain(config.log, "log", names, "a flow that samples", flow.samples)
 
 
 def _of_checkpoints(config: Config) -> Iterator[str]:
@@ -104,10 +96,10 @@ def _of_devices(config: Config) -> Iterator[str]:
 
 def _of_algorithm(config: Config) -> Iterator[str]:
     """Keys of `algorithm` that others switch off, or that differ from their paper."""
-    algorithm = config.algorithm
-    if config.flow not in ("grpo", "ppo"):
+    algorithm, flow = config.algorithm, config.flow_row
+    if not flow.weighs_ratios:
         return
-    if config.flow == "grpo":
+    if flow.compares_groups:
         distils = not config.rewards
         compares = algorithm.advantage == "grpo" and not distils
         yield from _in_vain(algorithm, "algorithm", ["advantage_std"], "advantage=grpo", compares)
@@ -145,14 +137,14 @@ def _of_gspo(config: Config) -> Iterator[str]:
 
 def _of_preference(config: Config) -> Iterator[str]:
     preference = config.preference
-    if config.flow not in ("dpo", "online_dpo"):
+    if not config.flow_row.reads_preference:
         return
 
     def only(names: Sequence[str], needs: str, *, holds: bool) -> Iterator[str]:
         yield from _in_vain(preference, "preference", names, needs, holds)
 
     yield from only(["kto_weights"], "preference.loss=kto", holds=preference.loss == "kto")
-    yield from only(["pairs"], "flow=online_dpo", holds=config.flow == "online_dpo")
+    yield from only(["pairs"], "flow=online_dpo", holds=config.flow_row.pairs_samples)
     compares = preference.loss not in ("simpo", "orpo")
     yield from only(["reference"], "a loss with a reference", holds=compares)
 

@@ -6,20 +6,11 @@ import re
 from collections.abc import Sequence
 
 from spmdrl.config.data_sets import HELD_OUT, START, held_out_sets
+from spmdrl.config.flow_rules import check_needed, check_role_used, check_updated, check_used
 from spmdrl.config.sections import Config, RewardSection
-from spmdrl.config.shipped_flows import check_role_used, check_updated, check_used
 
 SCALAR = ("reward", "value")
 """Kinds of role whose model has a scalar head."""
-
-NEEDED = {
-    "sft": ("policy",),
-    "reward_model": ("reward",),
-    "dpo": ("policy",),
-    "online_dpo": ("reference",),
-    "ppo": ("value",),
-}
-"""Shipped flow -> the roles that it needs, besides the policy and rollout of flows that sample."""
 
 KL_ERROR_LIMIT = 0.2
 """`ERROR_LIMIT` of the adaptive KL coefficient."""
@@ -29,9 +20,6 @@ UPDATE_KEYS = (
     *("betas", "eps", "weight_decay", "clip_norm", "balance_coef"),
 )
 """Keys of `train` that only updates read."""
-
-SAMPLING = ("grpo", "ppo", "online_dpo")
-"""Shipped flows that train on samples of the policy."""
 
 
 def check_crossed(config: Config) -> None:
@@ -54,7 +42,9 @@ def check_crossed(config: Config) -> None:
             f"algorithm.overlong_buffer={config.algorithm.overlong_buffer} must be below "
             f"sampling.max_tokens={config.sampling.max_tokens}"
         )
-    compares = config.flow == "grpo" and algorithm.advantage != "reinforce_pp" and config.rewards
+    compares = (
+        config.flow_row.compares_groups and algorithm.advantage != "reinforce_pp" and config.rewards
+    )
     if samples < 2 and compares:
         raise ValueError(
             f"data.prompts_per_step={data.prompts_per_step} x data.group_size={data.group_size} "
@@ -70,14 +60,15 @@ def check_crossed(config: Config) -> None:
 
 def check_training(config: Config) -> None:
     """Check the rules that only training needs. ValueError names the keys and values."""
-    data, algorithm = config.data, config.algorithm
+    data, algorithm, flow = config.data, config.algorithm, config.flow_row
+    check_needed(config)
     check_updated(config)
-    if config.flow in SAMPLING and config.sampling.temperature == 0:
+    if flow.samples and config.sampling.temperature == 0:
         raise ValueError(
             f"flow={config.flow} with sampling.temperature={config.sampling.temperature}: greedy "
             "samples teach nothing; only evaluation.sampling.temperature may be 0"
         )
-    if config.flow not in SAMPLING or config.trainer is not None or config.environment is not None:
+    if not flow.samples or config.trainer is not None or config.environment is not None:
         return
     if algorithm.refill_attempts and (data.group_size < 2 or not config.rewards):
         other = "rewards=[]" if not config.rewards else f"data.group_size={data.group_size}"
@@ -86,7 +77,7 @@ def check_training(config: Config) -> None:
             "rewards differ, so every one would be drawn again in vain: set refill_attempts to 0"
         )
     samples = data.prompts_per_step * data.group_size
-    adapts = config.flow == "ppo" and algorithm.kl_target is not None
+    adapts = flow.adapts_kl and algorithm.kl_target is not None
     if adapts and algorithm.kl_coef == 0:
         raise ValueError(
             f"algorithm.kl_target={algorithm.kl_target} with algorithm.kl_coef="
@@ -140,12 +131,6 @@ def _check_k(k: Sequence[int], num_samples: int, where: str) -> None:
 def _check_roles(config: Config) -> None:
     """Check that the roles, and their settings, are those that the shipped flow needs."""
     kinds = [config.role_kind(name) for name in config.roles]
-    for role in NEEDED.get(config.flow, ()):
-        if role not in config.roles:
-            raise ValueError(
-                f"flow={config.flow} needs roles.{role}, and roles={sorted(config.roles)} has "
-                f"none: add roles.{role}: {{}}"
-            )
     for name, role_section in config.roles.items():
         kind = config.role_kind(name)
         if role_section.head != "file" and kind not in SCALAR:
@@ -166,13 +151,13 @@ def _check_roles(config: Config) -> None:
             f"algorithm.kl_coef={kl_coef} needs a reference, but roles={sorted(config.roles)} has "
             "none of that name: add roles.reference or set the coefficient to 0"
         )
-    if kl_coef == 0 and "reference" in config.roles and config.flow == "grpo":
+    if kl_coef == 0 and "reference" in config.roles and config.flow_row.compares_groups:
         raise ValueError(
             f"roles.reference is there, but algorithm.kl_coef={kl_coef} never asks it: raise the "
             "coefficient, or take the role away (roles.reference: null)"
         )
     teacher_coef = config.algorithm.teacher_coef
-    if (teacher_coef > 0) != ("teacher" in config.roles) and config.flow == "grpo":
+    if (teacher_coef > 0) != ("teacher" in config.roles) and config.flow_row.distils:
         raise ValueError(
             f"algorithm.teacher_coef={teacher_coef} with roles={sorted(config.roles)}: distilling "
             "needs both the coefficient and roles.teacher"
@@ -231,7 +216,7 @@ def _check_backends(config: Config) -> None:
 
 
 def _check_preference(config: Config) -> None:
-    preference, roles = config.preference, sorted(config.roles)
+    preference, roles, flow = config.preference, sorted(config.roles), config.flow_row
     if preference.label_smoothing and preference.loss not in ("dpo", "simpo"):
         raise ValueError(
             f"preference.label_smoothing={preference.label_smoothing} with preference.loss="
@@ -244,7 +229,7 @@ def _check_preference(config: Config) -> None:
         )
     if min(preference.kto_weights) < 0:
         raise ValueError(f"preference.kto_weights={preference.kto_weights}: none may be negative")
-    if config.flow == "dpo":
+    if flow.reads_preference and not flow.samples:
         compares = preference.loss not in ("simpo", "orpo")
         if compares and preference.reference == "step" and "reference" not in config.roles:
             raise ValueError(
@@ -257,16 +242,16 @@ def _check_preference(config: Config) -> None:
                 f"roles.reference is there, but preference.loss={preference.loss} never asks it: "
                 "take the role away (roles.reference: null)"
             )
-    if config.flow == "online_dpo":
+    if flow.pairs_samples:
         if preference.loss not in ("dpo", "ipo") or preference.reference != "step":
             raise ValueError(
-                f"flow=online_dpo with preference.loss={preference.loss} and preference.reference="
+                f"flow={flow.name} with preference.loss={preference.loss} and preference.reference="
                 f"{preference.reference}: its loss is dpo or ipo, and its samples are new in every "
                 "step (preference.reference=step)"
             )
         if config.data.group_size < 2:
             raise ValueError(
-                f"flow=online_dpo with data.group_size={config.data.group_size}: it compares the "
+                f"flow={flow.name} with data.group_size={config.data.group_size}: it compares the "
                 "samples of a prompt, so it needs at least 2"
             )
 
@@ -283,8 +268,8 @@ def _check_experts(config: Config) -> None:
 
 
 def _check_rewards(config: Config) -> None:
-    distils = config.flow == "grpo" and config.algorithm.teacher_coef > 0
-    if config.flow in SAMPLING and not config.rewards and not distils:
+    distils = config.flow_row.distils and config.algorithm.teacher_coef > 0
+    if config.flow_row.samples and not config.rewards and not distils:
         raise ValueError(
             f"flow={config.flow} with rewards=[]: name at least one function, e.g. "
             "{function: math}, or one reward model, e.g. {role: reward}"
@@ -367,10 +352,7 @@ def _check_old_logprobs(config: Config) -> None:
 
 def _check_lag(config: Config) -> None:
     algorithm = config.algorithm
-    if config.lag == 0 or config.flow not in SAMPLING:
-        return
-    # online DPO has no ratio to the policy that sampled: its pairs may be of any policy
-    if config.flow == "online_dpo":
+    if config.lag == 0 or not config.flow_row.weighs_ratios:
         return
     if algorithm.importance_cap is None and algorithm.old_logprobs != "rollout":
         raise ValueError(

@@ -16,14 +16,8 @@ from pydantic import ConfigDict, Field, field_validator
 from typing_extensions import TypedDict
 
 from spmdrl.config.algorithms import AlgorithmSection, PreferenceSection, Section
-from spmdrl.config.data import (
-    FLOW_DATA,
-    DataKind,
-    DataSection,
-    EvaluationSection,
-    Place,
-    without_null,
-)
+from spmdrl.config.data import DataKind, DataSection, EvaluationSection, Place, without_null
+from spmdrl.config.shipped_flows import ShippedFlow, flow_row
 
 
 class ModelSection(Section):
@@ -315,9 +309,13 @@ class Config(Section):
     def role_kind(self, name: str) -> str:
         return self.roles[name].kind or name
 
+    @property
+    def flow_row(self) -> ShippedFlow:
+        return flow_row(self.flow)
+
     def data_kind(self) -> DataKind:
         """Kind of the rows of the data; a user's own flow has prompts unless it says otherwise."""
-        return self.data.kind or FLOW_DATA.get(self.flow, "prompts")
+        return self.data.kind or self.flow_row.data
 
     def is_trained(self, name: str) -> bool:
         trained = self.roles[name].trained
@@ -335,7 +333,7 @@ class Config(Section):
 
     def value_warmup(self, name: str) -> int:
         """Number of first steps that do not train the role `name`: PPO's policy may wait."""
-        waits = self.flow == "ppo" and self.role_kind(name) == "policy"
+        waits = self.flow_row.warms_value and self.role_kind(name) == "policy"
         return min(self.algorithm.value_warmup_steps, self.steps) if waits else 0
 
     def num_optimizer_steps(self, name: str) -> int:

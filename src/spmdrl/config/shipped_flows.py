@@ -1,127 +1,160 @@
-"""Keys that each shipped flow and kind of role reads; keys that they would ignore are refused.
+"""The flows that are shipped, one row each: everything that the rest of the program knows of them.
 
-A user's own trainer or flow may read any of them.
+A new flow is one row of `FLOWS` and the file that its `function` names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
-from spmdrl.config.data import FLOW_DATA
-from spmdrl.config.sections import Config
-
-_CLIPPED = {
-    *("policy_loss", "loss_mean", "clip_low", "clip_high", "dual_clip", "kl_coef"),
-    *("old_logprobs", "entropy_coef", "importance_cap", "routing_replay", "refill_attempts"),
-}
-_GRPO = {
-    *("advantage", "advantage_std", "teacher_coef", "kl_estimator", "kl_in"),
-    *("overlong_buffer", "overlong_penalty"),
-}
-_PPO = {
-    *("kl_target", "kl_horizon", "gamma", "gae_lambda", "whiten_advantages", "value_clip"),
-    *("value_warmup_steps", "score_scaling", "score_clip", "cut_penalty"),
-}
-
-ALGORITHM_KEYS: Mapping[str, frozenset[str]] = {
-    "sft": frozenset(),
-    "reward_model": frozenset({"centre_coef"}),
-    "dpo": frozenset(),
-    "online_dpo": frozenset({"refill_attempts"}),
-    "grpo": frozenset(_CLIPPED | _GRPO),
-    "ppo": frozenset(_CLIPPED | _PPO),
-}
-"""Shipped flow -> the keys of `algorithm` that it reads."""
-
-PREFERENCE_FLOWS = ("dpo", "online_dpo")
-"""Shipped flows that read `preference`."""
-
-SAMPLING_FLOWS = ("grpo", "ppo", "online_dpo")
-"""Shipped flows with an environment, which can sample one step ahead."""
+from spmdrl.config.data import DataKind
 
 
-UPDATED: Mapping[str, tuple[str, ...]] = {
-    "reward_model": ("reward",),
-    "ppo": ("policy", "value"),
-    **dict.fromkeys(("sft", "dpo", "online_dpo", "grpo"), ("policy",)),
-}
-"""Shipped flow -> the roles that it updates; each has its kind as its name."""
+@dataclass(frozen=True, kw_only=True)
+class ShippedFlow:
+    """A flow, and what it uses of a configuration; the defaults are those of a user's own flow.
+
+    Args:
+        name: value of `flow`.
+        function: `module:function`, called with the run; imported where the flow runs.
+        data: kind of its rows, unless `data.kind` names another.
+        needs: roles without which it does not train.
+        asks: roles that it also calls where the configuration has them.
+        updates: roles that it updates; each has its kind as its name.
+        samples: whether it trains on samples of the policy that an environment collects.
+        may_lag: whether it can sample one step ahead.
+        algorithm_keys: keys of `algorithm` that it reads.
+        reads_preference: whether it reads `preference`; its trainer then has `held_out`.
+    """
+
+    name: str
+    function: str
+    data: DataKind = "prompts"
+    needs: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
+    updates: tuple[str, ...] = ()
+    samples: bool = False
+    may_lag: bool = False
+    algorithm_keys: frozenset[str] = frozenset()
+    reads_preference: bool = False
+
+    @property
+    def compares_groups(self) -> bool:
+        """Whether an advantage compares a sample with the others of its prompt."""
+        return "advantage" in self.algorithm_keys
+
+    @property
+    def pairs_samples(self) -> bool:
+        """Whether it updates on pairs of samples, which need no ratio to what drew them."""
+        return self.samples and self.reads_preference
+
+    @property
+    def weighs_ratios(self) -> bool:
+        """Whether its loss weighs samples by the policy's ratio to what drew them."""
+        return "policy_loss" in self.algorithm_keys
+
+    @property
+    def distils(self) -> bool:
+        """Whether a teacher can take the place of rewards."""
+        return "teacher_coef" in self.algorithm_keys
+
+    @property
+    def warms_value(self) -> bool:
+        """Whether the policy can wait until the value model has learnt."""
+        return "value_warmup_steps" in self.algorithm_keys
+
+    @property
+    def adapts_kl(self) -> bool:
+        """Whether the KL's coefficient can follow a target."""
+        return "kl_target" in self.algorithm_keys
 
 
-def check_updated(config: Config) -> None:
-    """ValueError: a role that the shipped trainer updates is not trained, or of another kind."""
-    if config.trainer is not None:
-        return
-    for name in UPDATED.get(config.flow, ()):
-        if name not in config.roles:
-            continue
-        if config.role_kind(name) != name:
-            raise ValueError(
-                f"roles.{name}.kind={config.role_kind(name)} with flow={config.flow}, which "
-                f"updates a {name} of that name: leave the key out"
-            )
-        if not config.is_trained(name):
-            raise ValueError(
-                f"roles.{name}.trained=false with flow={config.flow}, which updates it: set it to "
-                "true"
-            )
+_RATIO_KEYS = frozenset(
+    {
+        *("policy_loss", "loss_mean", "clip_low", "clip_high", "dual_clip", "kl_coef"),
+        *("old_logprobs", "entropy_coef", "importance_cap", "routing_replay", "refill_attempts"),
+    }
+)
+
+_ROWS = (
+    ShippedFlow(
+        name="sft",
+        function="spmdrl.flows.sft:sft",
+        data="conversations",
+        needs=("policy",),
+        updates=("policy",),
+    ),
+    ShippedFlow(
+        name="reward_model",
+        function="spmdrl.flows.reward_model:reward_model",
+        data="preferences",
+        needs=("reward",),
+        updates=("reward",),
+        algorithm_keys=frozenset({"centre_coef"}),
+    ),
+    ShippedFlow(
+        name="dpo",
+        function="spmdrl.flows.dpo:dpo",
+        data="preferences",
+        needs=("policy",),
+        asks=("reference",),
+        updates=("policy",),
+        reads_preference=True,
+    ),
+    ShippedFlow(
+        name="online_dpo",
+        function="spmdrl.flows.online_dpo:online_dpo",
+        needs=("policy", "rollout", "reference"),
+        updates=("policy",),
+        samples=True,
+        may_lag=True,
+        algorithm_keys=frozenset({"refill_attempts"}),
+        reads_preference=True,
+    ),
+    ShippedFlow(
+        name="grpo",
+        function="spmdrl.flows.grpo:grpo",
+        needs=("policy", "rollout"),
+        asks=("reference", "teacher"),
+        updates=("policy",),
+        samples=True,
+        may_lag=True,
+        algorithm_keys=_RATIO_KEYS
+        | {
+            *("advantage", "advantage_std", "teacher_coef", "kl_estimator", "kl_in"),
+            *("overlong_buffer", "overlong_penalty"),
+        },
+    ),
+    ShippedFlow(
+        name="ppo",
+        function="spmdrl.flows.ppo:ppo",
+        needs=("policy", "rollout", "value"),
+        asks=("reference",),
+        updates=("policy", "value"),
+        samples=True,
+        may_lag=True,
+        algorithm_keys=_RATIO_KEYS
+        | {
+            *("kl_target", "kl_horizon", "gamma", "gae_lambda", "whiten_advantages", "value_clip"),
+            *("value_warmup_steps", "score_scaling", "score_clip", "cut_penalty"),
+        },
+    ),
+)
+
+FLOWS: Mapping[str, ShippedFlow] = MappingProxyType({row.name: row for row in _ROWS})
+"""Value of `flow` -> its row."""
 
 
-def check_used(config: Config) -> None:
-    """ValueError: a key is set that the shipped flow ignores; the flows that read it are named."""
-    if config.flow not in ALGORITHM_KEYS:
-        return
-    own_parts = config.trainer is not None or config.environment is not None
-    if config.data.kind not in (None, FLOW_DATA[config.flow]) and not own_parts:
-        raise ValueError(
-            f"data.kind={config.data.kind} with flow={config.flow}, which reads "
-            f"{FLOW_DATA[config.flow]}: leave the key out"
-        )
-    # a trainer of the user's own may read any key of an algorithm
-    given = _of_sampling(config) if config.trainer is not None else _given(config)
-    for key, value, flows in given:
-        if config.flow not in flows:
-            raise ValueError(
-                f"{key}={value} with flow={config.flow}, which does not read it (that do "
-                f"{', '.join(flows)}): leave the key out"
-            )
+def flow_row(name: str) -> ShippedFlow:
+    """Find a flow's row; a user's `path/to/my_flow.py:function` has the defaults."""
+    return FLOWS.get(name) or ShippedFlow(name=name, function=name)
 
 
-def _given(config: Config) -> Iterator[tuple[str, object, list[str]]]:
-    """Keys that are set, their values, and the shipped flows that read them."""
-    yield from _of_sampling(config)
-    for name in sorted(config.algorithm.model_fields_set):
-        flows = [flow for flow, keys in ALGORITHM_KEYS.items() if name in keys]
-        yield f"algorithm.{name}", getattr(config.algorithm, name), flows
-    for name in sorted(config.preference.model_fields_set):
-        yield f"preference.{name}", getattr(config.preference, name), list(PREFERENCE_FLOWS)
+def is_shipped(name: str) -> bool:
+    return name in FLOWS
 
 
-def _of_sampling(config: Config) -> Iterator[tuple[str, object, list[str]]]:
-    """Keys that only flows that sample read, whatever the trainer is."""
-    if config.lag:
-        yield "lag", config.lag, list(SAMPLING_FLOWS)
-    if config.environment is not None:
-        yield "environment", config.environment, list(SAMPLING_FLOWS)
-
-
-def check_role_used(config: Config, name: str) -> None:
-    """ValueError: options of a built-in role, or training keys of a rollout or a user's role."""
-    role, kind = config.roles[name], config.role_kind(name)
-    if role.options and ":" not in kind:
-        raise ValueError(
-            f"roles.{name}.options={role.options}: {name} is a {kind}, and only a module:Class "
-            "takes options: leave the key out"
-        )
-    if kind != "rollout" and ":" not in kind:
-        return
-    if role.trained:
-        raise ValueError(
-            f"roles.{name}.trained=true: {name} is a {kind}, which has no train backend: leave the "
-            "key out"
-        )
-    for key, value in role.train.items():
-        raise ValueError(
-            f"roles.{name}.train.{key}={value}: {name} is a {kind}, which has no train backend: "
-            "leave the key out"
-        )
+def shipped_flows() -> Iterable[ShippedFlow]:
+    return FLOWS.values()

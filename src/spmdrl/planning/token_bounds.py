@@ -70,7 +70,7 @@ def step_sizes(config: Config) -> StepSizes:
 def update_sizes(config: Config) -> StepSizes:
     """The sizes of the part of a step that an update uses."""
     sizes = step_sizes(config)
-    if config.flow != "online_dpo":
+    if not config.flow_row.pairs_samples:
         return sizes
     compared = 2 if config.preference.pairs == "best_worst" else sizes.item_rows
     return replace(sizes, item_rows=compared, whole=True)

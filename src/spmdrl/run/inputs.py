@@ -264,8 +264,8 @@ def training_sampling(config: Config) -> SamplingParams:
         ValueError: vLLM would have to report more tokens per position than it can.
     """
     sampling = sampling_params(config.sampling)
-    # online DPO compares responses' likelihoods, whatever distribution they were drawn from
-    of_samples = config.data_kind() == "prompts" and config.flow != "online_dpo"
+    # pairs compare likelihoods, whatever distribution the responses were drawn from
+    of_samples = config.data_kind() == "prompts" and not config.flow_row.pairs_samples
     support = of_samples and sampling.is_truncated and not sampling.is_greedy
     is_listed = 1 <= sampling.top_k <= MAX_SUPPORT
     if support and not is_listed and any(is_vllm(config, name) for name in config.roles):

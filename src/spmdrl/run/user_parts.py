@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from spmdrl.config.sections import Config
+from spmdrl.config.shipped_flows import is_shipped
 from spmdrl.config.user_objects import lacks, load_object, may_have, misfit
 
 Methods = Mapping[str, Sequence[str]]
@@ -16,13 +17,6 @@ ENVIRONMENT: Methods = {"collect": ("step",), "ahead": ("step",), "metrics": ()}
 
 WITH_CALL: Methods = {"step": ("step", "batch", "call")}
 """Call of a trainer's `step` with the next step's rollout alongside."""
-
-SAMPLING, OFFLINE = ("grpo", "ppo", "online_dpo"), ("sft", "reward_model", "dpo")
-"""Shipped flows with an environment and a trainer, and those with only a trainer."""
-
-HELD_OUT = ("dpo", "online_dpo")
-"""Shipped flows whose trainer has `held_out`, an object with `evaluate(step)`."""
-
 
 NO_HELD_OUT = (
     "has no 'held_out', which evaluates the held-out pairs: set it in __init__, to "
@@ -67,7 +61,8 @@ def check_parts(config: Config) -> None:
             )
         if inspect.isclass(part):
             _check_methods(config, key, where, part)
-            if key == "trainer" and config.flow in HELD_OUT and not may_have(part, "held_out"):
+            has_pairs = key == "trainer" and config.flow_row.reads_preference
+            if has_pairs and not may_have(part, "held_out"):
                 raise ValueError(f"{key}={where}: the class {part.__name__} {NO_HELD_OUT}")
         wrong = misfit(part, ["run"])
         if wrong is not None:
@@ -84,7 +79,7 @@ def check_made(config: Config, where: str, made: object) -> None:
         if where != named:
             continue
         _check_methods(config, key, where, made)
-        if key == "trainer" and config.flow in HELD_OUT:
+        if key == "trainer" and config.flow_row.reads_preference:
             what = f"{key}={where}: the class {type(made).__name__}"
             if not isinstance(made, HasHeldOut):
                 raise ValueError(f"{what} {NO_HELD_OUT}")
@@ -95,8 +90,7 @@ def check_made(config: Config, where: str, made: object) -> None:
 
 def _check_methods(config: Config, key: str, where: str, part: object) -> None:
     """Check the methods of a class or object; a user's own flow may call other ones."""
-    is_shipped = config.flow in SAMPLING + OFFLINE
-    for methods in _asked(config, key) if is_shipped else [{}]:
+    for methods in _asked(config, key) if is_shipped(config.flow) else [{}]:
         lacking = lacks(part, methods)
         if lacking is not None:
             name = part.__name__ if inspect.isclass(part) else type(part).__name__
@@ -109,4 +103,4 @@ def _asked(config: Config, key: str) -> list[Methods]:
         return [ENVIRONMENT]
     alone: Methods = {"step": ("step", "batch")}
     # the last step has nothing alongside
-    return [alone, WITH_CALL] if config.flow in SAMPLING and config.lag > 0 else [alone]
+    return [alone, WITH_CALL] if config.flow_row.may_lag and config.lag > 0 else [alone]
