@@ -141,7 +141,7 @@ def native(model: str, device: torch.device, fixed: bool, seed: int) -> Generate
 
     config, checkpoint = open_model(model)
     engine = NativeEngine(config, device=device, dtype=dtype_on(device))
-    table = engine.parameters_table()
+    table = engine.weights.table()
     fill(((engine.allocate(name), held.slices) for name, held in table.items()), checkpoint)
     return generate_with(engine, fixed, seed)
 

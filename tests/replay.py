@@ -20,7 +20,7 @@ from spmdrl.batch import Batch
 from spmdrl.distributed.reduce import gather_objects
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.roles.calls import Call
-from spmdrl.rollout.protocol import Completion
+from spmdrl.rollout.protocol import Completion, Finish
 from spmdrl.run.run import Metrics, Run
 
 DIRECTORY = "SPMDRL_TEST_REPLAY"
@@ -121,7 +121,7 @@ def _completion(row: dict[str, torch.Tensor]) -> Completion:
     return Completion(
         tokens=tuple(row["tokens"][mask].tolist()),
         logprobs=tuple(row["rollout_logprobs"][mask].tolist()),
-        finish="length" if int(row["finish"]) else "stop",
+        finish=Finish.of(int(row["finish"])),
         margins=tuple(row["margins"][mask].tolist()) if "margins" in row else (),
     )
 

@@ -67,7 +67,7 @@ def answers(world: World, model: str, dtype: str, graphs: bool) -> list[tuple[in
         dtype=getattr(torch, dtype),
     )
     assert engine.captures_graphs == graphs
-    table = engine.parameters_table()
+    table = engine.weights.table()
     fill(((engine.allocate(n), p.slices) for n, p in table.items()), open_checkpoint(model))
     sampling = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     requests = [

@@ -19,7 +19,7 @@ from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.models.sharding import Slice
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
-from spmdrl.rollout.protocol import Completion, Request
+from spmdrl.rollout.protocol import Completion, Finish, Request
 from spmdrl.rollout.sampling import SamplingParams
 
 __all__ = ["assert_same"]
@@ -97,7 +97,7 @@ def make_engine(
         options=NativeOptions(**{"block_size": 8, **options}),
         texts=TokenTexts(decode=spell, decode_all=spell),
     )
-    table = engine.parameters_table()
+    table = engine.weights.table()
     fill(((engine.allocate(name), held.slices) for name, held in table.items()), source)
     return engine
 
@@ -156,6 +156,6 @@ def naive(
     return Completion(
         tokens=tuple(tokens[len(asked.tokens) :]),
         logprobs=tuple(logprobs),
-        finish="stop" if done else "length",
+        finish=Finish.STOP if done else Finish.LENGTH,
         margins=tuple(margins),
     )

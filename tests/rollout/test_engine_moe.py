@@ -20,7 +20,7 @@ from spmdrl.models.routing import Routing, unpack_choices
 from spmdrl.models.sharding import Slice
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
-from spmdrl.rollout.protocol import Completion, Request
+from spmdrl.rollout.protocol import Completion, Finish, Request
 from spmdrl.world import World
 
 SIZES = {
@@ -69,7 +69,7 @@ def engine_of(
     engine = NativeEngine(
         config, tp=tp, ep=ep, options=NativeOptions(**{"block_size": 8, **options})
     )
-    table = engine.parameters_table()
+    table = engine.weights.table()
     fill(((engine.allocate(local), held.slices) for local, held in table.items()), source)
     return engine
 
@@ -189,7 +189,11 @@ def test_a_sample_that_goes_on_without_its_experts_has_those_of_its_own_prompt()
             one,
             begun=tuple(
                 replace(
-                    c, tokens=c.tokens[:3], logprobs=c.logprobs[:3], finish="aborted", experts=None
+                    c,
+                    tokens=c.tokens[:3],
+                    logprobs=c.logprobs[:3],
+                    finish=Finish.ABORTED,
+                    experts=None,
                 )
                 for c in found
             ),
@@ -209,7 +213,7 @@ def test_experts_of_a_dense_model_are_refused() -> None:
     config = parse_config({**SIZES, "architectures": ["LlamaForCausalLM"]})
     engine = NativeEngine(config)
     fill(
-        ((engine.allocate(n), held.slices) for n, held in engine.parameters_table().items()),
+        ((engine.allocate(n), held.slices) for n, held in engine.weights.table().items()),
         RandomCheckpoint(config, 0),
     )
     with pytest.raises(ValueError, match="asks for its experts, but LlamaForCausalLM has none"):
@@ -224,7 +228,7 @@ def test_a_mixture_whose_layers_are_all_dense_draws_the_tokens_of_naive_decoding
     config = parse_config(described)
     source = Lively(config)
     engine = NativeEngine(config)
-    table = engine.parameters_table()
+    table = engine.weights.table()
     fill(((engine.allocate(local), held.slices) for local, held in table.items()), source)
     asked = [request(prompts_of(9)[0], 0, 2, max_tokens=8, margins=True)]
     found = engine.generate(asked, seed=5, step=1)

@@ -11,7 +11,7 @@ from rollout_models import assert_same, request
 from spmdrl.models.files.hf import fill, open_model
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.rollout.native.engine import NativeEngine
-from spmdrl.rollout.protocol import Completion
+from spmdrl.rollout.protocol import Completion, Finish
 
 MODEL = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 PROMPTS = (
@@ -52,7 +52,7 @@ def test_greedy_tokens_of_smollm2_equal_transformers() -> None:
     ]
     config, checkpoint = open_model(MODEL)
     engine = NativeEngine(config)
-    table = engine.parameters_table()
+    table = engine.weights.table()
     fill(((engine.allocate(name), held.slices) for name, held in table.items()), checkpoint)
     asked = [
         request(p, i, temperature=0, max_tokens=64, margins=True) for i, p in enumerate(prompts)
@@ -68,6 +68,6 @@ def test_greedy_tokens_of_smollm2_equal_transformers() -> None:
     for i, row in enumerate(out[:, longest:].tolist()):
         stop = next((j for j, token in enumerate(row) if token in config.eos_ids), None)
         tokens = tuple(row if stop is None else row[: stop + 1])
-        finish = "length" if stop is None else "stop"
+        finish = Finish.LENGTH if stop is None else Finish.STOP
         expected = Completion(tokens=tokens, logprobs=(), finish=finish)
         assert_same(found[i][0], expected, PROMPTS[i])

@@ -13,8 +13,8 @@ from torch import Tensor
 from spmdrl.rollout.native.attention import CacheShape, PagedAttention
 from spmdrl.rollout.native.gathered import GatheredAttention
 from spmdrl.rollout.native.paged_decode import CompiledAttention, compiled_code
+from spmdrl.rollout.native.sample import Sample, samples_of
 from spmdrl.rollout.native.scheduler import Chunk, StepPlan
-from spmdrl.rollout.native.sequence import Sequence, sequences_of
 
 LENGTHS = (1, 7, 32, 33, 64, 95)
 
@@ -32,14 +32,14 @@ def shape_of(head_dim: int, group: int, block_size: int, kv_heads: int = 2) -> C
     )
 
 
-def sequences(shape: CacheShape, *, dense: bool) -> list[Sequence]:
+def samples(shape: CacheShape, *, dense: bool) -> list[Sample]:
     """One for each length, with the blocks of the pool dealt out in order or not."""
     blocks = list(range(shape.num_blocks))
     if not dense:
         random.Random(0).shuffle(blocks)
     made = []
     for i, length in enumerate(LENGTHS):
-        (one,) = sequences_of(request(tuple(range(length)), i), i, seed=0, step=0)
+        (one,) = samples_of(request(tuple(range(length)), i), i, seed=0, step=0)
         one.blocks = [blocks.pop(0) for _ in range(-(-length // shape.block_size))]
         made.append(one)
     return made
@@ -48,10 +48,10 @@ def sequences(shape: CacheShape, *, dense: bool) -> list[Sequence]:
 def outputs(attention: PagedAttention, shape: CacheShape, *, dense: bool) -> Tensor:
     """Of both layers: all tokens computed as prompts, then the last ones again as decodes."""
     drawn = torch.Generator().manual_seed(1)
-    made, out = sequences(shape, dense=dense), []
+    made, out = samples(shape, dense=dense), []
     for one in made:
         one.cached = len(one.tokens)
-    chunks = [Chunk(sequence=s, start=0, stop=len(s.tokens)) for s in made]
+    chunks = [Chunk(sample=s, start=0, stop=len(s.tokens)) for s in made]
     steps = (
         (StepPlan(copies=[], decodes=[], chunks=chunks), sum(LENGTHS)),
         (StepPlan(copies=[], decodes=made, chunks=[]), len(LENGTHS)),
@@ -84,7 +84,7 @@ def test_a_sequence_is_the_same_whatever_is_served_with_it(threads: int) -> None
     shape = shape_of(64, 3, 32)
     attention = CompiledAttention(shape)
     outputs(attention, shape, dense=False)
-    made = sequences(shape, dense=False)
+    made = samples(shape, dense=False)
     for one in made:
         one.cached = len(one.tokens)
     q = torch.randn(len(made), shape.heads, shape.head_dim)
@@ -104,7 +104,7 @@ def test_large_scores_and_not_finite_ones() -> None:
     shape = shape_of(8, 2, 8)
     attention = CompiledAttention(shape)
     outputs(attention, shape, dense=True)
-    (one,) = sequences(shape, dense=True)[4:5]
+    (one,) = samples(shape, dense=True)[4:5]
     one.cached = len(one.tokens)
     attention._prepare_decodes([one])
     q = torch.zeros(1, shape.heads, 8)

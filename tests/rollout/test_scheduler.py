@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 
 from spmdrl.rollout.native.blocks import BlockPool
-from spmdrl.rollout.native.engine import sampled
-from spmdrl.rollout.native.scheduler import Scheduler, StepPlan
-from spmdrl.rollout.native.sequence import Sequence, common_prefix, sequences_of
-from spmdrl.rollout.protocol import Request
+from spmdrl.rollout.native.sample import Sample, samples_of
+from spmdrl.rollout.native.scheduler import Scheduler, StepPlan, sampled
+from spmdrl.rollout.native.shared_prefix import common_prefix
+from spmdrl.rollout.protocol import Finish, Request
 from spmdrl.rollout.sampling import SamplingParams
 
 Cache = dict[tuple[int, int], tuple[int, ...]]
 
 
-def groups_of(shapes: list[tuple[int, int, int]], prefix: int = 0) -> list[list[Sequence]]:
+def groups_of(shapes: list[tuple[int, int, int]], prefix: int = 0) -> list[list[Sample]]:
     """(prompt length, samples, max tokens) of each request; prompts differ after `prefix`."""
     return [
-        sequences_of(
+        samples_of(
             Request(
                 tokens=tuple(j if j < prefix else 1000 * (i + 1) + j for j in range(length)),
                 prompt_id=i,
@@ -35,7 +35,7 @@ def groups_of(shapes: list[tuple[int, int, int]], prefix: int = 0) -> list[list[
     ]
 
 
-def make(groups: list[list[Sequence]], num_blocks: int, **options: Any) -> Scheduler:
+def make(groups: list[list[Sample]], num_blocks: int, **options: Any) -> Scheduler:
     for group in groups:
         group[0].followers = group[1:]
     wanted = {"block_size": 4, "max_running": 100, "prefill_tokens": 1000}
@@ -55,14 +55,14 @@ def compute(plan: StepPlan, cache: Cache, size: int) -> None:
             cache.pop((target, i), None)
     cache.update(copied)
     spans = [(s, s.cached - 1, s.cached) for s in plan.decodes]
-    spans += [(c.sequence, c.start, c.stop) for c in plan.chunks]
-    for sequence, start, stop in spans:
+    spans += [(c.sample, c.start, c.stop) for c in plan.chunks]
+    for sample, start, stop in spans:
         for i in range(start, stop):
-            cache[sequence.blocks[i // size], i % size] = tuple(sequence.tokens[: i + 1])
-    for sequence, _, stop in spans:
+            cache[sample.blocks[i // size], i % size] = tuple(sample.tokens[: i + 1])
+    for sample, _, stop in spans:
         for i in range(stop):
-            found = cache[sequence.blocks[i // size], i % size]
-            assert found == tuple(sequence.tokens[: i + 1])
+            found = cache[sample.blocks[i // size], i % size]
+            assert found == tuple(sample.tokens[: i + 1])
 
 
 def run(scheduler: Scheduler, draw: random.Random | None = None) -> list[StepPlan]:
@@ -74,12 +74,12 @@ def run(scheduler: Scheduler, draw: random.Random | None = None) -> list[StepPla
         plan = scheduler.plan()
         plans.append(plan)
         compute(plan, cache, size)
-        for sequence in sampled(plan, scheduler)[0]:
-            sequence.tokens.append(10**6 + 1000 * sequence.slot + sequence.num_generated)
-            limit = sequence.request.sampling.max_tokens
-            if sequence.num_generated == limit or (draw and draw.random() < 0.1):
-                sequence.finish = "length"
-                scheduler.finish(sequence)
+        for sample in sampled(plan, scheduler)[0]:
+            sample.tokens.append(10**6 + 1000 * sample.place + sample.num_generated)
+            limit = sample.request.sampling.max_tokens
+            if sample.num_generated == limit or (draw and draw.random() < 0.1):
+                sample.finish = Finish.LENGTH
+                scheduler.finish(sample)
         assert len(plans) < 5000
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
     return plans
@@ -107,7 +107,7 @@ def test_at_most_max_running_first_come_first_served() -> None:
     groups = groups_of([(4, 3, 4), (4, 1, 4), (4, 1, 4)])
     plans = run(make(groups, 50, max_running=2))
     assert max(len(p.decodes) + len(p.chunks) for p in plans) == 2
-    started = [c.sequence.index for p in plans for c in p.chunks]
+    started = [c.sample.index for p in plans for c in p.chunks]
     assert started == [0, 1, 2]
 
 
@@ -115,7 +115,7 @@ def test_preempted_samples_are_computed_again_and_share_the_prompt_that_is_there
     groups = groups_of([(8, 6, 24)])
     scheduler = make(groups, 9)
     plans = run(scheduler, random.Random(0))
-    again = [c for p in plans for c in p.chunks if c.stop > c.sequence.prompt_length]
+    again = [c for p in plans for c in p.chunks if c.stop > c.sample.prompt_length]
     assert scheduler.num_preempted == len(again) > 0
     # where another sample runs, only the prompt's last block is computed again (for its row)
     assert {c.start for c in again} == {0, 4}
@@ -138,7 +138,7 @@ def test_the_common_prefix_leaves_a_token_of_every_prompt() -> None:
 def test_what_all_prompts_begin_with_is_computed_once() -> None:
     groups = groups_of([(12, 2, 6), (9, 1, 6), (20, 1, 6)], prefix=6)
     plans = run(make(groups, 50, prefix=6))
-    chunks = [[(c.sequence.index, c.start, c.stop) for c in p.chunks] for p in plans]
+    chunks = [[(c.sample.index, c.start, c.stop) for c in p.chunks] for p in plans]
     assert chunks[:2] == [[(0, 0, 12)], [(1, 6, 9), (2, 6, 20)]]
     # the second block, which the prefix fills in part, is copied for both
     assert len(plans[1].copies) == 2
@@ -164,6 +164,6 @@ def test_any_load_is_served(seed: int) -> None:
         prefix=prefix,
     )
     plans = run(scheduler, draw)
-    assert all(s.finish == "length" for group in groups for s in group)
+    assert all(s.finish is Finish.LENGTH for group in groups for s in group)
     budget = scheduler._prefill_tokens
     assert all(sum(c.stop - c.start for c in p.chunks) <= budget for p in plans)

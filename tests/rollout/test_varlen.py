@@ -15,12 +15,13 @@ from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.hf import load_into
 from spmdrl.rollout.native.attention import CacheShape
 from spmdrl.rollout.native.blocks import BlockPool
-from spmdrl.rollout.native.engine import sampled
 from spmdrl.rollout.native.graphs import buckets
 from spmdrl.rollout.native.runner import Runner, flatten
-from spmdrl.rollout.native.scheduler import Scheduler, StepPlan
-from spmdrl.rollout.native.sequence import common_prefix, sequences_of
+from spmdrl.rollout.native.sample import samples_of
+from spmdrl.rollout.native.scheduler import Scheduler, StepPlan, sampled
+from spmdrl.rollout.native.shared_prefix import common_prefix
 from spmdrl.rollout.native.varlen import VarlenAttention
+from spmdrl.rollout.protocol import Finish
 
 BLOCK = 8
 
@@ -64,7 +65,7 @@ def test_paged_steps_equal_naive_decoding(padded: bool) -> None:
         request(p, i, 1 + i % 2, max_tokens=12, temperature=0, ignore_eos=True)
         for i, p in enumerate(prompts)
     ]
-    groups = [sequences_of(r, i, seed=0, step=0) for i, r in enumerate(asked)]
+    groups = [samples_of(r, i, seed=0, step=0) for i, r in enumerate(asked)]
     for group in groups:
         group[0].followers = group[1:]
     scheduler = Scheduler(
@@ -107,13 +108,13 @@ def test_paged_steps_equal_naive_decoding(padded: bool) -> None:
             sample.logprobs.append(float(logits[row].log_softmax(-1).max()))
             sample.tokens.append(int(logits[row].argmax()))
             if sample.num_generated == 12:
-                sample.finish = "length"
+                sample.finish = Finish.LENGTH
                 scheduler.finish(sample)
     assert scheduler.num_preempted > 0
     for i, want in enumerate(asked):
         for sample in groups[i]:
-            alone = naive(config, source, want, sample.slot, seed=0, step=0)
-            assert_same(sample.completion(), alone, f"prompt {i}, sample {sample.slot}")
+            alone = naive(config, source, want, sample.place, seed=0, step=0)
+            assert_same(sample.completion(), alone, f"prompt {i}, sample {sample.place}")
 
 
 def test_graph_sizes_cover_every_batch() -> None:

@@ -25,6 +25,7 @@ from spmdrl.observe.progress import Relay, TimedLines
 from spmdrl.placement import place_roles
 from spmdrl.rewards.server import RewardServer
 from spmdrl.roles.handles import Generation, Rollout
+from spmdrl.rollout.protocol import Finish
 from spmdrl.rollout.stops import StopTexts
 from spmdrl.run.assembled import Assembly
 from spmdrl.run.assembly.assembly import assemble, open_models
@@ -166,7 +167,7 @@ def _records(batch: Batch, stops: StopTexts) -> list[dict[str, Any]]:
             "sample": int(batch["sample_index"][row]),
             "prompt": batch.objects["prompt"][row].text,
             "response": stops.before(responses[row].tolist()),
-            "finish": ("stop", "length", "aborted")[int(batch["finish"][row])],
+            "finish": Finish.of(int(batch["finish"][row])),
             "tokens": len(responses[row]),
             "logprob": logprobs[row],
         }

@@ -18,13 +18,12 @@ from spmdrl.evaluation.results import write_results
 from spmdrl.observe.names import ACCURACY, EVAL, STANDARD_ERROR, WIN_RATE
 from spmdrl.rewards.scorer import Scorer
 from spmdrl.roles.handles import Generation, Rollout
+from spmdrl.rollout.protocol import Finish
 from spmdrl.rollout.sampling import SamplingParams
 from spmdrl.world import World
 
 KEY = -1
 """Value of `step` in evaluation's random numbers: the same before and after training."""
-
-FINISH = ("stop", "length", "aborted")
 
 
 class Evaluator:
@@ -141,6 +140,6 @@ def _record(batch: Batch, row: int) -> Mapping[str, object]:
         "response": batch.objects["response"][row],
         "answer": prompt.answer,
         "reward": float(batch["rewards"][row]),
-        "finish": FINISH[int(batch["finish"][row])],
+        "finish": Finish.of(int(batch["finish"][row])),
         "tokens": int(batch["response_lengths"][row]),
     }

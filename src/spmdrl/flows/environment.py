@@ -13,6 +13,7 @@ from spmdrl.batch import Batch, concat, group_index
 from spmdrl.distributed.reduce import gather_tables, moments, world_sum
 from spmdrl.roles.calls import Call
 from spmdrl.roles.handles import Generation, Rollout, together
+from spmdrl.rollout.protocol import Finish
 from spmdrl.run.run import Metrics, Run
 
 
@@ -90,7 +91,7 @@ class GroupEnvironment:
         with_signal = world_sum(has_signal_of(batch).sum()).item()
         responses = batch["response_lengths"]
         rewards, lengths = moments(batch["rewards"]), moments(responses.double())
-        cut = moments((batch["finish"] == 1).double())
+        cut = moments((batch["finish"] == Finish.LENGTH.code).double())
         return {
             "reward": rewards.mean,
             "reward_std": rewards.std,

@@ -31,11 +31,9 @@ from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.policy_terms import policy_columns, policy_loss, update_of, with_loss_weights
 from spmdrl.roles.calls import Call
 from spmdrl.roles.handles import Policy, Reference, Value, together
+from spmdrl.rollout.protocol import Finish
 from spmdrl.run.run import Environment, Metrics, Run, Trainer, joined, update_metrics
 from spmdrl.training.protocol import LossFn, LossInput
-
-CUT = 1
-"""Value of the column `finish` for a response that reached `sampling.max_tokens`."""
 
 
 def ppo(run: Run) -> None:
@@ -143,7 +141,7 @@ class PpoTrainer:
     def _scores(self, batch: Batch) -> Tensor:  # [B]
         """Rewards after the penalty for cut responses, scaling and clipping."""
         algorithm = self.algorithm
-        cut = batch["finish"] == CUT
+        cut = batch["finish"] == Finish.LENGTH.code
         scores = missing_eos_penalty(batch["rewards"], cut, penalty=algorithm.cut_penalty)
         if algorithm.score_scaling != "none":
             seen = moments(scores)

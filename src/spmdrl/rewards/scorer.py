@@ -21,13 +21,11 @@ from spmdrl.roles.custom import SCORES, CustomRole
 from spmdrl.roles.handles import Reward
 from spmdrl.roles.ledger import current, places_of
 from spmdrl.roles.origin import origin_of
+from spmdrl.rollout.protocol import Finish
 from spmdrl.rollout.stops import StopTexts
 
 Retokenize = Callable[[Prompt, str, bool], Sequence[int]]
 """(prompt, response text, whether it was cut) -> token ids for another model."""
-
-STOPPED = 0
-"""Value of `finish` for a response that ended by itself."""
 
 
 class RewardsFailed(AgreedError):
@@ -171,7 +169,9 @@ def _call(scoring: ScoringRole, batch: Batch, *, evaluation: bool) -> Call[Any]:
     if scoring.retokenize is None:
         return scoring.role.score.on(batch)
     # rows that a user's environment made may have no `finish`
-    ended = batch["finish"] == STOPPED if "finish" in batch else torch.ones(len(batch)).bool()
+    ended = (
+        batch["finish"] == Finish.STOP.code if "finish" in batch else torch.ones(len(batch)).bool()
+    )
     texts = batch.objects["response"]
     given = zip(batch.objects["prompt"], texts, ended.tolist(), strict=True)
     other = from_rows(

@@ -28,8 +28,7 @@ Progress = Callable[[int, int], None]
 KV_CACHE, GRAPHS = "kv_cache", "graphs"
 """Parts of an engine, as a `memory` section names them; graphs if decode steps are captured."""
 
-_FINISH: dict[Finish, int] = {"stop": 0, "length": 1, "aborted": 2}
-_NOTHING = Completion(tokens=(), logprobs=(), finish="aborted")
+_NOTHING = Completion(tokens=(), logprobs=(), finish=Finish.ABORTED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,7 @@ class Rollout:
         `prompts` are home rows with the token column `tokens` and the row column `prompt_ids`
         (unique in the step). Results have the token columns `tokens`, `rollout_logprobs` and
         `loss_mask`, the row columns `prompt_ids`, `sample_index`, `prompt_lengths`,
-        `response_lengths`, `finish` (0 stop, 1 length, 2 aborted) and `weight_version`; with
+        `response_lengths`, `finish` (`Finish.code`) and `weight_version`; with
         `sampling.experts` and `.margins` also the token columns `expert_choices` and `margins`,
         with `sampling.support` the ragged column `support_ids`. The prompts' own row and Python
         columns are repeated for every sample.
@@ -195,7 +194,7 @@ def _run_generation(
         if progress is not None:
             progress(num_done, len(rows))
 
-    answers = engine.generate(
+    generated = engine.generate(
         requests,
         seed=generation.seed,
         step=generation.step,
@@ -204,7 +203,7 @@ def _run_generation(
         state=None if stint.begun is None else stint.begun.state,
     )
     by_row: dict[int, Completion] = {}
-    for group, completions in zip(places.values(), answers, strict=True):
+    for group, completions in zip(places.values(), generated, strict=True):
         by_row.update(zip(group, completions, strict=True))
     completions = [by_row[row] for row in range(len(rows))]
     batch = _completed(rows, completions, with_margins=generation.sampling.margins)
@@ -219,7 +218,7 @@ def _run_generation(
                 "rollout.engine=native, or the other to false"
             )
         batch = batch.with_columns(tokens={column.name: torch.cat([none, *chosen])})
-    if any(completion.finish == "aborted" for completion in completions):
+    if any(completion.finish is Finish.ABORTED for completion in completions):
         return Interrupted(part=Part(rows=batch, state=engine.aborted_state()))
     return batch
 
@@ -228,7 +227,6 @@ def _begun(part: Part) -> dict[tuple[int, int], Completion]:
     """(prompt id, sample) -> the tokens that a stopped call has drawn of it."""
     if part.rows is None:
         return {}
-    finishes = {code: finish for finish, code in _FINISH.items()}
     found = {}
     for row in part.rows.split_rows():
         mask = row["loss_mask"]
@@ -236,7 +234,7 @@ def _begun(part: Part) -> dict[tuple[int, int], Completion]:
         found[key] = Completion(
             tokens=tuple(row["tokens"][mask].tolist()),
             logprobs=tuple(row["rollout_logprobs"][mask].tolist()),
-            finish=finishes[int(row["finish"])],
+            finish=Finish.of(int(row["finish"])),
             margins=tuple(row["margins"][mask].tolist()) if "margins" in row else (),
             experts=row.tokens.get(EXPERT_CHOICES),
             support=row.ragged[SUPPORT].select(mask.nonzero().flatten())
@@ -249,24 +247,24 @@ def _begun(part: Part) -> dict[tuple[int, int], Completion]:
 def _supports(prompts: Batch, completions: list[Completion]) -> Ragged:
     """The tokens that each token was drawn from; none for a prompt's tokens."""
     counts, values = [torch.zeros(0, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int32)]
-    for length, answer in zip(prompts.lengths.tolist(), completions, strict=True):
-        if answer.support is None:
+    for length, completion in zip(prompts.lengths.tolist(), completions, strict=True):
+        if completion.support is None:
             raise ValueError("sampling.support=True, but the rollout's engine records no tokens")
-        counts += [torch.zeros(length, dtype=torch.int32), answer.support.counts]
-        values.append(answer.support.values)
+        counts += [torch.zeros(length, dtype=torch.int32), completion.support.counts]
+        values.append(completion.support.values)
     return Ragged(counts=torch.cat(counts), values=torch.cat(values))
 
 
 def _completed(prompts: Batch, completions: list[Completion], *, with_margins: bool) -> Batch:
     sequences, logprobs, masks, margins = [], [], [], []
-    for prompt, answer in zip(
+    for prompt, completion in zip(
         torch.split(prompts["tokens"], prompts.lengths.tolist()), completions, strict=True
     ):
         zeros = [0.0] * len(prompt)
-        sequences.append([*prompt.tolist(), *answer.tokens])
-        logprobs += [*zeros, *answer.logprobs]
-        masks += [False] * len(prompt) + [True] * len(answer.tokens)
-        margins += [*zeros, *answer.margins]
+        sequences.append([*prompt.tolist(), *completion.tokens])
+        logprobs += [*zeros, *completion.logprobs]
+        masks += [False] * len(prompt) + [True] * len(completion.tokens)
+        margins += [*zeros, *completion.margins]
     counts = torch.tensor([len(c.tokens) for c in completions], dtype=torch.int64)
     batch = from_rows(sequences)
     asked = {"margins": torch.tensor(margins, dtype=torch.float32)} if with_margins else {}
@@ -281,7 +279,7 @@ def _completed(prompts: Batch, completions: list[Completion], *, with_margins: b
         rows={
             "prompt_lengths": prompts.lengths,
             "response_lengths": counts,
-            "finish": torch.tensor([_FINISH[c.finish] for c in completions], dtype=torch.int64),
+            "finish": torch.tensor([c.finish.code for c in completions], dtype=torch.int64),
             # identifies the rows if the call is stopped
             "prompt_ids": prompts["prompt_ids"],
             "sample_index": prompts["sample_index"],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from enum import StrEnum
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,8 +13,23 @@ from spmdrl.batch import Ragged
 from spmdrl.models.sharding import Slice
 from spmdrl.rollout.sampling import SamplingParams
 
-Finish = Literal["stop", "length", "aborted"]
 Progress = Callable[[int, int], None]
+
+
+class Finish(StrEnum):
+    """Reasons why a sample ended. The column `finish` of a `Batch` holds their codes."""
+
+    STOP = "stop"  # an end of text, a stop token or a stop text
+    LENGTH = "length"
+    ABORTED = "aborted"
+
+    @property
+    def code(self) -> int:
+        return tuple(Finish).index(self)
+
+    @classmethod
+    def of(cls, code: int) -> Finish:
+        return tuple(cls)[code]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +54,7 @@ class Request:
 
     def done(self, place: int) -> Completion | None:
         """Return the sample at `place` if it was complete before this call."""
-        if not self.begun or self.begun[place].finish == "aborted":
+        if not self.begun or self.begun[place].finish is Finish.ABORTED:
             return None
         return self.begun[place]
 
@@ -52,7 +68,7 @@ class Completion:
         logprobs: log-probability of each token under the distribution it was drawn from (after
             temperature and truncation, renormalised); for greedy requests under the softmax of the
             logits. If truncation leaves more than `MAX_SUPPORT` tokens, under that of all tokens.
-        finish: "stop" (end of text, stop token or stop text), "length", or "aborted".
+        finish: reason of its end.
         margins: lead of each draw's perturbed score (0 or more, in nats), or the distance of a
             token's log-probability to a truncation boundary if that is smaller. Empty unless asked
             for.
@@ -91,7 +107,7 @@ class RolloutEngine(Protocol):
 
         Args:
             progress: callback with (tokens done, samples done) during the call.
-            should_stop: callback between engine steps; True ends all open samples as "aborted".
+            should_stop: callback between engine steps; True aborts all open samples.
             state: result of `aborted_state` after a call with the same requests was aborted. If it
                 is usable here (same engine, options and weights) the call resumes from it bit for
                 bit; otherwise from what the requests have `begun`.

@@ -62,10 +62,10 @@ class StopRule:
     def check(self, tokens: list[int], num_generated: int) -> Finish | None:
         """Return the reason if the newest of `tokens` (prompt and generated) ends the sample."""
         if tokens[-1] in self._ids:
-            return "stop"
+            return Finish.STOP
         if self._texts is not None and self._texts.end(tokens, num_generated):
-            return "stop"
-        return "length" if num_generated >= self._max_tokens else None
+            return Finish.STOP
+        return Finish.LENGTH if num_generated >= self._max_tokens else None
 
 
 class StopTexts:

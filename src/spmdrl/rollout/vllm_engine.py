@@ -49,7 +49,7 @@ from spmdrl.rollout.vllm_requests import (
     check_sampling,
     sampling_arguments,
 )
-from spmdrl.rollout.vllm_samples import Sample, run_scores, run_steps, samples_of
+from spmdrl.rollout.vllm_samples import VllmSample, run_scores, run_steps, samples_of
 
 _NO_UTILIZATION = 0.01
 """Share of the device's memory for a check at start, which counts the trainer's memory as taken.
@@ -221,7 +221,7 @@ class VllmEngine:
         check_sampling(requests)
         groups = samples_of(requests, self._stops)
         with self._running():
-            waiting: dict[str, Sample] = {}
+            waiting: dict[str, VllmSample] = {}
             for request, group in zip(requests, groups, strict=True):
                 for place, (sample, index) in enumerate(zip(group, request.samples, strict=True)):
                     if request.done(place) is not None:

@@ -15,7 +15,7 @@ from spmdrl.rollout.stops import StopRule, StopRules
 
 
 @dataclass(kw_only=True, eq=False)
-class Sample:
+class VllmSample:
     """One sample; `tokens` begins with the prompt."""
 
     request: Request
@@ -23,7 +23,7 @@ class Sample:
     tokens: list[int]
     logprobs: list[float] = field(default_factory=list)
     support: list[list[int]] = field(default_factory=list)
-    finish: Finish = "aborted"
+    finish: Finish = Finish.ABORTED
 
     def completion(self) -> Completion:
         tokens = tuple(self.tokens[len(self.request.tokens) :])
@@ -42,11 +42,11 @@ class Sample:
         )
 
 
-def samples_of(requests: Sequence[Request], stops: StopRules) -> list[list[Sample]]:
+def samples_of(requests: Sequence[Request], stops: StopRules) -> list[list[VllmSample]]:
     """Make the samples of each request, with nothing generated yet."""
     return [
         [
-            Sample(
+            VllmSample(
                 request=request,
                 rule=stops.of(request.sampling),
                 tokens=list(request.tokens),
@@ -59,7 +59,7 @@ def samples_of(requests: Sequence[Request], stops: StopRules) -> list[list[Sampl
 
 def run_steps(
     engine: Any,
-    waiting: dict[str, Sample],
+    waiting: dict[str, VllmSample],
     progress: Progress | None,
     should_stop: Callable[[], bool],
 ) -> None:
@@ -79,7 +79,7 @@ def run_steps(
             for output in outputs:
                 sample = waiting[output.request_id]
                 tokens_done += _extend(sample, output)
-                if sample.finish != "aborted":
+                if sample.finish is not Finish.ABORTED:
                     samples_done += 1
                     del waiting[output.request_id]
                     unknown += [] if output.finished else [output.request_id]
@@ -94,7 +94,7 @@ def run_steps(
             engine.abort_request(list(waiting))
 
 
-def _extend(sample: Sample, output: Any) -> int:
+def _extend(sample: VllmSample, output: Any) -> int:
     """Add the tokens that a step drew for the sample, up to its end; return their number."""
     [piece] = output.outputs
     count = 0
@@ -116,7 +116,7 @@ def _extend(sample: Sample, output: Any) -> int:
         if finish is not None:
             sample.finish = finish
             break
-    assert not output.finished or sample.finish != "aborted", piece.finish_reason
+    assert not output.finished or sample.finish is not Finish.ABORTED, piece.finish_reason
     return count
 
 

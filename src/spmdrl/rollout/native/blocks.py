@@ -25,17 +25,19 @@ class BlockPool:
         self._references[block] = 1
         return block
 
-    def share(self, block: int) -> None:
-        """Add a reference."""
-        assert self._references[block] > 0, f"block {block} is free"
-        self._references[block] += 1
+    def share(self, *blocks: int) -> None:
+        """Add a reference to each."""
+        for block in blocks:
+            assert self._references[block] > 0, f"block {block} is free"
+            self._references[block] += 1
 
-    def release(self, block: int) -> None:
-        """Remove a reference; removing the last one frees the block."""
-        assert self._references[block] > 0, f"block {block} is free"
-        self._references[block] -= 1
-        if self._references[block] == 0:
-            self._free.append(block)
+    def release(self, *blocks: int) -> None:
+        """Remove a reference from each; removing the last one frees the block."""
+        for block in blocks:
+            assert self._references[block] > 0, f"block {block} is free"
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free.append(block)
 
     def is_shared(self, block: int) -> bool:
         return self._references[block] > 1

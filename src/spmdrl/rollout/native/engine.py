@@ -7,32 +7,30 @@ an aborted call. So new weights are used as soon as they arrive, and nothing mus
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spmdrl.distributed.parallel import Parallel
-from spmdrl.memory.storages import require_resident
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.degrees import check_tp
 from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.models.routing import choices_dtype
-from spmdrl.models.sharding import Slice
 from spmdrl.rollout.lockstep import Lockstep
 from spmdrl.rollout.native.blocked import blocked_weights
 from spmdrl.rollout.native.blocks import BlockPool
 from spmdrl.rollout.native.recording import ExpertRecord
+from spmdrl.rollout.native.sample import Sample, leaders_of, samples_of
 from spmdrl.rollout.native.sampler import Sampler
 from spmdrl.rollout.native.scheduler import Scheduler, sampled
-from spmdrl.rollout.native.sequence import Sequence as Sample
-from spmdrl.rollout.native.sequence import common_prefix, leaders_of, sequences_of
+from spmdrl.rollout.native.shared_prefix import common_prefix
 from spmdrl.rollout.native.snapshot import blocks_of, restore_snapshot, take_snapshot
 from spmdrl.rollout.native.supports import rows_of
+from spmdrl.rollout.native.weights import EngineWeights
 from spmdrl.rollout.native.workspace import NativeOptions, Work, Workspace
 from spmdrl.rollout.protocol import Completion, Progress, Request
 from spmdrl.rollout.requests import check_requests
@@ -41,16 +39,6 @@ from spmdrl.rollout.stops import StopRule, StopRules
 
 _PREFIX_TOKENS = 256
 """Least prompt tokens that sharing the common prefix must save, since it costs an extra step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parameter:
-    """One parameter of this rank: `tensor` is None until `adopt` or `allocate`."""
-
-    tensor: Tensor | None
-    slices: tuple[Slice, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class NativeEngine:
@@ -92,55 +80,13 @@ class NativeEngine:
         self._workspace = Workspace(
             config, decoder, self._options, self._group, tp.size, self._device, dtype
         )
+        self.weights = EngineWeights(self._decoder, dtype, self._device, self.release_graphs)
+        self.local_tensors, self.adopt = self.weights.local_tensors, self.weights.adopt
+        self.allocate = self.weights.allocate
         self._sampler: Sampler | None = None
         self._aborted: dict[str, Tensor] = {}
         self.num_preempted = 0
         """Number of preemptions during the last call."""
-
-    # Weights
-
-    def parameters_table(self) -> dict[str, Parameter]:
-        """Return the parameters that this rank needs to hold, by local name."""
-        slices = self._decoder.slices()
-        return {
-            name: Parameter(
-                tensor=None if parameter.is_meta else parameter.data,
-                slices=slices[name],
-                shape=tuple(parameter.shape),
-                dtype=self._dtype,
-            )
-            for name, parameter in self._decoder.named_parameters()
-        }
-
-    def local_tensors(self) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:
-        """Return this rank's weights: local name -> (tensor, slices)."""
-        table = self.parameters_table()
-        return {n: (p.tensor, p.slices) for n, p in table.items() if p.tensor is not None}
-
-    def adopt(self, local_name: str, tensor: Tensor) -> None:
-        """Use `tensor`'s storage as the parameter.
-
-        Raises:
-            ValueError: shape, dtype or device differ from the parameter's.
-        """
-        wanted = self.parameters_table()[local_name]
-        found = (tuple(tensor.shape), tensor.dtype, tensor.device.type)
-        if found != (wanted.shape, wanted.dtype, self._device.type):
-            raise ValueError(
-                f"{local_name}: the engine cannot use a tensor of {found} in place of "
-                f"{(wanted.shape, wanted.dtype, self._device.type)}"
-            )
-        module_name, _, leaf = local_name.rpartition(".")
-        parameter = nn.Parameter(tensor.detach(), requires_grad=False)
-        setattr(self._decoder.get_submodule(module_name), leaf, parameter)
-        self.release_graphs()
-
-    def allocate(self, local_name: str) -> Tensor:
-        """Allocate the engine's own storage for the parameter, not yet filled."""
-        wanted = self.parameters_table()[local_name]
-        tensor = torch.empty(wanted.shape, dtype=wanted.dtype, device=self._device)
-        self.adopt(local_name, tensor)
-        return tensor
 
     # Parts kept between calls, besides the weights
 
@@ -184,7 +130,7 @@ class NativeEngine:
         """See `RolloutEngine.generate`."""
         self._aborted = {}
         num_blocks = self._check(requests)
-        groups = [sequences_of(r, i, seed=seed, step=step) for i, r in enumerate(requests)]
+        groups = [samples_of(r, i, seed=seed, step=step) for i, r in enumerate(requests)]
         samples = [sample for group in groups for sample in group]
         leaders = leaders_of(groups)
         record = self._record(leaders, requests)
@@ -244,7 +190,7 @@ class NativeEngine:
             for i, tokens in enumerate(sequences)
         ]
         num_blocks = self._check(requests, generates=False)
-        samples = [s for i, r in enumerate(requests) for s in sequences_of(r, i, seed=0, step=0)]
+        samples = [s for i, r in enumerate(requests) for s in samples_of(r, i, seed=0, step=0)]
         scores: list[list[float]] = [[] for _ in sequences]
         with torch.inference_mode():
             work = self._workspace.prepare(num_blocks) if samples else None
@@ -255,7 +201,7 @@ class NativeEngine:
                 logprobs = logits.div_(temperature).log_softmax(dim=-1)
                 row = 0
                 for chunk in plan.chunks:
-                    sample, count = chunk.sequence, chunk.stop - chunk.start
+                    sample, count = chunk.sample, chunk.stop - chunk.start
                     following = torch.tensor(sample.tokens[chunk.start + 1 : chunk.stop + 1])
                     rows = logprobs[row : row + len(following)]
                     row += count
@@ -267,10 +213,7 @@ class NativeEngine:
 
     def _check(self, requests: Sequence[Request], *, generates: bool = True) -> int:
         """Return the cache blocks for the requests; ValueError if they cannot be served."""
-        missing = [n for n, p in self.parameters_table().items() if p.tensor is None]
-        if missing:
-            raise ValueError(f"the engine has no weights yet: {missing[0]} was never loaded")
-        require_resident("rollout", "weights", self._decoder.parameters())
+        self.weights.check()
         num_blocks = self._workspace.blocks_for(requests)
         check_requests(
             requests,

@@ -6,7 +6,7 @@ compiled, and kernels are tested against it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spmdrl.rollout.native.attention import CacheShape
+from spmdrl.rollout.native.sample import Sample
 from spmdrl.rollout.native.scheduler import Chunk, StepPlan
-from spmdrl.rollout.native.sequence import Sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class GatheredAttention:
         self._prepare_decodes(plan.decodes)
         self._prefill = self._prepare_prefill(plan.chunks, len(plan.decodes))
 
-    def caches(self) -> tuple[Items[Tensor], Items[Tensor]]:
+    def caches(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return self._keys, self._values
 
     def __call__(
@@ -81,7 +81,7 @@ class GatheredAttention:
             out[rows] = self._attend_span(span, layer, q[rows], k[rows], v[rows])
         return out
 
-    def _prepare_decodes(self, decodes: list[Sequence]) -> None:
+    def _prepare_decodes(self, decodes: list[Sample]) -> None:
         size, device = self._shape.block_size, self._shape.device
         held = [s.blocks[: -(-s.cached // size)] for s in decodes]
         width = max(map(len, held), default=0)
@@ -147,7 +147,7 @@ class GatheredAttention:
         offsets = [(s.cached - 1) % size for s in plan.decodes]
         for chunk in plan.chunks:
             places = range(chunk.start, chunk.stop)
-            blocks += [chunk.sequence.blocks[i // size] for i in places]
+            blocks += [chunk.sample.blocks[i // size] for i in places]
             offsets += [i % size for i in places]
         found = torch.tensor((blocks, offsets), device=self._shape.device)
         return found[0], found[1]
@@ -173,7 +173,7 @@ class GatheredAttention:
             stop=last_row,
             count=len(chunks),
             context=start,
-            blocks=torch.tensor([c.sequence.blocks[:held] for c in chunks], device=device),
+            blocks=torch.tensor([c.sample.blocks[:held] for c in chunks], device=device),
             mask=torch.arange(stop, device=device)[None, :] <= query[:, None],
         )
 

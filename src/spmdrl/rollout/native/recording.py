@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from spmdrl.rollout.native.sample import Sample
 from spmdrl.rollout.native.scheduler import StepPlan
-from spmdrl.rollout.native.sequence import Sequence as Sample
 
 
 class ExpertRecord:
@@ -33,7 +33,7 @@ class ExpertRecord:
             begun = sample.begun_experts()
             if begun is not None:
                 known = self._computed(begun[: len(sample.tokens) - 1])
-                sample.rows = list(range(self._num_rows, self._num_rows + len(known)))
+                sample.expert_rows = list(range(self._num_rows, self._num_rows + len(known)))
                 self._steps.append(known)
                 self._num_rows += len(known)
 
@@ -57,7 +57,7 @@ class ExpertRecord:
             self._assign(sample, sample.cached - 1, sample.cached, row)
             row += 1
         for chunk in plan.chunks:
-            self._assign(chunk.sequence, chunk.start, chunk.stop, row)
+            self._assign(chunk.sample, chunk.start, chunk.stop, row)
             row += chunk.stop - chunk.start
         self._num_rows = row
 
@@ -66,11 +66,11 @@ class ExpertRecord:
         self._steps.append(experts.to("cpu"))
 
     def _assign(self, sample: Sample, start: int, stop: int, row: int) -> None:
-        known = len(sample.rows)
+        known = len(sample.expert_rows)
         if known < start:
-            sample.rows += self.first.rows[known:start]
+            sample.expert_rows += self.first.expert_rows[known:start]
             known = start
-        sample.rows += range(row + known - start, row + stop - start)
+        sample.expert_rows += range(row + known - start, row + stop - start)
 
     def of(self, samples: Sequence[Sample]) -> list[Tensor]:
         """Return every sample's choices, [n, L, K], one row per token; `missing` for tokens that
@@ -79,7 +79,7 @@ class ExpertRecord:
         table = self.table()
         found = []
         for sample in samples:
-            rows = sample.rows[: len(sample.tokens)]
+            rows = sample.expert_rows[: len(sample.tokens)]
             experts = table.new_full((len(sample.tokens), *table.shape[1:]), self._missing)
             experts[: len(rows)] = table[torch.tensor(rows, dtype=torch.int64)]
             found.append(experts)

@@ -87,7 +87,7 @@ def flatten(plan: StepPlan) -> tuple[list[int], list[int], list[int]]:
     positions = [s.cached - 1 for s in plan.decodes]
     rows = list(range(len(tokens)))
     for chunk in plan.chunks:
-        tokens += chunk.sequence.tokens[chunk.start : chunk.stop]
+        tokens += chunk.sample.tokens[chunk.start : chunk.stop]
         positions += range(chunk.start, chunk.stop)
         if chunk.is_last:
             rows.append(len(tokens) - 1)

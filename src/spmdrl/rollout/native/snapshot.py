@@ -7,8 +7,7 @@ the running samples, their order and their blocks, and the contents of the used 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
-from collections.abc import Sequence as Items
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from torch import Tensor
 from spmdrl.memory.json_tensors import json_tensor, tensor_json
 from spmdrl.rollout.native.attention import PagedAttention
 from spmdrl.rollout.native.recording import ExpertRecord
+from spmdrl.rollout.native.sample import Sample
 from spmdrl.rollout.native.scheduler import Scheduler
-from spmdrl.rollout.native.sequence import Sequence
 from spmdrl.rollout.native.supports import SupportRecord
+from spmdrl.rollout.protocol import Finish
 
 _STATE, _KEYS, _VALUES, _EXPERTS = "engine", "keys", "values", "experts"
 
@@ -27,7 +27,7 @@ _STATE, _KEYS, _VALUES, _EXPERTS = "engine", "keys", "values", "experts"
 def take_snapshot(
     call: object,
     scheduler: Scheduler,
-    samples: Items[Sequence],
+    samples: Sequence[Sample],
     attention: PagedAttention,
     record: ExpertRecord | None = None,
 ) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def blocks_of(state: Mapping[str, Tensor] | None, call: object) -> int | None:
 def restore_snapshot(
     state: Mapping[str, Tensor],
     scheduler: Scheduler,
-    samples: Items[Sequence],
+    samples: Sequence[Sample],
     attention: PagedAttention,
     record: ExpertRecord | None = None,
 ) -> None:
@@ -79,7 +79,8 @@ def restore_snapshot(
     for sample, found in zip(samples, content["samples"], strict=True):
         sample.tokens = [*sample.request.tokens, *found["tokens"]]
         sample.followers = [samples[i] for i in found["followers"]]
-        for name in ("logprobs", "margins", "finish", "blocks", "cached", "rows"):
+        sample.expert_rows, sample.finish = found["rows"], Finish(found["finish"])
+        for name in ("logprobs", "margins", "blocks", "cached"):
             setattr(sample, name, found[name])
         sample.support = SupportRecord(
             counts=array("i", found["support"][0]), ids=array("i", found["support"][1])
@@ -94,7 +95,7 @@ def restore_snapshot(
             layer.index_copy_(0, used, blocks.to(layer.device))
 
 
-def _sample_state(sample: Sequence, number: Mapping[Sequence, int]) -> dict[str, Any]:
+def _sample_state(sample: Sample, number: Mapping[Sample, int]) -> dict[str, Any]:
     return {
         "tokens": sample.tokens[sample.prompt_length :],
         "followers": [number[follower] for follower in sample.followers],
@@ -104,7 +105,7 @@ def _sample_state(sample: Sequence, number: Mapping[Sequence, int]) -> dict[str,
         "finish": sample.finish,
         "blocks": sample.blocks,
         "cached": sample.cached,
-        "rows": sample.rows,
+        "rows": sample.expert_rows,
     }
 
 

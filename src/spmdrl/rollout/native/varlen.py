@@ -7,8 +7,7 @@ that a CUDA graph captured over a decode step finds it again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from collections.abc import Sequence as Items
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,16 +80,14 @@ class VarlenAttention:
         """Fill the buffers; `pad_to` is the number of samples to which idle ones pad the step."""
         self._copy_blocks(plan.copies)
         size, trash = self._shape.block_size, self._shape.num_blocks
-        tables = [s.blocks for s in plan.decodes] + [c.sequence.blocks for c in plan.chunks]
+        tables = [s.blocks for s in plan.decodes] + [c.sample.blocks for c in plan.chunks]
         used = [s.cached for s in plan.decodes] + [c.stop for c in plan.chunks]
         counts = [1] * len(plan.decodes) + [c.stop - c.start for c in plan.chunks]
         slots = [
             s.blocks[(s.cached - 1) // size] * size + (s.cached - 1) % size for s in plan.decodes
         ]
         for c in plan.chunks:
-            slots += [
-                c.sequence.blocks[i // size] * size + i % size for i in range(c.start, c.stop)
-            ]
+            slots += [c.sample.blocks[i // size] * size + i % size for i in range(c.start, c.stop)]
         for _ in range(pad_to - len(counts)):
             tables.append([trash])
             used.append(1)
@@ -107,7 +104,7 @@ class VarlenAttention:
         self._num_sequences, self._num_tokens = n, len(slots)
         self._max_query = max(counts)
 
-    def caches(self) -> tuple[Items[Tensor], Items[Tensor]]:
+    def caches(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return self._keys, self._values
 
     def __call__(
@@ -153,7 +150,7 @@ class VarlenAttention:
     def _zeros(self, *sizes: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(*sizes, dtype=dtype, device=self._shape.device)
 
-    def _fill(self, target: Tensor, values: Items[int] | Items[Items[int]]) -> None:
+    def _fill(self, target: Tensor, values: Sequence[int] | Sequence[Sequence[int]]) -> None:
         source = torch.tensor(values, dtype=target.dtype)
         target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
 

@@ -1,0 +1,68 @@
+"""`SharedPrefix`: the tokens with which all prompts of a call begin, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spmdrl.rollout.native.blocks import BlockPool
+from spmdrl.rollout.native.sample import Sample
+
+
+class SharedPrefix:
+    """Cache blocks of the common prefix, held from the step that computes it until they are needed.
+
+    Args:
+        length: number of tokens; 0: nothing is shared.
+        owner: the sample that computes them; None from then on.
+    """
+
+    def __init__(self, length: int, owner: Sample | None, pool: BlockPool, block_size: int) -> None:
+        self._length, self._pool, self._block_size = length, pool, block_size
+        self.owner = owner if length else None
+        self.blocks: list[int] = []
+
+    @property
+    def cached(self) -> int:
+        """Number of tokens in the held blocks."""
+        return self._length if self.blocks else 0
+
+    def keep(self) -> None:
+        """Hold the blocks of the owner if it has computed them."""
+        if self.owner is not None and self.owner.cached >= self._length:
+            self.blocks = self.owner.blocks[: -(-self._length // self._block_size)]
+            self._pool.share(*self.blocks)
+            self.owner = None
+
+    def drop(self) -> bool:
+        """Release the blocks; return whether any were held."""
+        held, self.blocks = self.blocks, []
+        self._pool.release(*held)
+        return bool(held)
+
+    def state(self, number: Mapping[Sample, int]) -> dict[str, Any]:
+        """Return JSON values from which `restore` makes an equal prefix; its owner by `number`."""
+        return {
+            "prefix": self._length,
+            "prefix_owner": None if self.owner is None else number[self.owner],
+            "prefix_blocks": self.blocks,
+        }
+
+    def restore(self, state: Mapping[str, Any], samples: Sequence[Sample]) -> None:
+        """Adopt the `state()` of another prefix."""
+        owner = state["prefix_owner"]
+        self.owner = None if owner is None else samples[owner]
+        self._length, self.blocks = state["prefix"], list(state["prefix_blocks"])
+
+
+def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Count the tokens with which all prompts begin, below the shortest's length; 0 for one prompt.
+
+    A prompt's last token is not counted, since its row gives the first token of the response.
+    """
+    if len(prompts) < 2:
+        return 0
+    # All prompts share a prefix if the smallest and the largest in lexical order do.
+    first, last = min(prompts), max(prompts)
+    limit = min(len(prompt) for prompt in prompts) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), max(limit, 0))
