@@ -11,15 +11,15 @@ from flow_cases import run_configs, write_config
 from harness import run_ranks
 from spmdrl.config.load import load_config
 from spmdrl.memory.call_memory import Turns
-from spmdrl.memory.parts import PartName
-from spmdrl.memory.residency import Residency
+from spmdrl.memory.device_parts import DeviceParts
+from spmdrl.memory.parts import PartKey
 from spmdrl.placement import place_roles
 from spmdrl.planning.plan import plan_roles
 from spmdrl.run.assembly.assembly import open_models
 from spmdrl.world import World
 from tiny_model import make_tiny_model
 
-Moves = tuple[str, set[PartName], set[PartName], set[PartName]]
+Moves = tuple[str, set[PartKey], set[PartKey], set[PartKey]]
 """A call: what comes from the host for it, during it for the next one, what leaves before it."""
 
 
@@ -28,14 +28,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.calls: list[Moves] = []
-        self._in: set[PartName] = set()
-        self._out: set[PartName] = set()
-        self._ahead: set[PartName] = set()
+        self._in: set[PartKey] = set()
+        self._out: set[PartKey] = set()
+        self._ahead: set[PartKey] = set()
         self._prefetching = False
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        begin, prefetch = Turns.begin, Residency.prefetch
-        bring, send_away = Residency._bring, Residency._send_away
+        begin, prefetch = Turns.begin, DeviceParts.prefetch
+        bring, send_away = DeviceParts._bring, DeviceParts._send_away
 
         def recorded_begin(turns: Turns, call: str, *args: Any, **settings: Any) -> None:
             begin(turns, call, *args, **settings)
@@ -43,25 +43,25 @@ class Recorder:
                 self.calls.append((call, self._in, self._ahead, self._out))
                 self._in, self._out, self._ahead = set(), set(), set()
 
-        def recorded_prefetch(residency: Residency, *args: Any, **settings: Any) -> bool:
+        def recorded_prefetch(memory: DeviceParts, *args: Any, **settings: Any) -> bool:
             self._prefetching = True
-            found = prefetch(residency, *args, **settings)
+            found = prefetch(memory, *args, **settings)
             self._prefetching = False
             return found
 
-        def recorded_bring(residency: Residency, name: PartName) -> None:
+        def recorded_bring(memory: DeviceParts, name: PartKey) -> None:
             (self._ahead if self._prefetching else self._in).add(name)
-            bring(residency, name)
+            bring(memory, name)
 
-        def recorded_send_away(residency: Residency, wanted: frozenset[PartName]) -> None:
-            here = {n for n, held in residency._tensors.items() if not held.is_away}
-            send_away(residency, wanted)
-            self._out |= {n for n in here if residency._tensors[n].is_away}
+        def recorded_send_away(memory: DeviceParts, wanted: frozenset[PartKey]) -> None:
+            here = {n for n, held in memory.registry.tensors.items() if not held.is_away}
+            send_away(memory, wanted)
+            self._out |= {n for n in here if memory.registry.tensors[n].is_away}
 
         patch.setattr(Turns, "begin", recorded_begin)
-        patch.setattr(Residency, "prefetch", recorded_prefetch)
-        patch.setattr(Residency, "_bring", recorded_bring)
-        patch.setattr(Residency, "_send_away", recorded_send_away)
+        patch.setattr(DeviceParts, "prefetch", recorded_prefetch)
+        patch.setattr(DeviceParts, "_bring", recorded_bring)
+        patch.setattr(DeviceParts, "_send_away", recorded_send_away)
 
 
 def compared(world: World, path: str, words: list[str]) -> tuple[list[Moves], list[Moves]]:

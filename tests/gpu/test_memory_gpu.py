@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from spmdrl.memory.arena import HostArena
+from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.memory.mover import STAGING_BYTES
-from spmdrl.memory.residency import Residency
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,20 +61,20 @@ def test_content_survives_and_memory_is_really_free(device):
     tensors = [bits(device, n, i) for i, n in enumerate(sizes)]
     views = [tensor[len(tensor) // 2 :] for tensor in tensors]
     before = [tensor.cpu() for tensor in tensors]
-    residency = Residency(device, staging_bytes=2 * MB)
+    memory = DeviceParts(device, staging_bytes=2 * MB)
     start = allocated()
-    residency.register("policy", "weights", tensors=[*tensors, *views], policy="host")
+    memory.registry.register("policy", "weights", tensors=[*tensors, *views], residency="host")
     for _ in range(4):
-        residency.settle()
+        memory.settle()
         assert allocated() <= start - sum(4 * n for n in sizes) + 2 * MB
         noise = [torch.full((n,), 9, dtype=torch.int32, device=device) for n in sizes]
         del noise
-        residency.prepare([("policy", "weights")])
+        memory.prepare([("policy", "weights")])
         after = [tensor.cpu() for tensor in tensors]
         assert all(map(torch.equal, after, before))
         halves = [view.cpu() for view in views]
         assert all(torch.equal(h, b[len(b) // 2 :]) for h, b in zip(halves, before, strict=True))
-    found = residency.take_metrics()
+    found = memory.take_metrics()
     assert found["to_host_bytes"] == found["to_device_bytes"] == 4 * 4 * sum(sizes)
     assert found["to_host_gb_per_s"] > 1 and found["to_device_gb_per_s"] > 1
 
@@ -82,35 +82,35 @@ def test_content_survives_and_memory_is_really_free(device):
 def test_moves_wait_for_the_computation_before_and_hold_up_the_one_after(device):
     weights = [torch.zeros(n, dtype=torch.int32, device=device) for n in (8 * MB, 10, 5000)]
     other = torch.zeros(8 * MB, dtype=torch.int32, device=device)
-    residency = Residency(device)
-    residency.register("policy", "weights", tensors=weights, policy="host")
-    residency.register("reward", "weights", tensors=[other], policy="host")
+    memory = DeviceParts(device)
+    memory.registry.register("policy", "weights", tensors=weights, residency="host")
+    memory.registry.register("reward", "weights", tensors=[other], residency="host")
     for step in range(1, 4):
-        residency.prepare([("policy", "weights")])
+        memory.prepare([("policy", "weights")])
         for tensor in weights:
             slowly(tensor)
-        residency.prepare([("reward", "weights")])  # no synchronisation between
+        memory.prepare([("reward", "weights")])  # no synchronisation between
         slowly(other)
-        residency.prepare([("policy", "weights")])
+        memory.prepare([("policy", "weights")])
         sums = [(tensor == step).all() for tensor in weights]
         assert all(bool(found) for found in sums)
-    residency.prepare([("reward", "weights")])
+    memory.prepare([("reward", "weights")])
     assert bool((other == 3).all())
 
 
 def test_the_peak_of_four_roles_is_one_role(device):
     size = 64 * MB
-    residency = Residency(device)
+    memory = DeviceParts(device)
     torch.cuda.reset_peak_memory_stats()
     start = allocated()
     held = {}
     for i, role in enumerate(ROLES):
         held[role] = [torch.full((size // 8,), float(i), device=device) for _ in range(2)]
-        residency.register(role, "weights", tensors=held[role], policy="host")
-        residency.settle()
+        memory.registry.register(role, "weights", tensors=held[role], residency="host")
+        memory.settle()
     for _ in range(3):
         for i, role in enumerate(ROLES):
-            residency.prepare([(role, "weights")])
+            memory.prepare([(role, "weights")])
             found = [tensor.mean() for tensor in held[role]]
             assert [value.item() for value in found] == [float(i)] * 2
     peak = torch.cuda.max_memory_allocated() - start
@@ -121,19 +121,19 @@ def test_a_prefetch_runs_beside_the_computation_and_is_waited_for(device):
     size = 256 * MB
     policy = torch.ones(size // 4, device=device)
     reward = torch.full((size // 4,), 2.0, device=device)
-    residency = Residency(device, capacity=2 * size)
-    residency.register("policy", "weights", tensors=[policy], policy="host")
-    residency.register("reward", "weights", tensors=[reward], policy="host", frozen=True)
-    residency.settle()
+    memory = DeviceParts(device, capacity=2 * size)
+    memory.registry.register("policy", "weights", tensors=[policy], residency="host")
+    memory.registry.register("reward", "weights", tensors=[reward], residency="host", frozen=True)
+    memory.settle()
     for _ in range(3):
-        residency.prepare([("policy", "weights")])
-        assert not residency.prefetch([("reward", "weights")], working_bytes=1)
-        assert residency.prefetch([("reward", "weights")])
+        memory.prepare([("policy", "weights")])
+        assert not memory.prefetch([("reward", "weights")], working_bytes=1)
+        assert memory.prefetch([("reward", "weights")])
         slowly(policy)
-        residency.prepare([("reward", "weights")])
+        memory.prepare([("reward", "weights")])
         found = reward.mean()
         assert found.item() == 2.0
-    residency.prepare([("policy", "weights")])
+    memory.prepare([("policy", "weights")])
     found = policy.mean()
     assert found.item() == 4.0
 
@@ -142,16 +142,16 @@ def test_graphs_over_kept_parts_replay_while_others_move(device):
     weight = torch.full((1000,), 2.0, device=device)
     moving = torch.zeros(4 * MB, device=device)
     inputs = torch.ones(1000, device=device)
-    residency = Residency(device)
-    residency.register("rollout", "weights", tensors=[weight], policy="keep")
-    residency.register("reward", "weights", tensors=[moving], policy="host")
+    memory = DeviceParts(device)
+    memory.registry.register("rollout", "weights", tensors=[weight], residency="keep")
+    memory.registry.register("reward", "weights", tensors=[moving], residency="host")
     captured: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
-    residency.register_droppable(
+    memory.registry.register_droppable(
         "rollout",
         "graphs",
         drop=captured.clear,
         num_bytes=lambda: 0,
-        policy="keep",
+        residency="keep",
         holds=[("rollout", "weights")],
     )
     side = torch.cuda.Stream(device)
@@ -164,12 +164,12 @@ def test_graphs_over_kept_parts_replay_while_others_move(device):
         outputs = inputs * weight
     captured.append((graph, outputs))
     for step in range(3):
-        residency.prepare([("reward", "weights")])
+        memory.prepare([("reward", "weights")])
         moving.add_(1)
-        residency.prepare([("rollout", "graphs")])
+        memory.prepare([("rollout", "graphs")])
         weight.fill_(float(step))
         graph.replay()
         assert captured and outputs.tolist() == [float(step)] * 1000
-    residency.apply({("rollout", "weights"): "host", ("rollout", "graphs"): "drop"})
-    residency.prepare([("reward", "weights")])
+    memory.registry.apply({("rollout", "weights"): "host", ("rollout", "graphs"): "drop"})
+    memory.prepare([("reward", "weights")])
     assert captured == []

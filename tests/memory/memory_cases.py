@@ -1,4 +1,4 @@
-"""Tensors, what of them is resident, and what a residency has moved."""
+"""Tensors, what of them is resident, and what a memory has moved."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spmdrl.memory.residency import Residency
+from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.memory.storages import is_resident, live_bytes
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def weigh(*tensors: Tensor) -> Callable[[], int]:
     return lambda: live_bytes(tensors)
 
 
-def moved(residency: Residency) -> tuple[int, int]:
+def moved(memory: DeviceParts) -> tuple[int, int]:
     """(bytes to the host, bytes to the device) since the last call."""
-    found = residency.take_metrics()
+    found = memory.take_metrics()
     return int(found["to_host_bytes"]), int(found["to_device_bytes"])

@@ -47,26 +47,26 @@ def plan(capacity, parts=None, calls=None) -> MemoryPlan:
     return make_plan(parts or grpo_parts(), calls or grpo_calls(), capacity=capacity, rank=3)
 
 
-def policies(found):
-    return {f"{role}.{name}": policy for (role, name), policy in found.policies.items()}
+def residencies(found):
+    return {f"{role}.{name}": residency for (role, name), residency in found.residencies.items()}
 
 
 def test_all_is_kept_where_all_fits():
     # parts 92 and the update's 20
     found = plan(112)
-    assert set(found.policies.values()) == {"keep"}
+    assert set(found.residencies.values()) == {"keep"}
     assert found.peak_bytes == 112
     assert [call.moved_in + call.moved_out + call.dropped + call.made for call in found.calls] == [
         ()
     ] * 5
-    assert plan(None).policies == found.policies
+    assert plan(None).residencies == found.residencies
 
 
 def test_what_costs_nothing_goes_first():
     # 112 > 111: only the cache must go, although the optimizer is larger
     found = plan(111)
-    assert {n for n, p in found.policies.items() if p != "keep"} == {CACHE}
-    assert found.policies[CACHE] == "drop"
+    assert {n for n, p in found.residencies.items() if p != "keep"} == {CACHE}
+    assert found.residencies[CACHE] == "drop"
     generate, logprobs = found.calls[1:3]
     assert (generate.made, generate.bytes_in) == ((CACHE,), 0)
     assert (logprobs.dropped, logprobs.bytes_out) == ((CACHE,), 0)
@@ -75,7 +75,7 @@ def test_what_costs_nothing_goes_first():
 
 def test_then_the_optimizer_then_weights_of_the_fewest_calls():
     # the cache dropped: generate has all 92; the optimizer helps it, the reference helps the update
-    assert policies(plan(82)) == {
+    assert residencies(plan(82)) == {
         "policy.weights": "keep",
         "policy.optimizer": "host",
         "reference.weights": "keep",
@@ -83,7 +83,7 @@ def test_then_the_optimizer_then_weights_of_the_fewest_calls():
         "rollout.kv_cache": "drop",
     }
     smaller = plan(81)
-    assert policies(smaller)["reference.weights"] == "host"
+    assert residencies(smaller)["reference.weights"] == "host"
     assert [call.peak_bytes for call in smaller.calls] == [10, 40, 15, 27, 70]
 
 
@@ -95,8 +95,8 @@ def test_a_part_is_not_moved_for_a_call_that_needs_it_itself():
         PlannedCall(name="reference.logprobs", needs=(REFERENCE,)),
         PlannedCall(name="rollout.generate", needs=(ENGINE,)),
     ]
-    assert {n for n, p in plan(90, parts, calls).policies.items() if p == "host"} == {REFERENCE}
-    assert {n for n, p in plan(80, parts, calls).policies.items() if p == "host"} == {
+    assert {n for n, p in plan(90, parts, calls).residencies.items() if p == "host"} == {REFERENCE}
+    assert {n for n, p in plan(80, parts, calls).residencies.items() if p == "host"} == {
         REFERENCE,
         ENGINE,
     }
@@ -113,8 +113,8 @@ def test_more_calls_or_fewer_bytes_stay_longer():
     ]
 
     def moved(capacity):
-        found = plan(capacity, parts, calls).policies
-        return {name[0] for name, policy in found.items() if policy == "host"}
+        found = plan(capacity, parts, calls).residencies
+        return {name[0] for name, residency in found.items() if residency == "host"}
 
     assert moved(101) == set()
     # w needs d itself: of the others c is used by fewer calls than a, and larger than b
@@ -158,7 +158,7 @@ def test_prefetch_only_where_it_fits_beside_the_running_call():
 
 def test_configured_policies_are_followed_even_where_all_fits():
     found = plan(1000, grpo_parts(optimizer="host"))
-    assert found.policies[OPTIMIZER] == "host"
+    assert found.residencies[OPTIMIZER] == "host"
     assert found.calls[0].moved_out == (OPTIMIZER,)
 
 
@@ -197,7 +197,7 @@ def test_several_kept_parts_are_all_named():
 
 def test_graphs_are_kept_over_what_is_kept():
     found = plan(115, grpo_parts(graphs="auto"), grpo_calls(graphs=True))
-    assert set(found.policies.values()) == {"keep"}
+    assert set(found.residencies.values()) == {"keep"}
     assert found.recaptured == ()
     assert "rollout.graphs" in found.describe() and "captured once" in found.describe()
 
@@ -206,10 +206,10 @@ def test_what_graphs_hold_goes_last_and_takes_the_graphs_along():
     parts, calls = grpo_parts(graphs="auto"), grpo_calls(graphs=True)
     # 115 in all; generate has no working memory, so that the optimizer can only help the others
     found = plan(114, parts, calls)
-    assert {n for n, p in found.policies.items() if p != "keep"} == {REFERENCE}
+    assert {n for n, p in found.residencies.items() if p != "keep"} == {REFERENCE}
     # the update without the reference: 10 + 40 + 30 + 3 + 20
     found = plan(102, parts, calls)
-    assert {n: p for n, p in found.policies.items() if p != "keep"} == {
+    assert {n: p for n, p in found.residencies.items() if p != "keep"} == {
         REFERENCE: "host",
         CACHE: "drop",
         GRAPHS: "drop",
@@ -232,13 +232,13 @@ def test_graphs_over_what_moves_are_refused_or_dropped(wishes, other):
     message = f"roles.rollout.memory.graphs=keep, but roles.{other}"
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(1000, grpo_parts(graphs="keep", **wishes), calls)
-    assert plan(1000, grpo_parts(graphs="auto", **wishes), calls).policies[GRAPHS] == "drop"
+    assert plan(1000, grpo_parts(graphs="auto", **wishes), calls).residencies[GRAPHS] == "drop"
 
 
 def test_graphs_to_be_kept_hold_their_parts_fast():
     calls = grpo_calls(graphs=True)
     found = plan(103, grpo_parts(graphs="keep"), calls)
-    assert {n for n, p in found.policies.items() if p != "keep"} == {REFERENCE}
+    assert {n for n, p in found.residencies.items() if p != "keep"} == {REFERENCE}
     with pytest.raises(ValueError) as refused:
         plan(102, grpo_parts(graphs="keep"), calls)
     assert str(refused.value).splitlines()[-1] == "set roles.rollout.memory.graphs=drop"
@@ -263,7 +263,7 @@ def test_dropped_weights_need_somebody_to_fill_them():
 def test_bad_parts_are_refused():
     with pytest.raises(ValueError, match=r"roles.rollout.memory.kv_cache=host: it has nothing"):
         part(CACHE, 1, "host", droppable=True)
-    with pytest.raises(ValueError, match=r"part policy.weights is there twice"):
+    with pytest.raises(ValueError, match=r"part policy.weights exists twice"):
         plan(10, [part(POLICY, 1), part(POLICY, 1)], [])
     with pytest.raises(ValueError, match=r"rollout.weights refers to policy.weights, which is not"):
         plan(10, [part(ENGINE, 0, rests_on=(POLICY,)), part(POLICY, 1)], [])

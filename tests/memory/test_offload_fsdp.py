@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from harness import run_ranks
-from spmdrl.memory.residency import Residency
+from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.memory.storages import is_resident, live_bytes, local_part
 from spmdrl.world import World
 
@@ -25,7 +25,7 @@ def train(world: World, *, offload: bool) -> tuple[list[float], list[Tensor]]:
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True)
-    residency = Residency(world.device, staging_bytes=4096)
+    memory = DeviceParts(world.device, staging_bytes=4096)
     weights = list(model.parameters())
     assert all(isinstance(weight, DTensor) for weight in weights)
     data = torch.Generator().manual_seed(world.rank)
@@ -43,20 +43,20 @@ def train(world: World, *, offload: bool) -> tuple[list[float], list[Tensor]]:
         if not offload:
             continue
         if step == 0:
-            residency.register(*WEIGHTS, tensors=weights, policy="host")
-            residency.register(*OPTIMIZER, tensors=state, policy="host")
-        assert residency.resident_bytes() == live_bytes([*weights, *state]) > 0
-        residency.settle()
+            memory.registry.register(*WEIGHTS, tensors=weights, residency="host")
+            memory.registry.register(*OPTIMIZER, tensors=state, residency="host")
+        assert memory.registry.resident_bytes() == live_bytes([*weights, *state]) > 0
+        memory.settle()
         freed = [not is_resident(weight) for weight in weights]
         assert freed == [local_part(weight).numel() > 0 for weight in weights]
         alive = live_bytes([*weights, *state])
         assert alive == 0
-        residency.prepare([WEIGHTS])
+        memory.prepare([WEIGHTS])
         with torch.no_grad():
             model(inputs)
         for module in (model[0], model[2], model):
             module.reshard()
-        residency.prepare([WEIGHTS, OPTIMIZER])
+        memory.prepare([WEIGHTS, OPTIMIZER])
     tensors = [*weights, *(t for held in optimizer.state.values() for t in held.values())]
     return losses, [local_part(tensor).detach().clone() for tensor in tensors]
 

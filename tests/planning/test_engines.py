@@ -10,7 +10,7 @@ import torch
 
 from flow_cases import write_config
 from spmdrl.config.load import load_config
-from spmdrl.memory.residency import Residency
+from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.models.config import ModelConfig, read_config
 from spmdrl.placement import place_roles
 from spmdrl.planning.engines import check_engine, check_installed, longest_sequence, vllm_cache
@@ -82,15 +82,15 @@ def test_a_vllm_that_is_not_there_is_refused(
 def test_memory_on_a_cpu_is_kept_whatever_is_asked(shape: tuple[Path, ModelConfig]) -> None:
     words = ["roles.rollout.memory={weights: drop, kv_cache: drop}", "memory_gb=0.05"]
     [memory] = plan(shape, 1, *words).memory.values()
-    assert memory.plan.policies["rollout", "weights"] == "keep"
-    assert memory.plan.policies["rollout", "kv_cache"] == "keep"
+    assert memory.plan.residencies["rollout", "weights"] == "keep"
+    assert memory.plan.residencies["rollout", "kv_cache"] == "keep"
 
 
 def test_on_cuda_weights_and_cache_are_one_part(shape: tuple[Path, ModelConfig]) -> None:
     found = plan(shape, 1, "roles.rollout.memory={weights: drop}", "memory_gb=1", device="cuda")
     [memory] = found.memory.values()
-    assert memory.plan.policies["rollout", "weights"] == "drop"
-    assert ("rollout", "kv_cache") not in memory.plan.policies
+    assert memory.plan.residencies["rollout", "weights"] == "drop"
+    assert ("rollout", "kv_cache") not in memory.plan.residencies
     assert found.syncs["rollout"].shared_bytes == 0, "vLLM's graphs hold its own addresses"
     with pytest.raises(ValueError, match=r"memory\.kv_cache=drop with rollout\.engine=vllm"):
         plan(shape, 1, "roles.rollout.memory={kv_cache: drop}", device="cuda")
@@ -118,31 +118,31 @@ def test_the_cache_holds_the_longest_sequence(shape: tuple[Path, ModelConfig]) -
 
 def test_what_another_allocator_has_leaves_and_comes() -> None:
     events: list[object] = []
-    residency = Residency(torch.device("cpu"))
+    parts = DeviceParts(torch.device("cpu"))
     weight = torch.ones(4)
-    residency.register("policy", "weights", tensors=[weight], policy="host")
+    parts.registry.register("policy", "weights", tensors=[weight], residency="host")
     for role, policy in (("kept", "host"), ("lost", "drop")):
-        residency.register_foreign(
+        parts.registry.register_foreign(
             role,
             "weights",
             num_bytes=100,
             leave=lambda keeps, role=role: events.append((role, "leave", keeps)),
             bring=lambda role=role: events.append((role, "bring")),
-            policy=policy,
+            residency=policy,
         )
-    residency.settle()
+    parts.settle()
     assert events == [("lost", "leave", False), ("kept", "leave", True)]
-    assert residency.resident_bytes() == 0
+    assert parts.registry.resident_bytes() == 0
     events.clear()
-    residency.prepare([("kept", "weights")])
-    assert events == [("kept", "bring")] and residency.resident_bytes() == 100
+    parts.prepare([("kept", "weights")])
+    assert events == [("kept", "bring")] and parts.registry.resident_bytes() == 100
     with pytest.raises(ValueError, match="'lost': its weights were dropped"):
-        residency.prepare([("lost", "weights")])
-    residency.prepare([("policy", "weights")], fills=[("lost", "weights")])
-    residency.filled("lost", "weights")
-    residency.prepare([("lost", "weights")])
+        parts.prepare([("lost", "weights")])
+    parts.prepare([("policy", "weights")], fills=[("lost", "weights")])
+    parts.filled("lost", "weights")
+    parts.prepare([("lost", "weights")])
     assert events[1:] == [("kept", "leave", True), ("lost", "bring")]
-    assert residency.resident_bytes() == 100
+    assert parts.registry.resident_bytes() == 100
 
 
 def test_check_engine_lets_the_native_engine_be(shape: tuple[Path, ModelConfig]) -> None:

@@ -81,13 +81,13 @@ def test_weights_that_a_call_between_drops_are_refused(model, tmp_path, words, s
 def test_weights_that_every_sync_fills_in_time_may_be_dropped(model, tmp_path, words):
     path = write_config(tmp_path / "c.yaml", model, tmp_path, **PPO)
     plan = plan_of(load_config(path, words), 2)
-    assert plan.memory[1].plan.policies["rollout", "weights"] == "drop"
+    assert plan.memory[1].plan.residencies["rollout", "weights"] == "drop"
 
 
 def test_an_evaluation_alone_drops_nothing(model, tmp_path):
     path = write_config(tmp_path / "c.yaml", model, tmp_path, **PPO)
     config = rollout_only(load_config(path), scoring=True)
-    assert plan_of(config, 2).memory[1].plan.policies["rollout", "weights"] == "keep"
+    assert plan_of(config, 2).memory[1].plan.residencies["rollout", "weights"] == "keep"
 
 
 SMOLLM2 = parse_config(
@@ -161,7 +161,7 @@ def test_a_sync_reads_the_host_where_both_models_do_not_fit_on_the_device():
             sync = next(call for call in rank.plan.calls if call.name == "sync")
             assert (("policy", "weights") in sync.resident) != streams
             assert ("rollout", "weights") in sync.resident
-    assert plan_of(load_config(QUICKSTART, small), 4, shape).memory[0].plan.policies == {
+    assert plan_of(load_config(QUICKSTART, small), 4, shape).memory[0].plan.residencies == {
         ("policy", "weights"): "host",
         ("policy", "optimizer"): "host",
         ("rollout", "weights"): "host",

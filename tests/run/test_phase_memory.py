@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harness import run_ranks
-from spmdrl.memory.residency import Residency
+from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.run.phase_memory import PhaseMemory
 from spmdrl.world import World
 
@@ -31,7 +31,7 @@ def steps(world: World) -> list[dict[str, float]]:
     allocator.hold(9e9)  # at the start, which is no step's
     allocator.hold(0)
     device = torch.device("cuda")
-    memory = PhaseMemory(Residency(torch.device("cpu")), device, allocator.take)
+    memory = PhaseMemory(DeviceParts(torch.device("cpu")), device, allocator.take)
     with memory.phase("rollout"):
         allocator.hold((5 + world.rank) * 1e9)
         with memory.phase("sync"):

@@ -16,7 +16,7 @@ from weight_cases import UNTOUCHED, Case, Degrees, model, numbered, tensors_of, 
 
 from harness import run_ranks
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.memory.residency import Residency
+from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.models.config import ModelConfig
 from spmdrl.training.weights import build_decoder, make_leaves
 from spmdrl.weights.gather import full_tensors
@@ -280,8 +280,8 @@ def from_the_host(world: World) -> None:
     table = source[world.rank]
     tensors = tensors_of(table, values(config))
     own = {name: (tensors[name], held.slices) for name, held in table.items()}
-    memory = Residency(world.device)
-    memory.register("policy", "weights", tensors=tensors.values(), policy="host")
+    memory = DeviceParts(world.device)
+    memory.registry.register("policy", "weights", tensors=tensors.values(), residency="host")
     engine = Engine(dict(target[world.rank]))
     plan = plan_sync(source, target)
     sync = WeightSync(plan, table, target[world.rank], own, engine, world.device, memory.view)

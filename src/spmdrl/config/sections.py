@@ -31,8 +31,8 @@ class ModelSection(Section):
     )
 
 
-Part = Literal["weights", "optimizer", "kv_cache", "graphs"]
-MemoryPolicy = Literal["keep", "host", "drop", "auto"]
+PartName = Literal["weights", "optimizer", "kv_cache", "graphs"]
+PartResidency = Literal["keep", "host", "drop", "auto"]
 
 
 class MegatronSettings(TypedDict, total=False):
@@ -65,7 +65,7 @@ class RoleSection(Section):
         description="Hugging Face names of a trained role's parameters that stay fixed; * "
         "matches any text.",
     )
-    memory: dict[Part, MemoryPolicy] = Field(
+    memory: dict[PartName, PartResidency] = Field(
         default_factory=dict,
         description="Residency of weights, optimizer, kv_cache and graphs between the role's "
         "calls: keep, host, drop or auto (default).",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from spmdrl.memory.parts import PartName
+from spmdrl.memory.device_parts import DeviceParts
+from spmdrl.memory.parts import PartKey
 from spmdrl.memory.plan import MemoryPlan
-from spmdrl.memory.residency import Residency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,27 +15,27 @@ class Turns:
     """The plan's data for a rank's calls, by call (`policy.update`).
 
     Args:
-        residency: owner of this rank's parts.
+        parts: this rank's parts.
         working_bytes: bytes of each call on the device in addition to parts.
         prefetches: parts that can start to come for the next call; the plan reserves their room.
     """
 
-    residency: Residency
+    parts: DeviceParts
     working_bytes: Mapping[str, int] = field(default_factory=dict)
-    prefetches: Mapping[str, tuple[PartName, ...]] = field(default_factory=dict)
+    prefetches: Mapping[str, tuple[PartKey, ...]] = field(default_factory=dict)
 
     def begin(
         self,
         call: str,
-        uses: Sequence[PartName],
+        uses: Sequence[PartKey],
         *,
-        fills: Sequence[PartName] = (),
+        fills: Sequence[PartKey] = (),
         is_planned: bool = True,
     ) -> None:
         """Bring the parts that `call` uses, and start bringing those of the plan's next call.
 
         If a step's calls are not the planned ones, this prefetch may be in vain. If parts are held
-        (`Residency.resident`), their room may be taken; then nothing is started.
+        (`DeviceParts.resident`), their room may be taken; then nothing is started.
 
         Args:
             fills: parts whose whole content the call writes.
@@ -44,17 +44,15 @@ class Turns:
         """
         working = self.working_bytes.get(call, 0)
         if not is_planned:
-            fits = self.residency.has_room((*uses, *fills), working)
-            self.residency.prepare(uses, fills=fills, alone=not fits)
+            fits = self.parts.has_room((*uses, *fills), working)
+            self.parts.prepare(uses, fills=fills, alone=not fits)
             return
-        self.residency.prepare(uses, fills=fills)
+        self.parts.prepare(uses, fills=fills)
         if ahead := self.prefetches.get(call):
-            self.residency.prefetch(ahead, working_bytes=working)
+            self.parts.prefetch(ahead, working_bytes=working)
 
 
-def planned_turns(
-    residency: Residency, plan: MemoryPlan, working_bytes: Mapping[str, int]
-) -> Turns:
+def planned_turns(parts: DeviceParts, plan: MemoryPlan, working_bytes: Mapping[str, int]) -> Turns:
     """The turns of a plan, with its prefetches by call."""
     prefetches = {call.name: call.prefetch for call in plan.calls}
-    return Turns(residency=residency, working_bytes=working_bytes, prefetches=prefetches)
+    return Turns(parts=parts, working_bytes=working_bytes, prefetches=prefetches)

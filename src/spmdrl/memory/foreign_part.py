@@ -10,7 +10,7 @@ from spmdrl.memory.mover import Ticket
 
 
 class ForeignPart:
-    """A part that `Residency` treats like a `TensorPart`; its tensors keep their addresses.
+    """A part that `DeviceParts` treats like a `TensorPart`; its tensors keep their addresses.
 
     Args:
         num_bytes: size on the device.

@@ -1,4 +1,4 @@
-"""Cost of a residency's moves between two readings."""
+"""Cost of the moves of parts between two readings."""
 
 from __future__ import annotations
 

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-PartName = tuple[str, str]
+PartKey = tuple[str, str]
 """(role, part)."""
 
-PartPolicy = Literal["keep", "host", "drop"]
+Residency = Literal["keep", "host", "drop"]
 """Place of a part while no call needs it: on the device, on the host, or nowhere."""
 
-PartWish = Literal["keep", "host", "drop", "auto"]
-"""A policy as configured; `auto` lets the plan decide."""
+ResidencyWish = Literal["keep", "host", "drop", "auto"]
+"""A residency as configured; `auto` lets the plan decide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +36,18 @@ class Part:
             dropped.
 
     Raises:
-        ValueError: the part cannot have this policy; its setting is named.
+        ValueError: the part cannot have this residency; its setting is named.
     """
 
     role: str
     name: str
     num_bytes: int
-    wish: PartWish = "auto"
+    wish: ResidencyWish = "auto"
     droppable: bool = False
     frozen: bool = False
     fixed: bool = False
-    rests_on: tuple[PartName, ...] = ()
-    holds: tuple[PartName, ...] = ()
+    rests_on: tuple[PartKey, ...] = ()
+    holds: tuple[PartKey, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.num_bytes >= 0, (self.key, self.num_bytes)
@@ -57,7 +57,7 @@ class Part:
             raise ValueError(f"{self.setting}=host: it has nothing worth moving, set keep or drop")
 
     @property
-    def key(self) -> PartName:
+    def key(self) -> PartKey:
         return self.role, self.name
 
     @property
@@ -66,21 +66,21 @@ class Part:
         return f"roles.{self.role}.memory.{self.name}"
 
     @property
-    def away(self) -> PartPolicy:
-        """The policy that `auto` becomes if the part cannot stay."""
+    def away(self) -> Residency:
+        """The residency that `auto` becomes if the part cannot stay."""
         return "drop" if self.droppable else "host"
 
 
-def by_name(parts: Sequence[Part]) -> dict[PartName, Part]:
+def by_key(parts: Sequence[Part]) -> dict[PartKey, Part]:
     """The parts by (role, part).
 
     Raises:
         ValueError: a part occurs twice, or refers to one that does not come before it.
     """
-    found: dict[PartName, Part] = {}
+    found: dict[PartKey, Part] = {}
     for part in parts:
         if part.key in found:
-            raise ValueError(f"part {dotted(part.key)} is there twice")
+            raise ValueError(f"part {dotted(part.key)} exists twice")
         for other in (*part.rests_on, *part.holds):
             if other not in found:
                 raise ValueError(
@@ -91,15 +91,15 @@ def by_name(parts: Sequence[Part]) -> dict[PartName, Part]:
     return found
 
 
-def closure(names: Iterable[PartName], parts: Mapping[PartName, Part]) -> list[PartName]:
+def closure(names: Iterable[PartKey], parts: Mapping[PartKey, Part]) -> list[PartKey]:
     """The parts and all parts that they rest on or hold, each once, after those it refers to.
 
     Raises:
         ValueError: a part is unknown; the known ones are named.
     """
-    found: dict[PartName, None] = {}
+    found: dict[PartKey, None] = {}
 
-    def add(name: PartName) -> None:
+    def add(name: PartKey) -> None:
         if name not in parts:
             raise ValueError(
                 f"there is no part {dotted(name)} here: there are {[dotted(p) for p in parts]}"
@@ -113,24 +113,24 @@ def closure(names: Iterable[PartName], parts: Mapping[PartName, Part]) -> list[P
     return list(found)
 
 
-def check_captures(parts: Mapping[PartName, Part], policies: Mapping[PartName, PartPolicy]) -> None:
+def check_captures(parts: Mapping[PartKey, Part], residencies: Mapping[PartKey, Residency]) -> None:
     """Check that captured addresses stay only if the parts that they point into stay.
 
     Raises:
         ValueError: a part with `holds` is kept but one of these is not; both settings are named.
     """
     for part in parts.values():
-        moving = [name for name in closure(part.holds, parts) if policies[name] != "keep"]
-        if policies[part.key] == "keep" and moving:
+        moving = [name for name in closure(part.holds, parts) if residencies[name] != "keep"]
+        if residencies[part.key] == "keep" and moving:
             other = parts[moving[0]]
             raise ValueError(
-                f"{part.setting}=keep, but {other.setting}={policies[other.key]}: {part.name} hold "
-                f"addresses of {dotted(other.key)}, so set {part.setting}=drop or "
+                f"{part.setting}=keep, but {other.setting}={residencies[other.key]}: {part.name} "
+                f"hold addresses of {dotted(other.key)}, so set {part.setting}=drop or "
                 f"{other.setting}=keep"
             )
 
 
-def dotted(name: PartName) -> str:
+def dotted(name: PartKey) -> str:
     return ".".join(name)
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from spmdrl.memory.parts import (
     Part,
-    PartName,
-    PartPolicy,
-    by_name,
+    PartKey,
+    Residency,
+    by_key,
     check_captures,
     closure,
     dotted,
@@ -37,20 +37,20 @@ from spmdrl.memory.schedule import (
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """The policy of each part, and the parts that each call of a step finds and moves.
+    """The residency of each part, and the parts that each call of a step finds and moves.
 
     Args:
         rank: rank of the plan; ranks with other roles have other plans.
         capacity: bytes for parts and working memory, or None for no limit.
         parts: the parts as given to `make_plan`.
-        policies: policy of every part, with `auto` decided.
+        residencies: residency of every part, with `auto` decided.
         calls: the step's calls in the steady state.
     """
 
     rank: int
     capacity: int | None
     parts: tuple[Part, ...]
-    policies: Mapping[PartName, PartPolicy]
+    residencies: Mapping[PartKey, Residency]
     calls: tuple[ScheduledCall, ...]
 
     @property
@@ -58,13 +58,13 @@ class MemoryPlan:
         return max((call.peak_bytes for call in self.calls), default=0)
 
     @property
-    def recaptured(self) -> tuple[PartName, ...]:
+    def recaptured(self) -> tuple[PartKey, ...]:
         """Parts with captured addresses that are recreated in every step."""
         made = {name for call in self.calls for name in call.made}
         return tuple(part.key for part in self.parts if part.holds and part.key in made)
 
     def describe(self, ranks: str | None = None) -> str:
-        """The schedule as text: the parts and their policies, then the moves before each call.
+        """The schedule as text: the parts and their residencies, then the moves before each call.
 
         Args:
             ranks: names of all ranks with this plan, if there are others.
@@ -74,8 +74,8 @@ class MemoryPlan:
         lines = [f"memory of {whose}: {room}; peak {size_text(self.peak_bytes)}{self._where()}"]
         for part in self.parts:
             size = size_text(part.num_bytes)
-            lines.append(f"  {dotted(part.key):<24} {size:>14}  {self._policy_text(part)}")
-        if all(policy == "keep" for policy in self.policies.values()):
+            lines.append(f"  {dotted(part.key):<24} {size:>14}  {self._residency_text(part)}")
+        if all(residency == "keep" for residency in self.residencies.values()):
             return "\n".join([*lines, "  nothing moves: all of it stays on the device"])
         for call in self.calls:
             lines += _call_lines(call)
@@ -90,8 +90,8 @@ class MemoryPlan:
         working = call.peak_bytes - sum(sizes[name] for name in call.resident)
         return f" in {call.name}, {size_text(working)} of it working memory"
 
-    def _policy_text(self, part: Part) -> str:
-        text: str = self.policies[part.key]
+    def _residency_text(self, part: Part) -> str:
+        text: str = self.residencies[part.key]
         if part.wish == "auto":
             text += " (auto)"
         if part.rests_on:
@@ -124,67 +124,67 @@ def make_plan(
         ValueError: a call does not fit (with a table of sizes), graphs are to be kept over parts
             that move, a dropped part is never filled, a part is unknown.
     """
-    known = by_name(parts)
-    policies = _resolve(known, calls, capacity)
-    check_captures(known, policies)
+    known = by_key(parts)
+    residencies = _resolve(known, calls, capacity)
+    check_captures(known, residencies)
     for setting, other in (other_steps or {}).items():
-        check_filled(other, known, policies, setting)
-    check_filled(calls, known, policies)
+        check_filled(other, known, residencies, setting)
+    check_filled(calls, known, residencies)
     if capacity is not None:
-        over = [call for call in calls if peak_bytes(call, known, policies) > capacity]
+        over = [call for call in calls if peak_bytes(call, known, residencies) > capacity]
         if over:
-            worst = max(over, key=lambda call: peak_bytes(call, known, policies))
-            raise ValueError(_refusal(worst, known, policies, capacity, rank))
+            worst = max(over, key=lambda call: peak_bytes(call, known, residencies))
+            raise ValueError(_refusal(worst, known, residencies, capacity, rank))
     return MemoryPlan(
         rank=rank,
         capacity=capacity,
         parts=tuple(parts),
-        policies=policies,
-        calls=schedule(calls, known, policies, capacity),
+        residencies=residencies,
+        calls=schedule(calls, known, residencies, capacity),
     )
 
 
 def fits(parts: Sequence[Part], call: PlannedCall, capacity: int | None) -> bool:
     """Whether the call fits once all parts that it does not need and that may go are away."""
-    known = by_name(parts)
-    policies = _resolve(known, [call], capacity)
-    return capacity is None or peak_bytes(call, known, policies) <= capacity
+    known = by_key(parts)
+    residencies = _resolve(known, [call], capacity)
+    return capacity is None or peak_bytes(call, known, residencies) <= capacity
 
 
 def _resolve(
-    parts: Mapping[PartName, Part], calls: Sequence[PlannedCall], capacity: int | None
-) -> dict[PartName, PartPolicy]:
+    parts: Mapping[PartKey, Part], calls: Sequence[PlannedCall], capacity: int | None
+) -> dict[PartKey, Residency]:
     """Policies with which every call fits, as far as moving `auto` parts can achieve it."""
-    policies: dict[PartName, PartPolicy] = {
+    residencies: dict[PartKey, Residency] = {
         name: "keep" if part.wish == "auto" else part.wish for name, part in parts.items()
     }
     needs = [set(call.all_needs(parts)) for call in calls]
     held_fast = _keepers(parts)
-    _drop_captures(parts, policies)
+    _drop_captures(parts, residencies)
     while capacity is not None:
         over = [
             needed
             for call, needed in zip(calls, needs, strict=True)
-            if peak_bytes(call, parts, policies) > capacity
+            if peak_bytes(call, parts, residencies) > capacity
         ]
-        bound = _bound(parts, policies)
+        bound = _bound(parts, residencies)
         candidates = [
             part
             for name, part in parts.items()
-            if part.wish == "auto" and policies[name] == "keep" and part.num_bytes > 0
+            if part.wish == "auto" and residencies[name] == "keep" and part.num_bytes > 0
             if name not in held_fast and any(name not in needed for needed in over)
         ]
         if not candidates:
             break
         first = min(candidates, key=lambda part: _cost(part, bound, needs))
-        policies[first.key] = first.away
-        _drop_captures(parts, policies)
-    return policies
+        residencies[first.key] = first.away
+        _drop_captures(parts, residencies)
+    return residencies
 
 
 def _cost(
-    part: Part, bound: set[PartName], needs: Sequence[set[PartName]]
-) -> tuple[int, bool, int, int, PartName]:
+    part: Part, bound: set[PartKey], needs: Sequence[set[PartKey]]
+) -> tuple[int, bool, int, int, PartKey]:
     """Sort key of the order in which parts are sent away; see the top of the file."""
     if part.key in bound:
         kind = 3
@@ -196,37 +196,35 @@ def _cost(
     return kind, not part.droppable, num_calls, -part.num_bytes, part.key
 
 
-def _bound(
-    parts: Mapping[PartName, Part], policies: Mapping[PartName, PartPolicy]
-) -> set[PartName]:
+def _bound(parts: Mapping[PartKey, Part], residencies: Mapping[PartKey, Residency]) -> set[PartKey]:
     """Kept captures and the parts that they hold addresses of."""
-    captures = [n for n, part in parts.items() if part.holds and policies[n] == "keep"]
+    captures = [n for n, part in parts.items() if part.holds and residencies[n] == "keep"]
     return set(closure(captures, parts))
 
 
-def _drop_captures(parts: Mapping[PartName, Part], policies: dict[PartName, PartPolicy]) -> None:
+def _drop_captures(parts: Mapping[PartKey, Part], residencies: dict[PartKey, Residency]) -> None:
     """Send captures with `auto` away if a part that they hold addresses of moves."""
     for name, part in parts.items():
-        moving = any(policies[held] != "keep" for held in closure(part.holds, parts))
+        moving = any(residencies[held] != "keep" for held in closure(part.holds, parts))
         if part.wish == "auto" and moving:
-            policies[name] = part.away
+            residencies[name] = part.away
 
 
 def _refusal(
     call: PlannedCall,
-    parts: Mapping[PartName, Part],
-    policies: Mapping[PartName, PartPolicy],
+    parts: Mapping[PartKey, Part],
+    residencies: Mapping[PartKey, Residency],
     capacity: int,
     rank: int,
 ) -> str:
     """Message for a call that does not fit: the size of each part, and the settings to change."""
     needed = set(call.all_needs(parts))
-    resident = [parts[n] for n in resident_during(call, parts, policies) if parts[n].num_bytes]
+    resident = [parts[n] for n in resident_during(call, parts, residencies) if parts[n].num_bytes]
     roles = list(dict.fromkeys(part.role for part in resident))
     keepers = _keepers(parts)
     lines = [
         f"{'roles' if len(roles) > 1 else 'role'} {_and(roles)} need{'s' * (len(roles) == 1)} "
-        f"{size_text(peak_bytes(call, parts, policies))} on rank {rank} during {call.name}, the "
+        f"{size_text(peak_bytes(call, parts, residencies))} on rank {rank} during {call.name}, the "
         f"device has {size_text(capacity)}:"
     ]
     mends: dict[str, None] = {}
@@ -250,7 +248,7 @@ def _refusal(
     return "\n".join(lines)
 
 
-def _keepers(parts: Mapping[PartName, Part]) -> dict[PartName, Part]:
+def _keepers(parts: Mapping[PartKey, Part]) -> dict[PartKey, Part]:
     """Parts that may not move because kept captures hold them, and those captures themselves."""
     return {
         name: part
@@ -278,7 +276,7 @@ def _call_lines(call: ScheduledCall) -> list[str]:
     return lines
 
 
-def _names(names: Sequence[PartName]) -> str:
+def _names(names: Sequence[PartKey]) -> str:
     return ", ".join(dotted(name) for name in names) or "nothing"
 
 

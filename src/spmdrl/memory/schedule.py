@@ -1,11 +1,11 @@
-"""Moves between the calls of a step when every part has its policy: a pure function."""
+"""Moves between the calls of a step when every part has its residency: a pure function."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spmdrl.memory.parts import Part, PartName, PartPolicy, closure, dotted
+from spmdrl.memory.parts import Part, PartKey, Residency, closure, dotted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +20,11 @@ class PlannedCall:
     """
 
     name: str
-    needs: tuple[PartName, ...]
-    fills: tuple[PartName, ...] = ()
+    needs: tuple[PartKey, ...]
+    fills: tuple[PartKey, ...] = ()
     working_bytes: int = 0
 
-    def all_needs(self, parts: Mapping[PartName, Part]) -> list[PartName]:
+    def all_needs(self, parts: Mapping[PartKey, Part]) -> list[PartKey]:
         return closure((*self.needs, *self.fills), parts)
 
 
@@ -45,47 +45,47 @@ class ScheduledCall:
     """
 
     name: str
-    resident: tuple[PartName, ...]
-    moved_in: tuple[PartName, ...]
-    made: tuple[PartName, ...]
-    moved_out: tuple[PartName, ...]
-    dropped: tuple[PartName, ...]
+    resident: tuple[PartKey, ...]
+    moved_in: tuple[PartKey, ...]
+    made: tuple[PartKey, ...]
+    moved_out: tuple[PartKey, ...]
+    dropped: tuple[PartKey, ...]
     bytes_in: int
     bytes_out: int
     peak_bytes: int
-    prefetch: tuple[PartName, ...]
+    prefetch: tuple[PartKey, ...]
     prefetch_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Moves:
     call: PlannedCall
-    resident: tuple[PartName, ...]
-    entering: tuple[PartName, ...]
-    leaving: tuple[PartName, ...]
+    resident: tuple[PartKey, ...]
+    entering: tuple[PartKey, ...]
+    leaving: tuple[PartKey, ...]
 
 
 def peak_bytes(
-    call: PlannedCall, parts: Mapping[PartName, Part], policies: Mapping[PartName, PartPolicy]
+    call: PlannedCall, parts: Mapping[PartKey, Part], residencies: Mapping[PartKey, Residency]
 ) -> int:
     """Bytes on the device during the call, whatever was called before it."""
     return call.working_bytes + sum(
-        parts[name].num_bytes for name in resident_during(call, parts, policies)
+        parts[name].num_bytes for name in resident_during(call, parts, residencies)
     )
 
 
 def resident_during(
-    call: PlannedCall, parts: Mapping[PartName, Part], policies: Mapping[PartName, PartPolicy]
-) -> list[PartName]:
+    call: PlannedCall, parts: Mapping[PartKey, Part], residencies: Mapping[PartKey, Residency]
+) -> list[PartKey]:
     """The parts that the call needs or that are kept, in the parts' order."""
     needed = set(call.all_needs(parts))
-    return [name for name in parts if name in needed or policies[name] == "keep"]
+    return [name for name in parts if name in needed or residencies[name] == "keep"]
 
 
 def schedule(
     calls: Sequence[PlannedCall],
-    parts: Mapping[PartName, Part],
-    policies: Mapping[PartName, PartPolicy],
+    parts: Mapping[PartKey, Part],
+    residencies: Mapping[PartKey, Residency],
     capacity: int | None,
 ) -> tuple[ScheduledCall, ...]:
     """The calls of a step that follows another; before the first, only kept parts are resident.
@@ -93,17 +93,17 @@ def schedule(
     Args:
         capacity: bytes for parts and working memory, or None for no limit and no prefetches.
     """
-    steady = _moves((*calls, *calls), parts, policies)[len(calls) :]
+    steady = _moves((*calls, *calls), parts, residencies)[len(calls) :]
     return tuple(
-        _scheduled(move, steady[(i + 1) % len(steady)], parts, policies, capacity)
+        _scheduled(move, steady[(i + 1) % len(steady)], parts, residencies, capacity)
         for i, move in enumerate(steady)
     )
 
 
 def check_filled(
     calls: Sequence[PlannedCall],
-    parts: Mapping[PartName, Part],
-    policies: Mapping[PartName, PartPolicy],
+    parts: Mapping[PartKey, Part],
+    residencies: Mapping[PartKey, Residency],
     setting: str | None = None,
 ) -> None:
     """Check that no call of the step needs a part that was dropped and not filled since.
@@ -117,10 +117,10 @@ def check_filled(
     losable = [
         name
         for name, part in parts.items()
-        if policies[name] == "drop" and not part.droppable and part.num_bytes > 0
+        if residencies[name] == "drop" and not part.droppable and part.num_bytes > 0
     ]
     lost = dict.fromkeys(losable, "")
-    for move in _moves((*calls, *calls), parts, policies):
+    for move in _moves((*calls, *calls), parts, residencies):
         lost |= {name: move.call.name for name in losable if name in move.leaving}
         for name in move.call.all_needs(parts):
             if name not in lost or name in move.call.fills:
@@ -137,14 +137,14 @@ def check_filled(
 
 def _moves(
     calls: Sequence[PlannedCall],
-    parts: Mapping[PartName, Part],
-    policies: Mapping[PartName, PartPolicy],
+    parts: Mapping[PartKey, Part],
+    residencies: Mapping[PartKey, Residency],
 ) -> list[_Moves]:
     """Parts that enter and leave at each call; before the first, only kept parts are resident."""
-    resident = {name for name in parts if policies[name] == "keep"}
+    resident = {name for name in parts if residencies[name] == "keep"}
     moves = []
     for call in calls:
-        now = resident_during(call, parts, policies)
+        now = resident_during(call, parts, residencies)
         leaving = tuple(name for name in parts if name in resident.difference(now))
         entering = tuple(name for name in now if name not in resident)
         moves.append(_Moves(call=call, resident=tuple(now), entering=entering, leaving=leaving))
@@ -155,19 +155,19 @@ def _moves(
 def _scheduled(
     move: _Moves,
     following: _Moves,
-    parts: Mapping[PartName, Part],
-    policies: Mapping[PartName, PartPolicy],
+    parts: Mapping[PartKey, Part],
+    residencies: Mapping[PartKey, Residency],
     capacity: int | None,
 ) -> ScheduledCall:
-    def of(names: Sequence[PartName], *, host: bool) -> tuple[PartName, ...]:
-        return tuple(name for name in names if (policies[name] == "host") == host)
+    def of(names: Sequence[PartKey], *, host: bool) -> tuple[PartKey, ...]:
+        return tuple(name for name in names if (residencies[name] == "host") == host)
 
-    def total(names: Sequence[PartName]) -> int:
+    def total(names: Sequence[PartKey]) -> int:
         return sum(parts[name].num_bytes for name in names)
 
     moved_in, moved_out = of(move.entering, host=True), of(move.leaving, host=True)
     peak = move.call.working_bytes + total(move.resident)
-    prefetch: list[PartName] = []
+    prefetch: list[PartKey] = []
     coming = of(following.entering, host=True)
     for name in coming:
         own = [n for n in closure((name,), parts) if n in coming and n not in prefetch]

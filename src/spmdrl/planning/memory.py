@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from spmdrl.config.sections import Config
-from spmdrl.memory.parts import Part, PartName, PartWish
+from spmdrl.memory.parts import Part, PartKey, ResidencyWish
 from spmdrl.memory.plan import MemoryPlan, fits, make_plan
 from spmdrl.memory.schedule import PlannedCall
 from spmdrl.models.config import ModelConfig
@@ -161,8 +161,8 @@ def device_bytes(config: Config, device_type: str, gpu_bytes: int | None) -> int
     return None if gpu_bytes is None else int(gpu_bytes * FREE_SHARE)
 
 
-def _wish(config: Config, role: str, part: str) -> PartWish:
-    wishes: Mapping[str, PartWish] = {str(k): v for k, v in config.roles[role].memory.items()}
+def _wish(config: Config, role: str, part: str) -> ResidencyWish:
+    wishes: Mapping[str, ResidencyWish] = {str(k): v for k, v in config.roles[role].memory.items()}
     return wishes.get(part, "auto")
 
 
@@ -195,7 +195,7 @@ def _parts(
     for name in (n for n, shape in here.items() if shape.kind == "rollout"):
         parts += _rollout_parts(config, placements[name], name, here[name], syncs, rank, policy)
         if uses_graphs(config, name, here[name]):
-            holds: tuple[PartName, ...] = ((name, WEIGHTS), (name, KV_CACHE))
+            holds: tuple[PartKey, ...] = ((name, WEIGHTS), (name, KV_CACHE))
             wish = _wish(config, name, GRAPHS)
             parts.append(
                 Part(role=name, name=GRAPHS, num_bytes=0, wish=wish, droppable=True, holds=holds)
@@ -215,7 +215,7 @@ def _rollout_parts(
     table = shape.layout[rank]
     shared = syncs[name].shared.get(rank, frozenset()) if name in syncs else frozenset()
     own = {local: held for local, held in table.items() if local not in shared}
-    rests_on: tuple[PartName, ...] = ((policy, WEIGHTS),) if policy and shared else ()
+    rests_on: tuple[PartKey, ...] = ((policy, WEIGHTS),) if policy and shared else ()
     if is_vllm(config, name):
         size = cache_bytes(config, name, placement, shape)
         return _vllm_parts(config, name, shape, _bytes(own), size, rests_on)
@@ -243,7 +243,7 @@ def _vllm_parts(
     shape: Shape,
     weights_bytes: int,
     cache_bytes: int,
-    rests_on: tuple[PartName, ...],
+    rests_on: tuple[PartKey, ...],
 ) -> list[Part]:
     """The parts of a vLLM rollout; its sleep frees weights and cache together (none on a CPU)."""
     weights = Part(role=name, name=WEIGHTS, num_bytes=weights_bytes, wish="keep", rests_on=rests_on)

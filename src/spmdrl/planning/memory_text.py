@@ -21,14 +21,14 @@ def schedules(memory: Mapping[int, RankMemory]) -> list[str]:
 
 
 def memory_texts(memory: Mapping[int, RankMemory]) -> dict[str, str]:
-    """Role -> sizes and policies of its parts, on the rank with the most bytes of the role."""
+    """Role -> sizes and residencies of its parts, on the rank with the most bytes of the role."""
     most: dict[str, tuple[int, str]] = {}
     for plan in (rank.plan for rank in memory.values()):
         by_role: dict[str, list[Part]] = {}
         for part in plan.parts:
             by_role.setdefault(part.role, []).append(part)
         for role, own in by_role.items():
-            shown = [f"{p.name} {size_text(p.num_bytes)} {plan.policies[p.key]}" for p in own]
+            shown = [f"{p.name} {size_text(p.num_bytes)} {plan.residencies[p.key]}" for p in own]
             found = (sum(part.num_bytes for part in own), ", ".join(shown))
             if role not in most or found[0] > most[role][0]:
                 most[role] = found

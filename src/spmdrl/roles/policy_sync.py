@@ -72,7 +72,7 @@ class PolicySync:
         canary: Canary | None = None,
     ) -> None:
         self._policy, self._rollout = policy, rollout
-        self._weights, self._turns, self._memory = weights, turns, turns.residency
+        self._weights, self._turns, self._memory = weights, turns, turns.parts
         self._streams, self._check_every, self._canary = streams, check_every, canary
         self._count = 0
         self._metrics: Metrics = {}
@@ -131,7 +131,8 @@ class PolicySync:
 
     def can_hold(self) -> bool:
         """Whether this rank's engine has no weights of its own, or keeps them between its calls."""
-        return not self.own_tensors() or not self._memory.drops(self._rollout.name, WEIGHTS)
+        drops = self._memory.registry.drops(self._rollout.name, WEIGHTS)
+        return not drops or not self.own_tensors()
 
     def own_tensors(self) -> LocalTensors:
         """This rank's engine weights that are not the policy's own tensors."""

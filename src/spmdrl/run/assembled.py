@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from spmdrl.memory.residency import Residency
+from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.roles.calls import Role
 from spmdrl.roles.handles import Rollout
 from spmdrl.roles.model_calls import ModelRole
@@ -26,7 +26,7 @@ class Assembly:
     layouts: Mapping[str, WeightLayout]
     state_layouts: Mapping[str, WeightLayout]
     syncs: Mapping[tuple[str, str], PolicySync]
-    memory: Residency
+    memory: DeviceParts
 
     def close(self) -> None:
         """Close the engines after a run without errors, before the process groups end."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from spmdrl.distributed.reduce import world_max
-from spmdrl.memory.residency import Residency
+from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.observe.names import PEAK_MEMORY
 from spmdrl.observe.timeline import take_peak_memory
 
@@ -17,25 +17,25 @@ MOVED, SPEED = "memory/moved_gb", "memory/gb_per_s"
 
 
 class PhaseMemory:
-    """Reads the residency's meter and the device's peak at both ends of every phase, and charges
+    """Reads the parts' meter and the device's peak at both ends of every phase, and charges
     them to the innermost open one.
 
     Args:
-        residency: this rank's parts.
+        parts: this rank's parts.
         device: this rank's device.
         take_peak: gives the largest number of bytes since its last call, see `take_peak_memory`.
     """
 
     def __init__(
         self,
-        residency: Residency,
+        parts: DeviceParts,
         device: torch.device,
         take_peak: Callable[[torch.device], int] = take_peak_memory,
     ) -> None:
-        self._residency, self._device, self._take_peak = residency, device, take_peak
+        self._memory, self._device, self._take_peak = parts, device, take_peak
         self._open: list[str] = []
         self._begin_step()
-        residency.take_metrics()  # bytes of the start belong to no step
+        parts.take_metrics()  # bytes of the start belong to no step
         take_peak(device)
 
     @contextmanager
@@ -80,7 +80,7 @@ class PhaseMemory:
         self._peak = self._moved = self._seconds = 0.0
 
     def _charge(self) -> None:
-        found, peak = self._residency.take_metrics(), float(self._take_peak(self._device))
+        found, peak = self._memory.take_metrics(), float(self._take_peak(self._device))
         for direction in ("to_host", "to_device"):
             self._moved += found[f"{direction}_bytes"]
             self._seconds += found[f"{direction}_seconds"]

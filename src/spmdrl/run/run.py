@@ -12,7 +12,7 @@ import torch
 
 from spmdrl.algorithms.metrics import combine, token_means
 from spmdrl.batch import Batch
-from spmdrl.config.sections import Config, Part
+from spmdrl.config.sections import Config, PartName
 from spmdrl.config.user_objects import load_object
 from spmdrl.data.home import DataSet, StepRows, home_rows
 from spmdrl.distributed.reduce import moments, world_max
@@ -214,11 +214,11 @@ class Run:
                 role does not have a part (on its ranks).
         """
         handle: Any = self.role(role, object)
-        known = get_args(Part)
+        known = get_args(PartName)
         if not parts or not set(parts).issubset(known):
             raise ValueError(f"run.resident({role!r}, {parts}): name some of the parts {known}")
         memory: Turns | None = handle.memory if handle.mesh.is_member else None
-        with memory.residency.resident(role, *parts) if memory is not None else nullcontext():
+        with memory.parts.resident(role, *parts) if memory is not None else nullcontext():
             yield
 
     def rows(self, step: int, *, attempt: int = 0, count: int | None = None) -> Batch:

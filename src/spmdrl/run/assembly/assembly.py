@@ -18,7 +18,7 @@ import torch.distributed as dist
 from spmdrl.config.sections import Config
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.call_memory import Turns, planned_turns
-from spmdrl.memory.residency import Residency
+from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.memory.storages import live_bytes
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, fill, open_model
@@ -149,12 +149,12 @@ class _Builder:
     def __init__(self, config: Config, world: World, plan: RolePlan) -> None:
         self._config, self._world, self._plan = config, world, plan
         own = plan.memory.get(world.rank)  # a rank may have no role
-        self._policies = {} if own is None else own.plan.policies
+        self._residencies = {} if own is None else own.plan.residencies
         capacity = None if own is None else own.plan.capacity
-        self._residency = Residency(world.device, capacity=capacity)
-        self._turns = Turns(residency=self._residency)
+        self._parts = DeviceParts(world.device, capacity=capacity)
+        self._turns = Turns(parts=self._parts)
         if own is not None:
-            self._turns = planned_turns(self._residency, own.plan, own.working_bytes)
+            self._turns = planned_turns(self._parts, own.plan, own.working_bytes)
         self._roles: dict[str, Role] = {}
         self._trained: dict[str, ModelRole] = {}
         self._syncs: dict[tuple[str, str], PolicySync] = {}
@@ -183,14 +183,14 @@ class _Builder:
         if backend is None or turns is None:
             return
         for part, tensors in backend.parts().items():
-            self._residency.register(
+            self._parts.registry.register(
                 name,
                 part,
                 tensors=tensors,
-                policy=self._policies[name, part],
+                residency=self._residencies[name, part],
                 frozen=not trained,
             )
-        self._residency.settle()
+        self._parts.settle()
 
     def add_rollout(
         self,
@@ -201,7 +201,7 @@ class _Builder:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         config, device, turns = self._config, self._device(name), self._turns_of(name)
-        moves = turns is not None and mesh.is_member and self._policies[name, WEIGHTS] != "keep"
+        moves = turns is not None and mesh.is_member and self._residencies[name, WEIGHTS] != "keep"
         engine = make_engine(
             config,
             name,
@@ -226,7 +226,7 @@ class _Builder:
             fill(((engine.allocate(n), held.slices) for n, held in table), model.weights)
         if engine is not None and turns is not None:
             self._register_engine(name, engine)
-            self._residency.settle()
+            self._parts.settle()
 
     def _sync(self, policy: Policy, role: Rollout, engine: RolloutEngine | None) -> PolicySync:
         plan, world, config = self._plan, self._world, self._config
@@ -240,9 +240,9 @@ class _Builder:
             engine,
             # a world of gloo alone sends from the host
             world.device if set(world.device_types) == {"cuda"} else torch.device("cpu"),
-            read=self._residency.view,
+            read=self._parts.view,
             keeps_frozen=not any(
-                memory.plan.policies.get((role.name, WEIGHTS)) == "drop"
+                memory.plan.residencies.get((role.name, WEIGHTS)) == "drop"
                 for memory in plan.memory.values()
             ),
         )
@@ -267,32 +267,32 @@ class _Builder:
 
     def _register_engine(self, name: str, engine: RolloutEngine) -> None:
         tensors = [tensor for tensor, _ in engine.local_tensors().values()]
-        policies, residency = self._policies, self._residency
-        if isinstance(engine, VllmEngine) and policies[name, WEIGHTS] != "keep":
-            residency.register_foreign(
+        residencies, registry = self._residencies, self._parts.registry
+        if isinstance(engine, VllmEngine) and residencies[name, WEIGHTS] != "keep":
+            registry.register_foreign(
                 name,
                 WEIGHTS,
                 num_bytes=live_bytes(tensors) + engine.cache_bytes(),
                 leave=engine.sleep,
                 bring=engine.wake,
-                policy=policies[name, WEIGHTS],
+                residency=residencies[name, WEIGHTS],
             )
             return
-        residency.register(name, WEIGHTS, tensors=tensors, policy=policies[name, WEIGHTS])
-        residency.register_droppable(
+        registry.register(name, WEIGHTS, tensors=tensors, residency=residencies[name, WEIGHTS])
+        registry.register_droppable(
             name,
             KV_CACHE,
             drop=engine.release_cache,
             num_bytes=engine.cache_bytes,
-            policy=policies[name, KV_CACHE],
+            residency=residencies[name, KV_CACHE],
         )
         if engine.captures_graphs:
-            residency.register_droppable(
+            registry.register_droppable(
                 name,
                 GRAPHS,
                 drop=engine.release_graphs,
                 num_bytes=engine.graph_bytes,
-                policy=policies[name, GRAPHS],
+                residency=residencies[name, GRAPHS],
                 holds=((name, WEIGHTS), (name, KV_CACHE)),
             )
 
@@ -310,7 +310,7 @@ class _Builder:
                 )
             )
             if turns is not None and (size := declared_bytes(user)) is not None:
-                self._residency.register_fixed(name, DECLARED, num_bytes=size)
+                self._parts.registry.register_fixed(name, DECLARED, num_bytes=size)
 
     def assembly(self) -> Assembly:
         return Assembly(
@@ -319,7 +319,7 @@ class _Builder:
             layouts=self._plan.layouts,
             state_layouts=self._plan.state_layouts,
             syncs=self._syncs,
-            memory=self._residency,
+            memory=self._parts,
         )
 
 

@@ -11,7 +11,7 @@ from memory_cases import CPU, ROLES, moved, values, watch, weigh
 from torch import Tensor, nn
 
 from harness import run_ranks
-from spmdrl.memory.residency import Residency
+from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.memory.storages import is_resident, live_bytes
 from spmdrl.world import World
 
@@ -46,13 +46,13 @@ def test_content_survives_many_round_trips():
     before = [tensor.detach().clone().contiguous().view(-1).view(torch.int8) for tensor in tensors]
     versions = [tensor._version for tensor in tensors]
     alive = weigh(*tensors)
-    residency = Residency(CPU, staging_bytes=8192)
-    residency.register("policy", "weights", tensors=tensors, policy="host")
-    residency.register("reward", "weights", tensors=[values(5)], policy="host")
+    memory = DeviceParts(CPU, staging_bytes=8192)
+    memory.registry.register("policy", "weights", tensors=tensors, residency="host")
+    memory.registry.register("reward", "weights", tensors=[values(5)], residency="host")
     for _ in range(5):
-        residency.prepare([("reward", "weights")])
+        memory.prepare([("reward", "weights")])
         assert alive() == 0
-        residency.prepare([("policy", "weights")])
+        memory.prepare([("policy", "weights")])
         after = [tensor.detach().contiguous().view(-1).view(torch.int8) for tensor in tensors]
         assert all(map(torch.equal, after, before))
     assert [tensor._version for tensor in tensors] == versions
@@ -60,14 +60,14 @@ def test_content_survives_many_round_trips():
 
 def test_what_a_call_wrote_is_what_comes_back():
     weights, other = values(100), values(100)
-    residency = Residency(CPU)
-    residency.register("policy", "weights", tensors=[weights], policy="host")
-    residency.register("reward", "weights", tensors=[other], policy="host")
+    memory = DeviceParts(CPU)
+    memory.registry.register("policy", "weights", tensors=[weights], residency="host")
+    memory.registry.register("reward", "weights", tensors=[other], residency="host")
     for step in range(3):
-        residency.prepare([("policy", "weights")])
+        memory.prepare([("policy", "weights")])
         weights.fill_(step)
-        residency.prepare([("reward", "weights")])
-        residency.prepare([("policy", "weights")])
+        memory.prepare([("reward", "weights")])
+        memory.prepare([("policy", "weights")])
         assert weights.tolist() == [step] * 100
 
 
@@ -75,14 +75,14 @@ def test_views_and_tied_tensors_are_one_storage():
     base = values(64)
     tied, view = nn.Parameter(base), base.view(8, 8)[2:, ::2]
     expected = view.clone()
-    residency = Residency(CPU)
-    residency.register("policy", "weights", tensors=[tied, view, base], policy="host")
-    assert residency.resident_bytes() == 256
-    residency.settle()
-    assert moved(residency) == (256, 0)
+    memory = DeviceParts(CPU)
+    memory.registry.register("policy", "weights", tensors=[tied, view, base], residency="host")
+    assert memory.registry.resident_bytes() == 256
+    memory.settle()
+    assert moved(memory) == (256, 0)
     here = watch(tied, view, base)
     assert here() == [False] * 3
-    residency.prepare([("policy", "weights")])
+    memory.prepare([("policy", "weights")])
     assert torch.equal(view, expected) and view.data_ptr() == tied.data_ptr() + 4 * 16
     tied.data[16] = 5.0
     assert view[0, 0] == 5.0
@@ -93,19 +93,19 @@ def test_exactly_what_is_needed_is_resident_and_calls_in_a_row_move_nothing():
     alive = weigh(*(tensor for tensors in held.values() for tensor in tensors))
     of = {role: 4 * (110 + i) for i, role in enumerate(ROLES)}
     here = watch(*(tensors[0] for tensors in held.values()))
-    residency = Residency(CPU)
+    memory = DeviceParts(CPU)
     for role, tensors in held.items():
-        residency.register(role, "weights", tensors=tensors, policy="host")
-    residency.settle()
-    assert residency.resident_bytes() == 0
-    residency.take_metrics()
+        memory.registry.register(role, "weights", tensors=tensors, residency="host")
+    memory.settle()
+    assert memory.registry.resident_bytes() == 0
+    memory.take_metrics()
     for role in (*ROLES, *ROLES):
-        residency.prepare([(role, "weights")])
+        memory.prepare([(role, "weights")])
         assert here() == [role == other for other in ROLES]
-        assert residency.resident_bytes() == alive() == of[role]
-        assert moved(residency)[1] == of[role]
-        residency.prepare([(role, "weights")])
-        assert moved(residency) == (0, 0)
+        assert memory.registry.resident_bytes() == alive() == of[role]
+        assert moved(memory)[1] == of[role]
+        memory.prepare([(role, "weights")])
+        assert moved(memory) == (0, 0)
 
 
 def high_water(world: World, num_bytes: int, policy: str) -> tuple[int, int]:
@@ -120,14 +120,14 @@ def high_water(world: World, num_bytes: int, policy: str) -> tuple[int, int]:
 
     before = read("VmHWM")
     assert before - read("VmRSS") < 8 * MB
-    residency = Residency(world.device)
+    memory = DeviceParts(world.device)
     for role in ROLES:
         tensor = torch.ones(num_bytes // 4)
-        residency.register(role, "weights", tensors=[tensor], policy=policy)
-        residency.settle()
+        memory.registry.register(role, "weights", tensors=[tensor], residency=policy)
+        memory.settle()
     built = read("VmHWM") - before
     for role in ROLES * 2:
-        residency.prepare([(role, "weights")])
+        memory.prepare([(role, "weights")])
     return built, read("VmHWM") - before
 
 
@@ -143,34 +143,38 @@ def test_the_peak_of_four_roles_is_one_role():
 
 def test_the_live_tensors_of_the_process_say_the_same():
     start = living()
-    residency = Residency(CPU)
+    memory = DeviceParts(CPU)
     sizes = {role: 1000 * (i + 1) for i, role in enumerate(ROLES)}
     models = {role: nn.Linear(size, 1, bias=False) for role, size in sizes.items()}
     assert living() - start == 4 * sum(sizes.values())
     for role, model in models.items():
-        residency.register(role, "weights", tensors=list(model.parameters()), policy="host")
-    residency.settle()
+        memory.registry.register(
+            role, "weights", tensors=list(model.parameters()), residency="host"
+        )
+    memory.settle()
     assert living() == start
     for role, size in sizes.items():
-        residency.prepare([(role, "weights")])
+        memory.prepare([(role, "weights")])
         assert living() - start == 4 * size
-    assert residency.take_metrics()["peak_resident_bytes"] == 4 * sum(sizes.values())
-    residency.prepare([("value", "weights")])
-    residency.prepare([("policy", "weights")])
-    assert residency.take_metrics()["peak_resident_bytes"] == 4 * sizes["value"]
+    assert memory.take_metrics()["peak_resident_bytes"] == 4 * sum(sizes.values())
+    memory.prepare([("value", "weights")])
+    memory.prepare([("policy", "weights")])
+    assert memory.take_metrics()["peak_resident_bytes"] == 4 * sizes["value"]
 
 
 def test_the_arena_is_made_at_the_first_offload_and_used_for_ever():
     before = arenas()
-    residency = Residency(CPU)
-    residency.register("policy", "weights", tensors=[values(300), values(50)], policy="host")
+    memory = DeviceParts(CPU)
+    memory.registry.register(
+        "policy", "weights", tensors=[values(300), values(50)], residency="host"
+    )
     assert arenas() == before
-    residency.settle()
+    memory.settle()
     made = arenas()
     assert sorted(made.values()) == sorted([*before.values(), 1536 + 512])
     for _ in range(3):
-        residency.prepare([("policy", "weights")])
-        residency.settle()
+        memory.prepare([("policy", "weights")])
+        memory.settle()
     assert arenas() == made
 
 
@@ -178,13 +182,13 @@ def test_a_part_that_the_plan_keeps_gives_its_arena_back():
     before = arenas()
     weights = values(300)
     expected = weights.clone()
-    residency = Residency(CPU)
-    residency.register("policy", "weights", tensors=[weights])
-    residency.settle()
+    memory = DeviceParts(CPU)
+    memory.registry.register("policy", "weights", tensors=[weights])
+    memory.settle()
     assert len(arenas()) == len(before) + 1
-    residency.apply({("policy", "weights"): "keep"})
-    residency.prepare([("policy", "weights")])
-    residency.settle()
+    memory.registry.apply({("policy", "weights"): "keep"})
+    memory.prepare([("policy", "weights")])
+    memory.settle()
     assert torch.equal(weights, expected)
     assert arenas() == before
 
@@ -192,79 +196,81 @@ def test_a_part_that_the_plan_keeps_gives_its_arena_back():
 def test_frozen_parts_are_copied_to_the_host_once():
     weights = values(100)
     expected = weights.clone()
-    residency = Residency(CPU)
-    residency.register("reference", "weights", tensors=[weights], policy="host", frozen=True)
+    memory = DeviceParts(CPU)
+    memory.registry.register(
+        "reference", "weights", tensors=[weights], residency="host", frozen=True
+    )
     found = []
     for _ in range(3):
-        residency.settle()
-        residency.prepare([("reference", "weights")])
+        memory.settle()
+        memory.prepare([("reference", "weights")])
         assert torch.equal(weights, expected)
-        found.append(moved(residency))
+        found.append(moved(memory))
     assert found == [(400, 400), (0, 400), (0, 400)]
 
 
 def test_a_shared_storage_follows_its_owner():
     weights, own = values(100), values(10)
     expected = weights.clone()
-    residency = Residency(CPU)
-    residency.register("policy", "weights", tensors=[weights], policy="host")
-    residency.settle()
+    memory = DeviceParts(CPU)
+    memory.registry.register("policy", "weights", tensors=[weights], residency="host")
+    memory.settle()
     # adopted while it is away, as when the engine is built after the trainer was settled
     adopted = nn.Parameter(weights.detach(), requires_grad=False)
     here = watch(weights, adopted, own)
-    residency.register("rollout", "weights", tensors=[adopted, own], policy="keep")
-    residency.register("reward", "weights", tensors=[values(7)], policy="host")
-    parts = {part.key: part for part in residency.parts()}
+    memory.registry.register("rollout", "weights", tensors=[adopted, own], residency="keep")
+    memory.registry.register("reward", "weights", tensors=[values(7)], residency="host")
+    parts = {part.key: part for part in memory.registry.parts()}
     assert parts["rollout", "weights"].num_bytes == 40
     assert parts["rollout", "weights"].rests_on == (("policy", "weights"),)
-    residency.prepare([("rollout", "weights")])
+    memory.prepare([("rollout", "weights")])
     assert here() == [True] * 3
     assert torch.equal(adopted, expected)
-    moved(residency)
-    residency.prepare([("policy", "weights")])
-    assert moved(residency) == (0, 0)
-    residency.prepare([("reward", "weights")])
+    moved(memory)
+    memory.prepare([("policy", "weights")])
+    assert moved(memory) == (0, 0)
+    memory.prepare([("reward", "weights")])
     assert here() == [False, False, True]
-    with residency.resident("rollout", "weights"):
-        residency.prepare([("reward", "weights")])
+    with memory.resident("rollout", "weights"):
+        memory.prepare([("reward", "weights")])
         assert here() == [True] * 3
 
 
 def test_pinned_parts_stay_until_the_last_pin_goes():
     held = {role: values(50, i) for i, role in enumerate(ROLES)}
-    residency = Residency(CPU)
+    memory = DeviceParts(CPU)
     for role, tensor in held.items():
-        residency.register(role, "weights", tensors=[tensor], policy="host")
-    residency.settle()
+        memory.registry.register(role, "weights", tensors=[tensor], residency="host")
+    memory.settle()
 
     def here() -> list[str]:
         return [role for role in ROLES if is_resident(held[role])]
 
-    with residency.resident("policy", "weights"):
+    with memory.resident("policy", "weights"):
         assert here() == ["policy"]
-        residency.prepare([("reward", "weights")])
+        memory.prepare([("reward", "weights")])
         assert here() == ["policy", "reward"]
-        with residency.resident("policy", "weights"), residency.resident("value", "weights"):
+        with memory.resident("policy", "weights"), memory.resident("value", "weights"):
             assert here() == ["policy", "value"]
-            residency.settle()
+            memory.settle()
             assert here() == ["policy", "value"]
-        residency.prepare([("reference", "weights")])
+        memory.prepare([("reference", "weights")])
         assert here() == ["policy", "reference"]
     assert here() == ["policy", "reference"]
-    residency.prepare([("reference", "weights")])
+    memory.prepare([("reference", "weights")])
     assert here() == ["reference"]
-    with pytest.raises(KeyError), residency.resident("policy", "weights"):
+    with pytest.raises(KeyError), memory.resident("policy", "weights"):
         raise KeyError
-    residency.prepare([("reference", "weights")])
+    memory.prepare([("reference", "weights")])
     assert here() == ["reference"]
-    with pytest.raises(ValueError, match="name the parts to hold"), residency.resident("policy"):
+    with pytest.raises(ValueError, match="name the parts to hold"), memory.resident("policy"):
         pass
 
 
 def test_metrics_count_time_and_rate():
-    residency = Residency(CPU)
-    residency.register("policy", "weights", tensors=[values(MB)], policy="host")
-    assert residency.take_metrics() == {
+    memory = DeviceParts(CPU)
+    memory.registry.register("policy", "weights", tensors=[values(MB)], residency="host")
+    assert memory.take_metrics() == {
         "peak_resident_bytes": 4.0 * MB,
         "to_host_bytes": 0.0,
         "to_host_seconds": 0.0,
@@ -273,10 +279,10 @@ def test_metrics_count_time_and_rate():
         "to_device_seconds": 0.0,
         "to_device_gb_per_s": 0.0,
     }
-    residency.settle()
-    residency.prepare([("policy", "weights")])
-    residency.settle()
-    found = residency.take_metrics()
+    memory.settle()
+    memory.prepare([("policy", "weights")])
+    memory.settle()
+    found = memory.take_metrics()
     assert found["to_host_bytes"] == 2 * found["to_device_bytes"] == 8.0 * MB
     for way in ("to_host", "to_device"):
         assert 0 < found[f"{way}_seconds"] < 10
@@ -285,29 +291,31 @@ def test_metrics_count_time_and_rate():
 
 
 def test_what_cannot_work_is_refused():
-    residency = Residency(CPU)
-    residency.register("policy", "weights", tensors=[values(4)], policy="host")
+    memory = DeviceParts(CPU)
+    memory.registry.register("policy", "weights", tensors=[values(4)], residency="host")
     message = "there is no part reward.weights here: there are ['policy.weights']"
     with pytest.raises(ValueError, match=re.escape(message)):
-        residency.prepare([("reward", "weights")])
-    with pytest.raises(ValueError, match=r"part policy.weights is there twice"):
-        residency.register("policy", "weights", tensors=[values(4)])
+        memory.prepare([("reward", "weights")])
+    with pytest.raises(ValueError, match=r"part policy.weights exists twice"):
+        memory.registry.register("policy", "weights", tensors=[values(4)])
     gone = values(4)
     gone.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=r"part value.weights: 1 of its tensors are freed"):
-        residency.register("value", "weights", tensors=[gone])
+        memory.registry.register("value", "weights", tensors=[gone])
     foreign = torch.frombuffer(bytearray(16), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"roles.value.memory.weights=host: 1 of its storages"):
-        residency.register("value", "weights", tensors=[foreign], policy="host")
-    residency.register("value", "weights", tensors=[foreign], policy="keep")
+        memory.registry.register("value", "weights", tensors=[foreign], residency="host")
+    memory.registry.register("value", "weights", tensors=[foreign], residency="keep")
     nothing = {"drop": lambda: None, "num_bytes": lambda: 0}
     with pytest.raises(ValueError, match=r"roles.rollout.memory.kv_cache=host"):
-        residency.register_droppable("rollout", "kv_cache", policy="host", **nothing)
+        memory.registry.register_droppable("rollout", "kv_cache", residency="host", **nothing)
     holds = [("policy", "weights")]
     with pytest.raises(ValueError, match=r"graphs=keep, but roles.policy.memory.weights=host"):
-        residency.register_droppable("rollout", "graphs", policy="keep", holds=holds, **nothing)
-    residency.register_droppable("rollout", "graphs", holds=holds, **nothing)
+        memory.registry.register_droppable(
+            "rollout", "graphs", residency="keep", holds=holds, **nothing
+        )
+    memory.registry.register_droppable("rollout", "graphs", holds=holds, **nothing)
     with pytest.raises(ValueError, match=r"graphs=keep, but roles.policy.memory.weights=host"):
-        residency.apply({("rollout", "graphs"): "keep"})
+        memory.registry.apply({("rollout", "graphs"): "keep"})
     with pytest.raises(ValueError, match=r"no part reward.weights here"):
-        residency.apply({("reward", "weights"): "keep"})
+        memory.registry.apply({("reward", "weights"): "keep"})
