@@ -12,7 +12,7 @@ from test_calls import home_rows, toy
 from harness import run_ranks
 from spmdrl.batch import Batch
 from spmdrl.roles.calls import together
-from spmdrl.roles.kept import Journal, Kept, Part
+from spmdrl.roles.kept import Journal, Kept, PartialResult
 from spmdrl.roles.ledger import Interrupted, Ledger, Stint, keeping
 from spmdrl.roles.origin import Origin
 from spmdrl.supervision.pulse import Pulse
@@ -77,7 +77,7 @@ def stop_twice_beside_a_finished_call(world: World) -> tuple[int, int, list[list
         nonlocal starts
         starts += 1
         if stint.should_stop():
-            return Interrupted(part=Part(rows=Batch(lengths=rows.lengths)))
+            return Interrupted(part=PartialResult(rows=Batch(lengths=rows.lengths)))
         return Batch(lengths=rows.lengths, tokens={"b": rows["tokens"]})
 
     call = replace(stopped.add(batch), compute=compute)

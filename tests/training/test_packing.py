@@ -39,7 +39,7 @@ def test_a_shared_prompt_by_hand() -> None:
     assert found.targets.tolist() == [1, 2, 3, 4, 5, 1, 2]
     # The prompt's last place predicts the first token of both responses.
     assert found.predict.tolist() == [2, 3, 4, 2, 5, 6, 7]
-    assert found.source.tolist() == [3, 4, 5, 9, 10, 12, 13]
+    assert found.destination.tolist() == [3, 4, 5, 9, 10, 12, 13]
     assert found.row.tolist() == [0, 0, 0, 1, 1, 2, 2]
     assert found.rows.tolist() == [0, 1, 2]
 
@@ -146,7 +146,7 @@ def test_every_loss_token_sees_its_own_row(
     found = pack(batch, budget_tokens=budget, share_prompts=share)
     starts = batch.offsets()[:-1]
     tokens = batch["tokens"].tolist()
-    sources = torch.cat([m.source for m in found]).sort()[0]
+    sources = torch.cat([m.destination for m in found]).sort()[0]
     place = torch.arange(batch.num_tokens) - starts.repeat_interleave(batch.lengths)
     default = place >= batch["prompt_lengths"].repeat_interleave(batch.lengths)
     assert torch.equal(sources, batch.tokens.get("loss_mask", default).nonzero().flatten())
@@ -154,10 +154,10 @@ def test_every_loss_token_sees_its_own_row(
     for m in found:
         assert covers_rows(m.spans) and m.spans[-1].q_stop == len(m.tokens)
         assert len(m.tokens) <= budget or len(m.rows) == 1
-        assert torch.equal(m.targets, batch["tokens"][m.source])
-        assert torch.equal(m.rows[m.row], batch.row_of_token()[m.source])
+        assert torch.equal(m.targets, batch["tokens"][m.destination])
+        assert torch.equal(m.rows[m.row], batch.row_of_token()[m.destination])
         for seen, source, row in zip(
-            visible(m), m.source.tolist(), m.rows[m.row].tolist(), strict=True
+            visible(m), m.destination.tolist(), m.rows[m.row].tolist(), strict=True
         ):
             start = int(starts[row])
             assert seen == [(tokens[start + i], i) for i in range(source - start)]

@@ -160,7 +160,7 @@ def test_rows_are_read_at_their_last_token_and_empty_rows_not_at_all() -> None:
     # the shared prompt once, then each response to its end
     assert len(found.tokens) == sum(lengths) - 4
     assert found.predict.tolist() == [lengths[0] - 1, sum(lengths) - 4 - 1]
-    assert found.source.tolist() == [0, 1]
+    assert found.destination.tolist() == [0, 1]
     assert found.tokens[found.predict].tolist() == found.targets.tolist()
     none = Batch(
         lengths=torch.tensor([0, 3]),
@@ -168,7 +168,7 @@ def test_rows_are_read_at_their_last_token_and_empty_rows_not_at_all() -> None:
         rows={"prompt_lengths": torch.tensor([0, 3])},
     )
     (alone,) = pack(none, budget_tokens=100, share_prompts=True, places="rows")
-    assert alone.source.tolist() == [1] and alone.predict.tolist() == [2]
+    assert alone.destination.tolist() == [1] and alone.predict.tolist() == [2]
     assert alone.row.tolist() == [1] and alone.rows.tolist() == [0, 1]
 
 

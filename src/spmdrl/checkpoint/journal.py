@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spmdrl.batch import Batch, Ragged, concat
 from spmdrl.memory.json_tensors import json_tensor, tensor_json
-from spmdrl.roles.kept import Journal, Kept, Part, Record
+from spmdrl.roles.kept import Journal, Kept, PartialResult, Record
 from spmdrl.roles.origin import Origin
 
 PREFIX = "journal/"
@@ -75,9 +75,11 @@ def _merge_records(records: Sequence[Record]) -> Record:
     )
 
 
-def _merge_parts(parts: Sequence[Part]) -> Part:
+def _merge_parts(parts: Sequence[PartialResult]) -> PartialResult:
     values = [part.values for part in parts if part.values is not None]
-    return Part(rows=_join([part.rows for part in parts]), values=values[0] if values else None)
+    return PartialResult(
+        rows=_join([part.rows for part in parts]), values=values[0] if values else None
+    )
 
 
 def _join(batches: Sequence[Batch | None]) -> Batch | None:
@@ -122,7 +124,7 @@ def _unpack_call(found: Mapping[str, Any], name: str, tensors: Mapping[str, Tens
             values=kept["values"],
         )
     if (kept := found["part"]) is not None:
-        part = Part(
+        part = PartialResult(
             rows=_unpack_rows(kept["rows"], name, tensors),
             values=kept["values"],
             state={key: tensors[f"{name}/state/{key}"] for key in kept["state"]},

@@ -1,6 +1,6 @@
 """FSDP2's cuts of a decoder's local parameters into shards, in terms of the sharding table.
 
-Shards can match the parts of a rollout's tensor-parallel ranks. Fused projections are then in
+Shards can match the tensors of a rollout's tensor-parallel ranks. Fused projections are then in
 blocks (see `sharding.all_slices`), and FSDP cuts by columns where tensor parallelism does. A rank
 that trains a shard then already holds the weights that it generates with.
 """
@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.sharding import Head, Slice, Split, parameter_parts, restrict
+from spmdrl.models.sharding import Head, Slice, TpSplit, fused_tensors, restrict
 
 
 def fitting_blocks(config: ModelConfig, degrees: Mapping[str, int], engine_tp: int) -> int:
-    """Return the number of blocks with which the shards of a role equal the parts of an engine on
+    """Return the number of blocks with which the shards of a role equal the tensors of an engine on
     the same ranks; 1 if that is impossible.
     """
     shards = degrees.get("dp_shard", 1) * degrees.get("cp", 1)
@@ -32,10 +32,10 @@ def fsdp_dims(config: ModelConfig, head: Head = "lm", blocks: int = 1) -> dict[s
     routers). With `blocks` (see `all_slices`) it cuts like tensor parallelism of that degree.
     """
     dims: dict[str, int | None] = {}
-    for name, parts in parameter_parts(config, head).items():
-        if parts[0].split is Split.NONE:
+    for name, tensors in fused_tensors(config, head).items():
+        if tensors[0].split is TpSplit.NONE:
             dims[name] = None
-        elif parts[0].split is Split.COLUMNS and blocks > 1 and parts[0].expert is None:
+        elif tensors[0].split is TpSplit.COLUMNS and blocks > 1 and tensors[0].expert is None:
             dims[name] = 1
         else:
             dims[name] = 0

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.sharding import Head, Slice, all_slices, parameter_parts, restrict
+from spmdrl.models.sharding import Head, Slice, all_slices, fused_tensors, restrict
 
 EMBEDDING, HEAD = "embed_tokens.weight", "head.weight"
 
@@ -121,9 +121,9 @@ def _plain(held: Mapping[str, tuple[Slice, ...]], name: str, module_name: str) -
 
 def _vocab(config: ModelConfig, cut: Cut, tp_rank: int, name: str, module_name: str) -> Parameter:
     """Make a parameter with rows of a padded vocabulary; the last ranks may have only padding."""
-    [part] = parameter_parts(config)[name]
+    [tensor] = fused_tensors(config)[name]
     rows = padded_vocab(config, cut.tp) // cut.tp
-    whole = Slice(name=part.name, shape=part.shape, start=(0, 0), stop=part.shape, offset=0)
+    whole = Slice(name=tensor.name, shape=tensor.shape, start=(0, 0), stop=tensor.shape, offset=0)
     slices = restrict([whole], tp_rank * rows, (tp_rank + 1) * rows)
     shape = (rows, config.hidden_size)
     return Parameter(name=name, module_name=module_name, shape=shape, slices=slices)
@@ -221,7 +221,7 @@ def _interleave(config: ModelConfig, slices: Sequence[Slice]) -> tuple[Slice, ..
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
+class FlatPiece:
     """A box of a parameter's own shape that a flat range of the parameter contains entirely.
 
     Args:
@@ -297,7 +297,7 @@ def chunk_ranges(
     return found
 
 
-def flat_pieces(parameter: Parameter, start: int, stop: int) -> list[Piece]:
+def flat_pieces(parameter: Parameter, start: int, stop: int) -> list[FlatPiece]:
     """Cut values `[start, stop)` of a flattened parameter into boxes: the end of a row, whole rows,
     the beginning of a row.
     """
@@ -313,7 +313,7 @@ def flat_pieces(parameter: Parameter, start: int, stop: int) -> list[Piece]:
         if len(parameter.shape) > 1:
             shape = (shape[0], columns[1] - columns[0])
             slices = tuple(_columns(piece, columns) for piece in slices)
-        pieces.append(Piece(start=a, stop=b, shape=shape, slices=slices))
+        pieces.append(FlatPiece(start=a, stop=b, shape=shape, slices=slices))
     return pieces
 
 

@@ -58,7 +58,7 @@ class Slice:
         return self.size == self.shape
 
 
-class Split(Enum):
+class TpSplit(Enum):
     """Ways in which tensor parallelism divides a global tensor."""
 
     NONE = "none"
@@ -71,12 +71,12 @@ class Split(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class GlobalTensor:
     """One global tensor within a local parameter; `expert` is its expert's number, if any."""
 
     name: str
     shape: tuple[int, ...]
-    split: Split
+    split: TpSplit
     expert: int | None = None
 
 
@@ -112,24 +112,26 @@ class _Place:
         return self.tp_rank % self.etp_size
 
 
-def parameter_parts(config: ModelConfig, head: Head = "lm") -> dict[str, tuple[Part, ...]]:
+def fused_tensors(config: ModelConfig, head: Head = "lm") -> dict[str, tuple[GlobalTensor, ...]]:
     """Map local names, in order of the forward pass, to their fused tensors, top to bottom."""
     embedding = (config.vocab_size, config.hidden_size)
-    table = {"embed_tokens.weight": _one("model.embed_tokens.weight", embedding, Split.VOCABULARY)}
+    table = {
+        "embed_tokens.weight": _one("model.embed_tokens.weight", embedding, TpSplit.VOCABULARY)
+    }
     for i in range(config.num_layers):
-        table |= _layer_parts(config, i)
-    table["norm.weight"] = _one("model.norm.weight", (config.hidden_size,), Split.NONE)
+        table |= _layer_tensors(config, i)
+    table["norm.weight"] = _one("model.norm.weight", (config.hidden_size,), TpSplit.NONE)
     if head == "score":
-        table["head.weight"] = _one(SCORE, (1, config.hidden_size), Split.NONE)
+        table["head.weight"] = _one(SCORE, (1, config.hidden_size), TpSplit.NONE)
     elif not config.tie_embeddings:
-        table["head.weight"] = _one("lm_head.weight", embedding, Split.VOCABULARY)
+        table["head.weight"] = _one("lm_head.weight", embedding, TpSplit.VOCABULARY)
     return table
 
 
 def global_shapes(config: ModelConfig, head: Head = "lm") -> dict[str, tuple[int, ...]]:
     """Return the name space: Hugging Face name -> global shape."""
-    table = parameter_parts(config, head)
-    return {part.name: part.shape for parts in table.values() for part in parts}
+    table = fused_tensors(config, head)
+    return {tensor.name: tensor.shape for tensors in table.values() for tensor in tensors}
 
 
 def local_parameters(
@@ -147,10 +149,10 @@ def local_parameters(
     """
     place = _Place(tp_size=tp_size, ep_size=ep_size, vocab_multiple=vocab_multiple)
     shapes = {}
-    for name, parts in parameter_parts(config, head).items():
-        held = _slices(config, parts, place)
+    for name, tensors in fused_tensors(config, head).items():
+        held = _slices(config, tensors, place)
         rows = sum(s.rows for s in held)
-        if parts[0].split is Split.VOCABULARY:
+        if tensors[0].split is TpSplit.VOCABULARY:
             rows = place.vocabulary_rows(config.vocab_size)
         shapes[name] = (rows, *held[0].size[1:])
     return shapes
@@ -170,7 +172,7 @@ def slices(
     Raises:
         ValueError: the model has no such local parameter.
     """
-    table = parameter_parts(config)
+    table = fused_tensors(config)
     if local_name not in table:
         raise ValueError(f"{config.architecture} has no local parameter {local_name!r}")
     place = _Place(tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size)
@@ -204,8 +206,8 @@ def all_slices(
         vocab_multiple=vocab_multiple,
         blocks=blocks,
     )
-    table = parameter_parts(config, head)
-    return {name: _slices(config, parts, place) for name, parts in table.items()}
+    table = fused_tensors(config, head)
+    return {name: _slices(config, tensors, place) for name, tensors in table.items()}
 
 
 def is_expert_parameter(local_name: str) -> bool:
@@ -240,20 +242,20 @@ def local_kv_heads(config: ModelConfig, tp_size: int) -> int:
     return max(1, config.num_kv_heads // tp_size)
 
 
-def _layer_parts(config: ModelConfig, layer: int) -> dict[str, tuple[Part, ...]]:
+def _layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[GlobalTensor, ...]]:
     local, hf = f"layers.{layer}", f"model.layers.{layer}"
     hidden, d = config.hidden_size, config.head_dim
     q_rows, kv_rows = config.num_heads * d, config.num_kv_heads * d
 
-    def qkv(kind: str, *columns: int) -> tuple[Part, ...]:
+    def qkv(kind: str, *columns: int) -> tuple[GlobalTensor, ...]:
         return (
-            _part(f"{hf}.self_attn.q_proj.{kind}", (q_rows, *columns), Split.ROWS),
-            _part(f"{hf}.self_attn.k_proj.{kind}", (kv_rows, *columns), Split.KV_ROWS),
-            _part(f"{hf}.self_attn.v_proj.{kind}", (kv_rows, *columns), Split.KV_ROWS),
+            _tensor(f"{hf}.self_attn.q_proj.{kind}", (q_rows, *columns), TpSplit.ROWS),
+            _tensor(f"{hf}.self_attn.k_proj.{kind}", (kv_rows, *columns), TpSplit.KV_ROWS),
+            _tensor(f"{hf}.self_attn.v_proj.{kind}", (kv_rows, *columns), TpSplit.KV_ROWS),
         )
 
-    def norm(name: str, size: int) -> tuple[Part, ...]:
-        return _one(f"{hf}.{name}.weight", (size,), Split.NONE)
+    def norm(name: str, size: int) -> tuple[GlobalTensor, ...]:
+        return _one(f"{hf}.{name}.weight", (size,), TpSplit.NONE)
 
     table = {f"{local}.input_norm.weight": norm("input_layernorm", hidden)}
     table[f"{local}.attention.qkv.weight"] = qkv("weight", hidden)
@@ -263,99 +265,103 @@ def _layer_parts(config: ModelConfig, layer: int) -> dict[str, tuple[Part, ...]]
         table[f"{local}.attention.q_norm.weight"] = norm("self_attn.q_norm", d)
         table[f"{local}.attention.k_norm.weight"] = norm("self_attn.k_norm", d)
     table[f"{local}.attention.out.weight"] = _one(
-        f"{hf}.self_attn.o_proj.weight", (hidden, q_rows), Split.COLUMNS
+        f"{hf}.self_attn.o_proj.weight", (hidden, q_rows), TpSplit.COLUMNS
     )
     table[f"{local}.post_norm.weight"] = norm("post_attention_layernorm", hidden)
     if config.moe is not None and layer in config.moe.layers:
-        return table | _expert_parts(config, config.moe, local, hf)
-    return table | _dense_parts(config, local, hf)
+        return table | _expert_tensors(config, config.moe, local, hf)
+    return table | _dense_tensors(config, local, hf)
 
 
-def _dense_parts(config: ModelConfig, local: str, hf: str) -> dict[str, tuple[Part, ...]]:
+def _dense_tensors(config: ModelConfig, local: str, hf: str) -> dict[str, tuple[GlobalTensor, ...]]:
     hidden, ffn = config.hidden_size, config.intermediate_size
     return {
         f"{local}.mlp.gate_up.weight": (
-            _part(f"{hf}.mlp.gate_proj.weight", (ffn, hidden), Split.ROWS),
-            _part(f"{hf}.mlp.up_proj.weight", (ffn, hidden), Split.ROWS),
+            _tensor(f"{hf}.mlp.gate_proj.weight", (ffn, hidden), TpSplit.ROWS),
+            _tensor(f"{hf}.mlp.up_proj.weight", (ffn, hidden), TpSplit.ROWS),
         ),
         f"{local}.mlp.down.weight": _one(
-            f"{hf}.mlp.down_proj.weight", (hidden, ffn), Split.COLUMNS
+            f"{hf}.mlp.down_proj.weight", (hidden, ffn), TpSplit.COLUMNS
         ),
     }
 
 
-def _expert_parts(
+def _expert_tensors(
     config: ModelConfig, moe: MoeConfig, local: str, hf: str
-) -> dict[str, tuple[Part, ...]]:
+) -> dict[str, tuple[GlobalTensor, ...]]:
     hidden, ffn = config.hidden_size, moe.intermediate_size
     names = EXPERT_NAMES[config.architecture]
 
-    def part(name: str, expert: int, shape: tuple[int, ...], split: Split) -> Part:
-        return Part(name=f"{hf}.{name.format(expert)}", shape=shape, split=split, expert=expert)
+    def tensor(name: str, expert: int, shape: tuple[int, ...], split: TpSplit) -> GlobalTensor:
+        return GlobalTensor(
+            name=f"{hf}.{name.format(expert)}", shape=shape, split=split, expert=expert
+        )
 
     experts = range(moe.num_experts)
     return {
         f"{local}.mlp.router.weight": _one(
-            f"{hf}.{names.router}", (moe.num_experts, hidden), Split.NONE
+            f"{hf}.{names.router}", (moe.num_experts, hidden), TpSplit.NONE
         ),
         f"{local}.mlp.experts.gate_up": tuple(
-            part(name, expert, (ffn, hidden), Split.ROWS)
+            tensor(name, expert, (ffn, hidden), TpSplit.ROWS)
             for expert in experts
             for name in (names.gate, names.up)
         ),
         f"{local}.mlp.experts.down": tuple(
-            part(names.down, expert, (hidden, ffn), Split.COLUMNS) for expert in experts
+            tensor(names.down, expert, (hidden, ffn), TpSplit.COLUMNS) for expert in experts
         ),
     }
 
 
-def _part(name: str, shape: tuple[int, ...], split: Split) -> Part:
-    return Part(name=name, shape=shape, split=split)
+def _tensor(name: str, shape: tuple[int, ...], split: TpSplit) -> GlobalTensor:
+    return GlobalTensor(name=name, shape=shape, split=split)
 
 
-def _one(name: str, shape: tuple[int, ...], split: Split) -> tuple[Part, ...]:
-    return (_part(name, shape, split),)
+def _one(name: str, shape: tuple[int, ...], split: TpSplit) -> tuple[GlobalTensor, ...]:
+    return (_tensor(name, shape, split),)
 
 
-def _slices(config: ModelConfig, parts: tuple[Part, ...], place: _Place) -> tuple[Slice, ...]:
+def _slices(
+    config: ModelConfig, tensors: tuple[GlobalTensor, ...], place: _Place
+) -> tuple[Slice, ...]:
     result, offset = [], 0
     experts = range(0)
     if config.moe is not None:
         experts = range(*_range(config.moe.num_experts, place.ep_rank, place.ep_size))
-    in_blocks = parts[0].split is Split.ROWS and parts[0].expert is None
+    in_blocks = tensors[0].split is TpSplit.ROWS and tensors[0].expert is None
     blocks = place.blocks if in_blocks else 1
     for block in range(blocks):
         rank, size = place.tp_rank * blocks + block, place.tp_size * blocks
-        for part in parts:
-            if part.expert is not None and part.expert not in experts:
+        for tensor in tensors:
+            if tensor.expert is not None and tensor.expert not in experts:
                 continue
-            box = _box(config, part, place, rank, size)
+            box = _box(config, tensor, place, rank, size)
             if box is None:
                 continue
             start, stop = box
             result.append(
-                Slice(name=part.name, shape=part.shape, start=start, stop=stop, offset=offset)
+                Slice(name=tensor.name, shape=tensor.shape, start=start, stop=stop, offset=offset)
             )
             offset += stop[0] - start[0]
     return tuple(result)
 
 
 def _box(
-    config: ModelConfig, part: Part, place: _Place, rank: int, size: int
+    config: ModelConfig, tensor: GlobalTensor, place: _Place, rank: int, size: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Return start and stop of rank `rank`'s box of a tensor, of `size` ranks; None if empty."""
-    start, stop = [0] * len(part.shape), list(part.shape)
-    if part.expert is not None:
+    start, stop = [0] * len(tensor.shape), list(tensor.shape)
+    if tensor.expert is not None:
         rank, size = place.etp_rank, place.etp_size
-    if part.split is Split.COLUMNS:
-        start[1], stop[1] = _range(part.shape[1], rank, size)
-    elif part.split is Split.ROWS:
-        start[0], stop[0] = _range(part.shape[0], rank, size)
-    elif part.split is Split.KV_ROWS:
+    if tensor.split is TpSplit.COLUMNS:
+        start[1], stop[1] = _range(tensor.shape[1], rank, size)
+    elif tensor.split is TpSplit.ROWS:
+        start[0], stop[0] = _range(tensor.shape[0], rank, size)
+    elif tensor.split is TpSplit.KV_ROWS:
         start[0], stop[0] = _kv_range(config, rank, size)
-    elif part.split is Split.VOCABULARY:
-        rows = place.vocabulary_rows(part.shape[0])
-        start[0], stop[0] = (min(n * rows, part.shape[0]) for n in (rank, rank + 1))
+    elif tensor.split is TpSplit.VOCABULARY:
+        rows = place.vocabulary_rows(tensor.shape[0])
+        start[0], stop[0] = (min(n * rows, tensor.shape[0]) for n in (rank, rank + 1))
         if start[0] == stop[0]:
             return None
     return tuple(start), tuple(stop)

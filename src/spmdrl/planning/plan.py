@@ -16,7 +16,7 @@ from spmdrl.memory.call_memory import Turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.degrees import check_tp
 from spmdrl.models.fsdp_cuts import fitting_blocks
-from spmdrl.models.sharding import Head, parameter_parts
+from spmdrl.models.sharding import Head, fused_tensors
 from spmdrl.placement import Placement, role_device_type
 from spmdrl.planning.engines import check_engine, shares_tensors, vocab_multiple
 from spmdrl.planning.memory import RankMemory, Shape, plan_memory
@@ -135,7 +135,7 @@ def frozen_names(config: Config, name: str, shape: ModelConfig) -> frozenset[str
             tensor (the projections of an attention, say).
     """
     patterns = config.roles[name].freeze
-    tensors = parameter_parts(shape, role_head(config, name))
+    tensors = fused_tensors(shape, role_head(config, name))
     known = [part.name for parts in tensors.values() for part in parts]
     key = f"roles.{name}.freeze={list(patterns)}"
     frozen: set[str] = set()

@@ -30,7 +30,7 @@ from spmdrl.distributed.exchange import (
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.reduce import broadcast_object
 from spmdrl.memory.call_memory import Turns
-from spmdrl.roles.kept import Part, Record
+from spmdrl.roles.kept import PartialResult, Record
 from spmdrl.roles.ledger import Entry, Interrupted, Ledger, Stint, current, places_of
 from spmdrl.roles.origin import origin_of
 from spmdrl.supervision.stopping import StopAsked
@@ -200,12 +200,12 @@ def _kept(ledger: Ledger, call: Call[Any], entry: Entry) -> Any:
     return record.rows if call.returns else record.values
 
 
-def _part(computed: Any) -> Part | None:
+def _part(computed: Any) -> PartialResult | None:
     """This rank's partial result of a call that was stopped here or on another rank."""
     if isinstance(computed, Interrupted):
         return computed.part
     assert computed is None or isinstance(computed, Batch), type(computed)
-    return None if computed is None else Part(rows=computed)
+    return None if computed is None else PartialResult(rows=computed)
 
 
 def _send(calls: Sequence[Call[Any]]) -> list[_Sent]:

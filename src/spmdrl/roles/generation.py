@@ -16,14 +16,12 @@ from spmdrl.memory.call_memory import Turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.routing import EXPERT_CHOICES, choices_dtype
 from spmdrl.roles.calls import Call, RoleMethod
-from spmdrl.roles.kept import Part
+from spmdrl.roles.kept import PartialResult
 from spmdrl.roles.ledger import Interrupted, Stint
 from spmdrl.roles.model_calls import WEIGHTS, row_order
 from spmdrl.rollout.protocol import Completion, Finish, Request, RolloutEngine
 from spmdrl.rollout.sampling import SamplingParams
 from spmdrl.training.support import SUPPORT
-
-Progress = Callable[[int, int], None]
 
 KV_CACHE, GRAPHS = "kv_cache", "graphs"
 """Parts of an engine, as a `memory` section names them; graphs if decode steps are captured."""
@@ -58,7 +56,7 @@ class Rollout:
         mesh: Mesh,
         config: ModelConfig,
         engine: RolloutEngine | None,
-        progress: Progress | None = None,
+        progress: Callable[[int, int], None] | None = None,
         memory: Turns | None = None,
         parts: tuple[str, ...] = (WEIGHTS, KV_CACHE),
     ) -> None:
@@ -166,7 +164,7 @@ def _run_generation(
     rows: Batch,
     generation: Generation,
     experts: tuple[Column, ...],
-    progress: Progress | None,
+    progress: Callable[[int, int], None] | None,
     stint: Stint,
 ) -> Batch | Interrupted:
     """Generate for this replica's rows; rows of one prompt become one request."""
@@ -219,11 +217,11 @@ def _run_generation(
             )
         batch = batch.with_columns(tokens={column.name: torch.cat([none, *chosen])})
     if any(completion.finish is Finish.ABORTED for completion in completions):
-        return Interrupted(part=Part(rows=batch, state=engine.aborted_state()))
+        return Interrupted(part=PartialResult(rows=batch, state=engine.aborted_state()))
     return batch
 
 
-def _begun(part: Part) -> dict[tuple[int, int], Completion]:
+def _begun(part: PartialResult) -> dict[tuple[int, int], Completion]:
     """(prompt id, sample) -> the tokens that a stopped call has drawn of it."""
     if part.rows is None:
         return {}

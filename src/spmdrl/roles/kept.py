@@ -28,7 +28,7 @@ class Record:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
+class PartialResult:
     """One rank's partial result of a stopped call.
 
     Args:
@@ -63,7 +63,7 @@ class Kept:
     is_ahead: bool = False
     is_foreign: bool = False
     record: Record | None = None
-    part: Part | None = None
+    part: PartialResult | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

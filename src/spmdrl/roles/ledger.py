@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spmdrl.batch import Batch
 from spmdrl.distributed.reduce import world_sum
-from spmdrl.roles.kept import Journal, Kept, Part, Record
+from spmdrl.roles.kept import Journal, Kept, PartialResult, Record
 from spmdrl.roles.origin import Origin
 from spmdrl.supervision.pulse import Pulse, Stage
 from spmdrl.world import World
@@ -48,7 +48,7 @@ class Diverged(RuntimeError):
 class Interrupted:
     """Result of a call's `compute` that stopped before its end."""
 
-    part: Part
+    part: PartialResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Stint:
     should_stop: Callable[[], bool] = lambda: False
     beat: Callable[[], None] = lambda: None
     report: Callable[[int, int], None] = lambda done, count: None
-    begun: Part | None = None
+    begun: PartialResult | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,12 +251,12 @@ class Ledger:
         """
         self._keep(entry, record=record)
 
-    def suspend(self, entry: Entry, part: Part | None) -> None:
+    def suspend(self, entry: Entry, part: PartialResult | None) -> None:
         """Keep the partial result of a stopped call; None if this rank has none."""
-        self._keep(entry, part=Part() if part is None else part)
+        self._keep(entry, part=PartialResult() if part is None else part)
 
     def _keep(
-        self, entry: Entry, *, record: Record | None = None, part: Part | None = None
+        self, entry: Entry, *, record: Record | None = None, part: PartialResult | None = None
     ) -> None:
         if entry.name is None:
             return

@@ -20,7 +20,7 @@ from spmdrl.memory.call_memory import Turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.roles.calls import Call
-from spmdrl.roles.kept import Part
+from spmdrl.roles.kept import PartialResult
 from spmdrl.roles.ledger import Interrupted, Stint
 from spmdrl.training.protocol import NO_GRADIENT, LossFn, TrainBackend
 from spmdrl.training.readout import Readout
@@ -184,7 +184,7 @@ def _run_update(
     seen, count = 0, sum(int((rows["minibatch"] == m).sum()) for m in left)  # of rows
     for minibatch in left:
         if group_any(stint.should_stop(), backend.mesh.group("all")):
-            return Interrupted(part=Part(values={"minibatches": done, "records": records}))
+            return Interrupted(part=PartialResult(values={"minibatches": done, "records": records}))
         done += 1
         part = rows.select((rows["minibatch"] == minibatch).nonzero().flatten())
         report = partial(_report, stint, seen, len(part), count)

@@ -16,7 +16,7 @@ from spmdrl.models.sharding import Head
 from spmdrl.training.context import LocalStream
 from spmdrl.training.logprobs import token_logprobs
 from spmdrl.training.packing import Microbatch
-from spmdrl.training.protocol import Given, LossInput, Progress
+from spmdrl.training.protocol import Given, LossInput, MicrobatchProgress
 from spmdrl.training.readout import Readout
 from spmdrl.training.support import SUPPORT, Support, support_at
 
@@ -30,7 +30,9 @@ def check_head(role: str, head: Head, readout: Readout) -> None:
         )
 
 
-def counted(microbatches: Sequence[Microbatch], progress: Progress | None) -> Iterator[Microbatch]:
+def counted(
+    microbatches: Sequence[Microbatch], progress: MicrobatchProgress | None
+) -> Iterator[Microbatch]:
     """Yield the microbatches, and report each as done when the next one is asked for."""
     for number, microbatch in enumerate(microbatches, start=1):
         yield microbatch
@@ -82,7 +84,7 @@ def support_of(
     column = rows.ragged.get(SUPPORT)
     if column is None or readout.head != "lm" or not readout.is_per_token:
         return None
-    found = support_at(column, microbatch.source[stream.read], microbatch.targets[stream.read])
+    found = support_at(column, microbatch.destination[stream.read], microbatch.targets[stream.read])
     return None if found is None else found.to(device)
 
 
@@ -112,7 +114,7 @@ def loss_input(
     tokens = rows.tokens if readout.is_per_token else {}
     return LossInput(
         outputs=Given(outputs),
-        columns=Given({n: here(c[microbatch.source]) for n, c in tokens.items()}),
+        columns=Given({n: here(c[microbatch.destination]) for n, c in tokens.items()}),
         rows=Given({n: here(c[microbatch.rows]) for n, c in rows.rows.items()}),
         row=here(microbatch.row),
         num_rows=len(microbatch.rows),

@@ -24,7 +24,7 @@ class LocalStream:
 
     Args:
         tokens, positions: int64 [L], this rank's part, equally long on all ranks.
-        source: int64 [L], the tokens' places in the batch's token columns; -1 if they have none.
+        origin: int64 [L], the tokens' places in the batch's token columns; -1 if they have none.
         spans: rows are places in this part, keys are places in the gathered stream.
         predict, targets: int64 [M], the places read here and their target ids, padded to the most
             that any rank has (at least 1).
@@ -35,7 +35,7 @@ class LocalStream:
 
     tokens: Tensor
     positions: Tensor
-    source: Tensor
+    origin: Tensor
     spans: tuple[Span, ...]
     predict: Tensor
     targets: Tensor
@@ -49,7 +49,7 @@ def split_stream(microbatch: Microbatch, rank: int, size: int) -> LocalStream:
         return LocalStream(
             tokens=microbatch.tokens,
             positions=microbatch.positions,
-            source=microbatch.origin,
+            origin=microbatch.origin,
             spans=microbatch.spans,
             predict=microbatch.predict,
             targets=microbatch.targets,
@@ -77,7 +77,7 @@ def split_stream(microbatch: Microbatch, rank: int, size: int) -> LocalStream:
     return LocalStream(
         tokens=microbatch.tokens[part],
         positions=microbatch.positions[part],
-        source=microbatch.origin[part],
+        origin=microbatch.origin[part],
         spans=_split_spans(spans, chunks, chunk, size),
         predict=torch.cat((place[mine], padding)),
         targets=torch.cat((microbatch.targets[mine], padding)),
@@ -87,14 +87,14 @@ def split_stream(microbatch: Microbatch, rank: int, size: int) -> LocalStream:
 
 
 def stream_part(stream: LocalStream, first: int, last: int) -> LocalStream:
-    """Return the stream with the sources of tokens `[first, last)` only, and the places among them
+    """Return the stream with the origins of tokens `[first, last)` only, and the places among them
     that are read, counted from `first`.
     """
     predict = stream.predict[: len(stream.read)]
     inside = (predict >= first) & (predict < last)
     return replace(
         stream,
-        source=stream.source[first:last],
+        origin=stream.origin[first:last],
         predict=predict[inside] - first,
         read=stream.read[inside],
     )

@@ -37,8 +37,8 @@ def make_routing(
     if EXPERT_CHOICES in rows.tokens and rows.num_tokens > 0:
         recorded = rows[EXPERT_CHOICES]
         check_choices(recorded, moe)
-        given = unpack_choices(recorded[stream.source].to(device))
-        given = given.masked_fill((stream.source < 0).to(device)[:, None, None], -1)
+        given = unpack_choices(recorded[stream.origin].to(device))
+        given = given.masked_fill((stream.origin < 0).to(device)[:, None, None], -1)
     return Routing(moe, given=given, balance=balance)
 
 

@@ -8,8 +8,9 @@ from typing import Literal, get_args
 
 import torch
 
+from spmdrl.models.decoder import Recompute
+
 Schedule = Literal["constant", "linear", "cosine"]
-Recompute = Literal["none", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,8 @@ class Microbatch:
         spans: the keys that each place of the stream sees; together they cover the stream.
         predict: int64 [N], the places in the stream that are read.
         targets: int64 [N], the ids of the loss tokens, or of the rows' last tokens.
-        source: int64 [N], the destination of each value that is read: a place in the batch's token
-            columns, or a row.
+        destination: int64 [N], where in the batch each value that is read belongs: a place in its
+            token columns, or a row.
         row: int64 [N], the index into `rows` of the row that is read.
         rows: int64 [R], the batch's rows in this microbatch, ascending.
     """
@@ -46,7 +46,7 @@ class Microbatch:
     spans: tuple[Span, ...]
     predict: Tensor
     targets: Tensor
-    source: Tensor
+    destination: Tensor
     row: Tensor
     rows: Tensor
 
@@ -119,7 +119,7 @@ def empty_microbatch() -> Microbatch:
         spans=(Span(q_start=0, q_stop=1, own=(0, 1)),),
         predict=none,
         targets=none,
-        source=none,
+        destination=none,
         row=none,
         rows=none,
     )
@@ -276,7 +276,7 @@ def _build(batch: Batch, places: Places, rows: Sequence[_Row]) -> Microbatch:
         stream = batch["tokens"][origin]
         positions = torch.cat([torch.arange(p, p + n) for _, n, p in pieces])
     none = torch.zeros(0, dtype=torch.int64)
-    predict, targets, source, row_numbers = [none], [none], [none], [none]
+    predict, targets, destination, row_numbers = [none], [none], [none], [none]
     for number, row in enumerate(rows):
         if row.used == 0:
             continue
@@ -287,7 +287,7 @@ def _build(batch: Batch, places: Places, rows: Sequence[_Row]) -> Microbatch:
         target = row.read + starts[row.index] + (1 if places == "loss_tokens" else 0)
         predict.append(at)
         targets.append(batch["tokens"][target])
-        source.append(target if places == "loss_tokens" else torch.tensor([row.index]))
+        destination.append(target if places == "loss_tokens" else torch.tensor([row.index]))
         row_numbers.append(torch.full_like(at, number))
     return Microbatch(
         tokens=stream,
@@ -296,7 +296,7 @@ def _build(batch: Batch, places: Places, rows: Sequence[_Row]) -> Microbatch:
         spans=tuple(spans),
         predict=torch.cat(predict),
         targets=torch.cat(targets),
-        source=torch.cat(source),
+        destination=torch.cat(destination),
         row=torch.cat(row_numbers),
         rows=torch.tensor([row.index for row in rows]),
     )

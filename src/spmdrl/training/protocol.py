@@ -60,7 +60,7 @@ class LossInput:
         return self.outputs[name]
 
 
-Progress = Callable[[int, int], None]
+MicrobatchProgress = Callable[[int, int], None]
 """Callback of a running pass with this rank's (microbatches done, microbatches)."""
 
 LossFn = Callable[[LossInput], tuple[Tensor, dict[str, Tensor]]]
@@ -133,7 +133,9 @@ class TrainBackend(Protocol):
     @property
     def config(self) -> ModelConfig: ...
 
-    def forward(self, batch: Batch, readout: Readout, *, progress: Progress | None = None) -> Batch:
+    def forward(
+        self, batch: Batch, readout: Readout, *, progress: MicrobatchProgress | None = None
+    ) -> Batch:
         """Return the rows with the readout's columns, float32: [T] with 0 at tokens outside the
         loss mask, or [B] with 0 for rows without tokens. No gradient is computed.
 
@@ -151,7 +153,7 @@ class TrainBackend(Protocol):
         *,
         normaliser: float,
         whole_groups: bool = False,
-        progress: Progress | None = None,
+        progress: MicrobatchProgress | None = None,
     ) -> dict[str, float]:
         """Add the gradient of sum(loss) / normaliser over one minibatch.
 

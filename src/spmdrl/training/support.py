@@ -68,9 +68,9 @@ def support_logits(
     """Compute logits times `scale` [M, K], 0 where the row is not held here; at least float32."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     out = torch.zeros(local.shape, dtype=wide, device=hidden.device)
-    for part in _parts(local, len(weight), chunk):
-        logits = product(hidden[part.rows].to(weight.dtype), weight[part.unique])
-        out[part.rows][part.held] = logits[part.row, part.column].to(wide) * scale
+    for own in _chunks(local, len(weight), chunk):
+        logits = product(hidden[own.rows].to(weight.dtype), weight[own.unique])
+        out[own.rows][own.held] = logits[own.row, own.column].to(wide) * scale
     return out
 
 
@@ -84,19 +84,19 @@ def add_support_gradients(
     chunk: int,
 ) -> None:
     """Add the gradients through `support_logits`: per chunk, products with its rows of the head."""
-    for part in _parts(local, len(weight), chunk):
-        rows = hidden[part.rows].to(weight.dtype)
-        factors = d_logits.new_zeros(len(rows), len(part.unique))
-        factors[part.row, part.column] = d_logits[part.rows][part.held]
+    for own in _chunks(local, len(weight), chunk):
+        rows = hidden[own.rows].to(weight.dtype)
+        factors = d_logits.new_zeros(len(rows), len(own.unique))
+        factors[own.row, own.column] = d_logits[own.rows][own.held]
         narrow = factors.to(weight.dtype)
         if d_hidden is not None:
-            d_hidden[part.rows].add_(product(narrow, weight[part.unique].t()))
+            d_hidden[own.rows].add_(product(narrow, weight[own.unique].t()))
         if d_weight is not None:
-            d_weight.index_add_(0, part.unique, product(narrow.t(), rows.t()).to(d_weight.dtype))
+            d_weight.index_add_(0, own.unique, product(narrow.t(), rows.t()).to(d_weight.dtype))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Part:
+class _Chunk:
     """A chunk of the support's rows.
 
     Args:
@@ -111,7 +111,7 @@ class _Part:
     unique: Tensor
 
 
-def _parts(local: Tensor, vocab: int, chunk: int) -> Iterator[_Part]:
+def _chunks(local: Tensor, vocab: int, chunk: int) -> Iterator[_Chunk]:
     for start in range(0, len(local), chunk):
         rows = slice(start, min(start + chunk, len(local)))
         own = local[rows]
@@ -119,4 +119,4 @@ def _parts(local: Tensor, vocab: int, chunk: int) -> Iterator[_Part]:
         unique, column = torch.unique(own[held], return_inverse=True)
         if len(unique):
             row = held.nonzero()[:, 0]
-            yield _Part(rows=rows, held=held, row=row, column=column, unique=unique)
+            yield _Chunk(rows=rows, held=held, row=row, column=column, unique=unique)

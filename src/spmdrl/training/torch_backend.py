@@ -39,7 +39,7 @@ from spmdrl.training.gradients import all_reduce_gradients, average_gradients, g
 from spmdrl.training.optimizer import Optimizer
 from spmdrl.training.options import TrainOptions, lr_at
 from spmdrl.training.packing import Microbatch, empty_microbatch, pack
-from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep, Progress, loss_of
+from spmdrl.training.protocol import LocalTensors, LossFn, MicrobatchProgress, OptimStep, loss_of
 from spmdrl.training.readout import Readout
 from spmdrl.training.support import Support
 from spmdrl.training.weights import build_decoder, fill_leaves, make_leaves, refresh_weights
@@ -92,7 +92,9 @@ class TorchBackend:
         if trainable:
             self._accumulate_wide()
 
-    def forward(self, batch: Batch, readout: Readout, *, progress: Progress | None = None) -> Batch:
+    def forward(
+        self, batch: Batch, readout: Readout, *, progress: MicrobatchProgress | None = None
+    ) -> Batch:
         self._require("weights")
         rows = batch.to(torch.device("cpu"))
         size = rows.num_tokens if readout.is_per_token else rows.num_rows
@@ -103,7 +105,7 @@ class TorchBackend:
                 routing = make_routing(self.config.moe, rows, microbatch, stream, self._device)
                 support = support_of(rows, microbatch, stream, readout, self._device)
                 for name, values in self._run(stream, readout, routing, support).items():
-                    found[name][microbatch.source] = values.cpu()
+                    found[name][microbatch.destination] = values.cpu()
         if isinstance(self._decoder, FSDPModule):
             # The root stays gathered after a forward pass; an optimizer step would not reach it.
             self._decoder.reshard()
@@ -117,7 +119,7 @@ class TorchBackend:
         *,
         normaliser: float,
         whole_groups: bool = False,
-        progress: Progress | None = None,
+        progress: MicrobatchProgress | None = None,
     ) -> dict[str, float]:
         self._require_trainable()
         self._require("weights")

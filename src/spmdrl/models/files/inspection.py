@@ -45,8 +45,8 @@ _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_confi
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """Findings: `errors` are reasons to refuse the directory, `notes` are for the log."""
+class Inspection:
+    """Inspection: `errors` are reasons to refuse the directory, `notes` are for the log."""
 
     errors: tuple[str, ...]
     notes: tuple[str, ...]
@@ -59,7 +59,7 @@ class Report:
             raise ValueError(self.errors[0] + more)
 
 
-def inspect(config: ModelConfig, checkpoint: Checkpoint, head: Head | None) -> Report:
+def inspect(config: ModelConfig, checkpoint: Checkpoint, head: Head | None) -> Inspection:
     """Inspect names, shapes, dtypes and files, without reading a weight.
 
     Args:
@@ -87,7 +87,7 @@ def inspect(config: ModelConfig, checkpoint: Checkpoint, head: Head | None) -> R
     taken = f" (without {', '.join(absent)} in config.json, defaults count)" if absent else ""
     missing = [text + taken for text in _missing(checkpoint, wanted, unexpected)]
     shaped = list(_shaped(config, checkpoint, head, wanted, taken))
-    return Report(
+    return Inspection(
         errors=(*foreign, *refused, *missing, *shaped),
         notes=(*notes, *quantised, *_ids(config, checkpoint.path)),
     )

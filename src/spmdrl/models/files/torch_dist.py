@@ -55,7 +55,7 @@ _PADDED_TO = (*range(1, 65), *(128 << i for i in range(7)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
+class _FilePlace:
     """A tensor of the checkpoint, and the indices of its leading dims (layer, expert)."""
 
     key: str
@@ -175,10 +175,10 @@ class TorchDist:
             return whole.chunk(2)[0]
         return whole.chunk(2)[1] if last in ("up_proj", "w3") else whole
 
-    def _place(self, name: str) -> _Place:
+    def _place(self, name: str) -> _FilePlace:
         """Find the checkpoint's tensor that holds the tensor of a Hugging Face name."""
         if name in _WHOLE:
-            return _Place(key=_WHOLE[name])
+            return _FilePlace(key=_WHOLE[name])
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
         assert match is not None, name
         layer, inner, kind = int(match[1]), match[2], match[3]
@@ -197,13 +197,13 @@ class TorchDist:
         fused = f"mlp.experts.experts.linear_fc{2 if is_down else 1}.weight"
         return self._find(layer, fused, expert=int(number[1]))
 
-    def _find(self, layer: int, *names: str, expert: int | None = None) -> _Place:
+    def _find(self, layer: int, *names: str, expert: int | None = None) -> _FilePlace:
         """Find the first of `names` that exists, stacked over all layers or for this layer only."""
         inner = () if expert is None else (expert,)
         for name in names:
             for place in (
-                _Place(key=f"decoder.layers.{name}", at=(layer, *inner)),
-                _Place(key=f"decoder.layers.{layer}.{name}", at=inner),
+                _FilePlace(key=f"decoder.layers.{name}", at=(layer, *inner)),
+                _FilePlace(key=f"decoder.layers.{layer}.{name}", at=inner),
             ):
                 if place.key in self._metadata.state_dict_metadata:
                     return place
@@ -212,7 +212,7 @@ class TorchDist:
             "checkpoint is of another model, or of another format"
         )
 
-    def _tensor(self, place: _Place) -> Tensor:
+    def _tensor(self, place: _FilePlace) -> Tensor:
         """Read a tensor, or return it if it is the one that was read last."""
         key, at = place.key, place.at
         if self._last is not None and self._last[:2] == (key, at):

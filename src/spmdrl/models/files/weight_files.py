@@ -33,7 +33,7 @@ PLAIN: Mapping[str, torch.dtype] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class StoredTensor:
     """A tensor in a file: its dtype in safetensors' spelling, its first byte, its size in bytes."""
 
     file: Path
@@ -59,7 +59,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, entries: Mapping[str, Entry], notes: tuple[str, ...] = ()
+        self, path: Path, entries: Mapping[str, StoredTensor], notes: tuple[str, ...] = ()
     ) -> None:
         self.path, self.entries, self.notes = path, entries, notes
 
@@ -97,7 +97,7 @@ class Checkpoint:
             )
         return values
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> StoredTensor:
         if name not in self.entries:
             raise ValueError(f"{self.path} has no tensor {name!r}")
         return self.entries[name]
@@ -138,7 +138,7 @@ def _open_sharded(directory: Path) -> Checkpoint:
             f"{directory} has both {SINGLE} and {INDEX}, which names other files: they may hold "
             "different weights; remove what is older"
         )
-    entries: dict[str, Entry] = {}
+    entries: dict[str, StoredTensor] = {}
     for file in found:
         if not file.is_file():
             name = min(name for name, other in files.items() if other == file)
@@ -183,7 +183,7 @@ def _more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     """Read the header of a safetensors file: its tensors by name.
 
     Raises:
@@ -203,7 +203,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     for name, held in header.items():
         if name != "__metadata__":
             start, stop = held["data_offsets"]
-            entries[name] = Entry(
+            entries[name] = StoredTensor(
                 file=file,
                 dtype=held["dtype"],
                 shape=tuple(held["shape"]),

@@ -39,20 +39,20 @@ from spmdrl.training.context import LocalStream, split_stream, stream_part
 from spmdrl.training.experts import ExpertUse, make_balance, make_routing
 from spmdrl.training.megatron.checks import MegatronOptions, model_cut
 from spmdrl.training.megatron.groups import make_groups, prepare_process
-from spmdrl.training.megatron.model import build_stage, transformer_config
+from spmdrl.training.megatron.model import build_chunks, transformer_config
 from spmdrl.training.megatron.modules import StreamParams
 from spmdrl.training.megatron.optimizer import ShardedOptimizer
 from spmdrl.training.megatron.pipeline import Pipeline
 from spmdrl.training.options import TrainOptions, lr_at
 from spmdrl.training.packing import Microbatch, pack
-from spmdrl.training.protocol import LocalTensors, LossFn, OptimStep, Progress, loss_of
+from spmdrl.training.protocol import LocalTensors, LossFn, MicrobatchProgress, OptimStep, loss_of
 from spmdrl.training.readout import Readout
 
 Outputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Item:
+class StageInput:
     """A microbatch on this rank's devices.
 
     Args:
@@ -108,7 +108,7 @@ class MegatronBackend:
             has_experts=config.moe is not None,
         )
         settings = transformer_config(mesh, config, options, megatron, device)
-        stage = build_stage(settings, config, cut, groups, mesh, device, head)
+        stage = build_chunks(settings, config, cut, groups, mesh, device, head)
         self._chunks = stage.chunks
         for chunk in self._chunks:
             chunk.requires_grad_(trainable).train(trainable)
@@ -147,15 +147,17 @@ class MegatronBackend:
                     tensor.zero_()
                 fill(masters, checkpoint)
 
-    def forward(self, batch: Batch, readout: Readout, *, progress: Progress | None = None) -> Batch:
+    def forward(
+        self, batch: Batch, readout: Readout, *, progress: MicrobatchProgress | None = None
+    ) -> Batch:
         self._require("weights")
         rows = batch.to(torch.device("cpu"))
         size = rows.num_tokens if readout.is_per_token else rows.num_rows
         found = {name: torch.zeros(size, device=self._device) for name in readout.columns}
 
-        def finish(item: Item, output: Tensor) -> tuple[Tensor, None]:
+        def finish(item: StageInput, output: Tensor) -> tuple[Tensor, None]:
             for name, values in self._read(item, rows, output, readout).items():
-                found[name][item.microbatch.source.to(self._device)] = values.float()
+                found[name][item.microbatch.destination.to(self._device)] = values.float()
             return output, None
 
         for chunk in self._chunks:
@@ -176,14 +178,14 @@ class MegatronBackend:
         *,
         normaliser: float,
         whole_groups: bool = False,
-        progress: Progress | None = None,
+        progress: MicrobatchProgress | None = None,
     ) -> dict[str, float]:
         optimizer = self._require_trainable()
         self._require("weights")
         optimizer.hold_gradients()
         rows = batch.to(torch.device("cpu"))
 
-        def finish(item: Item, output: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+        def finish(item: StageInput, output: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
             outputs = self._read(item, rows, output, readout)
             if item.microbatch.is_empty:
                 return nothing_read(outputs), None
@@ -268,7 +270,7 @@ class MegatronBackend:
             microbatches = packed(longest)
         return self._pipeline.fit(microbatches)
 
-    def _expert_metrics(self, items: list[Item], rows: Batch) -> dict[str, float]:
+    def _expert_metrics(self, items: list[StageInput], rows: Batch) -> dict[str, float]:
         """Compute the metrics of expert use; one rank of the role has each token of a layer."""
         if self.config.moe is None:
             return {}
@@ -283,11 +285,16 @@ class MegatronBackend:
         )
 
     def _run(
-        self, items: list[Item], finish: Any, progress: Progress | None, *, backward: bool
+        self,
+        items: list[StageInput],
+        finish: Any,
+        progress: MicrobatchProgress | None,
+        *,
+        backward: bool,
     ) -> list[Any]:
         done, count = 0, len(items) * len(self._chunks)
 
-        def forward(chunk: Any, item: Item) -> Tensor:
+        def forward(chunk: Any, item: StageInput) -> Tensor:
             nonlocal done
             output: Tensor = chunk(item.tokens, item.positions, None, packed_seq_params=item.params)
             done += 1
@@ -298,7 +305,7 @@ class MegatronBackend:
         length = len(items[0].microbatch.tokens)
         return self._pipeline.run(items, length, forward, finish, backward=backward)
 
-    def _item(self, microbatch: Microbatch, rows: Batch, *, balance: float = 0.0) -> Item:
+    def _item(self, microbatch: Microbatch, rows: Batch, *, balance: float = 0.0) -> StageInput:
         stream = split_stream(microbatch, self.mesh.coordinate("cp"), self.mesh.size("cp"))
         positions = self._here(stream.positions)
         attend = PackedAttention(
@@ -326,7 +333,7 @@ class MegatronBackend:
                 group=self.mesh.group("replica"),
             )
         routing = make_routing(self.config.moe, rows, microbatch, part, self._device, made)
-        return Item(
+        return StageInput(
             microbatch=microbatch,
             stream=stream,
             part=part,
@@ -335,7 +342,7 @@ class MegatronBackend:
             params=StreamParams(attend=attend, rope=rope, routing=routing),
         )
 
-    def _read(self, item: Item, rows: Batch, output: Tensor, readout: Readout) -> Outputs:
+    def _read(self, item: StageInput, rows: Batch, output: Tensor, readout: Readout) -> Outputs:
         """Compute the readout's columns at all places of the microbatch that are read."""
         hidden = output[0]
         if self._is_sp:

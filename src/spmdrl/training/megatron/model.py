@@ -29,9 +29,14 @@ from spmdrl.models.megatron_layout import (
     padded_vocab,
     rank_chunks,
 )
-from spmdrl.models.sharding import Head as HeadKind
+from spmdrl.models.sharding import Head
 from spmdrl.training.megatron.checks import MegatronOptions, uses_transformer_engine
-from spmdrl.training.megatron.modules import Head, Norm, Router, SpanAttention
+from spmdrl.training.megatron.modules import (
+    MegatronHead,
+    MegatronNorm,
+    MegatronRouter,
+    SpanAttention,
+)
 from spmdrl.training.options import TrainOptions
 
 
@@ -117,22 +122,22 @@ def _kernel_settings(device: torch.device) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Stage:
+class ModelChunks:
     """A rank's chunks, and the parameters of each, with the layout's names and in its order."""
 
     chunks: list[GPTModel]
     named: list[list[tuple[Parameter, nn.Parameter]]]
 
 
-def build_stage(
+def build_chunks(
     settings: TransformerConfig,
     config: ModelConfig,
     cut: Cut,
     groups: ProcessGroupCollection,
     mesh: Mesh,
     device: torch.device,
-    head: HeadKind,
-) -> Stage:
+    head: Head,
+) -> ModelChunks:
     """Build the chunks of this rank of `mesh`; their parameters are not filled yet."""
     tp_rank, pp_rank, ep_rank = (mesh.coordinate(axis) for axis in ("tp", "pp", "ep"))
     table = rank_chunks(config, cut, tp_rank, pp_rank, head, ep_rank=ep_rank)
@@ -146,7 +151,7 @@ def build_stage(
     for chunk, expected in zip(chunks, table, strict=True):
         replace_head(chunk, config, head)
         named.append(list(zip(expected, name_parameters(chunk, expected), strict=True)))
-    return Stage(chunks=chunks, named=named)
+    return ModelChunks(chunks=chunks, named=named)
 
 
 def build_chunk(
@@ -156,13 +161,13 @@ def build_chunk(
     groups: ProcessGroupCollection,
     chunk: int,
     device: torch.device,
-    head: HeadKind,
+    head: Head,
 ) -> GPTModel:
     """Build one chunk with megatron-core's own output layer; parameters are not filled yet."""
     pp_rank = groups.pp.rank()
     is_first = pp_rank == 0 and chunk == 0
     is_last = pp_rank == cut.pp - 1 and chunk == cut.vpp - 1
-    norm = ModuleSpec(module=Norm, params={"device": device})
+    norm = ModuleSpec(module=MegatronNorm, params={"device": device})
     layers = [
         _layer_spec(config, layer, cut, norm, device)
         for layer in chunk_layers(config, cut, pp_rank, chunk)
@@ -186,7 +191,7 @@ def build_chunk(
     return chunk_model
 
 
-def replace_head(chunk: GPTModel, config: ModelConfig, head: HeadKind) -> None:
+def replace_head(chunk: GPTModel, config: ModelConfig, head: Head) -> None:
     """Make the last chunk return hidden states, and give it a scalar head if `head` asks for it."""
     if not chunk.post_process:
         return
@@ -194,7 +199,7 @@ def replace_head(chunk: GPTModel, config: ModelConfig, head: HeadKind) -> None:
     if head == "score":
         like = chunk.decoder.final_layernorm.weight
         weight = nn.Parameter(torch.empty(1, config.hidden_size, dtype=like.dtype).to(like.device))
-    chunk.output_layer = Head(weight)
+    chunk.output_layer = MegatronHead(weight)
 
 
 def name_parameters(chunk: GPTModel, expected: tuple[Parameter, ...]) -> list[nn.Parameter]:
@@ -241,7 +246,7 @@ def _layer_spec(
         )
         spec.submodules.input_layernorm = norm
     if moe is not None:
-        spec.submodules.mlp.submodules.router = partial(Router, moe, layer, device)
+        spec.submodules.mlp.submodules.router = partial(MegatronRouter, moe, layer, device)
     if moe is not None or not cut.fused_norms:
         spec.submodules.pre_mlp_layernorm = norm
     attention = spec.submodules.self_attention.submodules

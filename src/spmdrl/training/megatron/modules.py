@@ -64,7 +64,7 @@ class SpanAttention(nn.Module):
         return attend(self.layer, rotate(query, *rope), rotate(key, *rope), value)
 
 
-class Router(nn.Module):
+class MegatronRouter(nn.Module):
     """Top-k of the softmax over all experts, as in the shared decoder; Megatron moves the tokens.
 
     `attention` is the same layer's attention, which has run before and knows the microbatch.
@@ -108,7 +108,7 @@ class Router(nn.Module):
         return torch.zeros_like(probabilities).scatter(1, chosen, weights), used
 
 
-class Norm(nn.Module):
+class MegatronNorm(nn.Module):
     """Root-mean-square norm; Megatron sums its gradient over tp ranks with different tokens."""
 
     def __init__(
@@ -126,7 +126,7 @@ class Norm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class Head(nn.Module):
+class MegatronHead(nn.Module):
     """Replacement of the output layer: it holds the weight and returns the hidden states.
 
     `weight` is None if it is the embedding's.

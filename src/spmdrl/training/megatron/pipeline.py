@@ -16,7 +16,7 @@ from torch import Tensor
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.training.packing import Microbatch, empty_microbatch, pad_microbatch
 
-Finish = Callable[[Any, Tensor], tuple[Tensor, Any]]
+ReadOutput = Callable[[Any, Tensor], tuple[Tensor, Any]]
 """Function (item, output of the last chunk) -> (loss, the item's result in `run`)."""
 
 
@@ -79,7 +79,7 @@ class Pipeline:
         items: Sequence[Any],
         length: int,
         forward: Callable[[Any, Any], Tensor],
-        finish: Finish,
+        finish: ReadOutput,
         *,
         backward: bool,
     ) -> list[Any]:
