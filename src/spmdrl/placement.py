@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
-from spmdrl.config.sections import Config, RoleSection
+from spmdrl.config.roles import RoleSection
+from spmdrl.config.sections import Config
 from spmdrl.distributed.mesh import check_ranks, format_ranks
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from spmdrl.config.algorithms import AlgorithmSection
 from spmdrl.config.data_sets import held_out_sets, train_sources
-from spmdrl.config.key_table import known_keys
 from spmdrl.config.load import load_config
 from spmdrl.config.shipped_flows import shipped_flows
 
@@ -233,14 +232,6 @@ def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"binary\.yaml"):
         load_config(tmp_path / "binary.yaml")
-
-
-def test_there_are_at_most_170_keys() -> None:
-    keys = known_keys()
-    assert len(keys) == len(set(keys))
-    assert 90 < len(keys) <= 170
-    for key in ("roles.NAME.dp_shard", "rewards.0.weight", "evaluation.sets"):
-        assert key in keys
 
 
 def test_sets_build_on_the_sections_that_they_belong_to(base: Path) -> None:

@@ -184,7 +184,9 @@ def parser() -> argparse.ArgumentParser:
         text = f"least bandwidth of an all-reduce {what}"
         doctor.add_argument(f"--min-{where}", type=float, default=0.0, metavar="GB/S", help=text)
     doctor.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    add("keys", _keys, "Print all configuration keys as a Markdown table.")
+    keys = add("keys", _keys, "Print the configuration's keys as Markdown tables.")
+    keys.add_argument("--group", help="of keys: a section, `run` or `placement`; default: all")
+    keys.add_argument("--basic", action="store_true", help="leave out advanced keys")
     return root
 
 
@@ -358,7 +360,7 @@ def _check_model(options: argparse.Namespace) -> None:
 def _keys(options: argparse.Namespace) -> None:
     from spmdrl.config.key_table import key_table
 
-    print(key_table())
+    print(key_table(options.group, basic=options.basic))
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Value = TypeVar("Value")
+Basic = Annotated[Value, Field(json_schema_extra={"basic": True})]
+"""A key that README, quickstart and recipes set; all others are advanced."""
 
 
 class Section(BaseModel):
@@ -15,90 +19,175 @@ class Section(BaseModel):
 
 class AlgorithmSection(Section):
     advantage: Literal["grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = Field(
-        "grpo", description="Advantage estimator of flow grpo."
+        "grpo", description="Estimate the advantages of flow grpo in this way."
     )
-    advantage_std: bool = Field(True, description="Divide grpo's advantages by their group's std.")
+    advantage_std: bool = Field(
+        True, description="Divide grpo's advantages by their group's standard deviation."
+    )
     policy_loss: Literal["ppo", "gspo", "cispo"] = Field(
-        "ppo", description="Ratios: clipped per token, per response (GSPO), or as weights (CISPO)."
+        "ppo",
+        description="Use ratios clipped per token (ppo), clipped per response (gspo), or as "
+        "weights (cispo).",
     )
     teacher_coef: float = Field(
-        0.0, ge=0, description="Weight of log(teacher/policy) in a token's advantage; 0: off."
+        0.0,
+        ge=0,
+        description="Add log(teacher/policy) to a token's advantage with this weight, at least "
+        "0; 0 turns it off.",
     )
     loss_mean: Literal["token_mean", "sequence_mean", "fixed_length"] = Field(
         "token_mean",
-        description="Mean over tokens, responses' means, or of sums / max_tokens.",
+        description="Average the loss over tokens, over the responses' means, or over sums / "
+        "max_tokens.",
     )
     clip_low: float = Field(
-        0.2, gt=0, le=1, description="Ratio is clipped to 1 - clip_low; above 0, at most 1."
+        0.2,
+        gt=0,
+        le=1,
+        description="Clip the ratio from below at 1 - clip_low, above 0 and at most 1.",
     )
-    clip_high: float = Field(0.2, gt=0, description="Ratio is clipped to 1 + clip_high; above 0.")
+    clip_high: float = Field(
+        0.2, gt=0, description="Clip the ratio from above at 1 + clip_high, above 0."
+    )
     dual_clip: float | None = Field(
-        None, gt=1, description="Bound c > 1 of the loss for negative advantages; null: none."
+        None,
+        gt=1,
+        description="Bound the loss of negative advantages by this factor, above 1; null sets no "
+        "bound.",
     )
-    kl_coef: float = Field(0.0, ge=0, description="Coefficient of the reference's KL; 0: none.")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of a token's KL.")
-    kl_in: Literal["loss", "reward"] = Field("loss", description="Place of the KL in flow grpo.")
+    kl_coef: Basic[float] = Field(
+        0.0, ge=0, description="Weight the KL to the reference by this, at least 0; 0 turns it off."
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k3", description="Estimate a token's KL in this way."
+    )
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss", description="Put the KL of flow grpo into the loss or into the reward."
+    )
     kl_target: float | None = Field(
-        None, gt=0, description="PPO: KL per response (nats) that kl_coef adapts to; null: fixed."
+        None,
+        gt=0,
+        description="Adapt PPO's kl_coef to this KL per response, in nats, above 0; null keeps "
+        "it fixed.",
     )
     kl_horizon: int = Field(
-        10_000, ge=1, description="Samples over which kl_coef changes by a factor of about 1.2."
+        10_000,
+        ge=1,
+        description="Change kl_coef by a factor of about 1.2 over this many samples, at least 1.",
     )
     old_logprobs: Literal["auto", "trainer", "rollout"] = Field(
         "auto",
-        description="Source of the old log-probabilities; auto: the trainer, where the policy "
-        "moves between sampling and an update.",
+        description="Take the old log-probabilities from the trainer or the rollout; auto takes "
+        "the trainer's where the policy moves between sampling and an update.",
     )
-    gamma: float = Field(1.0, gt=0, le=1, description="PPO: discount per token, above 0, up to 1.")
-    gae_lambda: float = Field(0.95, ge=0, le=1, description="PPO: lambda of the estimator, 0 to 1.")
-    whiten_advantages: bool = Field(True, description="PPO: whiten over all tokens of the step.")
-    value_clip: float | None = Field(0.2, gt=0, description="PPO: bound of value moves; null: off.")
-    value_warmup_steps: int = Field(0, ge=0, description="PPO: initial steps for the value only.")
+    gamma: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Discount PPO's rewards by this per token, above 0 and at most 1.",
+    )
+    gae_lambda: float = Field(
+        0.95, ge=0, le=1, description="Set the lambda of PPO's advantage estimator, 0 to 1."
+    )
+    whiten_advantages: bool = Field(
+        True, description="Whiten PPO's advantages over all tokens of the step."
+    )
+    value_clip: float | None = Field(
+        0.2,
+        gt=0,
+        description="Bound how far an update moves PPO's values, above 0; null sets no bound.",
+    )
+    value_warmup_steps: int = Field(
+        0, ge=0, description="Train only PPO's value in this many first steps, at least 0."
+    )
     score_scaling: Literal["none", "scale", "whiten"] = Field(
-        "none", description="PPO: divide scores by their running std, or whiten them."
+        "none",
+        description="Divide PPO's scores by their running standard deviation, or whiten them.",
     )
-    score_clip: float | None = Field(None, gt=0, description="PPO: bound of |score|; null: off.")
+    score_clip: float | None = Field(
+        None, gt=0, description="Bound the size of PPO's scores, above 0; null sets no bound."
+    )
     cut_penalty: float = Field(
-        0.0, ge=0, description="PPO: amount taken from the score of a response without end."
+        0.0,
+        ge=0,
+        description="Take this from PPO's score of a response that is cut off, at least 0.",
     )
-    entropy_coef: float = Field(0.0, description="Coefficient of the entropy bonus; 0: none.")
-    centre_coef: float = Field(0.0, ge=0, description="Reward models: weight of centring scores.")
+    entropy_coef: float = Field(
+        0.0,
+        description="Add the entropy to the objective with this weight, any number; 0 adds none.",
+    )
+    centre_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Weight the centring of a reward model's scores by this, at least 0; 0 turns "
+        "it off.",
+    )
     routing_replay: bool = Field(
-        False, description="Send a MoE's tokens in updates to their experts of the rollout."
+        False,
+        description="Send a MoE's tokens in updates to the experts that they had in the rollout.",
     )
-    importance_cap: float | None = Field(
-        None, gt=0, description="Cap of truncated importance sampling, trainer/rollout; null: off."
+    importance_cap: Basic[float | None] = Field(
+        None,
+        gt=0,
+        description="Cap the weights trainer/rollout of truncated importance sampling, above 0; "
+        "null turns it off.",
     )
     refill_attempts: int = Field(
-        0, ge=0, description="Dynamic sampling: draws that replace groups of equal rewards; 0: off."
+        0,
+        ge=0,
+        description="Replace groups of equal rewards in up to this many further draws (dynamic "
+        "sampling), at least 0; 0 turns it off.",
     )
-    overlong_buffer: int = Field(0, ge=0, description="Tokens before max_tokens that cost; 0: off.")
-    overlong_penalty: float = Field(1.0, ge=0, description="Reward lost at max_tokens, at least 0.")
+    overlong_buffer: int = Field(
+        0,
+        ge=0,
+        description="Lower the reward over this many tokens before max_tokens, at least 0; 0 "
+        "turns it off.",
+    )
+    overlong_penalty: float = Field(
+        1.0, ge=0, description="Take this much reward away at max_tokens, at least 0."
+    )
 
 
 class PreferenceSection(Section):
-    loss: Literal["dpo", "ipo", "simpo", "kto", "orpo"] = Field(
-        "dpo", description="Loss of flow dpo; online_dpo takes dpo or ipo."
+    loss: Basic[Literal["dpo", "ipo", "simpo", "kto", "orpo"]] = Field(
+        "dpo", description="Use this loss in flow dpo; online_dpo takes dpo or ipo."
     )
-    beta: float = Field(0.1, gt=0, description="Strength of the reference's KL, above 0; IPO: tau.")
+    beta: Basic[float] = Field(
+        0.1, gt=0, description="Weight the KL to the reference by this (IPO: tau), above 0."
+    )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Chance that a label is wrong (cDPO), in [0, 0.5)."
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Assume that a label is wrong with this chance (cDPO), at least 0 and below "
+        "0.5.",
     )
-    margin: float = Field(0.0, ge=0, description="SimPO: gamma, at least 0.")
+    margin: float = Field(
+        0.0,
+        ge=0,
+        description="Ask for this margin between chosen and rejected in SimPO (gamma), at least 0.",
+    )
     nll_coef: float = Field(
-        0.0, ge=0, description="Weight of the chosen answer's -log likelihood per token; 0: off."
+        0.0,
+        ge=0,
+        description="Add the chosen answer's -log likelihood per token with this weight, at "
+        "least 0; 0 turns it off.",
     )
     length_normalise: bool | None = Field(
-        None, description="Compare log-probabilities per token; default: IPO, SimPO and ORPO do."
+        None,
+        description="Compare log-probabilities per token; null does so in IPO, SimPO and ORPO.",
     )
     kto_weights: tuple[float, float] = Field(
-        (1.0, 1.0), description="KTO: weights of chosen and rejected answers."
+        (1.0, 1.0),
+        description="Weight chosen and rejected answers in KTO by these two, each at least 0.",
     )
-    reference: Literal["step", "cache"] = Field(
+    reference: Basic[Literal["step", "cache"]] = Field(
         "step",
         description="Compute the reference's log-probabilities in every step, or once and keep "
         "them on disk (without roles.reference: those of the policy before its first step).",
     )
     pairs: Literal["best_worst", "all"] = Field(
-        "best_worst", description="online_dpo: compare a prompt's best and worst samples, or all."
+        "best_worst",
+        description="Compare a prompt's best and worst samples in online_dpo, or all of them.",
     )

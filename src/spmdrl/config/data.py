@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
-from spmdrl.config.algorithms import Section
+from spmdrl.config.algorithms import Basic, Section
 from spmdrl.config.amounts import Amount, read_amount, read_share
 
 
@@ -26,44 +26,58 @@ Place = Annotated[str, AfterValidator(with_home)]
 
 
 class PromptsSection(Section):
-    source: Place = Field(description="reasoning_gym:TASK | FILE.jsonl | FILE.parquet | hub:NAME.")
-    task: dict[str, Any] = Field(default_factory=dict, description="Parameters of reasoning-gym.")
-    size: int | None = Field(None, ge=1, description="Rows to use, at least 1.")
-    split: str = Field("train", description="Split of a hub data set.")
-    seed: int = Field(0, description="Seed of a reasoning-gym task.")
-    prompt_column: str = Field("question", description="Column of the question.")
-    answer_column: str | None = Field(
-        "answer",
-        description="Column of the reference answer, or a field of one "
-        "(reward_model.ground_truth); null: none.",
+    source: Basic[Place] = Field(
+        description="Read rows from reasoning_gym:TASK | FILE.jsonl | FILE.parquet | hub:NAME."
     )
-    answer_pattern: str | None = Field(None, description="Regex whose group 1 is the answer.")
-    template: str = Field(
-        "{prompt}", description="Text around the question, which replaces {prompt}."
+    task: Basic[dict[str, Any]] = Field(
+        default_factory=dict, description="Pass these parameters to the task of reasoning-gym."
+    )
+    size: Basic[int | None] = Field(
+        None, ge=1, description="Use this many rows, at least 1; null uses all."
+    )
+    split: str = Field("train", description="Read this split of a hub data set.")
+    seed: int = Field(
+        0, description="Draw a reasoning-gym task's rows from this seed, any whole number."
+    )
+    prompt_column: Basic[str] = Field("question", description="Read the question from this column.")
+    answer_column: Basic[str | None] = Field(
+        "answer",
+        description="Read the reference answer from this column, or from a field of one "
+        "(reward_model.ground_truth); null reads none.",
+    )
+    answer_pattern: Basic[str | None] = Field(
+        None,
+        description="Take group 1 of this regular expression as the answer; null takes the whole "
+        "text.",
+    )
+    template: Basic[str] = Field(
+        "{prompt}", description="Put this text around the question, which replaces {prompt}."
     )
     system: str | None = Field(
-        None, description="System prompt; null: what the chat template does without one."
+        None, description="Use this system prompt; null leaves it to the chat template."
     )
     chat: bool = Field(True, description="Apply the chat template.")
-    columns: dict[str, str] = Field(
+    columns: Basic[dict[str, str]] = Field(
         default_factory=dict,
-        description="Names of the columns response, messages, chosen, rejected, margin, where "
+        description="Name the columns response, messages, chosen, rejected and margin, where "
         "they differ.",
     )
-    part: str = Field("all", description="Part of the prompts: all, 2/3 (second of three), 2-3/4.")
-    unique: bool = Field(False, description="Leave out prompts that occurred before.")
-    max_tokens: int = Field(
+    part: Basic[str] = Field(
+        "all", description="Use this part of the prompts: all, 2/3 (second of three), 2-3/4."
+    )
+    unique: Basic[bool] = Field(False, description="Leave out prompts that occurred before.")
+    max_tokens: Basic[int] = Field(
         1024,
         ge=1,
-        description="Most tokens of a prompt (of conversations and preference pairs: of a row "
-        "with its answers), at least 1; longer ones are left out and counted.",
+        description="Leave out and count prompts longer than this many tokens, at least 1 (of "
+        "conversations and preference pairs: rows with their answers).",
     )
-    keep_shortest: Annotated[str, BeforeValidator(read_share)] = Field(
+    keep_shortest: Basic[Annotated[str, BeforeValidator(read_share)]] = Field(
         "100%",
-        description="Share of the rows to keep, the shortest, above 0% and at most 100%; "
-        "max_tokens holds as well, longer ones are left out and counted.",
+        description="Keep this share of the rows, the shortest, above 0% and at most 100%; "
+        "max_tokens holds as well, and longer ones are left out and counted.",
     )
-    on_bad_row: Literal["error", "skip"] = Field(
+    on_bad_row: Basic[Literal["error", "skip"]] = Field(
         "error", description="Treat a row that cannot be used as an error, or count and skip it."
     )
 
@@ -73,48 +87,63 @@ DataKind = Literal["prompts", "conversations", "preferences"]
 
 class DataSection(Section):
     kind: DataKind | None = Field(
-        None, description="Kind of the rows; by default what the flow needs."
+        None, description="Read rows of this kind; null takes what the flow needs."
     )
     train: PromptsSection
     mix: tuple[dict[str, Any], ...] = Field(
         (),
-        description="Sources in addition to data.train: each a weight (data.train's is 1) and "
-        "the keys of data.train that differ.",
+        description="Draw from these sources in addition to data.train: each gives a weight "
+        "(data.train's is 1) and the keys of data.train that differ.",
     )
-    prompts_per_step: int = Field(ge=1, description="Prompts, conversations or pairs per step.")
-    group_size: int = Field(8, ge=1, description="Samples per prompt, at least 1.")
+    prompts_per_step: Basic[int] = Field(
+        ge=1, description="Draw this many prompts, conversations or pairs per step, at least 1."
+    )
+    group_size: Basic[int] = Field(
+        8, ge=1, description="Draw this many samples per prompt, at least 1."
+    )
 
 
 class EvaluationSection(Section):
-    held_out: Annotated[Amount, BeforeValidator(read_amount)] = Field(
+    held_out: Basic[Annotated[Amount, BeforeValidator(read_amount)]] = Field(
         0,
-        description="Questions kept out of data.train as the set held_out: a count or a share "
-        "(10%).",
+        description="Keep these questions of data.train out as the set held_out: a count, at "
+        "least 0, or a share (10%).",
     )
-    max_items: int | None = Field(
+    max_items: Basic[int | None] = Field(
         None,
         ge=1,
-        description="Most questions, conversations or pairs of a held-out set, where "
-        "evaluation.held_out is not a count; null: all.",
+        description="Use up to this many questions, conversations or pairs of a held-out set, at "
+        "least 1, where evaluation.held_out is not a count; null uses all.",
     )
-    sets: dict[str, dict[str, Any]] = Field(
+    sets: Basic[dict[str, dict[str, Any]]] = Field(
         default_factory=dict,
-        description="Held-out sets, NAME: {data: keys of data.train that differ, kind, "
-        "rewards, and any of threshold, num_samples, k, sampling, against, max_items}.",
+        description="Evaluate on these held-out sets, NAME: {data: keys of data.train that "
+        "differ, kind, rewards, and any of threshold, num_samples, k, sampling, against, "
+        "max_items}.",
     )
-    threshold: float = Field(1.0, description="Least reward at which a response counts as right.")
-    every: int = Field(0, ge=0, description="Steps between evaluations; 0: only before and after.")
-    before: bool = Field(True, description="Evaluate before the first step.")
+    threshold: float = Field(
+        1.0, description="Count a response as right if its reward is at least this, any number."
+    )
+    every: Basic[int] = Field(
+        0,
+        ge=0,
+        description="Evaluate every N steps, at least 0; 0 evaluates only before and after.",
+    )
+    before: Basic[bool] = Field(True, description="Evaluate before the first step.")
     after: bool = Field(True, description="Evaluate after the last step.")
-    num_samples: int = Field(1, ge=1, description="Responses per prompt, at least 1.")
-    k: tuple[int, ...] = Field((1,), description="Values of k in pass@k.")
-    sampling: dict[str, Any] = Field(
-        default_factory=dict, description="Keys of `sampling` that differ in evaluation."
+    num_samples: Basic[int] = Field(
+        1, ge=1, description="Draw this many responses per prompt, at least 1."
     )
-    against: Place | None = Field(
+    k: Basic[tuple[int, ...]] = Field(
+        (1,), description="Report pass@k for these k, each at least 1 and at most num_samples."
+    )
+    sampling: dict[str, Any] = Field(
+        default_factory=dict, description="Override these keys of `sampling` in evaluation."
+    )
+    against: Basic[Place | None] = Field(
         None,
-        description="Opponent of a win rate: a JSONL file that an evaluation wrote, or start: "
-        "the responses before the first step.",
+        description="Count wins against this opponent: a JSONL file that an evaluation wrote, or "
+        "start (the responses before the first step); null counts none.",
     )
 
     @field_validator("sets", mode="before")

@@ -27,7 +27,11 @@ START = "start"
 
 
 class WeightedSource(PromptsSection):
-    weight: float = Field(1.0, gt=0, description="Share of a step, relative to the others'.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="Draw this share of a step, relative to the other sources' weights, above 0.",
+    )
 
 
 class HeldOutSet(Section):

@@ -131,7 +131,7 @@ def _of_gspo(config: Config) -> Iterator[str]:
             f"algorithm.policy_loss=gspo with loss_mean={algorithm.loss_mean}, clip_low="
             f"{algorithm.clip_low:g} and clip_high={algorithm.clip_high:g}: the paper's mean is "
             "sequence_mean, and it clips at 3e-4 and 4e-4, for the ratio is of whole responses "
-            "(configs/gspo.yaml)"
+            "(configs/methods/gspo.yaml)"
         )
 
 

@@ -1,4 +1,4 @@
-"""The keys of the configuration: their names, and a table that documents them."""
+"""The keys of the configuration: their names and groups, and tables that document them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,84 @@ WILDCARDS = {"roles": "NAME", "rewards": "0"}
 """Placeholders in `known_keys` for the user's role names and for list indices."""
 
 
+PLACEMENT = (
+    *("ranks", "device", "dp_replicate", "dp_shard", "cp", "tp", "ep", "pp", "megatron"),
+    "tp_across_nodes",
+)
+"""Keys of a role that say where it computes: a group of their own."""
+
+
+def key_fields() -> Iterator[tuple[str, FieldInfo]]:
+    """All keys in the order of `known_keys`, each with its field."""
+    return _fields(Config, "")
+
+
+def is_basic(field: FieldInfo) -> bool:
+    """Whether a key's field is marked `Basic`."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and "basic" in extra
+
+
 def known_keys() -> list[str]:
     """All dotted keys of the configuration; a role's keys are under `roles.NAME`."""
-    return [key for key, _ in _fields(Config, "")]
+    return [key for key, _ in key_fields()]
 
 
-def key_table() -> str:
-    """Markdown table of all keys: accepted values, default and meaning."""
-    lines = ["| key | takes | default | |", "|---|---|---|---|"]
-    for key, field in _fields(Config, ""):
-        default = (
-            "required"
-            if field.is_required()
-            else f"`{_shown(field.get_default(call_default_factory=True))}`"
+def basic_keys() -> list[str]:
+    """Keys marked `Basic`, which are all that README, quickstart and recipes set."""
+    return [key for key, field in key_fields() if is_basic(field)]
+
+
+def group_of(key: str) -> str:
+    """Name the group of a key: its section, `run` without one, `placement` where a role computes.
+
+    Args:
+        key: one of `known_keys`.
+    """
+    parts = key.split(".")
+    if len(parts) == 1:
+        return "run"
+    if parts[0] == "roles" and parts[-1] in PLACEMENT:
+        return "placement"
+    return "rewards" if parts[0] == "reward_pool" else parts[0]
+
+
+def key_table(group: str | None = None, *, basic: bool = False) -> str:
+    """Markdown tables of keys, one for each group: accepted values, default and meaning.
+
+    Args:
+        group: the only group to show; None: all, each with a heading.
+        basic: leave out advanced keys.
+
+    Raises:
+        ValueError: no such group.
+    """
+    tables: dict[str, list[str]] = {}
+    for key, field in key_fields():
+        rows = tables.setdefault(group_of(key), [])
+        if is_basic(field) or not basic:
+            rows.append(_row(key, field))
+    if group is not None and group not in tables:
+        raise ValueError(
+            f"--group={group}: there is no such group: give one of {', '.join(tables)}"
         )
-        takes = _cell(_takes(field.annotation))
-        lines.append(f"| `{key}` | {takes} | {default} | {_cell(field.description or '')} |")
-    return "\n".join(lines)
+    head = ["| key | level | takes | default | meaning |", "|---|---|---|---|---|"]
+    if group is not None:
+        return "\n".join([*head, *tables[group]])
+    shown = (["", f"### {name}", "", *head, *rows] for name, rows in tables.items() if rows)
+    return "\n".join(line for lines in shown for line in lines).lstrip()
+
+
+def _row(key: str, field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    default = "required" if field.is_required() else f"`{_shown(value)}`"
+    cells = (
+        f"`{key}`",
+        "basic" if is_basic(field) else "advanced",
+        _takes(field.annotation),
+        default,
+    )
+    return f"| {' | '.join(map(_cell, (*cells, field.description or '')))} |"
 
 
 def _fields(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:

@@ -12,7 +12,8 @@ import torch
 
 from spmdrl.algorithms.metrics import combine, token_means
 from spmdrl.batch import Batch
-from spmdrl.config.sections import Config, PartName
+from spmdrl.config.roles import PartName
+from spmdrl.config.sections import Config
 from spmdrl.config.user_objects import load_object
 from spmdrl.data.home import DataSet, StepRows, home_rows
 from spmdrl.distributed.reduce import moments, world_max

@@ -1,0 +1,126 @@
+"""Configuration sections that define models and roles: what they are, and where they compute."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+# pydantic asks for this one before Python 3.12
+from typing_extensions import TypedDict
+
+from spmdrl.config.algorithms import Basic, Section
+from spmdrl.config.data import Place
+
+
+class ModelSection(Section):
+    path: Basic[Place] = Field(
+        description="Read the model from this Hugging Face directory: config.json, safetensors, "
+        "tokenizer."
+    )
+    tiny: bool = Field(False, description="Use random weights at a toy size of the architecture.")
+    dtype: Basic[Literal["auto", "float32", "bfloat16"]] = Field(
+        "auto", description="Compute in this dtype; auto is float32 on a CPU and bfloat16 on a GPU."
+    )
+    attention: Literal["auto", "blocked", "sdpa", "varlen", "flash", "flex"] = Field(
+        "auto",
+        description="Use this attention kernel in the trainer; auto takes the fastest that fits.",
+    )
+
+
+PartName = Literal["weights", "optimizer", "kv_cache", "graphs"]
+PartResidency = Literal["keep", "host", "drop", "auto"]
+
+
+class MegatronSettings(TypedDict, total=False):
+    """Megatron's ways to split a role's model, in addition to the mesh."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    vpp: Annotated[int, Field(ge=1)]
+    sp: bool
+
+
+class RoleSection(Section):
+    kind: Basic[Place | None] = Field(
+        None,
+        description="Give the role this kind: policy | reference | teacher | reward | value | "
+        "rollout | module:Class; null takes the role's name.",
+    )
+    model: Basic[Place | None] = Field(
+        None,
+        description="Read the role's model from this Hugging Face directory; null takes "
+        "model.path.",
+    )
+    head: Basic[Literal["file", "normal", "zero"]] = Field(
+        "file",
+        description="Take the scalar head of a reward or value model from its file, or make a "
+        "new one.",
+    )
+    trained: Basic[bool | None] = Field(
+        None, description="Train the role or not; null trains policy and value only."
+    )
+    train: Basic[dict[str, Any]] = Field(
+        default_factory=dict, description="Override these keys of `train` for the role."
+    )
+    freeze: tuple[str, ...] = Field(
+        (),
+        description="Keep these parameters of a trained role fixed, by Hugging Face name; * "
+        "matches any text.",
+    )
+    memory: dict[PartName, PartResidency] = Field(
+        default_factory=dict,
+        description="Decide where weights, optimizer, kv_cache and graphs are between the role's "
+        "calls: keep, host, drop or auto (default).",
+    )
+    retokenize: bool = Field(
+        False, description="Let a reward model with another tokenizer read texts instead of tokens."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Pass these keyword arguments to a module:Class."
+    )
+    ranks: Basic[str | int] = Field(
+        "all",
+        description="Place the role on these ranks: all | 0-3 | 0,2 | nodes 0-1 | same as ROLE.",
+    )
+    device: Literal["auto", "cpu"] = Field(
+        "auto",
+        description="Compute the role on this device; auto takes its ranks' GPUs, or the host if "
+        "none has one.",
+    )
+    dp_replicate: int | None = Field(
+        None,
+        ge=1,
+        description="Hold this many replicas, at least 1; null takes what the other degrees leave.",
+    )
+    dp_shard: Basic[int | Literal["all"]] = Field(
+        1,
+        description="Shard each copy of the weights over this many ranks (FSDP2), at least 1; "
+        "all takes as many as fit.",
+    )
+    cp: Basic[int] = Field(
+        1, ge=1, description="Split sequences over this many context-parallel ranks, at least 1."
+    )
+    tp: Basic[int] = Field(
+        1, ge=1, description="Split layers over this many tensor-parallel ranks, at least 1."
+    )
+    ep: Basic[int] = Field(
+        1,
+        ge=1,
+        description="Split the experts of a MoE over this many ranks, at least 1, within tp, cp "
+        "and dp.",
+    )
+    pp: int = Field(
+        1,
+        ge=1,
+        description="Split the layers into this many pipeline stages, at least 1 "
+        "(train.backend=megatron).",
+    )
+    megatron: MegatronSettings = Field(
+        default_factory=MegatronSettings,
+        description="Set Megatron's options: vpp, runs of layers per pipeline rank (interleaved "
+        "schedule), at least 1; sp, split norms and residuals over the tp ranks.",
+    )
+    tp_across_nodes: bool = Field(
+        False, description="Allow a tensor-parallel group to span several nodes."
+    )
