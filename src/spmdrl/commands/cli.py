@@ -187,6 +187,7 @@ def parser() -> argparse.ArgumentParser:
     keys = add("keys", _keys, "Print the configuration's keys as Markdown tables.")
     keys.add_argument("--group", help="of keys: a section, `run` or `placement`; default: all")
     keys.add_argument("--basic", action="store_true", help="leave out advanced keys")
+    add("schema", _schema, "Print a JSON Schema of configuration files, for editors.")
     return root
 
 
@@ -361,6 +362,14 @@ def _keys(options: argparse.Namespace) -> None:
     from spmdrl.config.key_table import key_table
 
     print(key_table(options.group, basic=options.basic))
+
+
+def _schema(options: argparse.Namespace) -> None:
+    import json
+
+    from spmdrl.config.schema import config_schema
+
+    print(json.dumps(config_schema(), indent=1))
 
 
 def _convert(options: argparse.Namespace) -> None:
