@@ -24,7 +24,6 @@ import torch
 from spmdrl.batch import Batch, from_rows
 from spmdrl.config.sections import Config
 from spmdrl.distributed.reduce import world_max
-from spmdrl.placement import place_roles
 from spmdrl.roles.handles import Reference, Reward, together
 from spmdrl.run.assembly.assembly import assemble, open_models
 from spmdrl.world import World, start_world, stop_world
@@ -65,7 +64,7 @@ def measure(world: World, given: argparse.Namespace) -> dict[str, float]:
             "data": {"prompts_per_step": 1, "train": {"source": "unused"}},
         }
     )
-    models = open_models(config, place_roles(config, world.size))
+    models = open_models(config)
     roles = assemble(config, world, models, None).roles
     reference, reward = roles["reference"], roles["reward"]
     assert isinstance(reference, Reference) and isinstance(reward, Reward)

@@ -16,6 +16,7 @@ LEVELS: list[set[str]] = [
     {"config", "memory", "batch", "world", "keyed_random", "atomic_files"},
     {"distributed", "algorithms"},
     {"models", "supervision", "observe", "placement"},
+    {"role_spec"},
     {"training", "rollout", "weights", "data"},
     {"roles"},
     {"planning", "checkpoint", "rewards"},

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-import torch
 
+from role_specs import specs_of
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
 from spmdrl.models import config as model_config
 from spmdrl.placement import place_roles, placement_table, role_device_type
-from spmdrl.planning.plan import role_layout
+from spmdrl.planning.layouts import role_layout
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -122,10 +122,8 @@ def test_what_a_rollout_holds_is_never_sharded() -> None:
             "num_attention_heads": 2,
         }
     )
-    placed = place_roles(given, 4)
-    policy, rollout = (
-        role_layout(given, placed[name], shape, name, torch.device("cpu")) for name in roles
-    )
+    specs = specs_of(given, shape, 4)
+    policy, rollout = (role_layout(specs[name]) for name in roles)
     name = "layers.0.mlp.down.weight"
     assert [policy[rank][name].shape for rank in range(4)] == [(4, 2)] * 4
     assert [rollout[rank][name].shape for rank in range(4)] == [(8, 2)] * 4

@@ -13,6 +13,10 @@ from spmdrl.config.roles import RoleSection
 from spmdrl.config.sections import Config
 from spmdrl.distributed.mesh import check_ranks, format_ranks
 
+Roles = Mapping[str, RoleSection]
+
+DeviceType = Literal["cpu", "cuda"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -46,11 +50,11 @@ def place_roles(
     """
     local_size = world_size if local_size is None else local_size
     if config.model.tiny:
-        local_needed = _local_needed(config, local_size)
-        needed = _world_needed(config, local_needed)
+        local_needed = _local_needed(config.roles, local_size)
+        needed = _world_needed(config.roles, local_needed)
         if needed > world_size or local_needed != local_size:
-            return _fold(_place(config, needed, local_needed), world_size)
-    placements = _place(config, world_size, local_size)
+            return _fold(_place(config.roles, needed, local_needed), world_size)
+    placements = _place(config.roles, world_size, local_size)
     for name, placement in placements.items():
         if not config.roles[name].tp_across_nodes:
             _check_nodes(name, placement, local_size)
@@ -62,7 +66,7 @@ def role_device_type(
     section_device: Literal["auto", "cpu"],
     ranks: Sequence[int],
     device_types: Sequence[str],
-) -> Literal["cpu", "cuda"]:
+) -> DeviceType:
     """Device type of role `name`, by `roles.NAME.device` and the device type of every world rank.
 
     Raises:
@@ -83,10 +87,10 @@ def role_device_type(
     )
 
 
-def _place(config: Config, world_size: int, local_size: int) -> dict[str, Placement]:
+def _place(roles: Roles, world_size: int, local_size: int) -> dict[str, Placement]:
     placements: dict[str, Placement] = {}
-    for name, section in config.roles.items():
-        ranks = _ranks(name, config, local_size) or tuple(range(world_size))
+    for name, section in roles.items():
+        ranks = _ranks(name, roles, local_size) or tuple(range(world_size))
         # ranks outside the world first: they cause wrong degrees
         outside = [rank for rank in ranks if rank >= world_size]
         if outside:
@@ -115,45 +119,45 @@ def _check_nodes(name: str, placement: Placement, local_size: int) -> None:
             )
 
 
-def _named_ranks(name: str, config: Config) -> str:
+def _named_ranks(name: str, roles: Roles) -> str:
     """`roles.NAME.ranks` as text, with `same as ROLE` followed to the role that has its own."""
-    given = config.roles[name].ranks
+    given = roles[name].ranks
     text = str(given).strip()
     seen = [name]
     while text.startswith("same as "):
         other = text.removeprefix("same as ").strip()
-        if other not in config.roles or other in seen:
+        if other not in roles or other in seen:
             raise ValueError(
                 f"roles.{name}.ranks={given!r}: {other!r} is not another role with ranks of its "
-                f"own; there are {sorted(config.roles)}"
+                f"own; there are {sorted(roles)}"
             )
         seen.append(other)
-        text = str(config.roles[other].ranks).strip()
+        text = str(roles[other].ranks).strip()
     return text
 
 
-def _named_nodes(name: str, config: Config) -> tuple[int, ...] | None:
+def _named_nodes(name: str, roles: Roles) -> tuple[int, ...] | None:
     """The nodes that `roles.NAME.ranks` names; None if it names ranks."""
-    text = _named_ranks(name, config)
+    text = _named_ranks(name, roles)
     if not text.startswith("nodes "):
         return None
-    return _numbers(name, config, text.removeprefix("nodes "))
+    return _numbers(name, roles, text.removeprefix("nodes "))
 
 
-def _ranks(name: str, config: Config, local_size: int) -> tuple[int, ...] | None:
+def _ranks(name: str, roles: Roles, local_size: int) -> tuple[int, ...] | None:
     """The ranks that `roles.NAME.ranks` names; None for all."""
-    text = _named_ranks(name, config)
+    text = _named_ranks(name, roles)
     if text == "all":
         return None
-    nodes = _named_nodes(name, config)
+    nodes = _named_nodes(name, roles)
     if nodes is None:
-        return _numbers(name, config, text)
+        return _numbers(name, roles, text)
     return tuple(node * local_size + local for node in nodes for local in range(local_size))
 
 
-def _numbers(name: str, config: Config, text: str) -> tuple[int, ...]:
+def _numbers(name: str, roles: Roles, text: str) -> tuple[int, ...]:
     """`0-2,5` -> (0, 1, 2, 5), ascending."""
-    given = config.roles[name].ranks
+    given = roles[name].ranks
     numbers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
@@ -199,22 +203,22 @@ def _least(section: RoleSection) -> int:
     return math.lcm(written, section.pp * math.lcm(section.tp, section.ep))
 
 
-def _local_needed(config: Config, local_size: int) -> int:
+def _local_needed(roles: Roles, local_size: int) -> int:
     """Ranks per node that suit the degrees of roles on named nodes; `local_size` if it does."""
     needed, fixed = 1, False
-    for name, section in config.roles.items():
-        if (nodes := _named_nodes(name, config)) is not None:
+    for name, section in roles.items():
+        if (nodes := _named_nodes(name, roles)) is not None:
             least = _least(section)
             needed = math.lcm(needed, least // math.gcd(least, len(nodes)))
             fixed = fixed or (section.dp_replicate is not None and section.dp_shard != "all")
     return local_size if local_size % needed == 0 and not fixed else needed
 
 
-def _world_needed(config: Config, local_size: int) -> int:
+def _world_needed(roles: Roles, local_size: int) -> int:
     """The smallest world in which every role has the ranks that its ranks and degrees ask for."""
     highest, divisor = 0, 1
-    for name, section in config.roles.items():
-        if (ranks := _ranks(name, config, local_size)) is not None:
+    for name, section in roles.items():
+        if (ranks := _ranks(name, roles, local_size)) is not None:
             highest = max(highest, ranks[-1])
         else:
             divisor = math.lcm(divisor, _least(section))

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from flow_cases import questions, write_config
 from harness import run_ranks
 from key_rewards import TOKEN
 from key_rows import ROWS, Row
+from role_specs import specs_of
 from spmdrl.commands.explain import explain
 from spmdrl.commands.train import train
 from spmdrl.config.data_sets import held_out_sets, train_sources
@@ -128,13 +128,12 @@ def test_every_key_has_a_line() -> None:
 
 def plan_of(config: Config) -> dict[str, str]:
     """What is derived from a configuration without a run, as texts."""
-    device = torch.device("cpu")
-    shape = read_config(config.model.path)
+    specs = specs_of(config, read_config(config.model.path), 4)
     texts = {
         "explain": explain(config, 4).split("# derived", 1)[1],
         "roles": repr({name: config.role_kind(name) for name in config.roles}),
         "kind": config.data_kind(),
-        "engine": repr(_native_options(config, device)),
+        "engine": repr(_native_options(config, "cpu")),
         "sampling": repr(training_sampling(config)),
         "shares": repr([source.weight for source in train_sources(config)]),
         "sets": repr(held_out_sets(config)),
@@ -150,9 +149,9 @@ def plan_of(config: Config) -> dict[str, str]:
     prompts = config.data_kind() == "prompts"
     made = [(prompt_source if prompts else example_source)(s, NOW) for s in train_sources(config)]
     texts["sources"] = repr(made)
-    for name in config.roles:
-        if config.is_trained(name):
-            texts[f"training {name}"] = repr(train_options(config, name, device, shape, 1))
+    for name, spec in specs.items():
+        if spec.trained:
+            texts[f"training {name}"] = repr(train_options(config, spec, 1))
     return texts
 
 

@@ -21,7 +21,6 @@ from flow_cases import write_config
 from harness import run_ranks
 from spmdrl.batch import Batch, from_rows
 from spmdrl.config.load import load_config
-from spmdrl.placement import place_roles
 from spmdrl.roles.handles import Policy, Reward, Value
 from spmdrl.run.assembly.assembly import assemble, open_models
 from spmdrl.run.exporting import export_models
@@ -77,7 +76,7 @@ def home(world: World) -> Batch:
 def export(world: World, path: str, overrides: list[str]) -> Found:
     """Export; what the roles say of this rank's rows."""
     config = load_config(path, overrides)
-    models = open_models(config, place_roles(config, world.size))
+    models = open_models(config)
     assembly = assemble(config, world, models, None)
     export_models(config, assembly, Path(config.run_dir) / "model")
     policy, reward, value = (assembly.roles[name] for name in ("policy", "reward", "value"))
@@ -193,7 +192,7 @@ def test_an_export_that_cannot_be_written_ends_every_rank_alike(tmp_path: Path) 
 
 def fail_to_export(world: World, path: str, damaged: str) -> str:
     config = load_config(path, [])
-    models = open_models(config, place_roles(config, world.size))
+    models = open_models(config)
     assembly = assemble(config, world, models, None)
     if world.is_first:
         Path(damaged).parent.joinpath("tokenizer_config.json").unlink()

@@ -129,8 +129,7 @@ def test_roles_that_cannot_fit_are_refused_with_the_sizes(peaks):
 
 def freed(world: World, path: str) -> None:
     config = load_config(path, ON_HOST)
-    placements = place_roles(config, world.size)
-    assembly = assemble(config, world, open_models(config, placements), None)
+    assembly = assemble(config, world, open_models(config), None)
     policy = assembly.trained["policy"]
     rows = Batch(
         lengths=torch.tensor([3]),
@@ -161,7 +160,7 @@ def synced(world: World, path: str, streams: bool) -> tuple[bool, list[torch.Ten
     words = ["roles.policy.dp_shard=2", "rollout.sync_check_every=0"]
     config = load_config(path, [*ON_HOST, *words])
     placements = place_roles(config, world.size)
-    models = open_models(config, placements)
+    models = open_models(config)
     shapes = {name: model.config for name, model in models.items()}
     plan = plan_roles(config, placements, shapes, world.device_types)
     memory = {rank: replace(own, streams=streams) for rank, own in plan.memory.items()}

@@ -17,10 +17,9 @@ from spmdrl.distributed.reduce import gather_objects
 from spmdrl.flows.policy_terms import policy_loss
 from spmdrl.models.moe import Experts
 from spmdrl.models.routing import EXPERT_CHOICES, unpack_choices
-from spmdrl.placement import place_roles
 from spmdrl.roles.handles import Generation, Policy, Rollout, Update
 from spmdrl.rollout.sampling import SamplingParams
-from spmdrl.run.assembly.assembly import assemble, open_models
+from spmdrl.run.assembly.assembly import assemble, open_models, plan_models
 from spmdrl.world import World
 from tiny_model import make_tiny_model
 
@@ -145,7 +144,7 @@ def updated(world: World, path: str, overrides: list[str]) -> tuple[Any, Any]:
     choices by the tokens up to the one that has them.
     """
     config = load_config(path, overrides)
-    models = open_models(config, place_roles(config, world.size))
+    models = open_models(config)
     assembly = assemble(config, world, models, None)
     policy, rollout = assembly.roles["policy"], assembly.roles["rollout"]
     assert isinstance(policy, Policy) and isinstance(rollout, Rollout)
@@ -248,7 +247,7 @@ def refusals(world: World, path: str, cases: list[list[str]]) -> list[str]:
     for words in cases:
         try:
             config = load_config(path, words)
-            open_models(config, place_roles(config, world.size))
+            plan_models(config, world, open_models(config))
             messages.append("nothing was refused")
         except ValueError as error:
             messages.append(str(error))

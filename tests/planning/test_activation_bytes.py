@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from allocations import Allocations
 from harness import run_ranks
 from spmdrl.batch import Batch, from_rows
-from spmdrl.config.sections import TrainSection
+from spmdrl.config.sections import RoleSection, TrainSection
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.files.hf import RandomCheckpoint
+from spmdrl.placement import Placement
 from spmdrl.planning.activation_bytes import working_bytes
-from spmdrl.planning.memory import gradient_bytes
+from spmdrl.planning.parts import gradient_bytes
+from spmdrl.role_spec import RoleSpec
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.protocol import LossInput
 from spmdrl.training.readout import next_token
@@ -131,13 +134,25 @@ def measure(world: World, case: Case) -> tuple[int, int]:
 def estimated(
     config: ModelConfig, degrees: dict[str, int], dtype: torch.dtype, recompute: str, backward: bool
 ) -> int:
-    train = TrainSection.model_validate({"recompute": recompute})
-    device = torch.device("cpu")
-    work = working_bytes(config, train, degrees, dtype, device, "lm", TOKENS, backward=backward)
+    ranks = range(degrees["dp_shard"] * degrees["cp"] * degrees["tp"])
+    spec = RoleSpec(
+        name="policy",
+        kind="policy",
+        section=RoleSection(),
+        train=TrainSection.model_validate({"recompute": recompute}),
+        placement=Placement(ranks=tuple(ranks), degrees=degrees),
+        path=Path("model"),
+        model=config,
+        device_type="cpu",
+        dtype=dtype,
+        trained=True,
+        backend="torch",
+        is_tiny=False,
+    )
+    work = working_bytes(spec, TOKENS, backward=backward)
     if not backward:
         return work
     held = torch.float32 if degrees["dp_shard"] > 1 else dtype
-    ranks = range(degrees["dp_shard"] * degrees["cp"] * degrees["tp"])
     return work + gradient_bytes(model_layout(config, ranks, degrees, held)[0])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flow_cases import write_config
+from role_specs import specs_of
 from spmdrl.config.load import load_config
 from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.models.config import ModelConfig, read_config
@@ -75,8 +76,8 @@ def test_a_vllm_that_is_not_there_is_refused(
     monkeypatch.setattr("spmdrl.planning.engines.installed_version", lambda: None)
     config = config_of(shape)
     with pytest.raises(ValueError, match="vLLM is not installed: pip install vllm"):
-        check_installed(config, "rollout", shape[1])
-    check_installed(config, "policy", shape[1])
+        check_installed(specs_of(config, shape[1])["rollout"])
+    check_installed(specs_of(config, shape[1])["policy"])
 
 
 def test_memory_on_a_cpu_is_kept_whatever_is_asked(shape: tuple[Path, ModelConfig]) -> None:
@@ -102,11 +103,12 @@ def test_the_cache_holds_the_longest_sequence(shape: tuple[Path, ModelConfig]) -
         "evaluation.sets={other: {data: {max_tokens: 120}, sampling: {max_tokens: 30}}}",
         "rollout.block_size=20",
     )
-    assert longest_sequence(config, shape[1]) == 150
+    assert longest_sequence(config, shape[1].max_position) == 150
 
     def cache(*words: str) -> Any:
+        words = ("roles.rollout.tp=3", *words)
         changed = config_of(shape, *words, rollout={"engine": "vllm", "block_size": 20})
-        return vllm_cache(changed, shape[1], torch.float32, "cpu", num_replicas=2, tp=3)
+        return vllm_cache(changed, specs_of(changed, shape[1], 6)["rollout"])
 
     block = 2 * 2 * 1 * 32 * 4 * 32  # keys and values, layers, heads, values, bytes, tokens
     # 96 + 10 tokens are 4 blocks of 32; 10 samples of each replica, and vLLM's own
@@ -147,4 +149,4 @@ def test_what_another_allocator_has_leaves_and_comes() -> None:
 
 def test_check_engine_lets_the_native_engine_be(shape: tuple[Path, ModelConfig]) -> None:
     config = config_of(shape, "roles.rollout.ranks=0", "rollout.engine=native")
-    check_engine(config, place_roles(config, 2), dict.fromkeys(config.roles, shape[1]), 2)
+    check_engine(config, specs_of(config, shape[1], 2), 2)

@@ -13,7 +13,8 @@ from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
 from spmdrl.models.config import ModelConfig, parse_config, read_config
 from spmdrl.placement import place_roles
-from spmdrl.planning.memory import FREE_SHARE, device_bytes, optimizer_bytes
+from spmdrl.planning.memory import FREE_SHARE, device_bytes
+from spmdrl.planning.parts import optimizer_bytes
 from spmdrl.planning.plan import RolePlan, plan_roles
 from tiny_model import make_tiny_model
 

@@ -67,7 +67,7 @@ def swap_ids(file: Path) -> None:
 def made(world: World, path: str, words: list[str]) -> tuple[Assembly, Any, Any]:
     config = load_config(path, words)
     inputs = read_inputs(config)
-    models = open_models(config, place_roles(config, world.size))
+    models = open_models(config)
     assembly = assemble(config, world, models, inputs.texts)
     return assembly, make_scorer(config, inputs, assembly, None), inputs
 
@@ -352,7 +352,7 @@ def save_and_restore(world: World, path: str, changes: tuple[str, ...] = ()) -> 
     for words in ((), changes):
         own = [f"roles.judge={{kind: '{__file__}:Counting', ranks: 1}}", *words]
         config = load_config(path, own)
-        models = open_models(config, place_roles(config, world.size))
+        models = open_models(config)
         assembly = assemble(config, world, models, None)
         role = assembly.roles["judge"]
         assert isinstance(role, CustomRole)
@@ -421,7 +421,7 @@ def test_a_role_that_is_half_there_is_refused_at_start_up(root, options, message
 
 def planned(config: Config) -> RolePlan:
     placements = place_roles(config, 1)
-    shapes = {name: model.config for name, model in open_models(config, placements).items()}
+    shapes = {name: model.config for name, model in open_models(config).items()}
     return plan_roles(config, placements, shapes, ["cpu"])
 
 

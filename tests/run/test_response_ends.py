@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from flow_cases import write_config
+from role_specs import specs_of
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
-from spmdrl.models.config import ModelConfig, read_config
+from spmdrl.models.config import ModelConfig, parse_config, read_config
 from spmdrl.models.files.token_texts import TokenTexts, token_texts
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.planning.engines import ends_of_text, longest_sequence
@@ -53,7 +54,7 @@ def test_all_sources_end_a_response_and_one_that_stands_alone_is_named(
     )
     assert ends_of_text(shape, texts) == (5, 6, 0, 1)
     with caplog.at_level(logging.WARNING):
-        check_ends(config, "rollout", shape, texts)
+        check_ends(config, specs_of(config, shape)["rollout"], texts)
     assert "config.json and generation_config.json name [5, 6] as eos_token_id" in caplog.text
     assert "not '<|im_start|>' (0), the tokenizer's eos_token and '<|im_end|>' (1)" in caplog.text
 
@@ -61,7 +62,7 @@ def test_all_sources_end_a_response_and_one_that_stands_alone_is_named(
 def test_sources_that_agree_say_nothing(tmp_path: Path, caplog: Any) -> None:
     config, shape, texts = made(tmp_path, config_eos=5, generation_eos=[5, 1], tokenizer_eos=None)
     with caplog.at_level(logging.WARNING):
-        check_ends(config, "rollout", shape, texts)
+        check_ends(config, specs_of(config, shape)["rollout"], texts)
     assert not caplog.text and ends_of_text(shape, texts) == (5, 1)
 
 
@@ -77,17 +78,17 @@ def test_a_response_that_nothing_ends_is_an_error(tmp_path: Path, eos: Any) -> N
     config, shape, texts = made(tmp_path, tokenizer_eos=None, data=data)
     shape = ModelConfig(**{**vars(shape), "eos_ids": tuple([eos] if eos else [])})
     with pytest.raises(ValueError, match=r"no token ends.*eos_token_id.*sampling\.stop_token_ids"):
-        check_ends(config, "rollout", shape, texts)
+        check_ends(config, specs_of(config, shape)["rollout"], texts)
     stopped = config.model_copy(
         update={"sampling": config.sampling.model_copy(update={"stop_token_ids": (7,)})}
     )
-    check_ends(stopped, "rollout", shape, texts)
+    check_ends(stopped, specs_of(stopped, shape)["rollout"], texts)
 
 
 def test_the_tokenizer_s_end_alone_serves_and_is_named(tmp_path: Path, caplog: Any) -> None:
     config, shape, texts = made(tmp_path, tokenizer_eos="<|im_end|>")
     with caplog.at_level(logging.WARNING):
-        check_ends(config, "rollout", shape, texts)
+        check_ends(config, specs_of(config, shape)["rollout"], texts)
     assert "name no eos_token_id, not '<|im_end|>' (1), the tokenizer's eos_token" in caplog.text
 
 
@@ -120,30 +121,47 @@ def offline(root: Path, name: str, words: list[str], **more: Any) -> Config:
     return load_config(str(path), words)
 
 
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 4,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def fits(config: Config) -> None:
+    """Check the rows against 512 positions."""
+    for spec in specs_of(config, parse_config(MODEL)).values():
+        check_lengths(config, spec)
+
+
 @pytest.mark.parametrize("name", OFFLINE)
 def test_offline_rows_may_be_as_long_as_the_context(tmp_path: Path, name: str) -> None:
-    check_lengths(offline(tmp_path, name, []), "policy", 512)
+    fits(offline(tmp_path, name, []))
     with pytest.raises(ValueError, match=r"^data\.train\.max_tokens=513 allows rows of 513 tokens"):
-        check_lengths(offline(tmp_path, name, ["data.train.max_tokens=513"]), "policy", 512)
+        fits(offline(tmp_path, name, ["data.train.max_tokens=513"]))
 
 
 def test_held_out_prompts_that_are_sampled_need_room_for_answers(tmp_path: Path) -> None:
     sets = {"sums": {"kind": "prompts", "data": {"source": "e.jsonl", "max_tokens": 400}}}
     more = {"evaluation": {"sets": sets}}
     config = offline(tmp_path, "sft", [], **more)
-    check_lengths(config, "policy", 512)  # without a rollout nothing is sampled
+    fits(config)  # without a rollout nothing is sampled
     roles = {"policy": {}, "rollout": {}}
     config = offline(tmp_path, "sft", ["sampling.max_tokens=112"], **more, roles=roles)
-    check_lengths(config, "policy", 512)
+    fits(config)
     make_tiny_model(tmp_path / "model")
-    assert longest_sequence(config, read_config(tmp_path / "model")) == 512
+    assert longest_sequence(config, read_config(tmp_path / "model").max_position) == 512
     config = offline(tmp_path, "sft", ["sampling.max_tokens=113"], **more, roles=roles)
     with pytest.raises(
         ValueError,
         match=r"evaluation\.sets\.sums\.data\.max_tokens=400 and "
         r"evaluation\.sets\.sums\.sampling\.max_tokens=113 make 513 tokens",
     ):
-        check_lengths(config, "policy", 512)
+        fits(config)
 
 
 def test_sampling_flows_need_room_for_both(tmp_path: Path) -> None:
@@ -153,4 +171,4 @@ def test_sampling_flows_need_room_for_both(tmp_path: Path) -> None:
         data={"train": {"source": "d.jsonl", "max_tokens": 413}},
     )
     with pytest.raises(ValueError, match=r"data\.train\.max_tokens=413 and sampling\.max_tokens"):
-        check_lengths(config, "policy", 512)
+        fits(config)

@@ -19,7 +19,6 @@ from spmdrl.commands.train import FlowError, train
 from spmdrl.config.load import load_config
 from spmdrl.distributed.reduce import OtherRankFailed
 from spmdrl.observe.metrics import read_metrics
-from spmdrl.placement import place_roles
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.run.assembly.assembly import assemble, open_models
 from spmdrl.run.saving import Saver
@@ -139,7 +138,7 @@ def fail_to_export(world: World, path: str) -> list[Any]:
         raise KeyError("architectures")
 
     config = load_config(path)
-    models = open_models(config, place_roles(config, world.size))
+    models = open_models(config)
     saver = Saver(config, world, assemble(config, world, models, None))
     exporting.save_pretrained = broken
     with pytest.raises(Exception) as caught:

@@ -14,7 +14,6 @@ from harness import run_ranks
 from spmdrl.batch import from_rows
 from spmdrl.checkpoint.rng import rng_state
 from spmdrl.config.load import load_config
-from spmdrl.placement import place_roles
 from spmdrl.roles.handles import Policy
 from spmdrl.roles.kept import Journal
 from spmdrl.run.assembly.assembly import assemble, open_models
@@ -32,7 +31,7 @@ Made = tuple[Saver, Policy, WeightLayout]
 
 def make(world: World, path: Path, *overrides: str) -> Made:
     config = load_config(str(path), list(overrides))
-    models = open_models(config, place_roles(config, world.size))
+    models = open_models(config)
     assembly = assemble(config, world, models, None)
     policy = assembly.trained["policy"]
     assert isinstance(policy, Policy)

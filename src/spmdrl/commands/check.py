@@ -59,14 +59,14 @@ def check(config: Config, num_ranks: int) -> Checked:
     """
     checked_flow(config)
     placements = place_roles(config, num_ranks, num_ranks)
-    models = open_models(config, placements)
-    shapes = {name: model.config for name, model in models.items()}
+    models = {name: model.config for name, model in open_models(config).items()}
     on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    plan_roles(config, placements, shapes, ["cuda" if on_cuda else "cpu"] * num_ranks, num_ranks)
-    for name, shape in shapes.items():
-        check_installed(config, name, shape)
+    ranks = ["cuda" if on_cuda else "cpu"] * num_ranks
+    specs = plan_roles(config, placements, models, ranks, num_ranks).specs
+    for spec in specs.values():
+        check_installed(spec)
     inputs = read_inputs(config, config.data_kind(), TimedLines("the data"))
-    check_models(config, inputs, shapes)
+    check_models(config, inputs, specs)
     make_stream(config, inputs)
     check_rewards(config, inputs)
     for doubt in doubts(config):

@@ -22,13 +22,12 @@ from spmdrl.models.files.token_texts import token_texts
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.observe.metrics import MetricsWriter
 from spmdrl.observe.progress import Relay, TimedLines
-from spmdrl.placement import place_roles
 from spmdrl.rewards.server import RewardServer
 from spmdrl.roles.handles import Generation, Rollout
 from spmdrl.rollout.protocol import Finish
 from spmdrl.rollout.stops import StopTexts
 from spmdrl.run.assembled import Assembly
-from spmdrl.run.assembly.assembly import assemble, open_models
+from spmdrl.run.assembly.assembly import assemble, open_models, plan_models
 from spmdrl.run.assembly.factories import make_evaluators
 from spmdrl.run.inputs import (
     Inputs,
@@ -201,6 +200,7 @@ def rollout_only(config: Config, *, scoring: bool = False) -> Config:
 
 def _start(config: Config, world: World, inputs: Inputs, relay: Relay) -> Assembly:
     seed_everything(config.seed)
-    models = open_models(config, place_roles(config, world.size, world.local_size))
-    check_models(config, inputs, {name: model.config for name, model in models.items()})
-    return assemble(config, world, models, inputs.texts, relay.report)
+    models = open_models(config)
+    plan = plan_models(config, world, models)
+    check_models(config, inputs, plan.specs)
+    return assemble(config, world, models, inputs.texts, relay.report, plan)

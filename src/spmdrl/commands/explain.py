@@ -16,7 +16,7 @@ from spmdrl.config.user_objects import load_object
 from spmdrl.models.config import ModelConfig, read_config, tiny
 from spmdrl.placement import Placement, place_roles, placement_table
 from spmdrl.planning.memory_text import memory_texts, schedules
-from spmdrl.planning.plan import KINDS, RolePlan, check_model, plan_roles, training_dtype
+from spmdrl.planning.plan import RolePlan, plan_roles
 from spmdrl.planning.token_bounds import (
     MicrobatchCounts,
     StepSizes,
@@ -24,6 +24,7 @@ from spmdrl.planning.token_bounds import (
     step_sizes,
     update_sizes,
 )
+from spmdrl.role_spec import RoleSpec
 from spmdrl.training.readout import Places
 
 Line = tuple[str, str, str]
@@ -61,11 +62,11 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
     )
     lines = ["# resolved configuration", resolved, f"# derived, on {world_size} ranks ({nodes})"]
     lines += _aligned(_derived(config))
-    for name in placements:
-        if own := list(_of_role(config, name, placements[name])):
+    for name, spec in plan.specs.items():
+        if own := list(_of_role(config, spec)):
             lines += ["", f"{name}:", *_aligned(own)]
     table = placement_table(placements, memory_texts(plan.memory))
-    lines += ["", "# roles", table, "", "# weights", *_weights(config, plan)]
+    lines += ["", "# roles", table, "", "# weights", *_weights(plan)]
     lines += ["", "# memory", *schedules(plan.memory)]
     if found := doubts(config):
         lines += ["", "# doubtful", *found]
@@ -99,15 +100,13 @@ def _plan(
     config: Config, placements: Mapping[str, Placement], world_size: int, node_size: int
 ) -> RolePlan:
     on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    shapes: dict[str, ModelConfig] = {}
+    models: dict[str, ModelConfig] = {}
     for name in placements:
-        if ":" in config.role_kind(name):
-            continue
-        shape = read_config(config.model_path(name))
-        shapes[name] = tiny(shape) if config.model.tiny else shape
-        check_model(config, name, placements[name], shapes[name])
-    devices = ["cuda" if on_cuda else "cpu"] * world_size
-    return plan_roles(config, placements, shapes, devices, node_size)
+        if not config.is_users(name):
+            model = read_config(config.model_path(name))
+            models[name] = tiny(model) if config.model.tiny else model
+    ranks = ["cuda" if on_cuda else "cpu"] * world_size
+    return plan_roles(config, placements, models, ranks, node_size)
 
 
 def _aligned(lines: Iterable[Line]) -> list[str]:
@@ -145,16 +144,16 @@ def _derived(config: Config) -> Iterator[Line]:
     yield f"{item} in all", f"{config.steps * sizes.items:,}", f"steps={config.steps} x these"
 
 
-def _of_role(config: Config, name: str, placement: Placement) -> Iterator[Line]:
+def _of_role(config: Config, spec: RoleSpec) -> Iterator[Line]:
     """Quantities of the role's work in a step of a shipped flow."""
-    kind, on_prompts = config.role_kind(name), config.data_kind() == "prompts"
-    scores = on_prompts and name in {reward.role for reward in config.rewards}
-    if kind in KINDS and config.is_trained(name):
-        yield from _updates(config, name, placement)
-    elif kind in ("reference", "teacher") or (kind == "reward" and scores):
-        yield _reading(config, name, placement)
-    elif kind == "rollout" and on_prompts:
-        sizes, replicas = step_sizes(config), placement.num_replicas
+    on_prompts = config.data_kind() == "prompts"
+    scores = on_prompts and spec.name in {reward.role for reward in config.rewards}
+    if spec.trained and not spec.is_rollout:
+        yield from _updates(config, spec)
+    elif spec.kind in ("reference", "teacher") or (spec.kind == "reward" and scores):
+        yield _reading(config, spec)
+    elif spec.is_rollout and on_prompts:
+        sizes, replicas = step_sizes(config), spec.placement.num_replicas
         own = -(-sizes.rows // replicas)
         how = f"{sizes.rows} samples on {replicas} replicas, balanced by tokens"
         if sizes.items >= replicas:
@@ -166,90 +165,85 @@ def _of_role(config: Config, name: str, placement: Placement) -> Iterator[Line]:
         yield "decoded together", f"{min(own, running):,}", how
 
 
-def _reading(config: Config, name: str, placement: Placement) -> Line:
-    if config.roles[name].retokenize:
-        how = f"roles.{name}.retokenize=true: texts are as long as its own tokenizer makes them"
+def _reading(config: Config, spec: RoleSpec) -> Line:
+    if spec.section.retokenize:
+        how = (
+            f"roles.{spec.name}.retokenize=true: texts are as long as its own tokenizer makes them"
+        )
         return "microbatches per reading", "unknown", how
     # a reward model scores all samples; other roles read only those that updates use
-    scores = config.role_kind(name) == "reward"
-    train, sizes = config.train_section(name), (step_sizes if scores else update_sizes)(config)
-    replicas = placement.num_replicas
+    train, replicas = spec.train, spec.placement.num_replicas
+    sizes = (step_sizes if spec.kind == "reward" else update_sizes)(config)
     counts = num_microbatches(
-        sizes, train, _places(config, name), items=sizes.items, num_replicas=replicas, whole=False
+        sizes, train, _places(spec), items=sizes.items, num_replicas=replicas, whole=False
     )
-    how = _packed_text(config, name, replicas, counts)
+    how = _packed_text(spec, counts)
     return "microbatches per reading", f"{counts.full:,}", how
 
 
-def _updates(config: Config, name: str, placement: Placement) -> Iterator[Line]:
+def _updates(config: Config, spec: RoleSpec) -> Iterator[Line]:
     """Minibatches and microbatches of the role's update over the rows of a step."""
-    train, sizes = config.train_section(name), update_sizes(config)
-    updates, replicas = train.epochs * train.num_minibatches, placement.num_replicas
-    minibatches = _key(config, name, "num_minibatches")
-    how = f"{_key(config, name, 'epochs')} x {minibatches}"
+    train, sizes = spec.train, update_sizes(config)
+    updates, replicas = train.epochs * train.num_minibatches, spec.placement.num_replicas
+    minibatches = spec.key("num_minibatches")
+    how = f"{spec.key('epochs')} x {minibatches}"
     yield "optimizer steps per step", f"{updates:,}", how
-    warmup, shown = config.value_warmup(name), f"steps={config.steps}"
+    warmup, shown = config.value_warmup(spec.name), f"steps={config.steps}"
     shown = f"({shown} - algorithm.value_warmup_steps={warmup})" if warmup else shown
-    in_all = config.num_optimizer_steps(name)
+    in_all = config.num_optimizer_steps(spec.name)
     yield "most optimizer steps in all", f"{in_all:,}", f"{shown} x {updates}, {SKIPPED}"
     most, left = -(-sizes.items // train.num_minibatches), sizes.items % train.num_minibatches
     size = f"{most - 1:,} or {most:,}" if left else f"{most:,}"
     how = f"data.prompts_per_step={sizes.items} / {minibatches}"
     yield f"{ITEMS[config.data_kind()]} per minibatch", size, how
     tokens = most * sizes.item_tokens(share_prompts=train.share_prompts)
-    yield "most tokens per minibatch", f"{tokens:,}", _tokens_text(config, name, sizes, most)
+    yield "most tokens per minibatch", f"{tokens:,}", _tokens_text(config, spec, sizes, most)
     counts = num_microbatches(
-        sizes, train, _places(config, name), items=most, num_replicas=replicas, whole=sizes.whole
+        sizes, train, _places(spec), items=most, num_replicas=replicas, whole=sizes.whole
     )
-    how = _packed_text(config, name, replicas, counts)
+    how = _packed_text(spec, counts)
     yield "microbatches per minibatch", f"{counts.full:,}", how
 
 
-def _tokens_text(config: Config, name: str, sizes: StepSizes, items: int) -> str:
+def _tokens_text(config: Config, spec: RoleSpec, sizes: StepSizes, items: int) -> str:
     """Derivation of the number of tokens of so many items."""
     answers, prompt = sizes.row_tokens - sizes.prompt_tokens, sizes.prompt_tokens
-    kind, share = config.data_kind(), config.train_section(name).share_prompts
+    kind, share = config.data_kind(), spec.train.share_prompts
     if kind == "conversations":
         return f"{items} x {answers}"
     if kind == "preferences":
-        once = f", less where {_key(config, name, 'share_prompts')} computes a prompt once"
+        once = f", less where {spec.key('share_prompts')} computes a prompt once"
         return f"{items} x {sizes.item_rows} x {answers}" + once * share
     each = f"{prompt} + {sizes.item_rows} x {answers}"
     if not share:
         each = f"{sizes.item_rows} x ({prompt} + {answers})"
-    return f"{items} x ({each}), {_key(config, name, 'share_prompts')}"
+    return f"{items} x ({each}), {spec.key('share_prompts')}"
 
 
-def _places(config: Config, name: str) -> Places:
-    return "rows" if config.role_kind(name) == "reward" else "loss_tokens"
+def _places(spec: RoleSpec) -> Places:
+    return "rows" if spec.kind == "reward" else "loss_tokens"
 
 
-def _packed_text(config: Config, name: str, num_replicas: int, counts: MicrobatchCounts) -> str:
+def _packed_text(spec: RoleSpec, counts: MicrobatchCounts) -> str:
     return (
-        f"on each of {num_replicas} replicas, {_key(config, name, 'microbatch_tokens')}, all rows "
-        f"of full length; never more than {counts.most:,}"
+        f"on each of {spec.placement.num_replicas} replicas, {spec.key('microbatch_tokens')}, all "
+        f"rows of full length; never more than {counts.most:,}"
     )
 
 
-def _key(config: Config, name: str, key: str) -> str:
-    """The role's setting of a key of `train`, as KEY=VALUE."""
-    value = getattr(config.train_section(name), key)
-    where = f"roles.{name}.train" if key in config.roles[name].train else "train"
-    return f"{where}.{key}={str(value).lower() if isinstance(value, bool) else value}"
-
-
-def _weights(config: Config, plan: RolePlan) -> list[str]:
+def _weights(plan: RolePlan) -> list[str]:
     """Dtype and device of each role; the tensors that a rollout shares, copies and gathers."""
-    kinds = {name: config.role_kind(name) for name in plan.layouts}
+    specs = plan.specs.values()
     lines = []
-    for device in dict.fromkeys(plan.devices[name] for name in kinds):
-        names = [name for name in kinds if plan.devices[name] == device]
-        lines.append(f"{training_dtype(config, device)} on {device.type}: {', '.join(names)}")
-    policy = next((name for name, kind in kinds.items() if kind == "policy"), None)
-    for name in (n for n, kind in kinds.items() if kind == "rollout"):
-        if name not in plan.syncs:
-            lines.append(f"{name}: read from {config.model_path(name)}")
+    for device, dtype in dict.fromkeys((spec.device_type, spec.dtype) for spec in specs):
+        names = [spec.name for spec in specs if spec.device_type == device]
+        lines.append(f"{dtype} on {device}: {', '.join(names)}")
+    policy = next((spec.name for spec in specs if spec.kind == "policy"), None)
+    for spec in (s for s in specs if s.is_rollout):
+        if spec.name not in plan.syncs:
+            lines.append(f"{spec.name}: read from {spec.path}")
             continue
-        lines.append(f"{policy} -> {name}: {plan.syncs[name].describe()}")
-        lines += [f"  {line}" for line in plan.syncs[name].tensor_lines(plan.layouts[name])]
+        sync = plan.syncs[spec.name]
+        lines.append(f"{policy} -> {spec.name}: {sync.describe()}")
+        lines += [f"  {line}" for line in sync.tensor_lines(plan.layouts[spec.name])]
     return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from spmdrl.config.user_errors import AgreedError
 from spmdrl.config.user_objects import load_object
 from spmdrl.distributed.reduce import agreed
 from spmdrl.observe.progress import Relay, TimedLines
-from spmdrl.placement import Placement, place_roles, placement_table
+from spmdrl.placement import place_roles, placement_table
 from spmdrl.planning.memory_text import memory_texts, schedules
-from spmdrl.planning.plan import RolePlan, plan_roles
+from spmdrl.planning.plan import RolePlan
 from spmdrl.rewards.scorer import RewardsFailed
 from spmdrl.rewards.server import RewardServer
 from spmdrl.roles.ledger import keeping
-from spmdrl.run.assembly.assembly import assemble, open_models
+from spmdrl.run.assembly.assembly import assemble, open_models, plan_models
 from spmdrl.run.assembly.factories import make_run
 from spmdrl.run.config_changes import describe_roles
 from spmdrl.run.data_identity import data_identity, first_start
@@ -104,15 +104,8 @@ def train(
 def _train(config: Config, world: World, server: RewardServer, watcher: Watcher) -> None:
     flow = agreed(ValueError, lambda: checked_flow(config))
     seed_everything(config.seed)
-    placements = place_roles(config, world.size, world.local_size)
-    models = open_models(config, placements)
-    shapes = {name: model.config for name, model in models.items()}
-    plan = agreed(
-        ValueError,
-        lambda: plan_roles(
-            config, placements, shapes, world.device_types, world.local_size, world.gpu_bytes
-        ),
-    )
+    models = open_models(config)
+    plan = agreed(ValueError, lambda: plan_models(config, world, models))
     run_dir = Path(config.run_dir)
     inputs = read_inputs(
         config,
@@ -120,9 +113,9 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         TimedLines("the data", watcher.pulse.beat),
         lambda: first_start(config, run_dir / "checkpoints"),
     )
-    check_models(config, inputs, shapes)
+    check_models(config, inputs, plan.specs)
     check_start(watcher)
-    _tell_plan(config, world, placements, plan)
+    _tell_plan(config, world, plan)
     relay = Relay(is_first=world.is_first and config.log.progress)
 
     def report(done: int, count: int) -> None:
@@ -179,9 +172,8 @@ def _run_flow(flow: Flow, run: Run, lifetime: Lifetime) -> None:
         raise FlowError(f"in step {run.steps_done + 1}: {error}") from error
 
 
-def _tell_plan(
-    config: Config, world: World, placements: Mapping[str, Placement], plan: RolePlan
-) -> None:
+def _tell_plan(config: Config, world: World, plan: RolePlan) -> None:
+    placements = place_roles(config, world.size, world.local_size)
     table = placement_table(placements, memory_texts(plan.memory))
     for doubt in doubts(config) if world.is_first else ():
         log.warning("%s", doubt)

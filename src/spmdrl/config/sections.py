@@ -328,6 +328,10 @@ class Config(Section):
     def flow_row(self) -> ShippedFlow:
         return flow_row(self.flow)
 
+    def is_users(self, name: str) -> bool:
+        """Whether the role is the user's own class (`kind: module:Class`)."""
+        return ":" in self.role_kind(name)
+
     def data_kind(self) -> DataKind:
         """Kind of the rows of the data; a user's own flow has prompts unless it says otherwise."""
         return self.data.kind or self.flow_row.data

@@ -9,14 +9,11 @@ output, the MLP's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
-from spmdrl.config.sections import TrainSection
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.sharding import Head, local_kv_heads, local_parameters
+from spmdrl.models.sharding import local_kv_heads, local_parameters
+from spmdrl.role_spec import RoleSpec
 from spmdrl.training.logprobs import cpu_tile
 
 
@@ -49,92 +46,74 @@ _LOGITS = 4
 """Copies of a chunk's logits, float32; the last ones are freed once the next ones exist."""
 
 
-def working_bytes(
-    config: ModelConfig,
-    train: TrainSection,
-    degrees: Mapping[str, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    head: Head,
-    tokens: int,
-    *,
-    backward: bool,
-) -> int:
+def working_bytes(spec: RoleSpec, tokens: int, *, backward: bool) -> int:
     """Bytes of activations, logits and, with FSDP, gathered parameters; gradients are not included.
 
     Args:
-        degrees: degrees of the role.
-        dtype: dtype in which the role computes.
         tokens: packed tokens that a replica computes at once.
         backward: a forward and a backward pass; else a forward pass without gradients.
     """
+    model, dtype, degrees = spec.model, spec.dtype, spec.placement.degrees
     cp, tp = degrees["cp"], degrees["tp"]
     own = -(-tokens // (2 * cp)) * 2  # each rank takes two chunks of 2 cp
-    heads = (config.num_heads // tp + 2 * local_kv_heads(config, tp)) * config.head_dim
+    heads = (model.num_heads // tp + 2 * local_kv_heads(model, tp)) * model.head_dim
     # keys and values of all ranks
-    gathered = cp * 2 * local_kv_heads(config, tp) * config.head_dim if cp > 1 else 0
-    width = config.hidden_size
+    gathered = cp * 2 * local_kv_heads(model, tp) * model.head_dim if cp > 1 else 0
+    width = model.hidden_size
     scores = 4 * own * width * dtype.itemsize
-    if head == "lm":
-        scores += _LOGITS * _logits(config, train, tp, device, own) * 4
+    if spec.head == "lm":
+        scores += _LOGITS * _logits(spec, own) * 4
     if not backward:
         attention = _FORWARD.stream * width + _FORWARD.heads * heads + 2 * gathered
-        values = max(attention, _FORWARD.stream * width + _mlp(config, tp, _FORWARD.mlp))
+        values = max(attention, _FORWARD.stream * width + _mlp(model, tp, _FORWARD.mlp))
         total = max(int(own * values) * dtype.itemsize, scores)
     else:
-        kept = _kept(dtype, device)
-        mlp = _mlp(config, tp, kept.mlp)
+        kept = _kept(spec)
+        mlp = _mlp(model, tp, kept.mlp)
         layer = own * (kept.stream * width + kept.heads * heads + mlp + gathered)
-        inputs = config.num_layers * own * width
-        held = inputs if train.recompute == "layer" else config.num_layers * layer
-        last = 1.1 * layer if train.recompute == "layer" else 0.3 * layer
-        if head == "lm":  # its gradient, in addition to the embedding's if they are tied
-            scores += config.vocab_size // tp * width * 4
+        inputs = model.num_layers * own * width
+        held = inputs if spec.train.recompute == "layer" else model.num_layers * layer
+        last = 1.1 * layer if spec.train.recompute == "layer" else 0.3 * layer
+        if spec.head == "lm":  # its gradient, in addition to the embedding's if they are tied
+            scores += model.vocab_size // tp * width * 4
         total = int(held) * dtype.itemsize + max(int(last) * dtype.itemsize, scores)
     if degrees["dp_shard"] > 1:
-        total += _gathered_bytes(config, degrees, dtype, head, backward=backward)
+        total += _gathered_bytes(spec, backward=backward)
     return total
 
 
-def _logits(
-    config: ModelConfig, train: TrainSection, tp: int, device: torch.device, tokens: int
-) -> int:
+def _logits(spec: RoleSpec, tokens: int) -> int:
     """Logits that exist at once, see `training.logprobs`."""
-    chunk, vocab = min(train.head_chunk, tokens), config.vocab_size // tp
-    return chunk * vocab if device.type == "cuda" else min(chunk * vocab, cpu_tile(chunk))
+    chunk = min(spec.train.head_chunk, tokens)
+    every = chunk * (spec.model.vocab_size // spec.placement.degrees["tp"])
+    return every if spec.device_type == "cuda" else min(every, cpu_tile(chunk))
 
 
-def _mlp(config: ModelConfig, tp: int, factor: float) -> float:
+def _mlp(model: ModelConfig, tp: int, factor: float) -> float:
     """Values per token of a layer's MLP, or of as many experts as a token is sent to."""
-    dense = factor * config.intermediate_size / tp
-    if config.moe is None:
+    dense = factor * model.intermediate_size / tp
+    if model.moe is None:
         return dense
     # a row for every choice: as it is sent, computed, put back and weighted
-    row = factor * config.moe.intermediate_size / tp + 4 * config.hidden_size
-    experts = config.moe.top_k * row + 2 * config.moe.num_experts
-    return max(dense, experts) if len(config.moe.layers) < config.num_layers else experts
+    row = factor * model.moe.intermediate_size / tp + 4 * model.hidden_size
+    experts = model.moe.top_k * row + 2 * model.moe.num_experts
+    return max(dense, experts) if len(model.moe.layers) < model.num_layers else experts
 
 
-def _kept(dtype: torch.dtype, device: torch.device) -> _Values:
-    if device.type == "cuda":
+def _kept(spec: RoleSpec) -> _Values:
+    if spec.device_type == "cuda":
         return _CUDA
-    return _FUSED if dtype.itemsize >= 4 else _PLAIN
+    return _FUSED if spec.dtype.itemsize >= 4 else _PLAIN
 
 
-def _gathered_bytes(
-    config: ModelConfig,
-    degrees: Mapping[str, int],
-    dtype: torch.dtype,
-    head: Head,
-    *,
-    backward: bool,
-) -> int:
+def _gathered_bytes(spec: RoleSpec, *, backward: bool) -> int:
     """Bytes that FSDP2 gathers: the parameters outside layers, and two layers; in a backward pass
     also their gradients, and the float32 buffer that is reduced.
     """
-    local = local_parameters(config, degrees["tp"], head, ep_size=degrees.get("ep", 1))
+    degrees, size = spec.placement.degrees, spec.dtype.itemsize
+    local = local_parameters(spec.model, degrees["tp"], spec.head, ep_size=degrees.get("ep", 1))
     sizes = {name: math.prod(shape) for name, shape in local.items()}
-    layer = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
-    rest = sum(size for name, size in sizes.items() if not name.startswith("layers."))
-    gathered = (rest + 2 * layer) * dtype.itemsize
-    return gathered + (max(rest, layer) * (dtype.itemsize + 4) if backward else 0)
+    layer = sum(values for name, values in sizes.items() if name.startswith("layers.0."))
+    rest = sum(values for name, values in sizes.items() if not name.startswith("layers."))
+    gathered = (rest + 2 * layer) * size
+    return gathered + (max(rest, layer) * (size + 4) if backward else 0)

@@ -1,4 +1,4 @@
-"""The rollout's engine: its requirements on the configuration, its sizes, its construction."""
+"""The rollout's engine: its requirements on the configuration, and its sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from spmdrl.config.sections import Config
 from spmdrl.distributed.mesh import format_ranks
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.token_texts import TokenTexts
-from spmdrl.placement import Placement
+from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.generation import GRAPHS, KV_CACHE
 from spmdrl.roles.model_calls import WEIGHTS
 from spmdrl.rollout.vllm_engine import check_model
@@ -27,28 +27,19 @@ _LEAST_LENGTH = 64
 """Tokens of a sequence that every engine must serve: the canary's rows are shorter."""
 
 
-def is_vllm(config: Config, name: str) -> bool:
-    return config.rollout.engine == "vllm" and config.role_kind(name) == "rollout"
-
-
-def vocab_multiple(config: Config, name: str) -> int:
+def vocab_multiple(spec: RoleSpec) -> int:
     """Multiple to which the role's vocabulary is padded."""
-    return VOCAB_MULTIPLE if is_vllm(config, name) else 1
+    return VOCAB_MULTIPLE if spec.is_vllm else 1
 
 
-def shares_tensors(config: Config, name: str, device: torch.device) -> bool:
+def shares_tensors(spec: RoleSpec) -> bool:
     """Whether the rollout can compute with the policy's own tensors. vLLM's graphs hold addresses
     of tensors that vLLM made.
     """
-    return not is_vllm(config, name) or device.type == "cpu"
+    return not spec.is_vllm or spec.device_type == "cpu"
 
 
-def check_engine(
-    config: Config,
-    placements: Mapping[str, Placement],
-    shapes: Mapping[str, ModelConfig],
-    size: int,
-) -> None:
+def check_engine(config: Config, specs: Mapping[str, RoleSpec], size: int) -> None:
     """Refuse placements that vLLM cannot use, and sampling that it would do differently.
 
     Args:
@@ -57,7 +48,7 @@ def check_engine(
     Raises:
         ValueError: the placement or sampling does not suit vLLM; the keys are named.
     """
-    rollouts = [name for name in placements if is_vllm(config, name)]
+    rollouts = [name for name, spec in specs.items() if spec.is_vllm]
     if rollouts:
         _check_sampling(config)
     if len(rollouts) > 1:
@@ -66,10 +57,11 @@ def check_engine(
             "all but one away, or set rollout.engine=native"
         )
     for name in rollouts:
-        placement = placements[name]
+        spec = specs[name]
+        placement = spec.placement
         if placement.ranks != tuple(range(size)):
             raise ValueError(
-                f"rollout.engine=vllm with roles.{name}.ranks={config.roles[name].ranks!r} (ranks "
+                f"rollout.engine=vllm with roles.{name}.ranks={spec.section.ranks!r} (ranks "
                 f"{format_ranks(placement.ranks)} of {size}): vLLM lays its groups over all ranks "
                 f"of the world, so set roles.{name}.ranks=all, or rollout.engine=native"
             )
@@ -78,7 +70,7 @@ def check_engine(
                 f"rollout.engine=vllm with roles.{name}.cp={placement.degrees['cp']}: an engine "
                 f"has tensor parallelism alone, so set roles.{name}.tp instead"
             )
-        tp, vocabulary = placement.degrees["tp"], shapes[name].vocab_size
+        tp, vocabulary = placement.degrees["tp"], spec.model.vocab_size
         padded = -(-vocabulary // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         if padded % tp:
             raise ValueError(
@@ -105,25 +97,21 @@ def _check_sampling(config: Config) -> None:
             )
 
 
-def check_installed(config: Config, name: str, shape: ModelConfig) -> None:
+def check_installed(spec: RoleSpec) -> None:
     """Refuse a vLLM that is missing, has an unsuitable version, or lacks the role's model.
 
     Raises:
         ValueError: vLLM cannot be used; the message tells the fix.
     """
-    if not is_vllm(config, name):
-        return
-    wanted = "cpu" in (config.device, config.roles[name].device)
-    device_type = "cpu" if wanted or not torch.cuda.is_available() else "cuda"
-    check_version(installed_version(), torch.__version__, on_cuda=device_type == "cuda")
-    check_model(shape, device_type)
+    if spec.is_vllm:
+        on_cuda = spec.device_type == "cuda"
+        check_version(installed_version(), torch.__version__, on_cuda=on_cuda)
+        check_model(spec.model, spec.device_type)
 
 
-def engine_parts(
-    config: Config, name: str, device: torch.device, *, captures_graphs: bool
-) -> tuple[str, ...]:
+def engine_parts(spec: RoleSpec, *, captures_graphs: bool) -> tuple[str, ...]:
     """Parts of the rollout that its calls need on the device."""
-    if is_vllm(config, name) and device.type == "cuda":
+    if spec.is_vllm and spec.device_type == "cuda":
         return (WEIGHTS,)  # the cache comes and goes with them
     return (WEIGHTS, KV_CACHE, *[GRAPHS] * captures_graphs)
 
@@ -131,10 +119,10 @@ def engine_parts(
 # Sizes
 
 
-def longest_sequence(config: Config, shape: ModelConfig) -> int:
+def longest_sequence(config: Config, max_position: int) -> int:
     """Tokens of the longest prompt with response that configuration and model allow."""
     lengths = [rows.longest for rows in rows_read(config) if rows.sampling is not None]
-    return min(max(_LEAST_LENGTH, *lengths), shape.max_position)
+    return min(max(_LEAST_LENGTH, *lengths), max_position)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,33 +138,26 @@ class CacheSize:
     longest: int
 
 
-def vllm_cache(
-    config: Config,
-    shape: ModelConfig,
-    dtype: torch.dtype,
-    device_type: str,
-    *,
-    num_replicas: int,
-    tp: int,
-) -> CacheSize:
+def vllm_cache(config: Config, spec: RoleSpec) -> CacheSize:
     """`rollout.kv_cache_gb`; `auto`: all that a step's samples can need, on a CPU at most 2 GB."""
-    rollout, length = config.rollout, longest_sequence(config, shape)
-    multiple = BLOCK_MULTIPLE[device_type]
+    model, tp, on_cpu = spec.model, spec.placement.degrees["tp"], spec.device_type == "cpu"
+    rollout, length = config.rollout, longest_sequence(config, model.max_position)
+    multiple = BLOCK_MULTIPLE[spec.device_type]
     block = -(-rollout.block_size // multiple) * multiple
-    heads = max(1, shape.num_kv_heads // tp)
-    block_bytes = 2 * shape.num_layers * heads * shape.head_dim * dtype.itemsize * block
+    heads = max(1, model.num_kv_heads // tp)
+    block_bytes = 2 * model.num_layers * heads * model.head_dim * spec.dtype.itemsize * block
     if rollout.kv_cache_gb == "auto":
         samples = config.data.prompts_per_step * config.data.group_size
-        running = min(-(-samples // num_replicas), rollout.max_running)
+        running = min(-(-samples // spec.placement.num_replicas), rollout.max_running)
         needed = running * -(-length // block)
-        most = int(2e9) // block_bytes if device_type == "cpu" else needed
+        most = int(2e9) // block_bytes if on_cpu else needed
         blocks = max(min(needed, most), -(-length // block)) + 1  # vLLM keeps one for itself
     else:
         blocks = max(int(rollout.kv_cache_gb * 1e9) // block_bytes, 2)
     return CacheSize(num_bytes=blocks * block_bytes, longest=min(length, (blocks - 1) * block))
 
 
-def ends_of_text(shape: ModelConfig, texts: TokenTexts | None) -> tuple[int, ...]:
+def ends_of_text(model: ModelConfig, texts: TokenTexts | None) -> tuple[int, ...]:
     """The tokens that end a response: those of the model's files and of its tokenizer."""
-    named = [*shape.eos_ids, *[end.token for end in ([] if texts is None else texts.ends)]]
-    return tuple(i for i in dict.fromkeys(named) if 0 <= i < shape.vocab_size)
+    named = [*model.eos_ids, *[end.token for end in ([] if texts is None else texts.ends)]]
+    return tuple(i for i in dict.fromkeys(named) if 0 <= i < model.vocab_size)

@@ -5,12 +5,24 @@ A user's own flow is planned as if it made the same calls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from spmdrl.config.data_sets import described_sets
 from spmdrl.config.sections import Config
 from spmdrl.memory.schedule import PlannedCall
+from spmdrl.planning.activation_bytes import working_bytes
+from spmdrl.planning.engines import engine_parts
+from spmdrl.planning.parts import HeldModel, gradient_bytes, table_bytes, uses_graphs
+from spmdrl.planning.token_bounds import microbatch_tokens
+from spmdrl.role_spec import RoleSpec
+from spmdrl.roles.custom import FORWARD
+from spmdrl.roles.model_calls import OPTIMIZER, WEIGHTS
+from spmdrl.roles.policy_sync import SYNC
+from spmdrl.rollout.native.blocked import MIN_STEPS
+from spmdrl.weights.plan import NUM_SLOTS, SyncPlan
 
 READ_ORDER = ("value", "reference", "teacher", "policy", "reward")
 """Kinds of roles in the order in which flows read from them; updates use it too."""
@@ -74,3 +86,83 @@ def _evaluation_between_syncs(config: Config) -> str | None:
 def in_read_order(kinds: Mapping[str, str]) -> list[str]:
     """The roles of kinds in `READ_ORDER`, in that order."""
     return [name for kind in READ_ORDER for name, own in kinds.items() if own == kind]
+
+
+def planned_calls(
+    config: Config,
+    here: Mapping[str, HeldModel],
+    syncs: Mapping[str, SyncPlan],
+    rank: int,
+    customs: Iterable[str],
+    *,
+    streams: bool = False,
+) -> RankCalls:
+    """The calls of the roles on this rank in a step.
+
+    Args:
+        here: the roles with a model on this rank.
+        customs: users' own roles on this rank.
+        streams: the sync reads the policy's weights from the host.
+    """
+    kinds = {name: model.spec.kind for name, model in here.items()}
+    generate = [
+        _generate_call(config, model, rank) for model in here.values() if model.spec.is_rollout
+    ]
+    # memory of a user's own role stays on the device
+    score = {name: PlannedCall(name=f"{name}.{FORWARD}", needs=()) for name in customs}
+    scoring = [reward.role for reward in config.rewards if reward.role is not None]
+    read: list[PlannedCall] = []
+    update = []
+    for name in in_read_order(kinds):
+        model = here[name]
+        method = {"reward": "score", "value": "values"}.get(kinds[name], "logprobs")
+        work = _working_bytes(config, model.spec, backward=False)
+        call = PlannedCall(name=f"{name}.{method}", needs=((name, WEIGHTS),), working_bytes=work)
+        if name in scoring:
+            score[name] = call
+        else:
+            read.append(call)
+        if model.spec.trained:
+            work = _working_bytes(config, model.spec, backward=True)
+            work += gradient_bytes(model.layout[rank])
+            needs = ((name, WEIGHTS), (name, OPTIMIZER))
+            update.append(PlannedCall(name=f"{name}.update", needs=needs, working_bytes=work))
+    return RankCalls(
+        sync=tuple(_sync_call(kinds, syncs, streams=streams)),
+        generate=tuple(generate),
+        score=tuple(score[name] for name in scoring if name in score),
+        read=tuple(read),
+        update=tuple(update),
+    )
+
+
+def _generate_call(config: Config, model: HeldModel, rank: int) -> PlannedCall:
+    spec = model.spec
+    parts = engine_parts(spec, captures_graphs=uses_graphs(config, model))
+    # a native engine on a CPU decodes with a copy of its weights
+    copies = not spec.is_vllm and spec.device_type == "cpu" and spec.dtype == torch.float32
+    pays = copies and config.sampling.max_tokens >= MIN_STEPS
+    return PlannedCall(
+        name=f"{spec.name}.generate",
+        needs=tuple((spec.name, part) for part in parts),
+        working_bytes=table_bytes(model.layout[rank]) if pays else 0,
+    )
+
+
+def _working_bytes(config: Config, spec: RoleSpec, *, backward: bool) -> int:
+    tokens = microbatch_tokens(config, spec, update=backward)
+    return working_bytes(spec, tokens, backward=backward)
+
+
+def _sync_call(
+    kinds: Mapping[str, str], syncs: Mapping[str, SyncPlan], *, streams: bool
+) -> Iterator[PlannedCall]:
+    """The call that fills the rollouts' weights, if this rank takes part in one."""
+    moving = [name for name, sync in syncs.items() if sync.moves]
+    source = tuple((name, WEIGHTS) for name, kind in kinds.items() if kind == "policy" and moving)
+    target = tuple((name, WEIGHTS) for name in moving if name in kinds)
+    if source or target:
+        staged = [NUM_SLOTS * syncs[name].slot_bytes for name in moving if syncs[name].moved_bytes]
+        needs = () if streams else source
+        work = max(staged, default=0)
+        yield PlannedCall(name=SYNC, needs=needs, fills=target, working_bytes=work)

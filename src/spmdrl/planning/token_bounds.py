@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from spmdrl.config.data_sets import held_out_sets, train_sources
 from spmdrl.config.sections import Config, TrainSection
-from spmdrl.placement import Placement
+from spmdrl.role_spec import RoleSpec
 from spmdrl.training.packing import first_fit
 from spmdrl.training.readout import Places
 
@@ -76,22 +76,22 @@ def update_sizes(config: Config) -> StepSizes:
     return replace(sizes, item_rows=compared, whole=True)
 
 
-def microbatch_tokens(config: Config, name: str, placement: Placement, *, update: bool) -> int:
+def microbatch_tokens(config: Config, spec: RoleSpec, *, update: bool) -> int:
     """The most packed tokens that a replica of the role computes at once.
 
     Args:
         update: whether for an update; else for reading columns.
     """
-    train = config.train_section(name)
+    train = spec.train
     sizes = update_sizes(config) if update else step_sizes(config)
     atom = sizes.row_tokens
     if update and sizes.whole:
         atom = sizes.item_tokens(share_prompts=train.share_prompts)
     budget = max(train.microbatch_tokens, atom)
-    if config.roles[name].retokenize or (not update and _reads_more(config, name)):
+    if spec.section.retokenize or (not update and _reads_more(config, spec)):
         return budget
     items = -(-sizes.items // train.num_minibatches) if update else sizes.items
-    own = -(-items // placement.num_replicas)
+    own = -(-items // spec.placement.num_replicas)
     return min(budget, own * sizes.item_tokens(share_prompts=train.share_prompts))
 
 
@@ -144,8 +144,8 @@ def num_microbatches(
     return MicrobatchCounts(full=len(packed), most=most)
 
 
-def _reads_more(config: Config, name: str) -> bool:
+def _reads_more(config: Config, spec: RoleSpec) -> bool:
     """Whether the role also reads held-out rows, or a whole set of conversations or pairs."""
     held_out = held_out_sets(config).values()
     scoring = {reward.role for described in held_out for reward in described.rewards}
-    return name in scoring or config.data_kind() != "prompts"
+    return spec.name in scoring or config.data_kind() != "prompts"

@@ -46,11 +46,13 @@ class Custom:
 
     Args:
         num_bytes: bytes on the device of each of its ranks; None: the role does not say.
-        device: device type on which it computes, without an index.
+        device_type: device on which it computes.
+        ranks: its ranks.
     """
 
     num_bytes: int | None
-    device: torch.device
+    device_type: str
+    ranks: Collection[int]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spmdrl.memory.device_parts import DeviceParts
+from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.calls import Role
 from spmdrl.roles.handles import Rollout
 from spmdrl.roles.model_calls import ModelRole
@@ -18,9 +19,11 @@ class Assembly:
     """Roles by name, the slices of their models on each rank, and the syncs between them.
 
     Args:
+        specs: the roles with a model, as planned.
         trained: the roles that have an optimizer.
     """
 
+    specs: Mapping[str, RoleSpec]
     roles: Mapping[str, Role]
     trained: Mapping[str, ModelRole]
     layouts: Mapping[str, WeightLayout]

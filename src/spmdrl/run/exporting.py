@@ -12,11 +12,10 @@ from torch import Tensor
 from spmdrl.config.data_sets import uses_chat
 from spmdrl.config.sections import Config
 from spmdrl.distributed.reduce import agreed
-from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.export import files_dtype, save_pretrained
 from spmdrl.models.files.token_texts import tokenizer_ends
 from spmdrl.models.files.tokenizers import load_tokenizer
-from spmdrl.planning.plan import role_head
+from spmdrl.role_spec import RoleSpec
 from spmdrl.run.assembled import Assembly
 from spmdrl.weights.gather import full_tensors
 
@@ -38,21 +37,21 @@ def export_models(config: Config, assembly: Assembly, directory: Path) -> None:
     first = "policy" if "policy" in trained else next(iter(trained))
     for name in trained:
         own = directory.with_name(f"{directory.name}_{name}")
-        _export(config, assembly, name, directory if name == first else own)
+        _export(config, assembly, assembly.specs[name], directory if name == first else own)
 
 
-def _export(config: Config, assembly: Assembly, name: str, directory: Path) -> None:
-    role = assembly.trained[name]
+def _export(config: Config, assembly: Assembly, spec: RoleSpec, directory: Path) -> None:
+    backend = assembly.trained[spec.name].backend
     tensors = None
-    if role.backend is not None:
-        held = role.backend.local_tensors()
+    if backend is not None:
+        held = backend.local_tensors()
         tensors = {n: (assembly.memory.view(t), slices) for n, (t, slices) in held.items()}
-    gathered = full_tensors(assembly.layouts[name], tensors)
+    gathered = full_tensors(assembly.layouts[spec.name], tensors)
 
     def write() -> None:
         try:
             if dist.get_rank() == 0:
-                _write(config, name, role.config, directory, _present(gathered))
+                _write(config, spec, directory, _present(gathered))
         except (OSError, ValueError) as error:
             raise OSError(f"{directory} could not be written: {error}") from error
         finally:
@@ -64,32 +63,27 @@ def _export(config: Config, assembly: Assembly, name: str, directory: Path) -> N
 
 
 def _write(
-    config: Config,
-    name: str,
-    shape: ModelConfig,
-    directory: Path,
-    tensors: Iterator[tuple[str, Tensor]],
+    config: Config, spec: RoleSpec, directory: Path, tensors: Iterator[tuple[str, Tensor]]
 ) -> None:
-    source = config.model_path(name)
-    ends = tokenizer_ends(load_tokenizer(source), chat=uses_chat(config))
+    ends = tokenizer_ends(load_tokenizer(spec.path), chat=uses_chat(config))
     save_pretrained(
         tensors,
-        shape,
+        spec.model,
         directory,
-        source,
-        head=role_head(config, name),
-        dtype=export_dtype(config, name, shape),
+        spec.path,
+        head=spec.head,
+        dtype=export_dtype(config, spec),
         ends=[end.token for end in ends],
     )
 
 
-def export_dtype(config: Config, name: str, shape: ModelConfig) -> torch.dtype:
+def export_dtype(config: Config, spec: RoleSpec) -> torch.dtype:
     """Dtype by `checkpoint.export_dtype`; `auto` is that of the files the role was read from."""
     wanted = config.checkpoint.export_dtype
     if wanted != "auto":
         return _DTYPES[wanted]
     # toy weights come from no file
-    return torch.float32 if config.model.tiny else files_dtype(config.model_path(name), shape)
+    return torch.float32 if spec.is_tiny else files_dtype(spec.path, spec.model)
 
 
 def _present(tensors: Iterator[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:

@@ -19,11 +19,10 @@ from spmdrl.data.preferences import PairSet, load_preferences
 from spmdrl.data.prompt_source import PromptSource
 from spmdrl.data.prompts import PromptSet, join_prompts, load_prompts
 from spmdrl.data.split import limited, split, split_examples, without_overlap
-from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.token_texts import Decode, TokenTexts, token_texts
 from spmdrl.models.files.tokenizer_files import notes
 from spmdrl.models.files.tokenizers import check_tokenizer, difference, load_tokenizer
-from spmdrl.planning.engines import is_vllm
+from spmdrl.role_spec import RoleSpec
 from spmdrl.rollout.sampling import MAX_SUPPORT, SamplingParams
 from spmdrl.rollout.vllm_requests import SUPPORT_NEEDS_TOP_K
 from spmdrl.run.response_ends import check_ends, check_lengths
@@ -268,39 +267,40 @@ def training_sampling(config: Config) -> SamplingParams:
     of_samples = config.data_kind() == "prompts" and not config.flow_row.pairs_samples
     support = of_samples and sampling.is_truncated and not sampling.is_greedy
     is_listed = 1 <= sampling.top_k <= MAX_SUPPORT
-    if support and not is_listed and any(is_vllm(config, name) for name in config.roles):
+    if support and not is_listed and _samples_with_vllm(config):
         raise ValueError(f"sampling.top_k={sampling.top_k}: {SUPPORT_NEEDS_TOP_K}")
     return replace(sampling, experts=config.algorithm.routing_replay, support=support)
 
 
-def check_models(config: Config, inputs: Inputs, shapes: Mapping[str, ModelConfig]) -> None:
+def _samples_with_vllm(config: Config) -> bool:
+    has_rollout = any(config.role_kind(name) == "rollout" for name in config.roles)
+    return has_rollout and config.rollout.engine == "vllm"
+
+
+def check_models(config: Config, inputs: Inputs, specs: Mapping[str, RoleSpec]) -> None:
     """Check that every role can read the tokens that the others write.
 
     Raises:
         ValueError: a role's tokenizer differs, ids have no embedding, rows are longer than a
             model's positions, or a rollout's responses would never end.
     """
-    for name, shape in shapes.items():
-        check_lengths(config, name, shape.max_position)
-        if config.role_kind(name) == "rollout":
-            check_stop_tokens(config, shape.vocab_size)
-            check_ends(config, name, shape, inputs.texts)
-        directory = config.model_path(name)
-        if config.roles[name].retokenize:
+    for name, spec in specs.items():
+        check_lengths(config, spec)
+        if spec.is_rollout:
+            check_stop_tokens(config, spec.model.vocab_size)
+            check_ends(config, spec, inputs.texts)
+        if spec.section.retokenize:
             continue
-        check_tokenizer(inputs.tokenizer, shape)
-        if directory == Path(config.model.path):
+        check_tokenizer(inputs.tokenizer, spec.model)
+        if spec.path == Path(config.model.path):
             continue
-        differs = difference(inputs.tokenizer, load_tokenizer(directory))
+        differs = difference(inputs.tokenizer, load_tokenizer(spec.path))
         if differs is not None:
+            texts = f", or set roles.{name}.retokenize=true, so that it reads texts"
             raise ValueError(
-                f"roles.{name}.model={directory} and model.path={config.model.path} have different "
+                f"roles.{name}.model={spec.path} and model.path={config.model.path} have different "
                 f"tokenizers ({differs}): use models of one tokenizer"
-                + (
-                    f", or set roles.{name}.retokenize=true, so that it reads texts"
-                    if config.role_kind(name) == "reward"
-                    else ""
-                )
+                f"{texts if spec.kind == 'reward' else ''}"
             )
 
 

@@ -6,35 +6,35 @@ import logging
 
 from spmdrl.config.data_sets import rows_read
 from spmdrl.config.sections import Config
-from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.planning.engines import ends_of_text
+from spmdrl.role_spec import RoleSpec
 
 log = logging.getLogger(__name__)
 
 
-def check_lengths(config: Config, role: str, max_position: int) -> None:
+def check_lengths(config: Config, spec: RoleSpec) -> None:
     """Raise ValueError if the longest row exceeds the model's positions."""
+    positions = spec.model.max_position
     for rows in rows_read(config):
-        if rows.longest > max_position:
+        if rows.longest > positions:
             raise ValueError(
-                f"{rows.describe()}, but the model of roles.{role} has {max_position} positions"
+                f"{rows.describe()}, but the model of roles.{spec.name} has {positions} positions"
             )
 
 
-def check_ends(config: Config, role: str, shape: ModelConfig, texts: TokenTexts) -> None:
+def check_ends(config: Config, spec: RoleSpec, texts: TokenTexts) -> None:
     """Warn of the tokens that end a response if the rollout's model and its tokenizer differ.
 
     Raises:
         ValueError: only the maximum length would end a response.
     """
-    path = config.model_path(role)
-    files = f"{path}/config.json and generation_config.json"
-    ends = ends_of_text(shape, texts)
+    files = f"{spec.path}/config.json and generation_config.json"
+    ends = ends_of_text(spec.model, texts)
     if not ends:
         _check_stops(config, files)
         return
-    named = [token for token in ends if token in shape.eos_ids]
+    named = [token for token in ends if token in spec.model.eos_ids]
     others = [end for end in texts.ends if end.token in ends and end.token not in named]
     if others:
         more = " and ".join(f"{end.text!r} ({end.token}), {end.source}" for end in others)

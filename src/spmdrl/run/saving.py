@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from spmdrl.checkpoint.index import CHECKPOINTS, Tensors
@@ -23,7 +22,7 @@ from spmdrl.config.sections import Config
 from spmdrl.distributed.reduce import agreed, gather_objects, world_any
 from spmdrl.keyed_random import NOISE_VERSION
 from spmdrl.models.sharding import Slice
-from spmdrl.planning.plan import training_dtype
+from spmdrl.role_spec import computing_dtype
 from spmdrl.roles.custom import CustomRole
 from spmdrl.roles.handles import Policy, Rollout
 from spmdrl.roles.kept import Journal
@@ -83,8 +82,7 @@ class Saver:
                 published=attempt.write_progress,
                 progress=progress,
             )
-        has_gpu = "cuda" in world.device_types
-        dtype = training_dtype(config, torch.device("cuda" if has_gpu else "cpu"))
+        dtype = computing_dtype(config, "cuda" if "cuda" in world.device_types else "cpu")
         self._check = LossCheck(world, self._trained, TOLERANCES[dtype])
 
     @cached_property

@@ -23,24 +23,17 @@ from spmdrl.memory.storages import live_bytes
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, fill, open_model
 from spmdrl.models.files.token_texts import TokenTexts
-from spmdrl.placement import Placement, place_roles
-from spmdrl.planning.engines import check_installed, engine_parts, is_vllm
-from spmdrl.planning.plan import (
-    KINDS,
-    RolePlan,
-    check_model,
-    frozen_names,
-    megatron_options,
-    plan_roles,
-    role_head,
-    training_dtype,
-    uses_megatron,
-)
+from spmdrl.placement import place_roles
+from spmdrl.planning.engines import check_installed, engine_parts
+from spmdrl.planning.layouts import frozen_names, megatron_options
+from spmdrl.planning.plan import RolePlan, plan_roles
+from spmdrl.role_spec import HEADS, RoleSpec
 from spmdrl.roles.calls import Role
 from spmdrl.roles.canary import Canary
 from spmdrl.roles.custom import DECLARED, CustomRole, RoleContext, declared_bytes
 from spmdrl.roles.generation import GRAPHS, KV_CACHE
 from spmdrl.roles.handles import Policy, Rollout
+from spmdrl.roles.kinds import HANDLES
 from spmdrl.roles.model_calls import WEIGHTS, ModelRole
 from spmdrl.roles.policy_sync import PolicySync
 from spmdrl.rollout.protocol import RolloutEngine
@@ -67,12 +60,11 @@ class Model:
     weights: TensorSource
 
 
-def open_models(config: Config, placements: Mapping[str, Placement]) -> dict[str, Model]:
-    """Open every role's model and check it against its parallel degrees, without a collective.
+def open_models(config: Config) -> dict[str, Model]:
+    """Open every role's model, without a collective.
 
     Raises:
-        ValueError: missing or foreign files, an unsupported architecture, a degree that does not
-            divide the model.
+        ValueError: missing or foreign files, or an unsupported architecture.
     """
     models = {}
     said: set[str] = set()
@@ -83,19 +75,31 @@ def open_models(config: Config, placements: Mapping[str, Placement]) -> dict[str
         said.add(text)
 
     for name, role in config.roles.items():
-        if ":" in config.role_kind(name):
+        if config.is_users(name):
             continue
-        shape, weights = open_model(
+        opened, weights = open_model(
             config.model_path(name),
-            head=role_head(config, name),
+            head=HEADS.get(config.role_kind(name), "lm"),
             head_init=role.head,
             use_tiny=config.model.tiny,
             seed=config.seed,
             warn=warn,
         )
-        models[name] = Model(config=shape, weights=weights)
-        check_model(config, name, placements[name], shape)
+        models[name] = Model(config=opened, weights=weights)
     return models
+
+
+def plan_models(config: Config, world: World, models: Mapping[str, Model]) -> RolePlan:
+    """Plan the roles for the world's ranks.
+
+    Raises:
+        ValueError: as `plan_roles`.
+    """
+    placements = place_roles(config, world.size, world.local_size)
+    opened = {name: model.config for name, model in models.items()}
+    return plan_roles(
+        config, placements, opened, world.device_types, world.local_size, world.gpu_bytes
+    )
 
 
 def assemble(
@@ -119,27 +123,23 @@ def assemble(
         ValueError: an engine is not installed or does not support the model; on every rank.
     """
     placements = place_roles(config, world.size, world.local_size)
-    shapes = {name: model.config for name, model in models.items()}
     if plan is None:
-        plan = plan_roles(
-            config, placements, shapes, world.device_types, world.local_size, world.gpu_bytes
-        )
-    for name, shape in shapes.items():
-        check_installed(config, name, shape)
+        plan = plan_models(config, world, models)
+    for spec in plan.specs.values():
+        check_installed(spec)
     meshes = {
-        name: Mesh(name, p.ranks, p.degrees, plan.devices[name].type)
-        for name, p in placements.items()
+        name: Mesh(name, p.ranks, p.degrees, plan.devices[name]) for name, p in placements.items()
     }
     builder = _Builder(config, world, plan)
     # rollouts last: they may use the tensors of the policy
     for name in sorted(config.roles, key=lambda n: config.role_kind(n) == "rollout"):
-        kind, mesh = config.role_kind(name), meshes[name]
-        if ":" in kind:
+        mesh = meshes[name]
+        if config.is_users(name):
             builder.add_custom(name, mesh)
-        elif kind == "rollout":
-            builder.add_rollout(name, mesh, models[name], texts, progress)
+        elif (spec := plan.specs[name]).is_rollout:
+            builder.add_rollout(spec, mesh, models[name], texts, progress)
         else:
-            builder.add_model(name, mesh, models[name])
+            builder.add_model(spec, mesh, models[name])
     return builder.assembly()
 
 
@@ -161,24 +161,22 @@ class _Builder:
 
     def _device(self, name: str) -> torch.device:
         """The device of the role on this rank."""
-        on_cuda = self._plan.devices[name].type == "cuda"
+        on_cuda = self._plan.devices[name] == "cuda"
         return self._world.device if on_cuda else torch.device("cpu")
 
     def _turns_of(self, name: str) -> Turns | None:
         """None for a role on the host of a rank with a GPU: it shares no device memory."""
-        shares = self._plan.devices[name].type == self._world.device.type
+        shares = self._plan.devices[name] == self._world.device.type
         return self._turns if shares else None
 
-    def add_model(self, name: str, mesh: Mesh, model: Model) -> None:
-        options = train_options(
-            self._config, name, self._device(name), model.config, self._plan.blocks[name]
-        )
-        backend = _backend(self._config, self._device(name), name, mesh, model, options)
-        kind, turns = KINDS[self._config.role_kind(name)], self._turns_of(name)
-        role = kind.make(name, mesh, model.config, backend, turns)
+    def add_model(self, spec: RoleSpec, mesh: Mesh, model: Model) -> None:
+        name = spec.name
+        options = train_options(self._config, spec, self._plan.blocks[name])
+        backend = _backend(spec, mesh, model.weights, options, self._device(name))
+        turns = self._turns_of(name)
+        role = HANDLES[spec.kind](name, mesh, spec.model, backend, turns)
         self._roles[name] = role
-        trained = self._config.is_trained(name)
-        if trained:
+        if spec.trained:
             self._trained[name] = role
         if backend is None or turns is None:
             return
@@ -188,33 +186,24 @@ class _Builder:
                 part,
                 tensors=tensors,
                 residency=self._residencies[name, part],
-                frozen=not trained,
+                frozen=not spec.trained,
             )
         self._parts.settle()
 
     def add_rollout(
         self,
-        name: str,
+        spec: RoleSpec,
         mesh: Mesh,
         model: Model,
         texts: TokenTexts | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        config, device, turns = self._config, self._device(name), self._turns_of(name)
+        name, turns = spec.name, self._turns_of(spec.name)
         moves = turns is not None and mesh.is_member and self._residencies[name, WEIGHTS] != "keep"
-        engine = make_engine(
-            config,
-            name,
-            model.config,
-            mesh,
-            device,
-            training_dtype(config, device),
-            texts,
-            sleeps=moves,
-        )
+        engine = make_engine(self._config, spec, mesh, self._device(name), texts, sleeps=moves)
         captured = engine is not None and engine.captures_graphs
-        parts = engine_parts(config, name, device, captures_graphs=captured)
-        role = Rollout(name, mesh, model.config, engine, progress, turns, parts)
+        parts = engine_parts(spec, captures_graphs=captured)
+        role = Rollout(name, mesh, spec.model, engine, progress, turns, parts)
         self._roles[name] = role
         policy = next((r for r in self._roles.values() if isinstance(r, Policy)), None)
         layouts, rank = self._plan.layouts, self._world.rank
@@ -230,7 +219,7 @@ class _Builder:
 
     def _sync(self, policy: Policy, role: Rollout, engine: RolloutEngine | None) -> PolicySync:
         plan, world, config = self._plan, self._world, self._config
-        rollout = config.rollout
+        spec = plan.specs[role.name]
         source, target = plan.layouts[policy.name], plan.layouts[role.name]
         weights = WeightSync(
             plan.syncs[role.name],
@@ -249,10 +238,10 @@ class _Builder:
         canary = Canary(
             world,
             num_replicas=len(role.mesh.replicas()),
-            vocab_size=role.config.vocab_size,
-            dtype=training_dtype(self._config, self._plan.devices[role.name]),
+            vocab_size=spec.model.vocab_size,
+            dtype=spec.dtype,
             # vLLM scores rows only at temperature 1
-            temperature=1.0 if is_vllm(config, role.name) else config.sampling.temperature,
+            temperature=1.0 if spec.is_vllm else config.sampling.temperature,
         )
         own = plan.memory.get(world.rank)
         return PolicySync(
@@ -261,8 +250,8 @@ class _Builder:
             weights,
             self._turns,
             streams=own is not None and own.streams,
-            check_every=rollout.sync_check_every,
-            canary=canary if rollout.sync_check_every else None,
+            check_every=config.rollout.sync_check_every,
+            canary=canary if config.rollout.sync_check_every else None,
         )
 
     def _register_engine(self, name: str, engine: RolloutEngine) -> None:
@@ -314,6 +303,7 @@ class _Builder:
 
     def assembly(self) -> Assembly:
         return Assembly(
+            specs=self._plan.specs,
             roles={name: self._roles[name] for name in self._config.roles},
             trained=self._trained,
             layouts=self._plan.layouts,
@@ -324,29 +314,23 @@ class _Builder:
 
 
 def _backend(
-    config: Config,
-    device: torch.device,
-    name: str,
-    mesh: Mesh,
-    model: Model,
-    options: TrainOptions,
+    spec: RoleSpec, mesh: Mesh, weights: TensorSource, options: TrainOptions, device: torch.device
 ) -> TrainBackend | None:
     if not mesh.is_member:
         return None
-    trainable, head = config.is_trained(name), role_head(config, name)
-    if uses_megatron(config, name):
+    if spec.backend == "megatron":
         return import_backend()(
             mesh,
-            model.config,
-            model.weights,
+            spec.model,
+            weights,
             options,
             device,
-            megatron_options(config, name),
-            trainable=trainable,
-            head=head,
+            megatron_options(spec),
+            trainable=spec.trained,
+            head=spec.head,
         )
     return TorchBackend(
-        mesh, model.config, model.weights, options, device, trainable=trainable, head=head
+        mesh, spec.model, weights, options, device, trainable=spec.trained, head=spec.head
     )
 
 
@@ -359,10 +343,8 @@ def import_backend() -> type[MegatronBackend]:
     return MegatronBackend
 
 
-def train_options(
-    config: Config, name: str, device: torch.device, shape: ModelConfig, blocks: int
-) -> TrainOptions:
-    train = config.train_section(name)
+def train_options(config: Config, spec: RoleSpec, blocks: int) -> TrainOptions:
+    train = spec.train
     return TrainOptions(
         microbatch_tokens=train.microbatch_tokens,
         share_prompts=train.share_prompts,
@@ -372,7 +354,7 @@ def train_options(
         schedule=train.schedule,
         warmup_steps=train.warmup_steps,
         # there are none if the value's warm-up takes the whole run
-        total_steps=max(1, config.num_optimizer_steps(name)),
+        total_steps=max(1, config.num_optimizer_steps(spec.name)),
         min_lr_ratio=train.min_lr_ratio,
         betas=train.betas,
         eps=train.eps,
@@ -380,7 +362,7 @@ def train_options(
         clip_norm=train.clip_norm,
         head_chunk=train.head_chunk,
         balance_coef=train.balance_coef,
-        param_dtype=training_dtype(config, device),
-        frozen=frozen_names(config, name, shape),
+        param_dtype=spec.dtype,
+        frozen=frozen_names(spec),
         blocks=blocks,
     )

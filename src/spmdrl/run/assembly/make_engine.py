@@ -9,9 +9,10 @@ import torch
 from spmdrl.config.sections import Config
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel
-from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.token_texts import TokenTexts
-from spmdrl.planning.engines import ends_of_text, is_vllm, vllm_cache
+from spmdrl.placement import DeviceType
+from spmdrl.planning.engines import ends_of_text, vllm_cache
+from spmdrl.role_spec import RoleSpec
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import RolloutEngine
@@ -23,11 +24,9 @@ log = logging.getLogger(__name__)
 
 def make_engine(
     config: Config,
-    name: str,
-    shape: ModelConfig,
+    spec: RoleSpec,
     mesh: Mesh,
     device: torch.device,
-    dtype: torch.dtype,
     texts: TokenTexts | None,
     *,
     sleeps: bool,
@@ -35,41 +34,42 @@ def make_engine(
     """Make the rollout's engine on this rank; None outside it. Every rank calls it.
 
     Args:
-        texts: texts of tokens, or None for no stop texts and only the ends of text of `shape`.
+        texts: texts of tokens, or None for no stop texts and only the model's ends of text.
         sleeps: on CUDA, its weights do not stay on the device.
     """
     if not mesh.is_member:
         return None
     tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
     ep = Parallel(rank=mesh.coordinate("ep"), size=mesh.size("ep"))
-    eos = ends_of_text(shape, texts)
-    if is_vllm(config, name):
+    eos = ends_of_text(spec.model, texts)
+    if spec.is_vllm:
         if device.type == "cpu":
             log.info(
-                "vLLM cannot free memory on a CPU: roles.%s.memory is keep for all its parts", name
+                "vLLM cannot free memory on a CPU: roles.%s.memory is keep for all its parts",
+                spec.name,
             )
         return VllmEngine(
-            shape,
-            options=_vllm_options(config, shape, mesh, device, dtype, sleeps=sleeps),
+            spec.model,
+            options=_vllm_options(config, spec, sleeps=sleeps),
             tp=tp,
             device=device,
-            dtype=dtype,
+            dtype=spec.dtype,
             eos_token_ids=eos,
             texts=texts,
         )
     return NativeEngine(
-        shape,
+        spec.model,
         tp=tp,
         ep=ep,
-        options=_native_options(config, device),
+        options=_native_options(config, spec.device_type),
         device=device,
-        dtype=dtype,
+        dtype=spec.dtype,
         eos_token_ids=eos,
         texts=texts,
     )
 
 
-def _native_options(config: Config, device: torch.device) -> NativeOptions:
+def _native_options(config: Config, device_type: DeviceType) -> NativeOptions:
     rollout, keep = config.rollout, config.checkpoint.journal_kv
     return NativeOptions(
         kv_cache_gb=rollout.kv_cache_gb,
@@ -77,21 +77,12 @@ def _native_options(config: Config, device: torch.device) -> NativeOptions:
         max_running=rollout.max_running,
         prefill_tokens=rollout.prefill_tokens,
         cuda_graphs=rollout.cuda_graphs,
-        keeps_aborted=device.type == "cpu" if keep == "auto" else keep,
+        keeps_aborted=device_type == "cpu" if keep == "auto" else keep,
     )
 
 
-def _vllm_options(
-    config: Config,
-    shape: ModelConfig,
-    mesh: Mesh,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    sleeps: bool,
-) -> VllmOptions:
-    replicas, tp = len(mesh.replicas()), mesh.size("tp")
-    cache = vllm_cache(config, shape, dtype, device.type, num_replicas=replicas, tp=tp)
+def _vllm_options(config: Config, spec: RoleSpec, *, sleeps: bool) -> VllmOptions:
+    cache = vllm_cache(config, spec)
     return VllmOptions(
         kv_cache_bytes=cache.num_bytes,
         max_length=cache.longest,
@@ -100,11 +91,11 @@ def _vllm_options(
         prefill_tokens=config.rollout.prefill_tokens,
         cuda_graphs=config.rollout.cuda_graphs,
         sleeps=sleeps,
-        cache_mend=_mend(config),
+        cache_mend=_cache_fix(config),
     )
 
 
-def _mend(config: Config) -> str:
+def _cache_fix(config: Config) -> str:
     if config.rollout.kv_cache_gb == "auto":
         return (
             "vLLM is started for data.train.max_tokens and sampling.max_tokens (or those of "

@@ -1,0 +1,108 @@
+"""Layouts of a role's model: the tensors that every one of its ranks holds."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+
+import torch
+
+from spmdrl.models.fsdp_cuts import fitting_blocks
+from spmdrl.models.megatron_layout import Cut
+from spmdrl.models.sharding import fused_tensors
+from spmdrl.planning.engines import vocab_multiple
+from spmdrl.role_spec import RoleSpec
+from spmdrl.training.megatron.checks import MegatronOptions, model_cut
+from spmdrl.weights.layout import WeightLayout, model_layout
+from spmdrl.weights.megatron import megatron_layout, megatron_state_layout
+
+
+def megatron_options(spec: RoleSpec) -> MegatronOptions:
+    given = spec.section.megatron
+    # the two layers of a tiny model cannot be interleaved
+    return MegatronOptions(
+        vpp=1 if spec.is_tiny else given.get("vpp", 1), sp=given.get("sp", False)
+    )
+
+
+def _megatron_cut(spec: RoleSpec) -> Cut:
+    return model_cut(spec.placement.degrees, megatron_options(spec), spec.device)
+
+
+def role_layout(spec: RoleSpec, blocks: int = 1) -> WeightLayout:
+    """Every rank's tensors of a role's model (a rollout's weights are never sharded).
+
+    Args:
+        blocks: see `shard_blocks`.
+    """
+    placement, head = spec.placement, spec.head
+    degrees = dict(placement.degrees)
+    if spec.is_rollout:
+        degrees["dp_replicate"] *= degrees["dp_shard"]
+        degrees["dp_shard"] = 1
+    if spec.backend == "megatron":
+        cut = _megatron_cut(spec)
+        return megatron_layout(spec.model, placement.ranks, degrees, cut, spec.dtype, head)
+    return model_layout(
+        spec.model,
+        placement.ranks,
+        degrees,
+        spec.dtype,
+        head=head,
+        frozen=frozen_names(spec),
+        vocab_multiple=vocab_multiple(spec),
+        blocks=blocks,
+        shard_dtype=torch.float32,  # FSDP2 keeps the masters, and casts while it gathers
+    )
+
+
+def state_layout(spec: RoleSpec, layout: WeightLayout) -> WeightLayout:
+    """Every rank's masters and moments: cut like the weights, or by Megatron's optimizer."""
+    if spec.backend != "megatron":
+        return layout
+    placement, cut = spec.placement, _megatron_cut(spec)
+    return megatron_state_layout(spec.model, placement.ranks, placement.degrees, cut, spec.head)
+
+
+def shard_blocks(spec: RoleSpec, specs: Mapping[str, RoleSpec]) -> int:
+    """The number of blocks that align a policy's shards with a rollout on the same ranks, so that a
+    rank trains what it generates with and a sync sends nothing; 1 if there is none.
+    """
+    if spec.kind != "policy" or spec.backend == "megatron":
+        return 1
+    own = spec.placement
+    fitting = [
+        fitting_blocks(spec.model, own.degrees, other.placement.degrees["tp"])
+        for other in specs.values()
+        if other.is_rollout and other.placement.ranks == own.ranks
+    ]
+    return max(fitting, default=1)
+
+
+def frozen_names(spec: RoleSpec) -> frozenset[str]:
+    """The Hugging Face names of the parameters that `roles.NAME.freeze` keeps unchanged.
+
+    Raises:
+        ValueError: no name fits a pattern; all parameters are frozen; or only some of those in one
+            tensor (the projections of an attention, say).
+    """
+    patterns = spec.section.freeze
+    tensors = fused_tensors(spec.model, spec.head)
+    known = [part.name for parts in tensors.values() for part in parts]
+    key = f"roles.{spec.name}.freeze={list(patterns)}"
+    frozen: set[str] = set()
+    for pattern in patterns:
+        fitting = fnmatch.filter(known, pattern)
+        if not fitting:
+            raise ValueError(f"{key}: no parameter fits {pattern!r}; there are {known[:4]} ...")
+        frozen.update(fitting)
+    for parts in tensors.values():
+        inside = [part.name for part in parts if part.name in frozen]
+        if 0 < len(inside) < len(parts):
+            lacking = next(part.name for part in parts if part.name not in frozen)
+            raise ValueError(
+                f"{key}: {inside[0]} and {lacking} lie in one tensor, so freeze both or neither"
+            )
+    if len(frozen) == len(known):
+        raise ValueError(f"{key}: that is every parameter; set roles.{spec.name}.trained: false")
+    return frozenset(frozen)

@@ -1,0 +1,174 @@
+"""The parts of the roles on a rank (weights, optimizer, caches, graphs), with their bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from spmdrl.config.sections import Config
+from spmdrl.memory.parts import Part, PartKey, ResidencyWish
+from spmdrl.models.moe import has_fixed_shapes
+from spmdrl.planning.engines import vllm_cache
+from spmdrl.planning.token_bounds import step_sizes
+from spmdrl.role_spec import RoleSpec
+from spmdrl.roles.generation import GRAPHS, KV_CACHE
+from spmdrl.roles.model_calls import OPTIMIZER, WEIGHTS
+from spmdrl.rollout.native.varlen import varlen_is_usable
+from spmdrl.weights.layout import Table, WeightLayout
+from spmdrl.weights.plan import SyncPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldModel:
+    """A role's model, and the tensors of it that every rank holds.
+
+    Args:
+        layout: the tensors of each of its ranks; sharded weights are held in float32.
+        state_layout: the masters and moments of each of its ranks.
+    """
+
+    spec: RoleSpec
+    layout: WeightLayout
+    state_layout: WeightLayout
+
+
+def planned_parts(
+    config: Config, here: Mapping[str, HeldModel], syncs: Mapping[str, SyncPlan], rank: int
+) -> list[Part]:
+    """The parts of all roles on the rank; trained models, which a rollout may share, come first.
+
+    Args:
+        here: the roles with a model on this rank.
+        syncs: by rollout, the plan that brings the policy's weights.
+
+    Raises:
+        ValueError: `roles.NAME.memory` asks of vLLM what it cannot do.
+    """
+    rollouts = {name: model for name, model in here.items() if model.spec.is_rollout}
+    policy = next((name for name, model in here.items() if model.spec.kind == "policy"), None)
+    parts = []
+    for name, model in here.items():
+        if name not in rollouts:
+            parts += _model_parts(model, rank)
+    for name, model in rollouts.items():
+        shared = syncs[name].shared.get(rank, frozenset()) if name in syncs else frozenset()
+        rests_on: tuple[PartKey, ...] = ((policy, WEIGHTS),) if policy and shared else ()
+        held = {local: held for local, held in model.layout[rank].items() if local not in shared}
+        parts += _rollout_parts(config, model.spec, table_bytes(held), rests_on)
+        if uses_graphs(config, model):
+            parts.append(_graphs(model.spec))
+    return parts
+
+
+def _wish(spec: RoleSpec, part: str) -> ResidencyWish:
+    wishes: Mapping[str, ResidencyWish] = {str(k): v for k, v in spec.section.memory.items()}
+    return wishes.get(part, "auto")
+
+
+def _model_parts(model: HeldModel, rank: int) -> list[Part]:
+    spec, table = model.spec, model.layout[rank]
+    weights = Part(
+        role=spec.name,
+        name=WEIGHTS,
+        num_bytes=table_bytes(table),
+        wish=_wish(spec, WEIGHTS),
+        frozen=not spec.trained,
+    )
+    if not spec.trained:
+        return [weights]
+    size = optimizer_bytes(table, model.state_layout[rank])
+    wish = _wish(spec, OPTIMIZER)
+    return [weights, Part(role=spec.name, name=OPTIMIZER, num_bytes=size, wish=wish)]
+
+
+def _rollout_parts(
+    config: Config, spec: RoleSpec, weights_bytes: int, rests_on: tuple[PartKey, ...]
+) -> list[Part]:
+    weights = Part(
+        role=spec.name,
+        name=WEIGHTS,
+        num_bytes=weights_bytes,
+        wish=_wish(spec, WEIGHTS),
+        rests_on=rests_on,
+    )
+    cache = Part(
+        role=spec.name,
+        name=KV_CACHE,
+        num_bytes=cache_bytes(config, spec),
+        wish=_wish(spec, KV_CACHE),
+        droppable=True,
+    )
+    if not spec.is_vllm:
+        return [weights, cache]
+    if spec.device_type == "cpu":  # vLLM cannot free memory there
+        return [replace(weights, wish="keep"), replace(cache, wish="keep")]
+    for part in (KV_CACHE, GRAPHS):
+        if (wish := _wish(spec, part)) != "auto":
+            raise ValueError(
+                f"roles.{spec.name}.memory.{part}={wish} with rollout.engine=vllm: vLLM frees its "
+                f"cache with its weights and keeps its graphs, so set roles.{spec.name}.memory."
+                "weights only"
+            )
+    # its sleep frees weights and cache together
+    return [replace(weights, num_bytes=weights_bytes + cache.num_bytes)]
+
+
+def _graphs(spec: RoleSpec) -> Part:
+    holds: tuple[PartKey, ...] = ((spec.name, WEIGHTS), (spec.name, KV_CACHE))
+    wish = _wish(spec, GRAPHS)
+    return Part(role=spec.name, name=GRAPHS, num_bytes=0, wish=wish, droppable=True, holds=holds)
+
+
+def uses_graphs(config: Config, model: HeldModel) -> bool:
+    """Whether the rollout's decode steps are captured, which holds addresses that may move."""
+    spec = model.spec
+    if spec.is_vllm:
+        return False
+    if spec.device_type == "cuda" and not torch.cuda.is_available():
+        return False  # a rank without a GPU plans for one that has it: only its own plan counts
+    shapes = {name: held.shape for name, held in next(iter(model.layout.values())).items()}
+    usable = varlen_is_usable(spec.dtype, spec.model.head_dim, spec.device)
+    fixed = has_fixed_shapes(spec.model, shapes, spec.dtype, spec.device)
+    return config.rollout.cuda_graphs and usable and fixed
+
+
+def table_bytes(table: Table) -> int:
+    """Bytes of a rank's tensors."""
+    return sum(held.num_bytes for held in table.values())
+
+
+def optimizer_bytes(weights: Table, states: Table) -> int:
+    """Bytes of AdamW's two moments in float32, and of the masters if the weights are narrower."""
+    narrow = {name: held for name, held in weights.items() if held.dtype != torch.float32}
+    # FSDP's shards are float32, tensors that it does not cut may be narrower; else all have one
+    # dtype
+    masters = narrow if len(narrow) < len(weights) else states
+    return 2 * _trained_bytes(states) + _trained_bytes(masters)
+
+
+def gradient_bytes(table: Table) -> int:
+    """Bytes of float32 gradients, without the short-lived ones in the dtype of narrower weights."""
+    return _trained_bytes(table)
+
+
+def _trained_bytes(table: Table) -> int:
+    return sum(4 * math.prod(held.shape) for held in table.values() if not held.frozen)
+
+
+def cache_bytes(config: Config, spec: RoleSpec) -> int:
+    """Bytes of one rank's KV cache: as configured, or as much as a step's samples can need."""
+    rollout, model, placement = config.rollout, spec.model, spec.placement
+    if spec.is_vllm:
+        return vllm_cache(config, spec).num_bytes
+    if rollout.kv_cache_gb != "auto":
+        return int(rollout.kv_cache_gb * 1e9)
+    samples = -(-config.data.prompts_per_step * config.data.group_size // placement.num_replicas)
+    tokens = config.data.train.max_tokens + config.sampling.max_tokens
+    if config.data_kind() == "prompts":
+        tokens = step_sizes(config).row_tokens
+    heads = max(1, model.num_kv_heads // placement.degrees["tp"])
+    per_token = 2 * model.num_layers * heads * model.head_dim * spec.dtype.itemsize
+    return min(samples, rollout.max_running) * tokens * per_token

@@ -1,0 +1,159 @@
+"""`RoleSpec`: a role with a model as planned, once configuration, placement and model meet.
+
+A spec is a value: it needs no device and no process group, so that plans for any number of ranks
+can be made anywhere. Planning, assembly and engines take it in place of the whole configuration
+and a role's name. Users' own roles (`kind: module:Class`) have none: they may have no model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from spmdrl.config.sections import Config, RoleSection, TrainSection
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.sharding import Head
+from spmdrl.placement import DeviceType, Placement, role_device_type
+
+HEADS: Mapping[str, Head] = {
+    "policy": "lm",
+    "reference": "lm",
+    "teacher": "lm",
+    "reward": "score",
+    "value": "score",
+    "rollout": "lm",
+}
+"""Kind of role -> the head of its model."""
+
+Backend = Literal["torch", "megatron", "native", "vllm"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleSpec:
+    """A role with a model as planned.
+
+    Args:
+        kind: a key of `HEADS`.
+        section: the role's own keys, `roles.NAME`.
+        train: `train` with the keys of `roles.NAME.train`.
+        path: directory of its model's files.
+        model: its model's configuration, at a toy size if `is_tiny`.
+        device_type: device of its ranks.
+        dtype: dtype that it computes in.
+        trained: whether it has an optimizer.
+        backend: train backend, or engine of a rollout.
+        is_tiny: whether its model is made of random weights (`model.tiny`).
+    """
+
+    name: str
+    kind: str
+    section: RoleSection
+    train: TrainSection
+    placement: Placement
+    path: Path
+    model: ModelConfig
+    device_type: DeviceType
+    dtype: torch.dtype
+    trained: bool
+    backend: Backend
+    is_tiny: bool
+
+    @property
+    def head(self) -> Head:
+        return HEADS[self.kind]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its ranks, without an index."""
+        return torch.device(self.device_type)
+
+    @property
+    def is_rollout(self) -> bool:
+        return self.kind == "rollout"
+
+    @property
+    def is_vllm(self) -> bool:
+        return self.backend == "vllm"
+
+    def key(self, name: str) -> str:
+        """The role's setting of a key of `train`, as KEY=VALUE."""
+        value = getattr(self.train, name)
+        where = f"roles.{self.name}.train" if name in self.section.train else "train"
+        return f"{where}.{name}={str(value).lower() if isinstance(value, bool) else value}"
+
+
+def computing_dtype(config: Config, device_type: DeviceType) -> torch.dtype:
+    """`model.dtype`; `auto` is float32 on a CPU and bfloat16 on a GPU."""
+    if config.model.dtype == "auto":
+        return torch.bfloat16 if device_type == "cuda" else torch.float32
+    return torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+
+
+def device_types(
+    config: Config, placements: Mapping[str, Placement], ranks: Sequence[str]
+) -> dict[str, DeviceType]:
+    """Device type of every role, users' own ones too.
+
+    Args:
+        ranks: device type of every rank of the world.
+
+    Raises:
+        ValueError: a role is on ranks with and without a GPU.
+    """
+    return {
+        name: role_device_type(name, config.roles[name].device, placement.ranks, ranks)
+        for name, placement in placements.items()
+    }
+
+
+def make_specs(
+    config: Config,
+    placements: Mapping[str, Placement],
+    models: Mapping[str, ModelConfig],
+    devices: Mapping[str, DeviceType],
+) -> dict[str, RoleSpec]:
+    """Specs of the roles with a model, in the configuration's order.
+
+    Args:
+        models: configuration of each role's model.
+        devices: device type of each role.
+
+    Raises:
+        ValueError: a role is of an unknown kind.
+    """
+    specs = {}
+    for name in (n for n in config.roles if n in models):
+        kind = config.role_kind(name)
+        _check_kind(name, kind)
+        train = config.train_section(name)
+        specs[name] = RoleSpec(
+            name=name,
+            kind=kind,
+            section=config.roles[name],
+            train=train,
+            placement=placements[name],
+            path=config.model_path(name),
+            model=models[name],
+            device_type=devices[name],
+            dtype=computing_dtype(config, devices[name]),
+            trained=config.is_trained(name),
+            backend=config.rollout.engine if kind == "rollout" else train.backend,
+            is_tiny=config.model.tiny,
+        )
+    return specs
+
+
+def _check_kind(name: str, kind: str) -> None:
+    if kind in HEADS:
+        return
+    near = difflib.get_close_matches(kind, HEADS, n=1)
+    fix = f"did you mean {near[0]}?" if near else "name one of them"
+    raise ValueError(
+        f"roles.{name}.kind={kind}: kinds are {', '.join(HEADS)}, and module:Class for a role of "
+        f"your own: {fix}"
+    )
