@@ -13,12 +13,13 @@ from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_c
 
 from flow_cases import run_configs, write_config
 from harness import run_ranks
+from role_specs import specs_of
 from spmdrl.config.load import load_config
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import read_config
 from spmdrl.models.files.hf import open_checkpoint
 from spmdrl.models.sharding import Slice
-from spmdrl.planning.plan import frozen_names
+from spmdrl.planning.layouts import frozen_names
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.world import World
@@ -93,7 +94,7 @@ def test_patterns_name_what_there_is(tmp_path: Path) -> None:
 
     def frozen(*patterns: str) -> frozenset[str]:
         config = load_config(path, [f"roles.policy.freeze={list(patterns)}"])
-        return frozen_names(config, "policy", shape)
+        return frozen_names(specs_of(config, shape)["policy"])
 
     assert frozen() == frozenset()
     names = frozen("model.embed_tokens.weight", "*.layers.1.self_attn.*_proj.weight")
