@@ -15,7 +15,8 @@ from typing import Literal
 
 import torch
 
-from spmdrl.config.sections import Config, RoleSection, TrainSection
+from spmdrl.config.roles import RoleSection
+from spmdrl.config.sections import Config, TrainSection
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.sharding import Head
 from spmdrl.placement import DeviceType, Placement, role_device_type

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from allocations import Allocations
 from harness import run_ranks
 from spmdrl.batch import Batch, from_rows
-from spmdrl.config.sections import RoleSection, TrainSection
+from spmdrl.config.roles import RoleSection
+from spmdrl.config.sections import TrainSection
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.files.hf import RandomCheckpoint
