@@ -8,7 +8,7 @@ from pathlib import Path
 MAX_STORY = 4000
 """Most characters of an error's text; the rest is cut off."""
 
-_PACKAGE = f"{Path(__file__).resolve().parent}/"
+_PACKAGE = f"{Path(__file__).resolve().parents[1]}/"
 
 
 class AgreedError(ValueError):
