@@ -153,7 +153,7 @@ FLOWS = {
     "yields": "has a `yield`",
     "Flow": "is a class: name a function of one argument, the run",
     "value": "is a int: name a function of one argument",
-    "mian": r"has no 'mian'; it has \['main', 'no_run', 'two'",
+    "mian": "has no 'mian'; did you mean 'main'",
 }
 
 

@@ -148,4 +148,4 @@ def test_what_is_not_there_is_listed(root, tmp_path, monkeypatch):
     assert "rewards.0.function=broken.py:reward: broken.py cannot be imported: ZeroDiv" in bad
     assert f"data.train.source=gone.jsonl: there is no file {tmp_path}/gone.jsonl" in bad
     typo = explained(root, **{**good, "flow": "my.py:mian"}).split("# not found from here")[1]
-    assert "flow=my.py:mian: my.py has no 'mian'; it has ['main']" in typo
+    assert "flow=my.py:mian: my.py has no 'mian'; did you mean 'main'?" in typo

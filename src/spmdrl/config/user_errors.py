@@ -45,11 +45,12 @@ def headline(error: BaseException) -> str:
 def own_frames(error: BaseException) -> traceback.StackSummary:
     """Frames from the user's first one on; none if the error comes from this package."""
     frames: list[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
-    while frames and _is_ours(frames[0]):
+    while frames and is_ours(frames[0]):
         frames = frames[1:]
     return traceback.StackSummary.from_list(frames)
 
 
-def _is_ours(frame: traceback.FrameSummary) -> bool:
+def is_ours(frame: traceback.FrameSummary) -> bool:
+    """Whether a frame is of this package or of an import."""
     name = frame.filename
     return name.startswith(("<frozen ", _PACKAGE)) or "/importlib/" in name

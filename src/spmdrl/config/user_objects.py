@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
 import dis
 import importlib
 import importlib.util
 import inspect
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Protocol
 
-from spmdrl.config.user_errors import headline, told
+from spmdrl.config.user_errors import headline, is_ours, own_frames, told
 
 FILE = ".py"
 """Suffix of a place that is a file instead of a module."""
 
+PACKAGE, FACE = "spmdrl", "spmdrl.api"
+"""This package, and the module of it that users' files import."""
+
 
 def load_object(where: str, key: str | None = None) -> Any:
     """Load the object that `module:name` or `path/to/file.py:name` names.
+
+    Modules are searched in the working directory too. Two paths to one file give one module, which
+    may import the modules beside it.
 
     Args:
         key: key of the configuration, for messages.
@@ -34,15 +43,126 @@ def load_object(where: str, key: str | None = None) -> Any:
     place, colon, name = where.rpartition(":")
     if not colon:
         raise ValueError(f"{what}: write it as module:name or path/to/file.py:name")
+    if place.endswith(FILE) and not Path(place).is_file():
+        raise ValueError(f"{what}: there is no file {Path(place).absolute()}")
     try:
-        module = load_module(place)
+        module = _load_file(Path(place).resolve()) if place.endswith(FILE) else _load_module(place)
     # A user's module may raise anything while it is imported; all of it means the same here.
     except Exception as error:
-        text = f"{what}: {place} cannot be imported: {headline(error)}"
-        raise ValueError(told(text, error)) from error
-    if name not in vars(module):
-        raise ValueError(f"{what}: {place} has no {name!r}; it has {_own_names(module)}")
-    return vars(module)[name]
+        text = f"{what}: {place} cannot be imported: "
+        moved = _wrong_import(error)
+        if moved is not None:
+            raise ValueError(text + moved) from error
+        raise ValueError(told(text + headline(error), error)) from error
+    if not hasattr(module, name):
+        near = _nearest(name, dir(module))
+        other = f"it has {_own_names(module)}" if near is None else f"did you mean {near!r}?"
+        raise ValueError(f"{what}: {place} has no {name!r}; {other}")
+    return getattr(module, name)
+
+
+def _load_module(name: str) -> ModuleType:
+    _look_in(os.getcwd())
+    return importlib.import_module(name)
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Import a file, once: by its own name if that finds it, so that its neighbours can import it
+    too, or else by one that no other file has.
+
+    Raises:
+        ImportError: it imports a neighbour whose name finds another file.
+        Exception: whatever it raises while it is executed.
+    """
+    _look_in(str(path.parent))
+    _check_neighbours(path)
+    if path.stem.isidentifier() and _is_found(path.stem, path):
+        return importlib.import_module(path.stem)
+    number = blake2b(os.fsencode(path), digest_size=4).hexdigest()
+    name = re.sub(r"\W", "_", f"{PACKAGE}_user_{path.stem}_{number}")  # pickle splits at points
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look it up there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _check_neighbours(path: Path) -> None:
+    """Raise ImportError if the file, or a neighbour that it imports, imports a neighbour by a name
+    that finds another file: a module of Python, of a package, or beside another file of the user's.
+    """
+    todo, seen = [path], {path}
+    while todo:
+        file = todo.pop()
+        for name in sorted(_imported(file)):
+            own = [path.parent / f"{name}{FILE}", path.parent / name / f"__init__{FILE}"]
+            for neighbour in {p.resolve() for p in own if p.is_file()} - seen:
+                if not _is_found(name, neighbour):
+                    raise ImportError(
+                        f"{file.name} imports {name!r}, which is {_origin(name)} here, and not "
+                        f"{neighbour}: rename that file"
+                    )
+                seen.add(neighbour)
+                todo.append(neighbour)
+
+
+def _imported(file: Path) -> set[str]:
+    """Top-level names of the modules that a file imports anywhere."""
+    found: set[str] = set()
+    # without `ast.parse`, whose frame an error would show
+    tree = compile(file.read_bytes(), str(file), "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def _is_found(name: str, path: Path) -> bool:
+    """Whether `import name` finds this file."""
+    origin = _origin(name)
+    return origin is not None and Path(origin).resolve() == path
+
+
+def _origin(name: str) -> str | None:
+    """File behind the module that `import name` finds; None if there is none."""
+    module = sys.modules.get(name)
+    if module is not None:
+        file: str | None = vars(module).get("__file__")
+        return file
+    spec = importlib.util.find_spec(name)
+    return None if spec is None else spec.origin
+
+
+def _wrong_import(error: Exception) -> str | None:
+    """Text on an import that asks this package for what it does not have, with the place in the
+    user's file; None for other errors.
+    """
+    if not isinstance(error, ImportError) or (error.name or "").partition(".")[0] != PACKAGE:
+        return None
+    frames = own_frames(error)
+    if frames and is_ours(frames[-1]):
+        return None
+    text = error.msg.partition(" (")[0]
+    if frames:
+        text += f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
+    if error.name != FACE:
+        return f"{text}: import it from {FACE}"
+    wanted = re.search(r"import name '(\w+)'", error.msg)
+    near = None if wanted is None else _nearest(wanted[1], dir(sys.modules[FACE]))
+    return text if near is None else f"{text}; did you mean {near!r}?"
+
+
+def _nearest(name: str, names: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.7)), None)
 
 
 def _own_names(module: ModuleType) -> list[str]:
@@ -128,38 +248,6 @@ def _is_stub(owner: type, name: str) -> bool:
     return holder is not None and Protocol in holder.__bases__
 
 
-def load_module(place: str) -> ModuleType:
-    """Import a module by name (the working directory is searched too) or a file as a module.
-
-    A file is imported once, whatever path names it.
-
-    Raises:
-        FileNotFoundError, ModuleNotFoundError: it does not exist.
-        Exception: whatever the module raises while it is executed.
-    """
-    if not place.endswith(FILE):
-        _look_in(os.getcwd())
-        return importlib.import_module(place)
-    path = Path(place).resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    number = blake2b(os.fsencode(path), digest_size=4).hexdigest()
-    name = f"spmdrl_user_{path.stem}_{number}"
-    if name in sys.modules:
-        return sys.modules[name]
-    _look_in(str(path.parent))  # for its neighbours
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look it up there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
 def source_digest(where: str) -> str:
     """Digest of the file that `path/to/file.py:name` names; "" for anything else."""
     place = where.rpartition(":")[0]
@@ -171,3 +259,4 @@ def source_digest(where: str) -> str:
 def _look_in(directory: str) -> None:
     if directory not in sys.path:
         sys.path.append(directory)
+    importlib.invalidate_caches()  # a file may be newer than the last look into its folder

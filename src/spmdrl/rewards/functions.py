@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from spmdrl.config.user_errors import headline
-from spmdrl.config.user_objects import load_module
+from spmdrl.config.user_objects import load_object
 from spmdrl.rewards.arguments import caller_of
 from spmdrl.rewards.expressions import make_comparison
 from spmdrl.rewards.texts import last_numeral, last_value, plain_words
@@ -58,22 +57,14 @@ def load(spec: RewardSpec, columns: Collection[str] | None = None) -> RewardFunc
             return BUILT_IN[spec.function](**spec.parameters)
         except (TypeError, ValueError, ImportError, re.error) as error:
             raise ValueError(f"{where}: {error}") from error
-    place, _, name = spec.function.rpartition(":")
-    if not place or not name:
+    if not all(spec.function.rpartition(":")):
         raise ValueError(
             f"reward {spec.name!r}: {spec.function!r} is neither built in ({sorted(BUILT_IN)}) nor "
             "'module:function' nor 'path/to/file.py:function'"
         )
-    try:
-        module = load_module(place)
-    # A user's module may raise anything while it is imported; all of it means the same here.
-    except Exception as error:
-        raise ValueError(
-            f"reward {spec.name!r}: {place!r} cannot be imported: {headline(error)}"
-        ) from error
-    function = vars(module).get(name)
+    function = load_object(spec.function, f"reward {spec.name!r}: function")
     if not callable(function):
-        raise ValueError(f"reward {spec.name!r}: {place!r} has no function {name!r}")
+        raise ValueError(f"{where} is a {type(function).__name__}: name a function")
     try:
         return caller_of(function, spec.parameters, columns)
     except ValueError as error:

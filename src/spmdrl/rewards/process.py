@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spmdrl.config.user_errors import own_frames, own_story, told
+from spmdrl.config.user_errors import own_frames, own_story
 from spmdrl.rewards.arguments import Caller
 from spmdrl.rewards.functions import RewardFunction, RewardSpec, load
 
@@ -204,7 +204,7 @@ def work(channel: socket.socket) -> None:
     try:
         functions = [load(spec, settings.columns) for spec in settings.specs]
     except ValueError as error:
-        send(channel, json.dumps({"error": _load_error(error)}).encode())
+        send(channel, json.dumps({"error": str(error)}).encode())
         return
     if settings.memory_mb is not None:
         _limit_memory(settings.memory_mb)
@@ -216,11 +216,6 @@ def work(channel: socket.socket) -> None:
         _limit_cpu(settings.cpu_s)
         reply = call(functions[component], arguments)
         send(channel, json.dumps(reply).encode())
-
-
-def _load_error(error: ValueError) -> str:
-    """Text of the error: one line, then the place in the user's code that raised it."""
-    return str(error) if error.__cause__ is None else told(str(error), error.__cause__)
 
 
 def call(function: RewardFunction, arguments: tuple[Any, ...]) -> dict[str, Any]:
