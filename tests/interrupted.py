@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from spmdrl.batch import Batch
-from spmdrl.run.run import Metrics, Run
+from spmdrl.run.protocols import Metrics
+from spmdrl.run.run import Run
 from stopping import Wrapped
 from torchrun import wait_until
 
@@ -43,14 +44,14 @@ class InPhase(Wrapped):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.phase, *slow = [*os.environ.get(PHASE, "").split(), ""]
-        run.evaluate_with(self, syncs=False)
+        run.evaluate_with(self)
         if "slow" in slow:  # and something else exists to be ended
             subprocess.Popen(["sleep", "600"])
         if self.phase == "saving" or "slow" in slow:
             self.save_slowly(0.3 if "slow" in slow else 0.03)
 
     def save_slowly(self, seconds: float) -> None:
-        writer = self.run._saver._writer
+        writer = self.run._life._saver._writer
         inner = writer._progress
 
         def slow() -> None:

@@ -21,7 +21,8 @@ from spmdrl.distributed.reduce import gather_objects
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.roles.calls import Call
 from spmdrl.rollout.protocol import Completion, Finish
-from spmdrl.run.run import Metrics, Run
+from spmdrl.run.protocols import Metrics
+from spmdrl.run.run import Run
 
 DIRECTORY = "SPMDRL_TEST_REPLAY"
 

@@ -176,15 +176,14 @@ if TYPE_CHECKING:
         RolloutEngine as RolloutEngine,
     )
     from spmdrl.rollout.sampling import SamplingParams as SamplingParams
-    from spmdrl.run.run import (
+    from spmdrl.run.protocols import (
         Environment as Environment,
         Evaluates as Evaluates,
         Metrics as Metrics,
-        Run as Run,
         Trainer as Trainer,
-        joined as joined,
-        update_metrics as update_metrics,
     )
+    from spmdrl.run.run import Run as Run
+    from spmdrl.run.step_metrics import joined as joined, update_metrics as update_metrics
     from spmdrl.training.options import TrainOptions as TrainOptions
     from spmdrl.training.protocol import (
         LocalTensors as LocalTensors,
@@ -259,7 +258,9 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "roles.model_calls": "Update UpdateRecords",
         "rollout.protocol": "Completion Request RolloutEngine",
         "rollout.sampling": "SamplingParams",
-        "run.run": "Environment Evaluates Metrics Run Trainer joined update_metrics",
+        "run.protocols": "Environment Evaluates Metrics Trainer",
+        "run.run": "Run",
+        "run.step_metrics": "joined update_metrics",
         "training.options": "TrainOptions",
         "training.protocol": "LocalTensors LossFn LossInput OptimStep TrainBackend",
         "training.readout": "Readout SCORES VALUES next_token",

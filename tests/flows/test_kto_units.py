@@ -18,7 +18,8 @@ from spmdrl.distributed.reduce import gather_objects
 from spmdrl.flows.dpo import DpoTrainer
 from spmdrl.flows.held_out_preferences import log_ratio
 from spmdrl.observe.metrics import read_metrics
-from spmdrl.run.run import Metrics, Run
+from spmdrl.run.protocols import Metrics
+from spmdrl.run.run import Run
 from tiny_model import make_tiny_model
 
 

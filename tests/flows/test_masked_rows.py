@@ -23,7 +23,8 @@ from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.roles.calls import Call
-from spmdrl.run.run import Metrics, Run
+from spmdrl.run.protocols import Metrics
+from spmdrl.run.run import Run
 from spmdrl.world import World
 from tiny_model import make_tiny_model
 

@@ -19,7 +19,8 @@ from harness import run_ranks
 from spmdrl.batch import Batch
 from spmdrl.flows.sft import SftTrainer
 from spmdrl.observe.metrics import read_metrics
-from spmdrl.run.run import Metrics, Run
+from spmdrl.run.protocols import Metrics
+from spmdrl.run.run import Run
 from tiny_model import make_tiny_model
 
 ROWS = "rows.pt"

@@ -20,7 +20,8 @@ from spmdrl.config.load import load_config
 from spmdrl.config.user_objects import load_object
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.server import start_reward_server
-from spmdrl.run.run import Metrics, Run
+from spmdrl.run.protocols import Metrics
+from spmdrl.run.run import Run
 from spmdrl.world import World
 from stopping import Wrapped
 from tiny_model import make_tiny_model

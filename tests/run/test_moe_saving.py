@@ -11,6 +11,7 @@ from test_saving import SAVED, check_equal, make, save, state_of, train
 from flow_cases import write_config
 from harness import run_ranks
 from spmdrl.batch import from_rows
+from spmdrl.run.exporting import export_models
 from spmdrl.training.readout import next_token
 from spmdrl.world import World
 from tiny_model import make_tiny_model
@@ -44,7 +45,7 @@ def cross(
         train(policy)
         save(saver, number + 1)
         expected = state_of(policy, layout)
-    saver.export(run_dir / "model")
+    export_models(saver._config, saver._assembly, run_dir / "model")
     assert policy.backend is not None
     rows = from_rows([TOKENS], rows={"prompt_lengths": torch.tensor([1])})
     found = policy.backend.forward(rows, next_token())["logprobs"]

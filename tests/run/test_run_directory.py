@@ -21,7 +21,6 @@ from spmdrl.distributed.reduce import OtherRankFailed
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.run.assembly.assembly import assemble, open_models
-from spmdrl.run.saving import Saver
 from spmdrl.world import World
 from stopping import Wrapped
 from tiny_model import make_tiny_model
@@ -139,10 +138,10 @@ def fail_to_export(world: World, path: str) -> list[Any]:
 
     config = load_config(path)
     models = open_models(config)
-    saver = Saver(config, world, assemble(config, world, models, None))
+    assembly = assemble(config, world, models, None)
     exporting.save_pretrained = broken
     with pytest.raises(Exception) as caught:
-        saver.export(Path(config.run_dir) / "model")
+        exporting.export_models(config, assembly, Path(config.run_dir) / "model")
     return [caught.type, (Path(config.run_dir) / "model").exists()]
 
 

@@ -24,6 +24,7 @@ from spmdrl.observe.metrics import MetricsWriter
 from spmdrl.observe.progress import Relay, TimedLines
 from spmdrl.rewards.server import RewardServer
 from spmdrl.roles.handles import Generation, Rollout
+from spmdrl.roles.ledger import reporting
 from spmdrl.rollout.protocol import Finish
 from spmdrl.rollout.stops import StopTexts
 from spmdrl.run.assembled import Assembly
@@ -63,12 +64,10 @@ def evaluate(config: Config, world: World, server: RewardServer) -> dict[str, fl
     relay = Relay(is_first=world.is_first and config.log.progress)
     metrics: dict[str, float] = {}
     with make_pools(config, server, run_dir, world, inputs, trains=False) as pools:
-        assembly = _start(config, world, inputs, relay)
-        evaluators = make_evaluators(
-            config, world, inputs, assembly, pools, relay.report, has_start=False
-        )
+        assembly = _start(config, world, inputs)
+        evaluators = make_evaluators(config, world, inputs, assembly, pools, has_start=False)
         for name, evaluator in evaluators.items():
-            with relay.bar(name):
+            with relay.bar(name), reporting(relay.report):
                 metrics |= evaluator.measure(run_dir / "evaluation" / f"{name}.jsonl")
         assembly.close()
     writer = MetricsWriter(
@@ -137,7 +136,7 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
         now=source.now,
     )
     relay = Relay(is_first=world.is_first and config.log.progress)
-    assembly = _start(config, world, inputs, relay)
+    assembly = _start(config, world, inputs)
     rollout = next(r for r in assembly.roles.values() if isinstance(r, Rollout))
     generation = Generation(
         seed=config.seed,
@@ -145,7 +144,7 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
         group_size=config.evaluation.num_samples,
         sampling=sampling_params(config.sampling),
     )
-    with relay.bar("generate"):
+    with relay.bar("generate"), reporting(relay.report):
         rows = home_rows(world, prompts)
         batch = rollout.generate(rows, generation)
     own = _records(batch, StopTexts(config.sampling.stop, inputs.texts))
@@ -198,9 +197,9 @@ def rollout_only(config: Config, *, scoring: bool = False) -> Config:
     return config.model_copy(update={"roles": roles})
 
 
-def _start(config: Config, world: World, inputs: Inputs, relay: Relay) -> Assembly:
+def _start(config: Config, world: World, inputs: Inputs) -> Assembly:
     seed_everything(config.seed)
     models = open_models(config)
     plan = plan_models(config, world, models)
     check_models(config, inputs, plan.specs)
-    return assemble(config, world, models, inputs.texts, relay.report, plan)
+    return assemble(config, world, models, inputs.texts, plan)

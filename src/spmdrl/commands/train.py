@@ -19,11 +19,10 @@ from spmdrl.planning.memory_text import memory_texts, schedules
 from spmdrl.planning.plan import RolePlan
 from spmdrl.rewards.scorer import RewardsFailed
 from spmdrl.rewards.server import RewardServer
-from spmdrl.roles.ledger import keeping
+from spmdrl.roles.ledger import keeping, reporting
 from spmdrl.run.assembly.assembly import assemble, open_models, plan_models
 from spmdrl.run.assembly.factories import make_run
-from spmdrl.run.config_changes import describe_roles
-from spmdrl.run.data_identity import data_identity, first_start
+from spmdrl.run.data_identity import first_start
 from spmdrl.run.inputs import (
     check_models,
     read_inputs,
@@ -31,7 +30,6 @@ from spmdrl.run.inputs import (
 from spmdrl.run.lifetime import Lifetime, check_start, stop_start
 from spmdrl.run.reward_pools import make_pools
 from spmdrl.run.run import Run
-from spmdrl.run.saving import Saver
 from spmdrl.run.user_parts import check_flow, check_parts
 from spmdrl.supervision.attempt import begin_attempt
 from spmdrl.supervision.pulse import Pulse
@@ -118,23 +116,14 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
     _tell_plan(config, world, plan)
     relay = Relay(is_first=world.is_first and config.log.progress)
 
-    def report(done: int, count: int) -> None:
-        watcher.pulse.beat()
-        relay.report(done, count)
-
     with make_pools(config, server, run_dir, world, inputs) as pools:
         watcher.look_after(server.ended)
         for pool in pools.values():
             watcher.look_after(pool.look)
-        assembly = assemble(config, world, models, inputs.texts, report, plan)
+        assembly = assemble(config, world, models, inputs.texts, plan)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
-        identity = data_identity(config, inputs)
-        saver = Saver(config, world, assembly, watcher.attempt, watcher.pulse.beat, identity)
-        syncs = list(assembly.syncs.values())
-        roles = describe_roles(config)
-        lifetime = Lifetime(world, config.checkpoint, saver, watcher, syncs, report, roles)
-        run = make_run(config, world, inputs, assembly, pools, relay, saver, lifetime, report)
+        run, lifetime = make_run(config, world, inputs, assembly, pools, watcher, relay)
         try:
             _run_flow(flow, run, lifetime)
         finally:
@@ -151,7 +140,7 @@ def _run_flow(flow: Flow, run: Run, lifetime: Lifetime) -> None:
         FlowError: the same ValueErrors once steps have begun.
     """
     try:
-        with keeping(lifetime.ledger):
+        with keeping(lifetime.ledger), reporting(run.progress):
             flow(run)
         if not run.is_concluded:
             raise ValueError(

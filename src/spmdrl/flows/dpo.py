@@ -26,17 +26,18 @@ from spmdrl.flows.preference_terms import (
 )
 from spmdrl.flows.reference_sums import AskedSums, CachedSums, ReferenceSums
 from spmdrl.roles.handles import Policy, Reference
-from spmdrl.run.run import Metrics, Run
+from spmdrl.run.protocols import Metrics
+from spmdrl.run.run import Run
 
 
 def dpo(run: Run) -> None:
     trainer = run.make(run.config.trainer, DpoTrainer)
     run.evaluate_with(trainer.held_out)
     for step in run.steps():
-        run.evaluate(step)
+        run.evaluate(step, syncs=True)
         batch = run.rows(step)  # preference pairs, two rows each: home rows
         run.finish(step, batch, trainer.step(step, batch))
-    run.conclude()
+    run.conclude(syncs=True)
 
 
 class DpoTrainer:

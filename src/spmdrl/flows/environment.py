@@ -14,7 +14,8 @@ from spmdrl.distributed.reduce import gather_tables, moments, world_sum
 from spmdrl.roles.calls import Call
 from spmdrl.roles.handles import Generation, Rollout, together
 from spmdrl.rollout.protocol import Finish
-from spmdrl.run.run import Metrics, Run
+from spmdrl.run.protocols import Metrics
+from spmdrl.run.run import Run
 
 
 class GroupEnvironment:

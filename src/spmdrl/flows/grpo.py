@@ -19,7 +19,9 @@ from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.policy_terms import policy_columns, policy_loss, update_of, with_loss_weights
 from spmdrl.roles.calls import Call
 from spmdrl.roles.handles import Policy, Reference, together
-from spmdrl.run.run import Environment, Metrics, Run, Trainer, joined, update_metrics
+from spmdrl.run.protocols import Environment, Metrics, Trainer
+from spmdrl.run.run import Run
+from spmdrl.run.step_metrics import joined, update_metrics
 
 
 def grpo(run: Run) -> None:

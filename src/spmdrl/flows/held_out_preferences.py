@@ -11,7 +11,8 @@ from spmdrl.flows.preference_terms import REFERENCE
 from spmdrl.flows.reference_sums import ReferenceSums, distinct_rows
 from spmdrl.flows.reward_model import pair_accuracy
 from spmdrl.roles.handles import Policy
-from spmdrl.run.run import Metrics, Run
+from spmdrl.run.protocols import Metrics
+from spmdrl.run.run import Run
 
 
 class HeldOutPreferences:

@@ -25,13 +25,15 @@ from spmdrl.flows.preference_terms import (
 from spmdrl.flows.reference_sums import AskedSums
 from spmdrl.roles.calls import Call
 from spmdrl.roles.handles import Policy, Reference, together
-from spmdrl.run.run import Environment, Metrics, Run, joined
+from spmdrl.run.protocols import Environment, Metrics
+from spmdrl.run.run import Run
+from spmdrl.run.step_metrics import joined
 
 
 def online_dpo(run: Run) -> None:
     environment: Environment = run.make(run.config.environment, GroupEnvironment)
     trainer = run.make(run.config.trainer, OnlineDpoTrainer)
-    run.evaluate_with(trainer.held_out, syncs=False)
+    run.evaluate_with(trainer.held_out)
     sync = run.weight_sync("policy", "rollout")
     for step in run.steps():
         with run.phase("sync"):

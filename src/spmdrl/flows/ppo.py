@@ -32,7 +32,9 @@ from spmdrl.flows.policy_terms import policy_columns, policy_loss, update_of, wi
 from spmdrl.roles.calls import Call
 from spmdrl.roles.handles import Policy, Reference, Value, together
 from spmdrl.rollout.protocol import Finish
-from spmdrl.run.run import Environment, Metrics, Run, Trainer, joined, update_metrics
+from spmdrl.run.protocols import Environment, Metrics, Trainer
+from spmdrl.run.run import Run
+from spmdrl.run.step_metrics import joined, update_metrics
 from spmdrl.training.protocol import LossFn, LossInput
 
 

@@ -22,7 +22,9 @@ from spmdrl.config.algorithms import PreferenceSection
 from spmdrl.flows.policy_terms import update_of
 from spmdrl.roles.handles import Update
 from spmdrl.roles.model_calls import UpdateRecords
-from spmdrl.run.run import Metrics, Run, update_metrics
+from spmdrl.run.protocols import Metrics
+from spmdrl.run.run import Run
+from spmdrl.run.step_metrics import update_metrics
 from spmdrl.training.protocol import LossFn, LossInput
 
 REFERENCE, BASELINE = "ref_sums", "kl_baseline"

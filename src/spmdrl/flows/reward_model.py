@@ -22,7 +22,9 @@ from spmdrl.evaluation.metrics import clustered_mean
 from spmdrl.flows.policy_terms import update_of
 from spmdrl.observe.names import ACCURACY, EVAL, STANDARD_ERROR
 from spmdrl.roles.handles import Reward
-from spmdrl.run.run import Metrics, Run, update_metrics
+from spmdrl.run.protocols import Metrics
+from spmdrl.run.run import Run
+from spmdrl.run.step_metrics import update_metrics
 from spmdrl.training.protocol import LossFn, LossInput
 
 CHOSEN = 0
@@ -33,10 +35,10 @@ def reward_model(run: Run) -> None:
     trainer = run.make(run.config.trainer, RewardModelTrainer)
     run.evaluate_with(HeldOutPairs(run))
     for step in run.steps():
-        run.evaluate(step)
+        run.evaluate(step, syncs=True)
         batch = run.rows(step)  # preference pairs, two rows each: home rows
         run.finish(step, batch, trainer.step(step, batch))
-    run.conclude()
+    run.conclude(syncs=True)
 
 
 class RewardModelTrainer:

@@ -16,7 +16,9 @@ from spmdrl.distributed.reduce import moments
 from spmdrl.flows.policy_terms import update_of
 from spmdrl.observe.names import EVAL, STANDARD_ERROR
 from spmdrl.roles.handles import Policy
-from spmdrl.run.run import Metrics, Run, update_metrics
+from spmdrl.run.protocols import Metrics
+from spmdrl.run.run import Run
+from spmdrl.run.step_metrics import update_metrics
 from spmdrl.training.protocol import LossInput
 
 
@@ -24,10 +26,10 @@ def sft(run: Run) -> None:
     trainer = run.make(run.config.trainer, SftTrainer)
     run.evaluate_with(HeldOutLikelihood(run))
     for step in run.steps():
-        run.evaluate(step)
+        run.evaluate(step, syncs=True)
         batch = run.rows(step)  # conversations: home rows
         run.finish(step, batch, trainer.step(step, batch))
-    run.conclude()
+    run.conclude(syncs=True)
 
 
 class SftTrainer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,32 @@ class StepTime:
     seconds: dict[str, float]
 
 
-class PhaseTimer:
+class PhaseMeter(ABC):
+    """Charges what it reads to exactly one phase: the innermost open one, if there is one."""
+
+    def __init__(self) -> None:
+        self._open: list[str] = []
+        self._charged: dict[str, float] = {}
+        """Phase -> what it was charged, in order of first use."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Charge what is read inside the block to `name`, except that of inner phases."""
+        self._charge()
+        self._charged.setdefault(name, 0.0)
+        self._open.append(name)
+        try:
+            yield
+            self._charge()  # not after an exception: the device may no longer answer
+        finally:
+            self._open.pop()
+
+    @abstractmethod
+    def _charge(self) -> None:
+        """Read what has come up since the last call, and charge it to the end of `_open`."""
+
+
+class PhaseTimer(PhaseMeter):
     """Charges every moment of a step to exactly one phase: the innermost open one, or `other`.
 
     Args:
@@ -40,37 +66,24 @@ class PhaseTimer:
         synchronize: Callable[[], None],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        super().__init__()
         self._synchronize = synchronize
         self._clock = clock
-        self._open: list[str] = []
-        self._seconds: dict[str, float] = {}
         self._mark = clock()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Charge the time inside the block to `name`, except the time of inner phases."""
-        self._charge()
-        self._seconds.setdefault(name, 0.0)
-        self._open.append(name)
-        try:
-            yield
-            self._charge()  # not after an exception: the device may no longer answer
-        finally:
-            self._open.pop()
 
     def finish(self) -> StepTime:
         """Return the times since the last `finish` (or construction), and start anew."""
         self._charge()
-        other = self._seconds.pop(OTHER, 0.0)
-        step = StepTime(seconds={**self._seconds, OTHER: other})
-        self._seconds = {}
+        other = self._charged.pop(OTHER, 0.0)
+        step = StepTime(seconds={**self._charged, OTHER: other})
+        self._charged = {}
         return step
 
     def _charge(self) -> None:
         self._synchronize()
         now = self._clock()
         name = self._open[-1] if self._open else OTHER
-        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._mark
+        self._charged[name] = self._charged.get(name, 0.0) + now - self._mark
         self._mark = now
 
 

@@ -19,7 +19,7 @@ from spmdrl.rewards.pool import RewardJob, RewardPool, RewardResult
 from spmdrl.roles.calls import Call, together
 from spmdrl.roles.custom import SCORES, CustomRole
 from spmdrl.roles.handles import Reward
-from spmdrl.roles.ledger import current, places_of
+from spmdrl.roles.ledger import Stint, current, places_of
 from spmdrl.roles.origin import origin_of
 from spmdrl.rollout.protocol import Finish
 from spmdrl.rollout.stops import StopTexts
@@ -54,7 +54,6 @@ class Scorer:
         texts: texts of tokens.
         stop: stop strings; the text ends before the first of them.
         roles: roles whose scores are added.
-        progress: gets (rows done, rows) while functions score.
     """
 
     def __init__(
@@ -63,11 +62,10 @@ class Scorer:
         texts: TokenTexts,
         stop: Sequence[str] = (),
         roles: Sequence[ScoringRole] = (),
-        progress: Callable[[int, int], None] = lambda done, count: None,
     ) -> None:
         self.pool, self.stops = pool, StopTexts(stop, texts)
         self._teller = None if pool is None else Teller(pool.failed)
-        self.roles, self.progress = tuple(roles), progress
+        self.roles = tuple(roles)
 
     def texts(self, batch: Batch) -> list[str]:
         """The response texts of rows from `rollout.generate`."""
@@ -143,8 +141,13 @@ class Scorer:
         problem = None
         try:
             if jobs:
-                report = self._report(len(jobs))
-                results = pool.score(jobs, progress=report, tell=counts.extend)
+                report, count = Stint().report, len(jobs)
+                results = pool.score(
+                    jobs,
+                    # in calls, which go row by row
+                    progress=lambda done, calls: report(count * done // calls, count),
+                    tell=counts.extend,
+                )
         except RewardError as error:
             problem = str(error)
         if not world_any(bool(counts) or problem is not None):
@@ -156,10 +159,6 @@ class Scorer:
         if dist.get_rank() == 0 and self._teller is not None:
             self._teller(add_counts([count for counts, _ in told for count in counts]))
         return results
-
-    def _report(self, count: int) -> Callable[[int, int], None]:
-        """Convert progress in calls, which go row by row, to progress in rows."""
-        return lambda done, calls: self.progress(count * done // calls, count)
 
 
 def _call(scoring: ScoringRole, batch: Batch, *, evaluation: bool) -> Call[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,7 +42,6 @@ class Rollout:
     """The engine: `generate(prompts, generation)` returns one row per sample.
 
     Args:
-        progress: called on member ranks with (samples done, samples) of this replica.
         memory: memory moves of this rank.
         parts: the parts that a call needs on the device.
 
@@ -56,12 +54,11 @@ class Rollout:
         mesh: Mesh,
         config: ModelConfig,
         engine: RolloutEngine | None,
-        progress: Callable[[int, int], None] | None = None,
         memory: Turns | None = None,
         parts: tuple[str, ...] = (WEIGHTS, KV_CACHE),
     ) -> None:
         self.name, self.mesh, self.config = name, mesh, config
-        self.engine, self.progress, self.memory = engine, progress, memory
+        self.engine, self.memory = engine, memory
         self.parts, self.version = parts, 0
         self.generate = RoleMethod(self._generate)
         self.logprobs = RoleMethod(self._logprobs)
@@ -113,7 +110,7 @@ class Rollout:
 
         def compute(rows: Batch, stint: Stint) -> Batch | Interrupted:
             assert self.engine is not None, f"role {self.name!r} has no engine on this rank"
-            done = _run_generation(self.engine, rows, generation, experts, self.progress, stint)
+            done = _run_generation(self.engine, rows, generation, experts, stint)
             if isinstance(done, Interrupted):
                 return done
             return done.with_columns(rows={"weight_version": torch.full((len(rows),), version)})
@@ -164,7 +161,6 @@ def _run_generation(
     rows: Batch,
     generation: Generation,
     experts: tuple[Column, ...],
-    progress: Callable[[int, int], None] | None,
     stint: Stint,
 ) -> Batch | Interrupted:
     """Generate for this replica's rows; rows of one prompt become one request."""
@@ -189,8 +185,7 @@ def _run_generation(
 
     def report(num_tokens: int, num_done: int) -> None:
         stint.beat()
-        if progress is not None:
-            progress(num_done, len(rows))
+        stint.report(num_done, len(rows))
 
     generated = engine.generate(
         requests,

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 log = logging.getLogger(__name__)
+
+Report = Callable[[int, int], None]
+"""Takes the progress of work: (rows done, rows) of this rank."""
+
+_REPORT: ContextVar[Report] = ContextVar("report", default=lambda done, count: None)
 
 _KEPT_MEETINGS = 64
 """Number of meetings whose keys stay in the store; no rank lags this many role calls behind."""
@@ -59,13 +64,14 @@ class Stint:
         should_stop: whether a stop was asked for, as this rank sees it: ranks that compute together
             agree before they act on it. A call that cannot stop need not ask.
         beat: to be called on progress.
-        report: to be called on progress with (rows done, rows) of this rank's part.
+        report: to be called on progress with (rows done, rows) of this rank's part; by default
+            what `reporting` was given.
         begun: partial result of an earlier stint of the call.
     """
 
     should_stop: Callable[[], bool] = lambda: False
     beat: Callable[[], None] = lambda: None
-    report: Callable[[int, int], None] = lambda done, count: None
+    report: Report = field(default_factory=lambda: _REPORT.get())
     begun: PartialResult | None = None
 
 
@@ -97,7 +103,6 @@ class Ledger:
         pulse: told of every call and its stages.
         should_stop: whether this rank knows of a request to stop.
         journal: journal of the step that the run resumes.
-        report: called with a call's progress, see `Stint`.
         roles: description of each role, equal for roles whose results may replace each other's.
     """
 
@@ -108,11 +113,10 @@ class Ledger:
         pulse: Pulse,
         should_stop: Callable[[], bool] = lambda: False,
         journal: Journal | None = None,
-        report: Callable[[int, int], None] = lambda done, count: None,
         roles: Mapping[str, str] | None = None,
     ) -> None:
         journal = Journal() if journal is None else journal
-        self._report, self._roles = report, {} if roles is None else roles
+        self._roles = {} if roles is None else roles
         self._rank, self._size, self._is_first = world.rank, world.size, world.is_first
         self._store: Store = world.connect(f"{prefix}/calls")
         self._pulse, self._should_stop = pulse, should_stop
@@ -217,11 +221,10 @@ class Ledger:
     def stint(self, entry: Entry) -> Stint:
         """The controls for the call's `compute`. A call that is not kept never stops."""
         if entry.name is None:
-            return Stint(beat=self._pulse.beat, report=self._report)
+            return Stint(beat=self._pulse.beat)
         return Stint(
             should_stop=self._should_stop,
             beat=self._pulse.beat,
-            report=self._report,
             begun=None if entry.kept is None else entry.kept.part,
         )
 
@@ -364,3 +367,13 @@ def keeping(ledger: Ledger) -> Iterator[None]:
 def current() -> Ledger | None:
     """The ledger of the current run, if there is one."""
     return _CURRENT.get()
+
+
+@contextmanager
+def reporting(report: Report) -> Iterator[None]:
+    """Pass the progress of role calls and reward functions inside the block to `report`."""
+    token = _REPORT.set(report)
+    try:
+        yield
+    finally:
+        _REPORT.reset(token)

@@ -1,18 +1,21 @@
-"""`Lifetime` decides when a run saves and when it stops."""
+"""`Lifetime` decides when a run saves, exports and stops."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from spmdrl.checkpoint.rng import rng_state
-from spmdrl.config.sections import CheckpointSection
+from spmdrl.config.sections import Config
 from spmdrl.distributed.reduce import gather_objects, world_flags
 from spmdrl.memory.json_tensors import json_values
+from spmdrl.observe.metrics import MetricsWriter
 from spmdrl.roles.ledger import Ledger
 from spmdrl.roles.policy_sync import PolicySync
-from spmdrl.run.resume_point import Moment
+from spmdrl.run.config_changes import describe_roles
+from spmdrl.run.resume_point import Moment, Resumed
 from spmdrl.run.saving import Saver
 from spmdrl.supervision.stopping import StopAsked
 from spmdrl.supervision.walltime import Walltime
@@ -26,41 +29,41 @@ class Lifetime:
     """Begins and ends steps, the same on every rank.
 
     Args:
-        saver: writes and restores checkpoints.
+        saver: writes checkpoints.
+        resumed: point from which the run resumes; the roles are restored already.
+        export: writes the trained models to a directory.
+        writer: metrics.jsonl, whose lines checkpoints count.
         watcher: knows the requests to stop.
-        report: called with the progress of a role call: (rows done, rows) of this rank.
-        roles: name -> description of a role, see `Ledger`.
 
     `saved` holds numbers that a flow needs again after a resume, equal on all ranks.
     """
 
     def __init__(
         self,
+        config: Config,
         world: World,
-        section: CheckpointSection,
+        *,
         saver: Saver,
+        resumed: Resumed,
+        export: Callable[[Path], None],
+        writer: MetricsWriter,
         watcher: Watcher,
         syncs: Sequence[PolicySync],
-        report: Callable[[int, int], None] = lambda done, count: None,
-        roles: Mapping[str, str] | None = None,
     ) -> None:
-        self._world, self._section = world, section
+        self._world, self._section = world, config.checkpoint
+        self._directory, self._export, self._writer = Path(config.run_dir), export, writer
         self._saver, self.watcher, self._syncs = saver, watcher, syncs
         self._walltime = Walltime()
         self._began: float | None = None
-        self.resumed = saver.restore()
-        self.first_step = self.steps_done = self.resumed.steps_done
-        self.saved = self.resumed.saved
-        self.metrics_lines: Callable[[], int] = lambda: 0
-        """Counts the lines of metrics.jsonl."""
+        self.first_step = self.steps_done = resumed.steps_done
+        self.saved = resumed.saved
         self.ledger = Ledger(
             world,
             str(watcher.attempt.directory),
             watcher.pulse,
             lambda: watcher.stop_asked,
-            self.resumed.journal,
-            report,
-            roles,
+            resumed.journal,
+            describe_roles(config),
         )
         self._moment: Moment | None = None
         """State at the beginning of the current step; None between steps."""
@@ -94,22 +97,30 @@ class Lifetime:
             sync.begin_step(step)
 
     def finish(self, step: int) -> None:
-        """End a step, and save a checkpoint if one is due."""
+        """End a step, and save a checkpoint or export the models if that is due."""
         self.steps_done = step + 1
         self._moment = None
         self.ledger.finish_step()
         if self._section.every > 0 and self.steps_done % self._section.every == 0:
             self.save()
+        export = self._section.export
+        if export is not True and export > 0 and self.steps_done % export == 0:
+            self._export(self._directory / f"model_step_{self.steps_done:08d}")
 
     def save(self) -> None:
         """Begin a checkpoint of the steps done, unless it exists."""
         self._saver.save(self._now(), self.ledger.journal())
 
+    def export(self) -> None:
+        """Export the trained models at the end of the run, if the configuration wants it."""
+        if self._section.export:
+            self._export(self._directory / "model")
+
     def _now(self) -> Moment:
         return Moment(
             steps_done=self.steps_done,
             saved=json_values(self.saved, "run.saved"),
-            metrics_lines=self.metrics_lines(),
+            metrics_lines=self._writer.count_lines(),
             versions=self._saver.versions(),
             generators=rng_state(self._world.device),
         )

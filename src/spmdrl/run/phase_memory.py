@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 
 from spmdrl.distributed.reduce import world_max
 from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.observe.names import PEAK_MEMORY
-from spmdrl.observe.timeline import take_peak_memory
+from spmdrl.observe.timeline import PhaseMeter, take_peak_memory
 
 PARTS, DEVICE = "memory/parts_gb/", "memory/device_gb/"  # + phase, 1e9 bytes
 MOVED, SPEED = "memory/moved_gb", "memory/gb_per_s"
 
 
-class PhaseMemory:
+class PhaseMemory(PhaseMeter):
     """Reads the parts' meter and the device's peak at both ends of every phase, and charges
     them to the innermost open one.
 
@@ -32,23 +31,11 @@ class PhaseMemory:
         device: torch.device,
         take_peak: Callable[[torch.device], int] = take_peak_memory,
     ) -> None:
+        super().__init__()
         self._memory, self._device, self._take_peak = parts, device, take_peak
-        self._open: list[str] = []
         self._begin_step()
         parts.take_metrics()  # bytes of the start belong to no step
         take_peak(device)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Charge the bytes moved inside, and the peak, to `name`."""
-        self._charge()
-        self._parts.setdefault(name, 0.0)
-        self._open.append(name)
-        try:
-            yield
-            self._charge()  # not after an exception: the device may no longer answer
-        finally:
-            self._open.pop()
 
     def finish(self) -> dict[str, float]:
         """Metrics since the last `finish`, each the maximum over the ranks; every rank calls it.
@@ -59,8 +46,8 @@ class PhaseMemory:
         moved, `memory/gb_per_s`.
         """
         self._charge()
-        names = list(self._parts)  # equal on all ranks, since every rank runs every phase
-        values = [*self._parts.values(), *(self._peaks.get(name, 0.0) for name in names)]
+        names = list(self._charged)  # equal on all ranks, since every rank runs every phase
+        values = [*self._charged.values(), *(self._peaks.get(name, 0.0) for name in names)]
         values += [self._peak, self._moved, self._seconds]
         most = world_max(torch.tensor(values)).tolist()
         metrics = {PARTS + name: most[i] / 1e9 for i, name in enumerate(names)}
@@ -75,7 +62,7 @@ class PhaseMemory:
         return metrics
 
     def _begin_step(self) -> None:
-        self._parts: dict[str, float] = {}
+        self._charged = {}  # of parts
         self._peaks: dict[str, float] = {}
         self._peak = self._moved = self._seconds = 0.0
 
@@ -87,5 +74,5 @@ class PhaseMemory:
         self._peak = max(self._peak, peak)
         if self._open:
             name = self._open[-1]
-            self._parts[name] = max(self._parts[name], found["peak_resident_bytes"])
+            self._charged[name] = max(self._charged[name], found["peak_resident_bytes"])
             self._peaks[name] = max(self._peaks.get(name, 0.0), peak)

@@ -4,135 +4,70 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
-import torch
-
-from spmdrl.algorithms.metrics import combine, token_means
 from spmdrl.batch import Batch
 from spmdrl.config.roles import PartName
 from spmdrl.config.sections import Config
 from spmdrl.config.user_objects import load_object
 from spmdrl.data.home import DataSet, StepRows, home_rows
-from spmdrl.distributed.reduce import moments, world_max
+from spmdrl.distributed.reduce import moments
 from spmdrl.memory.call_memory import Turns
-from spmdrl.observe import names
-from spmdrl.observe.console import Console
-from spmdrl.observe.metrics import MetricsWriter, set_aside_metrics
-from spmdrl.observe.progress import Relay
-from spmdrl.observe.timeline import PhaseTimer, timing_metrics
-from spmdrl.rewards.scorer import Scorer
-from spmdrl.roles.calls import Call
-from spmdrl.roles.policy_sync import PolicySync
 from spmdrl.rollout.sampling import SamplingParams
-from spmdrl.run.lifetime import Lifetime
-from spmdrl.run.phase_memory import PhaseMemory
+from spmdrl.run.protocols import Evaluates, Life, Metrics, Scores, Syncs
 from spmdrl.run.resume_point import Saved
-from spmdrl.run.saving import Saver
+from spmdrl.run.step_metrics import joined, sync_metrics
+from spmdrl.run.step_report import StepReport
 from spmdrl.run.user_parts import check_made
-from spmdrl.training.experts import EXPERT_METRICS
-from spmdrl.training.protocol import STEP_METRICS
 from spmdrl.world import World
 
 log = logging.getLogger(__name__)
 
-Metrics = Mapping[str, float]
 R = TypeVar("R")
 D = TypeVar("D", bound=DataSet)
-
-
-class Environment(Protocol):
-    """First half of a flow: the methods of a class that `environment` names."""
-
-    def collect(self, step: int) -> Batch:
-        """Collect one step's scored samples: home rows with `rewards`."""
-        ...
-
-    def ahead(self, step: int) -> tuple[Call[Any], ...]:
-        """Calls that prepare `step` and may run alongside the previous update; () for none."""
-        ...
-
-    def metrics(self) -> Metrics:
-        """Metrics of the samples just collected; every rank calls it."""
-        ...
-
-
-class Trainer(Protocol):
-    """Second half of a flow: the method of a class that `trainer` names."""
-
-    def step(self, step: int, batch: Batch, *alongside: Call[Any]) -> Metrics:
-        """Compute advantages and update on what `collect` returned; pass the calls of `alongside`
-        to the `together` of the updates.
-        """
-        ...
-
-
-class Evaluates(Protocol):
-    """An evaluator: `Run.evaluate` calls it when an evaluation is due."""
-
-    def evaluate(self, step: int) -> Metrics:
-        """Metrics named `eval/SET...`, equal on every rank."""
-        ...
-
-
-PER_STEP = (*STEP_METRICS, *EXPERT_METRICS)
-"""Metrics of an optimizer step as a whole, not of its tokens."""
 
 
 class Run:
     """One run of a flow, the same on every rank.
 
     Args:
-        config, world: the configuration and the ranks of the run.
         roles: name -> role; every rank holds all of them.
         syncs: (source role, target role) -> their weight sync.
         data: the training data and their order.
         held_out: name -> set that is never trained on.
         scorer: computes the rewards.
         evaluators: evaluate by generation on held-out prompts.
-        saver: exports the model.
-        lifetime: decides when to save and when to stop.
         sampling: sampling parameters of the training rollouts.
-        timer, memory, relay: seconds and bytes by phase; progress bars.
+        report: records the steps.
+        life: begins and ends steps, saves, and stops the run.
 
     `saved` holds numbers that a flow needs again after a resume, equal on all ranks.
     """
 
     def __init__(
         self,
-        *,
         config: Config,
         world: World,
+        *,
         roles: Mapping[str, Any],
-        syncs: Mapping[tuple[str, str], PolicySync],
+        syncs: Mapping[tuple[str, str], Syncs],
         data: StepRows,
         held_out: Mapping[str, DataSet],
-        scorer: Scorer,
+        scorer: Scores,
         evaluators: Sequence[Evaluates],
-        saver: Saver,
         sampling: SamplingParams,
-        timer: PhaseTimer,
-        memory: PhaseMemory,
-        relay: Relay,
-        lifetime: Lifetime,
+        report: StepReport,
+        life: Life,
     ) -> None:
         self.config, self.world, self.sampling = config, world, sampling
         self.directory = Path(config.run_dir)
         self._roles, self._syncs = roles, syncs
-        self.data, self._held_out, self._scorer = data, held_out, scorer
-        self._evaluators, self._saver, self._timer = list(evaluators), saver, timer
-        self._syncs_to_evaluate = self.has_begun = self.is_concluded = False
-        self._relay, self._memory, self._life = relay, memory, lifetime
-        if world.is_first and lifetime.resumed.path is None:
-            set_aside_metrics(self.directory)
-        self._writer = MetricsWriter(
-            self.directory, is_first=world.is_first, tensorboard=config.log.tensorboard
-        )
-        self._console = Console(is_first=world.is_first, num_steps=config.steps)
-        self._writer.truncate_to(lifetime.resumed.metrics_lines)
-        lifetime.metrics_lines = self._writer.count_lines
+        self.data, self._held_out = data, held_out
+        self._scorer, self._evaluators = scorer, list(evaluators)
+        self._report, self._life = report, life
+        self.has_begun = self.is_concluded = False
 
     @property
     def saved(self) -> Saved:
@@ -166,7 +101,7 @@ class Run:
         check_made(self.config, where, made)
         return made
 
-    def weight_sync(self, source: str, target: str) -> PolicySync:
+    def weight_sync(self, source: str, target: str) -> Syncs:
         """The weight sync from one role to another.
 
         Raises:
@@ -182,7 +117,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Steps still to do, by number; a requested stop ends the flow between two of them."""
-        self._timer.finish()
+        self._report.begin()
         self.has_begun = True
         for step in range(self._life.first_step, self.config.steps):
             self._life.begin(step)
@@ -194,12 +129,13 @@ class Run:
                     "that is cut short (`continue`) needs it too, on all ranks alike"
                 )
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> AbstractContextManager[None]:
         """Charge the time inside to `name`, and show a bar if the work reports progress."""
-        pulse = self._life.watcher.pulse.phase(name)
-        with self._timer.phase(name), self._memory.phase(name), self._relay.bar(name), pulse:
-            yield
+        return self._report.phase(name)
+
+    def progress(self, done: int, count: int) -> None:
+        """Show the progress of the current phase: rows done of this rank's rows."""
+        self._report.progress(done, count)
 
     @contextmanager
     def resident(self, role: str, *parts: str) -> Iterator[None]:
@@ -248,122 +184,73 @@ class Run:
         metrics = {name: moments(batch[name]).mean for name in components}
         return {**metrics, "reward_failed": moments(batch["reward_failed"]).mean}
 
-    def evaluate_with(self, evaluator: Evaluates, *, syncs: bool = True) -> None:
-        """Add an evaluator to those that generate responses to held-out prompts.
-
-        Args:
-            syncs: whether evaluations sync the weights, as the flow's steps do not.
-        """
-        self._syncs_to_evaluate = syncs
+    def evaluate_with(self, evaluator: Evaluates) -> None:
+        """Add an evaluator to those that generate responses to held-out prompts."""
         self._evaluators.insert(0, evaluator)
 
-    def evaluate(self, step: int) -> None:
-        """Evaluate on the held-out sets if the configuration wants it before this step."""
+    def evaluate(self, step: int, *, syncs: bool = False) -> None:
+        """Evaluate on the held-out sets if the configuration wants it before this step.
+
+        Args:
+            syncs: whether to run the weight syncs first (phase `sync`), as flows need whose steps
+                do not: engines get the policy's weights only for evaluations.
+        """
         evaluation = self.config.evaluation
         first = step == 0 and evaluation.before
         due = evaluation.every > 0 and step > 0 and step % evaluation.every == 0
         if first or due:
-            self._run_evaluation(step)
+            self._run_evaluation(step, syncs=syncs)
 
-    def _run_evaluation(self, step: int) -> None:
+    def _run_evaluation(self, step: int, *, syncs: bool) -> None:
         if not self._evaluators:
             return
-        if self._syncs_to_evaluate and self._syncs:
+        if syncs and self._syncs:
             with self.phase("sync"):
                 for sync in self._syncs.values():
                     sync.run()
+        self._warn_of_old_weights()
         metrics: dict[str, float] = {}
         with self.phase("evaluation"):
             for evaluator in self._evaluators:
                 metrics |= evaluator.evaluate(step)
-        if not metrics:
-            return
-        self._writer.write(step, metrics)
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        log.info("after %d steps: %s", step, shown)
+        if metrics:
+            self._report.evaluation(step, metrics)
+
+    def _warn_of_old_weights(self) -> None:
+        for source, target in self._syncs if self.world.is_first else ():
+            trained, held = self._roles[source].version, self._roles[target].version
+            if trained != held:
+                log.warning(
+                    "evaluation with roles.%s %d optimizer steps behind roles.%s: sync before "
+                    "run.evaluate(step) and run.conclude(), or pass them syncs=True",
+                    *(target, trained - held, source),
+                )
 
     def finish(self, step: int, batch: Batch, metrics: Metrics) -> None:
         """End a step: write metrics and text samples, and save or export if that is due.
 
         Metrics are recorded under the number of steps done: 1 after the first step.
         """
-        syncs = [sync.take_metrics() for sync in self._syncs.values()]
-        moved = {name: value for found in syncs for name, value in found.items()}
-        record = joined(metrics, moved, self._timing(metrics))
-        self._writer.write(step + 1, record)
-        self._writer.write_samples(step + 1, self._samples(batch))
-        self._console.step({"step": step + 1, **record})
+        moved = sync_metrics({role: sync.take_metrics() for (_, role), sync in self._syncs.items()})
+        self._report.step(step + 1, batch, joined(metrics, moved))
         if self.world.is_first and metrics.get("skipped", 0.0) == 1.0:
             log.warning("step %d changed no weight: no gradient of it was finite", step + 1)
         with self.phase("checkpoint"):
             self._life.finish(step)
-            export = self.config.checkpoint.export
-            if export is not True and export > 0 and self.steps_done % export == 0:
-                self._saver.export(self.directory / f"model_step_{self.steps_done:08d}")
 
-    def conclude(self) -> None:
-        """End the run: checkpoint, final evaluation, export. Every flow ends with this call."""
+    def conclude(self, *, syncs: bool = False) -> None:
+        """End the run: checkpoint, final evaluation, export. Every flow ends with this call.
+
+        Args:
+            syncs: as in `evaluate`.
+        """
         self.is_concluded = True
         if self.steps_done > self._life.first_step:
             self._life.save()
         self._life.begin(self.config.steps)
         if self.config.evaluation.after:
-            self._run_evaluation(self.config.steps)
-        if self.config.checkpoint.export:
-            self._saver.export(self.directory / "model")
+            self._run_evaluation(self.config.steps, syncs=syncs)
+        self._life.export()
 
     def close(self) -> None:
-        self._writer.close()
-
-    def _timing(self, metrics: Metrics) -> dict[str, float]:
-        own = self._timer.finish()
-        phases = list(own.seconds)
-        seconds = world_max(torch.tensor([own.seconds[name] for name in phases]))
-        tokens = {
-            names.ROLLOUT: metrics.get("rollout_tokens", 0.0),
-            names.UPDATE: metrics.get("update_tokens", 0.0),
-        }
-        timing = timing_metrics(dict(zip(phases, seconds.tolist(), strict=True)), tokens)
-        return {**timing, **self._memory.finish()}
-
-    def _samples(self, batch: Batch) -> list[dict[str, object]]:
-        count = min(self.config.log.text_samples, len(batch))
-        if "response" not in batch.objects:
-            return []
-        return [
-            {
-                "prompt": batch.objects["prompt"][i].text,
-                "response": batch.objects["response"][i],
-                "reward": float(batch["rewards"][i]),
-            }
-            for i in range(count)
-        ]
-
-
-def joined(*parts: Metrics) -> Metrics:
-    """Join several sets of metrics into one.
-
-    Raises:
-        ValueError: two of them have a metric of the same name.
-    """
-    found: dict[str, float] = {}
-    for part in parts:
-        taken = sorted(found.keys() & part.keys())
-        if taken:
-            raise ValueError(
-                f"metrics called {taken} come from two parts of the flow (its environment and its "
-                "trainer, say), and one would be lost: give one of them another name"
-            )
-        found |= part
-    return found
-
-
-def update_metrics(records: Sequence[Metrics]) -> Metrics:
-    """Metrics of a step from its optimizer steps: token means; plain means of `PER_STEP`."""
-    if not records:
-        return {"update_tokens": 0.0}
-    sums = combine([{k: v for k, v in r.items() if k not in PER_STEP} for r in records])
-    whole = {k: sum(r[k] for r in records) / len(records) for k in PER_STEP if k in records[0]}
-    means = dict(token_means(sums))
-    tokens = means.pop("tokens")
-    return {**means, **whole, "update_tokens": tokens}
+        self._report.close()

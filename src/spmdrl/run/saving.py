@@ -31,7 +31,6 @@ from spmdrl.roles.policy_sync import SyncState
 from spmdrl.run.assembled import Assembly
 from spmdrl.run.config_changes import changed_keys, describe_journal
 from spmdrl.run.data_identity import DataIdentity
-from spmdrl.run.exporting import export_models
 from spmdrl.run.loss_check import TOLERANCES, LossCheck
 from spmdrl.run.resume_point import Moment, Resumed
 from spmdrl.supervision.attempt import Attempt
@@ -362,10 +361,6 @@ class Saver:
             }
             copies |= only(_named(f"{name}.engine", tensors), owned) if tensors else {}
         return copies
-
-    def export(self, directory: Path) -> None:
-        """Export the trained roles, see `export_models`."""
-        export_models(self._config, self._assembly, directory)
 
     def _tensors(self, *, owned: bool = False) -> Tensors:
         """State of every trained role as `role.kind/NAME`; with `owned`, what is written here."""

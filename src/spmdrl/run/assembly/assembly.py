@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -107,7 +107,6 @@ def assemble(
     world: World,
     models: Mapping[str, Model],
     texts: TokenTexts | None,
-    progress: Callable[[int, int], None] | None = None,
     plan: RolePlan | None = None,
 ) -> Assembly:
     """Make every role on every rank, in the configuration's order.
@@ -137,7 +136,7 @@ def assemble(
         if config.is_users(name):
             builder.add_custom(name, mesh)
         elif (spec := plan.specs[name]).is_rollout:
-            builder.add_rollout(spec, mesh, models[name], texts, progress)
+            builder.add_rollout(spec, mesh, models[name], texts)
         else:
             builder.add_model(spec, mesh, models[name])
     return builder.assembly()
@@ -196,14 +195,13 @@ class _Builder:
         mesh: Mesh,
         model: Model,
         texts: TokenTexts | None,
-        progress: Callable[[int, int], None] | None,
     ) -> None:
         name, turns = spec.name, self._turns_of(spec.name)
         moves = turns is not None and mesh.is_member and self._residencies[name, WEIGHTS] != "keep"
         engine = make_engine(self._config, spec, mesh, self._device(name), texts, sleeps=moves)
         captured = engine is not None and engine.captures_graphs
         parts = engine_parts(spec, captures_graphs=captured)
-        role = Rollout(name, mesh, spec.model, engine, progress, turns, parts)
+        role = Rollout(name, mesh, spec.model, engine, turns, parts)
         self._roles[name] = role
         policy = next((r for r in self._roles.values() if isinstance(r, Policy)), None)
         layouts, rank = self._plan.layouts, self._world.rank

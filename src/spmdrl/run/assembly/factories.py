@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from spmdrl.config.data_sets import START, HeldOutSet, held_out_sets, uses_chat
@@ -11,6 +12,8 @@ from spmdrl.data.home import StepRows
 from spmdrl.data.order import Stream, stream_of
 from spmdrl.data.prompts import PromptSet
 from spmdrl.evaluation.evaluator import Evaluator, results_file
+from spmdrl.observe.console import Console
+from spmdrl.observe.metrics import MetricsWriter, set_aside_metrics
 from spmdrl.observe.progress import Relay
 from spmdrl.observe.timeline import PhaseTimer
 from spmdrl.rewards.pool import RewardPool
@@ -19,16 +22,17 @@ from spmdrl.rewards.scorer import Scorer, ScoringRole
 from spmdrl.roles.custom import CustomRole
 from spmdrl.roles.handles import Reward, Rollout
 from spmdrl.run.assembled import Assembly
-from spmdrl.run.inputs import (
-    Inputs,
-    sampling_params,
-    training_sampling,
-)
+from spmdrl.run.data_identity import data_identity
+from spmdrl.run.exporting import export_models
+from spmdrl.run.inputs import Inputs, sampling_params, training_sampling
 from spmdrl.run.lifetime import Lifetime
 from spmdrl.run.phase_memory import PhaseMemory
+from spmdrl.run.resume_point import Resumed
 from spmdrl.run.reward_pools import pool_key
 from spmdrl.run.run import Run
 from spmdrl.run.saving import Saver
+from spmdrl.run.step_report import StepReport
+from spmdrl.supervision.watcher import Watcher
 from spmdrl.world import World
 
 
@@ -38,30 +42,62 @@ def make_run(
     inputs: Inputs,
     assembly: Assembly,
     pools: Mapping[str, RewardPool],
+    watcher: Watcher,
     relay: Relay,
-    saver: Saver,
-    lifetime: Lifetime,
-    report: Callable[[int, int], None],
-) -> Run:
+) -> tuple[Run, Lifetime]:
+    """Make a run and what ends it, in the state of the checkpoint that it resumes from.
+
+    Raises:
+        ValueError: the checkpoint cannot be resumed, or a source is too small for its weight.
+    """
+
+    identity = data_identity(config, inputs)
+    saver = Saver(config, world, assembly, watcher.attempt, watcher.pulse.beat, identity)
+    resumed = saver.restore()
+    writer = make_writer(config, world, resumed)
+    life = Lifetime(
+        config,
+        world,
+        saver=saver,
+        resumed=resumed,
+        export=partial(export_models, config, assembly),
+        writer=writer,
+        watcher=watcher,
+        syncs=list(assembly.syncs.values()),
+    )
     pool = pools.get(pool_key(config.rewards))
-    scorer = make_scorer(config, inputs, assembly, pool, report=report)
-    evaluators = make_evaluators(config, world, inputs, assembly, pools, report)
-    return Run(
-        config=config,
-        world=world,
+    run = Run(
+        config,
+        world,
         roles=assembly.roles,
         syncs=assembly.syncs,
         data=StepRows(world, inputs.train, make_stream(config, inputs)),
         held_out=inputs.held_out,
-        scorer=scorer,
-        evaluators=list(evaluators.values()),
-        saver=saver,
+        scorer=make_scorer(config, inputs, assembly, pool),
+        evaluators=list(make_evaluators(config, world, inputs, assembly, pools).values()),
         sampling=training_sampling(config),
-        timer=PhaseTimer(synchronize=world.synchronize),
-        memory=PhaseMemory(assembly.memory, world.device),
-        relay=relay,
-        lifetime=lifetime,
+        report=StepReport(
+            writer=writer,
+            console=Console(is_first=world.is_first, num_steps=config.steps),
+            timer=PhaseTimer(synchronize=world.synchronize),
+            memory=PhaseMemory(assembly.memory, world.device),
+            relay=relay,
+            pulse=watcher.pulse,
+            text_samples=config.log.text_samples,
+        ),
+        life=life,
     )
+    return run, life
+
+
+def make_writer(config: Config, world: World, resumed: Resumed) -> MetricsWriter:
+    """Open metrics.jsonl where the run resumes; a fresh run sets an earlier one aside."""
+    directory = Path(config.run_dir)
+    if world.is_first and resumed.path is None:
+        set_aside_metrics(directory)
+    writer = MetricsWriter(directory, is_first=world.is_first, tensorboard=config.log.tensorboard)
+    writer.truncate_to(resumed.metrics_lines)
+    return writer
 
 
 def make_stream(config: Config, inputs: Inputs) -> Stream:
@@ -75,7 +111,6 @@ def make_scorer(
     assembly: Assembly,
     pool: RewardPool | None,
     described: HeldOutSet | None = None,
-    report: Callable[[int, int], None] = lambda done, count: None,
 ) -> Scorer:
     """Scorer by the pool's functions and the roles that `rewards` names: those of training, or of
     the held-out set `described`.
@@ -93,7 +128,7 @@ def make_scorer(
             path = config.model_path(section.role)
             retokenize = retokenizer(section.role, path, inputs.now, chat=uses_chat(config))
         roles.append(ScoringRole(role=role, weight=section.weight, retokenize=retokenize))
-    return Scorer(pool, inputs.texts, sampling.stop, roles, report)
+    return Scorer(pool, inputs.texts, sampling.stop, roles)
 
 
 def make_evaluators(
@@ -102,7 +137,6 @@ def make_evaluators(
     inputs: Inputs,
     assembly: Assembly,
     pools: Mapping[str, RewardPool],
-    report: Callable[[int, int], None] = lambda done, count: None,
     *,
     has_start: bool = True,
 ) -> dict[str, Evaluator]:
@@ -127,7 +161,7 @@ def make_evaluators(
             name=name,
             prompts=prompts,
             rollout=rollout,
-            scorer=make_scorer(config, inputs, assembly, pool, described, report),
+            scorer=make_scorer(config, inputs, assembly, pool, described),
             sampling=sampling_params(described.sampling),
             num_samples=described.num_samples,
             k=described.k,
