@@ -61,7 +61,7 @@ def write_on_each(world, directory):
         },
     )
     evaluator = object.__new__(Evaluator)
-    evaluator._judged_by = "exact"
+    evaluator._set = SimpleNamespace(judged_by="exact")
     evaluator._write(batch, directory / f"{world.rank}.jsonl")
 
 

@@ -362,7 +362,7 @@ def save_and_restore(world: World, path: str, changes: tuple[str, ...] = ()) -> 
         role.train(batch)
         moment = Moment(
             steps_done=resumed.steps_done + 1,
-            versions=saver.versions(),
+            versions=saver.states.versions(),
             generators=rng_state(world.device),
         )
         saver.save(moment, Journal())

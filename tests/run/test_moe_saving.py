@@ -45,7 +45,7 @@ def cross(
         train(policy)
         save(saver, number + 1)
         expected = state_of(policy, layout)
-    export_models(saver._config, saver._assembly, run_dir / "model")
+    export_models(saver._config, saver.states._assembly, run_dir / "model")
     assert policy.backend is not None
     rows = from_rows([TOKENS], rows={"prompt_lengths": torch.tensor([1])})
     found = policy.backend.forward(rows, next_token())["logprobs"]

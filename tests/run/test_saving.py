@@ -46,7 +46,7 @@ def save(saver: Saver, steps_done: int) -> None:
         steps_done=steps_done,
         saved=SAVED,
         metrics_lines=7,
-        versions=saver.versions(),
+        versions=saver.states.versions(),
         generators=rng_state(torch.device("cpu")),
     )
     saver.save(moment, Journal())

@@ -121,7 +121,7 @@ class Lifetime:
             steps_done=self.steps_done,
             saved=json_values(self.saved, "run.saved"),
             metrics_lines=self._writer.count_lines(),
-            versions=self._saver.versions(),
+            versions=self._saver.states.versions(),
             generators=rng_state(self._world.device),
         )
 

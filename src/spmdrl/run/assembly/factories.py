@@ -11,7 +11,7 @@ from spmdrl.config.sections import Config, RewardSection
 from spmdrl.data.home import StepRows
 from spmdrl.data.order import Stream, stream_of
 from spmdrl.data.prompts import PromptSet
-from spmdrl.evaluation.evaluator import Evaluator, results_file
+from spmdrl.evaluation.evaluator import KEY, Evaluator, HeldOutPrompts, results_file
 from spmdrl.observe.console import Console
 from spmdrl.observe.metrics import MetricsWriter, set_aside_metrics
 from spmdrl.observe.progress import Relay
@@ -20,7 +20,7 @@ from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.retokenizing import retokenizer
 from spmdrl.rewards.scorer import Scorer, ScoringRole
 from spmdrl.roles.custom import CustomRole
-from spmdrl.roles.handles import Reward, Rollout
+from spmdrl.roles.handles import Generation, Reward, Rollout
 from spmdrl.run.assembled import Assembly
 from spmdrl.run.data_identity import data_identity
 from spmdrl.run.exporting import export_models
@@ -156,22 +156,23 @@ def make_evaluators(
         against = None if described.against is None else Path(described.against)
         if described.against == START:
             against = results_file(results_dir, name, 0) if has_start else None
-        found[name] = Evaluator(
-            world=world,
+        held_out = HeldOutPrompts(
             name=name,
             prompts=prompts,
-            rollout=rollout,
-            scorer=make_scorer(config, inputs, assembly, pool, described),
-            sampling=sampling_params(described.sampling),
-            num_samples=described.num_samples,
+            generation=Generation(
+                seed=config.seed,
+                step=KEY,
+                group_size=described.num_samples,
+                sampling=sampling_params(described.sampling),
+            ),
             k=described.k,
             # no value of a reward model's score makes a response right
             threshold=described.threshold if can_be_right(config, described) else None,
-            seed=config.seed,
-            results_dir=results_dir,
             judged_by=judge(config, described.rewards),
             against=against,
         )
+        scorer = make_scorer(config, inputs, assembly, pool, described)
+        found[name] = Evaluator(world, rollout, scorer, held_out, results_dir)
     return found
 
 
