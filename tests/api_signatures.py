@@ -88,20 +88,17 @@ def members(owner: ast.ClassDef) -> Iterator[str]:
 
 
 def attributes(owner: str, functions: dict[str, ast.FunctionDef]) -> Iterator[str]:
-    """Attributes that `__init__` sets: names, and for role methods what they take."""
+    """Attributes that `__init__` sets."""
     plain = set()
-    for name, value in assigned(functions["__init__"]) if "__init__" in functions else ():
-        if isinstance(value, ast.Call) and ast.unparse(value.func) == "RoleMethod":
-            behind = functions[ast.unparse(value.args[0]).removeprefix("self.")]
-            yield signature(behind).replace(behind.name, name, 1)
-        elif owner not in HANDLES or name in HANDLE_ATTRIBUTES:
+    for name in assigned(functions["__init__"]) if "__init__" in functions else ():
+        if owner not in HANDLES or name in HANDLE_ATTRIBUTES:
             plain.add(name)
     if plain:
         yield f"attributes: {', '.join(sorted(plain))}"
 
 
-def assigned(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr | None]]:
-    """Public attributes of `self` that a function sets, each with its value."""
+def assigned(function: ast.FunctionDef) -> Iterator[str]:
+    """Public attributes of `self` that a function sets."""
     for node in ast.walk(function):
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
@@ -109,7 +106,7 @@ def assigned(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr | None]]
             for part in parts:
                 own = isinstance(part, ast.Attribute) and ast.unparse(part.value) == "self"
                 if own and not part.attr.startswith("_"):
-                    yield part.attr, node.value
+                    yield part.attr
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,15 +54,16 @@ class GroupEnvironment:
         """Call that draws `step`'s samples alongside the previous update, with `lag: 1`; or ()."""
         if self.run.config.lag == 0 or step >= self.run.config.steps:
             return ()
-        call = self._draw(step, attempt=0, count=self.run.config.data.prompts_per_step)
+        count = self.run.config.data.prompts_per_step
+        call = self._draw(step, attempt=0, count=count, is_ahead=True)
 
-        def keep(home: Batch) -> Batch:
-            self.drawn[step] = call.finish(home)
-            return self.drawn[step]
+        def keep(samples: Batch) -> Batch:
+            self.drawn[step] = samples
+            return samples
 
-        return (replace(call, finish=keep, is_ahead=True),)
+        return (call.then(keep),)
 
-    def _draw(self, step: int, *, attempt: int, count: int) -> Call[Batch]:
+    def _draw(self, step: int, *, attempt: int, count: int, is_ahead: bool = False) -> Call[Batch]:
         config = self.run.config
         generation = Generation(
             seed=config.seed,
@@ -72,10 +72,11 @@ class GroupEnvironment:
             sampling=self.run.sampling,
         )
         rows = self.run.rows(step, attempt=attempt, count=count)
-        # a run that resumes with the next step finds by its label what was drawn ahead
-        ahead = config.lag > 0 and attempt == 0
-        label = f"{self.rollout.name} for step {step}" if ahead else None
-        return replace(self.rollout.generate.on(rows, generation), label=label)
+        call = self.rollout.generate.on(rows, generation)
+        if config.lag > 0 and attempt == 0:
+            # a run that resumes with the next step finds by its label what was drawn ahead
+            return call.labelled(f"{self.rollout.name} for step {step}", is_ahead=is_ahead)
+        return call
 
     def _sample(self, step: int, *, attempt: int, count: int) -> Batch:
         batch = self.drawn.pop(step, None) if attempt == 0 else None

@@ -63,15 +63,15 @@ class GrpoTrainer:
             batch = self._add_logprobs(batch, temperature)
         advantages = token_advantages(batch, config.algorithm, config.sampling.max_tokens)
         batch = with_loss_weights(batch.with_columns(tokens={"advantages": advantages}), self.run)
-        calls: list[Call[Any]] = []
+        update = None
         if self._has_gradient(batch):
             columns = policy_columns(batch)
-            update = update_of(self.run, "policy", step, columns, temperature=temperature)
-            calls.append(self.policy.update.on(batch, self.loss, update))
+            schedule = update_of(self.run, "policy", step, columns, temperature=temperature)
+            update = self.policy.update.on(batch, self.loss, schedule)
         lag = self.policy.version - moments(batch["weight_version"]).mean
         with self.run.phase("update"):
-            done = together(*calls, *alongside)
-        metrics = {**update_metrics(done[0] if calls else []), "sample_lag": lag}
+            records, *_ = together(update, *alongside)
+        metrics = {**update_metrics(records or []), "sample_lag": lag}
         if self.teacher is not None:
             gap = batch["old_logprobs"] - batch["teacher_logprobs"]
             metrics["teacher_kl"] = moments(gap, batch["loss_mask"]).mean

@@ -68,14 +68,14 @@ class OnlineDpoTrainer:
         pairs = self.compared(batch)
         with self.run.phase("logprobs"):
             pairs = self.reference.add(pairs)
-        calls: list[Call[Any]] = []
+        update = None
         if world_sum(pairs["loss_share"].sum()).item() > 0:
-            update = pair_update(self.run, step, pairs, temperature=self.temperature)
-            calls.append(self.policy.update.on(pairs, self.loss, update))
+            schedule = pair_update(self.run, step, pairs, temperature=self.temperature)
+            update = self.policy.update.on(pairs, self.loss, schedule)
         lag = self.policy.version - moments(batch["weight_version"]).mean
         with self.run.phase("update"):
-            done = together(*calls, *alongside)
-        return {**pair_metrics(done[0] if calls else []), "sample_lag": lag}
+            records, *_ = together(update, *alongside)
+        return {**pair_metrics(records or []), "sample_lag": lag}
 
     def compared(self, batch: Batch) -> Batch:
         """Rows that are in pairs, with their `preference` and `loss_share`."""

@@ -78,18 +78,19 @@ class PpoTrainer:
         waits = step < self.algorithm.value_warmup_steps
         batch, metrics = self._shape(batch, policy_waits=waits)
         read = (*VALUE_COLUMNS, "loss_weights")
-        value_update = update_of(self.run, "value", step, read, temperature=1.0)
-        calls: list[Call[Any]] = [self.value.update.on(batch, self.value_loss, value_update)]
+        schedule = update_of(self.run, "value", step, read, temperature=1.0)
+        value_update = self.value.update.on(batch, self.value_loss, schedule)
+        policy_update = None
         if not waits:
             columns, temperature = policy_columns(batch), self.run.config.sampling.temperature
-            update = update_of(self.run, "policy", step, columns, temperature=temperature)
-            calls.append(self.policy.update.on(batch, self.policy_loss, update))
+            schedule = update_of(self.run, "policy", step, columns, temperature=temperature)
+            policy_update = self.policy.update.on(batch, self.policy_loss, schedule)
         with self.run.phase("update"):
-            done = together(*calls, *alongside)
-        value_metrics = dict(update_metrics(done[0]))
-        if done[0]:
+            of_value, of_policy, *_ = together(value_update, policy_update, *alongside)
+        value_metrics = dict(update_metrics(of_value))
+        if of_value:
             value_metrics["explained_variance"] = explained_variance(value_metrics)
-        policy_metrics = update_metrics(done[1] if len(calls) > 1 else [])
+        policy_metrics = update_metrics(of_policy or [])
         named = {f"value/{name}": value for name, value in value_metrics.items()}
         return {**metrics, **policy_metrics, **named}
 

@@ -10,8 +10,8 @@ belongs to, and then brings all results home.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,11 @@ from spmdrl.supervision.stopping import StopAsked
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result", covariant=True)
+Other = TypeVar("Other")
+Owner = TypeVar("Owner")
+
+ROW_BITS = 40
+"""Bits of a row's number on its rank; the bits above them hold the rank, see `unique_atoms`."""
 
 
 class Role(Protocol):
@@ -74,9 +79,8 @@ class Call(Generic[Result]):
             the number of replicas, so that it is the same on every rank.
         settings: all that decides the results besides the rows; a resumed step finds the call by
             it. Values whose `repr` identifies them, equal on all ranks.
-        label: name by which a resumed run finds the result, by default `role.method`.
-        is_ahead: the call is for the next step, which looks it up by the same label.
-        kept: if False, the result is not kept for resuming, and the call never stops (checks).
+        label, is_ahead: see `labelled`; by default the label is `role.method`.
+        kept: see `unrecorded`.
     """
 
     role: Role
@@ -97,6 +101,23 @@ class Call(Generic[Result]):
     is_ahead: bool = False
     kept: bool = True
 
+    def labelled(self, label: str, *, is_ahead: bool = False) -> Self:
+        """The call under another name, by which a resumed run finds its result.
+
+        Args:
+            is_ahead: the call is for the next step, which looks it up by the same label.
+        """
+        return replace(self, label=label, is_ahead=is_ahead)
+
+    def unrecorded(self) -> Self:
+        """The call without a record of its result for a resumed run; it never stops. For checks."""
+        return replace(self, kept=False)
+
+    def then(self, use: Callable[[Result], Other]) -> Call[Other]:
+        """The call with its result passed through `use`, on every rank."""
+        call: Call[Any] = self
+        return replace(call, finish=lambda home: use(self.finish(home)))
+
 
 class RoleMethod(Generic[Arguments, Result]):
     """`method(...)` runs the call at once; `method.on(...)` describes it for `together`."""
@@ -112,8 +133,19 @@ class RoleMethod(Generic[Arguments, Result]):
         return result
 
 
-def together(*calls: Call[Any]) -> tuple[Any, ...]:
-    """Run calls side by side; returns their results in argument order, on every rank.
+class role_method(Generic[Owner, Arguments, Result]):
+    """Makes a method that describes a call a `RoleMethod` of its role."""
+
+    def __init__(self, describe: Callable[Concatenate[Owner, Arguments], Call[Result]]) -> None:
+        self._describe = describe
+
+    def __get__(self, role: Owner, kind: type[Owner]) -> RoleMethod[Arguments, Result]:
+        return RoleMethod(lambda *args, **kwargs: self._describe(role, *args, **kwargs))
+
+
+def together(*calls: Call[Any] | None) -> tuple[Any, ...]:
+    """Run calls side by side; returns their results in argument order, on every rank; None for None
+    in place of a call.
 
     All rows travel first, then every rank computes for its roles (calls that only read run before
     calls that write, otherwise in argument order), then all results come home. Calls of roles on
@@ -126,12 +158,90 @@ def together(*calls: Call[Any]) -> tuple[Any, ...]:
     Raises:
         StopAsked: a stop was asked for; the finished work of the calls is kept.
     """
+    made = [call for call in calls if call is not None]
     ledger = current()
-    if ledger is None:
-        sent = _send(calls)
-        computed = _compute(sent, [Stint()] * len(calls))
-        homes = [_bring_home(one, value) for one, value in zip(sent, computed, strict=True)]
-        return tuple(call.finish(home) for call, home in zip(calls, homes, strict=True))
+    homes = iter(_run(made) if ledger is None else _run_recorded(ledger, made))
+    return tuple(None if call is None else call.finish(next(homes)) for call in calls)
+
+
+def _run(calls: Sequence[Call[Any]]) -> list[Any]:
+    """Run calls that nothing is kept of; returns their home results."""
+    sent = _send(calls)
+    computed = _compute(sent, [Stint()] * len(calls))
+    return [_bring_home(one, value) for one, value in zip(sent, computed, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sent:
+    """A call whose rows have been exchanged; `rows` is None outside its role."""
+
+    call: Call[Any]
+    plan: ExchangePlan
+    rows: Batch | None
+
+
+def _send(calls: Sequence[Call[Any]]) -> list[_Sent]:
+    plans = [_plan(call) for call in calls]
+    return [
+        _Sent(call=call, plan=plan, rows=send_to_role(plan, call.batch, call.needs))
+        for call, plan in zip(calls, plans, strict=True)
+    ]
+
+
+def _compute(sent: Sequence[_Sent], stints: Sequence[Stint]) -> list[Any]:
+    """Compute this rank's calls, readers before writers; None for the calls of other ranks."""
+    computed: list[Any] = [None] * len(sent)
+    mine = [i for i, one in enumerate(sent) if one.rows is not None]
+    mine.sort(key=lambda i: sent[i].call.writes)
+    for index in mine:
+        call, rows = sent[index].call, sent[index].rows
+        assert rows is not None
+        if (memory := call.role.memory) is not None:
+            memory.begin(f"{call.role.name}.{call.method}", call.uses, is_planned=call.kept)
+        computed[index] = call.compute(rows, stints[index])
+    return computed
+
+
+def _plan(call: Call[Any]) -> ExchangePlan:
+    batch = call.batch
+    unique = unique_atoms(batch.num_rows)
+    table = gather_rows(
+        batch.lengths if call.cost is None else call.cost,
+        unique if call.atom is None else call.atom,
+        unique if call.order is None else call.order,
+    )
+    replicas = call.role.mesh.replicas()
+    if call.arrange is not None:
+        table = call.arrange(table, len(replicas))
+    return plan_exchange(table, replicas)
+
+
+def unique_atoms(num_rows: int) -> Tensor:
+    """An atom for each of this rank's rows that no other row of the world has: int64 `[B]`."""
+    return torch.arange(num_rows) + (dist.get_rank() << ROW_BITS)
+
+
+def _bring_home(sent: _Sent, computed: Any) -> Any:
+    call, plan = sent.call, sent.plan
+    if call.returns:
+        if computed is not None and len(computed) != _rows_of(plan):
+            raise ValueError(
+                f"{call.role.name}.{call.method} returned {len(computed)} rows for {_rows_of(plan)}"
+            )
+        return bring_home(plan, computed, call.returns, call.batch.num_rows)
+    return broadcast_object(computed, call.role.mesh.ranks[0])
+
+
+def _rows_of(plan: ExchangePlan) -> int:
+    own = plan.replica_of(dist.get_rank())
+    return 0 if own is None else len(plan.rows[own])
+
+
+# With a ledger
+
+
+def _run_recorded(ledger: Ledger, calls: Sequence[Call[Any]]) -> list[Any]:
+    """Run calls, except those whose results an earlier start has kept; returns home results."""
     entries = [_entry(ledger, call) for call in calls]
     # kept results first: the ledger then holds them again if a stop comes while the others run
     found = {
@@ -142,16 +252,7 @@ def together(*calls: Call[Any]) -> tuple[Any, ...]:
     todo = [i for i in range(len(calls)) if i not in found]
     fresh = _run_kept(ledger, [calls[i] for i in todo], [entries[i] for i in todo])
     found |= zip(todo, fresh, strict=True)
-    return tuple(call.finish(found[i]) for i, call in enumerate(calls))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sent:
-    """A call whose rows have been exchanged; `rows` is None outside its role."""
-
-    call: Call[Any]
-    plan: ExchangePlan
-    rows: Batch | None
+    return [found[i] for i in range(len(calls))]
 
 
 def _run_kept(ledger: Ledger, calls: Sequence[Call[Any]], entries: Sequence[Entry]) -> list[Any]:
@@ -208,28 +309,6 @@ def _part(computed: Any) -> PartialResult | None:
     return None if computed is None else PartialResult(rows=computed)
 
 
-def _send(calls: Sequence[Call[Any]]) -> list[_Sent]:
-    plans = [_plan(call) for call in calls]
-    return [
-        _Sent(call=call, plan=plan, rows=send_to_role(plan, call.batch, call.needs))
-        for call, plan in zip(calls, plans, strict=True)
-    ]
-
-
-def _compute(sent: Sequence[_Sent], stints: Sequence[Stint]) -> list[Any]:
-    """Compute this rank's calls, readers before writers; None for the calls of other ranks."""
-    computed: list[Any] = [None] * len(sent)
-    mine = [i for i, one in enumerate(sent) if one.rows is not None]
-    mine.sort(key=lambda i: sent[i].call.writes)
-    for index in mine:
-        call, rows = sent[index].call, sent[index].rows
-        assert rows is not None
-        if (memory := call.role.memory) is not None:
-            memory.begin(f"{call.role.name}.{call.method}", call.uses, is_planned=call.kept)
-        computed[index] = call.compute(rows, stints[index])
-    return computed
-
-
 def _shapes(call: Call[Any]) -> str:
     """The columns that travel, without the number of rows: equal on all ranks."""
     batch, texts = call.batch, []
@@ -240,34 +319,3 @@ def _shapes(call: Call[Any]) -> str:
         elif name in batch.ragged:
             texts.append(f"{name} ragged {str(batch.ragged[name].values.dtype)[6:]}")
     return ", ".join(texts)
-
-
-def _plan(call: Call[Any]) -> ExchangePlan:
-    batch = call.batch
-    # the default atom is unique in the world: the high bits hold the rank
-    unique = torch.arange(batch.num_rows) + (dist.get_rank() << 40)
-    table = gather_rows(
-        batch.lengths if call.cost is None else call.cost,
-        unique if call.atom is None else call.atom,
-        unique if call.order is None else call.order,
-    )
-    replicas = call.role.mesh.replicas()
-    if call.arrange is not None:
-        table = call.arrange(table, len(replicas))
-    return plan_exchange(table, replicas)
-
-
-def _bring_home(sent: _Sent, computed: Any) -> Any:
-    call, plan = sent.call, sent.plan
-    if call.returns:
-        if computed is not None and len(computed) != _rows_of(plan):
-            raise ValueError(
-                f"{call.role.name}.{call.method} returned {len(computed)} rows for {_rows_of(plan)}"
-            )
-        return bring_home(plan, computed, call.returns, call.batch.num_rows)
-    return broadcast_object(computed, call.role.mesh.ranks[0])
-
-
-def _rows_of(plan: ExchangePlan) -> int:
-    own = plan.replica_of(dist.get_rank())
-    return 0 if own is None else len(plan.rows[own])

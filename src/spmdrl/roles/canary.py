@@ -66,16 +66,14 @@ class Canary:
 
     def ask(self, policy: Policy) -> None:
         """Let the policy score the rows. Every rank of the world calls it."""
-        (self._expected,) = together(
-            replace(policy.logprobs.on(self.rows, self._temperature), kept=False)
-        )
+        (self._expected,) = together(policy.logprobs.on(self.rows, self._temperature).unrecorded())
 
     def gap(self, rollout: Rollout) -> float:
         """Mean distance of the engine's log-probabilities from the policy's, on the replica with
         the largest one; equal on every rank.
         """
         assert self._expected is not None
-        call = replace(rollout.logprobs.on(self.rows, self._temperature), kept=False)
+        call = rollout.logprobs.on(self.rows, self._temperature).unrecorded()
         # one atom for each replica, all of equal cost: each gets its own rows
         (scored,) = together(replace(call, atom=replica_of(self.rows)))
         distance = (scored["engine_logprobs"] - self._expected["logprobs"]).abs()

@@ -17,7 +17,7 @@ from spmdrl.config.user_objects import lacks, load_object
 from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.call_memory import Turns
-from spmdrl.roles.calls import Call, RoleMethod
+from spmdrl.roles.calls import Call, role_method
 from spmdrl.roles.ledger import Stint
 
 __all__ = ["Column", "CustomRole", "RoleContext", "UserRole"]
@@ -174,9 +174,6 @@ class CustomRole:
     def __init__(self, name: str, mesh: Mesh, user: UserRole, memory: Turns | None = None) -> None:
         self.name, self.mesh, self.user, self.memory = name, mesh, user, memory
         check_user_role(name, user)
-        self.forward = RoleMethod(self._forward)
-        self.evaluate = RoleMethod(self._evaluate)
-        self.train = RoleMethod(self._train)
 
     def state(self) -> dict[str, Tensor]:
         """The role's tensors on this rank that a checkpoint keeps."""
@@ -196,13 +193,15 @@ class CustomRole:
             )
         self.user.load_state(tensors)
 
-    def _forward(self, batch: Batch) -> Call[Batch]:
+    @role_method
+    def forward(self, batch: Batch) -> Call[Batch]:
         return self._columns(batch, FORWARD, self.user.forward_step)
 
-    def _evaluate(self, batch: Batch) -> Call[Batch]:
+    @role_method
+    def evaluate(self, batch: Batch) -> Call[Batch]:
         if isinstance(self.user, Evaluates):
             return self._columns(batch, "eval_step", self.user.eval_step)
-        return self._forward(batch)
+        return self.forward.on(batch)
 
     def _columns(
         self, batch: Batch, method: str, step: Callable[[Batch], Mapping[str, Tensor]]
@@ -227,7 +226,8 @@ class CustomRole:
             atom=batch["prompt_ids"],
         )
 
-    def _train(self, batch: Batch) -> Call[dict[str, float]]:
+    @role_method
+    def train(self, batch: Batch) -> Call[dict[str, float]]:
         user = self.user
         if not isinstance(user, Trains):
             raise ValueError(

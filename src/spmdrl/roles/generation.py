@@ -14,7 +14,7 @@ from spmdrl.keyed_random import NOISE_VERSION
 from spmdrl.memory.call_memory import Turns
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.routing import EXPERT_CHOICES, choices_dtype
-from spmdrl.roles.calls import Call, RoleMethod
+from spmdrl.roles.calls import Call, role_method
 from spmdrl.roles.kept import PartialResult
 from spmdrl.roles.ledger import Interrupted, Stint
 from spmdrl.roles.model_calls import WEIGHTS, row_order
@@ -60,10 +60,9 @@ class Rollout:
         self.name, self.mesh, self.config = name, mesh, config
         self.engine, self.memory = engine, memory
         self.parts, self.version = parts, 0
-        self.generate = RoleMethod(self._generate)
-        self.logprobs = RoleMethod(self._logprobs)
 
-    def _logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
+    @role_method
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
         """Adds the token column `engine_logprobs`: each token's log-probability under this engine's
         softmax of logits / temperature, given the tokens before it (0 for the first).
         """
@@ -90,7 +89,8 @@ class Rollout:
             settings={"temperature": temperature},
         )
 
-    def _generate(self, prompts: Batch, generation: Generation) -> Call[Batch]:
+    @role_method
+    def generate(self, prompts: Batch, generation: Generation) -> Call[Batch]:
         """Generate `group_size` rows of prompt and response for each prompt.
 
         `prompts` are home rows with the token column `tokens` and the row column `prompt_ids`

@@ -1,20 +1,18 @@
 """The roles: handles that every rank holds, with a backend or an engine on the role's ranks.
 
 A role is a leaf: its name, its mesh, its model, and the calls that it offers. The calls are
-implemented in `passes` (train backends) and `generation` (engines); users' roles in `custom_role`.
+implemented in `model_calls` (train backends) and `generation` (engines); users' roles in `custom`.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from spmdrl.batch import Batch
-from spmdrl.distributed.mesh import Mesh
-from spmdrl.memory.call_memory import Turns
-from spmdrl.models.config import ModelConfig
-from spmdrl.roles.calls import Call, RoleMethod, together
+from spmdrl.roles.calls import Call, role_method, together
 from spmdrl.roles.generation import Generation, Rollout
 from spmdrl.roles.model_calls import (
+    ModelRole,
     Update,
     UpdateRecords,
     read_call,
@@ -22,7 +20,7 @@ from spmdrl.roles.model_calls import (
     supported,
     update_call,
 )
-from spmdrl.training.protocol import NO_GRADIENT, LossFn, TrainBackend
+from spmdrl.training.protocol import NO_GRADIENT, LossFn
 from spmdrl.training.readout import SCORES, VALUES, next_token
 
 __all__ = [
@@ -37,7 +35,8 @@ __all__ = [
 ]
 
 
-class Policy:
+@dataclass(eq=False, repr=False)
+class Policy(ModelRole):
     """The trained model.
 
     Methods: `logprobs(batch, temperature)` adds the token columns `logprobs` and `entropy`;
@@ -48,26 +47,16 @@ class Policy:
     `version` counts the optimizer steps behind the weights, on every rank of the world.
     """
 
-    def __init__(
-        self,
-        name: str,
-        mesh: Mesh,
-        config: ModelConfig,
-        backend: TrainBackend | None,
-        memory: Turns | None = None,
-    ) -> None:
-        self.name, self.mesh, self.config = name, mesh, config
-        self.backend, self.memory = backend, memory
-        self.version = 0
-        self.logprobs = RoleMethod(self._logprobs)
-        self.update = RoleMethod(self._update)
+    version: int = 0
 
-    def _logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
+    @role_method
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
         names = ("logprobs", "entropy")
         more = (*replayed(batch), *supported(batch))
         return read_call(self, "logprobs", batch, next_token(temperature), names, more)
 
-    def _update(self, batch: Batch, loss_fn: LossFn, update: Update) -> Call[UpdateRecords]:
+    @role_method
+    def update(self, batch: Batch, loss_fn: LossFn, update: Update) -> Call[UpdateRecords]:
         def count(records: UpdateRecords) -> UpdateRecords:
             self.version += sum(record[NO_GRADIENT] == 0 for record in records)
             return records
@@ -77,7 +66,8 @@ class Policy:
         return update_call(self, batch, loss_fn, readout, update, then=count)
 
 
-class Reference:
+@dataclass(eq=False, repr=False)
+class Reference(ModelRole):
     """A frozen model: `logprobs(batch, temperature)` adds the token column `ref_logprobs`, over the
     tokens of the ragged column `support_ids` if the batch has it.
 
@@ -85,74 +75,41 @@ class Reference:
         prefix: prefix of its columns, so that a batch can hold those of several frozen models.
     """
 
-    def __init__(
-        self,
-        name: str,
-        mesh: Mesh,
-        config: ModelConfig,
-        backend: TrainBackend | None,
-        memory: Turns | None = None,
-        *,
-        prefix: str = "ref",
-    ) -> None:
-        self.name, self.mesh, self.config = name, mesh, config
-        self._columns = (f"{prefix}_logprobs", f"{prefix}_entropy")
-        self.backend, self.memory = backend, memory
-        self.logprobs = RoleMethod(self._logprobs)
+    prefix: str = "ref"
 
-    def _logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
+    @role_method
+    def logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
+        names = (f"{self.prefix}_logprobs", f"{self.prefix}_entropy")
         more = supported(batch)
-        return read_call(self, "logprobs", batch, next_token(temperature), self._columns, more)
+        return read_call(self, "logprobs", batch, next_token(temperature), names, more)
 
 
-class Reward:
+class Reward(ModelRole):
     """A reward model: `score(batch)` adds the row column `scores`, read at the last token.
 
     `update(batch, loss_fn, update)` trains it if `roles.NAME.trained` is set; the loss gets
     `scores`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        mesh: Mesh,
-        config: ModelConfig,
-        backend: TrainBackend | None,
-        memory: Turns | None = None,
-    ) -> None:
-        self.name, self.mesh, self.config = name, mesh, config
-        self.backend, self.memory = backend, memory
-        self.score = RoleMethod(self._score)
-        self.update = RoleMethod(self._update)
-
-    def _score(self, batch: Batch) -> Call[Batch]:
+    @role_method
+    def score(self, batch: Batch) -> Call[Batch]:
         return read_call(self, "score", batch, SCORES, SCORES.columns)
 
-    def _update(self, batch: Batch, loss_fn: LossFn, update: Update) -> Call[UpdateRecords]:
+    @role_method
+    def update(self, batch: Batch, loss_fn: LossFn, update: Update) -> Call[UpdateRecords]:
         return update_call(self, batch, loss_fn, SCORES, update)
 
 
-class Value:
+class Value(ModelRole):
     """The critic: `values(batch)` adds the token column `values`, V of the state before each token.
 
     `update(batch, loss_fn, update)` trains it; the loss gets `values`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        mesh: Mesh,
-        config: ModelConfig,
-        backend: TrainBackend | None,
-        memory: Turns | None = None,
-    ) -> None:
-        self.name, self.mesh, self.config = name, mesh, config
-        self.backend, self.memory = backend, memory
-        self.values = RoleMethod(self._values)
-        self.update = RoleMethod(self._update)
-
-    def _values(self, batch: Batch) -> Call[Batch]:
+    @role_method
+    def values(self, batch: Batch) -> Call[Batch]:
         return read_call(self, "values", batch, VALUES, VALUES.columns)
 
-    def _update(self, batch: Batch, loss_fn: LossFn, update: Update) -> Call[UpdateRecords]:
+    @role_method
+    def update(self, batch: Batch, loss_fn: LossFn, update: Update) -> Call[UpdateRecords]:
         return update_call(self, batch, loss_fn, VALUES, update)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
@@ -28,6 +27,9 @@ from spmdrl.training.support import SUPPORT
 
 PACKING = ("tokens", "prompt_lengths", "prompt_ids", "loss_mask")
 """The columns that a backend packs its rows from."""
+
+SAMPLE_BITS = 20
+"""Bits of a sample's index within its group in a row's sort key; the prompt id is above them."""
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 """The parts of a trained model, as a role's `memory` section names them."""
@@ -59,14 +61,20 @@ UpdateRecords = list[dict[str, float]]
 """Metric sums of each minibatch of an update, in order; equal on every rank."""
 
 
-class ModelRole(Protocol):
-    """A role with a model on a train backend."""
+@dataclass(eq=False, repr=False)
+class ModelRole:
+    """A role with a model on a train backend.
+
+    Args:
+        backend: None on ranks outside the mesh.
+        memory: memory moves of this rank; None if the role shares no device memory.
+    """
 
     name: str
     mesh: Mesh
     config: ModelConfig
     backend: TrainBackend | None
-    memory: Turns | None
+    memory: Turns | None = None
 
 
 def replayed(batch: Batch) -> tuple[str, ...]:
@@ -160,7 +168,7 @@ def update_call(
 
 def row_order(batch: Batch) -> Tensor:
     """Sort keys that order rows by (prompt id, sample): int64 `[B]`."""
-    return batch["prompt_ids"] * (1 << 20) + batch["sample_index"]
+    return (batch["prompt_ids"] << SAMPLE_BITS) + batch["sample_index"]
 
 
 def _backend(role: ModelRole) -> TrainBackend:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
@@ -63,7 +62,7 @@ class LossCheck:
     def _call(self, role: ModelRole) -> Call[Batch]:
         rows = fixed_rows(self._world, role.mesh.size("dp"), role.config.vocab_size)
         readout = _readout(role)
-        return replace(read_call(role, "check", rows, readout, readout.columns), kept=False)
+        return read_call(role, "check", rows, readout, readout.columns).unrecorded()
 
 
 def _readout(role: ModelRole) -> Readout:
