@@ -56,7 +56,7 @@ if TYPE_CHECKING:
         sequence_kl as sequence_kl,
     )
     from spmdrl.algorithms.pairing import (
-        distinct_answers as distinct_answers,
+        distinct_responses as distinct_responses,
         pair_rows as pair_rows,
     )
     from spmdrl.algorithms.policy_loss import (
@@ -210,7 +210,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "algorithms.gae": "gae",
         "algorithms.kl": "kl",
         "algorithms.kl_control": "AdaptiveKl FixedKl KlControl sequence_kl",
-        "algorithms.pairing": "distinct_answers pair_rows",
+        "algorithms.pairing": "distinct_responses pair_rows",
         "algorithms.policy_loss": (
             "POLICY_COLUMNS PolicyLossConfig clipped_policy_loss loss_shares loss_weights"
         ),

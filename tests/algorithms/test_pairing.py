@@ -1,4 +1,4 @@
-"""Which samples are compared: best and worst, all ordered pairs, equal answers once."""
+"""Which samples are compared: best and worst, all ordered pairs, equal responses once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spmdrl.algorithms.direct_preference import ordered_pairs
-from spmdrl.algorithms.pairing import distinct_answers, pair_rows
+from spmdrl.algorithms.pairing import distinct_responses, pair_rows
 from spmdrl.batch import from_rows
 
 REWARDS = torch.tensor([1.0, 4.0, 2.0, 4.0, 3.0, 3.0, 0.5, 0.1])
@@ -48,7 +48,7 @@ def test_equal_answers_of_a_prompt_count_once():
             "prompt_lengths": torch.tensor([2, 2, 2, 1, 2]),
         },
     )
-    assert distinct_answers(batch).tolist() == [True, False, True, True, True]
+    assert distinct_responses(batch).tolist() == [True, False, True, True, True]
 
 
 def test_a_reward_that_is_not_finite_is_named():

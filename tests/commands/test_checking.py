@@ -248,7 +248,10 @@ def test_a_configuration_is_checked_without_a_run(tmp_path, model):
     assert checked.mean_tokens == pytest.approx(sum(lengths) / 15)
     assert not (tmp_path / "run").exists()
     for more, message in (
-        (["evaluation.held_out=80%"], r"has 4 prompts beside 16 that are held out \(evaluation"),
+        (
+            ["evaluation.held_out=80%"],
+            r"has 4 prompts as well as 16 that are held out \(evaluation",
+        ),
         (["roles.policy.tp=3"], r"roles\.policy"),
         (["model.path=nowhere"], r"nowhere"),
         (["sampling.max_tokens=5000"], r"4096 positions"),

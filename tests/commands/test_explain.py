@@ -62,7 +62,9 @@ def test_conversations_have_no_groups(root):
 def test_pairs_are_two_answers_and_stay_together(root):
     text = explained(root, **PAIRS)
     found = numbers(text)
-    assert found["pairs per step"].startswith("7 ") and found["answers per step"].startswith("14 ")
+    assert found["pairs per step"].startswith("7 ") and found["responses per step"].startswith(
+        "14 "
+    )
     assert found["most tokens per step"].startswith("1,400 ")
     reward = numbers(text, "reward")
     assert reward["pairs per minibatch"].startswith("3 or 4 ")

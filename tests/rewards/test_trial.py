@@ -127,7 +127,7 @@ BAD = {
     "nothing_for_long": "it returned a NoneType",
     "misled": r"TypeError: .*unexpected keyword argument 'response'",
     "raises": "fails for the first prompt of data.train.*RuntimeError: a judge is down",
-    "hangs": r"no answer in 0.5 s \(make it faster, or raise reward_pool.timeout_s\)",
+    "hangs": r"no reply in 0.5 s \(make it faster, or raise reward_pool.timeout_s\)",
     "dies": "the worker ended with exit code 3",
     "endless": "returned.*nan",
 }

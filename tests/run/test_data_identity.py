@@ -78,7 +78,7 @@ CHANGES: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "edited": (
         [],
-        ("a.jsonl) holds other rows: 24 were there and 24 are", "come again is not known"),
+        ("a.jsonl) holds other rows: it had 24 and has 24", "come again is not known"),
     ),
     "fewer_a_step": (
         ["data.prompts_per_step=2"],

@@ -43,7 +43,7 @@ def pair_rows(
     return rows[chosen], best[chosen].double()
 
 
-def distinct_answers(batch: Batch) -> Tensor:
+def distinct_responses(batch: Batch) -> Tensor:
     """Mask of rows whose response differs from those of earlier rows of their prompt: bool `[B]`.
 
     Of equal responses none is preferable, and a reward model's scores of them may differ by

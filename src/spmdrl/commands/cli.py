@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_config(data_check)
     data_check.add_argument("--ranks", type=int, default=1, help="of the run, on one machine")
-    generate = add("generate", _generate, "Answer prompts: JSONL in, JSONL out.")
+    generate = add("generate", _generate, "Generate responses to prompts: JSONL in, JSONL out.")
     generate.add_argument("--prompts", required=True, help="JSONL with data.train.prompt_column")
     generate.add_argument("--out", required=True, help="JSONL to write")
     _add_config(generate)
@@ -302,7 +302,7 @@ def _generate(options: argparse.Namespace) -> None:
         with _world(config) as world:
             count = generate(config, world, options.prompts, options.out)
             if world.is_first:
-                print(f"{count} answers in {options.out}", flush=True)
+                print(f"{count} responses in {options.out}", flush=True)
 
 
 def _explain(options: argparse.Namespace) -> None:

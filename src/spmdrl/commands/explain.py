@@ -118,7 +118,7 @@ def _derived(config: Config) -> Iterator[Line]:
     data, kind, sizes = config.data, config.data_kind(), step_sizes(config)
     item, rows = (
         ITEMS[kind],
-        {"prompts": "samples", "preferences": "answers"}.get(kind, ITEMS[kind]),
+        {"prompts": "samples", "preferences": "responses"}.get(kind, ITEMS[kind]),
     )
     own = [key for key in ("flow", "environment", "trainer") if ":" in (getattr(config, key) or "")]
     if own:
@@ -137,7 +137,7 @@ def _derived(config: Config) -> Iterator[Line]:
             yield "most samples drawn per step", f"{(1 + refills) * sizes.rows:,}", how
         row = f"({row} + sampling.max_tokens={config.sampling.max_tokens})"
     elif kind == "preferences":
-        yield "answers per step", f"{sizes.rows:,}", "a chosen and a rejected one each"
+        yield "responses per step", f"{sizes.rows:,}", "a chosen and a rejected one each"
         row += ", prompts included"
     tokens = sizes.rows * sizes.row_tokens
     yield "most tokens per step", f"{tokens:,}", f"{sizes.rows} {rows} x {row}"
@@ -207,16 +207,16 @@ def _updates(config: Config, spec: RoleSpec) -> Iterator[Line]:
 
 def _tokens_text(config: Config, spec: RoleSpec, sizes: StepSizes, items: int) -> str:
     """Derivation of the number of tokens of so many items."""
-    answers, prompt = sizes.row_tokens - sizes.prompt_tokens, sizes.prompt_tokens
+    tokens, prompt = sizes.row_tokens - sizes.prompt_tokens, sizes.prompt_tokens
     kind, share = config.data_kind(), spec.train.share_prompts
     if kind == "conversations":
-        return f"{items} x {answers}"
+        return f"{items} x {tokens}"
     if kind == "preferences":
         once = f", less where {spec.key('share_prompts')} computes a prompt once"
-        return f"{items} x {sizes.item_rows} x {answers}" + once * share
-    each = f"{prompt} + {sizes.item_rows} x {answers}"
+        return f"{items} x {sizes.item_rows} x {tokens}" + once * share
+    each = f"{prompt} + {sizes.item_rows} x {tokens}"
     if not share:
-        each = f"{sizes.item_rows} x ({prompt} + {answers})"
+        each = f"{sizes.item_rows} x ({prompt} + {tokens})"
     return f"{items} x ({each}), {spec.key('share_prompts')}"
 
 

@@ -34,7 +34,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, trains: bool
     """Read `path` with its includes, apply `key=value` overrides, check everything.
 
     Args:
-        trains: the configuration is for training; False: only for answering prompts.
+        trains: the configuration is for training; False: only for generation.
 
     Raises:
         ValueError: a missing or malformed file, an unknown key, a wrong value, or two keys that do

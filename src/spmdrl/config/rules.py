@@ -114,7 +114,7 @@ def _check_evaluation(config: Config) -> None:
             raise ValueError(f"{where}.against={held_out.against} needs rewards to judge by")
         if held_out.against == START and not evaluation.before:
             raise ValueError(
-                f"{where}.against={START} with evaluation.before=false: the answers before the "
+                f"{where}.against={START} with evaluation.before=false: the responses before the "
                 "first step are what it compares with"
             )
 

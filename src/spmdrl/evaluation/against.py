@@ -62,7 +62,7 @@ def _rewards(path: Path, prompts: Sequence[str], judged_by: str) -> list[list[fl
             place, prompt = int(record["prompt_id"]), str(record["prompt"])
             judge, reward = record["judge"], float(record["reward"])
         if not (0 <= place < len(prompts) and prompt == prompts[place]):
-            raise ValueError(f"line {number} answers another prompt: {prompt[:60]!r}")
+            raise ValueError(f"line {number} is a response to another prompt: {prompt[:60]!r}")
         if judge != judged_by:
             raise ValueError(f"line {number} was judged by {judge}, this evaluation by {judged_by}")
         if not math.isfinite(reward):
@@ -70,5 +70,7 @@ def _rewards(path: Path, prompts: Sequence[str], judged_by: str) -> list[list[fl
         rewards[place].append(reward)
     counts = sorted({len(own) for own in rewards})
     if len(counts) != 1 or counts == [0]:
-        raise ValueError(f"its prompts have {counts} answers each, and all must have equally many")
+        raise ValueError(
+            f"its prompts have {counts} responses each, and all must have equally many"
+        )
     return rewards

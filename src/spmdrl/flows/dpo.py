@@ -48,7 +48,7 @@ class DpoTrainer:
         self.policy = run.role("policy", Policy)
         self.settings = preference_settings(run.config.preference)
         self.loss = pair_loss(self.settings)
-        self.others = other_answers(run) if self.settings.loss == "kto" else None
+        self.others = other_responses(run) if self.settings.loss == "kto" else None
         self.reference = reference_sums(run, self.settings, self.others)
         self.held_out = HeldOutPreferences(run, self.policy, self.reference, self.settings)
 
@@ -70,7 +70,7 @@ class DpoTrainer:
         return {**pair_metrics(records), **metrics}
 
     def _baseline(self, mismatched: Batch) -> float:
-        """KTO's z, estimated on prompts with answers to other prompts."""
+        """KTO's z, estimated on prompts with responses to other prompts."""
         drift = log_ratio(self.policy, self.reference, mismatched)
         tokens = mismatched.row_sum(mismatched["loss_mask"])
         return kto_baseline(moments(as_compared(drift, tokens, self.settings)).mean)
@@ -81,8 +81,8 @@ def preferring_chosen(batch: Batch) -> Batch:
     return batch.with_columns(rows={"preference": (batch["sample_index"] == 0).double()})
 
 
-def other_answers(run: Run) -> StepRows:
-    """Each step's prompts with answers to other prompts, for KTO. ValueError: they are no pairs."""
+def other_responses(run: Run) -> StepRows:
+    """Each step's prompts with responses to others, for KTO. ValueError: they are no pairs."""
     pairs = run.data.data
     if not isinstance(pairs, PairSet):
         raise ValueError("preference.loss=kto needs data of kind preferences")

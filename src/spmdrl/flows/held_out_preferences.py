@@ -16,7 +16,7 @@ from spmdrl.run.run import Run
 
 
 class HeldOutPreferences:
-    """Measures how often, and by how much, the policy prefers the chosen answer of held-out pairs.
+    """Measures how often, and how much, the policy prefers the chosen response of held-out pairs.
 
     Args:
         reference: adds the reference's log-probabilities; None if the loss has no reference.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spmdrl.algorithms.pairing import distinct_answers, pair_rows
+from spmdrl.algorithms.pairing import distinct_responses, pair_rows
 from spmdrl.batch import Batch
 from spmdrl.distributed.reduce import moments, world_sum
 from spmdrl.flows.environment import GroupEnvironment
@@ -80,7 +80,7 @@ class OnlineDpoTrainer:
     def compared(self, batch: Batch) -> Batch:
         """Rows that are in pairs, with their `preference` and `loss_share`."""
         # a response that the loss mask leaves out entirely has no log-probability to compare
-        usable = distinct_answers(batch) & (batch.row_sum(batch["loss_mask"]) > 0)
+        usable = distinct_responses(batch) & (batch.row_sum(batch["loss_mask"]) > 0)
         pairing = self.run.config.preference.pairs
         rows, preference = pair_rows(batch["rewards"], batch["prompt_ids"], usable, pairing)
         return with_pair_shares(batch.select(rows).with_columns(rows={"preference": preference}))

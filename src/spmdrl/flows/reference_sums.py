@@ -155,7 +155,7 @@ def row_keys(batch: Batch) -> list[bytes]:
 
 
 def distinct_rows(batch: Batch) -> tuple[list[int], Tensor]:
-    """Find the first of equal rows (answers that several pairs share), and each row's place among
+    """Find the first of equal rows (responses that several pairs share), and each row's place among
     those: int64 `[B]`. Each is then computed once, and packed alike by policy and reference.
     """
     number: dict[bytes, int] = {}

@@ -1,9 +1,9 @@
 """Reward model: train a scalar head on a language model with preference pairs.
 
 Follows InstructGPT (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1): the
-Bradley-Terry likelihood that the chosen answer scores higher, with Llama 2's optional margin
+Bradley-Terry likelihood that the chosen response scores higher, with Llama 2's optional margin
 (https://arxiv.org/abs/2307.09288, eq. 2) and a term that keeps scores around 0. Left out: ranking
-more than two answers at once.
+more than two responses at once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def pairwise_loss(algorithm: AlgorithmSection) -> LossFn:
 
 
 class HeldOutPairs:
-    """Measures how often the chosen answer of a held-out pair scores higher."""
+    """Measures how often the chosen response of a held-out pair scores higher."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -100,7 +100,7 @@ def pair_accuracy(set_name: str, batch: Batch, scores: Tensor) -> dict[str, floa
 
     Args:
         batch: home rows of pairs, the two rows of a pair next to each other.
-        scores: [B], higher for the better answer.
+        scores: [B], higher for the better response.
     """
     is_chosen = batch["sample_index"] == CHOSEN
     gap = scores.double()[is_chosen] - scores.double()[~is_chosen]

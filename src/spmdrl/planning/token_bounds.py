@@ -130,8 +130,8 @@ def num_microbatches(
         sizes = replace(sizes, row_tokens=sizes.row_tokens - 1)
     units = [sizes.item_tokens(share_prompts=share)]  # parts of an item that are packed as one
     if not whole and (not share or units[0] > budget):
-        answer = max(1, sizes.row_tokens - sizes.prompt_tokens)
-        room = max(1, (budget - sizes.prompt_tokens) // answer) if share else 1
+        response = max(1, sizes.row_tokens - sizes.prompt_tokens)
+        room = max(1, (budget - sizes.prompt_tokens) // response) if share else 1
         full, rest = divmod(sizes.item_rows, room)
         units = [sizes.packed_tokens(n, share_prompts=True) for n in [room] * full + [rest] if n]
     usual = -(-items // num_replicas)

@@ -180,39 +180,39 @@ class Judge:
         """Forget all calls."""
         self._tallies = [_Tally() for _ in self._specs]
 
-    def taken(self, component: int, answer: dict[str, Any]) -> dict[str, Any]:
-        """Count a worker's answer; returns it, or a failure if its value is too large.
+    def taken(self, component: int, reply: dict[str, Any]) -> dict[str, Any]:
+        """Count a worker's reply; returns it, or a failure if its value is too large.
 
         Raises:
             RewardError: the component never worked, and is given up.
         """
         spec, tally = self._specs[component], self._tallies[component]
-        if "values" in answer and not _fits(spec.weight * answer["values"]["score"], self._specs):
-            value = answer["values"]["score"]
+        if "values" in reply and not _fits(spec.weight * reply["values"]["score"], self._specs):
+            value = reply["values"]["score"]
             message = f"{spec.weight} x the reward {value} is more than a float32 can hold"
-            answer = {"reason": "nan", "message": message}
+            reply = {"reason": "nan", "message": message}
         tally.calls += 1
-        if "values" in answer:
+        if "values" in reply:
             tally.worked = True
-            self._warn_of_ignored(spec.name, answer["ignored"])
-            return answer
+            self._warn_of_ignored(spec.name, reply["ignored"])
+            return reply
         tally.failures += 1
-        tally.first = tally.first or answer["message"]
+        tally.first = tally.first or reply["message"]
         if not tally.worked and tally.failures >= MAX_START:
             raise self._error(component)
-        return answer
+        return reply
 
-    def result(self, answers: Sequence[Mapping[str, Any]]) -> RewardResult:
-        """Make the result of one sample from the answers of all components, in their order."""
+    def result(self, replies: Sequence[Mapping[str, Any]]) -> RewardResult:
+        """Make the result of one sample from the replies of all components, in their order."""
         components: dict[str, float] = {}
         failures = []
         score = 0.0
-        for spec, answer in zip(self._specs, answers, strict=True):
-            if "values" not in answer:
+        for spec, reply in zip(self._specs, replies, strict=True):
+            if "values" not in reply:
                 failures.append(
-                    Failure(component=spec.name, reason=answer["reason"], message=answer["message"])
+                    Failure(component=spec.name, reason=reply["reason"], message=reply["message"])
                 )
-            values = answer.get("values", {"score": self._failed})
+            values = reply.get("values", {"score": self._failed})
             score += spec.weight * values["score"]
             components[spec.name] = values["score"]
             components |= {f"{spec.name}/{k}": v for k, v in values.items() if k != "score"}

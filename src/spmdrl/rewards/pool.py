@@ -186,22 +186,22 @@ class RewardPool:
         width = len(self._specs)
         total = len(jobs) * width
         pending = deque(range(total))
-        answers: dict[int, dict[str, Any]] = {}
+        replies: dict[int, dict[str, Any]] = {}
         for key, _ in self._selector.select(0):
-            self._take(key.data, answers)  # workers that have died since the last batch
+            self._take(key.data, replies)  # workers that have died since the last batch
         try:
-            while len(answers) < total:
+            while len(replies) < total:
                 self._feed(jobs, pending)
-                before = len(answers)
-                self._wait(answers)
-                if progress is not None and len(answers) > before:
-                    progress(len(answers), total)
+                before = len(replies)
+                self._wait(replies)
+                if progress is not None and len(replies) > before:
+                    progress(len(replies), total)
         finally:
-            # After an exception no worker may answer an old call.
+            # After an exception no worker may reply to an old call.
             for worker in [worker for worker in self._workers if worker.call is not None]:
                 self._stop_worker(worker)
         parts = [range(i * width, i * width + width) for i in range(len(jobs))]
-        return [self._judge.result([answers[call] for call in part]) for part in parts]
+        return [self._judge.result([replies[call] for call in part]) for part in parts]
 
     def look(self) -> None:
         """Log workers that died between calls; new ones start when needed. Any thread may call."""
@@ -273,45 +273,45 @@ class RewardPool:
                 self._miss(worker)
                 self._stop_worker(worker)
 
-    def _wait(self, answers: dict[int, dict[str, Any]]) -> None:
-        """Take answers of workers, until one has come or a time limit has passed."""
+    def _wait(self, replies: dict[int, dict[str, Any]]) -> None:
+        """Take replies of workers, until one has come or a time limit has passed."""
         if not self._workers:
             return
         limit = min(w.deadline for w in self._workers if w.call is not None or not w.ready)
         for key, _ in self._selector.select(min(SERVER_S, max(0.0, limit - time.monotonic()))):
-            self._take(key.data, answers)
+            self._take(key.data, replies)
         self._server.check()
         now = time.monotonic()
         for worker in list(self._workers):
             busy = worker.call is not None or not worker.ready
             if busy and worker.deadline <= now:
-                message = f"no answer in {self._timeout_s} s"
-                self._lose(worker, {"reason": "timeout", "message": message}, answers)
+                message = f"no reply in {self._timeout_s} s"
+                self._lose(worker, {"reason": "timeout", "message": message}, replies)
 
-    def _take(self, worker: _Worker, answers: dict[int, dict[str, Any]]) -> None:
+    def _take(self, worker: _Worker, replies: dict[int, dict[str, Any]]) -> None:
         try:
             message = receive(worker.channel)
         except TimeoutError:
             message = None
         if message is None:
-            self._lose(worker, {"reason": "died"}, answers)
+            self._lose(worker, {"reason": "died"}, replies)
             return
-        answer = json.loads(message)
+        reply = json.loads(message)
         if not worker.ready:
-            if "error" in answer:
-                raise ValueError(answer["error"])
-            told = answer["callers"]
+            if "error" in reply:
+                raise ValueError(reply["error"])
+            told = reply["callers"]
             self._callers = tuple(map(_called, told))
             worker.ready = True
             return
         assert worker.call is not None, worker
-        self._store(worker.call, answer, answers)
+        self._store(worker.call, reply, replies)
         worker.call = None
-        if answer.get("reason") == "memory":
+        if reply.get("reason") == "memory":
             self._stop_worker(worker)  # the memory it holds would fail the next call too
 
     def _lose(
-        self, worker: _Worker, answer: dict[str, Any], answers: dict[int, dict[str, Any]]
+        self, worker: _Worker, reply: dict[str, Any], replies: dict[int, dict[str, Any]]
     ) -> None:
         """End a worker that died or hangs, and count its call as failed."""
         call, worker.call = worker.call, None
@@ -320,20 +320,20 @@ class RewardPool:
         status = self._stop_worker(worker)
         if not worker.ready:
             names = [f"{spec.name} ({spec.function})" for spec in self._specs]
-            how = f"ended with exit code {status}" if answer["reason"] == "died" else "hung"
+            how = f"ended with exit code {status}" if reply["reason"] == "died" else "hung"
             raise ValueError(
                 f"the reward worker {how} while it loaded {', '.join(names)} "
                 f"(limit {self._load_timeout_s} s)"
             )
         if status == -signal.SIGXCPU:
-            answer = {"reason": "timeout", "message": f"over {self._timeout_s} s of CPU time"}
-        elif answer["reason"] == "died":
-            answer = {**answer, "message": f"the worker ended with exit code {status}"}
+            reply = {"reason": "timeout", "message": f"over {self._timeout_s} s of CPU time"}
+        elif reply["reason"] == "died":
+            reply = {**reply, "message": f"the worker ended with exit code {status}"}
         if call is not None:
-            self._store(call, answer, answers)
+            self._store(call, reply, replies)
 
-    def _store(self, call: int, answer: dict[str, Any], answers: dict[int, dict[str, Any]]) -> None:
-        answers[call] = self._judge.taken(call % len(self._specs), answer)
+    def _store(self, call: int, reply: dict[str, Any], replies: dict[int, dict[str, Any]]) -> None:
+        replies[call] = self._judge.taken(call % len(self._specs), reply)
 
 
 def _called(told: Mapping[str, Any] | None) -> Called | None:

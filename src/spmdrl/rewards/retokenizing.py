@@ -29,7 +29,7 @@ def retokenizer(role: str, directory: Path, now: datetime, *, chat: bool) -> Ret
     tokenizer = load_tokenizer(directory)
     key = f"roles.{role}.retokenize=true"
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{key}: the tokenizer of {directory} has no eos_token to end answers")
+        raise ValueError(f"{key}: the tokenizer of {directory} has no eos_token to end responses")
     if chat and tokenizer.chat_template is None:
         raise ValueError(
             f"{key}: prompts are conversations, but the tokenizer of {directory} has no chat "

@@ -26,7 +26,7 @@ The final answer is \\boxed{{{answer}}}
 AT_ONCE = ("signature", "returned")
 """Reasons of failures that would occur with any response."""
 
-MENDS = {
+FIXES = {
     "returned": "return a number, or a dict of numbers with 'score'",
     "timeout": "make it faster, or raise reward_pool.timeout_s",
     "memory": "make it smaller, or raise reward_pool.memory_gb",
@@ -83,5 +83,5 @@ def try_out(pool: RewardPool, specs: Sequence[RewardSpec], prompt: Prompt, where
 def _told(failure: Failure) -> str:
     """Message on a failure: the event, its fix, and the place in the user's code."""
     first, line, rest = failure.message.strip().partition("\n")
-    mend = MENDS.get(failure.reason)
-    return f"{first}{'' if mend is None else f' ({mend})'}{line}{rest}"
+    fix = FIXES.get(failure.reason)
+    return f"{first}{'' if fix is None else f' ({fix})'}{line}{rest}"

@@ -376,7 +376,7 @@ def check_user_role(name: str, user: UserRole) -> None:
     for one, other in (("save_state", "load_state"), ("load_state", "save_state")):
         if one in offered and other not in offered:
             raise ValueError(
-                f"{where} has {one!r} and no {other!r}, so a run could not go on from its "
+                f"{where} has {one!r} and no {other!r}, so a run could not resume from its "
                 f"checkpoints: add {other!r}, or take {one!r} away"
             )
     lacking = lacks(user, NEEDED, OPTIONAL)

@@ -290,7 +290,7 @@ class Ledger:
             if places is None or record.places is None:
                 raise ValueError(
                     f"{kept.name} was finished on another number of ranks, and its rows have no "
-                    "atoms by which they find home: go on with as many ranks as before"
+                    "atoms by which they find home: resume on as many ranks as before"
                 )
             index = {tuple(place): row for row, place in enumerate(record.places.tolist())}
             rows = record.rows.select([index[tuple(place)] for place in places.tolist()])

@@ -31,9 +31,9 @@ def describe_journal(journal: Journal, *, is_same: bool) -> str:
         texts.append(f"{num_done} calls return what they gave, where they are asked the same")
     for part in (kept.part for kept in journal.calls if kept.part is not None):
         if part.values is not None:
-            texts.append(f"an update goes on after {part.values['minibatches']} minibatches")
+            texts.append(f"an update resumes after {part.values['minibatches']} minibatches")
         if part.rows is not None and part.state and is_same:
-            texts.append("generation goes on bit for bit")
+            texts.append("generation resumes bit for bit")
         elif part.rows is not None:
             texts.append(
                 "generation keeps what it had drawn; the tails are equal in distribution, not in "

@@ -120,7 +120,7 @@ class DataIdentity:
                 trained = ", some of which may have been trained on" if name == HELD_OUT else ""
                 texts.append(
                     f"the held-out set {name!r} holds other rows than before{trained}: eval/{name} "
-                    "does not go on where it was"
+                    "does not continue where it was"
                 )
         return texts
 
@@ -137,8 +137,7 @@ class DataIdentity:
                 texts.append(f"{where} had {before['count']} rows and has {after['count']}")
             else:
                 texts.append(
-                    f"{where} holds other rows: {before['count']} were there and "
-                    f"{after['count']} are"
+                    f"{where} holds other rows: it had {before['count']} and has {after['count']}"
                 )
         return texts
 

@@ -162,7 +162,7 @@ def check_enough(config: Config, train: AnySet, held_out: AnySet | None) -> None
     text = f"data.prompts_per_step={wanted}, but data.train has {len(train)} {kind}"
     if held_out is not None:
         amount = config.evaluation.held_out
-        text += f" beside {len(held_out)} that are held out (evaluation.held_out={amount})"
+        text += f" as well as {len(held_out)} that are held out (evaluation.held_out={amount})"
     raise ValueError(f"{text}: lower it, or bring more rows than {config.data.train.source} has")
 
 

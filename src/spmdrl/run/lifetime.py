@@ -181,7 +181,7 @@ def conclude_stop(watcher: Watcher, world: World) -> None:
     """
     broken = [text for text in gather_objects(watcher.broken) if text is not None]
     if broken:
-        raise RuntimeError(f"{broken[0]}; all was saved, and the next start goes on from here")
+        raise RuntimeError(f"{broken[0]}; all was saved, and the next start resumes from here")
     if world.is_first:
         watcher.attempt.clear_stop_files()
         watcher.write_stopped_by(watcher.stop_reason())

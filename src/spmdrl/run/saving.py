@@ -215,10 +215,10 @@ class Saver:
         if not self._world.is_first:  # all ranks have the same to say
             return
         for difference in changed_keys(state["config"], self._config):
-            log.warning("the run goes on with other values: %s", difference)
+            log.warning("the run resumes with other values: %s", difference)
         if self._data is not None and "data" in state:
             for text in self._data.differences(state["data"], int(state["steps_done"])):
-                log.warning("the run goes on with other data: %s", text)
+                log.warning("the run resumes with other data: %s", text)
 
     def _restore_private(self, path: Path, state: Mapping[str, Any], *, is_same: bool) -> Journal:
         """Restore users' roles and, on as many ranks as before, generators; return the journal."""

@@ -197,7 +197,7 @@ class Signals:
             return
         if number == signal.SIGINT and is_first_rank():
             say(
-                f"spmdrl {self._command}: SIGINT: stops where it can go on exactly, and saves; "
+                f"spmdrl {self._command}: SIGINT: stops where it can resume exactly, and saves; "
                 "a second one ends at once, without saving"
             )
         self.noted = number if self.noted is None else self.noted

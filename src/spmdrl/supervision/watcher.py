@@ -235,7 +235,7 @@ class Watcher:
             self._failing.discard(work)
         except OSError as error:
             if work not in self._failing:
-                _say(f"[rank {self._world.rank}] watcher: {work}: {error}; goes on without")
+                _say(f"[rank {self._world.rank}] watcher: {work}: {error}; continues without")
             self._failing.add(work)
             time.sleep(TICK_S / 10)
 
