@@ -63,6 +63,21 @@ def test_values_and_gradients_equal_log_softmax(temperature: float, chunk: int, 
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_logprobs_do_not_depend_on_whether_the_entropy_is_computed() -> None:
+    hidden, weight, targets, grads = inputs()
+    hidden.requires_grad_(), weight.requires_grad_()
+    found = []
+    for with_entropy in (True, False):
+        logprobs, *more = token_logprobs(
+            hidden, weight, targets, temperature=0.6, chunk=4, with_entropy=with_entropy
+        )
+        assert len(more) == with_entropy
+        loss = (logprobs * grads[0]).sum()
+        found.append((logprobs, *torch.autograd.grad(loss, (hidden, weight))))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_gradients_are_those_of_finite_differences() -> None:
     hidden, weight, targets, _ = inputs(3, 300)
     hidden, weight = hidden[:, :3].clone(), weight[:, :3].clone()

@@ -99,6 +99,24 @@ def test_values_and_gradients_equal_a_masked_softmax(
     )
 
 
+def test_supported_logprobs_do_not_depend_on_whether_the_entropy_is_computed() -> None:
+    hidden, weight, targets, grads = inputs()
+    hidden.requires_grad_(), weight.requires_grad_()
+    support = support_at(column(targets, COUNTS["some"]), torch.arange(N), targets)
+    found = []
+    for with_entropy in (True, False):
+        logprobs = token_logprobs(
+            *(hidden, weight, targets),
+            temperature=0.7,
+            chunk=4,
+            support=support,
+            with_entropy=with_entropy,
+        )[0]
+        loss = (logprobs * grads[0]).sum()
+        found.append((logprobs, *torch.autograd.grad(loss, (hidden, weight))))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_weights_give_float32_results(dtype: torch.dtype) -> None:
     hidden, weight, targets, grads = inputs()

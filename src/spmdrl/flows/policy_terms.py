@@ -56,13 +56,20 @@ def with_loss_weights(batch: Batch, run: Run) -> Batch:
 
 
 def update_of(
-    run: Run, role: str, step: int, columns: tuple[str, ...], *, temperature: float
+    run: Run,
+    role: str,
+    step: int,
+    columns: tuple[str, ...],
+    *,
+    temperature: float,
+    entropy: bool = True,
 ) -> Update:
     """Update with the epochs and minibatches of the role's own train section.
 
     Args:
         temperature: divides the logits: the sampling temperature for the policy's own samples, 1
             for data, whose likelihood is that of the unscaled logits. Scalar heads ignore it.
+        entropy: whether the loss reads `entropy`; without it the update computes less.
     """
     train = run.config.train_section(role)
     return Update(
@@ -72,6 +79,7 @@ def update_of(
         num_minibatches=train.num_minibatches,
         temperature=temperature,
         columns=columns,
+        entropy=entropy,
     )
 
 

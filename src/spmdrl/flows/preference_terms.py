@@ -78,7 +78,7 @@ def with_pair_shares(batch: Batch) -> Batch:
 def pair_update(run: Run, step: int, batch: Batch, *, temperature: float) -> Update:
     """Update of the policy, with its epochs and minibatches, that never splits a prompt's group."""
     columns = tuple(n for n in ("preference", REFERENCE, BASELINE) if n in batch)
-    update = update_of(run, "policy", step, columns, temperature=temperature)
+    update = update_of(run, "policy", step, columns, temperature=temperature, entropy=False)
     return replace(update, whole_groups=True)
 
 

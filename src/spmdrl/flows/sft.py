@@ -43,7 +43,7 @@ class SftTrainer:
         """Update the policy on `batch`: rows with `tokens` and `loss_mask`."""
         shares = {"loss_share": batch.row_sum(batch["loss_mask"]).double()}
         with self.run.phase("update"):
-            update = update_of(self.run, "policy", step, (), temperature=1.0)
+            update = update_of(self.run, "policy", step, (), temperature=1.0, entropy=False)
             records = self.policy.update(batch.with_columns(rows=shares), likelihood_loss, update)
         return update_metrics(records)
 

@@ -39,10 +39,10 @@ __all__ = [
 class Policy(ModelRole):
     """The trained model.
 
-    Methods: `logprobs(batch, temperature)` adds the token columns `logprobs` and `entropy`;
-    `update(batch, loss_fn, update)` trains and returns metric sums, equal on every rank. Both use
-    the experts of the column `expert_choices` and compute log-probabilities over the tokens of the
-    ragged column `support_ids`, if the batch has these columns.
+    Methods: `logprobs(batch, temperature)` adds the token column `logprobs`, with `entropy=True`
+    also `entropy`; `update(batch, loss_fn, update)` trains and returns metric sums, equal on every
+    rank. Both use the experts of the column `expert_choices` and compute log-probabilities over the
+    tokens of the ragged column `support_ids`, if the batch has these columns.
 
     `version` counts the optimizer steps behind the weights, on every rank of the world.
     """
@@ -50,10 +50,14 @@ class Policy(ModelRole):
     version: int = 0
 
     @role_method
-    def logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
-        names = ("logprobs", "entropy")
-        more = (*replayed(batch), *supported(batch))
-        return read_call(self, "logprobs", batch, next_token(temperature), names, more)
+    def logprobs(
+        self, batch: Batch, temperature: float = 1.0, *, entropy: bool = False
+    ) -> Call[Batch]:
+        readout, more = (
+            next_token(temperature, entropy=entropy),
+            (*replayed(batch), *supported(batch)),
+        )
+        return read_call(self, "logprobs", batch, readout, readout.columns, more)
 
     @role_method
     def update(self, batch: Batch, loss_fn: LossFn, update: Update) -> Call[UpdateRecords]:
@@ -61,7 +65,7 @@ class Policy(ModelRole):
             self.version += sum(record[NO_GRADIENT] == 0 for record in records)
             return records
 
-        readout = next_token(update.temperature)
+        readout = next_token(update.temperature, entropy=update.entropy)
         update = replace(update, columns=(*update.columns, *replayed(batch), *supported(batch)))
         return update_call(self, batch, loss_fn, readout, update, then=count)
 
@@ -69,7 +73,7 @@ class Policy(ModelRole):
 @dataclass(eq=False, repr=False)
 class Reference(ModelRole):
     """A frozen model: `logprobs(batch, temperature)` adds the token column `ref_logprobs`, over the
-    tokens of the ragged column `support_ids` if the batch has it.
+    tokens of the ragged column `support_ids` if the batch has it, and `ref_entropy` if asked.
 
     Args:
         prefix: prefix of its columns, so that a batch can hold those of several frozen models.
@@ -78,10 +82,12 @@ class Reference(ModelRole):
     prefix: str = "ref"
 
     @role_method
-    def logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
-        names = (f"{self.prefix}_logprobs", f"{self.prefix}_entropy")
-        more = supported(batch)
-        return read_call(self, "logprobs", batch, next_token(temperature), names, more)
+    def logprobs(
+        self, batch: Batch, temperature: float = 1.0, *, entropy: bool = False
+    ) -> Call[Batch]:
+        readout = next_token(temperature, entropy=entropy)
+        names = [f"{self.prefix}_{column}" for column in readout.columns]
+        return read_call(self, "logprobs", batch, readout, names, supported(batch))
 
 
 class Reward(ModelRole):

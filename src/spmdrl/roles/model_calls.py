@@ -46,6 +46,7 @@ class Update:
         temperature: sampling temperature, so that log-probabilities are those of the sampler.
         columns: the columns that the loss reads, in addition to the packed rows themselves.
         whole_groups: microbatches keep groups whole too, for losses that compare their rows.
+        entropy: whether the loss of a policy reads `entropy`; False saves its computation.
     """
 
     seed: int
@@ -55,6 +56,7 @@ class Update:
     temperature: float = 1.0
     columns: tuple[str, ...] = ()
     whole_groups: bool = False
+    entropy: bool = True
 
 
 UpdateRecords = list[dict[str, float]]

@@ -67,5 +67,5 @@ class LossCheck:
 
 def _readout(role: ModelRole) -> Readout:
     if isinstance(role, Policy):
-        return next_token(1.0)
+        return next_token(1.0, entropy=False)
     return VALUES if isinstance(role, Value) else SCORES

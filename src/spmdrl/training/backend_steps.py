@@ -70,6 +70,7 @@ def read_places(
         tp=tp,
         first_id=first_id,
         support=support,
+        with_entropy="entropy" in readout.columns,
     )
 
 

@@ -37,7 +37,8 @@ def token_logprobs(
     tp: Parallel | None = None,
     first_id: int | None = None,
     support: Support | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_entropy: bool = True,
+) -> tuple[Tensor, ...]:
     """Compute log softmax(hidden weight^T / temperature) at the targets, and the softmax's entropy.
 
     Products are computed in the weight's dtype, all else in float32 (float64 for float64 weights).
@@ -52,9 +53,10 @@ def token_logprobs(
             A rank may have none.
         support: places whose log-probability is that of a softmax over only some tokens. The
             entropy is always that of the whole vocabulary.
+        with_entropy: whether to compute the entropy too.
 
     Returns:
-        logprobs [N] and entropy [N] in nats, float32 (or float64).
+        logprobs [N] and, if wanted, entropy [N] in nats, float32 (or float64).
     """
     tp = Parallel() if tp is None else tp
     hidden = copy_to(hidden, tp.group)
@@ -64,9 +66,10 @@ def token_logprobs(
         rows, at_target = support.rows, support.ids == targets[support.rows, None]
         ids = (support.ids - first).masked_fill_(support.ids < 0, _NOBODY)
     logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets - first, rows, ids, at_target, 1.0 / temperature, chunk, tp
+        *(hidden, weight, targets - first, rows, ids, at_target),
+        *(1.0 / temperature, chunk, tp, with_entropy),
     )
-    return logprobs, entropy
+    return (logprobs, entropy) if with_entropy else (logprobs,)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -82,13 +85,14 @@ class _TokenLogprobs(torch.autograd.Function):
         scale: float,
         chunk: int,
         tp: Parallel,
-    ) -> tuple[Tensor, Tensor]:
-        peak, mass, product, target = _reduce(hidden, weight, local, scale, chunk)
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        peak, mass, product, target = _reduce(hidden, weight, local, scale, chunk, with_entropy)
         if tp.group is not None:
             peak, mass, product, target = _combine(peak, mass, product, target, tp.group)
         log_mass = mass.log()
         # H = log Z - E[logit]; both relative to the peak, so that no large terms cancel.
-        entropy = log_mass - product / mass
+        entropy = log_mass - product / mass if with_entropy else None
         normaliser = log_mass + peak
         logprobs, chances = target - normaliser, None
         if rows is not None:
@@ -136,14 +140,14 @@ class _TokenLogprobs(torch.autograd.Function):
             is_other = torch.ones_like(local, dtype=torch.bool).index_fill_(0, rows, False)
             others = is_other.nonzero().flatten()
             hidden, d_h = hidden[others], _rows_of(d_hidden, others)
-            terms = (local[others], normaliser[others], entropy[others], g[others])
+            terms = (local[others], normaliser[others], None, g[others])
         _add_gradients(d_h, d_weight, hidden, weight, *terms, d_entropy, ctx.scale, ctx.chunk)
         if others is not None:
             _put_rows(d_hidden, others, d_h)
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             None if d_weight is None else d_weight.to(weight.dtype),
-            *(None,) * 7,
+            *(None,) * 8,
         )
 
 
@@ -163,7 +167,7 @@ def _add_gradients(
     weight: Tensor,
     local: Tensor,
     normaliser: Tensor,
-    entropy: Tensor,
+    entropy: Tensor | None,  # None only if its gradient is
     g: Tensor,  # [N] the gradient of the log-probabilities, times `scale`
     d_entropy: Tensor | None,  # [N] likewise
     scale: float,
@@ -184,6 +188,7 @@ def _add_gradients(
                 d_weight[columns].add_(product(narrow.t(), weighted.t()))
             continue
         # d/dz_v = -p_v (g + d_entropy (log p_v + H))
+        assert entropy is not None
         p = factors.exp()
         factors.add_(entropy[rows, None]).mul_(-d_entropy[rows, None]).sub_(g[rows, None]).mul_(p)
         narrow = factors.to(weight.dtype)
@@ -231,10 +236,10 @@ def _tiles(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[_Tile]:
 
 
 def _reduce(
-    hidden: Tensor, weight: Tensor, local: Tensor, scale: float, chunk: int
+    hidden: Tensor, weight: Tensor, local: Tensor, scale: float, chunk: int, with_product: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reduce this rank's vocabulary to [N] each: peak = max z, sum exp(z - peak),
-    sum exp(z - peak) (z - peak), and the target's logit (0 if it is another rank's).
+    sum exp(z - peak) (z - peak) if wanted, and the target's logit (0 if it is another rank's).
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     peak, mass, product, target = (
@@ -251,9 +256,10 @@ def _reduce(
         # Online softmax (Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867, alg. 3).
         _move_peak(mass[rows], product[rows], peak[rows], new_peak)
         below = _scaled_below(tile.logits, new_peak, scale)
-        weights = below.exp()
+        weights = below.exp() if with_product else below.exp_()
         mass[rows] += weights.sum(1)
-        product[rows] += torch.linalg.vecdot(weights, below)
+        if with_product:
+            product[rows] += torch.linalg.vecdot(weights, below)
         peak[rows] = new_peak
     return peak, mass, product, target
 

@@ -31,10 +31,12 @@ class Readout:
         return self.places == "loss_tokens"
 
 
-def next_token(temperature: float = 1.0) -> Readout:
-    """Read `logprobs`, log p(x_t | x_<t), and the distribution's `entropy` at loss tokens."""
+def next_token(temperature: float = 1.0, *, entropy: bool = True) -> Readout:
+    """Read `logprobs`, log p(x_t | x_<t), and if wanted the distribution's `entropy` at loss
+    tokens, which takes another pass over all logits.
+    """
     return Readout(
-        columns=("logprobs", "entropy"),
+        columns=("logprobs", "entropy") if entropy else ("logprobs",),
         head="lm",
         places="loss_tokens",
         temperature=temperature,
