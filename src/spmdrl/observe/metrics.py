@@ -7,10 +7,9 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO
 
 from spmdrl.algorithms.ratio_bins import RATIO_BINS, RATIO_EDGES
@@ -28,7 +27,7 @@ RESERVED = ("step", "wall_time")
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-class MetricsWriter:
+class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     """Appends a run's metrics to `run_dir`/metrics.jsonl and `run_dir`/tensorboard.
 
     Every rank has one and calls it alike; only the first rank's touches files. A line is one write
@@ -154,15 +153,7 @@ class MetricsWriter:
             with self._naming_tensorboard():
                 board.close()
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open(self) -> None:

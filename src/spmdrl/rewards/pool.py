@@ -16,10 +16,9 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from spmdrl.config.user_objects import source_digest
@@ -59,7 +58,7 @@ class Called:
     columns: tuple[str, ...]
 
 
-class RewardPool:
+class RewardPool(AbstractContextManager["RewardPool"]):
     """Workers that score samples with the components of `specs`. Not for use from two threads.
 
     Args:
@@ -226,15 +225,7 @@ class RewardPool:
                 self._stop_worker(worker)
         self._selector.close()
 
-    def __enter__(self) -> RewardPool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _start_worker(self) -> None:

@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
-from types import TracebackType
 
 from spmdrl.rewards.process import OUTLIVED
 
@@ -72,7 +72,7 @@ class ServerEnded(RuntimeError):
     """The server has ended, and its workers with it."""
 
 
-class RewardServer:
+class RewardServer(AbstractContextManager["RewardServer"]):
     """Handle that forks and ends reward workers. A rank has one; several pools may share it."""
 
     def __init__(self, process: subprocess.Popen[bytes], control: socket.socket) -> None:
@@ -115,15 +115,7 @@ class RewardServer:
         self._control.close()
         self._process.wait()
 
-    def __enter__(self) -> RewardServer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _request(self, request: dict[str, object], descriptors: list[int]) -> None:
