@@ -11,11 +11,11 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
   `together`, `Generation`, `Update`, `UpdateRecords`, `LossFn`, `LossInput`.
 - Numbers of all ranks: `moments`, `Moments`, `world_any`, `world_max`, `world_sum`,
   `broadcast_object`, `gather_objects`, `gather_tables`; estimates and names of evaluations:
-  `clustered_mean`, `EVAL`, `ACCURACY`, `STANDARD_ERROR`.
+  `clustered_mean`, `pair_accuracy`, `CHOSEN`, `EVAL`, `ACCURACY`, `STANDARD_ERROR`.
 - A role of one's own: `UserRole`, `Column`, `RoleContext`; with a model of the train backend:
   `TorchBackend`, `TrainOptions`, `open_model`, `Readout`, `SCORES`, `VALUES`, `next_token`.
 - A backend or an engine: `TrainBackend`, `OptimStep`, `LocalTensors`; `RolloutEngine`, `Request`,
-  `Completion`, `SamplingParams`.
+  `Completion`, `Finish`, `SamplingParams`.
 - Parts of the shipped flows, to subclass or to call: `GroupEnvironment`, the trainers, and the
   terms that they share. Algorithms: all that the shipped flows call. A copy of a shipped flow finds
   here everything that it imports.
@@ -111,6 +111,7 @@ if TYPE_CHECKING:
         world_sum as world_sum,
     )
     from spmdrl.evaluation.metrics import clustered_mean as clustered_mean
+    from spmdrl.evaluation.pairs import CHOSEN as CHOSEN, pair_accuracy as pair_accuracy
     from spmdrl.flows.advantage_terms import (
         puts_kl_in_reward as puts_kl_in_reward,
         token_advantages as token_advantages,
@@ -145,10 +146,7 @@ if TYPE_CHECKING:
         ReferenceSums as ReferenceSums,
         distinct_rows as distinct_rows,
     )
-    from spmdrl.flows.reward_model import (
-        RewardModelTrainer as RewardModelTrainer,
-        pair_accuracy as pair_accuracy,
-    )
+    from spmdrl.flows.reward_model import RewardModelTrainer as RewardModelTrainer
     from spmdrl.flows.sft import SftTrainer as SftTrainer
     from spmdrl.models.files.hf import open_model as open_model
     from spmdrl.observe.names import (
@@ -172,6 +170,7 @@ if TYPE_CHECKING:
     from spmdrl.roles.model_calls import Update as Update, UpdateRecords as UpdateRecords
     from spmdrl.rollout.protocol import (
         Completion as Completion,
+        Finish as Finish,
         Request as Request,
         RolloutEngine as RolloutEngine,
     )
@@ -234,6 +233,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
             "world_max world_sum"
         ),
         "evaluation.metrics": "clustered_mean",
+        "evaluation.pairs": "CHOSEN pair_accuracy",
         "flows.advantage_terms": "puts_kl_in_reward token_advantages",
         "flows.dpo": "DpoTrainer",
         "flows.environment": "GroupEnvironment",
@@ -247,7 +247,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
             "with_pair_shares"
         ),
         "flows.reference_sums": "AskedSums CachedSums ReferenceSums distinct_rows",
-        "flows.reward_model": "RewardModelTrainer pair_accuracy",
+        "flows.reward_model": "RewardModelTrainer",
         "flows.sft": "SftTrainer",
         "models.files.hf": "open_model",
         "observe.names": "ACCURACY EVAL STANDARD_ERROR",
@@ -256,7 +256,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "roles.generation": "Generation Rollout",
         "roles.handles": "Policy Reference Reward Value",
         "roles.model_calls": "Update UpdateRecords",
-        "rollout.protocol": "Completion Request RolloutEngine",
+        "rollout.protocol": "Completion Finish Request RolloutEngine",
         "rollout.sampling": "SamplingParams",
         "run.protocols": "Environment Evaluates Metrics Trainer",
         "run.run": "Run",

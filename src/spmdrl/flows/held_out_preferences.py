@@ -7,9 +7,9 @@ from torch import Tensor
 from spmdrl.algorithms.direct_preference import PreferenceConfig, implicit_rewards
 from spmdrl.batch import Batch
 from spmdrl.data.preferences import PairSet
+from spmdrl.evaluation.pairs import pair_accuracy
 from spmdrl.flows.preference_terms import REFERENCE
 from spmdrl.flows.reference_sums import ReferenceSums, distinct_rows
-from spmdrl.flows.reward_model import pair_accuracy
 from spmdrl.roles.handles import Policy
 from spmdrl.run.protocols import Metrics
 from spmdrl.run.run import Run

@@ -17,18 +17,13 @@ from spmdrl.algorithms.preference_loss import bradley_terry_loss
 from spmdrl.batch import Batch
 from spmdrl.config.algorithms import AlgorithmSection
 from spmdrl.data.preferences import PairSet
-from spmdrl.distributed.reduce import gather_objects
-from spmdrl.evaluation.metrics import clustered_mean
+from spmdrl.evaluation.pairs import CHOSEN, pair_accuracy
 from spmdrl.flows.policy_terms import update_of
-from spmdrl.observe.names import ACCURACY, EVAL, STANDARD_ERROR
 from spmdrl.roles.handles import Reward
 from spmdrl.run.protocols import Metrics
 from spmdrl.run.run import Run
 from spmdrl.run.step_metrics import update_metrics
 from spmdrl.training.protocol import LossFn, LossInput
-
-CHOSEN = 0
-"""Value of `sample_index` in a pair's chosen row; the rejected row has 1."""
 
 
 def reward_model(run: Run) -> None:
@@ -92,28 +87,3 @@ class HeldOutPairs:
         for name, batch in self.run.held_out(PairSet):
             found |= pair_accuracy(name, batch, self.reward.score(batch)["scores"])
         return found
-
-
-def pair_accuracy(set_name: str, batch: Batch, scores: Tensor) -> dict[str, float]:
-    """Accuracy (a tie counts half) and margin of pairs, with errors clustered by prompt, since
-    pairs of one prompt are not independent. Every rank calls it.
-
-    Args:
-        batch: home rows of pairs, the two rows of a pair next to each other.
-        scores: [B], higher for the better response.
-    """
-    is_chosen = batch["sample_index"] == CHOSEN
-    gap = scores.double()[is_chosen] - scores.double()[~is_chosen]
-    prompts = list(batch.objects["prompt_text"][::2])
-    own = list(zip(prompts, gap.tolist(), strict=True))
-    pairs = [pair for part in gather_objects(own) for pair in part]
-    found: dict[str, float] = {}
-    for label, values in (
-        (ACCURACY, [0.5 * ((gap > 0) + (gap >= 0)) for _, gap in pairs]),
-        ("/margin", [gap for _, gap in pairs]),
-    ):
-        estimate = clustered_mean(values, [prompt for prompt, _ in pairs])
-        error = STANDARD_ERROR if label == ACCURACY else label + STANDARD_ERROR
-        name = f"{EVAL}{set_name}"
-        found |= {name + label: estimate.mean, name + error: estimate.standard_error}
-    return found
