@@ -79,7 +79,8 @@ def disjoint(world: World) -> dict[str, Any]:
     a = toy("a", [0], 1000)
     b = toy("b", [1, 2], 2000, dp_replicate=2)
     batch = home_rows(world, world.rank)  # rank 0 has no rows
-    one, metrics, two = together(a.add(batch), b.train(batch), b.add(batch))
+    one, nothing, metrics, two = together(a.add(batch), None, b.train(batch), b.add(batch))
+    assert nothing is None
     again = RoleMethod(b.add)(batch)
     return {
         "one": (one["a"] - one["tokens"]).tolist(),
