@@ -52,7 +52,7 @@ def read_all(world, folder):
     for name in ["good", *BAD]:
         try:
             read = read_opponent(folder / f"{name}.jsonl", PROMPTS, "me")
-            found[name] = read.rewards.tolist()
+            found[name] = read.tolist()
         except ValueError as error:
             found[name] = str(error)
     return found

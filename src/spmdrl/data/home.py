@@ -20,11 +20,9 @@ class DataSet(Protocol):
 
         The columns are the same for any number of items, even for none.
         """
-        ...
 
     def texts(self) -> list[str]:
         """Texts of the prompts."""
-        ...
 
 
 class StepRows:

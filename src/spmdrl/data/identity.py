@@ -39,11 +39,9 @@ class Known(Protocol):
 
     def marks(self) -> list[bytes]:
         """Digest of each item's row, see `row_mark`."""
-        ...
 
     def ids(self) -> Iterator[Sequence[int] | NDArray[np.int32]]:
         """Token ids, text by text."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

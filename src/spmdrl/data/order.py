@@ -24,15 +24,12 @@ class Stream(Protocol):
 
     def indices(self, step: int, attempt: int = 0) -> list[int]:
         """Indices of the step's items, or of those of its refill `attempt` (from 1)."""
-        ...
 
     def passed(self, step: int) -> list[int]:
         """Items drawn before `step` in the pass over the data (over each source) that it is in."""
-        ...
 
     def following(self, step: int) -> list[int]:
         """Items that this pass draws from `step` on."""
-        ...
 
 
 def stream_of(seed: int, shares: Sequence[tuple[int, float]], prompts_per_step: int) -> Stream:

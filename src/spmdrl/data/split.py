@@ -34,19 +34,15 @@ class Divisible(Protocol):
 
     def texts(self) -> list[str]:
         """Texts of the prompts, none of which may be on both sides of a division."""
-        ...
 
     def openings(self) -> list[str]:
         """First user messages; they decide parts, and overlaps with separate held-out sources."""
-        ...
 
     def identities(self) -> Sequence[Hashable]:
         """Keys, equal for equal items: prompts of the same text, pairs of the same tokens."""
-        ...
 
     def questions(self) -> list[str]:
         """Texts by which questions are told apart: usually the prompts' texts."""
-        ...
 
     def subset(self: S, indices: Sequence[int]) -> S: ...
 

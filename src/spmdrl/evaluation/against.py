@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,21 +15,15 @@ from spmdrl.data.rows import one_line, said
 from spmdrl.distributed.reduce import broadcast_object
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Opponent:
-    """Args:
-    rewards: rewards of the m responses to each of P prompts, float64 [P, m].
-    """
-
-    rewards: Tensor
-
-
-def read_opponent(path: Path, prompts: Sequence[str], judged_by: str) -> Opponent:
+def read_opponent(path: Path, prompts: Sequence[str], judged_by: str) -> Tensor:
     """Read the rewards of a results file in the order of the prompts; only the first rank reads it.
 
     Args:
         prompts: the texts of the set, in order; `prompt_id` is an index into them.
         judged_by: description of what makes the rewards; the file's must be the same.
+
+    Returns:
+        Rewards of the m responses to each of P prompts, float64 [P, m].
 
     Raises:
         ValueError: the file is missing or malformed, has other prompts, or was judged differently
@@ -49,7 +42,7 @@ def read_opponent(path: Path, prompts: Sequence[str], judged_by: str) -> Opponen
             f"against={path}: {found}; it must be the results of an evaluation of this set with "
             "the same rewards (spmdrl eval of the other model writes them)"
         )
-    return Opponent(rewards=torch.tensor(found, dtype=torch.float64))
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _rewards(path: Path, prompts: Sequence[str], judged_by: str) -> list[list[float]]:

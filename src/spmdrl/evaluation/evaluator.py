@@ -13,7 +13,7 @@ from spmdrl.batch import Batch
 from spmdrl.data.home import DataSet, home_rows
 from spmdrl.data.prompts import Prompt
 from spmdrl.distributed.reduce import gather_at_first, gather_tables
-from spmdrl.evaluation.against import Opponent, read_opponent
+from spmdrl.evaluation.against import read_opponent
 from spmdrl.evaluation.metrics import Estimate, avg_at_k, pass_at_k, win_rate
 from spmdrl.evaluation.results import write_results
 from spmdrl.observe.names import ACCURACY, EVAL, STANDARD_ERROR, WIN_RATE
@@ -106,9 +106,9 @@ class Evaluator:
             found |= {f"/pass@{k}": pass_at_k(right, k) for k in self._set.k}
         return {**self._named(found), f"{prefix}/response_length": float(lengths.mean())}
 
-    def _compared(self, batch: Batch, opponent: Opponent) -> dict[str, float]:
+    def _compared(self, batch: Batch, opponent: Tensor) -> dict[str, float]:
         rewards = self._table(batch, "rewards")
-        return self._named({WIN_RATE: win_rate(rewards, opponent.rewards)})
+        return self._named({WIN_RATE: win_rate(rewards, opponent)})
 
     def _named(self, found: Mapping[str, Estimate]) -> dict[str, float]:
         prefix = EVAL + self._set.name

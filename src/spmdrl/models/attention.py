@@ -35,7 +35,6 @@ class AttentionKernel(Protocol):
         self, spans: Sequence[Span], *, dtype: torch.dtype, device: torch.device
     ) -> AttentionFunction:
         """Make the differentiable function for spans whose rows cover all of q."""
-        ...
 
 
 class PackedAttention:

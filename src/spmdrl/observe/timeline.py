@@ -7,23 +7,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from spmdrl.observe.names import OTHER, SECONDS, STEP_SECONDS, TOKENS_PER_S
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTime:
-    """One rank's times of one step.
-
-    Args:
-        seconds: seconds by phase, in order of first use, `other` last; they add up to the step's.
-    """
-
-    seconds: dict[str, float]
 
 
 class PhaseMeter(ABC):
@@ -71,13 +59,14 @@ class PhaseTimer(PhaseMeter):
         self._clock = clock
         self._mark = clock()
 
-    def finish(self) -> StepTime:
-        """Return the times since the last `finish` (or construction), and start anew."""
+    def finish(self) -> dict[str, float]:
+        """Return the seconds since the last `finish` (or construction) by phase, in order of first
+        use and `other` last, and start anew; they add up to the time that has passed.
+        """
         self._charge()
         other = self._charged.pop(OTHER, 0.0)
-        step = StepTime(seconds={**self._charged, OTHER: other})
-        self._charged = {}
-        return step
+        seconds, self._charged = {**self._charged, OTHER: other}, {}
+        return seconds
 
     def _charge(self) -> None:
         self._synchronize()

@@ -90,7 +90,6 @@ class UserRole(Protocol):
 
     def forward_step(self, batch: Batch) -> Mapping[str, Tensor]:
         """The columns of `returns` for these rows: token columns `[T]`, row columns `[B]`."""
-        ...
 
 
 @runtime_checkable

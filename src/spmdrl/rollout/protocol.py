@@ -115,13 +115,11 @@ class RolloutEngine(Protocol):
         Raises:
             ValueError: a request can never be served; raised before anything runs.
         """
-        ...
 
     def aborted_state(self) -> dict[str, Tensor]:
         """Return the state of the last `generate` if it was aborted, for the same rank's next call.
         Call it directly after `generate`. Empty if nothing was aborted or nothing is kept.
         """
-        ...
 
     def score(
         self, sequences: Sequence[tuple[int, ...]], *, temperature: float = 1.0
@@ -133,43 +131,33 @@ class RolloutEngine(Protocol):
             ValueError: the cache or the model cannot hold a sequence, or the engine cannot score
                 at the temperature.
         """
-        ...
 
     def local_tensors(self) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:
         """Return the weights that this rank holds: local name -> (tensor, slices)."""
-        ...
 
     def adopt(self, local_name: str, tensor: Tensor) -> None:
         """Use `tensor` itself as the parameter: it is not copied, and changes to it take effect."""
-        ...
 
     def allocate(self, local_name: str) -> Tensor:
         """Allocate the engine's own storage for a parameter, to be filled by a weight sync."""
-        ...
 
     @property
     def captures_graphs(self) -> bool:
         """Whether decode steps are replayed as CUDA graphs, which hold addresses of tensors that
         others may move.
         """
-        ...
 
     def cache_bytes(self) -> int:
         """Return the current bytes of the key-value cache."""
-        ...
 
     def graph_bytes(self) -> int:
         """Return the current bytes of the graphs."""
-        ...
 
     def release_cache(self) -> None:
         """Free the cache; the next call makes it again."""
-        ...
 
     def release_graphs(self) -> None:
         """Free the graphs, before tensors move whose addresses they hold."""
-        ...
 
     def close(self) -> None:
         """Free the engine, which is not used again, without waiting for other ranks."""
-        ...

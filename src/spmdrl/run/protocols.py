@@ -17,15 +17,12 @@ class Environment(Protocol):
 
     def collect(self, step: int) -> Batch:
         """Collect one step's scored samples: home rows with `rewards`."""
-        ...
 
     def ahead(self, step: int) -> tuple[Call[Any], ...]:
         """Calls that prepare `step` and may run alongside the previous update; () for none."""
-        ...
 
     def metrics(self) -> Metrics:
         """Metrics of the samples just collected; every rank calls it."""
-        ...
 
 
 class Trainer(Protocol):
@@ -35,7 +32,6 @@ class Trainer(Protocol):
         """Compute advantages and update on what `collect` returned; pass the calls of `alongside`
         to the `together` of the updates.
         """
-        ...
 
 
 class Evaluates(Protocol):
@@ -43,7 +39,6 @@ class Evaluates(Protocol):
 
     def evaluate(self, step: int) -> Metrics:
         """Metrics named `eval/SET...`, equal on every rank."""
-        ...
 
 
 class Syncs(Protocol):
@@ -51,11 +46,9 @@ class Syncs(Protocol):
 
     def run(self) -> None:
         """Give the target role the source's weights, and prove that it has them."""
-        ...
 
     def take_metrics(self) -> Metrics:
         """Metrics of the last run, empty if it moved no weights."""
-        ...
 
 
 class Scores(Protocol):
@@ -63,7 +56,6 @@ class Scores(Protocol):
 
     def score(self, batch: Batch) -> Batch:
         """Add `rewards` and their components to home rows."""
-        ...
 
 
 class Life(Protocol):
@@ -78,16 +70,12 @@ class Life(Protocol):
 
     def begin(self, step: int) -> None:
         """Begin a step, or stop the run here."""
-        ...
 
     def finish(self, step: int) -> None:
         """End a step, and save or export what is due."""
-        ...
 
     def save(self) -> None:
         """Begin a checkpoint of the steps done, unless it exists."""
-        ...
 
     def export(self) -> None:
         """Export the trained models at the end of the run, if the configuration wants it."""
-        ...

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-
 from spmdrl.checkpoint.index import CHECKPOINTS
 from spmdrl.checkpoint.journal import merge_journals, pack_journal, unpack_journal
 from spmdrl.checkpoint.load import read_private, resume_point, set_aside

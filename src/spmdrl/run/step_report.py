@@ -81,13 +81,12 @@ class StepReport:
 
     def _timing(self, metrics: Metrics) -> dict[str, float]:
         own = self._timer.finish()
-        phases = list(own.seconds)
-        seconds = world_max(torch.tensor([own.seconds[name] for name in phases]))
+        seconds = world_max(torch.tensor(list(own.values())))
         tokens = {
             names.ROLLOUT: metrics.get("rollout_tokens", 0.0),
             names.UPDATE: metrics.get("update_tokens", 0.0),
         }
-        timing = timing_metrics(dict(zip(phases, seconds.tolist(), strict=True)), tokens)
+        timing = timing_metrics(dict(zip(own, seconds.tolist(), strict=True)), tokens)
         return {**timing, **self._memory.finish()}
 
     def _samples(self, batch: Batch) -> list[Mapping[str, object]]:

@@ -143,7 +143,6 @@ class TrainBackend(Protocol):
         row column `prompt_ids` (equal for rows whose prompt may be computed once) and the token
         columns `loss_mask` and `expert_choices` (experts to use instead of the model's choice).
         """
-        ...
 
     def forward_backward(
         self,
@@ -166,23 +165,19 @@ class TrainBackend(Protocol):
         `training.experts.ExpertUse`). The balance loss, for which rows need `loss_share`, is part
         of the gradient but not of `loss`.
         """
-        ...
 
     def optim_step(self) -> OptimStep:
         """Clip, update the weights, move the schedule, clear the gradients."""
-        ...
 
     def local_tensors(self) -> LocalTensors:
         """Return this rank's weights, in the dtype that the model computes with (the master's if
         FSDP shards are the master): the storage itself, for sharing and for loading.
         """
-        ...
 
     def parts(self) -> dict[str, list[Tensor]]:
         """Return the tensors that stay between calls, for memory sharing: `weights`, and those of
         the `optimizer` if the role trains. A call needs the parts that it uses on the device.
         """
-        ...
 
     def state_tensors(self) -> LocalTensors:
         """Return this rank's share of a checkpoint: the master weights `weights/NAME` (the weights
@@ -190,14 +185,11 @@ class TrainBackend(Protocol):
         all float32 in every layout and compute dtype; also `weights/NAME` of parameters that do not
         train, in the dtype they are held in. The storage itself. Empty if the role is frozen.
         """
-        ...
 
     def counters(self) -> dict[str, int]:
         """Return the optimizer's scalar state, equal on all ranks."""
-        ...
 
     def restored(self, counters: Mapping[str, int]) -> None:
         """Resume from a checkpoint, after `state_tensors()` have been filled: adopt its
         `counters()` and round the master weights into the weights that the model computes with.
         """
-        ...

@@ -33,7 +33,6 @@ class TensorSource(Protocol):
 
     def read(self, part: Slice) -> Tensor:
         """Read the values of `part`, in the source's dtype, on the CPU, with shape `part.size`."""
-        ...
 
 
 class RandomCheckpoint:

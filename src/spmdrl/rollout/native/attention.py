@@ -41,12 +41,9 @@ class PagedAttention(Protocol):
 
     def prepare(self, plan: StepPlan) -> None:
         """Copy the plan's blocks and build the indices that all layers use."""
-        ...
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; rows are one for each of the plan's decodes, then the tokens of its chunks."""
-        ...
 
     def caches(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return keys and values by layer, blocks first, to be read and written between steps."""
-        ...
