@@ -39,7 +39,6 @@ if TYPE_CHECKING:
         rewards_to_go as rewards_to_go,
     )
     from spmdrl.algorithms.direct_preference import (
-        PreferenceConfig as PreferenceConfig,
         as_compared as as_compared,
         implicit_rewards as implicit_rewards,
         kto_baseline as kto_baseline,
@@ -61,7 +60,6 @@ if TYPE_CHECKING:
     )
     from spmdrl.algorithms.policy_loss import (
         POLICY_COLUMNS as POLICY_COLUMNS,
-        PolicyLossConfig as PolicyLossConfig,
         clipped_policy_loss as clipped_policy_loss,
         loss_shares as loss_shares,
         loss_weights as loss_weights,
@@ -137,7 +135,6 @@ if TYPE_CHECKING:
         pair_loss as pair_loss,
         pair_metrics as pair_metrics,
         pair_update as pair_update,
-        preference_settings as preference_settings,
         with_pair_shares as with_pair_shares,
     )
     from spmdrl.flows.reference_sums import (
@@ -203,16 +200,13 @@ _NAMES: Mapping[str, str] = MappingProxyType(
     {
         "algorithms.advantages": "broadcast_to_tokens group_advantages leave_one_out rewards_to_go",
         "algorithms.direct_preference": (
-            "PreferenceConfig as_compared implicit_rewards kto_baseline ordered_pairs "
-            "preference_loss response_sums"
+            "as_compared implicit_rewards kto_baseline ordered_pairs preference_loss response_sums"
         ),
         "algorithms.gae": "gae",
         "algorithms.kl": "kl",
         "algorithms.kl_control": "AdaptiveKl FixedKl KlControl sequence_kl",
         "algorithms.pairing": "distinct_responses pair_rows",
-        "algorithms.policy_loss": (
-            "POLICY_COLUMNS PolicyLossConfig clipped_policy_loss loss_shares loss_weights"
-        ),
+        "algorithms.policy_loss": "POLICY_COLUMNS clipped_policy_loss loss_shares loss_weights",
         "algorithms.preference_loss": "bradley_terry_loss",
         "algorithms.reward_shaping": (
             "RewardScaler missing_eos_penalty scale_and_clip token_rewards"
@@ -243,8 +237,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "flows.policy_terms": "policy_columns policy_loss update_of with_loss_weights",
         "flows.ppo": "PpoTrainer",
         "flows.preference_terms": (
-            "BASELINE REFERENCE pair_loss pair_metrics pair_update preference_settings "
-            "with_pair_shares"
+            "BASELINE REFERENCE pair_loss pair_metrics pair_update with_pair_shares"
         ),
         "flows.reference_sums": "AskedSums CachedSums ReferenceSums distinct_rows",
         "flows.reward_model": "RewardModelTrainer",

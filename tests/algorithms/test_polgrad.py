@@ -20,10 +20,8 @@ from spmdrl.algorithms.advantages import (
     leave_one_out,
 )
 from spmdrl.algorithms.gae import gae
-from spmdrl.algorithms.kl import KlEstimator, kl
+from spmdrl.algorithms.kl import kl
 from spmdrl.algorithms.policy_loss import (
-    Aggregation,
-    PolicyLossConfig,
     clipped_policy_loss,
     loss_shares,
     loss_weights,
@@ -31,9 +29,10 @@ from spmdrl.algorithms.policy_loss import (
 from spmdrl.algorithms.rewards import kl_in_reward
 from spmdrl.algorithms.value_loss import clipped_value_loss
 from spmdrl.algorithms.whiten import whiten
+from spmdrl.config.algorithms import AlgorithmSection, KlEstimator, LossMean
 
 BUDGET, CAP = 11, 1.3
-MODES: dict[Aggregation, polgrad.Aggregation] = {
+MODES: dict[LossMean, polgrad.Aggregation] = {
     "token_mean": polgrad.Aggregation.TOKEN_MEAN,
     "sequence_mean": polgrad.Aggregation.SEQ_MEAN_TOKEN_MEAN,
     "fixed_length": polgrad.Aggregation.TOKEN_SUM_NORM,
@@ -45,11 +44,11 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], tuple[Any, Any, Any]]] = {
     "dapo": ({"clip_high": 0.28}, (CLIPPED, TOKEN, polgrad.ClipConfig(0.2, 0.28))),
     "dual": ({"dual_clip": 2.0}, (CLIPPED, TOKEN, polgrad.ClipConfig(0.2, 0.2, 2.0))),
     "gspo": (
-        {"objective": "gspo", "clip_low": 0.1, "clip_high": 0.2},
+        {"policy_loss": "gspo", "clip_low": 0.1, "clip_high": 0.2},
         (CLIPPED, polgrad.RatioKind.SEQUENCE_TOKEN, polgrad.ClipConfig(0.1, 0.2)),
     ),
     "cispo": (
-        {"objective": "cispo", "clip_low": 1.0, "clip_high": 0.5},
+        {"policy_loss": "cispo", "clip_low": 1.0, "clip_high": 0.5},
         (polgrad.SurrogateKind.CISPO, TOKEN, polgrad.ClipConfig(None, 0.5)),
     ),
 }
@@ -69,7 +68,7 @@ def packed(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def own_loss(
-    batch: dict[str, Tensor], logprobs: Tensor, config: PolicyLossConfig, mode: Aggregation
+    batch: dict[str, Tensor], logprobs: Tensor, config: AlgorithmSection, mode: LossMean
 ) -> Tensor:
     lengths, mask, row = packed(batch)
     weights = loss_weights(lengths, mask, mode, max_tokens=BUDGET).double()
@@ -88,13 +87,13 @@ def own_loss(
 @pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("estimator", [None, "k2", "k3"])
 @pytest.mark.parametrize(("name", "mode"), list(product(OBJECTIVES, MODES)))
-def test_policy_losses(name: str, mode: Aggregation, estimator: Any, capped: bool) -> None:
+def test_policy_losses(name: str, mode: LossMean, estimator: Any, capped: bool) -> None:
     given, (surrogate, ratio, clip) = OBJECTIVES[name]
     cap = CAP if capped else None
-    ours = PolicyLossConfig(
+    ours = AlgorithmSection(
         **given,
-        tis_cap=cap,
-        kl_coefficient=0.0 if estimator is None else 0.3,
+        importance_cap=cap,
+        kl_coef=0.0 if estimator is None else 0.3,
         kl_estimator=estimator or "k3",
     )
     kind = None if estimator is None else polgrad.KLEstimator[estimator.upper()]

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from spmdrl.algorithms.metrics import combine
 from spmdrl.algorithms.policy_loss import (
-    PolicyLossConfig,
     clipped_policy_loss,
     loss_shares,
     loss_weights,
 )
+from spmdrl.config.algorithms import AlgorithmSection
 
 
-def one_token(ratio: float, advantage: float, config: PolicyLossConfig) -> tuple[float, float]:
+def one_token(ratio: float, advantage: float, config: AlgorithmSection) -> tuple[float, float]:
     """Loss and its gradient by the logprob of a single token of weight 1."""
     logprobs = torch.tensor([math.log(ratio) - 1.0], dtype=torch.float64, requires_grad=True)
     columns = {
@@ -41,7 +41,7 @@ def one_token(ratio: float, advantage: float, config: PolicyLossConfig) -> tuple
     ],
 )
 def test_clipping_by_hand(ratio, advantage, loss, gradient):
-    config = PolicyLossConfig(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
+    config = AlgorithmSection(clip_low=0.2, clip_high=0.28, dual_clip=3.0)
     value, slope = one_token(ratio, advantage, config)
     assert value == pytest.approx(loss)
     assert slope == pytest.approx(gradient)
@@ -66,14 +66,14 @@ def make_columns(size: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor
     return logprobs, 1 + noise(0.1), columns, weights
 
 
-FULL = PolicyLossConfig(
+FULL = AlgorithmSection(
     clip_low=0.1,
     clip_high=0.2,
     dual_clip=1.3,
-    kl_coefficient=0.05,
+    kl_coef=0.05,
     kl_estimator="k3",
-    tis_cap=1.5,
-    entropy_coefficient=0.01,
+    importance_cap=1.5,
+    entropy_coef=0.01,
 )
 
 
@@ -99,11 +99,11 @@ def reference_loss(logprobs, entropy, columns, weights, config):
             gain = config.dual_clip * advantage
             sums["dual_clip_fraction"] += 1
         tis = math.exp(old - rollout)
-        sums["tis_truncated"] += tis > config.tis_cap
+        sums["tis_truncated"] += tis > config.importance_cap
         sums[bins[sum(tis > edge for edge in edges)]] += 1
-        tis = min(tis, config.tis_cap)
+        tis = min(tis, config.importance_cap)
         ref_kl = math.exp(ref - new) - 1 - (ref - new)
-        term = -tis * gain + config.kl_coefficient * ref_kl - config.entropy_coefficient * bonus
+        term = -tis * gain + config.kl_coef * ref_kl - config.entropy_coef * bonus
         loss += weight * term
         sums["tokens"] += 1
         sums["kl"] += ratio - 1 - math.log(ratio)
@@ -144,7 +144,7 @@ def test_gradient_agrees_with_finite_differences():
 
 def test_any_cut_and_order_gives_the_same_sums():
     logprobs, entropy, columns, weights = make_columns(200, 2)
-    config = PolicyLossConfig(tis_cap=2.0, kl_coefficient=0.1)
+    config = AlgorithmSection(importance_cap=2.0, kl_coef=0.1)
     whole, whole_sums = clipped_policy_loss(logprobs, entropy, columns, weights, config)
     order = torch.randperm(200, generator=torch.Generator().manual_seed(3))
     total, parts = 0.0, []
@@ -169,7 +169,7 @@ def test_on_policy_without_old_logprobs_is_the_policy_gradient():
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
     advantages = torch.tensor([3.0, -0.5])
     loss, sums = clipped_policy_loss(
-        logprobs, torch.zeros(2), {"advantages": advantages}, torch.ones(2), PolicyLossConfig()
+        logprobs, torch.zeros(2), {"advantages": advantages}, torch.ones(2), AlgorithmSection()
     )
     (gradient,) = torch.autograd.grad(loss, logprobs)
     torch.testing.assert_close(gradient, -advantages)
@@ -184,7 +184,7 @@ def test_tis_scales_the_policy_term_without_a_gradient_of_its_own():
         "rollout_logprobs": torch.tensor([-1.0 + math.log(2), -1.0 - math.log(8)]),
     }
     loss, sums = clipped_policy_loss(
-        logprobs, torch.zeros(2), columns, torch.ones(2), PolicyLossConfig(tis_cap=2.0)
+        logprobs, torch.zeros(2), columns, torch.ones(2), AlgorithmSection(importance_cap=2.0)
     )
     (gradient,) = torch.autograd.grad(loss, logprobs)
     torch.testing.assert_close(gradient, -torch.tensor([0.5, 2.0]))
@@ -196,11 +196,11 @@ def test_tis_scales_the_policy_term_without_a_gradient_of_its_own():
 def test_entropy_bonus_raises_entropy():
     entropy = torch.tensor([0.5], requires_grad=True)
     columns = {"advantages": torch.zeros(1)}
-    config = PolicyLossConfig(entropy_coefficient=0.1)
+    config = AlgorithmSection(entropy_coef=0.1)
     loss, _ = clipped_policy_loss(torch.zeros(1), entropy, columns, torch.ones(1), config)
     (gradient,) = torch.autograd.grad(loss, entropy)
     assert gradient.item() == pytest.approx(-0.1)
-    with pytest.raises(ValueError, match="entropy_coefficient"):
+    with pytest.raises(ValueError, match="entropy_coef"):
         clipped_policy_loss(torch.zeros(1), entropy.detach(), columns, torch.ones(1), config)
 
 
@@ -208,15 +208,15 @@ def test_entropy_bonus_raises_entropy():
     ("settings", "missing"),
     [
         ({}, "advantages"),
-        ({"kl_coefficient": 0.1}, "ref_logprobs"),
-        ({"tis_cap": 2.0}, "rollout_logprobs"),
+        ({"kl_coef": 0.1}, "ref_logprobs"),
+        ({"importance_cap": 2.0}, "rollout_logprobs"),
     ],
 )
 def test_a_missing_column_is_named(settings, missing):
     columns = {"advantages": torch.zeros(1)} if settings else {}
     with pytest.raises(ValueError, match=missing):
         clipped_policy_loss(
-            torch.zeros(1), torch.zeros(1), columns, torch.ones(1), PolicyLossConfig(**settings)
+            torch.zeros(1), torch.zeros(1), columns, torch.ones(1), AlgorithmSection(**settings)
         )
 
 
@@ -226,17 +226,17 @@ def test_a_missing_column_is_named(settings, missing):
         {"clip_low": 1.5},
         {"clip_high": -0.1},
         {"dual_clip": 1.0},
-        {"kl_coefficient": -1.0},
+        {"kl_coef": -1.0},
         {"kl_estimator": "k9"},
-        {"tis_cap": 0.0},
-        {"objective": "grpo"},
-        {"dual_clip": 3.0, "objective": "cispo"},
+        {"importance_cap": 0.0},
+        {"policy_loss": "grpo"},
+        {"dual_clip": 3.0, "policy_loss": "cispo"},
     ],
 )
 def test_settings_are_checked(settings):
     name, *_ = settings
     with pytest.raises(ValueError, match=name):
-        PolicyLossConfig(**settings)
+        AlgorithmSection(**settings)
 
 
 def sequence_columns(seed: int) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
@@ -254,9 +254,9 @@ def sequence_columns(seed: int) -> tuple[Tensor, dict[str, Tensor], Tensor, Tens
 
 
 OBJECTIVES = {
-    "gspo": PolicyLossConfig(objective="gspo", clip_low=0.05, clip_high=0.08),
-    "cispo": PolicyLossConfig(objective="cispo", clip_low=1.0, clip_high=0.2),
-    "cispo from below": PolicyLossConfig(objective="cispo", clip_low=0.2, clip_high=0.2),
+    "gspo": AlgorithmSection(policy_loss="gspo", clip_low=0.05, clip_high=0.08),
+    "cispo": AlgorithmSection(policy_loss="cispo", clip_low=1.0, clip_high=0.2),
+    "cispo from below": AlgorithmSection(policy_loss="cispo", clip_low=0.2, clip_high=0.2),
 }
 
 
@@ -272,7 +272,7 @@ def reference_objective(logprobs, columns, row, weights, config) -> tuple[float,
     )
     low, high = 1 - config.clip_low, 1 + config.clip_high
     loss = clipped = ratios = 0.0
-    if config.objective == "cispo":
+    if config.policy_loss == "cispo":
         for new, old, advantage, _, weight in tokens:
             bounded = min(max(math.exp(new - old), low), high)
             loss -= weight * bounded * advantage * new
@@ -307,7 +307,7 @@ def test_gspos_gradient_is_the_papers():
     logprobs, columns, row, weights = sequence_columns(8)
     wide = {name: column.double() for name, column in columns.items()}
     x = logprobs.double().requires_grad_()
-    config = PolicyLossConfig(objective="gspo", clip_low=1.0, clip_high=10.0)
+    config = AlgorithmSection(policy_loss="gspo", clip_low=1.0, clip_high=10.0)
 
     def loss_of(x: Tensor) -> Tensor:
         zeros = torch.zeros_like(x)
@@ -329,7 +329,7 @@ def test_cispos_clipped_tokens_keep_their_gradient():
         "advantages": torch.tensor([2.0, 2.0]),
         "old_logprobs": torch.tensor([-1.0 - math.log(3), -1.0]),
     }
-    config = PolicyLossConfig(objective="cispo", clip_low=1.0, clip_high=0.5)
+    config = AlgorithmSection(policy_loss="cispo", clip_low=1.0, clip_high=0.5)
     loss, _ = clipped_policy_loss(logprobs, torch.zeros(2), columns, torch.ones(2), config)
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert gradient.tolist() == pytest.approx([-1.5 * 2.0, -2.0])  # PPO's would be [0, -2]
@@ -398,11 +398,11 @@ def test_weights_and_normaliser_give_the_papers_means():
 def test_the_gap_to_a_rollout_that_is_the_old_policy_is_that_of_the_new_one():
     logprobs, entropy, columns, weights = make_columns(50, 3)
     columns["old_logprobs"] = columns["rollout_logprobs"]
-    config = PolicyLossConfig(old_is_rollout=True)
+    config = AlgorithmSection(old_logprobs="rollout")
     _, sums = clipped_policy_loss(logprobs, entropy, columns, weights, config)
     live = weights != 0
     gap = (logprobs.detach() - columns["rollout_logprobs"])[live].abs()
     assert sums["rollout_gap"].item() == pytest.approx(gap.double().sum().item(), rel=1e-6)
     assert sums["rollout_gap_max"].item() == pytest.approx(gap.max().item(), rel=1e-6)
-    with pytest.raises(ValueError, match=r"tis_cap=2\.0 with old_is_rollout"):
-        PolicyLossConfig(old_is_rollout=True, tis_cap=2.0)
+    with pytest.raises(ValueError, match=r"old_logprobs=rollout with importance_cap=2\.0"):
+        AlgorithmSection(old_logprobs="rollout", importance_cap=2.0)

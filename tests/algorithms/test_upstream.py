@@ -22,12 +22,11 @@ from spmdrl.algorithms.advantages import (
     leave_one_out,
     rewards_to_go,
 )
-from spmdrl.algorithms.direct_preference import PreferenceConfig, preference_loss
+from spmdrl.algorithms.direct_preference import preference_loss
 from spmdrl.algorithms.gae import gae
 from spmdrl.algorithms.kl import kl_penalty
 from spmdrl.algorithms.kl_control import AdaptiveKl
 from spmdrl.algorithms.policy_loss import (
-    PolicyLossConfig,
     clipped_policy_loss,
     loss_shares,
     loss_weights,
@@ -36,6 +35,7 @@ from spmdrl.algorithms.preference_loss import bradley_terry_loss
 from spmdrl.algorithms.supervised import next_token_loss
 from spmdrl.algorithms.value_loss import clipped_value_loss
 from spmdrl.algorithms.whiten import whiten
+from spmdrl.config.algorithms import AlgorithmSection, PreferenceSection
 
 GIVEN: dict[str, Any] = json.loads((Path(__file__).parent / "upstream.json").read_text())
 SETTINGS: dict[str, Any] = GIVEN["settings"]
@@ -69,14 +69,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ppo": {},
     "dapo": {},
     "dual": {"dual_clip": SETTINGS["dual"]},
-    "capped": {"tis_cap": SETTINGS["cap"]},
-    "kl": {"kl_coefficient": SETTINGS["beta"], "kl_estimator": "k3"},
+    "capped": {"importance_cap": SETTINGS["cap"]},
+    "kl": {"kl_coef": SETTINGS["beta"], "kl_estimator": "k3"},
     "gspo": {
-        "objective": "gspo",
+        "policy_loss": "gspo",
         "clip_low": SETTINGS["gspo"][0],
         "clip_high": SETTINGS["gspo"][1],
     },
-    "cispo": {"objective": "cispo", "clip_low": 1.0, "clip_high": SETTINGS["cispo_high"]},
+    "cispo": {"policy_loss": "cispo", "clip_low": 1.0, "clip_high": SETTINGS["cispo_high"]},
 }
 
 
@@ -85,7 +85,7 @@ def test_policy_losses(project: str, name: str) -> None:
     kind, *words = name.split()
     mode: Any = "sequence_mean" if kind == "gspo" else "token_mean"
     mode = words[0] if words and kind == "ppo" else mode
-    config = PolicyLossConfig(**{"clip_low": LOW, "clip_high": HIGH, **CONFIGS[kind]})
+    config = AlgorithmSection(**{"clip_low": LOW, "clip_high": HIGH, **CONFIGS[kind]})
     mask = (X["mask_empty"] if "empty" in words else X["mask"]).bool().flatten()
     per_row = X["row_advantages"].repeat_interleave(LENGTHS)
     columns = {
@@ -190,7 +190,7 @@ PAIRS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("project", "name"), of("pairs"))
 def test_preference_losses(project: str, name: str) -> None:
-    config = PreferenceConfig(beta=SETTINGS["beta"], **PAIRS[name])
+    config = PreferenceSection(beta=SETTINGS["beta"], **PAIRS[name])
     better, worse = torch.tensor([0, 2]), torch.tensor([1, 3])
 
     def loss(own: Tensor) -> Tensor:

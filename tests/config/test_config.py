@@ -177,7 +177,7 @@ def test_all_problems_are_listed_at_once(base: Path) -> None:
         (["flow=sft", "lag=1"], ["lag=1 with flow=sft"]),
         (
             ["algorithm.old_logprobs=rollout", "algorithm.importance_cap=2.0"],
-            ["old_logprobs=rollout with algorithm.importance_cap=2.0", "importance_cap=null"],
+            ["old_logprobs=rollout with importance_cap=2.0", "importance_cap=null"],
         ),
         (["algorithm.kl_coef=0.1"], ["algorithm.kl_coef=0.1", "roles=['policy', 'rollout']"]),
         (["data.group_size=1"], ["flow=grpo", "data.group_size=1"]),

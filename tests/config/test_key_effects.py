@@ -31,7 +31,6 @@ from spmdrl.config.doubts import doubts
 from spmdrl.config.key_table import known_keys
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
-from spmdrl.flows.preference_terms import preference_settings
 from spmdrl.models.config import read_config
 from spmdrl.placement import role_device_type
 from spmdrl.rewards.server import start_reward_server
@@ -138,7 +137,7 @@ def plan_of(config: Config) -> dict[str, str]:
         "shares": repr([source.weight for source in train_sources(config)]),
         "sets": repr(held_out_sets(config)),
         "rewards": repr(reward_specs(config.rewards)),
-        "preference": repr(preference_settings(config.preference)),
+        "preference": repr(config.preference),
     }
     texts["devices"] = repr(
         [

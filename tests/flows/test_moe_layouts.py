@@ -181,7 +181,7 @@ def updated(world: World, path: str, overrides: list[str]) -> tuple[Any, Any]:
         rows={"loss_share": batch["response_lengths"].double()},
     )
     update = Update(seed=1, step=0, columns=("advantages", "loss_weights", "rollout_logprobs"))
-    policy.update(batch, policy_loss(config.algorithm, kl_coefficient=0.0), update)
+    policy.update(batch, policy_loss(config.algorithm), update)
     used: dict[tuple[int, ...], list[Any]] = {}
     for tokens, positions, layers in passes:
         sequence: list[int] = []

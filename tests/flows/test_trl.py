@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from harness import run_ranks
-from spmdrl.algorithms.direct_preference import PreferenceConfig, kto_baseline
+from spmdrl.algorithms.direct_preference import kto_baseline
 from spmdrl.batch import Batch, from_rows
+from spmdrl.config.algorithms import PreferenceSection
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.flows.preference_terms import BASELINE, REFERENCE, pair_loss, with_pair_shares
 from spmdrl.models.files.hf import open_model
@@ -29,12 +30,12 @@ PAIRS = {
     "chosen": ["Two miles", "Green is one of them", "Because", "1 2 3"],
     "rejected": ["No", "Seven", "I do not know why at all", "3"],
 }
-CASES: dict[str, PreferenceConfig] = {
-    "dpo": PreferenceConfig(loss="dpo", beta=0.3),
-    "dpo per token": PreferenceConfig(loss="dpo", beta=0.5, length_normalise=True),
-    "ipo": PreferenceConfig(loss="ipo", beta=0.3),
-    "kto": PreferenceConfig(loss="kto", beta=0.3, kto_weights=(1.0, 1.3)),
-    "simpo": PreferenceConfig(loss="simpo", beta=2.0, margin=0.6, label_smoothing=0.1),
+CASES: dict[str, PreferenceSection] = {
+    "dpo": PreferenceSection(loss="dpo", beta=0.3),
+    "dpo per token": PreferenceSection(loss="dpo", beta=0.5, length_normalise=True),
+    "ipo": PreferenceSection(loss="ipo", beta=0.3),
+    "kto": PreferenceSection(loss="kto", beta=0.3, kto_weights=(1.0, 1.3)),
+    "simpo": PreferenceSection(loss="simpo", beta=2.0, margin=0.6, label_smoothing=0.1),
 }
 
 
@@ -46,7 +47,7 @@ def models(tmp_path_factory) -> Path:
     return root
 
 
-def their_trainer(root: Path, config: PreferenceConfig) -> Any:
+def their_trainer(root: Path, config: PreferenceSection) -> Any:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,7 +97,7 @@ def their_trainer(root: Path, config: PreferenceConfig) -> Any:
     return DPOTrainer(**given, args=arguments, train_dataset=Dataset.from_dict(data))
 
 
-def theirs(root: Path, config: PreferenceConfig) -> tuple[dict[str, float], dict[str, Tensor]]:
+def theirs(root: Path, config: PreferenceSection) -> tuple[dict[str, float], dict[str, Tensor]]:
     """TRL's loss, norm of its gradient and implicit rewards; and the batch that it made."""
     trainer = their_trainer(root, config)
     batch = next(iter(trainer.get_train_dataloader()))

@@ -11,77 +11,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from spmdrl.algorithms.sums import metric_sums
-
-PreferenceLoss = Literal["dpo", "ipo", "simpo", "kto", "orpo"]
-
-NORMALISED = ("ipo", "simpo", "orpo")
-"""Losses that compare log-probabilities per token unless `length_normalise` is set."""
-
-WITHOUT_REFERENCE = ("simpo", "orpo")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferenceConfig:
-    """The choice of a loss, and its terms.
-
-    Args:
-        loss: name of the loss; see the function of that name.
-        beta: DPO, KTO: strength of the KL to the reference; IPO: its tau; SimPO: scale of the
-            reward; ORPO: weight of the odds-ratio term.
-        label_smoothing: DPO, SimPO: the chance that a label is wrong (cDPO), in [0, 0.5).
-        margin: SimPO: gamma, the margin by which the chosen reward should be larger.
-        nll_coef: weight of the chosen response's negative log-likelihood per token (Pang et al.
-            2024, "Iterative Reasoning Preference Optimization", arXiv 2404.19733, eq. 1).
-        length_normalise: compare log-probabilities per token; None leaves it to `NORMALISED`.
-        kto_weights: KTO: weights of chosen and rejected responses (lambda_D, lambda_U).
-
-    Raises:
-        ValueError: a value is out of its range, or the loss has no such term; the value is named.
-    """
-
-    loss: PreferenceLoss = "dpo"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    margin: float = 0.0
-    nll_coef: float = 0.0
-    length_normalise: bool | None = None
-    kto_weights: tuple[float, float] = (1.0, 1.0)
-
-    def __post_init__(self) -> None:
-        if self.loss not in get_args(PreferenceLoss):
-            raise ValueError(f"loss={self.loss!r}: it must be one of {get_args(PreferenceLoss)}")
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise ValueError(f"beta={self.beta}: it must be positive and finite")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing={self.label_smoothing}: it must lie in [0, 0.5)")
-        if self.label_smoothing and self.loss not in ("dpo", "simpo"):
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing}: loss={self.loss!r} has none, only dpo "
-                "and simpo have"
-            )
-        if self.margin and self.loss != "simpo":
-            raise ValueError(f"margin={self.margin}: loss={self.loss!r} has none, only simpo has")
-        for name, value in {"nll_coef": self.nll_coef, "margin": self.margin}.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value}: it must be finite and not negative")
-        if not all(math.isfinite(w) and w >= 0 for w in self.kto_weights):
-            raise ValueError(f"kto_weights={self.kto_weights}: both must be finite, not negative")
-
-    @property
-    def normalises(self) -> bool:
-        own = self.length_normalise
-        return self.loss in NORMALISED if own is None else own
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.loss not in WITHOUT_REFERENCE
+from spmdrl.config.algorithms import PreferenceSection
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,12 +44,15 @@ def preference_loss(
     response_lengths: Tensor,  # [R] int64 tokens
     better: Tensor,  # [P] int64: the row of each pair that is preferred
     worse: Tensor,  # [P] int64: the other one
-    config: PreferenceConfig,
+    settings: PreferenceSection,
     *,
     ref_logprobs: Tensor | None = None,  # [R] under the reference
     baseline: Tensor | None = None,  # [R] KTO's z, from `kto_baseline`
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum over pairs of the configured loss plus the NLL term, float64, and sums of metrics.
+
+    The NLL term is `nll_coef` times the chosen response's negative log-likelihood per token (Pang
+    et al. 2024, "Iterative Reasoning Preference Optimization", arXiv 2404.19733, eq. 1).
 
     Metrics (float64 sums over pairs; see `algorithms.metrics`): tokens (the number of PAIRS, which
     means are divided by), accuracy (the chosen response has the larger implicit reward), margin
@@ -123,19 +62,19 @@ def preference_loss(
     Raises:
         ValueError: the loss needs `ref_logprobs` or `baseline` and got none, or shapes differ.
     """
-    _check(logprobs, response_lengths, ref_logprobs, baseline, config)
+    _check(logprobs, response_lengths, ref_logprobs, baseline, settings)
     wide = logprobs.double()
     ratio = wide
-    if config.needs_reference and ref_logprobs is not None:
+    if settings.needs_reference and ref_logprobs is not None:
         ratio = wide - ref_logprobs.detach().double()
-    rewards = implicit_rewards(ratio, response_lengths, config)
-    compared = as_compared(ratio, response_lengths, config)
+    rewards = implicit_rewards(ratio, response_lengths, settings)
+    compared = as_compared(ratio, response_lengths, settings)
     z = torch.zeros_like(wide) if baseline is None else baseline.detach().double()
     pairs = Compared(chosen=compared[better], rejected=compared[worse], baseline=z[better])
     nll = -(wide / response_lengths.clamp(min=1))[better]
-    loss = LOSSES[config.loss](pairs, config)
-    if config.nll_coef:
-        loss = loss + config.nll_coef * nll
+    loss = LOSSES[settings.loss](pairs, settings)
+    if settings.nll_coef:
+        loss = loss + settings.nll_coef * nll
     metrics = {
         "accuracy": rewards[better] > rewards[worse],
         "margin": rewards[better] - rewards[worse],
@@ -147,54 +86,54 @@ def preference_loss(
     return loss.sum(), metric_sums(metrics, live)
 
 
-def dpo(pairs: Compared, config: PreferenceConfig) -> Tensor:
+def dpo(pairs: Compared, settings: PreferenceSection) -> Tensor:
     """-(1 - e) log sigmoid(beta gap) - e log sigmoid(-beta gap): `[P]`.
 
     Rafailov et al. 2023, arXiv 2305.18290, eq. 7; with label smoothing e, cDPO: Mitchell 2023, "A
     note on DPO with noisy preferences and relationship to IPO".
     """
-    return _smoothed(config.beta * pairs.gap, config.label_smoothing)
+    return _smoothed(settings.beta * pairs.gap, settings.label_smoothing)
 
 
-def ipo(pairs: Compared, config: PreferenceConfig) -> Tensor:
+def ipo(pairs: Compared, settings: PreferenceSection) -> Tensor:
     """(gap - 1 / (2 beta))^2: `[P]`.
 
     Azar et al. 2023, arXiv 2310.12036, eq. 17; beta is its tau. The gap is per token by default, as
     in the authors' results (TRL, `DPOTrainer`).
     """
-    return (pairs.gap - 1 / (2 * config.beta)).square()
+    return (pairs.gap - 1 / (2 * settings.beta)).square()
 
 
-def simpo(pairs: Compared, config: PreferenceConfig) -> Tensor:
+def simpo(pairs: Compared, settings: PreferenceSection) -> Tensor:
     """-log sigmoid(beta gap - margin), gap of log-probabilities per token, no reference: `[P]`.
 
     Meng et al. 2024, arXiv 2405.14734, eq. 6.
     """
-    return _smoothed(config.beta * pairs.gap - config.margin, config.label_smoothing)
+    return _smoothed(settings.beta * pairs.gap - settings.margin, settings.label_smoothing)
 
 
-def kto(pairs: Compared, config: PreferenceConfig) -> Tensor:
+def kto(pairs: Compared, settings: PreferenceSection) -> Tensor:
     """The mean of w_c (1 - sigmoid(beta (r_c - z))) and w_r (1 - sigmoid(beta (z - r_r))): `[P]`.
 
     Ethayarajh et al. 2024, arXiv 2402.01306, section 4.1: each response is judged by itself against
     z, the KL of the policy to the reference. The mean over pairs is the mean over responses.
     """
-    good, bad = config.kto_weights
-    chosen = 1 - torch.sigmoid(config.beta * (pairs.chosen - pairs.baseline))
-    rejected = 1 - torch.sigmoid(config.beta * (pairs.baseline - pairs.rejected))
+    good, bad = settings.kto_weights
+    chosen = 1 - torch.sigmoid(settings.beta * (pairs.chosen - pairs.baseline))
+    rejected = 1 - torch.sigmoid(settings.beta * (pairs.baseline - pairs.rejected))
     return (good * chosen + bad * rejected) / 2
 
 
-def orpo(pairs: Compared, config: PreferenceConfig) -> Tensor:
+def orpo(pairs: Compared, settings: PreferenceSection) -> Tensor:
     """-log p_c - beta log sigmoid(log odds(p_c) - log odds(p_r)), p the mean probability: `[P]`.
 
     Hong et al. 2024, arXiv 2403.07691, eqs. 6 and 7; odds(p) = p / (1 - p).
     """
     odds = pairs.gap - (_log1mexp(pairs.chosen) - _log1mexp(pairs.rejected))
-    return -pairs.chosen - config.beta * F.logsigmoid(odds)
+    return -pairs.chosen - settings.beta * F.logsigmoid(odds)
 
 
-LOSSES: Mapping[str, Callable[[Compared, PreferenceConfig], Tensor]] = MappingProxyType(
+LOSSES: Mapping[str, Callable[[Compared, PreferenceSection], Tensor]] = MappingProxyType(
     {"dpo": dpo, "ipo": ipo, "simpo": simpo, "kto": kto, "orpo": orpo}
 )
 
@@ -202,16 +141,16 @@ LOSSES: Mapping[str, Callable[[Compared, PreferenceConfig], Tensor]] = MappingPr
 def as_compared(
     ratio: Tensor,  # [R] log-ratio to the reference, or log-probability without one
     response_lengths: Tensor,  # [R] int64 tokens
-    config: PreferenceConfig,
+    settings: PreferenceSection,
 ) -> Tensor:
     """The number that a loss compares per response, in nats; per token if it normalises: `[R]`."""
-    return ratio / response_lengths.clamp(min=1) if config.normalises else ratio
+    return ratio / response_lengths.clamp(min=1) if settings.normalises else ratio
 
 
 def implicit_rewards(
     ratio: Tensor,  # [R] log-ratio to the reference, or log-probability without one
     response_lengths: Tensor,  # [R]
-    config: PreferenceConfig,
+    settings: PreferenceSection,
 ) -> Tensor:
     """The implicit reward of each response under the policy, without gradient: `[R]`.
 
@@ -219,7 +158,9 @@ def implicit_rewards(
     token; for SimPO and ORPO, beta times the log-probability per token.
     """
     own = ratio.detach()
-    return config.beta * (own if config.needs_reference else own / response_lengths.clamp(min=1))
+    return settings.beta * (
+        own if settings.needs_reference else own / response_lengths.clamp(min=1)
+    )
 
 
 def kto_baseline(mean_compared: float) -> float:
@@ -282,11 +223,11 @@ def _check(
     response_lengths: Tensor,
     ref_logprobs: Tensor | None,
     baseline: Tensor | None,
-    config: PreferenceConfig,
+    settings: PreferenceSection,
 ) -> None:
-    if config.needs_reference and ref_logprobs is None:
-        raise ValueError(f"loss={config.loss!r} needs ref_logprobs, and there are none")
-    if config.loss == "kto" and baseline is None:
+    if settings.needs_reference and ref_logprobs is None:
+        raise ValueError(f"loss={settings.loss!r} needs ref_logprobs, and there are none")
+    if settings.loss == "kto" and baseline is None:
         raise ValueError("loss='kto' needs a baseline, and there is none")
     columns = {
         "response_lengths": response_lengths,

@@ -5,12 +5,12 @@ The source is J. Schulman, "Approximating KL Divergence" (2020, joschu.net/blog/
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-KlEstimator = Literal["k1", "k2", "k3"]
+from spmdrl.config.algorithms import KlEstimator
 
 # exp(20) = 4.9e8: far beyond any ratio that carries signal, far below what overflows float32.
 LOG_RATIO_LIMIT = 20.0

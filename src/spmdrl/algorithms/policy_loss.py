@@ -1,6 +1,6 @@
 """The policy-gradient losses of PPO, GRPO, Dr.GRPO, DAPO, GSPO and CISPO, as unnormalised sums.
 
-A token's weight carries the aggregation mode (`loss_weights`). The caller divides the sum once, by
+A token's weight carries the `loss_mean` (`loss_weights`). The caller divides the sum once, by
 a count over all ranks (`loss_shares`), so the result does not depend on how the rows were split
 into ranks and microbatches.
 """
@@ -8,14 +8,12 @@ into ranks and microbatches.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from spmdrl.algorithms.kl import (
-    KlEstimator,
     at_least_float32,
     exp_ratio,
     kl,
@@ -25,74 +23,10 @@ from spmdrl.algorithms.kl import (
 from spmdrl.algorithms.packed import masked_row_sums
 from spmdrl.algorithms.ratio_bins import RATIO_BINS, RATIO_EDGES
 from spmdrl.algorithms.sums import metric_sums
-
-Aggregation = Literal["token_mean", "sequence_mean", "fixed_length"]
-Objective = Literal["ppo", "gspo", "cispo"]
+from spmdrl.config.algorithms import AlgorithmSection, LossMean
 
 # the token columns that the loss reads if they exist
 POLICY_COLUMNS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyLossConfig:
-    """The terms of the policy loss.
-
-    Args:
-        objective: see `ppo_term`, `gspo_term` and `cispo_term`.
-        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]; PPO 0.2 / 0.2
-            (arXiv 1707.06347, eq. 7), DAPO 0.2 / 0.28 (arXiv 2503.14476, eq. 10).
-        dual_clip: c > 1 bounds the loss of a token with negative advantage by c |A| (dual-clip
-            PPO, Ye et al., arXiv 1912.09729); None sets no bound.
-        kl_coefficient, kl_estimator: KL to `ref_logprobs` as a term of the loss; 0 omits it.
-        tis_cap: truncated importance sampling, min(p_train / p_rollout, cap) on the policy term
-            (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-            Training"); None omits it. After truncated sampling (top-p, top-k) both
-            probabilities are over the kept tokens, see `training.support`.
-        entropy_coefficient: weight of the entropy bonus; 0 omits it.
-        old_is_rollout: `old_logprobs` are the rollout's own, so the gap between rollout and trainer
-            is measured on `logprobs`: it is the engine's error and, from the second update on, also
-            the policy's change since the rollout.
-
-    Raises:
-        ValueError: a value is out of its range, or `tis_cap` would correct nothing; it is named.
-    """
-
-    objective: Objective = "ppo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
-    kl_coefficient: float = 0.0
-    kl_estimator: KlEstimator = "k3"
-    tis_cap: float | None = None
-    entropy_coefficient: float = 0.0
-    old_is_rollout: bool = False
-
-    def __post_init__(self) -> None:
-        if self.objective not in get_args(Objective):
-            raise ValueError(
-                f"objective={self.objective!r}: it must be one of {get_args(Objective)}"
-            )
-        if self.objective == "cispo" and self.dual_clip is not None:
-            raise ValueError(
-                f"dual_clip={self.dual_clip} with objective='cispo': there is nothing to bound, "
-                "set it to none"
-            )
-        if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low={self.clip_low}: it must lie in [0, 1]")
-        if self.clip_high < 0:
-            raise ValueError(f"clip_high={self.clip_high}: it must not be negative")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip={self.dual_clip}: it must be above 1, or none")
-        if self.kl_coefficient < 0:
-            raise ValueError(f"kl_coefficient={self.kl_coefficient}: it must not be negative")
-        if self.kl_estimator not in get_args(KlEstimator):
-            raise ValueError(
-                f"kl_estimator={self.kl_estimator!r}: it must be one of {get_args(KlEstimator)}"
-            )
-        if self.tis_cap is not None and self.tis_cap <= 0:
-            raise ValueError(f"tis_cap={self.tis_cap}: it must be positive, or none")
-        if self.tis_cap is not None and self.old_is_rollout:
-            raise ValueError(f"tis_cap={self.tis_cap} with old_is_rollout: all weights would be 1")
 
 
 def clipped_policy_loss(
@@ -100,7 +34,7 @@ def clipped_policy_loss(
     entropy: Tensor,  # [N]
     columns: Mapping[str, Tensor],  # token columns at the loss tokens, [N] each
     weights: Tensor,  # [N] from `loss_weights`; 0: the token counts nowhere
-    config: PolicyLossConfig,
+    algorithm: AlgorithmSection,
     row: Tensor | None = None,  # [N] int64, the row of each token; gspo needs it
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of weights * (policy term + KL term - entropy bonus), and sums of metrics.
@@ -114,47 +48,49 @@ def clipped_policy_loss(
     `dual_clip`; ref_kl (by `kl_estimator`) with `ref_logprobs`. With `rollout_logprobs`:
     rollout_gap and rollout_gap_max (absolute difference of train and rollout logprobs) and the
     histogram rollout_ratio/... (tokens per bin of the ratio of train to rollout probability, see
-    `RATIO_EDGES`); with `tis_cap` also tis_weight and tis_truncated.
+    `RATIO_EDGES`); with `importance_cap` also tis_weight and tis_truncated.
 
     Raises:
         ValueError: a needed column, or `row` for gspo, is missing; or an entropy bonus is wanted
             and `entropy` carries no gradient.
     """
-    _check_columns(columns, config, row)
+    _check_columns(columns, algorithm, row)
     columns = {name: at_least_float32(columns[name]) for name in POLICY_COLUMNS if name in columns}
     logprobs, entropy = at_least_float32(logprobs), at_least_float32(entropy)
     weights, live = at_least_float32(weights), weights != 0
     old = columns.get("old_logprobs", logprobs.detach())
     log_ratio = logprobs - old
-    if config.objective == "cispo":
-        loss, values = cispo_term(logprobs, log_ratio, columns["advantages"], config)
-    elif config.objective == "gspo":
+    if algorithm.policy_loss == "cispo":
+        loss, values = cispo_term(logprobs, log_ratio, columns["advantages"], algorithm)
+    elif algorithm.policy_loss == "gspo":
         assert row is not None, "checked above"
-        loss, values = gspo_term(log_ratio, columns["advantages"], row, live, config)
+        loss, values = gspo_term(log_ratio, columns["advantages"], row, live, algorithm)
     else:
-        loss, values = ppo_term(log_ratio, columns["advantages"], config)
+        loss, values = ppo_term(log_ratio, columns["advantages"], algorithm)
     values["kl"] = kl(old, logprobs.detach(), "k3")
     if "rollout_logprobs" in columns:
-        trained = logprobs.detach() if config.old_is_rollout else old
-        tis_weight, gaps = _rollout_gap(trained, columns["rollout_logprobs"], config)
+        # where the old ones are the rollout's own, the gap is the engine's error and, from the
+        # second update on, also the policy's change since the rollout
+        trained = logprobs.detach() if algorithm.old_logprobs == "rollout" else old
+        tis_weight, gaps = _rollout_gap(trained, columns["rollout_logprobs"], algorithm)
         loss, values = loss * tis_weight, values | gaps
     if "ref_logprobs" in columns:
         ref = columns["ref_logprobs"]
-        values["ref_kl"] = kl(logprobs.detach(), ref, config.kl_estimator)
-        if config.kl_coefficient:
-            loss = loss + config.kl_coefficient * kl_penalty(logprobs, ref, config.kl_estimator)
+        values["ref_kl"] = kl(logprobs.detach(), ref, algorithm.kl_estimator)
+        if algorithm.loss_kl_coef:
+            loss = loss + algorithm.loss_kl_coef * kl_penalty(logprobs, ref, algorithm.kl_estimator)
     values["entropy"] = entropy.detach()
-    if config.entropy_coefficient:
+    if algorithm.entropy_coef:
         if torch.is_grad_enabled() and not entropy.requires_grad:
-            raise ValueError("entropy_coefficient is set, but the entropy carries no gradient")
-        loss = loss - config.entropy_coefficient * entropy
+            raise ValueError("entropy_coef is set, but the entropy carries no gradient")
+        loss = loss - algorithm.entropy_coef * entropy
     return (weights * loss).sum(), metric_sums(values, live)
 
 
 def loss_weights(
     lengths: Tensor,  # [B] int64 tokens per row, prompts included
     loss_mask: Tensor,  # [T] bool: response tokens
-    mode: Aggregation,
+    loss_mean: LossMean,
     *,
     max_tokens: int,
 ) -> Tensor:
@@ -166,13 +102,13 @@ def loss_weights(
     the loss sum by the sum of `loss_shares`.
 
     Raises:
-        ValueError: unknown mode, or max_tokens < 1 with `fixed_length`.
+        ValueError: unknown `loss_mean`, or max_tokens < 1 with `fixed_length`.
     """
-    _check_mode(mode)
+    _check_mean(loss_mean)
     mask = loss_mask.float()
-    if mode == "token_mean":
+    if loss_mean == "token_mean":
         return mask
-    if mode == "fixed_length":
+    if loss_mean == "fixed_length":
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens}: it must be at least 1")
         return mask / max_tokens
@@ -184,26 +120,26 @@ def loss_weights(
 def loss_shares(
     lengths: Tensor,  # [B] int64 tokens per row, prompts included
     loss_mask: Tensor,  # [T] bool: response tokens
-    mode: Aggregation,
+    loss_mean: LossMean,
 ) -> Tensor:
     """Each row's contribution to the number that divides the loss sum: float64 `[B]`.
 
     The number is summed over all rows of the minibatch on all ranks: tokens in the mask for
-    `token_mean`, rows with a token in the mask for the other modes. A row that is masked as a whole
+    `token_mean`, rows with a token in the mask for the other means. A row that is masked as a whole
     (DAPO's overlong filtering, arXiv 2503.14476, section 3.4) is not counted.
 
     Raises:
-        ValueError: unknown mode.
+        ValueError: unknown `loss_mean`.
     """
-    _check_mode(mode)
+    _check_mean(loss_mean)
     counts = masked_row_sums(torch.ones_like(loss_mask, dtype=torch.float64), lengths, loss_mask)
-    return counts if mode == "token_mean" else (counts > 0).double()
+    return counts if loss_mean == "token_mean" else (counts > 0).double()
 
 
 def ppo_term(
     log_ratio: Tensor,  # [N] log(policy / old policy), with gradient
     advantages: Tensor,  # [N]
-    config: PolicyLossConfig,
+    algorithm: AlgorithmSection,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-min(ratio A, clip(ratio) A) per token, and its metrics per token: `[N]` each.
 
@@ -211,13 +147,13 @@ def ppo_term(
     1912.09729.
     """
     ratio = exp_ratio(log_ratio)
-    clipped = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
+    clipped = ratio.clamp(1.0 - algorithm.clip_low, 1.0 + algorithm.clip_high)
     term = torch.maximum(-advantages * ratio, -advantages * clipped)
     with torch.no_grad():
         beyond = ((ratio > clipped) & (advantages > 0)) | ((ratio < clipped) & (advantages < 0))
         values = {"clip_fraction": beyond, "ratio": ratio}
-    if config.dual_clip is not None:
-        bound = -advantages * config.dual_clip
+    if algorithm.dual_clip is not None:
+        bound = -advantages * algorithm.dual_clip
         bounded = (advantages < 0) & (term > bound)
         values["dual_clip_fraction"] = bounded
         term = torch.where(bounded, bound, term)
@@ -229,7 +165,7 @@ def gspo_term(
     advantages: Tensor,  # [N]
     row: Tensor,  # [N] int64, the row of each token
     live: Tensor,  # [N] bool: the tokens that count
-    config: PolicyLossConfig,
+    algorithm: AlgorithmSection,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`ppo_term` with one ratio for a whole response, the geometric mean of its tokens' ratios.
 
@@ -243,55 +179,60 @@ def gspo_term(
     sums = kept.new_zeros(num_rows).index_add(0, row, kept)
     counts = kept.new_zeros(num_rows).index_add(0, row, live.double())
     mean = (sums / counts.clamp(min=1.0)).to(log_ratio.dtype)[row]
-    return ppo_term(mean + (log_ratio - log_ratio.detach()), advantages, config)
+    return ppo_term(mean + (log_ratio - log_ratio.detach()), advantages, algorithm)
 
 
 def cispo_term(
     logprobs: Tensor,  # [N] of the policy, with gradient
     log_ratio: Tensor,  # [N]
     advantages: Tensor,  # [N]
-    config: PolicyLossConfig,
+    algorithm: AlgorithmSection,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-sg(clip(ratio)) A log p per token: every token keeps a gradient, and its weight is bounded.
 
     CISPO, MiniMax-M1, arXiv 2506.13585, section 3.1; clip_low = 1 sets no lower bound, as there.
     """
     ratio = exp_ratio(log_ratio.detach())
-    clipped = ratio.clamp(1.0 - config.clip_low, 1.0 + config.clip_high)
+    clipped = ratio.clamp(1.0 - algorithm.clip_low, 1.0 + algorithm.clip_high)
     return -clipped * advantages * logprobs, {"clip_fraction": ratio != clipped, "ratio": ratio}
 
 
 def _rollout_gap(
-    trained: Tensor, rollout: Tensor, config: PolicyLossConfig
+    trained: Tensor, rollout: Tensor, algorithm: AlgorithmSection
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weights of truncated importance sampling (1 without a cap), metrics per token: `[N]` each."""
+    """Weights of truncated importance sampling (1 without a cap), metrics per token: `[N]` each.
+
+    min(p_train / p_rollout, cap): Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training". After truncated sampling (top-p, top-k) both probabilities are over the
+    kept tokens, see `training.support`.
+    """
     gap = (trained - rollout).abs()
     ratio = probability_ratio(trained, rollout)
     bins = torch.bucketize(ratio.detach(), torch.tensor(RATIO_EDGES, device=ratio.device))
     values = {"rollout_gap": gap, "rollout_gap_max": gap}
     values |= {name: bins == i for i, name in enumerate(RATIO_BINS)}
-    if config.tis_cap is None:
+    if algorithm.importance_cap is None:
         return torch.ones_like(gap), values
-    weight = ratio.clamp(max=config.tis_cap)
-    values |= {"tis_weight": weight, "tis_truncated": ratio > config.tis_cap}
+    weight = ratio.clamp(max=algorithm.importance_cap)
+    values |= {"tis_weight": weight, "tis_truncated": ratio > algorithm.importance_cap}
     return weight, values
 
 
 def _check_columns(
-    columns: Mapping[str, Tensor], config: PolicyLossConfig, row: Tensor | None
+    columns: Mapping[str, Tensor], algorithm: AlgorithmSection, row: Tensor | None
 ) -> None:
-    if config.objective == "gspo" and row is None:
-        raise ValueError("objective='gspo' needs the row of every token, and there is none")
+    if algorithm.policy_loss == "gspo" and row is None:
+        raise ValueError("policy_loss=gspo needs the row of every token, and there is none")
     needed = {"advantages": "the policy loss"}
-    if config.kl_coefficient:
-        needed["ref_logprobs"] = f"kl_coefficient={config.kl_coefficient}"
-    if config.tis_cap is not None:
-        needed["rollout_logprobs"] = f"tis_cap={config.tis_cap}"
+    if algorithm.loss_kl_coef:
+        needed["ref_logprobs"] = f"kl_coef={algorithm.loss_kl_coef}"
+    if algorithm.importance_cap is not None:
+        needed["rollout_logprobs"] = f"importance_cap={algorithm.importance_cap}"
     for name, reason in needed.items():
         if name not in columns:
             raise ValueError(f"{reason} needs the column {name!r}; there are {sorted(columns)}")
 
 
-def _check_mode(mode: str) -> None:
-    if mode not in get_args(Aggregation):
-        raise ValueError(f"aggregation {mode!r}: it must be one of {get_args(Aggregation)}")
+def _check_mean(loss_mean: str) -> None:
+    if loss_mean not in get_args(LossMean):
+        raise ValueError(f"loss_mean={loss_mean!r}: it must be one of {get_args(LossMean)}")

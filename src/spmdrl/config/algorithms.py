@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LossMean = Literal["token_mean", "sequence_mean", "fixed_length"]
+KlEstimator = Literal["k1", "k2", "k3"]
 
 Value = TypeVar("Value")
 Basic = Annotated[Value, Field(json_schema_extra={"basic": True})]
@@ -35,7 +38,7 @@ class AlgorithmSection(Section):
         description="Add log(teacher/policy) to a token's advantage with this weight, at least "
         "0; 0 turns it off.",
     )
-    loss_mean: Literal["token_mean", "sequence_mean", "fixed_length"] = Field(
+    loss_mean: LossMean = Field(
         "token_mean",
         description="Average the loss over tokens, over the responses' means, or over sums / "
         "max_tokens.",
@@ -58,9 +61,7 @@ class AlgorithmSection(Section):
     kl_coef: Basic[float] = Field(
         0.0, ge=0, description="Weight the KL to the reference by this, at least 0; 0 turns it off."
     )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        "k3", description="Estimate a token's KL in this way."
-    )
+    kl_estimator: KlEstimator = Field("k3", description="Estimate a token's KL in this way.")
     kl_in: Literal["loss", "reward"] = Field(
         "loss", description="Put the KL of flow grpo into the loss or into the reward."
     )
@@ -148,6 +149,34 @@ class AlgorithmSection(Section):
         1.0, ge=0, description="Take this much reward away at max_tokens, at least 0."
     )
 
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        if self.policy_loss == "cispo" and self.dual_clip is not None:
+            raise ValueError(
+                f"policy_loss=cispo with dual_clip={self.dual_clip}: CISPO's weights are bounded "
+                "already, so set dual_clip=null"
+            )
+        if self.old_logprobs == "rollout" and self.importance_cap is not None:
+            raise ValueError(
+                f"old_logprobs=rollout with importance_cap={self.importance_cap}: the loss's ratio "
+                "is to the rollout already, so nothing is left to correct: set importance_cap=null "
+                "or old_logprobs=trainer"
+            )
+        return self
+
+    @property
+    def loss_kl_coef(self) -> float:
+        """Coefficient of the KL as a term of the loss."""
+        return self.kl_coef if self.kl_in == "loss" else 0.0
+
+
+NORMALISED = ("ipo", "simpo", "orpo")
+"""Losses that compare log-probabilities per token unless `length_normalise` is set."""
+
+WITHOUT_REFERENCE = ("simpo", "orpo")
+
+Weight = Annotated[float, Field(ge=0)]
+
 
 class PreferenceSection(Section):
     loss: Basic[Literal["dpo", "ipo", "simpo", "kto", "orpo"]] = Field(
@@ -178,7 +207,7 @@ class PreferenceSection(Section):
         None,
         description="Compare log-probabilities per token; null does so in IPO, SimPO and ORPO.",
     )
-    kto_weights: tuple[float, float] = Field(
+    kto_weights: tuple[Weight, Weight] = Field(
         (1.0, 1.0),
         description="Weight chosen and rejected answers in KTO by these two, each at least 0.",
     )
@@ -191,3 +220,26 @@ class PreferenceSection(Section):
         "best_worst",
         description="Compare a prompt's best and worst samples in online_dpo, or all of them.",
     )
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        if self.label_smoothing and self.loss not in ("dpo", "simpo"):
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} with loss={self.loss}: only dpo and simpo "
+                "have it, so set it to 0"
+            )
+        if self.margin and self.loss != "simpo":
+            raise ValueError(
+                f"margin={self.margin} with loss={self.loss}: only simpo has it, so set it to 0"
+            )
+        return self
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the loss compares log-probabilities per token."""
+        own = self.length_normalise
+        return self.loss in NORMALISED if own is None else own
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss not in WITHOUT_REFERENCE

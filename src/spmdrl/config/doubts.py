@@ -145,8 +145,7 @@ def _of_preference(config: Config) -> Iterator[str]:
 
     yield from only(["kto_weights"], "preference.loss=kto", holds=preference.loss == "kto")
     yield from only(["pairs"], "flow=online_dpo", holds=config.flow_row.pairs_samples)
-    compares = preference.loss not in ("simpo", "orpo")
-    yield from only(["reference"], "a loss with a reference", holds=compares)
+    yield from only(["reference"], "a loss with a reference", holds=preference.needs_reference)
 
 
 def _of_roles(config: Config) -> Iterator[str]:

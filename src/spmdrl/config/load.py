@@ -172,6 +172,9 @@ def _problem(key: str, details: Sequence[Mapping[str, Any]]) -> str:
     if details[0]["type"] == "missing":
         return f"the key {key!r} is required"
     value = details[0]["input"]
+    if details[0]["type"] == "value_error" and isinstance(value, dict):
+        # a rule of the section, which names its keys itself
+        return f"{key.rstrip('.')}.{details[0]['ctx']['error']}"
     if details[0]["type"] == "tuple_type" and isinstance(value, str | int | float):
         return f"{key}={value!r}: the key takes a list: write {key}=[{value}]"
     return f"{key}={value!r}: {' or: '.join(d['msg'] for d in details)}"

@@ -27,13 +27,11 @@ def check_crossed(config: Config) -> None:
     data, algorithm = config.data, config.algorithm
     _check_roles(config)
     _check_backends(config)
-    _check_policy_loss(config)
     _check_preference(config)
     _check_rewards(config)
     _check_experts(config)
     _check_memory(config)
     _check_updates(config)
-    _check_old_logprobs(config)
     _check_lag(config)
     check_used(config)
     samples = data.prompts_per_step * data.group_size
@@ -164,15 +162,6 @@ def _check_roles(config: Config) -> None:
         )
 
 
-def _check_policy_loss(config: Config) -> None:
-    algorithm = config.algorithm
-    if algorithm.policy_loss == "cispo" and algorithm.dual_clip is not None:
-        raise ValueError(
-            f"algorithm.policy_loss=cispo with algorithm.dual_clip={algorithm.dual_clip}: CISPO's "
-            "weights are bounded already, so set algorithm.dual_clip=null"
-        )
-
-
 def _check_freeze(config: Config, name: str) -> None:
     """Refuse `freeze` of roles that are not trained, and with backends other than torch."""
     given = config.roles[name].freeze
@@ -217,20 +206,8 @@ def _check_backends(config: Config) -> None:
 
 def _check_preference(config: Config) -> None:
     preference, roles, flow = config.preference, sorted(config.roles), config.flow_row
-    if preference.label_smoothing and preference.loss not in ("dpo", "simpo"):
-        raise ValueError(
-            f"preference.label_smoothing={preference.label_smoothing} with preference.loss="
-            f"{preference.loss}: only dpo and simpo have it, so set it to 0"
-        )
-    if preference.margin and preference.loss != "simpo":
-        raise ValueError(
-            f"preference.margin={preference.margin} with preference.loss={preference.loss}: only "
-            "simpo has it, so set it to 0"
-        )
-    if min(preference.kto_weights) < 0:
-        raise ValueError(f"preference.kto_weights={preference.kto_weights}: none may be negative")
     if flow.reads_preference and not flow.samples:
-        compares = preference.loss not in ("simpo", "orpo")
+        compares = preference.needs_reference
         if compares and preference.reference == "step" and "reference" not in config.roles:
             raise ValueError(
                 f"preference.loss={preference.loss} needs a reference, but roles={roles} has none "
@@ -338,16 +315,6 @@ def _check_updates(config: Config) -> None:
                 f"{where}.num_minibatches={count} is more than data.prompts_per_step={prompts}: a "
                 "minibatch holds whole groups, so lower the first"
             )
-
-
-def _check_old_logprobs(config: Config) -> None:
-    algorithm = config.algorithm
-    if algorithm.old_logprobs == "rollout" and algorithm.importance_cap is not None:
-        raise ValueError(
-            "algorithm.old_logprobs=rollout with algorithm.importance_cap="
-            f"{algorithm.importance_cap}: the loss's ratio is to the rollout already, so nothing "
-            "is left to correct: set importance_cap=null or old_logprobs=trainer"
-        )
 
 
 def _check_lag(config: Config) -> None:

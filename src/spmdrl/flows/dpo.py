@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from spmdrl.algorithms.direct_preference import PreferenceConfig, as_compared, kto_baseline
+from spmdrl.algorithms.direct_preference import as_compared, kto_baseline
 from spmdrl.batch import Batch
+from spmdrl.config.algorithms import PreferenceSection
 from spmdrl.data.home import DataSet, StepRows
 from spmdrl.data.preferences import PairSet
 from spmdrl.distributed.reduce import moments
@@ -21,7 +22,6 @@ from spmdrl.flows.preference_terms import (
     pair_loss,
     pair_metrics,
     pair_update,
-    preference_settings,
     with_pair_shares,
 )
 from spmdrl.flows.reference_sums import AskedSums, CachedSums, ReferenceSums
@@ -46,7 +46,7 @@ class DpoTrainer:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.policy = run.role("policy", Policy)
-        self.settings = preference_settings(run.config.preference)
+        self.settings = run.config.preference
         self.loss = pair_loss(self.settings)
         self.others = other_responses(run) if self.settings.loss == "kto" else None
         self.reference = reference_sums(run, self.settings, self.others)
@@ -90,7 +90,7 @@ def other_responses(run: Run) -> StepRows:
 
 
 def reference_sums(
-    run: Run, settings: PreferenceConfig, others: StepRows | None
+    run: Run, settings: PreferenceSection, others: StepRows | None
 ) -> ReferenceSums | None:
     """Reference sums as `preference.reference` wants them; None if the loss has no reference."""
     if not settings.needs_reference:

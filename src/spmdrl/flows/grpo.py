@@ -47,8 +47,7 @@ class GrpoTrainer:
         self.run = run
         self.policy = run.role("policy", Policy)
         algorithm = run.config.algorithm
-        in_loss = algorithm.kl_coef if algorithm.kl_in == "loss" else 0.0
-        self.loss = policy_loss(algorithm, kl_coefficient=in_loss)
+        self.loss = policy_loss(algorithm)
         self.reference = run.role("reference", Reference) if algorithm.kl_coef > 0 else None
         self.teacher = run.role("teacher", Reference) if algorithm.teacher_coef > 0 else None
 
@@ -80,9 +79,7 @@ class GrpoTrainer:
     def _has_gradient(self, batch: Batch) -> bool:
         """Whether any sample on any rank moves the policy; if none does, the update is skipped."""
         algorithm = self.run.config.algorithm
-        pulled = algorithm.entropy_coef != 0 or (
-            algorithm.kl_coef > 0 and algorithm.kl_in == "loss"
-        )
+        pulled = algorithm.entropy_coef != 0 or algorithm.loss_kl_coef > 0
         return pulled or world_any(bool((batch["advantages"] != 0).any()))
 
     def _add_logprobs(self, batch: Batch, temperature: float) -> Batch:

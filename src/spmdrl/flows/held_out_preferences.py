@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from spmdrl.algorithms.direct_preference import PreferenceConfig, implicit_rewards
+from spmdrl.algorithms.direct_preference import implicit_rewards
 from spmdrl.batch import Batch
+from spmdrl.config.algorithms import PreferenceSection
 from spmdrl.data.preferences import PairSet
 from spmdrl.evaluation.pairs import pair_accuracy
 from spmdrl.flows.preference_terms import REFERENCE
@@ -27,7 +28,7 @@ class HeldOutPreferences:
         run: Run,
         policy: Policy,
         reference: ReferenceSums | None,
-        settings: PreferenceConfig,
+        settings: PreferenceSection,
     ) -> None:
         self._run, self._policy = run, policy
         self._reference, self._settings = reference, settings

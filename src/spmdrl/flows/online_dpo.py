@@ -19,7 +19,6 @@ from spmdrl.flows.preference_terms import (
     pair_loss,
     pair_metrics,
     pair_update,
-    preference_settings,
     with_pair_shares,
 )
 from spmdrl.flows.reference_sums import AskedSums
@@ -56,7 +55,7 @@ class OnlineDpoTrainer:
         self.temperature = run.config.sampling.temperature
         reference = run.role("reference", Reference)
         self.reference = AskedSums(reference, self.temperature)
-        settings = preference_settings(run.config.preference)
+        settings = run.config.preference
         self.loss = pair_loss(settings)
         self.held_out = HeldOutPreferences(run, self.policy, AskedSums(reference), settings)
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from spmdrl.algorithms.policy_loss import (
     POLICY_COLUMNS,
-    PolicyLossConfig,
     clipped_policy_loss,
     loss_shares,
     loss_weights,
@@ -18,19 +17,8 @@ from spmdrl.run.run import Run
 from spmdrl.training.protocol import LossFn, LossInput
 
 
-def policy_loss(algorithm: AlgorithmSection, *, kl_coefficient: float) -> LossFn:
+def policy_loss(algorithm: AlgorithmSection) -> LossFn:
     """Make the loss of one microbatch: an unnormalised sum over its response tokens."""
-    settings = PolicyLossConfig(
-        objective=algorithm.policy_loss,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        dual_clip=algorithm.dual_clip,
-        kl_coefficient=kl_coefficient,
-        kl_estimator=algorithm.kl_estimator,
-        tis_cap=algorithm.importance_cap,
-        entropy_coefficient=algorithm.entropy_coef,
-        old_is_rollout=algorithm.old_logprobs == "rollout",
-    )
 
     def loss(given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
         return clipped_policy_loss(
@@ -38,7 +26,7 @@ def policy_loss(algorithm: AlgorithmSection, *, kl_coefficient: float) -> LossFn
             given["entropy"],
             given.columns,
             given.columns["loss_weights"],
-            settings,
+            algorithm,
             given.row,
         )
 
@@ -47,11 +35,11 @@ def policy_loss(algorithm: AlgorithmSection, *, kl_coefficient: float) -> LossFn
 
 def with_loss_weights(batch: Batch, run: Run) -> Batch:
     """Add `loss_weights` [T] and `loss_share` [B] by `algorithm.loss_mean`."""
-    mode, max_tokens = run.config.algorithm.loss_mean, run.config.sampling.max_tokens
-    weights = loss_weights(batch.lengths, batch["loss_mask"], mode, max_tokens=max_tokens)
+    loss_mean, max_tokens = run.config.algorithm.loss_mean, run.config.sampling.max_tokens
+    weights = loss_weights(batch.lengths, batch["loss_mask"], loss_mean, max_tokens=max_tokens)
     return batch.with_columns(
         tokens={"loss_weights": weights},
-        rows={"loss_share": loss_shares(batch.lengths, batch["loss_mask"], mode)},
+        rows={"loss_share": loss_shares(batch.lengths, batch["loss_mask"], loss_mean)},
     )
 
 

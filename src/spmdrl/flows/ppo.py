@@ -61,7 +61,8 @@ class PpoTrainer:
         self.run, self.algorithm = run, algorithm
         self.policy, self.value = run.role("policy", Policy), run.role("value", Value)
         self.reference = run.role("reference", Reference) if algorithm.kl_coef > 0 else None
-        self.policy_loss = policy_loss(algorithm, kl_coefficient=0.0)
+        # its KL is in the reward, whatever `kl_in`, which it does not read
+        self.policy_loss = policy_loss(algorithm.model_copy(update={"kl_in": "reward"}))
         self.value_loss = value_loss(algorithm)
         self.kl, self.scaler = kl_control(algorithm), RewardScaler()
         if run.saved:  # values from the checkpoint that the run resumes from

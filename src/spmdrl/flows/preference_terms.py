@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from spmdrl.algorithms.direct_preference import (
-    PreferenceConfig,
     ordered_pairs,
     preference_loss,
     response_sums,
@@ -34,20 +33,7 @@ TRAINED = "trained_tokens"
 """Metric of the loss: response tokens (its metric `tokens` counts pairs)."""
 
 
-def preference_settings(section: PreferenceSection) -> PreferenceConfig:
-    """Settings of the loss from the section; ValueError if they do not fit together."""
-    return PreferenceConfig(
-        loss=section.loss,
-        beta=section.beta,
-        label_smoothing=section.label_smoothing,
-        margin=section.margin,
-        nll_coef=section.nll_coef,
-        length_normalise=section.length_normalise,
-        kto_weights=section.kto_weights,
-    )
-
-
-def pair_loss(settings: PreferenceConfig) -> LossFn:
+def pair_loss(settings: PreferenceSection) -> LossFn:
     """Make the loss of one microbatch: an unnormalised sum over its pairs."""
 
     def loss(given: LossInput) -> tuple[Tensor, dict[str, Tensor]]:
