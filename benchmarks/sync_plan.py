@@ -19,7 +19,7 @@ import torch
 from spmdrl.models.config import parse_config
 from spmdrl.weights.layout import model_layout
 from spmdrl.weights.plan import plan_sync
-from spmdrl.weights.program import program_of
+from spmdrl.weights.rank_rounds import rank_rounds
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
     times.append(time.perf_counter())
     plan = plan_sync(source, target, node_size=8)
     times.append(time.perf_counter())
-    program = program_of(plan, plan.rounds, first)
+    program = rank_rounds(plan, plan.rounds, first)
     times.append(time.perf_counter())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = [round(b - a, 2) for a, b in pairwise(times)]

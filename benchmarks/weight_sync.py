@@ -34,12 +34,13 @@ from spmdrl.distributed.reduce import world_max
 from spmdrl.models.config import read_config
 from spmdrl.models.degrees import check_tp
 from spmdrl.models.fsdp_cuts import fitting_blocks
-from spmdrl.weights.layout import WeightLayout, model_layout
-from spmdrl.weights.places import copy_all
+from spmdrl.models.local_shards import WeightLayout
+from spmdrl.weights.checksums import first_difference
+from spmdrl.weights.layout import model_layout
 from spmdrl.weights.plan import plan_sync
-from spmdrl.weights.program import RankRound
-from spmdrl.weights.proof import first_difference
+from spmdrl.weights.rank_rounds import RankRound
 from spmdrl.weights.sync import WeightSync
+from spmdrl.weights.views import copy_all
 from spmdrl.world import World, start_world, stop_world
 
 AXES = {"dp": "dp_shard", "rep": "dp_replicate", "tp": "tp", "pp": "pp", "cp": "cp"}
@@ -128,7 +129,7 @@ def measure(world: World, given: argparse.Namespace) -> dict[str, object]:
     own, wanted = source.get(world.rank, {}), target.get(world.rank, {})
     engine = Holder(target, world) if wanted else None
     sync = WeightSync(plan, own, wanted, tensors, engine, world.device)
-    bare, copies = [Bare(sync, one) for one in sync.program], copies_of(sync)
+    bare, copies = [Bare(sync, one) for one in sync.rounds], copies_of(sync)
     # of the first run: the host keeps the staging buffers after it
     extra = world_max(torch.tensor([float(growth(world, sync.run))])).item()
     seconds: dict[str, list[float]] = {"sync": [], "bare": [], "copy": [], "check": []}
@@ -167,21 +168,21 @@ def measure(world: World, given: argparse.Namespace) -> dict[str, object]:
         "bucket_bytes": given.bucket_mb * 10**6,
         "check_seconds": round(medians["check"], 4),
         "rounds": len(plan.rounds),
-        "messages": sum(len(r.sends) + len(r.receives) + len(r.casts) for r in sync.program),
+        "messages": sum(len(r.sends) + len(r.receives) + len(r.casts) for r in sync.rounds),
     }  # fmt: skip
 
 
 @torch.no_grad()
 def copies_of(sync: WeightSync) -> list[tuple[Tensor, Tensor]]:
     """(to, from) of this rank: copies within it, and into messages that have to be packed."""
-    places, pairs = sync.places, []
-    for one in sync.program:
+    places, pairs = sync.views, []
+    for one in sync.rounds:
         for name, cell in one.copies:
             value = places.source(name, cell)
             assert value is not None
             pairs += [(view, value) for view in places.target(name, cell)]
         for message in one.sends:
-            values = [places.value(name, cell) for name, cell in message.items]
+            values = [places.value(name, cell) for name, cell in message.cells]
             if len(values) > 1 or not values[0].is_contiguous():
                 pairs += [(torch.empty_like(v, memory_format=CONTIGUOUS), v) for v in values]
     return pairs

@@ -146,6 +146,7 @@ if TYPE_CHECKING:
     from spmdrl.flows.reward_model import RewardModelTrainer as RewardModelTrainer
     from spmdrl.flows.sft import SftTrainer as SftTrainer
     from spmdrl.models.files.hf import open_model as open_model
+    from spmdrl.models.local_shards import LocalTensors as LocalTensors
     from spmdrl.observe.names import (
         ACCURACY as ACCURACY,
         EVAL as EVAL,
@@ -182,7 +183,6 @@ if TYPE_CHECKING:
     from spmdrl.run.step_metrics import joined as joined, update_metrics as update_metrics
     from spmdrl.training.options import TrainOptions as TrainOptions
     from spmdrl.training.protocol import (
-        LocalTensors as LocalTensors,
         LossFn as LossFn,
         LossInput as LossInput,
         OptimStep as OptimStep,
@@ -243,6 +243,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "flows.reward_model": "RewardModelTrainer",
         "flows.sft": "SftTrainer",
         "models.files.hf": "open_model",
+        "models.local_shards": "LocalTensors",
         "observe.names": "ACCURACY EVAL STANDARD_ERROR",
         "roles.calls": "Call together",
         "roles.custom": "CustomRole RoleContext UserRole",
@@ -255,7 +256,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "run.run": "Run",
         "run.step_metrics": "joined update_metrics",
         "training.options": "TrainOptions",
-        "training.protocol": "LocalTensors LossFn LossInput OptimStep TrainBackend",
+        "training.protocol": "LossFn LossInput OptimStep TrainBackend",
         "training.readout": "Readout SCORES VALUES next_token",
         "training.torch_backend": "TorchBackend",
     }

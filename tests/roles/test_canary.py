@@ -38,7 +38,7 @@ def spoil(kind: str, at: int) -> Any:
         nonlocal count
         count += 1
         name, cell = next((name, cell) for name, cell, _ in self.plan.cells() if name == TENSOR)
-        views = self.places.target(name, cell)
+        views = self.views.target(name, cell)
         before = [view.clone() for view in views]
         plain(self)
         if count != at or dist_rank() != 1:

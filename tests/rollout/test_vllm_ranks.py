@@ -19,10 +19,11 @@ from spmdrl.distributed.parallel import Parallel
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.hf import fill, load_into
 from spmdrl.models.files.pad_heads import pad_heads
+from spmdrl.models.local_shards import Table
 from spmdrl.rollout.protocol import Completion
 from spmdrl.rollout.vllm_engine import VllmEngine
 from spmdrl.rollout.vllm_model import VOCAB_MULTIPLE
-from spmdrl.weights.layout import Table, model_layout
+from spmdrl.weights.layout import model_layout
 from spmdrl.weights.plan import plan_sync
 from spmdrl.weights.sync import WeightSync
 from spmdrl.world import World

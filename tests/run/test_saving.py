@@ -14,6 +14,7 @@ from harness import run_ranks
 from spmdrl.batch import from_rows
 from spmdrl.checkpoint.rng import rng_state
 from spmdrl.config.load import load_config
+from spmdrl.models.local_shards import WeightLayout
 from spmdrl.roles.handles import Policy
 from spmdrl.roles.kept import Journal
 from spmdrl.run.assembly.assembly import assemble, open_models
@@ -22,7 +23,6 @@ from spmdrl.run.saving import Saver
 from spmdrl.training.protocol import LossInput
 from spmdrl.training.readout import next_token
 from spmdrl.weights.gather import full_tensors
-from spmdrl.weights.layout import WeightLayout
 from spmdrl.world import World
 from tiny_model import make_tiny_model
 

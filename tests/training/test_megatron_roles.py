@@ -22,7 +22,14 @@ from spmdrl.memory.storages import live_bytes
 from spmdrl.models.config import read_config
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import open_checkpoint
-from spmdrl.models.megatron_layout import Cut, Parameter, flat_pieces, rank_chunks
+from spmdrl.models.megatron_layout import (
+    Cut,
+    Parameter,
+    flat_pieces,
+    megatron_layout,
+    megatron_state_layout,
+    rank_chunks,
+)
 from spmdrl.models.sharding import Slice
 from spmdrl.training.megatron import checks
 from spmdrl.training.megatron.checks import (
@@ -34,7 +41,6 @@ from spmdrl.training.megatron.checks import (
 from spmdrl.training.readout import VALUES, next_token
 from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.weights.gather import full_tensors
-from spmdrl.weights.megatron import megatron_layout, megatron_state_layout
 from spmdrl.world import World
 from tiny_model import make_tiny_model
 

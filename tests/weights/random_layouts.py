@@ -15,11 +15,12 @@ from weight_cases import UNTOUCHED, Shapes, box_of, model, numbered, tensors_of
 
 from spmdrl.distributed.expert_axes import expert_degrees
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.local_shards import LocalShard, Table, WeightLayout
 from spmdrl.models.sharding import Slice, global_shapes
-from spmdrl.weights.layout import Held, Table, WeightLayout, model_layout
-from spmdrl.weights.places import Places
+from spmdrl.weights.layout import model_layout
 from spmdrl.weights.plan import SyncPlan
-from spmdrl.weights.program import Message, RankRound, program_of
+from spmdrl.weights.rank_rounds import Message, RankRound, rank_rounds
+from spmdrl.weights.views import TensorViews
 
 MODELS = (
     model(num_attention_heads=12, num_key_value_heads=4, head_dim=2, intermediate_size=24,
@@ -91,7 +92,7 @@ def with_experts(layout: WeightLayout, ep: int, tp: int) -> WeightLayout:
                     )
                     for place, e in enumerate(experts)
                 )
-                held = Held(
+                held = LocalShard(
                     shape=(len(experts) * rows, stop[1] - start[1]), dtype=dtype, slices=slices
                 )
                 own[f"layers.{layer}.experts.{kind}"] = held
@@ -100,7 +101,7 @@ def with_experts(layout: WeightLayout, ep: int, tp: int) -> WeightLayout:
         vocabulary = Slice(
             name="padded.weight", shape=(7, 5), start=(low, 0), stop=(high, 5), offset=0
         )
-        own["padded"] = Held(shape=(chunk, 5), dtype=dtype, slices=(vocabulary,))
+        own["padded"] = LocalShard(shape=(chunk, 5), dtype=dtype, slices=(vocabulary,))
         result[rank] = own
     return result
 
@@ -186,7 +187,7 @@ def _stacked(pieces: list[Slice], dtype: torch.dtype, chance: Random) -> Table:
                 slices.append(replace(piece, offset=rows))
                 rows += piece.rows
             shape = (rows + chance.choice((0, 1)), *width)
-            table[f"{taken[0].name}{taken[0].start}"] = Held(
+            table[f"{taken[0].name}{taken[0].start}"] = LocalShard(
                 shape=shape, dtype=dtype, slices=tuple(slices)
             )
     return table
@@ -225,7 +226,7 @@ class Ledger:
 
     def receive(self, rank: int, message: Message) -> int:
         """Note what came; it must be new to the rank. Returns its bytes."""
-        for name, cell in message.items:
+        for name, cell in message.cells:
             box = self._box(rank, name, cell.start, cell.stop)
             assert not box.any(), f"rank {rank} got {name} {cell} that it had"
             box.fill_(True)
@@ -253,7 +254,7 @@ def simulate(
         for r in ranks
     }
     places = {
-        r: Places(
+        r: TensorViews(
             {n: (tensors[r][n], held.slices) for n, held in source.get(r, nothing).items()},
             {n: (t, target[r][n].slices) for n, t in filled[r].items()},
             lambda tensor: tensor,
@@ -261,7 +262,7 @@ def simulate(
         for r in ranks
     }
     rounds = (*plan.frozen_rounds, *plan.rounds)
-    programs = {r: program_of(plan, rounds, r) for r in ranks}
+    programs = {r: rank_rounds(plan, rounds, r) for r in ranks}
     ledger, received = Ledger(shapes, source), 0
     lacking = ledger.lacking(target)
     for number in range(len(rounds)):
@@ -269,7 +270,7 @@ def simulate(
         received += _carry_out(parts, places, ledger)
         for part in parts.values():
             staged = [*part.sends, *part.receives, *part.casts]
-            is_single = len({item for m in staged for item in m.items}) <= 1
+            is_single = len({item for m in staged for item in m.cells}) <= 1
             assert is_single or sum(m.num_bytes for m in staged) <= plan.slot_bytes
     # what was narrower at the source cannot have more digits here
     source_dtype = next(held.dtype for table in source.values() for held in table.values())
@@ -284,7 +285,9 @@ def simulate(
     return received, lacking
 
 
-def _carry_out(parts: Mapping[int, RankRound], places: Mapping[int, Places], ledger: Ledger) -> int:
+def _carry_out(
+    parts: Mapping[int, RankRound], places: Mapping[int, TensorViews], ledger: Ledger
+) -> int:
     received = 0
     mail = {}
     for rank, part in parts.items():
@@ -298,7 +301,7 @@ def _carry_out(parts: Mapping[int, RankRound], places: Mapping[int, Places], led
     for rank, part in parts.items():
         for message in part.receives:
             sent, tensors = mail.pop((message.peer, rank, message.tag))
-            assert sent.items == message.items
+            assert sent.cells == message.cells
             received += ledger.receive(rank, message)
             _fill(places[rank], message, tensors)
     assert not mail
@@ -314,11 +317,11 @@ def _carry_out(parts: Mapping[int, RankRound], places: Mapping[int, Places], led
     return received
 
 
-def _values(places: Places, message: Message) -> list[Tensor]:
-    return [places.value(name, cell).to(cell.dtype) for name, cell in message.items]
+def _values(places: TensorViews, message: Message) -> list[Tensor]:
+    return [places.value(name, cell).to(cell.dtype) for name, cell in message.cells]
 
 
-def _fill(places: Places, message: Message, tensors: list[Tensor]) -> None:
-    for (name, cell), tensor in zip(message.items, tensors, strict=True):
+def _fill(places: TensorViews, message: Message, tensors: list[Tensor]) -> None:
+    for (name, cell), tensor in zip(message.cells, tensors, strict=True):
         for view in places.target(name, cell):
             view.copy_(tensor)

@@ -15,10 +15,11 @@ from random_layouts import SYNTHETIC, pairs, simulate, with_experts
 from weight_cases import Case, model
 
 from harness import run_ranks
+from spmdrl.models.local_shards import WeightLayout
 from spmdrl.models.sharding import global_shapes
-from spmdrl.weights.layout import WeightLayout, model_layout
+from spmdrl.weights.layout import model_layout
 from spmdrl.weights.plan import SyncPlan, plan_sync
-from spmdrl.weights.program import program_of
+from spmdrl.weights.rank_rounds import rank_rounds
 from spmdrl.world import World
 
 CASES: list[Case] = [
@@ -265,7 +266,7 @@ def test_rounds_bound_what_a_rank_stages() -> None:
         root for name, _, route in plan.cells() if "embed" in name for root, _ in route.casts[:1]
     }
     assert first == {0, 1, 2, 3}
-    roots = [m.peer for m in program_of(plan, plan.rounds, 0)[0].casts]
+    roots = [m.peer for m in rank_rounds(plan, plan.rounds, 0)[0].casts]
     assert set(roots) == {0, 1, 2, 3}
 
 
@@ -286,8 +287,8 @@ def test_a_plan_survives_being_written_and_read(
     again = SyncPlan.from_json(json.loads(json.dumps(plan.as_json())))
     assert again == plan
     assert again.digest == plan.digest
-    assert [program_of(again, again.rounds, rank) for rank in range(8)] == [
-        program_of(plan, plan.rounds, rank) for rank in range(8)
+    assert [rank_rounds(again, again.rounds, rank) for rank in range(8)] == [
+        rank_rounds(plan, plan.rounds, rank) for rank in range(8)
     ]
 
 
@@ -307,9 +308,9 @@ def plan_of_70b(world: World) -> dict[str, float]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert plan.copied_bytes + plan.gathered_bytes == total_bytes(target)
     assert plan.moved_bytes == plan.gathered_bytes
-    program = program_of(plan, plan.rounds, 77)
+    program = rank_rounds(plan, plan.rounds, 77)
     messages = sum(len(p.sends) + len(p.receives) + len(p.casts) for p in program)
-    cells = sum(len(m.items) for p in program for m in (*p.sends, *p.receives, *p.casts))
+    cells = sum(len(m.cells) for p in program for m in (*p.sends, *p.receives, *p.casts))
     # 723 tensors, of each a piece from every shard, and what this rank's shard sends
     assert cells < 723 * 2 * 512
     assert messages < len(plan.rounds) * 2 * 512

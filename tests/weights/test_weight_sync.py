@@ -18,11 +18,12 @@ from harness import run_ranks
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.local_shards import LocalShard, Table
 from spmdrl.training.weights import build_decoder, make_leaves
+from spmdrl.weights.checksums import checksum, first_difference
 from spmdrl.weights.gather import full_tensors
-from spmdrl.weights.layout import Held, Table, model_layout
+from spmdrl.weights.layout import model_layout
 from spmdrl.weights.plan import plan_sync
-from spmdrl.weights.proof import checksum, first_difference
 from spmdrl.weights.sync import WeightSync
 from spmdrl.world import World
 
@@ -31,7 +32,7 @@ from spmdrl.world import World
 class Engine:
     """Holds tensors by local name, as the native engine does."""
 
-    shapes: dict[str, Held]
+    shapes: dict[str, LocalShard]
     held: dict[str, Tensor] = field(default_factory=dict)
     adopted: list[str] = field(default_factory=list)
 
@@ -152,7 +153,7 @@ def held_by_fsdp(world: World, shape: ModelConfig, cases: list[Degrees]) -> list
         leaves = make_leaves(decoder, mesh)
         found.append(
             {
-                leaf.name: Held(
+                leaf.name: LocalShard(
                     shape=tuple(leaf.weight.shape), dtype=leaf.weight.dtype, slices=leaf.slices
                 )
                 for leaf in leaves
@@ -253,7 +254,7 @@ def random_syncs(world: World, count: int) -> int:
         moving = list(plan.cells())
         for name, cell, _ in moving[:: max(1, len(moving) // 3)]:
             # one value of one cell on the last rank that has it
-            spoiled = [view[-1:].flatten()[-1:] for view in sync.places.target(name, cell)[-1:]]
+            spoiled = [view[-1:].flatten()[-1:] for view in sync.views.target(name, cell)[-1:]]
             is_here = world.rank == cell.wanting[-1]
             for value in spoiled if is_here else []:
                 value *= 2

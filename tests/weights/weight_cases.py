@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from spmdrl.models.config import ModelConfig, parse_config
+from spmdrl.models.local_shards import LocalShard
 from spmdrl.models.sharding import Slice, global_shapes
-from spmdrl.weights.layout import Held
 
 Shapes = Mapping[str, tuple[int, ...]]
 """A name space: global name -> shape."""
@@ -57,7 +57,7 @@ def numbered(shapes: Shapes, salt: int = 0) -> dict[str, Tensor]:
 
 
 def tensors_of(
-    table: Mapping[str, Held], whole: Mapping[str, Tensor], padding: float | None = None
+    table: Mapping[str, LocalShard], whole: Mapping[str, Tensor], padding: float | None = None
 ) -> dict[str, Tensor]:
     """The local tensors of one rank of a layout; `padding` where no slice lies (None: nowhere)."""
     result = {}

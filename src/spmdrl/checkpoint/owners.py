@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Set
 
 from spmdrl.checkpoint.index import Tensors
+from spmdrl.models.local_shards import WeightLayout
 from spmdrl.models.sharding import Slice
-from spmdrl.weights.layout import WeightLayout, key
+from spmdrl.weights.layout import key
 
 
 def slice_owners(layout: WeightLayout) -> dict[Slice, int]:

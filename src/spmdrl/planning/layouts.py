@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import torch
 
 from spmdrl.models.fsdp_cuts import fitting_blocks
-from spmdrl.models.megatron_layout import Cut
+from spmdrl.models.local_shards import WeightLayout
+from spmdrl.models.megatron_layout import Cut, megatron_layout, megatron_state_layout
 from spmdrl.models.sharding import fused_tensors
 from spmdrl.planning.engines import vocab_multiple
 from spmdrl.role_spec import RoleSpec
 from spmdrl.training.megatron.checks import MegatronOptions, model_cut
-from spmdrl.weights.layout import WeightLayout, model_layout
-from spmdrl.weights.megatron import megatron_layout, megatron_state_layout
+from spmdrl.weights.layout import model_layout
 
 
 def megatron_options(spec: RoleSpec) -> MegatronOptions:

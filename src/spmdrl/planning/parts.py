@@ -10,6 +10,7 @@ import torch
 
 from spmdrl.config.sections import Config
 from spmdrl.memory.parts import Part, PartKey, ResidencyWish
+from spmdrl.models.local_shards import Table, WeightLayout
 from spmdrl.models.moe import has_fixed_shapes
 from spmdrl.planning.engines import vllm_cache
 from spmdrl.planning.token_bounds import step_sizes
@@ -17,7 +18,6 @@ from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.generation import GRAPHS, KV_CACHE
 from spmdrl.roles.model_calls import OPTIMIZER, WEIGHTS
 from spmdrl.rollout.native.varlen import varlen_is_usable
-from spmdrl.weights.layout import Table, WeightLayout
 from spmdrl.weights.plan import SyncPlan
 
 

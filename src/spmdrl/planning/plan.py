@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from spmdrl.config.data_sets import held_out_sets
 from spmdrl.config.sections import Config
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.local_shards import WeightLayout
 from spmdrl.placement import DeviceType, Placement
 from spmdrl.planning.engines import check_engine, shares_tensors
 from spmdrl.planning.layouts import role_layout, shard_blocks, state_layout
@@ -16,7 +17,6 @@ from spmdrl.planning.model_rules import check_model
 from spmdrl.planning.parts import HeldModel
 from spmdrl.role_spec import RoleSpec, device_types, make_specs
 from spmdrl.roles.custom import Custom, UserRole, check_scores, declared_bytes, make_user_role
-from spmdrl.weights.layout import WeightLayout
 from spmdrl.weights.plan import SyncPlan, plan_sync
 
 

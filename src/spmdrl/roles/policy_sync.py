@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from spmdrl.memory.call_memory import Turns
+from spmdrl.models.local_shards import LocalTensors, Table, WeightLayout
 from spmdrl.roles.canary import Canary
 from spmdrl.roles.generation import Rollout
 from spmdrl.roles.handles import Policy
 from spmdrl.roles.model_calls import WEIGHTS
-from spmdrl.weights.layout import LocalTensors, Table, WeightLayout
+from spmdrl.weights.checksums import first_difference
 from spmdrl.weights.plan import SyncPlan
-from spmdrl.weights.proof import first_difference
 from spmdrl.weights.sync import WeightSync
 
 Metrics = dict[str, float]

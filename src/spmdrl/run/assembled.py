@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spmdrl.memory.device_parts import DeviceParts
+from spmdrl.models.local_shards import WeightLayout
 from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.calls import Role
 from spmdrl.roles.handles import Rollout
 from spmdrl.roles.model_calls import ModelRole
 from spmdrl.roles.policy_sync import PolicySync
-from spmdrl.weights.layout import WeightLayout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from spmdrl.checkpoint.index import Tensors
 from spmdrl.checkpoint.load import load_tensors, read_private
 from spmdrl.checkpoint.owners import frozen_slices, only, slice_owners
 from spmdrl.distributed.reduce import gather_objects, world_any
+from spmdrl.models.local_shards import WeightLayout
 from spmdrl.models.sharding import Slice
 from spmdrl.roles.custom import CustomRole
 from spmdrl.roles.handles import Policy, Rollout
@@ -22,7 +23,6 @@ from spmdrl.roles.kept import Journal
 from spmdrl.roles.model_calls import OPTIMIZER, WEIGHTS
 from spmdrl.roles.policy_sync import SyncState
 from spmdrl.run.assembled import Assembly
-from spmdrl.weights.layout import WeightLayout
 from spmdrl.world import World
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from spmdrl.models.local_shards import LocalTensors
 from spmdrl.training.options import TrainOptions
-from spmdrl.training.protocol import LocalTensors
 from spmdrl.training.weights import Leaf
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

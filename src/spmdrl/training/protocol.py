@@ -11,12 +11,9 @@ from torch import Tensor
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.sharding import Slice
+from spmdrl.models.local_shards import LocalTensors
 from spmdrl.training.experts import EXPERT_METRICS, EXPERT_SUMS
 from spmdrl.training.readout import Readout
-
-LocalTensors = dict[str, tuple[Tensor, tuple[Slice, ...]]]
-"""Local name -> the tensor that this rank holds and its slices of the global name space."""
 
 
 class Given(dict[str, Tensor]):

@@ -19,6 +19,7 @@ from spmdrl.memory.storages import require_resident
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource
+from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.routing import EXPERT_CHOICES, Balance, Routing
 from spmdrl.models.sharding import Head
 from spmdrl.training.backend_steps import (
@@ -39,7 +40,7 @@ from spmdrl.training.gradients import all_reduce_gradients, average_gradients, g
 from spmdrl.training.optimizer import Optimizer
 from spmdrl.training.options import TrainOptions, lr_at
 from spmdrl.training.packing import Microbatch, empty_microbatch, pack
-from spmdrl.training.protocol import LocalTensors, LossFn, MicrobatchProgress, OptimStep, loss_of
+from spmdrl.training.protocol import LossFn, MicrobatchProgress, OptimStep, loss_of
 from spmdrl.training.readout import Readout
 from spmdrl.training.support import Support
 from spmdrl.training.weights import build_decoder, fill_leaves, make_leaves, refresh_weights

@@ -1,4 +1,4 @@
-"""Cells: boxes of a tensor cut at every boundary of both layouts, and who holds and wants them.
+"""Cells: the boxes left of a tensor when it is cut at every boundary of both layouts.
 
 Layers are alike, and so are their cells: tensors with the same cuts share one list (a pattern), so
 a plan costs as much as one layer.
@@ -15,14 +15,15 @@ from operator import sub
 
 import torch
 
-from spmdrl.weights.layout import Naming, Table, WeightLayout, naming_of
+from spmdrl.models.local_shards import Table, WeightLayout
+from spmdrl.weights.layout import Kinds, kinds_of
 from spmdrl.weights.routes import Ranks
 
 Point = tuple[int, ...]
 """One index per dim."""
 
-Cut = tuple[Point, Point, torch.dtype, Ranks]
-"""Start, stop, dtype, and the ranks that have (or want) this box."""
+_Held = tuple[Point, Point, torch.dtype, Ranks]
+"""Start and stop of a slice, its dtype, and the ranks that hold (or want) it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Cuts:
-    """One tensor's boxes in both layouts; tensors with equal cuts move alike."""
+    """One tensor's slices in both layouts; tensors with equal cuts move alike."""
 
     shape: Point
     frozen: bool
-    source: tuple[Cut, ...]
-    target: tuple[Cut, ...]
+    source: tuple[_Held, ...]
+    target: tuple[_Held, ...]
 
     def __hash__(self) -> int:
         return self._hash
@@ -166,14 +167,14 @@ class _Group:
     """Ranks that have the same table and omit the same local names of it."""
 
     table: Table
-    naming: Naming
+    kinds: Kinds
     left_out: frozenset[str]
     ranks: list[int]
 
     @property
     def key(self) -> tuple[int, int]:
         """Key of the group; groups with equal keys name their tensors alike."""
-        return id(self.naming), id(self.left_out)
+        return id(self.kinds), id(self.left_out)
 
 
 Boxes = dict[tuple[Point, Point, torch.dtype], list[int]]
@@ -184,7 +185,7 @@ def _group(tables: Iterable[tuple[Table, frozenset[str], int]]) -> list[_Group]:
     for table, left_out, rank in tables:
         at = (id(table), id(left_out))
         if at not in groups:
-            groups[at] = _Group(table, naming_of(table), left_out, [])
+            groups[at] = _Group(table, kinds_of(table), left_out, [])
         groups[at].ranks.append(rank)
     return list(groups.values())
 
@@ -193,7 +194,7 @@ def _first_alike(groups: Iterable[_Group]) -> dict[str, str]:
     """Name -> the first name with the same kinds in all tables, in order."""
     kinds: dict[str, list[tuple[int, Hashable, int]]] = {}
     for number, group in enumerate({group.key: group for group in groups}.values()):
-        for local_name, (kind, names) in group.naming.items():
+        for local_name, (kind, names) in group.kinds.items():
             if local_name not in group.left_out:
                 for i, name in enumerate(names):
                     kinds.setdefault(name, []).append((number, kind, i))
@@ -213,7 +214,7 @@ def _distinct(
         if group.key not in visited:
             visited[group.key] = [
                 local_name
-                for local_name, (_, names) in group.naming.items()
+                for local_name, (_, names) in group.kinds.items()
                 if local_name not in group.left_out and any(firsts[n] == n for n in names)
             ]
         for local_name in visited[group.key]:
@@ -228,7 +229,7 @@ def _distinct(
     return found
 
 
-def _in_order(boxes: Boxes) -> tuple[Cut, ...]:
+def _in_order(boxes: Boxes) -> tuple[_Held, ...]:
     return tuple((*box, tuple(sorted(set(ranks)))) for box, ranks in boxes.items())
 
 
@@ -238,7 +239,7 @@ def _boundaries(cuts: Cuts, dim: int) -> list[int]:
 
 
 def _by_cell(
-    cuts: Sequence[Cut], grid: Sequence[Sequence[int]]
+    cuts: Sequence[_Held], grid: Sequence[Sequence[int]]
 ) -> dict[Point, list[tuple[torch.dtype, Ranks]]]:
     """Cell (its index along each dim of the grid) -> the cuts that cover it."""
     places = [{bound: i for i, bound in enumerate(bounds)} for bounds in grid]

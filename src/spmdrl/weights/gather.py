@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spmdrl.models.local_shards import LocalTensors, WeightLayout
 from spmdrl.models.sharding import Slice
-from spmdrl.weights.layout import LocalTensors, WeightLayout, key, local_box
+from spmdrl.weights.layout import key, local_box
 
 
 @torch.no_grad()

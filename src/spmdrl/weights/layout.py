@@ -1,12 +1,7 @@
-"""`WeightLayout`: every rank's tensors of a model, as slices of the Hugging Face name space.
-
-Layouts are pure functions of a model's shapes and a mesh's degrees: every rank knows the tensors of
-every other rank, and a plan can be made (and printed) without any process.
-"""
+"""The layout of a role: every rank's shards of a model, by kinds, since layers are alike."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +11,7 @@ from spmdrl.distributed.expert_axes import expert_degrees, expert_place
 from spmdrl.distributed.mesh import coordinates
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.fsdp_cuts import fsdp_dims, fsdp_shard
+from spmdrl.models.local_shards import LocalShard, Table
 from spmdrl.models.sharding import (
     Head,
     Slice,
@@ -24,105 +20,53 @@ from spmdrl.models.sharding import (
     local_parameters,
 )
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Held:
-    """One local tensor: its shape, dtype, and the slices in it.
-
-    Rows that no slice covers are padding (of a vocabulary, say). Experts that are stacked in one
-    tensor are slices one below the other.
-
-    Args:
-        frozen: the values never change: syncs after the first can omit them.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    slices: tuple[Slice, ...]
-    frozen: bool = False
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def is_like(self, other: Held) -> bool:
-        """Whether one storage can serve as both tensors."""
-        return (self.shape, self.dtype, self.slices) == (other.shape, other.dtype, other.slices)
-
-
-Table = Mapping[str, Held]
-"""Local name -> the rank's tensor of that name."""
-
-WeightLayout = Mapping[int, Table]
-"""World rank -> its table; ranks with equal tables may share one object."""
-
-
-Naming = Mapping[str, tuple[Hashable, tuple[str, ...]]]
+Kinds = Mapping[str, tuple[Hashable, tuple[str, ...]]]
 """Local name -> its kind, and its slices' names. Tensors of one kind differ only in names."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """One rank's tensor of a kind, without the names.
-
-    Args:
-        slices: (index of the slice's name in the tensor's `Naming`, slice).
-        shape, dtype, frozen: see `Held`.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    slices: tuple[tuple[int, Slice], ...]
-    frozen: bool
-
-    def named(self, names: Sequence[str]) -> Held:
-        slices = tuple(
-            Slice(name=names[i], shape=s.shape, start=s.start, stop=s.stop, offset=s.offset)
-            for i, s in self.slices
-        )
-        return Held(shape=self.shape, dtype=self.dtype, slices=slices, frozen=self.frozen)
-
-
-class PartTable(Mapping[str, Held]):
+class KindTable(Mapping[str, LocalShard]):
     """A table by kinds: layers are alike, and the slices of many ranks could be a million.
 
     Args:
-        naming: one object for all ranks that hold parts of the same tensors.
-        parts: kind -> this rank's part of it.
+        kinds: one object for all ranks that hold shards of the same tensors.
+        shards: kind -> this rank's shard of it; a slice has its name's index in place of the name.
     """
 
-    def __init__(self, naming: Naming, parts: Mapping[Hashable, Part]) -> None:
-        self.naming, self.parts = naming, parts
+    def __init__(self, kinds: Kinds, shards: Mapping[Hashable, LocalShard]) -> None:
+        self.kinds, self.shards = kinds, shards
 
-    def __getitem__(self, local_name: str) -> Held:
-        kind, names = self.naming[local_name]
-        return self.parts[kind].named(names)
+    def __getitem__(self, local_name: str) -> LocalShard:
+        kind, names = self.kinds[local_name]
+        shard = self.shards[kind]
+        slices = tuple(
+            Slice(
+                name=names[int(s.name)], shape=s.shape, start=s.start, stop=s.stop, offset=s.offset
+            )
+            for s in shard.slices
+        )
+        return LocalShard(shape=shard.shape, dtype=shard.dtype, slices=slices, frozen=shard.frozen)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.naming)
+        return iter(self.kinds)
 
     def __len__(self) -> int:
-        return len(self.naming)
+        return len(self.kinds)
 
 
-def naming_of(table: Table) -> Naming:
-    """The table's own naming, or one in which each tensor is its own kind."""
-    if isinstance(table, PartTable):
-        return table.naming
+def kinds_of(table: Table) -> Kinds:
+    """The table's own kinds, or one for each tensor."""
+    if isinstance(table, KindTable):
+        return table.kinds
     return {name: (name, _names(held.slices)) for name, held in table.items()}
 
 
-def held_by_kind(table: Table) -> Iterator[tuple[Held, Sequence[str]]]:
+def shards_by_kind(table: Table) -> Iterator[tuple[LocalShard, Sequence[str]]]:
     """The first tensor of each kind, with the local names of all."""
     names: dict[Hashable, list[str]] = {}
-    for local_name, (kind, _) in naming_of(table).items():
+    for local_name, (kind, _) in kinds_of(table).items():
         names.setdefault(kind, []).append(local_name)
     for alike in names.values():
         yield table[alike[0]], alike
-
-
-LocalTensors = Mapping[str, tuple[torch.Tensor, tuple[Slice, ...]]]
-"""Local name -> this rank's tensor, and the slices in it."""
 
 
 def model_layout(
@@ -156,9 +100,9 @@ def model_layout(
     shapes = local_parameters(config, tp, head, ep_size=ep, vocab_multiple=vocab_multiple)
     stages = [_stage(config, shapes, stage, pp) for stage in range(pp)]
     dims = fsdp_dims(config, head, blocks)
-    kinds = _Kinds(dtype, (shard_dtype or dtype) if sharded else dtype, frozen, dims)
-    whole: dict[tuple[int, int], Naming] = {}
-    namings: dict[tuple[int, int, int], Naming] = {}
+    tables_of = _KindTables(dtype, (shard_dtype or dtype) if sharded else dtype, frozen, dims)
+    whole: dict[tuple[int, int], Kinds] = {}
+    by_place: dict[tuple[int, int, int], Kinds] = {}
     tables: dict[tuple[int, int, int, int], Table] = {}
     layout = {}
     for rank, place in zip(ranks, coordinates(degrees), strict=True):
@@ -175,15 +119,15 @@ def model_layout(
                 vocab_multiple=vocab_multiple,
                 blocks=blocks,
             )
-            whole[tp_rank, ep_rank] = kinds.name_all(shapes, found)
+            whole[tp_rank, ep_rank] = tables_of.name_all(shapes, found)
         at = (place["pp"], tp_rank, ep_rank)
-        if at not in namings:
+        if at not in by_place:
             stage = stages[place["pp"]]
-            namings[at] = {n: kind for n, kind in whole[at[1:]].items() if n in stage}
+            by_place[at] = {n: kind for n, kind in whole[at[1:]].items() if n in stage}
         if (*at, shard) not in tables:
             # without shards, exchange has nothing to divide
             of_experts = (shard // exchange, max(1, num_shards // exchange))
-            tables[*at, shard] = kinds.table(namings[at], (shard, num_shards), of_experts)
+            tables[*at, shard] = tables_of.table(by_place[at], (shard, num_shards), of_experts)
         layout[rank] = tables[*at, shard]
     return layout
 
@@ -219,8 +163,8 @@ class _Kind:
     has_experts: bool
 
 
-class _Kinds:
-    """The kinds of a model's tensor-parallel parameters, and FSDP's parts of them."""
+class _KindTables:
+    """The kinds of a model's tensor-parallel parameters, and FSDP's shards of them."""
 
     def __init__(
         self,
@@ -233,28 +177,28 @@ class _Kinds:
         self._frozen, self._dims = frozenset(frozen), dims
         self._numbers: dict[object, int] = {}
         self._kinds: list[_Kind] = []
-        self._parts: dict[tuple[int, int, int], Part] = {}
+        self._shards: dict[tuple[int, int, int], LocalShard] = {}
 
     def name_all(
         self, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[Slice, ...]]
-    ) -> Naming:
-        """The naming of whole tensor-parallel parameters."""
+    ) -> Kinds:
+        """The kinds of whole tensor-parallel parameters."""
         return {
             local_name: (self._kind(local_name, shapes[local_name], held), _names(held))
             for local_name, held in found.items()
         }
 
     def table(
-        self, naming: Naming, of_others: tuple[int, int], of_experts: tuple[int, int]
-    ) -> PartTable:
+        self, kinds: Kinds, of_others: tuple[int, int], of_experts: tuple[int, int]
+    ) -> KindTable:
         """The tensors of a rank whose FSDP shards are these (number, count)."""
-        parts: dict[Hashable, Part] = {}
-        for kind, _ in naming.values():
-            if kind not in parts:
+        shards: dict[Hashable, LocalShard] = {}
+        for kind, _ in kinds.values():
+            if kind not in shards:
                 assert isinstance(kind, int)
-                shard = of_experts if self._kinds[kind].has_experts else of_others
-                parts[kind] = self._part(kind, *shard)
-        return PartTable(naming, parts)
+                place = of_experts if self._kinds[kind].has_experts else of_others
+                shards[kind] = self._shard(kind, *place)
+        return KindTable(kinds, shards)
 
     def _kind(self, local_name: str, shape: tuple[int, ...], slices: tuple[Slice, ...]) -> int:
         kind = _Kind(shape, slices, self._dims[local_name], is_expert_parameter(local_name))
@@ -265,22 +209,21 @@ class _Kinds:
             self._kinds.append(kind)
         return number
 
-    def _part(self, number: int, index: int, count: int) -> Part:
+    def _shard(self, number: int, index: int, count: int) -> LocalShard:
         """Shard `index` of `count`."""
         at = (number, index, count)
-        if at not in self._parts:
+        if at not in self._shards:
             kind = self._kinds[number]
             # their indices instead of their names: a name can occur several times
             slices = tuple(replace(s, name=str(i)) for i, s in enumerate(kind.slices))
-            shape, pieces = fsdp_shard(kind.shape, slices, kind.dim, index, count)
-            held = tuple((int(piece.name), piece) for piece in pieces)
-            self._parts[at] = Part(
+            shape, own = fsdp_shard(kind.shape, slices, kind.dim, index, count)
+            self._shards[at] = LocalShard(
                 shape=shape,
                 dtype=self._dtype if kind.dim is None else self._shard_dtype,
-                slices=held,
-                frozen=any(kind.slices[i].name in self._frozen for i, _ in held),
+                slices=own,
+                frozen=any(kind.slices[int(s.name)].name in self._frozen for s in own),
             )
-        return self._parts[at]
+        return self._shards[at]
 
 
 def _names(slices: Iterable[Slice]) -> tuple[str, ...]:

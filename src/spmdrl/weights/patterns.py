@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from spmdrl.weights.cells import Cell, Cuts, cells_of, needed_bytes, split_cells
 from spmdrl.weights.routes import Ranks, Route, choose_groups, find_route
 
-Routed = tuple[Cell, int]
-"""A cell and the number of its route."""
+Pattern = tuple[tuple[Cell, int], ...]
+"""Cells of a tensor, each with the number of its route."""
 
 _TURNS = 4
 """Consecutive layers that take different ones of several equal ranks to serve a cell."""
@@ -44,7 +44,7 @@ class Patterns:
 
     def route(
         self, uses: Mapping[int, int]
-    ) -> tuple[tuple[tuple[Routed, ...], ...], tuple[Route, ...], tuple[Ranks, ...]]:
+    ) -> tuple[tuple[Pattern, ...], tuple[Route, ...], tuple[Ranks, ...]]:
         """Every pattern with routes, all routes, and the groups that broadcast.
 
         Args:
@@ -74,7 +74,7 @@ class _Routes:
         self._numbers: dict[Route, int] = {}
         self.routes: list[Route] = []
 
-    def number_all(self, cells: Sequence[Cell], turn: int) -> tuple[Routed, ...]:
+    def number_all(self, cells: Sequence[Cell], turn: int) -> Pattern:
         return tuple((c, self._number(c.holders, c.wanting, turn + i)) for i, c in enumerate(cells))
 
     def _number(self, holders: Ranks, wanting: Ranks, turn: int) -> int:

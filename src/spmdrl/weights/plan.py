@@ -5,7 +5,7 @@
     routes     delivery of a cell to the ranks that lack it (`routes`)
     rounds     cells in the target's order, so many that no rank stages more than a slot
 
-`program.program_of` derives one rank's part of it, which `sync.WeightSync` executes.
+`rank_rounds` derives one rank's part of it, which `sync.WeightSync` executes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
+from spmdrl.models.local_shards import Table, WeightLayout
 from spmdrl.weights.cells import Cell, find_cuts
-from spmdrl.weights.layout import Naming, Table, WeightLayout, held_by_kind, naming_of
-from spmdrl.weights.patterns import Patterns, Routed
-from spmdrl.weights.rounds import Round, Span, make_rounds
+from spmdrl.weights.layout import Kinds, kinds_of, shards_by_kind
+from spmdrl.weights.patterns import Pattern, Patterns
+from spmdrl.weights.rounds import CellRange, Round, make_rounds
 from spmdrl.weights.routes import Ranks, Route
 
 DEFAULT_BUCKET = 256 * 2**20
@@ -59,7 +60,7 @@ class SyncPlan:
     """
 
     shared: Mapping[int, frozenset[str]]
-    patterns: tuple[tuple[Routed, ...], ...]
+    patterns: tuple[Pattern, ...]
     routes: tuple[Route, ...]
     groups: tuple[Ranks, ...]
     rounds: tuple[Round, ...]
@@ -99,8 +100,8 @@ class SyncPlan:
             ],
             "routes": [[r.copies, r.sends, r.casts] for r in self.routes],
             "groups": self.groups,
-            "rounds": [[_as_list(span) for span in one] for one in self.rounds],
-            "frozen_rounds": [[_as_list(span) for span in one] for one in self.frozen_rounds],
+            "rounds": [[_as_list(cells) for cells in one] for one in self.rounds],
+            "frozen_rounds": [[_as_list(cells) for cells in one] for one in self.frozen_rounds],
             "bytes": [
                 *(self.slot_bytes, self.world_size, self.shared_bytes),
                 *(self.copied_bytes, self.gathered_bytes, self.moved_bytes),
@@ -135,9 +136,9 @@ class SyncPlan:
     def cells(self, *, frozen: bool = True) -> Iterator[tuple[str, Cell, Route]]:
         """Every cell with its tensor's name and its route, in order."""
         for one in (*self.frozen_rounds * frozen, *self.rounds):
-            for span in one:
-                for cell, route in self.patterns[span.pattern][span.first : span.last]:
-                    yield span.name, cell, self.routes[route]
+            for cells in one:
+                for cell, route in self.patterns[cells.pattern][cells.first : cells.last]:
+                    yield cells.name, cell, self.routes[route]
 
     def describe(self) -> str:
         def size(count: int) -> str:
@@ -192,20 +193,20 @@ def plan_sync(
     shared = _shared(source if share else {}, target)
     slot = max(1, 2 * bucket_bytes // NUM_SLOTS)
     patterns = Patterns(node_size, slot // _CELLS_PER_SLOT or 1)
-    spans: dict[bool, list[Span]] = {False: [], True: []}
+    ranges: dict[bool, list[CellRange]] = {False: [], True: []}
     for name, cuts in find_cuts(source, target, shared).items():
         pattern, num_cells = patterns.add(name, cuts)
-        spans[cuts.frozen].append(Span(name, pattern, 0, num_cells))
-    counts = Counter(span.pattern for some in spans.values() for span in some)
+        ranges[cuts.frozen].append(CellRange(name, pattern, 0, num_cells))
+    counts = Counter(cells.pattern for some in ranges.values() for cells in some)
     routed, routes, groups = patterns.route(counts)
     world_size = max((*source, *target), default=0) + 1
     rounds = {
         frozen: make_rounds(some, routed, routes, slot, world_size)
-        for frozen, some in spans.items()
+        for frozen, some in ranges.items()
     }
     shared_bytes = wanted_bytes = 0
     for table, names, ranks in _target_groups(target, shared):
-        for held, alike in held_by_kind(table):
+        for held, alike in shards_by_kind(table):
             in_place = sum(name in names for name in alike) * len(ranks)
             shared_bytes += in_place * held.num_bytes
             num_bytes = sum(piece.numel for piece in held.slices) * held.dtype.itemsize
@@ -255,17 +256,17 @@ def _shared(source: WeightLayout, target: WeightLayout) -> dict[int, frozenset[s
 
 
 def _num_bytes(table: Table) -> int:
-    return sum(held.num_bytes * len(names) for held, names in held_by_kind(table))
+    return sum(held.num_bytes * len(names) for held, names in shards_by_kind(table))
 
 
 class _NamePairs:
     """Groups of local names of two tables: a group is alike in both tables as a whole, or not."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int], tuple[Naming, Naming, list[list[str]]]] = {}
+        self._known: dict[tuple[int, int], tuple[Kinds, Kinds, list[list[str]]]] = {}
 
     def of(self, one: Table, other: Table) -> list[list[str]]:
-        first, second = naming_of(one), naming_of(other)
+        first, second = kinds_of(one), kinds_of(other)
         at = (id(first), id(second))
         if at not in self._known:
             groups: dict[Hashable, list[str]] = {}
@@ -277,7 +278,7 @@ class _NamePairs:
                     tuple(there == here for there in names_there) for here in names
                 )  # which of their slices are of one tensor
                 groups.setdefault((kind_there, kind, same), []).append(name)
-            # the namings are kept, so that no other object gets their ids
+            # both kinds are kept, so that no other object gets their ids
             self._known[at] = (first, second, list(groups.values()))
         return self._known[at][2]
 
@@ -293,12 +294,12 @@ def _target_groups(
     return list(groups.values())
 
 
-def _as_list(span: Span) -> list[object]:
-    return [span.name, span.pattern, span.first, span.last]
+def _as_list(cells: CellRange) -> list[object]:
+    return [cells.name, cells.pattern, cells.first, cells.last]
 
 
 def _rounds(given: Iterable[Iterable[Iterable[Any]]]) -> tuple[Round, ...]:
-    return tuple(tuple(Span(*span) for span in one) for one in given)
+    return tuple(tuple(CellRange(*cells) for cells in one) for one in given)
 
 
 def _pairs(given: Iterable[Sequence[int]]) -> tuple[tuple[int, int], ...]:

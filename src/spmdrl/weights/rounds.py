@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spmdrl.weights.patterns import Routed
+from spmdrl.weights.patterns import Pattern
 from spmdrl.weights.routes import Ranks, Route
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class CellRange:
     """Cells `[first, last)` of a tensor, by their index in the tensor's pattern."""
 
     name: str
@@ -23,20 +23,20 @@ class Span:
     last: int
 
 
-Round = tuple[Span, ...]
+Round = tuple[CellRange, ...]
 
 
 def make_rounds(
-    spans: Iterable[Span],
-    patterns: Sequence[Sequence[Routed]],
+    ranges: Iterable[CellRange],
+    patterns: Sequence[Pattern],
     routes: Sequence[Route],
     slot: int,
     world_size: int,
 ) -> tuple[Round, ...]:
-    """Spans in order, cut so that no rank stages more than `slot` bytes (or a cell) in a round."""
+    """Group the ranges in order, cut so that no rank stages more than `slot` bytes (or a cell)."""
     loads: dict[int, Tensor] = {}
     rounds: list[Round] = []
-    current: list[Span] = []
+    current: list[CellRange] = []
     load = torch.zeros(world_size, dtype=torch.int64)
 
     def close() -> None:
@@ -46,34 +46,34 @@ def make_rounds(
         current = []
         load.zero_()
 
-    for span in spans:
-        cells = patterns[span.pattern]
-        if span.pattern not in loads:
-            loads[span.pattern] = _load(cells, routes, world_size)
-        own = loads[span.pattern]
+    for wanted in ranges:
+        cells = patterns[wanted.pattern]
+        if wanted.pattern not in loads:
+            loads[wanted.pattern] = _load(cells, routes, world_size)
+        own = loads[wanted.pattern]
         if int((load + own).max()) <= slot:
-            current.append(span)
+            current.append(wanted)
             load += own
             continue
         close()
         if int(own.max()) <= slot:
-            current.append(span)
+            current.append(wanted)
             load += own
             continue
         first = 0
-        for i in range(span.first, span.last):
-            one = _load(cells[i : i + 1], routes, world_size)
-            if int((load + one).max()) > slot and i > first:
-                current.append(Span(span.name, span.pattern, first, i))
+        for i in range(wanted.first, wanted.last):
+            load_of_cell = _load(cells[i : i + 1], routes, world_size)
+            if int((load + load_of_cell).max()) > slot and i > first:
+                current.append(CellRange(wanted.name, wanted.pattern, first, i))
                 close()
                 first = i
-            load += one
-        current.append(Span(span.name, span.pattern, first, span.last))
+            load += load_of_cell
+        current.append(CellRange(wanted.name, wanted.pattern, first, wanted.last))
     close()
     return tuple(rounds)
 
 
-def _load(cells: Iterable[Routed], routes: Sequence[Route], world_size: int) -> Tensor:
+def _load(cells: Pattern, routes: Sequence[Route], world_size: int) -> Tensor:
     """Upper bound of the bytes that each rank stages: those it sends, receives and passes on."""
     by_rank: Counter[int] = Counter()
     by_group: Counter[Ranks] = Counter()

@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.distributed.reduce import gather_objects
-from spmdrl.weights.layout import Held, LocalTensors, Table
-from spmdrl.weights.places import Places, Read, copy_all
+from spmdrl.models.local_shards import LocalShard, LocalTensors, Table
+from spmdrl.weights.cells import Cell
 from spmdrl.weights.plan import NUM_SLOTS, SyncPlan
-from spmdrl.weights.program import Item, Message, RankRound, program_of
+from spmdrl.weights.rank_rounds import Message, RankRound, rank_rounds
 from spmdrl.weights.routes import Ranks
-from spmdrl.weights.sums import TensorSums
+from spmdrl.weights.tensor_sums import TensorSums
+from spmdrl.weights.views import Read, TensorViews, copy_all
 
 _ALIGNMENT = 16
 
@@ -72,12 +73,12 @@ class WeightSync:
         self.device = device
         self.staging_bytes = 0
         """Staging bytes of the largest run so far."""
-        _check_held(source, tensors)
+        _check_shards(source, tensors)
         own = {} if engine is None else _adopt(plan.shared[self.rank], engine, target, tensors)
-        self.places = Places(tensors, own, (lambda tensor: tensor) if read is None else read)
+        self.views = TensorViews(tensors, own, (lambda tensor: tensor) if read is None else read)
         self.groups = make_groups(plan.groups)
-        self.frozen_program = program_of(plan, plan.frozen_rounds, self.rank)
-        self.program = program_of(plan, plan.rounds, self.rank)
+        self.frozen_rounds = rank_rounds(plan, plan.frozen_rounds, self.rank)
+        self.rounds = rank_rounds(plan, plan.rounds, self.rank)
         self._keeps_frozen, self._ran = keeps_frozen, False
         self._slots = _Slots(device)
 
@@ -99,22 +100,22 @@ class WeightSync:
     @cached_property
     def sums(self) -> TensorSums:
         """Checksums of whole tensors, to prove a run."""
-        return TensorSums(self.plan, self.places, self.rank, self.device)
+        return TensorSums(self.plan, self.views, self.rank, self.device)
 
     @torch.no_grad()
     def run(self) -> None:
         """Make the engine's weights equal to the trainer's."""
         slots = self._slots
-        frozen = () if self.leaves_out_frozen else self.frozen_program
-        rounds = (*frozen, *self.program)
-        flights = [_Flight(self, one, slots) for one in rounds]
-        for tick in range(len(flights) + 2):
-            if tick < len(flights):
-                flights[tick].send()
-            if 0 <= tick - 1 < len(flights):
-                flights[tick - 1].cast()
-            if 0 <= tick - 2 < len(flights):
-                flights[tick - 2].land()
+        frozen = () if self.leaves_out_frozen else self.frozen_rounds
+        rounds = (*frozen, *self.rounds)
+        in_flight = [_RoundInFlight(self, one, slots) for one in rounds]
+        for tick in range(len(in_flight) + 2):
+            if tick < len(in_flight):
+                in_flight[tick].send()
+            if 0 <= tick - 1 < len(in_flight):
+                in_flight[tick - 1].cast()
+            if 0 <= tick - 2 < len(in_flight):
+                in_flight[tick - 2].land()
         self.staging_bytes = max(self.staging_bytes, slots.num_bytes)
         self._ran = True
         if self.device.type != "cpu":
@@ -150,7 +151,7 @@ class _Slots:
 
 
 @dataclass
-class _Flight:
+class _RoundInFlight:
     """A round in flight: `send`, then `cast`, then `land`."""
 
     sync: WeightSync
@@ -212,35 +213,33 @@ class _Flight:
         pairs = []
         for message, value in self._arriving:
             for (name, cell), box in _boxes(message, value):
-                pairs += [(view, box) for view in self.sync.places.target(name, cell)]
+                pairs += [(view, box) for view in self.sync.views.target(name, cell)]
         copy_all(pairs)
         self._works, self._arriving = [], []
 
     def _copy(self) -> None:
         pairs = []
         for name, cell in self.round.copies:
-            value = self.sync.places.source(name, cell)
+            value = self.sync.views.source(name, cell)
             assert value is not None, (name, cell)
-            pairs += [(view, value) for view in self.sync.places.target(name, cell)]
+            pairs += [(view, value) for view in self.sync.views.target(name, cell)]
         copy_all(pairs)
 
     def _pack(self, message: Message, value: Tensor) -> None:
         boxes = _boxes(message, value)
-        copy_all([(box, self.sync.places.value(name, cell)) for (name, cell), box in boxes])
+        copy_all([(box, self.sync.views.value(name, cell)) for (name, cell), box in boxes])
 
     def _dense(self, message: Message, *, out: bool) -> Tensor | None:
         """The message's only cell in place, as bytes; None if it must be staged."""
-        if len(message.items) > 1:
+        if len(message.cells) > 1:
             return None
-        [(name, cell)] = message.items
-        places = self.sync.places
+        [(name, cell)] = message.cells
         if out:
-            view = places.value(name, cell)
+            view = self.sync.views.value(name, cell)
         else:
-            views = places.target(name, cell)
-            if len(views) > 1:
+            view, *others = self.sync.views.target(name, cell)
+            if others:
                 return None
-            [view] = views
         fits = view.dtype == cell.dtype and view.device == self.sync.device
         return view.view(-1).view(torch.uint8) if fits and view.is_contiguous() else None
 
@@ -257,10 +256,10 @@ def _cut(buffer: Tensor, messages: Sequence[Message]) -> Iterator[Tensor]:
         start += _padded(message)
 
 
-def _boxes(message: Message, value: Tensor) -> Iterator[tuple[Item, Tensor]]:
+def _boxes(message: Message, value: Tensor) -> Iterator[tuple[tuple[str, Cell], Tensor]]:
     """The message's cells as views of its bytes."""
     start = 0
-    for item in message.items:
+    for item in message.cells:
         _, cell = item
         size = [b - a for a, b in zip(cell.start, cell.stop, strict=True)]
         yield item, value[start : start + cell.num_bytes].view(cell.dtype).view(size)
@@ -299,9 +298,9 @@ def _adopt(
     return own
 
 
-def _check_held(table: Table, tensors: LocalTensors) -> None:
+def _check_shards(table: Table, tensors: LocalTensors) -> None:
     """Assert that the computed layout agrees with the tensors that exist."""
     for local_name, held in table.items():
         tensor, slices = tensors[local_name]
-        found = Held(shape=tuple(tensor.shape), dtype=tensor.dtype, slices=slices)
+        found = LocalShard(shape=tuple(tensor.shape), dtype=tensor.dtype, slices=slices)
         assert found.is_like(held), (local_name, found, held)

@@ -20,6 +20,7 @@ from spmdrl.memory.storages import require_resident
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, fill
+from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.rope import rope_tables
 from spmdrl.models.rope_scaling import inverse_frequencies
 from spmdrl.models.routing import EXPERT_CHOICES
@@ -45,7 +46,7 @@ from spmdrl.training.megatron.optimizer import ShardedOptimizer
 from spmdrl.training.megatron.pipeline import Pipeline
 from spmdrl.training.options import TrainOptions, lr_at
 from spmdrl.training.packing import Microbatch, pack
-from spmdrl.training.protocol import LocalTensors, LossFn, MicrobatchProgress, OptimStep, loss_of
+from spmdrl.training.protocol import LossFn, MicrobatchProgress, OptimStep, loss_of
 from spmdrl.training.readout import Readout
 
 Outputs = dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Views of a cell in this rank's source and target tensors."""
+"""`TensorViews`: the views of a cell in this rank's source and target tensors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.sharding import Slice
 from spmdrl.weights.cells import Cell
-from spmdrl.weights.layout import LocalTensors
 
 Read = Callable[[Tensor], Tensor]
 """Returns a source tensor's current values: on the device, or on the host while it is away."""
@@ -17,7 +17,7 @@ Read = Callable[[Tensor], Tensor]
 _Index = tuple[slice, ...]
 
 
-class Places:
+class TensorViews:
     """This rank's side of a sync.
 
     Args:
@@ -33,11 +33,11 @@ class Places:
         self._source_at: dict[tuple[str, Cell], tuple[Tensor, _Index] | None] = {}
         self._target_at: dict[tuple[str, Cell], tuple[Tensor, ...]] = {}
 
-    def source_pieces(self, name: str) -> tuple[Slice, ...]:
+    def source_slices(self, name: str) -> tuple[Slice, ...]:
         """The slices of a global tensor in the source's tensors here."""
         return tuple(piece for _, piece in self._source.get(name, ()))
 
-    def target_pieces(self, name: str) -> tuple[Slice, ...]:
+    def target_slices(self, name: str) -> tuple[Slice, ...]:
         """The slices of a global tensor in the target's tensors here."""
         return tuple(piece for _, piece in self._target.get(name, ()))
 

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.distributed.reduce import gather_objects
-from spmdrl.weights.places import Places
-from spmdrl.weights.program import Item, Message, RankRound
+from spmdrl.weights.cells import Cell
+from spmdrl.weights.rank_rounds import Message, RankRound
 from spmdrl.weights.sync import WeightSync
+from spmdrl.weights.views import TensorViews
 
 _BLOCK = {"cpu": 1 << 16, "cuda": 1 << 22}
 """Values summed at a time: on the CPU as many as fit the cache, on CUDA few kernels."""
@@ -47,7 +48,7 @@ def first_difference(sync: WeightSync) -> str | None:
     """
     order = {name: i for i, name in enumerate(dict.fromkeys(n for n, _, _ in sync.plan.cells()))}
     found: list[tuple[int, str]] = []
-    for one in (*sync.frozen_program, *sync.program):
+    for one in (*sync.frozen_rounds, *sync.rounds):
         for (name, cell), there, here in _compare(sync, one):
             if there != here:
                 box = ", ".join(f"{a}:{b}" for a, b in zip(cell.start, cell.stop, strict=True))
@@ -59,56 +60,56 @@ def first_difference(sync: WeightSync) -> str | None:
 
 
 @torch.no_grad()
-def _compare(sync: WeightSync, one: RankRound) -> list[tuple[Item, int, int]]:
+def _compare(sync: WeightSync, one: RankRound) -> list[tuple[tuple[str, Cell], int, int]]:
     """(cell, checksum at its server, checksum here) for all cells that this rank gets or copies."""
-    places, results = sync.places, []
-    known: dict[Item, int] = {}
+    views, results = sync.views, []
+    known: dict[tuple[str, Cell], int] = {}
     for item in one.copies:
-        results += [(item, _at_source(places, item), c) for c in _at_target(places, item)]
+        results += [(item, _at_source(views, item), c) for c in _at_target(views, item)]
     ops, arriving = [], []
     for message in one.sends:
         vector = _vector(sync, message, known)
         ops.append(dist.P2POp(dist.isend, vector, message.peer, tag=message.tag))
     for message in one.receives:
-        vector = torch.empty(len(message.items), dtype=torch.int64, device=sync.device)
+        vector = torch.empty(len(message.cells), dtype=torch.int64, device=sync.device)
         ops.append(dist.P2POp(dist.irecv, vector, message.peer, tag=message.tag))
         arriving.append((message, vector))
     for work in dist.batch_isend_irecv(ops) if ops else []:
         work.wait()
     for message, vector in arriving:
-        known.update(zip(message.items, vector.tolist(), strict=True))
+        known.update(zip(message.cells, vector.tolist(), strict=True))
     received = dict(known)
     for message in one.casts:
         assert message.group is not None
         is_root = message.peer == sync.rank
-        vector = torch.empty(len(message.items), dtype=torch.int64, device=sync.device)
+        vector = torch.empty(len(message.cells), dtype=torch.int64, device=sync.device)
         if is_root:
             vector = _vector(sync, message, received)
         dist.broadcast(vector, src=message.peer, group=sync.groups[message.group])
         if not is_root:
-            known.update(zip(message.items, vector.tolist(), strict=True))
+            known.update(zip(message.cells, vector.tolist(), strict=True))
     for item, there in known.items():
-        results += [(item, there, here) for here in _at_target(places, item)]
+        results += [(item, there, here) for here in _at_target(views, item)]
     return results
 
 
-def _vector(sync: WeightSync, message: Message, received: Mapping[Item, int]) -> Tensor:
+def _vector(sync: WeightSync, message: Message, received: Mapping[tuple[str, Cell], int]) -> Tensor:
     """The checksums of a message's cells: the source's, or those that this rank has received."""
     sums = [
-        received[item] if item in received else _at_source(sync.places, item)
-        for item in message.items
+        received[item] if item in received else _at_source(sync.views, item)
+        for item in message.cells
     ]
     return torch.tensor(sums, dtype=torch.int64, device=sync.device)
 
 
-def _at_source(places: Places, item: Item) -> int:
+def _at_source(views: TensorViews, item: tuple[str, Cell]) -> int:
     name, cell = item
-    value = places.source(name, cell)
+    value = views.source(name, cell)
     assert value is not None, item
     return checksum(value.to(cell.dtype))
 
 
-def _at_target(places: Places, item: Item) -> list[int]:
+def _at_target(views: TensorViews, item: tuple[str, Cell]) -> list[int]:
     name, cell = item
     # a target of higher precision than the message holds the value that was sent
-    return [checksum(view.to(cell.dtype)) for view in places.target(name, cell)]
+    return [checksum(view.to(cell.dtype)) for view in views.target(name, cell)]

@@ -3,7 +3,7 @@
 A sum takes a tensor's bits as integers, modulo 2^64, with a weight for each row. It does not depend
 on how the tensor is cut, so every rank adds up its own boxes, and one reduction over the world
 compares all tensors. It finds tensors that were not updated, or that changed on their way;
-`proof.first_difference` then tells which box differs, and where.
+`checksums.first_difference` then tells which box differs, and where.
 
 Bits of several values are added as one 64-bit number, at the speed of reading memory.
 """
@@ -11,7 +11,7 @@ Bits of several values are added as one 64-bit number, at the speed of reading m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from spmdrl.models.sharding import Slice
 from spmdrl.weights.cells import Cell
-from spmdrl.weights.places import Places
 from spmdrl.weights.plan import SyncPlan
+from spmdrl.weights.views import TensorViews
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -28,34 +28,27 @@ _BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Values cast at a time: on the CPU as many as fit the cache, on CUDA few kernels."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Term:
-    """A box that this rank adds `times` times to the sum of a tensor.
+_Counted = tuple[int, str, Cell, int]
+"""The number and the name of a tensor, a box of it, and how often this rank adds it to the sum.
 
-    Args:
-        box: one of the tensor's cells, or several together; its dtype is the one that travels.
-    """
-
-    number: int
-    name: str
-    box: Cell
-    times: int
+The box is one of the tensor's cells, or several together; its dtype is the one that travels.
+"""
 
 
 class TensorSums:
     """Compares, for every tensor that a plan moves, the source's values with the targets'.
 
     Args:
-        places: this rank's tensors.
+        views: this rank's tensors.
         device: device of the reduction over the world.
     """
 
-    def __init__(self, plan: SyncPlan, places: Places, rank: int, device: torch.device) -> None:
+    def __init__(self, plan: SyncPlan, views: TensorViews, rank: int, device: torch.device) -> None:
         patterns = _patterns(plan)
         self._names = tuple(patterns)
-        self._places, self._device = places, device
-        self._source = tuple(_terms(plan, patterns, places.source_pieces, _served_by(rank)))
-        self._target = tuple(_terms(plan, patterns, places.target_pieces, _wanted_by(rank)))
+        self._tensors, self._device = views, device
+        self._source = tuple(_terms(plan, patterns, views.source_slices, _served_by(rank)))
+        self._target = tuple(_terms(plan, patterns, views.target_slices, _wanted_by(rank)))
 
     @torch.no_grad()
     def differing(self) -> list[str]:
@@ -64,9 +57,8 @@ class TensorSums:
         Every rank of the world calls it, after a sync.
         """
         found: dict[torch.device, list[tuple[int, int, Tensor]]] = {}
-        for term, view, times in self._views():
-            summed = (term.number, times, tensor_sum(view, term.box))
-            found.setdefault(view.device, []).append(summed)
+        for number, view, box, times in self._views():
+            found.setdefault(view.device, []).append((number, times, tensor_sum(view, box)))
         total = torch.zeros(len(self._names), dtype=torch.int64)
         for own in found.values():  # source or target may be on the host
             numbers, times_of, sums = zip(*own, strict=True)
@@ -76,18 +68,18 @@ class TensorSums:
         dist.all_reduce(total)
         return [name for name, rest in zip(self._names, total.tolist(), strict=True) if rest]
 
-    def _views(self) -> Iterator[tuple[_Term, Tensor, int]]:
-        """The views to sum here, with their factors: the source's cancel the targets'."""
-        for term in self._source:
-            value = self._places.source(term.name, term.box)
-            assert value is not None, term
-            yield term, value, -term.times
-        for term in self._target:
-            first, *copies = self._places.target(term.name, term.box)
-            yield term, first, 1
+    def _views(self) -> Iterator[tuple[int, Tensor, Cell, int]]:
+        """(tensor's number, view to sum, its box, factor): the source's cancel the targets'."""
+        for number, name, box, times in self._source:
+            value = self._tensors.source(name, box)
+            assert value is not None, (name, box)
+            yield number, value, box, -times
+        for number, name, box, _ in self._target:
+            first, *copies = self._tensors.target(name, box)
+            yield number, first, box, 1
             for copy in copies:  # one box in two tensors, which the source counts once
-                yield term, first, -_COPY
-                yield term, copy, _COPY
+                yield number, first, box, -_COPY
+                yield number, copy, box, _COPY
 
 
 _COPY = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -149,7 +141,7 @@ def _signed(number: int) -> int:
 def _patterns(plan: SyncPlan) -> dict[str, int]:
     """Tensors that the plan moves, in its order, with their patterns."""
     rounds = (*plan.frozen_rounds, *plan.rounds)
-    return {span.name: span.pattern for one in rounds for span in one}
+    return {cells.name: cells.pattern for one in rounds for cells in one}
 
 
 _Counts = Callable[[Cell, int], int]
@@ -175,8 +167,8 @@ def _terms(
     patterns: Mapping[str, int],
     pieces_of: Callable[[str], Sequence[Slice]],
     times: _Counts,
-) -> Iterator[_Term]:
-    """This rank's terms; tensors with the same cuts and the same local boxes are examined once."""
+) -> Iterator[_Counted]:
+    """Yield what this rank counts. Tensors with equal cuts and local boxes are examined once."""
     known: dict[object, tuple[tuple[Cell, int], ...]] = {}
     counted: dict[int, list[tuple[Cell, int]]] = {}
     for number, (name, pattern) in enumerate(patterns.items()):
@@ -189,7 +181,7 @@ def _terms(
         if (pattern, pieces) not in known:
             known[pattern, pieces] = tuple(_together(counted[pattern], pieces))
         for box, count in known[pattern, pieces]:
-            yield _Term(number, name, box, count)
+            yield number, name, box, count
 
 
 _Box = tuple[tuple[int, ...], tuple[int, ...]]

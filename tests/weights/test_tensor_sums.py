@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spmdrl.weights.cells import Cell
-from spmdrl.weights.sums import row_weights, tensor_sum
+from spmdrl.weights.tensor_sums import row_weights, tensor_sum
 
 SHAPES = [(1,), (7,), (5, 8), (6, 7), (1, 9), (4, 3, 8), (3, 2, 5)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
