@@ -1,13 +1,10 @@
 """Safetensors files of a Hugging Face directory, written while their tensors arrive.
 
-The format (https://github.com/huggingface/safetensors#format) is 8 bytes with the header's length,
-little endian; the header, JSON with every tensor's dtype, shape and place, padded with spaces; and
-the values. The header comes first but is known last, so room is left for it.
+The header comes first but is known last, so room is left for it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,16 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-Shape = tuple[int, ...]
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}
-_LARGEST = 10**15
-"""Upper bound of the place where a tensor begins in a file."""
+from spmdrl.models.files.safetensors_writer import SafetensorsWriter, values_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +35,7 @@ class Shards:
 @torch.no_grad()
 def write_shards(
     tensors: Iterable[tuple[str, Tensor]],
-    shapes: Mapping[str, Shape],
+    shapes: Mapping[str, tuple[int, ...]],
     directory: Path,
     max_bytes: int,
 ) -> Shards:
@@ -78,8 +66,8 @@ def write_shards(
         for last in files[-1:]:
             last.finish()
     return Shards(
-        names=tuple(tuple(file.names) for file in files),
-        num_bytes=sum(file.num_bytes for file in files),
+        names=tuple(file.writer.names for file in files),
+        num_bytes=sum(file.writer.num_bytes for file in files),
         dtype=dtype,
     )
 
@@ -92,44 +80,23 @@ class _File:
         shapes: shapes of all tensors that may come.
     """
 
-    def __init__(self, file: BufferedWriter, shapes: Mapping[str, Shape]) -> None:
-        longest = {name: _entry("BF16", shape, _LARGEST, 0) for name, shape in shapes.items()}
-        self._room = -(-len(_header(longest)) // 8) * 8
-        self._entries: dict[str, dict[str, object]] = {}
-        self._file = file
-        self._file.seek(8 + self._room)
-        self.num_bytes = 0
-        """Bytes of the values so far."""
-
-    @property
-    def names(self) -> Iterable[str]:
-        return self._entries.keys()
+    def __init__(self, file: BufferedWriter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.writer, self._file = SafetensorsWriter({"format": "pt"}), file
+        self._room = self.writer.header_bytes(shapes)
+        self._file.seek(self._room)
 
     def has_room(self, tensor: Tensor, max_bytes: int) -> bool:
         """Whether `tensor` may come next: values must be aligned for their dtype, without gaps."""
-        fits = self.num_bytes + tensor.numel() * tensor.element_size() <= max_bytes
-        return self.num_bytes == 0 or (fits and self.num_bytes % tensor.element_size() == 0)
+        used = self.writer.num_bytes
+        fits = used + tensor.nbytes <= max_bytes
+        return used == 0 or (fits and used % tensor.element_size() == 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        values = tensor.detach().cpu().contiguous().flatten()
-        size = values.numel() * values.element_size()
-        dtype = _DTYPES[tensor.dtype]
-        self._entries[name] = _entry(dtype, tuple(tensor.shape), self.num_bytes, size)
-        self._file.write(values.view(torch.uint8).numpy().data)
-        self.num_bytes += size
+        self.writer.describe(name, tensor)
+        self._file.write(values_of(tensor))
 
     def finish(self) -> None:
         """Write the header, which completes the safetensors file."""
-        header = _header(self._entries).ljust(self._room)
-        assert len(header) == self._room, (len(header), self._room)
         self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + header)
+        self._file.write(self.writer.header(self._room))
         self._file.close()
-
-
-def _entry(dtype: str, shape: Shape, start: int, size: int) -> dict[str, object]:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, start + size]}
-
-
-def _header(entries: Mapping[str, object]) -> bytes:
-    return json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
