@@ -25,7 +25,7 @@ HANDLES = ("Policy", "Reference", "Reward", "Value", "Rollout", "CustomRole")
 
 HANDLE_ATTRIBUTES = ("name", "version")
 
-GIVEN = (*HANDLES, "Run", "StepRows", "PairSet", "ConversationSet")
+GIVEN = (*HANDLES, "Run", "StepRows", "ItemSet")
 """Classes that a user does not make, so their `__init__` does not count."""
 
 SECTIONS = "Section"

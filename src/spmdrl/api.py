@@ -5,8 +5,8 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
 
 - A flow: `Run`, its two halves `Environment` and `Trainer`, `Evaluates`, `Metrics`, `joined`,
   `update_metrics`; its configuration: `Config`, `AlgorithmSection`, `PreferenceSection`.
-- Rows: `Batch`, `concat`, `from_rows`, `group_index`; data: `DataSet`, `StepRows`, `PairSet`,
-  `ConversationSet`, `home_rows`.
+- Rows: `Batch`, `concat`, `from_rows`, `group_index`; data: `DataSet`, `StepRows`, `home_rows`,
+  `ItemSet`, `DataItem`, `items_of`, `Conversation`, `Pair`, `mismatched`.
 - Roles: `Policy`, `Reference`, `Reward`, `Value`, `Rollout`, `CustomRole`; their calls: `Call`,
   `together`, `Generation`, `Update`, `UpdateRecords`, `LossFn`, `LossInput`.
 - Numbers of all ranks: `moments`, `Moments`, `world_any`, `world_max`, `world_sum`,
@@ -94,9 +94,14 @@ if TYPE_CHECKING:
         PreferenceSection as PreferenceSection,
     )
     from spmdrl.config.sections import Config as Config
-    from spmdrl.data.conversations import ConversationSet as ConversationSet
+    from spmdrl.data.conversations import Conversation as Conversation
     from spmdrl.data.home import DataSet as DataSet, StepRows as StepRows, home_rows as home_rows
-    from spmdrl.data.preferences import PairSet as PairSet
+    from spmdrl.data.item_set import (
+        DataItem as DataItem,
+        ItemSet as ItemSet,
+        items_of as items_of,
+    )
+    from spmdrl.data.preferences import Pair as Pair, mismatched as mismatched
     from spmdrl.distributed.exchange import Column as Column
     from spmdrl.distributed.reduce import (
         Moments as Moments,
@@ -218,9 +223,10 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "batch": "Batch concat from_rows group_index",
         "config.algorithms": "AlgorithmSection PreferenceSection",
         "config.sections": "Config",
-        "data.conversations": "ConversationSet",
+        "data.conversations": "Conversation",
         "data.home": "DataSet StepRows home_rows",
-        "data.preferences": "PairSet",
+        "data.item_set": "DataItem ItemSet items_of",
+        "data.preferences": "Pair mismatched",
         "distributed.exchange": "Column",
         "distributed.reduce": (
             "Moments broadcast_object gather_objects gather_tables moments world_any "

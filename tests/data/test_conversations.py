@@ -21,8 +21,9 @@ from data_cases import (
     write_rows,
 )
 
-from spmdrl.data.conversations import ConversationSet, load_conversations
+from spmdrl.data.conversations import Conversation, load_conversations
 from spmdrl.data.examples import ExampleSource
+from spmdrl.data.item_set import ItemSet
 from spmdrl.data.prompts import PromptSource, load_prompts
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.training.packing import loss_mask
@@ -35,12 +36,12 @@ MODEL = Path(
 MESSAGES = {"messages": "messages"}
 
 
-def load(directory: Path, tokenizer: Any, *rows: Any, **settings: Any) -> ConversationSet:
+def load(directory: Path, tokenizer: Any, *rows: Any, **settings: Any) -> ItemSet[Conversation]:
     source = ExampleSource(source=write_rows(directory, *rows), **settings)
     return load_conversations(source, tokenizer)
 
 
-def all_marked(tokenizer: Any, conversations: ConversationSet) -> list[str]:
+def all_marked(tokenizer: Any, conversations: ItemSet[Conversation]) -> list[str]:
     return [marked(tokenizer, item.tokens, item.loss_mask) for item in conversations]
 
 

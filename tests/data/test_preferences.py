@@ -12,7 +12,8 @@ import torch
 from data_cases import CHATML, character_tokenizer
 
 from spmdrl.data.examples import ExampleSource
-from spmdrl.data.preferences import PairSet, load_preferences
+from spmdrl.data.item_set import ItemSet
+from spmdrl.data.preferences import Pair, load_preferences, mismatched
 from spmdrl.data.prompts import PromptSource, load_prompts
 from spmdrl.data.split import disjoint_parts, in_part, split_examples
 
@@ -24,7 +25,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def load(path: Path, rows: list[dict[str, Any]], **settings: Any) -> PairSet:
+def load(path: Path, rows: list[dict[str, Any]], **settings: Any) -> ItemSet[Pair]:
     return load_preferences(
         ExampleSource(source=write(path / "pairs.jsonl", rows), **settings), character_tokenizer()
     )
@@ -147,7 +148,7 @@ def test_mismatched_pairs_have_answers_to_another_prompt(tmp_path):
         {"prompt": "aa", "chosen": "c3", "rejected": "r3"},
     ]
     pairs = load(tmp_path, rows)
-    other = pairs.mismatched()
+    other = mismatched(pairs)
     assert [item.prompt for item in other] == [item.prompt for item in pairs]
     # the next item with another prompt, around the end of the set
     assert [item.rejected_text for item in other] == ["r2", "r2", "r3", "r2"]
@@ -155,7 +156,7 @@ def test_mismatched_pairs_have_answers_to_another_prompt(tmp_path):
     lengths = other.rows(range(4), 0).lengths
     assert max(lengths) == longest and int((lengths == longest).sum()) == 3
     with pytest.raises(ValueError, match="2 pairs have one prompt"):
-        load(tmp_path, rows[:2]).mismatched()
+        mismatched(load(tmp_path, rows[:2]))
 
 
 def test_a_prompt_that_leaves_no_room_has_a_reason_of_its_own(tmp_path):
@@ -163,7 +164,7 @@ def test_a_prompt_that_leaves_no_room_has_a_reason_of_its_own(tmp_path):
     assert pairs.left_out == {"whose prompt leaves no room within data.train.max_tokens=100": 1}
 
 
-def lengths_of(pairs: PairSet) -> list[int]:
+def lengths_of(pairs: ItemSet[Pair]) -> list[int]:
     return [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import overload
 
 import torch
 
@@ -21,6 +20,7 @@ from spmdrl.data.examples import (
     read_mark,
     unreported,
 )
+from spmdrl.data.item_set import ItemSet
 from spmdrl.data.messages import (
     Messages,
     checked_messages,
@@ -54,60 +54,16 @@ class Conversation:
             mask[start:stop] = [True] * (stop - start)
         return mask
 
+    @property
+    def token_lists(self) -> tuple[Sequence[int], ...]:
+        return (self.tokens,)
 
-class ConversationSet(Sequence[Conversation]):
-    """A `data.home.DataSet` of conversations.
-
-    `left_out` says how many rows were not used, by reason.
-    """
-
-    def __init__(
-        self, items: Sequence[Conversation], left_out: Mapping[str, int] | None = None
-    ) -> None:
-        self._items = tuple(items)
-        self.left_out = left_out or {}
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> ConversationSet: ...
-
-    def __getitem__(self, index: int | slice) -> Conversation | ConversationSet:
-        if isinstance(index, slice):
-            return self.subset(range(*index.indices(len(self))))
-        return self._items[index]
-
-    def texts(self) -> list[str]:
-        return [item.text for item in self._items]
-
-    def openings(self) -> list[str]:
-        return self.texts()
-
-    def questions(self) -> list[str]:
-        return self.texts()
-
-    def identities(self) -> list[Hashable]:
-        return [tuple(item.tokens) for item in self._items]
-
-    def marks(self) -> list[bytes]:
-        return [item.mark for item in self._items]
-
-    def ids(self) -> Iterator[Sequence[int]]:
-        return (item.tokens for item in self._items)
-
-    def subset(self, indices: Sequence[int]) -> ConversationSet:
-        return ConversationSet([self._items[i] for i in indices], self.left_out)
-
-    def rows(self, indices: Sequence[int], first_id: int) -> Batch:
+    @classmethod
+    def rows(cls, items: Sequence[Conversation], first_id: int) -> Batch:
         """Make one row per conversation: `tokens`, `loss_mask` (the answers), `prompt_ids` from
         `first_id` on, `sample_index` (0), `prompt_lengths` (tokens before the first answer),
         `response_lengths` (tokens in the mask).
         """
-        items = [self._items[i] for i in indices]
         spoken = [sum(stop - start for start, stop in item.answers) for item in items]
         batch = from_rows(
             [item.tokens for item in items],
@@ -126,7 +82,7 @@ class ConversationSet(Sequence[Conversation]):
 
 def load_conversations(
     source: ExampleSource, tokenizer: EndingTokenizer, report: Report = unreported
-) -> ConversationSet:
+) -> ItemSet[Conversation]:
     """Load conversations from a column of messages, or from a prompt and a response.
 
     The column `messages` is read if `source.columns` names it; otherwise the prompt's column and
@@ -158,7 +114,8 @@ def load_conversations(
         return Example(prompt=prompt, item=item, tokens=len(encoded.tokens))
 
     needed = [source.column("messages" if whole else "response")]
-    return ConversationSet(*read_examples(source, needed, make, encoder.template, report))
+    found = read_examples(source, needed, make, encoder.template, report)
+    return ItemSet(Conversation, *found)
 
 
 def _whole(row: Row, source: ExampleSource) -> tuple[str, Messages]:

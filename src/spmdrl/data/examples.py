@@ -19,7 +19,7 @@ from spmdrl.observe.log import ALIKE
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 COLUMNS = ("response", "messages", "chosen", "rejected", "margin")
 """Columns other than the prompt's that `ExampleSource.columns` can name."""
@@ -116,7 +116,7 @@ class ExampleSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example(Generic[Item]):
+class Example(Generic[T]):
     """Args:
     tokens: number of tokens of the whole example; of a pair, with the longer answer.
     prompt_tokens: number of tokens of a pair's prompt; 0 for conversations.
@@ -125,7 +125,7 @@ class Example(Generic[Item]):
     """
 
     prompt: Hashable
-    item: Item
+    item: T
     tokens: int
     prompt_tokens: int = 0
 
@@ -133,10 +133,10 @@ class Example(Generic[Item]):
 def read_examples(
     source: ExampleSource,
     needed: Sequence[str],
-    make: Callable[[Row], Example[Item]],
+    make: Callable[[Row], Example[T]],
     template: str | None,
     report: Report,
-) -> tuple[list[Item], Mapping[str, int]]:
+) -> tuple[list[T], Mapping[str, int]]:
     """Read the items of all usable rows, and count by reason those left out (also logged).
 
     Args:
@@ -156,7 +156,7 @@ def read_examples(
     check_columns(source.source, keys, rows)
     tell_of_tools(source.source, rows, template)
     tell_of_keys(source.source, rows, {source.prompt_column, *needed}, template)
-    made: list[Example[Item]] = []
+    made: list[Example[T]] = []
     malformed: str | None = None
     left_out: Counter[str] = Counter()
     for row in reported(rows, report):
@@ -169,7 +169,7 @@ def read_examples(
         except Unusable as error:
             left_out[str(error)] += 1
     limit = length_limit([example.tokens for example in made], source)
-    items: list[Item] = []
+    items: list[T] = []
     seen: set[Hashable] = set()
     for example in made:
         if limit is not None and example.prompt_tokens >= limit.tokens:
@@ -237,7 +237,7 @@ def leave_out(row: Row, error: BadRow, on_bad_row: Literal["error", "skip"], num
         log.warning("%s: %s; left out%s", row.place, error, more, extra=ALIKE)
 
 
-def _made(row: Row, make: Callable[[Row], Example[Item]]) -> Example[Item]:
+def _made(row: Row, make: Callable[[Row], Example[T]]) -> Example[T]:
     if row.problem is not None:
         raise BadRow(row.problem)
     return make(row)

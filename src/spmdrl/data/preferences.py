@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import overload
 
 import torch
 
@@ -21,6 +20,7 @@ from spmdrl.data.examples import (
     read_mark,
     unreported,
 )
+from spmdrl.data.item_set import ItemSet
 from spmdrl.data.messages import BadRow, prompt_key, read_answers, shown
 from spmdrl.data.rows import Row
 
@@ -48,90 +48,16 @@ class Pair:
     margin: float
     mark: bytes = b""
 
+    @property
+    def token_lists(self) -> tuple[Sequence[int], ...]:
+        return self.prompt, self.chosen, self.rejected
 
-class PairSet(Sequence[Pair]):
-    """A `data.home.DataSet` of preference pairs.
-
-    `left_out` says how many rows were not used, by reason.
-    """
-
-    def __init__(self, items: Sequence[Pair], left_out: Mapping[str, int] | None = None) -> None:
-        self._items = tuple(items)
-        self.left_out = left_out or {}
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    @overload
-    def __getitem__(self, index: int) -> Pair: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> PairSet: ...
-
-    def __getitem__(self, index: int | slice) -> Pair | PairSet:
-        if isinstance(index, slice):
-            return self.subset(range(*index.indices(len(self))))
-        return self._items[index]
-
-    def texts(self) -> list[str]:
-        return [item.text for item in self._items]
-
-    def openings(self) -> list[str]:
-        return self.texts()
-
-    def questions(self) -> list[str]:
-        return self.texts()
-
-    def identities(self) -> list[Hashable]:
-        return [(*map(tuple, (i.prompt, i.chosen, i.rejected)),) for i in self._items]
-
-    def marks(self) -> list[bytes]:
-        return [item.mark for item in self._items]
-
-    def ids(self) -> Iterator[Sequence[int]]:
-        for item in self._items:
-            yield from (item.prompt, item.chosen, item.rejected)
-
-    def subset(self, indices: Sequence[int]) -> PairSet:
-        return PairSet([self._items[i] for i in indices], self.left_out)
-
-    def mismatched(self) -> PairSet:
-        """Pair every prompt with the answers of the next item that has another prompt, for KTO's
-        estimate of the KL. Answers are cut so that no row is longer than the longest of this set.
-
-        Raises:
-            ValueError: all items have the same prompt.
-        """
-        count = len(self)
-        following = [0] * count
-        place = next((i for i, item in enumerate(self) if item.prompt != self[-1].prompt), None)
-        if place is None:
-            raise ValueError(f"{count} pairs have one prompt: there are no answers to another")
-        for i in reversed(range(count)):
-            following[i] = place
-            if i > 0 and self[i - 1].prompt != self[i].prompt:
-                place = i
-        longest = max(len(i.prompt) + max(len(i.chosen), len(i.rejected)) for i in self)
-        return PairSet(
-            [
-                replace(
-                    item,
-                    chosen_text=other.chosen_text,
-                    rejected_text=other.rejected_text,
-                    chosen=other.chosen[: longest - len(item.prompt)],
-                    rejected=other.rejected[: longest - len(item.prompt)],
-                )
-                for item, other in ((self[i], self[j]) for i, j in enumerate(following))
-            ],
-            self.left_out,
-        )
-
-    def rows(self, indices: Sequence[int], first_id: int) -> Batch:
+    @classmethod
+    def rows(cls, items: Sequence[Pair], first_id: int) -> Batch:
         """Make two rows per pair, chosen first: `tokens`, `loss_mask` (the answer), `prompt_ids`
         (equal in a pair, from `first_id` on), `sample_index` (0 chosen, 1 rejected),
         `prompt_lengths`, `response_lengths`, `margin` float32, and the Python column `prompt_text`.
         """
-        items = [self._items[i] for i in indices]
         both = [(item.prompt, answer) for item in items for answer in (item.chosen, item.rejected)]
         batch = from_rows(
             [[*prompt, *answer] for prompt, answer in both],
@@ -151,9 +77,42 @@ class PairSet(Sequence[Pair]):
         return batch.with_columns(tokens={"loss_mask": mask})
 
 
+def mismatched(pairs: ItemSet[Pair]) -> ItemSet[Pair]:
+    """Pair every prompt with the answers of the next item that has another prompt, for KTO's
+    estimate of the KL. Answers are cut so that no row is longer than the longest of these.
+
+    Raises:
+        ValueError: all items have the same prompt.
+    """
+    count = len(pairs)
+    following = [0] * count
+    place = next((i for i, item in enumerate(pairs) if item.prompt != pairs[-1].prompt), None)
+    if place is None:
+        raise ValueError(f"{count} pairs have one prompt: there are no answers to another")
+    for i in reversed(range(count)):
+        following[i] = place
+        if i > 0 and pairs[i - 1].prompt != pairs[i].prompt:
+            place = i
+    longest = max(len(i.prompt) + max(len(i.chosen), len(i.rejected)) for i in pairs)
+    return ItemSet(
+        Pair,
+        [
+            replace(
+                item,
+                chosen_text=other.chosen_text,
+                rejected_text=other.rejected_text,
+                chosen=other.chosen[: longest - len(item.prompt)],
+                rejected=other.rejected[: longest - len(item.prompt)],
+            )
+            for item, other in ((pairs[i], pairs[j]) for i, j in enumerate(following))
+        ],
+        pairs.left_out,
+    )
+
+
 def load_preferences(
     source: ExampleSource, tokenizer: EndingTokenizer, report: Report = unreported
-) -> PairSet:
+) -> ItemSet[Pair]:
     """Load pairs from the columns of the prompt, `chosen`, `rejected`, and `margin` if it is named.
 
     Answers are texts, or the last messages of conversations; then the prompt's column may be
@@ -197,7 +156,8 @@ def load_preferences(
         )
 
     margins = [source.columns["margin"]] if "margin" in source.columns else []
-    return PairSet(*read_examples(source, [*columns, *margins], make, encoder.template, report))
+    found = read_examples(source, [*columns, *margins], make, encoder.template, report)
+    return ItemSet(Pair, *found)
 
 
 def _said(answer: str) -> Mapping[str, str]:

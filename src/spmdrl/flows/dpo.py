@@ -14,7 +14,8 @@ from spmdrl.algorithms.direct_preference import as_compared, kto_baseline
 from spmdrl.batch import Batch
 from spmdrl.config.algorithms import PreferenceSection
 from spmdrl.data.home import DataSet, StepRows
-from spmdrl.data.preferences import PairSet
+from spmdrl.data.item_set import items_of
+from spmdrl.data.preferences import Pair, mismatched
 from spmdrl.distributed.reduce import moments
 from spmdrl.flows.held_out_preferences import HeldOutPreferences, log_ratio
 from spmdrl.flows.preference_terms import (
@@ -83,10 +84,10 @@ def preferring_chosen(batch: Batch) -> Batch:
 
 def other_responses(run: Run) -> StepRows:
     """Each step's prompts with responses to others, for KTO. ValueError: they are no pairs."""
-    pairs = run.data.data
-    if not isinstance(pairs, PairSet):
+    pairs = items_of(run.data.data, Pair)
+    if pairs is None:
         raise ValueError("preference.loss=kto needs data of kind preferences")
-    return StepRows(run.world, pairs.mismatched(), run.data.stream)
+    return StepRows(run.world, mismatched(pairs), run.data.stream)
 
 
 def reference_sums(
@@ -102,6 +103,6 @@ def reference_sums(
     sets: list[tuple[DataSet, list[int]]] = [(run.data.data, drawn)]
     if others is not None:
         sets.append((others.data, drawn))
-    sets += [(data, list(range(len(data)))) for data in run.held_out_sets(PairSet).values()]
+    sets += [(data, list(range(len(data)))) for data in run.held_out_sets(Pair).values()]
     with run.phase("reference"):
         return CachedSums(run, sets)

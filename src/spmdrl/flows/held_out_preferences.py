@@ -7,7 +7,7 @@ from torch import Tensor
 from spmdrl.algorithms.direct_preference import implicit_rewards
 from spmdrl.batch import Batch
 from spmdrl.config.algorithms import PreferenceSection
-from spmdrl.data.preferences import PairSet
+from spmdrl.data.preferences import Pair
 from spmdrl.evaluation.pairs import pair_accuracy
 from spmdrl.flows.preference_terms import REFERENCE
 from spmdrl.flows.reference_sums import ReferenceSums, distinct_rows
@@ -36,7 +36,7 @@ class HeldOutPreferences:
     def evaluate(self, step: int) -> Metrics:
         """Metrics `eval/SET` (implicit reward's accuracy) and `eval/SET/margin`, with errors."""
         found: dict[str, float] = {}
-        for name, batch in self._run.held_out(PairSet):
+        for name, batch in self._run.held_out(Pair):
             ratio = log_ratio(self._policy, self._reference, batch)
             tokens = batch.row_sum(batch["loss_mask"])
             rewards = implicit_rewards(ratio, tokens, self._settings)

@@ -16,7 +16,7 @@ from torch import Tensor
 from spmdrl.algorithms.preference_loss import bradley_terry_loss
 from spmdrl.batch import Batch
 from spmdrl.config.algorithms import AlgorithmSection
-from spmdrl.data.preferences import PairSet
+from spmdrl.data.preferences import Pair
 from spmdrl.evaluation.pairs import CHOSEN, pair_accuracy
 from spmdrl.flows.policy_terms import update_of
 from spmdrl.roles.handles import Reward
@@ -84,6 +84,6 @@ class HeldOutPairs:
     def evaluate(self, step: int) -> Metrics:
         """Metrics `eval/SET` (the accuracy) and `eval/SET/margin`, with standard errors."""
         found: dict[str, float] = {}
-        for name, batch in self.run.held_out(PairSet):
+        for name, batch in self.run.held_out(Pair):
             found |= pair_accuracy(name, batch, self.reward.score(batch)["scores"])
         return found

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spmdrl.algorithms.supervised import next_token_loss
 from spmdrl.batch import Batch
-from spmdrl.data.conversations import ConversationSet
+from spmdrl.data.conversations import Conversation
 from spmdrl.distributed.reduce import moments
 from spmdrl.flows.policy_terms import update_of
 from spmdrl.observe.names import EVAL, STANDARD_ERROR
@@ -63,7 +63,7 @@ class HeldOutLikelihood:
     def evaluate(self, step: int) -> Metrics:
         """Metric `eval/SET/nll` in nats per token, with its error clustered by conversation."""
         found: dict[str, float] = {}
-        for set_name, batch in self.run.held_out(ConversationSet):
+        for set_name, batch in self.run.held_out(Conversation):
             logprobs = self.policy.logprobs(batch)["logprobs"]
             nll = -batch.row_sum(logprobs.double())
             tokens = batch.row_sum(batch["loss_mask"]).double()

@@ -12,10 +12,11 @@ from typing import Any
 from spmdrl.config.data import DataKind, PromptsSection
 from spmdrl.config.data_sets import HELD_OUT, HeldOutSet, held_out_sets, train_sources, uses_chat
 from spmdrl.config.sections import Config, SamplingSection
-from spmdrl.data.conversations import ConversationSet, load_conversations
+from spmdrl.data.conversations import load_conversations
 from spmdrl.data.encode import tells_time
 from spmdrl.data.examples import ExampleSource, Report, unreported
-from spmdrl.data.preferences import PairSet, load_preferences
+from spmdrl.data.item_set import ItemSet
+from spmdrl.data.preferences import load_preferences
 from spmdrl.data.prompt_source import PromptSource
 from spmdrl.data.prompts import PromptSet, join_prompts, load_prompts
 from spmdrl.data.split import limited, split, split_examples, without_overlap
@@ -29,7 +30,7 @@ from spmdrl.run.response_ends import check_ends, check_lengths
 
 log = logging.getLogger(__name__)
 
-AnySet = PromptSet | ConversationSet | PairSet
+AnySet = PromptSet | ItemSet[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +180,7 @@ def join_sets(sets: Sequence[AnySet]) -> AnySet:
         return first
     if isinstance(first, PromptSet):
         return join_prompts([s for s in sets if isinstance(s, PromptSet)])
-    if isinstance(first, PairSet):
-        return PairSet([item for s in sets if isinstance(s, PairSet) for item in s])
-    return ConversationSet([item for s in sets if isinstance(s, ConversationSet) for item in s])
+    return ItemSet(first.kind, [item for s in sets for item in s])
 
 
 def load_data(key: str, section: PromptsSection, kind: DataKind, reading: Reading) -> AnySet:

@@ -13,6 +13,7 @@ from spmdrl.config.roles import PartName
 from spmdrl.config.sections import Config
 from spmdrl.config.user_objects import load_object
 from spmdrl.data.home import DataSet, StepRows, home_rows
+from spmdrl.data.item_set import DataItem, ItemSet, items_of
 from spmdrl.distributed.reduce import moments
 from spmdrl.memory.call_memory import Turns
 from spmdrl.rollout.sampling import SamplingParams
@@ -26,7 +27,7 @@ from spmdrl.world import World
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
-D = TypeVar("D", bound=DataSet)
+T = TypeVar("T", bound=DataItem)
 
 
 class Run:
@@ -165,11 +166,12 @@ class Run:
         """
         return self.data.batch(step, attempt=attempt, count=count)
 
-    def held_out_sets(self, kind: type[D]) -> dict[str, D]:
-        """Held-out sets of one kind (`PairSet`, say), by name."""
-        return {name: data for name, data in self._held_out.items() if isinstance(data, kind)}
+    def held_out_sets(self, kind: type[T]) -> dict[str, ItemSet[T]]:
+        """Held-out sets with items of one kind (`Pair`, say), by name."""
+        found = {name: items_of(data, kind) for name, data in self._held_out.items()}
+        return {name: data for name, data in found.items() if data is not None}
 
-    def held_out(self, kind: type[D]) -> Iterator[tuple[str, Batch]]:
+    def held_out(self, kind: type[T]) -> Iterator[tuple[str, Batch]]:
         """Names of the held-out sets of one kind, and this rank's home rows of each."""
         for name, data in self.held_out_sets(kind).items():
             yield name, home_rows(self.world, data)
