@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,13 +15,83 @@ from spmdrl.algorithms.metrics import combine
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, gather_own_grad
+from spmdrl.memory.storages import require_resident
 from spmdrl.models.sharding import Head
 from spmdrl.training.context import LocalStream
 from spmdrl.training.logprobs import token_logprobs
-from spmdrl.training.packing import Microbatch
-from spmdrl.training.protocol import Given, LossInput, MicrobatchProgress
+from spmdrl.training.options import TrainOptions, lr_at
+from spmdrl.training.packing import Microbatch, pack
+from spmdrl.training.protocol import Given, LossInput, MicrobatchProgress, OptimStep
 from spmdrl.training.readout import Readout
 from spmdrl.training.support import SUPPORT, Support, support_at
+
+T = TypeVar("T")
+
+
+@dataclass
+class StepCounts:
+    """Optimizer steps that a backend has made, and those of them that were skipped."""
+
+    num_steps: int = 0
+    num_skipped: int = 0
+
+    def count(self, grad_norm: float, options: TrainOptions) -> OptimStep:
+        """Count a step with this gradient norm, and say what becomes of it."""
+        done = OptimStep(
+            grad_norm=grad_norm,
+            lr=lr_at(self.num_steps, options),
+            skipped=not math.isfinite(grad_norm),
+            no_gradient=grad_norm == 0,
+        )
+        self.num_steps += not done.no_gradient
+        self.num_skipped += done.skipped
+        return done
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    def restored(self, counters: Mapping[str, int]) -> int:
+        """Take over `as_dict`'s counts; returns the number of updates that were made."""
+        self.num_steps, self.num_skipped = counters["num_steps"], counters["num_skipped"]
+        return self.num_steps - self.num_skipped
+
+
+def clip_gradients(gradients: Iterable[Tensor], norm: float, options: TrainOptions) -> None:
+    """Scale the gradients in place to `options.clip_norm` if their norm is larger."""
+    if norm > options.clip_norm:
+        for gradient in gradients:
+            gradient.mul_(options.clip_norm / norm)
+
+
+def require_trainable(role: str, optimizer: T | None) -> T:
+    """Return the optimizer; ValueError if the role has none."""
+    if optimizer is None:
+        raise ValueError(f"role {role!r} is frozen: it has no optimizer")
+    return optimizer
+
+
+def require_parts(role: str, held: Mapping[str, Sequence[Tensor]], *parts: str) -> None:
+    """Raise ValueError unless these parts of the role are on the device."""
+    for part in parts:
+        require_resident(role, part, held[part])
+
+
+def pack_rows(
+    rows: Batch,
+    options: TrainOptions,
+    readout: Readout,
+    *,
+    whole_groups: bool = False,
+    budget_tokens: int | None = None,
+) -> list[Microbatch]:
+    """Pack the rows as the options say, by default to `options.microbatch_tokens`."""
+    return pack(
+        rows,
+        budget_tokens=options.microbatch_tokens if budget_tokens is None else budget_tokens,
+        share_prompts=options.share_prompts,
+        atom=rows["prompt_ids"] if whole_groups else None,
+        places=readout.places,
+    )
 
 
 def check_head(role: str, head: Head, readout: Readout) -> None:

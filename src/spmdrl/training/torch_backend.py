@@ -4,7 +4,6 @@ experts over these axes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +14,6 @@ from torch.distributed.fsdp import FSDPModule
 from spmdrl.algorithms.metrics import combine
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.memory.storages import require_resident
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource
@@ -23,14 +21,19 @@ from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.routing import EXPERT_CHOICES, Balance, Routing
 from spmdrl.models.sharding import Head
 from spmdrl.training.backend_steps import (
+    StepCounts,
     as_columns,
     as_numbers,
     check_head,
+    clip_gradients,
     counted,
     loss_input,
     nothing_read,
     over_replicas,
+    pack_rows,
     read_places,
+    require_parts,
+    require_trainable,
     support_of,
     whole_stream,
 )
@@ -38,8 +41,8 @@ from spmdrl.training.context import LocalStream, split_stream
 from spmdrl.training.experts import ExpertUse, make_balance, make_routing
 from spmdrl.training.gradients import all_reduce_gradients, average_gradients, gradient_norm
 from spmdrl.training.optimizer import Optimizer
-from spmdrl.training.options import TrainOptions, lr_at
-from spmdrl.training.packing import Microbatch, empty_microbatch, pack
+from spmdrl.training.options import TrainOptions
+from spmdrl.training.packing import Microbatch, empty_microbatch
 from spmdrl.training.protocol import LossFn, MicrobatchProgress, OptimStep, loss_of
 from spmdrl.training.readout import Readout
 from spmdrl.training.support import Support
@@ -88,7 +91,7 @@ class TorchBackend:
         self._trained = [leaf for leaf in self._leaves if leaf.trained]
         fill_leaves(self._leaves, checkpoint)
         self._optimizer = Optimizer(self._trained, options) if trainable else None
-        self._num_steps = self._num_skipped = 0
+        self._steps = StepCounts()
         self._sums: dict[str, Tensor] = {}
         if trainable:
             self._accumulate_wide()
@@ -96,12 +99,14 @@ class TorchBackend:
     def forward(
         self, batch: Batch, readout: Readout, *, progress: MicrobatchProgress | None = None
     ) -> Batch:
-        self._require("weights")
+        require_parts(self.mesh.role, self.parts(), "weights")
         rows = batch.to(torch.device("cpu"))
         size = rows.num_tokens if readout.is_per_token else rows.num_rows
         found = {name: torch.zeros(size) for name in readout.columns}
         with torch.no_grad():
-            for microbatch in counted(self._paced(self._pack(rows, readout)), progress):
+            for microbatch in counted(
+                self._paced(pack_rows(rows, self.options, readout)), progress
+            ):
                 stream = self._stream(microbatch)
                 routing = make_routing(self.config.moe, rows, microbatch, stream, self._device)
                 support = support_of(rows, microbatch, stream, readout, self._device)
@@ -122,13 +127,13 @@ class TorchBackend:
         whole_groups: bool = False,
         progress: MicrobatchProgress | None = None,
     ) -> dict[str, float]:
-        self._require_trainable()
-        self._require("weights")
+        require_trainable(self.mesh.role, self._optimizer)
+        require_parts(self.mesh.role, self.parts(), "weights")
         rows = batch.to(torch.device("cpu"))
         parts: list[dict[str, Tensor]] = []
         moe = self.config.moe
         use = None if moe is None else ExpertUse(moe, self._device)
-        packed = self._paced(self._pack(rows, readout, whole_groups=whole_groups))
+        packed = self._paced(pack_rows(rows, self.options, readout, whole_groups=whole_groups))
         for number, microbatch in enumerate(counted(packed, progress), start=1):
             self._reduce_over_replicas(number == len(packed))
             stream = self._stream(microbatch)
@@ -156,8 +161,8 @@ class TorchBackend:
         )
 
     def optim_step(self) -> OptimStep:
-        optimizer = self._require_trainable()
-        self._require("weights", "optimizer")
+        optimizer = require_trainable(self.mesh.role, self._optimizer)
+        require_parts(self.mesh.role, self.parts(), "weights", "optimizer")
         gradients = self._take_gradients()
         plain = [leaf for leaf in self._trained if not leaf.sharded]
         for axis in ("reduce", "edp"):
@@ -170,18 +175,11 @@ class TorchBackend:
             [self.mesh.group("all")],
             self._device,
         )
-        lr = lr_at(self._num_steps, self.options)
-        skipped, no_gradient = not math.isfinite(norm), norm == 0
-        done = OptimStep(grad_norm=norm, lr=lr, skipped=skipped, no_gradient=no_gradient)
-        self._num_steps += not no_gradient
-        self._num_skipped += skipped
-        if skipped or no_gradient:
-            return done
-        if norm > self.options.clip_norm:
-            for gradient in gradients.values():
-                gradient.mul_(self.options.clip_norm / norm)
-        optimizer.step(gradients, lr)
-        refresh_weights(self._leaves)
+        done = self._steps.count(norm, self.options)
+        if not (done.skipped or done.no_gradient):
+            clip_gradients(gradients.values(), norm, self.options)
+            optimizer.step(gradients, done.lr)
+            refresh_weights(self._leaves)
         return done
 
     def local_tensors(self) -> LocalTensors:
@@ -204,34 +202,12 @@ class TorchBackend:
         return masters | self._optimizer.tensors()
 
     def counters(self) -> dict[str, int]:
-        return {"num_steps": self._num_steps, "num_skipped": self._num_skipped}
+        return self._steps.as_dict()
 
     def restored(self, counters: Mapping[str, int]) -> None:
-        optimizer = self._require_trainable()
+        optimizer = require_trainable(self.mesh.role, self._optimizer)
         refresh_weights(self._leaves)
-        self._num_steps, self._num_skipped = counters["num_steps"], counters["num_skipped"]
-        optimizer.set_step_count(self._num_steps - self._num_skipped)
-
-    def _require_trainable(self) -> Optimizer:
-        if self._optimizer is None:
-            raise ValueError(f"role {self.mesh.role!r} is frozen: it has no optimizer")
-        return self._optimizer
-
-    def _require(self, *parts: str) -> None:
-        held = self.parts()
-        for part in parts:
-            require_resident(self.mesh.role, part, held[part])
-
-    def _pack(
-        self, rows: Batch, readout: Readout, *, whole_groups: bool = False
-    ) -> list[Microbatch]:
-        return pack(
-            rows,
-            budget_tokens=self.options.microbatch_tokens,
-            share_prompts=self.options.share_prompts,
-            atom=rows["prompt_ids"] if whole_groups else None,
-            places=readout.places,
-        )
+        optimizer.set_step_count(self._steps.restored(counters))
 
     def _paced(self, microbatches: list[Microbatch]) -> list[Microbatch]:
         """Add empty microbatches until all ranks that FSDP2 gathers and reduces with, or that

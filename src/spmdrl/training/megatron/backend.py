@@ -4,7 +4,6 @@ distributed optimizer. Packing, losses, readouts and metrics are shared with the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,6 @@ from spmdrl.algorithms.metrics import combine
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, gather_own_grad
-from spmdrl.memory.storages import require_resident
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, fill
@@ -26,13 +24,18 @@ from spmdrl.models.rope_scaling import inverse_frequencies
 from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.models.sharding import Head
 from spmdrl.training.backend_steps import (
+    StepCounts,
     as_columns,
     as_numbers,
     check_head,
+    clip_gradients,
     loss_input,
     nothing_read,
     over_replicas,
+    pack_rows,
     read_places,
+    require_parts,
+    require_trainable,
     support_of,
     whole_stream,
 )
@@ -44,8 +47,8 @@ from spmdrl.training.megatron.model import build_chunks, transformer_config
 from spmdrl.training.megatron.modules import StreamParams
 from spmdrl.training.megatron.optimizer import ShardedOptimizer
 from spmdrl.training.megatron.pipeline import Pipeline
-from spmdrl.training.options import TrainOptions, lr_at
-from spmdrl.training.packing import Microbatch, pack
+from spmdrl.training.options import TrainOptions
+from spmdrl.training.packing import Microbatch
 from spmdrl.training.protocol import LossFn, MicrobatchProgress, OptimStep, loss_of
 from spmdrl.training.readout import Readout
 
@@ -130,7 +133,7 @@ class MegatronBackend:
             p.name: (tensor.detach(), p.slices) for chunk in stage.named for p, tensor in chunk
         }
         self._is_sp = megatron.sp
-        self._num_steps = self._num_skipped = 0
+        self._steps = StepCounts()
         self._fill(checkpoint)
 
     @torch.no_grad()
@@ -151,7 +154,7 @@ class MegatronBackend:
     def forward(
         self, batch: Batch, readout: Readout, *, progress: MicrobatchProgress | None = None
     ) -> Batch:
-        self._require("weights")
+        require_parts(self.mesh.role, self.parts(), "weights")
         rows = batch.to(torch.device("cpu"))
         size = rows.num_tokens if readout.is_per_token else rows.num_rows
         found = {name: torch.zeros(size, device=self._device) for name in readout.columns}
@@ -181,8 +184,8 @@ class MegatronBackend:
         whole_groups: bool = False,
         progress: MicrobatchProgress | None = None,
     ) -> dict[str, float]:
-        optimizer = self._require_trainable()
-        self._require("weights")
+        optimizer = require_trainable(self.mesh.role, self._optimizer)
+        require_parts(self.mesh.role, self.parts(), "weights")
         optimizer.hold_gradients()
         rows = batch.to(torch.device("cpu"))
 
@@ -204,21 +207,16 @@ class MegatronBackend:
         return over_replicas(sums, self.mesh) | self._expert_metrics(items, rows)
 
     def optim_step(self) -> OptimStep:
-        optimizer = self._require_trainable()
-        self._require("weights", "optimizer")
+        optimizer = require_trainable(self.mesh.role, self._optimizer)
+        require_parts(self.mesh.role, self.parts(), "weights", "optimizer")
         optimizer.reduce()
         norm = optimizer.norm(self._device)
-        lr = lr_at(self._num_steps, self.options)
-        skipped, no_gradient = not math.isfinite(norm), norm == 0
-        self._num_steps += not no_gradient
-        self._num_skipped += skipped
-        if not (skipped or no_gradient):
-            if norm > self.options.clip_norm:
-                for _, gradient in optimizer.gradients():
-                    gradient.mul_(self.options.clip_norm / norm)
-            optimizer.step(lr)
+        done = self._steps.count(norm, self.options)
+        if not (done.skipped or done.no_gradient):
+            clip_gradients((gradient for _, gradient in optimizer.gradients()), norm, self.options)
+            optimizer.step(done.lr)
         optimizer.clear()
-        return OptimStep(grad_norm=norm, lr=lr, skipped=skipped, no_gradient=no_gradient)
+        return done
 
     def local_tensors(self) -> LocalTensors:
         return self._weights
@@ -233,42 +231,24 @@ class MegatronBackend:
         return {} if self._optimizer is None else self._optimizer.tensors
 
     def counters(self) -> dict[str, int]:
-        return {"num_steps": self._num_steps, "num_skipped": self._num_skipped}
+        return self._steps.as_dict()
 
     def restored(self, counters: Mapping[str, int]) -> None:
-        optimizer = self._require_trainable()
+        optimizer = require_trainable(self.mesh.role, self._optimizer)
         optimizer.refresh_weights()
-        self._num_steps, self._num_skipped = counters["num_steps"], counters["num_skipped"]
-        optimizer.set_step_count(self._num_steps - self._num_skipped)
-
-    def _require_trainable(self) -> ShardedOptimizer:
-        if self._optimizer is None:
-            raise ValueError(f"role {self.mesh.role!r} is frozen: it has no optimizer")
-        return self._optimizer
-
-    def _require(self, *parts: str) -> None:
-        held = self.parts()
-        for part in parts:
-            require_resident(self.mesh.role, part, held[part])
+        optimizer.set_step_count(self._steps.restored(counters))
 
     def _pack(
         self, rows: Batch, readout: Readout, *, whole_groups: bool = False
     ) -> list[Microbatch]:
-        def packed(budget: int) -> list[Microbatch]:
-            return pack(
-                rows,
-                budget_tokens=budget,
-                share_prompts=self.options.share_prompts,
-                atom=rows["prompt_ids"] if whole_groups else None,
-                places=readout.places,
-            )
-
         check_head(self.mesh.role, self.head, readout)
-        microbatches = packed(self.options.microbatch_tokens)
+        microbatches = pack_rows(rows, self.options, readout, whole_groups=whole_groups)
         longest = max((len(m.tokens) for m in microbatches), default=0)
         if self.mesh.size("pp") > 1 and longest > self.options.microbatch_tokens:
             # All streams of a pipeline are as long as the longest: fill them with rows instead.
-            microbatches = packed(longest)
+            microbatches = pack_rows(
+                rows, self.options, readout, whole_groups=whole_groups, budget_tokens=longest
+            )
         return self._pipeline.fit(microbatches)
 
     def _expert_metrics(self, items: list[StageInput], rows: Batch) -> dict[str, float]:
