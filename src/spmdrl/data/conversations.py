@@ -14,7 +14,7 @@ from spmdrl.data.examples import (
     EMPTY_ANSWER,
     Example,
     ExampleSource,
-    Report,
+    RowProgress,
     Unusable,
     read_examples,
     read_mark,
@@ -81,7 +81,7 @@ class Conversation:
 
 
 def load_conversations(
-    source: ExampleSource, tokenizer: EndingTokenizer, report: Report = unreported
+    source: ExampleSource, tokenizer: EndingTokenizer, report: RowProgress = unreported
 ) -> ItemSet[Conversation]:
     """Load conversations from a column of messages, or from a prompt and a response.
 

@@ -32,7 +32,7 @@ TOLD = 10
 REPORTED = 256
 """Number of rows between two reports of progress."""
 
-Report = Callable[[int, int], None]
+RowProgress = Callable[[int, int], None]
 """Called with the progress of loading: (rows done, rows); 0 rows if their number is unknown."""
 
 
@@ -135,7 +135,7 @@ def read_examples(
     needed: Sequence[str],
     make: Callable[[Row], Example[T]],
     template: str | None,
-    report: Report,
+    report: RowProgress,
 ) -> tuple[list[T], Mapping[str, int]]:
     """Read the items of all usable rows, and count by reason those left out (also logged).
 
@@ -206,7 +206,7 @@ class SourceSettings(Protocol):
     def size(self) -> int | None: ...
 
 
-def all_rows(source: SourceSettings, *, seed: int, report: Report) -> list[Row]:
+def all_rows(source: SourceSettings, *, seed: int, report: RowProgress) -> list[Row]:
     """Read every row of a source. ValueError: see `data.rows.read_rows`."""
     rows = []
     for row in read_rows(source.source, parameters=source.parameters, size=source.size, seed=seed):
@@ -216,7 +216,7 @@ def all_rows(source: SourceSettings, *, seed: int, report: Report) -> list[Row]:
     return rows
 
 
-def reported(rows: Sequence[Row], report: Report) -> Iterator[Row]:
+def reported(rows: Sequence[Row], report: RowProgress) -> Iterator[Row]:
     """Yield the rows, and report how many are done."""
     for number, row in enumerate(rows):
         if number % REPORTED == 0:

@@ -14,7 +14,7 @@ from spmdrl.data.examples import (
     EMPTY_ANSWER,
     Example,
     ExampleSource,
-    Report,
+    RowProgress,
     Unusable,
     read_examples,
     read_mark,
@@ -111,7 +111,7 @@ def mismatched(pairs: ItemSet[Pair]) -> ItemSet[Pair]:
 
 
 def load_preferences(
-    source: ExampleSource, tokenizer: EndingTokenizer, report: Report = unreported
+    source: ExampleSource, tokenizer: EndingTokenizer, report: RowProgress = unreported
 ) -> ItemSet[Pair]:
     """Load pairs from the columns of the prompt, `chosen`, `rejected`, and `margin` if it is named.
 

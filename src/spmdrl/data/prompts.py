@@ -20,7 +20,7 @@ from spmdrl.data.doubts import (
 )
 from spmdrl.data.encode import Tokenizer, check_chat_template, render, templates, writes_tools
 from spmdrl.data.examples import (
-    Report,
+    RowProgress,
     all_rows,
     check_columns,
     leave_out,
@@ -182,7 +182,7 @@ def join_prompts(sets: Sequence[PromptSet]) -> PromptSet:
 
 
 def load_prompts(
-    source: PromptSource, tokenizer: Tokenizer, report: Report = unreported
+    source: PromptSource, tokenizer: Tokenizer, report: RowProgress = unreported
 ) -> PromptSet:
     """Read, check, render and tokenise all prompts of a source.
 
@@ -257,7 +257,7 @@ def _read_drafts(
     tokenizer: Tokenizer,
     *,
     has_tools: bool,
-    report: Report,
+    report: RowProgress,
 ) -> _Drafts:
     found = _Drafts()
     seen: set[str] = set()
@@ -332,7 +332,7 @@ def _render(draft: _Draft, source: PromptSource, tokenizer: Tokenizer) -> str:
 
 
 def _encode(
-    texts: Sequence[str], source: PromptSource, tokenizer: Tokenizer, report: Report
+    texts: Sequence[str], source: PromptSource, tokenizer: Tokenizer, report: RowProgress
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Encode texts, raw ones with special tokens: lengths `[number of texts]` and ids `[T]`."""
     lengths: list[int] = []

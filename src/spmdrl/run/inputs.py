@@ -14,7 +14,7 @@ from spmdrl.config.data_sets import HELD_OUT, HeldOutSet, held_out_sets, train_s
 from spmdrl.config.sections import Config, SamplingSection
 from spmdrl.data.conversations import load_conversations
 from spmdrl.data.encode import tells_time
-from spmdrl.data.examples import ExampleSource, Report, unreported
+from spmdrl.data.examples import ExampleSource, RowProgress, unreported
 from spmdrl.data.item_set import ItemSet
 from spmdrl.data.preferences import load_preferences
 from spmdrl.data.prompt_source import PromptSource
@@ -69,13 +69,13 @@ class Reading:
 
     tokenizer: Any
     now: datetime
-    report: Report = unreported
+    report: RowProgress = unreported
 
 
 def read_inputs(
     config: Config,
     kind: DataKind = "prompts",
-    report: Report = unreported,
+    report: RowProgress = unreported,
     clock: Callable[[], datetime] = datetime.now,
 ) -> Inputs:
     """Read and tokenise everything; ValueError as in `spmdrl.data`'s loaders and `data.split`.
