@@ -5,7 +5,7 @@ import sys
 
 
 def run() -> int:
-    # as `runtime.signals.hold`, before other imports; the code that answers them releases them
+    # as `supervision.signals.hold`, before other imports; the code that answers them releases them
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     from spmdrl.commands.cli import main
 

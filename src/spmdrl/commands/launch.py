@@ -2,7 +2,7 @@
 
 torchrun answers SIGINT with a stack, exit code 1, and SIGKILL for ranks that have not ended in
 30 s. Here a thread answers SIGINT and SIGTERM, passes them on to the ranks, and the launcher waits
-for their end. The ranks decide what to do with them (`runtime.signals`).
+for their end. The ranks decide what to do with them (`supervision.signals`).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ KILL_S = 1.0
 
 
 class Forwarder:
-    """Answers the held signals (`runtime.signals.hold`) until the process ends.
+    """Answers the held signals (`supervision.signals.hold`) until the process ends.
 
     Before any rank is started a signal ends the process: there is nothing to save.
 
