@@ -121,7 +121,7 @@ def test_the_prompt_is_tokenised_as_in_generation(tmp_path: Path) -> None:
     prompts = load_prompts(
         PromptSource(source=write_rows(tmp_path, {"prompt": "a\n\n"})), tokenizer
     )
-    start = item.answers[0][0]
+    start = item.responses[0][0]
     assert tuple(item.tokens[:start]) == prompts[0].tokens
     assert tokenizer.convert_ids_to_tokens(list(item.tokens[start:])) == ["\n", "b", "<|im_end|>"]
     assert "\n\n" in tokenizer.convert_ids_to_tokens(list(item.tokens))
@@ -208,7 +208,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     loaded = load(tmp_path, tokenizer, *rows, max_tokens=45, **settings)
     assert all_marked(tokenizer, loaded) == ["user: a\nassistant: {b<|im_end|>}"]
     assert loaded.left_out == {
-        "with an empty answer": 1,
+        "with an empty response": 1,
         "longer than data.train.max_tokens=45": 1,
         "with a prompt that was there before": 2,
         "malformed": 2,
@@ -247,7 +247,7 @@ def test_unique_goes_by_the_whole_prompt(tmp_path: Path) -> None:
 
 BAD = [
     ({"messages": turns("a")}, "no assistant message"),
-    ({"messages": turns("a", "b")[1:]}, "begins with an answer"),
+    ({"messages": turns("a", "b")[1:]}, "begins with a response"),
     ({"messages": "text"}, "holds no conversation but 'text'"),
     ({"messages": []}, r"holds no conversation but \[\]"),
     ({"messages": [{"from": "human", "value": "a"}]}, "no message with role and content"),
@@ -297,7 +297,7 @@ def test_messages_need_a_chat_template(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_an_end(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no eos_token to end answers"):
+    with pytest.raises(ValueError, match="no eos_token to end responses"):
         load(tmp_path, character_tokenizer(eos=None), {"prompt": "a", "response": "b"})
 
 
@@ -338,9 +338,9 @@ def test_the_mask_of_a_real_template(tmp_path: Path) -> None:
     (item,) = load(tmp_path, tokenizer, {"messages": messages}, columns=MESSAGES)
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
     assert list(item.tokens) == whole[:-1]
-    answers = [spelled(tokenizer, item.tokens[a:b]) for a, b in item.answers]
+    answers = [spelled(tokenizer, item.tokens[a:b]) for a, b in item.responses]
     assert answers == ["ItĠisĠ5.<|im_end|>", "ĊThatĠisĠ9.ĊĊ<|im_end|>"]
     before = tokenizer.apply_chat_template(
         messages[:3], add_generation_prompt=True, return_dict=False
     )
-    assert list(item.tokens[: item.answers[1][0]]) == before
+    assert list(item.tokens[: item.responses[1][0]]) == before

@@ -70,7 +70,7 @@ def test_what_cannot_be_used_is_counted_and_left_out(tmp_path, caplog):
         pairs = load(tmp_path, rows, max_tokens=100, on_bad_row="skip")
     assert len(pairs) == 1
     text = caplog.text
-    for part in ("equal answers", "empty answer", "data.train.max_tokens=100", "pairs.jsonl:5"):
+    for part in ("equal responses", "empty response", "data.train.max_tokens=100", "pairs.jsonl:5"):
         assert part in text, text
     with pytest.raises(ValueError, match=r"pairs.jsonl:5: .*chosen"):
         load(tmp_path, rows)

@@ -31,7 +31,7 @@ def answer_of(tmp_path: Path, template: str, said: str) -> str:
     source = ExampleSource(source=str(file), columns={"messages": "messages"})
     tokenizer = character_tokenizer(template)
     (item,) = load_conversations(source, tokenizer)
-    ((start, stop),) = item.answers
+    ((start, stop),) = item.responses
     return "".join(tokenizer.convert_ids_to_tokens(list(item.tokens[start:stop])))
 
 

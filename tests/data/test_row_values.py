@@ -201,7 +201,7 @@ def test_a_null_key_is_no_key(tmp_path):
     )
     assert found == expected
     assert list(left_out) == [
-        "with an answer that calls tools and says nothing, which is not learned from"
+        "with a response that calls tools and says nothing, which is not learned from"
     ]
 
 

@@ -125,7 +125,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     ),
     "empty answers": (
         ["data.train.source={root}/empty.jsonl"],
-        ["leaves no example of 3 rows", "1 with an empty answer", "1 with equal answers"],
+        ["leaves no example of 3 rows", "1 with an empty response", "1 with equal responses"],
     ),
     "no room": (["data.train.max_tokens=10"], ["60 whose prompt leaves no room"]),
     "too long": (["data.train.max_tokens=600"], ["data.train.max_tokens=600", "512 positions"]),

@@ -1,4 +1,4 @@
-"""Conversations for supervised fine-tuning: only the answers have a loss."""
+"""Conversations for supervised fine-tuning: only the responses have a loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spmdrl.batch import Batch, from_rows
 from spmdrl.data.encode import EndingTokenizer, make_encoder
 from spmdrl.data.examples import (
     CALL_ALONE,
-    EMPTY_ANSWER,
+    EMPTY_RESPONSE,
     Example,
     ExampleSource,
     RowProgress,
@@ -26,7 +26,7 @@ from spmdrl.data.messages import (
     checked_messages,
     opening,
     prompt_key,
-    read_answers,
+    read_responses,
     with_system,
 )
 from spmdrl.data.rows import Row
@@ -36,21 +36,21 @@ from spmdrl.data.rows import Row
 class Conversation:
     """Args:
     text: the first user message, before any template.
-    tokens: int32 ids of the whole conversation, up to the end of its last answer.
-    answers: (start, stop) of each answer in `tokens`, its end-of-turn token included.
+    tokens: int32 ids of the whole conversation, up to the end of its last response.
+    responses: (start, stop) of each response in `tokens`, its end-of-turn token included.
     mark: digest of its row, see `data.identity`.
     """
 
     text: str
     tokens: Sequence[int]
-    answers: tuple[tuple[int, int], ...]
+    responses: tuple[tuple[int, int], ...]
     mark: bytes = b""
 
     @property
     def loss_mask(self) -> list[bool]:
-        """Whether each token belongs to an answer."""
+        """Whether each token belongs to a response."""
         mask = [False] * len(self.tokens)
-        for start, stop in self.answers:
+        for start, stop in self.responses:
             mask[start:stop] = [True] * (stop - start)
         return mask
 
@@ -60,18 +60,18 @@ class Conversation:
 
     @classmethod
     def rows(cls, items: Sequence[Conversation], first_id: int) -> Batch:
-        """Make one row per conversation: `tokens`, `loss_mask` (the answers), `prompt_ids` from
-        `first_id` on, `sample_index` (0), `prompt_lengths` (tokens before the first answer),
+        """Make one row per conversation: `tokens`, `loss_mask` (the responses), `prompt_ids` from
+        `first_id` on, `sample_index` (0), `prompt_lengths` (tokens before the first response),
         `response_lengths` (tokens in the mask).
         """
-        spoken = [sum(stop - start for start, stop in item.answers) for item in items]
+        spoken = [sum(stop - start for start, stop in item.responses) for item in items]
         batch = from_rows(
             [item.tokens for item in items],
             rows={
                 "prompt_ids": torch.arange(first_id, first_id + len(items)),
                 "sample_index": torch.zeros(len(items), dtype=torch.int64),
                 "prompt_lengths": torch.tensor(
-                    [item.answers[0][0] for item in items], dtype=torch.int64
+                    [item.responses[0][0] for item in items], dtype=torch.int64
                 ),
                 "response_lengths": torch.tensor(spoken, dtype=torch.int64),
             },
@@ -87,7 +87,7 @@ def load_conversations(
 
     The column `messages` is read if `source.columns` names it; otherwise the prompt's column and
     `response` (a text, or a conversation that ends in it). Conversations are left out, counted and
-    logged if an answer is empty or only calls tools, or if they exceed `max_tokens`.
+    logged if a response is empty or only calls tools, or if they exceed `max_tokens`.
 
     Raises:
         ValueError: see `data.examples.read_examples`; no chat template, or no end-of-text token.
@@ -104,11 +104,13 @@ def load_conversations(
         source.check_part(text)
         silent = [m for m in messages if m["role"] == "assistant" and not m["content"].strip()]
         if silent:
-            raise Unusable(CALL_ALONE if any(m.get("tool_calls") for m in silent) else EMPTY_ANSWER)
+            raise Unusable(
+                CALL_ALONE if any(m.get("tool_calls") for m in silent) else EMPTY_RESPONSE
+            )
         encoded = encoder.encode(messages, encoder.tools_of(row))
         first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
         item = Conversation(
-            text=text, tokens=encoded.tokens, answers=encoded.answers, mark=read_mark(row)
+            text=text, tokens=encoded.tokens, responses=encoded.responses, mark=read_mark(row)
         )
         prompt = prompt_key(messages[:first])
         return Example(prompt=prompt, item=item, tokens=len(encoded.tokens))
@@ -125,5 +127,5 @@ def _whole(row: Row, source: ExampleSource) -> tuple[str, Messages]:
 
 
 def _prompt_and_response(row: Row, source: ExampleSource) -> tuple[str, Messages]:
-    asked = read_answers(row, [source.column("response")], source)
-    return asked.text, [*asked.messages, {"role": "assistant", "content": asked.answers[0]}]
+    asked = read_responses(row, [source.column("response")], source)
+    return asked.text, [*asked.messages, {"role": "assistant", "content": asked.responses[0]}]

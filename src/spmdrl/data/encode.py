@@ -1,4 +1,4 @@
-"""Encoding of conversations as token ids, with the answers marked."""
+"""Encoding of conversations as token ids, with the responses marked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spmdrl.data.rows import TOOLS, Row, said
 
 Tools = Sequence[Mapping[str, Any]]
 
-_OTHER_ANSWER = "fjord-quartz"
+_OTHER_RESPONSE = "fjord-quartz"
 
 
 class Tokenizer(Protocol):
@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
 
 class EndingTokenizer(Tokenizer, Protocol):
-    """A tokenizer that also knows its special tokens, which end the answers given in the data."""
+    """A tokenizer that also knows its special tokens, which end the responses given in the data."""
 
     eos_token_id: Any
 
@@ -44,21 +44,21 @@ class EndingTokenizer(Tokenizer, Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
     """Args:
-    tokens: int32 ids, up to the end of the last answer.
-    answers: (start, stop) of each answer in `tokens`, its end-of-turn token included.
+    tokens: int32 ids, up to the end of the last response.
+    responses: (start, stop) of each response in `tokens`, its end-of-turn token included.
     """
 
     tokens: array[int]
-    answers: tuple[tuple[int, int], ...]
+    responses: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerEncoder:
-    """Finds the tokens of answers in any chat template, by what a longer prefix of the conversation
-    adds to a shorter one.
+class ResponseEncoder:
+    """Finds the tokens of responses in any chat template, by what a longer prefix of the
+    conversation adds to a shorter one.
 
-    An answer ends with the first special token that the template writes after it. If it writes
-    none, or without a template, the last answer ends with the end-of-text token.
+    A response ends with the first special token that the template writes after it. If it writes
+    none, or without a template, the last response ends with the end-of-text token.
 
     Args:
         ends: texts of the special tokens.
@@ -85,57 +85,57 @@ class AnswerEncoder:
         return read_tools(row) if self.has_tools else ()
 
     def encode(self, messages: Messages, tools: Tools = ()) -> Encoded:
-        """Encode a conversation and mark all its answers; what follows the last one is dropped.
+        """Encode a conversation and mark all its responses; what follows the last one is dropped.
 
         Raises:
-            BadRow: there is no answer, nothing precedes the first one, or the chat template writes
-                a prefix of the conversation differently from the same part of a longer one.
+            BadRow: there is no response, nothing precedes the first one, or the chat template
+                writes a prefix of the conversation differently from the same part of a longer one.
         """
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not places:
             raise BadRow("the conversation has no assistant message to learn from")
         if places[0] == 0:
-            raise BadRow("the conversation begins with an answer: it needs a prompt")
+            raise BadRow("the conversation begins with a response: it needs a prompt")
         tokens: list[int] = []
-        answers: list[tuple[int, int]] = []
+        responses: list[tuple[int, int]] = []
         text, ended = "", False
         for place in places:
-            before, answer, ended = self._split(messages[: place + 1], tools)
+            before, response, ended = self._split(messages[: place + 1], tools)
             if not before.startswith(text):
                 raise BadRow(
                     f"the chat template writes messages 0 to {place - 1} otherwise once message "
                     f"{place} is to come: {_disagreement(text, before)}; train on conversations "
-                    "with one answer, or use another template"
+                    "with one response, or use another template"
                 )
             tokens = self._continued(tokens, text, before)
-            start, text = len(tokens), before + answer
+            start, text = len(tokens), before + response
             tokens = self._continued(tokens, before, text)
-            answers.append((start, len(tokens)))
+            responses.append((start, len(tokens)))
         if not ended:
             tokens = [*tokens, int(self.tokenizer.eos_token_id)]
-            answers[-1] = (answers[-1][0], len(tokens))
-        return Encoded(tokens=array("i", tokens), answers=tuple(answers))
+            responses[-1] = (responses[-1][0], len(tokens))
+        return Encoded(tokens=array("i", tokens), responses=tuple(responses))
 
     def encode_last(
         self, messages: Messages, tools: Tools = (), *, is_cut: bool = False
     ) -> tuple[array[int], array[int]]:
-        """Encode the prompt, as generation does, and the answer, which is the last message.
+        """Encode the prompt, as generation does, and the response, which is the last message.
 
         Args:
-            is_cut: whether the answer was cut, so that it gets no end.
+            is_cut: whether the response was cut, so that it gets no end.
         """
-        before, answer, ended = self._split(messages, tools, is_cut=is_cut)
+        before, response, ended = self._split(messages, tools, is_cut=is_cut)
         prompt = self._ids(before)
-        whole = self._continued(prompt, before, before + answer)
+        whole = self._continued(prompt, before, before + response)
         end = [] if ended else [int(self.tokenizer.eos_token_id)]
         return array("i", prompt), array("i", whole[len(prompt) :] + end)
 
     def read_last(self, messages: Messages, tools: Tools, *, is_cut: bool) -> list[int]:
-        """Encode prompt and answer together. If the template does not write the answer as it is,
-        take everything that it writes, up to its last special token.
+        """Encode prompt and response together. If the template does not write the response as it
+        is, take everything that it writes, up to its last special token.
         """
         try:
-            prompt, answer = self.encode_last(messages, tools, is_cut=is_cut)
+            prompt, response = self.encode_last(messages, tools, is_cut=is_cut)
         except BadRow:
             text = render(messages, self.tokenizer, prompt=False, tools=tools, now=self.now)
             places = [(text.rfind(end), end) for end in self.ends if end in text]
@@ -144,13 +144,13 @@ class AnswerEncoder:
                 return self._ids(text) + end_ids
             at, end = max(places)
             return self._ids(text[: at if is_cut else at + len(end)])
-        return [*prompt, *answer]
+        return [*prompt, *response]
 
     def _split(
         self, messages: Messages, tools: Tools, *, is_cut: bool = False
     ) -> tuple[str, str, bool]:
-        """Split the text into the part before the answer (the last message) and the answer; tell
-        whether it needs no further end: it holds the turn's end, or was cut.
+        """Split the text into the part before the response (the last message) and the response;
+        tell whether it needs no further end: it holds the turn's end, or was cut.
         """
         content = str(messages[-1]["content"])
         if not self.chat:
@@ -160,44 +160,44 @@ class AnswerEncoder:
         after = render(messages, self.tokenizer, prompt=False, tools=tools, now=self.now)
         if not after.startswith(before):
             raise BadRow(
-                "the chat template does not write the generation prompt before an answer that is "
+                "the chat template does not write the generation prompt before a response that is "
                 f"there: {_disagreement(before, after)}; use another template"
             )
-        answer = after[len(before) :]
-        place = self._place(before, answer, messages, tools)
+        response = after[len(before) :]
+        place = self._place(before, response, messages, tools)
         if place < 0:
             raise BadRow(
-                f"the chat template does not write the answer as it is: {content[:80]!r} becomes "
-                f"{answer[:80]!r}"
+                f"the chat template does not write the response as it is: {content[:80]!r} becomes "
+                f"{response[:80]!r}"
             )
         stop = place + len(content.strip())
         if is_cut:
-            return before, answer[:stop], True
-        found = [(at, end) for end in self.ends if (at := answer.find(end, stop)) >= 0]
+            return before, response[:stop], True
+        found = [(at, end) for end in self.ends if (at := response.find(end, stop)) >= 0]
         if not found:
-            return before, answer[:stop], False
+            return before, response[:stop], False
         at, end = min(found)
-        return before, answer[: at + len(end)], True
+        return before, response[: at + len(end)], True
 
-    def _place(self, before: str, answer: str, messages: Messages, tools: Tools) -> int:
-        """Index at which the last message's content begins in `answer`; -1 if it is not there.
+    def _place(self, before: str, response: str, messages: Messages, tools: Tools) -> int:
+        """Index at which the last message's content begins in `response`; -1 if it is not there.
 
-        A short answer ("A") may also occur in what the template writes before it ("Assistant: A").
-        If it occurs twice, the place is found by rendering another answer in its stead.
+        A short response ("A") may also occur in what the template writes before it ("Assistant:
+        A"). If it occurs twice, the place is found by rendering another response in its stead.
         """
         said = str(messages[-1]["content"]).strip()  # some templates strip
-        place = answer.find(said)
-        if place == answer.rfind(said):
+        place = response.find(said)
+        if place == response.rfind(said):
             return place
-        other = [*messages[:-1], {**messages[-1], "content": _OTHER_ANSWER}]
+        other = [*messages[:-1], {**messages[-1], "content": _OTHER_RESPONSE}]
         text = render(other, self.tokenizer, prompt=False, tools=tools, now=self.now)
-        found = text.find(_OTHER_ANSWER, len(before)) - len(before)
-        return found if found > 0 and answer.startswith(said, found) else place
+        found = text.find(_OTHER_RESPONSE, len(before)) - len(before)
+        return found if found > 0 and response.startswith(said, found) else place
 
     def _continued(self, tokens: list[int], text: str, longer: str) -> list[int]:
         """Extend `tokens`, the ids of `text`, to those of `longer`.
 
-        If a token would cross the boundary (a prompt that ends and an answer that begins with a
+        If a token would cross the boundary (a prompt that ends and a response that begins with a
         line break, say), the rest is encoded separately: generation, too, starts from the prompt's
         own tokens.
         """
@@ -216,14 +216,14 @@ class AnswerEncoder:
 
 def make_encoder(
     source: str, tokenizer: EndingTokenizer, *, chat: bool, now: datetime
-) -> AnswerEncoder:
+) -> ResponseEncoder:
     """Make an encoder. ValueError: no chat template although `chat`, or no end-of-text token."""
     check_chat_template(source, tokenizer, chat=chat)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"data source {source!r}: the tokenizer has no eos_token to end answers")
+        raise ValueError(f"data source {source!r}: the tokenizer has no eos_token to end responses")
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     ends = dict.fromkeys([*map(str, tokenizer.all_special_tokens), *added])
-    return AnswerEncoder(tokenizer=tokenizer, chat=chat, ends=tuple(ends), now=now)
+    return ResponseEncoder(tokenizer=tokenizer, chat=chat, ends=tuple(ends), now=now)
 
 
 def check_chat_template(source: str, tokenizer: Tokenizer, *, chat: bool) -> None:
@@ -260,7 +260,7 @@ def tells_time(tokenizer: Tokenizer) -> bool:
 def render(
     messages: Messages, tokenizer: Tokenizer, *, prompt: bool, tools: Tools = (), now: datetime
 ) -> str:
-    """Render messages by the chat template, with the beginning of an answer (`prompt`) or without.
+    """Render messages by the chat template, with the beginning of a response (`prompt`) or without.
 
     Args:
         now: the time of the template's `strftime_now`, fixed so that midnight changes no prompt.

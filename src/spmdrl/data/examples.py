@@ -25,8 +25,8 @@ COLUMNS = ("response", "messages", "chosen", "rejected", "margin")
 """Columns other than the prompt's that `ExampleSource.columns` can name."""
 
 
-EMPTY_ANSWER = "with an empty answer"
-CALL_ALONE = "with an answer that calls tools and says nothing, which is not learned from"
+EMPTY_RESPONSE = "with an empty response"
+CALL_ALONE = "with a response that calls tools and says nothing, which is not learned from"
 TOLD = 10
 """Number of malformed rows that are shown; the others are only counted."""
 REPORTED = 256
@@ -41,7 +41,7 @@ def unreported(done: int, count: int) -> None:
 
 
 class Unusable(ValueError):
-    """Reason to leave out a well-formed row: an empty answer, say."""
+    """Reason to leave out a well-formed row: an empty response, say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,12 +102,12 @@ class ExampleSource:
     def column(self, name: str) -> str:
         return self.columns.get(name, name)
 
-    def has_prompts(self, rows: Sequence[Row], answers: Sequence[str]) -> bool:
-        """Whether the rows hold prompts: in their column, or in conversations with the answers."""
+    def has_prompts(self, rows: Sequence[Row], responses: Sequence[str]) -> bool:
+        """Whether the rows hold prompts: in their column, or in the responses' conversations."""
         if "messages" in self.columns:
             return True
-        in_answers = any(isinstance(row.get(name), list) for row in rows for name in answers)
-        return in_answers or any(row.has(self.prompt_column) for row in rows)
+        in_responses = any(isinstance(row.get(name), list) for row in rows for name in responses)
+        return in_responses or any(row.has(self.prompt_column) for row in rows)
 
     def check_part(self, text: str) -> None:
         """Raise Unusable if an example with this opening is in another part."""
@@ -118,7 +118,7 @@ class ExampleSource:
 @dataclass(frozen=True, kw_only=True)
 class Example(Generic[T]):
     """Args:
-    tokens: number of tokens of the whole example; of a pair, with the longer answer.
+    tokens: number of tokens of the whole example; of a pair, with the longer response.
     prompt_tokens: number of tokens of a pair's prompt; 0 for conversations.
     prompt: equal for examples with the same prompt; `unique` compares it.
     item: the item that the set holds.

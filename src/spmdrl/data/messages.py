@@ -1,4 +1,4 @@
-"""Reading of a row's columns: a prompt, messages, answers, tools. Anything else is a bad row."""
+"""Reading of a row's columns: a prompt, messages, responses, tools. Anything else is a bad row."""
 
 from __future__ import annotations
 
@@ -70,25 +70,25 @@ def shown(value: Any) -> str:
 class Asked:
     """Args:
     text: the first user message, before any template.
-    messages: the conversation up to the answers; one message for raw text.
-    answers: one answer of each column asked for.
+    messages: the conversation up to the responses; one message for raw text.
+    responses: one response of each column asked for.
     """
 
     text: str
     messages: Messages
-    answers: tuple[str, ...]
+    responses: tuple[str, ...]
 
 
-def read_answers(row: Row, columns: Sequence[str], settings: PromptSettings) -> Asked:
-    """Read a row's prompt, and the answers in some columns.
+def read_responses(row: Row, columns: Sequence[str], settings: PromptSettings) -> Asked:
+    """Read a row's prompt, and the responses in some columns.
 
-    An answer is a text, or the last message of a conversation. The messages before it are then the
+    A response is a text, or the last message of a conversation. The messages before it are then the
     prompt, the same in all columns, and the prompt's own column may be missing.
 
     Raises:
-        BadRow: an answer or the prompt is missing, or columns disagree about the prompt.
+        BadRow: a response or the prompt is missing, or columns disagree about the prompt.
     """
-    answers: list[str] = []
+    responses: list[str] = []
     contexts: list[Messages] = []
     for column in columns:
         value = row.get(column)
@@ -96,12 +96,12 @@ def read_answers(row: Row, columns: Sequence[str], settings: PromptSettings) -> 
             raise BadRow(same_column(column))
         if isinstance(value, str):
             _refuse_json(value, column)
-            answers.append(checked_text(value, column))
+            responses.append(checked_text(value, column))
             continue
         if not isinstance(value, list):
             raise BadRow(f"column {column!r} holds no text and no conversation but {shown(value)}")
-        context, answer = ending_in_answer(value, column, settings)
-        answers.append(answer)
+        context, response = ending_in_response(value, column, settings)
+        responses.append(response)
         contexts += [context] if context else []
     column = settings.prompt_column
     given = row.get(column)
@@ -110,32 +110,32 @@ def read_answers(row: Row, columns: Sequence[str], settings: PromptSettings) -> 
             raise BadRow(f"there is no column {column!r} for the prompt in {sorted(row.values)}")
         prompt = read_prompt(given, column, settings)
         text = given if isinstance(given, str) else opening(prompt)
-        return Asked(text=text, messages=prompt, answers=tuple(answers))
+        return Asked(text=text, messages=prompt, responses=tuple(responses))
     first = contexts[0]
     if any(prompt_key(context) != prompt_key(first) for context in contexts):
-        raise BadRow("the conversations differ before their last answer")
+        raise BadRow("the conversations differ before their last response")
     waiting(first, columns[0])
     if column not in columns and given is not None:
         messages = _with_given(first, given, settings)
     else:
         messages = with_system(first, settings)
-    return Asked(text=opening(first), messages=messages, answers=tuple(answers))
+    return Asked(text=opening(first), messages=messages, responses=tuple(responses))
 
 
 def _with_given(context: Messages, given: Any, settings: PromptSettings) -> Messages:
-    """Messages before the answers, checked against the prompt's column. If that holds a text which
-    is the only user message, the template is applied to it.
+    """Messages before the responses, checked against the prompt's column. If that holds a text
+    which is the only user message, the template is applied to it.
     """
     column = settings.prompt_column
     if not isinstance(given, str):
         if prompt_key(checked_messages(given, column, settings)) != prompt_key(context):
-            raise BadRow(f"column {column!r} is not what precedes the answers")
+            raise BadRow(f"column {column!r} is not what precedes the responses")
         return with_system(context, settings)
     users = [m["content"] for m in context if m["role"] == "user"]
     if given not in users:
         raise BadRow(
-            f"column {column!r} is no message of the user before the answers, but {shown(given)}: "
-            "where they are whole conversations, prompt_column can be their column"
+            f"column {column!r} is no message of the user before the responses, but "
+            f"{shown(given)}: where they are whole conversations, prompt_column can be their column"
         )
     if len(users) > 1:
         return with_system(context, settings)
@@ -147,7 +147,7 @@ def read_prompt(value: Any, column: str, settings: PromptSettings) -> list[Mappi
     """Read the conversation that a prompt's column holds (a text becomes one user message).
 
     Raises:
-        BadRow: it is neither a text nor messages that wait for an answer.
+        BadRow: it is neither a text nor messages that wait for a response.
     """
     if isinstance(value, list):
         return with_system(waiting(checked_messages(value, column, settings), column), settings)
@@ -161,7 +161,7 @@ def read_prompt(value: Any, column: str, settings: PromptSettings) -> list[Mappi
 
 
 def same_column(column: str) -> str:
-    """Message for a text named as both prompt and answer (a conversation may be: it holds both)."""
+    """Message for a text named as prompt and as answer (a conversation may be: it holds both)."""
     return f"column {column!r} is named as prompt and as answer, and holds one text"
 
 
@@ -206,20 +206,20 @@ def _check_role(role: str, column: str) -> None:
 
 
 def waiting(messages: Messages, column: str) -> list[Mapping[str, Any]]:
-    """Return the messages; BadRow unless they wait for an answer to a user."""
+    """Return the messages; BadRow unless they wait for a response to a user."""
     if not any(m["role"] == "user" for m in messages) or messages[-1]["role"] == "assistant":
         raise BadRow(
-            f"column {column!r} holds no conversation that waits for an answer: "
+            f"column {column!r} holds no conversation that waits for a response: "
             f"{shown(list(messages))}"
         )
     return list(messages)
 
 
-def ending_in_answer(value: Any, column: str, settings: PromptSettings) -> tuple[Messages, str]:
-    """Split a conversation into the messages before its last answer, and that answer.
+def ending_in_response(value: Any, column: str, settings: PromptSettings) -> tuple[Messages, str]:
+    """Split a conversation into the messages before its last response, and that response.
 
     Raises:
-        BadRow: it does not end with an answer.
+        BadRow: it does not end with a response.
     """
     messages = checked_messages(value, column, settings)
     if messages[-1]["role"] != "assistant":

@@ -1,4 +1,4 @@
-"""Preference pairs: a prompt, a chosen answer and a rejected one."""
+"""Preference pairs: a prompt, a chosen response and a rejected one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from spmdrl.batch import Batch, from_rows
 from spmdrl.data.encode import EndingTokenizer, make_encoder
 from spmdrl.data.examples import (
-    EMPTY_ANSWER,
+    EMPTY_RESPONSE,
     Example,
     ExampleSource,
     RowProgress,
@@ -21,7 +21,7 @@ from spmdrl.data.examples import (
     unreported,
 )
 from spmdrl.data.item_set import ItemSet
-from spmdrl.data.messages import BadRow, prompt_key, read_answers, shown
+from spmdrl.data.messages import BadRow, prompt_key, read_responses, shown
 from spmdrl.data.rows import Row
 
 HUGE = 3.4e38
@@ -32,10 +32,10 @@ HUGE = 3.4e38
 class Pair:
     """Args:
     text: the first user message, before any template.
-    chosen_text, rejected_text: the answers as written in the data.
+    chosen_text, rejected_text: the responses as written in the data.
     prompt: int32 ids, the chat template's generation prompt included.
     chosen, rejected: int32 ids, each with the token that ends a turn.
-    margin: amount by which the chosen answer is better; 0 if the data do not say.
+    margin: amount by which the chosen response is better; 0 if the data do not say.
     mark: digest of its row, see `data.identity`.
     """
 
@@ -54,13 +54,15 @@ class Pair:
 
     @classmethod
     def rows(cls, items: Sequence[Pair], first_id: int) -> Batch:
-        """Make two rows per pair, chosen first: `tokens`, `loss_mask` (the answer), `prompt_ids`
+        """Make two rows per pair, chosen first: `tokens`, `loss_mask` (the response), `prompt_ids`
         (equal in a pair, from `first_id` on), `sample_index` (0 chosen, 1 rejected),
         `prompt_lengths`, `response_lengths`, `margin` float32, and the Python column `prompt_text`.
         """
-        both = [(item.prompt, answer) for item in items for answer in (item.chosen, item.rejected)]
+        both = [
+            (item.prompt, response) for item in items for response in (item.chosen, item.rejected)
+        ]
         batch = from_rows(
-            [[*prompt, *answer] for prompt, answer in both],
+            [[*prompt, *response] for prompt, response in both],
             rows={
                 "prompt_ids": torch.arange(first_id, first_id + len(items)).repeat_interleave(2),
                 "sample_index": torch.tensor([0, 1] * len(items), dtype=torch.int64),
@@ -72,14 +74,14 @@ class Pair:
             },
             objects={"prompt_text": [item.text for item in items for _ in range(2)]},
         )
-        said = [[False] * len(prompt) + [True] * len(answer) for prompt, answer in both]
+        said = [[False] * len(prompt) + [True] * len(response) for prompt, response in both]
         mask = torch.tensor([flag for row in said for flag in row], dtype=torch.bool)
         return batch.with_columns(tokens={"loss_mask": mask})
 
 
 def mismatched(pairs: ItemSet[Pair]) -> ItemSet[Pair]:
-    """Pair every prompt with the answers of the next item that has another prompt, for KTO's
-    estimate of the KL. Answers are cut so that no row is longer than the longest of these.
+    """Pair every prompt with the responses of the next item that has another prompt, for KTO's
+    estimate of the KL. Responses are cut so that no row is longer than the longest of these.
 
     Raises:
         ValueError: all items have the same prompt.
@@ -88,7 +90,7 @@ def mismatched(pairs: ItemSet[Pair]) -> ItemSet[Pair]:
     following = [0] * count
     place = next((i for i, item in enumerate(pairs) if item.prompt != pairs[-1].prompt), None)
     if place is None:
-        raise ValueError(f"{count} pairs have one prompt: there are no answers to another")
+        raise ValueError(f"{count} pairs have one prompt: there are no responses to another")
     for i in reversed(range(count)):
         following[i] = place
         if i > 0 and pairs[i - 1].prompt != pairs[i].prompt:
@@ -115,10 +117,10 @@ def load_preferences(
 ) -> ItemSet[Pair]:
     """Load pairs from the columns of the prompt, `chosen`, `rejected`, and `margin` if it is named.
 
-    Answers are texts, or the last messages of conversations; then the prompt's column may be
-    missing, and the messages before the answer are the prompt (the same on both sides). Pairs with
-    equal answers, an empty one, or more than `max_tokens` on a side are left out, counted and
-    logged; so are prompts that leave no room for answers.
+    Responses are texts, or the last messages of conversations; then the prompt's column may be
+    missing, and the messages before the response are the prompt (the same on both sides). Pairs
+    with equal responses, with an empty one, or with more than `max_tokens` on a side are left out,
+    counted and logged; so are prompts that leave no room for responses.
 
     Raises:
         ValueError: see `data.examples.read_examples`; no chat template, or no end-of-text token.
@@ -127,17 +129,17 @@ def load_preferences(
     columns = [source.column("chosen"), source.column("rejected")]
 
     def make(row: Row) -> Example[Pair]:
-        asked = read_answers(row, columns, source)
+        asked = read_responses(row, columns, source)
         source.check_part(asked.text)
-        chosen_text, rejected_text = asked.answers
+        chosen_text, rejected_text = asked.responses
         if not (chosen_text.strip() and rejected_text.strip()):
-            raise Unusable(EMPTY_ANSWER)
+            raise Unusable(EMPTY_RESPONSE)
         margin = _margin(row, source)
         tools = encoder.tools_of(row)
         prompt, chosen = encoder.encode_last([*asked.messages, _said(chosen_text)], tools)
         _, rejected = encoder.encode_last([*asked.messages, _said(rejected_text)], tools)
         if chosen == rejected:  # also if only the space around them differs
-            raise Unusable("with equal answers")
+            raise Unusable("with equal responses")
         pair = Pair(
             text=asked.text,
             chosen_text=chosen_text,
@@ -160,8 +162,8 @@ def load_preferences(
     return ItemSet(Pair, *found)
 
 
-def _said(answer: str) -> Mapping[str, str]:
-    return {"role": "assistant", "content": answer}
+def _said(response: str) -> Mapping[str, str]:
+    return {"role": "assistant", "content": response}
 
 
 def _margin(row: Row, source: ExampleSource) -> float:

@@ -33,8 +33,8 @@ from spmdrl.data.messages import (
     BadRow,
     checked_messages,
     opening,
-    read_answers,
     read_prompt,
+    read_responses,
     read_tools,
     same_column,
     waiting,
@@ -291,8 +291,8 @@ def _draft(row: Row, source: PromptSource, *, has_tools: bool) -> _Draft:
         given = waiting(checked_messages(row.get(column), column, source), column)
         first, messages = opening(given), with_system(given, source)
     elif source.answer_column is not None and is_conversation(answer):
-        asked = read_answers(row, [source.answer_column], source)
-        first, messages, answer = asked.text, list(asked.messages), asked.answers[0]
+        asked = read_responses(row, [source.answer_column], source)
+        first, messages, answer = asked.text, list(asked.messages), asked.responses[0]
     else:
         value = row.get(source.prompt_column)
         if isinstance(value, str) and source.answer_column == source.prompt_column:

@@ -148,13 +148,14 @@ class Saver:
             aside = set_aside(self._root)
             if aside is not None:
                 log.info("checkpoint.resume=false: the older checkpoints are kept as %s", aside)
-            self._writer.adopt([])
-            return Resumed()
         found = resume_point(self._root)
         if found is None:
             self._writer.adopt([])
             return Resumed()
-        path, state = found
+        return self._resumed(*found)
+
+    def _resumed(self, path: Path, state: Mapping[str, Any]) -> Resumed:
+        """Restore the run's state as a checkpoint has it."""
         if CHECKPOINTS in state:
             self._writer.adopt([path.name, *state[CHECKPOINTS]])
         self._compare(path, state)
