@@ -36,7 +36,7 @@ def test_the_older_one_has_its_name_again_where_the_new_one_cannot_take_it(
 
     monkeypatch.setattr(Path, "rename", fails)
     with (
-        pytest.raises(OSError, match=r"could not be saved .*before is untouched"),
+        pytest.raises(OSError, match=r"could not be saved .*content is untouched"),
         atomic_directory(tmp_path / "model") as made,
     ):
         (made / "file").write_text("new")

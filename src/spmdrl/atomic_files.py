@@ -20,16 +20,16 @@ def replace_file(path: Path, content: bytes, *, lasting: bool = True) -> None:
     Args:
         lasting: whether it must survive a crash of the machine; False saves the two fsyncs.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             if lasting:
                 os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     if lasting:
         sync(path.parent)
 
@@ -60,7 +60,7 @@ def atomic_directory(out_dir: str | Path) -> Iterator[Path]:
         sync(target.parent)
     except OSError as error:
         raise OSError(
-            f"{out_dir} could not be saved ({error}); what was there before is untouched"
+            f"{out_dir} could not be saved ({error}); its earlier content is untouched"
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

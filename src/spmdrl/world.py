@@ -184,7 +184,7 @@ def _is_launched() -> bool:
     """Whether a launcher set the variables of a rank; ValueError if it set only some of them."""
     names = RANK_VARIABLES
     given = [name for name in names if name in os.environ]
-    # an address alone may be left over; a rank or a size means that a launcher was at work
+    # only an address may be left over; a rank or a size means that a launcher was at work
     launched = any(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if launched and len(given) < len(names):
         missing = sorted(set(names) - set(given))

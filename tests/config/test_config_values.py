@@ -72,7 +72,7 @@ UNREAD: list[tuple[str, list[str], str]] = [
     (
         "grpo",
         [FILE, "data.train.columns={messages: m}", "data.train.prompt_column=a"],
-        "data.train.prompt_column=a: no effect without questions beside",
+        "data.train.prompt_column=a: no effect without questions as well as",
     ),
     ("grpo", ["data.mix=[{split: test}]"], "data.mix.0.split=test: no effect without"),
     ("grpo", [SETS], "evaluation.sets.a.data.split=test: no effect without"),

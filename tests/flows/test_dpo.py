@@ -101,7 +101,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     ),
     "unused reference": (
         ["preference={loss: simpo, label_smoothing: 0}"],
-        ["roles.reference is there", "preference.loss=simpo"],
+        ["roles.reference is configured but unused", "preference.loss=simpo"],
     ),
     "smoothing": (["preference.loss=ipo"], ["preference.label_smoothing=0.1", "ipo"]),
     "margin": (["preference.margin=1"], ["preference.margin=1", "dpo"]),

@@ -97,7 +97,7 @@ def lose_latest(world: World, path: str, run_dir: Path) -> list[Any]:
     pointer.unlink()
     (run_dir / "well").touch()
     found.append(start(world, path, "checkpoint.keep_last=9"))
-    warnings = [text for text in told if "names no checkpoint: the run goes on from" in text]
+    warnings = [text for text in told if "names no checkpoint: the run resumes from" in text]
     names = sorted(file.name for file in checkpoints.glob("step_*"))
     return [*found, warnings, names, steps_of(run_dir / "metrics.jsonl")]
 

@@ -124,5 +124,5 @@ def _check_state(state: Mapping[str, float], names: set[str], kind: str) -> None
     if set(state) != names:
         raise ValueError(
             f"the checkpoint's KL control has the state {sorted(state)}, the {kind} one needs "
-            f"{sorted(names)}: go on with the kind of control that the checkpoint was saved with"
+            f"{sorted(names)}: resume with the kind of control that the checkpoint was saved with"
         )

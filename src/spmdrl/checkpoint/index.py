@@ -140,11 +140,11 @@ def read_index(path: Path) -> Index:
     try:
         content = json.loads((path / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path / INDEX} cannot be read ({error}); {mend(path)}") from None
+        raise ValueError(f"{path / INDEX} cannot be read ({error}); {fix(path)}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
             f"{path / INDEX} is not a checkpoint index of format {FORMAT}: resume with the spmdrl "
-            f"that wrote it, or {mend(path)}"
+            f"that wrote it, or {fix(path)}"
         )
     try:
         return Index(
@@ -155,7 +155,7 @@ def read_index(path: Path) -> Index:
             entries=tuple(_entry(raw) for raw in content["entries"]),
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path / INDEX} is damaged ({error!r}); {mend(path)}") from None
+        raise ValueError(f"{path / INDEX} is damaged ({error!r}); {fix(path)}") from None
 
 
 def _entry(raw: Mapping[str, Any]) -> Entry:
@@ -178,6 +178,6 @@ def is_checkpoint_name(name: str) -> bool:
     return re.fullmatch(r"step_\d{8,}(\+\d{4,})?(\.\d+)?", name) is not None
 
 
-def mend(path: Path) -> str:
+def fix(path: Path) -> str:
     """Advice on a damaged checkpoint, for error messages."""
     return f"write the name of an older checkpoint into {path.parent / LATEST}"

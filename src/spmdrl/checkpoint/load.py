@@ -26,8 +26,8 @@ from spmdrl.checkpoint.index import (
     Index,
     Mark,
     Tensors,
+    fix,
     is_checkpoint_name,
-    mend,
     rank_file,
     read_index,
 )
@@ -118,8 +118,8 @@ def latest_checkpoint(root: Path) -> Path | None:
                 f"{afresh}"
             )
         log.warning(
-            "%s names no checkpoint: the run goes on from %s, which was written last; to go on "
-            "from another, write its name into that file; %s",
+            "%s names no checkpoint: the run resumes from %s, which was written last; to "
+            "resume from another, write its name into that file; %s",
             *(pointer, path.name, afresh),
         )
         return path
@@ -198,9 +198,9 @@ def _check_files(path: Path, files: Mapping[str, Mark]) -> None:
         found = _size(path / name)
         if found != mark.num_bytes:
             state = "is missing" if found is None else f"has {found} bytes, not {mark.num_bytes}"
-            raise ValueError(f"{path / name} {state}; {mend(path)}")
+            raise ValueError(f"{path / name} {state}; {fix(path)}")
         if _xxh3(path / name) != mark.xxh3:
-            raise ValueError(f"{path / name} is damaged (its checksum differs); {mend(path)}")
+            raise ValueError(f"{path / name} is damaged (its checksum differs); {fix(path)}")
 
 
 def _xxh3(path: Path) -> str:
@@ -246,7 +246,7 @@ def _reads_of(
     if filled != piece.numel:
         raise ValueError(
             f"{path} has {filled} of the {piece.numel} values of {group}/{piece.name} that rank "
-            f"{dist.get_rank()} needs; {mend(path)}"
+            f"{dist.get_rank()} needs; {fix(path)}"
         )
     return reads
 
@@ -255,4 +255,4 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {mend(path.parent)}") from None
+        raise ValueError(f"{path} is damaged ({error}); {fix(path.parent)}") from None

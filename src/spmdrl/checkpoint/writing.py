@@ -131,7 +131,7 @@ class CheckpointWriter:
         others = sorted(_names(self._root) - self._known) if self._rank == 0 else []
         if others:
             log.info(
-                "%s: the run does not go on from %s, and so will not remove them",
+                "%s: the run does not resume from %s, and so will not remove them",
                 *(self._root, ", ".join(others)),
             )
 
@@ -373,8 +373,8 @@ def _told(rank: int, error: BaseException) -> str:
     if not isinstance(error, OSError):
         log.error("the thread that writes a checkpoint", exc_info=error)
         return f"rank {rank}: {type(error).__name__}: {error}"
-    mend = "" if error.errno is None else ": free space or choose another run_dir"
-    return f"rank {rank}: {error}{mend}"
+    fix = "" if error.errno is None else ": free space or choose another run_dir"
+    return f"rank {rank}: {error}{fix}"
 
 
 def _names(root: Path) -> set[str]:

@@ -151,7 +151,7 @@ def versions(world: World) -> dict[str, str]:
 
 
 def local_problems(world: World) -> list[str]:
-    """Problems that this rank can find alone."""
+    """Problems that this rank can find by itself."""
     problems = []
     for place, least in (("/dev/shm", MIN_SHM_GB), (tempfile.gettempdir(), MIN_TMP_GB)):
         free = shutil.disk_usage(place).free / 1e9 if Path(place).is_dir() else 0.0

@@ -267,7 +267,7 @@ def _of_source(
     yield from only(answers, "data of prompts", holds="prompts" in kinds)
     whole = "messages" in source.columns and "preferences" not in kinds
     names = ["prompt_column"]
-    yield from only(names, "questions beside columns.messages", holds=not whole)
+    yield from only(names, "questions as well as columns.messages", holds=not whole)
     read = {column for kind in kinds for column in COLUMNS[kind]}
     for name in source.columns if "columns" in given else ():
         if name not in read:

@@ -151,8 +151,8 @@ def _check_roles(config: Config) -> None:
         )
     if kl_coef == 0 and "reference" in config.roles and config.flow_row.compares_groups:
         raise ValueError(
-            f"roles.reference is there, but algorithm.kl_coef={kl_coef} never asks it: raise the "
-            "coefficient, or take the role away (roles.reference: null)"
+            f"roles.reference is configured but unused because algorithm.kl_coef={kl_coef}: raise "
+            "the coefficient or remove the role (roles.reference: null)"
         )
     teacher_coef = config.algorithm.teacher_coef
     if (teacher_coef > 0) != ("teacher" in config.roles) and config.flow_row.distils:
@@ -216,8 +216,8 @@ def _check_preference(config: Config) -> None:
             )
         if not compares and "reference" in config.roles:
             raise ValueError(
-                f"roles.reference is there, but preference.loss={preference.loss} never asks it: "
-                "take the role away (roles.reference: null)"
+                f"roles.reference is configured but unused because "
+                f"preference.loss={preference.loss}: remove the role (roles.reference: null)"
             )
     if flow.pairs_samples:
         if preference.loss not in ("dpo", "ipo") or preference.reference != "step":

@@ -30,7 +30,7 @@ def load_object(where: str, key: str | None = None) -> Any:
     """Load the object that `module:name` or `path/to/file.py:name` names.
 
     Modules are searched in the working directory too. Two paths to one file give one module, which
-    may import the modules beside it.
+    may import the modules next to it.
 
     Args:
         key: key of the configuration, for messages.
@@ -96,7 +96,7 @@ def _load_file(path: Path) -> ModuleType:
 
 def _check_neighbours(path: Path) -> None:
     """Raise ImportError if the file, or a neighbour that it imports, imports a neighbour by a name
-    that finds another file: a module of Python, of a package, or beside another file of the user's.
+    that finds another file: a module of Python, of a package, or near another file of the user's.
     """
     todo, seen = [path], {path}
     while todo:

@@ -68,7 +68,7 @@ def check_engine(config: Config, specs: Mapping[str, RoleSpec], size: int) -> No
         if placement.degrees["cp"] > 1:
             raise ValueError(
                 f"rollout.engine=vllm with roles.{name}.cp={placement.degrees['cp']}: an engine "
-                f"has tensor parallelism alone, so set roles.{name}.tp instead"
+                f"has only tensor parallelism, so set roles.{name}.tp instead"
             )
         tp, vocabulary = placement.degrees["tp"], spec.model.vocab_size
         padded = -(-vocabulary // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

@@ -101,6 +101,6 @@ def _asked(config: Config, key: str) -> list[Methods]:
     """Methods that the flow calls: one entry for each way of calling them."""
     if key == "environment":
         return [ENVIRONMENT]
-    alone: Methods = {"step": ("step", "batch")}
+    plain: Methods = {"step": ("step", "batch")}
     # the last step has nothing alongside
-    return [alone, WITH_CALL] if config.flow_row.may_lag and config.lag > 0 else [alone]
+    return [plain, WITH_CALL] if config.flow_row.may_lag and config.lag > 0 else [plain]
