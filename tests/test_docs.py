@@ -25,7 +25,12 @@ from spmdrl.roles.custom import CustomRole, RoleContext
 from tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks/README.md",
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -2,11 +2,13 @@
 
     PYTHONPATH=src python scripts/dev/draw.py     # rewrites docs/*.svg
 
-What a picture shows is computed by the package itself for a small example, so it cannot be wrong.
+The pictures of packing and weight sync show what the package itself computes for a small example,
+so they cannot be wrong; that of the architecture is drawn from docs/architecture.txt.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -212,9 +214,34 @@ def _read_rows(
     ]
 
 
+BOX = re.compile(r"(\d+)-(\d+) (.+?)(?: /(\d))?$", re.MULTILINE)
+"""A box of docs/architecture.txt: first column, column after its last, text, and its colour."""
+
+
+def architecture() -> str:
+    """Draw docs/architecture.txt: a heading or a label and its boxes per line."""
+    lines = (DOCS / "architecture.txt").read_text(encoding="utf-8").splitlines()
+    picture = Picture(16, 0.8 * len(lines))
+    for number, text in enumerate(lines):
+        line = 0.8 * number
+        label, _, boxes = text.partition("|")
+        if text.startswith("# "):
+            picture.heading(line, text[2:])
+            continue
+        picture.text(8, line, label.strip(), middle=False)
+        for start, stop, words, colour in BOX.findall(boxes.replace(" ;", "\n")):
+            fill = COLOURS[int(colour)] if colour else "#ffffff"
+            picture.box(line, int(start), int(stop), words, fill)
+    return picture.svg()
+
+
 def pictures() -> Mapping[str, str]:
     """Return the pictures: file name in docs -> SVG."""
-    return {"weight-sync.svg": weight_sync(), "packing.svg": packing()}
+    return {
+        "architecture.svg": architecture(),
+        "weight-sync.svg": weight_sync(),
+        "packing.svg": packing(),
+    }
 
 
 def main() -> None:
