@@ -210,7 +210,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert loaded.left_out == {
         "with an empty response": 1,
         "longer than data.train.max_tokens=45": 1,
-        "with a prompt that was there before": 2,
+        "with a prompt that an earlier row has": 2,
         "malformed": 2,
     }
     line = "1 of 7 rows are used (left out: 1 longer than data.train.max_tokens=45, 2 malformed ("

@@ -17,7 +17,7 @@ def test_layout_by_hand():
     big = 512 + 2 * SMALL_BYTES
     assert layout.offsets == (0, 512, big, big + 512, big + 1536)
     assert layout.num_bytes == big + 2048
-    assert layout.alone == (1,)
+    assert layout.singles == (1,)
     assert layout.buckets == (
         Bucket(first=0, last=1, start=0, stop=512),
         Bucket(first=2, last=5, start=big, stop=big + 2048),
@@ -27,17 +27,17 @@ def test_layout_by_hand():
 def test_without_staging_every_storage_moves_alone():
     layout = layout_arena([5, SMALL_BYTES, 1], staging_bytes=0)
     assert layout.buckets == ()
-    assert layout.alone == (0, 1, 2)
+    assert layout.singles == (0, 1, 2)
 
 
 def test_buckets_are_bounded_and_each_storage_moves_once():
     draw = random.Random(0)
     sizes = [draw.choice([1, 511, 4000, 70_000, SMALL_BYTES - 1, SMALL_BYTES]) for _ in range(200)]
     layout = layout_arena(sizes, staging_bytes=100_000)
-    moved = [*layout.alone, *(i for b in layout.buckets for i in range(b.first, b.last))]
+    moved = [*layout.singles, *(i for b in layout.buckets for i in range(b.first, b.last))]
     assert sorted(moved) == list(range(200))
     assert max(bucket.stop - bucket.start for bucket in layout.buckets) <= 100_000
-    assert all(sizes[i] >= 70_000 for i in layout.alone)
+    assert all(sizes[i] >= 70_000 for i in layout.singles)
     ends = [offset + size for offset, size in zip(layout.offsets, sizes, strict=True)]
     assert all(end <= start for end, start in zip(ends, layout.offsets[1:], strict=False))
     assert all(offset % ALIGNMENT == 0 for offset in layout.offsets)

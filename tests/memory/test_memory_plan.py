@@ -162,7 +162,7 @@ def test_configured_policies_are_followed_even_where_all_fits():
     assert found.calls[0].moved_out == (OPTIMIZER,)
 
 
-def test_what_cannot_fit_is_refused_with_sizes_and_the_mend():
+def test_what_cannot_fit_is_refused_with_sizes_and_the_fix():
     with pytest.raises(ValueError) as refused:
         plan(65, grpo_parts(reference="keep"))
     lines = str(refused.value).splitlines()
@@ -289,7 +289,7 @@ def test_the_description_says_what_moves():
         == """\
 memory of rank 2: 110.00 GB; peak 108.00 GB in policy.update, 10.00 GB of it working memory
   policy.weights                 14.00 GB  keep (auto)
-  policy.optimizer               84.00 GB  host (auto), beside what it shares with policy.weights
+  policy.optimizer               84.00 GB  host (auto), plus what it shares with policy.weights
   reference.weights              14.00 GB  host (auto)
   rollout.kv_cache               20.00 GB  drop (auto)
   rollout.generate: peak 34.00 GB with policy.weights, rollout.kv_cache

@@ -38,7 +38,7 @@ def test_a_freed_tensor_is_not_resident_and_an_empty_one_is():
     assert is_resident(torch.zeros(0, 7))
 
 
-def test_require_resident_names_the_role_the_part_and_the_mend():
+def test_require_resident_names_the_role_the_part_and_the_fix():
     good, bad = torch.zeros(2), torch.zeros(3, 5)
     require_resident("policy", "weights", [good, bad])
     bad.untyped_storage().resize_(0)

@@ -100,7 +100,7 @@ def test_a_directory_that_cannot_be_written_is_still_read(
 
 def test_a_directory_that_others_write_is_not_used(source: Path) -> None:
     c_code.cache_directory().chmod(0o777)
-    with pytest.raises(PermissionError, match="this user's alone"):
+    with pytest.raises(PermissionError, match="does not belong only to this user"):
         c_code.cache_directory()
     # it is made elsewhere instead, for this process
     code = c_code.load(source, MORE=1)

@@ -13,7 +13,7 @@ from spmdrl.observe.log import ALIKE
 
 log = logging.getLogger(__name__)
 
-REPEATED = "with a prompt that was there before"
+REPEATED = "with a prompt that an earlier row has"
 MALFORMED = "malformed"
 
 

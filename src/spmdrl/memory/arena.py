@@ -44,14 +44,14 @@ class ArenaLayout:
         sizes, offsets: size and offset of each storage, in bytes, in the given order.
         num_bytes: size of the arena.
         buckets: storages that move together.
-        alone: storages that move individually.
+        singles: storages that move individually.
     """
 
     sizes: tuple[int, ...]
     offsets: tuple[int, ...]
     num_bytes: int
     buckets: tuple[Bucket, ...]
-    alone: tuple[int, ...]
+    singles: tuple[int, ...]
 
 
 def layout_arena(sizes: Sequence[int], staging_bytes: int) -> ArenaLayout:
@@ -63,10 +63,10 @@ def layout_arena(sizes: Sequence[int], staging_bytes: int) -> ArenaLayout:
     room = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
     ends = [0, *accumulate(room)]
     buckets: list[Bucket] = []
-    alone: list[int] = []
+    singles: list[int] = []
     for i, size in enumerate(sizes):
         if size >= SMALL_BYTES or room[i] > staging_bytes:
-            alone.append(i)
+            singles.append(i)
         elif buckets and buckets[-1].last == i and ends[i + 1] - buckets[-1].start <= staging_bytes:
             first, start = buckets[-1].first, buckets[-1].start
             buckets[-1] = Bucket(first=first, last=i + 1, start=start, stop=ends[i + 1])
@@ -77,7 +77,7 @@ def layout_arena(sizes: Sequence[int], staging_bytes: int) -> ArenaLayout:
         offsets=tuple(ends[:-1]),
         num_bytes=ends[-1],
         buckets=tuple(buckets),
-        alone=tuple(alone),
+        singles=tuple(singles),
     )
 
 

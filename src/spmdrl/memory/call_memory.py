@@ -45,7 +45,7 @@ class Turns:
         working = self.working_bytes.get(call, 0)
         if not is_planned:
             fits = self.parts.has_room((*uses, *fills), working)
-            self.parts.prepare(uses, fills=fills, alone=not fits)
+            self.parts.prepare(uses, fills=fills, exclusive=not fits)
             return
         self.parts.prepare(uses, fills=fills)
         if ahead := self.prefetches.get(call):

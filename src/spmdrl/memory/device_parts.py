@@ -44,7 +44,7 @@ class DeviceParts:
         self._meter = Meter()
 
     def prepare(
-        self, needs: Sequence[PartKey], *, fills: Sequence[PartKey] = (), alone: bool = True
+        self, needs: Sequence[PartKey], *, fills: Sequence[PartKey] = (), exclusive: bool = True
     ) -> None:
         """Bring the parts that a call needs, after sending away the others that may go.
 
@@ -53,7 +53,7 @@ class DeviceParts:
         Args:
             needs: the parts of the call; parts that they rest on or hold come too.
             fills: parts whose whole content the call writes; it calls `filled` when it has.
-            alone: send the others away; without it everything stays, see `has_room`.
+            exclusive: send the others away; without it everything stays, see `has_room`.
 
         Raises:
             ValueError: a part is unknown, or was dropped and not filled since.
@@ -66,7 +66,7 @@ class DeviceParts:
                     f"role {name[0]!r}: its {name[1]} were dropped, and nothing has filled them "
                     f"since: sync them before this call, or set {setting}=host"
                 )
-        self._exchange(wanted, written=fills, alone=alone)
+        self._exchange(wanted, written=fills, exclusive=exclusive)
 
     def has_room(self, needs: Sequence[PartKey], working_bytes: int) -> bool:
         """Whether these parts fit in addition to all resident ones; False without a capacity."""
@@ -165,11 +165,11 @@ class DeviceParts:
         return self._meter.take(self.registry.resident_bytes())
 
     def _exchange(
-        self, wanted: Sequence[PartKey], written: Sequence[PartKey] = (), *, alone: bool = True
+        self, wanted: Sequence[PartKey], written: Sequence[PartKey] = (), *, exclusive: bool = True
     ) -> None:
-        """Let the current stream use `wanted`; if `alone`, send away all parts that may go."""
+        """Let the current stream use `wanted`; if `exclusive`, send away all parts that may go."""
         self._note_peak()  # with the memory that the last call has allocated
-        if alone:
+        if exclusive:
             self._send_away(frozenset(wanted))
         here = [name for name in wanted if name in self.registry.tensors]
         for name in here:

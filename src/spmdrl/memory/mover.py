@@ -84,7 +84,7 @@ class Mover:
                 here = staging[: bucket.stop - bucket.start]
                 torch._foreach_copy_(_staged(here, layout, bucket), _inside(storages, bucket))
                 arena.bytes[bucket.start : bucket.stop].copy_(here, non_blocking=True)
-            for i in layout.alone:
+            for i in layout.singles:
                 away = arena.bytes.narrow(0, layout.offsets[i], layout.sizes[i])
                 away.copy_(_bytes_of(storages[i]), non_blocking=True)
 
@@ -104,7 +104,7 @@ class Mover:
                 here = staging[: bucket.stop - bucket.start]
                 here.copy_(arena.bytes[bucket.start : bucket.stop], non_blocking=True)
                 torch._foreach_copy_(_inside(storages, bucket), _staged(here, layout, bucket))
-            for i in layout.alone:
+            for i in layout.singles:
                 away = arena.bytes.narrow(0, layout.offsets[i], layout.sizes[i])
                 _bytes_of(storages[i]).copy_(away, non_blocking=True)
 

@@ -95,7 +95,7 @@ class MemoryPlan:
         if part.wish == "auto":
             text += " (auto)"
         if part.rests_on:
-            text += f", beside what it shares with {_names(part.rests_on)}"
+            text += f", plus what it shares with {_names(part.rests_on)}"
         if part.holds:
             again = part.key in self.recaptured
             text += ", captured again in every step" if again else ", captured once"
@@ -227,7 +227,7 @@ def _refusal(
         f"{size_text(peak_bytes(call, parts, residencies))} on rank {rank} during {call.name}, the "
         f"device has {size_text(capacity)}:"
     ]
-    mends: dict[str, None] = {}
+    fixes: dict[str, None] = {}
     for part in resident:
         why = "needed"
         if part.fixed:
@@ -235,11 +235,11 @@ def _refusal(
         elif part.key not in needed:
             keeper = keepers.get(part.key, part)
             why = f"kept by {keeper.setting}=keep"
-            mends[f"{keeper.setting}={keeper.away}"] = None
+            fixes[f"{keeper.setting}={keeper.away}"] = None
         lines.append(f"  {dotted(part.key):<24} {size_text(part.num_bytes):>14}  {why}")
     lines.append(f"  {'working memory':<24} {size_text(call.working_bytes):>14}")
-    if mends:
-        lines.append(f"set {' or '.join(mends)}")
+    if fixes:
+        lines.append(f"set {' or '.join(fixes)}")
     else:
         lines.append(
             f"all of it is needed at once: give {_and(roles)} more ranks (dp_shard, tp), or lower "

@@ -31,20 +31,20 @@ def check_tp(config: ModelConfig, tp: int, *, ep: int = 1, replicate_kv: bool = 
     if copies and tp % config.num_kv_heads:
         bad.append(f"num_key_value_heads={config.num_kv_heads} (which does not divide it)")
     if bad:
-        mend = heads_mend(config, tp, bad)
-        raise ValueError(f"tp={tp} does not divide the model's {', '.join(bad)}{mend}")
+        fix = heads_fix(config, tp, bad)
+        raise ValueError(f"tp={tp} does not divide the model's {', '.join(bad)}{fix}")
     check_ep(config, tp, ep)
 
 
-def heads_mend(config: ModelConfig, tp: int, bad: Sequence[str]) -> str:
+def heads_fix(config: ModelConfig, tp: int, bad: Sequence[str]) -> str:
     """Explain how `tp` can divide the heads, for messages; empty if `bad` names no heads."""
     if not any("heads" in name for name in bad):
         return ""
     kv_heads = -(-config.num_kv_heads // tp) * tp
     heads = kv_heads * config.num_heads // config.num_kv_heads
     return (
-        ": take another tp, or a model with heads of zeros beside its own (spmdrl convert MODEL "
-        f"OUT --pad-heads-to {heads}/{kv_heads})"
+        ": take another tp, or a model with heads of zeros as well as its own (spmdrl convert "
+        f"MODEL OUT --pad-heads-to {heads}/{kv_heads})"
     )
 
 

@@ -32,9 +32,9 @@ def refuse_features(fields: Fields, architecture: str, num_layers: int, max_posi
     for key in (*biases, "mlp_bias", "per_layer_config", "transformers_weights", *foreign):
         value = fields.values.get(key)
         if value:
-            mend = ": give the directory of the model in float weights" if key in foreign else ""
+            fix = ": give the directory of the model in float weights" if key in foreign else ""
             raise ValueError(
-                f"{origin}: {key}={_short(value)} is not supported for {architecture}{mend}"
+                f"{origin}: {key}={_short(value)} is not supported for {architecture}{fix}"
             )
     if not fields.values.get("is_causal", True):
         raise ValueError(f"{origin}: is_causal=false is not supported: attention looks back only")

@@ -25,7 +25,7 @@ def check_requests(
     config: ModelConfig,
     *,
     capacity: int,
-    mend: str,
+    fix: str,
     has_text: bool,
     generates: bool = True,
 ) -> None:
@@ -33,7 +33,7 @@ def check_requests(
 
     Args:
         capacity: tokens that the key-value cache holds.
-        mend: text for messages, how to make the cache larger.
+        fix: text for messages, how to make the cache larger.
         has_text: whether the engine can turn tokens into text.
         generates: False if the requests' tokens are only scored, and none are added.
     """
@@ -52,7 +52,7 @@ def check_requests(
             raise ValueError(f"{asked} need {total} positions, the model has {config.max_position}")
         if total > capacity:
             raise ValueError(
-                f"{asked} need {total} cache slots, the key-value cache has {capacity}: {mend}"
+                f"{asked} need {total} cache slots, the key-value cache has {capacity}: {fix}"
             )
         if request.sampling.experts and config.moe is None:
             raise ValueError(f"{name} asks for its experts, but {config.architecture} has none")

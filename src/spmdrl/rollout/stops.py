@@ -156,8 +156,8 @@ class _Finder:
         if self._fragment is None:
             return False
         if token not in self._in_runs:
-            alone, behind = self._decode([token]), self._decode([self._fragment, token])
-            self._in_runs[token] = not behind.endswith(alone)
+            single, behind = self._decode([token]), self._decode([self._fragment, token])
+            self._in_runs[token] = not behind.endswith(single)
         return self._in_runs[token]
 
     def _look_up(self, token: int) -> _Token:
@@ -168,15 +168,15 @@ class _Finder:
         return found
 
     def _examine(self, token: int) -> _Token:
-        """Examine its letters, both alone and after another token: decoders drop a first blank, or
-        a prefix that marks the rest of a word.
+        """Examine its letters, both by itself and after another token: decoders drop a first
+        blank, or a prefix that marks the rest of a word.
         """
-        alone, twice = self._decode([token]), self._decode([token, token])
+        single, twice = self._decode([token]), self._decode([token, token])
         is_fragment = _UNKNOWN in twice
-        if is_fragment or not twice.startswith(alone):
+        if is_fragment or not twice.startswith(single):
             return _Token(may_end=True, is_blank=False, is_fragment=is_fragment)
-        behind = twice[len(alone) :]
-        may_end = any(_may_end(text, own) for text in self._stop for own in (alone, behind))
+        behind = twice[len(single) :]
+        may_end = any(_may_end(text, own) for text in self._stop for own in (single, behind))
         return _Token(may_end=may_end, is_blank=not twice, is_fragment=False)
 
 

@@ -271,7 +271,7 @@ class VllmEngine:
             requests,
             self._config,
             capacity=self._options.max_length,
-            mend=self._options.cache_mend,
+            fix=self._options.cache_fix,
             has_text=self._has_text,
         )
 

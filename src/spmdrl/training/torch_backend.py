@@ -214,8 +214,8 @@ class TorchBackend:
         experts exchange tokens with, have equally many: each one is a collective.
         """
         group = self.mesh.group("reduce")
-        alone = self.mesh.shard_mesh is None and self.mesh.size("exchange") == 1
-        if alone or group is None:
+        is_single = self.mesh.shard_mesh is None and self.mesh.size("exchange") == 1
+        if is_single or group is None:
             return microbatches
         most = torch.tensor(len(microbatches), device=self._device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)

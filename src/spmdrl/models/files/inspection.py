@@ -121,8 +121,8 @@ def _is_known(name: str, config: ModelConfig, head: Head | None) -> bool:
 
 def _files(path: Path) -> tuple[list[str], list[str]]:
     foreign = [
-        f"{path / file} is of {what}, which is not loaded beside the weights: merge it into them, "
-        "or remove the file"
+        f"{path / file} is of {what}, which is not loaded as well as the weights: merge it into "
+        "them, or remove the file"
         for file, what in _FOREIGN_FILES.items()
         if (path / file).exists()
     ]

@@ -101,7 +101,7 @@ def cache_directory() -> Path:
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{path} is not this user's alone")
+        raise PermissionError(f"{path} does not belong only to this user")
     return path
 
 

@@ -219,7 +219,7 @@ class NativeEngine:
             requests,
             self._config,
             capacity=num_blocks * self._workspace.block_size,
-            mend=f"raise rollout.kv_cache_gb={self._options.kv_cache_gb}",
+            fix=f"raise rollout.kv_cache_gb={self._options.kv_cache_gb}",
             has_text=self._has_text,
             generates=generates,
         )

@@ -91,7 +91,7 @@ def _vllm_options(config: Config, spec: RoleSpec, *, sleeps: bool) -> VllmOption
         prefill_tokens=config.rollout.prefill_tokens,
         cuda_graphs=config.rollout.cuda_graphs,
         sleeps=sleeps,
-        cache_mend=_cache_fix(config),
+        cache_fix=_cache_fix(config),
     )
 
 

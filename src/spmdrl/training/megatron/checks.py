@@ -11,7 +11,7 @@ import torch
 
 from spmdrl.distributed.expert_axes import expert_degrees
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.degrees import check_ep, heads_mend
+from spmdrl.models.degrees import check_ep, heads_fix
 from spmdrl.models.megatron_layout import Cut
 
 SUPPORTED = "0.16.1"
@@ -63,7 +63,7 @@ def check_megatron(
     if bad:
         raise ValueError(
             f"roles.{role}.tp={tp} does not divide the model's {', '.join(bad)}"
-            f"{heads_mend(config, tp, bad)}"
+            f"{heads_fix(config, tp, bad)}"
         )
     if vpp > 1 and pp == 1:
         raise ValueError(
