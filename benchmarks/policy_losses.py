@@ -100,7 +100,7 @@ def measured(directory: Path) -> dict[str, float]:
 
 
 def right_by_prompt(file: Path) -> dict[int, float]:
-    """The share of right answers to each prompt."""
+    """The share of right responses to each prompt."""
     found: dict[int, list[float]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)

@@ -183,8 +183,8 @@ def vllm_alone(model: str, device: torch.device, fixed: bool, seed: int) -> Gene
             temperature=1.0, max_tokens=max_tokens, ignore_eos=fixed, detokenize=False
         )
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-        answers = engine.generate(asked, sampling, use_tqdm=False)
-        return [len(answer.outputs[0].token_ids) for answer in answers]
+        responses = engine.generate(asked, sampling, use_tqdm=False)
+        return [len(response.outputs[0].token_ids) for response in responses]
 
     return generate
 
@@ -204,8 +204,8 @@ def generate_with(engine: Any, fixed: bool, seed: int) -> Generate:
             Request(tokens=tuple(p), prompt_id=i, samples=(0,), sampling=sampling)
             for i, p in enumerate(prompts)
         ]
-        answers = engine.generate(requests, seed=seed, step=0)
-        return [len(answer.tokens) for group in answers for answer in group]
+        responses = engine.generate(requests, seed=seed, step=0)
+        return [len(response.tokens) for group in responses for response in group]
 
     return generate
 

@@ -1,4 +1,4 @@
-"""A reward without a reward model: how close an answer is to the reference answer in meaning.
+"""A reward without a reward model: how close a response is to the reference answer in meaning.
 
     roles:
       similarity: {kind: "examples/roles/embedding_similarity.py:EmbeddingSimilarity"}

@@ -1,7 +1,7 @@
 # Sourced by the examples on preference files: reads their words, installs, and runs stages.
 # They set `name` (of the script) and `configs` (their folder under configs) first.
 #   --data FILE          JSONL or Parquet with `prompt`, `chosen` and `rejected`: texts, or the
-#                        answers as conversations. PROMPT_COLUMN, CHOSEN_COLUMN and REJECTED_COLUMN
+#                        responses as conversations. PROMPT_COLUMN, CHOSEN_COLUMN and REJECTED_COLUMN
 #                        in the environment name other columns
 #   --model DIR          what is trained; default: SmolLM2-135M-Instruct, fetched
 #   --reward-model DIR   a judge; default: trained here (dpo.sh and online_dpo.sh)
@@ -30,7 +30,7 @@ scripts/setup.sh requirements.txt
 ranks=${RANKS:-$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
-# where answers are conversations, the prompts are in them
+# where responses are conversations, the prompts are in them
 export DATA=$data ANSWER_COLUMN=${CHOSEN_COLUMN:-chosen}
 # CPUs that multiply bfloat16 do it twice as fast; the optimizer's weights are float32 anyway
 dtype=auto

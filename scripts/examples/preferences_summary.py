@@ -53,7 +53,7 @@ def error_of_mean(gains: Sequence[float]) -> float:
 
 
 def rewards(directory: Path) -> tuple[Mapping[int, float], Mapping[int, float]]:
-    """The mean reward of the answers to each held-out prompt, at first and at last."""
+    """The mean reward of the responses to each held-out prompt, at first and at last."""
     files = sorted(directory.glob("answers_*.jsonl"))
     before, after = (by_prompt(file) for file in (files[0], files[-1]))
     assert before.keys() == after.keys(), (files[0], files[-1])

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# RLHF from end to end on a preference file: supervised fine-tuning on the chosen answers, a reward
+# RLHF from end to end on a preference file: supervised fine-tuning on the chosen responses, a reward
 # model from the pairs, PPO against it. The file has `prompt`, `chosen` and `rejected`.
 #   scripts/examples/rlhf.sh --data preferences.jsonl [--model DIR] [--out DIR] [key=value ...]
 # Further words override keys of the PPO stage. The last line is one JSON object.

@@ -200,7 +200,7 @@ class PreferenceSection(Section):
     nll_coef: float = Field(
         0.0,
         ge=0,
-        description="Add the chosen answer's -log likelihood per token with this weight, at "
+        description="Add the chosen response's -log likelihood per token with this weight, at "
         "least 0; 0 turns it off.",
     )
     length_normalise: bool | None = Field(
@@ -209,7 +209,7 @@ class PreferenceSection(Section):
     )
     kto_weights: tuple[Weight, Weight] = Field(
         (1.0, 1.0),
-        description="Weight chosen and rejected answers in KTO by these two, each at least 0.",
+        description="Weight chosen and rejected responses in KTO by these two, each at least 0.",
     )
     reference: Basic[Literal["step", "cache"]] = Field(
         "step",

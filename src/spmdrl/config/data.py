@@ -70,7 +70,7 @@ class PromptsSection(Section):
         1024,
         ge=1,
         description="Leave out and count prompts longer than this many tokens, at least 1 (of "
-        "conversations and preference pairs: rows with their answers).",
+        "conversations and preference pairs: rows with their responses).",
     )
     keep_shortest: Basic[Annotated[str, BeforeValidator(read_share)]] = Field(
         "100%",

@@ -89,8 +89,8 @@ class RowsRead:
         data = f"{self.data_key}.max_tokens={self.data_tokens}"
         if self.sampling is None:
             return f"{data} allows rows of {self.longest} tokens"
-        answer = f"{self.sampling_key}.max_tokens={self.sampling.max_tokens}"
-        return f"{data} and {answer} make {self.longest} tokens"
+        responses = f"{self.sampling_key}.max_tokens={self.sampling.max_tokens}"
+        return f"{data} and {responses} make {self.longest} tokens"
 
 
 def rows_read(config: Config) -> list[RowsRead]:

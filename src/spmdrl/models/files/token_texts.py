@@ -95,18 +95,18 @@ def turn_end(tokenizer: Any) -> End | None:
     """
     if tokenizer.chat_template is None:
         return None
-    answer = "fjord-quartz"
-    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": answer}]
+    response = "fjord-quartz"
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": response}]
     try:
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:
         # A template is a program, and may raise anything for a conversation it does not expect.
         # Here only its end is of interest; rows that it refuses are named when they are read.
         return None
-    place = text.rfind(answer)
+    place = text.rfind(response)
     if place < 0:
         return None
-    rest = text[place + len(answer) :]
+    rest = text[place + len(response) :]
     special = special_tokens(tokenizer)
     found = [(at, -len(token), token) for token in special if (at := rest.find(token)) >= 0]
     if not found:
