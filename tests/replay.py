@@ -122,7 +122,7 @@ def _completion(row: dict[str, torch.Tensor]) -> Completion:
     return Completion(
         tokens=tuple(row["tokens"][mask].tolist()),
         logprobs=tuple(row["rollout_logprobs"][mask].tolist()),
-        finish=Finish.of(int(row["finish"])),
+        finish=Finish(int(row["finish"])),
         margins=tuple(row["margins"][mask].tolist()) if "margins" in row else (),
     )
 

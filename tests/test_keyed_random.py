@@ -6,11 +6,11 @@ import math
 
 import torch
 
+from noise import gumbel
 from spmdrl.keyed_random import (
     Noise,
     chain,
     exponential_at,
-    gumbel,
     key64,
     key_tensor,
     token_hash,

@@ -9,9 +9,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from spmdrl.models.config import ModelConfig, read_config
+from spmdrl.models.decoder import Decoder
 from spmdrl.models.experts import EXPERT_NAMES
 from spmdrl.models.files.export import save_pretrained
-from spmdrl.models.files.hf import RandomCheckpoint
+from spmdrl.models.files.hf import RandomCheckpoint, TensorSource, fill
 from spmdrl.models.sharding import Head, Slice
 
 CHAT_TEMPLATE = (
@@ -94,3 +95,10 @@ def make_tiny_model(
         file.unlink()
     saved.rmdir()
     return config
+
+
+def load_into(decoder: Decoder, checkpoint: TensorSource) -> None:
+    """Fill a decoder's local parameters (plain tensors on a real device) from a checkpoint."""
+    parameters = dict(decoder.named_parameters())
+    held = decoder.slices()
+    fill(((tensor, held[name]) for name, tensor in parameters.items()), checkpoint)

@@ -107,14 +107,6 @@ def exponential_at(
     return _finish(mixed, torch.empty_like(mixed), high, torch.empty_like(mixed).float())
 
 
-def gumbel(keys: Tensor, vocab_start: int, vocab_size: int) -> Tensor:  # keys int64 [B]
-    """Gumbel(0, 1) noise of token ids `vocab_start ...`: float32 `[B, vocab_size]`.
-
-    A slice of a larger call's result is equal: noise depends only on the key and the token id.
-    """
-    return Noise(vocab_start, vocab_size, keys.device).exponential(keys).log_().neg_()
-
-
 def key_tensor(keys: Iterable[int], device: torch.device) -> Tensor:
     """Keys as int64 `[B]`."""
     return torch.tensor(list(keys), dtype=torch.int64, device=device)

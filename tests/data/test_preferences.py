@@ -15,7 +15,7 @@ from spmdrl.data.examples import ExampleSource
 from spmdrl.data.item_set import ItemSet
 from spmdrl.data.preferences import Pair, load_preferences, mismatched
 from spmdrl.data.prompts import PromptSource, load_prompts
-from spmdrl.data.split import disjoint_parts, in_part, split_examples
+from spmdrl.data.split import in_part, split_examples
 
 GOOD = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
 
@@ -123,9 +123,6 @@ def test_parts_are_disjoint_by_prompt_and_complete(tmp_path):
         assert all(in_part(text, f"{i + 1}/3") for text in part)
     joined = set(load(tmp_path, rows, part="2-3/3").texts())
     assert joined == parts[1] | parts[2]
-    texts = [row["prompt"] for row in rows]
-    halves = disjoint_parts(texts, [0.5, 0.25])
-    assert not {texts[i] for i in halves[0]} & {texts[i] for i in halves[1]}
     for bad in ("4/3", "0/2", "half", "1/0", "3-2/4", "1-5/4"):
         with pytest.raises(ValueError, match=f"part='{bad}'"):
             ExampleSource(source="x", part=bad)

@@ -10,7 +10,7 @@ import torch
 
 from flow_cases import questions, run_configs, write_config
 from harness import run_ranks
-from spmdrl.keyed_random import gumbel
+from noise import gumbel
 from spmdrl.models.config import read_config
 from spmdrl.models.files.hf import fill, open_checkpoint
 from spmdrl.rollout.native.engine import NativeEngine

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.files.hf import load_into, open_model
+from spmdrl.models.files.hf import open_model
+from tiny_model import load_into
 
 
 def decoder_of(directory: Path, **options: object) -> Decoder:

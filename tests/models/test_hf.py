@@ -21,15 +21,15 @@ from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import (
     RandomCheckpoint,
-    check_weights,
     fill,
-    load_into,
     open_checkpoint,
     open_model,
 )
+from spmdrl.models.files.inspection import inspect
 from spmdrl.models.files.tokenizers import check_tokenizer, load_tokenizer
 from spmdrl.models.files.weight_files import INDEX, SINGLE
 from spmdrl.models.sharding import Slice, all_slices, global_shapes, restrict
+from tiny_model import load_into
 
 SOURCE: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -130,11 +130,11 @@ def test_missing_files_and_tensors_are_named(tmp_path: Path) -> None:
     some = {name: t for name, t in tensors_of(config) if name != del_name}
     save_file(some, tmp_path / SINGLE)
     with pytest.raises(ValueError, match=f"has no tensor '{del_name}'"):
-        check_weights(config, open_checkpoint(tmp_path))
+        inspect(config, open_checkpoint(tmp_path), "lm").refuse(tmp_path)
     with pytest.raises(ValueError, match=r"tie_word_embeddings: true"):
         del some["lm_head.weight"]
         save_file({**some, del_name: torch.zeros(48, 32)}, tmp_path / SINGLE)
-        check_weights(config, open_checkpoint(tmp_path))
+        inspect(config, open_checkpoint(tmp_path), "lm").refuse(tmp_path)
 
 
 def test_shapes_that_contradict_the_config_are_refused(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from spmdrl.models.config import parse_config
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.files.hf import load_into, open_checkpoint, open_model
+from spmdrl.models.files.hf import open_checkpoint, open_model
 from spmdrl.models.files.weight_files import INDEX, SINGLE
 from spmdrl.models.sharding import Slice
-from tiny_model import make_tiny_model
+from tiny_model import load_into, make_tiny_model
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 NORM = "model.norm.weight"

@@ -19,12 +19,13 @@ from spmdrl.distributed.parallel import Parallel, copy_to
 from spmdrl.models import grouped
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.export import save_pretrained
-from spmdrl.models.files.hf import load_into, open_model
+from spmdrl.models.files.hf import open_model
 from spmdrl.models.grouped import Groups, grouped_gemm, grouped_linear
 from spmdrl.models.moe import Experts
 from spmdrl.models.routing import Routing, choices_dtype, pack_choices, unpack_choices
 from spmdrl.models.sharding import Slice, global_shapes
 from spmdrl.world import World
+from tiny_model import load_into
 
 LENGTH = 60
 

@@ -17,10 +17,10 @@ from spmdrl.models.decoder import Decoder
 from spmdrl.models.families import DEFAULTS, MODEL_TYPES, SUPPORTED
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.gguf import convert_gguf
-from spmdrl.models.files.hf import load_into, open_model
+from spmdrl.models.files.hf import open_model
 from spmdrl.models.files.tokenizers import check_tokenizer, load_tokenizer
 from spmdrl.models.sharding import Slice, global_shapes
-from tiny_model import make_tiny_model
+from tiny_model import load_into, make_tiny_model
 
 EACH = 20
 """Of so many mutants the quick run takes one."""

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.files.hf import load_into, open_model
+from spmdrl.models.files.hf import open_model
 from spmdrl.models.files.tokenizers import check_tokenizer, load_tokenizer
+from tiny_model import load_into
 
 ROOT = Path(__file__).parents[2]
 MODEL = Path(os.environ.get("SPMDRL_TEST_MODEL", ROOT / "models" / "SmolLM2-135M-Instruct"))

@@ -11,9 +11,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.files.hf import load_into, open_model
+from spmdrl.models.files.hf import open_model
 from spmdrl.models.files.torch_dist import convert_torch_dist
-from tiny_model import make_tiny_model
+from tiny_model import load_into, make_tiny_model
 
 LAYERS = "decoder.layers."
 

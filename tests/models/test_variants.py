@@ -14,7 +14,8 @@ from torch import Tensor
 from variants import Variant, all_variants
 
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.files.hf import load_into, open_model
+from spmdrl.models.files.hf import open_model
+from tiny_model import load_into
 
 EACH = 17
 """Of so many variants the quick run takes one."""

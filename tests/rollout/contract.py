@@ -29,9 +29,9 @@ from torch import Tensor
 
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.files.hf import load_into
-from spmdrl.rollout.protocol import Completion, Request, RolloutEngine
+from spmdrl.rollout.protocol import Completion, Finish, Request, RolloutEngine
 from spmdrl.rollout.sampling import SamplingParams
+from tiny_model import load_into
 
 LENGTHS = (3, 17, 32, 33, 8, 1, 40)
 SIZES = {"hidden_size": 128, "head_dim": 32}
@@ -187,28 +187,28 @@ def stop_texts_and_tokens_end_a_sample(make: Maker) -> None:
         return generate(engine, asked)[0][0]
 
     whole = one()
-    assert whole.finish == "length" and len(whole.tokens) == 30
+    assert whole.finish == Finish.LENGTH and len(whole.tokens) == 30
     text = spell(whole.tokens[8:10])[1:5]  # from the middle of one token into the next
     end = next(i for i in range(30) if text in spell(whole.tokens[: i + 1]))
     stopped = one(stop=("never there", text))
-    assert stopped.finish == "stop" and stopped.tokens == whole.tokens[: end + 1]
+    assert stopped.finish == Finish.STOP and stopped.tokens == whole.tokens[: end + 1]
     token = whole.tokens[4]
     stopped = one(stop_token_ids=(token,))
-    assert stopped.finish == "stop"
+    assert stopped.finish == Finish.STOP
     assert stopped.tokens == whole.tokens[: whole.tokens.index(token) + 1]
     assert len(stopped.logprobs) == len(stopped.tokens)
     # a text of the prompt does not count
     asked = [request(prompt, 0, max_tokens=5, ignore_eos=True, stop=(spell(prompt[-1:]) + "zz",))]
-    assert generate(engine, asked)[0][0].finish == "length"
+    assert generate(engine, asked)[0][0].finish == Finish.LENGTH
 
 
 def end_of_text_is_kept_unless_ignored(make: Maker) -> None:
     prompts = prompts_of(*([4] * 30))
     asked = [request(p, i, max_tokens=60, temperature=2.0) for i, p in enumerate(prompts)]
     found = [group[0] for group in generate(make(), asked)]
-    ended = [c for c in found if c.finish == "stop"]
+    ended = [c for c in found if c.finish == Finish.STOP]
     assert ended and all(c.tokens[-1] == EOS and EOS not in c.tokens[:-1] for c in ended)
-    assert all(EOS not in c.tokens for c in found if c.finish == "length")
+    assert all(EOS not in c.tokens for c in found if c.finish == Finish.LENGTH)
 
 
 def a_stop_request_aborts_what_is_open_and_progress_is_told(make: Maker) -> None:
@@ -223,10 +223,10 @@ def a_stop_request_aborts_what_is_open_and_progress_is_told(make: Maker) -> None
         progress=lambda tokens, samples: seen.append((tokens, samples)),
         should_stop=lambda: len(seen) == 24,
     )
-    assert [group[0].finish for group in found] == ["length", "length", "aborted"]
+    assert [group[0].finish for group in found] == [Finish.LENGTH, Finish.LENGTH, Finish.ABORTED]
     assert [len(group[0].tokens) for group in found] == [20, 20, 5]
     assert seen[-1] == (45, 2)
-    assert generate(engine, asked)[2][0].finish == "length"
+    assert generate(engine, asked)[2][0].finish == Finish.LENGTH
 
 
 def bad_requests_are_refused_before_anything_runs(make: Maker) -> None:

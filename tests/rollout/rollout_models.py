@@ -10,17 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agreement import assert_same
+from noise import gumbel
 from spmdrl.distributed.parallel import Parallel
-from spmdrl.keyed_random import gumbel, key64, key_tensor
+from spmdrl.keyed_random import key64, key_tensor
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.files.hf import fill, load_into
+from spmdrl.models.files.hf import fill
 from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.models.sharding import Slice
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import Completion, Finish, Request
 from spmdrl.rollout.sampling import SamplingParams
+from tiny_model import load_into
 
 __all__ = ["assert_same"]
 

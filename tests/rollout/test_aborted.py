@@ -12,7 +12,7 @@ from test_engine import CACHE_BLOCK, load
 
 from spmdrl.memory.json_tensors import tensor_json
 from spmdrl.rollout.native.engine import NativeEngine
-from spmdrl.rollout.protocol import Completion, Request
+from spmdrl.rollout.protocol import Completion, Finish, Request
 
 
 def shared() -> list[Request]:
@@ -64,7 +64,7 @@ def test_it_goes_on_bit_for_bit_wherever_it_was_aborted(name: str) -> None:
         first = generate(engine, make(), should_stop=after(count))
         state = engine.aborted_state()
         assert state and engine.aborted_state() == {}
-        assert any(c.finish == "aborted" for group in first for c in group)
+        assert any(c.finish == Finish.ABORTED for group in first for c in group)
         other = engine_of(options)
         generate(other, make()[:2])  # whatever its cache held before
         assert generate(other, make(), state=state) == expected, count
@@ -78,7 +78,7 @@ def test_it_may_be_aborted_again_and_again() -> None:
         engine = engine_of(options)
         found = generate(engine, make(), should_stop=after(count), state=state)
         state = engine.aborted_state()
-    assert any(c.finish == "aborted" for group in found for c in group)
+    assert any(c.finish == Finish.ABORTED for group in found for c in group)
     assert generate(engine_of(options), make(), state=state) == expected
 
 
@@ -100,7 +100,7 @@ def test_without_its_state_it_keeps_what_was_drawn(name: str) -> None:
                 was, want = first[i][sample], expected[i][sample]
                 assert completion.tokens[: len(was.tokens)] == was.tokens
                 assert completion.logprobs[: len(was.tokens)] == was.logprobs
-                assert was.finish == "aborted" or completion == was
+                assert was.finish == Finish.ABORTED or completion == was
                 assert_same(completion, want, f"{name}, prompt {i}, sample {sample}")
 
 

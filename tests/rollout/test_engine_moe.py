@@ -15,13 +15,14 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.files.hf import RandomCheckpoint, fill, load_into
+from spmdrl.models.files.hf import RandomCheckpoint, fill
 from spmdrl.models.routing import Routing, unpack_choices
 from spmdrl.models.sharding import Slice
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import Completion, Finish, Request
 from spmdrl.world import World
+from tiny_model import load_into
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -166,7 +167,7 @@ def test_experts_of_a_stopped_call_are_complete_when_it_goes_on_without_its_stat
         return steps >= stop_after
 
     left = engine.generate(asked, seed=5, step=1, should_stop=stops)
-    assert any(c.finish == "aborted" for found in left for c in found)
+    assert any(c.finish == Finish.ABORTED for found in left for c in found)
     again = [replace(r, begun=tuple(found)) for r, found in zip(asked, left, strict=True)]
     resumed = engine.generate(again, seed=5, step=1)
     missing = torch.iinfo(torch.uint8).max

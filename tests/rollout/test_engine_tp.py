@@ -10,7 +10,7 @@ from rollout_models import assert_same, make_engine, naive, prompts_of, request,
 
 from harness import run_ranks
 from spmdrl.distributed.parallel import Parallel
-from spmdrl.rollout.protocol import Completion, Request
+from spmdrl.rollout.protocol import Completion, Finish, Request
 from spmdrl.world import World
 
 
@@ -53,4 +53,4 @@ def test_the_leaders_stop_request_reaches_the_group() -> None:
     first, second = run_ranks(_rank, 2, "Qwen2", 7)
     assert [[c.finish for c in g] for g in first] == [[c.finish for c in g] for g in second]
     assert [[c.tokens for c in g] for g in first] == [[c.tokens for c in g] for g in second]
-    assert any(c.finish == "aborted" for group in first for c in group)
+    assert any(c.finish == Finish.ABORTED for group in first for c in group)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spmdrl.keyed_random import gumbel, key64, key_tensor
+from noise import gumbel
+from spmdrl.keyed_random import key64, key_tensor
 from spmdrl.rollout.native.sampler import Draws, Sampler, truncate
 from spmdrl.rollout.sampling import MAX_SUPPORT, SamplingParams
 

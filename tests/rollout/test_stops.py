@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from spmdrl.models.files.token_texts import TokenTexts, token_texts
+from spmdrl.rollout.protocol import Finish
 from spmdrl.rollout.sampling import SamplingParams
 from spmdrl.rollout.stops import StopRule, StopRules, StopTexts
 
@@ -139,7 +140,7 @@ def test_stop_texts_are_found_where_all_decoded_would_show_them(
                 if finish is not None:
                     found = (finish, count)
                     break
-            wanted = ("length", len(own)) if expected is None else ("stop", expected)
+            wanted = (Finish.LENGTH, len(own)) if expected is None else (Finish.STOP, expected)
             assert found == wanted, (stop, own)
             ended += expected is not None
             before = StopTexts(stop, texts).before(own[: found[1]])
@@ -174,7 +175,7 @@ def test_special_tokens_do_not_push_letters_out_of_sight() -> None:
     turn = texts.special["<|turn|>"]
     rule = StopRules((), texts).of(SamplingParams(stop=("xy",), max_tokens=100))
     tokens = [ids["x"], *[turn] * 40, ids["y"]]
-    assert rule.check(tokens, len(tokens)) == "stop"
+    assert rule.check(tokens, len(tokens)) is Finish.STOP
 
 
 def test_a_special_token_ends_by_its_id_and_is_not_in_the_text() -> None:
@@ -184,7 +185,7 @@ def test_a_special_token_ends_by_its_id_and_is_not_in_the_text() -> None:
     end = texts.special["<|end|>"]
     rule = StopRules((), texts).of(SamplingParams(stop=("<|end|>",), max_tokens=9))
     own = [ids["h"], ids["i"], end]
-    assert rule.check(own[:2], 2) is None and rule.check(own, 3) == "stop"
+    assert rule.check(own[:2], 2) is None and rule.check(own, 3) is Finish.STOP
     assert StopTexts(("<|end|>",), texts).before(own) == "hi"
     # special tokens within a text: the rest of it is no part of the response either
     within = [ids["h"], texts.special["<|turn|>"], ids["i"], ids["!"], end]
@@ -195,6 +196,6 @@ def test_a_decoder_alone_serves_where_no_token_is_special() -> None:
     texts, _ = bytes_of_text()
     ids = {texts.decode([i]): i for i in range(256)}
     rule = StopRule(SamplingParams(stop=("hi",), max_tokens=9), (ids["!"],), texts.decode)
-    assert rule.check([ids["h"], ids["i"]], 2) == "stop"
-    assert rule.check([ids["h"], ids["!"]], 2) == "stop"
+    assert rule.check([ids["h"], ids["i"]], 2) is Finish.STOP
+    assert rule.check([ids["h"], ids["!"]], 2) is Finish.STOP
     assert rule.check([ids["i"], ids["h"]], 2) is None

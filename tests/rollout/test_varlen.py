@@ -12,7 +12,6 @@ from rollout_models import assert_same, naive, prompts_of, request, tiny_model
 from torch import Tensor
 
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.files.hf import load_into
 from spmdrl.rollout.native.attention import CacheShape
 from spmdrl.rollout.native.blocks import BlockPool
 from spmdrl.rollout.native.graphs import buckets
@@ -22,6 +21,7 @@ from spmdrl.rollout.native.scheduler import Scheduler, StepPlan, sampled
 from spmdrl.rollout.native.shared_prefix import common_prefix
 from spmdrl.rollout.native.varlen import VarlenAttention
 from spmdrl.rollout.protocol import Finish
+from tiny_model import load_into
 
 BLOCK = 8
 

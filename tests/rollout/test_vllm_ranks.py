@@ -17,10 +17,10 @@ from harness import run_ranks
 from spmdrl.config.load import load_config
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.files.hf import fill, load_into
+from spmdrl.models.files.hf import fill
 from spmdrl.models.files.pad_heads import pad_heads
 from spmdrl.models.local_shards import Table
-from spmdrl.rollout.protocol import Completion
+from spmdrl.rollout.protocol import Completion, Finish
 from spmdrl.rollout.vllm_engine import VllmEngine
 from spmdrl.rollout.vllm_model import VOCAB_MULTIPLE
 from spmdrl.weights.layout import model_layout
@@ -28,7 +28,7 @@ from spmdrl.weights.plan import plan_sync
 from spmdrl.weights.sync import WeightSync
 from spmdrl.world import World
 from stopping import POLLS
-from tiny_model import make_tiny_model
+from tiny_model import load_into, make_tiny_model
 from torchrun import Torchrun, attempt_of, outcome_of
 from vllm_cases import make_vllm, needs_vllm
 
@@ -77,7 +77,7 @@ def interrupted(engine: VllmEngine, world: World, tp: int) -> list[Completion]:
 
     found = engine.generate(asked, seed=0, step=1, should_stop=should_stop)
     [whole] = engine.generate(asked[:1], seed=0, step=1)
-    assert whole[0].finish == "length", "it was stopped for good"
+    assert whole[0].finish == Finish.LENGTH, "it was stopped for good"
     assert found[0][0].tokens == whole[0].tokens[: len(found[0][0].tokens)]
     return [group[0] for group in found]
 
@@ -223,7 +223,7 @@ def test_no_weight_is_left_behind(results: list[dict[str, Any]], case: str) -> N
 @pytest.mark.parametrize("case", ["tp2", "dp2"])
 def test_every_group_stops_by_itself(results: list[dict[str, Any]], case: str) -> None:
     first, second = (result[case][2] for result in results)
-    assert {c.finish for c in (*first, *second)} == {"aborted"}
+    assert {c.finish for c in (*first, *second)} == {Finish.ABORTED}
     assert {len(c.tokens) for c in first} == {STOPS[0]}
     assert {len(c.tokens) for c in second} == {STOPS[0 if case == "tp2" else 1]}
 

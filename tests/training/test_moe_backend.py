@@ -14,11 +14,11 @@ from harness import run_ranks
 from spmdrl.batch import Batch
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.files.hf import load_into
 from spmdrl.models.moe import Experts
 from spmdrl.models.routing import EXPERT_CHOICES, pack_choices, unpack_choices
 from spmdrl.training.readout import next_token
 from spmdrl.world import World
+from tiny_model import load_into
 
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 COEFFICIENT = 0.3

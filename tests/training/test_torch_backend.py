@@ -23,13 +23,13 @@ from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.files.hf import load_into
 from spmdrl.models.sharding import global_shapes
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.protocol import LocalTensors, LossInput
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.world import World
+from tiny_model import load_into
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.8

@@ -165,7 +165,7 @@ def _records(batch: Batch, stops: StopTexts) -> list[dict[str, Any]]:
             "sample": int(batch["sample_index"][row]),
             "prompt": batch.objects["prompt"][row].text,
             "response": stops.before(responses[row].tolist()),
-            "finish": Finish.of(int(batch["finish"][row])),
+            "finish": Finish(int(batch["finish"][row])).text,
             "tokens": len(responses[row]),
             "logprob": logprobs[row],
         }

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
@@ -185,30 +183,6 @@ def without_overlap(held_out: S, trained_openings: Collection[str]) -> tuple[S, 
     return held_out.subset(kept), note
 
 
-def disjoint_parts(
-    texts: Sequence[str], shares: Sequence[float], *, seed: int = 0
-) -> list[list[int]]:
-    """Divide the indices of `texts` into parts that share no text: one list per share.
-
-    The part of a text depends only on the seed, the shares and the text. So stages of a pipeline
-    that read one file in different ways (other columns, other limits) still get disjoint prompts;
-    in return, the sizes match the shares of the distinct texts only approximately.
-
-    Args:
-        shares: share of the distinct texts in each part; the rest up to 1 is in no part.
-
-    Raises:
-        ValueError: a share that is not positive, or shares of more than 1 in all.
-    """
-    bounds = _bounds(shares)
-    parts: list[list[int]] = [[] for _ in shares]
-    for i, text in enumerate(texts):
-        number = bisect_right(bounds, _place(seed, text))
-        if number < len(parts):
-            parts[number].append(i)
-    return parts
-
-
 def read_part(part: str) -> tuple[int, int, int]:
     """Read (first, last, number of parts): `2/3` is (2, 2, 3), `2-3/4` (2, 3, 4), `all` (1, 1, 1).
 
@@ -226,27 +200,14 @@ def read_part(part: str) -> tuple[int, int, int]:
 
 
 def in_part(text: str, part: str) -> bool:
-    """Whether a text is in a part: `2/3` is the second of `disjoint_parts(.., [1/3] * 3)`."""
+    """Whether a text is in a part: `2/3` is the second of three with equal shares of all texts."""
     first, last, count = read_part(part)
     if (first, last) == (1, count):
         return True
-    # the two of the `_bounds` of equal shares that matter: a sum of i equal floats, rounded once,
-    # is their product
     low, high = (
         PLACES if i == count else round(i * (1 / count) * PLACES) for i in (first - 1, last)
     )
     return low <= _place(0, text) < high
-
-
-def _bounds(shares: Sequence[float]) -> list[int]:
-    """Ends of the parts in the range that `_place` draws from."""
-    total = math.fsum(shares)
-    if not all(share > 0 for share in shares) or total > 1 + 1e-9:
-        raise ValueError(f"shares={list(shares)}: each must be positive, and their sum at most 1")
-    bounds = [round(math.fsum(shares[: i + 1]) * PLACES) for i in range(len(shares))]
-    if bounds and total > 1 - 1e-9:
-        bounds[-1] = PLACES
-    return bounds
 
 
 def _place(seed: int, text: str) -> int:

@@ -148,6 +148,6 @@ def _record(batch: Batch, row: int) -> Mapping[str, object]:
         "response": batch.objects["response"][row],
         "answer": prompt.answer,
         "reward": float(batch["rewards"][row]),
-        "finish": Finish.of(int(batch["finish"][row])),
+        "finish": Finish(int(batch["finish"][row])).text,
         "tokens": int(batch["response_lengths"][row]),
     }

@@ -93,7 +93,7 @@ class GroupEnvironment:
         with_signal = world_sum(has_signal_of(batch).sum()).item()
         responses = batch["response_lengths"]
         rewards, lengths = moments(batch["rewards"]), moments(responses.double())
-        cut = moments((batch["finish"] == Finish.LENGTH.code).double())
+        cut = moments((batch["finish"] == Finish.LENGTH).double())
         return {
             "reward": rewards.mean,
             "reward_std": rewards.std,

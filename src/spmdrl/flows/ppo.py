@@ -145,7 +145,7 @@ class PpoTrainer:
     def _scores(self, batch: Batch) -> Tensor:  # [B]
         """Rewards after the penalty for cut responses, scaling and clipping."""
         algorithm = self.algorithm
-        cut = batch["finish"] == Finish.LENGTH.code
+        cut = batch["finish"] == Finish.LENGTH
         scores = missing_eos_penalty(batch["rewards"], cut, penalty=algorithm.cut_penalty)
         if algorithm.score_scaling != "none":
             seen = moments(scores)

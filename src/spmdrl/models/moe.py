@@ -22,6 +22,7 @@ from spmdrl.distributed.parallel import (
     reduce_from,
 )
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.experts import MoeConfig
 from spmdrl.models.fused import swiglu
 from spmdrl.models.grouped import Groups, grouped_gemm_is_usable, grouped_linear
 from spmdrl.models.linear import linear
@@ -80,18 +81,26 @@ class Moe(nn.Module):
         self.experts = Experts(config, tp, ep, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, layer: int, routing: Routing | None) -> Tensor:  # [T, D]
-        probabilities = self.router(x)
-        if routing is None:
-            chosen = probabilities.topk(self.moe.top_k, dim=-1).indices
-        else:
-            chosen = routing.choose(layer, probabilities.detach())
-            probabilities = routing.balanced(layer, probabilities, chosen)
-        weights = probabilities.gather(1, chosen)
-        if self.moe.normalise:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+        chosen, weights = choose_experts(self.router(x), self.moe, layer, routing)
         group = self.tp.group
         out = self.experts(copy_to(x, group), chosen, copy_to(weights.to(x.dtype), group))
         return reduce_from(out, group)
+
+
+def choose_experts(
+    probabilities: Tensor,  # [T, E]
+    moe: MoeConfig,
+    layer: int,
+    routing: Routing | None,
+) -> tuple[Tensor, Tensor]:
+    """Choose each token's experts, and their weights: int64 and float32 [T, K]."""
+    if routing is None:
+        chosen = probabilities.topk(moe.top_k, dim=-1).indices
+    else:
+        chosen = routing.choose(layer, probabilities.detach())
+        probabilities = routing.balanced(layer, probabilities, chosen)
+    weights = probabilities.gather(1, chosen)
+    return chosen, weights / weights.sum(dim=-1, keepdim=True) if moe.normalise else weights
 
 
 class Experts(nn.Module):

@@ -168,9 +168,7 @@ def _call(scoring: ScoringRole, batch: Batch, *, evaluation: bool) -> Call[Any]:
     if scoring.retokenize is None:
         return scoring.role.score.on(batch)
     # rows that a user's environment made may have no `finish`
-    ended = (
-        batch["finish"] == Finish.STOP.code if "finish" in batch else torch.ones(len(batch)).bool()
-    )
+    ended = batch["finish"] == Finish.STOP if "finish" in batch else torch.ones(len(batch)).bool()
     texts = batch.objects["response"]
     given = zip(batch.objects["prompt"], texts, ended.tolist(), strict=True)
     other = from_rows(

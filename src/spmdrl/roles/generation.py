@@ -96,7 +96,7 @@ class Rollout:
         `prompts` are home rows with the token column `tokens` and the row column `prompt_ids`
         (unique in the step). Results have the token columns `tokens`, `rollout_logprobs` and
         `loss_mask`, the row columns `prompt_ids`, `sample_index`, `prompt_lengths`,
-        `response_lengths`, `finish` (`Finish.code`) and `weight_version`; with
+        `response_lengths`, `finish` (a `Finish`) and `weight_version`; with
         `sampling.experts` and `.margins` also the token columns `expert_choices` and `margins`,
         with `sampling.support` the ragged column `support_ids`. The prompts' own row and Python
         columns are repeated for every sample.
@@ -227,7 +227,7 @@ def _begun(part: PartialResult) -> dict[tuple[int, int], Completion]:
         found[key] = Completion(
             tokens=tuple(row["tokens"][mask].tolist()),
             logprobs=tuple(row["rollout_logprobs"][mask].tolist()),
-            finish=Finish.of(int(row["finish"])),
+            finish=Finish(int(row["finish"])),
             margins=tuple(row["margins"][mask].tolist()) if "margins" in row else (),
             experts=row.tokens.get(EXPERT_CHOICES),
             support=row.ragged[SUPPORT].select(mask.nonzero().flatten())
@@ -272,7 +272,7 @@ def _completed(prompts: Batch, completions: list[Completion], *, with_margins: b
         rows={
             "prompt_lengths": prompts.lengths,
             "response_lengths": counts,
-            "finish": torch.tensor([c.finish.code for c in completions], dtype=torch.int64),
+            "finish": torch.tensor([c.finish for c in completions], dtype=torch.int64),
             # identifies the rows if the call is stopped
             "prompt_ids": prompts["prompt_ids"],
             "sample_index": prompts["sample_index"],

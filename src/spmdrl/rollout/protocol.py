@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum
 from typing import Protocol
 
 from torch import Tensor
@@ -16,20 +16,16 @@ from spmdrl.rollout.sampling import SamplingParams
 Progress = Callable[[int, int], None]
 
 
-class Finish(StrEnum):
-    """Reasons why a sample ended. The column `finish` of a `Batch` holds their codes."""
+class Finish(IntEnum):
+    """Reasons why a sample ended, and their codes in the column `finish`."""
 
-    STOP = "stop"  # an end of text, a stop token or a stop text
-    LENGTH = "length"
-    ABORTED = "aborted"
+    STOP = 0  # an end of text, a stop token or a stop text
+    LENGTH = 1
+    ABORTED = 2
 
     @property
-    def code(self) -> int:
-        return tuple(Finish).index(self)
-
-    @classmethod
-    def of(cls, code: int) -> Finish:
-        return tuple(cls)[code]
+    def text(self) -> str:
+        return self.name.lower()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,9 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-import torch
 
 from spmdrl.models.local_shards import Table, WeightLayout
 from spmdrl.weights.cells import Cell, find_cuts
@@ -107,31 +104,6 @@ class SyncPlan:
                 *(self.copied_bytes, self.gathered_bytes, self.moved_bytes),
             ],
         }
-
-    @classmethod
-    def from_json(cls, given: Mapping[str, Any]) -> SyncPlan:
-        """Rebuild a plan from `as_json`, even after the values were written and read as JSON."""
-        slot, world_size, shared, copied, gathered, moved = given["bytes"]
-        return cls(
-            shared={int(rank): frozenset(names) for rank, names in given["shared"].items()},
-            patterns=tuple(
-                tuple((_cell(*values), route) for *values, route in cells)
-                for cells in given["patterns"]
-            ),
-            routes=tuple(
-                Route(tuple(copies), _pairs(sends), tuple((root, tuple(g)) for root, g in casts))
-                for copies, sends, casts in given["routes"]
-            ),
-            groups=tuple(tuple(group) for group in given["groups"]),
-            rounds=_rounds(given["rounds"]),
-            frozen_rounds=_rounds(given["frozen_rounds"]),
-            slot_bytes=slot,
-            world_size=world_size,
-            shared_bytes=shared,
-            copied_bytes=copied,
-            gathered_bytes=gathered,
-            moved_bytes=moved,
-        )
 
     def cells(self, *, frozen: bool = True) -> Iterator[tuple[str, Cell, Route]]:
         """Every cell with its tensor's name and its route, in order."""
@@ -296,26 +268,3 @@ def _target_groups(
 
 def _as_list(cells: CellRange) -> list[object]:
     return [cells.name, cells.pattern, cells.first, cells.last]
-
-
-def _rounds(given: Iterable[Iterable[Iterable[Any]]]) -> tuple[Round, ...]:
-    return tuple(tuple(CellRange(*cells) for cells in one) for one in given)
-
-
-def _pairs(given: Iterable[Sequence[int]]) -> tuple[tuple[int, int], ...]:
-    return tuple((first, second) for first, second in given)
-
-
-def _cell(
-    start: Iterable[int],
-    stop: Iterable[int],
-    dtype: str,
-    holders: Iterable[int],
-    wanting: Iterable[int],
-) -> Cell:
-    return Cell(tuple(start), tuple(stop), _DTYPES[dtype], tuple(holders), tuple(wanting))
-
-
-_DTYPES = {
-    str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-}

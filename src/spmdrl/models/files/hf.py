@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from spmdrl.models.config import ModelConfig, read_config, tiny
-from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.inspection import HEAD, WithTiedHead, inspect
-from spmdrl.models.files.weight_files import Checkpoint, open_checkpoint
+from spmdrl.models.files.weight_files import open_checkpoint
 from spmdrl.models.sharding import SCORE, Head, Slice, global_shapes
 
 HeadInit = Literal["file", "normal", "zero"]
@@ -135,25 +134,9 @@ def open_model(
     return config, checkpoint
 
 
-def check_weights(config: ModelConfig, checkpoint: Checkpoint, head: Head | None = "lm") -> None:
-    """Raise ValueError, with file and tensor, unless the weights are those of config.json.
-
-    A tied model's `lm_head.weight` may be in the file; it is not used. Without `head` only the
-    body is checked.
-    """
-    inspect(config, checkpoint, head).refuse(checkpoint.path)
-
-
 @torch.no_grad()
 def fill(params: Iterable[tuple[Tensor, tuple[Slice, ...]]], checkpoint: TensorSource) -> None:
     """Copy each slice to its rows of the local tensor (any device and dtype), one at a time."""
     for tensor, held in params:
         for part in held:
             tensor[part.offset : part.offset + part.rows].copy_(checkpoint.read(part))
-
-
-def load_into(decoder: Decoder, checkpoint: TensorSource) -> None:
-    """Fill a decoder's local parameters (plain tensors on a real device) from a checkpoint."""
-    parameters = dict(decoder.named_parameters())
-    held = decoder.slices()
-    fill(((tensor, held[name]) for name, tensor in parameters.items()), checkpoint)

@@ -47,3 +47,11 @@ class PagedAttention(Protocol):
 
     def caches(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return keys and values by layer, blocks first, to be read and written between steps."""
+
+
+def copy_blocks(pairs: Sequence[tuple[int, int]], caches: Sequence[Tensor]) -> None:
+    """Copy the (source, target) blocks of every cache; all are read before any is written."""
+    if pairs:
+        source, target = torch.tensor(pairs, device=caches[0].device).unbind(1)
+        for cache in caches:
+            cache.index_copy_(0, target, cache.index_select(0, source))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spmdrl.rollout.native.attention import CacheShape
+from spmdrl.rollout.native.attention import CacheShape, copy_blocks
 from spmdrl.rollout.native.sample import Sample
 from spmdrl.rollout.native.scheduler import Chunk, StepPlan
 
@@ -51,7 +51,7 @@ class GatheredAttention:
         self._num_decodes = 0
 
     def prepare(self, plan: StepPlan) -> None:
-        self._copy_blocks(plan.copies)
+        copy_blocks(plan.copies, (*self._keys, *self._values))
         self._slots = self._find_slots(plan)
         self._num_decodes = len(plan.decodes)
         self._prepare_decodes(plan.decodes)
@@ -131,14 +131,6 @@ class GatheredAttention:
             return found.view(*table.shape, *found.shape[1:]).transpose(1, 2).flatten(2, 3)
 
         return of(self._keys[layer].mT), of(self._values[layer])
-
-    def _copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        if not pairs:
-            return
-        index = torch.tensor(pairs, device=self._shape.device)
-        source, target = index[:, 0], index[:, 1]
-        for cache in (*self._keys, *self._values):
-            cache.index_copy_(0, target, cache.index_select(0, source))
 
     def _find_slots(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
         """Find the block and the offset of every row's key and value."""

@@ -79,7 +79,7 @@ def restore_snapshot(
     for sample, found in zip(samples, content["samples"], strict=True):
         sample.tokens = [*sample.request.tokens, *found["tokens"]]
         sample.followers = [samples[i] for i in found["followers"]]
-        sample.expert_rows, sample.finish = found["rows"], Finish(found["finish"])
+        sample.expert_rows, sample.finish = found["rows"], Finish[found["finish"].upper()]
         for name in ("logprobs", "margins", "blocks", "cached"):
             setattr(sample, name, found[name])
         sample.support = SupportRecord(
@@ -102,7 +102,7 @@ def _sample_state(sample: Sample, number: Mapping[Sample, int]) -> dict[str, Any
         "logprobs": sample.logprobs,
         "margins": sample.margins,
         "support": [list(sample.support.counts), list(sample.support.ids)],
-        "finish": sample.finish,
+        "finish": sample.finish.text,
         "blocks": sample.blocks,
         "cached": sample.cached,
         "rows": sample.expert_rows,

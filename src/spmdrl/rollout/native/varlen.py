@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
 
-from spmdrl.rollout.native.attention import CacheShape
+from spmdrl.rollout.native.attention import CacheShape, copy_blocks
 from spmdrl.rollout.native.scheduler import StepPlan
 
 BLOCK_MULTIPLE = 256
@@ -78,7 +79,7 @@ class VarlenAttention:
 
     def prepare(self, plan: StepPlan, *, pad_to: int = 0) -> None:
         """Fill the buffers; `pad_to` is the number of samples to which idle ones pad the step."""
-        self._copy_blocks(plan.copies)
+        copy_blocks(plan.copies, (*self._keys, *self._values))
         size, trash = self._shape.block_size, self._shape.num_blocks
         tables = [s.blocks for s in plan.decodes] + [c.sample.blocks for c in plan.chunks]
         used = [s.cached for s in plan.decodes] + [c.stop for c in plan.chunks]
@@ -98,8 +99,8 @@ class VarlenAttention:
         n = len(counts)
         self._fill(self._table[:n, :width], padded)
         self._fill(self._used[:n], used)
-        self._fill(self._starts[: n + 1], _cumulative(counts))
-        self._fill(self._key_starts[: n + 1], _cumulative(used))
+        self._fill(self._starts[: n + 1], [0, *accumulate(counts)])
+        self._fill(self._key_starts[: n + 1], [0, *accumulate(used)])
         self._fill(self._slots[: len(slots)], slots)
         self._num_sequences, self._num_tokens = n, len(slots)
         self._max_query = max(counts)
@@ -140,23 +141,9 @@ class VarlenAttention:
         assert isinstance(out, Tensor)
         return out
 
-    def _copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
-        if not pairs:
-            return
-        index = torch.tensor(pairs, device=self._shape.device)
-        for cache in (*self._keys, *self._values):
-            cache.index_copy_(0, index[:, 1], cache.index_select(0, index[:, 0]))
-
     def _zeros(self, *sizes: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(*sizes, dtype=dtype, device=self._shape.device)
 
     def _fill(self, target: Tensor, values: Sequence[int] | Sequence[Sequence[int]]) -> None:
         source = torch.tensor(values, dtype=target.dtype)
         target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)
-
-
-def _cumulative(counts: list[int]) -> list[int]:
-    ends = [0]
-    for count in counts:
-        ends.append(ends[-1] + count)
-    return ends

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from spmdrl.memory.storages import require_resident
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.sharding import Slice
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineParameter:
-    """One parameter of this rank: `tensor` is None until `adopt` or `allocate`."""
-
-    tensor: Tensor | None
-    slices: tuple[Slice, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+from spmdrl.models.local_shards import LocalShard, LocalTensors
 
 
 class EngineWeights:
@@ -40,23 +29,19 @@ class EngineWeights:
         self._decoder, self._dtype, self._device = decoder, dtype, device
         self._changed = changed
 
-    def table(self) -> dict[str, EngineParameter]:
+    def table(self) -> dict[str, LocalShard]:
         """Return the parameters that this rank needs to hold, by local name."""
         slices = self._decoder.slices()
         return {
-            name: EngineParameter(
-                tensor=None if parameter.is_meta else parameter.data,
-                slices=slices[name],
-                shape=tuple(parameter.shape),
-                dtype=self._dtype,
-            )
-            for name, parameter in self._decoder.named_parameters()
+            name: LocalShard(shape=tuple(p.shape), dtype=self._dtype, slices=slices[name])
+            for name, p in self._decoder.named_parameters()
         }
 
-    def local_tensors(self) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:
-        """Return this rank's weights: local name -> (tensor, slices)."""
-        table = self.table()
-        return {n: (p.tensor, p.slices) for n, p in table.items() if p.tensor is not None}
+    def local_tensors(self) -> LocalTensors:
+        """Return the weights that this rank holds so far."""
+        slices = self._decoder.slices()
+        found = self._decoder.named_parameters()
+        return {name: (p.data, slices[name]) for name, p in found if not p.is_meta}
 
     def adopt(self, local_name: str, tensor: Tensor) -> None:
         """Use `tensor`'s storage as the parameter.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from spmdrl.models.attention import PackedAttention
 from spmdrl.models.experts import MoeConfig
 from spmdrl.models.fused import rms_norm
+from spmdrl.models.moe import choose_experts
 from spmdrl.models.rope import rotate
 from spmdrl.models.routing import Routing
 
@@ -96,14 +97,7 @@ class MegatronRouter(nn.Module):
         flat = x.reshape(-1, x.shape[-1]).float()
         probabilities = nn.functional.linear(flat, self.weight.float()).softmax(dim=-1)
         routing = self.attention[0].params.routing
-        if routing is None:
-            chosen = probabilities.topk(self.moe.top_k, dim=-1).indices
-        else:
-            chosen = routing.choose(self.layer, probabilities.detach())
-            probabilities = routing.balanced(self.layer, probabilities, chosen)
-        weights = probabilities.gather(1, chosen)
-        if self.moe.normalise:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
+        chosen, weights = choose_experts(probabilities, self.moe, self.layer, routing)
         used = torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, chosen, True)
         return torch.zeros_like(probabilities).scatter(1, chosen, weights), used
 
