@@ -156,7 +156,7 @@ def test_prefetch_only_where_it_fits_beside_the_running_call():
     assert all(call.prefetch == () for call in plan(None, grpo_parts(**wishes)).calls)
 
 
-def test_configured_policies_are_followed_even_where_all_fits():
+def test_configured_residencies_are_followed_even_where_all_fits():
     found = plan(1000, grpo_parts(optimizer="host"))
     assert found.residencies[OPTIMIZER] == "host"
     assert found.calls[0].moved_out == (OPTIMIZER,)

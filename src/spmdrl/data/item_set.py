@@ -14,22 +14,18 @@ class DataItem(Protocol):
     @property
     def text(self) -> str:
         """The first user message, before any template."""
-        ...
 
     @property
     def mark(self) -> bytes:
         """Digest of the item's row, see `data.identity`."""
-        ...
 
     @property
     def token_lists(self) -> tuple[Sequence[int], ...]:
         """All token ids; items with equal ones are equal."""
-        ...
 
     @classmethod
     def rows(cls, items: Sequence[Self], first_id: int) -> Batch:
         """Make the items' rows; `prompt_ids` count from `first_id`, item by item."""
-        ...
 
 
 T = TypeVar("T", bound=DataItem)

@@ -80,6 +80,11 @@ class NativeEngine:
         self._workspace = Workspace(
             config, decoder, self._options, self._group, tp.size, self._device, dtype
         )
+        # the parts kept between calls: `RolloutEngine`'s methods for them are those of their owners
+        workspace = self._workspace
+        self.cache_bytes, self.graph_bytes = workspace.cache_bytes, workspace.graph_bytes
+        self.release_cache, self.release_graphs = workspace.release, workspace.release_graphs
+        self.close = workspace.release
         self.weights = EngineWeights(self._decoder, dtype, self._device, self.release_graphs)
         self.local_tensors, self.adopt = self.weights.local_tensors, self.weights.adopt
         self.allocate = self.weights.allocate
@@ -88,34 +93,10 @@ class NativeEngine:
         self.num_preempted = 0
         """Number of preemptions during the last call."""
 
-    # Parts kept between calls, besides the weights
-
     @property
     def captures_graphs(self) -> bool:
         """Whether decode steps are replayed as CUDA graphs, which hold addresses."""
         return self._workspace.captures_graphs
-
-    def cache_bytes(self) -> int:
-        """Return the current bytes of the cache."""
-        return self._workspace.cache_bytes()
-
-    def graph_bytes(self) -> int:
-        """Return the current bytes of the graphs' private memory pool."""
-        return self._workspace.graph_bytes()
-
-    def release_cache(self) -> None:
-        """Free the cache, and the graphs that hold its addresses; the next call makes new ones."""
-        self._workspace.release()
-
-    def release_graphs(self) -> None:
-        """Free the graphs, before weights move whose addresses they hold."""
-        self._workspace.release_graphs()
-
-    def close(self) -> None:
-        """See `RolloutEngine.close`."""
-        self.release_cache()
-
-    # Generation
 
     def generate(
         self,
