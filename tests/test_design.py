@@ -22,6 +22,9 @@ WALKS = [
 """Pages and sections whose numbered steps are looked up."""
 
 
+PAGES = [ROOT / "README.md", TOUR, *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def section(page: Path, title: str) -> str:
     text = page.read_text(encoding="utf-8")
     found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
@@ -105,6 +108,32 @@ def test_the_picture_has_the_levels_of_the_imports() -> None:
     text = (ROOT / "docs" / "architecture.txt").read_text(encoding="utf-8").split("\n\n")[0]
     lines = [re.findall(r"\d+-\d+ ([\w.]+)", line) for line in text.splitlines()[1:]]
     assert [set(line) for line in reversed(lines)] == [rooms - {"__main__"} for rooms in LEVELS]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:[\w.]+/)+[\w]+\.(?:py|sh|sbatch|yaml|txt|md))`", text)
+    places = (ROOT, SOURCE)
+    assert [name for name in named if not any((place / name).is_file() for place in places)] == []
+
+
+@pytest.mark.parametrize("name", ["design.md", "weight-sync.md", "packing.md"])
+def test_modules_that_a_page_names_exist(name: str) -> None:
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    rooms = "|".join(path.name for path in SOURCE.iterdir() if (path / "__init__.py").is_file())
+    named = re.findall(rf"`((?:{rooms})/[a-z_/]*[a-z_])(?:\.(\w+))?`", text)
+    assert named
+    assert [(module, name) for module, name in named if not has(SOURCE / module, name)] == []
+
+
+def has(module: Path, name: str) -> bool:
+    """Whether a module or package exists, and defines the name if there is one."""
+    file = module.with_suffix(".py")
+    if not file.is_file():
+        return module.is_dir() and not name
+    known = set(defined(ast.parse(file.read_text(encoding="utf-8")).body))
+    return name in ("", "py") or name in known
 
 
 def test_a_step_with_a_lost_name_is_seen() -> None:
