@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from spmdrl.algorithms.kl_control import ERROR_LIMIT
-from spmdrl.commands.cli import _load, parse
+from spmdrl.commands.cli import parse
+from spmdrl.commands.config_commands import load
 from spmdrl.config.amounts import count_of
 from spmdrl.config.data import with_home
 from spmdrl.config.data_sets import held_out_sets
@@ -191,9 +192,9 @@ def test_what_answers_prompts_may_be_greedy(files):
         options = parse([*words, "--prompts=a", "--out=b"] if command == "generate" else words)
         if command in ("train", "explain"):
             with pytest.raises(ValueError, match="greedy samples teach nothing"):
-                _load(options)
+                load(options)
         else:
-            assert _load(options).sampling.temperature == 0
+            assert load(options).sampling.temperature == 0
 
 
 def test_a_stop_token_is_one_of_the_model_s(files):

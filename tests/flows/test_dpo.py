@@ -118,7 +118,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
         ],
         ["flow=online_dpo", "preference.loss=kto"],
     ),
-    "no judge": (["flow=online_dpo"], ["flow=online_dpo with rewards=[]"]),
+    "no judge": (["flow=online_dpo"], ["rewards=[] with flow=online_dpo"]),
     "column": (
         ["data.train.columns={chosen: better}"],
         ["no column 'better'", "'chosen', 'prompt', 'rejected'"],

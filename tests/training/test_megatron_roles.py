@@ -15,7 +15,7 @@ from test_torch_backend import clone, compare, poisoned, train
 from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_config
 
 from harness import run_ranks
-from spmdrl.config.rules import check_crossed
+from spmdrl.config.rules import check_rules
 from spmdrl.config.sections import Config
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.storages import live_bytes
@@ -395,6 +395,6 @@ def test_pipelines_without_megatron_are_refused(role, name, match):
         "rewards": [{"function": "math"}],
     }
     with pytest.raises(ValueError, match=match):
-        check_crossed(Config.model_validate(config))
+        check_rules(Config.model_validate(config), trains=False)
     with pytest.raises(ValueError, match="vpp"):
         Config.model_validate({**config, "roles": {"policy": {"megatron": {"vpp": 0}}}})

@@ -8,17 +8,25 @@ room, and environments, trainers and reward functions of the user's own that can
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
+from spmdrl.atomic_files import finite_json
+from spmdrl.commands.explain import node_size
 from spmdrl.commands.train import checked_flow
 from spmdrl.config.doubts import doubts
+from spmdrl.config.faults import Fault, collect
 from spmdrl.config.sections import Config
+from spmdrl.data.load_report import ROWS_READ
 from spmdrl.observe.progress import TimedLines
 from spmdrl.placement import place_roles
 from spmdrl.planning.engines import check_installed
 from spmdrl.planning.plan import plan_roles
+from spmdrl.role_spec import RoleSpec
 from spmdrl.run.assembly.assembly import open_models
 from spmdrl.run.assembly.factories import make_stream
 from spmdrl.run.inputs import Inputs, check_models, read_inputs
@@ -50,25 +58,96 @@ class Checked:
         held_out = ", ".join(f"{len(own)} in {name}" for name, own in self.inputs.held_out.items())
         return f"{text}; held out: {held_out or 'nothing'}"
 
+    def lines(self) -> Iterator[str]:
+        """Yield a line of JSON with the size of the training data, and of each held-out set."""
+        items, tokens = len(self.inputs.train), round(self.mean_tokens, 1)
+        yield finite_json({"key": "data", "items": items, "mean_tokens": tokens})
+        for name, own in self.inputs.held_out.items():
+            yield finite_json({"key": f"evaluation.sets.{name}", "items": len(own)})
 
-def check(config: Config, num_ranks: int) -> Checked:
-    """Read everything but the weights that a run on `num_ranks` ranks of one machine would read.
+
+def check(config: Config, num_ranks: int, ranks_per_node: int | None = None) -> Checked:
+    """Read everything but the weights that a run on `num_ranks` ranks would read.
+
+    Args:
+        ranks_per_node: number of ranks on each node; None: all are on one node.
 
     Raises:
-        ValueError: such a run would refuse the configuration or its inputs.
+        ConfigError: such a run would refuse the configuration or its inputs; it has all faults.
     """
-    checked_flow(config)
-    placements = place_roles(config, num_ranks, num_ranks)
+    specs: dict[str, RoleSpec] = {}
+    found: list[Checked] = []
+
+    def plan() -> None:
+        specs.update(check_plan(config, num_ranks, ranks_per_node))
+
+    def data() -> None:
+        found.append(check_inputs(config, specs))
+
+    collect((partial(checked_flow, config), plan, data))
+    return found[0]
+
+
+def check_without_data(config: Config, num_ranks: int, ranks_per_node: int | None = None) -> None:
+    """Check as `check` does, but read no data."""
+    plan = partial(check_plan, config, num_ranks, ranks_per_node)
+    collect((partial(checked_flow, config), plan))
+
+
+def check_plan(
+    config: Config, num_ranks: int, ranks_per_node: int | None = None
+) -> Mapping[str, RoleSpec]:
+    """Check roles, their models' shapes and the plan on these ranks; return the roles with models.
+
+    Raises:
+        ValueError: roles or models do not fit the ranks, the devices or each other.
+    """
+    size = node_size(num_ranks, ranks_per_node)
+    placements = place_roles(config, num_ranks, size)
     models = {name: model.config for name, model in open_models(config).items()}
     on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     ranks = ["cuda" if on_cuda else "cpu"] * num_ranks
-    specs = plan_roles(config, placements, models, ranks, num_ranks).specs
+    specs = plan_roles(config, placements, models, ranks, size).specs
     for spec in specs.values():
         check_installed(spec)
+    for doubt in doubts(config):
+        log.warning("%s", doubt)
+    return specs
+
+
+def check_inputs(config: Config, specs: Mapping[str, RoleSpec]) -> Checked:
+    """Read all data, and check that models can use them. ValueError: they cannot.
+
+    Args:
+        specs: roles with models; none: only the data are checked.
+    """
     inputs = read_inputs(config, config.data_kind(), TimedLines("the data"))
     check_models(config, inputs, specs)
     make_stream(config, inputs)
     check_rewards(config, inputs)
-    for doubt in doubts(config):
-        log.warning("%s", doubt)
     return Checked(config=config, inputs=inputs)
+
+
+def fault_line(fault: Fault) -> str:
+    """A fault as one line of JSON: key, value, message, fix."""
+    return finite_json(asdict(fault))
+
+
+@contextmanager
+def sources_read() -> Iterator[list[str]]:
+    """Yield a list that grows by a line of JSON for each data source that is read inside: the
+    section's key, and its counts.
+    """
+    found: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if ROWS_READ in vars(record):
+                found.append(finite_json(vars(record)[ROWS_READ]))
+
+    listener, logger = Listener(), logging.getLogger("spmdrl")
+    logger.addHandler(listener)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(listener)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spmdrl.commands.config_commands import add_config, add_config_commands, load
 from spmdrl.commands.launch_signals import COMMANDS
 from spmdrl.config.user_errors import AgreedError
 from spmdrl.supervision.error_file import launcher_shows_errors, write_error_file
@@ -152,22 +153,14 @@ def parser() -> argparse.ArgumentParser:
     for name, function, text in (
         ("train", _train, "Run the configuration's flow on all ranks."),
         ("eval", _eval, "Evaluate model.path on the held-out sets of prompts."),
-        ("explain", _explain, "Print the resolved configuration and how quantities come about."),
         ("report", _report, "Draw report.png of run_dir and print a summary."),
     ):
-        _add_config(add(name, function, text))
-    data_check = add(
-        "check", _check, "Say whether a run would start: keys, roles, models, data; 2 if not."
-    )
-    _add_config(data_check)
-    data_check.add_argument("--ranks", type=int, default=1, help="of the run, on one machine")
+        add_config(add(name, function, text))
+    add_config_commands(add)
     generate = add("generate", _generate, "Generate responses to prompts: JSONL in, JSONL out.")
     generate.add_argument("--prompts", required=True, help="JSONL with data.train.prompt_column")
     generate.add_argument("--out", required=True, help="JSONL to write")
-    _add_config(generate)
-    explain = commands.choices["explain"]
-    explain.add_argument("--ranks", type=int, default=1, help="world size")
-    explain.add_argument("--ranks-per-node", type=int, help="default: all on one node")
+    add_config(generate)
     commands.choices["report"].add_argument("--seconds", type=float, help="the run's wall time")
     _add_convert_words(
         add("convert", _convert, "GGUF, Megatron or Hugging Face model -> Hugging Face directory.")
@@ -184,10 +177,6 @@ def parser() -> argparse.ArgumentParser:
         text = f"least bandwidth of an all-reduce {what}"
         doctor.add_argument(f"--min-{where}", type=float, default=0.0, metavar="GB/S", help=text)
     doctor.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    keys = add("keys", _keys, "Print the configuration's keys as Markdown tables.")
-    keys.add_argument("--group", help="of keys: a section, `run` or `placement`; default: all")
-    keys.add_argument("--basic", action="store_true", help="leave out advanced keys")
-    add("schema", _schema, "Print a JSON Schema of configuration files, for editors.")
     return root
 
 
@@ -210,18 +199,6 @@ def _add_convert_words(convert: argparse.ArgumentParser) -> None:
 LAUNCH_TEXT = (
     f"[torchrun's options] {'|'.join(COMMANDS)} ...: run a command on the ranks of this node."
 )
-
-
-def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", help="a YAML file")
-    command.add_argument("overrides", nargs="*", metavar="key=value")
-
-
-def _load(options: argparse.Namespace) -> Config:
-    from spmdrl.config.load import load_config
-
-    trains = options.name in ("train", "explain", "check")
-    return load_config(options.config, options.overrides, trains=trains)
 
 
 @contextmanager
@@ -259,7 +236,7 @@ def _launch(options: argparse.Namespace) -> None:
         """Find a user's mistake here, before every rank finds it."""
         ranks_options = parse(words)
         if "config" in vars(ranks_options):
-            _load(ranks_options)
+            load(ranks_options)
 
     before = ["--traceback"] if options.traceback else []
     code = launch(options.words, before, check)
@@ -273,7 +250,7 @@ def _train(options: argparse.Namespace) -> None:
     from spmdrl.rewards.server import start_reward_server
 
     with _signals(options) as signals, start_reward_server() as server:
-        config = _load(options)  # before torch is imported: a mistake is reported at once
+        config = load(options)  # before torch is imported: a mistake is reported at once
         from spmdrl.commands.train import train
 
         with _world(config) as world:
@@ -284,7 +261,7 @@ def _eval(options: argparse.Namespace) -> None:
     from spmdrl.rewards.server import start_reward_server
 
     with _signals(options, saves=False), start_reward_server() as server:
-        config = _load(options)
+        config = load(options)
         from spmdrl.atomic_files import finite_json
         from spmdrl.commands.evaluate import evaluate
 
@@ -296,7 +273,7 @@ def _eval(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     with _signals(options, saves=False):
-        config = _load(options)
+        config = load(options)
         from spmdrl.commands.evaluate import generate
 
         with _world(config) as world:
@@ -305,24 +282,10 @@ def _generate(options: argparse.Namespace) -> None:
                 print(f"{count} responses in {options.out}", flush=True)
 
 
-def _explain(options: argparse.Namespace) -> None:
-    from spmdrl.commands.explain import explain
-
-    print(explain(_load(options), options.ranks, options.ranks_per_node))
-
-
-def _check(options: argparse.Namespace) -> None:
-    from spmdrl.commands.check import check
-    from spmdrl.observe.log import set_up_logging
-
-    set_up_logging(0)
-    print(check(_load(options), options.ranks).describe(), flush=True)
-
-
 def _report(options: argparse.Namespace) -> None:
     from spmdrl.observe.summary import report
 
-    config = _load(options)
+    config = load(options)
     report(config.run_dir, model=config.model.path, seconds=options.seconds)
 
 
@@ -356,20 +319,6 @@ def _check_model(options: argparse.Namespace) -> None:
     print("\n".join(found.lines), flush=True)
     if found.errors:
         raise SystemExit(2)
-
-
-def _keys(options: argparse.Namespace) -> None:
-    from spmdrl.config.key_table import key_table
-
-    print(key_table(options.group, basic=options.basic))
-
-
-def _schema(options: argparse.Namespace) -> None:
-    import json
-
-    from spmdrl.config.schema import config_schema
-
-    print(json.dumps(config_schema(), indent=1))
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from spmdrl.config.data_sets import (
     set_data,
     set_sampling,
 )
+from spmdrl.config.faults import ConfigError, Fault, read_fault
 from spmdrl.config.key_table import WILDCARDS, known_keys
-from spmdrl.config.rules import check_crossed, check_training
+from spmdrl.config.rules import check_rules
 from spmdrl.config.sections import Config
 
 _ENVIRONMENT = re.compile(r"^\s*#.*|\$\{([A-Z][A-Z0-9_]*)(?::([^}]*))?\}", re.MULTILINE)
@@ -48,52 +50,81 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, trains: bool
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {error}") from None
     config = parse_config(plain, str(path))
-    check_crossed(config)
-    if trains:
-        check_training(config)
+    check_rules(config, trains=trains)
     return config
 
 
 def parse_config(values: Any, origin: str) -> Config:
-    """Make a `Config` of nested dicts; ValueError lists every bad key with a suggestion."""
+    """Make a `Config` of nested dicts; ConfigError lists every bad key with a suggestion."""
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_problems(error, values, "", origin)) from None
-    for name, role in config.roles.items():
-        with _told(role.train, f"{origin}: roles.{name}.train", "train."):
-            config.train_section(name)
-    for number, entry in enumerate(config.data.mix):
-        with _told(entry, f"{origin}: data.mix.{number}", "data.train."):
-            mixed_source(config, entry)
-    with _told(config.evaluation.sampling, f"{origin}: evaluation", "sampling."):
-        set_sampling(config, {})
-    for name, given in described_sets(config).items():
-        where = f"{origin}: evaluation.sets.{name}"
-        with _told(given.get("data", {}), where, "data.train."):
-            set_data(config, given)
-        with _told({**config.evaluation.sampling, **given.get("sampling", {})}, where, "sampling."):
-            set_sampling(config, given)
-        with _told(given, where, "evaluation."):
-            held_out_set(config, given)
+        raise ConfigError(_faults(error, values, Place()), origin) from None
+    if faults := _inherited_faults(config):
+        raise ConfigError(faults, origin)
     return config
 
 
-@contextmanager
-def _told(values: Any, where: str, prefix: str) -> Iterator[None]:
-    """Turn the bad keys of a mapping into one ValueError that names its place."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Place of a mapping whose keys change those of a section.
+
+    Args:
+        where: what a message calls it; "" for the whole configuration.
+        section: the section whose keys it has; "" for its own.
+        inner: key of the mapping within `where`; "" if that is the mapping.
+    """
+
+    where: str = ""
+    section: str = ""
+    inner: str = ""
+
+    def key(self, name: str) -> str:
+        return ".".join(part for part in (self.where, self.inner, name) if part)
+
+
+def _inherited_faults(config: Config) -> list[Fault]:
+    """Bad keys of all mappings that override a section."""
+    faults = []
+    for name, role in config.roles.items():
+        place = Place(where=f"roles.{name}.train", section="train")
+        faults += _made(place, role.train, partial(config.train_section, name))
+    for number, entry in enumerate(config.data.mix):
+        place = Place(where=f"data.mix.{number}", section="data.train")
+        faults += _made(place, entry, partial(mixed_source, config, entry))
+    place = Place(where="evaluation", section="sampling", inner="sampling")
+    if found := _made(place, config.evaluation.sampling, lambda: set_sampling(config, {})):
+        return faults + found  # every set has them
+    for name, given in described_sets(config).items():
+        faults += _faults_of_set(config, f"evaluation.sets.{name}", given)
+    return faults
+
+
+def _faults_of_set(config: Config, where: str, given: Mapping[str, Any]) -> list[Fault]:
+    data, sampling = given.get("data", {}), given.get("sampling", {})
+    place = Place(where=where, section="data.train", inner="data")
+    found = _made(place, data, lambda: set_data(config, given))
+    place = Place(where=where, section="sampling", inner="sampling")
+    found += _made(place, sampling, lambda: set_sampling(config, given))
+    place = Place(where=where, section="evaluation")
+    return found or _made(place, given, lambda: held_out_set(config, given))
+
+
+def _made(place: Place, values: Any, make: Callable[[], object]) -> list[Fault]:
+    """Bad keys of a mapping, found by making the section that it changes."""
     try:
-        yield
+        make()
     except ValidationError as error:
-        raise ValueError(_problems(error, values, prefix, where)) from None
+        return _faults(error, values, place)
+    return []
 
 
-def _problems(error: ValidationError, values: Any, prefix: str, origin: str) -> str:
-    """One line per bad key; `prefix` completes the key's name."""
+def _faults(error: ValidationError, values: Any, place: Place) -> list[Fault]:
+    """One fault per bad key."""
     problems: dict[str, list[Any]] = {}
     for detail in error.errors():
-        problems.setdefault(prefix + _key_of(detail, values), []).append(detail)
-    return "\n".join(f"{origin}: {_problem(*item)}" for item in problems.items())
+        problems.setdefault(_key_of(detail, values), []).append(detail)
+    return [_fault(place, *item) for item in problems.items()]
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> DictConfig:
@@ -165,19 +196,28 @@ def _key_of(detail: Mapping[str, Any], values: Any) -> str:
     return ".".join(parts)
 
 
-def _problem(key: str, details: Sequence[Mapping[str, Any]]) -> str:
-    """Message on one key; pydantic gives one detail for each choice of a union."""
-    if details[0]["type"] == "extra_forbidden":
-        return f"unknown key {key!r}{_suggestion(key)}"
-    if details[0]["type"] == "missing":
-        return f"the key {key!r} is required"
-    value = details[0]["input"]
-    if details[0]["type"] == "value_error" and isinstance(value, dict):
+def _fault(place: Place, name: str, details: Sequence[Mapping[str, Any]]) -> Fault:
+    """Fault of one key; pydantic gives one detail for each choice of a union."""
+    key = f"{place.section}.{name}" if place.section else name
+    kind, value = details[0]["type"], details[0]["input"]
+    if kind == "extra_forbidden":
+        fix = _suggestion(key)
+        message = f"unknown key {key!r}; {fix}"
+    elif kind == "missing":
+        message, fix, value = f"the key {key!r} is required", f"add {key}", None
+    elif kind == "value_error" and isinstance(value, dict):
         # a rule of the section, which names its keys itself
-        return f"{key.rstrip('.')}.{details[0]['ctx']['error']}"
-    if details[0]["type"] == "tuple_type" and isinstance(value, str | int | float):
-        return f"{key}={value!r}: the key takes a list: write {key}=[{value}]"
-    return f"{key}={value!r}: {' or: '.join(d['msg'] for d in details)}"
+        read = read_fault(f"{key.rstrip('.')}.{details[0]['ctx']['error']}")
+        message, fix, value = read.message, read.fix, read.value
+        name = read.key.removeprefix(place.section and f"{place.section}.")
+    elif kind == "tuple_type" and isinstance(value, str | int | float):
+        fix = f"write {key}=[{value}]"
+        message = f"{key}={value!r}: the key takes a list: {fix}"
+    else:
+        fix = " or: ".join(detail["msg"] for detail in details)
+        message = f"{key}={value!r}: {fix}"
+    where = place.where and f"{place.where}: "
+    return Fault(key=place.key(name), value=value, message=f"{where}{message}", fix=fix)
 
 
 def _suggestion(key: str) -> str:
@@ -191,8 +231,8 @@ def _suggestion(key: str) -> str:
     neighbours = {k.removeprefix(prefix).split(".")[0] for k in known if k.startswith(prefix)}
     near = difflib.get_close_matches(parts[-1], sorted(neighbours), n=1, cutoff=0.7)
     if near:
-        return f"; did you mean {'.'.join([*parts[:-1], near[0]])!r}?"
+        return f"did you mean {'.'.join([*parts[:-1], near[0]])!r}?"
     near = [k for k in known if k.split(".")[-1] == parts[-1]]
     if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; the keys there are {', '.join(sorted(neighbours))}"
+        return f"did you mean {near[0]!r}?"
+    return f"the keys there are {', '.join(sorted(neighbours))}"

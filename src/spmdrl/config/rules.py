@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 from spmdrl.config.data_sets import HELD_OUT, START, held_out_sets
+from spmdrl.config.faults import collect
 from spmdrl.config.flow_rules import check_needed, check_role_used, check_updated, check_used
 from spmdrl.config.sections import Config, RewardSection
 
@@ -22,23 +24,25 @@ UPDATE_KEYS = (
 """Keys of `train` that only updates read."""
 
 
-def check_crossed(config: Config) -> None:
-    """Check the rules that involve two keys. ValueError names both keys and both values."""
+def check_rules(config: Config, *, trains: bool) -> None:
+    """Check the rules that involve two keys.
+
+    Args:
+        trains: the configuration is for training; False: only for answering prompts.
+
+    Raises:
+        ConfigError: of each rule that is broken; it names both keys and both values.
+    """
+    collect(partial(rule, config) for rule in (*RULES, *(TRAINING_RULES if trains else ())))
+
+
+def _check_samples(config: Config) -> None:
     data, algorithm = config.data, config.algorithm
-    _check_roles(config)
-    _check_backends(config)
-    _check_preference(config)
-    _check_rewards(config)
-    _check_experts(config)
-    _check_memory(config)
-    _check_updates(config)
-    _check_lag(config)
-    check_used(config)
     samples = data.prompts_per_step * data.group_size
-    if config.algorithm.overlong_buffer >= config.sampling.max_tokens:
+    if algorithm.overlong_buffer >= config.sampling.max_tokens:
         raise ValueError(
-            f"algorithm.overlong_buffer={config.algorithm.overlong_buffer} must be below "
-            f"sampling.max_tokens={config.sampling.max_tokens}"
+            f"algorithm.overlong_buffer={algorithm.overlong_buffer} with sampling.max_tokens="
+            f"{config.sampling.max_tokens}: lower the first, so that it is below the second"
         )
     compares = (
         config.flow_row.compares_groups and algorithm.advantage != "reinforce_pp" and config.rewards
@@ -46,25 +50,21 @@ def check_crossed(config: Config) -> None:
     if samples < 2 and compares:
         raise ValueError(
             f"data.prompts_per_step={data.prompts_per_step} x data.group_size={data.group_size} "
-            "make one sample: GRPO compares the samples of a group"
+            "make one sample, but GRPO compares the samples of a group: raise data.group_size"
         )
     if compares and data.group_size < 2:
         raise ValueError(
-            f"flow={config.flow} with data.group_size={data.group_size}: GRPO compares the "
+            f"data.group_size={data.group_size} with flow={config.flow}: GRPO compares the "
             "samples of a group, so it needs at least 2 (algorithm.advantage=reinforce_pp needs 1)"
         )
-    _check_evaluation(config)
 
 
-def check_training(config: Config) -> None:
-    """Check the rules that only training needs. ValueError names the keys and values."""
+def _check_training_samples(config: Config) -> None:
     data, algorithm, flow = config.data, config.algorithm, config.flow_row
-    check_needed(config)
-    check_updated(config)
     if flow.samples and config.sampling.temperature == 0:
         raise ValueError(
-            f"flow={config.flow} with sampling.temperature={config.sampling.temperature}: greedy "
-            "samples teach nothing; only evaluation.sampling.temperature may be 0"
+            f"sampling.temperature={config.sampling.temperature} with flow={config.flow}: greedy "
+            "samples teach nothing: raise it; only evaluation.sampling.temperature may be 0"
         )
     if not flow.samples or config.trainer is not None or config.environment is not None:
         return
@@ -109,7 +109,9 @@ def _check_evaluation(config: Config) -> None:
         if held_out.against is None:
             continue
         if not held_out.rewards:
-            raise ValueError(f"{where}.against={held_out.against} needs rewards to judge by")
+            raise ValueError(
+                f"{where}.against={held_out.against} needs rewards to judge by: add some"
+            )
         if held_out.against == START and not evaluation.before:
             raise ValueError(
                 f"{where}.against={START} with evaluation.before=false: the responses before the "
@@ -134,7 +136,7 @@ def _check_roles(config: Config) -> None:
         if role_section.head != "file" and kind not in SCALAR:
             raise ValueError(
                 f"roles.{name}.head={role_section.head}: {name} is a {kind}, and only {SCALAR} "
-                "models have a scalar head"
+                "models have a scalar head: leave the key out"
             )
         _check_freeze(config, name)
         check_role_used(config, name)
@@ -175,7 +177,8 @@ def _check_freeze(config: Config, name: str) -> None:
     if config.train_section(name).backend != "torch":
         raise ValueError(
             f"roles.{name}.freeze={list(given)} with train.backend="
-            f"{config.train_section(name).backend}: only the torch backend freezes parameters"
+            f"{config.train_section(name).backend}: only the torch backend freezes parameters: "
+            "leave the key out"
         )
 
 
@@ -216,19 +219,19 @@ def _check_preference(config: Config) -> None:
             )
         if not compares and "reference" in config.roles:
             raise ValueError(
-                f"roles.reference is configured but unused because "
+                "roles.reference is configured but unused because "
                 f"preference.loss={preference.loss}: remove the role (roles.reference: null)"
             )
     if flow.pairs_samples:
         if preference.loss not in ("dpo", "ipo") or preference.reference != "step":
             raise ValueError(
-                f"flow={flow.name} with preference.loss={preference.loss} and preference.reference="
-                f"{preference.reference}: its loss is dpo or ipo, and its samples are new in every "
-                "step (preference.reference=step)"
+                f"preference.loss={preference.loss} with preference.reference="
+                f"{preference.reference} in flow={flow.name}: its loss is dpo or ipo, and its "
+                "samples are new in every step (preference.reference=step)"
             )
         if config.data.group_size < 2:
             raise ValueError(
-                f"flow={flow.name} with data.group_size={config.data.group_size}: it compares the "
+                f"data.group_size={config.data.group_size} with flow={flow.name}: it compares the "
                 "samples of a prompt, so it needs at least 2"
             )
 
@@ -248,7 +251,7 @@ def _check_rewards(config: Config) -> None:
     distils = config.flow_row.distils and config.algorithm.teacher_coef > 0
     if config.flow_row.samples and not config.rewards and not distils:
         raise ValueError(
-            f"flow={config.flow} with rewards=[]: name at least one function, e.g. "
+            f"rewards=[] with flow={config.flow}: name at least one function, e.g. "
             "{function: math}, or one reward model, e.g. {role: reward}"
         )
     _check_reward_list(config, config.rewards, "rewards")
@@ -256,7 +259,7 @@ def _check_rewards(config: Config) -> None:
         if role.retokenize and config.role_kind(name) != "reward":
             raise ValueError(
                 f"roles.{name}.retokenize=true: only a reward model can read texts, and {name} is "
-                f"a {config.role_kind(name)}"
+                f"a {config.role_kind(name)}: leave the key out"
             )
 
 
@@ -272,7 +275,7 @@ def _check_reward_list(config: Config, rewards: Sequence[RewardSection], key: st
             continue
         if reward.role not in config.roles:
             raise ValueError(
-                f"{where}.role={reward.role!r} is none of roles={sorted(config.roles)}"
+                f"{where}.role={reward.role!r} is none of roles={sorted(config.roles)}: name one"
             )
         kind = config.role_kind(reward.role)
         if kind != "reward" and ":" not in kind:
@@ -288,9 +291,9 @@ def _check_memory(config: Config) -> None:
         for part, policy in role.memory.items():
             where = f"roles.{name}.memory.{part}={policy}"
             if part in ("kv_cache", "graphs") and kind != "rollout":
-                raise ValueError(f"{where}: only a rollout has a {part}, and {name} is a {kind}")
+                raise ValueError(f"{where}: only a rollout has a {part}: leave the key out")
             if part == "optimizer" and not config.is_trained(name):
-                raise ValueError(f"{where}: {name} is not trained, so it has no optimizer")
+                raise ValueError(f"{where}: {name} is not trained: leave the key out")
             if part in ("weights", "optimizer") and policy == "drop" and kind != "rollout":
                 raise ValueError(
                     f"{where}: nothing would bring them back; only a rollout's weights are, by "
@@ -327,3 +330,12 @@ def _check_lag(config: Config) -> None:
             f"{algorithm.old_logprobs}: the samples are one update old, so correct for it: set "
             "algorithm.importance_cap (e.g. 2.0), or algorithm.old_logprobs=rollout"
         )
+
+
+RULES = (
+    *(_check_roles, _check_backends, _check_preference, _check_rewards, _check_experts),
+    *(_check_memory, _check_updates, _check_lag, check_used),
+    *(_check_samples, _check_evaluation),
+)
+TRAINING_RULES = (check_needed, check_updated, _check_training_samples)
+"""Rules that only training needs."""

@@ -104,6 +104,10 @@ def joined(reports: Sequence[LoadReport]) -> LoadReport:
     )
 
 
+ROWS_READ = "rows_read"
+"""Attribute of the log record on a source: its counts, for programs."""
+
+
 def not_in(part: str) -> str:
     return f"not in part {part}"
 
@@ -141,4 +145,7 @@ def tell(
     if left_out:
         line += f" (left out: {reasons})"
     is_usual = all(why.startswith("not in") for why in left_out)
-    log.log(logging.INFO if is_usual else logging.WARNING, "%s", line, extra=ALIKE)
+    counts = {"key": key, "source": source, "rows": num_rows, "used": num_used}
+    rows_read = {**counts, "longest_tokens": longest, "left_out": dict(left_out)}
+    level = logging.INFO if is_usual else logging.WARNING
+    log.log(level, "%s", line, extra={**ALIKE, ROWS_READ: rows_read})
