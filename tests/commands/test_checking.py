@@ -18,6 +18,7 @@ import pytest
 
 from flow_cases import questions, write_config
 from spmdrl.commands.check import check
+from spmdrl.commands.cli import main
 from spmdrl.config.load import load_config
 from spmdrl.observe.log import RankHandler
 from tiny_model import make_tiny_model
@@ -264,9 +265,88 @@ def test_a_configuration_is_checked_without_a_run(tmp_path, model):
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, model):
     data = {"prompts_per_step": 5, "group_size": 4, **questions(tmp_path / "q.jsonl", 20)}
     path = write_config(tmp_path / "c.yaml", model, tmp_path / "run", data=data)
-    command = [sys.executable, "-m", "spmdrl", "check", str(path), "--ranks", "2"]
+    command = [sys.executable, "-m", "spmdrl", "check", str(path), "--ranks", "2", "--data"]
     command.append("data.prompts_per_step=30")
     bad = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert bad.returncode == 2 and not bad.stdout
     last = bad.stderr.splitlines()[-1]
     assert last.startswith("spmdrl check: error: data.prompts_per_step=30, but data.train has 20")
+
+
+@pytest.fixture
+def checked(tmp_path, model, capsys) -> Iterator[Callable[..., tuple[int, list[Any], str]]]:
+    """Run `spmdrl check --json`: its exit code, its lines, and its messages."""
+    data = {"prompts_per_step": 5, "group_size": 4, **questions(tmp_path / "q.jsonl", 20)}
+    path = write_config(tmp_path / "c.yaml", model, tmp_path / "run", data=data)
+
+    def run(*words: str) -> tuple[int, list[Any], str]:
+        try:
+            code = main(["check", str(path), "--json", *words])
+        except SystemExit as end:
+            code = int(str(end.code))
+        out, err = capsys.readouterr()
+        return code, [json.loads(line) for line in out.splitlines()], err
+
+    yield run
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if isinstance(h, RankHandler)]:
+        root.removeHandler(handler)
+
+
+def test_faults_are_records(checked):
+    assert checked() == (0, [], "")
+    code, lines, _ = checked("train.lrr=1", "train.lr=.nan", "sampling.stop=END")
+    assert code == 2 and all(list(line) == ["key", "value", "message", "fix"] for line in lines)
+    assert [(line["key"], line["value"]) for line in lines] == [
+        ("train.lr", None),  # JSON has no NaN
+        ("train.lrr", 1),
+        ("sampling.stop", "END"),
+    ]
+    # what needs models, roles or a user's file is found as well, each by itself
+    code, lines, _ = checked("roles.policy.tp=3", "flow=nowhere.py:f")
+    assert code == 2 and [line["key"] for line in lines] == ["flow", "roles.policy.tp"]
+    assert lines[1]["value"] == 3
+    code, lines, _ = checked("--ranks", "4", "--ranks-per-node", "3")
+    assert code == 2 and "--ranks 4 with --ranks-per-node 3" in lines[0]["message"]
+    # explain refuses the same
+    assert checked("--ranks", "4", "--ranks-per-node", "2", "roles.policy.ranks=nodes 0-1")[0] == 0
+    assert checked("model.path=nowhere")[1][0]["message"].count("nowhere")
+
+
+def test_data_are_read_where_that_is_asked_for(checked, tmp_path):
+    few = "data.prompts_per_step=30"
+    assert checked(few)[:2] == (0, []), "the data are not read"
+    code, lines, _ = checked(few, "--data", "roles.policy.tp=3")
+    faults = [line for line in lines if "fix" in line]
+    assert code == 2 and [fault["key"] for fault in faults] == [
+        "roles.policy.tp",
+        few.split("=")[0],
+    ]
+    (tmp_path / "more.jsonl").write_text('{"question": "a?", "answer": "5"}\n{"answer": "3"}\n' * 3)
+    more = f"{{source: {tmp_path}/more.jsonl, on_bad_row: skip, unique: true}}"
+    code, lines, _ = checked(
+        "--data", "evaluation.held_out=25%", f"evaluation.sets.x={{data: {more}}}"
+    )
+    assert code == 0
+    train, other, data, held_out, own = lines
+    assert (train["key"], train["rows"], train["used"], train["left_out"]) == (
+        *("data.train", 20, 20),
+        {},
+    )
+    assert other["key"] == "evaluation.sets.x.data" and (other["rows"], other["used"]) == (6, 1)
+    assert sorted(other["left_out"].values()) == [2, 3] and other["longest_tokens"] > 3
+    assert (data["key"], data["items"]) == ("data", 15) and data["mean_tokens"] > 3
+    assert held_out == {"key": "evaluation.sets.held_out", "items": 5}
+    assert own == {"key": "evaluation.sets.x", "items": 1}
+
+
+def test_without_json_the_command_speaks_to_people(checked, tmp_path, capsys):
+    path = str(tmp_path / "c.yaml")
+    assert main(["check", path]) == 0
+    assert "nothing is refused; --data reads" in capsys.readouterr().out
+    assert main(["check", path, "--data"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("20 prompts of ") and "20 of 20 rows are used" in err
+    assert main(["check", path, "roles.policy.tp=3", "flow=nowhere.py:f"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and "error: flow=nowhere.py:f: " in err and "\nroles.policy.tp=3 make 3" in err

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import spmdrl.commands.explain as module
 from flow_cases import write_config
+from spmdrl.commands.cli import main
 from spmdrl.commands.explain import explain
 from spmdrl.config.load import load_config
+from spmdrl.config.sections import Config
 from tiny_model import make_tiny_model
 
 
@@ -151,3 +154,16 @@ def test_what_is_not_there_is_listed(root, tmp_path, monkeypatch):
     assert f"data.train.source=gone.jsonl: there is no file {tmp_path}/gone.jsonl" in bad
     typo = explained(root, **{**good, "flow": "my.py:mian"}).split("# not found from here")[1]
     assert "flow=my.py:mian: my.py has no 'mian'; did you mean 'main'?" in typo
+
+
+def test_the_configuration_comes_last_and_where_it_is_asked_for(root, capsys):
+    path = write_config(root / "c.yaml", root / "model", root)
+    assert main(["explain", str(path), "--ranks", "2"]) == 0
+    derived = capsys.readouterr().out
+    assert derived.startswith("# derived, on 2 ranks (1 node)\n")
+    assert "# resolved" not in derived
+    assert main(["explain", str(path), "--ranks", "2", "--resolved", "seed=77"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(derived.rstrip("\n"))
+    resolved = yaml.safe_load(text.split("# resolved configuration\n")[1])
+    assert Config.model_validate(resolved) == load_config(path, ["seed=77"])

@@ -24,6 +24,7 @@ def add_config_commands(add: Add) -> None:
     command = add("explain", explain, "Print how quantities come about, and the plan.")
     add_config(command)
     add_ranks(command)
+    command.add_argument("--resolved", action="store_true", help="print the configuration as well")
     command = add("keys", keys, "Print the configuration's keys as Markdown tables.")
     command.add_argument("--group", help="of keys: a section, `run` or `placement`; default: all")
     command.add_argument("--basic", action="store_true", help="leave out advanced keys")
@@ -87,7 +88,8 @@ def _checked(options: argparse.Namespace) -> Checked | None:
 def explain(options: argparse.Namespace) -> None:
     from spmdrl.commands.explain import explain
 
-    print(explain(load(options), options.ranks, options.ranks_per_node))
+    ranks = options.ranks, options.ranks_per_node
+    print(explain(load(options), *ranks, resolved=options.resolved))
 
 
 def keys(options: argparse.Namespace) -> None:

@@ -40,28 +40,27 @@ ITEMS: Mapping[DataKind, str] = {
 SKIPPED = "less what has nothing to learn from"
 
 
-def explain(config: Config, world_size: int, ranks_per_node: int | None = None) -> str:
+def explain(
+    config: Config,
+    world_size: int,
+    ranks_per_node: int | None = None,
+    *,
+    resolved: bool = False,
+) -> str:
     """The text that `spmdrl explain CONFIG --ranks N` prints.
 
     Args:
         ranks_per_node: number of ranks on each node; None: all are on one node.
+        resolved: add the configuration with all its keys, after what is derived from it.
 
     Raises:
         ValueError: roles that do not fit the world, or a model that cannot be read.
     """
-    node_size = world_size if ranks_per_node is None else ranks_per_node
-    if world_size % node_size:
-        raise ValueError(
-            f"--ranks {world_size} with --ranks-per-node {node_size}: nodes have as many ranks each"
-        )
-    placements = place_roles(config, world_size, node_size)
-    plan = _plan(config, placements, world_size, node_size)
-    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
-    nodes = (
-        f"{world_size // node_size} nodes of {node_size}" if node_size < world_size else "1 node"
-    )
-    lines = ["# resolved configuration", resolved, f"# derived, on {world_size} ranks ({nodes})"]
-    lines += _aligned(_derived(config))
+    size = node_size(world_size, ranks_per_node)
+    placements = place_roles(config, world_size, size)
+    plan = _plan(config, placements, world_size, size)
+    nodes = f"{world_size // size} nodes of {size}" if size < world_size else "1 node"
+    lines = [f"# derived, on {world_size} ranks ({nodes})", *_aligned(_derived(config))]
     for name, spec in plan.specs.items():
         if own := list(_of_role(config, spec)):
             lines += ["", f"{name}:", *_aligned(own)]
@@ -72,7 +71,20 @@ def explain(config: Config, world_size: int, ranks_per_node: int | None = None) 
         lines += ["", "# doubtful", *found]
     if missing := list(_missing(config)):
         lines += ["", "# not found from here", *missing]
+    if resolved:
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+        lines += ["", "# resolved configuration", text.rstrip()]
     return "\n".join(lines)
+
+
+def node_size(num_ranks: int, ranks_per_node: int | None) -> int:
+    """Number of ranks on each node; None: all are on one. ValueError: nodes would differ."""
+    if ranks_per_node is not None and num_ranks % ranks_per_node:
+        raise ValueError(
+            f"--ranks {num_ranks} with --ranks-per-node {ranks_per_node}: nodes have as many ranks "
+            "each"
+        )
+    return ranks_per_node or num_ranks
 
 
 def _missing(config: Config) -> Iterator[str]:

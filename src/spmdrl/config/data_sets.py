@@ -10,6 +10,7 @@ from pydantic import Field
 
 from spmdrl.config.algorithms import Section
 from spmdrl.config.data import DataKind, Place, PromptsSection
+from spmdrl.config.faults import ConfigError, Fault
 from spmdrl.config.sections import (
     Config,
     RewardSection,
@@ -135,15 +136,17 @@ def described_sets(config: Config) -> dict[str, dict[str, Any]]:
     """The keys given for each held-out set, `held_out` first.
 
     Raises:
-        ValueError: `data` or `sampling` of a set is not a mapping.
+        ConfigError: `data` or `sampling` of a set is not a mapping.
     """
     own: dict[str, dict[str, Any]] = {HELD_OUT: {}} if config.evaluation.held_out else {}
     for name, given in config.evaluation.sets.items():
         for key in ("data", "sampling"):
             if not isinstance(given.get(key, {}), Mapping):
-                raise ValueError(
-                    f"evaluation.sets.{name}.{key}={given[key]!r} must be a mapping of keys"
-                )
+                where = f"evaluation.sets.{name}.{key}"
+                fix = f"give keys, as {where}: {{...}}"
+                message = f"{where}={given[key]!r} must be a mapping of keys: {fix}"
+                fault = Fault(key=where, value=given[key], message=message, fix=fix)
+                raise ConfigError([fault])
     return own | config.evaluation.sets
 
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_VALUE = r"\[[^]]*\]|\{[^}]*\}|\([^)]*\)|'[^']*'|\S+?(?=:?(?:\s|$)|[,;]\s)"
-_KEY = r"[a-z]\w*(?:\.[\w-]+)*"
-_LEADING = re.compile(rf"({_KEY})(?:=({_VALUE}))?")
+from spmdrl.config.sections import Config
+
+_VALUE = r"\[[^]]*\]|\{[^}]*\}|\([^)]*\)|'[^']*'|\S+?(?=\)?[:;,]?(?:\s|$))"
+_KEY = rf"(?:{'|'.join((*Config.model_fields, 'includes'))})(?:\.[\w-]+)*"
+_LEADING = re.compile(rf"({_KEY})(?:=({_VALUE})|(?=[:\s]))")
 _ANYWHERE = re.compile(rf"(?<![\w./=-])({_KEY})=({_VALUE})")
 _COLON = re.compile(r"(\S+): ")
 _BRACKETED = re.compile(r"\([^()]*\)|\{[^{}]*\}|\[[^][]*\]|'[^']*'")
@@ -54,11 +56,10 @@ def faults_of(error: Exception) -> tuple[Fault, ...]:
 def read_fault(message: str) -> Fault:
     """Read the fault in a message of the form `KEY=VALUE with KEY=VALUE: reason: fix`.
 
-    The key is the first, and the fix is the text after the last colon outside of brackets.
+    The key is the one that the message begins with, else the first that has a value; the fix is the
+    text after the last colon outside of brackets.
     """
-    found = _LEADING.match(message)
-    if found is None or not (found[2] or "." in found[1]) or message.startswith(("/", ".")):
-        found = _ANYWHERE.search(message)
+    found = _LEADING.match(message) or _ANYWHERE.search(message)
     key, value = ("", None) if found is None else found.groups()
     return Fault(key=key, value=_read_value(value), message=message, fix=_fix(message))
 

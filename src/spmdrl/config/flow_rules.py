@@ -25,7 +25,7 @@ def check_updated(config: Config) -> None:
     """ValueError: a role that the shipped trainer updates is not trained, or of another kind."""
     if config.trainer is not None:
         return
-    for name in config.flow_row.updates:
+    for name in (name for name in config.flow_row.updates if name in config.roles):
         if config.role_kind(name) != name:
             raise ValueError(
                 f"roles.{name}.kind={config.role_kind(name)} with flow={config.flow}, which "
