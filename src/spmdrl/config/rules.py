@@ -31,7 +31,7 @@ def check_rules(config: Config, *, trains: bool) -> None:
         trains: the configuration is for training; False: only for answering prompts.
 
     Raises:
-        ConfigError: of each rule that is broken; it names both keys and both values.
+        ConfigError: it has a fault for each broken rule, with both keys and both values.
     """
     collect(partial(rule, config) for rule in (*RULES, *(TRAINING_RULES if trains else ())))
 
