@@ -19,6 +19,7 @@ from spmdrl.commands.launch_signals import COMMANDS
 from spmdrl.config.key_table import key_table, known_keys
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import RewardSection
+from spmdrl.config.shipped_configs import shipped_names
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.rewards.functions import RewardSpec, load
 from spmdrl.roles.custom import CustomRole, RoleContext
@@ -54,8 +55,9 @@ def test_commands_parse_and_their_configurations_load(line, monkeypatch):
     if words[0] == "launch":
         words = words[next(i for i, word in enumerate(words) if word in COMMANDS) :]
     options = parse(words)
-    if "config" in vars(options) and Path(options.config).is_file():
-        load_config(options.config, options.overrides)
+    named = vars(options).get("config", "")
+    if Path(named).is_file() or named in shipped_names():
+        load_config(named, options.overrides)
 
 
 @pytest.mark.parametrize("line", [c for c in commands() if "scripts/" in c or "benchmarks/" in c])

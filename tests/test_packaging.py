@@ -1,11 +1,15 @@
-"""What the package imports is what its metadata declares."""
+"""The package: what it imports is declared, and a wheel holds what it needs."""
 
 from __future__ import annotations
 
 import ast
 import configparser
+import os
 import re
+import shutil
+import subprocess
 import sys
+import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -47,3 +51,58 @@ def test_every_import_is_declared() -> None:
         if not {normal(package), *map(normal, distributions.get(package, []))} & known
     }
     assert not missing
+
+
+def build_wheel(place: Path) -> Path:
+    """Build a wheel from a copy of what it is made of, without a network; the wheel's path."""
+    copy = place / "checkout"
+    shutil.copytree(
+        ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+    )
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    words = [
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-q",
+        "-w",
+        str(place),
+    ]
+    subprocess.run([sys.executable, "-m", "pip", *words], cwd=copy, check=True)
+    (wheel,) = place.glob("*.whl")
+    return wheel
+
+
+USED = """
+import sys
+from spmdrl.config.load import load_config
+from spmdrl.models.kernels import panels, row_kernels
+from spmdrl.rollout.native import paged_decode
+import spmdrl
+print(spmdrl.__file__)
+print(load_config("quickstart").flow, load_config("rlhf/ppo").flow)
+"""
+
+
+def test_a_wheel_has_kernels_and_configurations(tmp_path: Path) -> None:
+    wheel = build_wheel(tmp_path)
+    with zipfile.ZipFile(wheel) as opened:
+        names = set(opened.namelist())
+        opened.extractall(tmp_path / "unpacked")
+    files = [p for p in (ROOT / "src" / "spmdrl").rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    assert {str(p.relative_to(ROOT / "src")) for p in files} == {
+        name for name in names if name.startswith("spmdrl/")
+    }
+    assert {".c", ".h", ".yaml", ".py", ".typed"} <= {Path(name).suffix for name in names}
+    done = subprocess.run(
+        [sys.executable, "-c", USED],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "unpacked")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == [f"{tmp_path}/unpacked/spmdrl/__init__.py", "grpo", "ppo"], done

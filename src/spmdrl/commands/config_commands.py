@@ -1,4 +1,6 @@
-"""Commands that read a configuration and run nothing: check, explain, keys, schema."""
+"""Commands that read a configuration and run nothing: check, explain, keys, configs,
+schema.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,14 @@ def add_config_commands(add: Add) -> None:
     command = add("keys", keys, "Print the configuration's keys as Markdown tables.")
     command.add_argument("--group", help="of keys: a section, `run` or `placement`; default: all")
     command.add_argument("--basic", action="store_true", help="leave out advanced keys")
+    command = add("configs", configs, "List the shipped configurations, or print one of them.")
+    command.add_argument("config_name", nargs="?", metavar="NAME", help="one of those listed")
     add("schema", schema, "Print a JSON Schema of configuration files, for editors.")
 
 
 def add_config(command: argparse.ArgumentParser) -> None:
     """Add the words that name a configuration."""
-    command.add_argument("config", help="a YAML file")
+    command.add_argument("config", help="a YAML file, or a shipped configuration by name")
     command.add_argument("overrides", nargs="*", metavar="key=value")
 
 
@@ -96,6 +100,13 @@ def keys(options: argparse.Namespace) -> None:
     from spmdrl.config.key_table import key_table
 
     print(key_table(options.group, basic=options.basic))
+
+
+def configs(options: argparse.Namespace) -> None:
+    from spmdrl.config.shipped_configs import list_configs, shipped_text
+
+    named = options.config_name
+    print(list_configs() if named is None else shipped_text(named), flush=True)
 
 
 def schema(options: argparse.Namespace) -> None:

@@ -27,22 +27,24 @@ from spmdrl.config.faults import ConfigError, Fault, read_fault
 from spmdrl.config.key_table import WILDCARDS, known_keys
 from spmdrl.config.rules import check_rules
 from spmdrl.config.sections import Config
+from spmdrl.config.shipped_configs import find_config
 
 _ENVIRONMENT = re.compile(r"^\s*#.*|\$\{([A-Z][A-Z0-9_]*)(?::([^}]*))?\}", re.MULTILINE)
 """A whole comment line (left as it is), or `${NAME}` or `${NAME:default}`."""
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), *, trains: bool = True) -> Config:
-    """Read `path` with its includes, apply `key=value` overrides, check everything.
+    """Read a configuration with its includes, apply `key=value` overrides, check everything.
 
     Args:
+        path: path of a YAML file, or a name as `find_config` takes it; so are the includes.
         trains: the configuration is for training; False: only for generation.
 
     Raises:
         ValueError: a missing or malformed file, an unknown key, a wrong value, or two keys that do
             not fit together; the message names the keys, the values and the fix.
     """
-    merged = _read(Path(path), ())
+    merged = _read(find_config(path), ())
     for word in overrides:
         _override(merged, word)
     try:
@@ -131,9 +133,6 @@ def _read(path: Path, chain: tuple[Path, ...]) -> DictConfig:
     path = path.resolve()
     if path in chain:
         raise ValueError(f"{path} includes itself: {' -> '.join(map(str, (*chain, path)))}")
-    if not path.is_file():
-        origin = f" (included by {chain[-1]})" if chain else ""
-        raise ValueError(f"there is no config file {path}{origin}")
     try:
         content = OmegaConf.create(_substitute(path.read_text(encoding="utf-8"), str(path)))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
@@ -143,7 +142,8 @@ def _read(path: Path, chain: tuple[Path, ...]) -> DictConfig:
     includes = content.pop("includes", OmegaConf.create([]))
     if not isinstance(includes, ListConfig):
         raise ValueError(f"{path}: includes={includes!r} must be a list of files")
-    parts = [_read(path.parent / str(name), (*chain, path)) for name in includes]
+    chain = (*chain, path)
+    parts = [_read(find_config(str(name), included_by=path), chain) for name in includes]
     try:
         merged = OmegaConf.merge(*parts, content)
     except (OmegaConfBaseException, TypeError) as error:
