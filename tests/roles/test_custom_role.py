@@ -381,7 +381,7 @@ def test_its_state_comes_back_whatever_the_layout_of_other_roles(root: Path) -> 
     words = ("roles.policy.tp=2", "roles.rollout.tp=2")
     assert run_ranks(save_and_restore, 2, str(path), words) == [[[0.0], [6.0]]] * 2
     path = write_config(root / "own.yaml", root / "model", root / "own")
-    with pytest.raises(AssertionError, match="comes back on the same ranks alone") as refused:
+    with pytest.raises(AssertionError, match="is restored only on the same ranks") as refused:
         run_ranks(save_and_restore, 2, str(path), ("roles.judge.ranks=0",))
     assert "roles.judge: " in str(refused.value)
 
@@ -438,7 +438,7 @@ class Sized(Half):
 def counted_bytes(world: World, path: str, words: list[str]) -> int:
     assembly, _, _ = made(world, path, words)
     assembly.memory.settle()
-    return assembly.memory.resident_bytes()
+    return assembly.memory.registry.resident_bytes()
 
 
 def test_the_size_that_a_role_declares_is_in_the_plan(root):

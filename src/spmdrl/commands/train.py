@@ -124,10 +124,8 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
         run, lifetime = make_run(config, world, inputs, assembly, pools, watcher, relay)
-        try:
+        with closing(run):
             _run_flow(flow, run, lifetime)
-        finally:
-            run.close()
         assembly.close()
 
 

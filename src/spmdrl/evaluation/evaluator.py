@@ -92,7 +92,8 @@ class Evaluator:
         )
         metrics = self._metrics(batch)
         if opponent is not None:
-            metrics |= self._compared(batch, opponent)
+            rate = win_rate(self._table(batch, "rewards"), opponent)
+            metrics |= self._named({WIN_RATE: rate})
         self._write(batch, path)
         return metrics
 
@@ -105,10 +106,6 @@ class Evaluator:
             found = {ACCURACY: avg_at_k(right), **found}
             found |= {f"/pass@{k}": pass_at_k(right, k) for k in self._set.k}
         return {**self._named(found), f"{prefix}/response_length": float(lengths.mean())}
-
-    def _compared(self, batch: Batch, opponent: Tensor) -> dict[str, float]:
-        rewards = self._table(batch, "rewards")
-        return self._named({WIN_RATE: win_rate(rewards, opponent)})
 
     def _named(self, found: Mapping[str, Estimate]) -> dict[str, float]:
         prefix = EVAL + self._set.name

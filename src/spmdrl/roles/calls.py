@@ -30,8 +30,8 @@ from spmdrl.distributed.exchange import (
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.reduce import broadcast_object
 from spmdrl.memory.call_memory import Turns
-from spmdrl.roles.kept import PartialResult, Record
-from spmdrl.roles.ledger import Entry, Interrupted, Ledger, Stint, current, places_of
+from spmdrl.roles.kept import Kept, PartialResult, Record
+from spmdrl.roles.ledger import Interrupted, Ledger, Stint, current, places_of
 from spmdrl.roles.origin import origin_of
 from spmdrl.supervision.stopping import StopAsked
 
@@ -247,7 +247,7 @@ def _run_recorded(ledger: Ledger, calls: Sequence[Call[Any]]) -> list[Any]:
     found = {
         i: _kept(ledger, call, entry)
         for i, (call, entry) in enumerate(zip(calls, entries, strict=True))
-        if entry.record is not None
+        if entry is not None and entry.record is not None
     }
     todo = [i for i in range(len(calls)) if i not in found]
     fresh = _run_kept(ledger, [calls[i] for i in todo], [entries[i] for i in todo])
@@ -255,7 +255,9 @@ def _run_recorded(ledger: Ledger, calls: Sequence[Call[Any]]) -> list[Any]:
     return [found[i] for i in range(len(calls))]
 
 
-def _run_kept(ledger: Ledger, calls: Sequence[Call[Any]], entries: Sequence[Entry]) -> list[Any]:
+def _run_kept(
+    ledger: Ledger, calls: Sequence[Call[Any]], entries: Sequence[Kept | None]
+) -> list[Any]:
     """Run calls that are not finished yet; returns their home results, all of which are kept."""
     if not calls:
         return []
@@ -284,9 +286,9 @@ def _run_kept(ledger: Ledger, calls: Sequence[Call[Any]], entries: Sequence[Entr
     return homes
 
 
-def _entry(ledger: Ledger, call: Call[Any]) -> Entry:
+def _entry(ledger: Ledger, call: Call[Any]) -> Kept | None:
     if not call.kept:
-        return Entry()
+        return None
     return ledger.open(
         f"{call.role.name}.{call.method}" if call.label is None else call.label,
         origin_of(ledger.settings_of(call.role.name, call.settings), call.batch, call.needs),
@@ -295,7 +297,7 @@ def _entry(ledger: Ledger, call: Call[Any]) -> Entry:
     )
 
 
-def _kept(ledger: Ledger, call: Call[Any], entry: Entry) -> Any:
+def _kept(ledger: Ledger, call: Call[Any], entry: Kept) -> Any:
     """The result of a finished call that an earlier start has kept."""
     record = ledger.recall(entry, places_of(call.atom) if call.returns else None)
     return record.rows if call.returns else record.values

@@ -42,9 +42,6 @@ _KEPT_MEETINGS = 64
 """Number of meetings whose keys stay in the store; no rank lags this many role calls behind."""
 
 
-_NO_ORIGIN = Origin(settings="", sums=())
-
-
 class Diverged(RuntimeError):
     """Ranks make different role calls: the first to notice raises, before it could hang."""
 
@@ -73,26 +70,6 @@ class Stint:
     beat: Callable[[], None] = lambda: None
     report: Report = field(default_factory=lambda: _REPORT.get())
     begun: PartialResult | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A call's place in the ledger; `kept` is None if nothing is kept of it yet.
-
-    Args:
-        name: name of the call, or None if nothing will be kept of it.
-        origin: origin of this rank's rows.
-    """
-
-    name: str | None = None
-    origin: Origin = _NO_ORIGIN
-    writes: bool = False
-    is_ahead: bool = False
-    kept: Kept | None = None
-
-    @property
-    def record(self) -> Record | None:
-        return None if self.kept is None else self.kept.record
 
 
 class Ledger:
@@ -176,15 +153,16 @@ class Ledger:
 
     def open(
         self, name: str, origin: Origin, *, writes: bool = False, is_ahead: bool = False
-    ) -> Entry:
-        """Open the entry of the step's next call, with what an earlier start has kept of it.
+    ) -> Kept:
+        """Open the entry of the step's next call: the result that an earlier start has kept of it,
+        or one to be recorded, with the partial result of an earlier start if there is one.
 
         Args:
             name: `role.method`, or the call's label.
             origin: origin of this rank's rows.
             writes, is_ahead: see `Kept`.
         """
-        entry = Entry(name=name, origin=origin, writes=writes, is_ahead=is_ahead)
+        entry = Kept(name=name, step=self._step, origin=origin, writes=writes, is_ahead=is_ahead)
         found = [kept for kept in self._unclaimed if kept.name == name]
         if not found:
             return self._late_if_new(entry)
@@ -194,10 +172,9 @@ class Ledger:
         if kept is None:
             return self._late_if_new(entry)
         self._unclaimed.remove(kept)
-        return replace(entry, kept=kept)
+        return replace(entry, part=kept.part) if kept.record is None else kept
 
-    def _late_if_new(self, entry: Entry) -> Entry:
-        assert entry.name is not None
+    def _late_if_new(self, entry: Kept) -> Kept:
         if any(kept.writes and kept.name != entry.name for kept in self._unclaimed):
             self._late.append(entry.name)
         return entry
@@ -218,64 +195,51 @@ class Ledger:
     def stage(self, stage: Stage) -> None:
         self._pulse.at_call(self._pulse.position.call, stage)
 
-    def stint(self, entry: Entry) -> Stint:
-        """The controls for the call's `compute`. A call that is not kept never stops."""
-        if entry.name is None:
+    def stint(self, entry: Kept | None) -> Stint:
+        """The controls for the call's `compute`. A call without an entry never stops."""
+        if entry is None:
             return Stint(beat=self._pulse.beat)
-        return Stint(
-            should_stop=self._should_stop,
-            beat=self._pulse.beat,
-            begun=None if entry.kept is None else entry.kept.part,
-        )
+        return Stint(should_stop=self._should_stop, beat=self._pulse.beat, begun=entry.part)
 
     def agree(
-        self, entries: Sequence[Entry], stopped: Sequence[bool]
-    ) -> tuple[list[Entry], list[bool], bool]:
+        self, entries: Sequence[Kept | None], stopped: Sequence[bool]
+    ) -> tuple[list[Kept | None], list[bool], bool]:
         """Agree over the world on the origins of the entries, on the calls that were stopped on
         some rank, and on whether the flow must stop here.
+
+        Args:
+            entries: one for each call, None for a call of which nothing is kept.
         """
-        if all(entry.name is None for entry in entries):
+        opened = [entry for entry in entries if entry is not None]
+        if not opened:
             return list(entries), [False] * len(entries), False
-        sums = [number for entry in entries for number in entry.origin.sums]
+        sums = [number for entry in opened for number in entry.origin.sums]
         flags = [float(flag) for flag in (*stopped, self._should_stop())]
         totals = world_sum(torch.tensor([*flags, *sums], dtype=torch.float64)).tolist()
         *any_stopped, stop = [total > 0 for total in totals[: len(flags)]]
         numbers, whole = iter(totals[len(flags) :]), []
-        for entry in entries:
+        for entry in opened:
             own = [next(numbers) for _ in entry.origin.sums]
-            whole.append(replace(entry, origin=entry.origin.of_world(own)) if own else entry)
-        return whole, any_stopped, stop or any(any_stopped)
+            whole.append(replace(entry, origin=entry.origin.of_world(own)))
+        agreed = iter(whole)
+        found = [None if entry is None else next(agreed) for entry in entries]
+        return found, any_stopped, stop or any(any_stopped)
 
-    def record(self, entry: Entry, record: Record) -> None:
+    def record(self, entry: Kept | None, record: Record) -> None:
         """Keep the result of a finished call.
 
         Args:
-            entry: entry that `agree` returned.
+            entry: entry that `agree` returned; None keeps nothing.
         """
-        self._keep(entry, record=record)
+        if entry is not None:
+            self._kept.append(replace(entry, record=record, part=None))
 
-    def suspend(self, entry: Entry, part: PartialResult | None) -> None:
+    def suspend(self, entry: Kept | None, part: PartialResult | None) -> None:
         """Keep the partial result of a stopped call; None if this rank has none."""
-        self._keep(entry, part=PartialResult() if part is None else part)
+        if entry is not None:
+            self._kept.append(replace(entry, part=PartialResult() if part is None else part))
 
-    def _keep(
-        self, entry: Entry, *, record: Record | None = None, part: PartialResult | None = None
-    ) -> None:
-        if entry.name is None:
-            return
-        self._kept.append(
-            Kept(
-                name=entry.name,
-                step=self._step,
-                origin=entry.origin,
-                writes=entry.writes,
-                is_ahead=entry.is_ahead,
-                record=record,
-                part=part,
-            )
-        )
-
-    def recall(self, entry: Entry, places: Tensor | None) -> Record:
+    def recall(self, kept: Kept, places: Tensor | None) -> Record:
         """Take over the result of a finished call that an earlier start has kept.
 
         Args:
@@ -284,8 +248,8 @@ class Ledger:
         Raises:
             ValueError: other ranks have kept its rows, and they cannot be identified.
         """
-        assert entry.kept is not None and entry.kept.record is not None
-        kept, record = entry.kept, entry.kept.record
+        assert kept.record is not None
+        record = kept.record
         if record.rows is not None and kept.is_foreign:
             if places is None or record.places is None:
                 raise ValueError(

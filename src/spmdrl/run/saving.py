@@ -56,17 +56,14 @@ class Saver:
         self._last_saved: str | None = None
         section = config.checkpoint
         retention = Retention(last=section.keep_last, every=section.keep_every)
-        self._writer = CheckpointWriter(self._root, world, retention, progress=progress)
+        owned: dict[str, Any] = {}
         if attempt is not None:
-            self._writer = CheckpointWriter(
-                self._root,
-                world,
-                retention,
-                tag=attempt.directory.name,
-                permit=attempt.check_owner,
-                published=attempt.write_progress,
-                progress=progress,
-            )
+            owned = {
+                "tag": attempt.directory.name,
+                "permit": attempt.check_owner,
+                "published": attempt.write_progress,
+            }
+        self._writer = CheckpointWriter(self._root, world, retention, progress=progress, **owned)
         dtype = computing_dtype(config, "cuda" if "cuda" in world.device_types else "cpu")
         self._check = LossCheck(world, assembly.trained, TOLERANCES[dtype])
 
