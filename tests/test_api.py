@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,11 @@ def test_type_checkers_see_the_same_names() -> None:
     found = {name: f"spmdrl.{module}" for name, module in api._PLACES.items()}
     assert found == typed
     assert list(api.__all__) == sorted(found) == dir(api)
+
+
+def test_the_docstring_groups_every_name_once() -> None:
+    assert api.__doc__ is not None
+    assert sorted(re.findall(r"`(\w+)`", api.__doc__)) == api.__all__
 
 
 @pytest.mark.parametrize("name", api.__all__)

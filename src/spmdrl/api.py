@@ -16,9 +16,22 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
   `TorchBackend`, `TrainOptions`, `open_model`, `Readout`, `SCORES`, `VALUES`, `next_token`.
 - A backend or an engine: `TrainBackend`, `OptimStep`, `LocalTensors`; `RolloutEngine`, `Request`,
   `Completion`, `Finish`, `SamplingParams`.
-- Parts of the shipped flows, to subclass or to call: `GroupEnvironment`, the trainers, and the
-  terms that they share. Algorithms: all that the shipped flows call. A copy of a shipped flow finds
-  here everything that it imports.
+- Parts of the shipped flows, to subclass: `GroupEnvironment`, `GrpoTrainer`, `PpoTrainer`,
+  `DpoTrainer`, `OnlineDpoTrainer`, `SftTrainer`, `RewardModelTrainer`, `HeldOutPreferences`.
+- Their terms: `update_of`, `token_advantages`, `puts_kl_in_reward`, `policy_loss`,
+  `policy_columns`, `with_loss_weights`; of pairs `pair_loss`, `pair_update`, `pair_metrics`,
+  `with_pair_shares`, `log_ratio`, `distinct_rows`, `ReferenceSums`, `AskedSums`, `CachedSums`,
+  `REFERENCE`, `BASELINE`.
+- Advantages and rewards: `group_advantages`, `leave_one_out`, `rewards_to_go`,
+  `broadcast_to_tokens`, `gae`, `whiten`, `has_signal`, `overlong_penalty`, `token_rewards`,
+  `missing_eos_penalty`, `scale_and_clip`, `RewardScaler`; KL: `kl`, `kl_in_reward`, `sequence_kl`,
+  `KlControl`, `FixedKl`, `AdaptiveKl`.
+- Losses: `clipped_policy_loss`, `POLICY_COLUMNS`, `loss_weights`, `loss_shares`,
+  `clipped_value_loss`, `VALUE_COLUMNS`, `explained_variance`, `next_token_loss`,
+  `bradley_terry_loss`; of pairs `preference_loss`, `pair_rows`, `ordered_pairs`,
+  `distinct_responses`, `response_sums`, `as_compared`, `implicit_rewards`, `kto_baseline`.
+
+A copy of a shipped flow finds here everything that it imports.
 """
 
 # sorting would give each `name as name` a statement of its own
