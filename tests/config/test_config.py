@@ -122,7 +122,10 @@ def test_overrides_reach_into_lists_and_new_roles(base: Path) -> None:
         ),
         ("evaluation.sets.x={data: a.jsonl}", r"sets\.x\.data='a\.jsonl' must be a mapping"),
         ("evaluation.sets.x={}", r"evaluation\.sets\.x has no data"),
-        ("evaluation.sets.x={data: {}, k: [3]}", r"sets\.x\.k=3 with .*num_samples=1"),
+        (
+            "evaluation.sets.x={data: {}, k: [3]}",
+            r"sets\.x: evaluation\.k=\[3\]: with num_samples=1",
+        ),
         ("evaluation.sets={x y: {data: {}}}", r"sets\.x y: a set's name holds letters"),
         ("data.mix=[{sorce: x}]", r"data\.mix\.0: unknown key 'data\.train\.sorce'"),
         ("data.mix=[{weight: 0}]", r"data\.mix\.0: data\.train\.weight=0: .*greater than 0"),
@@ -185,7 +188,7 @@ def test_all_problems_are_listed_at_once(base: Path) -> None:
             ["data.group_size=1", "data.prompts_per_step=1"],
             ["data.prompts_per_step=1", "data.group_size=1"],
         ),
-        (["evaluation.k=[1,8]"], ["evaluation.k=8", "evaluation.num_samples=1"]),
+        (["evaluation.k=[1,8]"], ["evaluation.k=[1, 8]: with num_samples=1, pass@8"]),
     ],
 )
 def test_crossed_rules_name_both_keys_and_values(

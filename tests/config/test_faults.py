@@ -52,7 +52,7 @@ RULES: list[tuple[str, Any, tuple[str, ...]]] = [
     ),
     ("evaluation.sets.x", None, ("evaluation.sets={x y: {data: {}}}",)),
     ("evaluation.sets.x", None, ("evaluation.sets.x={}",)),
-    ("evaluation.k", 8, ("evaluation.k=[1,8]",)),
+    ("evaluation.k", [1, 8], ("evaluation.k=[1,8]",)),
     ("evaluation.sets.x.against", "a.jsonl", JUDGED),
     (
         "evaluation.sets.x.against",
@@ -101,7 +101,7 @@ RULES: list[tuple[str, Any, tuple[str, ...]]] = [
     ),
     ("rewards", [], ("rewards=[]",)),
     ("roles.policy.retokenize", True, ("roles.policy.retokenize=true",)),
-    ("rewards.0", None, ("rewards=[{weight: 2}]",)),
+    ("rewards.0.function", None, ("rewards=[{weight: 2}]",)),
     ("rewards.0.role", "judge", ("rewards=[{role: judge}]",)),
     ("rewards.0.role", "policy", ("rewards=[{role: policy}]",)),
     ("roles.policy.memory.kv_cache", "drop", ("roles.policy.memory.kv_cache=drop",)),

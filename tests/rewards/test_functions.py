@@ -9,7 +9,7 @@ from spmdrl.rewards.texts import last_value
 
 
 def score(function, response, answer=None, entry=None, **parameters):
-    spec = RewardSpec(name="x", function=function, parameters=parameters)
+    spec = RewardSpec(name="x", function=function, options=parameters)
     return load(spec)("prompt", response, answer, entry or {})
 
 
@@ -109,7 +109,7 @@ def test_a_file_with_parameters_and_a_module(tmp_path):
 )
 def test_what_cannot_be_loaded_is_named(function, parameters, message):
     with pytest.raises(ValueError, match=message) as caught:
-        load(RewardSpec(name="mine", function=function, parameters=parameters))
+        load(RewardSpec(name="mine", function=function, options=parameters))
     assert "'mine'" in str(caught.value)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -18,11 +16,11 @@ def rates(options: TrainOptions, num_steps: int) -> list[float]:
 def test_schedules_by_hand() -> None:
     options = TrainOptions(lr=1.0, warmup_steps=2, total_steps=6)
     assert rates(options, 8) == [0.5, 1, 1, 1, 1, 1, 1, 1]
-    linear = replace(options, schedule="linear")
+    linear = options.model_copy(update={"schedule": "linear"})
     assert rates(linear, 8) == pytest.approx([0.5, 1, 1, 0.75, 0.5, 0.25, 0, 0])
-    floor = replace(linear, min_lr_ratio=0.2)
+    floor = linear.model_copy(update={"min_lr_ratio": 0.2})
     assert rates(floor, 8) == pytest.approx([0.5, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2])
-    cosine = replace(floor, schedule="cosine", min_lr_ratio=0.0)
+    cosine = floor.model_copy(update={"schedule": "cosine", "min_lr_ratio": 0.0})
     assert rates(cosine, 7) == pytest.approx([0.5, 1, 1, 0.8535534, 0.5, 0.1464466, 0])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from spmdrl.config.algorithms import Basic, Section
 from spmdrl.config.amounts import Amount, read_amount, read_share
@@ -103,6 +103,21 @@ class DataSection(Section):
     )
 
 
+def within_samples(k: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+    """Check the values of k in pass@k against `num_samples`, a field before them."""
+    num_samples = info.data.get("num_samples", max(k, default=1))
+    for number in k:
+        if not 1 <= number <= num_samples:
+            raise ValueError(
+                f"with num_samples={num_samples}, pass@{number} needs at least {number} samples, "
+                "and k at least 1"
+            )
+    return k
+
+
+PassAt = Annotated[tuple[int, ...], AfterValidator(within_samples)]
+
+
 class EvaluationSection(Section):
     held_out: Basic[Annotated[Amount, BeforeValidator(read_amount)]] = Field(
         0,
@@ -134,7 +149,7 @@ class EvaluationSection(Section):
     num_samples: Basic[int] = Field(
         1, ge=1, description="Draw this many responses per prompt, at least 1."
     )
-    k: Basic[tuple[int, ...]] = Field(
+    k: Basic[PassAt] = Field(
         (1,), description="Report pass@k for these k, each at least 1 and at most num_samples."
     )
     sampling: dict[str, Any] = Field(

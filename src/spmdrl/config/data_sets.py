@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from spmdrl.config.algorithms import Section
-from spmdrl.config.data import DataKind, Place, PromptsSection
+from spmdrl.config.data import DataKind, PassAt, Place, PromptsSection
 from spmdrl.config.faults import ConfigError, Fault
 from spmdrl.config.sections import (
     Config,
@@ -48,7 +48,7 @@ class HeldOutSet(Section):
     rewards: tuple[RewardSection, ...] = ()
     threshold: float = 1.0
     num_samples: int = Field(1, ge=1)
-    k: tuple[int, ...] = (1,)
+    k: PassAt = (1,)
     sampling: SamplingSection = SamplingSection()
     against: Place | None = None
     max_items: int | None = Field(None, ge=1)

@@ -185,7 +185,7 @@ def _substitute(text: str, origin: str) -> str:
 
 def _key_of(detail: Mapping[str, Any], values: Any) -> str:
     """The dotted key of an error, without the names that pydantic adds for a union's choices."""
-    if detail["type"] == "missing":
+    if detail["type"] in ("missing", "value_error"):
         return ".".join(map(str, detail["loc"]))
     parts: list[str] = []
     for part in detail["loc"]:
@@ -207,17 +207,22 @@ def _fault(place: Place, name: str, details: Sequence[Mapping[str, Any]]) -> Fau
         message, fix, value = f"the key {key!r} is required", f"add {key}", None
     elif kind == "value_error" and isinstance(value, dict):
         # a rule of the section, which names its keys itself
-        read = read_fault(f"{key.rstrip('.')}.{details[0]['ctx']['error']}")
+        read = read_fault(f"{key.rstrip('.')}.{_message(details[0])}")
         message, fix, value = read.message, read.fix, read.value
         name = read.key.removeprefix(place.section and f"{place.section}.")
     elif kind == "tuple_type" and isinstance(value, str | int | float):
         fix = f"write {key}=[{value}]"
         message = f"{key}={value!r}: the key takes a list: {fix}"
     else:
-        fix = " or: ".join(detail["msg"] for detail in details)
+        fix = " or: ".join(map(_message, details))
         message = f"{key}={value!r}: {fix}"
     where = place.where and f"{place.where}: "
     return Fault(key=place.key(name), value=value, message=f"{where}{message}", fix=fix)
+
+
+def _message(detail: Mapping[str, Any]) -> str:
+    own = detail["type"] == "value_error"  # pydantic's text of it begins with its type
+    return str(detail["ctx"]["error"] if own else detail["msg"])
 
 
 def _suggestion(key: str) -> str:

@@ -97,14 +97,12 @@ def _check_evaluation(config: Config) -> None:
             f"evaluation.held_out={evaluation.held_out} and evaluation.sets.{HELD_OUT}: both make "
             f"the set {HELD_OUT}, so give one of them, or the other another name"
         )
-    _check_k(evaluation.k, evaluation.num_samples, "evaluation")
     for name, held_out in held_out_sets(config).items():
         where = "evaluation" if name not in evaluation.sets else f"evaluation.sets.{name}"
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
             raise ValueError(f"{where}: a set's name holds letters, digits, '_', '-' and '.' only")
         if held_out.data is None and name != HELD_OUT:
             raise ValueError(f"{where} has no data: give keys of data.train that differ")
-        _check_k(held_out.k, held_out.num_samples, where)
         _check_reward_list(config, held_out.rewards, f"{where}.rewards")
         if held_out.against is None:
             continue
@@ -117,15 +115,6 @@ def _check_evaluation(config: Config) -> None:
                 f"{where}.against={START} with evaluation.before=false: the responses before the "
                 "first step are what it compares with"
             )
-
-
-def _check_k(k: Sequence[int], num_samples: int, where: str) -> None:
-    wrong = [number for number in k if not 1 <= number <= num_samples]
-    if wrong:
-        raise ValueError(
-            f"{where}.k={wrong[0]} with {where}.num_samples={num_samples}: pass@k needs at least k "
-            "samples, and k at least 1"
-        )
 
 
 def _check_roles(config: Config) -> None:
@@ -266,11 +255,6 @@ def _check_rewards(config: Config) -> None:
 def _check_reward_list(config: Config, rewards: Sequence[RewardSection], key: str) -> None:
     for number, reward in enumerate(rewards):
         where = f"{key}.{number}"
-        if (reward.function is None) == (reward.role is None):
-            raise ValueError(
-                f"{where} has function={reward.function!r} and role={reward.role!r}: name a "
-                "function or a role"
-            )
         if reward.role is None:
             continue
         if reward.role not in config.roles:

@@ -8,9 +8,9 @@ configuration itself. Every key is checked: an unknown one is an error that sugg
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from spmdrl.config.algorithms import AlgorithmSection, Basic, PreferenceSection, Section
 from spmdrl.config.data import DataKind, DataSection, EvaluationSection, Place, without_null
@@ -19,6 +19,7 @@ from spmdrl.config.shipped_flows import ShippedFlow, flow_row
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 TokenId = Annotated[int, Field(ge=0)]
+StopText = Annotated[str, Field(min_length=1)]
 
 
 class TrainSection(Section):
@@ -142,7 +143,7 @@ class SamplingSection(Section):
     max_tokens: Basic[int] = Field(
         256, ge=1, description="End a response after this many tokens, at least 1."
     )
-    stop: tuple[str, ...] = Field((), description="End a response at any of these texts.")
+    stop: tuple[StopText, ...] = Field((), description="End a response at any of these texts.")
     stop_token_ids: tuple[TokenId, ...] = Field(
         (),
         description="End a response at any of these token ids, each at least 0, as well as at "
@@ -175,6 +176,14 @@ class RewardSection(Section):
         default_factory=dict,
         description="Pass these options to a built-in, or keyword arguments to a function.",
     )
+
+    @model_validator(mode="after")
+    def _names_one(self) -> Self:
+        if (self.function is None) == (self.role is None):
+            raise ValueError(
+                f"function={self.function!r} and role={self.role!r}: name a function or a role"
+            )
+        return self
 
 
 class RewardPoolSection(Section):

@@ -31,13 +31,13 @@ class RewardSpec:
         name: name of its column.
         function: name of a built-in, `module:function`, or `path/to/file.py:function`.
         weight: its factor in the weighted sum.
-        parameters: options of a built-in, or keyword arguments of a user's function.
+        options: options of a built-in, or keyword arguments of a user's function.
     """
 
     name: str
     function: str
     weight: float = 1.0
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load(spec: RewardSpec, columns: Collection[str] | None = None) -> RewardFunction:
@@ -54,7 +54,7 @@ def load(spec: RewardSpec, columns: Collection[str] | None = None) -> RewardFunc
     where = f"reward {spec.name!r} ({spec.function})"
     if spec.function in BUILT_IN:
         try:
-            return BUILT_IN[spec.function](**spec.parameters)
+            return BUILT_IN[spec.function](**spec.options)
         except (TypeError, ValueError, ImportError, re.error) as error:
             raise ValueError(f"{where}: {error}") from error
     if not all(spec.function.rpartition(":")):
@@ -66,7 +66,7 @@ def load(spec: RewardSpec, columns: Collection[str] | None = None) -> RewardFunc
     if not callable(function):
         raise ValueError(f"{where} is a {type(function).__name__}: name a function")
     try:
-        return caller_of(function, spec.parameters, columns)
+        return caller_of(function, spec.options, columns)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

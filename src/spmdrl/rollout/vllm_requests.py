@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from spmdrl.config.sections import RolloutSection
 from spmdrl.keyed_random import key64
 from spmdrl.rollout.protocol import Request
 from spmdrl.rollout.sampling import MAX_SUPPORT, SamplingParams
@@ -36,29 +36,28 @@ ENVIRONMENT: dict[str, str | None] = {
 """Environment variables of the process while vLLM runs in it; None removes one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class VllmOptions:
-    """Sizes of the engine.
+class VllmOptions(RolloutSection):
+    """The section `rollout` with what the run adds to it.
 
     Args:
         kv_cache_bytes: bytes of one rank's cache, allocated at start.
         max_length: most tokens of prompt and response together.
-        block_size: tokens of a cache block.
-        max_running: most samples decoded together.
-        prefill_tokens: most prompt tokens per step.
-        cuda_graphs: let vLLM compile the model and capture CUDA graphs.
         sleeps: let weights and cache leave the device between calls (`sleep`); only on CUDA.
-        cache_fix: text for messages, how to make the cache larger.
     """
 
     kv_cache_bytes: int
     max_length: int
-    block_size: int = 32
-    max_running: int = 256
-    prefill_tokens: int = 2048
-    cuda_graphs: bool = True
     sleeps: bool = False
-    cache_fix: str = "raise rollout.kv_cache_gb"
+
+    @property
+    def cache_fix(self) -> str:
+        """Text for messages: how to make the cache larger."""
+        if self.kv_cache_gb == "auto":
+            return (
+                "vLLM is started for data.train.max_tokens and sampling.max_tokens (or those of "
+                "evaluation), raise them"
+            )
+        return f"raise rollout.kv_cache_gb={self.kv_cache_gb}"
 
 
 def sampling_arguments(

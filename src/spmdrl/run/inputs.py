@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -244,15 +244,7 @@ def prompt_source(section: PromptsSection, now: datetime, key: str = "data.train
 
 
 def sampling_params(section: SamplingSection) -> SamplingParams:
-    return SamplingParams(
-        temperature=section.temperature,
-        top_p=section.top_p,
-        top_k=section.top_k,
-        min_p=section.min_p,
-        max_tokens=section.max_tokens,
-        stop=section.stop,
-        stop_token_ids=section.stop_token_ids,
-    )
+    return SamplingParams(**section.model_dump())
 
 
 def training_sampling(config: Config) -> SamplingParams:
@@ -268,7 +260,8 @@ def training_sampling(config: Config) -> SamplingParams:
     is_listed = 1 <= sampling.top_k <= MAX_SUPPORT
     if support and not is_listed and _samples_with_vllm(config):
         raise ValueError(f"sampling.top_k={sampling.top_k}: {SUPPORT_NEEDS_TOP_K}")
-    return replace(sampling, experts=config.algorithm.routing_replay, support=support)
+    recorded = {"experts": config.algorithm.routing_replay, "support": support}
+    return sampling.model_copy(update=recorded)
 
 
 def _samples_with_vllm(config: Config) -> bool:

@@ -40,7 +40,7 @@ def reward_specs(rewards: Sequence[RewardSection]) -> list[RewardSpec]:
                 name=f"{base}#{taken + 1}" if taken else base,
                 function=section.function,
                 weight=section.weight,
-                parameters=section.options,
+                options=section.options,
             )
         )
     return specs

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from spmdrl.config.sections import RolloutSection
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.moe import has_fixed_shapes
@@ -25,25 +25,16 @@ _CPU_CACHE_GB = 2.0
 _CUDA_FREE_FRACTION = 0.8
 
 
-@dataclass(frozen=True, kw_only=True)
-class NativeOptions:
-    """Sizes of the native engine.
+class NativeOptions(RolloutSection):
+    """The section `rollout` with what the run adds to it.
+
+    A `kv_cache_gb` of "auto" is the most that a call's requests can need, up to 2 GB on the CPU and
+    80 % of the free memory on CUDA. Torch's paged kernels round `block_size` up to 256's multiples.
 
     Args:
-        kv_cache_gb: size of one rank's cache, in 10^9 bytes; "auto": the most that a call's
-            requests can need, up to 2 on the CPU and 80 % of the free memory on CUDA.
-        block_size: tokens of a cache block; torch's paged kernels round it up to 256's multiples.
-        max_running: most samples decoded together.
-        prefill_tokens: most prompt tokens per step.
-        cuda_graphs: replay decode steps as CUDA graphs.
         keeps_aborted: keep the state of an aborted call (with its cache!), to resume it.
     """
 
-    kv_cache_gb: float | Literal["auto"] = "auto"
-    block_size: int = 32
-    max_running: int = 256
-    prefill_tokens: int = 2048
-    cuda_graphs: bool = True
     keeps_aborted: bool = False
 
 

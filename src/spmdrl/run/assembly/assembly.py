@@ -342,24 +342,11 @@ def import_backend() -> type[MegatronBackend]:
 
 
 def train_options(config: Config, spec: RoleSpec, blocks: int) -> TrainOptions:
-    train = spec.train
     return TrainOptions(
-        microbatch_tokens=train.microbatch_tokens,
-        share_prompts=train.share_prompts,
-        recompute=train.recompute,
+        **spec.train.model_dump(),
         attention=config.model.attention,
-        lr=train.lr,
-        schedule=train.schedule,
-        warmup_steps=train.warmup_steps,
         # there are none if the value's warm-up takes the whole run
         total_steps=max(1, config.num_optimizer_steps(spec.name)),
-        min_lr_ratio=train.min_lr_ratio,
-        betas=train.betas,
-        eps=train.eps,
-        weight_decay=train.weight_decay,
-        clip_norm=train.clip_norm,
-        head_chunk=train.head_chunk,
-        balance_coef=train.balance_coef,
         param_dtype=spec.dtype,
         frozen=frozen_names(spec),
         blocks=blocks,

@@ -70,13 +70,9 @@ def make_engine(
 
 
 def _native_options(config: Config, device_type: DeviceType) -> NativeOptions:
-    rollout, keep = config.rollout, config.checkpoint.journal_kv
+    keep = config.checkpoint.journal_kv
     return NativeOptions(
-        kv_cache_gb=rollout.kv_cache_gb,
-        block_size=rollout.block_size,
-        max_running=rollout.max_running,
-        prefill_tokens=rollout.prefill_tokens,
-        cuda_graphs=rollout.cuda_graphs,
+        **config.rollout.model_dump(),
         keeps_aborted=device_type == "cpu" if keep == "auto" else keep,
     )
 
@@ -84,21 +80,8 @@ def _native_options(config: Config, device_type: DeviceType) -> NativeOptions:
 def _vllm_options(config: Config, spec: RoleSpec, *, sleeps: bool) -> VllmOptions:
     cache = vllm_cache(config, spec)
     return VllmOptions(
+        **config.rollout.model_dump(),
         kv_cache_bytes=cache.num_bytes,
         max_length=cache.longest,
-        block_size=config.rollout.block_size,
-        max_running=config.rollout.max_running,
-        prefill_tokens=config.rollout.prefill_tokens,
-        cuda_graphs=config.rollout.cuda_graphs,
         sleeps=sleeps,
-        cache_fix=_cache_fix(config),
     )
-
-
-def _cache_fix(config: Config) -> str:
-    if config.rollout.kv_cache_gb == "auto":
-        return (
-            "vLLM is started for data.train.max_tokens and sampling.max_tokens (or those of "
-            "evaluation), raise them"
-        )
-    return f"raise rollout.kv_cache_gb={config.rollout.kv_cache_gb}"
