@@ -146,7 +146,7 @@ def freed(world: World, path: str) -> None:
         assert tensor.untyped_storage().nbytes() == 0
     with pytest.raises(ValueError, match=r"role 'policy': its weights are not on the device"):
         policy.backend.forward(rows, next_token())
-    with assembly.memory.resident("policy", "weights"):
+    with assembly.parts.resident("policy", "weights"):
         assert policy.backend.forward(rows, next_token())["logprobs"].sum() < 0
 
 

@@ -10,7 +10,7 @@ from test_ppo_layouts import ON_HOST, settings
 from flow_cases import run_configs, write_config
 from harness import run_ranks
 from spmdrl.config.load import load_config
-from spmdrl.memory.call_memory import Turns
+from spmdrl.memory.call_memory import CallMemory
 from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.memory.parts import PartKey
 from spmdrl.placement import place_roles
@@ -34,10 +34,10 @@ class Recorder:
         self._prefetching = False
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        begin, prefetch = Turns.begin, DeviceParts.prefetch
+        begin, prefetch = CallMemory.begin, DeviceParts.prefetch
         bring, send_away = DeviceParts._bring, DeviceParts._send_away
 
-        def recorded_begin(turns: Turns, call: str, *args: Any, **settings: Any) -> None:
+        def recorded_begin(turns: CallMemory, call: str, *args: Any, **settings: Any) -> None:
             begin(turns, call, *args, **settings)
             if settings.get("is_planned", True):
                 self.calls.append((call, self._in, self._ahead, self._out))
@@ -58,7 +58,7 @@ class Recorder:
             send_away(memory, wanted)
             self._out |= {n for n in here if memory.registry.tensors[n].is_away}
 
-        patch.setattr(Turns, "begin", recorded_begin)
+        patch.setattr(CallMemory, "begin", recorded_begin)
         patch.setattr(DeviceParts, "prefetch", recorded_prefetch)
         patch.setattr(DeviceParts, "_bring", recorded_bring)
         patch.setattr(DeviceParts, "_send_away", recorded_send_away)

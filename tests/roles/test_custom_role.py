@@ -437,8 +437,8 @@ class Sized(Half):
 
 def counted_bytes(world: World, path: str, words: list[str]) -> int:
     assembly, _, _ = made(world, path, words)
-    assembly.memory.settle()
-    return assembly.memory.registry.resident_bytes()
+    assembly.parts.settle()
+    return assembly.parts.registry.resident_bytes()
 
 
 def test_the_size_that_a_role_declares_is_in_the_plan(root):

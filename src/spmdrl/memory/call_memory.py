@@ -1,4 +1,4 @@
-"""`Turns`: the moves of memory that precede each role call of a rank."""
+"""`CallMemory`: the moves of memory that precede each role call of a rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spmdrl.memory.plan import MemoryPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turns:
+class CallMemory:
     """The plan's data for a rank's calls, by call (`policy.update`).
 
     Args:
@@ -52,7 +52,9 @@ class Turns:
             self.parts.prefetch(ahead, working_bytes=working)
 
 
-def planned_turns(parts: DeviceParts, plan: MemoryPlan, working_bytes: Mapping[str, int]) -> Turns:
-    """The turns of a plan, with its prefetches by call."""
+def planned_call_memory(
+    parts: DeviceParts, plan: MemoryPlan, working_bytes: Mapping[str, int]
+) -> CallMemory:
+    """The call memory of a plan, with its prefetches by call."""
     prefetches = {call.name: call.prefetch for call in plan.calls}
-    return Turns(parts=parts, working_bytes=working_bytes, prefetches=prefetches)
+    return CallMemory(parts=parts, working_bytes=working_bytes, prefetches=prefetches)

@@ -29,7 +29,7 @@ from spmdrl.distributed.exchange import (
 )
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.reduce import broadcast_object
-from spmdrl.memory.call_memory import Turns
+from spmdrl.memory.call_memory import CallMemory
 from spmdrl.roles.kept import Kept, PartialResult, Record
 from spmdrl.roles.ledger import Interrupted, Ledger, Stint, current, places_of
 from spmdrl.roles.origin import origin_of
@@ -49,7 +49,7 @@ class Role(Protocol):
 
     name: str
     mesh: Mesh
-    memory: Turns | None
+    memory: CallMemory | None
 
 
 Use = tuple[str, str]

@@ -16,7 +16,7 @@ from spmdrl.config.user_errors import headline, told
 from spmdrl.config.user_objects import lacks, load_object
 from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.memory.call_memory import Turns
+from spmdrl.memory.call_memory import CallMemory
 from spmdrl.roles.calls import Call, role_method
 from spmdrl.roles.ledger import Stint
 
@@ -170,7 +170,9 @@ class CustomRole:
     `train(batch)` returns `train_step`'s metrics.
     """
 
-    def __init__(self, name: str, mesh: Mesh, user: UserRole, memory: Turns | None = None) -> None:
+    def __init__(
+        self, name: str, mesh: Mesh, user: UserRole, memory: CallMemory | None = None
+    ) -> None:
         self.name, self.mesh, self.user, self.memory = name, mesh, user, memory
         check_user_role(name, user)
 

@@ -11,7 +11,7 @@ from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import split_groups_if_few
 from spmdrl.keyed_random import NOISE_VERSION
-from spmdrl.memory.call_memory import Turns
+from spmdrl.memory.call_memory import CallMemory
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.routing import EXPERT_CHOICES, choices_dtype
 from spmdrl.roles.calls import Call, role_method
@@ -54,7 +54,7 @@ class Rollout:
         mesh: Mesh,
         config: ModelConfig,
         engine: RolloutEngine | None,
-        memory: Turns | None = None,
+        memory: CallMemory | None = None,
         parts: tuple[str, ...] = (WEIGHTS, KV_CACHE),
     ) -> None:
         self.name, self.mesh, self.config = name, mesh, config

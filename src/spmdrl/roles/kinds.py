@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.memory.call_memory import Turns
+from spmdrl.memory.call_memory import CallMemory
 from spmdrl.models.config import ModelConfig
 from spmdrl.roles.handles import Policy, Reference, Reward, Value
 from spmdrl.roles.model_calls import ModelRole
 from spmdrl.training.protocol import TrainBackend
 
-Handle = Callable[[str, Mesh, ModelConfig, TrainBackend | None, Turns | None], ModelRole]
+Handle = Callable[[str, Mesh, ModelConfig, TrainBackend | None, CallMemory | None], ModelRole]
 
 HANDLES: Mapping[str, Handle] = {
     "policy": Policy,

@@ -15,7 +15,7 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import into_minibatches
 from spmdrl.distributed.reduce import group_any, group_sums
 from spmdrl.keyed_random import key64
-from spmdrl.memory.call_memory import Turns
+from spmdrl.memory.call_memory import CallMemory
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.roles.calls import Call
@@ -76,7 +76,7 @@ class ModelRole:
     mesh: Mesh
     config: ModelConfig
     backend: TrainBackend | None
-    memory: Turns | None = None
+    memory: CallMemory | None = None
 
 
 def replayed(batch: Batch) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from spmdrl.memory.call_memory import Turns
+from spmdrl.memory.call_memory import CallMemory
 from spmdrl.models.local_shards import LocalTensors, Table, WeightLayout
 from spmdrl.roles.canary import Canary
 from spmdrl.roles.generation import Rollout
@@ -65,14 +65,14 @@ class PolicySync:
         policy: Policy,
         rollout: Rollout,
         weights: WeightSync,
-        turns: Turns,
+        memory: CallMemory,
         *,
         streams: bool = False,
         check_every: int = 0,
         canary: Canary | None = None,
     ) -> None:
         self._policy, self._rollout = policy, rollout
-        self._weights, self._turns, self._memory = weights, turns, turns.parts
+        self._weights, self._memory, self._parts = weights, memory, memory.parts
         self._streams, self._check_every, self._canary = streams, check_every, canary
         self._count = 0
         self._metrics: Metrics = {}
@@ -131,7 +131,7 @@ class PolicySync:
 
     def can_hold(self) -> bool:
         """Whether this rank's engine has no weights of its own, or keeps them between its calls."""
-        drops = self._memory.registry.drops(self._rollout.name, WEIGHTS)
+        drops = self._parts.registry.drops(self._rollout.name, WEIGHTS)
         return not drops or not self.own_tensors()
 
     def own_tensors(self) -> LocalTensors:
@@ -154,10 +154,10 @@ class PolicySync:
         """Let the block write `own_tensors` by other means than a sync."""
         has_own = self._rollout.memory is not None and bool(self.own_tensors())
         parts = [(self._rollout.name, WEIGHTS)] if has_own else []
-        self._memory.prepare([], fills=parts)
+        self._parts.prepare([], fills=parts)
         yield
         for part in parts:
-            self._memory.filled(*part)
+            self._parts.filled(*part)
 
     def take_metrics(self) -> Metrics:
         """Metrics of the last sync, empty if it moved no weights (`gb` is over all receivers)."""
@@ -170,10 +170,10 @@ class PolicySync:
         fills = [(rollout.name, WEIGHTS)] if rollout.mesh.is_member else []
         gigabytes, began = self._weights.moved_bytes / 1e9, time.perf_counter()
         if self._weights.has_work:
-            self._turns.begin(SYNC, needs, fills=fills)
+            self._memory.begin(SYNC, needs, fills=fills)
             self._weights.run()
             for part in fills:
-                self._memory.filled(*part)
+                self._parts.filled(*part)
         if self.plan.moves:
             self._metrics = {"sync/gb": gigabytes}
             self._metrics["sync/gb_per_s"] = gigabytes / (time.perf_counter() - began)

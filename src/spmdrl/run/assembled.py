@@ -29,7 +29,7 @@ class Assembly:
     layouts: Mapping[str, WeightLayout]
     state_layouts: Mapping[str, WeightLayout]
     syncs: Mapping[tuple[str, str], PolicySync]
-    memory: DeviceParts
+    parts: DeviceParts
 
     def close(self) -> None:
         """Close the engines after a run without errors, before the process groups end."""

@@ -45,7 +45,7 @@ def _export(config: Config, assembly: Assembly, spec: RoleSpec, directory: Path)
     tensors = None
     if backend is not None:
         held = backend.local_tensors()
-        tensors = {n: (assembly.memory.view(t), slices) for n, (t, slices) in held.items()}
+        tensors = {n: (assembly.parts.view(t), slices) for n, (t, slices) in held.items()}
     gathered = full_tensors(assembly.layouts[spec.name], tensors)
 
     def write() -> None:

@@ -35,7 +35,7 @@ class RoleStates:
     """
 
     def __init__(self, world: World, assembly: Assembly) -> None:
-        self._world, self._assembly, self._memory = world, assembly, assembly.memory
+        self._world, self._assembly, self._parts = world, assembly, assembly.parts
         self._trained = assembly.trained
         self._syncs = {rollout: sync for (_, rollout), sync in assembly.syncs.items()}
 
@@ -77,7 +77,7 @@ class RoleStates:
             if role.backend is None:
                 continue
             state = role.backend.state_tensors()
-            held: Tensors = {n: (self._memory.view(t), slices) for n, (t, slices) in state.items()}
+            held: Tensors = {n: (self._parts.view(t), slices) for n, (t, slices) in state.items()}
             if owned:
                 frozen = frozen_slices(self._assembly.state_layouts[name])
                 held = only(held, self._owned[name], frozen)
@@ -112,7 +112,7 @@ class RoleStates:
             sync = self._syncs[name]
             owned = self._owned_of(sync.own_layout(self._assembly.layouts[name]))
             tensors = {
-                local: (self._memory.view(tensor).cpu().clone(), slices)
+                local: (self._parts.view(tensor).cpu().clone(), slices)
                 for local, (tensor, slices) in sync.own_tensors().items()
             }
             copies |= only(_named(f"{name}.engine", tensors), owned) if tensors else {}
@@ -132,7 +132,7 @@ class RoleStates:
             self._syncs[name].resume(replace(found, held=name in held))
         for name, role in self._trained.items():
             if role.backend is not None:
-                self._memory.prepare([(name, WEIGHTS), (name, OPTIMIZER)])
+                self._parts.prepare([(name, WEIGHTS), (name, OPTIMIZER)])
                 role.backend.restored(state["counters"][name])
             if isinstance(role, Policy):
                 role.version = state["versions"][name]

@@ -15,7 +15,7 @@ from spmdrl.config.user_objects import load_object
 from spmdrl.data.home import DataSet, StepRows, home_rows
 from spmdrl.data.item_set import DataItem, ItemSet, items_of
 from spmdrl.distributed.reduce import moments
-from spmdrl.memory.call_memory import Turns
+from spmdrl.memory.call_memory import CallMemory
 from spmdrl.rollout.sampling import SamplingParams
 from spmdrl.run.protocols import Evaluates, Life, Metrics, Scores, Syncs
 from spmdrl.run.resume_point import Saved
@@ -155,7 +155,7 @@ class Run:
         known = get_args(PartName)
         if not parts or not set(parts).issubset(known):
             raise ValueError(f"run.resident({role!r}, {parts}): name some of the parts {known}")
-        memory: Turns | None = handle.memory if handle.mesh.is_member else None
+        memory: CallMemory | None = handle.memory if handle.mesh.is_member else None
         with memory.parts.resident(role, *parts) if memory is not None else nullcontext():
             yield
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from spmdrl.config.sections import Config
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.memory.call_memory import Turns, planned_turns
+from spmdrl.memory.call_memory import CallMemory, planned_call_memory
 from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.memory.storages import live_bytes
 from spmdrl.models.config import ModelConfig
@@ -151,9 +151,9 @@ class _Builder:
         self._residencies = {} if own is None else own.plan.residencies
         capacity = None if own is None else own.plan.capacity
         self._parts = DeviceParts(world.device, capacity=capacity)
-        self._turns = Turns(parts=self._parts)
+        self._memory = CallMemory(parts=self._parts)
         if own is not None:
-            self._turns = planned_turns(self._parts, own.plan, own.working_bytes)
+            self._memory = planned_call_memory(self._parts, own.plan, own.working_bytes)
         self._roles: dict[str, Role] = {}
         self._trained: dict[str, ModelRole] = {}
         self._syncs: dict[tuple[str, str], PolicySync] = {}
@@ -163,21 +163,21 @@ class _Builder:
         on_cuda = self._plan.devices[name] == "cuda"
         return self._world.device if on_cuda else torch.device("cpu")
 
-    def _turns_of(self, name: str) -> Turns | None:
+    def _memory_of(self, name: str) -> CallMemory | None:
         """None for a role on the host of a rank with a GPU: it shares no device memory."""
         shares = self._plan.devices[name] == self._world.device.type
-        return self._turns if shares else None
+        return self._memory if shares else None
 
     def add_model(self, spec: RoleSpec, mesh: Mesh, model: Model) -> None:
         name = spec.name
         options = train_options(self._config, spec, self._plan.blocks[name])
         backend = _backend(spec, mesh, model.weights, options, self._device(name))
-        turns = self._turns_of(name)
-        role = HANDLES[spec.kind](name, mesh, spec.model, backend, turns)
+        memory = self._memory_of(name)
+        role = HANDLES[spec.kind](name, mesh, spec.model, backend, memory)
         self._roles[name] = role
         if spec.trained:
             self._trained[name] = role
-        if backend is None or turns is None:
+        if backend is None or memory is None:
             return
         for part, tensors in backend.parts().items():
             self._parts.registry.register(
@@ -196,12 +196,12 @@ class _Builder:
         model: Model,
         texts: TokenTexts | None,
     ) -> None:
-        name, turns = spec.name, self._turns_of(spec.name)
-        moves = turns is not None and mesh.is_member and self._residencies[name, WEIGHTS] != "keep"
+        name, memory = spec.name, self._memory_of(spec.name)
+        moves = memory is not None and mesh.is_member and self._residencies[name, WEIGHTS] != "keep"
         engine = make_engine(self._config, spec, mesh, self._device(name), texts, sleeps=moves)
         captured = engine is not None and engine.captures_graphs
         parts = engine_parts(spec, captures_graphs=captured)
-        role = Rollout(name, mesh, spec.model, engine, turns, parts)
+        role = Rollout(name, mesh, spec.model, engine, memory, parts)
         self._roles[name] = role
         policy = next((r for r in self._roles.values() if isinstance(r, Policy)), None)
         layouts, rank = self._plan.layouts, self._world.rank
@@ -211,7 +211,7 @@ class _Builder:
             # without a policy the rollout reads its model's files
             table = layouts[name][rank].items()
             fill(((engine.allocate(n), held.slices) for n, held in table), model.weights)
-        if engine is not None and turns is not None:
+        if engine is not None and memory is not None:
             self._register_engine(name, engine)
             self._parts.settle()
 
@@ -246,7 +246,7 @@ class _Builder:
             policy,
             role,
             weights,
-            self._turns,
+            self._memory,
             streams=own is not None and own.streams,
             check_every=config.rollout.sync_check_every,
             canary=canary if config.rollout.sync_check_every else None,
@@ -284,8 +284,8 @@ class _Builder:
             )
 
     def add_custom(self, name: str, mesh: Mesh) -> None:
-        user, turns = self._plan.users[name], self._turns_of(name)
-        self._roles[name] = CustomRole(name, mesh, user, turns)
+        user, memory = self._plan.users[name], self._memory_of(name)
+        self._roles[name] = CustomRole(name, mesh, user, memory)
         if mesh.is_member:
             user.setup(
                 RoleContext(
@@ -296,7 +296,7 @@ class _Builder:
                     seed=self._config.seed,
                 )
             )
-            if turns is not None and (size := declared_bytes(user)) is not None:
+            if memory is not None and (size := declared_bytes(user)) is not None:
                 self._parts.registry.register_fixed(name, DECLARED, num_bytes=size)
 
     def assembly(self) -> Assembly:
@@ -307,7 +307,7 @@ class _Builder:
             layouts=self._plan.layouts,
             state_layouts=self._plan.state_layouts,
             syncs=self._syncs,
-            memory=self._parts,
+            parts=self._parts,
         )
 
 

@@ -80,7 +80,7 @@ def make_run(
             writer=writer,
             console=Console(is_first=world.is_first, num_steps=config.steps),
             timer=PhaseTimer(synchronize=world.synchronize),
-            memory=PhaseMemory(assembly.memory, world.device),
+            memory=PhaseMemory(assembly.parts, world.device),
             relay=relay,
             pulse=watcher.pulse,
             text_samples=config.log.text_samples,
