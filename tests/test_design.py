@@ -127,6 +127,14 @@ def test_modules_that_a_page_names_exist(name: str) -> None:
     assert [(module, name) for module, name in named if not has(SOURCE / module, name)] == []
 
 
+def test_names_that_a_page_places_in_a_file_are_there() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    placed = re.findall(r"`([A-Za-z_][\w.]*)`\s(?:in|of|\()\s?`([\w/]+)\.py`", text)
+    assert len(placed) > 5
+    inside = [pair for pair in placed if (SOURCE / f"{pair[1]}.py").is_file()]
+    assert [(name, file) for name, file in inside if not has(SOURCE / file, name)] == []
+
+
 def has(module: Path, name: str) -> bool:
     """Whether a module or package exists, and defines the name if there is one."""
     file = module.with_suffix(".py")
