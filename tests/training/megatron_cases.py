@@ -14,10 +14,11 @@ from moe_models import by_file_name
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import CAUSAL, ModelConfig
+from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.sharding import Head, Slice
 from spmdrl.run.assembly.assembly import import_backend
 from spmdrl.training.megatron.checks import MegatronOptions
-from spmdrl.training.protocol import LocalTensors, LossInput
+from spmdrl.training.protocol import LossInput
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.world import World

@@ -23,9 +23,10 @@ from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
+from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.sharding import global_shapes
 from spmdrl.training.options import TrainOptions
-from spmdrl.training.protocol import LocalTensors, LossInput
+from spmdrl.training.protocol import LossInput
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.world import World

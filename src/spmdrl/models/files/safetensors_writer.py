@@ -73,7 +73,7 @@ class SafetensorsWriter:
         return size.to_bytes(_PREFIX, "little") + text.ljust(size)
 
     def header_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Return an upper bound of the header's size if these tensors come."""
+        """Bound the header's size if these tensors come, in floats of 16 bits or more."""
         longest = SafetensorsWriter({})
         longest._metadata, longest.num_bytes = self._metadata, _LARGEST
         for name, shape in shapes.items():
