@@ -68,7 +68,7 @@ ROWS: dict[str, Row] = {
     "roles.NAME.trained": row("grpo", "refused error", "roles.policy.trained=false"),
     "roles.NAME.train": row("grpo", BOTH, "roles.policy.train={lr: 0.5}"),
     "roles.NAME.freeze": row("grpo", BOTH, "roles.policy.freeze=['*norm*']"),
-    "roles.NAME.memory": row("grpo", "plan", "roles.rollout.memory={weights: drop}"),
+    "roles.NAME.residency": row("grpo", "plan", "roles.rollout.residency={weights: drop}"),
     "roles.NAME.retokenize": row(
         "grpo", "tests/roles/test_custom_role.py::test_another_tokenizer_is_refused_or_read_as_text"
     ),
@@ -180,7 +180,7 @@ ROWS: dict[str, Row] = {
     "data.train.system": row("grpo", BOTH, "data.train.system=short"),
     "data.train.chat": row("grpo", BOTH, "data.train.chat=false"),
     "data.train.columns": row("sft", "metrics", "data.train.columns={response: rejected}"),
-    "data.train.part": row("grpo", BOTH, "data.train.part=1/2"),
+    "data.train.share": row("grpo", BOTH, "data.train.share=1/2"),
     "data.train.unique": row("grpo", BOTH, "data.train.unique=true"),
     "data.train.max_tokens": row("grpo", BOTH, "data.train.max_tokens=18"),
     "data.train.keep_shortest": row("grpo", BOTH, "data.train.keep_shortest=40%"),

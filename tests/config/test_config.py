@@ -240,14 +240,14 @@ def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
 def test_sets_build_on_the_sections_that_they_belong_to(base: Path) -> None:
     sets = {
         "a": "{data: {source: other.jsonl}, sampling: {temperature: 0}, k: [2], num_samples: 2}",
-        "b": "{data: {part: 2/2}, rewards: [{function: math}], kind: prompts}",
+        "b": "{data: {share: 2/2}, rewards: [{function: math}], kind: prompts}",
     }
     words = [f"evaluation.sets.{name}={text}" for name, text in sets.items()]
     config = load_config(
         base,
         [
             *words,
-            "data.train.part=1/2",
+            "data.train.share=1/2",
             "data.train.template='{prompt}!'",
             "evaluation.sampling={max_tokens: 7}",
             "evaluation.held_out=3",
@@ -259,15 +259,15 @@ def test_sets_build_on_the_sections_that_they_belong_to(base: Path) -> None:
     a, b = found["a"].data, found["b"].data
     assert a is not None and b is not None
     # another source has its own rows, and is read alike
-    assert (a.source, a.part, a.template) == ("other.jsonl", "all", "{prompt}!")
-    assert (b.source, b.part) == (config.data.train.source, "2/2")
+    assert (a.source, a.share, a.template) == ("other.jsonl", "all", "{prompt}!")
+    assert (b.source, b.share) == (config.data.train.source, "2/2")
     assert (found["a"].sampling.temperature, found["a"].sampling.max_tokens) == (0, 7)
     assert (found["a"].k, found["b"].k, found["b"].sampling.temperature) == ((2,), (1,), 1.0)
     assert [r.function for r in found["b"].rewards] == ["math"]
     assert [r.function for r in found["a"].rewards] == ["exact", "format"]
     train, more = train_sources(config)
-    assert (train.weight, train.part) == (1.0, "1/2")
-    assert (more.weight, more.part, more.prompt_column) == (0.5, "all", "q")
+    assert (train.weight, train.share) == (1.0, "1/2")
+    assert (more.weight, more.share, more.prompt_column) == (0.5, "all", "q")
 
 
 def test_optimizer_steps(base: Path) -> None:

@@ -104,13 +104,13 @@ RULES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("rewards.0.function", None, ("rewards=[{weight: 2}]",)),
     ("rewards.0.role", "judge", ("rewards=[{role: judge}]",)),
     ("rewards.0.role", "policy", ("rewards=[{role: policy}]",)),
-    ("roles.policy.memory.kv_cache", "drop", ("roles.policy.memory.kv_cache=drop",)),
+    ("roles.policy.residency.kv_cache", "drop", ("roles.policy.residency.kv_cache=drop",)),
     (
-        "roles.reference.memory.optimizer",
+        "roles.reference.residency.optimizer",
         "host",
-        ("algorithm.kl_coef=1", "roles.reference={memory: {optimizer: host}}"),
+        ("algorithm.kl_coef=1", "roles.reference={residency: {optimizer: host}}"),
     ),
-    ("roles.policy.memory.weights", "drop", ("roles.policy.memory.weights=drop",)),
+    ("roles.policy.residency.weights", "drop", ("roles.policy.residency.weights=drop",)),
     (
         "roles.reference.train.lr",
         0.1,

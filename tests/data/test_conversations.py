@@ -312,9 +312,9 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path) -> None:
     [
         ({"template": "x"}, "must contain {prompt}"),
         ({"columns": {"answer": "b"}}, "'answer' is none of"),
-        ({"part": "0/2"}, "part='0/2'"),
-        ({"part": "3/2"}, "part='3/2'"),
-        ({"part": "half"}, "part='half'"),
+        ({"share": "0/2"}, "share='0/2'"),
+        ({"share": "3/2"}, "share='3/2'"),
+        ({"share": "half"}, "share='half'"),
         ({"system": "S", "chat": False}, "needs chat=True"),
     ],
 )

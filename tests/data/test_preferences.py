@@ -116,16 +116,16 @@ def test_no_prompt_is_on_both_sides_of_a_split(tmp_path):
 
 def test_parts_are_disjoint_by_prompt_and_complete(tmp_path):
     rows = many(120)
-    parts = [set(load(tmp_path, rows, part=f"{i}/3").texts()) for i in (1, 2, 3)]
+    parts = [set(load(tmp_path, rows, share=f"{i}/3").texts()) for i in (1, 2, 3)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 40
     assert min(map(len, parts)) > 5
     for i, part in enumerate(parts):
         assert all(in_part(text, f"{i + 1}/3") for text in part)
-    joined = set(load(tmp_path, rows, part="2-3/3").texts())
+    joined = set(load(tmp_path, rows, share="2-3/3").texts())
     assert joined == parts[1] | parts[2]
     for bad in ("4/3", "0/2", "half", "1/0", "3-2/4", "1-5/4"):
-        with pytest.raises(ValueError, match=f"part='{bad}'"):
-            ExampleSource(source="x", part=bad)
+        with pytest.raises(ValueError, match=f"share='{bad}'"):
+            ExampleSource(source="x", share=bad)
 
 
 def test_a_preference_file_is_also_a_source_of_prompts(tmp_path):
@@ -187,11 +187,11 @@ def test_the_limit_of_length_follows_the_rows(tmp_path, caplog):
 
 def test_the_limit_of_length_is_that_of_the_part(tmp_path):
     rows = [{**GOOD, "prompt": f"{i:04}", "chosen": "y" * (i + 1)} for i in range(200)]
-    part = load(tmp_path, rows, part="1/2")
-    kept = load(tmp_path, rows, part="1/2", keep_shortest="90%", max_tokens=5000)
+    part = load(tmp_path, rows, share="1/2")
+    kept = load(tmp_path, rows, share="1/2", keep_shortest="90%", max_tokens=5000)
     assert sorted(lengths_of(kept)) == sorted(lengths_of(part))[: len(kept)]
     assert 0 <= len(kept) - 0.9 * len(part) < 1
-    assert kept.left_out["not in part 1/2"] == 200 - len(part)
+    assert kept.left_out["not in share 1/2"] == 200 - len(part)
 
 
 def test_many_malformed_rows_are_told_in_few_lines(tmp_path, caplog):

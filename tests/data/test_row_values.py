@@ -160,7 +160,7 @@ def test_half_a_character_within_a_message(tmp_path):
     source = ExampleSource(source=file, columns={"messages": "messages"})
     with pytest.raises(ValueError, match=r"rows.jsonl:1: the rendered conversation"):
         load_conversations(source, character_tokenizer(template))
-    part = ExampleSource(source=file, columns={"messages": "messages"}, part="1/2")
+    part = ExampleSource(source=file, columns={"messages": "messages"}, share="1/2")
     with pytest.raises(ValueError, match=r"rows.jsonl:1: "):
         load_conversations(part, character_tokenizer(template))
 

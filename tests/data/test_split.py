@@ -130,7 +130,7 @@ def test_parts_are_those_of_equal_shares(count):
 
 
 def test_one_of_many_parts_takes_no_longer():
-    """A public report: 11 ms for each row of `part: 1/1000`."""
+    """A public report: 11 ms for each row of `share: 1/1000`."""
     texts = [f"question {i}" for i in range(5000)]
     began = time.perf_counter()
     found = sum(in_part(text, "7/100000") for text in texts)

@@ -77,10 +77,13 @@ CASES = {
     ),
     "head of a policy": (["roles.policy.head=zero"], ["roles.policy.head=zero", "policy"]),
     "memory of no rollout": (
-        ["roles.policy.memory.kv_cache=drop"],
-        ["roles.policy.memory.kv_cache=drop", "rollout"],
+        ["roles.policy.residency.kv_cache=drop"],
+        ["roles.policy.residency.kv_cache=drop", "rollout"],
     ),
-    "memory lost": (["roles.policy.memory.weights=drop"], ["policy.memory.weights=drop", "host"]),
+    "memory lost": (
+        ["roles.policy.residency.weights=drop"],
+        ["policy.residency.weights=drop", "host"],
+    ),
     "memory too small": (["memory_gb=0.0001"], ["policy.update", "the device has 0.10 MB"]),
     "own train key": (["roles.policy.train.lrr=1"], ["roles.policy.train", "train.lr"]),
     "no value": (["flow=ppo"], ["flow=ppo needs roles.value"]),

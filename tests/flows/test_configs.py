@@ -74,7 +74,7 @@ def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
     for name, given in shipped.evaluation.sets.items():
         key = f"evaluation.sets.{name}"
         words.append(f"{key}.data.source={root / 'test.jsonl'}")
-        words += [f"{key}.data.part=all"] if "part" in given["data"] else []
+        words += [f"{key}.data.share=all"] if "share" in given["data"] else []
         words += [f"{key}.against=null"] if "against" in given else []
     words += ["evaluation.against=null"] if shipped.evaluation.against else []
     if flow == "grpo":

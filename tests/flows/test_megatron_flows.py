@@ -43,8 +43,8 @@ PPO_LAYOUTS: dict[str, list[str]] = {
     ],
     "parts on the host": [
         *(*PIPELINE, "train.backend=megatron", "roles.value.dp_shard=2", "roles.value.pp=2"),
-        *(f"roles.{r}.memory.weights=host" for r in ("policy", "reference", "reward", "value")),
-        *("roles.policy.memory.optimizer=host", "roles.value.memory.optimizer=host"),
+        *(f"roles.{r}.residency.weights=host" for r in ("policy", "reference", "reward", "value")),
+        *("roles.policy.residency.optimizer=host", "roles.value.residency.optimizer=host"),
     ],
 }
 

@@ -84,7 +84,7 @@ def compared(world: World, path: str, words: list[str]) -> tuple[list[Moves], li
     return planned * 2, recorder.calls[second : second + 2 * len(step)]
 
 
-HOST = [*ON_HOST, "roles.rollout.memory.weights=host"]
+HOST = [*ON_HOST, "roles.rollout.residency.weights=host"]
 CASES = {
     "roomy": (1, [*ON_HOST, "memory_gb=1"]),
     # nothing fits beside the value's update, which is the largest call

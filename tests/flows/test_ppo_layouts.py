@@ -29,10 +29,10 @@ MIXED = [
     "roles.rollout.ranks=2-3",
 ]
 ON_HOST = [
-    *(f"roles.{role}.memory.weights=host" for role in ROLES[:4]),
-    "roles.policy.memory.optimizer=host",
-    "roles.value.memory.optimizer=host",
-    "roles.rollout.memory.kv_cache=drop",
+    *(f"roles.{role}.residency.weights=host" for role in ROLES[:4]),
+    "roles.policy.residency.optimizer=host",
+    "roles.value.residency.optimizer=host",
+    "roles.rollout.residency.kv_cache=drop",
 ]
 LAYOUTS: dict[int, dict[str, list[str]]] = {
     1: {"one": [], "one on host": ON_HOST},
@@ -42,7 +42,7 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
         "value and reward beside": ["roles.value.ranks=1", "roles.reward.ranks=1"],
     },
     4: {"colocated, tp": ["roles.policy.tp=2", "roles.value.tp=2"], "disjoint": DISJOINT}
-    | {"mixed": MIXED, "mixed on host": [*MIXED, *ON_HOST, "roles.rollout.memory.weights=drop"]},
+    | {"mixed": MIXED, "mixed on host": [*MIXED, *ON_HOST, "roles.rollout.residency.weights=drop"]},
 }
 METRICS = (
     *("loss", "grad_norm", "entropy", "clip_fraction", "score", "kl_per_response", "kl_coef"),

@@ -56,7 +56,7 @@ def ran(world: World, path: str) -> None:
 
 def test_parts_that_a_flow_holds_stay_where_their_role_is(tmp_path):
     make_tiny_model(tmp_path / "model")
-    on_host = {"memory": {"weights": "host"}}
+    on_host = {"residency": {"weights": "host"}}
     path = write_config(
         tmp_path / "c.yaml",
         tmp_path / "model",
@@ -64,7 +64,7 @@ def test_parts_that_a_flow_holds_stay_where_their_role_is(tmp_path):
         flow=f"{Path(__file__)}:back_and_forth",
         steps=2,
         roles={
-            "policy": {"ranks": 0, "memory": {"weights": "host", "optimizer": "host"}},
+            "policy": {"ranks": 0, "residency": {"weights": "host", "optimizer": "host"}},
             "rollout": {"ranks": 0, **on_host},
             "reference": {"ranks": "0-1", **on_host},
         },

@@ -47,7 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_grpo_with_weights_that_stay_or_leave(root: Path, weights: str) -> None:
     """One process for each: vLLM's sleeping allocator is one of a process."""
-    words = [f"roles.rollout.memory={{weights: {weights}}}", "rollout.sync_check_every=1"]
+    words = [f"roles.rollout.residency={{weights: {weights}}}", "rollout.sync_check_every=1"]
     settings = {"rollout": {"engine": "vllm", "kv_cache_gb": 0.5}, "steps": 4}
     path = write_config(root / f"{weights}.yaml", root / "model", root / weights, **settings)
     [[records]] = run_ranks(

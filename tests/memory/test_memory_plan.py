@@ -174,10 +174,10 @@ def test_what_cannot_fit_is_refused_with_sizes_and_the_fix():
     assert table == {
         "policy.weights": "10 bytes needed",
         "policy.optimizer": "40 bytes needed",
-        "reference.weights": "12 bytes kept by roles.reference.memory.weights=keep",
+        "reference.weights": "12 bytes kept by roles.reference.residency.weights=keep",
         "working": "memory 20 bytes",
     }
-    assert lines[-1] == "set roles.reference.memory.weights=host"
+    assert lines[-1] == "set roles.reference.residency.weights=host"
 
 
 def test_a_call_too_large_by_itself_is_refused_otherwise():
@@ -191,7 +191,7 @@ def test_several_kept_parts_are_all_named():
     with pytest.raises(ValueError) as refused:
         plan(60, grpo_parts(reference="keep", cache="keep"))
     assert str(refused.value).splitlines()[-1] == (
-        "set roles.reference.memory.weights=host or roles.rollout.memory.kv_cache=drop"
+        "set roles.reference.residency.weights=host or roles.rollout.residency.kv_cache=drop"
     )
 
 
@@ -229,7 +229,7 @@ def test_what_graphs_hold_goes_last_and_takes_the_graphs_along():
 )
 def test_graphs_over_what_moves_are_refused_or_dropped(wishes, other):
     calls = grpo_calls(graphs=True)
-    message = f"roles.rollout.memory.graphs=keep, but roles.{other}"
+    message = f"roles.rollout.residency.graphs=keep, but roles.{other}"
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(1000, grpo_parts(graphs="keep", **wishes), calls)
     assert plan(1000, grpo_parts(graphs="auto", **wishes), calls).residencies[GRAPHS] == "drop"
@@ -241,8 +241,8 @@ def test_graphs_to_be_kept_hold_their_parts_fast():
     assert {n for n, p in found.residencies.items() if p != "keep"} == {REFERENCE}
     with pytest.raises(ValueError) as refused:
         plan(102, grpo_parts(graphs="keep"), calls)
-    assert str(refused.value).splitlines()[-1] == "set roles.rollout.memory.graphs=drop"
-    assert "kept by roles.rollout.memory.graphs=keep" in str(refused.value)
+    assert str(refused.value).splitlines()[-1] == "set roles.rollout.residency.graphs=drop"
+    assert "kept by roles.rollout.residency.graphs=keep" in str(refused.value)
 
 
 def test_dropped_weights_need_somebody_to_fill_them():
@@ -253,7 +253,7 @@ def test_dropped_weights_need_somebody_to_fill_them():
     found = plan(100, parts, [sync, generate, other])
     assert found.calls[0].made == (ENGINE,) and found.calls[0].bytes_in == 0
     assert found.calls[2].dropped == (ENGINE,)
-    message = "roles.rollout.memory.weights=drop: rollout.generate needs rollout.weights"
+    message = "roles.rollout.residency.weights=drop: rollout.generate needs rollout.weights"
     with pytest.raises(ValueError, match=message):
         plan(100, parts, [sync, other, generate])
     with pytest.raises(ValueError, match=message):
@@ -261,7 +261,7 @@ def test_dropped_weights_need_somebody_to_fill_them():
 
 
 def test_bad_parts_are_refused():
-    with pytest.raises(ValueError, match=r"roles.rollout.memory.kv_cache=host: it has nothing"):
+    with pytest.raises(ValueError, match=r"roles.rollout.residency.kv_cache=host: it has nothing"):
         part(CACHE, 1, "host", droppable=True)
     with pytest.raises(ValueError, match=r"part policy.weights exists twice"):
         plan(10, [part(POLICY, 1), part(POLICY, 1)], [])

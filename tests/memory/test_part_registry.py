@@ -303,19 +303,19 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(ValueError, match=r"part value.weights: 1 of its tensors are freed"):
         memory.registry.register("value", "weights", tensors=[gone])
     foreign = torch.frombuffer(bytearray(16), dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"roles.value.memory.weights=host: 1 of its storages"):
+    with pytest.raises(ValueError, match=r"roles.value.residency.weights=host: 1 of its storages"):
         memory.registry.register("value", "weights", tensors=[foreign], residency="host")
     memory.registry.register("value", "weights", tensors=[foreign], residency="keep")
     nothing = {"drop": lambda: None, "num_bytes": lambda: 0}
-    with pytest.raises(ValueError, match=r"roles.rollout.memory.kv_cache=host"):
+    with pytest.raises(ValueError, match=r"roles.rollout.residency.kv_cache=host"):
         memory.registry.register_droppable("rollout", "kv_cache", residency="host", **nothing)
     holds = [("policy", "weights")]
-    with pytest.raises(ValueError, match=r"graphs=keep, but roles.policy.memory.weights=host"):
+    with pytest.raises(ValueError, match=r"graphs=keep, but roles.policy.residency.weights=host"):
         memory.registry.register_droppable(
             "rollout", "graphs", residency="keep", holds=holds, **nothing
         )
     memory.registry.register_droppable("rollout", "graphs", holds=holds, **nothing)
-    with pytest.raises(ValueError, match=r"graphs=keep, but roles.policy.memory.weights=host"):
+    with pytest.raises(ValueError, match=r"graphs=keep, but roles.policy.residency.weights=host"):
         memory.registry.apply({("rollout", "graphs"): "keep"})
     with pytest.raises(ValueError, match=r"no part reward.weights here"):
         memory.registry.apply({("reward", "weights"): "keep"})

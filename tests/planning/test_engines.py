@@ -81,20 +81,20 @@ def test_a_vllm_that_is_not_there_is_refused(
 
 
 def test_memory_on_a_cpu_is_kept_whatever_is_asked(shape: tuple[Path, ModelConfig]) -> None:
-    words = ["roles.rollout.memory={weights: drop, kv_cache: drop}", "memory_gb=0.05"]
+    words = ["roles.rollout.residency={weights: drop, kv_cache: drop}", "memory_gb=0.05"]
     [memory] = plan(shape, 1, *words).memory.values()
     assert memory.plan.residencies["rollout", "weights"] == "keep"
     assert memory.plan.residencies["rollout", "kv_cache"] == "keep"
 
 
 def test_on_cuda_weights_and_cache_are_one_part(shape: tuple[Path, ModelConfig]) -> None:
-    found = plan(shape, 1, "roles.rollout.memory={weights: drop}", "memory_gb=1", device="cuda")
+    found = plan(shape, 1, "roles.rollout.residency={weights: drop}", "memory_gb=1", device="cuda")
     [memory] = found.memory.values()
     assert memory.plan.residencies["rollout", "weights"] == "drop"
     assert ("rollout", "kv_cache") not in memory.plan.residencies
     assert found.syncs["rollout"].shared_bytes == 0, "vLLM's graphs hold its own addresses"
     with pytest.raises(ValueError, match=r"memory\.kv_cache=drop with rollout\.engine=vllm"):
-        plan(shape, 1, "roles.rollout.memory={kv_cache: drop}", device="cuda")
+        plan(shape, 1, "roles.rollout.residency={kv_cache: drop}", device="cuda")
 
 
 def test_the_cache_holds_the_longest_sequence(shape: tuple[Path, ModelConfig]) -> None:

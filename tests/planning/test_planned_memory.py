@@ -42,7 +42,7 @@ PPO = {
         "reference": {"ranks": 0},
         "reward": {"ranks": "0-1"},
         "value": {"ranks": 1},
-        "rollout": {"ranks": 1, "memory": {"weights": "drop"}},
+        "rollout": {"ranks": 1, "residency": {"weights": "drop"}},
     },
     "rewards": [{"role": "reward"}],
     "algorithm": {"kl_coef": 0.05, "importance_cap": 2.0},
@@ -61,7 +61,7 @@ PPO = {
 )
 def test_weights_that_a_call_between_drops_are_refused(model, tmp_path, words, settings):
     path = write_config(tmp_path / "c.yaml", model, tmp_path, **PPO)
-    with pytest.raises(ValueError, match=r"roles.rollout.memory.weights=drop with") as refused:
+    with pytest.raises(ValueError, match=r"roles.rollout.residency.weights=drop with") as refused:
         plan_of(load_config(path, words), 2)
     message = str(refused.value)
     assert settings in message and "rollout.generate needs rollout.weights" in message

@@ -459,4 +459,4 @@ def test_the_size_that_a_role_declares_is_in_the_plan(root):
         planned(load_config(path, ["memory_gb=2.0"]))
     message = str(refused.value)
     assert "judge.declared" in message and "2.00 GB  always there" in message
-    assert "roles.judge.memory" not in message, "nothing can move it"
+    assert "roles.judge.residency" not in message, "nothing can move it"

@@ -40,7 +40,7 @@ STOPS = (5, 9)
 
 CONFIGS: dict[str, list[str]] = {
     "dp2, shared storage that the plan moves": [
-        "roles.policy.memory={weights: host, optimizer: host}",
+        "roles.policy.residency={weights: host, optimizer: host}",
         "evaluation.held_out=4",
         "evaluation.sampling={temperature: 0}",
         "sampling.stop=[ab]",

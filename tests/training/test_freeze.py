@@ -127,7 +127,7 @@ def test_a_run_syncs_what_is_frozen_once(tmp_path: Path, kept: bool) -> None:
     words = [
         "roles.policy.tp=2", "roles.rollout.tp=1", "model.dtype=float32", "checkpoint.export=true",
         "rollout.sync_check_every=1", "roles.policy.freeze=[model.embed_tokens.weight]",
-        f"roles.rollout.memory.weights={'keep' if kept else 'drop'}",
+        f"roles.rollout.residency.weights={'keep' if kept else 'drop'}",
     ]  # fmt: skip
     [records] = run_ranks(run_configs, 2, [(str(path), words)], str(tmp_path))[0]
     sizes = [record["sync/gb"] for record in records]

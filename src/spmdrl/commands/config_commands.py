@@ -1,4 +1,4 @@
-"""Commands that read a configuration and run nothing: check, explain, keys, configs,
+"""Commands that read a configuration and run nothing: check, explain, keys, configs, migrate,
 schema.
 """
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def add_config_commands(add: Add) -> None:
     command.add_argument("--basic", action="store_true", help="leave out advanced keys")
     command = add("configs", configs, "List the shipped configurations, or print one of them.")
     command.add_argument("config_name", nargs="?", metavar="NAME", help="one of those listed")
+    command = add("migrate", migrate, "Rename the keys in a file that have another name now.")
+    command.add_argument("config", help="a YAML file; those that it includes are read as well")
     add("schema", schema, "Print a JSON Schema of configuration files, for editors.")
 
 
@@ -107,6 +110,13 @@ def configs(options: argparse.Namespace) -> None:
 
     named = options.config_name
     print(list_configs() if named is None else shipped_text(named), flush=True)
+
+
+def migrate(options: argparse.Namespace) -> None:
+    from spmdrl.commands.migrate import migrate
+
+    changes = list(migrate(Path(options.config)))
+    print("\n".join(changes) or f"{options.config}: no key has another name now")
 
 
 def schema(options: argparse.Namespace) -> None:

@@ -62,8 +62,8 @@ class PromptsSection(Section):
         description="Name the columns response, messages, chosen, rejected and margin, where "
         "they differ.",
     )
-    part: Basic[str] = Field(
-        "all", description="Use this part of the prompts: all, 2/3 (second of three), 2-3/4."
+    share: Basic[str] = Field(
+        "all", description="Use this share of the prompts: all, 2/3 (second of three), 2-3/4."
     )
     unique: Basic[bool] = Field(False, description="Leave out prompts that occurred before.")
     max_tokens: Basic[int] = Field(

@@ -17,7 +17,7 @@ from spmdrl.config.sections import (
     SamplingSection,
 )
 
-ROWS = ("task", "size", "split", "seed", "part", "unique", "keep_shortest")
+ROWS = ("task", "size", "split", "seed", "share", "unique", "keep_shortest")
 """Keys of `data.train` that choose rows: a set with its own source does not inherit them."""
 
 HELD_OUT = "held_out"

@@ -25,6 +25,7 @@ from spmdrl.config.data_sets import (
 )
 from spmdrl.config.faults import ConfigError, Fault, read_fault
 from spmdrl.config.key_table import WILDCARDS, known_keys
+from spmdrl.config.migrate import new_name
 from spmdrl.config.rules import check_rules
 from spmdrl.config.sections import Config
 from spmdrl.config.shipped_configs import find_config
@@ -200,7 +201,10 @@ def _fault(place: Place, name: str, details: Sequence[Mapping[str, Any]]) -> Fau
     """Fault of one key; pydantic gives one detail for each choice of a union."""
     key = f"{place.section}.{name}" if place.section else name
     kind, value = details[0]["type"], details[0]["input"]
-    if kind == "extra_forbidden":
+    if kind == "extra_forbidden" and (new := new_name(place.key(name))) is not None:
+        fix = f"`spmdrl migrate CONFIG` renames it in the file, or write {new}"
+        message = f"{place.key(name)} is now {new}: {fix}"
+    elif kind == "extra_forbidden":
         fix = _suggestion(key)
         message = f"unknown key {key!r}; {fix}"
     elif kind == "missing":

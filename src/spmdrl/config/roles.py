@@ -68,7 +68,7 @@ class RoleSection(Section):
         description="Keep these parameters of a trained role fixed, by Hugging Face name; * "
         "matches any text.",
     )
-    memory: dict[PartName, PartResidency] = Field(
+    residency: dict[PartName, PartResidency] = Field(
         default_factory=dict,
         description="Decide where weights, optimizer, kv_cache and graphs are between the role's "
         "calls: keep, host, drop or auto (default).",

@@ -272,8 +272,8 @@ def _check_reward_list(config: Config, rewards: Sequence[RewardSection], key: st
 def _check_memory(config: Config) -> None:
     for name, role in config.roles.items():
         kind = config.role_kind(name)
-        for part, policy in role.memory.items():
-            where = f"roles.{name}.memory.{part}={policy}"
+        for part, policy in role.residency.items():
+            where = f"roles.{name}.residency.{part}={policy}"
             if part in ("kv_cache", "graphs") and kind != "rollout":
                 raise ValueError(f"{where}: only a rollout has a {part}: leave the key out")
             if part == "optimizer" and not config.is_trained(name):

@@ -63,12 +63,12 @@ class ExampleSource:
             counted and logged, even if `max_tokens` allows them.
         on_bad_row: `error` refuses a malformed row, `skip` counts, logs and leaves it out.
         unique: leave out examples whose prompt has occurred before.
-        part: `all`, `2/3` (the second of three disjoint parts) or `2-3/4`, by prompt.
+        share: `all`, `2/3` (the second of three disjoint shares) or `2-3/4`, by prompt.
         now: the time that a chat template is given.
         key: key of the section with these settings, for messages.
 
     Raises:
-        ValueError: an unknown column, a template without `{prompt}`, a malformed part, or a system
+        ValueError: an unknown column, a template without `{prompt}`, a malformed share, or a system
             prompt for raw text.
     """
 
@@ -83,7 +83,7 @@ class ExampleSource:
     max_tokens: int | None = None
     on_bad_row: Literal["error", "skip"] = "error"
     unique: bool = False
-    part: str = "all"
+    share: str = "all"
     keep_shortest: str = "100%"
     key: str = "data.train"
     now: datetime = field(default_factory=datetime.now, compare=False)
@@ -93,7 +93,7 @@ class ExampleSource:
         unknown = sorted(set(self.columns) - set(COLUMNS))
         if unknown:
             raise ValueError(f"columns={dict(self.columns)}: {unknown[0]!r} is none of {COLUMNS}")
-        read_part(self.part)
+        read_part(self.share)
 
     @property
     def limit(self) -> int | None:
@@ -110,9 +110,9 @@ class ExampleSource:
         return in_responses or any(row.has(self.prompt_column) for row in rows)
 
     def check_part(self, text: str) -> None:
-        """Raise Unusable if an example with this opening is in another part."""
-        if not in_part(text, self.part):
-            raise Unusable(not_in(self.part))
+        """Raise Unusable if an example with this opening is in another share."""
+        if not in_part(text, self.share):
+            raise Unusable(not_in(self.share))
 
 
 @dataclass(frozen=True, kw_only=True)

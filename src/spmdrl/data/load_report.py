@@ -71,7 +71,7 @@ def length_limit(lengths: Sequence[int], source: Limits) -> LengthLimit | None:
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
     """Counts of one load: rows read; rows left out as bad, too long, repeated or elsewhere (in
-    another part); and the tokens of the longest row.
+    another share); and the tokens of the longest row.
     """
 
     num_rows: int
@@ -81,11 +81,11 @@ class LoadReport:
     num_repeated: int = 0
     num_elsewhere: int = 0
 
-    def left_out(self, part: str, limit: LengthLimit | None) -> dict[str, int]:
+    def left_out(self, share: str, limit: LengthLimit | None) -> dict[str, int]:
         """Number of rows left out, by reason."""
         counts = {
             MALFORMED: self.num_bad,
-            not_in(part): self.num_elsewhere,
+            not_in(share): self.num_elsewhere,
             REPEATED: self.num_repeated,
             "" if limit is None else limit.reason: self.num_long,
         }
@@ -108,8 +108,8 @@ ROWS_READ = "rows_read"
 """Attribute of the log record on a source: its counts, for programs."""
 
 
-def not_in(part: str) -> str:
-    return f"not in part {part}"
+def not_in(share: str) -> str:
+    return f"not in share {share}"
 
 
 def tell(

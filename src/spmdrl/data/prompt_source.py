@@ -40,7 +40,7 @@ class PromptSource:
             and logged, even if `max_prompt_tokens` allows them.
         on_bad_row: `error` refuses an unusable row, `skip` counts, logs and leaves it out.
         unique: leave out prompts that have occurred before.
-        part: `all`, `2/3` (the second of three disjoint parts) or `2-3/4`, by prompt.
+        share: `all`, `2/3` (the second of three disjoint shares) or `2-3/4`, by prompt.
         now: the time that a chat template is given.
         key: key of the section with these settings, for messages.
     """
@@ -59,13 +59,13 @@ class PromptSource:
     max_prompt_tokens: int | None = None
     on_bad_row: Literal["error", "skip"] = "error"
     unique: bool = False
-    part: str = "all"
+    share: str = "all"
     keep_shortest: str = "100%"
     key: str = "data.train"
     now: datetime = field(default_factory=datetime.now, compare=False)
 
     def __post_init__(self) -> None:
-        read_part(self.part)
+        read_part(self.share)
         check_prompt_settings(self)
         if self.answer_pattern is not None:
             try:

@@ -125,7 +125,7 @@ class PromptSet(Sequence[Prompt]):
         return [draft.text for draft in self._drafts]
 
     def openings(self) -> list[str]:
-        """First user messages, before any template; they decide the part of a prompt."""
+        """First user messages, before any template; they decide the share of a prompt."""
         return [draft.opening for draft in self._drafts]
 
     def entries(self) -> Iterator[Mapping[str, Any]]:
@@ -225,7 +225,7 @@ def load_prompts(
         num_repeated=found.num_repeated,
         num_elsewhere=found.num_elsewhere,
     )
-    left_out = done.left_out(source.part, limit)
+    left_out = done.left_out(source.share, limit)
     tell(
         source.source,
         source.key,
@@ -264,7 +264,7 @@ def _read_drafts(
     for row in reported(rows, report):
         try:
             draft = _draft(row, source, has_tools=has_tools)
-            is_here = in_part(draft.opening, source.part)
+            is_here = in_part(draft.opening, source.share)
             text = _render(draft, source, tokenizer) if is_here else ""
         except BadRow as error:
             found.num_bad += 1

@@ -195,7 +195,7 @@ def read_part(part: str) -> tuple[int, int, int]:
         if 1 <= first <= last <= count:
             return first, last, count
     raise ValueError(
-        f"part={part!r}: write all, 2/3 for the second of three parts, or 2-3/4 for two of four"
+        f"share={part!r}: write all, 2/3 for the second of three, or 2-3/4 for two of four"
     )
 
 

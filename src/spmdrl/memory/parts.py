@@ -25,7 +25,7 @@ class Part:
     """One part of a role on this rank.
 
     Args:
-        role, name: names as in `roles.ROLE.memory.NAME`.
+        role, name: names as in `roles.ROLE.residency.NAME`.
         num_bytes: the part's own bytes on the device, without those it shares with an earlier part.
         wish: the configured policy.
         droppable: its role recreates it when needed (a cache); its content is never moved.
@@ -63,7 +63,7 @@ class Part:
     @property
     def setting(self) -> str:
         """The configuration key that sets the part's policy."""
-        return f"roles.{self.role}.memory.{self.name}"
+        return f"roles.{self.role}.residency.{self.name}"
 
     @property
     def away(self) -> Residency:

@@ -81,8 +81,8 @@ class PartRegistry:
         fixed = [storage for storage in own.values() if not storage.resizable()]
         if fixed and residency != "keep":
             raise ValueError(
-                f"roles.{role}.memory.{part}={residency}: {len(fixed)} of its storages cannot be "
-                "freed, their memory is not torch's: copy the tensors, or set keep"
+                f"roles.{role}.residency.{part}={residency}: {len(fixed)} of its storages cannot "
+                "be freed, their memory is not torch's: copy the tensors, or set keep"
             )
         held = TensorPart(list(own.values()), self._mover)
         self._add(

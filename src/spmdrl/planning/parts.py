@@ -45,7 +45,7 @@ def planned_parts(
         syncs: by rollout, the plan that brings the policy's weights.
 
     Raises:
-        ValueError: `roles.NAME.memory` asks of vLLM what it cannot do.
+        ValueError: `roles.NAME.residency` asks of vLLM what it cannot do.
     """
     rollouts = {name: model for name, model in here.items() if model.spec.is_rollout}
     policy = next((name for name, model in here.items() if model.spec.kind == "policy"), None)
@@ -64,7 +64,7 @@ def planned_parts(
 
 
 def _wish(spec: RoleSpec, part: str) -> ResidencyWish:
-    wishes: Mapping[str, ResidencyWish] = {str(k): v for k, v in spec.section.memory.items()}
+    wishes: Mapping[str, ResidencyWish] = {str(k): v for k, v in spec.section.residency.items()}
     return wishes.get(part, "auto")
 
 
@@ -108,9 +108,9 @@ def _rollout_parts(
     for part in (KV_CACHE, GRAPHS):
         if (wish := _wish(spec, part)) != "auto":
             raise ValueError(
-                f"roles.{spec.name}.memory.{part}={wish} with rollout.engine=vllm: vLLM frees its "
-                f"cache with its weights and keeps its graphs, so set roles.{spec.name}.memory."
-                "weights only"
+                f"roles.{spec.name}.residency.{part}={wish} with rollout.engine=vllm: vLLM frees "
+                "its cache with its weights and keeps its graphs, so set "
+                f"roles.{spec.name}.residency.weights only"
             )
     # its sleep frees weights and cache together
     return [replace(weights, num_bytes=weights_bytes + cache.num_bytes)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from spmdrl.config.migrate import migrated
 from spmdrl.config.sections import Config
 from spmdrl.config.user_objects import source_digest
 from spmdrl.roles.kept import Journal
@@ -14,8 +15,12 @@ _NO_MATTER = ("run_dir", "steps", "timeout_s", "limits", "log", "checkpoint", "e
 
 
 def changed_keys(saved: Mapping[str, Any], config: Config) -> list[str]:
-    """Keys that decide results and differ from a checkpoint's configuration, one text for each."""
-    before, now = _flat(saved), _flat(config.model_dump(mode="json"))
+    """Keys that decide results and differ from a checkpoint's configuration, one text for each.
+
+    Args:
+        saved: that configuration; keys may have the names that they had when it was saved.
+    """
+    before, now = _flat(migrated(saved)), _flat(config.model_dump(mode="json"))
     return [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())

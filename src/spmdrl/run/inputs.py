@@ -211,7 +211,7 @@ def example_source(
         keep_shortest=section.keep_shortest,
         on_bad_row=section.on_bad_row,
         unique=section.unique,
-        part=section.part,
+        share=section.share,
         now=now,
         key=key,
     )
@@ -236,7 +236,7 @@ def prompt_source(section: PromptsSection, now: datetime, key: str = "data.train
         keep_shortest=section.keep_shortest,
         on_bad_row=section.on_bad_row,
         unique=section.unique,
-        part=section.part,
+        share=section.share,
         messages_column=section.columns.get("messages"),
         now=now,
         key=key,
