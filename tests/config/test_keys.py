@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from spmdrl.commands.cli import main
 from spmdrl.config.key_table import basic_keys, group_of, key_fields, key_table, known_keys
-from spmdrl.config.load import _substitute
+from spmdrl.config.load import substitute
 
 ROOT = Path(__file__).parents[2]
 METHODS = ROOT / "configs" / "methods"
@@ -79,7 +79,7 @@ def test_what_users_read_sets_basic_keys_only() -> None:
     basic = set(basic_keys())
     assert len(basic) <= 60
     for path in RECIPES:
-        text = _substitute(path.read_text(encoding="utf-8"), str(path))
+        text = substitute(path.read_text(encoding="utf-8"), str(path))
         content = yaml.safe_load(re.sub(r"\$\{[^}]*\}", "x", text))
         content.pop("includes", None)
         assert sorted(set(given(content, "")) - basic) == [], path

@@ -8,7 +8,9 @@ from pathlib import Path
 import yaml
 
 from spmdrl.atomic_files import replace_file
+from spmdrl.config.load import substitute
 from spmdrl.config.migrate import composed, find_renames, renamed
+from spmdrl.config.shipped_configs import find_config
 
 
 def migrate(path: Path, done: set[Path] | None = None) -> Iterator[str]:
@@ -24,13 +26,14 @@ def migrate(path: Path, done: set[Path] | None = None) -> Iterator[str]:
         ValueError: a file is no YAML mapping, or has a key by both of its names.
         OSError: a file cannot be read or written.
     """
-    path, done = path.resolve(), set() if done is None else done
+    path, done = find_config(path).resolve(), set() if done is None else done
     if path in done:
         return
     done.add(path)
     text = path.read_text(encoding="utf-8")
+    content = substitute(text, str(path))
     try:
-        renames, root = find_renames(text), composed(text)
+        renames, root = find_renames(text), composed(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if renames:
@@ -38,7 +41,7 @@ def migrate(path: Path, done: set[Path] | None = None) -> Iterator[str]:
     for rename in renames:
         yield f"{path}:{rename.line}: {rename.old} is now {rename.new}"
     for name in _included(root):
-        yield from migrate(path.parent / name, done)
+        yield from migrate(find_config(name, included_by=path), done)
 
 
 def _included(root: yaml.MappingNode) -> Iterator[str]:

@@ -135,7 +135,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> DictConfig:
     if path in chain:
         raise ValueError(f"{path} includes itself: {' -> '.join(map(str, (*chain, path)))}")
     try:
-        content = OmegaConf.create(_substitute(path.read_text(encoding="utf-8"), str(path)))
+        content = OmegaConf.create(substitute(path.read_text(encoding="utf-8"), str(path)))
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(content, DictConfig):
@@ -157,7 +157,7 @@ def _override(config: DictConfig, word: str) -> None:
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise ValueError(f"override {word!r}: write it as key=value, e.g. train.lr=1e-5")
-    text = _substitute(text, f"override {word!r}")
+    text = substitute(text, f"override {word!r}")
     try:
         # "value=..." is read with YAML's types; update also reaches into lists (rewards.0.weight)
         value = OmegaConf.from_dotlist([f"value={text}"])["value"]
@@ -166,7 +166,7 @@ def _override(config: DictConfig, word: str) -> None:
         raise ValueError(f"override {word!r}: {error}") from None
 
 
-def _substitute(text: str, origin: str) -> str:
+def substitute(text: str, origin: str) -> str:
     """Replace `${NAME:default}` from the environment, before YAML gives the text its types."""
 
     def value_of(match: re.Match[str]) -> str:
