@@ -8,7 +8,6 @@ all steps, is kept for `assert_same_samples`.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,9 @@ class ReplayEnvironment:
 
     def __init__(self, run: Run) -> None:
         # vLLM knows no margins: runs on it have the same tokens
-        run.sampling = replace(run.sampling, margins=run.config.rollout.engine != "vllm")
+        run.sampling = run.sampling.model_copy(
+            update={"margins": run.config.rollout.engine != "vllm"}
+        )
         self.inner = GroupEnvironment(run)
         self.directory, self.name = Path(os.environ[DIRECTORY]), run.directory.name
         self.world = run.world

@@ -36,7 +36,7 @@ from spmdrl.placement import role_device_type
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.run.assembly.assembly import train_options
 from spmdrl.run.assembly.make_engine import _native_options
-from spmdrl.run.inputs import example_source, prompt_source, training_sampling
+from spmdrl.run.inputs import data_source, training_sampling
 from spmdrl.run.reward_pools import reward_specs
 from spmdrl.world import World
 from tiny_model import make_tiny_model
@@ -145,8 +145,7 @@ def plan_of(config: Config) -> dict[str, str]:
             for name, role in config.roles.items()
         ]
     )
-    prompts = config.data_kind() == "prompts"
-    made = [(prompt_source if prompts else example_source)(s, NOW) for s in train_sources(config)]
+    made = [data_source(s, NOW) for s in train_sources(config)]
     texts["sources"] = repr(made)
     for name, spec in specs.items():
         if spec.trained:

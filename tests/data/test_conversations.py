@@ -21,10 +21,10 @@ from data_cases import (
     write_rows,
 )
 
+from data_sources import data_source
 from spmdrl.data.conversations import Conversation, load_conversations
-from spmdrl.data.examples import ExampleSource
 from spmdrl.data.item_set import ItemSet
-from spmdrl.data.prompts import PromptSource, load_prompts
+from spmdrl.data.prompts import load_prompts
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.training.packing import loss_mask
 
@@ -37,7 +37,7 @@ MESSAGES = {"messages": "messages"}
 
 
 def load(directory: Path, tokenizer: Any, *rows: Any, **settings: Any) -> ItemSet[Conversation]:
-    source = ExampleSource(source=write_rows(directory, *rows), **settings)
+    source = data_source(source=write_rows(directory, *rows), **settings)
     return load_conversations(source, tokenizer)
 
 
@@ -118,9 +118,7 @@ def test_the_prompt_is_tokenised_as_in_generation(tmp_path: Path) -> None:
     """Where a token reaches over the boundary, the answer is encoded by itself."""
     tokenizer = character_tokenizer(CHATML, merges=["\n\n"])
     (item,) = load(tmp_path, tokenizer, {"prompt": "a\n\n", "response": "\nb"})
-    prompts = load_prompts(
-        PromptSource(source=write_rows(tmp_path, {"prompt": "a\n\n"})), tokenizer
-    )
+    prompts = load_prompts(data_source(source=write_rows(tmp_path, {"prompt": "a\n\n"})), tokenizer)
     start = item.responses[0][0]
     assert tuple(item.tokens[:start]) == prompts[0].tokens
     assert tokenizer.convert_ids_to_tokens(list(item.tokens[start:])) == ["\n", "b", "<|im_end|>"]
@@ -238,7 +236,7 @@ def test_unique_goes_by_the_whole_prompt(tmp_path: Path) -> None:
         {"prompt": turns("ho", "yes?", "a"), "response": "3"},
         {"prompt": turns("hi", "yes?", "a"), "response": "4"},
     ]
-    prompts = PromptSource(source=write_rows(tmp_path, *rows), unique=True)
+    prompts = data_source(source=write_rows(tmp_path, *rows), unique=True)
     tokenizer = character_tokenizer(ENDLESS)
     assert [p.prompt_id for p in load_prompts(prompts, tokenizer)] == [0, 1, 2]
     # a conversation's prompt is what precedes its first answer
@@ -312,15 +310,15 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path) -> None:
     [
         ({"template": "x"}, "must contain {prompt}"),
         ({"columns": {"answer": "b"}}, "'answer' is none of"),
-        ({"share": "0/2"}, "share='0/2'"),
-        ({"share": "3/2"}, "share='3/2'"),
-        ({"share": "half"}, "share='half'"),
-        ({"system": "S", "chat": False}, "needs chat=True"),
+        ({"share": "0/2"}, "share\n.*write all"),
+        ({"share": "3/2"}, "share\n.*write all"),
+        ({"share": "half"}, "share\n.*write all"),
+        ({"system": "S", "chat": False}, "with chat=false"),
     ],
 )
 def test_settings_that_cannot_be(settings: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ExampleSource(source="a.jsonl", **settings)
+        load_conversations(data_source(source="a.jsonl", **settings), character_tokenizer())
 
 
 def test_a_conversation_set_is_a_sequence(tmp_path: Path) -> None:

@@ -20,10 +20,10 @@ import pytest
 from data_cases import CHATML, character_tokenizer, turns
 from pyarrow import parquet
 
+from data_sources import data_source
 from spmdrl.data.conversations import load_conversations
-from spmdrl.data.examples import ExampleSource
 from spmdrl.data.preferences import load_preferences
-from spmdrl.data.prompts import PromptSource, load_prompts
+from spmdrl.data.prompts import load_prompts
 
 TOOLED = "{% for t in tools or [] %}{{ t.name }}{% endfor %}" + CHATML
 
@@ -40,7 +40,7 @@ def load(kind: str, path: Path, on_bad_row: Any) -> int:
     """How many items a file gives."""
     tokenizer = character_tokenizer(TOOLED)
     if kind == "prompts":
-        source = PromptSource(
+        source = data_source(
             source=str(path),
             prompt_column="question",
             answer_column="answer",
@@ -48,7 +48,7 @@ def load(kind: str, path: Path, on_bad_row: Any) -> int:
         )
         return len(load_prompts(source, tokenizer))
     names = {"messages": "messages"} if kind == "conversations" else {"margin": "margin"}
-    examples = ExampleSource(source=str(path), columns=names, on_bad_row=on_bad_row)
+    examples = data_source(source=str(path), columns=names, on_bad_row=on_bad_row)
     if kind == "conversations":
         return len(load_conversations(examples, tokenizer))
     return len(load_preferences(examples, tokenizer))

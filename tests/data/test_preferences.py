@@ -11,10 +11,10 @@ import pytest
 import torch
 from data_cases import CHATML, character_tokenizer
 
-from spmdrl.data.examples import ExampleSource
+from data_sources import data_source
 from spmdrl.data.item_set import ItemSet
 from spmdrl.data.preferences import Pair, load_preferences, mismatched
-from spmdrl.data.prompts import PromptSource, load_prompts
+from spmdrl.data.prompts import load_prompts
 from spmdrl.data.split import in_part, split_examples
 
 GOOD = {"prompt": "Hi", "chosen": "yes", "rejected": "no"}
@@ -27,7 +27,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def load(path: Path, rows: list[dict[str, Any]], **settings: Any) -> ItemSet[Pair]:
     return load_preferences(
-        ExampleSource(source=write(path / "pairs.jsonl", rows), **settings), character_tokenizer()
+        data_source(source=write(path / "pairs.jsonl", rows), **settings), character_tokenizer()
     )
 
 
@@ -124,13 +124,13 @@ def test_parts_are_disjoint_by_prompt_and_complete(tmp_path):
     joined = set(load(tmp_path, rows, share="2-3/3").texts())
     assert joined == parts[1] | parts[2]
     for bad in ("4/3", "0/2", "half", "1/0", "3-2/4", "1-5/4"):
-        with pytest.raises(ValueError, match=f"share='{bad}'"):
-            ExampleSource(source="x", share=bad)
+        with pytest.raises(ValueError, match=f"write all, .*input_value='{bad}'"):
+            data_source(source="x", share=bad)
 
 
 def test_a_preference_file_is_also_a_source_of_prompts(tmp_path):
     path = write(tmp_path / "pairs.jsonl", many(12))
-    source = PromptSource(source=path, prompt_column="prompt", answer_column="chosen", unique=True)
+    source = data_source(source=path, prompt_column="prompt", answer_column="chosen", unique=True)
     prompts = load_prompts(source, character_tokenizer())
     assert prompts.texts() == [f"Question {i}" for i in range(4)]
     assert prompts[1].answer == "a3"

@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from spmdrl.data.prompts import PromptSource, load_prompts
+from data_sources import data_source
+from spmdrl.data.prompts import load_prompts
 
 CHAT = (
     "{% if messages[0]['role'] != 'system' %}<s> default {% endif %}"
@@ -57,7 +58,7 @@ def read_back(tokenizer, prompt):
 
 
 def test_gsm8k(tokenizer, write):
-    source = PromptSource(
+    source = data_source(
         source=write(*GSM8K),
         prompt_column="question",
         answer_column="answer",
@@ -79,16 +80,16 @@ def test_gsm8k(tokenizer, write):
 
 
 def test_raw_text_has_no_messages(tokenizer, write):
-    prompts = load_prompts(PromptSource(source=write({"prompt": "a b"}), chat=False), tokenizer)
+    prompts = load_prompts(data_source(source=write({"prompt": "a b"}), chat=False), tokenizer)
     assert read_back(tokenizer, prompts[0]) == "[BOS]a b"
     assert prompts[0].messages == () and prompts[0].answer is None
 
 
 def test_the_template_brings_its_own_system_prompt(tokenizer, write):
     source = write({"prompt": "a"})
-    default = load_prompts(PromptSource(source=source), tokenizer)[0]
+    default = load_prompts(data_source(source=source), tokenizer)[0]
     assert read_back(tokenizer, default) == "<s> default <user> a <assistant>"
-    empty = load_prompts(PromptSource(source=source, system=""), tokenizer)[0]
+    empty = load_prompts(data_source(source=source, system=""), tokenizer)[0]
     assert read_back(tokenizer, empty) == "<system>  <user> a <assistant>"
 
 
@@ -98,7 +99,7 @@ def test_conversations(tokenizer, write):
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"},
     ]
-    source = PromptSource(source=write({"chat": turns}), messages_column="chat", system="S")
+    source = data_source(source=write({"chat": turns}), columns={"messages": "chat"}, system="S")
     prompt = load_prompts(source, tokenizer)[0]
     assert prompt.text == "c"
     assert read_back(tokenizer, prompt) == "<system> S <user> a <assistant> b <user> c <assistant>"
@@ -106,14 +107,14 @@ def test_conversations(tokenizer, write):
 
 def test_answers_that_are_not_text(tokenizer, write):
     file = write({"prompt": "a", "answer": 7}, {"prompt": "b", "answer": [1, 2]})
-    prompts = load_prompts(PromptSource(source=file, answer_column="answer"), tokenizer)
+    prompts = load_prompts(data_source(source=file, answer_column="answer"), tokenizer)
     assert [p.answer for p in prompts] == ["7", "[1, 2]"]
 
 
 def test_reasoning_gym(tokenizer):
-    source = PromptSource(
+    source = data_source(
         source="reasoning_gym:chain_sum",
-        parameters={"min_terms": 2, "max_terms": 2, "max_digits": 1},
+        task={"min_terms": 2, "max_terms": 2, "max_digits": 1},
         size=5,
         template="{prompt} Answer with the number only.",
     )
@@ -127,12 +128,12 @@ def test_reasoning_gym(tokenizer):
 
 def test_long_prompts_are_left_out_and_counted(tokenizer, write, caplog):
     file = write({"prompt": "a" * 50}, {"prompt": "b"}, {"prompt": "c" * 60})
-    prompts = load_prompts(PromptSource(source=file, max_prompt_tokens=40), tokenizer)
+    prompts = load_prompts(data_source(source=file, max_tokens=40), tokenizer)
     assert [(p.prompt_id, p.text) for p in prompts] == [(1, "b")]
     assert prompts.report.num_long == 2 and prompts.report.num_rows == 3
     assert "1 of 3 rows are used (left out: 2 longer than data.train.max_tokens=40" in caplog.text
     with pytest.raises(ValueError, match="leaves no example of 3 rows: 3 longer than"):
-        load_prompts(PromptSource(source=file, max_prompt_tokens=10), tokenizer)
+        load_prompts(data_source(source=file, max_tokens=10), tokenizer)
 
 
 BAD = [
@@ -149,21 +150,21 @@ BAD = [
 @pytest.mark.parametrize(("row", "problem"), BAD)
 def test_a_bad_row_is_an_error_with_file_and_line(tokenizer, write, row, problem):
     file = write({"prompt": "a", "answer": "1"}, row)
-    source = PromptSource(source=file, answer_column="answer", answer_pattern="[0-9]+")
+    source = data_source(source=file, answer_column="answer", answer_pattern="[0-9]+")
     with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{problem}.*on_bad_row"):
         load_prompts(source, tokenizer)
 
 
 def test_or_bad_rows_are_skipped_and_counted(tokenizer, write, caplog):
     file = write(*[row for row, _ in BAD], {"prompt": "a", "answer": "1"})
-    source = PromptSource(
+    source = data_source(
         source=file, answer_column="answer", answer_pattern="[0-9]+", on_bad_row="skip"
     )
     prompts = load_prompts(source, tokenizer)
     assert [p.prompt_id for p in prompts] == [len(BAD)]
     assert prompts.report.num_bad == len(BAD) == caplog.text.count("; left out")
     with pytest.raises(ValueError, match=r"leaves no example of 1 rows: 1 malformed"):
-        load_prompts(PromptSource(source=write("[]"), on_bad_row="skip"), tokenizer)
+        load_prompts(data_source(source=write("[]"), on_bad_row="skip"), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_or_bad_rows_are_skipped_and_counted(tokenizer, write, caplog):
     ],
 )
 def test_a_bad_conversation_is_a_bad_row(tokenizer, write, messages, problem):
-    source = PromptSource(source=write({"chat": messages}), messages_column="chat")
+    source = data_source(source=write({"chat": messages}), columns={"messages": "chat"})
     with pytest.raises(ValueError, match=rf"rows\.jsonl:1: .*{problem}"):
         load_prompts(source, tokenizer)
 
@@ -187,40 +188,40 @@ def test_a_missing_column_names_those_there_are(tokenizer, write):
     with pytest.raises(
         ValueError, match=r"no column 'prompt' \(data.train.prompt_column\); it has \['quest"
     ):
-        load_prompts(PromptSource(source=file, on_bad_row="skip"), tokenizer)
-    source = PromptSource(source=file, prompt_column="question", answer_column="answer")
+        load_prompts(data_source(source=file, on_bad_row="skip"), tokenizer)
+    source = data_source(source=file, prompt_column="question", answer_column="answer")
     with pytest.raises(ValueError, match=r"no column 'answer' \(data.train.answer_column\)"):
         load_prompts(source, tokenizer)
 
 
 def test_an_empty_file(tokenizer, write):
     with pytest.raises(ValueError, match="leaves no example of 0 rows"):
-        load_prompts(PromptSource(source=write()), tokenizer)
+        load_prompts(data_source(source=write()), tokenizer)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"template": "no place"}, "must contain {prompt}"),
-        ({"answer_pattern": "("}, "answer_pattern='\\('"),
-        ({"messages_column": "m", "template": "{prompt}!"}, "takes whole conversations"),
-        ({"system": "S", "chat": False}, "needs chat=True"),
+        ({"answer_pattern": "("}, "answer_pattern\n.*unterminated"),
+        ({"columns": {"messages": "m"}, "template": "{prompt}!"}, "takes whole conversations"),
+        ({"system": "S", "chat": False}, "with chat=false"),
     ],
 )
-def test_settings_that_do_not_go_together(settings, message):
+def test_settings_that_do_not_go_together(settings, message, tokenizer):
     with pytest.raises(ValueError, match=message):
-        PromptSource(source="a.jsonl", **settings)
+        load_prompts(data_source(source="a.jsonl", **settings), tokenizer)
 
 
 def test_a_tokenizer_without_a_chat_template(tokenizer, write):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="no chat template: set chat to false"):
-        load_prompts(PromptSource(source=write({"prompt": "a"})), bare)
+        load_prompts(data_source(source=write({"prompt": "a"})), bare)
 
 
 def test_a_prompt_set_is_a_sequence(tokenizer, write):
     file = write(*[{"prompt": word} for word in ("one", "two", "three")])
-    prompts = load_prompts(PromptSource(source=file), tokenizer)
+    prompts = load_prompts(data_source(source=file), tokenizer)
     assert [p.text for p in prompts[1:]] == ["two", "three"]
     assert prompts[-1].text == "three" and prompts[-1].tokens == prompts.subset([2])[0].tokens
     assert [p.text for p in reversed(prompts)] == ["three", "two", "one"]

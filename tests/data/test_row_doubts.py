@@ -11,9 +11,9 @@ import pytest
 from data_cases import CHATML, character_tokenizer, turns, write_rows
 from pyarrow import parquet
 
+from data_sources import data_source
 from spmdrl.data.conversations import load_conversations
-from spmdrl.data.examples import ExampleSource
-from spmdrl.data.prompts import PromptSource, load_prompts
+from spmdrl.data.prompts import load_prompts
 from spmdrl.data.rows import read_rows
 
 NAMED = (  # no generation prompt, and no end of a turn
@@ -28,7 +28,7 @@ THINKING = (
 
 def answer_of(tmp_path: Path, template: str, said: str) -> str:
     file = write_rows(tmp_path, {"messages": turns("q", said)})
-    source = ExampleSource(source=str(file), columns={"messages": "messages"})
+    source = data_source(source=str(file), columns={"messages": "messages"})
     tokenizer = character_tokenizer(template)
     (item,) = load_conversations(source, tokenizer)
     ((start, stop),) = item.responses
@@ -50,7 +50,7 @@ def test_nor_in_an_empty_thought(tmp_path: Path, said: str) -> None:
 
 def prompts(tmp_path: Path, *rows: Any, template: Any = CHATML, **settings: Any) -> Any:
     file = write_rows(tmp_path, *rows)
-    return load_prompts(PromptSource(source=str(file), **settings), character_tokenizer(template))
+    return load_prompts(data_source(source=str(file), **settings), character_tokenizer(template))
 
 
 TEXT = '[{"role": "user", "content": "x"}]'
@@ -83,7 +83,7 @@ def test_what_is_easily_taken_for_something_else_is_a_bad_row(
 @pytest.mark.parametrize("row", [{"prompt": "a", "response": TEXT}, {"prompt": "a"}])
 def test_so_it_is_as_an_answer(tmp_path: Path, row: dict[str, str]) -> None:
     column = "response" if "response" in row else "prompt"
-    source = ExampleSource(source=write_rows(tmp_path, row), columns={"response": column})
+    source = data_source(source=write_rows(tmp_path, row), columns={"response": column})
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: column .* (as text|holds one text)"):
         load_conversations(source, character_tokenizer())
 
@@ -120,7 +120,7 @@ def test_keys_of_messages_without_effect_are_told_once(
 ) -> None:
     messages = [{**m, "weight": 0} for m in turns("q", "a")]
     file = write_rows(tmp_path, {"messages": messages}, {"messages": messages})
-    source = ExampleSource(source=str(file), columns={"messages": "messages"})
+    source = data_source(source=str(file), columns={"messages": "messages"})
     with caplog.at_level(logging.WARNING):
         load_conversations(source, character_tokenizer())
         told = "4 messages have the key 'weight', which the chat template does not read"

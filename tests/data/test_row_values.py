@@ -15,12 +15,12 @@ import pytest
 from data_cases import CHATML, character_tokenizer, marked, spelled, turns, write_rows
 from pyarrow import parquet
 
+from data_sources import data_source
 from spmdrl.data.answers import answer_text
 from spmdrl.data.conversations import load_conversations
-from spmdrl.data.examples import ExampleSource
 from spmdrl.data.messages import BadRow
 from spmdrl.data.preferences import load_preferences
-from spmdrl.data.prompts import PromptSource, load_prompts
+from spmdrl.data.prompts import load_prompts
 
 TOOLED = (
     "{% if tools %}<|im_start|>system\nTools:{% for t in tools %} {{ t['name'] }}{% endfor %}"
@@ -39,7 +39,7 @@ def answers(tmp_path, column, **changes):
     file = tmp_path / "rows.parquet"
     questions = [f"q{i}" for i in range(len(column))]
     parquet.write_table(pa.table({"question": questions, "answer": column}), file)
-    source = PromptSource(
+    source = data_source(
         source=str(file),
         chat=False,
         **{"prompt_column": "question", "answer_column": "answer", **changes},
@@ -116,15 +116,15 @@ def test_a_struct_is_refused_and_its_field_is_a_column(tmp_path):
         for i in range(3)
     ]
     parquet.write_table(pa.Table.from_pylist(rows), file)
-    whole = PromptSource(source=str(file), answer_column="reward_model")
+    whole = data_source(source=str(file), answer_column="reward_model")
     with pytest.raises(ValueError, match=r"name one of reward_model.style, reward_model.ground_t"):
         load_prompts(whole, character_tokenizer())
-    field = PromptSource(
+    field = data_source(
         source=str(file), answer_column="reward_model.ground_truth", prompt_column="extra.question"
     )
     prompts = load_prompts(field, character_tokenizer())
     assert [(p.text, p.answer) for p in prompts] == [(f"raw {i}", str(i)) for i in range(3)]
-    wrong = PromptSource(source=str(file), answer_column="reward_model.truth")
+    wrong = data_source(source=str(file), answer_column="reward_model.truth")
     with pytest.raises(ValueError, match=r"no column 'reward_model\.truth'"):
         load_prompts(wrong, character_tokenizer())
 
@@ -138,8 +138,8 @@ def test_half_a_character_makes_a_bad_prompt(tmp_path, place):
     file = write_rows(tmp_path, *rows, {**rows[0], place: HALF})
     source = {"source": file, "prompt_column": "question", "answer_column": "answer"}
     with pytest.raises(ValueError, match=rf"rows.jsonl:3: column '{place}': .* half of a char"):
-        load_prompts(PromptSource(**source), character_tokenizer())
-    prompts = load_prompts(PromptSource(**source, on_bad_row="skip"), character_tokenizer())
+        load_prompts(data_source(**source), character_tokenizer())
+    prompts = load_prompts(data_source(**source, on_bad_row="skip"), character_tokenizer())
     assert [p.text for p in prompts] == ["a", "b"]  # what nobody reads harms nobody
 
 
@@ -148,8 +148,8 @@ def test_half_a_character_makes_a_bad_pair(tmp_path, place):
     row = {"prompt": "a", "chosen": "yes", "rejected": "no"}
     file = write_rows(tmp_path, row, {**row, place: HALF})
     with pytest.raises(ValueError, match=rf"rows.jsonl:2: column '{place}'"):
-        load_preferences(ExampleSource(source=file), character_tokenizer())
-    kept = load_preferences(ExampleSource(source=file, on_bad_row="skip"), character_tokenizer())
+        load_preferences(data_source(source=file), character_tokenizer())
+    kept = load_preferences(data_source(source=file, on_bad_row="skip"), character_tokenizer())
     assert len(kept) == 1
 
 
@@ -157,10 +157,10 @@ def test_half_a_character_within_a_message(tmp_path):
     messages = [{"role": "user", "content": "a", "name": HALF}, *turns("", "yes")[1:]]
     file = write_rows(tmp_path, {"messages": messages}, {"messages": turns("a", "b")})
     template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m['name'] }}")
-    source = ExampleSource(source=file, columns={"messages": "messages"})
+    source = data_source(source=file, columns={"messages": "messages"})
     with pytest.raises(ValueError, match=r"rows.jsonl:1: the rendered conversation"):
         load_conversations(source, character_tokenizer(template))
-    part = ExampleSource(source=file, columns={"messages": "messages"}, share="1/2")
+    part = data_source(source=file, columns={"messages": "messages"}, share="1/2")
     with pytest.raises(ValueError, match=r"rows.jsonl:1: "):
         load_conversations(part, character_tokenizer(template))
 
@@ -171,7 +171,7 @@ def conversations(tmp_path, *rows, template, suffix="jsonl", **changes):
         parquet.write_table(pa.Table.from_pylist(list(rows)), file)
     else:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = ExampleSource(source=str(file), columns={"messages": "messages"}, **changes)
+    source = data_source(source=str(file), columns={"messages": "messages"}, **changes)
     tokenizer = character_tokenizer(template)
     found = load_conversations(source, tokenizer)
     return [marked(tokenizer, c.tokens, c.loss_mask) for c in found], found.left_out
@@ -260,7 +260,7 @@ def test_tools_are_handed_to_the_template(tmp_path, as_json):
     given = json.dumps(tools) if as_json else tools
     file = write_rows(tmp_path, {"prompt": "a", "tools": given}, {"prompt": "b", "tools": None})
     tokenizer = character_tokenizer(TOOLED)
-    first, second = load_prompts(PromptSource(source=file), tokenizer)
+    first, second = load_prompts(data_source(source=file), tokenizer)
     offered = "<|im_start|>system\nTools: weather clock<|im_end|>\n"
     text = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert spelled(tokenizer, first.tokens) == offered + text.format("a")
@@ -270,16 +270,16 @@ def test_tools_are_handed_to_the_template(tmp_path, as_json):
     (learned,), _ = conversations(tmp_path, row, template=TOOLED)
     assert learned == offered + text.format("a") + "{b<|im_end|>}"
     pair = {"prompt": "a", "chosen": "yes", "rejected": "no", "tools": given}
-    (found,) = load_preferences(ExampleSource(source=write_rows(tmp_path, pair)), tokenizer)
+    (found,) = load_preferences(data_source(source=write_rows(tmp_path, pair)), tokenizer)
     assert spelled(tokenizer, found.prompt) == offered + text.format("a")
 
 
 def test_tools_that_are_none_are_a_bad_row_where_they_are_used(tmp_path, caplog):
     file = write_rows(tmp_path, {"prompt": "a", "tools": "hammer, saw"}, {"prompt": "b"})
     with pytest.raises(ValueError, match=r"rows.jsonl:1: column 'tools' holds no list of tools"):
-        load_prompts(PromptSource(source=file), character_tokenizer(TOOLED))
+        load_prompts(data_source(source=file), character_tokenizer(TOOLED))
     with caplog.at_level(logging.WARNING):
-        assert len(load_prompts(PromptSource(source=file), character_tokenizer())) == 2
+        assert len(load_prompts(data_source(source=file), character_tokenizer())) == 2
     told = [r.getMessage() for r in caplog.records]
     assert len(told) == 1 and "tools" in told[0] and "no place" in told[0]
 
@@ -290,7 +290,7 @@ def test_a_margin_is_a_number_of_float32(tmp_path, margin):
     row = {"prompt": "a", "chosen": "yes", "rejected": "no"}
     text = json.dumps(margin, default=str) if not isinstance(margin, int) else str(int(margin))
     file.write_text(json.dumps(row)[:-1] + f', "m": {"true" if margin is True else text}}}\n')
-    source = ExampleSource(source=str(file), columns={"margin": "m"})
+    source = data_source(source=str(file), columns={"margin": "m"})
     with pytest.raises(ValueError, match=r"rows.jsonl:1: column 'm' holds no number"):
         load_preferences(source, character_tokenizer())
 
@@ -299,7 +299,7 @@ def test_progress_is_reported_while_a_source_is_read(tmp_path):
     reports = []
     file = write_rows(tmp_path, *[{"prompt": f"q{i}"} for i in range(600)])
     load_prompts(
-        PromptSource(source=file), character_tokenizer(), lambda *report: reports.append(report)
+        data_source(source=file), character_tokenizer(), lambda *report: reports.append(report)
     )
     read, made, encoded = [(256, 0), (512, 0)], [(0, 600), (256, 600), (512, 600)], [(0, 600)]
     assert reports == read + made + encoded

@@ -6,7 +6,8 @@ from hashlib import blake2b
 import numpy as np
 import pytest
 
-from spmdrl.data.prompts import LoadReport, PromptSet, PromptSource, load_prompts
+from data_sources import data_source
+from spmdrl.data.prompts import LoadReport, PromptSet, load_prompts
 from spmdrl.data.split import in_part, limited, split, without_overlap
 
 
@@ -24,8 +25,8 @@ class Characters:
 
 def chain_sum(*, size, seed, max_digits=1):
     parameters = {"min_terms": 2, "max_terms": 2, "max_digits": max_digits}
-    source = PromptSource(
-        source="reasoning_gym:chain_sum", parameters=parameters, size=size, seed=seed, chat=False
+    source = data_source(
+        source="reasoning_gym:chain_sum", task=parameters, size=size, seed=seed, chat=False
     )
     return load_prompts(source, Characters())
 
@@ -58,8 +59,8 @@ def test_a_question_is_held_out_in_all_its_phrasings():
         "allow_parentheses": False,
         "format_style": "natural",
     }
-    source = PromptSource(
-        source="reasoning_gym:basic_arithmetic", parameters=parameters, size=4000, chat=False
+    source = data_source(
+        source="reasoning_gym:basic_arithmetic", task=parameters, size=4000, chat=False
     )
     prompts = load_prompts(source, Characters())
     parts = split(prompts, held_out=201)

@@ -11,9 +11,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from data_sources import data_source
 from flow_cases import run_configs
 from harness import run_ranks
-from spmdrl.data.examples import ExampleSource
 from spmdrl.data.preferences import load_preferences
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.observe.metrics import read_metrics
@@ -127,7 +127,7 @@ def test_exported_models_load_in_transformers(runs):
     directory, records = found["reward_model", "shard2"]
     model = AutoModelForSequenceClassification.from_pretrained(directory / "model")
     pairs = load_preferences(
-        ExampleSource(source=str(root / "pairs.jsonl")), load_tokenizer(root / "model")
+        data_source(source=str(root / "pairs.jsonl")), load_tokenizer(root / "model")
     )
     right = []
     for pair in pairs:

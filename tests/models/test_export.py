@@ -13,7 +13,7 @@ from scalar_heads import decoder_of, scores
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from spmdrl.data.examples import ExampleSource
+from data_sources import data_source
 from spmdrl.data.preferences import load_preferences
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.files.export import files_dtype, save_pretrained
@@ -149,7 +149,7 @@ def preference_rows(root: Path, model: Path) -> list[list[int]]:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = []
     for chat in (True, False):
-        source = ExampleSource(source=str(file), prompt_column="prompt", chat=chat)
+        source = data_source(source=str(file), prompt_column="prompt", chat=chat)
         for pair in load_preferences(source, load_tokenizer(model)):
             found += [[*pair.prompt, *pair.chosen], [*pair.prompt, *pair.rejected]]
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from spmdrl.data.examples import ExampleSource
+from data_sources import data_source
 from spmdrl.data.preferences import load_preferences
 from spmdrl.data.prompts import Prompt
 from spmdrl.models.files.tokenizers import load_tokenizer
@@ -55,7 +55,7 @@ def trained_on(root: Path, directory: Path, asked: Any, *, chat: bool) -> list[l
     """The rows of a pair, as `reward_model` makes them."""
     row = {"prompt": asked, "chosen": ANSWERS[0], "rejected": ANSWERS[1]}
     (root / "pairs.jsonl").write_text(json.dumps(row) + "\n")
-    source = ExampleSource(source=str(root / "pairs.jsonl"), chat=chat, now=NOW)
+    source = data_source(source=str(root / "pairs.jsonl"), chat=chat, now=NOW)
     batch = load_preferences(source, load_tokenizer(directory)).rows([0], 0)
     return [row.tolist() for row in torch.split(batch["tokens"], batch.lengths.tolist())]
 

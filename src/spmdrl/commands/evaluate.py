@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from spmdrl.run.inputs import (
     Inputs,
     Reading,
     check_models,
-    prompt_source,
+    data_source,
     read_held_out,
     read_inputs,
     sampling_params,
@@ -118,14 +117,9 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
     data = config.data.model_copy(update={"kind": "prompts"})  # even if the flow reads other data
     config = rollout_only(config).model_copy(update={"data": data})
     tokenizer = load_tokenizer(config.model.path)
-    source = replace(
-        prompt_source(config.data.train, datetime.now()),
-        source=prompts_file,
-        answer_column=None,
-        size=None,
-        keep_shortest="100%",
-        parameters={},
-    )
+    changes = {"source": prompts_file, "answer_column": None, "size": None, "keep_shortest": "100%"}
+    source = data_source(config.data.train, datetime.now())
+    source = source.model_copy(update={**changes, "task": {}})
     prompts = load_prompts(source, tokenizer, TimedLines("the prompts"))
     inputs = Inputs(
         tokenizer=tokenizer,

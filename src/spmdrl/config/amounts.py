@@ -51,3 +51,17 @@ def count_of(amount: Amount, total: int, at_most: int | None = None) -> int:
         return amount
     count = max(1, round(share_of(amount) * total))
     return count if at_most is None else min(count, at_most)
+
+
+def read_part(part: str) -> tuple[int, int, int]:
+    """Read (first, last, number of parts): `2/3` is (2, 2, 3), `2-3/4` (2, 3, 4), `all` (1, 1, 1).
+
+    Raises:
+        ValueError: the text describes no part.
+    """
+    match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?/([0-9]+)", "1/1" if part == "all" else part)
+    if match is not None:
+        first, last, count = (int(x) for x in (match[1], match[2] or match[1], match[3]))
+        if 1 <= first <= last <= count:
+            return first, last, count
+    raise ValueError("write all, 2/3 for the second of three, or 2-3/4 for two of four")

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from spmdrl.config.algorithms import Basic, Section
-from spmdrl.config.amounts import Amount, read_amount, read_share
+from spmdrl.config.amounts import Amount, read_amount, read_part, read_share
 
 
 def with_home(place: str) -> str:
@@ -23,6 +31,27 @@ def with_home(place: str) -> str:
 
 Place = Annotated[str, AfterValidator(with_home)]
 """A path, or a text that may name a file: `~` is the user's home directory."""
+
+
+def with_place(template: str) -> str:
+    if "{prompt}" not in template:
+        raise ValueError("it must contain {prompt}")
+    return template
+
+
+def compiled(pattern: str) -> str:
+    """Check a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(str(error)) from error
+    return pattern
+
+
+def disjoint_share(share: str) -> str:
+    """Check a share of the prompts, as `read_part` reads it."""
+    read_part(share)
+    return share
 
 
 class PromptsSection(Section):
@@ -45,12 +74,12 @@ class PromptsSection(Section):
         description="Read the reference answer from this column, or from a field of one "
         "(reward_model.ground_truth); null reads none.",
     )
-    answer_pattern: Basic[str | None] = Field(
+    answer_pattern: Basic[Annotated[str, AfterValidator(compiled)] | None] = Field(
         None,
         description="Take group 1 of this regular expression as the answer; null takes the whole "
         "text.",
     )
-    template: Basic[str] = Field(
+    template: Basic[Annotated[str, AfterValidator(with_place)]] = Field(
         "{prompt}", description="Put this text around the question, which replaces {prompt}."
     )
     system: str | None = Field(
@@ -62,7 +91,7 @@ class PromptsSection(Section):
         description="Name the columns response, messages, chosen, rejected and margin, where "
         "they differ.",
     )
-    share: Basic[str] = Field(
+    share: Basic[Annotated[str, AfterValidator(disjoint_share)]] = Field(
         "all", description="Use this share of the prompts: all, 2/3 (second of three), 2-3/4."
     )
     unique: Basic[bool] = Field(False, description="Leave out prompts that occurred before.")
@@ -80,6 +109,12 @@ class PromptsSection(Section):
     on_bad_row: Basic[Literal["error", "skip"]] = Field(
         "error", description="Treat a row that cannot be used as an error, or count and skip it."
     )
+
+    @model_validator(mode="after")
+    def _has_messages(self) -> Self:
+        if self.system is not None and not self.chat:
+            raise ValueError(f"system={self.system!r} with chat=false: raw text has no messages")
+        return self
 
 
 DataKind = Literal["prompts", "conversations", "preferences"]

@@ -13,9 +13,9 @@ from spmdrl.data.examples import (
     CALL_ALONE,
     EMPTY_RESPONSE,
     Example,
-    ExampleSource,
     RowProgress,
     Unusable,
+    check_part,
     read_examples,
     read_mark,
     unreported,
@@ -30,6 +30,7 @@ from spmdrl.data.messages import (
     with_system,
 )
 from spmdrl.data.rows import Row
+from spmdrl.data.source import DataSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class Conversation:
 
 
 def load_conversations(
-    source: ExampleSource, tokenizer: EndingTokenizer, report: RowProgress = unreported
+    source: DataSource, tokenizer: EndingTokenizer, report: RowProgress = unreported
 ) -> ItemSet[Conversation]:
     """Load conversations from a column of messages, or from a prompt and a response.
 
@@ -101,7 +102,7 @@ def load_conversations(
 
     def make(row: Row) -> Example[Conversation]:
         text, messages = _whole(row, source) if whole else _prompt_and_response(row, source)
-        source.check_part(text)
+        check_part(source, text)
         silent = [m for m in messages if m["role"] == "assistant" and not m["content"].strip()]
         if silent:
             raise Unusable(
@@ -120,12 +121,12 @@ def load_conversations(
     return ItemSet(Conversation, *found)
 
 
-def _whole(row: Row, source: ExampleSource) -> tuple[str, Messages]:
+def _whole(row: Row, source: DataSource) -> tuple[str, Messages]:
     column = source.column("messages")
     messages = checked_messages(row.get(column), column, source)
     return opening(messages), with_system(messages, source)
 
 
-def _prompt_and_response(row: Row, source: ExampleSource) -> tuple[str, Messages]:
+def _prompt_and_response(row: Row, source: DataSource) -> tuple[str, Messages]:
     asked = read_responses(row, [source.column("response")], source)
     return asked.text, [*asked.messages, {"role": "assistant", "content": asked.responses[0]}]

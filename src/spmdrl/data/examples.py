@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
 
 from spmdrl.data.doubts import tell_of_keys, tell_of_tools
 from spmdrl.data.identity import row_mark
 from spmdrl.data.load_report import MALFORMED, REPEATED, length_limit, not_in, tell
-from spmdrl.data.messages import BadRow, check_prompt_settings
+from spmdrl.data.messages import BadRow
 from spmdrl.data.rows import Row, read_rows
-from spmdrl.data.split import in_part, read_part
+from spmdrl.data.source import DataSource
+from spmdrl.data.split import in_part
 from spmdrl.observe.log import ALIKE
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 COLUMNS = ("response", "messages", "chosen", "rejected", "margin")
-"""Columns other than the prompt's that `ExampleSource.columns` can name."""
+"""Columns other than the prompt's that `DataSource.columns` can name."""
 
 
 EMPTY_RESPONSE = "with an empty response"
@@ -44,75 +44,18 @@ class Unusable(ValueError):
     """Reason to leave out a well-formed row: an empty response, say."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExampleSource:
-    """Source of examples, and settings by which a row becomes one.
+def has_prompts(source: DataSource, rows: Sequence[Row], responses: Sequence[str]) -> bool:
+    """Whether the rows hold prompts: in their column, or in the responses' conversations."""
+    if "messages" in source.columns:
+        return True
+    in_responses = any(isinstance(row.get(name), list) for row in rows for name in responses)
+    return in_responses or any(row.has(source.prompt_column) for row in rows)
 
-    Args:
-        source: a .jsonl, .json (an object per line) or .parquet file, or `hub:NAME`. Names of
-            columns may be those of fields (`extra.question`).
-        parameters: arguments of `datasets.load_dataset` for `hub:`.
-        size: maximum number of rows; None: all.
-        prompt_column: column of the prompt: a text, or a list of messages.
-        columns: actual names of the columns of `COLUMNS`, if they differ.
-        template: text in which a prompt that is a text replaces `{prompt}`.
-        system: system prompt; None: the chat template decides.
-        chat: True renders by the tokenizer's chat template, False takes raw text.
-        max_tokens: longer examples are left out, counted and logged; None: no limit.
-        keep_shortest: share of the examples to keep, the shortest; longer ones are left out,
-            counted and logged, even if `max_tokens` allows them.
-        on_bad_row: `error` refuses a malformed row, `skip` counts, logs and leaves it out.
-        unique: leave out examples whose prompt has occurred before.
-        share: `all`, `2/3` (the second of three disjoint shares) or `2-3/4`, by prompt.
-        now: the time that a chat template is given.
-        key: key of the section with these settings, for messages.
 
-    Raises:
-        ValueError: an unknown column, a template without `{prompt}`, a malformed share, or a system
-            prompt for raw text.
-    """
-
-    source: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    size: int | None = None
-    prompt_column: str = "prompt"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    template: str = "{prompt}"
-    system: str | None = None
-    chat: bool = True
-    max_tokens: int | None = None
-    on_bad_row: Literal["error", "skip"] = "error"
-    unique: bool = False
-    share: str = "all"
-    keep_shortest: str = "100%"
-    key: str = "data.train"
-    now: datetime = field(default_factory=datetime.now, compare=False)
-
-    def __post_init__(self) -> None:
-        check_prompt_settings(self)
-        unknown = sorted(set(self.columns) - set(COLUMNS))
-        if unknown:
-            raise ValueError(f"columns={dict(self.columns)}: {unknown[0]!r} is none of {COLUMNS}")
-        read_part(self.share)
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_tokens
-
-    def column(self, name: str) -> str:
-        return self.columns.get(name, name)
-
-    def has_prompts(self, rows: Sequence[Row], responses: Sequence[str]) -> bool:
-        """Whether the rows hold prompts: in their column, or in the responses' conversations."""
-        if "messages" in self.columns:
-            return True
-        in_responses = any(isinstance(row.get(name), list) for row in rows for name in responses)
-        return in_responses or any(row.has(self.prompt_column) for row in rows)
-
-    def check_part(self, text: str) -> None:
-        """Raise Unusable if an example with this opening is in another share."""
-        if not in_part(text, self.share):
-            raise Unusable(not_in(self.share))
+def check_part(source: DataSource, text: str) -> None:
+    """Raise Unusable if an example with this opening is in another share."""
+    if not in_part(text, source.share):
+        raise Unusable(not_in(source.share))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +74,7 @@ class Example(Generic[T]):
 
 
 def read_examples(
-    source: ExampleSource,
+    source: DataSource,
     needed: Sequence[str],
     make: Callable[[Row], Example[T]],
     template: str | None,
@@ -149,9 +92,12 @@ def read_examples(
         ValueError: the source cannot be read, lacks a column (those it has are named), has a bad
             row (file and line are named) while `on_bad_row` is `error`, or leaves no example.
     """
+    unknown = sorted(set(source.columns) - set(COLUMNS))
+    if unknown:
+        raise ValueError(f"{source.key}.columns: {unknown[0]!r} is none of {COLUMNS}")
     rows = all_rows(source, seed=0, report=report)
     keys = dict.fromkeys(needed, f"{source.key}.prompt_column or {source.key}.columns")
-    if not source.has_prompts(rows, needed):
+    if not has_prompts(source, rows, needed):
         keys[source.prompt_column] = f"{source.key}.prompt_column"
     check_columns(source.source, keys, rows)
     tell_of_tools(source.source, rows, template)
@@ -172,9 +118,9 @@ def read_examples(
     items: list[T] = []
     seen: set[Hashable] = set()
     for example in made:
-        if limit is not None and example.prompt_tokens >= limit.tokens:
+        if example.prompt_tokens >= limit.tokens:
             left_out[f"whose prompt leaves no room within {limit.setting}"] += 1
-        elif limit is not None and example.tokens > limit.tokens:
+        elif example.tokens > limit.tokens:
             left_out[limit.reason] += 1
         elif source.unique and example.prompt in seen:
             left_out[REPEATED] += 1
@@ -193,20 +139,7 @@ def read_examples(
     return items, dict(left_out)
 
 
-class SourceSettings(Protocol):
-    """Settings that determine the rows of a source."""
-
-    @property
-    def source(self) -> str: ...
-
-    @property
-    def parameters(self) -> Mapping[str, Any]: ...
-
-    @property
-    def size(self) -> int | None: ...
-
-
-def all_rows(source: SourceSettings, *, seed: int, report: RowProgress) -> list[Row]:
+def all_rows(source: DataSource, *, seed: int, report: RowProgress) -> list[Row]:
     """Read every row of a source. ValueError: see `data.rows.read_rows`."""
     rows = []
     for row in read_rows(source.source, parameters=source.parameters, size=source.size, seed=seed):

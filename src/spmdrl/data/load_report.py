@@ -24,7 +24,7 @@ class Limits(Protocol):
     def key(self) -> str: ...
 
     @property
-    def limit(self) -> int | None: ...
+    def max_tokens(self) -> int: ...
 
     @property
     def keep_shortest(self) -> str: ...
@@ -46,23 +46,21 @@ class LengthLimit:
         return f"longer than {self.setting}"
 
 
-def length_limit(lengths: Sequence[int], source: Limits) -> LengthLimit | None:
-    """Limit by the smaller of `limit` and the longest length within `keep_shortest`; None if none.
+def length_limit(lengths: Sequence[int], source: Limits) -> LengthLimit:
+    """Limit by the smaller of `max_tokens` and the longest length within `keep_shortest`.
 
     Args:
         lengths: lengths in tokens of all rows that may be used.
     """
-    found = None
-    if source.limit is not None:
-        setting = f"{source.key}.max_tokens={source.limit}"
-        found = LengthLimit(tokens=source.limit, setting=setting)
+    setting = f"{source.key}.max_tokens={source.max_tokens}"
+    found = LengthLimit(tokens=source.max_tokens, setting=setting)
     share = share_of(source.keep_shortest)
     if share == 1 or not lengths:
         return found
     # 0.07 * 100 is a little more than 7
     place = max(1, math.ceil(share * len(lengths) - 1e-9))
     longest = int(sorted(lengths)[place - 1])
-    if found is not None and found.tokens <= longest:
+    if found.tokens <= longest:
         return found
     setting = f"{longest} tokens ({source.key}.keep_shortest={source.keep_shortest})"
     return LengthLimit(tokens=longest, setting=setting)
@@ -81,13 +79,13 @@ class LoadReport:
     num_repeated: int = 0
     num_elsewhere: int = 0
 
-    def left_out(self, share: str, limit: LengthLimit | None) -> dict[str, int]:
+    def left_out(self, share: str, limit: LengthLimit) -> dict[str, int]:
         """Number of rows left out, by reason."""
         counts = {
             MALFORMED: self.num_bad,
             not_in(share): self.num_elsewhere,
             REPEATED: self.num_repeated,
-            "" if limit is None else limit.reason: self.num_long,
+            limit.reason: self.num_long,
         }
         return {why: count for why, count in counts.items() if count}
 

@@ -34,14 +34,6 @@ class PromptSettings(Protocol):
     def chat(self) -> bool: ...
 
 
-def check_prompt_settings(settings: PromptSettings) -> None:
-    """Raise ValueError for a template without `{prompt}`, or a system prompt for raw text."""
-    if "{prompt}" not in settings.template:
-        raise ValueError(f"template={settings.template!r} must contain {{prompt}}")
-    if settings.system is not None and not settings.chat:
-        raise ValueError(f"system={settings.system!r} needs chat=True: raw text has no messages")
-
-
 def checked_text(text: str, column: str | None) -> str:
     """Return the text of a column (None: of the chat template). BadRow: it has half of a surrogate
     pair, which no encoding can write.

@@ -13,9 +13,9 @@ from spmdrl.data.encode import EndingTokenizer, make_encoder
 from spmdrl.data.examples import (
     EMPTY_RESPONSE,
     Example,
-    ExampleSource,
     RowProgress,
     Unusable,
+    check_part,
     read_examples,
     read_mark,
     unreported,
@@ -23,6 +23,7 @@ from spmdrl.data.examples import (
 from spmdrl.data.item_set import ItemSet
 from spmdrl.data.messages import BadRow, prompt_key, read_responses, shown
 from spmdrl.data.rows import Row
+from spmdrl.data.source import DataSource
 
 HUGE = 3.4e38
 """Bound on the size of a margin, so that it fits into float32."""
@@ -113,7 +114,7 @@ def mismatched(pairs: ItemSet[Pair]) -> ItemSet[Pair]:
 
 
 def load_preferences(
-    source: ExampleSource, tokenizer: EndingTokenizer, report: RowProgress = unreported
+    source: DataSource, tokenizer: EndingTokenizer, report: RowProgress = unreported
 ) -> ItemSet[Pair]:
     """Load pairs from the columns of the prompt, `chosen`, `rejected`, and `margin` if it is named.
 
@@ -130,7 +131,7 @@ def load_preferences(
 
     def make(row: Row) -> Example[Pair]:
         asked = read_responses(row, columns, source)
-        source.check_part(asked.text)
+        check_part(source, asked.text)
         chosen_text, rejected_text = asked.responses
         if not (chosen_text.strip() and rejected_text.strip()):
             raise Unusable(EMPTY_RESPONSE)
@@ -166,7 +167,7 @@ def _said(response: str) -> Mapping[str, str]:
     return {"role": "assistant", "content": response}
 
 
-def _margin(row: Row, source: ExampleSource) -> float:
+def _margin(row: Row, source: DataSource) -> float:
     if "margin" not in source.columns:
         return 0.0
     column = source.columns["margin"]

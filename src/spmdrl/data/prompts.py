@@ -40,8 +40,8 @@ from spmdrl.data.messages import (
     waiting,
     with_system,
 )
-from spmdrl.data.prompt_source import PromptSource, needed_columns, with_task_columns
 from spmdrl.data.rows import Row, is_conversation, one_line
+from spmdrl.data.source import DataSource, needed_columns, with_task_columns
 from spmdrl.data.split import in_part
 
 ENCODE_ROWS = 1024  # texts handed to the tokenizer at a time
@@ -182,7 +182,7 @@ def join_prompts(sets: Sequence[PromptSet]) -> PromptSet:
 
 
 def load_prompts(
-    source: PromptSource, tokenizer: Tokenizer, report: RowProgress = unreported
+    source: DataSource, tokenizer: Tokenizer, report: RowProgress = unreported
 ) -> PromptSet:
     """Read, check, render and tokenise all prompts of a source.
 
@@ -193,6 +193,12 @@ def load_prompts(
         ValueError: the source cannot be read, lacks a column (those it has are named), holds a bad
             row (file and line are named) while `on_bad_row` is `error`, or leaves no prompt.
     """
+    column = source.columns.get("messages")
+    if column is not None and (source.template != "{prompt}" or not source.chat):
+        raise ValueError(
+            f"{source.key}.columns.messages={column} takes whole conversations: it goes with "
+            f"chat=true (not {source.chat}) and no template (not {source.template!r})"
+        )
     check_chat_template(source.source, tokenizer, chat=source.chat)
     source = with_task_columns(source)
     rows = all_rows(source, seed=source.seed, report=report)
@@ -216,7 +222,7 @@ def load_prompts(
     )
     lengths, tokens = _encode(texts, source, tokenizer, report)
     limit = length_limit(lengths.tolist(), source)
-    fits = [i for i, length in enumerate(lengths) if limit is None or length <= limit.tokens]
+    fits = [i for i, length in enumerate(lengths) if length <= limit.tokens]
     done = LoadReport(
         num_rows=len(rows),
         num_bad=found.num_bad,
@@ -253,7 +259,7 @@ class _Drafts:
 
 def _read_drafts(
     rows: Sequence[Row],
-    source: PromptSource,
+    source: DataSource,
     tokenizer: Tokenizer,
     *,
     has_tools: bool,
@@ -282,12 +288,12 @@ def _read_drafts(
     return found
 
 
-def _draft(row: Row, source: PromptSource, *, has_tools: bool) -> _Draft:
+def _draft(row: Row, source: DataSource, *, has_tools: bool) -> _Draft:
     if row.problem is not None:
         raise BadRow(row.problem)
     answer = None if source.answer_column is None else row.get(source.answer_column)
-    if source.messages_column is not None:
-        column = source.messages_column
+    if "messages" in source.columns:
+        column = source.columns["messages"]
         given = waiting(checked_messages(row.get(column), column, source), column)
         first, messages = opening(given), with_system(given, source)
     elif source.answer_column is not None and is_conversation(answer):
@@ -322,7 +328,7 @@ def _question(draft: _Draft) -> str:
     return draft.text if is_one_turn else draft.opening
 
 
-def _render(draft: _Draft, source: PromptSource, tokenizer: Tokenizer) -> str:
+def _render(draft: _Draft, source: DataSource, tokenizer: Tokenizer) -> str:
     if not source.chat:
         return draft.text
     text = render(draft.messages, tokenizer, prompt=True, tools=draft.tools, now=source.now)
@@ -332,7 +338,7 @@ def _render(draft: _Draft, source: PromptSource, tokenizer: Tokenizer) -> str:
 
 
 def _encode(
-    texts: Sequence[str], source: PromptSource, tokenizer: Tokenizer, report: RowProgress
+    texts: Sequence[str], source: DataSource, tokenizer: Tokenizer, report: RowProgress
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Encode texts, raw ones with special tokens: lengths `[number of texts]` and ids `[T]`."""
     lengths: list[int] = []

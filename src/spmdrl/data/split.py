@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from spmdrl.config.amounts import Amount, count_of
+from spmdrl.config.amounts import Amount, count_of, read_part
 from spmdrl.observe.log import ALIKE
 
 log = logging.getLogger(__name__)
@@ -181,22 +180,6 @@ def without_overlap(held_out: S, trained_openings: Collection[str]) -> tuple[S, 
     if len(kept) < len(held_out):
         log.warning("%s", note, extra=ALIKE)
     return held_out.subset(kept), note
-
-
-def read_part(part: str) -> tuple[int, int, int]:
-    """Read (first, last, number of parts): `2/3` is (2, 2, 3), `2-3/4` (2, 3, 4), `all` (1, 1, 1).
-
-    Raises:
-        ValueError: the text describes no part.
-    """
-    match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?/([0-9]+)", "1/1" if part == "all" else part)
-    if match is not None:
-        first, last, count = (int(x) for x in (match[1], match[2] or match[1], match[3]))
-        if 1 <= first <= last <= count:
-            return first, last, count
-    raise ValueError(
-        f"share={part!r}: write all, 2/3 for the second of three, or 2-3/4 for two of four"
-    )
 
 
 def in_part(text: str, part: str) -> bool:

@@ -14,11 +14,11 @@ from spmdrl.config.data_sets import HELD_OUT, HeldOutSet, held_out_sets, train_s
 from spmdrl.config.sections import Config, SamplingSection
 from spmdrl.data.conversations import load_conversations
 from spmdrl.data.encode import tells_time
-from spmdrl.data.examples import ExampleSource, RowProgress, unreported
+from spmdrl.data.examples import RowProgress, unreported
 from spmdrl.data.item_set import ItemSet
 from spmdrl.data.preferences import load_preferences
-from spmdrl.data.prompt_source import PromptSource
 from spmdrl.data.prompts import PromptSet, join_prompts, load_prompts
+from spmdrl.data.source import DataSource
 from spmdrl.data.split import limited, split, split_examples, without_overlap
 from spmdrl.models.files.token_texts import Decode, TokenTexts, token_texts
 from spmdrl.models.files.tokenizer_files import notes
@@ -186,61 +186,17 @@ def join_sets(sets: Sequence[AnySet]) -> AnySet:
 def load_data(key: str, section: PromptsSection, kind: DataKind, reading: Reading) -> AnySet:
     """Load the set that a section describes; `key` is the section's place in the configuration."""
     tokenizer, report = reading.tokenizer, reading.report
+    source = data_source(section, reading.now, key)
     if kind == "prompts":
-        return load_prompts(prompt_source(section, reading.now, key), tokenizer, report)
-    source = example_source(section, reading.now, key)
+        return load_prompts(source, tokenizer, report)
     if kind == "conversations":
         return load_conversations(source, tokenizer, report)
     return load_preferences(source, tokenizer, report)
 
 
-def example_source(
-    section: PromptsSection, now: datetime, key: str = "data.train"
-) -> ExampleSource:
-    parameters = {"split": section.split} if section.source.startswith("hub:") else {}
-    return ExampleSource(
-        source=section.source,
-        parameters=parameters,
-        size=section.size,
-        prompt_column=section.prompt_column,
-        columns=section.columns,
-        template=section.template,
-        system=section.system,
-        chat=section.chat,
-        max_tokens=section.max_tokens,
-        keep_shortest=section.keep_shortest,
-        on_bad_row=section.on_bad_row,
-        unique=section.unique,
-        share=section.share,
-        now=now,
-        key=key,
-    )
-
-
-def prompt_source(section: PromptsSection, now: datetime, key: str = "data.train") -> PromptSource:
-    parameters = dict(section.task)
-    if section.source.startswith("hub:"):
-        parameters.setdefault("split", section.split)
-    return PromptSource(
-        source=section.source,
-        parameters=parameters,
-        size=section.size,
-        seed=section.seed,
-        prompt_column=section.prompt_column,
-        answer_column=section.answer_column,
-        answer_pattern=section.answer_pattern,
-        template=section.template,
-        system=section.system,
-        chat=section.chat,
-        max_prompt_tokens=section.max_tokens,
-        keep_shortest=section.keep_shortest,
-        on_bad_row=section.on_bad_row,
-        unique=section.unique,
-        share=section.share,
-        messages_column=section.columns.get("messages"),
-        now=now,
-        key=key,
-    )
+def data_source(section: PromptsSection, now: datetime, key: str = "data.train") -> DataSource:
+    fields = set(PromptsSection.model_fields)  # a mixed source has a weight too
+    return DataSource(**section.model_dump(include=fields), now=now, key=key)
 
 
 def sampling_params(section: SamplingSection) -> SamplingParams:
