@@ -223,8 +223,8 @@ def test_what_graphs_hold_goes_last_and_takes_the_graphs_along():
 @pytest.mark.parametrize(
     ("wishes", "other"),
     [
-        ({"cache": "drop"}, "rollout.memory.kv_cache=drop"),
-        ({"policy": "host"}, "policy.memory.weights=host"),
+        ({"cache": "drop"}, "rollout.residency.kv_cache=drop"),
+        ({"policy": "host"}, "policy.residency.weights=host"),
     ],
 )
 def test_graphs_over_what_moves_are_refused_or_dropped(wishes, other):

@@ -93,7 +93,7 @@ def test_on_cuda_weights_and_cache_are_one_part(shape: tuple[Path, ModelConfig])
     assert memory.plan.residencies["rollout", "weights"] == "drop"
     assert ("rollout", "kv_cache") not in memory.plan.residencies
     assert found.syncs["rollout"].shared_bytes == 0, "vLLM's graphs hold its own addresses"
-    with pytest.raises(ValueError, match=r"memory\.kv_cache=drop with rollout\.engine=vllm"):
+    with pytest.raises(ValueError, match=r"residency\.kv_cache=drop with rollout\.engine=vllm"):
         plan(shape, 1, "roles.rollout.residency={kv_cache: drop}", device="cuda")
 
 

@@ -185,8 +185,8 @@ def rollout_only(config: Config, *, scoring: bool = False) -> Config:
             other = config.roles.get(str(role.ranks).removeprefix("same as ").strip())
             role = role.model_copy(update={"ranks": "all" if other is None else other.ranks})
         # no sync would restore weights that were dropped
-        memory = {part: wish for part, wish in role.residency.items() if wish != "drop"}
-        role = role.model_copy(update={"memory": memory})
+        residency = {part: wish for part, wish in role.residency.items() if wish != "drop"}
+        role = role.model_copy(update={"residency": residency})
         roles[name] = role
     return config.model_copy(update={"roles": roles})
 
