@@ -245,7 +245,7 @@ def _run_recorded(ledger: Ledger, calls: Sequence[Call[Any]]) -> list[Any]:
     entries = [_entry(ledger, call) for call in calls]
     # kept results first: the ledger then holds them again if a stop comes while the others run
     found = {
-        i: _kept(ledger, call, entry)
+        i: ledger.recall(entry, places_of(call.atom) if call.returns else None).home
         for i, (call, entry) in enumerate(zip(calls, entries, strict=True))
         if entry is not None and entry.record is not None
     }
@@ -295,12 +295,6 @@ def _entry(ledger: Ledger, call: Call[Any]) -> Kept | None:
         writes=call.writes,
         is_ahead=call.is_ahead,
     )
-
-
-def _kept(ledger: Ledger, call: Call[Any], entry: Kept) -> Any:
-    """The result of a finished call that an earlier start has kept."""
-    record = ledger.recall(entry, places_of(call.atom) if call.returns else None)
-    return record.rows if call.returns else record.values
 
 
 def _part(computed: Any) -> PartialResult | None:

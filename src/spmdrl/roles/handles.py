@@ -12,16 +12,17 @@ from spmdrl.batch import Batch
 from spmdrl.roles.calls import Call, role_method, together
 from spmdrl.roles.generation import Generation, Rollout
 from spmdrl.roles.model_calls import (
+    FROM_ROLLOUT,
     ModelRole,
     Update,
     UpdateRecords,
     read_call,
-    replayed,
-    supported,
+    those_in,
     update_call,
 )
 from spmdrl.training.protocol import NO_GRADIENT, LossFn
 from spmdrl.training.readout import SCORES, VALUES, next_token
+from spmdrl.training.support import SUPPORT
 
 __all__ = [
     "Generation",
@@ -55,7 +56,7 @@ class Policy(ModelRole):
     ) -> Call[Batch]:
         readout, more = (
             next_token(temperature, entropy=entropy),
-            (*replayed(batch), *supported(batch)),
+            those_in(batch, FROM_ROLLOUT),
         )
         return read_call(self, "logprobs", batch, readout, readout.columns, more)
 
@@ -66,7 +67,7 @@ class Policy(ModelRole):
             return records
 
         readout = next_token(update.temperature, entropy=update.entropy)
-        update = replace(update, columns=(*update.columns, *replayed(batch), *supported(batch)))
+        update = replace(update, columns=(*update.columns, *those_in(batch, FROM_ROLLOUT)))
         return update_call(self, batch, loss_fn, readout, update, then=count)
 
 
@@ -87,7 +88,7 @@ class Reference(ModelRole):
     ) -> Call[Batch]:
         readout = next_token(temperature, entropy=entropy)
         names = [f"{self.prefix}_{column}" for column in readout.columns]
-        return read_call(self, "logprobs", batch, readout, names, supported(batch))
+        return read_call(self, "logprobs", batch, readout, names, those_in(batch, (SUPPORT,)))
 
 
 class Reward(ModelRole):

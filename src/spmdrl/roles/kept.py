@@ -26,6 +26,11 @@ class Record:
     places: Tensor | None = None
     values: Any = None
 
+    @property
+    def home(self) -> Any:
+        """The call's home result."""
+        return self.values if self.rows is None else self.rows
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PartialResult:

@@ -79,16 +79,14 @@ class ModelRole:
     memory: CallMemory | None = None
 
 
-def replayed(batch: Batch) -> tuple[str, ...]:
-    """The column with the rollout's expert choices, if the batch has it; only for the policy."""
-    return (EXPERT_CHOICES,) if EXPERT_CHOICES in batch else ()
+FROM_ROLLOUT = (EXPERT_CHOICES, SUPPORT)
+"""Columns of a rollout that a policy follows: its expert choices, and the tokens that each one was
+drawn from, over which any model's log-probabilities then are."""
 
 
-def supported(batch: Batch) -> tuple[str, ...]:
-    """The column with the tokens that each one was drawn from, if the batch has it: any model's
-    log-probabilities are then over the same tokens.
-    """
-    return (SUPPORT,) if SUPPORT in batch else ()
+def those_in(batch: Batch, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the columns that the batch has."""
+    return tuple(name for name in names if name in batch)
 
 
 def read_call(
