@@ -11,7 +11,8 @@ import pytest
 
 from spmdrl.config.sections import RewardPoolSection, RewardSection
 from spmdrl.rewards.functions import RewardSpec
-from spmdrl.rewards.pool import RewardError, RewardJob, RewardPool
+from spmdrl.rewards.judging import RewardError, RewardJob
+from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.run.reward_pools import pool_key, reward_specs
 
@@ -256,7 +257,8 @@ def test_processes_in_other_sessions_end_with_their_worker(user, tmp_path, how):
 LIMITED = """
 import resource, sys
 from spmdrl.rewards.functions import RewardSpec
-from spmdrl.rewards.pool import RewardJob, RewardPool
+from spmdrl.rewards.judging import RewardJob
+from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.server import start_reward_server
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
@@ -380,7 +382,8 @@ def test_a_worker_that_dies_while_idle_is_replaced(server, user):
 ORPHAN = """
 import os, sys
 from spmdrl.rewards.functions import RewardSpec
-from spmdrl.rewards.pool import RewardJob, RewardPool
+from spmdrl.rewards.judging import RewardJob
+from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.server import start_reward_server
 assert "torch" not in sys.modules
 server = start_reward_server()
@@ -414,7 +417,8 @@ def test_workers_outlive_signals_to_the_group_but_not_the_rank(user, tmp_path):
 KILLED = """
 import json, os, signal, socket, sys, time
 from spmdrl.rewards.functions import RewardSpec
-from spmdrl.rewards.pool import RewardJob, RewardPool
+from spmdrl.rewards.judging import RewardJob
+from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.server import start_reward_server
 
 server = start_reward_server()

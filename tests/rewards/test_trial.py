@@ -11,7 +11,8 @@ import pytest
 
 from spmdrl.data.prompts import Prompt
 from spmdrl.rewards.functions import RewardSpec
-from spmdrl.rewards.pool import RewardJob, RewardPool
+from spmdrl.rewards.judging import RewardJob
+from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.server import RewardServer, start_reward_server
 from spmdrl.rewards.trial import Trial, try_out
 

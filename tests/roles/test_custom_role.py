@@ -18,6 +18,7 @@ from spmdrl.commands.train import train
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
 from spmdrl.config.user_objects import load_object
+from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.observe.metrics import read_metrics
@@ -25,7 +26,7 @@ from spmdrl.placement import place_roles
 from spmdrl.planning.memory_text import memory_texts
 from spmdrl.planning.plan import RolePlan, plan_roles
 from spmdrl.rewards.server import start_reward_server
-from spmdrl.roles.custom import Column, CustomRole, RoleContext
+from spmdrl.roles.custom import CustomRole, RoleContext
 from spmdrl.roles.generation import Generation
 from spmdrl.roles.handles import Reward, Rollout
 from spmdrl.roles.kept import Journal

@@ -15,11 +15,12 @@ from spmdrl.batch import Batch, from_rows
 from spmdrl.checkpoint.journal import pack_journal, unpack_journal
 from spmdrl.config.load import load_config
 from spmdrl.config.user_objects import load_object
+from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.placement import place_roles
 from spmdrl.planning.plan import plan_roles
 from spmdrl.roles.calls import together
-from spmdrl.roles.custom import Column, CustomRole, RoleContext, checked_columns, checked_metrics
+from spmdrl.roles.custom import CustomRole, RoleContext, checked_columns, checked_metrics
 from spmdrl.roles.ledger import Ledger, keeping
 from spmdrl.run.assembly.assembly import open_models
 from spmdrl.supervision.pulse import Pulse

@@ -21,7 +21,8 @@ from spmdrl.batch import Batch
 from spmdrl.commands.train import train
 from spmdrl.config.load import load_config
 from spmdrl.rewards.functions import RewardSpec
-from spmdrl.rewards.pool import RewardJob, RewardPool
+from spmdrl.rewards.judging import RewardJob
+from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.server import RewardServer, ServerEnded, start_reward_server
 from spmdrl.supervision.signs import lives
 from spmdrl.world import World

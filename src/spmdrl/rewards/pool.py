@@ -25,7 +25,6 @@ from spmdrl.config.user_objects import source_digest
 from spmdrl.rewards.functions import RewardSpec, needed_modules
 from spmdrl.rewards.judging import (
     Judge,
-    RewardError,
     RewardJob,
     RewardResult,
     Tell,
@@ -331,6 +330,3 @@ def _called(told: Mapping[str, Any] | None) -> Called | None:
     if told is None:
         return None
     return Called(how=told["how"], columns=tuple(told["columns"]))
-
-
-__all__ = ["Called", "RewardError", "RewardJob", "RewardPool", "RewardResult"]

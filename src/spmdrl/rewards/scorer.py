@@ -14,8 +14,15 @@ from spmdrl.config.user_errors import AgreedError
 from spmdrl.data.prompts import Prompt
 from spmdrl.distributed.reduce import gather_objects, world_any
 from spmdrl.models.files.token_texts import TokenTexts
-from spmdrl.rewards.judging import FailureCount, RewardError, Teller, add_counts
-from spmdrl.rewards.pool import RewardJob, RewardPool, RewardResult
+from spmdrl.rewards.judging import (
+    FailureCount,
+    RewardError,
+    RewardJob,
+    RewardResult,
+    Teller,
+    add_counts,
+)
+from spmdrl.rewards.pool import RewardPool
 from spmdrl.roles.calls import Call, together
 from spmdrl.roles.custom import SCORES, CustomRole
 from spmdrl.roles.handles import Reward
@@ -185,6 +192,3 @@ def _call(scoring: ScoringRole, batch: Batch, *, evaluation: bool) -> Call[Any]:
 
 def _column(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32)
-
-
-__all__ = ["RewardResult", "RewardsFailed", "Scorer", "ScoringRole"]

@@ -20,8 +20,6 @@ from spmdrl.memory.call_memory import CallMemory
 from spmdrl.roles.calls import Call, role_method
 from spmdrl.roles.ledger import Stint
 
-__all__ = ["Column", "CustomRole", "RoleContext", "UserRole"]
-
 FORWARD = "forward_step"
 
 NEEDED = {"setup": ("context",), FORWARD: ("batch",)}
