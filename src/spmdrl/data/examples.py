@@ -115,8 +115,7 @@ def read_examples(
         except Unusable as error:
             left_out[str(error)] += 1
     limit = length_limit([example.tokens for example in made], source)
-    items: list[T] = []
-    seen: set[Hashable] = set()
+    items, seen = list[T](), set[Hashable]()
     for example in made:
         if example.prompt_tokens >= limit.tokens:
             left_out[f"whose prompt leaves no room within {limit.setting}"] += 1

@@ -122,8 +122,7 @@ def model_layout(
             whole[tp_rank, ep_rank] = tables_of.name_all(shapes, found)
         at = (place["pp"], tp_rank, ep_rank)
         if at not in by_place:
-            stage = stages[place["pp"]]
-            by_place[at] = {n: kind for n, kind in whole[at[1:]].items() if n in stage}
+            by_place[at] = {n: kind for n, kind in whole[at[1:]].items() if n in stages[at[0]]}
         if (*at, shard) not in tables:
             # without shards, exchange has nothing to divide
             of_experts = (shard // exchange, max(1, num_shards // exchange))
