@@ -80,8 +80,8 @@ def test_what_its_row_says_is_checked_and_explained(places: tuple[Path, Path]) -
         "preference.beta=0.2": "preference.beta=0.2 with flow=rejection",
         "roles.rollout=null": "flow=rejection needs roles.rollout",
         "roles.policy.trained=false": "roles.policy.trained=false with flow=rejection",
-        "rewards=[]": "flow=rejection with rewards",
-        "sampling.temperature=0": "flow=rejection with sampling.temperature=0",
+        "rewards=[]": "with flow=rejection: name at least one function",
+        "sampling.temperature=0": "sampling.temperature=0.0 with flow=rejection",
     }
     with with_row(file):
         assert "prompts" in check(load_config(path), 1).describe()
