@@ -114,6 +114,21 @@ def read_examples(
             leave_out(row, error, source.on_bad_row, left_out[MALFORMED])
         except Unusable as error:
             left_out[str(error)] += 1
+    items = _fitting(made, source, left_out)
+    tell(
+        source.source,
+        source.key,
+        num_rows=len(rows),
+        num_used=len(items),
+        left_out=left_out,
+        longest=max((example.tokens for example in made), default=0),
+        malformed=malformed,
+    )
+    return items, dict(left_out)
+
+
+def _fitting(made: Sequence[Example[T]], source: DataSource, left_out: Counter[str]) -> list[T]:
+    """List the items that the limit lets through, and count by reason those that are left out."""
     limit = length_limit([example.tokens for example in made], source)
     items, seen = list[T](), set[Hashable]()
     for example in made:
@@ -126,16 +141,7 @@ def read_examples(
         else:
             seen.add(example.prompt)
             items.append(example.item)
-    tell(
-        source.source,
-        source.key,
-        num_rows=len(rows),
-        num_used=len(items),
-        left_out=left_out,
-        longest=max((example.tokens for example in made), default=0),
-        malformed=malformed,
-    )
-    return items, dict(left_out)
+    return items
 
 
 def all_rows(source: DataSource, *, seed: int, report: RowProgress) -> list[Row]:

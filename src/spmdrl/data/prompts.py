@@ -209,11 +209,7 @@ def load_prompts(
     tell_of_keys(source.source, rows, needed_columns(source, rows), template)
     found = _read_drafts(rows, source, tokenizer, has_tools=has_tools, report=report)
     drafts, texts = found.drafts, found.texts
-    unwritten = [
-        draft.row.place
-        for draft, text in zip(drafts, texts, strict=True)
-        if draft.text.strip() not in text
-    ]
+    unwritten = [d.row.place for d, t in zip(drafts, texts, strict=True) if d.text.strip() not in t]
     tell_of_questions(source.source, unwritten, len(drafts))
     tell_of_answers(
         source.source,
