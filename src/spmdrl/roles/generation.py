@@ -23,7 +23,7 @@ from spmdrl.rollout.sampling import SamplingParams
 from spmdrl.training.support import SUPPORT
 
 KV_CACHE, GRAPHS = "kv_cache", "graphs"
-"""Parts of an engine, as a `memory` section names them; graphs if decode steps are captured."""
+"""Parts of an engine, as a `residency` section names them; graphs if decode steps are captured."""
 
 _NOTHING = Completion(tokens=(), logprobs=(), finish=Finish.ABORTED)
 

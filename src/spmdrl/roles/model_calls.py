@@ -32,7 +32,7 @@ SAMPLE_BITS = 20
 """Bits of a sample's index within its group in a row's sort key; the prompt id is above them."""
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
-"""The parts of a trained model, as a role's `memory` section names them."""
+"""The parts of a trained model, as a role's `residency` section names them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,8 +141,8 @@ class Run:
     @contextmanager
     def resident(self, role: str, *parts: str) -> Iterator[None]:
         """Hold parts of a role on the device during all calls inside the `with`, even if its
-        `memory` section would send them away in between. It acts on the ranks that have the role.
-        The memory plan does not count them in other roles' calls, so leave room (`memory_gb`).
+        `residency` section would send them away in between. It acts on the role's ranks. The memory
+        plan does not count them in other roles' calls, so leave room (`memory_gb`).
 
         Args:
             parts: any of weights, optimizer, kv_cache, graphs.
