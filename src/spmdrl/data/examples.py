@@ -44,6 +44,13 @@ class Unusable(ValueError):
     """Reason to leave out a well-formed row: an empty response, say."""
 
 
+def check_names(source: DataSource) -> None:
+    """Raise ValueError if `columns` names one that no kind of example has."""
+    unknown = sorted(set(source.columns) - set(COLUMNS))
+    if unknown:
+        raise ValueError(f"{source.key}.columns: {unknown[0]!r} is none of {COLUMNS}")
+
+
 def has_prompts(source: DataSource, rows: Sequence[Row], responses: Sequence[str]) -> bool:
     """Whether the rows hold prompts: in their column, or in the responses' conversations."""
     if "messages" in source.columns:
@@ -92,9 +99,7 @@ def read_examples(
         ValueError: the source cannot be read, lacks a column (those it has are named), has a bad
             row (file and line are named) while `on_bad_row` is `error`, or leaves no example.
     """
-    unknown = sorted(set(source.columns) - set(COLUMNS))
-    if unknown:
-        raise ValueError(f"{source.key}.columns: {unknown[0]!r} is none of {COLUMNS}")
+    check_names(source)
     rows = all_rows(source, seed=0, report=report)
     keys = dict.fromkeys(needed, f"{source.key}.prompt_column or {source.key}.columns")
     if not has_prompts(source, rows, needed):

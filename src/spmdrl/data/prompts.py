@@ -41,7 +41,7 @@ from spmdrl.data.messages import (
     with_system,
 )
 from spmdrl.data.rows import Row, is_conversation, one_line
-from spmdrl.data.source import DataSource, needed_columns, with_task_columns
+from spmdrl.data.source import DataSource, check_whole, needed_columns, with_task_columns
 from spmdrl.data.split import in_part
 
 ENCODE_ROWS = 1024  # texts handed to the tokenizer at a time
@@ -193,12 +193,7 @@ def load_prompts(
         ValueError: the source cannot be read, lacks a column (those it has are named), holds a bad
             row (file and line are named) while `on_bad_row` is `error`, or leaves no prompt.
     """
-    column = source.columns.get("messages")
-    if column is not None and (source.template != "{prompt}" or not source.chat):
-        raise ValueError(
-            f"{source.key}.columns.messages={column} takes whole conversations: it goes with "
-            f"chat=true (not {source.chat}) and no template (not {source.template!r})"
-        )
+    check_whole(source)
     check_chat_template(source.source, tokenizer, chat=source.chat)
     source = with_task_columns(source)
     rows = all_rows(source, seed=source.seed, report=report)

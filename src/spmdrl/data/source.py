@@ -33,6 +33,16 @@ class DataSource(PromptsSection):
         return self.columns.get(name, name)
 
 
+def check_whole(source: DataSource) -> None:
+    """Raise ValueError if whole conversations are read and a template or raw text is asked for."""
+    column = source.columns.get("messages")
+    if column is not None and (source.template != "{prompt}" or not source.chat):
+        raise ValueError(
+            f"{source.key}.columns.messages={column} takes whole conversations: it goes with "
+            f"chat=true (not {source.chat}) and no template (not {source.template!r})"
+        )
+
+
 def with_task_columns(source: DataSource) -> DataSource:
     """Set the columns that all reasoning_gym tasks have, if the source is one."""
     if not source.source.startswith("reasoning_gym:"):
