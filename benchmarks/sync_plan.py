@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--disjoint", action="store_true")
     given = parser.parse_args()
-    config = parse_config(
+    model = parse_config(
         {
             "architectures": ["LlamaForCausalLM"],
             "vocab_size": 128256,
@@ -47,9 +47,9 @@ def main() -> None:
     times = [time.perf_counter()]
     ranks = list(range(given.ranks))
     first = given.ranks if given.disjoint else 0
-    source = model_layout(config, ranks, {"dp_shard": given.ranks}, torch.float32)
+    source = model_layout(model, ranks, {"dp_shard": given.ranks}, torch.float32)
     degrees = {"dp_replicate": given.ranks // given.tp, "tp": given.tp}
-    target = model_layout(config, [first + r for r in ranks], degrees, torch.bfloat16)
+    target = model_layout(model, [first + r for r in ranks], degrees, torch.bfloat16)
     times.append(time.perf_counter())
     plan = plan_sync(source, target, node_size=8)
     times.append(time.perf_counter())

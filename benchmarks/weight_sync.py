@@ -105,16 +105,16 @@ class Holder:
 
 
 def measure(world: World, given: argparse.Namespace) -> dict[str, object]:
-    config = read_config(given.model)
+    model = read_config(given.model)
     ranks, degrees = parse(given.src, "src")
     engine_ranks, engine_degrees = parse(given.dst, "dst")
     tp = engine_degrees.get("tp", 1)
-    check_tp(config, degrees.get("tp", 1))
-    check_tp(config, tp, replicate_kv=True)
+    check_tp(model, degrees.get("tp", 1))
+    check_tp(model, tp, replicate_kv=True)
     lines_up = ranks == engine_ranks and not given.by_rows
-    blocks = fitting_blocks(config, degrees, tp) if lines_up else 1
-    source = model_layout(config, ranks, degrees, DTYPES[given.src_dtype], blocks=blocks)
-    target = model_layout(config, engine_ranks, engine_degrees, DTYPES[given.dst_dtype])
+    blocks = fitting_blocks(model, degrees, tp) if lines_up else 1
+    source = model_layout(model, ranks, degrees, DTYPES[given.src_dtype], blocks=blocks)
+    target = model_layout(model, engine_ranks, engine_degrees, DTYPES[given.dst_dtype])
     plan = plan_sync(
         source, target, node_size=world.local_size, bucket_bytes=given.bucket_mb * 10**6
     )

@@ -66,13 +66,13 @@ def config_of(model: Any) -> ModelConfig:
     return parse_config(model.config.to_dict())
 
 
-def by_file_name(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def by_file_name(tensors: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """Stacked experts (of the model or of its gradients) under the names that files have."""
     found = {}
     block, gate, up, down = {
         "Qwen3MoeForCausalLM": ("mlp", "gate_proj", "up_proj", "down_proj"),
         "MixtralForCausalLM": ("block_sparse_moe", "w1", "w3", "w2"),
-    }[config.architecture]
+    }[model.architecture]
     for name, tensor in tensors.items():
         layer, _, last = name.partition(".mlp.experts.")
         if not last:

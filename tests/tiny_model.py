@@ -78,8 +78,8 @@ def make_tiny_model(
         **changes,
     }
     (directory / "config.json").write_text(json.dumps(source))
-    config = read_config(directory)
-    weights = RandomCheckpoint(config, seed, head)
+    model = read_config(directory)
+    weights = RandomCheckpoint(model, seed, head)
     tensors = []
     for name in sorted(weights.names):
         shape = weights.shape(name)
@@ -88,13 +88,13 @@ def make_tiny_model(
         # ten times the usual deviation: sharper logits, larger gradients
         tensors.append((name, values if name.endswith("norm.weight") else values * 10))
     saved = directory.with_name(directory.name + "_saved")
-    save_pretrained(tensors, config, saved, directory, head=head)
+    save_pretrained(tensors, model, saved, directory, head=head)
     for file in [*saved.glob("*.safetensors"), saved / "config.json"]:
         file.rename(directory / file.name)
     for file in saved.iterdir():
         file.unlink()
     saved.rmdir()
-    return config
+    return model
 
 
 def load_into(decoder: Decoder, checkpoint: TensorSource) -> None:

@@ -32,7 +32,7 @@ def needs_vllm(test: Any) -> Any:
 
 
 def make_vllm(
-    config: ModelConfig,
+    model: ModelConfig,
     source: TensorSource | None = None,
     *,
     tp: Parallel | None = None,
@@ -40,8 +40,8 @@ def make_vllm(
     **options: Any,
 ) -> VllmEngine:
     """An engine in this process; with `source` its weights are filled."""
-    sizes = {"kv_cache_bytes": 64 << 20, "max_length": config.max_position, **options}
-    engine = VllmEngine(config, options=VllmOptions(**sizes), tp=tp, texts=texts)
+    sizes = {"kv_cache_bytes": 64 << 20, "max_length": model.max_position, **options}
+    engine = VllmEngine(model, options=VllmOptions(**sizes), tp=tp, texts=texts)
     if source is not None:
         fill(engine.local_tensors().values(), source)
     return engine

@@ -61,10 +61,10 @@ def model(**changes: Any) -> ModelConfig:
     return parse_config({**MODEL, **changes})
 
 
-def values(config: ModelConfig, salt: int) -> dict[str, Tensor]:
+def values(model: ModelConfig, salt: int) -> dict[str, Tensor]:
     """Every global tensor, all numbers distinct."""
     result, start = {}, salt
-    for name, shape in global_shapes(config).items():
+    for name, shape in global_shapes(model).items():
         count = torch.Size(shape).numel()
         result[name] = torch.arange(start, start + count, dtype=torch.float32).reshape(shape)
         start += count
@@ -72,17 +72,17 @@ def values(config: ModelConfig, salt: int) -> dict[str, Tensor]:
 
 
 def local(
-    world: World, config: ModelConfig, ranks: list[int], degrees: Degrees, salt: int | None
+    world: World, model: ModelConfig, ranks: list[int], degrees: Degrees, salt: int | None
 ) -> Tensors:
     """What this rank holds: two groups, filled from `values` (or with NaN)."""
     held: dict[str, tuple[Tensor, tuple[Slice, ...]]] = {}
     for group in ("policy.weights", "policy.exp_avg"):
-        layout = model_layout(config, ranks, degrees, torch.float32).get(world.rank, {})
+        layout = model_layout(model, ranks, degrees, torch.float32).get(world.rank, {})
         for name, here in layout.items():
             tensor = torch.full(here.shape, float("nan"))
             held[f"{group}/{name}"] = (tensor, here.slices)
     if salt is not None:
-        fill(held, lambda group: values(config, salt + (group == "policy.exp_avg")))
+        fill(held, lambda group: values(model, salt + (group == "policy.exp_avg")))
     return held
 
 

@@ -161,7 +161,7 @@ def synced(world: World, path: str, streams: bool) -> tuple[bool, list[torch.Ten
     config = load_config(path, [*ON_HOST, *words])
     placements = place_roles(config, world.size)
     models = open_models(config)
-    shapes = {name: model.config for name, model in models.items()}
+    shapes = {name: opened.model for name, opened in models.items()}
     plan = plan_roles(config, placements, shapes, world.device_types)
     memory = {rank: replace(own, streams=streams) for rank, own in plan.memory.items()}
     assembly = assemble(config, world, models, None, plan=replace(plan, memory=memory))

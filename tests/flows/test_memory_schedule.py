@@ -68,7 +68,7 @@ def compared(world: World, path: str, words: list[str]) -> tuple[list[Moves], li
     """The moves of the second and third step: as the plan has them, and as they were."""
     config = load_config(path, words)
     placements = place_roles(config, world.size)
-    shapes = {name: model.config for name, model in open_models(config).items()}
+    shapes = {name: opened.model for name, opened in open_models(config).items()}
     plan = plan_roles(config, placements, shapes, world.device_types, world.size)
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:

@@ -79,13 +79,13 @@ def reference_model(name: str) -> Any:
 
 
 def make_decoder(
-    config: ModelConfig, weights: dict[str, Tensor], tp: Parallel | None = None
+    model: ModelConfig, weights: dict[str, Tensor], tp: Parallel | None = None
 ) -> Decoder:
     tp = tp or Parallel()
-    decoder = Decoder(config, tp=tp, device="cpu")
+    decoder = Decoder(model, tp=tp, device="cpu")
     parameters = dict(decoder.named_parameters())
     with torch.no_grad():
-        for name, held in all_slices(config, tp.rank, tp.size).items():
+        for name, held in all_slices(model, tp.rank, tp.size).items():
             for s in held:
                 box = tuple(slice(a, b) for a, b in zip(s.start, s.stop, strict=True))
                 parameters[name][s.offset : s.offset + s.rows] = weights[s.name][box]

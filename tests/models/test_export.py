@@ -29,9 +29,9 @@ CHATML = (
 )
 
 
-def tensors_of(config: ModelConfig, head: Head, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-    source = RandomCheckpoint(config, seed, head)
-    for name, shape in global_shapes(config, head).items():
+def tensors_of(model: ModelConfig, head: Head, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+    source = RandomCheckpoint(model, seed, head)
+    for name, shape in global_shapes(model, head).items():
         part = Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
         values = source.read(part)
         yield name, values if name.endswith("norm.weight") else values * 10

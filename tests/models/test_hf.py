@@ -50,9 +50,9 @@ def config_of(**changes: Any) -> ModelConfig:
     return parse_config({**SOURCE, **changes})
 
 
-def tensors_of(config: ModelConfig, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-    source = RandomCheckpoint(config, seed)
-    for name, shape in global_shapes(config).items():
+def tensors_of(model: ModelConfig, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+    source = RandomCheckpoint(model, seed)
+    for name, shape in global_shapes(model).items():
         yield name, source.read(whole(name, shape))
 
 

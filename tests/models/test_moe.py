@@ -102,7 +102,7 @@ def test_gradients_equal_transformers(name: str, recompute: Any) -> None:
     model, tokens, weight = reference_model(name), tokens_of(24), weight_of(24)
     expected = expected_gradients(model, tokens, weight)
     decoder, _ = decoder_of(model)
-    routing = Routing(decoder.config.moe)
+    routing = Routing(decoder.model.moe)
     decoder(
         tokens,
         torch.arange(24),
@@ -271,7 +271,7 @@ def test_choices_are_packed() -> None:
 def test_given_choices_are_taken_and_weighted_by_the_routers_own_probabilities() -> None:
     model = reference_model("qwen3_moe")
     decoder, _ = decoder_of(model)
-    config, tokens = decoder.config, tokens_of(12)
+    config, tokens = decoder.model, tokens_of(12)
     assert config.moe is not None
     given = torch.tensor([[5, 1, 2], [0, 3, 7]]).repeat(12, 1, 1)
     given[4] = -1

@@ -52,14 +52,14 @@ def test_a_saved_model_is_one_for_sequence_classification(tmp_path):
     torch.testing.assert_close(scores(decoder_of(tmp_path / "out"), rows), expected)
 
 
-def save(decoder: Decoder, config: ModelConfig, out: Path, tokenizer: Path) -> None:
-    held = all_slices(config, 0, 1, "score")
+def save(decoder: Decoder, model: ModelConfig, out: Path, tokenizer: Path) -> None:
+    held = all_slices(model, 0, 1, "score")
     tensors = [
         (part.name, tensor.detach()[part.offset : part.offset + part.rows])
         for name, tensor in decoder.named_parameters()
         for part in held[name]
     ]
-    save_pretrained(tensors, config, out, tokenizer, head="score")
+    save_pretrained(tensors, model, out, tokenizer, head="score")
 
 
 def test_a_new_head_is_drawn_or_zero_and_the_body_is_the_file_s(tmp_path):

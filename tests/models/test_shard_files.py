@@ -54,8 +54,8 @@ LARGEST = 12000 * 256 * 4
 
 def export(world: World, directory: str) -> int:
     """Bytes by which this rank grows at most while a sharded model of 76 MB is exported."""
-    config = parse_config(CONFIG)
-    layout = model_layout(config, [0, 1], {"dp_shard": 2}, torch.float32)
+    model = parse_config(CONFIG)
+    layout = model_layout(model, [0, 1], {"dp_shard": 2}, torch.float32)
     held = {
         name: (torch.full(here.shape, float(number)), here.slices)
         for number, (name, here) in enumerate(layout[world.rank].items())
@@ -65,7 +65,7 @@ def export(world: World, directory: str) -> int:
     whole = full_tensors(layout, held)
     if world.is_first:
         present = ((name, tensor) for name, tensor in whole if tensor is not None)
-        save_pretrained(present, config, directory, None)
+        save_pretrained(present, model, directory, None)
     for _ in whole:
         pass
     return status_bytes("VmHWM") - before

@@ -125,17 +125,17 @@ def test_names_are_those_of_transformers() -> None:
         assert stacked(config) == expected
 
 
-def stacked(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def stacked(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The name space as `transformers` has it in memory: experts stacked under one name."""
     shapes = {}
-    for name, shape in global_shapes(config).items():
-        if (moe := config.moe) is None or ".experts." not in name:
+    for name, shape in global_shapes(model).items():
+        if (moe := model.moe) is None or ".experts." not in name:
             shapes[name.replace(".block_sparse_moe.", ".mlp.")] = shape
             continue
         layer, ffn = name.split(".")[2], moe.intermediate_size
         here = f"model.layers.{layer}.mlp.experts"
-        shapes[f"{here}.gate_up_proj"] = (moe.num_experts, 2 * ffn, config.hidden_size)
-        shapes[f"{here}.down_proj"] = (moe.num_experts, config.hidden_size, ffn)
+        shapes[f"{here}.gate_up_proj"] = (moe.num_experts, 2 * ffn, model.hidden_size)
+        shapes[f"{here}.down_proj"] = (moe.num_experts, model.hidden_size, ffn)
     return shapes
 
 

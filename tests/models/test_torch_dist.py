@@ -18,10 +18,10 @@ from tiny_model import load_into, make_tiny_model
 LAYERS = "decoder.layers."
 
 
-def tensors_of(config: ModelConfig, layers: int = 2, rows: int = 264) -> dict[str, Tensor]:
+def tensors_of(model: ModelConfig, layers: int = 2, rows: int = 264) -> dict[str, Tensor]:
     """As Megatron names and stacks them, random."""
-    hidden, ffn, d = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv = config.num_heads * d, config.num_kv_heads * d
+    hidden, ffn, d = model.hidden_size, model.intermediate_size, model.head_dim
+    q, kv = model.num_heads * d, model.num_kv_heads * d
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:

@@ -133,7 +133,7 @@ def measure(world: World, case: Case) -> tuple[int, int]:
 
 
 def estimated(
-    config: ModelConfig, degrees: dict[str, int], dtype: torch.dtype, recompute: str, backward: bool
+    model: ModelConfig, degrees: dict[str, int], dtype: torch.dtype, recompute: str, backward: bool
 ) -> int:
     ranks = range(degrees["dp_shard"] * degrees["cp"] * degrees["tp"])
     spec = RoleSpec(
@@ -143,7 +143,7 @@ def estimated(
         train=TrainSection.model_validate({"recompute": recompute}),
         placement=Placement(ranks=tuple(ranks), degrees=degrees),
         path=Path("model"),
-        model=config,
+        model=model,
         device_type="cpu",
         dtype=dtype,
         trained=True,
@@ -154,7 +154,7 @@ def estimated(
     if not backward:
         return work
     held = torch.float32 if degrees["dp_shard"] > 1 else dtype
-    return work + gradient_bytes(model_layout(config, ranks, degrees, held)[0])
+    return work + gradient_bytes(model_layout(model, ranks, degrees, held)[0])
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,10 @@ def model(tmp_path_factory) -> Path:
     return path
 
 
-def plan_of(config: Config, num_ranks: int, shape: ModelConfig | None = None) -> RolePlan:
+def plan_of(config: Config, num_ranks: int, model: ModelConfig | None = None) -> RolePlan:
     """Of the models that the configuration names, or of one shape for all roles."""
     placements = place_roles(config, num_ranks)
-    shapes = {name: shape or read_config(config.model_path(name)) for name in placements}
+    shapes = {name: model or read_config(config.model_path(name)) for name in placements}
     return plan_roles(config, placements, shapes, ["cpu"] * num_ranks)
 
 

@@ -422,7 +422,7 @@ def test_a_role_that_is_half_there_is_refused_at_start_up(root, options, message
 
 def planned(config: Config) -> RolePlan:
     placements = place_roles(config, 1)
-    shapes = {name: model.config for name, model in open_models(config).items()}
+    shapes = {name: opened.model for name, opened in open_models(config).items()}
     return plan_roles(config, placements, shapes, ["cpu"])
 
 

@@ -179,7 +179,7 @@ def test_a_scoring_role_declares_its_scores_or_is_refused_at_start(
     )
     config = load_config(path)
     placements = place_roles(config, 1)
-    shapes = {name: model.config for name, model in open_models(config).items()}
+    shapes = {name: opened.model for name, opened in open_models(config).items()}
     with pytest.raises(ValueError, match=f"rewards name the role 'judge', but {message}|{message}"):
         plan_roles(config, placements, shapes, ["cpu"])
 

@@ -91,10 +91,10 @@ def tiny_model(name: str = "Llama", **changes: Any) -> tuple[ModelConfig, StateD
 
 
 def make_engine(
-    config: ModelConfig, source: StateDict, tp: Parallel | None = None, **options: Any
+    model: ModelConfig, source: StateDict, tp: Parallel | None = None, **options: Any
 ) -> NativeEngine:
     engine = NativeEngine(
-        config,
+        model,
         tp=tp,
         options=NativeOptions(**{"block_size": 8, **options}),
         texts=TokenTexts(decode=spell, decode_all=spell),
@@ -131,10 +131,10 @@ def dense(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.no_grad()
 def naive(
-    config: ModelConfig, source: StateDict, asked: Request, sample: int, *, seed: int, step: int
+    model: ModelConfig, source: StateDict, asked: Request, sample: int, *, seed: int, step: int
 ) -> Completion:
     """One sample by computing the whole sequence anew for every token; margins included."""
-    decoder = Decoder(config, device="cpu")
+    decoder = Decoder(model, device="cpu")
     load_into(decoder, source)
     tokens, logprobs, margins = list(asked.tokens), [], []
     sampling = asked.sampling
@@ -147,14 +147,14 @@ def naive(
             key = key_tensor(
                 [key64(seed, step, asked.prompt_id, sample, len(tokens))], torch.device("cpu")
             )
-            scores = logits + gumbel(key, 0, config.vocab_size)[0]
+            scores = logits + gumbel(key, 0, model.vocab_size)[0]
         best = scores.topk(2)
         tokens.append(int(best.indices[0]))
         logprobs.append(float(logits.log_softmax(-1)[tokens[-1]]))
         margins.append(float(best.values[0] - best.values[1]))
-        if tokens[-1] in config.eos_ids and not sampling.ignore_eos:
+        if tokens[-1] in model.eos_ids and not sampling.ignore_eos:
             break
-    done = tokens[-1] in config.eos_ids and not sampling.ignore_eos
+    done = tokens[-1] in model.eos_ids and not sampling.ignore_eos
     return Completion(
         tokens=tuple(tokens[len(asked.tokens) :]),
         logprobs=tuple(logprobs),

@@ -49,8 +49,8 @@ MODELS: dict[str, dict[str, Any]] = {
 class Lively:
     """Random weights eight times as large as usual: sharp choices."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._plain = RandomCheckpoint(config, 0)
+    def __init__(self, model: ModelConfig) -> None:
+        self._plain = RandomCheckpoint(model, 0)
         self.names, self.shape = self._plain.names, self._plain.shape
 
     def read(self, part: Slice) -> Tensor:

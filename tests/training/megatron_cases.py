@@ -68,7 +68,7 @@ def case(
 
 def make_backend(
     world: World,
-    config: ModelConfig,
+    model: ModelConfig,
     made: Case,
     *,
     role: str = "policy",
@@ -79,8 +79,8 @@ def make_backend(
     degrees, megatron, changes = made
     return import_backend()(
         Mesh(role, range(world.size), degrees, "cpu"),
-        config,
-        LivelyCheckpoint(config) if checkpoint is None else checkpoint,
+        model,
+        LivelyCheckpoint(model) if checkpoint is None else checkpoint,
         options(**changes),
         CPU,
         megatron,

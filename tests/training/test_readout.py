@@ -97,7 +97,7 @@ def reference() -> dict[str, Any]:
     batch, found = rows(), {}
     for name in READOUTS:
         decoder = Decoder(tiny_config(), device="cpu", head="score")
-        held = all_slices(decoder.config, 0, 1, head="score")
+        held = all_slices(decoder.model, 0, 1, head="score")
         fill(((p.data, held[n]) for n, p in decoder.named_parameters()), LivelyScores())
         values, scores = naive(decoder, batch)
         mask = torch.arange(batch.num_tokens) - batch.offsets()[:-1].repeat_interleave(

@@ -40,18 +40,18 @@ NUM_STEPS = 3
 def make_backend(
     world: World,
     given: TrainOptions,
-    config: ModelConfig,
+    model: ModelConfig,
     *,
     trainable: bool = True,
     **degrees: int,
 ) -> TorchBackend:
     mesh = Mesh("policy", range(world.size), degrees, "cpu")
-    return TorchBackend(mesh, config, LivelyCheckpoint(config), given, CPU, trainable=trainable)
+    return TorchBackend(mesh, model, LivelyCheckpoint(model), given, CPU, trainable=trainable)
 
 
-def assemble(parts: list[LocalTensors], config: ModelConfig) -> dict[str, Tensor]:
+def assemble(parts: list[LocalTensors], model: ModelConfig) -> dict[str, Tensor]:
     """Whole tensors from all ranks' slices; copies of a slice must be equal, nothing missing."""
-    whole = {n: torch.full(s, float("nan")) for n, s in global_shapes(config).items()}
+    whole = {n: torch.full(s, float("nan")) for n, s in global_shapes(model).items()}
     for part in parts:
         for tensor, slices in part.values():
             for s in slices:
@@ -105,17 +105,17 @@ def clone(tensors: LocalTensors) -> LocalTensors:
 
 def run_layouts(
     world: World,
-    config: ModelConfig,
+    model: ModelConfig,
     cases: list[tuple[dict[str, int], dict[str, Any]]],
     rows_of: RowsOf = rows_of_step,
 ) -> list[dict[str, Any]]:
     return [
-        train(make_backend(world, options(**changes), config, **degrees), rows_of)
+        train(make_backend(world, options(**changes), model, **degrees), rows_of)
         for degrees, changes in cases
     ]
 
 
-def compare(found: list[dict[str, Any]], expected: dict[str, Any], config: ModelConfig) -> None:
+def compare(found: list[dict[str, Any]], expected: dict[str, Any], model: ModelConfig) -> None:
     """All ranks of one layout against the single rank."""
     for record in found:
         assert [done for _, done in record["steps"]] == [done for _, done in found[0]["steps"]]
@@ -128,15 +128,15 @@ def compare(found: list[dict[str, Any]], expected: dict[str, Any], config: Model
             assert done.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
             assert (done.lr, done.skipped) == (wanted.lr, False)
         assert record["counters"] == {"num_steps": NUM_STEPS, "num_skipped": 0}
-    weights = assemble([record["weights"] for record in found], config)
-    for name, wanted in assemble([expected["weights"]], config).items():
+    weights = assemble([record["weights"] for record in found], model)
+    for name, wanted in assemble([expected["weights"]], model).items():
         torch.testing.assert_close(weights[name], wanted, rtol=1e-4, atol=1e-5, msg=name)
     for moment in ("exp_avg", "exp_avg_sq"):
         prefix = f"{moment}/"
         parts = [{n: t for n, t in r["state"].items() if n.startswith(prefix)} for r in found]
         wanted_part = {n: t for n, t in expected["state"].items() if n.startswith(prefix)}
-        moments = assemble(parts, config)
-        for name, wanted in assemble([wanted_part], config).items():
+        moments = assemble(parts, model)
+        for name, wanted in assemble([wanted_part], model).items():
             torch.testing.assert_close(moments[name], wanted, rtol=1e-3, atol=1e-5, msg=name)
 
 

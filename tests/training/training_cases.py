@@ -37,8 +37,8 @@ def tiny_config(kind: str = "Qwen3ForCausalLM", **changes: Any) -> ModelConfig:
 class LivelyCheckpoint:
     """Random weights ten times those of `RandomCheckpoint`, norms too: far from uniform logits."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._plain = RandomCheckpoint(config, 0)
+    def __init__(self, model: ModelConfig) -> None:
+        self._plain = RandomCheckpoint(model, 0)
         self.names, self.shape = self._plain.names, self._plain.shape
 
     def read(self, part: Slice) -> Tensor:

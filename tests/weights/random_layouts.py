@@ -107,14 +107,12 @@ def with_experts(layout: WeightLayout, ep: int, tp: int) -> WeightLayout:
 
 
 @st.composite
-def parallel(
-    draw: st.DrawFn, config: ModelConfig, world_size: int, is_source: bool
-) -> WeightLayout:
+def parallel(draw: st.DrawFn, model: ModelConfig, world_size: int, is_source: bool) -> WeightLayout:
     """What backends (`pp`, `dp`, `cp`, `tp`) and engines (replicas of `tp`) hold; `ep` in these."""
     most = world_size
     degrees = {}
     tps = [1, 2, 3, 4] if is_source else [1, 2, 3, 4, 6, 12]
-    kv = config.num_kv_heads
+    kv = model.num_kv_heads
     fitting = [n for n in tps if kv % n == 0 or (not is_source and n % kv == 0)]
     choices = {
         "tp": fitting,
@@ -127,19 +125,19 @@ def parallel(
     count = 1
     for degree in degrees.values():
         count *= degree
-    degrees["ep"] = draw(st.sampled_from(fitting_ep(config, degrees, is_source)))
+    degrees["ep"] = draw(st.sampled_from(fitting_ep(model, degrees, is_source)))
     ranks = sorted(draw(st.permutations(range(world_size)))[:count])
     dtype = draw(st.sampled_from(DTYPES))
     shards = degrees.get("dp_shard", 1) * degrees.get("cp", 1)
-    sizes = (kv, config.num_heads, config.intermediate_size)
+    sizes = (kv, model.num_heads, model.intermediate_size)
     fits = degrees.get("dp_shard", 1) > 1 and not any(n % (shards * degrees["tp"]) for n in sizes)
     blocks = draw(st.sampled_from([1, shards])) if fits else 1
-    return model_layout(config, ranks, degrees, dtype, blocks=blocks)
+    return model_layout(model, ranks, degrees, dtype, blocks=blocks)
 
 
-def fitting_ep(config: ModelConfig, degrees: Mapping[str, int], is_source: bool) -> list[int]:
+def fitting_ep(model: ModelConfig, degrees: Mapping[str, int], is_source: bool) -> list[int]:
     """The parts into which the experts can be divided; of an engine those within tp."""
-    if config.moe is None:
+    if model.moe is None:
         return [1]
     fitting = []
     for ep in (1, 2, 3, 6):
@@ -147,7 +145,7 @@ def fitting_ep(config: ModelConfig, degrees: Mapping[str, int], is_source: bool)
         room = degrees.get("dp_shard", 1) * degrees.get("cp", 1)
         if degrees.get("dp_shard", 1) == 1:
             room *= degrees["dp_replicate"]
-        divides = config.moe.num_experts % ep == config.moe.intermediate_size % experts["etp"] == 0
+        divides = model.moe.num_experts % ep == model.moe.intermediate_size % experts["etp"] == 0
         if divides and room % experts["exchange"] == 0 and (is_source or degrees["tp"] % ep == 0):
             fitting.append(ep)
     return fitting

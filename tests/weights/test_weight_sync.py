@@ -141,14 +141,14 @@ def test_whole_tensors_come_to_one_rank(size: int, case: Case, to_rank: int) -> 
 EXPERTS = model(architectures=["MixtralForCausalLM"], num_local_experts=4, num_experts_per_tok=2)
 
 
-def held_by_fsdp(world: World, shape: ModelConfig, cases: list[Degrees]) -> list[dict[str, Any]]:
+def held_by_fsdp(world: World, model: ModelConfig, cases: list[Degrees]) -> list[dict[str, Any]]:
     """Local shapes of the decoder's parameters as FSDP2 cut them."""
     found = []
     for case in cases:
         degrees, blocks = without_blocks(case)
         mesh = Mesh("policy", list(range(world.size)), degrees, "cpu")
         decoder = build_decoder(
-            mesh, shape, torch.float32, world.device, trainable=True, blocks=blocks
+            mesh, model, torch.float32, world.device, trainable=True, blocks=blocks
         )
         leaves = make_leaves(decoder, mesh)
         found.append(

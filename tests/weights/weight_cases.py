@@ -41,9 +41,9 @@ def model(**changes: Any) -> ModelConfig:
     return parse_config({**MODEL, "tie_word_embeddings": False, **changes})
 
 
-def values(config: ModelConfig, salt: int = 0) -> dict[str, Tensor]:
+def values(model: ModelConfig, salt: int = 0) -> dict[str, Tensor]:
     """Every global tensor, all numbers distinct."""
-    return numbered(global_shapes(config), salt)
+    return numbered(global_shapes(model), salt)
 
 
 def numbered(shapes: Shapes, salt: int = 0) -> dict[str, Tensor]:

@@ -104,7 +104,7 @@ def check_plan(
     """
     size = node_size(num_ranks, ranks_per_node)
     placements = place_roles(config, num_ranks, size)
-    models = {name: model.config for name, model in open_models(config).items()}
+    models = {name: opened.model for name, opened in open_models(config).items()}
     on_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     ranks = ["cuda" if on_cuda else "cpu"] * num_ranks
     specs = plan_roles(config, placements, models, ranks, size).specs

@@ -52,9 +52,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, trains: bool
         plain = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {error}") from None
-    config = parse_config(plain, str(path))
-    check_rules(config, trains=trains)
-    return config
+    model = parse_config(plain, str(path))
+    check_rules(model, trains=trains)
+    return model
 
 
 def parse_config(values: Any, origin: str) -> Config:

@@ -111,7 +111,7 @@ def parse_config(
     )
 
 
-def tiny(config: ModelConfig) -> ModelConfig:
+def tiny(model: ModelConfig) -> ModelConfig:
     """Shrink to 2 layers of width 64 with the same vocabulary, for `model.tiny: true`.
 
     A mixture of experts has 8 experts in both layers, and a token is routed to 2.
@@ -124,21 +124,21 @@ def tiny(config: ModelConfig) -> ModelConfig:
         "num_key_value_heads": 2,
         "head_dim": 32,  # the least that vLLM supports on a CPU
     }
-    if config.moe is not None:
-        sizes |= tiny_experts(config.architecture)
+    if model.moe is not None:
+        sizes |= tiny_experts(model.architecture)
     # Lists with one entry per layer would contradict the new number of layers.
-    source = {key: value for key, value in config.source.items() if key != "layer_types"}
+    source = {key: value for key, value in model.source.items() if key != "layer_types"}
     source |= sizes
-    fields = Fields(values=source, origin="config.json", defaults=DEFAULTS[config.architecture])
+    fields = Fields(values=source, origin="config.json", defaults=DEFAULTS[model.architecture])
     return replace(
-        config,
+        model,
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["intermediate_size"],
         num_layers=sizes["num_hidden_layers"],
         num_heads=sizes["num_attention_heads"],
         num_kv_heads=sizes["num_key_value_heads"],
         head_dim=sizes["head_dim"],
-        moe=parse_experts(fields, config.architecture),
+        moe=parse_experts(fields, model.architecture),
         source=source,
     )
 

@@ -120,7 +120,7 @@ class Embedding(nn.Module):
 class Attention(nn.Module):
     def __init__(
         self,
-        config: ModelConfig,
+        model: ModelConfig,
         tp: Parallel,
         blocks: int,
         *,
@@ -128,23 +128,23 @@ class Attention(nn.Module):
         device: torch.device | str,
     ) -> None:
         super().__init__()
-        self.tp, self.head_dim, self.blocks = tp, config.head_dim, blocks
-        self.heads = config.num_heads // tp.size
-        self.kv_heads = local_kv_heads(config, tp.size)
-        q_rows, kv_rows = self.heads * config.head_dim, self.kv_heads * config.head_dim
+        self.tp, self.head_dim, self.blocks = tp, model.head_dim, blocks
+        self.heads = model.num_heads // tp.size
+        self.kv_heads = local_kv_heads(model, tp.size)
+        q_rows, kv_rows = self.heads * model.head_dim, self.kv_heads * model.head_dim
         self.qkv = Projection(
             q_rows + 2 * kv_rows,
-            config.hidden_size,
-            bias=config.qkv_bias,
+            model.hidden_size,
+            bias=model.qkv_bias,
             dtype=dtype,
             device=device,
         )
         self.q_norm: Norm | None = None
         self.k_norm: Norm | None = None
-        if config.qk_norm:
-            self.q_norm = Norm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
-            self.k_norm = Norm(config.head_dim, config.rms_norm_eps, dtype=dtype, device=device)
-        self.out = Projection(config.hidden_size, q_rows, dtype=dtype, device=device)
+        if model.qk_norm:
+            self.q_norm = Norm(model.head_dim, model.rms_norm_eps, dtype=dtype, device=device)
+            self.k_norm = Norm(model.head_dim, model.rms_norm_eps, dtype=dtype, device=device)
+        self.out = Projection(model.hidden_size, q_rows, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
         qkv = self._in_order(self.qkv(copy_to(x, self.tp.group)))
@@ -170,7 +170,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(
         self,
-        config: ModelConfig,
+        model: ModelConfig,
         tp: Parallel,
         blocks: int,
         *,
@@ -179,7 +179,7 @@ class Mlp(nn.Module):
     ) -> None:
         super().__init__()
         self.tp, self.blocks = tp, blocks
-        width, hidden = config.intermediate_size // tp.size, config.hidden_size
+        width, hidden = model.intermediate_size // tp.size, model.hidden_size
         self.gate_up = Projection(2 * width, hidden, dtype=dtype, device=device)
         self.down = Projection(hidden, width, dtype=dtype, device=device)
 
@@ -198,7 +198,7 @@ class Layer(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: ModelConfig,
         index: int,
         tp: Parallel,
         ep: Parallel,
@@ -209,15 +209,15 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.index = index
-        hidden, eps = config.hidden_size, config.rms_norm_eps
+        hidden, eps = model.hidden_size, model.rms_norm_eps
         self.input_norm = Norm(hidden, eps, dtype=dtype, device=device)
-        self.attention = Attention(config, tp, blocks, dtype=dtype, device=device)
+        self.attention = Attention(model, tp, blocks, dtype=dtype, device=device)
         self.post_norm = Norm(hidden, eps, dtype=dtype, device=device)
         self.mlp: Mlp | Moe
-        if config.moe is not None and index in config.moe.layers:
-            self.mlp = Moe(config, tp, ep, dtype=dtype, device=device)
+        if model.moe is not None and index in model.moe.layers:
+            self.mlp = Moe(model, tp, ep, dtype=dtype, device=device)
         else:
-            self.mlp = Mlp(config, tp, blocks, dtype=dtype, device=device)
+            self.mlp = Mlp(model, tp, blocks, dtype=dtype, device=device)
 
     def forward(
         self,
@@ -268,7 +268,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: ModelConfig,
         *,
         tp: Parallel | None = None,
         ep: Parallel | None = None,
@@ -280,18 +280,18 @@ class Decoder(nn.Module):
         super().__init__()
         tp = Parallel() if tp is None else tp
         ep = Parallel() if ep is None else ep
-        self.config, self.tp, self.ep, self.blocks = config, tp, ep, blocks
-        vocab, hidden = config.vocab_size // tp.size, config.hidden_size
+        self.model, self.tp, self.ep, self.blocks = model, tp, ep, blocks
+        vocab, hidden = model.vocab_size // tp.size, model.hidden_size
         self.embed_tokens = Embedding(vocab, hidden, tp=tp, dtype=dtype, device=device)
         self.layers = nn.ModuleList(
-            Layer(config, i, tp, ep, blocks, dtype=dtype, device=device)
-            for i in range(config.num_layers)
+            Layer(model, i, tp, ep, blocks, dtype=dtype, device=device)
+            for i in range(model.num_layers)
         )
-        self.norm = Norm(hidden, config.rms_norm_eps, dtype=dtype, device=device)
+        self.norm = Norm(hidden, model.rms_norm_eps, dtype=dtype, device=device)
         self.head: Projection | None = None
         if head == "score":
             self.head = Projection(1, hidden, dtype=dtype, device=device)
-        elif not config.tie_embeddings:
+        elif not model.tie_embeddings:
             self.head = Projection(vocab, hidden, dtype=dtype, device=device)
         self.kind = head
         self._frequencies: Tensor | None = None
@@ -352,7 +352,7 @@ class Decoder(nn.Module):
         """Return the slices of the global tensors that every parameter holds."""
         tp, ep = self.tp, self.ep
         return all_slices(
-            self.config,
+            self.model,
             tp.rank,
             tp.size,
             self.kind,
@@ -377,8 +377,8 @@ class Decoder(nn.Module):
         no table of all positions must be kept or enlarged.
         """
         if self._frequencies is None or self._frequencies.device != positions.device:
-            values = inverse_frequencies(self.config.rope, self.config.head_dim)
+            values = inverse_frequencies(self.model.rope, self.model.head_dim)
             # An inference tensor made here could not be used by a later training step.
             with torch.inference_mode(False):
                 self._frequencies = torch.tensor(values, device=positions.device)
-        return rope_tables(positions, self._frequencies, self.config.rope.attention_factor)
+        return rope_tables(positions, self._frequencies, self.model.rope.attention_factor)

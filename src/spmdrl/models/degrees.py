@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from spmdrl.models.config import ModelConfig
 
 
-def check_tp(config: ModelConfig, tp: int, *, ep: int = 1, replicate_kv: bool = False) -> None:
+def check_tp(model: ModelConfig, tp: int, *, ep: int = 1, replicate_kv: bool = False) -> None:
     """Refuse tensor- and expert-parallel degrees that do not divide the model.
 
     Args:
@@ -18,42 +18,42 @@ def check_tp(config: ModelConfig, tp: int, *, ep: int = 1, replicate_kv: bool = 
     Raises:
         ValueError: `tp` or `ep` does not divide some sizes; the message names them.
     """
-    has_dense_layers = config.moe is None or len(config.moe.layers) < config.num_layers
+    has_dense_layers = model.moe is None or len(model.moe.layers) < model.num_layers
     sizes = {
-        "num_attention_heads": config.num_heads,
-        **({"intermediate_size": config.intermediate_size} if has_dense_layers else {}),
-        "vocab_size": config.vocab_size,
+        "num_attention_heads": model.num_heads,
+        **({"intermediate_size": model.intermediate_size} if has_dense_layers else {}),
+        "vocab_size": model.vocab_size,
     }
-    copies = replicate_kv and tp > config.num_kv_heads
+    copies = replicate_kv and tp > model.num_kv_heads
     if not copies:
-        sizes["num_key_value_heads"] = config.num_kv_heads
+        sizes["num_key_value_heads"] = model.num_kv_heads
     bad = [f"{name}={size}" for name, size in sizes.items() if size % tp]
-    if copies and tp % config.num_kv_heads:
-        bad.append(f"num_key_value_heads={config.num_kv_heads} (which does not divide it)")
+    if copies and tp % model.num_kv_heads:
+        bad.append(f"num_key_value_heads={model.num_kv_heads} (which does not divide it)")
     if bad:
-        fix = heads_fix(config, tp, bad)
+        fix = heads_fix(model, tp, bad)
         raise ValueError(f"tp={tp} does not divide the model's {', '.join(bad)}{fix}")
-    check_ep(config, tp, ep)
+    check_ep(model, tp, ep)
 
 
-def heads_fix(config: ModelConfig, tp: int, bad: Sequence[str]) -> str:
+def heads_fix(model: ModelConfig, tp: int, bad: Sequence[str]) -> str:
     """Explain how `tp` can divide the heads, for messages; empty if `bad` names no heads."""
     if not any("heads" in name for name in bad):
         return ""
-    kv_heads = -(-config.num_kv_heads // tp) * tp
-    heads = kv_heads * config.num_heads // config.num_kv_heads
+    kv_heads = -(-model.num_kv_heads // tp) * tp
+    heads = kv_heads * model.num_heads // model.num_kv_heads
     return (
         ": take another tp, or a model with heads of zeros as well as its own (spmdrl convert "
         f"MODEL OUT --pad-heads-to {heads}/{kv_heads})"
     )
 
 
-def check_ep(config: ModelConfig, tp: int, ep: int) -> None:
+def check_ep(model: ModelConfig, tp: int, ep: int) -> None:
     """Raise ValueError, with the numbers, unless the degrees divide the model's experts."""
-    moe = config.moe
+    moe = model.moe
     if moe is None:
         if ep > 1:
-            raise ValueError(f"ep={ep}, but {config.architecture} has no experts: set it to 1")
+            raise ValueError(f"ep={ep}, but {model.architecture} has no experts: set it to 1")
         return
     if moe.num_experts % ep:
         raise ValueError(f"ep={ep} does not divide the model's num_experts={moe.num_experts}")

@@ -14,25 +14,25 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.sharding import Head, Slice, TpSplit, fused_tensors, restrict
 
 
-def fitting_blocks(config: ModelConfig, degrees: Mapping[str, int], engine_tp: int) -> int:
+def fitting_blocks(model: ModelConfig, degrees: Mapping[str, int], engine_tp: int) -> int:
     """Return the number of blocks with which the shards of a role equal the tensors of an engine on
     the same ranks; 1 if that is impossible.
     """
     shards = degrees.get("dp_shard", 1) * degrees.get("cp", 1)
     plain = degrees.get("tp", 1) == degrees.get("pp", 1) == 1 and degrees.get("dp_shard", 1) > 1
     # the engine's innermost axis is tp, as it is the shards' here
-    sizes = (config.num_heads, config.num_kv_heads, config.intermediate_size)
+    sizes = (model.num_heads, model.num_kv_heads, model.intermediate_size)
     return shards if plain and engine_tp == shards and not any(n % shards for n in sizes) else 1
 
 
-def fsdp_dims(config: ModelConfig, head: Head = "lm", blocks: int = 1) -> dict[str, int | None]:
+def fsdp_dims(model: ModelConfig, head: Head = "lm", blocks: int = 1) -> dict[str, int | None]:
     """Map local names to the dim along which FSDP cuts the parameter; None if it is not cut.
 
     FSDP does not divide parameters that tensor parallelism does not divide (norms, a scalar head,
     routers). With `blocks` (see `all_slices`) it cuts like tensor parallelism of that degree.
     """
     dims: dict[str, int | None] = {}
-    for name, tensors in fused_tensors(config, head).items():
+    for name, tensors in fused_tensors(model, head).items():
         if tensors[0].split is TpSplit.NONE:
             dims[name] = None
         elif tensors[0].split is TpSplit.COLUMNS and blocks > 1 and tensors[0].expert is None:

@@ -73,20 +73,20 @@ class Parameter:
         return bool(self.slices) and not self.is_expert and all(s.is_whole for s in self.slices)
 
 
-def padded_vocab(config: ModelConfig, tp: int) -> int:
+def padded_vocab(model: ModelConfig, tp: int) -> int:
     """Return the size of the vocabulary with padding, which tp divides."""
-    return -(-config.vocab_size // tp) * tp
+    return -(-model.vocab_size // tp) * tp
 
 
-def chunk_layers(config: ModelConfig, cut: Cut, pp_rank: int, chunk: int) -> range:
+def chunk_layers(model: ModelConfig, cut: Cut, pp_rank: int, chunk: int) -> range:
     """Return a chunk's layers: stage p has the p-th part of each of `vpp` parts of the model."""
-    size = config.num_layers // (cut.pp * cut.vpp)
+    size = model.num_layers // (cut.pp * cut.vpp)
     first = (chunk * cut.pp + pp_rank) * size
     return range(first, first + size)
 
 
 def rank_chunks(
-    config: ModelConfig,
+    model: ModelConfig,
     cut: Cut,
     tp_rank: int,
     pp_rank: int,
@@ -95,25 +95,25 @@ def rank_chunks(
     ep_rank: int = 0,
 ) -> list[tuple[Parameter, ...]]:
     """List the chunks of one rank, each with its parameters in the order of Megatron's modules."""
-    held = all_slices(config, tp_rank, cut.tp, head, ep_rank=ep_rank, ep_size=cut.ep)
+    held = all_slices(model, tp_rank, cut.tp, head, ep_rank=ep_rank, ep_size=cut.ep)
     chunks = []
     for chunk in range(cut.vpp):
         is_first = pp_rank == 0 and chunk == 0
         is_last = pp_rank == cut.pp - 1 and chunk == cut.vpp - 1
         rows: list[Parameter] = []
         if is_first:
-            rows.append(_vocab(config, cut, tp_rank, EMBEDDING, "embedding.word_embeddings.weight"))
-        for number, layer in enumerate(chunk_layers(config, cut, pp_rank, chunk)):
-            rows += _layer(config, cut, tp_rank, held, f"layers.{layer}", number)
+            rows.append(_vocab(model, cut, tp_rank, EMBEDDING, "embedding.word_embeddings.weight"))
+        for number, layer in enumerate(chunk_layers(model, cut, pp_rank, chunk)):
+            rows += _layer(model, cut, tp_rank, held, f"layers.{layer}", number)
         if is_last:
             rows.append(_plain(held, "norm.weight", "decoder.final_layernorm.weight"))
             if head == "score":
                 rows.append(_plain(held, HEAD, "output_layer.weight"))
-            elif not config.tie_embeddings:
-                rows.append(_vocab(config, cut, tp_rank, HEAD, "output_layer.weight"))
+            elif not model.tie_embeddings:
+                rows.append(_vocab(model, cut, tp_rank, HEAD, "output_layer.weight"))
             elif cut.pp > 1:
-                rows.append(_vocab(config, cut, tp_rank, EMBEDDING, "output_layer.weight"))
-        tied = config.tie_embeddings and head == "lm" and cut.pp > 1
+                rows.append(_vocab(model, cut, tp_rank, EMBEDDING, "output_layer.weight"))
+        tied = model.tie_embeddings and head == "lm" and cut.pp > 1
         chunks.append(tuple(replace(r, shared=tied and r.name == EMBEDDING) for r in rows))
     return chunks
 
@@ -124,18 +124,18 @@ def _plain(held: Mapping[str, tuple[Slice, ...]], name: str, module_name: str) -
     return Parameter(name=name, module_name=module_name, shape=shape, slices=slices)
 
 
-def _vocab(config: ModelConfig, cut: Cut, tp_rank: int, name: str, module_name: str) -> Parameter:
+def _vocab(model: ModelConfig, cut: Cut, tp_rank: int, name: str, module_name: str) -> Parameter:
     """Make a parameter with rows of a padded vocabulary; the last ranks may have only padding."""
-    [tensor] = fused_tensors(config)[name]
-    rows = padded_vocab(config, cut.tp) // cut.tp
+    [tensor] = fused_tensors(model)[name]
+    rows = padded_vocab(model, cut.tp) // cut.tp
     whole = Slice(name=tensor.name, shape=tensor.shape, start=(0, 0), stop=tensor.shape, offset=0)
     slices = restrict([whole], tp_rank * rows, (tp_rank + 1) * rows)
-    shape = (rows, config.hidden_size)
+    shape = (rows, model.hidden_size)
     return Parameter(name=name, module_name=module_name, shape=shape, slices=slices)
 
 
 def _layer(
-    config: ModelConfig,
+    model: ModelConfig,
     cut: Cut,
     tp_rank: int,
     held: Mapping[str, tuple[Slice, ...]],
@@ -158,23 +158,23 @@ def _layer(
     yield plain("attention.out.weight", "self_attention.linear_proj.weight")
     if cut.fused_norms:
         yield plain("input_norm.weight", input_norm)
-    for kind in ("weight", *["bias"] * config.qkv_bias):
+    for kind in ("weight", *["bias"] * model.qkv_bias):
         whole = plain(f"attention.qkv.{kind}", f"self_attention.linear_qkv.{kind}")
-        yield replace(whole, slices=_interleave(config, whole.slices))
-    if config.qk_norm:
+        yield replace(whole, slices=_interleave(model, whole.slices))
+    if model.qk_norm:
         yield plain("attention.q_norm.weight", "self_attention.q_layernorm.weight")
         yield plain("attention.k_norm.weight", "self_attention.k_layernorm.weight")
     yield plain("post_norm.weight", post_norm)
     if has_experts:
         yield plain("mlp.router.weight", "mlp.router.weight")
-        yield from _experts(config, cut, held, local, prefix)
+        yield from _experts(model, cut, held, local, prefix)
         return
     yield plain("mlp.gate_up.weight", "mlp.linear_fc1.weight")
     yield plain("mlp.down.weight", "mlp.linear_fc2.weight")
 
 
 def _experts(
-    config: ModelConfig,
+    model: ModelConfig,
     cut: Cut,
     held: Mapping[str, tuple[Slice, ...]],
     local: str,
@@ -183,8 +183,8 @@ def _experts(
     """Yield this rank's experts: modules one after another, or (TransformerEngine) weights of one
     grouped module, first all fc1 and then all fc2.
     """
-    assert config.moe is not None
-    count = config.moe.num_experts // cut.ep
+    assert model.moe is not None
+    count = model.moe.num_experts // cut.ep
     kinds = (("gate_up", "linear_fc1"), ("down", "linear_fc2"))
 
     def one(expert: int, kind: str, module: str) -> Parameter:
@@ -208,9 +208,9 @@ def _experts(
         yield from (one(expert, *kind) for expert in range(count) for kind in kinds)
 
 
-def _interleave(config: ModelConfig, slices: Sequence[Slice]) -> tuple[Slice, ...]:
+def _interleave(model: ModelConfig, slices: Sequence[Slice]) -> tuple[Slice, ...]:
     """Reorder slices of q, k and v, which are below one another, by key/value head."""
-    groups = slices[1].rows // config.head_dim
+    groups = slices[1].rows // model.head_dim
     result, offset = [], 0
     for group in range(groups):
         for part in slices:
@@ -332,7 +332,7 @@ def _columns(piece: Slice, columns: tuple[int, int]) -> Slice:
 
 
 def megatron_layout(
-    config: ModelConfig,
+    model: ModelConfig,
     ranks: Sequence[int],
     degrees: Mapping[str, int],
     cut: Cut,
@@ -344,11 +344,11 @@ def megatron_layout(
     def table(chunk: tuple[Parameter, ...], shard: int) -> Table:
         return {p.name: LocalShard(shape=p.shape, dtype=dtype, slices=p.slices) for p in chunk}
 
-    return _rank_tables(config, ranks, degrees, cut, head, 1, table)
+    return _rank_tables(model, ranks, degrees, cut, head, 1, table)
 
 
 def megatron_state_layout(
-    config: ModelConfig,
+    model: ModelConfig,
     ranks: Sequence[int],
     degrees: Mapping[str, int],
     cut: Cut,
@@ -368,11 +368,11 @@ def megatron_state_layout(
             for piece in flat_pieces(p, *ranges[p.name])
         }
 
-    return _rank_tables(config, ranks, degrees, cut, head, num_shards, table)
+    return _rank_tables(model, ranks, degrees, cut, head, num_shards, table)
 
 
 def _rank_tables(
-    config: ModelConfig,
+    model: ModelConfig,
     ranks: Sequence[int],
     degrees: Mapping[str, int],
     cut: Cut,
@@ -388,7 +388,7 @@ def _rank_tables(
         ep_rank = expert_place(degrees, place)["ep"]
         at = (place["pp"], place["tp"], ep_rank, shard)
         if at not in tables:
-            chunks = rank_chunks(config, cut, place["tp"], place["pp"], head, ep_rank=ep_rank)
+            chunks = rank_chunks(model, cut, place["tp"], place["pp"], head, ep_rank=ep_rank)
             tables[at] = {n: held for chunk in chunks for n, held in table(chunk, shard).items()}
         layout[rank] = tables[at]
     return layout

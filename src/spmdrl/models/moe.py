@@ -30,7 +30,7 @@ from spmdrl.models.routing import Routing
 
 
 def has_fixed_shapes(
-    config: ModelConfig,
+    model: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     device: torch.device,
@@ -39,18 +39,18 @@ def has_fixed_shapes(
     can be captured as a CUDA graph; `shapes` are those of a rank's parameters, by local name.
     """
     widths = {shape[1] for name, shape in shapes.items() if name.endswith(".mlp.experts.down")}
-    return config.moe is None or grouped_gemm_is_usable(dtype, device, config.hidden_size, *widths)
+    return model.moe is None or grouped_gemm_is_usable(dtype, device, model.hidden_size, *widths)
 
 
 class Router(nn.Module):
     """Probabilities over all experts [T, E], in float32 so that close choices are told apart."""
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
+        self, model: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         super().__init__()
-        assert config.moe is not None
-        shape = (config.moe.num_experts, config.hidden_size)
+        assert model.moe is not None
+        shape = (model.moe.num_experts, model.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Moe(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: ModelConfig,
         tp: Parallel,
         ep: Parallel,
         *,
@@ -75,10 +75,10 @@ class Moe(nn.Module):
         device: torch.device | str,
     ) -> None:
         super().__init__()
-        assert config.moe is not None
-        self.tp, self.moe = tp, config.moe
-        self.router = Router(config, dtype=dtype, device=device)
-        self.experts = Experts(config, tp, ep, dtype=dtype, device=device)
+        assert model.moe is not None
+        self.tp, self.moe = tp, model.moe
+        self.router = Router(model, dtype=dtype, device=device)
+        self.experts = Experts(model, tp, ep, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, layer: int, routing: Routing | None) -> Tensor:  # [T, D]
         chosen, weights = choose_experts(self.router(x), self.moe, layer, routing)
@@ -111,7 +111,7 @@ class Experts(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: ModelConfig,
         tp: Parallel,
         ep: Parallel,
         *,
@@ -119,11 +119,11 @@ class Experts(nn.Module):
         device: torch.device | str,
     ) -> None:
         super().__init__()
-        assert config.moe is not None
+        assert model.moe is not None
         ep_tp = math.gcd(tp.size, ep.size)
         self.ep, self.num_columns, self.column = ep, ep_tp, ep.rank % ep_tp
-        self.hidden, self.count = config.hidden_size, config.moe.num_experts // ep.size
-        self.width = config.moe.intermediate_size // (tp.size // ep_tp)
+        self.hidden, self.count = model.hidden_size, model.moe.num_experts // ep.size
+        self.width = model.moe.intermediate_size // (tp.size // ep_tp)
         rows = (self.count * 2 * self.width, self.count * self.hidden)
         self.gate_up = nn.Parameter(torch.empty(rows[0], self.hidden, dtype=dtype, device=device))
         self.down = nn.Parameter(torch.empty(rows[1], self.width, dtype=dtype, device=device))

@@ -112,30 +112,30 @@ class _Place:
         return self.tp_rank % self.etp_size
 
 
-def fused_tensors(config: ModelConfig, head: Head = "lm") -> dict[str, tuple[GlobalTensor, ...]]:
+def fused_tensors(model: ModelConfig, head: Head = "lm") -> dict[str, tuple[GlobalTensor, ...]]:
     """Map local names, in order of the forward pass, to their fused tensors, top to bottom."""
-    embedding = (config.vocab_size, config.hidden_size)
+    embedding = (model.vocab_size, model.hidden_size)
     table = {
         "embed_tokens.weight": _one("model.embed_tokens.weight", embedding, TpSplit.VOCABULARY)
     }
-    for i in range(config.num_layers):
-        table |= _layer_tensors(config, i)
-    table["norm.weight"] = _one("model.norm.weight", (config.hidden_size,), TpSplit.NONE)
+    for i in range(model.num_layers):
+        table |= _layer_tensors(model, i)
+    table["norm.weight"] = _one("model.norm.weight", (model.hidden_size,), TpSplit.NONE)
     if head == "score":
-        table["head.weight"] = _one(SCORE, (1, config.hidden_size), TpSplit.NONE)
-    elif not config.tie_embeddings:
+        table["head.weight"] = _one(SCORE, (1, model.hidden_size), TpSplit.NONE)
+    elif not model.tie_embeddings:
         table["head.weight"] = _one("lm_head.weight", embedding, TpSplit.VOCABULARY)
     return table
 
 
-def global_shapes(config: ModelConfig, head: Head = "lm") -> dict[str, tuple[int, ...]]:
+def global_shapes(model: ModelConfig, head: Head = "lm") -> dict[str, tuple[int, ...]]:
     """Return the name space: Hugging Face name -> global shape."""
-    table = fused_tensors(config, head)
+    table = fused_tensors(model, head)
     return {tensor.name: tensor.shape for tensors in table.values() for tensor in tensors}
 
 
 def local_parameters(
-    config: ModelConfig,
+    model: ModelConfig,
     tp_size: int,
     head: Head = "lm",
     *,
@@ -149,17 +149,17 @@ def local_parameters(
     """
     place = _Place(tp_size=tp_size, ep_size=ep_size, vocab_multiple=vocab_multiple)
     shapes = {}
-    for name, tensors in fused_tensors(config, head).items():
-        held = _slices(config, tensors, place)
+    for name, tensors in fused_tensors(model, head).items():
+        held = _slices(model, tensors, place)
         rows = sum(s.rows for s in held)
         if tensors[0].split is TpSplit.VOCABULARY:
-            rows = place.vocabulary_rows(config.vocab_size)
+            rows = place.vocabulary_rows(model.vocab_size)
         shapes[name] = (rows, *held[0].size[1:])
     return shapes
 
 
 def slices(
-    config: ModelConfig,
+    model: ModelConfig,
     local_name: str,
     tp_rank: int,
     tp_size: int,
@@ -172,15 +172,15 @@ def slices(
     Raises:
         ValueError: the model has no such local parameter.
     """
-    table = fused_tensors(config)
+    table = fused_tensors(model)
     if local_name not in table:
-        raise ValueError(f"{config.architecture} has no local parameter {local_name!r}")
+        raise ValueError(f"{model.architecture} has no local parameter {local_name!r}")
     place = _Place(tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size)
-    return _slices(config, table[local_name], place)
+    return _slices(model, table[local_name], place)
 
 
 def all_slices(
-    config: ModelConfig,
+    model: ModelConfig,
     tp_rank: int,
     tp_size: int,
     head: Head = "lm",
@@ -206,8 +206,8 @@ def all_slices(
         vocab_multiple=vocab_multiple,
         blocks=blocks,
     )
-    table = fused_tensors(config, head)
-    return {name: _slices(config, tensors, place) for name, tensors in table.items()}
+    table = fused_tensors(model, head)
+    return {name: _slices(model, tensors, place) for name, tensors in table.items()}
 
 
 def is_expert_parameter(local_name: str) -> bool:
@@ -237,15 +237,15 @@ def restrict(held: Iterable[Slice], first_row: int, last_row: int) -> tuple[Slic
     return tuple(result)
 
 
-def local_kv_heads(config: ModelConfig, tp_size: int) -> int:
+def local_kv_heads(model: ModelConfig, tp_size: int) -> int:
     """Count the key/value heads on each tensor-parallel rank, at least one."""
-    return max(1, config.num_kv_heads // tp_size)
+    return max(1, model.num_kv_heads // tp_size)
 
 
-def _layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[GlobalTensor, ...]]:
+def _layer_tensors(model: ModelConfig, layer: int) -> dict[str, tuple[GlobalTensor, ...]]:
     local, hf = f"layers.{layer}", f"model.layers.{layer}"
-    hidden, d = config.hidden_size, config.head_dim
-    q_rows, kv_rows = config.num_heads * d, config.num_kv_heads * d
+    hidden, d = model.hidden_size, model.head_dim
+    q_rows, kv_rows = model.num_heads * d, model.num_kv_heads * d
 
     def qkv(kind: str, *columns: int) -> tuple[GlobalTensor, ...]:
         return (
@@ -259,22 +259,22 @@ def _layer_tensors(config: ModelConfig, layer: int) -> dict[str, tuple[GlobalTen
 
     table = {f"{local}.input_norm.weight": norm("input_layernorm", hidden)}
     table[f"{local}.attention.qkv.weight"] = qkv("weight", hidden)
-    if config.qkv_bias:
+    if model.qkv_bias:
         table[f"{local}.attention.qkv.bias"] = qkv("bias")
-    if config.qk_norm:
+    if model.qk_norm:
         table[f"{local}.attention.q_norm.weight"] = norm("self_attn.q_norm", d)
         table[f"{local}.attention.k_norm.weight"] = norm("self_attn.k_norm", d)
     table[f"{local}.attention.out.weight"] = _one(
         f"{hf}.self_attn.o_proj.weight", (hidden, q_rows), TpSplit.COLUMNS
     )
     table[f"{local}.post_norm.weight"] = norm("post_attention_layernorm", hidden)
-    if config.moe is not None and layer in config.moe.layers:
-        return table | _expert_tensors(config, config.moe, local, hf)
-    return table | _dense_tensors(config, local, hf)
+    if model.moe is not None and layer in model.moe.layers:
+        return table | _expert_tensors(model, model.moe, local, hf)
+    return table | _dense_tensors(model, local, hf)
 
 
-def _dense_tensors(config: ModelConfig, local: str, hf: str) -> dict[str, tuple[GlobalTensor, ...]]:
-    hidden, ffn = config.hidden_size, config.intermediate_size
+def _dense_tensors(model: ModelConfig, local: str, hf: str) -> dict[str, tuple[GlobalTensor, ...]]:
+    hidden, ffn = model.hidden_size, model.intermediate_size
     return {
         f"{local}.mlp.gate_up.weight": (
             _tensor(f"{hf}.mlp.gate_proj.weight", (ffn, hidden), TpSplit.ROWS),
@@ -287,10 +287,10 @@ def _dense_tensors(config: ModelConfig, local: str, hf: str) -> dict[str, tuple[
 
 
 def _expert_tensors(
-    config: ModelConfig, moe: MoeConfig, local: str, hf: str
+    model: ModelConfig, moe: MoeConfig, local: str, hf: str
 ) -> dict[str, tuple[GlobalTensor, ...]]:
-    hidden, ffn = config.hidden_size, moe.intermediate_size
-    names = EXPERT_NAMES[config.architecture]
+    hidden, ffn = model.hidden_size, moe.intermediate_size
+    names = EXPERT_NAMES[model.architecture]
 
     def tensor(name: str, expert: int, shape: tuple[int, ...], split: TpSplit) -> GlobalTensor:
         return GlobalTensor(
@@ -322,12 +322,12 @@ def _one(name: str, shape: tuple[int, ...], split: TpSplit) -> tuple[GlobalTenso
 
 
 def _slices(
-    config: ModelConfig, tensors: tuple[GlobalTensor, ...], place: _Place
+    model: ModelConfig, tensors: tuple[GlobalTensor, ...], place: _Place
 ) -> tuple[Slice, ...]:
     result, offset = [], 0
     experts = range(0)
-    if config.moe is not None:
-        experts = range(*_range(config.moe.num_experts, place.ep_rank, place.ep_size))
+    if model.moe is not None:
+        experts = range(*_range(model.moe.num_experts, place.ep_rank, place.ep_size))
     in_blocks = tensors[0].split is TpSplit.ROWS and tensors[0].expert is None
     blocks = place.blocks if in_blocks else 1
     for block in range(blocks):
@@ -335,7 +335,7 @@ def _slices(
         for tensor in tensors:
             if tensor.expert is not None and tensor.expert not in experts:
                 continue
-            box = _box(config, tensor, place, rank, size)
+            box = _box(model, tensor, place, rank, size)
             if box is None:
                 continue
             start, stop = box
@@ -347,7 +347,7 @@ def _slices(
 
 
 def _box(
-    config: ModelConfig, tensor: GlobalTensor, place: _Place, rank: int, size: int
+    model: ModelConfig, tensor: GlobalTensor, place: _Place, rank: int, size: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Return start and stop of rank `rank`'s box of a tensor, of `size` ranks; None if empty."""
     start, stop = [0] * len(tensor.shape), list(tensor.shape)
@@ -358,7 +358,7 @@ def _box(
     elif tensor.split is TpSplit.ROWS:
         start[0], stop[0] = _range(tensor.shape[0], rank, size)
     elif tensor.split is TpSplit.KV_ROWS:
-        start[0], stop[0] = _kv_range(config, rank, size)
+        start[0], stop[0] = _kv_range(model, rank, size)
     elif tensor.split is TpSplit.VOCABULARY:
         rows = place.vocabulary_rows(tensor.shape[0])
         start[0], stop[0] = (min(n * rows, tensor.shape[0]) for n in (rank, rank + 1))
@@ -371,7 +371,7 @@ def _range(size: int, rank: int, ranks: int) -> tuple[int, int]:
     return size * rank // ranks, size * (rank + 1) // ranks
 
 
-def _kv_range(config: ModelConfig, rank: int, ranks: int) -> tuple[int, int]:
-    first = config.num_kv_heads * rank // ranks
-    count = local_kv_heads(config, ranks)
-    return first * config.head_dim, (first + count) * config.head_dim
+def _kv_range(model: ModelConfig, rank: int, ranks: int) -> tuple[int, int]:
+    first = model.num_kv_heads * rank // ranks
+    count = local_kv_heads(model, ranks)
+    return first * model.head_dim, (first + count) * model.head_dim

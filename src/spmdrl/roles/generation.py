@@ -52,12 +52,12 @@ class Rollout:
         self,
         name: str,
         mesh: Mesh,
-        config: ModelConfig,
+        model: ModelConfig,
         engine: RolloutEngine | None,
         memory: CallMemory | None = None,
         parts: tuple[str, ...] = (WEIGHTS, KV_CACHE),
     ) -> None:
-        self.name, self.mesh, self.config = name, mesh, config
+        self.name, self.mesh, self.model = name, mesh, model
         self.engine, self.memory = engine, memory
         self.parts, self.version = parts, 0
 
@@ -106,7 +106,7 @@ class Rollout:
         samples = torch.arange(size).repeat(len(prompts))
         batch = repeated.with_columns(rows={"sample_index": samples})
         version = self.version
-        experts = _expert_column(self.config) if generation.sampling.experts else ()
+        experts = _expert_column(self.model) if generation.sampling.experts else ()
 
         def compute(rows: Batch, stint: Stint) -> Batch | Interrupted:
             assert self.engine is not None, f"role {self.name!r} has no engine on this rank"
@@ -147,11 +147,11 @@ class Rollout:
         )
 
 
-def _expert_column(config: ModelConfig) -> tuple[Column, ...]:
+def _expert_column(model: ModelConfig) -> tuple[Column, ...]:
     """The column `expert_choices`; ValueError for a model without experts."""
-    moe = config.moe
+    moe = model.moe
     if moe is None:
-        raise ValueError(f"sampling.experts: {config.architecture} has no experts to record")
+        raise ValueError(f"sampling.experts: {model.architecture} has no experts to record")
     dtype, shape = choices_dtype(moe.num_experts), (len(moe.layers), moe.top_k)
     return (Column(name=EXPERT_CHOICES, dtype=dtype, shape=shape),)
 

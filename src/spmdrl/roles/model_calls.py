@@ -74,7 +74,7 @@ class ModelRole:
 
     name: str
     mesh: Mesh
-    config: ModelConfig
+    model: ModelConfig
     backend: TrainBackend | None
     memory: CallMemory | None = None
 

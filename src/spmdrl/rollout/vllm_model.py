@@ -21,13 +21,13 @@ _NATIVE = "set rollout.engine=native"
 _Parameter = TypeVar("_Parameter", bound=Tensor)
 
 
-def described(config: ModelConfig) -> dict[str, Any]:
+def described(model: ModelConfig) -> dict[str, Any]:
     """Make config.json for vLLM: the model's own, with the language model's architecture."""
-    return {**config.source, "architectures": [config.architecture]}
+    return {**model.source, "architectures": [model.architecture]}
 
 
 def check_supported(
-    config: ModelConfig, known: Collection[str], head_dims: Collection[int] | None
+    model: ModelConfig, known: Collection[str], head_dims: Collection[int] | None
 ) -> None:
     """Refuse a model that this vLLM cannot run.
 
@@ -38,27 +38,27 @@ def check_supported(
     Raises:
         ValueError: a property of the model is not supported; the message names it.
     """
-    if config.architecture not in known:
+    if model.architecture not in known:
         raise ValueError(
-            f"rollout.engine=vllm: the trainer has {config.architecture}, this vLLM has not: "
+            f"rollout.engine=vllm: the trainer has {model.architecture}, this vLLM has not: "
             f"{_NATIVE}"
         )
-    if config.moe is not None:
+    if model.moe is not None:
         raise ValueError(
-            f"rollout.engine=vllm: {config.architecture} has experts, which vLLM packs in forms "
+            f"rollout.engine=vllm: {model.architecture} has experts, which vLLM packs in forms "
             f"that no weight sync can update: {_NATIVE}"
         )
-    if head_dims is not None and config.head_dim not in head_dims:
+    if head_dims is not None and model.head_dim not in head_dims:
         raise ValueError(
             f"rollout.engine=vllm: on a CPU vLLM attends with heads of {sorted(head_dims)} values, "
-            f"and {config.architecture} has head_dim={config.head_dim}: {_NATIVE}"
+            f"and {model.architecture} has head_dim={model.head_dim}: {_NATIVE}"
         )
 
 
-def parameter_names(config: ModelConfig) -> dict[str, str]:
+def parameter_names(model: ModelConfig) -> dict[str, str]:
     """Map local names to vLLM's: Hugging Face names, except those of fused parameters."""
     names = {}
-    for local, held in all_slices(config, 0, 1).items():
+    for local, held in all_slices(model, 0, 1).items():
         name = held[0].name
         for part, whole in _FUSED.items():
             name = name.replace(part, whole)
@@ -67,7 +67,7 @@ def parameter_names(config: ModelConfig) -> dict[str, str]:
 
 
 def match_parameters(
-    config: ModelConfig,
+    model: ModelConfig,
     tp_size: int,
     dtype: torch.dtype,
     device_type: str,
@@ -81,13 +81,13 @@ def match_parameters(
     Raises:
         ValueError: a parameter is missing, unknown to the model, or in another form.
     """
-    names = parameter_names(config)
+    names = parameter_names(model)
     if set(found) != set(names.values()):
         raise ValueError(
-            f"rollout.engine=vllm: vLLM's {config.architecture} and the policy's differ in the "
+            f"rollout.engine=vllm: vLLM's {model.architecture} and the policy's differ in the "
             f"parameters {sorted(set(found) ^ set(names.values()))}: {_NATIVE}"
         )
-    shapes = local_parameters(config, tp_size, vocab_multiple=VOCAB_MULTIPLE)
+    shapes = local_parameters(model, tp_size, vocab_multiple=VOCAB_MULTIPLE)
     for local, name in names.items():
         held = found[name]
         form = (tuple(held.shape), held.dtype, held.device.type, held.is_contiguous())

@@ -50,7 +50,7 @@ class LossCheck:
             ValueError: a role gives another mean (raised on every rank).
         """
         for name, loss in self.losses().items():
-            routed = self._roles[name].config.moe is not None
+            routed = self._roles[name].model.moe is not None
             tolerance = self._tolerance * (ROUTED if routed else 1.0)
             if name in saved and not abs(loss - saved[name]) <= tolerance:
                 raise ValueError(
@@ -60,7 +60,7 @@ class LossCheck:
                 )
 
     def _call(self, role: ModelRole) -> Call[Batch]:
-        rows = fixed_rows(self._world, role.mesh.size("dp"), role.config.vocab_size)
+        rows = fixed_rows(self._world, role.mesh.size("dp"), role.model.vocab_size)
         readout = _readout(role)
         return read_call(role, "check", rows, readout, readout.columns).unrecorded()
 

@@ -65,7 +65,7 @@ class TorchBackend:
     def __init__(
         self,
         mesh: Mesh,
-        config: ModelConfig,
+        model: ModelConfig,
         checkpoint: TensorSource,
         options: TrainOptions,
         device: torch.device,
@@ -73,13 +73,13 @@ class TorchBackend:
         trainable: bool = True,
         head: Head = "lm",
     ) -> None:
-        self.mesh, self.config, self.options, self.head = mesh, config, options, head
+        self.mesh, self.model, self.options, self.head = mesh, model, options, head
         self._device = device
         dtype = options.param_dtype
         self._kernel = make_kernel(resolve_attention(options.attention, device, dtype))
         self._decoder = build_decoder(
             mesh,
-            config,
+            model,
             dtype,
             device,
             trainable=trainable,
@@ -108,7 +108,7 @@ class TorchBackend:
                 self._paced(pack_rows(rows, self.options, readout)), progress
             ):
                 stream = self._stream(microbatch)
-                routing = make_routing(self.config.moe, rows, microbatch, stream, self._device)
+                routing = make_routing(self.model.moe, rows, microbatch, stream, self._device)
                 support = support_of(rows, microbatch, stream, readout, self._device)
                 for name, values in self._run(stream, readout, routing, support).items():
                     found[name][microbatch.destination] = values.cpu()
@@ -131,7 +131,7 @@ class TorchBackend:
         require_parts(self.mesh.role, self.parts(), "weights")
         rows = batch.to(torch.device("cpu"))
         parts: list[dict[str, Tensor]] = []
-        moe = self.config.moe
+        moe = self.model.moe
         use = None if moe is None else ExpertUse(moe, self._device)
         packed = self._paced(pack_rows(rows, self.options, readout, whole_groups=whole_groups))
         for number, microbatch in enumerate(counted(packed, progress), start=1):
@@ -238,7 +238,7 @@ class TorchBackend:
         readout: Readout,
         normaliser: float,
     ) -> Balance | None:
-        if self.config.moe is None or not readout.is_per_token:
+        if self.model.moe is None or not readout.is_per_token:
             return None
         return make_balance(
             rows,

@@ -72,7 +72,7 @@ class Leaf:
 
 def build_decoder(
     mesh: Mesh,
-    config: ModelConfig,
+    model: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -92,13 +92,13 @@ def build_decoder(
     """
     if mesh.size("pp") > 1:
         raise ValueError(f"role {mesh.role!r}: the torch backend has no pipeline stages, set pp: 1")
-    check_tp(config, mesh.size("tp"), ep=mesh.size("ep"))
+    check_tp(model, mesh.size("tp"), ep=mesh.size("ep"))
     tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
     ep = Parallel(group=mesh.group("exchange"), rank=mesh.coordinate("ep"), size=mesh.size("ep"))
     if mesh.shard_mesh is None:
-        decoder = Decoder(config, tp=tp, ep=ep, dtype=dtype, device=device, head=head)
+        decoder = Decoder(model, tp=tp, ep=ep, dtype=dtype, device=device, head=head)
         return _require_grad(decoder, trainable, frozen)
-    decoder = Decoder(config, tp=tp, ep=ep, device="meta", head=head, blocks=blocks)
+    decoder = Decoder(model, tp=tp, ep=ep, device="meta", head=head, blocks=blocks)
     _require_grad(decoder, trainable, frozen)
     _shard(decoder, mesh, dtype)
     for module in decoder.modules():
@@ -112,7 +112,7 @@ def build_decoder(
 
 
 def _shard(decoder: Decoder, mesh: Mesh, dtype: torch.dtype) -> None:
-    dims = fsdp_dims(decoder.config, decoder.kind, decoder.blocks)
+    dims = fsdp_dims(decoder.model, decoder.kind, decoder.blocks)
     whole, by_columns = set(), set()
     for name, parameter in decoder.named_parameters():
         if dims[name] is None:
@@ -155,7 +155,7 @@ def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
         shard, num_shards = mesh.coordinate("shard"), mesh.size("shard")
         exchange = mesh.size("exchange")
     tables = decoder.slices()
-    dims = fsdp_dims(decoder.config, decoder.kind, decoder.blocks)
+    dims = fsdp_dims(decoder.model, decoder.kind, decoder.blocks)
     leaves = []
     for name, parameter in decoder.named_parameters():
         sharded = isinstance(parameter, DTensor)

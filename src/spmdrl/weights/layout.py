@@ -70,7 +70,7 @@ def shards_by_kind(table: Table) -> Iterator[tuple[LocalShard, Sequence[str]]]:
 
 
 def model_layout(
-    config: ModelConfig,
+    model: ModelConfig,
     ranks: Sequence[int],
     degrees: Mapping[str, int],
     dtype: torch.dtype,
@@ -97,9 +97,9 @@ def model_layout(
     sharded = degrees.get("dp_shard", 1) > 1
     num_shards = degrees.get("dp_shard", 1) * cp if sharded else 1
     ep, exchange = degrees.get("ep", 1), expert_degrees(degrees)["exchange"]
-    shapes = local_parameters(config, tp, head, ep_size=ep, vocab_multiple=vocab_multiple)
-    stages = [_stage(config, shapes, stage, pp) for stage in range(pp)]
-    dims = fsdp_dims(config, head, blocks)
+    shapes = local_parameters(model, tp, head, ep_size=ep, vocab_multiple=vocab_multiple)
+    stages = [_stage(model, shapes, stage, pp) for stage in range(pp)]
+    dims = fsdp_dims(model, head, blocks)
     tables_of = _KindTables(dtype, (shard_dtype or dtype) if sharded else dtype, frozen, dims)
     whole: dict[tuple[int, int], Kinds] = {}
     by_place: dict[tuple[int, int, int], Kinds] = {}
@@ -110,7 +110,7 @@ def model_layout(
         tp_rank, ep_rank = place["tp"], expert_place(degrees, place)["ep"]
         if (tp_rank, ep_rank) not in whole:
             found = all_slices(
-                config,
+                model,
                 tp_rank,
                 tp,
                 head,
@@ -131,15 +131,15 @@ def model_layout(
     return layout
 
 
-def _stage(config: ModelConfig, names: Iterable[str], stage: int, count: int) -> frozenset[str]:
+def _stage(model: ModelConfig, names: Iterable[str], stage: int, count: int) -> frozenset[str]:
     """The local names of a pipeline stage; the first stages take the layers left by division."""
-    size, more = divmod(config.num_layers, count)
+    size, more = divmod(model.num_layers, count)
     first = stage * size + min(stage, more)
     layers = range(first, first + size + (stage < more))
     held = {
         name for name in names if name.startswith("layers.") and int(name.split(".")[1]) in layers
     }
-    if stage == 0 or (stage == count - 1 and config.tie_embeddings):
+    if stage == 0 or (stage == count - 1 and model.tie_embeddings):
         held.add("embed_tokens.weight")
     if stage == count - 1:
         held.update(name for name in names if name.partition(".")[0] in ("norm", "head"))

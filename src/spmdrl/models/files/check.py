@@ -40,44 +40,44 @@ def check_directory(path: str | Path) -> Findings:
     """Read all of a Hugging Face directory: configuration, every weight, tokenizer."""
     found = Findings()
     try:
-        config = read_config(path)
+        model = read_config(path)
     except (ValueError, OSError) as error:
         found.errors.append(str(error))
         return found
-    _check_weights(Path(path), config, found)
+    _check_weights(Path(path), model, found)
     if not (Path(path) / TOKENIZER_CONFIG).is_file():
         found.notes.append(f"{path} has no {TOKENIZER_CONFIG}: it holds no tokenizer")
         return found
     try:
         tokenizer = load_tokenizer(path)
-        check_tokenizer(tokenizer, config)
+        check_tokenizer(tokenizer, model)
         found.notes += notes(Path(path), tokenizer)
     except (ValueError, OSError) as error:
         found.errors.append(str(error))
     return found
 
 
-def _check_weights(path: Path, config: ModelConfig, found: Findings) -> None:
+def _check_weights(path: Path, model: ModelConfig, found: Findings) -> None:
     try:
         checkpoint = open_checkpoint(path)
     except (ValueError, OSError) as error:
         found.errors.append(str(error))
         return
-    head = _head(config, checkpoint)
-    report = inspect(config, checkpoint, head)
+    head = _head(model, checkpoint)
+    report = inspect(model, checkpoint, head)
     found.errors += report.errors
     found.notes += report.notes
     files = {entry.file for entry in checkpoint.entries.values()}
     dtypes = sorted({entry.dtype for entry in checkpoint.entries.values()})
     found.summary = (
-        f"{path}: {config.architecture}{' with a scalar head' if head == 'score' else ''}, "
-        f"{config.num_layers} layers, {len(checkpoint.names)} tensors ({', '.join(dtypes)}) in "
+        f"{path}: {model.architecture}{' with a scalar head' if head == 'score' else ''}, "
+        f"{model.num_layers} layers, {len(checkpoint.names)} tensors ({', '.join(dtypes)}) in "
         f"{len(files)} {'file' if len(files) == 1 else 'files'}"
     )
-    is_doubled = head == "lm" and config.tie_embeddings and HEAD in checkpoint.names
+    is_doubled = head == "lm" and model.tie_embeddings and HEAD in checkpoint.names
     source = WithTiedHead(checkpoint) if is_doubled else checkpoint
     zeros: list[str] = []
-    for name, shape in global_shapes(config, head).items():
+    for name, shape in global_shapes(model, head).items():
         entry = checkpoint.entries.get(name)
         if entry is None or entry.shape != shape or entry.dtype not in PLAIN:
             continue
@@ -94,10 +94,10 @@ def _check_weights(path: Path, config: ModelConfig, found: Findings) -> None:
         found.notes.append(f"{zeros[0]}{more} is zero throughout: was it downloaded whole?")
 
 
-def _head(config: ModelConfig, checkpoint: Checkpoint) -> Head:
+def _head(model: ModelConfig, checkpoint: Checkpoint) -> Head:
     """Return the head that the directory's model has."""
-    named = str(config.source["architectures"][0])
+    named = str(model.source["architectures"][0])
     is_scalar = CLASSIFICATION in named or (
-        SCORE in checkpoint.names and HEAD not in checkpoint.names and not config.tie_embeddings
+        SCORE in checkpoint.names and HEAD not in checkpoint.names and not model.tie_embeddings
     )
     return "score" if is_scalar else "lm"

@@ -42,20 +42,20 @@ MORE_TEMPLATES = "additional_chat_templates"
 """The directory of a tokenizer's templates other than the default one."""
 
 
-def files_dtype(directory: str | Path, config: ModelConfig) -> torch.dtype:
+def files_dtype(directory: str | Path, model: ModelConfig) -> torch.dtype:
     """Return the dtype of the embeddings in a directory's files, taken as that of all tensors.
 
     Raises:
         ValueError: see `open_checkpoint`.
     """
-    shape = (config.vocab_size, config.hidden_size)
+    shape = (model.vocab_size, model.hidden_size)
     row = Slice(name=EMBEDDING, shape=shape, start=(0, 0), stop=(1, shape[1]), offset=0)
     return open_checkpoint(directory).read(row).dtype
 
 
 def save_pretrained(
     tensors: Iterable[tuple[str, Tensor]],
-    config: ModelConfig,
+    model: ModelConfig,
     out_dir: str | Path,
     tokenizer_dir: str | Path | None,
     *,
@@ -74,7 +74,7 @@ def save_pretrained(
         tensors: every global tensor once, by Hugging Face name, in any order, on any device.
         tokenizer_dir: directory from which tokenizer files and generation_config.json are copied.
         dtype: dtype of the values in the files; None keeps that of `tensors`.
-        ends: tokens that end a text, in addition to those of `config`.
+        ends: tokens that end a text, in addition to those of `model`.
 
     Raises:
         OSError: a file could not be written; an older `out_dir` is then unchanged.
@@ -82,19 +82,19 @@ def save_pretrained(
             `dtype` cannot hold.
     """
     with atomic_directory(out_dir) as fresh:
-        shapes = global_shapes(config, head)
+        shapes = global_shapes(model, head)
         cast = (_cast(name, tensor, dtype) for name, tensor in _checked(tensors, shapes))
         written = _write_weights(cast, shapes, fresh, max_shard_bytes)
-        source = {**_without_labels(config.source), **_described(config, head), "dtype": written}
+        source = {**_without_labels(model.source), **_described(model, head), "dtype": written}
         if tokenizer_dir is not None:
             _copy_files(Path(tokenizer_dir), fresh)
         file = fresh / "generation_config.json"
         copied = read_json(file) if file.is_file() else {}
         fields = Fields(values=copied, origin=file.name, defaults={"eos_token_id": None})
-        found = dict.fromkeys([*config.eos_ids, *fields.ids("eos_token_id"), *ends])
-        all_ends = [token for token in found if 0 <= token < config.vocab_size]
+        found = dict.fromkeys([*model.eos_ids, *fields.ids("eos_token_id"), *ends])
+        all_ends = [token for token in found if 0 <= token < model.vocab_size]
         if head == "score":
-            source["pad_token_id"] = set_padding(fresh, config, all_ends)
+            source["pad_token_id"] = set_padding(fresh, model, all_ends)
         _write_json(fresh / "config.json", source)
         generation = _generation(copied, source, all_ends, head)
         if generation != copied or not file.is_file():
@@ -115,12 +115,12 @@ def _generation(
     return written
 
 
-def _described(config: ModelConfig, head: Head) -> dict[str, Any]:
+def _described(model: ModelConfig, head: Head) -> dict[str, Any]:
     """Return config.json's keys about the head."""
     if head == "lm":
-        return {"architectures": [config.architecture]}
+        return {"architectures": [model.architecture]}
     return {
-        "architectures": [config.architecture.replace(CAUSAL, CLASSIFICATION)],
+        "architectures": [model.architecture.replace(CAUSAL, CLASSIFICATION)],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
         "problem_type": "regression",

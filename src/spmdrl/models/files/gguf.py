@@ -96,10 +96,8 @@ def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> ModelConfig:
     """
     path = Path(gguf_path)
     reader, fields = _read(path)
-    config = parse_config(
-        _config_source(fields, [t.name for t in reader.tensors]), origin=str(path)
-    )
-    names = _tensor_names(reader, config, path)
+    model = parse_config(_config_source(fields, [t.name for t in reader.tensors]), origin=str(path))
+    names = _tensor_names(reader, model, path)
     try:
         tokenizer = build_tokenizer(fields)
         described = tokenizer_config(fields)
@@ -116,10 +114,10 @@ def convert_gguf(gguf_path: str | Path, out_dir: str | Path) -> ModelConfig:
             tokenizer.save(str(directory / "tokenizer.json"))
             content = json.dumps(described, indent=2)
             (directory / "tokenizer_config.json").write_text(content + "\n", encoding="utf-8")
-        save_pretrained(_tensors(reader, names, config, path), config, target, scratch)
+        save_pretrained(_tensors(reader, names, model, path), model, target, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return config
+    return model
 
 
 def _read(path: Path) -> tuple[GGUFReader, Fields]:
@@ -286,13 +284,13 @@ def _token_ids(fields: Fields) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _tensor_names(reader: GGUFReader, config: ModelConfig, path: Path) -> dict[str, str]:
+def _tensor_names(reader: GGUFReader, model: ModelConfig, path: Path) -> dict[str, str]:
     """Map GGUF's name of every tensor to Hugging Face's.
 
     Raises:
         ValueError: a tensor is not converted, missing or of another shape.
     """
-    shapes = global_shapes(config)
+    shapes = global_shapes(model)
     names = {}
     for tensor in reader.tensors:
         name = GLOBAL_NAMES.get(tensor.name)
@@ -302,7 +300,7 @@ def _tensor_names(reader: GGUFReader, config: ModelConfig, path: Path) -> dict[s
         if name not in shapes:
             raise ValueError(
                 f"{path}: the tensor {tensor.name!r} is not converted from GGUF (a model of "
-                f"{config.num_layers} layers without biases and experts is)"
+                f"{model.num_layers} layers without biases and experts is)"
             )
         shape = tuple(int(n) for n in reversed(tensor.shape))
         if shape != shapes[name]:
@@ -318,9 +316,9 @@ def _tensor_names(reader: GGUFReader, config: ModelConfig, path: Path) -> dict[s
 
 
 def _tensors(
-    reader: GGUFReader, names: dict[str, str], config: ModelConfig, path: Path
+    reader: GGUFReader, names: dict[str, str], model: ModelConfig, path: Path
 ) -> Iterator[tuple[str, Tensor]]:
-    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    heads = {"q_proj": model.num_heads, "k_proj": model.num_kv_heads}
     for tensor in reader.tensors:
         try:
             # This copies if nothing was dequantised, because torch needs writable memory.

@@ -37,8 +37,8 @@ class TensorSource(Protocol):
 class RandomCheckpoint:
     """Random weights for `config`: a function of (seed, tensor name), equal on every layout."""
 
-    def __init__(self, config: ModelConfig, seed: int, head: Head = "lm") -> None:
-        self._shapes = global_shapes(config, head)
+    def __init__(self, model: ModelConfig, seed: int, head: Head = "lm") -> None:
+        self._shapes = global_shapes(model, head)
         self._seed = seed
 
     @property
@@ -74,14 +74,14 @@ class WithNewScore:
     def __init__(
         self,
         body: TensorSource,
-        config: ModelConfig,
+        model: ModelConfig,
         head_init: Literal["normal", "zero"],
         seed: int,
     ) -> None:
         self._body = body
-        self._score = torch.zeros(1, config.hidden_size)
+        self._score = torch.zeros(1, model.hidden_size)
         if head_init == "normal":
-            scale = (config.hidden_size + 1) ** -0.5 / 0.02
+            scale = (model.hidden_size + 1) ** -0.5 / 0.02
             self._score = random_tensor(SCORE, tuple(self._score.shape), seed) * scale
 
     @property

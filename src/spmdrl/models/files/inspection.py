@@ -59,63 +59,63 @@ class Inspection:
             raise ValueError(self.errors[0] + more)
 
 
-def inspect(config: ModelConfig, checkpoint: Checkpoint, head: Head | None) -> Inspection:
+def inspect(model: ModelConfig, checkpoint: Checkpoint, head: Head | None) -> Inspection:
     """Inspect names, shapes, dtypes and files, without reading a weight.
 
     Args:
         head: the head that will be read; None for only the body, whatever head there is.
     """
-    wanted = dict(global_shapes(config, head or "lm"))
+    wanted = dict(global_shapes(model, head or "lm"))
     if head is None:
         wanted.pop(HEAD, None)
     unexpected = sorted(checkpoint.names - wanted.keys())
     refused, odd = [], []
     for name in unexpected:
-        reason = _reason(name, config)
+        reason = _reason(name, model)
         if reason is not None:
             refused.append(f"{checkpoint.entries[name].file}: tensor {name!r} {reason}")
-        elif not _is_known(name, config, head):
+        elif not _is_known(name, model, head):
             odd.append(name)
     notes = list(checkpoint.notes)
     if odd:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         notes.append(f"{checkpoint.path}: the tensor {odd[0]!r}{more} is of no use to the model")
     foreign, quantised = _files(checkpoint.path)
-    defaults = DEFAULTS[config.architecture]
-    given = {"num_experts" if k == "num_local_experts" else k for k in config.source}
+    defaults = DEFAULTS[model.architecture]
+    given = {"num_experts" if k == "num_local_experts" else k for k in model.source}
     absent = [k for k in _SIZES if defaults.get(k) is not None and k not in given]
     taken = f" (without {', '.join(absent)} in config.json, defaults count)" if absent else ""
     missing = [text + taken for text in _missing(checkpoint, wanted, unexpected)]
-    shaped = list(_shaped(config, checkpoint, head, wanted, taken))
+    shaped = list(_shaped(model, checkpoint, head, wanted, taken))
     return Inspection(
         errors=(*foreign, *refused, *missing, *shaped),
-        notes=(*notes, *quantised, *_ids(config, checkpoint.path)),
+        notes=(*notes, *quantised, *_ids(model, checkpoint.path)),
     )
 
 
-def _reason(name: str, config: ModelConfig) -> str | None:
+def _reason(name: str, model: ModelConfig) -> str | None:
     """Explain why a tensor that the model lacks makes the directory another model's; else None."""
     if _QUANTISED.search(name):
         return "belongs to quantised weights: give the directory of the model in float weights"
     if _ADAPTER.search(name):
         return "belongs to an adapter: merge it into the weights first"
     layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if layer is not None and int(layer[1]) >= config.num_layers:
-        return f"is of layer {layer[1]}, config.json has num_hidden_layers={config.num_layers}"
+    if layer is not None and int(layer[1]) >= model.num_layers:
+        return f"is of layer {layer[1]}, config.json has num_hidden_layers={model.num_layers}"
     expert = re.search(r"\.experts\.(\d+)\.", name)
-    if expert is not None and (config.moe is None or int(expert[1]) >= config.moe.num_experts):
-        count = 0 if config.moe is None else config.moe.num_experts
+    if expert is not None and (model.moe is None or int(expert[1]) >= model.moe.num_experts):
+        count = 0 if model.moe is None else model.moe.num_experts
         return f"is of expert {expert[1]}, config.json has {count} experts"
     if _DERIVED.search(name) or not name.startswith(("model.", "lm_head.")) or name == HEAD:
         return None
     if name.endswith(".bias"):
-        return f"is a bias that {config.architecture} does not have here"
-    return f"is none of {config.architecture} as config.json describes it"
+        return f"is a bias that {model.architecture} does not have here"
+    return f"is none of {model.architecture} as config.json describes it"
 
 
-def _is_known(name: str, config: ModelConfig, head: Head | None) -> bool:
+def _is_known(name: str, model: ModelConfig, head: Head | None) -> bool:
     """Whether an unused tensor is usual: another head, a tied one, or one that sizes determine."""
-    is_tied = name == HEAD and config.tie_embeddings
+    is_tied = name == HEAD and model.tie_embeddings
     return is_tied or head is None or bool(_DERIVED.search(name)) or (head, name) == ("score", HEAD)
 
 
@@ -134,15 +134,15 @@ def _files(path: Path) -> tuple[list[str], list[str]]:
     return foreign[:1], quantised
 
 
-def _ids(config: ModelConfig, path: Path) -> Iterator[str]:
+def _ids(model: ModelConfig, path: Path) -> Iterator[str]:
     """Yield notes on ids of special tokens that have no row in the embedding."""
-    given = {"eos_token_id": config.eos_ids, "bos_token_id": (config.bos_id,)}
+    given = {"eos_token_id": model.eos_ids, "bos_token_id": (model.bos_id,)}
     for key, ids in given.items():
         for token in ids:
-            if token is not None and token >= config.vocab_size:
+            if token is not None and token >= model.vocab_size:
                 yield (
                     f"{path}: {key} {token} has no row in the embedding (vocab_size "
-                    f"{config.vocab_size}): it has no effect"
+                    f"{model.vocab_size}): it has no effect"
                 )
 
 
@@ -171,7 +171,7 @@ def _missing(
 
 
 def _shaped(
-    config: ModelConfig,
+    model: ModelConfig,
     checkpoint: Checkpoint,
     head: Head | None,
     wanted: dict[str, tuple[int, ...]],
@@ -194,7 +194,7 @@ def _shaped(
                 f"{entry.file}: tensor {name!r} has shape {entry.shape}, config.json asks for "
                 f"{shape}{taken}"
             )
-    if head == "lm" and config.tie_embeddings and HEAD in checkpoint.names:
+    if head == "lm" and model.tie_embeddings and HEAD in checkpoint.names:
         entry = checkpoint.entries[HEAD]
         if entry.shape != wanted[EMBEDDING] or entry.dtype not in PLAIN:
             yield (

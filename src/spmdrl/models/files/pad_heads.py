@@ -57,8 +57,8 @@ def _parse(heads: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _padded(weights: TensorSource, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    for name, shape in global_shapes(config).items():
+def _padded(weights: TensorSource, model: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    for name, shape in global_shapes(model).items():
         old = weights.shape(name)
         whole = Slice(name=name, shape=old, start=(0,) * len(old), stop=old, offset=0)
         tensor = weights.read(whole)

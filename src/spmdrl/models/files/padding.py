@@ -23,7 +23,7 @@ NEW = "<|pad|>"
 """The padding token to add if the tokenizer has none to spare and the embedding has room for it."""
 
 
-def set_padding(directory: Path, config: ModelConfig, ends: Sequence[int]) -> int | None:
+def set_padding(directory: Path, model: ModelConfig, ends: Sequence[int]) -> int | None:
     """Give the tokenizer in `directory` a padding token with which no row ends; return its id.
 
     A usable one is kept. If no token is usable it gets none, and the result is None: transformers
@@ -32,13 +32,13 @@ def set_padding(directory: Path, config: ModelConfig, ends: Sequence[int]) -> in
     Args:
         ends: tokens that end a text according to the model's files.
     """
-    named = config.source.get("pad_token_id")
+    named = model.source.get("pad_token_id")
     if not (directory / "tokenizer_config.json").is_file():
-        serves = isinstance(named, int) and 0 <= named < config.vocab_size and named not in ends
+        serves = isinstance(named, int) and 0 <= named < model.vocab_size and named not in ends
         return named if serves else None
     tokenizer = load_tokenizer(directory)
     taken = {*ends, *(end.token for end in tokenizer_ends(tokenizer, chat=True))}
-    found = padding_token(tokenizer, taken, config.vocab_size, named)
+    found = padding_token(tokenizer, taken, model.vocab_size, named)
     if found is not None:
         text, token = found
         if text == tokenizer.pad_token:

@@ -176,14 +176,14 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text if len(text) <= 400 else text[:397] + '...'}"
 
 
-def check_tokenizer(tokenizer: Any, config: ModelConfig) -> None:
+def check_tokenizer(tokenizer: Any, model: ModelConfig) -> None:
     """Raise ValueError if the tokenizer has ids without embedding row (the reverse is usual)."""
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
     size = 1 + max(vocabulary.values(), default=-1)
-    if size > config.vocab_size:
+    if size > model.vocab_size:
         raise ValueError(
             f"{tokenizer.name_or_path}: the tokenizer has {size} token ids, but the model's "
-            f"embedding has {config.vocab_size} rows (vocab_size): they do not belong together"
+            f"embedding has {model.vocab_size} rows (vocab_size): they do not belong together"
         )
     if size == 0:
         raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no tokens")

@@ -78,27 +78,27 @@ def convert_torch_dist(source: str | Path, like: str | Path, out_dir: str | Path
         ValueError: `source` lacks a tensor, has one that is not converted, or one of another
             shape; the message names it.
     """
-    config = read_config(like)
-    checkpoint = TorchDist(source, config)
+    model = read_config(like)
+    checkpoint = TorchDist(source, model)
     checkpoint.check()
-    tensors = ((name, checkpoint.read(name)) for name in global_shapes(config))
-    save_pretrained(tensors, config, out_dir, like)
+    tensors = ((name, checkpoint.read(name)) for name in global_shapes(model))
+    save_pretrained(tensors, model, out_dir, like)
 
 
 class TorchDist:
-    """The directory `path`, read as the model that `config` describes.
+    """The directory `path`, read as the model that `model` describes.
 
     Raises:
         ValueError: no such directory.
     """
 
-    def __init__(self, path: str | Path, config: ModelConfig) -> None:
+    def __init__(self, path: str | Path, model: ModelConfig) -> None:
         if not is_torch_dist(path):
             raise ValueError(
                 f"{path} has no .metadata: give the directory of one checkpoint (iter_0000100, "
                 "say), saved with --ckpt-format torch_dist"
             )
-        self._path, self._config = Path(path), config
+        self._path, self._model = Path(path), model
         self._reader = FileSystemReader(path)
         try:
             self._metadata: Metadata = self._reader.read_metadata()
@@ -112,8 +112,8 @@ class TorchDist:
 
     def check(self) -> None:
         """Raise ValueError unless all tensors are converted, with all layers and experts."""
-        config = self._config
-        places = [self._place(name) for name in global_shapes(config)]
+        model = self._model
+        places = [self._place(name) for name in global_shapes(model)]
         counts: dict[str, tuple[int, ...]] = {}
         for place in places:
             counts[place.key] = tuple(
@@ -127,7 +127,7 @@ class TorchDist:
             if key not in counts:
                 raise ValueError(
                     f"{self._path}: the tensor {key!r} {tuple(held.size)} has no place in the "
-                    f"given configuration ({config.architecture}): the checkpoint is of another "
+                    f"given configuration ({model.architecture}): the checkpoint is of another "
                     "model"
                 )
             stacked = tuple(held.size[: len(counts[key])])
@@ -139,7 +139,7 @@ class TorchDist:
 
     def read(self, name: str) -> Tensor:
         """Read the whole tensor of a Hugging Face name."""
-        shape, place = global_shapes(self._config)[name], self._place(name)
+        shape, place = global_shapes(self._model)[name], self._place(name)
         found = self._part(name, self._tensor(place))
         if place.key in (_WHOLE["model.embed_tokens.weight"], _WHOLE["lm_head.weight"]):
             found = self._without_padding(place.key, found, shape[0])
@@ -162,13 +162,11 @@ class TorchDist:
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
         """Return the part of the checkpoint's (perhaps fused) tensor that is the named one."""
-        config = self._config
+        model = self._model
         last = name.split(".")[-2]
         if last in ("q_proj", "k_proj", "v_proj"):
-            per_group = config.num_heads // config.num_kv_heads
-            groups = whole.view(
-                config.num_kv_heads, per_group + 2, config.head_dim, *whole.shape[1:]
-            )
+            per_group = model.num_heads // model.num_kv_heads
+            groups = whole.view(model.num_kv_heads, per_group + 2, model.head_dim, *whole.shape[1:])
             parts = dict(zip("qkv", torch.split(groups, [per_group, 1, 1], dim=1), strict=True))
             return parts[last[0]].reshape(-1, *whole.shape[1:])
         if last in ("gate_proj", "w1"):
@@ -188,7 +186,7 @@ class TorchDist:
             return self._find(layer, f"self_attention.linear_qkv.{kind}")
         if inner in ("mlp.gate_proj", "mlp.up_proj"):
             return self._find(layer, "mlp.linear_fc1.weight")
-        names = EXPERT_NAMES[self._config.architecture]
+        names = EXPERT_NAMES[self._model.architecture]
         if f"{inner}.weight" == names.router:
             return self._find(layer, "mlp.router.weight")
         number = re.search(r"\.experts\.(\d+)\.", inner)

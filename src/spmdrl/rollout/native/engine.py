@@ -55,7 +55,7 @@ class NativeEngine:
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: ModelConfig,
         *,
         tp: Parallel | None = None,
         ep: Parallel | None = None,
@@ -67,18 +67,18 @@ class NativeEngine:
     ) -> None:
         tp = Parallel() if tp is None else tp
         ep = Parallel() if ep is None else ep
-        check_tp(config, tp.size, ep=ep.size, replicate_kv=True)
-        self._config, self._tp = config, tp
+        check_tp(model, tp.size, ep=ep.size, replicate_kv=True)
+        self._model, self._tp = model, tp
         self._options = NativeOptions() if options is None else options
         self._device = torch.device("cpu") if device is None else device
         self._dtype = dtype
-        eos = config.eos_ids if eos_token_ids is None else eos_token_ids
+        eos = model.eos_ids if eos_token_ids is None else eos_token_ids
         self._stops, self._has_text = StopRules(eos, texts), texts is not None
-        decoder = Decoder(config, tp=tp, ep=ep, dtype=dtype, device="meta")
+        decoder = Decoder(model, tp=tp, ep=ep, dtype=dtype, device="meta")
         self._decoder = decoder.requires_grad_(False)
         self._group = Lockstep(tp, self._device)
         self._workspace = Workspace(
-            config, decoder, self._options, self._group, tp.size, self._device, dtype
+            model, decoder, self._options, self._group, tp.size, self._device, dtype
         )
         # the parts kept between calls: `RolloutEngine`'s methods for them are those of their owners
         workspace = self._workspace
@@ -156,7 +156,7 @@ class NativeEngine:
     def _record(
         self, leaders: Sequence[Sample], requests: Sequence[Request]
     ) -> ExpertRecord | None:
-        moe = self._config.moe
+        moe = self._model.moe
         if moe is None or not leaders or not any(r.sampling.experts for r in requests):
             return None
         return ExpertRecord(leaders[0], torch.iinfo(choices_dtype(moe.num_experts)).max)
@@ -198,7 +198,7 @@ class NativeEngine:
         num_blocks = self._workspace.blocks_for(requests)
         check_requests(
             requests,
-            self._config,
+            self._model,
             capacity=num_blocks * self._workspace.block_size,
             fix=f"raise rollout.kv_cache_gb={self._options.kv_cache_gb}",
             has_text=self._has_text,
@@ -262,7 +262,7 @@ class NativeEngine:
     ) -> tuple[list[Sample], bool]:
         """Draw a token for each of `samples`; return those that end with it, and the stop flag."""
         if self._sampler is None:
-            self._sampler = Sampler(self._config.vocab_size, self._device)
+            self._sampler = Sampler(self._model.vocab_size, self._device)
         if rows != list(range(logits.shape[0])):
             logits = logits[torch.tensor(rows, device=self._device, dtype=torch.int64)]
         finished: list[Sample] = []

@@ -63,7 +63,7 @@ class Runner:
 
     def _decode(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Compute hidden states, and for a mixture of experts its packed choices."""
-        moe = self._decoder.config.moe
+        moe = self._decoder.model.moe
         if moe is None:
             return (self._decoder(tokens, positions, self._attention),)
         routing = Routing(moe)

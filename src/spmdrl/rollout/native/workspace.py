@@ -57,7 +57,7 @@ class Workspace:
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: ModelConfig,
         decoder: Decoder,
         options: NativeOptions,
         group: Lockstep,
@@ -65,10 +65,10 @@ class Workspace:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._config, self._decoder, self._options = config, decoder, options
+        self._model, self._decoder, self._options = model, decoder, options
         self._group, self._tp_size = group, tp_size
         self._device, self._dtype = device, dtype
-        self._paged = varlen_is_usable(dtype, config.head_dim, device)
+        self._paged = varlen_is_usable(dtype, model.head_dim, device)
         multiple = BLOCK_MULTIPLE if self._paged else 1
         self.block_size = -(-options.block_size // multiple) * multiple
         self._work: Work | None = None
@@ -77,7 +77,7 @@ class Workspace:
     def captures_graphs(self) -> bool:
         """Whether decode steps are replayed as CUDA graphs, which hold addresses."""
         shapes = {name: tuple(p.shape) for name, p in self._decoder.named_parameters()}
-        fixed = has_fixed_shapes(self._config, shapes, self._dtype, self._device)
+        fixed = has_fixed_shapes(self._model, shapes, self._dtype, self._device)
         return self._paged and self._options.cuda_graphs and fixed
 
     def cache_bytes(self) -> int:
@@ -126,7 +126,7 @@ class Workspace:
         shape, options = self._shape(num_blocks), self._options
         attention: PagedAttention
         if self._paged:
-            longest = min(self._config.max_position, num_blocks * self.block_size)
+            longest = min(self._model.max_position, num_blocks * self.block_size)
             attention = VarlenAttention(
                 shape,
                 max_sequences=options.max_running,
@@ -143,14 +143,14 @@ class Workspace:
         return self._work
 
     def _shape(self, num_blocks: int) -> CacheShape:
-        config = self._config
+        model = self._model
         return CacheShape(
-            num_layers=config.num_layers,
+            num_layers=model.num_layers,
             num_blocks=num_blocks,
             block_size=self.block_size,
-            heads=config.num_heads // self._tp_size,
-            kv_heads=local_kv_heads(config, self._tp_size),
-            head_dim=config.head_dim,
+            heads=model.num_heads // self._tp_size,
+            kv_heads=local_kv_heads(model, self._tp_size),
+            head_dim=model.head_dim,
             dtype=self._dtype,
             device=self._device,
         )

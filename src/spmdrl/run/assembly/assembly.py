@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 class Model:
     """A role's model: configuration and weights."""
 
-    config: ModelConfig
+    model: ModelConfig
     weights: TensorSource
 
 
@@ -85,7 +85,7 @@ def open_models(config: Config) -> dict[str, Model]:
             seed=config.seed,
             warn=warn,
         )
-        models[name] = Model(config=opened, weights=weights)
+        models[name] = Model(model=opened, weights=weights)
     return models
 
 
@@ -96,7 +96,7 @@ def plan_models(config: Config, world: World, models: Mapping[str, Model]) -> Ro
         ValueError: as `plan_roles`.
     """
     placements = place_roles(config, world.size, world.local_size)
-    opened = {name: model.config for name, model in models.items()}
+    opened = {name: opened.model for name, opened in models.items()}
     return plan_roles(
         config, placements, opened, world.device_types, world.local_size, world.gpu_bytes
     )

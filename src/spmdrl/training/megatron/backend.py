@@ -83,7 +83,7 @@ class MegatronBackend:
     def __init__(
         self,
         mesh: Mesh,
-        config: ModelConfig,
+        model: ModelConfig,
         checkpoint: TensorSource,
         options: TrainOptions,
         device: torch.device,
@@ -92,13 +92,13 @@ class MegatronBackend:
         trainable: bool = True,
         head: Head = "lm",
     ) -> None:
-        self.mesh, self.config, self.options, self.head = mesh, config, options, head
+        self.mesh, self.model, self.options, self.head = mesh, model, options, head
         self._device = device
         self._kernel = make_kernel(
             resolve_attention(options.attention, device, options.param_dtype)
         )
         self._frequencies = torch.tensor(
-            inverse_frequencies(config.rope, config.head_dim), device=device
+            inverse_frequencies(model.rope, model.head_dim), device=device
         )
         self._tp = Parallel(
             group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp")
@@ -108,11 +108,11 @@ class MegatronBackend:
         groups = make_groups(
             mesh,
             device,
-            tied=config.tie_embeddings and head == "lm",
-            has_experts=config.moe is not None,
+            tied=model.tie_embeddings and head == "lm",
+            has_experts=model.moe is not None,
         )
-        settings = transformer_config(mesh, config, options, megatron, device)
-        stage = build_chunks(settings, config, cut, groups, mesh, device, head)
+        settings = transformer_config(mesh, model, options, megatron, device)
+        stage = build_chunks(settings, model, cut, groups, mesh, device, head)
         self._chunks = stage.chunks
         for chunk in self._chunks:
             chunk.requires_grad_(trainable).train(trainable)
@@ -253,9 +253,9 @@ class MegatronBackend:
 
     def _expert_metrics(self, items: list[StageInput], rows: Batch) -> dict[str, float]:
         """Compute the metrics of expert use; one rank of the role has each token of a layer."""
-        if self.config.moe is None:
+        if self.model.moe is None:
             return {}
-        use = ExpertUse(self.config.moe, self._device)
+        use = ExpertUse(self.model.moe, self._device)
         for item in items:
             assert item.params.routing is not None
             use.add(item.params.routing, item.part)
@@ -296,14 +296,14 @@ class MegatronBackend:
             device=self._device,
             cp_group=self.mesh.group("cp"),
         )
-        rope = rope_tables(positions, self._frequencies, self.config.rope.attention_factor)
+        rope = rope_tables(positions, self._frequencies, self.model.rope.attention_factor)
         first, count = 0, len(stream.tokens)
         if self._is_sp:
             count //= self._tp.size
             first = self._tp.rank * count
         part = stream_part(stream, first, first + count)
         made = None
-        if self.config.moe is not None:
+        if self.model.moe is not None:
             made = make_balance(
                 rows,
                 microbatch,
@@ -313,7 +313,7 @@ class MegatronBackend:
                 normaliser=1.0,
                 group=self.mesh.group("replica"),
             )
-        routing = make_routing(self.config.moe, rows, microbatch, part, self._device, made)
+        routing = make_routing(self.model.moe, rows, microbatch, part, self._device, made)
         return StageInput(
             microbatch=microbatch,
             stream=stream,
@@ -353,7 +353,7 @@ class MegatronBackend:
         if weight is None:
             weight = last.embedding.word_embeddings.weight
         first = self.mesh.coordinate("tp") * len(weight)
-        real = min(max(self.config.vocab_size - first, 0), len(weight))
+        real = min(max(self.model.vocab_size - first, 0), len(weight))
         return weight if real == len(weight) else weight[:real], first
 
     def _here(self, tensor: Tensor) -> Tensor:

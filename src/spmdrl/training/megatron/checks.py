@@ -45,7 +45,7 @@ def check_installed(role: str) -> None:
 
 
 def check_megatron(
-    role: str, config: ModelConfig, degrees: Mapping[str, int], options: MegatronOptions
+    role: str, model: ModelConfig, degrees: Mapping[str, int], options: MegatronOptions
 ) -> None:
     """Refuse degrees by which Megatron cannot cut the model.
 
@@ -53,45 +53,45 @@ def check_megatron(
         ValueError: a degree does not fit; the message names the keys and the numbers.
     """
     tp, pp, vpp = degrees["tp"], degrees["pp"], options.vpp
-    has_dense_layers = config.moe is None or len(config.moe.layers) < config.num_layers
+    has_dense_layers = model.moe is None or len(model.moe.layers) < model.num_layers
     sizes = {
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        **({"intermediate_size": config.intermediate_size} if has_dense_layers else {}),
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        **({"intermediate_size": model.intermediate_size} if has_dense_layers else {}),
     }
     bad = [f"{name}={size}" for name, size in sizes.items() if size % tp]
     if bad:
         raise ValueError(
             f"roles.{role}.tp={tp} does not divide the model's {', '.join(bad)}"
-            f"{heads_fix(config, tp, bad)}"
+            f"{heads_fix(model, tp, bad)}"
         )
     if vpp > 1 and pp == 1:
         raise ValueError(
             f"roles.{role}.megatron.vpp={vpp} with roles.{role}.pp=1: there is no pipeline whose "
             "stages could be interleaved; set vpp: 1"
         )
-    if config.num_layers % (pp * vpp):
+    if model.num_layers % (pp * vpp):
         shown = f"roles.{role}.pp={pp}" + (f" x roles.{role}.megatron.vpp={vpp}" if vpp > 1 else "")
         raise ValueError(
-            f"{shown} does not divide the model's num_hidden_layers={config.num_layers}"
+            f"{shown} does not divide the model's num_hidden_layers={model.num_layers}"
         )
     if options.sp and tp == 1:
         raise ValueError(
             f"roles.{role}.megatron.sp=true with roles.{role}.tp=1: sequence parallelism splits "
             "over the tensor-parallel ranks; set sp: false, or a larger tp"
         )
-    _check_experts(role, config, degrees, options)
+    _check_experts(role, model, degrees, options)
 
 
 def _check_experts(
-    role: str, config: ModelConfig, degrees: Mapping[str, int], options: MegatronOptions
+    role: str, model: ModelConfig, degrees: Mapping[str, int], options: MegatronOptions
 ) -> None:
     tp, ep = degrees["tp"], degrees["ep"]
     try:
-        check_ep(config, tp, ep)
+        check_ep(model, tp, ep)
     except ValueError as error:
         raise ValueError(f"roles.{role}: {error}") from None
-    if config.moe is None:
+    if model.moe is None:
         return
     if tp > 1 and not options.sp:
         raise ValueError(

@@ -42,16 +42,16 @@ from spmdrl.training.options import TrainOptions
 
 def transformer_config(
     mesh: Mesh,
-    config: ModelConfig,
+    model: ModelConfig,
     options: TrainOptions,
     megatron: MegatronOptions,
     device: torch.device,
 ) -> TransformerConfig:
     """Describe the model and its parallel layout for megatron-core."""
-    given = _model_settings(config, options.param_dtype)
+    given = _model_settings(model, options.param_dtype)
     given |= _layout_settings(mesh, megatron, device) | _kernel_settings(device)
-    if config.moe is not None:
-        given |= _expert_settings(config.moe, config, mesh, device)
+    if model.moe is not None:
+        given |= _expert_settings(model.moe, model, mesh, device)
     if options.recompute == "layer":
         given |= {
             "recompute_granularity": "full",
@@ -61,17 +61,17 @@ def transformer_config(
     return TransformerConfig(**given)
 
 
-def _model_settings(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _model_settings(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "num_layers": config.num_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
-        "num_attention_heads": config.num_heads,
-        "num_query_groups": config.num_kv_heads,
-        "kv_channels": config.head_dim,
-        "add_qkv_bias": config.qkv_bias,
-        "qk_layernorm": config.qk_norm,
-        "layernorm_epsilon": config.rms_norm_eps,
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.intermediate_size,
+        "num_attention_heads": model.num_heads,
+        "num_query_groups": model.num_kv_heads,
+        "kv_channels": model.head_dim,
+        "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
+        "layernorm_epsilon": model.rms_norm_eps,
         "normalization": "RMSNorm",
         "add_bias_linear": False,
         "gated_linear_unit": True,
@@ -131,7 +131,7 @@ class ModelChunks:
 
 def build_chunks(
     settings: TransformerConfig,
-    config: ModelConfig,
+    model: ModelConfig,
     cut: Cut,
     groups: ProcessGroupCollection,
     mesh: Mesh,
@@ -140,23 +140,22 @@ def build_chunks(
 ) -> ModelChunks:
     """Build the chunks of this rank of `mesh`; their parameters are not filled yet."""
     tp_rank, pp_rank, ep_rank = (mesh.coordinate(axis) for axis in ("tp", "pp", "ep"))
-    table = rank_chunks(config, cut, tp_rank, pp_rank, head, ep_rank=ep_rank)
+    table = rank_chunks(model, cut, tp_rank, pp_rank, head, ep_rank=ep_rank)
     embd, groups.embd = groups.embd, None  # see groups: weights are loaded, not all-reduced
     chunks = [
-        build_chunk(settings, config, cut, groups, number, device, head)
-        for number in range(cut.vpp)
+        build_chunk(settings, model, cut, groups, number, device, head) for number in range(cut.vpp)
     ]
     groups.embd = embd
     named = []
     for chunk, expected in zip(chunks, table, strict=True):
-        replace_head(chunk, config, head)
+        replace_head(chunk, model, head)
         named.append(list(zip(expected, name_parameters(chunk, expected), strict=True)))
     return ModelChunks(chunks=chunks, named=named)
 
 
 def build_chunk(
     settings: TransformerConfig,
-    config: ModelConfig,
+    model: ModelConfig,
     cut: Cut,
     groups: ProcessGroupCollection,
     chunk: int,
@@ -169,17 +168,17 @@ def build_chunk(
     is_last = pp_rank == cut.pp - 1 and chunk == cut.vpp - 1
     norm = ModuleSpec(module=MegatronNorm, params={"device": device})
     layers = [
-        _layer_spec(config, layer, cut, norm, device)
-        for layer in chunk_layers(config, cut, pp_rank, chunk)
+        _layer_spec(model, layer, cut, norm, device)
+        for layer in chunk_layers(model, cut, pp_rank, chunk)
     ]
     chunk_model = GPTModel(
         settings,
         TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm),
-        vocab_size=padded_vocab(config, cut.tp),
-        max_sequence_length=config.max_position,
+        vocab_size=padded_vocab(model, cut.tp),
+        max_sequence_length=model.max_position,
         pre_process=is_first,
         post_process=is_last,
-        share_embeddings_and_output_weights=config.tie_embeddings and head == "lm",
+        share_embeddings_and_output_weights=model.tie_embeddings and head == "lm",
         # the attention module applies rope
         position_embedding_type="none",
         pg_collection=groups,
@@ -191,14 +190,14 @@ def build_chunk(
     return chunk_model
 
 
-def replace_head(chunk: GPTModel, config: ModelConfig, head: Head) -> None:
+def replace_head(chunk: GPTModel, model: ModelConfig, head: Head) -> None:
     """Make the last chunk return hidden states, and give it a scalar head if `head` asks for it."""
     if not chunk.post_process:
         return
     weight: nn.Parameter | None = chunk.output_layer.weight
     if head == "score":
         like = chunk.decoder.final_layernorm.weight
-        weight = nn.Parameter(torch.empty(1, config.hidden_size, dtype=like.dtype).to(like.device))
+        weight = nn.Parameter(torch.empty(1, model.hidden_size, dtype=like.dtype).to(like.device))
     chunk.output_layer = MegatronHead(weight)
 
 
@@ -212,13 +211,13 @@ def name_parameters(chunk: GPTModel, expected: tuple[Parameter, ...]) -> list[nn
 
 
 def _expert_settings(
-    moe: MoeConfig, config: ModelConfig, mesh: Mesh, device: torch.device
+    moe: MoeConfig, model: ModelConfig, mesh: Mesh, device: torch.device
 ) -> dict[str, Any]:
     return {
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.top_k,
         "moe_ffn_hidden_size": moe.intermediate_size,
-        "moe_layer_freq": [int(layer in moe.layers) for layer in range(config.num_layers)],
+        "moe_layer_freq": [int(layer in moe.layers) for layer in range(model.num_layers)],
         "expert_model_parallel_size": mesh.size("ep"),
         "expert_tensor_parallel_size": mesh.size("etp"),
         # the project's own router replaces Megatron's
@@ -230,19 +229,19 @@ def _expert_settings(
 
 
 def _layer_spec(
-    config: ModelConfig, layer: int, cut: Cut, norm: ModuleSpec, device: torch.device
+    model: ModelConfig, layer: int, cut: Cut, norm: ModuleSpec, device: torch.device
 ) -> ModuleSpec:
-    moe = config.moe if config.moe is not None and layer in config.moe.layers else None
+    moe = model.moe if model.moe is not None and layer in model.moe.layers else None
     num_experts = None if moe is None else moe.num_experts
     if cut.fused_norms:
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts,
             moe_grouped_gemm=num_experts is not None,
-            qk_layernorm=config.qk_norm,
+            qk_layernorm=model.qk_norm,
         )
     else:
         spec = get_gpt_layer_local_spec(
-            num_experts=num_experts, qk_layernorm=config.qk_norm, normalization="RMSNorm"
+            num_experts=num_experts, qk_layernorm=model.qk_norm, normalization="RMSNorm"
         )
         spec.submodules.input_layernorm = norm
     if moe is not None:
@@ -251,6 +250,6 @@ def _layer_spec(
         spec.submodules.pre_mlp_layernorm = norm
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = SpanAttention
-    if config.qk_norm:
+    if model.qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     return spec
