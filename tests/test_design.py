@@ -80,10 +80,6 @@ def test_each_step_of_a_walk_is_found_in_its_file(page: Path, title: str) -> Non
     assert {step: lost for step in steps if (lost := missing(step))} == {}
 
 
-def test_one_grpo_step_is_ten_files_at_most() -> None:
-    assert len(set(files_of(section(DESIGN, "One GRPO step")))) <= 10
-
-
 def test_the_map_names_every_room_on_its_level() -> None:
     tree = re.search(r"^```text\n(.*?)^```", section(DESIGN, "The map"), re.M | re.S)
     assert tree
