@@ -195,8 +195,7 @@ def dtype_on(device: torch.device) -> torch.dtype:
 
 def generate_with(engine: Any, fixed: bool, seed: int) -> Generate:
     """With an engine of this project."""
-    from spmdrl.rollout.protocol import Request
-    from spmdrl.rollout.sampling import SamplingParams
+    from spmdrl.rollout.protocol import Request, SamplingParams
 
     def generate(prompts: list[list[int]], max_tokens: int) -> list[int]:
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=fixed)

@@ -15,11 +15,10 @@ from flow_cases import run_configs, write_config
 from harness import run_ranks
 from spmdrl.batch import from_rows
 from spmdrl.commands.cli import parse
-from spmdrl.commands.launch_signals import COMMANDS
+from spmdrl.commands.launch import COMMANDS
 from spmdrl.config.key_table import key_table, known_keys
-from spmdrl.config.load import load_config
+from spmdrl.config.load import load_config, shipped_names
 from spmdrl.config.sections import RewardSection
-from spmdrl.config.shipped_configs import shipped_names
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.rewards.functions import RewardSpec, load
 from spmdrl.roles.custom import CustomRole, RoleContext

@@ -15,8 +15,7 @@ from spmdrl.distributed.exchange import (
     plan_exchange,
     send_to_role,
 )
-from spmdrl.roles.kept import Journal, Kept, Record
-from spmdrl.roles.origin import origin_of
+from spmdrl.roles.kept import Journal, Kept, Record, origin_of
 from spmdrl.world import World
 
 

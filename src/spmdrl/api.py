@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         group_advantages as group_advantages,
         leave_one_out as leave_one_out,
         rewards_to_go as rewards_to_go,
+        whiten as whiten,
     )
     from spmdrl.algorithms.direct_preference import (
         as_compared as as_compared,
@@ -58,18 +59,15 @@ if TYPE_CHECKING:
         ordered_pairs as ordered_pairs,
         preference_loss as preference_loss,
         response_sums as response_sums,
+        distinct_responses as distinct_responses,
+        pair_rows as pair_rows,
     )
-    from spmdrl.algorithms.gae import gae as gae
-    from spmdrl.algorithms.kl import kl as kl
-    from spmdrl.algorithms.kl_control import (
+    from spmdrl.algorithms.kl import (
+        kl as kl,
         AdaptiveKl as AdaptiveKl,
         FixedKl as FixedKl,
         KlControl as KlControl,
         sequence_kl as sequence_kl,
-    )
-    from spmdrl.algorithms.pairing import (
-        distinct_responses as distinct_responses,
-        pair_rows as pair_rows,
     )
     from spmdrl.algorithms.policy_loss import (
         POLICY_COLUMNS as POLICY_COLUMNS,
@@ -77,7 +75,9 @@ if TYPE_CHECKING:
         loss_shares as loss_shares,
         loss_weights as loss_weights,
     )
-    from spmdrl.algorithms.preference_loss import bradley_terry_loss as bradley_terry_loss
+    from spmdrl.algorithms.preference_loss import (
+        bradley_terry_loss as bradley_terry_loss,
+    )
     from spmdrl.algorithms.reward_shaping import (
         RewardScaler as RewardScaler,
         missing_eos_penalty as missing_eos_penalty,
@@ -89,13 +89,15 @@ if TYPE_CHECKING:
         kl_in_reward as kl_in_reward,
         overlong_penalty as overlong_penalty,
     )
-    from spmdrl.algorithms.supervised import next_token_loss as next_token_loss
+    from spmdrl.algorithms.supervised import (
+        next_token_loss as next_token_loss,
+    )
     from spmdrl.algorithms.value_loss import (
+        gae as gae,
         VALUE_COLUMNS as VALUE_COLUMNS,
         clipped_value_loss as clipped_value_loss,
         explained_variance as explained_variance,
     )
-    from spmdrl.algorithms.whiten import whiten as whiten
     from spmdrl.batch import (
         Batch as Batch,
         concat as concat,
@@ -106,16 +108,29 @@ if TYPE_CHECKING:
         AlgorithmSection as AlgorithmSection,
         PreferenceSection as PreferenceSection,
     )
-    from spmdrl.config.sections import Config as Config
-    from spmdrl.data.conversations import Conversation as Conversation
-    from spmdrl.data.home import DataSet as DataSet, StepRows as StepRows, home_rows as home_rows
+    from spmdrl.config.sections import (
+        Config as Config,
+    )
+    from spmdrl.data.conversations import (
+        Conversation as Conversation,
+    )
     from spmdrl.data.item_set import (
         DataItem as DataItem,
         ItemSet as ItemSet,
         items_of as items_of,
     )
-    from spmdrl.data.preferences import Pair as Pair, mismatched as mismatched
-    from spmdrl.distributed.exchange import Column as Column
+    from spmdrl.data.order import (
+        DataSet as DataSet,
+        StepRows as StepRows,
+        home_rows as home_rows,
+    )
+    from spmdrl.data.preferences import (
+        Pair as Pair,
+        mismatched as mismatched,
+    )
+    from spmdrl.distributed.exchange import (
+        Column as Column,
+    )
     from spmdrl.distributed.reduce import (
         Moments as Moments,
         broadcast_object as broadcast_object,
@@ -126,27 +141,40 @@ if TYPE_CHECKING:
         world_max as world_max,
         world_sum as world_sum,
     )
-    from spmdrl.evaluation.metrics import clustered_mean as clustered_mean
-    from spmdrl.evaluation.pairs import CHOSEN as CHOSEN, pair_accuracy as pair_accuracy
+    from spmdrl.evaluation.metrics import (
+        clustered_mean as clustered_mean,
+        CHOSEN as CHOSEN,
+        pair_accuracy as pair_accuracy,
+    )
     from spmdrl.flows.advantage_terms import (
         puts_kl_in_reward as puts_kl_in_reward,
         token_advantages as token_advantages,
     )
-    from spmdrl.flows.dpo import DpoTrainer as DpoTrainer
-    from spmdrl.flows.environment import GroupEnvironment as GroupEnvironment
-    from spmdrl.flows.grpo import GrpoTrainer as GrpoTrainer
+    from spmdrl.flows.dpo import (
+        DpoTrainer as DpoTrainer,
+    )
+    from spmdrl.flows.environment import (
+        GroupEnvironment as GroupEnvironment,
+    )
+    from spmdrl.flows.grpo import (
+        GrpoTrainer as GrpoTrainer,
+    )
     from spmdrl.flows.held_out_preferences import (
         HeldOutPreferences as HeldOutPreferences,
         log_ratio as log_ratio,
     )
-    from spmdrl.flows.online_dpo import OnlineDpoTrainer as OnlineDpoTrainer
+    from spmdrl.flows.online_dpo import (
+        OnlineDpoTrainer as OnlineDpoTrainer,
+    )
     from spmdrl.flows.policy_terms import (
         policy_columns as policy_columns,
         policy_loss as policy_loss,
         update_of as update_of,
         with_loss_weights as with_loss_weights,
     )
-    from spmdrl.flows.ppo import PpoTrainer as PpoTrainer
+    from spmdrl.flows.ppo import (
+        PpoTrainer as PpoTrainer,
+    )
     from spmdrl.flows.preference_terms import (
         BASELINE as BASELINE,
         REFERENCE as REFERENCE,
@@ -161,45 +189,69 @@ if TYPE_CHECKING:
         ReferenceSums as ReferenceSums,
         distinct_rows as distinct_rows,
     )
-    from spmdrl.flows.reward_model import RewardModelTrainer as RewardModelTrainer
-    from spmdrl.flows.sft import SftTrainer as SftTrainer
-    from spmdrl.models.files.hf import open_model as open_model
-    from spmdrl.models.local_shards import LocalTensors as LocalTensors
+    from spmdrl.flows.reward_model import (
+        RewardModelTrainer as RewardModelTrainer,
+    )
+    from spmdrl.flows.sft import (
+        SftTrainer as SftTrainer,
+    )
+    from spmdrl.models.files.hf import (
+        open_model as open_model,
+    )
+    from spmdrl.models.local_shards import (
+        LocalTensors as LocalTensors,
+    )
     from spmdrl.observe.names import (
         ACCURACY as ACCURACY,
         EVAL as EVAL,
         STANDARD_ERROR as STANDARD_ERROR,
     )
-    from spmdrl.roles.calls import Call as Call, together as together
+    from spmdrl.roles.calls import (
+        Call as Call,
+        together as together,
+    )
     from spmdrl.roles.custom import (
         CustomRole as CustomRole,
         RoleContext as RoleContext,
         UserRole as UserRole,
     )
-    from spmdrl.roles.generation import Generation as Generation, Rollout as Rollout
+    from spmdrl.roles.generation import (
+        Generation as Generation,
+        Rollout as Rollout,
+    )
     from spmdrl.roles.handles import (
         Policy as Policy,
         Reference as Reference,
         Reward as Reward,
         Value as Value,
     )
-    from spmdrl.roles.model_calls import Update as Update, UpdateRecords as UpdateRecords
+    from spmdrl.roles.model_calls import (
+        Update as Update,
+        UpdateRecords as UpdateRecords,
+    )
     from spmdrl.rollout.protocol import (
         Completion as Completion,
         Finish as Finish,
         Request as Request,
         RolloutEngine as RolloutEngine,
+        SamplingParams as SamplingParams,
     )
-    from spmdrl.rollout.sampling import SamplingParams as SamplingParams
     from spmdrl.run.protocols import (
         Environment as Environment,
         Evaluates as Evaluates,
         Metrics as Metrics,
         Trainer as Trainer,
     )
-    from spmdrl.run.run import Run as Run
-    from spmdrl.run.step_metrics import joined as joined, update_metrics as update_metrics
-    from spmdrl.training.options import TrainOptions as TrainOptions
+    from spmdrl.run.run import (
+        Run as Run,
+    )
+    from spmdrl.run.step_report import (
+        joined as joined,
+        update_metrics as update_metrics,
+    )
+    from spmdrl.training.options import (
+        TrainOptions as TrainOptions,
+    )
     from spmdrl.training.protocol import (
         LossFn as LossFn,
         LossInput as LossInput,
@@ -212,18 +264,20 @@ if TYPE_CHECKING:
         VALUES as VALUES,
         next_token as next_token,
     )
-    from spmdrl.training.torch_backend import TorchBackend as TorchBackend
+    from spmdrl.training.torch_backend import (
+        TorchBackend as TorchBackend,
+    )
 
 _NAMES: Mapping[str, str] = MappingProxyType(
     {
-        "algorithms.advantages": "broadcast_to_tokens group_advantages leave_one_out rewards_to_go",
-        "algorithms.direct_preference": (
-            "as_compared implicit_rewards kto_baseline ordered_pairs preference_loss response_sums"
+        "algorithms.advantages": (
+            "broadcast_to_tokens group_advantages leave_one_out rewards_to_go whiten"
         ),
-        "algorithms.gae": "gae",
-        "algorithms.kl": "kl",
-        "algorithms.kl_control": "AdaptiveKl FixedKl KlControl sequence_kl",
-        "algorithms.pairing": "distinct_responses pair_rows",
+        "algorithms.direct_preference": (
+            "as_compared implicit_rewards kto_baseline ordered_pairs preference_loss "
+            "response_sums distinct_responses pair_rows"
+        ),
+        "algorithms.kl": "kl AdaptiveKl FixedKl KlControl sequence_kl",
         "algorithms.policy_loss": "POLICY_COLUMNS clipped_policy_loss loss_shares loss_weights",
         "algorithms.preference_loss": "bradley_terry_loss",
         "algorithms.reward_shaping": (
@@ -231,22 +285,20 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         ),
         "algorithms.rewards": "has_signal kl_in_reward overlong_penalty",
         "algorithms.supervised": "next_token_loss",
-        "algorithms.value_loss": "VALUE_COLUMNS clipped_value_loss explained_variance",
-        "algorithms.whiten": "whiten",
+        "algorithms.value_loss": "gae VALUE_COLUMNS clipped_value_loss explained_variance",
         "batch": "Batch concat from_rows group_index",
         "config.algorithms": "AlgorithmSection PreferenceSection",
         "config.sections": "Config",
         "data.conversations": "Conversation",
-        "data.home": "DataSet StepRows home_rows",
         "data.item_set": "DataItem ItemSet items_of",
+        "data.order": "DataSet StepRows home_rows",
         "data.preferences": "Pair mismatched",
         "distributed.exchange": "Column",
         "distributed.reduce": (
-            "Moments broadcast_object gather_objects gather_tables moments world_any "
-            "world_max world_sum"
+            "Moments broadcast_object gather_objects gather_tables moments world_any world_max "
+            "world_sum"
         ),
-        "evaluation.metrics": "clustered_mean",
-        "evaluation.pairs": "CHOSEN pair_accuracy",
+        "evaluation.metrics": "clustered_mean CHOSEN pair_accuracy",
         "flows.advantage_terms": "puts_kl_in_reward token_advantages",
         "flows.dpo": "DpoTrainer",
         "flows.environment": "GroupEnvironment",
@@ -269,11 +321,10 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "roles.generation": "Generation Rollout",
         "roles.handles": "Policy Reference Reward Value",
         "roles.model_calls": "Update UpdateRecords",
-        "rollout.protocol": "Completion Finish Request RolloutEngine",
-        "rollout.sampling": "SamplingParams",
+        "rollout.protocol": "Completion Finish Request RolloutEngine SamplingParams",
         "run.protocols": "Environment Evaluates Metrics Trainer",
         "run.run": "Run",
-        "run.step_metrics": "joined update_metrics",
+        "run.step_report": "joined update_metrics",
         "training.options": "TrainOptions",
         "training.protocol": "LossFn LossInput OptimStep TrainBackend",
         "training.readout": "Readout SCORES VALUES next_token",

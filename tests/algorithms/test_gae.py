@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spmdrl.algorithms.gae import gae
+from spmdrl.algorithms.value_loss import gae
 
 NAN = float("nan")
 

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from spmdrl.algorithms.kl_control import AdaptiveKl, FixedKl, sequence_kl
+from spmdrl.algorithms.kl import AdaptiveKl, FixedKl, sequence_kl
 
 
 def test_sequence_kl_by_hand():

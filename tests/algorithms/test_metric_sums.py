@@ -2,7 +2,7 @@
 
 import torch
 
-from spmdrl.algorithms.sums import metric_sums
+from spmdrl.algorithms.packed import metric_sums
 
 
 def test_sums_maxima_and_what_is_not_live():

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spmdrl.algorithms.direct_preference import ordered_pairs
-from spmdrl.algorithms.pairing import distinct_responses, pair_rows
+from spmdrl.algorithms.direct_preference import distinct_responses, ordered_pairs, pair_rows
 from spmdrl.batch import from_rows
 
 REWARDS = torch.tensor([1.0, 4.0, 2.0, 4.0, 3.0, 3.0, 0.5, 0.1])

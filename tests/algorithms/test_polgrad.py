@@ -18,8 +18,8 @@ from spmdrl.algorithms.advantages import (
     broadcast_to_tokens,
     group_advantages,
     leave_one_out,
+    whiten,
 )
-from spmdrl.algorithms.gae import gae
 from spmdrl.algorithms.kl import kl
 from spmdrl.algorithms.policy_loss import (
     clipped_policy_loss,
@@ -27,8 +27,7 @@ from spmdrl.algorithms.policy_loss import (
     loss_weights,
 )
 from spmdrl.algorithms.rewards import kl_in_reward
-from spmdrl.algorithms.value_loss import clipped_value_loss
-from spmdrl.algorithms.whiten import whiten
+from spmdrl.algorithms.value_loss import clipped_value_loss, gae
 from spmdrl.config.algorithms import AlgorithmSection, KlEstimator, LossMean
 
 BUDGET, CAP = 11, 1.3

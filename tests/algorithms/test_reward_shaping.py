@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdrl.algorithms.gae import gae
 from spmdrl.algorithms.kl import kl
 from spmdrl.algorithms.reward_shaping import (
     RewardScaler,
@@ -17,6 +16,7 @@ from spmdrl.algorithms.reward_shaping import (
     token_rewards,
 )
 from spmdrl.algorithms.rewards import kl_in_reward
+from spmdrl.algorithms.value_loss import gae
 
 NAN = float("nan")
 

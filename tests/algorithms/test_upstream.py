@@ -21,11 +21,10 @@ from spmdrl.algorithms.advantages import (
     group_advantages,
     leave_one_out,
     rewards_to_go,
+    whiten,
 )
 from spmdrl.algorithms.direct_preference import preference_loss
-from spmdrl.algorithms.gae import gae
-from spmdrl.algorithms.kl import kl_penalty
-from spmdrl.algorithms.kl_control import AdaptiveKl
+from spmdrl.algorithms.kl import AdaptiveKl, kl_penalty
 from spmdrl.algorithms.policy_loss import (
     clipped_policy_loss,
     loss_shares,
@@ -33,8 +32,7 @@ from spmdrl.algorithms.policy_loss import (
 )
 from spmdrl.algorithms.preference_loss import bradley_terry_loss
 from spmdrl.algorithms.supervised import next_token_loss
-from spmdrl.algorithms.value_loss import clipped_value_loss
-from spmdrl.algorithms.whiten import whiten
+from spmdrl.algorithms.value_loss import clipped_value_loss, gae
 from spmdrl.config.algorithms import AlgorithmSection, PreferenceSection
 
 GIVEN: dict[str, Any] = json.loads((Path(__file__).parent / "upstream.json").read_text())

@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from spmdrl.algorithms.whiten import whiten
+from spmdrl.algorithms.advantages import whiten
 
 
 def test_worked_by_hand():

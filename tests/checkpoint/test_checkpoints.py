@@ -23,7 +23,16 @@ from torch import Tensor
 
 from harness import run_ranks
 from spmdrl.checkpoint import writing
-from spmdrl.checkpoint.index import CHECKPOINTS, INDEX, Entry, Mark, Tensors, index_text
+from spmdrl.checkpoint.index import (
+    CHECKPOINTS,
+    INDEX,
+    Entry,
+    Mark,
+    Tensors,
+    index_text,
+    only,
+    slice_owners,
+)
 from spmdrl.checkpoint.load import (
     latest_checkpoint,
     load_tensors,
@@ -32,7 +41,6 @@ from spmdrl.checkpoint.load import (
     resume_point,
     set_aside,
 )
-from spmdrl.checkpoint.owners import only, slice_owners
 from spmdrl.checkpoint.rng import restore_rng, rng_state
 from spmdrl.checkpoint.writing import CheckpointWriter, Retention, remove_partial
 from spmdrl.models.config import ModelConfig, parse_config

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from spmdrl.checkpoint import direct
-from spmdrl.checkpoint.direct import _BUFFER, BLOCK, DirectFile
+from spmdrl.checkpoint import stream as direct
+from spmdrl.checkpoint.stream import _BUFFER, BLOCK, DirectFile
 
 SIZES = (0, 1, BLOCK, BLOCK + 1, _BUFFER - 1, _BUFFER, _BUFFER + BLOCK, 2 * _BUFFER + 777)
 

@@ -9,8 +9,7 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-from spmdrl.checkpoint.index import Mark
-from spmdrl.checkpoint.owners import only, slice_owners
+from spmdrl.checkpoint.index import Mark, only, slice_owners
 from spmdrl.checkpoint.stream import write_safetensors
 from spmdrl.models.config import parse_config
 from spmdrl.models.sharding import Slice, global_shapes

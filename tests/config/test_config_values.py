@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spmdrl.algorithms.kl_control import ERROR_LIMIT
+from spmdrl.algorithms.kl import ERROR_LIMIT
 from spmdrl.commands.cli import parse
 from spmdrl.commands.config_commands import load
 from spmdrl.config.amounts import count_of

@@ -12,7 +12,7 @@ from spmdrl.config.faults import ConfigError
 from spmdrl.config.key_table import known_keys
 from spmdrl.config.load import load_config
 from spmdrl.config.migrate import RENAMED, migrated, new_name
-from spmdrl.run.config_changes import changed_keys
+from spmdrl.run.resume_point import changed_keys
 
 BASE = """\
 # a base of 0.1, part: of two

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from spmdrl.commands.cli import main
-from spmdrl.config.load import load_config
-from spmdrl.config.shipped_configs import FOLDER, find_config, list_configs, shipped_names
+from spmdrl.config.load import FOLDER, find_config, list_configs, load_config, shipped_names
 
 ROOT = Path(__file__).parents[2]
 

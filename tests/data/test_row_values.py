@@ -16,9 +16,8 @@ from data_cases import CHATML, character_tokenizer, marked, spelled, turns, writ
 from pyarrow import parquet
 
 from data_sources import data_source
-from spmdrl.data.answers import answer_text
 from spmdrl.data.conversations import load_conversations
-from spmdrl.data.messages import BadRow
+from spmdrl.data.messages import BadRow, answer_text
 from spmdrl.data.preferences import load_preferences
 from spmdrl.data.prompts import load_prompts
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from harness import run_ranks
-from spmdrl.config.user_errors import AgreedError
+from spmdrl.config.user_objects import AgreedError
 from spmdrl.distributed.reduce import (
     OtherRankFailed,
     agreed,

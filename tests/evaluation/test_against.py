@@ -3,8 +3,7 @@
 import json
 
 from harness import run_ranks
-from spmdrl.evaluation.against import read_opponent
-from spmdrl.evaluation.results import write_results
+from spmdrl.evaluation.results import read_opponent, write_results
 
 PROMPTS = ("one", "two \u2028 \x85 lines")
 

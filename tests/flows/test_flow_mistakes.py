@@ -19,7 +19,7 @@ from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.roles.handles import Policy, Update
 from spmdrl.run.run import Run
-from spmdrl.run.step_metrics import update_metrics
+from spmdrl.run.step_report import update_metrics
 from spmdrl.training.protocol import LossFn, LossInput
 from spmdrl.world import World
 from tiny_model import make_tiny_model

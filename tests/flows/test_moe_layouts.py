@@ -18,7 +18,7 @@ from spmdrl.flows.policy_terms import policy_loss
 from spmdrl.models.moe import Experts
 from spmdrl.models.routing import EXPERT_CHOICES, unpack_choices
 from spmdrl.roles.handles import Generation, Policy, Rollout, Update
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.protocol import SamplingParams
 from spmdrl.run.assembly.assembly import assemble, open_models, plan_models
 from spmdrl.world import World
 from tiny_model import make_tiny_model

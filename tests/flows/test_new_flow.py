@@ -25,7 +25,7 @@ from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.policy_terms import update_of
 from spmdrl.flows.sft import likelihood_loss
 from spmdrl.roles.handles import Policy
-from spmdrl.run.step_metrics import update_metrics
+from spmdrl.run.step_report import update_metrics
 
 
 def rejection(run):

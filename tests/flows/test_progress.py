@@ -11,7 +11,7 @@ import pytest
 from tqdm import tqdm
 
 import spmdrl.commands.train as start
-import spmdrl.observe.progress as progress
+import spmdrl.observe.log as progress
 from flow_cases import questions, run_configs, write_config
 from harness import run_ranks
 from spmdrl.config.load import load_config

@@ -16,8 +16,7 @@ from spmdrl.models.files.hf import fill, open_checkpoint
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.varlen import varlen_is_usable
 from spmdrl.rollout.native.workspace import NativeOptions
-from spmdrl.rollout.protocol import Request
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.protocol import Request, SamplingParams
 from spmdrl.training.backend_steps import as_numbers
 from spmdrl.world import World
 from tiny_model import make_tiny_model

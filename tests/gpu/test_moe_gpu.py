@@ -11,7 +11,7 @@ from test_gpu import SHAPE, answers, needs_graphs
 
 from flow_cases import questions, run_configs, write_config
 from harness import run_ranks
-from spmdrl.models.grouped import Groups, grouped_gemm_is_usable, grouped_linear
+from spmdrl.models.linear import Groups, grouped_gemm_is_usable, grouped_linear
 from tiny_model import make_tiny_model
 
 pytestmark = [

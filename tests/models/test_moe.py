@@ -16,11 +16,11 @@ from harness import run_ranks
 from moe_models import CASES, by_file_name, config_of, reference_model
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, copy_to
-from spmdrl.models import grouped
+from spmdrl.models import linear as grouped
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import open_model
-from spmdrl.models.grouped import Groups, grouped_gemm, grouped_linear
+from spmdrl.models.linear import Groups, grouped_gemm, grouped_linear
 from spmdrl.models.moe import Experts
 from spmdrl.models.routing import Routing, choices_dtype, pack_choices, unpack_choices
 from spmdrl.models.sharding import Slice, global_shapes
@@ -226,7 +226,7 @@ def test_fixed_shapes_give_the_same(parts: int, monkeypatch: pytest.MonkeyPatch)
     for is_usable in (False, True):
         monkeypatch.setattr("spmdrl.models.moe.grouped_gemm_is_usable", lambda *_, u=is_usable: u)
         monkeypatch.setattr(
-            "spmdrl.models.grouped.grouped_gemm_is_usable", lambda *_, u=is_usable: u
+            "spmdrl.models.linear.grouped_gemm_is_usable", lambda *_, u=is_usable: u
         )
         total = torch.zeros(11, 64)
         for rank in range(parts):

@@ -13,9 +13,9 @@ from harness import run_ranks
 from spmdrl.models.config import parse_config
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import open_checkpoint
-from spmdrl.models.files.shard_files import write_shards
-from spmdrl.weights.gather import full_tensors
+from spmdrl.models.files.safetensors_writer import write_shards
 from spmdrl.weights.layout import model_layout
+from spmdrl.weights.views import full_tensors
 from spmdrl.world import World
 
 TENSORS = {

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from spmdrl.distributed.expert_axes import expert_place
-from spmdrl.distributed.mesh import coordinates
+from spmdrl.distributed.mesh import coordinates, expert_place
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.degrees import check_tp
 from spmdrl.models.sharding import (

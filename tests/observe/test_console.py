@@ -7,8 +7,7 @@ import re
 import pytest
 
 from spmdrl.observe.console import Console, make_layout, number
-from spmdrl.observe.log import ALIKE, RankHandler, set_up_logging
-from spmdrl.observe.progress import Relay, phase_bar
+from spmdrl.observe.log import ALIKE, RankHandler, Relay, phase_bar, set_up_logging
 
 RECORD = {
     "step": 7,
@@ -172,7 +171,7 @@ def test_a_flow_that_samples_nothing_shows_its_loss() -> None:
 def test_a_phase_tells_a_log_how_far_it_is(caplog, monkeypatch):
     """A log is no terminal: work of more than a minute says so now and then, on rank 0."""
     now = [0.0]
-    monkeypatch.setattr("spmdrl.observe.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("spmdrl.observe.log.time.monotonic", lambda: now[0])
     for is_first in (True, False):
         relay = Relay(is_first=is_first)
         with caplog.at_level(logging.INFO), relay.bar("evaluation"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spmdrl.algorithms.ratio_bins import RATIO_BINS, RATIO_EDGES
+from spmdrl.algorithms.metrics import RATIO_BINS, RATIO_EDGES
 from spmdrl.observe.metrics import MetricsWriter, merge_steps, read_metrics, set_aside_metrics
 
 

@@ -9,8 +9,7 @@ import pytest
 from spmdrl.observe.drawing import series, smooth
 from spmdrl.observe.metrics import MetricsWriter
 from spmdrl.observe.panels import DETAILS, HELD, MAIN, choose, evaluations
-from spmdrl.observe.report import summary, write_report
-from spmdrl.observe.summary import report
+from spmdrl.observe.report import report, summary, write_report
 
 
 def record(step: int, num_steps: int) -> dict[str, float]:

@@ -6,14 +6,14 @@ import logging
 
 import pytest
 
-from spmdrl.observe.progress import TimedLines
+from spmdrl.observe.log import TimedLines
 
 
 def test_long_work_beats_always_and_says_how_far_it_is_now_and_then(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock, beats = [0.0], []
-    monkeypatch.setattr("spmdrl.observe.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("spmdrl.observe.log.time.monotonic", lambda: clock[0])
     report = TimedLines("the data", lambda: beats.append(clock[0]), every_s=30)
     with caplog.at_level(logging.INFO, "spmdrl"):
         for clock[0], done, total in ((1, 256, 0), (31, 512, 0), (32, 0, 900), (62, 800, 900)):

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from spmdrl.rewards.expressions import without_huge
 from spmdrl.rewards.functions import BUILT_IN
-from spmdrl.rewards.powers import without_huge
 
 HUGE = [
     r"10^{10^{10}}",

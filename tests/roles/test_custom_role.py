@@ -23,14 +23,14 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.placement import place_roles
-from spmdrl.planning.memory_text import memory_texts
+from spmdrl.planning.memory import memory_texts
 from spmdrl.planning.plan import RolePlan, plan_roles
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.roles.custom import CustomRole, RoleContext
 from spmdrl.roles.generation import Generation
 from spmdrl.roles.handles import Reward, Rollout
 from spmdrl.roles.kept import Journal
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.protocol import SamplingParams
 from spmdrl.run.assembled import Assembly
 from spmdrl.run.assembly.assembly import assemble, open_models
 from spmdrl.run.assembly.factories import make_scorer

@@ -12,9 +12,8 @@ from test_calls import home_rows, toy
 from harness import run_ranks
 from spmdrl.batch import Batch
 from spmdrl.roles.calls import together
-from spmdrl.roles.kept import Journal, Kept, PartialResult
+from spmdrl.roles.kept import Journal, Kept, Origin, PartialResult
 from spmdrl.roles.ledger import Interrupted, Ledger, Stint, keeping
-from spmdrl.roles.origin import Origin
 from spmdrl.supervision.pulse import Pulse
 from spmdrl.supervision.stopping import StopAsked
 from spmdrl.world import World

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spmdrl.batch import Batch, from_rows
-from spmdrl.roles.origin import Origin, origin_of
+from spmdrl.roles.kept import Origin, origin_of
 
 NAMES = ("tokens", "ids", "text", "scores", "values", "mask")
 

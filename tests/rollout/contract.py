@@ -29,8 +29,7 @@ from torch import Tensor
 
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
-from spmdrl.rollout.protocol import Completion, Finish, Request, RolloutEngine
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.protocol import Completion, Finish, Request, RolloutEngine, SamplingParams
 from tiny_model import load_into
 
 LENGTHS = (3, 17, 32, 33, 8, 1, 40)

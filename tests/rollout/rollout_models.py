@@ -20,8 +20,7 @@ from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.models.sharding import Slice
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
-from spmdrl.rollout.protocol import Completion, Finish, Request
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.protocol import Completion, Finish, Request, SamplingParams
 from tiny_model import load_into
 
 __all__ = ["assert_same"]

@@ -10,8 +10,7 @@ import torch
 from rollout_models import request
 from torch import Tensor
 
-from spmdrl.rollout.native.attention import CacheShape, PagedAttention
-from spmdrl.rollout.native.gathered import GatheredAttention
+from spmdrl.rollout.native.attention import CacheShape, GatheredAttention, PagedAttention
 from spmdrl.rollout.native.paged_decode import CompiledAttention, compiled_code
 from spmdrl.rollout.native.sample import Sample, samples_of
 from spmdrl.rollout.native.scheduler import Chunk, StepPlan

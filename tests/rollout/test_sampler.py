@@ -12,7 +12,7 @@ from torch import Tensor
 from noise import gumbel
 from spmdrl.keyed_random import key64, key_tensor
 from spmdrl.rollout.native.sampler import Draws, Sampler, truncate
-from spmdrl.rollout.sampling import MAX_SUPPORT, SamplingParams
+from spmdrl.rollout.protocol import MAX_SUPPORT, SamplingParams
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,7 @@ from spmdrl.rollout.native.blocks import BlockPool
 from spmdrl.rollout.native.sample import Sample, samples_of
 from spmdrl.rollout.native.scheduler import Scheduler, StepPlan, sampled
 from spmdrl.rollout.native.shared_prefix import common_prefix
-from spmdrl.rollout.protocol import Finish, Request
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.protocol import Finish, Request, SamplingParams
 
 Cache = dict[tuple[int, int], tuple[int, ...]]
 

@@ -11,8 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from spmdrl.models.files.token_texts import TokenTexts, token_texts
-from spmdrl.rollout.protocol import Finish
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.protocol import Finish, SamplingParams
 from spmdrl.rollout.stops import StopRule, StopRules, StopTexts
 
 SPECIAL = ("<|end|>", "<|turn|>")

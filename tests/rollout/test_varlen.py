@@ -14,8 +14,7 @@ from torch import Tensor
 from spmdrl.models.decoder import Decoder
 from spmdrl.rollout.native.attention import CacheShape
 from spmdrl.rollout.native.blocks import BlockPool
-from spmdrl.rollout.native.graphs import buckets
-from spmdrl.rollout.native.runner import Runner, flatten
+from spmdrl.rollout.native.runner import Runner, buckets, flatten
 from spmdrl.rollout.native.sample import samples_of
 from spmdrl.rollout.native.scheduler import Scheduler, StepPlan, sampled
 from spmdrl.rollout.native.shared_prefix import common_prefix

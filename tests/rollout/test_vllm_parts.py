@@ -16,8 +16,7 @@ from rollout_models import tiny_model
 
 from spmdrl.models.config import parse_config
 from spmdrl.models.sharding import all_slices, local_parameters
-from spmdrl.rollout.protocol import Request
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.protocol import Request, SamplingParams
 from spmdrl.rollout.vllm_isolation import Enclosure, replaced
 from spmdrl.rollout.vllm_model import (
     VOCAB_MULTIPLE,

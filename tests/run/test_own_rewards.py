@@ -17,7 +17,7 @@ from spmdrl.commands.check import check
 from spmdrl.commands.evaluate import evaluate
 from spmdrl.commands.train import train
 from spmdrl.config.load import load_config
-from spmdrl.config.user_errors import AgreedError
+from spmdrl.config.user_objects import AgreedError
 from spmdrl.observe.log import set_up_logging
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.server import start_reward_server

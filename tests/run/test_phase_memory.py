@@ -7,7 +7,7 @@ import torch
 
 from harness import run_ranks
 from spmdrl.memory.device_parts import DeviceParts
-from spmdrl.run.phase_memory import PhaseMemory
+from spmdrl.run.step_report import PhaseMemory
 from spmdrl.world import World
 
 

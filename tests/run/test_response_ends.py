@@ -18,7 +18,7 @@ from spmdrl.models.config import ModelConfig, parse_config, read_config
 from spmdrl.models.files.token_texts import TokenTexts, token_texts
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.planning.engines import ends_of_text, longest_sequence
-from spmdrl.run.response_ends import check_ends, check_lengths
+from spmdrl.run.inputs import check_ends, check_lengths
 from tiny_model import make_tiny_model
 
 

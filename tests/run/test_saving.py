@@ -22,7 +22,7 @@ from spmdrl.run.resume_point import Moment, Saved
 from spmdrl.run.saving import Saver
 from spmdrl.training.protocol import LossInput
 from spmdrl.training.readout import next_token
-from spmdrl.weights.gather import full_tensors
+from spmdrl.weights.views import full_tensors
 from spmdrl.world import World
 from tiny_model import make_tiny_model
 

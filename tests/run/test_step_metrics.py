@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spmdrl.run.step_metrics import joined, sync_metrics
+from spmdrl.run.step_report import joined, sync_metrics
 
 
 def test_one_sync_has_plain_names_and_several_have_their_roles() -> None:

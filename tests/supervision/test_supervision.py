@@ -19,7 +19,7 @@ from spmdrl.supervision.error_file import one_line
 from spmdrl.supervision.failures import is_lost_peer
 from spmdrl.supervision.pulse import Pulse, behind
 from spmdrl.supervision.signals import STOPPING, Signals
-from spmdrl.supervision.walltime import Walltime
+from spmdrl.supervision.stopping import Walltime
 from spmdrl.supervision.watcher import Watcher
 from spmdrl.world import World
 

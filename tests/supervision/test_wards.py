@@ -24,7 +24,7 @@ from spmdrl.rewards.functions import RewardSpec
 from spmdrl.rewards.judging import RewardJob
 from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.server import RewardServer, ServerEnded, start_reward_server
-from spmdrl.supervision.signs import lives
+from spmdrl.supervision.pulse import lives
 from spmdrl.world import World
 from stopping import Wrapped
 from tiny_model import make_tiny_model

@@ -22,9 +22,8 @@ from spmdrl.commands.train import train
 from spmdrl.config.load import load_config
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.supervision.attempt import begin_attempt
-from spmdrl.supervision.pulse import Pulse, behind
+from spmdrl.supervision.pulse import Pulse, Signs, behind
 from spmdrl.supervision.signals import Signals
-from spmdrl.supervision.signs import Signs
 from spmdrl.supervision.watcher import Watcher
 from spmdrl.world import World
 from stopping import Wrapped
@@ -187,7 +186,7 @@ def test_a_look_at_all_ranks_is_one_question(monkeypatch: pytest.MonkeyPatch) ->
     assert signs[0].dead() == []
     now = time.monotonic()
     clock = [now]
-    monkeypatch.setattr("spmdrl.supervision.signs.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("spmdrl.supervision.pulse.time.monotonic", lambda: clock[0])
     for later in (3.0, 6.0, 9.0, 11.0):
         clock[0] = now + later
         for other in signs:

@@ -40,7 +40,7 @@ from spmdrl.training.megatron.checks import (
 )
 from spmdrl.training.readout import VALUES, next_token
 from spmdrl.training.torch_backend import TorchBackend
-from spmdrl.weights.gather import full_tensors
+from spmdrl.weights.views import full_tensors
 from spmdrl.world import World
 from tiny_model import make_tiny_model
 

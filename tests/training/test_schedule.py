@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spmdrl.training.gradients import all_reduce_gradients, gradient_norm
+from spmdrl.training.optimizer import all_reduce_gradients, gradient_norm
 from spmdrl.training.options import TrainOptions, lr_at
 
 

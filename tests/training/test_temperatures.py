@@ -12,8 +12,7 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.sharding import Slice
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
-from spmdrl.rollout.protocol import Request
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.protocol import Request, SamplingParams
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.world import World

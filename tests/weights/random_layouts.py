@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from weight_cases import UNTOUCHED, Shapes, box_of, model, numbered, tensors_of
 
-from spmdrl.distributed.expert_axes import expert_degrees
+from spmdrl.distributed.mesh import expert_degrees
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.local_shards import LocalShard, Table, WeightLayout
 from spmdrl.models.sharding import Slice, global_shapes

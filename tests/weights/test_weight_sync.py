@@ -21,10 +21,10 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.local_shards import LocalShard, Table
 from spmdrl.training.weights import build_decoder, make_leaves
 from spmdrl.weights.checksums import checksum, first_difference
-from spmdrl.weights.gather import full_tensors
 from spmdrl.weights.layout import model_layout
 from spmdrl.weights.plan import plan_sync
 from spmdrl.weights.sync import WeightSync
+from spmdrl.weights.views import full_tensors
 from spmdrl.world import World
 
 

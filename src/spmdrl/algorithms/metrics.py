@@ -2,6 +2,8 @@
 
 A loss function returns float64 sums over its loss tokens, and their number as `tokens`. Names that
 end in `_max` are maxima of values >= 0 (so a rank without tokens gives 0) and combine by maximum.
+
+The bins of the histogram of per-token ratios of train to rollout probability.
 """
 
 from __future__ import annotations
@@ -52,3 +54,10 @@ def token_means(
         name: value if name in whole or is_max(name) else value / num_tokens
         for name, value in sums.items()
     }
+
+
+RATIO_EDGES = (0.5, 0.8, 0.9, 0.99, 1.01, 1.1, 1.25, 2.0)
+"""Upper edges, each inclusive; one more bin is above the last."""
+
+RATIO_BINS = (*(f"rollout_ratio/to_{edge:g}" for edge in RATIO_EDGES), "rollout_ratio/above")
+"""Metric names: the share of tokens in each bin."""

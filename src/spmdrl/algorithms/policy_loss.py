@@ -20,9 +20,8 @@ from spmdrl.algorithms.kl import (
     kl_penalty,
     probability_ratio,
 )
-from spmdrl.algorithms.packed import masked_row_sums
-from spmdrl.algorithms.ratio_bins import RATIO_BINS, RATIO_EDGES
-from spmdrl.algorithms.sums import metric_sums
+from spmdrl.algorithms.metrics import RATIO_BINS, RATIO_EDGES
+from spmdrl.algorithms.packed import masked_row_sums, metric_sums
 from spmdrl.config.algorithms import AlgorithmSection, LossMean
 
 # the token columns that the loss reads if they exist

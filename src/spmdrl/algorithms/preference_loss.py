@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spmdrl.algorithms.kl import at_least_float32
-from spmdrl.algorithms.sums import metric_sums
+from spmdrl.algorithms.packed import metric_sums
 
 
 def bradley_terry_loss(

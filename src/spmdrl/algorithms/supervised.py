@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from spmdrl.algorithms.kl import at_least_float32
-from spmdrl.algorithms.sums import metric_sums
+from spmdrl.algorithms.packed import metric_sums
 
 
 def next_token_loss(

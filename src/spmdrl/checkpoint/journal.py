@@ -12,8 +12,7 @@ from torch import Tensor
 
 from spmdrl.batch import Batch, Ragged, concat
 from spmdrl.memory.json_tensors import json_tensor, tensor_json
-from spmdrl.roles.kept import Journal, Kept, PartialResult, Record
-from spmdrl.roles.origin import Origin
+from spmdrl.roles.kept import Journal, Kept, Origin, PartialResult, Record
 
 PREFIX = "journal/"
 _CONTENTS = PREFIX + "contents"

@@ -22,7 +22,7 @@ from spmdrl.config.doubts import doubts
 from spmdrl.config.faults import Fault, collect
 from spmdrl.config.sections import Config
 from spmdrl.data.load_report import ROWS_READ
-from spmdrl.observe.progress import TimedLines
+from spmdrl.observe.log import TimedLines
 from spmdrl.placement import place_roles
 from spmdrl.planning.engines import check_installed
 from spmdrl.planning.plan import plan_roles

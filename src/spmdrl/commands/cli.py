@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spmdrl.commands.config_commands import add_config, add_config_commands, load
-from spmdrl.commands.launch_signals import COMMANDS
-from spmdrl.config.user_errors import AgreedError
+from spmdrl.commands.launch import COMMANDS
+from spmdrl.config.user_objects import AgreedError
 from spmdrl.supervision.error_file import launcher_shows_errors, write_error_file
 from spmdrl.supervision.signals import EXIT_INTERRUPTED, Signals, release
 
@@ -283,7 +283,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from spmdrl.observe.summary import report
+    from spmdrl.observe.report import report
 
     config = load(options)
     report(config.run_dir, model=config.model.path, seconds=options.seconds)

@@ -106,7 +106,7 @@ def keys(options: argparse.Namespace) -> None:
 
 
 def configs(options: argparse.Namespace) -> None:
-    from spmdrl.config.shipped_configs import list_configs, shipped_text
+    from spmdrl.config.load import list_configs, shipped_text
 
     named = options.config_name
     print(list_configs() if named is None else shipped_text(named), flush=True)

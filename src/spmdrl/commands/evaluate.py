@@ -13,14 +13,14 @@ import torch.distributed as dist
 from spmdrl.batch import Batch
 from spmdrl.config.data_sets import held_out_sets, uses_chat
 from spmdrl.config.sections import Config
-from spmdrl.data.home import home_rows
+from spmdrl.data.order import home_rows
 from spmdrl.data.prompts import load_prompts
 from spmdrl.distributed.reduce import gather_objects
 from spmdrl.evaluation.results import write_results
 from spmdrl.models.files.token_texts import token_texts
 from spmdrl.models.files.tokenizers import load_tokenizer
+from spmdrl.observe.log import Relay, TimedLines
 from spmdrl.observe.metrics import MetricsWriter
-from spmdrl.observe.progress import Relay, TimedLines
 from spmdrl.rewards.server import RewardServer
 from spmdrl.roles.handles import Generation, Rollout
 from spmdrl.roles.ledger import reporting

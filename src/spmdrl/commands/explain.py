@@ -15,7 +15,7 @@ from spmdrl.config.sections import Config
 from spmdrl.config.user_objects import load_object
 from spmdrl.models.config import ModelConfig, read_config, tiny
 from spmdrl.placement import Placement, place_roles, placement_table
-from spmdrl.planning.memory_text import memory_texts, schedules
+from spmdrl.planning.memory import memory_texts, schedules
 from spmdrl.planning.plan import RolePlan, plan_roles
 from spmdrl.planning.token_bounds import (
     MicrobatchCounts,

@@ -8,9 +8,8 @@ from pathlib import Path
 import yaml
 
 from spmdrl.atomic_files import replace_file
-from spmdrl.config.load import substitute
+from spmdrl.config.load import find_config, substitute
 from spmdrl.config.migrate import composed, find_renames, renamed
-from spmdrl.config.shipped_configs import find_config
 
 
 def migrate(path: Path, done: set[Path] | None = None) -> Iterator[str]:

@@ -10,12 +10,11 @@ from pathlib import Path
 from spmdrl.config.doubts import doubts
 from spmdrl.config.sections import Config
 from spmdrl.config.shipped_flows import flow_row, is_shipped, shipped_flows
-from spmdrl.config.user_errors import AgreedError
-from spmdrl.config.user_objects import load_object
+from spmdrl.config.user_objects import AgreedError, load_object
 from spmdrl.distributed.reduce import agreed
-from spmdrl.observe.progress import Relay, TimedLines
+from spmdrl.observe.log import Relay, TimedLines
 from spmdrl.placement import place_roles, placement_table
-from spmdrl.planning.memory_text import memory_texts, schedules
+from spmdrl.planning.memory import memory_texts, schedules
 from spmdrl.planning.plan import RolePlan
 from spmdrl.rewards.scorer import RewardsFailed
 from spmdrl.rewards.server import RewardServer

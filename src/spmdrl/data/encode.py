@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
-from spmdrl.data.doubts import names
+from spmdrl.data.load_report import names
 from spmdrl.data.messages import BadRow, Messages, checked_text, read_tools
 from spmdrl.data.rows import TOOLS, Row, said
 

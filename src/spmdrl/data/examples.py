@@ -8,9 +8,16 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from spmdrl.data.doubts import tell_of_keys, tell_of_tools
 from spmdrl.data.identity import row_mark
-from spmdrl.data.load_report import MALFORMED, REPEATED, length_limit, not_in, tell
+from spmdrl.data.load_report import (
+    MALFORMED,
+    REPEATED,
+    length_limit,
+    not_in,
+    tell,
+    tell_of_keys,
+    tell_of_tools,
+)
 from spmdrl.data.messages import BadRow
 from spmdrl.data.rows import Row, read_rows
 from spmdrl.data.source import DataSource

@@ -2,6 +2,8 @@
 
 The shuffle sorts indices by a keyed 64-bit hash (splitmix64) instead of using a library's
 generator, so that the order is the same in every version of every library.
+
+Home rows of a step's data: each rank gets a contiguous share.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from spmdrl.batch import Batch
+from spmdrl.world import World
 
 
 class Stream(Protocol):
@@ -234,3 +239,46 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
+
+
+class DataSet(Protocol):
+    """Prompts, conversations or preference pairs, known to every rank in the same order."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, indices: Sequence[int], first_id: int) -> Batch:
+        """Make rows of some items; `prompt_ids` count from `first_id`, item by item.
+
+        The columns are the same for any number of items, even for none.
+        """
+
+    def texts(self) -> list[str]:
+        """Texts of the prompts."""
+
+
+class StepRows:
+    """Rows of each step: every rank knows all items, `batch` gives those whose home is here."""
+
+    def __init__(self, world: World, data: DataSet, stream: Stream) -> None:
+        self.world, self.data, self.stream = world, data, stream
+
+    def batch(self, step: int, *, attempt: int = 0, count: int | None = None) -> Batch:
+        """Home rows of a step's items, or of its refill `attempt`, at most `count` items.
+
+        `prompt_ids` number the step's items, and continue in its refills.
+        """
+        indices = self.stream.indices(step, attempt)[:count]
+        first = attempt * self.stream.prompts_per_step
+        return home_rows(self.world, self.data, indices, first_id=first)
+
+
+def home_rows(
+    world: World, data: DataSet, indices: Sequence[int] | None = None, *, first_id: int = 0
+) -> Batch:
+    """This rank's contiguous share of the items at `indices` (None: of all items), as rows of
+    `DataSet.rows`.
+    """
+    chosen = range(len(data)) if indices is None else indices
+    low = len(chosen) * world.rank // world.size
+    high = len(chosen) * (world.rank + 1) // world.size
+    return data.rows(chosen[low:high], first_id + low)

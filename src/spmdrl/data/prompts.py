@@ -11,13 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from spmdrl.batch import Batch, from_rows
-from spmdrl.data.answers import answer_text
-from spmdrl.data.doubts import (
-    tell_of_answers,
-    tell_of_keys,
-    tell_of_questions,
-    tell_of_tools,
-)
 from spmdrl.data.encode import Tokenizer, check_chat_template, render, templates, writes_tools
 from spmdrl.data.examples import (
     RowProgress,
@@ -28,9 +21,19 @@ from spmdrl.data.examples import (
     reported,
     unreported,
 )
-from spmdrl.data.load_report import LoadReport, joined, length_limit, tell
+from spmdrl.data.load_report import (
+    LoadReport,
+    joined,
+    length_limit,
+    tell,
+    tell_of_answers,
+    tell_of_keys,
+    tell_of_questions,
+    tell_of_tools,
+)
 from spmdrl.data.messages import (
     BadRow,
+    answer_text,
     checked_messages,
     opening,
     read_prompt,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spmdrl.config.user_errors import AgreedError
+from spmdrl.config.user_objects import AgreedError
 
 Result = TypeVar("Result")
 

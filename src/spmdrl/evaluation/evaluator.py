@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from spmdrl.batch import Batch
-from spmdrl.data.home import DataSet, home_rows
+from spmdrl.data.order import DataSet, home_rows
 from spmdrl.data.prompts import Prompt
 from spmdrl.distributed.reduce import gather_at_first, gather_tables
-from spmdrl.evaluation.against import read_opponent
 from spmdrl.evaluation.metrics import Estimate, avg_at_k, pass_at_k, win_rate
-from spmdrl.evaluation.results import write_results
+from spmdrl.evaluation.results import read_opponent, write_results
 from spmdrl.observe.names import ACCURACY, EVAL, STANDARD_ERROR, WIN_RATE
 from spmdrl.rewards.scorer import Scorer
 from spmdrl.roles.handles import Generation, Rollout

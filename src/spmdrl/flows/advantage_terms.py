@@ -13,10 +13,10 @@ from spmdrl.algorithms.advantages import (
     group_advantages,
     leave_one_out,
     rewards_to_go,
+    whiten,
 )
 from spmdrl.algorithms.kl import kl
 from spmdrl.algorithms.rewards import kl_in_reward, overlong_penalty
-from spmdrl.algorithms.whiten import whiten
 from spmdrl.batch import Batch
 from spmdrl.config.algorithms import AlgorithmSection
 from spmdrl.distributed.reduce import moments

@@ -13,8 +13,8 @@ import torch
 from spmdrl.algorithms.direct_preference import as_compared, kto_baseline
 from spmdrl.batch import Batch
 from spmdrl.config.algorithms import PreferenceSection
-from spmdrl.data.home import DataSet, StepRows
 from spmdrl.data.item_set import items_of
+from spmdrl.data.order import DataSet, StepRows
 from spmdrl.data.preferences import Pair, mismatched
 from spmdrl.distributed.reduce import moments
 from spmdrl.flows.held_out_preferences import HeldOutPreferences, log_ratio

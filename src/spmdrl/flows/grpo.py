@@ -21,7 +21,7 @@ from spmdrl.roles.calls import Call
 from spmdrl.roles.handles import Policy, Reference, together
 from spmdrl.run.protocols import Environment, Metrics, Trainer
 from spmdrl.run.run import Run
-from spmdrl.run.step_metrics import joined, update_metrics
+from spmdrl.run.step_report import joined, update_metrics
 
 
 def grpo(run: Run) -> None:

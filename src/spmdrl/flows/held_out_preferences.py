@@ -8,7 +8,7 @@ from spmdrl.algorithms.direct_preference import implicit_rewards
 from spmdrl.batch import Batch
 from spmdrl.config.algorithms import PreferenceSection
 from spmdrl.data.preferences import Pair
-from spmdrl.evaluation.pairs import pair_accuracy
+from spmdrl.evaluation.metrics import pair_accuracy
 from spmdrl.flows.preference_terms import REFERENCE
 from spmdrl.flows.reference_sums import ReferenceSums, distinct_rows
 from spmdrl.roles.handles import Policy

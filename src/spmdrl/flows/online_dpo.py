@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spmdrl.algorithms.pairing import distinct_responses, pair_rows
+from spmdrl.algorithms.direct_preference import distinct_responses, pair_rows
 from spmdrl.batch import Batch
 from spmdrl.distributed.reduce import moments, world_sum
 from spmdrl.flows.environment import GroupEnvironment
@@ -26,7 +26,7 @@ from spmdrl.roles.calls import Call
 from spmdrl.roles.handles import Policy, Reference, together
 from spmdrl.run.protocols import Environment, Metrics
 from spmdrl.run.run import Run
-from spmdrl.run.step_metrics import joined
+from spmdrl.run.step_report import joined
 
 
 def online_dpo(run: Run) -> None:

@@ -13,17 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
-from spmdrl.algorithms.gae import gae
-from spmdrl.algorithms.kl import kl
-from spmdrl.algorithms.kl_control import AdaptiveKl, FixedKl, KlControl, sequence_kl
+from spmdrl.algorithms.advantages import whiten
+from spmdrl.algorithms.kl import AdaptiveKl, FixedKl, KlControl, kl, sequence_kl
 from spmdrl.algorithms.reward_shaping import (
     RewardScaler,
     missing_eos_penalty,
     scale_and_clip,
     token_rewards,
 )
-from spmdrl.algorithms.value_loss import VALUE_COLUMNS, clipped_value_loss, explained_variance
-from spmdrl.algorithms.whiten import whiten
+from spmdrl.algorithms.value_loss import VALUE_COLUMNS, clipped_value_loss, explained_variance, gae
 from spmdrl.batch import Batch
 from spmdrl.config.algorithms import AlgorithmSection
 from spmdrl.distributed.reduce import Moments, moments
@@ -34,7 +32,7 @@ from spmdrl.roles.handles import Policy, Reference, Value, together
 from spmdrl.rollout.protocol import Finish
 from spmdrl.run.protocols import Environment, Metrics, Trainer
 from spmdrl.run.run import Run
-from spmdrl.run.step_metrics import joined, update_metrics
+from spmdrl.run.step_report import joined, update_metrics
 from spmdrl.training.protocol import LossFn, LossInput
 
 

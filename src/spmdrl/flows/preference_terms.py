@@ -23,7 +23,7 @@ from spmdrl.roles.handles import Update
 from spmdrl.roles.model_calls import UpdateRecords
 from spmdrl.run.protocols import Metrics
 from spmdrl.run.run import Run
-from spmdrl.run.step_metrics import update_metrics
+from spmdrl.run.step_report import update_metrics
 from spmdrl.training.protocol import LossFn, LossInput
 
 REFERENCE, BASELINE = "ref_sums", "kl_baseline"

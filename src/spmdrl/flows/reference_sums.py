@@ -22,7 +22,7 @@ from torch import Tensor
 from spmdrl.atomic_files import replace_file
 from spmdrl.batch import Batch
 from spmdrl.config.sections import Config
-from spmdrl.data.home import DataSet, home_rows
+from spmdrl.data.order import DataSet, home_rows
 from spmdrl.distributed.reduce import broadcast_object, gather_objects, world_any
 from spmdrl.flows.preference_terms import REFERENCE
 from spmdrl.roles.handles import Policy, Reference

@@ -17,12 +17,12 @@ from spmdrl.algorithms.preference_loss import bradley_terry_loss
 from spmdrl.batch import Batch
 from spmdrl.config.algorithms import AlgorithmSection
 from spmdrl.data.preferences import Pair
-from spmdrl.evaluation.pairs import CHOSEN, pair_accuracy
+from spmdrl.evaluation.metrics import CHOSEN, pair_accuracy
 from spmdrl.flows.policy_terms import update_of
 from spmdrl.roles.handles import Reward
 from spmdrl.run.protocols import Metrics
 from spmdrl.run.run import Run
-from spmdrl.run.step_metrics import update_metrics
+from spmdrl.run.step_report import update_metrics
 from spmdrl.training.protocol import LossFn, LossInput
 
 

@@ -18,7 +18,7 @@ from spmdrl.observe.names import EVAL, STANDARD_ERROR
 from spmdrl.roles.handles import Policy
 from spmdrl.run.protocols import Metrics
 from spmdrl.run.run import Run
-from spmdrl.run.step_metrics import update_metrics
+from spmdrl.run.step_report import update_metrics
 from spmdrl.training.protocol import LossInput
 
 

@@ -3,21 +3,76 @@
 `prepare` precedes every call, and moves parts out before it moves others in. Parts that a call
 leaves on the device stay until a call that does not need them, so consecutive calls of one role
 move nothing.
+
+Cost of the moves of parts between two readings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from spmdrl.memory.meter import Meter
-from spmdrl.memory.mover import Mover
+from spmdrl.memory.mover import Mover, Ticket
 from spmdrl.memory.parts import PartKey, closure, dotted
 from spmdrl.memory.registry import PartRegistry
 from spmdrl.memory.storages import is_resident, local_part
+
+Direction = Literal["to_host", "to_device"]
+
+_DIRECTIONS: tuple[Direction, ...] = ("to_host", "to_device")
+
+
+class Meter:
+    """Adds up copies, and keeps the maximum of resident bytes."""
+
+    def __init__(self) -> None:
+        self._running: list[tuple[Direction, Ticket]] = []
+        self._bytes = dict.fromkeys(_DIRECTIONS, 0)
+        self._seconds = dict.fromkeys(_DIRECTIONS, 0.0)
+        self._peak = 0
+
+    def copied(self, direction: Direction, ticket: Ticket) -> None:
+        """Count a copy that has been started."""
+        self._running.append((direction, ticket))
+        self._collect(only_done=True)
+
+    def resident(self, num_bytes: int) -> None:
+        """Count the bytes that are on the device now."""
+        self._peak = max(self._peak, num_bytes)
+
+    def take(self, num_bytes: int) -> dict[str, float]:
+        """Return the sums since the last reading; `num_bytes` are resident now.
+
+        Returns:
+            `peak_resident_bytes`, and for `to_host` and `to_device` `_bytes`, `_seconds` (of the
+            copies, without the waits before them) and `_gb_per_s` (10^9; 0 without copies).
+        """
+        self.resident(num_bytes)
+        self._collect(only_done=False)
+        found = {"peak_resident_bytes": float(self._peak)}
+        for name in _DIRECTIONS:
+            count, seconds = self._bytes[name], self._seconds[name]
+            found[f"{name}_bytes"] = float(count)
+            found[f"{name}_seconds"] = seconds
+            found[f"{name}_gb_per_s"] = count / seconds / 1e9 if seconds > 0 else 0.0
+            self._bytes[name], self._seconds[name] = 0, 0.0
+        self._peak = num_bytes
+        return found
+
+    def _collect(self, *, only_done: bool) -> None:
+        """Move copies from the list into the sums, which keeps the list short."""
+        running = []
+        for name, ticket in self._running:
+            if only_done and not ticket.is_done():
+                running.append((name, ticket))
+                continue
+            self._bytes[name] += ticket.num_bytes
+            self._seconds[name] += ticket.seconds()
+        self._running = running
 
 
 class DeviceParts:

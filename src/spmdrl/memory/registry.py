@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from spmdrl.memory.foreign_part import ForeignPart
 from spmdrl.memory.mover import Mover
 from spmdrl.memory.parts import (
     Part,
@@ -19,7 +18,7 @@ from spmdrl.memory.parts import (
     closure,
 )
 from spmdrl.memory.storages import distinct_storages, is_resident, local_part, storage_key
-from spmdrl.memory.tensor_part import TensorPart
+from spmdrl.memory.tensor_part import ForeignPart, TensorPart
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

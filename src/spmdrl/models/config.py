@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from spmdrl.models.experts import MoeConfig, parse_experts, tiny_experts
-from spmdrl.models.families import CAUSAL, CLASSIFICATION, DEFAULTS, SUPPORTED
+from spmdrl.models.families import CAUSAL, CLASSIFICATION, DEFAULTS, SUPPORTED, refuse_features
 from spmdrl.models.fields import Fields, read_json
-from spmdrl.models.rope_scaling import RopeConfig, parse_rope
-from spmdrl.models.unsupported import refuse_features
+from spmdrl.models.rope import RopeConfig, parse_rope
 
 GENERATION = "generation_config.json"
 MOST_LAYERS = 10_000

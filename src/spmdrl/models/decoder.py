@@ -22,8 +22,7 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.fused import rms_norm, swiglu
 from spmdrl.models.linear import Blocked, linear
 from spmdrl.models.moe import Moe
-from spmdrl.models.rope import rope_tables, rotate
-from spmdrl.models.rope_scaling import inverse_frequencies
+from spmdrl.models.rope import inverse_frequencies, rope_tables, rotate
 from spmdrl.models.routing import Routing
 from spmdrl.models.sharding import Head, Slice, all_slices, local_kv_heads
 

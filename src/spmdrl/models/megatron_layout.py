@@ -21,8 +21,7 @@ from itertools import pairwise
 
 import torch
 
-from spmdrl.distributed.expert_axes import expert_degrees, expert_place
-from spmdrl.distributed.mesh import coordinates
+from spmdrl.distributed.mesh import coordinates, expert_degrees, expert_place
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.local_shards import LocalShard, Table
 from spmdrl.models.sharding import Head, Slice, all_slices, fused_tensors, restrict

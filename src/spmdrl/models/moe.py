@@ -24,8 +24,7 @@ from spmdrl.distributed.parallel import (
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.experts import MoeConfig
 from spmdrl.models.fused import swiglu
-from spmdrl.models.grouped import Groups, grouped_gemm_is_usable, grouped_linear
-from spmdrl.models.linear import linear
+from spmdrl.models.linear import Groups, grouped_gemm_is_usable, grouped_linear, linear
 from spmdrl.models.routing import Routing
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from spmdrl.observe import names
-from spmdrl.observe.progress import write_line
+from spmdrl.observe.log import write_line
 
 WIDTH = 120
 LINES_PER_HEADER = 25

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from spmdrl.algorithms.ratio_bins import RATIO_BINS, RATIO_EDGES
+from spmdrl.algorithms.metrics import RATIO_BINS, RATIO_EDGES
 from spmdrl.atomic_files import replace_file, set_aside
 
 if TYPE_CHECKING:

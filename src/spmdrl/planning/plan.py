@@ -11,9 +11,8 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.local_shards import WeightLayout
 from spmdrl.placement import DeviceType, Placement
 from spmdrl.planning.engines import check_engine, shares_tensors
-from spmdrl.planning.layouts import role_layout, shard_blocks, state_layout
+from spmdrl.planning.layouts import check_model, role_layout, shard_blocks, state_layout
 from spmdrl.planning.memory import RankMemory, plan_memory
-from spmdrl.planning.model_rules import check_model
 from spmdrl.planning.parts import HeldModel
 from spmdrl.role_spec import RoleSpec, device_types, make_specs
 from spmdrl.roles.custom import Custom, UserRole, check_scores, declared_bytes, make_user_role

@@ -21,7 +21,7 @@ from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.custom import FORWARD
 from spmdrl.roles.model_calls import OPTIMIZER, WEIGHTS
 from spmdrl.roles.policy_sync import SYNC
-from spmdrl.rollout.native.blocked import MIN_STEPS
+from spmdrl.rollout.native.weights import MIN_STEPS
 from spmdrl.weights.plan import NUM_SLOTS, SyncPlan
 
 READ_ORDER = ("value", "reference", "teacher", "policy", "reward")

@@ -33,7 +33,7 @@ from spmdrl.rewards.judging import (
 )
 from spmdrl.rewards.process import WorkerSettings, receive, send
 from spmdrl.rewards.server import RewardServer, ServerEnded, passed_variables
-from spmdrl.supervision.signs import lives
+from spmdrl.supervision.pulse import lives
 
 log = logging.getLogger(__name__)
 

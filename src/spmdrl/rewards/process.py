@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spmdrl.config.user_errors import own_frames, own_story
+from spmdrl.config.user_objects import own_frames, own_story
 from spmdrl.rewards.arguments import Caller
 from spmdrl.rewards.functions import RewardFunction, RewardSpec, load
 

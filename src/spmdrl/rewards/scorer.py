@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from spmdrl.batch import Batch, from_rows
-from spmdrl.config.user_errors import AgreedError
+from spmdrl.config.user_objects import AgreedError
 from spmdrl.data.prompts import Prompt
 from spmdrl.distributed.reduce import gather_objects, world_any
 from spmdrl.models.files.token_texts import TokenTexts
@@ -26,8 +26,8 @@ from spmdrl.rewards.pool import RewardPool
 from spmdrl.roles.calls import Call, together
 from spmdrl.roles.custom import SCORES, CustomRole
 from spmdrl.roles.handles import Reward
+from spmdrl.roles.kept import origin_of
 from spmdrl.roles.ledger import Stint, current, places_of
-from spmdrl.roles.origin import origin_of
 from spmdrl.rollout.protocol import Finish
 from spmdrl.rollout.stops import StopTexts
 

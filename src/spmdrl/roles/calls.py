@@ -30,9 +30,8 @@ from spmdrl.distributed.exchange import (
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.reduce import broadcast_object
 from spmdrl.memory.call_memory import CallMemory
-from spmdrl.roles.kept import Kept, PartialResult, Record
+from spmdrl.roles.kept import Kept, PartialResult, Record, origin_of
 from spmdrl.roles.ledger import Interrupted, Ledger, Stint, current, places_of
-from spmdrl.roles.origin import origin_of
 from spmdrl.supervision.stopping import StopAsked
 
 Arguments = ParamSpec("Arguments")

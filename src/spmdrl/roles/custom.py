@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.batch import Batch
-from spmdrl.config.user_errors import headline, told
-from spmdrl.config.user_objects import lacks, load_object
+from spmdrl.config.user_objects import headline, lacks, load_object, told
 from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.call_memory import CallMemory

@@ -18,8 +18,7 @@ from spmdrl.roles.calls import Call, role_method
 from spmdrl.roles.kept import PartialResult
 from spmdrl.roles.ledger import Interrupted, Stint
 from spmdrl.roles.model_calls import WEIGHTS, row_order
-from spmdrl.rollout.protocol import Completion, Finish, Request, RolloutEngine
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.protocol import Completion, Finish, Request, RolloutEngine, SamplingParams
 from spmdrl.training.support import SUPPORT
 
 KV_CACHE, GRAPHS = "kv_cache", "graphs"

@@ -2,13 +2,20 @@
 
 A role is a leaf: its name, its mesh, its model, and the calls that it offers. The calls are
 implemented in `model_calls` (train backends) and `generation` (engines); users' roles in `custom`.
+
+Kinds of roles with a model on a train backend, and their handles.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from spmdrl.batch import Batch
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.memory.call_memory import CallMemory
+from spmdrl.models.config import ModelConfig
 from spmdrl.roles.calls import Call, role_method, together
 from spmdrl.roles.generation import Generation, Rollout
 from spmdrl.roles.model_calls import (
@@ -20,7 +27,7 @@ from spmdrl.roles.model_calls import (
     those_in,
     update_call,
 )
-from spmdrl.training.protocol import NO_GRADIENT, LossFn
+from spmdrl.training.protocol import NO_GRADIENT, LossFn, TrainBackend
 from spmdrl.training.readout import SCORES, VALUES, next_token
 from spmdrl.training.support import SUPPORT
 
@@ -120,3 +127,14 @@ class Value(ModelRole):
     @role_method
     def update(self, batch: Batch, loss_fn: LossFn, update: Update) -> Call[UpdateRecords]:
         return update_call(self, batch, loss_fn, VALUES, update)
+
+
+Handle = Callable[[str, Mesh, ModelConfig, TrainBackend | None, CallMemory | None], ModelRole]
+
+HANDLES: Mapping[str, Handle] = {
+    "policy": Policy,
+    "reference": Reference,
+    "teacher": partial(Reference, prefix="teacher"),
+    "reward": Reward,
+    "value": Value,
+}

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from spmdrl.batch import Batch
 from spmdrl.distributed.reduce import world_sum
-from spmdrl.roles.kept import Journal, Kept, PartialResult, Record
-from spmdrl.roles.origin import Origin
+from spmdrl.roles.kept import Journal, Kept, Origin, PartialResult, Record
 from spmdrl.supervision.pulse import Pulse, Stage
 from spmdrl.world import World
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from spmdrl.models.files.token_texts import Decode, TokenTexts
-from spmdrl.rollout.protocol import Finish
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.protocol import Finish, SamplingParams
 
 _CONTEXT = 8
 """Tokens decoded before those that can hold a stop text, so that its first letters are complete."""

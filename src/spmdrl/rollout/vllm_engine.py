@@ -35,9 +35,8 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.models.sharding import Slice, all_slices
 from spmdrl.rollout.lockstep import Lockstep
-from spmdrl.rollout.protocol import Completion, Progress, Request
+from spmdrl.rollout.protocol import MAX_SUPPORT, Completion, Progress, Request, SamplingParams
 from spmdrl.rollout.requests import check_requests
-from spmdrl.rollout.sampling import MAX_SUPPORT, SamplingParams
 from spmdrl.rollout.stops import StopRules
 from spmdrl.rollout.vllm_isolation import Enclosure, replaced, uncompiled
 from spmdrl.rollout.vllm_model import VOCAB_MULTIPLE, check_supported, described, match_parameters

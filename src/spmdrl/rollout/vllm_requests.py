@@ -7,8 +7,7 @@ from typing import Any
 
 from spmdrl.config.sections import RolloutSection
 from spmdrl.keyed_random import key64
-from spmdrl.rollout.protocol import Request
-from spmdrl.rollout.sampling import MAX_SUPPORT, SamplingParams
+from spmdrl.rollout.protocol import MAX_SUPPORT, Request, SamplingParams
 
 BLOCK_MULTIPLE = {"cpu": 32, "cuda": 16}
 """Multiple to which the tokens of a cache block are rounded up, by device type."""

@@ -17,7 +17,7 @@ from spmdrl.models.files.token_texts import tokenizer_ends
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.role_spec import RoleSpec
 from spmdrl.run.assembled import Assembly
-from spmdrl.weights.gather import full_tensors
+from spmdrl.weights.views import full_tensors
 
 _DTYPES = {
     "float32": torch.float32,

@@ -14,11 +14,9 @@ from spmdrl.memory.json_tensors import json_values
 from spmdrl.observe.metrics import MetricsWriter
 from spmdrl.roles.ledger import Ledger
 from spmdrl.roles.policy_sync import PolicySync
-from spmdrl.run.config_changes import describe_roles
-from spmdrl.run.resume_point import Moment, Resumed
+from spmdrl.run.resume_point import Moment, Resumed, describe_roles
 from spmdrl.run.saving import Saver
-from spmdrl.supervision.stopping import StopAsked
-from spmdrl.supervision.walltime import Walltime
+from spmdrl.supervision.stopping import StopAsked, Walltime
 from spmdrl.supervision.watcher import STOPPING_PHASE, Watcher
 from spmdrl.world import World
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spmdrl.config.data_sets import HELD_OUT, held_out_sets
 from spmdrl.config.sections import Config, RewardPoolSection, RewardSection
-from spmdrl.config.user_errors import AgreedError
+from spmdrl.config.user_objects import AgreedError
 from spmdrl.data.prompts import PromptSet
 from spmdrl.distributed.reduce import agreed, broadcast_object
 from spmdrl.rewards.functions import RewardSpec

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from spmdrl.checkpoint.index import Tensors
+from spmdrl.checkpoint.index import Tensors, frozen_slices, only, slice_owners
 from spmdrl.checkpoint.load import load_tensors, read_private
-from spmdrl.checkpoint.owners import frozen_slices, only, slice_owners
 from spmdrl.distributed.reduce import gather_objects, world_any
 from spmdrl.models.local_shards import WeightLayout
 from spmdrl.models.sharding import Slice

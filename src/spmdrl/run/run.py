@@ -12,15 +12,14 @@ from spmdrl.batch import Batch
 from spmdrl.config.roles import PartName
 from spmdrl.config.sections import Config
 from spmdrl.config.user_objects import load_object
-from spmdrl.data.home import DataSet, StepRows, home_rows
 from spmdrl.data.item_set import DataItem, ItemSet, items_of
+from spmdrl.data.order import DataSet, StepRows, home_rows
 from spmdrl.distributed.reduce import moments
 from spmdrl.memory.call_memory import CallMemory
-from spmdrl.rollout.sampling import SamplingParams
+from spmdrl.rollout.protocol import SamplingParams
 from spmdrl.run.protocols import Evaluates, Life, Metrics, Scores, Syncs
 from spmdrl.run.resume_point import Saved
-from spmdrl.run.step_metrics import joined, sync_metrics
-from spmdrl.run.step_report import StepReport
+from spmdrl.run.step_report import StepReport, joined, sync_metrics
 from spmdrl.run.user_parts import check_made
 from spmdrl.world import World
 

@@ -18,10 +18,9 @@ from spmdrl.keyed_random import NOISE_VERSION
 from spmdrl.role_spec import computing_dtype
 from spmdrl.roles.kept import Journal
 from spmdrl.run.assembled import Assembly
-from spmdrl.run.config_changes import changed_keys, describe_journal
 from spmdrl.run.data_identity import DataIdentity
 from spmdrl.run.loss_check import TOLERANCES, LossCheck
-from spmdrl.run.resume_point import Moment, Resumed
+from spmdrl.run.resume_point import Moment, Resumed, changed_keys, describe_journal
 from spmdrl.run.role_states import RoleStates
 from spmdrl.supervision.attempt import Attempt
 from spmdrl.world import World

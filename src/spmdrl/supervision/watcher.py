@@ -25,9 +25,8 @@ from spmdrl.atomic_files import replace_file
 from spmdrl.supervision.attempt import Attempt, Outcome
 from spmdrl.supervision.error_file import one_line, write_error_file
 from spmdrl.supervision.failures import is_lost_peer
-from spmdrl.supervision.pulse import Pulse, behind
+from spmdrl.supervision.pulse import DEAD_S, SIGN_S, Pulse, Signs, behind
 from spmdrl.supervision.signals import Signals
-from spmdrl.supervision.signs import DEAD_S, SIGN_S, Signs
 from spmdrl.supervision.stacks import Stacks
 from spmdrl.world import World
 

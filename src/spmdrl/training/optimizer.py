@@ -1,10 +1,14 @@
-"""AdamW over the leaves' float32 masters."""
+"""AdamW over the leaves' float32 masters.
+
+Sums and norms of gradients over ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.models.local_shards import LocalTensors
@@ -72,3 +76,73 @@ class Optimizer:
         """Tell AdamW's bias correction how many updates the moments have seen."""
         for leaf in self._live:
             self._adamw.state[leaf.master]["step"].fill_(count)
+
+
+SMALL_BYTES = 1 << 20
+"""Tensors below this size are reduced together in one flat buffer, larger ones in place."""
+
+
+def all_reduce_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Sum every gradient over the group, in place; they must be contiguous and of one dtype."""
+    if group is None:
+        return
+    small = [g for g in gradients if g.numel() * g.element_size() < SMALL_BYTES]
+    large = [g for g in gradients if g.numel() * g.element_size() >= SMALL_BYTES]
+    flat = [torch.cat([g.flatten() for g in small])] if small else []
+    # Start all of them at once: on gloo one transfer then runs while another is summed.
+    pending = [dist.all_reduce(t, group=group, async_op=True) for t in (*large, *flat)]
+    for work in pending:
+        work.wait()
+    if small:
+        parts = torch.split(flat[0], [g.numel() for g in small])
+        for gradient, part in zip(small, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def average_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Average the gradients over the ranks of the group, in place.
+
+    This is for parameters that every rank of a tensor-parallel group holds. Their gradients differ
+    only in the order of sums, which atomics on CUDA do not fix. Copies that step by different
+    gradients would drift apart for good.
+    """
+    if group is None or not gradients:
+        return
+    all_reduce_gradients(gradients, group)
+    for gradient in gradients:
+        gradient.div_(dist.get_world_size(group))
+
+
+def gradient_norm(
+    counted: Iterable[Tensor],
+    groups: Sequence[dist.ProcessGroup | None],
+    device: torch.device,
+) -> float:
+    """Compute the norm of the whole gradient, which is spread over `groups`.
+
+    Squares are summed in float64, so that the layout changes the norm only by rounding.
+
+    Args:
+        counted: the gradients that this rank counts; exactly one rank counts each element.
+        groups: the groups to sum over, in turn; None is a group of one rank.
+    """
+    squares = [_sum_of_squares(gradient) for gradient in counted]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    if squares:
+        total = torch.stack(squares).sum()
+    for group in groups:
+        if group is not None:
+            dist.all_reduce(total, group=group)
+    return total.sqrt().item()
+
+
+def _sum_of_squares(gradient: Tensor) -> Tensor:
+    """Sum squares in float32 over runs of 1024, then in float64. On CPUs this is ten times faster
+    than float64 throughout and as good to 1e-9; float32 throughout loses the third digit.
+    """
+    flat = gradient.flatten()
+    whole = len(flat) // 1024 * 1024
+    runs = torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1).double()
+    rest = torch.linalg.vector_norm(flat[whole:]).double()
+    total: Tensor = runs.square().sum() + rest.square()
+    return total

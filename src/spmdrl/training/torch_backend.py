@@ -39,8 +39,12 @@ from spmdrl.training.backend_steps import (
 )
 from spmdrl.training.context import LocalStream, split_stream
 from spmdrl.training.experts import ExpertUse, make_balance, make_routing
-from spmdrl.training.gradients import all_reduce_gradients, average_gradients, gradient_norm
-from spmdrl.training.optimizer import Optimizer
+from spmdrl.training.optimizer import (
+    Optimizer,
+    all_reduce_gradients,
+    average_gradients,
+    gradient_norm,
+)
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.packing import Microbatch, empty_microbatch
 from spmdrl.training.protocol import LossFn, MicrobatchProgress, OptimStep, loss_of

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from spmdrl.distributed.expert_axes import expert_degrees, expert_place
-from spmdrl.distributed.mesh import coordinates
+from spmdrl.distributed.mesh import coordinates, expert_degrees, expert_place
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.fsdp_cuts import fsdp_dims, fsdp_shard
 from spmdrl.models.local_shards import LocalShard, Table

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from spmdrl.models.local_shards import Table, WeightLayout
-from spmdrl.weights.cells import Cell, find_cuts
+from spmdrl.weights.cells import Cell, Pattern, Patterns, find_cuts
 from spmdrl.weights.layout import Kinds, kinds_of, shards_by_kind
-from spmdrl.weights.patterns import Pattern, Patterns
 from spmdrl.weights.rounds import CellRange, Round, make_rounds
 from spmdrl.weights.routes import Ranks, Route
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spmdrl.weights.patterns import Pattern
+from spmdrl.weights.cells import Pattern
 from spmdrl.weights.routes import Ranks, Route
 
 

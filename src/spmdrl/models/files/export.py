@@ -19,7 +19,7 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.families import CAUSAL, CLASSIFICATION
 from spmdrl.models.fields import Fields, read_json
 from spmdrl.models.files.padding import set_padding
-from spmdrl.models.files.shard_files import write_shards
+from spmdrl.models.files.safetensors_writer import write_shards
 from spmdrl.models.files.weight_files import INDEX, SINGLE, open_checkpoint
 from spmdrl.models.sharding import Head, Slice, global_shapes
 

@@ -1,15 +1,24 @@
-"""The runner's interface to attention over a paged key-value cache."""
+"""The runner's interface to attention over a paged key-value cache.
+
+Paged attention in plain torch operations, on any device and in any dtype.
+
+Every layer gathers a sample's keys and values from the cache's blocks. It is used if nothing can be
+compiled, and kernels are tested against it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from spmdrl.rollout.native.scheduler import StepPlan
+from spmdrl.rollout.native.sample import Sample
+from spmdrl.rollout.native.scheduler import Chunk, StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,3 +64,157 @@ def copy_blocks(pairs: Sequence[tuple[int, int]], caches: Sequence[Tensor]) -> N
         source, target = torch.tensor(pairs, device=caches[0].device).unbind(1)
         for cache in caches:
             cache.index_copy_(0, target, cache.index_select(0, source))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prefill:
+    """Rows `[start, stop)`: `count` chunks of one length, each after `context` cached tokens.
+
+    `blocks` [count, blocks of the context] and `mask` [length, context + length] come with context.
+    """
+
+    start: int
+    stop: int
+    count: int
+    context: int = 0
+    blocks: Tensor | None = None
+    mask: Tensor | None = None
+
+
+class GatheredAttention:
+    """`PagedAttention` without kernels of its own."""
+
+    def __init__(self, shape: CacheShape) -> None:
+        self._shape = shape
+        layers = (shape.num_layers, shape.num_blocks, shape.kv_heads)
+        # Zeros, because a block's unused tail is multiplied by weights of zero. Keys are kept
+        # transposed, so that scores of a whole block are sums of contiguous rows.
+        self._keys = self._zeros(*layers, shape.head_dim, shape.block_size).unbind(0)
+        self._values = self._zeros(*layers, shape.block_size, shape.head_dim).unbind(0)
+        self._scale = shape.head_dim**-0.5
+        self._slots: tuple[Tensor, Tensor] | None = None
+        self._table = self._lengths = torch.empty(0, dtype=torch.int32)
+        self._prefill: list[_Prefill] = []
+        self._num_decodes = 0
+
+    def prepare(self, plan: StepPlan) -> None:
+        copy_blocks(plan.copies, (*self._keys, *self._values))
+        self._slots = self._find_slots(plan)
+        self._num_decodes = len(plan.decodes)
+        self._prepare_decodes(plan.decodes)
+        self._prefill = self._prepare_prefill(plan.chunks, len(plan.decodes))
+
+    def caches(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return self._keys, self._values
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,  # [T, H, d]
+        k: Tensor,  # [T, KVH, d]
+        v: Tensor,  # [T, KVH, d]
+    ) -> Tensor:
+        self._store(layer, k, v)
+        n = self._num_decodes
+        decoded = self._attend_decodes(layer, q[:n]) if n else None
+        if not self._prefill:
+            assert decoded is not None
+            return decoded
+        out = q.new_empty(q.shape)
+        if decoded is not None:
+            out[:n] = decoded
+        for span in self._prefill:
+            rows = slice(span.start, span.stop)
+            out[rows] = self._attend_span(span, layer, q[rows], k[rows], v[rows])
+        return out
+
+    def _prepare_decodes(self, decodes: list[Sample]) -> None:
+        size, device = self._shape.block_size, self._shape.device
+        held = [s.blocks[: -(-s.cached // size)] for s in decodes]
+        width = max(map(len, held), default=0)
+        padded = [blocks + [0] * (width - len(blocks)) for blocks in held]
+        self._table = torch.tensor(padded, dtype=torch.int32, device=device)
+        lengths = [s.cached for s in decodes]
+        self._lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Write keys and values of the step's tokens into the cache."""
+        assert self._slots is not None, "prepare was not called"
+        block, offset = self._slots
+        self._keys[layer][block, :, :, offset] = k
+        self._values[layer][block, :, offset] = v
+
+    def _attend_decodes(self, layer: int, q: Tensor) -> Tensor:  # [n, H, d]
+        """Attend for the first rows, one per decode."""
+        k, v = self._gather(layer, self._table)
+        places = torch.arange(k.shape[2], device=q.device)
+        mask = (places < self._lengths[:, None])[:, None, None]
+        return F.scaled_dot_product_attention(
+            q.unsqueeze(2), k, v, attn_mask=mask, scale=self._scale, enable_gqa=True
+        ).squeeze(2)
+
+    def _attend_span(self, span: _Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        count, length, d = span.count, q.shape[0] // span.count, q.shape[2]
+        q, k, v = (x.view(count, length, -1, d).transpose(1, 2) for x in (q, k, v))
+        if span.blocks is not None:
+            before = (x[:, :, : span.context] for x in self._gather(layer, span.blocks))
+            k, v = (torch.cat(parts, dim=2) for parts in zip(before, (k, v), strict=True))
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=span.mask,
+            is_causal=span.mask is None,
+            scale=self._scale,
+            enable_gqa=True,
+        )
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def _gather(self, layer: int, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather keys and values of the blocks in `table` [n, W]: [n, KVH, W * block_size, d]."""
+
+        def of(cache: Tensor) -> Tensor:  # [blocks, KVH, block_size, d]
+            found = cache.index_select(0, table.flatten())
+            return found.view(*table.shape, *found.shape[1:]).transpose(1, 2).flatten(2, 3)
+
+        return of(self._keys[layer].mT), of(self._values[layer])
+
+    def _find_slots(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
+        """Find the block and the offset of every row's key and value."""
+        size = self._shape.block_size
+        blocks = [s.blocks[(s.cached - 1) // size] for s in plan.decodes]
+        offsets = [(s.cached - 1) % size for s in plan.decodes]
+        for chunk in plan.chunks:
+            places = range(chunk.start, chunk.stop)
+            blocks += [chunk.sample.blocks[i // size] for i in places]
+            offsets += [i % size for i in places]
+        found = torch.tensor((blocks, offsets), device=self._shape.device)
+        return found[0], found[1]
+
+    def _prepare_prefill(self, chunks: list[Chunk], first_row: int) -> list[_Prefill]:
+        """Make spans of rows; neighbouring chunks at the same places in their prompts share one."""
+        spans, row = [], first_row
+        for (start, stop), group in groupby(chunks, key=lambda c: (c.start, c.stop)):
+            members = list(group)
+            last_row = row + len(members) * (stop - start)
+            spans.append(self._span(members, row, last_row))
+            row = last_row
+        return spans
+
+    def _span(self, chunks: list[Chunk], first_row: int, last_row: int) -> _Prefill:
+        start, stop, device = chunks[0].start, chunks[0].stop, self._shape.device
+        if not start:
+            return _Prefill(start=first_row, stop=last_row, count=len(chunks))
+        held = -(-start // self._shape.block_size)
+        query = torch.arange(start, stop, device=device)
+        return _Prefill(
+            start=first_row,
+            stop=last_row,
+            count=len(chunks),
+            context=start,
+            blocks=torch.tensor([c.sample.blocks[:held] for c in chunks], device=device),
+            mask=torch.arange(stop, device=device)[None, :] <= query[:, None],
+        )
+
+    def _zeros(self, *sizes: int) -> Tensor:
+        return torch.zeros(*sizes, dtype=self._shape.dtype, device=self._shape.device)

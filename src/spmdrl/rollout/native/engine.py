@@ -21,20 +21,17 @@ from spmdrl.models.degrees import check_tp
 from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.models.routing import choices_dtype
 from spmdrl.rollout.lockstep import Lockstep
-from spmdrl.rollout.native.blocked import blocked_weights
 from spmdrl.rollout.native.blocks import BlockPool
 from spmdrl.rollout.native.recording import ExpertRecord
 from spmdrl.rollout.native.sample import Sample, leaders_of, samples_of
-from spmdrl.rollout.native.sampler import Sampler
+from spmdrl.rollout.native.sampler import Sampler, rows_of
 from spmdrl.rollout.native.scheduler import Scheduler, sampled
 from spmdrl.rollout.native.shared_prefix import common_prefix
 from spmdrl.rollout.native.snapshot import blocks_of, restore_snapshot, take_snapshot
-from spmdrl.rollout.native.supports import rows_of
-from spmdrl.rollout.native.weights import EngineWeights
+from spmdrl.rollout.native.weights import EngineWeights, blocked_weights
 from spmdrl.rollout.native.workspace import NativeOptions, Work, Workspace
-from spmdrl.rollout.protocol import Completion, Progress, Request
+from spmdrl.rollout.protocol import Completion, Progress, Request, SamplingParams
 from spmdrl.rollout.requests import check_requests
-from spmdrl.rollout.sampling import SamplingParams
 from spmdrl.rollout.stops import StopRule, StopRules
 
 _PREFIX_TOKENS = 256

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.models.kernels import c_code
-from spmdrl.rollout.native.attention import CacheShape
-from spmdrl.rollout.native.gathered import GatheredAttention
+from spmdrl.rollout.native.attention import CacheShape, GatheredAttention
 
 _I, _F, _P, _N = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
 

@@ -17,8 +17,8 @@ from spmdrl.memory.json_tensors import json_tensor, tensor_json
 from spmdrl.rollout.native.attention import PagedAttention
 from spmdrl.rollout.native.recording import ExpertRecord
 from spmdrl.rollout.native.sample import Sample
+from spmdrl.rollout.native.sampler import SupportRecord
 from spmdrl.rollout.native.scheduler import Scheduler
-from spmdrl.rollout.native.supports import SupportRecord
 from spmdrl.rollout.protocol import Finish
 
 _STATE, _KEYS, _VALUES, _EXPERTS = "engine", "keys", "values", "experts"

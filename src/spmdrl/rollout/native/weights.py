@@ -1,14 +1,19 @@
-"""`EngineWeights`: the parameters of the native engine's decoder that this rank holds."""
+"""`EngineWeights`: the parameters of the native engine's decoder that this rank holds.
+
+A copy of the decoder's weights in the layout that CPU kernels read fastest, for one call.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from spmdrl.memory.storages import require_resident
-from spmdrl.models.decoder import Decoder
+from spmdrl.models.decoder import Decoder, Projection
+from spmdrl.models.linear import in_blocks, serves
 from spmdrl.models.local_shards import LocalShard, LocalTensors
 
 
@@ -74,3 +79,28 @@ class EngineWeights:
         if missing:
             raise ValueError(f"the engine has no weights yet: {missing[0]} was never loaded")
         require_resident("rollout", "weights", self._decoder.parameters())
+
+
+MIN_STEPS = 24
+"""Decode steps after which the copy pays off: laying out SmolLM2-135M takes 0.2 to 0.3 s on two
+cores and saves at least 10 ms per step of 32 samples."""
+
+
+@contextmanager
+def blocked_weights(decoder: Decoder, num_steps: int) -> Iterator[None]:
+    """Let products inside use a copy of the weights in blocks, if that pays for `num_steps` steps.
+
+    The copy is as large as the weights. Every call makes a new one and drops it afterwards, so that
+    it is never older than the weights, whose storage may be the trainer's.
+    """
+    holders = {m for m in decoder.modules() if isinstance(m, Projection)} | {decoder.head_holder}
+    if num_steps < MIN_STEPS or not all(serves(h.weight, h.weight) for h in holders):
+        yield
+        return
+    try:
+        for holder in holders:
+            holder.blocked = in_blocks(holder.weight)
+        yield
+    finally:
+        for holder in holders:
+            holder.blocked = None

@@ -13,8 +13,7 @@ from spmdrl.models.decoder import Decoder
 from spmdrl.models.moe import has_fixed_shapes
 from spmdrl.models.sharding import local_kv_heads
 from spmdrl.rollout.lockstep import Lockstep
-from spmdrl.rollout.native.attention import CacheShape, PagedAttention
-from spmdrl.rollout.native.gathered import GatheredAttention
+from spmdrl.rollout.native.attention import CacheShape, GatheredAttention, PagedAttention
 from spmdrl.rollout.native.paged_decode import CompiledAttention, compiled_code
 from spmdrl.rollout.native.runner import Runner
 from spmdrl.rollout.native.varlen import BLOCK_MULTIPLE, VarlenAttention, varlen_is_usable

@@ -32,8 +32,7 @@ from spmdrl.roles.calls import Role
 from spmdrl.roles.canary import Canary
 from spmdrl.roles.custom import DECLARED, CustomRole, RoleContext, declared_bytes
 from spmdrl.roles.generation import GRAPHS, KV_CACHE
-from spmdrl.roles.handles import Policy, Rollout
-from spmdrl.roles.kinds import HANDLES
+from spmdrl.roles.handles import HANDLES, Policy, Rollout
 from spmdrl.roles.model_calls import WEIGHTS, ModelRole
 from spmdrl.roles.policy_sync import PolicySync
 from spmdrl.rollout.protocol import RolloutEngine

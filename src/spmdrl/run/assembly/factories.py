@@ -8,13 +8,12 @@ from pathlib import Path
 
 from spmdrl.config.data_sets import START, HeldOutSet, held_out_sets, uses_chat
 from spmdrl.config.sections import Config, RewardSection
-from spmdrl.data.home import StepRows
-from spmdrl.data.order import Stream, stream_of
+from spmdrl.data.order import StepRows, Stream, stream_of
 from spmdrl.data.prompts import PromptSet
 from spmdrl.evaluation.evaluator import KEY, Evaluator, HeldOutPrompts, results_file
 from spmdrl.observe.console import Console
+from spmdrl.observe.log import Relay
 from spmdrl.observe.metrics import MetricsWriter, set_aside_metrics
-from spmdrl.observe.progress import Relay
 from spmdrl.observe.timeline import PhaseTimer
 from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.retokenizing import retokenizer
@@ -26,12 +25,11 @@ from spmdrl.run.data_identity import data_identity
 from spmdrl.run.exporting import export_models
 from spmdrl.run.inputs import Inputs, sampling_params, training_sampling
 from spmdrl.run.lifetime import Lifetime
-from spmdrl.run.phase_memory import PhaseMemory
 from spmdrl.run.resume_point import Resumed
 from spmdrl.run.reward_pools import pool_key
 from spmdrl.run.run import Run
 from spmdrl.run.saving import Saver
-from spmdrl.run.step_report import StepReport
+from spmdrl.run.step_report import PhaseMemory, StepReport
 from spmdrl.supervision.watcher import Watcher
 from spmdrl.world import World
 

@@ -19,8 +19,7 @@ from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attent
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, fill
 from spmdrl.models.local_shards import LocalTensors
-from spmdrl.models.rope import rope_tables
-from spmdrl.models.rope_scaling import inverse_frequencies
+from spmdrl.models.rope import inverse_frequencies, rope_tables
 from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.models.sharding import Head
 from spmdrl.training.backend_steps import (

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
-from spmdrl.distributed.expert_axes import expert_degrees
+from spmdrl.distributed.mesh import expert_degrees
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.degrees import check_ep, heads_fix
 from spmdrl.models.megatron_layout import Cut

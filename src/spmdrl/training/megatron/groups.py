@@ -25,8 +25,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import random as rng
 
-from spmdrl.distributed.expert_axes import expert_place
-from spmdrl.distributed.mesh import Mesh, coordinates, group_backend
+from spmdrl.distributed.mesh import Mesh, coordinates, expert_place, group_backend
 from spmdrl.training.megatron import compat
 
 

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.megatron_layout import Parameter, chunk_ranges, flat_pieces
-from spmdrl.training.gradients import average_gradients, gradient_norm
 from spmdrl.training.megatron.compat import named_as_on_cuda
-from spmdrl.training.optimizer import MOMENTS, fresh_state
+from spmdrl.training.optimizer import MOMENTS, average_gradients, fresh_state, gradient_norm
 from spmdrl.training.options import TrainOptions
 
 
