@@ -32,7 +32,7 @@ T = TypeVar("T", bound=DataItem)
 
 
 class ItemSet(Sequence[T]):
-    """A `data.home.DataSet` of items of one kind.
+    """A `data.order.DataSet` of items of one kind.
 
     Args:
         kind: class of the items.

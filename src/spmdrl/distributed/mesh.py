@@ -109,7 +109,7 @@ class Mesh:
     Merged axes exist too: `dp` (replicas that see different rows), `shard` (over which weights
     are sharded: dp_shard x cp), `reduce` (over which gradients are summed), `replica` (the ranks
     of a stage that see the same rows: cp x tp) and `all`. For experts the same ranks have the axes
-    of `expert_axes`, including `ep`, which adds no ranks.
+    of `expert_degrees`, including `ep`, which adds no ranks.
 
     Args:
         role: the role's name, for error messages.

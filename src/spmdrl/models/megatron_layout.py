@@ -34,7 +34,7 @@ class Cut:
     """Numbers of parts that a role's model is cut into.
 
     Args:
-        ep: number of parts of the experts, see `distributed.expert_axes`.
+        ep: number of parts of the experts, see `distributed.mesh`.
         vpp: number of runs of layers on each pipeline rank.
         fused_norms: whether norms belong to the projection after them (TransformerEngine).
     """

@@ -161,7 +161,7 @@ class Run:
     def rows(self, step: int, *, attempt: int = 0, count: int | None = None) -> Batch:
         """This rank's share of a step's data (or of a refill, at most `count` items): home rows.
 
-        They are prompts, conversations or preference pairs, by `data.kind`; see `data.home`.
+        They are prompts, conversations or preference pairs, by `data.kind`; see `data.order`.
         """
         return self.data.batch(step, attempt=attempt, count=count)
 

@@ -1,7 +1,7 @@
 """The softmax over the tokens that truncated sampling could have drawn.
 
 A token that was drawn from the k most likely ones, for example, has the probability of a softmax
-over these k. The engine records their ids (at most `rollout.sampling.MAX_SUPPORT`) in the ragged
+over these k. The engine records their ids (at most `rollout.protocol.MAX_SUPPORT`) in the ragged
 column `SUPPORT`; the policy, and whatever it is compared with, are read over the same ids.
 """
 

@@ -5,7 +5,7 @@ know about it. With `dp_shard: 1` the parameters are plain and replicated over d
 FSDP2 shards float32 parameters over dp_shard x cp and gathers them in the compute dtype; the few
 that tensor parallelism does not divide (norms) stay plain. Tensor and expert parallelism are the
 decoder's own in both cases. Experts are replicated, or sharded, only over the ranks that hold the
-same ones (`distributed.expert_axes`).
+same ones (`distributed.mesh`).
 """
 
 from __future__ import annotations

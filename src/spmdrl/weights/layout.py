@@ -82,7 +82,7 @@ def model_layout(
     """The layout of a role: tensor-parallel parameters, cut by FSDP if dp_shard > 1.
 
     FSDP2 shards over dp_shard x cp (see `models.fsdp_cuts`). Experts are sharded over those of
-    these ranks that hold the same ones (see `distributed.expert_axes`). Pipeline stages hold
+    these ranks that hold the same ones (see `distributed.mesh`). Pipeline stages hold
     consecutive layers; the first has the embedding, the last the norm and the head (or, if they are
     tied, the embedding again). Ranks with the same pp, tp, ep and shard place share one table.
 
