@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from flow_cases import run_configs, write_config
 from harness import run_ranks
+from spmdrl.commands.migrate import migrate
+from spmdrl.config.load import load_config
 from spmdrl.world import World
 from tiny_model import make_tiny_model
 
@@ -66,3 +72,27 @@ def test_a_checkpoint_with_old_names_resumes(tmp_path: Path) -> None:
     assert steps == [0, 1, 2] or steps == [1, 2, 3]
     assert same == []
     assert len(other) == 1 and "roles.policy.residency.optimizer was" in other[0]
+
+
+OF_0_1 = Path(__file__).parent / "of_0_1"
+"""A run of version 0.1, stopped while it sampled in step 2, with its model, data and reward."""
+
+
+def resume_0_1(world: World, place: str) -> tuple[list[int], list[str]]:
+    os.chdir(place)
+    listener = Warnings()
+    logging.getLogger("spmdrl").addHandler(listener)
+    (records,) = run_configs(world, [("config.yaml", [])], place)
+    return [int(record["step"]) for record in records], listener.texts
+
+
+def test_a_run_directory_of_0_1_resumes_within_its_step(tmp_path: Path) -> None:
+    place = tmp_path / "old"
+    shutil.copytree(OF_0_1, place)
+    config = place / "config.yaml"
+    with pytest.raises(ValueError, match=r"memory.*residency"):
+        load_config(str(config))
+    assert len(list(migrate(config))) == 2
+    [(steps, warnings)] = run_ranks(resume_0_1, 1, str(place), timeout_s=200)
+    assert steps == [1, 2, 3]
+    assert not [text for text in warnings if "other" in text or "anew" in text]
