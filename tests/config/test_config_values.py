@@ -95,6 +95,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [
         ("train.lr=.inf", r"train\.lr=inf: .*finite"),
         ("train.lr=.nan", r"train\.lr=nan"),
+        ("rollout.kv_cache_gb=0", r"rollout\.kv_cache_gb=0"),
+        ("rollout.kv_cache_gb=-1", r"rollout\.kv_cache_gb=-1"),
+        ("roles.policy.dp_shard=0", r"roles\.policy\.dp_shard=0"),
         ("sampling.temperature=.inf", r"sampling\.temperature=inf: .*finite"),
         ("sampling.temperature=.nan", r"sampling\.temperature=nan"),
         ("sampling.temperature=5e-4", r"sampling\.temperature=0\.0005: .*at least 0\.001"),

@@ -78,8 +78,9 @@ class AlgorithmSection(Section):
     )
     old_logprobs: Literal["auto", "trainer", "rollout"] = Field(
         "auto",
-        description="Take the old log-probabilities from the trainer or the rollout; auto takes "
-        "the trainer's where the policy moves between sampling and an update.",
+        description="Take the old log-probabilities from the trainer, which computes them before "
+        "the update, or the rollout; auto computes them only where an update has several optimizer "
+        "steps, since in the first the loss's own are equal to them.",
     )
     gamma: float = Field(
         1.0,

@@ -93,7 +93,7 @@ class RoleSection(Section):
         ge=1,
         description="Hold this many replicas, at least 1; null takes what the other degrees leave.",
     )
-    dp_shard: Basic[int | Literal["all"]] = Field(
+    dp_shard: Basic[Annotated[int, Field(ge=1)] | Literal["all"]] = Field(
         1,
         description="Shard each copy of the weights over this many ranks (FSDP2), at least 1; "
         "all takes as many as fit.",

@@ -85,7 +85,7 @@ class RolloutSection(Section):
         "native",
         description="Sample with this engine; vllm runs in the same processes, on all ranks.",
     )
-    kv_cache_gb: float | Literal["auto"] = Field(
+    kv_cache_gb: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
         description="Reserve this much KV cache per rank, in GB, any number above 0; auto takes "
         "what the call needs, within what is free.",

@@ -36,7 +36,7 @@ def grpo(run: Run) -> None:
         # advantages and updates; with lag: 1 the next step's samples are drawn alongside
         metrics = trainer.step(step, batch, *environment.ahead(step + 1))
         run.finish(step, batch, joined(environment.metrics(), metrics))
-    sync.run()
+    sync.run()  # the last evaluation is of the last weights
     run.conclude()
 
 
@@ -65,8 +65,9 @@ class GrpoTrainer:
         update = None
         if self._has_gradient(batch):
             columns = policy_columns(batch)
-            schedule = update_of(self.run, "policy", step, columns, temperature=temperature)
-            update = self.policy.update.on(batch, self.loss, schedule)
+            options = update_of(self.run, "policy", step, columns, temperature=temperature)
+            update = self.policy.update.on(batch, self.loss, options)
+        # in optimizer steps, and before the update, which adds its own
         lag = self.policy.version - moments(batch["weight_version"]).mean
         with self.run.phase("update"):
             records, *_ = together(update, *alongside)

@@ -42,7 +42,7 @@ def online_dpo(run: Run) -> None:
         # pairs and updates; with lag: 1 the next step's samples are drawn alongside
         metrics = trainer.step(step, batch, *environment.ahead(step + 1))
         run.finish(step, batch, joined(environment.metrics(), metrics))
-    sync.run()
+    sync.run()  # the last evaluation is of the last weights
     run.conclude()
 
 
@@ -69,8 +69,9 @@ class OnlineDpoTrainer:
             pairs = self.reference.add(pairs)
         update = None
         if world_sum(pairs["loss_share"].sum()).item() > 0:
-            schedule = pair_update(self.run, step, pairs, temperature=self.temperature)
-            update = self.policy.update.on(pairs, self.loss, schedule)
+            options = pair_update(self.run, step, pairs, temperature=self.temperature)
+            update = self.policy.update.on(pairs, self.loss, options)
+        # in optimizer steps, and before the update, which adds its own
         lag = self.policy.version - moments(batch["weight_version"]).mean
         with self.run.phase("update"):
             records, *_ = together(update, *alongside)

@@ -47,7 +47,7 @@ def ppo(run: Run) -> None:
         batch = environment.collect(step)  # prompts, samples and scores: home rows
         metrics = trainer.step(step, batch, *environment.ahead(step + 1))
         run.finish(step, batch, joined(environment.metrics(), metrics))
-    sync.run()
+    sync.run()  # the last evaluation is of the last weights
     run.conclude()
 
 
@@ -77,13 +77,13 @@ class PpoTrainer:
         waits = step < self.algorithm.value_warmup_steps
         batch, metrics = self._shape(batch, policy_waits=waits)
         read = (*VALUE_COLUMNS, "loss_weights")
-        schedule = update_of(self.run, "value", step, read, temperature=1.0)
-        value_update = self.value.update.on(batch, self.value_loss, schedule)
+        options = update_of(self.run, "value", step, read, temperature=1.0)
+        value_update = self.value.update.on(batch, self.value_loss, options)
         policy_update = None
         if not waits:
             columns, temperature = policy_columns(batch), self.run.config.sampling.temperature
-            schedule = update_of(self.run, "policy", step, columns, temperature=temperature)
-            policy_update = self.policy.update.on(batch, self.policy_loss, schedule)
+            options = update_of(self.run, "policy", step, columns, temperature=temperature)
+            policy_update = self.policy.update.on(batch, self.policy_loss, options)
         with self.run.phase("update"):
             of_value, of_policy, *_ = together(value_update, policy_update, *alongside)
         value_metrics = dict(update_metrics(of_value))
