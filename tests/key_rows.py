@@ -224,7 +224,7 @@ ROWS: dict[str, Row] = {
     "evaluation.num_samples": row("grpo", BOTH, HELD, "evaluation.num_samples=2"),
     "evaluation.k": row("grpo", BOTH, *DRAWN, "evaluation.k=[2]"),
     "evaluation.sampling": row("grpo", BOTH, HELD, "evaluation.sampling={top_k: 2}"),
-    "evaluation.results": row("grpo", BOTH, HELD, "evaluation.against=start"),
+    "evaluation.against": row("grpo", BOTH, HELD, "evaluation.against=start"),
     "checkpoint.every": row("grpo", "files", SAVED[0], "checkpoint.every=1"),
     "checkpoint.keep_last": row("grpo", "files", *SAVED),
     "checkpoint.keep_every": row("grpo", "files", *SAVED, "checkpoint.keep_every=1"),

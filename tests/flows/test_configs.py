@@ -89,7 +89,7 @@ def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_configs_run_on_few_ranks(place, ranks):
     runs = []
     for path in CONFIGS:

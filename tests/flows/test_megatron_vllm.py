@@ -15,7 +15,7 @@ from spmdrl.world import World
 from tiny_model import make_tiny_model
 from vllm_cases import needs_vllm
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.full]
 
 ROLLOUT = {"engine": "vllm", "block_size": 16, "sync_check_every": 1}
 BACKENDS: dict[str, list[str]] = {

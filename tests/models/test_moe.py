@@ -16,7 +16,7 @@ from harness import run_ranks
 from moe_models import CASES, by_file_name, config_of, reference_model
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, copy_to
-from spmdrl.models import linear as grouped
+from spmdrl.models import linear
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import open_model
@@ -197,14 +197,14 @@ def test_grouped_products_by_loop_and_by_kernel() -> None:
 def test_gradients_of_frozen_experts_are_not_computed(
     trained: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count, plain = 0, grouped.product
+    count, plain = 0, linear.product
 
     def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         nonlocal count
         count += 1
         return plain(a, b)
 
-    monkeypatch.setattr(grouped, "product", counted)
+    monkeypatch.setattr(linear, "product", counted)
     x = torch.randn(9, 8).requires_grad_(trained == "x")
     weight = torch.randn(4, 16, 8).requires_grad_(trained == "weight")
     counts = torch.tensor([3, 0, 5, 1])
@@ -251,7 +251,7 @@ def test_nothing_waits_for_the_device_where_no_expert_is_elsewhere(
     needs_grad: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fake tensors have no values: what asks for some, and so would wait for a GPU, is an error."""
-    for module in ("moe", "grouped"):
+    for module in ("moe", "linear"):
         monkeypatch.setattr(f"spmdrl.models.{module}.grouped_gemm_is_usable", lambda *_: True)
     config = config_of(reference_model("mixtral"))
     with FakeTensorMode(), torch.set_grad_enabled(needs_grad):
