@@ -15,7 +15,7 @@ from spmdrl import api
 SOURCE = Path(__file__).parents[1] / "src" / "spmdrl"
 
 FLOWS = [p for p in sorted((SOURCE / "flows").glob("*.py")) if p.stem != "reference_sums"]
-"""What a user copies. `reference_sums` writes a file of the project's own, and is only called."""
+"""Files that a user copies; `reference_sums` writes a file of the project, and is only called."""
 
 
 def imported(path: Path) -> list[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""Which samples are compared: best and worst, all ordered pairs, equal responses once."""
+"""Comparisons of samples: best and worst, all ordered pairs, equal responses once."""
 
 from __future__ import annotations
 

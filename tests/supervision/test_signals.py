@@ -47,7 +47,7 @@ def start(code: str, **variables: str) -> subprocess.Popen[str]:
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
-    """What a process says, to the text. One that says nothing more for a minute is killed."""
+    """Read what a process says up to the text; kill one that says nothing for a minute."""
     assert process.stdout is not None
     found = ""
     limit = threading.Timer(60, process.kill)
