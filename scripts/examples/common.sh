@@ -36,6 +36,8 @@ export DATA=$data ANSWER_COLUMN=${CHOSEN_COLUMN:-chosen}
 dtype=auto
 if grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then dtype=bfloat16; fi
 
+trap 'exit 130' INT # a stage that saved at Ctrl-C is not done, though it exits with 0
+
 fit() { # checks all stages before the first one trains; what differs in them for this file
     echo "== check"
     sizes=$(.venv/bin/python scripts/examples/fit.py "$name" --model "$model" --ranks "$ranks" "$@")
@@ -46,7 +48,7 @@ stage() { # NAME [key=value ...]
     local fitted
     read -ra fitted <<<"$(sed -n "s/^$1 *//p" <<<"$sizes")"
     set -- "$1" ${fitted[@]+"${fitted[@]}"} "${@:2}"
-    .venv/bin/torchrun --standalone --nproc-per-node "$ranks" -m spmdrl train \
+    .venv/bin/python -m spmdrl launch --standalone --nproc-per-node "$ranks" train \
         "configs/$configs/$1.yaml" "run_dir=$out/$1" "model.path=$model" "model.dtype=$dtype" "${@:2}"
     .venv/bin/python -m spmdrl report "configs/$configs/$1.yaml" "run_dir=$out/$1" "${@:2}"
 }

@@ -44,11 +44,11 @@ class Stage:
 JUDGE = ("roles.judge.model=MODEL", "roles.judge.head=zero")
 EXAMPLES = {
     "rlhf": (
-        Stage(config="rlhf/sft", tokens=2000),
-        Stage(config="rlhf/reward_model", tokens=2400),
+        Stage(config="rlhf/sft", tokens=1400),
+        Stage(config="rlhf/reward_model", tokens=1600),
         Stage(
             config="rlhf/ppo",
-            tokens=1400,
+            tokens=1000,
             stand_ins=(
                 *("roles.reward.model=MODEL", "roles.reward.head=zero"),
                 "roles.value.model=MODEL",
@@ -56,12 +56,12 @@ EXAMPLES = {
         ),
     ),
     "dpo": (
-        Stage(config="preferences/judge", tokens=2400),
-        Stage(config="preferences/dpo", tokens=2400, stand_ins=JUDGE),
+        Stage(config="preferences/judge", tokens=1600),
+        Stage(config="preferences/dpo", tokens=1600, stand_ins=JUDGE),
     ),
     "online_dpo": (
-        Stage(config="preferences/judge", tokens=2400),
-        Stage(config="preferences/online_dpo", tokens=3600, stand_ins=JUDGE),
+        Stage(config="preferences/judge", tokens=1600),
+        Stage(config="preferences/online_dpo", tokens=2400, stand_ins=JUDGE),
     ),
 }
 
