@@ -58,6 +58,12 @@ def test_who_is_bad(
     assert any(words in line for line in found.lines), found.lines
 
 
+def test_a_note_is_printed_and_makes_no_node_bad() -> None:
+    noted = Report(rank=0, node="n0", versions={}, problems=(), notes=("torch finds an xpu",))
+    found = diagnose([noted], ["n0"], [], {})
+    assert found == Diagnosis(lines=("n0, rank 0: torch finds an xpu",), bad=())
+
+
 def examine(world: World, shared: Path, name: str) -> Diagnosis:
     if world.rank == 1 and name == "blind":
         shared = shared / "elsewhere"  # as if it were not mounted there

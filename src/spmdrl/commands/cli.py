@@ -204,12 +204,14 @@ LAUNCH_TEXT = (
 @contextmanager
 def _world(config: Config) -> Iterator[World]:
     """Join the world; leave it only if there was no error, after which others may not answer."""
+    from spmdrl.commands.hardware import say_world_hardware
     from spmdrl.observe.log import set_up_logging
     from spmdrl.supervision.failures import end_process_in
     from spmdrl.world import start_world, stop_world
 
     world = start_world(timeout_s=config.timeout_s, device=config.device)
     set_up_logging(world.rank)
+    say_world_hardware(world, config.device)
     try:
         yield world
     except BaseException:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from spmdrl.commands.hardware import Accelerator, find_accelerator, unsupported, untested
 from spmdrl.distributed.reduce import broadcast_object, gather_objects
 from spmdrl.world import World
 
@@ -49,12 +50,14 @@ class Report:
         node: the scheduler's name of the host.
         versions: names and values that must be equal on all nodes.
         problems: problems of this rank, as sentences.
+        notes: sentences that are printed, but do not make a node bad.
     """
 
     rank: int
     node: str
     versions: Mapping[str, str]
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +78,18 @@ def doctor(
         min_intra, min_inter: least bus bandwidth of an all-reduce within a node and between two
             nodes, in GB/s (1e9 bytes); below it a node is bad.
     """
-    problems = [*local_problems(world), *_skew(world)]
+    problems, notes = hardware_findings(world.device, find_accelerator(world.device))
+    problems += [*local_problems(world), *_skew(world)]
     if shared is not None:
         problems += _canary(world, shared)
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    own = Report(rank=world.rank, node=node, versions=versions(world), problems=tuple(problems))
+    own = Report(
+        rank=world.rank,
+        node=node,
+        versions=versions(world),
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
     reports: list[Report] = gather_objects(own)
     nodes = [reports[first].node for first in range(0, world.size, world.local_size)]
     intra = _within_nodes(world)
@@ -105,7 +115,8 @@ def diagnose(
     """
     lines, bad = [], dict.fromkeys(r.node for r in reports if r.problems)
     for report in reports:
-        lines += [f"{report.node}, rank {report.rank}: {text}" for text in report.problems]
+        texts = (*report.problems, *report.notes)
+        lines += [f"{report.node}, rank {report.rank}: {text}" for text in texts]
     for name in reports[0].versions:
         usual, _ = Counter(r.versions[name] for r in reports).most_common(1)[0]
         for report in reports:
@@ -148,6 +159,19 @@ def versions(world: World) -> dict[str, str]:
         driver = Path("/proc/driver/nvidia/version")
         found["driver"] = driver.read_text().splitlines()[0] if driver.is_file() else "unknown"
     return found
+
+
+def hardware_findings(
+    device: torch.device, found: Accelerator | None
+) -> tuple[list[str], list[str]]:
+    """Return problems and notes on a rank's accelerator: only one in use can be a problem."""
+    if found is None:
+        return [], []
+    reason, note = unsupported(found), untested(found)
+    used = device.type == found.kind
+    problems = [reason] if reason is not None and used else []
+    notes = [text for text in (None if used else reason, note) if text is not None]
+    return problems, notes
 
 
 def local_problems(world: World) -> list[str]:
