@@ -79,7 +79,8 @@ def build_wheel(place: Path) -> Path:
 USED = """
 import sys
 from spmdrl.config.load import load_config
-from spmdrl.models.kernels import panels, row_kernels
+from spmdrl.models.kernels import cpu
+from spmdrl.models.kernels import cpu as panels
 from spmdrl.rollout.native import paged_decode
 import spmdrl
 print(spmdrl.__file__)

@@ -51,7 +51,7 @@ def test_rows_take_their_values_along() -> None:
 
 
 def test_columns_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="'ids' is of 1 tokens, but the rows have 2"):
+    with pytest.raises(ValueError, match=r"'ids' has the shape \(1,\), but the batch has 2 tokens"):
         from_rows([[1, 2]]).with_columns(ragged={"ids": column([3])})
     with pytest.raises(ValueError, match=r"values \(1,\), but its counts make 2"):
         Ragged(counts=torch.tensor([2], dtype=torch.int32), values=torch.tensor([1]))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from spmdrl.commands.check import Checked, check
-from spmdrl.config.data_sets import rows_read
+from spmdrl.config.data_sets import HELD_OUT, held_out_sets, rows_read
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
 from spmdrl.models.config import read_config
@@ -26,6 +26,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 FEWEST = 2
 """Items of a step: losses compare them."""
 ITEMS = "data.prompts_per_step"
+EVALUATED, FEWEST_EVALUATED = 24_000, 16
+"""Approximate tokens of a held-out set that two CPU cores evaluate in half a minute, and the fewest
+items: shares of fewer say nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +118,10 @@ def fit(stage: Stage, words: Sequence[str], own: Sequence[str], num_ranks: int) 
         items = min(items, len(checked.inputs.train))
         if not torch.cuda.is_available():
             items = min(items, max(fewest, round(stage.tokens / step_tokens(asked, checked))))
-    print(f"{path.stem}: {described(checked, items)}", file=sys.stderr)
+    evaluated = [] if torch.cuda.is_available() else fewer_evaluated(asked, checked)
+    print(" ".join([f"{path.stem}: {described(checked, items)}", *evaluated]), file=sys.stderr)
     sized = [] if items == asked.data.prompts_per_step else [f"{ITEMS}={items}"]
-    return [*limits, *sized]
+    return [*limits, *sized, *evaluated]
 
 
 def context_limits(config: Config) -> list[str]:
@@ -135,6 +139,21 @@ def step_tokens(config: Config, checked: Checked) -> float:
     """Approximate tokens of an item, including the samples drawn for it."""
     samples = config.data.group_size if config.data_kind() == "prompts" else 0
     return checked.mean_tokens + samples * config.sampling.max_tokens
+
+
+def fewer_evaluated(config: Config, checked: Checked) -> list[str]:
+    """Limits of the held-out sets whose items are long."""
+    words = []
+    for name, held_out in held_out_sets(config).items():
+        items = checked.inputs.held_out[name]
+        is_sampled = (held_out.kind or config.data_kind()) == "prompts"
+        samples = held_out.num_samples * held_out.sampling.max_tokens if is_sampled else 0
+        tokens = sum(map(len, items.ids())) / len(items) + samples
+        most = max(FEWEST_EVALUATED, round(EVALUATED / tokens))
+        if len(items) > most:
+            key = "evaluation" if name == HELD_OUT else f"evaluation.sets.{name}"
+            words.append(f"{key}.max_items={most}")
+    return words
 
 
 def described(checked: Checked, items: int) -> str:

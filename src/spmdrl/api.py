@@ -75,7 +75,7 @@ if TYPE_CHECKING:
         loss_shares as loss_shares,
         loss_weights as loss_weights,
     )
-    from spmdrl.algorithms.preference_loss import (
+    from spmdrl.algorithms.supervised import (
         bradley_terry_loss as bradley_terry_loss,
     )
     from spmdrl.algorithms.reward_shaping import (
@@ -279,12 +279,11 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         ),
         "algorithms.kl": "kl AdaptiveKl FixedKl KlControl sequence_kl",
         "algorithms.policy_loss": "POLICY_COLUMNS clipped_policy_loss loss_shares loss_weights",
-        "algorithms.preference_loss": "bradley_terry_loss",
         "algorithms.reward_shaping": (
             "RewardScaler missing_eos_penalty scale_and_clip token_rewards"
         ),
         "algorithms.rewards": "has_signal kl_in_reward overlong_penalty",
-        "algorithms.supervised": "next_token_loss",
+        "algorithms.supervised": "bradley_terry_loss next_token_loss",
         "algorithms.value_loss": "gae VALUE_COLUMNS clipped_value_loss explained_variance",
         "batch": "Batch concat from_rows group_index",
         "config.algorithms": "AlgorithmSection PreferenceSection",

@@ -96,31 +96,21 @@ class Batch:
             )
         if (self.lengths < 0).any():
             raise ValueError(f"lengths must not be negative: {self.lengths.tolist()}")
-        num_tokens, num_rows = self.num_tokens, self.num_rows
-        for name, column in self.tokens.items():
-            if tuple(column.shape[:1]) != (num_tokens,):
-                raise ValueError(
-                    f"token column {name!r} has the shape {tuple(column.shape)}, but the rows have "
-                    f"{num_tokens} tokens"
-                )
-        for name, column in self.rows.items():
-            if tuple(column.shape[:1]) != (num_rows,):
-                raise ValueError(
-                    f"row column {name!r} has the shape {tuple(column.shape)}, but the batch has "
-                    f"{num_rows} rows"
-                )
-        for name, values in self.objects.items():
-            if len(values) != num_rows:
-                raise ValueError(
-                    f"Python column {name!r} has {len(values)} entries, but the batch has "
-                    f"{num_rows} rows"
-                )
-        for name, ragged in self.ragged.items():
-            if len(ragged) != num_tokens:
-                raise ValueError(
-                    f"ragged column {name!r} is of {len(ragged)} tokens, but the rows have "
-                    f"{num_tokens}"
-                )
+        tokens, rows = (self.num_tokens, "tokens"), (self.num_rows, "rows")
+        kinds: tuple[tuple[str, Mapping[str, Any], tuple[int, str]], ...] = (
+            ("token", self.tokens, tokens),
+            ("row", self.rows, rows),
+            ("Python", self.objects, rows),
+            ("ragged", self.ragged, tokens),
+        )
+        for kind, columns, (count, unit) in kinds:
+            for name, column in columns.items():
+                shape = tuple(column.shape) if isinstance(column, Tensor) else (len(column),)
+                if shape[:1] != (count,):
+                    raise ValueError(
+                        f"{kind} column {name!r} has the shape {shape}, but the batch has {count} "
+                        f"{unit}"
+                    )
         names = [*self.tokens, *self.rows, *self.objects, *self.ragged]
         if len(names) != len(set(names)):
             raise ValueError(f"a column name stands in two kinds of column: {sorted(names)}")

@@ -30,8 +30,7 @@ from spmdrl.algorithms.policy_loss import (
     loss_shares,
     loss_weights,
 )
-from spmdrl.algorithms.preference_loss import bradley_terry_loss
-from spmdrl.algorithms.supervised import next_token_loss
+from spmdrl.algorithms.supervised import bradley_terry_loss, next_token_loss
 from spmdrl.algorithms.value_loss import clipped_value_loss, gae
 from spmdrl.config.algorithms import AlgorithmSection, PreferenceSection
 

@@ -163,6 +163,16 @@ def test_the_examples_take_long_rows_a_few_at_a_time(tmp_path, fitted):
     assert status == 0 and found["ppo"] == [] and "data.prompts_per_step=5, steps=3" in said
 
 
+def test_fewer_long_rows_are_evaluated(tmp_path, fitted, fit):
+    """The tiny model has a token for each letter or two: a pair of these has more than 500."""
+    data = write_pairs(tmp_path / "pairs.jsonl", 700, letters=200)
+    keys = fitted("rlhf", data)[1]["reward_model"]
+    most = [int(key.split("=")[1]) for key in keys if key.startswith("evaluation.max_items=")]
+    assert len(most) == 1 and fit.FEWEST_EVALUATED <= most[0] < 64
+    data = write_pairs(tmp_path / "short.jsonl", 700)
+    assert not [key for key in fitted("rlhf", data)[1]["reward_model"] if "max_items" in key]
+
+
 def test_rows_are_no_longer_than_the_model_s_context(tmp_path, fitted):
     """Lengths include the samples: 48, 64, and 192 tokens for held-out prompts."""
     make_tiny_model(tmp_path / "model", max_position_embeddings=500)

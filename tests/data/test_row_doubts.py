@@ -137,7 +137,7 @@ def test_a_template_that_does_not_write_the_question_is_told(
     with caplog.at_level(logging.WARNING):
         prompts(tmp_path, {"prompt": "a"}, {"prompt": "bcd"}, template="constant")
     assert [
-        "does not write the question as it is in 1 of 2 prompts" in line for line in caplog.messages
+        "does not write the question as it is in 1 of 2 rows" in line for line in caplog.messages
     ] == [True]
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spmdrl.models import linear as linear_module
-from spmdrl.models.kernels.panels import Panels, lay_out
+from spmdrl.models.kernels.cpu import Panels, lay_out
 from spmdrl.models.linear import in_blocks, linear, product, serves
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spmdrl.models.fused import rms_norm, swiglu
-from spmdrl.models.kernels.row_kernels import Rows, rows_for
+from spmdrl.models.kernels.cpu import Rows, rows_for
 from spmdrl.models.rope import rope_tables, rotate
 
 

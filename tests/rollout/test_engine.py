@@ -17,8 +17,9 @@ from rollout_models import (
     tiny_model,
 )
 
-from spmdrl.models.kernels import c_code, panels
-from spmdrl.models.kernels import row_kernels as rows
+from spmdrl.models.kernels import c_code
+from spmdrl.models.kernels import cpu as panels
+from spmdrl.models.kernels import cpu as rows
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import Completion, Request
 

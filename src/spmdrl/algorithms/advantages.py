@@ -1,8 +1,7 @@
-"""Advantages from one reward per response, some relative to its group (the samples of one prompt).
+"""Advantages from one reward per response, some relative to its group (the samples of one prompt),
+and whitening with given moments.
 
-A group is whole on its rank, so nothing here is reduced over ranks.
-
-Whitening with given moments: this module never computes statistics of its values.
+A group is whole on its rank, so nothing here is reduced over ranks or computes statistics of them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Losses that learn from preferences directly, without a reward model, as sums over pairs.
+"""Losses that learn from preferences directly, without a reward model, as sums over pairs, and the
+choice of pairs among a prompt's samples by their rewards.
 
 A pair is two rows with the same prompt, one of which is preferred. The losses see each row as one
 number, the log-probability of its response under the policy and under the reference, so they do not
 depend on packing. The caller divides a sum over pairs once, by the number of pairs of all ranks.
-
-Pairs of a prompt's samples to compare, chosen by their rewards.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Per-token estimators of the KL divergence, and the only place that exponentiates a log-ratio.
+"""Per-token estimators of the KL divergence (the only place that exponentiates a log-ratio), and
+the coefficient of the KL penalty in the reward, fixed or steered towards a target.
 
-The source is J. Schulman, "Approximating KL Divergence" (2020, joschu.net/blog/kl-approx.html).
-
-The coefficient of the KL penalty in the reward, fixed or steered towards a target.
-
-Controllers are values: an update returns a new one, made from numbers that are equal on all ranks.
+The source of the estimators is J. Schulman, "Approximating KL Divergence" (2020,
+joschu.net/blog/kl-approx.html). Controllers of the coefficient are values: an update returns a new
+one, made from numbers that are equal on all ranks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Combination of sums of metrics over microbatches, ranks and minibatches.
+"""Combination of sums of metrics over microbatches, ranks and minibatches; the bins of the
+histogram of per-token ratios of train to rollout probability.
 
 A loss function returns float64 sums over its loss tokens, and their number as `tokens`. Names that
 end in `_max` are maxima of values >= 0 (so a rank without tokens gives 0) and combine by maximum.
-
-The bins of the histogram of per-token ratios of train to rollout probability.
 """
 
 from __future__ import annotations

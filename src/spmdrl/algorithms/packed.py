@@ -1,6 +1,5 @@
-"""Helpers for rows laid end to end: the row of a token, sums over rows, the last response token.
-
-Sums of token metrics, in the form that `algorithms.metrics` combines.
+"""Helpers for rows laid end to end: the row of a token, sums over rows, the last response token,
+and sums of token metrics in the form that `algorithms.metrics` combines.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""The clipped regression loss of the value model, as an unnormalised sum.
-
-Generalised advantage estimation over the response tokens of packed rows.
+"""The clipped regression loss of the value model, as an unnormalised sum, and generalised advantage
+estimation over the response tokens of packed rows.
 """
 
 from __future__ import annotations

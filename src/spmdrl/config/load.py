@@ -1,6 +1,5 @@
-"""Loader of a checked `Config` from YAML files, the environment and `key=value` words.
-
-Configurations that come with the package, by name, in a checkout as in an installed wheel.
+"""Loader of a checked `Config` from YAML files, the environment and `key=value` words;
+configurations that come with the package go by name, in a checkout as in an installed wheel.
 """
 
 from __future__ import annotations

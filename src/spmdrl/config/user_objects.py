@@ -1,6 +1,5 @@
-"""Objects that a configuration names: `module:name`, or `path/to/file.py:name`.
-
-Errors for users: printed by one rank, with only the frames of the user's own code.
+"""Objects that a configuration names, `module:name` or `path/to/file.py:name`, and the errors that
+they raise: printed by one rank, with only the frames of the user's own code.
 """
 
 from __future__ import annotations

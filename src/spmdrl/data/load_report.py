@@ -1,6 +1,5 @@
-"""Reports on loading a source: rows used, and rows left out by reason.
-
-Warnings about odd rows of a source that are no reason to refuse it: one line in the log each.
+"""Reports on loading a source: rows used, rows left out by reason, and one line in the log for each
+kind of odd row that is no reason to refuse it.
 """
 
 from __future__ import annotations
@@ -196,32 +195,18 @@ def tell_of_keys(
             )
 
 
-def tell_of_questions(source: str, places: Sequence[str], count: int) -> None:
-    """Warn if the chat template does not write the user's question as it is.
+def tell_of_rows(source: str, doubt: str, places: Sequence[str], count: int) -> None:
+    """Warn of rows that can be read but are not what they are meant to be.
 
     Args:
-        places: places of the rows whose question it does not write.
-        count: number of prompts checked.
-    """
-    if places:
-        log.warning(
-            "%s: the chat template does not write the question as it is in %d of %d prompts (%s)",
-            *(source, len(places), count, places[0]),
-            extra=ALIKE,
-        )
-
-
-def tell_of_answers(source: str, places: Sequence[str], count: int) -> None:
-    """Warn if reference answers are empty: an empty response would then be right.
-
-    Args:
-        places: places of the rows with an empty answer.
+        doubt: description of these rows, which `in N of M` follows.
+        places: their places.
         count: number of rows checked.
     """
     if places:
         log.warning(
-            "%s: the answer is empty in %d of %d rows (%s)",
-            *(source, len(places), count, places[0]),
+            "%s: %s in %d of %d rows (%s)",
+            *(source, doubt, len(places), count, places[0]),
             extra=ALIKE,
         )
 

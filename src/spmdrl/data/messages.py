@@ -1,6 +1,5 @@
-"""Reading of a row's columns: a prompt, messages, responses, tools. Anything else is a bad row.
-
-Reference answers: a column's value, of any type, as the text that reward functions get.
+"""Reading of a row's columns: a prompt, messages, responses, tools, and a reference answer of any
+type as the text that reward functions get. Anything else is a bad row.
 """
 
 from __future__ import annotations

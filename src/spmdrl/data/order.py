@@ -1,9 +1,8 @@
-"""Order of the data: the items of a step are a pure function of seed and step, also after a resume.
+"""Order of the data, a pure function of seed and step, also after a resume; each rank's contiguous
+share of a step's rows is its home.
 
 The shuffle sorts indices by a keyed 64-bit hash (splitmix64) instead of using a library's
 generator, so that the order is the same in every version of every library.
-
-Home rows of a step's data: each rank gets a contiguous share.
 """
 
 from __future__ import annotations

@@ -26,9 +26,8 @@ from spmdrl.data.load_report import (
     joined,
     length_limit,
     tell,
-    tell_of_answers,
     tell_of_keys,
-    tell_of_questions,
+    tell_of_rows,
     tell_of_tools,
 )
 from spmdrl.data.messages import (
@@ -208,12 +207,13 @@ def load_prompts(
     found = _read_drafts(rows, source, tokenizer, has_tools=has_tools, report=report)
     drafts, texts = found.drafts, found.texts
     unwritten = [d.row.place for d, t in zip(drafts, texts, strict=True) if d.text.strip() not in t]
-    tell_of_questions(source.source, unwritten, len(drafts))
-    tell_of_answers(
-        source.source,
-        [d.row.place for d in drafts if d.answer is not None and not d.answer.strip()],
-        len(drafts),
-    )
+    empty = [d.row.place for d in drafts if d.answer is not None and not d.answer.strip()]
+    for doubt, places in (
+        ("the chat template does not write the question as it is", unwritten),
+        # an empty response would then be right
+        ("the answer is empty", empty),
+    ):
+        tell_of_rows(source.source, doubt, places, len(drafts))
     lengths, tokens = _encode(texts, source, tokenizer, report)
     limit = length_limit(lengths.tolist(), source)
     fits = [i for i, length in enumerate(lengths) if length <= limit.tokens]

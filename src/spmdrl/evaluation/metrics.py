@@ -1,10 +1,9 @@
-"""pass@k, avg@k and their standard errors: pure functions of scores.
+"""Metrics of evaluations as pure functions of scores: pass@k, avg@k and their standard errors; how
+often, and by how much, the chosen response of a pair scores higher.
 
 Scores are averaged per prompt first, then over prompts: the samples of one prompt are one cluster
-(Miller 2024, "Adding error bars to evals", section 2.2), so the standard error of a mean is that
-of the prompts' means.
-
-Preference pairs: how often, and by how much, the chosen response scores higher.
+(Miller 2024, "Adding error bars to evals", section 2.2), so the standard error of a mean is that of
+the prompts' means.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""Per-sample results as JSONL files, written completely or not at all.
-
-Opponent of a win rate: the rewards that an earlier evaluation wrote.
+"""Per-sample results as JSONL files, written completely or not at all, and the opponent of a win
+rate: the rewards that an earlier evaluation wrote.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from spmdrl.algorithms.preference_loss import bradley_terry_loss
+from spmdrl.algorithms.supervised import bradley_terry_loss
 from spmdrl.batch import Batch
 from spmdrl.config.algorithms import AlgorithmSection
 from spmdrl.data.preferences import Pair

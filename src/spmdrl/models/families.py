@@ -1,6 +1,5 @@
-"""The architectures of the decoder, and the values of keys that their configurations lack.
-
-Refusal of features that config.json may ask for and the decoder does not compute, key by key.
+"""The architectures of the decoder and the values of keys that their configurations lack; features
+that config.json may ask for and the decoder does not compute are refused key by key.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spmdrl.models.kernels.row_kernels import rows_for
+from spmdrl.models.kernels.cpu import rows_for
 
 BLOCK_BYTES = 1 << 19
 """Bytes of one operand's block; a handful of blocks fit into a core's cache."""

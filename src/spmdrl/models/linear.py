@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spmdrl.models.kernels.panels import Panels, lay_out
+from spmdrl.models.kernels.cpu import Panels, lay_out
 
 Blocked = Tensor | Panels
 """A weight as laid out by `in_blocks`."""

@@ -1,6 +1,5 @@
-"""Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
-
-`RopeConfig`: the rotary position embedding that config.json describes, and its frequencies.
+"""Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864), and `RopeConfig`:
+what config.json says of it, and its frequencies.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.models.fields import Fields
-from spmdrl.models.kernels.row_kernels import rows_for
+from spmdrl.models.kernels.cpu import rows_for
 
 
 def rope_tables(

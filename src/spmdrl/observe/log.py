@@ -1,9 +1,8 @@
-"""Logging of a job with many ranks: rank 0 reports progress, the others only problems.
+"""Logging of a job with many ranks (rank 0 reports progress, the others only problems), and
+progress of long work.
 
-Progress of long work: bars on rank 0's terminal, or a line in its log now and then.
-
-If the stream is not a terminal (a log file, a Slurm job), no bar is drawn, and the log reports how
-far a long phase is. Long work before the first step is reported there in any case (`TimedLines`).
+On rank 0's terminal progress is a bar. Elsewhere (a log file, a Slurm job) the log reports now and
+then how far a long phase is, and long work before the first step in any case (`TimedLines`).
 """
 
 from __future__ import annotations

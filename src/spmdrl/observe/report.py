@@ -1,6 +1,5 @@
-"""report.png: a run on one page, drawn from its metrics.jsonl.
-
-The end of a run: report.png, the paths of its files, and one line of JSON.
+"""The report of a run: report.png, drawn on one page from its metrics.jsonl, the paths of its
+files, and one line of JSON.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The roles: handles that every rank holds, with a backend or an engine on the role's ranks.
+"""The roles: handles that every rank holds, with a backend or an engine on the role's ranks, and
+the kinds of roles with a model on a train backend.
 
 A role is a leaf: its name, its mesh, its model, and the calls that it offers. The calls are
 implemented in `model_calls` (train backends) and `generation` (engines); users' roles in `custom`.
-
-Kinds of roles with a model on a train backend, and their handles.
 """
 
 from __future__ import annotations

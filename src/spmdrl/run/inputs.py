@@ -1,6 +1,5 @@
-"""Inputs that a run reads before it starts: tokenizer and data.
-
-Ends of responses: how long rows may become, and which tokens end a response.
+"""Inputs that a run reads before it starts: tokenizer, data, and the ends of responses (how long
+rows may become, and which tokens end a response).
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""Points at which a run is saved and from which it resumes.
-
-Messages for a resumed run: what has changed, and how exactly it resumes.
+"""Points at which a run is saved and from which it resumes, and the messages of a resumed run: what
+has changed, and how exactly it resumes.
 """
 
 from __future__ import annotations

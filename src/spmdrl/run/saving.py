@@ -16,10 +16,10 @@ from spmdrl.config.sections import Config
 from spmdrl.distributed.reduce import agreed
 from spmdrl.keyed_random import NOISE_VERSION
 from spmdrl.role_spec import computing_dtype
+from spmdrl.roles.canary import TOLERANCES, LossCheck
 from spmdrl.roles.kept import Journal
 from spmdrl.run.assembled import Assembly
 from spmdrl.run.data_identity import DataIdentity
-from spmdrl.run.loss_check import TOLERANCES, LossCheck
 from spmdrl.run.resume_point import Moment, Resumed, changed_keys, describe_journal
 from spmdrl.run.role_states import RoleStates
 from spmdrl.supervision.attempt import Attempt

@@ -1,8 +1,6 @@
-"""`StepReport`: the record of a run's steps, in metrics.jsonl, TensorBoard and on the console.
-
-Metrics of a step, from its parts and from its optimizer steps.
-
-Memory of a step's phases: bytes on the device, and bytes moved for them.
+"""`StepReport`: the record of a run's steps, in metrics.jsonl, TensorBoard and on the console, from
+the parts of a step, its optimizer steps, and the memory of its phases (bytes on the device, and
+bytes moved for them).
 """
 
 from __future__ import annotations

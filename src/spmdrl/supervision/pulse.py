@@ -1,6 +1,5 @@
-"""`Pulse`: this rank's position and its last progress, for the watcher and for people.
-
-`Signs`: signs of life in the store, by which ranks that died silently are found.
+"""`Pulse`: this rank's position and its last progress, for the watcher and for people. `Signs`:
+signs of life in the store, by which ranks that died silently are found.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""The exception that ends a flow when the world agrees to stop.
-
-Time to stop, so that the next step and the save still fit into the job's time.
+"""`StopAsked`, which ends a flow when the world agrees to stop, and `Walltime`, which says when the
+next step and the save no longer fit into the job's time.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.algorithms.metrics import combine
-from spmdrl.algorithms.preference_loss import bradley_terry_loss
+from spmdrl.algorithms.supervised import bradley_terry_loss
 
 
 def test_worked_by_hand():
