@@ -1,5 +1,6 @@
 """Shared fixtures; puts `tests/` on the path so that tests import the harness."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,14 +10,35 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 LONG = ("slurm", "vllm", "megatron", "slow")
 
+ON_STAND_IN = "FAKE_GPU_BUILD" in os.environ
+"""Whether this process runs on the stand-in CUDA (tests/fake_gpu)."""
 
+NO_STAND_IN = os.environ.get("SPMDRL_NO_STAND_IN") or "scripts/test_cuda.sh runs them"
+"""Why it does not; scripts/test.sh says so where the environment cannot be made."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with tests that take or wait long come first, so that no worker ends with one alone.
+    """Tests of the marker `fakegpu` run on the stand-in CUDA only, and those of `gpu` there too.
 
+    Files with tests that take or wait long come first, so that no worker ends with one alone.
     Slurm's are the very first: they mostly wait, beside what computes.
     """
+    for item in items:
+        if ON_STAND_IN and item.get_closest_marker("gpu"):
+            item.add_marker("fakegpu")
+        elif not ON_STAND_IN and item.get_closest_marker("fakegpu"):
+            item.add_marker(pytest.mark.skip(reason=f"stand-in CUDA: {NO_STAND_IN}"))
     rank: dict[Path, int] = {}
     for item in items:
         places = [i for i, mark in enumerate(LONG) if item.get_closest_marker(mark)]
         rank[item.path] = min([*places, rank.get(item.path, len(LONG))])
     items.sort(key=lambda item: rank[item.path])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line on the tests that need the stand-in CUDA, where they were skipped."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    count = sum("fakegpu" in report.keywords for report in skipped)
+    if count and not ON_STAND_IN:
+        terminalreporter.write_line(f"stand-in CUDA: {count} tests not run: {NO_STAND_IN}")

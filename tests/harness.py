@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 PRELOAD = [
@@ -32,7 +33,8 @@ PRELOAD = [
     "transformers.models.auto.tokenization_auto",
     # left out by the server where they are not installed
     "reasoning_gym",
-    "megatron.core.models.gpt",
+    # where torch has CUDA its import starts it, and a fork of such a server has none
+    *([] if torch.version.cuda else ["megatron.core.models.gpt"]),
 ]
 """Not `datasets`: it starts a thread."""
 
@@ -107,8 +109,6 @@ def _rank(
         TORCHELASTIC_USE_AGENT_STORE="True",
         OMP_NUM_THREADS="1",
     )
-    import torch
-
     from spmdrl.world import start_world, stop_world
 
     torch.set_num_threads(1)

@@ -33,6 +33,7 @@ class Engine:
     """Holds tensors by local name, as the native engine does."""
 
     shapes: dict[str, LocalShard]
+    device: torch.device | str = "cpu"
     held: dict[str, Tensor] = field(default_factory=dict)
     adopted: list[str] = field(default_factory=list)
 
@@ -42,7 +43,9 @@ class Engine:
 
     def allocate(self, local_name: str) -> Tensor:
         here = self.shapes[local_name]
-        self.held[local_name] = torch.full(here.shape, UNTOUCHED, dtype=here.dtype)
+        self.held[local_name] = torch.full(
+            here.shape, UNTOUCHED, dtype=here.dtype, device=self.device
+        )
         return self.held[local_name]
 
 
@@ -235,9 +238,10 @@ def random_syncs(world: World, count: int) -> int:
         shapes, source, target = drawn
         plan = plan_sync(source, target, node_size=2, bucket_bytes=bucket)
         table, wanted = source.get(world.rank, {}), target.get(world.rank)
-        tensors = tensors_of(table, numbered(shapes), math.nan)
+        made = tensors_of(table, numbered(shapes), math.nan)
+        tensors = {name: tensor.to(world.device) for name, tensor in made.items()}
         own = {name: (tensors[name], held.slices) for name, held in table.items()}
-        engine = None if wanted is None else Engine(dict(wanted))
+        engine = None if wanted is None else Engine(dict(wanted), world.device)
         sync = WeightSync(plan, table, wanted or {}, own, engine, world.device)
         narrow = next(held.dtype for table in source.values() for held in table.values())
         for salt in (0, 1):
@@ -250,7 +254,7 @@ def random_syncs(world: World, count: int) -> int:
             for name, tensor in tensors_of(wanted or {}, whole, UNTOUCHED).items():
                 assert engine is not None
                 if name not in engine.adopted:
-                    assert torch.equal(engine.held[name], tensor), (name, salt)
+                    assert torch.equal(engine.held[name].cpu(), tensor), (name, salt)
         moving = list(plan.cells())
         for name, cell, _ in moving[:: max(1, len(moving) // 3)]:
             # one value of one cell on the last rank that has it

@@ -1,0 +1,98 @@
+"""Budgets of the CUDA path: what a decode step, a microbatch, an optimizer step and a colocated
+step ask of the device, and what a release leaves. A figure that grows fails.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.fakegpu,
+    pytest.mark.skipif(
+        torch.__version__ < "2.13", reason="the figures are those of torch 2.13's operators"
+    ),
+]
+
+BUDGETS: dict[str, dict[str, float]] = {
+    "decode": {
+        "syncs": 6,
+        "launches": 23,
+        "graph_nodes": 572,
+        "h2d": 8,
+        "d2h": 3,
+        "pageable": 6,
+        "illegal": 0,
+    },
+    "capture": {"captures": 24, "device_syncs": 48, "frees": 158, "pool_gb": 0.91, "illegal": 0},
+    "release": {"peak_gb": 5.23, "left_gb": 4.65, "left_after_gc_gb": 0.29},
+    "update": {
+        "states_gb": 21.71,
+        "peak_gb": 50.8,
+        "microbatch_launches": 2510,
+        "microbatch_syncs": 5,
+        "microbatch_pageable_h2d": 16,
+        "optimizer_launches": 1590,
+        "optimizer_syncs": 1,
+        "left_gb": 27.95,
+        "moved_gb": 329,
+    },
+}
+"""Figure -> name -> the most that it may be, of the shapes of a 1.5B model (`figures.py`)."""
+
+GB_BY_OPERATION = {"mm": 75.3, "mul": 56.9, "_to_copy": 41.4, "add": 37.8}
+"""The most bytes of a microbatch that its largest operations may touch, in GB."""
+
+QUICK = ("decode", "release")
+
+
+def measure(figure: str, *words: str) -> dict[str, Any]:
+    """What `figures.py` finds in a process of its own, in which nothing is computed."""
+    answer = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "figures.py"), figure, *words],
+        env={**os.environ, "FAKE_GPU_VALUES": "0"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr[-4000:]
+    found: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return found
+
+
+def over(found: dict[str, Any], most: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """Names of the figures above their budget, with both."""
+    return {name: (found[name], most[name]) for name in most if found[name] > most[name]}
+
+
+@pytest.mark.parametrize(
+    "figure", [pytest.param(f, marks=[pytest.mark.quick] if f in QUICK else []) for f in BUDGETS]
+)
+def test_no_figure_is_above_its_budget(figure: str) -> None:
+    found = measure(figure)
+    print(found)
+    assert over(found, BUDGETS[figure]) == {}
+    if figure == "update":
+        assert over(found["gb_by_operation"], GB_BY_OPERATION) == {}
+
+
+FAULTS = {
+    "synchronisation": ("decode", "syncs"),
+    "launch": ("decode", "launches"),
+    "cycle": ("release", "left_gb"),
+    "hook": ("update", "left_gb"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_above_the_budget(fault: str) -> None:
+    figure, name = FAULTS[fault]
+    assert name in over(measure(figure, "--fault", fault), BUDGETS[figure])

@@ -1,0 +1,133 @@
+"""Every shipped flow on the stand-in CUDA, in float32 and bfloat16; in float32 as on the CPU."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flow_cases import questions, run_configs, write_config
+from harness import run_ranks
+from tiny_model import make_tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "flows"))
+from test_dpo_layouts import ONLINE, write_dpo
+from test_ppo_layouts import ON_HOST, settings
+from test_sft_and_reward_model import FLOWS, write, write_pairs
+
+pytestmark = pytest.mark.fakegpu
+
+SHAPE = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "intermediate_size": 512}
+"""Heads that the half-precision attention kernels take."""
+
+EXPERTS = {"moe_intermediate_size": 128, "num_experts": 16, **SHAPE}
+DTYPES = ("float32", "bfloat16")
+Written = tuple[Path, list[str]]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("flows_cuda")
+    make_tiny_model(root / "model", **SHAPE)
+    make_tiny_model(root / "other", seed=1, **SHAPE)
+    make_tiny_model(root / "scalar", seed=1, head="score", **SHAPE)
+    make_tiny_model(root / "moe", "Qwen3MoeForCausalLM", **EXPERTS)
+    write_pairs(root / "pairs.jsonl")
+    return root
+
+
+def sampling(root: Path, name: str, model: str = "model", **sections: Any) -> Path:
+    sections.setdefault("train", {"lr": 1e-3, "microbatch_tokens": 300, "num_minibatches": 2})
+    return write_config(
+        root / f"{name}.yaml",
+        root / model,
+        root / name,
+        **{"data": questions(root / "questions.jsonl"), **sections},
+    )
+
+
+def grpo(root: Path, name: str) -> Written:
+    return sampling(root, name, algorithm={"entropy_coef": 0.01}), []
+
+
+def moe(root: Path, name: str) -> Written:
+    train = {"num_minibatches": 2, "balance_coef": 0.01, "recompute": "layer"}
+    return sampling(root, name, "moe", algorithm={"routing_replay": True}, train=train), []
+
+
+def ppo(root: Path, name: str) -> Written:
+    sections = settings(root)
+    del sections["environment"]
+    return sampling(root, name, **sections), []
+
+
+def ppo_on_host(root: Path, name: str) -> Written:
+    return ppo(root, name)[0], [*ON_HOST, "roles.rollout.residency.weights=drop"]
+
+
+def online_dpo(root: Path, name: str) -> Written:
+    roles = {"policy": {}, "reference": {"model": str(root / "other")}, "rollout": {}}
+    sections = {key: value for key, value in ONLINE.items() if key != "environment"}
+    return sampling(root, name, roles=roles, **sections), []
+
+
+def distillation(root: Path, name: str) -> Written:
+    roles = {"policy": {}, "rollout": {}, "teacher": {"model": str(root / "other")}}
+    data = {**questions(root / "questions.jsonl"), "group_size": 1}
+    algorithm = {"teacher_coef": 1.0}
+    return sampling(root, name, roles=roles, algorithm=algorithm, rewards=[], data=data), []
+
+
+def preferences(loss: str) -> Callable[[Path, str], Written]:
+    return lambda root, name: (write_dpo(root, name, loss), [])
+
+
+def supervised(flow: str) -> Callable[[Path, str], Written]:
+    return lambda root, name: (write(root, name, flow, FLOWS[flow][1]), [])
+
+
+CASES: dict[str, Callable[[Path, str], Written]] = {
+    "grpo": grpo,
+    "grpo of experts": moe,
+    "ppo": ppo,
+    "ppo on host": ppo_on_host,
+    "online_dpo": online_dpo,
+    "distillation": distillation,
+    **{loss: preferences(loss) for loss in ("dpo", "kto", "orpo")},
+    **{flow: supervised(flow) for flow in FLOWS},
+}
+QUICK = {("grpo", "bfloat16"), ("ppo on host", "float32")}
+PARAMETERS = [
+    pytest.param(flow, dtype, marks=[pytest.mark.quick] if (flow, dtype) in QUICK else [])
+    for flow in CASES
+    for dtype in DTYPES
+]
+
+
+def run(root: Path, flow: str, dtype: str, device: str) -> list[dict[str, float]]:
+    """The metrics of two steps on one rank of `device`."""
+    path, words = CASES[flow](root, f"{flow}_{dtype}_{device}".replace(" ", "_"))
+    words = [*words, "steps=2", f"device={device}", f"model.dtype={dtype}"]
+    arguments = ([(str(path), words)], str(root))
+    records: list[dict[str, float]] = run_ranks(
+        run_configs, 1, *arguments, device=device, timeout_s=300
+    )[0][0]
+    return records
+
+
+@pytest.mark.parametrize(("flow", "dtype"), PARAMETERS)
+def test_flow(root: Path, flow: str, dtype: str) -> None:
+    records = run(root, flow, dtype, "cuda")
+    assert len(records) == 2
+    for record in records:
+        assert math.isfinite(record["loss"]) and record["grad_norm"] > 0
+        if "rollout_gap_max" in record:
+            assert record["rollout_gap_max"] < (1e-3 if dtype == "float32" else 0.5)
+    if dtype == "float32":
+        expected = run(root, flow, dtype, "cpu")[0]
+        for name in ("loss", "grad_norm"):
+            assert records[0][name] == pytest.approx(expected[name], rel=2e-3, abs=1e-5), name
