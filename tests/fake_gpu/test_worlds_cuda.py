@@ -28,7 +28,7 @@ pytestmark = pytest.mark.fakegpu
 
 SHAPE = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "intermediate_size": 512}
 EXPERTS = {"moe_intermediate_size": 128, "num_experts": 16, **SHAPE}
-TRAIN = {"lr": 1e-3, "microbatch_tokens": 300, "num_minibatches": 2}
+TRAIN = {"lr": 1e-4, "microbatch_tokens": 300, "num_minibatches": 2}
 GRPO = {"train": TRAIN, "algorithm": {"kl_coef": 0.1, "importance_cap": 2.0}}
 SECTIONS: Mapping[str, Mapping[str, Any]] = {
     "grpo": {**GRPO, "roles": {"policy": {}, "reference": {}, "rollout": {}}},
