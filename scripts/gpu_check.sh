@@ -1,24 +1,10 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call: the gpu tests, then the benchmarks when there is a model.
-#   scripts/gpu_check.sh [MODEL_DIR [DATA.jsonl]]
+# The first minutes on a GPU: measures the card and this project on it, in stages, most valuable first.
+#   scripts/gpu_check.sh [--budget SECONDS] [--stages A,B] [--out FILE] [--small]
+# Prints one JSON object per line, each prediction with its measurement; ends with 1 if a stage failed.
+# Weights are random: nothing is downloaded. docs/gpus.md says what the stages are.
 # PYTHON names an interpreter that has torch with CUDA and the requirements; default: python3.
-set -uo pipefail
+set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
-export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-"$python" -c 'import torch; print("torch", torch.__version__, torch.cuda.get_device_name())' || exit 1
-failed=0
-# modules that other tests import need not be there
-"$python" -c 'import omegaconf, pydantic, tqdm, xxhash, yaml' || exit 1
-"$python" -m pytest tests/gpu tests/flows/test_memory.py -m gpu -v -W default || failed=1
-if [ $# -gt 0 ]; then
-    for lengths in fixed natural; do
-        "$python" benchmarks/rollout.py --model "$1" --engine native --num-prompts 256 \
-            --prompt-len 96 --max-tokens 256 --lengths "$lengths" || failed=1
-    done
-fi
-if [ $# -gt 1 ]; then
-    "$python" benchmarks/grpo_step.py --model "$1" --data "$2" --num-prompts 64 --group-size 8 \
-        --max-tokens 512 || failed=1
-fi
-exit "$failed"
+export PYTHONUNBUFFERED=1
+exec "${PYTHON:-python3}" benchmarks/gpu_check.py "$@"
