@@ -47,7 +47,7 @@ class World:
     device_types: tuple[str, ...]
     store: Store
     gpu_bytes: int | None = None
-    """Bytes of memory of the smallest GPU of all ranks; None: no rank has one."""
+    """Bytes that were free at the start on the fullest GPU of all ranks; None: no rank has one."""
 
     @property
     def is_first(self) -> bool:
@@ -109,15 +109,18 @@ def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
         device_type=chosen.type,
         local_rank=local_rank,
         local_size=local_size,
-        gpu_bytes=_gpu_bytes(chosen),
+        gpu_bytes=free_bytes(chosen),
     )
     with _saying_what_it_waits_for(launched):
         seats = _exchange_seats(store, rank, size, seat)
     check_seats(seats)
     device_types = tuple(seat.device_type for seat in seats)
-    dist.init_process_group(
-        world_backend(device_types), store=store, rank=rank, world_size=size, timeout=timeout
-    )
+    backend = world_backend(device_types)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    if "nccl" in backend and size > 1:
+        # NCCL makes a group's communicator at its first use, which all ranks must join: the world's
+        # would else be the messages of a weight sync, which only some ranks send or receive.
+        dist.all_reduce(torch.zeros(1, device=chosen))
     return World(
         rank=rank,
         size=size,
@@ -231,9 +234,9 @@ def _choose_device(device: str, local_rank: int, local_size: int) -> torch.devic
     return torch.device("cpu")
 
 
-def _gpu_bytes(device: torch.device) -> int:
-    on_gpu = device.type == "cuda"
-    return torch.cuda.get_device_properties(device).total_memory if on_gpu else 0
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of the device that nobody uses, this process included; 0 for the CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _open_store(launched: bool, timeout: timedelta) -> Store:

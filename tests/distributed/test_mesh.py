@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from harness import run_ranks
+from spmdrl.distributed.groups import ProcessGroups
 from spmdrl.distributed.mesh import (
     Mesh,
     check_ranks,
@@ -92,6 +93,27 @@ def test_the_mesh_that_fsdp_takes() -> None:
     assert run_ranks(sharded, 4) == [expected] * 4
 
 
+def shared(world: World) -> list[bool]:
+    groups = ProcessGroups()
+    everyone, degrees = list(range(world.size)), {"dp_shard": 2, "tp": 2}
+    policy = Mesh("policy", everyone, degrees, "cpu", groups)
+    made = len(groups)
+    value = Mesh("value", everyone, {"dp_shard": 2, "cp": 2}, "cpu", groups)
+    assert policy.shard_mesh is not None and value.shard_mesh is not None
+    return [
+        len(groups) == made,
+        policy.group("tp") is value.group("cp"),
+        policy.group("all") is value.shard_mesh.get_group() is dist.group.WORLD,
+        policy.shard_mesh.get_group() is policy.group("dp"),
+        policy.group("dp") is groups.over([world.rank % 2, world.rank % 2 + 2]),
+        groups.over([1, 2]) is groups.over((1, 2)),
+    ]
+
+
+def test_ranks_share_one_group_across_axes_and_roles() -> None:
+    assert run_ranks(shared, 4) == [[True] * 6] * 4
+
+
 def of_experts(world: World) -> list[Any]:
     seen = []
     for degrees in (
@@ -139,7 +161,7 @@ BOTH = "cpu:gloo,cuda:nccl"
         ("cuda", BOTH, None),
         ("cpu", BOTH, None),
         ("cuda", "cpu:gloo,cuda:gloo,xpu:gloo", BOTH),
-        ("cpu", "cpu:gloo,cuda:gloo,xpu:gloo", "gloo"),
+        ("cpu", "cpu:gloo,cuda:gloo,xpu:gloo", None),
     ],
 )
 def test_a_mesh_has_the_backend_of_its_devices(
@@ -152,12 +174,10 @@ def groups_of_a_world_with_few_gpus(world: World) -> list[Any]:
     """A role that computes on GPUs, as ranks without one see it; then one on all ranks."""
     assert "nccl" not in dist.get_backend_config()
     gpus = Mesh("policy", [0], {}, "cuda")
-    # on a member torch would look for its GPU, so they make the mesh's groups by hand: one over
-    # the axis dp_shard, then those of the DeviceMesh, (replicate, shard) of the shape 1 x 2
+    # on a member torch would look for its GPU, so they make the mesh's only group by hand
     far = Mesh("far", [0, 1], {"dp_shard": 2}, "cuda") if world.rank == 2 else None
     if far is None:
-        for ranks in ([0, 1], [0], [1], [0, 1]):
-            dist.new_group(ranks)
+        dist.new_group([0, 1])
     everyone = Mesh("reward", [0, 1, 2], {"dp_shard": 3}, "cpu")
     assert everyone.shard_mesh is not None
     total = torch.tensor([world.rank])

@@ -298,7 +298,7 @@ class Config(Section):
         None,
         gt=0,
         description="Plan with this much device memory per rank for all roles, in GB, above 0; "
-        "null takes all that the device has.",
+        "null takes what is free on the fullest GPU at the start.",
     )
     timeout_s: float = Field(
         1800.0,

@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from spmdrl.distributed.groups import ProcessGroups
+
 EXPERT_AXES = ("pp", "edp", "exchange", "ep_tp", "etp")
 """Expert axes, outermost first; their degrees multiply to the number of the role's ranks."""
 
@@ -117,6 +119,7 @@ class Mesh:
         degrees: axis (or `ep`) -> degree; axes left out have degree 1.
         device_type: cpu or cuda, where the role computes; equal on all ranks of the world. If the
             world has only gloo (some rank has no GPU), the groups of a cuda mesh have NCCL.
+        groups: the groups that other meshes may have made already; None: only this one's.
 
     Raises:
         ValueError: the degrees do not multiply to the number of ranks, or ep does not divide them;
@@ -125,7 +128,12 @@ class Mesh:
     """
 
     def __init__(
-        self, role: str, ranks: Sequence[int], degrees: Mapping[str, int], device_type: str
+        self,
+        role: str,
+        ranks: Sequence[int],
+        degrees: Mapping[str, int],
+        device_type: str,
+        groups: ProcessGroups | None = None,
     ) -> None:
         check_ranks(role, ranks, degrees, dist.get_world_size())
         self.role = role
@@ -140,6 +148,7 @@ class Mesh:
         self._grid = grid
         self._expert_degrees = expert_degrees(self.degrees)
         self._expert_grid = grid.reshape([self._expert_degrees[axis] for axis in EXPERT_AXES])
+        self._all_groups = ProcessGroups() if groups is None else groups
         self._groups = self._create_groups()
         self._shard_mesh = self._make_shard_mesh(1)
         exchange = self._expert_degrees["exchange"]
@@ -149,7 +158,6 @@ class Mesh:
 
     def _create_groups(self) -> dict[str, dist.ProcessGroup]:
         """This rank's group along every axis; axes over the same ranks share one group."""
-        created: dict[tuple[int, ...], dist.ProcessGroup] = {}
         mine = {}
         dense = {**{a: (a,) for a in AXES}, **_MERGED}
         experts = {**{a: (a,) for a in EXPERT_AXES if a != "pp"}, **_MERGED_EXPERT}
@@ -162,14 +170,13 @@ class Mesh:
             for ranks in rows:
                 if len(ranks) == 1:
                     continue
-                if ranks not in created:
-                    created[ranks] = dist.new_group(list(ranks), backend=self._backend)
+                group = self._all_groups.over(ranks, self._backend)
                 if self._rank in ranks:
-                    mine[name] = created[ranks]
+                    mine[name] = group
         return mine
 
     def _make_shard_mesh(self, exchange: int) -> DeviceMesh | None:
-        """The (replicate, shard) mesh of FSDP2 that this rank is in; all ranks make all of them.
+        """The (replicate, shard) mesh of FSDP2 that this rank is in; all ranks make its groups.
 
         There is one for each (pp, tp) coordinate and each set of every `exchange`-th rank with it:
         these ranks hold the same experts.
@@ -184,17 +191,25 @@ class Mesh:
         ]
         for ranks in rows:
             grid = torch.tensor(ranks).reshape(self.degrees["dp_replicate"], -1)
-            inside = self._rank in ranks
-            mesh = DeviceMesh(
-                # outside only the creation of the groups matters, and a cuda mesh would set the
-                # current device, which fails on a rank without a GPU
-                self._device_type if inside else "cpu",
-                grid,
-                mesh_dim_names=("replicate", "shard"),
-                backend_override=None if self._backend is None else ((self._backend, None),) * 2,
-            )
-            if inside:
-                mine = mesh if self.degrees["dp_replicate"] > 1 else mesh["shard"]
+            shards = [self._all_groups.over(own, self._backend) for own in grid.tolist()]
+            if self.degrees["dp_replicate"] == 1:
+                replicas = []
+            else:
+                replicas = [self._all_groups.over(own, self._backend) for own in grid.t().tolist()]
+            if self._rank not in ranks:
+                continue
+            replica, shard = (grid == self._rank).nonzero()[0].tolist()
+            if replicas:
+                mine = DeviceMesh.from_group(
+                    [replicas[shard], shards[replica]],
+                    self._device_type,
+                    mesh=grid,
+                    mesh_dim_names=("replicate", "shard"),
+                )
+            else:
+                mine = DeviceMesh.from_group(
+                    shards[0], self._device_type, mesh_dim_names=("shard",)
+                )
         return mine
 
     @property
@@ -260,13 +275,10 @@ class Mesh:
 def group_backend(device_type: str, world_backend: str) -> str | None:
     """The backend of a mesh's groups; None for the world's backend.
 
-    `world_backend` is `dist.get_backend_config()`. In a world without NCCL even a cpu mesh names
-    its backend: otherwise a DeviceMesh over the whole world would reuse the world's group on ranks
-    without a GPU but create one on the others, so the order of creation would differ.
+    `world_backend` is `dist.get_backend_config()`.
     """
-    if "nccl" in world_backend:
-        return None
-    return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    is_enough = "nccl" in world_backend or device_type == "cpu"
+    return None if is_enough else "cpu:gloo,cuda:nccl"
 
 
 def coordinates(degrees: Mapping[str, int]) -> list[dict[str, int]]:

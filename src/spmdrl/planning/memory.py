@@ -21,9 +21,13 @@ from spmdrl.planning.parts import HeldModel, optimizer_bytes, planned_parts
 from spmdrl.planning.step_calls import planned_calls, unusual_steps, usual_step
 from spmdrl.roles.custom import DECLARED, Custom
 from spmdrl.weights.plan import SyncPlan
+from spmdrl.world import free_bytes
 
 FREE_SHARE = 0.9
-"""Share of a device's memory that roles may fill; the rest is for libraries and fragments."""
+"""Share of a device's free memory that roles may fill. The rest is for what no part counts: NCCL's
+buffers (up to some hundred MB per group), workspaces of matrix products, the sampler's noise and
+logits, captured graphs, and fragments.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +62,8 @@ def plan_memory(
         customs: users' own roles.
         syncs: by rollout, the plan that brings the policy's weights.
         device_types: device type of every rank of the world.
-        gpu_bytes: the memory of the world's smallest GPU (None for this host's), so that all ranks
-            make one plan, and refuse alike what does not fit.
+        gpu_bytes: the free memory of the world's fullest GPU (None for this host's), so that all
+            ranks make one plan, and refuse alike what does not fit.
 
     Raises:
         ValueError: a call cannot fit on some rank's device; sizes are given.
@@ -126,7 +130,7 @@ def device_bytes(config: Config, device_type: str, gpu_bytes: int | None) -> int
     if device_type != "cuda":
         return None
     if gpu_bytes is None and torch.cuda.is_available():  # not on a host without GPUs
-        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+        gpu_bytes = free_bytes(torch.device("cuda", 0))
     return None if gpu_bytes is None else int(gpu_bytes * FREE_SHARE)
 
 

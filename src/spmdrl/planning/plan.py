@@ -58,7 +58,7 @@ def plan_roles(
         models: configuration of each role's model.
         ranks: device type of every rank of the world.
         node_size: ranks of a node.
-        gpu_bytes: the memory of the world's smallest GPU, by default of this host's.
+        gpu_bytes: the free memory of the world's fullest GPU, by default of this host's.
 
     Raises:
         ValueError: degrees do not divide a model, roles do not fit on the device together (sizes

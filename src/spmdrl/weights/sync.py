@@ -7,7 +7,7 @@ and in the dtype that travels; the rest goes through at most `NUM_SLOTS` slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spmdrl.distributed.groups import ProcessGroups
 from spmdrl.distributed.reduce import gather_objects
 from spmdrl.models.local_shards import LocalShard, LocalTensors, Table
 from spmdrl.weights.cells import Cell
 from spmdrl.weights.plan import NUM_SLOTS, SyncPlan
 from spmdrl.weights.rank_rounds import Message, RankRound, rank_rounds
-from spmdrl.weights.routes import Ranks
 from spmdrl.weights.tensor_sums import TensorSums
 from spmdrl.weights.views import Read, TensorViews, copy_all
 
@@ -50,6 +50,7 @@ class WeightSync:
         read: returns a source tensor's current values, by default the tensor itself.
         keeps_frozen: the target's frozen tensors last from sync to sync, on every rank, so only the
             first one moves them.
+        groups: the groups that meshes may have made already; None: only the sync's.
 
     Raises:
         ValueError: ranks have different plans.
@@ -66,6 +67,7 @@ class WeightSync:
         read: Read | None = None,
         *,
         keeps_frozen: bool = True,
+        groups: ProcessGroups | None = None,
     ) -> None:
         check_equal(plan)
         self.plan = plan
@@ -76,7 +78,8 @@ class WeightSync:
         _check_shards(source, tensors)
         own = {} if engine is None else _adopt(plan.shared[self.rank], engine, target, tensors)
         self.views = TensorViews(tensors, own, (lambda tensor: tensor) if read is None else read)
-        self.groups = make_groups(plan.groups)
+        made = ProcessGroups() if groups is None else groups
+        self.groups = {ranks: made.over(ranks) for ranks in plan.groups}
         self.frozen_rounds = rank_rounds(plan, plan.frozen_rounds, self.rank)
         self.rounds = rank_rounds(plan, plan.rounds, self.rank)
         self._keeps_frozen, self._ran = keeps_frozen, False
@@ -275,12 +278,6 @@ def check_equal(plan: SyncPlan) -> None:
             f"weight sync: ranks {odd} made other plans than rank 0: do all ranks read the same "
             "configuration and models, with the same versions of spmdrl and torch?"
         )
-
-
-def make_groups(groups: Sequence[Ranks]) -> Mapping[Ranks, dist.ProcessGroup | None]:
-    """Create the communicator of every group (None for the world's), on all ranks of the world."""
-    whole = tuple(range(dist.get_world_size()))
-    return {g: None if g == whole else dist.new_group(list(g)) for g in groups}
 
 
 def _adopt(

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from spmdrl.config.sections import Config
+from spmdrl.distributed.groups import ProcessGroups
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.call_memory import CallMemory, planned_call_memory
 from spmdrl.memory.device_parts import DeviceParts
@@ -125,10 +126,12 @@ def assemble(
         plan = plan_models(config, world, models)
     for spec in plan.specs.values():
         check_installed(spec)
+    groups = ProcessGroups()
     meshes = {
-        name: Mesh(name, p.ranks, p.degrees, plan.devices[name]) for name, p in placements.items()
+        name: Mesh(name, p.ranks, p.degrees, plan.devices[name], groups)
+        for name, p in placements.items()
     }
-    builder = _Builder(config, world, plan)
+    builder = _Builder(config, world, plan, groups)
     # rollouts last: they may use the tensors of the policy
     for name in sorted(config.roles, key=lambda n: config.role_kind(n) == "rollout"):
         mesh = meshes[name]
@@ -144,8 +147,8 @@ def assemble(
 class _Builder:
     """Builder of roles, one after the other; it registers their parts."""
 
-    def __init__(self, config: Config, world: World, plan: RolePlan) -> None:
-        self._config, self._world, self._plan = config, world, plan
+    def __init__(self, config: Config, world: World, plan: RolePlan, groups: ProcessGroups) -> None:
+        self._config, self._world, self._plan, self._groups = config, world, plan, groups
         own = plan.memory.get(world.rank)  # a rank may have no role
         self._residencies = {} if own is None else own.plan.residencies
         capacity = None if own is None else own.plan.capacity
@@ -231,6 +234,7 @@ class _Builder:
                 memory.plan.residencies.get((role.name, WEIGHTS)) == "drop"
                 for memory in plan.memory.values()
             ),
+            groups=self._groups,
         )
         canary = Canary(
             world,
