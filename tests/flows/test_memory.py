@@ -201,4 +201,5 @@ def test_turns_on_a_gpu_change_nothing(tmp_path):
         for metric in ("loss", "grad_norm", "value/loss", "score", "kl_per_response"):
             assert host[metric] == pytest.approx(kept[metric], rel=1e-3, abs=1e-5), metric
         assert host["memory/moved_gb"] > 0 and host["memory/gb_per_s"] > 0
-        assert host["memory/parts_gb/update"] < 0.6 * kept["memory/parts_gb/update"]
+        # half of them, and those of the next call that a device has room to prefetch
+        assert host["memory/parts_gb/update"] < 0.8 * kept["memory/parts_gb/update"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +49,26 @@ def make_backend(
 ) -> TorchBackend:
     mesh = Mesh("policy", range(world.size), degrees, "cpu")
     return TorchBackend(mesh, model, LivelyCheckpoint(model), given, CPU, trainable=trainable)
+
+
+@pytest.mark.parametrize("degrees", [{}, {"dp_shard": 2}])
+def test_a_backend_is_collected(degrees: dict[str, int]) -> None:
+    """Autograd keeps hooks where Python's collector does not look."""
+    assert run_ranks(dropped, degrees.get("dp_shard", 1), degrees) == [True] * (
+        degrees.get("dp_shard", 1)
+    )
+
+
+def dropped(world: World, degrees: dict[str, int]) -> bool:
+    model = tiny_config()
+    backend = make_backend(world, options(param_dtype=torch.bfloat16), model, **degrees)
+    assert degrees or any(leaf.has_own_master for leaf in backend._leaves)
+    backend.forward_backward(make_rows([5], 2), loss_fn, next_token(), normaliser=10.0)
+    backend.optim_step()
+    alive = weakref.ref(backend)
+    del backend
+    gc.collect()
+    return alive() is None
 
 
 def assemble(parts: list[LocalTensors], model: ModelConfig) -> dict[str, Tensor]:

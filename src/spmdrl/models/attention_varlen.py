@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spmdrl.memory.host_copies import to_device
 from spmdrl.models.spans import AttentionFunction, Span
 
 
@@ -48,10 +49,13 @@ def make_sequences(spans: Sequence[Span], device: torch.device) -> Sequences:
     keys = torch.tensor([0, *(s.num_keys for s in spans)])
     rows = torch.cat([torch.arange(*r) for s in spans for r in s.keys])
     in_place = torch.equal(rows, torch.arange(len(rows)))
+    ends_q, ends_k, *moved = to_device(
+        [queries.cumsum(0).int(), keys.cumsum(0).int(), *([] if in_place else [rows])], device
+    )
     return Sequences(
-        key_rows=None if in_place else rows.to(device),
-        ends_q=queries.cumsum(0).to(device, torch.int32),
-        ends_k=keys.cumsum(0).to(device, torch.int32),
+        key_rows=next(iter(moved), None),
+        ends_q=ends_q,
+        ends_k=ends_k,
         most_q=int(queries.max()),
         most_k=int(keys.max()),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from spmdrl.algorithms.metrics import combine
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, gather_own_grad
+from spmdrl.memory.host_copies import to_device
 from spmdrl.memory.storages import require_resident
 from spmdrl.models.sharding import Head
 from spmdrl.training.context import LocalStream
@@ -35,11 +36,15 @@ class StepCounts:
     num_steps: int = 0
     num_skipped: int = 0
 
+    def lr(self, options: TrainOptions) -> float:
+        """Return the learning rate of the next step."""
+        return lr_at(self.num_steps, options)
+
     def count(self, grad_norm: float, options: TrainOptions) -> OptimStep:
-        """Count a step with this gradient norm, and say what becomes of it."""
+        """Count a step with this gradient norm, and say what became of it."""
         done = OptimStep(
             grad_norm=grad_norm,
-            lr=lr_at(self.num_steps, options),
+            lr=self.lr(options),
             skipped=not math.isfinite(grad_norm),
             no_gradient=grad_norm == 0,
         )
@@ -54,13 +59,6 @@ class StepCounts:
         """Take over `as_dict`'s counts; returns the number of updates that were made."""
         self.num_steps, self.num_skipped = counters["num_steps"], counters["num_skipped"]
         return self.num_steps - self.num_skipped
-
-
-def clip_gradients(gradients: Iterable[Tensor], norm: float, options: TrainOptions) -> None:
-    """Scale the gradients in place to `options.clip_norm` if their norm is larger."""
-    if norm > options.clip_norm:
-        for gradient in gradients:
-            gradient.mul_(options.clip_norm / norm)
 
 
 def require_trainable(role: str, optimizer: T | None) -> T:
@@ -168,7 +166,7 @@ def whole_stream(
     """Gather each column's values over the cp ranks, in the microbatch's order."""
     if stream.order is None:
         return dict(zip(readout.columns, found, strict=True))
-    order = stream.order.to(found[0].device, non_blocking=True)
+    [order] = to_device([stream.order], found[0].device)
     gathered = [gather_own_grad(values, mesh.group("cp"))[order] for values in found]
     return dict(zip(readout.columns, gathered, strict=True))
 
@@ -181,16 +179,15 @@ def loss_input(
     device: torch.device,
 ) -> LossInput:
     """Make the loss function's input from a microbatch."""
-
-    def here(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
-
     tokens = rows.tokens if readout.is_per_token else {}
+    own = [column[microbatch.destination] for column in tokens.values()]
+    own += [column[microbatch.rows] for column in rows.rows.values()]
+    *columns, row = to_device([*own, microbatch.row], device)
     return LossInput(
         outputs=Given(outputs),
-        columns=Given({n: here(c[microbatch.destination]) for n, c in tokens.items()}),
-        rows=Given({n: here(c[microbatch.rows]) for n, c in rows.rows.items()}),
-        row=here(microbatch.row),
+        columns=Given(zip(tokens, columns[: len(tokens)], strict=True)),
+        rows=Given(zip(rows.rows, columns[len(tokens) :], strict=True)),
+        row=row,
         num_rows=len(microbatch.rows),
     )
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.batch import Batch
+from spmdrl.memory.host_copies import to_device
 from spmdrl.models.experts import MoeConfig
 from spmdrl.models.routing import EXPERT_CHOICES, Balance, Routing, unpack_choices
 from spmdrl.training.context import LocalStream
@@ -37,8 +38,8 @@ def make_routing(
     if EXPERT_CHOICES in rows.tokens and rows.num_tokens > 0:
         recorded = rows[EXPERT_CHOICES]
         check_choices(recorded, moe)
-        given = unpack_choices(recorded[stream.origin].to(device))
-        given = given.masked_fill((stream.origin < 0).to(device)[:, None, None], -1)
+        choices, is_unknown = to_device((recorded[stream.origin], stream.origin < 0), device)
+        given = unpack_choices(choices).masked_fill(is_unknown[:, None, None], -1)
     return Routing(moe, given=given, balance=balance)
 
 
@@ -70,13 +71,11 @@ def make_balance(
         return None
     shares = rows["loss_share"][microbatch.rows].float() * (coefficient / normaliser)
     counts = torch.bincount(microbatch.row, minlength=len(microbatch.rows))
-    return Balance(
-        places=stream.predict[: len(stream.read)].to(device),
-        row=microbatch.row[stream.read].to(device),
-        counts=counts.to(device),
-        scale=shares.to(device),
-        group=group,
+    places = stream.predict[: len(stream.read)]
+    places, row, counts, scale = to_device(
+        (places, microbatch.row[stream.read], counts, shares), device
     )
+    return Balance(places=places, row=row, counts=counts, scale=scale, group=group)
 
 
 class ExpertUse:
@@ -89,12 +88,14 @@ class ExpertUse:
         self._sums = torch.zeros(size + 2, dtype=torch.float64, device=device)
 
     def add(self, routing: Routing, stream: LocalStream) -> None:
-        places = stream.predict[: len(stream.read)].to(self._sums.device)
         numbers = routing.numbers
         if not numbers:  # a pipeline stage of dense layers
             return
+        places, layers = to_device(
+            (stream.predict[: len(stream.read)], torch.tensor(numbers) * self._moe.num_experts),
+            self._sums.device,
+        )
         chosen = routing.chosen()[places]  # [M, L, K]
-        layers = torch.tensor(numbers, device=chosen.device) * self._moe.num_experts
         used = (chosen + layers[:, None]).flatten()
         self._sums.scatter_add_(0, used, torch.ones_like(used, dtype=torch.float64))
         self._sums[-2] += routing.num_changed(places) / (len(self._moe.layers) * self._moe.top_k)

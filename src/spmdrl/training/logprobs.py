@@ -196,13 +196,16 @@ def _add_gradients(
             d_hidden[rows].add_(product(narrow, weight[columns].t()))
         if d_weight is not None:
             d_weight[columns].add_(product(narrow.t(), tile.hidden.t()))
-    # through the targets' own logits
-    held = ((local >= 0) & (local < weight.shape[0])).nonzero().flatten()
-    places, g = local[held], g[held, None]
+    if not len(weight):
+        return
+    # through the targets' own logits; those of other ranks count as 0, since to leave them out the
+    # host would wait for their number
+    held = (local >= 0) & (local < len(weight))
+    places, g = local.remainder(len(weight)), g.masked_fill(~held, 0)[:, None]
     if d_hidden is not None:
-        d_hidden.index_add_(0, held, weight[places].to(g.dtype) * g)
+        d_hidden.add_(weight[places].to(g.dtype) * g)
     if d_weight is not None:
-        d_weight.index_add_(0, places, hidden[held].to(g.dtype) * g)
+        d_weight.index_add_(0, places, hidden.to(g.dtype) * g)
 
 
 def cpu_tile(chunk: int) -> int:

@@ -5,6 +5,7 @@ Sums and norms of gradients over ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -41,6 +42,7 @@ class Optimizer:
         ]
         # A rank may hold nothing that is trained; AdamW accepts one group without parameters.
         groups = [group for group in groups if group["params"]] or groups[:1]
+        self._clip_norm = options.clip_norm
         self._adamw = torch.optim.AdamW(
             groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True
         )
@@ -52,12 +54,22 @@ class Optimizer:
                 self._adamw.state[master] = fresh_state(master)
 
     @torch.no_grad()
-    def step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        """Update the masters with `gradients`: by leaf name, float32, shaped like the masters."""
+    def step(self, gradients: Mapping[str, Tensor], lr: float, norm: Tensor) -> None:
+        """Update the masters with `gradients`: by leaf name, float32, shaped like the masters.
+
+        The gradients may be clipped in place, and nothing is updated without a gradient, see
+        `prepare_step`.
+
+        Args:
+            norm: the norm of the whole gradient, see `gradient_norm`.
+        """
+        own = [gradients[leaf.name] for leaf in self._live]
+        if not prepare_step([self._adamw], own, norm, self._clip_norm):
+            return
         for group in self._adamw.param_groups:
             group["lr"] = lr
-        for leaf in self._live:
-            leaf.master.grad = gradients[leaf.name]
+        for leaf, gradient in zip(self._live, own, strict=True):
+            leaf.master.grad = gradient
         self._adamw.step()
         for leaf in self._live:
             leaf.master.grad = None
@@ -78,6 +90,34 @@ class Optimizer:
             self._adamw.state[leaf.master]["step"].fill_(count)
 
 
+def prepare_step(
+    adamws: Sequence[torch.optim.AdamW],
+    gradients: list[Tensor],
+    norm: Tensor,  # [] float64
+    clip_norm: float,
+) -> bool:
+    """Make the next step of fused AdamW clip the gradients to `clip_norm`, and change nothing if
+    their norm is 0 or not finite; returns whether to call it.
+
+    On CUDA the kernels read both from the device, as they do for gradient scaling, so the host does
+    not wait for the norm. On a CPU the gradients are scaled here.
+    """
+    if norm.is_cuda:
+        found = {
+            "grad_scale": (norm / clip_norm).clamp(min=1.0).float(),
+            "found_inf": (norm.isfinite().logical_not() | (norm == 0)).float(),
+        }
+        for adamw in adamws:
+            vars(adamw).update(found)
+        return True
+    value = norm.item()
+    if value == 0 or not math.isfinite(value):
+        return False
+    if value > clip_norm and gradients:
+        torch._foreach_mul_(gradients, clip_norm / value)
+    return True
+
+
 SMALL_BYTES = 1 << 20
 """Tensors below this size are reduced together in one flat buffer, larger ones in place."""
 
@@ -95,11 +135,10 @@ def all_reduce_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup |
         work.wait()
     if small:
         parts = torch.split(flat[0], [g.numel() for g in small])
-        for gradient, part in zip(small, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        torch._foreach_copy_(small, [p.view_as(g) for g, p in zip(small, parts, strict=True)])
 
 
-def average_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+def average_gradients(gradients: list[Tensor], group: dist.ProcessGroup | None) -> None:
     """Average the gradients over the ranks of the group, in place.
 
     This is for parameters that every rank of a tensor-parallel group holds. Their gradients differ
@@ -109,15 +148,14 @@ def average_gradients(gradients: Sequence[Tensor], group: dist.ProcessGroup | No
     if group is None or not gradients:
         return
     all_reduce_gradients(gradients, group)
-    for gradient in gradients:
-        gradient.div_(dist.get_world_size(group))
+    torch._foreach_div_(gradients, dist.get_world_size(group))
 
 
 def gradient_norm(
     counted: Iterable[Tensor],
     groups: Sequence[dist.ProcessGroup | None],
     device: torch.device,
-) -> float:
+) -> Tensor:  # [] float64, on the device
     """Compute the norm of the whole gradient, which is spread over `groups`.
 
     Squares are summed in float64, so that the layout changes the norm only by rounding.
@@ -126,14 +164,17 @@ def gradient_norm(
         counted: the gradients that this rank counts; exactly one rank counts each element.
         groups: the groups to sum over, in turn; None is a group of one rank.
     """
-    squares = [_sum_of_squares(gradient) for gradient in counted]
+    own = list(counted)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    if squares:
-        total = torch.stack(squares).sum()
+    if device.type != "cuda" and own:
+        total = torch.stack([_sum_of_squares(gradient) for gradient in own]).sum()
+    elif live := [gradient for gradient in own if gradient.numel()]:
+        # all tensors in few kernels, which add in float64
+        total = torch.stack(torch._foreach_norm(live, dtype=torch.float64)).square().sum()
     for group in groups:
         if group is not None:
             dist.all_reduce(total, group=group)
-    return total.sqrt().item()
+    return total.sqrt()
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
@@ -146,3 +187,24 @@ def _sum_of_squares(gradient: Tensor) -> Tensor:
     rest = torch.linalg.vector_norm(flat[whole:]).double()
     total: Tensor = runs.square().sum() + rest.square()
     return total
+
+
+class HostNumber:
+    """A number on its way from its device to the host; work that is queued later does not delay it.
+
+    Args:
+        number: a tensor of one element.
+    """
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = number.to("cpu", non_blocking=True)
+        self._arrived: torch.cuda.Event | None = None
+        if number.is_cuda:
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def value(self) -> float:
+        """Wait for the number."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._number)

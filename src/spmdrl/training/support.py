@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.batch import Ragged
+from spmdrl.memory.host_copies import to_device
 from spmdrl.models.linear import product
 
 SUPPORT = "support_ids"
@@ -31,9 +32,8 @@ class Support:
     ids: Tensor
 
     def to(self, device: torch.device) -> Support:
-        return Support(
-            rows=self.rows.to(device, non_blocking=True), ids=self.ids.to(device, non_blocking=True)
-        )
+        rows, ids = to_device((self.rows, self.ids), device)
+        return Support(rows=rows, ids=ids)
 
 
 def support_at(column: Ragged, places: Tensor, targets: Tensor) -> Support | None:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from spmdrl.algorithms.metrics import combine
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.memory.host_copies import to_device
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource
@@ -25,7 +26,6 @@ from spmdrl.training.backend_steps import (
     as_columns,
     as_numbers,
     check_head,
-    clip_gradients,
     counted,
     loss_input,
     nothing_read,
@@ -40,6 +40,7 @@ from spmdrl.training.backend_steps import (
 from spmdrl.training.context import LocalStream, split_stream
 from spmdrl.training.experts import ExpertUse, make_balance, make_routing
 from spmdrl.training.optimizer import (
+    HostNumber,
     Optimizer,
     all_reduce_gradients,
     average_gradients,
@@ -107,6 +108,8 @@ class TorchBackend:
         rows = batch.to(torch.device("cpu"))
         size = rows.num_tokens if readout.is_per_token else rows.num_rows
         found = {name: torch.zeros(size) for name in readout.columns}
+        places: list[Tensor] = []
+        values: list[dict[str, Tensor]] = []
         with torch.no_grad():
             for microbatch in counted(
                 self._paced(pack_rows(rows, self.options, readout)), progress
@@ -114,8 +117,12 @@ class TorchBackend:
                 stream = self._stream(microbatch)
                 routing = make_routing(self.model.moe, rows, microbatch, stream, self._device)
                 support = support_of(rows, microbatch, stream, readout, self._device)
-                for name, values in self._run(stream, readout, routing, support).items():
-                    found[name][microbatch.destination] = values.cpu()
+                places.append(microbatch.destination)
+                values.append(self._run(stream, readout, routing, support))
+        if places:  # not in the loop: the host would wait for each microbatch
+            at = torch.cat(places)
+            for name, column in found.items():
+                column[at] = torch.cat([own[name] for own in values]).cpu()
         if isinstance(self._decoder, FSDPModule):
             # The root stays gathered after a forward pass; an optimizer step would not reach it.
             self._decoder.reshard()
@@ -179,12 +186,10 @@ class TorchBackend:
             [self.mesh.group("all")],
             self._device,
         )
-        done = self._steps.count(norm, self.options)
-        if not (done.skipped or done.no_gradient):
-            clip_gradients(gradients.values(), norm, self.options)
-            optimizer.step(gradients, done.lr)
-            refresh_weights(self._leaves)
-        return done
+        found = HostNumber(norm)
+        optimizer.step(gradients, self._steps.lr(self.options), norm)
+        refresh_weights(self._leaves)
+        return self._steps.count(found.value(), self.options)
 
     def local_tensors(self) -> LocalTensors:
         return {leaf.name: (leaf.weight, leaf.slices) for leaf in self._leaves}
@@ -221,7 +226,7 @@ class TorchBackend:
         is_single = self.mesh.shard_mesh is None and self.mesh.size("exchange") == 1
         if is_single or group is None:
             return microbatches
-        most = torch.tensor(len(microbatches), device=self._device)
+        most = torch.tensor(len(microbatches))  # on the host: the device may have work left
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
         missing = int(most) - len(microbatches)
         return microbatches + [empty_microbatch()] * missing
@@ -270,7 +275,9 @@ class TorchBackend:
             device=self._device,
             cp_group=self.mesh.group("cp"),
         )
-        predict, targets = self._here(stream.predict), self._here(stream.targets)
+        tokens, positions, predict, targets = to_device(
+            (stream.tokens, stream.positions, stream.predict, stream.targets), self._device
+        )
 
         def finish(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             return read_places(
@@ -284,28 +291,27 @@ class TorchBackend:
                 support=support,
             )
 
-        tokens, positions = self._here(stream.tokens), self._here(stream.positions)
         recompute = self.options.recompute
         found = self._decoder(
             tokens, positions, attend, finish, recompute=recompute, routing=routing
         )
         return whole_stream(found, readout, stream, self.mesh)
 
-    def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
-
     def _accumulate_wide(self) -> None:
         """Sum microbatches' gradients in float32 where the parameters are narrower."""
+        # not `self`, which could then never be collected: autograd keeps hooks where Python's
+        # collector does not look
+        sums = self._sums
         for leaf in self._leaves:
             if not leaf.has_own_master:
                 continue
 
             def add(parameter: Tensor, name: str = leaf.name) -> None:
                 assert parameter.grad is not None
-                if name in self._sums:
-                    self._sums[name].add_(parameter.grad)
+                if name in sums:
+                    sums[name].add_(parameter.grad)
                 else:
-                    self._sums[name] = parameter.grad.float()
+                    sums[name] = parameter.grad.float()
                 parameter.grad = None
 
             leaf.parameter.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]

@@ -105,9 +105,9 @@ def build_decoder(
         if isinstance(module, FSDPModule):
             # Losses are already divided by the global count: gradients are summed.
             module.set_gradient_divide_factor(1.0)
-            if device.type == "cpu":
-                # Otherwise a factor means a pre-multiplied sum, which gloo does not have.
-                module.set_force_sum_reduction_for_comms(True)
+            # Otherwise a factor means a pre-multiplied sum, which gloo does not have, nor NCCL over
+            # NVLink's switches.
+            module.set_force_sum_reduction_for_comms(True)
     return decoder.to_empty(device=device)
 
 
@@ -197,6 +197,6 @@ def fill_leaves(leaves: tuple[Leaf, ...], checkpoint: TensorSource) -> None:
 @torch.no_grad()
 def refresh_weights(leaves: tuple[Leaf, ...]) -> None:
     """Round the masters into the weights where these are separate tensors."""
-    for leaf in leaves:
-        if leaf.has_own_master:
-            leaf.weight.copy_(leaf.master)
+    own = [leaf for leaf in leaves if leaf.has_own_master]
+    if own:
+        torch._foreach_copy_([leaf.weight for leaf in own], [leaf.master for leaf in own])

@@ -15,6 +15,7 @@ from spmdrl.algorithms.metrics import combine
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, gather_own_grad
+from spmdrl.memory.host_copies import to_device
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, fill
@@ -27,7 +28,6 @@ from spmdrl.training.backend_steps import (
     as_columns,
     as_numbers,
     check_head,
-    clip_gradients,
     loss_input,
     nothing_read,
     over_replicas,
@@ -46,6 +46,7 @@ from spmdrl.training.megatron.model import build_chunks, transformer_config
 from spmdrl.training.megatron.modules import StreamParams
 from spmdrl.training.megatron.optimizer import ShardedOptimizer
 from spmdrl.training.megatron.pipeline import Pipeline
+from spmdrl.training.optimizer import HostNumber
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.packing import Microbatch
 from spmdrl.training.protocol import LossFn, MicrobatchProgress, OptimStep, loss_of
@@ -67,6 +68,8 @@ class StageInput:
     part: LocalStream
     tokens: Tensor  # [1, L]
     positions: Tensor  # [1, L]
+    predict: Tensor  # [M]
+    targets: Tensor  # [M]
     params: StreamParams
 
 
@@ -125,7 +128,6 @@ class MegatronBackend:
             settings,
             groups,
             self._optimizer.chunks if self._optimizer else self._chunks,
-            device,
         )
         # made after the optimizer, which moves the weights into its buffers
         self._weights: LocalTensors = {
@@ -159,8 +161,9 @@ class MegatronBackend:
         found = {name: torch.zeros(size, device=self._device) for name in readout.columns}
 
         def finish(item: StageInput, output: Tensor) -> tuple[Tensor, None]:
+            [destination] = to_device([item.microbatch.destination], self._device)
             for name, values in self._read(item, rows, output, readout).items():
-                found[name][item.microbatch.destination.to(self._device)] = values.float()
+                found[name][destination] = values.float()
             return output, None
 
         for chunk in self._chunks:
@@ -210,12 +213,10 @@ class MegatronBackend:
         require_parts(self.mesh.role, self.parts(), "weights", "optimizer")
         optimizer.reduce()
         norm = optimizer.norm(self._device)
-        done = self._steps.count(norm, self.options)
-        if not (done.skipped or done.no_gradient):
-            clip_gradients((gradient for _, gradient in optimizer.gradients()), norm, self.options)
-            optimizer.step(done.lr)
+        found = HostNumber(norm)
+        optimizer.step(self._steps.lr(self.options), norm)
         optimizer.clear()
-        return done
+        return self._steps.count(found.value(), self.options)
 
     def local_tensors(self) -> LocalTensors:
         return self._weights
@@ -287,7 +288,9 @@ class MegatronBackend:
 
     def _item(self, microbatch: Microbatch, rows: Batch, *, balance: float = 0.0) -> StageInput:
         stream = split_stream(microbatch, self.mesh.coordinate("cp"), self.mesh.size("cp"))
-        positions = self._here(stream.positions)
+        tokens, positions, predict, targets = to_device(
+            (stream.tokens, stream.positions, stream.predict, stream.targets), self._device
+        )
         attend = PackedAttention(
             stream.spans,
             self._kernel,
@@ -317,8 +320,10 @@ class MegatronBackend:
             microbatch=microbatch,
             stream=stream,
             part=part,
-            tokens=self._here(stream.tokens)[None],
+            tokens=tokens[None],
             positions=positions[None],
+            predict=predict,
+            targets=targets,
             params=StreamParams(attend=attend, rope=rope, routing=routing),
         )
 
@@ -332,8 +337,8 @@ class MegatronBackend:
         found = read_places(
             hidden,
             weight,
-            self._here(item.stream.predict),
-            self._here(item.stream.targets),
+            item.predict,
+            item.targets,
             readout,
             head_chunk=self.options.head_chunk,
             tp=self._tp,
@@ -354,6 +359,3 @@ class MegatronBackend:
         first = self.mesh.coordinate("tp") * len(weight)
         real = min(max(self.model.vocab_size - first, 0), len(weight))
         return weight if real == len(weight) else weight[:real], first
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)

@@ -27,7 +27,13 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.megatron_layout import Parameter, chunk_ranges, flat_pieces
 from spmdrl.training.megatron.compat import named_as_on_cuda
-from spmdrl.training.optimizer import MOMENTS, average_gradients, fresh_state, gradient_norm
+from spmdrl.training.optimizer import (
+    MOMENTS,
+    average_gradients,
+    fresh_state,
+    gradient_norm,
+    prepare_step,
+)
 from spmdrl.training.options import TrainOptions
 
 
@@ -65,6 +71,7 @@ class ShardedOptimizer:
         options: TrainOptions,
     ) -> None:
         self._mesh, self._groups = mesh, groups
+        self._clip_norm = options.clip_norm
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=True,
@@ -197,13 +204,16 @@ class ShardedOptimizer:
             found.append((shard, shard.master.grad))
         return found
 
-    def norm(self, device: torch.device) -> float:
+    def norm(self, device: torch.device) -> Tensor:  # [] float64
         """Compute the norm of the whole gradient, equal on all ranks of the role."""
         counted = [gradient for shard, gradient in self.gradients() if shard.counted]
         return gradient_norm(counted, [self._mesh.group("all")], device)
 
-    def step(self, lr: float) -> None:
-        """Update the shards and gather the weights from them."""
+    def step(self, lr: float, norm: Tensor) -> None:
+        """Update the shards and gather the weights from them, unless there is no gradient."""
+        gradients = [gradient for _, gradient in self.gradients()]
+        if not prepare_step(self._adamws, gradients, norm, self._clip_norm):
+            return
         for inner, adamw in zip(self._inner, self._adamws, strict=True):
             for group in adamw.param_groups:
                 group["lr"] = lr

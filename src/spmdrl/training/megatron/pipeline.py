@@ -33,9 +33,7 @@ class Pipeline:
         settings: TransformerConfig,
         groups: ProcessGroupCollection,
         chunks: Sequence[Any],
-        device: torch.device,
     ) -> None:
-        self._device = device
         self._mesh, self._settings, self._groups = mesh, settings, groups
         self._chunks = list(chunks)
         self._num_stages = mesh.size("pp")
@@ -70,7 +68,7 @@ class Pipeline:
         group = self._mesh.group("reduce")
         if self._mesh.size("exchange") == 1 or group is None:
             return count
-        most = torch.tensor(count, device=self._device)
+        most = torch.tensor(count)  # on the host: the device may have work left
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
         return int(most)
 

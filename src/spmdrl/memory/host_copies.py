@@ -1,0 +1,41 @@
+"""Small tensors from the host to a device, side by side in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy host tensors to the device. On CUDA it is one copy, for which the host does not wait,
+    and the results share one buffer, which lives as long as any of them.
+    """
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return unpack(pack(tensors).to(device, non_blocking=True), tensors)
+
+
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """Copy host tensors into one buffer of bytes, which is pinned."""
+    packed = torch.empty(sum(t.nbytes for t in tensors), dtype=torch.uint8, pin_memory=True)
+    bytes_of = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    return torch.cat([bytes_of[i] for i in _wide_first(tensors)], out=packed)
+
+
+def unpack(packed: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors over a buffer, with the dtypes and shapes of those that were packed in it."""
+    found: dict[int, Tensor] = {}
+    start = 0
+    for i in _wide_first(tensors):
+        stop = start + tensors[i].nbytes
+        # `data`: for autograd a write to one of them is no change of the others, as of views
+        found[i] = packed[start:stop].view(tensors[i].dtype).view(tensors[i].shape).data
+        start = stop
+    return [found[i] for i in range(len(tensors))]
+
+
+def _wide_first(tensors: Sequence[Tensor]) -> list[int]:
+    """Order in a buffer: each tensor then begins at a multiple of its elements' size."""
+    return sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
