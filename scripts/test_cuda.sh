@@ -15,11 +15,11 @@ closing=()
 run() {
     local torch=$1 env build log code=0
     shift
-    env=$(scripts/dev/cuda_env.sh "$torch")
+    env=$(scripts/dev/cuda_env.sh "$torch") || exit $?
     # of these sources: another checkout may run on its own build at the same time
     build=$env/stand-in-$(cat tests/fake_gpu/build.sh tests/fake_gpu/libraries/* |
         sha256sum | cut -c1-12)
-    tests/fake_gpu/build.sh "$build" "$env/bin/python"
+    tests/fake_gpu/build.sh "$build" "$env/bin/python" || exit 1
     log=$(mktemp)
     PYTHONPATH=$PWD/src PYTHONPYCACHEPREFIX=$env/pycache tests/fake_gpu/run.sh "$build" \
         "$env/bin/python" -m pytest -p no:cacheprovider "$@" 2>&1 | tee "$log" || code=$?
