@@ -32,8 +32,8 @@ code=0
 case ${1:-} in
 "")
     run "$newest" -m fakegpu || code=1
-    run 2.11.0 -m fakegpu tests/gpu tests/fake_gpu/test_flows_cuda.py \
-        tests/fake_gpu/test_worlds_cuda.py -k "not test_world or dp2 or tp2 or first_to_last" || code=1
+    run 2.11.0 -m fakegpu tests/gpu tests/fake_gpu \
+        -k "not test_world or dp2 or tp2 or first_to_last" || code=1
     ;;
 --quick) run "$newest" -m "fakegpu and quick" --durations=5 || code=1 ;;
 *) run "$newest" -m fakegpu "$@" || code=1 ;;

@@ -341,6 +341,10 @@ class HostMath(TorchDispatchMode):
         way = way_of(operation)
         if way is Way.SIZED_BY_VALUES and not waits_for_values(operation, kwargs, leaves):
             way = Way.COMPUTED
+        if way is Way.AS_IT_IS and operation._can_decompose():
+            # `to` or `reshape` in inference mode, which arrive whole: parts of them may compute
+            with self:
+                return operation.decompose(*args, **kwargs)
         if way is Way.AS_IT_IS:
             return operation(*args, **kwargs)
         calculation = on_host(operation, args, kwargs)

@@ -114,7 +114,7 @@ def run(root: Path, flow: str, dtype: str, device: str) -> list[dict[str, float]
     words = [*words, "steps=2", f"device={device}", f"model.dtype={dtype}"]
     arguments = ([(str(path), words)], str(root))
     records: list[dict[str, float]] = run_ranks(
-        run_configs, 1, *arguments, device=device, timeout_s=300
+        run_configs, 1, *arguments, device=device, timeout_s=600
     )[0][0]
     return records
 

@@ -44,6 +44,14 @@ def test_an_operation_in_place_reads_what_was_there() -> None:
     assert x.tolist() == [1, 3, 6]
 
 
+def test_conversions_and_copies_have_values_in_inference_mode() -> None:
+    with torch.inference_mode():
+        x = torch.tensor([1, 2], device="cuda")
+        assert x.float().tolist() == [1.0, 2.0]
+        assert x[None].expand(2, 2).reshape(-1).tolist() == [1, 2, 1, 2]
+        assert x[:, None].expand(2, 2).contiguous().tolist() == [[1, 1], [2, 2]]
+
+
 def test_a_step_of_fused_adamw_is_the_cpus() -> None:
     start = torch.linspace(-1, 1, 8)
     found = []

@@ -124,7 +124,7 @@ def run(root: Path, kind: str, name: str, size: int, words: list[str]) -> list[d
     )
     device = "cuda" if "device=cuda" in words else "cpu"
     records: list[dict[str, float]] = run_ranks(
-        run_configs, size, [(str(path), words)], str(root), timeout_s=300, device=device
+        run_configs, size, [(str(path), words)], str(root), timeout_s=600, device=device
     )[0][0]
     return records
 
@@ -168,7 +168,7 @@ def test_world(roots: Path, one: dict[str, list[dict[str, float]]], name: str, d
 
 @pytest.mark.parametrize(("size", "count"), [(2, 4), (4, 8)])
 def test_random_layouts_over_nccl(size: int, count: int) -> None:
-    assert run_ranks(random_syncs, size, count, timeout_s=300, device="cuda")[0] > 0
+    assert run_ranks(random_syncs, size, count, timeout_s=600, device="cuda")[0] > 0
 
 
 def test_a_stopped_run_resumes_over_nccl(roots: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_stopped_run_resumes_over_nccl(roots: Path) -> None:
         (str(configs["parts"]), words),
     ]
     whole, stopped, resumed = run_ranks(
-        run_configs, 2, runs, str(root), timeout_s=400, device="cuda"
+        run_configs, 2, runs, str(root), timeout_s=600, device="cuda"
     )[0]
     assert len(stopped) < 3 and len(resumed) == len(whole) == 3
     for a, b in zip(whole, resumed, strict=True):
