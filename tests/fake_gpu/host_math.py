@@ -49,10 +49,15 @@ COLLECTIVES = ("c10d", "_c10d_functional", "symm_mem")
 """Namespaces of what NCCL computes."""
 
 
+COMPOSITE = "CompositeImplicitAutograd"
+
+
 class Way(Enum):
     """The way in which an operation is handled."""
 
     AS_IT_IS = auto()
+    COMPOSED = auto()
+    """Calls other operations, which are handled one by one, as outside of inference mode."""
     COMPUTED = auto()
     DECIDES = auto()
     """Returns a value of the host that depends on values on the device."""
@@ -65,6 +70,8 @@ def way_of(operation: torch._ops.OpOverload) -> Way:
     schema = operation._schema
     space, name = schema.name.split("::")
     aliases = [r.alias_info for r in schema.returns if r.alias_info is not None]
+    if torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), COMPOSITE):
+        return Way.COMPOSED
     if space in COLLECTIVES or name in MEMORY_ONLY or any(not a.is_write for a in aliases):
         return Way.AS_IT_IS
     if torch.Tag.data_dependent_output in operation.tags:
@@ -341,12 +348,11 @@ class HostMath(TorchDispatchMode):
         way = way_of(operation)
         if way is Way.SIZED_BY_VALUES and not waits_for_values(operation, kwargs, leaves):
             way = Way.COMPUTED
-        if way is Way.AS_IT_IS and operation._can_decompose():
-            # `to` or `reshape` in inference mode, which arrive whole: parts of them may compute
-            with self:
-                return operation.decompose(*args, **kwargs)
         if way is Way.AS_IT_IS:
             return operation(*args, **kwargs)
+        if way is Way.COMPOSED:
+            with self:
+                return operation.decompose(*args, **kwargs)
         calculation = on_host(operation, args, kwargs)
         if way is Way.SIZED_BY_VALUES:
             return sized_by_values(calculation)

@@ -52,6 +52,14 @@ def test_conversions_and_copies_have_values_in_inference_mode() -> None:
         assert x[:, None].expand(2, 2).contiguous().tolist() == [[1, 1], [2, 2]]
 
 
+def test_values_in_inference_mode() -> None:
+    with torch.inference_mode():
+        x = ramp(2, 3).bfloat16()
+        y = torch.nn.functional.linear(x, x.clone().t().contiguous().t()).float()
+        assert y.tolist() == [[5, 14], [14, 50]]
+        assert x.t().reshape(-1).tolist() == [0, 3, 1, 4, 2, 5]
+
+
 def test_a_step_of_fused_adamw_is_the_cpus() -> None:
     start = torch.linspace(-1, 1, 8)
     found = []
