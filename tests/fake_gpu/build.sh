@@ -62,7 +62,7 @@ library() {
         -Wl,-soname,"$name" "${versioned[@]}" "${runtime[@]}" -ldl
 }
 
-library libcudart.so.13 '^(cuda[A-Z]|__cuda)' 801 counters memory streams launches device
+library libcudart.so.13 '^(cuda[A-Z]|__cuda)' 801 counters memory streams races launches device
 library libcublasLt.so.13 '^cublasLt' 15 cublaslt
 library libcublas.so.13 '^cublas[A-KM-Z]' 15 cublas
 library libnccl.so.2 '^nccl' 3 nccl

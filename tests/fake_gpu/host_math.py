@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fake_gpu import races
 from fake_gpu.host_operations import OWN
+from fake_gpu.races import extent
 from fake_gpu.stand_in import has_values, library
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -44,6 +46,8 @@ MEMORY_ONLY = {
     "_fused_sdp_choice",
 }
 """Operations that compute no values, or whose copies are values enough."""
+
+READS_ON_HOST = {torch.ops.aten._local_scalar_dense.default}
 
 COLLECTIVES = ("c10d", "_c10d_functional", "symm_mem")
 """Namespaces of what NCCL computes."""
@@ -112,12 +116,6 @@ class Mirrors:
             raise RuntimeError(freed(tensor.shape))
         offset = (address - self._base) // dtype.itemsize
         return whole.as_strided(tensor.shape, tensor.stride(), offset)
-
-
-def extent(tensor: Tensor) -> int:
-    """Bytes from the first to the last element; strides are not negative."""
-    steps = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return (steps + 1) * tensor.element_size()
 
 
 def freed(shape: Sequence[int]) -> str:
@@ -277,8 +275,7 @@ class Span:
 
 
 def span_of(tensor: Tensor) -> Span:
-    size = extent(tensor) if tensor.numel() else 0
-    return Span(address=tensor.data_ptr(), size=size, shape=tuple(tensor.shape))
+    return Span(address=tensor.data_ptr(), size=extent(tensor), shape=tuple(tensor.shape))
 
 
 class Replays:
@@ -343,9 +340,21 @@ class HostMath(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
+        watches, way = races.is_watching(), way_of(operation)
         if not self._is_mine(leaves, kwargs):
-            return operation(*args, **kwargs)
-        way = way_of(operation)
+            return self._on_host(operation, way, args, kwargs, watches)
+        with races.named(operation) if watches else nullcontext():
+            return self._on_device(operation, way, args, kwargs, leaves)
+
+    def _on_device(
+        self,
+        operation: torch._ops.OpOverload,
+        way: Way,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: list[Any],
+    ) -> Any:
+        """Run a CUDA operation, and then compute its values or keep that for the replays."""
         if way is Way.SIZED_BY_VALUES and not waits_for_values(operation, kwargs, leaves):
             way = Way.COMPUTED
         if way is Way.AS_IT_IS:
@@ -353,22 +362,43 @@ class HostMath(TorchDispatchMode):
         if way is Way.COMPOSED:
             with self:
                 return operation.decompose(*args, **kwargs)
+        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         calculation = on_host(operation, args, kwargs)
         if way is Way.SIZED_BY_VALUES:
-            return sized_by_values(calculation)
+            result = sized_by_values(calculation)
+            if races.is_watching():
+                races.touch_device(operation, stream, args, kwargs, result)
+            return result
         place = self._place(calculation)
         with held_copies():
             output = operation(*args, **kwargs)
+        if races.is_watching():
+            races.touch_device(operation, stream, args, kwargs, output)
         if way is Way.DECIDES:
             return calculation.run()
         targets = targets_of(operation._schema.name, output, leaves)
-        stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         if library().fake_is_capturing(stream):
             used = [span_of(x) for x in leaves + tree_leaves(output) if is_on_device(x)]
             self._replays.add(stream, calculation, targets, used)
         else:
             targets.take(calculation.run(place=place))
         return output
+
+    def _on_host(
+        self,
+        operation: torch._ops.OpOverload,
+        way: Way,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        watches: bool,
+    ) -> Any:
+        """Run an operation that the stand-in device has no part in."""
+        if watches and way is Way.COMPOSED:
+            with self:
+                return operation.decompose(*args, **kwargs)
+        if watches and (way is not Way.AS_IT_IS or operation in READS_ON_HOST):
+            races.touch_host(operation, args, kwargs)
+        return operation(*args, **kwargs)
 
     @staticmethod
     def _is_mine(leaves: Sequence[object], kwargs: dict[str, Any]) -> bool:
@@ -450,4 +480,5 @@ def install() -> None:
     replays = Replays()
     explain_replays(replays)
     print_from_host()
+    races.watch_reads_in_place()
     HostMath(replays).__enter__()

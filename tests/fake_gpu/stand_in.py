@@ -33,6 +33,11 @@ def library() -> ctypes.CDLL:
         getattr(runtime, name).restype = address
     for name in ("fake_address_space", "fake_used", "fake_peak"):
         getattr(runtime, name).restype = size
+    runtime.fake_label.argtypes = [ctypes.c_char_p]
+    touch = [address, size, ctypes.c_int, ctypes.c_char_p]
+    runtime.fake_touch.argtypes, runtime.fake_touch.restype = [address, *touch], ctypes.c_char_p
+    runtime.fake_touch_by_host.argtypes = touch
+    runtime.fake_touch_by_host.restype = ctypes.c_char_p
     runtime.fake_is_capturing.argtypes = [address]
     runtime.fake_capture.argtypes = [address] * 4
     return runtime

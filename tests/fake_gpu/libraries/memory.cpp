@@ -121,6 +121,11 @@ cudaError_t copy(void *to, const void *from, size_t size, cudaStream_t stream, b
   launch(kind, stream, "", size);
   if (kind == H2D && !is_pinned(from)) note(PAGEABLE_H2D, stream, "", size);
   if (kind == D2H && !is_pinned(to)) note(PAGEABLE_D2H, stream, "", size);
+  std::string race = touch(stream, from, size, false, "a copy");
+  if (race.empty()) race = touch(stream, to, size, true, "a copy");
+  if (!race.empty()) return fail(cudaErrorLaunchFailure, race);
+  bool waits = is_blocking || (kind == D2H && !is_pinned(to));
+  if (waits && !is_capturing(stream)) wait_on_host(clock_of(stream));
   if (hold) return cudaSuccess;
   if (!s.has_values) {
     if (kind == D2H && !is_capturing(stream)) memset(to, 0, size);
@@ -138,6 +143,8 @@ cudaError_t fill(void *to, int value, size_t size, cudaStream_t stream) {
   if (is_device(to) && !fake_host_address(to, size))
     return fail(cudaErrorInvalidValue, "a fill touches device memory that is not allocated");
   launch(MEMSET, stream, "", size);
+  std::string race = touch(stream, to, size, true, "a fill");
+  if (!race.empty()) return fail(cudaErrorLaunchFailure, race);
   if (hold || !state().has_values) return cudaSuccess;
   char *target = real_of(to);
   auto set = [=] { return memset(target, value, size), 0; };
@@ -199,6 +206,8 @@ cudaError_t cudaFree(void *address) {
   if (found == s.live.end())
     return fail(cudaErrorInvalidValue, "cudaFree of what cudaMalloc did not return");
   auto [offset, size] = *found;
+  wait_for_device();
+  forget_touches(address, size);
   drop_content(offset, size);
   s.used -= size;
   s.live.erase(offset);
@@ -272,6 +281,9 @@ cudaError_t cudaFreeHost(void *address) {
   auto found = state().hosts.find(uintptr_t(address));
   if (found == state().hosts.end() || found->second.is_registered)
     return fail(cudaErrorInvalidValue, "cudaFreeHost of what cudaHostAlloc did not return");
+  std::string race = touch_by_host(address, found->second.size, true, "cudaFreeHost");
+  if (!race.empty()) return fail(cudaErrorInvalidValue, race);
+  forget_touches(address, found->second.size);
   munmap(address, found->second.size);
   state().hosts.erase(found);
   return cudaSuccess;
@@ -298,6 +310,9 @@ cudaError_t cudaHostUnregister(void *address) {
   auto found = state().hosts.find(uintptr_t(address));
   if (found == state().hosts.end() || !found->second.is_registered)
     return fail(cudaErrorHostMemoryNotRegistered, "host memory is not registered");
+  std::string race = touch_by_host(address, found->second.size, true, "cudaHostUnregister");
+  if (!race.empty()) return fail(cudaErrorInvalidValue, race);
+  forget_touches(address, found->second.size);
   note(HOST_UNREGISTER, nullptr, "", found->second.size);
   state().hosts.erase(found);
   return cudaSuccess;
@@ -405,6 +420,7 @@ int fake_unmap(void *address, size_t size) {
     if (found == handle_at.end()) return 1;
     size_t length = state().live[offset];
     unsigned long long handle = found->second;
+    forget_touches(state().device_base + offset, length);
     drop_content(offset, length);
     state().live.erase(offset);
     handle_at.erase(found);

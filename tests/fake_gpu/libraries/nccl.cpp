@@ -220,6 +220,10 @@ struct Operation {
     if (name == BROADCAST && peer != c->rank) return 0;
     return name == REDUCE_SCATTER || name == ALL_TO_ALL ? size() * size_t(c->ranks) : size();
   }
+  size_t size_taken() const {
+    if (name == REDUCE && peer != c->rank) return 0;
+    return name == ALL_GATHER || name == ALL_TO_ALL ? size() * size_t(c->ranks) : size();
+  }
   std::string signature() const {
     std::string text = std::string(NAMES[name]) + " of " + std::to_string(count) + " " +
                        TYPE_NAMES[type];
@@ -342,6 +346,10 @@ int flush() {
                        (o.name == SEND || o.name == RECV ? std::to_string(o.peer) : "") + ", " +
                        o.c->name;
     fake_launch(FAKE_NCCL, o.stream, text.c_str(), o.size());
+    const char *race = nullptr;
+    if (o.name != RECV) race = fake_touch(o.stream, o.from, o.size_posted(), 0, text.c_str());
+    if (!race && o.to) race = fake_touch(o.stream, o.to, o.size_taken(), 1, text.c_str());
+    if (race) return report(INVALID_USAGE, *o.c, race);
     if (fake_is_capturing(o.stream)) captured.push_back(o);
   }
   if (captured.empty()) return run(group);

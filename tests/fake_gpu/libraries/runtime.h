@@ -25,9 +25,19 @@ enum Kind {
   CAPTURE, GRAPH_LAUNCH, GRAPH_NODES, ILLEGAL, KINDS
 };
 
+using Clock = std::vector<long>;  // by stream number, see races.cpp
+
+struct Touch {  // an access of memory
+  const void *address;
+  size_t size;
+  bool is_write;
+  std::string what;
+};
+
 struct Graph {
   long nodes = 0;                         // what CUDA would have in it
   std::vector<std::function<int()>> work; // what a replay does here, in order
+  std::vector<Touch> touches;             // what a replay reads and writes
 };
 
 struct Capture {
@@ -84,5 +94,16 @@ bool is_unsafe_call_prohibited();
 void launch(Kind kind, cudaStream_t stream, const char *what, size_t bytes = 0);
 void add_node(cudaStream_t stream);
 void add_work(std::function<int()> work);  // of the current capture
+
+// Races (races.cpp): each `touch` returns the description of a race, or an empty string.
+std::string touch(cudaStream_t stream, const void *address, size_t size, bool is_write,
+                  const std::string &what);
+std::string touch_by_graph(const Graph &graph, cudaStream_t stream);
+std::string touch_by_host(const void *address, size_t size, bool is_write, const std::string &what);
+void forget_touches(const void *address, size_t size);
+Clock clock_of(cudaStream_t stream);
+void wait_on_stream(cudaStream_t stream, const Clock &clock);
+void wait_on_host(const Clock &clock);
+void wait_for_device();
 
 }  // namespace fake

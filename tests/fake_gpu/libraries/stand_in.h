@@ -27,6 +27,14 @@ void fake_hold_copies(int hold);
 int fake_is_capturing(void *stream);
 int fake_capture(void *stream, int (*run)(void *), void (*forget)(void *), void *argument);
 
+// Races: a description of one, or null. `fake_label` names what this thread does from now on.
+void fake_watch_races(int is_on);
+int fake_is_watching(void);
+void fake_label(const char *text);
+const char *fake_touch(void *stream, const void *address, size_t size, int is_write,
+                       const char *what);
+const char *fake_touch_by_host(const void *address, size_t size, int is_write, const char *what);
+
 // Virtual memory, for the driver: 0, or 2 (CUDA_ERROR_OUT_OF_MEMORY), or 1 (INVALID_VALUE).
 int fake_reserve(void **address, size_t size);
 int fake_unreserve(void *address, size_t size);

@@ -10,6 +10,7 @@ namespace {
 struct Event {
   bool is_recorded = false, is_captured = false;
   cudaStream_t stream = nullptr;
+  Clock clock;  // what is done when the event is
 };
 
 using GraphHandle = std::shared_ptr<Graph>;  // behind cudaGraph_t and cudaGraphExec_t
@@ -112,6 +113,7 @@ cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   Lock lock;
   if (is_capturing(stream)) return illegal("cudaStreamQuery");
+  wait_on_host(clock_of(stream));
   return cudaSuccess;
 }
 
@@ -119,6 +121,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   Lock lock;
   if (is_capturing(stream) || (is_default(stream) && is_unsafe_call_prohibited()))
     return illegal("cudaStreamSynchronize");
+  wait_on_host(clock_of(stream));
   note(STREAM_SYNC, stream, "");
   return cudaSuccess;
 }
@@ -126,6 +129,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 cudaError_t cudaDeviceSynchronize() {
   Lock lock;
   if (state().capture) return illegal("cudaDeviceSynchronize");
+  wait_for_device();
   note(DEVICE_SYNC, nullptr, "");
   return cudaSuccess;
 }
@@ -165,7 +169,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   Lock lock;
-  *of(event) = {true, is_capturing(stream), stream};
+  *of(event) = {true, is_capturing(stream), stream, clock_of(stream)};
   note(EVENT_RECORD, stream, "");
   return cudaSuccess;
 }
@@ -177,12 +181,14 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
   Lock lock;
   if (of(event)->is_captured) return fail(cudaErrorCapturedEvent, "a captured event is queried");
   if (is_unsafe_call_prohibited()) return illegal("cudaEventQuery");
+  wait_on_host(of(event)->clock);
   return cudaSuccess;
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   Lock lock;
   if (is_unsafe_call_prohibited()) return illegal("cudaEventSynchronize");
+  wait_on_host(of(event)->clock);
   note(EVENT_SYNC, of(event)->stream, "");
   return cudaSuccess;
 }
@@ -200,6 +206,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   } else if (is_capturing(stream) && found->is_recorded) {
     return illegal("a wait for an event that was recorded outside,");
   }
+  wait_on_stream(stream, found->clock);
   note(WAIT_EVENT, stream, "");
   return cudaSuccess;
 }
@@ -275,6 +282,8 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     graph = *of(exec);
     launch(GRAPH_LAUNCH, stream, "");
     note(GRAPH_NODES, stream, "", 0, graph->nodes);
+    std::string race = touch_by_graph(*graph, stream);
+    if (!race.empty()) return fail(cudaErrorLaunchFailure, race);
   }
   // Without the lock: a part of the work calls Python, whose lock another thread may hold while
   // it waits for ours.
