@@ -255,5 +255,7 @@ def test_the_whole_check_is_rehearsed_on_the_stand_in_device(tmp_path: Path) -> 
     assert {line["stage"] for line in measured} == set(NAMES)
     for line in measured:
         assert set(line["measured_to_predicted"]) <= set(line["predicted"]), line
+    fits = {line["case"]: line["measured"].get("fits") for line in measured}
+    assert fits["expandable segments off"] == 0 and fits["expandable segments on"] == 1
     saved = (tmp_path / "lines.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in saved] == lines

@@ -1,4 +1,4 @@
-"""Stage `flow`: GRPO steps from a model directory with random weights, and the canary's gap."""
+"""Stage `flow`: GRPO steps of a model with random weights, and the engine's gap to the trainer."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ def grpo(setting: Setting) -> Outcome:
     """Run the shipped flow; the figures are medians of the steps after the first.
 
     Predictions: a decode step reads weights and cache once; an update has six operations per
-    parameter and token. Engine and trainer round each layer's two additions to the residual stream
-    on their own, relative errors that add like the root of their number; a logit has the deviation
-    of the head's weights times the root of the width.
+    parameter and token. The gap is that of all sampled tokens; the canary ends the run if its own
+    is too large. Engine and trainer round each layer's two additions to the residual stream on
+    their own, relative errors that add like the root of their number; a logit has the deviation of
+    the head's weights times the root of the width.
     """
     model = model_of(NAME, small=setting.small)
     response = 8 if setting.small else 256
@@ -66,14 +67,14 @@ def grpo(setting: Setting) -> Outcome:
     later = records[1:]
     measured = {f"{p}_s": median(r[f"seconds/{p}"] for r in later) for p in ("rollout", "update")}
     measured["step_s"] = median(r["seconds/step"] for r in later)
-    measured["canary_gap"] = max(r["sync/canary_gap"] for r in records)
+    measured["rollout_gap"] = max(r["rollout_gap"] for r in records)
     measured["peak_gb"] = max(r["memory/peak_gb"] for r in records)
     gap = _HALF * (2 * model.num_layers) ** 0.5 * DEVIATION * model.hidden_size**0.5
     return Outcome(
         predicted={
             "rollout_s": rollout_s(setting.ceilings, model, response),
             "update_s": update_s(setting.ceilings, model, response),
-            "canary_gap": gap,
+            "rollout_gap": gap,
         },
         measured=measured,
         facts={

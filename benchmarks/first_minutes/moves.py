@@ -151,7 +151,7 @@ def segments(setting: Setting, wanted: bool) -> Outcome:
 
     Only expandable segments can give the pieces' pages to it; without them it must fail.
     """
-    unit = 1 << (22 if setting.small else 26)
+    unit = (20 if setting.small else 80) << 20  # pages are moved in steps of 20 MB
     words = [sys.executable, "-m", "first_minutes.fragments", str(unit)]
     environment = {**os.environ, "PYTORCH_ALLOC_CONF": f"expandable_segments:{wanted}"}
     done = subprocess.run(

@@ -45,7 +45,7 @@ library() {
     nm --defined-only "${objects[@]}" | awk 'NF == 3 { print $3 }' | sort -u >"$build/defined"
     {
         echo '#include <cstdio>'
-        grep -E "$prefix" "$build/imported" | comm -23 - "$build/defined" | while read -r function; do
+        sed -nE "/$prefix/p" "$build/imported" | comm -23 - "$build/defined" | while read -r function; do
             printf 'extern "C" int %s() { fputs("stand-in CUDA lacks %s\\n", stderr); return %s; }\n' \
                 "$function" "$function" "$error"
         done
@@ -67,5 +67,6 @@ library libcublasLt.so.13 '^cublasLt' 15 cublaslt
 library libcublas.so.13 '^cublas[A-KM-Z]' 15 cublas
 library libnccl.so.2 '^nccl' 3 nccl
 library libcuda.so.1 '^cu(Ctx|Device|Func|Get|Launch|Link|Mem|Module|Occupancy|Pointer|Stream|Tensor)' 801 driver
+library libnvidia-ml.so.1 '^nvml[A-Z]' 3 nvml
 ln -sf libcuda.so.1 "$build/libcuda.so" # what Triton links with
 echo "$key" >"$build/key"
