@@ -23,16 +23,16 @@ pytestmark = [
 
 BUDGETS: dict[str, dict[str, float]] = {
     "decode": {
-        "syncs": 6,
+        "syncs": 1,
         "launches": 23,
-        "graph_nodes": 572,
-        "h2d": 8,
-        "d2h": 3,
-        "pageable": 6,
+        "graph_nodes": 627,
+        "h2d": 2,
+        "d2h": 1,
+        "pageable": 1,
         "illegal": 0,
     },
-    "capture": {"captures": 24, "device_syncs": 48, "frees": 158, "pool_gb": 0.91, "illegal": 0},
-    "release": {"peak_gb": 5.23, "left_gb": 4.65, "left_after_gc_gb": 0.29},
+    "capture": {"captures": 8, "device_syncs": 0, "frees": 0, "pool_gb": 0.05, "illegal": 0},
+    "release": {"peak_gb": 3.5, "left_gb": 0.29, "left_after_gc_gb": 0.29},
     "update": {
         "states_gb": 21.71,
         "peak_gb": 50.8,

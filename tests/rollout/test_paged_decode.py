@@ -56,7 +56,7 @@ def outputs(attention: PagedAttention, shape: CacheShape, *, dense: bool) -> Ten
         (StepPlan(copies=[], decodes=made, chunks=[]), len(LENGTHS)),
     )
     for plan, rows in steps:
-        attention.prepare(plan)
+        attention.prepare(plan, attention.indices(plan))
         for layer in range(shape.num_layers):
             total = shape.heads + 2 * shape.kv_heads
             qkv = torch.randn(rows, total, shape.head_dim, generator=drawn)
@@ -78,6 +78,11 @@ def test_it_is_the_attention_of_torchs_operations(
         torch.testing.assert_close(found, plain, rtol=1e-5, atol=2e-6)
 
 
+def prepare_decodes(attention: PagedAttention, decodes: list[Sample]) -> None:
+    plan = StepPlan(copies=[], decodes=decodes, chunks=[])
+    attention.prepare(plan, attention.indices(plan))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_sequence_is_the_same_whatever_is_served_with_it(threads: int) -> None:
     shape = shape_of(64, 3, 32)
@@ -90,10 +95,10 @@ def test_a_sequence_is_the_same_whatever_is_served_with_it(threads: int) -> None
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        attention._prepare_decodes(made)
+        prepare_decodes(attention, made)
         together = attention._attend_decodes(1, q)
         for i, one in enumerate(made):
-            attention._prepare_decodes([one])
+            prepare_decodes(attention, [one])
             assert torch.equal(attention._attend_decodes(1, q[i : i + 1])[0], together[i])
     finally:
         torch.set_num_threads(before)
@@ -105,7 +110,7 @@ def test_large_scores_and_not_finite_ones() -> None:
     outputs(attention, shape, dense=True)
     (one,) = samples(shape, dense=True)[4:5]
     one.cached = len(one.tokens)
-    attention._prepare_decodes([one])
+    prepare_decodes(attention, [one])
     q = torch.zeros(1, shape.heads, 8)
     q[0, :2] = 1e4  # scores of thousands: e^score alone would be infinite
     q[0, 3, 5] = torch.nan

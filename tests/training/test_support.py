@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -181,14 +182,14 @@ Products = list[tuple[torch.dtype, torch.dtype]]
 def products(monkeypatch: pytest.MonkeyPatch) -> Products:
     """The operands' dtypes of every product with the head."""
     seen: Products = []
-    for place in (module, support_module):
-        plain: Callable[[Tensor, Tensor], Tensor] = place.product
+    for place, name in product((module, support_module), ("product", "wide_linear")):
+        plain: Callable[[Tensor, Tensor], Tensor] = getattr(place, name)
 
         def noted(a: Tensor, b: Tensor, plain: Callable[..., Tensor] = plain) -> Tensor:
             seen.append((a.dtype, b.dtype))
             return plain(a, b)
 
-        monkeypatch.setattr(place, "product", noted)
+        monkeypatch.setattr(place, name, noted)
     return seen
 
 

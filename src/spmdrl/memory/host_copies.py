@@ -1,4 +1,4 @@
-"""Small tensors from the host to a device, side by side in one copy."""
+"""Small tensors between the host and a device, side by side in one copy."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return unpack(pack(tensors).to(device, non_blocking=True), tensors)
 
 
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors of one device to the host: on CUDA in one copy, for which the host waits."""
+    if not any(tensor.is_cuda for tensor in tensors):
+        return [tensor.cpu() for tensor in tensors]
+    return unpack(torch.cat(_as_bytes(tensors)).cpu(), tensors)
+
+
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     """Copy host tensors into one buffer of bytes, which is pinned."""
     packed = torch.empty(sum(t.nbytes for t in tensors), dtype=torch.uint8, pin_memory=True)
-    bytes_of = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
-    return torch.cat([bytes_of[i] for i in _wide_first(tensors)], out=packed)
+    return torch.cat(_as_bytes(tensors), out=packed)
 
 
 def unpack(packed: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -34,6 +40,12 @@ def unpack(packed: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         found[i] = packed[start:stop].view(tensors[i].dtype).view(tensors[i].shape).data
         start = stop
     return [found[i] for i in range(len(tensors))]
+
+
+def _as_bytes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors' bytes in a buffer's order."""
+    bytes_of = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    return [bytes_of[i] for i in _wide_first(tensors)]
 
 
 def _wide_first(tensors: Sequence[Tensor]) -> list[int]:

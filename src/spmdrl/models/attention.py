@@ -5,14 +5,13 @@ A kernel turns a list of `spans.Span` into a function of q, k, v:
 - `blocked`: explicit products of small tiles; fastest on CPUs; float32 and float64.
 - `sdpa`: `scaled_dot_product_attention` per tile; any device and dtype.
 - `varlen`: `torch.nn.attention.varlen`; CUDA, half precision.
-- `flash`: the flash-attn package; CUDA, half precision.
+- `flash`: the package flash-attn (2) or flash-attn-4; CUDA, half precision.
 - `flex`: `flex_attention` with a block mask, compiled on CUDA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import torch
@@ -21,7 +20,12 @@ from torch import Tensor
 
 from spmdrl.distributed.parallel import gather_sum_grad
 from spmdrl.models.attention_tiles import TiledKernel
-from spmdrl.models.attention_varlen import FlexKernel, flash_kernel, varlen_kernel
+from spmdrl.models.attention_varlen import (
+    FlexKernel,
+    flash_kernel,
+    installed_flash,
+    varlen_kernel,
+)
 from spmdrl.models.spans import AttentionFunction, Span, covers_rows
 
 AttentionKind = Literal["blocked", "sdpa", "varlen", "flash", "flex"]
@@ -88,7 +92,8 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> At
             return "sdpa" if half else "blocked"
         if not half:
             return "sdpa"
-        return "flash" if find_spec("flash_attn") else "varlen"
+        # version 4 compiles a kernel when one is first needed, so it is taken only if asked for
+        return "flash" if installed_flash() == 2 else "varlen"
     if name not in KINDS:
         raise ValueError(f"model.attention={name!r}: it must be auto or one of {', '.join(KINDS)}")
     if name in ("varlen", "flash") and not (on_cuda and half):
@@ -96,7 +101,7 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> At
             f"model.attention={name} needs CUDA and bfloat16 or float16, not {device.type} and "
             f"{dtype}: set it to auto"
         )
-    if name == "flash" and not find_spec("flash_attn"):
+    if name == "flash" and installed_flash() is None:
         raise ValueError(
             "model.attention=flash needs the flash-attn package, which is not installed: "
             "install spmdrl[flash], or set it to auto"

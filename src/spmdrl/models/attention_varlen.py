@@ -10,7 +10,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,33 +80,62 @@ class VarlenKernel:
         return attend
 
 
+def installed_flash() -> Literal[2, 4] | None:
+    """Return the version of the flash-attention that is installed, without importing it.
+
+    Both are a package `flash_attn`; that of flash-attn-4 has only a folder `cute`.
+    """
+    package = find_spec("flash_attn")
+    if package is None or package.submodule_search_locations is None:
+        return None
+    places = list(package.submodule_search_locations)
+    if PathFinder.find_spec("flash_attn.flash_attn_interface", places):
+        return 2
+    return 4 if PathFinder.find_spec("flash_attn.cute", places) else None
+
+
 def flash_kernel() -> VarlenKernel:
-    """Make flash-attn's varlen kernel, whose causal mask is aligned at the end since 2.1."""
-    from flash_attn import flash_attn_varlen_func
+    """Make flash-attention's varlen kernel, whose causal mask is aligned at the end since 2.1."""
+    if installed_flash() == 2:
+        from flash_attn.flash_attn_interface import flash_attn_varlen_func
+    else:
+        from flash_attn.cute import flash_attn_varlen_func
 
     def run(q: Tensor, k: Tensor, v: Tensor, s: Sequences) -> Tensor:
-        out: Tensor = flash_attn_varlen_func(
-            q, k, v, s.ends_q, s.ends_k, s.most_q, s.most_k, causal=True
+        # By name: the fourth positional argument differs. Version 4 also returns the normalisers.
+        found = flash_attn_varlen_func(
+            q=q,
+            k=k,
+            v=v,
+            cu_seqlens_q=s.ends_q,
+            cu_seqlens_k=s.ends_k,
+            max_seqlen_q=s.most_q,
+            max_seqlen_k=s.most_k,
+            causal=True,
         )
+        out: Tensor = found[0] if isinstance(found, tuple) else found
         return out
 
     return VarlenKernel(run)
 
 
-def varlen_kernel() -> VarlenKernel:
-    """Make torch's varlen kernel (FlashAttention-2), whose mask is aligned at the end too."""
+def varlen_kernel(function: Callable[..., Any] | None = None) -> VarlenKernel:
+    """Make torch's varlen kernel (FlashAttention-2), whose mask is aligned at the end too.
+
+    Args:
+        function: what replaces torch's `varlen_attn` in a test without a GPU.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 may lack the argument; later versions refuse unequal head counts without it.
-    groups_heads = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    attend: Callable[..., Any] = function or varlen_attn
+    # Later versions than 2.11 have the argument, and refuse unequal numbers of heads without it.
+    has_switch = "enable_gqa" in inspect.signature(attend).parameters
+    options: dict[str, Any] = {"enable_gqa": True} if has_switch else {}
 
     def run(q: Tensor, k: Tensor, v: Tensor, s: Sequences) -> Tensor:
-        options: dict[str, Any] = {"window_size": (-1, 0)}
-        if q.shape[1] != k.shape[1] and groups_heads:
-            options["enable_gqa"] = True
-        elif q.shape[1] != k.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        out = varlen_attn(q, k, v, s.ends_q, s.ends_k, s.most_q, s.most_k, **options)
+        out = attend(
+            q, k, v, s.ends_q, s.ends_k, s.most_q, s.most_k, window_size=(-1, 0), **options
+        )
         assert isinstance(out, Tensor)
         return out
 

@@ -83,6 +83,21 @@ def linear(
     return _product(x, weight if blocked is None else blocked, bias)
 
 
+def wide_linear(
+    x: Tensor,  # [T, K]
+    weight: Tensor,  # [N, K]
+    blocked: Blocked | None = None,
+) -> Tensor:  # [T, N]
+    """Compute `linear` in float32 or wider, without gradient: logits.
+
+    On GPUs the sums of half-precision products are not rounded to half precision, whose step at a
+    logit of 20 is 0.125.
+    """
+    if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return linear(x, weight, blocked=blocked).to(torch.promote_types(x.dtype, torch.float32))
+
+
 def product(
     a: Tensor,  # [M, K], any strides
     b: Tensor,  # [N, K], any strides

@@ -125,6 +125,12 @@ def longest_sequence(config: Config, max_position: int) -> int:
     return min(max(_LEAST_LENGTH, *lengths), max_position)
 
 
+def samples_per_replica(config: Config, spec: RoleSpec) -> int:
+    """Samples of a training step that one replica of the rollout generates, rounded up."""
+    samples = config.data.prompts_per_step * config.data.group_size
+    return -(-samples // spec.placement.num_replicas)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CacheSize:
     """Size of vLLM's key-value cache, which is made at start and never grows.
@@ -147,8 +153,7 @@ def vllm_cache(config: Config, spec: RoleSpec) -> CacheSize:
     heads = max(1, model.num_kv_heads // tp)
     block_bytes = 2 * model.num_layers * heads * model.head_dim * spec.dtype.itemsize * block
     if rollout.kv_cache_gb == "auto":
-        samples = config.data.prompts_per_step * config.data.group_size
-        running = min(-(-samples // spec.placement.num_replicas), rollout.max_running)
+        running = min(samples_per_replica(config, spec), rollout.max_running)
         needed = running * -(-length // block)
         most = int(2e9) // block_bytes if on_cpu else needed
         blocks = max(min(needed, most), -(-length // block)) + 1  # vLLM keeps one for itself

@@ -12,12 +12,12 @@ from spmdrl.config.sections import Config
 from spmdrl.memory.parts import Part, PartKey, ResidencyWish
 from spmdrl.models.local_shards import Table, WeightLayout
 from spmdrl.models.moe import has_fixed_shapes
-from spmdrl.planning.engines import vllm_cache
+from spmdrl.planning.engines import longest_sequence, samples_per_replica, vllm_cache
 from spmdrl.planning.token_bounds import step_sizes
 from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.generation import GRAPHS, KV_CACHE
 from spmdrl.roles.model_calls import OPTIMIZER, WEIGHTS
-from spmdrl.rollout.native.varlen import varlen_is_usable
+from spmdrl.rollout.native.varlen import BLOCK_MULTIPLE, varlen_is_usable
 from spmdrl.weights.plan import SyncPlan
 
 
@@ -160,15 +160,19 @@ def _trained_bytes(table: Table) -> int:
 
 def cache_bytes(config: Config, spec: RoleSpec) -> int:
     """Bytes of one rank's KV cache: as configured, or as much as a step's samples can need."""
-    rollout, model, placement = config.rollout, spec.model, spec.placement
+    rollout, model = config.rollout, spec.model
     if spec.is_vllm:
         return vllm_cache(config, spec).num_bytes
     if rollout.kv_cache_gb != "auto":
         return int(rollout.kv_cache_gb * 1e9)
-    samples = -(-config.data.prompts_per_step * config.data.group_size // placement.num_replicas)
+    samples = samples_per_replica(config, spec)
     tokens = config.data.train.max_tokens + config.sampling.max_tokens
     if config.data_kind() == "prompts":
         tokens = step_sizes(config).row_tokens
-    heads = max(1, model.num_kv_heads // placement.degrees["tp"])
+    if spec.device_type == "cuda":  # the engine makes it once, for all calls
+        multiple = BLOCK_MULTIPLE if spec.dtype.itemsize == 2 else 1
+        block = -(-rollout.block_size // multiple) * multiple
+        tokens = -(-longest_sequence(config, model.max_position) // block) * block
+    heads = max(1, model.num_kv_heads // spec.placement.degrees["tp"])
     per_token = 2 * model.num_layers * heads * model.head_dim * spec.dtype.itemsize
     return min(samples, rollout.max_running) * tokens * per_token

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from spmdrl.distributed.parallel import Parallel
+from spmdrl.memory.host_copies import to_device
 
 
 class Lockstep:
@@ -28,7 +29,7 @@ class Lockstep:
         """Return the leader's values, by one message; every rank passes equally many."""
         if self._tp.group is None:
             return list(values)
-        message = torch.tensor(values, device=self._device)
+        [message] = to_device([torch.tensor(values)], self._device)
         dist.broadcast(message, dist.get_global_rank(self._tp.group, 0), group=self._tp.group)
         found: list[int] = message.tolist()
         return found

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spmdrl.distributed.parallel import Parallel, copy_to
-from spmdrl.models.linear import product
+from spmdrl.models.linear import product, wide_linear
 from spmdrl.training.support import Support, add_support_gradients, support_logits
 
 CPU_TILE = 1 << 20
@@ -41,7 +41,8 @@ def token_logprobs(
 ) -> tuple[Tensor, ...]:
     """Compute log softmax(hidden weight^T / temperature) at the targets, and the softmax's entropy.
 
-    Products are computed in the weight's dtype, all else in float32 (float64 for float64 weights).
+    Factors of products have the weight's dtype, all else is in float32 (float64 for float64
+    weights); on CPUs products too have the weight's dtype.
     The temperature divides logits, as an engine's sampler does; dividing hidden states would round
     them again. Both results are differentiable in hidden and weight.
 
@@ -228,14 +229,13 @@ def _tiles(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[_Tile]:
     chunk = max(1, min(chunk, num_rows))
     width = vocab if weight.device.type != "cpu" else min(vocab, cpu_tile(chunk) // chunk)
     width = max(1, width)
-    wide = torch.promote_types(weight.dtype, torch.float32)
     for start in range(0, num_rows, chunk):
         rows = slice(start, min(start + chunk, num_rows))
         own = hidden[rows].to(weight.dtype)
         for first in range(0, vocab, width):
             columns = slice(first, min(first + width, vocab))
-            logits = product(own, weight[columns])
-            yield _Tile(rows=rows, columns=columns, logits=logits.to(wide), hidden=own)
+            logits = wide_linear(own, weight[columns])
+            yield _Tile(rows=rows, columns=columns, logits=logits, hidden=own)
 
 
 def _reduce(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spmdrl.batch import Ragged
 from spmdrl.memory.host_copies import to_device
-from spmdrl.models.linear import product
+from spmdrl.models.linear import product, wide_linear
 
 SUPPORT = "support_ids"
 """Ragged column of the token ids that each token was drawn from; empty if from all tokens."""
@@ -69,8 +69,8 @@ def support_logits(
     wide = torch.promote_types(weight.dtype, torch.float32)
     out = torch.zeros(local.shape, dtype=wide, device=hidden.device)
     for own in _chunks(local, len(weight), chunk):
-        logits = product(hidden[own.rows].to(weight.dtype), weight[own.unique])
-        out[own.rows][own.held] = logits[own.row, own.column].to(wide) * scale
+        logits = wide_linear(hidden[own.rows].to(weight.dtype), weight[own.unique])
+        out[own.rows][own.held] = logits[own.row, own.column] * scale
     return out
 
 

@@ -8,7 +8,7 @@ compiled, and kernels are tested against it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spmdrl.rollout.native.sample import Sample
+from spmdrl.memory.host_copies import to_device
 from spmdrl.rollout.native.scheduler import Chunk, StepPlan
 
 
@@ -48,8 +48,11 @@ class CacheShape:
 class PagedAttention(Protocol):
     """Attention over a block cache that it owns; after `prepare` it is the decoder's `Attend`."""
 
-    def prepare(self, plan: StepPlan) -> None:
-        """Copy the plan's blocks and build the indices that all layers use."""
+    def indices(self, plan: StepPlan) -> list[Tensor]:
+        """Build on the host the indices that all layers use."""
+
+    def prepare(self, plan: StepPlan, indices: Sequence[Tensor]) -> None:
+        """Take the plan's `indices`, which are on the device now."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; rows are one for each of the plan's decodes, then the tokens of its chunks."""
@@ -61,7 +64,7 @@ class PagedAttention(Protocol):
 def copy_blocks(pairs: Sequence[tuple[int, int]], caches: Sequence[Tensor]) -> None:
     """Copy the (source, target) blocks of every cache; all are read before any is written."""
     if pairs:
-        source, target = torch.tensor(pairs, device=caches[0].device).unbind(1)
+        source, target = to_device([torch.tensor(pairs).T.contiguous()], caches[0].device)[0]
         for cache in caches:
             cache.index_copy_(0, target, cache.index_select(0, source))
 
@@ -97,12 +100,36 @@ class GatheredAttention:
         self._prefill: list[_Prefill] = []
         self._num_decodes = 0
 
-    def prepare(self, plan: StepPlan) -> None:
-        copy_blocks(plan.copies, (*self._keys, *self._values))
-        self._slots = self._find_slots(plan)
-        self._num_decodes = len(plan.decodes)
-        self._prepare_decodes(plan.decodes)
-        self._prefill = self._prepare_prefill(plan.chunks, len(plan.decodes))
+    def indices(self, plan: StepPlan) -> list[Tensor]:
+        """See `PagedAttention.indices`: slots, a table for each span with context, the decodes'
+        table and lengths.
+        """
+        size = self._shape.block_size
+        held = [
+            [c.sample.blocks[: -(-c.start // size)] for c in members]
+            for members in _alike(plan.chunks)
+            if members[0].start
+        ]
+        decodes = [s.blocks[: -(-s.cached // size)] for s in plan.decodes]
+        width = max(map(len, decodes), default=0)
+        padded = [blocks + [0] * (width - len(blocks)) for blocks in decodes]
+        lengths = [s.cached for s in plan.decodes]
+        return [
+            self._find_slots(plan),
+            *map(torch.tensor, held),
+            torch.tensor(padded, dtype=torch.int32),
+            torch.tensor(lengths, dtype=torch.int32),
+        ]
+
+    def prepare(self, plan: StepPlan, indices: Sequence[Tensor]) -> None:
+        slots, *held, self._table, self._lengths = indices
+        self._slots = slots[0], slots[1]
+        row = self._num_decodes = len(plan.decodes)
+        self._prefill, tables = [], iter(held)
+        for members in _alike(plan.chunks):
+            span = self._span(members, row, tables)
+            self._prefill.append(span)
+            row = span.stop
 
     def caches(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return self._keys, self._values
@@ -127,15 +154,6 @@ class GatheredAttention:
             rows = slice(span.start, span.stop)
             out[rows] = self._attend_span(span, layer, q[rows], k[rows], v[rows])
         return out
-
-    def _prepare_decodes(self, decodes: list[Sample]) -> None:
-        size, device = self._shape.block_size, self._shape.device
-        held = [s.blocks[: -(-s.cached // size)] for s in decodes]
-        width = max(map(len, held), default=0)
-        padded = [blocks + [0] * (width - len(blocks)) for blocks in held]
-        self._table = torch.tensor(padded, dtype=torch.int32, device=device)
-        lengths = [s.cached for s in decodes]
-        self._lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write keys and values of the step's tokens into the cache."""
@@ -179,8 +197,8 @@ class GatheredAttention:
 
         return of(self._keys[layer].mT), of(self._values[layer])
 
-    def _find_slots(self, plan: StepPlan) -> tuple[Tensor, Tensor]:
-        """Find the block and the offset of every row's key and value."""
+    def _find_slots(self, plan: StepPlan) -> Tensor:
+        """Find the block and the offset of every row's key and value, int64 [2, T]."""
         size = self._shape.block_size
         blocks = [s.blocks[(s.cached - 1) // size] for s in plan.decodes]
         offsets = [(s.cached - 1) % size for s in plan.decodes]
@@ -188,33 +206,27 @@ class GatheredAttention:
             places = range(chunk.start, chunk.stop)
             blocks += [chunk.sample.blocks[i // size] for i in places]
             offsets += [i % size for i in places]
-        found = torch.tensor((blocks, offsets), device=self._shape.device)
-        return found[0], found[1]
+        return torch.tensor((blocks, offsets))
 
-    def _prepare_prefill(self, chunks: list[Chunk], first_row: int) -> list[_Prefill]:
-        """Make spans of rows; neighbouring chunks at the same places in their prompts share one."""
-        spans, row = [], first_row
-        for (start, stop), group in groupby(chunks, key=lambda c: (c.start, c.stop)):
-            members = list(group)
-            last_row = row + len(members) * (stop - start)
-            spans.append(self._span(members, row, last_row))
-            row = last_row
-        return spans
-
-    def _span(self, chunks: list[Chunk], first_row: int, last_row: int) -> _Prefill:
+    def _span(self, chunks: list[Chunk], first_row: int, tables: Iterator[Tensor]) -> _Prefill:
         start, stop, device = chunks[0].start, chunks[0].stop, self._shape.device
+        last_row = first_row + len(chunks) * (stop - start)
         if not start:
             return _Prefill(start=first_row, stop=last_row, count=len(chunks))
-        held = -(-start // self._shape.block_size)
         query = torch.arange(start, stop, device=device)
         return _Prefill(
             start=first_row,
             stop=last_row,
             count=len(chunks),
             context=start,
-            blocks=torch.tensor([c.sample.blocks[:held] for c in chunks], device=device),
+            blocks=next(tables),
             mask=torch.arange(stop, device=device)[None, :] <= query[:, None],
         )
 
     def _zeros(self, *sizes: int) -> Tensor:
         return torch.zeros(*sizes, dtype=self._shape.dtype, device=self._shape.device)
+
+
+def _alike(chunks: list[Chunk]) -> list[list[Chunk]]:
+    """Split chunks into runs at the same places in their prompts, each of which is one span."""
+    return [list(run) for _, run in groupby(chunks, key=lambda c: (c.start, c.stop))]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.distributed.parallel import Parallel
+from spmdrl.memory.host_copies import to_host
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.degrees import check_tp
@@ -260,16 +261,14 @@ class NativeEngine:
         """Draw a token for each of `samples`; return those that end with it, and the stop flag."""
         if self._sampler is None:
             self._sampler = Sampler(self._model.vocab_size, self._device)
-        if rows != list(range(logits.shape[0])):
-            logits = logits[torch.tensor(rows, device=self._device, dtype=torch.int64)]
         finished: list[Sample] = []
         stop = should_stop is not None and self._group.is_leader and should_stop()
         tokens: list[int] = []
         if samples:
-            params = [s.request.sampling for s in samples]
-            draws = self._sampler.sample(logits, params, [s.next_key() for s in samples])
-            logprobs, margins = draws.logprobs.tolist(), draws.margins.tolist()
-            tokens = draws.tokens.tolist()
+            params, keys = [s.request.sampling for s in samples], [s.next_key() for s in samples]
+            draws = self._sampler.sample(logits, params, keys, rows)
+            found = to_host([draws.tokens, draws.logprobs, draws.margins])
+            tokens, logprobs, margins = (column.tolist() for column in found)
             support = None if draws.support is None else rows_of(draws.support)
         # the group's per-step message
         stopped, *tokens = self._group.from_leader([int(stop), *tokens])

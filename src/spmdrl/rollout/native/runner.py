@@ -1,88 +1,29 @@
-"""`Runner`: one engine step on the device, from a plan to logits (and to the chosen experts).
-
-CUDA graphs of whole decode steps, one per batch-size bucket, captured when first needed.
-"""
+"""`Runner`: one engine step on the device, from a plan to logits (and to the chosen experts)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spmdrl.memory.host_copies import to_device
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.linear import linear
+from spmdrl.models.linear import wide_linear
 from spmdrl.models.routing import Routing, pack_choices
-from spmdrl.rollout.native.attention import PagedAttention
+from spmdrl.rollout.native.attention import PagedAttention, copy_blocks
+from spmdrl.rollout.native.graphs import DecodeGraphs
 from spmdrl.rollout.native.scheduler import StepPlan
 from spmdrl.rollout.native.varlen import VarlenAttention
-
-Forward = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-
-
-def buckets(largest: int) -> tuple[int, ...]:
-    """List batch sizes to capture: 1, 2, 4, multiples of 8 (above 128 of 16 only), `largest`."""
-    sizes = [1, 2, 4, *range(8, 128, 8), *range(128, largest + 16, 16)]
-    return (*(n for n in sizes if n < largest), largest)
-
-
-class DecodeGraphs:
-    """Replays `forward(tokens [n], positions [n]) -> tensors [n, ...]` at padded batch sizes.
-
-    A graph holds addresses: weights and cache must keep the addresses that they had at capture
-    (their values may change), or `drop` must be called. All graphs share one memory pool.
-    """
-
-    def __init__(self, forward: Forward, attention: VarlenAttention, max_running: int) -> None:
-        self._forward, self._attention = forward, attention
-        self._sizes = buckets(max_running)
-        device = torch.device("cuda", torch.cuda.current_device())
-        self._tokens = torch.zeros(max_running, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(max_running, dtype=torch.int64, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
-        self.pool_bytes = 0
-
-    def run(self, plan: StepPlan, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """Return `forward`'s result for a plan without chunks; the next run overwrites it."""
-        n = len(plan.decodes)
-        size = next(s for s in self._sizes if s >= n)
-        self._tokens[:n].copy_(tokens, non_blocking=True)
-        self._positions[:n].copy_(positions, non_blocking=True)
-        self._attention.prepare(plan, pad_to=size)
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
-        graph, results = self._graphs[size]
-        graph.replay()
-        return tuple(result[:n] for result in results)
-
-    def drop(self) -> None:
-        self._graphs.clear()
-        self.pool_bytes = 0
-
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-        tokens, positions = self._tokens[:size], self._positions[:size]
-        side = torch.cuda.Stream(tokens.device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # handles and tables made lazily must exist before capture
-            self._forward(tokens, positions)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # a capture does so too: memory that it frees is not the pool's
-        before = torch.cuda.memory_reserved()
-        graph = torch.cuda.CUDAGraph()
-        pool = next((held.pool() for held, _ in self._graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
-            results = self._forward(tokens, positions)
-        self.pool_bytes += torch.cuda.memory_reserved() - before
-        return graph, results
 
 
 class Runner:
     """Runs the decoder over a step's tokens.
 
     Args:
-        graph_sequences: most samples of a decode step that is captured as a CUDA graph; 0: never.
+        graphs: replays steps that only decode, as CUDA graphs, if given.
     """
 
     def __init__(
@@ -91,38 +32,52 @@ class Runner:
         attention: PagedAttention,
         device: torch.device,
         *,
-        graph_sequences: int = 0,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._decoder, self._attention, self._device = decoder, attention, device
-        self.graphs: DecodeGraphs | None = None
-        if graph_sequences:
-            assert isinstance(attention, VarlenAttention)
-            self.graphs = DecodeGraphs(self._forward_all, attention, graph_sequences)
+        self._graphs = graphs
 
     def run(self, plan: StepPlan, *, all_rows: bool = False) -> tuple[Tensor, Tensor | None]:
         """Compute float32 logits `[R, V]` of the rows that are sampled: decodes, then last chunks;
         for a mixture of experts also the packed choices `[rows, L, K]` of all rows.
 
-        The caller may overwrite them, and the next step does.
+        The caller may overwrite the logits; the next step overwrites the choices.
 
         Args:
             all_rows: compute logits of every row of the step instead.
         """
-        tokens, positions, rows = flatten(plan)
-        token_ids = torch.tensor(tokens, device=self._device)
-        places = torch.tensor(positions, device=self._device)
-        if self.graphs is not None and not plan.chunks:
-            logits, *chosen = self.graphs.run(plan, token_ids, places)
-            return logits.float(), next(iter(chosen), None)
-        self._attention.prepare(plan)
-        hidden, *chosen = self._decode(token_ids, places)
+        keys, values = self._attention.caches()
+        copy_blocks(plan.copies, (*keys, *values))
+        if self._graphs is not None and not plan.chunks:
+            hidden, *chosen = self._replay(plan, self._graphs)
+            return self._project(hidden), next(iter(chosen), None)
+        tokens, positions, rows = (torch.tensor(x, dtype=torch.int64) for x in flatten(plan))
+        inputs = [rows, tokens, positions, *self._attention.indices(plan)]
+        read, *inputs = to_device(inputs, self._device)
+        hidden, *chosen = self._compute(plan, *inputs)
         if len(rows) < len(tokens) and not all_rows:
-            hidden = hidden[torch.tensor(rows, device=self._device, dtype=torch.int64)]
-        return self._project(hidden).float(), next(iter(chosen), None)
+            hidden = hidden[read]
+        return self._project(hidden), next(iter(chosen), None)
 
-    def _forward_all(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        hidden, *chosen = self._decode(tokens, positions)
-        return (self._project(hidden), *chosen)
+    def _replay(self, plan: StepPlan, graphs: DecodeGraphs) -> Sequence[Tensor]:
+        """Compute hidden states (and choices) of a step without chunks."""
+        assert isinstance(self._attention, VarlenAttention)
+        tokens, positions, rows = flatten(plan)
+        size = graphs.size_for(len(rows))
+        idle = [0] * (size - len(rows))
+        inputs = [
+            torch.tensor(tokens + idle),
+            torch.tensor(positions + idle),
+            *self._attention.indices(plan, pad_to=size),
+        ]
+        results = graphs.run(size, inputs, partial(self._compute, plan))
+        return [result[: len(rows)] for result in results]
+
+    def _compute(
+        self, plan: StepPlan, tokens: Tensor, positions: Tensor, *indices: Tensor
+    ) -> tuple[Tensor, ...]:
+        self._attention.prepare(plan, indices)
+        return self._decode(tokens, positions)
 
     def _decode(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Compute hidden states, and for a mixture of experts its packed choices."""
@@ -135,7 +90,7 @@ class Runner:
 
     def _project(self, hidden: Tensor) -> Tensor:  # [R, D] -> [R, V]
         head = self._decoder.head_holder
-        logits = linear(hidden, head.weight, blocked=head.blocked)
+        logits = wide_linear(hidden, head.weight, blocked=head.blocked).float()
         tp = self._decoder.tp
         if tp.group is None:
             return logits

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,8 +24,10 @@ from torch import Tensor
 
 from spmdrl.batch import Ragged
 from spmdrl.keyed_random import Noise, exponential_at, key_tensor
+from spmdrl.memory.host_copies import to_device
 from spmdrl.rollout.protocol import MAX_SUPPORT, SamplingParams
 
+_HOST = torch.device("cpu")
 _CANDIDATES = 1024
 _CPU_VALUES = 200_000
 _DEVICE_VALUES = 16_000_000
@@ -57,53 +60,71 @@ class Sampler:
 
     def sample(
         self,
-        logits: Tensor,  # [N, V] float32, overwritten
-        params: list[SamplingParams],  # N
-        keys: list[int],  # N, keys of the tokens to draw
+        logits: Tensor,  # [R, V] float32, overwritten
+        params: Sequence[SamplingParams],  # N
+        keys: Sequence[int],  # N, keys of the tokens to draw
+        rows: Sequence[int] | None = None,  # N, the row of logits of each; all by default
     ) -> Draws:
-        """Draw one token per row; margins mean something only in rows that ask for them."""
-        key = key_tensor(keys, self._device)
-        kinds = [_kind(p) for p in params]
-        if len(set(kinds)) == 1:
-            return self._sample_kind(kinds[0], logits, params, key)
-        n = len(params)
-        tokens = torch.empty(n, dtype=torch.int64, device=self._device)
-        logprobs = torch.empty(n, device=self._device)
-        margins = torch.empty(n, device=self._device)
-        support = None
-        for kind in sorted(set(kinds)):
-            numbers = [i for i, k in enumerate(kinds) if k == kind]
-            rows = torch.tensor(numbers, device=self._device)
-            part = self._sample_kind(kind, logits[rows], [params[i] for i in numbers], key[rows])
-            tokens[rows], logprobs[rows], margins[rows] = part.tokens, part.logprobs, part.margins
-            if part.support is not None:  # only one kind has it, so its rows are in order
-                counts = torch.zeros(n, dtype=torch.int32)
-                counts[torch.tensor(numbers)] = part.support.counts
-                support = Ragged(counts=counts, values=part.support.values)
-        return Draws(tokens=tokens, logprobs=logprobs, margins=margins, support=support)
-
-    def _sample_kind(
-        self, kind: str, logits: Tensor, params: list[SamplingParams], keys: Tensor
-    ) -> Draws:
-        asked = any(p.margins for p in params)
-        if kind == "greedy":
-            return _greedy(logits, asked)
-        if any(p.temperature != 1 for p in params):
-            # a column even if all are equal: CUDA multiplies by a number's rounded inverse
-            logits.div_(self._column([p.temperature for p in params]))
-        if kind == "truncated":
-            return self._truncated(logits, params, keys, asked)
-        starts = range(0, len(params), self._rows)
+        """Draw N tokens; margins mean something only where they are asked for."""
+        rows = range(len(params)) if rows is None else rows
+        members: dict[str, list[int]] = {}
+        for i, p in enumerate(params):
+            members.setdefault(_kind(p), []).append(i)
         parts = [
-            self._plain(logits[i : i + self._rows], keys[i : i + self._rows], asked) for i in starts
+            self._sample_kind(
+                kind,
+                logits,
+                [params[i] for i in own],
+                [keys[i] for i in own],
+                [rows[i] for i in own],
+            )
+            for kind, own in members.items()
         ]
         if len(parts) == 1:
             return parts[0]
+        order = torch.tensor([i for own in members.values() for i in own])
+        [place] = to_device([order.argsort()], self._device)
+        support = None
+        for own, part in zip(members.values(), parts, strict=True):
+            if part.support is not None:  # only one kind has it, so its rows are in order
+                counts = torch.zeros(len(params), dtype=torch.int32)
+                counts[torch.tensor(own)] = part.support.counts
+                support = Ragged(counts=counts, values=part.support.values)
+        joined = _join(parts)
         return Draws(
-            tokens=torch.cat([p.tokens for p in parts]),
-            logprobs=torch.cat([p.logprobs for p in parts]),
-            margins=torch.cat([p.margins for p in parts]),
+            tokens=joined.tokens[place],
+            logprobs=joined.logprobs[place],
+            margins=joined.margins[place],
+            support=support,
         )
+
+    def _sample_kind(
+        self,
+        kind: str,
+        logits: Tensor,
+        params: list[SamplingParams],
+        keys: list[int],
+        rows: list[int],
+    ) -> Draws:
+        temperatures = [p.temperature for p in params]
+        row, key, temperature = to_device(
+            [torch.tensor(rows), key_tensor(keys, _HOST), torch.tensor(temperatures)], self._device
+        )
+        if rows != list(range(logits.shape[0])):
+            logits = logits[row]
+        asked = any(p.margins for p in params)
+        if kind == "greedy":
+            return _greedy(logits, asked)
+        if any(t != 1 for t in temperatures):
+            # a column even if all are equal: CUDA multiplies by a number's rounded inverse
+            logits.div_(temperature[:, None])
+        if kind == "truncated":
+            return self._truncated(logits, params, key, asked)
+        starts = range(0, len(params), self._rows)
+        parts = [
+            self._plain(logits[i : i + self._rows], key[i : i + self._rows], asked) for i in starts
+        ]
+        return parts[0] if len(parts) == 1 else _join(parts)
 
     def _plain(self, logits: Tensor, keys: Tensor, asked: bool) -> Draws:
         probabilities = torch.softmax(logits, -1)
@@ -118,18 +139,26 @@ class Sampler:
         self, logits: Tensor, params: list[SamplingParams], keys: Tensor, asked: bool
     ) -> Draws:
         vocabulary = logits.shape[1]
-        top_k = torch.tensor([p.top_k or vocabulary for p in params], device=self._device)
         largest = max(p.top_k or _CANDIDATES for p in params)
-        limits = self._column([p.top_p for p in params]), self._column([p.min_p for p in params])
+        top_k, top_p, min_p = to_device(
+            [
+                torch.tensor([p.top_k or vocabulary for p in params]),
+                torch.tensor([p.top_p for p in params]),
+                torch.tensor([p.min_p for p in params]),
+            ],
+            self._device,
+        )
+        limits = top_k, top_p[:, None], min_p[:, None]
         # One candidate beyond the limit gives the distance to it.
         count = min(vocabulary, largest + 1)
         total = logits.logsumexp(-1, keepdim=True)
         values, tokens = logits.topk(count, dim=-1)
-        keep, distance = truncate(values, total, top_k, *limits)
-        if count < vocabulary and bool(keep[:, -1].any()):
+        keep, distance = truncate(values, total, *limits)
+        is_short, has_ties = torch.stack((keep[:, -1].any(), _has_ties(values, keep))).tolist()
+        if is_short and count < vocabulary:
             values, tokens = logits.sort(dim=-1, descending=True, stable=True)
-            keep, distance = truncate(values, total, top_k, *limits)
-        else:
+            keep, distance = truncate(values, total, *limits)
+        elif has_ties:
             tokens = _by_id(logits, values, tokens, keep)
         values = values.masked_fill(~keep, -torch.inf)
         noise = exponential_at(keys, self._noise.index_hash[tokens])
@@ -157,8 +186,11 @@ class Sampler:
         ids = tokens[keep & wanted[:, None]].to(torch.int32).cpu()
         return Ragged(counts=(left * wanted).to(torch.int32).cpu(), values=ids)
 
-    def _column(self, values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=self._device)[:, None]
+
+def _has_ties(values: Tensor, keep: Tensor) -> Tensor:  # [N, K] descending, [N, K] bool
+    """Compute whether a kept value equals a neighbour, `[]` bool."""
+    same = values[:, 1:] == values[:, :-1]
+    return (same & (keep[:, 1:] | keep[:, :-1])).any()
 
 
 def _by_id(
@@ -171,10 +203,8 @@ def _by_id(
 
     `topk` does not define which of several equal logits it takes at its end, nor their order.
     """
-    same = values[:, 1:] == values[:, :-1]
-    if not bool((same & keep[:, 1:]).any() | (same & keep[:, :-1]).any()):
-        return tokens
-    group = torch.nn.functional.pad(~same, (1, 0)).cumsum(-1)
+    changes = values[:, 1:] != values[:, :-1]
+    group = torch.nn.functional.pad(changes, (1, 0)).cumsum(-1)
     vocabulary = logits.shape[1]
     tokens = (group * vocabulary + tokens).sort(-1).values % vocabulary
     # tokens beyond the candidates may equal the last one and have smaller ids
@@ -223,6 +253,15 @@ def _kind(params: SamplingParams) -> str:
     if params.is_greedy:
         return "greedy"
     return "truncated" if params.is_truncated else "plain"
+
+
+def _join(parts: Sequence[Draws]) -> Draws:
+    """Join draws of further rows, without their supports."""
+    return Draws(
+        tokens=torch.cat([p.tokens for p in parts]),
+        logprobs=torch.cat([p.logprobs for p in parts]),
+        margins=torch.cat([p.margins for p in parts]),
+    )
 
 
 def _argmax(scores: Tensor) -> Tensor:  # [N, V]

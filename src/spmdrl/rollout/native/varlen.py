@@ -1,13 +1,13 @@
 """Paged attention by torch's FlashAttention kernels (`varlen_attn` with a block table), on CUDA.
 
-Decodes and prompt chunks of a step go through one call. Every index is in a permanent buffer, so
-that a CUDA graph captured over a decode step finds it again.
+Decodes and prompt chunks of a step go through one call.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
 
-from spmdrl.rollout.native.attention import CacheShape, copy_blocks
+from spmdrl.rollout.native.attention import CacheShape
 from spmdrl.rollout.native.scheduler import StepPlan
 
 BLOCK_MULTIPLE = 256
@@ -48,62 +48,53 @@ class VarlenAttention:
     Padded rows write into the last block.
 
     Args:
-        max_sequences: most samples in a step.
         max_blocks: most blocks of one sample.
-        max_tokens: most rows in a step.
         kernel: torch's `varlen_attn`, or its replacement in a test without a GPU.
     """
 
     def __init__(
-        self,
-        shape: CacheShape,
-        *,
-        max_sequences: int,
-        max_blocks: int,
-        max_tokens: int,
-        kernel: Callable[..., Any] | None = None,
+        self, shape: CacheShape, *, max_blocks: int, kernel: Callable[..., Any] | None = None
     ) -> None:
         self._kernel = kernel or varlen_attn()
-        self._shape = shape
+        self._shape, self._max_blocks = shape, max_blocks
         layers = (shape.num_layers, shape.num_blocks + 1, shape.block_size)
-        heads = (shape.kv_heads, shape.head_dim)
         # Zeros, because the kernel may multiply values behind a sample's end by weights of zero.
-        self._keys = self._zeros(*layers, *heads, dtype=shape.dtype).unbind(0)
-        self._values = self._zeros(*layers, *heads, dtype=shape.dtype).unbind(0)
-        self._table = self._zeros(max_sequences, max_blocks, dtype=torch.int32)
-        self._used = self._zeros(max_sequences, dtype=torch.int32)
-        self._starts = self._zeros(max_sequences + 1, dtype=torch.int32)
-        self._key_starts = self._zeros(max_sequences + 1, dtype=torch.int32)
-        self._slots = self._zeros(max_tokens, dtype=torch.int64)
-        self._num_sequences = self._num_tokens = self._max_query = 0
+        zeros = partial(torch.zeros, dtype=shape.dtype, device=shape.device)
+        self._keys = zeros(*layers, shape.kv_heads, shape.head_dim).unbind(0)
+        self._values = zeros(*layers, shape.kv_heads, shape.head_dim).unbind(0)
+        self._indices: Sequence[Tensor] = ()
+        self._max_query = 0
 
-    def prepare(self, plan: StepPlan, *, pad_to: int = 0) -> None:
-        """Fill the buffers; `pad_to` is the number of samples to which idle ones pad the step."""
-        copy_blocks(plan.copies, (*self._keys, *self._values))
+    def indices(self, plan: StepPlan, *, pad_to: int = 0) -> list[Tensor]:
+        """See `PagedAttention.indices`.
+
+        Args:
+            pad_to: pad to this many samples, with idle ones; all shapes depend on it only.
+        """
         size, trash = self._shape.block_size, self._shape.num_blocks
-        tables = [s.blocks for s in plan.decodes] + [c.sample.blocks for c in plan.chunks]
-        used = [s.cached for s in plan.decodes] + [c.stop for c in plan.chunks]
-        counts = [1] * len(plan.decodes) + [c.stop - c.start for c in plan.chunks]
+        spans = [(s.blocks, s.cached - 1, s.cached) for s in plan.decodes]
+        spans += [(c.sample.blocks, c.start, c.stop) for c in plan.chunks]
+        spans += [([trash], 0, 1)] * (pad_to - len(spans))
         slots = [
-            s.blocks[(s.cached - 1) // size] * size + (s.cached - 1) % size for s in plan.decodes
+            blocks[i // size] * size + i % size
+            for blocks, start, stop in spans
+            for i in range(start, stop)
         ]
-        for c in plan.chunks:
-            slots += [c.sample.blocks[i // size] * size + i % size for i in range(c.start, c.stop)]
-        for _ in range(pad_to - len(counts)):
-            tables.append([trash])
-            used.append(1)
-            counts.append(1)
-            slots.append(trash * size)
-        width = max(len(table) for table in tables)
-        padded = [table + [trash] * (width - len(table)) for table in tables]
-        n = len(counts)
-        self._fill(self._table[:n, :width], padded)
-        self._fill(self._used[:n], used)
-        self._fill(self._starts[: n + 1], [0, *accumulate(counts)])
-        self._fill(self._key_starts[: n + 1], [0, *accumulate(used)])
-        self._fill(self._slots[: len(slots)], slots)
-        self._num_sequences, self._num_tokens = n, len(slots)
-        self._max_query = max(counts)
+        width = max(len(blocks) for blocks, _, _ in spans)
+        table = torch.zeros(len(spans), self._max_blocks if pad_to else width, dtype=torch.int32)
+        table[:, :width] = torch.tensor(
+            [blocks + [trash] * (width - len(blocks)) for blocks, _, _ in spans], dtype=torch.int32
+        )
+        used = [stop for _, _, stop in spans]
+        starts = [0, *accumulate(stop - start for _, start, stop in spans)]
+        lengths = (
+            torch.tensor(x, dtype=torch.int32) for x in (used, starts, [0, *accumulate(used)])
+        )
+        return [torch.tensor(slots), table, *lengths]
+
+    def prepare(self, plan: StepPlan, indices: Sequence[Tensor]) -> None:
+        self._indices = indices
+        self._max_query = max((c.stop - c.start for c in plan.chunks), default=1)
 
     def caches(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         return self._keys, self._values
@@ -116,34 +107,30 @@ class VarlenAttention:
         v: Tensor,  # [T, KVH, d]
     ) -> Tensor:
         keys, values = self._keys[layer], self._values[layer]
-        slots, n = self._slots[: self._num_tokens], self._num_sequences
+        slots, table, used, starts, key_starts = self._indices
         keys.flatten(0, 1).index_copy_(0, slots, k)
         values.flatten(0, 1).index_copy_(0, slots, v)
         # FlashAttention 2 requires lengths of keys although a block table makes them useless;
         # 3 and later refuse both together.
         old = current_flash_attention_impl() in (None, "FA2")
+        single = self._max_query == 1
         out = self._kernel(
-            q.contiguous(),
+            q if single and old else q.contiguous(),
             keys,
             values,
-            self._starts[: n + 1],
-            self._key_starts[: n + 1] if old else None,
+            starts,
+            key_starts if old else None,
             self._max_query,
-            self._table.shape[1] * self._shape.block_size,
-            window_size=(-1, 0),
+            self._max_blocks * self._shape.block_size,
+            # A single query sees all keys. FlashAttention 2 reads them once for all heads of a
+            # group only if no window is given, not even a causal one.
+            window_size=(-1, -1) if single else (-1, 0),
             enable_gqa=True,
-            seqused_k=self._used[:n],
-            block_table=self._table[:n],
+            seqused_k=used,
+            block_table=table,
             # Split keys give wrong rows with block tables (issue 194167 of pytorch), and without
             # splits a row's result does not depend on the batch.
             num_splits=1,
         )
         assert isinstance(out, Tensor)
         return out
-
-    def _zeros(self, *sizes: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(*sizes, dtype=dtype, device=self._shape.device)
-
-    def _fill(self, target: Tensor, values: Sequence[int] | Sequence[Sequence[int]]) -> None:
-        source = torch.tensor(values, dtype=target.dtype)
-        target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)

@@ -5,7 +5,7 @@ A copy of the decoder's weights in the layout that CPU kernels read fastest, for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -31,22 +31,22 @@ class EngineWeights:
         device: torch.device,
         changed: Callable[[], None],
     ) -> None:
-        self._decoder, self._dtype, self._device = decoder, dtype, device
+        self._decoder, self._device = decoder, device
         self._changed = changed
-
-    def table(self) -> dict[str, LocalShard]:
-        """Return the parameters that this rank needs to hold, by local name."""
-        slices = self._decoder.slices()
-        return {
-            name: LocalShard(shape=tuple(p.shape), dtype=self._dtype, slices=slices[name])
-            for name, p in self._decoder.named_parameters()
+        slices = decoder.slices()
+        self._table = {
+            name: LocalShard(shape=tuple(p.shape), dtype=dtype, slices=slices[name])
+            for name, p in decoder.named_parameters()
         }
+
+    def table(self) -> Mapping[str, LocalShard]:
+        """Return the parameters that this rank needs to hold, by local name."""
+        return self._table
 
     def local_tensors(self) -> LocalTensors:
         """Return the weights that this rank holds so far."""
-        slices = self._decoder.slices()
         found = self._decoder.named_parameters()
-        return {name: (p.data, slices[name]) for name, p in found if not p.is_meta}
+        return {name: (p.data, self._table[name].slices) for name, p in found if not p.is_meta}
 
     def adopt(self, local_name: str, tensor: Tensor) -> None:
         """Use `tensor`'s storage as the parameter.
@@ -54,7 +54,7 @@ class EngineWeights:
         Raises:
             ValueError: shape, dtype or device differ from the parameter's.
         """
-        wanted = self.table()[local_name]
+        wanted = self._table[local_name]
         found = (tuple(tensor.shape), tensor.dtype, tensor.device.type)
         if found != (wanted.shape, wanted.dtype, self._device.type):
             raise ValueError(
@@ -68,7 +68,7 @@ class EngineWeights:
 
     def allocate(self, local_name: str) -> Tensor:
         """Allocate the engine's own storage for the parameter, not yet filled."""
-        wanted = self.table()[local_name]
+        wanted = self._table[local_name]
         tensor = torch.empty(wanted.shape, dtype=wanted.dtype, device=self._device)
         self.adopt(local_name, tensor)
         return tensor

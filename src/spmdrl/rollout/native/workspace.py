@@ -14,6 +14,7 @@ from spmdrl.models.moe import has_fixed_shapes
 from spmdrl.models.sharding import local_kv_heads
 from spmdrl.rollout.lockstep import Lockstep
 from spmdrl.rollout.native.attention import CacheShape, GatheredAttention, PagedAttention
+from spmdrl.rollout.native.graphs import DecodeGraphs
 from spmdrl.rollout.native.paged_decode import CompiledAttention, compiled_code
 from spmdrl.rollout.native.runner import Runner
 from spmdrl.rollout.native.varlen import BLOCK_MULTIPLE, VarlenAttention, varlen_is_usable
@@ -32,9 +33,13 @@ class NativeOptions(RolloutSection):
 
     Args:
         keeps_aborted: keep the state of an aborted call (with its cache!), to resume it.
+        samples, longest: on CUDA, "auto" is at least the need of this many samples of this many
+            tokens, so that the cache of a run's first call also serves the later ones.
     """
 
     keeps_aborted: bool = False
+    samples: int = 0
+    longest: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,7 @@ class Workspace:
         multiple = BLOCK_MULTIPLE if self._paged else 1
         self.block_size = -(-options.block_size // multiple) * multiple
         self._work: Work | None = None
+        self._graphs: DecodeGraphs | None = None
 
     @property
     def captures_graphs(self) -> bool:
@@ -85,17 +91,17 @@ class Workspace:
 
     def graph_bytes(self) -> int:
         """Return the current bytes of the graphs' private memory pool."""
-        graphs = None if self._work is None else self._work.runner.graphs
-        return 0 if graphs is None else graphs.pool_bytes
+        return 0 if self._graphs is None else self._graphs.pool_bytes
 
     def release(self) -> None:
         """Free the cache, and the graphs that hold its addresses; the next call makes new ones."""
+        self.release_graphs()
         self._work = None
 
     def release_graphs(self) -> None:
         """Free the graphs, before weights move whose addresses they hold."""
-        if self._work is not None and self._work.runner.graphs is not None:
-            self._work.runner.graphs.drop()
+        if self._graphs is not None:
+            self._graphs.drop()
 
     def blocks_for(self, requests: Sequence[Request]) -> int:
         """Return the number of cache blocks for a call, equal on the ranks of the group."""
@@ -108,6 +114,7 @@ class Workspace:
             return kept
         if self._device.type == "cpu":
             return min(needed, int(_CPU_CACHE_GB * GB) // block_bytes)
+        needed = self._with_room(needed)
         # memory that torch's allocator has cached is free for it, though not for others
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
             self._device
@@ -117,27 +124,33 @@ class Workspace:
         most = self._group.least(int(free * _CUDA_FREE_FRACTION) // block_bytes)
         return max(min(needed, most), kept)
 
+    def _with_room(self, needed: int) -> int:
+        """Round up so that the cache grows seldom, since its graphs must then be captured again."""
+        options = self._options
+        blocks = -(-options.longest // self.block_size)
+        planned = min(options.samples, options.max_running) * blocks
+        if needed <= planned:
+            return planned
+        step = 1 << max(0, needed.bit_length() - 3)  # four sizes per doubling
+        return -(-needed // step) * step
+
     def prepare(self, num_blocks: int) -> Work:
         """Return the work with a cache of `num_blocks`, the kept one if it has that size."""
         if self._work is not None and self._work.num_blocks == num_blocks:
             return self._work
-        self._work = None  # frees the old cache before the new one is made
+        self.release()  # before the new cache is made
         shape, options = self._shape(num_blocks), self._options
         attention: PagedAttention
         if self._paged:
             longest = min(self._model.max_position, num_blocks * self.block_size)
-            attention = VarlenAttention(
-                shape,
-                max_sequences=options.max_running,
-                max_blocks=-(-longest // self.block_size),
-                max_tokens=options.max_running + options.prefill_tokens,
-            )
+            attention = VarlenAttention(shape, max_blocks=-(-longest // self.block_size))
         elif compiled_code(shape) is not None:
             attention = CompiledAttention(shape)
         else:
             attention = GatheredAttention(shape)
-        graphs = options.max_running if self.captures_graphs else 0
-        runner = Runner(self._decoder, attention, self._device, graph_sequences=graphs)
+        if self._graphs is None and self.captures_graphs:
+            self._graphs = DecodeGraphs(options.max_running, self._device)
+        runner = Runner(self._decoder, attention, self._device, graphs=self._graphs)
         self._work = Work(num_blocks=num_blocks, attention=attention, runner=runner)
         return self._work
 

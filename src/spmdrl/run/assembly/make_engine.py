@@ -10,8 +10,12 @@ from spmdrl.config.sections import Config
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.models.files.token_texts import TokenTexts
-from spmdrl.placement import DeviceType
-from spmdrl.planning.engines import ends_of_text, vllm_cache
+from spmdrl.planning.engines import (
+    ends_of_text,
+    longest_sequence,
+    samples_per_replica,
+    vllm_cache,
+)
 from spmdrl.role_spec import RoleSpec
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
@@ -61,7 +65,7 @@ def make_engine(
         spec.model,
         tp=tp,
         ep=ep,
-        options=_native_options(config, spec.device_type),
+        options=_native_options(config, spec),
         device=device,
         dtype=spec.dtype,
         eos_token_ids=eos,
@@ -69,11 +73,13 @@ def make_engine(
     )
 
 
-def _native_options(config: Config, device_type: DeviceType) -> NativeOptions:
+def _native_options(config: Config, spec: RoleSpec) -> NativeOptions:
     keep = config.checkpoint.journal_kv
     return NativeOptions(
         **config.rollout.model_dump(),
-        keeps_aborted=device_type == "cpu" if keep == "auto" else keep,
+        keeps_aborted=spec.device_type == "cpu" if keep == "auto" else keep,
+        samples=samples_per_replica(config, spec),
+        longest=longest_sequence(config, spec.model.max_position),
     )
 
 

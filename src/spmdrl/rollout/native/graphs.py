@@ -1,0 +1,111 @@
+"""`DecodeGraphs`: decode steps as CUDA graphs, for a few batch sizes to which steps are padded."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spmdrl.memory.host_copies import pack, unpack
+
+Forward = Callable[..., tuple[Tensor, ...]]
+
+
+def buckets(largest: int) -> tuple[int, ...]:
+    """List batch sizes to capture: 1, 4, 8, 16, 32, 64, then twice per doubling, and `largest`.
+
+    A decode step of few samples takes the time of reading the weights, so padding costs little.
+    """
+    sizes, size = [1, 4, 8, 16, 32], 64
+    while size < largest:
+        sizes += [size, size * 3 // 2]
+        size *= 2
+    return (*(n for n in sizes if n < largest), largest)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Captured:
+    """A graph, the buffer that it reads its inputs from, and the results that it overwrites."""
+
+    graph: torch.cuda.CUDAGraph
+    buffer: Tensor
+    results: tuple[Tensor, ...]
+
+
+class DecodeGraphs:
+    """Graphs by batch size, captured when first needed.
+
+    A graph holds addresses: weights and cache must keep the addresses that they had at capture
+    (their values may change), or `drop` must be called. All graphs share one memory pool, which the
+    largest fills: a call decodes most samples at its beginning.
+
+    Args:
+        max_running: most samples of a step.
+    """
+
+    def __init__(self, max_running: int, device: torch.device) -> None:
+        self._sizes, self._device = buckets(max_running), device
+        # One for all captures, because cuBLAS keeps a workspace for each stream.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._captured: dict[int, _Captured] = {}
+        self.pool_bytes = 0
+
+    def size_for(self, num_samples: int) -> int:
+        """Return the batch size to which a step must be padded."""
+        return next(size for size in self._sizes if size >= num_samples)
+
+    def run(self, size: int, inputs: Sequence[Tensor], forward: Forward) -> tuple[Tensor, ...]:
+        """Return `forward(*inputs on the device)`; the next run overwrites it.
+
+        Args:
+            inputs: host tensors, of the same shapes whenever `size` is the same.
+            forward: function of them that only launches kernels.
+        """
+        packed = pack(inputs)
+        if size not in self._captured:
+            buffer = torch.empty_like(packed, device=self._device)
+            buffer.copy_(packed, non_blocking=True)
+            self._captured[size] = self._capture(buffer, unpack(buffer, inputs), forward)
+        captured = self._captured[size]
+        captured.buffer.copy_(packed, non_blocking=True)
+        captured.graph.replay()
+        return captured.results
+
+    def drop(self) -> None:
+        """Free the graphs and their memory pool."""
+        self._captured.clear()
+        self.pool_bytes = 0
+
+    def _capture(self, buffer: Tensor, inputs: list[Tensor], forward: Forward) -> _Captured:
+        pool = next((other.graph.pool() for other in self._captured.values()), None)
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        # Not by `torch.cuda.graph`, which waits for the device and empties the allocator's caches.
+        with torch.cuda.stream(self._stream), _no_collection():
+            forward(*inputs)  # kernels and tables that are made lazily must exist before capture
+            before = torch.cuda.memory_reserved(self._device)
+            graph.capture_begin(pool=pool)
+            try:
+                results = forward(*inputs)
+            finally:
+                graph.capture_end()
+            self.pool_bytes += torch.cuda.memory_reserved(self._device) - before
+        current.wait_stream(self._stream)
+        return _Captured(graph=graph, buffer=buffer, results=results)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Let no finaliser of garbage run inside: one that unpins memory would end a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
