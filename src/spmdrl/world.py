@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 import random
 import resource
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 
+log = logging.getLogger(__name__)
+
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 WAIT_S = 30.0
 MIN_ADDRESSES = 1 << 30
 
@@ -81,10 +86,15 @@ class Seat:
     gpu_bytes: int = 0
 
 
-def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
+def start_world(
+    *, timeout_s: float = 1800.0, device: str = "auto", expandable_segments: bool = True
+) -> World:
     """Pick the device and join the default process group: gloo, and NCCL where all ranks have CUDA.
 
     Ranks exchange their device types through the store before the group is made.
+
+    Args:
+        expandable_segments: see `set_up_allocator`.
 
     Raises:
         ValueError: torchrun's variables are incomplete, or `device` is neither auto, cpu nor cuda,
@@ -102,6 +112,10 @@ def start_world(*, timeout_s: float = 1800.0, device: str = "auto") -> World:
     local_rank = int(environment["LOCAL_RANK"]) if launched else 0
     local_size = int(environment.get("LOCAL_WORLD_SIZE", size)) if launched else 1
     chosen = _choose_device(device, local_rank, local_size)
+    if chosen.type == "cuda" and expandable_segments:
+        reason = set_up_allocator(chosen)
+        if reason is not None and rank == 0:
+            log.warning("memory segments have a fixed size: %s", reason)
     timeout = timedelta(seconds=timeout_s)
     with _saying_what_it_waits_for(launched):
         store = _open_store(launched, timeout)
@@ -232,6 +246,32 @@ def _choose_device(device: str, local_rank: int, local_size: int) -> torch.devic
         return chosen
     set_cpu_threads(local_size)
     return torch.device("cpu")
+
+
+def set_up_allocator(device: torch.device) -> str | None:
+    """Let the segments of torch's allocator grow, before anything is allocated: parts of all sizes
+    that come and go would fragment segments of fixed sizes.
+
+    A user's own setting (`ALLOCATOR_VARIABLES`) stays as it is.
+
+    Returns: why segments cannot grow here, if they cannot.
+    """
+    if any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        return None
+    try:
+        # torch asks it before it maps memory, and crashes in a container that lacks it
+        ctypes.CDLL("libnvidia-ml.so.1")
+        _set_allocator("expandable_segments:True")
+        torch.empty(1, device=device)  # drivers of some virtual machines cannot map memory
+    except (OSError, RuntimeError) as error:
+        _set_allocator("expandable_segments:False")
+        return str(error).splitlines()[0]
+    return None
+
+
+def _set_allocator(settings: str) -> None:
+    # torch.cuda.memory._set_allocator_settings, which calls it, is deprecated since torch 2.13
+    torch._C._accelerator_setAllocatorSettings(settings)
 
 
 def free_bytes(device: torch.device) -> int:

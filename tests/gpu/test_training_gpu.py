@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from spmdrl.memory.host_copies import to_device
 from spmdrl.training.optimizer import HostNumber, gradient_norm, prepare_step
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
-from spmdrl.world import World, free_bytes
+from spmdrl.world import ALLOCATOR_VARIABLES, World, free_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_config
@@ -111,3 +113,27 @@ def test_free_memory_is_what_nobody_uses() -> None:
     torch.cuda.empty_cache()
     assert free_bytes(device) > before - size
     assert free_bytes(torch.device("cpu")) == 0
+
+
+SEGMENTS = """
+import torch
+from spmdrl.world import start_world, stop_world
+start_world(device="cuda")
+kept = torch.empty(1 << 22, device="cuda")
+print({segment["is_expandable"] for segment in torch.cuda.memory_snapshot()})
+stop_world()
+"""
+
+
+@pytest.mark.parametrize("variable", [None, *ALLOCATOR_VARIABLES])
+def test_segments_grow_unless_the_user_says_how_they_are_made(variable: str | None) -> None:
+    given = {name: value for name, value in os.environ.items() if name not in ALLOCATOR_VARIABLES}
+    if variable is not None:
+        given[variable] = "max_split_size_mb:512"
+    answer = subprocess.run(
+        [sys.executable, "-c", SEGMENTS], env=given, capture_output=True, text=True, check=False
+    )
+    # a container may lack NVML, which torch needs for it; then a line says so
+    cannot = "memory segments have a fixed size: libnvidia-ml" in answer.stderr
+    assert answer.stdout == f"{ {variable is None and not cannot} }\n", answer.stderr
+    assert variable is None or not cannot

@@ -23,6 +23,7 @@ from spmdrl.algorithms.kl import (
 from spmdrl.algorithms.metrics import RATIO_BINS, RATIO_EDGES
 from spmdrl.algorithms.packed import masked_row_sums, metric_sums
 from spmdrl.config.algorithms import AlgorithmSection, LossMean
+from spmdrl.memory.host_copies import to_device
 
 # the token columns that the loss reads if they exist
 POLICY_COLUMNS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
@@ -207,7 +208,8 @@ def _rollout_gap(
     """
     gap = (trained - rollout).abs()
     ratio = probability_ratio(trained, rollout)
-    bins = torch.bucketize(ratio.detach(), torch.tensor(RATIO_EDGES, device=ratio.device))
+    [edges] = to_device([torch.tensor(RATIO_EDGES)], ratio.device)
+    bins = torch.bucketize(ratio.detach(), edges)
     values = {"rollout_gap": gap, "rollout_gap_max": gap}
     values |= {name: bins == i for i, name in enumerate(RATIO_BINS)}
     if algorithm.importance_cap is None:

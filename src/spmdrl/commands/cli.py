@@ -209,7 +209,12 @@ def _world(config: Config) -> Iterator[World]:
     from spmdrl.supervision.failures import end_process_in
     from spmdrl.world import start_world, stop_world
 
-    world = start_world(timeout_s=config.timeout_s, device=config.device)
+    world = start_world(
+        timeout_s=config.timeout_s,
+        device=config.device,
+        # vLLM's sleeping allocator has no use of them (pytorch issue 147851)
+        expandable_segments=config.rollout.engine != "vllm",
+    )
     set_up_logging(world.rank)
     say_world_hardware(world, config.device)
     try:

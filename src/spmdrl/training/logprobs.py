@@ -201,8 +201,8 @@ def _add_gradients(
         return
     # through the targets' own logits; those of other ranks count as 0, since to leave them out the
     # host would wait for their number
-    held = (local >= 0) & (local < len(weight))
-    places, g = local.remainder(len(weight)), g.masked_fill(~held, 0)[:, None]
+    places = local.remainder(len(weight))
+    g = g.masked_fill(places != local, 0)[:, None]
     if d_hidden is not None:
         d_hidden.add_(weight[places].to(g.dtype) * g)
     if d_weight is not None:

@@ -130,6 +130,8 @@ def _shard(decoder: Decoder, mesh: Mesh, dtype: torch.dtype) -> None:
     )
     for experts in [module for module in decoder.modules() if isinstance(module, Experts)]:
         fully_shard(experts, mesh=mesh.expert_shard_mesh, mp_policy=policy)
+    # No explicit prefetch: FSDP2 queues the next layer's gather while one computes, as long as the
+    # host is ahead of the device, and another layer's parameters would be held with it.
     for layer in (*decoder.layers, decoder):
         fully_shard(
             layer,
