@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -298,8 +299,11 @@ def hold_oneself(runner: Runner) -> None:
 
 
 def hook_that_holds(backend: TorchBackend) -> None:
+    def hold(_: Tensor) -> None:
+        assert backend is not None
+
     parameter = backend._leaves[0].parameter
-    parameter.register_post_accumulate_grad_hook(lambda _: backend)  # type: ignore[no-untyped-call]
+    parameter.register_post_accumulate_grad_hook(hold)  # type: ignore[no-untyped-call]
 
 
 FAULTS: Mapping[str, tuple[type, str, Callable[[Any], None]]] = {
