@@ -157,13 +157,14 @@ def test_world(roots: Path, one: dict[str, list[dict[str, float]]], name: str, d
     assert len(found) == len(one[kind]) == 2
     for step, (record, expected) in enumerate(zip(found, one[kind], strict=True)):
         assert math.isfinite(record["loss"]) and record["grad_norm"] > 0
-        assert record["rollout_gap_max"] < (1e-3 if dtype == "float32" else 0.5)
+        if kind != "lag":  # whose samples are those of an older policy
+            assert record["rollout_gap_max"] < (1e-3 if dtype == "float32" else 0.5)
         if dtype == "float32":
+            # Adam divides by what is left of small gradients, so updates amplify rounding
+            rel = 2e-2 if step else 1e-3
             for metric in ("loss", "grad_norm", "entropy", "reward"):
-                assert record[metric] == pytest.approx(expected[metric], rel=1e-3, abs=1e-5), (
-                    step,
-                    metric,
-                )
+                value = pytest.approx(expected[metric], rel=rel, abs=1e-5)
+                assert record[metric] == value, (step, metric)
     if dtype == "float32":
         assert_same_samples(root, run_name)
 
