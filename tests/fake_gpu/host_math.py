@@ -8,9 +8,8 @@ capture of a graph nothing is computed; each replay computes, by address, as ker
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
 from typing import Any
@@ -21,12 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fake_gpu import races
-from fake_gpu.host_operations import OWN
-from fake_gpu.races import extent
+from fake_gpu.calculations import Calculation, Targets, on_host, place_of, targets_of
+from fake_gpu.mirrors import PLAIN, Span, is_on_device, mirrors, span_of
 from fake_gpu.stand_in import has_values, library
-
-PLAIN = (Tensor, torch.nn.Parameter)
-"""Subclasses, as DTensor, are left to their own dispatch, which arrives here with plain tensors."""
 
 MEMORY_ONLY = {
     "empty",
@@ -51,7 +47,6 @@ READS_ON_HOST = {torch.ops.aten._local_scalar_dense.default}
 
 COLLECTIVES = ("c10d", "_c10d_functional", "symm_mem")
 """Namespaces of what NCCL computes."""
-
 
 COMPOSITE = "CompositeImplicitAutograd"
 
@@ -85,48 +80,6 @@ def way_of(operation: torch._ops.OpOverload) -> Way:
     return Way.COMPUTED
 
 
-def is_on_device(value: object) -> bool:
-    return isinstance(value, Tensor) and type(value) in PLAIN and value.is_cuda
-
-
-class Mirrors:
-    """CPU tensors over the stand-in device's memory."""
-
-    def __init__(self) -> None:
-        runtime = library()
-        self._base: int = runtime.fake_address_base()
-        size = runtime.fake_address_space()
-        whole = (ctypes.c_uint8 * size).from_address(runtime.fake_host_base())
-        self._bytes = torch.frombuffer(whole, dtype=torch.uint8)
-        self._typed: dict[torch.dtype, Tensor] = {}
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return the same elements as a CPU tensor.
-
-        Raises:
-            RuntimeError: the storage was freed (`resize_(0)`), or its memory is not allocated.
-        """
-        dtype, address = tensor.dtype, tensor.data_ptr()
-        if tensor.numel() == 0:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype)
-        whole = self._typed.get(dtype)
-        if whole is None:
-            whole = self._typed[dtype] = self._bytes.view(dtype)
-        if not library().fake_host_address(address, extent(tensor)):
-            raise RuntimeError(freed(tensor.shape))
-        offset = (address - self._base) // dtype.itemsize
-        return whole.as_strided(tensor.shape, tensor.stride(), offset)
-
-
-def freed(shape: Sequence[int]) -> str:
-    return f"freed or unmapped device memory is used: a tensor of {tuple(shape)}"
-
-
-@cache
-def mirrors() -> Mirrors:
-    return Mirrors()
-
-
 @contextmanager
 def held_copies() -> Iterator[None]:
     """Keep the runtime's copies of this thread from moving bytes: the result is computed here."""
@@ -135,147 +88,6 @@ def held_copies() -> Iterator[None]:
         yield
     finally:
         library().fake_hold_copies(0)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Let the CPU draw from `seed`, and then from where it was."""
-    kept = torch.random.get_rng_state()
-    torch.random.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(kept)
-
-
-def place_of(generator: torch.Generator | None) -> int:
-    """A seed made of a CUDA generator's seed and offset; those of the default one for None."""
-    chosen = generator or torch.cuda.default_generators[torch.cuda.current_device()]
-    seed, offset = chosen.get_state().view(torch.int64).tolist()
-    return hash((seed, offset)) & 0x7FFF_FFFF_FFFF_FFFF
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calculation:
-    """An operation on CPU tensors.
-
-    Args:
-        generator: the CUDA generator of a random operation that names one.
-    """
-
-    operation: torch._ops.OpOverload
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    generator: torch.Generator | None
-
-    def run(self, turn: int = 0, place: int | None = None) -> Any:
-        """Compute.
-
-        Args:
-            turn: distinguishes the operations of one replay.
-            place: the generator's place before the operation, None for its place now.
-
-        Raises:
-            NotImplementedError: neither the CPU nor `host_operations.py` has the operation.
-        """
-        schema = self.operation._schema
-        name = schema.name
-        own = OWN.get(name) or OWN.get(f"{name}.{schema.overload_name}")
-        try:
-            if own is not None:
-                return own(self._by_name())
-            if torch.Tag.nondeterministic_seeded not in self.operation.tags:
-                return self.operation(*self.args, **self.kwargs)
-            place = place_of(self.generator) if place is None else place
-            with seeded(hash((place, turn)) & 0x7FFF_FFFF_FFFF_FFFF):
-                return self.operation(*self.args, **self.kwargs)
-        except NotImplementedError as error:
-            raise NotImplementedError(
-                f"{name}.{schema.overload_name}: the CPU lacks it; add it to host_operations.py"
-            ) from error
-
-    def _by_name(self) -> dict[str, Any]:
-        names = [argument.name for argument in self.operation._schema.arguments]
-        return dict(zip(names, self.args, strict=False)) | self.kwargs
-
-
-def on_host(
-    operation: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Calculation:
-    """Return the operation with mirrors for tensors, and the CPU for the device."""
-
-    def moved(value: Any) -> Any:
-        if is_on_device(value):
-            return mirrors().of(value)
-        if isinstance(value, torch.device) and value.type == "cuda":
-            return torch.device("cpu")
-        return None if isinstance(value, torch.Generator) else value
-
-    given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Generator)]
-    try:
-        args, kwargs = tree_map(moved, args), tree_map(moved, kwargs)
-    except RuntimeError as error:
-        raise RuntimeError(f"{operation._schema.name}: {error}") from None
-    if isinstance(kwargs.get("device"), str):
-        kwargs["device"] = torch.device("cpu")
-    kwargs.pop("pin_memory", None)
-    return Calculation(
-        operation=operation, args=args, kwargs=kwargs, generator=given[0] if given else None
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Targets:
-    """Tensors that receive an operation's results, in the order of its outputs.
-
-    Args:
-        tensors: None for an output that the operation has written in place.
-    """
-
-    name: str
-    tensors: tuple[Tensor | None, ...]
-
-    def take(self, result: Any) -> None:
-        """Copy the results.
-
-        Raises:
-            RuntimeError: a shape differs from what CUDA's operation has returned.
-        """
-        found = [r for r in tree_leaves(result) if isinstance(r, Tensor)]
-        for target, value in zip(self.tensors, found, strict=False):
-            if target is None:
-                continue
-            if target.shape != value.shape:
-                raise RuntimeError(
-                    f"{self.name}: shape {tuple(target.shape)} on CUDA, {tuple(value.shape)} here"
-                )
-            target.copy_(value)
-
-
-def targets_of(name: str, output: Any, inputs: Iterable[object]) -> Targets:
-    known = {id(value) for value in inputs}
-    outputs = [o for o in tree_leaves(output) if isinstance(o, Tensor)]
-    tensors = [
-        None if id(o) in known else mirrors().of(o) if is_on_device(o) else o for o in outputs
-    ]
-    return Targets(name=name, tensors=tuple(tensors))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """Device memory of a tensor, by address: a graph holds no storage."""
-
-    address: int
-    size: int
-    shape: tuple[int, ...]
-
-    def check(self, name: str) -> None:
-        if self.size and not library().fake_host_address(self.address, self.size):
-            raise RuntimeError(f"{name}: {freed(self.shape)}")
-
-
-def span_of(tensor: Tensor) -> Span:
-    return Span(address=tensor.data_ptr(), size=extent(tensor), shape=tuple(tensor.shape))
 
 
 class Replays:
@@ -313,7 +125,8 @@ class Replays:
 
     def _call(self, number: int) -> int:
         try:
-            with torch.utils._python_dispatch._disable_current_modes():
+            # Inference mode writes to tensors of its own and to all others.
+            with torch.inference_mode(), torch.utils._python_dispatch._disable_current_modes():
                 self._work[number]()
         except Exception as error:
             self.error = error

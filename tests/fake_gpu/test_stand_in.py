@@ -11,10 +11,7 @@ from torch import Tensor
 
 from fake_gpu import stand_in
 
-pytestmark = [
-    pytest.mark.fakegpu,
-    pytest.mark.skipif(not stand_in.is_active(), reason="stand-in CUDA: scripts/test_cuda.sh"),
-]
+pytestmark = pytest.mark.fakegpu
 
 
 def ramp(*shape: int) -> Tensor:
@@ -143,6 +140,25 @@ def test_a_freed_storage_is_not_read() -> None:
     x.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"aten::add: freed .* tensor of \(8,\)"):
         x + 1
+
+
+def test_segments_expand_where_physical_memory_is_mapped() -> None:
+    settings = torch._C._accelerator_setAllocatorSettings
+    torch.cuda.empty_cache()
+    settings("expandable_segments:True")
+    try:
+        before = stand_in.used_bytes()
+        with stand_in.counting() as seen:
+            blocks = [ramp(8 << 20) for _ in range(3)]
+        assert seen["map"] >= 3 and seen["malloc_bytes"] >= 3 * (32 << 20)
+        assert [int(x[-1]) for x in blocks] == [(8 << 20) - 1] * 3
+        ends = sorted(x.data_ptr() for x in blocks)
+        assert ends[2] - ends[0] == 2 * (32 << 20)  # one segment, which has grown
+        del blocks
+        torch.cuda.empty_cache()
+        assert stand_in.used_bytes() == before
+    finally:
+        settings("expandable_segments:False")
 
 
 # ---- graphs
