@@ -108,20 +108,20 @@ class Replays:
         Args:
             used: memory of the operation's inputs and outputs.
         """
-        turn = self._made = self._made + 1
+        self._made += 1
+        turn = library().fake_capture(
+            stream,
+            ctypes.cast(self._run, ctypes.c_void_p),
+            ctypes.cast(self._forget, ctypes.c_void_p),
+            self._made,
+        )
 
         def work() -> None:
             for span in used:
                 span.check(targets.name)
             targets.take(calculation.run(turn))
 
-        self._work[turn] = work
-        library().fake_capture(
-            stream,
-            ctypes.cast(self._run, ctypes.c_void_p),
-            ctypes.cast(self._forget, ctypes.c_void_p),
-            self._made,
-        )
+        self._work[self._made] = work
 
     def _call(self, number: int) -> int:
         try:

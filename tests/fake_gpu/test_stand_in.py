@@ -197,6 +197,22 @@ def allocate() -> None:
     assert stand_in.library().cudaMalloc(ctypes.byref(address), ctypes.c_size_t(1 << 20)) != 0
 
 
+def test_work_on_a_side_stream_is_joined_before_a_capture_ends() -> None:
+    x, side = torch.zeros(4, device="cuda"), torch.cuda.Stream()
+
+    def capture(joins: bool) -> None:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                x.add_(1)
+            if joins:
+                torch.cuda.current_stream().wait_stream(side)
+
+    capture(True)
+    with pytest.raises(RuntimeError, match="work that the capturing stream does not wait for"):
+        capture(False)
+
+
 def unregister(pinned: Tensor) -> None:
     error = torch.cuda.cudart().cudaHostUnregister(pinned.data_ptr())
     assert int(error) != 0

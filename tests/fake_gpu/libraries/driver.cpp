@@ -63,7 +63,7 @@ CUresult cuGetErrorString(CUresult, const char **text) {
   *text = "stand-in driver: not supported, or out of memory";
   return CUDA_SUCCESS;
 }
-CUresult cuGetErrorName(CUresult, const char **text) { return cuGetErrorString(CUDA_SUCCESS, text); }
+CUresult cuGetErrorName(CUresult code, const char **text) { return cuGetErrorString(code, text); }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice) {
   switch (attribute) {
@@ -100,7 +100,8 @@ CUresult cuModuleLoadData(CUmodule *module, const void *) {
   *module = reinterpret_cast<CUmodule>(&only);
   return CUDA_SUCCESS;
 }
-CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned, CUjit_option *, void **) {
+CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned, CUjit_option *,
+                            void **) {
   return cuModuleLoadData(module, image);
 }
 CUresult cuModuleLoad(CUmodule *module, const char *) { return cuModuleLoadData(module, nullptr); }

@@ -27,7 +27,8 @@ cudaError_t run(const void *kernel, dim3 grid, dim3 block, cudaStream_t stream) 
                   grid.z <= 65535;
   std::string sizes = "[" + std::to_string(grid.x) + "," + std::to_string(grid.y) + "," +
                       std::to_string(grid.z) + " x " + std::to_string(threads) + "] ";
-  if (!is_valid) return fail(cudaErrorInvalidConfiguration, "no grid for a kernel: " + sizes + name);
+  if (!is_valid)
+    return fail(cudaErrorInvalidConfiguration, "no grid for a kernel: " + sizes + name);
   launch(KERNEL, stream, (sizes + name).c_str());
   return cudaSuccess;
 }

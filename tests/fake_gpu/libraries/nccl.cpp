@@ -197,7 +197,9 @@ std::string wait_for(const Communicator &c, int rank, const std::string &path) {
 
 // ---- operations
 
-enum Name { ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, BROADCAST, REDUCE, SEND, RECV, ALL_TO_ALL, SPLIT };
+enum Name {
+  ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, BROADCAST, REDUCE, SEND, RECV, ALL_TO_ALL, SPLIT
+};
 const char *NAMES[] = {"AllReduce", "AllGather", "ReduceScatter", "Broadcast", "Reduce",
                        "Send", "Recv", "AlltoAll", "CommSplit"};
 
@@ -387,7 +389,8 @@ int join(void **made, const std::string &id, int ranks, int rank, const std::str
     if (!wait_for(*c, other, path_of(*c, "rank", other, 0)).empty())
       missing += " " + std::to_string(other);
   if (!missing.empty())
-    return report(REMOTE_ERROR, *c, "CommInitRank waits for ranks" + missing + ", which never call it");
+    return report(REMOTE_ERROR, *c,
+                  "CommInitRank waits for ranks" + missing + ", which never call it");
   *made = c;
   return OK;
 }

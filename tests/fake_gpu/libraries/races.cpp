@@ -12,6 +12,17 @@
 #include "runtime.h"
 
 namespace fake {
+
+void join(Clock &clock, const Clock &other) {
+  if (clock.size() < other.size()) clock.resize(other.size());
+  for (size_t i = 0; i < other.size(); ++i) clock[i] = std::max(clock[i], other[i]);
+}
+
+long &tick_of(Clock &clock, int stream) {
+  if (clock.size() <= size_t(stream)) clock.resize(size_t(stream) + 1);
+  return clock[size_t(stream)];
+}
+
 namespace {
 
 bool is_watching_now = getenv("FAKE_GPU_RACES") && atoi(getenv("FAKE_GPU_RACES"));
@@ -34,11 +45,6 @@ struct Interval {
 
 std::map<uintptr_t, Interval> history;  // start -> interval, without overlap
 
-void join(Clock &clock, const Clock &other) {
-  if (clock.size() < other.size()) clock.resize(other.size());
-  for (size_t i = 0; i < other.size(); ++i) clock[i] = std::max(clock[i], other[i]);
-}
-
 bool covers(const Clock &clock, const Access &access) {
   return size_t(access.stream) < clock.size() && clock[size_t(access.stream)] >= access.tick;
 }
@@ -46,8 +52,7 @@ bool covers(const Clock &clock, const Access &access) {
 Clock &next_tick(int stream) {
   Clock &clock = streams[stream];
   join(clock, host);
-  if (clock.size() <= size_t(stream)) clock.resize(size_t(stream) + 1);
-  ++clock[size_t(stream)];
+  ++tick_of(clock, stream);
   return clock;
 }
 

@@ -47,6 +47,7 @@ struct Capture {
   cudaStreamCaptureMode mode;
   std::thread::id thread;
   std::set<cudaStream_t> streams; // the origin and those that joined by an event
+  std::map<int, Clock> clocks;    // by stream number: what comes before its next work
   std::string broken_by;  // the first illegal call; empty while all is well
 };
 
@@ -96,6 +97,8 @@ void add_node(cudaStream_t stream);
 void add_work(std::function<int()> work);  // of the current capture
 
 // Races (races.cpp): each `touch` returns the description of a race, or an empty string.
+void join(Clock &clock, const Clock &other);
+long &tick_of(Clock &clock, int stream);
 std::string touch(cudaStream_t stream, const void *address, size_t size, bool is_write,
                   const std::string &what);
 std::string touch_by_graph(const Graph &graph, cudaStream_t stream);

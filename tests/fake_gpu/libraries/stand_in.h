@@ -23,7 +23,8 @@ int fake_has_values(void);
 void fake_hold_copies(int hold);
 
 // Graphs. Inside a capture of `stream`, `fake_capture` keeps `run(argument)` for every replay and
-// returns 1; outside it returns 0. `forget(argument)` is called when the graph is destroyed.
+// returns its place in the graph, from 1; outside it returns 0. `forget(argument)` is called when
+// the graph is destroyed.
 int fake_is_capturing(void *stream);
 int fake_capture(void *stream, int (*run)(void *), void (*forget)(void *), void *argument);
 

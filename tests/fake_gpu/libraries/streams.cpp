@@ -10,7 +10,8 @@ namespace {
 struct Event {
   bool is_recorded = false, is_captured = false;
   cudaStream_t stream = nullptr;
-  Clock clock;  // what is done when the event is
+  Clock clock;     // what is done when the event is
+  Clock captured;  // the same within a capture
 };
 
 using GraphHandle = std::shared_ptr<Graph>;  // behind cudaGraph_t and cudaGraphExec_t
@@ -41,7 +42,11 @@ bool is_unsafe_call_prohibited() {
 }
 
 void add_node(cudaStream_t stream) {
-  if (is_capturing(stream)) ++state().capture->graph->nodes;
+  if (!is_capturing(stream)) return;
+  Capture &capture = *state().capture;
+  ++capture.graph->nodes;
+  int number = stream_number(stream);
+  ++tick_of(capture.clocks[number], number);
 }
 
 void add_work(std::function<int()> work) {
@@ -85,7 +90,7 @@ int fake_capture(void *stream, int (*run)(void *), void (*forget)(void *), void 
   if (!is_capturing(static_cast<cudaStream_t>(stream))) return 0;
   std::shared_ptr<void> kept(argument, forget);
   add_work([run, kept] { return run(kept.get()); });
-  return 1;
+  return int(state().capture->graph->work.size());
 }
 
 // ---- streams
@@ -169,7 +174,9 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   Lock lock;
-  *of(event) = {true, is_capturing(stream), stream, clock_of(stream)};
+  bool is_captured = is_capturing(stream);
+  Clock captured = is_captured ? state().capture->clocks[stream_number(stream)] : Clock();
+  *of(event) = {true, is_captured, stream, clock_of(stream), captured};
   note(EVENT_RECORD, stream, "");
   return cudaSuccess;
 }
@@ -203,6 +210,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   Event *found = of(event);
   if (found->is_captured && state().capture) {
     state().capture->streams.insert(stream);
+    join(state().capture->clocks[stream_number(stream)], found->captured);
   } else if (is_capturing(stream) && found->is_recorded) {
     return illegal("a wait for an event that was recorded outside,");
   }
@@ -225,7 +233,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
     return fail(cudaErrorStreamCaptureUnsupported, "the default stream cannot be captured");
   if (state().capture) return fail(cudaErrorIllegalState, "two captures at a time");
   state().capture.reset(new Capture{std::make_shared<Graph>(), ++made, stream, mode,
-                                    std::this_thread::get_id(), {stream}, ""});
+                                    std::this_thread::get_id(), {stream}, {}, ""});
   note(CAPTURE, stream, "");
   return cudaSuccess;
 }
@@ -240,6 +248,12 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
   if (!ended->broken_by.empty())
     return fail(cudaErrorStreamCaptureInvalidated,
                 ended->broken_by + " broke the capture of a graph");
+  Clock &origin = ended->clocks[stream_number(stream)];
+  for (auto &[number, clock] : ended->clocks)
+    if (tick_of(clock, number) > tick_of(origin, number))
+      return fail(cudaErrorStreamCaptureUnjoined,
+                  "stream " + std::to_string(number) +
+                      " has work that the capturing stream does not wait for");
   *graph = reinterpret_cast<cudaGraph_t>(new GraphHandle(ended->graph));
   return cudaSuccess;
 }
