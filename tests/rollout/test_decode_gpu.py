@@ -211,8 +211,11 @@ def test_no_garbage_is_collected_during_a_capture(device: torch.device) -> None:
     graphs = DecodeGraphs(8, device)
     thresholds = gc.get_threshold()
     gc.set_threshold(10)
+    results = []
     try:
-        results = [graphs.run(4, [torch.arange(4) + i], forward)[0].tolist() for i in range(3)]
+        with torch.inference_mode():
+            for i in range(3):
+                results.append(graphs.run(4, [torch.arange(4) + i], forward)[0].tolist())
     finally:
         gc.set_threshold(*thresholds)
     gc.collect()
