@@ -15,7 +15,9 @@ scripts/dev/install_slurm.sh
 selected="not full"
 if [ $# = 0 ]; then
     code=0
-    said=$(scripts/dev/cuda_env.sh 2>&1 >/dev/null | tail -1) || code=$?
+    # where making it takes longer than this, it is left to scripts/test_cuda.sh
+    said=$(SPMDRL_CUDA_ENV_SECONDS=${SPMDRL_CUDA_ENV_SECONDS:-480} \
+        scripts/dev/cuda_env.sh 2>&1 >/dev/null | tail -1) || code=$?
     case $code in
     0)
         scripts/test_cuda.sh --quick
