@@ -132,7 +132,6 @@ def plan_of(config: Config) -> dict[str, str]:
         "explain": explain(config, 4).split("# derived", 1)[1],
         "roles": repr({name: config.role_kind(name) for name in config.roles}),
         "kind": config.data_kind(),
-        "engine": repr(_native_options(config, "cpu")),
         "sampling": repr(training_sampling(config)),
         "shares": repr([source.weight for source in train_sources(config)]),
         "sets": repr(held_out_sets(config)),
@@ -148,6 +147,8 @@ def plan_of(config: Config) -> dict[str, str]:
     made = [data_source(s, NOW) for s in train_sources(config)]
     texts["sources"] = repr(made)
     for name, spec in specs.items():
+        if config.role_kind(name) == "rollout":
+            texts[f"engine {name}"] = repr(_native_options(config, spec))
         if spec.trained:
             texts[f"training {name}"] = repr(train_options(config, spec, 1))
     return texts
