@@ -106,12 +106,14 @@ def test_tensors_of_all_dtypes_travel_together() -> None:
 def test_free_memory_is_what_nobody_uses() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.empty_cache()
-    before, size = free_bytes(device), 256 << 20
+    before, reserved, size = free_bytes(device), torch.cuda.memory_reserved(device), 256 << 20
     ballast = torch.empty(size, dtype=torch.uint8, device=device)
     assert before - free_bytes(device) >= size
     del ballast
     torch.cuda.empty_cache()
-    assert free_bytes(device) > before - size
+    # what torch's cache still holds (torch 2.11's of segments that grow) is not free
+    kept = torch.cuda.memory_reserved(device) - reserved
+    assert free_bytes(device) >= before - kept
     assert free_bytes(torch.device("cpu")) == 0
 
 
