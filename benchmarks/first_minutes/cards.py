@@ -77,7 +77,7 @@ def card_of(name: str) -> Card | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """What the machine can do at best; None: neither measured nor published.
+    """Ceilings of a machine; None: neither measured nor published.
 
     Args:
         copy_tb_s: bytes read and written by a copy on the device, in 10^12 per second.

@@ -13,7 +13,7 @@ from first_minutes.cards import Ceilings
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What every stage is given.
+    """The input of every stage.
 
     Args:
         small: tiny shapes.

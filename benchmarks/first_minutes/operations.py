@@ -1,6 +1,6 @@
-"""What code issues to the device, operation by operation, and the seconds that it needs at best.
+"""Operations that code issues to the device, one by one, and the seconds that it needs at best.
 
-Predictions made from it follow the code: an operation that is added or fused away changes them.
+Predictions made from them follow the code: an operation that is added or fused away changes them.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ STAGES = (
     Stage(name="tests", module="first_minutes.suite", seconds=120, needs=(*FLOW, "pytest")),
     Stage(name="flow", module="first_minutes.flow", seconds=90, needs=FLOW),
 )
-"""What a card is asked first is what everything later rests on; tests and flow take longest."""
+"""Stages in order of worth: later ones rest on the first; tests and flow take longest."""
 
 
 def select(names: str | None, stages: Sequence[Stage] = STAGES) -> tuple[Stage, ...]:

@@ -135,7 +135,7 @@ def requests(
 
 
 def decode(device: torch.device) -> dict[str, Any]:
-    """What one more decode step of 64 samples costs: the difference of two calls."""
+    """Cost of one more decode step of 64 samples: the difference of two calls."""
     engine = make_engine(device, max_running=64)
     short, long = 6, 14
 
@@ -157,7 +157,7 @@ def decode(device: torch.device) -> dict[str, Any]:
 
 
 def capture(device: torch.device) -> dict[str, Any]:
-    """What a colocated step captures: 256 samples that end by and by, after the weights moved."""
+    """Captures of a colocated step: 256 samples that end by and by, after the weights moved."""
     engine = make_engine(device, max_running=256)
     call = requests(32, 8, lambda i: 2 + i)
     engine.generate(call, seed=0, step=0)
@@ -173,7 +173,7 @@ def capture(device: torch.device) -> dict[str, Any]:
 
 
 def release(device: torch.device) -> dict[str, Any]:
-    """What is left allocated when the cache is released, before Python collects garbage."""
+    """Memory that is left allocated when the cache is released, before Python collects garbage."""
     engine = make_engine(device, max_running=64)
     gc.collect()
     gc.disable()
@@ -312,7 +312,7 @@ FAULTS: Mapping[str, tuple[type, str, Callable[[Any], None]]] = {
     "cycle": (Runner, "__init__", hold_oneself),
     "hook": (TorchBackend, "__init__", hook_that_holds),
 }
-"""What a change may do wrong, to see that the budgets notice: a synchronisation or a launch more in
+"""Faults of a change that the budgets must notice: a synchronisation or a launch more in
 every engine step, a cycle of references that keeps the cache until garbage is collected, a hook
 that keeps the whole backend.
 """

@@ -148,4 +148,4 @@ OWN: Mapping[str, Callable[[Arguments], Any]] = {
     "aten::addmm.dtype": wide_added_product,
     "aten::baddbmm.dtype": wide_added_product,
 }
-"""By the operation's name, or by its name and overload."""
+"""Keys are operations by name, or by name and overload."""

@@ -20,7 +20,7 @@ from fake_gpu.stand_in import library
 
 OWN_FILES = (str(Path(__file__).parent / "host_math.py"), __file__)
 TORCH = "/torch/"
-"""In the paths of torch's own files."""
+"""Part of the paths of torch's own files."""
 
 
 def is_watching() -> bool:

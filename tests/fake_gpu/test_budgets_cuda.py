@@ -54,7 +54,7 @@ QUICK = ("decode", "release")
 
 
 def measure(figure: str, *words: str) -> dict[str, Any]:
-    """What `figures.py` finds in a process of its own, in which nothing is computed."""
+    """Figures that `figures.py` finds in a process of its own, in which nothing is computed."""
     answer = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "figures.py"), figure, *words],
         env={**os.environ, "FAKE_GPU_VALUES": "0"},

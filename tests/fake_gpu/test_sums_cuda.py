@@ -1,4 +1,4 @@
-"""What FSDP2 asks of NCCL: plain sums, over one communicator for all that have the same ranks."""
+"""FSDP2 asks NCCL for plain sums, over one communicator for all that have the same ranks."""
 
 from __future__ import annotations
 

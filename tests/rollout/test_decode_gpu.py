@@ -225,7 +225,7 @@ def test_no_garbage_is_collected_during_a_capture(device: torch.device) -> None:
 
 
 def test_logits_are_not_rounded_to_half_precision(device: torch.device) -> None:
-    """In the engine and in the trainer, whose log-probabilities are compared."""
+    """The engine's and the trainer's products: their log-probabilities are compared."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 64, generator=generator).bfloat16()
     hidden = torch.randn(32, 64, generator=generator).bfloat16()
