@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ import torch
 
 from spmdrl.config.roles import RoleSection
 from spmdrl.config.sections import Config, TrainSection
+from spmdrl.models.adapters import Adapter, find_targets, make_adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.sharding import Head
 from spmdrl.placement import DeviceType, Placement, role_device_type
@@ -49,6 +50,9 @@ class RoleSpec:
         trained: whether it has an optimizer.
         backend: train backend, or engine of a rollout.
         is_tiny: whether its model is made of random weights (`model.tiny`).
+        adapter: the additions to its weights, which then do not train; a rollout has the policy's
+            if its engine applies them unmerged.
+        base: the role whose weights it shares, or None for weights of its own.
     """
 
     name: str
@@ -63,6 +67,8 @@ class RoleSpec:
     trained: bool
     backend: Backend
     is_tiny: bool
+    adapter: Adapter | None = None
+    base: str | None = None
 
     @property
     def head(self) -> Head:
@@ -76,6 +82,11 @@ class RoleSpec:
     @property
     def is_rollout(self) -> bool:
         return self.kind == "rollout"
+
+    @property
+    def has_fixed_base(self) -> bool:
+        """Whether its model's matrices never change, so that they have no masters."""
+        return not self.trained or self.adapter is not None
 
     @property
     def is_vllm(self) -> bool:
@@ -132,6 +143,7 @@ def make_specs(
         kind = config.role_kind(name)
         _check_kind(name, kind)
         train = config.train_section(name)
+        backend = config.rollout.engine if kind == "rollout" else train.backend
         specs[name] = RoleSpec(
             name=name,
             kind=kind,
@@ -143,10 +155,41 @@ def make_specs(
             device_type=devices[name],
             dtype=computing_dtype(config, devices[name]),
             trained=config.is_trained(name),
-            backend=config.rollout.engine if kind == "rollout" else train.backend,
+            backend=backend,
             is_tiny=config.model.tiny,
+            adapter=_adapter(name, config.roles[name], models[name]),
+            base=config.roles[name].base,
         )
-    return specs
+    return _with_policys_adapter(config, specs)
+
+
+def _adapter(name: str, section: RoleSection, model: ModelConfig) -> Adapter | None:
+    """Make the adapter that a role's section describes.
+
+    Raises:
+        ValueError: a target selects no matrix of the model.
+    """
+    own = section.adapter
+    if own is None:
+        return None
+    try:
+        targets = find_targets(model, own.targets)
+    except ValueError as error:
+        raise ValueError(f"roles.{name}.adapter.targets: {error}") from None
+    return make_adapter(
+        targets, rank=own.rank, alpha=own.alpha, rslora=own.rslora, dropout=own.dropout
+    )
+
+
+def _with_policys_adapter(config: Config, specs: dict[str, RoleSpec]) -> dict[str, RoleSpec]:
+    """Give rollouts that apply the policy's adapter unmerged that adapter."""
+    policy = next((spec for spec in specs.values() if spec.kind == "policy"), None)
+    if policy is None or policy.adapter is None or config.rollout.adapters == "merged":
+        return specs
+    return {
+        name: replace(spec, adapter=policy.adapter) if spec.backend == "native" else spec
+        for name, spec in specs.items()
+    }
 
 
 def _check_kind(name: str, kind: str) -> None:

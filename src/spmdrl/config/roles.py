@@ -28,7 +28,7 @@ class ModelSection(Section):
     )
 
 
-PartName = Literal["weights", "optimizer", "kv_cache", "graphs"]
+PartName = Literal["base", "weights", "optimizer", "kv_cache", "graphs"]
 PartResidency = Literal["keep", "host", "drop", "auto"]
 
 
@@ -39,6 +39,38 @@ class MegatronSettings(TypedDict, total=False):
 
     vpp: Annotated[int, Field(ge=1)]
     sp: bool
+
+
+class AdapterSection(Section):
+    """Low-rank additions that a role trains, or reads from a file, in place of its weights."""
+
+    path: Place | None = Field(
+        None,
+        description="Read the adapter from this PEFT directory (and train it further where the "
+        "role trains); null makes a new one.",
+    )
+    rank: int = Field(16, ge=1, description="Give A and B this rank, at least 1.")
+    alpha: float = Field(
+        32.0, gt=0, description="Scale B A by this over rank (rslora: over its root), above 0."
+    )
+    targets: tuple[str, ...] = Field(
+        ("all",),
+        min_length=1,
+        description="Add to these matrices: attention, mlp, all, or names of modules such as "
+        "q_proj; * matches any text.",
+    )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Zero this share of the inputs of A in updates, at least 0 and below 1.",
+    )
+    init: Literal["kaiming", "gaussian"] = Field(
+        "kaiming",
+        description="Draw A uniformly within 1 / sqrt(inputs), or from a normal distribution of "
+        "deviation 1 / rank; B is 0.",
+    )
+    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank), not alpha / rank.")
 
 
 class RoleSection(Section):
@@ -57,6 +89,16 @@ class RoleSection(Section):
         description="Take the scalar head of a reward or value model from its file, or make a "
         "new one.",
     )
+    adapter: AdapterSection | None = Field(
+        None,
+        description="Train low-rank additions (LoRA) in place of the role's weights; {} takes the "
+        "defaults, null none.",
+    )
+    base: str | None = Field(
+        None,
+        description="Share the weights of this role (without its adapter), whose residency says "
+        "where they are; null loads the role's own.",
+    )
     trained: Basic[bool | None] = Field(
         None, description="Train the role or not; null trains policy and value only."
     )
@@ -70,8 +112,8 @@ class RoleSection(Section):
     )
     residency: dict[PartName, PartResidency] = Field(
         default_factory=dict,
-        description="Decide where weights, optimizer, kv_cache and graphs are between the role's "
-        "calls: keep, host, drop or auto (default).",
+        description="Decide where base (the fixed weights under an adapter), weights, optimizer, "
+        "kv_cache and graphs are between the role's calls: keep, host, drop or auto (default).",
     )
     retokenize: bool = Field(
         False, description="Let a reward model with another tokenizer read texts instead of tokens."

@@ -100,6 +100,12 @@ class RolloutSection(Section):
         2048, ge=1, description="Process up to this many prompt tokens per engine step, at least 1."
     )
     cuda_graphs: bool = Field(True, description="Replay decode steps as CUDA graphs.")
+    adapters: Literal["auto", "unmerged", "merged"] = Field(
+        "auto",
+        description="Sample with the policy's adapter beside its base (unmerged: syncs move the "
+        "adapter alone), or with weights of the engine's own that it is merged into; auto chooses "
+        "by memory and cost.",
+    )
     sync_bucket_mb: int = Field(
         256,
         ge=1,
@@ -237,6 +243,11 @@ class CheckpointSection(Section):
         "auto",
         description="Export weights in this dtype; auto takes that of the files the model came "
         "from.",
+    )
+    export_as: Literal["adapter", "merged", "both"] = Field(
+        "adapter",
+        description="Export a role that trains an adapter as a PEFT directory, as a whole model, "
+        "or as both (the model in run_dir/model, the adapter in run_dir/model_adapter).",
     )
     journal_kv: bool | Literal["auto"] = Field(
         "auto",

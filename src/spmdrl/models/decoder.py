@@ -9,7 +9,7 @@ gate and up; `spmdrl.models.sharding` describes them in Hugging Face's names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, TypeVar, overload
 
 import torch
@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from spmdrl.distributed.parallel import Parallel, copy_to, reduce_from
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.fused import rms_norm, swiglu
-from spmdrl.models.linear import Blocked, linear
+from spmdrl.models.linear import Blocked
+from spmdrl.models.low_rank import Added, Applied, adapted_linear, added_to
 from spmdrl.models.moe import Moe
 from spmdrl.models.rope import inverse_frequencies, rope_tables, rotate
 from spmdrl.models.routing import Routing
@@ -63,15 +64,14 @@ class Projection(nn.Module):
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
         self.blocked: Blocked | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.blocked)
+    def forward(self, x: Tensor, added: Added = ()) -> Tensor:
+        return adapted_linear(x, self.weight, self.bias, added, self.blocked)
 
 
 class Norm(nn.Module):
     """Root-mean-square norm over the last dim (Zhang & Sennrich 2019), float32 inside.
 
-    Pass `tp` if each rank applies the weight only to its own heads: the weight's gradient is then
-    summed over the ranks.
+    With `tp` each rank applies the weight only to its own heads, and its gradients are summed.
     """
 
     def __init__(
@@ -145,8 +145,17 @@ class Attention(nn.Module):
             self.k_norm = Norm(model.head_dim, model.rms_norm_eps, dtype=dtype, device=device)
         self.out = Projection(model.hidden_size, q_rows, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
-        qkv = self._in_order(self.qkv(copy_to(x, self.tp.group)))
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend,
+        layer: int,
+        adapters: Sequence[Applied] = (),
+    ) -> Tensor:
+        to_qkv = added_to(adapters, f"layers.{layer}.attention.qkv")
+        to_out = added_to(adapters, f"layers.{layer}.attention.out")
+        qkv = self._in_order(self.qkv(copy_to(x, self.tp.group), to_qkv))
         # Splits, not slices: a split's backward is one copy, each slice's is a tensor of zeros.
         qk, v = torch.split(qkv, [self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -154,7 +163,7 @@ class Attention(nn.Module):
             qk = torch.cat((self.q_norm(q, self.tp), self.k_norm(k, self.tp)), dim=1)
         q, k = torch.split(rotate(qk, *rope), [self.heads, self.kv_heads], dim=1)
         out = attend(layer, q, k, v)
-        return reduce_from(self.out(out.reshape(x.shape[0], -1)), self.tp.group)
+        return reduce_from(self.out(out.reshape(x.shape[0], -1), to_out), self.tp.group)
 
     def _in_order(self, qkv: Tensor) -> Tensor:  # [T, rows] -> [T, H + 2 KVH, d]
         """Arrange all heads of q, then of k, then of v."""
@@ -182,17 +191,18 @@ class Mlp(nn.Module):
         self.gate_up = Projection(2 * width, hidden, dtype=dtype, device=device)
         self.down = Projection(hidden, width, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up(copy_to(x, self.tp.group))
+    def forward(self, x: Tensor, layer: int, adapters: Sequence[Applied] = ()) -> Tensor:
+        to_gate_up = added_to(adapters, f"layers.{layer}.mlp.gate_up")
+        to_down = added_to(adapters, f"layers.{layer}.mlp.down")
+        gate_up = self.gate_up(copy_to(x, self.tp.group), to_gate_up)
         parts = swiglu(gate_up.view(len(gate_up) * self.blocks, -1))  # a block's gate and up each
-        return reduce_from(self.down(parts.view(len(gate_up), -1)), self.tp.group)
+        return reduce_from(self.down(parts.view(len(gate_up), -1), to_down), self.tp.group)
 
 
 class Layer(nn.Module):
     """One decoder layer, the unit of FSDP2's `fully_shard` and of recomputation.
 
-    A mixed-precision policy must have `cast_forward_inputs=False`, so that `rope` stays float32, as
-    in the rollout engine.
+    A mixed-precision policy must have `cast_forward_inputs=False`: `rope` stays float32.
     """
 
     def __init__(
@@ -225,12 +235,16 @@ class Layer(nn.Module):
         attend: Attend,
         routing: Routing | None = None,
         recompute: bool = False,
+        adapters: Sequence[Applied] = (),
     ) -> Tensor:
         if not recompute:
-            return self.run(x, rope, attend, routing)
+            return self.run(x, rope, attend, routing, adapters)
         # Checkpoint inside forward, so that FSDP unshards the layer once for both passes.
         result: Tensor = checkpoint(
-            self.run, x, rope, attend, routing, use_reentrant=False, preserve_rng_state=False
+            self.run,
+            *(x, rope, attend, routing, adapters),
+            use_reentrant=False,
+            preserve_rng_state=False,
         )
         return result
 
@@ -240,13 +254,14 @@ class Layer(nn.Module):
         rope: tuple[Tensor, Tensor],
         attend: Attend,
         routing: Routing | None,
+        adapters: Sequence[Applied],
     ) -> Tensor:
-        x = x + self.attention(self.input_norm(x), rope, attend, self.index)
+        x = x + self.attention(self.input_norm(x), rope, attend, self.index, adapters)
         normed = self.post_norm(x)
         if isinstance(self.mlp, Moe):
             out: Tensor = self.mlp(normed, self.index, routing)
         else:
-            out = self.mlp(normed)
+            out = self.mlp(normed, self.index, adapters)
         return x + out
 
 
@@ -305,6 +320,7 @@ class Decoder(nn.Module):
         *,
         recompute: Recompute = "none",
         routing: Routing | None = None,
+        adapters: Sequence[Applied] = (),
     ) -> Tensor: ...
 
     @overload
@@ -317,6 +333,7 @@ class Decoder(nn.Module):
         *,
         recompute: Recompute = "none",
         routing: Routing | None = None,
+        adapters: Sequence[Applied] = (),
     ) -> R: ...
 
     def forward(
@@ -328,6 +345,7 @@ class Decoder(nn.Module):
         *,
         recompute: Recompute = "none",
         routing: Routing | None = None,
+        adapters: Sequence[Applied] = (),
     ) -> Tensor | R:
         """Compute hidden states [T, D] after the final norm, or the result of `finish` on them.
 
@@ -337,13 +355,13 @@ class Decoder(nn.Module):
         for nothing else.
 
         `recompute="layer"` keeps only each layer's input for the backward pass. `routing` holds the
-        experts to choose and those that were chosen.
+        experts to choose and those that were chosen. `adapters` are added to the weights.
         """
         again = recompute == "layer" and torch.is_grad_enabled()
         rope = self.rope(positions)
         x = self.embed_tokens(tokens)
         for layer in self.layers:
-            x = layer(x, rope, attend, routing, again)
+            x = layer(x, rope, attend, routing, again, adapters)
         hidden: Tensor = self.norm(x)
         return hidden if finish is None else finish(hidden, self.head_weight())
 
@@ -370,10 +388,8 @@ class Decoder(nn.Module):
         return self.embed_tokens if self.head is None else self.head
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute cos and sin for `rotate`, each [T, 1, d] float32.
-
-        They are computed once per forward pass: T x d values cost less than one layer's norm, and
-        no table of all positions must be kept or enlarged.
+        """Compute cos and sin for `rotate`, each [T, 1, d] float32, once per forward pass: cheaper
+        than one layer's norm, and no table of all positions must be kept or enlarged.
         """
         if self._frequencies is None or self._frequencies.device != positions.device:
             values = inverse_frequencies(self.model.rope, self.model.head_dim)

@@ -13,7 +13,7 @@ The `tp` ranks share in this division: `gcd(tp, ep)` of them hold different expe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal
@@ -80,6 +80,10 @@ class GlobalTensor:
     expert: int | None = None
 
 
+TensorTable = Mapping[str, tuple[GlobalTensor, ...]]
+"""Local name -> the global tensors in it, top to bottom."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Place:
     """A rank's place, which determines the part of a model that it holds.
@@ -141,15 +145,17 @@ def local_parameters(
     *,
     ep_size: int = 1,
     vocab_multiple: int = 1,
+    table: TensorTable | None = None,
 ) -> dict[str, tuple[int, ...]]:
     """Map local names to local shapes, which are equal on all tensor- and expert-parallel ranks.
 
     Args:
         vocab_multiple: number to whose multiple the vocabulary's rows are padded.
+        table: the local parameters; None: those of the model.
     """
     place = _Place(tp_size=tp_size, ep_size=ep_size, vocab_multiple=vocab_multiple)
     shapes = {}
-    for name, tensors in fused_tensors(model, head).items():
+    for name, tensors in (fused_tensors(model, head) if table is None else table).items():
         held = _slices(model, tensors, place)
         rows = sum(s.rows for s in held)
         if tensors[0].split is TpSplit.VOCABULARY:
@@ -189,6 +195,7 @@ def all_slices(
     ep_size: int = 1,
     vocab_multiple: int = 1,
     blocks: int = 1,
+    table: TensorTable | None = None,
 ) -> dict[str, tuple[Slice, ...]]:
     """Return `slices` of every local parameter, in order of the forward pass.
 
@@ -197,6 +204,7 @@ def all_slices(
         blocks: number of blocks, below one another, that make up a fused projection (q, k, v; gate,
             up). Each is the part that one of as many tensor-parallel ranks would hold, so that an
             FSDP shard of the rows is such a part.
+        table: see `local_parameters`.
     """
     place = _Place(
         tp_rank=tp_rank,
@@ -206,7 +214,7 @@ def all_slices(
         vocab_multiple=vocab_multiple,
         blocks=blocks,
     )
-    table = fused_tensors(model, head)
+    table = fused_tensors(model, head) if table is None else table
     return {name: _slices(model, tensors, place) for name, tensors in table.items()}
 
 
@@ -328,7 +336,8 @@ def _slices(
     experts = range(0)
     if model.moe is not None:
         experts = range(*_range(model.moe.num_experts, place.ep_rank, place.ep_size))
-    in_blocks = tensors[0].split is TpSplit.ROWS and tensors[0].expert is None
+    is_fused = len(tensors) > 1
+    in_blocks = is_fused and tensors[0].split is TpSplit.ROWS and tensors[0].expert is None
     blocks = place.blocks if in_blocks else 1
     for block in range(blocks):
         rank, size = place.tp_rank * blocks + block, place.tp_size * blocks

@@ -14,7 +14,7 @@ from spmdrl.models.degrees import check_tp
 from spmdrl.models.fsdp_cuts import fitting_blocks
 from spmdrl.models.local_shards import WeightLayout
 from spmdrl.models.megatron_layout import Cut, megatron_layout, megatron_state_layout
-from spmdrl.models.sharding import fused_tensors
+from spmdrl.models.sharding import SCORE, fused_tensors, global_shapes
 from spmdrl.planning.engines import vocab_multiple
 from spmdrl.role_spec import RoleSpec
 from spmdrl.training.megatron.checks import (
@@ -61,7 +61,9 @@ def role_layout(spec: RoleSpec, blocks: int = 1) -> WeightLayout:
         frozen=frozen_names(spec),
         vocab_multiple=vocab_multiple(spec),
         blocks=blocks,
-        shard_dtype=torch.float32,  # FSDP2 keeps the masters, and casts while it gathers
+        # where all train, FSDP2 keeps the masters, and casts while it gathers
+        shard_dtype=torch.float32 if spec.adapter is None else spec.dtype,
+        adapter=spec.adapter,
     )
 
 
@@ -89,7 +91,8 @@ def shard_blocks(spec: RoleSpec, specs: Mapping[str, RoleSpec]) -> int:
 
 
 def frozen_names(spec: RoleSpec) -> frozenset[str]:
-    """The Hugging Face names of the parameters that `roles.NAME.freeze` keeps unchanged.
+    """The Hugging Face names of the parameters that do not change: those of `roles.NAME.freeze`, or
+    all under an adapter but a scalar head.
 
     Raises:
         ValueError: no name fits a pattern; all parameters are frozen; or only some of those in one
@@ -97,6 +100,8 @@ def frozen_names(spec: RoleSpec) -> frozenset[str]:
     """
     patterns = spec.section.freeze
     tensors = fused_tensors(spec.model, spec.head)
+    if spec.adapter is not None and not spec.is_rollout:
+        return frozenset(global_shapes(spec.model, spec.head)) - {SCORE}
     known = [part.name for parts in tensors.values() for part in parts]
     key = f"roles.{spec.name}.freeze={list(patterns)}"
     frozen: set[str] = set()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 
 from spmdrl.distributed.mesh import coordinates, expert_degrees, expert_place
+from spmdrl.models.adapters import Adapter, adapter_tensors
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.fsdp_cuts import fsdp_dims, fsdp_shard
 from spmdrl.models.local_shards import LocalShard, Table
@@ -15,6 +18,7 @@ from spmdrl.models.sharding import (
     Head,
     Slice,
     all_slices,
+    fused_tensors,
     is_expert_parameter,
     local_parameters,
 )
@@ -78,6 +82,7 @@ def model_layout(
     vocab_multiple: int = 1,
     blocks: int = 1,
     shard_dtype: torch.dtype | None = None,
+    adapter: Adapter | None = None,
 ) -> dict[int, Table]:
     """The layout of a role: tensor-parallel parameters, cut by FSDP if dp_shard > 1.
 
@@ -91,15 +96,20 @@ def model_layout(
         vocab_multiple: the vocabulary's rows are padded to a multiple of it.
         blocks: see `models.sharding.all_slices`.
         shard_dtype: dtype of the tensors that FSDP cuts, by default `dtype`.
+        adapter: an adapter whose tensors the ranks hold as well.
     """
     tp, cp, pp = degrees.get("tp", 1), degrees.get("cp", 1), degrees.get("pp", 1)
     sharded = degrees.get("dp_shard", 1) > 1
     num_shards = degrees.get("dp_shard", 1) * cp if sharded else 1
     ep, exchange = degrees.get("ep", 1), expert_degrees(degrees)["exchange"]
-    shapes = local_parameters(model, tp, head, ep_size=ep, vocab_multiple=vocab_multiple)
+    added = {} if adapter is None else adapter_tensors(model, adapter)
+    table = fused_tensors(model, head) | added
+    cut: dict[str, Any] = {"vocab_multiple": vocab_multiple, "table": table}
+    shapes = local_parameters(model, tp, ep_size=ep, **cut)
     stages = [_stage(model, shapes, stage, pp) for stage in range(pp)]
-    dims = fsdp_dims(model, head, blocks)
+    dims = fsdp_dims(model, head, blocks) | dict.fromkeys(added)
     tables_of = _KindTables(dtype, (shard_dtype or dtype) if sharded else dtype, frozen, dims)
+    slices_at = partial(all_slices, model, tp_size=tp, ep_size=ep, blocks=blocks, **cut)
     whole: dict[tuple[int, int], Kinds] = {}
     by_place: dict[tuple[int, int, int], Kinds] = {}
     tables: dict[tuple[int, int, int, int], Table] = {}
@@ -108,16 +118,7 @@ def model_layout(
         shard = place["dp_shard"] * cp + place["cp"] if sharded else 0
         tp_rank, ep_rank = place["tp"], expert_place(degrees, place)["ep"]
         if (tp_rank, ep_rank) not in whole:
-            found = all_slices(
-                model,
-                tp_rank,
-                tp,
-                head,
-                ep_rank=ep_rank,
-                ep_size=ep,
-                vocab_multiple=vocab_multiple,
-                blocks=blocks,
-            )
+            found = slices_at(tp_rank=tp_rank, ep_rank=ep_rank)
             whole[tp_rank, ep_rank] = tables_of.name_all(shapes, found)
         at = (place["pp"], tp_rank, ep_rank)
         if at not in by_place:

@@ -1,0 +1,315 @@
+"""`AdapterWeights`: an adapter's matrices on this rank, and products with them.
+
+The addition scale * B (A x) is computed beside W x, in one autograd function: W does not train, so
+its product needs no stored input, and A x is the only tensor that is kept for the backward pass as
+well as x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from spmdrl.distributed.parallel import Parallel
+from spmdrl.models.adapters import Adapter, adapter_tensors, lora_names, part_name
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.linear import Blocked, linear, product, serves
+from spmdrl.models.local_shards import LocalTensors
+from spmdrl.models.sharding import SCORE, Slice, all_slices, fused_tensors, local_parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """One target's place in a fused projection of this rank.
+
+    Args:
+        part: its name there (`q_proj`).
+        first, rows: its outputs.
+        first_rank, rank: its rows of the stacked A.
+        scale: factor of B A.
+    """
+
+    part: str
+    first: int
+    rows: int
+    first_rank: int
+    rank: int
+    scale: float
+
+
+class Addition(nn.Module):
+    """A and B of the targets in one fused projection of this rank; not initialised.
+
+    Args:
+        spans: the targets, in the projection's order.
+        columns: width of the projection's input on this rank.
+        blocks: see `sharding.all_slices`; a target's outputs are then in as many pieces.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        columns: int,
+        blocks: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        self.spans, self.blocks = tuple(spans), blocks
+
+        def empty(rows: int, width: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(rows, width, dtype=dtype, device=device))
+
+        self.lora_A = empty(sum(span.rank for span in spans), columns)
+        self.lora_B = nn.ParameterDict({s.part: empty(s.rows, s.rank) for s in spans})
+
+    def b_weights(self) -> list[Tensor]:
+        """Return B of every target, in order."""
+        return [self.lora_B[span.part] for span in self.spans]
+
+
+class AdapterWeights(nn.Module):
+    """An adapter of a decoder on this rank, cut like the decoder; its storage is not initialised.
+
+    Args:
+        model: the global model.
+        tp, ep, blocks: those of the decoder.
+        head: whether it has a scalar head of its own, `head.weight`, which the decoder lacks.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        adapter: Adapter,
+        *,
+        tp: Parallel | None = None,
+        ep: Parallel | None = None,
+        blocks: int = 1,
+        head: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        self.model, self.adapter = model, adapter
+        self.tp = Parallel() if tp is None else tp
+        self.ep = Parallel() if ep is None else ep
+        self.head: nn.Parameter | None = None
+        self._additions: dict[str, Addition] = {}
+        shapes = local_parameters(
+            model,
+            self.tp.size,
+            ep_size=self.ep.size,
+            table=adapter_tensors(model, adapter),
+        )
+        for local, spans in _all_spans(model, adapter, self.tp).items():
+            columns = shapes[f"{local}.lora_A"][1]
+            addition = Addition(spans, columns, blocks, dtype=dtype, device=device)
+            self._additions[local] = addition
+            _add_module(self, local, addition)
+        if head:
+            row = torch.empty(1, model.hidden_size, dtype=dtype, device=device)
+            self.head = nn.Parameter(row)
+
+    def addition(self, local: str) -> Addition | None:
+        """Return the addition to a projection (`layers.0.attention.qkv`), if it has a target."""
+        return self._additions.get(local)
+
+    def tables(self) -> dict[str, tuple[Slice, ...]]:
+        """Return the slices of the global tensors that every parameter holds."""
+        table = dict(adapter_tensors(self.model, self.adapter))
+        if self.head is not None:
+            table["head"] = fused_tensors(self.model, "score")["head.weight"]
+        return all_slices(
+            self.model,
+            self.tp.rank,
+            self.tp.size,
+            ep_rank=self.ep.rank,
+            ep_size=self.ep.size,
+            table=table,
+        )
+
+
+def _all_spans(model: ModelConfig, adapter: Adapter, tp: Parallel) -> dict[str, list[Span]]:
+    """Projection's local name -> the spans of its targets."""
+    found: dict[str, list[Span]] = {}
+    for local, slices in all_slices(model, tp.rank, tp.size).items():
+        spans: list[Span] = []
+        for piece in slices:
+            if (own := adapter.targets.get(piece.name)) is None:
+                continue
+            spans.append(
+                Span(
+                    part=part_name(piece.name),
+                    first=piece.offset,
+                    rows=piece.rows,
+                    first_rank=sum(span.rank for span in spans),
+                    rank=own.rank,
+                    scale=own.scale,
+                )
+            )
+        if spans:
+            found[local.removesuffix(".weight")] = spans
+    return found
+
+
+def _add_module(root: nn.Module, path: str, module: nn.Module) -> None:
+    *holders, last = path.split(".")
+    for name in holders:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(last, module)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Applied:
+    """An adapter as applied to a packed stream of tokens.
+
+    Args:
+        rows: factor of each token's addition, 0 or 1, [T, 1] in the dtype that is computed in;
+            None: the adapter applies to all tokens.
+    """
+
+    weights: AdapterWeights
+    rows: Tensor | None = None
+
+
+Added = Sequence[tuple[Addition, Tensor | None]]
+"""The additions to one projection, each with the factors of `Applied.rows`."""
+
+
+def added_to(adapters: Sequence[Applied], local: str) -> Added:
+    """Return the adapters' additions to a projection."""
+    found = ((each.weights.addition(local), each.rows) for each in adapters)
+    return [(addition, rows) for addition, rows in found if addition is not None]
+
+
+def adapted_linear(
+    x: Tensor,  # [T, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    added: Added,
+    blocked: Blocked | None = None,
+) -> Tensor:  # [T, N]
+    """Compute W x (+ b) with the additions; with gradients for one adapter, applied to all rows.
+
+    Args:
+        blocked: see `linear`.
+    """
+    if not added:
+        return linear(x, weight, bias, blocked)
+    if torch.is_grad_enabled() and (x.requires_grad or added[0][0].lora_A.requires_grad):
+        [(addition, rows)] = added
+        assert rows is None and not weight.requires_grad, "only one adapter trains, over a fixed W"
+        out: Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, addition, addition.lora_A, *addition.b_weights()
+        )
+        return out
+    y = linear(x, weight, bias, blocked)
+    for addition, rows in added:
+        u = product(x, addition.lora_A)
+        _add(y, u if rows is None else u * rows, addition, addition.b_weights())
+    return y
+
+
+def _add(y: Tensor, u: Tensor, addition: Addition, b_weights: Sequence[Tensor]) -> None:
+    """Add scale * B u to y, in place, target by target."""
+    for span, b in zip(addition.spans, b_weights, strict=True):
+        own = u[:, span.first_rank : span.first_rank + span.rank]
+        if addition.blocks == 1:
+            y[:, span.first : span.first + span.rows].addmm_(own, b.t(), alpha=span.scale)
+        else:
+            delta = product(own, b)
+            view = _pieces(y, addition, span)
+            view.add_(delta.view(view.shape), alpha=span.scale)
+
+
+def _pieces(y: Tensor, addition: Addition, span: Span) -> Tensor:  # [T, blocks, rows / blocks]
+    """Return a target's outputs, which lie in as many pieces as there are blocks."""
+    first, rows = span.first // addition.blocks, span.rows // addition.blocks
+    return y.view(len(y), addition.blocks, -1)[:, :, first : first + rows]
+
+
+def _outputs(y: Tensor, addition: Addition, span: Span) -> Tensor:  # [T, rows]
+    if addition.blocks == 1:
+        return y[:, span.first : span.first + span.rows]
+    return _pieces(y, addition, span).reshape(len(y), span.rows)
+
+
+class _Adapted(torch.autograd.Function):
+    """W x + b + scale B A x; gradients of x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        addition: Addition,
+        a: Tensor,
+        *b_weights: Tensor,
+    ) -> Tensor:
+        y = linear(x, weight, bias) if serves(x, weight) else F.linear(x, weight, bias)
+        u = product(x, a)
+        _add(y, u, addition, b_weights)
+        ctx.addition = addition
+        ctx.save_for_backward(x, weight, u, a, *b_weights)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, u, a, *b_weights = ctx.saved_tensors
+        d_u = torch.empty_like(u)
+        d_b = []
+        for span, b in zip(ctx.addition.spans, b_weights, strict=True):
+            ranks = slice(span.first_rank, span.first_rank + span.rank)
+            own = _outputs(grad, ctx.addition, span)
+            d_u[:, ranks] = product(own, b.t()).mul_(span.scale)
+            d_b.append(product(own.t(), u[:, ranks].t()).mul_(span.scale))
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = product(grad, weight.t())
+            d_x.addmm_(d_u, a)
+        return d_x, None, None, None, product(d_u.t(), x.t()), *d_b
+
+
+@torch.no_grad()
+def merged(
+    tensor: Tensor, slices: Sequence[Slice], adapter: Adapter, tensors: LocalTensors
+) -> Tensor:
+    """Return W + scale B A, rounded once from float32 to the dtype of W.
+
+    Args:
+        tensor, slices: a tensor of the base on this rank, whole or a shard.
+        tensors: the adapter's tensors on this rank, which cover the boxes of `slices`.
+    """
+    out = tensor.to(torch.float32, copy=True)
+    held = _boxes(tensors)
+    for piece in slices:
+        if (own := adapter.targets.get(piece.name)) is None:
+            continue
+        name_a, name_b = lora_names(piece.name)
+        (a, of_a), (b, of_b) = held[name_a], held[name_b]
+        rows = slice(piece.start[0] - of_b.start[0], piece.stop[0] - of_b.start[0])
+        columns = slice(piece.start[1] - of_a.start[1], piece.stop[1] - of_a.start[1])
+        box = out[piece.offset : piece.offset + piece.rows]
+        box.addmm_(b[rows].float(), a[:, columns].float(), alpha=own.scale)
+    return out.to(tensor.dtype)
+
+
+def _boxes(tensors: LocalTensors) -> Mapping[str, tuple[Tensor, Slice]]:
+    """Global name -> the box that is held here."""
+    return {
+        piece.name: (tensor[piece.offset : piece.offset + piece.rows], piece)
+        for tensor, slices in tensors.values()
+        for piece in slices
+        if piece.name != SCORE
+    }

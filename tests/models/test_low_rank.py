@@ -1,0 +1,203 @@
+"""An adapter's additions equal a dense product with W + scale B A, values and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny_model import load_into, make_tiny_model
+from torch import Tensor
+
+from spmdrl.distributed.parallel import Parallel
+from spmdrl.models.adapters import (
+    Adapter,
+    LowRank,
+    adapter_shapes,
+    find_targets,
+    lora_names,
+    make_adapter,
+)
+from spmdrl.models.config import ModelConfig, read_config
+from spmdrl.models.decoder import Decoder
+from spmdrl.models.files.hf import fill
+from spmdrl.models.files.weight_files import open_checkpoint
+from spmdrl.models.low_rank import AdapterWeights, Applied, merged
+from spmdrl.models.sharding import Slice
+
+RANKS = {"q_proj": 3, "k_proj": 2, "v_proj": 4, "o_proj": 5, "gate_proj": 2, "down_proj": 3}
+
+
+@dataclasses.dataclass
+class Values:
+    """Adapter values by name, as a file would have them."""
+
+    tensors: dict[str, Tensor]
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def read(self, part: Slice) -> Tensor:
+        box = tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))
+        return self.tensors[part.name][box]
+
+
+def uneven(model: ModelConfig) -> Adapter:
+    """Targets of unlike ranks; `up_proj` is none, so a fused projection has a gap."""
+    targets = {}
+    for name in find_targets(model, ["all"]):
+        part = name.split(".")[-2]
+        if part in RANKS:
+            targets[name] = LowRank(rank=RANKS[part], scale=0.5 + RANKS[part])
+    return Adapter(targets=targets)
+
+
+def values_of(model: ModelConfig, adapter: Adapter) -> Values:
+    generator = torch.Generator().manual_seed(5)
+    return Values(
+        {
+            name: torch.randn(shape, generator=generator) * 0.1
+            for name, shape in adapter_shapes(model, adapter).items()
+        }
+    )
+
+
+def weights_of(decoder: Decoder, adapter: Adapter, values: Values) -> AdapterWeights:
+    weights = AdapterWeights(
+        decoder.model, adapter, tp=decoder.tp, blocks=decoder.blocks, device="cpu"
+    )
+    tables = weights.tables()
+    fill(((p.data, tables[name]) for name, p in weights.named_parameters()), values)
+    return weights
+
+
+def tiny_decoder(path: Path, blocks: int = 1) -> Decoder:
+    decoder = Decoder(read_config(path), device="cpu", blocks=blocks)
+    load_into(decoder, open_checkpoint(path))
+    return decoder
+
+
+def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """No attention: the products are what is tested."""
+    return q + v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+
+
+TOKENS = torch.arange(12)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_additions_equal_the_dense_product(tmp_path, blocks):
+    model = make_tiny_model(tmp_path / "model")
+    adapter = uneven(model)
+    values = values_of(model, adapter)
+    decoder = tiny_decoder(tmp_path / "model", blocks=blocks).requires_grad_(False)
+    weights = weights_of(decoder, adapter, values)
+    out = decoder(TOKENS, TOKENS, attend, adapters=[Applied(weights=weights)])
+    out.square().sum().backward()
+
+    dense = tiny_decoder(tmp_path / "model").requires_grad_(False)
+    tables, leaves = dense.slices(), {}
+    for name, value in values.tensors.items():
+        leaves[name] = value.clone().requires_grad_()
+    for local, parameter in list(dense.named_parameters()):
+        rows = []
+        for piece in tables[local]:
+            own = parameter[piece.offset : piece.offset + piece.rows].detach()
+            if piece.name in adapter.targets:
+                a, b = (leaves[name] for name in lora_names(piece.name))
+                own = own + adapter.targets[piece.name].scale * (b @ a)
+            rows.append(own)
+        module, _, leaf = local.rpartition(".")
+        holder = dense.get_submodule(module)
+        del holder._parameters[leaf]
+        setattr(holder, leaf, torch.cat(rows))
+    expected = dense(TOKENS, TOKENS, attend)
+    expected.square().sum().backward()
+
+    assert not torch.allclose(expected, decoder(TOKENS, TOKENS, attend), atol=1e-2)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        again = decoder(TOKENS, TOKENS, attend, adapters=[Applied(weights=weights)])
+    torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
+    found = weights.tables()
+    for name, parameter in weights.named_parameters():
+        for piece in found[name]:
+            gradient = parameter.grad[piece.offset : piece.offset + piece.rows]
+            torch.testing.assert_close(gradient, leaves[piece.name].grad, atol=2e-4, rtol=2e-4)
+
+
+def test_rows_choose_their_adapter(tmp_path):
+    model = make_tiny_model(tmp_path / "model")
+    decoder = tiny_decoder(tmp_path / "model").requires_grad_(False)
+    one = weights_of(decoder, uneven(model), values_of(model, uneven(model)))
+    plain = make_adapter(find_targets(model, ["q_proj"]), rank=2, alpha=3)
+    other = weights_of(decoder, plain, values_of(model, plain))
+    rows = (torch.arange(12) % 2).float()[:, None]
+    with torch.no_grad():
+        mixed = decoder(
+            TOKENS,
+            TOKENS,
+            attend,
+            adapters=[Applied(weights=one, rows=rows), Applied(weights=other, rows=1 - rows)],
+        )
+        odd = decoder(TOKENS, TOKENS, attend, adapters=[Applied(weights=one)])
+        even = decoder(TOKENS, TOKENS, attend, adapters=[Applied(weights=other)])
+    torch.testing.assert_close(mixed[1::2], odd[1::2])
+    torch.testing.assert_close(mixed[::2], even[::2])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_merged_parts_are_parts_of_the_merged_whole(tmp_path, tp):
+    """A rank's merge of its slices equals its slices of the whole merge."""
+    model = make_tiny_model(tmp_path / "model")
+    adapter = uneven(model)
+    values = values_of(model, adapter)
+    whole = tiny_decoder(tmp_path / "model")
+    dense = {}
+    for local, parameter in whole.named_parameters():
+        for piece in whole.slices()[local]:
+            own = parameter[piece.offset : piece.offset + piece.rows].detach().clone()
+            if piece.name in adapter.targets:
+                a, b = (values.tensors[name] for name in lora_names(piece.name))
+                own += adapter.targets[piece.name].scale * (b @ a)
+            dense[piece.name] = own
+    for rank in range(tp):
+        decoder = Decoder(model, tp=Parallel(rank=rank, size=tp), device="cpu")
+        fill(
+            ((p.data, decoder.slices()[name]) for name, p in decoder.named_parameters()),
+            Values({n: v.detach() for n, v in plain_values(whole).items()}),
+        )
+        weights = weights_of(decoder, adapter, values)
+        held = {n: (p.data, weights.tables()[n]) for n, p in weights.named_parameters()}
+        for local, parameter in decoder.named_parameters():
+            pieces = decoder.slices()[local]
+            found = merged(parameter.data, pieces, adapter, held)
+            for piece in pieces:
+                box = tuple(slice(a, b) for a, b in zip(piece.start, piece.stop, strict=True))
+                part = found[piece.offset : piece.offset + piece.rows]
+                torch.testing.assert_close(part, dense[piece.name][box], atol=1e-6, rtol=1e-6)
+
+
+def plain_values(decoder: Decoder) -> dict[str, Tensor]:
+    tables = decoder.slices()
+    return {
+        piece.name: parameter.data[piece.offset : piece.offset + piece.rows]
+        for local, parameter in decoder.named_parameters()
+        for piece in tables[local]
+    }
+
+
+def test_targets_are_groups_names_or_patterns(tmp_path):
+    model = make_tiny_model(tmp_path / "model")
+    every = find_targets(model, ["all"])
+    assert len(every) == 7 * model.num_layers
+    assert find_targets(model, ["attention", "mlp"]) == every
+    assert find_targets(model, ["q_proj"]) == tuple(n for n in every if ".q_proj." in n)
+    assert find_targets(model, ["*.layers.1.mlp.*"]) == every[-3:]
+    with pytest.raises(ValueError, match="'query' selects no matrix of LlamaForCausalLM"):
+        find_targets(model, ["all", "query"])
