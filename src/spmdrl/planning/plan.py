@@ -122,10 +122,15 @@ def _plan_syncs(
     node_size: int,
     bucket_bytes: int,
 ) -> dict[str, SyncPlan]:
-    """The sync from the policy to each rollout; none if there is no policy."""
+    """The sync from the policy to each rollout; none if there is no policy.
+
+    A rollout without the policy's adapter gets weights that it is merged into.
+    """
     policy = next((name for name, spec in specs.items() if spec.kind == "policy"), None)
     if policy is None:
         return {}
+    adapter = specs[policy].adapter
+    targets = frozenset(() if adapter is None else adapter.targets)
     return {
         name: plan_sync(
             layouts[policy],
@@ -133,6 +138,7 @@ def _plan_syncs(
             node_size=node_size,
             bucket_bytes=bucket_bytes,
             share=shares_tensors(spec),
+            merged=targets if spec.adapter is None else frozenset(),
         )
         for name, spec in specs.items()
         if spec.is_rollout

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -69,13 +69,20 @@ class Cuts:
 
 
 def find_cuts(
-    source: WeightLayout, target: WeightLayout, shared: Mapping[int, frozenset[str]]
+    source: WeightLayout,
+    target: WeightLayout,
+    shared: Mapping[int, frozenset[str]],
+    computed: Collection[str] = (),
 ) -> dict[str, Cuts]:
-    """Hugging Face name -> cuts, for every tensor that the target does not share, in its order."""
+    """Hugging Face name -> cuts, for every tensor that the target does not share, in its order.
+
+    Args:
+        computed: names of tensors that change although the source's own tensors are frozen.
+    """
     nothing: frozenset[str] = frozenset()
     targets = _group((table, shared[rank], rank) for rank, table in target.items())
     sources = _group((table, nothing, rank) for rank, table in source.items())
-    firsts = _first_alike((*targets, *sources))
+    firsts = _first_alike((*targets, *sources), frozenset(computed))
     wanted, held = _distinct(targets, firsts), _distinct(sources, firsts)
     cuts: dict[str, Cuts] = {}
     for name, first in firsts.items():
@@ -89,7 +96,8 @@ def find_cuts(
                     f"weight sync: the target's {name} {shape} has the shape {shape_there} at the "
                     "source: are both roles of one model?"
                 )
-            cuts[first] = Cuts(shape, frozen, _in_order(pieces), _in_order(boxes))
+            stays = frozen and first not in computed
+            cuts[first] = Cuts(shape, stays, _in_order(pieces), _in_order(boxes))
         cuts[name] = cuts[first]
     return cuts
 
@@ -193,8 +201,8 @@ def _group(tables: Iterable[tuple[Table, frozenset[str], int]]) -> list[_Group]:
     return list(groups.values())
 
 
-def _first_alike(groups: Iterable[_Group]) -> dict[str, str]:
-    """Name -> the first name with the same kinds in all tables, in order."""
+def _first_alike(groups: Iterable[_Group], computed: frozenset[str]) -> dict[str, str]:
+    """Name -> the first name with the same kinds in all tables, in order; all computed or none."""
     kinds: dict[str, list[tuple[int, Hashable, int]]] = {}
     for number, group in enumerate({group.key: group for group in groups}.values()):
         for local_name, (kind, names) in group.kinds.items():
@@ -202,7 +210,9 @@ def _first_alike(groups: Iterable[_Group]) -> dict[str, str]:
                 for i, name in enumerate(names):
                     kinds.setdefault(name, []).append((number, kind, i))
     firsts: dict[object, str] = {}
-    return {name: firsts.setdefault(tuple(found), name) for name, found in kinds.items()}
+    return {
+        name: firsts.setdefault((name in computed, *found), name) for name, found in kinds.items()
+    }
 
 
 def _distinct(

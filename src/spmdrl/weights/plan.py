@@ -150,10 +150,13 @@ def plan_sync(
     node_size: int = 1,
     bucket_bytes: int = DEFAULT_BUCKET,
     share: bool = True,
+    merged: frozenset[str] = frozenset(),
 ) -> SyncPlan:
     """Plan a sync: share equal tensors, copy on one rank, else send a box once to all who lack it.
 
     Args:
+        merged: Hugging Face names of weights that the source computes for every sync from frozen
+            ones and an adapter: never shared, and moved by every sync.
         share: the target can use the source's tensors; if False, it has its own of each.
         node_size: ranks of a node; messages stay inside a node if possible.
         bucket_bytes: a sync stages at most two of them on a rank (at least one row of a tensor).
@@ -161,11 +164,11 @@ def plan_sync(
     Raises:
         ValueError: the source does not hold all that the target needs; the tensor is named.
     """
-    shared = _shared(source if share else {}, target)
+    shared = _shared(source if share else {}, target, merged)
     slot = max(1, 2 * bucket_bytes // NUM_SLOTS)
     patterns = Patterns(node_size, slot // _CELLS_PER_SLOT or 1)
     ranges: dict[bool, list[CellRange]] = {False: [], True: []}
-    for name, cuts in find_cuts(source, target, shared).items():
+    for name, cuts in find_cuts(source, target, shared, merged).items():
         pattern, num_cells = patterns.add(name, cuts)
         ranges[cuts.frozen].append(CellRange(name, pattern, 0, num_cells))
     counts = Counter(cells.pattern for some in ranges.values() for cells in some)
@@ -202,11 +205,13 @@ def plan_sync(
     )
 
 
-def _shared(source: WeightLayout, target: WeightLayout) -> dict[int, frozenset[str]]:
+def _shared(
+    source: WeightLayout, target: WeightLayout, merged: frozenset[str]
+) -> dict[int, frozenset[str]]:
     """Target rank -> local names that the source holds alike there, if sharing is worthwhile."""
     found: dict[tuple[int, int], frozenset[str]] = {}
     equal: dict[frozenset[str], frozenset[str]] = {}
-    pairs = _NamePairs()
+    pairs = _NamePairs(merged)
     shared = {}
     nothing: Table = {}
     for rank, table in target.items():
@@ -231,9 +236,14 @@ def _num_bytes(table: Table) -> int:
 
 
 class _NamePairs:
-    """Groups of local names of two tables: a group is alike in both tables as a whole, or not."""
+    """Groups of local names of two tables: a group is alike in both tables as a whole, or not.
 
-    def __init__(self) -> None:
+    Args:
+        omitted: tensors with a slice of one of these names are in no group.
+    """
+
+    def __init__(self, omitted: frozenset[str]) -> None:
+        self._omitted = omitted
         self._known: dict[tuple[int, int], tuple[Kinds, Kinds, list[list[str]]]] = {}
 
     def of(self, one: Table, other: Table) -> list[list[str]]:
@@ -242,7 +252,7 @@ class _NamePairs:
         if at not in self._known:
             groups: dict[Hashable, list[str]] = {}
             for name, (kind, names) in second.items():
-                if name not in first:
+                if name not in first or not self._omitted.isdisjoint(names):
                     continue
                 kind_there, names_there = first[name]
                 same = tuple(
