@@ -34,7 +34,7 @@ from spmdrl.config.sections import Config
 from spmdrl.models.config import read_config
 from spmdrl.placement import role_device_type
 from spmdrl.rewards.server import start_reward_server
-from spmdrl.run.assembly.assembly import train_options
+from spmdrl.run.assembly.make_backend import train_options
 from spmdrl.run.assembly.make_engine import _native_options
 from spmdrl.run.inputs import data_source, training_sampling
 from spmdrl.run.reward_pools import reward_specs

@@ -16,7 +16,7 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import CAUSAL, ModelConfig
 from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.sharding import Head, Slice
-from spmdrl.run.assembly.assembly import import_backend
+from spmdrl.run.assembly.make_backend import import_backend
 from spmdrl.training.megatron.checks import MegatronOptions
 from spmdrl.training.protocol import LossInput
 from spmdrl.training.readout import next_token

@@ -18,7 +18,7 @@ from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import fill, open_checkpoint
 from spmdrl.models.megatron_layout import rank_chunks
 from spmdrl.models.sharding import Slice
-from spmdrl.run.assembly.assembly import import_backend
+from spmdrl.run.assembly.make_backend import import_backend
 from spmdrl.training.megatron.checks import model_cut
 from spmdrl.world import World
 

@@ -168,7 +168,10 @@ def _records(batch: Batch, stops: StopTexts) -> list[dict[str, Any]]:
 
 
 def rollout_only(config: Config, *, scoring: bool = False) -> Config:
-    """Configuration with only the rollout role; with `scoring`, also the roles that reward."""
+    """Configuration with only the rollout role; with `scoring`, also the roles that reward.
+
+    The rollout has the adapter that the policy reads from files, if it has none of its own.
+    """
     names = [name for name in config.roles if config.role_kind(name) == "rollout"]
     if not names:
         raise ValueError(f"roles={sorted(config.roles)} has no rollout: add roles.rollout: {{}}")
@@ -186,8 +189,14 @@ def rollout_only(config: Config, *, scoring: bool = False) -> Config:
             role = role.model_copy(update={"ranks": "all" if other is None else other.ranks})
         # no sync would restore weights that were dropped
         residency = {part: wish for part, wish in role.residency.items() if wish != "drop"}
-        role = role.model_copy(update={"residency": residency})
+        # a role whose weights it shares may be left out
+        base = role.base if role.base in kept else None
+        role = role.model_copy(update={"residency": residency, "base": base})
         roles[name] = role
+    policy = next((n for n in config.roles if config.role_kind(n) == "policy"), None)
+    adapter = None if policy is None else config.roles[policy].adapter
+    if roles[names[0]].adapter is None and adapter is not None and adapter.path is not None:
+        roles[names[0]] = roles[names[0]].model_copy(update={"adapter": adapter})
     return config.model_copy(update={"roles": roles})
 
 

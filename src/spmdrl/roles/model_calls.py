@@ -31,8 +31,9 @@ PACKING = ("tokens", "prompt_lengths", "prompt_ids", "loss_mask")
 SAMPLE_BITS = 20
 """Bits of a sample's index within its group in a row's sort key; the prompt id is above them."""
 
-WEIGHTS, OPTIMIZER = "weights", "optimizer"
-"""The parts of a trained model, as a role's `residency` section names them."""
+BASE, WEIGHTS, OPTIMIZER = "base", "weights", "optimizer"
+"""The parts of a trained model, as a role's `residency` section names them; under an adapter, the
+fixed weights are `base` and the adapter's are `weights`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from spmdrl.memory.device_parts import DeviceParts
+from spmdrl.models.files.hf import TensorSource
 from spmdrl.models.local_shards import WeightLayout
 from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.calls import Role
@@ -15,12 +17,21 @@ from spmdrl.roles.policy_sync import PolicySync
 
 
 @dataclass(frozen=True, kw_only=True)
+class Base:
+    """The model under an adapter: its directory and the weights in it."""
+
+    path: Path
+    weights: TensorSource
+
+
+@dataclass(frozen=True, kw_only=True)
 class Assembly:
     """Roles by name, the slices of their models on each rank, and the syncs between them.
 
     Args:
         specs: the roles with a model, as planned.
         trained: the roles that have an optimizer.
+        bases: the models under those of them that train an adapter.
     """
 
     specs: Mapping[str, RoleSpec]
@@ -30,6 +41,7 @@ class Assembly:
     state_layouts: Mapping[str, WeightLayout]
     syncs: Mapping[tuple[str, str], PolicySync]
     parts: DeviceParts
+    bases: Mapping[str, Base]
 
     def close(self) -> None:
         """Close the engines after a run without errors, before the process groups end."""

@@ -99,6 +99,8 @@ def describe_roles(config: Config) -> dict[str, str]:
         parts: list[object] = [kind]
         if not config.is_trained(name) and kind != "rollout":
             parts += [str(config.model_path(name).resolve()), section.head]
+            if section.adapter is not None:
+                parts.append(section.adapter.model_dump(mode="json"))
         if ":" in kind:
             parts += [source_digest(kind), sorted(section.options.items())]
         found[name] = repr(parts)

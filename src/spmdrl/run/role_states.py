@@ -180,15 +180,24 @@ class RoleStates:
     @cached_property
     def _owned(self) -> dict[str, frozenset[Slice]]:
         """Role -> slices that this rank writes, both of master weights and of moments."""
-        return {
-            name: self._owned_of(layout)
-            for name, layout in self._assembly.state_layouts.items()
-            if name in self._trained
+        specs, layouts = self._assembly.specs, self._assembly.state_layouts
+        kept = {
+            n: layouts[n] if specs[n].adapter is None else _trained(layouts[n])
+            for n in self._trained
         }
+        return {name: self._owned_of(layout) for name, layout in kept.items()}
 
     def _owned_of(self, layout: WeightLayout) -> frozenset[Slice]:
         rank = self._world.rank
         return frozenset(s for s, owner in slice_owners(layout).items() if owner == rank)
+
+
+def _trained(layout: WeightLayout) -> WeightLayout:
+    """The layout without what an adapter leaves fixed, which no checkpoint holds."""
+    return {
+        rank: {name: held for name, held in table.items() if not held.frozen}
+        for rank, table in layout.items()
+    }
 
 
 def _named(group: str, tensors: Tensors) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from spmdrl.role_spec import computing_dtype
 from spmdrl.roles.canary import TOLERANCES, LossCheck
 from spmdrl.roles.kept import Journal
 from spmdrl.run.assembled import Assembly
+from spmdrl.run.base_sums import BASES, BaseSums, base_sums, check_bases
 from spmdrl.run.data_identity import DataIdentity
 from spmdrl.run.resume_point import Moment, Resumed, changed_keys, describe_journal
 from spmdrl.run.role_states import RoleStates
@@ -51,6 +53,7 @@ class Saver:
         self._data = data
         self._config, self._world = config, world
         self.states = RoleStates(world, assembly)
+        self._bases = assembly.bases
         self._root = Path(config.run_dir) / "checkpoints"
         self._last_saved: str | None = None
         section = config.checkpoint
@@ -85,6 +88,7 @@ class Saver:
             return
         self._writer.wait()
         counters = self.states.counters()
+        bases = self._base_sums
         losses = self._check.losses()  # before tensors are looked up: it moves them
         owned = dict(self.states.tensors(owned=True))
         held = self.states.held_engines(counters, journal)
@@ -102,6 +106,7 @@ class Saver:
             "syncs": {} if calls is None else self.states.syncs(moment.steps_done, held),
             "config": self._config.model_dump(mode="json"),
             "noise": NOISE_VERSION,
+            BASES: bases,
             **({} if self._data is None else {"data": self._data.state}),
         }
         private = {**moment.generators, **pack_journal(journal), **self.states.custom()}
@@ -116,6 +121,11 @@ class Saver:
             OSError: it could not be written, on every rank; older checkpoints are untouched.
         """
         self._writer.wait()
+
+    @cached_property
+    def _base_sums(self) -> BaseSums:
+        """The models under adapters; every rank asks for it at once."""
+        return base_sums(self._bases) if self._bases else {}
 
     @property
     def seconds(self) -> float | None:
@@ -194,7 +204,7 @@ class Saver:
         """Refuse a run that cannot resume from a checkpoint, and warn of changed values and data.
 
         Raises:
-            ValueError: the checkpoint is of another seed or flow.
+            ValueError: the checkpoint is of another seed or flow, or of adapters of other models.
         """
         if state["seed"] != self._config.seed:
             raise ValueError(
@@ -208,6 +218,7 @@ class Saver:
                 f"{path} was made by flow={flow}, the configuration has flow={self._config.flow}: "
                 "choose another run_dir, or checkpoint.resume=false"
             )
+        check_bases(state.get(BASES, {}), self._base_sums, str(path))
         if not self._world.is_first:  # all ranks have the same to say
             return
         for difference in changed_keys(state["config"], self._config):

@@ -7,10 +7,8 @@ Models are checked before the first mesh, so that bad input fails at once on eve
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -26,7 +24,6 @@ from spmdrl.models.files.hf import TensorSource, fill, open_model
 from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.placement import place_roles
 from spmdrl.planning.engines import check_installed, engine_parts
-from spmdrl.planning.layouts import frozen_names, megatron_options
 from spmdrl.planning.plan import RolePlan, plan_roles
 from spmdrl.role_spec import HEADS, RoleSpec
 from spmdrl.roles.calls import Role
@@ -34,27 +31,23 @@ from spmdrl.roles.canary import Canary
 from spmdrl.roles.custom import DECLARED, CustomRole, RoleContext, declared_bytes
 from spmdrl.roles.generation import GRAPHS, KV_CACHE
 from spmdrl.roles.handles import HANDLES, Policy, Rollout
-from spmdrl.roles.model_calls import WEIGHTS, ModelRole
+from spmdrl.roles.model_calls import BASE, WEIGHTS, ModelRole
 from spmdrl.roles.policy_sync import PolicySync
 from spmdrl.rollout.protocol import RolloutEngine
 from spmdrl.rollout.vllm_engine import VllmEngine
-from spmdrl.run.assembled import Assembly
+from spmdrl.run.assembled import Assembly, Base
+from spmdrl.run.assembly.make_backend import make_backend, train_options
 from spmdrl.run.assembly.make_engine import make_engine
-from spmdrl.training.options import TrainOptions
 from spmdrl.training.protocol import TrainBackend
-from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.weights.sync import WeightSync
 from spmdrl.world import World
-
-if TYPE_CHECKING:
-    from spmdrl.training.megatron.backend import MegatronBackend
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A role's model: configuration and weights."""
+    """A role's model: configuration and weights, without its adapter's."""
 
     model: ModelConfig
     weights: TensorSource
@@ -109,7 +102,7 @@ def assemble(
     texts: TokenTexts | None,
     plan: RolePlan | None = None,
 ) -> Assembly:
-    """Make every role on every rank, in the configuration's order.
+    """Make every role on every rank, in `building_order`.
 
     Each role's parts move to their place (host or device) before the next role is built, so that
     the start needs no more memory than the run.
@@ -132,8 +125,7 @@ def assemble(
         for name, p in placements.items()
     }
     builder = _Builder(config, world, plan, groups)
-    # rollouts last: they may use the tensors of the policy
-    for name in sorted(config.roles, key=lambda n: config.role_kind(n) == "rollout"):
+    for name in building_order(config):
         mesh = meshes[name]
         if config.is_users(name):
             builder.add_custom(name, mesh)
@@ -142,6 +134,17 @@ def assemble(
         else:
             builder.add_model(spec, mesh, models[name])
     return builder.assembly()
+
+
+def building_order(config: Config) -> list[str]:
+    """Order the roles so that each comes after those whose tensors it may use: owners of a base
+    before the roles that share it, and rollouts, which may use the policy's tensors, last.
+    """
+
+    def place(name: str) -> tuple[bool, bool]:
+        return config.role_kind(name) == "rollout", config.roles[name].base is not None
+
+    return sorted(config.roles, key=place)
 
 
 class _Builder:
@@ -157,7 +160,9 @@ class _Builder:
         if own is not None:
             self._memory = planned_call_memory(self._parts, own.plan, own.working_bytes)
         self._roles: dict[str, Role] = {}
+        self._backends: dict[str, TrainBackend | None] = {}
         self._trained: dict[str, ModelRole] = {}
+        self._bases: dict[str, Base] = {}
         self._syncs: dict[tuple[str, str], PolicySync] = {}
 
     def _device(self, name: str) -> torch.device:
@@ -173,21 +178,28 @@ class _Builder:
     def add_model(self, spec: RoleSpec, mesh: Mesh, model: Model) -> None:
         name = spec.name
         options = train_options(self._config, spec, self._plan.blocks[name])
-        backend = _backend(spec, mesh, model.weights, options, self._device(name))
+        base = None if spec.base is None else self._backends[spec.base]
+        backend = make_backend(spec, mesh, model.weights, options, self._device(name), base)
+        self._backends[name] = backend
         memory = self._memory_of(name)
         role = HANDLES[spec.kind](name, mesh, spec.model, backend, memory)
         self._roles[name] = role
         if spec.trained:
             self._trained[name] = role
+            if spec.adapter is not None:
+                self._bases[name] = Base(path=spec.path, weights=model.weights)
         if backend is None or memory is None:
             return
-        for part, tensors in backend.parts().items():
+        parts = backend.parts()
+        for part, tensors in parts.items():
+            # the weights rest on the base: a call that needs them needs it
+            under = parts.get(BASE, []) if part == WEIGHTS else []
             self._parts.registry.register(
                 name,
                 part,
-                tensors=tensors,
+                tensors=[*under, *tensors],
                 residency=self._residencies[name, part],
-                frozen=not spec.trained,
+                frozen=part == BASE or not spec.trained,
             )
         self._parts.settle()
 
@@ -311,46 +323,5 @@ class _Builder:
             state_layouts=self._plan.state_layouts,
             syncs=self._syncs,
             parts=self._parts,
+            bases=self._bases,
         )
-
-
-def _backend(
-    spec: RoleSpec, mesh: Mesh, weights: TensorSource, options: TrainOptions, device: torch.device
-) -> TrainBackend | None:
-    if not mesh.is_member:
-        return None
-    if spec.backend == "megatron":
-        return import_backend()(
-            mesh,
-            spec.model,
-            weights,
-            options,
-            device,
-            megatron_options(spec),
-            trainable=spec.trained,
-            head=spec.head,
-        )
-    return TorchBackend(
-        mesh, spec.model, weights, options, device, trainable=spec.trained, head=spec.head
-    )
-
-
-def import_backend() -> type[MegatronBackend]:
-    """Import the Megatron backend's class, and megatron-core with it, only when it is needed."""
-    with warnings.catch_warnings():
-        # it warns several times that TransformerEngine and apex are missing, which is expected
-        warnings.filterwarnings("ignore", message=".*[Aa]pex (is|are) not installed")
-        from spmdrl.training.megatron.backend import MegatronBackend
-    return MegatronBackend
-
-
-def train_options(config: Config, spec: RoleSpec, blocks: int) -> TrainOptions:
-    return TrainOptions(
-        **spec.train.model_dump(),
-        attention=config.model.attention,
-        # there are none if the value's warm-up takes the whole run
-        total_steps=max(1, config.num_optimizer_steps(spec.name)),
-        param_dtype=spec.dtype,
-        frozen=frozen_names(spec),
-        blocks=blocks,
-    )

@@ -187,7 +187,10 @@ def judge(config: Config, rewards: Sequence[RewardSection]) -> str:
         name = reward.function
         if reward.role is not None:
             kind = config.role_kind(reward.role)
-            model = config.model_path(reward.role).resolve()
+            model = f"{config.model_path(reward.role).resolve()}"
+            adapter = config.roles[reward.role].adapter
+            if adapter is not None and adapter.path is not None:
+                model = f"{model} + {Path(adapter.path).resolve()}"
             name = f"{model}" if kind == "reward" else f"{kind} {model}"
         options = f" {reward.options}" if reward.options else ""
         parts.append(f"{reward.weight:g} x {name}{options}")
