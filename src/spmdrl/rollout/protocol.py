@@ -20,6 +20,9 @@ MAX_SUPPORT = 256
 """Most tokens that truncation may leave if their ids are to be recorded, and a log-probability is
 to be that of the softmax over them. If more are left, the softmax is that over all tokens."""
 
+OWN = "own"
+"""Name of the adapter that comes with an engine's weights."""
+
 
 class SamplingParams(SamplingSection):
     """Options of truncated sampling, conditions that end a completion, and what to report of it.
@@ -79,6 +82,8 @@ class Request:
         begun: results of an aborted call for each of `samples`, or empty. Samples continue after
             their tokens; those that were complete are returned unchanged. An engine that cannot
             continue a sample may draw it again from the start.
+        adapter: name of the adapter to apply: `OWN` if the engine has one of its own, one that
+            was added to it, or None for the base alone.
     """
 
     tokens: tuple[int, ...]
@@ -86,6 +91,7 @@ class Request:
     samples: tuple[int, ...]
     sampling: SamplingParams
     begun: tuple[Completion, ...] = ()
+    adapter: str | None = OWN
 
     def done(self, place: int) -> Completion | None:
         """Return the sample at `place` if it was complete before this call."""

@@ -16,14 +16,19 @@ from torch import Tensor
 
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.memory.host_copies import to_host
+from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.degrees import check_tp
 from spmdrl.models.files.token_texts import TokenTexts
+from spmdrl.models.local_shards import LocalTensors
+from spmdrl.models.low_rank import AdapterWeights
 from spmdrl.models.routing import choices_dtype
 from spmdrl.rollout.lockstep import Lockstep
+from spmdrl.rollout.native.adapters import NO_ADAPTERS, CallAdapters, adapters_of
 from spmdrl.rollout.native.blocks import BlockPool
 from spmdrl.rollout.native.recording import ExpertRecord
+from spmdrl.rollout.native.runner import Runner
 from spmdrl.rollout.native.sample import Sample, leaders_of, samples_of
 from spmdrl.rollout.native.sampler import Sampler, rows_of
 from spmdrl.rollout.native.scheduler import Scheduler, sampled
@@ -31,7 +36,7 @@ from spmdrl.rollout.native.shared_prefix import common_prefix
 from spmdrl.rollout.native.snapshot import blocks_of, restore_snapshot, take_snapshot
 from spmdrl.rollout.native.weights import EngineWeights, blocked_weights
 from spmdrl.rollout.native.workspace import NativeOptions, Work, Workspace
-from spmdrl.rollout.protocol import Completion, Progress, Request, SamplingParams
+from spmdrl.rollout.protocol import OWN, Completion, Progress, Request, SamplingParams
 from spmdrl.rollout.requests import check_requests
 from spmdrl.rollout.stops import StopRule, StopRules
 
@@ -49,6 +54,8 @@ class NativeEngine:
         ep: this rank's part of the experts, which are divided over the ranks of `tp`.
         eos_token_ids: ends of text; None means the configuration's.
         texts: the texts of tokens, for stop texts.
+        adapter: the adapter that is applied to the weights, unless a request says otherwise; its
+            tensors are among those that the engine needs.
     """
 
     def __init__(
@@ -62,11 +69,12 @@ class NativeEngine:
         dtype: torch.dtype = torch.float32,
         eos_token_ids: Sequence[int] | None = None,
         texts: TokenTexts | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         tp = Parallel() if tp is None else tp
         ep = Parallel() if ep is None else ep
         check_tp(model, tp.size, ep=ep.size, replicate_kv=True)
-        self._model, self._tp = model, tp
+        self._model, self._tp, self._ep = model, tp, ep
         self._options = NativeOptions() if options is None else options
         self._device = torch.device("cpu") if device is None else device
         self._dtype = dtype
@@ -83,7 +91,12 @@ class NativeEngine:
         self.cache_bytes, self.graph_bytes = workspace.cache_bytes, workspace.graph_bytes
         self.release_cache, self.release_graphs = workspace.release, workspace.release_graphs
         self.close = workspace.release
-        self.weights = EngineWeights(self._decoder, dtype, self._device, self.release_graphs)
+        self._adapters: dict[str, AdapterWeights] = {}
+        if adapter is not None:
+            self._adapters[OWN] = self._make_adapter(adapter, torch.device("meta"))
+        self.weights = EngineWeights(
+            decoder, dtype, self._device, self.release_graphs, self._adapters.get(OWN)
+        )
         self.local_tensors, self.adopt = self.weights.local_tensors, self.weights.adopt
         self.allocate = self.weights.allocate
         self._sampler: Sampler | None = None
@@ -95,6 +108,29 @@ class NativeEngine:
     def captures_graphs(self) -> bool:
         """Whether decode steps are replayed as CUDA graphs, which hold addresses."""
         return self._workspace.captures_graphs
+
+    def add_adapter(self, name: str, adapter: Adapter) -> LocalTensors:
+        """Hold another adapter of the base, which requests choose by `name`.
+
+        Returns its tensors on this rank, to be filled before the next call. They stay on the device
+        until `remove_adapter`.
+        """
+        assert name not in self._adapters, name
+        weights = self._adapters[name] = self._make_adapter(adapter, self._device)
+        tables = weights.tables()
+        return {local: (p.data, tables[local]) for local, p in weights.named_parameters()}
+
+    def remove_adapter(self, name: str) -> None:
+        """Drop an adapter that was added, with the graphs that may hold its addresses."""
+        assert name != OWN, "the engine's own adapter is one of its weights"
+        del self._adapters[name]
+        self.release_graphs()
+
+    def _make_adapter(self, adapter: Adapter, device: torch.device) -> AdapterWeights:
+        weights = AdapterWeights(
+            self._model, adapter, tp=self._tp, ep=self._ep, dtype=self._dtype, device=device
+        )
+        return weights.requires_grad_(False)
 
     def generate(
         self,
@@ -108,7 +144,7 @@ class NativeEngine:
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`."""
         self._aborted = {}
-        num_blocks = self._check(requests)
+        num_blocks, adapters = self._check(requests)
         groups = [samples_of(r, i, seed=seed, step=step) for i, r in enumerate(requests)]
         samples = [sample for group in groups for sample in group]
         leaders = leaders_of(groups)
@@ -118,14 +154,16 @@ class NativeEngine:
         with torch.inference_mode():
             if leaders:
                 work = self._workspace.prepare(num_blocks if resumed is None else resumed)
-                scheduler = self._start(work, leaders)
+                scheduler = self._start(work, leaders, adapters)
                 if state is not None and resumed is not None:
                     restore_snapshot(state, scheduler, samples, work.attention, record)
                 elif record is not None:
                     record.begin(samples)
                 longest = max(request.sampling.max_tokens for request in requests)
-                with blocked_weights(self._decoder, longest):
-                    aborted = self._run(work, scheduler, requests, progress, should_stop, record)
+                with blocked_weights(self._decoder, longest, adapters.only) as is_merged:
+                    applied = NO_ADAPTERS if is_merged and not adapters.by_row else adapters
+                    runner = work.runner.applying(applied)
+                    aborted = self._run(runner, scheduler, requests, progress, should_stop, record)
                 if aborted and self._options.keeps_aborted:
                     self._aborted = take_snapshot(call, scheduler, samples, work.attention, record)
         # if nothing was left to compute, the choices are those that came with the requests
@@ -140,7 +178,7 @@ class NativeEngine:
 
     def _name(self, requests: Sequence[Request], seed: int, step: int) -> dict[str, Any]:
         """Make the values that distinguish a call on this engine from others, weights aside."""
-        asked = repr([(r.tokens, r.prompt_id, r.samples, r.sampling) for r in requests])
+        asked = repr([(r.tokens, r.prompt_id, r.samples, r.sampling, r.adapter) for r in requests])
         return {
             "requests": blake2b(asked.encode(), digest_size=16).hexdigest(),
             "key": [seed, step],
@@ -168,15 +206,17 @@ class NativeEngine:
             Request(tokens=tokens, prompt_id=i, samples=(0,), sampling=sampling)
             for i, tokens in enumerate(sequences)
         ]
-        num_blocks = self._check(requests, generates=False)
+        num_blocks, adapters = self._check(requests, generates=False)
         samples = [s for i, r in enumerate(requests) for s in samples_of(r, i, seed=0, step=0)]
         scores: list[list[float]] = [[] for _ in sequences]
         with torch.inference_mode():
-            work = self._workspace.prepare(num_blocks) if samples else None
+            runner = None
+            if samples:
+                runner = self._workspace.prepare(num_blocks).runner.applying(adapters)
             scheduler = self._scheduler(samples, num_blocks)
-            while work is not None and scheduler.has_work:
+            while runner is not None and scheduler.has_work:
                 plan = scheduler.plan()
-                logits, _ = work.runner.run(plan, all_rows=True)
+                logits, _ = runner.run(plan, all_rows=True)
                 logprobs = logits.div_(temperature).log_softmax(dim=-1)
                 row = 0
                 for chunk in plan.chunks:
@@ -190,9 +230,12 @@ class NativeEngine:
                         scheduler.finish(sample)
         return scores
 
-    def _check(self, requests: Sequence[Request], *, generates: bool = True) -> int:
-        """Return the cache blocks for the requests; ValueError if they cannot be served."""
+    def _check(
+        self, requests: Sequence[Request], *, generates: bool = True
+    ) -> tuple[int, CallAdapters]:
+        """Return the requests' cache blocks and adapters; ValueError if they cannot be served."""
         self.weights.check()
+        adapters = adapters_of(requests, self._adapters, self._dtype)
         num_blocks = self._workspace.blocks_for(requests)
         check_requests(
             requests,
@@ -202,7 +245,7 @@ class NativeEngine:
             has_text=self._has_text,
             generates=generates,
         )
-        return num_blocks
+        return num_blocks, adapters
 
     def _scheduler(self, leaders: Sequence[Sample], num_blocks: int, prefix: int = 0) -> Scheduler:
         return Scheduler(
@@ -214,14 +257,15 @@ class NativeEngine:
             prefix=prefix,
         )
 
-    def _start(self, work: Work, leaders: Sequence[Sample]) -> Scheduler:
+    def _start(self, work: Work, leaders: Sequence[Sample], adapters: CallAdapters) -> Scheduler:
         prefix = common_prefix([leader.request.tokens for leader in leaders])
-        prefix = prefix if prefix * (len(leaders) - 1) >= _PREFIX_TOKENS else 0
-        return self._scheduler(leaders, work.num_blocks, prefix)
+        # keys and values of one prompt differ between adapters
+        worth = prefix * (len(leaders) - 1) >= _PREFIX_TOKENS and not adapters.by_row
+        return self._scheduler(leaders, work.num_blocks, prefix if worth else 0)
 
     def _run(
         self,
-        work: Work,
+        runner: Runner,
         scheduler: Scheduler,
         requests: Sequence[Request],
         progress: Progress | None,
@@ -237,7 +281,7 @@ class NativeEngine:
             if record is not None:
                 record.note(plan)
             samples, rows = sampled(plan, scheduler)
-            logits, experts = work.runner.run(plan)
+            logits, experts = runner.run(plan)
             if record is not None and experts is not None:
                 record.keep(experts)
             finished, stop = self._advance(samples, rows, logits, rules, should_stop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Graphs by batch size, captured when first needed.
+    """Graphs by batch size (and variant of the step), captured when first needed.
 
     A graph holds addresses: weights and cache must keep the addresses that they had at capture
     (their values may change), or `drop` must be called. All graphs share one memory pool, which the
@@ -51,26 +51,32 @@ class DecodeGraphs:
         self._sizes, self._device = buckets(max_running), device
         # One for all captures, because cuBLAS keeps a workspace for each stream.
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[tuple[int, Hashable], _Captured] = {}
         self.pool_bytes = 0
 
     def size_for(self, num_samples: int) -> int:
         """Return the batch size to which a step must be padded."""
         return next(size for size in self._sizes if size >= num_samples)
 
-    def run(self, size: int, inputs: Sequence[Tensor], forward: Forward) -> tuple[Tensor, ...]:
+    def run(
+        self,
+        size: int,
+        inputs: Sequence[Tensor],
+        forward: Forward,
+        variant: Hashable = None,
+    ) -> tuple[Tensor, ...]:
         """Return `forward(*inputs on the device)`; the next run overwrites it.
 
         Args:
-            inputs: host tensors, of the same shapes whenever `size` is the same.
-            forward: function of them that only launches kernels.
+            inputs: host tensors, of the same shapes whenever `size` and `variant` are the same.
+            forward: function of them that only launches kernels, the same for one variant.
         """
-        packed = pack(inputs)
-        if size not in self._captured:
+        packed, key = pack(inputs), (size, variant)
+        if key not in self._captured:
             buffer = torch.empty_like(packed, device=self._device)
             buffer.copy_(packed, non_blocking=True)
-            self._captured[size] = self._capture(buffer, unpack(buffer, inputs), forward)
-        captured = self._captured[size]
+            self._captured[key] = self._capture(buffer, unpack(buffer, inputs), forward)
+        captured = self._captured[key]
         captured.buffer.copy_(packed, non_blocking=True)
         captured.graph.replay()
         return captured.results

@@ -13,6 +13,7 @@ from spmdrl.memory.host_copies import to_device
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.linear import wide_linear
 from spmdrl.models.routing import Routing, pack_choices
+from spmdrl.rollout.native.adapters import NO_ADAPTERS, CallAdapters
 from spmdrl.rollout.native.attention import PagedAttention, copy_blocks
 from spmdrl.rollout.native.graphs import DecodeGraphs
 from spmdrl.rollout.native.scheduler import StepPlan
@@ -24,6 +25,7 @@ class Runner:
 
     Args:
         graphs: replays steps that only decode, as CUDA graphs, if given.
+        adapters: adapters that apply, by the samples' requests.
     """
 
     def __init__(
@@ -33,9 +35,16 @@ class Runner:
         device: torch.device,
         *,
         graphs: DecodeGraphs | None = None,
+        adapters: CallAdapters = NO_ADAPTERS,
     ) -> None:
         self._decoder, self._attention, self._device = decoder, attention, device
-        self._graphs = graphs
+        self._graphs, self._adapters = graphs, adapters
+
+    def applying(self, adapters: CallAdapters) -> Runner:
+        """Return a runner over the same cache and graphs that applies these adapters."""
+        return Runner(
+            self._decoder, self._attention, self._device, graphs=self._graphs, adapters=adapters
+        )
 
     def run(self, plan: StepPlan, *, all_rows: bool = False) -> tuple[Tensor, Tensor | None]:
         """Compute float32 logits `[R, V]` of the rows that are sampled: decodes, then last chunks;
@@ -52,7 +61,8 @@ class Runner:
             hidden, *chosen = self._replay(plan, self._graphs)
             return self._project(hidden), next(iter(chosen), None)
         tokens, positions, rows = (torch.tensor(x, dtype=torch.int64) for x in flatten(plan))
-        inputs = [rows, tokens, positions, *self._attention.indices(plan)]
+        factors = self._adapters.factors(plan)
+        inputs = [rows, tokens, positions, *factors, *self._attention.indices(plan)]
         read, *inputs = to_device(inputs, self._device)
         hidden, *chosen = self._compute(plan, *inputs)
         if len(rows) < len(tokens) and not all_rows:
@@ -68,24 +78,31 @@ class Runner:
         inputs = [
             torch.tensor(tokens + idle),
             torch.tensor(positions + idle),
+            *self._adapters.factors(plan, pad_to=size),
             *self._attention.indices(plan, pad_to=size),
         ]
-        results = graphs.run(size, inputs, partial(self._compute, plan))
+        forward = partial(self._compute, plan)
+        results = graphs.run(size, inputs, forward, self._adapters.variant)
         return [result[: len(rows)] for result in results]
 
     def _compute(
-        self, plan: StepPlan, tokens: Tensor, positions: Tensor, *indices: Tensor
+        self, plan: StepPlan, tokens: Tensor, positions: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
-        self._attention.prepare(plan, indices)
-        return self._decode(tokens, positions)
+        """Compute hidden states, and for a mixture of experts its packed choices.
 
-    def _decode(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """Compute hidden states, and for a mixture of experts its packed choices."""
+        Args:
+            rest: the factors of the adapters, then the indices of attention.
+        """
+        count = self._adapters.num_factors
+        self._attention.prepare(plan, rest[count:])
+        adapters = self._adapters.applied(rest[:count])
         moe = self._decoder.model.moe
         if moe is None:
-            return (self._decoder(tokens, positions, self._attention),)
+            return (self._decoder(tokens, positions, self._attention, adapters=adapters),)
         routing = Routing(moe)
-        hidden = self._decoder(tokens, positions, self._attention, routing=routing)
+        hidden = self._decoder(
+            tokens, positions, self._attention, routing=routing, adapters=adapters
+        )
         return hidden, pack_choices(routing.chosen(), moe.num_experts)
 
     def _project(self, hidden: Tensor) -> Tensor:  # [R, D] -> [R, V]

@@ -1,4 +1,5 @@
-"""`EngineWeights`: the parameters of the native engine's decoder that this rank holds.
+"""`EngineWeights`: the parameters of the native engine's decoder, and of its adapter, that this
+rank holds.
 
 A copy of the decoder's weights in the layout that CPU kernels read fastest, for one call.
 """
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from spmdrl.memory.storages import require_resident
-from spmdrl.models.decoder import Decoder, Projection
+from spmdrl.models.decoder import Decoder, Embedding, Projection
 from spmdrl.models.linear import in_blocks, serves
 from spmdrl.models.local_shards import LocalShard, LocalTensors
+from spmdrl.models.low_rank import AdapterWeights, merged
 
 
 class EngineWeights:
@@ -22,6 +24,7 @@ class EngineWeights:
 
     Args:
         changed: callback after a parameter's storage was replaced by another.
+        adapter: the adapter of the decoder, if it has one, also made without storage.
     """
 
     def __init__(
@@ -30,14 +33,20 @@ class EngineWeights:
         dtype: torch.dtype,
         device: torch.device,
         changed: Callable[[], None],
+        adapter: AdapterWeights | None = None,
     ) -> None:
-        self._decoder, self._device = decoder, device
-        self._changed = changed
-        slices = decoder.slices()
+        roots: list[nn.Module] = [decoder, *([] if adapter is None else [adapter])]
+        self._root_of = {name: root for root in roots for name, _ in root.named_parameters()}
+        self._roots, self._device, self._changed = roots, device, changed
+        slices = decoder.slices() | ({} if adapter is None else adapter.tables())
         self._table = {
             name: LocalShard(shape=tuple(p.shape), dtype=dtype, slices=slices[name])
-            for name, p in decoder.named_parameters()
+            for name, p in self._parameters()
         }
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for root in self._roots:
+            yield from root.named_parameters()
 
     def table(self) -> Mapping[str, LocalShard]:
         """Return the parameters that this rank needs to hold, by local name."""
@@ -45,7 +54,7 @@ class EngineWeights:
 
     def local_tensors(self) -> LocalTensors:
         """Return the weights that this rank holds so far."""
-        found = self._decoder.named_parameters()
+        found = self._parameters()
         return {name: (p.data, self._table[name].slices) for name, p in found if not p.is_meta}
 
     def adopt(self, local_name: str, tensor: Tensor) -> None:
@@ -63,7 +72,7 @@ class EngineWeights:
             )
         module_name, _, leaf = local_name.rpartition(".")
         parameter = nn.Parameter(tensor.detach(), requires_grad=False)
-        setattr(self._decoder.get_submodule(module_name), leaf, parameter)
+        setattr(self._root_of[local_name].get_submodule(module_name), leaf, parameter)
         self._changed()
 
     def allocate(self, local_name: str) -> Tensor:
@@ -75,10 +84,10 @@ class EngineWeights:
 
     def check(self) -> None:
         """Raise ValueError if a parameter was never loaded, or is not on the device now."""
-        missing = [n for n, p in self._decoder.named_parameters() if p.is_meta]
+        missing = [name for name, p in self._parameters() if p.is_meta]
         if missing:
             raise ValueError(f"the engine has no weights yet: {missing[0]} was never loaded")
-        require_resident("rollout", "weights", self._decoder.parameters())
+        require_resident("rollout", "weights", [p for _, p in self._parameters()])
 
 
 MIN_STEPS = 24
@@ -87,20 +96,35 @@ cores and saves at least 10 ms per step of 32 samples."""
 
 
 @contextmanager
-def blocked_weights(decoder: Decoder, num_steps: int) -> Iterator[None]:
+def blocked_weights(
+    decoder: Decoder, num_steps: int, adapter: AdapterWeights | None = None
+) -> Iterator[bool]:
     """Let products inside use a copy of the weights in blocks, if that pays for `num_steps` steps.
 
     The copy is as large as the weights. Every call makes a new one and drops it afterwards, so that
     it is never older than the weights, whose storage may be the trainer's.
+
+    Args:
+        adapter: an adapter to merge into the copy.
+
+    Yields: whether there is a copy; the adapter must then not be applied again.
     """
-    holders = {m for m in decoder.modules() if isinstance(m, Projection)} | {decoder.head_holder}
+    holders: dict[Projection | Embedding, str] = {decoder.head_holder: ""}
+    holders |= {m: n for n, m in decoder.named_modules() if isinstance(m, Projection)}
     if num_steps < MIN_STEPS or not all(serves(h.weight, h.weight) for h in holders):
-        yield
+        yield False
         return
+    slices = decoder.slices()
+    tables = {} if adapter is None else adapter.tables()
     try:
-        for holder in holders:
-            holder.blocked = in_blocks(holder.weight)
-        yield
+        for holder, name in holders.items():
+            weight: Tensor = holder.weight
+            if adapter is not None and (addition := adapter.addition(name)) is not None:
+                own = addition.named_parameters(prefix=name)
+                tensors = {local: (p.data, tables[local]) for local, p in own}
+                weight = merged(weight, slices[f"{name}.weight"], adapter.adapter, tensors)
+            holder.blocked = in_blocks(weight)
+        yield True
     finally:
         for holder in holders:
             holder.blocked = None

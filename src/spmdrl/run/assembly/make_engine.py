@@ -70,6 +70,7 @@ def make_engine(
         dtype=spec.dtype,
         eos_token_ids=eos,
         texts=texts,
+        adapter=spec.adapter,
     )
 
 
