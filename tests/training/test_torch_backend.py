@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from training_cases import (
 from harness import run_ranks
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.models.adapters import Adapter, adapter_shapes
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.local_shards import LocalTensors
@@ -71,9 +72,9 @@ def dropped(world: World, degrees: dict[str, int]) -> bool:
     return alive() is None
 
 
-def assemble(parts: list[LocalTensors], model: ModelConfig) -> dict[str, Tensor]:
+def assemble(parts: list[LocalTensors], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Whole tensors from all ranks' slices; copies of a slice must be equal, nothing missing."""
-    whole = {n: torch.full(s, float("nan")) for n, s in global_shapes(model).items()}
+    whole = {n: torch.full(s, float("nan")) for n, s in shapes.items()}
     for part in parts:
         for tensor, slices in part.values():
             for s in slices:
@@ -137,8 +138,15 @@ def run_layouts(
     ]
 
 
-def compare(found: list[dict[str, Any]], expected: dict[str, Any], model: ModelConfig) -> None:
+def compare(
+    found: list[dict[str, Any]],
+    expected: dict[str, Any],
+    model: ModelConfig,
+    adapter: Adapter | None = None,
+) -> None:
     """All ranks of one layout against the single rank."""
+    added = {} if adapter is None else adapter_shapes(model, adapter)
+    shapes = global_shapes(model) | added
     for record in found:
         assert [done for _, done in record["steps"]] == [done for _, done in found[0]["steps"]]
         torch.testing.assert_close(record["before"], expected["before"], rtol=1e-5, atol=1e-5)
@@ -150,15 +158,15 @@ def compare(found: list[dict[str, Any]], expected: dict[str, Any], model: ModelC
             assert done.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
             assert (done.lr, done.skipped) == (wanted.lr, False)
         assert record["counters"] == {"num_steps": NUM_STEPS, "num_skipped": 0}
-    weights = assemble([record["weights"] for record in found], model)
-    for name, wanted in assemble([expected["weights"]], model).items():
+    weights = assemble([record["weights"] for record in found], shapes)
+    for name, wanted in assemble([expected["weights"]], shapes).items():
         torch.testing.assert_close(weights[name], wanted, rtol=1e-4, atol=1e-5, msg=name)
     for moment in ("exp_avg", "exp_avg_sq"):
         prefix = f"{moment}/"
         parts = [{n: t for n, t in r["state"].items() if n.startswith(prefix)} for r in found]
         wanted_part = {n: t for n, t in expected["state"].items() if n.startswith(prefix)}
-        moments = assemble(parts, model)
-        for name, wanted in assemble([wanted_part], model).items():
+        moments = assemble(parts, added or shapes)
+        for name, wanted in assemble([wanted_part], added or shapes).items():
             torch.testing.assert_close(moments[name], wanted, rtol=1e-3, atol=1e-5, msg=name)
 
 

@@ -23,6 +23,9 @@ from spmdrl.models.linear import Blocked, linear, product, serves
 from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.sharding import SCORE, Slice, all_slices, fused_tensors, local_parameters
 
+HEAD_WEIGHT = "head.weight"
+"""Local name of a head's weight, in decoders and adapters alike."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
@@ -81,7 +84,7 @@ class AdapterWeights(nn.Module):
     Args:
         model: the global model.
         tp, ep, blocks: those of the decoder.
-        head: whether it has a scalar head of its own, `head.weight`, which the decoder lacks.
+        head: whether it has a scalar head of its own, `head.weight`, in place of the decoder's.
     """
 
     def __init__(
@@ -100,7 +103,7 @@ class AdapterWeights(nn.Module):
         self.model, self.adapter = model, adapter
         self.tp = Parallel() if tp is None else tp
         self.ep = Parallel() if ep is None else ep
-        self.head: nn.Parameter | None = None
+        self.head: nn.ParameterDict | None = None
         self._additions: dict[str, Addition] = {}
         shapes = local_parameters(
             model,
@@ -115,17 +118,21 @@ class AdapterWeights(nn.Module):
             _add_module(self, local, addition)
         if head:
             row = torch.empty(1, model.hidden_size, dtype=dtype, device=device)
-            self.head = nn.Parameter(row)
+            self.head = nn.ParameterDict({"weight": nn.Parameter(row)})
 
     def addition(self, local: str) -> Addition | None:
         """Return the addition to a projection (`layers.0.attention.qkv`), if it has a target."""
         return self._additions.get(local)
 
+    def head_weight(self) -> Tensor | None:
+        """Return the weight [1, D] of its own scalar head, if it has one."""
+        return None if self.head is None else self.head["weight"]
+
     def tables(self) -> dict[str, tuple[Slice, ...]]:
         """Return the slices of the global tensors that every parameter holds."""
         table = dict(adapter_tensors(self.model, self.adapter))
         if self.head is not None:
-            table["head"] = fused_tensors(self.model, "score")["head.weight"]
+            table[HEAD_WEIGHT] = fused_tensors(self.model, "score")[HEAD_WEIGHT]
         return all_slices(
             self.model,
             self.tp.rank,

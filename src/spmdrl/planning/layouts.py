@@ -61,8 +61,8 @@ def role_layout(spec: RoleSpec, blocks: int = 1) -> WeightLayout:
         frozen=frozen_names(spec),
         vocab_multiple=vocab_multiple(spec),
         blocks=blocks,
-        # where all train, FSDP2 keeps the masters, and casts while it gathers
-        shard_dtype=torch.float32 if spec.adapter is None else spec.dtype,
+        # where matrices train, FSDP2 keeps the masters, and casts while it gathers
+        shard_dtype=spec.dtype if spec.has_fixed_base else torch.float32,
         adapter=spec.adapter,
     )
 

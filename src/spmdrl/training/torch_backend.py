@@ -5,6 +5,7 @@ experts over these axes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from spmdrl.algorithms.metrics import combine
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.host_copies import to_device
+from spmdrl.models.adapters import Adapter
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource
@@ -37,6 +39,7 @@ from spmdrl.training.backend_steps import (
     support_of,
     whole_stream,
 )
+from spmdrl.training.body import Body, borrowed_weights, own_weights
 from spmdrl.training.context import LocalStream, split_stream
 from spmdrl.training.experts import ExpertUse, make_balance, make_routing
 from spmdrl.training.optimizer import (
@@ -51,20 +54,23 @@ from spmdrl.training.packing import Microbatch, empty_microbatch
 from spmdrl.training.protocol import LossFn, MicrobatchProgress, OptimStep, loss_of
 from spmdrl.training.readout import Readout
 from spmdrl.training.support import Support
-from spmdrl.training.weights import build_decoder, fill_leaves, make_leaves, refresh_weights
+from spmdrl.training.weights import fill_leaves, refresh_weights
 
 
 class TorchBackend:
-    """A decoder on this rank of `mesh`, and its optimizer.
+    """A decoder on this rank of `mesh`, with or without an adapter, and its optimizer.
 
     Args:
         mesh: the role's mesh; this rank is a member.
-        checkpoint: the initial weights.
+        checkpoint: the initial weights: the model's, the adapter's and the scalar head's.
         trainable: False for a frozen role, which has no gradients, no optimizer and only `forward`.
-        head: the decoder's head, which decides the readouts that it serves.
+        head: the role's head, which decides the readouts that it serves.
+        adapter: low-rank additions, which train (and a scalar head) in place of the matrices.
+        base: a backend on the same ranks whose decoder this one shares, instead of one of its own.
 
     Raises:
-        ValueError: the degrees do not fit the model, or the attention cannot run here.
+        ValueError: the degrees do not fit the model, the attention cannot run here, or `base` is
+            not one that can be shared.
     """
 
     def __init__(
@@ -77,34 +83,37 @@ class TorchBackend:
         *,
         trainable: bool = True,
         head: Head = "lm",
+        adapter: Adapter | None = None,
+        base: TorchBackend | None = None,
     ) -> None:
         self.mesh, self.model, self.options, self.head = mesh, model, options, head
         self._device = device
         dtype = options.param_dtype
         self._kernel = make_kernel(resolve_attention(options.attention, device, dtype))
-        self._decoder = build_decoder(
-            mesh,
-            model,
-            dtype,
-            device,
-            trainable=trainable,
-            head=head,
-            frozen=options.frozen,
-            blocks=options.blocks,
-        )
-        self._leaves = make_leaves(self._decoder, mesh)
+        kind: Any = {"trainable": trainable, "head": head, "adapter": adapter}
+        if base is None:
+            self._weights = own_weights(mesh, model, options, device, **kind)
+        else:
+            self._weights = borrowed_weights(base.body, mesh, options, device, **kind)
+        self._decoder = self.body.decoder
+        self._leaves = self._weights.leaves
         self._trained = [leaf for leaf in self._leaves if leaf.trained]
-        fill_leaves(self._leaves, checkpoint)
+        fill_leaves(self._leaves if base is None else self._weights.own, checkpoint)
         self._optimizer = Optimizer(self._trained, options) if trainable else None
         self._steps = StepCounts()
         self._sums: dict[str, Tensor] = {}
         if trainable:
             self._accumulate_wide()
 
+    @property
+    def body(self) -> Body:
+        """The decoder and its leaves, which other backends may share."""
+        return self._weights.body
+
     def forward(
         self, batch: Batch, readout: Readout, *, progress: MicrobatchProgress | None = None
     ) -> Batch:
-        require_parts(self.mesh.role, self.parts(), "weights")
+        self._require_weights()
         rows = batch.to(torch.device("cpu"))
         size = rows.num_tokens if readout.is_per_token else rows.num_rows
         found = {name: torch.zeros(size) for name in readout.columns}
@@ -139,7 +148,7 @@ class TorchBackend:
         progress: MicrobatchProgress | None = None,
     ) -> dict[str, float]:
         require_trainable(self.mesh.role, self._optimizer)
-        require_parts(self.mesh.role, self.parts(), "weights")
+        self._require_weights()
         rows = batch.to(torch.device("cpu"))
         parts: list[dict[str, Tensor]] = []
         moe = self.model.moe
@@ -176,7 +185,7 @@ class TorchBackend:
         require_parts(self.mesh.role, self.parts(), "weights", "optimizer")
         gradients = self._take_gradients()
         plain = [leaf for leaf in self._trained if not leaf.sharded]
-        for axis in ("reduce", "edp"):
+        for axis in ("reduce", "edp", "all"):
             own = [gradients[leaf.name] for leaf in plain if leaf.summed_over == axis]
             all_reduce_gradients(own, self.mesh.group(axis))
         copies = [gradients[leaf.name] for leaf in self._trained if leaf.replicated]
@@ -188,17 +197,17 @@ class TorchBackend:
         )
         found = HostNumber(norm)
         optimizer.step(gradients, self._steps.lr(self.options), norm)
-        refresh_weights(self._leaves)
+        refresh_weights(self._trained)
         return self._steps.count(found.value(), self.options)
 
     def local_tensors(self) -> LocalTensors:
         return {leaf.name: (leaf.weight, leaf.slices) for leaf in self._leaves}
 
     def parts(self) -> dict[str, list[Tensor]]:
-        parts = {"weights": [leaf.weight for leaf in self._leaves]}
+        parts = self._weights.parts()
         if self._optimizer is not None:
             moments = [tensor for tensor, _ in self._optimizer.tensors().values()]
-            masters = [leaf.master for leaf in self._leaves if leaf.has_own_master]
+            masters = [leaf.master for leaf in self._trained if leaf.has_own_master]
             parts["optimizer"] = [*masters, *moments]
         return parts
 
@@ -206,7 +215,7 @@ class TorchBackend:
         if self._optimizer is None:
             return {}
         masters: LocalTensors = {
-            f"weights/{leaf.name}": (leaf.master, leaf.slices) for leaf in self._leaves
+            f"weights/{leaf.name}": (leaf.master, leaf.slices) for leaf in self._weights.held
         }
         return masters | self._optimizer.tensors()
 
@@ -215,8 +224,12 @@ class TorchBackend:
 
     def restored(self, counters: Mapping[str, int]) -> None:
         optimizer = require_trainable(self.mesh.role, self._optimizer)
-        refresh_weights(self._leaves)
+        refresh_weights(self._trained)
         optimizer.set_step_count(self._steps.restored(counters))
+
+    def _require_weights(self) -> None:
+        parts = self._weights.parts()
+        require_parts(self.mesh.role, parts, *parts)
 
     def _paced(self, microbatches: list[Microbatch]) -> list[Microbatch]:
         """Add empty microbatches until all ranks that FSDP2 gathers and reduces with, or that
@@ -282,7 +295,7 @@ class TorchBackend:
         def finish(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             return read_places(
                 hidden,
-                weight,
+                self._weights.head_weight(weight),
                 predict,
                 targets,
                 readout,
@@ -291,9 +304,14 @@ class TorchBackend:
                 support=support,
             )
 
-        recompute = self.options.recompute
         found = self._decoder(
-            tokens, positions, attend, finish, recompute=recompute, routing=routing
+            tokens,
+            positions,
+            attend,
+            finish,
+            recompute=self.options.recompute,
+            routing=routing,
+            adapters=self._weights.applied(),
         )
         return whole_stream(found, readout, stream, self.mesh)
 
@@ -302,7 +320,7 @@ class TorchBackend:
         # not `self`, which could then never be collected: autograd keeps hooks where Python's
         # collector does not look
         sums = self._sums
-        for leaf in self._leaves:
+        for leaf in self._trained:
             if not leaf.has_own_master:
                 continue
 

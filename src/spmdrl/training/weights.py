@@ -2,15 +2,19 @@
 
 A leaf is one local parameter with what the optimizer, the norm, checkpoints and weight sync need to
 know about it. With `dp_shard: 1` the parameters are plain and replicated over dp and cp. Otherwise
-FSDP2 shards float32 parameters over dp_shard x cp and gathers them in the compute dtype; the few
-that tensor parallelism does not divide (norms) stay plain. Tensor and expert parallelism are the
-decoder's own in both cases. Experts are replicated, or sharded, only over the ranks that hold the
-same ones (`distributed.mesh`).
+FSDP2 shards float32 parameters over dp_shard x cp and gathers them in the compute dtype (if none of
+them trains, the shards have that dtype too); the few that tensor parallelism does not divide
+(norms) stay plain. Tensor and expert parallelism are the decoder's own in both cases. Experts are
+replicated, or sharded, only over the ranks that hold the same ones (`distributed.mesh`).
+
+An adapter's parameters are plain in every layout. Under tensor parallelism the halves that it does
+not divide have only a share of their gradient on each rank: A before a column-parallel matrix has
+that through the rank's own outputs, B after a row-parallel one that of the rank's own inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,8 +30,11 @@ from spmdrl.models.decoder import Decoder
 from spmdrl.models.degrees import check_tp
 from spmdrl.models.files.hf import TensorSource, fill
 from spmdrl.models.fsdp_cuts import fsdp_dims, fsdp_shard
+from spmdrl.models.low_rank import HEAD_WEIGHT, AdapterWeights
 from spmdrl.models.moe import Experts
 from spmdrl.models.sharding import Head, Slice, is_expert_parameter
+
+SumAxis = Literal["reduce", "edp", "all"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,7 +42,7 @@ class Leaf:
     """One local parameter.
 
     Args:
-        parameter: the decoder's parameter (a DTensor if FSDP2 shards it).
+        parameter: the module's parameter (a DTensor if FSDP2 shards it).
         weight: this rank's part, the parameter's own storage; may have no rows.
         master: the float32 tensor that the optimizer updates; `weight` itself if that is float32.
         slices: slices of the global name space that `weight` holds.
@@ -43,7 +50,8 @@ class Leaf:
         counted: whether this rank counts the leaf's gradient in the norm; the first of the ranks
             that hold the same part does.
         summed_over: the mesh's axis over which gradients are summed if it is not sharded.
-        replicated: whether every tp rank holds it because tensor parallelism does not divide it.
+        replicated: whether every tp rank holds it, and computes its whole gradient, because tensor
+            parallelism does not divide it.
         decay: whether weight decay applies.
         trained: whether it changes; a leaf that does not has no master of its own.
     """
@@ -55,7 +63,7 @@ class Leaf:
     slices: tuple[Slice, ...]
     sharded: bool
     counted: bool
-    summed_over: Literal["reduce", "edp"]
+    summed_over: SumAxis
     replicated: bool
     decay: bool
     trained: bool
@@ -80,12 +88,15 @@ def build_decoder(
     head: Head = "lm",
     frozen: Collection[str] = (),
     blocks: int = 1,
+    is_fixed: bool = False,
 ) -> Decoder:
     """Build this rank's decoder; its weights are not filled yet.
 
     Args:
         frozen: Hugging Face names of parameters that do not change while others are trained.
         blocks: number of blocks of fused projections, see `models.sharding.all_slices`.
+        is_fixed: whether nothing that FSDP2 may shard is trained, so that shards need no more
+            digits than the compute dtype has.
 
     Raises:
         ValueError: the mesh has a degree that the model or this backend does not allow.
@@ -98,7 +109,10 @@ def build_decoder(
     if mesh.shard_mesh is None:
         decoder = Decoder(model, tp=tp, ep=ep, dtype=dtype, device=device, head=head)
         return _require_grad(decoder, trainable, frozen)
-    decoder = Decoder(model, tp=tp, ep=ep, device="meta", head=head, blocks=blocks)
+    shard_dtype = dtype if is_fixed else torch.float32
+    decoder = Decoder(
+        model, tp=tp, ep=ep, dtype=shard_dtype, device="meta", head=head, blocks=blocks
+    )
     _require_grad(decoder, trainable, frozen)
     _shard(decoder, mesh, dtype)
     for module in decoder.modules():
@@ -166,8 +180,7 @@ def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
         of = (shard // exchange, num_shards // exchange) if is_expert else (shard, num_shards)
         shape, slices = fsdp_shard(tuple(parameter.shape), tables[name], dims[name], *of)
         assert tuple(weight.shape) == shape, (name, weight.shape, shape)
-        own_master = parameter.requires_grad and weight.dtype != torch.float32
-        summed_over: Literal["reduce", "edp"] = "edp" if is_expert else "reduce"
+        summed_over: SumAxis = "edp" if is_expert else "reduce"
         copies = "dp_replicate" if sharded else summed_over
         # Every tp rank holds what tensor parallelism does not divide; it always divides experts.
         replicated = not is_expert and all(part.is_whole for part in tables[name])
@@ -176,7 +189,7 @@ def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
                 name=name,
                 parameter=parameter,
                 weight=weight,
-                master=torch.empty_like(weight, dtype=torch.float32) if own_master else weight,
+                master=_master_of(parameter, weight),
                 slices=slices,
                 sharded=sharded,
                 counted=mesh.coordinate(copies) == 0 and not (replicated and decoder.tp.rank > 0),
@@ -190,14 +203,50 @@ def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
 
 
 @torch.no_grad()
-def fill_leaves(leaves: tuple[Leaf, ...], checkpoint: TensorSource) -> None:
+def make_adapter_leaves(added: AdapterWeights, mesh: Mesh) -> tuple[Leaf, ...]:
+    """Make leaves of an adapter's parameters and its head, in order; they are not filled yet."""
+    tables = added.tables()
+    leaves = []
+    for name, parameter in added.named_parameters():
+        weight = parameter.detach()
+        is_whole = all(part.is_whole for part in tables[name])
+        is_share = is_whole and name != HEAD_WEIGHT and added.tp.size > 1
+        summed_over: SumAxis = "all" if is_share else "reduce"
+        replicated = is_whole and not is_share
+        leaves.append(
+            Leaf(
+                name=name,
+                parameter=parameter,
+                weight=weight,
+                master=_master_of(parameter, weight),
+                slices=tables[name],
+                sharded=False,
+                counted=mesh.coordinate(summed_over) == 0 and not (replicated and added.tp.rank),
+                summed_over=summed_over,
+                replicated=replicated,
+                decay=True,
+                trained=parameter.requires_grad,
+            )
+        )
+    return tuple(leaves)
+
+
+def _master_of(parameter: nn.Parameter, weight: Tensor) -> Tensor:
+    """Return the float32 tensor that is updated: one of its own where the weight is narrower."""
+    if parameter.requires_grad and weight.dtype != torch.float32:
+        return torch.empty_like(weight, dtype=torch.float32)
+    return weight
+
+
+@torch.no_grad()
+def fill_leaves(leaves: Sequence[Leaf], checkpoint: TensorSource) -> None:
     """Read masters (so that a float32 checkpoint loses nothing), and round weights from them."""
     fill(((leaf.master, leaf.slices) for leaf in leaves), checkpoint)
     refresh_weights(leaves)
 
 
 @torch.no_grad()
-def refresh_weights(leaves: tuple[Leaf, ...]) -> None:
+def refresh_weights(leaves: Sequence[Leaf]) -> None:
     """Round the masters into the weights where these are separate tensors."""
     own = [leaf for leaf in leaves if leaf.has_own_master]
     if own:
