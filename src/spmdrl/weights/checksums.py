@@ -54,6 +54,7 @@ def first_difference(sync: WeightSync) -> str | None:
                 box = ", ".join(f"{a}:{b}" for a, b in zip(cell.start, cell.stop, strict=True))
                 text = f"{name}[{box}] on rank {sync.rank} is not what the policy holds"
                 found.append((order[name], text))
+    sync.views.forget()
     reports = gather_objects(min(found) if found else None)
     differing = sorted(report for report in reports if report is not None)
     return differing[0][1] if differing else None

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from spmdrl.distributed.groups import ProcessGroups
 from spmdrl.distributed.reduce import gather_objects
+from spmdrl.models.adapters import Adapter
 from spmdrl.models.local_shards import LocalShard, LocalTensors, Table
 from spmdrl.weights.cells import Cell
 from spmdrl.weights.plan import NUM_SLOTS, SyncPlan
 from spmdrl.weights.rank_rounds import Message, RankRound, rank_rounds
 from spmdrl.weights.tensor_sums import TensorSums
-from spmdrl.weights.views import Read, TensorViews, copy_all
+from spmdrl.weights.views import MergedReader, Read, TensorViews, copy_all
 
 _ALIGNMENT = 16
 
@@ -48,6 +49,7 @@ class WeightSync:
         engine: this rank's engine; None outside the target role.
         device: device that messages are sent from; the host if the world has only gloo.
         read: returns a source tensor's current values, by default the tensor itself.
+        merged: the source's adapter, if the target gets weights that it is merged into.
         keeps_frozen: the target's frozen tensors last from sync to sync, on every rank, so only the
             first one moves them.
         groups: the groups that meshes may have made already; None: only the sync's.
@@ -66,6 +68,7 @@ class WeightSync:
         device: torch.device,
         read: Read | None = None,
         *,
+        merged: Adapter | None = None,
         keeps_frozen: bool = True,
         groups: ProcessGroups | None = None,
     ) -> None:
@@ -77,7 +80,10 @@ class WeightSync:
         """Staging bytes of the largest run so far."""
         _check_shards(source, tensors)
         own = {} if engine is None else _adopt(plan.shared[self.rank], engine, target, tensors)
-        self.views = TensorViews(tensors, own, (lambda tensor: tensor) if read is None else read)
+        read = (lambda tensor: tensor) if read is None else read
+        if merged is not None:
+            read = MergedReader(merged, tensors, read, plan.slot_bytes)
+        self.views = TensorViews(tensors, own, read)
         made = ProcessGroups() if groups is None else groups
         self.groups = {ranks: made.over(ranks) for ranks in plan.groups}
         self.frozen_rounds = rank_rounds(plan, plan.frozen_rounds, self.rank)
@@ -108,6 +114,7 @@ class WeightSync:
     @torch.no_grad()
     def run(self) -> None:
         """Make the engine's weights equal to the trainer's."""
+        self.views.forget()
         slots = self._slots
         frozen = () if self.leaves_out_frozen else self.frozen_rounds
         rounds = (*frozen, *self.rounds)
@@ -121,6 +128,7 @@ class WeightSync:
                 in_flight[tick - 2].land()
         self.staging_bytes = max(self.staging_bytes, slots.num_bytes)
         self._ran = True
+        self.views.forget()
         if self.device.type != "cpu":
             slots.free()
 

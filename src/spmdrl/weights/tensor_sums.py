@@ -64,6 +64,7 @@ class TensorSums:
             numbers, times_of, sums = zip(*own, strict=True)
             parts = torch.stack(sums).cpu() * torch.tensor(times_of)
             total.index_add_(0, torch.tensor(numbers), parts)
+        self._tensors.forget()
         total = total.to(self._device)
         dist.all_reduce(total)
         return [name for name, rest in zip(self._names, total.tolist(), strict=True) if rest]

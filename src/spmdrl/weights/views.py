@@ -1,5 +1,7 @@
 """`TensorViews`: the views of a cell in this rank's source and target tensors.
 
+`MergedReader`: source tensors with an adapter merged into them.
+
 Whole tensors on one rank, one after the other, from any layout, for Hugging Face exports.
 """
 
@@ -11,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spmdrl.models.adapters import Adapter, lora_names
 from spmdrl.models.local_shards import LocalTensors, WeightLayout
+from spmdrl.models.low_rank import merged
 from spmdrl.models.sharding import Slice
 from spmdrl.weights.cells import Cell
 from spmdrl.weights.layout import key, local_box
@@ -20,6 +24,58 @@ Read = Callable[[Tensor], Tensor]
 """Returns a source tensor's current values: on the device, or on the host while it is away."""
 
 _Index = tuple[slice, ...]
+
+
+class MergedReader:
+    """A `Read` that returns W + scale B A in place of each W that is a target of an adapter.
+
+    It is computed for the whole local tensor, so that every box of it has the same bits whoever
+    reads it. The last results are kept until `forget`, since boxes of one tensor are read in turn.
+
+    Args:
+        tensors: this rank's source tensors, the adapter's among them.
+        read: see `Read`.
+        limit: most bytes of results to keep; the newest is kept whatever its size.
+    """
+
+    def __init__(self, adapter: Adapter, tensors: LocalTensors, read: Read, limit: int) -> None:
+        self._adapter, self._tensors, self._read, self._limit = adapter, tensors, read, limit
+        places = {piece.name: n for n, (_, slices) in tensors.items() for piece in slices}
+        self._needed: dict[int, tuple[tuple[Slice, ...], tuple[str, ...]]] = {}
+        """Identity of a tensor -> its slices, and the local names of the A and B to merge."""
+        for tensor, slices in tensors.values():
+            targets = [piece.name for piece in slices if piece.name in adapter.targets]
+            own = [places[name] for target in targets for name in lora_names(target)]
+            if own:
+                self._needed[id(tensor)] = (slices, tuple(dict.fromkeys(own)))
+        self._kept: dict[int, Tensor] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        key = id(tensor)
+        if key not in self._needed:
+            return self._read(tensor)
+        if key not in self._kept:
+            self._kept[key] = self._merge(tensor)
+            while sum(value.nbytes for value in self._kept.values()) > self._limit:
+                oldest = next(iter(self._kept))
+                if oldest == key:
+                    break
+                del self._kept[oldest]
+        return self._kept[key]
+
+    def forget(self) -> None:
+        """Free the results; values of source tensors may change until the next read."""
+        self._kept.clear()
+
+    def _merge(self, tensor: Tensor) -> Tensor:
+        slices, names = self._needed[id(tensor)]
+        weight = self._read(tensor)
+        own = {}
+        for name in names:
+            value, held = self._tensors[name]
+            # the adapter's part may be on the device while the base's is away
+            own[name] = (self._read(value).to(weight.device), held)
+        return merged(weight, slices, self._adapter, own)
 
 
 class TensorViews:
@@ -69,6 +125,11 @@ class TensorViews:
         if own is not None:
             return own
         return max(self.target(name, cell), key=lambda view: view.dtype.itemsize)
+
+    def forget(self) -> None:
+        """Free what was computed for reading, before source tensors change."""
+        if isinstance(self._read, MergedReader):
+            self._read.forget()
 
 
 _Held = Mapping[str, Sequence[tuple[Tensor, Slice]]]
