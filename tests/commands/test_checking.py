@@ -360,3 +360,15 @@ def test_without_json_the_command_speaks_to_people(checked, tmp_path, capsys):
     assert main(["check", path, "roles.policy.tp=3", "flow=nowhere.py:f"]) == 2
     out, err = capsys.readouterr()
     assert not out and "error: flow=nowhere.py:f: " in err and "\nroles.policy.tp=3 make 3" in err
+
+
+def test_a_limit_is_named_where_an_import_meets_it(model: Path) -> None:
+    """An error while a flow is imported is told as the flow's, although its fix is elsewhere."""
+    flow = model.parent / "limited.py"
+    flow.write_text("raise OSError(24, 'Too many open files')\n", encoding="utf-8")
+    path = write_config(model.parent / "limited.yaml", model, model.parent / "limited")
+    command = [sys.executable, "-m", "spmdrl", "train", str(path), f"flow={flow}:grpo"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    [line] = [line for line in ended.stderr.splitlines() if ": error: " in line]
+    assert ended.returncode == 2 and f"flow={flow}:grpo" in line, ended.stderr
+    assert "Too many open files" in line and "raise ulimit -n, which is " in ended.stderr

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny_model import load_into, make_tiny_model
 from torch import Tensor
 
 from spmdrl.distributed.parallel import Parallel
@@ -25,6 +24,7 @@ from spmdrl.models.files.hf import fill
 from spmdrl.models.files.weight_files import open_checkpoint
 from spmdrl.models.low_rank import AdapterWeights, Applied, merged
 from spmdrl.models.sharding import Slice
+from tiny_model import load_into, make_tiny_model
 
 RANKS = {"q_proj": 3, "k_proj": 2, "v_proj": 4, "o_proj": 5, "gate_proj": 2, "down_proj": 3}
 

@@ -75,14 +75,28 @@ def _text_of(error: ValueError | OSError | MemoryError) -> str:
     text = str(error)
     if isinstance(error, UnicodeEncodeError) and not _has_utf8_names():
         return f"{error.object!r} cannot be a file's name here: {_UTF8_NEEDED}"
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+    causes = list(_chain(error))
+    if any(_lacks_files(each) for each in causes):
         return f"{text}: raise ulimit -n, which is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}"
-    if isinstance(error, MemoryError):
+    if any(isinstance(each, MemoryError) for each in causes):
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        text = f"no memory is left {text}".rstrip()
+        if isinstance(error, MemoryError):
+            text = f"no memory is left {text}".rstrip()
         if limit != resource.RLIM_INFINITY:
             text += f": raise ulimit -v, which is {limit // 1024}"
     return text
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and its causes: one may be told as another, a module's import by its key."""
+    each: BaseException | None = error
+    while each is not None:
+        yield each
+        each = each.__cause__
+
+
+def _lacks_files(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def _has_utf8_names() -> bool:
