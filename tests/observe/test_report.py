@@ -119,6 +119,7 @@ def test_the_last_line_is_json_with_every_set(tmp_path, capsys):
         for step in (0, 2):
             values = {"eval/a/accuracy": 0.1 + step, "eval/a/standard_error": nan}
             values |= {"eval/b/accuracy": 0.25, "eval/b/standard_error": 0.5, "eval/c/nll": 3.0}
+            values |= {"memory/peak_sum_gb": 2.5 + step}
             metrics.write(step, {**(record(step, 2) if step else {}), **values})
     report(str(tmp_path / "run"), model="m")
     last = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=refuse)
@@ -127,6 +128,7 @@ def test_the_last_line_is_json_with_every_set(tmp_path, capsys):
         "b": {"accuracy_before": 0.25, "accuracy_after": 0.25, "standard_error": 0.5},
         "c": {"nll_before": 3.0, "nll_after": 3.0, "nll_error": 0.0},
     }
+    assert last["peak_gb"] == 4.5, "the last value"
     make_run(tmp_path / "one", 2, {0: {"sums": 0.1}, 2: {"sums": 0.9}})
     report(str(tmp_path / "one"), model="m")
     last = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=refuse)
@@ -135,4 +137,4 @@ def test_the_last_line_is_json_with_every_set(tmp_path, capsys):
         0.9,
         0.02,
     )
-    assert "sets" not in last
+    assert "sets" not in last and last["peak_gb"] is None

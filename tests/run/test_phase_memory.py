@@ -44,11 +44,11 @@ def steps(world: World) -> list[dict[str, float]]:
     allocator.hold(4e9)  # between phases
     with memory.phase("update"):
         allocator.hold(2e9)
-    return [*found, memory.finish()]
+    return [*found, memory.finish(), {"total": memory.total_peak()}]
 
 
 def test_the_peak_of_a_step_is_the_largest_of_its_phases():
-    first, second = run_ranks(steps, 2)[0]
+    first, second, end = run_ranks(steps, 2)[0]
     assert first["memory/peak_gb"] == pytest.approx(6), "of rank 1 in its rollout"
     wanted = {"rollout": 6, "sync": 6, "update": 3}
     for name, gigabytes in wanted.items():
@@ -57,3 +57,4 @@ def test_the_peak_of_a_step_is_the_largest_of_its_phases():
     assert second["memory/peak_gb"] == pytest.approx(4)
     assert second["memory/device_gb/update"] == pytest.approx(4)
     assert "memory/device_gb/rollout" not in second
+    assert end["total"] == 5e9 + 6e9, "the peaks of both ranks, without the start's"

@@ -14,6 +14,7 @@ REF_KL = "ref_kl"  # KL to the reference, nats per token
 ENTROPY = "entropy"  # nats per token
 CLIP_FRACTION = "clip_fraction"
 PEAK_MEMORY = "memory/peak_gb"  # 1e9 bytes, the largest of all ranks
+PEAK_SUM = "memory/peak_sum_gb"  # 1e9 bytes, the sum of all ranks' largest ones so far
 
 SECONDS = "seconds/"  # + phase
 STEP_SECONDS = "seconds/step"

@@ -111,9 +111,11 @@ def report(run_dir: str, *, model: str, seconds: float | None = None) -> None:
     result = summary_of_sets(sets)
     if seconds is None:
         seconds = sum(r[names.STEP_SECONDS] for r in trained)
+    _, peaks = series(records, names.PEAK_SUM)
     result |= {
         "steps": len(trained),
         "seconds": round(seconds, 1),
+        "peak_gb": round(peaks[-1], 2) if peaks else None,
         "model_dir": str(directory / "model") if (directory / "model").is_dir() else None,
         "report": str(picture),
     }

@@ -13,13 +13,13 @@ import torch
 
 from spmdrl.algorithms.metrics import combine, token_means
 from spmdrl.batch import Batch
-from spmdrl.distributed.reduce import world_max
+from spmdrl.distributed.reduce import world_max, world_sum
 from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.observe import names
 from spmdrl.observe.console import Console
 from spmdrl.observe.log import Relay
 from spmdrl.observe.metrics import MetricsWriter
-from spmdrl.observe.names import PEAK_MEMORY
+from spmdrl.observe.names import PEAK_MEMORY, PEAK_SUM
 from spmdrl.observe.timeline import PhaseMeter, PhaseTimer, take_peak_memory, timing_metrics
 from spmdrl.run.protocols import Metrics
 from spmdrl.supervision.pulse import Pulse
@@ -94,6 +94,8 @@ class PhaseMemory(PhaseMeter):
     ) -> None:
         super().__init__()
         self._memory, self._device, self._take_peak = parts, device, take_peak
+        self._highest = 0.0
+        """Peak of all steps so far."""
         self._begin_step()
         parts.take_metrics()  # bytes of the start belong to no step
         take_peak(device)
@@ -101,7 +103,8 @@ class PhaseMemory(PhaseMeter):
     def finish(self) -> dict[str, float]:
         """Metrics since the last `finish`, each the maximum over the ranks; every rank calls it.
 
-        `memory/peak_gb` is the peak in phases and between them, as `take_peak_memory` counts it;
+        `memory/peak_gb` is the peak in phases and between them, as `take_peak_memory` counts it,
+        and `memory/peak_sum_gb` the sum of the ranks' largest ones so far;
         `memory/parts_gb/<phase>` the peak of parts on the device together; `memory/device_gb/..`
         the peak that torch had allocated on a CUDA device; then `memory/moved_gb` and, if anything
         moved, `memory/gb_per_s`.
@@ -117,10 +120,16 @@ class PhaseMemory(PhaseMeter):
             metrics |= {DEVICE + n: v / 1e9 for n, v in zip(names, peaks, strict=True)}
         peak, moved, seconds = most[-3:]
         metrics |= {PEAK_MEMORY: peak / 1e9, MOVED: moved / 1e9}
+        metrics[PEAK_SUM] = self.total_peak() / 1e9
         if seconds > 0:
             metrics[SPEED] = moved / seconds / 1e9
         self._begin_step()
         return metrics
+
+    def total_peak(self) -> float:
+        """Bytes of all ranks' peaks so far, added up; every rank calls it."""
+        self._charge()
+        return float(world_sum(torch.tensor([self._highest], dtype=torch.float64)))
 
     def _begin_step(self) -> None:
         self._charged = {}  # of parts
@@ -132,7 +141,7 @@ class PhaseMemory(PhaseMeter):
         for direction in ("to_host", "to_device"):
             self._moved += found[f"{direction}_bytes"]
             self._seconds += found[f"{direction}_seconds"]
-        self._peak = max(self._peak, peak)
+        self._peak, self._highest = max(self._peak, peak), max(self._highest, peak)
         if self._open:
             name = self._open[-1]
             self._charged[name] = max(self._charged[name], found["peak_resident_bytes"])
@@ -191,7 +200,7 @@ class StepReport:
 
     def evaluation(self, number: int, metrics: Metrics) -> None:
         """Record an evaluation after `number` steps."""
-        self._writer.write(number, metrics)
+        self._writer.write(number, {**metrics, PEAK_SUM: self._memory.total_peak() / 1e9})
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         log.info("after %d steps: %s", number, shown)
 
