@@ -13,6 +13,7 @@ from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_c
 from moe_models import by_file_name
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import CAUSAL, ModelConfig
 from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.sharding import Head, Slice
@@ -75,6 +76,8 @@ def make_backend(
     trainable: bool = True,
     head: Head = "lm",
     checkpoint: Any = None,
+    adapter: Adapter | None = None,
+    base: Any = None,
 ) -> Any:
     degrees, megatron, changes = made
     return import_backend()(
@@ -86,6 +89,8 @@ def make_backend(
         megatron,
         trainable=trainable,
         head=head,
+        adapter=adapter,
+        base=base,
     )
 
 
@@ -123,7 +128,7 @@ def gradients(backend: Any) -> LocalTensors:
 
 
 def _slices(backend: TorchBackend) -> list[tuple[Slice, ...]]:
-    return [leaf.slices for leaf in backend._leaves]
+    return [leaf.slices for leaf in backend._trained]
 
 
 def record_of(backend: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from training_cases import loss_fn
 
 from harness import run_ranks
 from spmdrl.batch import from_rows
+from spmdrl.models.sharding import global_shapes
 from spmdrl.training.packing import pack
 from spmdrl.training.readout import next_token
 from spmdrl.world import World
@@ -120,7 +121,7 @@ def test_layouts_equal_the_torch_backend_and_transformers(expected, records, siz
         whole = rows.with_columns(tokens=hf["columns"]).select(own)
         for column in ("logprobs", "entropy"):
             torch.testing.assert_close(record["probe"][column], whole[column], rtol=1e-4, atol=1e-4)
-    gradients = assemble([record["gradients"] for record in ranks], config)
+    gradients = assemble([record["gradients"] for record in ranks], global_shapes(config))
     for parameter, wanted in hf["gradients"].items():
         torch.testing.assert_close(
             gradients[parameter], wanted, rtol=1e-4, atol=1e-4, msg=parameter
@@ -130,7 +131,7 @@ def test_layouts_equal_the_torch_backend_and_transformers(expected, records, siz
 
 def test_the_torch_backend_equals_transformers_too(expected):
     for kind, record in expected.items():
-        own = assemble([record["gradients"]], KINDS[kind])
+        own = assemble([record["gradients"]], global_shapes(KINDS[kind]))
         for parameter, wanted in record["hf"]["gradients"].items():
             torch.testing.assert_close(own[parameter], wanted, rtol=1e-4, atol=1e-4)
 

@@ -19,21 +19,17 @@ from spmdrl.config.rules import check_rules
 from spmdrl.config.sections import Config
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.storages import live_bytes
+from spmdrl.models.adapters import find_targets, make_adapter
 from spmdrl.models.config import read_config
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import open_checkpoint
-from spmdrl.models.megatron_layout import (
-    Cut,
-    Parameter,
-    flat_pieces,
-    megatron_layout,
-    megatron_state_layout,
-    rank_chunks,
-)
+from spmdrl.models.megatron_chunks import Cut, Parameter, rank_chunks
+from spmdrl.models.megatron_layout import flat_pieces, megatron_layout, megatron_state_layout
 from spmdrl.models.sharding import Slice
 from spmdrl.training.megatron import checks
 from spmdrl.training.megatron.checks import (
     MegatronOptions,
+    check_adapter,
     check_installed,
     check_megatron,
     model_cut,
@@ -361,6 +357,14 @@ def test_degrees_that_do_not_divide_the_experts_are_refused(degrees, sp, match):
     config, options = tiny_config("Qwen3MoeForCausalLM", **moe), MegatronOptions(sp=sp)
     with pytest.raises(ValueError, match=match):
         check_megatron("policy", config, {**DEGREES, **degrees}, options)
+
+
+def test_dropout_of_an_adapter_is_refused_where_it_trains() -> None:
+    names = find_targets(tiny_config(), ["q_proj"])
+    adapter = make_adapter(names, rank=2, alpha=2, dropout=0.1)
+    check_adapter("policy", adapter, trained=False)
+    with pytest.raises(ValueError, match=r"roles\.policy\.adapter\.dropout=0\.1 .*set it to 0, or"):
+        check_adapter("policy", adapter, trained=True)
 
 
 def test_a_missing_or_other_megatron_is_refused(monkeypatch):

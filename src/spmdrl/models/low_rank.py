@@ -222,11 +222,11 @@ def adapted_linear(
     y = linear(x, weight, bias, blocked)
     for addition, rows in added:
         u = product(x, addition.lora_A)
-        _add(y, u if rows is None else u * rows, addition, addition.b_weights())
+        add_products(y, u if rows is None else u * rows, addition, addition.b_weights())
     return y
 
 
-def _add(y: Tensor, u: Tensor, addition: Addition, b_weights: Sequence[Tensor]) -> None:
+def add_products(y: Tensor, u: Tensor, addition: Addition, b_weights: Sequence[Tensor]) -> None:
     """Add scale * B u to y, in place, target by target."""
     for span, b in zip(addition.spans, b_weights, strict=True):
         own = u[:, span.first_rank : span.first_rank + span.rank]
@@ -250,6 +250,23 @@ def _outputs(y: Tensor, addition: Addition, span: Span) -> Tensor:  # [T, rows]
     return _pieces(y, addition, span).reshape(len(y), span.rows)
 
 
+def product_gradients(
+    grad: Tensor,  # [T, N]
+    u: Tensor,  # [T, ranks]
+    addition: Addition,
+    b_weights: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Compute the gradients of u and of every target's B in scale * B u, given the outputs'."""
+    d_u = torch.empty_like(u)
+    d_b = []
+    for span, b in zip(addition.spans, b_weights, strict=True):
+        ranks = slice(span.first_rank, span.first_rank + span.rank)
+        own = _outputs(grad, addition, span)
+        d_u[:, ranks] = product(own, b.t()).mul_(span.scale)
+        d_b.append(product(own.t(), u[:, ranks].t()).mul_(span.scale))
+    return d_u, d_b
+
+
 class _Adapted(torch.autograd.Function):
     """W x + b + scale B A x; gradients of x, A and B."""
 
@@ -265,7 +282,7 @@ class _Adapted(torch.autograd.Function):
     ) -> Tensor:
         y = linear(x, weight, bias) if serves(x, weight) else F.linear(x, weight, bias)
         u = product(x, a)
-        _add(y, u, addition, b_weights)
+        add_products(y, u, addition, b_weights)
         ctx.addition = addition
         ctx.save_for_backward(x, weight, u, a, *b_weights)
         return y
@@ -274,13 +291,7 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, u, a, *b_weights = ctx.saved_tensors
-        d_u = torch.empty_like(u)
-        d_b = []
-        for span, b in zip(ctx.addition.spans, b_weights, strict=True):
-            ranks = slice(span.first_rank, span.first_rank + span.rank)
-            own = _outputs(grad, ctx.addition, span)
-            d_u[:, ranks] = product(own, b.t()).mul_(span.scale)
-            d_b.append(product(own.t(), u[:, ranks].t()).mul_(span.scale))
+        d_u, d_b = product_gradients(grad, u, ctx.addition, b_weights)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = product(grad, weight.t())

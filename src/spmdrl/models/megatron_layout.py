@@ -1,225 +1,24 @@
-"""Layout of a model on a Megatron rank, as slices of the Hugging Face name space.
+"""Layouts of roles on Megatron ranks, as slices of the Hugging Face name space.
 
-Local parameters have the names that `sharding` gives them, so that a rollout on the same rank can
-use those that are equal. The differences are:
-
-- QKV is interleaved: for each key/value head the rows of its queries, of the key, of the value.
-- The vocabulary is padded to a multiple of tp; no slice covers the padding.
-- A pipeline stage holds whole layers, in `vpp` runs of them (interleaved schedule).
-- Experts are separate parameters, not stacked.
-- The optimizer's state is a flat range of a buffer of all parameters, whatever their shapes.
-
-All functions here are pure, and depend on Megatron only by the way it cuts.
+The optimizer's state is a flat range of a buffer of all parameters that train, whatever their
+shapes. All functions here are pure, and depend on Megatron only by the way it cuts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 
 from spmdrl.distributed.mesh import coordinates, expert_degrees, expert_place
+from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.local_shards import LocalShard, Table
-from spmdrl.models.sharding import Head, Slice, all_slices, fused_tensors, restrict
-
-EMBEDDING, HEAD = "embed_tokens.weight", "head.weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """Numbers of parts that a role's model is cut into.
-
-    Args:
-        ep: number of parts of the experts, see `distributed.mesh`.
-        vpp: number of runs of layers on each pipeline rank.
-        fused_norms: whether norms belong to the projection after them (TransformerEngine).
-    """
-
-    tp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    ep: int = 1
-    fused_norms: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parameter:
-    """One parameter of a model chunk.
-
-    Args:
-        name: name as in `sharding`, with the layer's number in the whole model.
-        module_name: Megatron's name, with the layer's number in the chunk.
-        shared: whether it is the embedding of a tied model, which two pipeline stages hold.
-        is_expert: whether it is an expert and other ranks hold others (ep > 1).
-    """
-
-    name: str
-    module_name: str
-    shape: tuple[int, ...]
-    slices: tuple[Slice, ...]
-    shared: bool = False
-    is_expert: bool = False
-
-    @property
-    def is_replicated(self) -> bool:
-        """Whether every tp rank holds it, since tensor parallelism does not divide it. It always
-        divides experts; a rank with only padding of the vocabulary holds no slice of it.
-        """
-        return bool(self.slices) and not self.is_expert and all(s.is_whole for s in self.slices)
-
-
-def padded_vocab(model: ModelConfig, tp: int) -> int:
-    """Return the size of the vocabulary with padding, which tp divides."""
-    return -(-model.vocab_size // tp) * tp
-
-
-def chunk_layers(model: ModelConfig, cut: Cut, pp_rank: int, chunk: int) -> range:
-    """Return a chunk's layers: stage p has the p-th part of each of `vpp` parts of the model."""
-    size = model.num_layers // (cut.pp * cut.vpp)
-    first = (chunk * cut.pp + pp_rank) * size
-    return range(first, first + size)
-
-
-def rank_chunks(
-    model: ModelConfig,
-    cut: Cut,
-    tp_rank: int,
-    pp_rank: int,
-    head: Head = "lm",
-    *,
-    ep_rank: int = 0,
-) -> list[tuple[Parameter, ...]]:
-    """List the chunks of one rank, each with its parameters in the order of Megatron's modules."""
-    held = all_slices(model, tp_rank, cut.tp, head, ep_rank=ep_rank, ep_size=cut.ep)
-    chunks = []
-    for chunk in range(cut.vpp):
-        is_first = pp_rank == 0 and chunk == 0
-        is_last = pp_rank == cut.pp - 1 and chunk == cut.vpp - 1
-        rows: list[Parameter] = []
-        if is_first:
-            rows.append(_vocab(model, cut, tp_rank, EMBEDDING, "embedding.word_embeddings.weight"))
-        for number, layer in enumerate(chunk_layers(model, cut, pp_rank, chunk)):
-            rows += _layer(model, cut, tp_rank, held, f"layers.{layer}", number)
-        if is_last:
-            rows.append(_plain(held, "norm.weight", "decoder.final_layernorm.weight"))
-            if head == "score":
-                rows.append(_plain(held, HEAD, "output_layer.weight"))
-            elif not model.tie_embeddings:
-                rows.append(_vocab(model, cut, tp_rank, HEAD, "output_layer.weight"))
-            elif cut.pp > 1:
-                rows.append(_vocab(model, cut, tp_rank, EMBEDDING, "output_layer.weight"))
-        tied = model.tie_embeddings and head == "lm" and cut.pp > 1
-        chunks.append(tuple(replace(r, shared=tied and r.name == EMBEDDING) for r in rows))
-    return chunks
-
-
-def _plain(held: Mapping[str, tuple[Slice, ...]], name: str, module_name: str) -> Parameter:
-    slices = held[name]
-    shape = (sum(s.rows for s in slices), *slices[0].size[1:])
-    return Parameter(name=name, module_name=module_name, shape=shape, slices=slices)
-
-
-def _vocab(model: ModelConfig, cut: Cut, tp_rank: int, name: str, module_name: str) -> Parameter:
-    """Make a parameter with rows of a padded vocabulary; the last ranks may have only padding."""
-    [tensor] = fused_tensors(model)[name]
-    rows = padded_vocab(model, cut.tp) // cut.tp
-    whole = Slice(name=tensor.name, shape=tensor.shape, start=(0, 0), stop=tensor.shape, offset=0)
-    slices = restrict([whole], tp_rank * rows, (tp_rank + 1) * rows)
-    shape = (rows, model.hidden_size)
-    return Parameter(name=name, module_name=module_name, shape=shape, slices=slices)
-
-
-def _layer(
-    model: ModelConfig,
-    cut: Cut,
-    tp_rank: int,
-    held: Mapping[str, tuple[Slice, ...]],
-    local: str,
-    number: int,
-) -> Iterator[Parameter]:
-    prefix = f"decoder.layers.{number}"
-    input_norm, post_norm = "input_layernorm.weight", "pre_mlp_layernorm.weight"
-    has_experts = f"{local}.mlp.router.weight" in held
-    if cut.fused_norms:
-        input_norm = "self_attention.linear_qkv.layer_norm_weight"
-        if not has_experts:
-            post_norm = "mlp.linear_fc1.layer_norm_weight"
-
-    def plain(name: str, module_name: str) -> Parameter:
-        return _plain(held, f"{local}.{name}", f"{prefix}.{module_name}")
-
-    if not cut.fused_norms:
-        yield plain("input_norm.weight", input_norm)
-    yield plain("attention.out.weight", "self_attention.linear_proj.weight")
-    if cut.fused_norms:
-        yield plain("input_norm.weight", input_norm)
-    for kind in ("weight", *["bias"] * model.qkv_bias):
-        whole = plain(f"attention.qkv.{kind}", f"self_attention.linear_qkv.{kind}")
-        yield replace(whole, slices=_interleave(model, whole.slices))
-    if model.qk_norm:
-        yield plain("attention.q_norm.weight", "self_attention.q_layernorm.weight")
-        yield plain("attention.k_norm.weight", "self_attention.k_layernorm.weight")
-    yield plain("post_norm.weight", post_norm)
-    if has_experts:
-        yield plain("mlp.router.weight", "mlp.router.weight")
-        yield from _experts(model, cut, held, local, prefix)
-        return
-    yield plain("mlp.gate_up.weight", "mlp.linear_fc1.weight")
-    yield plain("mlp.down.weight", "mlp.linear_fc2.weight")
-
-
-def _experts(
-    model: ModelConfig,
-    cut: Cut,
-    held: Mapping[str, tuple[Slice, ...]],
-    local: str,
-    prefix: str,
-) -> Iterator[Parameter]:
-    """Yield this rank's experts: modules one after another, or (TransformerEngine) weights of one
-    grouped module, first all fc1 and then all fc2.
-    """
-    assert model.moe is not None
-    count = model.moe.num_experts // cut.ep
-    kinds = (("gate_up", "linear_fc1"), ("down", "linear_fc2"))
-
-    def one(expert: int, kind: str, module: str) -> Parameter:
-        whole = held[f"{local}.mlp.experts.{kind}"]
-        rows = sum(piece.rows for piece in whole) // count
-        own = restrict(whole, expert * rows, (expert + 1) * rows)
-        name = f"local_experts.{expert}.{module}.weight"
-        if cut.fused_norms:
-            name = f"{module}.weight{expert}"
-        return Parameter(
-            name=f"{local}.mlp.experts.{expert}.{kind}",
-            module_name=f"{prefix}.mlp.experts.{name}",
-            shape=(rows, own[0].size[1]),
-            slices=own,
-            is_expert=cut.ep > 1,
-        )
-
-    if cut.fused_norms:
-        yield from (one(expert, *kind) for kind in kinds for expert in range(count))
-    else:
-        yield from (one(expert, *kind) for expert in range(count) for kind in kinds)
-
-
-def _interleave(model: ModelConfig, slices: Sequence[Slice]) -> tuple[Slice, ...]:
-    """Reorder slices of q, k and v, which are below one another, by key/value head."""
-    groups = slices[1].rows // model.head_dim
-    result, offset = [], 0
-    for group in range(groups):
-        for part in slices:
-            rows = part.rows // groups
-            first = part.offset + group * rows
-            for piece in restrict([part], first, first + rows):
-                result.append(replace(piece, offset=offset))
-                offset += piece.rows
-    return tuple(result)
-
+from spmdrl.models.megatron_chunks import Cut, Parameter, adapter_chunks, rank_chunks
+from spmdrl.models.sharding import Head, Slice, restrict
 
 # The distributed optimizer's state
 
@@ -337,13 +136,34 @@ def megatron_layout(
     cut: Cut,
     dtype: torch.dtype,
     head: Head = "lm",
+    *,
+    frozen: Collection[str] = (),
+    adapter: Adapter | None = None,
 ) -> dict[int, Table]:
-    """Every rank's weights: the tensor-parallel part of its pipeline stage."""
+    """Every rank's weights: the tensor-parallel part of its pipeline stage.
 
-    def table(chunk: tuple[Parameter, ...], shard: int) -> Table:
-        return {p.name: LocalShard(shape=p.shape, dtype=dtype, slices=p.slices) for p in chunk}
+    Args:
+        frozen: Hugging Face names of tensors that do not train.
+        adapter: an adapter whose tensors the ranks hold as well.
+    """
 
-    return _rank_tables(model, ranks, degrees, cut, head, 1, table)
+    def table(place: Mapping[str, int], shard: int) -> Table:
+        chunks = _base_chunks(model, degrees, cut, place, head)
+        if adapter is not None:
+            added = adapter_chunks(model, cut, place["tp"], place["pp"], adapter)
+            chunks = [*chunks, *added]
+        return {
+            p.name: LocalShard(
+                shape=p.shape,
+                dtype=dtype,
+                slices=p.slices,
+                frozen=any(part.name in frozen for part in p.slices),
+            )
+            for chunk in chunks
+            for p in chunk
+        }
+
+    return _rank_tables(ranks, degrees, 1, table)
 
 
 def megatron_state_layout(
@@ -352,42 +172,59 @@ def megatron_state_layout(
     degrees: Mapping[str, int],
     cut: Cut,
     head: Head = "lm",
+    *,
+    adapter: Adapter | None = None,
 ) -> dict[int, Table]:
-    """Every rank's part of the masters, and so of each moment: flat ranges, as boxes."""
+    """Every rank's part of the masters, and so of each moment: flat ranges, as boxes.
+
+    Args:
+        adapter: an adapter that trains, and a scalar head with it, in place of the matrices.
+    """
     num_shards = degrees["dp_shard"] * degrees["cp"]
     exchange = expert_degrees(degrees)["exchange"]
 
-    def table(chunk: tuple[Parameter, ...], shard: int) -> Table:
-        ranges = chunk_ranges(chunk, shard, num_shards, exchange)
-        return {
-            f"{p.name}:{piece.start}": LocalShard(
-                shape=piece.shape, dtype=torch.float32, slices=piece.slices
-            )
-            for p in chunk
-            for piece in flat_pieces(p, *ranges[p.name])
-        }
+    def table(place: Mapping[str, int], shard: int) -> Table:
+        if adapter is None:
+            chunks = _base_chunks(model, degrees, cut, place, head)
+        else:
+            chunks = adapter_chunks(model, cut, place["tp"], place["pp"], adapter, head)
+        found = {}
+        for chunk in chunks:
+            ranges = chunk_ranges(chunk, shard, num_shards, exchange)
+            for p in chunk:
+                for piece in flat_pieces(p, *ranges[p.name]):
+                    found[f"{p.name}:{piece.start}"] = LocalShard(
+                        shape=piece.shape, dtype=torch.float32, slices=piece.slices
+                    )
+        return found
 
-    return _rank_tables(model, ranks, degrees, cut, head, num_shards, table)
+    return _rank_tables(ranks, degrees, num_shards, table)
+
+
+def _base_chunks(
+    model: ModelConfig,
+    degrees: Mapping[str, int],
+    cut: Cut,
+    place: Mapping[str, int],
+    head: Head,
+) -> list[tuple[Parameter, ...]]:
+    ep_rank = expert_place(degrees, place)["ep"]
+    return rank_chunks(model, cut, place["tp"], place["pp"], head, ep_rank=ep_rank)
 
 
 def _rank_tables(
-    model: ModelConfig,
     ranks: Sequence[int],
     degrees: Mapping[str, int],
-    cut: Cut,
-    head: Head,
     num_shards: int,
-    table: Callable[[tuple[Parameter, ...], int], Table],
+    table: Callable[[Mapping[str, int], int], Table],
 ) -> dict[int, Table]:
     """Ranks with the same pp, tp, ep and shard coordinates share one table."""
     tables: dict[tuple[int, int, int, int], Table] = {}
     layout = {}
     for rank, place in zip(ranks, coordinates(degrees), strict=True):
         shard = (place["dp_shard"] * degrees["cp"] + place["cp"]) % num_shards
-        ep_rank = expert_place(degrees, place)["ep"]
-        at = (place["pp"], place["tp"], ep_rank, shard)
+        at = (place["pp"], place["tp"], expert_place(degrees, place)["ep"], shard)
         if at not in tables:
-            chunks = rank_chunks(model, cut, place["tp"], place["pp"], head, ep_rank=ep_rank)
-            tables[at] = {n: held for chunk in chunks for n, held in table(chunk, shard).items()}
+            tables[at] = table(place, shard)
         layout[rank] = tables[at]
     return layout

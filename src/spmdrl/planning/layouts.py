@@ -10,15 +10,18 @@ from collections.abc import Mapping
 
 import torch
 
+from spmdrl.models.adapters import Adapter
 from spmdrl.models.degrees import check_tp
 from spmdrl.models.fsdp_cuts import fitting_blocks
 from spmdrl.models.local_shards import WeightLayout
-from spmdrl.models.megatron_layout import Cut, megatron_layout, megatron_state_layout
+from spmdrl.models.megatron_chunks import Cut
+from spmdrl.models.megatron_layout import megatron_layout, megatron_state_layout
 from spmdrl.models.sharding import SCORE, fused_tensors, global_shapes
 from spmdrl.planning.engines import vocab_multiple
 from spmdrl.role_spec import RoleSpec
 from spmdrl.training.megatron.checks import (
     MegatronOptions,
+    check_adapter,
     check_installed,
     check_megatron,
     model_cut,
@@ -35,7 +38,12 @@ def megatron_options(spec: RoleSpec) -> MegatronOptions:
 
 
 def _megatron_cut(spec: RoleSpec) -> Cut:
-    return model_cut(spec.placement.degrees, megatron_options(spec), spec.device)
+    return model_cut(
+        spec.placement.degrees,
+        megatron_options(spec),
+        spec.device,
+        is_plain=spec.adapter is not None,
+    )
 
 
 def role_layout(spec: RoleSpec, blocks: int = 1) -> WeightLayout:
@@ -51,7 +59,16 @@ def role_layout(spec: RoleSpec, blocks: int = 1) -> WeightLayout:
         degrees["dp_shard"] = 1
     if spec.backend == "megatron":
         cut = _megatron_cut(spec)
-        return megatron_layout(spec.model, placement.ranks, degrees, cut, spec.dtype, head)
+        return megatron_layout(
+            spec.model,
+            placement.ranks,
+            degrees,
+            cut,
+            spec.dtype,
+            head,
+            frozen=frozen_names(spec),
+            adapter=spec.adapter,
+        )
     return model_layout(
         spec.model,
         placement.ranks,
@@ -72,7 +89,11 @@ def state_layout(spec: RoleSpec, layout: WeightLayout) -> WeightLayout:
     if spec.backend != "megatron":
         return layout
     placement, cut = spec.placement, _megatron_cut(spec)
-    return megatron_state_layout(spec.model, placement.ranks, placement.degrees, cut, spec.head)
+    # over another role's base at least a head trains
+    added = Adapter(targets={}) if spec.adapter is None and spec.base is not None else spec.adapter
+    return megatron_state_layout(
+        spec.model, placement.ranks, placement.degrees, cut, spec.head, adapter=added
+    )
 
 
 def shard_blocks(spec: RoleSpec, specs: Mapping[str, RoleSpec]) -> int:
@@ -136,6 +157,8 @@ def check_model(spec: RoleSpec, *, replays_routing: bool) -> None:
     if spec.backend == "megatron":
         check_installed(spec.name)
         check_megatron(spec.name, spec.model, spec.placement.degrees, megatron_options(spec))
+        if spec.adapter is not None:
+            check_adapter(spec.name, spec.adapter, trained=spec.trained)
         return
     tp, ep = spec.placement.degrees["tp"], spec.placement.degrees["ep"]
     try:

@@ -36,7 +36,9 @@ def make_backend(
     if not mesh.is_member:
         return None
     if spec.backend == "megatron":
-        return import_backend()(
+        megatron = import_backend()
+        assert base is None or isinstance(base, megatron), spec.name
+        return megatron(
             mesh,
             spec.model,
             weights,
@@ -45,6 +47,8 @@ def make_backend(
             megatron_options(spec),
             trainable=spec.trained,
             head=spec.head,
+            adapter=spec.adapter,
+            base=base,
         )
     assert base is None, spec.name
     return TorchBackend(

@@ -16,6 +16,7 @@ from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, gather_own_grad
 from spmdrl.memory.host_copies import to_device
+from spmdrl.models.adapters import Adapter
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, fill
@@ -40,12 +41,12 @@ from spmdrl.training.backend_steps import (
 )
 from spmdrl.training.context import LocalStream, split_stream, stream_part
 from spmdrl.training.experts import ExpertUse, make_balance, make_routing
-from spmdrl.training.megatron.checks import MegatronOptions, model_cut
-from spmdrl.training.megatron.groups import make_groups, prepare_process
-from spmdrl.training.megatron.model import build_chunks, transformer_config
+from spmdrl.training.megatron.checks import MegatronOptions
+from spmdrl.training.megatron.groups import prepare_process
 from spmdrl.training.megatron.modules import StreamParams
 from spmdrl.training.megatron.optimizer import ShardedOptimizer
 from spmdrl.training.megatron.pipeline import Pipeline
+from spmdrl.training.megatron.role_weights import Body, borrowed_weights, own_weights
 from spmdrl.training.optimizer import HostNumber
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.packing import Microbatch
@@ -79,7 +80,7 @@ class MegatronBackend:
     The arguments are those of `TorchBackend`; `megatron` says how stages and sequences are cut.
 
     Raises:
-        ValueError: the attention cannot run here.
+        ValueError: the attention cannot run here, or `base` is not one that can be shared.
     """
 
     def __init__(
@@ -93,6 +94,8 @@ class MegatronBackend:
         *,
         trainable: bool = True,
         head: Head = "lm",
+        adapter: Adapter | None = None,
+        base: MegatronBackend | None = None,
     ) -> None:
         self.mesh, self.model, self.options, self.head = mesh, model, options, head
         self._device = device
@@ -106,43 +109,38 @@ class MegatronBackend:
             group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp")
         )
         prepare_process(device)
-        cut = model_cut(mesh.degrees, megatron, device)
-        groups = make_groups(
-            mesh,
-            device,
-            tied=model.tie_embeddings and head == "lm",
-            has_experts=model.moe is not None,
-        )
-        settings = transformer_config(mesh, model, options, megatron, device)
-        stage = build_chunks(settings, model, cut, groups, mesh, device, head)
-        self._chunks = stage.chunks
-        for chunk in self._chunks:
-            chunk.requires_grad_(trainable).train(trainable)
+        kind: Any = {"trainable": trainable, "head": head, "adapter": adapter}
+        if base is None:
+            self._own = own_weights(mesh, model, options, device, megatron, **kind)
+        else:
+            self._own = borrowed_weights(base.body, mesh, options, device, **kind)
+        settings, groups, units = self.body.settings, self.body.groups, self._own.units
+        self._chunks = self.body.stage.chunks
         self._optimizer: ShardedOptimizer | None = None
         if trainable:
             self._optimizer = ShardedOptimizer(
-                settings, self._chunks, stage.named, groups, mesh, options
+                settings, units, self._own.named, groups, mesh, options
             )
-        self._pipeline = Pipeline(
-            mesh,
-            settings,
-            groups,
-            self._optimizer.chunks if self._optimizer else self._chunks,
-        )
+            units = self._optimizer.chunks
+        self._pipeline = Pipeline(mesh, settings, groups, units)
         # made after the optimizer, which moves the weights into its buffers
-        self._weights: LocalTensors = {
-            p.name: (tensor.detach(), p.slices) for chunk in stage.named for p, tensor in chunk
-        }
+        self._weights, self._parts = self._own.local_tensors(), self._own.parts()
         self._is_sp = megatron.sp
         self._steps = StepCounts()
         self._fill(checkpoint)
 
+    @property
+    def body(self) -> Body:
+        """The chunks, which other backends may share."""
+        return self._own.body
+
     @torch.no_grad()
     def _fill(self, checkpoint: TensorSource) -> None:
         """Read the weights, and separate masters too, so that a float32 file loses nothing."""
-        for tensor, _ in self._weights.values():
+        own = self._own.own_tensors().values()
+        for tensor, _ in own:
             tensor.zero_()  # the padding of a vocabulary stays so
-        fill(self._weights.values(), checkpoint)
+        fill(own, checkpoint)
         if self._optimizer is not None:
             masters = [
                 part for n, part in self._optimizer.tensors.items() if n.startswith("weights/")
@@ -155,7 +153,7 @@ class MegatronBackend:
     def forward(
         self, batch: Batch, readout: Readout, *, progress: MicrobatchProgress | None = None
     ) -> Batch:
-        require_parts(self.mesh.role, self.parts(), "weights")
+        self._require_weights()
         rows = batch.to(torch.device("cpu"))
         size = rows.num_tokens if readout.is_per_token else rows.num_rows
         found = {name: torch.zeros(size, device=self._device) for name in readout.columns}
@@ -166,13 +164,9 @@ class MegatronBackend:
                 found[name][destination] = values.float()
             return output, None
 
-        for chunk in self._chunks:
-            chunk.eval()
         with torch.no_grad():
             items = [self._item(m, rows) for m in self._pack(rows, readout)]
             self._run(items, finish, progress, backward=False)
-        for chunk in self._chunks:
-            chunk.train(self._optimizer is not None)
         self._pipeline.from_last(list(found.values()))
         return as_columns(batch, readout, found)
 
@@ -187,7 +181,7 @@ class MegatronBackend:
         progress: MicrobatchProgress | None = None,
     ) -> dict[str, float]:
         optimizer = require_trainable(self.mesh.role, self._optimizer)
-        require_parts(self.mesh.role, self.parts(), "weights")
+        self._require_weights()
         optimizer.hold_gradients()
         rows = batch.to(torch.device("cpu"))
 
@@ -222,10 +216,9 @@ class MegatronBackend:
         return self._weights
 
     def parts(self) -> dict[str, list[Tensor]]:
-        parts = {"weights": [tensor for tensor, _ in self._weights.values()]}
-        if self._optimizer is not None:
-            parts["optimizer"] = self._optimizer.parts()
-        return parts
+        if self._optimizer is None:
+            return dict(self._parts)
+        return {**self._parts, "optimizer": self._optimizer.parts()}
 
     def state_tensors(self) -> LocalTensors:
         return {} if self._optimizer is None else self._optimizer.tensors
@@ -237,6 +230,9 @@ class MegatronBackend:
         optimizer = require_trainable(self.mesh.role, self._optimizer)
         optimizer.refresh_weights()
         optimizer.set_step_count(self._steps.restored(counters))
+
+    def _require_weights(self) -> None:
+        require_parts(self.mesh.role, self._parts, *self._parts)
 
     def _pack(
         self, rows: Batch, readout: Readout, *, whole_groups: bool = False
@@ -274,6 +270,9 @@ class MegatronBackend:
         backward: bool,
     ) -> list[Any]:
         done, count = 0, len(items) * len(self._chunks)
+        for chunk in self._chunks:
+            # nothing but recomputation depends on the mode, since no dropout is above 0
+            chunk.train(backward and self.options.recompute == "layer")
 
         def forward(chunk: Any, item: StageInput) -> Tensor:
             nonlocal done
@@ -284,7 +283,8 @@ class MegatronBackend:
             return output
 
         length = len(items[0].microbatch.tokens)
-        return self._pipeline.run(items, length, forward, finish, backward=backward)
+        with self._own.applied():
+            return self._pipeline.run(items, length, forward, finish, backward=backward)
 
     def _item(self, microbatch: Microbatch, rows: Batch, *, balance: float = 0.0) -> StageInput:
         stream = split_stream(microbatch, self.mesh.coordinate("cp"), self.mesh.size("cp"))
@@ -350,7 +350,9 @@ class MegatronBackend:
     def _head_weight(self) -> tuple[Tensor, int | None]:
         """Return the last stage's head without the vocabulary's padding, and its first token id."""
         last = self._chunks[-1]
-        weight: Tensor | None = last.output_layer.weight
+        weight: Tensor | None = self._own.head_weight()
+        if weight is None:
+            weight = last.output_layer.weight
         if self.head == "score":
             assert weight is not None
             return weight, None

@@ -10,9 +10,10 @@ from importlib.util import find_spec
 import torch
 
 from spmdrl.distributed.mesh import expert_degrees
+from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.degrees import check_ep, heads_fix
-from spmdrl.models.megatron_layout import Cut
+from spmdrl.models.megatron_chunks import Cut
 
 SUPPORTED = "0.16.1"
 """The only version that is supported and tested, since the backend reads private names."""
@@ -83,6 +84,20 @@ def check_megatron(
     _check_experts(role, model, degrees, options)
 
 
+def check_adapter(role: str, adapter: Adapter, *, trained: bool) -> None:
+    """Refuse adapters that cannot train here.
+
+    Raises:
+        ValueError: it drops inputs out.
+    """
+    if trained and adapter.dropout > 0:
+        raise ValueError(
+            f"roles.{role}.adapter.dropout={adapter.dropout} with train.backend=megatron, which "
+            "zeroes no inputs of an adapter: set it to 0, or "
+            f"roles.{role}.train.backend=torch"
+        )
+
+
 def _check_experts(
     role: str, model: ModelConfig, degrees: Mapping[str, int], options: MegatronOptions
 ) -> None:
@@ -107,14 +122,24 @@ def _check_experts(
         )
 
 
-def model_cut(degrees: Mapping[str, int], options: MegatronOptions, device: torch.device) -> Cut:
-    """Return the cut of the role's model on `device`."""
+def model_cut(
+    degrees: Mapping[str, int],
+    options: MegatronOptions,
+    device: torch.device,
+    *,
+    is_plain: bool = False,
+) -> Cut:
+    """Return the cut of the role's model on `device`.
+
+    Args:
+        is_plain: whether its layers are megatron-core's own, which can have an adapter.
+    """
     return Cut(
         tp=degrees["tp"],
         pp=degrees["pp"],
         vpp=options.vpp,
         ep=degrees["ep"],
-        fused_norms=uses_transformer_engine(device),
+        fused_norms=uses_transformer_engine(device) and not is_plain,
     )
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.experts import MoeConfig
-from spmdrl.models.megatron_layout import (
+from spmdrl.models.megatron_chunks import (
     Cut,
     Parameter,
     chunk_layers,
@@ -30,6 +30,7 @@ from spmdrl.models.megatron_layout import (
     rank_chunks,
 )
 from spmdrl.models.sharding import Head
+from spmdrl.training.megatron.adapted import AdaptableColumn, AdaptableRow
 from spmdrl.training.megatron.checks import MegatronOptions, uses_transformer_engine
 from spmdrl.training.megatron.modules import (
     MegatronHead,
@@ -46,18 +47,21 @@ def transformer_config(
     options: TrainOptions,
     megatron: MegatronOptions,
     device: torch.device,
+    *,
+    is_plain: bool = False,
 ) -> TransformerConfig:
-    """Describe the model and its parallel layout for megatron-core."""
+    """Describe the model and its parallel layout for megatron-core.
+
+    Layers are recomputed while a chunk is in training mode.
+
+    Args:
+        is_plain: see `model_cut`.
+    """
     given = _model_settings(model, options.param_dtype)
     given |= _layout_settings(mesh, megatron, device) | _kernel_settings(device)
     if model.moe is not None:
-        given |= _expert_settings(model.moe, model, mesh, device)
-    if options.recompute == "layer":
-        given |= {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
+        is_grouped = uses_transformer_engine(device) and not is_plain
+        given |= _expert_settings(model.moe, model, mesh, is_grouped)
     return TransformerConfig(**given)
 
 
@@ -81,6 +85,9 @@ def _model_settings(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
     }
 
 
@@ -137,10 +144,16 @@ def build_chunks(
     mesh: Mesh,
     device: torch.device,
     head: Head,
+    *,
+    with_score: bool = True,
 ) -> ModelChunks:
-    """Build the chunks of this rank of `mesh`; their parameters are not filled yet."""
+    """Build the chunks of this rank of `mesh`; their parameters are not filled yet.
+
+    Args:
+        with_score: whether the last one holds the scalar head, if `head` is that.
+    """
     tp_rank, pp_rank, ep_rank = (mesh.coordinate(axis) for axis in ("tp", "pp", "ep"))
-    table = rank_chunks(model, cut, tp_rank, pp_rank, head, ep_rank=ep_rank)
+    table = rank_chunks(model, cut, tp_rank, pp_rank, head, ep_rank=ep_rank, with_score=with_score)
     embd, groups.embd = groups.embd, None  # see groups: weights are loaded, not all-reduced
     chunks = [
         build_chunk(settings, model, cut, groups, number, device, head) for number in range(cut.vpp)
@@ -148,7 +161,7 @@ def build_chunks(
     groups.embd = embd
     named = []
     for chunk, expected in zip(chunks, table, strict=True):
-        replace_head(chunk, model, head)
+        replace_head(chunk, model, head, with_score=with_score)
         named.append(list(zip(expected, name_parameters(chunk, expected), strict=True)))
     return ModelChunks(chunks=chunks, named=named)
 
@@ -190,14 +203,19 @@ def build_chunk(
     return chunk_model
 
 
-def replace_head(chunk: GPTModel, model: ModelConfig, head: Head) -> None:
-    """Make the last chunk return hidden states, and give it a scalar head if `head` asks for it."""
+def replace_head(chunk: GPTModel, model: ModelConfig, head: Head, *, with_score: bool) -> None:
+    """Make the last chunk return hidden states, and give it a scalar head if `head` asks for it.
+
+    Args:
+        with_score: see `build_chunks`.
+    """
     if not chunk.post_process:
         return
     weight: nn.Parameter | None = chunk.output_layer.weight
     if head == "score":
         like = chunk.decoder.final_layernorm.weight
-        weight = nn.Parameter(torch.empty(1, model.hidden_size, dtype=like.dtype).to(like.device))
+        row = torch.empty(1, model.hidden_size, dtype=like.dtype, device=like.device)
+        weight = nn.Parameter(row) if with_score else None
     chunk.output_layer = MegatronHead(weight)
 
 
@@ -211,7 +229,7 @@ def name_parameters(chunk: GPTModel, expected: tuple[Parameter, ...]) -> list[nn
 
 
 def _expert_settings(
-    moe: MoeConfig, model: ModelConfig, mesh: Mesh, device: torch.device
+    moe: MoeConfig, model: ModelConfig, mesh: Mesh, is_grouped: bool
 ) -> dict[str, Any]:
     return {
         "num_moe_experts": moe.num_experts,
@@ -224,7 +242,7 @@ def _expert_settings(
         "moe_router_load_balancing_type": "none",
         # all-gathers would need equally many tokens on all ranks
         "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": uses_transformer_engine(device),
+        "moe_grouped_gemm": is_grouped,
     }
 
 
@@ -244,6 +262,11 @@ def _layer_spec(
             num_experts=num_experts, qk_layernorm=model.qk_norm, normalization="RMSNorm"
         )
         spec.submodules.input_layernorm = norm
+        linear = spec.submodules.self_attention.submodules
+        linear.linear_qkv, linear.linear_proj = AdaptableColumn, AdaptableRow
+        if moe is None:
+            linear = spec.submodules.mlp.submodules
+            linear.linear_fc1, linear.linear_fc2 = AdaptableColumn, AdaptableRow
     if moe is not None:
         spec.submodules.mlp.submodules.router = partial(MegatronRouter, moe, layer, device)
     if moe is not None or not cut.fused_norms:

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.local_shards import LocalTensors
-from spmdrl.models.megatron_layout import Parameter, chunk_ranges, flat_pieces
+from spmdrl.models.megatron_chunks import Parameter
+from spmdrl.models.megatron_layout import chunk_ranges, flat_pieces
 from spmdrl.training.megatron.compat import named_as_on_cuda
 from spmdrl.training.optimizer import (
     MOMENTS,
+    all_reduce_gradients,
     average_gradients,
     fresh_state,
     gradient_norm,
@@ -193,8 +195,10 @@ class ShardedOptimizer:
         finalize_model_grads(self.chunks, None, pg_collection=self._groups)
         for inner in self._inner:
             inner.prepare_grads()
-        copies = [grad for shard, grad in self.gradients() if shard.parameter.is_replicated]
-        average_gradients(copies, self._mesh.group("tp"))
+        tp = self._mesh.group("tp")
+        held = [(s.parameter, grad) for s, grad in self.gradients() if s.parameter.is_replicated]
+        average_gradients([grad for p, grad in held if not p.has_share], tp)
+        all_reduce_gradients([grad for p, grad in held if p.has_share], tp)
 
     def gradients(self) -> list[tuple[Shard, Tensor]]:
         """Return every shard's gradient, flat, float32; call it after `reduce`."""

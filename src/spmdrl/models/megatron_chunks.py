@@ -1,0 +1,273 @@
+"""Parameters of a model's chunks on a Megatron rank, as slices of the Hugging Face name space.
+
+Local parameters have the names that `sharding` gives them, so that a rollout on the same rank can
+use those that are equal. The differences are:
+
+- QKV is interleaved: for each key/value head the rows of its queries, of the key, of the value.
+- The vocabulary is padded to a multiple of tp; no slice covers the padding.
+- A pipeline stage holds whole layers, in `vpp` runs of them (interleaved schedule).
+- Experts are separate parameters, not stacked.
+
+An adapter's parameters, and a scalar head with them, are a chunk's own: the base beside them does
+not train.
+
+All functions here are pure, and depend on Megatron only by the way it cuts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from spmdrl.models.adapters import Adapter, adapter_tensors
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.sharding import Head, Slice, all_slices, fused_tensors, restrict
+
+EMBEDDING, HEAD = "embed_tokens.weight", "head.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """Numbers of parts that a role's model is cut into.
+
+    Args:
+        ep: number of parts of the experts, see `distributed.mesh`.
+        vpp: number of runs of layers on each pipeline rank.
+        fused_norms: whether norms belong to the projection after them (TransformerEngine).
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    fused_norms: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameter:
+    """One parameter of a model chunk.
+
+    Args:
+        name: name as in `sharding`, with the layer's number in the whole model.
+        module_name: Megatron's name, with the layer's number in the chunk.
+        shared: whether it is the embedding of a tied model, which two pipeline stages hold.
+        is_expert: whether it is an expert and other ranks hold others (ep > 1).
+        is_added: whether it is of an adapter.
+    """
+
+    name: str
+    module_name: str
+    shape: tuple[int, ...]
+    slices: tuple[Slice, ...]
+    shared: bool = False
+    is_expert: bool = False
+    is_added: bool = False
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every tp rank holds it, since tensor parallelism does not divide it. It always
+        divides experts; a rank with only padding of the vocabulary holds no slice of it.
+        """
+        return bool(self.slices) and not self.is_expert and all(s.is_whole for s in self.slices)
+
+    @property
+    def has_share(self) -> bool:
+        """Whether each tp rank computes a share of its gradient, and the sum is the whole. A before
+        a column-parallel matrix has its share through the rank's own outputs (and, with sequence
+        parallelism, tokens), B after a row-parallel one that of the rank's own inputs.
+        """
+        return self.is_added and self.is_replicated
+
+
+def padded_vocab(model: ModelConfig, tp: int) -> int:
+    """Return the size of the vocabulary with padding, which tp divides."""
+    return -(-model.vocab_size // tp) * tp
+
+
+def chunk_layers(model: ModelConfig, cut: Cut, pp_rank: int, chunk: int) -> range:
+    """Return a chunk's layers: stage p has the p-th part of each of `vpp` parts of the model."""
+    size = model.num_layers // (cut.pp * cut.vpp)
+    first = (chunk * cut.pp + pp_rank) * size
+    return range(first, first + size)
+
+
+def rank_chunks(
+    model: ModelConfig,
+    cut: Cut,
+    tp_rank: int,
+    pp_rank: int,
+    head: Head = "lm",
+    *,
+    ep_rank: int = 0,
+    with_score: bool = True,
+) -> list[tuple[Parameter, ...]]:
+    """List the chunks of one rank, each with its parameters in the order of Megatron's modules.
+
+    Args:
+        with_score: whether a scalar head is among them, see `adapter_chunks`.
+    """
+    held = all_slices(model, tp_rank, cut.tp, head, ep_rank=ep_rank, ep_size=cut.ep)
+    chunks = []
+    for chunk in range(cut.vpp):
+        is_first = pp_rank == 0 and chunk == 0
+        is_last = pp_rank == cut.pp - 1 and chunk == cut.vpp - 1
+        rows: list[Parameter] = []
+        if is_first:
+            rows.append(_vocab(model, cut, tp_rank, EMBEDDING, "embedding.word_embeddings.weight"))
+        for number, layer in enumerate(chunk_layers(model, cut, pp_rank, chunk)):
+            rows += _layer(model, cut, tp_rank, held, f"layers.{layer}", number)
+        if is_last:
+            rows.append(_plain(held, "norm.weight", "decoder.final_layernorm.weight"))
+            if head == "score":
+                if with_score:
+                    rows.append(_plain(held, HEAD, "output_layer.weight"))
+            elif not model.tie_embeddings:
+                rows.append(_vocab(model, cut, tp_rank, HEAD, "output_layer.weight"))
+            elif cut.pp > 1:
+                rows.append(_vocab(model, cut, tp_rank, EMBEDDING, "output_layer.weight"))
+        tied = model.tie_embeddings and head == "lm" and cut.pp > 1
+        chunks.append(tuple(replace(r, shared=tied and r.name == EMBEDDING) for r in rows))
+    return chunks
+
+
+def adapter_chunks(
+    model: ModelConfig,
+    cut: Cut,
+    tp_rank: int,
+    pp_rank: int,
+    adapter: Adapter,
+    head: Head = "lm",
+) -> list[tuple[Parameter, ...]]:
+    """List what each chunk of one rank holds beside its base: an adapter's matrices, and in the
+    last a scalar head. They are in the order of the forward pass.
+
+    Their names are those of `adapters.adapter_tensors`; modules cannot have dots in names.
+    """
+    chunks = []
+    for chunk in range(cut.vpp):
+        own = chunk_adapter(model, adapter, chunk_layers(model, cut, pp_rank, chunk))
+        table = dict(adapter_tensors(model, own))
+        is_last = pp_rank == cut.pp - 1 and chunk == cut.vpp - 1
+        if is_last and head == "score":
+            table[HEAD] = fused_tensors(model, "score")[HEAD]
+        held = all_slices(model, tp_rank, cut.tp, table=table)
+        rows = [_plain(held, name, name.replace(".", "_")) for name in held]
+        chunks.append(tuple(replace(row, is_added=row.name != HEAD) for row in rows))
+    return chunks
+
+
+def chunk_adapter(model: ModelConfig, adapter: Adapter, layers: range) -> Adapter:
+    """Return the part of an adapter that is in these layers; it may have no target."""
+    prefixes = tuple(f"layers.{layer}." for layer in layers)
+    inside = {
+        tensor.name
+        for local, tensors in fused_tensors(model).items()
+        if local.startswith(prefixes)
+        for tensor in tensors
+    }
+    targets = {name: added for name, added in adapter.targets.items() if name in inside}
+    return replace(adapter, targets=targets)
+
+
+def _plain(held: Mapping[str, tuple[Slice, ...]], name: str, module_name: str) -> Parameter:
+    slices = held[name]
+    shape = (sum(s.rows for s in slices), *slices[0].size[1:])
+    return Parameter(name=name, module_name=module_name, shape=shape, slices=slices)
+
+
+def _vocab(model: ModelConfig, cut: Cut, tp_rank: int, name: str, module_name: str) -> Parameter:
+    """Make a parameter with rows of a padded vocabulary; the last ranks may have only padding."""
+    [tensor] = fused_tensors(model)[name]
+    rows = padded_vocab(model, cut.tp) // cut.tp
+    whole = Slice(name=tensor.name, shape=tensor.shape, start=(0, 0), stop=tensor.shape, offset=0)
+    slices = restrict([whole], tp_rank * rows, (tp_rank + 1) * rows)
+    shape = (rows, model.hidden_size)
+    return Parameter(name=name, module_name=module_name, shape=shape, slices=slices)
+
+
+def _layer(
+    model: ModelConfig,
+    cut: Cut,
+    tp_rank: int,
+    held: Mapping[str, tuple[Slice, ...]],
+    local: str,
+    number: int,
+) -> Iterator[Parameter]:
+    prefix = f"decoder.layers.{number}"
+    input_norm, post_norm = "input_layernorm.weight", "pre_mlp_layernorm.weight"
+    has_experts = f"{local}.mlp.router.weight" in held
+    if cut.fused_norms:
+        input_norm = "self_attention.linear_qkv.layer_norm_weight"
+        if not has_experts:
+            post_norm = "mlp.linear_fc1.layer_norm_weight"
+
+    def plain(name: str, module_name: str) -> Parameter:
+        return _plain(held, f"{local}.{name}", f"{prefix}.{module_name}")
+
+    if not cut.fused_norms:
+        yield plain("input_norm.weight", input_norm)
+    yield plain("attention.out.weight", "self_attention.linear_proj.weight")
+    if cut.fused_norms:
+        yield plain("input_norm.weight", input_norm)
+    for kind in ("weight", *["bias"] * model.qkv_bias):
+        whole = plain(f"attention.qkv.{kind}", f"self_attention.linear_qkv.{kind}")
+        yield replace(whole, slices=_interleave(model, whole.slices))
+    if model.qk_norm:
+        yield plain("attention.q_norm.weight", "self_attention.q_layernorm.weight")
+        yield plain("attention.k_norm.weight", "self_attention.k_layernorm.weight")
+    yield plain("post_norm.weight", post_norm)
+    if has_experts:
+        yield plain("mlp.router.weight", "mlp.router.weight")
+        yield from _experts(model, cut, held, local, prefix)
+        return
+    yield plain("mlp.gate_up.weight", "mlp.linear_fc1.weight")
+    yield plain("mlp.down.weight", "mlp.linear_fc2.weight")
+
+
+def _experts(
+    model: ModelConfig,
+    cut: Cut,
+    held: Mapping[str, tuple[Slice, ...]],
+    local: str,
+    prefix: str,
+) -> Iterator[Parameter]:
+    """Yield this rank's experts: modules one after another, or (TransformerEngine) weights of one
+    grouped module, first all fc1 and then all fc2.
+    """
+    assert model.moe is not None
+    count = model.moe.num_experts // cut.ep
+    kinds = (("gate_up", "linear_fc1"), ("down", "linear_fc2"))
+
+    def one(expert: int, kind: str, module: str) -> Parameter:
+        whole = held[f"{local}.mlp.experts.{kind}"]
+        rows = sum(piece.rows for piece in whole) // count
+        own = restrict(whole, expert * rows, (expert + 1) * rows)
+        name = f"local_experts.{expert}.{module}.weight"
+        if cut.fused_norms:
+            name = f"{module}.weight{expert}"
+        return Parameter(
+            name=f"{local}.mlp.experts.{expert}.{kind}",
+            module_name=f"{prefix}.mlp.experts.{name}",
+            shape=(rows, own[0].size[1]),
+            slices=own,
+            is_expert=cut.ep > 1,
+        )
+
+    if cut.fused_norms:
+        yield from (one(expert, *kind) for kind in kinds for expert in range(count))
+    else:
+        yield from (one(expert, *kind) for expert in range(count) for kind in kinds)
+
+
+def _interleave(model: ModelConfig, slices: Sequence[Slice]) -> tuple[Slice, ...]:
+    """Reorder slices of q, k and v, which are below one another, by key/value head."""
+    groups = slices[1].rows // model.head_dim
+    result, offset = [], 0
+    for group in range(groups):
+        for part in slices:
+            rows = part.rows // groups
+            first = part.offset + group * rows
+            for piece in restrict([part], first, first + rows):
+                result.append(replace(piece, offset=offset))
+                offset += piece.rows
+    return tuple(result)
