@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_cases import WithAdded, adapter_of, make_role, mesh_of, moe_config, value_loss
+from adapter_backends import WithAdded, adapter_of, make_role, mesh_of, moe_config, value_loss
 from test_torch_backend import NUM_STEPS, compare, train
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from training_cases import loss_fn, make_rows, options, tiny_config
 
@@ -312,3 +314,31 @@ def test_a_step_reduces_the_adapter_once_and_the_base_never() -> None:
     assert not sum(n for op, n in counts.items() if "reduce_scatter" in op), counts
     # the number of microbatches, the gradients, their norm
     assert counts["c10d::allreduce_"] == 3, counts
+
+
+def kept_shapes(world: World) -> list[set[tuple[int, ...]]]:
+    """Shapes of what is kept for the backward pass when all trains, and over a fixed base."""
+    found = []
+    for model in (tiny_config(), moe_config()):
+        for adapter in (None, adapter_of(model, "q_proj")):
+            backend = make_role(mesh_of(world, {}), model, adapter, options())
+            seen: set[tuple[int, ...]] = set()
+
+            def pack(tensor: Tensor, into: set[tuple[int, ...]] = seen) -> Tensor:
+                into.add(tuple(tensor.shape))
+                return tensor
+
+            with saved_tensors_hooks(pack, lambda tensor: tensor):
+                backend.forward_backward(
+                    make_rows([5, 6], 3), loss_fn, next_token(), normaliser=9.0
+                )
+            found.append(seen)
+    return found
+
+
+def test_a_fixed_base_keeps_no_inputs_of_its_products() -> None:
+    """The widths are those of the down projections' inputs."""
+    [(dense, over_dense, experts, over_experts)] = run_ranks(kept_shapes, 1)
+    for shapes, base, width in ((dense, over_dense, 48), (experts, over_experts, 16)):
+        assert any(shape[0] > 32 and shape[1:] == (width,) for shape in shapes)
+        assert not any(shape[0] > 32 and shape[1:] == (width,) for shape in base), base

@@ -104,15 +104,16 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scales = ctx.saved_tensors
         flat, d = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
         d_x = torch.empty(x.shape, dtype=x.dtype)
-        d_weight = torch.zeros_like(weight)
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for rows, part in zip(_blocks(flat), _parts(d_x, flat), strict=True):
             block, scale = flat[rows], scales[rows]
             product = d[rows] * block
-            d_weight.addmv_(product.t(), scale[:, 0])
+            if d_weight is not None:
+                d_weight.addmv_(product.t(), scale[:, 0])
             # dx = r (w dy) - x r^3 mean(w dy x), r = the row's scale
             mean = torch.mv(product, weight)[:, None].div_(flat.shape[1])
             torch.mul(d[rows], weight, out=part)

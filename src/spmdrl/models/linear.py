@@ -203,7 +203,8 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:
         assert sum(sizes) == x.shape[0], (sum(sizes), x.shape)
-        ctx.save_for_backward(x, weight)
+        # x only serves the gradient of weights that train
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
         ctx.sizes = sizes
         out = x.new_empty(x.shape[0], weight.shape[1])
         start = 0
@@ -219,7 +220,7 @@ class _Loop(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, _ = ctx.needs_input_grad
-        d_x = torch.empty_like(x) if for_x else None
+        d_x = grad.new_empty(len(grad), weight.shape[2]) if for_x else None
         d_weight = torch.empty_like(weight) if for_weight else None
         start = 0
         for expert, size in enumerate(ctx.sizes):

@@ -1,0 +1,193 @@
+"""Adapters on the train backend against PEFT, on the same model of transformers in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_backends import CPU, EXPERTS, mesh_of
+from torch import Tensor
+from training_cases import VOCAB, dense, loss_fn, make_rows, options
+
+from harness import run_ranks
+from spmdrl.batch import Batch
+from spmdrl.models.adapters import Adapter, LowRank, adapter_shapes, find_targets
+from spmdrl.models.files.hf import open_model
+from spmdrl.models.sharding import Slice
+from spmdrl.training.protocol import LossInput
+from spmdrl.training.readout import next_token
+from spmdrl.training.torch_backend import TorchBackend
+from spmdrl.world import World
+
+TEMPERATURE, NORMALISER = 0.8, 7.0
+ATTENTION = {"q_proj": 3, "k_proj": 3, "v_proj": 5, "o_proj": 2}
+RANKS = {
+    "Llama": {**ATTENTION, "gate_proj": 2, "down_proj": 4},
+    "Qwen3": {**ATTENTION, "gate_proj": 2, "up_proj": 2, "down_proj": 4},
+    "Qwen3Moe": ATTENTION,
+}
+ALPHA = {name: 2.0 + i for i, name in enumerate(RANKS["Qwen3"])}
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+
+
+def peft_model(kind: str, directory: Path) -> Any:
+    """A random model, which is saved, in PEFT with a random adapter."""
+    import peft
+    import transformers
+
+    extra = {**EXPERTS, "norm_topk_prob": True} if kind == "Qwen3Moe" else {}
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **extra)
+    config.architectures = [f"{kind}ForCausalLM"]
+    config._experts_implementation = "eager"
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.15
+            parameter.copy_(noise + (1.0 if parameter.ndim == 1 else 0.0))
+    model.save_pretrained(directory)
+    found = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=3,
+            lora_alpha=1,
+            target_modules=sorted(RANKS[kind]),
+            rank_pattern=RANKS[kind],
+            alpha_pattern={name: ALPHA[name] for name in RANKS[kind]},
+        ),
+    )
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return found
+
+
+def by_our_names(model: Any, gradients: bool = False) -> dict[str, Tensor]:
+    """The adapter's values, or their gradients."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            own = name.removeprefix("base_model.model.").replace(".default.", ".")
+            found[own] = (parameter.grad if gradients else parameter).detach().clone()
+    return found
+
+
+class WithTensors:
+    """A model's weights, and tensors by name."""
+
+    def __init__(self, base: Any, tensors: dict[str, Tensor]) -> None:
+        self._base, self._tensors = base, tensors
+        self.names = base.names | set(tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape) if name in self._tensors else self._base.shape(name)
+
+    def read(self, part: Slice) -> Tensor:
+        if part.name not in self._tensors:
+            return self._base.read(part)
+        box = tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))
+        return self._tensors[part.name][box]
+
+
+def theirs(model: Any, rows: Batch) -> dict[str, Any]:
+    """PEFT's logits, log-probabilities, loss and gradients, row by row."""
+    every, logprobs, entropy = [], [], []
+    for tokens in torch.split(rows["tokens"], rows.lengths.tolist()):
+        logits = model(input_ids=tokens[None]).logits[0]
+        every.append(logits.detach())
+        scores = torch.log_softmax(logits / TEMPERATURE, -1)[:-1]
+        zero = scores.new_zeros(1)
+        logprobs.append(torch.cat((zero, scores.gather(1, tokens[1:, None])[:, 0])))
+        entropy.append(torch.cat((zero, -(scores.exp() * scores).sum(-1))))
+    mask = rows["loss_mask"]
+    outputs = {"logprobs": torch.cat(logprobs)[mask], "entropy": torch.cat(entropy)[mask]}
+    given = LossInput(
+        outputs=outputs,
+        columns={n: c[mask] for n, c in rows.tokens.items()},
+        rows=rows.rows,
+        row=rows.row_of_token()[mask],
+        num_rows=len(rows),
+    )
+    loss = loss_fn(given)[0] / NORMALISER
+    loss.backward()
+    return {
+        "logits": torch.cat(every),
+        "logprobs": outputs["logprobs"].detach(),
+        "loss": float(loss.detach()),
+        "gradients": by_our_names(model, gradients=True),
+    }
+
+
+def adapter_for(kind: str, path: Path) -> Adapter:
+    model, _ = open_model(path)
+    targets = {}
+    for name in find_targets(model, tuple(RANKS[kind])):
+        part = name.split(".")[-2]
+        rank = RANKS[kind][part]
+        targets[name] = LowRank(rank=rank, scale=ALPHA[part] / rank)
+    return Adapter(targets=targets)
+
+
+def ours(
+    world: World, kind: str, path: Path, tensors: dict[str, Tensor], rows: Batch
+) -> dict[str, Any]:
+    config, weights = open_model(path)
+    adapter = adapter_for(kind, path)
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == adapter_shapes(config, adapter)
+    backend = TorchBackend(
+        mesh_of(world, {}),
+        config,
+        WithTensors(weights, tensors),
+        options(microbatch_tokens=40),
+        CPU,
+        adapter=adapter,
+    )
+    logits, decoder = [], backend.body.decoder
+    with torch.no_grad():
+        for tokens in torch.split(rows["tokens"], rows.lengths.tolist()):
+            places = torch.arange(len(tokens))
+            hidden = decoder(tokens, places, dense, adapters=backend._weights.applied())
+            logits.append(hidden @ decoder.head_weight().T)
+    readout = next_token(TEMPERATURE)
+    found = backend.forward(rows, readout)["logprobs"][rows["loss_mask"]]
+    sums = backend.forward_backward(rows, loss_fn, readout, normaliser=NORMALISER)
+    gradients = {}
+    for leaf in backend._trained:
+        gradient = leaf.gradient()
+        assert gradient is not None
+        for piece in leaf.slices:
+            gradients[piece.name] = gradient[piece.offset : piece.offset + piece.rows]
+    return {
+        "logits": torch.cat(logits),
+        "logprobs": found,
+        "loss": sums["loss"],
+        "gradients": gradients,
+    }
+
+
+@pytest.mark.parametrize("kind", RANKS)
+def test_logits_losses_and_gradients_are_those_of_peft(kind: str, tmp_path: Path) -> None:
+    model = peft_model(kind, tmp_path)
+    rows = make_rows([6, 3, 9], 3, seconds=True)
+    expected = theirs(model, rows)
+    [found] = run_ranks(ours, 1, kind, tmp_path, by_our_names(model), rows)
+    for name in ("logits", "logprobs"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        assert gradient.abs().max() > 1e-3, name
+        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-5, atol=1e-5)
+    assert len(expected["gradients"]) == 2 * 2 * len(RANKS[kind])
