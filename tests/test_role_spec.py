@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from flow_cases import write_config
 from role_specs import specs_of
 from spmdrl.config.load import load_config
+from spmdrl.models.adapters import find_targets, make_adapter
 from spmdrl.models.config import read_config
+from spmdrl.models.files.adapter_sources import FreshAdapter
+from spmdrl.models.files.peft_export import write_adapter
+from spmdrl.role_spec import RoleSpec
 from tiny_model import make_tiny_model
 
 
@@ -25,3 +31,39 @@ def test_an_unknown_kind_is_refused_and_the_nearest_is_named(tmp_path: Path) -> 
     config = load_config(path, ["roles.critic={kind: polcy}"])
     with pytest.raises(ValueError, match=r"roles\.critic\.kind=polcy: .*did you mean policy\?"):
         specs_of(config, model)
+
+
+def test_an_adapters_file_counts_and_keys_that_differ_from_it_are_refused(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model")
+    path = write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "run")
+    written = make_adapter(find_targets(model, ["attention"]), rank=4, alpha=12, dropout=0.1)
+    values = FreshAdapter(model, written, seed=1)
+    tensors = ((name, torch.zeros(values.shape(name))) for name in values.names)
+    adapter = tmp_path / "adapter"
+    write_adapter(tensors, model, written, adapter, base=tmp_path / "model")
+
+    def spec(**keys: object) -> RoleSpec:
+        section = {"path": str(adapter), **keys}
+        config = load_config(path, [f"roles.policy.adapter={json.dumps(section)}"])
+        return specs_of(config, model)["policy"]
+
+    assert spec().adapter == written
+    agreeing = spec(rank=4, alpha=12, targets=["attention"], rslora=False)
+    assert agreeing.adapter == written
+    changed = spec(dropout=0.25).adapter
+    assert changed is not None
+    assert (changed.targets, changed.dropout) == (written.targets, 0.25)
+    for key, value in {
+        "rank": 16,
+        "alpha": 32.0,
+        "targets": ["q_proj"],
+        "rslora": True,
+        "init": "gaussian",
+    }.items():
+        with pytest.raises(ValueError, match=rf"roles\.policy\.adapter\.{key}=.*remove the key"):
+            spec(**{key: value})
+    with pytest.raises(ValueError, match=r"roles\.policy\.adapter\.path: .*adapter_config\.json"):
+        spec(path=str(tmp_path / "model"))
+    tiny = load_config(path, [f"roles.policy.adapter={{path: {adapter}}}", "model.tiny=true"])
+    with pytest.raises(ValueError, match=r"roles\.policy\.adapter\.path=.*model\.tiny"):
+        specs_of(tiny, model)

@@ -8,17 +8,18 @@ and a role's name. Users' own roles (`kind: module:Class`) have none: they may h
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from spmdrl.config.roles import RoleSection
+from spmdrl.config.roles import AdapterSection, RoleSection
 from spmdrl.config.sections import Config, TrainSection
 from spmdrl.models.adapters import Adapter, find_targets, make_adapter
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.files.peft import open_peft
 from spmdrl.models.sharding import Head
 from spmdrl.placement import DeviceType, Placement, role_device_type
 
@@ -157,28 +158,72 @@ def make_specs(
             trained=config.is_trained(name),
             backend=backend,
             is_tiny=config.model.tiny,
-            adapter=_adapter(name, config.roles[name], models[name]),
+            adapter=_adapter(name, config, models[name]),
             base=config.roles[name].base,
         )
     return _with_policys_adapter(config, specs)
 
 
-def _adapter(name: str, section: RoleSection, model: ModelConfig) -> Adapter | None:
-    """Make the adapter that a role's section describes.
+def _adapter(name: str, config: Config, model: ModelConfig) -> Adapter | None:
+    """Make the adapter that a role's section describes, or read it without its values.
 
     Raises:
-        ValueError: a target selects no matrix of the model.
+        ValueError: a target selects no matrix of the model, a file is refused, or keys differ from
+            what it says.
+        OSError: a file cannot be read.
     """
-    own = section.adapter
+    own = config.roles[name].adapter
     if own is None:
         return None
+    key = f"roles.{name}.adapter"
+    if own.path is not None:
+        if config.model.tiny:
+            raise ValueError(f"{key}.path={own.path}: it fits no model.tiny: remove one of them")
+        return _adapter_of_file(key, own, own.path, model, HEADS[config.role_kind(name)])
     try:
         targets = find_targets(model, own.targets)
     except ValueError as error:
-        raise ValueError(f"roles.{name}.adapter.targets: {error}") from None
+        raise ValueError(f"{key}.targets: {error}") from None
     return make_adapter(
         targets, rank=own.rank, alpha=own.alpha, rslora=own.rslora, dropout=own.dropout
     )
+
+
+def _adapter_of_file(
+    key: str, own: AdapterSection, path: str, model: ModelConfig, head: Head
+) -> Adapter:
+    """Read an adapter's description; keys that the configuration also gives must agree with it."""
+    try:
+        opened = open_peft(path, model, head=head)
+    except ValueError as error:
+        raise ValueError(f"{key}.path: {error}") from None
+    file, adapter = opened.file, opened.adapter
+    given = own.model_fields_set
+
+    def refuse(name: str, found: object) -> None:
+        raise ValueError(
+            f"{key}.{name}={getattr(own, name)}: the adapter in {path} has {found}, which counts: "
+            "remove the key"
+        )
+
+    if "rslora" in given and own.rslora != file.rslora:
+        refuse("rslora", file.rslora)
+    modules = [name.removesuffix(".weight") for name in adapter.targets]
+    if "rank" in given and (ranks := {file.rank_of(module) for module in modules}) != {own.rank}:
+        refuse("rank", _listed(ranks))
+    if "alpha" in given and (alphas := {file.alpha_of(module) for module in modules}) != {
+        own.alpha
+    }:
+        refuse("alpha", _listed(alphas))
+    if "targets" in given and set(find_targets(model, own.targets)) != adapter.targets.keys():
+        refuse("targets", _listed({module.rpartition(".")[2] for module in modules}))
+    if "init" in given:
+        refuse("init", "values of its own")
+    return replace(adapter, dropout=own.dropout) if "dropout" in given else adapter
+
+
+def _listed(values: Collection[object]) -> str:
+    return ", ".join(sorted(map(str, values)))
 
 
 def _with_policys_adapter(config: Config, specs: dict[str, RoleSpec]) -> dict[str, RoleSpec]:

@@ -78,7 +78,10 @@ STRANGE: dict[str, tuple[Change, str]] = {
     "bnb8": (put(f"{LAYER}.self_attn.q_proj.SCB", 4), "SCB' belongs to quantised"),
     "packed": (put(f"{LAYER}.self_attn.q_proj.weight_packed", 4), "weight_packed' belongs to qu"),
     "kv_scale": (put(f"{LAYER}.self_attn.k_proj.k_scale", 1), "k_scale' belongs to quantised"),
-    "lora": (put(f"{LAYER}.self_attn.q_proj.lora_A.weight", 4, 32), "belongs to an adapter: merge"),
+    "lora": (
+        put(f"{LAYER}.self_attn.q_proj.lora_A.weight", 4, 32),
+        "belongs to an adapter: give the base",
+    ),
     "bias": (put(f"{LAYER}.self_attn.q_proj.bias", 32), "is a bias that LlamaForCausalLM does"),
     "mlp_bias": (put(f"{LAYER}.mlp.down_proj.bias", 32), "is a bias that LlamaForCausalLM"),
     "head_bias": (put("lm_head.bias", 264), "is a bias"),

@@ -184,7 +184,10 @@ def parser() -> argparse.ArgumentParser:
         _check_model,
         "Compare what a Hugging Face directory says with what it holds; 2 if it is refused.",
     )
-    check.add_argument("directory")
+    check.add_argument("directory", help="a model, or a PEFT adapter")
+    check.add_argument(
+        "--base", metavar="MODEL", help="the adapter's base, if it is not where the adapter says"
+    )
     doctor = add("doctor", _doctor, "Look at every node of a job; name those to leave out.")
     doctor.add_argument("--shared", help="a directory that all nodes must see alike")
     for where, what in (("intra", "within a node"), ("inter", "between nodes")):
@@ -207,6 +210,14 @@ def _add_convert_words(convert: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="of a Megatron checkpoint (torch_dist): the Hugging Face directory whose config.json "
         "and tokenizer it has; the checkpoint's index is a pickle, so convert only what you trust",
+    )
+    convert.add_argument(
+        "--merge",
+        metavar="ADAPTER",
+        help="of a Hugging Face directory: add this PEFT adapter to its matrices",
+    )
+    convert.add_argument(
+        "--dtype", help="of a merge: dtype of the files (default: that of each tensor)"
     )
 
 
@@ -336,7 +347,7 @@ def _doctor(options: argparse.Namespace) -> None:
 def _check_model(options: argparse.Namespace) -> None:
     from spmdrl.models.files.check import check_directory
 
-    found = check_directory(options.directory)
+    found = check_directory(options.directory, options.base)
     print("\n".join(found.lines), flush=True)
     if found.errors:
         raise SystemExit(2)
@@ -346,7 +357,16 @@ def _convert(options: argparse.Namespace) -> None:
     from spmdrl.models.files.gguf import convert_gguf, find_packaged_gguf
     from spmdrl.models.files.torch_dist import convert_torch_dist, is_torch_dist
 
-    if options.pad_heads_to is not None:
+    if options.dtype is not None and options.merge is None:
+        raise ValueError(f"--dtype {options.dtype} is of no use without --merge")
+    if options.merge is not None:
+        if options.pad_heads_to is not None or options.like is not None:
+            raise ValueError("--merge stands alone: convert once more for the other change")
+        from spmdrl.models.files.merge import merge_adapter
+
+        report = merge_adapter(options.source, options.merge, options.out_dir, options.dtype)
+        print("\n".join(report.lines), file=sys.stderr)
+    elif options.pad_heads_to is not None:
         from spmdrl.models.files.pad_heads import pad_heads
 
         pad_heads(options.source, options.out_dir, options.pad_heads_to)
@@ -360,7 +380,7 @@ def _convert(options: argparse.Namespace) -> None:
     elif Path(options.source, "config.json").is_file():
         raise ValueError(
             f"{options.source} is a Hugging Face directory already; of one, convert only adds "
-            "heads: give --pad-heads-to"
+            "heads or merges an adapter: give --pad-heads-to or --merge"
         )
     else:
         convert_gguf(find_packaged_gguf(options.source), options.out_dir)

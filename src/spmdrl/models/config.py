@@ -53,6 +53,11 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     file = Path(path) / "config.json"
     if not file.is_file():
+        if (Path(path) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{path} holds an adapter and no model: give its base here, and this directory as "
+                "roles.NAME.adapter.path"
+            )
         raise ValueError(f"{file} does not exist: give the directory of a Hugging Face model")
     source = read_json(file)
     generation_file = Path(path) / GENERATION

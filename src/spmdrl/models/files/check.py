@@ -6,12 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spmdrl.models.config import ModelConfig, read_config
-from spmdrl.models.families import CLASSIFICATION
-from spmdrl.models.files.inspection import HEAD, WithTiedHead, inspect
+from spmdrl.models.files.inspection import HEAD, WithTiedHead, head_of, inspect
+from spmdrl.models.files.peft import open_peft, other_base
+from spmdrl.models.files.peft_config import ADAPTER_CONFIG, read_lora_file
 from spmdrl.models.files.tokenizer_files import TOKENIZER_CONFIG, notes
 from spmdrl.models.files.tokenizers import check_tokenizer, load_tokenizer
-from spmdrl.models.files.weight_files import PLAIN, Checkpoint, open_checkpoint
-from spmdrl.models.sharding import SCORE, Head, Slice, global_shapes
+from spmdrl.models.files.weight_files import PLAIN, open_checkpoint
+from spmdrl.models.sharding import SCORE, Slice, global_shapes
+
+CONFIG = "config.json"
 
 
 @dataclass(kw_only=True)
@@ -22,9 +25,11 @@ class Findings:
         summary: one line about the model.
         errors: reasons to refuse it, as whole lines that name file and key or tensor.
         notes: oddities that are no reason to refuse it.
+        what: what the directory holds.
     """
 
     summary: str = ""
+    what: str = "model"
     errors: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -32,13 +37,24 @@ class Findings:
     def lines(self) -> list[str]:
         errors = [f"error: {text}" for text in self.errors]
         notes = [f"note: {text}" for text in self.notes]
-        verdict = "the model is refused" if errors else "the model is loaded"
+        verdict = f"the {self.what} is {'refused' if errors else 'loaded'}"
         return [*([self.summary] if self.summary else []), *notes, *errors, verdict]
 
 
-def check_directory(path: str | Path) -> Findings:
-    """Read all of a Hugging Face directory: configuration, every weight, tokenizer."""
+def check_directory(path: str | Path, base: str | Path | None = None) -> Findings:
+    """Read all of a Hugging Face directory: configuration, every weight, tokenizer.
+
+    Args:
+        base: the base of a PEFT directory; None: the one that its configuration names.
+    """
     found = Findings()
+    if (Path(path) / ADAPTER_CONFIG).is_file() and not (Path(path) / CONFIG).is_file():
+        found.what = "adapter"
+        try:
+            _check_adapter(Path(path), base, found)
+        except (ValueError, OSError) as error:
+            found.errors.append(str(error))
+        return found
     try:
         model = read_config(path)
     except (ValueError, OSError) as error:
@@ -57,13 +73,54 @@ def check_directory(path: str | Path) -> Findings:
     return found
 
 
+def _check_adapter(path: Path, base: str | Path | None, found: Findings) -> None:
+    """Read all of a PEFT directory, and compare it with its base's configuration.
+
+    Raises:
+        ValueError: it is refused.
+        OSError: a file cannot be read.
+    """
+    file = read_lora_file(path)
+    if base is None and file.base is not None and (Path(file.base) / CONFIG).is_file():
+        base = file.base
+    if base is None:
+        raise ValueError(
+            f"{file.origin}: its base ({file.base}) is no directory here: give one with --base"
+        )
+    model = read_config(base)
+    opened = open_peft(path, model, head="score")
+    found.notes += [*opened.notes, *other_base(file, base)]
+    adapter, tensors = opened.adapter, opened.tensors
+    dtypes = sorted({entry.dtype for entry in tensors.entries.values()})
+    ranks = sorted({own.rank for own in adapter.targets.values()})
+    scales = sorted({own.scale for own in adapter.targets.values()})
+    found.summary = (
+        f"{path}: adapter of {base}, rank {', '.join(map(str, ranks))}, scale "
+        f"{', '.join(f'{scale:g}' for scale in scales)}, {len(adapter.targets)} matrices, "
+        f"{len(tensors.names)} tensors ({', '.join(dtypes)})"
+        f"{' with a scalar head' if SCORE in tensors.names else ''}"
+    )
+    adds = False
+    for name in sorted(tensors.names):
+        shape = tensors.shape(name)
+        whole = Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
+        try:
+            values = tensors.read(whole)
+        except ValueError as error:
+            found.errors.append(str(error))
+        else:
+            adds = adds or (name.endswith(".lora_B.weight") and bool(values.any()))
+    if not adds:
+        found.notes.append(f"{path}: every B is zero: the adapter adds nothing (untrained)")
+
+
 def _check_weights(path: Path, model: ModelConfig, found: Findings) -> None:
     try:
         checkpoint = open_checkpoint(path)
     except (ValueError, OSError) as error:
         found.errors.append(str(error))
         return
-    head = _head(model, checkpoint)
+    head = head_of(model, checkpoint)
     report = inspect(model, checkpoint, head)
     found.errors += report.errors
     found.notes += report.notes
@@ -92,12 +149,3 @@ def _check_weights(path: Path, model: ModelConfig, found: Findings) -> None:
     if zeros:
         more = f" and {len(zeros) - 1} more" if len(zeros) > 1 else ""
         found.notes.append(f"{zeros[0]}{more} is zero throughout: was it downloaded whole?")
-
-
-def _head(model: ModelConfig, checkpoint: Checkpoint) -> Head:
-    """Return the head that the directory's model has."""
-    named = str(model.source["architectures"][0])
-    is_scalar = CLASSIFICATION in named or (
-        SCORE in checkpoint.names and HEAD not in checkpoint.names and not model.tie_embeddings
-    )
-    return "score" if is_scalar else "lm"

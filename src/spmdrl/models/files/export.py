@@ -83,11 +83,12 @@ def save_pretrained(
     """
     with atomic_directory(out_dir) as fresh:
         shapes = global_shapes(model, head)
-        cast = (_cast(name, tensor, dtype) for name, tensor in _checked(tensors, shapes))
+        cast = (_cast(name, tensor, dtype) for name, tensor in checked(tensors, shapes))
         written = _write_weights(cast, shapes, fresh, max_shard_bytes)
         source = {**_without_labels(model.source), **_described(model, head), "dtype": written}
         if tokenizer_dir is not None:
-            _copy_files(Path(tokenizer_dir), fresh)
+            copy_tokenizer(Path(tokenizer_dir), fresh)
+            _copy(Path(tokenizer_dir), fresh, "generation_config.json")
         file = fresh / "generation_config.json"
         copied = read_json(file) if file.is_file() else {}
         fields = Fields(values=copied, origin=file.name, defaults={"eos_token_id": None})
@@ -95,10 +96,10 @@ def save_pretrained(
         all_ends = [token for token in found if 0 <= token < model.vocab_size]
         if head == "score":
             source["pad_token_id"] = set_padding(fresh, model, all_ends)
-        _write_json(fresh / "config.json", source)
+        write_json(fresh / "config.json", source)
         generation = _generation(copied, source, all_ends, head)
         if generation != copied or not file.is_file():
-            _write_json(file, generation)
+            write_json(file, generation)
 
 
 def _generation(
@@ -136,9 +137,14 @@ def _without_labels(source: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in source.items() if key not in gone}
 
 
-def _checked(
+def checked(
     tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors.
+
+    Raises:
+        ValueError: one is missing, unknown, given twice or of another shape than in `shapes`.
+    """
     open_names = dict(shapes)
     for name, tensor in tensors:
         shape = open_names.pop(name, None)
@@ -169,17 +175,22 @@ def _write_weights(
         pairs = zip(shards.names, files, strict=True)
         weight_map = {name: file for names, file in pairs for name in names}
         index = {"metadata": {"total_size": shards.num_bytes}, "weight_map": weight_map}
-        _write_json(directory / INDEX, index)
+        write_json(directory / INDEX, index)
     return shards.dtype
 
 
-def _copy_files(source: Path, target: Path) -> None:
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files from one directory to another."""
+    for name in TOKENIZER_FILES:
+        _copy(source, target, name)
     for template in sorted((source / MORE_TEMPLATES).glob("*.jinja")):
         (target / MORE_TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(template, target / MORE_TEMPLATES / template.name)
+
+
+def _copy(source: Path, target: Path, name: str) -> None:
+    if (source / name).is_file():
+        shutil.copyfile(source / name, target / name)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> tuple[str, Tensor]:
@@ -194,5 +205,6 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> tuple[str, Te
     return name, cast
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write an object with sorted keys."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

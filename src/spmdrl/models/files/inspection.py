@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.families import DEFAULTS
+from spmdrl.models.families import CLASSIFICATION, DEFAULTS
+from spmdrl.models.files.peft_config import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
 from spmdrl.models.files.weight_files import PLAIN, Checkpoint, dtype_error
 from spmdrl.models.sharding import SCORE, Head, Slice, global_shapes
 
@@ -37,10 +38,7 @@ _SIZES = (
     "moe_intermediate_size",
 )
 
-_FOREIGN_FILES = {
-    "adapter_config.json": "an adapter",
-    "adapter_model.safetensors": "an adapter",
-}
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE)
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
@@ -98,7 +96,10 @@ def _reason(name: str, model: ModelConfig) -> str | None:
     if _QUANTISED.search(name):
         return "belongs to quantised weights: give the directory of the model in float weights"
     if _ADAPTER.search(name):
-        return "belongs to an adapter: merge it into the weights first"
+        return (
+            "belongs to an adapter: give the base as the model and the adapter as "
+            "roles.NAME.adapter.path, each in a directory of its own as PEFT saves it"
+        )
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer is not None and int(layer[1]) >= model.num_layers:
         return f"is of layer {layer[1]}, config.json has num_hidden_layers={model.num_layers}"
@@ -121,9 +122,10 @@ def _is_known(name: str, model: ModelConfig, head: Head | None) -> bool:
 
 def _files(path: Path) -> tuple[list[str], list[str]]:
     foreign = [
-        f"{path / file} is of {what}, which is not loaded as well as the weights: merge it into "
-        "them, or remove the file"
-        for file, what in _FOREIGN_FILES.items()
+        f"{path / file} is of an adapter, which is not loaded with the weights: move it to a "
+        "directory of its own, and give that as roles.NAME.adapter.path or merge it with `spmdrl "
+        "convert MODEL OUT --merge ADAPTER`; or remove it"
+        for file in _ADAPTER_FILES
         if (path / file).exists()
     ]
     quantised = [
@@ -201,6 +203,15 @@ def _shaped(
                 f"{entry.file}: tensor {HEAD!r} ({entry.dtype}, {entry.shape}) is not the tied "
                 f"embedding ({wanted[EMBEDDING]}): {_UNTIE}"
             )
+
+
+def head_of(model: ModelConfig, checkpoint: Checkpoint) -> Head:
+    """Return the head that a directory's model has."""
+    named = str(model.source["architectures"][0])
+    is_scalar = CLASSIFICATION in named or (
+        SCORE in checkpoint.names and HEAD not in checkpoint.names and not model.tie_embeddings
+    )
+    return "score" if is_scalar else "lm"
 
 
 _UNTIE = "where the model has a head of its own, set tie_word_embeddings: false in config.json"

@@ -1,0 +1,139 @@
+"""`spmdrl convert --merge`: an adapter added to the matrices of its base, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spmdrl.models.adapters import lora_names
+from spmdrl.models.config import ModelConfig, read_config
+from spmdrl.models.files.adapter_sources import WithAdapter
+from spmdrl.models.files.export import files_dtype, save_pretrained
+from spmdrl.models.files.hf import TensorSource, open_model
+from spmdrl.models.files.inspection import head_of
+from spmdrl.models.files.peft import PeftFiles, open_peft, other_base
+from spmdrl.models.files.weight_files import open_checkpoint
+from spmdrl.models.low_rank import merged
+from spmdrl.models.sharding import SCORE, Head, Slice, global_shapes
+
+MERGE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+_FEW = 0.5
+"""Share of an adapter's changes below which a merge keeps few of them."""
+
+
+@dataclass(kw_only=True)
+class MergeReport:
+    """Report on a merge, complete once the last tensor was written.
+
+    Args:
+        matrices: number of matrices that were added to.
+        moved: their elements that change in float32.
+        kept: those that also change in the dtype of the files.
+        dtype: that dtype.
+        notes: oddities of the directories.
+    """
+
+    matrices: int = 0
+    moved: int = 0
+    kept: int = 0
+    dtype: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[str]:
+        """Notes, and how many elements changed."""
+        share = self.kept / self.moved if self.moved else 1.0
+        text = f"{self.matrices} matrices merged: {self.kept} of {self.moved} elements that the "
+        text += f"adapter changes differ in {self.dtype}"
+        if not self.moved:
+            text = f"{self.matrices} matrices merged, none changed: the adapter adds nothing"
+        elif share < _FEW:
+            text += (
+                f" ({share:.0%}): the others are lost to rounding: write --dtype float32, or use "
+                "the adapter unmerged"
+            )
+        return [*(f"note: {note}" for note in self.notes), text]
+
+
+def merge_adapter(
+    source: str | Path, adapter: str | Path, out_dir: str | Path, dtype: str | None = None
+) -> MergeReport:
+    """Write the base `source` with an adapter merged into it as a Hugging Face directory.
+
+    Every matrix is W + scale B A, computed in float32 and rounded once. Embeddings and heads are no
+    targets, so that a tied embedding stays as it is; a scalar head of the adapter takes the place
+    of the base's head.
+
+    Args:
+        adapter: a PEFT directory.
+        dtype: a key of `MERGE_DTYPES`; None keeps each tensor's own.
+
+    Raises:
+        ValueError: base or adapter are refused, or `out_dir` is one of them.
+        OSError: a file could not be read or written.
+    """
+    for given in (source, adapter):
+        if Path(out_dir).resolve() == Path(given).resolve():
+            raise ValueError(f"{out_dir} is read for the merge: give another directory to write")
+    if dtype is not None and dtype not in MERGE_DTYPES:
+        raise ValueError(f"--dtype {dtype}: it must be one of {', '.join(MERGE_DTYPES)}")
+    config = read_config(source)
+    opened = open_peft(adapter, config, head="score")
+    head: Head = head_of(config, open_checkpoint(source))
+    has_head = SCORE in opened.tensors.names
+    model, base = open_model(
+        source,
+        head="score" if has_head else head,
+        head_init="zero" if has_head else "file",
+    )
+    report = MergeReport(notes=[*opened.notes, *other_base(opened.file, source)])
+    own = files_dtype(source, model)
+    tensors = _merged(model, base, opened, own if dtype is None else MERGE_DTYPES[dtype], report)
+    save_pretrained(
+        tensors,
+        model,
+        out_dir,
+        source,
+        head="score" if has_head else head,
+        dtype=None if dtype is None else MERGE_DTYPES[dtype],
+    )
+    return report
+
+
+def _merged(
+    model: ModelConfig,
+    base: TensorSource,
+    opened: PeftFiles,
+    dtype: torch.dtype,
+    report: MergeReport,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors, those of the adapter in `dtype`; count what changes."""
+    source = WithAdapter(base, opened.tensors)
+    report.dtype = str(dtype).removeprefix("torch.")
+    for name in global_shapes(model, "score" if SCORE in base.names else "lm"):
+        tensor, slices = _read(source, name)
+        if name in opened.adapter.targets:
+            factors = {factor: _read(opened.tensors, factor) for factor in lora_names(name)}
+            wide = merged(tensor.float(), slices, opened.adapter, factors)
+            is_moved = wide != tensor
+            report.matrices += 1
+            report.moved += int(is_moved.sum())
+            report.kept += int((is_moved & (wide.to(dtype) != tensor.to(dtype))).sum())
+            tensor = wide.to(dtype)
+        yield name, tensor.to(dtype) if name == SCORE else tensor
+
+
+def _read(source: TensorSource, name: str) -> tuple[Tensor, tuple[Slice, ...]]:
+    """Read a tensor, with its one slice."""
+    shape = source.shape(name)
+    whole = Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
+    return source.read(whole), (whole,)
