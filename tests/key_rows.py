@@ -40,6 +40,7 @@ DRAWN = (HELD, "evaluation.num_samples=2")
 SAVED = ("steps=3", "checkpoint.every=1", "checkpoint.keep_last=1")
 FEW = ("steps=1", "data.prompts_per_step=1")
 TEACHER = ("roles.teacher={}", "algorithm.teacher_coef=1")
+ADAPTED = "roles.policy.adapter={rank: 4}"
 AGAIN = "train.epochs=4"
 ENDS = ",".join(str(token) for token in range(9, 80))
 LETTERS = ",".join("abcdefghijklmnopqrstuvwxyz")
@@ -65,6 +66,18 @@ ROWS: dict[str, Row] = {
     "roles.NAME.kind": row("grpo", "refused error", "roles.policy.kind=reference"),
     "roles.NAME.model": row("grpo", "error", "roles.policy.model=nowhere"),
     "roles.NAME.head": row("ppo", "metrics", "roles.value.head=normal"),
+    "roles.NAME.adapter.path": row(
+        "grpo", "refused error", "roles.policy.adapter={}", "roles.policy.adapter.path=nowhere"
+    ),
+    "roles.NAME.adapter.rank": row("grpo", BOTH, ADAPTED, "roles.policy.adapter.rank=2"),
+    "roles.NAME.adapter.alpha": row("grpo", BOTH, ADAPTED, "roles.policy.adapter.alpha=99"),
+    "roles.NAME.adapter.targets": row("grpo", BOTH, ADAPTED, "roles.policy.adapter.targets=[mlp]"),
+    "roles.NAME.adapter.dropout": row("grpo", BOTH, ADAPTED, "roles.policy.adapter.dropout=0.5"),
+    "roles.NAME.adapter.init": row(
+        "grpo", "metrics", ADAPTED, "roles.policy.adapter.init=gaussian"
+    ),
+    "roles.NAME.adapter.rslora": row("grpo", BOTH, ADAPTED, "roles.policy.adapter.rslora=true"),
+    "roles.NAME.base": row("ppo", BOTH, ADAPTED, "roles.value.base=policy"),
     "roles.NAME.trained": row("grpo", "refused error", "roles.policy.trained=false"),
     "roles.NAME.train": row("grpo", BOTH, "roles.policy.train={lr: 0.5}"),
     "roles.NAME.freeze": row("grpo", BOTH, "roles.policy.freeze=['*norm*']"),
@@ -110,6 +123,7 @@ ROWS: dict[str, Row] = {
     "rollout.max_running": row("grpo", "plan", "rollout.max_running=2"),
     "rollout.prefill_tokens": row("grpo", "plan", "rollout.prefill_tokens=64"),
     "rollout.cuda_graphs": row("grpo", "plan doubt", "device=cpu", "rollout.cuda_graphs=false"),
+    "rollout.adapters": row("grpo", "plan", ADAPTED, "rollout.adapters=merged"),
     "rollout.sync_bucket_mb": row(
         "grpo",
         "tests/planning/test_planned_memory.py::"
@@ -234,6 +248,9 @@ ROWS: dict[str, Row] = {
         "test_a_fresh_start_keeps_older_checkpoints_aside_and_never_resumes_them",
     ),
     "checkpoint.export": row("grpo", "files", "checkpoint.export=true"),
+    "checkpoint.export_as": row(
+        "grpo", "files", "checkpoint.export=true", ADAPTED, "checkpoint.export_as=both"
+    ),
     "checkpoint.export_dtype": row(
         "grpo", "files", "checkpoint.export=true", "checkpoint.export_dtype=bfloat16"
     ),

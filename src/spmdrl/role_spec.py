@@ -17,6 +17,7 @@ import torch
 
 from spmdrl.config.roles import AdapterSection, RoleSection
 from spmdrl.config.sections import Config, TrainSection
+from spmdrl.distributed.mesh import format_ranks
 from spmdrl.models.adapters import Adapter, find_targets, make_adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.peft import open_peft
@@ -87,7 +88,7 @@ class RoleSpec:
     @property
     def has_fixed_base(self) -> bool:
         """Whether its model's matrices never change, so that they have no masters."""
-        return not self.trained or self.adapter is not None
+        return not self.trained or self.adapter is not None or self.base is not None
 
     @property
     def is_vllm(self) -> bool:
@@ -137,7 +138,8 @@ def make_specs(
         devices: device type of each role.
 
     Raises:
-        ValueError: a role is of an unknown kind.
+        ValueError: a role is of an unknown kind, an adapter does not fit its model, or roles that
+            share a base have different places.
     """
     specs = {}
     for name in (n for n in config.roles if n in models):
@@ -161,7 +163,32 @@ def make_specs(
             adapter=_adapter(name, config, models[name]),
             base=config.roles[name].base,
         )
+    for spec in specs.values():
+        if spec.base is not None:
+            _check_base(spec, specs[spec.base])
     return _with_policys_adapter(config, specs)
+
+
+def _check_base(spec: RoleSpec, owner: RoleSpec) -> None:
+    """Check that a role has the ranks and degrees of the role whose base it shares."""
+    name, own, there = spec.name, spec.placement, owner.placement
+    key = f"roles.{name}.base={owner.name}"
+    if own.ranks != there.ranks:
+        raise ValueError(
+            f"roles.{name}.ranks={spec.section.ranks!r} with {key}: they are ranks "
+            f"{format_ranks(own.ranks)}, those of {owner.name} {format_ranks(there.ranks)}, and "
+            f"what both share is on the same: set roles.{name}.ranks: same as {owner.name}"
+        )
+    # dp_replicate last: the others decide it where it is not set
+    for axis in sorted(own.degrees, key=lambda axis: axis == "dp_replicate"):
+        degree, degree_there = own.degrees[axis], there.degrees[axis]
+        if degree != degree_there:
+            raise ValueError(
+                f"roles.{name}.{axis}={degree} with {key}, where it is {degree_there}: what both "
+                f"share is cut once: set roles.{name}.{axis}={degree_there}"
+            )
+    # the same model and the same kind of device: one dtype
+    assert (spec.dtype, spec.backend) == (owner.dtype, owner.backend), (spec, owner)
 
 
 def _adapter(name: str, config: Config, model: ModelConfig) -> Adapter | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from spmdrl.commands.cli import main
 from spmdrl.commands.explain import explain
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
+from spmdrl.models.config import read_config
+from spmdrl.models.sharding import global_shapes
 from tiny_model import make_tiny_model
 
 
@@ -167,3 +170,31 @@ def test_the_configuration_comes_last_and_where_it_is_asked_for(root, capsys):
     assert text.startswith(derived.rstrip("\n"))
     resolved = yaml.safe_load(text.split("# resolved configuration\n")[1])
     assert Config.model_validate(resolved) == load_config(path, ["seed=77"])
+
+
+def test_adapters_are_counted_and_a_shared_base_once(root):
+    roles = {
+        "policy": {"adapter": {"rank": 2, "targets": ["q_proj", "down_proj"]}},
+        "reference": {"base": "policy"},
+        "value": {"base": "policy", "head": "zero"},
+    }
+    text = explained(root, flow="ppo", roles=roles, algorithm={"kl_coef": 0.05})
+    model = read_config(root / "model")
+    shapes = global_shapes(model)
+    per_layer = [
+        shapes[f"model.layers.0.{x}.weight"] for x in ("self_attn.q_proj", "mlp.down_proj")
+    ]
+    added = 2 * model.num_layers * sum(map(sum, per_layer))
+    policy, value = numbers(text, "policy"), numbers(text, "value")
+    assert policy["adapter's matrices"].split("   ") == [
+        str(2 * model.num_layers),
+        "rank 2, roles.policy.adapter",
+    ]
+    assert policy["adapter's parameters"].startswith(f"{added:,} ")
+    assert policy["values trained per rank"].startswith(f"{added:,} ")
+    assert policy["base"].endswith("per rank, used in place by reference, value, rollout")
+    assert value["values trained per rank"].startswith(f"{model.hidden_size} ")
+    for found in (value, numbers(text, "reference")):
+        assert re.match(r"shared +policy\.base, [\d.]+ MB per rank", found["base"])
+    assert re.match(r"unmerged +its engine computes", numbers(text, "rollout")["policy's adapter"])
+    assert "adapter" not in explained(root)

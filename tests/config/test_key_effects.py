@@ -137,6 +137,7 @@ def plan_of(config: Config) -> dict[str, str]:
         "sets": repr(held_out_sets(config)),
         "rewards": repr(reward_specs(config.rewards)),
         "preference": repr(config.preference),
+        "adapters": repr({name: spec.adapter for name, spec in specs.items()}),
     }
     texts["devices"] = repr(
         [

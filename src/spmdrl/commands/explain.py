@@ -15,6 +15,7 @@ from spmdrl.config.sections import Config
 from spmdrl.config.user_objects import load_object
 from spmdrl.models.config import ModelConfig, read_config, tiny
 from spmdrl.placement import Placement, place_roles, placement_table
+from spmdrl.planning.adapter_lines import Line, adapter_lines
 from spmdrl.planning.memory import memory_texts, schedules
 from spmdrl.planning.plan import RolePlan, plan_roles
 from spmdrl.planning.token_bounds import (
@@ -26,9 +27,6 @@ from spmdrl.planning.token_bounds import (
 )
 from spmdrl.role_spec import RoleSpec
 from spmdrl.training.readout import Places
-
-Line = tuple[str, str, str]
-"""A quantity's name, its value, and its derivation."""
 
 ITEMS: Mapping[DataKind, str] = {
     "prompts": "prompts",
@@ -62,7 +60,7 @@ def explain(
     nodes = f"{world_size // size} nodes of {size}" if size < world_size else "1 node"
     lines = [f"# derived, on {world_size} ranks ({nodes})", *_aligned(_derived(config))]
     for name, spec in plan.specs.items():
-        if own := list(_of_role(config, spec)):
+        if own := [*_of_role(config, spec), *adapter_lines(plan, spec)]:
             lines += ["", f"{name}:", *_aligned(own)]
     table = placement_table(placements, memory_texts(plan.memory))
     lines += ["", "# roles", table, "", "# weights", *_weights(plan)]

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from pydantic import BaseModel
 
+from spmdrl.config.adapter_rules import has_adapter, trains_adapter
 from spmdrl.config.data import DataKind, PromptsSection
 from spmdrl.config.data_sets import described_sets, held_out_sets, mixed_source
 from spmdrl.config.sections import Config, TrainSection
@@ -37,7 +38,7 @@ def doubts(config: Config) -> list[str]:
     shipped flow would ignore are judged for shipped flows only.
     """
     found = [*_of_roles(config), *_of_evaluation(config), *_of_data(config)]
-    found += [*_of_checkpoints(config), *_of_devices(config)]
+    found += [*_of_checkpoints(config), *_of_devices(config), *_of_adapters(config)]
     if config.trainer is None and config.environment is None and is_shipped(config.flow):
         found += _of_flow(config)
     if config.trainer is None:
@@ -81,6 +82,19 @@ def _of_checkpoints(config: Config) -> Iterator[str]:
     yield from _in_vain(
         section, "checkpoint", names, "roles.rollout with rollout.engine=native", draws
     )
+
+
+def _of_adapters(config: Config) -> Iterator[str]:
+    """Keys of adapters without a role that has one."""
+    adapts = has_adapter(config, "policy")
+    yield from _in_vain(config.rollout, "rollout", ["adapters"], "roles.policy.adapter", adapts)
+    needs = "a role that trains an adapter, and checkpoint.export"
+    exports = trains_adapter(config) and bool(config.checkpoint.export)
+    yield from _in_vain(config.checkpoint, "checkpoint", ["export_as"], needs, exports)
+    for name, role in config.roles.items():
+        if role.adapter is not None:
+            where, trained = f"roles.{name}.adapter", config.is_trained(name)
+            yield from _in_vain(role.adapter, where, ["dropout"], "training it", trained)
 
 
 def _of_devices(config: Config) -> Iterator[str]:

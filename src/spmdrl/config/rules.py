@@ -6,13 +6,11 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
+from spmdrl.config.adapter_rules import SCALAR, check_adapters
 from spmdrl.config.data_sets import HELD_OUT, START, held_out_sets
 from spmdrl.config.faults import collect
 from spmdrl.config.flow_rules import check_needed, check_role_used, check_updated, check_used
 from spmdrl.config.sections import Config, RewardSection
-
-SCALAR = ("reward", "value")
-"""Kinds of role whose model has a scalar head."""
 
 KL_ERROR_LIMIT = 0.2
 """`ERROR_LIMIT` of the adaptive KL coefficient."""
@@ -278,7 +276,7 @@ def _check_memory(config: Config) -> None:
                 raise ValueError(f"{where}: only a rollout has a {part}: leave the key out")
             if part == "optimizer" and not config.is_trained(name):
                 raise ValueError(f"{where}: {name} is not trained: leave the key out")
-            if part in ("weights", "optimizer") and policy == "drop" and kind != "rollout":
+            if part in ("base", "weights", "optimizer") and policy == "drop" and kind != "rollout":
                 raise ValueError(
                     f"{where}: nothing would bring them back; only a rollout's weights are, by "
                     "the next weight sync: use host"
@@ -317,8 +315,8 @@ def _check_lag(config: Config) -> None:
 
 
 RULES = (
-    *(_check_roles, _check_backends, _check_preference, _check_rewards, _check_experts),
-    *(_check_memory, _check_updates, _check_lag, check_used),
+    *(check_adapters, _check_roles, _check_backends, _check_preference, _check_rewards),
+    *(_check_experts, _check_memory, _check_updates, _check_lag, check_used),
     *(_check_samples, _check_evaluation),
 )
 TRAINING_RULES = (check_needed, check_updated, _check_training_samples)

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.sharding import local_kv_heads, local_parameters
+from spmdrl.models.sharding import global_shapes, local_kv_heads, local_parameters
 from spmdrl.role_spec import RoleSpec
 from spmdrl.training.logprobs import cpu_tile
 
@@ -74,11 +74,17 @@ def working_bytes(spec: RoleSpec, tokens: int, *, backward: bool) -> int:
         inputs = model.num_layers * own * width
         held = inputs if spec.train.recompute == "layer" else model.num_layers * layer
         last = 1.1 * layer if spec.train.recompute == "layer" else 0.3 * layer
-        if spec.head == "lm":  # its gradient, in addition to the embedding's if they are tied
+        added = own * _added(spec)
+        if spec.train.recompute == "layer":
+            last += added / model.num_layers
+        else:
+            held += added
+        # the head's gradient, in addition to the embedding's if they are tied
+        if spec.head == "lm" and not spec.has_fixed_base:
             scores += model.vocab_size // tp * width * 4
         total = int(held) * dtype.itemsize + max(int(last) * dtype.itemsize, scores)
     if degrees["dp_shard"] > 1:
-        total += _gathered_bytes(spec, backward=backward)
+        total += _gathered_bytes(spec, backward=backward and not spec.has_fixed_base)
     return total
 
 
@@ -98,6 +104,15 @@ def _mlp(model: ModelConfig, tp: int, factor: float) -> float:
     row = factor * model.moe.intermediate_size / tp + 4 * model.hidden_size
     experts = model.moe.top_k * row + 2 * model.moe.num_experts
     return max(dense, experts) if len(model.moe.layers) < model.num_layers else experts
+
+
+def _added(spec: RoleSpec) -> float:
+    """Values per token that an adapter keeps in all layers: A x, and x again where it is masked."""
+    if spec.adapter is None:
+        return 0.0
+    shapes, tp = global_shapes(spec.model), spec.placement.degrees["tp"]
+    masked = sum(shapes[name][1] for name in spec.adapter.targets) if spec.adapter.dropout else 0
+    return sum(own.rank for own in spec.adapter.targets.values()) + masked / tp
 
 
 def _kept(spec: RoleSpec) -> _Values:

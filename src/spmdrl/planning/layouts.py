@@ -98,11 +98,14 @@ def state_layout(spec: RoleSpec, layout: WeightLayout) -> WeightLayout:
 
 def shard_blocks(spec: RoleSpec, specs: Mapping[str, RoleSpec]) -> int:
     """The number of blocks that align a policy's shards with a rollout on the same ranks, so that a
-    rank trains what it generates with and a sync sends nothing; 1 if there is none.
+    rank trains what it generates with and a sync sends nothing; 1 if there is none. Roles that
+    share the policy's base have its blocks.
     """
-    if spec.kind != "policy" or spec.backend == "megatron":
+    base = spec.base or spec.name
+    policy = next((s for s in specs.values() if s.kind == "policy"), None)
+    if policy is None or (policy.base or policy.name) != base or policy.backend == "megatron":
         return 1
-    own = spec.placement
+    own = policy.placement
     fitting = [
         fitting_blocks(spec.model, own.degrees, other.placement.degrees["tp"])
         for other in specs.values()
@@ -113,7 +116,7 @@ def shard_blocks(spec: RoleSpec, specs: Mapping[str, RoleSpec]) -> int:
 
 def frozen_names(spec: RoleSpec) -> frozenset[str]:
     """The Hugging Face names of the parameters that do not change: those of `roles.NAME.freeze`, or
-    all under an adapter but a scalar head.
+    all but a scalar head under an adapter and in a base that is shared.
 
     Raises:
         ValueError: no name fits a pattern; all parameters are frozen; or only some of those in one
@@ -121,7 +124,7 @@ def frozen_names(spec: RoleSpec) -> frozenset[str]:
     """
     patterns = spec.section.freeze
     tensors = fused_tensors(spec.model, spec.head)
-    if spec.adapter is not None and not spec.is_rollout:
+    if (spec.adapter is not None or spec.base is not None) and not spec.is_rollout:
         return frozenset(global_shapes(spec.model, spec.head)) - {SCORE}
     known = [part.name for parts in tensors.values() for part in parts]
     key = f"roles.{spec.name}.freeze={list(patterns)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from spmdrl.planning.engines import longest_sequence, samples_per_replica, vllm_
 from spmdrl.planning.token_bounds import step_sizes
 from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.generation import GRAPHS, KV_CACHE
-from spmdrl.roles.model_calls import OPTIMIZER, WEIGHTS
+from spmdrl.roles.model_calls import BASE, OPTIMIZER, WEIGHTS
 from spmdrl.rollout.native.varlen import BLOCK_MULTIPLE, varlen_is_usable
 from spmdrl.weights.plan import SyncPlan
 
@@ -26,7 +26,7 @@ class HeldModel:
     """A role's model, and the tensors of it that every rank holds.
 
     Args:
-        layout: the tensors of each of its ranks; sharded weights are held in float32.
+        layout: the tensors of each of its ranks; sharded weights that train are held in float32.
         state_layout: the masters and moments of each of its ranks.
     """
 
@@ -38,7 +38,7 @@ class HeldModel:
 def planned_parts(
     config: Config, here: Mapping[str, HeldModel], syncs: Mapping[str, SyncPlan], rank: int
 ) -> list[Part]:
-    """The parts of all roles on the rank; trained models, which a rollout may share, come first.
+    """The parts of all roles on the rank: those that others share come first, rollouts' last.
 
     Args:
         here: the roles with a model on this rank.
@@ -48,14 +48,14 @@ def planned_parts(
         ValueError: `roles.NAME.residency` asks of vLLM what it cannot do.
     """
     rollouts = {name: model for name, model in here.items() if model.spec.is_rollout}
-    policy = next((name for name, model in here.items() if model.spec.kind == "policy"), None)
+    models = [model for name, model in here.items() if name not in rollouts]
+    policy = next((model for model in models if model.spec.kind == "policy"), None)
     parts = []
-    for name, model in here.items():
-        if name not in rollouts:
-            parts += _model_parts(model, rank)
+    for model in sorted(models, key=lambda model: model.spec.base is not None):
+        parts += _model_parts(model, here, rank)
     for name, model in rollouts.items():
         shared = syncs[name].shared.get(rank, frozenset()) if name in syncs else frozenset()
-        rests_on: tuple[PartKey, ...] = ((policy, WEIGHTS),) if policy and shared else ()
+        rests_on = () if policy is None else _parts_of(shared, policy, here, rank)
         held = {local: held for local, held in model.layout[rank].items() if local not in shared}
         parts += _rollout_parts(config, model.spec, table_bytes(held), rests_on)
         if uses_graphs(config, model):
@@ -63,25 +63,51 @@ def planned_parts(
     return parts
 
 
+def base_part(spec: RoleSpec, here: Mapping[str, HeldModel]) -> PartKey:
+    """The part that holds the fixed weights under a role, or its own weights."""
+    owner = spec if spec.base is None else here[spec.base].spec
+    return owner.name, WEIGHTS if owner.adapter is None else BASE
+
+
+def _parts_of(
+    shared: Collection[str], policy: HeldModel, here: Mapping[str, HeldModel], rank: int
+) -> tuple[PartKey, ...]:
+    """The parts that own those of the policy's tensors that a rollout shares."""
+    table = policy.layout.get(rank, {})
+    base, own = base_part(policy.spec, here), (policy.spec.name, WEIGHTS)
+    found = [base if table[local].frozen else own for local in shared]
+    return tuple(key for key in dict.fromkeys((base, own)) if key in found)
+
+
 def _wish(spec: RoleSpec, part: str) -> ResidencyWish:
     wishes: Mapping[str, ResidencyWish] = {str(k): v for k, v in spec.section.residency.items()}
     return wishes.get(part, "auto")
 
 
-def _model_parts(model: HeldModel, rank: int) -> list[Part]:
+def _model_parts(model: HeldModel, here: Mapping[str, HeldModel], rank: int) -> list[Part]:
     spec, table = model.spec, model.layout[rank]
-    weights = Part(
-        role=spec.name,
-        name=WEIGHTS,
-        num_bytes=table_bytes(table),
-        wish=_wish(spec, WEIGHTS),
-        frozen=not spec.trained,
+    base, parts = base_part(spec, here), []
+    if base == (spec.name, BASE):
+        size = table_bytes({local: held for local, held in table.items() if held.frozen})
+        wish = _wish(spec, BASE)
+        parts.append(Part(role=spec.name, name=BASE, num_bytes=size, wish=wish, frozen=True))
+    rests_on = () if base == (spec.name, WEIGHTS) else (base,)
+    own = {local: held for local, held in table.items() if not (rests_on and held.frozen)}
+    parts.append(
+        Part(
+            role=spec.name,
+            name=WEIGHTS,
+            num_bytes=table_bytes(own),
+            wish=_wish(spec, WEIGHTS),
+            frozen=not spec.trained,
+            rests_on=rests_on,
+        )
     )
-    if not spec.trained:
-        return [weights]
-    size = optimizer_bytes(table, model.state_layout[rank])
-    wish = _wish(spec, OPTIMIZER)
-    return [weights, Part(role=spec.name, name=OPTIMIZER, num_bytes=size, wish=wish)]
+    if spec.trained:
+        size = optimizer_bytes(table, model.state_layout[rank])
+        wish = _wish(spec, OPTIMIZER)
+        parts.append(Part(role=spec.name, name=OPTIMIZER, num_bytes=size, wish=wish))
+    return parts
 
 
 def _rollout_parts(

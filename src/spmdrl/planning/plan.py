@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spmdrl.config.data_sets import held_out_sets
 from spmdrl.config.sections import Config
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.local_shards import WeightLayout
 from spmdrl.placement import DeviceType, Placement
+from spmdrl.planning.adapter_choice import AdapterUse, adapter_use
 from spmdrl.planning.engines import check_engine, shares_tensors
 from spmdrl.planning.layouts import check_model, role_layout, shard_blocks, state_layout
 from spmdrl.planning.memory import RankMemory, plan_memory
@@ -30,6 +31,7 @@ class RolePlan:
         layouts: every rank's tensors of each role's model.
         state_layouts: every rank's masters and moments of the optimizer.
         syncs: weight sync by rollout.
+        adapters: use of the policy's adapter by rollout, if it has one.
         memory: memory plan by rank.
         users: the objects behind users' own roles.
     """
@@ -40,6 +42,7 @@ class RolePlan:
     layouts: Mapping[str, WeightLayout]
     state_layouts: Mapping[str, WeightLayout]
     syncs: Mapping[str, SyncPlan]
+    adapters: Mapping[str, AdapterUse]
     memory: Mapping[int, RankMemory]
     users: Mapping[str, UserRole]
 
@@ -72,7 +75,14 @@ def plan_roles(
     blocks = {name: shard_blocks(spec, specs) for name, spec in specs.items()}
     layouts = {name: role_layout(spec, blocks[name]) for name, spec in specs.items()}
     states = {name: state_layout(spec, layouts[name]) for name, spec in specs.items()}
-    syncs = _plan_syncs(specs, layouts, node_size, config.rollout.sync_bucket_mb * 10**6)
+    bucket_bytes = config.rollout.sync_bucket_mb * 10**6
+    syncs = _plan_syncs(specs, layouts, node_size, bucket_bytes)
+    adapters = _adapter_uses(config, specs, syncs)
+    if changed := [n for n, use in adapters.items() if use.merged and specs[n].adapter is not None]:
+        specs |= {name: replace(specs[name], adapter=None) for name in changed}
+        layouts |= {name: role_layout(specs[name]) for name in changed}
+        states |= {name: layouts[name] for name in changed}
+        syncs = _plan_syncs(specs, layouts, node_size, bucket_bytes)
     users = _user_roles(config)
     customs = {
         name: Custom(
@@ -93,6 +103,7 @@ def plan_roles(
         layouts=layouts,
         state_layouts=states,
         syncs=syncs,
+        adapters=adapters,
         memory=plan_memory(config, held, customs, syncs, ranks, gpu_bytes),
         users=users,
     )
@@ -114,6 +125,20 @@ def _user_roles(config: Config) -> dict[str, UserRole]:
     for name in scoring & users.keys():
         check_scores(name, users[name])
     return users
+
+
+def _adapter_uses(
+    config: Config, specs: Mapping[str, RoleSpec], syncs: Mapping[str, SyncPlan]
+) -> dict[str, AdapterUse]:
+    """Decide by rollout whether its engine has the policy's adapter merged.
+
+    Args:
+        syncs: those to engines that apply it unmerged, where they can.
+    """
+    policy = next((spec for spec in specs.values() if spec.kind == "policy"), None)
+    if policy is None or policy.adapter is None:
+        return {}
+    return {name: adapter_use(config, policy, specs[name], sync) for name, sync in syncs.items()}
 
 
 def _plan_syncs(

@@ -5,6 +5,7 @@ A user's own flow is planned as if it made the same calls.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -128,7 +129,7 @@ def planned_calls(
             needs = ((name, WEIGHTS), (name, OPTIMIZER))
             update.append(PlannedCall(name=f"{name}.update", needs=needs, working_bytes=work))
     return RankCalls(
-        sync=tuple(_sync_call(kinds, syncs, streams=streams)),
+        sync=tuple(_sync_call(here, syncs, rank, streams=streams)),
         generate=tuple(generate),
         score=tuple(score[name] for name in scoring if name in score),
         read=tuple(read),
@@ -155,14 +156,35 @@ def _working_bytes(config: Config, spec: RoleSpec, *, backward: bool) -> int:
 
 
 def _sync_call(
-    kinds: Mapping[str, str], syncs: Mapping[str, SyncPlan], *, streams: bool
+    here: Mapping[str, HeldModel], syncs: Mapping[str, SyncPlan], rank: int, *, streams: bool
 ) -> Iterator[PlannedCall]:
     """The call that fills the rollouts' weights, if this rank takes part in one."""
     moving = [name for name, sync in syncs.items() if sync.moves]
-    source = tuple((name, WEIGHTS) for name, kind in kinds.items() if kind == "policy" and moving)
-    target = tuple((name, WEIGHTS) for name in moving if name in kinds)
+    policies = [model for model in here.values() if model.spec.kind == "policy" and moving]
+    source = tuple((model.spec.name, WEIGHTS) for model in policies)
+    target = tuple((name, WEIGHTS) for name in moving if name in here)
     if source or target:
         staged = [NUM_SLOTS * syncs[name].slot_bytes for name in moving if syncs[name].moved_bytes]
-        needs = () if streams else source
         work = max(staged, default=0)
+        work += sum(_merged_bytes(model, [syncs[n] for n in moving], rank) for model in policies)
+        needs = () if streams else source
         yield PlannedCall(name=SYNC, needs=needs, fills=target, working_bytes=work)
+
+
+def _merged_bytes(policy: HeldModel, syncs: Iterable[SyncPlan], rank: int) -> int:
+    """Bytes for merging an adapter: the largest matrix in float32, as rounded, and the one before.
+
+    Args:
+        syncs: those of the policy; 0 bytes if none of them moves a target of the adapter.
+    """
+    adapter = policy.spec.adapter
+    if adapter is None:
+        return 0
+    moved = {cells.name for sync in syncs for one in sync.rounds for cells in one}
+    merged = moved.intersection(adapter.targets)
+    sizes = [
+        math.prod(held.shape) * (4 + 2 * held.dtype.itemsize)
+        for held in policy.layout[rank].values()
+        if any(piece.name in merged for piece in held.slices)
+    ]
+    return max(sizes, default=0)
