@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_cases import WithAdded, value_loss
+from adapter_backends import WithAdded, value_loss
 from megatron_cases import CPU, KINDS, Case, case, make_backend, record_of, share
 from test_torch_backend import assemble, compare
 from torch import Tensor
@@ -18,8 +18,10 @@ from spmdrl.models.adapters import Adapter, LowRank, adapter_shapes, find_target
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import fill
 from spmdrl.models.local_shards import LocalTensors
+from spmdrl.models.low_rank import merged
+from spmdrl.models.megatron_chunks import Cut, Parameter, adapter_chunks, rank_chunks
 from spmdrl.models.megatron_layout import megatron_layout, megatron_state_layout
-from spmdrl.models.sharding import SCORE, Slice, global_shapes
+from spmdrl.models.sharding import SCORE, Head, Slice, global_shapes
 from spmdrl.training.megatron.checks import model_cut
 from spmdrl.training.readout import VALUES, next_token
 from spmdrl.training.torch_backend import TorchBackend
@@ -360,6 +362,46 @@ def test_a_state_of_the_torch_backend_continues_here() -> None:
     for made in (case(tp=2), case(pp=2), case(dp_shard=2)):
         for found in run_ranks(resumed, 2, made, state):
             assert found == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.parametrize("head", ["lm", "score"])
+def test_merged_parts_are_parts_of_the_merged_whole(head: Head) -> None:
+    """Also where queries, keys and values are interleaved, and layers are on another stage."""
+    model, cut = KINDS["qwen3"], Cut(tp=2, pp=2, vpp=2)
+    adapter = uneven(model)
+    source = WithAdded(model, adapter)
+
+    def held_of(chunks: list[tuple[Parameter, ...]]) -> LocalTensors:
+        rows = [row for chunk in chunks for row in chunk]
+        held = {row.name: (torch.zeros(row.shape), row.slices) for row in rows}
+        fill(held.values(), source)
+        return held
+
+    whole = held_of(rank_chunks(model, Cut(), 0, 0, head))
+    values = held_of(adapter_chunks(model, Cut(), 0, 0, adapter))
+    dense = assemble(
+        [{n: (merged(t, s, adapter, values), s) for n, (t, s) in whole.items()}],
+        global_shapes(model, head),
+    )
+    changed = {
+        name for name in dense if not torch.equal(dense[name], source.read(_all(dense, name)))
+    }
+    assert changed == set(adapter.targets)
+    for tp_rank in range(2):
+        for pp_rank in range(2):
+            base = held_of(rank_chunks(model, cut, tp_rank, pp_rank, head))
+            added = held_of(adapter_chunks(model, cut, tp_rank, pp_rank, adapter, head))
+            for name, (tensor, slices) in base.items():
+                found = merged(tensor, slices, adapter, added)
+                for piece in slices:
+                    box = tuple(slice(a, b) for a, b in zip(piece.start, piece.stop, strict=True))
+                    part = found[piece.offset : piece.offset + piece.rows]
+                    torch.testing.assert_close(part, dense[piece.name][box], msg=name)
+
+
+def _all(tensors: dict[str, Tensor], name: str) -> Slice:
+    shape = tuple(tensors[name].shape)
+    return Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
 
 
 def refused(world: World) -> None:
