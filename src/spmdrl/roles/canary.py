@@ -60,30 +60,50 @@ class Canary:
         # a temperature below 1 enlarges logits and their rounding errors
         larger = max(1.0, 1.0 / self._temperature)
         self._floor = _FLOOR.get(dtype, _LOW_PRECISION_FLOOR) * larger
-        self._first = _FIRST.get(dtype, _LOW_PRECISION_FIRST) * larger
+        self.first_limit = _FIRST.get(dtype, _LOW_PRECISION_FIRST) * larger
+        """`limit` before the first gap."""
         self._gaps: deque[float] = deque(maxlen=_HISTORY)
         self._expected: Batch | None = None
 
     @property
     def limit(self) -> float:
         """The largest mean gap, in nats, that is not a jump."""
-        return max(self._floor, _FACTOR * max(self._gaps)) if self._gaps else self._first
+        return max(self._floor, _FACTOR * max(self._gaps)) if self._gaps else self.first_limit
 
     def ask(self, policy: Policy) -> None:
         """Let the policy score the rows. Every rank of the world calls it."""
-        (self._expected,) = together(policy.logprobs.on(self.rows, self._temperature).unrecorded())
+        self._expected = self.scores(policy)
+
+    def scores(self, policy: Policy) -> Batch:
+        """The policy's scores of the rows as it is now, in the column `logprobs`."""
+        scored: Batch
+        (scored,) = together(policy.logprobs.on(self.rows, self._temperature).unrecorded())
+        return scored
+
+    def engine_scores(self, rollout: Rollout) -> Batch:
+        """The engine's scores of the rows as it is now, in the column `engine_logprobs`."""
+        call = rollout.logprobs.on(self.rows, self._temperature).unrecorded()
+        scored: Batch
+        # one atom for each replica, all of equal cost: each gets its own rows
+        (scored,) = together(replace(call, atom=replica_of(self.rows)))
+        return scored
+
+    @property
+    def expected(self) -> Tensor:
+        """The policy's log-probabilities when it was asked, float32 [T]."""
+        assert self._expected is not None
+        return self._expected["logprobs"]
 
     def gap(self, rollout: Rollout) -> float:
         """Mean distance of the engine's log-probabilities from the policy's, on the replica with
         the largest one; equal on every rank.
         """
-        assert self._expected is not None
-        call = rollout.logprobs.on(self.rows, self._temperature).unrecorded()
-        # one atom for each replica, all of equal cost: each gets its own rows
-        (scored,) = together(replace(call, atom=replica_of(self.rows)))
-        distance = (scored["engine_logprobs"] - self._expected["logprobs"]).abs()
+        return self.distance(self.engine_scores(rollout)["engine_logprobs"], self.expected)
+
+    def distance(self, one: Tensor, other: Tensor) -> float:  # [T] each
+        """Mean distance of log-probabilities, on the replica with the largest one."""
         # NaN must not pass for a small distance
-        distance = torch.nan_to_num(distance, nan=float("inf"))
+        distance = torch.nan_to_num((one - other).abs(), nan=float("inf"))
         return largest_mean(distance, self.rows, self._num_replicas)
 
     def accepts(self, gap: float) -> bool:

@@ -2,7 +2,8 @@
 
 The engine's weights are proved in three ways. After every sync that moved something, sums of all
 tensors are compared, and so are both sides' log-probabilities of a few fixed rows (the canary).
-After the first sync and some others, checksums of every cell are compared.
+After the first sync and some others, checksums of every cell are compared. A policy with an adapter
+is proved once more before the first one, with noise in the adapter (`AdapterProof`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from spmdrl.memory.call_memory import CallMemory
+from spmdrl.models.adapters import Adapter
 from spmdrl.models.local_shards import LocalTensors, Table, WeightLayout
+from spmdrl.roles.adapter_noise import AdapterNoise
+from spmdrl.roles.adapter_proof import AdapterProof
 from spmdrl.roles.canary import Canary
 from spmdrl.roles.generation import Rollout
 from spmdrl.roles.handles import Policy
@@ -23,6 +27,11 @@ from spmdrl.weights.plan import SyncPlan
 from spmdrl.weights.sync import WeightSync
 
 Metrics = dict[str, float]
+
+_ELSE = (
+    "the engine computes something else (a cache of old weights, another architecture, graphs over "
+    "freed memory)"
+)
 
 SYNC = "sync"
 """The call's name in the memory plan."""
@@ -58,6 +67,7 @@ class PolicySync:
         check_every: compare checksums after the first sync and then every N syncs, and sums after
             the others; 0 compares neither.
         canary: scores fixed rows, or None.
+        adapter: the policy's adapter, if it has one.
     """
 
     def __init__(
@@ -70,12 +80,16 @@ class PolicySync:
         streams: bool = False,
         check_every: int = 0,
         canary: Canary | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self._policy, self._rollout = policy, rollout
         self._weights, self._memory, self._parts = weights, memory, memory.parts
         self._streams, self._check_every, self._canary = streams, check_every, canary
+        self._adapter = adapter
         self._count = 0
         self._metrics: Metrics = {}
+        self._moved = self._seconds = 0.0
+        """10^9 bytes that the current run has moved, and the time that this took."""
         self._done = 0
         """Number of runs in the step so far."""
         self._resumed = SyncState()
@@ -105,13 +119,33 @@ class PolicySync:
         is_first, self._count = self._count == 0, self._count + 1
         if not (is_first or self.plan.moves):
             return
+        self._moved = self._seconds = 0.0
+        proof = None
         if self._canary is not None:
             self._canary.ask(self._policy)  # first, while the policy's weights are still there
+            proof = self._adapter_proof(self._canary) if is_first else None
+        if proof is not None:
+            proof.score()
+        self._move_and_compare()
+        if self.plan.moves:
+            self._metrics = {"sync/gb": self._moved, "sync/gb_per_s": self._moved / self._seconds}
+        if self._canary is not None:
+            self._prove(self._canary, proof)
+
+    def _adapter_proof(self, canary: Canary) -> AdapterProof | None:
+        if self._adapter is None:
+            return None
+        backend = self._policy.backend
+        tensors = {} if backend is None else backend.local_tensors()
+        noise = AdapterNoise(self._adapter, tensors, self._parts.view)
+        return AdapterProof(
+            *(self._adapter, noise, canary, self._policy, self._rollout, self._move_and_compare)
+        )
+
+    def _move_and_compare(self) -> None:
         self._move()
         if self._check_every:
             self._compare(in_full=(self._count - 1) % self._check_every == 0)
-        if self._canary is not None:
-            self._prove(self._canary)
 
     # State for checkpoints within a step
 
@@ -174,9 +208,8 @@ class PolicySync:
             self._weights.run()
             for part in fills:
                 self._parts.filled(*part)
-        if self.plan.moves:
-            self._metrics = {"sync/gb": gigabytes}
-            self._metrics["sync/gb_per_s"] = gigabytes / (time.perf_counter() - began)
+        self._moved += gigabytes
+        self._seconds += time.perf_counter() - began
 
     def _compare(self, *, in_full: bool) -> None:
         """Compare sums of tensors first, which are cheap; if they differ, checksums locate it."""
@@ -187,18 +220,18 @@ class PolicySync:
             raise ValueError(f"weight sync {self._count}: {found}")
         assert in_full, f"sums of {differing} differ, and no checksum does"
 
-    def _prove(self, canary: Canary) -> None:
+    def _prove(self, canary: Canary, proof: AdapterProof | None) -> None:
         gap = canary.gap(self._rollout)
         if self.plan.moves:
             self._metrics["sync/canary_gap"] = gap
         if not canary.accepts(gap):
             found = first_difference(self._weights)
             if found is None:
-                found = (
-                    "every tensor is the policy's, bit for bit: the engine computes something else "
-                    "(a cache of old weights, another architecture, graphs over freed memory)"
-                )
+                located = None if proof is None else proof.locate()
+                found = f"every tensor is the policy's, bit for bit: {located or _ELSE}"
             raise ValueError(
                 f"weight sync {self._count}: the canary's log-probabilities of engine and policy "
                 f"differ by {gap:.2e} on average, where {canary.limit:.2e} is expected: {found}"
             )
+        if proof is not None and (fault := proof.judge()) is not None:
+            raise ValueError(f"weight sync {self._count}: {fault}")

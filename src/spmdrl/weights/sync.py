@@ -82,7 +82,7 @@ class WeightSync:
         own = {} if engine is None else _adopt(plan.shared[self.rank], engine, target, tensors)
         read = (lambda tensor: tensor) if read is None else read
         if merged is not None:
-            read = MergedReader(merged, tensors, read, plan.slot_bytes)
+            read = MergedReader(merged, tensors, read)
         self.views = TensorViews(tensors, own, read)
         made = ProcessGroups() if groups is None else groups
         self.groups = {ranks: made.over(ranks) for ranks in plan.groups}

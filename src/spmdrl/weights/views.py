@@ -30,16 +30,15 @@ class MergedReader:
     """A `Read` that returns W + scale B A in place of each W that is a target of an adapter.
 
     It is computed for the whole local tensor, so that every box of it has the same bits whoever
-    reads it. The last results are kept until `forget`, since boxes of one tensor are read in turn.
+    reads it. The last two are kept until `forget`, since boxes of one tensor are read in turn.
 
     Args:
         tensors: this rank's source tensors, the adapter's among them.
         read: see `Read`.
-        limit: most bytes of results to keep; the newest is kept whatever its size.
     """
 
-    def __init__(self, adapter: Adapter, tensors: LocalTensors, read: Read, limit: int) -> None:
-        self._adapter, self._tensors, self._read, self._limit = adapter, tensors, read, limit
+    def __init__(self, adapter: Adapter, tensors: LocalTensors, read: Read) -> None:
+        self._adapter, self._tensors, self._read = adapter, tensors, read
         places = {piece.name: n for n, (_, slices) in tensors.items() for piece in slices}
         self._needed: dict[int, tuple[tuple[Slice, ...], tuple[str, ...]]] = {}
         """Identity of a tensor -> its slices, and the local names of the A and B to merge."""
@@ -55,12 +54,9 @@ class MergedReader:
         if key not in self._needed:
             return self._read(tensor)
         if key not in self._kept:
-            self._kept[key] = self._merge(tensor)
-            while sum(value.nbytes for value in self._kept.values()) > self._limit:
-                oldest = next(iter(self._kept))
-                if oldest == key:
-                    break
+            for oldest in list(self._kept)[:-1]:  # first, so that its memory is free
                 del self._kept[oldest]
+            self._kept[key] = self._merge(tensor)
         return self._kept[key]
 
     def forget(self) -> None:
