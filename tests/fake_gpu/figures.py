@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from spmdrl.algorithms.policy_loss import clipped_policy_loss
 from spmdrl.batch import Batch, from_rows
 from spmdrl.config.algorithms import AlgorithmSection
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.models.adapters import Adapter, find_targets, make_adapter
 from spmdrl.models.config import ModelConfig, read_config
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.runner import Runner
 from spmdrl.rollout.native.workspace import NativeOptions
-from spmdrl.rollout.protocol import Request, SamplingParams
+from spmdrl.rollout.protocol import OWN, Request, SamplingParams
 from spmdrl.training import torch_backend
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.protocol import LossInput
@@ -107,12 +109,15 @@ def large_model() -> ModelConfig:
         return read_config(directory)
 
 
-def make_engine(device: torch.device, **options: Any) -> NativeEngine:
+def make_engine(
+    device: torch.device, adapter: Adapter | None = None, **options: Any
+) -> NativeEngine:
     engine = NativeEngine(
         large_model(),
         options=NativeOptions(cuda_graphs=True, prefill_tokens=8192, **options),
         device=device,
         dtype=torch.bfloat16,
+        adapter=adapter,
     )
     for name in engine.weights.table():
         engine.allocate(name)
@@ -135,12 +140,36 @@ def requests(
 
 
 def decode(device: torch.device) -> dict[str, Any]:
-    """Cost of one more decode step of 64 samples: the difference of two calls."""
-    engine = make_engine(device, max_running=64)
+    """Cost of one more decode step of 64 samples."""
+    return decode_step(make_engine(device, max_running=64))
+
+
+def adapter() -> Adapter:
+    return make_adapter(find_targets(large_model(), ["all"]), rank=16, alpha=32)
+
+
+def adapted(device: torch.device) -> dict[str, Any]:
+    """Cost of one more decode step of 64 samples with an adapter."""
+    return decode_step(make_engine(device, adapter(), max_running=64))
+
+
+def by_row(device: torch.device) -> dict[str, Any]:
+    """Cost of one more decode step of 64 samples with two adapters and without, by turns."""
+    engine = make_engine(device, adapter(), max_running=64)
+    engine.add_adapter("judge", adapter())
+    return decode_step(engine, OWN, "judge", None)
+
+
+def decode_step(engine: NativeEngine, *adapters: str | None) -> dict[str, Any]:
+    """Cost of one more decode step: the difference of two calls."""
     short, long = 6, 14
+    names = adapters or (OWN,)
 
     def call(new: int) -> Counts:
-        return counted(lambda: engine.generate(requests(8, 8, new), seed=0, step=0))
+        asked = [
+            replace(one, adapter=names[i % len(names)]) for i, one in enumerate(requests(8, 8, new))
+        ]
+        return counted(lambda: engine.generate(asked, seed=0, step=0))
 
     call(long)  # captures, and makes the cache of the longest
     less, more = call(short), call(long)
@@ -279,7 +308,14 @@ def update(device: torch.device) -> dict[str, Any]:
     }
 
 
-FIGURES = {"decode": decode, "capture": capture, "release": release, "update": update}
+FIGURES = {
+    "decode": decode,
+    "adapted": adapted,
+    "by_row": by_row,
+    "capture": capture,
+    "release": release,
+    "update": update,
+}
 
 
 def after(owner: type, method: str, more: Callable[[Any], None]) -> None:

@@ -31,6 +31,16 @@ BUDGETS: dict[str, dict[str, float]] = {
         "pageable": 1,
         "illegal": 0,
     },
+    "adapted": {
+        "syncs": 1,
+        "launches": 23,
+        "graph_nodes": 935,
+        "h2d": 2,
+        "d2h": 1,
+        "pageable": 1,
+        "illegal": 0,
+    },
+    "by_row": {"syncs": 1, "launches": 23, "graph_nodes": 1467, "h2d": 2, "d2h": 1, "illegal": 0},
     "capture": {"captures": 8, "device_syncs": 0, "frees": 0, "pool_gb": 0.03, "illegal": 0},
     "release": {"peak_gb": 3.18, "left_gb": 0.152, "left_after_gc_gb": 0.152},
     "update": {

@@ -153,13 +153,27 @@ def test_samples_of_one_call_have_their_own_adapters(length: int) -> None:
     assert len({found[i][0].tokens for i in (1, 3, 5)}) == 3
 
 
+def test_sequences_of_one_call_are_scored_with_their_own_adapters() -> None:
+    model, source = tiny_model()
+    adapter, judge = uneven(model), uneven(model)
+    engine = adapted_engine(model, source, adapter, values_of(model, adapter))
+    fill_held(engine.add_adapter(JUDGE, judge), values_of(model, judge, seed=6))
+    sequences, names = prompts_of(5, 33, 16, 20), [None, JUDGE, OWN, JUDGE]
+    mixed = engine.score(sequences, adapters=names)
+    for sequence, name, found in zip(sequences, names, mixed, strict=True):
+        [alone] = engine.score([sequence], adapters=[name])
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(alone), atol=1e-4, rtol=0)
+    apart = [engine.score(sequences[:1], adapters=[name])[0] for name in (None, JUDGE, OWN)]
+    assert apart[0] != apart[1] != apart[2] != apart[0]
+
+
 def test_adapters_that_the_engine_lacks_are_refused() -> None:
     model, source = tiny_model()
     adapter = uneven(model)
     engine = adapted_engine(model, source, adapter, values_of(model, adapter))
     engine.add_adapter(JUDGE, adapter)
     engine.remove_adapter(JUDGE)
-    with pytest.raises(ValueError, match="prompt 0 asks for adapter 'judge'"):
+    with pytest.raises(ValueError, match="asks for adapter 'judge'"):
         generate(engine, load(8, adapter=JUDGE))
     plain = make_engine(model, source)
     with pytest.raises(ValueError, match="asks for the base alone"):

@@ -163,10 +163,17 @@ class RolloutEngine(Protocol):
         """
 
     def score(
-        self, sequences: Sequence[tuple[int, ...]], *, temperature: float = 1.0
+        self,
+        sequences: Sequence[tuple[int, ...]],
+        *,
+        temperature: float = 1.0,
+        adapters: Sequence[str | None] | None = None,
     ) -> list[list[float]]:
         """Compute log-probabilities of every token but the first, given those before it, under the
         softmax of logits / temperature: one list per sequence, one shorter than the sequence.
+
+        Args:
+            adapters: each sequence's, see `Request.adapter`; None: `OWN` for all.
 
         Raises:
             ValueError: the cache or the model cannot hold a sequence, or the engine cannot score

@@ -36,7 +36,7 @@ from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.models.sharding import Slice, all_slices
 from spmdrl.rollout.lockstep import Lockstep
 from spmdrl.rollout.protocol import MAX_SUPPORT, Completion, Progress, Request, SamplingParams
-from spmdrl.rollout.requests import check_requests
+from spmdrl.rollout.requests import check_requests, scoring_requests
 from spmdrl.rollout.stops import StopRules
 from spmdrl.rollout.vllm_isolation import Enclosure, replaced, uncompiled
 from spmdrl.rollout.vllm_model import VOCAB_MULTIPLE, check_supported, described, match_parameters
@@ -241,18 +241,17 @@ class VllmEngine:
         return {}
 
     def score(
-        self, sequences: Sequence[tuple[int, ...]], *, temperature: float = 1.0
+        self,
+        sequences: Sequence[tuple[int, ...]],
+        *,
+        temperature: float = 1.0,
+        adapters: Sequence[str | None] | None = None,
     ) -> list[list[float]]:
         """See `RolloutEngine.score`. vLLM ignores the temperature for prompts: it must be 1."""
         if temperature != 1:
             raise ValueError(f"temperature={temperature}: vLLM scores rows only at temperature 1")
         sampling = SamplingParams(max_tokens=1, temperature=0)
-        self._check(
-            [
-                Request(tokens=tokens, prompt_id=i, samples=(0,), sampling=sampling)
-                for i, tokens in enumerate(sequences)
-            ]
-        )
+        self._check(scoring_requests(sequences, adapters, sampling))
         arguments = {**sampling_arguments(sampling, (), (0, 0, 0, 0)), "prompt_logprobs": 0}
         with self._running():
             waiting = {

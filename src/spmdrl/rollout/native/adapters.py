@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spmdrl.models.low_rank import AdapterWeights, Applied
 from spmdrl.rollout.native.scheduler import StepPlan
-from spmdrl.rollout.protocol import OWN, Request
+from spmdrl.rollout.protocol import Request
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,23 +79,7 @@ NO_ADAPTERS = CallAdapters(weights={})
 def adapters_of(
     requests: Sequence[Request], held: Mapping[str, AdapterWeights], dtype: torch.dtype
 ) -> CallAdapters:
-    """Find the adapters of a call among those that the engine holds.
-
-    Raises:
-        ValueError: a request names an adapter that the engine does not hold, or the base without
-            one where the engine's weights may have it merged in.
-    """
-    for request in requests:
-        name = request.adapter
-        if name == OWN or name in held or (name is None and OWN in held):
-            continue
-        asks = f"prompt {request.prompt_id} asks for"
-        if name is None:
-            raise ValueError(
-                f"{asks} the base alone, but the engine holds no adapter apart from it: set "
-                "roles.NAME.adapter for the policy, and rollout.adapters=unmerged"
-            )
-        raise ValueError(f"{asks} adapter {name!r}, but the engine holds {list(held)}: add it")
+    """Find the adapters of a call among those that the engine holds."""
     asked = {request.adapter if request.adapter in held else None for request in requests}
     weights = {name: own for name, own in held.items() if name in asked}
     return CallAdapters(weights=weights, by_row=len(asked) > 1, dtype=dtype)

@@ -37,7 +37,7 @@ from spmdrl.rollout.native.snapshot import blocks_of, restore_snapshot, take_sna
 from spmdrl.rollout.native.weights import EngineWeights, blocked_weights
 from spmdrl.rollout.native.workspace import NativeOptions, Work, Workspace
 from spmdrl.rollout.protocol import OWN, Completion, Progress, Request, SamplingParams
-from spmdrl.rollout.requests import check_requests
+from spmdrl.rollout.requests import check_requests, scoring_requests
 from spmdrl.rollout.stops import StopRule, StopRules
 
 _PREFIX_TOKENS = 256
@@ -198,21 +198,21 @@ class NativeEngine:
         return ExpertRecord(leaders[0], torch.iinfo(choices_dtype(moe.num_experts)).max)
 
     def score(
-        self, sequences: Sequence[tuple[int, ...]], *, temperature: float = 1.0
+        self,
+        sequences: Sequence[tuple[int, ...]],
+        *,
+        temperature: float = 1.0,
+        adapters: Sequence[str | None] | None = None,
     ) -> list[list[float]]:
         """See `RolloutEngine.score`."""
-        sampling = SamplingParams(max_tokens=1)
-        requests = [
-            Request(tokens=tokens, prompt_id=i, samples=(0,), sampling=sampling)
-            for i, tokens in enumerate(sequences)
-        ]
-        num_blocks, adapters = self._check(requests, generates=False)
+        requests = scoring_requests(sequences, adapters, SamplingParams(max_tokens=1))
+        num_blocks, applied = self._check(requests, generates=False)
         samples = [s for i, r in enumerate(requests) for s in samples_of(r, i, seed=0, step=0)]
         scores: list[list[float]] = [[] for _ in sequences]
         with torch.inference_mode():
             runner = None
             if samples:
-                runner = self._workspace.prepare(num_blocks).runner.applying(adapters)
+                runner = self._workspace.prepare(num_blocks).runner.applying(applied)
             scheduler = self._scheduler(samples, num_blocks)
             while runner is not None and scheduler.has_work:
                 plan = scheduler.plan()
@@ -235,7 +235,6 @@ class NativeEngine:
     ) -> tuple[int, CallAdapters]:
         """Return the requests' cache blocks and adapters; ValueError if they cannot be served."""
         self.weights.check()
-        adapters = adapters_of(requests, self._adapters, self._dtype)
         num_blocks = self._workspace.blocks_for(requests)
         check_requests(
             requests,
@@ -244,8 +243,9 @@ class NativeEngine:
             fix=f"raise rollout.kv_cache_gb={self._options.kv_cache_gb}",
             has_text=self._has_text,
             generates=generates,
+            adapters=self._adapters,
         )
-        return num_blocks, adapters
+        return num_blocks, adapters_of(requests, self._adapters, self._dtype)
 
     def _scheduler(self, leaders: Sequence[Sample], num_blocks: int, prefix: int = 0) -> Scheduler:
         return Scheduler(
