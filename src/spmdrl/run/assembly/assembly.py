@@ -231,7 +231,7 @@ class _Builder:
 
     def _sync(self, policy: Policy, role: Rollout, engine: RolloutEngine | None) -> PolicySync:
         plan, world, config = self._plan, self._world, self._config
-        spec = plan.specs[role.name]
+        spec, adapter = plan.specs[role.name], plan.specs[policy.name].adapter
         source, target = plan.layouts[policy.name], plan.layouts[role.name]
         weights = WeightSync(
             plan.syncs[role.name],
@@ -242,6 +242,7 @@ class _Builder:
             # a world of gloo alone sends from the host
             world.device if set(world.device_types) == {"cuda"} else torch.device("cpu"),
             read=self._parts.view,
+            merged=adapter if spec.adapter is None else None,
             keeps_frozen=not any(
                 memory.plan.residencies.get((role.name, WEIGHTS)) == "drop"
                 for memory in plan.memory.values()
@@ -265,6 +266,7 @@ class _Builder:
             streams=own is not None and own.streams,
             check_every=config.rollout.sync_check_every,
             canary=canary if config.rollout.sync_check_every else None,
+            adapter=adapter,
         )
 
     def _register_engine(self, name: str, engine: RolloutEngine) -> None:
