@@ -45,8 +45,9 @@ def config_of(tmp_path: Path, *words: str) -> Config:
     return load_config(write_config(tmp_path / "c.yaml", tmp_path, tmp_path, **PPO), list(words))
 
 
-def test_four_roles_over_one_base_are_a_configuration(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
+@pytest.mark.parametrize("backend", ["torch", "megatron"])
+def test_four_roles_over_one_base_are_a_configuration(tmp_path: Path, backend: str) -> None:
+    config = config_of(tmp_path, f"train.backend={backend}")
     trained = [name for name in config.roles if config.is_trained(name)]
     assert trained == ["policy", "value"]
     assert not [doubt for doubt in doubts(config) if "adapter" in doubt or "export_as" in doubt]
@@ -108,10 +109,14 @@ NO_ADAPTER = "roles.policy.adapter=null"
             ["rollout.engine=vllm", "rollout.adapters=unmerged"],
             r"rollout.adapters=unmerged with rollout.engine=vllm, which samples with",
         ),
-        (["train.backend=megatron"], r"train.backend=megatron with roles.policy.adapter: only the"),
+        (
+            ["train.backend=megatron", "roles.policy.megatron={sp: true}"],
+            r"roles.reference.megatron=\{\} with roles.reference.base=policy, where it is "
+            r"\{sp: true\}: .* set roles.reference.megatron=\{sp: true\}",
+        ),
         (
             ["roles.reference.train={backend: megatron}"],
-            r"roles.reference.train.backend=megatron with roles.reference.base=policy: only the",
+            r"train.backend=megatron for reference and torch for policy: set",
         ),
     ],
 )

@@ -359,12 +359,19 @@ def test_degrees_that_do_not_divide_the_experts_are_refused(degrees, sp, match):
         check_megatron("policy", config, {**DEGREES, **degrees}, options)
 
 
-def test_dropout_of_an_adapter_is_refused_where_it_trains() -> None:
+def test_adapters_that_drop_out_or_lie_over_other_layers_are_refused(monkeypatch) -> None:
     names = find_targets(tiny_config(), ["q_proj"])
     adapter = make_adapter(names, rank=2, alpha=2, dropout=0.1)
-    check_adapter("policy", adapter, trained=False)
+    check_adapter("policy", adapter, trained=False, plain_base="reference", device=CPU)
     with pytest.raises(ValueError, match=r"roles\.policy\.adapter\.dropout=0\.1 .*set it to 0, or"):
-        check_adapter("policy", adapter, trained=True)
+        check_adapter("policy", adapter, trained=True, plain_base=None, device=CPU)
+    monkeypatch.setattr(checks, "find_spec", lambda name: name)
+    on_cuda = torch.device("cuda")
+    check_adapter("policy", adapter, trained=False, plain_base=None, device=on_cuda)
+    with pytest.raises(
+        ValueError, match=r"roles\.policy\.base=reference .*share the base of policy"
+    ):
+        check_adapter("policy", adapter, trained=False, plain_base="reference", device=on_cuda)
 
 
 def test_a_missing_or_other_megatron_is_refused(monkeypatch):

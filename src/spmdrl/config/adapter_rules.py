@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from spmdrl.config.sections import Config
 
 SCALAR = ("reward", "value")
@@ -17,11 +19,9 @@ def check_adapters(config: Config) -> None:
     for name, role in config.roles.items():
         if role.adapter is not None:
             _check_kind(config, name, "adapter")
-            check_backend(config, name)
             _check_adapter(config, name)
         if role.base is not None:
             _check_kind(config, name, "base")
-            check_backend(config, name)
             _check_owner(config, name, role.base)
             _check_borrower(config, name, role.base)
         _check_freeze(config, name)
@@ -41,19 +41,6 @@ def trains_adapter(config: Config) -> bool:
     """Whether a role trains an adapter."""
     return any(
         config.is_trained(name) and role.adapter is not None for name, role in config.roles.items()
-    )
-
-
-def check_backend(config: Config, name: str) -> None:
-    """ValueError: the role's backend is Megatron's, which has no adapters and no shared bases."""
-    role, backend = config.roles[name], config.train_section(name).backend
-    if backend != "megatron":
-        return
-    where = f"roles.{name}.train" if "backend" in role.train else "train"
-    key = f"roles.{name}.adapter" if role.adapter is not None else f"roles.{name}.base={role.base}"
-    raise ValueError(
-        f"{where}.backend=megatron with {key}: only the torch backend has adapters and shared "
-        f"bases: set roles.{name}.train.backend=torch"
     )
 
 
@@ -128,6 +115,12 @@ def _check_borrower(config: Config, name: str, owner: str) -> None:
             f"{key} with train.backend={backend} for {name} and {backend_there} for {owner}: set "
             f"roles.{name}.train.backend={backend_there}"
         )
+    if role.megatron != other.megatron:
+        raise ValueError(
+            f"roles.{name}.megatron={_mapping(role.megatron)} with {key}, where it is "
+            f"{_mapping(other.megatron)}: what both share is cut once: set "
+            f"roles.{name}.megatron={_mapping(other.megatron)}"
+        )
     if role.device != other.device:
         raise ValueError(
             f"roles.{name}.device={role.device} with {key}, whose device is {other.device}: set "
@@ -138,6 +131,11 @@ def _check_borrower(config: Config, name: str, owner: str) -> None:
             f"{key} without an adapter: {name} is trained, and nothing of it would change: add "
             f"roles.{name}.adapter: {{}}, or leave roles.{name}.base out"
         )
+
+
+def _mapping(given: Mapping[str, object]) -> str:
+    """Write a mapping as it is written in YAML."""
+    return "{" + ", ".join(f"{key}: {str(value).lower()}" for key, value in given.items()) + "}"
 
 
 def _check_freeze(config: Config, name: str) -> None:

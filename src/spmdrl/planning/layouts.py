@@ -146,10 +146,11 @@ def frozen_names(spec: RoleSpec) -> frozenset[str]:
     return frozenset(frozen)
 
 
-def check_model(spec: RoleSpec, *, replays_routing: bool) -> None:
+def check_model(spec: RoleSpec, specs: Mapping[str, RoleSpec], *, replays_routing: bool) -> None:
     """Refuse degrees that do not divide the role's model, and settings that need experts.
 
     Args:
+        specs: all roles.
         replays_routing: `algorithm.routing_replay`.
 
     Raises:
@@ -161,7 +162,14 @@ def check_model(spec: RoleSpec, *, replays_routing: bool) -> None:
         check_installed(spec.name)
         check_megatron(spec.name, spec.model, spec.placement.degrees, megatron_options(spec))
         if spec.adapter is not None:
-            check_adapter(spec.name, spec.adapter, trained=spec.trained)
+            base = None if spec.base is None else specs[spec.base]
+            check_adapter(
+                spec.name,
+                spec.adapter,
+                trained=spec.trained,
+                plain_base=None if base is None or base.adapter is not None else base.name,
+                device=spec.device,
+            )
         return
     tp, ep = spec.placement.degrees["tp"], spec.placement.degrees["ep"]
     try:

@@ -71,7 +71,7 @@ def plan_roles(
     specs = make_specs(config, placements, models, devices)
     check_engine(config, specs, len(ranks))
     for spec in specs.values():
-        check_model(spec, replays_routing=config.algorithm.routing_replay)
+        check_model(spec, specs, replays_routing=config.algorithm.routing_replay)
     blocks = {name: shard_blocks(spec, specs) for name, spec in specs.items()}
     layouts = {name: role_layout(spec, blocks[name]) for name, spec in specs.items()}
     states = {name: state_layout(spec, layouts[name]) for name, spec in specs.items()}

@@ -84,12 +84,23 @@ def check_megatron(
     _check_experts(role, model, degrees, options)
 
 
-def check_adapter(role: str, adapter: Adapter, *, trained: bool) -> None:
-    """Refuse adapters that cannot train here.
+def check_adapter(
+    role: str, adapter: Adapter, *, trained: bool, plain_base: str | None, device: torch.device
+) -> None:
+    """Refuse adapters that this backend cannot have.
+
+    Args:
+        plain_base: the role without an adapter whose base it shares, if it shares one.
 
     Raises:
-        ValueError: it drops inputs out.
+        ValueError: it drops inputs out, or the base has layers that take no additions.
     """
+    if plain_base is not None and uses_transformer_engine(device):
+        raise ValueError(
+            f"roles.{role}.base={plain_base} with roles.{role}.adapter and train.backend=megatron: "
+            f"{plain_base} has no adapter and so TransformerEngine's layers, which take no "
+            f"additions: let {plain_base} share the base of {role} instead"
+        )
     if trained and adapter.dropout > 0:
         raise ValueError(
             f"roles.{role}.adapter.dropout={adapter.dropout} with train.backend=megatron, which "
