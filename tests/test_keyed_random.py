@@ -9,7 +9,9 @@ import torch
 from noise import gumbel
 from spmdrl.keyed_random import (
     Noise,
+    bits_at,
     chain,
+    chain_all,
     exponential_at,
     key64,
     key_tensor,
@@ -46,6 +48,30 @@ def test_a_key_can_be_extended() -> None:
     assert chain(key64(7, 8), 9, -10) == key64(7, 8, 9, -10)
     assert key64(1, 2) != key64(2, 1)
     assert -(2**63) <= min(key64(i) for i in range(100)) < 0 < max(key64(i) for i in range(100))
+
+
+def test_many_keys_are_extended_as_one_is() -> None:
+    given = [key64(i) for i in range(50)] + [0, -1, 2**63 - 1, -(2**63)]
+    parts = list(range(-27, 27))
+    by_tensor = chain_all(key_tensor(given, CPU), key_tensor(parts, CPU))
+    assert by_tensor.tolist() == [chain(k, p) for k, p in zip(given, parts, strict=True)]
+    for part in (0, -5, 2**63 - 1, -(2**63)):
+        assert chain_all(key_tensor(given, CPU), part).tolist() == [chain(k, part) for k in given]
+
+
+def test_bits_are_uniform_and_independent() -> None:
+    """Shares below a threshold: of rows, of columns, and of pairs of neighbours."""
+    rate, count, width = 0.3, 2000, 500
+    least = round(rate * 2**32) - 2**31
+    hashes = token_hash(torch.arange(width))
+    low = (bits_at(chain_all(keys(count, 4), 9), hashes) < least).double()
+    for shares, number in ((low.mean(0), count), (low.mean(1), width)):
+        z = (shares - rate) / math.sqrt(rate * (1 - rate) / number)
+        assert z.abs().max() < 4.6 and abs(float(z.square().mean()) - 1) < 0.25
+    other = (bits_at(chain_all(keys(count, 4), 10), hashes) < least).double()
+    for a, b in ((low[:-1], low[1:]), (low[:, :-1], low[:, 1:]), (low, other)):
+        correlation = torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]
+        assert abs(correlation) < 4.5 / math.sqrt(a.numel())
 
 
 def test_noise_depends_on_key_and_token_alone() -> None:

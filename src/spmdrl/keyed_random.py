@@ -42,7 +42,7 @@ def chain(key: int, *parts: int) -> int:
     state = key & _MASK
     for part in parts:
         state = _splitmix(state ^ _splitmix(part & _MASK))
-    return state - (1 << 64) if state >> 63 else state
+    return _signed(state)
 
 
 def _splitmix(x: int) -> int:
@@ -50,6 +50,30 @@ def _splitmix(x: int) -> int:
     x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
     x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
     return x ^ (x >> 31)
+
+
+def chain_all(keys: Tensor, part: Tensor | int) -> Tensor:  # keys int64 [...], part int64 [...]
+    """`chain` of every key by one more integer, int64 [...]."""
+    if isinstance(part, Tensor):
+        return _splitmix_all(keys ^ _splitmix_all(part))
+    return _splitmix_all(keys ^ _signed(_splitmix(part & _MASK)))
+
+
+def _splitmix_all(x: Tensor) -> Tensor:
+    """`_splitmix` of int64 numbers, whose sums and products wrap."""
+    x = x + _signed(_GOLDEN)
+    for shift, multiplier in ((30, _MIX_1), (27, _MIX_2)):
+        x = (x ^ _shifted(x, shift)) * _signed(multiplier)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift right without the sign."""
+    return (x >> bits) & (_MASK >> bits)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
 
 
 class Noise:
@@ -107,6 +131,16 @@ def exponential_at(
     return _finish(mixed, torch.empty_like(mixed), high, torch.empty_like(mixed).float())
 
 
+def bits_at(
+    keys: Tensor,  # int64 [B]
+    hashes: Tensor,  # int32 [K], from `token_hash`
+) -> Tensor:
+    """Hash each key with each number: 32 random bits, int32 `[B, K]`."""
+    low, high = _halves(keys)
+    mixed = hashes ^ low
+    return _mix(mixed, torch.empty_like(mixed), high)
+
+
 def key_tensor(keys: Iterable[int], device: torch.device) -> Tensor:
     """Keys as int64 `[B]`."""
     return torch.tensor(list(keys), dtype=torch.int64, device=device)
@@ -118,15 +152,22 @@ def _halves(keys: Tensor) -> tuple[Tensor, Tensor]:
     return halves[:, :1].contiguous(), halves[:, 1:] | 1
 
 
-def _finish(x: Tensor, scratch: Tensor, multiplier: Tensor, out: Tensor) -> Tensor:
-    """int32 bits -> Exponential(1) in `out`; int32 products wrap.
+def _mix(x: Tensor, scratch: Tensor, multiplier: Tensor) -> Tensor:
+    """Mix int32 bits in place; products wrap.
 
-    The shift is arithmetic, which adding (unlike xor) tolerates, so no mask is needed. u has 31
-    bits and its sign is dropped, so -log1p(-u) resolves the small values (which win) to 2^-31.
+    The shift is arithmetic, which adding (unlike xor) tolerates, so no mask is needed.
     """
     x.mul_(multiplier)
     torch.bitwise_right_shift(x, 15, out=scratch)
-    x.add_(scratch).mul_(_NOISE_MULTIPLIER)
-    out.copy_(x)
+    return x.add_(scratch).mul_(_NOISE_MULTIPLIER)
+
+
+def _finish(x: Tensor, scratch: Tensor, multiplier: Tensor, out: Tensor) -> Tensor:
+    """int32 bits -> Exponential(1) in `out`.
+
+    u has 31 bits and its sign is dropped, so -log1p(-u) resolves the small values (which win) to
+    2^-31.
+    """
+    out.copy_(_mix(x, scratch, multiplier))
     out.abs_().mul_(-(2.0**-31))
     return out.log1p_().neg_().clamp_(_TINY, _HUGE)

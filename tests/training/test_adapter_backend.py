@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,8 +50,21 @@ EXPERTS: dict[int, list[Case]] = {
 }
 
 
-def on_ranks(world: World, model: ModelConfig, cases: list[Case]) -> list[dict[str, Any]]:
-    adapter = adapter_of(model)
+DROPPED: dict[int, list[Case]] = {
+    1: [({}, {"seed": 7})],
+    2: [
+        ({"dp_shard": 2}, {"seed": 7, "recompute": "layer", "share_prompts": False}),
+        ({"dp_replicate": 2}, {"seed": 7, "microbatch_tokens": 20}),
+        ({"tp": 2}, {"seed": 7, "recompute": "layer"}),
+        ({"cp": 2}, {"seed": 7, "microbatch_tokens": 40}),
+    ],
+}
+
+
+def on_ranks(
+    world: World, model: ModelConfig, cases: list[Case], dropout: float = 0.0
+) -> list[dict[str, Any]]:
+    adapter = adapter_of(model, dropout=dropout)
     return [
         train(make_role(mesh_of(world, degrees), model, adapter, options(**changes)))
         for degrees, changes in cases
@@ -62,6 +76,7 @@ def single() -> dict[str, dict[str, Any]]:
     return {
         "dense": run_ranks(on_ranks, 1, tiny_config(), DENSE[1])[0][0],
         "experts": run_ranks(on_ranks, 1, moe_config(), EXPERTS[1])[0][0],
+        "dropped": run_ranks(on_ranks, 1, tiny_config(), DROPPED[1], 0.4)[0][0],
     }
 
 
@@ -75,6 +90,34 @@ def test_layouts_train_alike(single: dict[str, dict[str, Any]], kind: str, size:
     for number, (degrees, _) in enumerate(cases):
         print(degrees)
         compare([ranks[number] for ranks in results], single[kind], model, adapter_of(model))
+
+
+def test_dropout_does_not_depend_on_the_layout(single: dict[str, dict[str, Any]]) -> None:
+    model, expected = tiny_config(), single["dropped"]
+    results = run_ranks(on_ranks, 2, model, DROPPED[2], 0.4, timeout_s=200)
+    for number, (degrees, _) in enumerate(DROPPED[2]):
+        print(degrees)
+        compare([ranks[number] for ranks in results], expected, model, adapter_of(model))
+    plain = single["dense"]
+    assert torch.equal(expected["before"], plain["before"]), "no pass but an update drops"
+    for (sums, done), (others, other) in zip(expected["steps"], plain["steps"], strict=True):
+        assert abs(sums["loss"] - others["loss"]) > 1e-3
+        assert abs(done.grad_norm / other.grad_norm - 1) > 1e-3
+
+
+def lacking(world: World) -> None:
+    model = tiny_config()
+    adapter = adapter_of(model, dropout=0.1)
+    backend = make_role(mesh_of(world, {}), model, adapter, options())
+    rows = make_rows([4], 2)
+    rows = replace(rows, rows={n: c for n, c in rows.rows.items() if n != "sample_index"})
+    backend.forward(rows, next_token())
+    with pytest.raises(ValueError, match=r"policy\.adapter\.dropout=0\.1 needs .*'sample_index'"):
+        backend.forward_backward(rows, loss_fn, next_token(), normaliser=1.0)
+
+
+def test_dropout_needs_to_know_the_samples() -> None:
+    run_ranks(lacking, 1)
 
 
 def test_only_the_adapter_changes_and_has_state(single: dict[str, dict[str, Any]]) -> None:

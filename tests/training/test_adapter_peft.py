@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapter_backends import CPU, EXPERTS, mesh_of
-from torch import Tensor
+from torch import Tensor, nn
 from training_cases import VOCAB, dense, loss_fn, make_rows, options
 
 from harness import run_ranks
 from spmdrl.batch import Batch
+from spmdrl.keyed_random import chain, key64
 from spmdrl.models.adapters import Adapter, LowRank, adapter_shapes, find_targets
+from spmdrl.models.dropout import Dropout, column_hashes
 from spmdrl.models.files.hf import open_model
 from spmdrl.models.sharding import Slice
 from spmdrl.training.protocol import LossInput
@@ -22,6 +25,7 @@ from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.world import World
 
 TEMPERATURE, NORMALISER = 0.8, 7.0
+SEED, RATE = 11, 0.4
 ATTENTION = {"q_proj": 3, "k_proj": 3, "v_proj": 5, "o_proj": 2}
 RANKS = {
     "Llama": {**ATTENTION, "gate_proj": 2, "down_proj": 4},
@@ -101,10 +105,50 @@ class WithTensors:
         return self._tensors[part.name][box]
 
 
-def theirs(model: Any, rows: Batch) -> dict[str, Any]:
+class Masked(nn.Module):
+    """In place of PEFT's dropout: the masks of one matrix in the row that is being computed."""
+
+    def __init__(self, name: str, row: list[Dropout]) -> None:
+        super().__init__()
+        self.number, self.row = key64(*name.encode()), row
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.row[-1].apply(x[0], self.number, 0)[None]
+
+
+def mask_dropouts(model: Any) -> list[Dropout]:
+    """Replace the dropouts; the last entry of the list that is returned serves all of them."""
+    row: list[Dropout] = []
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_dropout"):
+            weight = f"{name.removeprefix('base_model.model.')}.weight"
+            module.lora_dropout["default"] = Masked(weight, row)
+    return row
+
+
+def row_dropouts(rows: Batch, step: int) -> list[Dropout]:
+    """The masks of each row, from keys that are made one by one."""
+    found, columns = [], column_hashes(64, CPU)
+    for number, length in enumerate(rows.lengths.tolist()):
+        prompt, sample, first = (
+            int(rows[name][number]) for name in ("prompt_ids", "sample_index", "prompt_lengths")
+        )
+        role = key64(SEED, *b"policy")
+        keys = [
+            chain(role, step, prompt, -1 if place < first else sample, place)
+            for place in range(length)
+        ]
+        found.append(Dropout(rate=RATE, keys=torch.tensor(keys), columns=columns))
+    return found
+
+
+def theirs(model: Any, rows: Batch, dropouts: bool = False) -> dict[str, Any]:
     """PEFT's logits, log-probabilities, loss and gradients, row by row."""
     every, logprobs, entropy = [], [], []
+    masks = iter(row_dropouts(rows, step=0))
+    row = mask_dropouts(model) if dropouts else []
     for tokens in torch.split(rows["tokens"], rows.lengths.tolist()):
+        row.append(next(masks))
         logits = model(input_ids=tokens[None]).logits[0]
         every.append(logits.detach())
         scores = torch.log_softmax(logits / TEMPERATURE, -1)[:-1]
@@ -141,16 +185,21 @@ def adapter_for(kind: str, path: Path) -> Adapter:
 
 
 def ours(
-    world: World, kind: str, path: Path, tensors: dict[str, Tensor], rows: Batch
+    world: World,
+    kind: str,
+    path: Path,
+    tensors: dict[str, Tensor],
+    rows: Batch,
+    dropout: float = 0.0,
 ) -> dict[str, Any]:
     config, weights = open_model(path)
-    adapter = adapter_for(kind, path)
+    adapter = replace(adapter_for(kind, path), dropout=dropout)
     assert {n: tuple(t.shape) for n, t in tensors.items()} == adapter_shapes(config, adapter)
     backend = TorchBackend(
         mesh_of(world, {}),
         config,
         WithTensors(weights, tensors),
-        options(microbatch_tokens=40),
+        options(microbatch_tokens=40, seed=SEED, recompute="layer"),
         CPU,
         adapter=adapter,
     )
@@ -191,3 +240,14 @@ def test_logits_losses_and_gradients_are_those_of_peft(kind: str, tmp_path: Path
         assert gradient.abs().max() > 1e-3, name
         torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-5, atol=1e-5)
     assert len(expected["gradients"]) == 2 * 2 * len(RANKS[kind])
+
+
+def test_dropout_is_that_of_peft_with_the_same_masks(tmp_path: Path) -> None:
+    model = peft_model("Llama", tmp_path)
+    rows = make_rows([6, 3, 9], 3, seconds=True)
+    expected = theirs(model, rows, dropouts=True)
+    [found] = run_ranks(ours, 1, "Llama", tmp_path, by_our_names(model), rows, RATE)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for name, gradient in expected["gradients"].items():
+        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-5, atol=1e-5)
+    assert (found["logprobs"] - expected["logprobs"]).abs().max() > 0.01, "passes without"

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spmdrl.distributed.parallel import Parallel
+from spmdrl.keyed_random import key64
 from spmdrl.models.adapters import Adapter, adapter_tensors, lora_names, part_name
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.dropout import Dropout
 from spmdrl.models.linear import Blocked, linear, product, serves
 from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.sharding import SCORE, Slice, all_slices, fused_tensors, local_parameters
@@ -36,14 +38,21 @@ class Span:
         first, rows: its outputs.
         first_rank, rank: its rows of the stacked A.
         scale: factor of B A.
+        key: number of the matrix among all of the model, for random numbers.
     """
 
     part: str
+    key: int
     first: int
     rows: int
     first_rank: int
     rank: int
     scale: float
+
+    @property
+    def ranks(self) -> slice:
+        """The target's rows of the stacked A."""
+        return slice(self.first_rank, self.first_rank + self.rank)
 
 
 class Addition(nn.Module):
@@ -52,6 +61,7 @@ class Addition(nn.Module):
     Args:
         spans: the targets, in the projection's order.
         columns: width of the projection's input on this rank.
+        first_column: the input's first column among those of the whole matrix.
         blocks: see `sharding.all_slices`; a target's outputs are then in as many pieces.
     """
 
@@ -59,13 +69,14 @@ class Addition(nn.Module):
         self,
         spans: Sequence[Span],
         columns: int,
+        first_column: int,
         blocks: int,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         super().__init__()
-        self.spans, self.blocks = tuple(spans), blocks
+        self.spans, self.first_column, self.blocks = tuple(spans), first_column, blocks
 
         def empty(rows: int, width: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(rows, width, dtype=dtype, device=device))
@@ -105,6 +116,7 @@ class AdapterWeights(nn.Module):
         self.ep = Parallel() if ep is None else ep
         self.head: nn.ParameterDict | None = None
         self._additions: dict[str, Addition] = {}
+        tables = self.tables()
         shapes = local_parameters(
             model,
             self.tp.size,
@@ -112,8 +124,9 @@ class AdapterWeights(nn.Module):
             table=adapter_tensors(model, adapter),
         )
         for local, spans in _all_spans(model, adapter, self.tp).items():
-            columns = shapes[f"{local}.lora_A"][1]
-            addition = Addition(spans, columns, blocks, dtype=dtype, device=device)
+            name = f"{local}.lora_A"
+            columns, first_column = shapes[name][1], tables[name][0].start[1]
+            addition = Addition(spans, columns, first_column, blocks, dtype=dtype, device=device)
             self._additions[local] = addition
             _add_module(self, local, addition)
         if head:
@@ -154,6 +167,7 @@ def _all_spans(model: ModelConfig, adapter: Adapter, tp: Parallel) -> dict[str, 
             spans.append(
                 Span(
                     part=part_name(piece.name),
+                    key=key64(*piece.name.encode()),
                     first=piece.offset,
                     rows=piece.rows,
                     first_rank=sum(span.rank for span in spans),
@@ -182,20 +196,22 @@ class Applied:
     Args:
         rows: factor of each token's addition, 0 or 1, [T, 1] in the dtype that is computed in;
             None: the adapter applies to all tokens.
+        dropout: that of the adapter's inputs in a pass of an update.
     """
 
     weights: AdapterWeights
     rows: Tensor | None = None
+    dropout: Dropout | None = None
 
 
-Added = Sequence[tuple[Addition, Tensor | None]]
-"""The additions to one projection, each with the factors of `Applied.rows`."""
+Added = Sequence[tuple[Addition, Applied | None]]
+"""The additions to one projection, and how each applies; None: to all tokens, without dropout."""
 
 
 def added_to(adapters: Sequence[Applied], local: str) -> Added:
     """Return the adapters' additions to a projection."""
-    found = ((each.weights.addition(local), each.rows) for each in adapters)
-    return [(addition, rows) for addition, rows in found if addition is not None]
+    found = ((each.weights.addition(local), each) for each in adapters)
+    return [(addition, each) for addition, each in found if addition is not None]
 
 
 def adapted_linear(
@@ -213,15 +229,18 @@ def adapted_linear(
     if not added:
         return linear(x, weight, bias, blocked)
     if torch.is_grad_enabled() and (x.requires_grad or added[0][0].lora_A.requires_grad):
-        [(addition, rows)] = added
-        assert rows is None and not weight.requires_grad, "only one adapter trains, over a fixed W"
+        [(addition, how)] = added
+        assert not weight.requires_grad, "an adapter trains over a fixed matrix"
+        assert how is None or how.rows is None, "an adapter trains on all rows"
         out: Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
-            x, weight, bias, addition, addition.lora_A, *addition.b_weights()
+            *(x, weight, bias, addition, None if how is None else how.dropout),
+            *(addition.lora_A, *addition.b_weights()),
         )
         return out
     y = linear(x, weight, bias, blocked)
-    for addition, rows in added:
+    for addition, how in added:
         u = product(x, addition.lora_A)
+        rows = None if how is None else how.rows
         add_products(y, u if rows is None else u * rows, addition, addition.b_weights())
     return y
 
@@ -229,7 +248,7 @@ def adapted_linear(
 def add_products(y: Tensor, u: Tensor, addition: Addition, b_weights: Sequence[Tensor]) -> None:
     """Add scale * B u to y, in place, target by target."""
     for span, b in zip(addition.spans, b_weights, strict=True):
-        own = u[:, span.first_rank : span.first_rank + span.rank]
+        own = u[:, span.ranks]
         if addition.blocks == 1:
             y[:, span.first : span.first + span.rows].addmm_(own, b.t(), alpha=span.scale)
         else:
@@ -260,10 +279,9 @@ def product_gradients(
     d_u = torch.empty_like(u)
     d_b = []
     for span, b in zip(addition.spans, b_weights, strict=True):
-        ranks = slice(span.first_rank, span.first_rank + span.rank)
         own = _outputs(grad, addition, span)
-        d_u[:, ranks] = product(own, b.t()).mul_(span.scale)
-        d_b.append(product(own.t(), u[:, ranks].t()).mul_(span.scale))
+        d_u[:, span.ranks] = product(own, b.t()).mul_(span.scale)
+        d_b.append(product(own.t(), u[:, span.ranks].t()).mul_(span.scale))
     return d_u, d_b
 
 
@@ -277,13 +295,14 @@ class _Adapted(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         addition: Addition,
+        dropout: Dropout | None,
         a: Tensor,
         *b_weights: Tensor,
     ) -> Tensor:
         y = linear(x, weight, bias) if serves(x, weight) else F.linear(x, weight, bias)
-        u = product(x, a)
+        u = product(x, a) if dropout is None else _dropped_product(x, a, addition, dropout)
         add_products(y, u, addition, b_weights)
-        ctx.addition = addition
+        ctx.addition, ctx.dropout = addition, dropout
         ctx.save_for_backward(x, weight, u, a, *b_weights)
         return y
 
@@ -292,11 +311,40 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, u, a, *b_weights = ctx.saved_tensors
         d_u, d_b = product_gradients(grad, u, ctx.addition, b_weights)
-        d_x = None
-        if ctx.needs_input_grad[0]:
-            d_x = product(grad, weight.t())
+        d_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        if ctx.dropout is not None:
+            d_a = _add_dropped_gradients(d_x, d_u, x, a, ctx.addition, ctx.dropout)
+            return d_x, None, None, None, None, d_a, *d_b
+        if d_x is not None:
             d_x.addmm_(d_u, a)
-        return d_x, None, None, None, product(d_u.t(), x.t()), *d_b
+        return d_x, None, None, None, None, product(d_u.t(), x.t()), *d_b
+
+
+def _dropped_product(x: Tensor, a: Tensor, addition: Addition, dropout: Dropout) -> Tensor:
+    """Compute A x, where each target zeroes other elements of x."""
+    u = x.new_empty(len(x), len(a))
+    for span in addition.spans:
+        own = dropout.apply(x, span.key, addition.first_column)
+        u[:, span.ranks] = product(own, a[span.ranks])
+    return u
+
+
+def _add_dropped_gradients(
+    d_x: Tensor | None,  # [T, K], added to
+    d_u: Tensor,  # [T, ranks]
+    x: Tensor,
+    a: Tensor,
+    addition: Addition,
+    dropout: Dropout,
+) -> Tensor:
+    """Compute the gradients of `_dropped_product`; returns that of A."""
+    d_a = torch.empty_like(a)
+    for span in addition.spans:
+        own, place = d_u[:, span.ranks], (span.key, addition.first_column)
+        d_a[span.ranks] = product(own.t(), dropout.apply(x, *place).t())
+        if d_x is not None:
+            d_x.add_(dropout.apply(product(own, a[span.ranks].t()), *place))
+    return d_a
 
 
 @torch.no_grad()

@@ -143,8 +143,8 @@ def update_call(
 ) -> Call[UpdateRecords]:
     """All minibatches of all epochs in one call; `then` gets the records on every rank.
 
-    Rows need `tokens`, `prompt_lengths`, `prompt_ids`, `loss_mask`, the row column `loss_share`
-    (the row's contribution to the normaliser), and the columns that the loss reads.
+    Rows need `tokens`, `prompt_lengths`, `prompt_ids`, `sample_index`, `loss_mask`, the row column
+    `loss_share` (the row's contribution to the normaliser), and the columns that the loss reads.
     """
 
     def compute(rows: Batch, stint: Stint) -> UpdateRecords | Interrupted:
@@ -154,7 +154,8 @@ def update_call(
         role=role,
         method="update",
         batch=batch,
-        needs=(*PACKING, "loss_share", *update.columns),
+        # a loss may name `sample_index` too
+        needs=tuple(dict.fromkeys((*PACKING, "sample_index", "loss_share", *update.columns))),
         returns=(),
         compute=compute,
         finish=then,

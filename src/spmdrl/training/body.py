@@ -17,6 +17,7 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
+from spmdrl.models.dropout import Dropout
 from spmdrl.models.low_rank import HEAD_WEIGHT, AdapterWeights, Applied
 from spmdrl.models.sharding import SCORE, Head, global_shapes
 from spmdrl.training.options import TrainOptions
@@ -83,9 +84,9 @@ class RoleWeights:
         trained = [leaf.weight for leaf in self.body.leaves if leaf.trained]
         return {"base": fixed, "weights": [*trained, *own]}
 
-    def applied(self) -> list[Applied]:
+    def applied(self, dropout: Dropout | None = None) -> list[Applied]:
         """Return the adapter as a pass applies it."""
-        return [] if self.added is None else [Applied(weights=self.added)]
+        return [] if self.added is None else [Applied(weights=self.added, dropout=dropout)]
 
     def head_weight(self, of_decoder: Tensor) -> Tensor:
         """Return the weight of the role's own head, or else the decoder's."""

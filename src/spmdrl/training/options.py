@@ -19,6 +19,7 @@ class TrainOptions(TrainSection):
         param_dtype: dtype in which the model computes; the optimizer's weights are always float32.
         frozen: Hugging Face names of parameters that do not change.
         blocks: number of blocks of fused projections, see `models.sharding.all_slices`.
+        seed: the run's seed, for an adapter's dropout.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -28,6 +29,7 @@ class TrainOptions(TrainSection):
     param_dtype: torch.dtype = torch.float32
     frozen: frozenset[str] = frozenset()
     blocks: int = 1
+    seed: int = 0
 
     @field_validator("param_dtype")
     @classmethod

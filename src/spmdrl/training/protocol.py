@@ -153,6 +153,9 @@ class TrainBackend(Protocol):
     ) -> dict[str, float]:
         """Add the gradient of sum(loss) / normaliser over one minibatch.
 
+        With an adapter's dropout the rows need the row columns `prompt_ids` and `sample_index` too,
+        see `training.dropout`.
+
         Args:
             whole_groups: put rows with equal `prompt_ids` into one microbatch, whatever its size,
                 for losses that compare them.

@@ -41,6 +41,7 @@ from spmdrl.training.backend_steps import (
 )
 from spmdrl.training.body import Body, borrowed_weights, own_weights
 from spmdrl.training.context import LocalStream, split_stream
+from spmdrl.training.dropout import AdapterDropout
 from spmdrl.training.experts import ExpertUse, make_balance, make_routing
 from spmdrl.training.optimizer import (
     HostNumber,
@@ -100,6 +101,9 @@ class TorchBackend:
         self._trained = [leaf for leaf in self._leaves if leaf.trained]
         fill_leaves(self._leaves if base is None else self._weights.own, checkpoint)
         self._optimizer = Optimizer(self._trained, options) if trainable else None
+        self._dropout: AdapterDropout | None = None
+        if trainable and adapter is not None and adapter.dropout > 0:
+            self._dropout = AdapterDropout(mesh.role, model, adapter, options.seed, device)
         self._steps = StepCounts()
         self._sums: dict[str, Tensor] = {}
         if trainable:
@@ -153,6 +157,7 @@ class TorchBackend:
         parts: list[dict[str, Tensor]] = []
         moe = self.model.moe
         use = None if moe is None else ExpertUse(moe, self._device)
+        keys = None if self._dropout is None else self._dropout.keys(rows, self._steps.num_steps)
         packed = self._paced(pack_rows(rows, self.options, readout, whole_groups=whole_groups))
         for number, microbatch in enumerate(counted(packed, progress), start=1):
             self._reduce_over_replicas(number == len(packed))
@@ -160,7 +165,7 @@ class TorchBackend:
             balance = self._balance(rows, microbatch, stream, readout, normaliser)
             routing = make_routing(moe, rows, microbatch, stream, self._device, balance)
             support = support_of(rows, microbatch, stream, readout, self._device)
-            outputs = self._run(stream, readout, routing, support)
+            outputs = self._run(stream, readout, routing, support, keys)
             if use is not None and routing is not None:
                 use.add(routing, stream)
             if microbatch.is_empty:
@@ -278,6 +283,7 @@ class TorchBackend:
         readout: Readout,
         routing: Routing | None,
         support: Support | None,
+        dropout_keys: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Compute the readout's columns at all places of the microbatch that are read, [N] each."""
         check_head(self.mesh.role, self.head, readout)
@@ -291,6 +297,10 @@ class TorchBackend:
         tokens, positions, predict, targets = to_device(
             (stream.tokens, stream.positions, stream.predict, stream.targets), self._device
         )
+
+        dropout = None
+        if self._dropout is not None and dropout_keys is not None:
+            dropout = self._dropout.make(dropout_keys, stream)
 
         def finish(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             return read_places(
@@ -311,7 +321,7 @@ class TorchBackend:
             finish,
             recompute=self.options.recompute,
             routing=routing,
-            adapters=self._weights.applied(),
+            adapters=self._weights.applied(dropout),
         )
         return whole_stream(found, readout, stream, self.mesh)
 

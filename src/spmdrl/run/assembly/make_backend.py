@@ -80,4 +80,5 @@ def train_options(config: Config, spec: RoleSpec, blocks: int) -> TrainOptions:
         param_dtype=spec.dtype,
         frozen=frozen_names(spec),
         blocks=blocks,
+        seed=config.seed,
     )
