@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -12,13 +14,23 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import split_groups_if_few
 from spmdrl.keyed_random import NOISE_VERSION
 from spmdrl.memory.call_memory import CallMemory
+from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.files.hf import TensorSource, fill
 from spmdrl.models.routing import EXPERT_CHOICES, choices_dtype
 from spmdrl.roles.calls import Call, role_method
 from spmdrl.roles.kept import PartialResult
 from spmdrl.roles.ledger import Interrupted, Stint
 from spmdrl.roles.model_calls import WEIGHTS, row_order
-from spmdrl.rollout.protocol import Completion, Finish, Request, RolloutEngine, SamplingParams
+from spmdrl.rollout.native.engine import NativeEngine
+from spmdrl.rollout.protocol import (
+    OWN,
+    Completion,
+    Finish,
+    Request,
+    RolloutEngine,
+    SamplingParams,
+)
 from spmdrl.training.support import SUPPORT
 
 KV_CACHE, GRAPHS = "kv_cache", "graphs"
@@ -29,12 +41,28 @@ _NOTHING = Completion(tokens=(), logprobs=(), finish=Finish.ABORTED)
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Sampling of a rollout: `group_size` responses per prompt, keyed by (seed, step, prompt)."""
+    """Sampling of a rollout: `group_size` responses per prompt, keyed by (seed, step, prompt).
+
+    Args:
+        adapters: the adapters that each prompt is answered with, `group_size` times each: the
+            policy's (`OWN`), None for the base alone, or names of `Rollout.add_adapter`. Sample
+            `i` has the adapter `i // group_size`.
+    """
 
     seed: int
     step: int
     group_size: int
     sampling: SamplingParams
+    adapters: tuple[str | None, ...] = field(default=(OWN,), repr=False)
+
+    def adapter_of(self, sample: int) -> str | None:
+        """Return the adapter of the sample with this index."""
+        return self.adapters[sample // self.group_size]
+
+    def settings(self) -> Mapping[str, Any]:
+        """Return the values that identify the call's configuration."""
+        named = {} if self.adapters == (OWN,) else {"adapters": self.adapters}
+        return {"generation": self, "noise": NOISE_VERSION, **named}
 
 
 class Rollout:
@@ -60,17 +88,42 @@ class Rollout:
         self.engine, self.memory = engine, memory
         self.parts, self.version = parts, 0
 
+    def add_adapter(self, name: str, adapter: Adapter, values: TensorSource) -> None:
+        """Let the engine apply another adapter of its base, which `Generation.adapters` can name.
+
+        Args:
+            values: its tensors, as `open_adapter` reads them from a file.
+
+        Raises:
+            ValueError: the engine does not hold the base apart from the policy's adapter.
+        """
+        if self.engine is None:
+            return
+        if not isinstance(self.engine, NativeEngine):
+            raise ValueError(f"adapter {name!r}: only rollout.engine=native applies several")
+        fill(self.engine.add_adapter(name, adapter).values(), values)
+
     @role_method
-    def logprobs(self, batch: Batch, temperature: float = 1.0) -> Call[Batch]:
+    def logprobs(
+        self, batch: Batch, temperature: float = 1.0, *, adapter: str | None = OWN
+    ) -> Call[Batch]:
         """Adds the token column `engine_logprobs`: each token's log-probability under this engine's
         softmax of logits / temperature, given the tokens before it (0 for the first).
+
+        Args:
+            adapter: see `Generation.adapters`.
         """
+        named = {} if adapter == OWN else {"adapter": adapter}
 
         def compute(rows: Batch, stint: Stint) -> Batch:
             assert self.engine is not None, f"role {self.name!r} has no engine on this rank"
             sequences = torch.split(rows["tokens"], rows.lengths.tolist())
             rows_of = [tuple(sequence.tolist()) for sequence in sequences]
-            scored = self.engine.score(rows_of, temperature=temperature)
+            if adapter == OWN:
+                scored = self.engine.score(rows_of, temperature=temperature)
+            else:
+                adapters = [adapter] * len(rows_of)
+                scored = self.engine.score(rows_of, temperature=temperature, adapters=adapters)
             flat = [value for values in scored for value in (0.0, *values)]
             column = torch.tensor(flat, dtype=torch.float32)
             return Batch(lengths=rows.lengths, tokens={"engine_logprobs": column})
@@ -85,7 +138,7 @@ class Rollout:
             finish=lambda home: home,
             uses=tuple((self.name, part) for part in self.parts),
             order=row_order(batch),
-            settings={"temperature": temperature},
+            settings={"temperature": temperature, **named},
         )
 
     @role_method
@@ -100,7 +153,7 @@ class Rollout:
         with `sampling.support` the ragged column `support_ids`. The prompts' own row and Python
         columns are repeated for every sample.
         """
-        size = generation.group_size
+        size = generation.group_size * len(generation.adapters)
         repeated = prompts.select(torch.arange(len(prompts)).repeat_interleave(size))
         samples = torch.arange(size).repeat(len(prompts))
         batch = repeated.with_columns(rows={"sample_index": samples})
@@ -142,7 +195,7 @@ class Rollout:
             atom=batch["prompt_ids"],
             order=row_order(batch),
             arrange=split_groups_if_few,
-            settings={"generation": generation, "noise": NOISE_VERSION},
+            settings=generation.settings(),
         )
 
 
@@ -162,12 +215,12 @@ def _run_generation(
     experts: tuple[Column, ...],
     stint: Stint,
 ) -> Batch | Interrupted:
-    """Generate for this replica's rows; rows of one prompt become one request."""
+    """Generate for this replica's rows; rows of one prompt and adapter become one request."""
     sequences = torch.split(rows["tokens"], rows.lengths.tolist())
-    places: dict[int, list[int]] = {}
-    for row, prompt_id in enumerate(rows["prompt_ids"].tolist()):
-        places.setdefault(prompt_id, []).append(row)
     samples = rows["sample_index"].tolist()
+    places: dict[tuple[int, str | None], list[int]] = {}
+    for row, prompt_id in enumerate(rows["prompt_ids"].tolist()):
+        places.setdefault((prompt_id, generation.adapter_of(samples[row])), []).append(row)
     begun = {} if stint.begun is None else _begun(stint.begun)
     requests = [
         Request(
@@ -178,8 +231,9 @@ def _run_generation(
             begun=tuple(begun.get((prompt_id, samples[row]), _NOTHING) for row in group)
             if begun
             else (),
+            adapter=adapter,
         )
-        for prompt_id, group in places.items()
+        for (prompt_id, adapter), group in places.items()
     ]
 
     def report(num_tokens: int, num_done: int) -> None:

@@ -114,8 +114,18 @@ class NativeEngine:
 
         Returns its tensors on this rank, to be filled before the next call. They stay on the device
         until `remove_adapter`.
+
+        Raises:
+            ValueError: the name is taken, or the weights are not a base apart from an adapter, and
+                so may change.
         """
-        assert name not in self._adapters, name
+        if OWN not in self._adapters:
+            raise ValueError(
+                f"adapter {name!r}: the engine's weights are no fixed base: give the policy an "
+                "adapter (roles.NAME.adapter), and set rollout.adapters=unmerged"
+            )
+        if name in self._adapters:
+            raise ValueError(f"adapter {name!r}: the engine has one of that name")
         weights = self._adapters[name] = self._make_adapter(adapter, self._device)
         tables = weights.tables()
         return {local: (p.data, tables[local]) for local, p in weights.named_parameters()}
@@ -178,9 +188,11 @@ class NativeEngine:
 
     def _name(self, requests: Sequence[Request], seed: int, step: int) -> dict[str, Any]:
         """Make the values that distinguish a call on this engine from others, weights aside."""
-        asked = repr([(r.tokens, r.prompt_id, r.samples, r.sampling, r.adapter) for r in requests])
+        asked = repr([(r.tokens, r.prompt_id, r.samples, r.sampling) for r in requests])
+        adapters = [request.adapter for request in requests]
         return {
             "requests": blake2b(asked.encode(), digest_size=16).hexdigest(),
+            **({} if set(adapters) == {OWN} else {"adapters": adapters}),
             "key": [seed, step],
             "tp": [self._tp.rank, self._tp.size],
             "dtype": str(self._dtype),
