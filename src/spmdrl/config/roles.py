@@ -51,7 +51,7 @@ class AdapterSection(Section):
     )
     rank: int = Field(16, ge=1, description="Give A and B this rank, at least 1.")
     alpha: float = Field(
-        32.0, gt=0, description="Scale B A by this over rank (rslora: over its root), above 0."
+        32.0, gt=0, description="Multiply B A by this over rank (rslora: over its root), above 0."
     )
     targets: tuple[str, ...] = Field(
         ("all",),
@@ -63,14 +63,14 @@ class AdapterSection(Section):
         0.0,
         ge=0,
         lt=1,
-        description="Zero this share of the inputs of A in updates, at least 0 and below 1.",
+        description="Set this share of the inputs of A to 0 in updates, at least 0 and below 1.",
     )
     init: Literal["kaiming", "gaussian"] = Field(
         "kaiming",
         description="Draw A uniformly within 1 / sqrt(inputs), or from a normal distribution of "
         "deviation 1 / rank; B is 0.",
     )
-    rslora: bool = Field(False, description="Scale by alpha / sqrt(rank), not alpha / rank.")
+    rslora: bool = Field(False, description="Divide alpha by the root of rank, not by rank.")
 
 
 class RoleSection(Section):
@@ -96,7 +96,7 @@ class RoleSection(Section):
     )
     base: str | None = Field(
         None,
-        description="Share the weights of this role (without its adapter), whose residency says "
+        description="Use the weights of this role (without its adapter), whose residency says "
         "where they are; null loads the role's own.",
     )
     trained: Basic[bool | None] = Field(
