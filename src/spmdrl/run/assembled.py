@@ -18,7 +18,7 @@ from spmdrl.roles.policy_sync import PolicySync
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The model under an adapter: its directory and the weights in it."""
+    """The model under an adapter or a head: its directory and the weights in it."""
 
     path: Path
     weights: TensorSource
@@ -31,7 +31,7 @@ class Assembly:
     Args:
         specs: the roles with a model, as planned.
         trained: the roles that have an optimizer.
-        bases: the models under those of them that train an adapter.
+        bases: the models under those of them that only train an adapter or a head.
     """
 
     specs: Mapping[str, RoleSpec]

@@ -182,7 +182,7 @@ class RoleStates:
         """Role -> slices that this rank writes, both of master weights and of moments."""
         specs, layouts = self._assembly.specs, self._assembly.state_layouts
         kept = {
-            n: layouts[n] if specs[n].adapter is None else _trained(layouts[n])
+            n: _trained(layouts[n]) if specs[n].has_fixed_base else layouts[n]
             for n in self._trained
         }
         return {name: self._owned_of(layout) for name, layout in kept.items()}
@@ -193,7 +193,7 @@ class RoleStates:
 
 
 def _trained(layout: WeightLayout) -> WeightLayout:
-    """The layout without what an adapter leaves fixed, which no checkpoint holds."""
+    """The layout without the fixed base, which no checkpoint holds."""
     return {
         rank: {name: held for name, held in table.items() if not held.frozen}
         for rank, table in layout.items()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spmdrl.models.adapters import lora_names
+from spmdrl.models.adapters import Adapter, lora_names
 from spmdrl.models.config import ModelConfig, read_config
 from spmdrl.models.files.adapter_sources import WithAdapter
 from spmdrl.models.files.export import files_dtype, save_pretrained
@@ -17,6 +17,7 @@ from spmdrl.models.files.hf import TensorSource, open_model
 from spmdrl.models.files.inspection import head_of
 from spmdrl.models.files.peft import PeftFiles, open_peft, other_base
 from spmdrl.models.files.weight_files import open_checkpoint
+from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.low_rank import merged
 from spmdrl.models.sharding import SCORE, Head, Slice, global_shapes
 
@@ -32,28 +33,43 @@ _FEW = 0.5
 
 @dataclass(kw_only=True)
 class MergeReport:
-    """Report on a merge, complete once the last tensor was written.
+    """Report on a merge, complete once the last matrix was merged.
 
     Args:
+        dtype: dtype of the files.
         matrices: number of matrices that were added to.
         moved: their elements that change in float32.
-        kept: those that also change in the dtype of the files.
-        dtype: that dtype.
+        kept: those that also change in `dtype`.
         notes: oddities of the directories.
     """
 
+    dtype: torch.dtype
     matrices: int = 0
     moved: int = 0
     kept: int = 0
-    dtype: str = ""
     notes: list[str] = field(default_factory=list)
+
+    def merge(self, tensor: Tensor, whole: Slice, adapter: Adapter, pair: LocalTensors) -> Tensor:
+        """Return a target with the adapter added in float32 and rounded once to `dtype`, and count
+        what changes.
+
+        Args:
+            tensor, whole: the matrix, and the slice that is all of it.
+            pair: all of its A and B, by any local names.
+        """
+        wide = merged(tensor.float(), (whole,), adapter, pair)
+        narrow, is_moved = wide.to(self.dtype), wide != tensor
+        self.matrices += 1
+        self.moved += int(is_moved.sum())
+        self.kept += int((is_moved & (narrow != tensor.to(self.dtype))).sum())
+        return narrow
 
     @property
     def lines(self) -> list[str]:
         """Notes, and how many elements changed."""
         share = self.kept / self.moved if self.moved else 1.0
         text = f"{self.matrices} matrices merged: {self.kept} of {self.moved} elements that the "
-        text += f"adapter changes differ in {self.dtype}"
+        text += f"adapter changes differ in {str(self.dtype).removeprefix('torch.')}"
         if not self.moved:
             text = f"{self.matrices} matrices merged, none changed: the adapter adds nothing"
         elif share < _FEW:
@@ -95,9 +111,11 @@ def merge_adapter(
         head="score" if has_head else head,
         head_init="zero" if has_head else "file",
     )
-    report = MergeReport(notes=[*opened.notes, *other_base(opened.file, source)])
-    own = files_dtype(source, model)
-    tensors = _merged(model, base, opened, own if dtype is None else MERGE_DTYPES[dtype], report)
+    report = MergeReport(
+        dtype=files_dtype(source, model) if dtype is None else MERGE_DTYPES[dtype],
+        notes=[*opened.notes, *other_base(opened.file, source)],
+    )
+    tensors = _merged(model, base, opened, report)
     save_pretrained(
         tensors,
         model,
@@ -110,30 +128,27 @@ def merge_adapter(
 
 
 def _merged(
-    model: ModelConfig,
-    base: TensorSource,
-    opened: PeftFiles,
-    dtype: torch.dtype,
-    report: MergeReport,
+    model: ModelConfig, base: TensorSource, opened: PeftFiles, report: MergeReport
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors, those of the adapter in `dtype`; count what changes."""
+    """Yield the tensors, those of the adapter in the report's dtype."""
     source = WithAdapter(base, opened.tensors)
-    report.dtype = str(dtype).removeprefix("torch.")
     for name in global_shapes(model, "score" if SCORE in base.names else "lm"):
-        tensor, slices = _read(source, name)
+        tensor, whole = _read(source, name)
         if name in opened.adapter.targets:
-            factors = {factor: _read(opened.tensors, factor) for factor in lora_names(name)}
-            wide = merged(tensor.float(), slices, opened.adapter, factors)
-            is_moved = wide != tensor
-            report.matrices += 1
-            report.moved += int(is_moved.sum())
-            report.kept += int((is_moved & (wide.to(dtype) != tensor.to(dtype))).sum())
-            tensor = wide.to(dtype)
-        yield name, tensor.to(dtype) if name == SCORE else tensor
+            pair: LocalTensors = {}
+            for factor in lora_names(name):
+                values, piece = _read(opened.tensors, factor)
+                pair[factor] = (values, (piece,))
+            tensor = report.merge(tensor, whole, opened.adapter, pair)
+        yield name, tensor.to(report.dtype) if name == SCORE else tensor
 
 
-def _read(source: TensorSource, name: str) -> tuple[Tensor, tuple[Slice, ...]]:
-    """Read a tensor, with its one slice."""
-    shape = source.shape(name)
-    whole = Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
-    return source.read(whole), (whole,)
+def _read(source: TensorSource, name: str) -> tuple[Tensor, Slice]:
+    """Read a tensor, with the slice that is all of it."""
+    whole = whole_slice(name, source.shape(name))
+    return source.read(whole), whole
+
+
+def whole_slice(name: str, shape: tuple[int, ...]) -> Slice:
+    """Return the slice that is all of a global tensor."""
+    return Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)

@@ -38,6 +38,7 @@ from spmdrl.rollout.vllm_engine import VllmEngine
 from spmdrl.run.assembled import Assembly, Base
 from spmdrl.run.assembly.make_backend import make_backend, train_options
 from spmdrl.run.assembly.make_engine import make_engine
+from spmdrl.run.assembly.role_weights import engine_weights, head_source, role_weights
 from spmdrl.training.protocol import TrainBackend
 from spmdrl.weights.sync import WeightSync
 from spmdrl.world import World
@@ -70,10 +71,11 @@ def open_models(config: Config) -> dict[str, Model]:
     for name, role in config.roles.items():
         if config.is_users(name):
             continue
+        path, head = config.model_path(name), HEADS.get(config.role_kind(name), "lm")
         opened, weights = open_model(
-            config.model_path(name),
-            head=HEADS.get(config.role_kind(name), "lm"),
-            head_init=role.head,
+            path,
+            head=head,
+            head_init=role.head if config.model.tiny else head_source(role, path, head),
             use_tiny=config.model.tiny,
             seed=config.seed,
             warn=warn,
@@ -178,15 +180,16 @@ class _Builder:
     def add_model(self, spec: RoleSpec, mesh: Mesh, model: Model) -> None:
         name = spec.name
         options = train_options(self._config, spec, self._plan.blocks[name])
+        weights = role_weights(spec, model.weights, self._config.seed)
         base = None if spec.base is None else self._backends[spec.base]
-        backend = make_backend(spec, mesh, model.weights, options, self._device(name), base)
+        backend = make_backend(spec, mesh, weights, options, self._device(name), base)
         self._backends[name] = backend
         memory = self._memory_of(name)
         role = HANDLES[spec.kind](name, mesh, spec.model, backend, memory)
         self._roles[name] = role
         if spec.trained:
             self._trained[name] = role
-            if spec.adapter is not None:
+            if spec.has_fixed_base:
                 self._bases[name] = Base(path=spec.path, weights=model.weights)
         if backend is None or memory is None:
             return
@@ -224,7 +227,8 @@ class _Builder:
         elif engine is not None:
             # without a policy the rollout reads its model's files
             table = layouts[name][rank].items()
-            fill(((engine.allocate(n), held.slices) for n, held in table), model.weights)
+            weights = engine_weights(spec, model.weights, self._config.seed)
+            fill(((engine.allocate(n), held.slices) for n, held in table), weights)
         if engine is not None and memory is not None:
             self._register_engine(name, engine)
             self._parts.settle()

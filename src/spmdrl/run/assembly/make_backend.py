@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,31 +35,14 @@ def make_backend(
     """
     if not mesh.is_member:
         return None
+    plain = (spec.model, weights, options, device)
+    kind: Any = {"trainable": spec.trained, "head": spec.head, "adapter": spec.adapter}
     if spec.backend == "megatron":
         megatron = import_backend()
         assert base is None or isinstance(base, megatron), spec.name
-        return megatron(
-            mesh,
-            spec.model,
-            weights,
-            options,
-            device,
-            megatron_options(spec),
-            trainable=spec.trained,
-            head=spec.head,
-            adapter=spec.adapter,
-            base=base,
-        )
-    assert base is None, spec.name
-    return TorchBackend(
-        mesh,
-        spec.model,
-        weights,
-        options,
-        device,
-        trainable=spec.trained,
-        head=spec.head,
-    )
+        return megatron(mesh, *plain, megatron_options(spec), base=base, **kind)
+    assert base is None or isinstance(base, TorchBackend), spec.name
+    return TorchBackend(mesh, *plain, base=base, **kind)
 
 
 def import_backend() -> type[MegatronBackend]:

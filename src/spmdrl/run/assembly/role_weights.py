@@ -1,0 +1,100 @@
+"""The weights that a role starts with: its model's and, if it has one, its adapter's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spmdrl.config.roles import RoleSection
+from spmdrl.models.adapters import Adapter, lora_names
+from spmdrl.models.config import read_config
+from spmdrl.models.files.adapter_sources import FreshAdapter, WithAdapter
+from spmdrl.models.files.hf import HeadInit, TensorSource
+from spmdrl.models.files.peft import open_adapter, read_adapter
+from spmdrl.models.sharding import SCORE, Head, Slice
+from spmdrl.role_spec import RoleSpec
+
+
+def head_source(section: RoleSection, path: Path, head: Head) -> HeadInit:
+    """Tell where the scalar head of a role's model comes from: as `roles.NAME.head` says, but that
+    an adapter's files may hold it, which then takes the place of zeros.
+
+    Args:
+        path: directory of the model.
+        head: head of the model.
+
+    Raises:
+        ValueError: the adapter's files are missing, or do not fit the model.
+    """
+    if section.adapter is None or section.adapter.path is None or head != "score":
+        return section.head
+    if section.head != "file":
+        return section.head
+    adapter = open_adapter(section.adapter.path, read_config(path), head=head)
+    return "zero" if SCORE in adapter.names else "file"
+
+
+def role_weights(spec: RoleSpec, weights: TensorSource, seed: int) -> TensorSource:
+    """Add the values of a role's adapter to those of its model.
+
+    Args:
+        weights: the model's weights.
+        seed: the run's seed, of which a new adapter's values are a function.
+    """
+    section = spec.section.adapter
+    if section is None:
+        return weights
+    assert spec.adapter is not None, spec.name
+    if section.path is not None:
+        return WithAdapter(weights, open_adapter(section.path, spec.model, head=spec.head))
+    return WithAdapter(weights, FreshAdapter(spec.model, spec.adapter, seed, section.init))
+
+
+class Merged:
+    """The weights of a model with an adapter merged into them, in float32 where it adds.
+
+    Args:
+        both: the values of the model and of the adapter.
+    """
+
+    def __init__(self, both: TensorSource, adapter: Adapter) -> None:
+        self._both, self._adapter = both, adapter
+
+    @property
+    def names(self) -> frozenset[str]:
+        added = {name for target in self._adapter.targets for name in lora_names(target)}
+        return self._both.names - added
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._both.shape(name)
+
+    def read(self, part: Slice) -> Tensor:
+        values = self._both.read(part)
+        own = self._adapter.targets.get(part.name)
+        if own is None:
+            return values
+        name_a, name_b = lora_names(part.name)
+        (first, left), (last, right) = part.start, part.stop
+        a = self._box(name_a, (0, left), (own.rank, right))
+        b = self._box(name_b, (first, 0), (last, own.rank))
+        return torch.addmm(values.float(), b, a, alpha=own.scale)
+
+    def _box(self, name: str, start: tuple[int, int], stop: tuple[int, int]) -> Tensor:
+        shape = self._both.shape(name)
+        part = Slice(name=name, shape=shape, start=start, stop=stop, offset=0)
+        return self._both.read(part).float()
+
+
+def engine_weights(spec: RoleSpec, weights: TensorSource, seed: int) -> TensorSource:
+    """Return what a rollout without a policy reads: its model's weights with its adapter's, which
+    are merged into them unless its engine applies it unmerged.
+    """
+    section = spec.section.adapter
+    if section is None or spec.adapter is not None:
+        return role_weights(spec, weights, seed)
+    if section.path is None:  # a new adapter adds nothing
+        return weights
+    both = WithAdapter(weights, open_adapter(section.path, spec.model, head=spec.head))
+    return Merged(both, read_adapter(section.path, spec.model))
