@@ -77,7 +77,9 @@ ROWS: dict[str, Row] = {
         "grpo", "metrics", ADAPTED, "roles.policy.adapter.init=gaussian"
     ),
     "roles.NAME.adapter.rslora": row("grpo", BOTH, ADAPTED, "roles.policy.adapter.rslora=true"),
-    "roles.NAME.base": row("ppo", BOTH, ADAPTED, "roles.value.base=policy"),
+    "roles.NAME.base": row(
+        "ppo", "plan", ADAPTED, "roles.value.adapter={}", "roles.value.base=policy"
+    ),
     "roles.NAME.trained": row("grpo", "refused error", "roles.policy.trained=false"),
     "roles.NAME.train": row("grpo", BOTH, "roles.policy.train={lr: 0.5}"),
     "roles.NAME.freeze": row("grpo", BOTH, "roles.policy.freeze=['*norm*']"),

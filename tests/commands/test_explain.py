@@ -176,7 +176,7 @@ def test_adapters_are_counted_and_a_shared_base_once(root):
     roles = {
         "policy": {"adapter": {"rank": 2, "targets": ["q_proj", "down_proj"]}},
         "reference": {"base": "policy"},
-        "value": {"base": "policy", "head": "zero"},
+        "value": {"base": "policy", "head": "zero", "adapter": {"rank": 1, "targets": ["q_proj"]}},
     }
     text = explained(root, flow="ppo", roles=roles, algorithm={"kl_coef": 0.05})
     model = read_config(root / "model")
@@ -193,7 +193,8 @@ def test_adapters_are_counted_and_a_shared_base_once(root):
     assert policy["adapter's parameters"].startswith(f"{added:,} ")
     assert policy["values trained per rank"].startswith(f"{added:,} ")
     assert policy["base"].endswith("per rank, used in place by reference, value, rollout")
-    assert value["values trained per rank"].startswith(f"{model.hidden_size} ")
+    own = model.num_layers * sum(per_layer[0]) + model.hidden_size
+    assert value["values trained per rank"].startswith(f"{own:,} ")
     for found in (value, numbers(text, "reference")):
         assert re.match(r"shared +policy\.base, [\d.]+ MB per rank", found["base"])
     assert re.match(r"unmerged +its engine computes", numbers(text, "rollout")["policy's adapter"])

@@ -53,7 +53,6 @@ def test_four_roles_over_one_base_are_a_configuration(tmp_path: Path, backend: s
     assert not [doubt for doubt in doubts(config) if "adapter" in doubt or "export_as" in doubt]
 
 
-OWN = "roles.value.adapter=null"
 NO_ADAPTER = "roles.policy.adapter=null"
 
 
@@ -85,7 +84,11 @@ NO_ADAPTER = "roles.policy.adapter=null"
         (["roles.rollout.base=policy"], r"roles.rollout.base=policy: rollout is a rollout, which"),
         (["roles.mine.adapter={}"], r"roles.mine.adapter: mine is a my_roles:Mine, and only"),
         (["roles.mine.base=policy"], r"roles.mine.base=policy: mine is a my_roles:Mine, and only"),
-        # what would train nothing, or add nothing
+        # what would train a base that others share, or add nothing
+        (
+            ["roles.value.adapter=null"],
+            r"roles.value.base=policy without an adapter: .* add roles.value.adapter: ",
+        ),
         (
             ["roles.reference.trained=true"],
             r"roles.reference.base=policy without an adapter: .* add roles.reference.adapter: \{\}",
@@ -93,7 +96,10 @@ NO_ADAPTER = "roles.policy.adapter=null"
         (["roles.reference.adapter={}"], r"a new adapter adds nothing: set .*adapter.path, or"),
         # keys that have nothing to decide
         (["roles.policy.freeze=['*norm*']"], r"roles.policy.freeze=.* with roles.policy.adapter: "),
-        ([OWN, "roles.value.freeze=['*norm*']"], r"roles.value.freeze=.* with roles.value.base="),
+        (
+            ["roles.reference.freeze=['*norm*']"],
+            r"roles.reference.freeze=.* with roles.reference.base=policy: the model's weights",
+        ),
         (
             ["roles.value.residency={base: host}"],
             r"value shares the base of policy: set roles.policy.residency.base instead",
@@ -143,15 +149,16 @@ def test_places_and_targets_that_do_not_fit_are_refused(
         specs_of(config_of(tmp_path, *own, *words), MODEL, 4)
 
 
-def test_a_value_over_a_shared_base_without_an_adapter_trains_its_head_alone(
-    tmp_path: Path,
-) -> None:
-    own = ["roles.reward=null", "rewards=[{function: math}]", "roles.mine=null"]
-    specs = specs_of(config_of(tmp_path, *own, OWN), MODEL)
-    frozen = frozen_names(specs["value"])
-    assert specs["value"].trained and specs["value"].has_fixed_base
-    assert "score.weight" not in frozen and "model.norm.weight" in frozen
-    assert frozen | {"lm_head.weight"} == frozen_names(specs["reference"])
+def test_all_but_adapters_and_scalar_heads_is_fixed(tmp_path: Path) -> None:
+    own = ["roles.reward.adapter=null", "roles.mine=null"]
+    specs = specs_of(config_of(tmp_path, *own), MODEL)
+    assert all(specs[name].has_fixed_base for name in specs)
+    body = frozen_names(specs["policy"]) - {"lm_head.weight"}
+    assert "model.norm.weight" in body
+    for name in ("value", "reward"):
+        assert frozen_names(specs[name]) == body, name
+    assert frozen_names(specs["reference"]) == body | {"lm_head.weight"}
+    assert not frozen_names(specs["rollout"])
 
 
 @pytest.mark.parametrize(

@@ -101,11 +101,11 @@ def test_what_does_not_train_has_no_gradients_and_no_state(tmp_path: Path) -> No
     assert spared[0] - spared[1] > 4 * (BASE - ADDED)
 
 
-def test_a_value_without_an_adapter_trains_its_head_alone(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, "roles.value.adapter=null")
-    parts = {part.key: part.num_bytes for part in plan.memory[0].plan.parts}
-    assert parts["value", "weights"] == 4 * 64
-    assert parts["value", "optimizer"] == 8 * 64
+def test_a_scalar_head_over_the_base_is_the_roles_own(tmp_path: Path) -> None:
+    judge = ["roles.reward={base: policy, head: zero}", "rewards=[{role: reward}]"]
+    parts = {part.key: part for part in plan_of(tmp_path, *judge).memory[0].plan.parts}
+    own = parts["reward", "weights"]
+    assert (own.num_bytes, own.rests_on, own.frozen) == (4 * 64, (("policy", "base"),), True)
 
 
 def test_the_base_moves_as_its_owner_says_and_comes_with_every_role(tmp_path: Path) -> None:

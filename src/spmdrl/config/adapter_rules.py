@@ -126,9 +126,9 @@ def _check_borrower(config: Config, name: str, owner: str) -> None:
             f"roles.{name}.device={role.device} with {key}, whose device is {other.device}: set "
             f"roles.{name}.device={other.device}"
         )
-    if config.is_trained(name) and role.adapter is None and config.role_kind(name) not in SCALAR:
+    if config.is_trained(name) and role.adapter is None:
         raise ValueError(
-            f"{key} without an adapter: {name} is trained, and nothing of it would change: add "
+            f"{key} without an adapter: {name} is trained, and would change what both share: add "
             f"roles.{name}.adapter: {{}}, or leave roles.{name}.base out"
         )
 
