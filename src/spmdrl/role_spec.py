@@ -160,13 +160,19 @@ def make_specs(
             trained=config.is_trained(name),
             backend=backend,
             is_tiny=config.model.tiny,
-            adapter=_adapter(name, config, models[name]),
+            adapter=None if _merges(config, kind) else _adapter(name, config, models[name]),
             base=config.roles[name].base,
         )
     for spec in specs.values():
         if spec.base is not None:
             _check_base(spec, specs[spec.base])
     return _with_policys_adapter(config, specs)
+
+
+def _merges(config: Config, kind: str) -> bool:
+    """Whether roles of a kind are rollouts whose engine takes merged weights only."""
+    rollout = config.rollout
+    return kind == "rollout" and (rollout.engine != "native" or rollout.adapters == "merged")
 
 
 def _check_base(spec: RoleSpec, owner: RoleSpec) -> None:
@@ -256,10 +262,10 @@ def _listed(values: Collection[object]) -> str:
 def _with_policys_adapter(config: Config, specs: dict[str, RoleSpec]) -> dict[str, RoleSpec]:
     """Give rollouts that apply the policy's adapter unmerged that adapter."""
     policy = next((spec for spec in specs.values() if spec.kind == "policy"), None)
-    if policy is None or policy.adapter is None or config.rollout.adapters == "merged":
+    if policy is None or policy.adapter is None or _merges(config, "rollout"):
         return specs
     return {
-        name: replace(spec, adapter=policy.adapter) if spec.backend == "native" else spec
+        name: replace(spec, adapter=policy.adapter) if spec.is_rollout else spec
         for name, spec in specs.items()
     }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapter_cases import make_peft
 from flow_cases import run_configs
 from harness import run_ranks
 from spmdrl.config.load import load_config
@@ -32,6 +33,7 @@ def place(tmp_path_factory):
     """A model directory and a data file that stand in for the real ones."""
     root = tmp_path_factory.mktemp("configs")
     make_tiny_model(root / "model", max_position_embeddings=16384)
+    make_peft(root / "judge", root / "model", head="score")
     make_tiny_model(root / "moe", "Qwen3MoeForCausalLM", max_position_embeddings=16384)
     rows = [
         {
@@ -84,6 +86,11 @@ def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
     if flow == "ppo":
         words += [f"roles.{role}.model={root / 'model'}" for role in ("reward", "value")]
         words.append("algorithm.value_warmup_steps=0")
+    adapters = [role.adapter for role in shipped.roles.values() if role.adapter is not None]
+    if adapters:
+        words.append("checkpoint.export_as=merged")
+    if any(adapter.path for adapter in adapters):  # it fits no toy model
+        words += [f"roles.reward.adapter.path={root / 'judge'}", "model.tiny=false"]
     if not shipped.data.train.source.startswith("reasoning_gym:"):
         words.append(f"data.train.source={root / 'data.jsonl'}")
     return words
@@ -117,7 +124,7 @@ def uses_more_than_data_parallelism(config: Config) -> bool:
 
 def weights_changed(config: Config) -> bool:
     """Whether the exported model differs from the random one that the run began with."""
-    _, begun = open_model(config.model.path, use_tiny=True, seed=config.seed)
+    _, begun = open_model(config.model.path, use_tiny=config.model.tiny, seed=config.seed)
     exported = open_checkpoint(Path(config.run_dir) / "model")
     for name in begun.names & exported.names:
         shape = begun.shape(name)
