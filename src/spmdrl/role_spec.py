@@ -18,7 +18,7 @@ import torch
 from spmdrl.config.roles import AdapterSection, RoleSection
 from spmdrl.config.sections import Config, TrainSection
 from spmdrl.distributed.mesh import format_ranks
-from spmdrl.models.adapters import Adapter, find_targets, make_adapter
+from spmdrl.models.adapters import Adapter, find_targets, is_expert_target, make_adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.peft import open_peft
 from spmdrl.models.sharding import Head
@@ -217,9 +217,10 @@ def _adapter(name: str, config: Config, model: ModelConfig) -> Adapter | None:
         targets = find_targets(model, own.targets)
     except ValueError as error:
         raise ValueError(f"{key}.targets: {error}") from None
-    return make_adapter(
+    made = make_adapter(
         targets, rank=own.rank, alpha=own.alpha, rslora=own.rslora, dropout=own.dropout
     )
+    return _without_dropped_experts(key, made)
 
 
 def _adapter_of_file(
@@ -252,7 +253,19 @@ def _adapter_of_file(
         refuse("targets", _listed({module.rpartition(".")[2] for module in modules}))
     if "init" in given:
         refuse("init", "values of its own")
-    return replace(adapter, dropout=own.dropout) if "dropout" in given else adapter
+    if "dropout" in given:
+        adapter = replace(adapter, dropout=own.dropout)
+    return _without_dropped_experts(key, adapter)
+
+
+def _without_dropped_experts(key: str, adapter: Adapter) -> Adapter:
+    """Return the adapter; ValueError if inputs of experts would be dropped (PEFT lacks it too)."""
+    if adapter.dropout > 0 and any(map(is_expert_target, adapter.targets)):
+        raise ValueError(
+            f"{key}.dropout={adapter.dropout}: experts have no dropout: set it to 0, or targets to "
+            "attention"
+        )
+    return adapter
 
 
 def _listed(values: Collection[object]) -> str:

@@ -63,36 +63,65 @@ def load_peft(base: Path, directory: Path, head: Head = "lm") -> Tensor:
 
 def our_logits(base: Path, directory: Path | None, head: Head = "lm") -> Tensor:
     """Return the logits (of the last token if it is a scalar head) of the project's decoder."""
-    if directory is None:
-        return _logits(*_decoder(base, head), [], head)
-    model, decoder = _decoder(base, head, "file" if head == "lm" else "zero")
-    adapter = read_adapter(directory, model, head=head)
-    weights = AdapterWeights(model, adapter, device="cpu", head=head == "score")
+    with torch.no_grad():
+        if directory is None:
+            return _logits(_decoder(base, head), [], head)
+        return _logits(*_adapted(base, directory, head), head)
+
+
+def our_gradients(base: Path, directory: Path) -> dict[str, Tensor]:
+    """Return the gradients of the logits' squares by name of A and B."""
+    decoder, [applied] = _adapted(base, directory, "lm")
+    _logits(decoder.requires_grad_(False), [applied], "lm").square().mean().backward()
+    tables, found = applied.weights.tables(), {}
+    for name, parameter in applied.weights.named_parameters():
+        assert parameter.grad is not None
+        for piece in tables[name]:
+            found[piece.name] = parameter.grad[piece.offset : piece.offset + piece.rows]
+    return found
+
+
+def their_gradients(base: Path, directory: Path) -> dict[str, Tensor]:
+    """Return PEFT's gradients of the logits' squares by its names in files."""
+    from peft import PeftModel
+
+    wrapped = PeftModel.from_pretrained(theirs(base), directory, is_trainable=True)
+    wrapped(TOKENS[None]).logits.square().mean().backward()
+    return {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
+        for name, parameter in wrapped.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def _adapted(base: Path, directory: Path, head: Head) -> tuple[Decoder, list[Applied]]:
+    decoder = _decoder(base, head, "file" if head == "lm" else "zero")
+    adapter = read_adapter(directory, decoder.model, head=head)
+    weights = AdapterWeights(decoder.model, adapter, device="cpu", head=head == "score")
     tables = weights.tables()
-    source = open_adapter(directory, model, head=head)
+    source = open_adapter(directory, decoder.model, head=head)
     fill(((p.data, tables[name]) for name, p in weights.named_parameters()), source)
     if head == "score":
         full = WithAdapter(open_model(base, head="score", head_init="zero")[1], source)
         assert SCORE in full.names
         load_into(decoder, full)
-    return _logits(model, decoder, [Applied(weights=weights)], head)
+    return decoder, [Applied(weights=weights)]
 
 
-def _decoder(base: Path, head: Head, head_init: Any = "file") -> tuple[Any, Decoder]:
+def _decoder(base: Path, head: Head, head_init: Any = "file") -> Decoder:
     model, source = open_model(base, head=head, head_init=head_init)
     decoder = Decoder(model, device="cpu", head=head)
     load_into(decoder, source)
-    return model, decoder
+    return decoder
 
 
-def _logits(model: Any, decoder: Decoder, adapters: list[Applied], head: Head) -> Tensor:
+def _logits(decoder: Decoder, adapters: list[Applied], head: Head) -> Tensor:
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(
             0, 1
         )
 
-    with torch.no_grad():
-        hidden = decoder(TOKENS, torch.arange(len(TOKENS)), attend, adapters=adapters)
-        logits = hidden @ decoder.head_weight().T
+    hidden = decoder(TOKENS, torch.arange(len(TOKENS)), attend, adapters=adapters)
+    logits = hidden @ decoder.head_weight().T
     return logits if head == "lm" else logits[-1]

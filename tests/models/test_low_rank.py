@@ -14,6 +14,7 @@ from spmdrl.models.adapters import (
     Adapter,
     LowRank,
     adapter_shapes,
+    check_experts,
     find_targets,
     lora_names,
     make_adapter,
@@ -201,3 +202,67 @@ def test_targets_are_groups_names_or_patterns(tmp_path):
     assert find_targets(model, ["*.layers.1.mlp.*"]) == every[-3:]
     with pytest.raises(ValueError, match="'query' selects no matrix of LlamaForCausalLM"):
         find_targets(model, ["all", "query"])
+
+
+@pytest.mark.parametrize("targets", [["experts"], ["all"], ["up_proj", "q_proj"]])
+def test_experts_equal_the_dense_products(tmp_path, targets):
+    model = make_tiny_model(tmp_path / "model", "Qwen3MoeForCausalLM", num_experts=4)
+    adapter = make_adapter(find_targets(model, targets), rank=3, alpha=4.5)
+    values = values_of(model, adapter)
+    decoder = tiny_decoder(tmp_path / "model").requires_grad_(False)
+    weights = weights_of(decoder, adapter, values)
+    out = decoder(TOKENS, TOKENS, attend, adapters=[Applied(weights=weights)])
+    out.square().sum().backward()
+
+    dense = tiny_decoder(tmp_path / "model").requires_grad_(False)
+    tables, leaves = dense.slices(), {}
+    for name, value in values.tensors.items():
+        leaves[name] = value.clone().requires_grad_()
+    for local, parameter in list(dense.named_parameters()):
+        rows = []
+        for piece in tables[local]:
+            own = parameter[piece.offset : piece.offset + piece.rows].detach()
+            if piece.name in adapter.targets:
+                a, b = (leaves[name] for name in lora_names(piece.name))
+                own = own + adapter.targets[piece.name].scale * (b @ a)
+            rows.append(own)
+        module, _, leaf = local.rpartition(".")
+        holder = dense.get_submodule(module)
+        del holder._parameters[leaf]
+        setattr(holder, leaf, torch.cat(rows))
+    expected = dense(TOKENS, TOKENS, attend)
+    expected.square().sum().backward()
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert any(".experts." in name for name in leaves)
+    for name, parameter in weights.named_parameters():
+        for piece in weights.tables()[name]:
+            found = parameter.grad[piece.offset : piece.offset + piece.rows]
+            torch.testing.assert_close(found, leaves[piece.name].grad, atol=1e-4, rtol=1e-4)
+    own = {n: (p.data, weights.tables()[n]) for n, p in weights.named_parameters()}
+    for local, parameter in tiny_decoder(tmp_path / "model").named_parameters():
+        if any(piece.name in adapter.targets for piece in tables[local]):
+            found = merged(parameter.data, tables[local], adapter, own)
+            holder, _, leaf = local.rpartition(".")
+            torch.testing.assert_close(found, getattr(dense.get_submodule(holder), leaf))
+
+    with torch.no_grad():
+        rows = (TOKENS % 2 == 0).float()[:, None]
+        masked = decoder(TOKENS, TOKENS, attend, adapters=[Applied(weights=weights, rows=rows)])
+        plain = decoder(TOKENS, TOKENS, attend)
+    torch.testing.assert_close(masked[::2], expected[::2], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(masked[1::2], plain[1::2], atol=1e-5, rtol=1e-5)
+
+
+def test_experts_of_a_layer_are_adapted_alike(tmp_path):
+    model = make_tiny_model(tmp_path / "model", "Qwen3MoeForCausalLM")
+    with pytest.raises(
+        ValueError, match=r"experts\.1\.gate_proj.* not adapted as .*experts\.0\.gate"
+    ):
+        find_targets(model, ["*.experts.0.*"])
+    names = find_targets(model, ["*.layers.1.mlp.experts.*"])
+    assert len(names) == 8 * 3
+    targets = {name: LowRank(rank=2, scale=1.0) for name in names}
+    targets[names[-1]] = LowRank(rank=3, scale=1.0)
+    with pytest.raises(ValueError, match="one rank and scale"):
+        check_experts(model, targets)
+    assert not any(".experts." in name for name in find_targets(model, ["attention"]))

@@ -60,6 +60,17 @@ def test_a_merged_model_has_the_adapters_logits(tmp_path: Path, tied: bool) -> N
     assert (out / "tokenizer.json").is_file()
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+def test_experts_are_merged(tmp_path: Path) -> None:
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    make_tiny_model(base, "Qwen3MoeForCausalLM")
+    modules = ["o_proj", "gate_proj", "up_proj", "down_proj"]
+    expected = make_peft(base, adapter, target_modules=modules)
+    report = merge_adapter(base, adapter, out)
+    assert report.matrices == 2 * (1 + 3 * 8)
+    torch.testing.assert_close(our_logits(out, None), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_merge_is_rounded_once_and_counts_what_is_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

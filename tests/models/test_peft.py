@@ -73,7 +73,6 @@ REFUSED: dict[str, list[Any]] = {
     "monteclora_config": [{"num_samples": 2}],
     "layer_replication": [[[0, 2], [1, 2]]],
     "lora_bias": [True],
-    "target_parameters": [["mlp.experts.gate_up_proj"]],
     "use_bdlora": [{"nblocks": 2}],
     "arrow_config": [{"top_k": 2}],
     "ensure_weight_tying": [True],
@@ -101,7 +100,7 @@ KEPT: dict[str, list[Any]] = {
     "merge_weights": [True],
     # empty values say nothing
     "lora_gamma": [None, False, [], {}, ""],
-    "target_parameters": [None, []],
+    "target_parameters": [None, [], ["mlp.experts.gate_up_proj"]],
     "layers_pattern": [None, [], ""],
     "exclude_modules": [None, [], ""],
     "rank_pattern": [None, {}],
@@ -283,8 +282,12 @@ BAD: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
         r"adds to no matrix of LlamaForCausalLM",
     ),
     "expert": (
-        add("base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_A.weight", 4, 32),
-        r"is of experts or their router",
+        add("base_model.model.model.layers.0.mlp.experts.lora_A.weight", 32, 32),
+        r"is of experts that .* does not select \(target_parameters\)",
+    ),
+    "router": (
+        add("base_model.model.model.layers.0.mlp.gate.lora_A.weight", 4, 32),
+        r"is of a router",
     ),
     "embedding": (
         add("base_model.model.model.embed_tokens.weight", 264, 32),

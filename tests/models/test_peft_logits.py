@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft_dirs import load_peft, make_peft, our_logits
+from peft_dirs import load_peft, make_peft, our_gradients, our_logits, their_gradients
 from torch import Tensor
 
 from spmdrl.models.adapters import adapter_shapes, find_targets, make_adapter
@@ -40,6 +40,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {"target_modules": ["q_proj", "k_proj", "o_proj"]}),
+    "experts": (
+        "Qwen3MoeForCausalLM",
+        {
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "target_modules": ["q_proj"],
+            "rank_pattern": {"q_proj": 2},
+            "use_rslora": True,
+        },
+    ),
+    "down": (
+        "Qwen3MoeForCausalLM",
+        {"target_parameters": ["experts.down_proj"], "target_modules": [], "r": 3},
+    ),
+    "renamed": (
+        "Qwen3MoeForCausalLM",
+        {"target_modules": ["v_proj", "gate_proj", "up_proj", "down_proj"], "lora_alpha": 6},
+    ),
+    "mixtral": ("MixtralForCausalLM", {"target_modules": ["w1", "w2", "w3", "k_proj"]}),
 }
 
 
@@ -52,11 +70,14 @@ def whole(source: TensorSource) -> list[tuple[str, Tensor]]:
     return found
 
 
+# PEFT looks for these patterns among modules only, and warns of those of parameters
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_pefts(case: str, tmp_path: Path) -> None:
     base, made, written = (tmp_path / name for name in ("base", "made", "written"))
     architecture, fields = CASES[case]
-    model = make_tiny_model(base, architecture)
+    changes = {"num_local_experts": 8} if case == "mixtral" else {}
+    model = make_tiny_model(base, architecture, **changes)
     expected = make_peft(base, made, **fields)
     ours = our_logits(base, made)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
@@ -71,6 +92,35 @@ def test_logits_equal_pefts(case: str, tmp_path: Path) -> None:
         assert torch.equal(values, again), name
     torch.testing.assert_close(load_peft(base, written), expected, atol=1e-6, rtol=1e-6)
     assert (written / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def test_gradients_of_experts_equal_pefts(tmp_path: Path) -> None:
+    """In PEFT gate and up share A, whose gradient is the sum of both here."""
+    base, made = tmp_path / "base", tmp_path / "made"
+    make_tiny_model(base, "Qwen3MoeForCausalLM")
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    make_peft(base, made, target_parameters=parameters, target_modules=["q_proj"])
+    ours, wanted = our_gradients(base, made), their_gradients(base, made)
+    assert len(wanted) == 2 * 2 * 3
+    for layer in range(2):
+        mlp, attention = f"model.layers.{layer}.mlp.experts", f"model.layers.{layer}.self_attn"
+        found: dict[str, Tensor] = {}
+        for factor in ("lora_A.weight", "lora_B.weight"):
+            gate, up, down = (
+                [ours[f"{mlp}.{expert}.{part}_proj.{factor}"] for expert in range(8)]
+                for part in ("gate", "up", "down")
+            )
+            if factor == "lora_A.weight":
+                both = [a + b for a, b in zip(gate, up, strict=True)]
+                found[f"{mlp}.base_layer.{factor}"] = torch.cat(both)
+                found[f"{mlp}.{factor}"] = torch.cat(down)
+            else:
+                both = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+                found[f"{mlp}.base_layer.{factor}"] = torch.stack(both, dim=2).flatten(1)
+                found[f"{mlp}.{factor}"] = torch.stack(down, dim=2).flatten(1)
+            found[f"{attention}.q_proj.{factor}"] = ours[f"{attention}.q_proj.{factor}"]
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_a_scalar_head_comes_with_the_adapter(tmp_path: Path) -> None:

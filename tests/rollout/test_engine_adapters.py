@@ -15,11 +15,23 @@ from adapted_models import (
     uneven,
     values_of,
 )
-from rollout_models import assert_same, make_engine, naive, prompts_of, request, tiny_model
+from rollout_models import (
+    StateDict,
+    assert_same,
+    make_engine,
+    naive,
+    prompts_of,
+    request,
+    tiny_model,
+)
+from test_engine_moe import MODELS, SIZES, Lively
 
 from harness import run_ranks
 from spmdrl.distributed.parallel import Parallel
+from spmdrl.models.adapters import find_targets, make_adapter
+from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.low_rank import AdapterWeights
+from spmdrl.models.sharding import Slice, global_shapes
 from spmdrl.rollout.native import weights as engine_weights
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import OWN, Completion, Request
@@ -179,3 +191,37 @@ def test_adapters_that_the_engine_lacks_are_refused() -> None:
     with pytest.raises(ValueError, match="asks for the base alone"):
         generate(plain, load(8, adapter=None))
     assert generate(plain, load(8))
+
+
+def experts_model(name: str) -> tuple[ModelConfig, StateDict]:
+    model = parse_config({**SIZES, "architectures": [f"{name}ForCausalLM"], **MODELS[name]})
+    lively = Lively(model)
+    parts = [
+        Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
+        for name, shape in global_shapes(model).items()
+    ]
+    return model, StateDict({part.name: lively.read(part) for part in parts})
+
+
+@pytest.mark.parametrize("length", [8, 24], ids=["additions", "merged copy"])
+@pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral"])
+def test_experts_have_their_adapters(name: str, length: int) -> None:
+    """A merged copy has the other matrices' adapters; those of experts are added in every step."""
+    model, source = experts_model(name)
+    adapter = make_adapter(find_targets(model, ["experts", "v_proj"]), rank=3, alpha=4)
+    values = values_of(model, adapter)
+    found = generate(adapted_engine(model, source, adapter, values), load(length))
+    plain = generate(make_engine(model, source), load(length))
+    assert [c.tokens for g in found for c in g] != [c.tokens for g in plain for c in g]
+    wanted = merged_engine(model, source, adapter, values)
+    assert_alike(found, generate(wanted, load(length)), f"{name} {length}")
+
+    judge = make_adapter(find_targets(model, ["experts"]), rank=2, alpha=4)
+    judges = values_of(model, judge, seed=6)
+    engine = adapted_engine(model, source, adapter, values)
+    fill_held(engine.add_adapter(JUDGE, judge), judges)
+    asked = [Request(**{**vars(one), "adapter": JUDGE}) for one in load(length)]
+    mixed = generate(engine, [load(length)[0], asked[1]])
+    wanted = merged_engine(model, source, judge, judges)
+    assert_alike([mixed[1]], [generate(wanted, load(length))[1]], f"{name} judge")
+    assert_alike([mixed[0]], [found[0]], f"{name} own")

@@ -22,8 +22,8 @@ CPU = torch.device("cpu")
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
-def moe_config() -> ModelConfig:
-    return tiny_config("Qwen3MoeForCausalLM", **EXPERTS, norm_topk_prob=True)
+def moe_config(**changes: Any) -> ModelConfig:
+    return tiny_config("Qwen3MoeForCausalLM", **EXPERTS, norm_topk_prob=True, **changes)
 
 
 def adapter_of(model: ModelConfig, *targets: str, **given: Any) -> Adapter:

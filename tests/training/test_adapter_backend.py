@@ -46,6 +46,8 @@ EXPERTS: dict[int, list[Case]] = {
         ({"dp_shard": 2, "ep": 2}, {"recompute": "layer", "microbatch_tokens": 40}),
         ({"cp": 2, "ep": 2}, {}),
         ({"tp": 2, "ep": 2}, {}),
+        ({"tp": 2}, {}),
+        ({"dp_shard": 2}, {"blocks": 2}),
     ],
 }
 
@@ -118,6 +120,24 @@ def lacking(world: World) -> None:
 
 def test_dropout_needs_to_know_the_samples() -> None:
     run_ranks(lacking, 1)
+
+
+CUT_TWICE = {"num_key_value_heads": 4, "vocab_size": 100}
+
+
+def experts_cut_twice(world: World) -> dict[str, Any]:
+    """Parts of the experts over two pairs of tp ranks, which divide each expert."""
+    degrees = {"tp": 4, "ep": 2} if world.size > 1 else {}
+    model = moe_config(**CUT_TWICE)
+    adapter = adapter_of(model, "experts", "o_proj")
+    return train(make_role(mesh_of(world, degrees), model, adapter, options()))
+
+
+def test_shares_of_an_experts_gradients_are_summed() -> None:
+    model = moe_config(**CUT_TWICE)
+    [wanted] = run_ranks(experts_cut_twice, 1)
+    found = run_ranks(experts_cut_twice, 4, timeout_s=200)
+    compare(found, wanted, model, adapter_of(model, "experts", "o_proj"))
 
 
 def test_only_the_adapter_changes_and_has_state(single: dict[str, dict[str, Any]]) -> None:

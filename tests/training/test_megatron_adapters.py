@@ -57,7 +57,7 @@ RANKS = {"q_proj": 3, "k_proj": 2, "v_proj": 4, "o_proj": 5, "gate_proj": 2, "do
 def uneven(model: ModelConfig) -> Adapter:
     """Targets of unlike ranks: a fused projection with a gap, and a layer without any."""
     targets = {}
-    for name in find_targets(model, ["all"]):
+    for name in find_targets(model, ["attention", "mlp"]):
         *_, layer, _, part, _ = name.split(".")
         if part in RANKS and layer != "1":
             targets[name] = LowRank(rank=RANKS[part], scale=0.5 + RANKS[part])

@@ -365,6 +365,10 @@ def test_adapters_that_drop_out_or_lie_over_other_layers_are_refused(monkeypatch
     check_adapter("policy", adapter, trained=False, plain_base="reference", device=CPU)
     with pytest.raises(ValueError, match=r"roles\.policy\.adapter\.dropout=0\.1 .*set it to 0, or"):
         check_adapter("policy", adapter, trained=True, plain_base=None, device=CPU)
+    moe = tiny_config("Qwen3MoeForCausalLM", **EXPERTS)
+    experts = make_adapter(find_targets(moe, ["all"]), rank=2, alpha=2)
+    with pytest.raises(ValueError, match=r"experts as targets .*adapter\.targets to attention, or"):
+        check_adapter("policy", experts, trained=False, plain_base=None, device=CPU)
     monkeypatch.setattr(checks, "find_spec", lambda name: name)
     on_cuda = torch.device("cuda")
     check_adapter("policy", adapter, trained=False, plain_base=None, device=on_cuda)

@@ -56,8 +56,8 @@ class AdapterSection(Section):
     targets: tuple[str, ...] = Field(
         ("all",),
         min_length=1,
-        description="Add to these matrices: attention, mlp, all, or names of modules such as "
-        "q_proj; * matches any text.",
+        description="Add to these matrices: attention, mlp, experts, all, or names of modules such "
+        "as q_proj; * matches any text.",
     )
     dropout: float = Field(
         0.0,

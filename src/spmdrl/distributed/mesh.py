@@ -102,7 +102,10 @@ _MERGED: dict[str, tuple[str, ...]] = {
     "replica": ("cp", "tp"),
     "all": AXES,
 }
-_MERGED_EXPERT: dict[str, tuple[str, ...]] = {"ep": ("exchange", "ep_tp")}
+_MERGED_EXPERT: dict[str, tuple[str, ...]] = {
+    "ep": ("exchange", "ep_tp"),
+    "expert": ("edp", "etp"),
+}
 
 
 class Mesh:
@@ -111,7 +114,8 @@ class Mesh:
     Merged axes exist too: `dp` (replicas that see different rows), `shard` (over which weights
     are sharded: dp_shard x cp), `reduce` (over which gradients are summed), `replica` (the ranks
     of a stage that see the same rows: cp x tp) and `all`. For experts the same ranks have the axes
-    of `expert_degrees`, including `ep`, which adds no ranks.
+    of `expert_degrees`, including `ep`, which adds no ranks, and `expert`, the ranks that hold
+    parts of the same experts (edp x etp).
 
     Args:
         role: the role's name, for error messages.
@@ -161,6 +165,8 @@ class Mesh:
         mine = {}
         dense = {**{a: (a,) for a in AXES}, **_MERGED}
         experts = {**{a: (a,) for a in EXPERT_AXES if a != "pp"}, **_MERGED_EXPERT}
+        if self.degrees["pp"] > 1:
+            del experts["expert"]  # only the torch backend sums over it
         groups = [(name, _groups_of(self._grid, axes)) for name, axes in dense.items()]
         groups += [
             (name, _groups_of(self._expert_grid, axes, EXPERT_AXES))

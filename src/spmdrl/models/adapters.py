@@ -8,7 +8,9 @@ cuts those of B, and where it cuts the columns of W it cuts those of A. FSDP cut
 they are small.
 
 A rank holds the A of a fused projection's targets in one tensor, below one another, and the B of
-each target in a tensor of its own: `layers.0.attention.qkv.lora_A`, `...qkv.lora_B.q_proj`.
+each target in a tensor of its own: `layers.0.attention.qkv.lora_A`, `...qkv.lora_B.q_proj`. Every
+expert has an A and B of its own; those of a rank's experts are stacked, expert by expert:
+`layers.0.mlp.experts.gate_up.lora_A`, `...gate_up.lora_B.gate_proj`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ TARGET_GROUPS: Groups = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
-"""Name of a group of targets -> the modules of a layer that it stands for."""
+"""Name of a group of targets -> the modules of a layer that it stands for, outside experts."""
+
+EXPERTS = "experts"
+"""The group of all matrices of all experts."""
 
 _WEIGHT = ".weight"
 
@@ -90,14 +95,14 @@ def is_lora_name(name: str) -> bool:
 
 
 def possible_targets(model: ModelConfig) -> tuple[str, ...]:
-    """Name the weights that an adapter can add to: attention's projections and dense MLPs'."""
+    """Name the weights that an adapter can add to: attention's projections, MLPs' and experts'."""
     known = {module for modules in TARGET_GROUPS.values() for module in modules}
     return tuple(
         tensor.name
         for tensors in fused_tensors(model).values()
         for tensor in tensors
-        if tensor.expert is None and tensor.name.removesuffix(_WEIGHT).split(".")[-1] in known
-        if tensor.name.endswith(_WEIGHT)
+        if tensor.expert is not None
+        or (tensor.name.endswith(_WEIGHT) and part_name(tensor.name) in known)
     )
 
 
@@ -105,11 +110,12 @@ def find_targets(model: ModelConfig, targets: Sequence[str]) -> tuple[str, ...]:
     """Name the weights that groups and patterns select, in the model's order.
 
     Args:
-        targets: each a key of `TARGET_GROUPS`, `all`, or a pattern over names of modules (`*`
-            matches any text), of which the last part is enough: `q_proj`, `*.layers.0.*`.
+        targets: each a key of `TARGET_GROUPS`, `experts`, `all`, or a pattern over names of modules
+            (`*` matches any text), of which the last part is enough: `q_proj`, `*.layers.0.*`.
 
     Raises:
-        ValueError: one of them selects nothing; it is named, with what there is.
+        ValueError: one of them selects nothing, or some experts of a layer; it is named, with what
+            there is.
     """
     known = possible_targets(model)
     chosen: set[str] = set()
@@ -118,10 +124,11 @@ def find_targets(model: ModelConfig, targets: Sequence[str]) -> tuple[str, ...]:
         if not found:
             raise ValueError(
                 f"{target!r} selects no matrix of {model.architecture}: give "
-                f"{', '.join((*TARGET_GROUPS, 'all'))}, or patterns over names such as "
+                f"{', '.join((*TARGET_GROUPS, EXPERTS, 'all'))}, or patterns over names such as "
                 f"{known[0].removesuffix(_WEIGHT)!r}"
             )
         chosen.update(found)
+    check_experts(model, dict.fromkeys(chosen))
     return tuple(name for name in known if name in chosen)
 
 
@@ -129,9 +136,42 @@ def _selects(target: str, module: str) -> bool:
     last = module.rpartition(".")[2]
     if target == "all":
         return True
-    if target in TARGET_GROUPS:
-        return last in TARGET_GROUPS[target]
+    if target == EXPERTS or target in TARGET_GROUPS:
+        is_expert = is_expert_target(module)
+        return is_expert if target == EXPERTS else not is_expert and last in TARGET_GROUPS[target]
     return target == last or fnmatch.fnmatchcase(module, target)
+
+
+def is_expert_target(name: str) -> bool:
+    """Whether a module or weight is one expert's."""
+    return ".experts." in name
+
+
+def share_of_tokens(model: ModelConfig, name: str) -> float:
+    """Return the share of tokens that a weight computes for, where routing is even."""
+    if model.moe is None or not is_expert_target(name):
+        return 1.0
+    return model.moe.top_k / model.moe.num_experts
+
+
+def check_experts(model: ModelConfig, targets: Mapping[str, object]) -> None:
+    """Refuse an adapter of some experts of a layer only, or with unlike ranks or scales for them.
+
+    Raises:
+        ValueError: the experts of a layer are not adapted alike; one is named.
+    """
+    for tensors in fused_tensors(model).values():
+        alike: dict[str, tuple[str, object]] = {}
+        for tensor in tensors:
+            if tensor.expert is None:
+                break
+            own = (tensor.name in targets, targets.get(tensor.name))
+            first, as_first = alike.setdefault(part_name(tensor.name), (tensor.name, own))
+            if own != as_first:
+                raise ValueError(
+                    f"{tensor.name} is not adapted as {first} is: all experts of a layer need "
+                    "adapters of one rank and scale"
+                )
 
 
 def adapter_tensors(model: ModelConfig, adapter: Adapter) -> dict[str, tuple[GlobalTensor, ...]]:
@@ -144,8 +184,10 @@ def adapter_tensors(model: ModelConfig, adapter: Adapter) -> dict[str, tuple[Glo
         module = local.removesuffix(_WEIGHT)
         pairs = [_pair(tensor, adapter.targets[tensor.name].rank) for tensor in targets]
         table[f"{module}.lora_A"] = tuple(a for a, _ in pairs)
+        stacked: dict[str, list[GlobalTensor]] = {}
         for target, (_, b) in zip(targets, pairs, strict=True):
-            table[f"{module}.lora_B.{part_name(target.name)}"] = (b,)
+            stacked.setdefault(f"{module}.lora_B.{part_name(target.name)}", []).append(b)
+        table |= {name: tuple(tensors) for name, tensors in stacked.items()}
     return table
 
 
@@ -169,10 +211,12 @@ def _pair(target: GlobalTensor, rank: int) -> tuple[GlobalTensor, GlobalTensor]:
             name=name_a,
             shape=(rank, columns),
             split=TpSplit.COLUMNS if by_columns else TpSplit.NONE,
+            expert=target.expert,
         ),
         GlobalTensor(
             name=name_b,
             shape=(rows, rank),
             split=TpSplit.NONE if by_columns else target.split,
+            expert=target.expert,
         ),
     )

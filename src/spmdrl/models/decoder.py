@@ -259,7 +259,7 @@ class Layer(nn.Module):
         x = x + self.attention(self.input_norm(x), rope, attend, self.index, adapters)
         normed = self.post_norm(x)
         if isinstance(self.mlp, Moe):
-            out: Tensor = self.mlp(normed, self.index, routing)
+            out: Tensor = self.mlp(normed, self.index, routing, adapters)
         else:
             out = self.mlp(normed, self.index, adapters)
         return x + out

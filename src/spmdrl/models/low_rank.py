@@ -1,8 +1,7 @@
 """`AdapterWeights`: an adapter's matrices on this rank, and products with them.
 
 The addition scale * B (A x) is computed beside W x, in one autograd function: W does not train, so
-its product needs no stored input, and A x is the only tensor that is kept for the backward pass as
-well as x.
+its product needs no stored input, and the backward pass keeps only x and A x.
 """
 
 from __future__ import annotations
@@ -23,7 +22,14 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.dropout import Dropout
 from spmdrl.models.linear import Blocked, linear, product, serves
 from spmdrl.models.local_shards import LocalTensors
-from spmdrl.models.sharding import SCORE, Slice, all_slices, fused_tensors, local_parameters
+from spmdrl.models.sharding import (
+    SCORE,
+    Slice,
+    all_slices,
+    fused_tensors,
+    is_expert_parameter,
+    local_parameters,
+)
 
 HEAD_WEIGHT = "head.weight"
 """Local name of a head's weight, in decoders and adapters alike."""
@@ -59,10 +65,11 @@ class Addition(nn.Module):
     """A and B of the targets in one fused projection of this rank; not initialised.
 
     Args:
-        spans: the targets, in the projection's order.
+        spans: the targets, in the projection's order; those of one expert if there are several.
         columns: width of the projection's input on this rank.
         first_column: the input's first column among those of the whole matrix.
         blocks: see `sharding.all_slices`; a target's outputs are then in as many pieces.
+        count: number of experts whose A and B are stacked.
     """
 
     def __init__(
@@ -71,15 +78,17 @@ class Addition(nn.Module):
         columns: int,
         first_column: int,
         blocks: int,
+        count: int = 1,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
         super().__init__()
         self.spans, self.first_column, self.blocks = tuple(spans), first_column, blocks
+        self.count = count
 
         def empty(rows: int, width: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(rows, width, dtype=dtype, device=device))
+            return nn.Parameter(torch.empty(count * rows, width, dtype=dtype, device=device))
 
         self.lora_A = empty(sum(span.rank for span in spans), columns)
         self.lora_B = nn.ParameterDict({s.part: empty(s.rows, s.rank) for s in spans})
@@ -123,10 +132,11 @@ class AdapterWeights(nn.Module):
             ep_size=self.ep.size,
             table=adapter_tensors(model, adapter),
         )
-        for local, spans in _all_spans(model, adapter, self.tp).items():
+        for local, (spans, count) in _all_spans(model, adapter, self.tp, self.ep).items():
             name = f"{local}.lora_A"
-            columns, first_column = shapes[name][1], tables[name][0].start[1]
-            addition = Addition(spans, columns, first_column, blocks, dtype=dtype, device=device)
+            place = (shapes[name][1], tables[name][0].start[1])
+            own_blocks = 1 if is_expert_parameter(local) else blocks
+            addition = Addition(spans, *place, own_blocks, count, dtype=dtype, device=device)
             self._additions[local] = addition
             _add_module(self, local, addition)
         if head:
@@ -156,12 +166,18 @@ class AdapterWeights(nn.Module):
         )
 
 
-def _all_spans(model: ModelConfig, adapter: Adapter, tp: Parallel) -> dict[str, list[Span]]:
-    """Projection's local name -> the spans of its targets."""
-    found: dict[str, list[Span]] = {}
-    for local, slices in all_slices(model, tp.rank, tp.size).items():
+def _all_spans(
+    model: ModelConfig, adapter: Adapter, tp: Parallel, ep: Parallel
+) -> dict[str, tuple[list[Span], int]]:
+    """Projection's local name -> the spans of its targets, and its number of experts, or 1."""
+    found: dict[str, tuple[list[Span], int]] = {}
+    slices_of = all_slices(model, tp.rank, tp.size, ep_rank=ep.rank, ep_size=ep.size)
+    for local, slices in slices_of.items():
+        count = 1
+        if model.moe is not None and is_expert_parameter(local):
+            count = model.moe.num_experts // ep.size
         spans: list[Span] = []
-        for piece in slices:
+        for piece in slices[: len(slices) // count]:
             if (own := adapter.targets.get(piece.name)) is None:
                 continue
             spans.append(
@@ -176,7 +192,7 @@ def _all_spans(model: ModelConfig, adapter: Adapter, tp: Parallel) -> dict[str, 
                 )
             )
         if spans:
-            found[local.removesuffix(".weight")] = spans
+            found[local.removesuffix(".weight")] = spans, count
     return found
 
 
@@ -196,12 +212,14 @@ class Applied:
     Args:
         rows: factor of each token's addition, 0 or 1, [T, 1] in the dtype that is computed in;
             None: the adapter applies to all tokens.
-        dropout: that of the adapter's inputs in a pass of an update.
+        dropout: that of the adapter's inputs in a pass of an update; experts' have none.
+        experts_only: whether it applies to experts only, because the other weights have it merged.
     """
 
     weights: AdapterWeights
     rows: Tensor | None = None
     dropout: Dropout | None = None
+    experts_only: bool = False
 
 
 Added = Sequence[tuple[Addition, Applied | None]]
@@ -210,7 +228,8 @@ Added = Sequence[tuple[Addition, Applied | None]]
 
 def added_to(adapters: Sequence[Applied], local: str) -> Added:
     """Return the adapters' additions to a projection."""
-    found = ((each.weights.addition(local), each) for each in adapters)
+    applied = [each for each in adapters if not each.experts_only or is_expert_parameter(local)]
+    found = ((each.weights.addition(local), each) for each in applied)
     return [(addition, each) for addition, each in found if addition is not None]
 
 

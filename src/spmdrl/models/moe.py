@@ -9,7 +9,7 @@ exchange: a token goes to the rank with the same tp coordinate that has the expe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,11 @@ from spmdrl.distributed.parallel import (
     reduce_from,
 )
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.expert_products import RowsAdded, adapted_grouped, added_to_experts, of_rows
 from spmdrl.models.experts import MoeConfig
 from spmdrl.models.fused import swiglu
-from spmdrl.models.linear import Groups, grouped_gemm_is_usable, grouped_linear, linear
+from spmdrl.models.linear import Groups, grouped_gemm_is_usable, linear
+from spmdrl.models.low_rank import Applied
 from spmdrl.models.routing import Routing
 
 
@@ -79,10 +81,21 @@ class Moe(nn.Module):
         self.router = Router(model, dtype=dtype, device=device)
         self.experts = Experts(model, tp, ep, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor, layer: int, routing: Routing | None) -> Tensor:  # [T, D]
+    def forward(
+        self,
+        x: Tensor,  # [T, D]
+        layer: int,
+        routing: Routing | None,
+        adapters: Sequence[Applied] = (),
+    ) -> Tensor:  # [T, D]
         chosen, weights = choose_experts(self.router(x), self.moe, layer, routing)
         group = self.tp.group
-        out = self.experts(copy_to(x, group), chosen, copy_to(weights.to(x.dtype), group))
+        experts = f"layers.{layer}.mlp.experts"
+        added = (
+            added_to_experts(adapters, f"{experts}.gate_up"),
+            added_to_experts(adapters, f"{experts}.down"),
+        )
+        out = self.experts(copy_to(x, group), chosen, copy_to(weights.to(x.dtype), group), added)
         return reduce_from(out, group)
 
 
@@ -100,6 +113,10 @@ def choose_experts(
         probabilities = routing.balanced(layer, probabilities, chosen)
     weights = probabilities.gather(1, chosen)
     return chosen, weights / weights.sum(dim=-1, keepdim=True) if moe.normalise else weights
+
+
+_Added = tuple[RowsAdded, RowsAdded]
+"""Additions to gate_up and to down."""
 
 
 class Experts(nn.Module):
@@ -132,6 +149,7 @@ class Experts(nn.Module):
         x: Tensor,  # [T, D]
         chosen: Tensor,  # int64 [T, K]
         weights: Tensor,  # [T, K]
+        added: _Added = ((), ()),  # to gate_up and down
     ) -> Tensor:  # [T, D], only of the experts in this tp rank's column
         top_k = chosen.shape[1]
         key, num_keys = self._keys(chosen.flatten())
@@ -139,19 +157,22 @@ class Experts(nn.Module):
         counts = torch.zeros(num_keys + 1, dtype=torch.int64, device=x.device)
         counts = counts.scatter_add_(0, key, torch.ones_like(key))[:-1]
         if self.ep.group is not None:
-            order, out = self._exchange(x, order, top_k, counts.view(-1, self.count))
+            order, out = self._exchange(x, order, top_k, counts.view(-1, self.count), added)
         elif self._counts_on_device(x) and not (torch.is_grad_enabled() and self.num_columns > 1):
             # For CUDA graphs: no wait for the device, and the same shapes whatever is chosen. Not
             # for a backward if some rows belong to no group: their gradients are undefined.
-            out = self._run(x.index_select(0, order // top_k), Groups(counts=counts))
+            token = order // top_k
+            added = _of_rows(added, token)
+            out = self._run(x.index_select(0, token), Groups(counts=counts), added)
             if self.num_columns > 1:
                 absent = key.index_select(0, order) == num_keys
                 out = out.masked_fill(absent[:, None], 0)
         else:
             sizes = counts.tolist()
             order = order[: sum(sizes)]
-            rows = x.index_select(0, order // top_k)
-            out = self._run(rows, Groups(counts=counts, sizes=sizes))
+            token = order // top_k
+            rows, added = x.index_select(0, token), _of_rows(added, token)
+            out = self._run(rows, Groups(counts=counts, sizes=sizes), added)
         by_choice = out.new_zeros(chosen.numel(), self.hidden).index_copy(0, order, out)
         return (by_choice.view(*chosen.shape, -1) * weights[:, :, None]).sum(dim=1)
 
@@ -169,10 +190,17 @@ class Experts(nn.Module):
         return grouped_gemm_is_usable(x.dtype, x.device, self.hidden, self.width)
 
     def _exchange(
-        self, x: Tensor, order: Tensor, top_k: int, sent: Tensor
+        self,
+        x: Tensor,
+        order: Tensor,
+        top_k: int,
+        sent: Tensor,
+        added: _Added,
     ) -> tuple[Tensor, Tensor]:
         """Send rows to the ranks that have their experts, and back; `sent` [ranks, E]: counts."""
         assert self.ep.group is not None
+        # engines, whose rows may have different adapters, exchange no rows
+        assert all(factors is None for own in added for _, factors in own)
         got = exchange_counts(sent, self.ep.group)
         ours = got.sum(0)
         sizes = torch.cat((sent.sum(1), got.sum(1), ours)).tolist()  # one wait for the device
@@ -184,12 +212,16 @@ class Experts(nn.Module):
         # rows come rank by rank, each sorted by expert
         expert = torch.arange(self.count, device=x.device).repeat(len(got))
         by_expert = expert.repeat_interleave(got.flatten()).argsort(stable=True)
-        out = self._run(rows.index_select(0, by_expert), Groups(counts=ours, sizes=sizes))
+        out = self._run(rows.index_select(0, by_expert), Groups(counts=ours, sizes=sizes), added)
         out = out.new_empty(out.shape).index_copy(0, by_expert, out)
         return order, all_to_all_rows(out, got_sizes, sent_sizes, self.ep.group)
 
-    def _run(self, rows: Tensor, groups: Groups) -> Tensor:  # [N, D] -> [N, D]
+    def _run(self, rows: Tensor, groups: Groups, added: _Added) -> Tensor:  # [N, D] -> [N, D]
         gate_up = self.gate_up.view(self.count, 2 * self.width, self.hidden)
         down = self.down.view(self.count, self.hidden, self.width)
-        hidden = swiglu(grouped_linear(rows, gate_up, groups))
-        return grouped_linear(hidden, down, groups)
+        hidden = swiglu(adapted_grouped(rows, gate_up, added[0], groups))
+        return adapted_grouped(hidden, down, added[1], groups)
+
+
+def _of_rows(added: _Added, token: Tensor) -> _Added:
+    return of_rows(added[0], token), of_rows(added[1], token)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from spmdrl.models.adapters import share_of_tokens
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.sharding import global_shapes, local_kv_heads, local_parameters
 from spmdrl.role_spec import RoleSpec
@@ -112,7 +113,10 @@ def _added(spec: RoleSpec) -> float:
         return 0.0
     shapes, tp = global_shapes(spec.model), spec.placement.degrees["tp"]
     masked = sum(shapes[name][1] for name in spec.adapter.targets) if spec.adapter.dropout else 0
-    return sum(own.rank for own in spec.adapter.targets.values()) + masked / tp
+    ranks = (
+        own.rank * share_of_tokens(spec.model, name) for name, own in spec.adapter.targets.items()
+    )
+    return sum(ranks) + masked / tp
 
 
 def _kept(spec: RoleSpec) -> _Values:

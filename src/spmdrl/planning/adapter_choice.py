@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from spmdrl.config.sections import Config
 from spmdrl.memory.parts import size_text
+from spmdrl.models.adapters import share_of_tokens
 from spmdrl.models.sharding import global_shapes
 from spmdrl.planning.engines import samples_per_replica
 from spmdrl.role_spec import RoleSpec
@@ -74,12 +75,13 @@ def adding_bytes(config: Config, policy: RoleSpec, rollout: RoleSpec) -> int:
     assert adapter is not None, policy.name
     samples, tokens = samples_per_replica(config, rollout), config.sampling.max_tokens
     steps = tokens * -(-samples // config.rollout.max_running)
-    held = per_token = 0
+    held, per_token = 0, 0.0
     for name, own in adapter.targets.items():
         rows, columns = shapes[name]
         held += own.rank * (rows + columns)
-        per_token += columns + 2 * own.rank + 2 * rows
-    return (steps * held + samples * tokens * per_token) * rollout.dtype.itemsize
+        share = share_of_tokens(policy.model, name)
+        per_token += share * (columns + 2 * own.rank + 2 * rows)
+    return round((steps * held + samples * tokens * per_token) * rollout.dtype.itemsize)
 
 
 def merging_bytes(policy: RoleSpec, rollout: RoleSpec, unmerged: SyncPlan) -> int:

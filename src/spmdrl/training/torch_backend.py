@@ -190,7 +190,7 @@ class TorchBackend:
         require_parts(self.mesh.role, self.parts(), "weights", "optimizer")
         gradients = self._take_gradients()
         plain = [leaf for leaf in self._trained if not leaf.sharded]
-        for axis in ("reduce", "edp", "all"):
+        for axis in ("reduce", "edp", "expert", "all"):
             own = [gradients[leaf.name] for leaf in plain if leaf.summed_over == axis]
             all_reduce_gradients(own, self.mesh.group(axis))
         copies = [gradients[leaf.name] for leaf in self._trained if leaf.replicated]

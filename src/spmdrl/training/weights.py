@@ -34,7 +34,7 @@ from spmdrl.models.low_rank import HEAD_WEIGHT, AdapterWeights
 from spmdrl.models.moe import Experts
 from spmdrl.models.sharding import Head, Slice, is_expert_parameter
 
-SumAxis = Literal["reduce", "edp", "all"]
+SumAxis = Literal["reduce", "edp", "expert", "all"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -210,9 +210,13 @@ def make_adapter_leaves(added: AdapterWeights, mesh: Mesh) -> tuple[Leaf, ...]:
     for name, parameter in added.named_parameters():
         weight = parameter.detach()
         is_whole = all(part.is_whole for part in tables[name])
-        is_share = is_whole and name != HEAD_WEIGHT and added.tp.size > 1
-        summed_over: SumAxis = "all" if is_share else "reduce"
-        replicated = is_whole and not is_share
+        is_expert = is_expert_parameter(name)
+        parts = mesh.size("etp") if is_expert else added.tp.size
+        is_share = is_whole and name != HEAD_WEIGHT and parts > 1
+        summed_over: SumAxis = "edp" if is_expert else "reduce"
+        if is_share:
+            summed_over = "expert" if is_expert else "all"
+        replicated = is_whole and not is_share and not is_expert
         leaves.append(
             Leaf(
                 name=name,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from spmdrl.models.adapters import (
     Adapter,
     LowRank,
     adapter_shapes,
+    check_experts,
     is_lora_name,
-    lora_names,
     possible_targets,
 )
 from spmdrl.models.config import ModelConfig
@@ -27,6 +27,7 @@ from spmdrl.models.files.peft_config import (
     LoraFile,
     read_lora_file,
 )
+from spmdrl.models.files.peft_experts import Stack, WithStacks, find_stacks
 from spmdrl.models.files.weight_files import (
     PLAIN,
     Checkpoint,
@@ -60,7 +61,7 @@ class PeftFiles:
 
     file: LoraFile
     adapter: Adapter
-    tensors: Checkpoint
+    tensors: WithStacks
     notes: tuple[str, ...]
 
 
@@ -83,7 +84,7 @@ def open_adapter(
     head: Head = "lm",
     base: str | Path | None = None,
     warn: Callable[[str], None] | None = None,
-) -> Checkpoint:
+) -> WithStacks:
     """Open an adapter's tensors, by our names; the scalar head's too, if it has one.
 
     Args:
@@ -127,13 +128,20 @@ def open_peft(path: str | Path, model: ModelConfig, *, head: Head = "lm") -> Pef
     file = read_lora_file(path)
     weights = _weights_file(Path(path))
     entries = _by_our_names(weights)
-    targets, notes = _targets(file, model)
-    adapter = Adapter(
-        targets={name: _low_rank(file, name) for name in targets}, dropout=file.dropout
-    )
-    shapes = dict(adapter_shapes(model, adapter))
+    stacks = find_stacks(file, model)
+    targets, notes = _targets(file, model, stacks)
+    adapter = Adapter(targets=targets, dropout=file.dropout)
+    try:
+        check_experts(model, targets)
+    except ValueError as error:
+        raise ValueError(f"{file.origin}: {error}") from None
+    ours = dict(adapter_shapes(model, adapter))
+    stacked = frozenset[str]().union(*(stack.names for stack in stacks))
+    shapes = {name: shape for name, shape in ours.items() if name not in stacked}
+    for stack in stacks:
+        shapes |= stack.shapes
     if file.has_head and (SCORE in entries or file.saved):
-        shapes[SCORE] = (1, model.hidden_size)
+        shapes[SCORE] = ours[SCORE] = (1, model.hidden_size)
         if head != "score":
             raise ValueError(
                 f"{file.origin}: the adapter has a scalar head (score.weight), so it is one of a "
@@ -144,15 +152,13 @@ def open_peft(path: str | Path, model: ModelConfig, *, head: Head = "lm") -> Pef
     return PeftFiles(
         file=file,
         adapter=adapter,
-        tensors=Checkpoint(Path(path), entries),
+        tensors=WithStacks(Checkpoint(Path(path), entries), stacks, ours),
         notes=notes,
     )
 
 
 def _low_rank(file: LoraFile, name: str) -> LowRank:
-    module = name.removesuffix(_WEIGHT)
-    rank = file.rank_of(module)
-    alpha = file.alpha_of(module)
+    rank, alpha = file.rank_of(name), file.alpha_of(name)
     return LowRank(rank=rank, scale=alpha / (math.sqrt(rank) if file.rslora else rank))
 
 
@@ -216,8 +222,10 @@ def _foreign(key: str) -> str:
     return "is no A or B of an adapter: save the directory with PEFT (save_pretrained)"
 
 
-def _targets(file: LoraFile, model: ModelConfig) -> tuple[list[str], tuple[str, ...]]:
-    """Name the weights that the configuration selects, with notes on it."""
+def _targets(
+    file: LoraFile, model: ModelConfig, stacks: Sequence[Stack]
+) -> tuple[dict[str, LowRank], tuple[str, ...]]:
+    """Return the additions that the configuration describes, with notes on it."""
     possible = possible_targets(model)
     others = sorted({name.rpartition(".")[0] for name in global_shapes(model)} | {_HEAD_MODULE})
     modules = [name.removesuffix(_WEIGHT) for name in possible]
@@ -228,16 +236,21 @@ def _targets(file: LoraFile, model: ModelConfig) -> tuple[list[str], tuple[str, 
                 f"{file.origin}: target_modules selects {module}, and embeddings and head{tied} "
                 "are not adapted: exclude it, and train the adapter without it"
             )
-    chosen = [name for name, own in zip(possible, modules, strict=True) if file.selects(own)]
+    stack_of = {name: stack.name for stack in stacks for each in stack.weights for name in each}
+    chosen = {
+        name: _low_rank(file, stack_of.get(name, module))
+        for name, module in zip(possible, modules, strict=True)
+        if name in stack_of or file.selects(module)
+    }
     if not chosen:
         raise ValueError(
             f"{file.origin}: target_modules selects no matrix of {model.architecture}: names are "
             f"such as {modules[0]!r}"
         )
     notes = []
-    for field, entry in file.unused([*modules, *others]):
+    for field, entry in file.unused([*modules, *others], [stack.name for stack in stacks]):
         text = f"{file.origin}: {field} has {entry!r}, which names no module of this model"
-        if field != "target_modules":
+        if field not in ("target_modules", "target_parameters"):
             raise ValueError(f"{text}: remove it, or give the model that the adapter is of")
         notes.append(text)
     return chosen, tuple(notes)
@@ -260,7 +273,7 @@ def _check_names(
     missing = sorted(shapes.keys() - entries.keys())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        field = "modules_to_save" if missing[0] == SCORE else "target_modules"
+        field = "modules_to_save" if missing[0] == SCORE else "target_modules, target_parameters"
         raise ValueError(
             f"{weights} has no tensor {missing[0]!r}{more}, although {file.origin} selects it "
             f"({field}): the adapter is of another model, or was not saved whole"
@@ -277,11 +290,13 @@ def _reason(name: str, file: LoraFile, model: ModelConfig) -> str:
         return f"is of layer {layer[1]}, and the model has {model.num_layers} layers"
     if f"{module}{_WEIGHT}" in possible_targets(model):
         return f"is of a module that {file.origin} does not select (target_modules): name it there"
-    if re.search(r"\.experts\b|\.(gate|router)$|block_sparse_moe", module):
+    if re.search(r"\.(gate|router)$", module):
         return (
-            "is of experts or their router, which are no targets here: merge the adapter into its "
-            "base with PEFT (merge_and_unload), or train without them"
+            "is of a router, which is no target here: merge the adapter into its base with PEFT "
+            "(merge_and_unload), or train without it"
         )
+    if ".mlp.experts" in module:
+        return f"is of experts that {file.origin} does not select (target_parameters)"
     return f"adds to no matrix of {model.architecture} as config.json describes it"
 
 
@@ -319,9 +334,3 @@ def _rank_differs(name: str, given: Sequence[int], shape: Sequence[int]) -> bool
 def peft_name(name: str) -> str:
     """Return PEFT's name of a tensor of an adapter."""
     return f"{PREFIX}{name}"
-
-
-def pairs(adapter: Adapter) -> Iterator[tuple[str, str, str]]:
-    """Yield each target with the names of its A and B."""
-    for target in adapter.targets:
-        yield target, *lora_names(target)

@@ -32,6 +32,7 @@ _USED = (
     "lora_dropout",
     "use_rslora",
     "target_modules",
+    "target_parameters",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
@@ -73,8 +74,6 @@ _REFUSED: Mapping[str, str] = {
     "lora_ga_config": "its start changed the base: see init_lora_weights",
     "megatron_config": f"it is for modules of Megatron: {_PLAIN} on the Hugging Face model",
     "monteclora_config": f"it adds random samples to the matrices: {_PLAIN}",
-    "target_parameters": "stacked experts are adapted, which are no targets here: "
-    f"{_MERGE}, or train with target_modules only",
     "trainable_token_indices": f"rows of the embedding are trained: {_MERGE}",
     "use_bdlora": f"the matrices are block-diagonal: {_PLAIN}",
     "use_dora": f"DoRA also trains the outputs' magnitudes: {_MERGE}",
@@ -104,6 +103,7 @@ class LoraFile:
         base: name of the model that it was trained on, or None.
         targets, excluded: names of modules, of which the last parts are enough, or a pattern that
             matches whole names; targets may be `ALL_LINEAR`.
+        parameters: names of stacked experts, of which the last parts are enough.
         layers: the only layers that have it; None: all.
         layer_lists: names of the lists that `layers` counts in; empty: any.
         ranks, alphas: patterns over the ends of modules' names -> a rank or alpha of their own; the
@@ -119,6 +119,7 @@ class LoraFile:
     rslora: bool
     dropout: float
     targets: tuple[str, ...] | str
+    parameters: tuple[str, ...]
     excluded: tuple[str, ...] | str
     layers: tuple[int, ...] | None
     layer_lists: tuple[str, ...]
@@ -147,6 +148,10 @@ class LoraFile:
             return is_linear
         return _listed(self.targets, module) and (module in self.targets or self._has_layer(module))
 
+    def selects_parameter(self, name: str) -> bool:
+        """Whether PEFT would add the adapter to a stacked parameter."""
+        return _listed(self.parameters, name)
+
     def _has_layer(self, module: str) -> bool:
         """Whether a module that the end of its name selects is of one of `layers`."""
         if self.layers is None or isinstance(self.targets, str):
@@ -157,15 +162,24 @@ class LoraFile:
                 return int(found["idx"]) in self.layers
         return False
 
-    def unused(self, modules: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Yield each field with an entry that names none of the modules."""
+    def unused(
+        self, modules: Sequence[str], parameters: Sequence[str]
+    ) -> Iterator[tuple[str, str]]:
+        """Yield each field with an entry that names none of the modules, or of what it selects.
+
+        Args:
+            parameters: the stacked parameters that it selects.
+        """
+        for name in self.parameters:
+            if not any(_listed((name,), parameter) for parameter in parameters):
+                yield "target_parameters", name
         for key, names in (("target_modules", self.targets), ("exclude_modules", self.excluded)):
             entries = [(names, names)] if isinstance(names, str) else [(n, (n,)) for n in names]
             for entry, own in entries:
                 is_used = entry.lower() in ("", ALL_LINEAR)
                 if not is_used and not any(_listed(own, module) for module in modules):
                     yield key, entry
-        targets = [module for module in modules if self.selects(module)]
+        targets = [*filter(self.selects, modules), *parameters]
         for key, patterns in (("rank_pattern", self.ranks), ("alpha_pattern", self.alphas)):
             for pattern in patterns:
                 if not any(_ends_like(pattern, module) for module in targets):
@@ -208,7 +222,8 @@ def read_lora_file(path: str | Path) -> LoraFile:
     if layer_lists and layers is None:
         raise ValueError(f"{file}: layers_pattern needs layers_to_transform, or remove it")
     targets = _modules(fields, "target_modules")
-    if not targets:
+    parameters = _texts(fields, "target_parameters")
+    if not targets and not parameters:
         raise ValueError(f"{file}: target_modules is empty: name the modules that the file adds to")
     if isinstance(targets, str) and layers is not None:
         raise ValueError(
@@ -225,6 +240,7 @@ def read_lora_file(path: str | Path) -> LoraFile:
         rslora=fields.flag("use_rslora"),
         dropout=_dropout(fields),
         targets=targets,
+        parameters=parameters,
         excluded=_modules(fields, "exclude_modules"),
         layers=layers,
         layer_lists=layer_lists,
@@ -239,6 +255,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "base_model_name_or_path": None,
     "lora_dropout": 0.0,
     "use_rslora": False,
+    "target_parameters": None,
     "exclude_modules": None,
     "layers_to_transform": None,
     "layers_pattern": None,

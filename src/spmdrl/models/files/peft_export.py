@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from spmdrl.atomic_files import atomic_directory
-from spmdrl.models.adapters import Adapter, adapter_shapes, part_name, possible_targets
+from spmdrl.models.adapters import (
+    Adapter,
+    adapter_shapes,
+    is_expert_target,
+    part_name,
+    possible_targets,
+)
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.export import checked, copy_tokenizer, write_json
 from spmdrl.models.files.padding import set_padding
@@ -76,7 +82,11 @@ def describe(
     """Return the content of adapter_config.json."""
     ranks = {name: own.rank for name, own in adapter.targets.items()}
     alphas, is_rslora = _alphas(adapter)
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    # PEFT stacks experts as it loads them, with twice the usual rank and alpha for gate and up
+    experts = [name for name in ranks if is_expert_target(name)]
+    usual = [name for name in experts if not _is_down(name)] or experts or list(ranks)
+    rank = _most_common(ranks[name] for name in usual)
+    alpha = _most_common(alphas[name] for name in usual)
     is_scalar = head == "score"
     return {
         "peft_type": "LORA",
@@ -100,9 +110,10 @@ def describe(
 def _alphas(adapter: Adapter) -> tuple[dict[str, float], bool]:
     """Return each target's alpha, and whether its scale is alpha over the rank's root.
 
-    Whichever gives whole numbers is chosen; otherwise scale is alpha over rank.
+    Whichever gives whole numbers is chosen; otherwise, and for experts, scale is alpha over rank.
     """
-    for is_rslora in (False, True):
+    has_experts = any(map(is_expert_target, adapter.targets))
+    for is_rslora in (False,) if has_experts else (False, True):
         found = {
             name: _alpha(own.scale, math.sqrt(own.rank) if is_rslora else own.rank)
             for name, own in adapter.targets.items()
@@ -125,9 +136,22 @@ def _most_common(values: Iterable[float]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
+def _is_down(name: str) -> bool:
+    """Whether an expert's weight is its second matrix."""
+    return part_name(name) in ("down_proj", "w2")
+
+
 def _others(values: Mapping[str, float], usual: float) -> dict[str, float]:
     """Map the modules with another value than the usual one to theirs, as PEFT's patterns do."""
-    return {name.removesuffix(_WEIGHT): value for name, value in values.items() if value != usual}
+    others = {name.removesuffix(_WEIGHT): value for name, value in values.items() if value != usual}
+    down = [name for name in values if is_expert_target(name) and _is_down(name)]
+    value, *unlike = {values[name] for name in down} or {usual}
+    if value != usual and not unlike:
+        # one pattern for all experts, which also matches their stacked parameter
+        for name in down:
+            del others[name.removesuffix(_WEIGHT)]
+        others[rf"experts\.(\d+\.{part_name(down[0])}|down_proj)"] = value
+    return others
 
 
 def _target_modules(model: ModelConfig, adapter: Adapter) -> list[str]:

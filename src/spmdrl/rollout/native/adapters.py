@@ -25,16 +25,18 @@ class CallAdapters:
         weights: name -> adapter.
         by_row: whether some rows have another adapter than others, or none.
         dtype: dtype that is computed in.
+        experts_only: whether all other weights have the adapter merged.
     """
 
     weights: Mapping[str, AdapterWeights]
     by_row: bool = False
     dtype: torch.dtype = torch.float32
+    experts_only: bool = False
 
     @property
     def variant(self) -> Hashable:
         """Value that distinguishes steps with other kernels or other addresses."""
-        return (self.by_row, *self.weights)
+        return (self.by_row, self.experts_only, *self.weights)
 
     @property
     def only(self) -> AdapterWeights | None:
@@ -66,7 +68,10 @@ class CallAdapters:
     def applied(self, factors: Sequence[Tensor]) -> list[Applied]:
         """Return the adapters as the decoder takes them, with their `factors` on the device."""
         if not self.by_row:
-            return [Applied(weights=weights) for weights in self.weights.values()]
+            return [
+                Applied(weights=weights, experts_only=self.experts_only)
+                for weights in self.weights.values()
+            ]
         return [
             Applied(weights=weights, rows=rows)
             for weights, rows in zip(self.weights.values(), factors, strict=True)

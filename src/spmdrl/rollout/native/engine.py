@@ -7,6 +7,7 @@ an aborted call. So new weights are used as soon as they arrive, and nothing mus
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -25,7 +26,7 @@ from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.low_rank import AdapterWeights
 from spmdrl.models.routing import choices_dtype
 from spmdrl.rollout.lockstep import Lockstep
-from spmdrl.rollout.native.adapters import NO_ADAPTERS, CallAdapters, adapters_of
+from spmdrl.rollout.native.adapters import CallAdapters, adapters_of
 from spmdrl.rollout.native.blocks import BlockPool
 from spmdrl.rollout.native.recording import ExpertRecord
 from spmdrl.rollout.native.runner import Runner
@@ -171,8 +172,8 @@ class NativeEngine:
                     record.begin(samples)
                 longest = max(request.sampling.max_tokens for request in requests)
                 with blocked_weights(self._decoder, longest, adapters.only) as is_merged:
-                    applied = NO_ADAPTERS if is_merged and not adapters.by_row else adapters
-                    runner = work.runner.applying(applied)
+                    merged = is_merged and not adapters.by_row
+                    runner = work.runner.applying(replace(adapters, experts_only=merged))
                     aborted = self._run(runner, scheduler, requests, progress, should_stop, record)
                 if aborted and self._options.keeps_aborted:
                     self._aborted = take_snapshot(call, scheduler, samples, work.attention, record)

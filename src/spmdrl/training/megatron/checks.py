@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 
 from spmdrl.distributed.mesh import expert_degrees
-from spmdrl.models.adapters import Adapter
+from spmdrl.models.adapters import Adapter, is_expert_target
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.degrees import check_ep, heads_fix
 from spmdrl.models.megatron_chunks import Cut
@@ -93,8 +93,15 @@ def check_adapter(
         plain_base: the role without an adapter whose base it shares, if it shares one.
 
     Raises:
-        ValueError: it drops inputs out, or the base has layers that take no additions.
+        ValueError: it drops inputs out, adds to experts, or the base has layers that take no
+            additions.
     """
+    if any(map(is_expert_target, adapter.targets)):
+        raise ValueError(
+            f"roles.{role}.adapter has experts as targets with train.backend=megatron, whose "
+            f"experts take no additions: set roles.{role}.adapter.targets to attention, or "
+            f"roles.{role}.train.backend=torch"
+        )
     if plain_base is not None and uses_transformer_engine(device):
         raise ValueError(
             f"roles.{role}.base={plain_base} with roles.{role}.adapter and train.backend=megatron: "
