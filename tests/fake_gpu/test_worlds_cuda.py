@@ -37,7 +37,14 @@ SECTIONS: Mapping[str, Mapping[str, Any]] = {
         "train": {**TRAIN, "balance_coef": 0.01, "recompute": "layer"},
     },
 }
-"""Sections of a configuration by kind of run; those of `ppo` and `lag` name a directory."""
+"""Sections of a configuration by kind of run; those of `ppo`, `lag` and `base` name a directory."""
+
+ADAPTERS: Mapping[str, Mapping[str, Any]] = {
+    "policy": {"adapter": {"rank": 4}},
+    "reference": {"base": "policy"},
+    "value": {"base": "policy", "adapter": {"rank": 3}, "head": "normal"},
+}
+"""Roles of `base`: three on the policy's weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,7 @@ class Layout:
 
 TP2 = ["roles.policy.tp=2", "roles.rollout.tp=2", "roles.reference.tp=2"]
 APART = [*DISJOINT[2:], "roles.policy.ranks=0", "roles.rollout.ranks=1"]
+ONE_BASE = ("policy", "reference", "value")
 LAYOUTS = {
     "dp2": Layout(size=2, words=[]),
     "shard2": Layout(size=2, words=["roles.policy.dp_shard=2"]),
@@ -84,6 +92,15 @@ LAYOUTS = {
     ),
     "ppo apart": Layout(size=4, words=DISJOINT, kind="ppo"),
     "ppo lag 1": Layout(size=4, words=APART, kind="lag", runs=("float32",)),
+    "one base, tp2": Layout(
+        size=2, words=[*(f"roles.{role}.tp=2" for role in ONE_BASE)], kind="base"
+    ),
+    "one base, shard2": Layout(
+        size=2,
+        words=[*(f"roles.{role}.dp_shard=2" for role in ONE_BASE)],
+        kind="base",
+        runs=("float32",),
+    ),
 }
 QUICK = {("first_to_last", "bfloat16"), ("shard2 x tp2", "float32")}
 
@@ -91,7 +108,7 @@ QUICK = {("first_to_last", "bfloat16"), ("shard2 x tp2", "float32")}
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("worlds_cuda")
-    for kind in ("grpo", "experts", "ppo", "lag"):
+    for kind in ("grpo", "experts", "ppo", "lag", "base"):
         (root / kind).mkdir()
         if kind == "experts":
             make_tiny_model(root / kind / "model", "Qwen3MoeForCausalLM", **EXPERTS)
@@ -106,10 +123,13 @@ def run(root: Path, kind: str, name: str, size: int, words: list[str]) -> list[d
     records its samples, and the others train on them from the second step on.
     """
     sections = dict(SECTIONS.get(kind, {}))
-    if kind in ("ppo", "lag"):
+    if kind in ("ppo", "lag", "base"):
         sections = settings(root) | (LAG if kind == "lag" else {})
         # slower than on the tiny models, whose rounding errors grow less in an update
         sections["train"] = {**sections["train"], "lr": 2e-5}
+    if kind == "base":
+        sections["roles"] = {**sections["roles"], **ADAPTERS}
+        sections["train"] = {**sections["train"], "lr": 5e-4}
     if "model.dtype=bfloat16" in words:
         sections.pop("environment", None)
     else:
