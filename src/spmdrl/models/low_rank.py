@@ -258,8 +258,9 @@ def adapted_linear(
         return out
     y = linear(x, weight, bias, blocked)
     for addition, how in added:
-        u = product(x, addition.lora_A)
-        rows = None if how is None else how.rows
+        rows, dropout = (None, None) if how is None else (how.rows, how.dropout)
+        # with one where a pass is recomputed later, which begins without gradients
+        u = inner_product(x, addition.lora_A, addition, dropout)
         add_products(y, u if rows is None else u * rows, addition, addition.b_weights())
     return y
 
@@ -319,7 +320,7 @@ class _Adapted(torch.autograd.Function):
         *b_weights: Tensor,
     ) -> Tensor:
         y = linear(x, weight, bias) if serves(x, weight) else F.linear(x, weight, bias)
-        u = product(x, a) if dropout is None else _dropped_product(x, a, addition, dropout)
+        u = inner_product(x, a, addition, dropout)
         add_products(y, u, addition, b_weights)
         ctx.addition, ctx.dropout = addition, dropout
         ctx.save_for_backward(x, weight, u, a, *b_weights)
@@ -331,16 +332,19 @@ class _Adapted(torch.autograd.Function):
         x, weight, u, a, *b_weights = ctx.saved_tensors
         d_u, d_b = product_gradients(grad, u, ctx.addition, b_weights)
         d_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        if ctx.dropout is not None:
-            d_a = _add_dropped_gradients(d_x, d_u, x, a, ctx.addition, ctx.dropout)
-            return d_x, None, None, None, None, d_a, *d_b
-        if d_x is not None:
-            d_x.addmm_(d_u, a)
-        return d_x, None, None, None, None, product(d_u.t(), x.t()), *d_b
+        d_a = inner_gradients(d_x, d_u, x, a, ctx.addition, ctx.dropout)
+        return d_x, None, None, None, None, d_a, *d_b
 
 
-def _dropped_product(x: Tensor, a: Tensor, addition: Addition, dropout: Dropout) -> Tensor:
-    """Compute A x, where each target zeroes other elements of x."""
+def inner_product(
+    x: Tensor,  # [T, K]
+    a: Tensor,  # [ranks, K]
+    addition: Addition,
+    dropout: Dropout | None,
+) -> Tensor:  # [T, ranks]
+    """Compute A x, where each target may zero other elements of x."""
+    if dropout is None:
+        return product(x, a)
     u = x.new_empty(len(x), len(a))
     for span in addition.spans:
         own = dropout.apply(x, span.key, addition.first_column)
@@ -348,15 +352,19 @@ def _dropped_product(x: Tensor, a: Tensor, addition: Addition, dropout: Dropout)
     return u
 
 
-def _add_dropped_gradients(
+def inner_gradients(
     d_x: Tensor | None,  # [T, K], added to
     d_u: Tensor,  # [T, ranks]
     x: Tensor,
     a: Tensor,
     addition: Addition,
-    dropout: Dropout,
+    dropout: Dropout | None,
 ) -> Tensor:
-    """Compute the gradients of `_dropped_product`; returns that of A."""
+    """Compute the gradients of `inner_product`; returns that of A."""
+    if dropout is None:
+        if d_x is not None:
+            d_x.addmm_(d_u, a)
+        return product(d_u.t(), x.t())
     d_a = torch.empty_like(a)
     for span in addition.spans:
         own, place = d_u[:, span.ranks], (span.key, addition.first_column)

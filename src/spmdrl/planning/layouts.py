@@ -166,7 +166,6 @@ def check_model(spec: RoleSpec, specs: Mapping[str, RoleSpec], *, replays_routin
             check_adapter(
                 spec.name,
                 spec.adapter,
-                trained=spec.trained,
                 plain_base=None if base is None or base.adapter is not None else base.name,
                 device=spec.device,
             )

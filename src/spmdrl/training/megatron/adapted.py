@@ -2,13 +2,15 @@
 
 The layers are a base model's and fixed; several roles can have additions to the same ones. A role
 puts its own in place for the time in which its microbatches pass through the chunks, forward and
-backward (a layer that is recomputed needs them again).
+backward (a layer that is recomputed needs them again). A microbatch's dropout comes with its
+`StreamParams`, each time that a layer computes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,26 +26,36 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spmdrl.distributed.parallel import copy_to
+from spmdrl.models.dropout import Dropout
 from spmdrl.models.linear import linear, product
 from spmdrl.models.low_rank import (
     AdapterWeights,
     Addition,
+    Applied,
     adapted_linear,
     add_products,
+    inner_gradients,
+    inner_product,
     product_gradients,
 )
 from spmdrl.models.megatron_chunks import Parameter
 from spmdrl.models.sharding import local_kv_heads
+from spmdrl.training.megatron.modules import StreamParams
 
 
 class _Adaptable(nn.Module):
-    """A linear layer of Megatron with an addition, or none; `additions` has at most one, and is a
-    tuple so that it does not become a submodule.
+    """A linear layer of Megatron with an addition, or none.
+
+    Attributes:
+        applied: the adapter and its addition to this layer, or nothing; a tuple, so that they do
+            not become submodules.
+        dropout: that of the addition's input in the current microbatch.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.additions: tuple[Addition, ...] = ()
+        self.applied: tuple[()] | tuple[AdapterWeights, Addition] = ()
+        self.dropout: Dropout | None = None
 
     def _forward_impl(
         self,
@@ -57,7 +69,7 @@ class _Adaptable(nn.Module):
         **options: Any,
     ) -> Tensor:  # [T, 1, N]
         """Compute the product with this rank's part of the weight, as Megatron's method does."""
-        if not self.additions:
+        if not self.applied:
             out: Tensor = super()._forward_impl(  # type: ignore[misc]
                 input,
                 weight,
@@ -68,15 +80,17 @@ class _Adaptable(nn.Module):
                 **options,
             )
             return out
-        [addition] = self.additions
+        weights, addition = self.applied
         x = input.flatten(0, 1)
         if sequence_parallel:
             y: Tensor = _SequenceAdapted.apply(  # type: ignore[no-untyped-call]
-                x, weight, bias, addition, tp_group, addition.lora_A, *addition.b_weights()
+                *(x, weight, bias, addition, self.dropout, tp_group),
+                *(addition.lora_A, *addition.b_weights()),
             )
         else:
             x = copy_to(x, tp_group if allreduce_dgrad else None)
-            y = adapted_linear(x, weight, bias, [(addition, None)])
+            how = Applied(weights=weights, dropout=self.dropout)
+            y = adapted_linear(x, weight, bias, [(addition, how)])
         return y.unsqueeze(1)
 
 
@@ -101,15 +115,21 @@ class _SequenceAdapted(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         addition: Addition,
+        dropout: Dropout | None,
         group: dist.ProcessGroup,
         a: Tensor,
         *b_weights: Tensor,
     ) -> Tensor:  # [T, N]
         whole = _gather_along_first_dim(x, group)
         y = linear(whole, weight, bias)
-        u = product(whole, a)
+        u = inner_product(whole, a, addition, dropout)
         add_products(y, u, addition, b_weights)
         ctx.addition, ctx.group = addition, group
+        # the gradients of A and x are of this rank's tokens
+        ctx.dropout = None
+        if dropout is not None:
+            own = dropout.keys.chunk(group.size())[group.rank()]
+            ctx.dropout = replace(dropout, keys=own)
         ctx.save_for_backward(x, weight, u, a, *b_weights)
         return y
 
@@ -122,8 +142,8 @@ class _SequenceAdapted(torch.autograd.Function):
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = _reduce_scatter_along_first_dim(product(grad, weight.t()), ctx.group)
-            d_x.addmm_(d_u, a)
-        return d_x, None, None, None, None, product(d_u.t(), x.t()), *d_b
+        d_a = inner_gradients(d_x, d_u, x, a, ctx.addition, ctx.dropout)
+        return d_x, None, None, None, None, None, d_a, *d_b
 
 
 class AdaptedChunk(nn.Module):
@@ -178,12 +198,12 @@ class AdaptedChunk(nn.Module):
     def applied(self) -> Iterator[None]:
         """Put the role's additions in place inside the `with` block."""
         for module, addition in self._places:
-            module.additions = (addition,)
+            module.applied = (self.weights[0], addition)
         try:
             yield
         finally:
             for module, _ in self._places:
-                module.additions = ()
+                module.applied = ()
 
 
 def _projections(layer: Any) -> dict[str, _Adaptable]:
@@ -208,3 +228,15 @@ def keep_differentiable(chunk: GPTModel) -> None:
         return output.requires_grad_() if wanted else output
 
     chunk.embedding.register_forward_hook(hook)
+
+
+def pass_dropout(chunk: GPTModel) -> None:
+    """Give a microbatch's dropout to the layers' projections whenever a layer computes."""
+
+    def hook(layer: nn.Module, given: Any, options: dict[str, Any]) -> None:
+        params: StreamParams = options["packed_seq_params"]
+        for module in _projections(layer).values():
+            module.dropout = params.dropout
+
+    for layer in chunk.decoder.layers:
+        layer.register_forward_pre_hook(hook, with_kwargs=True)

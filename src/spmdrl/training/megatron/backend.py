@@ -40,6 +40,7 @@ from spmdrl.training.backend_steps import (
     whole_stream,
 )
 from spmdrl.training.context import LocalStream, split_stream, stream_part
+from spmdrl.training.dropout import AdapterDropout
 from spmdrl.training.experts import ExpertUse, make_balance, make_routing
 from spmdrl.training.megatron.checks import MegatronOptions
 from spmdrl.training.megatron.groups import prepare_process
@@ -127,6 +128,9 @@ class MegatronBackend:
         self._weights, self._parts = self._own.local_tensors(), self._own.parts()
         self._is_sp = megatron.sp
         self._steps = StepCounts()
+        self._dropout: AdapterDropout | None = None
+        if trainable and adapter is not None and adapter.dropout > 0:
+            self._dropout = AdapterDropout(mesh.role, model, adapter, options.seed, device)
         self._fill(checkpoint)
 
     @property
@@ -196,7 +200,8 @@ class MegatronBackend:
 
         microbatches = self._pack(rows, readout, whole_groups=whole_groups)
         coefficient = self.options.balance_coef / normaliser if readout.is_per_token else 0.0
-        items = [self._item(m, rows, balance=coefficient) for m in microbatches]
+        keys = None if self._dropout is None else self._dropout.keys(rows, self._steps.num_steps)
+        items = [self._item(m, rows, balance=coefficient, keys=keys) for m in microbatches]
         parts = self._run(items, finish, progress, backward=True)
         numbers = as_numbers([part for part in parts if part is not None])
         sums = self._pipeline.object_from_last(combine([{"loss": 0.0}, *numbers]))
@@ -286,7 +291,18 @@ class MegatronBackend:
         with self._own.applied():
             return self._pipeline.run(items, length, forward, finish, backward=backward)
 
-    def _item(self, microbatch: Microbatch, rows: Batch, *, balance: float = 0.0) -> StageInput:
+    def _item(
+        self,
+        microbatch: Microbatch,
+        rows: Batch,
+        *,
+        balance: float = 0.0,
+        keys: Tensor | None = None,
+    ) -> StageInput:
+        """Args:
+        balance: coefficient of the experts' balance loss.
+        keys: those of the rows' tokens for an adapter's dropout.
+        """
         stream = split_stream(microbatch, self.mesh.coordinate("cp"), self.mesh.size("cp"))
         tokens, positions, predict, targets = to_device(
             (stream.tokens, stream.positions, stream.predict, stream.targets), self._device
@@ -316,6 +332,9 @@ class MegatronBackend:
                 group=self.mesh.group("replica"),
             )
         routing = make_routing(self.model.moe, rows, microbatch, part, self._device, made)
+        dropout = None
+        if self._dropout is not None and keys is not None:
+            dropout = self._dropout.make(keys, stream)
         return StageInput(
             microbatch=microbatch,
             stream=stream,
@@ -324,7 +343,7 @@ class MegatronBackend:
             positions=positions[None],
             predict=predict,
             targets=targets,
-            params=StreamParams(attend=attend, rope=rope, routing=routing),
+            params=StreamParams(attend=attend, rope=rope, routing=routing, dropout=dropout),
         )
 
     def _read(self, item: StageInput, rows: Batch, output: Tensor, readout: Readout) -> Outputs:

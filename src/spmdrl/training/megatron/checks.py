@@ -85,16 +85,15 @@ def check_megatron(
 
 
 def check_adapter(
-    role: str, adapter: Adapter, *, trained: bool, plain_base: str | None, device: torch.device
+    role: str, adapter: Adapter, *, plain_base: str | None, device: torch.device
 ) -> None:
-    """Refuse adapters that this backend cannot have.
+    """Refuse an adapter over layers that take none.
 
     Args:
         plain_base: the role without an adapter whose base it shares, if it shares one.
 
     Raises:
-        ValueError: it drops inputs out, adds to experts, or the base has layers that take no
-            additions.
+        ValueError: it adds to experts, or the base has TransformerEngine's layers.
     """
     if any(map(is_expert_target, adapter.targets)):
         raise ValueError(
@@ -107,12 +106,6 @@ def check_adapter(
             f"roles.{role}.base={plain_base} with roles.{role}.adapter and train.backend=megatron: "
             f"{plain_base} has no adapter and so TransformerEngine's layers, which take no "
             f"additions: let {plain_base} share the base of {role} instead"
-        )
-    if trained and adapter.dropout > 0:
-        raise ValueError(
-            f"roles.{role}.adapter.dropout={adapter.dropout} with train.backend=megatron, which "
-            "zeroes no inputs of an adapter: set it to 0, or "
-            f"roles.{role}.train.backend=torch"
         )
 
 

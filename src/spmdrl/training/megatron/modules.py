@@ -16,6 +16,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
 from spmdrl.models.attention import PackedAttention
+from spmdrl.models.dropout import Dropout
 from spmdrl.models.experts import MoeConfig
 from spmdrl.models.fused import rms_norm
 from spmdrl.models.moe import choose_experts
@@ -32,6 +33,7 @@ class StreamParams(PackedSeqParams):  # type: ignore[misc]
     attend: PackedAttention | None = None
     rope: tuple[Tensor, Tensor] | None = None
     routing: Routing | None = None
+    dropout: Dropout | None = None
 
     def __post_init__(self) -> None:
         self.qkv_format = "thd"

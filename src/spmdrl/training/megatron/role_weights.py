@@ -32,7 +32,7 @@ from spmdrl.models.megatron_chunks import (
     rank_chunks,
 )
 from spmdrl.models.sharding import Head
-from spmdrl.training.megatron.adapted import AdaptedChunk, keep_differentiable
+from spmdrl.training.megatron.adapted import AdaptedChunk, keep_differentiable, pass_dropout
 from spmdrl.training.megatron.checks import MegatronOptions, model_cut
 from spmdrl.training.megatron.groups import make_groups
 from spmdrl.training.megatron.model import ModelChunks, build_chunks, transformer_config
@@ -151,6 +151,8 @@ def own_weights(
         chunk.requires_grad_(not is_fixed)
         if is_fixed and chunk.pre_process:
             keep_differentiable(chunk)
+        if is_fixed and not cut.fused_norms:
+            pass_dropout(chunk)
     body = Body(
         model=model,
         cut=cut,
