@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_adapter_layouts import settings as over_one_base
 from test_moe_layouts import SETTINGS as MOE
 from test_ppo_layouts import METRICS, settings
 
+from adapter_cases import OWN_BASES, make_peft
 from flow_cases import run_configs, run_layouts, write_config
 from harness import run_ranks
 from replay import assert_same_samples
@@ -48,6 +50,23 @@ PPO_LAYOUTS: dict[str, list[str]] = {
     ],
 }
 
+ROLES = ("policy", "reference", "reward", "value", "rollout")
+ADAPTER_LAYOUTS: dict[str, list[str]] = {
+    "tp2 sp": [
+        *("train.backend=megatron", *(f"roles.{role}.tp=2" for role in ROLES)),
+        *(f"roles.{role}.megatron.sp=true" for role in ROLES[:-1]),
+    ],
+    "pp2, merged": [
+        *("train.backend=megatron", "rollout.adapters=merged"),
+        *(f"roles.{role}.pp=2" for role in ROLES[:-1]),
+        *("roles.policy.residency.base=host", "roles.value.residency.optimizer=host"),
+    ],
+    "bases of their own": [
+        *("train.backend=megatron", "roles.reference.train.backend=torch", *OWN_BASES),
+        *("roles.policy.dp_shard=2", "roles.value.tp=2", "roles.reward.pp=2"),
+    ],
+}
+
 
 def models(root: Path) -> None:
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -74,6 +93,14 @@ def ppo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]
     root = tmp_path_factory.mktemp("ppo")
     models(root)
     return run_layouts(root, {1: {"one": []}, 4: PPO_LAYOUTS}, **settings(root)), root
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    make_tiny_model(root / "model")
+    make_peft(root / "judge", root / "model", head="score", seed=1)
+    return run_layouts(root, {1: {"one": []}, 2: ADAPTER_LAYOUTS}, **over_one_base(root)), root
 
 
 @pytest.mark.parametrize("name", GRPO_LAYOUTS)
@@ -123,3 +150,28 @@ def test_first_step_samples_of_grpo_are_the_same(grpo, name):
 @pytest.mark.parametrize("name", PPO_LAYOUTS)
 def test_first_step_samples_of_ppo_are_the_same(ppo, name):
     assert_same_samples(ppo[1], name)
+
+
+@pytest.mark.parametrize("name", ADAPTER_LAYOUTS)
+def test_ppo_over_one_base_equals_the_torch_backend(adapters, name):
+    one, other = adapters[0]["one"], adapters[0][name]
+    assert len(one) == len(other) == 3
+    for step, (a, b) in enumerate(zip(one, other, strict=True)):
+        for metric in METRICS:
+            assert b[metric] == pytest.approx(a[metric], rel=1e-4, abs=1e-6), (step, metric)
+        assert b["rollout_gap_max"] < 1e-4, step
+    assert_same_samples(adapters[1], name)
+
+
+def test_a_checkpoint_of_adapters_continues_on_the_other_backend(adapters):
+    expected, root = adapters[0]["one"], adapters[1]
+    path = write_config(
+        root / "resumed.yaml", root / "model", root / "run_resumed", **over_one_base(root)
+    )
+    torch_first = ["steps=2", *(f"roles.{role}.tp=2" for role in ROLES)]
+    then = ["steps=3", *ADAPTER_LAYOUTS["pp2, merged"]]
+    runs = [(str(path), torch_first), (str(path), then)]
+    records = run_ranks(run_configs, 2, runs, str(root), timeout_s=300)[0][1]
+    assert len(records) == 3
+    for metric in METRICS:
+        assert records[2][metric] == pytest.approx(expected[2][metric], rel=1e-4, abs=1e-6), metric

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import torch
 
-from spmdrl.models.adapters import Adapter
 from spmdrl.models.degrees import check_tp
 from spmdrl.models.fsdp_cuts import fitting_blocks
 from spmdrl.models.local_shards import WeightLayout
@@ -89,10 +88,8 @@ def state_layout(spec: RoleSpec, layout: WeightLayout) -> WeightLayout:
     if spec.backend != "megatron":
         return layout
     placement, cut = spec.placement, _megatron_cut(spec)
-    # over another role's base at least a head trains
-    added = Adapter(targets={}) if spec.adapter is None and spec.base is not None else spec.adapter
     return megatron_state_layout(
-        spec.model, placement.ranks, placement.degrees, cut, spec.head, adapter=added
+        spec.model, placement.ranks, placement.degrees, cut, spec.head, adapter=spec.adapter
     )
 
 

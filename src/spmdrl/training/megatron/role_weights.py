@@ -196,7 +196,7 @@ def borrowed_weights(
     key = f"roles.{mesh.role}"
     if not body.is_fixed:
         raise ValueError(f"{key}.base names a role that trains its weights: give it an adapter")
-    if trainable and adapter is None and head == "lm":
+    if trainable and adapter is None:
         raise ValueError(f"{key}.base: it would train the weights it borrows: give it an adapter")
     if head == "lm" and body.head != "lm":
         raise ValueError(f"{key}.base names a role without a language model's head")
