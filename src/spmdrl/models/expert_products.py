@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spmdrl.models.linear import Groups, grouped_linear
-from spmdrl.models.low_rank import Addition, Applied, added_to
+from spmdrl.models.low_rank import Applied, added_to
+from spmdrl.models.low_rank_products import Addition
 
 RowsAdded = Sequence[tuple[Addition, Tensor | None]]
 """The additions to experts' matrices, with each row's factor [N, 1]; None: 1 for all rows."""

@@ -22,6 +22,14 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.dropout import Dropout
 from spmdrl.models.linear import Blocked, linear, product, serves
 from spmdrl.models.local_shards import LocalTensors
+from spmdrl.models.low_rank_products import (
+    Addition,
+    Span,
+    add_products,
+    inner_gradients,
+    inner_product,
+    product_gradients,
+)
 from spmdrl.models.sharding import (
     SCORE,
     Slice,
@@ -33,69 +41,6 @@ from spmdrl.models.sharding import (
 
 HEAD_WEIGHT = "head.weight"
 """Local name of a head's weight, in decoders and adapters alike."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Span:
-    """One target's place in a fused projection of this rank.
-
-    Args:
-        part: its name there (`q_proj`).
-        first, rows: its outputs.
-        first_rank, rank: its rows of the stacked A.
-        scale: factor of B A.
-        key: number of the matrix among all of the model, for random numbers.
-    """
-
-    part: str
-    key: int
-    first: int
-    rows: int
-    first_rank: int
-    rank: int
-    scale: float
-
-    @property
-    def ranks(self) -> slice:
-        """The target's rows of the stacked A."""
-        return slice(self.first_rank, self.first_rank + self.rank)
-
-
-class Addition(nn.Module):
-    """A and B of the targets in one fused projection of this rank; not initialised.
-
-    Args:
-        spans: the targets, in the projection's order; those of one expert if there are several.
-        columns: width of the projection's input on this rank.
-        first_column: the input's first column among those of the whole matrix.
-        blocks: see `sharding.all_slices`; a target's outputs are then in as many pieces.
-        count: number of experts whose A and B are stacked.
-    """
-
-    def __init__(
-        self,
-        spans: Sequence[Span],
-        columns: int,
-        first_column: int,
-        blocks: int,
-        count: int = 1,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        super().__init__()
-        self.spans, self.first_column, self.blocks = tuple(spans), first_column, blocks
-        self.count = count
-
-        def empty(rows: int, width: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(count * rows, width, dtype=dtype, device=device))
-
-        self.lora_A = empty(sum(span.rank for span in spans), columns)
-        self.lora_B = nn.ParameterDict({s.part: empty(s.rows, s.rank) for s in spans})
-
-    def b_weights(self) -> list[Tensor]:
-        """Return B of every target, in order."""
-        return [self.lora_B[span.part] for span in self.spans]
 
 
 class AdapterWeights(nn.Module):
@@ -265,46 +210,6 @@ def adapted_linear(
     return y
 
 
-def add_products(y: Tensor, u: Tensor, addition: Addition, b_weights: Sequence[Tensor]) -> None:
-    """Add scale * B u to y, in place, target by target."""
-    for span, b in zip(addition.spans, b_weights, strict=True):
-        own = u[:, span.ranks]
-        if addition.blocks == 1:
-            y[:, span.first : span.first + span.rows].addmm_(own, b.t(), alpha=span.scale)
-        else:
-            delta = product(own, b)
-            view = _pieces(y, addition, span)
-            view.add_(delta.view(view.shape), alpha=span.scale)
-
-
-def _pieces(y: Tensor, addition: Addition, span: Span) -> Tensor:  # [T, blocks, rows / blocks]
-    """Return a target's outputs, which lie in as many pieces as there are blocks."""
-    first, rows = span.first // addition.blocks, span.rows // addition.blocks
-    return y.view(len(y), addition.blocks, -1)[:, :, first : first + rows]
-
-
-def _outputs(y: Tensor, addition: Addition, span: Span) -> Tensor:  # [T, rows]
-    if addition.blocks == 1:
-        return y[:, span.first : span.first + span.rows]
-    return _pieces(y, addition, span).reshape(len(y), span.rows)
-
-
-def product_gradients(
-    grad: Tensor,  # [T, N]
-    u: Tensor,  # [T, ranks]
-    addition: Addition,
-    b_weights: Sequence[Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    """Compute the gradients of u and of every target's B in scale * B u, given the outputs'."""
-    d_u = torch.empty_like(u)
-    d_b = []
-    for span, b in zip(addition.spans, b_weights, strict=True):
-        own = _outputs(grad, addition, span)
-        d_u[:, span.ranks] = product(own, b.t()).mul_(span.scale)
-        d_b.append(product(own.t(), u[:, span.ranks].t()).mul_(span.scale))
-    return d_u, d_b
-
-
 class _Adapted(torch.autograd.Function):
     """W x + b + scale B A x; gradients of x, A and B."""
 
@@ -334,44 +239,6 @@ class _Adapted(torch.autograd.Function):
         d_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         d_a = inner_gradients(d_x, d_u, x, a, ctx.addition, ctx.dropout)
         return d_x, None, None, None, None, d_a, *d_b
-
-
-def inner_product(
-    x: Tensor,  # [T, K]
-    a: Tensor,  # [ranks, K]
-    addition: Addition,
-    dropout: Dropout | None,
-) -> Tensor:  # [T, ranks]
-    """Compute A x, where each target may zero other elements of x."""
-    if dropout is None:
-        return product(x, a)
-    u = x.new_empty(len(x), len(a))
-    for span in addition.spans:
-        own = dropout.apply(x, span.key, addition.first_column)
-        u[:, span.ranks] = product(own, a[span.ranks])
-    return u
-
-
-def inner_gradients(
-    d_x: Tensor | None,  # [T, K], added to
-    d_u: Tensor,  # [T, ranks]
-    x: Tensor,
-    a: Tensor,
-    addition: Addition,
-    dropout: Dropout | None,
-) -> Tensor:
-    """Compute the gradients of `inner_product`; returns that of A."""
-    if dropout is None:
-        if d_x is not None:
-            d_x.addmm_(d_u, a)
-        return product(d_u.t(), x.t())
-    d_a = torch.empty_like(a)
-    for span in addition.spans:
-        own, place = d_u[:, span.ranks], (span.key, addition.first_column)
-        d_a[span.ranks] = product(own.t(), dropout.apply(x, *place).t())
-        if d_x is not None:
-            d_x.add_(dropout.apply(product(own, a[span.ranks].t()), *place))
-    return d_a
 
 
 @torch.no_grad()

@@ -28,11 +28,9 @@ from torch.autograd.function import once_differentiable
 from spmdrl.distributed.parallel import copy_to
 from spmdrl.models.dropout import Dropout
 from spmdrl.models.linear import linear, product
-from spmdrl.models.low_rank import (
-    AdapterWeights,
+from spmdrl.models.low_rank import AdapterWeights, Applied, adapted_linear
+from spmdrl.models.low_rank_products import (
     Addition,
-    Applied,
-    adapted_linear,
     add_products,
     inner_gradients,
     inner_product,
