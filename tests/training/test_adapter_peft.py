@@ -31,7 +31,9 @@ RANKS = {
     "Llama": {**ATTENTION, "gate_proj": 2, "down_proj": 4},
     "Qwen3": {**ATTENTION, "gate_proj": 2, "up_proj": 2, "down_proj": 4},
     "Qwen3Moe": ATTENTION,
+    "Qwen3Moe experts": {"q_proj": 3},
 }
+EXPERT_RANK, EXPERT_ALPHA = 3, 4
 ALPHA = {name: 2.0 + i for i, name in enumerate(RANKS["Qwen3"])}
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -50,11 +52,12 @@ def peft_model(kind: str, directory: Path) -> Any:
     import peft
     import transformers
 
-    extra = {**EXPERTS, "norm_topk_prob": True} if kind == "Qwen3Moe" else {}
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **extra)
-    config.architectures = [f"{kind}ForCausalLM"]
+    family, _, experts = kind.partition(" ")
+    extra = {**EXPERTS, "norm_topk_prob": True} if family == "Qwen3Moe" else {}
+    config = getattr(transformers, f"{family}Config")(**SIZES, **extra)
+    config.architectures = [f"{family}ForCausalLM"]
     config._experts_implementation = "eager"
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,8 +67,11 @@ def peft_model(kind: str, directory: Path) -> Any:
     found = peft.get_peft_model(
         model,
         peft.LoraConfig(
-            r=3,
-            lora_alpha=1,
+            r=EXPERT_RANK,
+            lora_alpha=EXPERT_ALPHA,
+            target_parameters=[f"mlp.experts.{part}_proj" for part in ("gate_up", "down")]
+            if experts
+            else None,
             target_modules=sorted(RANKS[kind]),
             rank_pattern=RANKS[kind],
             alpha_pattern={name: ALPHA[name] for name in RANKS[kind]},
@@ -81,11 +87,44 @@ def peft_model(kind: str, directory: Path) -> Any:
 def by_our_names(model: Any, gradients: bool = False) -> dict[str, Tensor]:
     """The adapter's values, or their gradients."""
     found = {}
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            own = name.removeprefix("base_model.model.").replace(".default.", ".")
-            found[own] = (parameter.grad if gradients else parameter).detach().clone()
+    for path, module in model.named_modules():
+        if not hasattr(module, "lora_A") or "default" not in module.lora_A:
+            continue
+        a, b = (
+            (matrix.weight.grad if gradients else matrix.weight).detach().clone()
+            for matrix in (module.lora_A["default"], module.lora_B["default"])
+        )
+        name = path.removeprefix("base_model.model.")
+        if ".experts" in name:
+            found |= of_experts(name.partition(".experts")[0], module.parameter_name, a, b)
+        else:
+            found |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     return found
+
+
+def of_experts(block: str, parameter: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """Each expert's matrices, from PEFT's A [experts x rank, in] and B [out, rank x experts]; gate
+    and up have one A there.
+    """
+    count, found = EXPERTS["num_experts"], {}
+    parts = ("down_proj",) if parameter == "down_proj" else ("gate_proj", "up_proj")
+    for number in range(count):
+        own = b.view(len(b), -1, count)[:, :, number].contiguous()
+        for part, rows in zip(parts, own.chunk(len(parts)), strict=True):
+            module = f"{block}.experts.{number}.{part}"
+            found[f"{module}.lora_A.weight"] = a.view(count, -1, a.shape[1])[number]
+            found[f"{module}.lora_B.weight"] = rows
+    return found
+
+
+def with_shared_a(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of each expert's A of gate and up, replaced by their sum: that of one A of both."""
+    shared = {}
+    for name, gradient in gradients.items():
+        pair = [name.replace(".up_proj.", f".{part}.") for part in ("gate_proj", "up_proj")]
+        if ".experts." in name and ".up_proj.lora_A." in name:
+            shared |= dict.fromkeys(pair, gradients[pair[0]] + gradient)
+    return gradients | shared
 
 
 class WithTensors:
@@ -176,11 +215,14 @@ def theirs(model: Any, rows: Batch, dropouts: bool = False) -> dict[str, Any]:
 
 def adapter_for(kind: str, path: Path) -> Adapter:
     model, _ = open_model(path)
-    targets = {}
+    targets: dict[str, LowRank] = {}
     for name in find_targets(model, tuple(RANKS[kind])):
         part = name.split(".")[-2]
         rank = RANKS[kind][part]
         targets[name] = LowRank(rank=rank, scale=ALPHA[part] / rank)
+    if kind.endswith(" experts"):
+        own = LowRank(rank=EXPERT_RANK, scale=EXPERT_ALPHA / EXPERT_RANK)
+        targets |= dict.fromkeys(find_targets(model, ["experts"]), own)
     return Adapter(targets=targets)
 
 
@@ -222,7 +264,7 @@ def ours(
         "logits": torch.cat(logits),
         "logprobs": found,
         "loss": sums["loss"],
-        "gradients": gradients,
+        "gradients": with_shared_a(gradients),
     }
 
 
@@ -237,9 +279,13 @@ def test_logits_losses_and_gradients_are_those_of_peft(kind: str, tmp_path: Path
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert found["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
-        assert gradient.abs().max() > 1e-3, name
+        # an expert may have no token
+        assert gradient.abs().max() > 1e-3 or ".experts." in name, name
         torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-5, atol=1e-5)
-    assert len(expected["gradients"]) == 2 * 2 * len(RANKS[kind])
+    used = [gradient.abs().max() > 1e-3 for gradient in expected["gradients"].values()]
+    assert sum(used) > 0.7 * len(used)
+    per_expert = 6 * EXPERTS["num_experts"] if kind.endswith(" experts") else 0
+    assert len(expected["gradients"]) == 2 * (2 * len(RANKS[kind]) + per_expert)
 
 
 def test_dropout_is_that_of_peft_with_the_same_masks(tmp_path: Path) -> None:
