@@ -43,7 +43,7 @@ def back_and_forth(run: Run) -> None:
     file.write_text(json.dumps(seen))
     for role, parts, message in (
         ("policy", (), "name some of the parts"),
-        ("policy", ("wieghts",), r"name some of the parts \('weights', 'optimizer'"),
+        ("policy", ("wieghts",), r"name some of the parts \('base', 'weights', 'optimizer'"),
         ("critic", ("weights",), "needs roles.critic"),
     ):
         with pytest.raises(ValueError, match=message), run.resident(role, *parts):

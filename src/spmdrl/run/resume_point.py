@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from spmdrl.config.key_table import WILDCARDS, key_fields
 from spmdrl.config.migrate import migrated
 from spmdrl.config.sections import Config
 from spmdrl.config.user_objects import source_digest
@@ -62,14 +63,30 @@ def changed_keys(saved: Mapping[str, Any], config: Config) -> list[str]:
     """Keys that decide results and differ from a checkpoint's configuration, one text for each.
 
     Args:
-        saved: that configuration; keys may have the names that they had when it was saved.
+        saved: that configuration; keys may have the names that they had when it was saved. One
+            that did not exist then had its default's effect.
     """
     before, now = _flat(migrated(saved)), _flat(config.model_dump(mode="json"))
+    defaults = _defaults()
+    for key in now.keys() - before.keys():
+        before[key] = defaults.get(_wild(key))
     return [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.split(".")[0] not in _NO_MATTER
+        f"{key} was {before[key]!r} and is {now.get(key)!r}"
+        for key in sorted(before)
+        if before[key] != now.get(key) and key.split(".")[0] not in _NO_MATTER
     ]
+
+
+def _defaults() -> dict[str, Any]:
+    """Key of `known_keys` -> its default, as JSON has it."""
+    found = {key: field.get_default(call_default_factory=True) for key, field in key_fields()}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in found.items()}
+
+
+def _wild(key: str) -> str:
+    """Return the key of `known_keys` that a configuration's key is one of."""
+    section, *rest = key.split(".")
+    return ".".join([section, WILDCARDS[section], *rest[1:]]) if section in WILDCARDS else key
 
 
 def describe_journal(journal: Journal, *, is_same: bool) -> str:

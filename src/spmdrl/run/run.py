@@ -144,7 +144,7 @@ class Run:
         plan does not count them in other roles' calls, so leave room (`memory_gb`).
 
         Args:
-            parts: any of weights, optimizer, kv_cache, graphs.
+            parts: any of base, weights, optimizer, kv_cache, graphs.
 
         Raises:
             ValueError: the role or a part is unknown, or no part is named (on every rank); or the
