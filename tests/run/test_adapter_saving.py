@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from adapter_cases import make_peft, shared_roles
 from flow_cases import questions, run_configs, write_config
 from harness import run_ranks
 from spmdrl.commands.evaluate import evaluate, generate
@@ -151,3 +152,19 @@ def test_an_exported_adapter_is_trained_further(root: Path) -> None:
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_roles_over_one_base_resume_on_another_layout(root: Path) -> None:
+    """Each gives the means on fixed rows that it gave when it was saved (`LossCheck`)."""
+    make_peft(root / "judge", root / "model", head="score", seed=1)
+    words = {"flow": "ppo", "rewards": [{"role": "reward"}], "algorithm": {"kl_coef": 0.05}}
+    config = config_of(root, "four", roles=shared_roles(root), steps=1, **words)
+    run_ranks(run_configs, 1, [(config, [])], str(root), timeout_s=200)
+    content = state(root / "four")
+    assert content["state"]["bases"].keys() == {"policy", "value"}
+    held = {(entry["group"], entry["name"]) for entry in content["entries"]}
+    assert ("value.weights", "score.weight") in held
+    assert all(".lora_" in name or name == "score.weight" for _, name in held)
+    tp = [f"roles.{name}.tp=2" for name in shared_roles(root)]
+    run_ranks(run_configs, 2, [(config, [*tp, "steps=2"])], str(root), timeout_s=200)
+    assert len(losses(root / "four")) == 2
