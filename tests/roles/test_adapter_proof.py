@@ -347,6 +347,17 @@ def test_a_policy_that_does_not_apply_its_adapter_is_stopped(path: Path) -> None
     )
 
 
+def not_a_number(world: World, path: Path) -> str:
+    made = make(world, path)
+    made.backend.local_tensors()["norm.weight"][0][0] = float("nan")
+    return message_of(made)
+
+
+def test_a_policy_without_finite_numbers_proves_nothing(path: Path) -> None:
+    [text] = run_ranks(not_a_number, 1, path)
+    assert "are not finite" in text and "NaN" in text
+
+
 def noise_of(world: World, path: Path) -> dict[str, Tensor]:
     model = read_config(path)
     adapter = make_adapter(find_targets(model, ["all"]), rank=4, alpha=8)

@@ -20,6 +20,7 @@ from spmdrl.commands.evaluate import evaluate, generate
 from spmdrl.config.load import load_config
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.server import start_reward_server
+from spmdrl.run.resume_point import describe_roles
 from spmdrl.world import World
 from tiny_model import make_tiny_model
 
@@ -168,3 +169,18 @@ def test_roles_over_one_base_resume_on_another_layout(root: Path) -> None:
     tp = [f"roles.{name}.tp=2" for name in shared_roles(root)]
     run_ranks(run_configs, 2, [(config, [*tp, "steps=2"])], str(root), timeout_s=200)
     assert len(losses(root / "four")) == 2
+
+
+def test_calls_of_another_scale_are_not_those_of_this_one(root: Path) -> None:
+    """A step that was stopped reuses no call that an adapter of another scale has made."""
+    given = {
+        key: describe_roles(load_config(config_of(root, "scaled"), words))["policy"]
+        for key, words in {
+            "same": [],
+            "init": ["roles.policy.adapter.init=gaussian"],
+            "alpha": ["roles.policy.adapter.alpha=64"],
+            "rslora": ["roles.policy.adapter.rslora=true"],
+        }.items()
+    }
+    assert given["same"] == given["init"]
+    assert len({given[key] for key in ("same", "alpha", "rslora")}) == 3

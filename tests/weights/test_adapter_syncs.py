@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -190,6 +192,33 @@ def from_the_host(world: World) -> None:
 
 def test_a_source_that_is_away_is_merged_on_the_host() -> None:
     run_ranks(from_the_host, 2)
+
+
+def alive_at_once(world: World) -> int:
+    """Most merged tensors that exist at once in a sync whose cells are all local copies."""
+    made = make(world, (([0], {}), ([0], {})), merges=True)
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def watched(*given: Any) -> Tensor:
+        nonlocal most
+        found = merge(*given)
+        alive.append(weakref.ref(found))
+        most = max(most, sum(each() is not None for each in alive))
+        return found
+
+    base, own = values(BASE, 0), values(adapter_shapes(MODEL, ADAPTER), 1)
+    made.set(world, base, own)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(views, "merged", watched)
+        made.sync.run()
+    made.check(world, base, own)
+    assert len(alive) > 4
+    return most
+
+
+def test_merged_matrices_do_not_pile_up_where_they_are_copied() -> None:
+    assert run_ranks(alive_at_once, 1) == [2]
 
 
 def spoiled(world: World) -> tuple[list[str], str | None]:

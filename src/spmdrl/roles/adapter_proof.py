@@ -9,6 +9,7 @@ score the canary's rows. Then B gets its values back, and the real first sync fo
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -78,9 +79,15 @@ class AdapterProof:
         follow.
 
         Raises:
-            ValueError: the policy does not compute with its adapter, or the sync failed.
+            ValueError: the policy does not compute with its adapter, or gives no finite numbers,
+                or the sync failed.
         """
         scored = self._score(self._adapter.targets)
+        if not math.isfinite(scored.effect):
+            raise ValueError(
+                "the policy's log-probabilities of fixed rows are not finite, without or with "
+                "noise in its adapter: look for NaN in its model's files or its adapter's"
+            )
         if scored.effect == 0:
             raise ValueError(
                 f"the policy's log-probabilities do not depend on {self._first_name}, nor on any "

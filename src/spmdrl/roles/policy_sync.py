@@ -47,12 +47,14 @@ class SyncState:
         metrics: metrics of the last run.
         held: the checkpoint holds the engine's own weights, which are those of the last run,
             because the policy has moved on.
+        merged: whether an adapter is merged into these weights.
     """
 
     step: int = -1
     done: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     held: bool = False
+    merged: bool = False
 
 
 class PolicySync:
@@ -97,6 +99,11 @@ class PolicySync:
     @property
     def plan(self) -> SyncPlan:
         return self._weights.plan
+
+    @property
+    def merges(self) -> bool:
+        """Whether the engine gets weights that the policy's adapter is merged into."""
+        return self._weights.merges
 
     def run(self) -> None:
         """Run the sync. Every rank of the world calls it.
@@ -157,7 +164,9 @@ class PolicySync:
 
     def state(self, step: int, *, held: bool) -> SyncState:
         """The state to save; `held`: the engine's own weights are saved too, as they are now."""
-        return SyncState(step=step, done=self._done, metrics=self._metrics, held=held)
+        return SyncState(
+            step=step, done=self._done, metrics=self._metrics, held=held, merged=self.merges
+        )
 
     def resume(self, state: SyncState) -> None:
         """Resume in the step in which a stop had left the sync."""

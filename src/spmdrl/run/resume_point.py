@@ -118,6 +118,8 @@ def describe_roles(config: Config) -> dict[str, str]:
             parts += [str(config.model_path(name).resolve()), section.head]
             if section.adapter is not None:
                 parts.append(section.adapter.model_dump(mode="json"))
+        elif section.adapter is not None:  # its scale is no tensor that a checkpoint restores
+            parts.append(section.adapter.model_dump(mode="json", include={"alpha", "rslora"}))
         if ":" in kind:
             parts += [source_digest(kind), sorted(section.options.items())]
         found[name] = repr(parts)

@@ -120,7 +120,11 @@ class RoleStates:
     def load(self, path: Path, state: Mapping[str, Any], *, with_engines: bool) -> None:
         """Load the trained roles' tensors and counters, and the engines' own tensors if kept."""
         states = {name: SyncState(**found) for name, found in state["syncs"].items()}
-        held = [name for name, found in states.items() if found.held and with_engines]
+        held = [
+            name
+            for name, found in states.items()
+            if found.held and with_engines and found.merged == self._syncs[name].merges
+        ]
         with ExitStack() as stack:
             tensors = dict(self.tensors())
             for name in held:

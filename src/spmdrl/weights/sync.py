@@ -81,6 +81,8 @@ class WeightSync:
         _check_shards(source, tensors)
         own = {} if engine is None else _adopt(plan.shared[self.rank], engine, target, tensors)
         read = (lambda tensor: tensor) if read is None else read
+        self.merges = merged is not None
+        """Whether the target gets weights that the source computes as they are read."""
         if merged is not None:
             read = MergedReader(merged, tensors, read)
         self.views = TensorViews(tensors, own, read)
@@ -229,8 +231,14 @@ class _RoundInFlight:
         self._works, self._arriving = [], []
 
     def _copy(self) -> None:
-        pairs = []
+        pairs: list[tuple[Tensor, Tensor]] = []
+        last = None
         for name, cell in self.round.copies:
+            # values that are computed to be read live only until they are copied
+            if self.sync.merges and name != last:
+                copy_all(pairs)
+                pairs.clear()
+            last = name
             value = self.sync.views.source(name, cell)
             assert value is not None, (name, cell)
             pairs += [(view, value) for view in self.sync.views.target(name, cell)]
