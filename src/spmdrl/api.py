@@ -15,7 +15,8 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
 - A role of one's own: `UserRole`, `Column`, `RoleContext`; with a model of the train backend:
   `TorchBackend`, `TrainOptions`, `open_model`, `Readout`, `SCORES`, `VALUES`, `next_token`.
 - A backend or an engine: `TrainBackend`, `OptimStep`, `LocalTensors`; `RolloutEngine`, `Request`,
-  `Completion`, `Finish`, `SamplingParams`.
+  `Completion`, `Finish`, `SamplingParams`; adapters of a call: `OWN`, `open_adapter`,
+  `read_adapter`.
 - Parts of the shipped flows, to subclass: `GroupEnvironment`, `GrpoTrainer`, `PpoTrainer`,
   `DpoTrainer`, `OnlineDpoTrainer`, `SftTrainer`, `RewardModelTrainer`, `HeldOutPreferences`.
 - Their terms: `update_of`, `token_advantages`, `puts_kl_in_reward`, `policy_loss`,
@@ -198,6 +199,10 @@ if TYPE_CHECKING:
     from spmdrl.models.files.hf import (
         open_model as open_model,
     )
+    from spmdrl.models.files.peft import (
+        open_adapter as open_adapter,
+        read_adapter as read_adapter,
+    )
     from spmdrl.models.local_shards import (
         LocalTensors as LocalTensors,
     )
@@ -230,6 +235,7 @@ if TYPE_CHECKING:
         UpdateRecords as UpdateRecords,
     )
     from spmdrl.rollout.protocol import (
+        OWN as OWN,
         Completion as Completion,
         Finish as Finish,
         Request as Request,
@@ -313,6 +319,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "flows.reward_model": "RewardModelTrainer",
         "flows.sft": "SftTrainer",
         "models.files.hf": "open_model",
+        "models.files.peft": "open_adapter read_adapter",
         "models.local_shards": "LocalTensors",
         "observe.names": "ACCURACY EVAL STANDARD_ERROR",
         "roles.calls": "Call together",
@@ -320,7 +327,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "roles.generation": "Generation Rollout",
         "roles.handles": "Policy Reference Reward Value",
         "roles.model_calls": "Update UpdateRecords",
-        "rollout.protocol": "Completion Finish Request RolloutEngine SamplingParams",
+        "rollout.protocol": "OWN Completion Finish Request RolloutEngine SamplingParams",
         "run.protocols": "Environment Evaluates Metrics Trainer",
         "run.run": "Run",
         "run.step_report": "joined update_metrics",

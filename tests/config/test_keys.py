@@ -27,7 +27,7 @@ VERBS = (
     r"Compute|Count|Cut|Decay|Decide|Decode|Derive|Discount|Divide|Draw|End|Estimate|"
     r"Evaluate|Export|Give|Hold|Keep|Leave|Let|Log|Lower|Multiply|Name|Override|"
     r"Pass|Place|Plan|Process|Put|Read|Recompute|Replace|Replay|Report|Reserve|"
-    r"Resume|Run|Sample|Save|Score|Send|Set|Shard|Show|Split|Store|Take|Train|"
+    r"Resume|Run|Sample|Save|Score|Send|Set|Shard|Share|Show|Split|Store|Take|Train|"
     r"Treat|Use|Warm|Weight|Whiten|Write"
 )
 """Verbs that a description may open with; add yours."""

@@ -96,8 +96,8 @@ class RoleSection(Section):
     )
     base: str | None = Field(
         None,
-        description="Use the weights of this role (without its adapter), whose residency says "
-        "where they are; null loads the role's own.",
+        description="Share this role's base weights, without its adapter; null loads the role's "
+        "own.",
     )
     trained: Basic[bool | None] = Field(
         None, description="Train the role or not; null trains policy and value only."

@@ -70,6 +70,7 @@ class GrpoTrainer:
         # in optimizer steps, and before the update, which adds its own
         lag = self.policy.version - moments(batch["weight_version"]).mean
         with self.run.phase("update"):
+            # the other results are samples of the next step, which the environment keeps
             records, *_ = together(update, *alongside)
         metrics = {**update_metrics(records or []), "sample_lag": lag}
         if self.teacher is not None:

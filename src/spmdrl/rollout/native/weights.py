@@ -105,9 +105,9 @@ def blocked_weights(
     it is never older than the weights, whose storage may be the trainer's.
 
     Args:
-        adapter: an adapter to merge into the copy.
+        adapter: an adapter to merge into the copy. Experts are not in the copy.
 
-    Yields: whether there is a copy; the adapter must then not be applied again.
+    Yields: whether there is a copy; the adapter must then be applied to experts only.
     """
     holders: dict[Projection | Embedding, str] = {decoder.head_holder: ""}
     holders |= {m: n for n, m in decoder.named_modules() if isinstance(m, Projection)}

@@ -49,7 +49,7 @@ def make_engine(
     if spec.is_vllm:
         if device.type == "cpu":
             log.info(
-                "vLLM cannot free memory on a CPU: roles.%s.memory is keep for all its parts",
+                "vLLM cannot free memory on a CPU: roles.%s.residency is keep for all its parts",
                 spec.name,
             )
         return VllmEngine(
