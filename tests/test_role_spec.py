@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from spmdrl.models.config import read_config
 from spmdrl.models.files.adapter_sources import FreshAdapter
 from spmdrl.models.files.peft_export import write_adapter
 from spmdrl.role_spec import RoleSpec
+from spmdrl.run.assembly.assembly import open_models, plan_models
 from tiny_model import make_tiny_model
 
 
@@ -67,3 +69,29 @@ def test_an_adapters_file_counts_and_keys_that_differ_from_it_are_refused(tmp_pa
     tiny = load_config(path, [f"roles.policy.adapter={{path: {adapter}}}", "model.tiny=true"])
     with pytest.raises(ValueError, match=r"roles\.policy\.adapter\.path=.*model\.tiny"):
         specs_of(tiny, model)
+
+
+def test_an_adapter_of_another_model_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_tiny_model(tmp_path / "model")
+    made = make_adapter(find_targets(model, ["attention"]), rank=4, alpha=12)
+    values = FreshAdapter(model, made, seed=1)
+    tensors = [(name, torch.zeros(values.shape(name))) for name in values.names]
+    told = []
+    for base in ("other", "model"):
+        make_tiny_model(tmp_path / base)
+        write_adapter(tensors, model, made, tmp_path / "adapter", base=tmp_path / base)
+        path = write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "run")
+        adapter = f"{{path: {tmp_path / 'adapter'}}}"
+        words = [f"roles.policy.adapter={adapter}", f"roles.reference={{adapter: {adapter}}}"]
+        config = load_config(path, [*words, "algorithm.kl_coef=0.1"])
+        for rank in (0, 1):
+            caplog.clear()
+            world = SimpleNamespace(
+                size=1, local_size=1, device_types=("cpu",), gpu_bytes=None, is_first=rank == 0
+            )
+            plan_models(config, world, open_models(config))
+            told.append([r.message for r in caplog.records if "base_model_name" in r.message])
+    assert [len(lines) for lines in told] == [1, 0, 0, 0]
+    assert "the adapter is right only if they are the same model" in told[0][0]

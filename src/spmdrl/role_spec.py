@@ -213,14 +213,18 @@ def _adapter(name: str, config: Config, model: ModelConfig) -> Adapter | None:
         if config.model.tiny:
             raise ValueError(f"{key}.path={own.path}: it fits no model.tiny: remove one of them")
         return _adapter_of_file(key, own, own.path, model, HEADS[config.role_kind(name)])
-    try:
-        targets = find_targets(model, own.targets)
-    except ValueError as error:
-        raise ValueError(f"{key}.targets: {error}") from None
+    targets = _given_targets(key, own, model)
     made = make_adapter(
         targets, rank=own.rank, alpha=own.alpha, rslora=own.rslora, dropout=own.dropout
     )
     return _without_dropped_experts(key, made)
+
+
+def _given_targets(key: str, own: AdapterSection, model: ModelConfig) -> tuple[str, ...]:
+    try:
+        return find_targets(model, own.targets)
+    except ValueError as error:
+        raise ValueError(f"{key}.targets: {error}") from None
 
 
 def _adapter_of_file(
@@ -249,7 +253,7 @@ def _adapter_of_file(
         own.alpha
     }:
         refuse("alpha", _listed(alphas))
-    if "targets" in given and set(find_targets(model, own.targets)) != adapter.targets.keys():
+    if "targets" in given and adapter.targets.keys() != set(_given_targets(key, own, model)):
         refuse("targets", _listed({module.rpartition(".")[2] for module in modules}))
     if "init" in given:
         refuse("init", "values of its own")

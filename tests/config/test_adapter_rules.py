@@ -179,3 +179,16 @@ def test_keys_without_an_adapter_are_doubtful(
             for key in ("adapter", "base")]  # fmt: skip
     found = doubts(config_of(tmp_path, *none, *words))
     assert [doubt for doubt in found if doubt.startswith(doubtful)], found
+
+
+@pytest.mark.parametrize("other", ["adapter", "value_adapter"])
+def test_an_adapters_directory_is_no_other_roles(tmp_path: Path, other: str) -> None:
+    words = [
+        "checkpoint.export=true",
+        "checkpoint.export_as=both",
+        f"roles.{other}={{kind: value, trained: true, head: zero}}",
+    ]
+    with pytest.raises(ValueError, match=rf"roles\.{other} with checkpoint\.export_as=both"):
+        config_of(tmp_path, *words)
+    words[1] = "checkpoint.export_as=merged"
+    assert config_of(tmp_path, *words).is_trained(other)

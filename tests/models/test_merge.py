@@ -175,3 +175,27 @@ def test_check_model_reads_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert out.count("has nan at") == 4, "every damaged tensor"
     assert out.splitlines()[-1] == "the adapter is refused"
+
+
+def test_sums_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    make_tiny_model(base)
+    make_peft(base, adapter, **ALL)
+    shrink(adapter, 1e6)
+    with pytest.raises(ValueError, match=r"q_proj.*float16 cannot hold: write bfloat16"):
+        merge_adapter(base, adapter, out, "float16")
+    assert not out.exists()
+    merge_adapter(base, adapter, out, "bfloat16")
+
+
+def test_a_merge_keeps_each_tensors_own_dtype(tmp_path: Path) -> None:
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    make_tiny_model(base)
+    make_peft(base, adapter, **ALL)
+    weights = load_file(base / SINGLE)
+    wide = {name: w if "v_proj" in name else w.bfloat16() for name, w in weights.items()}
+    save_file(wide, base / SINGLE)
+    report = merge_adapter(base, adapter, out)
+    found = load_file(out / SINGLE)
+    assert {name: w.dtype for name, w in found.items()} == {n: w.dtype for n, w in wide.items()}
+    assert "differ in bfloat16, float32" in report.lines[-1]

@@ -100,7 +100,7 @@ KEPT: dict[str, list[Any]] = {
     "merge_weights": [True],
     # empty values say nothing
     "lora_gamma": [None, False, [], {}, ""],
-    "target_parameters": [None, [], ["mlp.experts.gate_up_proj"]],
+    "target_parameters": [None, []],
     "layers_pattern": [None, [], ""],
     "exclude_modules": [None, [], ""],
     "rank_pattern": [None, {}],
@@ -204,15 +204,23 @@ def test_a_start_of_eva_is_plain(copy: tuple[ModelConfig, Path]) -> None:
     assert read_adapter(directory, model) == before
 
 
-def test_another_base_and_unused_targets_are_noted(copy: tuple[ModelConfig, Path]) -> None:
+def test_another_base_is_noted_and_unused_targets_are_refused(
+    copy: tuple[ModelConfig, Path],
+) -> None:
     model, directory = copy
     notes: list[str] = []
     open_adapter(directory, model, base="/x/base", warn=notes.append)
     assert not notes, "the same last name"
-    put(directory, target_modules=["q_proj", "v_proj", "c_attn"], base_model_name_or_path="o/m")
+    put(directory, base_model_name_or_path="o/m")
     open_adapter(directory, model, base="/x/base", warn=notes.append)
-    assert "'c_attn', which names no module of this model" in notes[0]
-    assert "base_model_name_or_path is 'o/m', and the base here is /x/base" in notes[1]
+    assert len(notes) == 1
+    assert "base_model_name_or_path is 'o/m', and the base here is /x/base" in notes[0]
+    put(directory, target_modules=["q_proj", "v_proj", "c_attn"])
+    with pytest.raises(ValueError, match="'c_attn', which names no module of this model: remove"):
+        open_adapter(directory, model)
+    put(directory, target_modules=["q_proj", "v_proj"], target_parameters=["mlp.experts.w1"])
+    with pytest.raises(ValueError, match=r"'mlp\.experts\.w1', which names no module"):
+        open_adapter(directory, model)
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -165,3 +165,14 @@ def test_a_new_adapter_adds_nothing_and_is_drawn_by_name(tmp_path: Path) -> None
     torch.testing.assert_close(
         load_peft(base, tmp_path / "new"), our_logits(base, None), atol=1e-5, rtol=1e-5
     )
+
+
+def test_an_adapter_that_float16_cannot_hold_is_not_written(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "base")
+    adapter = make_adapter(find_targets(model, ["q_proj"]), rank=4, alpha=8)
+    shapes = adapter_shapes(model, adapter)
+    tensors = ((name, torch.full(shape, 1e5)) for name, shape in shapes.items())
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"lora_.*values of up to 1e\+05, which float16 cannot"):
+        write_adapter(tensors, model, adapter, out, base=tmp_path / "base", dtype=torch.float16)
+    assert not out.exists()

@@ -29,6 +29,7 @@ from spmdrl.planning.plan import plan_roles
 from spmdrl.role_spec import RoleSpec
 from spmdrl.run.assembly.assembly import open_models
 from spmdrl.run.assembly.factories import make_stream
+from spmdrl.run.assembly.role_weights import adapter_notes
 from spmdrl.run.inputs import Inputs, check_models, read_inputs
 from spmdrl.run.reward_pools import check_rewards
 
@@ -110,7 +111,7 @@ def check_plan(
     specs = plan_roles(config, placements, models, ranks, size).specs
     for spec in specs.values():
         check_installed(spec)
-    for doubt in doubts(config):
+    for doubt in (*doubts(config), *adapter_notes(specs.values())):
         log.warning("%s", doubt)
     return specs
 

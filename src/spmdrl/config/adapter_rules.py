@@ -27,6 +27,7 @@ def check_adapters(config: Config) -> None:
         _check_freeze(config, name)
         _check_residency(config, name)
     _check_rollout(config)
+    _check_export(config)
 
 
 def has_adapter(config: Config, kind: str) -> bool:
@@ -179,3 +180,22 @@ def _check_rollout(config: Config) -> None:
             f"rollout.adapters={rollout.adapters} with rollout.engine=vllm, which samples with "
             "merged weights: set rollout.adapters=merged, or rollout.engine=native"
         )
+
+
+def _check_export(config: Config) -> None:
+    """Refuse trained roles of which one's directory is also that of another one's adapter."""
+    checkpoint = config.checkpoint
+    if not checkpoint.export or checkpoint.export_as != "both":
+        return
+    trained = [name for name in config.roles if config.is_trained(name)]
+    first = "policy" if "policy" in trained else next(iter(trained), None)
+    for name in trained:
+        if config.roles[name].adapter is None:
+            continue
+        other = "adapter" if name == first else f"{name}_adapter"
+        if other in trained:
+            raise ValueError(
+                f"roles.{other} with checkpoint.export_as=both: its model and the adapter of "
+                f"{name} have one directory: rename the role, or set checkpoint.export_as to "
+                "adapter or merged"
+            )

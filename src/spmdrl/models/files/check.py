@@ -89,7 +89,7 @@ def _check_adapter(path: Path, base: str | Path | None, found: Findings) -> None
         )
     model = read_config(base)
     opened = open_peft(path, model, head="score")
-    found.notes += [*opened.notes, *other_base(file, base)]
+    found.notes += other_base(file, base)
     adapter, tensors = opened.adapter, opened.tensors
     dtypes = sorted({entry.dtype for entry in tensors.file.entries.values()})
     ranks = sorted({own.rank for own in adapter.targets.values()})

@@ -83,8 +83,8 @@ def save_pretrained(
     """
     with atomic_directory(out_dir) as fresh:
         shapes = global_shapes(model, head)
-        cast = (_cast(name, tensor, dtype) for name, tensor in checked(tensors, shapes))
-        written = _write_weights(cast, shapes, fresh, max_shard_bytes)
+        narrow = ((name, cast(name, tensor, dtype)) for name, tensor in checked(tensors, shapes))
+        written = _write_weights(narrow, shapes, fresh, max_shard_bytes)
         source = {**_without_labels(model.source), **_described(model, head), "dtype": written}
         if tokenizer_dir is not None:
             copy_tokenizer(Path(tokenizer_dir), fresh)
@@ -193,16 +193,21 @@ def _copy(source: Path, target: Path, name: str) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> tuple[str, Tensor]:
+def cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return the tensor in a dtype, None for its own.
+
+    Raises:
+        ValueError: float16 cannot hold one of its values.
+    """
     if dtype is None or tensor.dtype == dtype:
-        return name, tensor
-    cast = tensor.to(dtype)
-    if dtype == torch.float16 and not torch.equal(cast.isfinite(), tensor.isfinite()):
+        return tensor
+    narrow = tensor.to(dtype)
+    if dtype == torch.float16 and not torch.equal(narrow.isfinite(), tensor.isfinite()):
         raise ValueError(
             f"{name} has values of up to {tensor.abs().max().item():.3g}, which float16 cannot "
-            "hold: set checkpoint.export_dtype to bfloat16 or float32"
+            "hold: write bfloat16 or float32 (checkpoint.export_dtype, or --dtype of convert)"
         )
-    return name, cast
+    return narrow
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from spmdrl.models.adapters import Adapter, lora_names
 from spmdrl.models.config import ModelConfig, read_config
 from spmdrl.models.files.adapter_sources import WithAdapter
-from spmdrl.models.files.export import files_dtype, save_pretrained
+from spmdrl.models.files.export import cast, files_dtype, save_pretrained
 from spmdrl.models.files.hf import TensorSource, open_model
 from spmdrl.models.files.inspection import head_of
 from spmdrl.models.files.peft import PeftFiles, open_peft, other_base
@@ -36,40 +36,47 @@ class MergeReport:
     """Report on a merge, complete once the last matrix was merged.
 
     Args:
-        dtype: dtype of the files.
+        dtype: dtype of the files; None: each matrix keeps its own.
         matrices: number of matrices that were added to.
         moved: their elements that change in float32.
-        kept: those that also change in `dtype`.
+        kept: those that also change in the dtype of the files.
         notes: oddities of the directories.
     """
 
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     matrices: int = 0
     moved: int = 0
     kept: int = 0
+    dtypes: set[torch.dtype] = field(default_factory=set, init=False)
     notes: list[str] = field(default_factory=list)
 
     def merge(self, tensor: Tensor, whole: Slice, adapter: Adapter, pair: LocalTensors) -> Tensor:
-        """Return a target with the adapter added in float32 and rounded once to `dtype`, and count
-        what changes.
+        """Return a target with the adapter added in float32 and rounded once, and count what
+        changes.
 
         Args:
             tensor, whole: the matrix, and the slice that is all of it.
             pair: all of its A and B, by any local names.
+
+        Raises:
+            ValueError: float16 cannot hold one of the sums.
         """
+        dtype = tensor.dtype if self.dtype is None else self.dtype
         wide = merged(tensor.float(), (whole,), adapter, pair)
-        narrow, is_moved = wide.to(self.dtype), wide != tensor
+        narrow, is_moved = cast(whole.name, wide, dtype), wide != tensor
+        self.dtypes.add(dtype)
         self.matrices += 1
         self.moved += int(is_moved.sum())
-        self.kept += int((is_moved & (narrow != tensor.to(self.dtype))).sum())
+        self.kept += int((is_moved & (narrow != tensor.to(dtype))).sum())
         return narrow
 
     @property
     def lines(self) -> list[str]:
         """Notes, and how many elements changed."""
         share = self.kept / self.moved if self.moved else 1.0
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
         text = f"{self.matrices} matrices merged: {self.kept} of {self.moved} elements that the "
-        text += f"adapter changes differ in {str(self.dtype).removeprefix('torch.')}"
+        text += f"adapter changes differ in {names}"
         if not self.moved:
             text = f"{self.matrices} matrices merged, none changed: the adapter adds nothing"
         elif share < _FEW:
@@ -112,10 +119,11 @@ def merge_adapter(
         head_init="zero" if has_head else "file",
     )
     report = MergeReport(
-        dtype=files_dtype(source, model) if dtype is None else MERGE_DTYPES[dtype],
-        notes=[*opened.notes, *other_base(opened.file, source)],
+        dtype=None if dtype is None else MERGE_DTYPES[dtype],
+        notes=other_base(opened.file, source),
     )
-    tensors = _merged(model, base, opened, report)
+    head_dtype = files_dtype(source, model) if report.dtype is None else report.dtype
+    tensors = _merged(model, base, opened, report, head_dtype)
     save_pretrained(
         tensors,
         model,
@@ -128,9 +136,13 @@ def merge_adapter(
 
 
 def _merged(
-    model: ModelConfig, base: TensorSource, opened: PeftFiles, report: MergeReport
+    model: ModelConfig,
+    base: TensorSource,
+    opened: PeftFiles,
+    report: MergeReport,
+    head_dtype: torch.dtype,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors, those of the adapter in the report's dtype."""
+    """Yield the tensors, the adapter's scalar head in `head_dtype`."""
     source = WithAdapter(base, opened.tensors)
     for name in global_shapes(model, "score" if SCORE in base.names else "lm"):
         tensor, whole = _read(source, name)
@@ -140,7 +152,8 @@ def _merged(
                 values, piece = _read(opened.tensors, factor)
                 pair[factor] = (values, (piece,))
             tensor = report.merge(tensor, whole, opened.adapter, pair)
-        yield name, tensor.to(report.dtype) if name == SCORE else tensor
+        is_own_head = name == SCORE and name in opened.tensors.names
+        yield name, cast(name, tensor, head_dtype) if is_own_head else tensor
 
 
 def _read(source: TensorSource, name: str) -> tuple[Tensor, Slice]:

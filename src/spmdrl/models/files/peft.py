@@ -56,13 +56,11 @@ class PeftFiles:
     Args:
         file: its configuration.
         tensors: its tensors by our names; the scalar head's too, if it has one.
-        notes: oddities that make no value doubtful.
     """
 
     file: LoraFile
     adapter: Adapter
     tensors: WithStacks
-    notes: tuple[str, ...]
 
 
 def read_adapter(path: str | Path, model: ModelConfig, *, head: Head = "lm") -> Adapter:
@@ -96,9 +94,8 @@ def open_adapter(
         ValueError: see `open_peft`.
     """
     opened = open_peft(path, model, head=head)
-    if warn is not None:
-        other = [] if base is None else other_base(opened.file, base)
-        for note in (*opened.notes, *other):
+    if warn is not None and base is not None:
+        for note in other_base(opened.file, base):
             warn(note)
     return opened.tensors
 
@@ -129,7 +126,7 @@ def open_peft(path: str | Path, model: ModelConfig, *, head: Head = "lm") -> Pef
     weights = _weights_file(Path(path))
     entries = _by_our_names(weights)
     stacks = find_stacks(file, model)
-    targets, notes = _targets(file, model, stacks)
+    targets = _targets(file, model, stacks)
     adapter = Adapter(targets=targets, dropout=file.dropout)
     try:
         check_experts(model, targets)
@@ -153,7 +150,6 @@ def open_peft(path: str | Path, model: ModelConfig, *, head: Head = "lm") -> Pef
         file=file,
         adapter=adapter,
         tensors=WithStacks(Checkpoint(Path(path), entries), stacks, ours),
-        notes=notes,
     )
 
 
@@ -222,10 +218,8 @@ def _foreign(key: str) -> str:
     return "is no A or B of an adapter: save the directory with PEFT (save_pretrained)"
 
 
-def _targets(
-    file: LoraFile, model: ModelConfig, stacks: Sequence[Stack]
-) -> tuple[dict[str, LowRank], tuple[str, ...]]:
-    """Return the additions that the configuration describes, with notes on it."""
+def _targets(file: LoraFile, model: ModelConfig, stacks: Sequence[Stack]) -> dict[str, LowRank]:
+    """Return the additions that the configuration describes."""
     possible = possible_targets(model)
     others = sorted({name.rpartition(".")[0] for name in global_shapes(model)} | {_HEAD_MODULE})
     modules = [name.removesuffix(_WEIGHT) for name in possible]
@@ -247,13 +241,12 @@ def _targets(
             f"{file.origin}: target_modules selects no matrix of {model.architecture}: names are "
             f"such as {modules[0]!r}"
         )
-    notes = []
     for field, entry in file.unused([*modules, *others], [stack.name for stack in stacks]):
-        text = f"{file.origin}: {field} has {entry!r}, which names no module of this model"
-        if field not in ("target_modules", "target_parameters"):
-            raise ValueError(f"{text}: remove it, or give the model that the adapter is of")
-        notes.append(text)
-    return chosen, tuple(notes)
+        raise ValueError(
+            f"{file.origin}: {field} has {entry!r}, which names no module of this model: remove "
+            "it, or give the model that the adapter is of"
+        )
+    return chosen
 
 
 def _check_names(

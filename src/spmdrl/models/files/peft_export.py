@@ -21,7 +21,7 @@ from spmdrl.models.adapters import (
     possible_targets,
 )
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.files.export import checked, copy_tokenizer, write_json
+from spmdrl.models.files.export import cast, checked, copy_tokenizer, write_json
 from spmdrl.models.files.padding import set_padding
 from spmdrl.models.files.peft import peft_name
 from spmdrl.models.files.peft_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -54,7 +54,8 @@ def write_adapter(
 
     Raises:
         OSError: a file could not be written; an older `directory` is then unchanged.
-        ValueError: a tensor is missing, unknown, given twice, or of another shape.
+        ValueError: a tensor is missing, unknown, given twice, or of another shape, or has values
+            that `dtype` cannot hold.
     """
     shapes = dict(adapter_shapes(model, adapter))
     if head == "score":
@@ -73,7 +74,7 @@ def _named(
     tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
-        yield peft_name(name), tensor if dtype is None else tensor.to(dtype)
+        yield peft_name(name), cast(name, tensor, dtype)
 
 
 def describe(

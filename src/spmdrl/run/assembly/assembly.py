@@ -38,7 +38,12 @@ from spmdrl.rollout.vllm_engine import VllmEngine
 from spmdrl.run.assembled import Assembly, Base
 from spmdrl.run.assembly.make_backend import make_backend, train_options
 from spmdrl.run.assembly.make_engine import make_engine
-from spmdrl.run.assembly.role_weights import engine_weights, head_source, role_weights
+from spmdrl.run.assembly.role_weights import (
+    adapter_notes,
+    engine_weights,
+    head_source,
+    role_weights,
+)
 from spmdrl.training.protocol import TrainBackend
 from spmdrl.weights.sync import WeightSync
 from spmdrl.world import World
@@ -75,7 +80,7 @@ def open_models(config: Config) -> dict[str, Model]:
         opened, weights = open_model(
             path,
             head=head,
-            head_init=role.head if config.model.tiny else head_source(role, path, head),
+            head_init=role.head if config.model.tiny else head_source(name, role, path, head),
             use_tiny=config.model.tiny,
             seed=config.seed,
             warn=warn,
@@ -85,16 +90,20 @@ def open_models(config: Config) -> dict[str, Model]:
 
 
 def plan_models(config: Config, world: World, models: Mapping[str, Model]) -> RolePlan:
-    """Plan the roles for the world's ranks.
+    """Plan the roles for the world's ranks; the first rank warns of adapters of other models.
 
     Raises:
-        ValueError: as `plan_roles`.
+        ValueError: as `plan_roles`, or an adapter's files do not fit a rollout's model.
     """
     placements = place_roles(config, world.size, world.local_size)
     opened = {name: opened.model for name, opened in models.items()}
-    return plan_roles(
+    plan = plan_roles(
         config, placements, opened, world.device_types, world.local_size, world.gpu_bytes
     )
+    for note in adapter_notes(plan.specs.values()):
+        if world.is_first:
+            log.warning("%s", note)
+    return plan
 
 
 def assemble(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,11 +18,12 @@ from spmdrl.models.sharding import SCORE, Head, Slice
 from spmdrl.role_spec import RoleSpec
 
 
-def head_source(section: RoleSection, path: Path, head: Head) -> HeadInit:
+def head_source(name: str, section: RoleSection, path: Path, head: Head) -> HeadInit:
     """Tell where the scalar head of a role's model comes from: as `roles.NAME.head` says, but that
     an adapter's files may hold it, which then takes the place of zeros.
 
     Args:
+        name: name of the role.
         path: directory of the model.
         head: head of the model.
 
@@ -32,8 +34,36 @@ def head_source(section: RoleSection, path: Path, head: Head) -> HeadInit:
         return section.head
     if section.head != "file":
         return section.head
-    adapter = open_adapter(section.adapter.path, read_config(path), head=head)
+    model = read_config(path)
+    try:
+        adapter = open_adapter(section.adapter.path, model, head=head)
+    except ValueError as error:
+        raise ValueError(f"roles.{name}.adapter.path: {error}") from None
     return "zero" if SCORE in adapter.names else "file"
+
+
+def adapter_notes(specs: Iterable[RoleSpec]) -> list[str]:
+    """Return one line for each adapter whose files name another base than its role has.
+
+    Raises:
+        ValueError: the files are missing, or do not fit the model.
+    """
+    notes: dict[str, None] = {}
+    for spec in specs:
+        section, base = spec.section.adapter, spec.path
+        if section is None or section.path is None:
+            continue
+        try:
+            open_adapter(
+                section.path,
+                spec.model,
+                head=spec.head,
+                base=base,
+                warn=lambda note: notes.update({note: None}),
+            )
+        except ValueError as error:
+            raise ValueError(f"roles.{spec.name}.adapter.path: {error}") from None
+    return list(notes)
 
 
 def role_weights(spec: RoleSpec, weights: TensorSource, seed: int) -> TensorSource:
