@@ -11,6 +11,7 @@ import torch
 
 from flow_cases import write_config
 from role_specs import specs_of
+from spmdrl.commands.evaluate import check_policys_adapter, rollout_only
 from spmdrl.config.load import load_config
 from spmdrl.models.adapters import find_targets, make_adapter
 from spmdrl.models.config import read_config
@@ -66,6 +67,18 @@ def test_an_adapters_file_counts_and_keys_that_differ_from_it_are_refused(tmp_pa
             spec(**{key: value})
     with pytest.raises(ValueError, match=r"roles\.policy\.adapter\.path: .*adapter_config\.json"):
         spec(path=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"roles\.policy\.adapter\.targets: 'mpl' selects no"):
+        spec(targets=["mpl"])
+    words = [f"roles.policy.adapter={{path: {adapter}, rank: 16}}"]
+    config = load_config(path, words)
+    models = open_models(rollout_only(config))
+    assert set(models) == {"rollout"}
+    with pytest.raises(ValueError, match=r"roles\.policy\.adapter\.rank=16"):
+        check_policys_adapter(config, models)
+    none = tmp_path / "model"
+    words = [f"roles.value={{adapter: {{path: {none}}}, head: file, trained: true}}"]
+    with pytest.raises(ValueError, match=r"roles\.value\.adapter\.path: .*adapter_config\.json"):
+        open_models(load_config(path, words))
     tiny = load_config(path, [f"roles.policy.adapter={{path: {adapter}}}", "model.tiny=true"])
     with pytest.raises(ValueError, match=r"roles\.policy\.adapter\.path=.*model\.tiny"):
         specs_of(tiny, model)

@@ -160,7 +160,7 @@ def make_specs(
             trained=config.is_trained(name),
             backend=backend,
             is_tiny=config.model.tiny,
-            adapter=None if _merges(config, kind) else _adapter(name, config, models[name]),
+            adapter=None if _merges(config, kind) else role_adapter(name, config, models[name]),
             base=config.roles[name].base,
         )
     for spec in specs.values():
@@ -197,7 +197,7 @@ def _check_base(spec: RoleSpec, owner: RoleSpec) -> None:
     assert (spec.dtype, spec.backend) == (owner.dtype, owner.backend), (spec, owner)
 
 
-def _adapter(name: str, config: Config, model: ModelConfig) -> Adapter | None:
+def role_adapter(name: str, config: Config, model: ModelConfig) -> Adapter | None:
     """Make the adapter that a role's section describes, or read it without its values.
 
     Raises:

@@ -156,7 +156,7 @@ def adapted(device: torch.device) -> dict[str, Any]:
 def by_row(device: torch.device) -> dict[str, Any]:
     """Cost of one more decode step of 64 samples with two adapters and without, by turns."""
     engine = make_engine(device, adapter(), max_running=64)
-    engine.add_adapter("judge", adapter())
+    engine.add_adapter("judge", engine.new_adapter("judge", adapter()))
     return decode_step(engine, OWN, "judge", None)
 
 

@@ -131,3 +131,30 @@ def test_an_adapter_that_the_engine_cannot_apply_is_refused(path: Path) -> None:
     assert taken == "adapter 'judge': the engine has one of that name"
     assert "asks for the base alone" in base_alone
     assert "asks for adapter 'jury', which was not added" in unknown
+
+
+class Broken(Values):
+    """Values of which one cannot be read."""
+
+    def read(self, part: Slice) -> Tensor:
+        if ".layers.1." in part.name:
+            raise ValueError(f"{part.name} is damaged")
+        return super().read(part)
+
+
+def broken_on_one_rank(world: World, path: Path) -> str:
+    model = read_config(path)
+    adapter = make_adapter(find_targets(model, ["q_proj"]), rank=2, alpha=4)
+    rollout = rollout_of(world, path, adapter)
+    kind = Broken if world.rank == 1 else Values
+    with pytest.raises(ValueError) as raised:
+        rollout.add_adapter(JUDGE, adapter, kind(model, adapter, 2))
+    with pytest.raises(ValueError, match="which was not added"):
+        generate(rollout, world, JUDGE)
+    rollout.add_adapter(JUDGE, adapter, Values(model, adapter, 2))
+    return str(raised.value)
+
+
+def test_an_adapter_without_all_its_values_is_added_on_no_rank(path: Path) -> None:
+    first, second = run_ranks(broken_on_one_rank, 2, path)
+    assert first == second and "rank 1: model.layers.1." in first and "damaged" in first

@@ -49,6 +49,16 @@ def fill_held(held: LocalTensors, values: dict[str, Tensor]) -> None:
     fill(((tensor, slices) for tensor, slices in held.values()), StateDict(values))
 
 
+def add_filled(
+    engine: NativeEngine, name: str, adapter: Adapter, values: dict[str, Tensor]
+) -> None:
+    """Add an adapter with these values to an engine."""
+    weights = engine.new_adapter(name, adapter)
+    tables = weights.tables()
+    fill_held({n: (p.data, tables[n]) for n, p in weights.named_parameters()}, values)
+    engine.add_adapter(name, weights)
+
+
 def adapted_engine(
     model: ModelConfig,
     source: StateDict,

@@ -43,7 +43,10 @@ def make_engine(dtype: torch.dtype) -> NativeEngine:
     for name in engine.weights.table():
         engine.allocate(name)
     fill(engine.local_tensors(), 0)
-    fill(engine.add_adapter(JUDGE, adapter), 1)
+    weights = engine.new_adapter(JUDGE, adapter)
+    tables = weights.tables()
+    fill({name: (p.data, tables[name]) for name, p in weights.named_parameters()}, 1)
+    engine.add_adapter(JUDGE, weights)
     return engine
 
 

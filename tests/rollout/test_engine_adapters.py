@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from adapted_models import (
     adapted_engine,
+    add_filled,
     fill_held,
     merged_engine,
     merged_source,
@@ -142,7 +143,7 @@ def test_samples_of_one_call_have_their_own_adapters(length: int) -> None:
     adapter, judge = uneven(model), uneven(model)
     values, judges = values_of(model, adapter), values_of(model, judge, seed=6)
     engine = adapted_engine(model, source, adapter, values)
-    fill_held(engine.add_adapter(JUDGE, judge), judges)
+    add_filled(engine, JUDGE, judge, judges)
     names = (OWN, None, JUDGE)
     [prompt] = prompts_of(150)
     asked = [
@@ -169,7 +170,7 @@ def test_sequences_of_one_call_are_scored_with_their_own_adapters() -> None:
     model, source = tiny_model()
     adapter, judge = uneven(model), uneven(model)
     engine = adapted_engine(model, source, adapter, values_of(model, adapter))
-    fill_held(engine.add_adapter(JUDGE, judge), values_of(model, judge, seed=6))
+    add_filled(engine, JUDGE, judge, values_of(model, judge, seed=6))
     sequences, names = prompts_of(5, 33, 16, 20), [None, JUDGE, OWN, JUDGE]
     mixed = engine.score(sequences, adapters=names)
     for sequence, name, found in zip(sequences, names, mixed, strict=True):
@@ -183,7 +184,7 @@ def test_adapters_that_the_engine_lacks_are_refused() -> None:
     model, source = tiny_model()
     adapter = uneven(model)
     engine = adapted_engine(model, source, adapter, values_of(model, adapter))
-    engine.add_adapter(JUDGE, adapter)
+    engine.add_adapter(JUDGE, engine.new_adapter(JUDGE, adapter))
     engine.remove_adapter(JUDGE)
     with pytest.raises(ValueError, match="asks for adapter 'judge'"):
         generate(engine, load(8, adapter=JUDGE))
@@ -219,7 +220,7 @@ def test_experts_have_their_adapters(name: str, length: int) -> None:
     judge = make_adapter(find_targets(model, ["experts"]), rank=2, alpha=4)
     judges = values_of(model, judge, seed=6)
     engine = adapted_engine(model, source, adapter, values)
-    fill_held(engine.add_adapter(JUDGE, judge), judges)
+    add_filled(engine, JUDGE, judge, judges)
     asked = [Request(**{**vars(one), "adapter": JUDGE}) for one in load(length)]
     mixed = generate(engine, [load(length)[0], asked[1]])
     wanted = merged_engine(model, source, judge, judges)

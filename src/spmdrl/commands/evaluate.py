@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.observe.log import Relay, TimedLines
 from spmdrl.observe.metrics import MetricsWriter
 from spmdrl.rewards.server import RewardServer
+from spmdrl.role_spec import role_adapter
 from spmdrl.roles.handles import Generation, Rollout
 from spmdrl.roles.ledger import reporting
 from spmdrl.rollout.protocol import Finish
 from spmdrl.rollout.stops import StopTexts
 from spmdrl.run.assembled import Assembly
-from spmdrl.run.assembly.assembly import assemble, open_models, plan_models
+from spmdrl.run.assembly.assembly import Model, assemble, open_models, plan_models
 from spmdrl.run.assembly.factories import make_evaluators
 from spmdrl.run.inputs import (
     Inputs,
@@ -56,14 +58,14 @@ def evaluate(config: Config, world: World, server: RewardServer) -> dict[str, fl
     Raises:
         ValueError: bad input, or a configuration without a held-out set of prompts.
     """
-    config = rollout_only(config, scoring=True)
+    whole, config = config, rollout_only(config, scoring=True)
     inputs = evaluation_inputs(config)
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     relay = Relay(is_first=world.is_first and config.log.progress)
     metrics: dict[str, float] = {}
     with make_pools(config, server, run_dir, world, inputs, trains=False) as pools:
-        assembly = _start(config, world, inputs)
+        assembly = _start(config, world, inputs, whole)
         evaluators = make_evaluators(config, world, inputs, assembly, pools, has_start=False)
         for name, evaluator in evaluators.items():
             with relay.bar(name), reporting(relay.report):
@@ -115,7 +117,7 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
         OSError: the output cannot be written.
     """
     data = config.data.model_copy(update={"kind": "prompts"})  # even if the flow reads other data
-    config = rollout_only(config).model_copy(update={"data": data})
+    whole, config = config, rollout_only(config).model_copy(update={"data": data})
     tokenizer = load_tokenizer(config.model.path)
     changes = {"source": prompts_file, "answer_column": None, "size": None, "keep_shortest": "100%"}
     source = data_source(config.data.train, datetime.now())
@@ -130,7 +132,7 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
         now=source.now,
     )
     relay = Relay(is_first=world.is_first and config.log.progress)
-    assembly = _start(config, world, inputs)
+    assembly = _start(config, world, inputs, whole)
     rollout = next(r for r in assembly.roles.values() if isinstance(r, Rollout))
     generation = Generation(
         seed=config.seed,
@@ -200,9 +202,28 @@ def rollout_only(config: Config, *, scoring: bool = False) -> Config:
     return config.model_copy(update={"roles": roles})
 
 
-def _start(config: Config, world: World, inputs: Inputs) -> Assembly:
+def check_policys_adapter(config: Config, models: Mapping[str, Model]) -> None:
+    """Check the policy's adapter on the rollout's model, so that errors name the role that has it
+    in the configuration.
+
+    Args:
+        config: all roles.
+
+    Raises:
+        ValueError: see `role_adapter`.
+    """
+    policy = next((n for n in config.roles if config.role_kind(n) == "policy"), None)
+    adapter = None if policy is None else config.roles[policy].adapter
+    if policy is None or adapter is None or adapter.path is None:
+        return
+    rollout = next(name for name in models if config.role_kind(name) == "rollout")
+    role_adapter(policy, config, models[rollout].model)
+
+
+def _start(config: Config, world: World, inputs: Inputs, whole: Config) -> Assembly:
     seed_everything(config.seed)
     models = open_models(config)
+    check_policys_adapter(whole, models)
     plan = plan_models(config, world, models)
     check_models(config, inputs, plan.specs)
     return assemble(config, world, models, inputs.texts, plan)

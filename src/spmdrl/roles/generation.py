@@ -12,11 +12,13 @@ from spmdrl.batch import Batch, Ragged, from_rows
 from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import split_groups_if_few
+from spmdrl.distributed.reduce import agreed
 from spmdrl.keyed_random import NOISE_VERSION
 from spmdrl.memory.call_memory import CallMemory
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, fill
+from spmdrl.models.low_rank import AdapterWeights
 from spmdrl.models.routing import EXPERT_CHOICES, choices_dtype
 from spmdrl.roles.calls import Call, role_method
 from spmdrl.roles.kept import PartialResult
@@ -91,17 +93,30 @@ class Rollout:
     def add_adapter(self, name: str, adapter: Adapter, values: TensorSource) -> None:
         """Let the engine apply another adapter of its base, which `Generation.adapters` can name.
 
+        Every rank of the world calls it. No engine has the adapter if it is refused on a rank.
+
         Args:
             values: its tensors, as `open_adapter` reads them from a file.
 
         Raises:
-            ValueError: the engine does not hold the base apart from the policy's adapter.
+            ValueError: the engine does not hold the base apart from the policy's adapter, or the
+                values do not fit; on every rank.
         """
-        if self.engine is None:
-            return
-        if not isinstance(self.engine, NativeEngine):
-            raise ValueError(f"adapter {name!r}: only rollout.engine=native applies several")
-        fill(self.engine.add_adapter(name, adapter).values(), values)
+        engine = self.engine
+
+        def filled() -> AdapterWeights | None:
+            if engine is None:
+                return None
+            if not isinstance(engine, NativeEngine):
+                raise ValueError(f"adapter {name!r}: only rollout.engine=native applies several")
+            made = engine.new_adapter(name, adapter)
+            tables = made.tables()
+            fill(((p.data, tables[local]) for local, p in made.named_parameters()), values)
+            return made
+
+        weights = agreed(ValueError, filled)
+        if weights is not None and isinstance(engine, NativeEngine):
+            engine.add_adapter(name, weights)
 
     @role_method
     def logprobs(

@@ -22,7 +22,6 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.degrees import check_tp
 from spmdrl.models.files.token_texts import TokenTexts
-from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.low_rank import AdapterWeights
 from spmdrl.models.routing import choices_dtype
 from spmdrl.rollout.lockstep import Lockstep
@@ -110,11 +109,9 @@ class NativeEngine:
         """Whether decode steps are replayed as CUDA graphs, which hold addresses."""
         return self._workspace.captures_graphs
 
-    def add_adapter(self, name: str, adapter: Adapter) -> LocalTensors:
-        """Hold another adapter of the base, which requests choose by `name`.
-
-        Returns its tensors on this rank, to be filled before the next call. They stay on the device
-        until `remove_adapter`.
+    def new_adapter(self, name: str, adapter: Adapter) -> AdapterWeights:
+        """Make this rank's tensors of another adapter of the base, for `add_adapter` once they have
+        their values.
 
         Raises:
             ValueError: the name is taken, or the weights are not a base apart from an adapter, and
@@ -127,9 +124,13 @@ class NativeEngine:
             )
         if name in self._adapters:
             raise ValueError(f"adapter {name!r}: the engine has one of that name")
-        weights = self._adapters[name] = self._make_adapter(adapter, self._device)
-        tables = weights.tables()
-        return {local: (p.data, tables[local]) for local, p in weights.named_parameters()}
+        return self._make_adapter(adapter, self._device)
+
+    def add_adapter(self, name: str, weights: AdapterWeights) -> None:
+        """Apply an adapter of `new_adapter` to requests that choose it by `name`. It stays on the
+        device until `remove_adapter`.
+        """
+        self._adapters[name] = weights
 
     def remove_adapter(self, name: str) -> None:
         """Drop an adapter that was added, with the graphs that may hold its addresses."""
