@@ -91,18 +91,13 @@ def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 TOKENS = torch.arange(12)
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_additions_equal_the_dense_product(tmp_path, blocks):
-    model = make_tiny_model(tmp_path / "model")
-    adapter = uneven(model)
-    values = values_of(model, adapter)
-    decoder = tiny_decoder(tmp_path / "model", blocks=blocks).requires_grad_(False)
-    weights = weights_of(decoder, adapter, values)
-    out = decoder(TOKENS, TOKENS, attend, adapters=[Applied(weights=weights)])
-    out.square().sum().backward()
-
-    dense = tiny_decoder(tmp_path / "model").requires_grad_(False)
-    tables, leaves = dense.slices(), {}
+def dense_product(
+    path: Path, adapter: Adapter, values: Values
+) -> tuple[Decoder, Tensor, dict[str, Tensor]]:
+    """A decoder with W + scale B A in place of W, its outputs, and A and B with gradients."""
+    dense = tiny_decoder(path).requires_grad_(False)
+    tables = dense.slices()
+    leaves: dict[str, Tensor] = {}
     for name, value in values.tensors.items():
         leaves[name] = value.clone().requires_grad_()
     for local, parameter in list(dense.named_parameters()):
@@ -119,6 +114,20 @@ def test_additions_equal_the_dense_product(tmp_path, blocks):
         setattr(holder, leaf, torch.cat(rows))
     expected = dense(TOKENS, TOKENS, attend)
     expected.square().sum().backward()
+    return dense, expected, leaves
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_additions_equal_the_dense_product(tmp_path, blocks):
+    model = make_tiny_model(tmp_path / "model")
+    adapter = uneven(model)
+    values = values_of(model, adapter)
+    decoder = tiny_decoder(tmp_path / "model", blocks=blocks).requires_grad_(False)
+    weights = weights_of(decoder, adapter, values)
+    out = decoder(TOKENS, TOKENS, attend, adapters=[Applied(weights=weights)])
+    out.square().sum().backward()
+
+    _, expected, leaves = dense_product(tmp_path / "model", adapter, values)
 
     assert not torch.allclose(expected, decoder(TOKENS, TOKENS, attend), atol=1e-2)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
@@ -214,24 +223,7 @@ def test_experts_equal_the_dense_products(tmp_path, targets):
     out = decoder(TOKENS, TOKENS, attend, adapters=[Applied(weights=weights)])
     out.square().sum().backward()
 
-    dense = tiny_decoder(tmp_path / "model").requires_grad_(False)
-    tables, leaves = dense.slices(), {}
-    for name, value in values.tensors.items():
-        leaves[name] = value.clone().requires_grad_()
-    for local, parameter in list(dense.named_parameters()):
-        rows = []
-        for piece in tables[local]:
-            own = parameter[piece.offset : piece.offset + piece.rows].detach()
-            if piece.name in adapter.targets:
-                a, b = (leaves[name] for name in lora_names(piece.name))
-                own = own + adapter.targets[piece.name].scale * (b @ a)
-            rows.append(own)
-        module, _, leaf = local.rpartition(".")
-        holder = dense.get_submodule(module)
-        del holder._parameters[leaf]
-        setattr(holder, leaf, torch.cat(rows))
-    expected = dense(TOKENS, TOKENS, attend)
-    expected.square().sum().backward()
+    dense, expected, leaves = dense_product(tmp_path / "model", adapter, values)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     assert any(".experts." in name for name in leaves)
     for name, parameter in weights.named_parameters():
@@ -239,6 +231,7 @@ def test_experts_equal_the_dense_products(tmp_path, targets):
             found = parameter.grad[piece.offset : piece.offset + piece.rows]
             torch.testing.assert_close(found, leaves[piece.name].grad, atol=1e-4, rtol=1e-4)
     own = {n: (p.data, weights.tables()[n]) for n, p in weights.named_parameters()}
+    tables = decoder.slices()
     for local, parameter in tiny_decoder(tmp_path / "model").named_parameters():
         if any(piece.name in adapter.targets for piece in tables[local]):
             found = merged(parameter.data, tables[local], adapter, own)

@@ -95,7 +95,7 @@ def test_logits_equal_pefts(case: str, tmp_path: Path) -> None:
 
 
 def test_gradients_of_experts_equal_pefts(tmp_path: Path) -> None:
-    """In PEFT gate and up share A, whose gradient is the sum of both here."""
+    """PEFT's A of gate and up is one matrix; its gradient is the sum of both here."""
     base, made = tmp_path / "base", tmp_path / "made"
     make_tiny_model(base, "Qwen3MoeForCausalLM")
     parameters = ["experts.gate_up_proj", "experts.down_proj"]

@@ -145,7 +145,7 @@ class WithTensors:
 
 
 class Masked(nn.Module):
-    """In place of PEFT's dropout: the masks of one matrix in the row that is being computed."""
+    """Dropout that replaces PEFT's: the masks of one matrix in the row that is being computed."""
 
     def __init__(self, name: str, row: list[Dropout]) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """`AdapterWeights`: an adapter's matrices on this rank, and products with them.
 
-The addition scale * B (A x) is computed beside W x, in one autograd function: W does not train, so
+The addition scale * B (A x) is computed with W x in one autograd function: W does not train, so
 its product needs no stored input, and the backward pass keeps only x and A x.
 """
 

@@ -138,8 +138,8 @@ def adapter_chunks(
     adapter: Adapter,
     head: Head = "lm",
 ) -> list[tuple[Parameter, ...]]:
-    """List what each chunk of one rank holds beside its base: an adapter's matrices, and in the
-    last a scalar head. They are in the order of the forward pass.
+    """List what each chunk of one rank holds over its base: an adapter's matrices, and in the last
+    a scalar head. They are in the order of the forward pass.
 
     Their names are those of `adapters.adapter_tensors`; modules cannot have dots in names.
     """

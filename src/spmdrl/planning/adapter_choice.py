@@ -1,4 +1,4 @@
-"""Choice of how a rollout samples with the policy's adapter: beside its base, or merged into it.
+"""Choice of how a rollout samples with the policy's adapter: added to its base, or merged into it.
 
 An engine that computes with the policy's own tensors adds the adapter to them: it needs no further
 memory, and a sync moves the adapter alone. An engine with weights of its own can have it merged:
@@ -45,7 +45,7 @@ def adapter_use(
 
     Args:
         policy: a policy with an adapter.
-        unmerged: the sync to an engine that applies the adapter beside its base.
+        unmerged: the sync to an engine that applies the adapter as an addition to its base.
     """
     if rollout.is_vllm:
         return AdapterUse(merged=True, why="vLLM samples with merged weights")

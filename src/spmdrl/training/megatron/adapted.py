@@ -1,4 +1,4 @@
-"""Low-rank additions beside Megatron's column- and row-parallel linear layers.
+"""Low-rank additions to Megatron's column- and row-parallel linear layers.
 
 The layers are a base model's and fixed; several roles can have additions to the same ones. A role
 puts its own in place for the time in which its microbatches pass through the chunks, forward and

@@ -112,7 +112,7 @@ class RoleWeights:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the role's adapter beside the body's layers inside the `with` block."""
+        """Add the role's adapter to the body's layers inside the `with` block."""
         with ExitStack() as stack:
             for chunk in self.added or ():
                 stack.enter_context(chunk.applied())
