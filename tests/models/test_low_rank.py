@@ -113,7 +113,7 @@ def dense_product(
         del holder._parameters[leaf]
         setattr(holder, leaf, torch.cat(rows))
     expected = dense(TOKENS, TOKENS, attend)
-    expected.square().sum().backward()
+    expected.pow(3).sum().backward()
     return dense, expected, leaves
 
 
@@ -125,7 +125,7 @@ def test_additions_equal_the_dense_product(tmp_path, blocks):
     decoder = tiny_decoder(tmp_path / "model", blocks=blocks).requires_grad_(False)
     weights = weights_of(decoder, adapter, values)
     out = decoder(TOKENS, TOKENS, attend, adapters=[Applied(weights=weights)])
-    out.square().sum().backward()
+    out.pow(3).sum().backward()
 
     _, expected, leaves = dense_product(tmp_path / "model", adapter, values)
 
@@ -138,7 +138,12 @@ def test_additions_equal_the_dense_product(tmp_path, blocks):
     for name, parameter in weights.named_parameters():
         for piece in found[name]:
             gradient = parameter.grad[piece.offset : piece.offset + piece.rows]
-            torch.testing.assert_close(gradient, leaves[piece.name].grad, atol=2e-4, rtol=2e-4)
+            torch.testing.assert_close(
+                gradient,
+                leaves[piece.name].grad,
+                rtol=1e-3,
+                atol=1e-4 * float(leaves[piece.name].grad.abs().max()),
+            )
 
 
 def test_rows_choose_their_adapter(tmp_path):
@@ -221,7 +226,7 @@ def test_experts_equal_the_dense_products(tmp_path, targets):
     decoder = tiny_decoder(tmp_path / "model").requires_grad_(False)
     weights = weights_of(decoder, adapter, values)
     out = decoder(TOKENS, TOKENS, attend, adapters=[Applied(weights=weights)])
-    out.square().sum().backward()
+    out.pow(3).sum().backward()
 
     dense, expected, leaves = dense_product(tmp_path / "model", adapter, values)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
