@@ -1,7 +1,9 @@
 """Shared fixtures; puts `tests/` on the path so that tests import the harness."""
 
+import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,23 @@ ON_STAND_IN = "FAKE_GPU_BUILD" in os.environ
 
 NO_STAND_IN = os.environ.get("SPMDRL_NO_STAND_IN") or "scripts/test_cuda.sh runs them"
 """Why it does not; scripts/test.sh says so where the environment cannot be made."""
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Commands that a test runs in its process set up logging to a stream that ends with the test;
+    the next tests log as before.
+    """
+    root, package = logging.getLogger(), logging.getLogger("spmdrl")
+    handlers, levels = list(root.handlers), (root.level, package.level)
+    yield
+    # pytest's own handlers come and go during a test
+    for handler in [
+        h for h in root.handlers if h not in handlers and "spmdrl" in type(h).__module__
+    ]:
+        root.removeHandler(handler)
+    root.setLevel(levels[0])
+    package.setLevel(levels[1])
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects

@@ -53,8 +53,10 @@ ROWS: dict[str, Row] = {
     "steps": row("grpo", BOTH, "steps=1"),
     "run_dir": row("grpo", "error", "run_dir=/dev/null/x"),
     "lag": row("grpo", "metrics", "algorithm.importance_cap=2.0", "lag=1"),
+    "fold": row("grpo", "tests/test_placement.py::test_a_fold_is_asked_for"),
     "device": row("grpo", "tests/test_world.py::test_a_device_that_is_not_there_is_refused"),
     "memory_gb": row("grpo", "plan", "memory_gb=0.5"),
+    "machine": row("grpo", "error", "machine=nothing"),
     "timeout_s": row(
         "grpo", "tests/test_world.py::test_variables_that_are_left_over_are_named_while_it_waits"
     ),
@@ -66,6 +68,7 @@ ROWS: dict[str, Row] = {
     "roles.NAME.kind": row("grpo", "refused error", "roles.policy.kind=reference"),
     "roles.NAME.model": row("grpo", "error", "roles.policy.model=nowhere"),
     "roles.NAME.head": row("ppo", "metrics", "roles.value.head=normal"),
+    "roles.NAME.readout": row("grpo", "refused", "roles.policy.readout=last"),
     "roles.NAME.adapter.path": row(
         "grpo", "refused error", "roles.policy.adapter={}", "roles.policy.adapter.path=nowhere"
     ),
@@ -77,6 +80,7 @@ ROWS: dict[str, Row] = {
         "grpo", "metrics", ADAPTED, "roles.policy.adapter.init=gaussian"
     ),
     "roles.NAME.adapter.rslora": row("grpo", BOTH, ADAPTED, "roles.policy.adapter.rslora=true"),
+    "roles.NAME.adapter.experts": row("moe", BOTH, ADAPTED, "roles.policy.adapter.experts=shared"),
     "roles.NAME.base": row(
         "ppo", "plan", ADAPTED, "roles.value.adapter={}", "roles.value.base=policy"
     ),
@@ -104,6 +108,10 @@ ROWS: dict[str, Row] = {
         "tests/test_placement.py::test_a_tp_group_over_several_nodes_must_be_asked_for",
     ),
     "train.backend": row("grpo", "plan", "train.backend=megatron"),
+    "train.backend_options": row("grpo", "refused", "train.backend_options={x: 1}"),
+    "train.deepspeed.stage": row("grpo", "refused", "train.deepspeed.stage=3"),
+    "train.deepspeed.offload": row("grpo", "refused", "train.deepspeed.offload=optimizer"),
+    "train.deepspeed.config": row("grpo", "refused", "train.deepspeed.config=own.json"),
     "train.epochs": row("grpo", BOTH, "train.epochs=2"),
     "train.num_minibatches": row("grpo", BOTH, "train.num_minibatches=2"),
     "train.microbatch_tokens": row("grpo", "plan", "train.microbatch_tokens=64"),
@@ -259,6 +267,7 @@ ROWS: dict[str, Row] = {
     "checkpoint.journal_kv": row("grpo", "plan", "checkpoint.journal_kv=false"),
     "log.tensorboard": row("grpo", "files", "log.tensorboard=true"),
     "log.text_samples": row("grpo", "files", "log.tensorboard=true", "log.text_samples=4"),
+    "log.rollouts": row("grpo", "files", "log.rollouts=1"),
     "log.progress": row(
         "grpo", "tests/flows/test_progress.py::test_every_long_phase_shows_how_far_it_is"
     ),

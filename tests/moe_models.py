@@ -42,6 +42,30 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    # all experts in one tensor, with biases
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "layer_types": ["full_attention"] * 3,
+            "swiglu_limit": 1.0,
+        },
+    ),
+    # a dense layer, corrections, groups, shared experts
+    "glm4_moe": (
+        "Glm4Moe",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 24,
+            "routed_scaling_factor": 1.7,
+        },
+    ),
 }
 
 
@@ -53,12 +77,16 @@ def reference_model(name: str) -> Any:
     config.architectures = [f"{kind}ForCausalLM"]
     # as it multiplies on any machine
     config._experts_implementation = "eager"
+    config._attn_implementation = "eager"
     model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator) * 0.1
             parameter.copy_(noise + (1.0 if parameter.ndim == 1 else 0.0))
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
     return model
 
 
@@ -68,9 +96,12 @@ def config_of(model: Any) -> ModelConfig:
 
 def by_file_name(tensors: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """Stacked experts (of the model or of its gradients) under the names that files have."""
+    if model.moe is not None and model.moe.form != "each":
+        return tensors
     found = {}
     block, gate, up, down = {
         "Qwen3MoeForCausalLM": ("mlp", "gate_proj", "up_proj", "down_proj"),
+        "Glm4MoeForCausalLM": ("mlp", "gate_proj", "up_proj", "down_proj"),
         "MixtralForCausalLM": ("block_sparse_moe", "w1", "w3", "w2"),
     }[model.architecture]
     for name, tensor in tensors.items():

@@ -8,9 +8,11 @@ all steps, is kept for `assert_same_samples`.
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -50,10 +52,10 @@ class ReplayEnvironment:
     def collect(self, step: int) -> Batch:
         sampled = self.inner.collect(step)
         merged = {
-            key: row for part in gather_objects(rows_of(sampled)) for key, row in part.items()
+            key: row for part in gather_objects(_arrays(sampled)) for key, row in part.items()
         }
         if self.world.is_first:
-            torch.save(merged, _file(self.directory, self.name, step))
+            _file(self.directory, self.name, step).write_bytes(pickle.dumps(merged))
         if self.recording:
             return sampled
         recorder = (self.directory / "recorder").read_text()
@@ -80,12 +82,15 @@ class ReplayEnvironment:
         return self.inner.metrics()
 
 
-def rows_of(batch: Batch) -> Rows:
-    """Rows by (prompt id, sample)."""
+def _arrays(batch: Batch) -> dict[tuple[int, int], dict[str, np.ndarray[Any, Any]]]:
+    """Rows by (prompt id, sample), as arrays: a tensor's pickle has its whole storage, and takes
+    long.
+    """
     rows = {}
     for row in batch.split_rows():
         key = (int(row["prompt_ids"][0]), int(row["sample_index"][0]))
-        rows[key] = {**row.tokens, **{name: column[0] for name, column in row.rows.items()}}
+        columns = {**row.tokens, **{name: column[0] for name, column in row.rows.items()}}
+        rows[key] = {name: column.numpy() for name, column in columns.items()}
     return rows
 
 
@@ -108,8 +113,11 @@ def assert_same_samples(directory: Path, name: str, step: int = 0) -> None:
 
 def read_samples(directory: Path, name: str, step: int) -> Rows:
     """What a run sampled in a step, of all ranks."""
-    rows: Rows = torch.load(_file(directory, name, step), weights_only=True)
-    return rows
+    rows = pickle.loads(_file(directory, name, step).read_bytes())
+    return {
+        key: {column: torch.from_numpy(np.asarray(values)) for column, values in row.items()}
+        for key, row in rows.items()
+    }
 
 
 def versions(directory: Path, name: str, step: int) -> set[int]:
@@ -129,4 +137,4 @@ def _completion(row: dict[str, torch.Tensor]) -> Completion:
 
 
 def _file(directory: Path, name: str, step: int) -> Path:
-    return directory / f"sampled_{name}_{step}.pt"
+    return directory / f"sampled_{name}_{step}.pickle"

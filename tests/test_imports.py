@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,24 +14,24 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "spmdrl"
 
 LEVELS: list[set[str]] = [
-    {"config", "memory", "batch", "world", "keyed_random", "atomic_files"},
-    {"distributed", "algorithms"},
-    {"models", "supervision", "observe", "placement"},
+    {"config", "memory", "batch", "world", "keyed_random", "atomic_files", "sandbox"},
+    {"distributed", "algorithms", "rehearsal"},
+    {"models", "supervision", "observe", "placement", "turns"},
     {"role_spec"},
     {"training", "rollout", "weights", "data"},
     {"roles"},
     {"planning", "checkpoint", "rewards"},
-    {"evaluation"},
+    {"evaluation", "verification"},
     {"run"},
     {"flows"},
     {"run.assembly"},
-    {"commands", "api", "__main__"},
+    {"commands", "api", "testing", "__main__"},
 ]
 """A room imports from lower levels only, and from its own level where it does not stand apart."""
 
 APART = {"training", "rollout", "weights", "algorithms", "models", "config", "memory", "batch"}
 
-ONE_FILE = ("vllm", "flash_attn", "deepspeed")
+ONE_FILE = ("vllm", "flash_attn", "deepspeed", "fla")
 """Imported in one file each, and there inside a function: they are optional."""
 
 MEGATRON, LIGHT = "spmdrl.training.megatron", "spmdrl.training.megatron.checks"
@@ -58,6 +59,16 @@ def package_of(path: Path) -> list[str]:
     return ["spmdrl", *path.relative_to(SOURCE).parent.parts]
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports_of(path: Path) -> list[tuple[ast.stmt, str]]:
+    return list(imports(tree_of(path), package_of(path)))
+
+
 def room(parts: Sequence[str]) -> str:
     """The package or module of a path within the project; `run.assembly` stands above the flows."""
     return "run.assembly" if list(parts[:2]) == ["run", "assembly"] else parts[0]
@@ -67,8 +78,8 @@ def room_of(path: Path) -> str:
     return room(path.relative_to(SOURCE).with_suffix("").parts)
 
 
-def rooms_imported(text: str, package: list[str]) -> set[str]:
-    names = [name.split(".") for _, name in imports(ast.parse(text), package)]
+def rooms_imported(found: Iterable[tuple[ast.stmt, str]]) -> set[str]:
+    names = [name.split(".") for _, name in found]
     return {room(parts[1:]) for parts in names if parts[0] == "spmdrl" and len(parts) > 1}
 
 
@@ -89,14 +100,14 @@ def allowed(name: str, other: str) -> bool:
 @pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(SOURCE)))
 def test_a_room_imports_only_what_lies_below(path: Path) -> None:
     name = room_of(path)
-    found = rooms_imported(path.read_text(encoding="utf-8"), package_of(path))
+    found = rooms_imported(imports_of(path))
     assert sorted(other for other in found if not allowed(name, other)) == []
 
 
 def test_rooms_form_no_cycle() -> None:
     graph: dict[str, set[str]] = {}
     for path in files():
-        found = rooms_imported(path.read_text(encoding="utf-8"), package_of(path))
+        found = rooms_imported(imports_of(path))
         graph.setdefault(room_of(path), set()).update(found - {room_of(path)})
     while graph:
         leaves = [name for name, others in graph.items() if not others & graph.keys()]
@@ -109,11 +120,11 @@ def test_rooms_form_no_cycle() -> None:
 def test_an_optional_package_has_one_file_and_is_imported_late(name: str) -> None:
     users = []
     for path in files():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        found = [node for node, full in imports(tree, []) if full.split(".")[0] == name]
-        if found:
-            users.append(path.relative_to(SOURCE))
-        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        found = [node for node, full in imports_of(path) if full.split(".")[0] == name]
+        if not found:
+            continue
+        users.append(path.relative_to(SOURCE))
+        functions = [n for n in ast.walk(tree_of(path)) if isinstance(n, ast.FunctionDef)]
         late = {node for function in functions for node in ast.walk(function)}
         assert late.issuperset(found), f"{path} imports {name} at module level"
     assert len(users) <= 1, users
@@ -121,8 +132,7 @@ def test_an_optional_package_has_one_file_and_is_imported_late(name: str) -> Non
 
 def test_megatron_is_imported_in_its_package_alone_and_that_is_imported_late() -> None:
     for path in files():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        found = list(imports(tree, package_of(path)))
+        tree, found = tree_of(path), imports_of(path)
         inside = path.parent == SOURCE / "training" / "megatron"
         users = [node for node, full in found if full.split(".")[0] == "megatron"]
         assert inside or not users, f"{path} imports megatron"
@@ -142,9 +152,9 @@ def test_relative_and_absolute_imports_are_both_seen() -> None:
         "from ..weights.plan import key\nfrom . import sampling\n"
         "from ...keyed_random import key64\ndef f():\n    from ... import roles\n"
     )
-    found = rooms_imported(text, ["spmdrl", "rollout", "native"])
+    found = rooms_imported(imports(ast.parse(text), ["spmdrl", "rollout", "native"]))
     assert found == {"run.assembly", "run", "commands", "rollout", "keyed_random", "roles"}
-    assert rooms_imported(text, ["spmdrl", "rollout"]) >= {"weights"}
+    assert rooms_imported(imports(ast.parse(text), ["spmdrl", "rollout"])) >= {"weights"}
     assert not allowed("training", "rollout")
     assert not allowed("distributed", "models")
     assert allowed("evaluation", "roles")

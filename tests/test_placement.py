@@ -11,17 +11,25 @@ from role_specs import specs_of
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
 from spmdrl.models import config as model_config
-from spmdrl.placement import place_roles, placement_table, role_device_type
+from spmdrl.placement import (
+    fold_text,
+    kept_megatron,
+    place_roles,
+    placement_table,
+    role_device_type,
+)
 from spmdrl.planning.layouts import role_layout
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/[!_]*.yaml"))
+CONFIGS = [path for path in CONFIGS if path.parent.name != "methods"]
 
 
-def config(tiny: bool = False, **roles: dict[str, Any]) -> Config:
+def config(fold: bool = False, *, tiny: bool = False, **roles: dict[str, Any]) -> Config:
     return Config.model_validate(
         {
             "steps": 1,
             "run_dir": "runs/test",
+            "fold": fold,
             "model": {"path": "models/toy", "tiny": tiny},
             "roles": roles,
             "data": {"train": {"source": "x"}, "prompts_per_step": 4},
@@ -30,10 +38,15 @@ def config(tiny: bool = False, **roles: dict[str, Any]) -> Config:
 
 
 def places(
-    world_size: int, tiny: bool = False, *, local_size: int | None = None, **roles: Any
+    world_size: int,
+    fold: bool = False,
+    *,
+    tiny: bool = False,
+    local_size: int | None = None,
+    **roles: Any,
 ) -> dict[str, tuple[list[int], str]]:
     """Role -> (ranks, degrees above 1 in words)."""
-    placed = place_roles(config(tiny, **roles), world_size, local_size)
+    placed = place_roles(config(fold, tiny=tiny, **roles), world_size, local_size)
     return {
         name: (
             list(p.ranks),
@@ -132,12 +145,90 @@ def test_what_a_rollout_holds_is_never_sharded() -> None:
     assert starts == [0, 4, 0, 4]
 
 
-def test_only_a_tiny_model_is_folded() -> None:
+def test_a_fold_is_asked_for() -> None:
     roles = {"policy": {"ranks": "0-3", "tp": 4}}
-    assert places(2, True, **roles) == {"policy": ([0, 1], "tp2")}
-    assert places(8, True, **roles) == {"policy": ([0, 1, 2, 3], "tp4")}
-    with pytest.raises(ValueError, match="world has 2"):
-        place_roles(config(**roles), 2)
+    assert places(2, fold=True, **roles) == {"policy": ([0, 1], "tp2")}
+    assert places(8, fold=True, **roles) == {"policy": ([0, 1, 2, 3], "tp4")}
+    # a tiny model is folded as well, to what divides its layers and heads
+    assert places(2, tiny=True, **roles) == {"policy": ([0, 1], "tp2")}
+    assert places(8, tiny=True, **roles) == {"policy": ([0, 1, 2, 3], "dp_replicate2 tp2")}
+    for world_size, message in ((2, r"ranks='0-3'.* world has 2 .*--fold"), (3, "--fold")):
+        with pytest.raises(ValueError, match=message):
+            place_roles(config(**roles), world_size)
+
+
+def test_degrees_that_do_not_fit_name_the_fold() -> None:
+    with pytest.raises(ValueError, match=r"tp=4 make 4 ranks, .*'all' are 6: .*--fold"):
+        place_roles(config(policy={"tp": 4}), 6)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "role", "expected"),
+    [
+        # for 8, the next number of ranks that tp divides
+        (6, {"tp": 4}, ([0, 1, 2, 3, 4, 5], "dp_replicate3 tp2")),
+        (7, {"tp": 4, "dp_shard": "all"}, ([0, 1, 2, 3, 4, 5, 6], "dp_shard7")),
+        # for 4 and no other number: two ranks have no role
+        (6, {"tp": 4, "dp_replicate": 1}, ([0, 1, 2, 3], "tp4")),
+        # weights stay sharded: the whole model may not fit on a rank
+        (3, {"dp_shard": 4}, ([0, 1, 2], "dp_shard3")),
+        (6, {"dp_shard": 4, "dp_replicate": 2}, ([0, 1, 2, 3, 4, 5], "dp_replicate2 dp_shard3")),
+        (2, {"pp": 4, "cp": 2}, ([0, 1], "pp2")),
+        (4, {"pp": 4, "cp": 2, "tp": 2}, ([0, 1, 2, 3], "pp2 tp2")),
+        (3, {"pp": 4}, ([0, 1, 2], "dp_replicate3")),
+    ],
+)
+def test_any_number_of_ranks_is_used(
+    world_size: int, role: dict[str, Any], expected: tuple[list[int], str]
+) -> None:
+    assert places(world_size, fold=True, policy=role) == {"policy": expected}
+
+
+def test_a_fold_keeps_tp_groups_within_nodes() -> None:
+    role = {"tp": 4, "dp_shard": "all"}
+    assert places(8, True, local_size=2, policy=role)["policy"][1] == "dp_shard4 tp2"
+    assert places(4, True, local_size=1, policy=role)["policy"][1] == "dp_shard4"
+    role["tp_across_nodes"] = True
+    assert places(8, True, local_size=2, policy=role)["policy"][1] == "dp_shard2 tp4"
+    with_base = {"policy": role, "reference": {"tp": 4, "dp_shard": "all", "base": "policy"}}
+    placed = places(8, True, local_size=2, **with_base)
+    assert placed["policy"] == placed["reference"]
+
+
+def test_a_fold_is_told_in_one_line() -> None:
+    roles: dict[str, Any] = {
+        "policy": {"ranks": "0-7", "tp": 2, "dp_shard": "all"},
+        "value": {"ranks": "same as policy", "tp": 2, "dp_shard": "all"},
+        "reference": {"ranks": "8-15", "tp": 2},
+        "rollout": {"ranks": "all", "tp": 2},
+    }
+    told = {n: fold_text(c, place_roles(c, n), n) for c in [config(True, **roles)] for n in (2, 16)}
+    assert told == {
+        2: "folded from 16 ranks to 2: policy, value: ranks 0-7 -> 0, dp_shard 4 -> 1, tp 2 -> 1; "
+        "reference: ranks 8-15 -> 1, dp_replicate 4 -> 1, tp 2 -> 1; "
+        "rollout: ranks 0-15 -> 0-1, dp_replicate 8 -> 1",
+        16: None,
+    }
+    few = config(True, policy={"tp": 4, "dp_replicate": 1})
+    assert fold_text(few, place_roles(few, 4), 4) is None
+    assert fold_text(few, place_roles(few, 6), 6) is None
+    few = config(True, policy={"ranks": "0-1"}, rollout={"ranks": "2", "tp": 1})
+    assert fold_text(few, place_roles(few, 2), 2) == (
+        "folded from 3 ranks to 2: policy: ranks 0-1 -> 0, dp_replicate 2 -> 1; "
+        "rollout: ranks 2 -> 1"
+    )
+
+
+def test_megatrons_settings_fold_with_their_axes() -> None:
+    role = {"pp": 2, "tp": 2, "megatron": {"vpp": 4, "sp": True}, "train": {"backend": "megatron"}}
+    given = config(True, policy=role)
+    section = given.roles["policy"]
+    kept = {n: kept_megatron(section, place_roles(given, n)["policy"]) for n in (1, 2, 4)}
+    assert kept == {1: {}, 2: {"sp": True}, 4: {"vpp": 4, "sp": True}}
+    assert fold_text(given, place_roles(given, 1), 1) == (
+        "folded from 4 ranks to 1: policy: ranks 0-3 -> 0, pp 2 -> 1, tp 2 -> 1, "
+        "megatron.vpp 4 -> 1, megatron.sp true -> false"
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,7 +276,7 @@ def test_fold_gives_the_larger_share_more_ranks_but_never_more_than_it_had() -> 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_shipped_config_folds(path: Path, world_size: int) -> None:
-    placed = place_roles(load_config(path, ["model.tiny=true"]), world_size)
+    placed = place_roles(load_config(path, ["fold=true"]), world_size)
     for placement in placed.values():
         assert set(placement.ranks) <= set(range(world_size))
     assert placement_table(placed).count("\n") == len(placed)
@@ -197,12 +288,12 @@ def test_expert_parallelism_folds_to_what_divides_the_ranks() -> None:
         "rollout": {"tp": 4, "ep": 4},
         "value": {"tp": 2, "dp_replicate": 4, "ep": 8},
     }
-    assert places(2, tiny=True, **roles) == {
+    assert places(2, fold=True, **roles) == {
         "policy": ([0, 1], "dp_shard2 ep2"),
         "rollout": ([0, 1], "tp2 ep2"),
         "value": ([0, 1], "tp2 ep2"),
     }
-    assert places(1, tiny=True, **roles)["policy"] == ([0], "")
+    assert places(1, fold=True, **roles)["policy"] == ([0], "")
 
 
 def test_table_aligns_names() -> None:
@@ -300,8 +391,14 @@ def test_tp_groups_inside_nodes_and_other_axes_across_them_are_fine() -> None:
 )
 def test_nodes_fold_to_two_ranks(roles: dict[str, Any], expected: dict[str, Any]) -> None:
     assert places(2, True, **roles) == expected
-    # two nodes of one rank: the world that is folded into does not refuse tp either
-    assert places(2, True, local_size=1, **roles) == expected
+    # two nodes of one rank: tp spans them only where that is allowed
+    apart = {
+        name: (ranks, degrees.replace("tp", "dp_replicate"))
+        for name, (ranks, degrees) in expected.items()
+    }
+    assert places(2, True, local_size=1, **roles) == apart
+    spanning = {name: {**role, "tp_across_nodes": True} for name, role in roles.items()}
+    assert places(2, True, local_size=1, **spanning) == expected
     assert places(1, True, **roles) == {name: ([0], "") for name in roles}
 
 

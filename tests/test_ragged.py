@@ -12,9 +12,9 @@ from spmdrl.distributed.exchange import (
     Column,
     bring_home,
     gather_rows,
-    plan_exchange,
     send_to_role,
 )
+from spmdrl.distributed.exchange_plan import plan_exchange
 from spmdrl.roles.kept import Journal, Kept, Record, origin_of
 from spmdrl.world import World
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from spmdrl.config.load import load_config
 from spmdrl.models.adapters import find_targets, make_adapter
 from spmdrl.models.config import read_config
 from spmdrl.models.files.adapter_sources import FreshAdapter
+from spmdrl.models.files.merge import whole_slice
 from spmdrl.models.files.peft_export import write_adapter
 from spmdrl.role_spec import RoleSpec
 from spmdrl.run.assembly.assembly import open_models, plan_models
@@ -82,6 +84,36 @@ def test_an_adapters_file_counts_and_keys_that_differ_from_it_are_refused(tmp_pa
     tiny = load_config(path, [f"roles.policy.adapter={{path: {adapter}}}", "model.tiny=true"])
     with pytest.raises(ValueError, match=r"roles\.policy\.adapter\.path=.*model\.tiny"):
         specs_of(tiny, model)
+
+
+def test_experts_share_an_adapter_of_a_file_only_if_they_are_equal(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "model", "Qwen3MoeForCausalLM")
+    path = write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "run")
+    targets = find_targets(model, ["experts"])
+    world = SimpleNamespace(
+        size=1, local_size=1, device_types=("cpu",), gpu_bytes=None, is_first=True
+    )
+    for form in ("shared", "each"):
+        made = make_adapter(targets, rank=4, alpha=12, experts=form)
+        fresh = FreshAdapter(model, made, seed=1)
+        tensors = [(n, fresh.read(whole_slice(n, fresh.shape(n)))) for n in sorted(fresh.names)]
+        write_adapter(tensors, model, made, tmp_path / form, base=tmp_path / "model")
+        for experts in ("each", "shared"):
+            section = {"path": str(tmp_path / form), "experts": experts}
+            config = load_config(path, [f"roles.policy.adapter={json.dumps(section)}"])
+            spec = specs_of(config, model)["policy"]
+            assert spec.adapter == replace(made, shares_experts=experts == "shared")
+            if form == "shared" or experts == "each":
+                plan_models(config, world, open_models(config))
+                continue
+            unlike = (
+                r"roles\.policy\.adapter\.path: .*\.experts\.1\.gate_proj\.lora_A\.weight differs"
+            )
+            with pytest.raises(ValueError, match=unlike):
+                plan_models(config, world, open_models(config))
+    config = load_config(path, ["roles.policy.adapter={experts: shared, targets: [attention]}"])
+    with pytest.raises(ValueError, match=r"policy\.adapter\.experts=shared: no expert is adapted"):
+        specs_of(config, model)
 
 
 def test_an_adapter_of_another_model_is_told_once(

@@ -10,10 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from spmdrl.models.config import ModelConfig, read_config
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.experts import EXPERT_NAMES
+from spmdrl.models.family import family_of
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import RandomCheckpoint, TensorSource, fill
-from spmdrl.models.sharding import Head, Slice
+from spmdrl.models.sharding import Head
+from spmdrl.models.tensors import Slice
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -55,10 +56,10 @@ def make_tiny_model(
             }
         )
     )
-    family = architecture.removesuffix("ForCausalLM")
+    family = family_of(architecture)
     source = {
         "architectures": [architecture],
-        "model_type": "qwen3_moe" if family == "Qwen3Moe" else family.lower(),
+        "model_type": family.model_type,
         "vocab_size": 264,
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -74,7 +75,7 @@ def make_tiny_model(
         "bos_token_id": 0,
         "eos_token_id": 1,
         "sliding_window": None,
-        **(EXPERTS if architecture in EXPERT_NAMES else {}),
+        **(EXPERTS if "num_experts" in family.tiny else {}),
         **changes,
     }
     (directory / "config.json").write_text(json.dumps(source))

@@ -16,6 +16,7 @@ from first_minutes.cases import Case, Outcome, Setting
 from first_minutes.clock import device_s
 from spmdrl.models.attention import make_kernel, resolve_attention
 from spmdrl.models.spans import Span
+from spmdrl.models.specs import AttentionOptions
 from spmdrl.rollout.native.varlen import varlen_attn
 
 _PAGE, _DIM = 256, 128
@@ -144,7 +145,8 @@ def training(setting: Setting, heads: int, kv_heads: int) -> Outcome:
     kind = resolve_attention("auto", device, dtype)
     starts = [i * length for i in range(count)]
     spans = [Span(q_start=s, q_stop=s + length, own=(s, s + length)) for s in starts]
-    function = make_kernel(kind).prepare(spans, dtype=dtype, device=device)
+    options = AttentionOptions(scale=dim**-0.5)
+    function = make_kernel(kind).prepare(spans, options, dtype=dtype, device=device)
     query, key, value = (
         torch.randn(count * length, n, dim, device=device).to(dtype).requires_grad_()
         for n in (heads, kv_heads, kv_heads)

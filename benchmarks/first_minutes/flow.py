@@ -30,7 +30,7 @@ from spmdrl.commands.train import train
 from spmdrl.config.load import load_config
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.export import save_pretrained
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.world import start_world, stop_world

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.files.hf import fill
-from spmdrl.models.sharding import Slice, global_shapes
+from spmdrl.models.sharding import global_shapes
+from spmdrl.models.tensors import Slice
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import Request, SamplingParams
@@ -177,7 +178,13 @@ def read_per_step(model: ModelConfig) -> int:
 
 def cache_per_token(model: ModelConfig) -> int:
     """Bytes of keys and values of a token in all layers."""
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * BFLOAT16_BYTES
+    return (
+        2
+        * model.num_layers
+        * model.attention.num_kv_heads
+        * model.attention.head_dim
+        * BFLOAT16_BYTES
+    )
 
 
 def body_and_head(model: ModelConfig) -> tuple[int, int]:
@@ -194,4 +201,4 @@ def attention_flops(model: ModelConfig, lengths: Iterable[tuple[int, int]]) -> f
         lengths: queries and keys of every sequence, aligned at the end.
     """
     seen = sum(q * k - q * (q - 1) / 2 for q, k in lengths)
-    return 4 * model.num_layers * model.num_heads * model.head_dim * seen
+    return 4 * model.num_layers * model.attention.num_heads * model.attention.head_dim * seen

@@ -17,7 +17,7 @@ import torch
 
 from spmdrl.batch import Batch
 from spmdrl.models.local_shards import LocalShard, Table
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 from spmdrl.training.context import split_stream
 from spmdrl.training.packing import pack
 from spmdrl.weights.plan import plan_sync

@@ -1,4 +1,4 @@
-"""Names that a flow, role, environment, trainer, reward or backend of a user's own imports.
+"""Names that a flow, role, reward, backend or model family of a user's own imports.
 
 `from spmdrl.api import Run, Policy` stays valid where modules move. Importing this module imports
 nothing else: a name is looked up when it is used, and torch comes with the first that needs it.
@@ -9,14 +9,18 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
   `ItemSet`, `DataItem`, `items_of`, `Conversation`, `Pair`, `mismatched`.
 - Roles: `Policy`, `Reference`, `Reward`, `Value`, `Rollout`, `CustomRole`; their calls: `Call`,
   `together`, `Generation`, `Update`, `UpdateRecords`, `LossFn`, `LossInput`.
+- A family of models: `Family`, `Body`, `Fields`, `LayerSpec`, `NormSpec`; its blocks:
+  `SoftmaxAttention`, `AttentionOptions`, `LatentAttention`, `GatedDelta`, `DenseMlp`, `MoeMlp`,
+  `SharedExperts`, `ClampedSwiglu`; readings: `alike`, `dense_mlp`, `heads_of`, `layer_kinds`,
+  `norm_of`, `num_experts_of`, `plain_attention`, `rope_of`, `ropes_of`, `windows_of`.
 - Numbers of all ranks: `moments`, `Moments`, `world_any`, `world_max`, `world_sum`,
   `broadcast_object`, `gather_objects`, `gather_tables`; estimates and names of evaluations:
   `clustered_mean`, `pair_accuracy`, `CHOSEN`, `EVAL`, `ACCURACY`, `STANDARD_ERROR`.
 - A role of one's own: `UserRole`, `Column`, `RoleContext`; with a model of the train backend:
   `TorchBackend`, `TrainOptions`, `open_model`, `Readout`, `SCORES`, `VALUES`, `next_token`.
-- A backend or an engine: `TrainBackend`, `OptimStep`, `LocalTensors`; `RolloutEngine`, `Request`,
-  `Completion`, `Finish`, `SamplingParams`; adapters of a call: `OWN`, `open_adapter`,
-  `read_adapter`.
+- A backend or an engine: `TrainSystem`, `Traffic`, `TrainMemory`, `plain_memory`, `RoleSpec`,
+  `TrainBackend`, `OptimStep`, `LocalTensors`; `RolloutEngine`, `Request`, `Completion`,
+  `Finish`, `SamplingParams`; adapters: `OWN`, `open_adapter`, `read_adapter`.
 - Parts of the shipped flows, to subclass: `GroupEnvironment`, `GrpoTrainer`, `PpoTrainer`,
   `DpoTrainer`, `OnlineDpoTrainer`, `SftTrainer`, `RewardModelTrainer`, `HeldOutPreferences`.
 - Their terms: `update_of`, `token_advantages`, `puts_kl_in_reward`, `policy_loss`,
@@ -76,9 +80,7 @@ if TYPE_CHECKING:
         loss_shares as loss_shares,
         loss_weights as loss_weights,
     )
-    from spmdrl.algorithms.supervised import (
-        bradley_terry_loss as bradley_terry_loss,
-    )
+    from spmdrl.algorithms.supervised import bradley_terry_loss as bradley_terry_loss
     from spmdrl.algorithms.reward_shaping import (
         RewardScaler as RewardScaler,
         missing_eos_penalty as missing_eos_penalty,
@@ -90,9 +92,7 @@ if TYPE_CHECKING:
         kl_in_reward as kl_in_reward,
         overlong_penalty as overlong_penalty,
     )
-    from spmdrl.algorithms.supervised import (
-        next_token_loss as next_token_loss,
-    )
+    from spmdrl.algorithms.supervised import next_token_loss as next_token_loss
     from spmdrl.algorithms.value_loss import (
         gae as gae,
         VALUE_COLUMNS as VALUE_COLUMNS,
@@ -109,12 +109,8 @@ if TYPE_CHECKING:
         AlgorithmSection as AlgorithmSection,
         PreferenceSection as PreferenceSection,
     )
-    from spmdrl.config.sections import (
-        Config as Config,
-    )
-    from spmdrl.data.conversations import (
-        Conversation as Conversation,
-    )
+    from spmdrl.config.sections import Config as Config
+    from spmdrl.data.conversations import Conversation as Conversation
     from spmdrl.data.item_set import (
         DataItem as DataItem,
         ItemSet as ItemSet,
@@ -129,9 +125,7 @@ if TYPE_CHECKING:
         Pair as Pair,
         mismatched as mismatched,
     )
-    from spmdrl.distributed.exchange import (
-        Column as Column,
-    )
+    from spmdrl.distributed.row_bytes import Column as Column
     from spmdrl.distributed.reduce import (
         Moments as Moments,
         broadcast_object as broadcast_object,
@@ -151,31 +145,21 @@ if TYPE_CHECKING:
         puts_kl_in_reward as puts_kl_in_reward,
         token_advantages as token_advantages,
     )
-    from spmdrl.flows.dpo import (
-        DpoTrainer as DpoTrainer,
-    )
-    from spmdrl.flows.environment import (
-        GroupEnvironment as GroupEnvironment,
-    )
-    from spmdrl.flows.grpo import (
-        GrpoTrainer as GrpoTrainer,
-    )
+    from spmdrl.flows.dpo import DpoTrainer as DpoTrainer
+    from spmdrl.flows.environment import GroupEnvironment as GroupEnvironment
+    from spmdrl.flows.grpo import GrpoTrainer as GrpoTrainer
     from spmdrl.flows.held_out_preferences import (
         HeldOutPreferences as HeldOutPreferences,
         log_ratio as log_ratio,
     )
-    from spmdrl.flows.online_dpo import (
-        OnlineDpoTrainer as OnlineDpoTrainer,
-    )
+    from spmdrl.flows.online_dpo import OnlineDpoTrainer as OnlineDpoTrainer
     from spmdrl.flows.policy_terms import (
         policy_columns as policy_columns,
         policy_loss as policy_loss,
         update_of as update_of,
         with_loss_weights as with_loss_weights,
     )
-    from spmdrl.flows.ppo import (
-        PpoTrainer as PpoTrainer,
-    )
+    from spmdrl.flows.ppo import PpoTrainer as PpoTrainer
     from spmdrl.flows.preference_terms import (
         BASELINE as BASELINE,
         REFERENCE as REFERENCE,
@@ -190,21 +174,42 @@ if TYPE_CHECKING:
         ReferenceSums as ReferenceSums,
         distinct_rows as distinct_rows,
     )
-    from spmdrl.flows.reward_model import (
-        RewardModelTrainer as RewardModelTrainer,
+    from spmdrl.flows.reward_model import RewardModelTrainer as RewardModelTrainer
+    from spmdrl.flows.sft import SftTrainer as SftTrainer
+    from spmdrl.models.family import (
+        Body as Body,
+        Family as Family,
     )
-    from spmdrl.flows.sft import (
-        SftTrainer as SftTrainer,
+    from spmdrl.models.family_parts import (
+        alike as alike,
+        dense_mlp as dense_mlp,
+        heads_of as heads_of,
+        layer_kinds as layer_kinds,
+        norm_of as norm_of,
+        num_experts_of as num_experts_of,
+        plain_attention as plain_attention,
+        rope_of as rope_of,
+        ropes_of as ropes_of,
+        windows_of as windows_of,
     )
-    from spmdrl.models.files.hf import (
-        open_model as open_model,
-    )
+    from spmdrl.models.fields import Fields as Fields
+    from spmdrl.models.files.hf import open_model as open_model
     from spmdrl.models.files.peft import (
         open_adapter as open_adapter,
         read_adapter as read_adapter,
     )
-    from spmdrl.models.local_shards import (
-        LocalTensors as LocalTensors,
+    from spmdrl.models.local_shards import LocalTensors as LocalTensors
+    from spmdrl.models.specs import (
+        AttentionOptions as AttentionOptions,
+        ClampedSwiglu as ClampedSwiglu,
+        DenseMlp as DenseMlp,
+        GatedDelta as GatedDelta,
+        LatentAttention as LatentAttention,
+        LayerSpec as LayerSpec,
+        MoeMlp as MoeMlp,
+        NormSpec as NormSpec,
+        SharedExperts as SharedExperts,
+        SoftmaxAttention as SoftmaxAttention,
     )
     from spmdrl.observe.names import (
         ACCURACY as ACCURACY,
@@ -248,31 +253,34 @@ if TYPE_CHECKING:
         Metrics as Metrics,
         Trainer as Trainer,
     )
-    from spmdrl.run.run import (
-        Run as Run,
-    )
+    from spmdrl.run.run import Run as Run
     from spmdrl.run.step_report import (
         joined as joined,
         update_metrics as update_metrics,
     )
-    from spmdrl.training.options import (
-        TrainOptions as TrainOptions,
-    )
+    from spmdrl.training.options import TrainOptions as TrainOptions
     from spmdrl.training.protocol import (
         LossFn as LossFn,
         LossInput as LossInput,
         OptimStep as OptimStep,
         TrainBackend as TrainBackend,
     )
+    from spmdrl.planning.systems.protocol import (
+        Traffic as Traffic,
+        TrainSystem as TrainSystem,
+    )
+    from spmdrl.planning.systems.train_memory import (
+        TrainMemory as TrainMemory,
+        plain_memory as plain_memory,
+    )
+    from spmdrl.role_spec import RoleSpec as RoleSpec
     from spmdrl.training.readout import (
         Readout as Readout,
         SCORES as SCORES,
         VALUES as VALUES,
         next_token as next_token,
     )
-    from spmdrl.training.torch_backend import (
-        TorchBackend as TorchBackend,
-    )
+    from spmdrl.training.torch_backend import TorchBackend as TorchBackend
 
 _NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -298,7 +306,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "data.item_set": "DataItem ItemSet items_of",
         "data.order": "DataSet StepRows home_rows",
         "data.preferences": "Pair mismatched",
-        "distributed.exchange": "Column",
+        "distributed.row_bytes": "Column",
         "distributed.reduce": (
             "Moments broadcast_object gather_objects gather_tables moments world_any world_max "
             "world_sum"
@@ -318,9 +326,19 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "flows.reference_sums": "AskedSums CachedSums ReferenceSums distinct_rows",
         "flows.reward_model": "RewardModelTrainer",
         "flows.sft": "SftTrainer",
+        "models.family": "Body Family",
+        "models.family_parts": (
+            "alike dense_mlp heads_of layer_kinds norm_of num_experts_of plain_attention rope_of "
+            "ropes_of windows_of"
+        ),
+        "models.fields": "Fields",
         "models.files.hf": "open_model",
         "models.files.peft": "open_adapter read_adapter",
         "models.local_shards": "LocalTensors",
+        "models.specs": (
+            "AttentionOptions ClampedSwiglu DenseMlp GatedDelta LatentAttention LayerSpec MoeMlp "
+            "NormSpec SharedExperts SoftmaxAttention"
+        ),
         "observe.names": "ACCURACY EVAL STANDARD_ERROR",
         "roles.calls": "Call together",
         "roles.custom": "CustomRole RoleContext UserRole",
@@ -332,6 +350,9 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "run.run": "Run",
         "run.step_report": "joined update_metrics",
         "training.options": "TrainOptions",
+        "planning.systems.protocol": "Traffic TrainSystem",
+        "planning.systems.train_memory": "TrainMemory plain_memory",
+        "role_spec": "RoleSpec",
         "training.protocol": "LossFn LossInput OptimStep TrainBackend",
         "training.readout": "Readout SCORES VALUES next_token",
         "training.torch_backend": "TorchBackend",

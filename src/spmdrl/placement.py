@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from spmdrl.config.roles import RoleSection
+from spmdrl.config.roles import MegatronSettings, RoleSection
 from spmdrl.config.sections import Config
+from spmdrl.distributed.folding import TINY_LIMITS, fold_degrees, fold_ranks
 from spmdrl.distributed.mesh import check_ranks, format_ranks
 
 Roles = Mapping[str, RoleSection]
@@ -20,10 +20,15 @@ DeviceType = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """One role's ranks (in mesh order), and its degrees along the mesh's axes and ep."""
+    """One role's ranks (in mesh order), and its degrees along the mesh's axes and ep.
+
+    Args:
+        folded_from: its place in the world that the configuration is for, if that is another.
+    """
 
     ranks: tuple[int, ...]
     degrees: Mapping[str, int]
+    folded_from: Placement | None = None
 
     @property
     def num_replicas(self) -> int:
@@ -41,24 +46,68 @@ def place_roles(
     """Every role's placement, in the configuration's order.
 
     Ranks are numbered node by node, `local_size` of them on each (by default all on one). With
-    `model.tiny`, a configuration for more ranks is folded into the world, so that any configuration
-    can be debugged on a laptop.
+    `fold` or `model.tiny` a configuration for other ranks is folded into the world
+    (`distributed.folding`).
 
     Raises:
         ValueError: ranks are outside the world, degrees do not multiply to the ranks, or a
             tensor-parallel group spans several nodes and the role does not allow it.
     """
     local_size = world_size if local_size is None else local_size
-    if config.model.tiny:
-        local_needed = _local_needed(config.roles, local_size)
-        needed = _world_needed(config.roles, local_needed)
-        if needed > world_size or local_needed != local_size:
-            return _fold(_place(config.roles, needed, local_needed), world_size)
+    if config.fold or config.model.tiny:
+        return _fold(config, world_size, local_size)
     placements = _place(config.roles, world_size, local_size)
     for name, placement in placements.items():
         if not config.roles[name].tp_across_nodes:
             _check_nodes(name, placement, local_size)
     return placements
+
+
+def fold_text(config: Config, placements: Mapping[str, Placement], world_size: int) -> str | None:
+    """Tell in one line what a fold has changed; None: nothing."""
+    before = [placement.folded_from or placement for placement in placements.values()]
+    roles: dict[str, list[str]] = {}
+    for name, placement in placements.items():
+        if changes := list(_changes(config.roles[name], placement)):
+            roles.setdefault(", ".join(changes), []).append(name)
+    if not roles:
+        return None
+    needed = 1 + max(placement.ranks[-1] for placement in before)
+    idle = set(range(world_size)).difference(
+        *(placement.ranks for placement in placements.values())
+    )
+    texts = [f"{', '.join(names)}: {changes}" for changes, names in roles.items()]
+    texts += [f"ranks {format_ranks(sorted(idle))} have no role"] if idle else []
+    return f"folded from {needed} ranks to {world_size}: {'; '.join(texts)}"
+
+
+def _changes(section: RoleSection, placement: Placement) -> Iterator[str]:
+    """Yield what a fold has changed of one role, a text for each."""
+    before = placement.folded_from
+    if before is None:
+        return
+    if before.ranks != placement.ranks:
+        yield f"ranks {format_ranks(before.ranks)} -> {format_ranks(placement.ranks)}"
+    for axis, degree in before.degrees.items():
+        if degree != placement.degrees[axis]:
+            yield f"{axis} {degree} -> {placement.degrees[axis]}"
+    kept = kept_megatron(section, placement)
+    for key, value in section.megatron.items():
+        if key not in kept:
+            yield f"megatron.{key} {str(value).lower()} -> {'false' if value is True else 1}"
+
+
+def kept_megatron(section: RoleSection, placement: Placement) -> MegatronSettings:
+    """Megatron's settings of a role, without those that a folded axis has taken the ranks from."""
+    given = section.megatron
+    if placement.folded_from is None:
+        return given
+    kept = MegatronSettings()
+    if "vpp" in given and placement.degrees["pp"] > 1:
+        kept["vpp"] = given["vpp"]
+    if "sp" in given and placement.degrees["tp"] > 1:
+        kept["sp"] = given["sp"]
+    return kept
 
 
 def role_device_type(
@@ -96,8 +145,8 @@ def _place(roles: Roles, world_size: int, local_size: int) -> dict[str, Placemen
         if outside:
             raise ValueError(
                 f"roles.{name}.ranks={section.ranks!r} names ranks {outside}, but the world has "
-                f"{world_size} (0-{world_size - 1}), {local_size} per node: start more ranks or "
-                "change the key"
+                f"{world_size} (0-{world_size - 1}), {local_size} per node: start more ranks, "
+                "change the key, or run on these with --fold"
             )
         placements[name] = Placement(ranks=ranks, degrees=_degrees(name, section, len(ranks)))
         check_ranks(name, ranks, placements[name].degrees, world_size)
@@ -107,16 +156,24 @@ def _place(roles: Roles, world_size: int, local_size: int) -> dict[str, Placemen
 def _check_nodes(name: str, placement: Placement, local_size: int) -> None:
     """ValueError if a tensor-parallel group, neighbours in `ranks`, spans several nodes."""
     ranks, tp = placement.ranks, placement.degrees["tp"]
+    for group, nodes in _spread_groups(ranks, tp, local_size):
+        raise ValueError(
+            f"roles.{name}.tp={tp} on ranks {format_ranks(ranks)}, {local_size} per node, puts "
+            f"the tensor-parallel group {format_ranks(group)} on the nodes "
+            f"{format_ranks(nodes)}, where every layer would wait for the network: lower "
+            f"roles.{name}.tp, name other ranks, or set roles.{name}.tp_across_nodes=true"
+        )
+
+
+def _spread_groups(
+    ranks: Sequence[int], tp: int, local_size: int
+) -> Iterator[tuple[Sequence[int], list[int]]]:
+    """Tensor-parallel groups on several nodes, each with these nodes."""
     for start in range(0, len(ranks), tp):
         group = ranks[start : start + tp]
         nodes = sorted({rank // local_size for rank in group})
         if len(nodes) > 1:
-            raise ValueError(
-                f"roles.{name}.tp={tp} on ranks {format_ranks(ranks)}, {local_size} per node, puts "
-                f"the tensor-parallel group {format_ranks(group)} on the nodes "
-                f"{format_ranks(nodes)}, where every layer would wait for the network: lower "
-                f"roles.{name}.tp, name other ranks, or set roles.{name}.tp_across_nodes=true"
-            )
+            yield group, nodes
 
 
 def _named_ranks(name: str, roles: Roles) -> str:
@@ -191,16 +248,27 @@ def _degrees(name: str, section: RoleSection, num_ranks: int) -> dict[str, int]:
         shown = " x ".join(f"roles.{name}.{axis}={n}" for axis, n in degrees.items() if n > 1)
         raise ValueError(
             f"{shown or 'degrees of 1'} make {math.prod(degrees.values())} ranks, but "
-            f"roles.{name}.ranks={section.ranks!r} are {num_ranks}"
+            f"roles.{name}.ranks={section.ranks!r} are {num_ranks}: change one of them, or run on "
+            "these with --fold"
         )
     return {**degrees, "ep": section.ep}
 
 
+def _is_fixed(section: RoleSection) -> bool:
+    """Whether the degrees that are set leave no choice of the number of ranks."""
+    return section.dp_replicate is not None and section.dp_shard != "all"
+
+
 def _least(section: RoleSection) -> int:
     """Divisor of the number of ranks, given the degrees that are set explicitly."""
-    shard = 1 if section.dp_shard == "all" else section.dp_shard
-    written = section.pp * (section.dp_replicate or 1) * shard * section.cp * section.tp
-    return math.lcm(written, section.pp * math.lcm(section.tp, section.ep))
+    inner, cp = section.pp * section.tp, section.cp
+    # the ranks of dp and cp hold the parts of the experts that tp leaves
+    with_experts = math.lcm(cp, section.ep // math.gcd(section.tp, section.ep))
+    if section.dp_shard == "all":
+        return inner * (section.dp_replicate or 1) * with_experts
+    if section.dp_shard == 1 and section.dp_replicate is None:
+        return inner * with_experts
+    return inner * (section.dp_replicate or 1) * section.dp_shard * cp
 
 
 def _local_needed(roles: Roles, local_size: int) -> int:
@@ -210,74 +278,64 @@ def _local_needed(roles: Roles, local_size: int) -> int:
         if (nodes := _named_nodes(name, roles)) is not None:
             least = _least(section)
             needed = math.lcm(needed, least // math.gcd(least, len(nodes)))
-            fixed = fixed or (section.dp_replicate is not None and section.dp_shard != "all")
+            fixed = fixed or _is_fixed(section)
     return local_size if local_size % needed == 0 and not fixed else needed
 
 
-def _world_needed(roles: Roles, local_size: int) -> int:
-    """The smallest world in which every role has the ranks that its ranks and degrees ask for."""
-    highest, divisor = 0, 1
+def _world_needed(roles: Roles, world_size: int, local_size: int) -> int:
+    """Number of ranks of the world that the ranks and degrees of all roles ask for: `world_size` if
+    it suits, otherwise the smallest larger one; or a smaller one where nothing else does.
+    """
+    highest, divisor, fixed = 0, 1, False
     for name, section in roles.items():
         if (ranks := _ranks(name, roles, local_size)) is not None:
             highest = max(highest, ranks[-1])
         else:
             divisor = math.lcm(divisor, _least(section))
-    return -(-(highest + 1) // divisor) * divisor
+            fixed = fixed or _is_fixed(section)
+    least = highest + 1 if fixed else max(highest + 1, world_size)
+    return -(-least // divisor) * divisor
 
 
-def _fold(placements: Mapping[str, Placement], world_size: int) -> dict[str, Placement]:
-    """Placements of a larger world on `world_size` ranks.
-
-    Ranks that serve the same roles form a cell. Every cell keeps at least one rank of its own while
-    there are enough, so that roles on disjoint ranks stay disjoint; further ranks go to the cell
-    with the most original ranks per rank. Degrees are cut to the remaining ranks, tp last, before
-    it pp, cp, dp_shard; ep is cut to a divisor of these.
-    """
-    cells: dict[frozenset[str], int] = {}
-    for rank in sorted({rank for p in placements.values() for rank in p.ranks}):
-        roles = frozenset(name for name, p in placements.items() if rank in p.ranks)
-        cells[roles] = cells.get(roles, 0) + 1
-    room = _share(list(cells.values()), world_size)
+def _fold(config: Config, world_size: int, local_size: int) -> dict[str, Placement]:
+    """Placements on these ranks, folded as far as the configuration is for others."""
+    roles = config.roles
+    local_needed = _local_needed(roles, local_size)
+    needed = _world_needed(roles, world_size, local_needed)
+    wanted = _place(roles, needed, local_needed)
+    ranks = {name: placement.ranks for name, placement in wanted.items()}
+    if needed > world_size or local_needed != local_size:
+        ranks = fold_ranks(ranks, world_size)
     folded = {}
-    for name, placement in placements.items():
-        ranks = sorted(
-            {r for roles, own in zip(cells, room, strict=True) if name in roles for r in own}
+    for name, before in wanted.items():
+        # roles that share a base must remain alike
+        section = roles[roles[name].base or name]
+        limits = TINY_LIMITS if config.model.tiny else {}
+        tp = math.gcd(before.degrees["tp"], len(ranks[name]), limits.get("tp", 0))
+        if not section.tp_across_nodes:
+            tp = _tp_within_nodes(ranks[name], tp, local_size)
+        degrees = fold_degrees(
+            before.degrees,
+            len(ranks[name]),
+            limits={**limits, "tp": tp},
+            shards_all=section.dp_shard == "all",
         )
-        folded[name] = Placement(
-            ranks=tuple(ranks), degrees=_fold_degrees(placement.degrees, len(ranks))
-        )
+        after = Placement(ranks=ranks[name], degrees=degrees)
+        folded[name] = before if after == before else replace(after, folded_from=before)
+        check_ranks(name, after.ranks, degrees, world_size)
     return folded
 
 
-def _share(sizes: Sequence[int], world_size: int) -> list[range]:
-    """A range of ranks for each cell; cells share ranks only if there are more cells than ranks."""
-    if len(sizes) >= world_size:
-        places = [i * world_size // len(sizes) for i in range(len(sizes))]
-        return [range(place, place + 1) for place in places]
-    room = [1] * len(sizes)
-    for _ in range(min(world_size, sum(sizes)) - len(sizes)):
-        room[max(range(len(sizes)), key=lambda i: (sizes[i] / room[i], -i))] += 1
-    return [range(stop - own, stop) for own, stop in zip(room, accumulate(room), strict=True)]
-
-
-def _fold_degrees(degrees: Mapping[str, int], num_ranks: int) -> dict[str, int]:
-    folded = dict.fromkeys(degrees, 1)
-    for axis in ("tp", "pp", "cp", "dp_shard"):
-        folded[axis] = math.gcd(degrees[axis], num_ranks)
-        if axis == "pp":  # a tiny model has two layers
-            folded[axis] = math.gcd(folded[axis], 2)
-        num_ranks //= folded[axis]
-    folded["dp_replicate"] = num_ranks
-    inside_tp = degrees["tp"] % degrees["ep"] == 0  # a rollout requires it
-    shard = folded["dp_shard"] * folded["cp"] * (1 if folded["dp_shard"] > 1 else num_ranks)
-    room = folded["tp"] * (1 if inside_tp else shard)
-    return folded | {"ep": math.gcd(degrees["ep"], room)}
+def _tp_within_nodes(ranks: Sequence[int], tp: int, local_size: int) -> int:
+    """The largest divisor of `tp` whose groups are each on one node."""
+    divisors = (n for n in range(tp, 0, -1) if tp % n == 0)
+    return next(n for n in divisors if not any(_spread_groups(ranks, n, local_size)))
 
 
 def placement_table(
     placements: Mapping[str, Placement], memory: Mapping[str, str] | None = None
 ) -> str:
-    """Role, ranks and degrees as an aligned table, for the start of a run and `explain`.
+    """Role, ranks and degrees as an aligned table, for the start of a run and `plan`.
 
     `memory`: text by role for the last column, which is empty for other roles.
     """

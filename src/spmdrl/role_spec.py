@@ -11,16 +11,17 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from spmdrl.config.roles import AdapterSection, RoleSection
-from spmdrl.config.sections import Config, TrainSection
-from spmdrl.distributed.mesh import format_ranks
+from spmdrl.config.sections import Config
+from spmdrl.config.training import TrainSection
+from spmdrl.distributed.mesh import expert_degrees, format_ranks
 from spmdrl.models.adapters import Adapter, find_targets, is_expert_target, make_adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.peft import open_peft
+from spmdrl.models.model_classes import skipped_token
 from spmdrl.models.sharding import Head
 from spmdrl.placement import DeviceType, Placement, role_device_type
 
@@ -33,8 +34,6 @@ HEADS: Mapping[str, Head] = {
     "rollout": "lm",
 }
 """Kind of role -> the head of its model."""
-
-Backend = Literal["torch", "megatron", "native", "vllm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +49,7 @@ class RoleSpec:
         device_type: device of its ranks.
         dtype: dtype that it computes in.
         trained: whether it has an optimizer.
-        backend: train backend, or engine of a rollout.
+        backend: train backend (`train.backend`), or engine of a rollout.
         is_tiny: whether its model is made of random weights (`model.tiny`).
         adapter: the additions to its weights, which then do not train; a rollout has the policy's
             if its engine applies them unmerged.
@@ -67,7 +66,7 @@ class RoleSpec:
     device_type: DeviceType
     dtype: torch.dtype
     trained: bool
-    backend: Backend
+    backend: str
     is_tiny: bool
     adapter: Adapter | None = None
     base: str | None = None
@@ -75,6 +74,15 @@ class RoleSpec:
     @property
     def head(self) -> Head:
         return HEADS[self.kind]
+
+    @property
+    def skipped(self) -> int | None:
+        """The token that a reward model passes over at a row's end, to read its score before it."""
+        if self.kind != "reward" or self.section.readout == "last":
+            return None
+        if self.section.readout == "auto":
+            return skipped_token(self.model.source, self.model.pad_id)
+        return self.model.pad_id
 
     @property
     def device(self) -> torch.device:
@@ -89,6 +97,11 @@ class RoleSpec:
     def has_fixed_base(self) -> bool:
         """Whether its model's matrices never change, so that they have no masters."""
         return not self.trained or self.adapter is not None or self.base is not None
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether its replicas hold different experts, and so exchange tokens."""
+        return expert_degrees(self.placement.degrees)["exchange"] > 1
 
     @property
     def is_vllm(self) -> bool:
@@ -215,9 +228,14 @@ def role_adapter(name: str, config: Config, model: ModelConfig) -> Adapter | Non
         return _adapter_of_file(key, own, own.path, model, HEADS[config.role_kind(name)])
     targets = _given_targets(key, own, model)
     made = make_adapter(
-        targets, rank=own.rank, alpha=own.alpha, rslora=own.rslora, dropout=own.dropout
+        targets,
+        rank=own.rank,
+        alpha=own.alpha,
+        rslora=own.rslora,
+        dropout=own.dropout,
+        experts=own.experts,
     )
-    return _without_dropped_experts(key, made)
+    return _checked_experts(key, made)
 
 
 def _given_targets(key: str, own: AdapterSection, model: ModelConfig) -> tuple[str, ...]:
@@ -232,7 +250,7 @@ def _adapter_of_file(
 ) -> Adapter:
     """Read an adapter's description; keys that the configuration also gives must agree with it."""
     try:
-        opened = open_peft(path, model, head=head)
+        opened = open_peft(path, model, head=head, experts=own.experts)
     except ValueError as error:
         raise ValueError(f"{key}.path: {error}") from None
     file, adapter = opened.file, opened.adapter
@@ -259,12 +277,22 @@ def _adapter_of_file(
         refuse("init", "values of its own")
     if "dropout" in given:
         adapter = replace(adapter, dropout=own.dropout)
-    return _without_dropped_experts(key, adapter)
+    return _checked_experts(key, adapter)
 
 
-def _without_dropped_experts(key: str, adapter: Adapter) -> Adapter:
-    """Return the adapter; ValueError if inputs of experts would be dropped (PEFT lacks it too)."""
-    if adapter.dropout > 0 and any(map(is_expert_target, adapter.targets)):
+def _checked_experts(key: str, adapter: Adapter) -> Adapter:
+    """Return the adapter.
+
+    Raises:
+        ValueError: inputs of experts would be dropped, which PEFT lacks too; or it has no experts.
+    """
+    has_experts = any(map(is_expert_target, adapter.targets))
+    if adapter.shares_experts and not has_experts:
+        raise ValueError(
+            f"{key}.experts=shared: no expert is adapted: add experts to {key}.targets, or leave "
+            "the key out"
+        )
+    if adapter.dropout > 0 and has_experts:
         raise ValueError(
             f"{key}.dropout={adapter.dropout}: experts have no dropout: set it to 0, or targets to "
             "attention"

@@ -44,7 +44,8 @@ from spmdrl.checkpoint.load import (
 from spmdrl.checkpoint.rng import restore_rng, rng_state
 from spmdrl.checkpoint.writing import CheckpointWriter, Retention, remove_partial
 from spmdrl.models.config import ModelConfig, parse_config
-from spmdrl.models.sharding import Slice, global_shapes
+from spmdrl.models.sharding import global_shapes
+from spmdrl.models.tensors import Slice
 from spmdrl.weights.layout import model_layout
 from spmdrl.world import World
 

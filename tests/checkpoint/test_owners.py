@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from spmdrl.checkpoint.index import Mark, only, slice_owners
 from spmdrl.checkpoint.stream import write_safetensors
 from spmdrl.models.config import parse_config
-from spmdrl.models.sharding import Slice, global_shapes
+from spmdrl.models.sharding import global_shapes
+from spmdrl.models.tensors import Slice
 from spmdrl.weights.layout import key, model_layout
 
 CONFIG = parse_config(

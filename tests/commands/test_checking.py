@@ -318,7 +318,7 @@ def test_faults_are_records(checked):
     assert lines[1]["value"] == 3
     code, lines, _ = checked("--ranks", "4", "--ranks-per-node", "3")
     assert code == 2 and "--ranks 4 with --ranks-per-node 3" in lines[0]["message"]
-    # explain refuses the same
+    # plan refuses the same
     assert checked("--ranks", "4", "--ranks-per-node", "2", "roles.policy.ranks=nodes 0-1")[0] == 0
     assert checked("model.path=nowhere")[1][0]["message"].count("nowhere")
 

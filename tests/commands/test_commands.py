@@ -10,6 +10,7 @@ import torch
 
 from flow_cases import run_configs, write_config
 from harness import run_ranks
+from replay import assert_same_samples
 from spmdrl.commands.evaluate import evaluate, generate
 from spmdrl.config.load import load_config
 from spmdrl.models.files.hf import open_checkpoint
@@ -48,6 +49,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(root):
         assert same_but_for_time(a, b), a["step"]
 
 
+def test_a_folded_run_resumes_unfolded_and_the_other_way_round(root, tmp_path):
+    roles = {"policy": {"tp": 2}, "reference": {"tp": 2}, "rollout": {"tp": 2}}
+    config = write_config(
+        tmp_path / "tp2.yaml",
+        root / "model",
+        tmp_path / "parts",
+        environment="replay:ReplayEnvironment",
+        roles=roles,
+        algorithm={"kl_coef": 0.1},
+    )
+    whole = [(str(config), [f"run_dir={tmp_path / 'whole'}"])]
+    (expected,) = run_ranks(run_configs, 2, whole, str(tmp_path), timeout_s=200)[0]
+    for steps, (ranks, fold) in enumerate(((2, "false"), (1, "true"), (2, "false")), start=1):
+        words = [f"steps={steps}", f"fold={fold}"]
+        (found,) = run_ranks(run_configs, ranks, [(str(config), words)], str(tmp_path))[0]
+    assert [record["step"] for record in found] == [1, 2, 3]
+    for step, (a, b) in enumerate(zip(expected, found, strict=True)):
+        for metric in ("loss", "grad_norm", "ref_kl", "entropy", "reward"):
+            assert b[metric] == pytest.approx(a[metric], rel=1e-4, abs=1e-6), (step, metric)
+        assert_same_samples(tmp_path, "parts", step)
+
+
 def test_a_checkpoint_continues_on_another_layout(root):
     config = write_config(
         root / "layout.yaml", root / "model", root / "layout", steps=2, checkpoint={"every": 1}
@@ -79,12 +102,16 @@ def serve(world: World, path: str, prompts: str, out: str) -> tuple[dict[str, fl
     return metrics, generate(config, world, prompts, out)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_eval_and_generate(root, ranks):
+FOLDED = {"fold": True, "roles": {"policy": {"ranks": "0-3"}, "rollout": {"ranks": "4-7", "tp": 4}}}
+
+
+@pytest.mark.parametrize(("ranks", "sections"), [(1, {}), (2, {}), (2, FOLDED)])
+def test_eval_and_generate(root, ranks, sections):
     config = write_config(
         root / f"serve_{ranks}.yaml",
         root / "model",
         root / f"serve_{ranks}",
+        **sections,
         evaluation={"held_out": 5, "num_samples": 4, "k": [1, 4], "threshold": 1.0},
     )
     prompts = root / "prompts.jsonl"

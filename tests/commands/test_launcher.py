@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from flow_cases import questions, write_config
 from interrupted import PHASE, Started, busy, living
+from spmdrl.commands.cli import parse
 from spmdrl.commands.launch import show_failure, torchrun_options
 from spmdrl.supervision.error_file import EXIT_CODE, LOST_PEER
 from tiny_model import make_tiny_model
@@ -41,6 +42,13 @@ def test_options_are_torchruns_and_the_script_is_the_command(variables, tmp_path
     os.environ["OMP_NUM_THREADS"] = "7"
     torchrun_options(["--nproc-per-node=2", *WORDS], [], str(tmp_path))
     assert os.environ["OMP_NUM_THREADS"] == "7"
+
+
+@pytest.mark.parametrize("words", [["--fold", *WORDS], [*WORDS, "--fold"]])
+def test_a_fold_is_the_commands_word(variables, tmp_path: Path, words: list[str]) -> None:
+    options = torchrun_options(["--nproc-per-node=2", *words], [], str(tmp_path))
+    assert options.training_script_args == [*WORDS, "--fold"]
+    assert parse(options.training_script_args).fold
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from spmdrl.config.doubts import doubts
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
 from spmdrl.models.config import parse_config
-from spmdrl.planning.layouts import frozen_names
+from spmdrl.planning.frozen import frozen_names
 
 MODEL = parse_config(
     {

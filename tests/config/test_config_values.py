@@ -190,10 +190,10 @@ def test_a_tilde_is_the_home_directory(files, monkeypatch):
 
 def test_what_answers_prompts_may_be_greedy(files):
     word = "sampling.temperature=0"
-    for command in ("generate", "eval", "report", "train", "explain"):
+    for command in ("generate", "eval", "report", "train", "plan"):
         words = [command, str(files["grpo"]), word]
         options = parse([*words, "--prompts=a", "--out=b"] if command == "generate" else words)
-        if command in ("train", "explain"):
+        if command in ("train", "plan"):
             with pytest.raises(ValueError, match="greedy samples teach nothing"):
                 load(options)
         else:

@@ -31,6 +31,7 @@ SET = "evaluation.sets.x={data: {size: 2}}"
 
 RULES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("algorithm.overlong_buffer", 64, ("algorithm.overlong_buffer=64", "sampling.max_tokens=64")),
+    ("roles.policy.readout", "last", ("roles.policy.readout=last",)),
     ("data.prompts_per_step", 1, ("data.prompts_per_step=1", "data.group_size=1")),
     ("data.group_size", 1, ("data.group_size=1",)),
     ("sampling.temperature", 0.0, ("sampling.temperature=0",)),
@@ -74,12 +75,11 @@ RULES: list[tuple[str, Any, tuple[str, ...]]] = [
         ["a"],
         ("algorithm.kl_coef=1", "roles.reference={freeze: [a]}"),
     ),
-    (
-        "roles.policy.freeze",
-        ["a"],
-        ("roles.policy.freeze=[a]", "train.backend=megatron"),
-    ),
+    ("train.backend", "apex", ("train.backend=apex",)),
+    ("train.backend_options", {"x": 1}, ("train.backend_options={x: 1}",)),
+    ("train.deepspeed.stage", 3, ("train.deepspeed.stage=3",)),
     ("roles.policy.pp", 2, ("roles.policy.pp=2",)),
+    ("roles.policy.pp", 2, ("roles.policy.pp=2", "train.backend=deepspeed")),
     ("roles.rollout.pp", 2, ("roles.rollout.pp=2",)),
     (
         "preference.label_smoothing",

@@ -24,7 +24,7 @@ from harness import run_ranks
 from key_rewards import TOKEN
 from key_rows import ROWS, Row
 from role_specs import specs_of
-from spmdrl.commands.explain import explain
+from spmdrl.commands.plan import plan_text
 from spmdrl.commands.train import train
 from spmdrl.config.data_sets import held_out_sets, train_sources
 from spmdrl.config.doubts import doubts
@@ -129,7 +129,7 @@ def plan_of(config: Config) -> dict[str, str]:
     """What is derived from a configuration without a run, as texts."""
     specs = specs_of(config, read_config(config.model.path), 4)
     texts = {
-        "explain": explain(config, 4).split("# derived", 1)[1],
+        "plan": plan_text(config, 4).split("# derived", 1)[1],
         "roles": repr({name: config.role_kind(name) for name in config.roles}),
         "kind": config.data_kind(),
         "sampling": repr(training_sampling(config)),
@@ -149,7 +149,7 @@ def plan_of(config: Config) -> dict[str, str]:
     texts["sources"] = repr(made)
     for name, spec in specs.items():
         if config.role_kind(name) == "rollout":
-            texts[f"engine {name}"] = repr(_native_options(config, spec))
+            texts[f"engine {name}"] = repr(_native_options(config, spec, None))
         if spec.trained:
             texts[f"training {name}"] = repr(train_options(config, spec, 1))
     return texts

@@ -13,9 +13,9 @@ from spmdrl.distributed.exchange import (
     Column,
     bring_home,
     gather_rows,
-    plan_exchange,
     send_to_role,
 )
+from spmdrl.distributed.exchange_plan import plan_exchange
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.world import World
 

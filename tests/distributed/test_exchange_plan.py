@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spmdrl.distributed.exchange import ExchangePlan, RowTable, plan_exchange
+from spmdrl.distributed.exchange_plan import ExchangePlan, RowTable, plan_exchange
 from spmdrl.distributed.minibatches import into_minibatches, split_groups_if_few
 
 Row = tuple[int, int]

@@ -103,9 +103,9 @@ class Bytes(TorchDispatchMode):
         return result
 
 
-def large_model() -> ModelConfig:
+def large_model(content: Mapping[str, Any] = LARGE) -> ModelConfig:
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(json.dumps(LARGE))
+        (Path(directory) / "config.json").write_text(json.dumps(content))
         return read_config(directory)
 
 
@@ -257,12 +257,12 @@ def policy_loss(given: LossInput) -> Any:
     )
 
 
-def make_backend(device: torch.device) -> TorchBackend:
+def make_backend(device: torch.device, model: ModelConfig | None = None) -> TorchBackend:
     torch_backend.fill_leaves = lambda leaves, checkpoint: None  # type: ignore[assignment]
     options = TrainOptions(microbatch_tokens=8192, param_dtype=torch.bfloat16, total_steps=10)
     return TorchBackend(
         Mesh("policy", [0], {}, "cuda"),
-        large_model(),
+        model or large_model(),
         None,  # type: ignore[arg-type]
         options,
         device,

@@ -63,10 +63,14 @@ GB_BY_OPERATION = {"mm": 79.6, "mul": 57.0, "add": 37.8, "_to_copy": 28.5, "cat"
 QUICK = ("decode", "release")
 
 
-def measure(figure: str, *words: str) -> dict[str, Any]:
-    """Figures that `figures.py` finds in a process of its own, in which nothing is computed."""
+RECURRENT = {"forward_launches": 931, "launches": 3287, "syncs": 1, "pageable": 0, "gb": 5.8}
+"""The same of `delta_figures.py`."""
+
+
+def measure(*words: str, file: str = "figures.py") -> dict[str, Any]:
+    """Figures that a file finds in a process of its own, in which nothing is computed."""
     answer = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "figures.py"), figure, *words],
+        [sys.executable, str(Path(__file__).parent / file), *words],
         env={**os.environ, "FAKE_GPU_VALUES": "0"},
         capture_output=True,
         text=True,
@@ -92,6 +96,13 @@ def test_no_figure_is_above_its_budget(figure: str) -> None:
     assert over(found, BUDGETS[figure]) == {}
     if figure == "update":
         assert over(found["gb_by_operation"], GB_BY_OPERATION) == {}
+
+
+def test_layers_of_the_gated_delta_rule_wait_for_nothing_and_have_the_memory_of_the_plan():
+    found = measure(file="delta_figures.py")
+    print(found)
+    assert over(found, RECURRENT) == {}
+    assert all(1 / 1.65 <= found[name] <= 1 for name in ("forward_of_planned", "of_planned"))
 
 
 FAULTS = {

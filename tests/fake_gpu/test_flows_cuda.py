@@ -25,6 +25,71 @@ SHAPE = {"hidden_size": 256, "head_dim": 64, "num_attention_heads": 4, "intermed
 """Heads that the half-precision attention kernels take."""
 
 EXPERTS = {"moe_intermediate_size": 128, "num_experts": 16, **SHAPE}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "windows and soft caps": (
+        "Gemma2ForCausalLM",
+        {
+            "sliding_window": 16,
+            "attn_logit_softcapping": 20.0,
+            # samples of one token, again and again, have no rewards that differ
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 64,
+        },
+    ),
+    "sinks": (
+        "GptOssForCausalLM",
+        {
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 128,
+        },
+    ),
+    "gated delta rule": (
+        "Qwen3NextForCausalLM",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "shared_expert_intermediate_size": 128,
+            "moe_intermediate_size": 128,
+        },
+    ),
+    "latent attention": (
+        "DeepseekV3ForCausalLM",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 64,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 128,
+        },
+    ),
+}
+"""A model for each kind of block that the cases above lack: its class and keys of config.json."""
+
+SDPA, REPLAY = "model.attention=sdpa", "algorithm.routing_replay=true"
+WORDS = {
+    "windows and soft caps": [SDPA],
+    "sinks": [SDPA, REPLAY],
+    "gated delta rule": [REPLAY],
+    "latent attention": [REPLAY],
+}
+"""Settings of these models. In bfloat16 the attention of two would be compiled to Triton's kernels,
+which the stand-in launches without computing values, and close choices of experts may differ.
+"""
+
 DTYPES = ("float32", "bfloat16")
 Written = tuple[Path, list[str]]
 
@@ -36,6 +101,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_model(root / "other", seed=1, **SHAPE)
     make_tiny_model(root / "scalar", seed=1, head="score", **SHAPE)
     make_tiny_model(root / "moe", "Qwen3MoeForCausalLM", **EXPERTS)
+    for name, (architecture, keys) in FAMILIES.items():
+        make_tiny_model(root / name, architecture, **{**SHAPE, **keys})
     write_pairs(root / "pairs.jsonl")
     return root
 
@@ -57,6 +124,11 @@ def grpo(root: Path, name: str) -> Written:
 def moe(root: Path, name: str) -> Written:
     train = {"num_minibatches": 2, "balance_coef": 0.01, "recompute": "layer"}
     return sampling(root, name, "moe", algorithm={"routing_replay": True}, train=train), []
+
+
+def family(name: str) -> Callable[[Path, str], Written]:
+    train, words = {"num_minibatches": 2, "lr": 1e-4}, WORDS[name]
+    return lambda root, run_name: (sampling(root, run_name, name, train=train), words)
 
 
 def ppo(root: Path, name: str) -> Written:
@@ -93,6 +165,7 @@ def supervised(flow: str) -> Callable[[Path, str], Written]:
 CASES: dict[str, Callable[[Path, str], Written]] = {
     "grpo": grpo,
     "grpo of experts": moe,
+    **{f"grpo, {name}": family(name) for name in FAMILIES},
     "ppo": ppo,
     "ppo on host": ppo_on_host,
     "online_dpo": online_dpo,

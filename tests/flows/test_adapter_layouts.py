@@ -12,6 +12,7 @@ from test_ppo_layouts import DISJOINT, METRICS
 from adapter_cases import OWN_BASES, make_peft, shared_roles
 from flow_cases import run_layouts
 from replay import assert_same_samples
+from sweeps import asked, only, swept
 from tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
@@ -65,15 +66,17 @@ def settings(root: Path, **sections: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(request, tmp_path_factory):
     """Layout name -> metrics of three steps, and the directory of the recorded rows."""
     root = tmp_path_factory.mktemp("adapters")
     make_tiny_model(root / "model")
     make_peft(root / "judge", root / "model", head="score", seed=1)
-    return run_layouts(root, LAYOUTS, **settings(root)), root
+    names = asked(request, "name") | {"own bases"}
+    return run_layouts(root, only(LAYOUTS, names), **settings(root)), root
 
 
-NAMES = [name for layouts in LAYOUTS.values() for name in layouts if name != "one"]
+BRIEF = ("one on host", "own bases", "tp", "shards", "merged")
+NAMES = swept([n for own in LAYOUTS.values() for n in own if n != "one"], BRIEF)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,8 +111,7 @@ def test_one_base_is_held_once(runs):
         assert (own - shared) * 1e9 == pytest.approx(3 * base), phase
 
 
-def test_a_sync_moves_nothing_where_the_engine_has_the_policys_tensors(runs):
-    for name in ("one", "colocated", "tp"):
-        assert [record.get("sync/gb", 0.0) for record in runs[0][name]] == [0.0] * 3, name
-    # merged weights are the engine's own: the targets of the adapter
-    assert all(record["sync/gb"] == 0 for record in runs[0]["merged"])
+# merged weights are the engine's own: the targets of the adapter
+@pytest.mark.parametrize("name", ["one", *swept(["colocated", "tp", "merged"], ["tp", "merged"])])
+def test_a_sync_moves_nothing_where_the_engine_has_the_policys_tensors(runs, name):
+    assert [record.get("sync/gb", 0.0) for record in runs[0][name]] == [0.0] * 3

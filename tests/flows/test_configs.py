@@ -1,4 +1,6 @@
-"""Every shipped configuration runs two steps on 1 and on 2 ranks with a tiny random model."""
+"""Every shipped configuration runs two steps on 1 and on 2 ranks: with a tiny random model, and
+folded with small models of its own; folded, it gives what it gives on the ranks that it is for.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,20 @@ import torch
 from adapter_cases import make_peft
 from flow_cases import run_configs
 from harness import run_ranks
+from replay import assert_same_samples
+from spmdrl.commands.check import check
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
 from spmdrl.models.files.hf import open_checkpoint, open_model
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 from spmdrl.placement import place_roles
 from tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("**/*.yaml"))
-CONFIGS = [path for path in FILES if path.parent.name != "methods"]
+CONFIGS = [path for path in FILES if path.parent.name not in ("methods", "recipes")]
+RECIPES = [path for path in FILES if path.parent.name == "recipes"]
 SAMPLED = ("grpo", "ppo")
 """Flows that compare the trainer's log-probabilities with the engine's."""
 QUESTION = "Tom has {0} apples and buys {1} more. How many apples has he now?"
@@ -32,9 +37,13 @@ QUESTION = "Tom has {0} apples and buys {1} more. How many apples has he now?"
 def place(tmp_path_factory):
     """A model directory and a data file that stand in for the real ones."""
     root = tmp_path_factory.mktemp("configs")
-    make_tiny_model(root / "model", max_position_embeddings=16384)
+    # four key/value heads, so that tp=4 divides them
+    make_tiny_model(root / "model", max_position_embeddings=16384, num_key_value_heads=4)
+    make_tiny_model(root / "scalar", head="score", max_position_embeddings=16384)
     make_peft(root / "judge", root / "model", head="score")
-    make_tiny_model(root / "moe", "Qwen3MoeForCausalLM", max_position_embeddings=16384)
+    experts = ("Qwen3MoeForCausalLM",)
+    make_tiny_model(root / "moe", *experts, max_position_embeddings=16384)
+    make_tiny_model(root / "moe_scalar", *experts, head="score", max_position_embeddings=16384)
     rows = [
         {
             "question": QUESTION.format(i, i + 1),
@@ -50,13 +59,17 @@ def place(tmp_path_factory):
     return root
 
 
-def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
+SCORING = ("reward", "value")
+TINY, FOLD = "model.tiny=true", "fold=true"
+
+
+def overrides_for(path: Path, root: Path, run_dir: Path, switch: str) -> list[str]:
     """Small batches and short answers; placement, algorithm and packing stay as shipped."""
     words = [
         "steps=2",
         f"run_dir={run_dir}",
         f"model.path={root / ('moe' if 'moe' in path.stem else 'model')}",
-        "model.tiny=true",
+        switch,
         "data.prompts_per_step=4",
         "data.group_size=4",
         "sampling.max_tokens=8",
@@ -69,8 +82,8 @@ def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
     shipped = load_config(path)
     flow = shipped.flow
     words += [
-        f"roles.{name}.model={root / 'model'}"
-        for name in ("teacher", "judge")
+        f"roles.{name}.model={root / kind}"
+        for name, kind in (("teacher", "model"), ("judge", "scalar"))
         if name in shipped.roles
     ]
     for name, given in shipped.evaluation.sets.items():
@@ -84,7 +97,9 @@ def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
         reward = Path(__file__).parents[1] / "toy_rewards.py"
         words.append(f"rewards=[{{function: '{reward}:even_length'}}]")
     if flow == "ppo":
-        words += [f"roles.{role}.model={root / 'model'}" for role in ("reward", "value")]
+        scalar = "moe_scalar" if "moe" in path.stem else "scalar"  # what ep divides
+        kinds = {r: scalar if shipped.roles[r].base is None else "model" for r in SCORING}
+        words += [f"roles.{role}.model={root / kind}" for role, kind in kinds.items()]
         words.append("algorithm.value_warmup_steps=0")
     adapters = [role.adapter for role in shipped.roles.values() if role.adapter is not None]
     if adapters:
@@ -96,12 +111,55 @@ def overrides_for(path: Path, root: Path, run_dir: Path) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
-def test_configs_run_on_few_ranks(place, ranks):
-    runs = []
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("ranks", "switch"),
+    [
+        (2, TINY),
+        (1, TINY),
+        (1, FOLD),
+        (2, FOLD),
+    ],
+)
+def test_configs_run_on_few_ranks(place, ranks, switch):
+    check_runs(place, CONFIGS, ranks, switch)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("ranks", "switch"), [(2, TINY), (1, FOLD), (2, FOLD)])
+def test_recipes_run_on_few_ranks(place, ranks, switch):
+    check_runs(place, RECIPES, ranks, switch)
+
+
+SAMPLE = (
+    *("gsm8k_tp", "gsm8k_lora", "gsm8k_moe", "long_context", "distill", "kto", "online_dpo"),
+    *("ppo", "reward_model", "sft"),
+)
+"""Every flow, and what only some configurations have: axes, experts, adapters, a teacher."""
+
+
+def test_a_sample_of_the_configs_runs_on_two_ranks(place):
+    paths = [path for path in CONFIGS if path.stem in SAMPLE and path.parent.name != "preferences"]
+    assert len(paths) == len(SAMPLE)
+    check_runs(place, paths, 2, TINY)
+
+
+def test_every_config_would_start_on_two_ranks(place, tmp_path):
     for path in CONFIGS:
-        run_dir = place / f"{path.parent.name}_{path.stem}_{ranks}"
-        runs.append((str(path), overrides_for(path, place, run_dir)))
+        check(load_config(path, overrides_for(path, place, tmp_path / path.stem, TINY)), 2)
+
+
+def test_a_sample_of_the_configs_is_folded(place):
+    names = ("gsm8k_disjoint", "gsm8k_moe", "ppo_lora")
+    check_runs(place, [path for path in CONFIGS if path.stem in names], 1, FOLD)
+
+
+def check_runs(place: Path, paths: list[Path], ranks: int, switch: str) -> None:
+    """That each configuration completes two steps, learns, and is cut as far as the ranks allow."""
+    runs = []
+    for path in paths:
+        run_dir = place / f"{path.parent.name}_{path.stem}_{ranks}_{switch}"
+        runs.append((str(path), overrides_for(path, place, run_dir, switch)))
     results = run_ranks(run_configs, ranks, runs, str(place), timeout_s=300)[0]
     for (path, words), records in zip(runs, results, strict=True):
         assert len(records) == 2, path
@@ -116,6 +174,31 @@ def test_configs_run_on_few_ranks(place, ranks):
             kept = [max(d["tp"], d["cp"], d["dp_shard"]) for d in spread]
             assert not kept or max(kept) > 1, path
         assert weights_changed(config), path
+
+
+SHARED = ["algorithm.importance_cap=2.0", "environment=replay:ReplayEnvironment"]
+UNFOLDED: dict[str, list[str]] = {
+    "gsm8k_tp": [],
+    "long_context": [],
+    "gsm8k_disjoint": ["roles.policy.ranks=0-1", "roles.reference.ranks=2-3"],  # of 16 ranks
+}
+"""Configuration -> what makes it one for 4 ranks."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", UNFOLDED)
+def test_folded_and_unfolded_runs_give_the_same_tokens_and_losses(place, tmp_path, name):
+    path = next(path for path in CONFIGS if path.stem == name)
+    found = {}
+    for ranks, run in ((4, "unfolded"), (1, "folded")):
+        words = [*overrides_for(path, place, tmp_path / run, FOLD), *SHARED, *UNFOLDED[name]]
+        words += [] if ranks == 1 else ["fold=false"]
+        (found[run],) = run_ranks(run_configs, ranks, [(str(path), words)], str(tmp_path))[0]
+    for step, (a, b) in enumerate(zip(found["unfolded"], found["folded"], strict=True)):
+        for metric in ("loss", "grad_norm", "ref_kl", "entropy", "reward"):
+            assert b[metric] == pytest.approx(a[metric], rel=1e-4, abs=1e-6), (step, metric)
+        assert_same_samples(tmp_path, "folded", step)
+    assert found["folded"][1]["ref_kl"] > 0 and len(found["folded"]) == 2
 
 
 def uses_more_than_data_parallelism(config: Config) -> bool:

@@ -13,6 +13,7 @@ from flow_cases import run_configs, run_layouts
 from harness import run_ranks
 from replay import assert_same_samples
 from spmdrl.observe.metrics import read_metrics
+from sweeps import asked, only, swept
 from tiny_model import make_tiny_model
 
 CLOCKS = ("seconds", "tokens_per_s", "memory", "wall_time", "sync")
@@ -74,16 +75,23 @@ def write_dpo(root: Path, name: str, loss: str) -> Path:
     return path
 
 
+TINY = "dp2, tiny microbatches, no sharing"
+
+
 def cases() -> list[tuple[int, str, str]]:
     """(ranks, loss, layout): all layouts for DPO, two of them for the others."""
     found = []
     for size, layouts in LAYOUTS.items():
         for layout in layouts:
             for loss in LOSSES:
-                brief = layout in ("one", "dp2, tiny microbatches, no sharing", "tp2")
-                if loss == "dpo" or brief:
+                if loss == "dpo" or layout in ("one", TINY, "tp2"):
                     found.append((size, loss, layout))
     return found
+
+
+# KTO has a baseline over the world, ORPO no reference
+BRIEF = [("kto", TINY), ("orpo", TINY)]
+BRIEF += [("dpo", layout) for layout in (TINY, "tp2", "shard2 x cp2")]
 
 
 @pytest.fixture(scope="module")
@@ -96,23 +104,29 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(root):
+def runs(request, root):
     """(loss, layout) -> all metrics records."""
     found = {}
+    wanted = asked(request, "loss", "layout")
+    wanted |= {(loss, "one") for loss in {loss for loss, _ in wanted} | asked(request, "loss")}
     for size in LAYOUTS:
         configs, keys = [], []
-        for number, (_, loss, layout) in enumerate(c for c in cases() if c[0] == size):
+        chosen = [c for c in cases() if c[0] == size and (c[1], c[2]) in wanted]
+        for number, (_, loss, layout) in enumerate(chosen):
             path = write_dpo(root, f"dpo_{size}_{number}", loss)
             words = [w for w in LAYOUTS[size][layout] if "reference" not in w or loss == "dpo"]
             configs.append((str(path), words))
             keys.append((loss, layout, root / f"dpo_{size}_{number}"))
-        run_ranks(run_configs, size, configs, str(root), timeout_s=300)
+        if configs:
+            run_ranks(run_configs, size, configs, str(root), timeout_s=300)
         for loss, layout, run_dir in keys:
             found[loss, layout] = read_metrics(run_dir / "metrics.jsonl")
     return found
 
 
-@pytest.mark.parametrize(("loss", "layout"), [(c[1], c[2]) for c in cases() if c[0] > 1])
+@pytest.mark.parametrize(
+    ("loss", "layout"), swept([(c[1], c[2]) for c in cases() if c[0] > 1], BRIEF)
+)
 def test_metrics_equal_one_rank(runs, loss, layout):
     one, other = runs[loss, "one"], runs[loss, layout]
     assert len(one) == len(other) == 5
@@ -153,19 +167,21 @@ ONLINE_LAYOUTS: dict[int, dict[str, list[str]]] = {
 
 
 @pytest.fixture(scope="module")
-def online(root):
+def online(request, root):
     """Layout -> metrics of three steps of online DPO."""
     # another reference: the first step's gaps are then no rounding
     roles = {"policy": {}, "reference": {"model": str(root / "other")}, "rollout": {}}
-    return run_layouts(root, ONLINE_LAYOUTS, "online ", **ONLINE, roles=roles)
+    layouts = only(ONLINE_LAYOUTS, asked(request, "name"))
+    return run_layouts(root, layouts, "online ", **ONLINE, roles=roles)
 
 
-ONLINE_NAMES = [n for s, ls in ONLINE_LAYOUTS.items() if s > 1 for n in ls]
+# the pairs of a step are made at home: the axes of the roles are test_layouts's
+ONLINE_NAMES = swept([n for s, ls in ONLINE_LAYOUTS.items() if s > 1 for n in ls], ["dp2", "tp2"])
 
 
-@pytest.mark.parametrize("layout", ONLINE_NAMES)
-def test_online_dpo_equals_one_rank(online, layout):
-    one, other = online["one"], online[layout]
+@pytest.mark.parametrize("name", ONLINE_NAMES)
+def test_online_dpo_equals_one_rank(online, name):
+    one, other = online["one"], online[name]
     assert len(one) == len(other) == 3
     for a, b in zip(one, other, strict=True):
         for metric in ("loss", "grad_norm", "margin", "accuracy", "reward", "pairs", "nll"):
@@ -173,9 +189,9 @@ def test_online_dpo_equals_one_rank(online, layout):
     assert one[0]["pairs"] > 5 and one[0]["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("layout", ONLINE_NAMES)
-def test_online_dpo_samples_equal_one_rank(online, root, layout):
-    assert_same_samples(root, f"online {layout}")
+@pytest.mark.parametrize("name", ONLINE_NAMES)
+def test_online_dpo_samples_equal_one_rank(online, root, name):
+    assert_same_samples(root, f"online {name}")
 
 
 def test_online_dpo_one_step_off_policy(root, tmp_path):

@@ -18,13 +18,12 @@ from spmdrl.world import World
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"
-TOKENS = 40
+TOKENS = 24
 ROWS = (  # in the format of GSM8K
     ("A box holds 6 eggs. How many eggs are in 4 boxes?", "6 * 4 = 24\n#### 24"),
     ("Ann has 15 dollars and spends 7. How much is left?", "15 - 7 = 8\n#### 8"),
     ("A train goes 60 miles in an hour. How far does it go in 3 hours?", "#### 180"),
     ("Tom reads 12 pages a day. How many days does he need for 48 pages?", "#### 4"),
-    ("A shirt costs $20 and is sold at half price. What does it cost?", "#### 10"),
 )
 
 

@@ -14,6 +14,7 @@ from adapter_cases import OWN_BASES, make_peft
 from flow_cases import run_configs, run_layouts, write_config
 from harness import run_ranks
 from replay import assert_same_samples
+from sweeps import asked, only, swept
 from tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.megatron
@@ -75,10 +76,13 @@ def models(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def grpo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def grpo(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
     root = tmp_path_factory.mktemp("grpo")
     models(root)
-    return run_layouts(root, {1: {"one": []}, 4: GRPO_LAYOUTS}, **GRPO), root
+    layouts = only({1: {"one": []}, 4: GRPO_LAYOUTS}, asked(request, "name"))
+    return run_layouts(root, layouts, **GRPO), root
 
 
 @pytest.fixture(scope="module")
@@ -89,21 +93,30 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def ppo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def ppo(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
     root = tmp_path_factory.mktemp("ppo")
     models(root)
-    return run_layouts(root, {1: {"one": []}, 4: PPO_LAYOUTS}, **settings(root)), root
+    layouts = only({1: {"one": []}, 4: PPO_LAYOUTS}, asked(request, "layout"))
+    return run_layouts(root, layouts, **settings(root)), root
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def adapters(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
     root = tmp_path_factory.mktemp("adapters")
     make_tiny_model(root / "model")
     make_peft(root / "judge", root / "model", head="score", seed=1)
-    return run_layouts(root, {1: {"one": []}, 2: ADAPTER_LAYOUTS}, **over_one_base(root)), root
+    layouts = only({1: {"one": []}, 2: ADAPTER_LAYOUTS}, asked(request, "adapted"))
+    return run_layouts(root, layouts, **over_one_base(root)), root
 
 
-@pytest.mark.parametrize("name", GRPO_LAYOUTS)
+GRPO_NAMES = swept(GRPO_LAYOUTS, ["tp2 pp2"])
+
+
+@pytest.mark.parametrize("name", GRPO_NAMES)
 def test_grpo_equals_the_torch_backend(grpo, name):
     one, other = grpo[0]["one"], grpo[0][name]
     assert len(one) == len(other) == 3
@@ -132,9 +145,29 @@ def test_a_checkpoint_of_one_backend_continues_on_the_other(grpo):
         assert records[2][metric] == pytest.approx(expected[2][metric], rel=1e-4, abs=1e-6), metric
 
 
-@pytest.mark.parametrize("name", PPO_LAYOUTS)
-def test_ppo_equals_the_torch_backend(ppo, name):
-    one, other = ppo[0]["one"], ppo[0][name]
+@pytest.mark.full
+def test_a_folded_pipeline_equals_the_torch_backend(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model", num_hidden_layers=4)
+    words = [
+        *("roles.policy.train.backend=megatron", "roles.policy.tp=2", "roles.policy.pp=2"),
+        *("roles.policy.megatron.vpp=2", "roles.policy.megatron.sp=true", "roles.rollout.tp=4"),
+        *("roles.reference.ranks=2-3", "roles.reference.tp=2", "fold=true"),
+    ]
+    layouts = {1: {"one": [], "folded to 1": words}, 2: {"folded to 2": words}}
+    found = run_layouts(tmp_path, layouts, **GRPO)
+    for name in ("folded to 1", "folded to 2"):
+        for step, (a, b) in enumerate(zip(found["one"], found[name], strict=True)):
+            for metric in ("loss", "grad_norm", "ref_kl", "entropy", "reward"):
+                assert b[metric] == pytest.approx(a[metric], rel=1e-4, abs=1e-6), (step, metric)
+        assert_same_samples(tmp_path, name)
+
+
+PPO_NAMES = swept(PPO_LAYOUTS, ["tp2 pp2"])
+
+
+@pytest.mark.parametrize("layout", PPO_NAMES)
+def test_ppo_equals_the_torch_backend(ppo, layout):
+    one, other = ppo[0]["one"], ppo[0][layout]
     assert len(one) == len(other) == 3
     for step, (a, b) in enumerate(zip(one, other, strict=True)):
         for metric in METRICS:
@@ -142,25 +175,25 @@ def test_ppo_equals_the_torch_backend(ppo, name):
         assert b["rollout_gap_max"] < 1e-4, step
 
 
-@pytest.mark.parametrize("name", GRPO_LAYOUTS)
+@pytest.mark.parametrize("name", GRPO_NAMES)
 def test_first_step_samples_of_grpo_are_the_same(grpo, name):
     assert_same_samples(grpo[1], name)
 
 
-@pytest.mark.parametrize("name", PPO_LAYOUTS)
-def test_first_step_samples_of_ppo_are_the_same(ppo, name):
-    assert_same_samples(ppo[1], name)
+@pytest.mark.parametrize("layout", PPO_NAMES)
+def test_first_step_samples_of_ppo_are_the_same(ppo, layout):
+    assert_same_samples(ppo[1], layout)
 
 
-@pytest.mark.parametrize("name", ADAPTER_LAYOUTS)
-def test_ppo_over_one_base_equals_the_torch_backend(adapters, name):
-    one, other = adapters[0]["one"], adapters[0][name]
+@pytest.mark.parametrize("adapted", swept(ADAPTER_LAYOUTS, ["tp2 sp", "pp2, merged"]))
+def test_ppo_over_one_base_equals_the_torch_backend(adapters, adapted):
+    one, other = adapters[0]["one"], adapters[0][adapted]
     assert len(one) == len(other) == 3
     for step, (a, b) in enumerate(zip(one, other, strict=True)):
         for metric in METRICS:
             assert b[metric] == pytest.approx(a[metric], rel=1e-4, abs=1e-6), (step, metric)
         assert b["rollout_gap_max"] < 1e-4, step
-    assert_same_samples(adapters[1], name)
+    assert_same_samples(adapters[1], adapted)
 
 
 def test_a_checkpoint_of_adapters_continues_on_the_other_backend(adapters):

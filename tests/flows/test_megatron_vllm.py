@@ -74,6 +74,18 @@ def test_runs_equal_the_torch_backend(runs: tuple[Runs, Path], flow: str) -> Non
 
 
 @needs_vllm
+def test_both_fold_to_one_rank(runs: tuple[Runs, Path]) -> None:
+    found, root = runs
+    config, words = str(root / "grpo" / "megatron.yaml"), BACKENDS["megatron"]
+    case = (config, [*words, "fold=true", f"run_dir={root / 'grpo' / 'folded'}"])
+    (folded,) = run_ranks(run_configs, 1, [case], str(root / "grpo"), timeout_s=300)[0]
+    for step, (a, b) in enumerate(zip(found["grpo"]["torch"], folded, strict=True)):
+        for metric in FLOWS["grpo"]:
+            assert b[metric] == pytest.approx(a[metric], rel=1e-4, abs=1e-6), (step, metric)
+    assert_same_samples(root / "grpo", "folded")
+
+
+@needs_vllm
 @pytest.mark.parametrize("flow", FLOWS)
 def test_first_step_samples_are_the_same(runs: tuple[Runs, Path], flow: str) -> None:
     assert_same_samples(runs[1] / flow, "megatron")

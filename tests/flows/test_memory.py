@@ -50,6 +50,8 @@ def live(num_bytes: int) -> int:
 
 def measured(world: World, path: str, words: list[str], limit: int) -> dict[str, int]:
     """The most live bytes seen within a forward or a backward pass, and after each role is made."""
+    gc.collect()
+    gc.freeze()  # `live` need not look through what there was before
     config = load_config(path, words)
     seen: dict[str, int] = {}
 

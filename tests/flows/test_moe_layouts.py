@@ -8,19 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from flow_cases import run_configs, write_config
+from flow_cases import run_layouts, write_config
 from harness import run_ranks
-from replay import assert_same_samples
+from replay import assert_same_samples, read_samples
 from spmdrl.batch import from_rows
 from spmdrl.config.load import load_config
 from spmdrl.distributed.reduce import gather_objects
 from spmdrl.flows.policy_terms import policy_loss
-from spmdrl.models.moe import Experts
+from spmdrl.models.blocks.moe import Experts
 from spmdrl.models.routing import EXPERT_CHOICES, unpack_choices
 from spmdrl.roles.handles import Generation, Policy, Rollout, Update
 from spmdrl.rollout.protocol import SamplingParams
 from spmdrl.run.assembly.assembly import assemble, open_models, plan_models
 from spmdrl.world import World
+from sweeps import asked, only, swept
 from tiny_model import make_tiny_model
 
 LAYOUTS = {
@@ -82,20 +83,14 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(root):
-    found = {}
-    for size, layouts in LAYOUTS.items():
-        configs = []
-        for number, overrides in enumerate(layouts.values()):
-            run_dir = root / f"run_{size}_{number}"
-            path = write_config(root / f"{size}_{number}.yaml", root / "model", run_dir, **SETTINGS)
-            configs.append((str(path), overrides))
-        answers = run_ranks(run_configs, size, configs, str(root), timeout_s=300)
-        found |= dict(zip(layouts, answers[0], strict=True))
-    return found
+def runs(request, root):
+    """Layout name -> metrics of three steps."""
+    return run_layouts(root, only(LAYOUTS, asked(request, "name")), **SETTINGS)
 
 
-NAMES = [name for size, layouts in LAYOUTS.items() if size > 1 for name in layouts]
+# experts over each other axis, and engines that have them whole and divided
+BRIEF = ("ep2 over tp2", "ep4 over shard2 x tp2, rollout dp4")
+NAMES = swept([name for size, own in LAYOUTS.items() if size > 1 for name in own], BRIEF)
 COMPARED = (
     "loss",
     "grad_norm",
@@ -124,16 +119,8 @@ def test_losses_gradients_and_loads_equal_one_rank(runs, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_and_experts_of_the_first_step_equal_one_rank(runs, root, name):
-    [run] = [
-        f"run_{size}_{number}"
-        for size, layouts in LAYOUTS.items()
-        for number, own in enumerate(layouts)
-        if own == name
-    ]
-    assert_same_samples(root, run)
-    one, other = (
-        torch.load(root / f"sampled_{r}_0.pt", weights_only=True) for r in ("run_1_0", run)
-    )
+    assert_same_samples(root, name)
+    one, other = (read_samples(root, run, 0) for run in ("one", name))
     for key, row in one.items():
         if torch.equal(row["tokens"], other[key]["tokens"]):
             assert torch.equal(row[EXPERT_CHOICES], other[key][EXPERT_CHOICES]), key
@@ -224,8 +211,8 @@ REFUSED = {
            "roles.reference.ep=2 with tp=1 leaves 2 parts"),
     "experts": (["model.path={root}/three", "roles.policy.ep=2"], "num_experts=3"),
     "rollout": (
-        ["roles.rollout.ep=2"],
-        "roles.rollout.ep=2 with roles.rollout.tp=1: the replicas",
+        ["roles.rollout.ep=2", "rollout.engine=vllm"],
+        "roles.rollout.ep=2 with roles.rollout.tp=1: vLLM's replicas",
     ),
     "replay": (
         ["algorithm.routing_replay=true", "model.path={root}/dense"],

@@ -12,7 +12,7 @@ import spmdrl.config.shipped_flows as table
 from flow_cases import run_configs, write_config
 from harness import run_ranks
 from spmdrl.commands.check import check
-from spmdrl.commands.explain import explain
+from spmdrl.commands.plan import plan_text
 from spmdrl.config.load import load_config
 from spmdrl.config.shipped_flows import ShippedFlow
 from spmdrl.world import World
@@ -85,7 +85,7 @@ def test_what_its_row_says_is_checked_and_explained(places: tuple[Path, Path]) -
     }
     with with_row(file):
         assert "prompts" in check(load_config(path), 1).describe()
-        assert "roles.value: flow=rejection never asks it" in explain(
+        assert "roles.value: flow=rejection never asks it" in plan_text(
             load_config(path, ["roles.value={}"]), 1
         )
         for word, message in refused.items():

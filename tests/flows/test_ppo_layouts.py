@@ -9,6 +9,7 @@ import pytest
 
 from flow_cases import run_layouts
 from replay import assert_same_samples, versions
+from sweeps import asked, only, swept
 from tiny_model import make_tiny_model
 
 ROLES = ("policy", "reference", "reward", "value", "rollout")
@@ -79,15 +80,18 @@ def settings(root: Path, **sections: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(request, tmp_path_factory):
     """Layout name -> metrics of three steps, and the directory of the recorded rows."""
     root = tmp_path_factory.mktemp("ppo")
     make_tiny_model(root / "model")
     make_tiny_model(root / "scalar", seed=1, head="score")
-    return run_layouts(root, LAYOUTS, **settings(root)), root
+    return run_layouts(root, only(LAYOUTS, asked(request, "name")), **settings(root)), root
 
 
-NAMES = [name for layouts in LAYOUTS.values() for name in layouts if name != "one"]
+# colocated with parts that move, some roles elsewhere, and all of it with axes; `lagged` has all
+# roles disjoint
+BRIEF = ("colocated on host", "value and reward beside", "mixed on host")
+NAMES = swept([n for own in LAYOUTS.values() for n in own if n != "one"], BRIEF)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,32 +134,37 @@ LAG = {"lag": 1, "algorithm": {"kl_coef": 0.05, "importance_cap": 2.0}}
 
 
 @pytest.fixture(scope="module")
-def lagged(tmp_path_factory):
+def lagged(request, tmp_path_factory):
     """With `lag: 1`: metrics of colocated and disjoint runs, and what the steps trained on."""
     root = tmp_path_factory.mktemp("lag")
     make_tiny_model(root / "model")
     make_tiny_model(root / "scalar", seed=1, head="score")
     apart = [*DISJOINT[2:], "roles.policy.ranks=0", "roles.rollout.ranks=1"]
     layouts = {1: {"one": []}, 2: {"colocated": []}, 4: {"disjoint": apart}}
-    return run_layouts(root, layouts, **{**settings(root), **LAG}), root
+    chosen = only(layouts, asked(request, "lagging"))
+    return run_layouts(root, chosen, **{**settings(root), **LAG}), root
 
 
-@pytest.mark.parametrize("name", ["colocated", "disjoint"])
-def test_one_step_off_policy_is_the_same_colocated_and_disjoint(lagged, name):
-    one, other = lagged[0]["one"], lagged[0][name]
+# on one rank all are colocated
+LAGGING = swept(["colocated", "disjoint"], ["disjoint"])
+
+
+@pytest.mark.parametrize("lagging", LAGGING)
+def test_one_step_off_policy_is_the_same_colocated_and_disjoint(lagged, lagging):
+    one, other = lagged[0]["one"], lagged[0][lagging]
     for step, (a, b) in enumerate(zip(one, other, strict=True)):
         for metric in METRICS:
             assert b[metric] == pytest.approx(a[metric], rel=1e-4, abs=1e-6), (step, metric)
     assert [record["sample_lag"] for record in other] == [0.0, 4.0, 4.0], "optimizer steps behind"
 
 
-@pytest.mark.parametrize("name", ["colocated", "disjoint"])
+@pytest.mark.parametrize("lagging", LAGGING)
 @pytest.mark.parametrize("step", [0, 1, 2])
-def test_one_step_off_policy_samples_are_the_same(lagged, name, step):
-    assert_same_samples(lagged[1], name, step)
+def test_one_step_off_policy_samples_are_the_same(lagged, lagging, step):
+    assert_same_samples(lagged[1], lagging, step)
 
 
-@pytest.mark.parametrize("name", ["one", "colocated", "disjoint"])
-def test_one_step_off_policy_samples_carry_the_version_before_the_update(lagged, name):
-    found = [versions(lagged[1], name, step) for step in range(3)]
+@pytest.mark.parametrize("lagging", ["one", *LAGGING])
+def test_one_step_off_policy_samples_carry_the_version_before_the_update(lagged, lagging):
+    found = [versions(lagged[1], lagging, step) for step in range(3)]
     assert found == [{0}, {0}, {4}]

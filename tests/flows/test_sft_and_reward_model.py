@@ -17,6 +17,7 @@ from harness import run_ranks
 from spmdrl.data.preferences import load_preferences
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.observe.metrics import read_metrics
+from sweeps import asked, swept
 from tiny_model import make_tiny_model
 
 WORDS = ("red", "green", "blue", "white", "black")
@@ -72,31 +73,38 @@ FLOWS = {
     "sft": ("policy", {"policy": {}}),
     "reward_model": ("reward", {"reward": {"head": "normal", "trained": True}}),
 }
+EXPORTED = ("reward_model", "shard2")
+BRIEF = [EXPORTED, ("reward_model", "shard2 x cp2"), ("sft", "dp2"), ("sft", "dp2 x tp2")]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(request, tmp_path_factory):
     """(flow, layout) -> all metrics records."""
     root = tmp_path_factory.mktemp("supervised")
     make_tiny_model(root / "model")
     write_pairs(root / "pairs.jsonl")
     found = {}
+    wanted = asked(request, "flow", "layout") | {(flow, "one") for flow in FLOWS}
+    wanted.add(EXPORTED)
     for size, layouts in LAYOUTS.items():
         configs, keys = [], []
         for flow, (role, roles) in FLOWS.items():
             for layout, words in layouts.items():
+                if (flow, layout) not in wanted:
+                    continue
                 name = f"{flow}_{layout.replace(' ', '')}"
                 path = write(root, name, flow, roles)
                 configs.append((str(path), [f"roles.{role}.{word}" for word in words]))
                 keys.append((flow, layout))
-        run_ranks(run_configs, size, configs, str(root), timeout_s=300)
+        if configs:
+            run_ranks(run_configs, size, configs, str(root), timeout_s=300)
         for (flow, layout), (path, _) in zip(keys, configs, strict=True):
             run_dir = Path(yaml.safe_load(Path(path).read_text())["run_dir"])
             found[flow, layout] = (run_dir, read_metrics(run_dir / "metrics.jsonl"))
     return root, found
 
 
-NAMES = [(f, n) for f in FLOWS for s, names in LAYOUTS.items() if s > 1 for n in names]
+NAMES = swept([(f, n) for f in FLOWS for s, own in LAYOUTS.items() if s > 1 for n in own], BRIEF)
 
 
 @pytest.mark.parametrize(("flow", "layout"), NAMES)
@@ -124,7 +132,7 @@ def test_both_learn(runs):
 def test_exported_models_load_in_transformers(runs):
     root, found = runs
     AutoModelForCausalLM.from_pretrained(found["sft", "one"][0] / "model")
-    directory, records = found["reward_model", "shard2"]
+    directory, records = found[EXPORTED]
     model = AutoModelForSequenceClassification.from_pretrained(directory / "model")
     pairs = load_preferences(
         data_source(source=str(root / "pairs.jsonl")), load_tokenizer(root / "model")

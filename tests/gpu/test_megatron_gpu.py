@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness import run_ranks
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.run.assembly.make_backend import import_backend
+from spmdrl.planning.systems.megatron import import_backend
 from spmdrl.training.megatron.checks import MegatronOptions
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend

@@ -45,6 +45,24 @@ def test_dropped_tensors_must_be_filled_before_a_call_needs_them():
     assert weights.tolist() == [0.0] * 100
 
 
+def test_what_a_call_overwrites_comes_without_content():
+    weights, other = values(100), values(3)
+    memory = DeviceParts(CPU)
+    memory.registry.register("rollout", "weights", tensors=[weights], residency="host")
+    memory.registry.register("reward", "weights", tensors=[other], residency="keep")
+    memory.prepare([("reward", "weights")])
+    assert moved(memory) == (400, 0)
+    memory.prepare([], fills=[("rollout", "weights")])
+    assert moved(memory) == (0, 0)
+    with pytest.raises(ValueError, match="its weights were dropped, and nothing has filled them"):
+        memory.prepare([("rollout", "weights")])  # the call that should have filled them failed
+    weights.fill_(2.0)
+    memory.filled("rollout", "weights")
+    memory.prepare([("reward", "weights")])
+    memory.prepare([("rollout", "weights")])
+    assert moved(memory) == (400, 400) and weights.tolist() == [2.0] * 100
+
+
 def test_a_view_reads_and_writes_where_the_values_are():
     weights, narrow, dropped = values(300), values(9).to(torch.bfloat16), values(3)
     part, expected = weights[20:260].view(12, 20)[:, ::2], weights.clone()

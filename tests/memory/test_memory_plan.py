@@ -260,6 +260,45 @@ def test_dropped_weights_need_somebody_to_fill_them():
         plan(100, parts, [generate, sync])  # the first step has no step before it
 
 
+SYNC = PlannedCall(name="sync", needs=(POLICY,), fills=(ENGINE,))
+GENERATE = PlannedCall(name="rollout.generate", needs=(ENGINE,))
+UPDATE = PlannedCall(name="policy.update", needs=(POLICY, OPTIMIZER), working_bytes=5)
+
+
+def parts_of_their_own():
+    return [part(POLICY, 10), part(OPTIMIZER, 40), part(ENGINE, 10, may_lose=True)]
+
+
+def test_what_a_sync_overwrites_before_each_use_is_dropped_and_goes_first():
+    calls = [SYNC, GENERATE, UPDATE]
+    found = plan(62, parts_of_their_own(), calls)
+    assert (
+        residencies(found)
+        == {
+            "policy.weights": "keep",
+            "policy.optimizer": "keep",
+            "rollout.weights": "drop",
+        }
+        and sum(call.bytes_in + call.bytes_out for call in found.calls) == 0
+    )
+    assert found.calls[0].made == (ENGINE,) and found.calls[2].dropped == (ENGINE,)
+    assert plan(65, parts_of_their_own(), calls).residencies[ENGINE] == "keep"
+
+
+@pytest.mark.parametrize("again", [[SYNC, UPDATE, GENERATE], [SYNC, GENERATE, UPDATE, GENERATE]])
+def test_what_a_step_uses_again_is_not_dropped(again):
+    calls = [SYNC, GENERATE, UPDATE]
+    found = make_plan(parts_of_their_own(), calls, capacity=55, other_steps={"lag=1": again})
+    assert found.residencies[ENGINE] == "host"
+    # nothing of it is read before the sync overwrites it
+    assert ENGINE in found.calls[0].made and found.calls[0].bytes_in == 0
+    partly = PlannedCall(name="sync", needs=(POLICY,), fills=(ENGINE,), adds_to=(ENGINE,))
+    found = make_plan(
+        parts_of_their_own(), [partly, *calls[1:]], capacity=55, other_steps={"lag=1": again}
+    )
+    assert ENGINE in found.calls[0].moved_in and found.calls[0].bytes_in == 10
+
+
 def test_bad_parts_are_refused():
     with pytest.raises(ValueError, match=r"roles.rollout.residency.kv_cache=host: it has nothing"):
         part(CACHE, 1, "host", droppable=True)

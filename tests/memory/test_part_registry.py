@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +17,15 @@ from spmdrl.memory.storages import is_resident, live_bytes
 from spmdrl.world import World
 
 MB = 1 << 20
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_objects() -> Iterator[None]:
+    """What there was before these tests is left out where all objects are looked through."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def arenas() -> dict[int, int]:

@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from spmdrl.models.adapter_weights import AdapterWeights
+from spmdrl.models.adapters import ExpertsForm
+from spmdrl.models.attention import PackedAttention, make_kernel
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.adapter_sources import WithAdapter
 from spmdrl.models.files.hf import fill, open_model
 from spmdrl.models.files.peft import open_adapter, read_adapter
-from spmdrl.models.low_rank import AdapterWeights, Applied
+from spmdrl.models.layer_attention import attention_options
+from spmdrl.models.low_rank import Applied
 from spmdrl.models.sharding import SCORE, Head
+from spmdrl.models.spans import Span
 from tiny_model import load_into
 
 TOKENS = torch.randint(264, (40,), generator=torch.Generator().manual_seed(2))
@@ -61,24 +65,27 @@ def load_peft(base: Path, directory: Path, head: Head = "lm") -> Tensor:
     return their_logits(PeftModel.from_pretrained(theirs(base, head), directory))
 
 
-def our_logits(base: Path, directory: Path | None, head: Head = "lm") -> Tensor:
+def our_logits(
+    base: Path, directory: Path | None, head: Head = "lm", experts: ExpertsForm = "each"
+) -> Tensor:
     """Return the logits (of the last token if it is a scalar head) of the project's decoder."""
     with torch.no_grad():
         if directory is None:
             return _logits(_decoder(base, head), [], head)
-        return _logits(*_adapted(base, directory, head), head)
+        return _logits(*_adapted(base, directory, head, experts), head)
 
 
 def our_gradients(base: Path, directory: Path) -> dict[str, Tensor]:
     """Return the gradients of the logits' squares by name of A and B."""
     decoder, [applied] = _adapted(base, directory, "lm")
     _logits(decoder.requires_grad_(False), [applied], "lm").square().mean().backward()
-    tables, found = applied.weights.tables(), {}
+    tables, found = applied.weights.tables(), dict[str, list[Tensor]]()
     for name, parameter in applied.weights.named_parameters():
         assert parameter.grad is not None
         for piece in tables[name]:
-            found[piece.name] = parameter.grad[piece.offset : piece.offset + piece.rows]
-    return found
+            rows = parameter.grad[piece.offset : piece.offset + piece.rows]
+            found.setdefault(piece.name, []).append(rows)
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def their_gradients(base: Path, directory: Path) -> dict[str, Tensor]:
@@ -94,12 +101,14 @@ def their_gradients(base: Path, directory: Path) -> dict[str, Tensor]:
     }
 
 
-def _adapted(base: Path, directory: Path, head: Head) -> tuple[Decoder, list[Applied]]:
+def _adapted(
+    base: Path, directory: Path, head: Head, experts: ExpertsForm = "each"
+) -> tuple[Decoder, list[Applied]]:
     decoder = _decoder(base, head, "file" if head == "lm" else "zero")
-    adapter = read_adapter(directory, decoder.model, head=head)
+    adapter = read_adapter(directory, decoder.model, head=head, experts=experts)
     weights = AdapterWeights(decoder.model, adapter, device="cpu", head=head == "score")
     tables = weights.tables()
-    source = open_adapter(directory, decoder.model, head=head)
+    source = open_adapter(directory, decoder.model, head=head, experts=experts)
     fill(((p.data, tables[name]) for name, p in weights.named_parameters()), source)
     if head == "score":
         full = WithAdapter(open_model(base, head="score", head_init="zero")[1], source)
@@ -116,12 +125,13 @@ def _decoder(base: Path, head: Head, head_init: Any = "file") -> Decoder:
 
 
 def _logits(decoder: Decoder, adapters: list[Applied], head: Head) -> Tensor:
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(
-            0, 1
-        )
-
+    attend = PackedAttention(
+        [Span(q_start=0, q_stop=len(TOKENS), own=(0, len(TOKENS)))],
+        make_kernel("blocked"),
+        options=attention_options(decoder.model),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
     hidden = decoder(TOKENS, torch.arange(len(TOKENS)), attend, adapters=adapters)
     logits = hidden @ decoder.head_weight().T
     return logits if head == "lm" else logits[-1]

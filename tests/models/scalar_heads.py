@@ -18,7 +18,9 @@ def decoder_of(directory: Path, **options: object) -> Decoder:
     return decoder
 
 
-def scores(decoder: Decoder, rows: list[list[int]]) -> torch.Tensor:
+def scores(decoder: Decoder, rows: list[list[int]], skipped: int | None = None) -> torch.Tensor:
+    """Score rows at their last token that is not `skipped`."""
+
     def dense(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -29,5 +31,8 @@ def scores(decoder: Decoder, rows: list[list[int]]) -> torch.Tensor:
     found = []
     for row in rows:
         hidden = decoder(torch.tensor(row), torch.arange(len(row)), dense)
-        found.append((hidden[-1] @ decoder.head_weight().T)[0])
+        kept = [i for i, token in enumerate(row) if token != skipped]
+        read = hidden[kept[-1] if kept else 0]
+        bias = None if decoder.head is None else decoder.head.bias
+        found.append((read @ decoder.head_weight().T)[0] + (0 if bias is None else bias[0]))
     return torch.stack(found).detach()

@@ -8,28 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from dense_attention import dense, dense_mask, shared_prompt
 from spmdrl.models.attention import (
     AttentionKind,
     PackedAttention,
     make_kernel,
     resolve_attention,
 )
-from spmdrl.models.attention_tiles import cut, group_pieces
+from spmdrl.models.attention_pieces import cut, group_pieces
 from spmdrl.models.attention_varlen import Sequences, VarlenKernel, make_sequences
 from spmdrl.models.spans import Span, covers_rows
+from spmdrl.models.specs import AttentionOptions
 
 CPU = torch.device("cpu")
-
-
-def shared_prompt(start: int, prompt: int, responses: list[int]) -> list[Span]:
-    """A prompt at `start` and its responses after it."""
-    spans = [Span(q_start=start, q_stop=start + prompt, own=(start, start + prompt))]
-    at = start + prompt
-    for length in responses:
-        prefix = ((start, start + prompt),)
-        spans.append(Span(q_start=at, q_stop=at + length, own=(at, at + length), prefix=prefix))
-        at += length
-    return spans
+PLAIN = [AttentionOptions(scale=8**-0.5)]
 
 
 CASES: dict[str, tuple[list[Span], int]] = {
@@ -54,25 +46,6 @@ CASES: dict[str, tuple[list[Span], int]] = {
         24,
     ),
 }
-
-
-def dense_mask(spans: list[Span], num_keys: int) -> Tensor:
-    """[Tq, Tk] bool: the definition of spans, key by key."""
-    mask = torch.zeros(spans[-1].q_stop, num_keys, dtype=torch.bool)
-    for span in spans:
-        for row in range(span.q_start, span.q_stop):
-            for start, stop in span.prefix:
-                mask[row, start:stop] = True
-            mask[row, span.own[0] : span.own[1] - (span.q_stop - 1 - row)] = True
-    return mask
-
-
-def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
-    p = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", p, v)
 
 
 def inputs(num_queries: int, num_keys: int, kv_heads: int) -> list[Tensor]:
@@ -104,7 +77,9 @@ def check(attend: PackedAttention, spans: list[Span], num_keys: int, kv_heads: i
 @pytest.mark.parametrize("name", CASES)
 def test_spans_equal_dense_attention(name: str, kind: AttentionKind, kv_heads: int) -> None:
     spans, num_keys = CASES[name]
-    attend = PackedAttention(spans, make_kernel(kind), dtype=torch.float64, device=CPU)
+    attend = PackedAttention(
+        spans, make_kernel(kind), options=PLAIN, dtype=torch.float64, device=CPU
+    )
     check(attend, spans, num_keys, kv_heads)
 
 
@@ -112,7 +87,9 @@ def test_spans_equal_dense_attention(name: str, kind: AttentionKind, kv_heads: i
 @pytest.mark.parametrize("name", ["packed", "shared", "ranges"])
 def test_flex_equals_dense_attention(name: str) -> None:
     spans, num_keys = CASES[name]
-    attend = PackedAttention(spans, make_kernel("flex"), dtype=torch.float64, device=CPU)
+    attend = PackedAttention(
+        spans, make_kernel("flex"), options=PLAIN, dtype=torch.float64, device=CPU
+    )
     q, k, v, _ = inputs(spans[-1].q_stop, num_keys, 2)
     expected = dense(q, k, v, dense_mask(spans, num_keys))
     out = attend(0, q.detach(), k.detach(), v.detach())
@@ -124,7 +101,7 @@ def test_sequences_of_the_varlen_kernels(name: str) -> None:
     """What flash and varlen are given, through a plain function in their place."""
     spans, num_keys = CASES[name]
 
-    def plain(q: Tensor, k: Tensor, v: Tensor, s: Sequences) -> Tensor:
+    def plain(q: Tensor, k: Tensor, v: Tensor, s: Sequences, options: AttentionOptions) -> Tensor:
         ends_q, ends_k = s.ends_q.tolist(), s.ends_k.tolist()
         assert s.most_q == max(s.num_queries for s in spans)
         parts = []
@@ -135,7 +112,9 @@ def test_sequences_of_the_varlen_kernels(name: str) -> None:
             parts.append(dense(q[rows], k[keys], v[keys], mask))
         return torch.cat(parts)
 
-    attend = PackedAttention(spans, VarlenKernel(plain), dtype=torch.float64, device=CPU)
+    attend = PackedAttention(
+        spans, VarlenKernel(plain), options=PLAIN, dtype=torch.float64, device=CPU
+    )
     check(attend, spans, num_keys, 2)
     in_place = name in ("one", "long", "packed")
     assert (make_sequences(spans, CPU).key_rows is None) == in_place
@@ -145,7 +124,9 @@ def test_float32_is_close_to_float64() -> None:
     spans, num_keys = CASES["shared"]
     q, k, v, _ = (x.detach() for x in inputs(spans[-1].q_stop, num_keys, 2))
     expected = dense(q, k, v, dense_mask(spans, num_keys)).float()
-    attend = PackedAttention(spans, make_kernel("blocked"), dtype=torch.float32, device=CPU)
+    attend = PackedAttention(
+        spans, make_kernel("blocked"), options=PLAIN, dtype=torch.float32, device=CPU
+    )
     assert (attend(0, q.float(), k.float(), v.float()) - expected).abs().max() < 1e-6
 
 

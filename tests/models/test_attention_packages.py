@@ -16,7 +16,9 @@ from torch import Tensor
 
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.attention_varlen import VarlenKernel, installed_flash, varlen_kernel
+from spmdrl.models.layer_attention import AttentionNeeds
 from spmdrl.models.spans import Span
+from spmdrl.models.specs import AttentionOptions
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SPANS = [
@@ -25,16 +27,32 @@ SPANS = [
 ]
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor) -> Tensor:
-    """Causal attention of sequences, the mask aligned at their ends; heads may be grouped."""
+def causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends_q: Tensor,
+    ends_k: Tensor,
+    scale: float,
+    left: int = -1,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Causal attention of sequences, the mask aligned at their ends; heads may be grouped. A row
+    sees `left` keys before its own (-1: all), and scores are capped if `softcap` is not 0.
+    """
+    assert k.shape[2] == v.shape[2], "these kernels take one width"
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     parts = []
     for i in range(len(ends_q) - 1):
         rows, keys = slice(*ends_q[i : i + 2].tolist()), slice(*ends_k[i : i + 2].tolist())
         count, length = rows.stop - rows.start, keys.stop - keys.start
-        scores = torch.einsum("qhd,khd->hqk", q[rows], k[keys]) * q.shape[-1] ** -0.5
-        late = torch.ones(count, length).tril(length - count) == 0
-        weights = scores.masked_fill(late, -torch.inf).softmax(-1)
+        scores = torch.einsum("qhd,khd->hqk", q[rows], k[keys]) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        seen = torch.ones(count, length).tril(length - count)
+        if left >= 0:
+            seen = seen.triu(length - count - left)
+        weights = scores.masked_fill(seen == 0, -torch.inf).softmax(-1)
         parts.append(torch.einsum("hqk,khd->qhd", weights, v[keys]))
     return torch.cat(parts)
 
@@ -45,8 +63,8 @@ def flash_attn_varlen_func(
     softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False, block_table=None,
 ):
-    assert causal
-    return attend(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    assert causal and window_size in ((-1, -1), (2, 0))
+    return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_size[0], softcap)
 """
 
 FLASH_4 = """
@@ -56,8 +74,9 @@ def flash_attn_varlen_func(
     softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0,
     num_splits=1, pack_gqa=None, deterministic=False, **later,
 ):
-    assert causal and qv is None
-    return attend(q, k, v, cu_seqlens_q, cu_seqlens_k), None
+    assert causal and qv is None and not softcap
+    left = -1 if window_size[0] is None else window_size[0]
+    return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, left), None
 """
 
 
@@ -79,15 +98,22 @@ def install(folder: Path, file: str, text: str) -> None:
     (folder / file).write_text(header + attend + text)
 
 
-def check(kernel: Any) -> None:
+def check(kernel: Any, *, softcap: float | None = None) -> None:
+    """Compare layers with and without options, values as wide as keys and narrower."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(9, 4, 8, generator=generator, dtype=torch.float64)
     k, v = torch.randn(2, 9, 2, 8, generator=generator, dtype=torch.float64)
-    found, expected = (
-        PackedAttention(SPANS, kind, dtype=torch.float64, device=CPU)(0, q, k, v)
+    options = [
+        AttentionOptions(scale=8**-0.5),
+        AttentionOptions(scale=0.5, window=3, softcap=softcap),
+    ]
+    attend, wanted = (
+        PackedAttention(SPANS, kind, options=options, dtype=torch.float64, device=CPU)
         for kind in (kernel, make_kernel("blocked"))
     )
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for layer, values in ((0, v), (1, v), (1, v[..., :5])):
+        expected = wanted(layer, q, k, values)
+        torch.testing.assert_close(attend(layer, q, k, values), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_flash_attention_2_is_what_auto_takes(packages: Path) -> None:
@@ -95,7 +121,11 @@ def test_flash_attention_2_is_what_auto_takes(packages: Path) -> None:
     (packages / "flash_attn" / "__init__.py").write_text("")
     assert installed_flash() == 2
     assert resolve_attention("auto", CUDA, torch.bfloat16) == "flash"
-    check(make_kernel("flash"))
+    capped = AttentionNeeds(softcap=True)
+    assert resolve_attention("auto", CUDA, torch.bfloat16, capped) == "flash"
+    sinks = AttentionNeeds(sinks=True)
+    assert resolve_attention("auto", CUDA, torch.bfloat16, sinks) == "flex"
+    check(make_kernel("flash"), softcap=0.7)
 
 
 def test_flash_attention_4_is_taken_only_if_asked_for(packages: Path) -> None:
@@ -103,6 +133,8 @@ def test_flash_attention_4_is_taken_only_if_asked_for(packages: Path) -> None:
     assert installed_flash() == 4
     assert resolve_attention("auto", CUDA, torch.bfloat16) == "varlen"
     assert resolve_attention("flash", CUDA, torch.bfloat16) == "flash"
+    with pytest.raises(ValueError, match=r"model\.attention=flash .*soft cap"):
+        resolve_attention("flash", CUDA, torch.bfloat16, AttentionNeeds(softcap=True))
     check(make_kernel("flash"))
 
 
@@ -132,8 +164,9 @@ def varlen_2_11(
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    assert window_size == (-1, 0) and key.shape[1] == 2, "keys are repeated"
-    return causal(query, key, value, cu_seq_q, cu_seq_k)
+    assert window_size in ((-1, 0), (2, 0)) and key.shape[1] == 2, "keys are repeated"
+    assert scale is not None
+    return causal(query, key, value, cu_seq_q, cu_seq_k, scale, window_size[0])
 
 
 def varlen_2_13(
@@ -153,9 +186,9 @@ def varlen_2_13(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> Tensor:
-    assert window_size == (-1, 0) and cu_seq_k is not None
+    assert window_size in ((-1, 0), (2, 0)) and cu_seq_k is not None and scale is not None
     checks_heads(query, key, enable_gqa)
-    return causal(query, key, value, cu_seq_q, cu_seq_k)
+    return causal(query, key, value, cu_seq_q, cu_seq_k, scale, window_size[0])
 
 
 @pytest.mark.parametrize("function", [varlen_2_11, varlen_2_13])

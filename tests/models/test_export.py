@@ -20,7 +20,8 @@ from spmdrl.models.files.export import files_dtype, save_pretrained
 from spmdrl.models.files.hf import RandomCheckpoint, open_model
 from spmdrl.models.files.token_texts import token_texts, turn_end
 from spmdrl.models.files.tokenizers import load_tokenizer
-from spmdrl.models.sharding import Head, Slice, global_shapes
+from spmdrl.models.sharding import Head, global_shapes
+from spmdrl.models.tensors import Slice
 from tiny_model import make_tiny_model
 
 CHATML = (

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from spmdrl.models.files.gguf import convert_gguf, find_packaged_gguf
+from spmdrl.models.files.gguf import convert_gguf
+from spmdrl.models.files.gguf_packages import find_packaged_gguf
 from spmdrl.models.files.hf import open_model
 from spmdrl.models.files.tokenizers import load_tokenizer
 
@@ -117,8 +118,16 @@ def test_weights_and_config_are_put_back(tmp_path: Path, tied: bool) -> None:
     config, _ = open_model(tmp_path / "out")
     assert config == converted
     assert config.architecture == "LlamaForCausalLM"
-    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (HEADS, KV_HEADS, DIM)
-    assert (config.rope.theta, config.rms_norm_eps, config.max_position) == (50000.0, 1e-5, 256)
+    assert (
+        config.attention.num_heads,
+        config.attention.num_kv_heads,
+        config.attention.head_dim,
+    ) == (HEADS, KV_HEADS, DIM)
+    assert (config.attention.rope.theta, config.norm.eps, config.max_position) == (
+        50000.0,
+        1e-5,
+        256,
+    )
     assert (config.tie_embeddings, config.bos_id, config.eos_ids) == (tied, 1, (0,))
     state = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for name, weight in weights(tied).items():
@@ -153,7 +162,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no readable GGUF file"):
         convert_gguf(path, tmp_path / "out")
     for keys, message in (
-        ({"architecture": "gemma"}, "'gemma' is not supported; supported is llama"),
+        ({"architecture": "gemma"}, "'gemma' is not supported; supported are gemma3, llama"),
         ({"pre": "tekken"}, "pre-tokenizer 'tekken' is not supported"),
         ({"scaling": "yarn"}, "scaled rope"),
     ):
@@ -183,9 +192,9 @@ def test_rope_is_scaled_as_llama_cpp_scales_it(
 ) -> None:
     """Of a public report: a factor without a type is linear, and was dropped."""
     write_gguf(tmp_path / "m.gguf", more=more)
-    rope = convert_gguf(tmp_path / "m.gguf", tmp_path / "out").rope
+    rope = convert_gguf(tmp_path / "m.gguf", tmp_path / "out").attention.rope
     assert (rope.kind, rope.factor, rope.theta) == (kind, factor, 50000.0)
-    assert open_model(tmp_path / "out")[0].rope == rope
+    assert open_model(tmp_path / "out")[0].attention.rope == rope
 
 
 def test_a_begin_of_text_is_added_where_the_file_says_so(tmp_path: Path) -> None:

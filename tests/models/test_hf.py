@@ -28,7 +28,8 @@ from spmdrl.models.files.hf import (
 from spmdrl.models.files.inspection import inspect
 from spmdrl.models.files.tokenizers import check_tokenizer, load_tokenizer
 from spmdrl.models.files.weight_files import INDEX, SINGLE
-from spmdrl.models.sharding import Slice, all_slices, global_shapes, restrict
+from spmdrl.models.sharding import all_slices, global_shapes
+from spmdrl.models.tensors import Slice, restrict
 from tiny_model import load_into
 
 SOURCE: dict[str, Any] = {
@@ -99,6 +100,28 @@ def test_sharded_loads_hold_the_same_values(tmp_path: Path) -> None:
         shard = torch.empty(rows - rows // 3, *parameters[name].shape[1:], dtype=torch.bfloat16)
         fill([(shard, restrict(held, rows // 3, rows))], checkpoint)
         assert torch.equal(shard, parameters[name][rows // 3 :].bfloat16()), name
+
+
+def test_boxes_of_three_dims_fill_rows_of_two(tmp_path: Path) -> None:
+    stack, conv = torch.randn(3, 4, 5), torch.randn(6, 1, 3)
+    save_file({"stack": stack, "conv": conv}, tmp_path / SINGLE)
+    checkpoint = open_checkpoint(tmp_path)
+    held = tuple(
+        Slice(
+            name="stack",
+            shape=(3, 4, 5),
+            start=(expert, 1, 2),
+            stop=(expert + 1, 3, 5),
+            offset=2 * place,
+        )
+        for place, expert in enumerate((2, 0))
+    )
+    rows, channels = torch.zeros(5, 3), torch.zeros(4, 3)
+    fill([(rows, held)], checkpoint)
+    assert torch.equal(rows[:4], torch.cat((stack[2, 1:3, 2:], stack[0, 1:3, 2:])))
+    assert not rows[4].any()
+    fill([(channels, (replace(whole("conv", (6, 1, 3)), start=(2, 0, 0)),))], checkpoint)
+    assert torch.equal(channels, conv[2:, 0])
 
 
 def test_random_weights_depend_on_seed_and_name_alone() -> None:

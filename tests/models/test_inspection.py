@@ -17,7 +17,7 @@ from spmdrl.models.config import parse_config
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.hf import open_checkpoint, open_model
 from spmdrl.models.files.weight_files import INDEX, SINGLE
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 from tiny_model import load_into, make_tiny_model
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -213,6 +213,8 @@ def test_what_is_of_no_use_is_noted_once(tmp_path: Path) -> None:
     notes: list[str] = []
     open_model(tmp_path, warn=notes.append)
     assert notes == [
+        f"{tmp_path}/config.json: tensors that are not loaded: 1 of rotary frequencies "
+        f"({LAYER}.self_attn.rotary_emb.inv_freq)",
         f"{tmp_path}: the tensor 'v_head.summary.weight' is of no use to the model",
         f"{tmp_path}/quantize_config.json is of a quantised format, but config.json names none: "
         "it is not read",
@@ -239,7 +241,7 @@ def test_a_default_that_does_not_fit_the_weights_is_named(tmp_path: Path) -> Non
         ValueError, match=r"without intermediate_size in config.json, defaults count"
     ):
         open_model(tmp_path)
-    assert parse_config(source).intermediate_size == 11008
+    assert parse_config(source).dense_width == 11008
 
 
 def test_reading_a_slice_does_not_read_the_header_again(tmp_path: Path) -> None:

@@ -10,24 +10,30 @@ import torch
 from torch import Tensor
 
 from spmdrl.distributed.parallel import Parallel
+from spmdrl.models.adapter_weights import AdapterWeights, merged
 from spmdrl.models.adapters import (
     Adapter,
     LowRank,
     adapter_shapes,
     check_experts,
     find_targets,
-    lora_names,
     make_adapter,
 )
 from spmdrl.models.config import ModelConfig, read_config
 from spmdrl.models.decoder import Decoder
+from spmdrl.models.family import family_of
 from spmdrl.models.files.hf import fill
 from spmdrl.models.files.weight_files import open_checkpoint
-from spmdrl.models.low_rank import AdapterWeights, Applied, merged
-from spmdrl.models.sharding import Slice
+from spmdrl.models.low_rank import Applied
+from spmdrl.models.sharding import global_shapes
+from spmdrl.models.tensors import Slice
 from tiny_model import load_into, make_tiny_model
 
 RANKS = {"q_proj": 3, "k_proj": 2, "v_proj": 4, "o_proj": 5, "gate_proj": 2, "down_proj": 3}
+RANKS |= {"qkv_proj": 3, "gate_up_proj": 2, "in_proj_qkv": 3, "in_proj_z": 2, "out_proj": 4}
+
+ARCHITECTURES = ["LlamaForCausalLM", "Phi3ForCausalLM"]
+"""Models with a matrix for each projection, and with fused ones, which are one target."""
 
 
 @dataclasses.dataclass
@@ -105,8 +111,9 @@ def dense_product(
         for piece in tables[local]:
             own = parameter[piece.offset : piece.offset + piece.rows].detach()
             if piece.name in adapter.targets:
-                a, b = (leaves[name] for name in lora_names(piece.name))
-                own = own + adapter.targets[piece.name].scale * (b @ a)
+                a, b = (leaves[name] for name in adapter.factors(piece.name))
+                part = (b @ a)[piece.start[0] : piece.stop[0]]
+                own = own + adapter.targets[piece.name].scale * part
             rows.append(own)
         module, _, leaf = local.rpartition(".")
         holder = dense.get_submodule(module)
@@ -117,9 +124,10 @@ def dense_product(
     return dense, expected, leaves
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_additions_equal_the_dense_product(tmp_path, blocks):
-    model = make_tiny_model(tmp_path / "model")
+def test_additions_equal_the_dense_product(tmp_path, blocks, architecture):
+    model = make_tiny_model(tmp_path / "model", architecture)
     adapter = uneven(model)
     values = values_of(model, adapter)
     decoder = tiny_decoder(tmp_path / "model", blocks=blocks).requires_grad_(False)
@@ -138,11 +146,12 @@ def test_additions_equal_the_dense_product(tmp_path, blocks):
     for name, parameter in weights.named_parameters():
         for piece in found[name]:
             gradient = parameter.grad[piece.offset : piece.offset + piece.rows]
+            whole = leaves[piece.name].grad
             torch.testing.assert_close(
                 gradient,
-                leaves[piece.name].grad,
+                whole[piece.start[0] : piece.stop[0]],
                 rtol=1e-3,
-                atol=1e-4 * float(leaves[piece.name].grad.abs().max()),
+                atol=1e-4 * float(whole.abs().max()),
             )
 
 
@@ -166,21 +175,20 @@ def test_rows_choose_their_adapter(tmp_path):
     torch.testing.assert_close(mixed[::2], even[::2])
 
 
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "Qwen3_5ForCausalLM"])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_merged_parts_are_parts_of_the_merged_whole(tmp_path, tp):
-    """A rank's merge of its slices equals its slices of the whole merge."""
-    model = make_tiny_model(tmp_path / "model")
+def test_merged_parts_are_parts_of_the_merged_whole(tmp_path, tp, architecture):
+    """A rank's merge of its slices equals its slices of the whole merge, also where one target has
+    queries, keys and values of a recurrence, each cut by itself.
+    """
+    model = make_tiny_model(tmp_path / "model", architecture, **family_of(architecture).tiny)
     adapter = uneven(model)
     values = values_of(model, adapter)
     whole = tiny_decoder(tmp_path / "model")
-    dense = {}
-    for local, parameter in whole.named_parameters():
-        for piece in whole.slices()[local]:
-            own = parameter[piece.offset : piece.offset + piece.rows].detach().clone()
-            if piece.name in adapter.targets:
-                a, b = (values.tensors[name] for name in lora_names(piece.name))
-                own += adapter.targets[piece.name].scale * (b @ a)
-            dense[piece.name] = own
+    dense = plain_values(whole)
+    for target, own in adapter.targets.items():
+        a, b = (values.tensors[name] for name in adapter.factors(target))
+        dense[target] = dense[target] + own.scale * (b @ a)
     for rank in range(tp):
         decoder = Decoder(model, tp=Parallel(rank=rank, size=tp), device="cpu")
         fill(
@@ -195,16 +203,18 @@ def test_merged_parts_are_parts_of_the_merged_whole(tmp_path, tp):
             for piece in pieces:
                 box = tuple(slice(a, b) for a, b in zip(piece.start, piece.stop, strict=True))
                 part = found[piece.offset : piece.offset + piece.rows]
-                torch.testing.assert_close(part, dense[piece.name][box], atol=1e-6, rtol=1e-6)
+                wanted = dense[piece.name][box].reshape(part.shape)
+                torch.testing.assert_close(part, wanted, atol=1e-6, rtol=1e-6)
 
 
 def plain_values(decoder: Decoder) -> dict[str, Tensor]:
-    tables = decoder.slices()
-    return {
-        piece.name: parameter.data[piece.offset : piece.offset + piece.rows]
-        for local, parameter in decoder.named_parameters()
-        for piece in tables[local]
-    }
+    tables, found = decoder.slices(), {}
+    for local, parameter in decoder.named_parameters():
+        for piece in tables[local]:
+            rows = parameter.data[piece.offset : piece.offset + piece.rows]
+            found.setdefault(piece.name, []).append(rows)
+    shapes = global_shapes(decoder.model)
+    return {name: torch.cat(parts).view(shapes[name]) for name, parts in found.items()}
 
 
 def test_targets_are_groups_names_or_patterns(tmp_path):
@@ -214,14 +224,61 @@ def test_targets_are_groups_names_or_patterns(tmp_path):
     assert find_targets(model, ["attention", "mlp"]) == every
     assert find_targets(model, ["q_proj"]) == tuple(n for n in every if ".q_proj." in n)
     assert find_targets(model, ["*.layers.1.mlp.*"]) == every[-3:]
-    with pytest.raises(ValueError, match="'query' selects no matrix of LlamaForCausalLM"):
+    said = "'query' selects no matrix of LlamaForCausalLM: give attention, mlp, all, or patterns"
+    with pytest.raises(ValueError, match=said):
         find_targets(model, ["all", "query"])
 
 
+def test_groups_stand_for_projections_by_any_name(tmp_path):
+    tiny = family_of("Qwen3NextForCausalLM").tiny
+    model = make_tiny_model(tmp_path / "next", "Qwen3NextForCausalLM", **tiny)
+    delta, attention = (
+        [f"model.layers.{i}.{part}.weight" for part in parts]
+        for i, parts in enumerate(
+            (
+                [f"linear_attn.{part}" for part in ("in_proj_qkvz", "in_proj_ba", "out_proj")],
+                [f"self_attn.{part}_proj" for part in "qkvo"],
+            )
+        )
+    )
+    assert find_targets(model, ["attention"]) == (*delta, *attention)
+    shared = [f"shared_expert.{part}_proj" for part in ("gate", "up", "down")]
+    assert find_targets(model, ["mlp"]) == tuple(
+        f"model.layers.{i}.mlp.{part}.weight" for i in range(2) for part in shared
+    )
+    phi = make_tiny_model(tmp_path / "phi", "Phi3ForCausalLM")
+    assert find_targets(phi, ["all"])[:2] == (
+        "model.layers.0.self_attn.qkv_proj.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+    )
+
+
+@pytest.mark.parametrize("form", ["stacked", "transposed"])
+@pytest.mark.parametrize("target", ["all", "experts", "gate_up_proj", "*.layers.1.mlp.*"])
+def test_experts_in_one_tensor_are_refused_by_name(tmp_path, form, target):
+    model = make_tiny_model(tmp_path / "model", "Qwen3MoeForCausalLM")
+    assert model.moe is not None
+    moe = dataclasses.replace(model.moe, form=form)
+    layers = tuple(dataclasses.replace(layer, mlp=moe) for layer in model.layers)
+    stacked = dataclasses.replace(model, layers=layers)
+    with pytest.raises(ValueError, match=r"selects .*mlp\.experts\.gate_up_proj, which holds"):
+        find_targets(stacked, [target])
+    assert len(find_targets(stacked, ["attention"])) == 2 * 4
+
+
+@pytest.mark.parametrize("target", ["all", "experts", "down_proj", "mlp"])
+def test_a_refusal_names_only_targets_that_the_model_has(tmp_path, target):
+    model = make_tiny_model(tmp_path / "model", "GptOssForCausalLM", sliding_window=16)
+    with pytest.raises(ValueError, match=r"give attention, or patterns .*self_attn\.q_proj'$"):
+        find_targets(model, [target])
+    assert len(find_targets(model, ["attention"])) == model.num_layers * 4
+
+
+@pytest.mark.parametrize("experts", ["each", "shared"])
 @pytest.mark.parametrize("targets", [["experts"], ["all"], ["up_proj", "q_proj"]])
-def test_experts_equal_the_dense_products(tmp_path, targets):
+def test_experts_equal_the_dense_products(tmp_path, targets, experts):
     model = make_tiny_model(tmp_path / "model", "Qwen3MoeForCausalLM", num_experts=4)
-    adapter = make_adapter(find_targets(model, targets), rank=3, alpha=4.5)
+    adapter = make_adapter(find_targets(model, targets), rank=3, alpha=4.5, experts=experts)
     values = values_of(model, adapter)
     decoder = tiny_decoder(tmp_path / "model").requires_grad_(False)
     weights = weights_of(decoder, adapter, values)
@@ -230,7 +287,10 @@ def test_experts_equal_the_dense_products(tmp_path, targets):
 
     dense, expected, leaves = dense_product(tmp_path / "model", adapter, values)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    assert any(".experts." in name for name in leaves)
+    of_experts = {"each": ".experts.3.up_proj.lora_A.", "shared": ".experts.up_proj.lora_A."}
+    assert all(
+        any(own in n for n in leaves) == (form == experts) for form, own in of_experts.items()
+    )
     for name, parameter in weights.named_parameters():
         for piece in weights.tables()[name]:
             found = parameter.grad[piece.offset : piece.offset + piece.rows]

@@ -13,17 +13,21 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness import run_ranks
-from moe_models import CASES, by_file_name, config_of, reference_model
+from moe_models import CASES, SIZES, by_file_name, config_of, reference_model
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, copy_to
 from spmdrl.models import linear
+from spmdrl.models.blocks.moe import Experts, has_fixed_shapes
+from spmdrl.models.blocks.projections import Build
+from spmdrl.models.config import parse_config
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import open_model
 from spmdrl.models.linear import Groups, grouped_gemm, grouped_linear
-from spmdrl.models.moe import Experts
 from spmdrl.models.routing import Routing, choices_dtype, pack_choices, unpack_choices
-from spmdrl.models.sharding import Slice, global_shapes
+from spmdrl.models.sharding import global_shapes
+from spmdrl.models.tensors import Slice
+from spmdrl.verification.trainer import whole
 from spmdrl.world import World
 from tiny_model import load_into
 
@@ -51,13 +55,10 @@ def test_directories_go_both_ways_with_equal_logits(name: str, tmp_path: Path) -
     expected = reference_logits(model, tokens)
     assert (logits_of(decoder, tokens) - expected).abs().max() <= 1e-4
 
-    held, tensors = decoder.slices(), dict(decoder.named_parameters())
-    whole = [
-        (s.name, tensors[local][s.offset : s.offset + s.rows])
-        for local, slices in held.items()
-        for s in slices
-    ]
-    save_pretrained(whole, config, tmp_path / "ours", None, max_shard_bytes=20_000)
+    held = decoder.slices()
+    local = {name: (p.detach(), held[name]) for name, p in decoder.named_parameters()}
+    tensors = whole([local], config)
+    save_pretrained(tensors.items(), config, tmp_path / "ours", None, max_shard_bytes=20_000)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     for key, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[key]), key
@@ -102,7 +103,7 @@ def test_gradients_equal_transformers(name: str, recompute: Any) -> None:
     model, tokens, weight = reference_model(name), tokens_of(24), weight_of(24)
     expected = expected_gradients(model, tokens, weight)
     decoder, _ = decoder_of(model)
-    routing = Routing(decoder.model.moe)
+    routing = Routing(decoder.model)
     decoder(
         tokens,
         torch.arange(24),
@@ -112,6 +113,8 @@ def test_gradients_equal_transformers(name: str, recompute: Any) -> None:
         routing=routing,
     ).backward()
     check_gradients(decoder, expected)
+    fixed = [name for name, p in decoder.named_parameters() if p.grad is None]
+    assert all(name.endswith("router.correction") for name in fixed)
 
 
 # degrees of two and four ranks: experts over tp, over ranks with other tokens, over both
@@ -126,6 +129,13 @@ RANKS = {
 }
 
 
+def fits(name: str, degrees: dict[str, int]) -> bool:
+    """Whether tp divides the key-value heads."""
+    heads = (SIZES | CASES[name][1])["num_key_value_heads"]
+    assert isinstance(heads, int)
+    return heads % degrees.get("tp", 1) == 0
+
+
 def on_ranks(world: World, name: str) -> list[dict[str, int]]:
     """Logits and gradients of every layout, each replica with tokens of its own."""
     model, tokens, weight = reference_model(name), tokens_of(24), weight_of(24)
@@ -138,8 +148,8 @@ def on_ranks(world: World, name: str) -> list[dict[str, int]]:
         ep = Parallel(
             group=mesh.group("exchange"), rank=mesh.coordinate("ep"), size=mesh.size("ep")
         )
-        if name == "mixtral" and degrees.get("tp") == 4:
-            continue  # two key-value heads
+        if not fits(name, degrees):
+            continue
         decoder, _ = decoder_of(model, tp=tp, ep=ep)
         # unequal parts, causal attention over all that came before
         bounds = [24 * i * (i + 1) // (mesh.size("dp") * (mesh.size("dp") + 1)) for i in range(5)]
@@ -156,17 +166,24 @@ def on_ranks(world: World, name: str) -> list[dict[str, int]]:
         (logits * weight[:last, vocab])[first:].sum().backward()
         for local, parameter in decoder.named_parameters():
             group = mesh.group("edp" if ".experts." in local else "reduce")
-            if group is not None:
+            if group is not None and parameter.requires_grad:
                 dist.all_reduce(parameter.grad, group=group)
         check_gradients(decoder, expected)
         served.append(degrees)
     return served
 
 
-@pytest.mark.parametrize(("name", "size"), [("qwen3_moe", 2), ("mixtral", 2), ("mixtral", 4)])
+SERVED = [
+    *(("qwen3_moe", 2), ("mixtral", 2), ("mixtral", 4), ("gpt_oss", 2), ("glm4_moe", 2)),
+    pytest.param("gpt_oss", 4, marks=pytest.mark.full),
+    pytest.param("glm4_moe", 4, marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize(("name", "size"), SERVED)
 def test_parallel_layouts_equal_transformers(name: str, size: int) -> None:
     served = run_ranks(on_ranks, size, name)
-    assert served == [[d for d in RANKS[size] if d.get("tp") != 4]] * size
+    assert served == [[d for d in RANKS[size] if fits(name, d)]] * size
 
 
 def test_grouped_products_by_loop_and_by_kernel() -> None:
@@ -224,14 +241,17 @@ def test_fixed_shapes_give_the_same(parts: int, monkeypatch: pytest.MonkeyPatch)
     weights = torch.rand(11, 2, generator=generator)
     found = []
     for is_usable in (False, True):
-        monkeypatch.setattr("spmdrl.models.moe.grouped_gemm_is_usable", lambda *_, u=is_usable: u)
+        monkeypatch.setattr(
+            "spmdrl.models.blocks.moe.grouped_gemm_is_usable", lambda *_, u=is_usable: u
+        )
         monkeypatch.setattr(
             "spmdrl.models.linear.grouped_gemm_is_usable", lambda *_, u=is_usable: u
         )
         total = torch.zeros(11, 64)
         for rank in range(parts):
             place = Parallel(rank=rank, size=parts)
-            experts = Experts(config, place, place, dtype=torch.float32, device="cpu")
+            build = Build(norm=config.norm, tp=place, ep=place, device="cpu")
+            experts = Experts(config.moe, config.hidden_size, build)
             held = range(4 * rank // parts, 4 * (rank + 1) // parts)
             with torch.no_grad():
                 for number, expert in enumerate(held):
@@ -246,16 +266,31 @@ def test_fixed_shapes_give_the_same(parts: int, monkeypatch: pytest.MonkeyPatch)
     assert found[0].abs().max() > 0.01
 
 
+@pytest.mark.parametrize(
+    ("architecture", "key"),
+    [("GptOssForCausalLM", "intermediate_size"), ("Qwen3MoeForCausalLM", "moe_intermediate_size")],
+)
+def test_widths_that_no_kernel_takes_are_not_captured(architecture: str, key: str) -> None:
+    for width in (12, 16):
+        experts = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, key: width}
+        model = parse_config({**SIZES, **experts, "architectures": [architecture]})
+        shapes = {n: tuple(p.shape) for n, p in Decoder(model).named_parameters()}
+        fixed = has_fixed_shapes(model, shapes, torch.bfloat16, torch.device("cuda"), (9, 0))
+        assert fixed == (width % 8 == 0), width
+
+
 @pytest.mark.parametrize("needs_grad", [True, False])
 def test_nothing_waits_for_the_device_where_no_expert_is_elsewhere(
     needs_grad: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fake tensors have no values: what asks for some, and so would wait for a GPU, is an error."""
-    for module in ("moe", "linear"):
+    for module in ("blocks.moe", "linear"):
         monkeypatch.setattr(f"spmdrl.models.{module}.grouped_gemm_is_usable", lambda *_: True)
     config = config_of(reference_model("mixtral"))
     with FakeTensorMode(), torch.set_grad_enabled(needs_grad):
-        experts = Experts(config, Parallel(), Parallel(), dtype=torch.bfloat16, device="cpu")
+        build = Build(norm=config.norm, dtype=torch.bfloat16, device="cpu")
+        assert config.moe is not None
+        experts = Experts(config.moe, config.hidden_size, build)
         x = torch.randn(11, 64, dtype=torch.bfloat16)
         out = experts(x, torch.zeros(11, 2, dtype=torch.int64), torch.ones(11, 2).bfloat16())
         assert out.shape == (11, 64)
@@ -280,9 +315,9 @@ def test_given_choices_are_taken_and_weighted_by_the_routers_own_probabilities()
     for layer in layers:
         layer.router.register_forward_hook(lambda _, __, out: probabilities.append(out))
         layer.experts.register_forward_pre_hook(lambda _, args: handed.extend(args[1:]))
-    routing = Routing(config.moe, given=given)
+    routing = Routing(config, given=given)
     logits = logits_of(decoder, tokens, routing)
-    plain = Routing(config.moe)
+    plain = Routing(config)
     assert (logits_of(decoder, tokens, plain) - logits).abs().max() > 1e-2
     used, weights = handed[0], handed[1]
     assert torch.equal(used[:4], given[:4, 0]) and torch.equal(used[5:], given[5:, 0])

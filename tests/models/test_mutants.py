@@ -13,13 +13,15 @@ from mutants import VALUES, Mutant, of_directory, of_gguf
 from test_gguf import write_gguf
 
 from spmdrl.models.config import parse_config, read_config
+from spmdrl.models.config_reading import resolved
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.families import DEFAULTS, MODEL_TYPES, SUPPORTED
+from spmdrl.models.family import families
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.gguf import convert_gguf
 from spmdrl.models.files.hf import open_model
 from spmdrl.models.files.tokenizers import check_tokenizer, load_tokenizer
-from spmdrl.models.sharding import Slice, global_shapes
+from spmdrl.models.sharding import global_shapes
+from spmdrl.models.tensors import Slice
 from tiny_model import load_into, make_tiny_model
 
 EACH = 20
@@ -101,19 +103,24 @@ def test_a_sample_of_damaged_files_is_refused_by_name(tmp_path: Path, kind: str)
     run(tmp_path, kind, EACH)
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED)
+@pytest.mark.parametrize("architecture", sorted(families()))
 def test_every_key_of_every_family_is_read_or_refused_by_name(architecture: str) -> None:
-    source = {
-        **{key: value for key, value in DEFAULTS[architecture].items() if value is not None},
+    model_type = families()[architecture].model_type
+    defaults = resolved({}, model_type, "config.json")
+    source: dict[str, Any] = {
+        **{key: value for key, value in defaults.items() if value is not None},
         "architectures": [architecture],
-        "model_type": MODEL_TYPES[architecture],
+        "model_type": model_type,
         "num_hidden_layers": 2,
+        **({"layer_types": ["full_attention"] * 2} if defaults.get("layer_types") else {}),
         "max_position_embeddings": 4096,
         "original_max_position_embeddings": 64,
-        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32, "mscale": 1.0},
     }
+    rope: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32, "mscale": 1.0}
+    if model_type == "phi3":  # whose class takes no yarn
+        rope = {"rope_type": "longrope", **{f"{n}_factor": [1.0] * 48 for n in ("short", "long")}}
+    source["rope_scaling"] = rope
     parse_config(source)
-    rope: dict[str, Any] = source["rope_scaling"]
     for value in VALUES.values():
         changed = [{**source, key: value} for key in (*source, "layer_types", "bos_token_id")]
         changed += [{**source, "rope_scaling": {**rope, key: value}} for key in (*rope, "truncate")]

@@ -19,8 +19,8 @@ def test_the_padded_model_computes_the_same(tmp_path: Path) -> None:
     source, target = tmp_path / "model", tmp_path / "padded"
     make_tiny_model(source)
     old = read_config(source)
-    ratio = old.num_heads // old.num_kv_heads
-    kv_heads = old.num_kv_heads + 2
+    ratio = old.attention.num_heads // old.attention.num_kv_heads
+    kv_heads = old.attention.num_kv_heads + 2
     config = pad_heads(source, target, f"{ratio * kv_heads}/{kv_heads}")
     assert read_config(target) == config
     check_tp(config, kv_heads)

@@ -28,7 +28,7 @@ from spmdrl.models.files.peft_config import (
     ADAPTER_WEIGHTS,
     OF_NO_EFFECT,
 )
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 from tiny_model import make_tiny_model
 
 EFFECTS: dict[str, list[Any]] = {

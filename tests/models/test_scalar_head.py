@@ -14,7 +14,8 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import open_model, random_tensor
-from spmdrl.models.sharding import SCORE, Slice, all_slices, global_shapes
+from spmdrl.models.sharding import SCORE, all_slices, global_shapes
+from spmdrl.models.tensors import Slice
 from spmdrl.weights.layout import model_layout
 from tiny_model import make_tiny_model
 

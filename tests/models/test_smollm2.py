@@ -52,7 +52,11 @@ def test_logits_and_answer_equal_transformers() -> None:
 
     tokenizer = load_tokenizer(MODEL)
     config, checkpoint = open_model(MODEL)
-    assert (config.num_heads, config.num_kv_heads, config.num_layers) == (9, 3, 30)
+    assert (config.attention.num_heads, config.attention.num_kv_heads, config.num_layers) == (
+        9,
+        3,
+        30,
+    )
     assert config.architecture == "LlamaForCausalLM" and config.tie_embeddings
     decoder = Decoder(config, device="cpu")
     load_into(decoder, checkpoint)

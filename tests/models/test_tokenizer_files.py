@@ -14,7 +14,8 @@ from spmdrl.models.files.check import check_directory
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import open_model
 from spmdrl.models.files.tokenizers import load_tokenizer
-from spmdrl.models.sharding import Slice, global_shapes
+from spmdrl.models.sharding import global_shapes
+from spmdrl.models.tensors import Slice
 from tiny_model import make_tiny_model
 
 

@@ -20,8 +20,8 @@ LAYERS = "decoder.layers."
 
 def tensors_of(model: ModelConfig, layers: int = 2, rows: int = 264) -> dict[str, Tensor]:
     """As Megatron names and stacks them, random."""
-    hidden, ffn, d = model.hidden_size, model.intermediate_size, model.head_dim
-    q, kv = model.num_heads * d, model.num_kv_heads * d
+    hidden, ffn, d = model.hidden_size, model.dense_width, model.attention.head_dim
+    q, kv = model.attention.num_heads * d, model.attention.num_kv_heads * d
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:

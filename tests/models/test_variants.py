@@ -9,30 +9,33 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from variants import Variant, all_variants
 
+from spmdrl.models.attention import PackedAttention, make_kernel
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.hf import open_model
+from spmdrl.models.layer_attention import attention_options
+from spmdrl.models.spans import Span
 from tiny_model import load_into
 
 EACH = 17
 """Of so many variants the quick run takes one."""
 
 
-def dense(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out[0].transpose(0, 1)
-
-
 def ours(directory: Path, tokens: Tensor) -> Tensor:
     config, weights = open_model(directory)
     decoder = Decoder(config, device="cpu")
     load_into(decoder, weights)
+    attend = PackedAttention(
+        [Span(q_start=0, q_stop=len(tokens), own=(0, len(tokens)))],
+        make_kernel("blocked"),
+        options=attention_options(config),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
     with torch.no_grad():
-        hidden = decoder(tokens, torch.arange(len(tokens)), dense)
+        hidden = decoder(tokens, torch.arange(len(tokens)), attend)
         logits: Tensor = hidden @ decoder.head_weight().T
     return logits
 

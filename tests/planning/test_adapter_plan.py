@@ -14,7 +14,9 @@ from spmdrl.models.adapters import adapter_shapes, find_targets, make_adapter
 from spmdrl.models.config import parse_config
 from spmdrl.models.sharding import global_shapes
 from spmdrl.placement import place_roles
+from spmdrl.planning.adapter_choice import adding_bytes
 from spmdrl.planning.plan import RolePlan, plan_roles
+from tiny_model import make_tiny_model
 
 MODEL = parse_config(
     {
@@ -99,6 +101,30 @@ def test_what_does_not_train_has_no_gradients_and_no_state(tmp_path: Path) -> No
         plan.memory[0].working_bytes["policy.update"] for plan in (whole, adapted)
     ]  # its gradients, and those of the head once more
     assert spared[0] - spared[1] > 4 * (BASE - ADDED)
+
+
+def test_one_adapter_for_all_experts_has_an_eighth_of_their_values(tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "moe", "Qwen3MoeForCausalLM")
+    path = write_config(tmp_path / "c.yaml", tmp_path, tmp_path)
+    found, costs = {}, {}
+    for form in ("each", "shared"):
+        adapter = f"{{rank: 4, targets: [experts], experts: {form}}}"
+        config = load_config(path, [f"roles.policy.adapter={adapter}", "device=cpu"])
+        plan = plan_roles(
+            config, place_roles(config, 1), dict.fromkeys(config.roles, model), ["cpu"]
+        )
+        parts = {part.key: part.num_bytes for part in plan.memory[0].plan.parts}
+        working = plan.memory[0].working_bytes["policy.update"]
+        found[form] = (parts["policy", "weights"], parts["policy", "optimizer"], working)
+        policy, rollout = plan.specs["policy"], plan.specs["rollout"]
+        costs[form] = adding_bytes(config, policy, rollout)
+    # 2 layers, each with 3 matrices of 16 x 32
+    values = 2 * 3 * 4 * (16 + 32)
+    assert found["shared"][:2] == (4 * values, 8 * values)
+    assert found["each"][:2] == (8 * 4 * values, 8 * 8 * values)
+    assert found["each"][2] - found["shared"][2] == 7 * 4 * values, "gradients"
+    # a decode step reads A and B; there are 10
+    assert costs["each"] - costs["shared"] == 10 * 7 * 4 * values
 
 
 def test_a_scalar_head_over_the_base_is_the_roles_own(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def test_four_roles_over_one_model_fit_into_eight_gpus(
     write_sparse_adapter(tmp_path / "judge", model, adapter)
     monkeypatch.setenv("MODEL", "model")
     monkeypatch.setenv("REWARD_ADAPTER", "judge")
-    assert main(["explain", "rlhf/ppo_lora", "--ranks", "8", *shlex.split(ASKED)]) == 0
+    assert main(["plan", "rlhf/ppo_lora", "--ranks", "8", *shlex.split(ASKED)]) == 0
     text = capsys.readouterr().out
     shown = text.split("# roles\n")[1].split("\n# weights")[0].rstrip()
     memory = text.split("# memory\n")[1].split("\n\n")[0].rstrip()

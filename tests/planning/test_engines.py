@@ -22,7 +22,9 @@ from tiny_model import make_tiny_model
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfig]:
     directory = tmp_path_factory.mktemp("engines") / "model"
-    make_tiny_model(directory, head_dim=32, num_attention_heads=6, num_key_value_heads=3)
+    make_tiny_model(
+        directory, hidden_size=48, head_dim=32, num_attention_heads=6, num_key_value_heads=3
+    )
     return directory, read_config(directory)
 
 

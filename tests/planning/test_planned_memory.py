@@ -11,11 +11,12 @@ from flow_cases import write_config
 from spmdrl.commands.evaluate import rollout_only
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
-from spmdrl.models.config import ModelConfig, parse_config, read_config
+from spmdrl.models.config import ModelConfig, parse_config, read_config, resized
 from spmdrl.placement import place_roles
-from spmdrl.planning.memory import FREE_SHARE, device_bytes
-from spmdrl.planning.parts import optimizer_bytes
+from spmdrl.planning.margins import FRAGMENT_SHARE, Margin
+from spmdrl.planning.memory import device_bytes
 from spmdrl.planning.plan import RolePlan, plan_roles
+from spmdrl.planning.systems.train_memory import optimizer_bytes
 from tiny_model import make_tiny_model
 
 
@@ -114,8 +115,12 @@ def update_bytes(words: list[str], num_ranks: int = 1) -> int:
 def test_the_quickstart_fits_where_it_fits():
     # at most 12 x (96 + 8 x 12) = 2,304 packed tokens: activations 2.8 GB, gradients 0.6 GB
     assert update_bytes(["memory_gb=6"]) == pytest.approx(3.6e9, rel=0.1)
-    with pytest.raises(ValueError, match=r"policy.update, the device has 4.00 GB"):
-        update_bytes(["memory_gb=4"])
+    # with weights and moments of 1.6 GB the whole of it has 5.2 GB
+    for size, splits in (("6", set()), ("4.2", {"policy"})):
+        plan = plan_of(load_config(QUICKSTART, [f"memory_gb={size}"]), 1, SMOLLM2)
+        assert plan.memory[0].splits == splits, size
+    with pytest.raises(ValueError, match=r"policy.update, the device has 3.50 GB"):
+        update_bytes(["memory_gb=3.5"])
 
 
 def test_working_memory_counts_the_tokens_that_a_rank_has_at_once():
@@ -132,7 +137,7 @@ def test_working_memory_counts_the_tokens_that_a_rank_has_at_once():
 
 
 def test_tensor_parallel_ranks_share_the_mlp_and_sharded_ones_compute_in_their_dtype():
-    shape = dataclasses.replace(SMOLLM2, num_heads=8, num_kv_heads=4)
+    shape = resized(SMOLLM2, {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64})
     found = {}
     for name, words in {
         "dp": [],
@@ -165,7 +170,7 @@ def test_a_sync_reads_the_host_where_both_models_do_not_fit_on_the_device():
     assert plan_of(load_config(QUICKSTART, small), 4, shape).memory[0].plan.residencies == {
         ("policy", "weights"): "host",
         ("policy", "optimizer"): "host",
-        ("rollout", "weights"): "host",
+        ("rollout", "weights"): "drop",
         ("rollout", "kv_cache"): "drop",
     }
 
@@ -173,23 +178,27 @@ def test_a_sync_reads_the_host_where_both_models_do_not_fit_on_the_device():
 def test_the_smallest_gpu_of_the_world_bounds_every_ranks_plan(model, tmp_path) -> None:
     path = write_config(tmp_path / "c.yaml", model, tmp_path / "run")
     config, given = load_config(path), load_config(path, ["memory_gb=3"])
-    assert device_bytes(given, "cuda", 80_000_000_000) == device_bytes(given, "cpu", None) == 3e9
-    assert device_bytes(config, "cuda", 40_000_000_000) == int(40e9 * FREE_SHARE)
+    margin = Margin(communicators=(), workspace_bytes=10**9, fragment_share=FRAGMENT_SHARE)
+    assert device_bytes(given, "cuda", 80_000_000_000, margin) == 3e9
+    assert device_bytes(given, "cpu", None, margin) == 3e9
+    room = 39_000_000_000 - int(40e9 * FRAGMENT_SHARE)
+    assert device_bytes(config, "cuda", 40_000_000_000, margin) == room
     placements = place_roles(config, 2)
     shapes = {name: read_config(config.model_path(name)) for name in placements}
-    with pytest.raises(ValueError, match="the device has 900 bytes"):
+    with pytest.raises(ValueError, match="the device has 0 bytes"):
         plan_roles(config, placements, shapes, ["cuda", "cuda"], gpu_bytes=1000)
 
 
 def test_a_host_is_not_bounded_by_the_gpus_of_others(model, tmp_path) -> None:
     path = write_config(tmp_path / "c.yaml", model, tmp_path / "run")
     config = load_config(path, ["roles.policy.ranks=0", "roles.rollout.ranks=1"])
-    assert device_bytes(config, "cpu", 40_000_000_000) is None
+    margin = Margin(communicators=(), workspace_bytes=0, fragment_share=0.0)
+    assert device_bytes(config, "cpu", 40_000_000_000, margin) is None
     placements = place_roles(config, 2)
     shapes = {name: read_config(config.model_path(name)) for name in placements}
     plan = plan_roles(config, placements, shapes, ["cpu", "cuda"], gpu_bytes=40_000_000_000)
     capacities = [plan.memory[rank].plan.capacity for rank in range(2)]
-    assert capacities == [None, int(40e9 * FREE_SHARE)]
+    assert capacities == [None, plan.margin.room(40_000_000_000)]
 
 
 def test_ranks_whose_optimizers_hold_unlike_shares_have_plans_of_their_own(model, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""How many microbatches a step makes: the numbers of `explain` against what packing does."""
+"""Numbers of microbatches in a step: those of `plan` against those that packing makes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from spmdrl.batch import Batch, from_rows
-from spmdrl.config.sections import TrainSection
-from spmdrl.distributed.exchange import RowTable, plan_exchange
+from spmdrl.config.training import TrainSection
+from spmdrl.distributed.exchange_plan import RowTable, plan_exchange
 from spmdrl.planning.token_bounds import MicrobatchCounts, StepSizes, num_microbatches
 from spmdrl.training.packing import pack
 from spmdrl.training.readout import Places

@@ -114,4 +114,4 @@ def test_what_cannot_be_loaded_is_named(function, parameters, message):
 
 
 def test_built_in_names():
-    assert sorted(BUILT_IN) == ["exact", "format", "math", "number", "reasoning_gym"]
+    assert sorted(BUILT_IN) == ["code", "exact", "format", "math", "number", "reasoning_gym"]

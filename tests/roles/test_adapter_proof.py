@@ -29,7 +29,8 @@ from spmdrl.models.adapters import (
 from spmdrl.models.config import ModelConfig, read_config
 from spmdrl.models.files.hf import TensorSource, random_tensor
 from spmdrl.models.files.weight_files import open_checkpoint
-from spmdrl.models.sharding import Slice, global_shapes
+from spmdrl.models.sharding import global_shapes
+from spmdrl.models.tensors import Slice
 from spmdrl.roles.adapter_noise import AdapterNoise
 from spmdrl.roles.canary import Canary
 from spmdrl.roles.generation import Rollout
@@ -360,12 +361,12 @@ def test_a_policy_without_finite_numbers_proves_nothing(path: Path) -> None:
 
 def noise_of(world: World, path: Path) -> dict[str, Tensor]:
     model = read_config(path)
-    adapter = make_adapter(find_targets(model, ["all"]), rank=4, alpha=8)
+    adapter = make_adapter(find_targets(model, ["all"]), rank=4, alpha=8, experts="shared")
     degrees = {"tp": 2} if world.size == 2 else {}
     backend, _ = backend_of(world, path, degrees, adapter, 0, lively=True)
     tensors = backend.local_tensors()
     noise = AdapterNoise(adapter, tensors, lambda tensor: tensor)
-    only = [t for t in adapter.targets if ".layers.0." in t]
+    only = [t for t in adapter.distinct if ".layers.0." in t]
     noise.fill(1.0, only)
     return {
         f"{piece.name} {piece.start}": tensor[piece.offset : piece.offset + piece.rows].clone()
@@ -375,8 +376,13 @@ def noise_of(world: World, path: Path) -> dict[str, Tensor]:
     }
 
 
-def test_noise_does_not_depend_on_the_layout(path: Path) -> None:
+@pytest.mark.parametrize("family", ["Llama", "Qwen3Moe"])
+def test_noise_does_not_depend_on_the_layout(tmp_path: Path, family: str) -> None:
+    path = tmp_path / "model"
+    make_tiny_model(path, f"{family}ForCausalLM")
     [whole] = run_ranks(noise_of, 1, path)
+    has_experts = [".experts.gate_proj.lora_B." in name for name in whole]
+    assert any(has_experts) == (family == "Qwen3Moe")
     halves = run_ranks(noise_of, 2, path)
     for at, values in whole.items():
         name = at.split()[0]

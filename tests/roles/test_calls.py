@@ -11,9 +11,9 @@ import torch
 
 from harness import run_ranks
 from spmdrl.batch import Batch, from_rows
-from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import into_minibatches
+from spmdrl.distributed.row_bytes import Column
 from spmdrl.roles.calls import Call, RoleMethod, together
 from spmdrl.roles.ledger import Stint
 from spmdrl.world import World

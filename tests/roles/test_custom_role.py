@@ -18,8 +18,8 @@ from spmdrl.commands.train import train
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
 from spmdrl.config.user_objects import load_object
-from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.distributed.row_bytes import Column
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.placement import place_roles

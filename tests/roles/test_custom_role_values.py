@@ -15,8 +15,8 @@ from spmdrl.batch import Batch, from_rows
 from spmdrl.checkpoint.journal import pack_journal, unpack_journal
 from spmdrl.config.load import load_config
 from spmdrl.config.user_objects import load_object
-from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.distributed.row_bytes import Column
 from spmdrl.placement import place_roles
 from spmdrl.planning.plan import plan_roles
 from spmdrl.roles.calls import together

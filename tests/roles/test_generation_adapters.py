@@ -15,7 +15,7 @@ from spmdrl.models.adapters import Adapter, adapter_shapes, find_targets, make_a
 from spmdrl.models.config import ModelConfig, read_config
 from spmdrl.models.files.hf import fill, random_tensor
 from spmdrl.models.files.weight_files import open_checkpoint
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 from spmdrl.roles.generation import Generation, Rollout
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import OWN, SamplingParams

@@ -9,7 +9,7 @@ from rollout_models import StateDict, make_engine
 from torch import Tensor
 
 from spmdrl.distributed.parallel import Parallel
-from spmdrl.models.adapters import Adapter, LowRank, adapter_shapes, find_targets, lora_names
+from spmdrl.models.adapters import Adapter, LowRank, adapter_shapes, find_targets
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import fill
 from spmdrl.models.local_shards import LocalTensors
@@ -40,7 +40,7 @@ def merged_source(source: StateDict, adapter: Adapter, values: dict[str, Tensor]
     """The weights with W + scale B A in place of W."""
     tensors = {name: source.tensor(name) for name in source.names}
     for name, own in adapter.targets.items():
-        a, b = (values[each] for each in lora_names(name))
+        a, b = (values[each] for each in adapter.factors(name))
         tensors[name] = tensors[name] + own.scale * (b @ a)
     return StateDict(tensors)
 

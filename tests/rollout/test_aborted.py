@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from rollout_models import assert_same, make_engine, prompts_of, request, tiny_model
 from test_engine import CACHE_BLOCK, load
 
@@ -102,6 +103,18 @@ def test_without_its_state_it_keeps_what_was_drawn(name: str) -> None:
                 assert completion.logprobs[: len(was.tokens)] == was.logprobs
                 assert was.finish == Finish.ABORTED or completion == was
                 assert_same(completion, want, f"{name}, prompt {i}, sample {sample}")
+
+
+def test_a_state_with_stacked_caches_is_read() -> None:
+    """The form in checkpoints of 0.2 and before: all layers' keys, then all layers' values."""
+    make, options = CASES["few"]
+    expected = generate(engine_of(options), make())
+    engine = engine_of(options)
+    generate(engine, make(), should_stop=after(9))
+    state = engine.aborted_state()
+    caches = [state.pop(f"cache.{i}") for i in range(4)]
+    state |= {"keys": torch.stack(caches[:2]), "values": torch.stack(caches[2:])}
+    assert generate(engine_of(options), make(), state=state) == expected
 
 
 def test_a_state_of_another_call_is_not_used() -> None:

@@ -208,6 +208,9 @@ def test_no_garbage_is_collected_during_a_capture(device: torch.device) -> None:
             Cycle(seen)
         return (x + 1,)
 
+    def idle() -> list[Tensor]:
+        return [torch.zeros(4, dtype=torch.int64)]
+
     graphs = DecodeGraphs(8, device)
     thresholds = gc.get_threshold()
     gc.set_threshold(10)
@@ -215,13 +218,30 @@ def test_no_garbage_is_collected_during_a_capture(device: torch.device) -> None:
     try:
         with torch.inference_mode():
             for i in range(3):
-                results.append(graphs.run(4, [torch.arange(4) + i], forward)[0].tolist())
+                found = graphs.run(4, [torch.arange(4) + i], forward, idle=idle)
+                results.append(found[0].tolist())
     finally:
         gc.set_threshold(*thresholds)
     gc.collect()
     assert results == [[1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6]]
     assert len(seen) == 200 and not any(seen)
     assert gc.isenabled()
+
+
+def test_states_advance_once_in_a_step_that_is_captured(device: torch.device) -> None:
+    states = torch.zeros(3, device=device)
+
+    def forward(places: Tensor) -> tuple[Tensor, ...]:
+        states.index_copy_(0, places, states.index_select(0, places) + 1)
+        return (states.index_select(0, places),)
+
+    graphs, trash = DecodeGraphs(8, device), torch.tensor([2])
+    with torch.inference_mode():
+        for step in range(1, 4):
+            for place in (0, 1):
+                [found] = graphs.run(1, [torch.tensor([place])], forward, idle=lambda: [trash])
+                assert found.tolist() == [step]
+    assert states.tolist()[:2] == [3, 3]
 
 
 def test_logits_are_not_rounded_to_half_precision(device: torch.device) -> None:

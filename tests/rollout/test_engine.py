@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import contract
 import pytest
 import torch
 from rollout_models import (
@@ -22,20 +21,6 @@ from spmdrl.models.kernels import cpu as panels
 from spmdrl.models.kernels import cpu as rows
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import Completion, Request
-
-
-def make_native(name: str = "Llama", **options: Any) -> NativeEngine:
-    return make_engine(*contract.model(name), **options)
-
-
-@pytest.mark.parametrize("check", contract.CHECKS)
-def test_the_contract_of_engines(check: str) -> None:
-    contract.CHECKS[check](make_native)
-
-
-@pytest.mark.parametrize("check", contract.CHECKS)
-def test_the_contract_without_a_compiler(check: str, no_compiler: None) -> None:
-    contract.CHECKS[check](make_native)
 
 
 def generate(engine: NativeEngine, asked: list[Request], **options: Any) -> list[list[Completion]]:
@@ -118,23 +103,6 @@ def test_they_do_without_a_compiler(
     options: dict[str, Any], expected: list[list[Completion]], no_compiler: None
 ) -> None:
     test_tokens_equal_naive_decoding_however_scheduled(options, expected)
-
-
-def test_results_do_not_depend_on_what_is_served_together(
-    expected: list[list[Completion]],
-) -> None:
-    config, source = tiny_model()
-    halves = [make_engine(config, source), make_engine(config, source)]
-    asked = load()
-    # samples of one request on two engines, other requests beside them
-    first = [asked[0], Request(**{**vars(asked[5]), "samples": (2, 0)})]
-    second = [Request(**{**vars(asked[5]), "samples": (3,)}), *asked[1:3]]
-    found = [generate(engine, part) for engine, part in zip(halves, (first, second), strict=True)]
-    assert_same(found[0][0][2], expected[0][2])
-    assert_same(found[0][1][0], expected[5][2])
-    assert_same(found[0][1][1], expected[5][0])
-    assert_same(found[1][0][0], expected[5][3])
-    assert_same(found[1][2][4], expected[2][4])
 
 
 def test_prompts_with_a_common_beginning_share_it() -> None:

@@ -29,10 +29,11 @@ from test_engine_moe import MODELS, SIZES, Lively
 
 from harness import run_ranks
 from spmdrl.distributed.parallel import Parallel
-from spmdrl.models.adapters import find_targets, make_adapter
+from spmdrl.models.adapter_weights import AdapterWeights
+from spmdrl.models.adapters import ExpertsForm, find_targets, make_adapter
 from spmdrl.models.config import ModelConfig, parse_config
-from spmdrl.models.low_rank import AdapterWeights
-from spmdrl.models.sharding import Slice, global_shapes
+from spmdrl.models.sharding import global_shapes
+from spmdrl.models.tensors import Slice
 from spmdrl.rollout.native import weights as engine_weights
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import OWN, Completion, Request
@@ -205,11 +206,14 @@ def experts_model(name: str) -> tuple[ModelConfig, StateDict]:
 
 
 @pytest.mark.parametrize("length", [8, 24], ids=["additions", "merged copy"])
-@pytest.mark.parametrize("name", ["Qwen3Moe", "Mixtral"])
-def test_experts_have_their_adapters(name: str, length: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "form"), [("Qwen3Moe", "each"), ("Qwen3Moe", "shared"), ("Mixtral", "shared")]
+)
+def test_experts_have_their_adapters(name: str, form: ExpertsForm, length: int) -> None:
     """A merged copy has the other matrices' adapters; those of experts are added in every step."""
     model, source = experts_model(name)
-    adapter = make_adapter(find_targets(model, ["experts", "v_proj"]), rank=3, alpha=4)
+    targets = find_targets(model, ["experts", "v_proj"])
+    adapter = make_adapter(targets, rank=3, alpha=4, experts=form)
     values = values_of(model, adapter)
     found = generate(adapted_engine(model, source, adapter, values), load(length))
     plain = generate(make_engine(model, source), load(length))

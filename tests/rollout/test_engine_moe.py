@@ -17,7 +17,8 @@ from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.hf import RandomCheckpoint, fill
 from spmdrl.models.routing import Routing, unpack_choices
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
+from spmdrl.models.widths import cached_values
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import Completion, Finish, Request
@@ -81,15 +82,15 @@ def naive_experts(name: str, tokens: list[int]) -> tuple[Tensor, Tensor]:
     assert config.moe is not None
     decoder = Decoder(config, device="cpu")
     load_into(decoder, source)
-    routing = Margins(config.moe)
+    routing = Margins(config)
     with torch.no_grad():
         decoder(torch.tensor(tokens), torch.arange(len(tokens)), dense, routing=routing)
     return routing.chosen(), torch.stack(routing.margins, dim=1)
 
 
 class Margins(Routing):
-    def __init__(self, moe: Any) -> None:
-        super().__init__(moe)
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__(model)
         self.margins: list[Tensor] = []
 
     def choose(self, layer: int, probabilities: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def load(margins: bool = True) -> list[Request]:
 def test_tokens_and_experts_are_those_of_naive_decoding(name: str) -> None:
     """Prompts in chunks, shared by samples, and samples that are preempted."""
     config, _ = model(name)
-    block = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4 * 8
+    block = cached_values(config, 1) * 4 * 8
     engine = engine_of(name, prefill_tokens=24, max_running=4, kv_cache_gb=14.5 * block / 1e9)
     asked = load()
     check(name, asked, engine.generate(asked, seed=5, step=1), seed=5)
@@ -260,3 +261,63 @@ def test_two_ranks_draw_the_tokens_and_experts_of_one(degrees: dict[str, int]) -
                 and torch.equal(a.experts, b.experts)
                 for a, b in zip(one, two, strict=True)
             )
+
+
+UNEVEN = ([0, 1], [2], [], [0, 2])
+"""The requests of `load` that each replica has: some are done before others, one has none."""
+
+
+def on_replicas(
+    world: World, degrees: dict[str, int], stop_after: int
+) -> tuple[list[int], list[list[Completion]], list[list[float]], bool]:
+    """The replica's requests, its completions and scores, and whether it has only some experts."""
+    mesh = Mesh("rollout", range(world.size), degrees, "cpu")
+    tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
+    ep = Parallel(group=mesh.group("exchange"), rank=mesh.coordinate("ep"), size=mesh.size("ep"))
+    engine, steps = engine_of("Qwen3Moe", tp, ep, max_running=4), 0
+    own = UNEVEN[mesh.coordinate("dp")]
+    asked = [load()[i] for i in own]
+
+    def stops() -> bool:
+        nonlocal steps
+        steps += 1
+        return steps == stop_after and mesh.coordinate("dp") == 1
+
+    found = engine.generate(asked, seed=5, step=1, should_stop=stops)
+    scores = engine.score([request.tokens for request in asked])
+    again = engine.generate(asked, seed=5, step=1, should_stop=stops)
+    if not stop_after:
+        assert [[c.tokens for c in group] for group in again] == [
+            [c.tokens for c in group] for group in found
+        ]
+    whole = model("Qwen3Moe")[0].moe
+    assert whole is not None
+    rows = engine.weights.table()["layers.0.mlp.experts.gate_up"].shape[0]
+    held = rows / (2 * whole.width)
+    return own, found, scores, held == whole.num_experts / degrees["ep"]
+
+
+@pytest.mark.parametrize(
+    "degrees", [{"dp_replicate": 4, "ep": 4}, {"dp_replicate": 2, "tp": 2, "ep": 4}]
+)
+def test_replicas_that_share_experts_draw_the_tokens_of_one_rank(degrees: dict[str, int]) -> None:
+    single = engine_of("Qwen3Moe", max_running=4)
+    for own, found, scores, is_part in run_ranks(on_replicas, 4, degrees, 0):
+        assert is_part
+        asked = [load()[i] for i in own]
+        check("Qwen3Moe", asked, found, seed=5)
+        expected = single.score([request.tokens for request in asked])
+        for one, other in zip(scores, expected, strict=True):
+            assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_a_stop_of_one_replica_stops_those_that_share_its_experts() -> None:
+    results = run_ranks(on_replicas, 4, {"dp_replicate": 4, "ep": 4}, 5)
+    lengths = [len(c.tokens) for _, found, _, _ in results for group in found for c in group]
+    assert max(lengths) <= 5
+    assert all(
+        c.finish == Finish.ABORTED or c.finish == Finish.STOP
+        for _, found, _, _ in results
+        for group in found
+        for c in group
+    )

@@ -36,7 +36,10 @@ PROMPTS = (
 
 @pytest.mark.slow
 @pytest.mark.skipif(not MODEL.is_dir(), reason="models/SmolLM2-135M-Instruct is not there")
-def test_greedy_tokens_of_smollm2_equal_transformers() -> None:
+@pytest.mark.parametrize(
+    ("count", "limit"), [(8, 32), pytest.param(16, 64, marks=pytest.mark.full)]
+)
+def test_greedy_tokens_of_smollm2_equal_transformers(count: int, limit: int) -> None:
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(MODEL)
@@ -48,14 +51,14 @@ def test_greedy_tokens_of_smollm2_equal_transformers() -> None:
                 return_dict=True,
             )["input_ids"]
         )
-        for text in PROMPTS
+        for text in PROMPTS[:count]
     ]
     config, checkpoint = open_model(MODEL)
     engine = NativeEngine(config)
     table = engine.weights.table()
     fill(((engine.allocate(name), held.slices) for name, held in table.items()), checkpoint)
     asked = [
-        request(p, i, temperature=0, max_tokens=64, margins=True) for i, p in enumerate(prompts)
+        request(p, i, temperature=0, max_tokens=limit, margins=True) for i, p in enumerate(prompts)
     ]
     found = engine.generate(asked, seed=0, step=0)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
@@ -64,7 +67,7 @@ def test_greedy_tokens_of_smollm2_equal_transformers() -> None:
     ids = torch.tensor([[end] * (longest - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     with torch.no_grad():
-        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=64)
+        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=limit)
     for i, row in enumerate(out[:, longest:].tolist()):
         stop = next((j for j, token in enumerate(row) if token in config.eos_ids), None)
         tokens = tuple(row if stop is None else row[: stop + 1])

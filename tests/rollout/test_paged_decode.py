@@ -10,22 +10,35 @@ import torch
 from rollout_models import request
 from torch import Tensor
 
-from spmdrl.rollout.native.attention import CacheShape, GatheredAttention, PagedAttention
-from spmdrl.rollout.native.paged_decode import CompiledAttention, compiled_code
+from spmdrl.models.specs import AttentionOptions
+from spmdrl.rollout.native.attention import GatheredAttention, PagedAttention
+from spmdrl.rollout.native.cache import CacheShape, LayerCache
+from spmdrl.rollout.native.paged_decode import (
+    CompiledAttention,
+    compiled_code,
+    has_compiled_code,
+)
 from spmdrl.rollout.native.sample import Sample, samples_of
-from spmdrl.rollout.native.scheduler import Chunk, StepPlan
+from spmdrl.rollout.native.step_plan import Chunk, StepPlan
 
 LENGTHS = (1, 7, 32, 33, 64, 95)
 
 
-def shape_of(head_dim: int, group: int, block_size: int, kv_heads: int = 2) -> CacheShape:
-    return CacheShape(
-        num_layers=2,
-        num_blocks=sum(-(-n // block_size) for n in LENGTHS),
-        block_size=block_size,
+def layer_of(head_dim: int, group: int, kv_heads: int = 2) -> LayerCache:
+    return LayerCache(
         heads=kv_heads * group,
         kv_heads=kv_heads,
-        head_dim=head_dim,
+        key_width=head_dim,
+        value_width=head_dim,
+        options=AttentionOptions(scale=head_dim**-0.5),
+    )
+
+
+def shape_of(head_dim: int, group: int, block_size: int) -> CacheShape:
+    return CacheShape(
+        layers=(layer_of(head_dim, group),) * 2,
+        num_blocks=sum(-(-n // block_size) for n in LENGTHS),
+        block_size=block_size,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
@@ -57,10 +70,10 @@ def outputs(attention: PagedAttention, shape: CacheShape, *, dense: bool) -> Ten
     )
     for plan, rows in steps:
         attention.prepare(plan, attention.indices(plan))
-        for layer in range(shape.num_layers):
-            total = shape.heads + 2 * shape.kv_heads
-            qkv = torch.randn(rows, total, shape.head_dim, generator=drawn)
-            q, k, v = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+        for layer, sizes in shape.cached():
+            heads = [sizes.heads, sizes.kv_heads, sizes.kv_heads]
+            qkv = torch.randn(rows, sum(heads), sizes.key_width, generator=drawn)
+            q, k, v = qkv.split(heads, dim=1)
             out.append(attention(layer, q, k, v).flatten())
     return torch.cat(out)
 
@@ -91,7 +104,7 @@ def test_a_sequence_is_the_same_whatever_is_served_with_it(threads: int) -> None
     made = samples(shape, dense=False)
     for one in made:
         one.cached = len(one.tokens)
-    q = torch.randn(len(made), shape.heads, shape.head_dim)
+    q = torch.randn(len(made), 6, 64)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -111,29 +124,33 @@ def test_large_scores_and_not_finite_ones() -> None:
     (one,) = samples(shape, dense=True)[4:5]
     one.cached = len(one.tokens)
     prepare_decodes(attention, [one])
-    q = torch.zeros(1, shape.heads, 8)
+    q = torch.zeros(1, 4, 8)
     q[0, :2] = 1e4  # scores of thousands: e^score alone would be infinite
     q[0, 3, 5] = torch.nan
     out = attention._attend_decodes(0, q)[0]
     assert out[:3].isfinite().all() and out[3].isnan().all()
-    keys, values = attention.caches()
-    mean = torch.cat([values[0][b, 1] for b in one.blocks])[:64].mean(0)
+    keys, _, values, _ = attention.caches()
+    mean = torch.cat([values[b, 1] for b in one.blocks])[:64].mean(0)
     torch.testing.assert_close(out[2], mean, rtol=1e-5, atol=1e-6)  # q of zeros: all alike
-    found = torch.cat([keys[0][b, 0] for b in one.blocks], dim=1)[:, :64]
+    found = torch.cat([keys[b, 0] for b in one.blocks], dim=1)[:, :64]
     best = int((q[0, 0] @ found).argmax())
     block, place = one.blocks[best // 8], best % 8
-    torch.testing.assert_close(out[0], values[0][block, 0, place])
+    torch.testing.assert_close(out[0], values[block, 0, place])
 
 
 def test_other_shapes_and_dtypes_have_none() -> None:
-    shape = shape_of(64, 3, 32)
-    assert compiled_code(shape) is not None
+    shape, layer = shape_of(64, 3, 32), layer_of(64, 3)
+    assert compiled_code(layer, shape) is not None and has_compiled_code(shape)
+    half = dataclasses.replace(shape, dtype=torch.bfloat16)
     others = (
-        dataclasses.replace(shape, dtype=torch.bfloat16),
-        dataclasses.replace(shape, head_dim=6),
-        dataclasses.replace(shape, block_size=1),
-        dataclasses.replace(shape, block_size=1 << 16),
+        (layer, half),
+        (layer_of(6, 3), shape),
+        (layer, dataclasses.replace(shape, block_size=1)),
+        (layer, dataclasses.replace(shape, block_size=1 << 16)),
+        (dataclasses.replace(layer, value_width=32), shape),
+        (dataclasses.replace(layer, value_width=32, values_in_keys=True), shape),
     )
-    assert [compiled_code(other) for other in others] == [None] * 4
+    assert [compiled_code(*other) for other in others] == [None] * 6
+    assert not has_compiled_code(half)
     with pytest.raises(ValueError, match="no compiled attention"):
-        CompiledAttention(dataclasses.replace(shape, dtype=torch.bfloat16))
+        CompiledAttention(half)

@@ -9,8 +9,9 @@ import pytest
 
 from spmdrl.rollout.native.blocks import BlockPool
 from spmdrl.rollout.native.sample import Sample, samples_of
-from spmdrl.rollout.native.scheduler import Scheduler, StepPlan, sampled
+from spmdrl.rollout.native.scheduler import Scheduler, sampled
 from spmdrl.rollout.native.shared_prefix import common_prefix
+from spmdrl.rollout.native.step_plan import StepPlan
 from spmdrl.rollout.protocol import Finish, Request, SamplingParams
 
 Cache = dict[tuple[int, int], tuple[int, ...]]

@@ -40,9 +40,3 @@ def test_what_generation_may_make_is_scored_up_to_the_context_s_end() -> None:
     [scores] = engine.score([(*prompt, *sample.tokens)])
     found = torch.tensor(scores[-room:])
     torch.testing.assert_close(found, torch.tensor(sample.logprobs), atol=1e-4, rtol=0)
-
-
-def test_scores_do_not_disturb_what_is_generated() -> None:
-    engine = make_engine(*tiny_model())
-    assert engine.score([]) == []
-    assert engine.score([(3,)]) == [[]]

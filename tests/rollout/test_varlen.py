@@ -12,13 +12,15 @@ from rollout_models import assert_same, naive, prompts_of, request, tiny_model
 from torch import Tensor
 
 from spmdrl.models.decoder import Decoder
-from spmdrl.rollout.native.attention import CacheShape, copy_blocks
+from spmdrl.rollout.native.attention import copy_blocks
 from spmdrl.rollout.native.blocks import BlockPool
+from spmdrl.rollout.native.cache import CacheShape, layer_caches
 from spmdrl.rollout.native.graphs import buckets
 from spmdrl.rollout.native.runner import Runner, flatten
 from spmdrl.rollout.native.sample import samples_of
-from spmdrl.rollout.native.scheduler import Scheduler, StepPlan, sampled
+from spmdrl.rollout.native.scheduler import Scheduler, sampled
 from spmdrl.rollout.native.shared_prefix import common_prefix
+from spmdrl.rollout.native.step_plan import StepPlan
 from spmdrl.rollout.native.varlen import VarlenAttention
 from spmdrl.rollout.protocol import Finish
 from tiny_model import load_into
@@ -39,6 +41,7 @@ def reference(
     max_query, max_key = sizes
     # FlashAttention 2 reads keys once for a group of heads if a single query has no window
     assert o["window_size"] == ((-1, -1) if max_query == 1 else (-1, 0))
+    assert o["scale"] == q.shape[2] ** -0.5
     assert o["enable_gqa"] and o["num_splits"] == 1
     assert key_starts is None or key_starts.diff().tolist() == o["seqused_k"].tolist()
     out = torch.empty_like(q)
@@ -79,12 +82,9 @@ def test_paged_steps_equal_naive_decoding(padded: bool) -> None:
         prefix=common_prefix(prompts),
     )
     shape = CacheShape(
-        num_layers=config.num_layers,
+        layers=layer_caches(config, 1),
         num_blocks=17,
         block_size=BLOCK,
-        heads=config.num_heads,
-        kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
@@ -95,8 +95,7 @@ def test_paged_steps_equal_naive_decoding(padded: bool) -> None:
         """A decode step as its CUDA graph computes it: idle rows at the end."""
         tokens, positions, _ = flatten(plan)
         size = next(s for s in buckets(8) if s >= len(tokens))
-        keys, values = attention.caches()
-        copy_blocks(plan.copies, (*keys, *values))
+        copy_blocks(plan.copies, attention.caches())
         attention.prepare(plan, attention.indices(plan, pad_to=size))
         idle = [0] * (size - len(tokens))
         hidden = decoder(torch.tensor(tokens + idle), torch.tensor(positions + idle), attention)

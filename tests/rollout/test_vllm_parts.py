@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -14,8 +14,10 @@ import pytest
 import torch
 from rollout_models import tiny_model
 
-from spmdrl.models.config import parse_config
+from spmdrl.models.config import ModelConfig, parse_config
+from spmdrl.models.rope import RopeConfig
 from spmdrl.models.sharding import all_slices, local_parameters
+from spmdrl.models.specs import AttentionOptions, GatedDelta
 from spmdrl.rollout.protocol import Request, SamplingParams
 from spmdrl.rollout.vllm_isolation import Enclosure, replaced
 from spmdrl.rollout.vllm_model import (
@@ -109,12 +111,65 @@ def test_models_that_only_one_side_has_are_refused() -> None:
     check_supported(config, ["LlamaForCausalLM"], [32, 64])
     with pytest.raises(ValueError, match="the trainer has LlamaForCausalLM, this vLLM has not"):
         check_supported(config, ["Qwen2ForCausalLM"], None)
-    with pytest.raises(ValueError, match=r"heads of \[64, 80\] values, .* head_dim=32"):
+    with pytest.raises(ValueError, match=r"head_dim=32, .* heads of \[64, 80\] values"):
         check_supported(config, ["LlamaForCausalLM"], [64, 80])
     # what only vLLM has, the model's own check refuses
     source = described(config) | {"architectures": ["GPT2LMHeadModel"]}
     with pytest.raises(ValueError, match=r"'GPT2LMHeadModel' is not supported"):
         parse_config(source)
+
+
+def with_mixers(*changes: dict[str, Any]) -> ModelConfig:
+    """A tiny model with changes of each layer's attention."""
+    config, _ = tiny_model("Llama", **SIZES)
+    layers = zip(config.layers, changes, strict=True)
+    changed = [replace(spec, mixer=replace(config.attention, **own)) for spec, own in layers]
+    return replace(config, layers=tuple(changed))
+
+
+PLAIN = RopeConfig()
+WINDOW = {"options": AttentionOptions(scale=1.0, window=8)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([{}, {"head_dim": 48}], r"layer 1 of .* head_dim=48"),
+        ([{"sinks": True}] * 2, "layer 0 of .* attention sinks"),
+        ([{"gate": True}] * 2, "gated attention"),
+        ([{}, {"rope": None}], "layer 1 of .* no rope"),
+        ([{}, WINDOW], "some layers of .* have a sliding window"),
+        ([{"rope": replace(PLAIN, kind="dynamic", factor=2.0)}] * 2, "rope of type dynamic"),
+        (
+            [{"rope": replace(PLAIN, kind="longrope", factor=2.0, original_max_position=64)}] * 2,
+            r"attention_factor=1\.0 in its longrope, and vLLM computes 1\.08",
+        ),
+    ],
+)
+def test_attention_that_vllm_computes_otherwise_is_refused(
+    changes: list[dict[str, Any]], words: str
+) -> None:
+    model = with_mixers(*changes)
+    model = replace(model, source={**model.source, "max_position_embeddings": 128})
+    with pytest.raises(ValueError, match=rf"rollout\.engine=vllm: .*{words}.*engine=native"):
+        check_supported(model, ["LlamaForCausalLM"], [32, 64])
+
+
+def test_layers_without_softmax_attention_are_refused() -> None:
+    config, _ = tiny_model("Llama", **SIZES)
+    delta = GatedDelta(num_heads=2, num_v_heads=4, head_dim=32, v_dim=32, conv_size=4)
+    layers = (config.layers[0], replace(config.layers[1], mixer=delta))
+    with pytest.raises(ValueError, match="layer 1 of LlamaForCausalLM has gated DeltaNet"):
+        check_supported(replace(config, layers=layers), ["LlamaForCausalLM"], None)
+
+
+def test_a_window_that_no_layer_has_is_not_told_to_vllm() -> None:
+    model = with_mixers({}, {})
+    windowed = replace(model, source={**model.source, "sliding_window": 8})
+    assert described(windowed)["sliding_window"] is None
+    everywhere = replace(with_mixers(WINDOW, WINDOW), source=windowed.source)
+    assert described(everywhere)["sliding_window"] == 8
+    check_supported(everywhere, ["LlamaForCausalLM"], [32])
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

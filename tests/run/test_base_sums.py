@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from spmdrl.models.files.hf import open_model
+from spmdrl.models.files.hf import open_checkpoint, open_model
 from spmdrl.run.base_sums import check_bases, checksum
 from tiny_model import make_tiny_model
 
@@ -31,6 +32,15 @@ def test_a_checksum_notices_every_tensor(tmp_path: Path, change: str) -> None:
     changed = tensors[name] * 1.001 if change == "values" else tensors[name].bfloat16()
     save_file({**tensors, name: changed}, file, metadata={"format": "pt"})
     assert checksum(open_model(tmp_path / "model")[1]) != before
+
+
+def test_rows_within_stacked_tensors_count(tmp_path: Path) -> None:
+    stack = torch.randn(2, 5, 3)
+    save_file({"x": stack}, tmp_path / "model.safetensors")
+    before = checksum(open_checkpoint(tmp_path))
+    stack[0, 3] += 1  # the second of the four rows that count
+    save_file({"x": stack}, tmp_path / "model.safetensors")
+    assert checksum(open_checkpoint(tmp_path)) != before
 
 
 def test_another_base_is_refused_and_a_moved_one_is_not() -> None:

@@ -24,6 +24,7 @@ from spmdrl.run.protocols import Metrics
 from spmdrl.run.run import Run
 from spmdrl.world import World
 from stopping import Wrapped
+from sweeps import swept
 from tiny_model import make_tiny_model
 from torchrun import outcome_of
 
@@ -214,13 +215,19 @@ def cases_of(names: list[str], places: list[str], words: list[str]) -> list[Case
 
 
 def test_a_sample_of_changes_within_a_step(root: Path) -> None:
-    names = ["nothing", "group_size", "max_tokens", "grown", "reward", "minibatches", "evaluation"]
+    names = ["nothing", "group_size", "reward", "minibatches"]
     check(root, "sample", 1, cases_of(names, ["updating"], []))
 
 
 def test_changes_on_two_ranks(root: Path) -> None:
-    cases = cases_of(["prompts", "answers"], ["generating", "updating"], [])
+    cases = cases_of(["prompts"], ["generating"], []) + cases_of(["answers"], ["updating"], [])
     check(root, "two", 2, cases)
+
+
+@pytest.mark.full
+def test_more_changes_on_two_ranks(root: Path) -> None:
+    cases = cases_of(["prompts", "answers"], list(PLACES), [])
+    check(root, "more_of_two", 2, cases)
 
 
 @pytest.mark.full
@@ -232,7 +239,9 @@ def test_every_change_at_every_place(root: Path, place: str) -> None:
 LAG = ["lag=1", "algorithm.importance_cap=2.0"]
 
 
-@pytest.mark.parametrize("change", ["nothing", "group_size", "grown", "lag"])
+@pytest.mark.parametrize(
+    "change", swept(["nothing", "group_size", "grown", "lag"], ["nothing", "group_size", "lag"])
+)
 def test_samples_drawn_ahead_are_of_what_is_asked_now(root: Path, change: str) -> None:
     """Stopped between two steps, with the next one's samples drawn."""
     changes = ["lag=0"] if change == "lag" else CHANGES[change][0]

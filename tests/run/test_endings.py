@@ -28,6 +28,7 @@ def start(root: Path, name: str, *words: str, **sections: object) -> Torchrun:
     return Torchrun(config, f"environment={HERE / 'misbehaving.py'}:{name}", *words)
 
 
+@pytest.mark.full  # tests/commands/test_launcher.py and tests/slurm have ranks that raise, too
 def test_a_raising_rank_is_named_and_the_others_end_without_saving(root: Path) -> None:
     with start(root, "Raises") as run:
         assert run.wait(100) != 0

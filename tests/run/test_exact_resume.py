@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from flow_cases import write_config
 from harness import run_ranks
+from spmdrl.checkpoint.index import read_index
 from spmdrl.commands.train import train
 from spmdrl.config.load import load_config
 from spmdrl.observe.metrics import read_metrics
@@ -36,10 +38,10 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-def records(run_dir: Path) -> list[dict[str, float]]:
+def records(run_dir: Path, left_out: tuple[str, ...] = CLOCKS) -> list[dict[str, float]]:
     """All lines, evaluations too, without what clocks and allocators say."""
     lines = read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(CLOCKS)} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -79,7 +81,13 @@ def run_stopped(
 
 
 def check(
-    root: Path, name: str, ranks: int, stops: list[str], words: list[str], **sections: Any
+    root: Path,
+    name: str,
+    ranks: int,
+    stops: list[str],
+    words: list[str],
+    left_out: tuple[str, ...] = CLOCKS,
+    **sections: Any,
 ) -> list[str]:
     """Every stopped run equals the whole one; what the stops had saved."""
     config = write_config(
@@ -95,12 +103,12 @@ def check(
         run_ranks(run_stopped, ranks, str(config), base, [], words, timeout_s=300)
         stops = [str(number) for number in range(1, max(polls(base)) - 1, EVERY)]
     results = run_ranks(run_stopped, ranks, str(config), base, stops, words, timeout_s=3000)
-    expected, whole = records(base / "0"), weights(base / "0")
+    expected, whole = records(base / "0", left_out), weights(base / "0")
     assert results[0][0] == []
     for stop, names in zip(stops, results[0][1:], strict=True):
         run_dir = base / stop.replace(" ", "_")
         assert len(names) == 1, (stop, names, polls(base))
-        for found, line in zip(records(run_dir), expected, strict=True):
+        for found, line in zip(records(run_dir, left_out), expected, strict=True):
             differing = {k for k in found | line if found.get(k) != line.get(k)}
             assert not differing, (stop, line["step"], differing)
         tensors = weights(run_dir)
@@ -119,26 +127,35 @@ def polls(base: Path) -> list[int]:
 EVALUATION = {"held_out": 2, "every": 1, "num_samples": 2}
 
 
-def test_grpo(root: Path) -> None:
+def several(few: list[str], more: list[str]) -> pytest.MarkDecorator:
+    """Where a test stops: at a few places, and at more for scripts/test_full.sh."""
+    cases = [pytest.param(few, id="few"), pytest.param(more, marks=pytest.mark.full, id="more")]
+    return pytest.mark.parametrize("stops", cases[:1] if EVERY else cases)
+
+
+@several(["14 17", "44", "93 90"], ["27 28"])
+def test_grpo(root: Path, stops: list[str]) -> None:
     """Stops in evaluations, in generation, between calls, in updates and after the last step."""
-    stops = ["14 17", "27 28", "44", "93 90"]
     words = ["roles.reference={}", "algorithm.kl_coef=0.05"]
-    saved = check(root, "grpo", 2, stops, words, evaluation=EVALUATION)
+    saved = check(root, f"grpo_{stops[0]}", 2, stops, words, evaluation=EVALUATION)
     # with SPMDRL_TEST_EVERY_STOP there are others
-    assert {name[:13] for name in saved} >= {f"step_{n:08d}" for n in (0, 1, 3)}
+    if len(stops) > 1:
+        assert {name[:13] for name in saved} >= {f"step_{n:08d}" for n in (0, 1, 3)}
 
 
-def test_ppo_with_a_controller_and_a_running_mean(root: Path) -> None:
+@several(["17 16", "40 43"], ["13", "19"])
+def test_ppo_with_a_controller_and_a_running_mean(root: Path, stops: list[str]) -> None:
     words = [
         "flow=ppo",
         f"roles.value={{model: {root / 'value'}}}",
         "roles.reference={}",
         "algorithm={kl_coef: 0.05, kl_target: 0.1, kl_horizon: 20, score_scaling: whiten}",
     ]
-    check(root, "ppo", 2, ["13", "17 16", "19", "40 43"], words)
+    check(root, f"ppo_{stops[0]}", 2, stops, words)
 
 
-def test_samples_drawn_ahead_beside_an_update(root: Path) -> None:
+@several(["5 19", "100 35"], ["4 17", "10 100"])
+def test_samples_drawn_ahead_beside_an_update(root: Path, stops: list[str]) -> None:
     """Disjoint ranks: the update goes on while the other rank generates for the next step, with
     weights that the policy does not have any more."""
     words = [
@@ -147,17 +164,19 @@ def test_samples_drawn_ahead_beside_an_update(root: Path) -> None:
         "roles.policy.ranks=0",
         "roles.rollout.ranks=1",
     ]
-    check(root, "lag", 2, ["4 17", "5 19", "100 35", "10 100"], words)
+    check(root, f"lag_{stops[0]}", 2, stops, words)
 
 
-def test_samples_drawn_ahead_on_the_same_ranks(root: Path) -> None:
+@several(["15 20", "27"], ["25"])
+def test_samples_drawn_ahead_on_the_same_ranks(root: Path, stops: list[str]) -> None:
     words = ["lag=1", "algorithm.importance_cap=2.0"]
-    check(root, "same", 2, ["15 20", "25", "27"], words)
+    check(root, f"same_{stops[0]}", 2, stops, words)
 
 
-def test_a_tensor_parallel_group_stops_and_goes_on_together(root: Path) -> None:
+@several(["100 13"], ["4 100", "30"])
+def test_a_tensor_parallel_group_stops_and_goes_on_together(root: Path, stops: list[str]) -> None:
     words = ["roles.policy.tp=2", "roles.rollout.tp=2"]
-    check(root, "tp", 2, ["4 100", "100 13", "30"], words)
+    check(root, f"tp_{stops[0]}", 2, stops, words)
 
 
 def resume_elsewhere(world: World, config: str, words: list[str]) -> None:
@@ -197,3 +216,32 @@ def stop_once(world: World, config: str, base: Path, stop: str, words: list[str]
             train(
                 load_config(config, [*words, ENVIRONMENT, f"run_dir={base / name}"]), world, server
             )
+
+
+@pytest.mark.parametrize("adapters", ["unmerged", "merged"])
+@several(["100 17"], ["100 17", "100 35"])
+def test_an_engines_copy_of_a_frozen_base_is_not_kept(
+    root: Path, adapters: str, stops: list[str]
+) -> None:
+    """The base comes from the policy again; only what syncs change is in the checkpoint."""
+    words = [
+        "lag=1",
+        "algorithm.importance_cap=2.0",
+        "roles.policy={adapter: {rank: 4, targets: [q_proj, down_proj]}, ranks: 0}",
+        "roles.rollout.ranks=1",
+        f"rollout.adapters={adapters}",
+        "train.lr=2e-2",
+    ]
+    name = f"frozen_{adapters}_{stops[0]}"
+    # the first sync of a start proves the adapter, and so moves more
+    saved = check(root, name, 2, stops, words, left_out=(*CLOCKS, "sync/gb"))
+    held = set()
+    for stop, checkpoint in zip(stops, saved, strict=True):
+        path = root / name / stop.replace(" ", "_") / "checkpoints" / checkpoint
+        for entry in read_index(path).entries:
+            if entry.group == "rollout.engine":
+                held.add(re.sub(r"\d+", "N", entry.name.removeprefix("model.layers.")))
+    print(sorted(held))
+    targets = ["N.self_attn.q_proj", "N.mlp.down_proj"]
+    kinds = ["weight"] if adapters == "merged" else ["lora_A.weight", "lora_B.weight"]
+    assert held == {f"{target}.{kind}" for target in targets for kind in kinds}

@@ -28,6 +28,8 @@ WAYS = [("launch", "typed"), ("launch", "first"), ("launch", "all")]
 WAYS += [("torchrun", "typed"), ("torchrun", "first"), ("torchrun", "all")]
 WAYS += [("one", "typed"), ("one", "first")]
 PHASES = ["import", "evaluation", "rollout", "update", "saving"]
+TYPED = ("launch", "typed", "rollout")
+"""The case of every test run; the others are long sweeps."""
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,8 @@ def root(tmp_path_factory) -> Path:
 
 
 def configure(root: Path, name: str) -> Path:
+    # marks of an earlier run would let a case begin before its own run has started
+    assert not (root / name).exists(), f"two cases have the run {name}"
     return write_config(
         root / f"{name}.yaml",
         root / "model",
@@ -152,14 +156,16 @@ def end_at_once(root: Path, starter: str, way: str, phase: str) -> dict[str, Any
 
 
 def test_ctrl_c_at_a_terminal_saves_and_the_run_goes_on_exactly(root: Path) -> None:
-    found = stop_and_go_on(root, "launch", "typed", "rollout")
+    found = stop_and_go_on(root, *TYPED)
     assert found["saved"].startswith("step_00000001+"), found
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize(("starter", "way"), WAYS)
-def test_every_way_to_interrupt_saves_in_every_phase(
+@pytest.mark.parametrize(
+    ("starter", "way", "phase"),
+    [(*way, phase) for way in WAYS for phase in PHASES if (*way, phase) != TYPED],
+)
+def test_every_other_way_to_interrupt_saves_in_every_phase(
     root: Path, starter: str, way: str, phase: str
 ) -> None:
     print(f"\nonce {starter} {way} {phase}: {stop_and_go_on(root, starter, way, phase)}")

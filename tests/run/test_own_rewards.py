@@ -212,6 +212,7 @@ def test_evaluation_has_functions_of_its_own(root: Path) -> None:
     assert "eval/other/reward" in found
 
 
+@pytest.mark.full  # as tests/flows/test_bad_input.py's of another error
 def test_a_refusal_is_one_line_of_all_ranks(root: Path) -> None:
     words = [f"rewards=[{{function: '{root / 'mine.py'}:trl'}}]", f"run_dir={root / 'torchrun'}"]
     with Torchrun(root / "c.yaml", *words, log=root / "torchrun.log") as job:

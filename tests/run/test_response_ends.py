@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_raw_text_does_not_end_with_a_turn(tmp_path: Path) -> None:
 def test_a_response_that_nothing_ends_is_an_error(tmp_path: Path, eos: Any) -> None:
     data = {"train": {"source": "d.jsonl", "chat": False}}
     config, shape, texts = made(tmp_path, tokenizer_eos=None, data=data)
-    shape = ModelConfig(**{**vars(shape), "eos_ids": tuple([eos] if eos else [])})
+    shape = replace(shape, eos_ids=tuple([eos] if eos else []))
     with pytest.raises(ValueError, match=r"no token ends.*eos_token_id.*sampling\.stop_token_ids"):
         check_ends(config, specs_of(config, shape)["rollout"], texts)
     stopped = config.model_copy(

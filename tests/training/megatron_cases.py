@@ -14,10 +14,12 @@ from moe_models import by_file_name
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.adapters import Adapter
-from spmdrl.models.config import CAUSAL, ModelConfig
+from spmdrl.models.config import ModelConfig
 from spmdrl.models.local_shards import LocalTensors
-from spmdrl.models.sharding import Head, Slice
-from spmdrl.run.assembly.make_backend import import_backend
+from spmdrl.models.model_classes import CAUSAL
+from spmdrl.models.sharding import Head
+from spmdrl.models.tensors import Slice
+from spmdrl.planning.systems.megatron import import_backend
 from spmdrl.training.megatron.checks import MegatronOptions
 from spmdrl.training.protocol import LossInput
 from spmdrl.training.readout import next_token
@@ -33,6 +35,9 @@ KINDS: dict[str, ModelConfig] = {
         "Qwen2ForCausalLM", num_hidden_layers=4, tie_word_embeddings=True, vocab_size=101
     ),
     "qwen3": tiny_config("Qwen3ForCausalLM", num_hidden_layers=4, vocab_size=103),
+    # in four chunks with 1, 2, 2 and 1 layers
+    "uneven": tiny_config("Qwen3ForCausalLM", num_hidden_layers=6, vocab_size=103),
+    "windowed": tiny_config("MistralForCausalLM", num_hidden_layers=2, sliding_window=3),
 }
 EXPERTS: dict[str, ModelConfig] = {
     # layer 2 is dense
@@ -115,7 +120,7 @@ def gradients(backend: Any) -> LocalTensors:
             for (n, g), s in zip(backend._take_gradients().items(), _slices(backend), strict=True)
         }
     backend._optimizer.reduce()
-    from spmdrl.models.megatron_layout import flat_pieces
+    from spmdrl.models.flat_pieces import flat_pieces
 
     found: LocalTensors = {}
     for shard, flat in backend._optimizer.gradients():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_backends import WithAdded, adapter_of, make_role, mesh_of, moe_config, value_loss
+from adapter_backends import make_role, mesh_of
 from test_torch_backend import NUM_STEPS, compare, train
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -16,10 +16,13 @@ from training_cases import loss_fn, make_rows, options, tiny_config
 
 from harness import run_ranks
 from spmdrl.memory.storages import distinct_storages
+from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.sharding import SCORE, global_shapes
+from spmdrl.testing.cases import WithAdded, value_loss
+from spmdrl.testing.cases import tiny_adapter as adapter_of
+from spmdrl.testing.cases import tiny_experts as moe_config
 from spmdrl.training.readout import VALUES, next_token
-from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.weights.layout import model_layout
 from spmdrl.world import World
 
@@ -52,6 +55,9 @@ EXPERTS: dict[int, list[Case]] = {
 }
 
 
+ONE_FOR_ALL = {"experts": "shared"}
+"""All experts of a layer share A and B."""
+
 DROPPED: dict[int, list[Case]] = {
     1: [({}, {"seed": 7})],
     2: [
@@ -64,9 +70,9 @@ DROPPED: dict[int, list[Case]] = {
 
 
 def on_ranks(
-    world: World, model: ModelConfig, cases: list[Case], dropout: float = 0.0
+    world: World, model: ModelConfig, cases: list[Case], given: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    adapter = adapter_of(model, dropout=dropout)
+    adapter = adapter_of(model, **given)
     return [
         train(make_role(mesh_of(world, degrees), model, adapter, options(**changes)))
         for degrees, changes in cases
@@ -76,27 +82,32 @@ def on_ranks(
 @pytest.fixture(scope="module")
 def single() -> dict[str, dict[str, Any]]:
     return {
-        "dense": run_ranks(on_ranks, 1, tiny_config(), DENSE[1])[0][0],
-        "experts": run_ranks(on_ranks, 1, moe_config(), EXPERTS[1])[0][0],
-        "dropped": run_ranks(on_ranks, 1, tiny_config(), DROPPED[1], 0.4)[0][0],
+        "dense": run_ranks(on_ranks, 1, tiny_config(), DENSE[1], {})[0][0],
+        "experts": run_ranks(on_ranks, 1, moe_config(), EXPERTS[1], {})[0][0],
+        "shared": run_ranks(on_ranks, 1, moe_config(), EXPERTS[1], ONE_FOR_ALL)[0][0],
+        "dropped": run_ranks(on_ranks, 1, tiny_config(), DROPPED[1], {"dropout": 0.4})[0][0],
     }
 
 
-@pytest.mark.parametrize(("kind", "size"), [("dense", 2), ("dense", 4), ("experts", 2)])
+@pytest.mark.parametrize(
+    ("kind", "size"), [("dense", 2), ("dense", 4), ("experts", 2), ("shared", 2)]
+)
 def test_layouts_train_alike(single: dict[str, dict[str, Any]], kind: str, size: int) -> None:
     """Losses, norms, weights and moments of several steps; the base does not change."""
     model, cases = (
         (tiny_config(), DENSE[size]) if kind == "dense" else (moe_config(), EXPERTS[size])
     )
-    results = run_ranks(on_ranks, size, model, cases, timeout_s=200)
+    given = ONE_FOR_ALL if kind == "shared" else {}
+    results = run_ranks(on_ranks, size, model, cases, given, timeout_s=200)
+    adapter = adapter_of(model, **given)
     for number, (degrees, _) in enumerate(cases):
         print(degrees)
-        compare([ranks[number] for ranks in results], single[kind], model, adapter_of(model))
+        compare([ranks[number] for ranks in results], single[kind], model, adapter)
 
 
 def test_dropout_does_not_depend_on_the_layout(single: dict[str, dict[str, Any]]) -> None:
     model, expected = tiny_config(), single["dropped"]
-    results = run_ranks(on_ranks, 2, model, DROPPED[2], 0.4, timeout_s=200)
+    results = run_ranks(on_ranks, 2, model, DROPPED[2], {"dropout": 0.4}, timeout_s=200)
     for number, (degrees, _) in enumerate(DROPPED[2]):
         print(degrees)
         compare([ranks[number] for ranks in results], expected, model, adapter_of(model))
@@ -125,19 +136,26 @@ def test_dropout_needs_to_know_the_samples() -> None:
 CUT_TWICE = {"num_key_value_heads": 4, "vocab_size": 100}
 
 
-def experts_cut_twice(world: World) -> dict[str, Any]:
+def experts_cut_twice(world: World) -> list[dict[str, Any]]:
     """Parts of the experts over two pairs of tp ranks, which divide each expert."""
     degrees = {"tp": 4, "ep": 2} if world.size > 1 else {}
     model = moe_config(**CUT_TWICE)
-    adapter = adapter_of(model, "experts", "o_proj")
-    return train(make_role(mesh_of(world, degrees), model, adapter, options()))
+    return [
+        train(make_role(mesh_of(world, degrees), model, adapter, options()))
+        for adapter in cut_twice(model)
+    ]
+
+
+def cut_twice(model: ModelConfig) -> list[Adapter]:
+    return [adapter_of(model, "experts", "o_proj", **given) for given in ({}, ONE_FOR_ALL)]
 
 
 def test_shares_of_an_experts_gradients_are_summed() -> None:
     model = moe_config(**CUT_TWICE)
     [wanted] = run_ranks(experts_cut_twice, 1)
     found = run_ranks(experts_cut_twice, 4, timeout_s=200)
-    compare(found, wanted, model, adapter_of(model, "experts", "o_proj"))
+    for number, adapter in enumerate(cut_twice(model)):
+        compare([ranks[number] for ranks in found], wanted[number], model, adapter)
 
 
 def test_only_the_adapter_changes_and_has_state(single: dict[str, dict[str, Any]]) -> None:
@@ -292,39 +310,6 @@ def test_layouts_are_those_that_plans_compute(size: int) -> None:
     if size == 2:
         cases = [({"dp_shard": 2}, {}), ({"dp_shard": 2}, {"blocks": 2}), ({"tp": 2}, {})]
     run_ranks(layouts_agree, size, cases)
-
-
-def resumed(world: World, degrees: dict[str, int], dtype: torch.dtype) -> None:
-    model, mesh = tiny_config(), mesh_of(world, degrees)
-    given = options(schedule="linear", param_dtype=dtype)
-    adapter = adapter_of(model)
-    first, second = (
-        make_role(mesh, model, adapter, given, seed=seed, head="score") for seed in (3, 4)
-    )
-    rows = make_rows([4, 6], 2)
-
-    def step(backend: TorchBackend) -> float:
-        backend.forward_backward(rows, value_loss, VALUES, normaliser=9.0)
-        return backend.optim_step().grad_norm
-
-    step(first), step(first)
-    saved, target = first.state_tensors(), second.state_tensors()
-    assert saved.keys() == target.keys()
-    assert all("lora" in name or "head" in name for name in saved)
-    for name, (tensor, slices) in saved.items():
-        assert target[name][1] == slices
-        target[name][0].copy_(tensor)
-    second.restored(first.counters())
-    assert step(first) == step(second)
-    for name, (tensor, _) in first.local_tensors().items():
-        assert torch.equal(tensor, second.local_tensors()[name][0]), name
-
-
-@pytest.mark.parametrize(
-    ("degrees", "dtype"), [({}, torch.bfloat16), ({"dp_shard": 2}, torch.float32)]
-)
-def test_adapter_and_head_continue_a_run(degrees: dict[str, int], dtype: torch.dtype) -> None:
-    run_ranks(resumed, degrees.get("dp_shard", 1), degrees, dtype)
 
 
 def frozen(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from spmdrl.keyed_random import chain, key64
 from spmdrl.models.adapters import Adapter, LowRank, adapter_shapes, find_targets
 from spmdrl.models.dropout import Dropout, column_hashes
 from spmdrl.models.files.hf import open_model
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 from spmdrl.training.protocol import LossInput
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
@@ -32,6 +33,7 @@ RANKS = {
     "Qwen3": {**ATTENTION, "gate_proj": 2, "up_proj": 2, "down_proj": 4},
     "Qwen3Moe": ATTENTION,
     "Qwen3Moe experts": {"q_proj": 3},
+    "Qwen3Moe shared": {"q_proj": 3},
 }
 EXPERT_RANK, EXPERT_ALPHA = 3, 4
 ALPHA = {name: 2.0 + i for i, name in enumerate(RANKS["Qwen3"])}
@@ -81,7 +83,17 @@ def peft_model(kind: str, directory: Path) -> Any:
         for name, parameter in found.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+                if experts == "shared" and ".experts" in name:
+                    parameter.copy_(equal_copies(name, parameter))
     return found
+
+
+def equal_copies(name: str, parameter: Tensor) -> Tensor:
+    """The A or B of stacked experts, with the first expert's values for all of them."""
+    count = EXPERTS["num_experts"]
+    if "lora_A" in name:
+        return parameter.view(count, -1, parameter.shape[1])[:1].expand(count, -1, -1).flatten(0, 1)
+    return parameter.view(len(parameter), -1, count)[:, :, :1].expand(-1, -1, count).flatten(1)
 
 
 def by_our_names(model: Any, gradients: bool = False) -> dict[str, Tensor]:
@@ -125,6 +137,18 @@ def with_shared_a(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".experts." in name and ".up_proj.lora_A." in name:
             shared |= dict.fromkeys(pair, gradients[pair[0]] + gradient)
     return gradients | shared
+
+
+def in_one(tensors: dict[str, Tensor], *, total: bool) -> dict[str, Tensor]:
+    """The experts' tensors as those that all share: the first one, or the sum of all."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+        if own not in found:
+            found[own] = tensor
+        elif total:
+            found[own] = found[own] + tensor
+    return found
 
 
 class WithTensors:
@@ -220,10 +244,10 @@ def adapter_for(kind: str, path: Path) -> Adapter:
         part = name.split(".")[-2]
         rank = RANKS[kind][part]
         targets[name] = LowRank(rank=rank, scale=ALPHA[part] / rank)
-    if kind.endswith(" experts"):
+    if " " in kind:
         own = LowRank(rank=EXPERT_RANK, scale=EXPERT_ALPHA / EXPERT_RANK)
         targets |= dict.fromkeys(find_targets(model, ["experts"]), own)
-    return Adapter(targets=targets)
+    return Adapter(targets=targets, shares_experts=kind.endswith(" shared"))
 
 
 def ours(
@@ -272,8 +296,11 @@ def ours(
 def test_logits_losses_and_gradients_are_those_of_peft(kind: str, tmp_path: Path) -> None:
     model = peft_model(kind, tmp_path)
     rows = make_rows([6, 3, 9], 3, seconds=True)
-    expected = theirs(model, rows)
-    [found] = run_ranks(ours, 1, kind, tmp_path, by_our_names(model), rows)
+    expected, values = theirs(model, rows), by_our_names(model)
+    if is_shared := kind.endswith(" shared"):
+        values = in_one(values, total=False)
+        expected["gradients"] = in_one(expected["gradients"], total=True)
+    [found] = run_ranks(ours, 1, kind, tmp_path, values, rows)
     for name in ("logits", "logprobs"):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -284,8 +311,8 @@ def test_logits_losses_and_gradients_are_those_of_peft(kind: str, tmp_path: Path
         torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-5, atol=1e-5)
     used = [gradient.abs().max() > 1e-3 for gradient in expected["gradients"].values()]
     assert sum(used) > 0.7 * len(used)
-    per_expert = 6 * EXPERTS["num_experts"] if kind.endswith(" experts") else 0
-    assert len(expected["gradients"]) == 2 * (2 * len(RANKS[kind]) + per_expert)
+    of_experts = 0 if " " not in kind else 6 if is_shared else 6 * EXPERTS["num_experts"]
+    assert len(expected["gradients"]) == 2 * (2 * len(RANKS[kind]) + of_experts)
 
 
 def test_dropout_is_that_of_peft_with_the_same_masks(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from spmdrl.config.load import load_config
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import read_config
 from spmdrl.models.files.hf import open_checkpoint
-from spmdrl.models.sharding import Slice
-from spmdrl.planning.layouts import frozen_names
+from spmdrl.models.tensors import Slice
+from spmdrl.planning.frozen import frozen_names
+from spmdrl.run.assembly.assembly import assemble, open_models, plan_models
 from spmdrl.training.readout import next_token
 from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.world import World
@@ -53,7 +54,12 @@ def trained(
         "after": weights(),
         "states": set(backend.state_tensors()),
         "optimizer_numbers": sum(t.numel() for t in parts["optimizer"]),
-        "weight_numbers": sum(t.numel() for n, (t, _) in before.items() if n not in LOCAL),
+        # masters where weights are narrow, and two moments
+        "trained_numbers": sum(
+            t.numel() * (3 if t.dtype == torch.bfloat16 else 2)
+            for n, (t, _) in before.items()
+            if n not in LOCAL
+        ),
     }
 
 
@@ -63,6 +69,7 @@ def trained(
         ({}, torch.float32),
         ({}, torch.bfloat16),
         ({"dp_shard": 2}, torch.float32),
+        ({"dp_shard": 2}, torch.bfloat16),
         ({"dp_replicate": 2}, torch.float32),
         ({"tp": 2}, torch.bfloat16),
     ],
@@ -73,18 +80,52 @@ def test_frozen_parameters_stay_and_have_no_state(
     size = next(iter(degrees.values()), 1)
     without = run_ranks(trained, size, degrees, dtype, frozenset())
     found = run_ranks(trained, size, degrees, dtype, FROZEN)
-    copies = 3 if dtype == torch.bfloat16 else 2
     for own, all_trained in zip(found, without, strict=True):
         assert 0 < own["norm"] < all_trained["norm"]
         for name, (tensor, _) in own["after"].items():
             before, expected = own["before"][name][0], all_trained["after"][name][0]
             assert torch.equal(tensor, before) == (name in LOCAL), name
+            if name in LOCAL:
+                assert tensor.dtype == dtype, f"{name} does not train: no more digits than computed"
             assert (f"exp_avg/{name}" in own["states"]) == (name not in LOCAL)
             if name not in LOCAL:
                 # a step is at most lr = 0.01, in bfloat16 a few last digits
                 atol = 1e-5 if dtype == torch.float32 else 0.02
                 assert torch.allclose(tensor.float(), expected.float(), rtol=0, atol=atol), name
-        assert own["optimizer_numbers"] == copies * own["weight_numbers"]
+        assert own["optimizer_numbers"] == own["trained_numbers"]
+
+
+def test_plans_hold_what_is_frozen_in_its_dtype(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model")
+    path = write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "run")
+    words = [
+        "model.dtype=bfloat16",
+        "roles.policy.dp_shard=2",
+        f"roles.policy.freeze={sorted(FROZEN)}",
+    ]
+    for differing in run_ranks(layout_differences, 2, str(path), words):
+        assert differing == {}
+
+
+def layout_differences(world: World, path: str, words: list[str]) -> dict[str, Any]:
+    """Tensor -> its planned and its real shape and dtype, where they differ."""
+    config = load_config(path, words)
+    models = open_models(config)
+    plan = plan_models(config, world, models)
+    assembly = assemble(config, world, models, None, plan)
+    policy = assembly.trained["policy"]
+    assert policy.backend is not None
+    planned = plan.layouts["policy"][world.rank]
+    found = {
+        name: (tuple(tensor.shape), tensor.dtype, [tuple(s.start) for s in slices])
+        for name, (tensor, slices) in policy.backend.local_tensors().items()
+    }
+    wanted = {
+        name: (held.shape, held.dtype, [tuple(s.start) for s in held.slices])
+        for name, held in planned.items()
+    }
+    assert {held.dtype for name, held in planned.items() if name in LOCAL} == {torch.bfloat16}
+    return {n: (wanted.get(n), found.get(n)) for n in wanted | found if wanted[n] != found[n]}
 
 
 def test_patterns_name_what_there_is(tmp_path: Path) -> None:
@@ -111,12 +152,8 @@ def test_patterns_name_what_there_is(tmp_path: Path) -> None:
 
 def test_freezing_what_is_not_trained_is_refused(tmp_path: Path) -> None:
     path = write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "run")
-    for words, match in (
-        (["roles.policy.trained=false"], "policy is not trained"),
-        (["train.backend=megatron"], "train.backend=megatron: only the torch backend"),
-    ):
-        with pytest.raises(ValueError, match=f"roles.policy.freeze=.*{match}"):
-            load_config(path, ["roles.policy.freeze=[model.norm.weight]", *words])
+    with pytest.raises(ValueError, match=r"roles\.policy\.freeze=.*policy is not trained"):
+        load_config(path, ["roles.policy.freeze=[model.norm.weight]", "roles.policy.trained=false"])
 
 
 @pytest.mark.parametrize("kept", [True, False])

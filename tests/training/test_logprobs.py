@@ -26,9 +26,15 @@ def inputs(
 
 
 def whole(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    logits = torch.log_softmax(hidden @ weight.T / temperature, -1)
+    products = hidden @ weight.T
+    capped = products if softcap is None else softcap * torch.tanh(products / softcap)
+    logits = torch.log_softmax(capped / temperature, -1)
     return logits.gather(1, targets[:, None])[:, 0], -(logits.exp() * logits).sum(-1)
 
 
@@ -40,9 +46,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize(("chunk", "softcap"), [(1, None), (4, None), (100, None), (4, 3.0)])
 @pytest.mark.parametrize("use", ["logprobs", "entropy", "both"])
-def test_values_and_gradients_equal_log_softmax(temperature: float, chunk: int, use: str) -> None:
+def test_values_and_gradients_equal_log_softmax(
+    temperature: float, chunk: int, softcap: float | None, use: str
+) -> None:
     hidden, weight, targets, grads = inputs()
     factors = grads * torch.tensor([[use != "entropy"], [use != "logprobs"]])
 
@@ -56,8 +64,10 @@ def test_values_and_gradients_equal_log_softmax(temperature: float, chunk: int, 
         return torch.autograd.grad(loss, (hidden, weight))
 
     hidden.requires_grad_(), weight.requires_grad_()
-    expected = whole(hidden, weight, targets, temperature)
-    found = token_logprobs(hidden, weight, targets, temperature=temperature, chunk=chunk)
+    expected = whole(hidden, weight, targets, temperature, softcap)
+    found = token_logprobs(
+        *(hidden, weight, targets), temperature=temperature, chunk=chunk, softcap=softcap
+    )
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradients(found), gradients(expected), rtol=1e-9, atol=1e-9)
 
@@ -84,7 +94,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
     hidden.requires_grad_(), weight.requires_grad_()
 
     def run(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return token_logprobs(hidden, weight, targets, temperature=0.8, chunk=2)
+        return token_logprobs(hidden, weight, targets, temperature=0.8, chunk=2, softcap=2.0)
 
     assert torch.autograd.gradcheck(run, (hidden, weight), fast_mode=True)
 
@@ -121,24 +131,25 @@ def test_bfloat16_weights_give_float32_results_near_the_exact_ones() -> None:
         assert (a - b).norm() < 0.02 * b.norm()
 
 
-def vocabulary_parallel(world: World) -> tuple[Tensor, ...]:
+def vocabulary_parallel(world: World, softcap: float | None) -> tuple[Tensor, ...]:
     hidden, weight, targets, grads = inputs()
     part = weight[world.rank * 300 : (world.rank + 1) * 300].clone().requires_grad_()
     hidden.requires_grad_()
     tp = Parallel(group=dist.group.WORLD, rank=world.rank, size=2)
-    found = token_logprobs(hidden, part, targets, temperature=0.7, chunk=4, tp=tp)
+    found = token_logprobs(hidden, part, targets, temperature=0.7, chunk=4, tp=tp, softcap=softcap)
     d_hidden, d_part = torch.autograd.grad((torch.stack(found) * grads).sum(), (hidden, part))
     return found[0].detach(), found[1].detach(), d_hidden, d_part
 
 
-def test_vocabulary_parallel_equals_one_rank() -> None:
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_vocabulary_parallel_equals_one_rank(softcap: float | None) -> None:
     hidden, weight, targets, grads = inputs()
     hidden.requires_grad_(), weight.requires_grad_()
-    expected = whole(hidden, weight, targets, 0.7)
+    expected = whole(hidden, weight, targets, 0.7, softcap)
     d_hidden, d_weight = torch.autograd.grad(
         (torch.stack(expected) * grads).sum(), (hidden, weight)
     )
-    results = run_ranks(vocabulary_parallel, 2)
+    results = run_ranks(vocabulary_parallel, 2, softcap)
     for logprobs, entropy, d_hidden_rank, _ in results:
         torch.testing.assert_close(logprobs, expected[0].detach())
         torch.testing.assert_close(entropy, expected[1].detach())

@@ -17,7 +17,7 @@ from megatron_cases import (
     run_cases,
     torch_records,
 )
-from test_torch_backend import assemble, compare, still
+from test_torch_backend import assemble, compare
 from training_cases import loss_fn
 
 from harness import run_ranks
@@ -65,15 +65,28 @@ MOE: dict[int, dict[str, Case]] = {
         "cp2 ep2": case(cp=2, dp_replicate=2, ep=2),
     },
 }
+UNEVEN: dict[int, dict[str, Case]] = {
+    1: {},
+    2: {"pp2 vpp2": LAYOUTS[2]["pp2 vpp2"]},
+    4: {"pp4": case(pp=4, given=SHORT)},
+}
+"""Chunks that do not divide the layers: the first and the last have one less."""
+
+
+def layouts_of(kind: str) -> dict[int, dict[str, Case]]:
+    if kind in EXPERTS:
+        return MOE
+    if kind == "windowed":
+        return {1: {}, 2: {"tp2 sp": LAYOUTS[2]["tp2 sp"]}, 4: {}}
+    return UNEVEN if kind == "uneven" else LAYOUTS
+
+
 CASES = [
-    (size, kind, name)
-    for size in LAYOUTS
-    for kind in KINDS
-    for name in (MOE if kind in EXPERTS else LAYOUTS)[size]
+    (size, kind, name) for size in LAYOUTS for kind in KINDS for name in layouts_of(kind)[size]
 ]
 THOROUGH = ("qwen2", "qwen3_moe")
 """Kinds whose layouts are all tried every time: the one that differs most, and one with experts."""
-BRIEF = ("tp2 sp", "tp2 ep2", "tp2 pp2 vpp2 sp", "tp2 pp2 ep2")
+BRIEF = ("tp2 sp", "tp2 ep2", "tp2 pp2 vpp2 sp", "tp2 pp2 ep2", "pp4")
 """Layouts of the other kinds that are tried every time."""
 
 
@@ -97,9 +110,7 @@ def records(request: pytest.FixtureRequest) -> dict[tuple[int, str, str], list[d
     found = {}
     for size in LAYOUTS:
         names = [key for key in CASES if key[0] == size and key in asked]
-        cases = [
-            (kind, (MOE if kind in EXPERTS else LAYOUTS)[size][name]) for _, kind, name in names
-        ]
+        cases = [(kind, layouts_of(kind)[size][name]) for _, kind, name in names]
         ranks = run_ranks(run_cases, size, cases, timeout_s=280) if cases else []
         for number, key in enumerate(names):
             found[key] = [rank[number] for rank in ranks]
@@ -134,18 +145,6 @@ def test_the_torch_backend_equals_transformers_too(expected):
         own = assemble([record["gradients"]], global_shapes(KINDS[kind]))
         for parameter, wanted in record["hf"]["gradients"].items():
             torch.testing.assert_close(own[parameter], wanted, rtol=1e-4, atol=1e-4)
-
-
-def all_still(world: World) -> None:
-    given = {"warmup_steps": 4}
-    for degrees in ({"tp": 2}, {"pp": 2}, {"dp_shard": 2}, {"dp_replicate": 2}):
-        for dtype in (torch.float32, torch.bfloat16):
-            made = case(given={**given, "param_dtype": dtype}, **degrees)
-            still(make_backend(world, KINDS["qwen3"], made))
-
-
-def test_momentum_and_decay_move_nothing_without_a_gradient() -> None:
-    run_ranks(all_still, 2)
 
 
 def copies_and_state(world: World) -> list[dict[str, torch.Tensor]]:

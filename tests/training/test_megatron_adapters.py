@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_backends import WithAdded, value_loss
 from megatron_cases import CPU, KINDS, Case, case, make_backend, record_of, share
 from test_torch_backend import assemble, compare
 from torch import Tensor
@@ -15,14 +14,16 @@ from training_cases import loss_fn, make_rows, options, tiny_config
 
 from harness import run_ranks
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.models.adapter_weights import merged
 from spmdrl.models.adapters import Adapter, LowRank, adapter_shapes, find_targets
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import fill
 from spmdrl.models.local_shards import LocalTensors
-from spmdrl.models.low_rank import merged
 from spmdrl.models.megatron_chunks import Cut, Parameter, adapter_chunks, rank_chunks
 from spmdrl.models.megatron_layout import megatron_layout, megatron_state_layout
-from spmdrl.models.sharding import SCORE, Head, Slice, global_shapes
+from spmdrl.models.sharding import SCORE, Head, global_shapes
+from spmdrl.models.tensors import Slice
+from spmdrl.testing.cases import WithAdded, value_loss
 from spmdrl.training.megatron.checks import model_cut
 from spmdrl.training.readout import VALUES, next_token
 from spmdrl.training.torch_backend import TorchBackend

@@ -17,8 +17,8 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import fill, open_checkpoint
 from spmdrl.models.megatron_chunks import rank_chunks
-from spmdrl.models.sharding import Slice
-from spmdrl.run.assembly.make_backend import import_backend
+from spmdrl.models.tensors import Slice
+from spmdrl.planning.systems.megatron import import_backend
 from spmdrl.training.megatron.checks import model_cut
 from spmdrl.world import World
 

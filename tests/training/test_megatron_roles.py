@@ -11,7 +11,7 @@ from test_readout import READOUTS, LivelyScores, share_of
 from test_readout import loss_fn as scalar_loss
 from test_readout import reference as scalar_reference
 from test_readout import rows as scalar_rows
-from test_torch_backend import clone, compare, poisoned, train
+from test_torch_backend import compare, train
 from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_config
 
 from harness import run_ranks
@@ -23,9 +23,10 @@ from spmdrl.models.adapters import find_targets, make_adapter
 from spmdrl.models.config import read_config
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import open_checkpoint
-from spmdrl.models.megatron_chunks import Cut, Parameter, rank_chunks
-from spmdrl.models.megatron_layout import flat_pieces, megatron_layout, megatron_state_layout
-from spmdrl.models.sharding import Slice
+from spmdrl.models.flat_pieces import flat_pieces
+from spmdrl.models.megatron_chunks import Cut, Parameter, chunk_layers, rank_chunks
+from spmdrl.models.megatron_layout import megatron_layout, megatron_state_layout
+from spmdrl.models.tensors import Slice
 from spmdrl.training.megatron import checks
 from spmdrl.training.megatron.checks import (
     MegatronOptions,
@@ -54,7 +55,12 @@ def run_scalar(world: World, cases: list[Case]) -> list[dict[str, Any]]:
         found: dict[str, Any] = {}
         for name, readout in READOUTS.items():
             backend = make_backend(
-                world, tiny_config(), made, role="value", head="score", checkpoint=LivelyScores()
+                world,
+                tiny_config(),
+                made,
+                role="value",
+                head="score",
+                checkpoint=LivelyScores(tiny_config()),
             )
             own = share_of(scalar_rows(), backend.mesh)
             found[f"{name} before"] = backend.forward(own, readout)[name]
@@ -68,7 +74,7 @@ def run_scalar(world: World, cases: list[Case]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("world_size", SCALAR)
 def test_scalar_heads_equal_row_by_row(world_size):
-    expected, batch = scalar_reference(), scalar_rows()
+    expected, batch = scalar_reference(tiny_config()), scalar_rows()
     for ranks in zip(*run_ranks(run_scalar, world_size, SCALAR[world_size]), strict=True):
         for found in ranks:
             mine = [i for i in range(len(batch)) if i // 3 % found["replicas"] == found["replica"]]
@@ -140,45 +146,6 @@ def test_roles_of_different_layouts_train_in_one_process():
         assert found == pytest.approx(wanted, rel=1e-5)
 
 
-def resumed(world: World, made: Case) -> None:
-    """A run that is saved and continued equals one that goes on."""
-    first, second = (make_backend(world, tiny_config(), made) for _ in range(2))
-    rows = make_rows([4, 6], 2)
-
-    def step(backend: Any) -> float:
-        backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=9.0)
-        return backend.optim_step().grad_norm
-
-    assert len(first.forward(rows.select([]), next_token(1.0))) == 0
-    step(first), step(first)
-    saved, target = first.state_tensors(), second.state_tensors()
-    assert saved.keys() == target.keys()
-    for name, (tensor, slices) in saved.items():
-        assert tensor.dtype == torch.float32 and target[name][1] == slices
-        target[name][0].copy_(tensor)
-    second.restored(first.counters())
-    for name, (tensor, _) in first.local_tensors().items():
-        assert torch.equal(tensor, second.local_tensors()[name][0]), name
-    assert step(first) == step(second)
-    assert first.counters() == second.counters() == {"num_steps": 3, "num_skipped": 0}
-
-
-def steps_that_fail(world: World) -> None:
-    backend = make_backend(world, tiny_config(), case(dp_shard=2, given={"warmup_steps": 4}))
-    rows = make_rows([4], 2)
-    before = clone(backend.local_tensors())
-    given = poisoned if world.rank == 0 else loss_fn
-    backend.forward_backward(rows, given, next_token(1.0), normaliser=1.0)
-    done = backend.optim_step()
-    assert done.skipped and backend.counters() == {"num_steps": 1, "num_skipped": 1}
-    for name, (tensor, _) in backend.local_tensors().items():
-        assert torch.equal(tensor, before[name][0]), name
-    backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=1.0)
-    done = backend.optim_step()
-    assert not done.skipped and 0 < done.grad_norm < float("inf"), "the bad gradient is left"
-    assert done.lr == pytest.approx(1e-2 * 2 / 4)
-
-
 def half_precision(world: World) -> None:
     """bfloat16 weights with sharded float32 masters follow the float32 run."""
     wide = make_backend(world, tiny_config(), case(dp_shard=2, given={"lr": 1e-3}))
@@ -212,31 +179,22 @@ def memory(world: World) -> None:
     assert live_bytes(buffers) == 0
 
 
-def frozen(world: World) -> None:
+def torch_stays(world: World) -> None:
+    """Megatron's modules alone are told of the CPU."""
     backend = make_backend(world, tiny_config(), case(tp=2), trainable=False)
-    rows = make_rows([4], 2)
-    assert backend.forward(rows, next_token(1.0))["logprobs"].sum() < 0
-    assert backend.state_tensors() == {} and list(backend.parts()) == ["weights"]
-    with pytest.raises(ValueError, match="'policy' is frozen"):
-        backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=1.0)
-    with pytest.raises(ValueError, match="'policy' has the head 'lm'"):
-        backend.forward(rows, VALUES)
-    # torch is as it was: megatron's modules alone were told of the CPU
+    assert backend.forward(make_rows([4], 2), next_token(1.0))["logprobs"].sum() < 0
     with pytest.raises((AssertionError, RuntimeError), match="CUDA"):
         torch.zeros(1, device="cuda")
     assert torch.nn.Parameter(torch.zeros(1)).type() == "torch.FloatTensor"
 
 
 def two_ranks(world: World) -> None:
-    for made in (case(dp_shard=2), case(pp=2, given={"param_dtype": torch.bfloat16})):
-        resumed(world, made)
-    steps_that_fail(world)
     half_precision(world)
     memory(world)
-    frozen(world)
+    torch_stays(world)
 
 
-def test_resuming_skipping_dtypes_and_memory():
+def test_dtypes_and_memory():
     run_ranks(two_ranks, 2)
 
 
@@ -321,6 +279,23 @@ def test_hugging_face_files_come_back_bit_for_bit(tmp_path, architecture, given,
         shape = before.shape(name)
         whole = Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
         assert torch.equal(before.read(whole), after.read(whole)), name
+
+
+def test_chunks_that_do_not_divide_the_layers_leave_room_for_embedding_and_head() -> None:
+    def cut(layers: int, pp: int, vpp: int = 1) -> list[list[int]]:
+        model = tiny_config(num_hidden_layers=layers)
+        check_megatron("policy", model, {**DEGREES, "pp": pp}, MegatronOptions(vpp=vpp))
+        places = [(chunk, stage) for chunk in range(vpp) for stage in range(pp)]
+        own = Cut(pp=pp, vpp=vpp)
+        return [list(chunk_layers(model, own, stage, chunk)) for chunk, stage in places]
+
+    assert cut(6, 4) == cut(6, 2, vpp=2) == [[0], [1, 2], [3, 4], [5]]
+    assert cut(6, 2) == [[0, 1, 2], [3, 4, 5]]
+    found = cut(126, 16)  # Llama 3.1 405B
+    assert [len(layers) for layers in found] == [7, *[8] * 14, 7]
+    assert [layer for layers in found for layer in layers] == list(range(126))
+    with pytest.raises(ValueError, match=r"pp=8 does not divide .*layers=6, nor 8, where"):
+        cut(6, 8)  # two stages would have no layer
 
 
 DEGREES = {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "ep": 1}

@@ -12,9 +12,9 @@ from training_cases import LivelyCheckpoint, dense, loss_fn, make_rows, options,
 
 from harness import run_ranks
 from spmdrl.batch import Batch
+from spmdrl.models.blocks.moe import Experts
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.moe import Experts
 from spmdrl.models.routing import EXPERT_CHOICES, pack_choices, unpack_choices
 from spmdrl.training.readout import next_token
 from spmdrl.world import World

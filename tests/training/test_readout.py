@@ -1,8 +1,11 @@
-"""Scalar heads: values at loss tokens and scores of rows, on every layout, against row by row."""
+"""Scalar heads with a bias: values at loss tokens and scores of rows, on every layout, against row
+by row.
+"""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +16,11 @@ from training_cases import dense, make_rows, options, tiny_config
 from harness import run_ranks
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.files.hf import RandomCheckpoint, fill
-from spmdrl.models.sharding import Slice, all_slices
+from spmdrl.models.sharding import all_slices
+from spmdrl.models.tensors import Slice
 from spmdrl.training.packing import pack
 from spmdrl.training.protocol import LossInput
 from spmdrl.training.readout import SCORES, VALUES, Readout, next_token
@@ -23,14 +28,15 @@ from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.world import World
 
 CPU = torch.device("cpu")
+MODEL = replace(tiny_config(), score_bias=True)
 READOUTS = {"values": VALUES, "scores": SCORES}
 
 
 class LivelyScores:
     """Random weights, ten times larger than those of a fresh model."""
 
-    def __init__(self) -> None:
-        self._plain = RandomCheckpoint(tiny_config(), 0, head="score")
+    def __init__(self, model: ModelConfig = MODEL) -> None:
+        self._plain = RandomCheckpoint(model, 0, head="score")
         self.names, self.shape = self._plain.names, self._plain.shape
 
     def read(self, part: Slice) -> Tensor:
@@ -54,6 +60,7 @@ def rows() -> Batch:
 def naive(decoder: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
     """values [T] (0 at prompts) and scores [B], row by row."""
     assert decoder.head is not None
+    bias = 0.0 if decoder.head.bias is None else decoder.head.bias
     values, scores = [], []
     for tokens, prompt in zip(
         torch.split(batch["tokens"], batch.lengths.tolist()),
@@ -61,7 +68,7 @@ def naive(decoder: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
         strict=True,
     ):
         hidden = decoder(tokens, torch.arange(len(tokens)), dense)
-        read = (hidden @ decoder.head.weight.T)[:, 0]
+        read = (hidden @ decoder.head.weight.T)[:, 0] + bias
         values.append(torch.cat((read.new_zeros(prompt), read[prompt - 1 : -1])))
         scores.append(read[-1])
     return torch.cat(values), torch.stack(scores)
@@ -81,7 +88,7 @@ def run_layouts(
         found: dict[str, Any] = {}
         for name, readout in READOUTS.items():
             backend = TorchBackend(
-                mesh, tiny_config(), LivelyScores(), options(**changes), CPU, head="score"
+                mesh, MODEL, LivelyScores(), options(**changes), CPU, head="score"
             )
             own = share_of(rows(), mesh)
             found[f"{name} before"] = backend.forward(own, readout)[name]
@@ -93,12 +100,12 @@ def run_layouts(
     return results
 
 
-def reference() -> dict[str, Any]:
+def reference(model: ModelConfig = MODEL) -> dict[str, Any]:
     batch, found = rows(), {}
     for name in READOUTS:
-        decoder = Decoder(tiny_config(), device="cpu", head="score")
+        decoder = Decoder(model, device="cpu", head="score")
         held = all_slices(decoder.model, 0, 1, head="score")
-        fill(((p.data, held[n]) for n, p in decoder.named_parameters()), LivelyScores())
+        fill(((p.data, held[n]) for n, p in decoder.named_parameters()), LivelyScores(model))
         values, scores = naive(decoder, batch)
         mask = torch.arange(batch.num_tokens) - batch.offsets()[:-1].repeat_interleave(
             batch.lengths
@@ -143,7 +150,7 @@ def test_scalar_heads_equal_row_by_row_on_every_layout(world_size: int) -> None:
 
 def wrong_head(world: World) -> None:
     backend = TorchBackend(
-        Mesh("value", [0], {}, "cpu"), tiny_config(), LivelyScores(), options(), CPU, head="score"
+        Mesh("value", [0], {}, "cpu"), MODEL, LivelyScores(), options(), CPU, head="score"
     )
     with pytest.raises(ValueError, match=r"'value' has the head 'score'.*logprobs.*'lm'"):
         backend.forward(rows(), next_token())
@@ -181,7 +188,7 @@ def warned(world: World) -> list[str]:
     mesh = Mesh("value", range(world.size), {"dp_shard": 2}, "cpu")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        backend = TorchBackend(mesh, tiny_config(), LivelyScores(), options(), CPU, head="score")
+        backend = TorchBackend(mesh, MODEL, LivelyScores(), options(), CPU, head="score")
         for readout in READOUTS.values():
             backend.forward(rows(), readout)
             backend.forward_backward(rows(), loss_fn, readout, normaliser=9.0)

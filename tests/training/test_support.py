@@ -52,9 +52,16 @@ COUNTS = {
 
 
 def masked(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ids: Ragged, temperature: float
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ids: Ragged,
+    temperature: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    logits = hidden @ weight.T / temperature
+    products = hidden @ weight.T
+    capped = products if softcap is None else softcap * torch.tanh(products / softcap)
+    logits = capped / temperature
     keep = torch.zeros(N, V, dtype=torch.bool)
     table = ids.padded(-1).long()
     for row in range(N):
@@ -78,18 +85,25 @@ def loss_of(found: tuple[Tensor, Tensor], grads: Tensor, use: str) -> Tensor:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("use", ["logprobs", "both"])
-@pytest.mark.parametrize(("chunk", "temperature"), [(1, 1.0), (4, 0.6), (100, 1.3)])
+@pytest.mark.parametrize(
+    ("chunk", "temperature", "softcap"),
+    [(1, 1.0, None), (4, 0.6, None), (100, 1.3, None), (4, 0.6, 3.0)],
+)
 def test_values_and_gradients_equal_a_masked_softmax(
-    counts: str, use: str, chunk: int, temperature: float
+    counts: str, use: str, chunk: int, temperature: float, softcap: float | None
 ) -> None:
     hidden, weight, targets, grads = inputs()
     ids = column(targets, COUNTS[counts])
     hidden.requires_grad_(), weight.requires_grad_()
-    expected = masked(hidden, weight, targets, ids, temperature)
+    expected = masked(hidden, weight, targets, ids, temperature, softcap)
     support = support_at(ids, torch.arange(N), targets)
     assert (support is None) == (counts == "none")
     found = token_logprobs(
-        hidden, weight, targets, temperature=temperature, chunk=chunk, support=support
+        *(hidden, weight, targets),
+        temperature=temperature,
+        chunk=chunk,
+        support=support,
+        softcap=softcap,
     )
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
@@ -136,7 +150,7 @@ def test_narrow_weights_give_float32_results(dtype: torch.dtype) -> None:
         assert (a.double() - b).norm() < (1e-5 if dtype == torch.float32 else 0.02) * b.norm()
 
 
-def vocabulary_parallel(world: World, cut: int) -> tuple[Tensor, ...]:
+def vocabulary_parallel(world: World, cut: int, softcap: float | None) -> tuple[Tensor, ...]:
     hidden, weight, targets, grads = inputs()
     first, stop = (0, cut) if world.rank == 0 else (cut, V)
     part = weight[first:stop].clone().requires_grad_()
@@ -144,20 +158,26 @@ def vocabulary_parallel(world: World, cut: int) -> tuple[Tensor, ...]:
     tp = Parallel(group=dist.group.WORLD, rank=world.rank, size=2)
     support = support_at(column(targets, COUNTS["some"]), torch.arange(N), targets)
     found = token_logprobs(
-        hidden, part, targets, temperature=0.7, chunk=4, tp=tp, first_id=first, support=support
+        *(hidden, part, targets),
+        temperature=0.7,
+        chunk=4,
+        tp=tp,
+        first_id=first,
+        support=support,
+        softcap=softcap,
     )
     d_hidden, d_part = torch.autograd.grad(loss_of(found, grads, "both"), (hidden, part))
     return found[0].detach(), d_hidden, d_part
 
 
-@pytest.mark.parametrize("cut", [300, 600])
-def test_vocabulary_parallel_equals_one_rank(cut: int) -> None:
+@pytest.mark.parametrize(("cut", "softcap"), [(300, None), (600, None), (300, 3.0)])
+def test_vocabulary_parallel_equals_one_rank(cut: int, softcap: float | None) -> None:
     """Also where a rank has no tokens at all."""
     hidden, weight, targets, grads = inputs()
     hidden.requires_grad_(), weight.requires_grad_()
-    expected = masked(hidden, weight, targets, column(targets, COUNTS["some"]), 0.7)
+    expected = masked(hidden, weight, targets, column(targets, COUNTS["some"]), 0.7, softcap)
     d_hidden, d_weight = torch.autograd.grad(loss_of(expected, grads, "both"), (hidden, weight))
-    results = run_ranks(vocabulary_parallel, 2, cut)
+    results = run_ranks(vocabulary_parallel, 2, cut, softcap)
     for logprobs, d_hidden_rank, _ in results:
         torch.testing.assert_close(logprobs, expected[0].detach())
         torch.testing.assert_close(d_hidden_rank, d_hidden)

@@ -9,7 +9,7 @@ from training_cases import LivelyCheckpoint, options, tiny_config
 from harness import run_ranks
 from spmdrl.batch import from_rows
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
 from spmdrl.rollout.protocol import Request, SamplingParams

@@ -16,7 +16,8 @@ from weight_cases import UNTOUCHED, Shapes, box_of, model, numbered, tensors_of
 from spmdrl.distributed.mesh import expert_degrees
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.local_shards import LocalShard, Table, WeightLayout
-from spmdrl.models.sharding import Slice, global_shapes
+from spmdrl.models.sharding import global_shapes
+from spmdrl.models.tensors import Slice
 from spmdrl.weights.layout import model_layout
 from spmdrl.weights.plan import SyncPlan
 from spmdrl.weights.rank_rounds import Message, RankRound, rank_rounds
@@ -40,9 +41,9 @@ SYNTHETIC = {
     for layer in (0, 1)
     for kind, shape in EXPERT_SHAPES.items()
     for e in range(EXPERTS)
-} | {"padded.weight": (7, 5)}
-"""What the torch backend has not: experts divided by kind, and a vocabulary that is padded to a
-multiple of the ranks.
+} | {"padded.weight": (7, 5), "stacked.weight": (EXPERTS, 6, 5), "conv.weight": (6, 1, 3)}
+"""Tensors of kinds that `MODELS` lack: experts divided by kind, a vocabulary that is padded to a
+multiple of the ranks, and tensors of three dims, whose local tensors have two.
 """
 
 
@@ -102,8 +103,33 @@ def with_experts(layout: WeightLayout, ep: int, tp: int) -> WeightLayout:
             name="padded.weight", shape=(7, 5), start=(low, 0), stop=(high, 5), offset=0
         )
         own["padded"] = LocalShard(shape=(chunk, 5), dtype=dtype, slices=(vocabulary,))
+        own["stacked"], own["conv"] = in_three_dims(experts, part, tp, dtype)
         result[rank] = own
     return result
+
+
+def in_three_dims(
+    experts: range, part: int, tp: int, dtype: torch.dtype
+) -> tuple[LocalShard, LocalShard]:
+    """A rank's rows of its experts in one stacked tensor, and its channels of a convolution."""
+    low, high = 6 * part // tp, 6 * (part + 1) // tp
+    stacked = tuple(
+        Slice(
+            name="stacked.weight",
+            shape=(EXPERTS, 6, 5),
+            start=(e, low, 0),
+            stop=(e + 1, high, 5),
+            offset=place * (high - low),
+        )
+        for place, e in enumerate(experts)
+    )
+    channels = Slice(
+        name="conv.weight", shape=(6, 1, 3), start=(low, 0, 0), stop=(high, 1, 3), offset=0
+    )
+    return (
+        LocalShard(shape=(len(experts) * (high - low), 5), dtype=dtype, slices=stacked),
+        LocalShard(shape=(high - low, 3), dtype=dtype, slices=(channels,)),
+    )
 
 
 @st.composite
@@ -112,7 +138,7 @@ def parallel(draw: st.DrawFn, model: ModelConfig, world_size: int, is_source: bo
     most = world_size
     degrees = {}
     tps = [1, 2, 3, 4] if is_source else [1, 2, 3, 4, 6, 12]
-    kv = model.num_kv_heads
+    kv = model.attention.num_kv_heads
     fitting = [n for n in tps if kv % n == 0 or (not is_source and n % kv == 0)]
     choices = {
         "tp": fitting,
@@ -129,7 +155,7 @@ def parallel(draw: st.DrawFn, model: ModelConfig, world_size: int, is_source: bo
     ranks = sorted(draw(st.permutations(range(world_size)))[:count])
     dtype = draw(st.sampled_from(DTYPES))
     shards = degrees.get("dp_shard", 1) * degrees.get("cp", 1)
-    sizes = (kv, model.num_heads, model.intermediate_size)
+    sizes = (kv, model.attention.num_heads, model.dense_width)
     fits = degrees.get("dp_shard", 1) > 1 and not any(n % (shards * degrees["tp"]) for n in sizes)
     blocks = draw(st.sampled_from([1, shards])) if fits else 1
     return model_layout(model, ranks, degrees, dtype, blocks=blocks)
@@ -145,7 +171,7 @@ def fitting_ep(model: ModelConfig, degrees: Mapping[str, int], is_source: bool) 
         room = degrees.get("dp_shard", 1) * degrees.get("cp", 1)
         if degrees.get("dp_shard", 1) == 1:
             room *= degrees["dp_replicate"]
-        divides = model.moe.num_experts % ep == model.moe.intermediate_size % experts["etp"] == 0
+        divides = model.moe.num_experts % ep == model.moe.width % experts["etp"] == 0
         if divides and room % experts["exchange"] == 0 and (is_source or degrees["tp"] % ep == 0):
             fitting.append(ep)
     return fitting
@@ -174,7 +200,8 @@ def _stacked(pieces: list[Slice], dtype: torch.dtype, chance: Random) -> Table:
     """Boxes of equal width below each other in tensors of up to three, padding between them."""
     by_width: dict[tuple[int, ...], list[Slice]] = {}
     for piece in chance.sample(pieces, len(pieces)):
-        by_width.setdefault(piece.size[1:], []).append(piece)
+        # local tensors have two dims at most
+        by_width.setdefault(piece.size[1:][-1:], []).append(piece)
     table = {}
     for width, own in by_width.items():
         while own:

@@ -14,8 +14,8 @@ from weight_cases import Case, model, tensors_of
 
 from harness import run_ranks
 from spmdrl.memory.device_parts import DeviceParts
+from spmdrl.models.adapter_weights import merged as merge
 from spmdrl.models.adapters import Adapter, LowRank, adapter_shapes, find_targets, lora_names
-from spmdrl.models.low_rank import merged as merge
 from spmdrl.models.sharding import global_shapes
 from spmdrl.weights import views
 from spmdrl.weights.checksums import first_difference

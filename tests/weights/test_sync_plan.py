@@ -65,9 +65,13 @@ def test_every_target_slice_is_right(source: Case) -> None:
         assert moved == total_bytes(tables[1])
 
 
-@settings(deadline=None, max_examples=150)
-@given(data=st.data())
-def test_any_layout_to_any_other(data: st.DataObject) -> None:
+@pytest.mark.parametrize("examples", [50, pytest.param(300, marks=pytest.mark.full)])
+def test_any_layout_to_any_other(examples: int) -> None:
+    settings(deadline=None, max_examples=examples)(given(data=st.data())(check_any))()
+
+
+def check_any(data: st.DataObject) -> None:
+    """A plan between two layouts that are drawn moves what it must, and no more."""
     world_size = data.draw(st.sampled_from([1, 2, 3, 4, 6, 8, 16, 64]))
     shapes, source, target = data.draw(pairs(world_size))
     node_size = data.draw(st.sampled_from([1, 2, 8]))
@@ -189,7 +193,9 @@ def test_stacked_experts_and_a_padded_vocabulary() -> None:
     assert target[1]["layers.0.experts.up_proj"].shape == (12, 5)
     plan = plan_sync(source, target)
     # of two layers each rank lacks half of two experts; it has the seven rows of the vocabulary
-    assert plan.moved_bytes == plan.gathered_bytes == 4 * 2 * 2 * (2 * 3 * 5 + 2 * 5 * 3)
+    layers = 4 * 2 * 2 * (2 * 3 * 5 + 2 * 5 * 3)
+    # and half of two experts in the tensor that has all of them
+    assert plan.moved_bytes == plan.gathered_bytes == layers + 4 * 2 * 2 * 3 * 5
     name = "synthetic.1.experts.3.up_proj.weight"
     sends = {c.start: r.sends for n, c, r in plan.cells() if n == name}
     assert sends == {(0, 0): ((1, 0),), (3, 0): ()}
@@ -283,7 +289,7 @@ def test_equal_plans_have_equal_digests() -> None:
     assert plan.digest != plan_sync(*tables, bucket_bytes=1000).digest
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(drawn=pairs(8), bucket=st.sampled_from([300, 2**20]))
 def test_a_plan_survives_being_written_and_read(
     drawn: tuple[object, WeightLayout, WeightLayout], bucket: int

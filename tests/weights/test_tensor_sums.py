@@ -64,6 +64,11 @@ def test_any_change_is_seen(dtype: torch.dtype) -> None:
     rows[[1, 2]] = values[[2, 1]]
     sums = {sum_of(tensor, dtype) for tensor in (values, one, pair, rows)}
     assert len(sums) == 4
+    stack = values.view(8, 8, 24)
+    inner, outer, both = stack.clone(), stack.clone(), stack.transpose(0, 1).contiguous()
+    inner[:, [1, 2]] = stack[:, [2, 1]]
+    outer[[1, 2]] = stack[[2, 1]]
+    assert len({sum_of(tensor, dtype) for tensor in (stack, inner, outer, both)}) == 4
     vector = values[:, 0].clone()
     assert sum_of(vector, dtype) != sum_of(vector.flip(0), dtype)
 

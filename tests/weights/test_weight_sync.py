@@ -26,6 +26,7 @@ from spmdrl.weights.plan import plan_sync
 from spmdrl.weights.sync import WeightSync
 from spmdrl.weights.views import full_tensors
 from spmdrl.world import World
+from sweeps import swept
 
 
 @dataclass
@@ -225,6 +226,9 @@ def test_the_layout_is_what_fsdp_holds(size: int, shape: ModelConfig, cases: lis
             assert [held[name].shape[0] for held, *_ in found] == expected
 
 
+FEW = [(2, 4), (3, 4), (4, 8)]
+
+
 def random_syncs(world: World, count: int) -> int:
     """Random layouts, drawn alike on every rank; the sources lie on the host in half of them."""
     moved = 0
@@ -258,7 +262,8 @@ def random_syncs(world: World, count: int) -> int:
         moving = list(plan.cells())
         for name, cell, _ in moving[:: max(1, len(moving) // 3)]:
             # one value of one cell on the last rank that has it
-            spoiled = [view[-1:].flatten()[-1:] for view in sync.views.target(name, cell)[-1:]]
+            last = (slice(-1, None),) * len(cell.start)
+            spoiled = [view[last] for view in sync.views.target(name, cell)[-1:]]
             is_here = world.rank == cell.wanting[-1]
             for value in spoiled if is_here else []:
                 value *= 2
@@ -272,7 +277,9 @@ def random_syncs(world: World, count: int) -> int:
     return moved
 
 
-@pytest.mark.parametrize(("size", "count"), [(2, 10), (3, 10), (4, 15)])
+@pytest.mark.parametrize(
+    ("size", "count"), swept([(2, 4), (3, 4), (4, 8), (2, 10), (3, 10), (4, 30)], FEW)
+)
 def test_random_layouts_on_gloo_ranks(size: int, count: int) -> None:
     assert run_ranks(random_syncs, size, count, timeout_s=300)[0] > 0
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.local_shards import LocalShard
-from spmdrl.models.sharding import Slice, global_shapes
+from spmdrl.models.sharding import global_shapes
+from spmdrl.models.tensors import Slice
 
 Shapes = Mapping[str, tuple[int, ...]]
 """A name space: global name -> shape."""
@@ -64,7 +65,8 @@ def tensors_of(
     for name, held in table.items():
         tensor = torch.full(held.shape, math.nan if padding is None else padding, dtype=held.dtype)
         for s in held.slices:
-            tensor[s.offset : s.offset + s.rows] = whole[s.name][box_of(s)]
+            rows = tensor[s.offset : s.offset + s.rows]
+            rows.copy_(whole[s.name][box_of(s)].reshape(rows.shape))
         assert padding is not None or not tensor.isnan().any()
         result[name] = tensor
     return result

@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from spmdrl.models.local_shards import WeightLayout
-from spmdrl.models.sharding import Slice
-from spmdrl.weights.layout import key, local_box
+from spmdrl.models.local_shards import WeightLayout, local_box
+from spmdrl.models.tensors import Slice
+from spmdrl.weights.layout import key
 
 Tensors = Mapping[str, tuple[Tensor, tuple[Slice, ...]]]
 """`group/local name` -> local tensor and its slices; groups separate equal names."""
@@ -192,19 +193,28 @@ def slice_owners(layout: WeightLayout) -> dict[Slice, int]:
     A pure function, so that ranks need no messages. Slices that only one rank holds come first,
     then larger ones first; each goes to its holder with the fewest values so far.
     """
-    holders: dict[Slice, list[int]] = {}
+    # ranks at equal places share one table: thousands of ranks have hundreds of tables
+    classes: dict[int, list[int]] = {}
     for rank in sorted(layout):
-        for held in layout[rank].values():
+        classes.setdefault(id(layout[rank]), []).append(rank)
+    holders: dict[Slice, list[int]] = {}
+    for number, same in enumerate(classes.values()):
+        for held in layout[same[0]].values():
             for piece in held.slices:
-                holders.setdefault(key(piece), []).append(rank)
-    load = dict.fromkeys(layout, 0)
+                holders.setdefault(key(piece), []).append(number)
+    members = list(classes.values())
+    ranks_of = {
+        numbers: np.sort(np.concatenate([members[number] for number in numbers]))
+        for numbers in set(map(tuple, holders.values()))
+    }
+    found = [(piece, piece.numel, ranks_of[tuple(held)]) for piece, held in holders.items()]
+    found.sort(key=lambda one: (len(one[2]) > 1, -one[1]))
+    load = np.zeros(max(layout, default=-1) + 1, dtype=np.int64)
     owners = {}
-    for piece, ranks in sorted(
-        holders.items(), key=lambda item: (len(item[1]) > 1, -item[0].numel)
-    ):
-        owner = min(ranks, key=lambda rank: (load[rank], rank))
-        load[owner] += piece.numel
-        owners[piece] = owner
+    for piece, numel, ranks in found:
+        owner = ranks[0] if len(ranks) == 1 else ranks[load[ranks].argmin()]  # the first of equals
+        load[owner] += numel
+        owners[piece] = int(owner)
     return owners
 
 
@@ -212,7 +222,7 @@ def frozen_slices(layout: WeightLayout) -> frozenset[Slice]:
     """The slices of a layout (apart from their local places) that have no optimizer state."""
     return frozenset(
         key(piece)
-        for table in layout.values()
+        for table in {id(table): table for table in layout.values()}.values()
         for held in table.values()
         if held.frozen
         for piece in held.slices

@@ -32,8 +32,9 @@ from spmdrl.checkpoint.index import (
     read_index,
 )
 from spmdrl.distributed.reduce import agreed, broadcast_object
-from spmdrl.models.sharding import Slice
-from spmdrl.weights.layout import local_box, overlap, within
+from spmdrl.models.local_shards import local_box
+from spmdrl.models.tensors import Slice
+from spmdrl.weights.layout import overlap, within
 
 log = logging.getLogger(__name__)
 

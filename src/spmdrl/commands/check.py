@@ -16,14 +16,14 @@ from functools import partial
 import torch
 
 from spmdrl.atomic_files import finite_json
-from spmdrl.commands.explain import node_size
+from spmdrl.commands.plan_sections import node_size
 from spmdrl.commands.train import checked_flow
 from spmdrl.config.doubts import doubts
 from spmdrl.config.faults import Fault, collect
 from spmdrl.config.sections import Config
 from spmdrl.data.load_report import ROWS_READ
 from spmdrl.observe.log import TimedLines
-from spmdrl.placement import place_roles
+from spmdrl.placement import fold_text, place_roles
 from spmdrl.planning.engines import check_installed
 from spmdrl.planning.plan import plan_roles
 from spmdrl.role_spec import RoleSpec
@@ -111,6 +111,8 @@ def check_plan(
     specs = plan_roles(config, placements, models, ranks, size).specs
     for spec in specs.values():
         check_installed(spec)
+    if folded := fold_text(config, placements, num_ranks):
+        log.info("%s", folded)
     for doubt in (*doubts(config), *adapter_notes(specs.values())):
         log.warning("%s", doubt)
     return specs

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spmdrl.commands.config_commands import add_config, add_config_commands, load
+from spmdrl.commands.doctor_command import add_doctor
 from spmdrl.commands.launch import COMMANDS
+from spmdrl.commands.verify_model import add_verify_model
 from spmdrl.config.user_objects import AgreedError
 from spmdrl.supervision.error_file import launcher_shows_errors, write_error_file
 from spmdrl.supervision.signals import EXIT_INTERRUPTED, Signals, release
@@ -176,6 +178,12 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", required=True, help="JSONL to write")
     add_config(generate)
     commands.choices["report"].add_argument("--seconds", type=float, help="the run's wall time")
+    command = add(
+        "show", _show, "Print a sample of a run's rollouts (log.rollouts), or their table."
+    )
+    command.add_argument("run_dir")
+    command.add_argument("--step", type=int, help="default: the last one written")
+    command.add_argument("--sample", type=int, help="place in the step, from 0; default: the table")
     _add_convert_words(
         add("convert", _convert, "GGUF, Megatron or Hugging Face model -> Hugging Face directory.")
     )
@@ -188,12 +196,8 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--base", metavar="MODEL", help="the adapter's base, if it is not where the adapter says"
     )
-    doctor = add("doctor", _doctor, "Look at every node of a job; name those to leave out.")
-    doctor.add_argument("--shared", help="a directory that all nodes must see alike")
-    for where, what in (("intra", "within a node"), ("inter", "between nodes")):
-        text = f"least bandwidth of an all-reduce {what}"
-        doctor.add_argument(f"--min-{where}", type=float, default=0.0, metavar="GB/S", help=text)
-    doctor.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    add_verify_model(add)
+    add_doctor(add)
     return root
 
 
@@ -230,10 +234,12 @@ LAUNCH_TEXT = (
 def _world(config: Config) -> Iterator[World]:
     """Join the world; leave it only if there was no error, after which others may not answer."""
     from spmdrl.commands.hardware import say_world_hardware
+    from spmdrl.commands.start_environment import set_start_environment
     from spmdrl.observe.log import set_up_logging
     from spmdrl.supervision.failures import end_process_in
     from spmdrl.world import start_world, stop_world
 
+    set_start_environment()
     world = start_world(
         timeout_s=config.timeout_s,
         device=config.device,
@@ -321,40 +327,25 @@ def _report(options: argparse.Namespace) -> None:
     report(config.run_dir, model=config.model.path, seconds=options.seconds)
 
 
-def _doctor(options: argparse.Namespace) -> None:
-    with _signals(options, saves=False):
-        from spmdrl.commands.doctor import doctor
-        from spmdrl.world import start_world, stop_world
+def _show(options: argparse.Namespace) -> None:
+    from spmdrl.commands.show import show
 
-        world = start_world(timeout_s=120, device=options.device)
-        found = doctor(
-            world,
-            shared=None if options.shared is None else Path(options.shared),
-            min_intra=options.min_intra,
-            min_inter=options.min_inter,
-        )
-        if world.is_first:
-            nodes = world.size // world.local_size
-            print(f"{world.size} ranks on {nodes} nodes, torch on {world.device.type}")
-            print("\n".join(found.lines))
-            end = f"--exclude={','.join(found.bad)}" if found.bad else "all nodes are well"
-            print(end, flush=True)
-        stop_world()
-    if found.bad:
-        raise SystemExit(3)
+    print(show(Path(options.run_dir), options.step, options.sample), flush=True)
 
 
 def _check_model(options: argparse.Namespace) -> None:
     from spmdrl.models.files.check import check_directory
+    from spmdrl.models.files.hub import local_directory
 
-    found = check_directory(options.directory, options.base)
+    found = check_directory(local_directory(options.directory), options.base)
     print("\n".join(found.lines), flush=True)
     if found.errors:
         raise SystemExit(2)
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from spmdrl.models.files.gguf import convert_gguf, find_packaged_gguf
+    from spmdrl.models.files.gguf import convert_gguf
+    from spmdrl.models.files.gguf_packages import find_packaged_gguf
     from spmdrl.models.files.torch_dist import convert_torch_dist, is_torch_dist
 
     if options.dtype is not None and options.merge is None:
@@ -378,10 +369,15 @@ def _convert(options: argparse.Namespace) -> None:
             )
         convert_torch_dist(options.source, options.like, options.out_dir)
     elif Path(options.source, "config.json").is_file():
-        raise ValueError(
-            f"{options.source} is a Hugging Face directory already; of one, convert only adds "
-            "heads or merges an adapter: give --pad-heads-to or --merge"
-        )
+        from spmdrl.models.files.pickles import convert_pickles, has_pickles
+
+        if not has_pickles(options.source):
+            raise ValueError(
+                f"{options.source} is a Hugging Face directory already; of one, convert only adds "
+                "heads, merges an adapter or reads pytorch_model.bin: give --pad-heads-to or "
+                "--merge"
+            )
+        convert_pickles(options.source, options.out_dir)
     else:
         convert_gguf(find_packaged_gguf(options.source), options.out_dir)
     print(options.out_dir)

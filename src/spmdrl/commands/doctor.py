@@ -19,12 +19,24 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
 
+from spmdrl.atomic_files import replace_file
 from spmdrl.commands.hardware import Accelerator, find_accelerator, unsupported, untested
+from spmdrl.commands.node_links import between_nodes, within_nodes
+from spmdrl.commands.node_speed import SECONDS, RankSpeed, measure_speed
+from spmdrl.commands.slow_nodes import (
+    SPEED_FILE,
+    PlannedSpeed,
+    SpeedLimits,
+    judge_speeds,
+    speed_file,
+)
 from spmdrl.distributed.reduce import broadcast_object, gather_objects
+from spmdrl.sandbox.run import unusable
 from spmdrl.world import World
 
 MAX_SKEW_S = 2.0
@@ -38,8 +50,8 @@ MIN_FREE_GPU = 0.9
 """Least free share of a GPU's memory; if it is smaller, another process uses the GPU."""
 CANARY_S = 15.0
 
-_SIZES = (1 << 20, 1 << 24, 1 << 26)
-_REPEATS = 3
+SLOW_LINK = 0.5
+"""Least bandwidth between two nodes, as a share of the median over all pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,20 +81,37 @@ class Diagnosis:
 
 
 def doctor(
-    world: World, *, shared: Path | None, min_intra: float = 0.0, min_inter: float = 0.0
+    world: World,
+    *,
+    shared: Path | None,
+    min_intra: float = 0.0,
+    min_inter: float = 0.0,
+    limits: SpeedLimits | None = None,
+    plan: PlannedSpeed | None = None,
+    seconds: float = SECONDS,
 ) -> Diagnosis:
     """Check all nodes. Every rank of the world calls it and gets the same diagnosis.
 
     Args:
-        shared: a directory that all nodes should share; None: not checked.
+        shared: a directory that all nodes should share; it also gets the figures, as
+            `SPEED_FILE`; None: not checked, and no disk is measured.
         min_intra, min_inter: least bus bandwidth of an all-reduce within a node and between two
             nodes, in GB/s (1e9 bytes); below it a node is bad.
+        limits: limits of the speeds of ranks; None: those are not measured.
+        plan: speeds that a plan assumes, to be written as well.
+        seconds: see `measure_speed`.
     """
     problems, notes = hardware_findings(world.device, find_accelerator(world.device))
     problems += [*local_problems(world), *_skew(world)]
+    if world.local_rank == 0:
+        notes += sandbox_findings()
     if shared is not None:
         problems += _canary(world, shared)
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    speed = None
+    if limits is not None:
+        # a directory that cannot be written is a problem already
+        speed = measure_speed(world, None if problems else shared, seconds)
     own = Report(
         rank=world.rank,
         node=node,
@@ -92,9 +121,24 @@ def doctor(
     )
     reports: list[Report] = gather_objects(own)
     nodes = [reports[first].node for first in range(0, world.size, world.local_size)]
-    intra = _within_nodes(world)
-    inter = _between_nodes(world)
-    return diagnose(reports, nodes, intra, inter, min_intra=min_intra, min_inter=min_inter)
+    intra = within_nodes(world)
+    inter = between_nodes(world)
+    if limits is not None and len(inter) > 2:
+        min_inter = max(min_inter, SLOW_LINK * median(inter.values()))
+    found = diagnose(reports, nodes, intra, inter, min_intra=min_intra, min_inter=min_inter)
+    if speed is None or limits is None:
+        return found
+    speeds: list[RankSpeed] = gather_objects(speed)
+    lines, slow = judge_speeds(speeds, [r.node for r in reports], limits, plan)
+    bad = tuple(dict.fromkeys([*found.bad, *slow]))
+    if shared is not None and world.is_first:
+        links = {
+            "intra": intra,
+            "inter": {f"{nodes[a]} {nodes[b]}": v for (a, b), v in inter.items()},
+        }
+        content = speed_file(speeds, [r.node for r in reports], links, bad, plan)
+        replace_file(shared / SPEED_FILE, content.encode())
+    return Diagnosis(lines=(*found.lines, *lines), bad=bad)
 
 
 def diagnose(
@@ -174,6 +218,18 @@ def hardware_findings(
     return problems, notes
 
 
+def sandbox_findings() -> list[str]:
+    """Return a note where programs in responses (`function: code`) cannot be confined."""
+    reason = unusable()
+    if reason is None:
+        return []
+    return [
+        f"the reward `code` cannot confine programs here: {reason}: user namespaces must be "
+        "allowed (sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone, or the "
+        "container's seccomp profile)"
+    ]
+
+
 def local_problems(world: World) -> list[str]:
     """Problems that this rank can find by itself."""
     problems = []
@@ -233,46 +289,3 @@ def _canary(world: World, shared: Path) -> list[str]:
     if world.is_first:
         file.unlink(missing_ok=True)
     return problems
-
-
-def _within_nodes(world: World) -> list[float]:
-    """GB/s within every node; empty if nodes have one rank."""
-    if world.local_size == 1:
-        return []
-    speeds: list[float] = []
-    for first in range(0, world.size, world.local_size):
-        ranks = list(range(first, first + world.local_size))
-        group = dist.new_group(ranks)
-        own = _bandwidth(world, group, len(ranks)) if world.rank in ranks else 0.0
-        # one node after the other: they may share a link
-        speeds.append(max(gather_objects(own)))
-    return speeds
-
-
-def _between_nodes(world: World) -> dict[tuple[int, int], float]:
-    """GB/s between the first ranks of neighbours, in a ring; empty for one node."""
-    count = world.size // world.local_size
-    pairs = [(a, (a + 1) % count) for a in range(count)] if count > 2 else [(0, 1)] * (count == 2)
-    speeds = {}
-    for a, b in pairs:
-        ranks = sorted((a * world.local_size, b * world.local_size))
-        group = dist.new_group(ranks)
-        own = _bandwidth(world, group, 2) if world.rank in ranks else 0.0
-        speeds[a, b] = max(gather_objects(own))
-    return speeds
-
-
-def _bandwidth(world: World, group: dist.ProcessGroup, size: int) -> float:
-    """Best bus bandwidth of an all-reduce, in GB/s: each byte crosses 2 (n - 1) / n times."""
-    best = 0.0
-    for num_bytes in _SIZES:
-        tensor = torch.zeros(num_bytes // 4, device=world.device)
-        dist.all_reduce(tensor, group=group)  # the first call opens the connections
-        for _ in range(_REPEATS):
-            world.synchronize()
-            began = time.perf_counter()
-            dist.all_reduce(tensor, group=group)
-            world.synchronize()
-            seconds = time.perf_counter() - began
-            best = max(best, 2 * (size - 1) / size * num_bytes / seconds / 1e9)
-    return best

@@ -22,6 +22,7 @@ from spmdrl.models.files.token_texts import token_texts
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.observe.log import Relay, TimedLines
 from spmdrl.observe.metrics import MetricsWriter
+from spmdrl.placement import fold_text, place_roles
 from spmdrl.rewards.server import RewardServer
 from spmdrl.role_spec import role_adapter
 from spmdrl.roles.handles import Generation, Rollout
@@ -225,5 +226,8 @@ def _start(config: Config, world: World, inputs: Inputs, whole: Config) -> Assem
     models = open_models(config)
     check_policys_adapter(whole, models)
     plan = plan_models(config, world, models)
+    placements = place_roles(config, world.size, world.local_size)
+    if folded := fold_text(config, placements, world.size):
+        log.info("%s", folded)
     check_models(config, inputs, plan.specs)
     return assemble(config, world, models, inputs.texts, plan)

@@ -243,7 +243,7 @@ def torchrun_options(
 
     parser = get_args_parser()
     parser.prog, parser.usage = "spmdrl launch", USAGE
-    options = parser.parse_args(list(words))
+    options = parser.parse_args(_with_fold_last(words))
     if options.training_script not in COMMANDS:
         raise ValueError(f"{options.training_script!r} is no command of the ranks: {USAGE}")
     if options.module or options.no_python or options.run_path:
@@ -272,6 +272,13 @@ def torchrun_options(
     options.log_dir = options.log_dir or directory
     options.signals_to_handle = ",".join(_agents_signals(options.signals_to_handle))
     return options
+
+
+def _with_fold_last(words: Sequence[str]) -> list[str]:
+    """Move `--fold` from torchrun's options to the words of the command, which knows it."""
+    start = next((i for i, word in enumerate(words) if word in COMMANDS), len(words))
+    before = [word for word in words[:start] if word != "--fold"]
+    return [*before, *words[start:], *["--fold"] * (start - len(before))]
 
 
 def _agents_signals(wanted: str) -> list[str]:

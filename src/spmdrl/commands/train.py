@@ -7,13 +7,15 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from spmdrl.commands.start_environment import set_recorder_files
 from spmdrl.config.doubts import doubts
 from spmdrl.config.sections import Config
 from spmdrl.config.shipped_flows import flow_row, is_shipped, shipped_flows
 from spmdrl.config.user_objects import AgreedError, load_object
 from spmdrl.distributed.reduce import agreed
 from spmdrl.observe.log import Relay, TimedLines
-from spmdrl.placement import place_roles, placement_table
+from spmdrl.placement import fold_text, place_roles, placement_table
+from spmdrl.planning.forecast.host_rates import resident_bytes
 from spmdrl.planning.memory import memory_texts, schedules
 from spmdrl.planning.plan import RolePlan
 from spmdrl.rewards.scorer import RewardsFailed
@@ -27,6 +29,7 @@ from spmdrl.run.inputs import (
     read_inputs,
 )
 from spmdrl.run.lifetime import Lifetime, check_start, stop_start
+from spmdrl.run.predicting import Predicting, run_machine
 from spmdrl.run.reward_pools import make_pools
 from spmdrl.run.run import Run
 from spmdrl.run.user_parts import check_flow, check_parts
@@ -89,6 +92,7 @@ def train(
             train(config, world, server, own)
         return
     attempt = begin_attempt(Path(config.run_dir), world)
+    set_recorder_files(attempt.directory)
     limits = {"default": LIMIT * config.timeout_s, **config.limits}
     with Watcher(world, attempt, Pulse(), signals, limits) as watcher:
         try:
@@ -101,6 +105,8 @@ def train(
 def _train(config: Config, world: World, server: RewardServer, watcher: Watcher) -> None:
     flow = agreed(ValueError, lambda: checked_flow(config))
     seed_everything(config.seed)
+    process_bytes = resident_bytes()
+    machine = agreed(ValueError, lambda: run_machine(config, world))
     models = open_models(config)
     plan = agreed(ValueError, lambda: plan_models(config, world, models))
     run_dir = Path(config.run_dir)
@@ -122,13 +128,16 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         assembly = assemble(config, world, models, inputs.texts, plan)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
-        run, lifetime = make_run(config, world, inputs, assembly, pools, watcher, relay)
+        predicting = Predicting(
+            config=config, world=world, plan=plan, machine=machine, process_bytes=process_bytes
+        )
+        run, lifetime = make_run(config, world, inputs, assembly, pools, watcher, relay, predicting)
         with closing(run):
-            _run_flow(flow, run, lifetime)
+            run_flow(flow, run, lifetime)
         assembly.close()
 
 
-def _run_flow(flow: Flow, run: Run, lifetime: Lifetime) -> None:
+def run_flow(flow: Flow, run: Run, lifetime: Lifetime) -> None:
     """Run the flow to its end or to a stop.
 
     Raises:
@@ -163,6 +172,8 @@ def _tell_plan(config: Config, world: World, plan: RolePlan) -> None:
     table = placement_table(placements, memory_texts(plan.memory))
     for doubt in doubts(config) if world.is_first else ():
         log.warning("%s", doubt)
+    if folded := fold_text(config, placements, world.size):
+        log.info("%s", folded)
     log.info("%d ranks on %s\n%s", world.size, world.device.type, table)
     for text in schedules(plan.memory):
         log.info("%s", text)

@@ -9,8 +9,9 @@ from pydantic import BaseModel
 from spmdrl.config.adapter_rules import has_adapter, trains_adapter
 from spmdrl.config.data import DataKind, PromptsSection
 from spmdrl.config.data_sets import described_sets, held_out_sets, mixed_source
-from spmdrl.config.sections import Config, TrainSection
+from spmdrl.config.sections import Config
 from spmdrl.config.shipped_flows import is_shipped
+from spmdrl.config.training import TrainSection
 
 PHASES = (
     *("default", "start", "sync", "rollout", "reward", "logprobs", "update", "reference"),
@@ -65,7 +66,7 @@ def _of_flow(config: Config) -> Iterator[str]:
     has_groups = flow.data != "conversations"
     names = ["share_prompts"]
     yield from _in_vain(config.train, "train", names, "rows of one prompt", has_groups)
-    names = ["text_samples"]
+    names = ["text_samples", "rollouts"]
     yield from _in_vain(config.log, "log", names, "a flow that samples", flow.samples)
 
 

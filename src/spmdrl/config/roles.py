@@ -15,8 +15,8 @@ from spmdrl.config.data import Place
 
 class ModelSection(Section):
     path: Basic[Place] = Field(
-        description="Read the model from this Hugging Face directory: config.json, safetensors, "
-        "tokenizer."
+        description="Read the model from this Hugging Face directory (config.json, safetensors, "
+        "tokenizer), or org/name of the hub from huggingface_hub's cache."
     )
     tiny: bool = Field(False, description="Use random weights at a toy size of the architecture.")
     dtype: Basic[Literal["auto", "float32", "bfloat16"]] = Field(
@@ -71,6 +71,11 @@ class AdapterSection(Section):
         "deviation 1 / rank; B is 0.",
     )
     rslora: bool = Field(False, description="Divide alpha by the root of rank, not by rank.")
+    experts: Literal["each", "shared"] = Field(
+        "each",
+        description="Give each expert A and B of its own, or let all experts of a layer share one "
+        "for each matrix (shared; copies in the file of path must be equal).",
+    )
 
 
 class RoleSection(Section):
@@ -88,6 +93,11 @@ class RoleSection(Section):
         "file",
         description="Take the scalar head of a reward or value model from its file, or make a "
         "new one.",
+    )
+    readout: Literal["auto", "last", "before_padding"] = Field(
+        "auto",
+        description="Read a reward model's score at each row's last token, or at its last one that "
+        "is not config.json's pad_token_id; auto follows the model's class.",
     )
     adapter: AdapterSection | None = Field(
         None,

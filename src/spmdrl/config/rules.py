@@ -10,7 +10,9 @@ from spmdrl.config.adapter_rules import SCALAR, check_adapters
 from spmdrl.config.data_sets import HELD_OUT, START, held_out_sets
 from spmdrl.config.faults import collect
 from spmdrl.config.flow_rules import check_needed, check_role_used, check_updated, check_used
+from spmdrl.config.roles import RoleSection
 from spmdrl.config.sections import Config, RewardSection
+from spmdrl.config.training import BACKENDS, DeepspeedSection, TrainSection
 
 KL_ERROR_LIMIT = 0.2
 """`ERROR_LIMIT` of the adaptive KL coefficient."""
@@ -125,6 +127,11 @@ def _check_roles(config: Config) -> None:
                 f"roles.{name}.head={role_section.head}: {name} is a {kind}, and only {SCALAR} "
                 "models have a scalar head: leave the key out"
             )
+        if role_section.readout != "auto" and kind != "reward":
+            raise ValueError(
+                f"roles.{name}.readout={role_section.readout}: {name} is a {kind}, and only a "
+                "reward model reads one score per row: leave the key out"
+            )
         _check_freeze(config, name)
         check_role_used(config, name)
     if kinds.count("policy") > 1:
@@ -152,7 +159,7 @@ def _check_roles(config: Config) -> None:
 
 
 def _check_freeze(config: Config, name: str) -> None:
-    """Refuse `freeze` of roles that are not trained, and with backends other than torch."""
+    """Refuse `freeze` of roles that are not trained."""
     given = config.roles[name].freeze
     if not given:
         return
@@ -161,37 +168,59 @@ def _check_freeze(config: Config, name: str) -> None:
             f"roles.{name}.freeze={list(given)}: {name} is not trained, so it changes nothing "
             "anyway: leave the key out"
         )
-    if config.train_section(name).backend != "torch":
-        raise ValueError(
-            f"roles.{name}.freeze={list(given)} with train.backend="
-            f"{config.train_section(name).backend}: only the torch backend freezes parameters: "
-            "leave the key out"
-        )
 
 
 def _check_backends(config: Config) -> None:
-    """Refuse pipelines and sequence parallelism without Megatron."""
+    """Refuse unknown backends, and settings of a backend for roles that have another."""
     for name, role in config.roles.items():
         kind = config.role_kind(name)
-        has_model = kind != "rollout" and ":" not in kind
-        if has_model and config.train_section(name).backend == "megatron":
+        if kind == "rollout" or ":" in kind:
+            asked = [f"roles.{name}.pp={role.pp}"] if role.pp > 1 else []
+            asked += _megatron_settings(name, role)
+            if asked:
+                raise ValueError(
+                    f"{asked[0]}: {name} is a {kind}, and only models on train.backend=megatron "
+                    "have pipelines and sequence parallelism: leave the key out"
+                )
             continue
-        asked = [f"roles.{name}.pp={role.pp}"] if role.pp > 1 else []
-        asked += [
-            f"roles.{name}.megatron.{key}={str(value).lower()}"
-            for key, value in role.megatron.items()
-        ]
-        if not asked:
-            continue
-        if has_model:
-            raise ValueError(
-                f"{asked[0]} with train.backend=torch: pipelines and sequence parallelism are "
-                f"Megatron's; set roles.{name}.train.backend: megatron, or leave the key out"
-            )
+        _check_backend(name, role, config.train_section(name))
+
+
+def _check_backend(name: str, role: RoleSection, train: TrainSection) -> None:
+    key = f"roles.{name}"
+    backend, is_own = train.backend, ":" in train.backend
+    if not is_own and backend not in BACKENDS:
         raise ValueError(
-            f"{asked[0]}: {name} is a {kind}, and only models on train.backend=megatron have "
-            "pipelines and sequence parallelism: leave the key out"
+            f"train.backend={backend}: there is no such backend: set it to {', '.join(BACKENDS)}, "
+            "or to module:Class"
         )
+    if train.backend_options and not is_own:
+        raise ValueError(
+            f"train.backend_options={train.backend_options} with train.backend={backend}: they "
+            "are for a module:Class: leave the key out"
+        )
+    if backend != "deepspeed" and train.deepspeed != DeepspeedSection():
+        changed = next(
+            f"train.deepspeed.{k}={v}"
+            for k, v in train.deepspeed.model_dump().items()
+            if v != getattr(DeepspeedSection(), k)
+        )
+        raise ValueError(
+            f"{changed} with {key}.train.backend={backend}: set {key}.train.backend=deepspeed, or "
+            f"set the key in {key}.train of roles on that backend only"
+        )
+    asked = [] if backend == "megatron" else _megatron_settings(name, role)
+    if role.pp > 1 and backend in ("torch", "deepspeed"):
+        asked.insert(0, f"{key}.pp={role.pp}")
+    if asked:
+        raise ValueError(
+            f"{asked[0]} with train.backend={backend}: pipelines and sequence parallelism are "
+            f"Megatron's; set {key}.train.backend: megatron, or leave the key out"
+        )
+
+
+def _megatron_settings(name: str, role: RoleSection) -> list[str]:
+    return [f"roles.{name}.megatron.{k}={str(v).lower()}" for k, v in role.megatron.items()]
 
 
 def _check_preference(config: Config) -> None:

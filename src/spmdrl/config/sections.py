@@ -16,68 +16,10 @@ from spmdrl.config.algorithms import AlgorithmSection, Basic, PreferenceSection,
 from spmdrl.config.data import DataKind, DataSection, EvaluationSection, Place, without_null
 from spmdrl.config.roles import ModelSection, RoleSection
 from spmdrl.config.shipped_flows import ShippedFlow, flow_row
+from spmdrl.config.training import TrainSection
 
-Decay = Annotated[float, Field(ge=0, lt=1)]
 TokenId = Annotated[int, Field(ge=0)]
 StopText = Annotated[str, Field(min_length=1)]
-
-
-class TrainSection(Section):
-    backend: Literal["torch", "megatron"] = Field(
-        "torch", description="Train with this backend; megatron needs megatron-core."
-    )
-    epochs: Basic[int] = Field(
-        1, ge=1, description="Pass over one step's samples this many times, at least 1."
-    )
-    num_minibatches: Basic[int] = Field(
-        1, ge=1, description="Take this many optimizer steps per epoch, at least 1."
-    )
-    microbatch_tokens: Basic[int] = Field(
-        8192, ge=1, description="Compute this many packed tokens at once on a replica, at least 1."
-    )
-    share_prompts: bool = Field(True, description="Compute a group's prompt once per microbatch.")
-    recompute: Basic[Literal["none", "layer"]] = Field(
-        "none",
-        description="Recompute activations in the backward pass; layer keeps only the inputs of "
-        "layers.",
-    )
-    lr: Basic[float] = Field(
-        1e-6, gt=0, description="Set AdamW's learning rate after warm-up, above 0."
-    )
-    schedule: Basic[Literal["constant", "linear", "cosine"]] = Field(
-        "constant", description="Give the learning rate this shape after warm-up."
-    )
-    warmup_steps: Basic[int] = Field(
-        0,
-        ge=0,
-        description="Warm the learning rate up linearly over this many optimizer steps, at least "
-        "0.",
-    )
-    min_lr_ratio: Basic[float] = Field(
-        0.0, ge=0, le=1, description="End linear and cosine schedules at this share of lr, 0 to 1."
-    )
-    betas: tuple[Decay, Decay] = Field(
-        (0.9, 0.999), description="Set AdamW's two betas, each at least 0 and below 1."
-    )
-    eps: float = Field(1e-8, gt=0, description="Set AdamW's epsilon, above 0.")
-    weight_decay: Basic[float] = Field(
-        0.0, ge=0, description="Set AdamW's weight decay, at least 0; it spares norms and biases."
-    )
-    clip_norm: float = Field(
-        1.0,
-        gt=0,
-        allow_inf_nan=True,
-        description="Clip the norm of the whole gradient to this, above 0; .inf never clips.",
-    )
-    head_chunk: int = Field(
-        1024, ge=1, description="Hold the logits of this many tokens at once, at least 1."
-    )
-    balance_coef: float = Field(
-        0.0,
-        ge=0,
-        description="Weight a MoE's load-balancing loss, taken per response, by this, at least "
-        "0; 0 turns it off.",
-    )
 
 
 class RolloutSection(Section):
@@ -88,7 +30,7 @@ class RolloutSection(Section):
     kv_cache_gb: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
         description="Reserve this much KV cache per rank, in GB, any number above 0; auto takes "
-        "what the call needs, within what is free.",
+        "what a step's samples need, as far as the memory plan has room.",
     )
     block_size: int = Field(
         32, ge=1, description="Store this many tokens in a block of the KV cache, at least 1."
@@ -170,7 +112,7 @@ class RewardSection(Section):
     function: Basic[Place | None] = Field(
         None,
         description="Score responses with this function: math | reasoning_gym | exact | number | "
-        "format | module:f.",
+        "format | code | module:f.",
     )
     role: Basic[str | None] = Field(
         None, description="Score responses with this role instead: a reward model or your own."
@@ -261,6 +203,12 @@ class LogSection(Section):
     text_samples: int = Field(
         2, ge=0, description="Log this many prompts and responses per step, at least 0."
     )
+    rollouts: int = Field(
+        0,
+        ge=0,
+        description="Write all samples of every so many steps into RUN/rollouts, at least 0; 0 "
+        "writes none.",
+    )
     progress: bool = Field(
         True, description="Show long phases as bars on a terminal, or as occasional lines in a log."
     )
@@ -302,6 +250,11 @@ class Config(Section):
     lag: Basic[Literal[0, 1]] = Field(
         0, description="Sample the next step during the update (1), or after it (0)."
     )
+    fold: bool = Field(
+        False,
+        description="Place roles that ask for other ranks on those that there are, with smaller "
+        "degrees; results stay the same.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Compute on devices of this kind; auto takes GPUs if there are any."
     )
@@ -310,6 +263,11 @@ class Config(Section):
         gt=0,
         description="Plan with this much device memory per rank for all roles, in GB, above 0; "
         "null takes what is free on the fullest GPU at the start.",
+    )
+    machine: Place | None = Field(
+        None,
+        description="Take the rates of predicted steps from this GPU or file, as `spmdrl plan "
+        "--gpu` does; null takes the known GPU's, or measures the host.",
     )
     timeout_s: float = Field(
         1800.0,
@@ -363,9 +321,12 @@ class Config(Section):
     def train_section(self, name: str) -> TrainSection:
         """`train`, overridden by the keys of `roles.NAME.train`."""
         own = self.roles[name].train
-        return (
-            TrainSection.model_validate({**self.train.model_dump(), **own}) if own else self.train
-        )
+        if not own:
+            return self.train
+        values = {**self.train.model_dump(), **own}
+        if isinstance(own.get("deepspeed"), dict):  # its keys too, one by one
+            values["deepspeed"] = {**self.train.deepspeed.model_dump(), **own["deepspeed"]}
+        return TrainSection.model_validate(values)
 
     def model_path(self, role: str) -> Path:
         return Path(self.roles[role].model or self.model.path)

@@ -113,8 +113,39 @@ def load_object(where: str, key: str | None = None) -> Any:
     return getattr(module, name)
 
 
-def _load_module(name: str) -> ModuleType:
+def make_object(where: str, options: Mapping[str, Any], key: str, options_key: str) -> Any:
+    """Make an object of the class that `where` names.
+
+    Args:
+        options: keyword arguments.
+        key, options_key: the keys that give both, for errors.
+
+    Raises:
+        ValueError: it cannot be loaded, is no class, or cannot be made with these options.
+    """
+    kind = load_object(where, key)
+    if not callable(kind):
+        raise ValueError(f"{key}={where} is a {type(kind).__name__}: name a class")
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError as error:
+        raise ValueError(
+            f"{key}={where} is made with {options_key}={dict(options)}: {error}"
+        ) from None
+    try:
+        return kind(**options)
+    # The user's own code may raise anything; whatever it is, the object cannot be made.
+    except Exception as error:
+        raise ValueError(told(f"{key}={where} cannot be made: {headline(error)}", error)) from error
+
+
+def look_in_working_directory() -> None:
+    """Let Python find modules in the working directory, after everywhere else."""
     _look_in(os.getcwd())
+
+
+def _load_module(name: str) -> ModuleType:
+    look_in_working_directory()
     return importlib.import_module(name)
 
 

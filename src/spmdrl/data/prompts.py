@@ -168,6 +168,12 @@ class PromptSet(Sequence[Prompt]):
             self.report,
         )
 
+    def with_ids(self, ids: Sequence[Sequence[int]]) -> PromptSet:
+        """The same prompts with other token ids, one sequence for each."""
+        lengths = np.asarray([len(own) for own in ids], dtype=np.int64)
+        tokens = np.asarray([token for own in ids for token in own], dtype=np.int32)
+        return PromptSet(self._drafts, tokens, lengths, self.report)
+
     def _ids(self, index: int) -> NDArray[np.int32]:
         end = self._ends[index]
         return self._tokens[end - self.lengths[index] : end]

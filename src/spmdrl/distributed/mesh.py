@@ -18,7 +18,7 @@ with the same tp coordinate send tokens to each other along `exchange`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise, product
 
 import torch
@@ -105,6 +105,7 @@ _MERGED: dict[str, tuple[str, ...]] = {
 _MERGED_EXPERT: dict[str, tuple[str, ...]] = {
     "ep": ("exchange", "ep_tp"),
     "expert": ("edp", "etp"),
+    "every_expert": ("edp", "exchange", "ep_tp"),
 }
 
 
@@ -114,8 +115,9 @@ class Mesh:
     Merged axes exist too: `dp` (replicas that see different rows), `shard` (over which weights
     are sharded: dp_shard x cp), `reduce` (over which gradients are summed), `replica` (the ranks
     of a stage that see the same rows: cp x tp) and `all`. For experts the same ranks have the axes
-    of `expert_degrees`, including `ep`, which adds no ranks, and `expert`, the ranks that hold
-    parts of the same experts (edp x etp).
+    of `expert_degrees`, including `ep`, which adds no ranks, `expert`, the ranks that hold parts of
+    the same experts (edp x etp), and `every_expert`, those that hold the same part of whatever
+    experts (edp x ep).
 
     Args:
         role: the role's name, for error messages.
@@ -166,7 +168,7 @@ class Mesh:
         dense = {**{a: (a,) for a in AXES}, **_MERGED}
         experts = {**{a: (a,) for a in EXPERT_AXES if a != "pp"}, **_MERGED_EXPERT}
         if self.degrees["pp"] > 1:
-            del experts["expert"]  # only the torch backend sums over it
+            del experts["expert"], experts["every_expert"]  # only the torch backend sums over them
         groups = [(name, _groups_of(self._grid, axes)) for name, axes in dense.items()]
         groups += [
             (name, _groups_of(self._expert_grid, axes, EXPERT_AXES))
@@ -291,6 +293,19 @@ def coordinates(degrees: Mapping[str, int]) -> list[dict[str, int]]:
     """Axis -> index for every place in mesh order (tp fastest): a pure function, for plans."""
     ranges = [range(degrees.get(axis, 1)) for axis in AXES]
     return [dict(zip(AXES, place, strict=True)) for place in product(*ranges)]
+
+
+def places_of(
+    ranks: Sequence[int], degrees: Mapping[str, int], only: Collection[int] | None = None
+) -> Iterator[tuple[int, dict[str, int]]]:
+    """Ranks with their coordinates.
+
+    Args:
+        only: the ranks to yield; None: all of them.
+    """
+    for rank, place in zip(ranks, coordinates(degrees), strict=True):
+        if only is None or rank in only:
+            yield rank, place
 
 
 def check_ranks(

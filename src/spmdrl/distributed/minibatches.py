@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from spmdrl.distributed.exchange import RowTable
-from spmdrl.keyed_random import key64
+from spmdrl.distributed.exchange_plan import RowTable
+from spmdrl.keyed_random import chain_all, key64
 
 
 def into_minibatches(
@@ -21,17 +21,18 @@ def into_minibatches(
     """
 
     def arrange(table: RowTable, num_replicas: int) -> RowTable:
-        atoms = sorted(set(table.atom.tolist()), key=lambda atom: key64(seed, step, atom))
+        atoms, of_row = torch.unique(table.atom, return_inverse=True)
+        keys = chain_all(torch.tensor(key64(seed, step)), atoms)
         count = min(num_minibatches, len(atoms))
-        of_atom = {a: i * count // len(atoms) for i, a in enumerate(atoms)}
-        minibatch = torch.tensor([of_atom[a] for a in table.atom.tolist()], dtype=torch.int64)
-        return replace(table, minibatch=minibatch)
+        of_atom = torch.empty_like(atoms)
+        of_atom[torch.argsort(keys)] = torch.arange(len(atoms)) * count // max(len(atoms), 1)
+        return replace(table, minibatch=of_atom[of_row])
 
     return arrange
 
 
 def split_groups_if_few(table: RowTable, num_replicas: int) -> RowTable:
     """An `arrange` that keeps groups whole unless there are fewer groups than replicas."""
-    if len(set(table.atom.tolist())) >= num_replicas:
+    if len(torch.unique(table.atom)) >= num_replicas:
         return table
     return replace(table, atom=torch.arange(len(table.atom)))

@@ -24,9 +24,19 @@ def gather_tables(table: Tensor) -> list[Tensor]:  # table [n, k], n differs bet
     Raises:
         RuntimeError: other ranks are in another collective, as far as this can be detected.
     """
+    rows, counts = gather_table(table)
+    return list(torch.split(rows, counts.tolist()))
+
+
+def gather_table(table: Tensor) -> tuple[Tensor, Tensor]:  # table [n, k], n differs between ranks
+    """All ranks' rows in rank order, and the number of each rank's: `[N, k]`, int64 `[ranks]`.
+
+    Raises:
+        RuntimeError: see `gather_tables`.
+    """
     size = dist.get_world_size()
     if size == 1:
-        return [table]
+        return table, torch.tensor([len(table)])
     counts = torch.zeros(size, dtype=torch.int64)
     counts[dist.get_rank()] = table.shape[0]
     dist.all_reduce(counts)
@@ -36,11 +46,16 @@ def gather_tables(table: Tensor) -> list[Tensor]:  # table [n, k], n differs bet
             "ranks are in different collectives: what reduces over the world (moments, world_sum, "
             "environment.metrics(), role calls) must be called by every rank, in the same order"
         )
+    if most == 0:
+        return table, counts
     padded = table.new_zeros(most, *table.shape[1:])
     padded[: table.shape[0]] = table
-    gathered = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(gathered, padded)
-    return [part[:count] for part, count in zip(gathered, counts.tolist(), strict=True)]
+    gathered = table.new_empty(size * most, *table.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    if least == most:
+        return gathered, counts
+    is_row = torch.arange(most) < counts[:, None]
+    return gathered[is_row.flatten()], counts
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -62,6 +62,7 @@ class GrpoTrainer:
             batch = self._add_logprobs(batch, temperature)
         advantages = token_advantages(batch, config.algorithm, config.sampling.max_tokens)
         batch = with_loss_weights(batch.with_columns(tokens={"advantages": advantages}), self.run)
+        self.run.log_rows(batch)
         update = None
         if self._has_gradient(batch):
             columns = policy_columns(batch)

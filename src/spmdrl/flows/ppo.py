@@ -76,6 +76,7 @@ class PpoTrainer:
             batch = self._read(batch)
         waits = step < self.algorithm.value_warmup_steps
         batch, metrics = self._shape(batch, policy_waits=waits)
+        self.run.log_rows(batch)
         read = (*VALUE_COLUMNS, "loss_weights")
         options = update_of(self.run, "value", step, read, temperature=1.0)
         value_update = self.value.update.on(batch, self.value_loss, options)

@@ -107,7 +107,8 @@ class DeviceParts:
 
         Args:
             needs: the parts of the call; parts that they rest on or hold come too.
-            fills: parts whose whole content the call writes; it calls `filled` when it has.
+            fills: parts whose whole content the call writes; they come without content, and it
+                calls `filled` when it has written them.
             exclusive: send the others away; without it everything stays, see `has_room`.
 
         Raises:
@@ -229,7 +230,7 @@ class DeviceParts:
         here = [name for name in wanted if name in self.registry.tensors]
         for name in here:
             if self.registry.tensors[name].is_away:
-                self._bring(name)
+                self._bring(name, empty=name in written)
         for name in here:
             read_only = self.registry.by_key[name].frozen and name not in written
             stays = self.registry.residencies[name] == "keep"
@@ -238,7 +239,9 @@ class DeviceParts:
 
     def _send_away(self, wanted: frozenset[PartKey]) -> None:
         stay, registry = wanted.union(*self._pins), self.registry
-        leaving = {n for n, residency in registry.residencies.items() if residency != "keep"} - stay
+        leaving = {n for n, residency in registry.residencies.items() if residency != "keep"}
+        leaving |= {n for n, held in registry.droppables.items() if held.is_too_large}
+        leaving -= stay
         # Captures are dropped before the parts that they point into, which were registered earlier.
         for name, droppable in reversed(registry.droppables.items()):
             targets = closure(registry.by_key[name].holds, registry.by_key)
@@ -257,8 +260,8 @@ class DeviceParts:
                 self._meter.copied("to_host", ticket)
             held.leave()
 
-    def _bring(self, name: PartKey) -> None:
-        ticket = self.registry.tensors[name].bring()
+    def _bring(self, name: PartKey, *, empty: bool = False) -> None:
+        ticket = self.registry.tensors[name].bring(empty=empty)
         if ticket is not None:
             self._meter.copied("to_device", ticket)
 

@@ -32,6 +32,7 @@ class Part:
         frozen: its content never changes, so the host's copy stays valid.
         rests_on: earlier parts that own some of its storages; a call that needs it needs them too.
         fixed: nothing can move it.
+        may_lose: `auto` may drop it where every use of it follows a call that overwrites it.
         holds: parts whose addresses it has captured (CUDA graphs); they may move only after it was
             dropped.
 
@@ -46,6 +47,7 @@ class Part:
     droppable: bool = False
     frozen: bool = False
     fixed: bool = False
+    may_lose: bool = False
     rests_on: tuple[PartKey, ...] = ()
     holds: tuple[PartKey, ...] = ()
 

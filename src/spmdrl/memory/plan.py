@@ -4,7 +4,8 @@ Parts move only between calls, out before in: the peak of a call is the parts it
 parts, and its working memory. `auto` keeps everything if every call fits. Otherwise it sends parts
 away, one at a time, choosing the cheapest that helps a call that does not fit:
 
-1. parts that their role recreates at no cost (a KV cache without graphs over it): nothing is copied
+1. parts that their role recreates at no cost (a KV cache without graphs over it), or that a call of
+   the step overwrites before each use (weights that a sync fills): nothing is copied
 2. optimizer states, used by one call of the step
 3. other parts, those of the fewest calls first, larger ones first
 4. parts that CUDA graphs hold addresses of, and the graphs, which every step then captures again
@@ -12,7 +13,8 @@ away, one at a time, choosing the cheapest that helps a call that does not fit:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from spmdrl.memory.parts import (
@@ -29,6 +31,7 @@ from spmdrl.memory.schedule import (
     PlannedCall,
     ScheduledCall,
     check_filled,
+    lossless_drops,
     peak_bytes,
     resident_during,
     schedule,
@@ -58,6 +61,11 @@ class MemoryPlan:
         return max((call.peak_bytes for call in self.calls), default=0)
 
     @property
+    def fits(self) -> bool:
+        """Whether every call fits; a plan that was made in spite of that says False."""
+        return self.capacity is None or self.peak_bytes <= self.capacity
+
+    @property
     def recaptured(self) -> tuple[PartKey, ...]:
         """Parts with captured addresses that are recreated in every step."""
         made = {name for call in self.calls for name in call.made}
@@ -77,8 +85,10 @@ class MemoryPlan:
             lines.append(f"  {dotted(part.key):<24} {size:>14}  {self._residency_text(part)}")
         if all(residency == "keep" for residency in self.residencies.values()):
             return "\n".join([*lines, "  nothing moves: all of it stays on the device"])
-        for call in self.calls:
-            lines += _call_lines(call)
+        blocks = ["\n".join(_call_lines(call)) for call in self.calls]
+        for block, count in Counter(blocks).items():
+            first, *rest = block.split("\n")
+            lines += [first if count == 1 else f"{first}, {count} times", *rest]
         return "\n".join(lines)
 
     def _where(self) -> str:
@@ -109,6 +119,7 @@ def make_plan(
     capacity: int | None,
     rank: int = 0,
     other_steps: Mapping[str, Sequence[PlannedCall]] | None = None,
+    refuses: bool = True,
 ) -> MemoryPlan:
     """Decide every `auto`, and lay out the step.
 
@@ -119,18 +130,20 @@ def make_plan(
         rank: this rank, for messages.
         other_steps: steps with the same calls in another order, or repeated, by the setting that
             causes them.
+        refuses: False: also plan calls that do not fit, see `MemoryPlan.fits`.
 
     Raises:
         ValueError: a call does not fit (with a table of sizes), graphs are to be kept over parts
             that move, a dropped part is never filled, a part is unknown.
     """
     known = by_key(parts)
-    residencies = _resolve(known, calls, capacity)
+    steps = (calls, *(other_steps or {}).values())
+    residencies = _resolve(known, calls, capacity, lossless_drops(steps, known))
     check_captures(known, residencies)
     for setting, other in (other_steps or {}).items():
         check_filled(other, known, residencies, setting)
     check_filled(calls, known, residencies)
-    if capacity is not None:
+    if refuses and capacity is not None:
         over = [call for call in calls if peak_bytes(call, known, residencies) > capacity]
         if over:
             worst = max(over, key=lambda call: peak_bytes(call, known, residencies))
@@ -146,15 +159,26 @@ def make_plan(
 
 def fits(parts: Sequence[Part], call: PlannedCall, capacity: int | None) -> bool:
     """Whether the call fits once all parts that it does not need and that may go are away."""
+    return capacity is None or least_peak(parts, call, capacity) <= capacity
+
+
+def least_peak(parts: Sequence[Part], call: PlannedCall, capacity: int) -> int:
+    """Peak of the call in bytes once as many parts are away as it takes to fit, if it can."""
     known = by_key(parts)
-    residencies = _resolve(known, [call], capacity)
-    return capacity is None or peak_bytes(call, known, residencies) <= capacity
+    return peak_bytes(call, known, _resolve(known, [call], capacity))
 
 
 def _resolve(
-    parts: Mapping[PartKey, Part], calls: Sequence[PlannedCall], capacity: int | None
+    parts: Mapping[PartKey, Part],
+    calls: Sequence[PlannedCall],
+    capacity: int | None,
+    lossless: Collection[PartKey] = (),
 ) -> dict[PartKey, Residency]:
-    """Policies with which every call fits, as far as moving `auto` parts can achieve it."""
+    """Residencies with which every call fits, as far as moving `auto` parts can achieve it.
+
+    Args:
+        lossless: parts that lose nothing by being dropped.
+    """
     residencies: dict[PartKey, Residency] = {
         name: "keep" if part.wish == "auto" else part.wish for name, part in parts.items()
     }
@@ -176,19 +200,19 @@ def _resolve(
         ]
         if not candidates:
             break
-        first = min(candidates, key=lambda part: _cost(part, bound, needs))
-        residencies[first.key] = first.away
+        first = min(candidates, key=lambda part: _cost(part, bound, needs, lossless))
+        residencies[first.key] = "drop" if first.key in lossless else first.away
         _drop_captures(parts, residencies)
     return residencies
 
 
 def _cost(
-    part: Part, bound: set[PartKey], needs: Sequence[set[PartKey]]
+    part: Part, bound: set[PartKey], needs: Sequence[set[PartKey]], lossless: Collection[PartKey]
 ) -> tuple[int, bool, int, int, PartKey]:
     """Sort key of the order in which parts are sent away; see the top of the file."""
     if part.key in bound:
         kind = 3
-    elif part.droppable:
+    elif part.droppable or part.key in lossless:
         kind = 0
     else:
         kind = 1 if part.name == "optimizer" else 2

@@ -23,10 +23,20 @@ from spmdrl.memory.tensor_part import ForeignPart, TensorPart
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Droppable:
-    """Memory that its role recreates: `drop` frees it, `num_bytes` returns its present size."""
+    """Memory that its role recreates: `drop` frees it, `num_bytes` returns its present size.
+
+    Args:
+        most: bytes up to which it may stay between calls; None: any.
+    """
 
     drop: Callable[[], None]
     num_bytes: Callable[[], int]
+    most: int | None = None
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether a call has made more than may stay."""
+        return self.most is not None and self.num_bytes() > self.most
 
 
 class PartRegistry:
@@ -131,6 +141,7 @@ class PartRegistry:
         *,
         drop: Callable[[], None],
         num_bytes: Callable[[], int],
+        most: int | None = None,
         residency: ResidencyWish = "auto",
         holds: Sequence[PartKey] = (),
     ) -> None:
@@ -139,6 +150,8 @@ class PartRegistry:
         Args:
             drop: frees it; does nothing if there is nothing to free.
             num_bytes: returns its present size on the device.
+            most: the plan's size: if a call makes more, it goes once a call does not need it,
+                whatever the residency. None: it may stay.
             residency: `auto` means `drop` until `apply` sets the plan's decision.
             holds: earlier parts whose addresses it captures; it is dropped before they move.
 
@@ -156,7 +169,7 @@ class PartRegistry:
                 holds=tuple(holds),
             )
         )
-        self.droppables[role, part] = Droppable(drop=drop, num_bytes=num_bytes)
+        self.droppables[role, part] = Droppable(drop=drop, num_bytes=num_bytes, most=most)
 
     def parts(self) -> tuple[Part, ...]:
         """The input of `make_plan`; droppable parts have their present size."""

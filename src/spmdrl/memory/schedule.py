@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from spmdrl.memory.parts import Part, PartKey, Residency, closure, dotted
@@ -16,12 +16,15 @@ class PlannedCall:
         name: name for messages, such as `policy.update`.
         needs: the parts that it uses.
         fills: parts whose whole content it overwrites (a weight sync's target).
+        adds_to: those of `fills` that keep some of their content if it was not dropped, and so come
+            with it.
         working_bytes: device bytes in addition to parts: activations, gradients.
     """
 
     name: str
     needs: tuple[PartKey, ...]
     fills: tuple[PartKey, ...] = ()
+    adds_to: tuple[PartKey, ...] = ()
     working_bytes: int = 0
 
     def all_needs(self, parts: Mapping[PartKey, Part]) -> list[PartKey]:
@@ -119,18 +122,43 @@ def check_filled(
         for name, part in parts.items()
         if residencies[name] == "drop" and not part.droppable and part.num_bytes > 0
     ]
+    for name, call, dropped_by in _unfilled(calls, parts, residencies, losable):
+        settings = f"{parts[name].setting}=drop" + (f" with {setting}" if setting else "")
+        since = f"{dropped_by} drops them, and " if dropped_by else ""
+        raise ValueError(
+            f"{settings}: {call} needs {dotted(name)}; {since}no call between has "
+            f"filled them: set {parts[name].setting} to host or keep"
+        )
+
+
+def lossless_drops(
+    steps: Iterable[Sequence[PlannedCall]], parts: Mapping[PartKey, Part]
+) -> frozenset[PartKey]:
+    """The parts that may be lost (`may_lose`) and that, dropped between their calls, every step
+    fills before each use: whether they stay does not depend on what becomes of others.
+    """
+    asked = [name for name, part in parts.items() if part.may_lose and part.num_bytes > 0]
+    residencies: dict[PartKey, Residency] = dict.fromkeys(parts, "keep")
+    residencies |= dict.fromkeys(asked, "drop")
+    missing: set[PartKey] = set()
+    for calls in steps if asked else ():
+        missing.update(name for name, _, _ in _unfilled(calls, parts, residencies, asked))
+    return frozenset(asked) - missing
+
+
+def _unfilled(
+    calls: Sequence[PlannedCall],
+    parts: Mapping[PartKey, Part],
+    residencies: Mapping[PartKey, Residency],
+    losable: Sequence[PartKey],
+) -> Iterator[tuple[PartKey, str, str]]:
+    """(part, the call that needs it, the one that dropped it or "") where nothing has filled it."""
     lost = dict.fromkeys(losable, "")
     for move in _moves((*calls, *calls), parts, residencies):
         lost |= {name: move.call.name for name in losable if name in move.leaving}
         for name in move.call.all_needs(parts):
-            if name not in lost or name in move.call.fills:
-                continue
-            settings = f"{parts[name].setting}=drop" + (f" with {setting}" if setting else "")
-            since = f"{lost[name]} drops them, and " if lost[name] else ""
-            raise ValueError(
-                f"{settings}: {move.call.name} needs {dotted(name)}; {since}no call between has "
-                f"filled them: set {parts[name].setting} to host or keep"
-            )
+            if name in lost and name not in move.call.fills:
+                yield name, move.call.name, lost[name]
         for name in move.call.fills:
             lost.pop(name, None)
 
@@ -162,13 +190,19 @@ def _scheduled(
     def of(names: Sequence[PartKey], *, host: bool) -> tuple[PartKey, ...]:
         return tuple(name for name in names if (residencies[name] == "host") == host)
 
+    def copied(entering: _Moves) -> tuple[PartKey, ...]:
+        """Those that enter with their content: a call that overwrites all of it needs none."""
+        call = entering.call
+        overwritten = set(call.fills).difference(call.needs, call.adds_to)
+        return tuple(n for n in of(entering.entering, host=True) if n not in overwritten)
+
     def total(names: Sequence[PartKey]) -> int:
         return sum(parts[name].num_bytes for name in names)
 
-    moved_in, moved_out = of(move.entering, host=True), of(move.leaving, host=True)
+    moved_in, moved_out = copied(move), of(move.leaving, host=True)
     peak = move.call.working_bytes + total(move.resident)
     prefetch: list[PartKey] = []
-    coming = of(following.entering, host=True)
+    coming = copied(following)
     for name in coming:
         own = [n for n in closure((name,), parts) if n in coming and n not in prefetch]
         if capacity is not None and peak + total([*prefetch, *own]) <= capacity:
@@ -177,7 +211,7 @@ def _scheduled(
         name=move.call.name,
         resident=move.resident,
         moved_in=moved_in,
-        made=of(move.entering, host=False),
+        made=tuple(name for name in move.entering if name not in moved_in),
         moved_out=moved_out,
         dropped=of(move.leaving, host=False),
         bytes_in=total(moved_in),

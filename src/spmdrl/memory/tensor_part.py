@@ -61,11 +61,17 @@ class TensorPart:
         self._host_is_current = False
         self.is_filled = not self._storages
 
-    def bring(self) -> Ticket | None:
-        """Allocate the storages, and start filling them if they have content."""
+    def bring(self, *, empty: bool = False) -> Ticket | None:
+        """Allocate the storages, and start filling them if they have content.
+
+        Args:
+            empty: leave the content behind, as the next call overwrites all of it.
+        """
         assert self.is_away
         allocate(self._storages, self._layout.sizes)
         self.is_away = False
+        if empty:
+            self._host_is_current, self.is_filled = False, not self._storages
         if not self.is_filled or not self._storages:
             return None
         assert self._arena is not None and self._host_is_current
@@ -141,11 +147,15 @@ class ForeignPart:
         self._leave(False)
         self.is_away, self.is_filled = True, False
 
-    def bring(self) -> Ticket | None:
-        """Make the memory usable again, with its content if that was kept."""
+    def bring(self, *, empty: bool = False) -> Ticket | None:
+        """Make the memory usable again, with its content if that was kept.
+
+        Args:
+            empty: the next call overwrites the content, which is undefined until then.
+        """
         assert self.is_away
         self._bring()
-        self.is_away = False
+        self.is_away, self.is_filled = False, self.is_filled and not empty
         return None
 
     def hand_out(self, *, read_only: bool, stays: bool) -> None:

@@ -1,11 +1,13 @@
 """Attention over a packed stream of tokens, described by spans.
 
-A kernel turns a list of `spans.Span` into a function of q, k, v:
+A kernel turns a list of `spans.Span` and a layer's `AttentionOptions` into a function of q, k, v
+and sinks:
 
 - `blocked`: explicit products of small tiles; fastest on CPUs; float32 and float64.
 - `sdpa`: `scaled_dot_product_attention` per tile; any device and dtype.
-- `varlen`: `torch.nn.attention.varlen`; CUDA, half precision.
-- `flash`: the package flash-attn (2) or flash-attn-4; CUDA, half precision.
+- `varlen`: `torch.nn.attention.varlen`; CUDA, half precision; no soft caps, no sinks.
+- `flash`: the package flash-attn (2) or flash-attn-4; CUDA, half precision; no sinks, and soft caps
+  only with version 2.
 - `flex`: `flex_attention` with a block mask, compiled on CUDA.
 """
 
@@ -19,14 +21,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.distributed.parallel import gather_sum_grad
+from spmdrl.models.attention_flex import FlexKernel
 from spmdrl.models.attention_tiles import TiledKernel
 from spmdrl.models.attention_varlen import (
-    FlexKernel,
+    MOST_WIDTH,
     flash_kernel,
     installed_flash,
     varlen_kernel,
 )
+from spmdrl.models.blocks.delta_rule import DeltaInputs
+from spmdrl.models.blocks.recurrence import PackedRecurrence
+from spmdrl.models.layer_attention import AttentionNeeds
 from spmdrl.models.spans import AttentionFunction, Span, covers_rows
+from spmdrl.models.specs import AttentionOptions
 
 AttentionKind = Literal["blocked", "sdpa", "varlen", "flash", "flex"]
 KINDS: tuple[AttentionKind, ...] = ("blocked", "sdpa", "varlen", "flash", "flex")
@@ -36,7 +43,12 @@ class AttentionKernel(Protocol):
     """Method to compute attention; made once by `make_kernel` and used for many lists of spans."""
 
     def prepare(
-        self, spans: Sequence[Span], *, dtype: torch.dtype, device: torch.device
+        self,
+        spans: Sequence[Span],
+        options: AttentionOptions,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> AttentionFunction:
         """Make the differentiable function for spans whose rows cover all of q."""
 
@@ -48,21 +60,31 @@ class PackedAttention:
         spans: spans in order, covering every row of q; with context parallelism rows of q are this
             rank's and key ranges are places in the gathered stream.
         kernel: a kernel of `make_kernel`.
+        options: those of each layer; None where a layer has no softmax attention.
         dtype, device: dtype and device of q, k and v.
         cp_group: ranks whose equal parts of keys and values are gathered (and gradients summed).
     """
+
+    takes_latents = False
 
     def __init__(
         self,
         spans: Sequence[Span],
         kernel: AttentionKernel,
         *,
+        options: Sequence[AttentionOptions | None],
         dtype: torch.dtype,
         device: torch.device,
         cp_group: dist.ProcessGroup | None = None,
     ) -> None:
         assert covers_rows(spans), spans
-        self._function = kernel.prepare(spans, dtype=dtype, device=device)
+        self._options, self._spans = options, spans
+        self._recurrence: PackedRecurrence | None = None
+        self._functions = {
+            each: kernel.prepare(spans, each, dtype=dtype, device=device)
+            for each in dict.fromkeys(options)
+            if each is not None
+        }
         self._cp_group = cp_group
 
     def __call__(
@@ -70,21 +92,43 @@ class PackedAttention:
         layer: int,
         q: Tensor,  # [Tq, H_local, d]
         k: Tensor,  # [Tk, KVH_local, d]
-        v: Tensor,  # [Tk, KVH_local, d]
-    ) -> Tensor:  # [Tq, H_local, d]
+        v: Tensor,  # [Tk, KVH_local, e]
+        sinks: Tensor | None = None,  # [H_local]
+    ) -> Tensor:  # [Tq, H_local, e]
         if self._cp_group is not None:
             # One collective for both: latency matters more than bytes here.
-            both = gather_sum_grad(torch.cat((k, v), dim=1), self._cp_group)
-            k, v = both.chunk(2, dim=1)
-        return self._function(q, k, v)
+            parts = [k.flatten(1), v.flatten(1)]
+            both = gather_sum_grad(torch.cat(parts, dim=1), self._cp_group)
+            keys, values = torch.split(both, [part.shape[1] for part in parts], dim=1)
+            k, v = keys.view(-1, *k.shape[1:]), values.view(-1, *v.shape[1:])
+        options = self._options[layer]
+        assert options is not None, f"layer {layer} has no softmax attention"
+        return self._functions[options](q, k, v, sinks)
+
+    def recur(self, layer: int, inputs: DeltaInputs) -> Tensor:  # [T, HV_local, v_dim]
+        """Compute a recurrent layer; rows that share a prompt continue the state at its end."""
+        assert self._cp_group is None, f"layer {layer}: a state crosses no rank"
+        if self._recurrence is None:
+            self._recurrence = PackedRecurrence(self._spans)
+        return self._recurrence.recur(inputs)
 
 
-def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> AttentionKind:
+def resolve_attention(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    needs: AttentionNeeds | None = None,
+) -> AttentionKind:
     """Resolve `model.attention` to a kind for this device.
 
+    Args:
+        needs: what the model's layers need; None: nothing but plain attention.
+
     Raises:
-        ValueError: the name is unknown, or this device, dtype or installation cannot run the kind.
+        ValueError: the name is unknown, or this device, dtype or installation cannot run the kind,
+            or the kind does not compute what the model needs.
     """
+    needs = AttentionNeeds() if needs is None else needs
     half = dtype in (torch.bfloat16, torch.float16)
     on_cuda = device.type == "cuda"
     if name == "auto":
@@ -93,7 +137,8 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> At
         if not half:
             return "sdpa"
         # version 4 compiles a kernel when one is first needed, so it is taken only if asked for
-        return "flash" if installed_flash() == 2 else "varlen"
+        fastest: AttentionKind = "flash" if installed_flash() == 2 else "varlen"
+        return "flex" if _lacks(fastest, needs) else fastest
     if name not in KINDS:
         raise ValueError(f"model.attention={name!r}: it must be auto or one of {', '.join(KINDS)}")
     if name in ("varlen", "flash") and not (on_cuda and half):
@@ -108,7 +153,23 @@ def resolve_attention(name: str, device: torch.device, dtype: torch.dtype) -> At
         )
     if name == "blocked" and half:
         raise ValueError(f"model.attention=blocked computes in float32, not {dtype}: use sdpa")
+    if lacking := _lacks(name, needs):
+        raise ValueError(
+            f"model.attention={name} does not compute this model's {lacking}: set it to auto, flex "
+            "or sdpa"
+        )
     return name
+
+
+def _lacks(kind: AttentionKind, needs: AttentionNeeds) -> str:
+    """Name what a kind does not compute of a model's needs; empty: it computes all."""
+    if kind not in ("varlen", "flash"):
+        return ""
+    if needs.sinks:
+        return "sinks"
+    if needs.softcap and not (kind == "flash" and installed_flash() == 2):
+        return "soft cap"
+    return f"heads of more than {MOST_WIDTH} dims" if needs.width > MOST_WIDTH else ""
 
 
 def make_kernel(kind: AttentionKind) -> AttentionKernel:

@@ -1,4 +1,4 @@
-"""Attention of spans by kernels for sequences of unequal length: `flash`, `varlen`, `flex`.
+"""Attention of spans by kernels for sequences of unequal length: `flash` and `varlen`.
 
 The keys of every span are laid end to end (a shared prompt once per response, since keys and values
 are a small part of a layer's activations). So each span is a separate sequence, with the causal
@@ -15,10 +15,15 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spmdrl.memory.host_copies import to_device
 from spmdrl.models.spans import AttentionFunction, Span
+from spmdrl.models.specs import AttentionOptions
+
+MOST_WIDTH = 256
+"""Most dims of a head in FlashAttention's kernels."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,7 +48,7 @@ class Sequences:
         return out
 
 
-VarlenFunction = Callable[[Tensor, Tensor, Tensor, Sequences], Tensor]
+VarlenFunction = Callable[[Tensor, Tensor, Tensor, Sequences, AttentionOptions], Tensor]
 
 
 def make_sequences(spans: Sequence[Span], device: torch.device) -> Sequences:
@@ -64,20 +69,41 @@ def make_sequences(spans: Sequence[Span], device: torch.device) -> Sequences:
 
 
 class VarlenKernel:
-    """A kernel around one function of q, laid-out k and v, and their sequences."""
+    """A kernel around one function of q, laid-out k and v, their sequences, and options.
+
+    The function takes keys and values of one width: the narrower are padded with zeros.
+    """
 
     def __init__(self, function: VarlenFunction) -> None:
         self._function = function
 
     def prepare(
-        self, spans: Sequence[Span], *, dtype: torch.dtype, device: torch.device
+        self,
+        spans: Sequence[Span],
+        options: AttentionOptions,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> AttentionFunction:
         sequences = make_sequences(spans, device)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return self._function(q, sequences.lay_out(k), sequences.lay_out(v), sequences)
+        def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+            assert sinks is None, "resolve_attention chose a kernel without sinks"
+            width = max(k.shape[2], v.shape[2])
+            out = self._function(
+                _widened(q, width),
+                _widened(sequences.lay_out(k), width),
+                _widened(sequences.lay_out(v), width),
+                sequences,
+                options,
+            )
+            return out[..., : v.shape[2]]
 
         return attend
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[2] == width else F.pad(x, (0, width - x.shape[2]))
 
 
 def installed_flash() -> Literal[2, 4] | None:
@@ -101,7 +127,12 @@ def flash_kernel() -> VarlenKernel:
     else:
         from flash_attn.cute import flash_attn_varlen_func
 
-    def run(q: Tensor, k: Tensor, v: Tensor, s: Sequences) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, s: Sequences, options: AttentionOptions) -> Tensor:
+        chosen: dict[str, Any] = {}
+        if options.window is not None:
+            chosen["window_size"] = (options.window - 1, 0)
+        if options.softcap is not None:
+            chosen["softcap"] = options.softcap
         # By name: the fourth positional argument differs. Version 4 also returns the normalisers.
         found = flash_attn_varlen_func(
             q=q,
@@ -112,6 +143,8 @@ def flash_kernel() -> VarlenKernel:
             max_seqlen_q=s.most_q,
             max_seqlen_k=s.most_k,
             causal=True,
+            softmax_scale=options.scale,
+            **chosen,
         )
         out: Tensor = found[0] if isinstance(found, tuple) else found
         return out
@@ -130,65 +163,20 @@ def varlen_kernel(function: Callable[..., Any] | None = None) -> VarlenKernel:
     attend: Callable[..., Any] = function or varlen_attn
     # Later versions than 2.11 have the argument, and refuse unequal numbers of heads without it.
     has_switch = "enable_gqa" in inspect.signature(attend).parameters
-    options: dict[str, Any] = {"enable_gqa": True} if has_switch else {}
+    switch: dict[str, Any] = {"enable_gqa": True} if has_switch else {}
 
-    def run(q: Tensor, k: Tensor, v: Tensor, s: Sequences) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, s: Sequences, options: AttentionOptions) -> Tensor:
+        window = (-1 if options.window is None else options.window - 1, 0)
         out = attend(
-            q, k, v, s.ends_q, s.ends_k, s.most_q, s.most_k, window_size=(-1, 0), **options
+            *(q, k, v, s.ends_q, s.ends_k, s.most_q, s.most_k),
+            scale=options.scale,
+            window_size=window,
+            **switch,
         )
         assert isinstance(out, Tensor)
         return out
 
     return VarlenKernel(run)
-
-
-class FlexKernel:
-    """`flex_attention` with a block mask; compiled on CUDA, eager (slow) on CPUs."""
-
-    def __init__(self) -> None:
-        from torch.nn.attention import flex_attention as flex
-
-        self._flex = flex
-        self._compiled: Any = None
-
-    def prepare(
-        self, spans: Sequence[Span], *, dtype: torch.dtype, device: torch.device
-    ) -> AttentionFunction:
-        sequences = make_sequences(spans, device)
-        counts_q = torch.tensor([s.num_queries for s in spans])
-        counts_k = torch.tensor([s.num_keys for s in spans])
-        index = torch.arange(len(spans))
-        sequence_q = torch.repeat_interleave(index, counts_q).to(device)
-        sequence_k = torch.repeat_interleave(index, counts_k).to(device)
-        # the last laid-out key that each row sees
-        shift = counts_k.cumsum(0) - counts_q.cumsum(0)
-        last_key = (
-            torch.arange(int(counts_q.sum())) + torch.repeat_interleave(shift, counts_q)
-        ).to(device)
-
-        def visible(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (sequence_q[i] == sequence_k[j]) & (j <= last_key[i])
-
-        block_mask = self._flex.create_block_mask(
-            visible, None, None, len(sequence_q), len(sequence_k), device=device
-        )
-        run = self._function(device)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = sequences.lay_out(k), sequences.lay_out(v)
-            heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
-            out: Tensor = run(*heads, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
-            return out[0].transpose(0, 1)
-
-        return attend
-
-    def _function(self, device: torch.device) -> Any:
-        if device.type != "cuda":
-            return self._flex.flex_attention
-        if self._compiled is None:
-            # Dynamic shapes, because the number of tokens differs between microbatches.
-            self._compiled = torch.compile(self._flex.flex_attention, dynamic=True)
-        return self._compiled
 
 
 class _Take(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The decoder of Llama 2/3, SmolLM2, Qwen2/2.5, Qwen3, Mistral, and of Qwen3-MoE and Mixtral.
+"""The decoder that assembles the layers of any family (`models/families/`) from `models/blocks/`.
 
 The torch train backend and the native rollout engine share this definition. It works on a packed
 stream of T tokens and leaves attention to the caller (`Attend`), who knows which tokens belong
@@ -10,193 +10,28 @@ gate and up; `spmdrl.models.sharding` describes them in Hugging Face's names.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, TypeVar, overload
+from typing import Literal, TypeVar, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spmdrl.distributed.parallel import Parallel, copy_to, reduce_from
+from spmdrl.distributed.parallel import Parallel
+from spmdrl.models.blocks.dense_mlp import Mlp
+from spmdrl.models.blocks.mixers import make_mixer
+from spmdrl.models.blocks.moe import Moe
+from spmdrl.models.blocks.projections import Build, Embedding, Norm, Projection
+from spmdrl.models.blocks.softmax_attention import Attend
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.fused import rms_norm, swiglu
-from spmdrl.models.linear import Blocked
-from spmdrl.models.low_rank import Added, Applied, adapted_linear, added_to
-from spmdrl.models.moe import Moe
-from spmdrl.models.rope import inverse_frequencies, rope_tables, rotate
+from spmdrl.models.low_rank import Applied
+from spmdrl.models.rope import Rope, RopeConfig, inverse_frequencies, make_rope
 from spmdrl.models.routing import Routing
-from spmdrl.models.sharding import Head, Slice, all_slices, local_kv_heads
+from spmdrl.models.sharding import Head, all_slices
+from spmdrl.models.specs import GatedDelta, LatentAttention, Mixer, MoeMlp
+from spmdrl.models.tensors import Slice
 
 R = TypeVar("R")
 Recompute = Literal["none", "layer"]
-
-
-class Attend(Protocol):
-    """Attention of one layer over the packed tokens; scores are scaled by d ** -0.5."""
-
-    def __call__(
-        self,
-        layer: int,
-        q: Tensor,  # [T, H_local, d], after rope
-        k: Tensor,  # [T, KVH_local, d], after rope
-        v: Tensor,  # [T, KVH_local, d]; q, k, v are strided views, d contiguous
-    ) -> Tensor:  # [T, H_local, d]
-        ...
-
-
-class Projection(nn.Module):
-    """Projection y = x W^T (+ b), whose storage is not initialised: weights are filled later.
-
-    `blocked` is the weight as laid out by `linear.in_blocks`; code that sets it keeps it current.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        columns: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        bias: bool = False,
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None
-        self.blocked: Blocked | None = None
-
-    def forward(self, x: Tensor, added: Added = ()) -> Tensor:
-        return adapted_linear(x, self.weight, self.bias, added, self.blocked)
-
-
-class Norm(nn.Module):
-    """Root-mean-square norm over the last dim (Zhang & Sennrich 2019), float32 inside.
-
-    With `tp` each rank applies the weight only to its own heads, and its gradients are summed.
-    """
-
-    def __init__(
-        self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
-
-    def forward(self, x: Tensor, tp: Parallel | None = None) -> Tensor:
-        weight = self.weight if tp is None else copy_to(self.weight, tp.group)
-        return rms_norm(x, weight, self.eps)
-
-
-class Embedding(nn.Module):
-    """Vocabulary-parallel embedding: each rank looks up its own rows, and the results are summed.
-
-    `blocked` serves a tied head, see `Projection`.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        columns: int,
-        *,
-        tp: Parallel,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        super().__init__()
-        self.tp = tp
-        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
-        self.blocked: Blocked | None = None
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        if self.tp.group is None:
-            return F.embedding(tokens, self.weight)
-        rows = self.weight.shape[0]
-        local = tokens - self.tp.rank * rows
-        absent = (local < 0) | (local >= rows)
-        found = F.embedding(local.masked_fill(absent, 0), self.weight)
-        return reduce_from(found.masked_fill(absent.unsqueeze(-1), 0), self.tp.group)
-
-
-class Attention(nn.Module):
-    def __init__(
-        self,
-        model: ModelConfig,
-        tp: Parallel,
-        blocks: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        super().__init__()
-        self.tp, self.head_dim, self.blocks = tp, model.head_dim, blocks
-        self.heads = model.num_heads // tp.size
-        self.kv_heads = local_kv_heads(model, tp.size)
-        q_rows, kv_rows = self.heads * model.head_dim, self.kv_heads * model.head_dim
-        self.qkv = Projection(
-            q_rows + 2 * kv_rows,
-            model.hidden_size,
-            bias=model.qkv_bias,
-            dtype=dtype,
-            device=device,
-        )
-        self.q_norm: Norm | None = None
-        self.k_norm: Norm | None = None
-        if model.qk_norm:
-            self.q_norm = Norm(model.head_dim, model.rms_norm_eps, dtype=dtype, device=device)
-            self.k_norm = Norm(model.head_dim, model.rms_norm_eps, dtype=dtype, device=device)
-        self.out = Projection(model.hidden_size, q_rows, dtype=dtype, device=device)
-
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        attend: Attend,
-        layer: int,
-        adapters: Sequence[Applied] = (),
-    ) -> Tensor:
-        to_qkv = added_to(adapters, f"layers.{layer}.attention.qkv")
-        to_out = added_to(adapters, f"layers.{layer}.attention.out")
-        qkv = self._in_order(self.qkv(copy_to(x, self.tp.group), to_qkv))
-        # Splits, not slices: a split's backward is one copy, each slice's is a tensor of zeros.
-        qk, v = torch.split(qkv, [self.heads + self.kv_heads, self.kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = torch.split(qk, [self.heads, self.kv_heads], dim=1)
-            qk = torch.cat((self.q_norm(q, self.tp), self.k_norm(k, self.tp)), dim=1)
-        q, k = torch.split(rotate(qk, *rope), [self.heads, self.kv_heads], dim=1)
-        out = attend(layer, q, k, v)
-        return reduce_from(self.out(out.reshape(x.shape[0], -1), to_out), self.tp.group)
-
-    def _in_order(self, qkv: Tensor) -> Tensor:  # [T, rows] -> [T, H + 2 KVH, d]
-        """Arrange all heads of q, then of k, then of v."""
-        if self.blocks == 1:
-            return qkv.view(len(qkv), -1, self.head_dim)
-        heads, kv_heads = self.heads // self.blocks, self.kv_heads // self.blocks
-        parts = qkv.view(len(qkv), self.blocks, -1, self.head_dim)
-        q, k, v = torch.split(parts, [heads, kv_heads, kv_heads], dim=2)
-        return torch.cat((q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)), dim=1)
-
-
-class Mlp(nn.Module):
-    def __init__(
-        self,
-        model: ModelConfig,
-        tp: Parallel,
-        blocks: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
-        super().__init__()
-        self.tp, self.blocks = tp, blocks
-        width, hidden = model.intermediate_size // tp.size, model.hidden_size
-        self.gate_up = Projection(2 * width, hidden, dtype=dtype, device=device)
-        self.down = Projection(hidden, width, dtype=dtype, device=device)
-
-    def forward(self, x: Tensor, layer: int, adapters: Sequence[Applied] = ()) -> Tensor:
-        to_gate_up = added_to(adapters, f"layers.{layer}.mlp.gate_up")
-        to_down = added_to(adapters, f"layers.{layer}.mlp.down")
-        gate_up = self.gate_up(copy_to(x, self.tp.group), to_gate_up)
-        parts = swiglu(gate_up.view(len(gate_up) * self.blocks, -1))  # a block's gate and up each
-        return reduce_from(self.down(parts.view(len(gate_up), -1), to_down), self.tp.group)
 
 
 class Layer(nn.Module):
@@ -205,33 +40,29 @@ class Layer(nn.Module):
     A mixed-precision policy must have `cast_forward_inputs=False`: `rope` stays float32.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        index: int,
-        tp: Parallel,
-        ep: Parallel,
-        blocks: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
+    def __init__(self, model: ModelConfig, index: int, build: Build) -> None:
         super().__init__()
-        self.index = index
-        hidden, eps = model.hidden_size, model.rms_norm_eps
-        self.input_norm = Norm(hidden, eps, dtype=dtype, device=device)
-        self.attention = Attention(model, tp, blocks, dtype=dtype, device=device)
-        self.post_norm = Norm(hidden, eps, dtype=dtype, device=device)
+        self.spec, self.index = model.layers[index], index
+        hidden = model.hidden_size
+
+        def norm(*kinds: str) -> Norm | None:
+            return build.rms_norm(hidden) if self.spec.norms in kinds else None
+
+        self.input_norm = norm("before", "around")
+        self.attention = make_mixer(self.spec.mixer, hidden, build)
+        self.attention_out_norm = norm("after", "around")
+        self.post_norm = norm("before", "around")
         self.mlp: Mlp | Moe
-        if model.moe is not None and index in model.moe.layers:
-            self.mlp = Moe(model, tp, ep, dtype=dtype, device=device)
+        if isinstance(self.spec.mlp, MoeMlp):
+            self.mlp = Moe(self.spec.mlp, hidden, build)
         else:
-            self.mlp = Mlp(model, tp, blocks, dtype=dtype, device=device)
+            self.mlp = Mlp(self.spec.mlp, hidden, build)
+        self.mlp_out_norm = norm("after", "around")
 
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope | None,
         attend: Attend,
         routing: Routing | None = None,
         recompute: bool = False,
@@ -251,18 +82,36 @@ class Layer(nn.Module):
     def run(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope | None,
         attend: Attend,
         routing: Routing | None,
         adapters: Sequence[Applied],
     ) -> Tensor:
-        x = x + self.attention(self.input_norm(x), rope, attend, self.index, adapters)
-        normed = self.post_norm(x)
+        # no name holds what attention gave: inference frees it before the MLP, its peak of memory
+        x = self._added(
+            x,
+            _normed(
+                self.attention_out_norm,
+                self.attention(_normed(self.input_norm, x), rope, attend, self.index, adapters),
+            ),
+        )
+        normed = _normed(self.post_norm, x)
         if isinstance(self.mlp, Moe):
             out: Tensor = self.mlp(normed, self.index, routing, adapters)
         else:
             out = self.mlp(normed, self.index, adapters)
-        return x + out
+        return self._added(x, _normed(self.mlp_out_norm, out))
+
+    def _added(self, x: Tensor, out: Tensor) -> Tensor:
+        scale = self.spec.residual_scale
+        return x + out if scale == 1.0 else torch.add(x, out, alpha=scale)
+
+
+def _normed(norm: Norm | None, x: Tensor) -> Tensor:
+    if norm is None:
+        return x
+    out: Tensor = norm(x)
+    return out
 
 
 class Decoder(nn.Module):
@@ -295,20 +144,18 @@ class Decoder(nn.Module):
         tp = Parallel() if tp is None else tp
         ep = Parallel() if ep is None else ep
         self.model, self.tp, self.ep, self.blocks = model, tp, ep, blocks
+        build = Build(norm=model.norm, tp=tp, ep=ep, blocks=blocks, dtype=dtype, device=device)
         vocab, hidden = model.vocab_size // tp.size, model.hidden_size
-        self.embed_tokens = Embedding(vocab, hidden, tp=tp, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(
-            Layer(model, i, tp, ep, blocks, dtype=dtype, device=device)
-            for i in range(model.num_layers)
-        )
-        self.norm = Norm(hidden, model.rms_norm_eps, dtype=dtype, device=device)
+        self.embed_tokens = Embedding(vocab, hidden, build)
+        self.layers = nn.ModuleList(Layer(model, i, build) for i in range(model.num_layers))
+        self.norm = build.rms_norm(hidden)
         self.head: Projection | None = None
         if head == "score":
-            self.head = Projection(1, hidden, dtype=dtype, device=device)
+            self.head = build.projection(1, hidden, bias=model.score_bias)
         elif not model.tie_embeddings:
-            self.head = Projection(vocab, hidden, dtype=dtype, device=device)
+            self.head = build.projection(vocab, hidden)
         self.kind = head
-        self._frequencies: Tensor | None = None
+        self._ropes = Ropes(model)
 
     @overload
     def forward(
@@ -358,11 +205,16 @@ class Decoder(nn.Module):
         experts to choose and those that were chosen. `adapters` are added to the weights.
         """
         again = recompute == "layer" and torch.is_grad_enabled()
-        rope = self.rope(positions)
+        ropes = self._ropes.at(positions)
         x = self.embed_tokens(tokens)
-        for layer in self.layers:
+        if self.model.embedding_scale != 1.0:
+            # rounded as transformers rounds it
+            x = x * torch.tensor(self.model.embedding_scale, dtype=x.dtype).item()
+        for layer, rope in zip(self.layers, ropes, strict=True):
             x = layer(x, rope, attend, routing, again, adapters)
         hidden: Tensor = self.norm(x)
+        if self.model.logit_scale != 1.0 and self.kind == "lm":
+            hidden = hidden * self.model.logit_scale
         return hidden if finish is None else finish(hidden, self.head_weight())
 
     def slices(self) -> dict[str, tuple[Slice, ...]]:
@@ -387,13 +239,36 @@ class Decoder(nn.Module):
         """The module whose weight is the head's."""
         return self.embed_tokens if self.head is None else self.head
 
-    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute cos and sin for `rotate`, each [T, 1, d] float32, once per forward pass: cheaper
-        than one layer's norm, and no table of all positions must be kept or enlarged.
-        """
-        if self._frequencies is None or self._frequencies.device != positions.device:
-            values = inverse_frequencies(self.model.rope, self.model.head_dim)
+
+class Ropes:
+    """Tables of a model's rotary embeddings, one for each kind that its layers have.
+
+    They are computed once per forward pass: cheaper than one layer's norm, and no table of all
+    positions must be kept or enlarged.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._kinds = [_rope_of(spec.mixer) for spec in model.layers]
+        self._frequencies: dict[tuple[RopeConfig, int], Tensor] = {}
+
+    def at(self, positions: Tensor) -> list[Rope | None]:
+        """Return each layer's rope at these positions [T]; None for one without."""
+        made = {kind: self._make(*kind, positions) for kind in set(self._kinds) if kind is not None}
+        return [None if kind is None else made[kind] for kind in self._kinds]
+
+    def _make(self, rope: RopeConfig, dims: int, positions: Tensor) -> Rope:
+        held = self._frequencies.get((rope, dims))
+        if held is None or held.device != positions.device:
+            values = inverse_frequencies(rope, dims)
             # An inference tensor made here could not be used by a later training step.
             with torch.inference_mode(False):
-                self._frequencies = torch.tensor(values, device=positions.device)
-        return rope_tables(positions, self._frequencies, self.model.rope.attention_factor)
+                held = torch.tensor(values, device=positions.device)
+            self._frequencies[rope, dims] = held
+        return make_rope(positions, held, rope)
+
+
+def _rope_of(mixer: Mixer) -> tuple[RopeConfig, int] | None:
+    """Return a mixer's rope and the dims of a head that it may turn."""
+    if isinstance(mixer, GatedDelta) or mixer.rope is None:
+        return None
+    return mixer.rope, mixer.rope_dim if isinstance(mixer, LatentAttention) else mixer.head_dim

@@ -80,6 +80,10 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
+    def knows(self, key: str) -> bool:
+        """Whether the file or the defaults have a value, be it null."""
+        return key in self.values or key in self.defaults
+
     def value(self, key: str) -> Any:
         """Return a value of any kind."""
         if key in self.values:
@@ -131,6 +135,14 @@ class Fields:
         if not isinstance(value, dict):
             raise self.wrong(key, "an object")
         return value
+
+    def numbers(self, key: str, above: float) -> tuple[float, ...]:
+        """Return a list of finite numbers above `above`."""
+        value = self.value(key)
+        if not isinstance(value, list):
+            raise self.wrong(key, "a list of numbers")
+        items = Fields(values={f"{key}[{i}]": v for i, v in enumerate(value)}, origin=self.origin)
+        return tuple(items.number(name, above=above) for name in items.values)
 
     def integers(self, key: str) -> tuple[int, ...]:
         """Return a list of whole numbers; null gives an empty one."""

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.sharding import Head, Slice, TpSplit, fused_tensors, restrict
+from spmdrl.models.sharding import Head, fused_tensors
+from spmdrl.models.specs import SoftmaxAttention
+from spmdrl.models.tensors import Slice, TpSplit, is_expert_parameter, restrict
 
 
 def fitting_blocks(model: ModelConfig, degrees: Mapping[str, int], engine_tp: int) -> int:
@@ -21,7 +23,15 @@ def fitting_blocks(model: ModelConfig, degrees: Mapping[str, int], engine_tp: in
     shards = degrees.get("dp_shard", 1) * degrees.get("cp", 1)
     plain = degrees.get("tp", 1) == degrees.get("pp", 1) == 1 and degrees.get("dp_shard", 1) > 1
     # the engine's innermost axis is tp, as it is the shards' here
-    sizes = (model.num_heads, model.num_kv_heads, model.intermediate_size)
+    sizes = [model.vocab_size]
+    for spec in model.layers:
+        plain = plain and isinstance(spec.mixer, SoftmaxAttention)
+        if isinstance(spec.mixer, SoftmaxAttention):
+            sizes += (spec.mixer.num_heads, spec.mixer.num_kv_heads)
+    if model.dense_width is not None:
+        sizes.append(model.dense_width)
+    if model.moe is not None and model.moe.shared is not None:
+        sizes.append(model.moe.shared.width)
     return shards if plain and engine_tp == shards and not any(n % shards for n in sizes) else 1
 
 
@@ -30,12 +40,15 @@ def fsdp_dims(model: ModelConfig, head: Head = "lm", blocks: int = 1) -> dict[st
 
     FSDP does not divide parameters that tensor parallelism does not divide (norms, a scalar head,
     routers). With `blocks` (see `all_slices`) it cuts like tensor parallelism of that degree.
+    Experts are cut by rows.
     """
     dims: dict[str, int | None] = {}
     for name, tensors in fused_tensors(model, head).items():
-        if tensors[0].split is TpSplit.NONE:
+        if is_expert_parameter(name):
+            dims[name] = 0
+        elif tensors[0].split is TpSplit.NONE:
             dims[name] = None
-        elif tensors[0].split is TpSplit.COLUMNS and blocks > 1 and tensors[0].expert is None:
+        elif tensors[0].split is TpSplit.COLUMNS and blocks > 1:
             dims[name] = 1
         else:
             dims[name] = 0
@@ -58,6 +71,6 @@ def fsdp_shard(
     if dim == 0:
         return (last - first, *shape[1:]), restrict(held, first, last)
     (piece,) = held
-    start, stop = (piece.start[1] + first, piece.start[1] + last)
-    part = replace(piece, start=(piece.start[0], start), stop=(piece.stop[0], stop))
+    start, stop = (piece.start[-1] + first, piece.start[-1] + last)
+    part = replace(piece, start=(*piece.start[:-1], start), stop=(*piece.stop[:-1], stop))
     return (shape[0], last - first), (part,)

@@ -164,16 +164,31 @@ class Groups:
     sizes: Sequence[int] | None = None
 
 
-def grouped_gemm_is_usable(dtype: torch.dtype, device: torch.device, *widths: int) -> bool:
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability from which GPUs have the kernels for grouped rows and paged attention."""
+
+
+def grouped_gemm_is_usable(
+    dtype: torch.dtype,
+    device: torch.device,
+    *widths: int,
+    capability: tuple[int, int] | None = None,
+) -> bool:
     """Whether torch has one kernel for all experts, which needs no sizes on the host.
 
     `torch.nn.functional.grouped_mm` takes bfloat16 on GPUs from compute capability 8.0; the bytes
     of a row must be a multiple of 16.
+
+    Args:
+        capability: the GPU's compute capability; by default the device is asked.
     """
-    if device.type != "cuda" or dtype != torch.bfloat16 or not torch.cuda.is_available():
+    if device.type != "cuda" or dtype != torch.bfloat16:
         return False
-    aligned = all(width % 8 == 0 for width in widths)
-    return aligned and torch.cuda.get_device_capability(device) >= (8, 0)
+    if capability is None:
+        if not torch.cuda.is_available():
+            return False
+        capability = torch.cuda.get_device_capability(device)
+    return all(width % 8 == 0 for width in widths) and capability >= LEAST_CAPABILITY
 
 
 def grouped_linear(

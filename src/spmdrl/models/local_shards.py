@@ -7,13 +7,13 @@ every other rank, and a plan can be made (and printed) without any process.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +41,49 @@ class LocalShard:
         return (self.shape, self.dtype, self.slices) == (other.shape, other.dtype, other.slices)
 
 
+def local_box(tensor: Tensor, held: Slice) -> Tensor:
+    """Return the view of a local tensor that is the slice's box, with the box's dims.
+
+    A local tensor has one dim or two: an expert's box [1, F, D] is F of its rows.
+    """
+    return tensor[held.offset : held.offset + held.rows].view(held.size)
+
+
 Table = Mapping[str, LocalShard]
 """Local name -> the rank's tensor of that name."""
+
+Kinds = Mapping[str, tuple[Hashable, tuple[str, ...]]]
+"""Local name -> its kind, and its slices' names. Tensors of one kind differ only in names."""
+
+
+class KindTable(Mapping[str, LocalShard]):
+    """A table by kinds: layers are alike, and the slices of many ranks could be a million.
+
+    Args:
+        kinds: one object for all ranks that hold shards of the same tensors.
+        shards: kind -> this rank's shard of it; a slice has its name's index in place of the name.
+    """
+
+    def __init__(self, kinds: Kinds, shards: Mapping[Hashable, LocalShard]) -> None:
+        self.kinds, self.shards = kinds, shards
+
+    def __getitem__(self, local_name: str) -> LocalShard:
+        kind, names = self.kinds[local_name]
+        shard = self.shards[kind]
+        slices = tuple(
+            Slice(
+                name=names[int(s.name)], shape=s.shape, start=s.start, stop=s.stop, offset=s.offset
+            )
+            for s in shard.slices
+        )
+        return LocalShard(shape=shard.shape, dtype=shard.dtype, slices=slices, frozen=shard.frozen)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.kinds)
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
 
 WeightLayout = Mapping[int, Table]
 """World rank -> its table; ranks with equal tables may share one object."""

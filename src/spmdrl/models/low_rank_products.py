@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,11 +15,13 @@ from spmdrl.models.linear import product
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """One target's place in a fused projection of this rank.
+    """One target's place in a fused projection of this rank, or of a part of it: queries, keys and
+    values that files hold in one matrix share A, and their B are below one another.
 
     Args:
         part: its name there (`q_proj`).
         first, rows: its outputs.
+        first_b: the first of its rows of B.
         first_rank, rank: its rows of the stacked A.
         scale: factor of B A.
         key: number of the matrix among all of the model, for random numbers.
@@ -31,6 +34,7 @@ class Span:
     first_rank: int
     rank: int
     scale: float
+    first_b: int = 0
 
     @property
     def ranks(self) -> slice:
@@ -42,11 +46,11 @@ class Addition(nn.Module):
     """A and B of the targets in one fused projection of this rank; not initialised.
 
     Args:
-        spans: the targets, in the projection's order; those of one expert if there are several.
+        spans: the targets, in the projection's order; those of one expert if it has experts.
         columns: width of the projection's input on this rank.
         first_column: the input's first column among those of the whole matrix.
         blocks: see `sharding.all_slices`; a target's outputs are then in as many pieces.
-        count: number of experts whose A and B are stacked.
+        count: number of experts whose A and B are stacked; 1 if one A and B serves all rows.
     """
 
     def __init__(
@@ -67,12 +71,22 @@ class Addition(nn.Module):
         def empty(rows: int, width: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(count * rows, width, dtype=dtype, device=device))
 
-        self.lora_A = empty(sum(span.rank for span in spans), columns)
-        self.lora_B = nn.ParameterDict({s.part: empty(s.rows, s.rank) for s in spans})
+        self.inner = tuple({span.first_rank: span for span in reversed(self.spans)}.values())[::-1]
+        """One span for each target."""
+        self._parts = dict(Counter(span.part for span in self.spans))
+        rows = {span.part: span.first_b + span.rows for span in self.spans}
+        self.lora_A = empty(sum(span.rank for span in self.inner), columns)
+        self.lora_B = nn.ParameterDict({s.part: empty(rows[s.part], s.rank) for s in self.inner})
 
     def b_weights(self) -> list[Tensor]:
-        """Return B of every target, in order."""
-        return [self.lora_B[span.part] for span in self.spans]
+        """Return B of every span, in order."""
+        return [self._b_weight(span) for span in self.spans]
+
+    def _b_weight(self, span: Span) -> Tensor:
+        whole: Tensor = self.lora_B[span.part]
+        if self._parts[span.part] == 1:
+            return whole
+        return whole[span.first_b : span.first_b + span.rows]
 
 
 def add_products(y: Tensor, u: Tensor, addition: Addition, b_weights: Sequence[Tensor]) -> None:
@@ -110,7 +124,11 @@ def product_gradients(
     d_b = []
     for span, b in zip(addition.spans, b_weights, strict=True):
         own = _outputs(grad, addition, span)
-        d_u[:, span.ranks] = product(own, b.t()).mul_(span.scale)
+        of_ranks = product(own, b.t()).mul_(span.scale)
+        if span.first_b:  # another part of the same target has come before
+            d_u[:, span.ranks] += of_ranks
+        else:
+            d_u[:, span.ranks] = of_ranks
         d_b.append(product(own.t(), u[:, span.ranks].t()).mul_(span.scale))
     return d_u, d_b
 
@@ -125,7 +143,7 @@ def inner_product(
     if dropout is None:
         return product(x, a)
     u = x.new_empty(len(x), len(a))
-    for span in addition.spans:
+    for span in addition.inner:
         own = dropout.apply(x, span.key, addition.first_column)
         u[:, span.ranks] = product(own, a[span.ranks])
     return u
@@ -145,7 +163,7 @@ def inner_gradients(
             d_x.addmm_(d_u, a)
         return product(d_u.t(), x.t())
     d_a = torch.empty_like(a)
-    for span in addition.spans:
+    for span in addition.inner:
         own, place = d_u[:, span.ranks], (span.key, addition.first_column)
         d_a[span.ranks] = product(own.t(), dropout.apply(x, *place).t())
         if d_x is not None:

@@ -5,7 +5,8 @@ use those that are equal. The differences are:
 
 - QKV is interleaved: for each key/value head the rows of its queries, of the key, of the value.
 - The vocabulary is padded to a multiple of tp; no slice covers the padding.
-- A pipeline stage holds whole layers, in `vpp` runs of them (interleaved schedule).
+- A pipeline stage holds whole layers, in `vpp` runs of them (interleaved schedule). Where these do
+  not divide the layers, embedding and head count as a layer each.
 - Experts are separate parameters, not stacked.
 
 An adapter's parameters, and a scalar head with them, are a chunk's own: the base beside them does
@@ -21,7 +22,8 @@ from dataclasses import dataclass, replace
 
 from spmdrl.models.adapters import Adapter, adapter_tensors
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.sharding import Head, Slice, all_slices, fused_tensors, restrict
+from spmdrl.models.sharding import Head, all_slices, fused_tensors
+from spmdrl.models.tensors import Slice, restrict
 
 EMBEDDING, HEAD = "embed_tokens.weight", "head.weight"
 
@@ -84,11 +86,21 @@ def padded_vocab(model: ModelConfig, tp: int) -> int:
     return -(-model.vocab_size // tp) * tp
 
 
+def counts_ends(num_layers: int, chunks: int) -> bool:
+    """Return whether embedding and head count as a layer each, so that the first and the last of
+    the chunks have one layer less: where the number of chunks divides the layers only then.
+    """
+    whole = num_layers + 2
+    return num_layers % chunks > 0 and whole % chunks == 0 and whole >= 2 * chunks
+
+
 def chunk_layers(model: ModelConfig, cut: Cut, pp_rank: int, chunk: int) -> range:
     """Return a chunk's layers: stage p has the p-th part of each of `vpp` parts of the model."""
-    size = model.num_layers // (cut.pp * cut.vpp)
-    first = (chunk * cut.pp + pp_rank) * size
-    return range(first, first + size)
+    count = cut.pp * cut.vpp
+    ends = int(counts_ends(model.num_layers, count))
+    size = (model.num_layers + 2 * ends) // count
+    first = (chunk * cut.pp + pp_rank) * size - ends
+    return range(max(first, 0), min(first + size, model.num_layers))
 
 
 def rank_chunks(
@@ -209,10 +221,10 @@ def _layer(
     yield plain("attention.out.weight", "self_attention.linear_proj.weight")
     if cut.fused_norms:
         yield plain("input_norm.weight", input_norm)
-    for kind in ("weight", *["bias"] * model.qkv_bias):
+    for kind in ("weight", *["bias"] * model.attention.qkv_bias):
         whole = plain(f"attention.qkv.{kind}", f"self_attention.linear_qkv.{kind}")
         yield replace(whole, slices=_interleave(model, whole.slices))
-    if model.qk_norm:
+    if model.attention.qk_norm != "none":
         yield plain("attention.q_norm.weight", "self_attention.q_layernorm.weight")
         yield plain("attention.k_norm.weight", "self_attention.k_layernorm.weight")
     yield plain("post_norm.weight", post_norm)
@@ -261,7 +273,7 @@ def _experts(
 
 def _interleave(model: ModelConfig, slices: Sequence[Slice]) -> tuple[Slice, ...]:
     """Reorder slices of q, k and v, which are below one another, by key/value head."""
-    groups = slices[1].rows // model.head_dim
+    groups = slices[1].rows // model.attention.head_dim
     result, offset = [], 0
     for group in range(groups):
         for part in slices:

@@ -8,35 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 
-from spmdrl.distributed.mesh import coordinates, expert_degrees, expert_place
+from spmdrl.distributed.mesh import expert_degrees, expert_place, places_of
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.flat_pieces import flat_pieces
 from spmdrl.models.local_shards import LocalShard, Table
 from spmdrl.models.megatron_chunks import Cut, Parameter, adapter_chunks, rank_chunks
-from spmdrl.models.sharding import Head, Slice, restrict
+from spmdrl.models.sharding import Head
 
 # The distributed optimizer's state
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FlatPiece:
-    """A box of a parameter's own shape that a flat range of the parameter contains entirely.
-
-    Args:
-        start, stop: range of its values in the flattened parameter.
-        shape: shape of the box.
-        slices: slices of the name space in the box.
-    """
-
-    start: int
-    stop: int
-    shape: tuple[int, ...]
-    slices: tuple[Slice, ...]
 
 
 def buffer_places(
@@ -100,32 +83,6 @@ def chunk_ranges(
     return found
 
 
-def flat_pieces(parameter: Parameter, start: int, stop: int) -> list[FlatPiece]:
-    """Cut values `[start, stop)` of a flattened parameter into boxes: the end of a row, whole rows,
-    the beginning of a row.
-    """
-    width = math.prod(parameter.shape[1:])
-    row = -(-start // width)
-    cuts = sorted({start, min(row * width, stop), max(stop // width * width, start), stop})
-    pieces = []
-    for a, b in pairwise(cuts):
-        rows, column = (a // width, -(-b // width)), a % width
-        columns = (column, column + min(b - a, width))
-        shape = (rows[1] - rows[0], *parameter.shape[1:])
-        slices = restrict(parameter.slices, *rows)
-        if len(parameter.shape) > 1:
-            shape = (shape[0], columns[1] - columns[0])
-            slices = tuple(_columns(piece, columns) for piece in slices)
-        pieces.append(FlatPiece(start=a, stop=b, shape=shape, slices=slices))
-    return pieces
-
-
-def _columns(piece: Slice, columns: tuple[int, int]) -> Slice:
-    first = piece.start[1]
-    start, stop = (piece.start[0], first + columns[0]), (piece.stop[0], first + columns[1])
-    return replace(piece, start=start, stop=stop)
-
-
 # The layouts of roles
 
 
@@ -139,12 +96,14 @@ def megatron_layout(
     *,
     frozen: Collection[str] = (),
     adapter: Adapter | None = None,
+    only: Collection[int] | None = None,
 ) -> dict[int, Table]:
     """Every rank's weights: the tensor-parallel part of its pipeline stage.
 
     Args:
         frozen: Hugging Face names of tensors that do not train.
         adapter: an adapter whose tensors the ranks hold as well.
+        only: the ranks whose tables are made; None: all of them.
     """
 
     def table(place: Mapping[str, int], shard: int) -> Table:
@@ -163,7 +122,7 @@ def megatron_layout(
             for p in chunk
         }
 
-    return _rank_tables(ranks, degrees, 1, table)
+    return _rank_tables(ranks, degrees, 1, table, only)
 
 
 def megatron_state_layout(
@@ -174,11 +133,13 @@ def megatron_state_layout(
     head: Head = "lm",
     *,
     adapter: Adapter | None = None,
+    only: Collection[int] | None = None,
 ) -> dict[int, Table]:
     """Every rank's part of the masters, and so of each moment: flat ranges, as boxes.
 
     Args:
         adapter: an adapter that trains, and a scalar head with it, in place of the matrices.
+        only: the ranks whose tables are made; None: all of them.
     """
     num_shards = degrees["dp_shard"] * degrees["cp"]
     exchange = expert_degrees(degrees)["exchange"]
@@ -198,7 +159,7 @@ def megatron_state_layout(
                     )
         return found
 
-    return _rank_tables(ranks, degrees, num_shards, table)
+    return _rank_tables(ranks, degrees, num_shards, table, only)
 
 
 def _base_chunks(
@@ -217,11 +178,12 @@ def _rank_tables(
     degrees: Mapping[str, int],
     num_shards: int,
     table: Callable[[Mapping[str, int], int], Table],
+    only: Collection[int] | None,
 ) -> dict[int, Table]:
     """Ranks with the same pp, tp, ep and shard coordinates share one table."""
     tables: dict[tuple[int, int, int, int], Table] = {}
     layout = {}
-    for rank, place in zip(ranks, coordinates(degrees), strict=True):
+    for rank, place in places_of(ranks, degrees, only):
         shard = (place["dp_shard"] * degrees["cp"] + place["cp"]) % num_shards
         at = (place["pp"], place["tp"], expert_place(degrees, place)["ep"], shard)
         if at not in tables:

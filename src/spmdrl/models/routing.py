@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spmdrl.models.experts import MoeConfig
+from spmdrl.models.config import ModelConfig
 
 EXPERT_CHOICES = "expert_choices"
 """Token column of recorded choices, [T, L, K]: each token's experts in every layer with experts,
@@ -86,18 +86,20 @@ class Routing:
     """
 
     def __init__(
-        self, moe: MoeConfig, *, given: Tensor | None = None, balance: Balance | None = None
+        self, model: ModelConfig, *, given: Tensor | None = None, balance: Balance | None = None
     ) -> None:
-        self._moe, self._given, self._balance = moe, given, balance
-        self._number = {layer: number for number, layer in enumerate(moe.layers)}
+        assert model.moe is not None
+        self._top_k, self._given, self._balance = model.moe.top_k, given, balance
+        self._has_sigmoids = model.moe.scores == "sigmoid"
+        self._number = {layer: number for number, layer in enumerate(model.moe_layers)}
         self._chosen: dict[int, Tensor] = {}
         self._own: dict[int, Tensor] = {}
         self._losses: dict[int, Tensor] = {}
 
-    def choose(self, layer: int, probabilities: Tensor) -> Tensor:  # [T, E] -> int64 [T, K]
-        """Choose the experts of every token in this layer."""
+    def choose(self, layer: int, ranking: Tensor) -> Tensor:  # [T, E] -> int64 [T, K]
+        """Choose the experts of every token in this layer, those of the largest numbers."""
         if layer not in self._chosen:
-            own = probabilities.topk(self._moe.top_k, dim=-1).indices
+            own = ranking.topk(self._top_k, dim=-1).indices
             chosen = own
             if self._given is not None:
                 given = self._given[:, self._number[layer]]
@@ -105,13 +107,17 @@ class Routing:
             self._own[layer], self._chosen[layer] = own, chosen
         return self._chosen[layer]
 
-    def balanced(self, layer: int, probabilities: Tensor, chosen: Tensor) -> Tensor:
-        """Return `probabilities` [T, E], with the layer's balance loss in their backward pass."""
-        if self._balance is None or not probabilities.requires_grad:
-            return probabilities
-        loss = self._balance.loss(probabilities, chosen)
+    def balanced(self, layer: int, scores: Tensor, chosen: Tensor) -> Tensor:
+        """Return `scores` [T, E], with the layer's balance loss in their backward pass.
+
+        The loss's probabilities are the scores, sigmoids divided by their sum.
+        """
+        if self._balance is None or not scores.requires_grad:
+            return scores
+        shares = scores / scores.sum(dim=-1, keepdim=True) if self._has_sigmoids else scores
+        loss = self._balance.loss(shares, chosen)
         self._losses[layer] = loss.detach()
-        result: Tensor = _WithLoss.apply(probabilities, loss)  # type: ignore[no-untyped-call]
+        result: Tensor = _WithLoss.apply(scores, loss)  # type: ignore[no-untyped-call]
         return result
 
     @property

@@ -13,75 +13,24 @@ The `tp` ranks share in this division: `gcd(tp, ep)` of them hold different expe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
+from functools import lru_cache
 from typing import Literal
 
+from spmdrl.models.blocks.dense_mlp import mlp_tensors
+from spmdrl.models.blocks.mixers import mixer_tensors
+from spmdrl.models.blocks.moe_tensors import moe_tensors
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.experts import EXPERT_NAMES, MoeConfig
+from spmdrl.models.family import Family
+from spmdrl.models.specs import MoeMlp
+from spmdrl.models.tensors import GlobalTensor, Slice, TensorTable, TpSplit, heads_per_rank
 
 Head = Literal["lm", "score"]
 """Kinds of heads: logits, or one scalar (reward and value models)."""
 
-SCORE = "score.weight"
-"""The scalar head's name, as in `transformers`' ...ForSequenceClassification with one label."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Slice:
-    """A box `[start, stop)` of the global tensor `name`, from row `offset` of a local tensor."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
-    offset: int
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
-
-    @property
-    def rows(self) -> int:
-        return self.stop[0] - self.start[0]
-
-    @property
-    def numel(self) -> int:
-        count = 1
-        for n in self.size:
-            count *= n
-        return count
-
-    @property
-    def is_whole(self) -> bool:
-        return self.size == self.shape
-
-
-class TpSplit(Enum):
-    """Ways in which tensor parallelism divides a global tensor."""
-
-    NONE = "none"
-    ROWS = "rows"
-    COLUMNS = "columns"
-    KV_ROWS = "kv_rows"
-    """Rows by key/value head; with fewer heads than ranks, neighbouring ranks share one."""
-    VOCABULARY = "vocabulary"
-    """Rows; an engine may hold additional ones at the end, which are padding."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GlobalTensor:
-    """One global tensor within a local parameter; `expert` is its expert's number, if any."""
-
-    name: str
-    shape: tuple[int, ...]
-    split: TpSplit
-    expert: int | None = None
-
-
-TensorTable = Mapping[str, tuple[GlobalTensor, ...]]
-"""Local name -> the global tensors in it, top to bottom."""
+SCORE, SCORE_BIAS = "score.weight", "score.bias"
+"""The scalar head's names, as in `transformers`' ...ForTokenClassification with one label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +67,21 @@ class _Place:
 
 def fused_tensors(model: ModelConfig, head: Head = "lm") -> dict[str, tuple[GlobalTensor, ...]]:
     """Map local names, in order of the forward pass, to their fused tensors, top to bottom."""
+    return dict(_all_tensors(model, head))
+
+
+@lru_cache(maxsize=16)  # plans ask for the same few models hundreds of times
+def _all_tensors(model: ModelConfig, head: Head) -> TensorTable:
     embedding = (model.vocab_size, model.hidden_size)
-    table = {
-        "embed_tokens.weight": _one("model.embed_tokens.weight", embedding, TpSplit.VOCABULARY)
-    }
+    name = "embed_tokens.weight"
+    table = {name: _one(f"model.{name}", embedding, TpSplit.VOCABULARY)}
     for i in range(model.num_layers):
         table |= _layer_tensors(model, i)
     table["norm.weight"] = _one("model.norm.weight", (model.hidden_size,), TpSplit.NONE)
     if head == "score":
         table["head.weight"] = _one(SCORE, (1, model.hidden_size), TpSplit.NONE)
+        if model.score_bias:
+            table["head.bias"] = _one(SCORE_BIAS, (1,), TpSplit.NONE)
     elif not model.tie_embeddings:
         table["head.weight"] = _one("lm_head.weight", embedding, TpSplit.VOCABULARY)
     return table
@@ -136,6 +91,13 @@ def global_shapes(model: ModelConfig, head: Head = "lm") -> dict[str, tuple[int,
     """Return the name space: Hugging Face name -> global shape."""
     table = fused_tensors(model, head)
     return {tensor.name: tensor.shape for tensors in table.values() for tensor in tensors}
+
+
+@lru_cache(maxsize=16)
+def buffer_names(model: ModelConfig) -> frozenset[str]:
+    """Return the names of the tensors that do not train and are float32 in every layout."""
+    table = fused_tensors(model).values()
+    return frozenset(tensor.name for held in table for tensor in held if tensor.is_buffer)
 
 
 def local_parameters(
@@ -154,13 +116,13 @@ def local_parameters(
         table: the local parameters; None: those of the model.
     """
     place = _Place(tp_size=tp_size, ep_size=ep_size, vocab_multiple=vocab_multiple)
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, tensors in (fused_tensors(model, head) if table is None else table).items():
-        held = _slices(model, tensors, place)
+        held = _slices(tensors, place)
         rows = sum(s.rows for s in held)
         if tensors[0].split is TpSplit.VOCABULARY:
-            rows = place.vocabulary_rows(model.vocab_size)
-        shapes[name] = (rows, *held[0].size[1:])
+            rows = place.vocabulary_rows(tensors[0].shape[0])
+        shapes[name] = (rows, held[0].size[-1]) if len(held[0].size) > 1 else (rows,)
     return shapes
 
 
@@ -182,7 +144,7 @@ def slices(
     if local_name not in table:
         raise ValueError(f"{model.architecture} has no local parameter {local_name!r}")
     place = _Place(tp_rank=tp_rank, tp_size=tp_size, ep_rank=ep_rank, ep_size=ep_size)
-    return _slices(model, table[local_name], place)
+    return _slices(table[local_name], place)
 
 
 def all_slices(
@@ -215,162 +177,110 @@ def all_slices(
         blocks=blocks,
     )
     table = fused_tensors(model, head) if table is None else table
-    return {name: _slices(model, tensors, place) for name, tensors in table.items()}
+    return {name: _slices(tensors, place) for name, tensors in table.items()}
 
 
-def is_expert_parameter(local_name: str) -> bool:
-    """Whether a local parameter holds experts, which `ep` divides, and FSDP over other ranks."""
-    return ".mlp.experts." in local_name
+def _layer_tensors(model: ModelConfig, layer: int) -> TensorTable:
+    """Map local names of a layer to its tensors, as the family's files name them."""
+    spec, hidden = model.layers[layer], model.hidden_size
+    before, after = spec.norms in ("before", "around"), spec.norms in ("after", "around")
+
+    def norm(name: str, exists: bool) -> dict[str, tuple[GlobalTensor, ...]]:
+        own = f"{name}.weight"
+        return {own: (GlobalTensor(name=own, shape=(hidden,)),)} if exists else {}
+
+    table = norm("input_norm", before)
+    table |= mixer_tensors(spec.mixer, hidden)
+    table |= norm("attention_out_norm", after) | norm("post_norm", before)
+    if isinstance(spec.mlp, MoeMlp):
+        table |= moe_tensors(spec.mlp, hidden)
+    else:
+        table |= mlp_tensors(spec.mlp, hidden)
+    table |= norm("mlp_out_norm", after)
+    names = _Names(model.family, f"model.layers.{layer}")
+    return {f"layers.{layer}.{local}": names.tensors(held) for local, held in table.items()}
 
 
-def restrict(held: Iterable[Slice], first_row: int, last_row: int) -> tuple[Slice, ...]:
-    """Restrict `held` to rows `[first_row, last_row)` of the local tensor (an FSDP shard).
+class _Names:
+    """Names of a layer's tensors in files, and their places in those that hold several."""
 
-    The offsets of the result count from `first_row`, that is, within the shard.
-    """
-    result = []
-    for s in held:
-        low, high = max(s.offset, first_row), min(s.offset + s.rows, last_row)
-        if low < high:
-            start = s.start[0] + low - s.offset
-            stop = s.start[0] + high - s.offset
-            result.append(
-                replace(
-                    s,
-                    start=(start, *s.start[1:]),
-                    stop=(stop, *s.stop[1:]),
-                    offset=low - first_row,
-                )
+    def __init__(self, family: Family, prefix: str) -> None:
+        self._family, self._prefix = family, prefix
+        self._holders = {part: holder for holder, parts in family.fused.items() for part in parts}
+
+    def tensors(self, held: tuple[GlobalTensor, ...]) -> tuple[GlobalTensor, ...]:
+        rows = {tensor.name: tensor.shape[0] for tensor in held}
+        return tuple(self._named(tensor, rows) for tensor in held)
+
+    def _named(self, tensor: GlobalTensor, rows: Mapping[str, int]) -> GlobalTensor:
+        module, dot, kind = tensor.name.rpartition(".")
+        if kind not in ("weight", "bias"):
+            module, dot, kind = tensor.name, "", ""
+        holder = self._holders.get(module)
+        if holder is not None:
+            parts = [f"{part}{dot}{kind}" for part in self._family.fused[holder]]
+            first = sum(rows[part] for part in parts[: parts.index(tensor.name)])
+            return replace(
+                tensor,
+                name=f"{self._prefix}.{holder}{dot}{kind}",
+                shape=(sum(rows[part] for part in parts), *tensor.shape[1:]),
+                region=(first, first + rows[tensor.name]),
             )
-    return tuple(result)
-
-
-def local_kv_heads(model: ModelConfig, tp_size: int) -> int:
-    """Count the key/value heads on each tensor-parallel rank, at least one."""
-    return max(1, model.num_kv_heads // tp_size)
-
-
-def _layer_tensors(model: ModelConfig, layer: int) -> dict[str, tuple[GlobalTensor, ...]]:
-    local, hf = f"layers.{layer}", f"model.layers.{layer}"
-    hidden, d = model.hidden_size, model.head_dim
-    q_rows, kv_rows = model.num_heads * d, model.num_kv_heads * d
-
-    def qkv(kind: str, *columns: int) -> tuple[GlobalTensor, ...]:
-        return (
-            _tensor(f"{hf}.self_attn.q_proj.{kind}", (q_rows, *columns), TpSplit.ROWS),
-            _tensor(f"{hf}.self_attn.k_proj.{kind}", (kv_rows, *columns), TpSplit.KV_ROWS),
-            _tensor(f"{hf}.self_attn.v_proj.{kind}", (kv_rows, *columns), TpSplit.KV_ROWS),
-        )
-
-    def norm(name: str, size: int) -> tuple[GlobalTensor, ...]:
-        return _one(f"{hf}.{name}.weight", (size,), TpSplit.NONE)
-
-    table = {f"{local}.input_norm.weight": norm("input_layernorm", hidden)}
-    table[f"{local}.attention.qkv.weight"] = qkv("weight", hidden)
-    if model.qkv_bias:
-        table[f"{local}.attention.qkv.bias"] = qkv("bias")
-    if model.qk_norm:
-        table[f"{local}.attention.q_norm.weight"] = norm("self_attn.q_norm", d)
-        table[f"{local}.attention.k_norm.weight"] = norm("self_attn.k_norm", d)
-    table[f"{local}.attention.out.weight"] = _one(
-        f"{hf}.self_attn.o_proj.weight", (hidden, q_rows), TpSplit.COLUMNS
-    )
-    table[f"{local}.post_norm.weight"] = norm("post_attention_layernorm", hidden)
-    if model.moe is not None and layer in model.moe.layers:
-        return table | _expert_tensors(model, model.moe, local, hf)
-    return table | _dense_tensors(model, local, hf)
-
-
-def _dense_tensors(model: ModelConfig, local: str, hf: str) -> dict[str, tuple[GlobalTensor, ...]]:
-    hidden, ffn = model.hidden_size, model.intermediate_size
-    return {
-        f"{local}.mlp.gate_up.weight": (
-            _tensor(f"{hf}.mlp.gate_proj.weight", (ffn, hidden), TpSplit.ROWS),
-            _tensor(f"{hf}.mlp.up_proj.weight", (ffn, hidden), TpSplit.ROWS),
-        ),
-        f"{local}.mlp.down.weight": _one(
-            f"{hf}.mlp.down_proj.weight", (hidden, ffn), TpSplit.COLUMNS
-        ),
-    }
-
-
-def _expert_tensors(
-    model: ModelConfig, moe: MoeConfig, local: str, hf: str
-) -> dict[str, tuple[GlobalTensor, ...]]:
-    hidden, ffn = model.hidden_size, moe.intermediate_size
-    names = EXPERT_NAMES[model.architecture]
-
-    def tensor(name: str, expert: int, shape: tuple[int, ...], split: TpSplit) -> GlobalTensor:
-        return GlobalTensor(
-            name=f"{hf}.{name.format(expert)}", shape=shape, split=split, expert=expert
-        )
-
-    experts = range(moe.num_experts)
-    return {
-        f"{local}.mlp.router.weight": _one(
-            f"{hf}.{names.router}", (moe.num_experts, hidden), TpSplit.NONE
-        ),
-        f"{local}.mlp.experts.gate_up": tuple(
-            tensor(name, expert, (ffn, hidden), TpSplit.ROWS)
-            for expert in experts
-            for name in (names.gate, names.up)
-        ),
-        f"{local}.mlp.experts.down": tuple(
-            tensor(names.down, expert, (hidden, ffn), TpSplit.COLUMNS) for expert in experts
-        ),
-    }
-
-
-def _tensor(name: str, shape: tuple[int, ...], split: TpSplit) -> GlobalTensor:
-    return GlobalTensor(name=name, shape=shape, split=split)
+        name = self._family.module(module)
+        if tensor.expert is not None and not tensor.is_stacked:
+            name = name.format(tensor.expert)
+        return replace(tensor, name=f"{self._prefix}.{name}{dot}{kind}")
 
 
 def _one(name: str, shape: tuple[int, ...], split: TpSplit) -> tuple[GlobalTensor, ...]:
-    return (_tensor(name, shape, split),)
+    return (GlobalTensor(name=name, shape=shape, split=split),)
 
 
-def _slices(
-    model: ModelConfig, tensors: tuple[GlobalTensor, ...], place: _Place
-) -> tuple[Slice, ...]:
+def _slices(tensors: tuple[GlobalTensor, ...], place: _Place) -> tuple[Slice, ...]:
     result, offset = [], 0
-    experts = range(0)
-    if model.moe is not None:
-        experts = range(*_range(model.moe.num_experts, place.ep_rank, place.ep_size))
+    experts = range(*_range(tensors[0].num_experts, place.ep_rank, place.ep_size))
     is_fused = len(tensors) > 1
-    in_blocks = is_fused and tensors[0].split is TpSplit.ROWS and tensors[0].expert is None
+    in_blocks = is_fused and tensors[0].split is TpSplit.ROWS and not tensors[0].is_of_experts
     blocks = place.blocks if in_blocks else 1
     for block in range(blocks):
         rank, size = place.tp_rank * blocks + block, place.tp_size * blocks
         for tensor in tensors:
             if tensor.expert is not None and tensor.expert not in experts:
                 continue
-            box = _box(model, tensor, place, rank, size)
+            box = _box(tensor, place, rank, size)
             if box is None:
                 continue
             start, stop = box
-            result.append(
-                Slice(name=tensor.name, shape=tensor.shape, start=start, stop=stop, offset=offset)
+            piece = Slice(
+                name=tensor.name, shape=tensor.shape, start=start, stop=stop, offset=offset
             )
-            offset += stop[0] - start[0]
+            result.append(piece)
+            offset += piece.rows
     return tuple(result)
 
 
 def _box(
-    model: ModelConfig, tensor: GlobalTensor, place: _Place, rank: int, size: int
+    tensor: GlobalTensor, place: _Place, rank: int, size: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Return start and stop of rank `rank`'s box of a tensor, of `size` ranks; None if empty."""
     start, stop = [0] * len(tensor.shape), list(tensor.shape)
-    if tensor.expert is not None:
+    if tensor.is_of_experts:
         rank, size = place.etp_rank, place.etp_size
+    if tensor.is_stacked and tensor.expert is not None:
+        start[0], stop[0] = tensor.expert, tensor.expert + 1
+    rows, columns = tensor.row_dim, len(tensor.shape) - 1
+    if tensor.region is not None:
+        start[rows], stop[rows] = tensor.region
+    first, count = start[rows], stop[rows] - start[rows]
     if tensor.split is TpSplit.COLUMNS:
-        start[1], stop[1] = _range(tensor.shape[1], rank, size)
+        start[columns], stop[columns] = _range(tensor.shape[columns], rank, size)
     elif tensor.split is TpSplit.ROWS:
-        start[0], stop[0] = _range(tensor.shape[0], rank, size)
+        start[rows], stop[rows] = (first + n for n in _range(count, rank, size))
     elif tensor.split is TpSplit.KV_ROWS:
-        start[0], stop[0] = _kv_range(model, rank, size)
+        start[rows], stop[rows] = (first + n for n in _kv_range(tensor, count, rank, size))
     elif tensor.split is TpSplit.VOCABULARY:
-        rows = place.vocabulary_rows(tensor.shape[0])
-        start[0], stop[0] = (min(n * rows, tensor.shape[0]) for n in (rank, rank + 1))
+        per_rank = place.vocabulary_rows(tensor.shape[0])
+        start[0], stop[0] = (min(n * per_rank, tensor.shape[0]) for n in (rank, rank + 1))
         if start[0] == stop[0]:
             return None
     return tuple(start), tuple(stop)
@@ -380,7 +290,7 @@ def _range(size: int, rank: int, ranks: int) -> tuple[int, int]:
     return size * rank // ranks, size * (rank + 1) // ranks
 
 
-def _kv_range(model: ModelConfig, rank: int, ranks: int) -> tuple[int, int]:
-    first = model.num_kv_heads * rank // ranks
-    count = local_kv_heads(model, ranks)
-    return first * model.head_dim, (first + count) * model.head_dim
+def _kv_range(tensor: GlobalTensor, rows: int, rank: int, ranks: int) -> tuple[int, int]:
+    first = tensor.heads * rank // ranks
+    per_head = rows // tensor.heads
+    return first * per_head, (first + heads_per_rank(tensor.heads, ranks)) * per_head

@@ -6,19 +6,33 @@ context-parallel stream are all lists of spans.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
 Range = tuple[int, int]
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Function (q [Tq, H, d], k [Tk, KVH, d], v [Tk, KVH, d]) -> [Tq, H, d]."""
+
+
+class AttentionFunction(Protocol):
+    """Differentiable attention of one list of spans with one `AttentionOptions`."""
+
+    def __call__(
+        self,
+        q: Tensor,  # [Tq, H, d]
+        k: Tensor,  # [Tk, KVH, d]
+        v: Tensor,  # [Tk, KVH, e]
+        sinks: Tensor | None = None,  # [H]
+    ) -> Tensor:  # [Tq, H, e]
+        """Attend; `sinks` are one more score per head, whose probability is dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
     """Rows `[q_start, q_stop)` of q and the keys that they see.
+
+    A window counts keys in the order of `keys`: a row's own position is its last key's place there.
 
     Args:
         own: the range of keys that is seen causally, aligned at the end: the last row sees all

@@ -2,20 +2,51 @@
 
 The estimate is an upper bound for usual shapes, fitted to measurements of
 `tests/planning/test_activation_bytes.py`. Values are counted per token and layer: the residual
-stream and the norms' (whole on all tensor-parallel ranks), queries, keys, values, attention's
-output, the MLP's.
+stream and the norms' (whole on all tensor-parallel ranks, unless Megatron's sequence parallelism
+splits them), queries, keys, values, attention's output, the MLP's.
+
+Pipeline stages hold as many microbatches as there are stages, each in its own layers: together
+those of one microbatch in all layers, and more if runs of layers are interleaved. Both are as in
+Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), sections 4.2.2 and 4.2.3.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
+from spmdrl.distributed.mesh import expert_degrees
 from spmdrl.models.adapters import share_of_tokens
-from spmdrl.models.config import ModelConfig
-from spmdrl.models.sharding import global_shapes, local_kv_heads, local_parameters
+from spmdrl.models.sharding import global_shapes
+from spmdrl.models.specs import DenseMlp, GatedDelta, LayerSpec, MoeMlp
+from spmdrl.models.widths import (
+    heads_width,
+    keys_values_of,
+    keys_values_width,
+    layer_kinds,
+    mixer_width,
+)
+from spmdrl.placement import kept_megatron
+from spmdrl.planning import delta_bytes
 from spmdrl.role_spec import RoleSpec
 from spmdrl.training.logprobs import cpu_tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SequenceSplit:
+    """Tensor-parallel ranks over which Megatron's sequence parallelism splits a replica's tokens.
+
+    Args:
+        stream: number of ranks that share the residual stream and the norms.
+        rows: number of ranks that share the rows that go to experts.
+    """
+
+    stream: int = 1
+    rows: int = 1
+
+    @property
+    def gathered(self) -> int:
+        """Copies of the whole stream that exist where a product reads it."""
+        return int(self.stream > 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +79,8 @@ _LOGITS = 4
 
 
 def working_bytes(spec: RoleSpec, tokens: int, *, backward: bool) -> int:
-    """Bytes of activations, logits and, with FSDP, gathered parameters; gradients are not included.
+    """Bytes of activations and logits; gradients and gathered parameters are not included, see
+    `systems.train_memory`.
 
     Args:
         tokens: packed tokens that a replica computes at once.
@@ -57,24 +89,26 @@ def working_bytes(spec: RoleSpec, tokens: int, *, backward: bool) -> int:
     model, dtype, degrees = spec.model, spec.dtype, spec.placement.degrees
     cp, tp = degrees["cp"], degrees["tp"]
     own = -(-tokens // (2 * cp)) * 2  # each rank takes two chunks of 2 cp
-    heads = (model.num_heads // tp + 2 * local_kv_heads(model, tp)) * model.head_dim
+    heads = heads_width(model, tp)
     # keys and values of all ranks
-    gathered = cp * 2 * local_kv_heads(model, tp) * model.head_dim if cp > 1 else 0
-    width = model.hidden_size
+    gathered = cp * keys_values_width(model, tp) if cp > 1 else 0
+    width, split = model.hidden_size, _split(spec)
     scores = 4 * own * width * dtype.itemsize
     if spec.head == "lm":
-        scores += _LOGITS * _logits(spec, own) * 4
+        copies = _LOGITS + (model.logit_softcap is not None)  # slopes of the cap
+        scores += copies * _logits(spec, own) * 4
     if not backward:
-        attention = _FORWARD.stream * width + _FORWARD.heads * heads + 2 * gathered
-        values = max(attention, _FORWARD.stream * width + _mlp(model, tp, _FORWARD.mlp))
+        values = forward_values(spec, heads, gathered)
         total = max(int(own * values) * dtype.itemsize, scores)
     else:
         kept = _kept(spec)
-        mlp = _mlp(model, tp, kept.mlp)
-        layer = own * (kept.stream * width + kept.heads * heads + mlp + gathered)
-        inputs = model.num_layers * own * width
-        held = inputs if spec.train.recompute == "layer" else model.num_layers * layer
-        last = 1.1 * layer if spec.train.recompute == "layer" else 0.3 * layer
+        layers = {one: own * _layer_values(spec, one, kept) for one, _ in layer_kinds(model)}
+        inputs = model.num_layers * own * width / split.stream
+        every = sum(number * layers[one] for one, number in layer_kinds(model))
+        held = (inputs if spec.train.recompute == "layer" else every) * _in_flight(spec)
+        again = 1.1 if spec.train.recompute == "layer" else 0.3
+        last = max(again * layers[one] + own * _rule(spec, one, kept) for one in layers)
+        last += 2 * split.gathered * own * width  # a product's input and its gradient
         added = own * _added(spec)
         if spec.train.recompute == "layer":
             last += added / model.num_layers
@@ -84,9 +118,64 @@ def working_bytes(spec: RoleSpec, tokens: int, *, backward: bool) -> int:
         if spec.head == "lm" and not spec.has_fixed_base:
             scores += model.vocab_size // tp * width * 4
         total = int(held) * dtype.itemsize + max(int(last) * dtype.itemsize, scores)
-    if degrees["dp_shard"] > 1:
-        total += _gathered_bytes(spec, backward=backward and not spec.has_fixed_base)
     return total
+
+
+def _layer_values(spec: RoleSpec, layer: LayerSpec, kept: _Values) -> float:
+    """Values per token that a layer keeps for its backward pass."""
+    degrees, width, split = spec.placement.degrees, spec.model.hidden_size, _split(spec)
+    tp, cp = degrees["tp"], degrees["cp"]
+    if isinstance(layer.mixer, GatedDelta):
+        heads = delta_bytes.held_values(layer.mixer, spec)
+    else:
+        heads = kept.heads * mixer_width(layer.mixer, tp)
+    gathered = cp * keys_values_of(layer.mixer, tp) if cp > 1 else 0
+    stream = kept.stream * width / split.stream
+    return stream + heads + _mlp(layer.mlp, width, tp, kept.mlp, split.rows) + gathered
+
+
+def _split(spec: RoleSpec) -> _SequenceSplit:
+    degrees = spec.placement.degrees
+    if not kept_megatron(spec.section, spec.placement).get("sp", False):
+        return _SequenceSplit()
+    return _SequenceSplit(stream=degrees["tp"], rows=expert_degrees(degrees)["ep_tp"])
+
+
+def _in_flight(spec: RoleSpec) -> float:
+    """Layers whose values the first pipeline stage holds, per layer of the model: an interleaved
+    schedule begins with 2 (pp - 1) + (vpp - 1) pp runs of layers before the one whose gradients
+    come first.
+    """
+    vpp = kept_megatron(spec.section, spec.placement).get("vpp", 1)
+    if vpp == 1:
+        return 1.0
+    pp = spec.placement.degrees["pp"]
+    return 1 + (pp - 1) / (pp * vpp)
+
+
+def _rule(spec: RoleSpec, layer: LayerSpec, kept: _Values) -> float:
+    """Values per token that the backward pass of a recurrent layer has in addition to what is kept;
+    by then that of its MLP is over.
+    """
+    if not isinstance(layer.mixer, GatedDelta):
+        return 0.0
+    mlp = _mlp(layer.mlp, spec.model.hidden_size, spec.placement.degrees["tp"], kept.mlp)
+    return max(0.0, delta_bytes.rule_values(layer.mixer, spec, backward=True) - mlp)
+
+
+def forward_values(spec: RoleSpec, heads: int, gathered: int = 0) -> float:
+    """Values per token that exist at once in a forward pass without gradients.
+
+    Args:
+        heads: a rank's width of queries, keys and values.
+        gathered: values per token that it has of other ranks.
+    """
+    model, tp, split = spec.model, spec.placement.degrees["tp"], _split(spec)
+    stream = (_FORWARD.stream / split.stream + split.gathered) * model.hidden_size
+    mlps = (spec.mlp for spec, _ in layer_kinds(model))
+    most = max(_mlp(mlp, model.hidden_size, tp, _FORWARD.mlp, split.rows) for mlp in mlps)
+    mixers = max(_FORWARD.heads * heads + 2 * gathered, delta_bytes.forward_values(spec))
+    return stream + max(mixers, most)
 
 
 def _logits(spec: RoleSpec, tokens: int) -> int:
@@ -96,15 +185,16 @@ def _logits(spec: RoleSpec, tokens: int) -> int:
     return every if spec.device_type == "cuda" else min(every, cpu_tile(chunk))
 
 
-def _mlp(model: ModelConfig, tp: int, factor: float) -> float:
-    """Values per token of a layer's MLP, or of as many experts as a token is sent to."""
-    dense = factor * model.intermediate_size / tp
-    if model.moe is None:
-        return dense
+def _mlp(mlp: DenseMlp | MoeMlp, hidden: int, tp: int, factor: float, ranks: int = 1) -> float:
+    """Values per token of a layer's MLP, or of as many experts as a token is sent to, whose rows
+    `ranks` ranks share.
+    """
+    if isinstance(mlp, DenseMlp):
+        return factor * mlp.width / tp
     # a row for every choice: as it is sent, computed, put back and weighted
-    row = factor * model.moe.intermediate_size / tp + 4 * model.hidden_size
-    experts = model.moe.top_k * row + 2 * model.moe.num_experts
-    return max(dense, experts) if len(model.moe.layers) < model.num_layers else experts
+    row = factor * mlp.width / tp + 4 * hidden / ranks
+    shared = 0 if mlp.shared is None else factor * mlp.shared.width / tp
+    return mlp.top_k * row + 2 * mlp.num_experts + shared
 
 
 def _added(spec: RoleSpec) -> float:
@@ -123,16 +213,3 @@ def _kept(spec: RoleSpec) -> _Values:
     if spec.device_type == "cuda":
         return _CUDA
     return _FUSED if spec.dtype.itemsize >= 4 else _PLAIN
-
-
-def _gathered_bytes(spec: RoleSpec, *, backward: bool) -> int:
-    """Bytes that FSDP2 gathers: the parameters outside layers, and two layers; in a backward pass
-    also their gradients, and the float32 buffer that is reduced.
-    """
-    degrees, size = spec.placement.degrees, spec.dtype.itemsize
-    local = local_parameters(spec.model, degrees["tp"], spec.head, ep_size=degrees.get("ep", 1))
-    sizes = {name: math.prod(shape) for name, shape in local.items()}
-    layer = sum(values for name, values in sizes.items() if name.startswith("layers.0."))
-    rest = sum(values for name, values in sizes.items() if not name.startswith("layers."))
-    gathered = (rest + 2 * layer) * size
-    return gathered + (max(rest, layer) * (size + 4) if backward else 0)

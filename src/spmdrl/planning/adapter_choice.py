@@ -46,9 +46,20 @@ def adapter_use(
     Args:
         policy: a policy with an adapter.
         unmerged: the sync to an engine that applies the adapter as an addition to its base.
+
+    Raises:
+        ValueError: `rollout.adapters` is unmerged where the engine cannot do that.
     """
     if rollout.is_vllm:
         return AdapterUse(merged=True, why="vLLM samples with merged weights")
+    if rollout.shares_experts:
+        if config.rollout.adapters == "unmerged":
+            raise ValueError(
+                f"rollout.adapters=unmerged with roles.{rollout.name}.ep="
+                f"{rollout.placement.degrees['ep']}: rows that are exchanged between replicas have "
+                "no adapter, so set merged, or an ep that divides tp"
+            )
+        return AdapterUse(merged=True, why="its replicas exchange rows, which have no adapter")
     if config.rollout.adapters != "auto":
         return AdapterUse(
             merged=config.rollout.adapters == "merged",
@@ -75,10 +86,10 @@ def adding_bytes(config: Config, policy: RoleSpec, rollout: RoleSpec) -> int:
     assert adapter is not None, policy.name
     samples, tokens = samples_per_replica(config, rollout), config.sampling.max_tokens
     steps = tokens * -(-samples // config.rollout.max_running)
-    held, per_token = 0, 0.0
+    held = sum(own.rank * sum(shapes[name]) for name, own in adapter.distinct.items())
+    per_token = 0.0
     for name, own in adapter.targets.items():
         rows, columns = shapes[name]
-        held += own.rank * (rows + columns)
         share = share_of_tokens(policy.model, name)
         per_token += share * (columns + 2 * own.rank + 2 * rows)
     return round((steps * held + samples * tokens * per_token) * rollout.dtype.itemsize)

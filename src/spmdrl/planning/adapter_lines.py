@@ -1,4 +1,4 @@
-"""Adapters and shared bases of a plan, counted for `explain`."""
+"""Adapters and shared bases of a plan, counted for `plan`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ def _counts(spec: RoleSpec, adapter: Adapter) -> Iterator[Line]:
     ranks = sorted({own.rank for own in adapter.targets.values()})
     ranks_text = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
     where = f"roles.{spec.name}.adapter"
+    if adapter.shares_experts:
+        where += ", one A and B for all experts of a layer"
     yield "adapter's matrices", f"{len(adapter.targets):,}", f"{ranks_text}, {where}"
     added = sum(map(math.prod, adapter_shapes(spec.model, adapter).values()))
     model = sum(map(math.prod, global_shapes(spec.model, spec.head).values()))

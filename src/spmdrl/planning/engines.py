@@ -13,6 +13,7 @@ from spmdrl.config.sections import Config
 from spmdrl.distributed.mesh import format_ranks
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.token_texts import TokenTexts
+from spmdrl.models.widths import cached_values
 from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.generation import GRAPHS, KV_CACHE
 from spmdrl.roles.model_calls import WEIGHTS
@@ -122,7 +123,7 @@ def engine_parts(spec: RoleSpec, *, captures_graphs: bool) -> tuple[str, ...]:
 def longest_sequence(config: Config, max_position: int) -> int:
     """Tokens of the longest prompt with response that configuration and model allow."""
     lengths = [rows.longest for rows in rows_read(config) if rows.sampling is not None]
-    return min(max(_LEAST_LENGTH, *lengths), max_position)
+    return min(max([_LEAST_LENGTH, *lengths]), max_position)
 
 
 def samples_per_replica(config: Config, spec: RoleSpec) -> int:
@@ -150,8 +151,7 @@ def vllm_cache(config: Config, spec: RoleSpec) -> CacheSize:
     rollout, length = config.rollout, longest_sequence(config, model.max_position)
     multiple = BLOCK_MULTIPLE[spec.device_type]
     block = -(-rollout.block_size // multiple) * multiple
-    heads = max(1, model.num_kv_heads // tp)
-    block_bytes = 2 * model.num_layers * heads * model.head_dim * spec.dtype.itemsize * block
+    block_bytes = cached_values(model, tp) * spec.dtype.itemsize * block
     if rollout.kv_cache_gb == "auto":
         running = min(samples_per_replica(config, spec), rollout.max_running)
         needed = running * -(-length // block)

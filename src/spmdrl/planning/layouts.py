@@ -5,92 +5,51 @@ Rules that a role's model must meet: degrees that divide it, and settings that n
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-import torch
-
-from spmdrl.models.degrees import check_tp
 from spmdrl.models.fsdp_cuts import fitting_blocks
 from spmdrl.models.local_shards import WeightLayout
-from spmdrl.models.megatron_chunks import Cut
-from spmdrl.models.megatron_layout import megatron_layout, megatron_state_layout
-from spmdrl.models.sharding import SCORE, fused_tensors, global_shapes
 from spmdrl.planning.engines import vocab_multiple
+from spmdrl.planning.frozen import frozen_names
+from spmdrl.planning.systems.degrees import check_degrees
+from spmdrl.planning.systems.protocol import TrainSystem
+from spmdrl.planning.systems.registry import train_system
 from spmdrl.role_spec import RoleSpec
-from spmdrl.training.megatron.checks import (
-    MegatronOptions,
-    check_adapter,
-    check_installed,
-    check_megatron,
-    model_cut,
-)
 from spmdrl.weights.layout import model_layout
 
 
-def megatron_options(spec: RoleSpec) -> MegatronOptions:
-    given = spec.section.megatron
-    # the two layers of a tiny model cannot be interleaved
-    return MegatronOptions(
-        vpp=1 if spec.is_tiny else given.get("vpp", 1), sp=given.get("sp", False)
-    )
-
-
-def _megatron_cut(spec: RoleSpec) -> Cut:
-    return model_cut(
-        spec.placement.degrees,
-        megatron_options(spec),
-        spec.device,
-        is_plain=spec.adapter is not None,
-    )
-
-
-def role_layout(spec: RoleSpec, blocks: int = 1) -> WeightLayout:
+def role_layout(
+    spec: RoleSpec, blocks: int = 1, only: Collection[int] | None = None
+) -> WeightLayout:
     """Every rank's tensors of a role's model (a rollout's weights are never sharded).
 
     Args:
         blocks: see `shard_blocks`.
+        only: the ranks whose tensors are listed; None: all of the role's.
     """
-    placement, head = spec.placement, spec.head
-    degrees = dict(placement.degrees)
-    if spec.is_rollout:
-        degrees["dp_replicate"] *= degrees["dp_shard"]
-        degrees["dp_shard"] = 1
-    if spec.backend == "megatron":
-        cut = _megatron_cut(spec)
-        return megatron_layout(
-            spec.model,
-            placement.ranks,
-            degrees,
-            cut,
-            spec.dtype,
-            head,
-            frozen=frozen_names(spec),
-            adapter=spec.adapter,
-        )
+    if not spec.is_rollout:
+        return train_system(spec).layout(spec, blocks, only)
+    degrees = dict(spec.placement.degrees)
+    degrees["dp_replicate"] *= degrees["dp_shard"]
+    degrees["dp_shard"] = 1
     return model_layout(
         spec.model,
-        placement.ranks,
+        spec.placement.ranks,
         degrees,
         spec.dtype,
-        head=head,
+        head=spec.head,
         frozen=frozen_names(spec),
         vocab_multiple=vocab_multiple(spec),
         blocks=blocks,
-        # where matrices train, FSDP2 keeps the masters, and casts while it gathers
-        shard_dtype=spec.dtype if spec.has_fixed_base else torch.float32,
+        shard_dtype=spec.dtype,
         adapter=spec.adapter,
+        only=only,
     )
 
 
 def state_layout(spec: RoleSpec, layout: WeightLayout) -> WeightLayout:
-    """Every rank's masters and moments: cut like the weights, or by Megatron's optimizer."""
-    if spec.backend != "megatron":
-        return layout
-    placement, cut = spec.placement, _megatron_cut(spec)
-    return megatron_state_layout(
-        spec.model, placement.ranks, placement.degrees, cut, spec.head, adapter=spec.adapter
-    )
+    """Every rank's masters and moments of the optimizer, if there is one."""
+    return layout if spec.is_rollout else train_system(spec).state_layout(spec, layout)
 
 
 def shard_blocks(spec: RoleSpec, specs: Mapping[str, RoleSpec]) -> int:
@@ -100,7 +59,9 @@ def shard_blocks(spec: RoleSpec, specs: Mapping[str, RoleSpec]) -> int:
     """
     base = spec.base or spec.name
     policy = next((s for s in specs.values() if s.kind == "policy"), None)
-    if policy is None or (policy.base or policy.name) != base or policy.backend == "megatron":
+    if policy is None or (policy.base or policy.name) != base:
+        return 1
+    if not train_system(policy).aligns_shards:
         return 1
     own = policy.placement
     fitting = [
@@ -109,38 +70,6 @@ def shard_blocks(spec: RoleSpec, specs: Mapping[str, RoleSpec]) -> int:
         if other.is_rollout and other.placement.ranks == own.ranks
     ]
     return max(fitting, default=1)
-
-
-def frozen_names(spec: RoleSpec) -> frozenset[str]:
-    """The Hugging Face names of the parameters that do not change: those of `roles.NAME.freeze`, or
-    all but a scalar head under an adapter and in a base that is shared.
-
-    Raises:
-        ValueError: no name fits a pattern; all parameters are frozen; or only some of those in one
-            tensor (the projections of an attention, say).
-    """
-    patterns = spec.section.freeze
-    tensors = fused_tensors(spec.model, spec.head)
-    if (spec.adapter is not None or spec.base is not None) and not spec.is_rollout:
-        return frozenset(global_shapes(spec.model, spec.head)) - {SCORE}
-    known = [part.name for parts in tensors.values() for part in parts]
-    key = f"roles.{spec.name}.freeze={list(patterns)}"
-    frozen: set[str] = set()
-    for pattern in patterns:
-        fitting = fnmatch.filter(known, pattern)
-        if not fitting:
-            raise ValueError(f"{key}: no parameter fits {pattern!r}; there are {known[:4]} ...")
-        frozen.update(fitting)
-    for parts in tensors.values():
-        inside = [part.name for part in parts if part.name in frozen]
-        if 0 < len(inside) < len(parts):
-            lacking = next(part.name for part in parts if part.name not in frozen)
-            raise ValueError(
-                f"{key}: {inside[0]} and {lacking} lie in one tensor, so freeze both or neither"
-            )
-    if len(frozen) == len(known):
-        raise ValueError(f"{key}: that is every parameter; set roles.{spec.name}.trained: false")
-    return frozenset(frozen)
 
 
 def check_model(spec: RoleSpec, specs: Mapping[str, RoleSpec], *, replays_routing: bool) -> None:
@@ -155,27 +84,42 @@ def check_model(spec: RoleSpec, specs: Mapping[str, RoleSpec], *, replays_routin
             missing where it is needed.
     """
     _check_experts(spec, replays_routing)
-    if spec.backend == "megatron":
-        check_installed(spec.name)
-        check_megatron(spec.name, spec.model, spec.placement.degrees, megatron_options(spec))
-        if spec.adapter is not None:
-            base = None if spec.base is None else specs[spec.base]
-            check_adapter(
-                spec.name,
-                spec.adapter,
-                plain_base=None if base is None or base.adapter is not None else base.name,
-                device=spec.device,
-            )
+    _check_head(spec)
+    if not spec.is_rollout:
+        system = train_system(spec)
+        _check_features(spec, system)
+        system.check(spec, specs)
         return
-    tp, ep = spec.placement.degrees["tp"], spec.placement.degrees["ep"]
-    try:
-        check_tp(spec.model, tp, ep=ep)
-    except ValueError as error:
-        raise ValueError(f"roles.{spec.name}: {error}") from None
-    if spec.is_rollout and tp % ep:
+    check_degrees(spec)
+    if spec.is_vllm and spec.shares_experts:
+        degrees = spec.placement.degrees
         raise ValueError(
-            f"roles.{spec.name}.ep={ep} with roles.{spec.name}.tp={tp}: the replicas of a rollout "
-            "generate each at its own pace and exchange no tokens, so its ep must divide its tp"
+            f"roles.{spec.name}.ep={degrees['ep']} with roles.{spec.name}.tp={degrees['tp']}: "
+            "vLLM's replicas generate each at its own pace and exchange no tokens, so set an ep "
+            "that divides tp, or rollout.engine=native"
+        )
+
+
+def _check_features(spec: RoleSpec, system: TrainSystem) -> None:
+    """Refuse what the role's backend does not have at all."""
+    key, backend = f"roles.{spec.name}", f"train.backend={spec.backend}"
+    for axis, degree in spec.placement.degrees.items():
+        if degree > 1 and axis not in system.axes:
+            raise ValueError(
+                f"{key}.{axis}={degree} with {backend}: this backend divides nothing over {axis}: "
+                f"leave {key}.{axis} out, or set {key}.train.backend to one that does"
+            )
+    if spec.section.freeze and not system.freezes:
+        raise ValueError(
+            f"{key}.freeze={list(spec.section.freeze)} with {backend}: this backend cannot keep "
+            f"parameters of a role that trains: leave the key out, or set "
+            f"{key}.train.backend=torch"
+        )
+    if not system.has_adapters and (spec.adapter is not None or spec.base is not None):
+        asked = f"{key}.base={spec.base}" if spec.adapter is None else f"{key}.adapter"
+        raise ValueError(
+            f"{asked} with {backend}: this backend has no adapters: leave the key out, or set "
+            f"{key}.train.backend=torch"
         )
 
 
@@ -192,3 +136,21 @@ def _check_experts(spec: RoleSpec, replays_routing: bool) -> None:
             f"train.balance_coef={coefficient}, but {lacks}: set it, or "
             f"roles.{spec.name}.train.balance_coef, to 0"
         )
+
+
+def _check_head(spec: RoleSpec) -> None:
+    """Refuse a place to read that the model lacks, and what cannot hold the bias of its head."""
+    key = f"roles.{spec.name}"
+    if spec.section.readout == "before_padding" and spec.model.pad_id is None:
+        raise ValueError(
+            f"{key}.readout=before_padding: the model's config.json has no pad_token_id: set it "
+            f"there, or {key}.readout=last"
+        )
+    if not spec.model.score_bias:
+        return
+    fix = f"leave it out, or make a new head without one ({key}.head=normal)"
+    lacks = "and the scalar head of its model has a bias"
+    if spec.base is not None:
+        raise ValueError(f"{key}.base={spec.base} shares no bias of a head, {lacks}: {fix}")
+    if spec.adapter is not None and spec.trained:
+        raise ValueError(f"{key}.adapter trains no bias of a head, {lacks}: {fix}")

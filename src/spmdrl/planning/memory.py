@@ -3,13 +3,14 @@
 Everything here is a function of the configuration and the models' shapes, so that every rank knows
 every rank's plan, and all refuse alike what does not fit, before anything is loaded.
 
-The memory plans of all ranks as texts, for `explain` and the start of a run.
+The memory plans of all ranks as texts, for `plan` and the start of a run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -17,17 +18,19 @@ from spmdrl.config.sections import Config
 from spmdrl.distributed.mesh import format_ranks
 from spmdrl.memory.parts import Part, size_text
 from spmdrl.memory.plan import MemoryPlan, fits, make_plan
-from spmdrl.planning.parts import HeldModel, optimizer_bytes, planned_parts
-from spmdrl.planning.step_calls import planned_calls, unusual_steps, usual_step
+from spmdrl.memory.schedule import PlannedCall
+from spmdrl.planning.alike import TableClasses
+from spmdrl.planning.kv_cache import cache_sizes, grown, shrunk
+from spmdrl.planning.margins import Margin
+from spmdrl.planning.parts import HeldModel, planned_parts, train_memory
+from spmdrl.planning.step_calls import halves, planned_calls, unusual_steps, usual_step
+from spmdrl.planning.systems.registry import train_system
+from spmdrl.planning.systems.train_memory import trained_bytes
+from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.custom import DECLARED, Custom
+from spmdrl.roles.generation import KV_CACHE
 from spmdrl.weights.plan import SyncPlan
 from spmdrl.world import free_bytes
-
-FREE_SHARE = 0.9
-"""Share of a device's free memory that roles may fill. The rest is for what no part counts: NCCL's
-buffers (up to some hundred MB per group), workspaces of matrix products, the sampler's noise and
-logits, captured graphs, and fragments.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +41,14 @@ class RankMemory:
         plan: the rank's plan.
         working_bytes: by call (`policy.update`), its bytes on the device in addition to parts.
         streams: weight syncs do not need the policy's weights on the device.
+        splits: the roles whose optimizer is on the device only while it steps, since it does not
+            fit there with the activations of the passes.
     """
 
     plan: MemoryPlan
     working_bytes: Mapping[str, int]
     streams: bool
+    splits: frozenset[str] = frozenset()
 
 
 def plan_memory(
@@ -52,6 +58,9 @@ def plan_memory(
     syncs: Mapping[str, SyncPlan],
     device_types: Sequence[str],
     gpu_bytes: int | None,
+    margin: Margin,
+    *,
+    refuses: bool = True,
 ) -> dict[int, RankMemory]:
     """Every rank's plan; ranks with equal roles share one.
 
@@ -64,12 +73,15 @@ def plan_memory(
         device_types: device type of every rank of the world.
         gpu_bytes: the free memory of the world's fullest GPU (None for this host's), so that all
             ranks make one plan, and refuse alike what does not fit.
+        margin: the memory of a GPU that roles may not fill.
+        refuses: False: also plan what does not fit, with all away that may go.
 
     Raises:
         ValueError: a call cannot fit on some rank's device; sizes are given.
     """
     placed = (*[tuple(m.layout) for m in models.values()], *[c.ranks for c in customs.values()])
-    made: dict[tuple[tuple[str, int, int], ...], RankMemory] = {}
+    classes = TableClasses()
+    made: dict[object, RankMemory] = {}
     plans = {}
     for rank in sorted({rank for ranks in placed for rank in ranks}):
         here = {
@@ -82,19 +94,23 @@ def plan_memory(
             for name, custom in customs.items()
             if rank in custom.ranks and custom.device_type == device_types[rank]
         }
-        key = tuple((name, *_same_for(model, rank)) for name, model in here.items())
-        key += tuple((name, -1, 0) for name in own)
+        key = (
+            *[(name, *_same_for(model, rank, classes)) for name, model in here.items()],
+            *[syncs[name].shared.get(rank) for name in here if name in syncs],
+            *own,
+        )
         if key not in made:
-            capacity = device_bytes(config, device_types[rank], gpu_bytes)
-            made[key] = _on_rank(config, here, own, syncs, rank, capacity)
+            capacity = device_bytes(config, device_types[rank], gpu_bytes, margin)
+            made[key] = _on_rank(config, here, own, syncs, rank, capacity, refuses=refuses)
         plans[rank] = made[key]
     return plans
 
 
-def _same_for(model: HeldModel, rank: int) -> tuple[int, int]:
-    """Key of the sizes of a role's parts: the table, and the bytes of a state cut otherwise."""
+def _same_for(model: HeldModel, rank: int, classes: TableClasses) -> tuple[int, int]:
+    """Key of the sizes of a role's parts: the table's, and the bytes of a state cut otherwise."""
     weights, states = model.layout[rank], model.state_layout[rank]
-    return id(weights), 0 if states is weights else optimizer_bytes(weights, states)
+    size = 0 if states is weights else trained_bytes(states)
+    return classes.number(weights), size
 
 
 def _on_rank(
@@ -104,6 +120,8 @@ def _on_rank(
     syncs: Mapping[str, SyncPlan],
     rank: int,
     capacity: int | None,
+    *,
+    refuses: bool,
 ) -> RankMemory:
     parts = planned_parts(config, here, syncs, rank)
     for name, size in customs.items():
@@ -113,17 +131,72 @@ def _on_rank(
     calls = planned_calls(config, here, syncs, rank, customs)
     # if both do not fit, the sync reads the policy's weights from the host
     streams = not all(fits(parts, sync, capacity) for sync in calls.sync)
-    if streams:
-        calls = planned_calls(config, here, syncs, rank, customs, streams=True)
+    splits = _splits(here, parts, calls.update, rank, capacity)
+    if streams or splits:
+        calls = planned_calls(config, here, syncs, rank, customs, streams=streams, splits=splits)
     step, others = usual_step(config, calls), unusual_steps(config, calls)
+    plan_of = partial(
+        make_plan, calls=step, capacity=capacity, rank=rank, other_steps=others, refuses=refuses
+    )
+    sizes = {
+        (name, KV_CACHE): cache_sizes(config, model.spec)
+        for name, model in here.items()
+        if model.spec.is_rollout and not model.spec.is_vllm
+    }
+    plan = plan_of(shrunk(parts, calls.generate, capacity, sizes))
+    larger = grown(plan, sizes)
+    if larger != list(plan.parts) and _moves_alike(second := plan_of(larger), plan):
+        plan = second
     return RankMemory(
-        plan=make_plan(parts, step, capacity=capacity, rank=rank, other_steps=others),
+        plan=plan,
         working_bytes={call.name: call.working_bytes for call in step},
         streams=streams,
+        splits=splits,
     )
 
 
-def device_bytes(config: Config, device_type: str, gpu_bytes: int | None) -> int | None:
+def _splits(
+    here: Mapping[str, HeldModel],
+    parts: Sequence[Part],
+    updates: Sequence[PlannedCall],
+    rank: int,
+    capacity: int | None,
+) -> frozenset[str]:
+    """The roles whose update does not fit with the optimizer on the device during all of it, and
+    does if that comes for its steps.
+    """
+    found = set()
+    for update in updates:
+        role = update.name.removesuffix(".update")
+        if not train_system(here[role].spec).splits_optimizer or fits(parts, update, capacity):
+            continue
+        gradients = train_memory(here[role], rank).gradients
+        if all(fits(parts, half, capacity) for half in halves(update, gradients)):
+            found.add(role)
+    return frozenset(found)
+
+
+def _moves_alike(second: MemoryPlan, first: MemoryPlan) -> bool:
+    """Whether the second plan moves what the first does, and no later."""
+    ahead = [[call.prefetch for call in plan.calls] for plan in (first, second)]
+    return second.residencies == first.residencies and ahead[0] == ahead[1]
+
+
+def cache_limit(memory: Mapping[int, RankMemory], spec: RoleSpec) -> int | None:
+    """Most bytes of a rollout's cache on each of its ranks, which schedule alike; None: any."""
+    found = [
+        part.num_bytes
+        for rank in spec.placement.ranks
+        if rank in memory and memory[rank].plan.capacity is not None
+        for part in memory[rank].plan.parts
+        if part.key == (spec.name, KV_CACHE)
+    ]
+    return min(found, default=None)
+
+
+def device_bytes(
+    config: Config, device_type: str, gpu_bytes: int | None, margin: Margin
+) -> int | None:
     """Bytes of a rank's device that roles may fill; None without a bound (CPU, no `memory_gb`)."""
     if config.memory_gb is not None:
         return int(config.memory_gb * 1e9)
@@ -131,7 +204,7 @@ def device_bytes(config: Config, device_type: str, gpu_bytes: int | None) -> int
         return None
     if gpu_bytes is None and torch.cuda.is_available():  # not on a host without GPUs
         gpu_bytes = free_bytes(torch.device("cuda", 0))
-    return None if gpu_bytes is None else int(gpu_bytes * FREE_SHARE)
+    return None if gpu_bytes is None else margin.room(gpu_bytes)
 
 
 def schedules(memory: Mapping[int, RankMemory]) -> list[str]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from spmdrl.config.sections import Config
+from spmdrl.config.shipped_flows import is_shipped
 from spmdrl.memory.parts import Part, PartKey, ResidencyWish
+from spmdrl.models.blocks.moe import has_fixed_shapes
+from spmdrl.models.linear import LEAST_CAPABILITY
 from spmdrl.models.local_shards import Table, WeightLayout
-from spmdrl.models.moe import has_fixed_shapes
-from spmdrl.planning.engines import longest_sequence, samples_per_replica, vllm_cache
-from spmdrl.planning.token_bounds import step_sizes
+from spmdrl.planning.engines import vllm_cache
+from spmdrl.planning.kv_cache import cache_sizes, reads_pages
+from spmdrl.planning.systems.registry import train_system
+from spmdrl.planning.systems.train_memory import TrainMemory
 from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.generation import GRAPHS, KV_CACHE
 from spmdrl.roles.model_calls import BASE, OPTIMIZER, WEIGHTS
-from spmdrl.rollout.native.varlen import BLOCK_MULTIPLE, varlen_is_usable
 from spmdrl.weights.plan import SyncPlan
 
 
@@ -57,10 +59,23 @@ def planned_parts(
         shared = syncs[name].shared.get(rank, frozenset()) if name in syncs else frozenset()
         rests_on = () if policy is None else _parts_of(shared, policy, here, rank)
         held = {local: held for local, held in model.layout[rank].items() if local not in shared}
-        parts += _rollout_parts(config, model.spec, table_bytes(held), rests_on)
+        own = _rollout_parts(config, model.spec, table_bytes(held), rests_on)
+        if name in syncs and _may_lose_weights(config, syncs[name]):
+            own[0] = replace(own[0], may_lose=True)
+        parts += own
         if uses_graphs(config, model):
             parts.append(_graphs(model.spec))
     return parts
+
+
+def _may_lose_weights(config: Config, sync: SyncPlan) -> bool:
+    """Whether the order of a step's calls is known, and each sync brings all that there is to hold:
+    those of a user's own loop may be others, tensors that never change are sent only once, and a
+    step that stops with the next one's samples begun (`lag`) resumes with the weights they have.
+    """
+    own = config.trainer is not None or config.environment is not None
+    known = is_shipped(config.flow) and not own and config.lag == 0
+    return known and sync.moves and not sync.frozen_rounds
 
 
 def base_part(spec: RoleSpec, here: Mapping[str, HeldModel]) -> PartKey:
@@ -103,11 +118,18 @@ def _model_parts(model: HeldModel, here: Mapping[str, HeldModel], rank: int) -> 
             rests_on=rests_on,
         )
     )
+    held_so = train_memory(model, rank)
     if spec.trained:
-        size = optimizer_bytes(table, model.state_layout[rank])
         wish = _wish(spec, OPTIMIZER)
+        size = held_so.optimizer
         parts.append(Part(role=spec.name, name=OPTIMIZER, num_bytes=size, wish=wish))
-    return parts
+    return [replace(p, num_bytes=0) if p.name in held_so.offloads else p for p in parts]
+
+
+def train_memory(model: HeldModel, rank: int) -> TrainMemory:
+    """The bytes that the role's training system adds to a rank."""
+    weights, states = model.layout[rank], model.state_layout[rank]
+    return train_system(model.spec).memory(model.spec, weights, states)
 
 
 def _rollout_parts(
@@ -153,12 +175,12 @@ def uses_graphs(config: Config, model: HeldModel) -> bool:
     spec = model.spec
     if spec.is_vllm:
         return False
-    if spec.device_type == "cuda" and not torch.cuda.is_available():
-        return False  # a rank without a GPU plans for one that has it: only its own plan counts
+    # a host without a GPU plans for GPUs that torch's kernels support
+    capability = None if torch.cuda.is_available() else LEAST_CAPABILITY
     shapes = {name: held.shape for name, held in next(iter(model.layout.values())).items()}
-    usable = varlen_is_usable(spec.dtype, spec.model.head_dim, spec.device)
-    fixed = has_fixed_shapes(spec.model, shapes, spec.dtype, spec.device)
-    return config.rollout.cuda_graphs and usable and fixed
+    usable = reads_pages(spec)
+    fixed = has_fixed_shapes(spec.model, shapes, spec.dtype, spec.device, capability)
+    return config.rollout.cuda_graphs and usable and fixed and not spec.shares_experts
 
 
 def table_bytes(table: Table) -> int:
@@ -166,39 +188,6 @@ def table_bytes(table: Table) -> int:
     return sum(held.num_bytes for held in table.values())
 
 
-def optimizer_bytes(weights: Table, states: Table) -> int:
-    """Bytes of AdamW's two moments in float32, and of the masters if the weights are narrower."""
-    narrow = {name: held for name, held in weights.items() if held.dtype != torch.float32}
-    # FSDP's shards are float32, tensors that it does not cut may be narrower; else all have one
-    # dtype
-    masters = narrow if len(narrow) < len(weights) else states
-    return 2 * _trained_bytes(states) + _trained_bytes(masters)
-
-
-def gradient_bytes(table: Table) -> int:
-    """Bytes of float32 gradients, without the short-lived ones in the dtype of narrower weights."""
-    return _trained_bytes(table)
-
-
-def _trained_bytes(table: Table) -> int:
-    return sum(4 * math.prod(held.shape) for held in table.values() if not held.frozen)
-
-
 def cache_bytes(config: Config, spec: RoleSpec) -> int:
     """Bytes of one rank's KV cache: as configured, or as much as a step's samples can need."""
-    rollout, model = config.rollout, spec.model
-    if spec.is_vllm:
-        return vllm_cache(config, spec).num_bytes
-    if rollout.kv_cache_gb != "auto":
-        return int(rollout.kv_cache_gb * 1e9)
-    samples = samples_per_replica(config, spec)
-    tokens = config.data.train.max_tokens + config.sampling.max_tokens
-    if config.data_kind() == "prompts":
-        tokens = step_sizes(config).row_tokens
-    if spec.device_type == "cuda":  # the engine makes it once, for all calls
-        multiple = BLOCK_MULTIPLE if spec.dtype.itemsize == 2 else 1
-        block = -(-rollout.block_size // multiple) * multiple
-        tokens = -(-longest_sequence(config, model.max_position) // block) * block
-    heads = max(1, model.num_kv_heads // spec.placement.degrees["tp"])
-    per_token = 2 * model.num_layers * heads * model.head_dim * spec.dtype.itemsize
-    return min(samples, rollout.max_running) * tokens * per_token
+    return vllm_cache(config, spec).num_bytes if spec.is_vllm else cache_sizes(config, spec).step

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from spmdrl.config.data_sets import held_out_sets
 from spmdrl.config.sections import Config
@@ -13,8 +14,10 @@ from spmdrl.placement import DeviceType, Placement
 from spmdrl.planning.adapter_choice import AdapterUse, adapter_use
 from spmdrl.planning.engines import check_engine, shares_tensors
 from spmdrl.planning.layouts import check_model, role_layout, shard_blocks, state_layout
+from spmdrl.planning.margins import Margin, margin_of
 from spmdrl.planning.memory import RankMemory, plan_memory
 from spmdrl.planning.parts import HeldModel
+from spmdrl.planning.sketch import HeldWeights, Sketches, sketch_sync
 from spmdrl.role_spec import RoleSpec, device_types, make_specs
 from spmdrl.roles.custom import Custom, UserRole, check_scores, declared_bytes, make_user_role
 from spmdrl.weights.plan import SyncPlan, plan_sync
@@ -33,6 +36,7 @@ class RolePlan:
         syncs: weight sync by rollout.
         adapters: use of the policy's adapter by rollout, if it has one.
         memory: memory plan by rank.
+        margin: the memory of a GPU that the plans leave free.
         users: the objects behind users' own roles.
     """
 
@@ -44,6 +48,7 @@ class RolePlan:
     syncs: Mapping[str, SyncPlan]
     adapters: Mapping[str, AdapterUse]
     memory: Mapping[int, RankMemory]
+    margin: Margin
     users: Mapping[str, UserRole]
 
 
@@ -54,6 +59,9 @@ def plan_roles(
     ranks: Sequence[str],
     node_size: int = 1,
     gpu_bytes: int | None = None,
+    *,
+    refuses: bool = True,
+    sketches: Sketches | None = None,
 ) -> RolePlan:
     """Specs, layouts, weight syncs and memory of the roles, from configuration and their models.
 
@@ -62,6 +70,8 @@ def plan_roles(
         ranks: device type of every rank of the world.
         node_size: ranks of a node.
         gpu_bytes: the free memory of the world's fullest GPU, by default of this host's.
+        refuses: False: also plan roles that do not fit on the device together.
+        sketches: plan a few ranks only, with estimates of the syncs; it keeps layouts.
 
     Raises:
         ValueError: degrees do not divide a model, roles do not fit on the device together (sizes
@@ -69,33 +79,27 @@ def plan_roles(
     """
     devices = device_types(config, placements, ranks)
     specs = make_specs(config, placements, models, devices)
-    check_engine(config, specs, len(ranks))
-    for spec in specs.values():
-        check_model(spec, specs, replays_routing=config.algorithm.routing_replay)
+    _check_specs(config, specs, len(ranks))
     blocks = {name: shard_blocks(spec, specs) for name, spec in specs.items()}
-    layouts = {name: role_layout(spec, blocks[name]) for name, spec in specs.items()}
+    layout = role_layout if sketches is None else sketches.maker(specs.values())
+    layouts = {name: layout(spec, blocks[name]) for name, spec in specs.items()}
     states = {name: state_layout(spec, layouts[name]) for name, spec in specs.items()}
     bucket_bytes = config.rollout.sync_bucket_mb * 10**6
-    syncs = _plan_syncs(specs, layouts, node_size, bucket_bytes)
+    plans = partial(_plan_sync if sketches is None else sketch_sync, node_size, bucket_bytes)
+    syncs = _plan_syncs(specs, layouts, plans)
     adapters = _adapter_uses(config, specs, syncs)
     if changed := [n for n, use in adapters.items() if use.merged and specs[n].adapter is not None]:
         specs |= {name: replace(specs[name], adapter=None) for name in changed}
-        layouts |= {name: role_layout(specs[name]) for name in changed}
+        layouts |= {name: layout(specs[name], 1) for name in changed}
         states |= {name: layouts[name] for name in changed}
-        syncs = _plan_syncs(specs, layouts, node_size, bucket_bytes)
-    users = _user_roles(config)
-    customs = {
-        name: Custom(
-            num_bytes=declared_bytes(user),
-            device_type=devices[name],
-            ranks=placements[name].ranks,
-        )
-        for name, user in users.items()
-    }
+        syncs = _plan_syncs(specs, layouts, plans)
+    users = user_roles(config)
+    customs = _customs(users, placements, devices)
     held = {
         name: HeldModel(spec=spec, layout=layouts[name], state_layout=states[name])
         for name, spec in specs.items()
     }
+    margin = margin_of(specs, _on_gpus(placements, devices), syncs, node_size, len(ranks))
     return RolePlan(
         specs=specs,
         devices=devices,
@@ -104,13 +108,42 @@ def plan_roles(
         state_layouts=states,
         syncs=syncs,
         adapters=adapters,
-        memory=plan_memory(config, held, customs, syncs, ranks, gpu_bytes),
+        memory=plan_memory(config, held, customs, syncs, ranks, gpu_bytes, margin, refuses=refuses),
+        margin=margin,
         users=users,
     )
 
 
-def _user_roles(config: Config) -> dict[str, UserRole]:
-    """Users' own roles, made from their classes.
+def _on_gpus(
+    placements: Mapping[str, Placement], devices: Mapping[str, DeviceType]
+) -> dict[str, Placement]:
+    return {name: own for name, own in placements.items() if devices[name] == "cuda"}
+
+
+def _check_specs(config: Config, specs: Mapping[str, RoleSpec], num_ranks: int) -> None:
+    check_engine(config, specs, num_ranks)
+    for spec in specs.values():
+        check_model(spec, specs, replays_routing=config.algorithm.routing_replay)
+
+
+def _customs(
+    users: Mapping[str, UserRole],
+    placements: Mapping[str, Placement],
+    devices: Mapping[str, DeviceType],
+) -> dict[str, Custom]:
+    """Facts about users' own roles for memory plans."""
+    return {
+        name: Custom(
+            num_bytes=declared_bytes(user),
+            device_type=devices[name],
+            ranks=placements[name].ranks,
+        )
+        for name, user in users.items()
+    }
+
+
+def user_roles(config: Config) -> dict[str, UserRole]:
+    """Make users' own roles from their classes.
 
     Raises:
         ValueError: a class cannot be made, or does not return the scores that a reward needs.
@@ -141,11 +174,12 @@ def _adapter_uses(
     return {name: adapter_use(config, policy, specs[name], sync) for name, sync in syncs.items()}
 
 
+_SyncMaker = Callable[[HeldWeights, HeldWeights, frozenset[str]], SyncPlan]
+"""Make the sync from a policy to a rollout; the names are those of merged weights."""
+
+
 def _plan_syncs(
-    specs: Mapping[str, RoleSpec],
-    layouts: Mapping[str, WeightLayout],
-    node_size: int,
-    bucket_bytes: int,
+    specs: Mapping[str, RoleSpec], layouts: Mapping[str, WeightLayout], plans: _SyncMaker
 ) -> dict[str, SyncPlan]:
     """The sync from the policy to each rollout; none if there is no policy.
 
@@ -157,14 +191,28 @@ def _plan_syncs(
     adapter = specs[policy].adapter
     targets = frozenset(() if adapter is None else adapter.targets)
     return {
-        name: plan_sync(
-            layouts[policy],
-            layouts[name],
-            node_size=node_size,
-            bucket_bytes=bucket_bytes,
-            share=shares_tensors(spec),
-            merged=targets if spec.adapter is None else frozenset(),
+        name: plans(
+            (specs[policy], layouts[policy]),
+            (spec, layouts[name]),
+            targets if spec.adapter is None else frozenset(),
         )
         for name, spec in specs.items()
         if spec.is_rollout
     }
+
+
+def _plan_sync(
+    node_size: int,
+    bucket_bytes: int,
+    source: HeldWeights,
+    target: HeldWeights,
+    merged: frozenset[str],
+) -> SyncPlan:
+    return plan_sync(
+        source[1],
+        target[1],
+        node_size=node_size,
+        bucket_bytes=bucket_bytes,
+        share=shares_tensors(target[0]),
+        merged=merged,
+    )

@@ -6,21 +6,23 @@ A user's own flow is planned as if it made the same calls.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from spmdrl.config.data_sets import described_sets
 from spmdrl.config.sections import Config
+from spmdrl.config.shipped_flows import is_shipped
 from spmdrl.memory.schedule import PlannedCall
 from spmdrl.planning.activation_bytes import working_bytes
 from spmdrl.planning.engines import engine_parts
-from spmdrl.planning.parts import HeldModel, gradient_bytes, table_bytes, uses_graphs
+from spmdrl.planning.generation_bytes import generation_bytes
+from spmdrl.planning.parts import HeldModel, table_bytes, train_memory, uses_graphs
 from spmdrl.planning.token_bounds import microbatch_tokens
 from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.custom import FORWARD
-from spmdrl.roles.model_calls import OPTIMIZER, WEIGHTS
+from spmdrl.roles.model_calls import OPTIMIZER, OPTIMIZER_STEP, WEIGHTS
 from spmdrl.roles.policy_sync import SYNC
 from spmdrl.rollout.native.weights import MIN_STEPS
 from spmdrl.weights.plan import NUM_SLOTS, SyncPlan
@@ -64,6 +66,8 @@ def unusual_steps(config: Config, calls: RankCalls) -> dict[str, list[PlannedCal
     found = {}
     if (setting := _evaluation_between_syncs(config)) is not None:
         found[setting] = again
+    if held_out := _reading_evaluation(config):
+        found[held_out] = [*calls.sync, *calls.read, *sampled, *calls.read, *calls.update]
     if config.algorithm.refill_attempts > 0:
         found[f"algorithm.refill_attempts={config.algorithm.refill_attempts}"] = again
     if config.lag:  # the first step draws its own samples, and those of the next one
@@ -78,10 +82,26 @@ def _evaluation_between_syncs(config: Config) -> str | None:
     evaluation = config.evaluation
     sets = list(described_sets(config))
     if evaluation.before or evaluation.every > 0 or len(sets) > 1:
-        if evaluation.sets:
-            return f"evaluation.sets={sorted(evaluation.sets)}"
-        return f"evaluation.held_out={evaluation.held_out}" if sets else None
+        return _sets_setting(config) if sets else None
     return None
+
+
+def _reading_evaluation(config: Config) -> str | None:
+    """The setting that makes models read held-out rows after a sync, before the rollout responds
+    to others: flows of preferences and likelihoods evaluate so.
+    """
+    flow = config.flow_row
+    reads = flow.reads_preference or not flow.samples
+    if not (is_shipped(config.flow) and reads and described_sets(config)):
+        return None
+    return _sets_setting(config)
+
+
+def _sets_setting(config: Config) -> str:
+    evaluation = config.evaluation
+    if evaluation.sets:
+        return f"evaluation.sets={sorted(evaluation.sets)}"
+    return f"evaluation.held_out={evaluation.held_out}"
 
 
 def in_read_order(kinds: Mapping[str, str]) -> list[str]:
@@ -97,6 +117,7 @@ def planned_calls(
     customs: Iterable[str],
     *,
     streams: bool = False,
+    splits: Collection[str] = (),
 ) -> RankCalls:
     """The calls of the roles on this rank in a step.
 
@@ -104,6 +125,7 @@ def planned_calls(
         here: the roles with a model on this rank.
         customs: users' own roles on this rank.
         streams: the sync reads the policy's weights from the host.
+        splits: roles whose optimizer is on the device only while it steps.
     """
     kinds = {name: model.spec.kind for name, model in here.items()}
     generate = [
@@ -117,7 +139,8 @@ def planned_calls(
     for name in in_read_order(kinds):
         model = here[name]
         method = {"reward": "score", "value": "values"}.get(kinds[name], "logprobs")
-        work = _working_bytes(config, model.spec, backward=False)
+        added = train_memory(model, rank)
+        work = _working_bytes(config, model.spec, backward=False) + added.reads
         call = PlannedCall(name=f"{name}.{method}", needs=((name, WEIGHTS),), working_bytes=work)
         if name in scoring:
             score[name] = call
@@ -125,9 +148,14 @@ def planned_calls(
             read.append(call)
         if model.spec.trained:
             work = _working_bytes(config, model.spec, backward=True)
-            work += gradient_bytes(model.layout[rank])
+            work += added.passes + added.gradients
             needs = ((name, WEIGHTS), (name, OPTIMIZER))
-            update.append(PlannedCall(name=f"{name}.update", needs=needs, working_bytes=work))
+            whole = PlannedCall(name=f"{name}.update", needs=needs, working_bytes=work)
+            if name not in splits:
+                update.append(whole)
+                continue
+            num_steps = model.spec.train.num_minibatches * model.spec.train.epochs
+            update += halves(whole, added.gradients) * num_steps
     return RankCalls(
         sync=tuple(_sync_call(here, syncs, rank, streams=streams)),
         generate=tuple(generate),
@@ -135,6 +163,21 @@ def planned_calls(
         read=tuple(read),
         update=tuple(update),
     )
+
+
+def halves(update: PlannedCall, gradients: int) -> list[PlannedCall]:
+    """An optimizer step of an update as two calls: the passes over its rows, without the optimizer,
+    and the step itself.
+
+    Args:
+        gradients: bytes of the gradients, which the step has from the passes.
+    """
+    role = update.name.removesuffix(".update")
+    step = f"{role}.{OPTIMIZER_STEP}"
+    return [
+        replace(update, needs=((role, WEIGHTS),)),
+        replace(update, name=step, working_bytes=gradients),
+    ]
 
 
 def _generate_call(config: Config, model: HeldModel, rank: int) -> PlannedCall:
@@ -146,7 +189,8 @@ def _generate_call(config: Config, model: HeldModel, rank: int) -> PlannedCall:
     return PlannedCall(
         name=f"{spec.name}.generate",
         needs=tuple((spec.name, part) for part in parts),
-        working_bytes=table_bytes(model.layout[rank]) if pays else 0,
+        working_bytes=generation_bytes(config, spec)
+        + (table_bytes(model.layout[rank]) if pays else 0),
     )
 
 
@@ -167,8 +211,9 @@ def _sync_call(
         staged = [NUM_SLOTS * syncs[name].slot_bytes for name in moving if syncs[name].moved_bytes]
         work = max(staged, default=0)
         work += sum(_merged_bytes(model, [syncs[n] for n in moving], rank) for model in policies)
+        partly = tuple(part for part in target if syncs[part[0]].frozen_rounds)
         needs = () if streams else source
-        yield PlannedCall(name=SYNC, needs=needs, fills=target, working_bytes=work)
+        yield PlannedCall(name=SYNC, needs=needs, fills=target, adds_to=partly, working_bytes=work)
 
 
 def _merged_bytes(policy: HeldModel, syncs: Iterable[SyncPlan], rank: int) -> int:

@@ -1,4 +1,4 @@
-"""Amount of data in a step, from the configuration: bounds for plans, numbers for `explain`.
+"""Amount of data in a step, from the configuration: bounds for plans, numbers for `plan`.
 
 The bounds hold for the shipped flows with their own environments.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from spmdrl.config.data_sets import held_out_sets, train_sources
-from spmdrl.config.sections import Config, TrainSection
+from spmdrl.config.sections import Config
+from spmdrl.config.training import TrainSection
 from spmdrl.role_spec import RoleSpec
 from spmdrl.training.packing import first_fit
 from spmdrl.training.readout import Places

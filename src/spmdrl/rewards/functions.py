@@ -17,6 +17,7 @@ from typing import Any
 
 from spmdrl.config.user_objects import load_object
 from spmdrl.rewards.arguments import caller_of
+from spmdrl.rewards.code import code
 from spmdrl.rewards.expressions import make_comparison
 from spmdrl.rewards.texts import last_numeral, last_value, plain_words
 
@@ -183,6 +184,7 @@ def reasoning_gym(*, extract: str = "tag", binary: bool = False) -> RewardFuncti
 
 BUILT_IN: Mapping[str, Callable[..., RewardFunction]] = MappingProxyType(
     {
+        "code": code,
         "exact": exact,
         "format": format_,
         "math": math,

@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 from spmdrl.config.user_objects import own_frames, own_story
 from spmdrl.rewards.arguments import Caller
 from spmdrl.rewards.functions import RewardFunction, RewardSpec, load
+from spmdrl.sandbox.processes import children_by_parent, descendants
 
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 """Largest reward: rewards are float32 columns, in which a larger one would be infinite."""
@@ -147,36 +148,17 @@ def _kill(pid: int, others: Set[int]) -> int:
     """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    for found in _descendants(pid):  # those in other groups
+    for found in descendants(pid):  # those in other groups
         with contextlib.suppress(ProcessLookupError):
             os.kill(found, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    while strays := [child for child in _children().get(os.getpid(), ()) if child not in others]:
+    while strays := [
+        child for child in children_by_parent().get(os.getpid(), ()) if child not in others
+    ]:
         for stray in strays:
             os.kill(stray, signal.SIGKILL)  # ours: at most a zombie
             os.waitpid(stray, 0)
     return code
-
-
-def _children() -> dict[int, list[int]]:
-    """Parent -> its children, for all visible processes."""
-    found: dict[int, list[int]] = {}
-    for directory in Path("/proc").iterdir():
-        if not directory.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
-            found.setdefault(parent, []).append(int(directory.name))
-    return found
-
-
-def _descendants(pid: int) -> list[int]:
-    children = _children()
-    found, new = [], [pid]
-    while new:
-        new = [child for parent in new for child in children.get(parent, ())]
-        found += new
-    return found
 
 
 def _run_worker(control: socket.socket, descriptor: int) -> NoReturn:

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from spmdrl.distributed.reduce import world_sum
 from spmdrl.keyed_random import key64, token_hash
-from spmdrl.models.adapters import Adapter, lora_names
-from spmdrl.models.local_shards import LocalTensors
-from spmdrl.models.sharding import Slice
-from spmdrl.weights.layout import local_box
+from spmdrl.models.adapters import Adapter
+from spmdrl.models.local_shards import LocalTensors, local_box
+from spmdrl.models.tensors import Slice
 
 View = Callable[[Tensor], Tensor]
 """Returns a tensor's current values, to read and to write."""
@@ -39,9 +38,10 @@ class AdapterNoise:
     """
 
     def __init__(self, adapter: Adapter, tensors: LocalTensors, view: View) -> None:
-        self._adapter, self._view = adapter, view
-        self._a = _held(tensors, {lora_names(target)[0] for target in adapter.targets})
-        self._b = _held(tensors, {lora_names(target)[1] for target in adapter.targets})
+        self._targets, self._view = adapter.distinct, view
+        self._names = {target: adapter.factors(target) for target in self._targets}
+        self._a = _held(tensors, {a for a, _ in self._names.values()})
+        self._b = _held(tensors, {b for _, b in self._names.values()})
         self._own: list[tuple[Tensor, Tensor]] = []
         self._units: dict[str, float] | None = None
 
@@ -50,6 +50,7 @@ class AdapterNoise:
         """Write noise into the B of these targets, and zeros into the others'.
 
         Args:
+            targets: some of `Adapter.distinct`.
             size: about the root mean square of a target's addition, relative to that of its input.
         """
         if self._units is None:
@@ -57,8 +58,7 @@ class AdapterNoise:
         if not self._own:
             held = {id(tensor): tensor for boxes in self._b.values() for tensor, _ in boxes}
             self._own = [(tensor, self._view(tensor).clone()) for tensor in held.values()]
-        for target in self._adapter.targets:
-            name = lora_names(target)[1]
+        for target, (_, name) in self._names.items():
             for tensor, piece in self._b.get(name, ()):
                 box = local_box(self._view(tensor), piece)
                 if target in targets:
@@ -79,10 +79,10 @@ class AdapterNoise:
         For an input with elements of size 1, an element of A x is about rms(A) sqrt(columns), and
         one of B u about rms(B) sqrt(rank) times that; uniform noise has rms(B) = largest / sqrt(3).
         """
-        targets = self._adapter.targets
+        targets = self._targets
         sums = torch.zeros(len(targets), 2, dtype=torch.float64)
         for number, target in enumerate(targets):
-            for tensor, piece in self._a.get(lora_names(target)[0], ()):
+            for tensor, piece in self._a.get(self._names[target][0], ()):
                 box = local_box(self._view(tensor), piece)
                 sums[number, 0] += float(box.double().square().sum()) * piece.shape[1]
                 sums[number, 1] += box.numel()

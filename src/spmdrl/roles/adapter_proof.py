@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spmdrl.models.adapters import Adapter, lora_names
+from spmdrl.models.adapters import Adapter
 from spmdrl.roles.adapter_noise import AdapterNoise
 from spmdrl.roles.canary import Canary
 from spmdrl.roles.generation import Rollout
@@ -70,7 +70,8 @@ class AdapterProof:
         rollout: Rollout,
         sync: Callable[[], None],
     ) -> None:
-        self._adapter, self._noise, self._canary = adapter, noise, canary
+        self._targets, self._noise, self._canary = list(adapter.distinct), noise, canary
+        self._b_of = {target: adapter.factors(target)[1] for target in self._targets}
         self._policy, self._rollout, self._sync = policy, rollout, sync
         self._scored: _Scored | None = None
 
@@ -82,7 +83,7 @@ class AdapterProof:
             ValueError: the policy does not compute with its adapter, or gives no finite numbers,
                 or the sync failed.
         """
-        scored = self._score(self._adapter.targets)
+        scored = self._score(self._targets)
         if not math.isfinite(scored.effect):
             raise ValueError(
                 "the policy's log-probabilities of fixed rows are not finite, without or with "
@@ -122,7 +123,7 @@ class AdapterProof:
         """Describe the first target whose noise the engine does not see as the policy does; None
         if there is none, or if the two differ in the base.
         """
-        targets = list(self._adapter.targets)
+        targets = self._targets
         if self._is_off([]):
             return None
         while len(targets) > 1:
@@ -131,13 +132,13 @@ class AdapterProof:
         if not self._is_off(targets):
             return None
         return (
-            f"{lora_names(targets[0])[1]} is not applied in the engine as in training (not at all, "
+            f"{self._b_of[targets[0]]} is not applied in the engine as in training (not at all, "
             "with another scale or another A, or in another place)"
         )
 
     @property
     def _first_name(self) -> str:
-        return lora_names(next(iter(self._adapter.targets)))[1]
+        return self._b_of[self._targets[0]]
 
     def _is_off(self, targets: Collection[str]) -> bool:
         scored = self._score(targets)

@@ -18,18 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.batch import Batch
-from spmdrl.distributed.exchange import (
-    Column,
-    ExchangePlan,
-    RowTable,
-    bring_home,
-    gather_rows,
-    plan_exchange,
-    send_to_role,
-)
+from spmdrl.distributed.exchange import bring_home, gather_rows, send_to_role
+from spmdrl.distributed.exchange_plan import Exchange, ExchangePlan, RowTable, plan_exchanges
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.reduce import broadcast_object
+from spmdrl.distributed.row_bytes import Column
 from spmdrl.memory.call_memory import CallMemory
+from spmdrl.observe.own_work import OwnWork, Waits
 from spmdrl.roles.kept import Kept, PartialResult, Record, origin_of
 from spmdrl.roles.ledger import Interrupted, Ledger, Stint, current, places_of
 from spmdrl.supervision.stopping import StopAsked
@@ -166,7 +161,7 @@ def together(*calls: Call[Any] | None) -> tuple[Any, ...]:
 def _run(calls: Sequence[Call[Any]]) -> list[Any]:
     """Run calls that nothing is kept of; returns their home results."""
     sent = _send(calls)
-    computed = _compute(sent, [Stint()] * len(calls))
+    computed = _compute(sent, [Stint()] * len(calls), OwnWork(Waits()))
     return [_bring_home(one, value) for one, value in zip(sent, computed, strict=True)]
 
 
@@ -180,28 +175,37 @@ class _Sent:
 
 
 def _send(calls: Sequence[Call[Any]]) -> list[_Sent]:
-    plans = [_plan(call) for call in calls]
+    plans = plan_exchanges([_exchange_of(call) for call in calls])
     return [
         _Sent(call=call, plan=plan, rows=send_to_role(plan, call.batch, call.needs))
         for call, plan in zip(calls, plans, strict=True)
     ]
 
 
-def _compute(sent: Sequence[_Sent], stints: Sequence[Stint]) -> list[Any]:
+def _compute(sent: Sequence[_Sent], stints: Sequence[Stint], work: OwnWork) -> list[Any]:
     """Compute this rank's calls, readers before writers; None for the calls of other ranks."""
     computed: list[Any] = [None] * len(sent)
+    for one in sent:
+        work.expect(_name(one.call))
     mine = [i for i, one in enumerate(sent) if one.rows is not None]
     mine.sort(key=lambda i: sent[i].call.writes)
     for index in mine:
         call, rows = sent[index].call, sent[index].rows
         assert rows is not None
         if (memory := call.role.memory) is not None:
-            memory.begin(f"{call.role.name}.{call.method}", call.uses, is_planned=call.kept)
-        computed[index] = call.compute(rows, stints[index])
+            memory.begin(_name(call), call.uses, is_planned=call.kept)
+        with work.call(_name(call), call.role.mesh.coordinate("pp")) as count:
+            computed[index] = value = call.compute(rows, stints[index])
+            count(int((value if isinstance(value, Batch) else rows).lengths.sum()))
     return computed
 
 
-def _plan(call: Call[Any]) -> ExchangePlan:
+def _name(call: Call[Any]) -> str:
+    return f"{call.role.name}.{call.method}"
+
+
+def _exchange_of(call: Call[Any]) -> Exchange:
+    """Gather the call's row table; the world has the same one on every rank."""
     batch = call.batch
     unique = unique_atoms(batch.num_rows)
     table = gather_rows(
@@ -212,7 +216,7 @@ def _plan(call: Call[Any]) -> ExchangePlan:
     replicas = call.role.mesh.replicas()
     if call.arrange is not None:
         table = call.arrange(table, len(replicas))
-    return plan_exchange(table, replicas)
+    return table, replicas
 
 
 def unique_atoms(num_rows: int) -> Tensor:
@@ -260,11 +264,11 @@ def _run_kept(
     """Run calls that are not finished yet; returns their home results, all of which are kept."""
     if not calls:
         return []
-    names = "+".join(f"{call.role.name}.{call.method}" for call in calls)
+    names = "+".join(_name(call) for call in calls)
     ledger.enter(names, "; ".join(_shapes(call) for call in calls))
     sent = _send(calls)
     ledger.stage("computing")
-    computed = _compute(sent, [ledger.stint(entry) for entry in entries])
+    computed = _compute(sent, [ledger.stint(entry) for entry in entries], ledger.work)
     ledger.stage("returning")
     stopped = [isinstance(value, Interrupted) for value in computed]
     entries, are_stopped, stop = ledger.agree(entries, stopped)

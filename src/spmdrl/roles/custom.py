@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from spmdrl.batch import Batch
-from spmdrl.config.user_objects import headline, lacks, load_object, told
-from spmdrl.distributed.exchange import Column
+from spmdrl.config.user_objects import lacks, make_object
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.distributed.row_bytes import Column
 from spmdrl.memory.call_memory import CallMemory
 from spmdrl.roles.calls import Call, role_method
 from spmdrl.roles.ledger import Stint
@@ -138,21 +137,7 @@ def make_user_role(name: str, where: str, options: Mapping[str, Any]) -> UserRol
         ValueError: it cannot be made with these options; something that a role needs is missing, or
             does not take the arguments of its calls; or it only saves, or only loads.
     """
-    kind = load_object(where, f"roles.{name}.kind")
-    key = f"roles.{name}.kind={where}"
-    if not callable(kind):
-        raise ValueError(f"{key} is a {type(kind).__name__}: name a class")
-    try:
-        inspect.signature(kind).bind(**options)
-    except TypeError as error:
-        raise ValueError(
-            f"{key} is made with roles.{name}.options={dict(options)}: {error}"
-        ) from None
-    try:
-        user: UserRole = kind(**options)
-    # The user's own code may raise anything; whatever it is, the role cannot be made.
-    except Exception as error:
-        raise ValueError(told(f"{key} cannot be made: {headline(error)}", error)) from error
+    user: UserRole = make_object(where, options, f"roles.{name}.kind", f"roles.{name}.options")
     try:
         check_user_role(name, user)
     except ValueError as error:

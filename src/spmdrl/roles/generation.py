@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from spmdrl.batch import Batch, Ragged, from_rows
-from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import split_groups_if_few
 from spmdrl.distributed.reduce import agreed
+from spmdrl.distributed.row_bytes import Column
 from spmdrl.keyed_random import NOISE_VERSION
 from spmdrl.memory.call_memory import CallMemory
+from spmdrl.models.adapter_weights import AdapterWeights
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, fill
-from spmdrl.models.low_rank import AdapterWeights
 from spmdrl.models.routing import EXPERT_CHOICES, choices_dtype
 from spmdrl.roles.calls import Call, role_method
 from spmdrl.roles.kept import PartialResult
@@ -219,7 +219,7 @@ def _expert_column(model: ModelConfig) -> tuple[Column, ...]:
     moe = model.moe
     if moe is None:
         raise ValueError(f"sampling.experts: {model.architecture} has no experts to record")
-    dtype, shape = choices_dtype(moe.num_experts), (len(moe.layers), moe.top_k)
+    dtype, shape = choices_dtype(moe.num_experts), (len(model.moe_layers), moe.top_k)
     return (Column(name=EXPERT_CHOICES, dtype=dtype, shape=shape),)
 
 

@@ -27,7 +27,7 @@ from spmdrl.roles.model_calls import (
     update_call,
 )
 from spmdrl.training.protocol import NO_GRADIENT, LossFn, TrainBackend
-from spmdrl.training.readout import SCORES, VALUES, next_token
+from spmdrl.training.readout import VALUES, next_token, scores
 from spmdrl.training.support import SUPPORT
 
 __all__ = [
@@ -97,20 +97,27 @@ class Reference(ModelRole):
         return read_call(self, "logprobs", batch, readout, names, those_in(batch, (SUPPORT,)))
 
 
+@dataclass(eq=False, repr=False)
 class Reward(ModelRole):
     """A reward model: `score(batch)` adds the row column `scores`, read at the last token.
 
     `update(batch, loss_fn, update)` trains it if `roles.NAME.trained` is set; the loss gets
     `scores`.
+
+    Args:
+        skipped: the token that is passed over at a row's end (see `training.readout.Readout`).
     """
+
+    skipped: int | None = None
 
     @role_method
     def score(self, batch: Batch) -> Call[Batch]:
-        return read_call(self, "score", batch, SCORES, SCORES.columns)
+        readout = scores(self.skipped)
+        return read_call(self, "score", batch, readout, readout.columns)
 
     @role_method
     def update(self, batch: Batch, loss_fn: LossFn, update: Update) -> Call[UpdateRecords]:
-        return update_call(self, batch, loss_fn, SCORES, update)
+        return update_call(self, batch, loss_fn, scores(self.skipped), update)
 
 
 class Value(ModelRole):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from spmdrl.batch import Batch
 from spmdrl.distributed.reduce import world_sum
+from spmdrl.observe.own_work import OwnWork, Waits
 from spmdrl.roles.kept import Journal, Kept, Origin, PartialResult, Record
 from spmdrl.supervision.pulse import Pulse, Stage
 from spmdrl.world import World
@@ -80,6 +81,7 @@ class Ledger:
         should_stop: whether this rank knows of a request to stop.
         journal: journal of the step that the run resumes.
         roles: description of each role, equal for roles whose results may replace each other's.
+        work: meter of the calls' computations.
     """
 
     def __init__(
@@ -90,9 +92,11 @@ class Ledger:
         should_stop: Callable[[], bool] = lambda: False,
         journal: Journal | None = None,
         roles: Mapping[str, str] | None = None,
+        work: OwnWork | None = None,
     ) -> None:
         journal = Journal() if journal is None else journal
         self._roles = {} if roles is None else roles
+        self.work = OwnWork(Waits()) if work is None else work
         self._rank, self._size, self._is_first = world.rank, world.size, world.is_first
         self._store: Store = world.connect(f"{prefix}/calls")
         self._pulse, self._should_stop = pulse, should_stop

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from spmdrl.algorithms.metrics import combine
 from spmdrl.batch import Batch
-from spmdrl.distributed.exchange import Column
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import into_minibatches
 from spmdrl.distributed.reduce import group_any, group_sums
+from spmdrl.distributed.row_bytes import Column
 from spmdrl.keyed_random import key64
 from spmdrl.memory.call_memory import CallMemory
 from spmdrl.models.config import ModelConfig
@@ -34,6 +34,10 @@ SAMPLE_BITS = 20
 BASE, WEIGHTS, OPTIMIZER = "base", "weights", "optimizer"
 """The parts of a trained model, as a role's `residency` section names them; under an adapter, the
 fixed weights are `base` and the adapter's are `weights`."""
+
+OPTIMIZER_STEP = "optimizer_step"
+"""Name, in the memory plan, of the part of an update that needs the optimizer, where that is not on
+the device during all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +151,12 @@ def update_call(
     `loss_share` (the row's contribution to the normaliser), and the columns that the loss reads.
     """
 
+    memory = role.memory
+    splits = memory is not None and role.name in memory.splits
+
     def compute(rows: Batch, stint: Stint) -> UpdateRecords | Interrupted:
-        return _run_update(_backend(role), rows, loss_fn, readout, update, stint)
+        turns = _Turns(role.name, memory if splits else None)
+        return _run_update(_backend(role), rows, loss_fn, readout, update, stint, turns)
 
     return Call(
         role=role,
@@ -159,7 +167,7 @@ def update_call(
         returns=(),
         compute=compute,
         finish=then,
-        uses=((role.name, WEIGHTS), (role.name, OPTIMIZER)),
+        uses=((role.name, WEIGHTS), *[(role.name, OPTIMIZER)] * (not splits)),
         writes=True,
         atom=batch["prompt_ids"],
         order=row_order(batch),
@@ -178,6 +186,29 @@ def _backend(role: ModelRole) -> TrainBackend:
     return role.backend
 
 
+class _Turns:
+    """The moves of an optimizer within an update.
+
+    Args:
+        memory: moves of this rank; None if the optimizer stays during the whole update.
+    """
+
+    def __init__(self, role: str, memory: CallMemory | None) -> None:
+        self._role, self._memory, self._has_stepped = role, memory, False
+
+    def passes(self) -> None:
+        """Send the optimizer away after an earlier step (the call has begun without it)."""
+        if self._memory is not None and self._has_stepped:
+            self._memory.begin(f"{self._role}.update", [(self._role, WEIGHTS)])
+
+    def step(self, *, is_last: bool) -> None:
+        """Bring the optimizer for its step; `is_last`: no other follows in this update."""
+        if self._memory is not None:
+            uses = [(self._role, WEIGHTS), (self._role, OPTIMIZER)]
+            self._memory.begin(f"{self._role}.{OPTIMIZER_STEP}", uses, is_last=is_last)
+        self._has_stepped = True
+
+
 def _run_update(
     backend: TrainBackend,
     rows: Batch,
@@ -185,6 +216,7 @@ def _run_update(
     readout: Readout,
     update: Update,
     stint: Stint,
+    turns: _Turns,
 ) -> UpdateRecords | Interrupted:
     """Run the minibatches that an earlier stint has left; it can stop between two of them."""
     done, records = 0, []
@@ -192,7 +224,7 @@ def _run_update(
         done, records = stint.begun.values["minibatches"], list(stint.begun.values["records"])
     left = _minibatches(update)[done:]
     seen, count = 0, sum(int((rows["minibatch"] == m).sum()) for m in left)  # of rows
-    for minibatch in left:
+    for number, minibatch in enumerate(left, start=1):
         if group_any(stint.should_stop(), backend.mesh.group("all")):
             return Interrupted(part=PartialResult(values={"minibatches": done, "records": records}))
         done += 1
@@ -205,6 +237,7 @@ def _run_update(
         stint.beat()
         if normaliser == 0 or num_places == 0:  # nothing to learn from or to average
             continue
+        turns.passes()
         sums = backend.forward_backward(
             part,
             loss_fn,
@@ -213,6 +246,7 @@ def _run_update(
             whole_groups=update.whole_groups,
             progress=report,
         )
+        turns.step(is_last=number == len(left))
         step = backend.optim_step()
         records.append(
             combine([sums])

@@ -11,11 +11,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from spmdrl.memory.call_memory import CallMemory
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.local_shards import LocalTensors, Table, WeightLayout
+from spmdrl.models.tensors import Slice
 from spmdrl.roles.adapter_noise import AdapterNoise
 from spmdrl.roles.adapter_proof import AdapterProof
 from spmdrl.roles.canary import Canary
@@ -45,8 +46,8 @@ class SyncState:
         step: the step.
         done: number of runs in the step.
         metrics: metrics of the last run.
-        held: the checkpoint holds the engine's own weights, which are those of the last run,
-            because the policy has moved on.
+        held: the checkpoint holds the engine's own weights (but for frozen ones), which are those
+            of the last run, because the policy has moved on.
         merged: whether an adapter is merged into these weights.
     """
 
@@ -184,21 +185,36 @@ class PolicySync:
         tensors = {} if engine is None else engine.local_tensors()
         return {name: held for name, held in tensors.items() if name not in shared}
 
-    def own_layout(self, layout: WeightLayout) -> dict[int, Table]:
-        """The tables of every rank's own engine weights, out of `layout`, the rollout's."""
+    def kept_tensors(self) -> LocalTensors:
+        """Those of `own_tensors` that later syncs change, with the slices that they change."""
+        changing = {n: (t, self._changing(held)) for n, (t, held) in self.own_tensors().items()}
+        return {name: (tensor, held) for name, (tensor, held) in changing.items() if held}
+
+    def kept_layout(self, layout: WeightLayout) -> dict[int, Table]:
+        """The tables of every rank's `kept_tensors`, out of `layout`, the rollout's."""
         shared = self.plan.shared
         return {
-            rank: {n: held for n, held in table.items() if n not in shared.get(rank, frozenset())}
+            rank: {
+                name: replace(held, slices=self._changing(held.slices))
+                for name, held in table.items()
+                if name not in shared.get(rank, frozenset())
+            }
             for rank, table in layout.items()
         }
 
+    def _changing(self, slices: tuple[Slice, ...]) -> tuple[Slice, ...]:
+        return tuple(piece for piece in slices if piece.name in self.plan.changing)
+
     @contextmanager
     def filling(self) -> Iterator[None]:
-        """Let the block write `own_tensors` by other means than a sync."""
+        """Let the block write `kept_tensors`, then move the frozen ones. All ranks call it."""
         has_own = self._rollout.memory is not None and bool(self.own_tensors())
         parts = [(self._rollout.name, WEIGHTS)] if has_own else []
-        self._parts.prepare([], fills=parts)
+        reads = bool(self.plan.frozen_rounds) and self._policy.mesh.is_member
+        needs = [(self._policy.name, WEIGHTS)] if reads and not self._streams else []
+        self._parts.prepare(needs, fills=parts)
         yield
+        self._weights.run_frozen()
         for part in parts:
             self._parts.filled(*part)
 
@@ -211,9 +227,12 @@ class PolicySync:
         policy, rollout = self._policy, self._rollout
         needs = [(policy.name, WEIGHTS)] if policy.mesh.is_member and not self._streams else []
         fills = [(rollout.name, WEIGHTS)] if rollout.mesh.is_member else []
+        if self._weights.leaves_out_frozen and self.plan.frozen_rounds:
+            needs += fills  # what it leaves out must have lasted
         gigabytes, began = self._weights.moved_bytes / 1e9, time.perf_counter()
         if self._weights.has_work:
-            self._memory.begin(SYNC, needs, fills=fills)
+            overwritten = [part for part in fills if part not in needs]
+            self._memory.begin(SYNC, needs, fills=overwritten)
             self._weights.run()
             for part in fills:
                 self._parts.filled(*part)

@@ -1,4 +1,9 @@
-"""`Lockstep`: the ranks of a tensor-parallel group, which run every step of an engine together."""
+"""`Lockstep`: the ranks that run every step of an engine together.
+
+These are the ranks of a tensor-parallel group, which have the same samples. Where replicas share
+their experts, their groups take as many steps as the one with the most work: in each step all
+exchange tokens.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +21,31 @@ class Lockstep:
 
     Args:
         tp: this rank's place in the group.
+        exchange: the ranks of other replicas that hold other experts, if there are any.
     """
 
-    def __init__(self, tp: Parallel, device: torch.device) -> None:
-        self._tp, self._device = tp, device
+    def __init__(
+        self, tp: Parallel, device: torch.device, exchange: dist.ProcessGroup | None = None
+    ) -> None:
+        self._tp, self._device, self._exchange = tp, device, exchange
+
+    @property
+    def shares_experts(self) -> bool:
+        """Whether replicas step together, with or without work of their own."""
+        return self._exchange is not None
+
+    def has_step(self, has_work: bool, stop: bool) -> bool:
+        """Whether the group takes another step: some replica has work, and none is to stop.
+
+        Args:
+            has_work, stop: of this replica, equal on its ranks.
+        """
+        if self._exchange is None:
+            return has_work and not stop
+        message = torch.tensor([int(has_work), int(stop)], device=self._device)
+        dist.all_reduce(message, dist.ReduceOp.MAX, group=self._exchange)
+        some_work, some_stop = message.tolist()
+        return bool(some_work) and not some_stop
 
     @property
     def is_leader(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spmdrl.batch import Ragged
 from spmdrl.config.sections import SamplingSection
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 
 MAX_SUPPORT = 256
 """Most tokens that truncation may leave if their ids are to be recorded, and a log-probability is
@@ -84,6 +84,8 @@ class Request:
             continue a sample may draw it again from the start.
         adapter: name of the adapter to apply: `OWN` if the engine has one of its own, one that
             was added to it, or None for the base alone.
+        room: most tokens of a completion whose samples take turns, answers included;
+            `sampling.max_tokens` is then that of the first turn. 0: there are no turns.
     """
 
     tokens: tuple[int, ...]
@@ -92,6 +94,12 @@ class Request:
     sampling: SamplingParams
     begun: tuple[Completion, ...] = ()
     adapter: str | None = OWN
+    room: int = 0
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a completion can have."""
+        return self.room or self.sampling.max_tokens
 
     def done(self, place: int) -> Completion | None:
         """Return the sample at `place` if it was complete before this call."""
@@ -118,6 +126,11 @@ class Completion:
             tokens that were not computed (the last one never is). None unless asked for.
         support: int32 ids that each token was drawn from; empty if from all tokens, or from more
             than `MAX_SUPPORT`. None unless asked for.
+        given: ranges of `tokens` that were given in answer to a turn and not drawn, ascending; they
+            have a log-probability of 0, and no support.
+        waits: reason of the end of its turn, if an aborted sample had ended one and waited for the
+            answer.
+        turn_limit: most tokens of an aborted sample's turn, if an answer gave them.
     """
 
     tokens: tuple[int, ...]
@@ -126,6 +139,61 @@ class Completion:
     margins: tuple[float, ...] = ()
     experts: Tensor | None = None
     support: Ragged | None = None
+    given: tuple[tuple[int, int], ...] = ()
+    waits: Finish | None = None
+    turn_limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """A turn that a sample has ended, and now waits for the answer.
+
+    Args:
+        request: place of the sample's request in the call.
+        sample: its sample index, of `Request.samples`.
+        number: number of turns that it ended before.
+        tokens: tokens that were drawn in the turn, with the one that ended it.
+        finish: STOP, or LENGTH where the turn was cut.
+    """
+
+    request: int
+    sample: int
+    number: int
+    tokens: tuple[int, ...]
+    finish: Finish
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The answer to a turn.
+
+    Args:
+        request, sample: those of the turn.
+        tokens: tokens that the context goes on with; they are given, and not drawn. At least one,
+            unless the sample ends.
+        max_tokens: most tokens of the next turn; 0 ends the sample.
+        finish: reason of the sample's end.
+    """
+
+    request: int
+    sample: int
+    tokens: tuple[int, ...] = ()
+    max_tokens: int = 0
+    finish: Finish = Finish.STOP
+
+
+class Turns(Protocol):
+    """Answers to the turns of one call, where a sample would end: it may continue. The requests of
+    the call have `room`, and only the first rank of a replica asks for answers.
+    """
+
+    def ended(self, turn: Turn) -> None:
+        """Take a turn, which is answered later; it is told again if a stopped call resumes."""
+
+    def answers(self, wait_s: float) -> Sequence[Answer]:
+        """Return the answers that have arrived since the last call, in any order; if there are
+        none, wait up to `wait_s` seconds for one.
+        """
 
 
 class RolloutEngine(Protocol):

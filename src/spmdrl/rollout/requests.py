@@ -13,7 +13,7 @@ GB = 10**9
 def blocks_needed(requests: Sequence[Request], block_size: int, max_running: int) -> int:
     """Count the blocks that the largest `max_running` samples need to finish side by side."""
     needs = (
-        -(-(len(request.tokens) + request.sampling.max_tokens) // block_size)
+        -(-(len(request.tokens) + request.longest) // block_size)
         for request in requests
         for _ in request.samples
     )
@@ -54,17 +54,21 @@ def check_requests(
     """
     for i, request in enumerate(requests):
         name = f"request {i} (prompt_id {request.prompt_id})"
-        tokens, max_tokens = request.tokens, request.sampling.max_tokens
+        tokens = request.tokens
         if not tokens:
             raise ValueError(f"{name} has an empty prompt")
         if min(tokens) < 0 or max(tokens) >= model.vocab_size:
             raise ValueError(f"{name} has token ids outside the vocabulary of {model.vocab_size}")
         total, asked = len(tokens), f"{name}: {len(tokens)} tokens"
         if generates:
-            total += max_tokens
-            asked = f"{name}: {len(tokens)} prompt tokens and sampling.max_tokens={max_tokens}"
+            total += request.longest
+            limit = f"sampling.max_tokens={request.longest}"
+            if request.room:
+                limit = f"{request.room} tokens of turns"
+            asked = f"{name}: {len(tokens)} prompt tokens and {limit}"
         if total > model.max_position:
-            raise ValueError(f"{asked} need {total} positions, the model has {model.max_position}")
+            has = model.describe_positions()
+            raise ValueError(f"{asked} need {total} positions, the model has {has}")
         if total > capacity:
             raise ValueError(
                 f"{asked} need {total} cache slots, the key-value cache has {capacity}: {fix}"

@@ -58,13 +58,21 @@ class StopRule:
         if not sampling.ignore_eos:
             self._ids |= frozenset(eos)
 
-    def check(self, tokens: list[int], num_generated: int) -> Finish | None:
-        """Return the reason if the newest of `tokens` (prompt and generated) ends the sample."""
+    def check(
+        self, tokens: list[int], num_generated: int, limit: int | None = None
+    ) -> Finish | None:
+        """Return the reason if the newest of `tokens` (prompt and generated) ends the sample, or a
+        turn of it.
+
+        Args:
+            num_generated: number of tokens of the sample or turn so far.
+            limit: most tokens in place of `sampling.max_tokens`.
+        """
         if tokens[-1] in self._ids:
             return Finish.STOP
         if self._texts is not None and self._texts.end(tokens, num_generated):
             return Finish.STOP
-        return Finish.LENGTH if num_generated >= self._max_tokens else None
+        return Finish.LENGTH if num_generated >= (limit or self._max_tokens) else None
 
 
 class StopTexts:

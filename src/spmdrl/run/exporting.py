@@ -14,7 +14,7 @@ from torch import Tensor
 from spmdrl.config.data_sets import uses_chat
 from spmdrl.config.sections import Config
 from spmdrl.distributed.reduce import agreed
-from spmdrl.models.adapters import is_lora_name, lora_names
+from spmdrl.models.adapters import is_lora_name
 from spmdrl.models.files.export import files_dtype, save_pretrained
 from spmdrl.models.files.merge import MergeReport, whole_slice
 from spmdrl.models.files.peft_export import write_adapter
@@ -132,6 +132,7 @@ def _write(config: Config, spec: RoleSpec, directory: Path, tensors: Named) -> N
         head=spec.head,
         dtype=export_dtype(config, spec),
         ends=[end.token for end in ends],
+        skipped=spec.skipped,
     )
 
 
@@ -157,7 +158,7 @@ def _write_merged(
                 yield name, tensor
                 continue
             whole = whole_slice(name, tuple(tensor.shape))
-            pair = {factor: added[factor] for factor in lora_names(name)}
+            pair = {factor: added[factor] for factor in adapter.factors(name)}
             yield name, report.merge(tensor, whole, adapter, pair)
 
     _write(config, spec, directory, merge_all())

@@ -42,12 +42,10 @@ log = logging.getLogger(__name__)
 
 def check_lengths(config: Config, spec: RoleSpec) -> None:
     """Raise ValueError if the longest row exceeds the model's positions."""
-    positions = spec.model.max_position
     for rows in rows_read(config):
-        if rows.longest > positions:
-            raise ValueError(
-                f"{rows.describe()}, but the model of roles.{spec.name} has {positions} positions"
-            )
+        if rows.longest > spec.model.max_position:
+            has = spec.model.describe_positions()
+            raise ValueError(f"{rows.describe()}, but the model of roles.{spec.name} has {has}")
 
 
 def check_ends(config: Config, spec: RoleSpec, texts: TokenTexts) -> None:

@@ -12,6 +12,7 @@ from spmdrl.config.sections import Config
 from spmdrl.distributed.reduce import gather_objects, world_flags
 from spmdrl.memory.json_tensors import json_values
 from spmdrl.observe.metrics import MetricsWriter
+from spmdrl.observe.own_work import OwnWork
 from spmdrl.roles.ledger import Ledger
 from spmdrl.roles.policy_sync import PolicySync
 from spmdrl.run.resume_point import Moment, Resumed, describe_roles
@@ -32,6 +33,7 @@ class Lifetime:
         export: writes the trained models to a directory.
         writer: metrics.jsonl, whose lines checkpoints count.
         watcher: knows the requests to stop.
+        work: meter of this rank's role calls.
 
     `saved` holds numbers that a flow needs again after a resume, equal on all ranks.
     """
@@ -47,6 +49,7 @@ class Lifetime:
         writer: MetricsWriter,
         watcher: Watcher,
         syncs: Sequence[PolicySync],
+        work: OwnWork,
     ) -> None:
         self._world, self._section = world, config.checkpoint
         self._directory, self._export, self._writer = Path(config.run_dir), export, writer
@@ -62,6 +65,7 @@ class Lifetime:
             lambda: watcher.stop_asked,
             resumed.journal,
             describe_roles(config),
+            work,
         )
         self._moment: Moment | None = None
         """State at the beginning of the current step; None between steps."""

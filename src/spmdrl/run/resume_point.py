@@ -55,7 +55,7 @@ class Resumed:
     journal: Journal = field(default_factory=Journal)
 
 
-_NO_MATTER = ("run_dir", "steps", "timeout_s", "limits", "log", "checkpoint", "evaluation")
+_NO_MATTER = ("run_dir", "steps", "timeout_s", "limits", "log", "checkpoint", "evaluation", "fold")
 """Sections and keys whose changes need no warning."""
 
 

@@ -15,7 +15,7 @@ from spmdrl.checkpoint.index import Tensors, frozen_slices, only, slice_owners
 from spmdrl.checkpoint.load import load_tensors, read_private
 from spmdrl.distributed.reduce import gather_objects, world_any
 from spmdrl.models.local_shards import WeightLayout
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 from spmdrl.roles.custom import CustomRole
 from spmdrl.roles.handles import Policy, Rollout
 from spmdrl.roles.kept import Journal
@@ -103,16 +103,16 @@ class RoleStates:
         return held
 
     def engine_copies(self, rollouts: Sequence[str]) -> Tensors:
-        """Copies of this rank's share of the engines' own weights, which later work may send away
-        before everything is staged.
+        """Copies of this rank's share of the engines' own weights, without frozen ones, which the
+        policy has; later work may send the weights away before everything is staged.
         """
         copies: dict[str, tuple[Tensor, tuple[Slice, ...]]] = {}
         for name in rollouts:
             sync = self._syncs[name]
-            owned = self._owned_of(sync.own_layout(self._assembly.layouts[name]))
+            owned = self._owned_of(sync.kept_layout(self._assembly.layouts[name]))
             tensors = {
                 local: (self._parts.view(tensor).cpu().clone(), slices)
-                for local, (tensor, slices) in sync.own_tensors().items()
+                for local, (tensor, slices) in sync.kept_tensors().items()
             }
             copies |= only(_named(f"{name}.engine", tensors), owned) if tensors else {}
         return copies
@@ -129,7 +129,7 @@ class RoleStates:
             tensors = dict(self.tensors())
             for name in held:
                 stack.enter_context(self._syncs[name].filling())
-                tensors |= _named(f"{name}.engine", self._syncs[name].own_tensors())
+                tensors |= _named(f"{name}.engine", self._syncs[name].kept_tensors())
             load_tensors(path, tensors)
         for name, found in states.items():
             self._syncs[name].resume(replace(found, held=name in held))
@@ -197,11 +197,14 @@ class RoleStates:
 
 
 def _trained(layout: WeightLayout) -> WeightLayout:
-    """The layout without the fixed base, which no checkpoint holds."""
-    return {
-        rank: {name: held for name, held in table.items() if not held.frozen}
-        for rank, table in layout.items()
+    """The layout without the fixed base, which no checkpoint holds; ranks that shared a table share
+    one again.
+    """
+    tables = {
+        number: {name: held for name, held in table.items() if not held.frozen}
+        for number, table in {id(table): table for table in layout.values()}.items()
     }
+    return {rank: tables[id(table)] for rank, table in layout.items()}
 
 
 def _named(group: str, tensors: Tensors) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:

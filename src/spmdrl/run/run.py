@@ -185,6 +185,12 @@ class Run:
         metrics = {name: moments(batch[name]).mean for name in components}
         return {**metrics, "reward_failed": moments(batch["reward_failed"]).mean}
 
+    def log_rows(self, batch: Batch) -> None:
+        """Let the rollout log (`log.rollouts`) have the step's rows as the update reads them, with
+        their advantages; without this call it has those that `finish` gets.
+        """
+        self._report.log_rows(batch)
+
     def evaluate_with(self, evaluator: Evaluates) -> None:
         """Add an evaluator to those that generate responses to held-out prompts."""
         self._evaluators.insert(0, evaluator)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -20,8 +21,12 @@ from spmdrl.observe.console import Console
 from spmdrl.observe.log import Relay
 from spmdrl.observe.metrics import MetricsWriter
 from spmdrl.observe.names import PEAK_MEMORY, PEAK_SUM
+from spmdrl.observe.rollout_log import RolloutLog
 from spmdrl.observe.timeline import PhaseMeter, PhaseTimer, take_peak_memory, timing_metrics
+from spmdrl.planning.forecast.step import Lengths
 from spmdrl.run.protocols import Metrics
+from spmdrl.run.rollout_rows import fits, rollout_rows
+from spmdrl.run.stragglers import Stragglers
 from spmdrl.supervision.pulse import Pulse
 from spmdrl.training.experts import EXPERT_METRICS
 from spmdrl.training.protocol import STEP_METRICS
@@ -150,15 +155,30 @@ class PhaseMemory(PhaseMeter):
 
 log = logging.getLogger(__name__)
 
+LENGTHS = (
+    "lengths/"  # + prompt, response, longest: tokens of the step's rows, means but for the last
+)
+
+
+class Predicts(Protocol):
+    """Lengths of a step's rows, and predictions from them; see `predicting.Predicting`."""
+
+    def lengths(self, batch: Batch) -> Lengths: ...
+
+    def tell(self, number: int, lengths: Lengths, record: Mapping[str, float]) -> None: ...
+
 
 class StepReport:
     """Records steps and evaluations, and charges time and memory to phases; the same on every rank.
 
     Args:
         timer, memory: seconds and bytes by phase.
+        stragglers: finds slow ranks.
         relay: shows the progress of a phase.
         pulse: told of the phases.
         text_samples: number of rows per step whose texts are recorded.
+        rollouts: writes all rows of some steps.
+        predicting: predicts steps; None does not.
     """
 
     def __init__(
@@ -168,22 +188,29 @@ class StepReport:
         console: Console,
         timer: PhaseTimer,
         memory: PhaseMemory,
+        stragglers: Stragglers,
         relay: Relay,
         pulse: Pulse,
         text_samples: int,
+        rollouts: RolloutLog,
+        predicting: Predicts | None = None,
     ) -> None:
+        self._predicting = predicting
         self._writer, self._console, self._text_samples = writer, console, text_samples
         self._timer, self._memory, self._relay, self._pulse = timer, memory, relay, pulse
+        self._stragglers, self._rollouts = stragglers, rollouts
+        self._logged: Batch | None = None
 
     def begin(self) -> None:
         """Begin the first step: the time before it belongs to no step."""
         self._timer.finish()
+        self._stragglers.begin()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Charge the time inside to `name`, and show a bar if the work reports progress."""
-        phases = self._timer.phase(name), self._memory.phase(name), self._relay.bar(name)
-        with phases[0], phases[1], phases[2], self._pulse.phase(name):
+        meters = self._timer.phase(name), self._memory.phase(name), self._stragglers.phase(name)
+        with meters[0], meters[1], meters[2], self._relay.bar(name), self._pulse.phase(name):
             yield
 
     def progress(self, done: int, count: int) -> None:
@@ -191,12 +218,26 @@ class StepReport:
         self._pulse.beat()
         self._relay.report(done, count)
 
+    def log_rows(self, batch: Batch) -> None:
+        """Keep the step's rows as its update reads them, for the rollout log."""
+        self._logged = batch
+
     def step(self, number: int, batch: Batch, metrics: Metrics) -> None:
         """Record the step that is the `number`th of the run, with the texts of its first rows."""
         record = joined(metrics, self._timing(metrics))
+        if self._predicting is not None:
+            lengths = self._predicting.lengths(batch)
+            record = joined(record, {LENGTHS + name: own for name, own in vars(lengths).items()})
+            self._predicting.tell(number, lengths, record)
+        self._stragglers.finish_step(int(batch.lengths.sum()))
         self._writer.write(number, record)
         self._writer.write_samples(number, self._samples(batch))
         self._console.step({"step": number, **record})
+        if self._rollouts.wants(number):
+            logged = self._logged
+            own = logged if logged is not None and fits(logged, batch) else batch
+            self._rollouts.write(number, rollout_rows(own))
+        self._logged = None
 
     def evaluation(self, number: int, metrics: Metrics) -> None:
         """Record an evaluation after `number` steps."""
@@ -205,7 +246,9 @@ class StepReport:
         log.info("after %d steps: %s", number, shown)
 
     def close(self) -> None:
+        self._stragglers.close()
         self._writer.close()
+        self._rollouts.close()
 
     def _timing(self, metrics: Metrics) -> dict[str, float]:
         own = self._timer.finish()

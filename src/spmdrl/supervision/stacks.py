@@ -30,7 +30,7 @@ class Stacks:
         self._file.flush()
         faulthandler.dump_traceback(self._file, all_threads=True)
         if torch.cuda.is_available() and dist.is_nccl_available():
-            # empty unless TORCH_FR_BUFFER_SIZE is set, see scripts/slurm/env
+            # empty if TORCH_FR_BUFFER_SIZE is 0
             record = torch._C._distributed_c10d._dump_nccl_trace()  # type: ignore[attr-defined]
             self._flight.write_bytes(record)
 

@@ -74,6 +74,26 @@ def require_parts(role: str, held: Mapping[str, Sequence[Tensor]], *parts: str) 
         require_resident(role, part, held[part])
 
 
+def check_borrowing(role: str, *, is_fixed: bool, lacks_head: bool, trains_base: bool) -> None:
+    """Refuse a role that shares weights which cannot be shared with it.
+
+    Args:
+        is_fixed: whether nothing of the shared weights trains.
+        lacks_head: whether the role needs a language model's head that they do not have.
+        trains_base: whether the role would train them.
+
+    Raises:
+        ValueError: one of these is so; the message names the role's key and the fix.
+    """
+    key = f"roles.{role}.base"
+    if not is_fixed:
+        raise ValueError(f"{key} names a role that trains its weights: give it an adapter")
+    if trains_base:
+        raise ValueError(f"{key}: it would train the weights it borrows: give it an adapter")
+    if lacks_head:
+        raise ValueError(f"{key} names a role without a language model's head")
+
+
 def pack_rows(
     rows: Batch,
     options: TrainOptions,
@@ -89,6 +109,7 @@ def pack_rows(
         share_prompts=options.share_prompts,
         atom=rows["prompt_ids"] if whole_groups else None,
         places=readout.places,
+        skipped=readout.skipped,
     )
 
 
@@ -122,16 +143,20 @@ def read_places(
     tp: Parallel,
     first_id: int | None = None,
     support: Support | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute the readout's columns at the places `predict`, [M] each.
 
     Args:
-        first_id, support: see `token_logprobs`.
+        first_id, support, softcap: see `token_logprobs`.
+        bias: the bias [1] of a scalar head that has one.
     """
     read = hidden.index_select(0, predict)
     if readout.head == "score":
         # Equal on all tp ranks, like hidden states and this head. No view: FSDP2 warns of views.
-        return (torch.mv(read.float(), weight.float().flatten()),)
+        found = torch.mv(read.float(), weight.float().flatten())
+        return (found if bias is None else found + bias.float(),)
     return token_logprobs(
         read,
         weight,
@@ -142,6 +167,7 @@ def read_places(
         first_id=first_id,
         support=support,
         with_entropy="entropy" in readout.columns,
+        softcap=softcap,
     )
 
 

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.models.adapter_weights import HEAD_WEIGHT, AdapterWeights
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.dropout import Dropout
-from spmdrl.models.low_rank import HEAD_WEIGHT, AdapterWeights, Applied
+from spmdrl.models.low_rank import Applied
 from spmdrl.models.sharding import SCORE, Head, global_shapes
+from spmdrl.training.backend_steps import check_borrowing
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.weights import Leaf, build_decoder, make_adapter_leaves, make_leaves
 
@@ -93,6 +95,12 @@ class RoleWeights:
         own = None if self.added is None else self.added.head_weight()
         return of_decoder if own is None else own
 
+    def head_bias(self) -> Tensor | None:
+        """Return the bias [1] of the decoder's scalar head, if the role has that head."""
+        has_own = self.added is not None and self.added.head_weight() is not None
+        head = self.body.decoder.head
+        return None if has_own or head is None else head.bias
+
 
 def own_weights(
     mesh: Mesh,
@@ -103,8 +111,12 @@ def own_weights(
     trainable: bool,
     head: Head,
     adapter: Adapter | None,
+    zero: bool = False,
 ) -> RoleWeights:
     """Make the weights of a role that owns its body; they are not filled yet.
+
+    Args:
+        zero: whether DeepSpeed's ZeRO divides what is trained, and holds the masters.
 
     Raises:
         ValueError: see `build_decoder`.
@@ -123,9 +135,13 @@ def own_weights(
         frozen=frozen,
         blocks=options.blocks,
         is_fixed=is_fixed,
+        fsdp=not zero,
     )
-    body = Body(decoder=decoder, leaves=make_leaves(decoder, mesh), is_fixed=is_fixed)
-    return _with_added(body, mesh, options, device, trainable, adapter, is_borrowed=False)
+    leaves = make_leaves(decoder, mesh, masters=not zero)
+    body = Body(decoder=decoder, leaves=leaves, is_fixed=is_fixed)
+    return _with_added(
+        body, mesh, options, device, trainable, adapter, is_borrowed=False, zero=zero
+    )
 
 
 def borrowed_weights(
@@ -137,24 +153,35 @@ def borrowed_weights(
     trainable: bool,
     head: Head,
     adapter: Adapter | None,
+    zero: bool = False,
 ) -> RoleWeights:
     """Make the weights of a role over another role's body; its own are not filled yet.
 
     A scalar head is always the role's own.
 
+    Args:
+        zero: see `own_weights`.
+
     Raises:
         ValueError: the body trains, or has no head of this kind; or the role would train it.
     """
-    key = f"roles.{mesh.role}"
-    if not body.is_fixed:
-        raise ValueError(f"{key}.base names a role that trains its weights: give it an adapter")
-    if trainable and adapter is None:
-        raise ValueError(f"{key}.base: it would train the weights it borrows: give it an adapter")
-    if head == "lm" and body.decoder.kind != "lm":
-        raise ValueError(f"{key}.base names a role without a language model's head")
+    check_borrowing(
+        mesh.role,
+        is_fixed=body.is_fixed,
+        lacks_head=head == "lm" and body.decoder.kind != "lm",
+        trains_base=trainable and adapter is None,
+    )
     has_head = head == "score"
     return _with_added(
-        body, mesh, options, device, trainable, adapter, has_head=has_head, is_borrowed=True
+        body,
+        mesh,
+        options,
+        device,
+        trainable,
+        adapter,
+        has_head=has_head,
+        is_borrowed=True,
+        zero=zero,
     )
 
 
@@ -167,6 +194,7 @@ def _with_added(
     adapter: Adapter | None,
     *,
     is_borrowed: bool,
+    zero: bool,
     has_head: bool = False,
 ) -> RoleWeights:
     if adapter is None and not has_head:
@@ -182,6 +210,6 @@ def _with_added(
         dtype=options.param_dtype,
         device=device,
     ).requires_grad_(trainable)
-    own = make_adapter_leaves(added, mesh)
+    own = make_adapter_leaves(added, mesh, masters=not zero)
     assert not has_head or HEAD_WEIGHT in {leaf.name for leaf in own}
     return RoleWeights(body=body, added=added, own=own, is_borrowed=is_borrowed)

@@ -19,6 +19,7 @@ from spmdrl.models.adapters import Adapter, adapter_shapes
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.dropout import Dropout, column_hashes
 from spmdrl.training.context import LocalStream
+from spmdrl.training.options import TrainOptions
 
 COLUMNS = ("prompt_ids", "sample_index")
 
@@ -62,6 +63,23 @@ class AdapterDropout:
         padded = torch.cat((keys, keys.new_zeros(1)))
         [own] = to_device([padded[stream.origin]], self._columns.device)
         return Dropout(rate=self._rate, keys=own, columns=self._columns)
+
+
+def make_dropout(
+    role: str,
+    model: ModelConfig,
+    adapter: Adapter | None,
+    options: TrainOptions,
+    device: torch.device,
+) -> AdapterDropout | None:
+    """Make the dropout of a role's adapter, if it has any.
+
+    Args:
+        adapter: the adapter that the role trains, or None.
+    """
+    if adapter is None or adapter.dropout == 0:
+        return None
+    return AdapterDropout(role, model, adapter, options.seed, device)
 
 
 def token_keys(rows: Batch, key: int) -> Tensor:

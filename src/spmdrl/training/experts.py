@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spmdrl.batch import Batch
 from spmdrl.memory.host_copies import to_device
-from spmdrl.models.experts import MoeConfig
+from spmdrl.models.config import ModelConfig
 from spmdrl.models.routing import EXPERT_CHOICES, Balance, Routing, unpack_choices
 from spmdrl.training.context import LocalStream
 from spmdrl.training.packing import Microbatch
@@ -21,7 +21,7 @@ EXPERT_SUMS = ("expert_load_max", "replay_changed")
 
 
 def make_routing(
-    moe: MoeConfig | None,
+    model: ModelConfig,
     rows: Batch,
     microbatch: Microbatch,
     stream: LocalStream,
@@ -32,20 +32,21 @@ def make_routing(
 
     If the rows have the token column `expert_choices`, it is replayed.
     """
-    if moe is None:
+    if model.moe is None:
         return None
     given = None
     if EXPERT_CHOICES in rows.tokens and rows.num_tokens > 0:
         recorded = rows[EXPERT_CHOICES]
-        check_choices(recorded, moe)
+        check_choices(recorded, model)
         choices, is_unknown = to_device((recorded[stream.origin], stream.origin < 0), device)
         given = unpack_choices(choices).masked_fill(is_unknown[:, None, None], -1)
-    return Routing(moe, given=given, balance=balance)
+    return Routing(model, given=given, balance=balance)
 
 
-def check_choices(recorded: Tensor, moe: MoeConfig) -> None:
+def check_choices(recorded: Tensor, model: ModelConfig) -> None:
     """Raise ValueError unless the recorded choices fit this model's experts."""
-    wanted = (len(moe.layers), moe.top_k)
+    assert model.moe is not None
+    wanted = (len(model.moe_layers), model.moe.top_k)
     if tuple(recorded.shape[1:]) != wanted:
         raise ValueError(
             f"the column {EXPERT_CHOICES!r} has {tuple(recorded.shape[1:])} choices for a token, "
@@ -81,9 +82,10 @@ def make_balance(
 class ExpertUse:
     """Sums of expert use over the places that this rank reads in one minibatch."""
 
-    def __init__(self, moe: MoeConfig, device: torch.device) -> None:
-        self._moe = moe
-        size = len(moe.layers) * moe.num_experts
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        assert model.moe is not None
+        self._model, self._moe = model, model.moe
+        size = len(model.moe_layers) * model.moe.num_experts
         # tokens per expert, layer by layer; choices changed by a replay; balance losses
         self._sums = torch.zeros(size + 2, dtype=torch.float64, device=device)
 
@@ -98,7 +100,9 @@ class ExpertUse:
         chosen = routing.chosen()[places]  # [M, L, K]
         used = (chosen + layers[:, None]).flatten()
         self._sums.scatter_add_(0, used, torch.ones_like(used, dtype=torch.float64))
-        self._sums[-2] += routing.num_changed(places) / (len(self._moe.layers) * self._moe.top_k)
+        self._sums[-2] += routing.num_changed(places) / (
+            len(self._model.moe_layers) * self._moe.top_k
+        )
         self._sums[-1] += routing.balance_loss()
 
     def metrics(
@@ -114,7 +118,7 @@ class ExpertUse:
         sums = self._sums.clone()
         if group is not None:
             dist.all_reduce(sums, group=group)
-        loads = sums[:-2].view(len(self._moe.layers), -1)
+        loads = sums[:-2].view(len(self._model.moe_layers), -1)
         even = loads.mean(dim=1).clamp(min=1e-9)
         busiest = loads.amax(dim=1) / even
         found = {
@@ -125,6 +129,6 @@ class ExpertUse:
         if is_replay:
             found["replay_changed"] = sums[-2]
         if coefficient:
-            found["balance_loss"] = sums[-1] / (coefficient * len(self._moe.layers))
+            found["balance_loss"] = sums[-1] / (coefficient * len(self._model.moe_layers))
         values = torch.stack(list(found.values())).tolist()
         return dict(zip(found, values, strict=True))

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from spmdrl.distributed.parallel import Parallel, copy_to
 from spmdrl.models.linear import product, wide_linear
+from spmdrl.models.softcap import cap_logits, cap_slope
 from spmdrl.training.support import Support, add_support_gradients, support_logits
 
 CPU_TILE = 1 << 20
@@ -38,6 +39,7 @@ def token_logprobs(
     first_id: int | None = None,
     support: Support | None = None,
     with_entropy: bool = True,
+    softcap: float | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute log softmax(hidden weight^T / temperature) at the targets, and the softmax's entropy.
 
@@ -55,6 +57,8 @@ def token_logprobs(
         support: places whose log-probability is that of a softmax over only some tokens. The
             entropy is always that of the whole vocabulary.
         with_entropy: whether to compute the entropy too.
+        softcap: c in c tanh(z / c), which replaces each logit z before the temperature divides it;
+            None: none.
 
     Returns:
         logprobs [N] and, if wanted, entropy [N] in nats, float32 (or float64).
@@ -68,7 +72,7 @@ def token_logprobs(
         ids = (support.ids - first).masked_fill_(support.ids < 0, _NOBODY)
     logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         *(hidden, weight, targets - first, rows, ids, at_target),
-        *(1.0 / temperature, chunk, tp, with_entropy),
+        *(1.0 / temperature, chunk, tp, with_entropy, softcap),
     )
     return (logprobs, entropy) if with_entropy else (logprobs,)
 
@@ -87,27 +91,34 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk: int,
         tp: Parallel,
         with_entropy: bool,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor | None]:
-        peak, mass, product, target = _reduce(hidden, weight, local, scale, chunk, with_entropy)
+        peak, mass, product, target = _reduce(
+            *(hidden, weight, local, scale, chunk, with_entropy, softcap)
+        )
         if tp.group is not None:
             peak, mass, product, target = _combine(peak, mass, product, target, tp.group)
         log_mass = mass.log()
         # H = log Z - E[logit]; both relative to the peak, so that no large terms cancel.
         entropy = log_mass - product / mass if with_entropy else None
         normaliser = log_mass + peak
-        logprobs, chances = target - normaliser, None
+        logprobs = target - normaliser
+        chances = own_slopes = None
+        slopes = None if softcap is None else cap_slope(target, softcap * scale)
         if rows is not None:
             assert ids is not None and at_target is not None
-            logits = support_logits(hidden[rows], weight, ids, scale, chunk)
+            logits = support_logits(hidden[rows], weight, ids, scale, chunk, softcap)
             if tp.group is not None:
                 dist.all_reduce(logits, group=tp.group)
+            own_slopes = None if softcap is None else cap_slope(logits, softcap * scale)
             below = logits.masked_fill_(ids == _NOBODY, float("-inf")).log_softmax(1)
             logprobs[rows] = below.masked_fill(~at_target, 0).sum(1)
             chances = below.exp_()
         ctx.save_for_backward(
-            hidden, weight, local, normaliser, entropy, rows, ids, at_target, chances
+            *(hidden, weight, local, normaliser, entropy, slopes),
+            *(rows, ids, at_target, chances, own_slopes),
         )
-        ctx.scale, ctx.chunk = scale, chunk
+        ctx.scale, ctx.chunk, ctx.softcap = scale, chunk, softcap
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -116,9 +127,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, d_logprobs: Tensor | None, d_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, normaliser, entropy, rows, ids, at_target, chances = (
-            ctx.saved_tensors
-        )
+        hidden, weight, local, normaliser, entropy, slopes, *of_support = ctx.saved_tensors
+        rows, ids, at_target, chances, own_slopes = of_support
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         wide, device = normaliser.dtype, hidden.device
         # Chunks are summed in float32 even for bfloat16 weights: a chunk's share may be small.
@@ -128,11 +138,14 @@ class _TokenLogprobs(torch.autograd.Function):
         g = torch.zeros_like(normaliser) if d_logprobs is None else d_logprobs * ctx.scale
         if rows is not None and d_logprobs is not None:
             d_logits = (at_target.to(wide) - chances) * g[rows, None]
+            if own_slopes is not None:
+                d_logits *= own_slopes
             own = _rows_of(d_hidden, rows)
             add_support_gradients(own, d_weight, hidden[rows], weight, ids, d_logits, ctx.chunk)
             _put_rows(d_hidden, rows, own)
             g = g.index_fill(0, rows, 0)
-        terms, d_h = (local, normaliser, entropy, g), d_hidden
+        at_targets = g if slopes is None else g * slopes
+        terms, d_h = (local, normaliser, entropy, g, at_targets), d_hidden
         others: Tensor | None = None
         if d_entropy is not None:
             d_entropy = d_entropy * ctx.scale
@@ -141,14 +154,17 @@ class _TokenLogprobs(torch.autograd.Function):
             is_other = torch.ones_like(local, dtype=torch.bool).index_fill_(0, rows, False)
             others = is_other.nonzero().flatten()
             hidden, d_h = hidden[others], _rows_of(d_hidden, others)
-            terms = (local[others], normaliser[others], None, g[others])
-        _add_gradients(d_h, d_weight, hidden, weight, *terms, d_entropy, ctx.scale, ctx.chunk)
+            terms = (local[others], normaliser[others], None, g[others], at_targets[others])
+        local, normaliser, entropy, g, at_targets = terms
+        softmax = (normaliser, entropy, g, d_entropy, ctx.scale, ctx.chunk, ctx.softcap)
+        _add_gradients(d_h, d_weight, hidden, weight, *softmax)
+        _add_target_gradients(d_h, d_weight, hidden, weight, local, at_targets)
         if others is not None:
             _put_rows(d_hidden, others, d_h)
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             None if d_weight is None else d_weight.to(weight.dtype),
-            *(None,) * 8,
+            *(None,) * 9,
         )
 
 
@@ -166,21 +182,23 @@ def _add_gradients(
     d_weight: Tensor | None,  # [V_local, D], added to
     hidden: Tensor,
     weight: Tensor,
-    local: Tensor,
     normaliser: Tensor,
     entropy: Tensor | None,  # None only if its gradient is
     g: Tensor,  # [N] the gradient of the log-probabilities, times `scale`
     d_entropy: Tensor | None,  # [N] likewise
     scale: float,
     chunk: int,
+    softcap: float | None,
 ) -> None:
     """Add the gradients through the softmax over all tokens."""
-    for tile in _tiles(hidden, weight, chunk):
+    for tile in _tiles(hidden, weight, chunk, softcap):
         rows, columns = tile.rows, tile.columns
+        slope = None if softcap is None else cap_slope(tile.logits, softcap)
         factors = _scaled_below(tile.logits, normaliser[rows], scale)
         if d_entropy is None:
             # d/dz_v = -g p_v: the factor g is put on the small operands instead.
-            narrow, minus = factors.exp_().to(weight.dtype), -g[rows, None]
+            factors.exp_()
+            narrow, minus = _times(factors, slope).to(weight.dtype), -g[rows, None]
             if d_hidden is not None:
                 part = product(narrow, weight[columns].t())
                 d_hidden[rows].addcmul_(part.to(d_hidden.dtype), minus)
@@ -192,15 +210,31 @@ def _add_gradients(
         assert entropy is not None
         p = factors.exp()
         factors.add_(entropy[rows, None]).mul_(-d_entropy[rows, None]).sub_(g[rows, None]).mul_(p)
-        narrow = factors.to(weight.dtype)
+        narrow = _times(factors, slope).to(weight.dtype)
         if d_hidden is not None:
             d_hidden[rows].add_(product(narrow, weight[columns].t()))
         if d_weight is not None:
             d_weight[columns].add_(product(narrow.t(), tile.hidden.t()))
+
+
+def _times(factors: Tensor, slope: Tensor | None) -> Tensor:
+    return factors if slope is None else factors.mul_(slope)
+
+
+def _add_target_gradients(
+    d_hidden: Tensor | None,  # [N, D], added to
+    d_weight: Tensor | None,  # [V_local, D], added to
+    hidden: Tensor,
+    weight: Tensor,
+    local: Tensor,
+    g: Tensor,  # [N] the gradient of the targets' products
+) -> None:
+    """Add the gradients through the targets' own logits.
+
+    Those of other ranks count as 0, since to leave them out the host would wait for their number.
+    """
     if not len(weight):
         return
-    # through the targets' own logits; those of other ranks count as 0, since to leave them out the
-    # host would wait for their number
     places = local.remainder(len(weight))
     g = g.masked_fill(places != local, 0)[:, None]
     if d_hidden is not None:
@@ -216,7 +250,7 @@ def cpu_tile(chunk: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Tile:
-    """Logits of some rows and some of this rank's vocabulary, before the temperature."""
+    """Logits of some rows and some of this rank's vocabulary, capped, before the temperature."""
 
     rows: slice
     columns: slice
@@ -224,7 +258,7 @@ class _Tile:
     hidden: Tensor  # [rows, D], in the weight's dtype
 
 
-def _tiles(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[_Tile]:
+def _tiles(hidden: Tensor, weight: Tensor, chunk: int, softcap: float | None) -> Iterator[_Tile]:
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     chunk = max(1, min(chunk, num_rows))
     width = vocab if weight.device.type != "cpu" else min(vocab, cpu_tile(chunk) // chunk)
@@ -234,12 +268,18 @@ def _tiles(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[_Tile]:
         own = hidden[rows].to(weight.dtype)
         for first in range(0, vocab, width):
             columns = slice(first, min(first + width, vocab))
-            logits = wide_linear(own, weight[columns])
+            logits = cap_logits(wide_linear(own, weight[columns]), softcap)
             yield _Tile(rows=rows, columns=columns, logits=logits, hidden=own)
 
 
 def _reduce(
-    hidden: Tensor, weight: Tensor, local: Tensor, scale: float, chunk: int, with_product: bool
+    hidden: Tensor,
+    weight: Tensor,
+    local: Tensor,
+    scale: float,
+    chunk: int,
+    with_product: bool,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reduce this rank's vocabulary to [N] each: peak = max z, sum exp(z - peak),
     sum exp(z - peak) (z - peak) if wanted, and the target's logit (0 if it is another rank's).
@@ -249,7 +289,7 @@ def _reduce(
         torch.zeros(hidden.shape[0], dtype=wide, device=hidden.device) for _ in range(4)
     )
     peak.fill_(float("-inf"))
-    for tile in _tiles(hidden, weight, chunk):
+    for tile in _tiles(hidden, weight, chunk, softcap):
         rows = tile.rows
         place = local[rows] - tile.columns.start
         inside = (place >= 0) & (place < tile.logits.shape[1])

@@ -7,7 +7,7 @@ import math
 import torch
 from pydantic import ConfigDict, Field, field_validator
 
-from spmdrl.config.sections import TrainSection
+from spmdrl.config.training import TrainSection
 
 
 class TrainOptions(TrainSection):

@@ -82,6 +82,7 @@ def pack(
     share_prompts: bool,
     atom: Tensor | None = None,  # [B] int64
     places: Places = "loss_tokens",
+    skipped: int | None = None,
 ) -> list[Microbatch]:
     """Pack the rows into microbatches of at most `budget_tokens` stream tokens where possible.
 
@@ -93,7 +94,7 @@ def pack(
         batch: rows with the token column `tokens` and the row column `prompt_lengths` [B].
             Optional: `prompt_ids` [B] and the token columns `loss_mask` [T] bool (default: the
             response) and `expert_choices` (rows share a prompt only if its choices are equal).
-        places: the places that are read, see `training.readout`.
+        places, skipped: the places that are read, see `training.readout.Readout`.
 
     Raises:
         ValueError: the budget is below 1, a prompt is longer than its row, or the loss mask is
@@ -101,7 +102,7 @@ def pack(
     """
     if budget_tokens < 1:
         raise ValueError(f"microbatch_tokens={budget_tokens}: it must be at least 1")
-    read = _before_loss_tokens(batch) if places == "loss_tokens" else _last_tokens(batch)
+    read = _before_loss_tokens(batch) if places == "loss_tokens" else _last_tokens(batch, skipped)
     rows = _describe(batch, read, share_prompts)
     units = [
         unit for atom_rows in _atoms(rows, atom) for unit in _cut(atom_rows, budget_tokens, atom)
@@ -179,9 +180,18 @@ def _before_loss_tokens(batch: Batch) -> list[Tensor]:
     return [mask.nonzero().flatten() - 1 for mask in masks]
 
 
-def _last_tokens(batch: Batch) -> list[Tensor]:
-    """List for every row its last place; a row without tokens has none."""
-    return [torch.arange(n)[-1:] for n in batch.lengths.tolist()]
+def _last_tokens(batch: Batch, skipped: int | None) -> list[Tensor]:
+    """List for every row its last place whose token is not `skipped`; a row without tokens has
+    none, and one of that token only has its first, as `transformers` reads it.
+    """
+    lengths = batch.lengths.tolist()
+    if skipped is None:
+        return [torch.arange(n)[-1:] for n in lengths]
+    rows = torch.split(batch["tokens"], lengths)
+    kept = [(row != skipped).nonzero().flatten()[-1:] for row in rows]
+    return [
+        place if len(place) else torch.arange(n)[:1] for place, n in zip(kept, lengths, strict=True)
+    ]
 
 
 def _describe(batch: Batch, read: Sequence[Tensor], share_prompts: bool) -> list[_Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from spmdrl.models.sharding import Head
@@ -17,14 +17,17 @@ class Readout:
     head: the head that the model must have.
     places: `loss_tokens` reads once per token of the loss mask, at the place before it (the state
         in which the token was chosen), into token columns. `rows` reads once per row, at its last
-        token, into row columns.
+        token (see `skipped`), into row columns.
     temperature: divisor of the logits.
+    skipped: with `rows`, the token that is passed over at a row's end: the last token that is
+        another one is read; None reads the last token.
     """
 
     columns: tuple[str, ...]
     head: Head
     places: Places
     temperature: float = 1.0
+    skipped: int | None = None
 
     @property
     def is_per_token(self) -> bool:
@@ -48,3 +51,8 @@ VALUES = Readout(columns=("values",), head="score", places="loss_tokens")
 
 SCORES = Readout(columns=("scores",), head="score", places="rows")
 """`scores`: the scalar of a whole row, read at its last token."""
+
+
+def scores(skipped: int | None = None) -> Readout:
+    """Read `scores` at each row's last token that is not `skipped`."""
+    return replace(SCORES, skipped=skipped)

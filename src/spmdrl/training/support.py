@@ -16,6 +16,7 @@ from torch import Tensor
 from spmdrl.batch import Ragged
 from spmdrl.memory.host_copies import to_device
 from spmdrl.models.linear import product, wide_linear
+from spmdrl.models.softcap import cap_logits
 
 SUPPORT = "support_ids"
 """Ragged column of the token ids that each token was drawn from; empty if from all tokens."""
@@ -64,12 +65,16 @@ def support_logits(
     local: Tensor,  # [M, K] int64, the weight's rows; out of range: another rank's, or padding
     scale: float,
     chunk: int,
+    softcap: float | None = None,
 ) -> Tensor:
-    """Compute logits times `scale` [M, K], 0 where the row is not held here; at least float32."""
+    """Compute capped logits times `scale` [M, K], 0 where the row is not held here; at least
+    float32.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     out = torch.zeros(local.shape, dtype=wide, device=hidden.device)
     for own in _chunks(local, len(weight), chunk):
         logits = wide_linear(hidden[own.rows].to(weight.dtype), weight[own.unique])
+        logits = cap_logits(logits, softcap)
         out[own.rows][own.held] = logits[own.row, own.column] * scale
     return out
 
@@ -80,10 +85,10 @@ def add_support_gradients(
     hidden: Tensor,  # [M, D]
     weight: Tensor,  # [V_local, D]
     local: Tensor,  # [M, K]
-    d_logits: Tensor,  # [M, K], before the scale
+    d_logits: Tensor,  # [M, K], of the products: before the cap and the scale
     chunk: int,
 ) -> None:
-    """Add the gradients through `support_logits`: per chunk, products with its rows of the head."""
+    """Add the gradients of the products of a support: per chunk, with its rows of the head."""
     for own in _chunks(local, len(weight), chunk):
         rows = hidden[own.rows].to(weight.dtype)
         factors = d_logits.new_zeros(len(rows), len(own.unique))

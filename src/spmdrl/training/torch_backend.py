@@ -8,41 +8,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from spmdrl.algorithms.metrics import combine
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.memory.host_copies import to_device
 from spmdrl.models.adapters import Adapter
-from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
+from spmdrl.models.attention import make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource
+from spmdrl.models.layer_attention import attention_needs
 from spmdrl.models.local_shards import LocalTensors
-from spmdrl.models.routing import EXPERT_CHOICES, Balance, Routing
 from spmdrl.models.sharding import Head
 from spmdrl.training.backend_steps import (
     StepCounts,
-    as_columns,
-    as_numbers,
-    check_head,
-    counted,
-    loss_input,
-    nothing_read,
-    over_replicas,
-    pack_rows,
-    read_places,
     require_parts,
     require_trainable,
-    support_of,
-    whole_stream,
 )
 from spmdrl.training.body import Body, borrowed_weights, own_weights
-from spmdrl.training.context import LocalStream, split_stream
-from spmdrl.training.dropout import AdapterDropout
-from spmdrl.training.experts import ExpertUse, make_balance, make_routing
+from spmdrl.training.decoder_pass import DecoderPass, keep_pace
+from spmdrl.training.dropout import make_dropout
 from spmdrl.training.optimizer import (
     HostNumber,
     Optimizer,
@@ -51,11 +36,10 @@ from spmdrl.training.optimizer import (
     gradient_norm,
 )
 from spmdrl.training.options import TrainOptions
-from spmdrl.training.packing import Microbatch, empty_microbatch
-from spmdrl.training.protocol import LossFn, MicrobatchProgress, OptimStep, loss_of
+from spmdrl.training.packing import Microbatch
+from spmdrl.training.protocol import LossFn, MicrobatchProgress, OptimStep
 from spmdrl.training.readout import Readout
-from spmdrl.training.support import Support
-from spmdrl.training.weights import fill_leaves, refresh_weights
+from spmdrl.training.weights import SUM_AXES, fill_leaves, refresh_weights
 
 
 class TorchBackend:
@@ -90,7 +74,8 @@ class TorchBackend:
         self.mesh, self.model, self.options, self.head = mesh, model, options, head
         self._device = device
         dtype = options.param_dtype
-        self._kernel = make_kernel(resolve_attention(options.attention, device, dtype))
+        needs = attention_needs(model)
+        kernel = make_kernel(resolve_attention(options.attention, device, dtype, needs))
         kind: Any = {"trainable": trainable, "head": head, "adapter": adapter}
         if base is None:
             self._weights = own_weights(mesh, model, options, device, **kind)
@@ -101,9 +86,15 @@ class TorchBackend:
         self._trained = [leaf for leaf in self._leaves if leaf.trained]
         fill_leaves(self._leaves if base is None else self._weights.own, checkpoint)
         self._optimizer = Optimizer(self._trained, options) if trainable else None
-        self._dropout: AdapterDropout | None = None
-        if trainable and adapter is not None and adapter.dropout > 0:
-            self._dropout = AdapterDropout(mesh.role, model, adapter, options.seed, device)
+        self._pass = DecoderPass(
+            mesh=mesh,
+            model=model,
+            options=options,
+            head=head,
+            device=device,
+            kernel=kernel,
+            dropout=make_dropout(mesh.role, model, adapter if trainable else None, options, device),
+        )
         self._steps = StepCounts()
         self._sums: dict[str, Tensor] = {}
         if trainable:
@@ -118,28 +109,13 @@ class TorchBackend:
         self, batch: Batch, readout: Readout, *, progress: MicrobatchProgress | None = None
     ) -> Batch:
         self._require_weights()
-        rows = batch.to(torch.device("cpu"))
-        size = rows.num_tokens if readout.is_per_token else rows.num_rows
-        found = {name: torch.zeros(size) for name in readout.columns}
-        places: list[Tensor] = []
-        values: list[dict[str, Tensor]] = []
-        with torch.no_grad():
-            for microbatch in counted(
-                self._paced(pack_rows(rows, self.options, readout)), progress
-            ):
-                stream = self._stream(microbatch)
-                routing = make_routing(self.model.moe, rows, microbatch, stream, self._device)
-                support = support_of(rows, microbatch, stream, readout, self._device)
-                places.append(microbatch.destination)
-                values.append(self._run(stream, readout, routing, support))
-        if places:  # not in the loop: the host would wait for each microbatch
-            at = torch.cat(places)
-            for name, column in found.items():
-                column[at] = torch.cat([own[name] for own in values]).cpu()
+        found = self._pass.forward(
+            self._decoder, self._weights, batch, readout, self._paced, progress
+        )
         if isinstance(self._decoder, FSDPModule):
             # The root stays gathered after a forward pass; an optimizer step would not reach it.
             self._decoder.reshard()
-        return as_columns(batch, readout, found)
+        return found
 
     def forward_backward(
         self,
@@ -153,36 +129,19 @@ class TorchBackend:
     ) -> dict[str, float]:
         require_trainable(self.mesh.role, self._optimizer)
         self._require_weights()
-        rows = batch.to(torch.device("cpu"))
-        parts: list[dict[str, Tensor]] = []
-        moe = self.model.moe
-        use = None if moe is None else ExpertUse(moe, self._device)
-        keys = None if self._dropout is None else self._dropout.keys(rows, self._steps.num_steps)
-        packed = self._paced(pack_rows(rows, self.options, readout, whole_groups=whole_groups))
-        for number, microbatch in enumerate(counted(packed, progress), start=1):
-            self._reduce_over_replicas(number == len(packed))
-            stream = self._stream(microbatch)
-            balance = self._balance(rows, microbatch, stream, readout, normaliser)
-            routing = make_routing(moe, rows, microbatch, stream, self._device, balance)
-            support = support_of(rows, microbatch, stream, readout, self._device)
-            outputs = self._run(stream, readout, routing, support, keys)
-            if use is not None and routing is not None:
-                use.add(routing, stream)
-            if microbatch.is_empty:
-                torch.autograd.backward(nothing_read(outputs))
-                continue
-            given = loss_input(rows, microbatch, readout, outputs, self._device)
-            loss, metrics = loss_of(loss_fn, given)
-            loss = loss / normaliser
-            torch.autograd.backward(loss)
-            parts.append({"loss": loss.detach(), **metrics})
-        sums = over_replicas(combine([{"loss": 0.0}, *as_numbers(parts)]), self.mesh)
-        if use is None:
-            return sums
-        return sums | use.metrics(
-            self.mesh.group("reduce"),
-            coefficient=self.options.balance_coef,
-            is_replay=EXPERT_CHOICES in rows.tokens,
+        return self._pass.forward_backward(
+            self._decoder,
+            self._weights,
+            batch,
+            loss_fn,
+            readout,
+            self._paced,
+            normaliser=normaliser,
+            step=self._steps.num_steps,
+            backward=torch.autograd.backward,
+            starting=self._reduce_over_replicas,
+            whole_groups=whole_groups,
+            progress=progress,
         )
 
     def optim_step(self) -> OptimStep:
@@ -190,11 +149,12 @@ class TorchBackend:
         require_parts(self.mesh.role, self.parts(), "weights", "optimizer")
         gradients = self._take_gradients()
         plain = [leaf for leaf in self._trained if not leaf.sharded]
-        for axis in ("reduce", "edp", "expert", "all"):
+        for axis in SUM_AXES:
             own = [gradients[leaf.name] for leaf in plain if leaf.summed_over == axis]
             all_reduce_gradients(own, self.mesh.group(axis))
-        copies = [gradients[leaf.name] for leaf in self._trained if leaf.replicated]
-        average_gradients(copies, self.mesh.group("tp"))
+        for copied in ("tp", "etp"):
+            copies = [gradients[leaf.name] for leaf in self._trained if leaf.copied_over == copied]
+            average_gradients(copies, self.mesh.group(copied))
         norm = gradient_norm(
             [gradients[leaf.name] for leaf in self._trained if leaf.counted],
             [self.mesh.group("all")],
@@ -240,90 +200,13 @@ class TorchBackend:
         """Add empty microbatches until all ranks that FSDP2 gathers and reduces with, or that
         experts exchange tokens with, have equally many: each one is a collective.
         """
-        group = self.mesh.group("reduce")
         is_single = self.mesh.shard_mesh is None and self.mesh.size("exchange") == 1
-        if is_single or group is None:
-            return microbatches
-        most = torch.tensor(len(microbatches))  # on the host: the device may have work left
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
-        missing = int(most) - len(microbatches)
-        return microbatches + [empty_microbatch()] * missing
+        return keep_pace(microbatches, None if is_single else self.mesh.group("reduce"))
 
     def _reduce_over_replicas(self, is_last: bool) -> None:
         """Sum shards over the replicas only in the last backward: they are the slowest axis."""
         if isinstance(self._decoder, FSDPModule) and self.mesh.size("dp_replicate") > 1:
             self._decoder.set_requires_all_reduce(is_last)
-
-    def _stream(self, microbatch: Microbatch) -> LocalStream:
-        return split_stream(microbatch, self.mesh.coordinate("cp"), self.mesh.size("cp"))
-
-    def _balance(
-        self,
-        rows: Batch,
-        microbatch: Microbatch,
-        stream: LocalStream,
-        readout: Readout,
-        normaliser: float,
-    ) -> Balance | None:
-        if self.model.moe is None or not readout.is_per_token:
-            return None
-        return make_balance(
-            rows,
-            microbatch,
-            stream,
-            self._device,
-            coefficient=self.options.balance_coef,
-            normaliser=normaliser,
-            group=self.mesh.group("cp"),
-        )
-
-    def _run(
-        self,
-        stream: LocalStream,
-        readout: Readout,
-        routing: Routing | None,
-        support: Support | None,
-        dropout_keys: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Compute the readout's columns at all places of the microbatch that are read, [N] each."""
-        check_head(self.mesh.role, self.head, readout)
-        attend = PackedAttention(
-            stream.spans,
-            self._kernel,
-            dtype=self.options.param_dtype,
-            device=self._device,
-            cp_group=self.mesh.group("cp"),
-        )
-        tokens, positions, predict, targets = to_device(
-            (stream.tokens, stream.positions, stream.predict, stream.targets), self._device
-        )
-
-        dropout = None
-        if self._dropout is not None and dropout_keys is not None:
-            dropout = self._dropout.make(dropout_keys, stream)
-
-        def finish(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-            return read_places(
-                hidden,
-                self._weights.head_weight(weight),
-                predict,
-                targets,
-                readout,
-                head_chunk=self.options.head_chunk,
-                tp=self._decoder.tp,
-                support=support,
-            )
-
-        found = self._decoder(
-            tokens,
-            positions,
-            attend,
-            finish,
-            recompute=self.options.recompute,
-            routing=routing,
-            adapters=self._weights.applied(dropout),
-        )
-        return whole_stream(found, readout, stream, self.mesh)
 
     def _accumulate_wide(self) -> None:
         """Sum microbatches' gradients in float32 where the parameters are narrower."""

@@ -2,21 +2,22 @@
 
 A leaf is one local parameter with what the optimizer, the norm, checkpoints and weight sync need to
 know about it. With `dp_shard: 1` the parameters are plain and replicated over dp and cp. Otherwise
-FSDP2 shards float32 parameters over dp_shard x cp and gathers them in the compute dtype (if none of
-them trains, the shards have that dtype too); the few that tensor parallelism does not divide
+FSDP2 shards float32 parameters over dp_shard x cp and gathers them in the compute dtype (those that
+do not train have that dtype as shards too); the few that tensor parallelism does not divide
 (norms) stay plain. Tensor and expert parallelism are the decoder's own in both cases. Experts are
 replicated, or sharded, only over the ranks that hold the same ones (`distributed.mesh`).
 
 An adapter's parameters are plain in every layout. Under tensor parallelism the halves that it does
 not divide have only a share of their gradient on each rank: A before a column-parallel matrix has
-that through the rank's own outputs, B after a row-parallel one that of the rank's own inputs.
+that through the rank's own outputs, B after a row-parallel one that of the rank's own inputs. Where
+all experts share one A and B, every rank has the share of its own experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +26,19 @@ from torch.distributed.tensor import DTensor, Shard
 
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel
+from spmdrl.models.adapter_weights import HEAD_WEIGHT, AdapterWeights
+from spmdrl.models.blocks.moe import Experts
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.degrees import check_tp
+from spmdrl.models.degrees import check_cp, check_tp
 from spmdrl.models.files.hf import TensorSource, fill
 from spmdrl.models.fsdp_cuts import fsdp_dims, fsdp_shard
-from spmdrl.models.low_rank import HEAD_WEIGHT, AdapterWeights
-from spmdrl.models.moe import Experts
-from spmdrl.models.sharding import Head, Slice, is_expert_parameter
+from spmdrl.models.sharding import Head, buffer_names, fused_tensors
+from spmdrl.models.tensors import Slice, TpSplit, is_expert_parameter
 
-SumAxis = Literal["reduce", "edp", "expert", "all"]
+SumAxis = Literal["reduce", "edp", "expert", "every_expert", "all"]
+SUM_AXES: tuple[SumAxis, ...] = get_args(SumAxis)
+CopyAxis = Literal["tp", "etp"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,8 +54,8 @@ class Leaf:
         counted: whether this rank counts the leaf's gradient in the norm; the first of the ranks
             that hold the same part does.
         summed_over: the mesh's axis over which gradients are summed if it is not sharded.
-        replicated: whether every tp rank holds it, and computes its whole gradient, because tensor
-            parallelism does not divide it.
+        copied_over: the axis whose ranks all hold it and compute its whole gradient, because tensor
+            parallelism does not divide it: tp, or for experts the ranks that divide their widths.
         decay: whether weight decay applies.
         trained: whether it changes; a leaf that does not has no master of its own.
     """
@@ -64,7 +68,7 @@ class Leaf:
     sharded: bool
     counted: bool
     summed_over: SumAxis
-    replicated: bool
+    copied_over: CopyAxis | None
     decay: bool
     trained: bool
 
@@ -89,6 +93,7 @@ def build_decoder(
     frozen: Collection[str] = (),
     blocks: int = 1,
     is_fixed: bool = False,
+    fsdp: bool = True,
 ) -> Decoder:
     """Build this rank's decoder; its weights are not filled yet.
 
@@ -97,16 +102,18 @@ def build_decoder(
         blocks: number of blocks of fused projections, see `models.sharding.all_slices`.
         is_fixed: whether nothing that FSDP2 may shard is trained, so that shards need no more
             digits than the compute dtype has.
+        fsdp: whether FSDP2 shards over the mesh's dp_shard; False leaves it to the caller.
 
     Raises:
         ValueError: the mesh has a degree that the model or this backend does not allow.
     """
     if mesh.size("pp") > 1:
         raise ValueError(f"role {mesh.role!r}: the torch backend has no pipeline stages, set pp: 1")
-    check_tp(model, mesh.size("tp"), ep=mesh.size("ep"))
+    check_tp(model, mesh.size("tp"), ep=mesh.size("ep"), replicate_kv=not trainable)
+    check_cp(model, mesh.size("cp"))
     tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
     ep = Parallel(group=mesh.group("exchange"), rank=mesh.coordinate("ep"), size=mesh.size("ep"))
-    if mesh.shard_mesh is None:
+    if mesh.shard_mesh is None or not fsdp:
         decoder = Decoder(model, tp=tp, ep=ep, dtype=dtype, device=device, head=head)
         return _require_grad(decoder, trainable, frozen)
     shard_dtype = dtype if is_fixed else torch.float32
@@ -128,9 +135,12 @@ def build_decoder(
 def _shard(decoder: Decoder, mesh: Mesh, dtype: torch.dtype) -> None:
     dims = fsdp_dims(decoder.model, decoder.kind, decoder.blocks)
     whole, by_columns = set(), set()
+    buffers, tables = buffer_names(decoder.model), decoder.slices()
     for name, parameter in decoder.named_parameters():
+        is_buffer = any(s.name in buffers for s in tables[name])
+        if (dims[name] is None or not parameter.requires_grad) and not is_buffer:
+            parameter.data = parameter.data.to(dtype)  # no master is here
         if dims[name] is None:
-            parameter.data = parameter.data.to(dtype)
             whole.add(parameter)
         elif dims[name] == 1:
             by_columns.add(parameter)
@@ -157,21 +167,26 @@ def _shard(decoder: Decoder, mesh: Mesh, dtype: torch.dtype) -> None:
 
 
 def _require_grad(decoder: Decoder, trainable: bool, frozen: Collection[str]) -> Decoder:
-    tables = decoder.slices()
+    tables, fixed = decoder.slices(), {*frozen, *buffer_names(decoder.model)}
     for name, parameter in decoder.named_parameters():
-        parameter.requires_grad_(trainable and not any(s.name in frozen for s in tables[name]))
+        parameter.requires_grad_(trainable and not any(s.name in fixed for s in tables[name]))
     return decoder
 
 
 @torch.no_grad()
-def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
-    """Make leaves of the decoder's parameters, in their order; they are not filled yet."""
+def make_leaves(decoder: Decoder, mesh: Mesh, *, masters: bool = True) -> tuple[Leaf, ...]:
+    """Make leaves of the decoder's parameters, in their order; they are not filled yet.
+
+    Args:
+        masters: whether leaves narrower than float32 have masters of their own.
+    """
     shard, num_shards, exchange = 0, 1, 1
-    if mesh.shard_mesh is not None:
+    if any(isinstance(parameter, DTensor) for parameter in decoder.parameters()):
         shard, num_shards = mesh.coordinate("shard"), mesh.size("shard")
         exchange = mesh.size("exchange")
     tables = decoder.slices()
     dims = fsdp_dims(decoder.model, decoder.kind, decoder.blocks)
+    table = fused_tensors(decoder.model, decoder.kind)
     leaves = []
     for name, parameter in decoder.named_parameters():
         sharded = isinstance(parameter, DTensor)
@@ -182,57 +197,76 @@ def make_leaves(decoder: Decoder, mesh: Mesh) -> tuple[Leaf, ...]:
         assert tuple(weight.shape) == shape, (name, weight.shape, shape)
         summed_over: SumAxis = "edp" if is_expert else "reduce"
         copies = "dp_replicate" if sharded else summed_over
-        # Every tp rank holds what tensor parallelism does not divide; it always divides experts.
-        replicated = not is_expert and all(part.is_whole for part in tables[name])
+        copied_over = _copied_over(name, table[name][0].split)
+        is_first = copied_over is None or mesh.coordinate(copied_over) == 0
         leaves.append(
             Leaf(
                 name=name,
                 parameter=parameter,
                 weight=weight,
-                master=_master_of(parameter, weight),
+                master=_master_of(parameter, weight) if masters else weight,
                 slices=slices,
                 sharded=sharded,
-                counted=mesh.coordinate(copies) == 0 and not (replicated and decoder.tp.rank > 0),
+                counted=mesh.coordinate(copies) == 0 and is_first,
                 summed_over=summed_over,
-                replicated=replicated,
-                decay=parameter.ndim > 1,
+                copied_over=copied_over,
+                # experts' biases have two dims
+                decay=parameter.ndim > 1 and not name.endswith("bias"),
                 trained=parameter.requires_grad,
             )
         )
     return tuple(leaves)
 
 
+def _copied_over(name: str, split: TpSplit) -> CopyAxis | None:
+    """Return the axis whose ranks all hold a parameter that tensor parallelism does not divide."""
+    if split is not TpSplit.NONE:
+        return None
+    return "etp" if is_expert_parameter(name) else "tp"
+
+
 @torch.no_grad()
-def make_adapter_leaves(added: AdapterWeights, mesh: Mesh) -> tuple[Leaf, ...]:
-    """Make leaves of an adapter's parameters and its head, in order; they are not filled yet."""
+def make_adapter_leaves(
+    added: AdapterWeights, mesh: Mesh, *, masters: bool = True
+) -> tuple[Leaf, ...]:
+    """Make leaves of an adapter's parameters and its head, in order; they are not filled yet.
+
+    Args:
+        masters: see `make_leaves`.
+    """
     tables = added.tables()
     leaves = []
     for name, parameter in added.named_parameters():
         weight = parameter.detach()
         is_whole = all(part.is_whole for part in tables[name])
-        is_expert = is_expert_parameter(name)
-        parts = mesh.size("etp") if is_expert else added.tp.size
-        is_share = is_whole and name != HEAD_WEIGHT and parts > 1
-        summed_over: SumAxis = "edp" if is_expert else "reduce"
-        if is_share:
-            summed_over = "expert" if is_expert else "all"
-        replicated = is_whole and not is_share and not is_expert
+        summed_over = _summed_over(name, is_whole, added, mesh)
+        replicated = is_whole and summed_over == "reduce"
         leaves.append(
             Leaf(
                 name=name,
                 parameter=parameter,
                 weight=weight,
-                master=_master_of(parameter, weight),
+                master=_master_of(parameter, weight) if masters else weight,
                 slices=tables[name],
                 sharded=False,
                 counted=mesh.coordinate(summed_over) == 0 and not (replicated and added.tp.rank),
                 summed_over=summed_over,
-                replicated=replicated,
+                copied_over="tp" if replicated else None,
                 decay=True,
                 trained=parameter.requires_grad,
             )
         )
     return tuple(leaves)
+
+
+def _summed_over(name: str, is_whole: bool, added: AdapterWeights, mesh: Mesh) -> SumAxis:
+    """Return the axis of the ranks that have shares of an adapter's gradient."""
+    if not is_expert_parameter(name):
+        is_share = is_whole and name != HEAD_WEIGHT and added.tp.size > 1
+        return "all" if is_share and not added.is_copied(name) else "reduce"
+    if added.adapter.shares_experts:
+        return "all" if is_whole else "every_expert"
+    return "expert" if is_whole and mesh.size("etp") > 1 else "edp"
 
 
 def _master_of(parameter: nn.Parameter, weight: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from operator import sub
 
 import torch
 
-from spmdrl.models.local_shards import Table, WeightLayout
-from spmdrl.weights.layout import Kinds, kinds_of
+from spmdrl.models.local_shards import Kinds, Table, WeightLayout
+from spmdrl.weights.layout import kinds_of
 from spmdrl.weights.routes import Ranks, Route, choose_groups, find_route
 
 Point = tuple[int, ...]

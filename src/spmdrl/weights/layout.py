@@ -9,51 +9,19 @@ from typing import Any
 
 import torch
 
-from spmdrl.distributed.mesh import coordinates, expert_degrees, expert_place
+from spmdrl.distributed.mesh import expert_degrees, expert_place, places_of
 from spmdrl.models.adapters import Adapter, adapter_tensors
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.fsdp_cuts import fsdp_dims, fsdp_shard
-from spmdrl.models.local_shards import LocalShard, Table
+from spmdrl.models.local_shards import Kinds, KindTable, LocalShard, Table
 from spmdrl.models.sharding import (
     Head,
-    Slice,
     all_slices,
+    buffer_names,
     fused_tensors,
-    is_expert_parameter,
     local_parameters,
 )
-
-Kinds = Mapping[str, tuple[Hashable, tuple[str, ...]]]
-"""Local name -> its kind, and its slices' names. Tensors of one kind differ only in names."""
-
-
-class KindTable(Mapping[str, LocalShard]):
-    """A table by kinds: layers are alike, and the slices of many ranks could be a million.
-
-    Args:
-        kinds: one object for all ranks that hold shards of the same tensors.
-        shards: kind -> this rank's shard of it; a slice has its name's index in place of the name.
-    """
-
-    def __init__(self, kinds: Kinds, shards: Mapping[Hashable, LocalShard]) -> None:
-        self.kinds, self.shards = kinds, shards
-
-    def __getitem__(self, local_name: str) -> LocalShard:
-        kind, names = self.kinds[local_name]
-        shard = self.shards[kind]
-        slices = tuple(
-            Slice(
-                name=names[int(s.name)], shape=s.shape, start=s.start, stop=s.stop, offset=s.offset
-            )
-            for s in shard.slices
-        )
-        return LocalShard(shape=shard.shape, dtype=shard.dtype, slices=slices, frozen=shard.frozen)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.kinds)
-
-    def __len__(self) -> int:
-        return len(self.kinds)
+from spmdrl.models.tensors import Slice, is_expert_parameter
 
 
 def kinds_of(table: Table) -> Kinds:
@@ -83,6 +51,7 @@ def model_layout(
     blocks: int = 1,
     shard_dtype: torch.dtype | None = None,
     adapter: Adapter | None = None,
+    only: Collection[int] | None = None,
 ) -> dict[int, Table]:
     """The layout of a role: tensor-parallel parameters, cut by FSDP if dp_shard > 1.
 
@@ -92,11 +61,12 @@ def model_layout(
     tied, the embedding again). Ranks with the same pp, tp, ep and shard place share one table.
 
     Args:
-        frozen: Hugging Face names of parameters that are not trained.
+        frozen: Hugging Face names of parameters that do not train; the model's buffers never do.
         vocab_multiple: the vocabulary's rows are padded to a multiple of it.
         blocks: see `models.sharding.all_slices`.
-        shard_dtype: dtype of the tensors that FSDP cuts, by default `dtype`.
+        shard_dtype: dtype of those tensors that FSDP cuts and that train, by default `dtype`.
         adapter: an adapter whose tensors the ranks hold as well.
+        only: the ranks whose tables are made; None: all of them.
     """
     tp, cp, pp = degrees.get("tp", 1), degrees.get("cp", 1), degrees.get("pp", 1)
     sharded = degrees.get("dp_shard", 1) > 1
@@ -108,13 +78,14 @@ def model_layout(
     shapes = local_parameters(model, tp, ep_size=ep, **cut)
     stages = [_stage(model, shapes, stage, pp) for stage in range(pp)]
     dims = fsdp_dims(model, head, blocks) | dict.fromkeys(added)
-    tables_of = _KindTables(dtype, (shard_dtype or dtype) if sharded else dtype, frozen, dims)
+    dtypes = {"dtype": dtype, "shard_dtype": (shard_dtype or dtype) if sharded else dtype}
+    tables_of = _KindTables(**dtypes, frozen=frozen, buffers=buffer_names(model), dims=dims)
     slices_at = partial(all_slices, model, tp_size=tp, ep_size=ep, blocks=blocks, **cut)
     whole: dict[tuple[int, int], Kinds] = {}
     by_place: dict[tuple[int, int, int], Kinds] = {}
     tables: dict[tuple[int, int, int, int], Table] = {}
     layout = {}
-    for rank, place in zip(ranks, coordinates(degrees), strict=True):
+    for rank, place in places_of(ranks, degrees, only):
         shard = place["dp_shard"] * cp + place["cp"] if sharded else 0
         tp_rank, ep_rank = place["tp"], expert_place(degrees, place)["ep"]
         if (tp_rank, ep_rank) not in whole:
@@ -154,12 +125,14 @@ class _Kind:
         shape, slices: those of the first of them, whole.
         dim: dim along which FSDP cuts them, or None.
         has_experts: FSDP cuts them over the ranks with the same experts.
+        is_buffer: they are float32 everywhere.
     """
 
     shape: tuple[int, ...]
     slices: tuple[Slice, ...]
     dim: int | None
     has_experts: bool
+    is_buffer: bool
 
 
 class _KindTables:
@@ -167,13 +140,16 @@ class _KindTables:
 
     def __init__(
         self,
+        *,
         dtype: torch.dtype,
         shard_dtype: torch.dtype,
         frozen: Collection[str],
+        buffers: Collection[str],
         dims: Mapping[str, int | None],
     ) -> None:
         self._dtype, self._shard_dtype = dtype, shard_dtype
-        self._frozen, self._dims = frozenset(frozen), dims
+        self._frozen, self._buffers = frozenset((*frozen, *buffers)), frozenset(buffers)
+        self._dims = dims
         self._numbers: dict[object, int] = {}
         self._kinds: list[_Kind] = []
         self._shards: dict[tuple[int, int, int], LocalShard] = {}
@@ -200,9 +176,15 @@ class _KindTables:
         return KindTable(kinds, shards)
 
     def _kind(self, local_name: str, shape: tuple[int, ...], slices: tuple[Slice, ...]) -> int:
-        kind = _Kind(shape, slices, self._dims[local_name], is_expert_parameter(local_name))
+        kind = _Kind(
+            shape,
+            slices,
+            self._dims[local_name],
+            is_expert_parameter(local_name),
+            any(s.name in self._buffers for s in slices),
+        )
         boxes = ((s.shape, s.start, s.stop, s.offset, s.name in self._frozen) for s in slices)
-        alike = (shape, kind.dim, kind.has_experts, *boxes)
+        alike = (shape, kind.dim, kind.has_experts, kind.is_buffer, *boxes)
         number = self._numbers.setdefault(alike, len(self._kinds))
         if number == len(self._kinds):
             self._kinds.append(kind)
@@ -216,22 +198,19 @@ class _KindTables:
             # their indices instead of their names: a name can occur several times
             slices = tuple(replace(s, name=str(i)) for i, s in enumerate(kind.slices))
             shape, own = fsdp_shard(kind.shape, slices, kind.dim, index, count)
+            frozen = any(piece.name in self._frozen for piece in kind.slices)
+            dtype = self._dtype if kind.dim is None or frozen else self._shard_dtype
             self._shards[at] = LocalShard(
                 shape=shape,
-                dtype=self._dtype if kind.dim is None else self._shard_dtype,
+                dtype=torch.float32 if kind.is_buffer else dtype,
                 slices=own,
-                frozen=any(kind.slices[int(s.name)].name in self._frozen for s in own),
+                frozen=frozen,
             )
         return self._shards[at]
 
 
 def _names(slices: Iterable[Slice]) -> tuple[str, ...]:
     return tuple(piece.name for piece in slices)
-
-
-def local_box(tensor: torch.Tensor, held: Slice) -> torch.Tensor:
-    """The view of a local tensor that holds the slice."""
-    return tensor[held.offset : held.offset + held.rows]
 
 
 def overlap(a: Slice, b: Slice) -> tuple[tuple[int, int], ...] | None:

@@ -18,9 +18,9 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from spmdrl.models.local_shards import Table, WeightLayout
+from spmdrl.models.local_shards import Kinds, Table, WeightLayout
 from spmdrl.weights.cells import Cell, Pattern, Patterns, find_cuts
-from spmdrl.weights.layout import Kinds, kinds_of, shards_by_kind
+from spmdrl.weights.layout import kinds_of, shards_by_kind
 from spmdrl.weights.rounds import CellRange, Round, make_rounds
 from spmdrl.weights.routes import Ranks, Route
 
@@ -72,6 +72,11 @@ class SyncPlan:
     def moves(self) -> bool:
         """Whether a sync after the first moves anything."""
         return bool(self.rounds)
+
+    @cached_property
+    def changing(self) -> frozenset[str]:
+        """Names of the global tensors that every sync moves to a rank that does not share them."""
+        return frozenset(cells.name for one in self.rounds for cells in one)
 
     @cached_property
     def moved_again_bytes(self) -> int:
@@ -164,7 +169,7 @@ def plan_sync(
     Raises:
         ValueError: the source does not hold all that the target needs; the tensor is named.
     """
-    shared = _shared(source if share else {}, target, merged)
+    shared = find_shared(source if share else {}, target, merged)
     slot = max(1, 2 * bucket_bytes // NUM_SLOTS)
     patterns = Patterns(node_size, slot // _CELLS_PER_SLOT or 1)
     ranges: dict[bool, list[CellRange]] = {False: [], True: []}
@@ -205,8 +210,8 @@ def plan_sync(
     )
 
 
-def _shared(
-    source: WeightLayout, target: WeightLayout, merged: frozenset[str]
+def find_shared(
+    source: WeightLayout, target: WeightLayout, merged: frozenset[str] = frozenset()
 ) -> dict[int, frozenset[str]]:
     """Target rank -> local names that the source holds alike there, if sharing is worthwhile."""
     found: dict[tuple[int, int], frozenset[str]] = {}
@@ -255,9 +260,11 @@ class _NamePairs:
                 if name not in first or not self._omitted.isdisjoint(names):
                     continue
                 kind_there, names_there = first[name]
-                same = tuple(
-                    tuple(there == here for there in names_there) for here in names
-                )  # which of their slices are of one tensor
+                # which of their slices are of one tensor; a layer's experts have a thousand
+                places: dict[str, list[int]] = {}
+                for place, there in enumerate(names_there):
+                    places.setdefault(there, []).append(place)
+                same = tuple(tuple(places.get(here, ())) for here in names)
                 groups.setdefault((kind_there, kind, same), []).append(name)
             # both kinds are kept, so that no other object gets their ids
             self._known[at] = (first, second, list(groups.values()))

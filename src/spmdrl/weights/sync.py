@@ -90,13 +90,13 @@ class WeightSync:
         self.groups = {ranks: made.over(ranks) for ranks in plan.groups}
         self.frozen_rounds = rank_rounds(plan, plan.frozen_rounds, self.rank)
         self.rounds = rank_rounds(plan, plan.rounds, self.rank)
-        self._keeps_frozen, self._ran = keeps_frozen, False
+        self._keeps_frozen, self._has_frozen = keeps_frozen, False
         self._slots = _Slots(device)
 
     @property
     def leaves_out_frozen(self) -> bool:
         """Whether the next `run` omits frozen tensors."""
-        return self._ran and self._keeps_frozen
+        return self._has_frozen and self._keeps_frozen
 
     @property
     def has_work(self) -> bool:
@@ -116,10 +116,16 @@ class WeightSync:
     @torch.no_grad()
     def run(self) -> None:
         """Make the engine's weights equal to the trainer's."""
+        self._run((*(() if self.leaves_out_frozen else self.frozen_rounds), *self.rounds))
+
+    @torch.no_grad()
+    def run_frozen(self) -> None:
+        """Move only the frozen tensors, for an engine that gets the others by other means."""
+        self._run(self.frozen_rounds)
+
+    def _run(self, rounds: Sequence[RankRound]) -> None:
         self.views.forget()
         slots = self._slots
-        frozen = () if self.leaves_out_frozen else self.frozen_rounds
-        rounds = (*frozen, *self.rounds)
         in_flight = [_RoundInFlight(self, one, slots) for one in rounds]
         for tick in range(len(in_flight) + 2):
             if tick < len(in_flight):
@@ -129,7 +135,7 @@ class WeightSync:
             if 0 <= tick - 2 < len(in_flight):
                 in_flight[tick - 2].land()
         self.staging_bytes = max(self.staging_bytes, slots.num_bytes)
-        self._ran = True
+        self._has_frozen = True
         self.views.forget()
         if self.device.type != "cpu":
             slots.free()

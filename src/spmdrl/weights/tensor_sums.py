@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 from spmdrl.weights.cells import Cell
 from spmdrl.weights.plan import SyncPlan
 from spmdrl.weights.views import TensorViews
@@ -87,10 +87,14 @@ _COPY = 0x9E3779B97F4A7C15 - (1 << 64)
 """An odd factor, so that a difference between copies does not cancel against anything."""
 
 
+_NEXT_DIM = 1 << 40
+
+
 def tensor_sum(values: Tensor, box: Cell) -> Tensor:
     """The box's part of its tensor's sum, int64: rows (in one dim, values) times their weights.
 
-    A row's sum takes its bytes as little-endian 64-bit numbers from the start of the row.
+    A row's sum takes its bytes as little-endian 64-bit numbers from the start of the row. In a
+    tensor of more dims, a row's weight is the product of one for each of its indices.
 
     Args:
         values: values of the box's shape, in any dtype that can hold those of `box.dtype`.
@@ -103,6 +107,9 @@ def tensor_sum(values: Tensor, box: Cell) -> Tensor:
         block = values[start : start + step].to(box.dtype)
         weights = row_weights(box.start[0] + start, len(block), values.device)
         sums = _row_sums(block, box.start[-1], last) if block.dim() > 1 else _bits(block)
+        for dim in range(sums.dim() - 1, 0, -1):
+            first = box.start[dim] + dim * _NEXT_DIM  # an index counts otherwise in each dim
+            sums = (sums * row_weights(first, sums.shape[dim], values.device)).sum(dim)
         total += (sums * weights).sum()
     return total
 
@@ -116,16 +123,15 @@ def row_weights(first: int, count: int, device: torch.device) -> Tensor:
 
 
 def _row_sums(block: Tensor, first: int, width: int) -> Tensor:
-    """[rows] sums of rows whose columns `[first, first + width)` are in the block."""
+    """Sums of the rows, whose columns `[first, first + width)` are in the block."""
     lanes = 8 // block.element_size()
     aligned = block.stride(-1) == 1 and not any(
         number % lanes for number in (first, width, block.storage_offset(), *block.stride()[:-1])
     )
-    dims = tuple(range(1, block.dim()))
     if aligned:
-        return block.view(torch.int64).sum(dims)
+        return block.view(torch.int64).sum(-1)
     columns = torch.arange(first, first + width, device=block.device) % lanes
-    return (_bits(block) << columns * (8 * block.element_size())).sum(dims)
+    return (_bits(block) << columns * (8 * block.element_size())).sum(-1)
 
 
 def _bits(block: Tensor) -> Tensor:

@@ -13,17 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spmdrl.models.adapters import Adapter, lora_names
-from spmdrl.models.local_shards import LocalTensors, WeightLayout
-from spmdrl.models.low_rank import merged
-from spmdrl.models.sharding import Slice
+from spmdrl.models.adapter_weights import merged
+from spmdrl.models.adapters import Adapter
+from spmdrl.models.local_shards import LocalTensors, WeightLayout, local_box
+from spmdrl.models.tensors import Slice
 from spmdrl.weights.cells import Cell
-from spmdrl.weights.layout import key, local_box
+from spmdrl.weights.layout import key
 
 Read = Callable[[Tensor], Tensor]
 """Returns a source tensor's current values: on the device, or on the host while it is away."""
 
-_Index = tuple[slice, ...]
+_Place = tuple[Tensor, Slice, tuple[slice, ...]]
+"""A local tensor, a slice in it, and a cell's index in the slice's box."""
 
 
 class MergedReader:
@@ -44,7 +45,7 @@ class MergedReader:
         """Identity of a tensor -> its slices, and the local names of the A and B to merge."""
         for tensor, slices in tensors.values():
             targets = [piece.name for piece in slices if piece.name in adapter.targets]
-            own = [places[name] for target in targets for name in lora_names(target)]
+            own = [places[name] for target in targets for name in adapter.factors(target)]
             if own:
                 self._needed[id(tensor)] = (slices, tuple(dict.fromkeys(own)))
         self._kept: dict[int, Tensor] = {}
@@ -87,7 +88,7 @@ class TensorViews:
         self._read = read
         self._source = _by_name(source)
         self._target = _by_name(target)
-        self._source_at: dict[tuple[str, Cell], tuple[Tensor, _Index] | None] = {}
+        self._source_at: dict[tuple[str, Cell], _Place | None] = {}
         self._target_at: dict[tuple[str, Cell], tuple[Tensor, ...]] = {}
 
     def source_slices(self, name: str) -> tuple[Slice, ...]:
@@ -105,14 +106,17 @@ class TensorViews:
             found = _find(self._source.get(name, ()), cell)
             self._source_at[key] = found[0] if found else None
         at = self._source_at[key]
-        return None if at is None else self._read(at[0])[at[1]]
+        if at is None:
+            return None
+        tensor, piece, index = at
+        return local_box(self._read(tensor), piece)[index]
 
     def target(self, name: str, cell: Cell) -> tuple[Tensor, ...]:
         """The views to fill here: several if one tensor serves as two (tied embeddings)."""
         key = (name, cell)
         if key not in self._target_at:
             found = _find(self._target.get(name, ()), cell)
-            self._target_at[key] = tuple(tensor[index] for tensor, index in found)
+            self._target_at[key] = tuple(local_box(t, piece)[index] for t, piece, index in found)
         return self._target_at[key]
 
     def value(self, name: str, cell: Cell) -> Tensor:
@@ -139,16 +143,15 @@ def _by_name(tensors: LocalTensors) -> _Held:
     return found
 
 
-def _find(held: Sequence[tuple[Tensor, Slice]], cell: Cell) -> list[tuple[Tensor, _Index]]:
-    """Every tensor with the cell, and the index of the cell in it. No slice cuts a cell."""
+def _find(held: Sequence[tuple[Tensor, Slice]], cell: Cell) -> list[_Place]:
+    """Every place of the cell. No slice cuts a cell."""
     found = []
     for tensor, piece in held:
         bounds = zip(piece.start, piece.stop, cell.start, cell.stop, strict=True)
         if all(a <= low and high <= b for a, b, low, high in bounds):
-            start = list(piece.start)
-            start[0] -= piece.offset
-            ranges = zip(cell.start, cell.stop, start, strict=True)
-            found.append((tensor, tuple(slice(a - at, b - at) for a, b, at in ranges)))
+            ranges = zip(cell.start, cell.stop, piece.start, strict=True)
+            index = tuple(slice(a - first, b - first) for a, b, first in ranges)
+            found.append((tensor, piece, index))
     return found
 
 

@@ -78,6 +78,13 @@ int cublasSgemv_v2(void *handle, int, int m, int n, ...) {
 int cublasDgemv_v2(void *handle, int, int m, int n, ...) {
   return product(handle, "Dgemv", m, n, 1);
 }
+int cublasStrsm_v2(void *handle, int, int, int, int, int m, int n, ...) {
+  return product(handle, "Strsm", m, n, m);
+}
+int cublasStrsmBatched(void *handle, int, int, int, int, int m, int n, const float *,
+                       const float *const *, int, float *const *, int, int batch) {
+  return product(handle, "StrsmBatched", m, n, m, batch);
+}
 int cublasSdot_v2(void *handle, int n, ...) { return product(handle, "Sdot", 1, 1, n); }
 int cublasDdot_v2(void *handle, int n, ...) { return product(handle, "Ddot", 1, 1, n); }
 int cublasDotEx(void *handle, int n, ...) { return product(handle, "DotEx", 1, 1, n); }

@@ -11,7 +11,7 @@ from torch import Tensor
 from spmdrl.models.adapters import Adapter, adapter_shapes
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 
 AdapterInit = Literal["kaiming", "gaussian"]
 """Distributions that A is drawn from."""

@@ -6,13 +6,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spmdrl.models.config import ModelConfig, read_config
-from spmdrl.models.files.inspection import HEAD, WithTiedHead, head_of, inspect
+from spmdrl.models.files.expert_forms import one_by_one
+from spmdrl.models.files.inspection import (
+    HEAD,
+    WithTiedHead,
+    head_of,
+    inspect,
+    inspect_scalar,
+)
 from spmdrl.models.files.peft import open_peft, other_base
 from spmdrl.models.files.peft_config import ADAPTER_CONFIG, read_lora_file
+from spmdrl.models.files.scalar_head import ScalarHead, find_scalar_head
+from spmdrl.models.files.stored_tensors import PLAIN
 from spmdrl.models.files.tokenizer_files import TOKENIZER_CONFIG, notes
 from spmdrl.models.files.tokenizers import check_tokenizer, load_tokenizer
-from spmdrl.models.files.weight_files import PLAIN, open_checkpoint
-from spmdrl.models.sharding import SCORE, Slice, global_shapes
+from spmdrl.models.files.weight_files import Checkpoint, open_checkpoint
+from spmdrl.models.model_classes import read_place
+from spmdrl.models.sharding import SCORE, Head, global_shapes
+from spmdrl.models.tensors import Slice
 
 CONFIG = "config.json"
 
@@ -116,18 +127,23 @@ def _check_adapter(path: Path, base: str | Path | None, found: Findings) -> None
 
 def _check_weights(path: Path, model: ModelConfig, found: Findings) -> None:
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = one_by_one(open_checkpoint(path), model)
     except (ValueError, OSError) as error:
         found.errors.append(str(error))
         return
-    head = head_of(model, checkpoint)
-    report = inspect(model, checkpoint, head)
+    scalar = find_scalar_head(model, checkpoint)
+    head = head_of(scalar)
+    if head == "score":
+        model, checkpoint, report = scalar.model, scalar.checkpoint, inspect_scalar(scalar)
+    else:
+        rest = {n: own for n, own in checkpoint.entries.items() if n not in scalar.names}
+        report = inspect(model, Checkpoint(path, rest, checkpoint.notes), head)
     found.errors += report.errors
-    found.notes += report.notes
+    found.notes += [*report.notes, *report.remarks]
     files = {entry.file for entry in checkpoint.entries.values()}
     dtypes = sorted({entry.dtype for entry in checkpoint.entries.values()})
     found.summary = (
-        f"{path}: {model.architecture}{' with a scalar head' if head == 'score' else ''}, "
+        f"{path}: {model.architecture}{_heads(scalar, head)}, "
         f"{model.num_layers} layers, {len(checkpoint.names)} tensors ({', '.join(dtypes)}) in "
         f"{len(files)} {'file' if len(files) == 1 else 'files'}"
     )
@@ -149,3 +165,12 @@ def _check_weights(path: Path, model: ModelConfig, found: Findings) -> None:
     if zeros:
         more = f" and {len(zeros) - 1} more" if len(zeros) > 1 else ""
         found.notes.append(f"{zeros[0]}{more} is zero throughout: was it downloaded whole?")
+
+
+def _heads(scalar: ScalarHead, head: Head) -> str:
+    """Say which scalar head the directory has, and where a reward model's score is read."""
+    if scalar.module is None or scalar.errors:
+        return " with a scalar head" if head == "score" else ""
+    place = read_place(scalar.model.source, scalar.model.pad_id)
+    text = f" with a scalar head ({scalar.description}; a reward is read at {place})"
+    return text if head == "score" else f" with logits, and{text.removeprefix(' with')}"

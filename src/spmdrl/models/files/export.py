@@ -6,6 +6,7 @@ No tensor is kept in memory once the next one has arrived.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,17 @@ from torch import Tensor
 
 from spmdrl.atomic_files import atomic_directory
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.families import CAUSAL, CLASSIFICATION
 from spmdrl.models.fields import Fields, read_json
-from spmdrl.models.files.padding import set_padding
+from spmdrl.models.files.model_entries import NEXT_TOKENS
+from spmdrl.models.files.padding import keep_padding, set_padding
 from spmdrl.models.files.safetensors_writer import write_shards
 from spmdrl.models.files.weight_files import INDEX, SINGLE, open_checkpoint
-from spmdrl.models.sharding import Head, Slice, global_shapes
+from spmdrl.models.model_classes import CAUSAL, CLASSIFICATION, TOKEN_CLASSIFICATION
+from spmdrl.models.quantisation import QUANTIZATION
+from spmdrl.models.sharding import Head, buffer_names, global_shapes
+from spmdrl.models.tensors import Slice
+
+log = logging.getLogger(__name__)
 
 EMBEDDING = "model.embed_tokens.weight"
 MAX_SHARD_BYTES = 4 * 1024**3
@@ -38,6 +44,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_PREDICTION = (NEXT_TOKENS, "mtp_num_hidden_layers")
 MORE_TEMPLATES = "additional_chat_templates"
 """The directory of a tokenizer's templates other than the default one."""
 
@@ -62,19 +69,23 @@ def save_pretrained(
     head: Head = "lm",
     dtype: torch.dtype | None = None,
     ends: Sequence[int] = (),
+    skipped: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a directory that `transformers` loads; no tensor is kept once the next has arrived.
 
     A model with a scalar head is written as sequence classification with one label. transformers
     reads its score at the last token that is not padding, so the padding token in config.json and
-    in the tokenizer is one with which no row ends.
+    in the tokenizer is one with which no row ends, or `skipped`. A head with a bias is written as
+    token classification, the only one that has it there: its last logit is the score.
 
     Args:
         tensors: every global tensor once, by Hugging Face name, in any order, on any device.
         tokenizer_dir: directory from which tokenizer files and generation_config.json are copied.
-        dtype: dtype of the values in the files; None keeps that of `tensors`.
+        dtype: dtype of the values in the files; None keeps that of `tensors`. The model's buffers
+            are float32 in any case.
         ends: tokens that end a text, in addition to those of `model`.
+        skipped: the token that was passed over at the ends of rows, if one was.
 
     Raises:
         OSError: a file could not be written; an older `out_dir` is then unchanged.
@@ -83,8 +94,12 @@ def save_pretrained(
     """
     with atomic_directory(out_dir) as fresh:
         shapes = global_shapes(model, head)
-        narrow = ((name, cast(name, tensor, dtype)) for name, tensor in checked(tensors, shapes))
-        written = _write_weights(narrow, shapes, fresh, max_shard_bytes)
+        kept = buffer_names(model)
+        narrow = (
+            (name, cast(name, tensor, torch.float32 if name in kept else dtype))
+            for name, tensor in checked(tensors, shapes)
+        )
+        written = write_weights(narrow, shapes, fresh, max_shard_bytes)
         source = {**_without_labels(model.source), **_described(model, head), "dtype": written}
         if tokenizer_dir is not None:
             copy_tokenizer(Path(tokenizer_dir), fresh)
@@ -95,7 +110,11 @@ def save_pretrained(
         found = dict.fromkeys([*model.eos_ids, *fields.ids("eos_token_id"), *ends])
         all_ends = [token for token in found if 0 <= token < model.vocab_size]
         if head == "score":
-            source["pad_token_id"] = set_padding(fresh, model, all_ends)
+            if skipped is None:
+                source["pad_token_id"] = set_padding(fresh, model, all_ends)
+            else:
+                keep_padding(fresh, skipped)
+                source["pad_token_id"] = skipped
         write_json(fresh / "config.json", source)
         generation = _generation(copied, source, all_ends, head)
         if generation != copied or not file.is_file():
@@ -120,8 +139,14 @@ def _described(model: ModelConfig, head: Head) -> dict[str, Any]:
     """Return config.json's keys about the head."""
     if head == "lm":
         return {"architectures": [model.architecture]}
+    kind = TOKEN_CLASSIFICATION if model.score_bias else CLASSIFICATION
+    if model.score_bias:
+        log.info(
+            "the scalar head has a bias: AutoModelForTokenClassification adds it, and the scores "
+            "of AutoModelForSequenceClassification, which has none, are lower by it"
+        )
     return {
-        "architectures": [model.architecture.replace(CAUSAL, CLASSIFICATION)],
+        "architectures": [model.architecture.replace(CAUSAL, kind)],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
         "problem_type": "regression",
@@ -133,7 +158,12 @@ def _without_labels(source: dict[str, Any]) -> dict[str, Any]:
     pad, size = source.get("pad_token_id"), source.get("vocab_size")
     if isinstance(pad, int) and isinstance(size, int) and pad >= size:
         source = {**source, "pad_token_id": None}
-    gone = ("torch_dtype", "id2label", "label2id", "num_labels", "problem_type")
+    # what another class's own code read, which an export does not need
+    foreign = ("auto_map", "value_head_prefix", "token_classification_bias")
+    labels = ("id2label", "label2id", "num_labels", "problem_type")
+    gone = ("torch_dtype", *labels, *foreign, QUANTIZATION)
+    # layers for multi-token prediction were left out when the model was read
+    source = {**source, **{key: 0 for key in _PREDICTION if source.get(key)}}
     return {key: value for key, value in source.items() if key not in gone}
 
 
@@ -157,7 +187,7 @@ def checked(
         raise ValueError(f"tensor {min(open_names)!r} was not given")
 
 
-def _write_weights(
+def write_weights(
     tensors: Iterator[tuple[str, Tensor]],
     shapes: Mapping[str, tuple[int, ...]],
     directory: Path,

@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 
 from spmdrl.models.config import ModelConfig, read_config, tiny
-from spmdrl.models.files.inspection import HEAD, WithTiedHead, inspect
+from spmdrl.models.files.expert_forms import one_by_one
+from spmdrl.models.files.hub import local_directory
+from spmdrl.models.files.inspection import HEAD, WithTiedHead, inspect, inspect_scalar
+from spmdrl.models.files.scalar_head import find_scalar_head
 from spmdrl.models.files.weight_files import open_checkpoint
-from spmdrl.models.sharding import SCORE, Head, Slice, global_shapes
+from spmdrl.models.local_shards import local_box
+from spmdrl.models.sharding import SCORE, Head, global_shapes
+from spmdrl.models.tensors import Slice
 
 HeadInit = Literal["file", "normal", "zero"]
 """Sources of a scalar head's weights."""
@@ -105,28 +110,38 @@ def open_model(
     use_tiny: bool = False,
     seed: int = 0,
     warn: Callable[[str], None] | None = None,
+    inform: Callable[[str], None] | None = None,
 ) -> tuple[ModelConfig, TensorSource]:
     """Open configuration and weights of a directory, and check them against each other.
 
     Args:
+        path: the directory, or a name on the Hugging Face hub (see `local_directory`).
         head_init: take a scalar head from the `file`, or make a new one (see `WithNewScore`).
         use_tiny: read only config.json and make a tiny random model of that architecture.
         warn: callback with each oddity of the directory that is no reason to refuse it.
+        inform: callback with what is done with a directory that is as usual.
 
     Raises:
         ValueError: a tensor is missing, unknown or quantised; the message names it and the file.
     """
+    path = local_directory(path)
     config = read_config(path)
     if use_tiny:
         config = tiny(config)
         return config, RandomCheckpoint(config, seed, head)
-    checkpoint = open_checkpoint(path)
-    is_new = head == "score" and head_init != "file"
-    report = inspect(config, checkpoint, None if is_new else head)
+    checkpoint = one_by_one(open_checkpoint(path), config)
+    if head == "score" and head_init == "file":
+        found = find_scalar_head(config, checkpoint)
+        config, checkpoint, report = found.model, found.checkpoint, inspect_scalar(found)
+    else:
+        report = inspect(config, checkpoint, "lm" if head == "lm" else None)
     report.refuse(checkpoint.path)
     if warn is not None:
         for note in report.notes:
             warn(note)
+    if inform is not None:
+        for remark in report.remarks:
+            inform(remark)
     if head == "score" and head_init != "file":
         return config, WithNewScore(checkpoint, config, head_init, seed)
     if head == "lm" and config.tie_embeddings and HEAD in checkpoint.names:
@@ -139,4 +154,4 @@ def fill(params: Iterable[tuple[Tensor, tuple[Slice, ...]]], checkpoint: TensorS
     """Copy each slice to its rows of the local tensor (any device and dtype), one at a time."""
     for tensor, held in params:
         for part in held:
-            tensor[part.offset : part.offset + part.rows].copy_(checkpoint.read(part))
+            local_box(tensor, part).copy_(checkpoint.read(part))

@@ -11,21 +11,24 @@ import torch
 from torch import Tensor
 
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.families import CLASSIFICATION, DEFAULTS
+from spmdrl.models.config_reading import resolved
+from spmdrl.models.files.model_entries import NEXT_TOKENS
 from spmdrl.models.files.peft_config import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS
-from spmdrl.models.files.weight_files import PLAIN, Checkpoint, dtype_error
-from spmdrl.models.sharding import SCORE, Head, Slice, global_shapes
+from spmdrl.models.files.scalar_head import HEAD_NAMES, ScalarHead, foreign_parts
+from spmdrl.models.files.stored_tensors import PLAIN, dtype_error
+from spmdrl.models.files.weight_files import Checkpoint
+from spmdrl.models.model_classes import class_name, is_scalar_class
+from spmdrl.models.quantisation import QUANTIZATION
+from spmdrl.models.sharding import SCORE, Head, global_shapes
+from spmdrl.models.tensors import Slice
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 _QUANTISED = re.compile(
     r"scales?$|scale_inv$|zeros?$|zero_point$|qweight$|g_idx$|absmax$|quant_|packed$|\.SCB$|"
-    r"amax$|weight_shape$|weight_format$"
+    r"amax$|weight_shape$|weight_format$|_blocks$"
 )
 _ADAPTER = re.compile(r"\.lora_|\.base_layer\.|\.modules_to_save\.|\.adapters?[._]")
-_DERIVED = re.compile(r"rotary_emb\.inv_freq$")
-"""Tensors that older files hold although they follow from the configuration."""
-
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -44,10 +47,13 @@ _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_confi
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """Inspection: `errors` are reasons to refuse the directory, `notes` are for the log."""
+    """Inspection: `errors` are reasons to refuse the directory, `notes` are oddities that a user
+    should see, `remarks` say what is usual for such a directory.
+    """
 
     errors: tuple[str, ...]
     notes: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
 
     def refuse(self, path: Path) -> None:
         """Raise ValueError with the first error, and the command that shows the others."""
@@ -79,7 +85,7 @@ def inspect(model: ModelConfig, checkpoint: Checkpoint, head: Head | None) -> In
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         notes.append(f"{checkpoint.path}: the tensor {odd[0]!r}{more} is of no use to the model")
     foreign, quantised = _files(checkpoint.path)
-    defaults = DEFAULTS[model.architecture]
+    defaults = resolved(model.source, model.family.config_type, str(checkpoint.path))
     given = {"num_experts" if k == "num_local_experts" else k for k in model.source}
     absent = [k for k in _SIZES if defaults.get(k) is not None and k not in given]
     taken = f" (without {', '.join(absent)} in config.json, defaults count)" if absent else ""
@@ -94,7 +100,10 @@ def inspect(model: ModelConfig, checkpoint: Checkpoint, head: Head | None) -> In
 def _reason(name: str, model: ModelConfig) -> str | None:
     """Explain why a tensor that the model lacks makes the directory another model's; else None."""
     if _QUANTISED.search(name):
-        return "belongs to quantised weights: give the directory of the model in float weights"
+        return (
+            f"belongs to quantised weights, which config.json's {QUANTIZATION} does not describe: "
+            "give the directory of the model in float weights"
+        )
     if _ADAPTER.search(name):
         return (
             "belongs to an adapter: give the base as the model and the adapter as "
@@ -102,12 +111,16 @@ def _reason(name: str, model: ModelConfig) -> str | None:
         )
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer is not None and int(layer[1]) >= model.num_layers:
-        return f"is of layer {layer[1]}, config.json has num_hidden_layers={model.num_layers}"
+        count = model.num_layers
+        return (
+            f"is of layer {layer[1]}, config.json has num_hidden_layers={count}; layers for "
+            f"multi-token prediction need {NEXT_TOKENS}={int(layer[1]) - count + 1} there"
+        )
     expert = re.search(r"\.experts\.(\d+)\.", name)
     if expert is not None and (model.moe is None or int(expert[1]) >= model.moe.num_experts):
         count = 0 if model.moe is None else model.moe.num_experts
         return f"is of expert {expert[1]}, config.json has {count} experts"
-    if _DERIVED.search(name) or not name.startswith(("model.", "lm_head.")) or name == HEAD:
+    if not name.startswith(("model.", "lm_head.")) or name == HEAD:
         return None
     if name.endswith(".bias"):
         return f"is a bias that {model.architecture} does not have here"
@@ -117,7 +130,7 @@ def _reason(name: str, model: ModelConfig) -> str | None:
 def _is_known(name: str, model: ModelConfig, head: Head | None) -> bool:
     """Whether an unused tensor is usual: another head, a tied one, or one that sizes determine."""
     is_tied = name == HEAD and model.tie_embeddings
-    return is_tied or head is None or bool(_DERIVED.search(name)) or (head, name) == ("score", HEAD)
+    return is_tied or head is None or (head, name) == ("score", HEAD)
 
 
 def _files(path: Path) -> tuple[list[str], list[str]]:
@@ -155,15 +168,16 @@ def _missing(
     if not missing:
         return []
     if missing == [HEAD]:
-        found = "it holds a scalar head (score.weight), so it is a reward or value model"
+        found = "it holds a scalar head, so it is a reward or value model"
         tied = "if the embeddings are tied, config.json must say tie_word_embeddings: true"
-        hint = found if SCORE in checkpoint.names else tied
+        heads = {f"{name}.weight" for name in HEAD_NAMES}
+        hint = found if heads & checkpoint.names else tied
         return [f"{checkpoint.path} has no tensor {HEAD!r}: {hint}"]
     if missing == [SCORE]:
         return [
             f"{checkpoint.path} has no tensor {SCORE!r}: a reward or value model has a scalar head "
-            "of that name; train one with the flow reward_model, or give the role a new head with "
-            "roles.NAME.head=normal (or zero)"
+            f"of that name, or of {', '.join(HEAD_NAMES[1:])}; train one with the flow "
+            "reward_model, or give the role a new head with roles.NAME.head=normal (or zero)"
         ]
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     tail = missing[0].removeprefix("model.")
@@ -186,16 +200,10 @@ def _shaped(
             yield f"{entry.file}: tensor {name!r} {dtype_error(entry.dtype)}"
         if entry.shape == shape:
             continue
-        if name == SCORE:
-            yield (
-                f"{entry.file}: tensor {SCORE!r} has shape {entry.shape}, a scalar head has "
-                f"{shape}: one label (num_labels: 1)"
-            )
-        else:
-            yield (
-                f"{entry.file}: tensor {name!r} has shape {entry.shape}, config.json asks for "
-                f"{shape}{taken}"
-            )
+        yield (
+            f"{entry.file}: tensor {name!r} has shape {entry.shape}, config.json asks for "
+            f"{shape}{taken}"
+        )
     if head == "lm" and model.tie_embeddings and HEAD in checkpoint.names:
         entry = checkpoint.entries[HEAD]
         if entry.shape != wanted[EMBEDDING] or entry.dtype not in PLAIN:
@@ -205,13 +213,21 @@ def _shaped(
             )
 
 
-def head_of(model: ModelConfig, checkpoint: Checkpoint) -> Head:
-    """Return the head that a directory's model has."""
-    named = str(model.source["architectures"][0])
-    is_scalar = CLASSIFICATION in named or (
-        SCORE in checkpoint.names and HEAD not in checkpoint.names and not model.tie_embeddings
-    )
-    return "score" if is_scalar else "lm"
+def head_of(found: ScalarHead) -> Head:
+    """Return the head that a directory's model has: a scalar one by its class or its tensors."""
+    names, is_tied = found.checkpoint.names, found.model.tie_embeddings
+    has_scalar = found.module is not None and HEAD not in names and not is_tied
+    return "score" if is_scalar_class(class_name(found.model.source)) or has_scalar else "lm"
+
+
+def inspect_scalar(found: ScalarHead) -> Inspection:
+    """Inspect a directory that is read with its scalar head."""
+    if found.errors:
+        report = inspect(found.model, found.checkpoint, None)
+        return replace(report, errors=(*found.errors, *report.errors))
+    report = replace(inspect(found.model, found.checkpoint, "score"), remarks=found.remarks)
+    foreign = foreign_parts(found.model, found.checkpoint)
+    return report if foreign is None else replace(report, errors=(foreign, *report.errors))
 
 
 _UNTIE = "where the model has a head of its own, set tie_word_embeddings: false in config.json"

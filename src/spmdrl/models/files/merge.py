@@ -9,17 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spmdrl.models.adapters import Adapter, lora_names
+from spmdrl.models.adapter_weights import merged
+from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig, read_config
 from spmdrl.models.files.adapter_sources import WithAdapter
 from spmdrl.models.files.export import cast, files_dtype, save_pretrained
 from spmdrl.models.files.hf import TensorSource, open_model
 from spmdrl.models.files.inspection import head_of
 from spmdrl.models.files.peft import PeftFiles, open_peft, other_base
+from spmdrl.models.files.scalar_head import find_scalar_head
 from spmdrl.models.files.weight_files import open_checkpoint
 from spmdrl.models.local_shards import LocalTensors
-from spmdrl.models.low_rank import merged
-from spmdrl.models.sharding import SCORE, Head, Slice, global_shapes
+from spmdrl.models.model_classes import skipped_token
+from spmdrl.models.sharding import SCORE, Head, global_shapes
+from spmdrl.models.tensors import Slice
 
 MERGE_DTYPES = {
     "float32": torch.float32,
@@ -111,11 +114,12 @@ def merge_adapter(
         raise ValueError(f"--dtype {dtype}: it must be one of {', '.join(MERGE_DTYPES)}")
     config = read_config(source)
     opened = open_peft(adapter, config, head="score")
-    head: Head = head_of(config, open_checkpoint(source))
     has_head = SCORE in opened.tensors.names
+    found = find_scalar_head(config, open_checkpoint(source))
+    head: Head = "score" if has_head else head_of(found)
     model, base = open_model(
         source,
-        head="score" if has_head else head,
+        head=head,
         head_init="zero" if has_head else "file",
     )
     report = MergeReport(
@@ -123,20 +127,22 @@ def merge_adapter(
         notes=other_base(opened.file, source),
     )
     head_dtype = files_dtype(source, model) if report.dtype is None else report.dtype
-    tensors = _merged(model, base, opened, report, head_dtype)
+    tensors = _merged(model, head, base, opened, report, head_dtype)
     save_pretrained(
         tensors,
         model,
         out_dir,
         source,
-        head="score" if has_head else head,
+        head=head,
         dtype=None if dtype is None else MERGE_DTYPES[dtype],
+        skipped=skipped_token(model.source, model.pad_id) if head == "score" else None,
     )
     return report
 
 
 def _merged(
     model: ModelConfig,
+    head: Head,
     base: TensorSource,
     opened: PeftFiles,
     report: MergeReport,
@@ -144,11 +150,11 @@ def _merged(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors, the adapter's scalar head in `head_dtype`."""
     source = WithAdapter(base, opened.tensors)
-    for name in global_shapes(model, "score" if SCORE in base.names else "lm"):
+    for name in global_shapes(model, head):
         tensor, whole = _read(source, name)
         if name in opened.adapter.targets:
             pair: LocalTensors = {}
-            for factor in lora_names(name):
+            for factor in opened.adapter.factors(name):
                 values, piece = _read(opened.tensors, factor)
                 pair[factor] = (values, (piece,))
             tensor = report.merge(tensor, whole, opened.adapter, pair)

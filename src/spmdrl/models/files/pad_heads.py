@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from spmdrl.models.config import ModelConfig
+from spmdrl.models.config import ModelConfig, resized
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.files.hf import TensorSource, open_model
-from spmdrl.models.sharding import Slice, global_shapes
+from spmdrl.models.sharding import global_shapes
+from spmdrl.models.tensors import Slice
 
 
 def pad_heads(source: str | Path, out_dir: str | Path, heads: str) -> ModelConfig:
@@ -31,7 +31,7 @@ def pad_heads(source: str | Path, out_dir: str | Path, heads: str) -> ModelConfi
     """
     config, weights = open_model(source)
     num_heads, num_kv_heads = _parse(heads)
-    old = (config.num_heads, config.num_kv_heads)
+    old = (config.attention.num_heads, config.attention.num_kv_heads)
     if num_heads < old[0] or num_kv_heads < old[1]:
         raise ValueError(f"--pad-heads-to {heads}: the model has {old[0]}/{old[1]} heads already")
     if num_heads * old[1] != num_kv_heads * old[0]:
@@ -40,12 +40,11 @@ def pad_heads(source: str | Path, out_dir: str | Path, heads: str) -> ModelConfi
             f"{old[0] / old[1]:g} queries to a key; pad to the same ratio"
         )
     described = {
-        **config.source,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
-        "head_dim": config.head_dim,
+        "head_dim": config.attention.head_dim,
     }
-    padded = replace(config, num_heads=num_heads, num_kv_heads=num_kv_heads, source=described)
+    padded = resized(config, described)
     save_pretrained(_padded(weights, padded), padded, out_dir, source)
     return padded
 

@@ -59,6 +59,18 @@ def set_padding(directory: Path, model: ModelConfig, ends: Sequence[int]) -> int
     return None
 
 
+def keep_padding(directory: Path, token: int) -> None:
+    """Let the tokenizer in `directory` pad with the token that scores pass over, if it does not."""
+    if not (directory / "tokenizer_config.json").is_file():
+        return
+    tokenizer = load_tokenizer(directory)
+    text = tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(tokenizer) else None
+    if text is None or tokenizer.pad_token_id == token:
+        return
+    _write(directory, text)
+    log.info("the exported model with a scalar head pads with %r (%d)", text, token)
+
+
 def padding_token(
     tokenizer: Any, taken: set[int], vocab_size: int, named: int | None
 ) -> tuple[str, int] | None:

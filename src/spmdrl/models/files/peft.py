@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spmdrl.models.adapters import (
     Adapter,
+    ExpertsForm,
     LowRank,
     adapter_shapes,
     check_experts,
@@ -21,20 +22,16 @@ from spmdrl.models.adapters import (
     possible_targets,
 )
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.files.hf import TensorSource
 from spmdrl.models.files.peft_config import (
     ADAPTER_PICKLE,
     ADAPTER_WEIGHTS,
     LoraFile,
     read_lora_file,
 )
-from spmdrl.models.files.peft_experts import Stack, WithStacks, find_stacks
-from spmdrl.models.files.weight_files import (
-    PLAIN,
-    Checkpoint,
-    StoredTensor,
-    dtype_error,
-    read_header,
-)
+from spmdrl.models.files.peft_experts import SharedExperts, Stack, WithStacks, find_stacks
+from spmdrl.models.files.stored_tensors import PLAIN, StoredTensor, dtype_error, read_header
+from spmdrl.models.files.weight_files import Checkpoint
 from spmdrl.models.sharding import SCORE, Head, global_shapes
 
 PREFIX = "base_model.model."
@@ -63,16 +60,19 @@ class PeftFiles:
     tensors: WithStacks
 
 
-def read_adapter(path: str | Path, model: ModelConfig, *, head: Head = "lm") -> Adapter:
+def read_adapter(
+    path: str | Path, model: ModelConfig, *, head: Head = "lm", experts: ExpertsForm = "each"
+) -> Adapter:
     """Read an adapter without its values: configuration, and names and shapes of its tensors.
 
     Args:
         head: `score` allows the adapter a scalar head.
+        experts: whether all experts of a layer share one A and B.
 
     Raises:
         ValueError: see `open_peft`.
     """
-    return open_peft(path, model, head=head).adapter
+    return open_peft(path, model, head=head, experts=experts).adapter
 
 
 def open_adapter(
@@ -80,24 +80,36 @@ def open_adapter(
     model: ModelConfig,
     *,
     head: Head = "lm",
+    experts: ExpertsForm = "each",
     base: str | Path | None = None,
     warn: Callable[[str], None] | None = None,
-) -> WithStacks:
+) -> TensorSource:
     """Open an adapter's tensors, by our names; the scalar head's too, if it has one.
 
     Args:
         head: `score` allows the adapter a scalar head.
+        experts: whether all experts of a layer share one A and B; all of them are read then, and
+            must be equal.
         base: directory of the model, compared with the name of the one that it was trained on.
         warn: callback with each oddity that is no reason to refuse the directory.
 
     Raises:
-        ValueError: see `open_peft`.
+        ValueError: see `open_peft`; or experts that shall share A and B have unlike ones in the
+            file, and the first of these is named.
     """
-    opened = open_peft(path, model, head=head)
+    opened = open_peft(path, model, head=head, experts=experts)
     if warn is not None and base is not None:
         for note in other_base(opened.file, base):
             warn(note)
-    return opened.tensors
+    if not opened.adapter.shares_experts:
+        return opened.tensors
+    shared = SharedExperts(opened.tensors, opened.adapter)
+    if (unlike := shared.find_unlike()) is not None:
+        raise ValueError(
+            f"{Path(path) / ADAPTER_WEIGHTS}: {unlike[1]} differs from {unlike[0]}, and experts "
+            "that share A and B have equal copies in files: read it without experts: shared"
+        )
+    return shared
 
 
 def other_base(file: LoraFile, base: str | Path) -> list[str]:
@@ -110,11 +122,15 @@ def other_base(file: LoraFile, base: str | Path) -> list[str]:
     ]
 
 
-def open_peft(path: str | Path, model: ModelConfig, *, head: Head = "lm") -> PeftFiles:
+def open_peft(
+    path: str | Path, model: ModelConfig, *, head: Head = "lm", experts: ExpertsForm = "each"
+) -> PeftFiles:
     """Read a PEFT directory but for its values, and compare it with a model.
 
     Args:
         head: `score` allows the adapter a scalar head.
+        experts: whether all experts of a layer share one A and B in the adapter that is described;
+            the tensors are those of the file, where every expert has its own.
 
     Raises:
         ValueError: a file is missing or damaged, a field has a value without meaning here, or
@@ -148,7 +164,7 @@ def open_peft(path: str | Path, model: ModelConfig, *, head: Head = "lm") -> Pef
     _check_shapes(weights, entries, shapes)
     return PeftFiles(
         file=file,
-        adapter=adapter,
+        adapter=replace(adapter, shares_experts=experts == "shared"),
         tensors=WithStacks(Checkpoint(Path(path), entries), stacks, ours),
     )
 

@@ -9,16 +9,16 @@ parameters are adapted, those of `gate_up_proj` are within those of `down_proj` 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from spmdrl.models.adapters import lora_names
+from spmdrl.models.adapters import Adapter, lora_names
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.experts import EXPERT_NAMES
 from spmdrl.models.files.peft_config import LoraFile
 from spmdrl.models.files.weight_files import Checkpoint
-from spmdrl.models.sharding import Slice
+from spmdrl.models.tensors import Slice
 
 PARAMETERS = ("gate_up_proj", "down_proj")
 """The stacked parameters of a layer's experts."""
@@ -62,6 +62,12 @@ def find_stacks(file: LoraFile, model: ModelConfig) -> list[Stack]:
     found = []
     for names in _parameters(model):
         chosen = [name for name in names if file.selects_parameter(name)]
+        if chosen and model.moe is not None and model.moe.form != "each":
+            raise ValueError(
+                f"{file.origin}: target_parameters selects {chosen[0]}, and adapters add to no "
+                f"experts that the files of {model.architecture} hold in one tensor: merge it into "
+                "its base with PEFT (merge_and_unload), or train without it"
+            )
         for name in chosen:
             experts, _, parameter = name.rpartition(".")
             is_inner = parameter == PARAMETERS[0] and len(chosen) > 1
@@ -80,19 +86,20 @@ def find_stacks(file: LoraFile, model: ModelConfig) -> list[Stack]:
 
 def _parameters(model: ModelConfig) -> Iterator[tuple[str, ...]]:
     """Yield the names of the stacked parameters of each layer."""
-    for layer in () if model.moe is None else model.moe.layers:
+    for layer in model.moe_layers:
         yield tuple(f"model.layers.{layer}.mlp.experts.{own}" for own in PARAMETERS)
 
 
 def _weights(model: ModelConfig, name: str) -> tuple[tuple[tuple[str, ...], ...], tuple[int, int]]:
     """Return the weights in a stacked parameter by expert, and the shape of one expert's matrix."""
     assert model.moe is not None
-    names, width = EXPERT_NAMES[model.architecture], model.moe.intermediate_size
+    family, width = model.family, model.moe.width
     is_gate_up = name.endswith(PARAMETERS[0])
-    parts = (names.gate, names.up) if is_gate_up else (names.down,)
+    parts = ("gate", "up") if is_gate_up else ("down",)
+    modules = [family.module(f"mlp.experts.{part}") for part in parts]
     layer = name.split(".mlp.experts.")[0]
     weights = tuple(
-        tuple(f"{layer}.{part.format(expert)}" for part in parts)
+        tuple(f"{layer}.{module.format(expert)}.weight" for module in modules)
         for expert in range(model.moe.num_experts)
     )
     hidden = model.hidden_size
@@ -171,3 +178,42 @@ class WithStacks:
             whole = Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
             self._kept = name, self.file.read(whole)
         return self._kept[1]
+
+
+class SharedExperts:
+    """Tensors of an adapter whose experts share A and B, from a file where each has a copy.
+
+    Args:
+        each: the file's tensors, by our names.
+    """
+
+    def __init__(self, each: WithStacks, adapter: Adapter) -> None:
+        self._each, self._copies = each, adapter.copies
+        in_files = {name for names in self._copies.values() for name in names}
+        self._copies |= {name: [name] for name in each.names - in_files}
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._copies)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._each.shape(self._copies[name][0])
+
+    def read(self, part: Slice) -> Tensor:
+        """Read the values of `part`, from the first expert's copy."""
+        return self._each.read(replace(part, name=self._copies[part.name][0]))
+
+    def find_unlike(self) -> tuple[str, str] | None:
+        """Return the first copy that differs from its first expert's, after the name of that."""
+        for names in self._copies.values():
+            first = None if len(names) == 1 else self._whole(names[0]).clone()
+            for name in names[1:]:
+                if first is None or not torch.equal(self._whole(name), first):
+                    return names[0], name
+        return None
+
+    def _whole(self, name: str) -> Tensor:
+        shape = self._each.shape(name)
+        return self._each.read(
+            Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
+        )

@@ -6,6 +6,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def write_adapter(
     """Write a directory that PEFT loads onto the base; no tensor is kept once the next has arrived.
 
     The tokenizer of the base is copied. With a scalar head the directory is one of sequence
-    classification with one label, and the padding token is one with which no row ends.
+    classification with one label, and the padding token is one with which no row ends. An A and B
+    that all experts of a layer share are written once for each expert: PEFT has no other form.
 
     Args:
         tensors: A and B of every target, and the scalar head, once each, by our names.
@@ -57,17 +59,28 @@ def write_adapter(
         ValueError: a tensor is missing, unknown, given twice, or of another shape, or has values
             that `dtype` cannot hold.
     """
-    shapes = dict(adapter_shapes(model, adapter))
+    shapes = dict(adapter_shapes(model, replace(adapter, shares_experts=False)))
     if head == "score":
         shapes[SCORE] = (1, model.hidden_size)
     named = {peft_name(name): shape for name, shape in shapes.items()}
     with atomic_directory(directory) as fresh:
-        write_shards(_named(checked(tensors, shapes), dtype), named, fresh, sys.maxsize)
+        every = checked(_copied(tensors, adapter), shapes)
+        write_shards(_named(every, dtype), named, fresh, sys.maxsize)
         (fresh / "0.part").rename(fresh / ADAPTER_WEIGHTS)
         write_json(fresh / ADAPTER_CONFIG, describe(model, adapter, base=base, head=head))
         copy_tokenizer(Path(base), fresh)
         if head == "score":
             set_padding(fresh, model, model.eos_ids)
+
+
+def _copied(
+    tensors: Iterable[tuple[str, Tensor]], adapter: Adapter
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor by its names in files."""
+    copies = adapter.copies
+    for name, tensor in tensors:
+        for in_files in copies.get(name, [name]):
+            yield in_files, tensor
 
 
 def _named(

@@ -39,6 +39,7 @@ DTYPES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 
+_LONGEST = max(DTYPES, key=lambda dtype: len(DTYPES[dtype]))
 _PREFIX = 8
 _LARGEST = 10**15
 """Upper bound of the place where a tensor begins in a file."""
@@ -81,11 +82,11 @@ class SafetensorsWriter:
         return size.to_bytes(_PREFIX, "little") + text.ljust(size)
 
     def header_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Bound the header's size if these tensors come, in floats of 16 bits or more."""
+        """Bound the header's size if these tensors come, in any dtype."""
         longest = SafetensorsWriter({})
         longest._metadata, longest.num_bytes = self._metadata, _LARGEST
         for name, shape in shapes.items():
-            longest.describe(name, torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+            longest.describe(name, torch.empty(shape, dtype=_LONGEST, device="meta"))
         return len(longest.header())
 
 
@@ -102,7 +103,7 @@ class Shards:
     Args:
         names: names of each file's tensors; file `i` is `{i}.part`.
         num_bytes: bytes of all values.
-        dtype: dtype of the last tensor, as written in config.json.
+        dtype: dtype of the largest tensor, as written in config.json.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -130,7 +131,7 @@ def write_shards(
     """
     files: list[_File] = []
     waiting = dict(shapes)
-    dtype = "float32"
+    dtype, largest = "float32", 0
     with ExitStack() as opened:
         for name, tensor in tensors:
             if not files or not files[-1].has_room(tensor, max_bytes):
@@ -140,7 +141,8 @@ def write_shards(
                 files.append(_File(file, waiting))
             files[-1].write(name, tensor)
             del waiting[name]
-            dtype = str(tensor.dtype).removeprefix("torch.")
+            if tensor.numel() > largest:
+                dtype, largest = str(tensor.dtype).removeprefix("torch."), tensor.numel()
         for last in files[-1:]:
             last.finish()
     return Shards(

@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from spmdrl.models.config import ModelConfig, read_config
-from spmdrl.models.experts import EXPERT_NAMES
 from spmdrl.models.files.export import save_pretrained
 from spmdrl.models.sharding import global_shapes
 
@@ -165,8 +164,13 @@ class TorchDist:
         model = self._model
         last = name.split(".")[-2]
         if last in ("q_proj", "k_proj", "v_proj"):
-            per_group = model.num_heads // model.num_kv_heads
-            groups = whole.view(model.num_kv_heads, per_group + 2, model.head_dim, *whole.shape[1:])
+            per_group = model.attention.num_heads // model.attention.num_kv_heads
+            groups = whole.view(
+                model.attention.num_kv_heads,
+                per_group + 2,
+                model.attention.head_dim,
+                *whole.shape[1:],
+            )
             parts = dict(zip("qkv", torch.split(groups, [per_group, 1, 1], dim=1), strict=True))
             return parts[last[0]].reshape(-1, *whole.shape[1:])
         if last in ("gate_proj", "w1"):
@@ -186,12 +190,13 @@ class TorchDist:
             return self._find(layer, f"self_attention.linear_qkv.{kind}")
         if inner in ("mlp.gate_proj", "mlp.up_proj"):
             return self._find(layer, "mlp.linear_fc1.weight")
-        names = EXPERT_NAMES[self._model.architecture]
-        if f"{inner}.weight" == names.router:
+        family = self._model.family
+        if inner == family.module("mlp.router"):
             return self._find(layer, "mlp.router.weight")
         number = re.search(r"\.experts\.(\d+)\.", inner)
         assert number is not None, name
-        is_down = f"{inner}.weight".replace(f".{number[1]}.", ".{}.", 1) == names.down
+        down = family.module("mlp.experts.down").format(number[1])
+        is_down = inner == down
         fused = f"mlp.experts.experts.linear_fc{2 if is_down else 1}.weight"
         return self._find(layer, fused, expert=int(number[1]))
 

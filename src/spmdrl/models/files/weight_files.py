@@ -1,4 +1,4 @@
-"""The safetensors files of a directory: their tensors, and slices of these.
+"""The safetensors files of a directory: the model's tensors in them, and slices of these.
 
 The headers are read once, when the directory is opened. A tensor's bytes are mapped only while a
 slice of it is read, so that a read costs the same in files with many tensors and with few.
@@ -6,49 +6,27 @@ slice of it is read, so that a read costs the same in files with many tensors an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from spmdrl.models.fields import Fields, read_json, refuse_pointer
-from spmdrl.models.sharding import Slice
+from spmdrl.models.fields import Fields, read_json
+from spmdrl.models.files.model_entries import model_entries
+from spmdrl.models.files.stored_tensors import (
+    PLAIN,
+    Entry,
+    StoredTensor,
+    dtype_error,
+    read_header,
+)
+from spmdrl.models.tensors import Slice
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONFIG = "config.json"
 
-PLAIN: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
-"""The dtypes whose values can be used directly; others need scales, or are not weights."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredTensor:
-    """A tensor in a file: its dtype in safetensors' spelling, its first byte, its size in bytes."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    size: int
-
-    def map(self) -> Tensor:
-        """Map the tensor: its values are read only when used (copied if they are misaligned)."""
-        raw = np.memmap(self.file, np.uint8, mode="c", offset=self.begin, shape=(self.size,))
-        dtype = PLAIN[self.dtype]
-        # a writer may place values without the alignment that their dtype needs in memory
-        values = torch.from_numpy(raw if self.begin % dtype.itemsize == 0 else np.array(raw))
-        return values.view(dtype).view(self.shape)
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class Checkpoint:
@@ -59,7 +37,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, entries: Mapping[str, StoredTensor], notes: tuple[str, ...] = ()
+        self, path: Path, entries: Mapping[str, Entry], notes: tuple[str, ...] = ()
     ) -> None:
         self.path, self.entries, self.notes = path, entries, notes
 
@@ -86,7 +64,7 @@ class Checkpoint:
         if entry.dtype not in PLAIN:
             raise ValueError(f"{entry.file}: tensor {part.name!r} {dtype_error(entry.dtype)}")
         box = tuple(slice(a, b) for a, b in zip(part.start, part.stop, strict=True))
-        values = entry.map()[box]
+        values = entry.read(box)
         # one pass without a copy: the extremes are not finite if any value is not
         if not all(extreme.float().isfinite() for extreme in values.aminmax()):
             index = (~values.float().isfinite()).nonzero()[0].tolist()
@@ -97,18 +75,10 @@ class Checkpoint:
             )
         return values
 
-    def _entry(self, name: str) -> StoredTensor:
+    def _entry(self, name: str) -> Entry:
         if name not in self.entries:
             raise ValueError(f"{self.path} has no tensor {name!r}")
         return self.entries[name]
-
-
-def dtype_error(dtype: str) -> str:
-    """Make the error message about a tensor whose values cannot be used directly."""
-    return (
-        f"has dtype {dtype}, which is not one of {', '.join(PLAIN)}: quantised weights are not "
-        "read; give the directory of the model in float weights"
-    )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -118,20 +88,36 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         ValueError: there are no weights, files contradict each other, or one is missing or damaged.
     """
     directory = Path(path)
-    index, single = directory / INDEX, directory / SINGLE
-    if index.is_file():
-        return _open_sharded(directory)
-    if not single.is_file():
+    entries, notes = _stored(directory)
+    config = directory / CONFIG
+    if not config.is_file():
+        return Checkpoint(directory, entries, notes)
+    found, more = model_entries(entries, read_json(config), str(config))
+    return Checkpoint(directory, found, (*notes, *more))
+
+
+def _stored(directory: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """Read the headers of a directory's files: tensors by their names there, and notes."""
+    single = directory / SINGLE
+    if (directory / INDEX).is_file():
+        return _sharded(directory)
+    if single.is_file():
+        return read_header(single), _unread(directory, [single])
+    pickle = next((name for name in PICKLES if (directory / name).is_file()), None)
+    if pickle is not None:
         raise ValueError(
-            f"{directory} has neither {SINGLE} nor {INDEX}: give the directory of a Hugging Face "
-            "model with safetensors weights (`spmdrl convert` makes one of a GGUF file)"
+            f"{directory / pickle} is a pickle, which is not read; convert it once: "
+            f"`spmdrl convert {directory} {directory.name}-safetensors`, and give that directory"
         )
-    return Checkpoint(directory, read_header(single), _unread(directory, [single]))
+    raise ValueError(
+        f"{directory} has neither {SINGLE} nor {INDEX}: give the directory of a Hugging Face "
+        "model with safetensors weights (`spmdrl convert` makes one of a GGUF file)"
+    )
 
 
-def _open_sharded(directory: Path) -> Checkpoint:
+def _sharded(directory: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
     index, single = directory / INDEX, directory / SINGLE
-    files = {name: directory / file for name, file in _weight_map(index).items()}
+    files = {name: directory / file for name, file in weight_map(index).items()}
     found = sorted(set(files.values()))
     if single.is_file() and found != [single]:
         raise ValueError(
@@ -157,20 +143,25 @@ def _open_sharded(directory: Path) -> Checkpoint:
     notes = _unread(directory, found)
     if extra:
         notes = (f"{index} does not name {extra[0]!r}{_more(extra)}, which a file holds", *notes)
-    return Checkpoint(directory, entries, notes)
+    return entries, notes
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """Read an index: tensors' names with the names of the files that hold them.
+
+    Raises:
+        ValueError: it is damaged, or names a file of another directory.
+    """
     fields = Fields(values=read_json(index), origin=str(index))
-    weight_map = fields.section("weight_map")
-    if not weight_map:
+    files = fields.section("weight_map")
+    if not files:
         raise fields.wrong("weight_map", "an object that names a file for each tensor")
-    for name, file in weight_map.items():
+    for name, file in files.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise ValueError(
                 f"{index}: weight_map has {file!r} for {name!r}, which is no file name"
             )
-    return dict(weight_map)
+    return dict(files)
 
 
 def _unread(directory: Path, read: list[Path]) -> tuple[str, ...]:
@@ -181,33 +172,3 @@ def _unread(directory: Path, read: list[Path]) -> tuple[str, ...]:
 
 def _more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Read the header of a safetensors file: its tensors by name.
-
-    Raises:
-        ValueError: it is not such a file, or damaged, or shorter than its header says.
-    """
-    refuse_pointer(file)
-    try:
-        # checks that the tensors fill the file without gaps
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is no readable safetensors file: {error}") from error
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header: dict[str, Any] = json.loads(opened.read(length))
-    entries = {}
-    for name, held in header.items():
-        if name != "__metadata__":
-            start, stop = held["data_offsets"]
-            entries[name] = StoredTensor(
-                file=file,
-                dtype=held["dtype"],
-                shape=tuple(held["shape"]),
-                begin=8 + length + start,
-                size=stop - start,
-            )
-    return entries

@@ -86,8 +86,8 @@ def _directory(name: str) -> Iterator[Path]:
         yield path
 
 
-def cache_directory() -> Path:
-    """Return the directory of compiled kernels, which only the user can use, since they are run.
+def cache_directory(name: str = "kernels") -> Path:
+    """Return a directory in the user's cache, which only the user can use: kernels are run.
 
     Raises:
         OSError: it cannot be made, there is no home, or other users have access to it.
@@ -96,7 +96,7 @@ def cache_directory() -> Path:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:  # no HOME, and a user whom the system does not know
         raise FileNotFoundError(str(error)) from None
-    path = Path(base) / "spmdrl" / "kernels"
+    path = Path(base) / "spmdrl" / name
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.stat()

@@ -27,7 +27,7 @@ class Rows:
         self._norm, self._swiglu, self._rotate = code.rms_norm, code.swiglu, code.rotate
         self._norm.argtypes = (_P, _I, _P, _F, _I, _I, _P, _N)
         self._swiglu.argtypes = (_P, _I, _I, _P, _N)
-        self._rotate.argtypes = (_P, _I, _P, _P, _I, _I, _I, _P, _N)
+        self._rotate.argtypes = (_P, _I, _P, _P, _I, _I, _I, _I, _N, _P, _N)
         for function in (self._norm, self._swiglu, self._rotate):
             function.restype = None
 
@@ -58,9 +58,16 @@ class Rows:
         self._swiglu(gate_up.data_ptr(), rows, width, out.data_ptr(), torch.get_num_threads())
         return out
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # [T, H, d], [T, 1, d] twice
+    def rotate(
+        self,
+        x: Tensor,  # [T, H, d]
+        cos: Tensor,  # [T, 1, r]
+        sin: Tensor,  # [T, 1, r]
+        interleaved: bool = False,
+    ) -> Tensor:  # [T, H, d]
         rows, heads, d = x.shape
-        assert cos.shape == sin.shape == (rows, 1, d)
+        turned = cos.shape[-1]
+        assert cos.shape == sin.shape == (rows, 1, turned) and turned <= d and turned % 2 == 0
         if x.stride(2) != 1 or x.stride(1) != d:
             x = x.contiguous()
         cos, sin = cos.contiguous(), sin.contiguous()
@@ -73,6 +80,8 @@ class Rows:
             rows,
             heads,
             d,
+            turned,
+            interleaved,
             out.data_ptr(),
             torch.get_num_threads(),
         )

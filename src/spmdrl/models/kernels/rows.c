@@ -48,20 +48,31 @@ void swiglu(const float *x, int64_t rows, int64_t width, float *out, int threads
     }
 }
 
-/* x [rows, heads, d], heads side by side -> x cos + swap(x) sin; cos and sin [rows, d] */
+/* x [rows, heads, d], heads side by side -> x cos + swap(x) sin in the first `turned` dims of each
+ * head, x in the rest; cos and sin [rows, turned]. If interleaved, the pairs are neighbours in x and
+ * half of `turned` apart in the result. */
 void rotate(const float *x, int64_t stride, const float *cos, const float *sin, int64_t rows,
-            int64_t heads, int64_t d, float *out, int threads) {
-    const int64_t half = d / 2;
+            int64_t heads, int64_t d, int64_t turned, int interleaved, float *out, int threads) {
+    const int64_t half = turned / 2;
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * heads * d > FEW)
     for (int64_t i = 0; i < rows; i++) {
-        const float *c = cos + i * d, *s = sin + i * d;
+        const float *c = cos + i * turned, *s = sin + i * turned;
         for (int64_t h = 0; h < heads; h++) {
             const float *low = x + i * stride + h * d, *high = low + half;
             float *to = out + (i * heads + h) * d;
-            for (int64_t j = 0; j < half; j++) {
-                to[j] = low[j] * c[j] + high[j] * s[j];
-                to[j + half] = high[j] * c[j + half] + low[j] * s[j + half];
-            }
+            if (interleaved)
+                for (int64_t j = 0; j < half; j++) {
+                    const float a = low[2 * j], b = low[2 * j + 1];
+                    to[j] = a * c[j] + b * s[j];
+                    to[j + half] = b * c[j + half] + a * s[j + half];
+                }
+            else
+                for (int64_t j = 0; j < half; j++) {
+                    to[j] = low[j] * c[j] + high[j] * s[j];
+                    to[j + half] = high[j] * c[j + half] + low[j] * s[j + half];
+                }
+            for (int64_t j = turned; j < d; j++)
+                to[j] = low[j];
         }
     }
 }

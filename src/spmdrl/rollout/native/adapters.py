@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spmdrl.models.low_rank import AdapterWeights, Applied
-from spmdrl.rollout.native.scheduler import StepPlan
+from spmdrl.models.adapter_weights import AdapterWeights
+from spmdrl.models.low_rank import Applied
+from spmdrl.rollout.native.step_plan import StepPlan
 from spmdrl.rollout.protocol import Request
 
 

@@ -17,26 +17,35 @@ from torch import Tensor
 
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.memory.host_copies import to_host
+from spmdrl.models.adapter_weights import AdapterWeights
 from spmdrl.models.adapters import Adapter
+from spmdrl.models.blocks.moe import serve_experts
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.degrees import check_tp
 from spmdrl.models.files.token_texts import TokenTexts
-from spmdrl.models.low_rank import AdapterWeights
-from spmdrl.models.routing import choices_dtype
 from spmdrl.rollout.lockstep import Lockstep
 from spmdrl.rollout.native.adapters import CallAdapters, adapters_of
 from spmdrl.rollout.native.blocks import BlockPool
-from spmdrl.rollout.native.recording import ExpertRecord
+from spmdrl.rollout.native.recording import ExpertRecord, record_for
 from spmdrl.rollout.native.runner import Runner
 from spmdrl.rollout.native.sample import Sample, leaders_of, samples_of
 from spmdrl.rollout.native.sampler import Sampler, rows_of
 from spmdrl.rollout.native.scheduler import Scheduler, sampled
 from spmdrl.rollout.native.shared_prefix import common_prefix
 from spmdrl.rollout.native.snapshot import blocks_of, restore_snapshot, take_snapshot
+from spmdrl.rollout.native.turns import TurnTaking
 from spmdrl.rollout.native.weights import EngineWeights, blocked_weights
 from spmdrl.rollout.native.workspace import NativeOptions, Work, Workspace
-from spmdrl.rollout.protocol import OWN, Completion, Progress, Request, SamplingParams
+from spmdrl.rollout.protocol import (
+    OWN,
+    Completion,
+    Finish,
+    Progress,
+    Request,
+    SamplingParams,
+    Turns,
+)
 from spmdrl.rollout.requests import check_requests, scoring_requests
 from spmdrl.rollout.stops import StopRule, StopRules
 
@@ -51,7 +60,8 @@ class NativeEngine:
         config: the model.
         tp: this rank's place in its tensor-parallel group, which generates in lockstep: each of its
             ranks calls `generate` with the same requests.
-        ep: this rank's part of the experts, which are divided over the ranks of `tp`.
+        ep: this rank's part of the experts, which are divided over the ranks of `tp`, and over
+            those of other replicas if it has a group: these must then make each call together.
         eos_token_ids: ends of text; None means the configuration's.
         texts: the texts of tokens, for stop texts.
         adapter: the adapter that is applied to the weights, unless a request says otherwise; its
@@ -82,7 +92,8 @@ class NativeEngine:
         self._stops, self._has_text = StopRules(eos, texts), texts is not None
         decoder = Decoder(model, tp=tp, ep=ep, dtype=dtype, device="meta")
         self._decoder = decoder.requires_grad_(False)
-        self._group = Lockstep(tp, self._device)
+        assert ep.group is None or adapter is None, "rows with adapters are not exchanged"
+        self._group = Lockstep(tp, self._device, ep.group)
         self._workspace = Workspace(
             model, decoder, self._options, self._group, tp.size, self._device, dtype
         )
@@ -95,7 +106,7 @@ class NativeEngine:
         if adapter is not None:
             self._adapters[OWN] = self._make_adapter(adapter, torch.device("meta"))
         self.weights = EngineWeights(
-            decoder, dtype, self._device, self.release_graphs, self._adapters.get(OWN)
+            decoder, self._device, self.release_graphs, self._adapters.get(OWN)
         )
         self.local_tensors, self.adopt = self.weights.local_tensors, self.weights.adopt
         self.allocate = self.weights.allocate
@@ -153,20 +164,28 @@ class NativeEngine:
         progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
         state: Mapping[str, Tensor] | None = None,
+        turns: Turns | None = None,
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`."""
+        """See `RolloutEngine.generate`.
+
+        Args:
+            turns: answers to the turns of samples, which then do not end with their first one.
+        """
         self._aborted = {}
         num_blocks, adapters = self._check(requests)
         groups = [samples_of(r, i, seed=seed, step=step) for i, r in enumerate(requests)]
         samples = [sample for group in groups for sample in group]
         leaders = leaders_of(groups)
-        record = self._record(leaders, requests)
+        begins = [*leaders, *(sample for sample in samples if sample.waits is not None)]
+        record = record_for(self._model, begins, requests)
         call = self._name(requests, seed, step)
         resumed = blocks_of(state, call)
         with torch.inference_mode():
-            if leaders:
-                work = self._workspace.prepare(num_blocks if resumed is None else resumed)
-                scheduler = self._start(work, leaders, adapters)
+            if begins:
+                work = self._workspace.prepare(
+                    num_blocks if resumed is None else resumed, len(samples)
+                )
+                scheduler = self._start(work, leaders, len(samples), adapters)
                 if state is not None and resumed is not None:
                     restore_snapshot(state, scheduler, samples, work.attention, record)
                 elif record is not None:
@@ -175,9 +194,14 @@ class NativeEngine:
                 with blocked_weights(self._decoder, longest, adapters.only) as is_merged:
                     merged = is_merged and not adapters.by_row
                     runner = work.runner.applying(replace(adapters, experts_only=merged))
-                    aborted = self._run(runner, scheduler, requests, progress, should_stop, record)
+                    taking = TurnTaking(turns, self._group, scheduler, samples)
+                    aborted = self._run(
+                        runner, scheduler, taking, requests, progress, should_stop, record
+                    )
                 if aborted and self._options.keeps_aborted:
                     self._aborted = take_snapshot(call, scheduler, samples, work.attention, record)
+            else:
+                self._serve(progress)
         # if nothing was left to compute, the choices are those that came with the requests
         experts = [s.begun_experts() for s in samples] if record is None else record.of(samples)
         done = iter(zip(samples, experts, strict=True))
@@ -203,14 +227,6 @@ class NativeEngine:
             "limits": [self._options.max_running, self._options.prefill_tokens],
         }
 
-    def _record(
-        self, leaders: Sequence[Sample], requests: Sequence[Request]
-    ) -> ExpertRecord | None:
-        moe = self._model.moe
-        if moe is None or not leaders or not any(r.sampling.experts for r in requests):
-            return None
-        return ExpertRecord(leaders[0], torch.iinfo(choices_dtype(moe.num_experts)).max)
-
     def score(
         self,
         sequences: Sequence[tuple[int, ...]],
@@ -226,9 +242,12 @@ class NativeEngine:
         with torch.inference_mode():
             runner = None
             if samples:
-                runner = self._workspace.prepare(num_blocks).runner.applying(applied)
-            scheduler = self._scheduler(samples, num_blocks)
-            while runner is not None and scheduler.has_work:
+                runner = self._workspace.prepare(num_blocks, len(samples)).runner.applying(applied)
+            scheduler = self._scheduler(samples, num_blocks, len(samples))
+            while self._group.has_step(scheduler.has_work, stop=False):
+                if runner is None or not scheduler.has_work:
+                    serve_experts(self._decoder)
+                    continue
                 plan = scheduler.plan()
                 logits, _ = runner.run(plan, all_rows=True)
                 logprobs = logits.div_(temperature).log_softmax(dim=-1)
@@ -261,7 +280,10 @@ class NativeEngine:
         )
         return num_blocks, adapters_of(requests, self._adapters, self._dtype)
 
-    def _scheduler(self, leaders: Sequence[Sample], num_blocks: int, prefix: int = 0) -> Scheduler:
+    def _scheduler(
+        self, leaders: Sequence[Sample], num_blocks: int, num_samples: int, prefix: int = 0
+    ) -> Scheduler:
+        num_slots = self._workspace.slots_for(num_samples)
         return Scheduler(
             leaders,
             BlockPool(num_blocks),
@@ -269,18 +291,22 @@ class NativeEngine:
             max_running=self._options.max_running,
             prefill_tokens=self._options.prefill_tokens,
             prefix=prefix,
+            slots=BlockPool(num_slots) if num_slots else None,
         )
 
-    def _start(self, work: Work, leaders: Sequence[Sample], adapters: CallAdapters) -> Scheduler:
+    def _start(
+        self, work: Work, leaders: Sequence[Sample], num_samples: int, adapters: CallAdapters
+    ) -> Scheduler:
         prefix = common_prefix([leader.request.tokens for leader in leaders])
         # keys and values of one prompt differ between adapters
         worth = prefix * (len(leaders) - 1) >= _PREFIX_TOKENS and not adapters.by_row
-        return self._scheduler(leaders, work.num_blocks, prefix if worth else 0)
+        return self._scheduler(leaders, work.num_blocks, num_samples, prefix if worth else 0)
 
     def _run(
         self,
         runner: Runner,
         scheduler: Scheduler,
+        taking: TurnTaking,
         requests: Sequence[Request],
         progress: Progress | None,
         should_stop: Callable[[], bool] | None,
@@ -290,7 +316,16 @@ class NativeEngine:
         rules = [self._stops.of(request.sampling) for request in requests]
         tokens_done = samples_done = 0
         stop = False
-        while scheduler.has_work and not stop:
+        while self._group.has_step(scheduler.has_work, stop):
+            if not scheduler.has_step:
+                if self._group.shares_experts:
+                    serve_experts(self._decoder)
+                if scheduler.has_work:
+                    stop, ended = taking.wait(should_stop)
+                    samples_done += ended
+                if progress is not None:
+                    progress(tokens_done, samples_done)
+                continue
             plan = scheduler.plan()
             if record is not None:
                 record.note(plan)
@@ -298,15 +333,20 @@ class NativeEngine:
             logits, experts = runner.run(plan)
             if record is not None and experts is not None:
                 record.keep(experts)
-            finished, stop = self._advance(samples, rows, logits, rules, should_stop)
-            for sample in finished:
-                scheduler.finish(sample)
+            finished, stop, ended = self._advance(samples, rows, logits, rules, should_stop, taking)
             tokens_done += len(samples)
-            samples_done += len(finished)
+            samples_done += ended + sum(taking.end(*turn) for turn in finished)
             if progress is not None:
                 progress(tokens_done, samples_done)
         self.num_preempted = scheduler.num_preempted
         return scheduler.has_work
+
+    def _serve(self, progress: Progress | None) -> None:
+        """Take part in the steps of replicas that share this one's experts, without samples."""
+        while self._group.shares_experts and self._group.has_step(has_work=False, stop=False):
+            serve_experts(self._decoder)
+            if progress is not None:
+                progress(0, 0)
 
     def _advance(
         self,
@@ -315,11 +355,14 @@ class NativeEngine:
         logits: Tensor,
         rules: list[StopRule],
         should_stop: Callable[[], bool] | None,
-    ) -> tuple[list[Sample], bool]:
-        """Draw a token for each of `samples`; return those that end with it, and the stop flag."""
+        taking: TurnTaking,
+    ) -> tuple[list[tuple[Sample, Finish]], bool, int]:
+        """Draw a token for each of `samples`; return those whose turn ends with it, the stop flag,
+        and the number of samples that answers to their turns have ended.
+        """
         if self._sampler is None:
             self._sampler = Sampler(self._model.vocab_size, self._device)
-        finished: list[Sample] = []
+        finished: list[tuple[Sample, Finish]] = []
         stop = should_stop is not None and self._group.is_leader and should_stop()
         tokens: list[int] = []
         if samples:
@@ -329,7 +372,7 @@ class NativeEngine:
             tokens, logprobs, margins = (column.tolist() for column in found)
             support = None if draws.support is None else rows_of(draws.support)
         # the group's per-step message
-        stopped, *tokens = self._group.from_leader([int(stop), *tokens])
+        stopped, tokens, ended = taking.step(stop, tokens)
         for i, sample in enumerate(samples):
             if logprobs[i] != logprobs[i]:
                 self.release_cache()
@@ -344,8 +387,8 @@ class NativeEngine:
             if sample.request.sampling.support:
                 # if no row of the step is truncated, all were drawn from all tokens
                 sample.support.append(b"" if support is None else support[i])
-            finish = rules[sample.index].check(sample.tokens, sample.num_generated)
+            rule = rules[sample.index]
+            finish = rule.check(sample.tokens, sample.turn_length, sample.turn_limit)
             if finish is not None:
-                sample.finish = finish
-                finished.append(sample)
-        return finished, bool(stopped)
+                finished.append((sample, finish))
+        return finished, stopped, ended

@@ -64,17 +64,20 @@ class DecodeGraphs:
         inputs: Sequence[Tensor],
         forward: Forward,
         variant: Hashable = None,
+        *,
+        idle: Callable[[], Sequence[Tensor]],
     ) -> tuple[Tensor, ...]:
         """Return `forward(*inputs on the device)`; the next run overwrites it.
 
         Args:
             inputs: host tensors, of the same shapes whenever `size` and `variant` are the same.
             forward: function of them that only launches kernels, the same for one variant.
+            idle: makes inputs of these shapes with which `forward` changes nothing that counts: it
+                runs once before its capture, and states may advance once only.
         """
         packed, key = pack(inputs), (size, variant)
         if key not in self._captured:
-            buffer = torch.empty_like(packed, device=self._device)
-            buffer.copy_(packed, non_blocking=True)
+            buffer = pack(idle()).to(self._device, non_blocking=True)
             self._captured[key] = self._capture(buffer, unpack(buffer, inputs), forward)
         captured = self._captured[key]
         captured.buffer.copy_(packed, non_blocking=True)

@@ -55,14 +55,31 @@ INLINE void scores_of(int heads, const float *query, const float *keys, float sc
     }
 }
 
-INLINE void add_values(int heads, int held, float weights[][BLOCK], const float *values,
+/* tanh: where e^2x would cancel the Taylor polynomial, whose error is 1e-8 there */
+INLINE vec tanh_of(vec x) {
+    const vec square = x * x, far = 1.0f - 2.0f / (exp_of(x + x) + 1.0f);
+    vec p = square * (62.0f / 2835.0f) - 17.0f / 315.0f;
+    p = p * square + 2.0f / 15.0f;
+    p = p * square - 1.0f / 3.0f;
+    const vec near = x + x * square * p;
+    const ivec mask = square < 0.0625f;
+    return (vec)((mask & (ivec)near) | (~mask & (ivec)far));
+}
+
+/* Scores s of a block -> softcap * tanh(s / softcap) */
+INLINE void cap(float softcap, float *scores) {
+    for (int j = 0; j < BLOCK; j += LANES)
+        store(scores + j, tanh_of(load(scores + j) / softcap) * softcap);
+}
+
+INLINE void add_values(int heads, int hidden, int held, float weights[][BLOCK], const float *values,
                        float out[][HEAD_DIM]) {
     for (int start = 0; start < HEAD_DIM; start += VALUE_SPAN * LANES) {
         vec sums[TILE][VALUE_SPAN];
         for (int g = 0; g < heads; g++)
             for (int p = 0; p < VALUE_SPAN; p++)
                 sums[g][p] = load(out[g] + start + p * LANES);
-        for (int j = 0; j < held; j++)
+        for (int j = hidden; j < held; j++)
             for (int p = 0; p < VALUE_SPAN; p++) {
                 const vec value = load(values + j * HEAD_DIM + start + p * LANES);
                 for (int g = 0; g < heads; g++)
@@ -74,8 +91,11 @@ INLINE void add_values(int heads, int held, float weights[][BLOCK], const float 
     }
 }
 
-/* Scores of a block -> weights e^(score - top), with `top`, `total` and `out` brought up to it. */
-INLINE void weigh(int held, float *scores, float *top, float *total, float *out) {
+/* Scores of a block -> weights e^(score - top), with `top`, `total` and `out` brought up to it;
+ * places [hidden, held) are seen. */
+INLINE void weigh(int hidden, int held, float *scores, float *top, float *total, float *out) {
+    for (int j = 0; j < hidden; j++)
+        scores[j] = -INFINITY;
     for (int j = held; j < BLOCK; j++)
         scores[j] = -INFINITY;
     vec most_yet = load(scores);
@@ -95,37 +115,48 @@ INLINE void weigh(int held, float *scores, float *top, float *total, float *out)
         store(scores + j, weight);
         sum += weight;
     }
-    /* Each place beyond `held` adds e^-87, which is lost in float32. */
+    /* Each place that is not seen adds e^-87, which is lost in float32. */
     *total += sum_of(sum);
 }
 
 /* q [n, kv_heads * GROUP, HEAD_DIM], heads side by side -> out likewise; table [n, width] has the
- * blocks of each sequence, lengths [n] its tokens. */
+ * blocks of each sequence, lengths [n] its tokens.
+ *
+ * A query sees the last `window` tokens (0: all); scores are capped at `softcap` (0: not); `sinks`
+ * [kv_heads * GROUP] (or NULL) are scores of a key whose value is zero. */
 void paged_decode(const float *q, int64_t q_stride, const float *keys, const float *values,
                   const int32_t *table, int64_t width, const int32_t *lengths, int64_t n,
-                  int64_t kv_heads, float scale, float *result, int threads) {
+                  int64_t kv_heads, float scale, int64_t window, float softcap, const float *sinks,
+                  float *result, int threads) {
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
     for (int64_t i = 0; i < n; i++)
         for (int64_t h = 0; h < kv_heads; h++) {
             const float *query = q + i * q_stride + h * GROUP * HEAD_DIM;
-            float out[GROUP][HEAD_DIM] = {0}, scores[GROUP][BLOCK], top[GROUP], total[GROUP] = {0};
-            for (int g = 0; g < GROUP; g++)
-                top[g] = -INFINITY;
-            for (int64_t b = 0; b * BLOCK < lengths[i]; b++) {
+            float out[GROUP][HEAD_DIM] = {0}, scores[GROUP][BLOCK], top[GROUP], total[GROUP];
+            for (int g = 0; g < GROUP; g++) {
+                top[g] = sinks ? sinks[h * GROUP + g] : -INFINITY;
+                total[g] = sinks ? 1.0f : 0.0f;
+            }
+            const int64_t first = window && window < lengths[i] ? lengths[i] - window : 0;
+            for (int64_t b = first / BLOCK; b * BLOCK < lengths[i]; b++) {
                 const int64_t left = lengths[i] - b * BLOCK;
                 const int held = left < BLOCK ? left : BLOCK;
+                const int hidden = first > b * BLOCK ? first - b * BLOCK : 0;
                 const int64_t unit = (table[i * width + b] * kv_heads + h) * HEAD_DIM * BLOCK;
                 int g = 0;
                 for (; g + TILE <= GROUP; g += TILE)
                     scores_of(TILE, query + g * HEAD_DIM, keys + unit, scale, scores + g);
                 for (; g < GROUP; g++)
                     scores_of(1, query + g * HEAD_DIM, keys + unit, scale, scores + g);
+                if (softcap > 0)
+                    for (g = 0; g < GROUP; g++)
+                        cap(softcap, scores[g]);
                 for (g = 0; g < GROUP; g++)
-                    weigh(held, scores[g], top + g, total + g, out[g]);
+                    weigh(hidden, held, scores[g], top + g, total + g, out[g]);
                 for (g = 0; g + TILE <= GROUP; g += TILE)
-                    add_values(TILE, held, scores + g, values + unit, out + g);
+                    add_values(TILE, hidden, held, scores + g, values + unit, out + g);
                 for (; g < GROUP; g++)
-                    add_values(1, held, scores + g, values + unit, out + g);
+                    add_values(1, hidden, held, scores + g, values + unit, out + g);
             }
             float *to = result + (i * kv_heads + h) * GROUP * HEAD_DIM;
             for (int g = 0; g < GROUP; g++)

@@ -1,4 +1,4 @@
-"""Paged attention on the CPU by a kernel compiled for the cache's shape: `paged_decode.c`.
+"""Paged attention on the CPU by kernels compiled for the cache's shape: `paged_decode.c`.
 
 Blocks are read in place: nothing is gathered.
 """
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from spmdrl.models.kernels import c_code
-from spmdrl.rollout.native.attention import CacheShape, GatheredAttention
+from spmdrl.rollout.native.attention import GatheredAttention
+from spmdrl.rollout.native.cache import CacheShape, LayerCache
 
 _I, _F, _P, _N = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_int
 
@@ -21,27 +22,38 @@ _MAX_STACK_BYTES = 1 << 18
 
 
 class CompiledAttention(GatheredAttention):
-    """`GatheredAttention` with one kernel for its decode steps, and one for writes to the cache.
+    """`GatheredAttention` with one kernel for a layer's decode steps, and one for its writes to the
+    cache. Layers that `compiled_code` has no kernels for (latent caches) are served by torch.
 
     Raises:
-        ValueError: `compiled_code` has no kernels for the shape.
+        ValueError: `compiled_code` has kernels for none of the layers.
     """
 
     def __init__(self, shape: CacheShape) -> None:
         super().__init__(shape)
-        code = compiled_code(shape)
-        if code is None:
+        self._code: dict[int, ctypes.CDLL] = {}
+        for number, layer in shape.cached():
+            code = compiled_code(layer, shape)
+            if code is not None:
+                self._code[number] = code
+                code.store_tokens.argtypes = (_P, _I, _P, _I, _P, _P, _I, _I, _P, _P)
+                code.paged_decode.argtypes = (
+                    *(_P, _I, _P, _P, _P, _I, _P, _I, _I),
+                    *(_F, _I, _F, _P, _P, _N),
+                )
+                code.store_tokens.restype = code.paged_decode.restype = None
+        if not self._code:
             raise ValueError(f"no compiled attention for {shape} here")
-        self._store_tokens, self._paged_decode = code.store_tokens, code.paged_decode
-        self._store_tokens.argtypes = (_P, _I, _P, _I, _P, _P, _I, _I, _P, _P)
-        self._paged_decode.argtypes = (_P, _I, _P, _P, _P, _I, _P, _I, _I, _F, _P, _N)
-        self._store_tokens.restype = self._paged_decode.restype = None
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
         assert self._slots is not None
+        code = self._code.get(layer)
+        if code is None:
+            super()._store(layer, k, v)
+            return
         blocks, offsets = self._slots
         k, v = _side_by_side(k), _side_by_side(v)
-        self._store_tokens(
+        code.store_tokens(
             k.data_ptr(),
             k.stride(0),
             v.data_ptr(),
@@ -54,10 +66,15 @@ class CompiledAttention(GatheredAttention):
             self._values[layer].data_ptr(),
         )
 
-    def _attend_decodes(self, layer: int, q: Tensor) -> Tensor:
-        q, shape = _side_by_side(q), self._shape
+    def _attend_decodes(self, layer: int, q: Tensor, sinks: Tensor | None = None) -> Tensor:
+        code = self._code.get(layer)
+        if code is None:
+            return super()._attend_decodes(layer, q, sinks)
+        q, found = _side_by_side(q), self._layer(layer)
+        options = found.options
+        sinks = None if sinks is None else sinks.float().contiguous()
         out = q.new_empty(q.shape)
-        self._paged_decode(
+        code.paged_decode(
             q.data_ptr(),
             q.stride(0),
             self._keys[layer].data_ptr(),
@@ -66,27 +83,37 @@ class CompiledAttention(GatheredAttention):
             self._table.shape[1],
             self._lengths.data_ptr(),
             q.shape[0],
-            shape.kv_heads,
-            self._scale,
+            found.kv_heads,
+            options.scale,
+            options.window or 0,
+            options.softcap or 0.0,
+            None if sinks is None else sinks.data_ptr(),
             out.data_ptr(),
             torch.get_num_threads(),
         )
         return out
 
 
-def compiled_code(shape: CacheShape) -> ctypes.CDLL | None:
-    """Compile the kernels for a cache; None unless a compiler exists and the cache is float32 on a
-    CPU, of sizes that the kernels support."""
+def has_compiled_code(shape: CacheShape) -> bool:
+    """Whether `CompiledAttention` can be made."""
+    return any(compiled_code(layer, shape) is not None for _, layer in shape.cached())
+
+
+def compiled_code(layer: LayerCache, shape: CacheShape) -> ctypes.CDLL | None:
+    """Compile the kernels for a layer's cache, once for layers of one size; None unless a compiler
+    exists and the cache is float32 on a CPU, of sizes that the kernels support."""
     if shape.device.type != "cpu" or shape.dtype != torch.float32:
         return None
-    if shape.head_dim % 4 or shape.block_size % 4:
+    if layer.values_in_keys or layer.key_width != layer.value_width:
         return None
-    if shape.group * (shape.block_size + shape.head_dim) * 4 > _MAX_STACK_BYTES:
+    if layer.key_width % 4 or shape.block_size % 4:
+        return None
+    if layer.group * (shape.block_size + layer.key_width) * 4 > _MAX_STACK_BYTES:
         return None
     return c_code.load(
         Path(__file__).with_name("paged_decode.c"),
-        HEAD_DIM=shape.head_dim,
-        GROUP=shape.group,
+        HEAD_DIM=layer.key_width,
+        GROUP=layer.group,
         BLOCK=shape.block_size,
     )
 

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from spmdrl.models.config import ModelConfig
+from spmdrl.models.routing import choices_dtype
 from spmdrl.rollout.native.sample import Sample
-from spmdrl.rollout.native.scheduler import StepPlan
+from spmdrl.rollout.native.step_plan import StepPlan
+from spmdrl.rollout.protocol import Request
 
 
 class ExpertRecord:
@@ -84,3 +87,15 @@ class ExpertRecord:
             experts[: len(rows)] = table[torch.tensor(rows, dtype=torch.int64)]
             found.append(experts)
         return found
+
+
+def record_for(
+    model: ModelConfig, samples: Sequence[Sample], requests: Sequence[Request]
+) -> ExpertRecord | None:
+    """Return the record of a call that begins with these samples, or None if no request asks for
+    its experts.
+    """
+    moe = model.moe
+    if moe is None or not samples or not any(r.sampling.experts for r in requests):
+        return None
+    return ExpertRecord(samples[0], torch.iinfo(choices_dtype(moe.num_experts)).max)

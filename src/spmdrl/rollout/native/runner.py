@@ -13,10 +13,12 @@ from spmdrl.memory.host_copies import to_device
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.linear import wide_linear
 from spmdrl.models.routing import Routing, pack_choices
+from spmdrl.models.softcap import cap_logits
 from spmdrl.rollout.native.adapters import NO_ADAPTERS, CallAdapters
 from spmdrl.rollout.native.attention import PagedAttention, copy_blocks
 from spmdrl.rollout.native.graphs import DecodeGraphs
-from spmdrl.rollout.native.scheduler import StepPlan
+from spmdrl.rollout.native.recurrent import MixedAttention
+from spmdrl.rollout.native.step_plan import StepPlan
 from spmdrl.rollout.native.varlen import VarlenAttention
 
 
@@ -55,8 +57,9 @@ class Runner:
         Args:
             all_rows: compute logits of every row of the step instead.
         """
-        keys, values = self._attention.caches()
-        copy_blocks(plan.copies, (*keys, *values))
+        copy_blocks(plan.copies, self._attention.caches())
+        if isinstance(self._attention, MixedAttention):
+            copy_blocks(plan.slot_copies, self._attention.states.caches())
         if self._graphs is not None and not plan.chunks:
             hidden, *chosen = self._replay(plan, self._graphs)
             return self._project(hidden), next(iter(chosen), None)
@@ -71,19 +74,27 @@ class Runner:
 
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs) -> Sequence[Tensor]:
         """Compute hidden states (and choices) of a step without chunks."""
-        assert isinstance(self._attention, VarlenAttention)
+        size = graphs.size_for(len(plan.decodes))
+        results = graphs.run(
+            size,
+            self._padded(plan, size),
+            partial(self._compute, plan),
+            self._adapters.variant,
+            idle=partial(self._padded, StepPlan(copies=[], decodes=[], chunks=[]), size),
+        )
+        return [result[: len(plan.decodes)] for result in results]
+
+    def _padded(self, plan: StepPlan, size: int) -> list[Tensor]:
+        """Build on the host the inputs of a step without chunks, with idle rows up to `size`."""
+        assert isinstance(self._attention, VarlenAttention | MixedAttention)
         tokens, positions, rows = flatten(plan)
-        size = graphs.size_for(len(rows))
         idle = [0] * (size - len(rows))
-        inputs = [
+        return [
             torch.tensor(tokens + idle),
             torch.tensor(positions + idle),
             *self._adapters.factors(plan, pad_to=size),
             *self._attention.indices(plan, pad_to=size),
         ]
-        forward = partial(self._compute, plan)
-        results = graphs.run(size, inputs, forward, self._adapters.variant)
-        return [result[: len(rows)] for result in results]
 
     def _compute(
         self, plan: StepPlan, tokens: Tensor, positions: Tensor, *rest: Tensor
@@ -99,7 +110,7 @@ class Runner:
         moe = self._decoder.model.moe
         if moe is None:
             return (self._decoder(tokens, positions, self._attention, adapters=adapters),)
-        routing = Routing(moe)
+        routing = Routing(self._decoder.model)
         hidden = self._decoder(
             tokens, positions, self._attention, routing=routing, adapters=adapters
         )
@@ -108,6 +119,7 @@ class Runner:
     def _project(self, hidden: Tensor) -> Tensor:  # [R, D] -> [R, V]
         head = self._decoder.head_holder
         logits = wide_linear(hidden, head.weight, blocked=head.blocked).float()
+        logits = cap_logits(logits, self._decoder.model.logit_softcap)
         tp = self._decoder.tp
         if tp.group is None:
             return logits

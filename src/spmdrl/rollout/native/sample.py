@@ -24,8 +24,12 @@ class Sample:
         tokens: the prompt's and the generated tokens.
         followers: samples of the same prompt that wait for this one to compute it.
         blocks: cache blocks, in the order of the tokens they hold.
+        slot: slot of recurrent layers' states, if the model has any and the sample is computed.
         cached: number of tokens whose keys and values are in the cache.
         expert_rows: rows of an `ExpertRecord`, for the first tokens.
+        given: ranges of the generated tokens that were given in answer to its turns.
+        turn_limit: most tokens of its turn, if its answer said so.
+        waits: reason of its turn's end while that is not answered.
     """
 
     request: Request
@@ -35,12 +39,16 @@ class Sample:
     tokens: list[int]
     followers: list[Sample] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    slot: int | None = None
     cached: int = 0
     expert_rows: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     support: SupportRecord = field(default_factory=lambda: SupportRecord())
     finish: Finish = Finish.ABORTED
+    given: list[tuple[int, int]] = field(default_factory=list)
+    turn_limit: int | None = None
+    waits: Finish | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -49,6 +57,24 @@ class Sample:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - len(self.request.tokens)
+
+    @property
+    def turn_length(self) -> int:
+        """Number of tokens drawn in its turn so far."""
+        return self.num_generated - (self.given[-1][1] if self.given else 0)
+
+    def answer(self, tokens: Sequence[int], max_tokens: int) -> None:
+        """Continue after its turn with tokens that are given."""
+        first = self.num_generated
+        self.given.append((first, first + len(tokens)))
+        self.tokens += tokens
+        self.logprobs += [0.0] * len(tokens)
+        if self.request.sampling.margins:
+            self.margins += [0.0] * len(tokens)
+        if self.request.sampling.support:
+            for _ in tokens:
+                self.support.append(b"")
+        self.turn_limit, self.waits = max_tokens, None
 
     @property
     def is_decoding(self) -> bool:
@@ -73,6 +99,9 @@ class Sample:
             support=self.support.column(self.num_generated)
             if self.request.sampling.support
             else None,
+            given=tuple(self.given),
+            waits=self.waits,
+            turn_limit=self.turn_limit if self.finish is Finish.ABORTED else None,
         )
 
 
@@ -91,7 +120,8 @@ def samples_of(request: Request, index: int, *, seed: int, step: int) -> list[Sa
     for sample, begun in zip(samples, request.begun, strict=False):
         sample.tokens += begun.tokens
         sample.logprobs, sample.margins = list(begun.logprobs), list(begun.margins)
-        sample.finish = begun.finish
+        sample.finish, sample.waits, sample.given = begun.finish, begun.waits, list(begun.given)
+        sample.turn_limit = begun.turn_limit
         if begun.support is not None:
             sample.support = SupportRecord.of(begun.support)
     return samples
@@ -99,7 +129,8 @@ def samples_of(request: Request, index: int, *, seed: int, step: int) -> list[Sa
 
 def leaders_of(groups: Sequence[Sequence[Sample]]) -> list[Sample]:
     """List the samples with which a scheduler begins: each group's first fresh sample, which
-    computes the prompt for the other fresh ones, and each resumed sample; no complete ones.
+    computes the prompt for the other fresh ones, and each resumed sample; none that is complete or
+    waits for an answer.
     """
     leaders = []
     for group in groups:
@@ -107,5 +138,6 @@ def leaders_of(groups: Sequence[Sequence[Sample]]) -> list[Sample]:
         fresh = [sample for sample in samples if not sample.num_generated]
         for sample in fresh[:1]:
             sample.followers = fresh[1:]
-        leaders += [sample for sample in samples if sample.num_generated or sample is fresh[0]]
+        going = [sample for sample in samples if sample.waits is None]
+        leaders += [sample for sample in going if sample.num_generated or sample is fresh[0]]
     return leaders

@@ -47,16 +47,21 @@ class Draws:
     support: Ragged | None = None
 
 
+def rows_at_once(vocab_size: int, device: torch.device) -> int:
+    """Rows that are drawn together: few enough that logits and noise stay in the CPU's second-level
+    cache, and that the buffers take at most a few hundred megabytes of a GPU.
+    """
+    values = _CPU_VALUES if device.type == "cpu" else _DEVICE_VALUES
+    return max(1, values // vocab_size)
+
+
 class Sampler:
     """Sampler of tokens from float32 logits over a vocabulary."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._device = device
         self._noise = Noise(0, vocab_size, device)
-        # Rows at once: few enough that logits and noise stay in the CPU's second-level cache, and
-        # that the buffers take at most a few hundred megabytes of a GPU.
-        values = _CPU_VALUES if device.type == "cpu" else _DEVICE_VALUES
-        self._rows = max(1, values // vocab_size)
+        self._rows = rows_at_once(vocab_size, device)
 
     def sample(
         self,

@@ -9,42 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from spmdrl.rollout.native.blocks import BlockPool
 from spmdrl.rollout.native.sample import Sample
 from spmdrl.rollout.native.shared_prefix import SharedPrefix
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chunk:
-    """Tokens `[start, stop)` of a sample, whose keys and values are not in the cache yet."""
-
-    sample: Sample
-    start: int
-    stop: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the next token is drawn from the chunk's last row."""
-        return self.stop == len(self.sample.tokens)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepPlan:
-    """One engine step.
-
-    Args:
-        copies: (source, target) of shared blocks that a sample is about to write in, and its own
-            copy; done before anything else, and all are read before any is written.
-        decodes: samples that compute their newest token.
-        chunks: parts of prompts (or of preempted samples) to compute.
-    """
-
-    copies: list[tuple[int, int]]
-    decodes: list[Sample]
-    chunks: list[Chunk]
+from spmdrl.rollout.native.step_plan import Chunk, StepPlan
 
 
 class Scheduler:
@@ -57,6 +27,8 @@ class Scheduler:
             and they are shared.
         max_running: most samples that hold blocks of their own at a time.
         prefill_tokens: most prompt tokens per step.
+        slots: slots of recurrent layers' states, if the model has any. Shared ones are copied
+            before they are written, as blocks are.
     """
 
     def __init__(
@@ -68,37 +40,55 @@ class Scheduler:
         max_running: int,
         prefill_tokens: int,
         prefix: int = 0,
+        slots: BlockPool | None = None,
     ) -> None:
-        self.pool = pool
+        self.pool, self.slots = pool, slots
         self.running: list[Sample] = []  # oldest first
         self._ready: deque[Sample] = deque()  # prompt computed and shared, first token drawn
         self._waiting: deque[Sample] = deque(samples)  # to be computed from their first token
+        self._parked: list[Sample] = []  # wait for the answers to their turns
+        self._answered: deque[Sample] = deque()  # have tokens that follow those in their blocks
         self._block_size = block_size
         self._max_running = max_running
         self._prefill_tokens = prefill_tokens
         owner = next(iter(self._waiting), None)
-        self._prefix = SharedPrefix(prefix, owner, pool, block_size)
+        self._prefix = SharedPrefix(prefix, owner, pool, block_size, slots)
+        self._slot_copies: dict[Sample, tuple[int, int]] = {}
         self.num_preempted = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self._ready or self._waiting)
+        return self.has_step or bool(self._parked)
+
+    @property
+    def has_step(self) -> bool:
+        """Whether some sample does not wait for an answer."""
+        return bool(self.running or self._ready or self._waiting or self._answered)
+
+    @property
+    def parked(self) -> Sequence[Sample]:
+        """Samples that wait for the answers to their turns."""
+        return self._parked
 
     def plan(self) -> StepPlan:
         """Plan the next step. Its chunks and decodes count as cached from now on."""
         copies: dict[Sample, tuple[int, int]] = {}
+        self._slot_copies = {}
         decodes = self._plan_decodes(copies)
         budget = self._prefill_tokens
         chunks: list[Chunk] = []
         for sample in self.running:
-            if budget and not sample.is_decoding:
+            if budget and not sample.is_decoding and self._own_slot(sample):
                 budget -= self._take(sample, budget, chunks)
         self._start_ready(decodes, copies)
+        budget = self._start_answered(budget, chunks, copies)
         while budget and self._waiting and not self._ready and self._has_room():
             if self._prefix.owner in self.running:
                 break  # until the prefix is computed
             if not self._admit(self._waiting[0], copies):
-                break
+                if decodes or chunks or not self._evict():
+                    break
+                continue
             budget -= self._take(self._waiting.popleft(), budget, chunks)
         assert decodes or chunks, "the scheduler found nothing to do"
         for chunk in chunks:
@@ -108,7 +98,12 @@ class Scheduler:
         self._prefix.keep()
         if not self._waiting:
             self._prefix.drop()
-        return StepPlan(copies=list(copies.values()), decodes=decodes, chunks=chunks)
+        return StepPlan(
+            copies=list(copies.values()),
+            decodes=decodes,
+            chunks=chunks,
+            slot_copies=list(self._slot_copies.values()),
+        )
 
     def fork(self, leader: Sample) -> list[Sample]:
         """Share the blocks of `leader`, whose prompt was computed, with its followers.
@@ -119,6 +114,9 @@ class Scheduler:
         for follower in followers:
             self.pool.share(*leader.blocks)
             follower.blocks = list(leader.blocks)
+            if self.slots is not None and leader.slot is not None:
+                self.slots.share(leader.slot)
+                follower.slot = leader.slot
             follower.cached = leader.cached
             follower.expert_rows = list(leader.expert_rows)
         self._ready.extend(followers)
@@ -126,19 +124,41 @@ class Scheduler:
 
     def finish(self, sample: Sample) -> None:
         """Remove a complete sample and release its blocks."""
-        if sample in self.running:
-            self.running.remove(sample)
-        else:
-            self._ready.remove(sample)
+        self._remove(sample)
         self._release(sample)
+
+    def park(self, sample: Sample) -> None:
+        """Set a sample aside that waits for an answer; it keeps its blocks while nobody needs them.
+
+        It may be one that was waiting before the first step, and has none.
+        """
+        self._remove(sample)
+        self._parked.append(sample)
+
+    def resume(self, sample: Sample) -> None:
+        """Let a parked sample continue with the tokens that it was given."""
+        self._parked.remove(sample)
+        if sample.blocks:
+            self._answered.append(sample)
+        else:  # they were needed: it is computed again
+            self._waiting.appendleft(sample)
+
+    def _remove(self, sample: Sample) -> None:
+        for queue in (self.running, self._ready, self._parked):
+            if sample in queue:
+                queue.remove(sample)
+                return
 
     def state(self, number: Mapping[Sample, int]) -> dict[str, Any]:
         """Return JSON values from which `restore` makes an equal scheduler; samples by `number`."""
         return {
             "pool": self.pool.state(),
+            "slots": None if self.slots is None else self.slots.state(),
             "running": [number[s] for s in self.running],
             "ready": [number[s] for s in self._ready],
             "waiting": [number[s] for s in self._waiting],
+            "parked": [number[s] for s in self._parked],
+            "answered": [number[s] for s in self._answered],
             **self._prefix.state(number),
             "num_preempted": self.num_preempted,
         }
@@ -146,9 +166,14 @@ class Scheduler:
     def restore(self, state: Mapping[str, Any], samples: Sequence[Sample]) -> None:
         """Adopt the `state()` of another scheduler."""
         self.pool.restore(state["pool"])
+        if self.slots is not None:
+            self.slots.restore(state["slots"])
         self.running = [samples[i] for i in state["running"]]
         self._ready = deque(samples[i] for i in state["ready"])
         self._waiting = deque(samples[i] for i in state["waiting"])
+        # which checkpoints of 0.2 and before lack
+        self._parked = [samples[i] for i in state.get("parked", ())]
+        self._answered = deque(samples[i] for i in state.get("answered", ()))
         self._prefix.restore(state, samples)
         self.num_preempted = state["num_preempted"]
 
@@ -185,8 +210,57 @@ class Scheduler:
             self.running.append(sample)
             decodes.append(sample)
 
+    def _start_answered(
+        self, budget: int, chunks: list[Chunk], copies: dict[Sample, tuple[int, int]]
+    ) -> int:
+        """Compute the tokens that answered samples were given; returns what is left of `budget`."""
+        while budget and self._answered and self._has_room():
+            sample = self._answered[0]
+            if not self._extend(sample, copies):
+                if self._prefix.drop() or self._evict():
+                    continue
+                if self.running or chunks:
+                    break
+                self._release(sample)  # it is computed again, with as many blocks as there are
+                self._waiting.appendleft(self._answered.popleft())
+                continue
+            self.running.append(self._answered.popleft())
+            budget -= self._take(sample, budget, chunks)
+        return budget
+
+    def _extend(self, sample: Sample, copies: dict[Sample, tuple[int, int]]) -> bool:
+        """Give a sample blocks for all its tokens after those that it has; False if too few are
+        free.
+        """
+        size, number = self._block_size, sample.cached // self._block_size
+        needed = -(-len(sample.tokens) // size) - len(sample.blocks)
+        is_shared = number < len(sample.blocks) and self.pool.is_shared(sample.blocks[number])
+        spare = 1 if self.running else 0
+        if needed + is_shared + spare > self.pool.num_free or not self._own_slot(sample):
+            return False
+        if is_shared:
+            fresh = self.pool.allocate()
+            copies[sample] = (sample.blocks[number], fresh)
+            self.pool.release(sample.blocks[number])
+            sample.blocks[number] = fresh
+        sample.blocks += [self.pool.allocate() for _ in range(needed)]
+        return True
+
+    def _evict(self) -> bool:
+        """Take the blocks of the sample that was parked last; False if none has any."""
+        for sample in reversed(self._parked):
+            if sample.blocks:
+                self._release(sample)
+                self.num_preempted += 1
+                return True
+        return False
+
     def _reserve(self, sample: Sample, copies: dict[Sample, tuple[int, int]]) -> bool:
-        """Give the sample a block of its own for the token at `cached`; False if none is free."""
+        """Give the sample a block for the token at `cached`, and a slot, both its own; False
+        if none is free.
+        """
+        if not self._own_slot(sample):
+            return False
         number = sample.cached // self._block_size
         if number < len(sample.blocks):
             block = sample.blocks[number]
@@ -203,15 +277,31 @@ class Scheduler:
         sample.blocks[number] = fresh
         return True
 
+    def _own_slot(self, sample: Sample) -> bool:
+        """Give the sample a slot that no other has, with the same states; False if none is free."""
+        if self.slots is None or (
+            sample.slot is not None and not self.slots.is_shared(sample.slot)
+        ):
+            return True
+        if not self.slots.num_free:
+            return False
+        fresh = self.slots.allocate()
+        if sample.slot is not None:
+            self._slot_copies[sample] = (sample.slot, fresh)
+            self.slots.release(sample.slot)
+        sample.slot = fresh
+        return True
+
     def _preempt(self, copies: dict[Sample, tuple[int, int]]) -> Sample | None:
         """Take the blocks of the youngest sample; it is computed again later.
 
-        Returns None if the kept prefix was dropped instead.
+        Returns None if the kept prefix was dropped, or a parked sample's blocks, instead.
         """
-        if self._prefix.drop():
+        if self._prefix.drop() or self._evict():
             return None
         victim = self._ready.pop() if self._ready else self.running.pop()
         copies.pop(victim, None)
+        self._slot_copies.pop(victim, None)
         self._release(victim)
         self._waiting.appendleft(victim)
         self.num_preempted += 1
@@ -220,6 +310,9 @@ class Scheduler:
     def _release(self, sample: Sample) -> None:
         self.pool.release(*sample.blocks)
         sample.blocks, sample.cached = [], 0
+        if self.slots is not None and sample.slot is not None:
+            self.slots.release(sample.slot)
+            sample.slot = None
 
     def _admit(self, sample: Sample, copies: dict[Sample, tuple[int, int]]) -> bool:
         """Give a waiting sample blocks for all its tokens; False if it must keep waiting."""
@@ -229,24 +322,42 @@ class Scheduler:
         needed = -(-len(sample.tokens) // size) - full
         # Keep room for its first tokens, or it would be preempted at once.
         spare = 1 + len(sample.followers) if self.running else 0
-        if needed + spare > self.pool.num_free:
+        if needed + spare > self.pool.num_free or not self._has_slots(sample):
             return not self.running and self._prefix.drop() and self._admit(sample, copies)
         self.pool.share(*source[:full])
         sample.blocks = source[:full] + [self.pool.allocate() for _ in range(needed)]
         if cached % size:
             copies[sample] = (source[full], sample.blocks[full])
         sample.cached = cached
+        if self.slots is not None:
+            if cached and self._prefix.slot is not None:
+                self.slots.share(self._prefix.slot)
+                sample.slot = self._prefix.slot
+            self._own_slot(sample)
         sample.expert_rows += rows[len(sample.expert_rows) : cached]
         self.running.append(sample)
         return True
+
+    def _has_slots(self, sample: Sample) -> bool:
+        """Whether a slot is free for a waiting sample, and for each running sample that will write
+        to its own while others have it: those of its prompt, or the common prefix.
+        """
+        if self.slots is None:
+            return True
+        computing = [*(s for s in self.running if not s.is_decoding), sample]
+        shared = sum(bool(s.followers) + (s is self._prefix.owner) for s in computing)
+        return self.slots.num_free > shared
 
     def _find_prefix(self, sample: Sample) -> tuple[list[int], int, list[int]]:
         """Find first tokens of a sample that were computed before: their blocks, their number, and
         their `rows` if another sample of the request computed them.
 
-        A preempted sample may find the prompt's full blocks with another sample of its request;
-        fresh requests find the common prefix of all prompts.
+        A preempted sample may find the prompt's full blocks with another sample of its request, but
+        not the states of recurrent layers after them; fresh requests find the common prefix of all
+        prompts.
         """
+        if self.slots is not None:
+            return self._prefix.blocks, self._prefix.cached, []
         # At least one prompt token is computed, because the last one's row is needed.
         tokens = (sample.prompt_length - 1) // self._block_size * self._block_size
         for other in self.running if tokens > self._prefix.cached else ():
@@ -256,6 +367,7 @@ class Scheduler:
 
     def _take(self, sample: Sample, budget: int, chunks: list[Chunk]) -> int:
         stop = min(len(sample.tokens), sample.cached + budget)
+        stop = self._prefix.stop_of(sample, stop)
         chunks.append(Chunk(sample=sample, start=sample.cached, stop=stop))
         return stop - sample.cached
 

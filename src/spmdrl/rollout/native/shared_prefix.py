@@ -10,17 +10,28 @@ from spmdrl.rollout.native.sample import Sample
 
 
 class SharedPrefix:
-    """Cache blocks of the common prefix, held from the step that computes it until they are needed.
+    """Cache blocks of the common prefix, held from the step that computes it until they are needed;
+    with the slot of recurrent layers' states after it.
 
     Args:
         length: number of tokens; 0: nothing is shared.
         owner: the sample that computes them; None from then on.
+        slots: the slots, if the model has recurrent layers.
     """
 
-    def __init__(self, length: int, owner: Sample | None, pool: BlockPool, block_size: int) -> None:
+    def __init__(
+        self,
+        length: int,
+        owner: Sample | None,
+        pool: BlockPool,
+        block_size: int,
+        slots: BlockPool | None = None,
+    ) -> None:
         self._length, self._pool, self._block_size = length, pool, block_size
+        self._slots = slots
         self.owner = owner if length else None
         self.blocks: list[int] = []
+        self.slot: int | None = None
 
     @property
     def cached(self) -> int:
@@ -32,12 +43,26 @@ class SharedPrefix:
         if self.owner is not None and self.owner.cached >= self._length:
             self.blocks = self.owner.blocks[: -(-self._length // self._block_size)]
             self._pool.share(*self.blocks)
+            if self._slots is not None and self.owner.slot is not None:
+                self.slot = self.owner.slot
+                self._slots.share(self.slot)
             self.owner = None
+
+    def stop_of(self, sample: Sample, stop: int) -> int:
+        """Return where a chunk of a sample ends that could end at `stop`: states are only known at
+        the ends of chunks, so that with recurrent layers the owner's prefix is chunks of its own.
+        """
+        if self._slots is None or sample is not self.owner:
+            return stop
+        return min(stop, self._length)
 
     def drop(self) -> bool:
         """Release the blocks; return whether any were held."""
         held, self.blocks = self.blocks, []
         self._pool.release(*held)
+        if self._slots is not None and self.slot is not None:
+            self._slots.release(self.slot)
+            self.slot = None
         return bool(held)
 
     def state(self, number: Mapping[Sample, int]) -> dict[str, Any]:
@@ -46,6 +71,7 @@ class SharedPrefix:
             "prefix": self._length,
             "prefix_owner": None if self.owner is None else number[self.owner],
             "prefix_blocks": self.blocks,
+            "prefix_slot": self.slot,
         }
 
     def restore(self, state: Mapping[str, Any], samples: Sequence[Sample]) -> None:
@@ -53,6 +79,7 @@ class SharedPrefix:
         owner = state["prefix_owner"]
         self.owner = None if owner is None else samples[owner]
         self._length, self.blocks = state["prefix"], list(state["prefix_blocks"])
+        self.slot = state.get("prefix_slot")
 
 
 def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:

@@ -16,12 +16,15 @@ from torch import Tensor
 from spmdrl.memory.json_tensors import json_tensor, tensor_json
 from spmdrl.rollout.native.attention import PagedAttention
 from spmdrl.rollout.native.recording import ExpertRecord
+from spmdrl.rollout.native.recurrent import MixedAttention
 from spmdrl.rollout.native.sample import Sample
 from spmdrl.rollout.native.sampler import SupportRecord
 from spmdrl.rollout.native.scheduler import Scheduler
 from spmdrl.rollout.protocol import Finish
 
-_STATE, _KEYS, _VALUES, _EXPERTS = "engine", "keys", "values", "experts"
+_STATE, _CACHE, _SLOTS, _EXPERTS = "engine", "cache", "slots", "experts"
+_STACKED = ("keys", "values")
+"""Names under which checkpoints of 0.2 and before hold the caches of all layers, stacked."""
 
 
 def take_snapshot(
@@ -46,13 +49,14 @@ def take_snapshot(
         "samples": [_sample_state(sample, number) for sample in samples],
         "first": None if record is None else number[record.first],
     }
-    used = _used(held)
-    keys, values = attention.caches()
-    index = torch.tensor(used, dtype=torch.int64, device=keys[0].device)
+    index = torch.tensor(_used(held), dtype=torch.int64)
     return {
         _STATE: json_tensor(state),
-        _KEYS: torch.stack([layer.index_select(0, index) for layer in keys]).cpu(),
-        _VALUES: torch.stack([layer.index_select(0, index) for layer in values]).cpu(),
+        **{
+            f"{_CACHE}.{i}": cache.index_select(0, index.to(cache.device)).cpu()
+            for i, cache in enumerate(attention.caches())
+        },
+        **_recurrent(attention, held),
         **({} if record is None else {_EXPERTS: record.table()}),
     }
 
@@ -82,17 +86,41 @@ def restore_snapshot(
         sample.expert_rows, sample.finish = found["rows"], Finish[found["finish"].upper()]
         for name in ("logprobs", "margins", "blocks", "cached"):
             setattr(sample, name, found[name])
+        # checkpoints of 0.2 and before lack these
+        sample.slot, sample.turn_limit = found.get("slot"), found.get("turn_limit")
+        sample.given = [(first, last) for first, last in found.get("given", ())]
+        waits = found.get("waits")
+        sample.waits = None if waits is None else Finish(waits)
         sample.support = SupportRecord(
             counts=array("i", found["support"][0]), ids=array("i", found["support"][1])
         )
     scheduler.restore(content["scheduler"], samples)
     if record is not None:
         record.restore(state[_EXPERTS], samples[content["first"]])
-    for layers, saved in zip(attention.caches(), (state[_KEYS], state[_VALUES]), strict=True):
-        used = torch.tensor(_used(content["scheduler"]), dtype=torch.int64, device=layers[0].device)
-        for layer, blocks in zip(layers, saved, strict=True):
-            layer.zero_()
-            layer.index_copy_(0, used, blocks.to(layer.device))
+    used = torch.tensor(_used(content["scheduler"]), dtype=torch.int64)
+    if _STACKED[0] in state:
+        saved = [layer for name in _STACKED for layer in state[name]]
+    else:
+        saved = [state[f"{_CACHE}.{i}"] for i in range(len(attention.caches()))]
+    for cache, blocks in zip(attention.caches(), saved, strict=True):
+        cache.zero_()
+        cache.index_copy_(0, used.to(cache.device), blocks.to(cache.device))
+    if isinstance(attention, MixedAttention):
+        held = torch.tensor(_used(content["scheduler"], "slots"), dtype=torch.int64)
+        for i, tensor in enumerate(attention.states.caches()):
+            saved_slots = state[f"{_SLOTS}.{i}"].to(tensor.device)
+            tensor.index_copy_(0, held.to(tensor.device), saved_slots)
+
+
+def _recurrent(attention: PagedAttention, scheduler: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Copy the used slots of recurrent layers to the host."""
+    if not isinstance(attention, MixedAttention):
+        return {}
+    used = torch.tensor(_used(scheduler, "slots"), dtype=torch.int64)
+    return {
+        f"{_SLOTS}.{i}": tensor.index_select(0, used.to(tensor.device)).cpu()
+        for i, tensor in enumerate(attention.states.caches())
+    }
 
 
 def _sample_state(sample: Sample, number: Mapping[Sample, int]) -> dict[str, Any]:
@@ -104,10 +132,14 @@ def _sample_state(sample: Sample, number: Mapping[Sample, int]) -> dict[str, Any
         "support": [list(sample.support.counts), list(sample.support.ids)],
         "finish": sample.finish.text,
         "blocks": sample.blocks,
+        "slot": sample.slot,
         "cached": sample.cached,
         "rows": sample.expert_rows,
+        "given": sample.given,
+        "turn_limit": sample.turn_limit,
+        "waits": sample.waits,
     }
 
 
-def _used(scheduler: Mapping[str, Any]) -> list[int]:
-    return [block for block, count in enumerate(scheduler["pool"]["references"]) if count]
+def _used(scheduler: Mapping[str, Any], pool: str = "pool") -> list[int]:
+    return [number for number, count in enumerate(scheduler[pool]["references"]) if count]

@@ -15,23 +15,57 @@ import torch
 from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
 
-from spmdrl.rollout.native.attention import CacheShape
-from spmdrl.rollout.native.scheduler import StepPlan
+from spmdrl.models.linear import LEAST_CAPABILITY
+from spmdrl.rollout.native.cache import CacheShape, LayerCache
+from spmdrl.rollout.native.step_plan import StepPlan
 
 BLOCK_MULTIPLE = 256
 """FlashAttention 2 reads pages whose size is a multiple of this."""
 
 
-def varlen_is_usable(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
-    """Whether the installed torch supports pages (from 2.12), and its kernels these tensors."""
+def varlen_is_usable(
+    dtype: torch.dtype,
+    head_dim: int,
+    device: torch.device,
+    capability: tuple[int, int] | None = None,
+) -> bool:
+    """Whether the installed torch supports pages (from 2.12), and its kernels these tensors.
+
+    Args:
+        capability: the GPU's compute capability; by default the device is asked.
+    """
     if device.type != "cuda":
         return False
     paged = {"block_table", "seqused_k", "enable_gqa", "num_splits"}
     if not paged <= inspect.signature(varlen_attn()).parameters.keys():
         return False
-    major, _ = torch.cuda.get_device_capability(device)
+    if capability is None:
+        capability = torch.cuda.get_device_capability(device)
     fits = head_dim <= 256 and head_dim % 8 == 0
-    return major >= 8 and dtype in (torch.float16, torch.bfloat16) and fits
+    return capability >= LEAST_CAPABILITY and dtype in (torch.float16, torch.bfloat16) and fits
+
+
+def pages_are_usable(
+    layers: Sequence[LayerCache | None],
+    dtype: torch.dtype,
+    device: torch.device,
+    capability: tuple[int, int] | None = None,
+) -> bool:
+    """Whether `VarlenAttention` computes the attention of these layers.
+
+    Args:
+        capability: see `varlen_is_usable`.
+    """
+    found = [layer for layer in layers if layer is not None]
+    alike = all(
+        layer.options.softcap is None
+        and not layer.values_in_keys
+        and layer.key_width == layer.value_width
+        for layer in found
+    )
+    widths = {layer.key_width for layer in found}
+    usable = [varlen_is_usable(dtype, width, device, capability) for width in widths]
+    return alike and bool(usable) and all(usable)
 
 
 def varlen_attn() -> Callable[..., Any]:
@@ -45,23 +79,28 @@ def varlen_attn() -> Callable[..., Any]:
 class VarlenAttention:
     """`PagedAttention` over caches `[num_blocks + 1, block_size, KVH, d]` per layer.
 
-    Padded rows write into the last block.
+    Windows and sinks are supported, soft caps are not (see `pages_are_usable`). Padded rows write
+    into the last block.
 
     Args:
         max_blocks: most blocks of one sample.
         kernel: torch's `varlen_attn`, or its replacement in a test without a GPU.
     """
 
+    takes_latents = False
+
     def __init__(
         self, shape: CacheShape, *, max_blocks: int, kernel: Callable[..., Any] | None = None
     ) -> None:
         self._kernel = kernel or varlen_attn()
         self._shape, self._max_blocks = shape, max_blocks
-        layers = (shape.num_layers, shape.num_blocks + 1, shape.block_size)
         # Zeros, because the kernel may multiply values behind a sample's end by weights of zero.
         zeros = partial(torch.zeros, dtype=shape.dtype, device=shape.device)
-        self._keys = zeros(*layers, shape.kv_heads, shape.head_dim).unbind(0)
-        self._values = zeros(*layers, shape.kv_heads, shape.head_dim).unbind(0)
+        self._keys: dict[int, Tensor] = {}
+        self._values: dict[int, Tensor] = {}
+        for number, layer in shape.cached():
+            size = (shape.num_blocks + 1, shape.block_size, layer.kv_heads, layer.key_width)
+            self._keys[number], self._values[number] = zeros(size), zeros(size)
         self._indices: Sequence[Tensor] = ()
         self._max_query = 0
 
@@ -96,8 +135,8 @@ class VarlenAttention:
         self._indices = indices
         self._max_query = max((c.stop - c.start for c in plan.chunks), default=1)
 
-    def caches(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        return self._keys, self._values
+    def caches(self) -> Sequence[Tensor]:
+        return [*self._keys.values(), *self._values.values()]
 
     def __call__(
         self,
@@ -105,7 +144,10 @@ class VarlenAttention:
         q: Tensor,  # [T, H, d]
         k: Tensor,  # [T, KVH, d]
         v: Tensor,  # [T, KVH, d]
+        sinks: Tensor | None = None,  # [H]
     ) -> Tensor:
+        found = self._shape.layers[layer]
+        assert found is not None, f"layer {layer} has no cache"
         keys, values = self._keys[layer], self._values[layer]
         slots, table, used, starts, key_starts = self._indices
         keys.flatten(0, 1).index_copy_(0, slots, k)
@@ -122,15 +164,46 @@ class VarlenAttention:
             key_starts if old else None,
             self._max_query,
             self._max_blocks * self._shape.block_size,
-            # A single query sees all keys. FlashAttention 2 reads them once for all heads of a
-            # group only if no window is given, not even a causal one.
-            window_size=(-1, -1) if single else (-1, 0),
+            scale=found.options.scale,
+            window_size=_window_size(found.options.window, single),
             enable_gqa=True,
             seqused_k=used,
             block_table=table,
             # Split keys give wrong rows with block tables (issue 194167 of pytorch), and without
             # splits a row's result does not depend on the batch.
             num_splits=1,
+            **({} if sinks is None else {"return_aux": _lse_too()}),
         )
-        assert isinstance(out, Tensor)
-        return out
+        if sinks is None:
+            assert isinstance(out, Tensor)
+            return out
+        return _without_sinks(out[0], out[1], sinks)
+
+
+def _lse_too() -> object:
+    """Make the argument for `lse` in the result; imported late, as the kernel is."""
+    from torch.nn.attention.varlen import AuxRequest
+
+    return AuxRequest(lse=True)
+
+
+def _window_size(window: int | None, single: bool) -> tuple[int, int]:
+    """Return the numbers of keys before and after its own that a row sees; -1: all.
+
+    A single query sees all keys. FlashAttention 2 reads them once for all heads of a group only if
+    no window is given, not even a causal one.
+    """
+    if window is not None:
+        return (window - 1, 0)
+    return (-1, -1) if single else (-1, 0)
+
+
+def _without_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Scale attention [T, H, d] by the keys' share of the softmax with sinks [H].
+
+    Args:
+        lse: [H, T], the logarithm of each row's sum of e^score.
+    """
+    assert lse.shape == (out.shape[1], out.shape[0]), (lse.shape, out.shape)
+    share = torch.sigmoid(lse - sinks[:, None].float()).T
+    return (out * share[..., None]).to(out.dtype)

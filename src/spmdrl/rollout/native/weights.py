@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from spmdrl.memory.storages import require_resident
-from spmdrl.models.decoder import Decoder, Embedding, Projection
+from spmdrl.models.adapter_weights import AdapterWeights, merged
+from spmdrl.models.blocks.projections import Embedding, Projection
+from spmdrl.models.decoder import Decoder
 from spmdrl.models.linear import in_blocks, serves
 from spmdrl.models.local_shards import LocalShard, LocalTensors
-from spmdrl.models.low_rank import AdapterWeights, merged
 
 
 class EngineWeights:
@@ -30,7 +31,6 @@ class EngineWeights:
     def __init__(
         self,
         decoder: Decoder,
-        dtype: torch.dtype,
         device: torch.device,
         changed: Callable[[], None],
         adapter: AdapterWeights | None = None,
@@ -40,7 +40,7 @@ class EngineWeights:
         self._roots, self._device, self._changed = roots, device, changed
         slices = decoder.slices() | ({} if adapter is None else adapter.tables())
         self._table = {
-            name: LocalShard(shape=tuple(p.shape), dtype=dtype, slices=slices[name])
+            name: LocalShard(shape=tuple(p.shape), dtype=p.dtype, slices=slices[name])
             for name, p in self._parameters()
         }
 

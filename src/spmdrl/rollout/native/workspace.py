@@ -8,20 +8,29 @@ from dataclasses import dataclass
 import torch
 
 from spmdrl.config.sections import RolloutSection
+from spmdrl.models.blocks.moe import has_fixed_shapes
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
-from spmdrl.models.moe import has_fixed_shapes
-from spmdrl.models.sharding import local_kv_heads
 from spmdrl.rollout.lockstep import Lockstep
-from spmdrl.rollout.native.attention import CacheShape, GatheredAttention, PagedAttention
+from spmdrl.rollout.native.attention import GatheredAttention, PagedAttention
+from spmdrl.rollout.native.cache import CacheShape, layer_caches
 from spmdrl.rollout.native.graphs import DecodeGraphs
-from spmdrl.rollout.native.paged_decode import CompiledAttention, compiled_code
+from spmdrl.rollout.native.paged_decode import CompiledAttention, has_compiled_code
+from spmdrl.rollout.native.recurrent import (
+    MixedAttention,
+    RecurrentStates,
+    StateShape,
+    recurrent_layers,
+    slots_needed,
+)
 from spmdrl.rollout.native.runner import Runner
-from spmdrl.rollout.native.varlen import BLOCK_MULTIPLE, VarlenAttention, varlen_is_usable
+from spmdrl.rollout.native.varlen import BLOCK_MULTIPLE, VarlenAttention, pages_are_usable
 from spmdrl.rollout.protocol import Request
 from spmdrl.rollout.requests import GB, blocks_needed
 
-_CPU_CACHE_GB = 2.0
+CPU_CACHE_GB = 2.0
+"""Most of an "auto" cache on a CPU."""
+
 _CUDA_FREE_FRACTION = 0.8
 
 
@@ -35,20 +44,32 @@ class NativeOptions(RolloutSection):
         keeps_aborted: keep the state of an aborted call (with its cache!), to resume it.
         samples, longest: on CUDA, "auto" is at least the need of this many samples of this many
             tokens, so that the cache of a run's first call also serves the later ones.
+        planned_bytes: bytes that "auto" takes at most, but for a request that needs more by itself;
+            on CUDA all of them at once. None: no bound.
     """
 
     keeps_aborted: bool = False
     samples: int = 0
     longest: int = 0
+    planned_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A cache of `num_blocks`, attention over it, and the runner of steps with it."""
+    """A cache of `num_blocks` and `num_slots`, attention over it, and the runner of steps with it.
+
+    Args:
+        num_slots: number of slots of recurrent layers' states; 0 if the model has none.
+    """
 
     num_blocks: int
+    num_slots: int
     attention: PagedAttention
     runner: Runner
+
+    def has_room(self, num_blocks: int, num_slots: int) -> bool:
+        """Whether it has a cache of this size and at least so many slots."""
+        return self.num_blocks == num_blocks and self.num_slots >= num_slots
 
 
 class Workspace:
@@ -70,9 +91,10 @@ class Workspace:
         dtype: torch.dtype,
     ) -> None:
         self._model, self._decoder, self._options = model, decoder, options
-        self._group, self._tp_size = group, tp_size
+        self._group, self._layers = group, layer_caches(model, tp_size)
+        self._recurrent, self._tp_size = recurrent_layers(model), tp_size
         self._device, self._dtype = device, dtype
-        self._paged = varlen_is_usable(dtype, model.head_dim, device)
+        self._paged = pages_are_usable(self._layers, dtype, device)
         multiple = BLOCK_MULTIPLE if self._paged else 1
         self.block_size = -(-options.block_size // multiple) * multiple
         self._work: Work | None = None
@@ -83,11 +105,15 @@ class Workspace:
         """Whether decode steps are replayed as CUDA graphs, which hold addresses."""
         shapes = {name: tuple(p.shape) for name, p in self._decoder.named_parameters()}
         fixed = has_fixed_shapes(self._model, shapes, self._dtype, self._device)
+        fixed = fixed and not self._group.shares_experts  # whose exchanges have other sizes
         return self._paged and self._options.cuda_graphs and fixed
 
     def cache_bytes(self) -> int:
         """Return the current bytes of the cache."""
-        return 0 if self._work is None else self._shape(self._work.num_blocks).num_bytes
+        if self._work is None:
+            return 0
+        states = self._states(self._work.num_slots).num_bytes
+        return self._shape(self._work.num_blocks).num_bytes + states
 
     def graph_bytes(self) -> int:
         """Return the current bytes of the graphs' private memory pool."""
@@ -103,26 +129,47 @@ class Workspace:
         if self._graphs is not None:
             self._graphs.drop()
 
+    def slots_for(self, num_samples: int) -> int:
+        """Return the number of slots for a call with so many samples; 0 if the model needs none."""
+        return slots_needed(num_samples, self._options.max_running) if self._recurrent else 0
+
     def blocks_for(self, requests: Sequence[Request]) -> int:
         """Return the number of cache blocks for a call, equal on the ranks of the group."""
+        states = self._states(self.slots_for(sum(len(r.samples) for r in requests))).num_bytes
         given, kept = self._options.kv_cache_gb, 0 if self._work is None else self._work.num_blocks
         block_bytes = self._shape(1).num_bytes
+        if not block_bytes:  # all layers are recurrent: blocks only count tokens
+            needed = blocks_needed(requests, self.block_size, self._options.max_running)
+            return max(needed, kept)
         if given != "auto":
-            return int(given * GB) // block_bytes
+            return max(0, int(given * GB) - states) // block_bytes
         needed = blocks_needed(requests, self.block_size, self._options.max_running)
+        planned = self._planned(requests, states)
+        if planned is not None:
+            needed = min(needed, planned)
         if needed <= kept:
             return kept
         if self._device.type == "cpu":
-            return min(needed, int(_CPU_CACHE_GB * GB) // block_bytes)
-        needed = self._with_room(needed)
+            return min(needed, int(CPU_CACHE_GB * GB) // block_bytes)
+        needed = self._with_room(needed) if planned is None else planned
         # memory that torch's allocator has cached is free for it, though not for others
         cached = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(
             self._device
         )
-        free = torch.cuda.mem_get_info(self._device)[0] + cached + kept * block_bytes
+        free = torch.cuda.mem_get_info(self._device)[0] + cached + self.cache_bytes() - states
         # ranks may have different amounts free, but must schedule alike
         most = self._group.least(int(free * _CUDA_FREE_FRACTION) // block_bytes)
         return max(min(needed, most), kept)
+
+    def _planned(self, requests: Sequence[Request], states: int) -> int | None:
+        """Return the blocks of the plan without the states' bytes, or of the longest request if
+        that needs more.
+        """
+        most = self._options.planned_bytes
+        if most is None:
+            return None
+        longest = max((blocks_needed([r], self.block_size, 1) for r in requests), default=0)
+        return max((most - states) // self._shape(1).num_bytes, longest)
 
     def _with_room(self, needed: int) -> int:
         """Round up so that the cache grows seldom, since its graphs must then be captured again."""
@@ -134,35 +181,48 @@ class Workspace:
         step = 1 << max(0, needed.bit_length() - 3)  # four sizes per doubling
         return -(-needed // step) * step
 
-    def prepare(self, num_blocks: int) -> Work:
-        """Return the work with a cache of `num_blocks`, the kept one if it has that size."""
-        if self._work is not None and self._work.num_blocks == num_blocks:
+    def prepare(self, num_blocks: int, num_samples: int = 0) -> Work:
+        """Return the work with a cache of `num_blocks` and slots for so many samples; the kept one
+        if it has that size, and slots enough.
+        """
+        num_slots = self.slots_for(num_samples)
+        # no name of this call may hold the work: its cache is freed before the new one is made
+        if self._work is not None and self._work.has_room(num_blocks, num_slots):
             return self._work
-        self.release()  # before the new cache is made
+        self.release()
         shape, options = self._shape(num_blocks), self._options
         attention: PagedAttention
         if self._paged:
             longest = min(self._model.max_position, num_blocks * self.block_size)
             attention = VarlenAttention(shape, max_blocks=-(-longest // self.block_size))
-        elif compiled_code(shape) is not None:
+        elif has_compiled_code(shape):
             attention = CompiledAttention(shape)
         else:
             attention = GatheredAttention(shape)
+        if self._recurrent:
+            attention = MixedAttention(attention, RecurrentStates(self._states(num_slots)))
         if self._graphs is None and self.captures_graphs:
             self._graphs = DecodeGraphs(options.max_running, self._device)
         runner = Runner(self._decoder, attention, self._device, graphs=self._graphs)
-        self._work = Work(num_blocks=num_blocks, attention=attention, runner=runner)
+        self._work = Work(
+            num_blocks=num_blocks, num_slots=num_slots, attention=attention, runner=runner
+        )
         return self._work
 
+    def _states(self, num_slots: int) -> StateShape:
+        return StateShape(
+            layers=self._recurrent,
+            num_slots=num_slots,
+            tp_size=self._tp_size,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
     def _shape(self, num_blocks: int) -> CacheShape:
-        model = self._model
         return CacheShape(
-            num_layers=model.num_layers,
+            layers=self._layers,
             num_blocks=num_blocks,
             block_size=self.block_size,
-            heads=model.num_heads // self._tp_size,
-            kv_heads=local_kv_heads(model, self._tp_size),
-            head_dim=model.head_dim,
             dtype=self._dtype,
             device=self._device,
         )

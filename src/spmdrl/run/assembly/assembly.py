@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,13 +25,14 @@ from spmdrl.models.files.hf import TensorSource, fill, open_model
 from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.placement import place_roles
 from spmdrl.planning.engines import check_installed, engine_parts
+from spmdrl.planning.memory import cache_limit
 from spmdrl.planning.plan import RolePlan, plan_roles
 from spmdrl.role_spec import HEADS, RoleSpec
 from spmdrl.roles.calls import Role
 from spmdrl.roles.canary import Canary
 from spmdrl.roles.custom import DECLARED, CustomRole, RoleContext, declared_bytes
 from spmdrl.roles.generation import GRAPHS, KV_CACHE
-from spmdrl.roles.handles import HANDLES, Policy, Rollout
+from spmdrl.roles.handles import HANDLES, Policy, Reward, Rollout
 from spmdrl.roles.model_calls import BASE, WEIGHTS, ModelRole
 from spmdrl.roles.policy_sync import PolicySync
 from spmdrl.rollout.protocol import RolloutEngine
@@ -42,6 +44,7 @@ from spmdrl.run.assembly.role_weights import (
     adapter_notes,
     engine_weights,
     head_source,
+    readout_lines,
     role_weights,
 )
 from spmdrl.training.protocol import TrainBackend
@@ -68,9 +71,9 @@ def open_models(config: Config) -> dict[str, Model]:
     models = {}
     said: set[str] = set()
 
-    def warn(text: str) -> None:
+    def say(level: int, text: str) -> None:
         if text not in said and not (dist.is_initialized() and dist.get_rank()):
-            log.warning("%s", text)
+            log.log(level, "%s", text)
         said.add(text)
 
     for name, role in config.roles.items():
@@ -83,7 +86,8 @@ def open_models(config: Config) -> dict[str, Model]:
             head_init=role.head if config.model.tiny else head_source(name, role, path, head),
             use_tiny=config.model.tiny,
             seed=config.seed,
-            warn=warn,
+            warn=partial(say, logging.WARNING),
+            inform=partial(say, logging.INFO),
         )
         models[name] = Model(model=opened, weights=weights)
     return models
@@ -103,6 +107,9 @@ def plan_models(config: Config, world: World, models: Mapping[str, Model]) -> Ro
     for note in adapter_notes(plan.specs.values()):
         if world.is_first:
             log.warning("%s", note)
+    for line in readout_lines(plan.specs.values()):
+        if world.is_first:
+            log.info("%s", line)
     return plan
 
 
@@ -169,7 +176,7 @@ class _Builder:
         self._parts = DeviceParts(world.device, capacity=capacity)
         self._memory = CallMemory(parts=self._parts)
         if own is not None:
-            self._memory = planned_call_memory(self._parts, own.plan, own.working_bytes)
+            self._memory = planned_call_memory(self._parts, own.plan, own.working_bytes, own.splits)
         self._roles: dict[str, Role] = {}
         self._backends: dict[str, TrainBackend | None] = {}
         self._trained: dict[str, ModelRole] = {}
@@ -195,6 +202,8 @@ class _Builder:
         self._backends[name] = backend
         memory = self._memory_of(name)
         role = HANDLES[spec.kind](name, mesh, spec.model, backend, memory)
+        if isinstance(role, Reward):
+            role.skipped = spec.skipped
         self._roles[name] = role
         if spec.trained:
             self._trained[name] = role
@@ -224,7 +233,15 @@ class _Builder:
     ) -> None:
         name, memory = spec.name, self._memory_of(spec.name)
         moves = memory is not None and mesh.is_member and self._residencies[name, WEIGHTS] != "keep"
-        engine = make_engine(self._config, spec, mesh, self._device(name), texts, sleeps=moves)
+        engine = make_engine(
+            self._config,
+            spec,
+            mesh,
+            self._device(name),
+            texts,
+            sleeps=moves,
+            cache_bytes=cache_limit(self._plan.memory, spec),
+        )
         captured = engine is not None and engine.captures_graphs
         parts = engine_parts(spec, captures_graphs=captured)
         role = Rollout(name, mesh, spec.model, engine, memory, parts)
@@ -282,6 +299,11 @@ class _Builder:
             adapter=adapter,
         )
 
+    def _planned_bytes(self, role: str, part: str) -> int | None:
+        own = self._plan.memory.get(self._world.rank)
+        sizes = {} if own is None else {each.key: each.num_bytes for each in own.plan.parts}
+        return sizes.get((role, part))
+
     def _register_engine(self, name: str, engine: RolloutEngine) -> None:
         tensors = [tensor for tensor, _ in engine.local_tensors().values()]
         residencies, registry = self._residencies, self._parts.registry
@@ -301,6 +323,7 @@ class _Builder:
             KV_CACHE,
             drop=engine.release_cache,
             num_bytes=engine.cache_bytes,
+            most=self._planned_bytes(name, KV_CACHE),
             residency=residencies[name, KV_CACHE],
         )
         if engine.captures_graphs:

@@ -14,6 +14,7 @@ from spmdrl.evaluation.evaluator import KEY, Evaluator, HeldOutPrompts, results_
 from spmdrl.observe.console import Console
 from spmdrl.observe.log import Relay
 from spmdrl.observe.metrics import MetricsWriter, set_aside_metrics
+from spmdrl.observe.rollout_log import RolloutLog, forget_rollouts
 from spmdrl.observe.timeline import PhaseTimer
 from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.retokenizing import retokenizer
@@ -25,11 +26,13 @@ from spmdrl.run.data_identity import data_identity
 from spmdrl.run.exporting import export_models
 from spmdrl.run.inputs import Inputs, sampling_params, training_sampling
 from spmdrl.run.lifetime import Lifetime
+from spmdrl.run.predicting import Predicting
 from spmdrl.run.resume_point import Resumed
 from spmdrl.run.reward_pools import pool_key
 from spmdrl.run.run import Run
 from spmdrl.run.saving import Saver
 from spmdrl.run.step_report import PhaseMemory, StepReport
+from spmdrl.run.stragglers import Stragglers
 from spmdrl.supervision.watcher import Watcher
 from spmdrl.world import World
 
@@ -42,17 +45,21 @@ def make_run(
     pools: Mapping[str, RewardPool],
     watcher: Watcher,
     relay: Relay,
+    predicting: Predicting | None = None,
 ) -> tuple[Run, Lifetime]:
     """Make a run and what ends it, in the state of the checkpoint that it resumes from.
+
+    Args:
+        predicting: predicts its steps; None does not.
 
     Raises:
         ValueError: the checkpoint cannot be resumed, or a source is too small for its weight.
     """
-
     identity = data_identity(config, inputs)
     saver = Saver(config, world, assembly, watcher.attempt, watcher.pulse.beat, identity)
     resumed = saver.restore()
     writer = make_writer(config, world, resumed)
+    stragglers = Stragglers(world)
     life = Lifetime(
         config,
         world,
@@ -62,6 +69,7 @@ def make_run(
         writer=writer,
         watcher=watcher,
         syncs=list(assembly.syncs.values()),
+        work=stragglers.work,
     )
     pool = pools.get(pool_key(config.rewards))
     run = Run(
@@ -79,9 +87,12 @@ def make_run(
             console=Console(is_first=world.is_first, num_steps=config.steps),
             timer=PhaseTimer(synchronize=world.synchronize),
             memory=PhaseMemory(assembly.parts, world.device),
+            stragglers=stragglers,
             relay=relay,
             pulse=watcher.pulse,
             text_samples=config.log.text_samples,
+            rollouts=RolloutLog(Path(config.run_dir), world.rank, config.log.rollouts),
+            predicting=predicting,
         ),
         life=life,
     )
@@ -93,6 +104,8 @@ def make_writer(config: Config, world: World, resumed: Resumed) -> MetricsWriter
     directory = Path(config.run_dir)
     if world.is_first and resumed.path is None:
         set_aside_metrics(directory)
+    if world.is_first:
+        forget_rollouts(directory, resumed.steps_done)
     writer = MetricsWriter(directory, is_first=world.is_first, tensorboard=config.log.tensorboard)
     writer.truncate_to(resumed.metrics_lines)
     return writer

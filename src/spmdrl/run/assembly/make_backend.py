@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING, Any
-
 import torch
 
 from spmdrl.config.sections import Config
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.files.hf import TensorSource
-from spmdrl.planning.layouts import frozen_names, megatron_options
+from spmdrl.planning.frozen import frozen_names
+from spmdrl.planning.systems.registry import train_system
 from spmdrl.role_spec import RoleSpec
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.protocol import TrainBackend
-from spmdrl.training.torch_backend import TorchBackend
-
-if TYPE_CHECKING:
-    from spmdrl.training.megatron.backend import MegatronBackend
 
 
 def make_backend(
@@ -35,23 +29,7 @@ def make_backend(
     """
     if not mesh.is_member:
         return None
-    plain = (spec.model, weights, options, device)
-    kind: Any = {"trainable": spec.trained, "head": spec.head, "adapter": spec.adapter}
-    if spec.backend == "megatron":
-        megatron = import_backend()
-        assert base is None or isinstance(base, megatron), spec.name
-        return megatron(mesh, *plain, megatron_options(spec), base=base, **kind)
-    assert base is None or isinstance(base, TorchBackend), spec.name
-    return TorchBackend(mesh, *plain, base=base, **kind)
-
-
-def import_backend() -> type[MegatronBackend]:
-    """Import the Megatron backend's class, and megatron-core with it, only when it is needed."""
-    with warnings.catch_warnings():
-        # it warns several times that TransformerEngine and apex are missing, which is expected
-        warnings.filterwarnings("ignore", message=".*[Aa]pex (is|are) not installed")
-        from spmdrl.training.megatron.backend import MegatronBackend
-    return MegatronBackend
+    return train_system(spec).make(spec, mesh, weights, options, device, base)
 
 
 def train_options(config: Config, spec: RoleSpec, blocks: int) -> TrainOptions:

@@ -34,17 +34,19 @@ def make_engine(
     texts: TokenTexts | None,
     *,
     sleeps: bool,
+    cache_bytes: int | None = None,
 ) -> RolloutEngine | None:
     """Make the rollout's engine on this rank; None outside it. Every rank calls it.
 
     Args:
         texts: texts of tokens, or None for no stop texts and only the model's ends of text.
         sleeps: on CUDA, its weights do not stay on the device.
+        cache_bytes: the native engine's cache in the memory plan; None: no bound.
     """
     if not mesh.is_member:
         return None
     tp = Parallel(group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp"))
-    ep = Parallel(rank=mesh.coordinate("ep"), size=mesh.size("ep"))
+    ep = Parallel(group=mesh.group("exchange"), rank=mesh.coordinate("ep"), size=mesh.size("ep"))
     eos = ends_of_text(spec.model, texts)
     if spec.is_vllm:
         if device.type == "cpu":
@@ -65,7 +67,7 @@ def make_engine(
         spec.model,
         tp=tp,
         ep=ep,
-        options=_native_options(config, spec),
+        options=_native_options(config, spec, cache_bytes),
         device=device,
         dtype=spec.dtype,
         eos_token_ids=eos,
@@ -74,13 +76,14 @@ def make_engine(
     )
 
 
-def _native_options(config: Config, spec: RoleSpec) -> NativeOptions:
+def _native_options(config: Config, spec: RoleSpec, cache_bytes: int | None) -> NativeOptions:
     keep = config.checkpoint.journal_kv
     return NativeOptions(
         **config.rollout.model_dump(),
         keeps_aborted=spec.device_type == "cpu" if keep == "auto" else keep,
         samples=samples_per_replica(config, spec),
         longest=longest_sequence(config, spec.model.max_position),
+        planned_bytes=cache_bytes,
     )
 
 

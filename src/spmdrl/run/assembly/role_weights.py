@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spmdrl.config.roles import RoleSection
-from spmdrl.models.adapters import Adapter, lora_names
+from spmdrl.config.roles import AdapterSection, RoleSection
+from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import read_config
 from spmdrl.models.files.adapter_sources import FreshAdapter, WithAdapter
 from spmdrl.models.files.hf import HeadInit, TensorSource
 from spmdrl.models.files.peft import open_adapter, read_adapter
-from spmdrl.models.sharding import SCORE, Head, Slice
+from spmdrl.models.model_classes import read_place
+from spmdrl.models.sharding import SCORE, Head
+from spmdrl.models.tensors import Slice
 from spmdrl.role_spec import RoleSpec
 
 
@@ -58,12 +60,33 @@ def adapter_notes(specs: Iterable[RoleSpec]) -> list[str]:
                 section.path,
                 spec.model,
                 head=spec.head,
+                experts=section.experts,
                 base=base,
                 warn=lambda note: notes.update({note: None}),
             )
         except ValueError as error:
             raise ValueError(f"roles.{spec.name}.adapter.path: {error}") from None
     return list(notes)
+
+
+def readout_lines(specs: Iterable[RoleSpec]) -> list[str]:
+    """Return one line for each reward model: at which token its score is read, and why."""
+    lines = []
+    for spec in specs:
+        if spec.kind != "reward":
+            continue
+        model, given = spec.model, spec.section.readout
+        place = read_place(model.source, model.pad_id)
+        if given != "auto":
+            at = "the last token" if spec.skipped is None else f"the last not {spec.skipped}"
+            place = f"{at} (roles.{spec.name}.readout={given})"
+        elif spec.skipped in model.eos_ids:
+            place += (
+                f", and {spec.skipped} ends texts too: the token before the end is read; "
+                f"roles.{spec.name}.readout=last reads the end"
+            )
+        lines.append(f"roles.{spec.name}: a row's score is read at {place}")
+    return lines
 
 
 def role_weights(spec: RoleSpec, weights: TensorSource, seed: int) -> TensorSource:
@@ -78,8 +101,12 @@ def role_weights(spec: RoleSpec, weights: TensorSource, seed: int) -> TensorSour
         return weights
     assert spec.adapter is not None, spec.name
     if section.path is not None:
-        return WithAdapter(weights, open_adapter(section.path, spec.model, head=spec.head))
+        return WithAdapter(weights, _of_file(spec, section, section.path))
     return WithAdapter(weights, FreshAdapter(spec.model, spec.adapter, seed, section.init))
+
+
+def _of_file(spec: RoleSpec, section: AdapterSection, path: str) -> TensorSource:
+    return open_adapter(path, spec.model, head=spec.head, experts=section.experts)
 
 
 class Merged:
@@ -94,7 +121,7 @@ class Merged:
 
     @property
     def names(self) -> frozenset[str]:
-        added = {name for target in self._adapter.targets for name in lora_names(target)}
+        added = {name for target in self._adapter.targets for name in self._adapter.factors(target)}
         return self._both.names - added
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -105,7 +132,7 @@ class Merged:
         own = self._adapter.targets.get(part.name)
         if own is None:
             return values
-        name_a, name_b = lora_names(part.name)
+        name_a, name_b = self._adapter.factors(part.name)
         (first, left), (last, right) = part.start, part.stop
         a = self._box(name_a, (0, left), (own.rank, right))
         b = self._box(name_b, (first, 0), (last, own.rank))
@@ -126,5 +153,5 @@ def engine_weights(spec: RoleSpec, weights: TensorSource, seed: int) -> TensorSo
         return role_weights(spec, weights, seed)
     if section.path is None:  # a new adapter adds nothing
         return weights
-    both = WithAdapter(weights, open_adapter(section.path, spec.model, head=spec.head))
-    return Merged(both, read_adapter(section.path, spec.model))
+    both = WithAdapter(weights, _of_file(spec, section, section.path))
+    return Merged(both, read_adapter(section.path, spec.model, experts=section.experts))

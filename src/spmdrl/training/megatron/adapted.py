@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spmdrl.distributed.parallel import copy_to
+from spmdrl.models.adapter_weights import AdapterWeights
 from spmdrl.models.dropout import Dropout
 from spmdrl.models.linear import linear, product
-from spmdrl.models.low_rank import AdapterWeights, Applied, adapted_linear
+from spmdrl.models.low_rank import Applied, adapted_linear
 from spmdrl.models.low_rank_products import (
     Addition,
     add_products,
@@ -37,7 +38,7 @@ from spmdrl.models.low_rank_products import (
     product_gradients,
 )
 from spmdrl.models.megatron_chunks import Parameter
-from spmdrl.models.sharding import local_kv_heads
+from spmdrl.models.tensors import heads_per_rank
 from spmdrl.training.megatron.modules import StreamParams
 
 
@@ -173,7 +174,7 @@ class AdaptedChunk(nn.Module):
         for row, parameter in self.named:
             self.register_parameter(row.module_name, parameter)
         self._places: list[tuple[_Adaptable, Addition]] = []
-        kv_heads = local_kv_heads(weights.model, weights.tp.size)
+        kv_heads = heads_per_rank(weights.model.attention.num_kv_heads, weights.tp.size)
         for number, layer in enumerate(layers):
             for local, module in _projections(chunk.decoder.layers[number]).items():
                 addition = weights.addition(f"layers.{layer}.{local}")

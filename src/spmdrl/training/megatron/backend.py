@@ -20,8 +20,9 @@ from spmdrl.models.adapters import Adapter
 from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, fill
+from spmdrl.models.layer_attention import attention_needs, attention_options
 from spmdrl.models.local_shards import LocalTensors
-from spmdrl.models.rope import inverse_frequencies, rope_tables
+from spmdrl.models.rope import inverse_frequencies, make_rope
 from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.models.sharding import Head
 from spmdrl.training.backend_steps import (
@@ -101,10 +102,14 @@ class MegatronBackend:
         self.mesh, self.model, self.options, self.head = mesh, model, options, head
         self._device = device
         self._kernel = make_kernel(
-            resolve_attention(options.attention, device, options.param_dtype)
+            resolve_attention(
+                options.attention, device, options.param_dtype, attention_needs(model)
+            )
         )
+        assert model.attention.rope is not None
+        self._rope = model.attention.rope
         self._frequencies = torch.tensor(
-            inverse_frequencies(model.rope, model.head_dim), device=device
+            inverse_frequencies(self._rope, model.attention.head_dim), device=device
         )
         self._tp = Parallel(
             group=mesh.group("tp"), rank=mesh.coordinate("tp"), size=mesh.size("tp")
@@ -256,7 +261,7 @@ class MegatronBackend:
         """Compute the metrics of expert use; one rank of the role has each token of a layer."""
         if self.model.moe is None:
             return {}
-        use = ExpertUse(self.model.moe, self._device)
+        use = ExpertUse(self.model, self._device)
         for item in items:
             assert item.params.routing is not None
             use.add(item.params.routing, item.part)
@@ -310,11 +315,12 @@ class MegatronBackend:
         attend = PackedAttention(
             stream.spans,
             self._kernel,
+            options=attention_options(self.model),
             dtype=self.options.param_dtype,
             device=self._device,
             cp_group=self.mesh.group("cp"),
         )
-        rope = rope_tables(positions, self._frequencies, self.model.rope.attention_factor)
+        rope = make_rope(positions, self._frequencies, self._rope)
         first, count = 0, len(stream.tokens)
         if self._is_sp:
             count //= self._tp.size
@@ -331,7 +337,7 @@ class MegatronBackend:
                 normaliser=1.0,
                 group=self.mesh.group("replica"),
             )
-        routing = make_routing(self.model.moe, rows, microbatch, part, self._device, made)
+        routing = make_routing(self.model, rows, microbatch, part, self._device, made)
         dropout = None
         if self._dropout is not None and keys is not None:
             dropout = self._dropout.make(keys, stream)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -13,7 +13,15 @@ from spmdrl.distributed.mesh import expert_degrees
 from spmdrl.models.adapters import Adapter, is_expert_target
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.degrees import check_ep, heads_fix
-from spmdrl.models.megatron_chunks import Cut
+from spmdrl.models.megatron_chunks import Cut, counts_ends
+from spmdrl.models.specs import (
+    DenseMlp,
+    GatedDelta,
+    LatentAttention,
+    LayerSpec,
+    MoeMlp,
+    SoftmaxAttention,
+)
 
 SUPPORTED = "0.16.1"
 """The only version that is supported and tested, since the backend reads private names."""
@@ -45,6 +53,79 @@ def check_installed(role: str) -> None:
     )
 
 
+def plain_model(role: str, model: ModelConfig) -> SoftmaxAttention:
+    """Return the attention that all layers have, but for windows, scales and soft caps, which are
+    those of the project's own attention.
+
+    Raises:
+        ValueError: the model has something that Megatron's GPT model is not asked for here; the
+            message names it and its layer.
+    """
+    mixers = (spec.mixer for spec in model.layers)
+    first = next((mixer for mixer in mixers if isinstance(mixer, SoftmaxAttention)), None)
+    found = ((f"layer {i} of ", _lacks(spec, first)) for i, spec in enumerate(model.layers))
+    where, lacks = next(((where, lacks) for where, lacks in found if lacks), ("", ""))
+    if not lacks:
+        lacks = _body_lacks(model)
+    if lacks:
+        raise ValueError(
+            f"roles.{role}.train.backend=megatron: {where}{model.architecture} has {lacks}, which "
+            f"this backend does not compute: set roles.{role}.train.backend=torch"
+        )
+    assert first is not None, model.architecture
+    return first
+
+
+def _lacks(spec: LayerSpec, first: SoftmaxAttention | None) -> str:
+    """Name what Megatron's layer is not asked for here; empty if there is nothing."""
+    mixer, mlp = spec.mixer, spec.mlp
+    if isinstance(mixer, GatedDelta):
+        return "gated DeltaNet"
+    if isinstance(mixer, LatentAttention):
+        return "latent attention"
+    special = {
+        "attention sinks": mixer.sinks,
+        "a gate of attention": mixer.gate,
+        "a bias of attention's output": mixer.out_bias,
+        "a norm of all heads together": mixer.qk_norm == "all",
+        "no rope": mixer.rope is None,
+        "other heads or rope than an earlier layer": first is not None
+        and replace(mixer, options=first.options) != first,
+        f"norms that lie {spec.norms} its halves": spec.norms != "before",
+        f"residual_multiplier={spec.residual_scale}": spec.residual_scale != 1.0,
+        f"the activation {mlp.activation}": mlp.activation not in ("silu", "swish"),
+        "biases in its MLP": isinstance(mlp, DenseMlp) and mlp.bias,
+    }
+    if isinstance(mlp, MoeMlp):
+        special |= {
+            "a shared expert": mlp.shared is not None,
+            "experts that are chosen by sigmoids": mlp.scores != "softmax",
+            "experts of another kind": mlp != plain_experts(mlp),
+        }
+    return next((words for words, has in special.items() if has), "")
+
+
+def _body_lacks(model: ModelConfig) -> str:
+    special = {
+        "scaled embeddings": model.embedding_scale != 1.0,
+        "scaled logits": model.logit_scale != 1.0,
+        "a soft cap of its logits": model.logit_softcap is not None,
+        "norms by 1 + w": model.norm.one_plus,
+    }
+    return next((words for words, has in special.items() if has), "")
+
+
+def plain_experts(moe: MoeMlp) -> MoeMlp:
+    """Return the experts of the same sizes as Megatron computes them here."""
+    return MoeMlp(
+        num_experts=moe.num_experts,
+        top_k=moe.top_k,
+        width=moe.width,
+        activation=moe.activation,
+        normalise=moe.normalise,
+    )
+
+
 def check_megatron(
     role: str, model: ModelConfig, degrees: Mapping[str, int], options: MegatronOptions
 ) -> None:
@@ -54,11 +135,11 @@ def check_megatron(
         ValueError: a degree does not fit; the message names the keys and the numbers.
     """
     tp, pp, vpp = degrees["tp"], degrees["pp"], options.vpp
-    has_dense_layers = model.moe is None or len(model.moe.layers) < model.num_layers
+    plain = plain_model(role, model)
     sizes = {
-        "num_attention_heads": model.num_heads,
-        "num_key_value_heads": model.num_kv_heads,
-        **({"intermediate_size": model.intermediate_size} if has_dense_layers else {}),
+        "num_attention_heads": plain.num_heads,
+        "num_key_value_heads": plain.num_kv_heads,
+        **({} if model.dense_width is None else {"intermediate_size": model.dense_width}),
     }
     bad = [f"{name}={size}" for name, size in sizes.items() if size % tp]
     if bad:
@@ -71,10 +152,12 @@ def check_megatron(
             f"roles.{role}.megatron.vpp={vpp} with roles.{role}.pp=1: there is no pipeline whose "
             "stages could be interleaved; set vpp: 1"
         )
-    if model.num_layers % (pp * vpp):
+    layers = model.num_layers
+    if layers % (pp * vpp) and not counts_ends(layers, pp * vpp):
         shown = f"roles.{role}.pp={pp}" + (f" x roles.{role}.megatron.vpp={vpp}" if vpp > 1 else "")
         raise ValueError(
-            f"{shown} does not divide the model's num_hidden_layers={model.num_layers}"
+            f"{shown} does not divide the model's num_hidden_layers={layers}, nor {layers + 2}, "
+            "where embedding and head count as a layer each"
         )
     if options.sp and tp == 1:
         raise ValueError(

@@ -21,15 +21,16 @@ from torch import nn
 
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.experts import MoeConfig
 from spmdrl.models.megatron_chunks import (
     Cut,
     Parameter,
     chunk_layers,
+    counts_ends,
     padded_vocab,
     rank_chunks,
 )
 from spmdrl.models.sharding import Head
+from spmdrl.models.specs import MoeMlp
 from spmdrl.training.megatron.adapted import AdaptableColumn, AdaptableRow
 from spmdrl.training.megatron.checks import MegatronOptions, uses_transformer_engine
 from spmdrl.training.megatron.modules import (
@@ -58,7 +59,7 @@ def transformer_config(
         is_plain: see `model_cut`.
     """
     given = _model_settings(model, options.param_dtype)
-    given |= _layout_settings(mesh, megatron, device) | _kernel_settings(device)
+    given |= _layout_settings(mesh, model, megatron, device) | _kernel_settings(device)
     if model.moe is not None:
         is_grouped = uses_transformer_engine(device) and not is_plain
         given |= _expert_settings(model.moe, model, mesh, is_grouped)
@@ -69,13 +70,13 @@ def _model_settings(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.intermediate_size,
-        "num_attention_heads": model.num_heads,
-        "num_query_groups": model.num_kv_heads,
-        "kv_channels": model.head_dim,
-        "add_qkv_bias": model.qkv_bias,
-        "qk_layernorm": model.qk_norm,
-        "layernorm_epsilon": model.rms_norm_eps,
+        "ffn_hidden_size": model.dense_width or model.hidden_size,
+        "num_attention_heads": model.attention.num_heads,
+        "num_query_groups": model.attention.num_kv_heads,
+        "kv_channels": model.attention.head_dim,
+        "add_qkv_bias": model.attention.qkv_bias,
+        "qk_layernorm": model.attention.qk_norm != "none",
+        "layernorm_epsilon": model.norm.eps,
         "normalization": "RMSNorm",
         "add_bias_linear": False,
         "gated_linear_unit": True,
@@ -91,13 +92,18 @@ def _model_settings(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _layout_settings(mesh: Mesh, megatron: MegatronOptions, device: torch.device) -> dict[str, Any]:
+def _layout_settings(
+    mesh: Mesh, model: ModelConfig, megatron: MegatronOptions, device: torch.device
+) -> dict[str, Any]:
     interleaved = megatron.vpp > 1
+    ends = counts_ends(model.num_layers, mesh.size("pp") * megatron.vpp)
     return {
         "tensor_model_parallel_size": mesh.size("tp"),
         "pipeline_model_parallel_size": mesh.size("pp"),
         "context_parallel_size": mesh.size("cp"),
         "virtual_pipeline_model_parallel_size": megatron.vpp if interleaved else None,
+        "account_for_embedding_in_pipeline_split": ends,
+        "account_for_loss_in_pipeline_split": ends,
         "sequence_parallel": megatron.sp,
         # gradients are sums: losses are already divided by the global count
         "calculate_per_token_loss": True,
@@ -229,13 +235,13 @@ def name_parameters(chunk: GPTModel, expected: tuple[Parameter, ...]) -> list[nn
 
 
 def _expert_settings(
-    moe: MoeConfig, model: ModelConfig, mesh: Mesh, is_grouped: bool
+    moe: MoeMlp, model: ModelConfig, mesh: Mesh, is_grouped: bool
 ) -> dict[str, Any]:
     return {
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.top_k,
-        "moe_ffn_hidden_size": moe.intermediate_size,
-        "moe_layer_freq": [int(layer in moe.layers) for layer in range(model.num_layers)],
+        "moe_ffn_hidden_size": moe.width,
+        "moe_layer_freq": [int(layer in model.moe_layers) for layer in range(model.num_layers)],
         "expert_model_parallel_size": mesh.size("ep"),
         "expert_tensor_parallel_size": mesh.size("etp"),
         # the project's own router replaces Megatron's
@@ -249,17 +255,18 @@ def _expert_settings(
 def _layer_spec(
     model: ModelConfig, layer: int, cut: Cut, norm: ModuleSpec, device: torch.device
 ) -> ModuleSpec:
-    moe = model.moe if model.moe is not None and layer in model.moe.layers else None
+    moe = model.moe if model.moe is not None and layer in model.moe_layers else None
     num_experts = None if moe is None else moe.num_experts
+    has_qk_norm = model.attention.qk_norm != "none"
     if cut.fused_norms:
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=num_experts,
             moe_grouped_gemm=num_experts is not None,
-            qk_layernorm=model.qk_norm,
+            qk_layernorm=has_qk_norm,
         )
     else:
         spec = get_gpt_layer_local_spec(
-            num_experts=num_experts, qk_layernorm=model.qk_norm, normalization="RMSNorm"
+            num_experts=num_experts, qk_layernorm=has_qk_norm, normalization="RMSNorm"
         )
         spec.submodules.input_layernorm = norm
         linear = spec.submodules.self_attention.submodules
@@ -273,6 +280,6 @@ def _layer_spec(
         spec.submodules.pre_mlp_layernorm = norm
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = SpanAttention
-    if model.qk_norm:
+    if has_qk_norm:
         attention.q_layernorm = attention.k_layernorm = norm
     return spec

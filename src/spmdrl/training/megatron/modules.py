@@ -16,12 +16,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 
 from spmdrl.models.attention import PackedAttention
+from spmdrl.models.blocks.moe import choose_experts
 from spmdrl.models.dropout import Dropout
-from spmdrl.models.experts import MoeConfig
 from spmdrl.models.fused import rms_norm
-from spmdrl.models.moe import choose_experts
-from spmdrl.models.rope import rotate
+from spmdrl.models.rope import Rope
 from spmdrl.models.routing import Routing
+from spmdrl.models.specs import MoeMlp
 
 
 @dataclass
@@ -31,7 +31,7 @@ class StreamParams(PackedSeqParams):  # type: ignore[misc]
     """
 
     attend: PackedAttention | None = None
-    rope: tuple[Tensor, Tensor] | None = None
+    rope: Rope | None = None
     routing: Routing | None = None
     dropout: Dropout | None = None
 
@@ -64,7 +64,7 @@ class SpanAttention(nn.Module):
         self.params = packed_seq_params
         attend, rope = packed_seq_params.attend, packed_seq_params.rope
         assert attend is not None and rope is not None
-        return attend(self.layer, rotate(query, *rope), rotate(key, *rope), value)
+        return attend(self.layer, rope.turn(query), rope.turn(key), value)
 
 
 class MegatronRouter(nn.Module):
@@ -75,7 +75,7 @@ class MegatronRouter(nn.Module):
 
     def __init__(
         self,
-        moe: MoeConfig,
+        moe: MoeMlp,
         layer: int,
         device: torch.device,
         *,
@@ -99,7 +99,9 @@ class MegatronRouter(nn.Module):
         flat = x.reshape(-1, x.shape[-1]).float()
         probabilities = nn.functional.linear(flat, self.weight.float()).softmax(dim=-1)
         routing = self.attention[0].params.routing
-        chosen, weights = choose_experts(probabilities, self.moe, self.layer, routing)
+        chosen, weights = choose_experts(
+            probabilities, probabilities.detach(), self.moe, self.layer, routing
+        )
         used = torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, chosen, True)
         return torch.zeros_like(probabilities).scatter(1, chosen, weights), used
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel
+from spmdrl.models.adapter_weights import AdapterWeights
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.local_shards import LocalTensors
-from spmdrl.models.low_rank import AdapterWeights
 from spmdrl.models.megatron_chunks import (
     HEAD,
     Cut,
@@ -32,6 +32,7 @@ from spmdrl.models.megatron_chunks import (
     rank_chunks,
 )
 from spmdrl.models.sharding import Head
+from spmdrl.training.backend_steps import check_borrowing
 from spmdrl.training.megatron.adapted import AdaptedChunk, keep_differentiable, pass_dropout
 from spmdrl.training.megatron.checks import MegatronOptions, model_cut
 from spmdrl.training.megatron.groups import make_groups
@@ -193,14 +194,14 @@ def borrowed_weights(
         ValueError: the body trains, has no head of this kind, or has layers that take no addition;
             or the role would train it.
     """
-    key = f"roles.{mesh.role}"
-    if not body.is_fixed:
-        raise ValueError(f"{key}.base names a role that trains its weights: give it an adapter")
-    if trainable and adapter is None:
-        raise ValueError(f"{key}.base: it would train the weights it borrows: give it an adapter")
-    if head == "lm" and body.head != "lm":
-        raise ValueError(f"{key}.base names a role without a language model's head")
+    check_borrowing(
+        mesh.role,
+        is_fixed=body.is_fixed,
+        lacks_head=head == "lm" and body.head != "lm",
+        trains_base=trainable and adapter is None,
+    )
     if adapter is not None and body.cut.fused_norms:
+        key = f"roles.{mesh.role}"
         raise ValueError(
             f"{key}.adapter: the role of {key}.base has TransformerEngine's layers, which take no "
             "additions: give it an adapter too, or let it borrow this role's base"

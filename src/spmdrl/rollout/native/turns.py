@@ -1,0 +1,126 @@
+"""`TurnTaking`: the turns of one call on all ranks that generate in lockstep.
+
+Answers arrive at the leader at any time. It sends them along with its message of a step, so that
+all ranks of the group continue a sample in the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+from spmdrl.rollout.lockstep import Lockstep
+from spmdrl.rollout.native.sample import Sample
+from spmdrl.rollout.native.scheduler import Scheduler
+from spmdrl.rollout.protocol import Answer, Finish, Turn, Turns
+
+_WAIT_S = 0.05
+"""Seconds that the leader waits for an answer, if there is nothing else to do, before it looks for
+a request to stop."""
+
+
+class TurnTaking:
+    """Turns of one call.
+
+    Args:
+        turns: answers of the call; None: a sample ends with its first turn.
+        samples: all samples of the call.
+    """
+
+    def __init__(
+        self, turns: Turns | None, group: Lockstep, scheduler: Scheduler, samples: Sequence[Sample]
+    ) -> None:
+        self._turns, self._group, self._scheduler = turns, group, scheduler
+        self._samples = {(s.index, s.request.samples[s.place]): s for s in samples}
+        if turns is None:
+            return
+        for sample in samples:  # of a stopped call
+            if sample.waits is not None:
+                if sample not in scheduler.parked:
+                    scheduler.park(sample)
+                self._tell(sample, sample.waits)
+
+    def end(self, sample: Sample, finish: Finish) -> bool:
+        """End a sample's turn; returns whether the sample ends with it."""
+        if self._turns is None:
+            sample.finish = finish
+            self._scheduler.finish(sample)
+            return True
+        sample.waits = finish
+        self._scheduler.park(sample)
+        self._tell(sample, finish)
+        return False
+
+    def step(self, stop: bool, tokens: Sequence[int]) -> tuple[bool, list[int], int]:
+        """Send the leader's message of a step: whether to stop, the tokens that were drawn, and
+        the answers that have arrived; these are applied.
+
+        Returns the first two, and the number of samples that an answer ended.
+        """
+        if self._turns is None:
+            stopped, *drawn = self._group.from_leader([int(stop), *tokens])
+            return bool(stopped), drawn, 0
+        written = self._arrived(0.0)
+        stopped, length, *drawn = self._group.from_leader([int(stop), len(written), *tokens])
+        return bool(stopped), drawn, self._apply(written, length)
+
+    def wait(self, should_stop: Callable[[], bool] | None) -> tuple[bool, int]:
+        """Wait a moment for an answer while no sample can be computed; returns whether to stop, and
+        the number of samples that an answer ended.
+        """
+        written = self._arrived(0.0 if self._group.shares_experts else _WAIT_S)
+        stop = should_stop is not None and self._group.is_leader and should_stop()
+        stopped, length = self._group.from_leader([int(stop), len(written)])
+        return bool(stopped), self._apply(written, length)
+
+    def _tell(self, sample: Sample, finish: Finish) -> None:
+        if self._turns is None or not self._group.is_leader:
+            return
+        count = sample.turn_length
+        turn = Turn(
+            request=sample.index,
+            sample=sample.request.samples[sample.place],
+            number=len(sample.given),
+            tokens=tuple(sample.tokens[len(sample.tokens) - count :]),
+            finish=finish,
+        )
+        self._turns.ended(turn)
+
+    def _arrived(self, wait_s: float) -> list[int]:
+        """Return the leader's answers as numbers; none on other ranks."""
+        if self._turns is None or not self._group.is_leader:
+            return []
+        written: list[int] = []
+        for answer in self._turns.answers(wait_s):
+            self._check(answer)
+            head = (answer.request, answer.sample, answer.max_tokens, int(answer.finish))
+            written += (*head, len(answer.tokens), *answer.tokens)
+        return written
+
+    def _check(self, answer: Answer) -> None:
+        """Refuse what an engine cannot continue with: a fault of whoever answers."""
+        sample = self._samples[answer.request, answer.sample]
+        assert sample.waits is not None, answer
+        if answer.max_tokens == 0:
+            assert not answer.tokens, answer
+            return
+        most = sample.request.longest - sample.num_generated
+        assert 0 < len(answer.tokens) <= most - answer.max_tokens, (answer, most)
+
+    def _apply(self, written: Sequence[int], length: int) -> int:
+        """Apply the leader's answers of a step on every rank."""
+        if length == 0:
+            return 0
+        values = iter(self._group.from_leader(written or [0] * length))
+        ended = 0
+        while head := tuple(islice(values, 5)):
+            request, number, max_tokens, finish, count = head
+            sample, tokens = self._samples[request, number], list(islice(values, count))
+            if max_tokens == 0:
+                sample.finish, sample.waits = Finish(finish), None
+                self._scheduler.finish(sample)
+                ended += 1
+            else:
+                sample.answer(tokens, max_tokens)
+                self._scheduler.resume(sample)
+        return ended

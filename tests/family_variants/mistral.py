@@ -1,0 +1,42 @@
+"""Mistral."""
+
+from __future__ import annotations
+
+from family_variants.ropes import DYNAMIC, LINEAR, LLAMA3, LONGROPE, YARN
+from family_variants.variant_models import DROP, FULL, SLIDING, FamilyVariants
+
+FAMILY = FamilyVariants(
+    model_type="mistral",
+    base={"sliding_window": None},
+    variants={
+        "plain": {},
+        "tied": {"tie_word_embeddings": True},
+        "as_many_kv_heads": {"num_key_value_heads": 4},
+        "one_kv_head": {"num_key_value_heads": 1},
+        "wide_heads": {"head_dim": 16},
+        "window": {"sliding_window": 16},
+        "narrow_window": {"sliding_window": 3},
+        "window_beyond": {"sliding_window": 256},
+        "default_window": {"edits": {"sliding_window": DROP}},
+        "listed_layers": {"sliding_window": 16, "edits": {"layer_types": [FULL, SLIDING]}},
+        "gelu": {"hidden_act": "gelu"},
+        "gelu_tanh": {"hidden_act": "gelu_pytorch_tanh"},
+        "eps": {"rms_norm_eps": 1e-2},
+        "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+        "linear": {"rope_parameters": LINEAR},
+        "dynamic": {"rope_parameters": DYNAMIC},
+        "llama3": {"rope_parameters": LLAMA3},
+        "yarn": {"rope_parameters": YARN},
+        "longrope": {"rope_parameters": LONGROPE},
+        "padding": {"pad_token_id": 3},
+        "older_keys": {
+            "edits": {
+                "rope_parameters": DROP,
+                "rope_theta": 3000.0,
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            }
+        },
+        "no_architectures": {"edits": {"architectures": DROP}},
+    },
+    quick=("wide_heads", "window"),
+)

@@ -1,0 +1,139 @@
+"""The search finds the fastest layouts: on made-up costs, and on plans against all choices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from spmdrl.config.load import load_config
+from spmdrl.config.sections import Config
+from spmdrl.planning.forecast.forecast import full_lengths
+from spmdrl.planning.forecast.machines import load_machine
+from spmdrl.planning.forecast.step import StepForecast
+from spmdrl.planning.known_models import known_model
+from spmdrl.planning.suggest.search import Trial, search
+from spmdrl.planning.suggest.space import Space, Words, make_space
+from spmdrl.planning.suggest.suggest import suggest, suggestion_lines, try_words
+
+SPACE = Space(
+    blocks={
+        name: tuple((f"{name}={i}",) for i in range(9)) for name in ("placement", "a", "b", "c")
+    }
+)
+
+
+def made_up(words: Words, *, skew: float = 0.0, most: int = 9) -> Trial:
+    """A trial whose seconds are a sum of squares; values above `most` lack memory."""
+    values = [int(word.rpartition("=")[2]) for word in words]
+    seconds = sum((value - 4 + skew * i) ** 2 for i, value in enumerate(values)) + 1.0
+    forecast = StepForecast(
+        calls=(), phase_seconds={}, seconds=seconds, tokens=1.0, idle_share={}, lag_saves=0.0
+    )
+    lacking = sum(max(0, value - most) for value in values)
+    return Trial(words=words, lacking_bytes=lacking, peak_bytes=0, forecast=forecast)
+
+
+@pytest.mark.parametrize(("skew", "most"), [(0.0, 9), (0.3, 9), (-0.4, 3)])
+def test_few_exact_plans_find_the_best_of_thousands(skew: float, most: int) -> None:
+    exact = partial(made_up, skew=skew, most=most)
+    found = search(SPACE, partial(made_up, most=most), exact, most_exact=40)
+    best = min(
+        (exact(SPACE.words(choice)) for choice in SPACE.choices()), key=lambda trial: trial.key
+    )
+    assert found[0].key == best.key
+    assert len(found) <= 40 < SPACE.size
+
+
+def test_a_choice_that_is_refused_is_never_suggested() -> None:
+    def planner(words: Words) -> Trial:
+        trial = made_up(words)
+        refused = "a=4" in words
+        return Trial(
+            words=words,
+            lacking_bytes=0,
+            peak_bytes=0,
+            forecast=None if refused else trial.forecast,
+        )
+
+    found = search(SPACE, planner, planner, most_exact=40)
+    assert found and not any("a=4" in trial.words for trial in found)
+    assert found[0].key == (0, 2.0)
+
+
+def configured(path: str, *overrides: str) -> Callable[[Words], Config]:
+    return lambda words: load_config(path, [*overrides, *words])
+
+
+def choices_of(space: Space, **kept: int) -> Space:
+    """The first options of the blocks, so many of each that is named."""
+    return Space(blocks={name: space.blocks[name][:count] for name, count in kept.items()})
+
+
+BATCH = ("data.prompts_per_step=64", "data.group_size=4", "device=cuda")
+CASES = {
+    "dense": (
+        "gsm8k",
+        "qwen2.5-7b",
+        BATCH,
+        {"placement": 3, "policy": 8, "rollout": 4, "recompute": 2},
+    ),
+    "experts": (
+        "gsm8k",
+        "qwen3-30b-a3b",
+        (*BATCH, "train.microbatch_tokens=4096"),
+        {"policy": 14, "rollout": 6, "microbatch": 2},
+    ),
+    "four_roles": (
+        "rlhf/ppo",
+        "llama-3.1-8b",
+        (
+            "device=cuda",
+            "algorithm.kl_horizon=10000",
+            "data.prompts_per_step=256",
+            "sampling.max_tokens=512",
+            "roles.policy.dp_shard=all",
+            "roles.value.dp_shard=all",
+            "train.recompute=layer",
+        ),
+        {"policy": 6, "value": 6, "rollout": 3, "offload": 2},
+    ),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", CASES)
+def test_the_suggestion_is_the_best_of_all_choices_on_16_ranks(name: str) -> None:
+    path, model, overrides, kept = CASES[name]
+    machine = load_machine("h100", num_nodes=2, devices_per_node=8)
+    configure = configured(path, *overrides)
+    config = configure(())
+    models = dict.fromkeys(config.roles, known_model(model))
+    lengths = full_lengths(config)
+    space = choices_of(make_space(config, models, machine), **kept)
+    found = suggest(configure, models, machine, lengths, space)
+    every = [
+        try_words(configure, models, machine, lengths, space.words(choice))
+        for choice in space.choices()
+    ]
+    best = min((trial for trial in every if trial.fits), key=lambda trial: trial.key)
+    assert found[0].key == pytest.approx(best.key, rel=1e-9), (found[0].words, best.words)
+
+
+def test_a_configuration_that_does_not_fit_gets_one_that_does() -> None:
+    machine = load_machine("h100", num_nodes=1, devices_per_node=8)
+    configure = configured("gsm8k", *BATCH, "roles.policy.dp_shard=1")
+    config = configure(())
+    models = dict.fromkeys(config.roles, known_model("qwen2.5-7b"))
+    lengths = full_lengths(config)
+    space = choices_of(make_space(config, models, machine), policy=4, rollout=2, recompute=1)
+    start = try_words(configure, models, machine, lengths, ())
+    found = suggest(configure, models, machine, lengths, space)
+    assert not start.fits and found[0].fits
+    lines = suggestion_lines(found, start, machine)
+    assert "as it is, it does not fit" in lines[0]
+    assert any("roles.policy." in line for line in lines)
+    # what is printed can be pasted
+    words = [word.strip('"') for word in lines[2].split()]
+    assert try_words(configure, models, machine, lengths, tuple(words)).key == found[0].key

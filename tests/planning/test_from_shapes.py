@@ -1,0 +1,56 @@
+"""Plans of worlds that do not exist: a host without GPUs plans for GPUs as they would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flow_cases import write_config
+from spmdrl.config.load import load_config
+from spmdrl.planning.from_shapes import plan_from_shapes, read_models
+from spmdrl.planning.margins import CONTEXT_BYTES
+from spmdrl.planning.parts import HeldModel, uses_graphs
+from tiny_model import make_tiny_model
+
+GPU = 24 * 10**9
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shapes")
+    make_tiny_model(root / "model")
+    return root
+
+
+def test_the_device_is_the_callers(root: Path) -> None:
+    config = load_config(write_config(root / "c.yaml", root / "model", root), [])
+    on_cpu = plan_from_shapes(config, 2, 2, device_type="cpu")
+    assert on_cpu.specs["policy"].dtype == torch.float32
+    assert on_cpu.memory[0].plan.capacity is None
+    on_gpu = plan_from_shapes(config, 2, 2, device_type="cuda", device_bytes=GPU)
+    assert on_gpu.specs["policy"].dtype == torch.bfloat16
+    assert on_gpu.memory[0].plan.capacity == on_gpu.margin.room(GPU - CONTEXT_BYTES)
+    graphs = [part.name for part in on_gpu.memory[0].plan.parts if part.role == "rollout"]
+    assert graphs == ["weights", "kv_cache", "graphs"]
+    off = load_config(root / "c.yaml", ["rollout.cuda_graphs=false"])
+    plan = plan_from_shapes(off, 2, 2, device_type="cuda", device_bytes=GPU)
+    held = HeldModel(
+        spec=plan.specs["rollout"],
+        layout=plan.layouts["rollout"],
+        state_layout=plan.state_layouts["rollout"],
+    )
+    assert not uses_graphs(off, held) and uses_graphs(config, held)
+
+
+def test_models_are_read_once_or_given(root: Path) -> None:
+    config = load_config(write_config(root / "c.yaml", root / "model", root), [])
+    models = read_models(config)
+    gone = config.model_copy(
+        update={"model": config.model.model_copy(update={"path": str(root / "gone")})}
+    )
+    with pytest.raises(ValueError, match="gone"):
+        plan_from_shapes(gone, 2, 2, device_type="cpu")
+    plan = plan_from_shapes(gone, 2, 2, device_type="cpu", models=models)
+    assert plan.specs["policy"].model == models["policy"]
