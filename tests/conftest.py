@@ -36,6 +36,14 @@ def own_logging() -> Iterator[None]:
     package.setLevel(levels[1])
 
 
+@pytest.fixture(autouse=True)
+def no_world_left() -> Iterator[None]:
+    """A process group that a test leaves in this process would make a rank of the next tests."""
+    yield
+    dist = sys.modules.get("torch.distributed")
+    assert dist is None or not dist.is_available() or not dist.is_initialized()
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the marker `fakegpu` run on the stand-in CUDA only, and those of `gpu` there too.

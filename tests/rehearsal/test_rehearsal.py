@@ -180,12 +180,19 @@ def test_cached_properties_of_ranks_do_not_wait_for_each_other() -> None:
 
 def test_a_rank_that_waits_outside_torch_is_named(monkeypatch) -> None:
     monkeypatch.setattr(turns_module, "STILL_S", 0.3)
-    never = threading.Event()
+    never, before, ran = threading.Event(), set(threading.enumerate()), []
     try:
         with pytest.raises(TimeoutError, match=r"rank 0 has reached no collective.*test_rehearsal"):
-            rehearse(2, lambda rank: never.wait() if rank == 0 else None)
+            rehearse(3, lambda rank: never.wait() if rank == 0 else ran.append(rank))
     finally:
         never.set()
+    # what rank 0 waited for has come too late: no rank joins the process's own world
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+    assert not ran
+    assert not dist.is_initialized()
+    assert "RANK" not in os.environ
 
 
 def test_polling_in_vain_ends() -> None:

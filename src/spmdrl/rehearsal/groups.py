@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.rehearsal.meetings import Call, Group, Meeting, Meetings, put
+from spmdrl.rehearsal.turns import Abandoned
 
 BACKEND = "rehearsal"
 
@@ -306,7 +307,13 @@ def threads_as_ranks() -> Iterator[None]:
 
 
 def join_world(meetings: Meetings, store: Any, rank: int) -> None:
-    """Make the default process group of this thread, a rank of the rehearsal."""
+    """Make the default process group of this thread, a rank of the rehearsal.
+
+    Raises:
+        Abandoned: the rehearsal has ended, and with it the groups of threads.
+    """
+    if meetings.turns.is_abandoned:
+        raise Abandoned
     _MEETINGS.set(meetings)
     # backward passes of the CPU stay in their thread; so must those that torch would give away
     torch.autograd.set_multithreading_enabled(False)

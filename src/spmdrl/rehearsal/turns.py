@@ -103,6 +103,8 @@ class Turns:
         """TimeoutError: the rank whose turn it is seems to wait for something outside torch."""
         if time.monotonic() - self._moved < STILL_S:
             return
+        # what it waits for may come after all: it must not hand its turn to ranks of no rehearsal
+        self._abandon(waiting=self._current)
         frames = sys._current_frames()
         found = next(t for t, rank in self._ranks.items() if rank == self._current)
         raise TimeoutError(
@@ -155,16 +157,17 @@ class Turns:
 
     def _take(self, rank: int) -> None:
         self._gates[rank].acquire()
+        if self.is_abandoned:
+            raise Abandoned
         self._current = rank
         os.environ["RANK"], os.environ["LOCAL_RANK"] = str(rank), str(rank % self._node_size)
         _restore(self._own[rank])
-        if self.is_abandoned:
-            raise Abandoned
 
-    def _abandon(self) -> None:
-        """Let every rank end, one after the other, at what it waits for."""
+    def _abandon(self, waiting: int | None = None) -> None:
+        """Let every rank but the one that waits (by default, this one) end at what it waits for."""
         self.is_abandoned = True
-        self._ready = deque(rank for rank in sorted(self._alive) if rank != self.here())
+        waiting = self.here() if waiting is None else waiting
+        self._ready = deque(rank for rank in sorted(self._alive) if rank != waiting)
 
     def _run(self, function: Callable[[int], Any], rank: int) -> None:
         self._ranks[threading.get_ident()] = rank
