@@ -16,11 +16,11 @@ SOURCE = Path(__file__).parents[1] / "src" / "spmdrl"
 LEVELS: list[set[str]] = [
     {"config", "memory", "batch", "world", "keyed_random", "atomic_files", "sandbox"},
     {"distributed", "algorithms", "rehearsal"},
-    {"models", "supervision", "observe", "placement", "turns"},
+    {"models", "supervision", "observe", "placement"},
     {"role_spec"},
     {"training", "rollout", "weights", "data"},
     {"roles"},
-    {"planning", "checkpoint", "rewards"},
+    {"planning", "checkpoint", "rewards", "turns"},
     {"evaluation", "verification"},
     {"run"},
     {"flows"},

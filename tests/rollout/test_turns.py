@@ -29,7 +29,8 @@ ROUNDS = 4
 
 def answer_to(turn: Turn) -> Answer:
     """An answer that depends on what was drawn: other tokens, and another limit, for each turn."""
-    where = {"request": turn.request, "sample": turn.sample}
+    where: dict[str, Any] = {"request": turn.request, "sample": turn.sample}
+    where["reward"] = turn.number - sum(turn.tokens) / 3
     total = sum(turn.tokens) + 7 * turn.number + turn.finish
     if turn.number == ROUNDS - 1 or total % 11 == 0:
         return Answer(**where, finish=Finish.LENGTH if total % 2 else Finish.STOP)
@@ -94,6 +95,7 @@ def _turns_of(engine: NativeEngine, own: Request, place: int, sample: int) -> Co
             request=place, sample=sample, number=number, tokens=drawn.tokens, finish=drawn.finish
         )
         answer = answer_to(turn)
+        whole = replace(whole, rewards=(*whole.rewards, answer.reward))
         if answer.max_tokens == 0:
             return replace(whole, finish=answer.finish)
         given = Completion(
@@ -130,6 +132,8 @@ def same(found: list[list[Completion]], wanted: list[list[Completion]], what: st
                 other.finish,
             ), where
             assert own.waits is None
+            assert own.rewards == other.rewards, where
+            assert len(own.rewards) == len(own.given) + 1
             drawn = [not any(a <= n < b for a, b in own.given) for n in range(len(own.tokens))]
             assert all(own.logprobs[n] == 0 for n, is_own in enumerate(drawn) if not is_own)
             assert_same(own, other, where)

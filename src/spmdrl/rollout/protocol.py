@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
@@ -131,6 +132,7 @@ class Completion:
         waits: reason of the end of its turn, if an aborted sample had ended one and waited for the
             answer.
         turn_limit: most tokens of an aborted sample's turn, if an answer gave them.
+        rewards: rewards of its turns, in their order, for those that were answered.
     """
 
     tokens: tuple[int, ...]
@@ -142,6 +144,7 @@ class Completion:
     given: tuple[tuple[int, int], ...] = ()
     waits: Finish | None = None
     turn_limit: int | None = None
+    rewards: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +176,7 @@ class Answer:
             unless the sample ends.
         max_tokens: most tokens of the next turn; 0 ends the sample.
         finish: reason of the sample's end.
+        reward: reward of the turn.
     """
 
     request: int
@@ -180,6 +184,7 @@ class Answer:
     tokens: tuple[int, ...] = ()
     max_tokens: int = 0
     finish: Finish = Finish.STOP
+    reward: float = 0.0
 
 
 class Turns(Protocol):
@@ -193,6 +198,20 @@ class Turns(Protocol):
     def answers(self, wait_s: float) -> Sequence[Answer]:
         """Return the answers that have arrived since the last call, in any order; if there are
         none, wait up to `wait_s` seconds for one.
+        """
+
+
+class TurnSource(Protocol):
+    """Maker of the turns of a rollout's calls, on every rank of its mesh."""
+
+    def open(
+        self, requests: Sequence[Request], entries: Sequence[str]
+    ) -> AbstractContextManager[Turns]:
+        """Open the turns of one call, whose samples begin or resume.
+
+        Args:
+            requests: those of the call; what their samples have `begun` is answered again.
+            entries: each request's row of the data, as JSON.
         """
 
 

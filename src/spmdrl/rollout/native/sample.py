@@ -30,6 +30,7 @@ class Sample:
         given: ranges of the generated tokens that were given in answer to its turns.
         turn_limit: most tokens of its turn, if its answer said so.
         waits: reason of its turn's end while that is not answered.
+        rewards: rewards of its answered turns.
     """
 
     request: Request
@@ -49,6 +50,7 @@ class Sample:
     given: list[tuple[int, int]] = field(default_factory=list)
     turn_limit: int | None = None
     waits: Finish | None = None
+    rewards: list[float] = field(default_factory=list)
 
     @property
     def prompt_length(self) -> int:
@@ -102,6 +104,7 @@ class Sample:
             given=tuple(self.given),
             waits=self.waits,
             turn_limit=self.turn_limit if self.finish is Finish.ABORTED else None,
+            rewards=tuple(self.rewards),
         )
 
 
@@ -121,7 +124,7 @@ def samples_of(request: Request, index: int, *, seed: int, step: int) -> list[Sa
         sample.tokens += begun.tokens
         sample.logprobs, sample.margins = list(begun.logprobs), list(begun.margins)
         sample.finish, sample.waits, sample.given = begun.finish, begun.waits, list(begun.given)
-        sample.turn_limit = begun.turn_limit
+        sample.turn_limit, sample.rewards = begun.turn_limit, list(begun.rewards)
         if begun.support is not None:
             sample.support = SupportRecord.of(begun.support)
     return samples

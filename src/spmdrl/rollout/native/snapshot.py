@@ -88,6 +88,7 @@ def restore_snapshot(
             setattr(sample, name, found[name])
         # checkpoints of 0.2 and before lack these
         sample.slot, sample.turn_limit = found.get("slot"), found.get("turn_limit")
+        sample.rewards = list(found.get("rewards", ()))
         sample.given = [(first, last) for first, last in found.get("given", ())]
         waits = found.get("waits")
         sample.waits = None if waits is None else Finish(waits)
@@ -137,6 +138,7 @@ def _sample_state(sample: Sample, number: Mapping[Sample, int]) -> dict[str, Any
         "rows": sample.expert_rows,
         "given": sample.given,
         "turn_limit": sample.turn_limit,
+        "rewards": sample.rewards,
         "waits": sample.waits,
     }
 

@@ -6,6 +6,7 @@ all ranks of the group continue a sample in the same step.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from itertools import islice
 
@@ -94,7 +95,7 @@ class TurnTaking:
         for answer in self._turns.answers(wait_s):
             self._check(answer)
             head = (answer.request, answer.sample, answer.max_tokens, int(answer.finish))
-            written += (*head, len(answer.tokens), *answer.tokens)
+            written += (*head, _bits(answer.reward), len(answer.tokens), *answer.tokens)
         return written
 
     def _check(self, answer: Answer) -> None:
@@ -113,9 +114,10 @@ class TurnTaking:
             return 0
         values = iter(self._group.from_leader(written or [0] * length))
         ended = 0
-        while head := tuple(islice(values, 5)):
-            request, number, max_tokens, finish, count = head
+        while head := tuple(islice(values, 6)):
+            request, number, max_tokens, finish, reward, count = head
             sample, tokens = self._samples[request, number], list(islice(values, count))
+            sample.rewards.append(_number(reward))
             if max_tokens == 0:
                 sample.finish, sample.waits = Finish(finish), None
                 self._scheduler.finish(sample)
@@ -124,3 +126,12 @@ class TurnTaking:
                 sample.answer(tokens, max_tokens)
                 self._scheduler.resume(sample)
         return ended
+
+
+def _bits(number: float) -> int:
+    """The bits of a float, for a message of whole numbers."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
+
+
+def _number(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
