@@ -268,6 +268,9 @@ ROWS: dict[str, Row] = {
     "log.tensorboard": row("grpo", "files", "log.tensorboard=true"),
     "log.text_samples": row("grpo", "files", "log.tensorboard=true", "log.text_samples=4"),
     "log.rollouts": row("grpo", "files", "log.rollouts=1"),
+    "log.on_detect": row(
+        "grpo", "tests/run/test_detecting.py::test_flat_rewards_are_told_of_or_end_the_run"
+    ),
     "log.progress": row(
         "grpo", "tests/flows/test_progress.py::test_every_long_phase_shows_how_far_it_is"
     ),

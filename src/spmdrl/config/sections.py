@@ -209,6 +209,11 @@ class LogSection(Section):
         description="Write all samples of every so many steps into RUN/rollouts, at least 0; 0 "
         "writes none.",
     )
+    on_detect: Literal["warn", "stop"] = Field(
+        "warn",
+        description="Log a warning of a run that goes wrong in a known way, or end it "
+        "(docs/detectors.md): its last checkpoint and export are written, and it is done.",
+    )
     progress: bool = Field(
         True, description="Show long phases as bars on a terminal, or as occasional lines in a log."
     )

@@ -100,6 +100,7 @@ class GroupEnvironment:
             "response_length": lengths.mean,
             "response_length_max": lengths.maximum,
             "cut_fraction": cut.mean,
+            "duplicate_fraction": moments(repeats(batch)).mean,
             "rollout_tokens": lengths.mean * lengths.count,
             "samples": lengths.count,
             "groups": float(groups),
@@ -113,6 +114,21 @@ def has_signal_of(batch: Batch) -> Tensor:
     if len(batch) == 0:
         return torch.zeros(0, dtype=torch.bool)
     return has_signal(batch["rewards"], batch["prompt_ids"])
+
+
+def repeats(batch: Batch) -> Tensor:
+    """Whether a sample has the tokens of an earlier one of its group: float64 `[B]`."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    found = []
+    for prompt_id, tokens in zip(
+        batch["prompt_ids"].tolist(),
+        torch.split(batch["tokens"], batch.lengths.tolist()),
+        strict=True,
+    ):
+        key = prompt_id, tuple(tokens.tolist())
+        found.append(key in seen)
+        seen.add(key)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _alive(batch: Batch) -> Batch:

@@ -67,11 +67,16 @@ class Lifetime:
             describe_roles(config),
             work,
         )
+        self._ended_by: str | None = None
         self._moment: Moment | None = None
         """State at the beginning of the current step; None between steps."""
 
-    def begin(self, step: int) -> None:
-        """Begin a step, or stop the run here.
+    def end_early(self, reason: str) -> None:
+        """Let no further step begin: the run is done. The first rank's word decides for all."""
+        self._ended_by = reason
+
+    def begin(self, step: int) -> bool:
+        """Begin a step, or stop the run here; returns whether there are steps to do.
 
         Raises:
             StopAsked: a stop was requested, or the step would not fit into the job's time.
@@ -88,7 +93,11 @@ class Lifetime:
         late = self._world.is_first and not self._walltime.fits(now, deadline)
         if late:
             log.info("the next step and a save do not fit into the job's time any more")
-        failed, stop = world_flags(self._saver.has_failed, self.watcher.look_for_requests() or late)
+        failed, stop, over = world_flags(
+            self._saver.has_failed,
+            self.watcher.look_for_requests() or late,
+            self._world.is_first and self._ended_by is not None,
+        )
         if failed:
             self._saver.wait()
         if stop:
@@ -97,6 +106,7 @@ class Lifetime:
         self.ledger.begin_step(step)
         for sync in self._syncs:
             sync.begin_step(step)
+        return not over
 
     def finish(self, step: int) -> None:
         """End a step, and save a checkpoint or export the models if that is due."""
@@ -154,6 +164,9 @@ class Lifetime:
         self.watcher.agreed()
         if self._world.is_first:
             self.watcher.attempt.clear_stop_files()
+            if self._ended_by is not None:
+                log.info("ended after %d steps by %s", self.steps_done, self._ended_by)
+                self.watcher.write_stopped_by(self._ended_by)
             self.watcher.attempt.write_outcome("done")
 
 

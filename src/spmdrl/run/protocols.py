@@ -68,8 +68,11 @@ class Life(Protocol):
     steps_done: int
     first_step: int
 
-    def begin(self, step: int) -> None:
-        """Begin a step, or stop the run here."""
+    def begin(self, step: int) -> bool:
+        """Begin a step, or stop the run here; returns whether there are steps to do."""
+
+    def end_early(self, reason: str) -> None:
+        """Let no further step begin; the first rank's word decides."""
 
     def finish(self, step: int) -> None:
         """End a step, and save or export what is due."""

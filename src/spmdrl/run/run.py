@@ -116,11 +116,14 @@ class Run:
         return self._syncs[source, target]
 
     def steps(self) -> Iterator[int]:
-        """Steps still to do, by number; a requested stop ends the flow between two of them."""
+        """Steps still to do, by number; a requested stop ends the flow between two of them, and a
+        finding of the detectors the loop, if the configuration wants it.
+        """
         self._report.begin()
         self.has_begun = True
         for step in range(self._life.first_step, self.config.steps):
-            self._life.begin(step)
+            if not self._life.begin(step):
+                return
             yield step
             if self.steps_done != step + 1:
                 raise ValueError(
@@ -239,7 +242,9 @@ class Run:
         Metrics are recorded under the number of steps done: 1 after the first step.
         """
         moved = sync_metrics({role: sync.take_metrics() for (_, role), sync in self._syncs.items()})
-        self._report.step(step + 1, batch, joined(metrics, moved))
+        found = self._report.step(step + 1, batch, joined(metrics, moved))
+        if found and self.config.log.on_detect == "stop":
+            self._life.end_early(f"the detector {found[0].name}")
         if self.world.is_first and metrics.get("skipped", 0.0) == 1.0:
             log.warning("step %d changed no weight: no gradient of it was finite", step + 1)
         with self.phase("checkpoint"):

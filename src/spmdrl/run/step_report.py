@@ -18,6 +18,7 @@ from spmdrl.distributed.reduce import world_max, world_sum
 from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.observe import names
 from spmdrl.observe.console import Console
+from spmdrl.observe.detectors import Detecting, Finding
 from spmdrl.observe.log import Relay
 from spmdrl.observe.metrics import MetricsWriter
 from spmdrl.observe.names import PEAK_MEMORY, PEAK_SUM
@@ -178,6 +179,7 @@ class StepReport:
         pulse: told of the phases.
         text_samples: number of rows per step whose texts are recorded.
         rollouts: writes all rows of some steps.
+        detecting: looks for what goes wrong; None on all ranks but the first.
         predicting: predicts steps; None does not.
     """
 
@@ -193,9 +195,10 @@ class StepReport:
         pulse: Pulse,
         text_samples: int,
         rollouts: RolloutLog,
+        detecting: Detecting | None = None,
         predicting: Predicts | None = None,
     ) -> None:
-        self._predicting = predicting
+        self._predicting, self._detecting = predicting, detecting
         self._writer, self._console, self._text_samples = writer, console, text_samples
         self._timer, self._memory, self._relay, self._pulse = timer, memory, relay, pulse
         self._stragglers, self._rollouts = stragglers, rollouts
@@ -222,8 +225,11 @@ class StepReport:
         """Keep the step's rows as its update reads them, for the rollout log."""
         self._logged = batch
 
-    def step(self, number: int, batch: Batch, metrics: Metrics) -> None:
-        """Record the step that is the `number`th of the run, with the texts of its first rows."""
+    def step(self, number: int, batch: Batch, metrics: Metrics) -> list[Finding]:
+        """Record the step that is the `number`th of the run, with the texts of its first rows.
+
+        Returns what goes wrong since this step, on the first rank.
+        """
         record = joined(metrics, self._timing(metrics))
         if self._predicting is not None:
             lengths = self._predicting.lengths(batch)
@@ -238,6 +244,10 @@ class StepReport:
             own = logged if logged is not None and fits(logged, batch) else batch
             self._rollouts.write(number, rollout_rows(own))
         self._logged = None
+        found = [] if self._detecting is None else self._detecting.look(record)
+        for finding in found:
+            log.warning("step %d, %s: %s", number, finding.name, finding.text)
+        return found
 
     def evaluation(self, number: int, metrics: Metrics) -> None:
         """Record an evaluation after `number` steps."""

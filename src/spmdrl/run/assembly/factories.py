@@ -12,8 +12,9 @@ from spmdrl.data.order import StepRows, Stream, stream_of
 from spmdrl.data.prompts import PromptSet
 from spmdrl.evaluation.evaluator import KEY, Evaluator, HeldOutPrompts, results_file
 from spmdrl.observe.console import Console
+from spmdrl.observe.detectors import Detecting
 from spmdrl.observe.log import Relay
-from spmdrl.observe.metrics import MetricsWriter, set_aside_metrics
+from spmdrl.observe.metrics import MetricsWriter, merge_steps, set_aside_metrics
 from spmdrl.observe.rollout_log import RolloutLog, forget_rollouts
 from spmdrl.observe.timeline import PhaseTimer
 from spmdrl.rewards.pool import RewardPool
@@ -92,6 +93,7 @@ def make_run(
             pulse=watcher.pulse,
             text_samples=config.log.text_samples,
             rollouts=RolloutLog(Path(config.run_dir), world.rank, config.log.rollouts),
+            detecting=Detecting(merge_steps(writer.read())) if world.is_first else None,
             predicting=predicting,
         ),
         life=life,
