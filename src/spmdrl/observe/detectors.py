@@ -37,7 +37,7 @@ class Detector:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a detector sees.
+    """A fault that a detector sees.
 
     Args:
         name: the detector's.
@@ -69,7 +69,7 @@ class Detecting:
 
 
 def detect(records: Sequence[Record]) -> list[Finding]:
-    """What all detectors see in the last record, given it and all before."""
+    """Find what all detectors see in the last record, given it and all before."""
     if not records:
         return []
     looked = ((detector, detector.look(records)) for detector in DETECTORS)
