@@ -72,7 +72,6 @@ def make_run(
         syncs=list(assembly.syncs.values()),
         work=stragglers.work,
     )
-    pool = pools.get(pool_key(config.rewards))
     run = Run(
         config,
         world,
@@ -80,7 +79,7 @@ def make_run(
         syncs=assembly.syncs,
         data=StepRows(world, inputs.train, make_stream(config, inputs)),
         held_out=inputs.held_out,
-        scorer=make_scorer(config, inputs, assembly, pool),
+        scorer=make_scorer(config, inputs, assembly, pools.get(pool_key(config.rewards))),
         evaluators=list(make_evaluators(config, world, inputs, assembly, pools).values()),
         sampling=training_sampling(config),
         report=StepReport(
