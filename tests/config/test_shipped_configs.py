@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from spmdrl.commands.cli import main
-from spmdrl.config.load import FOLDER, find_config, list_configs, load_config, shipped_names
+from spmdrl.config.load import (
+    FOLDER,
+    RUN_FILE,
+    find_config,
+    list_configs,
+    load_config,
+    shipped_names,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +50,29 @@ def test_a_copy_finds_what_it_includes(tmp_path: Path, capsys: pytest.CaptureFix
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(capsys.readouterr().out)
         assert load_config(copy) == load_config(name), name
+
+
+def test_a_run_directory_stands_for_its_last_configuration(tmp_path: Path) -> None:
+    for name in shipped_names():
+        if name.startswith("methods/"):
+            continue
+        config = load_config(name, [f"run_dir={tmp_path}"], trains=False)
+        entry = {"config": config.model_dump(mode="json", exclude_unset=True)}
+        (tmp_path / RUN_FILE).write_text(json.dumps({"starts": [{"config": {}}, entry]}))
+        assert load_config(tmp_path, trains=False) == config, name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "without run.json"), ("{", "no configuration"), ('{"starts": []}', "no configuration")],
+)
+def test_a_directory_of_no_run_is_refused(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / RUN_FILE).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path)
 
 
 def test_names_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:

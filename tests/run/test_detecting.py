@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+import torch
 
 from flow_cases import write_config
 from harness import run_ranks
 from spmdrl.commands.train import train
 from spmdrl.config.load import load_config
+from spmdrl.config.sections import Config
 from spmdrl.observe.metrics import merge_steps, read_metrics
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.world import World
@@ -40,3 +44,17 @@ def test_flat_rewards_are_told_of_or_end_the_run(tmp_path: Path) -> None:
     assert (run / "last_step").read_text() == "5\n"
     assert outcome_of(run) == "done"
     assert not (attempt_of(run) / "stopped_by").exists()
+    check_record(run, load_config(tmp_path / "c.yaml", [flat]))
+
+
+def check_record(run: Path, config: Config) -> None:
+    """run.json has both starts, and the directory stands for the last one's configuration."""
+    first, last = json.loads((run / "run.json").read_text())["starts"]
+    assert first["config"]["log"] == {**last["config"]["log"], "on_detect": "stop"}
+    assert (first["ranks"], first["attempt"], last["attempt"]) == (
+        *(2, "attempt_0000"),
+        attempt_of(run).name,
+    )
+    assert first["versions"]["torch"] == torch.__version__
+    assert load_config(run) == config
+    assert load_config(run, ["steps=9"]).steps == 9

@@ -58,7 +58,11 @@ def add_config_commands(add: Add) -> None:
 def add_config(command: argparse.ArgumentParser, *, needed: bool = True) -> None:
     """Add the words that name a configuration; without `needed` it may be left out."""
     count: dict[str, Any] = {} if needed else {"nargs": "?"}
-    command.add_argument("config", help="a YAML file, or a shipped configuration by name", **count)
+    command.add_argument(
+        "config",
+        help="a YAML file, a shipped configuration by name, or the directory of a run",
+        **count,
+    )
     command.add_argument("overrides", nargs="*", metavar="key=value")
     command.add_argument(
         "--fold", action="store_true", help="run on the ranks that there are: fold=true"

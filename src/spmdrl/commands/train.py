@@ -30,6 +30,7 @@ from spmdrl.run.inputs import (
 )
 from spmdrl.run.lifetime import Lifetime, check_start, stop_start
 from spmdrl.run.predicting import Predicting, run_machine
+from spmdrl.run.record import write_start
 from spmdrl.run.reward_pools import make_pools
 from spmdrl.run.run import Run
 from spmdrl.run.user_parts import check_flow, check_parts
@@ -119,6 +120,7 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
     check_models(config, inputs, plan.specs)
     check_start(watcher)
     _tell_plan(config, world, plan)
+    write_start(config, world, watcher.attempt.directory)
     relay = Relay(is_first=world.is_first and config.log.progress)
 
     with make_pools(config, server, run_dir, world, inputs) as pools:

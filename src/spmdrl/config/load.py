@@ -5,6 +5,7 @@ configurations that come with the package go by name, in a checkout as in an ins
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,8 @@ from spmdrl.config.rules import check_rules
 from spmdrl.config.sections import Config
 
 SUFFIX = ".yaml"
+RUN_FILE = "run.json"
+"""File of a run's directory that has the configurations of its starts."""
 FOLDER = Path(__file__).parents[1] / "configs"
 
 
@@ -95,14 +98,16 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, trains: bool
     """Read a configuration with its includes, apply `key=value` overrides, check everything.
 
     Args:
-        path: path of a YAML file, or a name as `find_config` takes it; so are the includes.
+        path: path of a YAML file, or a name as `find_config` takes it; so are the includes. The
+            directory of a run stands for the configuration of its last start.
         trains: the configuration is for training; False: only for generation.
 
     Raises:
         ValueError: a missing or malformed file, an unknown key, a wrong value, or two keys that do
             not fit together; the message names the keys, the values and the fix.
     """
-    merged = _read(find_config(path), ())
+    is_run = Path(path).is_dir() and str(path) not in shipped_names()
+    merged = _of_run(Path(path)) if is_run else _read(find_config(path), ())
     for word in overrides:
         _override(merged, word)
     try:
@@ -112,6 +117,25 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, trains: bool
     model = parse_config(plain, str(path))
     check_rules(model, trains=trains)
     return model
+
+
+def _of_run(directory: Path) -> DictConfig:
+    """Read the configuration with which a run was last started.
+
+    Raises:
+        ValueError: the directory is no run's, or that of a run of spmdrl 0.1, which wrote none.
+    """
+    file = directory / RUN_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{directory} is a directory without {RUN_FILE}: name the configuration that its run "
+            "was started with, and run_dir as it was"
+        )
+    try:
+        given = json.loads(file.read_text(encoding="utf-8"))["starts"][-1]["config"]
+        return OmegaConf.create({**given, "run_dir": str(directory)})
+    except (ValueError, KeyError, IndexError, TypeError, OmegaConfBaseException) as error:
+        raise ValueError(f"{file} has no configuration of a start: {error!r}") from None
 
 
 def parse_config(values: Any, origin: str) -> Config:
