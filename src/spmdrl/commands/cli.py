@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from spmdrl.commands.config_commands import add_config, add_config_commands, load
 from spmdrl.commands.doctor_command import add_doctor
 from spmdrl.commands.launch import COMMANDS
+from spmdrl.commands.run_commands import add_run_commands
 from spmdrl.commands.verify_model import add_verify_model
 from spmdrl.config.user_objects import AgreedError
 from spmdrl.supervision.error_file import launcher_shows_errors, write_error_file
@@ -178,12 +179,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", required=True, help="JSONL to write")
     add_config(generate)
     commands.choices["report"].add_argument("--seconds", type=float, help="the run's wall time")
-    command = add(
-        "show", _show, "Print a sample of a run's rollouts (log.rollouts), or their table."
-    )
-    command.add_argument("run_dir")
-    command.add_argument("--step", type=int, help="default: the last one written")
-    command.add_argument("--sample", type=int, help="place in the step, from 0; default: the table")
+    add_run_commands(add)
     _add_convert_words(
         add("convert", _convert, "GGUF, Megatron or Hugging Face model -> Hugging Face directory.")
     )
@@ -325,12 +321,6 @@ def _report(options: argparse.Namespace) -> None:
 
     config = load(options)
     report(config.run_dir, model=config.model.path, seconds=options.seconds)
-
-
-def _show(options: argparse.Namespace) -> None:
-    from spmdrl.commands.show import show
-
-    print(show(Path(options.run_dir), options.step, options.sample), flush=True)
 
 
 def _check_model(options: argparse.Namespace) -> None:
