@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 Message = Mapping[str, Any]
@@ -19,11 +19,14 @@ class Observation:
             without one, the sample ends.
         reward: reward of the turn.
         done: whether the sample ends with the turn; its messages are then not read.
+        metrics: counts of the turn, such as its calls of tools; they are summed over a sample's
+            turns. `tool_calls` and `valid_calls` are those of the shipped `tools`.
     """
 
     messages: Sequence[Message] = ()
     reward: float = 0.0
     done: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class TurnEnvironment(Protocol):
@@ -47,7 +50,8 @@ class TurnEnvironment(Protocol):
         """Begin a sample; returns the messages of its prompt, equal for all samples of a row.
 
         Args:
-            row: columns of the row of the data.
+            row: columns of the row of the data; `messages` are those of its prompt, as the section
+                of the data makes them (`system`, `template`).
         """
 
     def step(self, response: str) -> Observation:
