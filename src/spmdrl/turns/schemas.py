@@ -59,11 +59,10 @@ def schema_of(tool: Mapping[str, Any] | Callable[..., Any]) -> Mapping[str, Any]
     parameters: dict[str, Any] = {"type": "object", "properties": properties}
     if required:
         parameters["required"] = required
-    function = {"name": name, "description": sections[""], "parameters": parameters}
+    function: dict[str, Any] = {"name": name, "description": sections[""], "parameters": parameters}
     if "return" in hints:
-        function["return"] = _schema(hints["return"], f"the tool {name}: its result")
-        if "Returns" in sections:
-            function["return"]["description"] = sections["Returns"].strip()
+        told = {"description": sections["Returns"].strip()} if "Returns" in sections else {}
+        function["return"] = {**_schema(hints["return"], f"the tool {name}: its result"), **told}
     return {"type": "function", "function": function}
 
 
