@@ -266,6 +266,7 @@ ROWS: dict[str, Row] = {
     ),
     "checkpoint.journal_kv": row("grpo", "plan", "checkpoint.journal_kv=false"),
     "log.tensorboard": row("grpo", "files", "log.tensorboard=true"),
+    "log.trackers": row("grpo", "files", "log.trackers=[jsonl]"),
     "log.text_samples": row("grpo", "files", "log.tensorboard=true", "log.text_samples=4"),
     "log.rollouts": row("grpo", "files", "log.rollouts=1"),
     "log.on_detect": row(

@@ -15,7 +15,8 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
   `norm_of`, `num_experts_of`, `plain_attention`, `rope_of`, `ropes_of`, `windows_of`.
 - Numbers of all ranks: `moments`, `Moments`, `world_any`, `world_max`, `world_sum`,
   `broadcast_object`, `gather_objects`, `gather_tables`; estimates and names of evaluations:
-  `clustered_mean`, `pair_accuracy`, `CHOSEN`, `EVAL`, `ACCURACY`, `STANDARD_ERROR`.
+  `clustered_mean`, `pair_accuracy`, `CHOSEN`, `EVAL`, `ACCURACY`, `STANDARD_ERROR`; a service
+  that shows metrics: `Tracker`, `TrackedRun`.
 - A role of one's own: `UserRole`, `Column`, `RoleContext`; with a model of the train backend:
   `TorchBackend`, `TrainOptions`, `open_model`, `Readout`, `SCORES`, `VALUES`, `next_token`.
 - A backend or an engine: `TrainSystem`, `Traffic`, `TrainMemory`, `plain_memory`, `RoleSpec`,
@@ -216,6 +217,8 @@ if TYPE_CHECKING:
         EVAL as EVAL,
         STANDARD_ERROR as STANDARD_ERROR,
     )
+    from spmdrl.observe.trackers.protocol import TrackedRun as TrackedRun
+    from spmdrl.observe.trackers.protocol import Tracker as Tracker
     from spmdrl.roles.calls import (
         Call as Call,
         together as together,
@@ -340,6 +343,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
             "NormSpec SharedExperts SoftmaxAttention"
         ),
         "observe.names": "ACCURACY EVAL STANDARD_ERROR",
+        "observe.trackers.protocol": "TrackedRun Tracker",
         "roles.calls": "Call together",
         "roles.custom": "CustomRole RoleContext UserRole",
         "roles.generation": "Generation Rollout",

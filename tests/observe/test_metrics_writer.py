@@ -3,18 +3,16 @@
 import json
 import math
 import resource
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from spmdrl.algorithms.metrics import RATIO_BINS, RATIO_EDGES
 from spmdrl.observe.metrics import MetricsWriter, merge_steps, read_metrics, set_aside_metrics
 
 
 def writer(run_dir: Path, **options) -> MetricsWriter:
-    return MetricsWriter(run_dir, is_first=True, tensorboard=False, **options)
+    return MetricsWriter(run_dir, is_first=True, **options)
 
 
 def test_roundtrip(tmp_path):
@@ -92,7 +90,7 @@ def test_metrics_of_another_run_are_set_aside_and_empty_ones_not(tmp_path):
 
 def test_what_no_rank_may_write_is_refused_on_every_rank(tmp_path):
     for is_first in (True, False):
-        metrics = MetricsWriter(tmp_path, is_first=is_first, tensorboard=False)
+        metrics = MetricsWriter(tmp_path, is_first=is_first)
         with pytest.raises(ValueError, match=r"may not be called .'step'"):
             metrics.write(1, {"step": 2.0})
         with pytest.raises(ValueError, match="the metric 'note' is 'good', a str: return one"):
@@ -100,29 +98,6 @@ def test_what_no_rank_may_write_is_refused_on_every_rank(tmp_path):
         with pytest.raises(ValueError, match="the metric 'both' is tensor"):
             metrics.write(1, {"both": torch.ones(2)})
         metrics.close()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboard_that_cannot_write_is_named(tmp_path, monkeypatch):
-    # its thread keeps the error for whoever writes next, and lets Python print it as it ends
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
-    others = set(threading.enumerate())
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    metrics = MetricsWriter(tmp_path, is_first=True)
-    metrics.write(1, {"a": 1.0})
-    with pytest.raises(OSError, match=r"TensorBoard's events not written .*tensorboard"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
-        try:
-            for step in range(1, 9):
-                metrics.write(step, {f"a{i}": 1.0 for i in range(30)})
-                (tmp_path / "metrics.jsonl").write_text("")  # what is full is the other file
-                metrics._file.seek(0)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    with pytest.raises(OSError, match="tensorboard"):
-        metrics.close()  # what its thread had not written is lost
-    for thread in set(threading.enumerate()) - others:
-        thread.join(10)
 
 
 def test_a_torn_last_line_is_dropped(tmp_path):
@@ -166,40 +141,3 @@ def test_a_full_disk_names_the_file_and_damages_nothing(tmp_path):
     with writer(tmp_path) as metrics:
         metrics.write(len(before), {"reward": 0.5})
         assert len(metrics.read()) == len(before) + 1
-
-
-def test_tensorboard_has_scalars_and_samples_and_forgets_truncated_steps(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    def events() -> EventAccumulator:
-        return EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-
-    with MetricsWriter(tmp_path, is_first=True) as metrics:
-        for step in (1, 2, 3, 4):
-            metrics.write(step, {"policy/reward": step / 10})
-        sample = {"prompt": "What\n# is *this*?", "reward": 0.25, "finish": "stop"}
-        metrics.write_samples(2, [sample])
-    read = events()
-    assert [e.step for e in read.Scalars("policy/reward")] == [1, 2, 3, 4]
-    assert read.Scalars("policy/reward")[2].value == pytest.approx(0.3)
-    (text,) = read.Tensors("samples/0/text_summary")
-    shown = text.tensor_proto.string_val[0].decode()
-    assert "    # is *this*?" in shown and "**reward**: 0.25" in shown
-    with MetricsWriter(tmp_path, is_first=True) as metrics:
-        metrics.truncate_to(2)
-        metrics.write(3, {"policy/reward": 0.9})
-    scalars = events().Scalars("policy/reward")
-    assert [(e.step, round(e.value, 3)) for e in scalars] == [(1, 0.1), (2, 0.2), (3, 0.9)]
-
-
-def test_tensorboard_has_the_histogram_of_ratios(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricsWriter(tmp_path, is_first=True) as metrics:
-        shares = [0.0, 0.0, 0.1, 0.1, 0.6, 0.1, 0.0, 0.0, 0.1]
-        metrics.write(1, {"loss": 1.0, **dict(zip(RATIO_BINS, shares, strict=True))})
-    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert read.Tags()["scalars"] == ["loss"]
-    (event,) = read.Histograms("rollout_ratio")
-    assert event.histogram_value.bucket_limit == [*RATIO_EDGES, 4.0]
-    assert event.histogram_value.bucket == shares

@@ -31,7 +31,7 @@ def record(step: int, num_steps: int) -> dict[str, float]:
 
 
 def make_run(run: Path, num_steps: int, evaluated: dict[int, dict[str, float]]) -> Path:
-    with MetricsWriter(run, is_first=True, tensorboard=False) as metrics:
+    with MetricsWriter(run, is_first=True) as metrics:
         for step in range(num_steps + 1):
             accuracies = {
                 f"eval/{name}/{key}": number
@@ -115,7 +115,7 @@ def test_the_last_line_is_json_with_every_set(tmp_path, capsys):
         raise AssertionError(name)
 
     nan = float("nan")
-    with MetricsWriter(tmp_path / "run", is_first=True, tensorboard=False) as metrics:
+    with MetricsWriter(tmp_path / "run", is_first=True) as metrics:
         for step in (0, 2):
             values = {"eval/a/accuracy": 0.1 + step, "eval/a/standard_error": nan}
             values |= {"eval/b/accuracy": 0.25, "eval/b/standard_error": 0.5, "eval/c/nll": 3.0}

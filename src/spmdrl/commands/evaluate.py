@@ -22,6 +22,7 @@ from spmdrl.models.files.token_texts import token_texts
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.observe.log import Relay, TimedLines
 from spmdrl.observe.metrics import MetricsWriter
+from spmdrl.observe.trackers.registry import outbox_of
 from spmdrl.placement import fold_text, place_roles
 from spmdrl.rewards.server import RewardServer
 from spmdrl.role_spec import role_adapter
@@ -72,10 +73,9 @@ def evaluate(config: Config, world: World, server: RewardServer) -> dict[str, fl
             with relay.bar(name), reporting(relay.report):
                 metrics |= evaluator.measure(run_dir / "evaluation" / f"{name}.jsonl")
         assembly.close()
-    writer = MetricsWriter(
-        run_dir / "evaluation", is_first=world.is_first, tensorboard=config.log.tensorboard
-    )
-    with writer:
+    with MetricsWriter(run_dir / "evaluation", is_first=world.is_first) as writer:
+        if world.is_first and config.log.tensorboard:
+            writer.track([outbox_of(run_dir / "evaluation", "tensorboard", {})])
         writer.write(0, metrics)
     return metrics
 

@@ -14,6 +14,7 @@ from spmdrl.config.shipped_flows import flow_row, is_shipped, shipped_flows
 from spmdrl.config.user_objects import AgreedError, load_object
 from spmdrl.distributed.reduce import agreed
 from spmdrl.observe.log import Relay, TimedLines
+from spmdrl.observe.trackers.registry import find_tracker
 from spmdrl.placement import fold_text, place_roles, placement_table
 from spmdrl.planning.forecast.host_rates import resident_bytes
 from spmdrl.planning.memory import memory_texts, schedules
@@ -74,6 +75,8 @@ def checked_flow(config: Config) -> Flow:
     flow = find_flow(config.flow)
     check_flow(config, flow)
     check_parts(config)
+    for name in config.log.trackers:
+        find_tracker(name)
     return flow
 
 

@@ -107,7 +107,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, trains: bool
             not fit together; the message names the keys, the values and the fix.
     """
     is_run = Path(path).is_dir() and str(path) not in shipped_names()
-    merged = _of_run(Path(path)) if is_run else _read(find_config(path), ())
+    merged = OmegaConf.create(run_values(Path(path))) if is_run else _read(find_config(path), ())
     for word in overrides:
         _override(merged, word)
     try:
@@ -119,8 +119,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, trains: bool
     return model
 
 
-def _of_run(directory: Path) -> DictConfig:
-    """Read the configuration with which a run was last started.
+def run_values(directory: Path) -> dict[str, Any]:
+    """Read the configuration with which a run was last started, as given.
 
     Raises:
         ValueError: the directory is no run's, or that of a run of spmdrl 0.1, which wrote none.
@@ -133,8 +133,8 @@ def _of_run(directory: Path) -> DictConfig:
         )
     try:
         given = json.loads(file.read_text(encoding="utf-8"))["starts"][-1]["config"]
-        return OmegaConf.create({**given, "run_dir": str(directory)})
-    except (ValueError, KeyError, IndexError, TypeError, OmegaConfBaseException) as error:
+        return {**given, "run_dir": str(directory)}
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{file} has no configuration of a start: {error!r}") from None
 
 

@@ -200,6 +200,11 @@ class CheckpointSection(Section):
 
 class LogSection(Section):
     tensorboard: bool = Field(True, description="Write TensorBoard files.")
+    trackers: tuple[Place, ...] = Field(
+        (),
+        description="Show metrics in these too: wandb | mlflow | trackio | jsonl | module:Class; "
+        "a tracker that fails or is slow costs a warning.",
+    )
     text_samples: int = Field(
         2, ge=0, description="Log this many prompts and responses per step, at least 0."
     )

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: the numbers of every step, and samples of text."""
+"""metrics.jsonl: the numbers of every step."""
 
 from __future__ import annotations
 
@@ -6,29 +6,35 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO, Protocol
 
-from spmdrl.algorithms.metrics import RATIO_BINS, RATIO_EDGES
 from spmdrl.atomic_files import replace_file, set_aside
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 DROPPED_FILE = "metrics.dropped.jsonl"
 """File for lines of steps that were repeated because the run resumed from an earlier checkpoint."""
-TENSORBOARD_DIR = "tensorboard"
 RESERVED = ("step", "wall_time")
 # JSON has no such numbers; Python's own NaN and Infinity literals stop other readers
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
+class Tracks(Protocol):
+    """A service that shows metrics elsewhere; see `trackers.outbox.Outbox`."""
+
+    def log(
+        self, number: int, step: int, values: Mapping[str, float], wall_time: float
+    ) -> object: ...
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, object]], tag: str) -> None: ...
+
+    def close(self) -> object: ...
+
+
 class MetricsWriter(AbstractContextManager["MetricsWriter"]):
-    """Appends a run's metrics to `run_dir`/metrics.jsonl and `run_dir`/tensorboard.
+    """Appends a run's metrics to `run_dir`/metrics.jsonl, and tells the run's trackers.
 
     Every rank has one and calls it alike; only the first rank's touches files. A line is one write
     to an unbuffered file, so a killed run leaves whole lines and at most one partial one, which the
@@ -37,18 +43,15 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
     Args:
         run_dir: directory of the run; created if it does not exist.
         is_first: whether this rank writes.
-        tensorboard: False omits TensorBoard.
 
     Raises:
         ValueError: an existing metrics.jsonl has a malformed line (file and line named).
     """
 
-    def __init__(self, run_dir: Path, *, is_first: bool, tensorboard: bool = True) -> None:
+    def __init__(self, run_dir: Path, *, is_first: bool) -> None:
         self.path = Path(run_dir) / METRICS_FILE
         self._is_first = is_first
-        self._with_tensorboard = tensorboard
-        self._board: SummaryWriter | None = None
-        self._purge_step: int | None = None
+        self._trackers: tuple[Tracks, ...] = ()
         self._file: BinaryIO | None = None
         self._last_step: int | None = None
         self._num_lines = 0
@@ -88,31 +91,15 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         self._append(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._last_step = step
         self._num_lines += 1
-        board = self._tensorboard()
-        if board is not None:
-            with self._naming_tensorboard():
-                for name, value in numbers.items():
-                    if name not in RATIO_BINS:
-                        board.add_scalar(name, value, step, walltime=now)
-                if RATIO_BINS[0] in numbers:
-                    _add_ratios(board, [numbers[name] for name in RATIO_BINS], step)
-                # its thread reports here, or at the next event, an error that it met
-                board.flush()
+        for tracker in self._trackers:
+            tracker.log(self._num_lines, step, numbers, now)
 
     def write_samples(
         self, step: int, samples: Sequence[Mapping[str, object]], *, tag: str = "samples"
     ) -> None:
-        """Write text samples to TensorBoard, each a mapping such as prompt, response, reward.
-
-        Strings are shown verbatim in blocks of their own, other values on one line.
-        """
-        board = self._tensorboard()
-        if board is None:
-            return
-        with self._naming_tensorboard():
-            for number, sample in enumerate(samples):
-                board.add_text(f"{tag}/{number}", _markdown(sample), step)
-            board.flush()
+        """Show text samples, each a mapping such as prompt, response, reward, in the trackers."""
+        for tracker in self._trackers:
+            tracker.samples(step, samples, tag)
 
     def count_lines(self) -> int:
         """Number of lines written so far; 0 on ranks that do not write."""
@@ -123,7 +110,7 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         returns the number of dropped lines.
 
         The dropped lines are first appended to `DROPPED_FILE` in the same directory, then the file
-        is replaced as a whole. TensorBoard hides the events of later steps.
+        is replaced as a whole.
         """
         if not self._is_first:
             return 0
@@ -137,8 +124,16 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
                 os.fsync(file.fileno())
         replace_file(self.path, b"".join(line + b"\n" for line in kept))
         self._open()
-        self._purge_step = 0 if self._last_step is None else self._last_step + 1
         return len(lines) - len(kept)
+
+    def track(self, trackers: Sequence[Tracks]) -> None:
+        """Tell trackers of what is written from now on; they are closed with this."""
+        self._trackers = tuple(trackers)
+
+    @property
+    def next_step(self) -> int:
+        """The first step that is not yet written; 0 before the first."""
+        return 0 if self._last_step is None else self._last_step + 1
 
     def read(self) -> list[dict[str, float]]:
         """The lines written so far (see `read_metrics`); empty on ranks that do not write."""
@@ -148,10 +143,9 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._board is not None:
-            board, self._board = self._board, None
-            with self._naming_tensorboard():
-                board.close()
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = ()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -177,34 +171,6 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
                 error.errno, f"metrics not written: {error.strerror}", str(self.path)
             ) from error
 
-    def _tensorboard(self) -> SummaryWriter | None:
-        if not self._is_first or not self._with_tensorboard:
-            return None
-        if self._board is None:
-            # seconds of import that only the writing rank should pay
-            from torch.utils.tensorboard import SummaryWriter
-
-            with self._naming_tensorboard():
-                self._board = SummaryWriter(
-                    str(self.path.parent / TENSORBOARD_DIR),
-                    purge_step=self._purge_step,
-                    flush_secs=10,
-                )
-        return self._board
-
-    @contextmanager
-    def _naming_tensorboard(self) -> Iterator[None]:
-        """Name the directory in errors of TensorBoard's writer, which names no file."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"TensorBoard's events not written ({error.strerror}): free space, or set "
-                "log.tensorboard=false",
-                str(self.path.parent / TENSORBOARD_DIR),
-            ) from error
-
 
 def set_aside_metrics(run_dir: Path) -> Path | None:
     """Set aside the metrics.jsonl of an earlier run in `run_dir` that this one does not resume, as
@@ -226,29 +192,17 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [_parse(path, number, line) for number, line in _whole_lines(path)]
 
 
+def numbered_metrics(path: Path) -> list[tuple[int, dict[str, float]]]:
+    """The lines of a metrics.jsonl with their numbers from 1, as `read_metrics` reads them."""
+    return [(number, _parse(path, number, line)) for number, line in _whole_lines(path)]
+
+
 def merge_steps(records: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     """Merge records into one per step, in order of steps; of equal names the later line's wins."""
     merged: dict[float, dict[str, float]] = {}
     for record in records:
         merged.setdefault(record["step"], {}).update(record)
     return [merged[step] for step in sorted(merged)]
-
-
-def _add_ratios(board: SummaryWriter, shares: Sequence[float], step: int) -> None:
-    """Add the histogram of per-token ratios of train to rollout probability."""
-    limits = [*RATIO_EDGES, 2 * RATIO_EDGES[-1]]
-    middles = [(a + b) / 2 for a, b in pairwise([0.0, *limits])]
-    board.add_histogram_raw(
-        "rollout_ratio",
-        min=0.0,
-        max=limits[-1],
-        num=1,
-        sum=sum(m * share for m, share in zip(middles, shares, strict=True)),
-        sum_squares=sum(m * m * share for m, share in zip(middles, shares, strict=True)),
-        bucket_limits=limits,
-        bucket_counts=list(shares),
-        global_step=step,
-    )
 
 
 def _whole_lines(path: Path) -> list[tuple[int, bytes]]:
@@ -285,16 +239,3 @@ def _to_json(value: float) -> float | str:
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def _markdown(sample: Mapping[str, object]) -> str:
-    """Strings as indented blocks, which Markdown keeps verbatim; other values in bold lines."""
-    parts = []
-    for name, value in sample.items():
-        if isinstance(value, str):
-            block = "\n".join(f"    {line}" for line in value.splitlines()) or "    "
-            parts.append(f"**{name}**\n\n{block}")
-        else:
-            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-            parts.append(f"**{name}**: {shown}")
-    return "\n\n".join(parts)

@@ -11,8 +11,9 @@ from pathlib import Path
 from spmdrl.atomic_files import finite_json, replace_file
 from spmdrl.observe import names
 from spmdrl.observe.drawing import GREY, STYLE, Records, series
-from spmdrl.observe.metrics import METRICS_FILE, TENSORBOARD_DIR, merge_steps, read_metrics
+from spmdrl.observe.metrics import METRICS_FILE, merge_steps, read_metrics
 from spmdrl.observe.panels import DETAILS, HELD, MAIN, TIMES, choose, evaluations
+from spmdrl.observe.trackers.tensorboard import TENSORBOARD_DIR
 
 REPORT_FILE = "report.png"
 

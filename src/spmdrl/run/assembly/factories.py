@@ -17,6 +17,7 @@ from spmdrl.observe.log import Relay
 from spmdrl.observe.metrics import MetricsWriter, merge_steps, set_aside_metrics
 from spmdrl.observe.rollout_log import RolloutLog, forget_rollouts
 from spmdrl.observe.timeline import PhaseTimer
+from spmdrl.observe.trackers.registry import outbox_of
 from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.retokenizing import retokenizer
 from spmdrl.rewards.scorer import Scorer, ScoringRole
@@ -107,8 +108,13 @@ def make_writer(config: Config, world: World, resumed: Resumed) -> MetricsWriter
         set_aside_metrics(directory)
     if world.is_first:
         forget_rollouts(directory, resumed.steps_done)
-    writer = MetricsWriter(directory, is_first=world.is_first, tensorboard=config.log.tensorboard)
+    writer = MetricsWriter(directory, is_first=world.is_first)
     writer.truncate_to(resumed.metrics_lines)
+    if world.is_first:
+        given = config.model_dump(mode="json", exclude_unset=True)
+        names = dict.fromkeys([*["tensorboard"] * config.log.tensorboard, *config.log.trackers])
+        first = writer.next_step
+        writer.track([outbox_of(directory, name, given, first_step=first) for name in names])
     return writer
 
 
