@@ -22,6 +22,8 @@ class Mlflow:
     """Tracker; see `protocol.Tracker`."""
 
     def __init__(self, run: TrackedRun) -> None:
+        # it would write into the home directory
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
 
         place = run.directory.resolve()
