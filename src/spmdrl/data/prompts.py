@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from spmdrl.batch import Batch, from_rows
-from spmdrl.data.encode import Tokenizer, check_chat_template, render, templates, writes_tools
+from spmdrl.data.chat import Chat, Tokenizer, check_chat_template, templates, writes_tools
 from spmdrl.data.examples import (
     RowProgress,
     all_rows,
@@ -42,6 +42,7 @@ from spmdrl.data.messages import (
     waiting,
     with_system,
 )
+from spmdrl.data.plain_text import NO_MARK
 from spmdrl.data.rows import Row, is_conversation, one_line
 from spmdrl.data.source import DataSource, check_whole, needed_columns, with_task_columns
 from spmdrl.data.split import in_part
@@ -220,7 +221,7 @@ def load_prompts(
         ("the answer is empty", empty),
     ):
         tell_of_rows(source.source, doubt, places, len(drafts))
-    lengths, tokens = _encode(texts, source, tokenizer, report)
+    lengths, tokens = _encode(found, source, tokenizer, report)
     limit = length_limit(lengths.tolist(), source)
     fits = [i for i, length in enumerate(lengths) if length <= limit.tokens]
     done = LoadReport(
@@ -250,6 +251,8 @@ class _Drafts:
 
     drafts: list[_Draft] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    spelled: dict[int, list[int]] = field(default_factory=dict)
+    """Ids of the texts in which a content spells an added token, by their place."""
     num_bad: int = 0
     num_repeated: int = 0
     num_elsewhere: int = 0
@@ -267,11 +270,12 @@ def _read_drafts(
 ) -> _Drafts:
     found = _Drafts()
     seen: set[str] = set()
+    chat = Chat(tokenizer=tokenizer, now=source.now)
     for row in reported(rows, report):
         try:
             draft = _draft(row, source, has_tools=has_tools)
             is_here = in_part(draft.opening, source.share)
-            text = _render(draft, source, tokenizer) if is_here else ""
+            text, ids = _render(draft, chat) if is_here and source.chat else (draft.text, None)
         except BadRow as error:
             found.num_bad += 1
             found.malformed = found.malformed or f"{row.place}: {error}"
@@ -283,6 +287,8 @@ def _read_drafts(
             found.num_repeated += 1
         else:
             seen.add(text)
+            if ids is not None:
+                found.spelled[len(found.texts)] = ids
             found.texts.append(text)
             found.drafts.append(draft)
     return found
@@ -328,26 +334,29 @@ def _question(draft: _Draft) -> str:
     return draft.text if is_one_turn else draft.opening
 
 
-def _render(draft: _Draft, source: DataSource, tokenizer: Tokenizer) -> str:
-    if not source.chat:
-        return draft.text
-    text = render(draft.messages, tokenizer, prompt=True, tools=draft.tools, now=source.now)
+def _render(draft: _Draft, chat: Chat) -> tuple[str, list[int] | None]:
+    """Render a prompt; its ids too if a content spells an added token."""
+    talk = chat.prepare(draft.messages, draft.tools)
+    text = chat.render(talk, prompt=True)
     if not text:
         raise BadRow("the chat template writes nothing for it")
-    return text
+    if talk.mark is NO_MARK:
+        return text, None
+    return talk.mark.removed(text), chat.ids(text, talk.mark)
 
 
 def _encode(
-    texts: Sequence[str], source: DataSource, tokenizer: Tokenizer, report: RowProgress
+    found: _Drafts, source: DataSource, tokenizer: Tokenizer, report: RowProgress
 ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Encode texts, raw ones with special tokens: lengths `[number of texts]` and ids `[T]`."""
     lengths: list[int] = []
     packed = [np.empty(0, np.int32)]
-    for first in range(0, len(texts), ENCODE_ROWS):
-        report(first, len(texts))
-        some = list(texts[first : first + ENCODE_ROWS])
+    for first in range(0, len(found.texts), ENCODE_ROWS):
+        report(first, len(found.texts))
+        some = found.texts[first : first + ENCODE_ROWS]
         with one_line(f"data source {source.source!r}: the tokenizer refuses its prompts"):
             rows = tokenizer(some, add_special_tokens=not source.chat)["input_ids"]
+        rows = [found.spelled.get(first + place, row) for place, row in enumerate(rows)]
         lengths += [len(row) for row in rows]
         packed += [np.asarray(row, np.int32) for row in rows]
     return np.asarray(lengths, np.int64), np.concatenate(packed)

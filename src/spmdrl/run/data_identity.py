@@ -13,7 +13,7 @@ from typing import Any
 from spmdrl.checkpoint.load import resume_point
 from spmdrl.config.data_sets import HELD_OUT, train_sources
 from spmdrl.config.sections import Config
-from spmdrl.data.encode import templates
+from spmdrl.data.chat import templates
 from spmdrl.data.identity import (
     rows_digest,
     set_identity,

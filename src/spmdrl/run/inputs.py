@@ -21,8 +21,8 @@ from spmdrl.config.data_sets import (
     uses_chat,
 )
 from spmdrl.config.sections import Config, SamplingSection
+from spmdrl.data.chat import tells_time
 from spmdrl.data.conversations import load_conversations
-from spmdrl.data.encode import tells_time
 from spmdrl.data.examples import RowProgress, unreported
 from spmdrl.data.item_set import ItemSet
 from spmdrl.data.preferences import load_preferences
