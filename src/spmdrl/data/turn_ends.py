@@ -10,7 +10,7 @@ from spmdrl.data.chat import Chat
 from spmdrl.data.messages import BadRow, Messages
 
 SAID = "fjord-quartz"
-"""What an assistant says in conversations that are written to look at the template."""
+"""Words of an assistant in conversations that are written to look at the template."""
 ASKED: Mapping[str, str] = {"role": "user", "content": "Hello"}
 _OTHER = "heron-violet"
 _CALL_ID = "fjordcall"  # some templates take nine letters and no other number

@@ -200,7 +200,7 @@ class _Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class _Rest:
-    """What a rendered conversation has after its turn.
+    """Text of a rendered conversation after its turn.
 
     Args:
         end_at: place of the turn's end in it; None if the template writes none.
