@@ -31,7 +31,7 @@ LEVELS: list[set[str]] = [
 
 APART = {"training", "rollout", "weights", "algorithms", "models", "config", "memory", "batch"}
 
-ONE_FILE = ("vllm", "flash_attn", "deepspeed", "fla", "wandb", "mlflow", "trackio")
+ONE_FILE = ("vllm", "flash_attn", "deepspeed", "fla", "wandb", "mlflow", "trackio", "textarena")
 """Imported in one file each, and there inside a function: they are optional."""
 
 MEGATRON, LIGHT = "spmdrl.training.megatron", "spmdrl.training.megatron.checks"

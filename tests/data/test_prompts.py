@@ -111,6 +111,13 @@ def test_answers_that_are_not_text(tokenizer, write):
     assert [p.answer for p in prompts] == ["7", "[1, 2]"]
 
 
+def test_seeds(tokenizer):
+    source = data_source(source="seeds", size=4)
+    prompts = load_prompts(source, tokenizer)
+    assert len(prompts) == 4 and prompts[0].answer is None
+    assert prompts[1].messages[-1]["content"] == "game 1"
+
+
 def test_reasoning_gym(tokenizer):
     source = data_source(
         source="reasoning_gym:chain_sum",

@@ -124,3 +124,16 @@ def test_an_item_that_a_task_cannot_make_is_a_bad_row(monkeypatch):
     read = rows("reasoning_gym:chain_sum", size=3, seed=3)
     assert [row.problem for row in read] == [None, "KeyError: 'no such word'", None]
     assert "item 1 of seed 3" in read[1].place
+
+
+def test_seeds_are_numbered_rows():
+    read = rows("seeds", size=3, seed=1)
+    assert [row.values["question"] for row in read] == ["game 0", "game 1", "game 2"]
+    numbers = [row.values["seed"] for row in read]
+    assert len(set(numbers)) == 3 and all(0 <= number < 1 << 31 for number in numbers)
+    assert [row.values["seed"] for row in rows("seeds", size=2, seed=1)] == numbers[:2]
+    assert rows("seeds", size=1, seed=2)[0].values["seed"] != numbers[0]
+    with pytest.raises(ValueError, match="'seeds' needs a positive size, not None"):
+        rows("seeds")
+    with pytest.raises(ValueError, match="'seeds' takes no \\['min'\\]"):
+        rows("seeds", size=1, min=2)

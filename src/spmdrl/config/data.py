@@ -56,7 +56,8 @@ def disjoint_share(share: str) -> str:
 
 class PromptsSection(Section):
     source: Basic[Place] = Field(
-        description="Read rows from reasoning_gym:TASK | FILE.jsonl | FILE.parquet | hub:NAME."
+        description="Read rows from reasoning_gym:TASK | FILE.jsonl | FILE.parquet | hub:NAME, "
+        "or number them for the environment of rollout.turns: seeds."
     )
     task: Basic[dict[str, Any]] = Field(
         default_factory=dict, description="Pass these parameters to the task of reasoning-gym."

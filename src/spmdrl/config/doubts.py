@@ -272,12 +272,14 @@ def _of_source(
         own = [name for name in names if name in given]
         yield from _in_vain(source, where, own, needs, holds)
 
-    yield from only(["task", "seed"], "a source reasoning_gym:TASK", holds=is_task)
+    is_made = is_task or source.source == "seeds"
+    yield from only(["task"], "a source reasoning_gym:TASK", holds=is_task)
+    yield from only(["seed"], "a source reasoning_gym:TASK or seeds", holds=is_made)
     yield from only(["split"], "a source hub:NAME", holds=is_hub)
     answers = ["answer_column", "answer_pattern"]
     names = ["prompt_column", "columns", *answers]
-    yield from only(names, "a source with columns", holds=not is_task)
-    if is_task:
+    yield from only(names, "a source with columns", holds=not is_made)
+    if is_made:
         return
     yield from only(answers, "data of prompts", holds="prompts" in kinds)
     whole = "messages" in source.columns and "preferences" not in kinds

@@ -17,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
-KINDS = "a .jsonl, .json or .parquet file, 'hub:NAME' or 'reasoning_gym:TASK'"
+KINDS = "a .jsonl, .json or .parquet file, 'hub:NAME', 'reasoning_gym:TASK' or 'seeds'"
+SEEDS = "seeds"
+"""Source of numbered rows, for environments that make their prompts from a seed."""
+
 TOOLS = "tools"
 """Column with the tools that the chat template is given."""
 
@@ -80,11 +83,11 @@ def read_rows(
     """Read the rows of a source.
 
     Args:
-        source: a local file, `hub:NAME` or `reasoning_gym:TASK`.
+        source: a local file, `hub:NAME`, `reasoning_gym:TASK` or `seeds`.
         parameters: the task's parameters; arguments of `datasets.load_dataset` (`name`, `split`,
             …: `split` is "train" unless given); none for a file.
-        size: maximum number of rows; a reasoning_gym task needs it.
-        seed: seed of a reasoning_gym task.
+        size: maximum number of rows; a reasoning_gym task and seeds need it.
+        seed: seed of a reasoning_gym task, and of seeds.
 
     Raises:
         ValueError: the source does not exist, cannot be read, or takes no such parameters.
@@ -93,6 +96,8 @@ def read_rows(
         return _task_rows(source.removeprefix("reasoning_gym:"), parameters, size, seed)
     if source.startswith("hub:"):
         return _hub_rows(source.removeprefix("hub:"), parameters, size)
+    if source == SEEDS:
+        return _seed_rows(parameters, size, seed)
     path = Path(source)
     if path.suffix not in (".jsonl", ".json", ".parquet"):
         raise ValueError(f"data source {source!r} is not known: it must be {KINDS}")
@@ -281,3 +286,15 @@ def _task_rows(
             yield Row(index=index, place=place, values={}, problem=said(error))
             continue
         yield Row(index=index, place=place, values=values)
+
+
+def _seed_rows(parameters: Mapping[str, Any], size: int | None, seed: int) -> Iterator[Row]:
+    """Number rows: columns `question` (a text for messages alone) and `seed`, below 2^31."""
+    if parameters:
+        raise ValueError(f"data source {SEEDS!r} takes no {sorted(parameters)}")
+    if size is None or size < 1:
+        raise ValueError(f"data source {SEEDS!r} needs a positive size, not {size}")
+    for index in range(size):
+        number = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=4).digest()
+        values = {"question": f"game {index}", "seed": int.from_bytes(number) >> 1}
+        yield Row(index=index, place=f"{SEEDS}: number {index} of seed {seed}", values=values)

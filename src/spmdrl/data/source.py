@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from spmdrl.config.data import PromptsSection
-from spmdrl.data.rows import Row, is_conversation
+from spmdrl.data.rows import SEEDS, Row, is_conversation
 
 
 class DataSource(PromptsSection):
@@ -44,7 +44,10 @@ def check_whole(source: DataSource) -> None:
 
 
 def with_task_columns(source: DataSource) -> DataSource:
-    """Set the columns that all reasoning_gym tasks have, if the source is one."""
+    """Set the columns that all reasoning_gym tasks have, or seeds, if the source is one."""
+    if source.source == SEEDS:
+        columns = {"prompt_column": "question", "answer_column": None, "columns": {}}
+        return source.model_copy(update=columns)
     if not source.source.startswith("reasoning_gym:"):
         return source
     columns = {"prompt_column": "question", "answer_column": "answer", "columns": {}}
