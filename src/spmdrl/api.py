@@ -19,6 +19,7 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
   that shows metrics: `Tracker`, `TrackedRun`.
 - A role of one's own: `UserRole`, `Column`, `RoleContext`; with a model of the train backend:
   `TorchBackend`, `TrainOptions`, `open_model`, `Readout`, `SCORES`, `VALUES`, `next_token`.
+- Turns: `TurnEnvironment`, `Observation`; a parser of calls of tools: `ToolCalls`, `ToolCall`.
 - A backend or an engine: `TrainSystem`, `Traffic`, `TrainMemory`, `plain_memory`, `RoleSpec`,
   `TrainBackend`, `OptimStep`, `LocalTensors`; `RolloutEngine`, `Request`, `Completion`,
   `Finish`, `SamplingParams`; adapters: `OWN`, `open_adapter`, `read_adapter`.
@@ -284,6 +285,14 @@ if TYPE_CHECKING:
         next_token as next_token,
     )
     from spmdrl.training.torch_backend import TorchBackend as TorchBackend
+    from spmdrl.turns.environment import (
+        Observation as Observation,
+        TurnEnvironment as TurnEnvironment,
+    )
+    from spmdrl.turns.tool_calls import (
+        ToolCall as ToolCall,
+        ToolCalls as ToolCalls,
+    )
 
 _NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -360,6 +369,8 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "training.protocol": "LossFn LossInput OptimStep TrainBackend",
         "training.readout": "Readout SCORES VALUES next_token",
         "training.torch_backend": "TorchBackend",
+        "turns.environment": "Observation TurnEnvironment",
+        "turns.tool_calls": "ToolCall ToolCalls",
     }
 )
 """Module -> its names in this one."""
