@@ -46,8 +46,8 @@ def check_whole(source: DataSource) -> None:
 def with_task_columns(source: DataSource) -> DataSource:
     """Set the columns that all reasoning_gym tasks have, or seeds, if the source is one."""
     if source.source == SEEDS:
-        columns = {"prompt_column": "question", "answer_column": None, "columns": {}}
-        return source.model_copy(update=columns)
+        own: dict[str, Any] = {"answer_column": None, "columns": {}}
+        return source.model_copy(update={"prompt_column": "question", **own})
     if not source.source.startswith("reasoning_gym:"):
         return source
     columns = {"prompt_column": "question", "answer_column": "answer", "columns": {}}

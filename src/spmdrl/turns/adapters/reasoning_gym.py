@@ -62,6 +62,7 @@ class ReasoningGymFeedback:
     def step(self, response: str) -> Observation:
         """Score an answer; the sample ends if it is right, or was the last one allowed."""
         score = self._score("", response, None, self._row)
+        assert isinstance(score, float), score  # no further metrics
         self._left -= 1
         if score >= self._enough or self._left == 0:
             return Observation(reward=score, done=True)
