@@ -21,7 +21,7 @@ from test_engine_recurrent import model as recurrent_model
 from harness import run_ranks
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.rollout.native.engine import NativeEngine
-from spmdrl.rollout.protocol import Answer, Completion, Finish, Request, Turn
+from spmdrl.rollout.protocol import Answer, Completion, Ending, Finish, Request, Turn
 from spmdrl.world import World
 
 ROUNDS = 4
@@ -33,7 +33,7 @@ def answer_to(turn: Turn) -> Answer:
     where["reward"] = turn.number - sum(turn.tokens) / 3
     total = sum(turn.tokens) + 7 * turn.number + turn.finish
     if turn.number == ROUNDS - 1 or total % 11 == 0:
-        return Answer(**where, finish=Finish.LENGTH if total % 2 else Finish.STOP)
+        return Answer(**where, ending=Ending.ROOM if total % 2 else Ending.DONE)
     given = tuple((total + 13 * k) % 100 + 6 for k in range(1 + total % 12))
     return Answer(**where, tokens=given, max_tokens=1 + total % 9)
 
@@ -97,7 +97,7 @@ def _turns_of(engine: NativeEngine, own: Request, place: int, sample: int) -> Co
         answer = answer_to(turn)
         whole = replace(whole, rewards=(*whole.rewards, answer.reward))
         if answer.max_tokens == 0:
-            return replace(whole, finish=answer.finish)
+            return replace(whole, finish=answer.ending.finish, ending=answer.ending)
         given = Completion(
             tokens=answer.tokens,
             logprobs=(0.0,) * len(answer.tokens),
@@ -126,10 +126,11 @@ def same(found: list[list[Completion]], wanted: list[list[Completion]], what: st
     for i, (group, want) in enumerate(zip(found, wanted, strict=True)):
         for sample, (own, other) in enumerate(zip(group, want, strict=True)):
             where = f"{what}, prompt {i}, sample {sample}"
-            assert (own.tokens, own.given, own.finish) == (
+            assert (own.tokens, own.given, own.finish, own.ending) == (
                 other.tokens,
                 other.given,
                 other.finish,
+                other.ending,
             ), where
             assert own.waits is None
             assert own.rewards == other.rewards, where
@@ -214,6 +215,36 @@ def test_a_stop_while_all_wait_is_seen(expected: list[list[Completion]]) -> None
     same(found, expected, "all waited")
 
 
+class Restarting(Scripted):
+    """Answers where some samples start again once, at different turns."""
+
+    def __init__(self, delay: Callable[[Turn], int]) -> None:
+        super().__init__(delay)
+        self.restarted: set[tuple[int, int]] = set()
+
+    def answers(self, wait_s: float) -> Sequence[Answer]:
+        found = []
+        for answer in super().answers(wait_s):
+            key = (answer.request, answer.sample)
+            if (answer.request + answer.sample) % 2 or key in self.restarted:
+                found.append(answer)
+                continue
+            self.restarted.add(key)
+            found.append(Answer(request=answer.request, sample=answer.sample, restarts=True))
+        return found
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"max_running": 3}, {"kv_cache_gb": 20 * CACHE_BLOCK / 1e9}], ids=str
+)
+def test_a_sample_that_starts_again_draws_the_same(
+    options: dict[str, Any], expected: list[list[Completion]]
+) -> None:
+    turns = Restarting(DELAYS["in disorder"])
+    same(generate(make(**options), requests(), turns=turns), expected, "restarted")
+    assert len(turns.restarted) == 6
+
+
 def test_random_arrivals_change_nothing(expected: list[list[Completion]]) -> None:
     draw = random.Random(5)
     for number in range(12):
@@ -226,6 +257,20 @@ def test_random_arrivals_change_nothing(expected: list[list[Completion]]) -> Non
         delay = {key: draw.randint(0, most) for key in range(1000)}
         turns = Scripted(lambda t, d=delay: d[100 * t.request + 10 * t.sample + t.number])  # type: ignore[misc]
         same(generate(make(**options), requests(), turns=turns), expected, f"{number}: {options}")
+
+
+def test_what_starts_again_has_other_states_and_choices_of_experts() -> None:
+    def recurrent(**options: Any) -> NativeEngine:
+        return make_engine(*recurrent_model(), **options)
+
+    def moe(**options: Any) -> NativeEngine:
+        return moe_engine("Mixtral", **options)
+
+    for engine, asked in ((recurrent, requests()), (moe, requests(experts=True))):
+        turns = Restarting(DELAYS["late"])
+        found = generate(engine(max_running=5), asked, turns=turns)
+        same(found, one_by_one(engine, asked), engine.__name__)
+        assert turns.restarted
 
 
 def test_recurrent_states_go_on_over_turns() -> None:

@@ -26,7 +26,7 @@ import traceback
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from spmdrl.config.user_objects import own_frames, own_story
 from spmdrl.rewards.arguments import Caller
@@ -42,9 +42,27 @@ OUTLIVED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
+class Work(Protocol):
+    """Settings that a worker gets when it starts, pickled, and the work that it then does.
+
+    A class of another room has its module imported in the worker, so it imports nothing heavy.
+    """
+
+    @property
+    def output(self) -> str | None:
+        """File for what is printed; None: it is dropped."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Variables in addition to those of the server."""
+
+    def serve(self, channel: socket.socket) -> None:
+        """Answer messages until the channel closes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    """Settings that a worker gets when it starts.
+    """The `Work` of a reward worker.
 
     Args:
         specs: the components that it scores.
@@ -61,6 +79,26 @@ class WorkerSettings:
     memory_mb: int | None
     output: str | None
     environment: Mapping[str, str]
+
+    def serve(self, channel: socket.socket) -> None:
+        """Load the functions, report it, then answer calls until the channel closes."""
+        try:
+            functions = [load(spec, self.columns) for spec in self.specs]
+        except ValueError as error:
+            send(channel, json.dumps({"error": str(error)}).encode())
+            return
+        if self.memory_mb is not None:
+            limit_memory(self.memory_mb)
+        callers = [f if isinstance(f, Caller) else None for f in functions]
+        known = [
+            None if c is None else {"how": c.describe(), "columns": c.columns} for c in callers
+        ]
+        send(channel, json.dumps({"callers": known}).encode())
+        while (message := receive(channel)) is not None:
+            component, arguments = pickle.loads(message)
+            limit_cpu(self.cpu_s)
+            reply = call(functions[component], arguments)
+            send(channel, json.dumps(reply).encode())
 
 
 def serve(control_fd: int) -> None:
@@ -176,28 +214,14 @@ def _run_worker(control: socket.socket, descriptor: int) -> NoReturn:
 
 
 def work(channel: socket.socket) -> None:
-    """Run a worker: load the functions, report it, then answer calls until the channel closes."""
+    """Run a worker: receive its settings, and do the work that they name."""
     message = receive(channel)
     if message is None:
         return
-    settings: WorkerSettings = pickle.loads(message)
+    settings: Work = pickle.loads(message)
     _redirect_output(settings.output)
     os.environ.update(settings.environment)
-    try:
-        functions = [load(spec, settings.columns) for spec in settings.specs]
-    except ValueError as error:
-        send(channel, json.dumps({"error": str(error)}).encode())
-        return
-    if settings.memory_mb is not None:
-        _limit_memory(settings.memory_mb)
-    callers = [f if isinstance(f, Caller) else None for f in functions]
-    known = [None if c is None else {"how": c.describe(), "columns": c.columns} for c in callers]
-    send(channel, json.dumps({"callers": known}).encode())
-    while (message := receive(channel)) is not None:
-        component, arguments = pickle.loads(message)
-        _limit_cpu(settings.cpu_s)
-        reply = call(functions[component], arguments)
-        send(channel, json.dumps(reply).encode())
+    settings.serve(channel)
 
 
 def call(function: RewardFunction, arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -264,12 +288,13 @@ def _redirect_output(output: str | None) -> None:
     sys.stdout = os.fdopen(1, "w", 1, encoding="utf-8", errors="replace", closefd=False)
 
 
-def _limit_memory(extra_mb: int) -> None:
+def limit_memory(extra_mb: int) -> None:
+    """Limit the address space to what this process has now and `extra_mb` MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + extra_mb * 2**20)
 
 
-def _limit_cpu(seconds: float) -> None:
+def limit_cpu(seconds: float) -> None:
     """Limit the CPU time of the next call: RLIMIT_CPU counts over the whole life of a process."""
     used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     _limit(resource.RLIMIT_CPU, math.ceil(used + seconds) + 1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntEnum
+from types import MappingProxyType
 from typing import Protocol
 
 from torch import Tensor
@@ -69,6 +70,25 @@ class Finish(IntEnum):
     @property
     def text(self) -> str:
         return self.name.lower()
+
+
+class Ending(IntEnum):
+    """Reasons why a sample that takes turns ended, and their codes in the column `turn_end`."""
+
+    DONE = 0  # whoever answers its turns says so
+    TURNS = 1  # it had as many turns as it may have
+    ROOM = 2  # no room for the answer and one more token
+    SECONDS = 3  # its limit of wall-clock time
+    FAILED = 4  # its turn could not be answered
+
+    @property
+    def text(self) -> str:
+        return self.name.lower()
+
+    @property
+    def finish(self) -> Finish:
+        """Whether the sample ended by itself or was cut."""
+        return Finish.STOP if self in (Ending.DONE, Ending.FAILED) else Finish.LENGTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +153,7 @@ class Completion:
             answer.
         turn_limit: most tokens of an aborted sample's turn, if an answer gave them.
         rewards: rewards of its turns, in their order, for those that were answered.
+        ending: reason why its turns ended; None if it takes none, or was aborted.
     """
 
     tokens: tuple[int, ...]
@@ -145,6 +166,7 @@ class Completion:
     waits: Finish | None = None
     turn_limit: int | None = None
     rewards: tuple[float, ...] = ()
+    ending: Ending | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,16 +197,19 @@ class Answer:
         tokens: tokens that the context goes on with; they are given, and not drawn. At least one,
             unless the sample ends.
         max_tokens: most tokens of the next turn; 0 ends the sample.
-        finish: reason of the sample's end.
+        ending: reason of the sample's end.
         reward: reward of the turn.
+        restarts: whether the sample starts again after its prompt, because its turns cannot be
+            continued; all that it has drawn is dropped.
     """
 
     request: int
     sample: int
     tokens: tuple[int, ...] = ()
     max_tokens: int = 0
-    finish: Finish = Finish.STOP
+    ending: Ending = Ending.DONE
     reward: float = 0.0
+    restarts: bool = False
 
 
 class Turns(Protocol):
@@ -200,18 +225,27 @@ class Turns(Protocol):
         none, wait up to `wait_s` seconds for one.
         """
 
+    def states(self) -> Mapping[tuple[int, int], bytes]:
+        """Return what is kept of samples that an aborted call has left open, for the `open` of the
+        call that resumes it: (prompt id, sample) -> bytes. Samples without one may resume too.
+        """
+
 
 class TurnSource(Protocol):
     """Maker of the turns of a rollout's calls, on every rank of its mesh."""
 
     def open(
-        self, requests: Sequence[Request], entries: Sequence[str]
+        self,
+        requests: Sequence[Request],
+        entries: Sequence[str],
+        states: Mapping[tuple[int, int], bytes] = MappingProxyType({}),
     ) -> AbstractContextManager[Turns]:
         """Open the turns of one call, whose samples begin or resume.
 
         Args:
             requests: those of the call; what their samples have `begun` is answered again.
             entries: each request's row of the data, as JSON.
+            states: `Turns.states()` of the aborted call.
         """
 
 

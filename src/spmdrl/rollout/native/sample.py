@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spmdrl.keyed_random import chain, key64
 from spmdrl.rollout.native.sampler import SupportRecord
-from spmdrl.rollout.protocol import Completion, Finish, Request
+from spmdrl.rollout.protocol import Completion, Ending, Finish, Request
 
 
 @dataclass(kw_only=True, eq=False)
@@ -31,6 +31,7 @@ class Sample:
         turn_limit: most tokens of its turn, if its answer said so.
         waits: reason of its turn's end while that is not answered.
         rewards: rewards of its answered turns.
+        ending: reason why its turns ended.
     """
 
     request: Request
@@ -51,6 +52,7 @@ class Sample:
     turn_limit: int | None = None
     waits: Finish | None = None
     rewards: list[float] = field(default_factory=list)
+    ending: Ending | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -77,6 +79,12 @@ class Sample:
             for _ in tokens:
                 self.support.append(b"")
         self.turn_limit, self.waits = max_tokens, None
+
+    def restart(self) -> None:
+        """Drop all that follows its prompt."""
+        del self.tokens[self.prompt_length :], self.expert_rows[self.prompt_length :]
+        self.logprobs, self.margins, self.support = [], [], SupportRecord()
+        self.given, self.rewards, self.turn_limit, self.waits = [], [], None, None
 
     @property
     def is_decoding(self) -> bool:
@@ -105,6 +113,7 @@ class Sample:
             waits=self.waits,
             turn_limit=self.turn_limit if self.finish is Finish.ABORTED else None,
             rewards=tuple(self.rewards),
+            ending=self.ending,
         )
 
 
@@ -125,6 +134,7 @@ def samples_of(request: Request, index: int, *, seed: int, step: int) -> list[Sa
         sample.logprobs, sample.margins = list(begun.logprobs), list(begun.margins)
         sample.finish, sample.waits, sample.given = begun.finish, begun.waits, list(begun.given)
         sample.turn_limit, sample.rewards = begun.turn_limit, list(begun.rewards)
+        sample.ending = begun.ending
         if begun.support is not None:
             sample.support = SupportRecord.of(begun.support)
     return samples

@@ -143,6 +143,11 @@ class Scheduler:
         else:  # they were needed: it is computed again
             self._waiting.appendleft(sample)
 
+    def restart(self, sample: Sample) -> None:
+        """Compute a parked sample again, whose tokens have changed."""
+        self._release(sample)
+        self.resume(sample)
+
     def _remove(self, sample: Sample) -> None:
         for queue in (self.running, self._ready, self._parked):
             if sample in queue:

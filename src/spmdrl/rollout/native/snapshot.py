@@ -20,7 +20,7 @@ from spmdrl.rollout.native.recurrent import MixedAttention
 from spmdrl.rollout.native.sample import Sample
 from spmdrl.rollout.native.sampler import SupportRecord
 from spmdrl.rollout.native.scheduler import Scheduler
-from spmdrl.rollout.protocol import Finish
+from spmdrl.rollout.protocol import Ending, Finish
 
 _STATE, _CACHE, _SLOTS, _EXPERTS = "engine", "cache", "slots", "experts"
 _STACKED = ("keys", "values")
@@ -89,6 +89,8 @@ def restore_snapshot(
         # checkpoints of 0.2 and before lack these
         sample.slot, sample.turn_limit = found.get("slot"), found.get("turn_limit")
         sample.rewards = list(found.get("rewards", ()))
+        ending = found.get("ending")
+        sample.ending = None if ending is None else Ending(ending)
         sample.given = [(first, last) for first, last in found.get("given", ())]
         waits = found.get("waits")
         sample.waits = None if waits is None else Finish(waits)
@@ -139,6 +141,7 @@ def _sample_state(sample: Sample, number: Mapping[Sample, int]) -> dict[str, Any
         "given": sample.given,
         "turn_limit": sample.turn_limit,
         "rewards": sample.rewards,
+        "ending": sample.ending,
         "waits": sample.waits,
     }
 

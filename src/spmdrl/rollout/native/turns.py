@@ -6,14 +6,13 @@ all ranks of the group continue a sample in the same step.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
-from itertools import islice
 
 from spmdrl.rollout.lockstep import Lockstep
 from spmdrl.rollout.native.sample import Sample
 from spmdrl.rollout.native.scheduler import Scheduler
 from spmdrl.rollout.protocol import Answer, Finish, Turn, Turns
+from spmdrl.rollout.turn_messages import answers_of, written
 
 _WAIT_S = 0.05
 """Seconds that the leader waits for an answer, if there is nothing else to do, before it looks for
@@ -61,18 +60,18 @@ class TurnTaking:
         if self._turns is None:
             stopped, *drawn = self._group.from_leader([int(stop), *tokens])
             return bool(stopped), drawn, 0
-        written = self._arrived(0.0)
-        stopped, length, *drawn = self._group.from_leader([int(stop), len(written), *tokens])
-        return bool(stopped), drawn, self._apply(written, length)
+        arrived = self._arrived(0.0)
+        stopped, length, *drawn = self._group.from_leader([int(stop), len(arrived), *tokens])
+        return bool(stopped), drawn, self._apply(arrived, length)
 
     def wait(self, should_stop: Callable[[], bool] | None) -> tuple[bool, int]:
         """Wait a moment for an answer while no sample can be computed; returns whether to stop, and
         the number of samples that an answer ended.
         """
-        written = self._arrived(0.0 if self._group.shares_experts else _WAIT_S)
+        arrived = self._arrived(0.0 if self._group.shares_experts else _WAIT_S)
         stop = should_stop is not None and self._group.is_leader and should_stop()
-        stopped, length = self._group.from_leader([int(stop), len(written)])
-        return bool(stopped), self._apply(written, length)
+        stopped, length = self._group.from_leader([int(stop), len(arrived)])
+        return bool(stopped), self._apply(arrived, length)
 
     def _tell(self, sample: Sample, finish: Finish) -> None:
         if self._turns is None or not self._group.is_leader:
@@ -91,12 +90,10 @@ class TurnTaking:
         """Return the leader's answers as numbers; none on other ranks."""
         if self._turns is None or not self._group.is_leader:
             return []
-        written: list[int] = []
-        for answer in self._turns.answers(wait_s):
+        answers = self._turns.answers(wait_s)
+        for answer in answers:
             self._check(answer)
-            head = (answer.request, answer.sample, answer.max_tokens, int(answer.finish))
-            written += (*head, _bits(answer.reward), len(answer.tokens), *answer.tokens)
-        return written
+        return written(answers)
 
     def _check(self, answer: Answer) -> None:
         """Refuse what an engine cannot continue with: a fault of whoever answers."""
@@ -108,30 +105,24 @@ class TurnTaking:
         most = sample.request.longest - sample.num_generated
         assert 0 < len(answer.tokens) <= most - answer.max_tokens, (answer, most)
 
-    def _apply(self, written: Sequence[int], length: int) -> int:
+    def _apply(self, values: Sequence[int], length: int) -> int:
         """Apply the leader's answers of a step on every rank."""
         if length == 0:
             return 0
-        values = iter(self._group.from_leader(written or [0] * length))
         ended = 0
-        while head := tuple(islice(values, 6)):
-            request, number, max_tokens, finish, reward, count = head
-            sample, tokens = self._samples[request, number], list(islice(values, count))
-            sample.rewards.append(_number(reward))
-            if max_tokens == 0:
-                sample.finish, sample.waits = Finish(finish), None
+        for answer in answers_of(self._group.from_leader(values or [0] * length)):
+            sample = self._samples[answer.request, answer.sample]
+            if answer.restarts:
+                sample.restart()
+                self._scheduler.restart(sample)
+                continue
+            sample.rewards.append(answer.reward)
+            if answer.max_tokens == 0:
+                sample.finish, sample.ending = answer.ending.finish, answer.ending
+                sample.waits = None
                 self._scheduler.finish(sample)
                 ended += 1
             else:
-                sample.answer(tokens, max_tokens)
+                sample.answer(answer.tokens, answer.max_tokens)
                 self._scheduler.resume(sample)
         return ended
-
-
-def _bits(number: float) -> int:
-    """The bits of a float, for a message of whole numbers."""
-    return int(struct.unpack("<q", struct.pack("<d", number))[0])
-
-
-def _number(bits: int) -> float:
-    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
