@@ -66,7 +66,7 @@ def test_rewards_and_tokens_are_the_environments(server: RewardServer) -> None:
 
 def test_results_do_not_depend_on_the_workers(server: RewardServer) -> None:
     found = []
-    for workers in (1, 3, 20):
+    for workers in (1, 3, 12):
         with source(server, workers=workers) as turns:
             found.append(play(turns, rows_of(4), samples=3).result())
     assert found[0] == found[1] == found[2]
@@ -176,7 +176,7 @@ def test_limits_say_why(server: RewardServer) -> None:
 def test_a_stopped_call_resumes(kind: str, server: RewardServer, tmp_path: Path) -> None:
     with source(server) as turns:
         wanted = play(turns, rows_of(3)).result()
-    for most in (0, 2, 5, 9):
+    for most in (2, 7):
         folder = tmp_path / str(most)
         folder.mkdir()
         with source(server, kind, workers=2, options={"folder": str(folder)}) as turns:
@@ -204,7 +204,7 @@ def test_a_stopped_call_resumes(kind: str, server: RewardServer, tmp_path: Path)
 def test_answers_that_differ_restart_the_sample(
     server: RewardServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows = rows_of(2, trouble="differs")
+    rows = rows_of(2, trouble="differs", turns=6)
     with source(server) as turns:
         openings = turns.openings(rows)
         requests, entries = requests_of(openings), [o.entry for o in openings]
@@ -212,7 +212,7 @@ def test_answers_that_differ_restart_the_sample(
             part = Play(requests, call).run(turns=1)
         with turns.open(part.begun(), entries) as call, caplog.at_level(logging.WARNING):
             rest = Play(part.begun(), call).run()
-        assert turns.counts()["restarted"] == len(rest.restarted) == len(part.waits) > 1
+        assert turns.counts()["restarted"] == len(rest.restarted) == len(part.waits) > 0
         assert turns.counts()["done"] == len(part.waits)
     assert f"{len(part.waits)} samples started again" in caplog.text
     with source(server, "Saving") as turns:
