@@ -137,6 +137,10 @@ def test_a_killed_worker_is_not_seen_by_the_model(server: RewardServer, tmp_path
             with turns.open(requests, [o.entry for o in openings]) as call:
                 game = Play(requests, call)
                 game.run(most=5)
+                asked = sum(map(len, game.given.values())) + len(game.tokens)
+                while sum(line.endswith("step") for line in calls(folder)) < asked:
+                    time.sleep(0.01)
+                time.sleep(0.3)  # they send what they have noted
                 own = [pid for pid in below(server) if pid not in before]
                 assert len(own) == 2
                 for pid in own:
