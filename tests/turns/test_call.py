@@ -18,6 +18,7 @@ from toy_turns import Numbers, Play, play, requests_of, rows_of, settings
 from spmdrl.rewards.server import RewardServer, start_reward_server
 from spmdrl.rollout.protocol import Ending
 from spmdrl.sandbox.processes import descendants
+from spmdrl.supervision.pulse import lives
 from spmdrl.turns.call import EnvironmentTurns
 
 
@@ -145,6 +146,8 @@ def test_a_killed_worker_is_not_seen_by_the_model(server: RewardServer, tmp_path
                 assert len(own) == 2
                 for pid in own:
                     os.kill(pid, signal.SIGKILL)
+                while any(lives(pid) for pid in own):
+                    time.sleep(0.01)
                 while game.waits:
                     for answer in call.answers(0.2):
                         game._answered(answer)
