@@ -166,6 +166,7 @@ def test_light_modules_do_not_import_torch() -> None:
         "spmdrl",
         "spmdrl.api",
         *(f"spmdrl.rewards.{m}" for m in ("server", "process", "functions")),
+        "spmdrl.turns.serving",
     ]
     code = f"import sys\nimport {', '.join(modules)}\nprint('torch' in sys.modules)"
     done = subprocess.run(

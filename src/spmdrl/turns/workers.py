@@ -88,8 +88,12 @@ class _Worker:
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a worker tells about its class: whether `step` is given special tokens, and whether the
-    state of an object comes with each step."""
+    """Facts of a class that its worker tells.
+
+    Args:
+        special_tokens: whether `step` is given special tokens.
+        saves: whether the state of an object comes with each step.
+    """
 
     special_tokens: bool
     saves: bool
