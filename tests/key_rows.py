@@ -40,6 +40,7 @@ DRAWN = (HELD, "evaluation.num_samples=2")
 SAVED = ("steps=3", "checkpoint.every=1", "checkpoint.keep_last=1")
 FEW = ("steps=1", "data.prompts_per_step=1")
 TEACHER = ("roles.teacher={}", "algorithm.teacher_coef=1")
+TURNS = "rollout.turns={kind: my_module:Environment}"
 ADAPTED = "roles.policy.adapter={rank: 4}"
 AGAIN = "train.epochs=4"
 ENDS = ",".join(str(token) for token in range(9, 80))
@@ -142,6 +143,15 @@ ROWS: dict[str, Row] = {
     "rollout.sync_check_every": row(
         "grpo", "tests/roles/test_canary.py::test_checksums_find_it_first"
     ),
+    "rollout.turns.kind": row("grpo", "plan", "rollout.turns={kind: my_module:Environment}"),
+    "rollout.turns.options": row("grpo", "plan", TURNS, "rollout.turns.options={size: 3}"),
+    "rollout.turns.max_turns": row("grpo", "plan", TURNS, "rollout.turns.max_turns=3"),
+    "rollout.turns.max_tokens": row("grpo", "plan", TURNS, "rollout.turns.max_tokens=40"),
+    "rollout.turns.workers": row("grpo", "plan", TURNS, "rollout.turns.workers=2"),
+    "rollout.turns.timeout_s": row("grpo", "plan", TURNS, "rollout.turns.timeout_s=2"),
+    "rollout.turns.memory_gb": row("grpo", "plan", TURNS, "rollout.turns.memory_gb=1"),
+    "rollout.turns.failed_reward": row("grpo", "plan", TURNS, "rollout.turns.failed_reward=-1"),
+    "rollout.turns.seconds": row("grpo", "plan", TURNS, "rollout.turns.seconds=9"),
     "sampling.temperature": row("grpo", BOTH, "sampling.temperature=0.5"),
     "sampling.top_p": row("grpo", BOTH, "sampling.top_p=0.5"),
     "sampling.top_k": row("grpo", BOTH, "sampling.top_k=5"),
@@ -150,6 +160,7 @@ ROWS: dict[str, Row] = {
     "sampling.stop": row("grpo", BOTH, f"sampling.stop=[{LETTERS}]"),
     "sampling.stop_token_ids": row("grpo", BOTH, f"sampling.stop_token_ids=[{ENDS}]"),
     "algorithm.advantage": row("grpo", "metrics", "algorithm.advantage=rloo"),
+    "algorithm.credit": row("grpo", "refused", "algorithm.credit=turn"),
     "algorithm.advantage_std": row("grpo", "metrics", "algorithm.advantage_std=false"),
     "algorithm.policy_loss": row("grpo", "metrics", AGAIN, "algorithm.policy_loss=gspo"),
     "algorithm.teacher_coef": row("grpo", "metrics", *TEACHER, "algorithm.teacher_coef=2"),
@@ -215,6 +226,7 @@ ROWS: dict[str, Row] = {
         "data.train.on_bad_row=skip",
         "data.train.on_bad_row=error",
     ),
+    "data.train.turns": row("grpo", "plan", "data.train.turns={kind: my_module:Environment}"),
     "data.mix": row("grpo", BOTH, "data.mix=[{template: '{prompt}!!'}]"),
     "data.prompts_per_step": row("grpo", BOTH, "data.prompts_per_step=3"),
     "data.group_size": row("grpo", BOTH, "data.group_size=2"),

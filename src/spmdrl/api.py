@@ -4,7 +4,8 @@
 nothing else: a name is looked up when it is used, and torch comes with the first that needs it.
 
 - A flow: `Run`, its two halves `Environment` and `Trainer`, `Evaluates`, `Metrics`, `joined`,
-  `update_metrics`; its configuration: `Config`, `AlgorithmSection`, `PreferenceSection`.
+  `update_metrics`; its configuration: `Config`, `AlgorithmSection`, `PreferenceSection`,
+  `response_tokens`.
 - Rows: `Batch`, `concat`, `from_rows`, `group_index`; data: `DataSet`, `StepRows`, `home_rows`,
   `ItemSet`, `DataItem`, `items_of`, `Conversation`, `Pair`, `mismatched`.
 - Roles: `Policy`, `Reference`, `Reward`, `Value`, `Rollout`, `CustomRole`; their calls: `Call`,
@@ -111,6 +112,7 @@ if TYPE_CHECKING:
         AlgorithmSection as AlgorithmSection,
         PreferenceSection as PreferenceSection,
     )
+    from spmdrl.config.data_sets import response_tokens as response_tokens
     from spmdrl.config.sections import Config as Config
     from spmdrl.data.conversations import Conversation as Conversation
     from spmdrl.data.item_set import (
@@ -313,6 +315,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "algorithms.value_loss": "gae VALUE_COLUMNS clipped_value_loss explained_variance",
         "batch": "Batch concat from_rows group_index",
         "config.algorithms": "AlgorithmSection PreferenceSection",
+        "config.data_sets": "response_tokens",
         "config.sections": "Config",
         "data.conversations": "Conversation",
         "data.item_set": "DataItem ItemSet items_of",

@@ -8,9 +8,17 @@ from typing import Any
 import pytest
 
 from spmdrl.config.algorithms import AlgorithmSection
-from spmdrl.config.data_sets import held_out_sets, train_sources
+from spmdrl.config.data_sets import (
+    held_out_sets,
+    is_rewarded,
+    response_tokens,
+    rows_read,
+    takes_turns,
+    train_sources,
+)
 from spmdrl.config.load import load_config
 from spmdrl.config.shipped_flows import shipped_flows
+from spmdrl.planning.token_bounds import step_sizes
 
 BASE = """
 steps: 10
@@ -280,6 +288,37 @@ def test_optimizer_steps(base: Path) -> None:
     assert (waits.num_optimizer_steps("policy"), waits.num_optimizer_steps("value")) == (36, 60)
     never = load_config(base, [*words, *ppo, "algorithm.value_warmup_steps=11"])
     assert never.num_optimizer_steps("policy") == 0
+
+
+def test_lengths_count_all_turns_and_their_answers(base: Path) -> None:
+    turns = "rollout.turns={kind: a:B, max_turns: 3}"
+    words = ["sampling.max_tokens=16", "data.train.max_tokens=100"]
+
+    def rows(*more: str) -> list[int]:
+        return [rows.longest for rows in rows_read(load_config(base, [*words, *more]))]
+
+    assert rows() == [116]
+    assert rows(turns) == [148]
+    assert rows(turns, "rollout.turns.max_tokens=60") == [160]
+    mixed = "data.mix=[{max_tokens: 50, turns: {kind: a:B, max_tokens: 90}}]"
+    assert rows(mixed) == [140]
+    config = load_config(base, [*words, mixed])
+    assert step_sizes(config).row_tokens == 190, "a bound over all sources"
+    assert (takes_turns(config), response_tokens(config)) == (True, 90)
+    none = load_config(base, [*words, turns, "data.train.turns=null"])
+    assert (takes_turns(none), response_tokens(none)) == (False, 16)
+    held = "evaluation.sets.x={data: {}, sampling: {max_tokens: 20}}"
+    assert rows(turns, held) == [148, 160]
+    described = rows_read(load_config(base, [*words, turns]))[0].describe()
+    assert "rollout.turns.max_turns=3 x sampling.max_tokens=16 make 148" in described
+
+
+def test_turns_may_be_the_only_rewards(base: Path) -> None:
+    turns = "rollout.turns={kind: a:B}"
+    config = load_config(base, [turns, "rewards=[]", "algorithm.refill_attempts=2"])
+    assert is_rewarded(config) and not config.rewards
+    with pytest.raises(ValueError, match="compares the samples of a group"):
+        load_config(base, [turns, "rewards=[]", "data.group_size=1"])
 
 
 def test_a_trainer_of_ones_own_may_read_any_key(base: Path) -> None:

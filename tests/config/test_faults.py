@@ -12,6 +12,7 @@ import yaml
 
 import spmdrl.config.flow_rules as flow_rules
 import spmdrl.config.rules as rules
+import spmdrl.config.turn_rules as turn_rules
 from spmdrl.config.faults import ConfigError, Fault, read_fault
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
@@ -28,6 +29,8 @@ PPO = ("flow=ppo", "roles.value={}", "roles.reference={}", "algorithm.kl_coef=0.
 ONLINE = ("flow=online_dpo", "roles.reference={}")
 JUDGED = ("evaluation.sets.x={data: {}, against: a.jsonl}", "rewards=[]", "flow=my.py:f")
 SET = "evaluation.sets.x={data: {size: 2}}"
+
+TURNS = "rollout.turns={kind: my_module:Environment}"
 
 RULES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("algorithm.overlong_buffer", 64, ("algorithm.overlong_buffer=64", "sampling.max_tokens=64")),
@@ -123,6 +126,13 @@ RULES: list[tuple[str, Any, tuple[str, ...]]] = [
         ("algorithm.old_logprobs=rollout", "algorithm.importance_cap=2"),
     ),
     ("lag", 1, ("lag=1",)),
+    ("algorithm.credit", "turn", ("algorithm.credit=turn",)),
+    ("data.train.chat", False, (TURNS, "data.train.chat=false")),
+    (
+        "roles.reward.retokenize",
+        True,
+        (TURNS, "roles.reward={retokenize: true}", "rewards=[{role: reward}]"),
+    ),
     ("flow", "ppo", ("flow=ppo",)),
     ("roles.policy.kind", "reference", ("roles.policy.kind=reference",)),
     ("roles.policy.trained", False, ("roles.policy.trained=false",)),
@@ -177,7 +187,7 @@ def test_every_rule_has_a_line_above(base, monkeypatch):
     for _, _, words in RULES:
         with suppress(ConfigError):  # sections have rules of their own
             load_config(base, words)
-    for module in (rules, flow_rules):
+    for module in (rules, flow_rules, turn_rules):
         path = str(module.__file__)
         raises = [
             n for n in ast.walk(ast.parse(Path(path).read_text())) if isinstance(n, ast.Raise)
@@ -213,6 +223,18 @@ def test_every_rule_has_a_line_above(base, monkeypatch):
             "evaluation.sets.x.num_sample",
             2,
             "did you mean 'evaluation.num_samples'?",
+        ),
+        (
+            "data.mix=[{turns: {kind: a:B, max_turn: 2}}]",
+            "data.mix.0.turns.max_turn",
+            2,
+            "did you mean 'rollout.turns.max_turns'?",
+        ),
+        (
+            "data.train.turns={max_turns: 2}",
+            "data.train.turns.kind",
+            None,
+            "add rollout.turns.kind",
         ),
         ("evaluation.sets.x={data: a}", "evaluation.sets.x.data", "a", "give keys"),
     ],

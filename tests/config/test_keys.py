@@ -23,9 +23,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "scripts").glob("quickstart*"))]
 PAGES += sorted((ROOT / "scripts" / "examples").iterdir())
 
 VERBS = (
-    r"Add|Adapt|Allow|Apply|Ask|Assume|Average|Bound|Cap|Change|Clip|Compare|"
-    r"Compute|Count|Cut|Decay|Decide|Decode|Derive|Discount|Divide|Draw|End|Estimate|"
-    r"Evaluate|Export|Give|Hold|Keep|Leave|Let|Log|Lower|Multiply|Name|Override|"
+    r"Add|Adapt|Allow|Answer|Apply|Ask|Assume|Average|Bound|Cap|Change|Clip|Compare|"
+    r"Compute|Count|Credit|Cut|Decay|Decide|Decode|Derive|Discount|Divide|Draw|End|Estimate|"
+    r"Evaluate|Export|Give|Hold|Keep|Leave|Let|Log|Lower|Make|Multiply|Name|Override|"
     r"Pass|Place|Plan|Process|Put|Read|Recompute|Replace|Replay|Report|Reserve|"
     r"Resume|Run|Sample|Save|Score|Send|Set|Shard|Share|Show|Split|Store|Take|Train|"
     r"Treat|Use|Warm|Weight|Whiten|Write"

@@ -62,13 +62,17 @@ def rewards_to_go(
     loss_mask: Tensor,  # [T] bool: response tokens
     *,
     kl_coef: float,
+    turn_rewards: Tensor | None = None,  # [T] a turn's reward at its last token, else 0
 ) -> Tensor:
-    """A_t = r - kl_coef * sum of kl_i for i >= t, 0 outside the mask: float32 `[T]`.
+    """A_t = r - kl_coef * sum of kl_i for i >= t, and the rewards of turns that end at t or later;
+    0 outside the mask: float32 `[T]`.
 
     REINFORCE++: Hu et al. 2025, arXiv 2501.03262, section 3. The caller whitens it with the moments
     of all response tokens of the batch, over all ranks. Raises as `token_rewards` and `gae` do.
     """
-    per_token = token_rewards(rewards, token_kl, lengths, loss_mask, kl_coef=kl_coef)
+    per_token = token_rewards(
+        rewards, token_kl, lengths, loss_mask, kl_coef=kl_coef, turn_rewards=turn_rewards
+    )
     zeros = torch.zeros_like(per_token)
     return gae(per_token, zeros, lengths, loss_mask, gamma=1.0, lam=1.0)[0]
 

@@ -76,3 +76,22 @@ def metric_sums(
         # A microbatch can be empty, and the maximum of no values is an error: add a 0.
         sums[name] = torch.cat([kept, kept.new_zeros(1)]).amax() if is_max(name) else kept.sum()
     return sums
+
+
+def discounted_sums(
+    terms: Tensor,  # [N]
+    left: Tensor,  # [N] int64: number of terms after each in its row
+    factor: float,
+) -> Tensor:
+    """sum_l factor^l terms[i + l] for l = 0 to left[i], the terms after i in its row: `[N]`.
+
+    The span that a sum reaches over doubles each time (Hillis & Steele 1986, "Data Parallel
+    Algorithms"): log2 of the longest row passes, no padding, and no row sees another.
+    """
+    longest = int(left.max()) + 1 if len(left) else 0
+    sums, reach = terms, 1
+    while reach < longest:
+        beyond = torch.where(left >= reach, sums.roll(-reach), 0.0)
+        sums = sums + factor**reach * beyond
+        reach *= 2
+    return sums

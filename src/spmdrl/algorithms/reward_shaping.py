@@ -23,8 +23,10 @@ def token_rewards(
     loss_mask: Tensor,  # [T] bool: response tokens
     *,
     kl_coef: float,
+    turn_rewards: Tensor | None = None,  # [T] a turn's reward at its last token, else 0
 ) -> Tensor:
-    """r_t = -kl_coef kl_t, plus the row's score at its last response token: float32 `[T]`.
+    """r_t = -kl_coef kl_t, plus the row's score at its last response token, and the rewards of its
+    turns at theirs: float32 `[T]`.
 
     Ziegler et al. 2019, arXiv 1909.08593, section 2.2; InstructGPT, arXiv 2203.02155, eq. 2. Tokens
     outside the mask get 0, and the score of a row without response tokens is dropped. Use k1: with
@@ -39,6 +41,9 @@ def token_rewards(
     if scores.shape != lengths.shape:
         raise ValueError(f"scores {tuple(scores.shape)} must be {tuple(lengths.shape)}")
     rewards = torch.where(loss_mask, -kl_coef * token_kl.double(), 0.0)
+    if turn_rewards is not None:
+        check_columns(lengths, loss_mask, turn_rewards=turn_rewards)
+        rewards = rewards + torch.where(loss_mask, turn_rewards.double(), 0.0)
     rows, places = last_tokens(lengths, loss_mask)
     return rewards.index_add(0, places, scores[rows].double()).float()
 

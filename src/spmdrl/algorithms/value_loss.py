@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.algorithms.kl import at_least_float32
-from spmdrl.algorithms.packed import check_columns, metric_sums, row_of_token
+from spmdrl.algorithms.packed import check_columns, discounted_sums, metric_sums, row_of_token
 
 # the token columns that the value loss reads; `old_values` only for clipping
 VALUE_COLUMNS = ("old_values", "returns")
@@ -119,23 +119,8 @@ def gae(
     left = ends[row] - 1 - torch.arange(len(steps), device=steps.device)
     next_value = torch.where(left > 0, value.roll(-1), 0.0)
     delta = at_steps["rewards"].double() + gamma * next_value - value
-    advantage = _discounted_sums(delta, left, gamma * lam)
+    advantage = discounted_sums(delta, left, gamma * lam)
     advantages, returns = torch.zeros(2, len(loss_mask), device=value.device)
     advantages[steps] = advantage.float()
     returns[steps] = (advantage + value).float()
     return advantages, returns
-
-
-def _discounted_sums(terms: Tensor, left: Tensor, factor: float) -> Tensor:
-    """sum_l factor^l terms[i + l] for l = 0 to left[i], the terms after i in its row: `[N]`.
-
-    The span that a sum reaches over doubles each time (Hillis & Steele 1986, "Data Parallel
-    Algorithms"): log2 of the longest row passes, no padding, and no row sees another.
-    """
-    longest = int(left.max()) + 1 if len(left) else 0
-    sums, reach = terms, 1
-    while reach < longest:
-        beyond = torch.where(left >= reach, sums.roll(-reach), 0.0)
-        sums = sums + factor**reach * beyond
-        reach *= 2
-    return sums

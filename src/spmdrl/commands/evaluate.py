@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from spmdrl.batch import Batch
-from spmdrl.config.data_sets import held_out_sets, uses_chat
+from spmdrl.config.data_sets import held_out_sets, train_sources, uses_chat
 from spmdrl.config.sections import Config
 from spmdrl.data.order import home_rows
 from spmdrl.data.prompts import load_prompts
@@ -121,7 +121,7 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
     whole, config = config, rollout_only(config).model_copy(update={"data": data})
     tokenizer = load_tokenizer(config.model.path)
     changes = {"source": prompts_file, "answer_column": None, "size": None, "keep_shortest": "100%"}
-    source = data_source(config.data.train, datetime.now())
+    source = data_source(train_sources(config)[0], datetime.now())
     source = source.model_copy(update={**changes, "task": {}})
     prompts = load_prompts(source, tokenizer, TimedLines("the prompts"))
     inputs = Inputs(

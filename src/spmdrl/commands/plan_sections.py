@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from spmdrl.config.data import DataKind
-from spmdrl.config.data_sets import held_out_sets, train_sources
+from spmdrl.config.data_sets import held_out_sets, rows_read, train_sources
 from spmdrl.config.doubts import doubts
 from spmdrl.config.sections import Config
 from spmdrl.config.user_objects import load_object
@@ -181,7 +181,8 @@ def _derived(config: Config) -> Iterator[Line]:
         if (refills := config.algorithm.refill_attempts) > 0:
             how = f"where no group has signal: 1 + algorithm.refill_attempts={refills} draws"
             yield "most samples drawn per step", f"{(1 + refills) * sizes.rows:,}", how
-        row = f"({row} + sampling.max_tokens={config.sampling.max_tokens})"
+        asked = rows_read(config)[0]
+        row = f"({asked.data_key}.max_tokens={asked.data_tokens} + {asked.describe_responses()})"
     elif kind == "preferences":
         yield "responses per step", f"{sizes.rows:,}", "a chosen and a rejected one each"
         row += ", prompts included"

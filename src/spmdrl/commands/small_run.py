@@ -36,6 +36,10 @@ STOPS = tuple(range(VOCABULARY // 6))
 """Tokens that end a response, so that lengths differ."""
 
 
+_SMALL_SOURCE: Mapping[str, Any] = {"max_tokens": 2 * PROMPT_TOKENS, "turns": None}
+"""Keys of a source of data that change."""
+
+
 def small_config(config: Config, num_ranks: int, run_dir: str) -> Config:
     """The configuration with two steps, few and short rows, on CPUs and in `run_dir`.
 
@@ -68,15 +72,21 @@ def small_config(config: Config, num_ranks: int, run_dir: str) -> Config:
             },
             "train": config.train.model_copy(update=small),
             "rollout": config.rollout.model_copy(
-                update={"engine": "native", "kv_cache_gb": "auto", "cuda_graphs": False}
+                update={
+                    "engine": "native",
+                    "kv_cache_gb": "auto",
+                    "cuda_graphs": False,
+                    "turns": None,  # they call no collective, and need what answers them
+                }
             ),
             "sampling": config.sampling.model_copy(update=sampling),
+            "algorithm": config.algorithm.model_copy(update={"credit": "trajectory"}),
             "data": data.model_copy(
                 update={
                     "prompts_per_step": prompts,
                     "group_size": min(data.group_size, 4),
-                    "train": data.train.model_copy(update={"max_tokens": 2 * PROMPT_TOKENS}),
-                    "mix": tuple({**m, "max_tokens": 2 * PROMPT_TOKENS} for m in data.mix),
+                    "train": data.train.model_copy(update=_SMALL_SOURCE),
+                    "mix": tuple({**m, **_SMALL_SOURCE} for m in data.mix),
                 }
             ),
             "evaluation": evaluation.model_copy(
@@ -104,7 +114,7 @@ def _small_set(given: Mapping[str, Any]) -> dict[str, Any]:
     if small.get("against") != START:
         small.pop("against", None)
     if "data" in given:
-        small["data"] = {**given["data"], "max_tokens": 2 * PROMPT_TOKENS}
+        small["data"] = {**given["data"], **_SMALL_SOURCE}
     return small
 
 

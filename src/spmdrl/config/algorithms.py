@@ -27,6 +27,11 @@ class AlgorithmSection(Section):
     advantage_std: bool = Field(
         True, description="Divide grpo's advantages by their group's standard deviation."
     )
+    credit: Literal["trajectory", "turn"] = Field(
+        "trajectory",
+        description="Credit all turns of a sample with its whole reward (trajectory), or each turn "
+        "with the rewards from it on (turn).",
+    )
     policy_loss: Literal["ppo", "gspo", "cispo"] = Field(
         "ppo",
         description="Use ratios clipped per token (ppo), clipped per response (gspo), or as "

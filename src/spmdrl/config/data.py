@@ -110,6 +110,11 @@ class PromptsSection(Section):
     on_bad_row: Basic[Literal["error", "skip"]] = Field(
         "error", description="Treat a row that cannot be used as an error, or count and skip it."
     )
+    turns: dict[str, Any] | None = Field(
+        default_factory=dict,
+        description="Override these keys of rollout.turns for the source's rows; with kind it may "
+        "have turns where rollout.turns is null; null gives it none.",
+    )
 
     @model_validator(mode="after")
     def _has_messages(self) -> Self:

@@ -16,6 +16,7 @@ from spmdrl.config.sections import (
     RewardSection,
     SamplingSection,
 )
+from spmdrl.config.turns import TurnsSection
 
 ROWS = ("task", "size", "split", "seed", "share", "unique", "keep_shortest")
 """Keys of `data.train` that choose rows: a set with its own source does not inherit them."""
@@ -57,7 +58,8 @@ class HeldOutSet(Section):
 def train_sources(config: Config) -> list[WeightedSource]:
     """Sources of training data: `data.train`, then those of `data.mix`."""
     mixed = [mixed_source(config, entry) for entry in config.data.mix]
-    return [WeightedSource.model_validate(config.data.train.model_dump()), *mixed]
+    sources = [WeightedSource.model_validate(config.data.train.model_dump()), *mixed]
+    return [source.model_copy(update=_whole_turns(config, source)) for source in sources]
 
 
 def uses_chat(config: Config) -> bool:
@@ -73,25 +75,41 @@ class RowsRead:
     Args:
         data_key, data_tokens: key of the section that describes them, and its max_tokens.
         sampling_key, sampling: settings for responses to them; None: the rows hold their own.
+        turns: the turns that responses take; None: they take one.
     """
 
     data_key: str
     data_tokens: int
     sampling_key: str = ""
     sampling: SamplingSection | None = None
+    turns: TurnsSection | None = None
 
     @property
     def longest(self) -> int:
         """Most tokens of a row."""
-        return self.data_tokens + (0 if self.sampling is None else self.sampling.max_tokens)
+        return self.data_tokens + (0 if self.sampling is None else self.response_tokens)
+
+    @property
+    def response_tokens(self) -> int:
+        assert self.sampling is not None, self.data_key
+        return _room(self.turns, self.sampling)
 
     def describe(self) -> str:
         """Derivation of `longest`, as part of a sentence."""
         data = f"{self.data_key}.max_tokens={self.data_tokens}"
         if self.sampling is None:
             return f"{data} allows rows of {self.longest} tokens"
-        responses = f"{self.sampling_key}.max_tokens={self.sampling.max_tokens}"
-        return f"{data} and {responses} make {self.longest} tokens"
+        return f"{data} and {self.describe_responses()} make {self.longest} tokens"
+
+    def describe_responses(self) -> str:
+        """The keys that make `response_tokens`."""
+        assert self.sampling is not None, self.data_key
+        turn = f"{self.sampling_key}.max_tokens={self.sampling.max_tokens}"
+        if self.turns is None:
+            return turn
+        if self.turns.max_tokens is None:
+            return f"rollout.turns.max_turns={self.turns.max_turns} x {turn}"
+        return f"rollout.turns.max_tokens={self.turns.max_tokens}"
 
 
 def rows_read(config: Config) -> list[RowsRead]:
@@ -99,32 +117,97 @@ def rows_read(config: Config) -> list[RowsRead]:
     are counted only if there is a rollout to sample them.
     """
     kind, samples = config.data_kind(), "rollout" in map(config.role_kind, config.roles)
-    sources = train_sources(config)
-    longest = max(range(len(sources)), key=lambda i: sources[i].max_tokens)
-    key = "data.train" if longest == 0 else f"data.mix.{longest - 1}"
-    found = [
-        _rows(key, sources[longest], "sampling", config.sampling if kind == "prompts" else None)
-    ]
+    found = [_longest_train(config, "sampling", config.sampling if kind == "prompts" else None)]
     for name, described in held_out_sets(config).items():
         sampled = samples and (described.kind or kind) == "prompts"
         sampling = described.sampling if sampled else None
         where = f"evaluation.sets.{name}"
         if described.data is not None:
-            found.append(_rows(f"{where}.data", described.data, f"{where}.sampling", sampling))
+            found.append(
+                _rows(config, f"{where}.data", described.data, f"{where}.sampling", sampling)
+            )
         elif sampling is not None:
-            found.append(_rows(key, sources[longest], "evaluation.sampling", sampling))
+            found.append(_longest_train(config, "evaluation.sampling", sampling))
     return found
 
 
+def _longest_train(config: Config, sampling_key: str, sampling: SamplingSection | None) -> RowsRead:
+    """The rows of training, of the source with the longest ones."""
+    rows = [
+        _rows(config, f"data.mix.{i - 1}" if i else "data.train", source, sampling_key, sampling)
+        for i, source in enumerate(train_sources(config))
+    ]
+    return max(rows, key=lambda own: own.longest)
+
+
 def _rows(
-    key: str, data: PromptsSection, sampling_key: str, sampling: SamplingSection | None
+    config: Config,
+    key: str,
+    data: PromptsSection,
+    sampling_key: str,
+    sampling: SamplingSection | None,
 ) -> RowsRead:
     return RowsRead(
         data_key=key,
         data_tokens=data.max_tokens,
         sampling_key=sampling_key,
         sampling=sampling,
+        turns=turns_of(config, data),
     )
+
+
+def turns_of(config: Config, data: PromptsSection) -> TurnsSection | None:
+    """Complete the turns of samples for a source's rows; None: they take one.
+
+    Raises:
+        ValidationError: keys of `data.turns` are wrong, or make no turns without others.
+    """
+    if data.turns is None or not data.turns:
+        return None if data.turns is None else config.rollout.turns
+    shared = config.rollout.turns
+    return TurnsSection.model_validate(
+        {**({} if shared is None else shared.model_dump()), **data.turns}
+    )
+
+
+def _whole_turns(config: Config, data: PromptsSection) -> dict[str, Any]:
+    """The value of `data.turns` with all its keys; None without turns."""
+    turns = turns_of(config, data)
+    return {"turns": None if turns is None else turns.model_dump(mode="json")}
+
+
+def takes_turns(config: Config) -> bool:
+    """Whether samples of the training data take several turns."""
+    return any(turns_of(config, source) is not None for source in train_sources(config))
+
+
+def set_takes_turns(config: Config, held_out: HeldOutSet) -> bool:
+    """Whether samples of a held-out set take several turns, which give rewards."""
+    sources = train_sources(config) if held_out.data is None else [held_out.data]
+    return any(turns_of(config, source) is not None for source in sources)
+
+
+def is_rewarded(config: Config) -> bool:
+    """Whether samples of the training data have rewards, of functions, roles or turns."""
+    return bool(config.rewards) or takes_turns(config)
+
+
+def response_tokens(config: Config) -> int:
+    """The most tokens after a prompt of the training data: those of a sample's turns and of their
+    answers, or `sampling.max_tokens`.
+    """
+    sources = train_sources(config)
+    return max(_room(turns_of(config, source), config.sampling) for source in sources)
+
+
+def set_response_tokens(config: Config, held_out: HeldOutSet) -> int:
+    """The most tokens after a prompt of a held-out set, as `response_tokens`."""
+    sources = train_sources(config) if held_out.data is None else [held_out.data]
+    return max(_room(turns_of(config, source), held_out.sampling) for source in sources)
+
+
+def _room(turns: TurnsSection | None, sampling: SamplingSection) -> int:
+    return sampling.max_tokens if turns is None else turns.room(sampling.max_tokens)
 
 
 def mixed_source(config: Config, entry: Mapping[str, Any]) -> WeightedSource:
@@ -157,13 +240,14 @@ def held_out_sets(config: Config) -> dict[str, HeldOutSet]:
 
 def held_out_set(config: Config, given: Mapping[str, Any]) -> HeldOutSet:
     """Complete the given keys of a set with those of the sections that it inherits from."""
+    data = set_data(config, given)
     shared = {"threshold", "num_samples", "k", "against", "max_items"}
     completed = {
         "rewards": config.model_dump(include={"rewards"})["rewards"],
         **config.evaluation.model_dump(include=shared),
         **given,
         "sampling": set_sampling(config, given),
-        "data": set_data(config, given),
+        "data": None if data is None else data.model_copy(update=_whole_turns(config, data)),
     }
     return HeldOutSet.model_validate(completed)
 

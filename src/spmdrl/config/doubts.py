@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from spmdrl.config.adapter_rules import has_adapter, trains_adapter
 from spmdrl.config.data import DataKind, PromptsSection
-from spmdrl.config.data_sets import described_sets, held_out_sets, mixed_source
+from spmdrl.config.data_sets import described_sets, held_out_sets, is_rewarded, mixed_source
 from spmdrl.config.sections import Config
 from spmdrl.config.shipped_flows import is_shipped
 from spmdrl.config.training import TrainSection
@@ -78,6 +78,8 @@ def _of_checkpoints(config: Config) -> Iterator[str]:
     exports = bool(section.export)
     yield from _in_vain(section, "checkpoint", names, "checkpoint.export", exports)
     kinds = {config.role_kind(name) for name in config.roles}
+    if config.rollout.turns is not None and "rollout" not in kinds:
+        yield "rollout.turns: no effect without roles.rollout"
     draws = "rollout" in kinds and config.rollout.engine == "native"
     names = ["journal_kv"]
     yield from _in_vain(
@@ -115,7 +117,7 @@ def _of_algorithm(config: Config) -> Iterator[str]:
     if not flow.weighs_ratios:
         return
     if flow.compares_groups:
-        distils = not config.rewards
+        distils = not is_rewarded(config)
         compares = algorithm.advantage == "grpo" and not distils
         yield from _in_vain(algorithm, "algorithm", ["advantage_std"], "advantage=grpo", compares)
         names = ["advantage", "overlong_buffer", "overlong_penalty"]
@@ -129,7 +131,7 @@ def _of_algorithm(config: Config) -> Iterator[str]:
                 "gradient through an advantage is not the KL's; k1's is"
             )
     names = ["overlong_penalty"]
-    has_buffer = algorithm.overlong_buffer > 0 or not config.rewards
+    has_buffer = algorithm.overlong_buffer > 0 or not is_rewarded(config)
     yield from _in_vain(
         algorithm, "algorithm", names, "algorithm.overlong_buffer above 0", has_buffer
     )

@@ -19,12 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from yaml import YAMLError
 
+from spmdrl.config.data import PromptsSection
 from spmdrl.config.data_sets import (
     described_sets,
     held_out_set,
     mixed_source,
     set_data,
     set_sampling,
+    turns_of,
 )
 from spmdrl.config.faults import ConfigError, Fault, read_fault
 from spmdrl.config.key_table import WILDCARDS, known_keys
@@ -175,7 +177,10 @@ def _inherited_faults(config: Config) -> list[Fault]:
         faults += _made(place, role.train, partial(config.train_section, name))
     for number, entry in enumerate(config.data.mix):
         place = Place(where=f"data.mix.{number}", section="data.train")
-        faults += _made(place, entry, partial(mixed_source, config, entry))
+        found = _made(place, entry, partial(mixed_source, config, entry))
+        where = f"data.mix.{number}"
+        faults += found or _faults_of_turns(config, where, mixed_source(config, entry))
+    faults += _faults_of_turns(config, "data.train", config.data.train)
     place = Place(where="evaluation", section="sampling", inner="sampling")
     if found := _made(place, config.evaluation.sampling, lambda: set_sampling(config, {})):
         return faults + found  # every set has them
@@ -184,10 +189,17 @@ def _inherited_faults(config: Config) -> list[Fault]:
     return faults
 
 
+def _faults_of_turns(config: Config, key: str, source: PromptsSection) -> list[Fault]:
+    place = Place(where=f"{key}.turns", section="rollout.turns")
+    return _made(place, source.turns, lambda: turns_of(config, source))
+
+
 def _faults_of_set(config: Config, where: str, given: Mapping[str, Any]) -> list[Fault]:
     data, sampling = given.get("data", {}), given.get("sampling", {})
     place = Place(where=where, section="data.train", inner="data")
     found = _made(place, data, lambda: set_data(config, given))
+    own = None if found else set_data(config, given)
+    found += [] if own is None else _faults_of_turns(config, f"{where}.data", own)
     place = Place(where=where, section="sampling", inner="sampling")
     found += _made(place, sampling, lambda: set_sampling(config, given))
     place = Place(where=where, section="evaluation")

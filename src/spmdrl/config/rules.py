@@ -7,12 +7,21 @@ from collections.abc import Sequence
 from functools import partial
 
 from spmdrl.config.adapter_rules import SCALAR, check_adapters
-from spmdrl.config.data_sets import HELD_OUT, START, held_out_sets
+from spmdrl.config.data_sets import (
+    HELD_OUT,
+    START,
+    held_out_sets,
+    is_rewarded,
+    response_tokens,
+    set_takes_turns,
+    takes_turns,
+)
 from spmdrl.config.faults import collect
 from spmdrl.config.flow_rules import check_needed, check_role_used, check_updated, check_used
 from spmdrl.config.roles import RoleSection
 from spmdrl.config.sections import Config, RewardSection
 from spmdrl.config.training import BACKENDS, DeepspeedSection, TrainSection
+from spmdrl.config.turn_rules import check_turns
 
 KL_ERROR_LIMIT = 0.2
 """`ERROR_LIMIT` of the adaptive KL coefficient."""
@@ -39,14 +48,16 @@ def check_rules(config: Config, *, trains: bool) -> None:
 def _check_samples(config: Config) -> None:
     data, algorithm = config.data, config.algorithm
     samples = data.prompts_per_step * data.group_size
-    if algorithm.overlong_buffer >= config.sampling.max_tokens:
+    if algorithm.overlong_buffer >= response_tokens(config):
+        responses = f"sampling.max_tokens={config.sampling.max_tokens}"
+        if takes_turns(config):
+            responses = f"{response_tokens(config)} tokens of turns (rollout.turns.max_tokens)"
         raise ValueError(
-            f"algorithm.overlong_buffer={algorithm.overlong_buffer} with sampling.max_tokens="
-            f"{config.sampling.max_tokens}: lower the first, so that it is below the second"
+            f"algorithm.overlong_buffer={algorithm.overlong_buffer} with {responses}: lower the "
+            "first, so that it is below the second"
         )
-    compares = (
-        config.flow_row.compares_groups and algorithm.advantage != "reinforce_pp" and config.rewards
-    )
+    compares = config.flow_row.compares_groups and algorithm.advantage != "reinforce_pp"
+    compares = compares and is_rewarded(config)
     if samples < 2 and compares:
         raise ValueError(
             f"data.prompts_per_step={data.prompts_per_step} x data.group_size={data.group_size} "
@@ -68,8 +79,8 @@ def _check_training_samples(config: Config) -> None:
         )
     if not flow.samples or config.trainer is not None or config.environment is not None:
         return
-    if algorithm.refill_attempts and (data.group_size < 2 or not config.rewards):
-        other = "rewards=[]" if not config.rewards else f"data.group_size={data.group_size}"
+    if algorithm.refill_attempts and (data.group_size < 2 or not is_rewarded(config)):
+        other = f"data.group_size={data.group_size}" if is_rewarded(config) else "rewards=[]"
         raise ValueError(
             f"algorithm.refill_attempts={algorithm.refill_attempts} with {other}: no group's "
             "rewards differ, so every one would be drawn again in vain: set refill_attempts to 0"
@@ -106,7 +117,7 @@ def _check_evaluation(config: Config) -> None:
         _check_reward_list(config, held_out.rewards, f"{where}.rewards")
         if held_out.against is None:
             continue
-        if not held_out.rewards:
+        if not held_out.rewards and not set_takes_turns(config, held_out):
             raise ValueError(
                 f"{where}.against={held_out.against} needs rewards to judge by: add some"
             )
@@ -265,7 +276,7 @@ def _check_experts(config: Config) -> None:
 
 def _check_rewards(config: Config) -> None:
     distils = config.flow_row.distils and config.algorithm.teacher_coef > 0
-    if config.flow_row.samples and not config.rewards and not distils:
+    if config.flow_row.samples and not is_rewarded(config) and not distils:
         raise ValueError(
             f"rewards=[] with flow={config.flow}: name at least one function, e.g. "
             "{function: math}, or one reward model, e.g. {role: reward}"
@@ -346,7 +357,7 @@ def _check_lag(config: Config) -> None:
 RULES = (
     *(check_adapters, _check_roles, _check_backends, _check_preference, _check_rewards),
     *(_check_experts, _check_memory, _check_updates, _check_lag, check_used),
-    *(_check_samples, _check_evaluation),
+    *(_check_samples, _check_evaluation, check_turns),
 )
 TRAINING_RULES = (check_needed, check_updated, _check_training_samples)
 """Rules that only training needs."""

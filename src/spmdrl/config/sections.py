@@ -17,6 +17,7 @@ from spmdrl.config.data import DataKind, DataSection, EvaluationSection, Place, 
 from spmdrl.config.roles import ModelSection, RoleSection
 from spmdrl.config.shipped_flows import ShippedFlow, flow_row
 from spmdrl.config.training import TrainSection
+from spmdrl.config.turns import TurnsSection
 
 TokenId = Annotated[int, Field(ge=0)]
 StopText = Annotated[str, Field(min_length=1)]
@@ -61,6 +62,11 @@ class RolloutSection(Section):
         "least 0; cheaper checks (tensor sums, log-probabilities of fixed rows) run after every "
         "sync; 0 turns all of them off.",
     )
+    turns: TurnsSection | None = Field(
+        None,
+        description="Let samples take several turns, which objects of a class answer; null ends a "
+        "sample with its first one.",
+    )
 
 
 class SamplingSection(Section):
@@ -89,7 +95,7 @@ class SamplingSection(Section):
         "and below 1; 0 turns it off.",
     )
     max_tokens: Basic[int] = Field(
-        256, ge=1, description="End a response after this many tokens, at least 1."
+        256, ge=1, description="End a response, or a turn, after this many tokens, at least 1."
     )
     stop: tuple[StopText, ...] = Field((), description="End a response at any of these texts.")
     stop_token_ids: tuple[TokenId, ...] = Field(

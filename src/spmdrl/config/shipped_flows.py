@@ -123,7 +123,7 @@ _ROWS = (
         may_lag=True,
         algorithm_keys=_RATIO_KEYS
         | {
-            *("advantage", "advantage_std", "teacher_coef", "kl_estimator", "kl_in"),
+            *("credit", "advantage", "advantage_std", "teacher_coef", "kl_estimator", "kl_in"),
             *("overlong_buffer", "overlong_penalty"),
         },
     ),
@@ -138,7 +138,7 @@ _ROWS = (
         algorithm_keys=_RATIO_KEYS
         | {
             *("kl_target", "kl_horizon", "gamma", "gae_lambda", "whiten_advantages", "value_clip"),
-            *("value_warmup_steps", "score_scaling", "score_clip", "cut_penalty"),
+            *("value_warmup_steps", "score_scaling", "score_clip", "cut_penalty", "credit"),
         },
     ),
 )

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from spmdrl.batch import Batch, from_rows
+from spmdrl.config.turns import turns_key
 from spmdrl.data.chat import Chat, Tokenizer, check_chat_template, templates, writes_tools
 from spmdrl.data.examples import (
     RowProgress,
@@ -62,6 +63,7 @@ class Prompt:
         answer: the reference answer, or None.
         entry: all columns of the row, for reward functions.
         tools: the tools given to the chat template.
+        turns: `turns_key` of the turns that samples take; "" for one.
     """
 
     prompt_id: int
@@ -71,6 +73,7 @@ class Prompt:
     answer: str | None
     entry: Mapping[str, Any]
     tools: Sequence[Mapping[str, Any]] = ()
+    turns: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,7 @@ class _Draft:
     answer: str | None
     tools: Sequence[Mapping[str, Any]]
     mark: bytes
+    turns: str
 
 
 class PromptSet(Sequence[Prompt]):
@@ -121,7 +125,13 @@ class PromptSet(Sequence[Prompt]):
             answer=draft.answer,
             entry=draft.row.values,
             tools=draft.tools,
+            turns=draft.turns,
         )
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether samples for some of the prompts take several turns."""
+        return any(draft.turns for draft in self._drafts)
 
     def texts(self) -> list[str]:
         """Texts of the prompts."""
@@ -321,6 +331,7 @@ def _draft(row: Row, source: DataSource, *, has_tools: bool) -> _Draft:
         answer=answer,
         tools=read_tools(row) if has_tools else (),
         mark=read_mark(row),
+        turns=turns_key(source.turns or None),
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from spmdrl.batch import Batch
+from spmdrl.config.data_sets import response_tokens
 from spmdrl.distributed.reduce import moments, world_any
 from spmdrl.flows.advantage_terms import puts_kl_in_reward, token_advantages
 from spmdrl.flows.environment import GroupEnvironment
@@ -60,7 +61,7 @@ class GrpoTrainer:
         temperature = config.sampling.temperature
         with self.run.phase("logprobs"):
             batch = self._add_logprobs(batch, temperature)
-        advantages = token_advantages(batch, config.algorithm, config.sampling.max_tokens)
+        advantages = token_advantages(batch, config.algorithm, response_tokens(config))
         batch = with_loss_weights(batch.with_columns(tokens={"advantages": advantages}), self.run)
         self.run.log_rows(batch)
         update = None

@@ -12,6 +12,7 @@ from spmdrl.algorithms.policy_loss import (
 )
 from spmdrl.batch import Batch
 from spmdrl.config.algorithms import AlgorithmSection
+from spmdrl.config.data_sets import response_tokens
 from spmdrl.roles.handles import Update
 from spmdrl.run.run import Run
 from spmdrl.training.protocol import LossFn, LossInput
@@ -35,7 +36,7 @@ def policy_loss(algorithm: AlgorithmSection) -> LossFn:
 
 def with_loss_weights(batch: Batch, run: Run) -> Batch:
     """Add `loss_weights` [T] and `loss_share` [B] by `algorithm.loss_mean`."""
-    loss_mean, max_tokens = run.config.algorithm.loss_mean, run.config.sampling.max_tokens
+    loss_mean, max_tokens = run.config.algorithm.loss_mean, response_tokens(run.config)
     weights = loss_weights(batch.lengths, batch["loss_mask"], loss_mean, max_tokens=max_tokens)
     return batch.with_columns(
         tokens={"loss_weights": weights},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from spmdrl.config.data_sets import response_tokens
 from spmdrl.config.sections import Config
 from spmdrl.memory.parts import size_text
 from spmdrl.models.adapters import share_of_tokens
@@ -84,7 +85,7 @@ def adding_bytes(config: Config, policy: RoleSpec, rollout: RoleSpec) -> int:
     """
     adapter, shapes = policy.adapter, global_shapes(policy.model)
     assert adapter is not None, policy.name
-    samples, tokens = samples_per_replica(config, rollout), config.sampling.max_tokens
+    samples, tokens = samples_per_replica(config, rollout), response_tokens(config)
     steps = tokens * -(-samples // config.rollout.max_running)
     held = sum(own.rank * sum(shapes[name]) for name, own in adapter.distinct.items())
     per_token = 0.0

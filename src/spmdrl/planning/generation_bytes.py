@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spmdrl.config.data_sets import train_sources
+from spmdrl.config.data_sets import response_tokens, takes_turns, train_sources
 from spmdrl.config.sections import Config
 from spmdrl.models.widths import engine_heads_width
 from spmdrl.planning.activation_bytes import forward_values
@@ -25,7 +25,9 @@ def generation_bytes(config: Config, spec: RoleSpec) -> int:
     running = min(samples_per_replica(config, spec), config.rollout.max_running)
     heads = engine_heads_width(model, tp)
     values = forward_values(spec, heads)
-    prompts = running * max(source.max_tokens for source in train_sources(config))
+    longest = max(source.max_tokens for source in train_sources(config))
+    # answers to turns are computed like prompts
+    prompts = running * (longest + (response_tokens(config) if takes_turns(config) else 0))
     decoded = running * (values * spec.dtype.itemsize + step_bytes(model, tp))
     filled = min(config.rollout.prefill_tokens, prompts) * values * spec.dtype.itemsize
     captured = decoded if spec.device_type == "cuda" and config.rollout.cuda_graphs else 0

@@ -12,7 +12,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from spmdrl.config.data_sets import HELD_OUT, held_out_sets, train_sources
+from spmdrl.config.data_sets import (
+    HELD_OUT,
+    held_out_sets,
+    response_tokens,
+    set_response_tokens,
+    train_sources,
+)
 from spmdrl.config.sections import Config
 from spmdrl.memory.parts import Part, PartKey
 from spmdrl.memory.plan import MemoryPlan, least_peak
@@ -62,7 +68,7 @@ def cache_sizes(config: Config, spec: RoleSpec) -> CacheSizes:
     values = cached_values(model, spec.placement.degrees["tp"])
     block = max(1, values * spec.dtype.itemsize * tokens)  # there may be recurrent layers only
     longest = -(-longest_sequence(config, model.max_position) // tokens)
-    own = config.data.train.max_tokens + config.sampling.max_tokens
+    own = config.data.train.max_tokens + response_tokens(config)
     if config.data_kind() == "prompts":
         own = step_sizes(config).row_tokens
     # on CUDA the engine makes it once, for all calls
@@ -123,7 +129,7 @@ def _evaluation_blocks(config: Config, spec: RoleSpec, tokens: int) -> list[int]
         if items is not None:
             running = min(running, -(-items * described.num_samples // replicas))
         prompt = longest if described.data is None else described.data.max_tokens
-        length = min(prompt + described.sampling.max_tokens, spec.model.max_position)
+        length = min(prompt + set_response_tokens(config, described), spec.model.max_position)
         found.append(running * -(-length // tokens))
     return found
 

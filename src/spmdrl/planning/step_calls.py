@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from spmdrl.config.data_sets import described_sets
+from spmdrl.config.data_sets import described_sets, response_tokens
 from spmdrl.config.sections import Config
 from spmdrl.config.shipped_flows import is_shipped
 from spmdrl.memory.schedule import PlannedCall
@@ -185,7 +185,7 @@ def _generate_call(config: Config, model: HeldModel, rank: int) -> PlannedCall:
     parts = engine_parts(spec, captures_graphs=uses_graphs(config, model))
     # a native engine on a CPU decodes with a copy of its weights
     copies = not spec.is_vllm and spec.device_type == "cpu" and spec.dtype == torch.float32
-    pays = copies and config.sampling.max_tokens >= MIN_STEPS
+    pays = copies and response_tokens(config) >= MIN_STEPS
     return PlannedCall(
         name=f"{spec.name}.generate",
         needs=tuple((spec.name, part) for part in parts),

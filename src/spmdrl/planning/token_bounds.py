@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from spmdrl.config.data_sets import held_out_sets, train_sources
+from spmdrl.config.data_sets import held_out_sets, response_tokens, train_sources
 from spmdrl.config.sections import Config
 from spmdrl.config.training import TrainSection
 from spmdrl.role_spec import RoleSpec
@@ -55,7 +55,7 @@ def step_sizes(config: Config) -> StepSizes:
             items=data.prompts_per_step,
             item_rows=data.group_size,
             prompt_tokens=longest,
-            row_tokens=longest + config.sampling.max_tokens,
+            row_tokens=longest + response_tokens(config),
             whole=False,
         )
     # prompt and response of a conversation or a pair are within max_tokens together
