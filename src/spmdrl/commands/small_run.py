@@ -36,6 +36,12 @@ STOPS = tuple(range(VOCABULARY // 6))
 """Tokens that end a response, so that lengths differ."""
 
 
+_SMALL_ENGINE: Mapping[str, Any] = {
+    "engine": "native",
+    "kv_cache_gb": "auto",
+    "cuda_graphs": False,
+}
+
 _SMALL_SOURCE: Mapping[str, Any] = {"max_tokens": 2 * PROMPT_TOKENS, "turns": None}
 """Keys of a source of data that change."""
 
@@ -72,12 +78,8 @@ def small_config(config: Config, num_ranks: int, run_dir: str) -> Config:
             },
             "train": config.train.model_copy(update=small),
             "rollout": config.rollout.model_copy(
-                update={
-                    "engine": "native",
-                    "kv_cache_gb": "auto",
-                    "cuda_graphs": False,
-                    "turns": None,  # they call no collective, and need what answers them
-                }
+                # turns call no collective, and need what answers them
+                update={**_SMALL_ENGINE, "turns": None}
             ),
             "sampling": config.sampling.model_copy(update=sampling),
             "algorithm": config.algorithm.model_copy(update={"credit": "trajectory"}),
