@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_torch_backend import RowsOf, rows_of_step, train
+from backend_runs import RowsOf, rows_of_step, train
 from training_cases import LivelyCheckpoint, options
 
 from spmdrl.distributed.mesh import Mesh

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from test_torch_backend import TEMPERATURE, train
+from backend_runs import TEMPERATURE, train
 from torch import Tensor
 from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_config
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_backends import make_role, mesh_of
-from test_torch_backend import NUM_STEPS, compare, train
+from backend_runs import NUM_STEPS, compare, train
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile

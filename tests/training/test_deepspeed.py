@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from backend_runs import clone, compare, run_layouts, still
+from backend_runs import make_backend as make_torch
 from deepspeed_cases import Case, asked, brief, case, make_backend, run_cases
-from test_torch_backend import clone, compare, loss_fn, poisoned, run_layouts, still
-from test_torch_backend import make_backend as make_torch
 from torch import Tensor
-from training_cases import make_rows, options, tiny_config
+from training_cases import loss_fn, make_rows, options, tiny_config
 
 from harness import run_ranks
 from spmdrl.memory.storages import distinct_storages
@@ -20,6 +20,7 @@ from spmdrl.models.adapters import Adapter
 from spmdrl.models.family import families
 from spmdrl.models.zero_layout import Stage
 from spmdrl.planning.support import tiny_of
+from spmdrl.testing.cases import not_finite
 from spmdrl.training.deepspeed.backend import DeepspeedBackend
 from spmdrl.training.deepspeed.options import DeepspeedOptions, check_role
 from spmdrl.training.deepspeed.settings import check_user, engine_settings, read_user
@@ -142,7 +143,7 @@ def failing(world: World, made: Case) -> None:
     backend = make_backend(world, tiny_config(), warm(made))
     rows = make_rows([4], 2)
     before = {**clone(backend.local_tensors()), **clone(backend.state_tensors())}
-    given = poisoned if world.rank == 0 else loss_fn
+    given = not_finite if world.rank == 0 else loss_fn
     backend.forward_backward(rows, given, next_token(1.0), normaliser=1.0)
     done = backend.optim_step()
     assert done.skipped and done.lr == pytest.approx(1e-2 / 4)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from adapter_backends import WithAdded, adapter_of, moe_config, value_loss
+from backend_runs import assemble, compare, rows_of_step, train
 from deepspeed_cases import Case, asked, brief, case, make_backend
 from test_freeze import FROZEN, LOCAL
-from test_torch_backend import assemble, compare, rows_of_step, train
 from torch import Tensor
 from training_cases import LivelyCheckpoint, loss_fn, options, tiny_config
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from adapter_backends import make_role, mesh_of
-from test_torch_backend import compare, make_backend, rows_of_step, run_layouts, train
+from backend_runs import compare, make_backend, rows_of_step, run_layouts, train
 from torch import Tensor
 from training_cases import loss_fn, make_rows, options, tiny_config
 

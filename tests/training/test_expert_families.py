@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from backend_runs import compare, make_backend, rows_of_step, run_layouts
 from safetensors.torch import load_file
-from test_torch_backend import compare, make_backend, rows_of_step, run_layouts
 from torch import Tensor
 from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from test_torch_backend import compare, rows_of_step, run_layouts
+from backend_runs import compare, rows_of_step, run_layouts
 from training_cases import tiny_config
 
 from harness import run_ranks

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from backend_runs import assemble, compare
 from megatron_cases import (
     EXPERTS,
     KINDS,
@@ -17,7 +18,6 @@ from megatron_cases import (
     run_cases,
     torch_records,
 )
-from test_torch_backend import assemble, compare
 from training_cases import loss_fn
 
 from harness import run_ranks

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from backend_runs import assemble, compare
 from megatron_cases import CPU, KINDS, Case, case, make_backend, record_of, share
-from test_torch_backend import assemble, compare
 from torch import Tensor
 from training_cases import loss_fn, make_rows, options, tiny_config
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from backend_runs import compare, train
 from megatron_cases import Case, case, make_backend
 from test_moe_backend import CASES, COEFFICIENT, moe_config, on_ranks, recorded_rows
-from test_torch_backend import compare, train
 
 from harness import run_ranks
 from spmdrl.world import World

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from backend_runs import compare, train
 from megatron_cases import CPU, Case, case, make_backend
 from test_readout import READOUTS, LivelyScores, share_of
 from test_readout import loss_fn as scalar_loss
 from test_readout import reference as scalar_reference
 from test_readout import rows as scalar_rows
-from test_torch_backend import compare, train
 from training_cases import LivelyCheckpoint, loss_fn, make_rows, options, tiny_config
 
 from harness import run_ranks

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_torch_backend import compare, make_backend, rows_of_step, run_layouts
+from backend_runs import compare, make_backend, rows_of_step, run_layouts
 from torch import Tensor
 from training_cases import LivelyCheckpoint, dense, loss_fn, make_rows, options, tiny_config
 
