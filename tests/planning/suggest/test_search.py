@@ -121,6 +121,22 @@ def test_the_suggestion_is_the_best_of_all_choices_on_16_ranks(name: str) -> Non
     assert found[0].key == pytest.approx(best.key, rel=1e-9), (found[0].words, best.words)
 
 
+def policy_options(backend: str) -> list[dict[str, str]]:
+    machine = load_machine("h100", num_nodes=2, devices_per_node=8)
+    config = configured("gsm8k", f"train.backend={backend}", "roles.policy.dp_shard=4")(())
+    models = dict.fromkeys(config.roles, known_model("qwen2.5-7b"))
+    options = make_space(config, models, machine).blocks["policy"]
+    return [dict(word.rpartition(".")[2].split("=") for word in words) for words in options]
+
+
+def test_shards_of_zero_are_tried_once() -> None:
+    """ZeRO divides over all ranks with other rows, whatever `dp_shard` is."""
+    found, torch = policy_options("deepspeed"), policy_options("torch")
+    degrees = [(own.get("tp"), own.get("cp")) for own in found]
+    assert len(set(degrees)) == len(found) > 2
+    assert {own["dp_shard"] for own in torch if "tp" not in own and own} == {"1", "8", "all"}
+
+
 def test_a_configuration_that_does_not_fit_gets_one_that_does() -> None:
     machine = load_machine("h100", num_nodes=1, devices_per_node=8)
     configure = configured("gsm8k", *BATCH, "roles.policy.dp_shard=1")

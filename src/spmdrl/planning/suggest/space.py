@@ -17,7 +17,7 @@ from spmdrl.models.degrees import heads_divide
 from spmdrl.models.megatron_chunks import counts_ends
 from spmdrl.models.sharding import global_shapes
 from spmdrl.planning.forecast.machine import Machine
-from spmdrl.planning.systems.registry import named_system
+from spmdrl.planning.systems.registry import SHARDS_REPLICAS, named_system
 from spmdrl.planning.token_bounds import step_sizes
 
 Words = tuple[str, ...]
@@ -133,10 +133,11 @@ def _degrees(
     """Degrees of a role (and of those that share its base), those of the configuration first."""
     role = config.roles[names[0]]
     is_rollout = config.role_kind(names[0]) == "rollout"
-    axes = _ENGINE_AXES
+    axes, one_sharding = _ENGINE_AXES, False
     if not is_rollout:
         train = config.train_section(names[0])
         axes = named_system("train.backend", train.backend, train.backend_options).axes
+        one_sharding = train.backend in SHARDS_REPLICAS
     node, ranks = machine.devices_per_node, machine.num_ranks
     capacity = machine.device.memory_bytes
     weights = 2 * sum(math.prod(shape) for shape in global_shapes(model).values())
@@ -154,6 +155,8 @@ def _degrees(
             if ep > ranks // pp or tp * cp * pp > ranks:
                 continue
             shards = _shards(tp * cp * pp, node, ranks) if "dp_shard" in axes else ["1"]
+            if one_sharding:
+                shards = shards[-1:]
             for shard in shards:
                 copies = ranks // (tp * cp * pp) if shard == "all" else int(shard)
                 split = tp * pp * copies * (ep // math.gcd(tp, ep) if is_rollout else 1)
@@ -167,6 +170,8 @@ def _degrees(
                 words = [
                     (key, value) for key, value in values.items() if _differs(role, key, value)
                 ]
+                if one_sharding and all(key.startswith("dp_") for key, _ in words):
+                    continue  # the same ranks hold the same shards as they do now
                 found.append(tuple(f"roles.{n}.{k}={v}" for n in names for k, v in words))
     return tuple(dict.fromkeys(found))
 

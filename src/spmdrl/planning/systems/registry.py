@@ -18,6 +18,9 @@ SYSTEMS: Mapping[str, Callable[[], TrainSystem]] = MappingProxyType(
 )
 """Name -> the system that the package has under it."""
 
+SHARDS_REPLICAS = frozenset({"deepspeed"})
+"""Systems that divide over all ranks with other rows, both dp_shard and dp_replicate: ZeRO."""
+
 _ATTRIBUTES = ("axes", "freezes", "has_adapters", "aligns_shards", "splits_optimizer")
 _METHODS = {
     "traffic": ("spec",),
