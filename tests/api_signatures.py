@@ -1,4 +1,4 @@
-"""Signatures of the names in `spmdrl.api`, as text read from their source.
+"""Signatures of the names in `spmdrl.api` and its `backends`, as text read from their source.
 
     PYTHONPATH=src python tests/api_signatures.py     # rewrites tests/api_signatures.txt
 
@@ -15,8 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from spmdrl import api
+from spmdrl.api import backends
 
 FILE = Path(__file__).with_suffix(".txt")
+
+FACES = (api, backends)
 
 SPECIAL = ("__init__", "__call__", "__getitem__", "__contains__", "__len__", "__or__")
 
@@ -34,11 +37,12 @@ SECTIONS = "Section"
 
 def text() -> str:
     """The whole file: one paragraph per name, in alphabetical order."""
-    return "\n\n".join("\n".join(lines_of(name)) for name in sorted(api.__all__)) + "\n"
+    places = {name: module for face in FACES for name, module in face._PLACES.items()}
+    return "\n\n".join("\n".join(lines_of(places[name], name)) for name in sorted(places)) + "\n"
 
 
-def lines_of(name: str) -> Iterator[str]:
-    node = definition(api._PLACES[name], name)
+def lines_of(module: str, name: str) -> Iterator[str]:
+    node = definition(module, name)
     if isinstance(node, ast.FunctionDef):
         yield signature(node)
     elif isinstance(node, ast.ClassDef):

@@ -1,4 +1,4 @@
-"""The public face: lazy, complete, typed, and with signatures that change by decision only."""
+"""The public faces: lazy, complete, typed, and with signatures that change by decision only."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import ast
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from api_signatures import FILE, text
+from api_signatures import FACES, FILE, text
 from spmdrl import api
+from spmdrl.api import backends
 
 SOURCE = Path(__file__).parents[1] / "src" / "spmdrl"
 
@@ -36,22 +38,33 @@ def test_signatures_are_those_on_file() -> None:
     assert text() == FILE.read_text(encoding="utf-8")
 
 
-def test_type_checkers_see_the_same_names() -> None:
-    typed = {name: module for module, name, own in imported(SOURCE / "api.py") if name == own}
-    found = {name: f"spmdrl.{module}" for name, module in api._PLACES.items()}
+@pytest.mark.parametrize("face", FACES, ids=lambda face: face.__name__)
+def test_type_checkers_see_the_same_names(face: Any) -> None:
+    here = imported(Path(face.__file__))
+    typed = {name: module for module, name, own in here if module != "spmdrl.api.lazy"}
+    assert all(name == own for _, name, own in here)
+    found = {name: f"spmdrl.{module}" for name, module in face._PLACES.items()}
     assert found == typed
-    assert list(api.__all__) == sorted(found) == dir(api)
+    assert list(face.__all__) == sorted(found) == dir(face)
 
 
-def test_the_docstring_groups_every_name_once() -> None:
-    assert api.__doc__ is not None
-    assert sorted(re.findall(r"`(\w+)`", api.__doc__)) == api.__all__
+@pytest.mark.parametrize("face", FACES, ids=lambda face: face.__name__)
+def test_the_docstring_groups_every_name_once(face: Any) -> None:
+    assert face.__doc__ is not None
+    listed = face.__doc__.partition("\n\n- ")[2]  # what stands before tells of the other face
+    assert sorted(re.findall(r"`(\w+)`", listed)) == face.__all__
 
 
-@pytest.mark.parametrize("name", api.__all__)
-def test_names_exist(name: str) -> None:
-    module = importlib.import_module(f"spmdrl.{api._PLACES[name]}")
-    assert getattr(api, name) is vars(module)[name]
+@pytest.mark.parametrize(
+    ("face", "name"), [(face, name) for face in FACES for name in face.__all__]
+)
+def test_names_exist(face: Any, name: str) -> None:
+    module = importlib.import_module(f"spmdrl.{face._PLACES[name]}")
+    assert getattr(face, name) is vars(module)[name]
+
+
+def test_a_name_has_one_face() -> None:
+    assert not set(api.__all__) & set(backends.__all__)
 
 
 def test_other_names_are_refused() -> None:

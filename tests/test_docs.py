@@ -83,14 +83,17 @@ USERS_FILES = {
 
 
 @pytest.mark.parametrize("name", USERS_FILES)
-def test_code_for_users_imports_only_the_public_face(name):
+def test_code_for_users_imports_only_the_public_faces(name):
     found = set()
     for node in ast.walk(ast.parse(USERS_FILES[name])):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module)
-    assert {m for m in found if m.split(".")[0] == "spmdrl"} <= {"spmdrl.api"}
+    assert {m for m in found if m.split(".")[0] == "spmdrl"} <= {
+        "spmdrl.api",
+        "spmdrl.api.backends",
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -164,7 +164,7 @@ def test_light_modules_do_not_import_torch() -> None:
     """Reward workers start from a server that has neither torch nor CUDA in it."""
     modules = [
         "spmdrl",
-        "spmdrl.api",
+        "spmdrl.api.backends",
         *(f"spmdrl.rewards.{m}" for m in ("server", "process", "functions")),
         "spmdrl.turns.serving",
     ]

@@ -23,7 +23,7 @@ PAGE = ROOT / "docs" / "backends.md"
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
     """The page's file, `replicas.py`."""
-    code = "\n\n".join(blocks(PAGE, "py"))
+    code = "\n\n".join(blocks(PAGE, "python"))
     assert len([line for line in code.splitlines() if line.strip()]) < 200
     path = tmp_path / "replicas.py"
     path.write_text(code, encoding="utf-8")
@@ -46,8 +46,33 @@ def test_the_toy_backend_passes(toy: Path, size: int) -> None:
     assert skipped - {"no group of the whole world", "ranks outside"} == {"experts"}
 
 
+def commands() -> list[str]:
+    """The page's two commands, on one rank and on two."""
+    lines = [line for block in blocks(PAGE, "bash") for line in block.splitlines()]
+    return [line for line in lines if "spmdrl.testing" in line]
+
+
+@pytest.mark.full
+def test_its_command_prints_what_the_page_shows(toy: Path) -> None:
+    [shown] = [block for block in blocks(PAGE, "text") if "holds" in block]
+    where, *lines = [line for line in shown.splitlines() if line.strip() != "..."]
+    clauses = [line.split(maxsplit=1)[1].partition(":")[0] for line in lines]
+    _, line = commands()
+    words = [word for clause in clauses for word in ("--only", clause)]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *line.split()[1:], *words],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=toy.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [where, *lines]
+
+
 def test_its_command_ends_with_1_where_a_clause_is_broken(toy: Path) -> None:
-    line, _ = (c for block in blocks(PAGE, "bash") for c in block.splitlines() if "testing" in c)
+    line, _ = commands()
     code = toy.read_text(encoding="utf-8")
     assert code.count("loss / normaliser") == 1
     toy.write_text(code.replace("loss / normaliser", "loss / len(batch)"), encoding="utf-8")

@@ -74,8 +74,8 @@ def is_ours(frame: traceback.FrameSummary) -> bool:
 FILE = ".py"
 """Suffix of a place that is a file instead of a module."""
 
-PACKAGE, FACE = "spmdrl", "spmdrl.api"
-"""This package, and the module of it that users' files import."""
+PACKAGE, FACE, PARTS = "spmdrl", "spmdrl.api", "spmdrl.api.backends"
+"""This package, the module of it that users' files import, and the one for authors of backends."""
 
 
 def load_object(where: str, key: str | None = None) -> Any:
@@ -237,10 +237,10 @@ def _wrong_import(error: Exception) -> str | None:
     text = error.msg.partition(" (")[0]
     if frames:
         text += f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
-    if error.name != FACE:
+    if error.name not in (FACE, PARTS):
         return f"{text}: import it from {FACE}"
     wanted = re.search(r"import name '(\w+)'", error.msg)
-    near = None if wanted is None else _nearest(wanted[1], dir(sys.modules[FACE]))
+    near = None if wanted is None else _nearest(wanted[1], dir(sys.modules[error.name]))
     return text if near is None else f"{text}; did you mean {near!r}?"
 
 

@@ -39,7 +39,8 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
   `bradley_terry_loss`; of pairs `preference_loss`, `pair_rows`, `ordered_pairs`,
   `distinct_responses`, `response_sums`, `as_compared`, `implicit_rewards`, `kto_baseline`.
 
-A copy of a shipped flow finds here everything that it imports.
+A copy of a shipped flow finds here everything that it imports. `spmdrl.api.backends` has what a
+train backend is built from.
 """
 
 # sorting would give each `name as name` a statement of its own
@@ -48,9 +49,10 @@ A copy of a shipped flow finds here everything that it imports.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from spmdrl.api.lazy import getter, places
 
 if TYPE_CHECKING:
     from spmdrl.algorithms.advantages import (
@@ -378,18 +380,12 @@ _NAMES: Mapping[str, str] = MappingProxyType(
 )
 """Module -> its names in this one."""
 
-_PLACES = MappingProxyType(
-    {name: module for module, names in _NAMES.items() for name in names.split()}
-)
+_PLACES = places(_NAMES)
 
 __all__ = sorted(_PLACES)
 
 if not TYPE_CHECKING:  # a type checker knows the names from the imports above, and no others
-
-    def __getattr__(name: str) -> Any:
-        if name not in _PLACES:
-            raise AttributeError(f"spmdrl.api has no {name!r}")
-        return getattr(import_module(f"spmdrl.{_PLACES[name]}"), name)
+    __getattr__ = getter(__name__, _PLACES)
 
     def __dir__() -> list[str]:
         return __all__
