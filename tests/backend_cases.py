@@ -1,4 +1,6 @@
-"""Every train backend of the registry on two ranks, for tests that combine them."""
+"""Every train backend of the registry on two ranks, DeepSpeed once for each stage of ZeRO, for
+tests that combine them.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +8,38 @@ from typing import Any
 
 import pytest
 
-from spmdrl.planning.systems.registry import SYSTEMS
+from spmdrl.planning.support import Column, columns
 
-LAYOUTS: dict[str, list[str]] = {
-    "torch": ["roles.{role}.dp_shard=2"],
-    "megatron": ["roles.{role}.tp=2"],
-    "deepspeed": ["roles.{role}.train.deepspeed.stage=2"],
+BACKENDS: dict[str, Column] = {column.title: column for column in columns()}
+"""Name of a backend in tests and tables, such as `deepspeed 3`, and the keys that choose it."""
+
+_LAYOUTS: dict[str, list[str]] = {
+    "torch": ["dp_shard=2"],
+    "megatron": ["tp=2"],
+    "deepspeed": [],  # its ranks have other rows
 }
-"""Backend -> a layout of its own over two ranks, as words of a configuration."""
+"""Name in the registry -> a layout of its own over two ranks, as keys of a role."""
 
-BACKENDS = tuple(SYSTEMS)
+_WITH_EXPERTS: dict[str, list[str]] = {
+    "torch": ["ep=2"],
+    "megatron": ["ep=2", "megatron.sp=true"],
+    "deepspeed": [],
+}
+"""What the layout of a mixture of experts has as well."""
 
 
-def words_of(backend: str, role: str = "policy") -> list[str]:
-    """Words that let a role train with the backend, over two ranks."""
-    own = [word.format(role=role) for word in LAYOUTS[backend]]
-    return [f"roles.{role}.train.backend={backend}", *own]
+def words_of(name: str, role: str = "policy", *, experts: bool = False) -> list[str]:
+    """Words that let a role train with the backend, over two ranks.
+
+    Args:
+        name: in `BACKENDS`.
+        experts: whether the role's model is a mixture of experts.
+    """
+    column = BACKENDS[name]
+    own = [*_LAYOUTS[column.backend], *(_WITH_EXPERTS[column.backend] if experts else [])]
+    if column.train:
+        own.append(f"train.deepspeed.stage={column.train['deepspeed']['stage']}")
+    return [f"roles.{role}.{word}" for word in (f"train.backend={column.backend}", *own)]
 
 
 GRPO: dict[str, Any] = {

@@ -24,13 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flow_cases import write_config
+from saved_runs import CLOCKS
 from spmdrl.observe.metrics import read_metrics
 from tiny_model import make_tiny_model
 from torchrun import Torchrun, wait_until
 
 STEPS = 60
 LIMIT_S = 60.0
-CLOCKS = ("wall_time", "seconds/", "tokens_per_s/", "memory/", "sync/gb_per_s")
 
 
 def records(run_dir: Path) -> dict[int, dict[str, float]]:

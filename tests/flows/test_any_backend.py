@@ -14,6 +14,7 @@ from backend_cases import BACKENDS, GRPO, Records, assert_same_steps, words_of
 from flow_cases import run_configs, write_config
 from harness import run_ranks
 from replay import assert_same_samples
+from spmdrl.planning.systems.registry import SYSTEMS
 from spmdrl.world import World
 from tiny_model import make_tiny_model
 from vllm_cases import needs_vllm
@@ -30,7 +31,7 @@ FIRST = ("loss", "grad_norm", "entropy", "reward", "reward_std")
 
 PAIRS = [(backend, engine) for engine in ENGINES for backend in BACKENDS]
 
-LAST = BACKENDS[-1]
+LAST = tuple(SYSTEMS)[-1]
 """The backend that was registered last, in the mixes that ask for one beside the others."""
 
 MIXES: dict[str, tuple[str, dict[str, str], list[str]]] = {
@@ -85,7 +86,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[tuple[str, str
         given = {**GRPO, "roles": roles, "rollout": ENGINES[engine], "steps": 1}
         path = config_at(root, root / engine, backend, given)
         configs.setdefault(str(root / engine), []).append((path, words_of(backend)))
-    found = run_ranks(ranks, 2, configs, timeout_s=400)[0]
+    found = run_ranks(ranks, 2, configs, timeout_s=600)[0]
     records = [record for runs in found.values() for record in runs]
     return dict(zip(PAIRS, records, strict=True)), root
 

@@ -54,7 +54,7 @@ def runs(
     root = tmp_path_factory.mktemp("checkpoints")
     make_tiny_model(root / "model")
     config = write_config(root / "config.yaml", root / "model", root / "whole", **GRPO)
-    return run_ranks(write_and_read, 2, str(config), str(root), timeout_s=400)[0]
+    return run_ranks(write_and_read, 2, str(config), str(root), timeout_s=900)[0]
 
 
 @pytest.mark.parametrize(("writer", "reader"), MATRIX)

@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from flow_cases import write_config
 from harness import run_ranks
 from spmdrl.checkpoint.index import read_index
 from spmdrl.commands.train import train
 from spmdrl.config.load import load_config
-from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.world import World
+from saved_runs import CLOCKS, records, weights
 from stopping import POLLS
 from tiny_model import make_tiny_model
 from torchrun import attempt_of, outcome_of
@@ -27,7 +26,6 @@ EVERY = int(os.environ.get("SPMDRL_TEST_EVERY_STOP", "0"))
 """Stop at every so many polls instead of at a few chosen ones: scripts/test_faults.sh does."""
 
 ENVIRONMENT = f"environment={Path(__file__).parents[1] / 'stopping.py'}:StopsAt"
-CLOCKS = ("wall_time", "seconds/", "tokens_per_s/", "memory/", "sync/gb_per_s")
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +34,6 @@ def root(tmp_path_factory) -> Path:
     make_tiny_model(root / "model")
     make_tiny_model(root / "value", head="score")
     return root
-
-
-def records(run_dir: Path, left_out: tuple[str, ...] = CLOCKS) -> list[dict[str, float]]:
-    """All lines, evaluations too, without what clocks and allocators say."""
-    lines = read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Everything that the last checkpoint holds of the roles."""
-    root = run_dir / "checkpoints"
-    path = root / (root / "latest").read_text()
-    found: dict[str, torch.Tensor] = {}
-    for file in path.glob("*.safetensors"):
-        tensors = load_file(file)
-        found |= {k: t for k, t in tensors.items() if not k.startswith("private/")}
-    return found
 
 
 def run_stopped(

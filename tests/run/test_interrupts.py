@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from flow_cases import questions, run_configs, write_config
 from harness import run_ranks
 from interrupted import Started, busy, living
+from saved_runs import CLOCKS
 from spmdrl.observe.metrics import read_metrics
 from tiny_model import make_tiny_model
 from torchrun import attempt_of, outcome_of, wait_until
 
 ENVIRONMENT = f"environment={Path(__file__).parents[1] / 'interrupted.py'}:InPhase"
-CLOCKS = ("wall_time", "seconds/", "tokens_per_s/", "memory/", "sync/gb_per_s")
 ENDS_S, TORCHRUN_S = 2.0, 5.0
 """Within which all is over after a second Ctrl-C; torchrun, whose interpreter is slow to end. See
 `busy`.

@@ -16,13 +16,13 @@ import pytest
 from lab import PATIENCE_S, ROOT, Job, Lab
 
 from flow_cases import write_config
+from saved_runs import CLOCKS
 from spmdrl.observe.metrics import read_metrics
 from tiny_model import make_tiny_model
 from torchrun import heartbeat, outcome_of, wait_until
 
 pytestmark = pytest.mark.slurm
 
-CLOCKS = ("wall_time", "seconds/", "tokens_per_s/", "memory/", "sync/gb_per_s")
 NODES = ("--nodes=2", "--cpus-per-task=2")
 FAULTS = "SPMDRL_TEST_FAULTS" in os.environ
 all_cases = pytest.mark.skipif(not FAULTS, reason="scripts/test_faults.sh runs it")
