@@ -15,17 +15,17 @@ BACKENDS: dict[str, Column] = {column.title: column for column in columns()}
 
 _LAYOUTS: dict[str, list[str]] = {
     "torch": ["dp_shard=2"],
-    "megatron": ["tp=2"],
+    "megatron": ["pp=2"],
     "deepspeed": [],  # its ranks have other rows
 }
 """Name in the registry -> a layout of its own over two ranks, as keys of a role."""
 
-_WITH_EXPERTS: dict[str, list[str]] = {
-    "torch": ["ep=2"],
-    "megatron": ["ep=2", "megatron.sp=true"],
+_OF_EXPERTS: dict[str, list[str]] = {
+    "torch": ["dp_shard=2", "ep=2"],
+    "megatron": ["tp=2", "ep=2", "megatron.sp=true"],
     "deepspeed": [],
 }
-"""What the layout of a mixture of experts has as well."""
+"""The same for mixtures of experts, divided where the backend can."""
 
 
 def words_of(name: str, role: str = "policy", *, experts: bool = False) -> list[str]:
@@ -36,7 +36,7 @@ def words_of(name: str, role: str = "policy", *, experts: bool = False) -> list[
         experts: whether the role's model is a mixture of experts.
     """
     column = BACKENDS[name]
-    own = [*_LAYOUTS[column.backend], *(_WITH_EXPERTS[column.backend] if experts else [])]
+    own = [*(_OF_EXPERTS if experts else _LAYOUTS)[column.backend]]
     if column.train:
         own.append(f"train.deepspeed.stage={column.train['deepspeed']['stage']}")
     return [f"roles.{role}.{word}" for word in (f"train.backend={column.backend}", *own)]

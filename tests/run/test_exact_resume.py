@@ -12,12 +12,12 @@ import torch
 
 from flow_cases import write_config
 from harness import run_ranks
+from saved_runs import CLOCKS, records, weights
 from spmdrl.checkpoint.index import read_index
 from spmdrl.commands.train import train
 from spmdrl.config.load import load_config
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.world import World
-from saved_runs import CLOCKS, records, weights
 from stopping import POLLS
 from tiny_model import make_tiny_model
 from torchrun import attempt_of, outcome_of
