@@ -102,7 +102,7 @@ def run_cells(root: Path, cells: Iterable[Cell], engine: str) -> Runs:
         config, place = config_of(root, cell, engine, cell.backend)
         configs.setdefault(str(place), []).append((config, layout_of(cell)))
         order.setdefault(str(place), []).append(cell)
-    found = run_ranks(launch, 2, configs, timeout_s=900)[0]
+    found = run_ranks(launch, 2, configs, timeout_s=1800)[0]
     return {c: r for at, own in order.items() for c, r in zip(own, found[at], strict=True)}
 
 
