@@ -15,11 +15,8 @@ shape and dtype is checked.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import secrets
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,19 +34,34 @@ from spmdrl.models.sharding import all_slices
 from spmdrl.models.tensors import Slice
 from spmdrl.rollout import vllm_model
 from spmdrl.rollout.lockstep import Lockstep
-from spmdrl.rollout.protocol import MAX_SUPPORT, Completion, Progress, Request, SamplingParams
+from spmdrl.rollout.protocol import (
+    MAX_SUPPORT,
+    Completion,
+    Progress,
+    Request,
+    SamplingParams,
+    Turns,
+)
 from spmdrl.rollout.requests import check_requests, scoring_requests
+from spmdrl.rollout.rounds import by_rounds
 from spmdrl.rollout.stops import StopRules
-from spmdrl.rollout.vllm_isolation import Enclosure, replaced, uncompiled
+from spmdrl.rollout.vllm_isolation import replaced, uncompiled, vllm_enclosure
 from spmdrl.rollout.vllm_requests import (
     BLOCK_MULTIPLE,
-    ENVIRONMENT,
     TIES,
     VllmOptions,
     check_sampling,
     sampling_arguments,
 )
-from spmdrl.rollout.vllm_samples import VllmSample, run_scores, run_steps, samples_of
+from spmdrl.rollout.vllm_samples import (
+    VllmSample,
+    agreed_stop,
+    check_alike,
+    completions_of,
+    run_scores,
+    run_steps,
+    samples_of,
+)
 
 _NO_UTILIZATION = 0.01
 """Share of the device's memory for a check at start, which counts the trainer's memory as taken.
@@ -58,7 +70,7 @@ The cache's size is given, so nothing else depends on it."""
 
 def check_model(model: ModelConfig, device_type: str) -> None:
     """Refuse a model that the installed vLLM cannot run: see `check_supported`."""
-    with _enclosure().entered():
+    with vllm_enclosure().entered():
         from vllm import ModelRegistry
         from vllm.platforms import current_platform
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -111,7 +123,7 @@ class VllmEngine:
         self._num_requests = 0
         self._group = Lockstep(self._tp, self._device)
         [job] = self._group.from_leader([secrets.randbits(62)])
-        self._enclosure = _enclosure()
+        self._enclosure = vllm_enclosure()
         with self._enclosure.entered(), _plain_weights(self._device), _launched(self._device, job):
             self._engine = _start(model, self._tp.size, options, self._device, dtype)
             executor = self._engine.model_executor
@@ -215,27 +227,39 @@ class VllmEngine:
         progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
         state: Mapping[str, Tensor] | None = None,
+        turns: Turns | None = None,
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`. Aborted samples are drawn again: there is no state."""
+        """See `RolloutEngine.generate`. Aborted samples are drawn again: there is no state.
+
+        Args:
+            turns: answers to turns, which are taken by rounds (`rollout.rounds`).
+        """
         self._check(requests)
         check_sampling(requests)
-        groups = samples_of(requests, self._stops)
-        with self._running():
+
+        def draw(
+            asked: Sequence[Request], numbers: Sequence[int], report: Progress | None
+        ) -> list[list[Completion]]:
+            groups = samples_of(asked, self._stops)
             waiting: dict[str, VllmSample] = {}
-            for request, group in zip(requests, groups, strict=True):
+            for request, group, turn in zip(asked, groups, numbers, strict=True):
                 for place, (sample, index) in enumerate(zip(group, request.samples, strict=True)):
                     if request.done(place) is not None:
                         continue
-                    key = (seed, step, request.prompt_id, index)
+                    key = (seed, step, request.prompt_id, index, *([turn] if turn else ()))
                     arguments = sampling_arguments(request.sampling, self._eos, key)
                     waiting[self._add(request.tokens, arguments)] = sample
-            run_steps(self._engine, waiting, progress, lambda: self._agree_on_stop(should_stop))
-        completions = [
-            [request.done(place) or sample.completion() for place, sample in enumerate(group)]
-            for request, group in zip(requests, groups, strict=True)
-        ]
-        self._check_alike(completions)
-        return completions
+            run_steps(self._engine, waiting, report, agreed_stop(self._group, should_stop))
+            completions = completions_of(asked, groups)
+            check_alike(self._group, completions)
+            return completions
+
+        with self._running():
+            if turns is None:
+                return draw(requests, [0] * len(requests), progress)
+            return by_rounds(
+                draw, requests, turns, self._group, progress=progress, should_stop=should_stop
+            )
 
     def aborted_state(self) -> dict[str, Tensor]:
         """Return nothing: vLLM's cache cannot be taken out of it."""
@@ -292,29 +316,6 @@ class VllmEngine:
         params = Params(**arguments, output_kind=RequestOutputKind.DELTA)
         self._engine.add_request(name, {"prompt_token_ids": list(tokens)}, params)
         return name
-
-    def _agree_on_stop(self, should_stop: Callable[[], bool] | None) -> bool:
-        """Agree with the group, by its message of each step."""
-        if should_stop is None:
-            return False
-        [stop] = self._group.from_leader([int(self._group.is_leader and should_stop())])
-        return bool(stop)
-
-    def _check_alike(self, completions: list[list[Completion]]) -> None:
-        """Check by one message that the ranks of the group, which all drew their tokens, agree."""
-        drawn = repr([[c.tokens for c in group] for group in completions])
-        own = zlib.crc32(drawn.encode())
-        if self._group.from_leader([own]) != [own]:
-            raise RuntimeError(
-                f"rank {dist.get_rank()} drew other tokens than the first rank of its "
-                "tensor-parallel group: vLLM's ranks do not compute the same logits, bit for bit"
-            )
-
-
-def _enclosure() -> Enclosure:
-    level = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(level)  # it warns before it has read the variable
-    return Enclosure("vllm", {**ENVIRONMENT, "VLLM_LOGGING_LEVEL": level})
 
 
 def _start(

@@ -9,6 +9,7 @@ and precision. Each would change the trainer's results, or the values that the n
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
 import warnings
@@ -19,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from spmdrl.rollout.vllm_requests import ENVIRONMENT
 
 
 class Enclosure:
@@ -140,3 +143,10 @@ def _change(variables: Mapping[str, str | None]) -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+def vllm_enclosure() -> Enclosure:
+    """Return vLLM's, with the variables that it runs under here; it logs errors alone."""
+    level = os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(level)  # it warns before it has read the variable
+    return Enclosure("vllm", {**ENVIRONMENT, "VLLM_LOGGING_LEVEL": level})

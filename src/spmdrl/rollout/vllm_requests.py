@@ -60,7 +60,7 @@ class VllmOptions(RolloutSection):
 
 
 def sampling_arguments(
-    sampling: SamplingParams, eos: Sequence[int], key: tuple[int, int, int, int]
+    sampling: SamplingParams, eos: Sequence[int], key: tuple[int, ...]
 ) -> dict[str, Any]:
     """Make vLLM's sampling parameters for one sample.
 
@@ -69,8 +69,9 @@ def sampling_arguments(
 
     Args:
         eos: the model's ends of text.
-        key: (seed, step, prompt id, sample), the key of the sample's random numbers. vLLM draws
-            them one after another, so they also depend on the token's place, and on nothing else.
+        key: (seed, step, prompt id, sample), the key of the sample's random numbers, and the number
+            of its turn from the second one on. vLLM draws them one after another, so they also
+            depend on the token's place in the turn, and on nothing else.
     """
     ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos)}
     return {

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from spmdrl.batch import Ragged
+from spmdrl.rollout.lockstep import Lockstep
 from spmdrl.rollout.protocol import Completion, Finish, Progress, Request
 from spmdrl.rollout.stops import StopRule, StopRules
 
@@ -55,6 +58,39 @@ def samples_of(requests: Sequence[Request], stops: StopRules) -> list[list[VllmS
         ]
         for request in requests
     ]
+
+
+def completions_of(
+    requests: Sequence[Request], groups: Sequence[Sequence[VllmSample]]
+) -> list[list[Completion]]:
+    """Return completions by request, those that came with them included."""
+    return [
+        [request.done(place) or sample.completion() for place, sample in enumerate(group)]
+        for request, group in zip(requests, groups, strict=True)
+    ]
+
+
+def agreed_stop(group: Lockstep, should_stop: Callable[[], bool] | None) -> Callable[[], bool]:
+    """Return a function that asks the leader whether to stop, by the group's message of a step."""
+
+    def stops() -> bool:
+        if should_stop is None:
+            return False
+        [stop] = group.from_leader([int(group.is_leader and should_stop())])
+        return bool(stop)
+
+    return stops
+
+
+def check_alike(group: Lockstep, completions: Sequence[Sequence[Completion]]) -> None:
+    """Check by one message that the ranks of the group, which all drew their tokens, agree."""
+    drawn = repr([[c.tokens for c in found] for found in completions])
+    own = zlib.crc32(drawn.encode())
+    if group.from_leader([own]) != [own]:
+        raise RuntimeError(
+            f"rank {dist.get_rank()} drew other tokens than the first rank of its "
+            "tensor-parallel group: vLLM's ranks do not compute the same logits, bit for bit"
+        )
 
 
 def run_steps(
