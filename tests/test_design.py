@@ -143,4 +143,4 @@ def has(module: Path, name: str) -> bool:
 def test_a_step_with_a_lost_name_is_seen() -> None:
     step = "`roles/calls.py`: `together` and `Call.uses`, `Call.gone`, `elsewhere`; `gone.py`"
     assert missing(step) == ["gone.py", "Call.gone", "elsewhere"]
-    assert missing("`roles/generation.py`: `Rollout.generate`, `Generation.seed`") == []
+    assert missing("`roles/generation_rows.py`: `run_generation`, `Generation.seed`") == []

@@ -27,7 +27,7 @@ from spmdrl.planning.memory import memory_texts
 from spmdrl.planning.plan import RolePlan, plan_roles
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.roles.custom import CustomRole, RoleContext
-from spmdrl.roles.generation import Generation
+from spmdrl.roles.generation_rows import Generation
 from spmdrl.roles.handles import Reward, Rollout
 from spmdrl.roles.kept import Journal
 from spmdrl.rollout.protocol import SamplingParams

@@ -16,7 +16,8 @@ from spmdrl.models.config import ModelConfig, read_config
 from spmdrl.models.files.hf import fill, random_tensor
 from spmdrl.models.files.weight_files import open_checkpoint
 from spmdrl.models.tensors import Slice
-from spmdrl.roles.generation import Generation, Rollout
+from spmdrl.roles.generation import Rollout
+from spmdrl.roles.generation_rows import Generation
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import OWN, SamplingParams
 from spmdrl.world import World

@@ -30,7 +30,8 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
   `policy_columns`, `with_loss_weights`; of pairs `pair_loss`, `pair_update`, `pair_metrics`,
   `with_pair_shares`, `log_ratio`, `distinct_rows`, `ReferenceSums`, `AskedSums`, `CachedSums`,
   `REFERENCE`, `BASELINE`.
-- Advantages and rewards: `group_advantages`, `leave_one_out`, `rewards_to_go`,
+- Advantages and rewards: `turn_advantages`, `turn_returns`, `turn_tokens`, `pays_turns`,
+  `TURN_REWARDS`, `group_advantages`, `leave_one_out`, `rewards_to_go`,
   `broadcast_to_tokens`, `gae`, `whiten`, `has_signal`, `overlong_penalty`, `token_rewards`,
   `missing_eos_penalty`, `scale_and_clip`, `RewardScaler`; KL: `kl`, `kl_in_reward`, `sequence_kl`,
   `KlControl`, `FixedKl`, `AdaptiveKl`.
@@ -98,6 +99,11 @@ if TYPE_CHECKING:
         overlong_penalty as overlong_penalty,
     )
     from spmdrl.algorithms.supervised import next_token_loss as next_token_loss
+    from spmdrl.algorithms.turn_credit import (
+        turn_advantages as turn_advantages,
+        turn_returns as turn_returns,
+        turn_tokens as turn_tokens,
+    )
     from spmdrl.algorithms.value_loss import (
         gae as gae,
         VALUE_COLUMNS as VALUE_COLUMNS,
@@ -148,6 +154,7 @@ if TYPE_CHECKING:
         pair_accuracy as pair_accuracy,
     )
     from spmdrl.flows.advantage_terms import (
+        pays_turns as pays_turns,
         puts_kl_in_reward as puts_kl_in_reward,
         token_advantages as token_advantages,
     )
@@ -233,10 +240,8 @@ if TYPE_CHECKING:
         RoleContext as RoleContext,
         UserRole as UserRole,
     )
-    from spmdrl.roles.generation import (
-        Generation as Generation,
-        Rollout as Rollout,
-    )
+    from spmdrl.roles.generation import Rollout as Rollout
+    from spmdrl.roles.generation_rows import Generation as Generation
     from spmdrl.roles.handles import (
         Policy as Policy,
         Reference as Reference,
@@ -247,6 +252,7 @@ if TYPE_CHECKING:
         Update as Update,
         UpdateRecords as UpdateRecords,
     )
+    from spmdrl.roles.turn_calls import TURN_REWARDS as TURN_REWARDS
     from spmdrl.rollout.protocol import (
         OWN as OWN,
         Completion as Completion,
@@ -314,6 +320,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         ),
         "algorithms.rewards": "has_signal kl_in_reward overlong_penalty",
         "algorithms.supervised": "bradley_terry_loss next_token_loss",
+        "algorithms.turn_credit": "turn_advantages turn_returns turn_tokens",
         "algorithms.value_loss": "gae VALUE_COLUMNS clipped_value_loss explained_variance",
         "batch": "Batch concat from_rows group_index",
         "config.algorithms": "AlgorithmSection PreferenceSection",
@@ -329,7 +336,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
             "world_sum"
         ),
         "evaluation.metrics": "clustered_mean CHOSEN pair_accuracy",
-        "flows.advantage_terms": "puts_kl_in_reward token_advantages",
+        "flows.advantage_terms": "pays_turns puts_kl_in_reward token_advantages",
         "flows.dpo": "DpoTrainer",
         "flows.environment": "GroupEnvironment",
         "flows.grpo": "GrpoTrainer",
@@ -360,9 +367,11 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "observe.trackers.protocol": "TrackedRun Tracker",
         "roles.calls": "Call together",
         "roles.custom": "CustomRole RoleContext UserRole",
-        "roles.generation": "Generation Rollout",
+        "roles.generation": "Rollout",
+        "roles.generation_rows": "Generation",
         "roles.handles": "Policy Reference Reward Value",
         "roles.model_calls": "Update UpdateRecords",
+        "roles.turn_calls": "TURN_REWARDS",
         "rollout.protocol": "OWN Completion Finish Request RolloutEngine SamplingParams",
         "run.protocols": "Environment Evaluates Metrics Trainer",
         "run.run": "Run",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from spmdrl.observe.log import Relay, TimedLines
 from spmdrl.observe.metrics import MetricsWriter
 from spmdrl.observe.trackers.registry import outbox_of
 from spmdrl.placement import fold_text, place_roles
-from spmdrl.rewards.server import RewardServer
+from spmdrl.rewards.server import RewardServer, start_reward_server
 from spmdrl.role_spec import role_adapter
 from spmdrl.roles.handles import Generation, Rollout
 from spmdrl.roles.ledger import reporting
+from spmdrl.roles.turn_calls import NO_TURNS, AllTurns
 from spmdrl.rollout.protocol import Finish
 from spmdrl.rollout.stops import StopTexts
 from spmdrl.run.assembled import Assembly
@@ -43,6 +45,7 @@ from spmdrl.run.inputs import (
     sampling_params,
 )
 from spmdrl.run.reward_pools import make_pools
+from spmdrl.run.turns import make_turns
 from spmdrl.world import World, seed_everything
 
 log = logging.getLogger(__name__)
@@ -66,8 +69,11 @@ def evaluate(config: Config, world: World, server: RewardServer) -> dict[str, fl
     run_dir.mkdir(parents=True, exist_ok=True)
     relay = Relay(is_first=world.is_first and config.log.progress)
     metrics: dict[str, float] = {}
-    with make_pools(config, server, run_dir, world, inputs, trains=False) as pools:
-        assembly = _start(config, world, inputs, whole)
+    with (
+        make_pools(config, server, run_dir, world, inputs, trains=False) as pools,
+        make_turns(config, server, inputs, world) as turns,
+    ):
+        assembly = _start(config, world, inputs, whole, turns)
         evaluators = make_evaluators(config, world, inputs, assembly, pools, has_start=False)
         for name, evaluator in evaluators.items():
             with relay.bar(name), reporting(relay.report):
@@ -132,8 +138,24 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
         held_out={},
         now=source.now,
     )
+    with ExitStack() as stack:
+        turns = NO_TURNS
+        if prompts.takes_turns:
+            server = stack.enter_context(start_reward_server())
+            turns = stack.enter_context(make_turns(config, server, inputs, world))
+        own = _generated(config, world, inputs, whole, turns)
+    parts = gather_objects(own)
+    if dist.get_rank() == 0:
+        write_results(Path(out_file), [record for part in parts for record in part])
+    return sum(len(part) for part in parts)
+
+
+def _generated(
+    config: Config, world: World, inputs: Inputs, whole: Config, turns: AllTurns
+) -> list[dict[str, Any]]:
+    """Lines of this rank's responses to the prompts of `inputs`."""
     relay = Relay(is_first=world.is_first and config.log.progress)
-    assembly = _start(config, world, inputs, whole)
+    assembly = _start(config, world, inputs, whole, turns)
     rollout = next(r for r in assembly.roles.values() if isinstance(r, Rollout))
     generation = Generation(
         seed=config.seed,
@@ -142,14 +164,11 @@ def generate(config: Config, world: World, prompts_file: str, out_file: str) -> 
         sampling=sampling_params(config.sampling),
     )
     with relay.bar("generate"), reporting(relay.report):
-        rows = home_rows(world, prompts)
+        rows = home_rows(world, inputs.train)
         batch = rollout.generate(rows, generation)
     own = _records(batch, StopTexts(config.sampling.stop, inputs.texts))
-    parts = gather_objects(own)
     assembly.close()
-    if dist.get_rank() == 0:
-        write_results(Path(out_file), [record for part in parts for record in part])
-    return sum(len(part) for part in parts)
+    return own
 
 
 def _records(batch: Batch, stops: StopTexts) -> list[dict[str, Any]]:
@@ -221,7 +240,9 @@ def check_policys_adapter(config: Config, models: Mapping[str, Model]) -> None:
     role_adapter(policy, config, models[rollout].model)
 
 
-def _start(config: Config, world: World, inputs: Inputs, whole: Config) -> Assembly:
+def _start(
+    config: Config, world: World, inputs: Inputs, whole: Config, turns: AllTurns = NO_TURNS
+) -> Assembly:
     seed_everything(config.seed)
     models = open_models(config)
     check_policys_adapter(whole, models)
@@ -230,4 +251,4 @@ def _start(config: Config, world: World, inputs: Inputs, whole: Config) -> Assem
     if folded := fold_text(config, placements, world.size):
         log.info("%s", folded)
     check_models(config, inputs, plan.specs)
-    return assemble(config, world, models, inputs.texts, plan)
+    return assemble(config, world, models, inputs.texts, plan, turns)

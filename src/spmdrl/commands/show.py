@@ -53,7 +53,27 @@ def _one(step: int, sample: int, row: Mapping[str, Any]) -> Iterator[str]:
         f"{row['prompt_tokens']} + {row['response_tokens']} tokens, finish {row['finish']}, "
         f"weights of version {row['version']}"
     )
-    for name in ("prompt", "response", "answer"):
-        if row.get(name) is not None:
-            yield f"--- {name} ---"
-            yield str(row[name])
+    if row.get("prompt") is not None:
+        yield from _text("prompt", row["prompt"])
+    if "turns" in row:
+        yield from _turns(row)
+    else:
+        yield from _text("response", row["response"])
+    if row.get("answer") is not None:
+        yield from _text("answer", row["answer"])
+
+
+def _turns(row: Mapping[str, Any]) -> Iterator[str]:
+    """The turns of a sample, with what the model read after each."""
+    turns = row["turns"]
+    for number, turn in enumerate(turns, start=1):
+        yield from _text(f"turn {number}, reward {turn['reward']:.4g}", turn["text"])
+        if turn["given"]:
+            yield from _text("given", turn["given"])
+    if row["ending"] is not None:
+        yield f"--- after turn {len(turns)} of them: {row['ending']} ---"
+
+
+def _text(name: str, text: object) -> Iterator[str]:
+    yield f"--- {name} ---"
+    yield str(text)

@@ -34,6 +34,7 @@ from spmdrl.run.predicting import Predicting, run_machine
 from spmdrl.run.record import write_start
 from spmdrl.run.reward_pools import make_pools
 from spmdrl.run.run import Run
+from spmdrl.run.turns import make_turns
 from spmdrl.run.user_parts import check_flow, check_parts
 from spmdrl.supervision.attempt import begin_attempt
 from spmdrl.supervision.pulse import Pulse
@@ -126,11 +127,14 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
     write_start(config, world, watcher.attempt.directory)
     relay = Relay(is_first=world.is_first and config.log.progress)
 
-    with make_pools(config, server, run_dir, world, inputs) as pools:
+    with (
+        make_pools(config, server, run_dir, world, inputs) as pools,
+        make_turns(config, server, inputs, world) as turns,
+    ):
         watcher.look_after(server.ended)
         for pool in pools.values():
             watcher.look_after(pool.look)
-        assembly = assemble(config, world, models, inputs.texts, plan)
+        assembly = assemble(config, world, models, inputs.texts, plan, turns)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
         predicting = Predicting(

@@ -187,6 +187,13 @@ def set_takes_turns(config: Config, held_out: HeldOutSet) -> bool:
     return any(turns_of(config, source) is not None for source in sources)
 
 
+def turns_of_set(config: Config, held_out: HeldOutSet) -> list[str]:
+    """Kinds and options of what answers the turns of a held-out set's samples, in words."""
+    sources = train_sources(config) if held_out.data is None else [held_out.data]
+    found = [turns for source in sources if (turns := turns_of(config, source)) is not None]
+    return list(dict.fromkeys(f"turns {t.kind} {t.options}" for t in found))
+
+
 def is_rewarded(config: Config) -> bool:
     """Whether samples of the training data have rewards, of functions, roles or turns."""
     return bool(config.rewards) or takes_turns(config)

@@ -70,7 +70,8 @@ class Evaluator:
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics `eval/NAME/...`, equal on every rank: accuracy (avg@k: the mean over samples) and
         pass@k if a response can be right, mean reward and response length, and the win rate if
-        there is an opponent. All but the length have standard errors clustered by prompt.
+        there is an opponent. These but the length have standard errors clustered by prompt. Where
+        samples take turns, there are also `turns/...`, as of a step.
         """
         return self.measure(results_file(self._results_dir, self._set.name, step))
 
@@ -89,7 +90,8 @@ class Evaluator:
         batch = self._scorer.score(
             self._rollout.generate(rows, self._set.generation), evaluation=True
         )
-        metrics = self._metrics(batch)
+        turns = self._rollout.turn_metrics(batch).items()
+        metrics = self._metrics(batch) | {f"{EVAL}{self._set.name}/{n}": v for n, v in turns}
         if opponent is not None:
             rate = win_rate(self._table(batch, "rewards"), opponent)
             metrics |= self._named({WIN_RATE: rate})

@@ -105,6 +105,7 @@ class GroupEnvironment:
             "samples": lengths.count,
             "groups": float(groups),
             "groups_with_signal": with_signal,
+            **self.rollout.turn_metrics(batch),
             **self.run.reward_metrics(batch),
         }
 

@@ -25,10 +25,12 @@ from spmdrl.algorithms.value_loss import VALUE_COLUMNS, clipped_value_loss, expl
 from spmdrl.batch import Batch
 from spmdrl.config.algorithms import AlgorithmSection
 from spmdrl.distributed.reduce import Moments, moments
+from spmdrl.flows.advantage_terms import pays_turns
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.policy_terms import policy_columns, policy_loss, update_of, with_loss_weights
 from spmdrl.roles.calls import Call
 from spmdrl.roles.handles import Policy, Reference, Value, together
+from spmdrl.roles.turn_calls import TURN_REWARDS
 from spmdrl.rollout.protocol import Finish
 from spmdrl.run.protocols import Environment, Metrics, Trainer
 from spmdrl.run.run import Run
@@ -112,11 +114,18 @@ class PpoTrainer:
     def _shape(self, batch: Batch, *, policy_waits: bool) -> tuple[Batch, Metrics]:
         """Add `advantages` and `returns`, made from scores and KL, and return their metrics too."""
         mask, lengths = batch["loss_mask"], batch.lengths
-        scores = self._scores(batch)
+        scores, turn_rewards = self._scores(batch), None
+        ends = scores
+        if pays_turns(batch, self.algorithm):
+            # what scaling and clipping make of a whole sample's reward; its end has the rest
+            turn_rewards = batch[TURN_REWARDS] * self._scale
+            ends = scores.double() - batch.row_sum(turn_rewards.double())
         token_kl, coefficient = batch["old_logprobs"].new_zeros(batch.num_tokens), self.kl.coef
         if self.reference is not None:
             token_kl = kl(batch["old_logprobs"], batch["ref_logprobs"], "k1")
-        rewards = token_rewards(scores, token_kl, lengths, mask, kl_coef=coefficient)
+        rewards = token_rewards(
+            ends, token_kl, lengths, mask, kl_coef=coefficient, turn_rewards=turn_rewards
+        )
         advantages, returns = gae(
             rewards,
             batch["old_values"],
@@ -151,8 +160,11 @@ class PpoTrainer:
             self.scaler = self.scaler.updated(seen.count, seen.mean, seen.std)
         if algorithm.score_scaling == "whiten":
             scores = scores - self.scaler.mean
-        scale = 1.0 if algorithm.score_scaling == "none" else self.scaler.scale
-        return scale_and_clip(scores, scale=scale, clip=algorithm.score_clip)
+        return scale_and_clip(scores, scale=self._scale, clip=algorithm.score_clip)
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.algorithm.score_scaling == "none" else self.scaler.scale
 
     def _adapt(self, drift: Moments, *, policy_waits: bool) -> None:
         # the policy cannot move during value warm-up: its KL says nothing about the coefficient

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,16 @@ from spmdrl.rewards.judging import (
 from spmdrl.rewards.pool import RewardPool
 from spmdrl.roles.calls import Call, together
 from spmdrl.roles.custom import SCORES, CustomRole
+from spmdrl.roles.generation_rows import spans
 from spmdrl.roles.handles import Reward
 from spmdrl.roles.kept import origin_of
 from spmdrl.roles.ledger import Stint, current, places_of
+from spmdrl.roles.turn_calls import NUM_TURNS, TURN_REWARDS
 from spmdrl.rollout.protocol import Finish
 from spmdrl.rollout.stops import StopTexts
+
+OF_TURNS = "reward/turns"
+"""Component of the reward: the sum of a row's rewards of turns."""
 
 Retokenize = Callable[[Prompt, str, bool], Sequence[int]]
 """(prompt, response text, whether it was cut) -> token ids for another model."""
@@ -70,38 +75,71 @@ class Scorer:
         stop: Sequence[str] = (),
         roles: Sequence[ScoringRole] = (),
     ) -> None:
-        self.pool, self.stops = pool, StopTexts(stop, texts)
+        self.pool, self.stops, self._texts = pool, StopTexts(stop, texts), texts
         self._teller = None if pool is None else Teller(pool.failed)
         self.roles = tuple(roles)
 
     def texts(self, batch: Batch) -> list[str]:
-        """The response texts of rows from `rollout.generate`."""
+        """The response texts of rows from `rollout.generate`: those of turns, a line break between
+        two.
+        """
+        if NUM_TURNS in batch:
+            return ["\n".join(turn["text"] for turn in own) for own in self.turns(batch)]
         responses = torch.split(
             batch["tokens"][batch["loss_mask"]], batch["response_lengths"].tolist()
         )
         return [self.stops.before(ids.tolist()) for ids in responses]
 
+    def turns(self, batch: Batch) -> list[list[dict[str, Any]]]:
+        """The turns of rows that took some: `text` of the response, `reward`, and `given`, the text
+        with special tokens that the model read next, "" after the last one.
+        """
+        found: list[list[dict[str, Any]]] = []
+        for row in batch.split_rows():
+            ids, rewards = row["tokens"].tolist(), row[TURN_REWARDS].tolist()
+            places = spans(row["loss_mask"])
+            starts = [start for start, _ in places[1:]] + [len(ids)]
+            found.append(
+                [
+                    {
+                        "text": self.stops.before(ids[start:end]),
+                        "reward": rewards[end - 1],
+                        "given": self._texts.decode_all(ids[end:following]),
+                    }
+                    for (start, end), following in zip(places, starts, strict=False)
+                ]
+            )
+        return found
+
     def score(self, batch: Batch, *, evaluation: bool = False) -> Batch:
         """Score `batch`, which has the Python column `prompt`: adds the row columns `rewards`,
         `reward/NAME` of each component and `reward_failed` (`[B]` each), and the Python columns
-        `response`, `prompt_text` and `answer`.
+        `response`, `prompt_text` and `answer`; for rows that took turns also `turns`, and the
+        component `reward/turns` is the sum of their rewards.
         """
         prompts: Sequence[Prompt] = batch.objects["prompt"]
+        own: dict[str, Sequence[Any]] = {}
+        if NUM_TURNS in batch:
+            own = {"turns": self.turns(batch)}
         texts = self.texts(batch)
         batch = batch.with_columns(
             objects={
+                **own,
                 "response": texts,
                 "prompt_text": [p.text for p in prompts],
                 "answer": [p.answer for p in prompts],
             }
         )
-        made = self._kept(batch, lambda: self._by_functions(prompts, texts))
+        made = self._kept(batch, lambda: self._by_functions(prompts, texts, own.get("turns")))
         rewards, columns = made.rows["sum"], {n: c for n, c in made.rows.items() if n != "sum"}
         calls = [_call(scoring, batch, evaluation=evaluation) for scoring in self.roles]
         for scoring, home in zip(self.roles, together(*calls), strict=True):
             scores = home[SCORES].float()
             columns[f"reward/{scoring.role.name}"] = scores
             rewards = rewards + scoring.weight * scores
+        if own:
+            columns[OF_TURNS] = batch.row_sum(batch[TURN_REWARDS].double()).float()
+            rewards = rewards + columns[OF_TURNS]
         return batch.with_columns(rows={"rewards": rewards, **columns})
 
     def _kept(self, batch: Batch, make: Callable[[], Batch]) -> Batch:
@@ -118,7 +156,12 @@ class Scorer:
         origin = origin_of({"functions": functions}, read, names)
         return ledger.keep_rows("rewards", origin, places, make)
 
-    def _by_functions(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Batch:
+    def _by_functions(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        turns: Sequence[Sequence[Mapping[str, Any]]] | None,
+    ) -> Batch:
         """Row columns of the functions: `sum` (weighted), `reward/NAME` and `reward_failed`."""
         none = torch.zeros(len(texts), dtype=torch.int64)
         if self.pool is None:
@@ -128,6 +171,11 @@ class Scorer:
             RewardJob(prompt=p.text, response=text, answer=p.answer, entry=p.entry)
             for p, text in zip(prompts, texts, strict=True)
         ]
+        if turns is not None and any("turns" in c.columns for c in self.pool.callers.values()):
+            jobs = [
+                replace(job, entry={**job.entry, "turns": [turn["text"] for turn in own]})
+                for job, own in zip(jobs, turns, strict=True)
+            ]
         results = self._scored(self.pool, jobs)
         columns = {
             f"reward/{name}": _column([r.components[name] for r in results])

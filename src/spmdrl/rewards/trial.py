@@ -56,8 +56,9 @@ def try_out(pool: RewardPool, specs: Sequence[RewardSpec], prompt: Prompt, where
     """
     answer = prompt.answer or NO_ANSWER
     jobs = [
-        RewardJob(prompt=prompt.text, response=text, answer=prompt.answer, entry=prompt.entry)
+        RewardJob(prompt=prompt.text, response=text, answer=prompt.answer, entry=entry)
         for text in (answer, LONG.format(answer=answer))
+        for entry in [{**prompt.entry, "turns": [text]} if prompt.turns else prompt.entry]
     ]
     results = pool.tried(jobs)
     notes = []

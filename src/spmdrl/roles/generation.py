@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections import Counter
 
 import torch
 
-from spmdrl.batch import Batch, Ragged, from_rows
+from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.minibatches import split_groups_if_few
 from spmdrl.distributed.reduce import agreed
 from spmdrl.distributed.row_bytes import Column
-from spmdrl.keyed_random import NOISE_VERSION
 from spmdrl.memory.call_memory import CallMemory
 from spmdrl.models.adapter_weights import AdapterWeights
 from spmdrl.models.adapters import Adapter
@@ -21,50 +18,25 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, fill
 from spmdrl.models.routing import EXPERT_CHOICES, choices_dtype
 from spmdrl.roles.calls import Call, role_method
-from spmdrl.roles.kept import PartialResult
+from spmdrl.roles.generation_rows import Generation, run_generation
 from spmdrl.roles.ledger import Interrupted, Stint
 from spmdrl.roles.model_calls import WEIGHTS, row_order
-from spmdrl.rollout.native.engine import NativeEngine
-from spmdrl.rollout.protocol import (
-    OWN,
-    Completion,
-    Finish,
-    Request,
-    RolloutEngine,
-    SamplingParams,
+from spmdrl.roles.turn_calls import (
+    NO_TURNS,
+    TURN_COLUMNS,
+    TURN_ROW,
+    AllTurns,
+    described,
+    rooms,
+    with_openings,
 )
+from spmdrl.roles.turn_metrics import turn_metrics
+from spmdrl.rollout.native.engine import NativeEngine
+from spmdrl.rollout.protocol import OWN, RolloutEngine
 from spmdrl.training.support import SUPPORT
 
 KV_CACHE, GRAPHS = "kv_cache", "graphs"
 """Parts of an engine, as a `residency` section names them; graphs if decode steps are captured."""
-
-_NOTHING = Completion(tokens=(), logprobs=(), finish=Finish.ABORTED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """Sampling of a rollout: `group_size` responses per prompt, keyed by (seed, step, prompt).
-
-    Args:
-        adapters: the adapters that each prompt is answered with, `group_size` times each: the
-            policy's (`OWN`), None for the base alone, or names of `Rollout.add_adapter`. Sample
-            `i` has the adapter `i // group_size`.
-    """
-
-    seed: int
-    step: int
-    group_size: int
-    sampling: SamplingParams
-    adapters: tuple[str | None, ...] = field(default=(OWN,), repr=False)
-
-    def adapter_of(self, sample: int) -> str | None:
-        """Return the adapter of the sample with this index."""
-        return self.adapters[sample // self.group_size]
-
-    def settings(self) -> Mapping[str, Any]:
-        """Return the values that identify the call's configuration."""
-        named = {} if self.adapters == (OWN,) else {"adapters": self.adapters}
-        return {"generation": self, "noise": NOISE_VERSION, **named}
 
 
 class Rollout:
@@ -73,6 +45,7 @@ class Rollout:
     Args:
         memory: memory moves of this rank.
         parts: the parts that a call needs on the device.
+        turns: the turns that samples take; without any a sample has one.
 
     `version` is the policy's at the engine's last sync: the number of its optimizer steps.
     """
@@ -85,7 +58,9 @@ class Rollout:
         engine: RolloutEngine | None,
         memory: CallMemory | None = None,
         parts: tuple[str, ...] = (WEIGHTS, KV_CACHE),
+        turns: AllTurns = NO_TURNS,
     ) -> None:
+        self.turns, self._turn_counts = turns, Counter[str]()
         self.name, self.mesh, self.model = name, mesh, model
         self.engine, self.memory = engine, memory
         self.parts, self.version = parts, 0
@@ -117,6 +92,13 @@ class Rollout:
         weights = agreed(ValueError, filled)
         if weights is not None and isinstance(engine, NativeEngine):
             engine.add_adapter(name, weights)
+
+    def turn_metrics(self, batch: Batch) -> dict[str, float]:
+        """Metrics of a step's rows that took turns (`turn_metrics`), with what was counted while
+        they were answered since the last time; none without turns. Every rank calls it.
+        """
+        counts, self._turn_counts = self._turn_counts, Counter()
+        return turn_metrics(batch, counts) if self.turns else {}
 
     @role_method
     def logprobs(
@@ -167,7 +149,13 @@ class Rollout:
         `sampling.experts` and `.margins` also the token columns `expert_choices` and `margins`,
         with `sampling.support` the ragged column `support_ids`. The prompts' own row and Python
         columns are repeated for every sample.
+
+        Where samples take turns, their prompts are those that environments begin with; results also
+        have the token column `turn_rewards` and the row columns `num_turns` and `turn_end`
+        (`turn_calls`), and `loss_mask` and `response_lengths` are of sampled tokens alone.
         """
+        if self.turns:
+            prompts = with_openings(prompts, self.turns)
         size = generation.group_size * len(generation.adapters)
         repeated = prompts.select(torch.arange(len(prompts)).repeat_interleave(size))
         samples = torch.arange(size).repeat(len(prompts))
@@ -177,7 +165,9 @@ class Rollout:
 
         def compute(rows: Batch, stint: Stint) -> Batch | Interrupted:
             assert self.engine is not None, f"role {self.name!r} has no engine on this rank"
-            done = _run_generation(self.engine, rows, generation, experts, stint)
+            done = run_generation(self.engine, rows, generation, self.turns, experts, stint)
+            for own in self.turns.values():
+                self._turn_counts.update(own.counts())
             if isinstance(done, Interrupted):
                 return done
             return done.with_columns(rows={"weight_version": torch.full((len(rows),), version)})
@@ -189,7 +179,7 @@ class Rollout:
             role=self,
             method="generate",
             batch=batch,
-            needs=("tokens", "prompt_ids", "sample_index"),
+            needs=("tokens", "prompt_ids", "sample_index", *[TURN_ROW] * bool(self.turns)),
             returns=(
                 Column(name="tokens", dtype=torch.int64),
                 Column(name="rollout_logprobs"),
@@ -202,15 +192,16 @@ class Rollout:
                 Column(name="finish", kind="row", dtype=torch.int64),
                 Column(name="weight_version", kind="row", dtype=torch.int64),
                 *experts,
+                *(TURN_COLUMNS if self.turns else ()),
             ),
             compute=compute,
             finish=finish,
             uses=tuple((self.name, part) for part in self.parts),
-            cost=batch.lengths + generation.sampling.max_tokens,
+            cost=batch.lengths + rooms(batch, self.turns, generation.sampling.max_tokens),
             atom=batch["prompt_ids"],
             order=row_order(batch),
             arrange=split_groups_if_few,
-            settings=generation.settings(),
+            settings={**generation.settings(), **described(self.turns)},
         )
 
 
@@ -221,128 +212,3 @@ def _expert_column(model: ModelConfig) -> tuple[Column, ...]:
         raise ValueError(f"sampling.experts: {model.architecture} has no experts to record")
     dtype, shape = choices_dtype(moe.num_experts), (len(model.moe_layers), moe.top_k)
     return (Column(name=EXPERT_CHOICES, dtype=dtype, shape=shape),)
-
-
-def _run_generation(
-    engine: RolloutEngine,
-    rows: Batch,
-    generation: Generation,
-    experts: tuple[Column, ...],
-    stint: Stint,
-) -> Batch | Interrupted:
-    """Generate for this replica's rows; rows of one prompt and adapter become one request."""
-    sequences = torch.split(rows["tokens"], rows.lengths.tolist())
-    samples = rows["sample_index"].tolist()
-    places: dict[tuple[int, str | None], list[int]] = {}
-    for row, prompt_id in enumerate(rows["prompt_ids"].tolist()):
-        places.setdefault((prompt_id, generation.adapter_of(samples[row])), []).append(row)
-    begun = {} if stint.begun is None else _begun(stint.begun)
-    requests = [
-        Request(
-            tokens=tuple(sequences[group[0]].tolist()),
-            prompt_id=prompt_id,
-            samples=tuple(samples[row] for row in group),
-            sampling=generation.sampling,
-            begun=tuple(begun.get((prompt_id, samples[row]), _NOTHING) for row in group)
-            if begun
-            else (),
-            adapter=adapter,
-        )
-        for (prompt_id, adapter), group in places.items()
-    ]
-
-    def report(num_tokens: int, num_done: int) -> None:
-        stint.beat()
-        stint.report(num_done, len(rows))
-
-    generated = engine.generate(
-        requests,
-        seed=generation.seed,
-        step=generation.step,
-        progress=report,
-        should_stop=stint.should_stop,
-        state=None if stint.begun is None else stint.begun.state,
-    )
-    by_row: dict[int, Completion] = {}
-    for group, completions in zip(places.values(), generated, strict=True):
-        by_row.update(zip(group, completions, strict=True))
-    completions = [by_row[row] for row in range(len(rows))]
-    batch = _completed(rows, completions, with_margins=generation.sampling.margins)
-    if generation.sampling.support:
-        batch = batch.with_columns(ragged={SUPPORT: _supports(rows, completions)})
-    for column in experts:
-        none = torch.empty((0, *column.shape), dtype=column.dtype)
-        chosen = [c.experts for c in completions if c.experts is not None]
-        if len(chosen) < len(completions):
-            raise ValueError(
-                "algorithm.routing_replay=true, but the rollout's engine records no experts: set "
-                "rollout.engine=native, or the other to false"
-            )
-        batch = batch.with_columns(tokens={column.name: torch.cat([none, *chosen])})
-    if any(completion.finish is Finish.ABORTED for completion in completions):
-        return Interrupted(part=PartialResult(rows=batch, state=engine.aborted_state()))
-    return batch
-
-
-def _begun(part: PartialResult) -> dict[tuple[int, int], Completion]:
-    """(prompt id, sample) -> the tokens that a stopped call has drawn of it."""
-    if part.rows is None:
-        return {}
-    found = {}
-    for row in part.rows.split_rows():
-        mask = row["loss_mask"]
-        key = int(row["prompt_ids"]), int(row["sample_index"])
-        found[key] = Completion(
-            tokens=tuple(row["tokens"][mask].tolist()),
-            logprobs=tuple(row["rollout_logprobs"][mask].tolist()),
-            finish=Finish(int(row["finish"])),
-            margins=tuple(row["margins"][mask].tolist()) if "margins" in row else (),
-            experts=row.tokens.get(EXPERT_CHOICES),
-            support=row.ragged[SUPPORT].select(mask.nonzero().flatten())
-            if SUPPORT in row.ragged
-            else None,
-        )
-    return found
-
-
-def _supports(prompts: Batch, completions: list[Completion]) -> Ragged:
-    """The tokens that each token was drawn from; none for a prompt's tokens."""
-    counts, values = [torch.zeros(0, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int32)]
-    for length, completion in zip(prompts.lengths.tolist(), completions, strict=True):
-        if completion.support is None:
-            raise ValueError("sampling.support=True, but the rollout's engine records no tokens")
-        counts += [torch.zeros(length, dtype=torch.int32), completion.support.counts]
-        values.append(completion.support.values)
-    return Ragged(counts=torch.cat(counts), values=torch.cat(values))
-
-
-def _completed(prompts: Batch, completions: list[Completion], *, with_margins: bool) -> Batch:
-    sequences, logprobs, masks, margins = [], [], [], []
-    for prompt, completion in zip(
-        torch.split(prompts["tokens"], prompts.lengths.tolist()), completions, strict=True
-    ):
-        zeros = [0.0] * len(prompt)
-        sequences.append([*prompt.tolist(), *completion.tokens])
-        logprobs += [*zeros, *completion.logprobs]
-        masks += [False] * len(prompt) + [True] * len(completion.tokens)
-        margins += [*zeros, *completion.margins]
-    counts = torch.tensor([len(c.tokens) for c in completions], dtype=torch.int64)
-    batch = from_rows(sequences)
-    asked = {"margins": torch.tensor(margins, dtype=torch.float32)} if with_margins else {}
-    return replace(
-        batch,
-        tokens={
-            **batch.tokens,
-            **asked,
-            "rollout_logprobs": torch.tensor(logprobs, dtype=torch.float32),
-            "loss_mask": torch.tensor(masks, dtype=torch.bool),
-        },
-        rows={
-            "prompt_lengths": prompts.lengths,
-            "response_lengths": counts,
-            "finish": torch.tensor([c.finish for c in completions], dtype=torch.int64),
-            # identifies the rows if the call is stopped
-            "prompt_ids": prompts["prompt_ids"],
-            "sample_index": prompts["sample_index"],
-        },
-    )

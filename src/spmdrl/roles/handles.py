@@ -16,7 +16,8 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.call_memory import CallMemory
 from spmdrl.models.config import ModelConfig
 from spmdrl.roles.calls import Call, role_method, together
-from spmdrl.roles.generation import Generation, Rollout
+from spmdrl.roles.generation import Rollout
+from spmdrl.roles.generation_rows import Generation
 from spmdrl.roles.model_calls import (
     FROM_ROLLOUT,
     ModelRole,

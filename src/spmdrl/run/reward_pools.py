@@ -26,15 +26,15 @@ log = logging.getLogger(__name__)
 def reward_specs(rewards: Sequence[RewardSection]) -> list[RewardSpec]:
     """Make one component per function in `rewards`, named after it.
 
-    A number is added if another function or a scoring role already has the name.
+    A number is added if another function, a scoring role or the rewards of turns have the name.
     """
-    roles = {section.role for section in rewards}
+    names = {"turns", *(section.role for section in rewards)}
     specs: list[RewardSpec] = []
     for section in rewards:
         if section.function is None:
             continue
         base = section.function.rpartition(":")[2]
-        taken = sum(spec.name.split("#")[0] == base for spec in specs) + (base in roles)
+        taken = sum(spec.name.split("#")[0] == base for spec in specs) + (base in names)
         specs.append(
             RewardSpec(
                 name=f"{base}#{taken + 1}" if taken else base,
@@ -65,6 +65,8 @@ class Scored:
         for prompts in self.prompts.values():
             for entry in prompts.entries():
                 found.update(entry)
+            if prompts.takes_turns:
+                found.add("turns")
         return frozenset(found)
 
 
@@ -194,7 +196,7 @@ def _try_all(scored: Mapping[str, Scored], pools: Mapping[str, RewardPool]) -> s
 def _tell_of_missing(name: str, columns: Sequence[str], where: str, prompts: PromptSet) -> None:
     for column in columns:
         lacking = sum(column not in entry for entry in prompts.entries())
-        if lacking:
+        if lacking and not (column == "turns" and prompts.takes_turns):
             log.warning(
                 "reward %s takes the column %r, which %d of %d rows of %s lack: they give None",
                 *(name, column, lacking, len(prompts), where),

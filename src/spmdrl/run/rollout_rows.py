@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from spmdrl.batch import Batch
-from spmdrl.rollout.protocol import Finish
+from spmdrl.roles.turn_calls import TURN_END
+from spmdrl.rollout.protocol import Ending, Finish
 
 
 def rollout_rows(batch: Batch) -> list[dict[str, Any]]:
@@ -32,18 +33,28 @@ def rollout_rows(batch: Batch) -> list[dict[str, Any]]:
         mask = batch["loss_mask"]
         counts = batch.row_sum(mask).clamp(min=1)
         columns["advantage"] = batch.row_sum(batch["advantages"] * mask) / counts
+    texts = {
+        "prompt": batch.objects["prompt_text"],
+        "response": batch.objects["response"],
+        "answer": batch.objects["answer"],
+    }
+    if "turns" in batch.objects:
+        texts["turns"] = batch.objects["turns"]
+        texts["ending"] = [_ending(code) for code in batch[TURN_END].tolist()]
     numbers = {name: column.tolist() for name, column in columns.items()}
     finish = [Finish(code).text for code in batch["finish"].tolist()]
     return [
         {
             **{name: values[i] for name, values in numbers.items()},
             "finish": finish[i],
-            "prompt": batch.objects["prompt_text"][i],
-            "response": batch.objects["response"][i],
-            "answer": batch.objects["answer"][i],
+            **{name: values[i] for name, values in texts.items()},
         }
         for i in range(len(batch))
     ]
+
+
+def _ending(code: int) -> str | None:
+    return None if code < 0 else Ending(code).text
 
 
 def fits(logged: Batch, batch: Batch) -> bool:

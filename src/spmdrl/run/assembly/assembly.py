@@ -35,6 +35,7 @@ from spmdrl.roles.generation import GRAPHS, KV_CACHE
 from spmdrl.roles.handles import HANDLES, Policy, Reward, Rollout
 from spmdrl.roles.model_calls import BASE, WEIGHTS, ModelRole
 from spmdrl.roles.policy_sync import PolicySync
+from spmdrl.roles.turn_calls import NO_TURNS, AllTurns
 from spmdrl.rollout.protocol import RolloutEngine
 from spmdrl.rollout.vllm_engine import VllmEngine
 from spmdrl.run.assembled import Assembly, Base
@@ -119,6 +120,7 @@ def assemble(
     models: Mapping[str, Model],
     texts: TokenTexts | None,
     plan: RolePlan | None = None,
+    turns: AllTurns = NO_TURNS,
 ) -> Assembly:
     """Make every role on every rank, in `building_order`.
 
@@ -128,6 +130,7 @@ def assemble(
     Args:
         texts: texts of tokens, for rollouts; None: no stop texts.
         plan: plan of the same configuration, placements and models; None: it is made here.
+        turns: those that samples take.
 
     Raises:
         ValueError: an engine is not installed or does not support the model; on every rank.
@@ -148,7 +151,7 @@ def assemble(
         if config.is_users(name):
             builder.add_custom(name, mesh)
         elif (spec := plan.specs[name]).is_rollout:
-            builder.add_rollout(spec, mesh, models[name], texts)
+            builder.add_rollout(spec, mesh, models[name], texts, turns)
         else:
             builder.add_model(spec, mesh, models[name])
     return builder.assembly()
@@ -230,6 +233,7 @@ class _Builder:
         mesh: Mesh,
         model: Model,
         texts: TokenTexts | None,
+        turns: AllTurns,
     ) -> None:
         name, memory = spec.name, self._memory_of(spec.name)
         moves = memory is not None and mesh.is_member and self._residencies[name, WEIGHTS] != "keep"
@@ -244,7 +248,7 @@ class _Builder:
         )
         captured = engine is not None and engine.captures_graphs
         parts = engine_parts(spec, captures_graphs=captured)
-        role = Rollout(name, mesh, spec.model, engine, memory, parts)
+        role = Rollout(name, mesh, spec.model, engine, memory, parts, turns)
         self._roles[name] = role
         policy = next((r for r in self._roles.values() if isinstance(r, Policy)), None)
         layouts, rank = self._plan.layouts, self._world.rank

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from spmdrl.config.data_sets import START, HeldOutSet, held_out_sets, uses_chat
-from spmdrl.config.sections import Config, RewardSection
+from spmdrl.config.data_sets import (
+    START,
+    HeldOutSet,
+    held_out_sets,
+    set_takes_turns,
+    turns_of_set,
+    uses_chat,
+)
+from spmdrl.config.sections import Config
 from spmdrl.data.order import StepRows, Stream, stream_of
 from spmdrl.data.prompts import PromptSet
 from spmdrl.evaluation.evaluator import KEY, Evaluator, HeldOutPrompts, results_file
@@ -186,7 +193,7 @@ def make_evaluators(
             k=described.k,
             # no value of a reward model's score makes a response right
             threshold=described.threshold if can_be_right(config, described) else None,
-            judged_by=judge(config, described.rewards),
+            judged_by=judge(config, described),
             against=against,
         )
         scorer = make_scorer(config, inputs, assembly, pool, described)
@@ -195,15 +202,19 @@ def make_evaluators(
 
 
 def can_be_right(config: Config, described: HeldOutSet) -> bool:
-    """Whether some reward is not a reward model's, so that a response can be right."""
+    """Whether some reward is not a reward model's, so that a response can be right: a function's,
+    or that of turns.
+    """
     rewards = described.rewards
-    return any(r.role is None or config.role_kind(r.role) != "reward" for r in rewards)
+    return set_takes_turns(config, described) or any(
+        r.role is None or config.role_kind(r.role) != "reward" for r in rewards
+    )
 
 
-def judge(config: Config, rewards: Sequence[RewardSection]) -> str:
+def judge(config: Config, described: HeldOutSet) -> str:
     """Description of what makes the rewards: equal for responses that may be compared."""
-    parts = []
-    for reward in rewards:
+    parts = turns_of_set(config, described)
+    for reward in described.rewards:
         name = reward.function
         if reward.role is not None:
             kind = config.role_kind(reward.role)

@@ -1,0 +1,54 @@
+"""Metrics of samples that take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from spmdrl.batch import Batch
+from spmdrl.distributed.reduce import moments, world_sum
+from spmdrl.roles.turn_calls import NUM_TURNS, TURN_END, TURN_REWARDS
+from spmdrl.rollout.protocol import Ending
+
+COUNTED = ("restarted", "remade")
+"""Samples that started again after a stop, and objects that were made again in another worker."""
+
+
+def turn_metrics(batch: Batch, counts: Mapping[str, int]) -> dict[str, float]:
+    """Metrics of turns over the world's rows; every rank calls it.
+
+    `turns/mean` and `turns/max` count a sample's turns, `turns/reward` is a turn's mean reward,
+    `turns/given_tokens` a sample's mean of tokens from its environment; `turns/cut_by_turns`,
+    `turns/cut_by_room`, `turns/cut_by_seconds` and `turns/failed` are shares of samples that ended
+    so; `turns/restarted` and `turns/remade` are counts.
+
+    Args:
+        batch: home rows of `rollout.generate` that took turns.
+        counts: this rank's, of `COUNTED`.
+    """
+    number, ending = batch[NUM_TURNS].double(), batch[TURN_END]
+    turns = moments(number)
+    rewards = moments(batch.row_sum(batch[TURN_REWARDS].double()))
+    after = batch.lengths - batch["prompt_lengths"]
+    given = moments((after - batch["response_lengths"]).double())
+    shares = {
+        name: moments((ending == kind).double()).mean
+        for name, kind in (
+            ("cut_by_turns", Ending.TURNS),
+            ("cut_by_room", Ending.ROOM),
+            ("cut_by_seconds", Ending.SECONDS),
+            ("failed", Ending.FAILED),
+        )
+    }
+    own = [counts.get(name, 0) for name in COUNTED]
+    counted = world_sum(torch.tensor(own, dtype=torch.float64))
+    found = {
+        "mean": turns.mean,
+        "max": turns.maximum,
+        "reward": rewards.mean / turns.mean if turns.mean else 0.0,
+        "given_tokens": given.mean,
+        **shares,
+        **dict(zip(COUNTED, counted.tolist(), strict=True)),
+    }
+    return {f"turns/{name}": value for name, value in found.items()}
