@@ -180,20 +180,7 @@ class Rollout:
             method="generate",
             batch=batch,
             needs=("tokens", "prompt_ids", "sample_index", *[TURN_ROW] * bool(self.turns)),
-            returns=(
-                Column(name="tokens", dtype=torch.int64),
-                Column(name="rollout_logprobs"),
-                Column(name="loss_mask", dtype=torch.bool),
-                *[Column(name="margins")] * generation.sampling.margins,
-                *[Column(name=SUPPORT, kind="ragged", dtype=torch.int32)]
-                * generation.sampling.support,
-                Column(name="prompt_lengths", kind="row", dtype=torch.int64),
-                Column(name="response_lengths", kind="row", dtype=torch.int64),
-                Column(name="finish", kind="row", dtype=torch.int64),
-                Column(name="weight_version", kind="row", dtype=torch.int64),
-                *experts,
-                *(TURN_COLUMNS if self.turns else ()),
-            ),
+            returns=_columns(generation, experts, self.turns),
             compute=compute,
             finish=finish,
             uses=tuple((self.name, part) for part in self.parts),
@@ -203,6 +190,25 @@ class Rollout:
             arrange=split_groups_if_few,
             settings={**generation.settings(), **described(self.turns)},
         )
+
+
+def _columns(
+    generation: Generation, experts: tuple[Column, ...], turns: AllTurns
+) -> tuple[Column, ...]:
+    """Columns that come home from a call."""
+    return (
+        Column(name="tokens", dtype=torch.int64),
+        Column(name="rollout_logprobs"),
+        Column(name="loss_mask", dtype=torch.bool),
+        *[Column(name="margins")] * generation.sampling.margins,
+        *[Column(name=SUPPORT, kind="ragged", dtype=torch.int32)] * generation.sampling.support,
+        Column(name="prompt_lengths", kind="row", dtype=torch.int64),
+        Column(name="response_lengths", kind="row", dtype=torch.int64),
+        Column(name="finish", kind="row", dtype=torch.int64),
+        Column(name="weight_version", kind="row", dtype=torch.int64),
+        *experts,
+        *(TURN_COLUMNS if turns else ()),
+    )
 
 
 def _expert_column(model: ModelConfig) -> tuple[Column, ...]:
