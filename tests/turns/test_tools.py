@@ -132,7 +132,9 @@ def test_the_format_of_calls_is_the_templates():
     with pytest.raises(ValueError, match="format=auto: the model's chat template shows no tool"):
         environment_kind("tools", {}, "no calls")
     assert environment_kind("tools", {"format": "llama3"}, "").options == {"format": "llama3"}
-    assert environment_kind("my.py:Mine", {"a": 1}, "").where == "my.py:Mine"
+    own = environment_kind("my.py:Mine", {"a": 1}, "")
+    assert (own.where, own.modules) == ("my.py:Mine", ())
+    assert environment_kind("textarena", {"game": "x"}, "").modules == ("textarena",)
     with pytest.raises(ValueError, match="kind=tool: it must be tools, gymnasium"):
         environment_kind("tool", {}, "")
 

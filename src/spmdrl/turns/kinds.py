@@ -22,6 +22,11 @@ KINDS: Mapping[str, str] = MappingProxyType(
 )
 """Name of a shipped environment -> its class."""
 
+_SLOW: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"textarena": ("textarena",), "reasoning_gym": ("reasoning_gym",)}
+)
+"""Name -> modules that take long to import."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EnvironmentKind:
@@ -29,10 +34,12 @@ class EnvironmentKind:
 
     Args:
         where: `module:Class`, or `path/to/file.py:Class`.
+        modules: modules that are slow to import, so they are imported before workers fork.
     """
 
     where: str
     options: Mapping[str, Any]
+    modules: tuple[str, ...] = ()
 
 
 def environment_kind(
@@ -61,4 +68,4 @@ def environment_kind(
                 "the format that the model writes (hermes, llama3, mistral, harmony), or a "
                 "parser of your own (module:function)"
             )
-    return EnvironmentKind(where=where, options=options)
+    return EnvironmentKind(where=where, options=options, modules=_SLOW.get(kind, ()))
