@@ -91,6 +91,7 @@ def test_the_tools_of_the_page_are_found(checkout: Path, monkeypatch: pytest.Mon
 
 def test_the_page_names_the_kinds_and_keys_that_there_are() -> None:
     from spmdrl.config.turns import TurnsSection
+
     from spmdrl.turns.kinds import KINDS
 
     page = PAGE.read_text()
