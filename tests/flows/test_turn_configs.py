@@ -9,7 +9,6 @@ import pytest
 
 from flow_cases import run_configs
 from harness import run_ranks
-from spmdrl.turns.tool_calls import ToolCall, ToolCalls
 from tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -17,10 +16,15 @@ CONFIGS = ROOT / "configs"
 NAMES = ("textarena", "reasoning_gym_feedback", "tools/grpo")
 
 
-def all_of_it(text: str) -> ToolCalls:
+PARSER = '''
+from spmdrl.api import ToolCall, ToolCalls
+
+
+def all_of_it(text):
     """Read a turn as a call of the calculator, whatever a toy model writes."""
     call = ToolCall(name="calculator", arguments={"expression": text})
     return ToolCalls(text="", calls=(call,))
+'''
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(40)]
     for file, part in (("questions", rows[:30]), ("held_out", rows[30:])):
         (root / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (root / "parser.py").write_text(PARSER)
     return root
 
 
@@ -54,7 +59,7 @@ def overrides(name: str, root: Path, run_dir: Path) -> list[str]:
         *words,
         f"data.train.source={root / 'questions.jsonl'}",
         f"evaluation.sets.held_out.data.source={root / 'held_out.jsonl'}",
-        f"rollout.turns.options.format={__file__}:all_of_it",
+        f"rollout.turns.options.format={root / 'parser.py'}:all_of_it",
     ]
 
 
