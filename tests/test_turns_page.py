@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from spmdrl.config.turns import TurnsSection
 from spmdrl.observe.metrics import read_metrics
+from spmdrl.turns.kinds import KINDS
 from spmdrl.turns.tools import ToolEnvironment
 from test_adapter_page import run
 from test_docs import ROOT, blocks
@@ -90,10 +92,6 @@ def test_the_tools_of_the_page_are_found(checkout: Path, monkeypatch: pytest.Mon
 
 
 def test_the_page_names_the_kinds_and_keys_that_there_are() -> None:
-    from spmdrl.config.turns import TurnsSection
-
-    from spmdrl.turns.kinds import KINDS
-
     page = PAGE.read_text()
     kinds = page[page.index("| kind |") : page.index("`gymnasium` takes any")]
     assert re.findall(r"^\| `(\w+)` \|", kinds, re.M) == list(KINDS)
