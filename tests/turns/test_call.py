@@ -50,6 +50,7 @@ def test_rewards_and_tokens_are_the_environments(server: RewardServer) -> None:
         found = play(turns, rows_of(3))
         assert set(found.endings.values()) == {Ending.DONE}
         assert turns.counts()["done"] == 6
+        assert turns.metrics()["turns"] == 18
     for (place, _), (tokens, given, rewards, _) in found.result().items():
         assert len(rewards) == 3 and len(given) == 2
         text, start = "", 0
@@ -83,6 +84,8 @@ FAILURES = {
     "memory": "memory limit",
     "nan": "the reward nan",
     "word": "the reward '1.0'",
+    "metric": "the metric 'calls': '2'",
+    "infinite": "the metric 'calls': inf: it must be finite",
     "text": "return an Observation",
     "assistant": "the model alone writes those",
     "no role": "it has no role",

@@ -54,6 +54,7 @@ class Counting:
             messages=[{"role": "tool", "content": " ".join(map(str, given))}],
             reward=number + digits / 7,
             done=number + 1 >= self.row.get("turns", 3),
+            metrics={"turns": 1, "numbers": len(given)},
         )
 
     def _trouble(self, trouble: str, number: int) -> Observation:
@@ -79,6 +80,10 @@ class Counting:
             found = Observation(messages=found.messages, reward=float("nan"))
         if trouble == "word":
             found = Observation(messages=found.messages, reward="1.0")  # type: ignore[arg-type]
+        if trouble == "metric":
+            found = Observation(metrics={"calls": "2"})  # type: ignore[dict-item]
+        if trouble == "infinite":
+            found = Observation(metrics={"calls": float("inf")})
         if trouble == "text":
             found = "right"
         if trouble == "assistant":

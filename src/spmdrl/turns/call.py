@@ -53,6 +53,7 @@ class EnvironmentTurns(AbstractContextManager["EnvironmentTurns"]):
             timeout_s=settings.timeout_s,
         )
         self._counts: Mapping[str, int] = {}
+        self._metrics: Mapping[str, float] = {}
         # only once: a file that changes during the run must not be taken for the one at its start
         self._described = f"{settings.kind} {dict(settings.options)} {source_digest(settings.kind)}"
 
@@ -126,7 +127,7 @@ class EnvironmentTurns(AbstractContextManager["EnvironmentTurns"]):
             yield call
         finally:
             call.close()
-            self._counts = call.counts()
+            self._counts, self._metrics = call.counts(), call.metrics()
             if self._workers.is_used:
                 self._workers.renew()
 
@@ -135,6 +136,12 @@ class EnvironmentTurns(AbstractContextManager["EnvironmentTurns"]):
         were `restarted`, and objects that were `remade`.
         """
         return self._counts
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return sums of the observations' `metrics` over the turns that the last call answered on
+        this rank.
+        """
+        return self._metrics
 
     def close(self) -> None:
         """End the workers."""

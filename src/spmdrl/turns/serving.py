@@ -154,11 +154,11 @@ class _Objects:
 
 
 def observation_of(found: Any) -> dict[str, Any]:
-    """Check what a step returned, and return it as JSON values: `messages` and `reward`; without
-    messages, the sample ends.
+    """Check what a step returned, and return it as JSON values: `messages`, `reward` and `metrics`;
+    without messages, the sample ends.
 
     Raises:
-        Refused: it is no observation, or the reward no number.
+        Refused: it is no observation, or the reward or a metric no number.
     """
     if not isinstance(found, Observation):
         raise Refused(
@@ -177,7 +177,22 @@ def observation_of(found: Any) -> dict[str, Any]:
     messages = [] if done or found.messages is None else _messages(found.messages, "step")
     if any(message["role"] == "assistant" for message in messages):
         raise Refused("step returned an assistant's message: the model alone writes those")
-    return {"messages": messages, "reward": reward}
+    return {"messages": messages, "reward": reward, "metrics": _metrics(found.metrics)}
+
+
+def _metrics(found: Any) -> dict[str, float]:
+    """Check the metrics of a turn, and return them as JSON values."""
+    if not isinstance(found, Mapping):
+        raise Refused(f"step returned the metrics {reprlib.repr(found)}: they are numbers by name")
+    numbers: dict[str, float] = {}
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, int | float):
+            what = f"{reprlib.repr(name)}: {reprlib.repr(value)}"
+            raise Refused(f"step returned the metric {what}: metrics are numbers by name")
+        numbers[name] = float(value)
+        if not abs(numbers[name]) <= FLOAT32_MAX:
+            raise Refused(f"step returned the metric {name!r}: {value}: it must be finite")
+    return numbers
 
 
 def _messages(found: Any, method: str) -> list[dict[str, Any]]:

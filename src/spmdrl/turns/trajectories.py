@@ -115,6 +115,7 @@ class EnvironmentCall:
         self._workers, self._renderer, self._settings = workers, renderer, settings
         self._held: dict[Held, _Sample] = {}
         self._counts: Counter[str] = Counter()
+        self._metrics: dict[str, float] = {}
         self._reasons: dict[str, str] = {}
         self._samples: dict[tuple[int, int], _Sample] = {}
         for index, (request, entry) in enumerate(zip(requests, entries, strict=True)):
@@ -166,6 +167,10 @@ class EnvironmentCall:
         """See `EnvironmentTurns.counts`."""
         names = [*(ending.text for ending in Ending), "restarted", "remade"]
         return {name: self._counts[name] for name in names}
+
+    def metrics(self) -> Mapping[str, float]:
+        """See `EnvironmentTurns.metrics`."""
+        return self._metrics
 
     def close(self) -> None:
         """Close all objects, and log what has failed."""
@@ -274,6 +279,8 @@ class EnvironmentCall:
     def _answer(self, sample: _Sample, value: Mapping[str, Any]) -> Answer:
         turn, reward = sample.turn, float(value["reward"])
         assert turn is not None and sample.since is not None
+        for name, number in value["metrics"].items():
+            self._metrics[name] = self._metrics.get(name, 0.0) + number
         if not value["messages"]:
             return self._end(sample, Ending.DONE, reward)
         if turn.number + 1 >= self._settings.max_turns:
