@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spmdrl.batch import Batch
-from spmdrl.checkpoint.index import entries_of, frozen_slices, index_text, only, slice_owners
+from spmdrl.checkpoint.index import entries_of, index_text
+from spmdrl.checkpoint.owners import frozen_slices, only, owned_slices
 from spmdrl.distributed import exchange
 from spmdrl.distributed.exchange import bring_home, send_to_role
 from spmdrl.distributed.exchange_plan import ExchangePlan, RowTable, plan_exchanges
@@ -264,9 +265,9 @@ def start(meter: Meter, each: Meter, size: int, num_layers: int, *, with_sync: b
     model = llama(num_layers)
     layout = model_layout(model, ranks, degrees, torch.float32)
     with meter.charge("owners of a checkpoint's slices"):
-        owners = slice_owners(layout)
-        frozen_slices(layout)
-    checkpoint(each, layout[0], owners, size)
+        owned = owned_slices(layout, 0)
+        frozen_slices(layout[0])
+    checkpoint(each, layout[0], owned, size)
     if with_sync:
         target = model_layout(model, ranks, engine, torch.bfloat16)
         plan = plan_sync(layout, target, node_size=NODE)
@@ -274,16 +275,13 @@ def start(meter: Meter, each: Meter, size: int, num_layers: int, *, with_sync: b
             rank_rounds(plan, plan.rounds, 0)
 
 
-def checkpoint(
-    meter: Meter, table: Mapping[str, Any], owners: Mapping[Any, int], size: int
-) -> None:
+def checkpoint(meter: Meter, table: Mapping[str, Any], owned: Set[Any], size: int) -> None:
     """This rank's entries, and on rank 0 the index of all."""
     held = {}
     for group in ("weights", "exp_avg", "exp_avg_sq"):
         for name, shard in table.items():
             tensor = torch.empty(shard.shape, device="meta")
             held[f"{group}/{name}"] = (tensor, shard.slices)
-    owned = frozenset(piece for piece, owner in owners.items() if owner == 0)
     with meter.charge("entries of this rank's slices"):
         entries, _ = entries_of(only(held, owned), "rank_00000.safetensors")
     every = [entry for _ in range(size) for entry in entries]

@@ -5,8 +5,6 @@ A checkpoint is a directory `step_NNNNNNNN` with one safetensors file per rank a
 file. Tensors are stored as slices of global tensors, so a checkpoint loads on other ranks and
 layouts. Tensors of only one rank (`private/...` in its file) are not in the index. Reading executes
 nothing: the files are JSON and safetensors.
-
-Owners of slices: one rank writes each slice, and holders write about equally many values.
 """
 
 from __future__ import annotations
@@ -14,17 +12,15 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from spmdrl.models.local_shards import WeightLayout, local_box
+from spmdrl.models.local_shards import local_box
 from spmdrl.models.tensors import Slice
-from spmdrl.weights.layout import key
 
 Tensors = Mapping[str, tuple[Tensor, tuple[Slice, ...]]]
 """`group/local name` -> local tensor and its slices; groups separate equal names."""
@@ -185,64 +181,3 @@ def is_checkpoint_name(name: str) -> bool:
 def fix(path: Path) -> str:
     """Advice on a damaged checkpoint, for error messages."""
     return f"write the name of an older checkpoint into {path.parent / LATEST}"
-
-
-def slice_owners(layout: WeightLayout) -> dict[Slice, int]:
-    """Every distinct slice of a layout (apart from its local place) -> the rank that writes it.
-
-    A pure function, so that ranks need no messages. Slices that only one rank holds come first,
-    then larger ones first; each goes to its holder with the fewest values so far.
-    """
-    # ranks at equal places share one table: thousands of ranks have hundreds of tables
-    classes: dict[int, list[int]] = {}
-    for rank in sorted(layout):
-        classes.setdefault(id(layout[rank]), []).append(rank)
-    holders: dict[Slice, list[int]] = {}
-    for number, same in enumerate(classes.values()):
-        for held in layout[same[0]].values():
-            for piece in held.slices:
-                holders.setdefault(key(piece), []).append(number)
-    members = list(classes.values())
-    ranks_of = {
-        numbers: np.sort(np.concatenate([members[number] for number in numbers]))
-        for numbers in set(map(tuple, holders.values()))
-    }
-    found = [(piece, piece.numel, ranks_of[tuple(held)]) for piece, held in holders.items()]
-    found.sort(key=lambda one: (len(one[2]) > 1, -one[1]))
-    load = np.zeros(max(layout, default=-1) + 1, dtype=np.int64)
-    owners = {}
-    for piece, numel, ranks in found:
-        owner = ranks[0] if len(ranks) == 1 else ranks[load[ranks].argmin()]  # the first of equals
-        load[owner] += numel
-        owners[piece] = int(owner)
-    return owners
-
-
-def frozen_slices(layout: WeightLayout) -> frozenset[Slice]:
-    """The slices of a layout (apart from their local places) that have no optimizer state."""
-    return frozenset(
-        key(piece)
-        for table in {id(table): table for table in layout.values()}.values()
-        for held in table.values()
-        if held.frozen
-        for piece in held.slices
-    )
-
-
-def only(tensors: Tensors, owned: Set[Slice], frozen: Set[Slice] = frozenset()) -> Tensors:
-    """The tensors, each with those of its slices that are in `owned`.
-
-    Each group of tensors must contain all of `owned`, or the checkpoint would lack some of it;
-    `frozen` slices are required only of the weights.
-    """
-    kept = {
-        name: (tensor, tuple(piece for piece in slices if key(piece) in owned))
-        for name, (tensor, slices) in tensors.items()
-    }
-    found: dict[str, set[Slice]] = {}
-    for name, (_, slices) in kept.items():
-        found.setdefault(name.split("/", 1)[0], set()).update(map(key, slices))
-    for group, here in found.items():
-        needed = owned if group == "weights" else owned - frozen
-        assert here == needed, (group, needed - here)
-    return kept

@@ -192,15 +192,19 @@ class PolicySync:
 
     def kept_layout(self, layout: WeightLayout) -> dict[int, Table]:
         """The tables of every rank's `kept_tensors`, out of `layout`, the rollout's."""
-        shared = self.plan.shared
-        return {
-            rank: {
-                name: replace(held, slices=self._changing(held.slices))
-                for name, held in table.items()
-                if name not in shared.get(rank, frozenset())
-            }
-            for rank, table in layout.items()
-        }
+        tables: dict[tuple[int, frozenset[str]], Table] = {}
+        kept = {}
+        for rank, table in layout.items():
+            shared = self.plan.shared.get(rank, frozenset())
+            at = (id(table), shared)
+            if at not in tables:
+                tables[at] = {
+                    name: replace(held, slices=self._changing(held.slices))
+                    for name, held in table.items()
+                    if name not in shared
+                }
+            kept[rank] = tables[at]
+        return kept
 
     def _changing(self, slices: tuple[Slice, ...]) -> tuple[Slice, ...]:
         return tuple(piece for piece in slices if piece.name in self.plan.changing)

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from spmdrl.checkpoint.index import Tensors, frozen_slices, only, slice_owners
+from spmdrl.checkpoint.index import Tensors
 from spmdrl.checkpoint.load import load_tensors, read_private
+from spmdrl.checkpoint.owners import frozen_slices, only, owned_slices
 from spmdrl.distributed.reduce import gather_objects, world_any
 from spmdrl.models.local_shards import WeightLayout
 from spmdrl.models.tensors import Slice
@@ -22,6 +23,7 @@ from spmdrl.roles.kept import Journal
 from spmdrl.roles.model_calls import OPTIMIZER, WEIGHTS
 from spmdrl.roles.policy_sync import SyncState
 from spmdrl.run.assembled import Assembly
+from spmdrl.weights.layout import trained_layout
 from spmdrl.world import World
 
 
@@ -78,7 +80,7 @@ class RoleStates:
             state = role.backend.state_tensors()
             held: Tensors = {n: (self._parts.view(t), slices) for n, (t, slices) in state.items()}
             if owned:
-                frozen = frozen_slices(self._assembly.state_layouts[name])
+                frozen = frozen_slices(self._assembly.state_layouts[name][self._world.rank])
                 held = only(held, self._owned[name], frozen)
             tensors |= {f"{name}.{local}": part for local, part in held.items()}
         return tensors
@@ -186,25 +188,13 @@ class RoleStates:
         """Role -> slices that this rank writes, both of master weights and of moments."""
         specs, layouts = self._assembly.specs, self._assembly.state_layouts
         kept = {
-            n: _trained(layouts[n]) if specs[n].has_fixed_base else layouts[n]
+            n: trained_layout(layouts[n]) if specs[n].has_fixed_base else layouts[n]
             for n in self._trained
         }
         return {name: self._owned_of(layout) for name, layout in kept.items()}
 
     def _owned_of(self, layout: WeightLayout) -> frozenset[Slice]:
-        rank = self._world.rank
-        return frozenset(s for s, owner in slice_owners(layout).items() if owner == rank)
-
-
-def _trained(layout: WeightLayout) -> WeightLayout:
-    """The layout without the fixed base, which no checkpoint holds; ranks that shared a table share
-    one again.
-    """
-    tables = {
-        number: {name: held for name, held in table.items() if not held.frozen}
-        for number, table in {id(table): table for table in layout.values()}.items()
-    }
-    return {rank: tables[id(table)] for rank, table in layout.items()}
+        return owned_slices(layout, self._world.rank)
 
 
 def _named(group: str, tensors: Tensors) -> dict[str, tuple[Tensor, tuple[Slice, ...]]]:

@@ -13,7 +13,7 @@ from spmdrl.distributed.mesh import expert_degrees, expert_place, places_of
 from spmdrl.models.adapters import Adapter, adapter_tensors
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.fsdp_cuts import fsdp_dims, fsdp_shard
-from spmdrl.models.local_shards import Kinds, KindTable, LocalShard, Table
+from spmdrl.models.local_shards import Kinds, KindTable, LocalShard, Table, WeightLayout
 from spmdrl.models.sharding import (
     Head,
     all_slices,
@@ -38,6 +38,24 @@ def shards_by_kind(table: Table) -> Iterator[tuple[LocalShard, Sequence[str]]]:
         names.setdefault(kind, []).append(local_name)
     for alike in names.values():
         yield table[alike[0]], alike
+
+
+def trained_layout(layout: WeightLayout) -> dict[int, Table]:
+    """The layout without frozen tensors; ranks that shared a table or kinds share them again."""
+    tables: dict[int, Table] = {}
+    kept: dict[tuple[int, frozenset[Hashable]], Kinds] = {}
+    for table in layout.values():
+        if id(table) in tables:
+            continue
+        if not isinstance(table, KindTable):
+            tables[id(table)] = {name: held for name, held in table.items() if not held.frozen}
+            continue
+        frozen = frozenset(kind for kind, shard in table.shards.items() if shard.frozen)
+        at = (id(table.kinds), frozen)
+        if at not in kept:
+            kept[at] = {n: found for n, found in table.kinds.items() if found[0] not in frozen}
+        tables[id(table)] = KindTable(kept[at], table.shards)
+    return {rank: tables[id(table)] for rank, table in layout.items()}
 
 
 def model_layout(
