@@ -30,8 +30,6 @@ from spmdrl.checkpoint.index import (
     Mark,
     Tensors,
     index_text,
-    only,
-    slice_owners,
 )
 from spmdrl.checkpoint.load import (
     latest_checkpoint,
@@ -41,6 +39,7 @@ from spmdrl.checkpoint.load import (
     resume_point,
     set_aside,
 )
+from spmdrl.checkpoint.owners import only, owned_slices
 from spmdrl.checkpoint.rng import restore_rng, rng_state
 from spmdrl.checkpoint.writing import CheckpointWriter, Retention, remove_partial
 from spmdrl.models.config import ModelConfig, parse_config
@@ -107,8 +106,7 @@ def begin(
     world: World, root: Path, ranks: list[int], degrees: Degrees, step: int = 3, **options: Any
 ) -> tuple[CheckpointWriter, Tensors]:
     state = {"steps_done": step, "counters": {"policy": {"num_steps": 7}}}
-    owners = slice_owners(model_layout(model(), ranks, degrees, torch.float32))
-    mine = {piece for piece, owner in owners.items() if owner == world.rank}
+    mine = owned_slices(model_layout(model(), ranks, degrees, torch.float32), world.rank)
     tensors = only(local(world, model(), ranks, degrees, salt=step), mine)
     retention = options.pop("retention", Retention(last=2))
     writer = CheckpointWriter(root, world, retention, **options)

@@ -114,7 +114,7 @@ def round_trip(world: World, mesh: Mesh, seed: int, num_rows: int) -> None:
         assert set(here.columns()) == {*NAMES, *TEXTS, "minibatch"}
         assert set(here.objects) == set(TEXTS)
         assert_equal(here, everything.select(here["id"]), (*NAMES, *TEXTS))
-        assert len(here) == len(plan.rows[mesh.coordinate("dp")])
+        assert len(here) == len(plan.rows_of(mesh.coordinate("dp")))
         order = everything["order"][here["id"]].tolist()
         assert order == sorted(order)
         result = answer(here)

@@ -32,6 +32,11 @@ def table_of(rows: list[Row], homes: list[int], orders: list[int] | None = None)
     )
 
 
+def rows_of(plan: ExchangePlan) -> list[torch.Tensor]:
+    """Global rows of each replica."""
+    return [plan.rows_of(replica) for replica in range(len(plan.replicas))]
+
+
 def singles(count: int) -> list[tuple[int, ...]]:
     return [(rank,) for rank in range(count)]
 
@@ -44,9 +49,9 @@ def test_every_row_goes_to_one_replica_and_atoms_stay_whole(
     homes = [data.draw(st.integers(0, 3)) for _ in rows]
     table = table_of(rows, homes)
     plan = plan_exchange(table, singles(replicas))
-    assert sorted(torch.cat(plan.rows).tolist()) == list(range(len(rows)))
+    assert sorted(torch.cat(rows_of(plan)).tolist()) == list(range(len(rows)))
     owners: dict[int, set[int]] = {}
-    for replica, mine in enumerate(plan.rows):
+    for replica, mine in enumerate(rows_of(plan)):
         for atom in table.atom[mine].tolist():
             owners.setdefault(atom, set()).add(replica)
         assert table.order[mine].tolist() == sorted(table.order[mine].tolist())
@@ -62,7 +67,7 @@ def test_balance_is_that_of_largest_first(rows: list[Row], replicas: int) -> Non
     """Without its smallest atom no replica has more than any other (hence Graham's 4/3)."""
     table = table_of(rows, [0] * len(rows))
     load, smallest = [], []
-    for mine in plan_exchange(table, singles(replicas)).rows:
+    for mine in rows_of(plan_exchange(table, singles(replicas))):
         weights: dict[int, int] = {}
         for row in mine.tolist():
             atom = int(table.atom[row])
@@ -85,7 +90,7 @@ def test_the_plan_does_not_depend_on_the_home_split(
         plan = plan_exchange(table, singles(replicas))
         return [
             list(zip(table.order[mine].tolist(), table.minibatch[mine].tolist(), strict=True))
-            for mine in plan.rows
+            for mine in rows_of(plan)
         ]
 
     split = [data.draw(st.integers(0, 4)) for _ in rows]
@@ -119,14 +124,30 @@ def test_the_assignment_is_that_of_the_plainest_form(
         table_of(rows, [0] * len(rows), [-i for i in range(len(rows))]), replicas
     )
     plan = plan_exchange(table, singles(replicas))
-    assert [mine.tolist() for mine in plan.rows] == simple_assignment(table, replicas)
+    assert [mine.tolist() for mine in rows_of(plan)] == simple_assignment(table, replicas)
+
+
+@pytest.mark.parametrize("most", [1, 40, 30_000])
+@pytest.mark.parametrize("replicas", [3, 24, 64])
+@pytest.mark.parametrize("tail", [1, 4])
+def test_many_replicas_are_assigned_as_in_the_plainest_form(
+    most: int, replicas: int, tail: int
+) -> None:
+    """Weights given at once and one by one; with `tail`, a few rows have most of the tokens."""
+    generator = torch.Generator().manual_seed(most + replicas)
+    share = torch.rand(700, generator=generator).pow(tail)
+    rows = [(int(cost), i) for i, cost in enumerate(share.mul(most).round().tolist())]
+    orders = torch.randperm(len(rows), generator=generator).tolist()
+    table = into_minibatches(2, seed=1, step=1)(table_of(rows, [0] * 700, orders), replicas)
+    plan = plan_exchange(table, singles(replicas))
+    assert [mine.tolist() for mine in rows_of(plan)] == simple_assignment(table, replicas)
 
 
 def test_largest_atom_first_by_hand() -> None:
     rows = [(3, 0), (3, 0), (5, 1), (4, 2), (1, 3)]
     plan = plan_exchange(table_of(rows, [0, 0, 0, 1, 1]), [(0, 1), (2, 3)])
     # 6 to the first; 5 and 4 to the second; 1 to the first again
-    assert [mine.tolist() for mine in plan.rows] == [[0, 1, 4], [2, 3]]
+    assert [mine.tolist() for mine in rows_of(plan)] == [[0, 1, 4], [2, 3]]
     assert [plan.replica_of(rank) for rank in range(5)] == [0, 0, 1, 1, None]
     assert plan.rows_at(1).tolist() == [0, 1, 4]
     assert plan.rows_at(4).tolist() == []
@@ -137,7 +158,7 @@ def test_each_minibatch_is_balanced_by_itself_and_comes_in_order() -> None:
     table = replace(table, minibatch=torch.tensor([1, 0, 1, 0]))
     plan = plan_exchange(table, singles(2))
     # were the minibatches balanced together, rows 1, 2 and 3 would all be on the second replica
-    assert [mine.tolist() for mine in plan.rows] == [[1, 0], [3, 2]]
+    assert [mine.tolist() for mine in rows_of(plan)] == [[1, 0], [3, 2]]
 
 
 def membership(atoms: list[int], count: int, step: int = 5) -> dict[int, int]:
@@ -174,4 +195,4 @@ def test_no_rows_in_the_world() -> None:
     table = into_minibatches(2, seed=0, step=0)(table_of([], []), 2)
     plan = plan_exchange(split_groups_if_few(table, 2), singles(2))
     assert isinstance(plan, ExchangePlan)
-    assert [len(rows) for rows in plan.rows] == [0, 0]
+    assert [len(rows) for rows in rows_of(plan)] == [0, 0]

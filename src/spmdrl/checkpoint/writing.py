@@ -154,7 +154,7 @@ class CheckpointWriter:
             step: number of finished steps.
             state: values that `json_values` accepts, equal on all ranks.
             owned: this rank's tensors with the slices that it must write: one rank writes each
-                slice of the global tensors (`index.slice_owners` chooses it).
+                slice of the global tensors (`owners.owned_slices` chooses it).
             private: tensors that this rank keeps for itself.
 
         Raises:

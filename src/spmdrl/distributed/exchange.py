@@ -81,7 +81,7 @@ def bring_home(
     outgoing: dict[int, np.ndarray] = {}
     if own is not None and plan.replicas[own][0] == rank:
         assert result is not None, "a member rank must return a result"
-        homes = plan.home[plan.rows[own]]
+        homes = plan.home[plan.rows_of(own)]
         targets, sizes = torch.unique(homes, return_counts=True)
         packed = pack_rows(
             result.select(torch.argsort(homes, stable=True)), columns, sizes.tolist()

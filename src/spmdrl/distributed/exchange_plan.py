@@ -41,14 +41,16 @@ class ExchangePlan:
 
     Args:
         replicas: the ranks that take the same rows; the first one sends the results home.
-        rows: global row numbers per replica.
+        order: global row numbers, replica by replica, `[N]`.
+        counts: number of rows of each replica.
         home: home rank of each global row, `[N]`.
         place: index of each global row in its home batch, `[N]`.
         minibatch: minibatch of each global row, `[N]`.
     """
 
     replicas: tuple[tuple[int, ...], ...]
-    rows: tuple[Tensor, ...]
+    order: Tensor
+    counts: Tensor
     home: Tensor
     place: Tensor
     minibatch: Tensor
@@ -59,7 +61,12 @@ class ExchangePlan:
     def rows_at(self, rank: int) -> Tensor:
         """The global rows that `rank` takes, in its order; empty outside the role."""
         own = self.replica_of(rank)
-        return self.home.new_empty(0) if own is None else self.rows[own]
+        return self.home.new_empty(0) if own is None else self.rows_of(own)
+
+    def rows_of(self, replica: int) -> Tensor:
+        """The global rows of a replica, in its order."""
+        last = int(self._ends[replica])
+        return self.order[last - int(self.counts[replica]) : last]
 
     def rows_from(self, rank: int) -> dict[int, Tensor]:
         """The global rows of a home rank by the replica that takes them, in its order there."""
@@ -83,13 +90,16 @@ class ExchangePlan:
         return {rank: index for index, ranks in enumerate(self.replicas) for rank in ranks}
 
     @cached_property
+    def _ends(self) -> Tensor:
+        return self.counts.cumsum(0)
+
+    @cached_property
     def _seats(self) -> tuple[Tensor, Tensor]:
         """The replica of each global row, and its index there: both `[N]`."""
-        every = torch.cat(self.rows).numpy()
-        counts = np.array([len(rows) for rows in self.rows])
-        replica, position = np.empty_like(every), np.empty_like(every)
-        replica[every] = np.repeat(np.arange(len(counts)), counts)
-        position[every] = np.arange(len(every)) - np.repeat(counts.cumsum() - counts, counts)
+        order, counts = self.order.numpy(), self.counts.numpy()
+        replica, position = np.empty_like(order), np.empty_like(order)
+        replica[order] = np.repeat(np.arange(len(counts)), counts)
+        position[order] = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
         return torch.from_numpy(replica), torch.from_numpy(position)
 
 
@@ -126,16 +136,29 @@ def plan_exchange(table: RowTable, replicas: Sequence[Sequence[int]]) -> Exchang
     replica = _assign(
         table.minibatch.numpy(), table.atom.numpy(), table.cost.numpy(), len(replicas)
     )
+    minibatch, order = table.minibatch.numpy(), table.order.numpy()
+    place = replica * (1 + minibatch.max(initial=0)) + minibatch
     # stable, so the last key is the global index
-    order = np.lexsort((table.order.numpy(), table.minibatch.numpy(), replica))
-    counts = np.bincount(replica, minlength=len(replicas))
+    if (order[1:] >= order[:-1]).all():
+        order = _sorted_by(place)
+    else:
+        order = np.lexsort((order, place))
     return ExchangePlan(
         replicas=tuple(tuple(ranks) for ranks in replicas),
-        rows=torch.split(torch.from_numpy(order), counts.tolist()),
+        order=torch.from_numpy(order),
+        counts=torch.from_numpy(np.bincount(replica, minlength=len(replicas))),
         home=table.home,
         place=_place_at_home(table.home),
         minibatch=table.minibatch,
     )
+
+
+def _sorted_by(keys: np.ndarray) -> np.ndarray:  # int64 [N], none negative
+    """A stable order by these keys, int64 `[N]`."""
+    small = np.dtype(np.uint16)  # which numpy sorts by digits, many times as fast
+    if keys.max(initial=0) <= np.iinfo(small).max:
+        keys = keys.astype(small)
+    return np.argsort(keys, kind="stable")
 
 
 def _assign(
@@ -145,28 +168,60 @@ def _assign(
     if len(atom) == 0:
         return np.zeros(0, dtype=np.int64)
     # rows of one atom and minibatch, together
-    by_atom = np.lexsort((atom, minibatch))
+    by_atom = np.argsort(atom, kind="stable")
+    by_atom = by_atom[_sorted_by(minibatch[by_atom])]
     minibatch, atom, cost = minibatch[by_atom], atom[by_atom], cost[by_atom]
     is_first = np.append(True, (np.diff(minibatch) != 0) | (np.diff(atom) != 0))
     firsts = np.flatnonzero(is_first)
-    weights = np.add.reduceat(cost, firsts)
-    largest_first = np.lexsort((atom[firsts], -weights, minibatch[firsts]))
+    weights, minibatch = np.add.reduceat(cost, firsts), minibatch[firsts]
+    # stable, and atoms ascend already
+    largest_first = _sorted_by(weights.max() - weights)
+    largest_first = largest_first[_sorted_by(minibatch[largest_first])]
     target = np.empty(len(firsts), dtype=np.int64)
-    cuts = np.flatnonzero(np.diff(minibatch[firsts])) + 1  # equal before and after the sort
+    cuts = np.flatnonzero(np.diff(minibatch)) + 1  # equal before and after the sort
     for members in np.split(largest_first, cuts):
-        target[members] = _balance(weights[members].tolist(), num_replicas)
+        target[members] = _balance(weights[members], num_replicas)
     found = np.empty(len(atom), dtype=np.int64)
     found[by_atom] = target[np.cumsum(is_first) - 1]
     return found
 
 
-def _balance(weights: Sequence[int], num_replicas: int) -> list[int]:
-    """Give each weight in turn to the replica with the least sum so far, ties by replica."""
+_FEW, _MANY = 32, 256
+"""So few weights take longer at once than one by one; so many follow one by one then."""
+
+
+def _balance(weights: np.ndarray, num_replicas: int) -> np.ndarray:  # int64 [N], descending
+    """Give each weight in turn to the replica with the least sum so far, ties by replica.
+
+    The next weights go to the least sums in ascending order, until one that was given to has become
+    less than the next: so many are given at once.
+    """
     bits = num_replicas.bit_length()
     mask = (1 << bits) - 1
     # (sum so far, replica) as one number: among equal sums the first replica comes next
-    heap, replace = list(range(num_replicas)), heapq.heapreplace
-    return [replace(heap, heap[0] + (weight << bits)) & mask for weight in weights]
+    sums, weights = np.arange(num_replicas), weights << bits
+    found = np.empty_like(weights)
+    first = 0
+    while first < len(weights):
+        given = weights[first : first + num_replicas]
+        count = len(given)
+        more = sums[:count] + given
+        is_late = sums[1:count] > np.minimum.accumulate(more)[:-1]
+        if is_late.any():
+            count = int(is_late.argmax()) + 1
+        if count >= _FEW:
+            found[first : first + count] = sums[:count]
+            sums[:count] = more[:count]
+        else:
+            each, heap = weights[first : first + max(num_replicas, _MANY)].tolist(), sums.tolist()
+            count = len(each)
+            found[first : first + count] = [
+                heapq.heapreplace(heap, heap[0] + weight) for weight in each
+            ]
+            sums = np.array(heap)
+        sums.sort()
+        first += count
+    return found & mask
 
 
 def _place_at_home(home: Tensor) -> Tensor:

@@ -236,8 +236,7 @@ def _bring_home(sent: _Sent, computed: Any) -> Any:
 
 
 def _rows_of(plan: ExchangePlan) -> int:
-    own = plan.replica_of(dist.get_rank())
-    return 0 if own is None else len(plan.rows[own])
+    return len(plan.rows_at(dist.get_rank()))
 
 
 # With a ledger
