@@ -188,7 +188,7 @@ def test_groups_are_split_only_when_they_are_fewer_than_the_replicas() -> None:
     table = table_of([(1, 7), (1, 7), (1, 8), (1, 8)], [0, 0, 1, 1])
     assert split_groups_if_few(table, 2).atom.tolist() == [7, 7, 8, 8]
     split = split_groups_if_few(table, 3)
-    assert [len(rows) for rows in plan_exchange(split, singles(3)).rows] == [2, 1, 1]
+    assert [len(rows) for rows in rows_of(plan_exchange(split, singles(3)))] == [2, 1, 1]
 
 
 def test_no_rows_in_the_world() -> None:
