@@ -37,7 +37,7 @@ def owned_slices(layout: WeightLayout, rank: int) -> frozenset[Slice]:
     for piece, names, ranks in _by_size(layout):
         if len(ranks) == 1:
             loads[ranks[0]] += piece.numel * len(names)
-            owners: Iterable[int] = ranks * len(names)
+            owners = ranks * len(names)
         else:
             owners = _deal(loads, ranks, piece.numel, len(names))
         owned += [
@@ -94,7 +94,7 @@ def _deal(loads: list[int], ranks: Sequence[int], numel: int, count: int) -> lis
     return owners
 
 
-def _by_size(layout: WeightLayout) -> list[tuple[Slice, Sequence[str], Sequence[int]]]:
+def _by_size(layout: WeightLayout) -> list[tuple[Slice, list[str], list[int]]]:
     """Slices with the names of all that are held alike, its own among them, and their holders;
     those with one holder come first, then larger ones.
     """
