@@ -215,6 +215,9 @@ ROWS: dict[str, Row] = {
     "data.train.system": row("grpo", BOTH, "data.train.system=short"),
     "data.train.chat": row("grpo", BOTH, "data.train.chat=false"),
     "data.train.columns": row("sft", "metrics", "data.train.columns={response: rejected}"),
+    "data.train.chat_template_kwargs": row(
+        "grpo", "tests/data/test_tool_rows.py::test_variables_of_the_template"
+    ),
     "data.train.share": row("grpo", BOTH, "data.train.share=1/2"),
     "data.train.unique": row("grpo", BOTH, "data.train.unique=true"),
     "data.train.max_tokens": row("grpo", BOTH, "data.train.max_tokens=18"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -140,15 +141,23 @@ DROPS_HISTORY = (  # as templates that drop the reasoning of earlier answers
 )
 
 
-def test_a_template_that_rewrites_what_was_said_is_an_error(tmp_path: Path) -> None:
+def test_a_template_that_rewrites_what_was_said_makes_several_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each turn is trained once, after what the model saw before it."""
     tokenizer = character_tokenizer(DROPS_HISTORY)
-    row = {"messages": turns("a", "think;b", "c", "d")}
-    with pytest.raises(
-        ValueError,
-        match=r"rows\.jsonl:1: .* messages 0 to 2 otherwise once message 3 is to come: "
-        r"'think;b<\|end\|>' becomes 'b<\|end\|>",
-    ):
-        load(tmp_path, tokenizer, row, columns=MESSAGES)
+    rows = [{"messages": turns("a", "think;b", "c", "d", "e", "f")}, {"messages": turns("g", "h")}]
+    with caplog.at_level(logging.INFO):
+        loaded = load(tmp_path, tokenizer, *rows, columns=MESSAGES, unique=True)
+    assert all_marked(tokenizer, loaded) == [
+        "<|turn|>user\na<|end|>\n<|turn|>assistant\n{think;b<|end|>}",
+        "<|turn|>user\na<|end|>\n<|turn|>assistant\nb<|end|>\n"
+        "<|turn|>user\nc<|end|>\n<|turn|>assistant\n{d<|end|>}\n"
+        "<|turn|>user\ne<|end|>\n<|turn|>assistant\n{f<|end|>}",
+        "<|turn|>user\ng<|end|>\n<|turn|>assistant\n{h<|end|>}",
+    ]
+    assert "1 of 2 conversations became 2 rows" in caplog.text
+    assert "2 of 2 rows are used" in caplog.text
     single = load(tmp_path, tokenizer, {"messages": turns("a", "think;b")}, columns=MESSAGES)
     assert all_marked(tokenizer, single) == [
         "<|turn|>user\na<|end|>\n<|turn|>assistant\n{think;b<|end|>}"

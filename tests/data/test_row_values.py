@@ -17,9 +17,10 @@ from pyarrow import parquet
 
 from data_sources import data_source
 from spmdrl.data.conversations import load_conversations
-from spmdrl.data.messages import BadRow, answer_text
+from spmdrl.data.messages import answer_text
 from spmdrl.data.preferences import load_preferences
 from spmdrl.data.prompts import load_prompts
+from spmdrl.data.row_problems import BadRow
 
 TOOLED = (
     "{% if tools %}<|im_start|>system\nTools:{% for t in tools %} {{ t['name'] }}{% endfor %}"

@@ -54,6 +54,24 @@ def disjoint_share(share: str) -> str:
     return share
 
 
+_OWN_VARIABLES = frozenset(
+    {
+        *("conversation", "messages", "tools", "documents", "chat_template", "strftime_now"),
+        *("add_generation_prompt", "continue_final_message", "tokenize", "tokenizer_kwargs"),
+        *("padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        "return_assistant_tokens_mask",
+    }
+)
+
+
+def template_variables(variables: dict[str, Any]) -> dict[str, Any]:
+    """Refuse variables of a chat template that the run gives itself."""
+    for name in variables:
+        if name in _OWN_VARIABLES:
+            raise ValueError(f"{name} is given to the chat template by the run: leave it out")
+    return variables
+
+
 class PromptsSection(Section):
     source: Basic[Place] = Field(
         description="Read rows from reasoning_gym:TASK | FILE.jsonl | FILE.parquet | hub:NAME, "
@@ -87,6 +105,10 @@ class PromptsSection(Section):
         None, description="Use this system prompt; null leaves it to the chat template."
     )
     chat: bool = Field(True, description="Apply the chat template.")
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(template_variables)] = Field(
+        default_factory=dict,
+        description="Give the chat template these variables (enable_thinking: false).",
+    )
     columns: Basic[dict[str, str]] = Field(
         default_factory=dict,
         description="Name the columns response, messages, chosen, rejected and margin, where "
@@ -120,6 +142,11 @@ class PromptsSection(Section):
     def _has_messages(self) -> Self:
         if self.system is not None and not self.chat:
             raise ValueError(f"system={self.system!r} with chat=false: raw text has no messages")
+        if self.chat_template_kwargs and not self.chat:
+            raise ValueError(
+                f"chat_template_kwargs={self.chat_template_kwargs} with chat=false: raw text has "
+                "no chat template"
+            )
         return self
 
 

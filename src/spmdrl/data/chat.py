@@ -9,9 +9,11 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from spmdrl.data.load_report import names
-from spmdrl.data.messages import BadRow, Messages, checked_text
+from spmdrl.data.messages import Messages, checked_text
 from spmdrl.data.plain_text import NO_MARK, Mark, PlainText
+from spmdrl.data.row_problems import BadRow
 from spmdrl.data.rows import TOOLS, said
+from spmdrl.data.tool_messages import ASKED, CALLS, SAID, calling, with_json_arguments
 
 Tools = Sequence[Mapping[str, Any]]
 
@@ -63,10 +65,33 @@ class Chat:
     def plain(self) -> PlainText:
         return PlainText(self.tokenizer)
 
+    @cached_property
+    def writes_calls(self) -> bool:
+        """Whether the template writes calls of tools."""
+        return names(templates(self.tokenizer), CALLS)
+
+    @cached_property
+    def takes_json(self) -> bool:
+        """Whether the template takes the arguments of calls as JSON texts: it fails on objects, or
+        writes them as Python does.
+        """
+        message = calling([{"name": "tool"}], SAID)
+        try:
+            text = self.render(Talk(messages=[ASKED, message]), prompt=False)
+        except BadRow:
+            try:
+                self.render(Talk(messages=[ASKED, with_json_arguments(message)]), prompt=False)
+            except BadRow:
+                return False
+            return True
+        return f"'{SAID}'" in text
+
     def prepare(self, messages: Messages, tools: Tools = ()) -> Talk:
         """Make a conversation of messages: what others than the assistant wrote, and the tools,
         yields no added token.
         """
+        if any(message.get(CALLS) for message in messages) and self.takes_json:
+            messages = [with_json_arguments(message) for message in messages]
         others = [message for message in messages if message["role"] != "assistant"]
         mark = self.plain.mark_for([*others, *tools], templates(self.tokenizer))
         if mark is NO_MARK:

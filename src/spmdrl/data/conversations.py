@@ -31,6 +31,7 @@ from spmdrl.data.messages import (
 )
 from spmdrl.data.rows import Row
 from spmdrl.data.source import DataSource
+from spmdrl.data.tool_messages import CALLS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +89,16 @@ def load_conversations(
 
     The column `messages` is read if `source.columns` names it; otherwise the prompt's column and
     `response` (a text, or a conversation that ends in it). Conversations are left out, counted and
-    logged if a response is empty or only calls tools, or if they exceed `max_tokens`.
+    logged if a response is empty, or only calls tools and the chat template writes no calls, or if
+    they exceed `max_tokens`. One whose earlier turns the template rewrites becomes several items.
 
     Raises:
         ValueError: see `data.examples.read_examples`; no chat template, or no end-of-text token.
     """
-    encoder = make_encoder(source.source, tokenizer, chat=source.chat, now=source.now)
+    options = source.chat_template_kwargs
+    encoder = make_encoder(
+        source.source, tokenizer, chat=source.chat, now=source.now, options=options
+    )
     whole = "messages" in source.columns
     if whole and not source.chat:
         raise ValueError(
@@ -103,18 +108,23 @@ def load_conversations(
     def make(row: Row) -> Example[Conversation]:
         text, messages = _whole(row, source) if whole else _prompt_and_response(row, source)
         check_part(source, text)
-        silent = [m for m in messages if m["role"] == "assistant" and not m["content"].strip()]
+        spoken = [m for m in messages if m["role"] == "assistant"]
+        silent = [
+            m
+            for m in spoken
+            if not m["content"].strip() and not (m.get(CALLS) and encoder.writes_calls)
+        ]
         if silent:
-            raise Unusable(
-                CALL_ALONE if any(m.get("tool_calls") for m in silent) else EMPTY_RESPONSE
-            )
-        encoded = encoder.encode(messages, encoder.tools_of(row))
+            raise Unusable(CALL_ALONE if any(m.get(CALLS) for m in silent) else EMPTY_RESPONSE)
+        rows = encoder.encode(messages, encoder.tools_of(row))
         first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        item = Conversation(
-            text=text, tokens=encoded.tokens, responses=encoded.responses, mark=read_mark(row)
+        mark = read_mark(row)
+        items = tuple(
+            Conversation(text=text, tokens=own.tokens, responses=own.responses, mark=mark)
+            for own in rows
         )
-        prompt = prompt_key(messages[:first])
-        return Example(prompt=prompt, item=item, tokens=len(encoded.tokens))
+        longest = max(len(own.tokens) for own in rows)
+        return Example(prompt=prompt_key(messages[:first]), items=items, tokens=longest)
 
     needed = [source.column("messages" if whole else "response")]
     found = read_examples(source, needed, make, encoder.template, report)
@@ -129,4 +139,4 @@ def _whole(row: Row, source: DataSource) -> tuple[str, Messages]:
 
 def _prompt_and_response(row: Row, source: DataSource) -> tuple[str, Messages]:
     asked = read_responses(row, [source.column("response")], source)
-    return asked.text, [*asked.messages, {"role": "assistant", "content": asked.responses[0]}]
+    return asked.text, [*asked.messages, asked.answers[0]]

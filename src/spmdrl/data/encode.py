@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Protocol
 
 from spmdrl.data.chat import (
@@ -18,9 +19,12 @@ from spmdrl.data.chat import (
     templates,
     writes_tools,
 )
-from spmdrl.data.messages import BadRow, Messages, read_tools
+from spmdrl.data.messages import Messages, read_tools
 from spmdrl.data.plain_text import Mark
+from spmdrl.data.row_problems import BadRow
 from spmdrl.data.rows import Row
+from spmdrl.data.tool_messages import CALLS
+from spmdrl.data.turn_ends import TurnEnds, find_ends
 
 _OTHER_RESPONSE = "fjord-quartz"
 
@@ -79,38 +83,53 @@ class ResponseEncoder:
         """Tools of the row that its prompt names. BadRow: they are malformed."""
         return read_tools(row) if self.has_tools else ()
 
-    def encode(self, messages: Messages, tools: Tools = ()) -> Encoded:
+    @cached_property
+    def turn_ends(self) -> TurnEnds:
+        assert self.chat is not None
+        return find_ends(self.chat, self.ends)
+
+    @property
+    def writes_calls(self) -> bool:
+        """Whether a response that calls tools and says nothing can be learned from."""
+        return self.chat is not None and self.chat.writes_calls
+
+    def encode(self, messages: Messages, tools: Tools = ()) -> tuple[Encoded, ...]:
         """Encode a conversation and mark all its responses; what follows the last one is dropped.
 
+        Where the template writes earlier messages otherwise once another turn is to come (without
+        their thinking, say), a new row begins with what the model then sees. Its responses are
+        those from there on: each is trained once, after what the model saw before it.
+
         Raises:
-            BadRow: there is no response, nothing precedes the first one, or the chat template
-                writes a prefix of the conversation differently from the same part of a longer one.
+            BadRow: there is no response, nothing precedes the first one, or the chat template does
+                not write a response as the continuation of the prompt.
         """
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not places:
             raise BadRow("the conversation has no assistant message to learn from")
         if places[0] == 0:
             raise BadRow("the conversation begins with a response: it needs a prompt")
+        rows: list[Encoded] = []
         tokens: list[int] = []
         responses: list[tuple[int, int]] = []
-        text, ended = "", False
+        text, ended = "", True
         talk = self._talk(messages, tools)
         for place in places:
-            before, response, ended = self._split(talk.first(place + 1))
-            if not before.startswith(text):
-                why = _disagreement(text, before, talk.mark)
-                raise BadRow(
-                    f"the chat template writes messages 0 to {place - 1} otherwise once message "
-                    f"{place} is to come: {why}; train on conversations with one response, or use "
-                    "another template"
-                )
+            before, response, ends = self._split(talk.first(place + 1))
+            if responses and not before.startswith(text):
+                rows.append(self._row(tokens, responses, ended=ended))
+                tokens, responses, text = [], [], ""
             tokens = self._continued(tokens, text, before, talk.mark)
-            start, text = len(tokens), before + response
+            start, text, ended = len(tokens), before + response, ends
             tokens = self._continued(tokens, before, text, talk.mark)
             responses.append((start, len(tokens)))
+        return (*rows, self._row(tokens, responses, ended=ended))
+
+    def _row(self, tokens: list[int], responses: list[tuple[int, int]], *, ended: bool) -> Encoded:
+        """Make a row, whose last response gets an end if the template writes none."""
         if not ended:
             tokens = [*tokens, int(self.tokenizer.eos_token_id)]
-            responses[-1] = (responses[-1][0], len(tokens))
+            responses = [*responses[:-1], (responses[-1][0], len(tokens))]
         return Encoded(tokens=array("i", tokens), responses=tuple(responses))
 
     def encode_last(
@@ -166,6 +185,8 @@ class ResponseEncoder:
                 f"there: {_disagreement(before, after, talk.mark)}; use another template"
             )
         response = after[len(before) :]
+        if self.chat.writes_calls and talk.messages[-1].get(CALLS):
+            return before, *self._called(response, talk.messages[-1], is_cut=is_cut)
         place = _place(self.chat, before, response, talk)
         if place < 0:
             raise BadRow(
@@ -180,6 +201,25 @@ class ResponseEncoder:
             return before, response[:stop], False
         at, end = min(found)
         return before, response[: at + len(end)], True
+
+    def _called(
+        self, response: str, message: Mapping[str, Any], *, is_cut: bool
+    ) -> tuple[str, bool]:
+        """Cut a response that calls tools at its end; tell whether it needs no further end. Its
+        calls are trained as the template writes them.
+        """
+        for call in message[CALLS]:
+            if call["function"]["name"] not in response:
+                raise BadRow(
+                    f"the chat template does not write the call of {call['function']['name']!r}: "
+                    f"{response[:80]!r}"
+                )
+        found = self.turn_ends
+        for end in (found.calls, found.last, found.history):
+            at = -1 if end is None else response.rfind(end)
+            if end is not None and at >= 0:
+                return response[: at if is_cut else at + len(end)], True
+        return response, is_cut
 
     def _continued(self, tokens: list[int], text: str, longer: str, mark: Mark) -> list[int]:
         """Extend `tokens`, the ids of `text`, to those of `longer`.
@@ -207,15 +247,24 @@ class ResponseEncoder:
 
 
 def make_encoder(
-    source: str, tokenizer: EndingTokenizer, *, chat: bool, now: datetime
+    source: str,
+    tokenizer: EndingTokenizer,
+    *,
+    chat: bool,
+    now: datetime,
+    options: Mapping[str, Any] | None = None,
 ) -> ResponseEncoder:
-    """Make an encoder. ValueError: no chat template although `chat`, or no end-of-text token."""
+    """Make an encoder. ValueError: no chat template although `chat`, or no end-of-text token.
+
+    Args:
+        options: further variables of the template.
+    """
     check_chat_template(source, tokenizer, chat=chat)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"data source {source!r}: the tokenizer has no eos_token to end responses")
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     ends = dict.fromkeys([*map(str, tokenizer.all_special_tokens), *added])
-    writer = Chat(tokenizer=tokenizer, now=now) if chat else None
+    writer = Chat(tokenizer=tokenizer, now=now, options=options or {}) if chat else None
     return ResponseEncoder(tokenizer=tokenizer, chat=writer, ends=tuple(ends))
 
 

@@ -16,9 +16,11 @@ from spmdrl.data.load_report import (
     not_in,
     tell,
     tell_of_keys,
+    tell_of_options,
+    tell_of_rewriting,
     tell_of_tools,
 )
-from spmdrl.data.messages import BadRow
+from spmdrl.data.row_problems import BadRow
 from spmdrl.data.rows import Row, read_rows
 from spmdrl.data.source import DataSource
 from spmdrl.data.split import in_part
@@ -33,7 +35,7 @@ COLUMNS = ("response", "messages", "chosen", "rejected", "margin")
 
 
 EMPTY_RESPONSE = "with an empty response"
-CALL_ALONE = "with a response that calls tools and says nothing, which is not learned from"
+CALL_ALONE = "with a response that only calls tools, which the chat template does not write"
 TOLD = 10
 """Number of malformed rows that are shown; the others are only counted."""
 REPORTED = 256
@@ -75,14 +77,15 @@ def check_part(source: DataSource, text: str) -> None:
 @dataclass(frozen=True, kw_only=True)
 class Example(Generic[T]):
     """Args:
-    tokens: number of tokens of the whole example; of a pair, with the longer response.
+    tokens: number of tokens of the longest item; of a pair, with the longer response.
     prompt_tokens: number of tokens of a pair's prompt; 0 for conversations.
     prompt: equal for examples with the same prompt; `unique` compares it.
-    item: the item that the set holds.
+    items: the items that the set holds: one, or several of a conversation whose earlier turns the
+        chat template rewrites.
     """
 
     prompt: Hashable
-    item: T
+    items: tuple[T, ...]
     tokens: int
     prompt_tokens: int = 0
 
@@ -113,6 +116,7 @@ def read_examples(
         keys[source.prompt_column] = f"{source.key}.prompt_column"
     check_columns(source.source, keys, rows)
     tell_of_tools(source.source, rows, template)
+    tell_of_options(source.source, source.key, source.chat_template_kwargs, template)
     tell_of_keys(source.source, rows, {source.prompt_column, *needed}, template)
     made: list[Example[T]] = []
     malformed: str | None = None
@@ -126,23 +130,26 @@ def read_examples(
             leave_out(row, error, source.on_bad_row, left_out[MALFORMED])
         except Unusable as error:
             left_out[str(error)] += 1
-    items = _fitting(made, source, left_out)
+    used = _fitting(made, source, left_out)
     tell(
         source.source,
         source.key,
         num_rows=len(rows),
-        num_used=len(items),
+        num_used=len(used),
         left_out=left_out,
         longest=max((example.tokens for example in made), default=0),
         malformed=malformed,
     )
-    return items, dict(left_out)
+    tell_of_rewriting(source.source, [len(example.items) for example in used])
+    return [item for example in used for item in example.items], dict(left_out)
 
 
-def _fitting(made: Sequence[Example[T]], source: DataSource, left_out: Counter[str]) -> list[T]:
-    """List the items that the limit lets through, and count by reason those that are left out."""
+def _fitting(
+    made: Sequence[Example[T]], source: DataSource, left_out: Counter[str]
+) -> list[Example[T]]:
+    """List the examples that the limit lets through, and count by reason those left out."""
     limit = length_limit([example.tokens for example in made], source)
-    items, seen = list[T](), set[Hashable]()
+    used, seen = list[Example[T]](), set[Hashable]()
     for example in made:
         if example.prompt_tokens >= limit.tokens:
             left_out[f"whose prompt leaves no room within {limit.setting}"] += 1
@@ -152,8 +159,8 @@ def _fitting(made: Sequence[Example[T]], source: DataSource, left_out: Counter[s
             left_out[REPEATED] += 1
         else:
             seen.add(example.prompt)
-            items.append(example.item)
-    return items
+            used.append(example)
+    return used
 
 
 def all_rows(source: DataSource, *, seed: int, report: RowProgress) -> list[Row]:

@@ -171,6 +171,37 @@ def tell_of_tools(source: str, rows: Sequence[Row], template: str | None) -> Non
         )
 
 
+def tell_of_options(source: str, key: str, options: Collection[str], template: str | None) -> None:
+    """Warn once of each variable given to a chat template that does not know it.
+
+    Args:
+        key: key of the section that describes the source.
+    """
+    for name in sorted(options):
+        if not names(template or "", name):
+            log.warning(
+                "%s: %s.chat_template_kwargs.%s has no effect: the chat template does not know it",
+                *(source, key, name),
+                extra=ALIKE,
+            )
+
+
+def tell_of_rewriting(source: str, counts: Sequence[int]) -> None:
+    """Log how many conversations became several rows, since the chat template rewrites turns.
+
+    Args:
+        counts: number of rows of each conversation that is used.
+    """
+    many = [count for count in counts if count > 1]
+    if many:
+        log.info(
+            "%s: %d of %d conversations became %d rows: the chat template writes earlier turns "
+            "otherwise once another is to come, and each turn is trained as the model saw it",
+            *(source, len(many), len(counts), sum(many)),
+            extra=ALIKE,
+        )
+
+
 def tell_of_keys(
     source: str, rows: Sequence[Row], columns: Collection[str], template: str | None
 ) -> None:

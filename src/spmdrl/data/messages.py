@@ -15,15 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from spmdrl.data.row_problems import BadRow, shown
 from spmdrl.data.rows import TOOLS, Row, is_conversation
+from spmdrl.data.tool_messages import CALLS, read_calls
 
 Messages = Sequence[Mapping[str, Any]]
 
 _ROLES = ("system", "user", "assistant", "tool")
-
-
-class BadRow(ValueError):
-    """Problem of one row."""
 
 
 class PromptSettings(Protocol):
@@ -57,26 +55,19 @@ def checked_text(text: str, column: str | None) -> str:
     return text
 
 
-def shown(value: Any) -> str:
-    """Text of a value for a message, shortened to what helps to find it."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of too many digits, nested too deeply
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """Args:
     text: the first user message, before any template.
     messages: the conversation up to the responses; one message for raw text.
-    responses: one response of each column asked for.
+    responses: text of one response for each column asked for.
+    answers: their messages.
     """
 
     text: str
     messages: Messages
     responses: tuple[str, ...]
+    answers: Messages
 
 
 def read_responses(row: Row, columns: Sequence[str], settings: PromptSettings) -> Asked:
@@ -88,7 +79,7 @@ def read_responses(row: Row, columns: Sequence[str], settings: PromptSettings) -
     Raises:
         BadRow: a response or the prompt is missing, or columns disagree about the prompt.
     """
-    responses: list[str] = []
+    answers: list[Mapping[str, Any]] = []
     contexts: list[Messages] = []
     for column in columns:
         value = row.get(column)
@@ -96,13 +87,14 @@ def read_responses(row: Row, columns: Sequence[str], settings: PromptSettings) -
             raise BadRow(same_column(column))
         if isinstance(value, str):
             _refuse_json(value, column)
-            responses.append(checked_text(value, column))
+            answers.append({"role": "assistant", "content": checked_text(value, column)})
             continue
         if not isinstance(value, list):
             raise BadRow(f"column {column!r} holds no text and no conversation but {shown(value)}")
-        context, response = ending_in_response(value, column, settings)
-        responses.append(response)
+        context, answer = ending_in_response(value, column, settings)
+        answers.append(answer)
         contexts += [context] if context else []
+    responses = tuple(str(answer["content"]) for answer in answers)
     column = settings.prompt_column
     given = row.get(column)
     if not contexts:
@@ -110,7 +102,7 @@ def read_responses(row: Row, columns: Sequence[str], settings: PromptSettings) -
             raise BadRow(f"there is no column {column!r} for the prompt in {sorted(row.values)}")
         prompt = read_prompt(given, column, settings)
         text = given if isinstance(given, str) else opening(prompt)
-        return Asked(text=text, messages=prompt, responses=tuple(responses))
+        return Asked(text=text, messages=prompt, responses=responses, answers=answers)
     first = contexts[0]
     if any(prompt_key(context) != prompt_key(first) for context in contexts):
         raise BadRow("the conversations differ before their last response")
@@ -119,7 +111,7 @@ def read_responses(row: Row, columns: Sequence[str], settings: PromptSettings) -
         messages = _with_given(first, given, settings)
     else:
         messages = with_system(first, settings)
-    return Asked(text=opening(first), messages=messages, responses=tuple(responses))
+    return Asked(text=opening(first), messages=messages, responses=responses, answers=answers)
 
 
 def _with_given(context: Messages, given: Any, settings: PromptSettings) -> Messages:
@@ -184,6 +176,9 @@ def checked_messages(value: Any, column: str, settings: PromptSettings) -> list[
     messages: list[Mapping[str, Any]] = []
     for message in value if isinstance(value, list) else []:
         given = message if isinstance(message, Mapping) else {}
+        if given.get(CALLS) and given.get("role") == "assistant":
+            calls = read_calls(given[CALLS], column)
+            given = {**given, "content": given.get("content") or "", CALLS: calls}
         if not isinstance(given.get("role"), str) or not isinstance(given.get("content"), str):
             raise BadRow(f"column {column!r}: {shown(message)} is no message with role and content")
         _check_role(given["role"], column)
@@ -215,7 +210,9 @@ def waiting(messages: Messages, column: str) -> list[Mapping[str, Any]]:
     return list(messages)
 
 
-def ending_in_response(value: Any, column: str, settings: PromptSettings) -> tuple[Messages, str]:
+def ending_in_response(
+    value: Any, column: str, settings: PromptSettings
+) -> tuple[Messages, Mapping[str, Any]]:
     """Split a conversation into the messages before its last response, and that response.
 
     Raises:
@@ -224,7 +221,7 @@ def ending_in_response(value: Any, column: str, settings: PromptSettings) -> tup
     messages = checked_messages(value, column, settings)
     if messages[-1]["role"] != "assistant":
         raise BadRow(f"column {column!r} does not end with an assistant message")
-    return messages[:-1], str(messages[-1]["content"])
+    return messages[:-1], messages[-1]
 
 
 def with_system(messages: Messages, settings: PromptSettings) -> list[Mapping[str, Any]]:
@@ -241,7 +238,11 @@ def opening(messages: Messages) -> str:
 
 def prompt_key(messages: Messages) -> Hashable:
     """Key that is equal for equal prompts."""
-    return tuple((m["role"], m["content"]) for m in messages)
+    return tuple((m["role"], m["content"], *_calls_key(m)) for m in messages)
+
+
+def _calls_key(message: Mapping[str, Any]) -> tuple[str, ...]:
+    return (json.dumps(message[CALLS], default=str),) if message.get(CALLS) else ()
 
 
 def read_tools(row: Row) -> Sequence[Mapping[str, Any]]:

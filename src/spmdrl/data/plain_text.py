@@ -22,7 +22,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from spmdrl.data.messages import BadRow
+from spmdrl.data.row_problems import BadRow
 
 _MARKS = range(0xE000, 0xF900)
 _STAND_INS = (0xF0000, 0x100000)
@@ -165,17 +165,21 @@ class PlainText:
     def _spelled(self, text: str) -> bool:
         if next(self._places(text), None) is not None:
             return True
-        return self._is_normalized and next(self._found(text), None) is not None
+        return bool(self._read_otherwise(text))
 
     def _broken(self, text: str, letter: str) -> str:
-        places = list(self._places(text))
+        places = list(self._places(text)) or self._read_otherwise(text)
         while places:
             ends = [*(at + 1 for at in places), len(text)]
             parts = [text[: ends[0]]]
             parts += [text[a:b] for a, b in pairwise(ends)]
             text = letter.join(parts)
-            places = [start for _, start, _ in self._found(text)] if self._is_normalized else []
+            places = self._read_otherwise(text)
         return text
+
+    def _read_otherwise(self, text: str) -> list[int]:
+        """Places of added tokens that only the normalized text holds."""
+        return [start for _, start, _ in self._found(text)] if self._is_normalized else []
 
     @cached_property
     def _copies(self) -> dict[int, _Copy]:

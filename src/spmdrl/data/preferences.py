@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
@@ -11,6 +11,7 @@ import torch
 from spmdrl.batch import Batch, from_rows
 from spmdrl.data.encode import EndingTokenizer, make_encoder
 from spmdrl.data.examples import (
+    CALL_ALONE,
     EMPTY_RESPONSE,
     Example,
     RowProgress,
@@ -21,9 +22,11 @@ from spmdrl.data.examples import (
     unreported,
 )
 from spmdrl.data.item_set import ItemSet
-from spmdrl.data.messages import BadRow, prompt_key, read_responses, shown
+from spmdrl.data.messages import prompt_key, read_responses
+from spmdrl.data.row_problems import BadRow, shown
 from spmdrl.data.rows import Row
 from spmdrl.data.source import DataSource
+from spmdrl.data.tool_messages import CALLS
 
 HUGE = 3.4e38
 """Bound on the size of a margin, so that it fits into float32."""
@@ -126,19 +129,23 @@ def load_preferences(
     Raises:
         ValueError: see `data.examples.read_examples`; no chat template, or no end-of-text token.
     """
-    encoder = make_encoder(source.source, tokenizer, chat=source.chat, now=source.now)
+    options = source.chat_template_kwargs
+    encoder = make_encoder(
+        source.source, tokenizer, chat=source.chat, now=source.now, options=options
+    )
     columns = [source.column("chosen"), source.column("rejected")]
 
     def make(row: Row) -> Example[Pair]:
         asked = read_responses(row, columns, source)
         check_part(source, asked.text)
         chosen_text, rejected_text = asked.responses
-        if not (chosen_text.strip() and rejected_text.strip()):
-            raise Unusable(EMPTY_RESPONSE)
+        for answer in asked.answers:
+            if not answer["content"].strip() and not (answer.get(CALLS) and encoder.writes_calls):
+                raise Unusable(CALL_ALONE if answer.get(CALLS) else EMPTY_RESPONSE)
         margin = _margin(row, source)
         tools = encoder.tools_of(row)
-        prompt, chosen = encoder.encode_last([*asked.messages, _said(chosen_text)], tools)
-        _, rejected = encoder.encode_last([*asked.messages, _said(rejected_text)], tools)
+        prompt, chosen = encoder.encode_last([*asked.messages, asked.answers[0]], tools)
+        _, rejected = encoder.encode_last([*asked.messages, asked.answers[1]], tools)
         if chosen == rejected:  # also if only the space around them differs
             raise Unusable("with equal responses")
         pair = Pair(
@@ -153,7 +160,7 @@ def load_preferences(
         )
         return Example(
             prompt=prompt_key(asked.messages),
-            item=pair,
+            items=(pair,),
             tokens=len(prompt) + max(len(chosen), len(rejected)),
             prompt_tokens=len(prompt),
         )
@@ -161,10 +168,6 @@ def load_preferences(
     margins = [source.columns["margin"]] if "margin" in source.columns else []
     found = read_examples(source, [*columns, *margins], make, encoder.template, report)
     return ItemSet(Pair, *found)
-
-
-def _said(response: str) -> Mapping[str, str]:
-    return {"role": "assistant", "content": response}
 
 
 def _margin(row: Row, source: DataSource) -> float:

@@ -28,11 +28,11 @@ from spmdrl.data.load_report import (
     length_limit,
     tell,
     tell_of_keys,
+    tell_of_options,
     tell_of_rows,
     tell_of_tools,
 )
 from spmdrl.data.messages import (
-    BadRow,
     answer_text,
     checked_messages,
     opening,
@@ -44,6 +44,7 @@ from spmdrl.data.messages import (
     with_system,
 )
 from spmdrl.data.plain_text import NO_MARK
+from spmdrl.data.row_problems import BadRow
 from spmdrl.data.rows import Row, is_conversation, one_line
 from spmdrl.data.source import DataSource, check_whole, needed_columns, with_task_columns
 from spmdrl.data.split import in_part
@@ -64,6 +65,7 @@ class Prompt:
         entry: all columns of the row, for reward functions.
         tools: the tools given to the chat template.
         turns: `turns_key` of the turns that samples take; "" for one.
+        options: further variables given to it.
     """
 
     prompt_id: int
@@ -74,6 +76,7 @@ class Prompt:
     entry: Mapping[str, Any]
     tools: Sequence[Mapping[str, Any]] = ()
     turns: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,7 @@ class _Draft:
     messages: tuple[Mapping[str, Any], ...]
     answer: str | None
     tools: Sequence[Mapping[str, Any]]
+    options: Mapping[str, Any]
     mark: bytes
     turns: str
 
@@ -126,6 +130,7 @@ class PromptSet(Sequence[Prompt]):
             entry=draft.row.values,
             tools=draft.tools,
             turns=draft.turns,
+            options=draft.options,
         )
 
     @property
@@ -220,6 +225,7 @@ def load_prompts(
     has_tools = source.chat and writes_tools(tokenizer)
     template = templates(tokenizer) if source.chat else None
     tell_of_tools(source.source, rows, template)
+    tell_of_options(source.source, source.key, source.chat_template_kwargs, template)
     tell_of_keys(source.source, rows, needed_columns(source, rows), template)
     found = _read_drafts(rows, source, tokenizer, has_tools=has_tools, report=report)
     drafts, texts = found.drafts, found.texts
@@ -280,7 +286,7 @@ def _read_drafts(
 ) -> _Drafts:
     found = _Drafts()
     seen: set[str] = set()
-    chat = Chat(tokenizer=tokenizer, now=source.now)
+    chat = Chat(tokenizer=tokenizer, now=source.now, options=source.chat_template_kwargs)
     for row in reported(rows, report):
         try:
             draft = _draft(row, source, has_tools=has_tools)
@@ -330,6 +336,7 @@ def _draft(row: Row, source: DataSource, *, has_tools: bool) -> _Draft:
         messages=tuple(messages) if source.chat else (),
         answer=answer,
         tools=read_tools(row) if has_tools else (),
+        options=source.chat_template_kwargs,
         mark=read_mark(row),
         turns=turns_key(source.turns or None),
     )

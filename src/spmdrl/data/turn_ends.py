@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from spmdrl.data.chat import Chat
-from spmdrl.data.messages import BadRow, Messages
+from spmdrl.data.messages import Messages
+from spmdrl.data.row_problems import BadRow
+from spmdrl.data.tool_messages import ASKED, CALL_ID, SAID, calling
 
-SAID = "fjord-quartz"
-"""Words of an assistant in conversations that are written to look at the template."""
-ASKED: Mapping[str, str] = {"role": "user", "content": "Hello"}
 _OTHER = "heron-violet"
-_CALL_ID = "fjordcall"  # some templates take nine letters and no other number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +33,6 @@ class TurnEnds:
         return tuple(dict.fromkeys(end for end in found if end is not None))
 
 
-def calling(results: Sequence[Mapping[str, Any]], said: str) -> dict[str, Any]:
-    """Make an assistant's message that calls the tools whose results these messages are.
-
-    Args:
-        said: value of the calls' only argument.
-    """
-    calls = [
-        {
-            "type": "function",
-            "id": str(message.get("tool_call_id", _CALL_ID)),
-            "function": {"name": str(message.get("name", "tool")), "arguments": {"value": said}},
-        }
-        for message in results
-    ]
-    return {"role": "assistant", "content": "", "tool_calls": calls}
-
-
 def find_ends(chat: Chat, special: Iterable[str]) -> TurnEnds:
     """Find the ends of turns.
 
@@ -71,7 +51,7 @@ def find_ends(chat: Chat, special: Iterable[str]) -> TurnEnds:
     asked = _between(chat, [{"role": "user", "content": _OTHER}], _OTHER, None, prompt=False)
     if history != last and (history is None or history not in asked):
         history = None
-    result = {"role": "tool", "name": "tool", "tool_call_id": _CALL_ID, "content": _OTHER}
+    result = {"role": "tool", "name": "tool", "tool_call_id": CALL_ID, "content": _OTHER}
     called = _between(chat, [ASKED, calling([result], SAID), result], SAID, _OTHER, prompt=True)
     known = tuple(end for end in (last, history) if end is not None)
     calls = _first(called, known) or _first(called, texts)

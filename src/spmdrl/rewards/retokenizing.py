@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from spmdrl.data.encode import make_encoder
-from spmdrl.data.messages import BadRow
+from spmdrl.data.encode import ResponseEncoder, make_encoder
 from spmdrl.data.prompts import Prompt
+from spmdrl.data.row_problems import BadRow
 from spmdrl.models.files.tokenizers import load_tokenizer
 from spmdrl.rewards.scorer import Retokenize
 
@@ -37,10 +39,21 @@ def retokenizer(role: str, directory: Path, now: datetime, *, chat: bool) -> Ret
             "sets) to false"
         )
     raw = make_encoder(str(directory), tokenizer, chat=False, now=now)
-    talk = make_encoder(str(directory), tokenizer, chat=True, now=now) if chat else raw
+    talks: dict[str, ResponseEncoder] = {}
+
+    def talk(options: Mapping[str, Any]) -> ResponseEncoder:
+        """Encoder of conversations whose prompts gave the template these variables."""
+        key = json.dumps(options, sort_keys=True, default=str)
+        if chat and key not in talks:
+            talks[key] = make_encoder(
+                str(directory), tokenizer, chat=True, now=now, options=options
+            )
+        return talks.get(key, raw)
+
+    talk({})  # a template that cannot be used is an error at the start
 
     def encode(prompt: Prompt, response: str, is_cut: bool) -> Sequence[int]:
-        encoder = talk if prompt.messages else raw
+        encoder = talk(prompt.options) if prompt.messages else raw
         asked = prompt.messages or ({"role": "user", "content": prompt.text},)
         said = {"role": "assistant", "content": response}
         tools = prompt.tools if encoder.has_tools else ()

@@ -17,9 +17,11 @@ from functools import cached_property
 from typing import Any
 
 from spmdrl.data.chat import Chat, check_chat_template
-from spmdrl.data.messages import BadRow, Messages, checked_text, shown
+from spmdrl.data.messages import Messages, checked_text
 from spmdrl.data.plain_text import Mark
-from spmdrl.data.turn_ends import ASKED, SAID, TurnEnds, calling, find_ends
+from spmdrl.data.row_problems import BadRow, shown
+from spmdrl.data.tool_messages import ASKED, CALL_ID, CALLS, SAID, calling, read_calls
+from spmdrl.data.turn_ends import TurnEnds, find_ends
 from spmdrl.turns.environment import Message
 
 _TOOL = "tool"
@@ -115,7 +117,7 @@ class TurnRenderer:
         for role in roles:
             message = {"role": role, "content": _PROBE}
             if role == _TOOL:
-                message |= {"name": "tool", "tool_call_id": "fjordcall"}
+                message |= {"name": "tool", "tool_call_id": CALL_ID}
             self.observation([message], ended=True)
 
     def text(self, tokens: Sequence[int], *, special: bool) -> str:
@@ -228,8 +230,12 @@ def _checked(messages: Sequence[Message]) -> list[Message]:
     found: list[Message] = []
     for message in messages:
         given = dict(message) if isinstance(message, Mapping) else {}
-        if given.get("tool_calls"):
-            given.setdefault("content", "")
+        if given.get(CALLS):
+            given = {
+                **given,
+                "content": given.get("content") or "",
+                CALLS: read_calls(given[CALLS], "messages"),
+            }
         if not isinstance(given.get("role"), str) or not isinstance(given.get("content"), str):
             raise ValueError(
                 "a message of an environment has a role and a text as content, unlike "
