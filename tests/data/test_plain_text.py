@@ -41,6 +41,11 @@ def tokenizer_of(name: str, kind: str) -> Any:
 ALL = st.characters(codec="utf-8")
 
 
+@cache
+def chat_of(name: str, kind: str) -> Chat:
+    return Chat(tokenizer=tokenizer_of(name, kind), now=NOW)
+
+
 def pieces(name: str, letters: st.SearchStrategy[str] = ALL) -> st.SearchStrategy[str]:
     """Texts made of added tokens, halves of them, marks, roles, space, and letters of any kind."""
     family = FAMILIES[name]
@@ -55,12 +60,12 @@ def pieces(name: str, letters: st.SearchStrategy[str] = ALL) -> st.SearchStrateg
 
 @pytest.mark.parametrize("kind", ["bytes", "spaces"])
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_no_added_token_comes_from_a_content(name: str, kind: str, data: st.DataObject) -> None:
     tokenizer = tokenizer_of(name, kind)
     content = data.draw(pieces(name))
-    chat = Chat(tokenizer=tokenizer, now=NOW)
+    chat = chat_of(name, kind)
 
     def written(text: str) -> tuple[str, list[int]]:
         talk = chat.prepare([{"role": "user", "content": text}])
@@ -76,12 +81,11 @@ def test_no_added_token_comes_from_a_content(name: str, kind: str, data: st.Data
 
 @pytest.mark.parametrize("kind", ["bytes", "spaces"])
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_the_copy_encodes_as_the_tokenizer_does(name: str, kind: str, data: st.DataObject) -> None:
     """Where a content spells nothing, both ways give the same ids."""
-    tokenizer = tokenizer_of(name, kind)
-    chat = Chat(tokenizer=tokenizer, now=NOW)
+    chat = chat_of(name, kind)
     letters = st.text(st.sampled_from("ahe .\n\u20ac"), max_size=12)
     text = chat.render(chat.prepare([{"role": "user", "content": data.draw(letters)}]), prompt=True)
     spelling = chat.prepare([{"role": "user", "content": FAMILIES[name].special[0]}])
@@ -149,11 +153,10 @@ def test_rows_of_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason=f"{MODEL} is missing")
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(content=pieces("chatml", st.characters(max_codepoint=0x2FF)))  # it lacks rare bytes
 def test_a_real_tokenizer(content: str) -> None:
-    tokenizer = tokenizer_of("real", "")
-    chat = Chat(tokenizer=tokenizer, now=NOW)
+    tokenizer, chat = tokenizer_of("real", ""), chat_of("real", "")
     talk = chat.prepare([{"role": "user", "content": content}])
     text = chat.render(talk, prompt=True)
     ids = chat.ids(text, talk.mark)
