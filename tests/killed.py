@@ -82,6 +82,6 @@ def run_killed(world: World, config: str, words: list[str], replay: str, phase: 
 def kill_in(phase: str, config: Path, words: list[str], replay: Path, run_dir: Path) -> None:
     """Start the run on two ranks, kill one in the phase, and see that one step was saved."""
     with pytest.raises(AssertionError, match=r"died|failed"):
-        run_ranks(run_killed, 2, str(config), words, str(replay), phase, timeout_s=200)
+        run_ranks(run_killed, 2, str(config), words, str(replay), phase, timeout_s=400)
     assert (run_dir / f"killed_in_{phase}").exists()
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000001"

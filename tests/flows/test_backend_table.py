@@ -174,7 +174,7 @@ def test_a_run_killed_in_its_second_step_resumes_exactly(native, cell: Cell) -> 
     config, place = config_of(root, cell, "native", name)
     whole, killed = place / cell.backend, place / name
     kill_in(phase, config, layout_of(cell), place, killed)
-    run_ranks(run_configs, 2, [(config, layout_of(cell))], str(place), timeout_s=200)
+    run_ranks(run_configs, 2, [(config, layout_of(cell))], str(place), timeout_s=400)
     assert records(killed) == records(whole), phase
     saved, expected = weights(killed), weights(whole)
     assert saved.keys() == expected.keys() and len(saved) > 10
