@@ -190,3 +190,21 @@ def test_a_real_template() -> None:
         talk, add_generation_prompt=True, return_dict=False
     )
     assert renderer.text(turn, special=False) == "Is it 4?"
+
+
+@pytest.mark.parametrize(
+    ("name", "rewritten"),
+    [
+        ("chatml", ()),
+        ("hermes", ()),
+        ("thinking", ("turns", "thinking", "tools")),
+        ("headers", ()),
+        ("brackets", ("tools",)),
+        ("model", ()),
+        ("channels", ()),
+        ("roles", ()),
+    ],
+)
+def test_what_a_template_rewrites(name: str, rewritten: tuple[str, ...]) -> None:
+    """Thoughts, also empty ones, are left out once a question follows; tools move to the last."""
+    assert TurnRenderer(byte_tokenizer(FAMILIES[name]), NOW).rewritten == rewritten

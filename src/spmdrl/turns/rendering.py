@@ -120,6 +120,38 @@ class TurnRenderer:
                 message |= {"name": "tool", "tool_call_id": CALL_ID}
             self.observation([message], ended=True)
 
+    @cached_property
+    def rewritten(self) -> tuple[str, ...]:
+        """Names of what the template writes otherwise once another turn is to come: `turns` (any of
+        them), `thinking`, `calls`, `tools`. The tokens of a sample stay those that were there.
+        """
+        user = {"role": "user", "content": _PROBE}
+        thought = {"role": "assistant", "content": f"<think>\n{SAID}\n</think>\n\n{SAID}"}
+        result = {"role": _TOOL, "name": "tool", "tool_call_id": CALL_ID, "content": _PROBE}
+        tool = {"type": "function", "function": {"name": "tool", "description": SAID}}
+        plain = {"role": "assistant", "content": SAID}
+        probes: dict[str, tuple[Messages, list[Message]]] = {
+            "turns": ([ASKED, plain, user], []),
+            "thinking": ([ASKED, thought, user], []),
+            "calls": ([ASKED, calling([result], SAID), result], []),
+            "tools": ([ASKED, plain, user], [tool]),
+        }
+        return tuple(name for name, given in probes.items() if self._is_rewritten(*given))
+
+    def _is_rewritten(self, messages: Messages, tools: Sequence[Message]) -> bool:
+        """Whether a conversation of three messages begins otherwise than its first two, but for
+        the end of the turn. A conversation that the template refuses is not rewritten.
+        """
+        talk = self.chat.prepare(messages, tools)
+        try:
+            prompt = self.chat.render(talk.first(1), prompt=True)
+            turn = self.chat.render(talk.first(2), prompt=False)
+            whole = self.chat.render(talk, prompt=True)
+        except BadRow:
+            return False
+        spoken = turn[: turn.rfind(SAID) + len(SAID)]
+        return not (whole.startswith(prompt) and whole.startswith(spoken))
+
     def text(self, tokens: Sequence[int], *, special: bool) -> str:
         """Decode a sampled turn without its end.
 
