@@ -51,6 +51,10 @@ def place(tmp_path_factory):
             "answer": f"He adds.\n#### {2 * i + 1}",
             "chosen": f"He has {2 * i + 1}.",
             "rejected": "Many.",
+            "messages": [
+                {"role": "user", "content": QUESTION.format(i, i + 1)},
+                {"role": "assistant", "content": f"{2 * i + 1} apples."},
+            ],
         }
         for i in range(300)
     ]

@@ -61,6 +61,7 @@ class Rollout:
         turns: AllTurns = NO_TURNS,
     ) -> None:
         self.turns, self._turn_counts = turns, Counter[str]()
+        self._turn_sums: dict[str, float] = {}
         self.name, self.mesh, self.model = name, mesh, model
         self.engine, self.memory = engine, memory
         self.parts, self.version = parts, 0
@@ -98,7 +99,8 @@ class Rollout:
         they were answered since the last time; none without turns. Every rank calls it.
         """
         counts, self._turn_counts = self._turn_counts, Counter()
-        return turn_metrics(batch, counts) if self.turns else {}
+        sums, self._turn_sums = self._turn_sums, {}
+        return turn_metrics(batch, counts, sums) if self.turns else {}
 
     @role_method
     def logprobs(
@@ -168,6 +170,8 @@ class Rollout:
             done = run_generation(self.engine, rows, generation, self.turns, experts, stint)
             for own in self.turns.values():
                 self._turn_counts.update(own.counts())
+                for name, value in own.metrics().items():
+                    self._turn_sums[name] = self._turn_sums.get(name, 0.0) + value
             if isinstance(done, Interrupted):
                 return done
             return done.with_columns(rows={"weight_version": torch.full((len(rows),), version)})

@@ -72,6 +72,7 @@ class RolloutTurns:
         longest_key: the key with that limit, for messages.
         described: text that is equal for equal environments.
         counts: counts of the source's last call on this rank.
+        metrics: sums of its observations' own metrics.
     """
 
     source: TurnSource
@@ -81,6 +82,7 @@ class RolloutTurns:
     longest_key: str
     described: str = ""
     counts: Callable[[], Mapping[str, int]] = dict
+    metrics: Callable[[], Mapping[str, float]] = dict
 
 
 AllTurns = Mapping[str, RolloutTurns]
@@ -112,7 +114,7 @@ def with_openings(prompts: Batch, turns: AllTurns) -> Batch:
         entries: list[str | None] = [None] * len(given)
         for key in dict.fromkeys(prompt.turns for prompt in given if prompt.turns):
             own = [i for i, prompt in enumerate(given) if prompt.turns == key]
-            made = turns[key].opens([given[i].entry for i in own])
+            made = turns[key].opens([row_of(given[i]) for i in own])
             for i, one in zip(own, made, strict=True):
                 _check_length(one.tokens, turns[key], given[i])
                 tokens[i] = one.tokens
@@ -120,6 +122,11 @@ def with_openings(prompts: Batch, turns: AllTurns) -> Batch:
         return from_rows(tokens, rows=prompts.rows, objects={**prompts.objects, TURN_ROW: entries})
 
     return agreed(ValueError, opened)
+
+
+def row_of(prompt: Prompt) -> Mapping[str, Any]:
+    """Return a prompt's row as `TurnEnvironment.start` is given it."""
+    return {**prompt.entry, "messages": [dict(message) for message in prompt.messages]}
 
 
 def _check_length(tokens: Sequence[int], turns: RolloutTurns, prompt: Prompt) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from spmdrl.batch import Batch
-from spmdrl.distributed.reduce import moments, world_sum
+from spmdrl.distributed.reduce import gather_objects, moments, world_sum
 from spmdrl.roles.turn_calls import NUM_TURNS, TURN_END, TURN_REWARDS
 from spmdrl.rollout.protocol import Ending
 
@@ -15,17 +15,21 @@ COUNTED = ("restarted", "remade")
 """Samples that started again after a stop, and objects that were made again in another worker."""
 
 
-def turn_metrics(batch: Batch, counts: Mapping[str, int]) -> dict[str, float]:
+def turn_metrics(
+    batch: Batch, counts: Mapping[str, int], sums: Mapping[str, float]
+) -> dict[str, float]:
     """Metrics of turns over the world's rows; every rank calls it.
 
     `turns/mean` and `turns/max` count a sample's turns, `turns/reward` is a turn's mean reward,
     `turns/given_tokens` a sample's mean of tokens from its environment; `turns/cut_by_turns`,
     `turns/cut_by_room`, `turns/cut_by_seconds` and `turns/failed` are shares of samples that ended
-    so; `turns/restarted` and `turns/remade` are counts.
+    so; `turns/restarted` and `turns/remade` are counts. `turns/NAME` of what environments count
+    themselves (`Observation.metrics`) is a sample's mean.
 
     Args:
         batch: home rows of `rollout.generate` that took turns.
         counts: this rank's, of `COUNTED`.
+        sums: this rank's, of the metrics of its observations.
     """
     number, ending = batch[NUM_TURNS].double(), batch[TURN_END]
     turns = moments(number)
@@ -41,14 +45,19 @@ def turn_metrics(batch: Batch, counts: Mapping[str, int]) -> dict[str, float]:
             ("failed", Ending.FAILED),
         )
     }
-    own = [counts.get(name, 0) for name in COUNTED]
-    counted = world_sum(torch.tensor(own, dtype=torch.float64))
+    own = [len(batch), *(counts.get(name, 0) for name in COUNTED)]
+    samples, *counted = world_sum(torch.tensor(own, dtype=torch.float64)).tolist()
+    totals: dict[str, float] = {}
+    for part in gather_objects(dict(sums)):
+        for name, value in part.items():
+            totals[name] = totals.get(name, 0.0) + value
     found = {
+        **{name: total / samples for name, total in sorted(totals.items())},
         "mean": turns.mean,
         "max": turns.maximum,
         "reward": rewards.mean / turns.mean if turns.mean else 0.0,
         "given_tokens": given.mean,
         **shares,
-        **dict(zip(COUNTED, counted.tolist(), strict=True)),
+        **dict(zip(COUNTED, counted, strict=True)),
     }
     return {f"turns/{name}": value for name, value in found.items()}

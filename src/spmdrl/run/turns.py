@@ -64,6 +64,7 @@ def make_turns(
                     longest_key=f"{key}.max_tokens",
                     described=answers.describe(),
                     counts=answers.counts,
+                    metrics=answers.metrics,
                 )
             return found
 
@@ -88,6 +89,7 @@ def _environments(
 ) -> EnvironmentTurns:
     suffix = f"_{number}" if number else ""
     kind = environment_kind(turns.kind, turns.options, templates(inputs.tokenizer) or "")
+    server.preload(["spmdrl.turns.serving", *kind.modules])
     return EnvironmentTurns(
         server,
         _Renderer(_renderer(inputs)),
