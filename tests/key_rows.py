@@ -46,6 +46,9 @@ AGAIN = "train.epochs=4"
 ENDS = ",".join(str(token) for token in range(9, 80))
 LETTERS = ",".join("abcdefghijklmnopqrstuvwxyz")
 
+JUDGE = ("roles.judge={}", "rewards=[{role: judge}]")
+RUBRIC = "tests/rewards/test_rubric.py"
+
 ROWS: dict[str, Row] = {
     "flow": row("ppo", BOTH, "flow=grpo"),
     "environment": row("grpo", "error", "environment=nowhere:Environment"),
@@ -92,6 +95,37 @@ ROWS: dict[str, Row] = {
     "roles.NAME.retokenize": row(
         "grpo", "tests/roles/test_custom_role.py::test_another_tokenizer_is_refused_or_read_as_text"
     ),
+    "roles.NAME.judge.template": row(
+        "grpo", "plan", *JUDGE, "roles.judge.judge.template='Rate {response}'"
+    ),
+    "roles.NAME.judge.parse": row("grpo", f"{RUBRIC}::test_a_score_is_read_or_there_is_a_reason"),
+    "roles.NAME.judge.pair_template": row(
+        "grpo", f"{RUBRIC}::test_texts_that_spell_a_field_stay_as_they_are"
+    ),
+    "roles.NAME.judge.pair_parse": row("grpo", f"{RUBRIC}::test_a_verdict_is_read"),
+    "roles.NAME.judge.system": row(
+        "grpo", f"{RUBRIC}::test_a_question_is_one_message_and_its_letters_are_letters"
+    ),
+    "roles.NAME.judge.chat_template_kwargs": row(
+        "grpo", f"{RUBRIC}::test_the_chat_template_is_given_its_variables"
+    ),
+    "roles.NAME.judge.min": row("grpo", f"{RUBRIC}::test_a_score_is_read_or_there_is_a_reason"),
+    "roles.NAME.judge.max": row("grpo", f"{RUBRIC}::test_a_score_is_read_or_there_is_a_reason"),
+    "roles.NAME.judge.scale": row("grpo", f"{RUBRIC}::test_scores_are_mapped_to_the_unit_interval"),
+    "roles.NAME.judge.failed": row(
+        "grpo", "tests/roles/test_judge.py::test_a_judge_gives_the_same_scores_anywhere"
+    ),
+    "roles.NAME.judge.max_tokens": row("grpo", "plan", *JUDGE, "roles.judge.judge.max_tokens=64"),
+    "roles.NAME.judge.temperature": row(
+        "grpo", "tests/roles/test_judge.py::test_several_answers_are_drawn_and_have_a_mean"
+    ),
+    "roles.NAME.judge.num_samples": row(
+        "grpo", "tests/roles/test_judge.py::test_several_answers_are_drawn_and_have_a_mean"
+    ),
+    "roles.NAME.judge.max_prompt_tokens": row(
+        "grpo", "plan", *JUDGE, "roles.judge.judge.max_prompt_tokens=99"
+    ),
+    "roles.NAME.judge.kv_cache_gb": row("grpo", "plan", *JUDGE, "roles.judge.judge.kv_cache_gb=1"),
     "roles.NAME.options": row(
         "grpo", "tests/roles/test_custom_role.py::test_the_example_roles_score_as_their_parts_do"
     ),
@@ -201,6 +235,8 @@ ROWS: dict[str, Row] = {
         "dpo", BOTH, "preference.loss=kto", "preference.kto_weights=[1,2]"
     ),
     "preference.reference": row("dpo", "files", "roles.reference={}", "preference.reference=step"),
+    "preference.judge": row("dpo", "refused", "preference.judge=reward"),
+    "preference.ties": row("dpo", "doubt", "preference.ties=reward"),
     "preference.pairs": row("online_dpo", BOTH, "preference.pairs=all"),
     "data.kind": row("grpo", "refused error", "data.kind=conversations"),
     "data.train.source": row("grpo", "plan error", "data.train.source=other.jsonl"),

@@ -44,7 +44,7 @@ class Stage:
     stand_ins: tuple[str, ...] = ()
 
 
-JUDGE = ("roles.judge.model=MODEL", "roles.judge.head=zero")
+REWARD = ("roles.reward.model=MODEL", "roles.reward.head=zero")
 EXAMPLES = {
     "rlhf": (
         Stage(config="rlhf/sft", tokens=1400),
@@ -60,11 +60,11 @@ EXAMPLES = {
     ),
     "dpo": (
         Stage(config="preferences/judge", tokens=1600),
-        Stage(config="preferences/dpo", tokens=1600, stand_ins=JUDGE),
+        Stage(config="preferences/dpo", tokens=1600, stand_ins=REWARD),
     ),
     "online_dpo": (
         Stage(config="preferences/judge", tokens=1600),
-        Stage(config="preferences/online_dpo", tokens=2400, stand_ins=JUDGE),
+        Stage(config="preferences/online_dpo", tokens=2400, stand_ins=REWARD),
     ),
 }
 
@@ -81,7 +81,7 @@ def main() -> int:
     set_up_logging(0)
     stages = EXAMPLES[given.example]
     if given.judge:
-        stages = (replace(stages[-1], stand_ins=(f"roles.judge.model={given.judge}",)),)
+        stages = (replace(stages[-1], stand_ins=(f"roles.reward.model={given.judge}",)),)
     for stage in stages:
         name = Path(stage.config).name
         words = [f"model.path={given.model}"]

@@ -7,6 +7,6 @@ if [ -z "$judge" ]; then
     # shellcheck disable=SC2206  # words for the judge's stage: JUDGE_WORDS="steps=2 ..."
     [ -f "$judge/config.json" ] || stage judge ${JUDGE_WORDS:-}
 fi
-stage "$name" "roles.judge.model=$judge" ${words[@]+"${words[@]}"}
+stage "$name" "roles.reward.model=$judge" ${words[@]+"${words[@]}"}
 .venv/bin/python scripts/examples/preferences_summary.py "$out/$name" --judge "$out/judge" \
     --seconds "$(seconds)"

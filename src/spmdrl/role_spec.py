@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from spmdrl.config.roles import AdapterSection, RoleSection
+from spmdrl.config.roles import JUDGE, WITH_ENGINE, AdapterSection, RoleSection
 from spmdrl.config.sections import Config
 from spmdrl.config.training import TrainSection
 from spmdrl.distributed.mesh import expert_degrees, format_ranks
@@ -32,6 +32,7 @@ HEADS: Mapping[str, Head] = {
     "reward": "score",
     "value": "score",
     "rollout": "lm",
+    JUDGE: "lm",
 }
 """Kind of role -> the head of its model."""
 
@@ -49,7 +50,7 @@ class RoleSpec:
         device_type: device of its ranks.
         dtype: dtype that it computes in.
         trained: whether it has an optimizer.
-        backend: train backend (`train.backend`), or engine of a rollout.
+        backend: train backend (`train.backend`), or engine of a rollout or a judge.
         is_tiny: whether its model is made of random weights (`model.tiny`).
         adapter: the additions to its weights, which then do not train; a rollout has the policy's
             if its engine applies them unmerged.
@@ -91,7 +92,18 @@ class RoleSpec:
 
     @property
     def is_rollout(self) -> bool:
+        """Whether it samples with the policy's weights, which syncs bring."""
         return self.kind == "rollout"
+
+    @property
+    def is_judge(self) -> bool:
+        """Whether it answers questions with fixed weights of its own, on an engine."""
+        return self.kind == JUDGE
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether it has an engine in place of a train backend."""
+        return self.kind in WITH_ENGINE
 
     @property
     def has_fixed_base(self) -> bool:
@@ -159,7 +171,9 @@ def make_specs(
         kind = config.role_kind(name)
         _check_kind(name, kind)
         train = config.train_section(name)
-        backend = config.rollout.engine if kind == "rollout" else train.backend
+        # a process has one vLLM, which is the rollout's
+        engine = config.rollout.engine if kind == "rollout" else "native"
+        backend = engine if kind in WITH_ENGINE else train.backend
         specs[name] = RoleSpec(
             name=name,
             kind=kind,
@@ -183,9 +197,11 @@ def make_specs(
 
 
 def _merges(config: Config, kind: str) -> bool:
-    """Whether roles of a kind are rollouts whose engine takes merged weights only."""
+    """Whether roles of a kind have an engine that takes merged weights only."""
     rollout = config.rollout
-    return kind == "rollout" and (rollout.engine != "native" or rollout.adapters == "merged")
+    return kind == JUDGE or (
+        kind == "rollout" and (rollout.engine != "native" or rollout.adapters == "merged")
+    )
 
 
 def _check_base(spec: RoleSpec, owner: RoleSpec) -> None:

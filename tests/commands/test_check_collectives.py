@@ -126,6 +126,7 @@ ROLES = {
     "cp": ("policy", "reference", "rollout"),
     "ep": ("policy", "reference", "rollout"),
     "grpo": ("policy", "reference", "rollout"),
+    "judge": ("policy", "reference", "rollout"),
 }
 
 
@@ -135,6 +136,11 @@ def sections_of(case: str, place: Path, num_ranks: int) -> dict[str, object]:
     roles: dict[str, Any] = {"policy": None, "rollout": None, **{name: {} for name in ROLES[case]}}
     sections: dict[str, object] = {"roles": roles, "evaluation": {"held_out": 4}}
     flow = case if case in ("dpo", "online_dpo", "sft", "reward_model") else "grpo"
+    if case == "judge":
+        flow = "online_dpo"
+        own = {"max_tokens": 64}
+        roles["judge"] = {"ranks": f"{num_ranks // 2}-{num_ranks - 1}", "tp": 2, "judge": own}
+        sections |= {"preference": {"judge": "judge"}, "rewards": [{"role": "judge"}]}
     flow = "ppo" if case.startswith("ppo") else flow
     sections["flow"] = flow
     for name in ("policy", "reference", "value", "reward"):
@@ -153,7 +159,7 @@ def sections_of(case: str, place: Path, num_ranks: int) -> dict[str, object]:
         sections["data"] = {"train": source, "prompts_per_step": 16, "group_size": 4}
     if flow in ("dpo", "sft", "reward_model"):
         sections["rewards"], sections["sampling"] = [], {}
-    if flow in ("ppo", "online_dpo"):
+    if case != "judge" and flow in ("ppo", "online_dpo"):
         sections["rewards"] = [{"role": "reward"}]
     if flow == "grpo":
         sections["algorithm"] = {"kl_coef": 0.01}
@@ -178,7 +184,7 @@ def sections_of(case: str, place: Path, num_ranks: int) -> dict[str, object]:
     return sections
 
 
-FEW = [("ppo_disjoint", 4), ("tp", 4)]
+FEW = [("ppo_disjoint", 4), ("tp", 4), ("judge", 4)]
 MANY = [(case, size) for case in ROLES for size in (4, 16, 64) if (case, size) not in FEW]
 
 

@@ -31,6 +31,8 @@ JUDGED = ("evaluation.sets.x={data: {}, against: a.jsonl}", "rewards=[]", "flow=
 SET = "evaluation.sets.x={data: {size: 2}}"
 
 TURNS = "rollout.turns={kind: my_module:Environment}"
+JUDGE = ("roles.judge={}", "rewards=[{role: judge}]")
+PAIRED = ("roles.judge={}", "preference.judge=judge")
 
 RULES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("algorithm.overlong_buffer", 64, ("algorithm.overlong_buffer=64", "sampling.max_tokens=64")),
@@ -141,6 +143,20 @@ RULES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("environment", "a:B", ("flow=sft", "rewards=[]", "environment=a:B")),
     ("roles.policy.options", {"a": 1}, ("roles.policy.options={a: 1}",)),
     ("roles.rollout.trained", True, ("roles.rollout.trained=true",)),
+    ("roles.policy.judge", {"max_tokens": 4}, ("roles.policy.judge={max_tokens: 4}",)),
+    ("roles.judge.trained", True, (*JUDGE, "roles.judge.trained=true")),
+    ("roles.judge.train.lr", 1.0, (*JUDGE, "roles.judge.train={lr: 1.0}")),
+    ("roles.judge.pp", 2, (*JUDGE, "roles.judge.pp=2")),
+    ("roles.judge.residency.base", "host", (*JUDGE, "roles.judge.residency={base: host}")),
+    ("roles.judge.residency.weights", "drop", (*JUDGE, "roles.judge.residency={weights: drop}")),
+    ("roles.judge.base", "policy", (*JUDGE, "roles.policy.adapter={}", "roles.judge.base=policy")),
+    ("roles.policy.base", "judge", (*JUDGE, "roles.policy.base=judge")),
+    ("roles.judge.adapter", None, (*JUDGE, "roles.judge.adapter={}")),
+    ("preference.judge", "judge", ("flow=dpo", "preference={judge: judge, reference: cache}")),
+    ("preference.judge", "policy", (*ONLINE, "preference.judge=policy")),
+    ("preference.judge", "other", (*ONLINE, "preference.judge=other")),
+    ("preference.ties", "reward", (*ONLINE, *PAIRED, "rewards=[]", "preference.ties=reward")),
+    ("rewards", [], (*ONLINE, "rewards=[]")),
     ("roles.rollout.train.head_chunk", 9, ("roles.rollout.train={head_chunk: 9}",)),
 ]
 

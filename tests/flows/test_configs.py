@@ -87,8 +87,8 @@ def overrides_for(path: Path, root: Path, run_dir: Path, switch: str) -> list[st
     flow = shipped.flow
     words += [
         f"roles.{name}.model={root / kind}"
-        for name, kind in (("teacher", "model"), ("judge", "scalar"))
-        if name in shipped.roles
+        for name, kind in (("teacher", "model"), ("reward", "scalar"))
+        if name in shipped.roles and flow not in ("ppo", "reward_model")
     ]
     for name, given in shipped.evaluation.sets.items():
         key = f"evaluation.sets.{name}"

@@ -239,7 +239,8 @@ class _Rehearsal:
         # every rank has users' roles of its own
         plan = agreed(ValueError, lambda: replace(self.plan, users=user_roles(config)))
         check_start(watcher)
-        assembly = assemble(config, world, self.models, self.inputs.texts, plan)
+        texts, judges = self.inputs.texts, self.inputs.judge_texts
+        assembly = assemble(config, world, self.models, texts, plan, judges=judges)
         pools, relay = _pools(config, self.inputs), Relay(is_first=False)
         run, life = make_run(config, world, self.inputs, assembly, pools, watcher, relay)
         with closing(run):

@@ -45,6 +45,7 @@ from spmdrl.run.inputs import (
     sampling_params,
 )
 from spmdrl.run.reward_pools import make_pools
+from spmdrl.run.rubrics import read_rubrics
 from spmdrl.run.turns import make_turns
 from spmdrl.world import World, seed_everything
 
@@ -109,6 +110,7 @@ def evaluation_inputs(config: Config) -> Inputs:
         shares=(),
         held_out=held_out,
         now=now,
+        rubrics=read_rubrics(config, now),
     )
 
 
@@ -251,4 +253,5 @@ def _start(
     if folded := fold_text(config, placements, world.size):
         log.info("%s", folded)
     check_models(config, inputs, plan.specs)
-    return assemble(config, world, models, inputs.texts, plan, turns)
+    judges = inputs.judge_texts
+    return assemble(config, world, models, inputs.texts, plan, turns, judges)

@@ -12,12 +12,15 @@ import yaml
 from spmdrl.config.data import DataKind
 from spmdrl.config.data_sets import held_out_sets, rows_read, train_sources
 from spmdrl.config.doubts import doubts
+from spmdrl.config.judges import JudgeSection
 from spmdrl.config.sections import Config
 from spmdrl.config.user_objects import load_object
 from spmdrl.placement import DeviceType, fold_text, place_roles, placement_table
 from spmdrl.planning.adapter_lines import Line, adapter_lines
+from spmdrl.planning.engines import samples_per_replica
 from spmdrl.planning.memory import memory_texts, schedules
 from spmdrl.planning.plan import RolePlan
+from spmdrl.planning.questions import questions_of
 from spmdrl.planning.token_bounds import (
     MicrobatchCounts,
     StepSizes,
@@ -195,10 +198,12 @@ def _of_role(config: Config, spec: RoleSpec) -> Iterator[Line]:
     """Quantities of the role's work in a step of a shipped flow."""
     on_prompts = config.data_kind() == "prompts"
     scores = on_prompts and spec.name in {reward.role for reward in config.rewards}
-    if spec.trained and not spec.is_rollout:
+    if spec.trained and not spec.has_engine:
         yield from _updates(config, spec)
     elif spec.kind in ("reference", "teacher") or (spec.kind == "reward" and scores):
         yield _reading(config, spec)
+    elif spec.is_judge:
+        yield from _questions(config, spec)
     elif spec.is_rollout and on_prompts:
         sizes, replicas = step_sizes(config), spec.placement.num_replicas
         own = -(-sizes.rows // replicas)
@@ -210,6 +215,23 @@ def _of_role(config: Config, spec: RoleSpec) -> Iterator[Line]:
         running = config.rollout.max_running
         how = f"of these at most rollout.max_running={running}"
         yield "decoded together", f"{min(own, running):,}", how
+
+
+def _questions(config: Config, spec: RoleSpec) -> Iterator[Line]:
+    """A judge's questions in a step, and their sizes."""
+    asked = questions_of(config, spec.name, spec.model.max_position)
+    key = f"roles.{spec.name}.judge"
+    if asked.scores:
+        yield "responses judged per step", f"{asked.scores:,}", "one question each"
+    if asked.pairs:
+        how = f"{asked.pairs // 2:,} pairs, each in both orders"
+        yield "questions on pairs per step", f"{asked.pairs:,}", how
+    most = "max_prompt_tokens" in (spec.section.judge or JudgeSection()).model_fields_set
+    how = f"{key}.max_prompt_tokens" if most else "the template's bytes, and the texts in it"
+    yield "most tokens of a question", f"{asked.prompt_tokens:,}", how
+    yield "most tokens of an answer", f"{asked.answer_tokens:,}", f"{key}.max_tokens"
+    running = min(config.rollout.max_running, samples_per_replica(config, spec))
+    yield "answered together", f"{running:,}", "at most rollout.max_running, on each replica"
 
 
 def _reading(config: Config, spec: RoleSpec) -> Line:
@@ -286,7 +308,7 @@ def _weights(plan: RolePlan) -> list[str]:
         names = [spec.name for spec in specs if spec.device_type == device]
         lines.append(f"{dtype} on {device}: {', '.join(names)}")
     policy = next((spec.name for spec in specs if spec.kind == "policy"), None)
-    for spec in (s for s in specs if s.is_rollout):
+    for spec in (s for s in specs if s.has_engine):
         if spec.name not in plan.syncs:
             lines.append(f"{spec.name}: read from {spec.path}")
             continue

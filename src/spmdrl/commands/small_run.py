@@ -7,10 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
 from spmdrl.config.data_sets import START
+from spmdrl.config.roles import JUDGE, RoleSection
 from spmdrl.config.sections import Config
 from spmdrl.data.conversations import Conversation
 from spmdrl.data.item_set import ItemSet
@@ -20,8 +22,10 @@ from spmdrl.models.config import ModelConfig, read_config, resized, tiny
 from spmdrl.models.files.hf import RandomCheckpoint
 from spmdrl.models.rope import tiny_rope
 from spmdrl.placement import Placement
+from spmdrl.planning.questions import judge_section
 from spmdrl.rewards.judging import RewardJob, RewardResult
 from spmdrl.rewards.pool import RewardPool
+from spmdrl.rewards.rubric import Encode
 from spmdrl.role_spec import HEADS
 from spmdrl.run.assembly.assembly import Model
 from spmdrl.run.inputs import AnySet, Inputs
@@ -72,10 +76,7 @@ def small_config(config: Config, num_ranks: int, run_dir: str) -> Config:
             "run_dir": run_dir,
             "device": "cpu",
             "memory_gb": None,
-            "roles": {
-                name: role.model_copy(update={"train": _small_train(role.train), "megatron": {}})
-                for name, role in config.roles.items()
-            },
+            "roles": {name: _small_role(config, name) for name in config.roles},
             "train": config.train.model_copy(update=small),
             "rollout": config.rollout.model_copy(
                 # turns call no collective, and need what answers them
@@ -108,6 +109,15 @@ def small_config(config: Config, num_ranks: int, run_dir: str) -> Config:
 def _small_train(given: Mapping[str, Any]) -> dict[str, Any]:
     small = {"microbatch_tokens": MICROBATCH_TOKENS, "backend": "torch"}
     return {key: small.get(key, value) for key, value in given.items()}
+
+
+def _small_role(config: Config, own: str) -> RoleSection:
+    role = config.roles[own]
+    small: dict[str, Any] = {"train": _small_train(role.train), "megatron": {}}
+    if config.role_kind(own) == JUDGE:
+        keys = {"max_tokens": RESPONSE_TOKENS, "kv_cache_gb": "auto"}
+        small["judge"] = judge_section(config, own).model_copy(update=keys)
+    return role.model_copy(update=small)
 
 
 def _small_set(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,6 +202,10 @@ def small_inputs(inputs: Inputs, config: Config) -> Inputs:
             name: _short(data.subset(range(min(len(data), 8))))
             for name, data in inputs.held_out.items()
         },
+        rubrics={
+            name: replace(rubric, encode=partial(_asked, rubric.encode))
+            for name, rubric in inputs.rubrics.items()
+        },
     )
 
 
@@ -206,6 +220,11 @@ def _short(data: AnySet) -> AnySet:
 def _ids(tokens: Any, most: int) -> list[int]:
     """The last tokens, as ids of the small vocabulary."""
     return [int(token) % VOCABULARY for token in tokens[-most:]]
+
+
+def _asked(encode: Encode, question: str) -> list[int]:
+    """The last tokens of a question, which differ in length."""
+    return _ids(encode(question), 4 + len(question) % (PROMPT_TOKENS - 3))
 
 
 def _short_pair(pair: Pair) -> Pair:

@@ -134,7 +134,8 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         watcher.look_after(server.ended)
         for pool in pools.values():
             watcher.look_after(pool.look)
-        assembly = assemble(config, world, models, inputs.texts, plan, turns)
+        judges = inputs.judge_texts
+        assembly = assemble(config, world, models, inputs.texts, plan, turns, judges)
         for (source, target), sync in assembly.syncs.items():
             log.info("weights %s -> %s: %s", source, target, sync.plan.describe())
         predicting = Predicting(

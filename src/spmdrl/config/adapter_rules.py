@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from spmdrl.config.roles import JUDGE, WITH_ENGINE
 from spmdrl.config.sections import Config
 
 SCALAR = ("reward", "value")
@@ -54,6 +55,12 @@ def _check_kind(config: Config, name: str, key: str) -> None:
             f"{given}: {name} is a rollout, which samples with the policy's weights and adapter: "
             "leave the key out"
         )
+    if kind == JUDGE and key == "base":
+        raise ValueError(
+            f"{given}: a judge's engine has weights of its own, which it reads from files: leave "
+            f"the key out (roles.{name}.model, and roles.{name}.adapter.path for an adapter, which "
+            "is merged into them)"
+        )
     if ":" in kind:
         raise ValueError(
             f"{given}: {name} is a {kind}, and only models on a train backend have an adapter or "
@@ -67,9 +74,10 @@ def _check_adapter(config: Config, name: str) -> None:
     assert own is not None, name
     where = f"roles.{name}.adapter"
     if own.path is None and not trained:
+        or_train = "" if config.role_kind(name) == JUDGE else f", or roles.{name}.trained=true"
         raise ValueError(
-            f"{where}: {name} is not trained, and a new adapter adds nothing: set {where}.path, or "
-            f"roles.{name}.trained=true"
+            f"{where}: {name} is not trained, and a new adapter adds nothing: set {where}.path"
+            f"{or_train}"
         )
 
 
@@ -80,7 +88,7 @@ def _check_owner(config: Config, name: str, owner: str) -> None:
         what = "the role itself" if owner == name else "no role"
         raise ValueError(f"{key} is {what}: name one of {others}, or leave the key out")
     kind, role = config.role_kind(owner), config.roles[owner]
-    if kind == "rollout" or ":" in kind:
+    if kind in WITH_ENGINE or ":" in kind:
         raise ValueError(
             f"{key}: {owner} is a {kind}, and only a model on a train backend has a base: name "
             "another role"

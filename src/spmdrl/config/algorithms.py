@@ -226,6 +226,16 @@ class PreferenceSection(Section):
         "best_worst",
         description="Compare a prompt's best and worst samples in online_dpo, or all of them.",
     )
+    judge: str | None = Field(
+        None,
+        description="Let this judge compare the pairs of online_dpo, in both orders; null leaves "
+        "the rewards' order.",
+    )
+    ties: Literal["drop", "reward"] = Field(
+        "drop",
+        description="Leave pairs out of which the judge prefers neither, or keep the rewards' "
+        "order of them.",
+    )
 
     @model_validator(mode="after")
     def _check_loss(self) -> Self:

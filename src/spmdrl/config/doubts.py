@@ -52,7 +52,7 @@ def _of_flow(config: Config) -> Iterator[str]:
     lists = [config.rewards, *(described.rewards for described in held_out_sets(config).values())]
     judges = {reward.role for rewards in lists for reward in rewards}
     flow = config.flow_row
-    asked = {*flow.needs, *flow.asks, *judges}
+    asked = {*flow.needs, *flow.asks, *judges, config.preference.judge}
     for name in config.roles:
         if name not in asked and config.role_kind(name) != "rollout":
             yield f"roles.{name}: flow={config.flow} never asks it: leave the role out"
@@ -162,6 +162,7 @@ def _of_preference(config: Config) -> Iterator[str]:
 
     yield from only(["kto_weights"], "preference.loss=kto", holds=preference.loss == "kto")
     yield from only(["pairs"], "flow=online_dpo", holds=config.flow_row.pairs_samples)
+    yield from only(["ties"], "preference.judge", holds=preference.judge is not None)
     yield from only(["reference"], "a loss with a reference", holds=preference.needs_reference)
 
 

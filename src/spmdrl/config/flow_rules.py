@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from spmdrl.config.roles import WITH_ENGINE
 from spmdrl.config.sections import Config
 from spmdrl.config.shipped_flows import is_shipped, shipped_flows
 
@@ -80,14 +81,14 @@ def _of_sampling(config: Config) -> Iterator[tuple[str, object, list[str]]]:
 
 
 def check_role_used(config: Config, name: str) -> None:
-    """ValueError: options of a built-in role, or training keys of a rollout or a user's role."""
+    """ValueError: options of a built-in role, or training keys of a role without train backend."""
     role, kind = config.roles[name], config.role_kind(name)
     if role.options and ":" not in kind:
         raise ValueError(
             f"roles.{name}.options={role.options}: {name} is a {kind}, and only a module:Class "
             "takes options: leave the key out"
         )
-    if kind != "rollout" and ":" not in kind:
+    if kind not in WITH_ENGINE and ":" not in kind:
         return
     if role.trained:
         raise ValueError(

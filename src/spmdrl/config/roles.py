@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 
 from spmdrl.config.algorithms import Basic, Section
 from spmdrl.config.data import Place
+from spmdrl.config.judges import JudgeSection
 
 
 class ModelSection(Section):
@@ -78,11 +79,18 @@ class AdapterSection(Section):
     )
 
 
+JUDGE = "judge"
+"""Kind of a role that is a generative model with an engine and fixed weights of its own."""
+
+WITH_ENGINE = ("rollout", JUDGE)
+"""Kinds of roles that have an engine in place of a train backend."""
+
+
 class RoleSection(Section):
     kind: Basic[Place | None] = Field(
         None,
         description="Give the role this kind: policy | reference | teacher | reward | value | "
-        "rollout | module:Class; null takes the role's name.",
+        "judge | rollout | module:Class; null takes the role's name.",
     )
     model: Basic[Place | None] = Field(
         None,
@@ -127,6 +135,9 @@ class RoleSection(Section):
     )
     retokenize: bool = Field(
         False, description="Let a reward model with another tokenizer read texts instead of tokens."
+    )
+    judge: JudgeSection | None = Field(
+        None, description="Set the questions of a judge, and how its answers are read."
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Pass these keyword arguments to a module:Class."

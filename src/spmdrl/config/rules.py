@@ -18,7 +18,8 @@ from spmdrl.config.data_sets import (
 )
 from spmdrl.config.faults import collect
 from spmdrl.config.flow_rules import check_needed, check_role_used, check_updated, check_used
-from spmdrl.config.roles import RoleSection
+from spmdrl.config.judge_rules import check_judges, judges_pairs
+from spmdrl.config.roles import JUDGE, WITH_ENGINE, RoleSection
 from spmdrl.config.sections import Config, RewardSection
 from spmdrl.config.training import BACKENDS, DeepspeedSection, TrainSection
 from spmdrl.config.turn_rules import check_turns
@@ -185,7 +186,7 @@ def _check_backends(config: Config) -> None:
     """Refuse unknown backends, and settings of a backend for roles that have another."""
     for name, role in config.roles.items():
         kind = config.role_kind(name)
-        if kind == "rollout" or ":" in kind:
+        if kind in WITH_ENGINE or ":" in kind:
             asked = [f"roles.{name}.pp={role.pp}"] if role.pp > 1 else []
             asked += _megatron_settings(name, role)
             if asked:
@@ -276,7 +277,8 @@ def _check_experts(config: Config) -> None:
 
 def _check_rewards(config: Config) -> None:
     distils = config.flow_row.distils and config.algorithm.teacher_coef > 0
-    if config.flow_row.samples and not is_rewarded(config) and not distils:
+    compares = distils or judges_pairs(config)
+    if config.flow_row.samples and not is_rewarded(config) and not compares:
         raise ValueError(
             f"rewards=[] with flow={config.flow}: name at least one function, e.g. "
             "{function: math}, or one reward model, e.g. {role: reward}"
@@ -300,10 +302,10 @@ def _check_reward_list(config: Config, rewards: Sequence[RewardSection], key: st
                 f"{where}.role={reward.role!r} is none of roles={sorted(config.roles)}: name one"
             )
         kind = config.role_kind(reward.role)
-        if kind != "reward" and ":" not in kind:
+        if kind not in ("reward", JUDGE) and ":" not in kind:
             raise ValueError(
                 f"{where}.role={reward.role!r} is a {kind}: a reward comes from a role of kind "
-                "reward, or of your own (module:Class)"
+                "reward or judge, or of your own (module:Class)"
             )
 
 
@@ -312,8 +314,8 @@ def _check_memory(config: Config) -> None:
         kind = config.role_kind(name)
         for part, policy in role.residency.items():
             where = f"roles.{name}.residency.{part}={policy}"
-            if part in ("kv_cache", "graphs") and kind != "rollout":
-                raise ValueError(f"{where}: only a rollout has a {part}: leave the key out")
+            if part in ("kv_cache", "graphs") and kind not in WITH_ENGINE:
+                raise ValueError(f"{where}: only an engine has a {part}: leave the key out")
             if part == "optimizer" and not config.is_trained(name):
                 raise ValueError(f"{where}: {name} is not trained: leave the key out")
             if part in ("base", "weights", "optimizer") and policy == "drop" and kind != "rollout":
@@ -357,7 +359,7 @@ def _check_lag(config: Config) -> None:
 RULES = (
     *(check_adapters, _check_roles, _check_backends, _check_preference, _check_rewards),
     *(_check_experts, _check_memory, _check_updates, _check_lag, check_used),
-    *(_check_samples, _check_evaluation, check_turns),
+    *(_check_samples, _check_evaluation, check_turns, check_judges),
 )
 TRAINING_RULES = (check_needed, check_updated, _check_training_samples)
 """Rules that only training needs."""

@@ -1,9 +1,9 @@
-"""Online DPO: preference pairs are the policy's own samples, compared by their rewards.
+"""Online DPO: preference pairs are the policy's own samples, compared by rewards or by a judge.
 
 Follows Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback"
-(https://arxiv.org/abs/2402.04792), with any number of samples per prompt, any reward (a model or a
-function) as the judge, and the loss of DPO or IPO. Left out: the exploration terms of XPO and
-Nash-MD's mixture.
+(https://arxiv.org/abs/2402.04792), with any number of samples per prompt, the loss of DPO or IPO,
+and for the annotator any reward (a model or a function) or a judge that compares two samples, in
+both orders (`pair_verdicts`). Left out: the exploration terms of XPO and Nash-MD's mixture.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import Any
 
 from spmdrl.algorithms.direct_preference import distinct_responses, pair_rows
 from spmdrl.batch import Batch
+from spmdrl.config.data_sets import is_rewarded
 from spmdrl.distributed.reduce import moments, world_sum
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.held_out_preferences import HeldOutPreferences
+from spmdrl.flows.pair_verdicts import judged_rows
 from spmdrl.flows.preference_terms import (
     pair_loss,
     pair_metrics,
@@ -64,7 +66,7 @@ class OnlineDpoTrainer:
 
         The calls of `alongside` run next to the update: the next step's rollout, with `lag: 1`.
         """
-        pairs = self.compared(batch)
+        pairs, judged = self.compared(batch)
         with self.run.phase("logprobs"):
             pairs = self.reference.add(pairs)
         update = None
@@ -75,12 +77,22 @@ class OnlineDpoTrainer:
         lag = self.policy.version - moments(batch["weight_version"]).mean
         with self.run.phase("update"):
             records, *_ = together(update, *alongside)
-        return {**pair_metrics(records or []), "sample_lag": lag}
+        return {**pair_metrics(records or []), **judged, "sample_lag": lag}
 
-    def compared(self, batch: Batch) -> Batch:
-        """Rows that are in pairs, with their `preference` and `loss_share`."""
+    def compared(self, batch: Batch) -> tuple[Batch, Metrics]:
+        """Rows that are in pairs, with their `preference` and `loss_share`; a judge's metrics."""
         # a response that the loss mask leaves out entirely has no log-probability to compare
         usable = distinct_responses(batch) & (batch.row_sum(batch["loss_mask"]) > 0)
-        pairing = self.run.config.preference.pairs
-        rows, preference = pair_rows(batch["rewards"], batch["prompt_ids"], usable, pairing)
-        return with_pair_shares(batch.select(rows).with_columns(rows={"preference": preference}))
+        settings, judge = self.run.config.preference, self.run.pair_judge
+        metrics: Metrics = {}
+        if judge is None:
+            rewards, ids = batch["rewards"], batch["prompt_ids"]
+            rows, preference = pair_rows(rewards, ids, usable, settings.pairs)
+        else:
+            has_rewards = is_rewarded(self.run.config)
+            with self.run.phase("reward"):
+                rows, preference, metrics = judged_rows(
+                    judge, batch, usable, settings, has_rewards=has_rewards
+                )
+        pairs = batch.select(rows).with_columns(rows={"preference": preference})
+        return with_pair_shares(pairs), metrics

@@ -22,6 +22,10 @@ def adapter_lines(plan: RolePlan, spec: RoleSpec) -> Iterator[Line]:
         if (use := plan.adapters.get(spec.name)) is not None:
             yield "policy's adapter", use.word, use.why
         return
+    if spec.is_judge:
+        if (own := spec.section.adapter) is not None:
+            yield "adapter", "merged", f"into the judge's weights as they are read: {own.path}"
+        return
     if spec.adapter is not None:
         yield from _counts(spec, spec.adapter)
     if spec.adapter is not None or spec.base is not None:

@@ -86,7 +86,7 @@ def _forward_values(mixer: GatedDelta, spec: RoleSpec) -> float:
     tp = spec.placement.degrees["tp"]
     inputs = _channels(mixer, tp) + mixer.num_v_heads * mixer.v_dim / tp
     values = inputs + rule_values(mixer, spec, backward=False)
-    if spec.is_rollout and not serves(spec.device, spec.dtype):
+    if spec.has_engine and not serves(spec.device, spec.dtype):
         values += _KEPT_STATES * _states(mixer, tp) * 4 / spec.dtype.itemsize
     return values
 

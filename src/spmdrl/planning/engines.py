@@ -1,4 +1,4 @@
-"""The rollout's engine: its requirements on the configuration, and its sizes."""
+"""Engines of rollouts and judges: their requirements on the configuration, and their sizes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from spmdrl.distributed.mesh import format_ranks
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.models.widths import cached_values
+from spmdrl.planning.questions import questions_of
 from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.generation import GRAPHS, KV_CACHE
 from spmdrl.roles.model_calls import WEIGHTS
@@ -111,13 +112,21 @@ def check_installed(spec: RoleSpec) -> None:
 
 
 def engine_parts(spec: RoleSpec, *, captures_graphs: bool) -> tuple[str, ...]:
-    """Parts of the rollout that its calls need on the device."""
+    """Parts of the engine that its calls need on the device."""
     if spec.is_vllm and spec.device_type == "cuda":
         return (WEIGHTS,)  # the cache comes and goes with them
     return (WEIGHTS, KV_CACHE, *[GRAPHS] * captures_graphs)
 
 
 # Sizes
+
+
+def longest_served(config: Config, spec: RoleSpec) -> int:
+    """Tokens of the longest prompt with response, or question with answer, of an engine."""
+    if not spec.is_judge:
+        return longest_sequence(config, spec.model.max_position)
+    asked = questions_of(config, spec.name, spec.model.max_position)
+    return asked.prompt_tokens + asked.answer_tokens
 
 
 def longest_sequence(config: Config, max_position: int) -> int:
@@ -127,7 +136,12 @@ def longest_sequence(config: Config, max_position: int) -> int:
 
 
 def samples_per_replica(config: Config, spec: RoleSpec) -> int:
-    """Samples of a training step that one replica of the rollout generates, rounded up."""
+    """Samples of a training step that one replica of the rollout generates, rounded up; a judge's
+    answers in the call that asks most.
+    """
+    if spec.is_judge:
+        asked = questions_of(config, spec.name, spec.model.max_position)
+        return -(-asked.largest_call // spec.placement.num_replicas)
     samples = config.data.prompts_per_step * config.data.group_size
     return -(-samples // spec.placement.num_replicas)
 

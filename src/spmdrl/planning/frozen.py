@@ -18,7 +18,7 @@ def frozen_names(spec: RoleSpec) -> frozenset[str]:
     """
     patterns = spec.section.freeze
     tensors = fused_tensors(spec.model, spec.head)
-    if (spec.adapter is not None or spec.base is not None) and not spec.is_rollout:
+    if (spec.adapter is not None or spec.base is not None) and not spec.has_engine:
         return frozenset(global_shapes(spec.model, spec.head)) - {SCORE}
     known = [part.name for parts in tensors.values() for part in parts]
     key = f"roles.{spec.name}.freeze={list(patterns)}"

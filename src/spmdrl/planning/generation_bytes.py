@@ -8,6 +8,7 @@ from spmdrl.models.widths import engine_heads_width
 from spmdrl.planning.activation_bytes import forward_values
 from spmdrl.planning.delta_bytes import step_bytes
 from spmdrl.planning.engines import samples_per_replica
+from spmdrl.planning.questions import questions_of
 from spmdrl.role_spec import RoleSpec
 from spmdrl.rollout.native.sampler import rows_at_once
 
@@ -25,9 +26,13 @@ def generation_bytes(config: Config, spec: RoleSpec) -> int:
     running = min(samples_per_replica(config, spec), config.rollout.max_running)
     heads = engine_heads_width(model, tp)
     values = forward_values(spec, heads)
-    longest = max(source.max_tokens for source in train_sources(config))
-    # answers to turns are computed like prompts
-    prompts = running * (longest + (response_tokens(config) if takes_turns(config) else 0))
+    if spec.is_judge:
+        longest = questions_of(config, spec.name, model.max_position).prompt_tokens
+    else:
+        longest = max(source.max_tokens for source in train_sources(config))
+        # answers to turns are computed like prompts
+        longest += response_tokens(config) if takes_turns(config) else 0
+    prompts = running * longest
     decoded = running * (values * spec.dtype.itemsize + step_bytes(model, tp))
     filled = min(config.rollout.prefill_tokens, prompts) * values * spec.dtype.itemsize
     captured = decoded if spec.device_type == "cuda" and config.rollout.cuda_graphs else 0

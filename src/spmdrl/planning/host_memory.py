@@ -81,7 +81,7 @@ def _offloaded(plan: RolePlan, rank: int) -> tuple[int, int]:
     """
     every = copied = 0
     for name, spec in plan.specs.items():
-        if spec.is_rollout or rank not in plan.layouts[name]:
+        if spec.has_engine or rank not in plan.layouts[name]:
             continue
         weights, states = plan.layouts[name][rank], plan.state_layouts[name][rank]
         held = train_system(spec).memory(spec, weights, states)

@@ -25,7 +25,8 @@ from spmdrl.memory.plan import MemoryPlan, least_peak
 from spmdrl.memory.schedule import PlannedCall
 from spmdrl.models.linear import LEAST_CAPABILITY
 from spmdrl.models.widths import cached_values
-from spmdrl.planning.engines import longest_sequence, samples_per_replica
+from spmdrl.planning.engines import longest_served, samples_per_replica
+from spmdrl.planning.questions import judge_section
 from spmdrl.planning.token_bounds import step_sizes
 from spmdrl.role_spec import RoleSpec
 from spmdrl.rollout.native.cache import layer_caches
@@ -59,20 +60,21 @@ class CacheSizes:
 
 
 def cache_sizes(config: Config, spec: RoleSpec) -> CacheSizes:
-    """The sizes of a rollout with the native engine."""
+    """The sizes of a rollout or a judge with the native engine."""
     rollout, model = config.rollout, spec.model
-    if rollout.kv_cache_gb != "auto":
-        given = int(rollout.kv_cache_gb * GB)
+    size = judge_section(config, spec.name).kv_cache_gb if spec.is_judge else rollout.kv_cache_gb
+    if size != "auto":
+        given = int(size * GB)
         return CacheSizes(step=given, largest=given, least=given, block=1)
     tokens = block_tokens(config, spec)
     values = cached_values(model, spec.placement.degrees["tp"])
     block = max(1, values * spec.dtype.itemsize * tokens)  # there may be recurrent layers only
-    longest = -(-longest_sequence(config, model.max_position) // tokens)
+    longest = -(-longest_served(config, spec) // tokens)
     own = config.data.train.max_tokens + response_tokens(config)
     if config.data_kind() == "prompts":
         own = step_sizes(config).row_tokens
     # on CUDA the engine makes it once, for all calls
-    each = longest if spec.device_type == "cuda" else -(-own // tokens)
+    each = longest if spec.device_type == "cuda" or spec.is_judge else -(-own // tokens)
     step = min(samples_per_replica(config, spec), rollout.max_running) * each
     largest = max([step, *_evaluation_blocks(config, spec, tokens)])
     if spec.device_type == "cpu":
@@ -116,6 +118,8 @@ def reads_pages(spec: RoleSpec) -> bool:
 
 def _evaluation_blocks(config: Config, spec: RoleSpec, tokens: int) -> list[int]:
     """Blocks that the samples of each held-out set can need; those of unknown size are large."""
+    if spec.is_judge:  # its questions count those of evaluations
+        return []
     found, replicas = [], spec.placement.num_replicas
     longest = max(source.max_tokens for source in train_sources(config))
     for name, described in held_out_sets(config).items():

@@ -21,13 +21,13 @@ from spmdrl.weights.layout import model_layout
 def role_layout(
     spec: RoleSpec, blocks: int = 1, only: Collection[int] | None = None
 ) -> WeightLayout:
-    """Every rank's tensors of a role's model (a rollout's weights are never sharded).
+    """Every rank's tensors of a role's model (an engine's weights are never sharded).
 
     Args:
         blocks: see `shard_blocks`.
         only: the ranks whose tensors are listed; None: all of the role's.
     """
-    if not spec.is_rollout:
+    if not spec.has_engine:
         return train_system(spec).layout(spec, blocks, only)
     degrees = dict(spec.placement.degrees)
     degrees["dp_replicate"] *= degrees["dp_shard"]
@@ -49,7 +49,7 @@ def role_layout(
 
 def state_layout(spec: RoleSpec, layout: WeightLayout) -> WeightLayout:
     """Every rank's masters and moments of the optimizer, if there is one."""
-    return layout if spec.is_rollout else train_system(spec).state_layout(spec, layout)
+    return layout if spec.has_engine else train_system(spec).state_layout(spec, layout)
 
 
 def shard_blocks(spec: RoleSpec, specs: Mapping[str, RoleSpec]) -> int:
@@ -85,7 +85,7 @@ def check_model(spec: RoleSpec, specs: Mapping[str, RoleSpec], *, replays_routin
     """
     _check_experts(spec, replays_routing)
     _check_head(spec)
-    if not spec.is_rollout:
+    if not spec.has_engine:
         system = train_system(spec)
         _check_features(spec, system)
         system.check(spec, specs)

@@ -112,7 +112,7 @@ def margin_of(
     for name, placement in placements.items():
         for rank in placement.ranks:
             roles.setdefault(rank, []).append(name)
-    rollouts = [name for name, spec in specs.items() if spec.is_rollout]
+    rollouts = [name for name, spec in specs.items() if spec.has_engine]
     first = {tuple(names): rank for rank, names in reversed(roles.items())}
     found = [
         communicators_on(

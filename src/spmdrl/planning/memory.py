@@ -141,9 +141,9 @@ def _on_rank(
     sizes = {
         (name, KV_CACHE): cache_sizes(config, model.spec)
         for name, model in here.items()
-        if model.spec.is_rollout and not model.spec.is_vllm
+        if model.spec.has_engine and not model.spec.is_vllm
     }
-    plan = plan_of(shrunk(parts, calls.generate, capacity, sizes))
+    plan = plan_of(shrunk(parts, (*calls.generate, *calls.score), capacity, sizes))
     larger = grown(plan, sizes)
     if larger != list(plan.parts) and _moves_alike(second := plan_of(larger), plan):
         plan = second

@@ -144,7 +144,7 @@ def _ways(config: Config, plan: RolePlan, node_size: int) -> Iterator[list[Chang
     for spec in roles:
         if spec.trained and f"{spec.name}.update" in {call.name for call in over}:
             yield from _smaller_update(config, spec)
-        elif not spec.is_rollout and methods & {"logprobs", "values", "score"}:
+        elif not spec.has_engine and methods & {"logprobs", "values", "score"}:
             yield _halved(_train_key(spec, "microbatch_tokens"), spec.train.microbatch_tokens, 512)
     if "generate" in methods:
         yield from _smaller_rollout(config)
@@ -199,7 +199,7 @@ def _smaller_rollout(config: Config) -> Iterator[list[Change]]:
 def _sharded(spec: RoleSpec) -> list[Change]:
     """A role's weights in shards over all of its ranks, if they are not."""
     key = f"roles.{spec.name}"
-    if spec.is_rollout or spec.placement.degrees["dp_replicate"] == 1:
+    if spec.has_engine or spec.placement.degrees["dp_replicate"] == 1:
         return []
     words = [f"{key}.dp_shard=all"]
     if spec.section.dp_replicate is not None:

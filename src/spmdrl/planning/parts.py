@@ -40,7 +40,7 @@ class HeldModel:
 def planned_parts(
     config: Config, here: Mapping[str, HeldModel], syncs: Mapping[str, SyncPlan], rank: int
 ) -> list[Part]:
-    """The parts of all roles on the rank: those that others share come first, rollouts' last.
+    """The parts of all roles on the rank: those that others share come first, engines' last.
 
     Args:
         here: the roles with a model on this rank.
@@ -49,17 +49,17 @@ def planned_parts(
     Raises:
         ValueError: `roles.NAME.residency` asks of vLLM what it cannot do.
     """
-    rollouts = {name: model for name, model in here.items() if model.spec.is_rollout}
-    models = [model for name, model in here.items() if name not in rollouts]
+    engines = {name: model for name, model in here.items() if model.spec.has_engine}
+    models = [model for name, model in here.items() if name not in engines]
     policy = next((model for model in models if model.spec.kind == "policy"), None)
     parts = []
     for model in sorted(models, key=lambda model: model.spec.base is not None):
         parts += _model_parts(model, here, rank)
-    for name, model in rollouts.items():
+    for name, model in engines.items():
         shared = syncs[name].shared.get(rank, frozenset()) if name in syncs else frozenset()
         rests_on = () if policy is None else _parts_of(shared, policy, here, rank)
         held = {local: held for local, held in model.layout[rank].items() if local not in shared}
-        own = _rollout_parts(config, model.spec, table_bytes(held), rests_on)
+        own = _engine_parts(config, model.spec, table_bytes(held), rests_on)
         if name in syncs and _may_lose_weights(config, syncs[name]):
             own[0] = replace(own[0], may_lose=True)
         parts += own
@@ -132,7 +132,7 @@ def train_memory(model: HeldModel, rank: int) -> TrainMemory:
     return train_system(model.spec).memory(model.spec, weights, states)
 
 
-def _rollout_parts(
+def _engine_parts(
     config: Config, spec: RoleSpec, weights_bytes: int, rests_on: tuple[PartKey, ...]
 ) -> list[Part]:
     weights = Part(
@@ -140,6 +140,7 @@ def _rollout_parts(
         name=WEIGHTS,
         num_bytes=weights_bytes,
         wish=_wish(spec, WEIGHTS),
+        frozen=spec.is_judge,  # no sync fills them
         rests_on=rests_on,
     )
     cache = Part(

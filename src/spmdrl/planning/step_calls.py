@@ -19,6 +19,7 @@ from spmdrl.planning.activation_bytes import working_bytes
 from spmdrl.planning.engines import engine_parts
 from spmdrl.planning.generation_bytes import generation_bytes
 from spmdrl.planning.parts import HeldModel, table_bytes, train_memory, uses_graphs
+from spmdrl.planning.questions import judge_section
 from spmdrl.planning.token_bounds import microbatch_tokens
 from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.custom import FORWARD
@@ -38,7 +39,7 @@ class RankCalls:
     Args:
         sync: brings the policy's weights to the rollout.
         generate: calls of rollouts.
-        score: calls of the roles that `rewards` names.
+        score: calls of the roles that `rewards` names, and of a judge of pairs.
         read: calls of the other models.
         update: calls of the trained models.
     """
@@ -133,8 +134,10 @@ def planned_calls(
     ]
     # memory of a user's own role stays on the device
     score = {name: PlannedCall(name=f"{name}.{FORWARD}", needs=()) for name in customs}
-    scoring = [reward.role for reward in config.rewards if reward.role is not None]
-    read: list[PlannedCall] = []
+    scoring = scoring_roles(config)
+    judges = {n: _generate_call(config, m, rank) for n, m in here.items() if m.spec.is_judge}
+    score |= judges
+    read = [call for name, call in judges.items() if name not in scoring]
     update = []
     for name in in_read_order(kinds):
         model = here[name]
@@ -165,6 +168,13 @@ def planned_calls(
     )
 
 
+def scoring_roles(config: Config) -> list[str]:
+    """The roles that score a step's samples: those that `rewards` name, then a judge of pairs."""
+    names = [reward.role for reward in config.rewards if reward.role is not None]
+    judge = config.preference.judge
+    return list(dict.fromkeys([*names, *([] if judge is None else [judge])]))
+
+
 def halves(update: PlannedCall, gradients: int) -> list[PlannedCall]:
     """An optimizer step of an update as two calls: the passes over its rows, without the optimizer,
     and the step itself.
@@ -185,7 +195,10 @@ def _generate_call(config: Config, model: HeldModel, rank: int) -> PlannedCall:
     parts = engine_parts(spec, captures_graphs=uses_graphs(config, model))
     # a native engine on a CPU decodes with a copy of its weights
     copies = not spec.is_vllm and spec.device_type == "cpu" and spec.dtype == torch.float32
-    pays = copies and response_tokens(config) >= MIN_STEPS
+    most = response_tokens(config)
+    if spec.is_judge:
+        most = judge_section(config, spec.name).max_tokens
+    pays = copies and most >= MIN_STEPS
     return PlannedCall(
         name=f"{spec.name}.generate",
         needs=tuple((spec.name, part) for part in parts),

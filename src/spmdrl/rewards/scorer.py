@@ -1,4 +1,4 @@
-"""Rewards of generated rows: by functions in the pool, reward models and users' own roles."""
+"""Rewards of generated rows: by functions in the pool, reward models, judges, users' own roles."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from spmdrl.config.user_objects import AgreedError
 from spmdrl.data.prompts import Prompt
 from spmdrl.distributed.reduce import gather_objects, world_any
 from spmdrl.models.files.token_texts import TokenTexts
+from spmdrl.rewards.asking import JudgeAsked, Scored, score_call, tell_failures
 from spmdrl.rewards.judging import (
     FailureCount,
     RewardError,
@@ -53,9 +54,13 @@ class ScoringRole:
         retokenize: for a reward model with its own tokenizer; None: it reads the tokens.
     """
 
-    role: Reward | CustomRole
+    role: Reward | CustomRole | JudgeAsked
     weight: float
     retokenize: Retokenize | None = None
+
+    @property
+    def name(self) -> str:
+        return self.role.role.name if isinstance(self.role, JudgeAsked) else self.role.name
 
 
 class Scorer:
@@ -113,9 +118,9 @@ class Scorer:
 
     def score(self, batch: Batch, *, evaluation: bool = False) -> Batch:
         """Score `batch`, which has the Python column `prompt`: adds the row columns `rewards`,
-        `reward/NAME` of each component and `reward_failed` (`[B]` each), and the Python columns
-        `response`, `prompt_text` and `answer`; for rows that took turns also `turns`, and the
-        component `reward/turns` is the sum of their rewards.
+        `reward/NAME` of each component, `reward/NAME_failed` of each judge and `reward_failed`
+        (`[B]` each), and the Python columns `response`, `prompt_text` and `answer`; for rows that
+        took turns also `turns`, and the component `reward/turns` is the sum of their rewards.
         """
         prompts: Sequence[Prompt] = batch.objects["prompt"]
         own: dict[str, Sequence[Any]] = {}
@@ -134,8 +139,15 @@ class Scorer:
         rewards, columns = made.rows["sum"], {n: c for n, c in made.rows.items() if n != "sum"}
         calls = [_call(scoring, batch, evaluation=evaluation) for scoring in self.roles]
         for scoring, home in zip(self.roles, together(*calls), strict=True):
-            scores = home[SCORES].float()
-            columns[f"reward/{scoring.role.name}"] = scores
+            if isinstance(scoring.role, JudgeAsked):
+                judged: Scored = home
+                scores = judged.scores
+                columns[f"reward/{scoring.name}_failed"] = judged.failed
+                columns["reward_failed"] = columns["reward_failed"].maximum(judged.failed)
+                tell_failures(scoring.role.rubric, len(batch), judged.reasons)
+            else:
+                scores = home[SCORES].float()
+            columns[f"reward/{scoring.name}"] = scores
             rewards = rewards + scoring.weight * scores
         if own:
             columns[OF_TURNS] = batch.row_sum(batch[TURN_REWARDS].double()).float()
@@ -217,6 +229,8 @@ class Scorer:
 
 
 def _call(scoring: ScoringRole, batch: Batch, *, evaluation: bool) -> Call[Any]:
+    if isinstance(scoring.role, JudgeAsked):
+        return score_call(scoring.role, batch)
     if isinstance(scoring.role, CustomRole):
         method = scoring.role.evaluate if evaluation else scoring.role.forward
         return method.on(batch)

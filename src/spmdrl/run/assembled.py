@@ -12,6 +12,7 @@ from spmdrl.models.local_shards import WeightLayout
 from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.calls import Role
 from spmdrl.roles.handles import Rollout
+from spmdrl.roles.judge import Judge
 from spmdrl.roles.model_calls import ModelRole
 from spmdrl.roles.policy_sync import PolicySync
 
@@ -46,5 +47,5 @@ class Assembly:
     def close(self) -> None:
         """Close the engines after a run without errors, before the process groups end."""
         for role in self.roles.values():
-            if isinstance(role, Rollout) and role.engine is not None:
+            if isinstance(role, Rollout | Judge) and role.engine is not None:
                 role.engine.close()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ from spmdrl.models.files.token_texts import Decode, TokenTexts, token_texts
 from spmdrl.models.files.tokenizer_files import notes
 from spmdrl.models.files.tokenizers import check_tokenizer, difference, load_tokenizer
 from spmdrl.planning.engines import ends_of_text
+from spmdrl.rewards.rubric import Rubric
 from spmdrl.role_spec import RoleSpec
 from spmdrl.rollout.protocol import MAX_SUPPORT, SamplingParams
 from spmdrl.rollout.vllm_requests import SUPPORT_NEEDS_TOP_K
+from spmdrl.run.rubrics import judge_names, read_rubrics
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class Inputs:
         held_out: name -> set.
         now: the time that chat templates are given.
         tell_time: whether a chat template writes it.
+        rubrics: by judge, its questions and the reading of its answers.
     """
 
     tokenizer: Any
@@ -99,6 +102,12 @@ class Inputs:
     held_out: Mapping[str, AnySet]
     now: datetime
     tell_time: bool = False
+    rubrics: Mapping[str, Rubric] = field(default_factory=dict)
+
+    @property
+    def judge_texts(self) -> dict[str, TokenTexts]:
+        """Texts of each judge's own tokens."""
+        return {name: rubric.texts for name, rubric in self.rubrics.items()}
 
     @property
     def decode(self) -> Decode:
@@ -160,12 +169,14 @@ def read_inputs(
         held_out=held_out,
         now=now,
         tell_time=is_dated,
+        rubrics=read_rubrics(config, now),
     )
 
 
 def tell_time(config: Config, tokenizer: Any) -> bool:
     """Whether a chat template that the run renders writes the date."""
     others = [name for name, role in config.roles.items() if role.retokenize]
+    others += judge_names(config)
     return tells_time(tokenizer) or any(
         tells_time(load_tokenizer(config.model_path(name))) for name in others
     )
@@ -281,6 +292,9 @@ def check_models(config: Config, inputs: Inputs, specs: Mapping[str, RoleSpec]) 
             model's positions, or a rollout's responses would never end.
     """
     for name, spec in specs.items():
+        if spec.is_judge:  # it reads texts
+            check_judge(spec, inputs.rubrics[name].texts)
+            continue
         check_lengths(config, spec)
         if spec.is_rollout:
             check_stop_tokens(config, spec.model.vocab_size)
@@ -298,6 +312,17 @@ def check_models(config: Config, inputs: Inputs, specs: Mapping[str, RoleSpec]) 
                 f"tokenizers ({differs}): use models of one tokenizer"
                 f"{texts if spec.kind == 'reward' else ''}"
             )
+
+
+def check_judge(spec: RoleSpec, texts: TokenTexts) -> None:
+    """Raise ValueError if a judge's tokenizer is not its model's, or no token ends an answer."""
+    check_tokenizer(load_tokenizer(spec.path), spec.model)
+    if not ends_of_text(spec.model, texts):
+        raise ValueError(
+            f"roles.{spec.name}.model={spec.path}: no token ends an answer: its config.json and "
+            "generation_config.json name no eos_token_id, and its tokenizer has no eos_token: name "
+            "one there"
+        )
 
 
 def check_stop_tokens(config: Config, vocab_size: int) -> None:

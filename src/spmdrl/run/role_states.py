@@ -19,6 +19,7 @@ from spmdrl.models.local_shards import WeightLayout
 from spmdrl.models.tensors import Slice
 from spmdrl.roles.custom import CustomRole
 from spmdrl.roles.handles import Policy, Rollout
+from spmdrl.roles.judge import Judge
 from spmdrl.roles.kept import Journal
 from spmdrl.roles.model_calls import OPTIMIZER, WEIGHTS
 from spmdrl.roles.policy_sync import SyncState
@@ -43,7 +44,7 @@ class RoleStates:
     @property
     def generates(self) -> bool:
         """Whether a role draws samples."""
-        return any(isinstance(role, Rollout) for role in self._assembly.roles.values())
+        return any(isinstance(role, Rollout | Judge) for role in self._assembly.roles.values())
 
     def versions(self) -> dict[str, int]:
         """Current weight versions of the policies, by role."""

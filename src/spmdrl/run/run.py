@@ -16,6 +16,7 @@ from spmdrl.data.item_set import DataItem, ItemSet, items_of
 from spmdrl.data.order import DataSet, StepRows, home_rows
 from spmdrl.distributed.reduce import moments
 from spmdrl.memory.call_memory import CallMemory
+from spmdrl.rewards.asking import PairJudge
 from spmdrl.rollout.protocol import SamplingParams
 from spmdrl.run.protocols import Evaluates, Life, Metrics, Scores, Syncs
 from spmdrl.run.resume_point import Saved
@@ -60,6 +61,7 @@ class Run:
         sampling: SamplingParams,
         report: StepReport,
         life: Life,
+        pair_judge: PairJudge | None = None,
     ) -> None:
         self.config, self.world, self.sampling = config, world, sampling
         self.directory = Path(config.run_dir)
@@ -67,6 +69,7 @@ class Run:
         self.data, self._held_out = data, held_out
         self._scorer, self._evaluators = scorer, list(evaluators)
         self._report, self._life = report, life
+        self.pair_judge = pair_judge
         self.has_begun = self.is_concluded = False
 
     @property

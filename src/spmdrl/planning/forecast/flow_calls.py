@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from spmdrl.config.roles import JUDGE
 from spmdrl.config.sections import Config
+from spmdrl.planning.step_calls import scoring_roles
 from spmdrl.role_spec import RoleSpec
 
 Method = Literal["generate", "score", "logprobs", "values", "update"]
@@ -47,8 +49,8 @@ def flow_calls(config: Config, specs: Mapping[str, RoleSpec], *, lag: bool) -> l
     kinds = {name: spec.kind for name, spec in specs.items()}
     found = [*_sampling(config, kinds), *_reading(config, kinds), *_updating(config, kinds)]
     if lag:
-        drawn = [call for call in found if call.method == "generate"]
-        found = [call for call in found if call.method != "generate"]
+        drawn = [call for call in found if call.phase == "rollout"]
+        found = [call for call in found if call.phase != "rollout"]
         at = next((i for i, call in enumerate(found) if call.method == "update"), len(found))
         stage = _STAGES.index("update")
         found[at:at] = [
@@ -73,10 +75,9 @@ def _sampling(config: Config, kinds: Mapping[str, str]) -> Iterator[FlowCall]:
         return
     for name in _of_kind(kinds, "rollout"):
         yield _call(name, "generate", "rollout")
-    scoring = dict.fromkeys(reward.role for reward in config.rewards if reward.role is not None)
-    for role in scoring:
+    for role in scoring_roles(config):
         if role in kinds:
-            yield _call(role, "score", "reward")
+            yield _call(role, "generate" if kinds[role] == JUDGE else "score", "reward")
 
 
 def _reading(config: Config, kinds: Mapping[str, str]) -> Iterator[FlowCall]:

@@ -12,7 +12,6 @@ from functools import cached_property
 from itertools import groupby
 
 from spmdrl.config.sections import Config
-from spmdrl.planning.engines import samples_per_replica
 from spmdrl.planning.forecast.flow_calls import FlowCall, flow_calls
 from spmdrl.planning.forecast.machine import Machine
 from spmdrl.planning.forecast.move_work import move_work
@@ -20,6 +19,8 @@ from spmdrl.planning.forecast.rollout_work import (
     RolloutRank,
     decode_segments,
     decode_work,
+    generated_lengths,
+    generated_samples,
     prefill_work,
     running_rows,
 )
@@ -210,10 +211,11 @@ class _Maker:
             captures=on_cuda and (spec.is_vllm or self.config.rollout.cuda_graphs),
             node_size=self.machine.devices_per_node,
         )
-        yield prefill_work(rank, self.config, self.lengths)
-        running = running_rows(self.config, spec, self.lengths)
-        samples = samples_per_replica(self.config, spec)
-        for segment in decode_segments(samples, running, self.lengths):
+        lengths = generated_lengths(self.config, spec, self.lengths)
+        yield prefill_work(rank, self.config, lengths)
+        running = running_rows(self.config, spec, lengths)
+        samples = generated_samples(self.config, spec)
+        for segment in decode_segments(samples, running, lengths):
             yield decode_work(rank, segment) * segment.steps
 
 

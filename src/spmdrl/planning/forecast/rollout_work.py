@@ -1,4 +1,4 @@
-"""Work of one rank of a rollout: prompts once per group, then decode steps.
+"""Work of one rank of a rollout or a judge: prompts once per group, then decode steps.
 
 A replica decodes `running` rows together, and starts a waiting one when one ends. While rows wait,
 all places are taken; from then on the rows that are left end one by one, and the longest response
@@ -27,6 +27,7 @@ from spmdrl.planning.forecast.step import Lengths
 from spmdrl.planning.forecast.streams import squared, survival
 from spmdrl.planning.forecast.work import Product, Work
 from spmdrl.planning.parts import cache_bytes
+from spmdrl.planning.questions import questions_of
 from spmdrl.role_spec import RoleSpec
 
 _SEGMENTS = 8
@@ -82,9 +83,30 @@ class Segment:
     context: float
 
 
+def generated_lengths(config: Config, spec: RoleSpec, lengths: Lengths) -> Lengths:
+    """Lengths of what an engine generates: a step's, or a judge's questions about its rows. Answers
+    are taken to be as long as they may be.
+    """
+    if not spec.is_judge:
+        return lengths
+    asked = questions_of(config, spec.name, spec.model.max_position)
+    texts = lengths.prompt + lengths.response * (2 if asked.pairs else 1)
+    question = min(float(asked.prompt_tokens), asked.template_tokens + texts)
+    answer = float(asked.answer_tokens)
+    return Lengths(prompt=question, response=answer, longest=answer)
+
+
+def generated_samples(config: Config, spec: RoleSpec) -> float:
+    """Samples of a step that a replica generates; a judge's answers."""
+    if not spec.is_judge:
+        return samples_per_replica(config, spec)
+    asked = questions_of(config, spec.name, spec.model.max_position)
+    return math.ceil(asked.count * asked.samples / spec.placement.num_replicas)
+
+
 def running_rows(config: Config, spec: RoleSpec, lengths: Lengths) -> float:
     """Rows that a replica decodes together: its samples, `max_running`, or what its cache holds."""
-    samples = samples_per_replica(config, spec)
+    samples = generated_samples(config, spec)
     most = min(samples, config.rollout.max_running)
     token = cached_values(spec.model, spec.placement.degrees["tp"]) * spec.dtype.itemsize
     if not token:
@@ -156,6 +178,9 @@ def read_bytes(rank: RolloutRank, rows: float) -> float:
 
 def _groups(config: Config, spec: RoleSpec) -> float:
     """Prompts that a replica computes; it has whole groups if there are enough."""
+    if spec.is_judge:
+        asked = questions_of(config, spec.name, spec.model.max_position)
+        return max(1.0, math.ceil(asked.count / spec.placement.num_replicas))
     return max(1.0, math.ceil(config.data.prompts_per_step / spec.placement.num_replicas))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from spmdrl.config.roles import WITH_ENGINE
 from spmdrl.config.sections import Config
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.degrees import heads_divide
@@ -132,9 +133,9 @@ def _degrees(
 ) -> tuple[Words, ...]:
     """Degrees of a role (and of those that share its base), those of the configuration first."""
     role = config.roles[names[0]]
-    is_rollout = config.role_kind(names[0]) == "rollout"
+    has_engine = config.role_kind(names[0]) in WITH_ENGINE
     axes, one_sharding = _ENGINE_AXES, False
-    if not is_rollout:
+    if not has_engine:
         train = config.train_section(names[0])
         axes = named_system("train.backend", train.backend, train.backend_options).axes
         one_sharding = train.backend in SHARDS_REPLICAS
@@ -159,7 +160,7 @@ def _degrees(
                 shards = shards[-1:]
             for shard in shards:
                 copies = ranks // (tp * cp * pp) if shard == "all" else int(shard)
-                split = tp * pp * copies * (ep // math.gcd(tp, ep) if is_rollout else 1)
+                split = tp * pp * copies * (ep // math.gcd(tp, ep) if has_engine else 1)
                 if weights / split > capacity:
                     continue
                 values = {"tp": tp, "cp": cp, "pp": pp, "ep": ep, "dp_shard": shard}

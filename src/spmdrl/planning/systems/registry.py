@@ -39,7 +39,7 @@ def train_system(spec: RoleSpec) -> TrainSystem:
     Raises:
         ValueError: see `named_system`.
     """
-    assert not spec.is_rollout, spec.name
+    assert not spec.has_engine, spec.name
     key = f"roles.{spec.name}.train.backend"
     return named_system(key, spec.backend, spec.train.backend_options)
 

@@ -33,6 +33,7 @@ from spmdrl.roles.canary import Canary
 from spmdrl.roles.custom import DECLARED, CustomRole, RoleContext, declared_bytes
 from spmdrl.roles.generation import GRAPHS, KV_CACHE
 from spmdrl.roles.handles import HANDLES, Policy, Reward, Rollout
+from spmdrl.roles.judge import Judge
 from spmdrl.roles.model_calls import BASE, WEIGHTS, ModelRole
 from spmdrl.roles.policy_sync import PolicySync
 from spmdrl.roles.turn_calls import NO_TURNS, AllTurns
@@ -121,6 +122,7 @@ def assemble(
     texts: TokenTexts | None,
     plan: RolePlan | None = None,
     turns: AllTurns = NO_TURNS,
+    judges: Mapping[str, TokenTexts] | None = None,
 ) -> Assembly:
     """Make every role on every rank, in `building_order`.
 
@@ -131,6 +133,7 @@ def assemble(
         texts: texts of tokens, for rollouts; None: no stop texts.
         plan: plan of the same configuration, placements and models; None: it is made here.
         turns: those that samples take.
+        judges: texts of judges' own tokens; None: there is no judge.
 
     Raises:
         ValueError: an engine is not installed or does not support the model; on every rank.
@@ -152,6 +155,9 @@ def assemble(
             builder.add_custom(name, mesh)
         elif (spec := plan.specs[name]).is_rollout:
             builder.add_rollout(spec, mesh, models[name], texts, turns)
+        elif spec.is_judge:
+            assert judges is not None, f"the texts of {name}'s tokens are missing"
+            builder.add_judge(spec, mesh, models[name], judges[name])
         else:
             builder.add_model(spec, mesh, models[name])
     return builder.assembly()
@@ -236,6 +242,35 @@ class _Builder:
         turns: AllTurns,
     ) -> None:
         name, memory = spec.name, self._memory_of(spec.name)
+        engine, parts = self._engine(spec, mesh, texts)
+        role = Rollout(name, mesh, spec.model, engine, memory, parts, turns)
+        self._roles[name] = role
+        policy = next((r for r in self._roles.values() if isinstance(r, Policy)), None)
+        if policy is not None:
+            self._syncs[policy.name, name] = self._sync(policy, role, engine)
+        elif engine is not None:
+            # without a policy the rollout reads its model's files
+            self._fill(spec, engine, model)
+        if engine is not None and memory is not None:
+            self._register_engine(spec, engine)
+            self._parts.settle()
+
+    def add_judge(self, spec: RoleSpec, mesh: Mesh, model: Model, texts: TokenTexts) -> None:
+        name, memory = spec.name, self._memory_of(spec.name)
+        engine, parts = self._engine(spec, mesh, texts)
+        self._roles[name] = Judge(name, mesh, spec.model, engine, memory, parts)
+        if engine is None:
+            return
+        self._fill(spec, engine, model)
+        if memory is not None:
+            self._register_engine(spec, engine)
+            self._parts.settle()
+
+    def _engine(
+        self, spec: RoleSpec, mesh: Mesh, texts: TokenTexts | None
+    ) -> tuple[RolloutEngine | None, tuple[str, ...]]:
+        """Make a role's engine, without weights, and name the parts that its calls need."""
+        name, memory = spec.name, self._memory_of(spec.name)
         moves = memory is not None and mesh.is_member and self._residencies[name, WEIGHTS] != "keep"
         engine = make_engine(
             self._config,
@@ -247,21 +282,13 @@ class _Builder:
             cache_bytes=cache_limit(self._plan.memory, spec),
         )
         captured = engine is not None and engine.captures_graphs
-        parts = engine_parts(spec, captures_graphs=captured)
-        role = Rollout(name, mesh, spec.model, engine, memory, parts, turns)
-        self._roles[name] = role
-        policy = next((r for r in self._roles.values() if isinstance(r, Policy)), None)
-        layouts, rank = self._plan.layouts, self._world.rank
-        if policy is not None:
-            self._syncs[policy.name, name] = self._sync(policy, role, engine)
-        elif engine is not None:
-            # without a policy the rollout reads its model's files
-            table = layouts[name][rank].items()
-            weights = engine_weights(spec, model.weights, self._config.seed)
-            fill(((engine.allocate(n), held.slices) for n, held in table), weights)
-        if engine is not None and memory is not None:
-            self._register_engine(name, engine)
-            self._parts.settle()
+        return engine, engine_parts(spec, captures_graphs=captured)
+
+    def _fill(self, spec: RoleSpec, engine: RolloutEngine, model: Model) -> None:
+        """Fill an engine with the weights of its model's files."""
+        table = self._plan.layouts[spec.name][self._world.rank].items()
+        weights = engine_weights(spec, model.weights, self._config.seed)
+        fill(((engine.allocate(n), held.slices) for n, held in table), weights)
 
     def _sync(self, policy: Policy, role: Rollout, engine: RolloutEngine | None) -> PolicySync:
         plan, world, config = self._plan, self._world, self._config
@@ -308,7 +335,8 @@ class _Builder:
         sizes = {} if own is None else {each.key: each.num_bytes for each in own.plan.parts}
         return sizes.get((role, part))
 
-    def _register_engine(self, name: str, engine: RolloutEngine) -> None:
+    def _register_engine(self, spec: RoleSpec, engine: RolloutEngine) -> None:
+        name = spec.name
         tensors = [tensor for tensor, _ in engine.local_tensors().values()]
         residencies, registry = self._residencies, self._parts.registry
         if isinstance(engine, VllmEngine) and residencies[name, WEIGHTS] != "keep":
@@ -321,7 +349,8 @@ class _Builder:
                 residency=residencies[name, WEIGHTS],
             )
             return
-        registry.register(name, WEIGHTS, tensors=tensors, residency=residencies[name, WEIGHTS])
+        wish, frozen = residencies[name, WEIGHTS], spec.is_judge
+        registry.register(name, WEIGHTS, tensors=tensors, residency=wish, frozen=frozen)
         registry.register_droppable(
             name,
             KV_CACHE,

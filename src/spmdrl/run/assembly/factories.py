@@ -25,11 +25,13 @@ from spmdrl.observe.metrics import MetricsWriter, merge_steps, set_aside_metrics
 from spmdrl.observe.rollout_log import RolloutLog, forget_rollouts
 from spmdrl.observe.timeline import PhaseTimer
 from spmdrl.observe.trackers.registry import outbox_of
+from spmdrl.rewards.asking import JudgeAsked, PairJudge
 from spmdrl.rewards.pool import RewardPool
 from spmdrl.rewards.retokenizing import retokenizer
 from spmdrl.rewards.scorer import Scorer, ScoringRole
 from spmdrl.roles.custom import CustomRole
 from spmdrl.roles.handles import Generation, Reward, Rollout
+from spmdrl.roles.judge import Judge
 from spmdrl.run.assembled import Assembly
 from spmdrl.run.data_identity import data_identity
 from spmdrl.run.exporting import export_models
@@ -67,8 +69,7 @@ def make_run(
     identity = data_identity(config, inputs)
     saver = Saver(config, world, assembly, watcher.attempt, watcher.pulse.beat, identity)
     resumed = saver.restore()
-    writer = make_writer(config, world, resumed)
-    stragglers = Stragglers(world)
+    writer, stragglers = make_writer(config, world, resumed), Stragglers(world)
     life = Lifetime(
         config,
         world,
@@ -104,6 +105,7 @@ def make_run(
             predicting=predicting,
         ),
         life=life,
+        pair_judge=make_pair_judge(config, inputs, assembly),
     )
     return run, life
 
@@ -147,6 +149,10 @@ def make_scorer(
         if section.role is None:
             continue
         role = assembly.roles[section.role]
+        if isinstance(role, Judge):
+            asked = ask_judge(config, inputs, role)
+            roles.append(ScoringRole(role=asked, weight=section.weight))
+            continue
         assert isinstance(role, Reward | CustomRole), (section.role, role)
         retokenize = None
         if config.roles[section.role].retokenize:
@@ -154,6 +160,21 @@ def make_scorer(
             retokenize = retokenizer(section.role, path, inputs.now, chat=uses_chat(config))
         roles.append(ScoringRole(role=role, weight=section.weight, retokenize=retokenize))
     return Scorer(pool, inputs.texts, sampling.stop, roles)
+
+
+def ask_judge(config: Config, inputs: Inputs, role: Judge) -> JudgeAsked:
+    """Make a judge with its rubric."""
+    return JudgeAsked(role=role, rubric=inputs.rubrics[role.name], seed=config.seed)
+
+
+def make_pair_judge(config: Config, inputs: Inputs, assembly: Assembly) -> PairJudge | None:
+    """Make the judge that compares the samples of a prompt; None: nothing does."""
+    name = config.preference.judge
+    if name is None:
+        return None
+    role = assembly.roles[name]
+    assert isinstance(role, Judge), (name, role)
+    return PairJudge(ask_judge(config, inputs, role))
 
 
 def make_evaluators(
@@ -193,7 +214,7 @@ def make_evaluators(
             k=described.k,
             # no value of a reward model's score makes a response right
             threshold=described.threshold if can_be_right(config, described) else None,
-            judged_by=judge(config, described),
+            judged_by=judged_by(config, inputs, described),
             against=against,
         )
         scorer = make_scorer(config, inputs, assembly, pool, described)
@@ -211,7 +232,7 @@ def can_be_right(config: Config, described: HeldOutSet) -> bool:
     )
 
 
-def judge(config: Config, described: HeldOutSet) -> str:
+def judged_by(config: Config, inputs: Inputs, described: HeldOutSet) -> str:
     """Description of what makes the rewards: equal for responses that may be compared."""
     parts = turns_of_set(config, described)
     for reward in described.rewards:
@@ -223,6 +244,8 @@ def judge(config: Config, described: HeldOutSet) -> str:
             if adapter is not None and adapter.path is not None:
                 model = f"{model} + {Path(adapter.path).resolve()}"
             name = f"{model}" if kind == "reward" else f"{kind} {model}"
+            if reward.role in inputs.rubrics:
+                name += f" ({inputs.rubrics[reward.role].identity()})"
         options = f" {reward.options}" if reward.options else ""
         parts.append(f"{reward.weight:g} x {name}{options}")
     return " + ".join(parts)

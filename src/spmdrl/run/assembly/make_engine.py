@@ -1,4 +1,4 @@
-"""Construction of a rollout's engine on this rank."""
+"""Construction of a rollout's or a judge's engine on this rank."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from spmdrl.distributed.parallel import Parallel
 from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.planning.engines import (
     ends_of_text,
-    longest_sequence,
+    longest_served,
     samples_per_replica,
     vllm_cache,
 )
+from spmdrl.planning.questions import judge_section
 from spmdrl.role_spec import RoleSpec
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
@@ -36,7 +37,7 @@ def make_engine(
     sleeps: bool,
     cache_bytes: int | None = None,
 ) -> RolloutEngine | None:
-    """Make the rollout's engine on this rank; None outside it. Every rank calls it.
+    """Make the role's engine on this rank; None outside it. Every rank calls it.
 
     Args:
         texts: texts of tokens, or None for no stop texts and only the model's ends of text.
@@ -78,11 +79,12 @@ def make_engine(
 
 def _native_options(config: Config, spec: RoleSpec, cache_bytes: int | None) -> NativeOptions:
     keep = config.checkpoint.journal_kv
+    own = {"kv_cache_gb": judge_section(config, spec.name).kv_cache_gb} if spec.is_judge else {}
     return NativeOptions(
-        **config.rollout.model_dump(),
+        **{**config.rollout.model_dump(), **own},
         keeps_aborted=spec.device_type == "cpu" if keep == "auto" else keep,
         samples=samples_per_replica(config, spec),
-        longest=longest_sequence(config, spec.model.max_position),
+        longest=longest_served(config, spec),
         planned_bytes=cache_bytes,
     )
 

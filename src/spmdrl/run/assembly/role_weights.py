@@ -145,8 +145,8 @@ class Merged:
 
 
 def engine_weights(spec: RoleSpec, weights: TensorSource, seed: int) -> TensorSource:
-    """Return what a rollout without a policy reads: its model's weights with its adapter's, which
-    are merged into them unless its engine applies it unmerged.
+    """Return what a judge, or a rollout without a policy, reads: its model's weights with its
+    adapter's, which are merged into them unless its engine applies it unmerged.
     """
     section = spec.section.adapter
     if section is None or spec.adapter is not None:
