@@ -59,6 +59,8 @@ class OnlineDpoTrainer:
         self.reference = AskedSums(reference, self.temperature)
         settings = run.config.preference
         self.loss = pair_loss(settings)
+        self.judged: Metrics = {}
+        """Metrics of a judge's last verdicts."""
         self.held_out = HeldOutPreferences(run, self.policy, AskedSums(reference), settings)
 
     def step(self, step: int, batch: Batch, *alongside: Call[Any]) -> Metrics:
@@ -66,7 +68,7 @@ class OnlineDpoTrainer:
 
         The calls of `alongside` run next to the update: the next step's rollout, with `lag: 1`.
         """
-        pairs, judged = self.compared(batch)
+        pairs = self.compared(batch)
         with self.run.phase("logprobs"):
             pairs = self.reference.add(pairs)
         update = None
@@ -77,22 +79,21 @@ class OnlineDpoTrainer:
         lag = self.policy.version - moments(batch["weight_version"]).mean
         with self.run.phase("update"):
             records, *_ = together(update, *alongside)
-        return {**pair_metrics(records or []), **judged, "sample_lag": lag}
+        return {**pair_metrics(records or []), **self.judged, "sample_lag": lag}
 
-    def compared(self, batch: Batch) -> tuple[Batch, Metrics]:
-        """Rows that are in pairs, with their `preference` and `loss_share`; a judge's metrics."""
+    def compared(self, batch: Batch) -> Batch:
+        """Rows that are in pairs, with their `preference` and `loss_share`."""
         # a response that the loss mask leaves out entirely has no log-probability to compare
         usable = distinct_responses(batch) & (batch.row_sum(batch["loss_mask"]) > 0)
         settings, judge = self.run.config.preference, self.run.pair_judge
-        metrics: Metrics = {}
         if judge is None:
             rewards, ids = batch["rewards"], batch["prompt_ids"]
             rows, preference = pair_rows(rewards, ids, usable, settings.pairs)
         else:
             has_rewards = is_rewarded(self.run.config)
             with self.run.phase("reward"):
-                rows, preference, metrics = judged_rows(
+                rows, preference, self.judged = judged_rows(
                     judge, batch, usable, settings, has_rewards=has_rewards
                 )
         pairs = batch.select(rows).with_columns(rows={"preference": preference})
-        return with_pair_shares(pairs), metrics
+        return with_pair_shares(pairs)
