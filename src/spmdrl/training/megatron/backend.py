@@ -45,7 +45,7 @@ from spmdrl.training.dropout import AdapterDropout
 from spmdrl.training.experts import ExpertUse, make_balance, make_routing
 from spmdrl.training.megatron.checks import MegatronOptions
 from spmdrl.training.megatron.groups import prepare_process
-from spmdrl.training.megatron.modules import StreamParams
+from spmdrl.training.megatron.modules import SpanAttention, StreamParams
 from spmdrl.training.megatron.optimizer import ShardedOptimizer
 from spmdrl.training.megatron.pipeline import Pipeline
 from spmdrl.training.megatron.role_weights import Body, borrowed_weights, own_weights
@@ -122,6 +122,8 @@ class MegatronBackend:
             self._own = borrowed_weights(base.body, mesh, options, device, **kind)
         settings, groups, units = self.body.settings, self.body.groups, self._own.units
         self._chunks = self.body.stage.chunks
+        modules = [module for chunk in self._chunks for module in chunk.modules()]
+        self._attentions = [module for module in modules if isinstance(module, SpanAttention)]
         self._optimizer: ShardedOptimizer | None = None
         if trainable:
             self._optimizer = ShardedOptimizer(
@@ -294,7 +296,10 @@ class MegatronBackend:
 
         length = len(items[0].microbatch.tokens)
         with self._own.applied():
-            return self._pipeline.run(items, length, forward, finish, backward=backward)
+            found = self._pipeline.run(items, length, forward, finish, backward=backward)
+        for attention in self._attentions:
+            attention.forget()
+        return found
 
     def _item(
         self,

@@ -43,12 +43,16 @@ class SpanAttention(nn.Module):
     """Rope, then attention over the spans of a packed stream.
 
     `params` are those of the last forward pass, and so of the layer's current microbatch, even
-    while it is recomputed.
+    while it is recomputed. They have tables of the microbatch's length: `forget` lets them go.
     """
 
     def __init__(self, *, layer_number: int, **_: Any) -> None:
         super().__init__()
         self.layer = layer_number - 1
+        self.params = StreamParams()
+
+    def forget(self) -> None:
+        """Let the last microbatch go, once its backward pass is over."""
         self.params = StreamParams()
 
     def forward(
