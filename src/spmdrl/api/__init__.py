@@ -28,8 +28,8 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
   `DpoTrainer`, `OnlineDpoTrainer`, `SftTrainer`, `RewardModelTrainer`, `HeldOutPreferences`.
 - Their terms: `update_of`, `token_advantages`, `puts_kl_in_reward`, `policy_loss`,
   `policy_columns`, `with_loss_weights`; of pairs `pair_loss`, `pair_update`, `pair_metrics`,
-  `with_pair_shares`, `log_ratio`, `distinct_rows`, `ReferenceSums`, `AskedSums`, `CachedSums`,
-  `REFERENCE`, `BASELINE`.
+  `judged_rows`, `with_pair_shares`, `log_ratio`, `distinct_rows`, `ReferenceSums`, `AskedSums`,
+  `CachedSums`, `REFERENCE`, `BASELINE`.
 - Advantages and rewards: `turn_advantages`, `turn_returns`, `turn_tokens`, `pays_turns`,
   `TURN_REWARDS`, `group_advantages`, `leave_one_out`, `rewards_to_go`,
   `broadcast_to_tokens`, `gae`, `whiten`, `has_signal`, `overlong_penalty`, `token_rewards`,
@@ -166,6 +166,7 @@ if TYPE_CHECKING:
         log_ratio as log_ratio,
     )
     from spmdrl.flows.online_dpo import OnlineDpoTrainer as OnlineDpoTrainer
+    from spmdrl.flows.pair_verdicts import judged_rows as judged_rows
     from spmdrl.flows.policy_terms import (
         policy_columns as policy_columns,
         policy_loss as policy_loss,
@@ -342,6 +343,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "flows.grpo": "GrpoTrainer",
         "flows.held_out_preferences": "HeldOutPreferences log_ratio",
         "flows.online_dpo": "OnlineDpoTrainer",
+        "flows.pair_verdicts": "judged_rows",
         "flows.policy_terms": "policy_columns policy_loss update_of with_loss_weights",
         "flows.ppo": "PpoTrainer",
         "flows.preference_terms": (

@@ -12,7 +12,6 @@ from typing import Any
 
 from spmdrl.algorithms.direct_preference import distinct_responses, pair_rows
 from spmdrl.batch import Batch
-from spmdrl.config.data_sets import is_rewarded
 from spmdrl.distributed.reduce import moments, world_sum
 from spmdrl.flows.environment import GroupEnvironment
 from spmdrl.flows.held_out_preferences import HeldOutPreferences
@@ -90,10 +89,7 @@ class OnlineDpoTrainer:
             rewards, ids = batch["rewards"], batch["prompt_ids"]
             rows, preference = pair_rows(rewards, ids, usable, settings.pairs)
         else:
-            has_rewards = is_rewarded(self.run.config)
             with self.run.phase("reward"):
-                rows, preference, self.judged = judged_rows(
-                    judge, batch, usable, settings, has_rewards=has_rewards
-                )
+                rows, preference, self.judged = judged_rows(self.run.config, judge, batch, usable)
         pairs = batch.select(rows).with_columns(rows={"preference": preference})
         return with_pair_shares(pairs)

@@ -11,19 +11,18 @@ from torch import Tensor
 
 from spmdrl.algorithms.direct_preference import Pairing, ordered_pairs, pair_rows
 from spmdrl.batch import Batch
-from spmdrl.config.algorithms import PreferenceSection
+from spmdrl.config.data_sets import is_rewarded
+from spmdrl.config.sections import Config
 from spmdrl.distributed.reduce import world_sum
 from spmdrl.rewards.asking import PairJudge, Verdicts
 from spmdrl.run.protocols import Metrics
 
 
 def judged_rows(
+    config: Config,
     judge: PairJudge,
     batch: Batch,
     usable: Tensor,  # [B] bool: rows that may be compared
-    settings: PreferenceSection,
-    *,
-    has_rewards: bool,
 ) -> tuple[Tensor, Tensor, Metrics]:
     """Return the rows to compare (int64 `[R]`, ascending), their preferences (float64 `[R]`), and
     metrics, equal on every rank. Every rank of the world calls it.
@@ -33,8 +32,8 @@ def judged_rows(
 
     Args:
         batch: rows of whole groups with the Python columns `prompt` and `response`.
-        has_rewards: whether `rewards` differ for a reason, and so choose the pairs.
     """
+    settings, has_rewards = config.preference, is_rewarded(config)
     ids, pairing = batch["prompt_ids"], settings.pairs
     if has_rewards:
         rows, order = pair_rows(batch["rewards"], ids, usable, pairing)
