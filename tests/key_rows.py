@@ -46,7 +46,7 @@ AGAIN = "train.epochs=4"
 ENDS = ",".join(str(token) for token in range(9, 80))
 LETTERS = ",".join("abcdefghijklmnopqrstuvwxyz")
 
-JUDGE = ("roles.judge={}", "rewards=[{role: judge}]")
+JUDGE = ("roles.judge={judge: {max_tokens: 32}}", "rewards=[{role: judge}]")
 RUBRIC = "tests/rewards/test_rubric.py"
 
 ROWS: dict[str, Row] = {

@@ -29,8 +29,8 @@ TOOLED = (
 CALLING = (  # as Llama 3.1's: the key is looked for, then its length is taken
     "{% for m in messages %}{% if 'tool_calls' in m %}{% if m['tool_calls']|length != 1 %}"
     "{{ raise_exception('one call at a time') }}{% endif %}<|im_start|>assistant\n"
-    "{{ m['tool_calls'][0]['name'] }}<|im_end|>\n{% else %}<|im_start|>{{ m['role'] }}\n"
-    "{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{{ m['tool_calls'][0]['function']['name'] }}<|im_end|>\n"
+    "{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -199,10 +199,11 @@ def test_a_null_key_is_no_key(tmp_path):
     found, left_out = conversations(
         tmp_path, *clean, {"messages": CALL}, template=CALLING, suffix="parquet"
     )
-    assert found == expected
-    assert list(left_out) == [
-        "with a response that calls tools and says nothing, which is not learned from"
-    ]
+    called = (
+        "<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\n{w<|im_end|>}\n"
+        "<|im_start|>tool\nno<|im_end|>\n<|im_start|>assistant\n{No.<|im_end|>}"
+    )
+    assert (found, list(left_out)) == ([*expected, called], [])
 
 
 def test_arrow_fills_nothing_into_calls(tmp_path):

@@ -78,7 +78,7 @@ CASES = {
     "head of a policy": (["roles.policy.head=zero"], ["roles.policy.head=zero", "policy"]),
     "memory of no rollout": (
         ["roles.policy.residency.kv_cache=drop"],
-        ["roles.policy.residency.kv_cache=drop", "rollout"],
+        ["roles.policy.residency.kv_cache=drop", "only an engine has a kv_cache"],
     ),
     "memory lost": (
         ["roles.policy.residency.weights=drop"],

@@ -19,6 +19,7 @@ ELSEWHERE = {
     SOURCE / "testing" / "cases.py",
     # formats of tool calls, which templates of several families share
     SOURCE / "turns" / "tool_calls.py",
+    SOURCE / "turns" / "kinds.py",
 }
 
 

@@ -77,9 +77,7 @@ class JudgeSection(Section):
         r"\[\[\s*(A|B|C|tie)\s*\]\]",
         description="Read the verdict, A, B, C or tie, as parse reads a score.",
     )
-    system: str | None = Field(
-        None, description="Begin the conversation with this system message; null has none."
-    )
+    system: str | None = Field(None, description="Put this system message first; null has none.")
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description="Pass these to the judge's chat template (enable_thinking: false, say).",
@@ -96,18 +94,23 @@ class JudgeSection(Section):
     failed: float = Field(
         0.0, description="Give this score, on no scale, where none is found, any number."
     )
-    max_tokens: int = Field(512, ge=1, description="End an answer after this many tokens.")
+    max_tokens: int = Field(
+        512, ge=1, description="End an answer after this many tokens, at least 1."
+    )
     temperature: float = Field(
-        0.0, ge=0, le=1000, description="Draw answers at this temperature; 0 is greedy."
+        0.0, ge=0, le=1000, description="Draw answers at this temperature, 0 to 1000; 0 is greedy."
     )
     num_samples: int = Field(
-        1, ge=1, description="Draw this many answers to each question, and take their mean."
+        1,
+        ge=1,
+        description="Draw this many answers to each question, at least 1, and take their mean.",
     )
     max_prompt_tokens: int | None = Field(
         None,
         ge=1,
-        description="Reserve room for questions of up to this many tokens; longer ones count as "
-        "failed. null takes the template's bytes and the most tokens of the texts in it.",
+        description="Reserve room for questions of up to this many tokens, at least 1; longer "
+        "ones count as failed. null takes the template's bytes and the most tokens of the texts "
+        "in it.",
     )
     kv_cache_gb: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto",
