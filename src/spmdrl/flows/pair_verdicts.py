@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spmdrl.algorithms.direct_preference import Pairing, ordered_pairs, pair_rows
+from spmdrl.algorithms.direct_preference import ordered_pairs, pair_rows
 from spmdrl.batch import Batch
 from spmdrl.config.data_sets import is_rewarded
 from spmdrl.config.sections import Config
@@ -50,8 +50,8 @@ def judged_rows(
     wins = torch.zeros(len(batch), dtype=torch.float64)
     wins = wins.index_add(0, first, preferred).index_add(0, second, -preferred)
     # the rewards have chosen the pairs: all of them stay
-    chosen: Pairing = "all" if has_rewards else pairing
-    return *pair_rows(wins, ids, usable, chosen), _metrics(verdicts, has_rewards=has_rewards)
+    rows, order = pair_rows(wins, ids, usable, "all" if has_rewards else pairing)
+    return rows, order, _metrics(verdicts, has_rewards=has_rewards)
 
 
 def _metrics(verdicts: Verdicts, *, has_rewards: bool) -> Metrics:
