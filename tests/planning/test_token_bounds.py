@@ -70,7 +70,8 @@ def packed(batch: Batch, replicas: int, train: TrainSection, places: Places, *, 
         minibatch=zeros,
     )
     found = []
-    for own in plan_exchange(table, [(rank,) for rank in range(replicas)]).rows:
+    plan = plan_exchange(table, [(rank,) for rank in range(replicas)])
+    for own in map(plan.rows_of, range(replicas)):
         rows = batch.select(own)
         microbatches = pack(
             rows,
