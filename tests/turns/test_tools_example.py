@@ -67,7 +67,7 @@ def test_the_template_writes_what_the_parser_reads(made: Path) -> None:
     row = read(made / "traces.jsonl")[0]
     text = tokenizer.apply_chat_template(row["messages"], tools=row["tools"], tokenize=False)
     system, user, call, result, said, _ = text.split("<|im_end|>\n")
-    assert '"name": "calculator"' in system and user.endswith(row["messages"][0]["content"])
+    assert "calculator(expression)" in system and user.endswith(row["messages"][0]["content"])
     found = ToolEnvironment(["calculator"], "hermes").step(call)
     assert found.metrics == {"tool_calls": 1, "valid_calls": 1}
     content = found.messages[0]["content"]
