@@ -16,8 +16,8 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
   `norm_of`, `num_experts_of`, `plain_attention`, `rope_of`, `ropes_of`, `windows_of`.
 - Numbers of all ranks: `moments`, `Moments`, `world_any`, `world_max`, `world_sum`,
   `broadcast_object`, `gather_objects`, `gather_tables`; estimates and names of evaluations:
-  `clustered_mean`, `pair_accuracy`, `CHOSEN`, `EVAL`, `ACCURACY`, `STANDARD_ERROR`; a service
-  that shows metrics: `Tracker`, `TrackedRun`.
+  `clustered_mean`, `pair_accuracy`, `CHOSEN`, `EVAL`, `ACCURACY`, `STANDARD_ERROR`; `Tracker`,
+  `TrackedRun`.
 - A role of one's own: `UserRole`, `Column`, `RoleContext`; with a model of the train backend:
   `TorchBackend`, `TrainOptions`, `open_model`, `Readout`, `SCORES`, `VALUES`, `next_token`.
 - Turns: `TurnEnvironment`, `Observation`; a parser of calls of tools: `ToolCalls`, `ToolCall`.
@@ -40,8 +40,7 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
   `bradley_terry_loss`; of pairs `preference_loss`, `pair_rows`, `ordered_pairs`,
   `distinct_responses`, `response_sums`, `as_compared`, `implicit_rewards`, `kto_baseline`.
 
-A copy of a shipped flow finds here everything that it imports. `spmdrl.api.backends` has what a
-train backend is built from.
+A copy of a shipped flow finds its imports here; `spmdrl.api.backends` is for train backends.
 """
 
 # sorting would give each `name as name` a statement of its own
@@ -230,8 +229,7 @@ if TYPE_CHECKING:
         EVAL as EVAL,
         STANDARD_ERROR as STANDARD_ERROR,
     )
-    from spmdrl.observe.trackers.protocol import TrackedRun as TrackedRun
-    from spmdrl.observe.trackers.protocol import Tracker as Tracker
+    from spmdrl.observe.trackers.protocol import TrackedRun as TrackedRun, Tracker as Tracker
     from spmdrl.roles.calls import (
         Call as Call,
         together as together,
