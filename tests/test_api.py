@@ -16,7 +16,10 @@ from spmdrl.api import backends
 
 SOURCE = Path(__file__).parents[1] / "src" / "spmdrl"
 
-FLOWS = [p for p in sorted((SOURCE / "flows").glob("*.py")) if p.stem != "reference_sums"]
+PARTS = ("reference_sums", "pair_verdicts")
+"""Files of the room that flows ask by one name of the face; nobody copies them."""
+
+FLOWS = [p for p in sorted((SOURCE / "flows").glob("*.py")) if p.stem not in PARTS]
 """Files that a user copies; `reference_sums` writes a file of the project, and is only called."""
 
 
