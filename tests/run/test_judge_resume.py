@@ -1,4 +1,4 @@
-"""A run that stops while its judge answers goes on as if it never had."""
+"""A run that stops while its judge answers resumes as if it never had."""
 
 from __future__ import annotations
 
