@@ -117,6 +117,14 @@ def test_the_flow_example_runs_as_written(tmp_path):
     assert len(losses) == 3 and losses[-1] < losses[0] - 0.2
 
 
+def test_every_page_is_in_the_navigation():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    named = set(re.findall(r"'([\w/-]+\.md)'", str(nav)))
+    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    missing = sorted(pages - named)
+    assert not missing, f"in no section of mkdocs.yml's nav: {missing}; add `- TITLE: PAGE` there"
+
+
 def score_lengths(world, code: str) -> list[float]:
     namespace: dict[str, object] = {}
     exec(compile(code, "adding-a-role", "exec"), namespace)
