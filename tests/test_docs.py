@@ -120,7 +120,9 @@ def test_the_flow_example_runs_as_written(tmp_path):
 def test_every_page_is_in_the_navigation():
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     named = set(re.findall(r"'([\w/-]+\.md)'", str(nav)))
-    pages = {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+    pages = {
+        str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")
+    }
     missing = sorted(pages - named)
     assert not missing, f"in no section of mkdocs.yml's nav: {missing}; add `- TITLE: PAGE` there"
 

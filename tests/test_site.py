@@ -17,15 +17,15 @@ import yaml
 ROOT = Path(__file__).parents[1]
 
 TERMS = {
-    "out of memory": "plan",
-    "resume": "slurm",
+    "out of memory": "out-of-memory",
+    "resume": "resume",
     "LoRA": "adapters",
     "reward": "rewards",
     "hang": "debugging-hangs",
     "vLLM": "vllm",
     "DPO": "preferences",
     "Slurm": "slurm",
-    "checkpoint": "slurm",
+    "checkpoint": "resume",
     "tool": "turns",
 }
 """What a user types into the search -> the page that must be among the first."""

@@ -18,7 +18,7 @@ from spmdrl.placement import fold_text, place_roles
 from tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "debugging-hangs.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "fewer-ranks.md").read_text(encoding="utf-8")
 
 
 def test_the_command_of_the_page_stops_at_a_breakpoint_and_goes_on(tmp_path: Path) -> None:

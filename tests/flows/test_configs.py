@@ -14,6 +14,7 @@ import torch
 from adapter_cases import make_peft
 from flow_cases import run_configs
 from harness import run_ranks
+from metrics_page import undocumented
 from replay import assert_same_samples
 from spmdrl.commands.check import check
 from spmdrl.config.load import load_config
@@ -171,6 +172,7 @@ def check_runs(place: Path, paths: list[Path], ranks: int, switch: str) -> None:
     results = run_ranks(run_configs, ranks, runs, str(place), timeout_s=300)[0]
     for (path, words), records in zip(runs, results, strict=True):
         assert len(records) == 2, path
+        assert undocumented(records) == [], "docs/metrics.md lacks a row of these"
         for record in records:
             assert math.isfinite(record["loss"]), path
             if load_config(path, words).flow in SAMPLED:
