@@ -97,7 +97,7 @@ def summary(markdown: str) -> str:
     paragraphs = [p.strip() for p in markdown.split("\n\n")]
     first = next(p for p in paragraphs if not p.startswith(("#", "|", "```", "- ", "!", "<!--")))
     plain = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", " ".join(first.split())).replace("**", "")
-    return re.split(r"(?<=[.!?:])\s", plain)[0].rstrip(":")
+    return re.split(r"(?<=[.!?])\s", plain)[0].rstrip(":")
 
 
 def lines_of(items: Any, depth: int = 2) -> list[str]:
