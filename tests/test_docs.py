@@ -56,7 +56,7 @@ def test_commands_parse_and_their_configurations_load(line, monkeypatch):
     if words[0] == "launch":
         words = words[next(i for i, word in enumerate(words) if word in COMMANDS) :]
     options = parse(words)
-    named = vars(options).get("config", "")
+    named = vars(options).get("config") or ""
     if Path(named).is_file() or named in shipped_names():
         load_config(named, options.overrides)
 
