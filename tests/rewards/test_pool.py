@@ -347,6 +347,13 @@ def test_a_function_that_cannot_be_loaded_is_named_at_once(server, tmp_path, sou
         RewardPool(server, [RewardSpec(name="mine", function=f"{file}:f")], load_timeout_s=limit)
 
 
+def test_a_worker_that_cannot_write_is_told_with_its_own_exit_code(server, tmp_path):
+    place = tmp_path / "gone" / "output.log"
+    for _ in range(5):  # ended by the rank while it ends by itself, it would be -9
+        with pytest.raises(ValueError, match="ended with exit code 1 while"):
+            RewardPool(server, [RewardSpec(name="x", function="number")], output=place)
+
+
 def test_bad_settings_are_refused(server):
     spec = RewardSpec(name="x", function="number")
     with pytest.raises(ValueError, match="one name each"):

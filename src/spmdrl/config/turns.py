@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import Field
@@ -62,10 +63,15 @@ class TurnsSection(Section):
         return self.max_turns * max_tokens if self.max_tokens is None else self.max_tokens
 
 
-def turns_key(turns: Mapping[str, Any] | None) -> str:
-    """A text that is equal for equal turns; "" for none.
+def turns_key(
+    turns: Mapping[str, Any] | None, options: Mapping[str, Any] = MappingProxyType({})
+) -> str:
+    """A text that is equal for equal turns, rendered alike; "" for none.
 
     Args:
         turns: all keys of a `TurnsSection`, as JSON.
+        options: the source's `chat_template_kwargs`.
     """
-    return "" if turns is None else json.dumps(turns, sort_keys=True)
+    if turns is None:
+        return ""
+    return json.dumps([turns, dict(options)] if options else turns, sort_keys=True)

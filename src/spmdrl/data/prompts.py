@@ -338,7 +338,7 @@ def _draft(row: Row, source: DataSource, *, has_tools: bool) -> _Draft:
         tools=read_tools(row) if has_tools else (),
         options=source.chat_template_kwargs,
         mark=read_mark(row),
-        turns=turns_key(source.turns or None),
+        turns=turns_key(source.turns or None, source.chat_template_kwargs),
     )
 
 

@@ -205,7 +205,10 @@ def _run_worker(control: socket.socket, descriptor: int) -> NoReturn:
         # a server that is killed cannot end its workers: they end by themselves
         _ask_kernel(PR_SET_PDEATHSIG, signal.SIGKILL)
         control.close()
-        work(socket.socket(fileno=descriptor))
+        # open until the process ends: a rank that sees it close kills the worker, and what it then
+        # tells is the worker's own exit code
+        channel = socket.socket(fileno=descriptor)
+        work(channel)
         os._exit(0)
     except BaseException:
         traceback.print_exc()

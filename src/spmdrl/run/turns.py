@@ -37,7 +37,8 @@ def make_turns(
     worker processes end with the block. Every rank of the world calls it.
 
     Raises:
-        AgreedError: a class cannot be loaded, or has no use for the model's chat template.
+        AgreedError: a class cannot be loaded, or has no use for the model's chat template, which
+            may write no results of tools.
     """
     if "rollout" not in map(config.role_kind, config.roles):
         yield {}
@@ -47,18 +48,24 @@ def make_turns(
         def start() -> dict[str, RolloutTurns]:
             found: dict[str, RolloutTurns] = {}
             for key, source, turns in turn_sources(config):
-                name = turns_key(turns.model_dump(mode="json"))
+                options = source.chat_template_kwargs
+                name = turns_key(turns.model_dump(mode="json"), options)
                 known = found.get(name)
                 if known is not None and known.longest >= source.max_tokens:
                     continue
                 answers = known.source if known is not None else None
+                renderer = TurnRenderer(inputs.tokenizer, inputs.now, options)
                 if answers is None:
-                    answers = _environments(config, turns, server, inputs, world, len(found))
+                    if turns.kind == "tools":  # others may answer with other roles
+                        renderer.check(["tool"])
+                    answers = _environments(
+                        config, turns, server, renderer, inputs, world, len(found)
+                    )
                     stack.enter_context(answers)
                 assert isinstance(answers, EnvironmentTurns)
                 found[name] = RolloutTurns(
                     source=answers,
-                    opens=_Opens(answers, _renderer(inputs)),
+                    opens=_Opens(answers, renderer),
                     section=turns,
                     longest=source.max_tokens,
                     longest_key=f"{key}.max_tokens",
@@ -83,6 +90,7 @@ def _environments(
     config: Config,
     turns: TurnsSection,
     server: RewardServer,
+    renderer: TurnRenderer,
     inputs: Inputs,
     world: World,
     number: int,
@@ -92,7 +100,7 @@ def _environments(
     server.preload(["spmdrl.turns.serving", *kind.modules])
     return EnvironmentTurns(
         server,
-        _Renderer(_renderer(inputs)),
+        _Renderer(renderer),
         TurnsSettings(
             kind=kind.where,
             options=kind.options,
@@ -106,10 +114,6 @@ def _environments(
             environment=config.reward_pool.environment,
         ),
     )
-
-
-def _renderer(inputs: Inputs) -> TurnRenderer:
-    return TurnRenderer(inputs.tokenizer, inputs.now)
 
 
 @dataclass(frozen=True)

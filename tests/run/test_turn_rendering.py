@@ -1,0 +1,78 @@
+"""Messages of turns are rendered with the variables of their source's chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flow_cases import questions, write_config
+from harness import run_ranks
+from spmdrl.config.load import load_config
+from spmdrl.rewards.server import start_reward_server
+from spmdrl.run.inputs import read_inputs
+from spmdrl.run.turns import make_turns
+from spmdrl.world import World
+from tiny_model import make_tiny_model
+
+PLACE = Path(__file__).parents[1] / "turn_environments.py"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role != 'tool' %}{{ m.role }}: {{ m.content }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:{{ mood | default('') }}{% endif %}"
+)
+"""It leaves out what tools answer."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tmp_path_factory.mktemp("turn_rendering") / "model"
+    make_tiny_model(model)
+    described = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    described["chat_template"] = TEMPLATE
+    (model / "tokenizer_config.json").write_text(json.dumps(described))
+    return model
+
+
+def config_of(root: Path, model: Path, turns: dict[str, Any], **source: Any) -> str:
+    data = questions(root / "q.jsonl", 12)
+    (root / "run").mkdir()
+    return str(
+        write_config(
+            root / "run.yaml",
+            model,
+            root / "run",
+            data={"train": {**data["train"], **source}},
+            rollout={"turns": turns},
+            rewards=[],
+        )
+    )
+
+
+def begin(world: World, path: str) -> str:
+    """Render what the environment of the first row begins with."""
+    config = load_config(path)
+    inputs = read_inputs(config)
+    prompt: Any = next(iter(inputs.train))
+    with start_reward_server() as server, make_turns(config, server, inputs, world) as turns:
+        (opened,) = turns[prompt.turns].opens([prompt.entry])
+        return str(inputs.tokenizer.decode(opened.tokens))
+
+
+@pytest.mark.parametrize("mood", [None, " gently"])
+def test_a_source_s_variables_reach_its_turns(
+    model: Path, tmp_path: Path, mood: str | None
+) -> None:
+    options = {} if mood is None else {"chat_template_kwargs": {"mood": mood}}
+    path = config_of(tmp_path, model, {"kind": f"{PLACE}:Counting"}, **options)
+    (text,) = run_ranks(begin, 1, path)
+    assert text.startswith("user: Count: What is 0 +")
+    assert text.endswith(f"assistant:{mood or ''}")
+
+
+def test_tools_whose_results_the_template_leaves_out(model: Path, tmp_path: Path) -> None:
+    turns = {"kind": "tools", "options": {"functions": ["calculator"], "format": "hermes"}}
+    with pytest.raises(Exception, match="does not write messages of the role tool: use a model"):
+        run_ranks(begin, 1, config_of(tmp_path, model, turns))
