@@ -12,9 +12,12 @@ import torch.distributed as dist
 from engine_candidates import NATIVE
 
 from harness import run_ranks
+from spmdrl.distributed.parallel import Parallel
+from spmdrl.rollout.lockstep import Lockstep
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.workspace import NativeOptions
-from spmdrl.rollout.protocol import Completion
+from spmdrl.rollout.protocol import Completion, Finish
+from spmdrl.rollout.rounds import by_rounds
 from spmdrl.testing.engine_contract import check_engine
 from spmdrl.world import World
 
@@ -114,6 +117,49 @@ class ForgetsHowFarItWas(NativeEngine):
         return super().generate(requests, seed=seed + (state is not None), **options)
 
 
+class ForgetsWhatItSaid(NativeEngine):
+    """Draws each turn from the prompt and the last answer alone."""
+
+    def generate(
+        self, requests: Any, *, turns: Any = None, **options: Any
+    ) -> list[list[Completion]]:
+        def draw(asked: Any, numbers: Any, progress: Any) -> list[list[Completion]]:
+            heads = {own.prompt_id: own.tokens for own in requests}
+            cut = []
+            for own in asked:
+                head, last = heads[own.prompt_id], own.tokens[-3:]
+                shorter = own.tokens if own.tokens == head else (*head, *last)
+                cut.append(replace(own, tokens=shorter))
+            return NativeEngine.generate(self, cut, **options)
+
+        if turns is None:
+            return super().generate(requests, **options)
+        options.pop("should_stop", None)
+        return by_rounds(draw, requests, turns, Lockstep(Parallel(), torch.device("cpu")))
+
+
+class AnswersAnewWhatItResumes(NativeEngine):
+    """Resumes a call within turns from its prompts' first turn on."""
+
+    def generate(self, requests: Any, *, seed: int, **options: Any) -> list[list[Completion]]:
+        anew = [replace(own, begun=tuple(emptied(c) for c in own.begun)) for own in requests]
+        return super().generate(anew, seed=seed, **options)
+
+
+def emptied(begun: Completion) -> Completion:
+    if begun.finish is not Finish.ABORTED or not begun.given:
+        return begun
+    first = begun.given[0][0]
+    return replace(
+        begun,
+        tokens=begun.tokens[:first],
+        logprobs=begun.logprobs[:first],
+        given=(),
+        waits=None,
+        turn_limit=4,
+    )
+
+
 class WaitsForTheWorld(NativeEngine):
     """Ends every call with a barrier of the whole world."""
 
@@ -132,6 +178,8 @@ FAULTS: dict[type[NativeEngine], tuple[str, str]] = {
     KeepsItsCache: ("parts leave and return", "after release_cache 0, seen"),
     StoresItsOwn: ("adopted weights are the trainers storage", "norm.weight"),
     ForgetsHowFarItWas: ("aborted calls resume", "resumed"),
+    ForgetsWhatItSaid: ("turns continue the tokens that were there", "tokens of prompt"),
+    AnswersAnewWhatItResumes: ("calls stopped within turns resume", "rewards stopped after"),
 }
 """Engine -> a clause that does not hold, and a part of its error."""
 

@@ -8,6 +8,7 @@ from spmdrl.testing.clause import Clause, Findings, Report, check_clauses
 from spmdrl.testing.engine_draws import DRAWS
 from spmdrl.testing.engine_ends import ENDS
 from spmdrl.testing.engine_subject import EngineCandidate, EngineFeature, EngineSubject
+from spmdrl.testing.engine_turns import TURNS
 from spmdrl.testing.engine_weights import WEIGHTS, ranks_outside_take_no_part
 from spmdrl.world import World
 
@@ -23,6 +24,7 @@ def _clause(
 
 ENGINE_CLAUSES: tuple[Clause[EngineSubject], ...] = (
     *(_clause(check) for check in (*DRAWS, *ENDS, *WEIGHTS)),
+    *(_clause(check, "turns") for check in TURNS),
     _clause(ranks_outside_take_no_part, "ranks_of_its_own", 2),
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +9,14 @@ from typing import Any
 from spmdrl.rollout.protocol import Completion, Finish, Request
 from spmdrl.testing.clause import Findings, same
 from spmdrl.testing.engine_models import EOS, VOCAB, prompts_of, request, spell
-from spmdrl.testing.engine_subject import EngineSubject, expect, generate, refused, tokens_of
+from spmdrl.testing.engine_subject import (
+    EngineSubject,
+    expect,
+    generate,
+    refused,
+    stop_after,
+    tokens_of,
+)
 
 
 def stop_texts_and_tokens_end_a_sample(subject: EngineSubject) -> Findings:
@@ -60,17 +66,6 @@ def ends_of_text_are_kept_unless_ignored(subject: EngineSubject) -> Findings:
     yield from expect(not cut, "samples with an end of text to finish as STOP", f"LENGTH: {cut}")
 
 
-def _after(count: int) -> Callable[[], bool]:
-    """True from the `count`-th question on."""
-    asked: list[int] = []
-
-    def should_stop() -> bool:
-        asked.append(0)
-        return len(asked) >= count
-
-    return should_stop
-
-
 def stop_requests_abort_what_is_open(subject: EngineSubject) -> Findings:
     """A stop aborts open samples, keeps finished ones, and is over with the call; progress counts
     tokens and samples.
@@ -109,7 +104,7 @@ def aborted_calls_resume(subject: EngineSubject) -> Findings:
     whole = generate(engine, asked)
     yield from same("state of a call that ended", engine.aborted_state(), {})
     for count in (2, 9, 17):
-        first = generate(engine, asked, should_stop=_after(count))
+        first = generate(engine, asked, should_stop=stop_after(count))
         state = engine.aborted_state()
         reasons = {completion.finish for group in first for completion in group}
         where = f"stopped after {count} questions"

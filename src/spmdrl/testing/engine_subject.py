@@ -29,9 +29,10 @@ SEED, STEP = 11, 2
 BOUND = 1e-4
 """Largest difference of log-probabilities in float32, in nats, that is rounding."""
 
-EngineFeature = Literal["ranks_of_its_own", "resumed_calls", "freed_caches"]
+EngineFeature = Literal["ranks_of_its_own", "resumed_calls", "freed_caches", "turns"]
 """Abilities that an engine may lack: to be made on some of the world's ranks only; to resume an
-aborted call from its own state, bit for bit; to free its cache without its weights."""
+aborted call from its own state, bit for bit; to free its cache without its weights; to take turns
+(`generate` then has the keyword `turns`, a `Turns` or None)."""
 
 
 class MakeEngine(Protocol):
@@ -158,6 +159,17 @@ def tokens_of(found: Sequence[Sequence[Completion]]) -> list[list[tuple[int, ...
 def scores_by(engine: RolloutEngine, rows: Sequence[tuple[int, ...]]) -> Tensor:
     """Return the engine's scores of all rows, one after the other."""
     return torch.tensor([value for row in engine.score(rows) for value in row])
+
+
+def stop_after(count: int) -> Callable[[], bool]:
+    """Make a `should_stop` that is True from the `count`-th question on."""
+    asked: list[int] = []
+
+    def should_stop() -> bool:
+        asked.append(0)
+        return len(asked) >= count
+
+    return should_stop
 
 
 def expect(holds: bool, expected: str, seen: str) -> Findings:
