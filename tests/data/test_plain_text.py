@@ -154,8 +154,9 @@ def test_rows_of_data(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason=f"{MODEL} is missing")
 @settings(max_examples=20, deadline=None)
-@given(content=pieces("chatml", st.characters(max_codepoint=0x2FF)))  # it lacks rare bytes
+@given(content=pieces("chatml", st.characters(max_codepoint=0x2FF, exclude_categories=("Cc",))))
 def test_a_real_tokenizer(content: str) -> None:
+    """Its vocabulary lacks rare letters, and some that control devices."""
     tokenizer, chat = tokenizer_of("real", ""), chat_of("real", "")
     talk = chat.prepare([{"role": "user", "content": content}])
     text = chat.render(talk, prompt=True)

@@ -100,82 +100,88 @@ def unpack_rows(
     Raises:
         ValueError: a rank has sent other columns.
     """
-    reader = _Reader(data, columns)
     header = _header(columns)
     sources = ((num_bytes > 0) | (counts > 0)).nonzero().flatten()
-    found = (sources.tolist(), num_bytes[sources].tolist(), counts[sources].tolist())
-    for source, size, count in zip(*found, strict=True):
-        reader.read(size, count, header, source)
-    return reader.batch()
+    reader = _Reader(data, num_bytes[sources].numpy())
+    _check_headers(reader, header, sources.tolist())
+    own = counts[sources].numpy()
+    lengths = reader.take(8 * own).view(np.int64)
+    totals = _sums_by(lengths, own)
+    tokens: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
+    objects: dict[str, list[str | None]] = {}
+    ragged: dict[str, Ragged] = {}
+    for column in columns:
+        if column.kind == "text":
+            sizes = reader.take(8 * own).view(np.int64)
+            text = reader.take(_sums_by(np.maximum(sizes, 0), own))
+            objects[column.name] = _texts(sizes, text.tobytes())
+        elif column.kind == "ragged":
+            numbers = reader.take(4 * totals).view(np.int32)
+            values = reader.take(_sums_by(numbers, totals) * column.dtype.itemsize)
+            ragged[column.name] = Ragged(
+                counts=torch.from_numpy(numbers), values=_tensor(values, column)
+            )
+        else:
+            width = column.dtype.itemsize * math.prod(column.shape)
+            is_token = column.kind == "token"
+            found = _tensor(reader.take(width * (totals if is_token else own)), column)
+            count = int(totals.sum()) if is_token else len(lengths)
+            (tokens if is_token else rows)[column.name] = found.reshape(count, *column.shape)
+    reader.close()
+    return Batch(
+        lengths=torch.from_numpy(lengths), tokens=tokens, rows=rows, objects=objects, ragged=ragged
+    )
 
 
 class _Reader:
-    """Collects the parts of each column, rank by rank."""
+    """Reads the ranks' bytes side by side: some of each, joined in the order of the ranks.
 
-    def __init__(self, data: np.ndarray, columns: Sequence[Column]) -> None:
-        self._data, self._columns, self._position = data, columns, 0
-        self._lengths: list[np.ndarray] = []
-        self._parts: dict[str, list[np.ndarray]] = {column.name: [] for column in columns}
-        self._counts: dict[str, list[np.ndarray]] = {column.name: [] for column in columns}
-        """Sizes of texts, and counts of ragged columns."""
+    Args:
+        data: uint8, the ranks' bytes end to end.
+        num_bytes: number of bytes from each, `[ranks]`.
+    """
 
-    def _take(self, num_bytes: int) -> np.ndarray:
-        start = self._position
-        self._position = start + num_bytes
-        return self._data[start : self._position]
+    def __init__(self, data: np.ndarray, num_bytes: np.ndarray) -> None:
+        self._data = data
+        self._ends = np.cumsum(num_bytes, dtype=np.int64)
+        self._places = self._ends - num_bytes
 
-    def read(self, num_bytes: int, count: int, header: bytes, source: int) -> None:
-        end = self._position + num_bytes
-        (size,) = self._take(8).copy().view(np.int64).tolist()
-        received = self._take(size).tobytes()
-        if received != header:
-            _check_header(received, header, source)
-        lengths = self._take(8 * count).copy().view(np.int64)
-        self._lengths.append(lengths)
-        total = int(lengths.sum())
-        for column in self._columns:
-            width = column.dtype.itemsize * math.prod(column.shape)
-            if column.kind == "text":
-                sizes = self._take(8 * count).copy().view(np.int64)
-                self._counts[column.name].append(sizes)
-                num = int(np.maximum(sizes, 0).sum())
-            elif column.kind == "ragged":
-                counts = self._take(4 * total).copy().view(np.int32)
-                self._counts[column.name].append(counts)
-                num = int(counts.sum()) * column.dtype.itemsize
-            else:
-                num = width * (total if column.kind == "token" else count)
-            self._parts[column.name].append(self._take(num))
-        assert self._position == end, (self._position, end, count)
+    def take(self, sizes: np.ndarray) -> np.ndarray:
+        """Return the next bytes, `sizes[i]` of rank `i`, in a new array."""
+        places, stops = self._places, self._places + sizes
+        self._places = stops
+        parts = [self._data[a:b] for a, b in zip(places.tolist(), stops.tolist(), strict=True)]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint8)
 
-    def batch(self) -> Batch:
-        lengths = torch.from_numpy(_joined(self._lengths, np.dtype(np.int64)))
-        total = int(lengths.sum())
-        tokens: dict[str, Tensor] = {}
-        rows: dict[str, Tensor] = {}
-        objects: dict[str, list[str | None]] = {}
-        ragged: dict[str, Ragged] = {}
-        for column in self._columns:
-            data = _joined(self._parts[column.name], np.dtype(np.uint8))
-            counts = self._counts[column.name]
-            if column.kind == "text":
-                objects[column.name] = _texts(_joined(counts, np.dtype(np.int64)), data.tobytes())
-                continue
-            values = torch.empty(len(data) // column.dtype.itemsize, dtype=column.dtype)
-            values.view(torch.uint8).copy_(torch.from_numpy(data))
-            if column.kind == "ragged":
-                found = torch.from_numpy(_joined(counts, np.dtype(np.int32)))
-                ragged[column.name] = Ragged(counts=found, values=values)
-            elif column.kind == "token":
-                tokens[column.name] = values.reshape(total, *column.shape)
-            else:
-                rows[column.name] = values.reshape(len(lengths), *column.shape)
-        return Batch(lengths=lengths, tokens=tokens, rows=rows, objects=objects, ragged=ragged)
+    def close(self) -> None:
+        """Check that all bytes were read."""
+        assert np.array_equal(self._places, self._ends), (self._places, self._ends)
 
 
-def _joined(parts: Sequence[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    """All parts in a new array, which exists without parts as well."""
-    return np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+def _check_headers(reader: _Reader, header: bytes, sources: Sequence[int]) -> None:
+    """Read the ranks' headers. ValueError: one is not this rank's."""
+    one = np.full(len(sources), 8, dtype=np.int64)
+    sizes = reader.take(one).view(np.int64)
+    received = reader.take(sizes).tobytes()
+    if received == header * len(sources):
+        return
+    first = 0
+    for source, size in zip(sources, sizes.tolist(), strict=True):
+        _check_header(received[first : first + size], header, source)
+        first += size
+
+
+def _sums_by(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sum groups of values, `counts[i]` of them in group `i`."""
+    sums, ends = _sums(values), np.cumsum(counts, dtype=np.int64)
+    return np.asarray(sums[ends] - sums[ends - counts], dtype=np.int64)
+
+
+def _tensor(data: np.ndarray, column: Column) -> Tensor:
+    if not len(data):  # numpy's arrays without values have strides that torch does not view
+        return torch.empty(0, dtype=column.dtype)
+    return torch.from_numpy(data).view(column.dtype)
 
 
 def _words(values: Sequence[int]) -> np.ndarray:
