@@ -83,6 +83,7 @@ def test_a_half_made_environment_is_not_used(tmp_path: Path, complete: bool) -> 
         assert answer.returncode == 3 and "no Python 3.12" in answer.stderr
 
 
+@pytest.mark.full
 def test_the_line_on_what_is_skipped_agrees_with_the_count() -> None:
     command = [sys.executable, "-m", "pytest", "-m", "fakegpu", "-p", "no:cacheprovider"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}

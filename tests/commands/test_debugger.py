@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from spmdrl.commands.cli import main
 from spmdrl.config.load import load_config
 from spmdrl.flows import grpo
@@ -21,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "fewer-ranks.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.full
 def test_the_command_of_the_page_stops_at_a_breakpoint_and_goes_on(tmp_path: Path) -> None:
     line = re.findall(r"^python -m pdb (-m spmdrl train .* --fold)$", PAGE, re.M)
     make_tiny_model(tmp_path / "model", max_position_embeddings=2048)

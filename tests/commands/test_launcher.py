@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,15 @@ WORDS = ["train", "configs/gsm8k.yaml", "steps=2"]
 
 
 @pytest.fixture
-def variables(monkeypatch) -> None:
+def variables(monkeypatch) -> Iterator[None]:
+    # a shell ignores some of them for what it starts in the background, and so does `launch` then
+    before = {one: signal.signal(one, signal.SIG_DFL) for one in (signal.SIGHUP, signal.SIGQUIT)}
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("SPMDRL_LAUNCH", raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
 
 
 def test_options_are_torchruns_and_the_script_is_the_command(variables, tmp_path: Path) -> None:

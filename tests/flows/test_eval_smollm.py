@@ -35,6 +35,7 @@ def serve(world: World, words: list[str]) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not MODEL.is_dir(), reason="models/SmolLM2-135M-Instruct is not there")
+@pytest.mark.full
 def test_greedy_answers_equal_transformers(tmp_path):
     from transformers import AutoModelForCausalLM
 

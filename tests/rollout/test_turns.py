@@ -281,10 +281,10 @@ def test_recurrent_states_go_on_over_turns() -> None:
         return make_engine(*recurrent_model(), **options)
 
     wanted = one_by_one(recurrent, asked)
-    for options in ({}, {"max_running": 2}, {"prefill_tokens": 5}):
-        for name in ("late", "in disorder"):
-            found = generate(recurrent(**options), asked, turns=Scripted(DELAYS[name]))
-            same(found, wanted, f"{options}, {name}")
+    cases = (({}, "late"), ({"max_running": 2}, "in disorder"), ({"prefill_tokens": 5}, "late"))
+    for options, name in cases:
+        found = generate(recurrent(**options), asked, turns=Scripted(DELAYS[name]))
+        same(found, wanted, f"{options}, {name}")
 
 
 def test_experts_of_all_turns_are_recorded() -> None:

@@ -19,6 +19,7 @@ from spmdrl.config.load import load_config
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.world import World
 from stopping import POLLS
+from sweeps import swept
 from tiny_model import make_tiny_model
 from torchrun import attempt_of, outcome_of
 
@@ -166,7 +167,15 @@ def resume_elsewhere(world: World, config: str, words: list[str]) -> None:
         train(load_config(config, words), world, server)
 
 
-@pytest.mark.parametrize("stop", ["7 5", "13", "16"], ids=["generating", "between", "updating"])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        "7 5",
+        pytest.param("13", marks=pytest.mark.full),
+        pytest.param("16", marks=pytest.mark.full),
+    ],
+    ids=["generating", "between", "updating"],
+)
 def test_another_number_of_ranks_goes_on_with_what_was_kept(root: Path, stop: str) -> None:
     """Up to rounding: the step's metrics on one rank are those that two would have found."""
     config = write_config(
@@ -199,7 +208,7 @@ def stop_once(world: World, config: str, base: Path, stop: str, words: list[str]
             )
 
 
-@pytest.mark.parametrize("adapters", ["unmerged", "merged"])
+@pytest.mark.parametrize("adapters", swept(["unmerged", "merged"], ["merged"]))
 @several(["100 17"], ["100 35"])
 def test_an_engines_copy_of_a_frozen_base_is_not_kept(
     root: Path, adapters: str, stops: list[str]

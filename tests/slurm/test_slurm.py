@@ -108,6 +108,7 @@ def test_a_warning_saves_and_queues_again_and_the_run_goes_on_exactly(
     assert records(root / "warned") == records(whole)
 
 
+@all_cases
 def test_a_warning_during_the_import_of_torch_is_not_lost(
     lab: Lab, root: Path, whole: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_warning_during_the_import_of_torch_is_not_lost(
     assert records(root / "early") == records(whole)
 
 
+@all_cases
 def test_a_cancelled_job_saves_and_is_not_queued_again(lab: Lab, root: Path, whole: Path) -> None:
     job = start(lab, root, "cancelled")
     job.reach(lambda: in_step(root / "cancelled", 2))

@@ -44,9 +44,9 @@ STEPS, STILL = "steps", "minibatches without signal"
     ("candidate", "size", "clauses"),
     [
         (TORCH, 2, [STEPS, STILL]),
-        (TORCH, 4, [STEPS]),
+        pytest.param(TORCH, 4, [STEPS], marks=pytest.mark.full),
         (TIED, 2, [STEPS]),
-        (TIED, 4, [STEPS]),
+        pytest.param(TIED, 4, [STEPS], marks=pytest.mark.full),
         pytest.param(MEGATRON, 2, [STILL], marks=pytest.mark.megatron),
     ],
     ids=lambda value: value.name if isinstance(value, Candidate) else None,

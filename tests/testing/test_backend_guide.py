@@ -71,6 +71,7 @@ def test_its_command_prints_what_the_page_shows(toy: Path) -> None:
     assert done.stdout.splitlines() == [where, *lines]
 
 
+@pytest.mark.full
 def test_its_command_ends_with_1_where_a_clause_is_broken(toy: Path) -> None:
     line, _ = commands()
     code = toy.read_text(encoding="utf-8")

@@ -25,6 +25,7 @@ from spmdrl.testing.cases import tiny_experts as moe_config
 from spmdrl.training.readout import VALUES, next_token
 from spmdrl.weights.layout import model_layout
 from spmdrl.world import World
+from sweeps import swept
 
 Case = tuple[dict[str, int], dict[str, Any]]
 DENSE: dict[int, list[Case]] = {
@@ -90,7 +91,11 @@ def single() -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"), [("dense", 2), ("dense", 4), ("experts", 2), ("shared", 2)]
+    ("kind", "size"),
+    swept(
+        [("dense", 2), ("dense", 4), ("experts", 2), ("shared", 2)],
+        [("dense", 2), ("experts", 2)],
+    ),
 )
 def test_layouts_train_alike(single: dict[str, dict[str, Any]], kind: str, size: int) -> None:
     """Losses, norms, weights and moments of several steps; the base does not change."""

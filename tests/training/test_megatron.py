@@ -84,15 +84,21 @@ def layouts_of(kind: str) -> dict[int, dict[str, Case]]:
 CASES = [
     (size, kind, name) for size in LAYOUTS for kind in KINDS for name in layouts_of(kind)[size]
 ]
-THOROUGH = ("qwen2", "qwen3_moe")
-"""Kinds whose layouts are all tried every time: the one that differs most, and one with experts."""
-BRIEF = ("tp2 sp", "tp2 ep2", "tp2 pp2 vpp2 sp", "tp2 pp2 ep2", "pp4")
-"""Layouts of the other kinds that are tried every time."""
+BRIEF: dict[str, tuple[str, ...]] = {
+    "qwen2": ("tp1 recompute", "tp2 sp", "pp2 vpp2", "cp2", "dp2 sharded", "tp2 pp2 vpp2 sp"),
+    "qwen3_moe": ("tp2 ep2", "tp2 pp2 ep2"),
+    "mixtral": ("pp2 vpp2",),
+    "llama": ("tp2 sp",),
+    "qwen3": ("pp2",),
+    "uneven": ("pp2 vpp2",),
+    "windowed": ("tp2 sp",),
+}
+"""Layouts that are tried every time: most of the kind that differs most, one of each other kind."""
 
 
 def marked(key: tuple[int, str, str]) -> Any:
     _, kind, name = key
-    brief = kind in THOROUGH or name in BRIEF
+    brief = name in BRIEF[kind]
     return pytest.param(*key, marks=() if brief else pytest.mark.full)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from spmdrl.models.tensors import Slice
 from spmdrl.planning.systems.megatron import import_backend
 from spmdrl.training.megatron.checks import model_cut
 from spmdrl.world import World
+from sweeps import asked, swept
 
 pytestmark = pytest.mark.megatron
 
@@ -36,7 +38,7 @@ def whole(name: str, shape: tuple[int, ...]) -> Slice:
     return Slice(name=name, shape=shape, start=(0,) * len(shape), stop=shape, offset=0)
 
 
-def write(world: World, directory: str) -> None:
+def write(world: World, kinds: Sequence[str], directory: str) -> None:
     """As a program of Megatron's does: its own groups, models and checkpoint writer."""
     import_backend()
     from megatron.core import dist_checkpointing, parallel_state
@@ -49,7 +51,8 @@ def write(world: World, directory: str) -> None:
     for name in ("filesystem_async", "state_dict_saver"):  # they wait for CUDA too
         module = import_module(f"megatron.core.dist_checkpointing.strategies.{name}")
         vars(module)["torch"] = compat._CPU_TORCH
-    for kind, (degrees, megatron, _) in CASES.items():
+    for kind in kinds:
+        degrees, megatron, _ = CASES[kind]
         config = KINDS[kind]
         mesh = Mesh("policy", range(world.size), degrees, "cpu")
         cut = model_cut(mesh.degrees, megatron, CPU)
@@ -83,17 +86,18 @@ def write(world: World, directory: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("megatron")
-    run_ranks(write, 4, str(root))
-    for kind in CASES:
+    kinds = sorted(asked(request, "kind") | {"qwen2"})
+    run_ranks(write, 4, kinds, str(root))
+    for kind in kinds:
         config, checkpoint = KINDS[kind], LivelyCheckpoint(KINDS[kind])
         tensors = ((n, checkpoint.read(whole(n, checkpoint.shape(n)))) for n in checkpoint.names)
         save_pretrained(tensors, config, root / f"{kind}_hf", None)
     return root
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", swept(CASES, ["qwen2", "mixtral"]))
 def test_megatron_checkpoints_become_hugging_face_directories(written, kind, tmp_path, capsys):
     source, like = written / kind / "iter_0000001", written / f"{kind}_hf"
     assert main(["convert", str(source), str(tmp_path / "out"), "--like", str(like)]) == 0

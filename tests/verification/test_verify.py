@@ -16,6 +16,7 @@ from spmdrl.verification import verify as verification
 from spmdrl.verification.card import Verified, card
 from spmdrl.verification.lines import Line, worst_gradient
 from spmdrl.verification.verify import verify
+from sweeps import swept
 
 REFUSED: dict[str, frozenset[str]] = {
     "gemma2": frozenset({"bidirectional"}),
@@ -44,7 +45,9 @@ def check(directory: Path, family: str, variant: str, *, ranks: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers' own
-@pytest.mark.parametrize(("family", "variant"), QUICK)
+@pytest.mark.parametrize(
+    ("family", "variant"), swept(QUICK, [(f, family.quick[0]) for f, family in FAMILIES.items()])
+)
 def test_two_variants_of_a_family_are_computed_as_transformers_does(
     tmp_path: Path, family: str, variant: str
 ) -> None:
