@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from spmdrl.commands.cli import main
-from spmdrl.commands.runs import FRESH_S, run_state
+from spmdrl.observe.run_state import FRESH_S, run_state
 from spmdrl.supervision.pulse import Pulse
 
 
