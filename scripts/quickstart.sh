@@ -31,4 +31,5 @@ ranks=${RANKS:-$(.venv/bin/python -c 'import torch; print(torch.cuda.device_coun
 trap 'exit 130' INT
 words=("run_dir=runs/$(basename "$config" .yaml | tr _ -)-$(date +%Y%m%d-%H%M%S)" "$@")
 .venv/bin/python -m spmdrl launch --nproc-per-node "$ranks" train "$config" "${words[@]}"
-.venv/bin/python -m spmdrl report "$config" "${words[@]}" --seconds $(($(date +%s) - started))
+run=$(printf '%s\n' "${words[@]}" | sed -n 's/^run_dir=//p' | tail -n 1)
+.venv/bin/python -m spmdrl report "$run" --seconds $(($(date +%s) - started))

@@ -50,7 +50,7 @@ stage() { # NAME [key=value ...]
     set -- "$1" ${fitted[@]+"${fitted[@]}"} "${@:2}"
     .venv/bin/python -m spmdrl launch --standalone --nproc-per-node "$ranks" train \
         "configs/$configs/$1.yaml" "run_dir=$out/$1" "model.path=$model" "model.dtype=$dtype" "${@:2}"
-    .venv/bin/python -m spmdrl report "configs/$configs/$1.yaml" "run_dir=$out/$1" "${@:2}"
+    .venv/bin/python -m spmdrl report "$out/$1"
 }
 
 seconds() { # since the script began

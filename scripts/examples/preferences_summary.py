@@ -43,7 +43,7 @@ def main() -> None:
         **judge(given.judge),
         "seconds": given.seconds,
     }
-    print(f"curves:       {given.run / 'report.png'}")
+    print(f"report:       {given.run / 'report.html'}")
     print(finite_json(summary))
 
 

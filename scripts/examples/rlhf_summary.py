@@ -37,7 +37,7 @@ def main() -> None:
         "seconds": given.seconds,
     }
     for stage in ("sft", "reward_model", "ppo"):
-        print(f"{stage}: {given.directory / stage / 'report.png'}")
+        print(f"{stage}: {given.directory / stage / 'report.html'}")
     print(finite_json(summary))
 
 

@@ -44,7 +44,7 @@ def main() -> int:
         "valid_calls": valid_calls(rows[-1]),
         "seconds": given.seconds,
     }
-    print(f"grpo: {given.directory / 'grpo' / 'report.png'}")
+    print(f"grpo: {given.directory / 'grpo' / 'report.html'}")
     print(finite_json(summary))
     return 0
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spmdrl.observe.detectors import DETECTORS, Detecting, detect
+from spmdrl.observe.detectors import DETECTORS, Detecting, detect, replay
 
 PAGE = Path(__file__).parents[2] / "docs" / "detectors.md"
 
@@ -123,3 +123,22 @@ def test_a_finding_is_told_when_it_is_new() -> None:
 def test_numbers_that_are_none_are_a_kl_explosion() -> None:
     records = run(kl=after(11, math.nan, 1e-4))
     assert [found.name for found in detect(records)] == ["kl_explosion"]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_replay_finds_what_the_run_was_told(name: str) -> None:
+    records = [{**record, "step": n + 1.0} for n, record in enumerate(run(**FAULTS[name]))]
+    live = Detecting()
+    told = [(int(r["step"]), found) for r in records for found in live.look(r)]
+    episodes = replay(records)
+    key = lambda item: (item[0], item[1].name)  # noqa: E731
+    assert [(e.first, e.finding) for e in episodes] == sorted(told, key=key)
+    assert [e.last for e in episodes if e.finding.name == name][-1] == 12
+
+
+def test_a_replay_of_a_long_run_compares_with_its_first_and_latest_steps() -> None:
+    records = [{**healthy(n % 12), "step": n + 1.0, "entropy": 1.2} for n in range(1000)]
+    for record in records[900:905]:
+        record["entropy"] = 0.01
+    found = [e for e in replay(records) if e.finding.name == "entropy_collapse"]
+    assert [(e.first, e.last) for e in found] == [(903, 905)]

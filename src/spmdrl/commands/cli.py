@@ -170,7 +170,6 @@ def parser() -> argparse.ArgumentParser:
     for name, function, text in (
         ("train", _train, "Run the configuration's flow on all ranks."),
         ("eval", _eval, "Evaluate model.path on the held-out sets of prompts."),
-        ("report", _report, "Draw report.png of run_dir and print a summary."),
     ):
         add_config(add(name, function, text))
     add_config_commands(add)
@@ -178,7 +177,6 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompts", required=True, help="JSONL with data.train.prompt_column")
     generate.add_argument("--out", required=True, help="JSONL to write")
     add_config(generate)
-    commands.choices["report"].add_argument("--seconds", type=float, help="the run's wall time")
     add_run_commands(add)
     _add_convert_words(
         add("convert", _convert, "GGUF, Megatron or Hugging Face model -> Hugging Face directory.")
@@ -314,13 +312,6 @@ def _generate(options: argparse.Namespace) -> None:
             count = generate(config, world, options.prompts, options.out)
             if world.is_first:
                 print(f"{count} responses in {options.out}", flush=True)
-
-
-def _report(options: argparse.Namespace) -> None:
-    from spmdrl.observe.report import report
-
-    config = load(options)
-    report(config.run_dir, model=config.model.path, seconds=options.seconds)
 
 
 def _check_model(options: argparse.Namespace) -> None:

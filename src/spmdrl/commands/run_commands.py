@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-from spmdrl.commands.config_commands import Add
+from spmdrl.commands.config_commands import Add, add_config, load
 
 
 def add_run_commands(add: Add) -> None:
@@ -21,6 +22,14 @@ def add_run_commands(add: Add) -> None:
     command.add_argument(
         "--to", required=True, nargs="+", metavar="NAME", help="as log.trackers names them"
     )
+    command = add(
+        "report", _report, "Write RUN/report.html, and print a summary: name the run's directory."
+    )
+    add_config(command)
+    command.add_argument("--seconds", type=float, help="the run's wall time")
+    command = add("compare", _compare, "Write a page on several runs side by side.")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
+    command.add_argument("--out", default="compare.html", help="default: compare.html")
     command = add("runs", _runs, "Print a table of the runs below a directory.")
     command.add_argument("directory", nargs="?", default="runs", help="default: runs")
 
@@ -45,3 +54,27 @@ def _runs(options: argparse.Namespace) -> None:
     from spmdrl.commands.runs import runs_text
 
     print(runs_text(Path(options.directory)), flush=True)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from spmdrl.observe.report.summary import report
+
+    run_dir = Path(options.config).expanduser()
+    if run_dir.is_dir():
+        if options.overrides:
+            raise ValueError(f"report {run_dir} takes no key=value: {' '.join(options.overrides)}")
+        report(run_dir, seconds=options.seconds)
+        return
+    config = load(options)
+    print(
+        f"spmdrl report: a configuration is not needed any more: spmdrl report {config.run_dir}",
+        file=sys.stderr,
+        flush=True,
+    )
+    report(Path(config.run_dir), model=config.model.path, seconds=options.seconds)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from spmdrl.observe.report.summary import compare
+
+    compare([Path(run).expanduser() for run in options.runs], Path(options.out))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean, median
 
@@ -48,6 +48,20 @@ class Finding:
     text: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """Steps in a row in which a detector sees its fault.
+
+    Args:
+        finding: what it saw in the first of them.
+        first, last: numbers of the steps.
+    """
+
+    finding: Finding
+    first: int
+    last: int
+
+
 class Detecting:
     """Looks at each step of a run, and tells of what was not there in the step before.
 
@@ -78,6 +92,33 @@ def detect(records: Sequence[Record]) -> list[Finding]:
         for d, said in looked
         if said is not None
     ]
+
+
+_FIRST, _LATEST = 20, 200
+"""Records that a replay looks at: a step of a long run is compared with these, not with all."""
+
+
+def replay(records: Sequence[Record]) -> list[Episode]:
+    """Find what the detectors saw in every step of a run, in order of the first steps.
+
+    Args:
+        records: one per step, with `step`.
+    """
+    found: list[Episode] = []
+    current: dict[str, Episode] = {}
+    for end in range(1, len(records) + 1):
+        step = int(records[end - 1]["step"])
+        begin = max(_FIRST, end - _LATEST)
+        seen = detect([*records[: min(_FIRST, end)], *records[begin:end]])
+        found += [own for name, own in current.items() if name not in {f.name for f in seen}]
+        current = {
+            finding.name: replace(current[finding.name], last=step)
+            if finding.name in current
+            else Episode(finding=finding, first=step, last=step)
+            for finding in seen
+        }
+    found += current.values()
+    return sorted(found, key=lambda episode: (episode.first, episode.finding.name))
 
 
 def _values(records: Sequence[Record], name: str) -> list[float]:
