@@ -68,8 +68,8 @@ def facts_of(run: Contents) -> dict[str, str]:
         began = run.starts[0].began
         facts["first start"] = NOT_RECORDED if began is None else date(began)
         facts["starts"] = str(len(run.starts))
-        last = run.starts[-1].told
-        facts |= {key: last[key] for key in ("commit", "ranks", "device") if key in last}
+        latest = run.starts[-1].told
+        facts |= {key: latest[key] for key in ("commit", "ranks", "device") if key in latest}
     return facts
 
 

@@ -107,7 +107,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     raise AssertionError(paths)
 
 
-def held_out_results(records: Records) -> dict[str, Found]:
+def held_out_results(records: Records) -> Mapping[str, Found]:
     """Find the results of every held-out set, by its name; values that are not finite are none."""
     sets = results(records)
     found: dict[str, dict[str, tuple[list[float], float]]] = {}
