@@ -106,8 +106,12 @@ def name_part(name: str, module: str) -> str:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             parts += [code(header(text, node)), prose(ast.get_docstring(node))]
         elif isinstance(node, ast.ClassDef) and node.name == name:
-            parts += [code(header(text, node)), prose(ast.get_docstring(node))]
-            parts += [*fields(text, node), *methods(text, node)]
+            shown_as = "\n    ".join(
+                [header(text, node), *(line for line, _ in fields(text, node))]
+            )
+            parts += [code(shown_as), prose(ast.get_docstring(node))]
+            parts += [f"`{line}`: {told}\n" for line, told in fields(text, node) if told]
+            parts += methods(text, node)
         elif isinstance(node, ast.Assign):
             targets = [n.id for n in ast.walk(node.targets[0]) if isinstance(n, ast.Name)]
             if name in targets:
@@ -139,17 +143,15 @@ def string_of(node: ast.stmt | None) -> str | None:
     return None
 
 
-def fields(text: str, owner: ast.ClassDef) -> Iterator[str]:
-    """Lines for the attributes of a class, each with the string below it."""
-    lines = []
+def fields(text: str, owner: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    """Public attributes of a class as they are written, each with the string below it, or ""."""
     for node, after in zip(owner.body, [*owner.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign | ast.Assign):
             shown_as = " ".join(source_of(text, node).split())
+            if "description=" in shown_as:  # a key, which docs/configuration.md describes
+                shown_as = shown_as.partition(" = ")[0]
             if not shown_as.startswith("_"):
-                told = string_of(after)
-                lines.append(f"- `{shown_as}`" + (f": {' '.join(told.split())}" if told else ""))
-    if lines:
-        yield "\n".join(lines) + "\n"
+                yield shown_as, " ".join((string_of(after) or "").split())
 
 
 def methods(text: str, owner: ast.ClassDef) -> Iterator[str]:
@@ -172,7 +174,7 @@ def prose(docstring: str | None) -> str:
         return ""
     lines: list[str] = []
     inside = False
-    for line in docstring.splitlines():
+    for line in even(docstring.splitlines()):
         found = SECTION.match(line)
         if found:
             lines += ["", f"**{found[1]}**", ""]
@@ -186,6 +188,14 @@ def prose(docstring: str | None) -> str:
             inside = inside and not line.strip()
             lines.append(line)
     return "\n".join(lines).strip() + "\n"
+
+
+def even(lines: list[str]) -> Iterator[str]:
+    """Indent the entries of a section with which a docstring begins, as those of others are."""
+    begins = bool(SECTION.match(lines[0]))
+    for number, line in enumerate(lines):
+        begins = begins and bool(line.strip()) and not (number and SECTION.match(line))
+        yield f"    {line}" if begins and number else line
 
 
 GENERATED: Mapping[str, Callable[[], str]] = {
