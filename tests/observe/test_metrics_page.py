@@ -14,6 +14,7 @@ def test_names_of_the_code_are_on_the_page() -> None:
     known += [names.REWARD, names.LENGTH, names.KL, names.REF_KL, names.ENTROPY]
     known += [names.CLIP_FRACTION, names.PEAK_MEMORY, names.PEAK_SUM, names.STEP_SECONDS]
     known += [names.TOKENS_PER_S + names.ROLLOUT, names.SECONDS + names.OTHER]
+    known += [names.TOKENS_PER_RANK, names.TFLOPS + "step", names.MFU, names.IDLE + names.UPDATE]
     known += [f"eval/hard{name}" for name in (names.ACCURACY, names.WIN_RATE, "/pass@8")]
     known += ["eval/hard/pass@8/standard_error", "value/grad_norm", "turns/tool_calls"]
     assert undocumented([dict.fromkeys(known)]) == []

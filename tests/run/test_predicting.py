@@ -14,6 +14,8 @@ from harness import run_ranks
 from spmdrl.commands.cli import main
 from spmdrl.commands.train import train
 from spmdrl.config.load import load_config
+from spmdrl.observe import names
+from spmdrl.observe.metrics import read_metrics
 from spmdrl.planning.forecast.calibrate import PLAN_FILE, calibrated, read_run
 from spmdrl.planning.forecast.machines import load_machine
 from spmdrl.rewards.server import start_reward_server
@@ -50,6 +52,18 @@ def test_a_run_tells_its_prediction_and_a_machine_file_is_made_of_it(
     shown = re.findall(r"^  (\w+) +([\d.]+) / ([\d.]+)", said, re.M)
     assert {"rollout", "update", "step"} <= {name for name, _, _ in shown}
     assert all(float(measured) >= 0 for _, _, measured in shown)
+
+    first, *later = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in r]
+    assert names.MFU not in first  # this host is measured after the second step
+    for record in later:
+        assert 0 < record[names.MFU] < 1
+        seconds = {n: record[names.SECONDS + n] for n in ("rollout", "update", "step")}
+        parts = sum(record[names.TFLOPS + n] * seconds[n] for n in ("rollout", "update"))
+        whole = record[names.TFLOPS + "step"] * seconds["step"]
+        assert parts == pytest.approx(whole)
+        drawn = record["lengths/prompt"] + record["lengths/response"]
+        tokens = record[names.TOKENS_PER_RANK] * seconds["step"]
+        assert tokens == pytest.approx(record["samples"] * drawn)
 
     run = read_run(tmp_path / "run")
     assert len(run.records) == 3

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from flow_cases import run_configs, write_config
 from harness import run_ranks
 from spmdrl.observe.own_work import HOME, OwnWork, Waits, find_straggler, measured_waits
+from spmdrl.run.stragglers import Stragglers
 from spmdrl.world import World
 from tiny_model import make_tiny_model
 
@@ -64,6 +65,27 @@ def test_a_planted_sleep_is_named(tmp_path: Path, where: str, words: list[str], 
     assert found is not None, line
     assert found[1] == socket.gethostname() and float(found[2]) > 1.25
     assert float(found[3]) > 0.5 * 5 * slow_update.SLEEP_S
+
+
+def waiting(world: World) -> dict[str, float]:
+    stragglers = Stragglers(world)
+    stragglers.begin()
+    began = time.perf_counter()
+    with stragglers.phase("update"):
+        time.sleep(0.4 * world.rank)
+        dist.all_reduce(torch.ones(1))  # rank 0 waits here
+    with stragglers.phase("reward"):
+        time.sleep(0.1)
+    found = stragglers.idle({"update": time.perf_counter() - began - 0.1, "reward": 0.1})
+    stragglers.close()
+    return found
+
+
+def test_the_share_that_ranks_wait_is_told_by_phase() -> None:
+    one, other = run_ranks(waiting, 2)
+    for found in (one, other):
+        assert found["idle/update"] == pytest.approx(0.5, abs=0.1)
+        assert found["idle/reward"] < 0.05
 
 
 def work(world: World, seconds: list[float], tokens: list[int]) -> object:

@@ -146,6 +146,30 @@ class OwnWork(PhaseMeter):
         self._mark = now
 
 
+class WaitedSeconds(PhaseMeter):
+    """Meter of the seconds that this rank waits in collectives.
+
+    Args:
+        waits: what `measured_waits` counts.
+    """
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self._waits, self._mark = waits, waits.seconds
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds by phase since the last call, and start anew."""
+        self._charge()
+        found, self._charged = self._charged, dict.fromkeys(self._charged, 0.0)
+        return found
+
+    def _charge(self) -> None:
+        if self._open:
+            name = self._open[-1]
+            self._charged[name] += self._waits.seconds - self._mark
+        self._mark = self._waits.seconds
+
+
 @dataclass(frozen=True, kw_only=True)
 class Straggler:
     """A rank that takes `factor` times the others' seconds for a key's work."""

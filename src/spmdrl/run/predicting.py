@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from spmdrl.config.sections import Config
 from spmdrl.distributed.reduce import world_max, world_sum
 from spmdrl.observe import names
 from spmdrl.planning.forecast.calibrate import PLAN_FILE
-from spmdrl.planning.forecast.forecast import forecast_step
+from spmdrl.planning.forecast.forecast import forecast_step, step_flops
 from spmdrl.planning.forecast.host_rates import known_gpu, measured_host
 from spmdrl.planning.forecast.machine import Machine
 from spmdrl.planning.forecast.machines import load_machine, machine_values
 from spmdrl.planning.forecast.peaks import peak_bytes, phase_bytes
 from spmdrl.planning.forecast.step import Lengths, StepForecast
 from spmdrl.planning.plan import RolePlan
+from spmdrl.planning.token_bounds import step_sizes
 from spmdrl.run.step_report import DEVICE, PARTS
 from spmdrl.world import World
 
@@ -63,9 +64,9 @@ def run_machine(config: Config, world: World) -> Machine | None:
     return None if name is None else load_machine(name, **sizes)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Predicting:
-    """Predicts a run's step.
+    """Predicts a run's step, and says how much of the machine its steps use.
 
     Args:
         machine: None to measure this host.
@@ -77,6 +78,40 @@ class Predicting:
     plan: RolePlan
     machine: Machine | None
     process_bytes: int
+    _host: Machine | None = field(default=None, init=False)
+    """This host, from the second step on."""
+
+    def efficiency(self, lengths: Lengths, record: Mapping[str, float]) -> dict[str, float]:
+        """Metrics of how much a step computes in its time: tokens per second and rank, operations
+        per second and rank by phase and in the whole step, and their share of the machine's peak,
+        where that is known. Operations are those of `step_flops`. Only the first rank has any.
+
+        Args:
+            record: the step's metrics, its seconds among them.
+        """
+        seconds = record.get(names.STEP_SECONDS, 0.0)
+        if not self.world.is_first or lengths.response == 0 or seconds <= 0:
+            return {}
+        size = self.world.size
+        tokens = step_sizes(self.config).rows * (lengths.prompt + lengths.response)
+        found = {names.TOKENS_PER_RANK: tokens / seconds / size}
+        flops = step_flops(self.config, self.plan, lengths)
+        for phase, count in flops.items():
+            own = record.get(names.SECONDS + phase, 0.0)
+            if own > 0:
+                found[names.TFLOPS + phase] = count / own / size / 1e12
+        whole = sum(flops.values()) / seconds / size
+        found[names.TFLOPS + "step"] = whole / 1e12
+        peak = self._peak()
+        return found if peak is None else {**found, names.MFU: whole / peak}
+
+    def _peak(self) -> float | None:
+        """Products per second of a device in the policy's dtype."""
+        machine = self.machine or self._host
+        if machine is None:
+            return None
+        spec = next(iter(self.plan.specs.values()))
+        return machine.device.flops.get(str(spec.dtype).removeprefix("torch."))
 
     def lengths(self, batch: Batch) -> Lengths:
         """Lengths of a step's home rows over all ranks; every rank calls it."""
@@ -107,6 +142,7 @@ class Predicting:
         if machine is None and self.world.device.type == "cpu":
             size = self.world.local_size
             machine = measured_host(num_nodes=self.world.size // size, devices_per_node=size)
+            self._host = machine
         if machine is None or not self.world.is_first:
             return
         self._write(machine)

@@ -168,6 +168,8 @@ class Predicts(Protocol):
 
     def tell(self, number: int, lengths: Lengths, record: Mapping[str, float]) -> None: ...
 
+    def efficiency(self, lengths: Lengths, record: Mapping[str, float]) -> Metrics: ...
+
 
 class StepReport:
     """Records steps and evaluations, and charges time and memory to phases; the same on every rank.
@@ -235,6 +237,7 @@ class StepReport:
             lengths = self._predicting.lengths(batch)
             record = joined(record, {LENGTHS + name: own for name, own in vars(lengths).items()})
             self._predicting.tell(number, lengths, record)
+            record = joined(record, self._predicting.efficiency(lengths, record))
         self._stragglers.finish_step(int(batch.lengths.sum()))
         self._writer.write(number, record)
         self._writer.write_samples(number, self._samples(batch))
@@ -267,8 +270,9 @@ class StepReport:
             names.ROLLOUT: metrics.get("rollout_tokens", 0.0),
             names.UPDATE: metrics.get("update_tokens", 0.0),
         }
-        timing = timing_metrics(dict(zip(own, seconds.tolist(), strict=True)), tokens)
-        return {**timing, **self._memory.finish()}
+        phases = dict(zip(own, seconds.tolist(), strict=True))
+        idle = self._stragglers.idle(phases)
+        return {**timing_metrics(phases, tokens), **idle, **self._memory.finish()}
 
     def _samples(self, batch: Batch) -> list[Mapping[str, object]]:
         if "response" not in batch.objects:

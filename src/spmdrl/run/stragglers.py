@@ -5,14 +5,21 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
 
-from spmdrl.distributed.reduce import gather_at_first
-from spmdrl.observe.own_work import OwnWork, Waits, find_straggler, measured_waits
+from spmdrl.distributed.reduce import gather_at_first, world_sum
+from spmdrl.observe import names
+from spmdrl.observe.own_work import (
+    OwnWork,
+    WaitedSeconds,
+    Waits,
+    find_straggler,
+    measured_waits,
+)
 from spmdrl.world import World
 
 log = logging.getLogger(__name__)
@@ -29,6 +36,7 @@ class Stragglers:
         self._world, self._every = world, every
         waits = Waits()
         self.work = OwnWork(waits)
+        self._waited = WaitedSeconds(waits)
         self._waits, self._stack = waits, ExitStack()
         self._hosts: list[str] | None = None
         self._steps = -1  # the first one is left out
@@ -43,8 +51,25 @@ class Stragglers:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        with self.work.phase(name):
+        with self.work.phase(name), self._waited.phase(name):
             yield
+
+    def idle(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Return the share of each phase of a step that ranks waited in collectives, on average
+        over the ranks; nothing on one rank. Every rank calls it.
+
+        Args:
+            seconds: of the step by phase.
+        """
+        if self._world.size == 1:
+            return {}
+        waited = {name: own for name, own in self._waited.take().items() if name in seconds}
+        sums = world_sum(torch.tensor(list(waited.values()), dtype=torch.float64)).tolist()
+        return {
+            names.IDLE + name: min(1.0, own / self._world.size / seconds[name])
+            for name, own in zip(waited, sums, strict=True)
+            if seconds[name] > 0
+        }
 
     def finish_step(self, tokens: int) -> None:
         """End a step, and compare the ranks if that is due.

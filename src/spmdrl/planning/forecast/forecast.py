@@ -79,6 +79,34 @@ def forecast_step(
     )
 
 
+def step_flops(config: Config, plan: RolePlan, lengths: Lengths) -> dict[str, float]:
+    """Count the floating point operations of a usual step by phase, over all ranks.
+
+    They are the models': what layouts compute twice and backward passes repeat does not count
+    (Chowdhery et al. 2022, PaLM, appendix B: model FLOPs utilisation).
+    """
+    specs = {name: _alone(spec) for name, spec in plan.specs.items()}
+    works = _Works(
+        config=config,
+        plan=replace(plan, specs=specs),
+        lengths=lengths,
+        node_size=1,
+        repeats=False,
+    )
+    found: dict[str, float] = {}
+    for call in flow_calls(config, specs, lag=config.lag > 0):
+        flops = sum(work.total_flops for work, _ in works.parts(call))
+        found[call.phase] = found.get(call.phase, 0.0) + flops
+    return found
+
+
+def _alone(spec: RoleSpec) -> RoleSpec:
+    """The role on one rank."""
+    placed = spec.placement
+    degrees = dict.fromkeys(placed.degrees, 1)
+    return replace(spec, placement=replace(placed, ranks=placed.ranks[-1:], degrees=degrees))
+
+
 def _with_rest(timeline: Timeline, machine: Machine, config: Config) -> dict[str, float]:
     """Seconds by phase with those that no count of work explains, functions of rewards among
     them.
@@ -98,6 +126,15 @@ class _Maker:
     plan: RolePlan
     machine: Machine
     lengths: Lengths
+
+    @cached_property
+    def _works(self) -> _Works:
+        return _Works(
+            config=self.config,
+            plan=self.plan,
+            lengths=self.lengths,
+            node_size=self.machine.devices_per_node,
+        )
 
     @cached_property
     def _made(self) -> dict[str, CallForecast]:
@@ -126,17 +163,7 @@ class _Maker:
 
     def _call(self, call: FlowCall) -> CallForecast:
         spec = self.plan.specs[call.role]
-        times, parts = 1, []
-        if call.method == "generate":
-            parts = [(work, 1.0) for work in self._generation(spec)]
-        else:
-            rank = self._train_rank(spec)
-            stream = self._stream(spec, call)
-            if call.method == "update":
-                work, times = update_work(rank, stream), _minibatches(spec)
-            else:
-                work, times = read_work(rank, stream), 1 + call.others
-            parts = [(work * times, bubble(rank, stream))]
+        parts = self._works.parts(call)
         ranks = spec.placement.ranks
         moves = self._moves(ranks, call.name)
         return self._timed(spec, call.role, call.method, call.phase, parts, moves, ranks)
@@ -176,6 +203,31 @@ class _Maker:
         moves = [move_work(own, name) for own in known.values()]
         return max(moves, key=lambda work: work.link_bytes.get("host", 0.0), default=NOTHING)
 
+
+@dataclass(frozen=True, kw_only=True)
+class _Works:
+    """Works of a step's calls, each of the rank that computes most; see `TrainRank`."""
+
+    config: Config
+    plan: RolePlan
+    lengths: Lengths
+    node_size: int
+    repeats: bool = True
+
+    def parts(self, call: FlowCall) -> list[tuple[Work, float]]:
+        """Works that are done one after another, each with the factor of its waiting in a
+        pipeline.
+        """
+        spec = self.plan.specs[call.role]
+        if call.method == "generate":
+            return [(work, 1.0) for work in self._generation(spec)]
+        rank, stream = self._train_rank(spec), self._stream(spec, call)
+        if call.method == "update":
+            work, times = update_work(rank, stream), _minibatches(spec)
+        else:
+            work, times = read_work(rank, stream), 1 + call.others
+        return [(work * times, bubble(rank, stream))]
+
     def _train_rank(self, spec: RoleSpec) -> TrainRank:
         # its last rank is in the last stage, which has the head
         rank = spec.placement.ranks[-1]
@@ -184,7 +236,8 @@ class _Maker:
             shapes=rank_shapes(spec.model, spec.placement.degrees, spec.head, spec.adapter),
             table=self.plan.layouts[spec.name][rank],
             states=self.plan.state_layouts[spec.name][rank],
-            node_size=self.machine.devices_per_node,
+            node_size=self.node_size,
+            repeats=self.repeats,
         )
 
     def _stream(self, spec: RoleSpec, call: FlowCall) -> Stream:
@@ -209,7 +262,7 @@ class _Maker:
             spec=spec,
             shapes=rank_shapes(spec.model, spec.placement.degrees, spec.head, spec.adapter),
             captures=on_cuda and (spec.is_vllm or self.config.rollout.cuda_graphs),
-            node_size=self.machine.devices_per_node,
+            node_size=self.node_size,
         )
         lengths = generated_lengths(self.config, spec, self.lengths)
         yield prefill_work(rank, self.config, lengths)

@@ -44,6 +44,7 @@ class TrainRank:
         shapes: what it computes with.
         table, states: its tensors, and its masters and moments.
         node_size: ranks of a node.
+        repeats: whether what a backward pass computes again counts.
     """
 
     spec: RoleSpec
@@ -51,6 +52,7 @@ class TrainRank:
     table: Table
     states: Table
     node_size: int
+    repeats: bool = True
 
     @property
     def itemsize(self) -> int:
@@ -86,7 +88,7 @@ def read_work(rank: TrainRank, stream: Stream) -> Work:
 def update_work(rank: TrainRank, stream: Stream) -> Work:
     """Work of an update over a minibatch, including its optimizer step."""
     work = _forward(rank, stream) + _backward(rank, stream)
-    if rank.spec.train.recompute == "layer":
+    if rank.spec.train.recompute == "layer" and rank.repeats:
         tokens = stream.tokens / rank.spec.placement.degrees["cp"]
         work += _forward(rank, stream) + Work(flops={"matmul": -2 * rank.shapes.last * tokens})
     work += _head(rank, stream) + _head_backward(rank, stream)
@@ -229,7 +231,7 @@ def _head_backward(rank: TrainRank, stream: Stream) -> Work:
     shapes, spec = rank.shapes, rank.spec
     places = stream.places / spec.placement.degrees["cp"]
     forward = _head(rank, stream)
-    again = 1 if spec.head == "lm" else 0
+    again = 1 if spec.head == "lm" and rank.repeats else 0
     trains = 1 if spec.head == "score" or not spec.has_fixed_base else 0
     work = Work(
         flops={"matmul": 2 * shapes.head * places * (1 + again + trains)},
