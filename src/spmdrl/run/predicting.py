@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from spmdrl.config.sections import Config
 from spmdrl.distributed.reduce import world_max, world_sum
 from spmdrl.observe import names
 from spmdrl.planning.forecast.calibrate import PLAN_FILE
-from spmdrl.planning.forecast.forecast import forecast_step, step_flops
+from spmdrl.planning.forecast.forecast import StepFlops, forecast_step
 from spmdrl.planning.forecast.host_rates import known_gpu, measured_host
 from spmdrl.planning.forecast.machine import Machine
 from spmdrl.planning.forecast.machines import load_machine, machine_values
@@ -84,7 +85,7 @@ class Predicting:
     def efficiency(self, lengths: Lengths, record: Mapping[str, float]) -> dict[str, float]:
         """Metrics of how much a step computes in its time: tokens per second and rank, operations
         per second and rank by phase and in the whole step, and their share of the machine's peak,
-        where that is known. Operations are those of `step_flops`. Only the first rank has any.
+        where that is known. Operations are those of `StepFlops`. Only the first rank has any.
 
         Args:
             record: the step's metrics, its seconds among them.
@@ -95,7 +96,7 @@ class Predicting:
         size = self.world.size
         tokens = step_sizes(self.config).rows * (lengths.prompt + lengths.response)
         found = {names.TOKENS_PER_RANK: tokens / seconds / size}
-        flops = step_flops(self.config, self.plan, lengths)
+        flops = self._flops.of(lengths)
         for phase, count in flops.items():
             own = record.get(names.SECONDS + phase, 0.0)
             if own > 0:
@@ -104,6 +105,10 @@ class Predicting:
         found[names.TFLOPS + "step"] = whole / 1e12
         peak = self._peak()
         return found if peak is None else {**found, names.MFU: whole / peak}
+
+    @cached_property
+    def _flops(self) -> StepFlops:
+        return StepFlops(self.config, self.plan)
 
     def _peak(self) -> float | None:
         """Products per second of a device in the policy's dtype."""

@@ -8,7 +8,7 @@ import pytest
 
 from forecast_cases import config_of, llama
 from spmdrl.config.sections import Config
-from spmdrl.planning.forecast.forecast import step_flops
+from spmdrl.planning.forecast.forecast import StepFlops
 from spmdrl.planning.forecast.step import Lengths
 from spmdrl.planning.from_shapes import plan_from_shapes
 
@@ -21,7 +21,7 @@ def flops_of(config: Config, lengths: Lengths) -> dict[str, float]:
     plan = plan_from_shapes(
         config, 8, 8, device_type="cuda", device_bytes=80 * 10**9, models=models
     )
-    return step_flops(config, plan, lengths)
+    return StepFlops(config, plan).of(lengths)
 
 
 def test_an_update_is_six_operations_per_weight_and_token() -> None:

@@ -25,7 +25,7 @@ from spmdrl.planning.forecast.rollout_work import (
     running_rows,
 )
 from spmdrl.planning.forecast.seconds import Timed, seconds_of
-from spmdrl.planning.forecast.shapes import rank_shapes
+from spmdrl.planning.forecast.shapes import RankShapes, rank_shapes
 from spmdrl.planning.forecast.step import CallForecast, Lengths, StepForecast
 from spmdrl.planning.forecast.streams import Stream, make_stream
 from spmdrl.planning.forecast.sync_work import sync_work
@@ -79,25 +79,27 @@ def forecast_step(
     )
 
 
-def step_flops(config: Config, plan: RolePlan, lengths: Lengths) -> dict[str, float]:
-    """Count the floating point operations of a usual step by phase, over all ranks.
+class StepFlops:
+    """Counts the floating point operations of usual steps by phase, over all ranks.
 
     They are the models': what layouts compute twice and backward passes repeat does not count
     (Chowdhery et al. 2022, PaLM, appendix B: model FLOPs utilisation).
     """
-    specs = {name: _alone(spec) for name, spec in plan.specs.items()}
-    works = _Works(
-        config=config,
-        plan=replace(plan, specs=specs),
-        lengths=lengths,
-        node_size=1,
-        repeats=False,
-    )
-    found: dict[str, float] = {}
-    for call in flow_calls(config, specs, lag=config.lag > 0):
-        flops = sum(work.total_flops for work, _ in works.parts(call))
-        found[call.phase] = found.get(call.phase, 0.0) + flops
-    return found
+
+    def __init__(self, config: Config, plan: RolePlan) -> None:
+        specs = {name: _alone(spec) for name, spec in plan.specs.items()}
+        self._works = _Works(
+            config=config, plan=replace(plan, specs=specs), node_size=1, repeats=False
+        )
+        self._calls = list(flow_calls(config, specs, lag=config.lag > 0))
+
+    def of(self, lengths: Lengths) -> dict[str, float]:
+        """Count those of a step with rows of these lengths."""
+        found: dict[str, float] = {}
+        for call in self._calls:
+            flops = sum(work.total_flops for work, _ in self._works.parts(call, lengths))
+            found[call.phase] = found.get(call.phase, 0.0) + flops
+        return found
 
 
 def _alone(spec: RoleSpec) -> RoleSpec:
@@ -132,7 +134,6 @@ class _Maker:
         return _Works(
             config=self.config,
             plan=self.plan,
-            lengths=self.lengths,
             node_size=self.machine.devices_per_node,
         )
 
@@ -163,7 +164,7 @@ class _Maker:
 
     def _call(self, call: FlowCall) -> CallForecast:
         spec = self.plan.specs[call.role]
-        parts = self._works.parts(call)
+        parts = self._works.parts(call, self.lengths)
         ranks = spec.placement.ranks
         moves = self._moves(ranks, call.name)
         return self._timed(spec, call.role, call.method, call.phase, parts, moves, ranks)
@@ -210,37 +211,56 @@ class _Works:
 
     config: Config
     plan: RolePlan
-    lengths: Lengths
     node_size: int
     repeats: bool = True
 
-    def parts(self, call: FlowCall) -> list[tuple[Work, float]]:
+    @cached_property
+    def _shapes(self) -> dict[str, RankShapes]:
+        return {}
+
+    @cached_property
+    def _ranks(self) -> dict[str, TrainRank]:
+        return {}
+
+    def parts(self, call: FlowCall, lengths: Lengths) -> list[tuple[Work, float]]:
         """Works that are done one after another, each with the factor of its waiting in a
         pipeline.
         """
         spec = self.plan.specs[call.role]
         if call.method == "generate":
-            return [(work, 1.0) for work in self._generation(spec)]
-        rank, stream = self._train_rank(spec), self._stream(spec, call)
+            return [(work, 1.0) for work in self._generation(spec, lengths)]
+        rank, stream = self._train_rank(spec), self._stream(spec, call, lengths)
         if call.method == "update":
             work, times = update_work(rank, stream), _minibatches(spec)
         else:
             work, times = read_work(rank, stream), 1 + call.others
         return [(work * times, bubble(rank, stream))]
 
+    def _shapes_of(self, spec: RoleSpec) -> RankShapes:
+        if spec.name not in self._shapes:
+            self._shapes[spec.name] = rank_shapes(
+                spec.model, spec.placement.degrees, spec.head, spec.adapter
+            )
+        return self._shapes[spec.name]
+
     def _train_rank(self, spec: RoleSpec) -> TrainRank:
+        if spec.name not in self._ranks:
+            self._ranks[spec.name] = self._make_rank(spec)
+        return self._ranks[spec.name]
+
+    def _make_rank(self, spec: RoleSpec) -> TrainRank:
         # its last rank is in the last stage, which has the head
         rank = spec.placement.ranks[-1]
         return TrainRank(
             spec=spec,
-            shapes=rank_shapes(spec.model, spec.placement.degrees, spec.head, spec.adapter),
+            shapes=self._shapes_of(spec),
             table=self.plan.layouts[spec.name][rank],
             states=self.plan.state_layouts[spec.name][rank],
             node_size=self.node_size,
             repeats=self.repeats,
         )
 
-    def _stream(self, spec: RoleSpec, call: FlowCall) -> Stream:
+    def _stream(self, spec: RoleSpec, call: FlowCall, lengths: Lengths) -> Stream:
         is_update = call.method == "update"
         reads_all = call.method == "score"
         sizes = step_sizes(self.config) if reads_all else update_sizes(self.config)
@@ -248,7 +268,7 @@ class _Works:
         places: Places = "rows" if spec.kind == "reward" else "loss_tokens"
         return make_stream(
             sizes,
-            self.lengths,
+            lengths,
             spec.train,
             places,
             items=items,
@@ -256,15 +276,15 @@ class _Works:
             whole=is_update and sizes.whole,
         )
 
-    def _generation(self, spec: RoleSpec) -> Iterator[Work]:
+    def _generation(self, spec: RoleSpec, given: Lengths) -> Iterator[Work]:
         on_cuda = spec.device_type == "cuda"
         rank = RolloutRank(
             spec=spec,
-            shapes=rank_shapes(spec.model, spec.placement.degrees, spec.head, spec.adapter),
+            shapes=self._shapes_of(spec),
             captures=on_cuda and (spec.is_vllm or self.config.rollout.cuda_graphs),
             node_size=self.node_size,
         )
-        lengths = generated_lengths(self.config, spec, self.lengths)
+        lengths = generated_lengths(self.config, spec, given)
         yield prefill_work(rank, self.config, lengths)
         running = running_rows(self.config, spec, lengths)
         samples = generated_samples(self.config, spec)

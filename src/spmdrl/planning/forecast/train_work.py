@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from spmdrl.models.local_shards import Table
 from spmdrl.planning.forecast.collectives import (
@@ -58,7 +59,18 @@ class TrainRank:
     def itemsize(self) -> int:
         return self.spec.dtype.itemsize
 
-    @property
+    @cached_property
+    def optimizer_sizes(self) -> tuple[int, int, int]:
+        """Values of its masters; bytes of the weights in their own narrow dtype; values of the
+        weights that train.
+        """
+        trained = sum(math.prod(held.shape) for held in self.states.values() if not held.frozen)
+        own = [held for held in self.table.values() if not held.frozen]
+        narrow = [held for held in own if held.dtype.itemsize < 4]
+        weights = sum(math.prod(held.shape) * held.dtype.itemsize for held in narrow)
+        return trained, weights, sum(math.prod(held.shape) for held in own)
+
+    @cached_property
     def trained_share(self) -> float:
         """Share of the values of its own matrices that train."""
         sizes = {name: math.prod(held.shape) for name, held in self.table.items()}
@@ -110,19 +122,13 @@ def optimizer_work(rank: TrainRank) -> Work:
     """Work of an optimizer step: sums of gradients over replicas, their norm, AdamW, the weights
     in their own dtype.
     """
-    trained = sum(math.prod(held.shape) for held in rank.states.values() if not held.frozen)
-    weights = sum(
-        math.prod(held.shape) * held.dtype.itemsize
-        for held in rank.table.values()
-        if not held.frozen and held.dtype.itemsize < 4
-    )
+    trained, weights, own = rank.optimizer_sizes
     work = Work(memory_bytes=weights, launches=60)
     if rank.traffic.offload == "none":
         work += Work(memory_bytes=_ADAMW_BYTES * trained)
     else:  # gradients to the host, AdamW there, and the weights back
         host = (4.0 + rank.itemsize) * trained
         work += Work(link_bytes={"host": host, "copy": float(_ADAMW_BYTES * trained)})
-    own = sum(math.prod(held.shape) for held in rank.table.values() if not held.frozen)
     traffic, everyone = rank.traffic, rank.group("dp_replicate", "dp_shard", "cp")
     if traffic.shards_optimizer:
         work += all_gather(everyone, float(own * rank.itemsize))
