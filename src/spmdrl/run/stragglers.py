@@ -55,8 +55,8 @@ class Stragglers:
             yield
 
     def idle(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Return the share of each phase of a step that ranks waited in collectives, on average
-        over the ranks; nothing on one rank. Every rank calls it.
+        """Return by phase the share of its seconds that ranks wait in collectives, on average over
+        them; nothing on one rank. Every rank calls it.
 
         Args:
             seconds: of the step by phase.
