@@ -59,7 +59,7 @@ class Stragglers:
         them; nothing on one rank. Every rank calls it.
 
         Args:
-            seconds: of the step by phase.
+            seconds: seconds of the step by phase.
         """
         if self._world.size == 1:
             return {}
