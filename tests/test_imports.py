@@ -38,6 +38,10 @@ MEGATRON, LIGHT = "spmdrl.training.megatron", "spmdrl.training.megatron.checks"
 """The package that imports megatron-core, and its one module that does not."""
 
 
+TRITON = SOURCE / "models" / "kernels" / "cuda"
+"""The package of kernels in Triton, which spmdrl does not need; its `language.py` imports it."""
+
+
 def files() -> list[Path]:
     return sorted(p for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py")
 
@@ -142,6 +146,18 @@ def test_megatron_is_imported_in_its_package_alone_and_that_is_imported_late() -
         at_start = {node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)}
         for node, full in found:
             if full.startswith(MEGATRON) and not full.startswith(LIGHT):
+                assert node not in at_start, f"{path} imports {full} at module level"
+
+
+def test_triton_is_imported_in_one_package_and_that_is_imported_late() -> None:
+    for path in files():
+        inside, found = path.parent == TRITON, imports_of(path)
+        users = [node for node, full in found if full.split(".")[0] == "triton"]
+        assert not users or path == TRITON / "language.py", f"{path} imports triton"
+        own = f"spmdrl.{'.'.join(TRITON.relative_to(SOURCE).parts)}"
+        at_start = {n for n in tree_of(path).body if isinstance(n, ast.Import | ast.ImportFrom)}
+        for node, full in found:
+            if full.startswith(own) and (not inside or path.stem == "__init__"):
                 assert node not in at_start, f"{path} imports {full} at module level"
 
 

@@ -1,0 +1,296 @@
+"""Attention of decode steps in Triton: against float64, row by row, and as compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernel_proofs as proofs
+from spmdrl.models.specs import AttentionOptions
+
+MODULE = "spmdrl.models.kernels.cuda.decode"
+Run = Callable[..., Any]
+
+
+def reference(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    options: AttentionOptions,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention in float64, row by row."""
+    rows, heads, dims = q.shape
+    block_size, group = keys.shape[1], heads // keys.shape[2]
+    out = torch.zeros(rows, heads, dims, dtype=torch.float64)
+    for row, length in enumerate(lengths.tolist()):
+        if not length:
+            continue
+        first = 0 if options.window is None else max(0, length - options.window)
+        places = torch.arange(first, length)
+        blocks = table[row, places // block_size].long()
+        k, v = (x[blocks, places % block_size].double() for x in (keys, values))
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        scores = torch.einsum("hd,jhd->hj", q[row].double(), k) * options.scale
+        if options.softcap is not None:
+            scores = options.softcap * torch.tanh(scores / options.softcap)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.double()[:, None]), dim=1)
+        weights = scores.softmax(1)[:, : length - first]
+        out[row] = torch.einsum("hj,jhd->hd", weights, v)
+    return out
+
+
+def case(
+    lengths: list[int],
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dims: int = 64,
+    page: int = 16,
+    dtype: torch.dtype = torch.float32,
+    options: AttentionOptions | None = None,
+    sinks: bool = False,
+    size: float = 1.0,
+) -> tuple[Any, ...]:
+    """Draw the operands of a call. Places that no row's keys are in hold NaN."""
+    random = torch.Generator().manual_seed(len(lengths) + dims + page)
+    used = [-(-n // page) for n in lengths]
+    order = (torch.randperm(sum(used), generator=random) + 1).tolist()
+    keys, values = (
+        torch.full((sum(used) + 1, page, kv_heads, dims), torch.nan, dtype=dtype) for _ in "kv"
+    )
+    table = torch.zeros(len(lengths), max([*used, 1]) + 1, dtype=torch.int32)  # block 0: all NaN
+    for row, length in enumerate(lengths):
+        blocks = [order.pop() for _ in range(used[row])]
+        table[row, : used[row]] = torch.tensor(blocks, dtype=torch.int32)
+        for place in range(length):
+            block = blocks[place // page]
+            for cache in (keys, values):
+                drawn = torch.randn(kv_heads, dims, generator=random)
+                cache[block, place % page] = drawn.to(dtype)
+    # queries are a part of the fused projection's rows
+    fused = torch.randn(len(lengths), heads + 2 * kv_heads, dims, generator=random) * size
+    q = fused.to(dtype)[:, :heads]
+    drawn = torch.randn(heads, generator=random) if sinks else None
+    counts = torch.tensor(lengths, dtype=torch.int32)
+    given = AttentionOptions(scale=dims**-0.5) if options is None else options
+    return q, keys, values, table, counts, given, drawn
+
+
+def compare(arguments: tuple[Any, ...], tolerance: float, attend: Any = None) -> None:
+    """Hold the kernels to float64; what float32 misses is relative to the size of values, 1."""
+    if attend is None:
+        from spmdrl.models.kernels.cuda.decode import decode_attention as attend
+    found = attend(*arguments)
+    assert found.dtype == arguments[0].dtype
+    torch.testing.assert_close(
+        found.double(), reference(*arguments), rtol=tolerance, atol=tolerance
+    )
+
+
+LENGTHS = [0, 1, 15, 16, 17, 255, 256, 257, 600]
+"""None, one, and both sides of a page's and a split's end."""
+
+WINDOWS = [AttentionOptions(scale=0.125, window=n) for n in (1, 16, 100, 300, 5000)]
+CAPPED = AttentionOptions(scale=0.5, softcap=5.0)
+
+
+def test_lengths(interpreted: Run) -> None:
+    for lengths in (LENGTHS, [1], [0, 0], []):
+        interpreted(compare, case(lengths), 2e-6)
+
+
+OPTIONS = [
+    (CAPPED, True),
+    (WINDOWS[2], True),
+    *(
+        pytest.param(options, sinks, marks=pytest.mark.full)
+        for options in (None, CAPPED, *WINDOWS)
+        for sinks in (False, True)
+    ),
+]
+
+
+@pytest.mark.parametrize("options, sinks", OPTIONS, ids=str)
+def test_options(interpreted: Run, options: AttentionOptions | None, sinks: bool) -> None:
+    interpreted(compare, case([0, 1, 17, 300, 400], options=options, sinks=sinks), 5e-6)
+
+
+def full(*values: int) -> Any:
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+HEADS = [(28, 4), full(2, 2), full(6, 1), full(16, 1), full(20, 1)]
+
+
+@pytest.mark.parametrize("heads, kv_heads", HEADS)
+def test_groups(interpreted: Run, heads: int, kv_heads: int) -> None:
+    interpreted(compare, case([5, 70], heads=heads, kv_heads=kv_heads), 2e-6)
+
+
+SIZES = [(80, 32), (256, 16), *(full(d, page) for d in (8, 96, 128, 256) for page in (16, 32, 256))]
+
+
+@pytest.mark.parametrize("dims, page", SIZES)
+def test_sizes(interpreted: Run, dims: int, page: int) -> None:
+    interpreted(compare, case([1, 33, 290], dims=dims, page=page), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves(interpreted: Run, dtype: torch.dtype) -> None:
+    # the result's rounding, and that of the weights before their product
+    tolerance = 2 * torch.finfo(dtype).eps
+    interpreted(compare, case([1, 17, 290], dims=128, dtype=dtype), tolerance)
+    interpreted(compare, case([300, 2], dtype=dtype, options=CAPPED, sinks=True), tolerance)
+
+
+def test_large_scores(interpreted: Run) -> None:
+    """Scores of some thousands: one key has all the weight."""
+    for options in (None, CAPPED):
+        interpreted(compare, case([3, 600], size=1e3, options=options, sinks=True), 2e-4)
+
+
+def alone(arguments: tuple[Any, ...], attend: Any = None) -> None:
+    """Hold every row to the result that it has alone, under a table no wider than it needs."""
+    if attend is None:
+        from spmdrl.models.kernels.cuda.decode import decode_attention as attend
+    q, keys, values, table, lengths, *rest = arguments
+    together = attend(*arguments)
+    for i, length in enumerate(lengths.tolist()):
+        width = max(1, -(-length // keys.shape[1]))
+        one = slice(i, i + 1)
+        own = attend(q[one], keys, values, table[one, :width], lengths[one], *rest)
+        assert torch.equal(own[0], together[i]), i
+
+
+def test_a_row_does_not_depend_on_others(interpreted: Run) -> None:
+    interpreted(alone, case([1, 16, 257]))
+    interpreted(alone, case([300, 40, 520], dtype=torch.bfloat16, options=WINDOWS[3], sinks=True))
+
+
+def at_fault(old: str, new: str, directory: Path, check: Any, *arguments: Any) -> None:
+    """Hold kernels with a planted fault to a check, which must fail."""
+    attend = proofs.planted(MODULE, old, new, directory).decode_attention
+    with pytest.raises(AssertionError):
+        check(*arguments, attend)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("row * table_row", "(row + 1) % 2 * table_row"),  # the neighbour's page
+        ("(place < stop)", "(place <= stop)"),
+        ("length - WINDOW,", "length - WINDOW - 1,"),
+        ("// SPLIT, tl.cdiv(length, SPLIT)", "// SPLIT, tl.cdiv(length, SPLIT) - 1"),
+        ("total += 1.0", "total += 0.0"),
+    ],
+)
+def test_planted_faults_of_values(interpreted: Run, tmp_path: Path, old: str, new: str) -> None:
+    arguments = case([300, 290], options=WINDOWS[2], sinks=True)
+    interpreted(at_fault, old, new, tmp_path, compare, arguments, 1e-4)
+
+
+def test_a_planted_dependence_on_other_rows(interpreted: Run, tmp_path: Path) -> None:
+    """Splits that follow the table's width round otherwise in another batch."""
+    old = "    rows, heads, dims = q.shape\n"
+    new = f"    global SPLIT\n    SPLIT = 64 if table.shape[1] < 34 else 256\n{old}"
+    interpreted(at_fault, old, new, tmp_path, alone, case([40, 520]))
+
+
+TENSORS = {
+    **dict.fromkeys(("q", "keys", "values"), "*bf16"),
+    **dict.fromkeys(("table", "lengths"), "*i32"),
+    **dict.fromkeys(("parts", "sums"), "*fp32"),
+    **dict.fromkeys(("scale", "softcap"), "fp32"),
+    **dict.fromkeys(("q_row", "q_head", "block_stride", "token_stride", "head_stride"), "i32"),
+    "table_row": "i32",
+}
+MERGED = {
+    **dict.fromkeys(("parts", "sums"), "*fp32"),
+    "lengths": "*i32",
+    **dict.fromkeys(("sinks", "out"), "*bf16"),
+    "splits": "i32",
+}
+
+
+def attention_figures(
+    architecture: int,
+    *,
+    dims: int = 128,
+    page: int = 16,
+    group: int = 4,
+    options: AttentionOptions | None = None,
+    module: Any = None,
+    **changed: Any,
+) -> proofs.Figures:
+    from spmdrl.models.kernels.cuda import decode
+
+    given = AttentionOptions(scale=1.0) if options is None else options
+    constants = {
+        "PAGE": page,
+        "WINDOW": given.window or 0,
+        "CAPPED": given.softcap is not None,
+        **decode.sizes(group, dims),
+    }
+    # the table's rows are as long as the longest sample's
+    return proofs.compiled(
+        (module or decode).attend_split,
+        architecture,
+        TENSORS,
+        constants | changed,
+        odd=("table_row",),
+    )
+
+
+def check_attention(found: proofs.Figures) -> None:
+    # keys and values of a tile are read by 16 bytes; page numbers and lengths are single numbers
+    proofs.check(found, most_scalar=16, least_wide=8)
+
+
+def test_compiled_attention() -> None:
+    check_attention(attention_figures(90))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("architecture", proofs.ARCHITECTURES)
+@pytest.mark.parametrize("dims", [64, 128, 256])
+@pytest.mark.parametrize("page", [16, 256])
+def test_compiled_attention_of_all_sizes(architecture: int, dims: int, page: int) -> None:
+    for options in (AttentionOptions(scale=1.0), replace(CAPPED, window=1024)):
+        found = attention_figures(architecture, dims=dims, page=page, group=7, options=options)
+        check_attention(found)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("architecture", proofs.ARCHITECTURES)
+@pytest.mark.parametrize("dims", [64, 256])
+def test_compiled_merge(architecture: int, dims: int) -> None:
+    from spmdrl.models.kernels.cuda import decode
+
+    constants = {"SPLIT": decode.SPLIT, "DIMS": dims, "WIDE": dims, "WINDOW": 0, "HAS_SINKS": True}
+    found = proofs.compiled(
+        decode.merge_splits, architecture, MERGED, constants, odd=("splits",), num_warps=1
+    )
+    # a warp has 2 numbers of each of 64 dims a thread
+    proofs.check(found, most_scalar=16, least_wide=0 if dims == 64 else 1)
+
+
+def test_a_planted_spill() -> None:
+    with pytest.raises(AssertionError, match="registers do not suffice"):
+        check_attention(attention_figures(90, dims=256, TILE=128, HEADS=64))
+
+
+def test_planted_scalar_loads(tmp_path: Path) -> None:
+    old, new = "values + at[:, None] + dim", "values + at[:, None] + 3 * dim"
+    module = proofs.planted(MODULE, old, new, tmp_path)
+    with pytest.raises(AssertionError, match="scalar loads"):
+        check_attention(attention_figures(90, module=module))
