@@ -211,7 +211,7 @@ TENSORS = {
     **dict.fromkeys(("table", "lengths"), "*i32"),
     **dict.fromkeys(("parts", "sums"), "*fp32"),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
-    **dict.fromkeys(("q_row", "q_head", "block_stride", "token_stride", "head_stride"), "i32"),
+    **dict.fromkeys(("q_row", "block_stride", "token_stride", "head_stride"), "i32"),
     "table_row": "i32",
 }
 MERGED = {

@@ -30,7 +30,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def decode_attention(
-    q: Tensor,  # [n, H, d]
+    q: Tensor,  # [n, H, d], heads side by side; there may be gaps between rows
     keys: Tensor,  # [blocks, block_size, KVH, d]
     values: Tensor,  # [blocks, block_size, KVH, d]
     table: Tensor,  # [n, W] int32
@@ -43,21 +43,15 @@ def decode_attention(
     Launches two kernels and waits for nothing. Needs a block size that is a power of two, and d a
     multiple of 8 up to `MOST_DIMS`.
     """
+    _check(q, keys, values, table, lengths)
     rows, heads, dims = q.shape
     block_size, kv_heads = keys.shape[1], keys.shape[2]
-    assert keys.shape == values.shape and keys.stride() == values.stride(), (keys, values)
-    assert block_size == power_of_2(block_size) and dims % 8 == 0 and dims <= MOST_DIMS
-    assert keys.shape[3] == dims and heads % kv_heads == 0, (q.shape, keys.shape)
-    assert q.dtype == keys.dtype == values.dtype, (q.dtype, keys.dtype, values.dtype)
-    assert q.stride(2) == keys.stride(3) == table.stride(1) == lengths.stride(0) == 1
     out = q.new_empty(rows, heads, dims)
     if not rows:
         return out
     splits = -(-table.shape[1] * block_size // SPLIT)
     parts = torch.empty(rows, heads, splits, dims, dtype=torch.float32, device=q.device)
     sums = torch.empty(rows, heads, splits, dtype=torch.float32, device=q.device)
-    window, group = options.window or 0, heads // kv_heads
-    wide = power_of_2(dims)
     attend_split[(rows, kv_heads, splits)](
         q,
         keys,
@@ -69,12 +63,11 @@ def decode_attention(
         options.scale,
         options.softcap or 1.0,
         q.stride(0),
-        q.stride(1),
         *keys.stride()[:3],
         table.stride(0),
         PAGE=block_size,
-        **sizes(group, dims),
-        WINDOW=window,
+        **sizes(heads // kv_heads, dims),
+        WINDOW=options.window or 0,
         CAPPED=options.softcap is not None,
         num_warps=4,
         enable_fp_fusion=True,
@@ -89,13 +82,24 @@ def decode_attention(
         splits,
         SPLIT=SPLIT,
         DIMS=dims,
-        WIDE=wide,
-        WINDOW=window,
+        WIDE=power_of_2(dims),
+        WINDOW=options.window or 0,
         HAS_SINKS=sinks is not None,
         num_warps=1,
         enable_fp_fusion=True,
     )
     return out
+
+
+def _check(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor) -> None:
+    heads, dims = q.shape[1:]
+    block_size, kv_heads = keys.shape[1:3]
+    assert keys.shape == values.shape and keys.stride() == values.stride(), (keys, values)
+    assert block_size == power_of_2(block_size) and dims % 8 == 0 and dims <= MOST_DIMS
+    assert keys.shape[3] == dims and heads % kv_heads == 0, (q.shape, keys.shape)
+    assert q.dtype == keys.dtype == values.dtype, (q.dtype, keys.dtype, values.dtype)
+    assert q.stride(1) == dims, "heads lie side by side"
+    assert q.stride(2) == keys.stride(3) == table.stride(1) == lengths.stride(0) == 1
 
 
 def sizes(group: int, dims: int) -> dict[str, int]:
@@ -123,6 +127,18 @@ def first_key(length: tl.tensor, WINDOW: tl.constexpr) -> tl.tensor:
 
 
 @kernel
+def scores(
+    q: tl.tensor, k: tl.tensor, scale: tl.tensor, softcap: tl.tensor, CAPPED: tl.constexpr
+) -> tl.tensor:
+    """Compute the scores of a tile of keys, for exponentials to the base of 2."""
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if CAPPED:
+        # tanh; where e^2x overflows it is 1
+        score = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * score / softcap)))
+    return score * _LOG2_E
+
+
+@kernel
 def attend_split(
     q: tl.tensor,
     keys: tl.tensor,
@@ -134,7 +150,6 @@ def attend_split(
     scale: tl.tensor,
     softcap: tl.tensor,
     q_row: tl.tensor,
-    q_head: tl.tensor,
     block_stride: tl.tensor,
     token_stride: tl.tensor,
     head_stride: tl.tensor,
@@ -160,7 +175,7 @@ def attend_split(
     member, dim = tl.arange(0, HEADS), tl.arange(0, WIDE)
     head = kv_head * GROUP + member
     mine = (member < GROUP)[:, None] & (dim < DIMS)[None, :]
-    own = tl.load(q + row * q_row + head[:, None] * q_head + dim[None, :], mask=mine, other=0.0)
+    own = tl.load(q + row * q_row + head[:, None] * DIMS + dim[None, :], mask=mine, other=0.0)
     highest = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, WIDE], tl.float32)
@@ -172,11 +187,8 @@ def attend_split(
         at += kv_head.to(tl.int64) * head_stride
         read = seen[:, None] & (dim < DIMS)[None, :]
         k = tl.load(keys + at[:, None] + dim[None, :], mask=read, other=0.0)
-        score = tl.dot(own, tl.trans(k), input_precision="ieee") * scale
-        if CAPPED:
-            # tanh; where e^2x overflows it is 1
-            score = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * score / softcap)))
-        score = tl.where(seen[None, :], score * _LOG2_E, float("-inf"))
+        score = scores(own, k, scale, softcap, CAPPED)
+        score = tl.where(seen[None, :], score, float("-inf"))
         now = tl.maximum(highest, tl.max(score, 1))
         weight = tl.exp2(score - now[:, None])
         kept = tl.exp2(highest - now)
@@ -184,8 +196,7 @@ def attend_split(
         total = total * kept + tl.sum(weight, 1)
         acc = acc * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         highest = now
-    splits = tl.num_programs(2)
-    at = (row * tl.num_programs(1) * GROUP + head) * splits + split
+    at = (row * tl.num_programs(1) * GROUP + head) * tl.num_programs(2) + split
     tl.store(sums + at, highest + tl.log2(total), mask=member < GROUP)
     tl.store(parts + at[:, None] * DIMS + dim[None, :], acc / total[:, None], mask=mine)
 
