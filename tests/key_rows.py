@@ -38,6 +38,7 @@ AIMS = (*KL, "algorithm.kl_target=0.1", "algorithm.kl_horizon=100")
 HELD = "evaluation.held_out=4"
 DRAWN = (HELD, "evaluation.num_samples=2")
 SAVED = ("steps=3", "checkpoint.every=1", "checkpoint.keep_last=1")
+BEST = "tests/run/test_best.py::test_the_best_checkpoint_is_kept_and_a_run_ends_that_gets_no_better"
 FEW = ("steps=1", "data.prompts_per_step=1")
 TEACHER = ("roles.teacher={}", "algorithm.teacher_coef=1")
 TURNS = "rollout.turns={kind: my_module:Environment}"
@@ -293,6 +294,7 @@ ROWS: dict[str, Row] = {
     "evaluation.max_items": row("grpo", BOTH, "evaluation.held_out=50%", "evaluation.max_items=2"),
     "evaluation.sets": row("task", "plan files", "evaluation.sets={a: {data: {seed: 9, size: 8}}}"),
     "evaluation.threshold": row("grpo", BOTH, HELD, "evaluation.threshold=0.0"),
+    "evaluation.stop_after": row("grpo", BEST),
     "evaluation.every": row("grpo", "metrics", HELD, "evaluation.every=1"),
     "evaluation.before": row("grpo", "metrics", HELD, "evaluation.before=false"),
     "evaluation.after": row("grpo", "metrics", HELD, "evaluation.after=false"),
@@ -303,6 +305,7 @@ ROWS: dict[str, Row] = {
     "checkpoint.every": row("grpo", "files", SAVED[0], "checkpoint.every=1"),
     "checkpoint.keep_last": row("grpo", "files", *SAVED),
     "checkpoint.keep_every": row("grpo", "files", *SAVED, "checkpoint.keep_every=1"),
+    "checkpoint.keep_best": row("grpo", BEST),
     "checkpoint.resume": row(
         "grpo",
         "tests/run/test_saving.py::"

@@ -65,6 +65,13 @@ RULES: list[tuple[str, Any, tuple[str, ...]]] = [
         "start",
         ("evaluation.sets.x={data: {}, against: start}", "evaluation.before=false"),
     ),
+    ("evaluation.stop_after", 2, ("evaluation.stop_after=2",)),
+    ("checkpoint.keep_best", "reward", (SET, "checkpoint.keep_best=reward")),
+    (
+        "checkpoint.keep_best",
+        "-eval/x/nll",
+        (SET, "checkpoint.keep_best=-eval/x/nll", "checkpoint.every=2", "evaluation.every=3"),
+    ),
     ("roles.policy.head", "zero", ("roles.policy.head=zero",)),
     ("roles", ["other", "policy", "rollout"], ("roles.other.kind=policy",)),
     ("algorithm.kl_coef", 0.1, ("algorithm.kl_coef=0.1",)),

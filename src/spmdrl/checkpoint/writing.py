@@ -65,10 +65,17 @@ class Retention:
     last: int
     every: int = 0
 
-    def keeps(self, name: str) -> bool:
-        """Whether `every` keeps the checkpoint, whatever its age."""
+    def keeps(self, name: str, best: int | None = None) -> bool:
+        """Whether the checkpoint is kept, whatever its age.
+
+        Args:
+            best: number of steps of one that is kept; None: none is.
+        """
         whole = re.fullmatch(r"step_(\d{8})(\.\d+)?", name)
-        return self.every > 0 and whole is not None and int(whole[1]) % self.every == 0
+        if whole is None:
+            return False
+        step = int(whole[1])
+        return step == best or (self.every > 0 and step % self.every == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +129,8 @@ class CheckpointWriter:
         self._failed = threading.Event()
         self.seconds: float | None = None
         """Seconds from the start of the last checkpoint until it was published; only on rank 0."""
+        self.best: int | None = None
+        """Number of steps of the checkpoint that is kept until this names another one."""
 
     def adopt(self, names: Iterable[str]) -> None:
         """Limit the checkpoints that `Retention` may remove to these and later ones; before this
@@ -327,13 +336,14 @@ class CheckpointWriter:
         partial.rename(final)
         sync(final.parent)
         replace_file(final.parent / LATEST, final.name.encode())
-        keeps, there = self._retention.keeps, _names(self._root)
+        there = _names(self._root)
         if self._known is not None:
             self._known = {*self._known, final.name} & there
             there = self._known
-        others = [self._root / n for n in there if n != final.name and not keeps(n)]
+        kept = {name for name in there if self._retention.keeps(name, self.best)}
+        others = [self._root / name for name in there - kept - {final.name}]
         others.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
-        surplus = len(others) + (not keeps(final.name)) - self._retention.last
+        surplus = len(others) + (final.name not in kept) - self._retention.last
         for path in others[: max(0, surplus)]:
             shutil.rmtree(path, ignore_errors=True)  # leftovers go with the next checkpoint
             self._progress()

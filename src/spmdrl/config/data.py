@@ -212,6 +212,12 @@ class EvaluationSection(Section):
         ge=0,
         description="Evaluate every N steps, at least 0; 0 evaluates only before and after.",
     )
+    stop_after: int = Field(
+        0,
+        ge=0,
+        description="End the run after this many evaluations in a row that are no better than the "
+        "best one by checkpoint.keep_best, at least 0; 0 never does.",
+    )
     before: Basic[bool] = Field(True, description="Evaluate before the first step.")
     after: bool = Field(True, description="Evaluate after the last step.")
     num_samples: Basic[int] = Field(

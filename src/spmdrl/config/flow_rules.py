@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from spmdrl.config.data_sets import held_out_sets
 from spmdrl.config.roles import WITH_ENGINE
 from spmdrl.config.sections import Config
 from spmdrl.config.shipped_flows import is_shipped, shipped_flows
@@ -99,4 +100,28 @@ def check_role_used(config: Config, name: str) -> None:
         raise ValueError(
             f"roles.{name}.train.{key}={value}: {name} is a {kind}, which has no train backend: "
             "leave the key out"
+        )
+
+
+def check_best(config: Config) -> None:
+    """ValueError: no evaluation, or no checkpoint of one, has what `checkpoint.keep_best` names."""
+    wanted, every, saves = config.checkpoint.keep_best, config.evaluation.every, config.checkpoint
+    if wanted is None:
+        if config.evaluation.stop_after:
+            raise ValueError(
+                f"evaluation.stop_after={config.evaluation.stop_after} with checkpoint.keep_best="
+                "null: name the metric by which evaluations are compared"
+            )
+        return
+    begins = [f"eval/{name}/" for name in held_out_sets(config)]
+    if not wanted.removeprefix("-").startswith(tuple(begins)):
+        raise ValueError(
+            f"checkpoint.keep_best={wanted} is no metric of a held-out set: theirs begin with "
+            f"{', '.join(begins) or 'eval/NAME/, and there is no set'}"
+        )
+    if every == 0 or saves.every == 0 or every % saves.every:
+        raise ValueError(
+            f"checkpoint.keep_best={wanted} with evaluation.every={every} and checkpoint.every="
+            f"{saves.every}: set the first to a multiple of the second, so that what is evaluated "
+            "has a checkpoint"
         )

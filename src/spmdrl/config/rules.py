@@ -17,7 +17,13 @@ from spmdrl.config.data_sets import (
     takes_turns,
 )
 from spmdrl.config.faults import collect
-from spmdrl.config.flow_rules import check_needed, check_role_used, check_updated, check_used
+from spmdrl.config.flow_rules import (
+    check_best,
+    check_needed,
+    check_role_used,
+    check_updated,
+    check_used,
+)
 from spmdrl.config.judge_rules import check_judges, judges_pairs
 from spmdrl.config.roles import JUDGE, WITH_ENGINE, RoleSection
 from spmdrl.config.sections import Config, RewardSection
@@ -361,5 +367,5 @@ RULES = (
     *(_check_experts, _check_memory, _check_updates, _check_lag, check_used),
     *(_check_samples, _check_evaluation, check_turns, check_judges),
 )
-TRAINING_RULES = (check_needed, check_updated, _check_training_samples)
+TRAINING_RULES = (check_needed, check_updated, check_best, _check_training_samples)
 """Rules that only training needs."""

@@ -181,6 +181,11 @@ class CheckpointSection(Section):
         ge=0,
         description="Keep the checkpoints of every N-th step as well, at least 0; 0 keeps none.",
     )
+    keep_best: str | None = Field(
+        None,
+        description="Keep the checkpoint of the evaluation with the largest value of this metric "
+        "as well (eval/held_out/accuracy; -eval/held_out/nll: the smallest).",
+    )
     resume: bool = Field(True, description="Resume from run_dir's latest checkpoint.")
     export: bool | int = Field(
         True,

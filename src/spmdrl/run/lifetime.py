@@ -75,6 +75,10 @@ class Lifetime:
         """Let no further step begin: the run is done. The first rank's word decides for all."""
         self._ended_by = reason
 
+    def keep_best(self, step: int) -> None:
+        """Keep the checkpoint after `step` steps until this is called with another one."""
+        self._saver.keep_best(step)
+
     def begin(self, step: int) -> bool:
         """Begin a step, or stop the run here; returns whether there are steps to do.
 

@@ -74,6 +74,9 @@ class Life(Protocol):
     def end_early(self, reason: str) -> None:
         """Let no further step begin; the first rank's word decides."""
 
+    def keep_best(self, step: int) -> None:
+        """Keep the checkpoint after `step` steps until this is called with another one."""
+
     def finish(self, step: int) -> None:
         """End a step, and save or export what is due."""
 

@@ -18,6 +18,7 @@ from spmdrl.distributed.reduce import moments
 from spmdrl.memory.call_memory import CallMemory
 from spmdrl.rewards.asking import PairJudge
 from spmdrl.rollout.protocol import SamplingParams
+from spmdrl.run.best import BestEvaluation
 from spmdrl.run.protocols import Evaluates, Life, Metrics, Scores, Syncs
 from spmdrl.run.resume_point import Saved
 from spmdrl.run.step_report import StepReport, joined, sync_metrics
@@ -70,6 +71,10 @@ class Run:
         self._scorer, self._evaluators = scorer, list(evaluators)
         self._report, self._life = report, life
         self.pair_judge = pair_judge
+        wanted = config.checkpoint.keep_best
+        self._best = None if wanted is None else BestEvaluation(wanted, life.saved)
+        if self._best is not None and self._best.step is not None:
+            life.keep_best(self._best.step)
         self.has_begun = self.is_concluded = False
 
     @property
@@ -228,6 +233,22 @@ class Run:
                 metrics |= evaluator.evaluate(step)
         if metrics:
             self._report.evaluation(step, metrics)
+            self._compare(step, metrics)
+
+    def _compare(self, step: int, metrics: Metrics) -> None:
+        """Keep the checkpoint of an evaluation that is the best, or end a run that gets no better,
+        if the configuration wants it.
+        """
+        best, most = self._best, self.config.evaluation.stop_after
+        if best is None:
+            return
+        if best.look(step, metrics):
+            self._life.keep_best(step)
+            log.info("after %d steps: the best %s so far", step, best.metric)
+        elif 0 < most <= best.num_worse and not self.is_concluded:
+            self._life.end_early(
+                f"evaluation.stop_after={most}: {best.metric} was best after {best.step} steps"
+            )
 
     def _warn_of_old_weights(self) -> None:
         for source, target in self._syncs if self.world.is_first else ():
@@ -264,7 +285,7 @@ class Run:
             self._life.save()
         self._life.begin(self.config.steps)
         if self.config.evaluation.after:
-            self._run_evaluation(self.config.steps, syncs=syncs)
+            self._run_evaluation(self.steps_done, syncs=syncs)
         self._life.export()
 
     def close(self) -> None:

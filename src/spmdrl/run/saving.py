@@ -127,6 +127,10 @@ class Saver:
         """The models under adapters; every rank asks for it at once."""
         return base_sums(self._bases) if self._bases else {}
 
+    def keep_best(self, step: int) -> None:
+        """Keep the checkpoint after `step` steps until this is called with another one."""
+        self._writer.best = step
+
     @property
     def seconds(self) -> float | None:
         """Seconds until the last checkpoint was published, on rank 0; None before the first."""
