@@ -18,7 +18,7 @@ FEW = 20
 """Number of values below which each is a dot, and nothing is smoothed."""
 
 LARGE = 1000.0
-"""Ratio of the largest to the smallest value from which on the axis is logarithmic."""
+"""Ratio of the largest value to the one above a tenth of them that makes the axis logarithmic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,13 @@ def _round_up(size: float) -> float:
 
 def value_axis(values: Sequence[float]) -> Axis:
     """Make the axis of finite values: from 0 where they are positive, unless they differ little;
-    logarithmic where they differ much.
+    logarithmic where they differ much, and then not much below the least tenth of them.
     """
     low, high = min(values), max(values)
     begin, end = HEIGHT - BOTTOM, TOP
-    if low > 0 and high / low > LARGE:
+    usual = sorted(values)[len(values) // 10]
+    if low > 0 and high / usual > LARGE:
+        low = max(low, usual / LARGE)
         return Axis(low=low, high=high, begin=begin, end=end, logarithmic=True)
     if 0 <= low < 0.7 * high:
         low = 0.0
