@@ -59,5 +59,7 @@ def assert_same_steps(found: Records, wanted: Records, metrics: tuple[str, ...])
     for one in found:
         [other] = [record for record in wanted if record["step"] == one["step"]]
         for metric in metrics:
-            wanted_value = pytest.approx(other[metric], rel=1e-4, abs=1e-6)
-            assert one[metric] == wanted_value, (one["step"], metric)
+            # a loss near 0 is a sum of terms near 1 that cancel
+            least = 1e-5 if metric == "loss" else 1e-6
+            wanted_value = pytest.approx(other[metric], rel=1e-4, abs=least)
+            assert one[metric] == wanted_value, (one["step"], metric, one[metric], other[metric])

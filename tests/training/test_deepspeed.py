@@ -72,7 +72,7 @@ def two(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     kinds = (KINDS | AWAY).items()
     names = asked(request, "test_gradients_of_microbatches_are_summed_in_float32")
     made = {name: kind for name, kind in kinds if name in names}
-    return run_ranks(on_two_ranks, 2, layouts, made, timeout_s=280)
+    return run_ranks(on_two_ranks, 2, layouts, made, timeout_s=900)
 
 
 def on_two_ranks(world: World, layouts: dict[str, Case], kinds: dict[str, Case]) -> dict[str, Any]:
