@@ -45,6 +45,13 @@ class Saving(Counting):
         self.turns = state[0]
 
 
+class Picky(Counting):
+    """The same, but takes no row."""
+
+    def start(self, row: Mapping[str, Any]) -> Sequence[Message]:
+        raise KeyError(f"planted: {row['question']}")
+
+
 class Killing(Counting):
     """The same; the first time that a sample ends a second turn while the file `armed` is there, it
     is removed and the rank that samples is killed.

@@ -1,4 +1,4 @@
-"""Messages of turns are rendered with the variables of their source's chat template."""
+"""Turns at a run's start: variables of their source's chat template, and a trial of each source."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 
 from flow_cases import questions, write_config
 from harness import run_ranks
+from spmdrl.commands.check import check
+from spmdrl.config.faults import ConfigError
 from spmdrl.config.load import load_config
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.run.inputs import read_inputs
@@ -76,3 +78,23 @@ def test_tools_whose_results_the_template_leaves_out(model: Path, tmp_path: Path
     turns = {"kind": "tools", "options": {"functions": ["calculator"], "format": "hermes"}}
     with pytest.raises(Exception, match="does not write messages of the role tool: use a model"):
         run_ranks(begin, 1, config_of(tmp_path, model, turns))
+
+
+FAULTS = {
+    "the row": ({"kind": f"{PLACE}:Picky"}, {}, "planted: What is 0"),
+    "too long": (
+        {"kind": f"{PLACE}:Counting"},
+        {"max_tokens": 33},
+        "max_tokens=33: the environment",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_environments_are_tried_before_a_step(model: Path, tmp_path: Path, fault: str) -> None:
+    turns, source, words = FAULTS[fault]
+    config = load_config(config_of(tmp_path, model, turns, **source))
+    with pytest.raises(ConfigError, match=words):
+        check(config, 1)
+    with pytest.raises(Exception, match=words):
+        run_ranks(begin, 1, str(tmp_path / "run.yaml"))

@@ -2,7 +2,8 @@
 
 It refuses what `spmdrl train` refuses before computing: bad keys, roles that do not fit the
 ranks, models that cannot be read or do not fit each other, data without enough rows, columns or
-room, and environments, trainers and reward functions of the user's own that cannot be used.
+room, and environments of turns, trainers and reward functions of the user's own that cannot be
+used.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from spmdrl.run.assembly.factories import make_stream
 from spmdrl.run.assembly.role_weights import adapter_notes
 from spmdrl.run.inputs import Inputs, check_models, read_inputs
 from spmdrl.run.reward_pools import check_rewards
+from spmdrl.run.turns import check_environments
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +130,7 @@ def check_inputs(config: Config, specs: Mapping[str, RoleSpec]) -> Checked:
     check_models(config, inputs, specs)
     make_stream(config, inputs)
     check_rewards(config, inputs)
+    check_environments(config, inputs)
     return Checked(config=config, inputs=inputs)
 
 

@@ -116,7 +116,7 @@ def with_openings(prompts: Batch, turns: AllTurns) -> Batch:
             own = [i for i, prompt in enumerate(given) if prompt.turns == key]
             made = turns[key].opens([row_of(given[i]) for i in own])
             for i, one in zip(own, made, strict=True):
-                _check_length(one.tokens, turns[key], given[i])
+                check_opening(one, turns[key], given[i])
                 tokens[i] = one.tokens
                 entries[i] = json.dumps({"turns": key, "entry": one.entry})
         return from_rows(tokens, rows=prompts.rows, objects={**prompts.objects, TURN_ROW: entries})
@@ -129,12 +129,13 @@ def row_of(prompt: Prompt) -> Mapping[str, Any]:
     return {**prompt.entry, "messages": [dict(message) for message in prompt.messages]}
 
 
-def _check_length(tokens: Sequence[int], turns: RolloutTurns, prompt: Prompt) -> None:
-    if not 0 < len(tokens) <= turns.longest:
+def check_opening(opened: OpenedPrompt, turns: RolloutTurns, prompt: Prompt) -> None:
+    """Raise ValueError if an environment begins with too long a prompt, or none."""
+    if not 0 < len(opened.tokens) <= turns.longest:
         raise ValueError(
             f"{turns.longest_key}={turns.longest}: the environment {turns.section.kind} begins row "
-            f"{prompt.prompt_id} of the data with a prompt of {len(tokens)} tokens: raise the key, "
-            "or leave the row out"
+            f"{prompt.prompt_id} of the data with a prompt of {len(opened.tokens)} tokens: raise "
+            "the key, or leave the row out"
         )
 
 

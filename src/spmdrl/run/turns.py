@@ -15,9 +15,10 @@ from spmdrl.config.sections import Config
 from spmdrl.config.turn_rules import turn_sources
 from spmdrl.config.turns import TurnsSection, turns_key
 from spmdrl.data.chat import templates
+from spmdrl.data.prompts import PromptSet
 from spmdrl.distributed.reduce import agreed
-from spmdrl.rewards.server import RewardServer
-from spmdrl.roles.turn_calls import AllTurns, OpenedPrompt, RolloutTurns
+from spmdrl.rewards.server import RewardServer, start_reward_server
+from spmdrl.roles.turn_calls import AllTurns, OpenedPrompt, RolloutTurns, check_opening, row_of
 from spmdrl.run.inputs import Inputs
 from spmdrl.turns.call import EnvironmentTurns
 from spmdrl.turns.environment import Message
@@ -34,48 +35,16 @@ def make_turns(
     config: Config, server: RewardServer, inputs: Inputs, world: World
 ) -> Iterator[AllTurns]:
     """Make the turns that sources of data have, by `turns_key`; none without a rollout. Their
-    worker processes end with the block. Every rank of the world calls it.
+    worker processes end with the block. Every rank of the world calls it; the first one begins an
+    environment for a row of each source.
 
     Raises:
         AgreedError: a class cannot be loaded, or has no use for the model's chat template, which
-            may write no results of tools.
+            may write no results of tools; or it fails for the first row of a source.
     """
-    if "rollout" not in map(config.role_kind, config.roles):
-        yield {}
-        return
     with ExitStack() as stack:
-
-        def start() -> dict[str, RolloutTurns]:
-            found: dict[str, RolloutTurns] = {}
-            for key, source, turns in turn_sources(config):
-                options = source.chat_template_kwargs
-                name = turns_key(turns.model_dump(mode="json"), options)
-                known = found.get(name)
-                if known is not None and known.longest >= source.max_tokens:
-                    continue
-                answers = known.source if known is not None else None
-                renderer = TurnRenderer(inputs.tokenizer, inputs.now, options)
-                if answers is None:
-                    if turns.kind == "tools":  # others may answer with other roles
-                        renderer.check(["tool"])
-                    answers = _environments(
-                        config, turns, server, renderer, inputs, world, len(found)
-                    )
-                    stack.enter_context(answers)
-                assert isinstance(answers, EnvironmentTurns)
-                found[name] = RolloutTurns(
-                    source=answers,
-                    opens=_Opens(answers, renderer),
-                    section=turns,
-                    longest=source.max_tokens,
-                    longest_key=f"{key}.max_tokens",
-                    described=answers.describe(),
-                    counts=answers.counts,
-                    metrics=answers.metrics,
-                )
-            return found
-
-        made = agreed(ValueError, start)
+        made = agreed(ValueError, lambda: _start(config, server, inputs, world.rank, stack))
+        agreed(ValueError, lambda: _try_all(made, inputs) if world.is_first else None)
         for own in made.values() if world.is_first else ():
             if own.section.seconds is not None:
                 log.warning(
@@ -86,16 +55,84 @@ def make_turns(
         yield made
 
 
+def check_environments(config: Config, inputs: Inputs) -> None:
+    """Load and begin environments as `make_turns` does, in one process, and end them again.
+
+    Raises:
+        ValueError: `make_turns` would refuse one.
+    """
+    if next(turn_sources(config), None) is None:
+        return
+    with ExitStack() as stack:
+        server = stack.enter_context(start_reward_server())
+        _try_all(_start(config, server, inputs, None, stack), inputs)
+
+
+def _start(
+    config: Config, server: RewardServer, inputs: Inputs, rank: int | None, stack: ExitStack
+) -> dict[str, RolloutTurns]:
+    """Start workers for each `turns_key`. ValueError: see `make_turns`.
+
+    Args:
+        rank: rank whose file has what environments print; None: nothing is kept.
+    """
+    found: dict[str, RolloutTurns] = {}
+    if "rollout" not in map(config.role_kind, config.roles):
+        return found
+    for key, source, turns in turn_sources(config):
+        options = source.chat_template_kwargs
+        name = turns_key(turns.model_dump(mode="json"), options)
+        known = found.get(name)
+        if known is not None and known.longest >= source.max_tokens:
+            continue
+        answers = known.source if known is not None else None
+        renderer = TurnRenderer(inputs.tokenizer, inputs.now, options)
+        if answers is None:
+            if turns.kind == "tools":  # others may answer with other roles
+                renderer.check(["tool"])
+            output = None if rank is None else _output(config, rank, len(found))
+            answers = _environments(config, turns, server, renderer, inputs, output)
+            stack.enter_context(answers)
+        assert isinstance(answers, EnvironmentTurns)
+        found[name] = RolloutTurns(
+            source=answers,
+            opens=_Opens(answers, renderer),
+            section=turns,
+            longest=source.max_tokens,
+            longest_key=f"{key}.max_tokens",
+            described=answers.describe(),
+            counts=answers.counts,
+            metrics=answers.metrics,
+        )
+    return found
+
+
+def _try_all(turns: AllTurns, inputs: Inputs) -> None:
+    """Begin an environment for the first row of each source. ValueError: it fails, or begins with
+    too long a prompt.
+    """
+    left = dict(turns)
+    for data in (inputs.train, *inputs.held_out.values()):
+        for prompt in data if isinstance(data, PromptSet) and left else ():
+            own = left.pop(prompt.turns, None)
+            if own is not None:
+                (opened,) = own.opens([row_of(prompt)])
+                check_opening(opened, own, prompt)
+
+
+def _output(config: Config, rank: int, number: int) -> Path:
+    suffix = f"_{number}" if number else ""
+    return Path(config.run_dir) / f"turns_rank_{rank:05d}{suffix}.log"
+
+
 def _environments(
     config: Config,
     turns: TurnsSection,
     server: RewardServer,
     renderer: TurnRenderer,
     inputs: Inputs,
-    world: World,
-    number: int,
+    output: Path | None,
 ) -> EnvironmentTurns:
-    suffix = f"_{number}" if number else ""
     kind = environment_kind(turns.kind, turns.options, templates(inputs.tokenizer) or "")
     server.preload(["spmdrl.turns.serving", *kind.modules])
     return EnvironmentTurns(
@@ -110,7 +147,7 @@ def _environments(
             memory_mb=round(turns.memory_gb * 1000),
             failed_reward=turns.failed_reward,
             seconds=turns.seconds,
-            output=Path(config.run_dir) / f"turns_rank_{world.rank:05d}{suffix}.log",
+            output=output,
             environment=config.reward_pool.environment,
         ),
     )
