@@ -25,11 +25,14 @@ _MASK_32 = (1 << 32) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
-_MURMUR_1 = 0x85EBCA6B
-_MURMUR_2 = 0xC2B2AE35
-_NOISE_MULTIPLIER = 0x2C1B3C6D  # odd, from Wang's and Wellons' searches for 32-bit mixers
-_TINY = 2.0**-32
-_HUGE = 24.0
+
+# The noise's constants, which its kernel for GPUs (`models.kernels.cuda.sampling`) has too.
+ID_OFFSET = _GOLDEN >> 32
+MURMUR_1 = 0x85EBCA6B
+MURMUR_2 = 0xC2B2AE35
+NOISE_MULTIPLIER = 0x2C1B3C6D  # odd, from Wang's and Wellons' searches for 32-bit mixers
+TINY = 2.0**-32
+HUGE = 24.0
 
 
 def key64(*parts: int) -> int:
@@ -114,9 +117,9 @@ def token_hash(tokens: Tensor) -> Tensor:  # tokens int64 [...], 0 to 2^32 - 1
     would never be drawn. So this is a bijection: murmur3's finaliser (Appleby 2011, public domain,
     MurmurHash3.cpp, `fmix32`) of the id plus a constant, without which id 0 would be 0.
     """
-    x = (tokens + (_GOLDEN >> 32)) & _MASK_32
-    x = ((x ^ (x >> 16)) * _MURMUR_1) & _MASK_32
-    x = ((x ^ (x >> 13)) * _MURMUR_2) & _MASK_32
+    x = (tokens + ID_OFFSET) & _MASK_32
+    x = ((x ^ (x >> 16)) * MURMUR_1) & _MASK_32
+    x = ((x ^ (x >> 13)) * MURMUR_2) & _MASK_32
     x = x ^ (x >> 16)
     return torch.where(x >> 31 == 1, x - (1 << 32), x).to(torch.int32)
 
@@ -159,7 +162,7 @@ def _mix(x: Tensor, scratch: Tensor, multiplier: Tensor) -> Tensor:
     """
     x.mul_(multiplier)
     torch.bitwise_right_shift(x, 15, out=scratch)
-    return x.add_(scratch).mul_(_NOISE_MULTIPLIER)
+    return x.add_(scratch).mul_(NOISE_MULTIPLIER)
 
 
 def _finish(x: Tensor, scratch: Tensor, multiplier: Tensor, out: Tensor) -> Tensor:
@@ -170,4 +173,4 @@ def _finish(x: Tensor, scratch: Tensor, multiplier: Tensor, out: Tensor) -> Tens
     """
     out.copy_(_mix(x, scratch, multiplier))
     out.abs_().mul_(-(2.0**-31))
-    return out.log1p_().neg_().clamp_(_TINY, _HUGE)
+    return out.log1p_().neg_().clamp_(TINY, HUGE)

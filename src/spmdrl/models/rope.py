@@ -46,7 +46,7 @@ def rotate(
     turned = cos.shape[-1]
     part = x if turned == x.shape[-1] else x[..., :turned]
     if interleaved:
-        part = part.reshape(*part.shape[:-1], -1, 2).transpose(-1, -2).flatten(-2)
+        part = part.reshape(*part.shape[:-1], turned // 2, 2).transpose(-1, -2).flatten(-2)
     swapped = part.roll(turned // 2, -1)
     out = torch.addcmul(part * cos, swapped, sin).to(x.dtype)
     return out if turned == x.shape[-1] else torch.cat((out, x[..., turned:]), dim=-1)
