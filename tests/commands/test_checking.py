@@ -362,6 +362,7 @@ def test_without_json_the_command_speaks_to_people(checked, tmp_path, capsys):
     assert not out and "error: flow=nowhere.py:f: " in err and "\nroles.policy.tp=3 make 3" in err
 
 
+@pytest.mark.full
 def test_a_limit_is_named_where_an_import_meets_it(model: Path) -> None:
     """An error while a flow is imported is told as the flow's, although its fix is elsewhere."""
     flow = model.parent / "limited.py"

@@ -79,6 +79,7 @@ def test_names_of_files_that_a_locale_cannot_write_are_refused_in_one_line(place
     refused(ended, "cannot be a file's name here", "PYTHONUTF8=1")
 
 
+@pytest.mark.full
 def test_a_full_disk_is_one_line_and_room_is_all_that_it_needs(place: Path) -> None:
     config = str(prepare(place))
     ended = run(config, before=limits("ulimit -f 40"), home=place)

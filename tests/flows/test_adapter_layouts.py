@@ -75,7 +75,7 @@ def runs(request, tmp_path_factory):
     return run_layouts(root, only(LAYOUTS, names), **settings(root)), root
 
 
-BRIEF = ("one on host", "own bases", "tp", "shards", "merged")
+BRIEF = ("one on host", "tp", "merged")
 NAMES = swept([n for own in LAYOUTS.values() for n in own if n != "one"], BRIEF)
 
 

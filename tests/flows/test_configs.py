@@ -137,10 +137,9 @@ def test_recipes_run_on_few_ranks(place, ranks, switch):
 
 
 SAMPLE = (
-    *("gsm8k_tp", "gsm8k_lora", "gsm8k_moe", "long_context", "distill", "kto", "online_dpo"),
-    *("ppo", "reward_model", "sft"),
+    *("gsm8k_tp", "gsm8k_lora", "long_context", "distill", "online_dpo", "ppo", "reward_model"),
 )
-"""Every flow, and what only some configurations have: axes, experts, adapters, a teacher."""
+"""What only some configurations have: axes, adapters, a teacher, pairs. Fold has experts."""
 
 
 def test_a_sample_of_the_configs_runs_on_two_ranks(place):

@@ -74,7 +74,7 @@ FLOWS = {
     "reward_model": ("reward", {"reward": {"head": "normal", "trained": True}}),
 }
 EXPORTED = ("reward_model", "shard2")
-BRIEF = [EXPORTED, ("reward_model", "shard2 x cp2"), ("sft", "dp2"), ("sft", "dp2 x tp2")]
+BRIEF = [EXPORTED, ("reward_model", "shard2 x cp2"), ("sft", "dp2")]
 
 
 @pytest.fixture(scope="module")

@@ -248,7 +248,11 @@ def on_ranks(world: World, degrees: dict[str, int]) -> list[list[list[Completion
     ]
 
 
-@pytest.mark.parametrize("degrees", [{"tp": 2}, {"tp": 2, "ep": 2}], ids=["tp2", "tp2_ep2"])
+@pytest.mark.parametrize(
+    "degrees",
+    [pytest.param({"tp": 2}, marks=pytest.mark.full), {"tp": 2, "ep": 2}],
+    ids=["tp2", "tp2_ep2"],
+)
 def test_two_ranks_draw_the_tokens_and_experts_of_one(degrees: dict[str, int]) -> None:
     first, second = run_ranks(on_ranks, 2, degrees)
     for i, name in enumerate(MODELS):
@@ -298,7 +302,11 @@ def on_replicas(
 
 
 @pytest.mark.parametrize(
-    "degrees", [{"dp_replicate": 4, "ep": 4}, {"dp_replicate": 2, "tp": 2, "ep": 4}]
+    "degrees",
+    [
+        pytest.param({"dp_replicate": 4, "ep": 4}, marks=pytest.mark.full),
+        {"dp_replicate": 2, "tp": 2, "ep": 4},
+    ],
 )
 def test_replicas_that_share_experts_draw_the_tokens_of_one_rank(degrees: dict[str, int]) -> None:
     single = engine_of("Qwen3Moe", max_running=4)

@@ -247,7 +247,7 @@ def test_a_sample_that_starts_again_draws_the_same(
 
 def test_random_arrivals_change_nothing(expected: list[list[Completion]]) -> None:
     draw = random.Random(5)
-    for number in range(12):
+    for number in range(4):
         options = {
             "block_size": draw.choice([1, 4, 8, 16]),
             "max_running": draw.randint(1, 12),
@@ -259,6 +259,7 @@ def test_random_arrivals_change_nothing(expected: list[list[Completion]]) -> Non
         same(generate(make(**options), requests(), turns=turns), expected, f"{number}: {options}")
 
 
+@pytest.mark.full
 def test_what_starts_again_has_other_states_and_choices_of_experts() -> None:
     def recurrent(**options: Any) -> NativeEngine:
         return make_engine(*recurrent_model(), **options)

@@ -219,6 +219,7 @@ def test_a_sample_of_changes_within_a_step(root: Path) -> None:
     check(root, "sample", 1, cases_of(names, ["updating"], []))
 
 
+@pytest.mark.full
 def test_changes_on_two_ranks(root: Path) -> None:
     cases = cases_of(["prompts"], ["generating"], []) + cases_of(["answers"], ["updating"], [])
     check(root, "two", 2, cases)

@@ -53,6 +53,7 @@ def test_a_killed_rank_is_named_and_the_others_end_without_saving(root: Path) ->
     assert not (root / "Dies" / "checkpoints").exists()
 
 
+@pytest.mark.full
 def test_a_hung_rank_is_named_with_its_stack(root: Path) -> None:
     with start(root, "Hangs", "limits.default=6", "limits.start=60") as run:
         wait_until(lambda: len(list((root / "Hangs").glob("attempt_*/heartbeats/*"))) == 2, 60)

@@ -149,6 +149,7 @@ def test_samples_drawn_ahead_beside_an_update(root: Path, stops: list[str]) -> N
     check(root, f"lag_{stops[0]}", 2, stops, words)
 
 
+@pytest.mark.full
 @several(["15 20", "27"], ["25"])
 def test_samples_drawn_ahead_on_the_same_ranks(root: Path, stops: list[str]) -> None:
     words = ["lag=1", "algorithm.importance_cap=2.0"]

@@ -163,6 +163,7 @@ def test_sigint_is_a_stop_by_hand(lab: Lab, root: Path, whole: Path, whom: str) 
     goes_on(lab, root, name, whole)
 
 
+@all_cases
 def test_a_crash_with_progress_is_queued_again_and_one_without_is_not(lab: Lab, root: Path) -> None:
     job = start(lab, root, "crash", "checkpoint.every=1", name="CrashesAtThree")
     job.wait_for_restart()  # three steps were saved
@@ -299,6 +300,7 @@ wait $pid
 """
 
 
+@all_cases
 def test_preflight_names_a_slow_node(lab: Lab, root: Path) -> None:
     wrapper, run_dir = root / "slowed.sh", root / "slow_node"
     wrapper.write_text(SLOWED)

@@ -45,7 +45,7 @@ STEPS, STILL = "steps", "minibatches without signal"
     [
         (TORCH, 2, [STEPS, STILL]),
         pytest.param(TORCH, 4, [STEPS], marks=pytest.mark.full),
-        (TIED, 2, [STEPS]),
+        pytest.param(TIED, 2, [STEPS], marks=pytest.mark.full),
         pytest.param(TIED, 4, [STEPS], marks=pytest.mark.full),
         pytest.param(MEGATRON, 2, [STILL], marks=pytest.mark.megatron),
     ],
