@@ -1,5 +1,5 @@
-"""Sampling in Triton: its noise is the sampler's, its tokens are those of float64 and of the
-sampler, and its compiled code reads wide.
+"""Sampling in Triton: its noise is the sampler's, its tokens are those of float64, and its compiled
+code reads wide.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from torch import Tensor
 
 import kernel_proofs as proofs
 from spmdrl.keyed_random import Noise, exponential_at, key64, key_tensor, token_hash
-from spmdrl.rollout.native.sampler import Sampler
-from spmdrl.rollout.protocol import SamplingParams
 
 MODULE = "spmdrl.models.kernels.cuda.sampling"
 CPU = torch.device("cpu")
@@ -162,33 +160,6 @@ def not_finite(arguments: tuple[Tensor, ...]) -> None:
 
 def test_what_is_not_finite_stays_seen(interpreted: Run) -> None:
     interpreted(not_finite, case(5000))
-
-
-def draws(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    from spmdrl.models.kernels.cuda.sampling import draw_tokens
-
-    found: tuple[Tensor, ...] = draw_tokens(*arguments)
-    return found
-
-
-def test_the_sampler_draws_the_same(interpreted: Run) -> None:
-    """The engine's sampler, in torch, is what the kernels are to replace."""
-    logits, keys, temperatures, rows = case(8192, rows=40)
-    tokens, logprobs, margins = interpreted(draws, (logits, keys, temperatures, rows))
-    params = [SamplingParams(temperature=t, margins=True) for t in temperatures.tolist()]
-    sampler = Sampler(8192, CPU)
-    # a call overwrites its logits, and here sampled and greedy rows share them
-    parts = [
-        sampler.sample(logits.clone(), params[own], keys[own].tolist(), rows[own].tolist())
-        for own in (slice(40), slice(40, None))
-    ]
-    lead = torch.cat([p.margins for p in parts])
-    clear = lead > 1e-4
-    assert clear.sum() >= len(clear) - 2
-    assert torch.equal(tokens[clear], torch.cat([p.tokens for p in parts])[clear])
-    own_logprobs = torch.cat([p.logprobs for p in parts])
-    torch.testing.assert_close(logprobs[clear], own_logprobs[clear], rtol=0, atol=1e-5)
-    torch.testing.assert_close(margins[clear], lead[clear], rtol=1e-5, atol=1e-5)
 
 
 def at_fault(old: str, new: str, directory: Path, arguments: tuple[Tensor, ...]) -> None:
