@@ -9,7 +9,10 @@ from torch import Tensor
 
 from spmdrl.observe.metrics import read_metrics
 
-CLOCKS = ("wall_time", "seconds/", "tokens_per_s/", "memory/", "sync/gb_per_s")
+CLOCKS = (
+    *("wall_time", "seconds/", "tokens_per_s/", "efficiency/", "idle/", "memory/"),
+    "sync/gb_per_s",
+)
 """Metrics that clocks and allocators say."""
 
 

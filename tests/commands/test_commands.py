@@ -11,6 +11,7 @@ import torch
 from flow_cases import run_configs, write_config
 from harness import run_ranks
 from replay import assert_same_samples
+from saved_runs import CLOCKS
 from spmdrl.commands.evaluate import evaluate, generate
 from spmdrl.config.load import load_config
 from spmdrl.models.files.hf import open_checkpoint
@@ -28,9 +29,8 @@ def root(tmp_path_factory) -> Path:
 
 
 def same_but_for_time(a: dict[str, float], b: dict[str, float]) -> bool:
-    clocks = ("wall_time", "seconds/", "tokens_per_s/", "memory/", "sync/gb_per_s")
-    return {k: v for k, v in a.items() if not k.startswith(clocks)} == {
-        k: v for k, v in b.items() if not k.startswith(clocks)
+    return {k: v for k, v in a.items() if not k.startswith(CLOCKS)} == {
+        k: v for k, v in b.items() if not k.startswith(CLOCKS)
     }
 
 

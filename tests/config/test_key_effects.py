@@ -24,6 +24,7 @@ from harness import run_ranks
 from key_rewards import TOKEN
 from key_rows import ROWS, Row
 from role_specs import specs_of
+from saved_runs import CLOCKS
 from spmdrl.commands.plan import plan_text
 from spmdrl.commands.train import train
 from spmdrl.config.data_sets import held_out_sets, train_sources
@@ -216,7 +217,7 @@ def test_the_named_test_sets_the_key(key: str) -> None:
     assert [text for text in texts if pattern.search(text)], f"{key}: {file}::{name}: {HOW}"
 
 
-NOISE = ("seconds/", "tokens_per_s/", "memory/", "wall_time", "moved/", "mfu", "gb_per_s")
+NOISE = (*CLOCKS, "moved/", "gb_per_s")
 
 
 def run_cases(world: World, cases: list[tuple[str, list[str]]]) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ GROUPS = {
     "Value model": "value",
     "Turns": "turns",
     "Held-out sets": "eval",
-    "Speed": "seconds tokens_per_s flops_per_s mfu energy",
+    "Speed": "seconds tokens_per_s efficiency idle",
     "Memory": "memory",
     "Weight sync": "sync",
 }
