@@ -137,7 +137,7 @@ def at_fault(old: str, new: str, directory: Path, check: Any, *arguments: Any) -
         ("(1.0 - s)", "(1.0 + s)", compare_swiglu, (83,)),
         ("        s = -s\n", "        s = s\n", compare_rope, (3, 64, 64, False)),
         ("token * x_token", "token * heads * DIMS", compare_rope, (3, 64, 64, False)),
-        ("if REST > 0:", "if REST > 100:", compare_rope, (9, 96, 24, True)),
+        ("target + dim, value,", "target + dim, -value,", compare_rope, (9, 96, 24, True)),
     ],
 )
 def test_planted_faults(
