@@ -37,7 +37,11 @@ def made(every: int, *, is_first: bool = True) -> tuple[Run, Sync, list[int]]:
         return {}
 
     run = Run(
-        SimpleNamespace(run_dir="x", evaluation=SimpleNamespace(before=True, every=every)),
+        SimpleNamespace(
+            run_dir="x",
+            evaluation=SimpleNamespace(before=True, every=every, stop_after=0),
+            checkpoint=SimpleNamespace(keep_best=None),
+        ),
         SimpleNamespace(is_first=is_first),
         roles={"policy": policy, "rollout": rollout},
         syncs={("policy", "rollout"): sync},
