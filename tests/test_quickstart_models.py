@@ -41,7 +41,8 @@ def test_the_first_words_choose_model_and_configuration(
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked[1] == f"scripts/get_model.sh {model}"
     assert f" train configs/{config}.yaml run_dir=" in asked[2] and asked[2].endswith(" steps=2")
-    assert f" report configs/{config}.yaml " in asked[3]
+    [run_dir] = [word for word in asked[2].split() if word.startswith("run_dir=runs/")]
+    assert f" report {run_dir.removeprefix('run_dir=')} --seconds " in asked[3]
     assert load_config(config).model.path == f"models/{model}"
 
 

@@ -30,7 +30,9 @@ def without_compiler(world: World) -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "run"), [(1, verdicts), (1, without_compiler), (2, verdicts)], ids=["1", "no", "2"]
+    ("ranks", "run"),
+    [(1, verdicts), pytest.param(1, without_compiler, marks=pytest.mark.full), (2, verdicts)],
+    ids=["1", "no", "2"],
 )
 def test_the_native_engine_keeps_the_contract(ranks, run) -> None:
     for found in run_ranks(run, ranks):

@@ -43,7 +43,7 @@ STEPS, STILL = "steps", "minibatches without signal"
 @pytest.mark.parametrize(
     ("candidate", "size", "clauses"),
     [
-        (TORCH, 2, [STEPS, STILL]),
+        pytest.param(TORCH, 2, [STEPS, STILL], marks=pytest.mark.full),
         pytest.param(TORCH, 4, [STEPS], marks=pytest.mark.full),
         pytest.param(TIED, 2, [STEPS], marks=pytest.mark.full),
         pytest.param(TIED, 4, [STEPS], marks=pytest.mark.full),

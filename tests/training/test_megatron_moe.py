@@ -11,6 +11,7 @@ from test_moe_backend import CASES, COEFFICIENT, moe_config, on_ranks, recorded_
 
 from harness import run_ranks
 from spmdrl.world import World
+from sweeps import swept
 
 pytestmark = pytest.mark.megatron
 
@@ -40,7 +41,7 @@ def one() -> dict[str, Any]:
     return run_ranks(on_ranks, 1, CASES[1])[0][0]
 
 
-@pytest.mark.parametrize("size", LAYOUTS)
+@pytest.mark.parametrize("size", swept(LAYOUTS, [2]))
 def test_replay_balance_and_expert_metrics_equal_the_torch_backend(one, size):
     assert {"balance_loss", "replay_changed", "expert_load"} <= one["steps"][1][0].keys()
     results = run_ranks(on_megatron, size, LAYOUTS[size], timeout_s=200)

@@ -14,6 +14,8 @@ from torch import Tensor
 import kernel_proofs as proofs
 from spmdrl.models import rope
 
+pytestmark = pytest.mark.full  # nothing calls them yet
+
 MODULE = "spmdrl.models.kernels.cuda.rows"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Run = Callable[..., Any]
