@@ -24,7 +24,7 @@ ARCHITECTURES = (80, 90, 100)
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What ptxas and the disassembler say of a compiled kernel.
+    """Figures of a compiled kernel, from ptxas and the disassembler.
 
     Args:
         registers: those of a thread.

@@ -29,7 +29,7 @@ TERMS = {
     "checkpoint": "resume",
     "tool": "turns",
 }
-"""What a user types into the search -> the page that must be among the first."""
+"""Words that a user types into the search -> the page that must be among the first."""
 
 
 @pytest.fixture(scope="module")

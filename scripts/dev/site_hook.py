@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mkdocs.structure.files import File, Files
+from pymdownx.slugs import slugify
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "src")]
 
-from mkdocs.structure.files import File, Files  # noqa: E402
-from pymdownx.slugs import slugify  # noqa: E402
 from site_reference import GENERATED  # noqa: E402
 
 LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)\s#]+)((?:#[^)\s]*)?\))")
@@ -74,7 +75,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Fill in what is generated, and mend links that leave docs/."""
+    """Fill in generated parts, and mend links that leave docs/."""
     path = repository_path(page.file.src_uri)
     here = posixpath.dirname(page.file.src_uri)
 

@@ -139,7 +139,7 @@ def test_recipes_run_on_few_ranks(place, ranks, switch):
 SAMPLE = (
     *("gsm8k_tp", "gsm8k_lora", "long_context", "distill", "online_dpo", "ppo", "reward_model"),
 )
-"""What only some configurations have: axes, adapters, a teacher, pairs. Fold has experts."""
+"""Configurations with axes, adapters, a teacher, pairs; one with experts is among the folded."""
 
 
 def test_a_sample_of_the_configs_runs_on_two_ranks(place):

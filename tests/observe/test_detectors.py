@@ -131,8 +131,8 @@ def test_a_replay_finds_what_the_run_was_told(name: str) -> None:
     live = Detecting()
     told = [(int(r["step"]), found) for r in records for found in live.look(r)]
     episodes = replay(records)
-    key = lambda item: (item[0], item[1].name)  # noqa: E731
-    assert [(e.first, e.finding) for e in episodes] == sorted(told, key=key)
+    in_order = sorted(told, key=lambda item: (item[0], item[1].name))
+    assert [(e.first, e.finding) for e in episodes] == in_order
     assert [e.last for e in episodes if e.finding.name == name][-1] == 12
 
 

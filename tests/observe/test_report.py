@@ -47,7 +47,7 @@ def test_a_directory_that_is_no_run_is_refused(
 def test_a_run_of_0_1_has_a_page_that_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By its directory alone, and by its configuration, as 0.1 took it."""
+    """A run is given by its directory, or by its configuration, as 0.1 took it."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_bytes((OLD_RUN / "run" / "metrics.jsonl").read_bytes())

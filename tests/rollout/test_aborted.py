@@ -14,6 +14,7 @@ from test_engine import CACHE_BLOCK, load
 from spmdrl.memory.json_tensors import tensor_json
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import Completion, Finish, Request
+from spmdrl.testing.engine_subject import stop_after
 from sweeps import swept
 
 
@@ -35,17 +36,6 @@ CASES: dict[str, tuple[Callable[[], list[Request]], dict[str, Any]]] = {
 }
 
 
-def after(count: int) -> Callable[[], bool]:
-    """True from the `count`-th question on."""
-    asked: list[int] = []
-
-    def should_stop() -> bool:
-        asked.append(0)
-        return len(asked) >= count
-
-    return should_stop
-
-
 def engine_of(options: dict[str, Any]) -> NativeEngine:
     return make_engine(*tiny_model(), keeps_aborted=True, **options)
 
@@ -63,7 +53,7 @@ def test_it_goes_on_bit_for_bit_wherever_it_was_aborted(name: str) -> None:
     assert engine.aborted_state() == {}
     for count in sorted({1, 5, len(steps) // 3, len(steps) - 1}):
         engine = engine_of(options)
-        first = generate(engine, make(), should_stop=after(count))
+        first = generate(engine, make(), should_stop=stop_after(count))
         state = engine.aborted_state()
         assert state and engine.aborted_state() == {}
         assert any(c.finish == Finish.ABORTED for group in first for c in group)
@@ -78,7 +68,7 @@ def test_it_may_be_aborted_again_and_again() -> None:
     state: dict[str, Any] = {}
     for count in (4, 9, 2, 30, 11):
         engine = engine_of(options)
-        found = generate(engine, make(), should_stop=after(count), state=state)
+        found = generate(engine, make(), should_stop=stop_after(count), state=state)
         state = engine.aborted_state()
     assert any(c.finish == Finish.ABORTED for group in found for c in group)
     assert generate(engine_of(options), make(), state=state) == expected
@@ -93,7 +83,7 @@ def test_without_its_state_it_keeps_what_was_drawn(name: str) -> None:
     make, options = CASES[name]
     expected = generate(engine_of(options), make())
     for count in (1, 12, 31):
-        first = generate(engine_of(options), make(), should_stop=after(count))
+        first = generate(engine_of(options), make(), should_stop=stop_after(count))
         # as far as it came, another engine draws the rest, by the same keys
         other = make_engine(*tiny_model(), block_size=32, max_running=5)
         found = generate(other, begun(make(), first))
@@ -111,7 +101,7 @@ def test_a_state_with_stacked_caches_is_read() -> None:
     make, options = CASES["few"]
     expected = generate(engine_of(options), make())
     engine = engine_of(options)
-    generate(engine, make(), should_stop=after(9))
+    generate(engine, make(), should_stop=stop_after(9))
     state = engine.aborted_state()
     caches = [state.pop(f"cache.{i}") for i in range(4)]
     state |= {"keys": torch.stack(caches[:2]), "values": torch.stack(caches[2:])}
@@ -121,7 +111,7 @@ def test_a_state_with_stacked_caches_is_read() -> None:
 def test_a_state_of_another_call_is_not_used() -> None:
     make, options = CASES["default"]
     engine = engine_of(options)
-    first = generate(engine, make(), should_stop=after(12))
+    first = generate(engine, make(), should_stop=stop_after(12))
     state = engine.aborted_state()
     assert tensor_json(state["engine"])["call"]["limits"] == [256, 2048]
     smaller = engine_of({"max_running": 3})
@@ -134,5 +124,5 @@ def test_a_state_of_another_call_is_not_used() -> None:
 
 def test_nothing_is_kept_unless_it_is_asked_for() -> None:
     engine = make_engine(*tiny_model())
-    generate(engine, load(), should_stop=after(5))
+    generate(engine, load(), should_stop=stop_after(5))
     assert engine.aborted_state() == {}

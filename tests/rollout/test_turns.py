@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from rollout_models import assert_same, make_engine, prompts_of, request, tiny_model
-from test_aborted import after, begun
+from test_aborted import begun
 from test_engine import CACHE_BLOCK
 from test_engine_moe import engine_of as moe_engine
 from test_engine_recurrent import model as recurrent_model
@@ -22,6 +22,7 @@ from harness import run_ranks
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import Answer, Completion, Ending, Finish, Request, Turn
+from spmdrl.testing.engine_subject import stop_after
 from spmdrl.world import World
 
 ROUNDS = 4
@@ -192,7 +193,7 @@ def test_a_stopped_call_goes_on(keeps: bool, expected: list[list[Completion]]) -
     for count in (1, 3, 6, 11, 17, 26):
         first = make(keeps_aborted=True)
         delays = DELAYS["in disorder"]
-        part = generate(first, requests(), turns=Scripted(delays), should_stop=after(count))
+        part = generate(first, requests(), turns=Scripted(delays), should_stop=stop_after(count))
         state = first.aborted_state() if keeps else {}
         assert any(c.finish is Finish.ABORTED for group in part for c in group)
         asked = requests() if keeps else begun(requests(), part)
@@ -207,7 +208,7 @@ def test_a_stop_while_all_wait_is_seen(expected: list[list[Completion]]) -> None
             return ()
 
     engine = make(keeps_aborted=True)
-    part = generate(engine, requests(), turns=Silent(), should_stop=after(60))
+    part = generate(engine, requests(), turns=Silent(), should_stop=stop_after(60))
     flat = [c for group in part for c in group]
     assert all(c.finish is Finish.ABORTED and c.waits is not None for c in flat)
     answers = Scripted()

@@ -25,7 +25,7 @@ def flops_of(config: Config, lengths: Lengths) -> dict[str, float]:
 
 
 def test_an_update_is_six_operations_per_weight_and_token() -> None:
-    """Of short rows, whose attention hardly counts; the last token of each is only predicted."""
+    """Rows are short, so attention hardly counts; the last token of each is only predicted."""
     tokens = 129.0
     [(phase, found)] = flops_of(
         config_of("sft", {"policy": {}}), Lengths(prompt=0, response=tokens, longest=tokens)
