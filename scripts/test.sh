@@ -5,9 +5,17 @@
 # Three workers: one of them mostly waits for Slurm. WORKERS=0 runs all tests in pytest's own process.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+scripts/dev/install_compiler.sh
+if [ $# = 0 ]; then
+    # beside what follows: pip mostly unpacks, on one core. Where making it takes longer than this,
+    # it is left to scripts/test_cuda.sh
+    said=$(mktemp)
+    SPMDRL_CUDA_ENV_SECONDS=${SPMDRL_CUDA_ENV_SECONDS:-480} scripts/dev/cuda_env.sh >/dev/null 2>"$said" &
+    making=$!
+    trap 'kill $making 2>/dev/null || true; rm -f "$said"' EXIT
+fi
 scripts/setup.sh requirements-dev.txt
 scripts/get_model.sh
-scripts/dev/install_compiler.sh
 scripts/dev/install_slurm.sh
 .venv/bin/ruff format --check src tests benchmarks examples scripts
 .venv/bin/ruff check src tests benchmarks examples scripts
@@ -15,17 +23,16 @@ scripts/dev/install_slurm.sh
 selected="not full"
 if [ $# = 0 ]; then
     code=0
-    # where making it takes longer than this, it is left to scripts/test_cuda.sh
-    said=$(SPMDRL_CUDA_ENV_SECONDS=${SPMDRL_CUDA_ENV_SECONDS:-480} \
-        scripts/dev/cuda_env.sh 2>&1 >/dev/null | tail -1) || code=$?
+    wait "$making" || code=$?
+    why=$(tail -1 "$said")
     case $code in
     0)
         scripts/test_cuda.sh --quick
         selected="not full and not fakegpu"
         ;;
-    3) export SPMDRL_NO_STAND_IN=$said ;; # tests/conftest.py prints it, with what it leaves out
+    3) export SPMDRL_NO_STAND_IN=$why ;; # tests/conftest.py prints it, with what it leaves out
     *)
-        echo "$said" >&2
+        echo "$why" >&2
         exit "$code"
         ;;
     esac

@@ -92,6 +92,7 @@ def values(root: Path, name: str, metric: str) -> list[float]:
     return [record[metric] for record in records if metric in record]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_is_exported_that_has_learned(root: Path, name: str) -> None:
     model = read_config(root / "model")

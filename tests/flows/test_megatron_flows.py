@@ -127,6 +127,7 @@ def test_grpo_equals_the_torch_backend(grpo, name):
     assert one[2]["ref_kl"] > 1e-4, "the policy has not moved away from the reference"
 
 
+@pytest.mark.full
 def test_grpo_on_experts_with_replay_equals_the_torch_backend(moe):
     for step, (a, b) in enumerate(zip(moe["one"], moe["tp2 pp2 ep2"], strict=True)):
         for metric in ("loss", "grad_norm", "ref_kl", "entropy", "expert_load_max", "balance_loss"):

@@ -96,6 +96,7 @@ def runs(request, tmp_path_factory):
 BRIEF = [("reinforce_pp", "dp2"), ("rloo", "dp2"), ("distilled", "tp2")]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "layout"), swept([(n, layout) for n in CASES for layout in LAYOUTS[2]], BRIEF)
 )
@@ -108,6 +109,7 @@ def test_metrics_equal_one_rank(runs, name, layout):
         assert other["teacher_kl"] == pytest.approx(one["teacher_kl"], rel=1e-4)
 
 
+@pytest.mark.full
 def test_each_is_an_algorithm_of_its_own(runs):
     losses = {name: runs[name, "one"]["loss"] for name in CASES}
     assert len({round(loss, 9) for loss in losses.values()}) == len(losses), losses

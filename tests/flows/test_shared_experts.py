@@ -58,6 +58,7 @@ def runs(request: pytest.FixtureRequest, root: Path) -> dict[str, list[dict[str,
     return run_layouts(root, only(LAYOUTS, asked(request, "name")), **SETTINGS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_layouts_and_engines_train_as_one_process(runs, root: Path, name: str) -> None:
     one, other = runs["one"], runs[name]
@@ -76,6 +77,7 @@ def test_layouts_and_engines_train_as_one_process(runs, root: Path, name: str) -
         torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=2e-4, msg=key)
 
 
+@pytest.mark.full
 def test_the_export_has_a_copy_for_each_expert(runs, root: Path) -> None:
     model, path = read_config(root / "model"), root / "one" / "model"
     shared = open_adapter(path, model, experts="shared")

@@ -44,6 +44,7 @@ def written(directory: Path, name: str) -> str:
     )
 
 
+@pytest.mark.full
 def test_samples_do_not_depend_on_the_layout(tmp_path: Path) -> None:
     cases = [
         (path, [*words, f"run_dir={tmp_path / name}_{number}"])

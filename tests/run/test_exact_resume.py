@@ -156,6 +156,7 @@ def test_samples_drawn_ahead_on_the_same_ranks(root: Path, stops: list[str]) -> 
     check(root, f"same_{stops[0]}", 2, stops, words)
 
 
+@pytest.mark.full
 @several(["100 13"], ["4 100", "30"])
 def test_a_tensor_parallel_group_stops_and_goes_on_together(root: Path, stops: list[str]) -> None:
     words = ["roles.policy.tp=2", "roles.rollout.tp=2"]
@@ -209,7 +210,7 @@ def stop_once(world: World, config: str, base: Path, stop: str, words: list[str]
             )
 
 
-@pytest.mark.parametrize("adapters", swept(["unmerged", "merged"], ["merged"]))
+@pytest.mark.parametrize("adapters", swept(["unmerged", "merged"], []))
 @several(["100 17"], ["100 35"])
 def test_an_engines_copy_of_a_frozen_base_is_not_kept(
     root: Path, adapters: str, stops: list[str]

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from test_exact_resume import check
 
 from spmdrl.memory.json_tensors import tensor_json
+from sweeps import swept
 from tiny_model import make_tiny_model
 
 READERS = Path(__file__).parents[1] / "judging.py"
@@ -39,7 +40,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", swept(CASES, ["pairs"]))
 def test_a_judge_resumes_within_its_answers(tmp_path: Path, name: str) -> None:
     make_tiny_model(tmp_path / "model")
     make_tiny_model(tmp_path / "other", seed=5)

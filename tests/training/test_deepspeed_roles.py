@@ -104,6 +104,7 @@ def two(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return run_ranks(on_two_ranks, 2, names, timeout_s=280)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", brief(EXPERTS, "3"))
 def test_experts_train_as_on_torch(
     one: dict[str, Any], two: list[dict[str, Any]], name: str

@@ -26,6 +26,7 @@ from spmdrl.models.sharding import global_shapes
 from spmdrl.training.packing import pack
 from spmdrl.training.readout import next_token
 from spmdrl.world import World
+from sweeps import asked, swept
 
 pytestmark = pytest.mark.megatron
 
@@ -85,47 +86,39 @@ CASES = [
     (size, kind, name) for size in LAYOUTS for kind in KINDS for name in layouts_of(kind)[size]
 ]
 BRIEF: dict[str, tuple[str, ...]] = {
-    "qwen2": ("tp1 recompute", "tp2 sp", "pp2 vpp2", "cp2", "dp2 sharded", "tp2 pp2 vpp2 sp"),
-    "qwen3_moe": ("tp2 ep2", "tp2 pp2 ep2"),
-    "mixtral": ("pp2 vpp2",),
-    "llama": ("tp2 sp",),
-    "qwen3": ("pp2",),
+    "qwen2": ("tp2 sp", "pp2 vpp2", "cp2", "dp2 sharded"),
+    "qwen3_moe": ("tp2 ep2",),
     "uneven": ("pp2 vpp2",),
-    "windowed": ("tp2 sp",),
 }
-"""Layouts that are tried every time: most of the kind that differs most, one of each other kind."""
+"""Layouts that are tried every time: most of the kind that differs most, and one of experts."""
 
 
 def marked(key: tuple[int, str, str]) -> Any:
     _, kind, name = key
-    brief = name in BRIEF[kind]
+    brief = name in BRIEF.get(kind, ())
     return pytest.param(*key, marks=() if brief else pytest.mark.full)
 
 
 @pytest.fixture(scope="module")
-def expected() -> dict[str, dict[str, Any]]:
+def expected(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     """By kind: the torch backend's record on one rank, and transformers' (`hf`)."""
-    found: dict[str, dict[str, Any]] = run_ranks(torch_records, 1)[0]
+    kinds = sorted(asked(request, "kind")) or list(KINDS)
+    found: dict[str, dict[str, Any]] = run_ranks(torch_records, 1, kinds)[0]
     return {kind: {**record, "hf": reference(KINDS[kind])} for kind, record in found.items()}
 
 
 @pytest.fixture(scope="module")
 def records(request: pytest.FixtureRequest) -> dict[tuple[int, str, str], list[dict[str, Any]]]:
     """The record of all ranks for each case that is asked for; one launch for each world size."""
-    asked = {tuple(item.callspec.params.values()) for item in of_layouts(request.session)}
+    wanted = asked(request, "size", "kind", "name")
     found = {}
     for size in LAYOUTS:
-        names = [key for key in CASES if key[0] == size and key in asked]
+        names = [key for key in CASES if key[0] == size and key in wanted]
         cases = [(kind, layouts_of(kind)[size][name]) for _, kind, name in names]
         ranks = run_ranks(run_cases, size, cases, timeout_s=280) if cases else []
         for number, key in enumerate(names):
             found[key] = [rank[number] for rank in ranks]
     return found
-
-
-def of_layouts(session: pytest.Session) -> list[Any]:
-    name = test_layouts_equal_the_torch_backend_and_transformers.__name__
-    return [item for item in session.items if getattr(item, "originalname", "") == name]
 
 
 @pytest.mark.parametrize(("size", "kind", "name"), [marked(key) for key in CASES])
@@ -188,14 +181,12 @@ def test_copies_of_tensor_parallel_ranks_stay_copies_and_state_lies_with_its_mas
             assert torch.equal(tensor, b[name]), name
 
 
-def logits_of_rows(world: World) -> dict[str, list[torch.Tensor]]:
+def logits_of_rows(world: World, kind: str) -> list[torch.Tensor]:
     """Of the probe's rows, each alone, on one rank."""
-    rows, found = probe_rows(), {}
-    for kind, config in KINDS.items():
-        backend = make_backend(world, config, case(), trainable=False)
-        split = torch.split(rows["tokens"], rows.lengths.tolist())
-        found[kind] = [hidden_logits(backend, tokens) for tokens in split]
-    return found
+    rows = probe_rows()
+    backend = make_backend(world, KINDS[kind], case(), trainable=False)
+    split = torch.split(rows["tokens"], rows.lengths.tolist())
+    return [hidden_logits(backend, tokens) for tokens in split]
 
 
 def hidden_logits(backend: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -209,7 +200,8 @@ def hidden_logits(backend: Any, tokens: torch.Tensor) -> torch.Tensor:
     return hidden[0] @ backend._head_weight()[0].t()
 
 
-def test_logits_equal_transformers(expected):
-    for kind, found in run_ranks(logits_of_rows, 1)[0].items():
-        for own, wanted in zip(found, expected[kind]["hf"]["logits"], strict=True):
-            torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("kind", swept(KINDS, BRIEF))
+def test_logits_equal_transformers(expected, kind):
+    [found] = run_ranks(logits_of_rows, 1, kind)
+    for own, wanted in zip(found, expected[kind]["hf"]["logits"], strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)

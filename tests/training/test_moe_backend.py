@@ -74,7 +74,7 @@ def one() -> dict[str, Any]:
     return run_ranks(on_ranks, 1, CASES[1])[0][0]
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.full), 4])
 def test_layouts_train_as_one_rank_does(one: dict[str, Any], size: int) -> None:
     """With balance loss and replay: metrics, gradients, weights and moments of three steps."""
     results = run_ranks(on_ranks, size, CASES[size], timeout_s=200)
