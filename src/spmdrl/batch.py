@@ -171,7 +171,7 @@ class Batch:
         rows = given.long()
         lengths = self.lengths[rows]
         position = span_index(self.offsets()[:-1][rows], lengths)
-        picked = rows.tolist()
+        picked = rows.tolist() if self.objects else []
         return Batch(
             lengths=lengths,
             tokens={name: column[position] for name, column in self.tokens.items()},
@@ -293,8 +293,6 @@ def join_ragged(parts: Sequence[Ragged]) -> Ragged:
 def span_index(starts: Tensor, lengths: Tensor) -> Tensor:
     """Indices of spans `[start, start + length)`, laid end to end."""
     total = int(lengths.sum())
-    ends = lengths.cumsum(0)
-    within = torch.arange(total, device=lengths.device) - torch.repeat_interleave(
-        ends - lengths, lengths
-    )
-    return torch.repeat_interleave(starts, lengths) + within
+    shifts = starts - lengths.cumsum(0) + lengths  # of a span from where it lies in the result
+    shifts = torch.repeat_interleave(shifts, lengths, output_size=total)
+    return shifts + torch.arange(total, device=lengths.device)

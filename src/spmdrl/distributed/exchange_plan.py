@@ -56,7 +56,8 @@ class ExchangePlan:
     minibatch: Tensor
 
     def replica_of(self, rank: int) -> int | None:
-        return self._replica_of.get(rank)
+        # each rank asks for its own alone: a table of all ranks would take longer to make
+        return next((i for i, ranks in enumerate(self.replicas) if rank in ranks), None)
 
     def rows_at(self, rank: int) -> Tensor:
         """The global rows that `rank` takes, in its order; empty outside the role."""
@@ -84,10 +85,6 @@ class ExchangePlan:
     def _leaving(self) -> dict[int, dict[int, Tensor]]:
         """Results of `rows_from`: calls that share a plan ask for the same ones."""
         return {}
-
-    @cached_property
-    def _replica_of(self) -> dict[int, int]:
-        return {rank: index for index, ranks in enumerate(self.replicas) for rank in ranks}
 
     @cached_property
     def _ends(self) -> Tensor:
