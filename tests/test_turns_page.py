@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,30 @@ def test_the_shipped_environments_run_three_steps(checkout: Path, line: str) -> 
     run(checkout, small(line))
     records = read_metrics(checkout / "runs" / name / "metrics.jsonl")
     assert len([record for record in records if "rollout_tokens" in record]) == 3
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_the_tutorial_goes_from_nothing_to_its_figures(checkout: Path) -> None:
+    [line] = blocks(PAGE, "bash")[2].splitlines()
+    (checkout / "scripts").mkdir()
+    shutil.copytree(ROOT / "scripts" / "examples", checkout / "scripts" / "examples")
+    (checkout / ".venv").symlink_to(sys.prefix)
+    for name in ("setup.sh", "get_model.sh"):  # what they install and download exists already
+        (checkout / "scripts" / name).write_text("#!/bin/sh\n")
+        (checkout / "scripts" / name).chmod(0o755)
+    sizes = "steps=2 data.prompts_per_step=2 data.group_size=2 evaluation.sets.held_out.max_items=6"
+    said = run(checkout, f"SFT_STEPS='1 2' RANKS=1 {line} --out runs/tools {sizes}")
+    figures = json.loads(said.splitlines()[-1])
+    assert set(figures) == {
+        *("accuracy_sft", "accuracy_after", "accuracy_without_tool"),
+        *("standard_error", "valid_calls", "seconds"),
+    }
+    for stage, steps in (("sft", 2), ("grpo", 2), ("sft_without", 2), ("grpo_without", 2)):
+        records = read_metrics(checkout / "runs/tools" / stage / "metrics.jsonl")
+        # GRPO of a model that answers nothing right has no loss
+        shown = "rollout_tokens" if "grpo" in stage else "loss"
+        assert len([record for record in records if shown in record]) == steps, stage
 
 
 def test_the_tools_of_the_page_are_found(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
