@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from flow_cases import write_config
 from spmdrl.commands.evaluate import rollout_only
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
 from spmdrl.models.config import ModelConfig, parse_config, read_config, resized
+from spmdrl.models.local_shards import KindTable, LocalShard
+from spmdrl.models.sharding import global_shapes
 from spmdrl.placement import place_roles
+from spmdrl.planning.known_models import known_model
 from spmdrl.planning.margins import FRAGMENT_SHARE, Margin
 from spmdrl.planning.memory import device_bytes
+from spmdrl.planning.parts import table_bytes
 from spmdrl.planning.plan import RolePlan, plan_roles
-from spmdrl.planning.systems.train_memory import optimizer_bytes
+from spmdrl.planning.systems.train_memory import optimizer_bytes, trained_bytes
+from spmdrl.weights.layout import model_layout
 from tiny_model import make_tiny_model
 
 
@@ -217,3 +224,23 @@ def test_ranks_whose_optimizers_hold_unlike_shares_have_plans_of_their_own(model
         if part.key == ("policy", "optimizer")
     ]
     assert planned == held and len(set(held)) > 1
+
+
+def test_sizes_are_added_up_without_the_names_of_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making them for every layer, part and rank took most of a plan of many experts."""
+    model = known_model("qwen3-30b-a3b")
+    layout = model_layout(model, range(2), {"dp_replicate": 1, "dp_shard": 2}, torch.float32)
+    expected = 2 * sum(map(math.prod, global_shapes(model).values()))  # of two ranks, half each
+    read = KindTable.__getitem__
+    names: list[str] = []
+
+    def counted(table: KindTable, name: str) -> LocalShard:
+        names.append(name)
+        return read(table, name)
+
+    monkeypatch.setattr(KindTable, "__getitem__", counted)
+    size = table_bytes(layout[0])
+    assert expected <= size < 1.001 * expected, "norms are not cut"
+    assert trained_bytes(layout[0]) == size
+    assert optimizer_bytes(layout[0], layout[0]) == 2 * size
+    assert names == []

@@ -85,6 +85,15 @@ class KindTable(Mapping[str, LocalShard]):
         return len(self.kinds)
 
 
+def sized(table: Table) -> Mapping[str, LocalShard]:
+    """The tensors of a table for what adds up their sizes: slices may lack their names, which take
+    far longer to make for every layer than the sum.
+    """
+    if not isinstance(table, KindTable):
+        return table
+    return {name: table.shards[kind] for name, (kind, _) in table.kinds.items()}
+
+
 WeightLayout = Mapping[int, Table]
 """World rank -> its table; ranks with equal tables may share one object."""
 

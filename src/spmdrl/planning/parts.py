@@ -12,7 +12,7 @@ from spmdrl.config.shipped_flows import is_shipped
 from spmdrl.memory.parts import Part, PartKey, ResidencyWish
 from spmdrl.models.blocks.moe import has_fixed_shapes
 from spmdrl.models.linear import LEAST_CAPABILITY
-from spmdrl.models.local_shards import Table, WeightLayout
+from spmdrl.models.local_shards import Table, WeightLayout, sized
 from spmdrl.planning.engines import vllm_cache
 from spmdrl.planning.kv_cache import cache_sizes, reads_pages
 from spmdrl.planning.systems.registry import train_system
@@ -58,7 +58,8 @@ def planned_parts(
     for name, model in engines.items():
         shared = syncs[name].shared.get(rank, frozenset()) if name in syncs else frozenset()
         rests_on = () if policy is None else _parts_of(shared, policy, here, rank)
-        held = {local: held for local, held in model.layout[rank].items() if local not in shared}
+        table = sized(model.layout[rank])
+        held = {local: held for local, held in table.items() if local not in shared}
         own = _engine_parts(config, model.spec, table_bytes(held), rests_on)
         if name in syncs and _may_lose_weights(config, syncs[name]):
             own[0] = replace(own[0], may_lose=True)
@@ -100,7 +101,7 @@ def _wish(spec: RoleSpec, part: str) -> ResidencyWish:
 
 
 def _model_parts(model: HeldModel, here: Mapping[str, HeldModel], rank: int) -> list[Part]:
-    spec, table = model.spec, model.layout[rank]
+    spec, table = model.spec, sized(model.layout[rank])
     base, parts = base_part(spec, here), []
     if base == (spec.name, BASE):
         size = table_bytes({local: held for local, held in table.items() if held.frozen})
@@ -178,7 +179,8 @@ def uses_graphs(config: Config, model: HeldModel) -> bool:
         return False
     # a host without a GPU plans for GPUs that torch's kernels support
     capability = None if torch.cuda.is_available() else LEAST_CAPABILITY
-    shapes = {name: held.shape for name, held in next(iter(model.layout.values())).items()}
+    table = sized(next(iter(model.layout.values())))
+    shapes = {name: held.shape for name, held in table.items()}
     usable = reads_pages(spec)
     fixed = has_fixed_shapes(spec.model, shapes, spec.dtype, spec.device, capability)
     return config.rollout.cuda_graphs and usable and fixed and not spec.shares_experts
@@ -186,7 +188,7 @@ def uses_graphs(config: Config, model: HeldModel) -> bool:
 
 def table_bytes(table: Table) -> int:
     """Bytes of a rank's tensors."""
-    return sum(held.num_bytes for held in table.values())
+    return sum(held.num_bytes for held in sized(table).values())
 
 
 def cache_bytes(config: Config, spec: RoleSpec) -> int:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from spmdrl.models.local_shards import Table
+from spmdrl.models.local_shards import Table, sized
 from spmdrl.planning.forecast.collectives import (
     Group,
     all_gather,
@@ -64,8 +64,10 @@ class TrainRank:
         """Values of its masters; bytes of the weights in their own narrow dtype; values of the
         weights that train.
         """
-        trained = sum(math.prod(held.shape) for held in self.states.values() if not held.frozen)
-        own = [held for held in self.table.values() if not held.frozen]
+        trained = sum(
+            math.prod(held.shape) for held in sized(self.states).values() if not held.frozen
+        )
+        own = [held for held in sized(self.table).values() if not held.frozen]
         narrow = [held for held in own if held.dtype.itemsize < 4]
         weights = sum(math.prod(held.shape) * held.dtype.itemsize for held in narrow)
         return trained, weights, sum(math.prod(held.shape) for held in own)
@@ -73,9 +75,9 @@ class TrainRank:
     @cached_property
     def trained_share(self) -> float:
         """Share of the values of its own matrices that train."""
-        sizes = {name: math.prod(held.shape) for name, held in self.table.items()}
-        trained = sum(size for name, size in sizes.items() if not self.table[name].frozen)
-        return trained / max(1, sum(sizes.values()))
+        sizes = [(math.prod(held.shape), held.frozen) for held in sized(self.table).values()]
+        trained = sum(size for size, frozen in sizes if not frozen)
+        return trained / max(1, sum(size for size, _ in sizes))
 
     @property
     def shard(self) -> Group:
@@ -255,7 +257,7 @@ def _gathers(rank: TrainRank, microbatches: int) -> Work:
         return NOTHING
     work = _along_shards(rank, rank.itemsize, microbatches)
     if rank.traffic.offload == "all":
-        held = sum(own.num_bytes for own in rank.table.values())
+        held = sum(own.num_bytes for own in sized(rank.table).values())
         work += Work(link_bytes={"host": float(held * microbatches)})
     return work
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.local_shards import Table
+from spmdrl.models.local_shards import Table, sized
 from spmdrl.models.sharding import Head, fused_tensors, local_parameters
 from spmdrl.role_spec import RoleSpec
 
@@ -49,7 +50,7 @@ def plain_memory(spec: RoleSpec, weights: Table, states: Table) -> TrainMemory:
 
 def optimizer_bytes(weights: Table, states: Table) -> int:
     """Bytes of AdamW's two moments in float32, and of the masters if the weights are narrower."""
-    narrow = {name: held for name, held in weights.items() if held.dtype != torch.float32}
+    narrow = {name: held for name, held in sized(weights).items() if held.dtype != torch.float32}
     # FSDP's shards that train are float32, tensors that it does not cut and those that do not train
     # may be narrower; else all have one dtype
     masters = narrow if len(narrow) < len(weights) else states
@@ -63,7 +64,7 @@ def gradient_bytes(table: Table) -> int:
 
 def trained_bytes(table: Table) -> int:
     """Bytes of the values that train, each in float32."""
-    return sum(4 * math.prod(held.shape) for held in table.values() if not held.frozen)
+    return sum(4 * math.prod(held.shape) for held in sized(table).values() if not held.frozen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,7 @@ class UnitSizes:
     largest: int
 
 
+@lru_cache(maxsize=64)  # every rank asks for those of its role
 def unit_sizes(model: ModelConfig, head: Head, tp: int, ep: int) -> UnitSizes:
     """Count the values of a rank's layers; layers that are alike count once."""
     one_of_each = {layer: number for number, layer in enumerate(model.layers)}
