@@ -108,6 +108,21 @@ def test_a_warning_saves_and_queues_again_and_the_run_goes_on_exactly(
     assert records(root / "warned") == records(whole)
 
 
+def test_a_detectors_stop_concludes_the_job(lab: Lab, root: Path) -> None:
+    """Rewards that are all equal: the run ends in its third step, and Slurm is done with it."""
+    (root / "mine.py").write_text("def always(response):\n    return 1.0\n")
+    words = (f"rewards=[{{function: '{root}/mine.py:always'}}]", "log.on_detect=stop")
+    run_dir = root / "flat"
+    options = ("--nodes=1", "--cpus-per-task=2")
+    job = lab.submit("train.sbatch", config_of(root), *words, options=options, RUN_DIR=str(run_dir))
+    assert job.wait("COMPLETED", "FAILED") == "COMPLETED", job.output()
+    assert outcome_of(run_dir) == "done" and len(records(run_dir)) == 3
+    (attempt,) = run_dir.glob("attempt_*")
+    assert (attempt / "stopped_by").read_text() == "the detector flat_reward\n"
+    assert "outcome done, 3 steps saved" in job.output()
+    assert job.restarts == 0 and "queued again" not in job.output()
+
+
 @all_cases
 def test_a_warning_during_the_import_of_torch_is_not_lost(
     lab: Lab, root: Path, whole: Path

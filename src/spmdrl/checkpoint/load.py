@@ -187,7 +187,7 @@ def read_private(path: Path, rank: int) -> dict[str, Tensor]:
     Raises:
         ValueError: the rank's file is damaged.
     """
-    file = _open(path / rank_file(rank))
+    file = open_file(path / rank_file(rank))
     names = [key for key in file.keys() if key.startswith(PRIVATE)]  # noqa: SIM118
     return {name.removeprefix(PRIVATE): file.get_tensor(name) for name in names}
 
@@ -196,12 +196,17 @@ def _check_files(path: Path, files: Mapping[str, Mark]) -> None:
     """Check this rank's share of the files."""
     rank, size = dist.get_rank(), dist.get_world_size()
     for name, mark in list(files.items())[rank::size]:
-        found = _size(path / name)
-        if found != mark.num_bytes:
-            state = "is missing" if found is None else f"has {found} bytes, not {mark.num_bytes}"
-            raise ValueError(f"{path / name} {state}; {fix(path)}")
-        if _xxh3(path / name) != mark.xxh3:
-            raise ValueError(f"{path / name} is damaged (its checksum differs); {fix(path)}")
+        check_file(path / name, mark)
+
+
+def check_file(file: Path, mark: Mark) -> None:
+    """Raise ValueError if a file of a checkpoint is missing or damaged."""
+    found = _size(file)
+    if found != mark.num_bytes:
+        state = "is missing" if found is None else f"has {found} bytes, not {mark.num_bytes}"
+        raise ValueError(f"{file} {state}; {fix(file.parent)}")
+    if _xxh3(file) != mark.xxh3:
+        raise ValueError(f"{file} is damaged (its checksum differs); {fix(file.parent)}")
 
 
 def _xxh3(path: Path) -> str:
@@ -223,7 +228,7 @@ def _plan_reads(path: Path, index: Index, tensors: Tensors) -> tuple[list[_Read]
         for piece in slices:
             entries = by_name.get((group, piece.name), [])
             reads += _reads_of(path, entries, group, piece, local_box(tensor, piece))
-    files = {file: _open(path / file) for file in sorted({read.file for read in reads})}
+    files = {file: open_file(path / file) for file in sorted({read.file for read in reads})}
     return reads, files
 
 
@@ -252,7 +257,8 @@ def _reads_of(
     return reads
 
 
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
+    """Open a file of a checkpoint; ValueError if it is damaged."""
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:

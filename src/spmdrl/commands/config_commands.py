@@ -20,6 +20,10 @@ Add = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.Argume
 """Adds a command: its name, its function and what it does."""
 
 
+DOWNLOADING = ("train", "eval", "generate", "export")
+"""Commands that need models' files."""
+
+
 def add_config_commands(add: Add) -> None:
     """Add the commands, with their words."""
     command = add("check", check, "Say whether a run would start, without starting it; 2 if not.")
@@ -84,11 +88,11 @@ def load(options: argparse.Namespace) -> Config:
     from spmdrl.config.load import load_config
 
     trains = options.name in ("train", "plan", "explain", "check", "check-collectives")
-    overrides = [*options.overrides, *["fold=true"] * options.fold]
+    overrides = [*options.overrides, *["fold=true"] * ("fold" in options and options.fold)]
     config = load_config(options.config, overrides, trains=trains)
     if options.name == "report":
         return config
-    return with_local_models(config, download=options.name in ("train", "eval", "generate"))
+    return with_local_models(config, download=options.name in DOWNLOADING)
 
 
 def check(options: argparse.Namespace) -> None:

@@ -17,6 +17,16 @@ def add_run_commands(add: Add) -> None:
     command.add_argument("run_dir")
     command.add_argument("--step", type=int, help="default: the last one written")
     command.add_argument("--sample", type=int, help="place in the step, from 0; default: the table")
+    command = add(
+        "export", _export, "Write a role of a checkpoint as transformers or PEFT loads it."
+    )
+    command.add_argument("config", metavar="RUN", help="directory of a run")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument("--step", type=int, help="steps done; default: the newest checkpoint")
+    command.add_argument("--role", help="a role that trains; default: the policy")
+    command.add_argument(
+        "--to", metavar="DIR", help="default: RUN/model_step_NNNNNNNN, with _ROLE for other roles"
+    )
     command = add("sync", _sync, "Send a run's metrics to trackers that do not have them yet.")
     command.add_argument("run_dir")
     command.add_argument(
@@ -38,6 +48,21 @@ def _show(options: argparse.Namespace) -> None:
     from spmdrl.commands.show import show
 
     print(show(Path(options.run_dir), options.step, options.sample), flush=True)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from spmdrl.config.load import last_start
+
+    start = last_start(Path(options.config).expanduser())
+    config = load(options)
+    from spmdrl.commands.export import Choice, export
+    from spmdrl.observe.log import set_up_logging
+
+    set_up_logging(0)
+    to = None if options.to is None else Path(options.to).expanduser()
+    done = export(config, start, Choice(step=options.step, role=options.role, directory=to))
+    for directory in done.directories:
+        print(f"{done.role} of {done.checkpoint}: {directory}", flush=True)
 
 
 def _sync(options: argparse.Namespace) -> None:

@@ -127,6 +127,18 @@ def run_values(directory: Path) -> dict[str, Any]:
     Raises:
         ValueError: the directory is no run's, or that of a run of spmdrl 0.1, which wrote none.
     """
+    given = last_start(directory).get("config")
+    if not isinstance(given, dict):
+        raise ValueError(f"{directory / RUN_FILE} has no configuration of a start")
+    return {**given, "run_dir": str(directory)}
+
+
+def last_start(directory: Path) -> dict[str, Any]:
+    """Read what a run's last start wrote about itself.
+
+    Raises:
+        ValueError: see `run_values`.
+    """
     file = directory / RUN_FILE
     if not file.is_file():
         raise ValueError(
@@ -134,8 +146,7 @@ def run_values(directory: Path) -> dict[str, Any]:
             "was started with, and run_dir as it was"
         )
     try:
-        given = json.loads(file.read_text(encoding="utf-8"))["starts"][-1]["config"]
-        return {**given, "run_dir": str(directory)}
+        return dict(json.loads(file.read_text(encoding="utf-8"))["starts"][-1])
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{file} has no configuration of a start: {error!r}") from None
 

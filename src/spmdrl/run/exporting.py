@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,18 @@ Gathered = Iterator[tuple[str, Tensor | None]]
 
 Named = Iterator[tuple[str, Tensor]]
 
+Held = LocalTensors | None
+
+Wanted = Callable[[str], bool]
+"""Whether a global tensor of this name is wanted."""
+
+Take = Callable[[Wanted], Gathered]
+
+Writer = Callable[[Path, Named], None]
+"""Writes a directory with these tensors."""
+
+Write = Callable[[Path, Gathered, Writer], None]
+
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -51,27 +63,58 @@ def export_models(config: Config, assembly: Assembly, directory: Path) -> None:
     Raises:
         OSError: a directory could not be written, on every rank; an older one is untouched.
     """
-    trained = assembly.trained
-    first = "policy" if "policy" in trained else next(iter(trained))
+    directories = model_directories(directory, assembly.trained)
+    for name, own in directories.items():
+        layout, tensors = assembly.layouts[name], _tensors(assembly, name)
+
+        def take(wanted: Wanted, layout: WeightLayout = layout, held: Held = tensors) -> Gathered:
+            return full_tensors(parts_of(layout, wanted), held)
+
+        write_role(config, assembly.specs[name], own, take, _together)
+
+
+def model_directories(directory: Path, names: Iterable[str]) -> dict[str, Path]:
+    """Give each trained role its directory: the policy (without one, the first role) `directory`
+    itself, every other one `directory_NAME`.
+    """
+    every = list(names)
+    first = "policy" if "policy" in every else every[0]
+    return {
+        name: directory if name == first else directory.with_name(f"{directory.name}_{name}")
+        for name in every
+    }
+
+
+def write_role(config: Config, spec: RoleSpec, directory: Path, take: Take, write: Write) -> None:
+    """Write one role as `checkpoint.export_as` says.
+
+    Args:
+        take: returns the global tensors whose names are wanted.
+        write: writes a directory of the tensors that `take` returned.
+
+    Raises:
+        OSError: a directory could not be written; an older one is untouched.
+    """
+    if spec.adapter is None:
+        write(directory, take(lambda _: True), partial(_write, config, spec))
+        return
     kind = config.checkpoint.export_as
-    for name in trained:
-        spec, tensors = assembly.specs[name], _tensors(assembly, name)
-        layout = assembly.layouts[name]
-        own = directory if name == first else directory.with_name(f"{directory.name}_{name}")
-        if spec.adapter is None:
-            _together(own, full_tensors(layout, tensors), partial(_write, config, spec))
-            continue
-        if kind != "adapter":
-            added = _whole(parts_of(layout, is_lora_name), tensors)
-            base = full_tensors(parts_of(layout, lambda n: not is_lora_name(n)), tensors)
-            _together(own, base, partial(_write_merged, config, spec, added))
-        if kind != "merged":
-            changed = parts_of(layout, lambda n: is_lora_name(n) or n == SCORE)
-            beside = own.with_name(f"{own.name}_adapter") if kind == "both" else own
-            _together(beside, full_tensors(changed, tensors), partial(_write_adapter, config, spec))
+    if kind != "adapter":
+        added = _whole(take(is_lora_name))
+        base = take(lambda name: not is_lora_name(name))
+        write(directory, base, partial(_write_merged, config, spec, added))
+    if kind != "merged":
+        changed = take(lambda name: is_lora_name(name) or name == SCORE)
+        beside = adapter_directory(directory) if kind == "both" else directory
+        write(beside, changed, partial(_write_adapter, config, spec))
 
 
-def _tensors(assembly: Assembly, name: str) -> LocalTensors | None:
+def adapter_directory(directory: Path) -> Path:
+    """Return the directory of an adapter whose merged model has `directory`."""
+    return directory.with_name(f"{directory.name}_adapter")
+
+
+def _tensors(assembly: Assembly, name: str) -> Held:
     """Return this rank's tensors of a trained role, on the device or on the host."""
     backend = assembly.trained[name].backend
     if backend is None:
@@ -80,7 +123,7 @@ def _tensors(assembly: Assembly, name: str) -> LocalTensors | None:
     return {n: (assembly.parts.view(t), slices) for n, (t, slices) in held.items()}
 
 
-def parts_of(layout: WeightLayout, is_wanted: Callable[[str], bool]) -> WeightLayout:
+def parts_of(layout: WeightLayout, is_wanted: Wanted) -> WeightLayout:
     """Return the layout with only the local tensors that hold wanted global ones."""
     return {
         rank: {
@@ -92,16 +135,16 @@ def parts_of(layout: WeightLayout, is_wanted: Callable[[str], bool]) -> WeightLa
     }
 
 
-def _whole(layout: WeightLayout, tensors: LocalTensors | None) -> LocalTensors:
-    """Gather whole tensors on the first rank; the result is empty on the others."""
+def _whole(gathered: Gathered) -> LocalTensors:
+    """Keep whole tensors on the first rank; the result is empty on the others."""
     found: LocalTensors = {}
-    for name, tensor in full_tensors(layout, tensors):
+    for name, tensor in gathered:
         if tensor is not None:
             found[name] = (tensor, (whole_slice(name, tuple(tensor.shape)),))
     return found
 
 
-def _together(directory: Path, gathered: Gathered, write: Callable[[Path, Named], None]) -> None:
+def _together(directory: Path, gathered: Gathered, write: Writer) -> None:
     """Write the directory on the first rank with what all ranks gather.
 
     Raises:
@@ -111,7 +154,7 @@ def _together(directory: Path, gathered: Gathered, write: Callable[[Path, Named]
     def write_first() -> None:
         try:
             if dist.get_rank() == 0:
-                write(directory, _present(gathered))
+                write(directory, present(gathered))
         except (OSError, ValueError) as error:
             raise OSError(f"{directory} could not be written: {error}") from error
         finally:
@@ -175,7 +218,8 @@ def export_dtype(config: Config, spec: RoleSpec) -> torch.dtype:
     return torch.float32 if spec.is_tiny else files_dtype(spec.path, spec.model)
 
 
-def _present(tensors: Gathered) -> Named:
+def present(tensors: Gathered) -> Named:
+    """Yield the tensors, on the rank that has them."""
     for name, tensor in tensors:
         assert tensor is not None, f"{name} was not gathered on this rank"
         yield name, tensor
