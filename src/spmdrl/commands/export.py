@@ -48,7 +48,7 @@ class Exported:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What to export.
+    """Choice of a checkpoint, a role and a place.
 
     Args:
         step: number of finished steps; None: the newest checkpoint.
