@@ -49,6 +49,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(root):
         assert same_but_for_time(a, b), a["step"]
 
 
+@pytest.mark.full
 def test_a_folded_run_resumes_unfolded_and_the_other_way_round(root, tmp_path):
     roles = {"policy": {"tp": 2}, "reference": {"tp": 2}, "rollout": {"tp": 2}}
     config = write_config(

@@ -74,6 +74,7 @@ def test_all_at_once(place: Path) -> None:
     assert (root / "runs here" / "a" / "checkpoints" / "latest").read_text() == "step_00000002"
 
 
+@pytest.mark.full
 def test_names_of_files_that_a_locale_cannot_write_are_refused_in_one_line(place: Path) -> None:
     ended = run(str(prepare(place / "größe")), variables=ASCII, home=place)
     refused(ended, "cannot be a file's name here", "PYTHONUTF8=1")

@@ -179,7 +179,7 @@ def online(request, root):
 
 
 # the pairs of a step are made at home: the axes of the roles are test_layouts's
-ONLINE_NAMES = swept([n for s, ls in ONLINE_LAYOUTS.items() if s > 1 for n in ls], ["dp2", "tp2"])
+ONLINE_NAMES = swept([n for s, ls in ONLINE_LAYOUTS.items() if s > 1 for n in ls], ["tp2"])
 
 
 @pytest.mark.parametrize("name", ONLINE_NAMES)
@@ -197,6 +197,7 @@ def test_online_dpo_samples_equal_one_rank(online, root, name):
     assert_same_samples(root, f"online {name}")
 
 
+@pytest.mark.full
 def test_online_dpo_one_step_off_policy(root, tmp_path):
     """With `lag: 1` the next step's samples are drawn beside the update, from the older policy."""
     roles = {"policy": {}, "reference": {"model": str(root / "other")}, "rollout": {}}

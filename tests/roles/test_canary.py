@@ -83,7 +83,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["corrupted", "stale"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
 def test_a_run_stops_within_one_step(path: Path, tmp_path: Path, kind: str, dtype: str) -> None:
     """Whatever little a step changes: one last digit, or a tensor by the usual learning rate."""
     words = [*MOVING, f"run_dir={tmp_path}", "rollout.sync_check_every=1000", "train.lr=1e-6"]

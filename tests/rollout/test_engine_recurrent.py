@@ -19,6 +19,7 @@ from spmdrl.models.layer_attention import attention_options
 from spmdrl.models.spans import Span
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import Completion, Finish, Request
+from sweeps import swept
 from tiny_model import load_into
 
 SIZES: dict[str, Any] = {
@@ -133,7 +134,7 @@ def stops(questions: Iterator[int], count: int) -> bool:
     return next(questions) >= count
 
 
-@pytest.mark.parametrize("name", ["few", "preempted", "shared"])
+@pytest.mark.parametrize("name", swept(["few", "preempted", "shared"], ["preempted"]))
 def test_a_stopped_call_resumes_bit_for_bit(name: str) -> None:
     make, options = CASES[name]
     steps: list[int] = []

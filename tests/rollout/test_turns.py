@@ -275,6 +275,7 @@ def test_what_starts_again_has_other_states_and_choices_of_experts() -> None:
         assert turns.restarted
 
 
+@pytest.mark.full
 def test_recurrent_states_go_on_over_turns() -> None:
     """Slots are as few as the engine has: those of parked samples are taken."""
     asked = requests()
@@ -289,6 +290,7 @@ def test_recurrent_states_go_on_over_turns() -> None:
         same(found, wanted, f"{options}, {name}")
 
 
+@pytest.mark.full
 def test_experts_of_all_turns_are_recorded() -> None:
     asked = requests(experts=True)
 

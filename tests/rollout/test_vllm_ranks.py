@@ -28,13 +28,15 @@ from spmdrl.weights.plan import plan_sync
 from spmdrl.weights.sync import WeightSync
 from spmdrl.world import World
 from stopping import POLLS
-from sweeps import asked, swept
+from sweeps import asked
 from tiny_model import load_into, make_tiny_model
 from torchrun import Torchrun, attempt_of, outcome_of
 from vllm_cases import make_vllm, needs_vllm
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "vocab_size": 136}
 """vLLM pads this vocabulary to 192 rows; of two ranks the second has 40 of them."""
+
+pytestmark = pytest.mark.full
 
 STOPS = (5, 9)
 """The engine steps after which ranks 0 and 1 see a request to stop."""
@@ -222,7 +224,7 @@ STOPPED = "test_a_run_stops_in_a_long_generation_and_goes_on"
 
 
 @needs_vllm
-@pytest.mark.parametrize("case", swept(CASES, ["tp2"]))
+@pytest.mark.parametrize("case", CASES)
 def test_no_weight_is_left_behind(results: list[dict[str, Any]], case: str) -> None:
     (first_wrong, first, _), (second_wrong, second, _) = (result[case] for result in results)
     assert (first_wrong, second_wrong) == ([], [])
@@ -230,7 +232,7 @@ def test_no_weight_is_left_behind(results: list[dict[str, Any]], case: str) -> N
 
 
 @needs_vllm
-@pytest.mark.parametrize("case", swept(CASES, ["tp2"]))
+@pytest.mark.parametrize("case", CASES)
 def test_every_group_stops_by_itself(results: list[dict[str, Any]], case: str) -> None:
     first, second = (result[case][2] for result in results)
     assert {c.finish for c in (*first, *second)} == {Finish.ABORTED}
@@ -238,7 +240,6 @@ def test_every_group_stops_by_itself(results: list[dict[str, Any]], case: str) -
     assert {len(c.tokens) for c in second} == {STOPS[0 if case == "tp2" else 1]}
 
 
-@pytest.mark.full
 @needs_vllm
 def test_a_run_stops_in_a_long_generation_and_goes_on(results: list[dict[str, Any]]) -> None:
     for rank, result in enumerate(results):
@@ -252,7 +253,7 @@ def test_a_run_stops_in_a_long_generation_and_goes_on(results: list[dict[str, An
 
 
 @needs_vllm
-@pytest.mark.parametrize("name", swept(CONFIGS, ["tp2"]))
+@pytest.mark.parametrize("name", CONFIGS)
 def test_grpo_on_two_ranks(results: list[dict[str, Any]], name: str) -> None:
     """The engine's log-probabilities are the trainer's, before and after three updates."""
     records = results[0]["runs"][name]
@@ -267,7 +268,6 @@ def test_grpo_on_two_ranks(results: list[dict[str, Any]], name: str) -> None:
 
 
 @needs_vllm
-@pytest.mark.full
 def test_a_run_under_torchrun_ends_without_a_word(root: Path) -> None:
     config = config_of(root, "torchrun")
     with Torchrun(config, "steps=2", "roles.rollout.tp=2") as run:

@@ -155,6 +155,7 @@ def end_at_once(root: Path, starter: str, way: str, phase: str) -> dict[str, Any
     return {"code": code, "seconds": round(last, 1), "ranks": round(seconds, 1), "alive": alive}
 
 
+@pytest.mark.full
 def test_ctrl_c_at_a_terminal_saves_and_the_run_goes_on_exactly(root: Path) -> None:
     found = stop_and_go_on(root, *TYPED)
     assert found["saved"].startswith("step_00000001+"), found

@@ -45,8 +45,11 @@ def run_slowly(world: World, config: str, where: str, words: list[str], replay: 
     ("where", "words", "place"),
     [
         ("inside", ["roles.policy.dp_shard=2"], r"update, in policy\.update"),
-        ("inside", ["roles.policy.dp_shard=1"], r"update, in policy\.update"),
-        ("before", [], "advantages"),
+        pytest.param(
+            *("inside", ["roles.policy.dp_shard=1"], r"update, in policy\.update"),
+            marks=pytest.mark.full,
+        ),
+        pytest.param("before", [], "advantages", marks=pytest.mark.full),
     ],
 )
 def test_a_planted_sleep_is_named(tmp_path: Path, where: str, words: list[str], place: str) -> None:

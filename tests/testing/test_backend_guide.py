@@ -30,9 +30,8 @@ def toy(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "size", [pytest.param(1, marks=pytest.mark.full), 2, pytest.param(4, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_toy_backend_passes(toy: Path, size: int) -> None:
     layout = Layout(degrees={"dp_replicate": size})
     candidate = Candidate(

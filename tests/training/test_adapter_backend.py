@@ -94,7 +94,7 @@ def single() -> dict[str, dict[str, Any]]:
     ("kind", "size"),
     swept(
         [("dense", 2), ("dense", 4), ("experts", 2), ("shared", 2)],
-        [("dense", 2), ("experts", 2)],
+        [("experts", 2)],
     ),
 )
 def test_layouts_train_alike(single: dict[str, dict[str, Any]], kind: str, size: int) -> None:
@@ -155,6 +155,7 @@ def cut_twice(model: ModelConfig) -> list[Adapter]:
     return [adapter_of(model, "experts", "o_proj", **given) for given in ({}, ONE_FOR_ALL)]
 
 
+@pytest.mark.full
 def test_shares_of_an_experts_gradients_are_summed() -> None:
     model = moe_config(**CUT_TWICE)
     [wanted] = run_ranks(experts_cut_twice, 1)

@@ -67,11 +67,16 @@ def trained(
     ("degrees", "dtype"),
     [
         ({}, torch.float32),
-        ({}, torch.bfloat16),
-        ({"dp_shard": 2}, torch.float32),
         ({"dp_shard": 2}, torch.bfloat16),
-        ({"dp_replicate": 2}, torch.float32),
-        ({"tp": 2}, torch.bfloat16),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                ({}, torch.bfloat16),
+                ({"dp_shard": 2}, torch.float32),
+                ({"dp_replicate": 2}, torch.float32),
+                ({"tp": 2}, torch.bfloat16),
+            )
+        ),
     ],
 )
 def test_frozen_parameters_stay_and_have_no_state(

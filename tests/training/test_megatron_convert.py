@@ -97,6 +97,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return root
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", swept(CASES, ["qwen2", "mixtral"]))
 def test_megatron_checkpoints_become_hugging_face_directories(written, kind, tmp_path, capsys):
     source, like = written / kind / "iter_0000001", written / f"{kind}_hf"
@@ -108,6 +109,7 @@ def test_megatron_checkpoints_become_hugging_face_directories(written, kind, tmp
         assert torch.equal(before.read(piece), after.read(piece)), name
 
 
+@pytest.mark.full
 def test_what_cannot_be_converted_is_refused(written, tmp_path, capsys):
     source = str(written / "qwen2" / "iter_0000001")
     assert main(["convert", source, str(tmp_path / "out")]) == 2
