@@ -42,6 +42,7 @@ BEST = "tests/run/test_best.py::test_the_best_checkpoint_is_kept_and_a_run_ends_
 FEW = ("steps=1", "data.prompts_per_step=1")
 TEACHER = ("roles.teacher={}", "algorithm.teacher_coef=1")
 TURNS = "rollout.turns={kind: my_module:Environment}"
+CALL = "tests/turns/test_call.py"
 ADAPTED = "roles.policy.adapter={rank: 4}"
 AGAIN = "train.epochs=4"
 ENDS = ",".join(str(token) for token in range(9, 80))
@@ -179,14 +180,40 @@ ROWS: dict[str, Row] = {
         "grpo", "tests/roles/test_canary.py::test_checksums_find_it_first"
     ),
     "rollout.turns.kind": row("grpo", "plan", "rollout.turns={kind: my_module:Environment}"),
-    "rollout.turns.options": row("grpo", "plan", TURNS, "rollout.turns.options={size: 3}"),
-    "rollout.turns.max_turns": row("grpo", "plan", TURNS, "rollout.turns.max_turns=3"),
-    "rollout.turns.max_tokens": row("grpo", "plan", TURNS, "rollout.turns.max_tokens=40"),
-    "rollout.turns.workers": row("grpo", "plan", TURNS, "rollout.turns.workers=2"),
-    "rollout.turns.timeout_s": row("grpo", "plan", TURNS, "rollout.turns.timeout_s=2"),
+    "rollout.turns.options": row(
+        "grpo", f"{CALL}::test_limits_say_why plan", TURNS, "rollout.turns.options={size: 3}"
+    ),
+    "rollout.turns.max_turns": row(
+        "grpo", f"{CALL}::test_limits_say_why plan", TURNS, "rollout.turns.max_turns=3"
+    ),
+    "rollout.turns.max_tokens": row(
+        "grpo",
+        "tests/flows/test_turn_flows.py::test_flows_take_turns_on_any_layout plan",
+        TURNS,
+        "rollout.turns.max_tokens=40",
+    ),
+    "rollout.turns.workers": row(
+        "grpo",
+        f"{CALL}::test_results_do_not_depend_on_the_workers plan",
+        TURNS,
+        "rollout.turns.workers=2",
+    ),
+    "rollout.turns.timeout_s": row(
+        "grpo",
+        f"{CALL}::test_a_failure_ends_its_sample_alone plan",
+        TURNS,
+        "rollout.turns.timeout_s=2",
+    ),
     "rollout.turns.memory_gb": row("grpo", "plan", TURNS, "rollout.turns.memory_gb=1"),
-    "rollout.turns.failed_reward": row("grpo", "plan", TURNS, "rollout.turns.failed_reward=-1"),
-    "rollout.turns.seconds": row("grpo", "plan", TURNS, "rollout.turns.seconds=9"),
+    "rollout.turns.failed_reward": row(
+        "grpo",
+        f"{CALL}::test_a_failure_ends_its_sample_alone plan",
+        TURNS,
+        "rollout.turns.failed_reward=-1",
+    ),
+    "rollout.turns.seconds": row(
+        "grpo", f"{CALL}::test_limits_say_why plan", TURNS, "rollout.turns.seconds=9"
+    ),
     "sampling.temperature": row("grpo", BOTH, "sampling.temperature=0.5"),
     "sampling.top_p": row("grpo", BOTH, "sampling.top_p=0.5"),
     "sampling.top_k": row("grpo", BOTH, "sampling.top_k=5"),
