@@ -41,5 +41,4 @@ pip install -q --no-cache-dir ${from[@]+"${from[@]}"} -r "$root/requirements.txt
 own=("$root")
 [ ! -f "$root/SHA256SUMS" ] || own=("$root"/wheels/spmdrl-*.whl)
 pip install -q --no-cache-dir --no-deps ${from[@]+"${from[@]}"} "${own[@]}"
-"$prefix/bin/spmdrl" configs >/dev/null
 echo "install.sh: spmdrl is in $prefix/bin"
