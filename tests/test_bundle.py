@@ -82,10 +82,12 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_words(bundle: Path, run: Path) -> list[str]:
+    """A step of GRPO with the bundle's small model on its rows."""
     return [
-        *("train", "quickstart", f"model.path={bundle}/models/tiny", f"run_dir={run}", "steps=1"),
-        *(f"data.train.source={bundle}/data/rows.jsonl", "data.train.task={}", "evaluation={}"),
-        *("data.prompts_per_step=2", "data.group_size=2", "data.train.size=null"),
+        *("train", "gsm8k", f"model.path={bundle}/models/tiny", f"run_dir={run}", "steps=1"),
+        *(f"data.train.source={bundle}/data/rows.jsonl", "data.train.answer_pattern=null"),
+        *("data.prompts_per_step=2", "data.group_size=2", "data.train.template=null"),
+        *("sampling.max_tokens=8", "train.num_minibatches=1", "evaluation.held_out=0"),
         *("log.tensorboard=false", "log.progress=false"),
     ]
 

@@ -29,23 +29,26 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+def configure(root: Path, name: str, given: dict[str, Any]) -> tuple[str, list[str]]:
+    """A run of two steps, with a checkpoint of each step and an export at the end."""
+    sections = {
+        "steps": 2,
+        "data": {**questions(root / "rows.jsonl"), "prompts_per_step": 2, "group_size": 4},
+        **given,
+        "model": {"path": str(root / "model"), **given.get("model", {})},
+        "train": {"lr": 2e-2, "microbatch_tokens": 300, **given.get("train", {})},
+        "checkpoint": {"every": 1, "export": True, **given.get("checkpoint", {})},
+    }
+    return str(write_config(root / f"{name}.yaml", Path(), root / name, **sections)), []
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of two steps on two ranks, with a checkpoint of each step and an export at the end."""
+    """All runs, on two ranks."""
     root = tmp_path_factory.mktemp("exported")
     make_tiny_model(root / "model")
     make_tiny_model(root / "other", seed=7)
-    configs = []
-    for name, given in RUNS.items():
-        sections = {
-            "steps": 2,
-            "data": {**questions(root / "rows.jsonl"), "prompts_per_step": 2, "group_size": 4},
-            "train": {"lr": 2e-2, "microbatch_tokens": 300},
-            **given,
-            "model": {"path": str(root / "model"), **given.get("model", {})},
-            "checkpoint": {"every": 1, "export": True, **given.get("checkpoint", {})},
-        }
-        configs.append((str(write_config(root / f"{name}.yaml", "", root / name, **sections)), []))
+    configs = [configure(root, name, given) for name, given in RUNS.items()]
     run_ranks(run_configs, 2, configs, str(root), timeout_s=300)
     return root
 
@@ -66,6 +69,31 @@ def test_the_last_step_is_what_the_run_exported(root: Path, tmp_path: Path, name
         own, found = files(root / name / directory), files(tmp_path / directory)
         assert own.keys() == found.keys()
         assert [file for file in own if own[file] != found[file]] == []
+
+
+SHARDED = {"policy": {"dp_shard": 2}, "rollout": {}}
+BACKENDS: dict[str, dict[str, Any]] = {
+    "megatron": {
+        "roles": {"policy": {"tp": 2}, "rollout": {}},
+        "train": {"backend": "megatron"},
+        "model": {"dtype": "bfloat16"},
+    },
+    "deepspeed": {"roles": SHARDED, "train": {"backend": "deepspeed", "deepspeed": {"stage": 3}}},
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in BACKENDS]
+)
+def test_checkpoints_of_other_backends_are_read_alike(tmp_path: Path, name: str) -> None:
+    make_tiny_model(tmp_path / "model")
+    configs = [configure(tmp_path, name, BACKENDS[name])]
+    run_ranks(run_configs, 2, configs, str(tmp_path), timeout_s=300)
+    assert export(tmp_path / name, "--to", str(tmp_path / "found")) == 0
+    own, found = files(tmp_path / name / "model"), files(tmp_path / "found")
+    assert own.keys() == found.keys()
+    assert [file for file in own if own[file] != found[file]] == []
 
 
 def test_an_earlier_step_has_its_own_weights_and_place(

@@ -65,7 +65,7 @@ FAULTS: dict[str, dict[str, Any]] = {
     "ratio_drift": {"ratio": after(9, 1.6, 1.0)},
     "idle_value": {"value__explained_variance": -0.1},
     "clipped_tokens": {"clip_fraction": after(9, 0.7, 0.05)},
-    "duplicate_responses": {"duplicate_fraction": after(9, 0.8, 0.1)},
+    "duplicate_responses": {"duplicate_fraction": after(9, 0.8, 0.1), "reward": 0.1},
     "failing_rewards": {"reward_failed": after(9, 0.4, 0.0)},
     "stale_samples": {"sample_lag": lambda step: float(max(0, step - 7))},
     "zero_rate": {"lr": after(9, 0.0, 1e-5)},
@@ -94,6 +94,10 @@ def test_a_detector_fires_on_its_fault_alone(name: str) -> None:
 def test_nothing_is_said_of_a_run_that_learns() -> None:
     records = run()
     assert [found for n in range(len(records) + 1) for found in detect(records[:n])] == []
+
+
+def test_a_policy_that_repeats_what_is_right_is_let_alone() -> None:
+    assert detect(run(duplicate_fraction=after(9, 0.8, 0.1))) == []
 
 
 def test_flat_rewards_are_found_at_the_third_step() -> None:

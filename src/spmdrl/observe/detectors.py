@@ -170,10 +170,14 @@ def length_explosion(records: Sequence[Record]) -> str | None:
     if len(lengths) < 2 * STEPS or len(rewards) < len(lengths):
         return None
     first, last = fmean(lengths[:STEPS]), fmean(lengths[-STEPS:])
-    gain = fmean(rewards[-STEPS:]) - fmean(rewards[:STEPS])
-    if last > 3 * first and gain <= 0:
+    if last > 3 * first and not _has_gained(rewards):
         return f"responses have grown from {first:.0f} to {last:.0f} tokens, and rewards have not"
     return None
+
+
+def _has_gained(rewards: Sequence[float]) -> bool:
+    """Whether the rewards of the last steps are above those of the first."""
+    return fmean(rewards[-STEPS:]) > fmean(rewards[:STEPS])
 
 
 def cut_responses(records: Sequence[Record]) -> str | None:
@@ -214,9 +218,16 @@ def clipped_tokens(records: Sequence[Record]) -> str | None:
 
 
 def duplicate_responses(records: Sequence[Record]) -> str | None:
+    # a policy that learns short right answers repeats them: that alone is no fault
+    rewards = _values(records, names.REWARD)
+    if rewards and _has_gained(rewards):
+        return None
     if _lasting(records, "duplicate_fraction", lambda share: share > 0.5):
         share = records[-1]["duplicate_fraction"]
-        return f"{share:.0%} of the responses repeat another one of their group, word for word"
+        return (
+            f"{share:.0%} of the responses repeat another one of their group, word for word, and "
+            "rewards are no higher than at first"
+        )
     return None
 
 
