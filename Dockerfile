@@ -1,4 +1,4 @@
-# An image for training on CPUs and NVIDIA GPUs: docker build -t spmdrl . && docker run --gpus all spmdrl spmdrl doctor
+# An image for training on CPUs and NVIDIA GPUs: docker build -t rl . && docker run --gpus all rl spmdrl doctor
 # torch's wheels bring CUDA; the driver's libraries come from the container runtime.
 FROM debian:12-slim
 COPY setup.cfg pyproject.toml README.md LICENSE requirements.txt /src/
