@@ -40,7 +40,7 @@ python scripts/examples/tools_data.py "$model" "$data"
 export QUESTIONS=$data/questions.jsonl HELD_OUT=$data/held_out.jsonl
 
 echo "== supervised fine-tuning on traces, until the tool helps"
-for steps in ${SFT_STEPS:-3 4 5 6 7 8 10 12 16 20}; do
+for steps in ${SFT_STEPS:-3 4 5 6 8 10 12 16 20}; do
     spmdrl train sft "run_dir=$out/sft" "model.path=$data/model" "data.train.source=$data/traces.jsonl" \
         "steps=$steps"
     spmdrl eval grpo "run_dir=$out/measured/$steps" "model.path=$out/sft/model" \

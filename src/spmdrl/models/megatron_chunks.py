@@ -17,6 +17,7 @@ All functions here are pure, and depend on Megatron only by the way it cuts.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -118,7 +119,13 @@ def rank_chunks(
     Args:
         with_score: whether a scalar head is among them, see `adapter_chunks`.
     """
-    held = all_slices(model, tp_rank, cut.tp, head, ep_rank=ep_rank, ep_size=cut.ep)
+    own = {layer for chunk in range(cut.vpp) for layer in chunk_layers(model, cut, pp_rank, chunk)}
+    table = {
+        name: tensors
+        for name, tensors in fused_tensors(model, head).items()
+        if not name.startswith("layers.") or int(name.split(".")[1]) in own
+    }
+    held = all_slices(model, tp_rank, cut.tp, head, ep_rank=ep_rank, ep_size=cut.ep, table=table)
     chunks = []
     for chunk in range(cut.vpp):
         is_first = pp_rank == 0 and chunk == 0
@@ -250,10 +257,10 @@ def _experts(
     count = model.moe.num_experts // cut.ep
     kinds = (("gate_up", "linear_fc1"), ("down", "linear_fc2"))
 
+    parts = {kind: _equal_parts(held[f"{local}.mlp.experts.{kind}"], count) for kind, _ in kinds}
+
     def one(expert: int, kind: str, module: str) -> Parameter:
-        whole = held[f"{local}.mlp.experts.{kind}"]
-        rows = sum(piece.rows for piece in whole) // count
-        own = restrict(whole, expert * rows, (expert + 1) * rows)
+        rows, own = parts[kind][expert]
         name = f"local_experts.{expert}.{module}.weight"
         if cut.fused_norms:
             name = f"{module}.weight{expert}"
@@ -269,6 +276,19 @@ def _experts(
         yield from (one(expert, *kind) for kind in kinds for expert in range(count))
     else:
         yield from (one(expert, *kind) for expert in range(count) for kind in kinds)
+
+
+def _equal_parts(slices: Sequence[Slice], count: int) -> list[tuple[int, tuple[Slice, ...]]]:
+    """Divide slices, which are below one another, into parts of equally many rows: the rows, and
+    the slices of each part. There can be hundreds of experts, so each looks at its own slices only.
+    """
+    rows = sum(piece.rows for piece in slices) // count
+    starts = [piece.offset for piece in slices]
+    found = []
+    for first in range(0, count * rows, rows):
+        near = slices[bisect_right(starts, first) - 1 : bisect_left(starts, first + rows)]
+        found.append((rows, restrict(near, first, first + rows)))
+    return found
 
 
 def _interleave(model: ModelConfig, slices: Sequence[Slice]) -> tuple[Slice, ...]:

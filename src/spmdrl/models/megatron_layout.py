@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 
@@ -170,7 +171,12 @@ def _base_chunks(
     head: Head,
 ) -> list[tuple[Parameter, ...]]:
     ep_rank = expert_place(degrees, place)["ep"]
-    return rank_chunks(model, cut, place["tp"], place["pp"], head, ep_rank=ep_rank)
+    return _chunks(model, cut, place["tp"], place["pp"], head, ep_rank=ep_rank)
+
+
+# a role's weights and its state are cut from the same chunks, and ranks that differ in shards alone
+# have the same
+_chunks = lru_cache(maxsize=64)(rank_chunks)
 
 
 def _rank_tables(

@@ -82,8 +82,9 @@ def plan_roles(
     _check_specs(config, specs, len(ranks))
     blocks = {name: shard_blocks(spec, specs) for name, spec in specs.items()}
     layout = role_layout if sketches is None else sketches.maker(specs.values())
+    state = state_layout if sketches is None else sketches.states
     layouts = {name: layout(spec, blocks[name]) for name, spec in specs.items()}
-    states = {name: state_layout(spec, layouts[name]) for name, spec in specs.items()}
+    states = {name: state(spec, layouts[name]) for name, spec in specs.items()}
     bucket_bytes = config.rollout.sync_bucket_mb * 10**6
     plans = partial(_plan_sync if sketches is None else sketch_sync, node_size, bucket_bytes)
     syncs = _plan_syncs(specs, layouts, plans)

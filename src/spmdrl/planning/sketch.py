@@ -16,7 +16,7 @@ import torch
 from spmdrl.models.local_shards import KindTable, LocalShard, Table, WeightLayout
 from spmdrl.models.sharding import global_shapes
 from spmdrl.planning.engines import shares_tensors
-from spmdrl.planning.layouts import role_layout
+from spmdrl.planning.layouts import role_layout, state_layout
 from spmdrl.role_spec import RoleSpec
 from spmdrl.weights.cells import Cell
 from spmdrl.weights.layout import shards_by_kind
@@ -32,10 +32,18 @@ class Sketches:
     """Layouts of sketches for one configuration's models: many sketches differ in one role only."""
 
     _layouts: dict[object, WeightLayout] = field(default_factory=dict)
+    _states: dict[object, WeightLayout] = field(default_factory=dict)
 
     def maker(self, specs: Iterable[RoleSpec]) -> Callable[[RoleSpec, int], WeightLayout]:
         """A function in place of `role_layout` for roles that are placed so."""
         return partial(self._layout, sketched_ranks(specs))
+
+    def states(self, spec: RoleSpec, layout: WeightLayout) -> WeightLayout:
+        """`state_layout` of a layout that this object keeps."""
+        key = (spec.name, spec.backend, id(layout))
+        if key not in self._states:
+            self._states[key] = state_layout(spec, layout)
+        return self._states[key]
 
     def _layout(self, only: frozenset[int], spec: RoleSpec, blocks: int) -> WeightLayout:
         """`role_layout` of the ranks, made once for every place of a role."""
