@@ -82,8 +82,8 @@ def plan_roles(
     _check_specs(config, specs, len(ranks))
     blocks = {name: shard_blocks(spec, specs) for name, spec in specs.items()}
     layout = role_layout if sketches is None else sketches.maker(specs.values())
-    state = state_layout if sketches is None else sketches.states
     layouts = {name: layout(spec, blocks[name]) for name, spec in specs.items()}
+    state = state_layout if sketches is None else sketches.states
     states = {name: state(spec, layouts[name]) for name, spec in specs.items()}
     bucket_bytes = config.rollout.sync_bucket_mb * 10**6
     plans = partial(_plan_sync if sketches is None else sketch_sync, node_size, bucket_bytes)
@@ -94,8 +94,7 @@ def plan_roles(
         layouts |= {name: layout(specs[name], 1) for name in changed}
         states |= {name: layouts[name] for name in changed}
         syncs = _plan_syncs(specs, layouts, plans)
-    users = user_roles(config)
-    customs = _customs(users, placements, devices)
+    customs = _customs(user_roles(config), placements, devices)
     held = {
         name: HeldModel(spec=spec, layout=layouts[name], state_layout=states[name])
         for name, spec in specs.items()
