@@ -13,7 +13,7 @@ from spmdrl.models.local_shards import WeightLayout
 from spmdrl.placement import DeviceType, Placement
 from spmdrl.planning.adapter_choice import AdapterUse, adapter_use
 from spmdrl.planning.engines import check_engine, shares_tensors
-from spmdrl.planning.layouts import check_model, role_layout, shard_blocks, state_layout
+from spmdrl.planning.layouts import check_model, shard_blocks
 from spmdrl.planning.margins import Margin, margin_of
 from spmdrl.planning.memory import RankMemory, plan_memory
 from spmdrl.planning.parts import HeldModel
@@ -81,9 +81,8 @@ def plan_roles(
     specs = make_specs(config, placements, models, devices)
     _check_specs(config, specs, len(ranks))
     blocks = {name: shard_blocks(spec, specs) for name, spec in specs.items()}
-    layout = role_layout if sketches is None else sketches.maker(specs.values())
+    layout, state = layout_makers(sketches, specs)
     layouts = {name: layout(spec, blocks[name]) for name, spec in specs.items()}
-    state = state_layout if sketches is None else sketches.states
     states = {name: state(spec, layouts[name]) for name, spec in specs.items()}
     bucket_bytes = config.rollout.sync_bucket_mb * 10**6
     plans = partial(_plan_sync if sketches is None else sketch_sync, node_size, bucket_bytes)
@@ -94,7 +93,8 @@ def plan_roles(
         layouts |= {name: layout(specs[name], 1) for name in changed}
         states |= {name: layouts[name] for name in changed}
         syncs = _plan_syncs(specs, layouts, plans)
-    customs = _customs(user_roles(config), placements, devices)
+    users = user_roles(config)
+    customs = _customs(users, placements, devices)
     held = {
         name: HeldModel(spec=spec, layout=layouts[name], state_layout=states[name])
         for name, spec in specs.items()

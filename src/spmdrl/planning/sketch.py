@@ -7,7 +7,7 @@ leaves out (the groups of a sync, bytes that a rank already has) is in the plan 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -55,6 +55,17 @@ class Sketches:
             made = {id(table): _made(table) for table in layout.values()}
             self._layouts[key] = {rank: made[id(table)] for rank, table in layout.items()}
         return self._layouts[key]
+
+
+def layout_makers(
+    sketches: Sketches | None, specs: Mapping[str, RoleSpec]
+) -> tuple[
+    Callable[[RoleSpec, int], WeightLayout], Callable[[RoleSpec, WeightLayout], WeightLayout]
+]:
+    """`role_layout` and `state_layout`, or what sketches have in their place."""
+    if sketches is None:
+        return role_layout, state_layout
+    return sketches.maker(specs.values()), sketches.states
 
 
 class _KeptTable(KindTable):
