@@ -17,7 +17,7 @@ from spmdrl.planning.layouts import check_model, shard_blocks
 from spmdrl.planning.margins import Margin, margin_of
 from spmdrl.planning.memory import RankMemory, plan_memory
 from spmdrl.planning.parts import HeldModel
-from spmdrl.planning.sketch import Sketches, layout_makers, sketch_sync
+from spmdrl.planning.sketch import HeldWeights, Sketches, layout_makers, sketch_sync
 from spmdrl.role_spec import RoleSpec, device_types, make_specs
 from spmdrl.roles.custom import Custom, UserRole, check_scores, declared_bytes, make_user_role
 from spmdrl.weights.plan import SyncPlan, plan_sync
