@@ -63,6 +63,7 @@ class _Answers:
     ) -> None:
         self._source, self._requests, self._rows = source, requests, rows
         self._open: list[tuple[int, Turn]] = []
+        self._heard: dict[tuple[int, int], dict[int, str]] = {}
 
     def ended(self, turn: Turn) -> None:
         self._open.append((self._source.held, turn))
@@ -75,11 +76,17 @@ class _Answers:
     def states(self) -> Mapping[tuple[int, int], bytes]:
         return {(7, 0): b"kept"} if self._open else {}
 
+    def heard(self) -> Mapping[tuple[int, int], Mapping[int, str]]:
+        return self._heard
+
     def _answer(self, turn: Turn) -> Answer:
         answer = self._made(turn)
         key = self._rows[turn.request]["number"], turn.sample
         told = self._source.told.setdefault(key, [])
         told.append((turn.tokens, answer.tokens, answer.reward))
+        if answer.tokens:
+            own = self._heard.setdefault((self._requests[turn.request].prompt_id, turn.sample), {})
+            own[turn.number] = json.dumps([{"role": "user", "content": f"\u00fc{answer.tokens}"}])
         return answer
 
     def _made(self, turn: Turn) -> Answer:
@@ -101,6 +108,7 @@ def opens(rows: Sequence[Mapping[str, Any]]) -> list[OpenedPrompt]:
         OpenedPrompt(
             tokens=[SHIFT + (row["number"] * 5 + k) % 90 for k in range(3 + row["number"] % 3)],
             entry=json.dumps({"number": row["number"]}),
+            messages=[{"role": "user", "content": f"number {row['number']}"}],
         )
         for row in rows
     ]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from spmdrl.config.roles import MegatronSettings, RoleSection
+from spmdrl.config.roles import WITH_ENGINE, MegatronSettings, RoleSection
 from spmdrl.config.sections import Config
 from spmdrl.distributed.folding import TINY_LIMITS, fold_degrees, fold_ranks
 from spmdrl.distributed.mesh import check_ranks, format_ranks
@@ -308,8 +308,9 @@ def _fold(config: Config, world_size: int, local_size: int) -> dict[str, Placeme
         ranks = fold_ranks(ranks, world_size)
     folded = {}
     for name, before in wanted.items():
-        # roles that share a base must remain alike
-        section = roles[roles[name].base or name]
+        # roles of one backend that share a base must remain alike
+        is_alike = config.role_kind(name) not in WITH_ENGINE
+        section = roles[(roles[name].base if is_alike else None) or name]
         limits = TINY_LIMITS if config.model.tiny else {}
         tp = math.gcd(before.degrees["tp"], len(ranks[name]), limits.get("tp", 0))
         if not section.tp_across_nodes:

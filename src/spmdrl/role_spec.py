@@ -53,7 +53,7 @@ class RoleSpec:
         backend: train backend (`train.backend`), or engine of a rollout or a judge.
         is_tiny: whether its model is made of random weights (`model.tiny`).
         adapter: the additions to its weights, which then do not train; a rollout has the policy's
-            if its engine applies them unmerged.
+            if its engine applies them unmerged, a judge its own if it shares a base.
         base: the role whose weights it shares, or None for weights of its own.
     """
 
@@ -97,7 +97,7 @@ class RoleSpec:
 
     @property
     def is_judge(self) -> bool:
-        """Whether it answers questions with fixed weights of its own, on an engine."""
+        """Whether it answers questions with fixed weights, on an engine."""
         return self.kind == JUDGE
 
     @property
@@ -187,7 +187,7 @@ def make_specs(
             trained=config.is_trained(name),
             backend=backend,
             is_tiny=config.model.tiny,
-            adapter=None if _merges(config, kind) else role_adapter(name, config, models[name]),
+            adapter=None if _merges(config, name) else role_adapter(name, config, models[name]),
             base=config.roles[name].base,
         )
     for spec in specs.values():
@@ -196,16 +196,18 @@ def make_specs(
     return _with_policys_adapter(config, specs)
 
 
-def _merges(config: Config, kind: str) -> bool:
-    """Whether roles of a kind have an engine that takes merged weights only."""
-    rollout = config.rollout
-    return kind == JUDGE or (
-        kind == "rollout" and (rollout.engine != "native" or rollout.adapters == "merged")
-    )
+def _merges(config: Config, name: str) -> bool:
+    """Whether a role has an engine that takes merged weights only."""
+    kind, rollout = config.role_kind(name), config.rollout
+    if kind == JUDGE:
+        return config.roles[name].base is None
+    return kind == "rollout" and (rollout.engine != "native" or rollout.adapters == "merged")
 
 
 def _check_base(spec: RoleSpec, owner: RoleSpec) -> None:
-    """Check that a role has the ranks and degrees of the role whose base it shares."""
+    """Check that a role has the ranks and degrees of the role whose base it shares. An engine needs
+    only what it computes with (`planning.judge_bases`).
+    """
     name, own, there = spec.name, spec.placement, owner.placement
     key = f"roles.{name}.base={owner.name}"
     if own.ranks != there.ranks:
@@ -214,6 +216,9 @@ def _check_base(spec: RoleSpec, owner: RoleSpec) -> None:
             f"{format_ranks(own.ranks)}, those of {owner.name} {format_ranks(there.ranks)}, and "
             f"what both share is on the same: set roles.{name}.ranks: same as {owner.name}"
         )
+    assert spec.dtype == owner.dtype, (spec, owner)  # one model on one kind of device
+    if spec.has_engine:
+        return
     # dp_replicate last: the others decide it where it is not set
     for axis in sorted(own.degrees, key=lambda axis: axis == "dp_replicate"):
         degree, degree_there = own.degrees[axis], there.degrees[axis]
@@ -222,8 +227,7 @@ def _check_base(spec: RoleSpec, owner: RoleSpec) -> None:
                 f"roles.{name}.{axis}={degree} with {key}, where it is {degree_there}: what both "
                 f"share is cut once: set roles.{name}.{axis}={degree_there}"
             )
-    # the same model and the same kind of device: one dtype
-    assert (spec.dtype, spec.backend) == (owner.dtype, owner.backend), (spec, owner)
+    assert spec.backend == owner.backend, (spec, owner)
 
 
 def role_adapter(name: str, config: Config, model: ModelConfig) -> Adapter | None:
@@ -323,10 +327,12 @@ def _listed(values: Collection[object]) -> str:
 def _with_policys_adapter(config: Config, specs: dict[str, RoleSpec]) -> dict[str, RoleSpec]:
     """Give rollouts that apply the policy's adapter unmerged that adapter."""
     policy = next((spec for spec in specs.values() if spec.kind == "policy"), None)
-    if policy is None or policy.adapter is None or _merges(config, "rollout"):
+    if policy is None or policy.adapter is None:
         return specs
     return {
-        name: replace(spec, adapter=policy.adapter) if spec.is_rollout else spec
+        name: replace(spec, adapter=policy.adapter)
+        if spec.is_rollout and not _merges(config, name)
+        else spec
         for name, spec in specs.items()
     }
 

@@ -156,7 +156,7 @@ RULES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("roles.judge.pp", 2, (*JUDGE, "roles.judge.pp=2")),
     ("roles.judge.residency.base", "host", (*JUDGE, "roles.judge.residency={base: host}")),
     ("roles.judge.residency.weights", "drop", (*JUDGE, "roles.judge.residency={weights: drop}")),
-    ("roles.judge.base", "policy", (*JUDGE, "roles.policy.adapter={}", "roles.judge.base=policy")),
+    ("roles.judge.base", "policy", (*JUDGE, "roles.judge.base=policy")),
     ("roles.policy.base", "judge", (*JUDGE, "roles.policy.base=judge")),
     ("roles.judge.adapter", None, (*JUDGE, "roles.judge.adapter={}")),
     ("preference.judge", "judge", ("flow=dpo", "preference={judge: judge, reference: cache}")),

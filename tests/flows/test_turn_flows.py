@@ -109,6 +109,9 @@ def test_flows_take_turns_on_any_layout(root: Path) -> None:
     (row, *_) = read_rollouts(root / "grpo_1", 1)
     assert "<|im_end|>" in row["turns"][0]["given"] and row["turns"][-1]["given"] == ""
     shown = show(root / "grpo_1", 1, 0)
+    assert row["opening"] == [{"role": "user", "content": "Count: What is " + row["prompt"][8:12]}]
+    assert f"--- prompt, user ---\n{row['opening'][0]['content']}\n--- turn 1" in shown
+    assert row["prompt"] not in shown, "the model has not seen the data's"
     for number, turn in enumerate(row["turns"], start=1):
         assert f"--- turn {number}, reward {turn['reward']:.4g} ---\n{turn['text']}" in shown
     assert f"of them: {row['ending']}" in shown

@@ -134,6 +134,28 @@ def test_a_scalar_head_over_the_base_is_the_roles_own(tmp_path: Path) -> None:
     assert (own.num_bytes, own.rests_on, own.frozen) == (4 * 64, (("policy", "base"),), True)
 
 
+JUDGE = ["roles.judge={base: policy}", "rewards=[{role: judge}]"]
+
+
+def test_a_judge_over_a_base_needs_no_second_one(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, *JUDGE).memory[0].plan
+    own = {part.key: part for part in plan.parts}["judge", "weights"]
+    assert (own.num_bytes, own.rests_on, own.frozen) == (0, (("policy", "base"),), True)
+    (call,) = [call for call in plan.calls if call.name == "judge.generate"]
+    assert ("policy", "base") in call.resident
+
+
+def test_a_judge_must_find_a_base_as_its_engine_needs_it(tmp_path: Path) -> None:
+    sharded = [f"roles.{name}.dp_shard=2" for name in ("policy", "reference", "value")]
+    cut = [*sharded, "roles.rollout.tp=2"]
+    with pytest.raises(ValueError, match=r"judge.base=policy: rank 0 does not hold .*tp=1"):
+        plan_of(tmp_path, *JUDGE, *cut, ranks=2)
+    plan = plan_of(tmp_path, *JUDGE, *cut, "roles.judge.tp=2", ranks=2)
+    assert {p.key: p.num_bytes for p in plan.memory[1].plan.parts}["judge", "weights"] == 0
+    with pytest.raises(ValueError, match=r"roles.judge.ranks=0 with roles.judge.base=policy"):
+        plan_of(tmp_path, *JUDGE, "roles.judge.ranks=0", ranks=2)
+
+
 def test_the_base_moves_as_its_owner_says_and_comes_with_every_role(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "roles.policy.residency={base: host}")
     own = plan.memory[0].plan

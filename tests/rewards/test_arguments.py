@@ -55,6 +55,22 @@ def test_arguments_go_by_name(parameters: str) -> None:
     assert caller.describe().startswith("by name")
 
 
+TALK = [{"role": "user", "content": "the prompt"}, {"role": "assistant", "content": "yes"}]
+
+
+def test_the_conversation_is_given_to_a_function_that_names_it() -> None:
+    columns = (*COLUMNS, "messages")
+    for parameters in ("messages", "response, messages", "*, messages=None"):
+        caller = caller_of(function(parameters), {}, columns)
+        assert caller.takes_messages and "messages" in caller.describe()
+        assert caller(*CALL, TALK)["messages"] == TALK, "not the column"
+    rest = caller_of(function("**kwargs"), {}, columns)
+    call = (*CALL[:3], {"messages": "the column"})
+    assert rest(*call, TALK)["kwargs"]["messages"] == "the column" and not rest.takes_messages
+    both = caller_of(function("messages, **kwargs"), {}, columns)
+    assert both(*call, TALK)["messages"] == TALK and "messages" not in both(*call)["kwargs"]
+
+
 BY_POSITION = [
     "question_text, completion_text, solution, meta",
     "data_source, solution_str, ground_truth, extra_info=None",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from adapter_cases import make_peft
 from flow_cases import questions, run_configs, write_config
 from harness import run_ranks
 from spmdrl.batch import Batch
@@ -18,7 +20,8 @@ from spmdrl.distributed.reduce import gather_tables
 from spmdrl.observe.metrics import read_metrics
 from spmdrl.rewards.asking import PairJudge
 from spmdrl.roles.generation_rows import Generation
-from spmdrl.roles.handles import Rollout
+from spmdrl.roles.handles import Policy, Rollout
+from spmdrl.roles.judge import Judge
 from spmdrl.rollout.protocol import SamplingParams
 from spmdrl.run.assembled import Assembly
 from spmdrl.run.assembly.assembly import assemble, open_models
@@ -81,15 +84,25 @@ def sampled(world: World, inputs: Any, assembly: Assembly) -> Batch:
     return rollout.generate(home_rows(world, inputs.train.subset(range(12))), generation)
 
 
-def scored(world: World, path: str, words: list[str]) -> torch.Tensor:
+def scored(
+    world: World,
+    path: str,
+    words: list[str],
+    between: Callable[[Assembly], None] = lambda assembly: None,
+) -> torch.Tensor:
     """Table of the world's scores: prompt, sample, score, failed, reward, verdict; asked twice, as
     weights that move come back.
+
+    Args:
+        between: called before they are asked again.
     """
     config, inputs, assembly = made(world, path, words)
     assert ("policy", "judge") not in assembly.syncs
     batch = sampled(world, inputs, assembly)
     scorer = make_scorer(config, inputs, assembly, None)
-    first, again = scorer.score(batch), scorer.score(batch)
+    first = scorer.score(batch)
+    between(assembly)
+    again = scorer.score(batch)
     names = ("prompt_ids", "sample_index", "reward/judge", "reward/judge_failed", "rewards")
     assert all(torch.equal(first[name], again[name]) for name in names)
     asked = scorer.roles[0].role
@@ -126,6 +139,51 @@ def test_a_judge_gives_the_same_scores_anywhere(root: Path) -> None:
     assert len(wanted[:, 5].unique()) > 1
     for name, table in found.items():
         assert torch.equal(table, wanted), name
+
+
+def opinions(world: World, path: str, places: list[list[str]]) -> list[torch.Tensor]:
+    """`scored` at several places; a judge over the policy's base has no tensors but its adapter's,
+    and what the policy learns is nothing to it.
+    """
+    return [scored(world, path, words, changes_policy) for words in places]
+
+
+def changes_policy(assembly: Assembly) -> None:
+    """Add noise to the policy's adapter; a judge's engine computes with the policy's base."""
+    policy, judge = assembly.roles["policy"], assembly.roles["judge"]
+    assert isinstance(policy, Policy) and policy.backend is not None
+    assert isinstance(judge, Judge) and judge.engine is not None
+    there, parts = policy.backend.local_tensors(), assembly.parts
+    own = judge.engine.local_tensors()
+    added = {name for name in own if "lora" in name}
+    shares = assembly.specs["judge"].base is not None
+    assert bool(added) == shares
+    for name, (tensor, _) in own.items():
+        same = name in there and tensor.data_ptr() == there[name][0].data_ptr()
+        assert same == (shares and name not in added), name
+    if shares:
+        assert parts.registry.size(("judge", "weights")) == sum(
+            own[name][0].numel() * 4 for name in added
+        )
+    for name, (tensor, _) in there.items():
+        if "lora" in name:
+            parts.view(tensor).add_(1.0)
+
+
+def test_a_judge_over_the_policys_base_scores_as_its_merged_model_does(root: Path) -> None:
+    make_peft(root / "opinion", root / "model", seed=2)
+    own = {"kind": "judge", "adapter": {"path": str(root / "opinion")}, "judge": JUDGE}
+    roles = {"policy": {"adapter": {"rank": 3}}, "rollout": {}, "judge": own}
+    path = str(write(root, "opinions", roles=roles))
+    base, moved = ["roles.judge.base=policy"], PLACES["moved"][1]
+    merged, alone, away = run_ranks(opinions, 1, path, [[], base, [*base, *moved]], timeout_s=300)[
+        0
+    ]
+    assert len(merged) == 24 and len(merged[:, 2].unique()) > 4
+    cut = ["roles.policy.dp_shard=2", "roles.rollout.tp=2", "roles.judge.tp=2"]
+    both, split = run_ranks(opinions, 2, path, [base, [*base, *cut]], timeout_s=300)[0]
+    for name, table in {"alone": alone, "away": away, "both": both, "split": split}.items():
+        assert torch.equal(table, merged), name
 
 
 class _Heard(logging.Handler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from spmdrl.batch import Batch
 from spmdrl.config.user_objects import AgreedError
 from spmdrl.roles.generation_rows import Generation, spans
 from spmdrl.roles.ledger import Interrupted, Stint
+from spmdrl.roles.turn_calls import heard_texts
 from spmdrl.rollout.protocol import Ending, Finish, SamplingParams
 from spmdrl.world import World
 from tiny_model import make_tiny_model
@@ -32,10 +34,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_of(batch: Batch) -> dict[tuple[int, int], dict[str, list[Any]]]:
     names = ("tokens", "loss_mask", "turn_rewards", "num_turns", "turn_end", "finish")
-    return {
+    found = {
         (int(row["prompt_ids"]), int(row["sample_index"])): {n: row[n].tolist() for n in names}
         for row in batch.split_rows()
     }
+    for row, told in zip(found.values(), heard_texts(batch), strict=True):
+        row["heard"] = sorted(told.items())
+    return found
 
 
 def generated(world: World, path: Path, tp: int = 1, held: int = 0) -> Any:
@@ -53,6 +58,11 @@ def test_rows_hold_turns_and_any_layout_gives_the_same(path: Path) -> None:
         assert row["tokens"][0] == 6 + number * 5, "the prompt is the environment's"
         rewarded = [i for i, reward in enumerate(row["turn_rewards"]) if reward]
         assert set(rewarded) <= {end - 1 for _, end in spans(mask)}
+        # the messages of an answer are at its first token
+        given = [row["tokens"][first:last] for first, last in spans(~mask)[1:]]
+        told = [json.loads(text)[0]["content"] for _, text in row["heard"]]
+        assert told == [f"\u00fc{tuple(tokens)}" for tokens in given]
+        assert [place for place, _ in row["heard"]] == [first for first, _ in spans(~mask)[1:]]
         cut = row["turn_end"][0] == Ending.TURNS
         assert row["finish"][0] == (Finish.LENGTH if cut else Finish.STOP)
     assert any(row["turn_rewards"][-1] for row in whole.values())
@@ -86,7 +96,9 @@ def stopped(world: World, path: Path, held: int, *, keeps: bool, state: bool) ->
             torch.testing.assert_close(done[name], whole[name], rtol=0, atol=2e-5)
         elif name != "margins":
             assert torch.equal(done[name], whole[name]), name
-    assert torch.equal(done.ragged["support_ids"].values, whole.ragged["support_ids"].values)
+    for name, ragged in whole.ragged.items():
+        assert torch.equal(done.ragged[name].values, ragged.values), name
+        assert torch.equal(done.ragged[name].counts, ragged.counts), name
     return stops
 
 

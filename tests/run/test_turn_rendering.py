@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,24 @@ TEMPLATE = (
 """It leaves out what tools answer."""
 
 
+FORGETS = (
+    "{% for m in messages %}{% set text = m.content %}{% if not loop.last %}"
+    "{% set text = text.split('</think>')[-1] %}{% endif %}{{ m.role }}: {{ text }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+"""It leaves out the thinking of earlier turns."""
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tmp_path_factory.mktemp("turn_rendering") / "model"
+    return model_with(tmp_path_factory.mktemp("turn_rendering") / "model", TEMPLATE)
+
+
+def model_with(model: Path, template: str) -> Path:
     make_tiny_model(model)
     described = json.loads((model / "tokenizer_config.json").read_text())
     (model / "chat_template.jinja").unlink(missing_ok=True)
-    described["chat_template"] = TEMPLATE
+    described["chat_template"] = template
     (model / "tokenizer_config.json").write_text(json.dumps(described))
     return model
 
@@ -78,6 +90,39 @@ def test_tools_whose_results_the_template_leaves_out(model: Path, tmp_path: Path
     turns = {"kind": "tools", "options": {"functions": ["calculator"], "format": "hermes"}}
     with pytest.raises(Exception, match="does not write messages of the role tool: use a model"):
         run_ranks(begin, 1, config_of(tmp_path, model, turns))
+
+
+class _Heard(logging.Handler):
+    """Keeps the lines of a logger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def said(world: World, path: str, other: str) -> tuple[int, list[str]]:
+    """How many lines the first configuration's turns say at their start, and those of both."""
+    heard = _Heard()
+    logging.getLogger("spmdrl.run.turns").addHandler(heard)
+    begin(world, path)
+    silent = len(heard.lines)
+    begin(world, other)
+    return silent, heard.lines
+
+
+def test_a_template_that_rewrites_history_is_told(model: Path, tmp_path: Path) -> None:
+    forgetful = model_with(tmp_path / "forgetful", FORGETS)
+    paths = []
+    for name, path in (("keeps", model), ("forgets", forgetful)):
+        (tmp_path / name).mkdir()
+        paths.append(config_of(tmp_path / name, path, {"kind": f"{PLACE}:Counting"}))
+    ((count, (line,)),) = run_ranks(said, 1, *paths)
+    assert count == 0
+    assert "writes the thinking of earlier turns otherwise" in line
+    assert "a sample keeps the tokens that were there" in line
 
 
 FAULTS = {

@@ -309,6 +309,9 @@ def _weights(plan: RolePlan) -> list[str]:
         lines.append(f"{dtype} on {device}: {', '.join(names)}")
     policy = next((spec.name for spec in specs if spec.kind == "policy"), None)
     for spec in (s for s in specs if s.has_engine):
+        if spec.base is not None:
+            lines.append(f"{spec.name}: computes with the base of {spec.base}")
+            continue
         if spec.name not in plan.syncs:
             lines.append(f"{spec.name}: read from {spec.path}")
             continue

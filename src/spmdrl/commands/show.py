@@ -53,7 +53,10 @@ def _one(step: int, sample: int, row: Mapping[str, Any]) -> Iterator[str]:
         f"{row['prompt_tokens']} + {row['response_tokens']} tokens, finish {row['finish']}, "
         f"weights of version {row['version']}"
     )
-    if row.get("prompt") is not None:
+    if row.get("opening"):  # what the model read, where an environment wrote it
+        for message in row["opening"]:
+            yield from _text(f"prompt, {message['role']}", message["content"])
+    elif row.get("prompt") is not None:
         yield from _text("prompt", row["prompt"])
     if "turns" in row:
         yield from _turns(row)

@@ -55,16 +55,10 @@ def _check_kind(config: Config, name: str, key: str) -> None:
             f"{given}: {name} is a rollout, which samples with the policy's weights and adapter: "
             "leave the key out"
         )
-    if kind == JUDGE and key == "base":
-        raise ValueError(
-            f"{given}: a judge's engine has weights of its own, which it reads from files: leave "
-            f"the key out (roles.{name}.model, and roles.{name}.adapter.path for an adapter, which "
-            "is merged into them)"
-        )
     if ":" in kind:
         raise ValueError(
-            f"{given}: {name} is a {kind}, and only models on a train backend have an adapter or "
-            "share a base: leave the key out"
+            f"{given}: {name} is a {kind}, and only models on a train backend, and judges, have an "
+            "adapter or share a base: leave the key out"
         )
 
 
@@ -118,6 +112,13 @@ def _check_borrower(config: Config, name: str, owner: str) -> None:
             f"{key} with the models {path} and {path_there}, and a base is one model: give both "
             f"roles the same, or leave roles.{name}.base out"
         )
+    if role.device != other.device:
+        raise ValueError(
+            f"roles.{name}.device={role.device} with {key}, whose device is {other.device}: set "
+            f"roles.{name}.device={other.device}"
+        )
+    if config.role_kind(name) == JUDGE:
+        return  # its engine is of no backend, and trains nothing
     backend, backend_there = (config.train_section(n).backend for n in (name, owner))
     if backend != backend_there:
         raise ValueError(
@@ -129,11 +130,6 @@ def _check_borrower(config: Config, name: str, owner: str) -> None:
             f"roles.{name}.megatron={_mapping(role.megatron)} with {key}, where it is "
             f"{_mapping(other.megatron)}: what both share is cut once: set "
             f"roles.{name}.megatron={_mapping(other.megatron)}"
-        )
-    if role.device != other.device:
-        raise ValueError(
-            f"roles.{name}.device={role.device} with {key}, whose device is {other.device}: set "
-            f"roles.{name}.device={other.device}"
         )
     if config.is_trained(name) and role.adapter is None:
         raise ValueError(

@@ -23,7 +23,7 @@ def check_judges(config: Config) -> None:
                     f"and only a judge has questions: leave the key out, or set {key}.kind: judge"
                 )
             continue
-        if "base" in role.residency:
+        if "base" in role.residency and role.base is None:
             raise ValueError(
                 f"{key}.residency.base={role.residency['base']}: {name} is a judge, whose adapter "
                 f"is merged into its weights: set {key}.residency.weights instead"

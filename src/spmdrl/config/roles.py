@@ -80,7 +80,7 @@ class AdapterSection(Section):
 
 
 JUDGE = "judge"
-"""Kind of a role that is a generative model with an engine and fixed weights of its own."""
+"""Kind of a role that is a generative model with an engine and fixed weights."""
 
 WITH_ENGINE = ("rollout", JUDGE)
 """Kinds of roles that have an engine in place of a train backend."""

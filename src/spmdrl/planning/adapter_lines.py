@@ -25,7 +25,12 @@ def adapter_lines(plan: RolePlan, spec: RoleSpec) -> Iterator[Line]:
         return
     if spec.is_judge:
         if (own := spec.section.adapter) is not None:
-            yield "adapter", "merged", f"into the judge's weights as they are read: {own.path}"
+            how = "into the judge's weights as they are read"
+            if spec.base is not None:
+                how = f"added to the base of {spec.base}"
+            yield "adapter", "merged" if spec.base is None else "unmerged", f"{how}: {own.path}"
+        if spec.base is not None:
+            yield _base(plan, spec)
         return
     if spec.adapter is not None:
         yield from _counts(spec, spec.adapter)

@@ -54,9 +54,11 @@ def state_layout(spec: RoleSpec, layout: WeightLayout) -> WeightLayout:
 
 def shard_blocks(spec: RoleSpec, specs: Mapping[str, RoleSpec]) -> int:
     """The number of blocks that align a policy's shards with a rollout on the same ranks, so that a
-    rank trains what it generates with and a sync sends nothing; 1 if there is none. Roles that
-    share the policy's base have its blocks.
+    rank trains what it generates with and a sync sends nothing, or with a judge over its base; 1 if
+    there is none. Models that share the policy's base have its blocks.
     """
+    if spec.has_engine:
+        return 1
     base = spec.base or spec.name
     policy = next((s for s in specs.values() if s.kind == "policy"), None)
     if policy is None or (policy.base or policy.name) != base:
@@ -67,7 +69,8 @@ def shard_blocks(spec: RoleSpec, specs: Mapping[str, RoleSpec]) -> int:
     fitting = [
         fitting_blocks(spec.model, own.degrees, other.placement.degrees["tp"])
         for other in specs.values()
-        if other.is_rollout and other.placement.ranks == own.ranks
+        if other.placement.ranks == own.ranks
+        if other.is_rollout or (other.is_judge and other.base == base)
     ]
     return max(fitting, default=1)
 

@@ -14,6 +14,7 @@ from spmdrl.models.blocks.moe import has_fixed_shapes
 from spmdrl.models.linear import LEAST_CAPABILITY
 from spmdrl.models.local_shards import Table, WeightLayout, sized
 from spmdrl.planning.engines import vllm_cache
+from spmdrl.planning.judge_bases import base_names
 from spmdrl.planning.kv_cache import cache_sizes, reads_pages
 from spmdrl.planning.systems.registry import train_system
 from spmdrl.planning.systems.train_memory import TrainMemory
@@ -37,6 +38,18 @@ class HeldModel:
     state_layout: WeightLayout
 
 
+def held_models(
+    specs: Mapping[str, RoleSpec],
+    layouts: Mapping[str, WeightLayout],
+    states: Mapping[str, WeightLayout],
+) -> dict[str, HeldModel]:
+    """The roles' models by name."""
+    return {
+        name: HeldModel(spec=spec, layout=layouts[name], state_layout=states[name])
+        for name, spec in specs.items()
+    }
+
+
 def planned_parts(
     config: Config, here: Mapping[str, HeldModel], syncs: Mapping[str, SyncPlan], rank: int
 ) -> list[Part]:
@@ -56,8 +69,12 @@ def planned_parts(
     for model in sorted(models, key=lambda model: model.spec.base is not None):
         parts += _model_parts(model, here, rank)
     for name, model in engines.items():
-        shared = syncs[name].shared.get(rank, frozenset()) if name in syncs else frozenset()
-        rests_on = () if policy is None else _parts_of(shared, policy, here, rank)
+        base = model.spec.base
+        owner = policy if base is None else here[base]
+        shared = base_names(model.spec, model.layout[rank])
+        if name in syncs:
+            shared = syncs[name].shared.get(rank, frozenset())
+        rests_on = () if owner is None else _parts_of(shared, owner, here, rank)
         table = sized(model.layout[rank])
         held = {local: held for local, held in table.items() if local not in shared}
         own = _engine_parts(config, model.spec, table_bytes(held), rests_on)
@@ -86,11 +103,11 @@ def base_part(spec: RoleSpec, here: Mapping[str, HeldModel]) -> PartKey:
 
 
 def _parts_of(
-    shared: Collection[str], policy: HeldModel, here: Mapping[str, HeldModel], rank: int
+    shared: Collection[str], owner: HeldModel, here: Mapping[str, HeldModel], rank: int
 ) -> tuple[PartKey, ...]:
-    """The parts that own those of the policy's tensors that a rollout shares."""
-    table = policy.layout.get(rank, {})
-    base, own = base_part(policy.spec, here), (policy.spec.name, WEIGHTS)
+    """The parts that own those of a model's tensors that an engine shares."""
+    table = owner.layout.get(rank, {})
+    base, own = base_part(owner.spec, here), (owner.spec.name, WEIGHTS)
     found = [base if table[local].frozen else own for local in shared]
     return tuple(key for key in dict.fromkeys((base, own)) if key in found)
 

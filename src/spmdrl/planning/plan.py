@@ -13,10 +13,11 @@ from spmdrl.models.local_shards import WeightLayout
 from spmdrl.placement import DeviceType, Placement
 from spmdrl.planning.adapter_choice import AdapterUse, adapter_use
 from spmdrl.planning.engines import check_engine, shares_tensors
+from spmdrl.planning.judge_bases import check_bases
 from spmdrl.planning.layouts import check_model, shard_blocks
 from spmdrl.planning.margins import Margin, margin_of
 from spmdrl.planning.memory import RankMemory, plan_memory
-from spmdrl.planning.parts import HeldModel
+from spmdrl.planning.parts import held_models
 from spmdrl.planning.sketch import HeldWeights, Sketches, layout_makers, sketch_sync
 from spmdrl.role_spec import RoleSpec, device_types, make_specs
 from spmdrl.roles.custom import Custom, UserRole, check_scores, declared_bytes, make_user_role
@@ -83,6 +84,7 @@ def plan_roles(
     blocks = {name: shard_blocks(spec, specs) for name, spec in specs.items()}
     layout, state = layout_makers(sketches, specs)
     layouts = {name: layout(spec, blocks[name]) for name, spec in specs.items()}
+    check_bases(specs, layouts)
     states = {name: state(spec, layouts[name]) for name, spec in specs.items()}
     bucket_bytes = config.rollout.sync_bucket_mb * 10**6
     plans = partial(_plan_sync if sketches is None else sketch_sync, node_size, bucket_bytes)
@@ -95,10 +97,7 @@ def plan_roles(
         syncs = _plan_syncs(specs, layouts, plans)
     users = user_roles(config)
     customs = _customs(users, placements, devices)
-    held = {
-        name: HeldModel(spec=spec, layout=layouts[name], state_layout=states[name])
-        for name, spec in specs.items()
-    }
+    held = held_models(specs, layouts, states)
     margin = margin_of(specs, _on_gpus(placements, devices), syncs, node_size, len(ranks))
     return RolePlan(
         specs=specs,

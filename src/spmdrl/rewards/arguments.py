@@ -10,6 +10,12 @@ from typing import Any
 GIVEN = ("prompt", "response", "answer", "entry")
 """Arguments that every call can give besides the row's columns; they win over columns."""
 
+MESSAGES = "messages"
+"""Argument that a call gives by name, to a function that names it: the conversation, a list of
+messages with `role` and `content`. It wins over a column of that name."""
+
+NAMED = (*GIVEN, MESSAGES)
+
 BATCHES = frozenset({"completions", "prompts", "responses", "queries", "labels", "solution_strs"})
 """Names by which other trainers pass lists, one entry per sample."""
 
@@ -24,11 +30,12 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """A user's function as a function of (prompt, response, answer, entry).
+    """A user's function as a function of (prompt, response, answer, entry), and of the conversation
+    where it `takes_messages`.
 
     Args:
         options: keyword arguments of every call.
-        names: names from `GIVEN` that it takes by name; None: it takes all four by position.
+        names: names from `NAMED` that it takes by name; None: it takes all four by position.
         columns: required columns of the row; a row that lacks one passes None for it.
         optional: columns that it takes if the row has them.
         takes_rest: it has `**kwargs`, which get everything in `GIVEN` and the row that it does not
@@ -44,18 +51,36 @@ class Caller:
     takes_rest: bool = False
     instead: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def takes_messages(self) -> bool:
+        """Whether a call needs the conversation."""
+        return self.names is not None and MESSAGES in self.names
+
     def __call__(
-        self, prompt: str, response: str, answer: str | None, entry: Mapping[str, Any]
+        self,
+        prompt: str,
+        response: str,
+        answer: str | None,
+        entry: Mapping[str, Any],
+        messages: Sequence[Mapping[str, Any]] = (),
     ) -> Any:
         if self.names is None:
             return self.function(prompt, response, answer, entry, **self.options)
-        given = dict(zip(GIVEN, (prompt, response, answer, entry), strict=True))
+        given = dict(zip(NAMED, (prompt, response, answer, entry, messages), strict=True))
         arguments = dict(entry) if self.takes_rest else {}
         arguments |= {name: entry.get(name) for name in self.columns}
         arguments |= {name: entry[name] for name in self.optional if name in entry}
-        names = GIVEN if self.takes_rest else self.names
+        names = (*self.names, *(GIVEN if self.takes_rest else ()))
         arguments |= {name: given[name] for name in names}
         return self.function(**(arguments | dict(self.options)))
+
+    def told(self) -> dict[str, Any]:
+        """Return what the rank needs to know of its calls, as JSON values."""
+        return {
+            "how": self.describe(),
+            "columns": self.columns,
+            "takes_messages": self.takes_messages,
+        }
 
     def describe(self) -> str:
         """Description of its calls, in words."""
@@ -74,7 +99,7 @@ def caller_of(
     options: Mapping[str, Any],
     columns: Collection[str] | None,
 ) -> Caller:
-    """Decide how to call a function: by name if all required parameters are in `GIVEN` or columns
+    """Decide how to call a function: by name if all required parameters are in `NAMED` or columns
     of the row and it gets the response, else with the four arguments by position.
 
     Args:
@@ -132,17 +157,17 @@ def _by_name(
         return None  # `*args` is for the others of the four
     if any(p.kind is p.POSITIONAL_ONLY and p.default is p.empty for p in parameters):
         return None
-    if any(name not in GIVEN and not _is_column(name, columns) for name in needed):
+    if any(name not in NAMED and not _is_column(name, columns) for name in needed):
         return None
     names = [p.name for p in named]
-    if "response" not in names and not takes_rest:
+    if not {"response", MESSAGES}.intersection(names) and not takes_rest:
         return None
-    optional = [n for n in names if n not in GIVEN and n not in needed]
+    optional = [n for n in names if n not in NAMED and n not in needed]
     return Caller(
         function=function,
         options=options,
-        names=tuple(name for name in names if name in GIVEN),
-        columns=tuple(name for name in needed if name not in GIVEN),
+        names=tuple(name for name in names if name in NAMED),
+        columns=tuple(name for name in needed if name not in NAMED),
         optional=tuple(name for name in optional if _is_column(name, columns)),
         takes_rest=takes_rest,
     )
@@ -180,19 +205,19 @@ def _refusal(
         for p in parameters
         if p.kind in _BY_POSITION + _BY_NAME
         and p.default is p.empty
-        and p.name not in (*GIVEN, *options)
+        and p.name not in (*NAMED, *options)
         and not _is_column(p.name, columns)
     ]
     shown = (
         ", ".join([*sorted(columns)[:SHOWN], *["..."] * (len(columns) > SHOWN)]) if columns else ""
     )
-    what = "no parameter of it is `response`"
+    what = "no parameter of it is `response` or `messages`"
     if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
         what = "those before `/` cannot be given by name"
     elif unknown:
         what = (
             f"{', '.join(map(repr, unknown))} {'is' if len(unknown) == 1 else 'are'} neither one "
-            f"of {', '.join(GIVEN)} nor a column of the row ({shown or 'none'})"
+            f"of {', '.join(NAMED)} nor a column of the row ({shown or 'none'})"
         )
     batches = sorted(BATCHES.intersection(unknown))
     hint = f"; {batches[0]!r} is a batch elsewhere, here a call has one sample" if batches else ""

@@ -24,12 +24,15 @@ class RewardError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardJob:
-    """One sample to score: the four arguments of a reward function."""
+    """One sample to score: the four arguments of a reward function, and the conversation for those
+    that ask for it.
+    """
 
     prompt: str
     response: str
     answer: str | None
     entry: Mapping[str, Any] = field(default_factory=dict)
+    messages: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,10 +51,13 @@ class _Worker:
 
 @dataclass(frozen=True, kw_only=True)
 class Called:
-    """Calls of a user's function: described in words, and the columns that it needs of the row."""
+    """Calls of a user's function: described in words, the columns that it needs of the row, and
+    whether it needs the conversation.
+    """
 
     how: str
     columns: tuple[str, ...]
+    takes_messages: bool
 
 
 class RewardPool(AbstractContextManager["RewardPool"]):
@@ -253,15 +256,20 @@ class RewardPool(AbstractContextManager["RewardPool"]):
                 continue
             worker.call = pending.popleft()
             worker.deadline = time.monotonic() + self._timeout_s
-            job = jobs[worker.call // len(self._specs)]
-            arguments = (job.prompt, job.response, job.answer, job.entry)
+            row, component = divmod(worker.call, len(self._specs))
+            call = (component, self._arguments(jobs[row], component))
             try:
-                send(worker.channel, pickle.dumps((worker.call % len(self._specs), arguments)))
+                send(worker.channel, pickle.dumps(call))
             except (BrokenPipeError, ConnectionResetError):
                 # It died while idle, so the call did not cause it.
                 pending.appendleft(worker.call)
                 self._miss(worker)
                 self._stop_worker(worker)
+
+    def _arguments(self, job: RewardJob, component: int) -> tuple[Any, ...]:
+        called = self._callers[component]
+        more = (list(job.messages),) if called is not None and called.takes_messages else ()
+        return (job.prompt, job.response, job.answer, job.entry, *more)
 
     def _wait(self, replies: dict[int, dict[str, Any]]) -> None:
         """Take replies of workers, until one has come or a time limit has passed."""
@@ -329,4 +337,6 @@ class RewardPool(AbstractContextManager["RewardPool"]):
 def _called(told: Mapping[str, Any] | None) -> Called | None:
     if told is None:
         return None
-    return Called(how=told["how"], columns=tuple(told["columns"]))
+    return Called(
+        how=told["how"], columns=tuple(told["columns"]), takes_messages=told["takes_messages"]
+    )

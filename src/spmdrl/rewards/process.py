@@ -90,9 +90,7 @@ class WorkerSettings:
         if self.memory_mb is not None:
             limit_memory(self.memory_mb)
         callers = [f if isinstance(f, Caller) else None for f in functions]
-        known = [
-            None if c is None else {"how": c.describe(), "columns": c.columns} for c in callers
-        ]
+        known = [None if caller is None else caller.told() for caller in callers]
         send(channel, json.dumps({"callers": known}).encode())
         while (message := receive(channel)) is not None:
             component, arguments = pickle.loads(message)

@@ -14,7 +14,9 @@ from spmdrl.config.user_objects import AgreedError
 from spmdrl.data.prompts import Prompt
 from spmdrl.distributed.reduce import gather_objects, world_any
 from spmdrl.models.files.token_texts import TokenTexts
+from spmdrl.rewards.arguments import MESSAGES
 from spmdrl.rewards.asking import JudgeAsked, Scored, score_call, tell_failures
+from spmdrl.rewards.conversations import conversations
 from spmdrl.rewards.judging import (
     FailureCount,
     RewardError,
@@ -135,7 +137,10 @@ class Scorer:
                 "answer": [p.answer for p in prompts],
             }
         )
-        made = self._kept(batch, lambda: self._by_functions(prompts, texts, own.get("turns")))
+        if self.pool is not None and any(c.takes_messages for c in self.pool.callers.values()):
+            talks = conversations(batch, texts, own.get("turns"))
+            batch = batch.with_columns(objects={MESSAGES: talks})
+        made = self._kept(batch, lambda: self._by_functions(batch, own.get("turns")))
         rewards, columns = made.rows["sum"], {n: c for n, c in made.rows.items() if n != "sum"}
         calls = [_call(scoring, batch, evaluation=evaluation) for scoring in self.roles]
         for scoring, home in zip(self.roles, together(*calls), strict=True):
@@ -162,26 +167,27 @@ class Scorer:
         places = places_of(batch["prompt_ids"])
         assert places is not None
         entries = [repr(prompt.entry) for prompt in batch.objects["prompt"]]
-        read = batch.with_columns(objects={"entry": entries})
-        names = ("prompt_ids", "sample_index", "prompt_text", "response", "answer", "entry")
+        talks = [repr(messages) for messages in batch.objects.get(MESSAGES, ())]
+        texts = {"entry": entries, **({MESSAGES: talks} if talks else {})}
+        read = batch.with_columns(objects=texts)
+        names = ("prompt_ids", "sample_index", "prompt_text", "response", "answer", *texts)
         functions = () if self.pool is None else self.pool.describe()
         origin = origin_of({"functions": functions}, read, names)
         return ledger.keep_rows("rewards", origin, places, make)
 
     def _by_functions(
-        self,
-        prompts: Sequence[Prompt],
-        texts: Sequence[str],
-        turns: Sequence[Sequence[Mapping[str, Any]]] | None,
+        self, batch: Batch, turns: Sequence[Sequence[Mapping[str, Any]]] | None
     ) -> Batch:
         """Row columns of the functions: `sum` (weighted), `reward/NAME` and `reward_failed`."""
-        none = torch.zeros(len(texts), dtype=torch.int64)
+        none = torch.zeros(len(batch), dtype=torch.int64)
         if self.pool is None:
-            zeros = torch.zeros(len(texts))
+            zeros = torch.zeros(len(batch))
             return Batch(lengths=none, rows={"sum": zeros, "reward_failed": zeros})
+        prompts, texts = batch.objects["prompt"], batch.objects["response"]
+        talks = batch.objects.get(MESSAGES, [()] * len(batch))
         jobs = [
-            RewardJob(prompt=p.text, response=text, answer=p.answer, entry=p.entry)
-            for p, text in zip(prompts, texts, strict=True)
+            RewardJob(prompt=p.text, response=text, answer=p.answer, entry=p.entry, messages=talk)
+            for p, text, talk in zip(prompts, texts, talks, strict=True)
         ]
         if turns is not None and any("turns" in c.columns for c in self.pool.callers.values()):
             jobs = [

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spmdrl.data.prompts import Prompt
+from spmdrl.rewards.conversations import conversation
 from spmdrl.rewards.functions import RewardSpec
 from spmdrl.rewards.judging import Failure, RewardJob
 from spmdrl.rewards.pool import RewardPool
@@ -56,7 +57,13 @@ def try_out(pool: RewardPool, specs: Sequence[RewardSpec], prompt: Prompt, where
     """
     answer = prompt.answer or NO_ANSWER
     jobs = [
-        RewardJob(prompt=prompt.text, response=text, answer=prompt.answer, entry=entry)
+        RewardJob(
+            prompt=prompt.text,
+            response=text,
+            answer=prompt.answer,
+            entry=entry,
+            messages=conversation(prompt, [(text, ())]),
+        )
         for text in (answer, LONG.format(answer=answer))
         for entry in [{**prompt.entry, "turns": [text]} if prompt.turns else prompt.entry]
     ]

@@ -153,7 +153,8 @@ class Rollout:
         columns are repeated for every sample.
 
         Where samples take turns, their prompts are those that environments begin with; results also
-        have the token column `turn_rewards` and the row columns `num_turns` and `turn_end`
+        have the token column `turn_rewards`, the row columns `num_turns` and `turn_end`, and the
+        conversation's messages in the ragged column `turn_messages` and the Python column `opening`
         (`turn_calls`), and `loss_mask` and `response_lengths` are of sampled tokens alone.
         """
         if self.turns:

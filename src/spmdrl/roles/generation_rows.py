@@ -18,6 +18,7 @@ from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.roles.kept import PartialResult
 from spmdrl.roles.ledger import Interrupted, Stint
 from spmdrl.roles.turn_calls import (
+    HEARD,
     NONE,
     NUM_TURNS,
     TURN_END,
@@ -26,6 +27,9 @@ from spmdrl.roles.turn_calls import (
     TURN_ROW,
     WAITS,
     AllTurns,
+    Heard,
+    heard_column,
+    heard_texts,
     opened_turns,
     packed_states,
     room_of,
@@ -109,13 +113,14 @@ def run_generation(
             **more,
         )
         kept = {} if answers is None else packed_states(answers.states())
+        heard = {} if answers is None else answers.heard()
     by_row: dict[int, Completion] = {}
     for group, completions in zip(asked.rows, generated, strict=True):
         by_row.update(zip(group, completions, strict=True))
     completions = [by_row[row] for row in range(len(rows))]
     batch = _completed(rows, completions, with_margins=generation.sampling.margins)
     if turns:
-        batch = _with_turns(batch, rows, completions)
+        batch = _with_turns(batch, rows, completions, _all_heard(stint.begun, heard))
     if generation.sampling.support:
         batch = batch.with_columns(ragged={SUPPORT: _supports(rows, completions)})
     for column in experts:
@@ -262,7 +267,29 @@ def _completed(prompts: Batch, completions: list[Completion], *, with_margins: b
     )
 
 
-def _with_turns(batch: Batch, prompts: Batch, completions: Sequence[Completion]) -> Batch:
+def _all_heard(part: PartialResult | None, heard: Heard) -> dict[tuple[int, int], dict[int, str]]:
+    """Add the messages that a stopped call has kept to those of this call, which may have answered
+    a turn again.
+    """
+    found: dict[tuple[int, int], dict[int, str]] = {}
+    rows = None if part is None else part.rows
+    if rows is not None and HEARD in rows.ragged:
+        # of ranks in lockstep only the first one's rows have them
+        known = heard_texts(rows)
+        for row, own in enumerate(known):
+            key = int(rows["prompt_ids"][row]), int(rows["sample_index"][row])
+            found.setdefault(key, {}).update(enumerate(own[place] for place in sorted(own)))
+    for key, told in heard.items():
+        found.setdefault(key, {}).update(told)
+    return found
+
+
+def _with_turns(
+    batch: Batch,
+    prompts: Batch,
+    completions: Sequence[Completion],
+    heard: Mapping[tuple[int, int], Mapping[int, str]],
+) -> Batch:
     """Add the columns of turns, and those that a stopped call keeps as well."""
     rewards = torch.zeros(batch.num_tokens)
     columns: dict[str, list[int]] = {name: [] for name in (NUM_TURNS, TURN_END, WAITS, TURN_LIMIT)}
@@ -280,4 +307,7 @@ def _with_turns(batch: Batch, prompts: Batch, completions: Sequence[Completion])
         columns[WAITS].append(NONE if completion.waits is None else int(completion.waits))
         columns[TURN_LIMIT].append(completion.turn_limit or NONE)
     rows = {name: torch.tensor(column, dtype=torch.int64) for name, column in columns.items()}
-    return batch.with_columns(tokens={TURN_REWARDS: rewards}, rows=rows)
+    keys = zip(batch["prompt_ids"].tolist(), batch["sample_index"].tolist(), strict=True)
+    answers = [[s + a for a, _ in c.given] for s, c in zip(starts, completions, strict=True)]
+    told = heard_column(answers, [heard.get(key, {}) for key in keys], batch.num_tokens)
+    return batch.with_columns(tokens={TURN_REWARDS: rewards}, rows=rows, ragged={HEARD: told})

@@ -1,7 +1,8 @@
-"""`Judge`: the handle of a generative model that answers questions, with fixed weights of its own.
+"""`Judge`: the handle of a generative model that answers questions, with fixed weights.
 
-Its engine reads the weights from the model's files, and no weight sync reaches it. What is asked,
-and what an answer means, is the work of `rewards.rubric`; here an answer is a sampled row.
+Its engine reads the weights from files, or computes with the base of another role and an adapter
+of its own (`roles.NAME.base`); no weight sync reaches it. What is asked, and what an answer means,
+is the work of `rewards.rubric`; here an answer is a sampled row.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from spmdrl.batch import Batch, from_rows
+from spmdrl.batch import Batch, Ragged, from_rows
 from spmdrl.config.turns import TurnsSection
 from spmdrl.data.prompts import Prompt
 from spmdrl.distributed.reduce import agreed
@@ -28,6 +28,13 @@ TURN_REWARDS, NUM_TURNS, TURN_END = "turn_rewards", "num_turns", "turn_end"
 """Columns of rows that took turns: float32 `[T]`, a turn's reward at its last sampled token, else
 0; int64 `[B]`; int64 `[B]`, an `Ending`, -1 for a row whose source has no turns."""
 
+OPENING = "opening"
+"""Python column of rows: the messages that their environment begins with, or None."""
+
+HEARD = "turn_messages"
+"""Ragged column of rows that took turns, uint8: at the first token of an answer, the JSON of its
+messages; nothing at other tokens."""
+
 WAITS, TURN_LIMIT = "turn_waits", "turn_limit"
 """Row columns of a stopped call: the state of a turn that is not answered yet; -1: none."""
 
@@ -35,6 +42,7 @@ TURN_COLUMNS = (
     Column(name=TURN_REWARDS),
     Column(name=NUM_TURNS, kind="row", dtype=torch.int64),
     Column(name=TURN_END, kind="row", dtype=torch.int64),
+    Column(name=HEARD, kind="ragged", dtype=torch.uint8),
 )
 
 NONE = -1
@@ -47,10 +55,12 @@ class OpenedPrompt:
     Args:
         tokens: the rendered messages.
         entry: what `TurnSource.open` is given for the prompt.
+        messages: what was rendered.
     """
 
     tokens: Sequence[int]
     entry: str
+    messages: Sequence[Mapping[str, Any]] = ()
 
 
 class Opens(Protocol):
@@ -70,6 +80,8 @@ class RolloutTurns:
         section: their limits.
         longest: most tokens of a prompt.
         longest_key: the key with that limit, for messages.
+        rewritten: names of what the chat template writes otherwise once another message follows
+            (`TurnRenderer.rewritten`); samples keep their tokens.
         described: text that is equal for equal environments.
         counts: counts of the source's last call on this rank.
         metrics: sums of its observations' own metrics.
@@ -80,6 +92,7 @@ class RolloutTurns:
     section: TurnsSection
     longest: int
     longest_key: str
+    rewritten: tuple[str, ...] = ()
     described: str = ""
     counts: Callable[[], Mapping[str, int]] = dict
     metrics: Callable[[], Mapping[str, float]] = dict
@@ -92,7 +105,8 @@ NO_TURNS: AllTurns = MappingProxyType({})
 
 
 def with_openings(prompts: Batch, turns: AllTurns) -> Batch:
-    """Replace prompts' tokens by what their environments begin with, and add the column `TURN_ROW`.
+    """Replace prompts' tokens by what their environments begin with, and add the columns `TURN_ROW`
+    and `OPENING`.
 
     Every rank of the world calls it.
 
@@ -112,14 +126,19 @@ def with_openings(prompts: Batch, turns: AllTurns) -> Batch:
             )
         tokens: list[Sequence[int]] = [prompt.tokens for prompt in given]
         entries: list[str | None] = [None] * len(given)
+        messages: list[Sequence[Mapping[str, Any]] | None] = [None] * len(given)
         for key in dict.fromkeys(prompt.turns for prompt in given if prompt.turns):
             own = [i for i, prompt in enumerate(given) if prompt.turns == key]
             made = turns[key].opens([row_of(given[i]) for i in own])
             for i, one in zip(own, made, strict=True):
                 check_opening(one, turns[key], given[i])
-                tokens[i] = one.tokens
+                tokens[i], messages[i] = one.tokens, one.messages
                 entries[i] = json.dumps({"turns": key, "entry": one.entry})
-        return from_rows(tokens, rows=prompts.rows, objects={**prompts.objects, TURN_ROW: entries})
+        return from_rows(
+            tokens,
+            rows=prompts.rows,
+            objects={**prompts.objects, TURN_ROW: entries, OPENING: messages},
+        )
 
     return agreed(ValueError, opened)
 
@@ -160,6 +179,44 @@ def rooms(batch: Batch, turns: AllTurns, max_tokens: int) -> Tensor:
 def described(turns: AllTurns) -> dict[str, Any]:
     """Values that identify the turns of a call; nothing without turns."""
     return {"turns": [(key, own.described) for key, own in turns.items()]} if turns else {}
+
+
+Heard = Mapping[tuple[int, int], Mapping[int, str]]
+"""(prompt id, sample) -> number of a turn -> JSON of its answer's messages."""
+
+
+def heard_column(
+    starts: Sequence[Sequence[int]], heard: Sequence[Mapping[int, str]], num_tokens: int
+) -> Ragged:
+    """Make the column `HEARD`.
+
+    Args:
+        starts: the first tokens of each row's answers, as places in the batch.
+        heard: each row's messages; those of answers that others have given may be missing.
+        num_tokens: tokens of the batch.
+    """
+    counts = torch.zeros(num_tokens, dtype=torch.int32)
+    parts = []
+    for own, known in zip(starts, heard, strict=True):
+        for number, start in enumerate(own):
+            data = known.get(number, "").encode()
+            counts[start] = len(data)
+            parts.append(data)
+    values = torch.frombuffer(bytearray(b"".join(parts) or b"-"), dtype=torch.uint8)
+    return Ragged(counts=counts, values=values[: int(counts.sum())])
+
+
+def heard_texts(batch: Batch) -> list[dict[int, str]]:
+    """Read the column `HEARD`: for each row, place of a token in the row -> JSON of messages."""
+    ragged, rows, offsets = batch.ragged[HEARD], batch.row_of_token(), batch.offsets()
+    ends = ragged.counts.long().cumsum(0)
+    data = ragged.values.numpy().tobytes()
+    found: list[dict[int, str]] = [{} for _ in range(len(batch))]
+    for place in ragged.counts.nonzero().flatten().tolist():
+        row, end = int(rows[place]), int(ends[place])
+        text = data[end - int(ragged.counts[place]) : end].decode()
+        found[row][place - int(offsets[row])] = text
+    return found
 
 
 States = Mapping[tuple[int, int], bytes]
@@ -258,3 +315,6 @@ class _Parts:
 
     def states(self) -> States:
         return {key: state for part in self._parts for key, state in part.turns.states().items()}
+
+    def heard(self) -> Heard:
+        return {key: told for part in self._parts for key, told in part.turns.heard().items()}

@@ -230,6 +230,12 @@ class Turns(Protocol):
         call that resumes it: (prompt id, sample) -> bytes. Samples without one may resume too.
         """
 
+    def heard(self) -> Mapping[tuple[int, int], Mapping[int, str]]:
+        """Return the messages of this call's answers, which are given as tokens: (prompt id,
+        sample) -> number of the turn -> JSON. Those of a sample that started again are its new
+        ones.
+        """
+
 
 class TurnSource(Protocol):
     """Maker of the turns of a rollout's calls, on every rank of its mesh."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from spmdrl.batch import Batch
-from spmdrl.roles.turn_calls import TURN_END
+from spmdrl.roles.turn_calls import OPENING, TURN_END
 from spmdrl.rollout.protocol import Ending, Finish
 
 
@@ -40,6 +40,7 @@ def rollout_rows(batch: Batch) -> list[dict[str, Any]]:
     }
     if "turns" in batch.objects:
         texts["turns"] = batch.objects["turns"]
+        texts["opening"] = batch.objects.get(OPENING, [None] * len(batch))
         texts["ending"] = [_ending(code) for code in batch[TURN_END].tolist()]
     numbers = {name: column.tolist() for name, column in columns.items()}
     finish = [Finish(code).text for code in batch["finish"].tolist()]

@@ -29,6 +29,14 @@ from spmdrl.world import World
 
 log = logging.getLogger(__name__)
 
+_REWRITTEN = {
+    "turns": "earlier turns",
+    "thinking": "the thinking of earlier turns",
+    "calls": "calls of tools",
+    "tools": "the list of tools",
+}
+"""Name in `TurnRenderer.rewritten` -> what it is, in words."""
+
 
 @contextmanager
 def make_turns(
@@ -51,6 +59,14 @@ def make_turns(
                     "rollout.turns.seconds=%g: which turns a sample takes depends on time, and so "
                     "do all results",
                     own.section.seconds,
+                )
+            if own.rewritten:
+                log.warning(
+                    "rollout.turns: the chat template writes %s otherwise once another message "
+                    "follows, and a sample keeps the tokens that were there: so the model reads "
+                    "more of its earlier turns here than where a conversation is rendered anew "
+                    "(docs/turns.md)",
+                    ", ".join(_REWRITTEN[name] for name in own.rewritten),
                 )
         yield made
 
@@ -100,6 +116,7 @@ def _start(
             section=turns,
             longest=source.max_tokens,
             longest_key=f"{key}.max_tokens",
+            rewritten=renderer.rewritten,
             described=answers.describe(),
             counts=answers.counts,
             metrics=answers.metrics,
@@ -163,7 +180,9 @@ class _Opens:
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[OpenedPrompt]:
         return [
             OpenedPrompt(
-                tokens=self.renderer.opening(opening.messages, opening.tools), entry=opening.entry
+                tokens=self.renderer.opening(opening.messages, opening.tools),
+                entry=opening.entry,
+                messages=opening.messages,
             )
             for opening in self.environments.openings(rows)
         ]

@@ -86,6 +86,9 @@ class _Answers:
     def states(self) -> Mapping[tuple[int, int], bytes]:
         return {}
 
+    def heard(self) -> Mapping[tuple[int, int], Mapping[int, str]]:
+        return {}
+
 
 def _answer_to(turn: Turn) -> Answer:
     total = sum(turn.tokens) + 7 * turn.number

@@ -117,6 +117,7 @@ class EnvironmentCall:
         self._counts: Counter[str] = Counter()
         self._metrics: dict[str, float] = {}
         self._reasons: dict[str, str] = {}
+        self._heard: dict[tuple[int, int], dict[int, str]] = {}
         self._samples: dict[tuple[int, int], _Sample] = {}
         for index, (request, entry) in enumerate(zip(requests, entries, strict=True)):
             known = json.loads(entry)
@@ -162,6 +163,10 @@ class EnvironmentCall:
             for sample in self._samples.values()
             if sample.state is not None and not sample.is_over
         }
+
+    def heard(self) -> Mapping[tuple[int, int], Mapping[int, str]]:
+        """See `Turns.heard`."""
+        return self._heard
 
     def counts(self) -> Mapping[str, int]:
         """See `EnvironmentTurns.counts`."""
@@ -273,6 +278,7 @@ class EnvironmentCall:
     def _restart(self, sample: _Sample, why: str) -> Answer:
         self._note("restarted", why)
         self._let_go(sample)
+        self._heard.pop(sample.key, None)
         sample.past, sample.state, sample.turn, sample.since = [], None, None, None
         return Answer(request=sample.where[0], sample=sample.where[1], restarts=True)
 
@@ -295,6 +301,7 @@ class EnvironmentCall:
             return self._end(sample, Ending.ROOM, reward)
         past = _Past(tokens=turn.tokens, text=sample.text, given=given, end=end)
         sample.past.append(past)
+        self._heard.setdefault(sample.key, {})[turn.number] = json.dumps(value["messages"])
         state = value.get("state")
         sample.state, sample.turn = None if state is None else base64.b64decode(state), None
         return Answer(

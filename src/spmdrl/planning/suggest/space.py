@@ -85,6 +85,7 @@ def make_space(config: Config, models: Mapping[str, ModelConfig], machine: Machi
     for name, model in models.items():
         if config.roles[name].base is None:
             sharing = [n for n in models if config.roles[n].base == name]
+            sharing = [n for n in sharing if config.role_kind(n) not in WITH_ENGINE]
             blocks[name] = _degrees(config, (name, *sharing), model, machine)
     trained = [name for name in models if config.is_trained(name)]
     blocks["microbatch"] = _microbatches(config)

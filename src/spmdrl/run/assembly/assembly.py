@@ -21,7 +21,7 @@ from spmdrl.memory.call_memory import CallMemory, planned_call_memory
 from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.memory.storages import live_bytes
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.files.hf import TensorSource, fill, open_model
+from spmdrl.models.files.hf import TensorSource, open_model
 from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.placement import place_roles
 from spmdrl.planning.engines import check_installed, engine_parts
@@ -44,7 +44,7 @@ from spmdrl.run.assembly.make_backend import make_backend, train_options
 from spmdrl.run.assembly.make_engine import make_engine
 from spmdrl.run.assembly.role_weights import (
     adapter_notes,
-    engine_weights,
+    fill_engine,
     head_source,
     readout_lines,
     role_weights,
@@ -285,10 +285,10 @@ class _Builder:
         return engine, engine_parts(spec, captures_graphs=captured)
 
     def _fill(self, spec: RoleSpec, engine: RolloutEngine, model: Model) -> None:
-        """Fill an engine with the weights of its model's files."""
-        table = self._plan.layouts[spec.name][self._world.rank].items()
-        weights = engine_weights(spec, model.weights, self._config.seed)
-        fill(((engine.allocate(n), held.slices) for n, held in table), weights)
+        owner = None if spec.base is None else self._backends[spec.base]
+        base = {} if owner is None else owner.local_tensors()
+        table = self._plan.layouts[spec.name][self._world.rank]
+        fill_engine(spec, engine, table, model.weights, base, self._config.seed)
 
     def _sync(self, policy: Policy, role: Rollout, engine: RolloutEngine | None) -> PolicySync:
         plan, world, config = self._plan, self._world, self._config

@@ -12,12 +12,15 @@ from spmdrl.config.roles import AdapterSection, RoleSection
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import read_config
 from spmdrl.models.files.adapter_sources import FreshAdapter, WithAdapter
-from spmdrl.models.files.hf import HeadInit, TensorSource
+from spmdrl.models.files.hf import HeadInit, TensorSource, fill
 from spmdrl.models.files.peft import open_adapter, read_adapter
+from spmdrl.models.local_shards import LocalTensors, Table
 from spmdrl.models.model_classes import read_place
 from spmdrl.models.sharding import SCORE, Head
 from spmdrl.models.tensors import Slice
+from spmdrl.planning.judge_bases import base_names
 from spmdrl.role_spec import RoleSpec
+from spmdrl.rollout.protocol import RolloutEngine
 
 
 def head_source(name: str, section: RoleSection, path: Path, head: Head) -> HeadInit:
@@ -142,6 +145,30 @@ class Merged:
         shape = self._both.shape(name)
         part = Slice(name=name, shape=shape, start=start, stop=stop, offset=0)
         return self._both.read(part).float()
+
+
+def fill_engine(
+    spec: RoleSpec,
+    engine: RolloutEngine,
+    table: Table,
+    weights: TensorSource,
+    base: LocalTensors,
+    seed: int,
+) -> None:
+    """Fill an engine with the weights of its model's files, but for those of a base that a judge
+    shares, which it computes with in place.
+
+    Args:
+        table: the tensors that the engine needs.
+        weights: the model's weights.
+        base: the tensors of the role whose base it shares, if it does.
+        seed: see `engine_weights`.
+    """
+    shared = base_names(spec, table)
+    for name in shared:
+        engine.adopt(name, base[name][0])
+    own = ((engine.allocate(n), held.slices) for n, held in table.items() if n not in shared)
+    fill(own, engine_weights(spec, weights, seed))
 
 
 def engine_weights(spec: RoleSpec, weights: TensorSource, seed: int) -> TensorSource:
