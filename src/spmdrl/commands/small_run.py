@@ -24,7 +24,7 @@ from spmdrl.models.rope import tiny_rope
 from spmdrl.placement import Placement
 from spmdrl.planning.questions import judge_section
 from spmdrl.rewards.judging import RewardJob, RewardResult
-from spmdrl.rewards.pool import RewardPool
+from spmdrl.rewards.pool import Called, RewardPool
 from spmdrl.rewards.rubric import Encode
 from spmdrl.role_spec import HEADS
 from spmdrl.run.assembly.assembly import Model
@@ -264,6 +264,10 @@ class DrawnRewards(RewardPool):
 
     def describe(self) -> tuple[str, ...]:
         return self._names
+
+    @property
+    def callers(self) -> Mapping[str, Called]:
+        return {}
 
     def score(self, jobs: Sequence[RewardJob], **_: Any) -> list[RewardResult]:
         drawn = [blake2b(f"{j.prompt}\n{j.response}".encode()).digest()[0] % 2 for j in jobs]
