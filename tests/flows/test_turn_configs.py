@@ -48,6 +48,7 @@ def overrides(name: str, root: Path, run_dir: Path) -> list[str]:
         f"run_dir={run_dir}",
         f"model.path={root / 'model'}",
         *("data.prompts_per_step=2", "data.group_size=3", "sampling.max_tokens=6"),
+        "sampling.temperature=1",  # a group whose rewards are equal would be no step
         *("train.lr=1e-3", "train.warmup_steps=0", "rollout.turns.workers=1"),
         *("evaluation.before=false", "evaluation.after=false"),
         f"rewards=[{{function: '{ROOT / 'tests' / 'toy_rewards.py'}:even_length'}}]",

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import median
 
 from spmdrl.observe import names
 
@@ -159,7 +159,7 @@ def entropy_collapse(records: Sequence[Record]) -> str | None:
     values = _values(records, names.ENTROPY)
     if len(values) < 2 * STEPS:
         return None
-    first, last = fmean(values[:STEPS]), max(values[-STEPS:])
+    first, last = _mean(values[:STEPS]), max(values[-STEPS:])
     if last < 0.02 and last < 0.1 * first:
         return f"the entropy has fallen from {first:.3g} to {last:.3g} nats per token"
     return None
@@ -169,15 +169,20 @@ def length_explosion(records: Sequence[Record]) -> str | None:
     lengths, rewards = _values(records, names.LENGTH), _values(records, names.REWARD)
     if len(lengths) < 2 * STEPS or len(rewards) < len(lengths):
         return None
-    first, last = fmean(lengths[:STEPS]), fmean(lengths[-STEPS:])
+    first, last = _mean(lengths[:STEPS]), _mean(lengths[-STEPS:])
     if last > 3 * first and not _has_gained(rewards):
         return f"responses have grown from {first:.0f} to {last:.0f} tokens, and rewards have not"
     return None
 
 
+def _mean(values: Sequence[float]) -> float:
+    """Compute the mean; of values that are not finite NaN or infinite, where `fmean` raises."""
+    return sum(values) / len(values)
+
+
 def _has_gained(rewards: Sequence[float]) -> bool:
     """Whether the rewards of the last steps are above those of the first."""
-    return fmean(rewards[-STEPS:]) > fmean(rewards[:STEPS])
+    return _mean(rewards[-STEPS:]) > _mean(rewards[:STEPS])
 
 
 def cut_responses(records: Sequence[Record]) -> str | None:
@@ -188,7 +193,7 @@ def cut_responses(records: Sequence[Record]) -> str | None:
 
 def rollout_gap(records: Sequence[Record]) -> str | None:
     values = _values(records, "rollout_gap")
-    usual = fmean(values[:STEPS]) if values else 0.0
+    usual = _mean(values[:STEPS]) if values else 0.0
     limit = max(0.05, 5 * usual)
     if len(values) >= 2 * STEPS and _lasting(records, "rollout_gap", lambda gap: gap > limit):
         return (
