@@ -35,7 +35,6 @@ spmdrl() { # COMMAND CONFIG [key=value ...]
         "model.dtype=$dtype" "${@:3}"
 }
 
-greedy="evaluation.sampling={temperature: 0}"
 data=$out/data
 python scripts/examples/tools_data.py "$model" "$data"
 export QUESTIONS=$data/questions.jsonl HELD_OUT=$data/held_out.jsonl
@@ -45,17 +44,17 @@ for steps in ${SFT_STEPS:-2 3 4 5 6 8 10 12 16 20}; do
     spmdrl train sft "run_dir=$out/sft" "model.path=$data/model" "data.train.source=$data/traces.jsonl" \
         "steps=$steps"
     spmdrl eval grpo "run_dir=$out/measured/$steps" "model.path=$out/sft/model" \
-        "$greedy" evaluation.sets.held_out.max_items=60
+        evaluation.sets.held_out.max_items=60
     if python scripts/examples/tools_summary.py enough "$out/measured/$steps"; then break; fi
 done
 
 echo "== GRPO with the tool"
-spmdrl train grpo "run_dir=$out/grpo" "model.path=$out/sft/model" "$greedy" ${words[@]+"${words[@]}"}
+spmdrl train grpo "run_dir=$out/grpo" "model.path=$out/sft/model" ${words[@]+"${words[@]}"}
 
 echo "== the same stages without the tool"
 spmdrl train sft "run_dir=$out/sft_without" "model.path=$data/model" \
     "data.train.source=$data/direct.jsonl" "steps=$steps"
 spmdrl train grpo "run_dir=$out/grpo_without" "model.path=$out/sft_without/model" \
-    "$greedy" rollout.turns=null evaluation.before=false ${words[@]+"${words[@]}"}
+    rollout.turns=null evaluation.before=false ${words[@]+"${words[@]}"}
 
 python scripts/examples/tools_summary.py figures "$out" --seconds $(($(date +%s) - started))
