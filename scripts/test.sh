@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/dev/install_compiler.sh
 if [ $# = 0 ]; then
-    # beside what follows: pip mostly unpacks, on one core. Where making it takes longer than this,
+    # while the rest is prepared: pip mostly unpacks, on one core. Where making it takes longer than this,
     # it is left to scripts/test_cuda.sh
     said=$(mktemp)
     SPMDRL_CUDA_ENV_SECONDS=${SPMDRL_CUDA_ENV_SECONDS:-480} scripts/dev/cuda_env.sh >/dev/null 2>"$said" &

@@ -13,6 +13,7 @@ import torch
 from adapter_cases import make_peft
 from flow_cases import questions, run_configs, write_config
 from harness import run_ranks
+from heard import Heard
 from spmdrl.batch import Batch
 from spmdrl.config.load import load_config
 from spmdrl.data.order import home_rows
@@ -186,20 +187,9 @@ def test_a_judge_over_the_policys_base_scores_as_its_merged_model_does(root: Pat
         assert torch.equal(table, merged), name
 
 
-class _Heard(logging.Handler):
-    """Keeps the lines of a logger."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 def several(world: World, path: str) -> tuple[list[float], list[float], list[str]]:
     """Scores of three drawn answers each, those of single ones, and what was said of failures."""
-    heard = _Heard()
+    heard = Heard()
     logging.getLogger("spmdrl.rewards.asking").addHandler(heard)
     found = []
     words = ["roles.judge.judge.temperature=1"]
@@ -220,7 +210,7 @@ def test_several_answers_are_drawn_and_have_a_mean(root: Path) -> None:
 
 
 def too_long(world: World, path: str) -> tuple[list[float], list[str]]:
-    heard = _Heard()
+    heard = Heard()
     logging.getLogger("spmdrl.rewards.asking").addHandler(heard)
     config, inputs, assembly = made(world, path, ["roles.judge.judge.max_prompt_tokens=8"])
     scored = make_scorer(config, inputs, assembly, None).score(sampled(world, inputs, assembly))

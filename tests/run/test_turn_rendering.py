@@ -11,6 +11,7 @@ import pytest
 
 from flow_cases import questions, write_config
 from harness import run_ranks
+from heard import Heard
 from spmdrl.commands.check import check
 from spmdrl.config.faults import ConfigError
 from spmdrl.config.load import load_config
@@ -92,20 +93,9 @@ def test_tools_whose_results_the_template_leaves_out(model: Path, tmp_path: Path
         run_ranks(begin, 1, config_of(tmp_path, model, turns))
 
 
-class _Heard(logging.Handler):
-    """Keeps the lines of a logger."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 def said(world: World, path: str, other: str) -> tuple[int, list[str]]:
-    """How many lines the first configuration's turns say at their start, and those of both."""
-    heard = _Heard()
+    """Count the lines that the first one's turns say at their start; and the lines of both."""
+    heard = Heard()
     logging.getLogger("spmdrl.run.turns").addHandler(heard)
     begin(world, path)
     silent = len(heard.lines)
