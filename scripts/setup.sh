@@ -21,17 +21,17 @@ stamp=".venv/installed-${requirements%.txt}"
 wanted=$(cat requirements*.txt setup.cfg | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "setup: installing $requirements into .venv"
-    .venv/bin/pip install -q --disable-pip-version-check -r "$requirements"
+    install() { .venv/bin/pip install -q --disable-pip-version-check "$@"; }
     # vLLM is for the tests alone here, and its CPU wheel wants the CPU build of torch
-    if [ "$requirements" = requirements-dev.txt ]; then
-        if .venv/bin/pip install -q --disable-pip-version-check \
-            -r "$requirements" -r requirements-vllm.txt; then
-            # built for CUDA, they break transformers beside a CPU torch; no text model needs them
-            .venv/bin/pip uninstall -q -y torchvision torchaudio torchcodec
-        else
-            echo "setup: no vLLM here, for the reason above: its tests will be skipped" >&2
-        fi
+    if [ "$requirements" != requirements-dev.txt ]; then
+        install -r "$requirements"
+    elif install -r "$requirements" -r requirements-vllm.txt; then
+        # built for CUDA, they break transformers beside a CPU torch; no text model needs them
+        .venv/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+    else
+        install -r "$requirements"
+        echo "setup: no vLLM here, for the reason above: its tests will be skipped" >&2
     fi
-    .venv/bin/pip install -q --disable-pip-version-check --no-deps -e .
+    install --no-deps -e .
     echo "$wanted" >"$stamp"
 fi

@@ -5,21 +5,24 @@
 # Three workers: one of them mostly waits for Slurm. WORKERS=0 runs all tests in pytest's own process.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# pip would compile every module of every package, for minutes: those that are imported are enough
+export PIP_COMPILE=0
 scripts/dev/install_compiler.sh
+said=$(mktemp) types=$(mktemp) making="" typing=""
+trap 'kill $making $typing 2>/dev/null || true; rm -f "$said" "$types"' EXIT
 if [ $# = 0 ]; then
     # while the rest is prepared: pip mostly unpacks, on one core. Where making it takes longer than this,
     # it is left to scripts/test_cuda.sh
-    said=$(mktemp)
     SPMDRL_CUDA_ENV_SECONDS=${SPMDRL_CUDA_ENV_SECONDS:-480} scripts/dev/cuda_env.sh >/dev/null 2>"$said" &
     making=$!
-    trap 'kill $making 2>/dev/null || true; rm -f "$said"' EXIT
 fi
 scripts/setup.sh requirements-dev.txt
-scripts/get_model.sh
-scripts/dev/install_slurm.sh
 .venv/bin/ruff format --check src tests benchmarks examples scripts
 .venv/bin/ruff check src tests benchmarks examples scripts
-.venv/bin/mypy
+.venv/bin/mypy >"$types" 2>&1 & # as long as one core has nothing else to do
+typing=$!
+scripts/get_model.sh
+scripts/dev/install_slurm.sh
 selected="not full"
 if [ $# = 0 ]; then
     code=0
@@ -37,5 +40,10 @@ if [ $# = 0 ]; then
         ;;
     esac
 fi
+code=0
+wait "$typing" || code=$?
+cat "$types"
+[ "$code" = 0 ] || exit "$code"
+typing=""
 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -m "$selected" \
     -n "${WORKERS:-3}" --dist loadfile --no-loadscope-reorder "$@"

@@ -139,3 +139,7 @@ def test_the_suite_runs_the_quick_part_or_hands_on_why_not(tmp_path: Path, code:
     assert has_quick == (code == 0) == ("-m not full and not fakegpu" in pytest_line)
     assert pytest_line.endswith("()" if code == 0 else "(cuda_env: why)")
     assert "test_cuda.sh" not in run("-k", "exchange").stdout
+    (tmp_path / ".venv/bin/mypy").write_text("#!/bin/sh\necho 'a type'; exit 1\n")
+    answer = run()
+    assert answer.returncode == 1 and "a type" in answer.stdout
+    assert not [line for line in answer.stdout.splitlines() if line.startswith("python")]

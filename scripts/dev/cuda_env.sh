@@ -51,7 +51,8 @@ free=$(df -Pk "$base" | awk 'NR == 2 { print int($4 / 1e6) }')
 rm -rf "$env"
 echo "cuda_env: installing torch $torch for CUDA into $env" >&2
 "$python" -m venv "$env" || cannot "$python makes no virtual environment"
-if ! timeout "$seconds" "$env/bin/python" -m pip install -q --disable-pip-version-check \
+# not compiled: scripts/test_cuda.sh keeps what it compiles elsewhere
+if ! timeout "$seconds" "$env/bin/python" -m pip install -q --disable-pip-version-check --no-compile \
     "torch==$torch" -r "$wanted" >"$env/pip.log" 2>&1; then
     why=$(grep -i error "$env/pip.log" | tail -1 || true)
     rm -rf "$env"
