@@ -18,7 +18,7 @@ from spmdrl.turns.tools import ToolEnvironment
 
 ACCURACY = "eval/held_out/accuracy"
 CALL = "<tool_call>"
-ENOUGH = 0.3
+ENOUGH = 0.4
 """Held-out accuracy at which fine-tuning stops; GRPO is to do the rest."""
 
 
@@ -40,7 +40,7 @@ def main() -> int:
         "accuracy_sft": before,
         "accuracy_after": after,
         "accuracy_without_tool": without,
-        "standard_error": error_of_difference(*map(rewards, rows)),
+        "standard_error": error_of_difference(*map(answered, rows)),
         "valid_calls": valid_calls(rows[-1]),
         "seconds": given.seconds,
     }
@@ -60,9 +60,9 @@ def records(file: Path) -> Iterator[Mapping[str, Any]]:
         yield json.loads(line)
 
 
-def rewards(rows: list[Mapping[str, Any]]) -> dict[int, float]:
-    """Reward of each held-out question, which has one sample."""
-    return {row["prompt_id"]: float(row["reward"]) for row in rows}
+def answered(rows: list[Mapping[str, Any]]) -> dict[int, float]:
+    """Whether each held-out question, which has one sample, is answered: 0 or 1."""
+    return {row["prompt_id"]: float(row["reward"] >= 1) for row in rows}
 
 
 def error_of_difference(before: dict[int, float], after: dict[int, float]) -> float:

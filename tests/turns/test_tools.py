@@ -93,6 +93,10 @@ def test_what_is_wrong_with_a_call_is_told_and_counted(turn: str, said: str) -> 
     (message,) = found.messages
     assert said in message["content"] and message["role"] == "tool"
     assert (found.done, found.metrics) == (False, {"tool_calls": 1, "valid_calls": 0})
+    assert found.reward == 0
+    charged = environment("calculator", f"{HERE}lookup", invalid_call_reward=-0.25)
+    right = called("calculator", expression="1")
+    assert charged.step(turn).reward == -0.25 and charged.step(right).reward == 0
 
 
 def test_a_long_result_is_cut_and_says_so():
@@ -119,6 +123,7 @@ def test_a_parser_of_ones_own_reads_the_calls():
         ([{"python": {"speed": 1}}], {}, "options of python"),
         (["calculator"], {"format": "latin"}, "format=latin: it must be hermes, llama3"),
         (["calculator"], {"max_result_chars": 0}, "max_result_chars=0: it must be at least 1"),
+        (["calculator"], {"invalid_call_reward": float("nan")}, "invalid_call_reward=nan"),
     ],
 )
 def test_wrong_options_are_refused(functions: Any, options: Any, said: str) -> None:

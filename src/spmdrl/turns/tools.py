@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ class ToolEnvironment:
         format: how the model writes calls: `hermes`, `llama3`, `mistral`, `harmony`, or a parser of
             one's own as `module:function`. `auto`, the chat template's, is replaced before.
         max_result_chars: letters of a result that the model is shown.
+        invalid_call_reward: reward of each call that did not run to its end, usually below 0: it
+            tells samples apart that all end with a wrong answer.
 
     Raises:
         ValueError: a function or parser cannot be loaded, or has parameters that no call can give.
@@ -84,12 +87,16 @@ class ToolEnvironment:
         functions: Sequence[str | Mapping[str, Any]],
         format: str = "auto",
         max_result_chars: int = 4000,
+        invalid_call_reward: float = 0.0,
     ) -> None:
         if max_result_chars < 1:
             raise ValueError(f"{_KEY}.max_result_chars={max_result_chars}: it must be at least 1")
+        if not math.isfinite(invalid_call_reward):
+            raise ValueError(f"{_KEY}.invalid_call_reward={invalid_call_reward}: it must be finite")
         self._parse = parser_of(format)
         self._tools = tools_of(functions)
         self._max_chars = max_result_chars
+        self._invalid_reward = float(invalid_call_reward)
         self._calls = 0
 
     def start(self, row: Mapping[str, Any]) -> Sequence[Message]:
@@ -105,7 +112,7 @@ class ToolEnvironment:
         found = self._parse(response)
         if found.problem is not None:
             message = self._message("", f"error: {found.problem}")
-            return Observation(messages=[message], metrics={"tool_calls": 1, "valid_calls": 0})
+            return self._observation([message], 1, 0)
         if not found.calls:
             return Observation(done=True, metrics={"tool_calls": 0, "valid_calls": 0})
         results = [self._run(call) for call in found.calls]
@@ -114,8 +121,7 @@ class ToolEnvironment:
             for call, (text, _) in zip(found.calls, results, strict=True)
         ]
         valid = sum(is_valid for _, is_valid in results)
-        counts = {"tool_calls": len(results), "valid_calls": valid}
-        return Observation(messages=messages, metrics=counts)
+        return self._observation(messages, len(results), valid)
 
     def save(self) -> bytes:
         """Return the number of calls so far: the functions keep nothing."""
@@ -124,6 +130,11 @@ class ToolEnvironment:
     def load(self, state: bytes) -> None:
         """Take what `save` returned."""
         self._calls = int(state)
+
+    def _observation(self, messages: Sequence[Message], num: int, valid: int) -> Observation:
+        counts = {"tool_calls": num, "valid_calls": valid}
+        reward = self._invalid_reward * (num - valid)
+        return Observation(messages=messages, reward=reward, metrics=counts)
 
     def _run(self, call: ToolCall) -> tuple[str, bool]:
         """Return what the model is told of a call, and whether it was valid: it ran to its end."""
