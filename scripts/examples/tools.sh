@@ -57,4 +57,5 @@ spmdrl train sft "run_dir=$out/sft_without" "model.path=$data/model" \
 spmdrl train grpo "run_dir=$out/grpo_without" "model.path=$out/sft_without/model" \
     rollout.turns=null evaluation.before=false ${words[@]+"${words[@]}"}
 
+python -m spmdrl report "$out/grpo"
 python scripts/examples/tools_summary.py figures "$out" --seconds $(($(date +%s) - started))
