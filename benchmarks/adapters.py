@@ -9,8 +9,8 @@
 
 All sides run in turn, each in a fresh process (each rank one), `--repeats` times. Peaks are the
 ranks' largest resident sets (VmHWM), added up; `part_gb` is what the ledger of parts holds on all
-ranks at most. Seconds are medians of the steps after the first. Without --data the questions are
-sums. The last line is one JSON object.
+ranks at most. Seconds are medians of the steps after the first, and tokens those of prompts and
+responses. Without --data the questions are sums. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+
+import own_steps
+import trl_steps
 
 HERE = Path(__file__).resolve().parent
-REWARD = f"{HERE / 'step_reward.py'}:spread"
 RANK, ALPHA = 16, 32
 
 
@@ -141,12 +141,6 @@ def run_side(side: str, options: argparse.Namespace) -> dict[str, float]:
 
 def trained(options: argparse.Namespace, words: Sequence[str]) -> dict[str, float]:
     """Train with the overrides, and return the figures of the steps."""
-    from spmdrl.commands.train import train
-    from spmdrl.config.load import load_config
-    from spmdrl.observe.metrics import read_metrics
-    from spmdrl.rewards.server import start_reward_server
-    from spmdrl.world import start_world, stop_world
-
     given = [
         f"model.path={options.model}",
         f"data.train.source={options.data}",
@@ -154,24 +148,15 @@ def trained(options: argparse.Namespace, words: Sequence[str]) -> dict[str, floa
         f"data.group_size={options.group_size}",
         f"sampling.max_tokens={options.max_tokens}",
         f"steps={options.steps + 1}",
-        f"run_dir={options.run_dir}",
-        f"rewards=[{{function: '{REWARD}'}}]",
-        *words,
+        f"rewards=[{{function: '{own_steps.REWARD}'}}]",
     ]
-    with start_reward_server() as server:
-        config = load_config(HERE / "grpo_step.yaml", given)
-        world = start_world(device=config.device)
-        train(config, world, server)
-        stop_world()
-    records = [r for r in read_metrics(Path(options.run_dir) / "metrics.jsonl") if "loss" in r]
+    figures, records = own_steps.timed([*given, *words], Path(options.run_dir))
     parts = [v for r in records for k, v in r.items() if k.startswith("memory/parts_gb/")]
     moved = [1e9 * r.get("sync/gb", 0.0) for r in records]
     return {
-        "seconds": statistics.median(r["seconds/step"] for r in records[1:]),
-        "gb": records[-1]["memory/peak_sum_gb"],
+        **figures,
         # the largest rank's, and all ranks hold the same
         "part_gb": max(parts) * options.ranks,
-        "tokens": statistics.median(r["rollout_tokens"] for r in records[1:]),
         # what does not change is moved by the first sync only
         "sync_bytes_base": moved[0] - moved[-1],
         "sync_bytes_adapter": moved[-1],
@@ -208,79 +193,19 @@ def grpo_lora(options: argparse.Namespace) -> dict[str, float]:
 
 def grpo_trl(options: argparse.Namespace) -> dict[str, float]:
     """Train with TRL's GRPOTrainer and PEFT: no KL, no recomputation, one update per rollout."""
-    import time
-
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    class Clock(TrainerCallback):
-        """Notes when each step ends."""
-
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-
-        def on_step_end(self, *given: Any, **named: Any) -> None:
-            self.ends.append(time.perf_counter())
-
-    def spread(completions: list[Any], **columns: Any) -> list[float]:
-        texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-        return [(len(text) % 7) / 7 for text in texts]
-
-    samples = options.num_prompts * options.group_size
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    rows = [json.loads(line) for line in Path(options.data).read_text().splitlines()]
-    chat = tokenizer.chat_template is not None
-    prompts = [
-        [{"role": "user", "content": row["question"]}] if chat else row["question"] for row in rows
-    ]
-    config = GRPOConfig(
-        output_dir=options.run_dir,
-        per_device_train_batch_size=options.group_size,
-        gradient_accumulation_steps=samples // options.group_size // options.ranks,
-        num_generations=options.group_size,
-        max_completion_length=options.max_tokens,
-        max_steps=options.steps + 1,
-        learning_rate=1e-6,
-        beta=0.0,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=not torch.cuda.is_available(),
-        report_to=[],
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
+    return trl_steps.grpo(
+        trl_steps.Step(
+            model=options.model,
+            data=Path(options.data),
+            prompts=options.num_prompts,
+            group_size=options.group_size,
+            max_tokens=options.max_tokens,
+            steps=options.steps,
+            directory=Path(options.run_dir),
+            lora=(RANK, ALPHA),
+            ranks=options.ranks,
+        )
     )
-    clock = Clock()
-    trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32),
-        processing_class=tokenizer,
-        reward_funcs=spread,
-        args=config,
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"),
-        callbacks=[clock],
-    )
-    trainer.train()
-    logs = trainer.state.log_history
-    lengths = [log["completions/mean_length"] for log in logs if "completions/mean_length" in log]
-    seconds = statistics.median(after - before for before, after in pairwise(clock.ends))
-    return {
-        "seconds": seconds,
-        "gb": options.ranks * resident_peak() / 1e9,
-        "tokens": statistics.median(lengths[1:]) * samples,
-    }
-
-
-def resident_peak() -> int:
-    """Read the largest resident set of this process so far, in bytes."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 1024
 
 
 Side = Callable[[argparse.Namespace], dict[str, float]]

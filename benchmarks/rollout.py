@@ -5,7 +5,8 @@
 
 Different prompts of exactly --prompt-len tokens, one sample each, drawn at temperature 1. With
 --lengths natural a sample ends at the model's end of text or at --max-tokens; with fixed every one
-has --max-tokens tokens. `hf` runs one batch of all prompts with its dynamic cache. `vllm` is what
+has --max-tokens tokens; with a file that another run wrote (--write), which `hf` takes, samples end
+where those did. `hf` runs one batch of all prompts with its dynamic cache. `vllm` is what
 `rollout.engine: vllm` runs: every sample has a seed and log-probabilities, and on a CPU weights are
 not packed, so that syncs can write them. `vllm-alone` is vLLM by itself, as fast as it can: packed
 weights, no seeds, no log-probabilities. Loading and a short warm-up are not timed. The last line is
@@ -23,7 +24,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=32)
     parser.add_argument("--prompt-len", type=int, default=96, help="tokens")
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--lengths", choices=("natural", "fixed"), default="fixed")
+    parser.add_argument("--lengths", default="fixed", help="natural, fixed, or a file of --write")
+    parser.add_argument("--write", type=Path, help="file for the numbers of generated tokens")
     parser.add_argument("--data", help="JSONL with `question` or `prompt`; default: built-in text")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -66,11 +68,19 @@ def main() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prompts = make_prompts(args.model, args.num_prompts, args.prompt_len, args.data)
-    generate = ENGINES[args.engine](args.model, device, args.lengths == "fixed", args.seed)
+    if args.lengths in ("natural", "fixed"):
+        generate = ENGINES[args.engine](args.model, device, args.lengths == "fixed", args.seed)
+    elif args.engine == "hf":
+        ends = json.loads(Path(args.lengths).read_text(encoding="utf-8"))
+        generate = transformers(args.model, device, True, args.seed, ends)
+    else:
+        parser.error(f"--lengths {args.lengths}: only hf takes a file")
     generate([p[:16] for p in prompts[:4]], 4)
     start = time.perf_counter()
     counts = generate(prompts, args.max_tokens)
     seconds = time.perf_counter() - start
+    if args.write is not None:
+        args.write.write_text(json.dumps(counts), encoding="utf-8")
     print(
         json.dumps(
             {
@@ -85,6 +95,7 @@ def main() -> None:
                 "max_tokens": args.max_tokens,
                 "lengths": args.lengths,
                 "device": str(device),
+                "dtype": str(dtype_on(device)).removeprefix("torch."),
                 "threads": torch.get_num_threads(),
                 "versions": versions(),
             }
@@ -209,17 +220,25 @@ def generate_with(engine: Any, fixed: bool, seed: int) -> Generate:
     return generate
 
 
-def transformers(model: str, device: torch.device, fixed: bool, seed: int) -> Generate:
-    from transformers import AutoModelForCausalLM
+def transformers(
+    model: str, device: torch.device, fixed: bool, seed: int, lengths: Sequence[int] = ()
+) -> Generate:
+    """With `transformers.generate`; a sample has as many tokens as `lengths` says, if it does."""
+    from transformers import AutoModelForCausalLM, StoppingCriteriaList
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype_on(device)).to(device).eval()
     ends = loaded.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
 
     def generate(prompts: list[list[int]], max_tokens: int) -> list[int]:
         # All prompts have one length, so there is no padding and no mask to build.
         ids = torch.tensor(prompts, device=device)
+        given = len(lengths) == len(prompts)
+        wanted = torch.tensor(lengths if given else [max_tokens] * len(prompts), device=device)
+
+        def is_long(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return tokens.shape[1] - ids.shape[1] >= wanted
+
         torch.manual_seed(seed)
         with torch.inference_mode():
             out = loaded.generate(
@@ -232,10 +251,11 @@ def transformers(model: str, device: torch.device, fixed: bool, seed: int) -> Ge
                 max_new_tokens=max_tokens,
                 min_new_tokens=max_tokens if fixed else None,
                 pad_token_id=ends[0],
+                stopping_criteria=StoppingCriteriaList([is_long]),
             )
         rows = out[:, ids.shape[1] :].tolist()
         if fixed:
-            return [len(row) for row in rows]
+            return [min(len(row), int(n)) for row, n in zip(rows, wanted, strict=True)]
         return [next((i + 1 for i, t in enumerate(row) if t in ends), len(row)) for row in rows]
 
     return generate
