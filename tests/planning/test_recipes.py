@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from recipe_rows import PAGE, Recipe, all_recipes, row
 
-from spmdrl.config.load import load_config
+from spmdrl.config.load import config_reader
 from spmdrl.planning.forecast.forecast import full_lengths
 from spmdrl.planning.from_shapes import read_models
 from spmdrl.planning.suggest.suggest import suggest
@@ -47,7 +47,7 @@ def test_every_recipe_has_its_lines() -> None:
 def test_a_suggestion_is_never_slower_than_the_recipe(recipe: Recipe) -> None:
     name, config = f"recipes/{recipe.name}", recipe.config
     found = suggest(
-        lambda words: load_config(name, words),
+        config_reader(name),
         read_models(config),
         recipe.machine,
         full_lengths(config),

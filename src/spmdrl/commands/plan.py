@@ -21,7 +21,7 @@ from spmdrl.commands.plan_tables import (
     step_section,
 )
 from spmdrl.commands.plan_words import DEFAULT_NODE
-from spmdrl.config.load import load_config
+from spmdrl.config.load import config_reader, load_config
 from spmdrl.config.sections import Config
 from spmdrl.models.config import ModelConfig
 from spmdrl.placement import DeviceType
@@ -157,9 +157,10 @@ def _suggest(
     assert machine is not None  # _world refuses --suggest without one
     lengths = _lengths(config, options.prompt_tokens, options.response_tokens)
 
+    read = config_reader(options.config)
+
     def configure(words: Sequence[str]) -> Config:
-        changed = load_config(options.config, [*overrides, *words])
-        return with_local_models(changed, download=False)
+        return with_local_models(read([*overrides, *words]), download=False)
 
     models = read_models(config)
     start = try_words(configure, models, machine, lengths, ())

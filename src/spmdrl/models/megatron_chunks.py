@@ -18,15 +18,18 @@ All functions here are pure, and depend on Megatron only by the way it cuts.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from spmdrl.models.adapters import Adapter, adapter_tensors
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.sharding import Head, all_slices, fused_tensors
-from spmdrl.models.tensors import Slice, restrict
+from spmdrl.models.tensors import Slice, in_layer, restrict
+from spmdrl.models.widths import first_alike
 
-EMBEDDING, HEAD = "embed_tokens.weight", "head.weight"
+EMBEDDING, HEAD, _NORM = "embed_tokens.weight", "head.weight", "norm.weight"
+_EMBEDDING_MODULE, _HEAD_MODULE = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,48 @@ class Parameter:
         return self.is_added and self.is_replicated
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Consecutive parameters of a chunk: a layer's, or those before or after all layers. Layers are
+    alike, and of those that are, all parts have the same rows.
+
+    Args:
+        rows: the parameters, named as in the first layer of the model that is alike and as in the
+            first layer of a chunk.
+        kinds: for each row the index of the first one that is alike: a layer's experts are.
+        layer: the layer's number in the model; None for the others, whose rows have their names.
+        first: that of the first layer that is alike.
+        number: the layer's number in the chunk.
+    """
+
+    rows: tuple[Parameter, ...]
+    kinds: tuple[int, ...]
+    layer: int | None = None
+    first: int = 0
+    number: int = 0
+
+    def renamed(self, name: str) -> str:
+        """The name of this layer's tensor that has `name` in the first layer."""
+        return name if self.layer is None else in_layer(name, self.first, self.layer)
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yield the parameters with their own names."""
+        if self.layer is None:
+            yield from self.rows
+            return
+        for row in self.rows:
+            module = row.module_name.removeprefix(_FIRST_MODULE)
+            yield replace(
+                row,
+                name=self.renamed(row.name),
+                module_name=f"decoder.layers.{self.number}.{module}",
+                slices=tuple(replace(s, name=self.renamed(s.name)) for s in row.slices),
+            )
+
+
+_FIRST_MODULE = "decoder.layers.0."
+
+
 def padded_vocab(model: ModelConfig, tp: int) -> int:
     """Return the size of the vocabulary with padding, which tp divides."""
     return -(-model.vocab_size // tp) * tp
@@ -119,34 +164,66 @@ def rank_chunks(
     Args:
         with_score: whether a scalar head is among them, see `adapter_chunks`.
     """
-    own = {layer for chunk in range(cut.vpp) for layer in chunk_layers(model, cut, pp_rank, chunk)}
-    table = {
-        name: tensors
-        for name, tensors in fused_tensors(model, head).items()
-        if not name.startswith("layers.") or int(name.split(".")[1]) in own
-    }
-    held = all_slices(model, tp_rank, cut.tp, head, ep_rank=ep_rank, ep_size=cut.ep, table=table)
+    chunks = rank_parts(model, cut, tp_rank, pp_rank, head, ep_rank=ep_rank, with_score=with_score)
+    return [tuple(row for part in parts for row in part.parameters()) for parts in chunks]
+
+
+def rank_parts(
+    model: ModelConfig,
+    cut: Cut,
+    tp_rank: int,
+    pp_rank: int,
+    head: Head = "lm",
+    *,
+    ep_rank: int = 0,
+    with_score: bool = True,
+) -> list[tuple[Part, ...]]:
+    """List the chunks of `rank_chunks` by parts; this takes as long as one layer of each kind."""
+    firsts, layer_cut = first_alike(model), replace(cut, pp=1, vpp=1)
     chunks = []
     for chunk in range(cut.vpp):
-        is_first = pp_rank == 0 and chunk == 0
-        is_last = pp_rank == cut.pp - 1 and chunk == cut.vpp - 1
-        rows: list[Parameter] = []
-        if is_first:
-            rows.append(_vocab(model, cut, tp_rank, EMBEDDING, "embedding.word_embeddings.weight"))
+        parts: list[Part] = []
+        if pp_rank == 0 and chunk == 0:
+            parts.append(whole_part([_vocab(model, cut, tp_rank, EMBEDDING, _EMBEDDING_MODULE)]))
         for number, layer in enumerate(chunk_layers(model, cut, pp_rank, chunk)):
-            rows += _layer(model, cut, tp_rank, held, f"layers.{layer}", number)
-        if is_last:
-            rows.append(_plain(held, "norm.weight", "decoder.final_layernorm.weight"))
-            if head == "score":
-                if with_score:
-                    rows.append(_plain(held, HEAD, "output_layer.weight"))
-            elif not model.tie_embeddings:
-                rows.append(_vocab(model, cut, tp_rank, HEAD, "output_layer.weight"))
-            elif cut.pp > 1:
-                rows.append(_vocab(model, cut, tp_rank, EMBEDDING, "output_layer.weight"))
-        tied = model.tie_embeddings and head == "lm" and cut.pp > 1
-        chunks.append(tuple(replace(r, shared=tied and r.name == EMBEDDING) for r in rows))
+            alike = _layer_part(model, layer_cut, tp_rank, ep_rank, firsts[layer])
+            parts.append(replace(alike, layer=layer, number=number))
+        if pp_rank == cut.pp - 1 and chunk == cut.vpp - 1:
+            parts.append(whole_part(_last_rows(model, cut, tp_rank, head, with_score=with_score)))
+        if model.tie_embeddings and head == "lm" and cut.pp > 1:
+            parts = [_sharing(part) for part in parts]
+        chunks.append(tuple(parts))
     return chunks
+
+
+def whole_part(rows: Iterable[Parameter]) -> Part:
+    """Return a part of rows that have their own names."""
+    rows = tuple(rows)
+    return Part(rows=rows, kinds=tuple(range(len(rows))))
+
+
+def _sharing(part: Part) -> Part:
+    """Mark the embedding of a tied model."""
+    if part.layer is not None:
+        return part
+    return replace(part, rows=tuple(replace(r, shared=r.name == EMBEDDING) for r in part.rows))
+
+
+def _last_rows(
+    model: ModelConfig, cut: Cut, tp_rank: int, head: Head, *, with_score: bool
+) -> list[Parameter]:
+    """List what the last chunk holds after its layers."""
+    ends = {name: t for name, t in fused_tensors(model, head).items() if name in (_NORM, HEAD)}
+    held = all_slices(model, tp_rank, cut.tp, head, table=ends)
+    rows = [_plain(held, _NORM, "decoder.final_layernorm.weight")]
+    if head == "score":
+        if with_score:
+            rows.append(_plain(held, HEAD, _HEAD_MODULE))
+    elif not model.tie_embeddings:
+        rows.append(_vocab(model, cut, tp_rank, HEAD, _HEAD_MODULE))
+    elif cut.pp > 1:
+        rows.append(_vocab(model, cut, tp_rank, EMBEDDING, _HEAD_MODULE))
+    return rows
 
 
 def adapter_chunks(
@@ -204,15 +281,24 @@ def _vocab(model: ModelConfig, cut: Cut, tp_rank: int, name: str, module_name: s
     return Parameter(name=name, module_name=module_name, shape=shape, slices=slices)
 
 
+@lru_cache(maxsize=256)  # every rank and every stage asks for those of its layers
+def _layer_part(model: ModelConfig, cut: Cut, tp_rank: int, ep_rank: int, layer: int) -> Part:
+    """Return a layer as if it were the first of its chunk."""
+    local = f"layers.{layer}"
+    table = {n: t for n, t in fused_tensors(model).items() if n.startswith(f"{local}.")}
+    held = all_slices(model, tp_rank, cut.tp, ep_rank=ep_rank, ep_size=cut.ep, table=table)
+    rows = tuple(_layer(model, cut, held, local))
+    firsts: dict[object, int] = {}
+    kinds = []
+    for number, row in enumerate(rows):
+        boxes = tuple((s.shape, s.start, s.stop, s.offset) for s in row.slices)
+        kinds.append(firsts.setdefault((row.shape, row.is_expert, boxes), number))
+    return Part(rows=rows, kinds=tuple(kinds), layer=layer, first=layer)
+
+
 def _layer(
-    model: ModelConfig,
-    cut: Cut,
-    tp_rank: int,
-    held: Mapping[str, tuple[Slice, ...]],
-    local: str,
-    number: int,
+    model: ModelConfig, cut: Cut, held: Mapping[str, tuple[Slice, ...]], local: str
 ) -> Iterator[Parameter]:
-    prefix = f"decoder.layers.{number}"
     input_norm, post_norm = "input_layernorm.weight", "pre_mlp_layernorm.weight"
     has_experts = f"{local}.mlp.router.weight" in held
     if cut.fused_norms:
@@ -221,7 +307,7 @@ def _layer(
             post_norm = "mlp.linear_fc1.layer_norm_weight"
 
     def plain(name: str, module_name: str) -> Parameter:
-        return _plain(held, f"{local}.{name}", f"{prefix}.{module_name}")
+        return _plain(held, f"{local}.{name}", f"{_FIRST_MODULE}{module_name}")
 
     if not cut.fused_norms:
         yield plain("input_norm.weight", input_norm)
@@ -237,18 +323,14 @@ def _layer(
     yield plain("post_norm.weight", post_norm)
     if has_experts:
         yield plain("mlp.router.weight", "mlp.router.weight")
-        yield from _experts(model, cut, held, local, prefix)
+        yield from _experts(model, cut, held, local)
         return
     yield plain("mlp.gate_up.weight", "mlp.linear_fc1.weight")
     yield plain("mlp.down.weight", "mlp.linear_fc2.weight")
 
 
 def _experts(
-    model: ModelConfig,
-    cut: Cut,
-    held: Mapping[str, tuple[Slice, ...]],
-    local: str,
-    prefix: str,
+    model: ModelConfig, cut: Cut, held: Mapping[str, tuple[Slice, ...]], local: str
 ) -> Iterator[Parameter]:
     """Yield this rank's experts: modules one after another, or (TransformerEngine) weights of one
     grouped module, first all fc1 and then all fc2.
@@ -266,7 +348,7 @@ def _experts(
             name = f"{module}.weight{expert}"
         return Parameter(
             name=f"{local}.mlp.experts.{expert}.{kind}",
-            module_name=f"{prefix}.mlp.experts.{name}",
+            module_name=f"{_FIRST_MODULE}mlp.experts.{name}",
             shape=(rows, own[0].size[1]),
             slices=own,
             is_expert=cut.ep > 1,

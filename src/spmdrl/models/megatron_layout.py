@@ -1,13 +1,15 @@
-"""Layouts of roles on Megatron ranks, as slices of the Hugging Face name space.
+"""Layouts of roles on Megatron ranks, as slices of the Hugging Face name space, by kinds of layers.
 
-The optimizer's state is a flat range of a buffer of all parameters that train, whatever their
-shapes. All functions here are pure, and depend on Megatron only by the way it cuts.
+The optimizer's state is a flat range of a buffer of all parameters that train, see
+`megatron_buffers`. All functions here are pure, and depend on Megatron only by the way it cuts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -15,76 +17,12 @@ import torch
 from spmdrl.distributed.mesh import expert_degrees, expert_place, places_of
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.flat_pieces import flat_pieces
-from spmdrl.models.local_shards import LocalShard, Table
-from spmdrl.models.megatron_chunks import Cut, Parameter, adapter_chunks, rank_chunks
+from spmdrl.models.flat_pieces import FlatPiece, flat_pieces
+from spmdrl.models.local_shards import KindTable, LaterKinds, LocalShard, NamedKind, Table
+from spmdrl.models.megatron_buffers import HeldPart, held_parts
+from spmdrl.models.megatron_chunks import Cut, Part, adapter_chunks, rank_parts, whole_part
 from spmdrl.models.sharding import Head
-
-# The distributed optimizer's state
-
-
-def buffer_places(
-    chunk: Sequence[Parameter], num_shards: int
-) -> tuple[dict[str, tuple[int, int]], list[tuple[int, int]]]:
-    """Compute the places of a chunk's parameters in its flat buffer, and the buffer's buckets.
-
-    The layout is that of megatron-core's `_ParamAndGradBuffer`: last parameter first, each at a
-    multiple of 64 values, in buckets of a multiple of 128 that the shards divide. An embedding that
-    two stages hold is a separate bucket, so that both cut it alike.
-    """
-    unit = math.lcm(num_shards, 128)
-    places: dict[str, tuple[int, int]] = {}
-    buckets: list[tuple[int, int]] = []
-    at = first = 0
-
-    def close(stop: int) -> int:
-        buckets.append((first, -(-stop // unit) * unit))
-        return buckets[-1][1]
-
-    for parameter in reversed(chunk):
-        at = -(-at // 64) * 64
-        if parameter.shared and at > first:
-            at = first = close(at)
-        places[parameter.name] = at, at + math.prod(parameter.shape)
-        at = places[parameter.name][1]
-        if parameter.shared:
-            at = first = close(at)
-    if at > first:
-        close(at)
-    return places, buckets
-
-
-def shard_range(
-    place: tuple[int, int], buckets: Sequence[tuple[int, int]], shard: int, num_shards: int
-) -> tuple[int, int]:
-    """Return the range of a flattened parameter that shard `shard` holds; (0, 0) for none."""
-    start, stop = place
-    first, last = next(bucket for bucket in buckets if bucket[0] <= start < bucket[1])
-    size = (last - first) // num_shards
-    low = max(start, first + shard * size)
-    high = min(stop, first + (shard + 1) * size)
-    return (low - start, high - start) if low < high else (0, 0)
-
-
-def chunk_ranges(
-    chunk: Sequence[Parameter], shard: int, num_shards: int, exchange: int = 1
-) -> dict[str, tuple[int, int]]:
-    """Return `shard_range` of every parameter. Experts have their own buffer; every `exchange`-th
-    shard holds the same ones.
-    """
-    found: dict[str, tuple[int, int]] = {}
-    for of_experts in (False, True):
-        own = [parameter for parameter in chunk if parameter.is_expert is of_experts]
-        part = exchange if of_experts else 1
-        if not own:
-            continue
-        index, count = shard // part, num_shards // part
-        places, buckets = buffer_places(own, count)
-        found |= {p.name: shard_range(places[p.name], buckets, index, count) for p in own}
-    return found
-
-
-# The layouts of roles
+from spmdrl.models.tensors import Slice
 
 
 def megatron_layout(
@@ -108,20 +46,11 @@ def megatron_layout(
     """
 
     def table(place: Mapping[str, int], shard: int) -> Table:
-        chunks = _base_chunks(model, degrees, cut, place, head)
+        chunks = _base_parts(model, degrees, cut, place, head)
         if adapter is not None:
             added = adapter_chunks(model, cut, place["tp"], place["pp"], adapter)
-            chunks = [*chunks, *added]
-        return {
-            p.name: LocalShard(
-                shape=p.shape,
-                dtype=dtype,
-                slices=p.slices,
-                frozen=any(part.name in frozen for part in p.slices),
-            )
-            for chunk in chunks
-            for p in chunk
-        }
+            chunks = [*chunks, *[(whole_part(rows),) for rows in added if rows]]
+        return weights_table([part for parts in chunks for part in parts], dtype, frozen)
 
     return _rank_tables(ranks, degrees, 1, table, only)
 
@@ -147,36 +76,30 @@ def megatron_state_layout(
 
     def table(place: Mapping[str, int], shard: int) -> Table:
         if adapter is None:
-            chunks = _base_chunks(model, degrees, cut, place, head)
+            chunks = _base_parts(model, degrees, cut, place, head)
         else:
-            chunks = adapter_chunks(model, cut, place["tp"], place["pp"], adapter, head)
-        found = {}
-        for chunk in chunks:
-            ranges = chunk_ranges(chunk, shard, num_shards, exchange)
-            for p in chunk:
-                for piece in flat_pieces(p, *ranges[p.name]):
-                    found[f"{p.name}:{piece.start}"] = LocalShard(
-                        shape=piece.shape, dtype=torch.float32, slices=piece.slices
-                    )
-        return found
+            added = adapter_chunks(model, cut, place["tp"], place["pp"], adapter, head)
+            chunks = [(whole_part(rows),) for rows in added if rows]
+        held = [one for parts in chunks for one in held_parts(parts, shard, num_shards, exchange)]
+        return states_table(held)
 
     return _rank_tables(ranks, degrees, num_shards, table, only)
 
 
-def _base_chunks(
+def _base_parts(
     model: ModelConfig,
     degrees: Mapping[str, int],
     cut: Cut,
     place: Mapping[str, int],
     head: Head,
-) -> list[tuple[Parameter, ...]]:
+) -> list[tuple[Part, ...]]:
     ep_rank = expert_place(degrees, place)["ep"]
-    return _chunks(model, cut, place["tp"], place["pp"], head, ep_rank=ep_rank)
+    return _parts(model, cut, place["tp"], place["pp"], head, ep_rank=ep_rank)
 
 
-# a role's weights and its state are cut from the same chunks, and ranks that differ in shards alone
+# a role's weights and its state are cut from the same parts, and ranks that differ in shards alone
 # have the same
-_chunks = lru_cache(maxsize=64)(rank_chunks)
+_parts = lru_cache(maxsize=64)(rank_parts)
 
 
 def _rank_tables(
@@ -196,3 +119,107 @@ def _rank_tables(
             tables[at] = table(place, shard)
         layout[rank] = tables[at]
     return layout
+
+
+def weights_table(parts: Sequence[Part], dtype: torch.dtype, frozen: Collection[str]) -> KindTable:
+    """Make the table of a rank's weights.
+
+    Args:
+        frozen: see `megatron_layout`.
+    """
+    fixed = [_frozen_rows(part, frozen) for part in parts]
+    listed = list(zip(parts, fixed, strict=True))
+    layers = Counter((_kind_of(part), found) for part, found in listed)
+    shards: dict[Hashable, LocalShard] = {}
+    counts: Counter[Hashable] = Counter()
+    for part, found in {(_kind_of(part), found): (part, found) for part, found in listed}.values():
+        for number, kind in enumerate(part.kinds):
+            at = (_kind_of(part), kind, number in found)
+            counts[at] += layers[_kind_of(part), found]
+            if at not in shards:
+                row = part.rows[number]
+                shards[at] = LocalShard(
+                    shape=row.shape,
+                    dtype=dtype,
+                    slices=_numbered(row.slices),
+                    frozen=number in found,
+                )
+
+    def names() -> Iterator[NamedKind]:
+        for part, found in listed:
+            for number, row in enumerate(part.rows):
+                at = (_kind_of(part), part.kinds[number], number in found)
+                yield part.renamed(row.name), (at, tuple(part.renamed(s.name) for s in row.slices))
+
+    return KindTable(LaterKinds(names, counts, _key_of(listed)), shards)
+
+
+def _key_of(listed: Sequence[tuple[Part, frozenset[int]]]) -> Hashable:
+    """Key of the names in these parts and of their kinds."""
+    rows = {
+        _kind_of(part): (part.kinds, tuple(row.name for row in part.rows)) for part, _ in listed
+    }
+    layers = tuple((_kind_of(part), part.layer, found) for part, found in listed)
+    return layers, tuple(rows.items())
+
+
+def _kind_of(part: Part) -> Hashable:
+    """Key of the parts that have the same rows."""
+    return part.rows[0].name if part.layer is None else part.first
+
+
+def _frozen_rows(part: Part, frozen: Collection[str]) -> frozenset[int]:
+    """The numbers of the rows that do not train."""
+    if not frozen:
+        return frozenset()
+    return frozenset(
+        number
+        for number, row in enumerate(part.rows)
+        if any(part.renamed(piece.name) in frozen for piece in row.slices)
+    )
+
+
+def states_table(held: Sequence[HeldPart]) -> KindTable:
+    """Make the table of a rank's masters: flat ranges of rows, as boxes."""
+    alike = Counter((_kind_of(one.part), one.whole) for one in held if not one.ranges)
+    whole = {(_kind_of(one.part), one.whole): one for one in held if not one.ranges}
+    shards: dict[Hashable, LocalShard] = {}
+    counts: Counter[Hashable] = Counter()
+    for one, times in (
+        *((whole[at], times) for at, times in alike.items()),
+        *((one, 1) for one in held if one.ranges),
+    ):
+        for number in range(len(one.part.rows)):
+            for at, piece in _pieces(one, number):
+                counts[at] += times
+                if at not in shards:
+                    shards[at] = LocalShard(
+                        shape=piece.shape, dtype=torch.float32, slices=piece.slices
+                    )
+
+    def names() -> Iterator[NamedKind]:
+        for one in held:
+            part = one.part
+            for number, row in enumerate(part.rows):
+                own = tuple(part.renamed(s.name) for s in row.slices)
+                for at, piece in _pieces(one, number):
+                    yield f"{part.renamed(row.name)}:{piece.start}", (at, own)
+
+    return KindTable(LaterKinds(names, counts, object()), shards)
+
+
+def _pieces(one: HeldPart, number: int) -> Iterator[tuple[Hashable, FlatPiece]]:
+    """Yield the boxes of a row that a shard has, each with its kind."""
+    part, (start, stop) = one.part, one.range_of(number)
+    row = part.rows[number]
+    if start == stop:
+        return
+    is_whole = (start, stop) == (0, math.prod(row.shape))
+    kind = (_kind_of(part), part.kinds[number]) if is_whole else part.renamed(row.name)
+    for piece in flat_pieces(replace(row, slices=_numbered(row.slices)), start, stop):
+        yield (kind, piece.start), piece
+
+
+def _numbered(slices: Iterable[Slice]) -> tuple[Slice, ...]:
+    """Slices with their indices in place of their names."""
+    return tuple(replace(piece, name=str(i)) for i, piece in enumerate(slices))

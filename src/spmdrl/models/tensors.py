@@ -129,6 +129,20 @@ def _rows_of(s: Slice, low: int, high: int, offset: int) -> list[Slice]:
     return boxes
 
 
+def in_layer(name: str, first: int, layer: int) -> str:
+    """Return the name of a tensor of layer `layer` that is called `name` in layer `first`: a local
+    one (`layers.0.input_norm.weight`) or that of a file (`model.layers.0.input_layernorm.weight`).
+    """
+    head, _, tail = name.partition(f"layers.{first}.")
+    return f"{head}layers.{layer}.{tail}"
+
+
+def without_expert(name: str) -> str:
+    """Return a tensor's name without the number of its expert, if it is of one."""
+    head, found, tail = name.partition(".experts.")
+    return head + found + tail.partition(".")[2]
+
+
 def heads_per_rank(heads: int, tp_size: int) -> int:
     """Count the key-value heads on each tensor-parallel rank, at least one."""
     return max(1, heads // tp_size)

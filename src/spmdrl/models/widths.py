@@ -16,6 +16,13 @@ def layer_kinds(model: ModelConfig) -> tuple[tuple[LayerSpec, int], ...]:
     return tuple(Counter(model.layers).items())
 
 
+@lru_cache(maxsize=16)
+def first_alike(model: ModelConfig) -> tuple[int, ...]:
+    """Return for each layer the first one of its kind: they differ in the names of tensors only."""
+    firsts: dict[LayerSpec, int] = {}
+    return tuple(firsts.setdefault(spec, number) for number, spec in enumerate(model.layers))
+
+
 def cached_values(model: ModelConfig, tp: int) -> int:
     """Count the elements that an engine's cache keeps of each token, over all layers."""
     return sum(number * _cached(spec.mixer, tp) for spec, number in layer_kinds(model))

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 from spmdrl.memory.parts import dotted, size_text
 from spmdrl.models.adapters import Adapter, adapter_shapes
-from spmdrl.models.local_shards import sized
+from spmdrl.models.local_shards import counted
 from spmdrl.models.sharding import global_shapes
-from spmdrl.planning.parts import table_bytes
 from spmdrl.planning.plan import RolePlan
 from spmdrl.role_spec import RoleSpec
 
@@ -56,7 +55,7 @@ def _counts(spec: RoleSpec, adapter: Adapter) -> Iterator[Line]:
 def _trained(plan: RolePlan, spec: RoleSpec) -> Line:
     tables = plan.layouts[spec.name].values()
     most = max(
-        sum(math.prod(held.shape) for held in sized(table).values() if not held.frozen)
+        sum(math.prod(held.shape) * count for held, count in counted(table) if not held.frozen)
         for table in {id(table): table for table in tables}.values()
     )
     how = "each with a float32 gradient and two moments"
@@ -71,7 +70,7 @@ def _base(plan: RolePlan, spec: RoleSpec) -> Line:
     tables = {id(table): table for table in plan.layouts[owner].values()}.values()
     has_own = plan.specs[owner].adapter is not None
     size = max(
-        table_bytes({n: held for n, held in sized(table).items() if held.frozen or not has_own})
+        sum(held.num_bytes * n for held, n in counted(table) if held.frozen or not has_own)
         for table in tables
     )
     part = dotted((owner, "base" if has_own else "weights"))

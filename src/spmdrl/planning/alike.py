@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 
-from spmdrl.models.local_shards import Kinds, KindTable, LocalShard, Table
+from spmdrl.models.local_shards import Kinds, KindTable, LaterKinds, LocalShard, Table
+from spmdrl.models.tensors import without_expert
 from spmdrl.weights.layout import kinds_of
 
 
@@ -38,11 +39,14 @@ class TableClasses:
         """Return a number for the table's names and for which of them are of one kind, and its
         kinds in the order in which they occur.
         """
+        later = table.kinds if isinstance(table, KindTable) else None
+        if isinstance(later, LaterKinds):
+            return self._patterns.setdefault(later.key, len(self._patterns)), tuple(later.counts)
         kinds = kinds_of(table)
         if id(kinds) not in self._orders:
             places: dict[Hashable, int] = {}
             pattern = tuple(
-                (name, places.setdefault(kind, len(places)), tuple(map(_any_expert, names)))
+                (name, places.setdefault(kind, len(places)), tuple(map(without_expert, names)))
                 for name, (kind, names) in kinds.items()
             )
             number = self._patterns.setdefault(pattern, len(self._patterns))
@@ -54,8 +58,3 @@ class TableClasses:
 
 def _size(shard: LocalShard) -> tuple[object, ...]:
     return (shard.shape, shard.dtype, shard.frozen, *[piece.name for piece in shard.slices])
-
-
-def _any_expert(name: str) -> str:
-    head, found, tail = name.partition(".experts.")
-    return head + found + tail.partition(".")[2]

@@ -20,6 +20,8 @@ def frozen_names(spec: RoleSpec) -> frozenset[str]:
     tensors = fused_tensors(spec.model, spec.head)
     if (spec.adapter is not None or spec.base is not None) and not spec.has_engine:
         return frozenset(global_shapes(spec.model, spec.head)) - {SCORE}
+    if not patterns:
+        return frozenset()
     known = [part.name for parts in tensors.values() for part in parts]
     key = f"roles.{spec.name}.freeze={list(patterns)}"
     frozen: set[str] = set()

@@ -12,7 +12,7 @@ from spmdrl.config.shipped_flows import is_shipped
 from spmdrl.memory.parts import Part, PartKey, ResidencyWish
 from spmdrl.models.blocks.moe import has_fixed_shapes
 from spmdrl.models.linear import LEAST_CAPABILITY
-from spmdrl.models.local_shards import Table, WeightLayout, sized
+from spmdrl.models.local_shards import Table, WeightLayout, counted, named_bytes, sized
 from spmdrl.planning.engines import vllm_cache
 from spmdrl.planning.judge_bases import base_names
 from spmdrl.planning.kv_cache import cache_sizes, reads_pages
@@ -75,9 +75,9 @@ def planned_parts(
         if name in syncs:
             shared = syncs[name].shared.get(rank, frozenset())
         rests_on = () if owner is None else _parts_of(shared, owner, here, rank)
-        table = sized(model.layout[rank])
-        held = {local: held for local, held in table.items() if local not in shared}
-        own = _engine_parts(config, model.spec, table_bytes(held), rests_on)
+        table = model.layout[rank]
+        size = table_bytes(table) - named_bytes(table, shared)
+        own = _engine_parts(config, model.spec, size, rests_on)
         if name in syncs and _may_lose_weights(config, syncs[name]):
             own[0] = replace(own[0], may_lose=True)
         parts += own
@@ -118,19 +118,19 @@ def _wish(spec: RoleSpec, part: str) -> ResidencyWish:
 
 
 def _model_parts(model: HeldModel, here: Mapping[str, HeldModel], rank: int) -> list[Part]:
-    spec, table = model.spec, sized(model.layout[rank])
+    spec, held = model.spec, counted(model.layout[rank])
     base, parts = base_part(spec, here), []
     if base == (spec.name, BASE):
-        size = table_bytes({local: held for local, held in table.items() if held.frozen})
+        size = sum(shard.num_bytes * count for shard, count in held if shard.frozen)
         wish = _wish(spec, BASE)
         parts.append(Part(role=spec.name, name=BASE, num_bytes=size, wish=wish, frozen=True))
     rests_on = () if base == (spec.name, WEIGHTS) else (base,)
-    own = {local: held for local, held in table.items() if not (rests_on and held.frozen)}
+    own = [(shard, count) for shard, count in held if not (rests_on and shard.frozen)]
     parts.append(
         Part(
             role=spec.name,
             name=WEIGHTS,
-            num_bytes=table_bytes(own),
+            num_bytes=sum(shard.num_bytes * count for shard, count in own),
             wish=_wish(spec, WEIGHTS),
             frozen=not spec.trained,
             rests_on=rests_on,
@@ -205,7 +205,7 @@ def uses_graphs(config: Config, model: HeldModel) -> bool:
 
 def table_bytes(table: Table) -> int:
     """Bytes of a rank's tensors."""
-    return sum(held.num_bytes for held in sized(table).values())
+    return sum(held.num_bytes * count for held, count in counted(table))
 
 
 def cache_bytes(config: Config, spec: RoleSpec) -> int:

@@ -13,13 +13,20 @@ from functools import partial
 
 import torch
 
-from spmdrl.models.local_shards import KindTable, LocalShard, Table, WeightLayout
+from spmdrl.models.local_shards import (
+    KindTable,
+    LocalShard,
+    Table,
+    WeightLayout,
+    counted,
+    named_bytes,
+)
 from spmdrl.models.sharding import global_shapes
 from spmdrl.planning.engines import shares_tensors
 from spmdrl.planning.layouts import role_layout, state_layout
+from spmdrl.planning.parts import table_bytes
 from spmdrl.role_spec import RoleSpec
 from spmdrl.weights.cells import Cell
-from spmdrl.weights.layout import shards_by_kind
 from spmdrl.weights.plan import NUM_SLOTS, SyncPlan, find_shared
 from spmdrl.weights.rounds import CellRange
 from spmdrl.weights.routes import Route
@@ -107,7 +114,7 @@ def sketch_sync(
     (policy, held), (rollout, wanted) = source, target
     shared = find_shared(held if shares_tensors(rollout) else {}, wanted, merged)
     rank = rollout.placement.ranks[-1]
-    lacking = sum(s.num_bytes for name, s in wanted[rank].items() if name not in shared[rank])
+    lacking = table_bytes(wanted[rank]) - named_bytes(wanted[rank], shared[rank])
     slot = max(1, 2 * bucket_bytes // NUM_SLOTS)
     moves = any(len(shared[r]) < len(table) for r, table in wanted.items())
     here = held.get(rank)
@@ -147,4 +154,4 @@ def _server(policy: RoleSpec, held: WeightLayout, rank: int, node_size: int) -> 
 
 
 def _numel(table: Table) -> int:
-    return sum(math.prod(shard.shape) * len(names) for shard, names in shards_by_kind(table))
+    return sum(math.prod(shard.shape) * count for shard, count in counted(table))

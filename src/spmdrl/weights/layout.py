@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,15 @@ from spmdrl.distributed.mesh import expert_degrees, expert_place, places_of
 from spmdrl.models.adapters import Adapter, adapter_tensors
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.fsdp_cuts import fsdp_dims, fsdp_shard
-from spmdrl.models.local_shards import Kinds, KindTable, LocalShard, Table, WeightLayout
+from spmdrl.models.local_shards import (
+    Kinds,
+    KindTable,
+    LaterKinds,
+    LocalShard,
+    NamedKind,
+    Table,
+    WeightLayout,
+)
 from spmdrl.models.sharding import (
     Head,
     all_slices,
@@ -21,13 +30,14 @@ from spmdrl.models.sharding import (
     fused_tensors,
     local_parameters,
 )
-from spmdrl.models.tensors import Slice, is_expert_parameter
+from spmdrl.models.tensors import Slice, in_layer, is_expert_parameter, without_expert
+from spmdrl.models.widths import first_alike
 
 
 def kinds_of(table: Table) -> Kinds:
-    """The table's own kinds, or one for each tensor."""
+    """The table's own kinds, all listed, or one for each tensor."""
     if isinstance(table, KindTable):
-        return table.kinds
+        return table.kinds.listed if isinstance(table.kinds, LaterKinds) else table.kinds
     return {name: (name, _names(held.slices)) for name, held in table.items()}
 
 
@@ -91,16 +101,18 @@ def model_layout(
     num_shards = degrees.get("dp_shard", 1) * cp if sharded else 1
     ep, exchange = degrees.get("ep", 1), expert_degrees(degrees)["exchange"]
     added = {} if adapter is None else adapter_tensors(model, adapter)
-    table = fused_tensors(model, head) | added
+    firsts = _first_alike(model, head, frozen)
+    chosen = {None, *firsts}
+    fused = {n: t for n, t in fused_tensors(model, head).items() if _layer(n) in chosen}
+    table = fused | added
     cut: dict[str, Any] = {"vocab_multiple": vocab_multiple, "table": table}
     shapes = local_parameters(model, tp, ep_size=ep, **cut)
-    stages = [_stage(model, shapes, stage, pp) for stage in range(pp)]
     dims = fsdp_dims(model, head, blocks) | dict.fromkeys(added)
     dtypes = {"dtype": dtype, "shard_dtype": (shard_dtype or dtype) if sharded else dtype}
     tables_of = _KindTables(**dtypes, frozen=frozen, buffers=buffer_names(model), dims=dims)
     slices_at = partial(all_slices, model, tp_size=tp, ep_size=ep, blocks=blocks, **cut)
     whole: dict[tuple[int, int], Kinds] = {}
-    by_place: dict[tuple[int, int, int], Kinds] = {}
+    by_place: dict[tuple[int, int, int], LaterKinds] = {}
     tables: dict[tuple[int, int, int, int], Table] = {}
     layout = {}
     for rank, place in places_of(ranks, degrees, only):
@@ -111,7 +123,7 @@ def model_layout(
             whole[tp_rank, ep_rank] = tables_of.name_all(shapes, found)
         at = (place["pp"], tp_rank, ep_rank)
         if at not in by_place:
-            by_place[at] = {n: kind for n, kind in whole[at[1:]].items() if n in stages[at[0]]}
+            by_place[at] = _stage_kinds(model, whole[at[1:]], firsts, fused, (at[0], pp))
         if (*at, shard) not in tables:
             # without shards, exchange has nothing to divide
             of_experts = (shard // exchange, max(1, num_shards // exchange))
@@ -120,19 +132,78 @@ def model_layout(
     return layout
 
 
-def _stage(model: ModelConfig, names: Iterable[str], stage: int, count: int) -> frozenset[str]:
-    """The local names of a pipeline stage; the first stages take the layers left by division."""
+def _layer(local_name: str) -> int | None:
+    """The number of the layer that a parameter is of."""
+    return int(local_name.split(".")[1]) if local_name.startswith("layers.") else None
+
+
+def _first_alike(model: ModelConfig, head: Head, frozen: Collection[str]) -> tuple[int, ...]:
+    """For each layer the first one that differs from it only in the names of tensors."""
+    firsts = first_alike(model)
+    if not frozen:
+        return firsts
+    fixed: dict[int, list[bool]] = {layer: [] for layer in range(model.num_layers)}
+    for name, tensors in fused_tensors(model, head).items():
+        if (layer := _layer(name)) is not None:
+            fixed[layer] += [tensor.name in frozen for tensor in tensors]
+    found: dict[object, int] = {}
+    return tuple(
+        found.setdefault((first, *fixed[layer]), layer) for layer, first in enumerate(firsts)
+    )
+
+
+def _stage_kinds(
+    model: ModelConfig,
+    whole: Kinds,
+    firsts: Sequence[int],
+    fused: Collection[str],
+    stage: tuple[int, int],
+) -> LaterKinds:
+    """The kinds of a pipeline stage; the first stages take the layers left by division.
+
+    Args:
+        whole: those of the whole model, with one of each kind of layers.
+        firsts: see `_first_alike`.
+        fused: local names of the model's own parameters in `whole`.
+        stage: the stage's index, and the number of stages.
+    """
+    index, count = stage
     size, more = divmod(model.num_layers, count)
-    first = stage * size + min(stage, more)
-    layers = range(first, first + size + (stage < more))
-    held = {
-        name for name in names if name.startswith("layers.") and int(name.split(".")[1]) in layers
-    }
-    if stage == 0 or (stage == count - 1 and model.tie_embeddings):
-        held.add("embed_tokens.weight")
-    if stage == count - 1:
-        held.update(name for name in names if name.partition(".")[0] in ("norm", "head"))
-    return frozenset(held)
+    start = index * size + min(index, more)
+    layers = range(start, start + size + (index < more))
+    rows: dict[int, list[NamedKind]] = {}
+    before, after = [], []
+    for name, named in whole.items():
+        layer = _layer(name)
+        if layer is not None and name in fused:
+            rows.setdefault(layer, []).append((name, named))
+        elif name == "embed_tokens.weight":
+            if index == 0 or (model.tie_embeddings and index == count - 1):
+                before.append((name, named))
+        elif index == count - 1 if layer is None else layer in layers:
+            after.append((name, named))
+
+    def names() -> Iterator[NamedKind]:
+        yield from before
+        for layer in layers:
+            first = firsts[layer]
+            for name, (kind, held) in rows[first]:
+                own = tuple(in_layer(one, first, layer) for one in held)
+                yield in_layer(name, first, layer), (kind, own)
+        yield from after
+
+    times = Counter(firsts[layer] for layer in layers)
+    listed = [(row, 1) for row in before]
+    listed += [(row, number) for first, number in times.items() for row in rows[first]]
+    listed += [(row, 1) for row in after]
+    counts: Counter[Hashable] = Counter()
+    for (_, (kind, _)), number in listed:
+        counts[kind] += number
+    order = {kind: i for i, kind in enumerate(counts)}
+    pattern = tuple(
+        (name, order[kind], tuple(map(without_expert, held))) for (name, (kind, held)), _ in listed
+    )
+    return LaterKinds(names, counts, (layers, tuple(firsts[i] for i in layers), pattern))
 
 
 @dataclass(frozen=True)
@@ -175,22 +246,21 @@ class _KindTables:
     def name_all(
         self, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[Slice, ...]]
     ) -> Kinds:
-        """The kinds of whole tensor-parallel parameters."""
+        """The kinds of whole tensor-parallel parameters, those of one layer of each kind."""
         return {
             local_name: (self._kind(local_name, shapes[local_name], held), _names(held))
             for local_name, held in found.items()
         }
 
     def table(
-        self, kinds: Kinds, of_others: tuple[int, int], of_experts: tuple[int, int]
+        self, kinds: LaterKinds, of_others: tuple[int, int], of_experts: tuple[int, int]
     ) -> KindTable:
         """The tensors of a rank whose FSDP shards are these (number, count)."""
         shards: dict[Hashable, LocalShard] = {}
-        for kind, _ in kinds.values():
-            if kind not in shards:
-                assert isinstance(kind, int)
-                place = of_experts if self._kinds[kind].has_experts else of_others
-                shards[kind] = self._shard(kind, *place)
+        for kind in kinds.counts:
+            assert isinstance(kind, int)
+            place = of_experts if self._kinds[kind].has_experts else of_others
+            shards[kind] = self._shard(kind, *place)
         return KindTable(kinds, shards)
 
     def _kind(self, local_name: str, shape: tuple[int, ...], slices: tuple[Slice, ...]) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from spmdrl.models.local_shards import Kinds, Table, WeightLayout
+from spmdrl.models.local_shards import Kinds, Table, WeightLayout, counted, named_bytes
 from spmdrl.weights.cells import Cell, Pattern, Patterns, find_cuts
 from spmdrl.weights.layout import kinds_of, shards_by_kind
 from spmdrl.weights.rounds import CellRange, Round, make_rounds
@@ -221,6 +221,9 @@ def find_shared(
     nothing: Table = {}
     for rank, table in target.items():
         own = source.get(rank, nothing)
+        if not own:
+            shared[rank] = equal.setdefault(frozenset(), frozenset())
+            continue
         pair = (id(own), id(table))
         if pair not in found:
             names: frozenset[str] = frozenset(
@@ -229,7 +232,7 @@ def find_shared(
                 if table[alike[0]].is_like(own[alike[0]])
                 for name in alike
             )
-            if sum(table[n].num_bytes for n in names) < WORTH_SHARING * _num_bytes(own):
+            if named_bytes(table, names) < WORTH_SHARING * _num_bytes(own):
                 names = frozenset()
             found[pair] = equal.setdefault(names, names)
         shared[rank] = found[pair]
@@ -237,7 +240,7 @@ def find_shared(
 
 
 def _num_bytes(table: Table) -> int:
-    return sum(held.num_bytes * len(names) for held, names in shards_by_kind(table))
+    return sum(held.num_bytes * count for held, count in counted(table))
 
 
 class _NamePairs:

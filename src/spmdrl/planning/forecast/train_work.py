@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from spmdrl.models.local_shards import Table, sized
+from spmdrl.models.local_shards import Table, counted
 from spmdrl.planning.forecast.collectives import (
     Group,
     all_gather,
@@ -65,17 +65,16 @@ class TrainRank:
         weights that train.
         """
         trained = sum(
-            math.prod(held.shape) for held in sized(self.states).values() if not held.frozen
+            math.prod(held.shape) * count for held, count in counted(self.states) if not held.frozen
         )
-        own = [held for held in sized(self.table).values() if not held.frozen]
-        narrow = [held for held in own if held.dtype.itemsize < 4]
-        weights = sum(math.prod(held.shape) * held.dtype.itemsize for held in narrow)
-        return trained, weights, sum(math.prod(held.shape) for held in own)
+        own = [(held, count) for held, count in counted(self.table) if not held.frozen]
+        weights = sum(held.num_bytes * count for held, count in own if held.dtype.itemsize < 4)
+        return trained, weights, sum(math.prod(held.shape) * count for held, count in own)
 
     @cached_property
     def trained_share(self) -> float:
         """Share of the values of its own matrices that train."""
-        sizes = [(math.prod(held.shape), held.frozen) for held in sized(self.table).values()]
+        sizes = [(math.prod(held.shape) * n, held.frozen) for held, n in counted(self.table)]
         trained = sum(size for size, frozen in sizes if not frozen)
         return trained / max(1, sum(size for size, _ in sizes))
 
@@ -257,7 +256,7 @@ def _gathers(rank: TrainRank, microbatches: int) -> Work:
         return NOTHING
     work = _along_shards(rank, rank.itemsize, microbatches)
     if rank.traffic.offload == "all":
-        held = sum(own.num_bytes for own in sized(rank.table).values())
+        held = sum(own.num_bytes * count for own, count in counted(rank.table))
         work += Work(link_bytes={"host": float(held * microbatches)})
     return work
 

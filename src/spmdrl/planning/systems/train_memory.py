@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.local_shards import Table, sized
+from spmdrl.models.local_shards import LocalShard, Table, counted
 from spmdrl.models.sharding import Head, fused_tensors, local_parameters
 from spmdrl.role_spec import RoleSpec
 
@@ -50,11 +51,12 @@ def plain_memory(spec: RoleSpec, weights: Table, states: Table) -> TrainMemory:
 
 def optimizer_bytes(weights: Table, states: Table) -> int:
     """Bytes of AdamW's two moments in float32, and of the masters if the weights are narrower."""
-    narrow = {name: held for name, held in sized(weights).items() if held.dtype != torch.float32}
+    held = counted(weights)
+    narrow = [(shard, count) for shard, count in held if shard.dtype != torch.float32]
     # FSDP's shards that train are float32, tensors that it does not cut and those that do not train
     # may be narrower; else all have one dtype
-    masters = narrow if len(narrow) < len(weights) else states
-    return 2 * trained_bytes(states) + trained_bytes(masters)
+    masters = narrow if len(narrow) < len(held) else counted(states)
+    return 2 * trained_bytes(states) + _trained_bytes(masters)
 
 
 def gradient_bytes(table: Table) -> int:
@@ -64,7 +66,11 @@ def gradient_bytes(table: Table) -> int:
 
 def trained_bytes(table: Table) -> int:
     """Bytes of the values that train, each in float32."""
-    return sum(4 * math.prod(held.shape) for held in sized(table).values() if not held.frozen)
+    return _trained_bytes(counted(table))
+
+
+def _trained_bytes(held: Iterable[tuple[LocalShard, int]]) -> int:
+    return sum(4 * math.prod(shard.shape) * count for shard, count in held if not shard.frozen)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from spmdrl.models.local_shards import Table, sized
+from spmdrl.models.local_shards import Table, counted
 from spmdrl.models.zero_layout import num_shards_of
 from spmdrl.planning.systems.train_memory import TrainMemory, UnitSizes, trained_bytes, unit_sizes
 from spmdrl.role_spec import RoleSpec
@@ -69,7 +69,7 @@ def zero_memory(
 
 
 def _numel(table: Table) -> int:
-    return sum(math.prod(held.shape) for held in sized(table).values())
+    return sum(math.prod(held.shape) * count for held, count in counted(table))
 
 
 def _live(zero: Mapping[str, Any], numel: int) -> int:

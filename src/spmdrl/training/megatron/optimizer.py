@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.flat_pieces import flat_pieces
 from spmdrl.models.local_shards import LocalTensors
+from spmdrl.models.megatron_buffers import chunk_ranges
 from spmdrl.models.megatron_chunks import Parameter
-from spmdrl.models.megatron_layout import chunk_ranges
 from spmdrl.training.megatron.compat import named_as_on_cuda
 from spmdrl.training.optimizer import (
     MOMENTS,
