@@ -11,7 +11,7 @@ import torch
 from spmdrl.distributed.mesh import expert_degrees, expert_place, places_of
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.flat_pieces import flat_pieces
-from spmdrl.models.local_shards import KindTable, LaterKinds, LocalShard, Table, counted
+from spmdrl.models.local_shards import KindTable, LayerKinds, LocalShard, Table, counted
 from spmdrl.models.megatron_buffers import chunk_ranges
 from spmdrl.models.megatron_chunks import Cut, rank_chunks
 from spmdrl.models.megatron_layout import megatron_layout, megatron_state_layout
@@ -110,10 +110,10 @@ def test_tables_by_kinds_are_those_of_every_parameter(name: str, given: str, fus
 def test_sizes_take_as_long_as_a_layer_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Large models have ten thousand parameters on a rank; a search asks for sizes only."""
 
-    def refused(kinds: LaterKinds) -> None:
+    def refused(kinds: LayerKinds) -> None:
         raise AssertionError("names of all layers were listed")
 
-    monkeypatch.setattr(LaterKinds, "listed", property(refused))
+    monkeypatch.setattr(LayerKinds, "listed", property(refused))
     degrees = dict.fromkeys(("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep"), 1)
     degrees |= {"dp_shard": 4}
     cut = cut_of(degrees, fused=True)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from spmdrl.models.tensors import Slice
+from spmdrl.models.tensors import Slice, in_layer, layer_of, without_expert
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,37 +62,125 @@ NamedKind = tuple[str, tuple[Hashable, tuple[str, ...]]]
 """Local name, its kind, and its slices' names."""
 
 
-class LaterKinds(Mapping[str, tuple[Hashable, tuple[str, ...]]]):
-    """Kinds whose local names are listed when one is asked for: plans mostly need their numbers.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KindPart:
+    """Local tensors of a layer, or of none.
 
     Args:
-        names: lists all local names, each with its kind and its slices' names.
-        counts: kind -> its number of local names, in the order of the first of each.
-        key: of two objects with equal keys, both list the same local names, the same of them are of
-            one kind, and slices' names differ in numbers of experts only.
+        rows: the tensors, named as in layer `first`; parts that differ in `layer` only share them.
+        layer: number of the layer; None: `rows` have their own names.
     """
 
-    def __init__(
-        self,
-        names: Callable[[], Iterator[NamedKind]],
-        counts: Mapping[Hashable, int],
-        key: Hashable,
-    ) -> None:
-        self._names, self.counts, self.key = names, counts, key
+    rows: tuple[NamedKind, ...]
+    layer: int | None = None
+    first: int = 0
+
+
+class LayerKinds(Mapping[str, tuple[Hashable, tuple[str, ...]]]):
+    """Kinds by layers: there can be ten thousand local names, which few of the plans' sums need.
+
+    Args:
+        parts: the tensors in order; no two are of one layer.
+    """
+
+    def __init__(self, parts: Iterable[KindPart]) -> None:
+        self.parts = tuple(parts)
 
     @cached_property
     def listed(self) -> dict[str, tuple[Hashable, tuple[str, ...]]]:
         """All local names, each with its kind and its slices' names."""
-        return dict(self._names())
+        return {
+            _in(part, local_name): (kind, tuple(_in(part, name) for name in names))
+            for part in self.parts
+            for local_name, (kind, names) in part.rows
+        }
+
+    @cached_property
+    def counts(self) -> dict[Hashable, int]:
+        """Kind -> its number of local names, in the order of the first of each."""
+        counts: Counter[Hashable] = Counter()
+        for rows, times in self._distinct:
+            for _, (kind, _) in rows:
+                counts[kind] += times
+        return counts
+
+    @cached_property
+    def firsts(self) -> dict[Hashable, str]:
+        """Kind -> one of its local names, as a layer that is alike has it."""
+        found: dict[Hashable, str] = {}
+        for rows, _ in self._distinct:
+            for local_name, (kind, _) in rows:
+                found.setdefault(kind, local_name)
+        return found
+
+    @cached_property
+    def key(self) -> Hashable:
+        """Key of the local names, and of which of them are of one kind. Of two objects with equal
+        keys, the slices' names differ in numbers of experts only.
+        """
+        order = {kind: i for i, kind in enumerate(self.counts)}
+        numbers = {id(rows): i for i, (rows, _) in enumerate(self._distinct)}
+        patterns = tuple(
+            tuple(
+                (local, order[kind], tuple(map(without_expert, own))) for local, (kind, own) in rows
+            )
+            for rows, _ in self._distinct
+        )
+        layers = tuple((part.layer, part.first, numbers[id(part.rows)]) for part in self.parts)
+        return layers, patterns
+
+    @cached_property
+    def _distinct(self) -> list[tuple[tuple[NamedKind, ...], int]]:
+        """Distinct rows, each with its number of parts."""
+        times = Counter(id(part.rows) for part in self.parts)
+        rows = {id(part.rows): part.rows for part in self.parts}
+        return [(own, times[at]) for at, own in rows.items()]
+
+    @cached_property
+    def others(self) -> list[KindPart]:
+        """The parts that are of no layer."""
+        return [part for part in self.parts if part.layer is None]
+
+    @cached_property
+    def by_layer(self) -> dict[int, KindPart]:
+        """Layer -> its part."""
+        return {part.layer: part for part in self.parts if part.layer is not None}
+
+    @cached_property
+    def _rows(self) -> dict[int, dict[str, tuple[Hashable, tuple[str, ...]]]]:
+        """Distinct rows by their ids."""
+        return {id(rows): dict(rows) for rows, _ in self._distinct}
+
+    def kind(self, local_name: str) -> Hashable:
+        """Return the kind of a local name, without its slices' names."""
+        return self._find(local_name)[1][0]
+
+    def _find(self, local_name: str) -> tuple[KindPart, tuple[Hashable, tuple[str, ...]]]:
+        layer = layer_of(local_name)
+        if layer is not None and (part := self.by_layer.get(layer)) is not None:
+            found = self._rows[id(part.rows)].get(in_layer(local_name, layer, part.first))
+            if found is not None:
+                return part, found
+        for part in self.others:
+            if local_name in self._rows[id(part.rows)]:
+                return part, self._rows[id(part.rows)][local_name]
+        raise KeyError(local_name)
 
     def __getitem__(self, local_name: str) -> tuple[Hashable, tuple[str, ...]]:
-        return self.listed[local_name]
+        part, (kind, names) = self._find(local_name)
+        return kind, tuple(_in(part, name) for name in names)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.listed)
 
     def __len__(self) -> int:
         return sum(self.counts.values())
+
+
+def _in(part: KindPart, name: str) -> str:
+    if part.layer is None or part.layer == part.first:
+        return name
+    return in_layer(name, part.first, part.layer)
 
 
 class KindTable(Mapping[str, LocalShard]):
@@ -109,7 +197,7 @@ class KindTable(Mapping[str, LocalShard]):
     @cached_property
     def counts(self) -> Mapping[Hashable, int]:
         """Kind -> number of its tensors."""
-        if isinstance(self.kinds, LaterKinds):
+        if isinstance(self.kinds, LayerKinds):
             return self.kinds.counts
         return Counter(kind for kind, _ in self.kinds.values())
 
@@ -140,18 +228,27 @@ def counted(table: Table) -> list[tuple[LocalShard, int]]:
     return [(table.shards[kind], count) for kind, count in table.counts.items()]
 
 
-def sized(table: Table) -> Mapping[str, LocalShard]:
-    """The tensors of a table by name, as `counted` has them."""
+def one_of_each(table: Table) -> Mapping[str, LocalShard]:
+    """A tensor of each kind by its local name, or that of a layer that is alike; see `counted`."""
     if not isinstance(table, KindTable):
         return table
+    if isinstance(table.kinds, LayerKinds):
+        return {name: table.shards[kind] for kind, name in table.kinds.firsts.items()}
     return {name: table.shards[kind] for name, (kind, _) in table.kinds.items()}
 
 
-def named_bytes(table: Table, names: Collection[str]) -> int:
-    """Bytes of the tensors of a table with these local names."""
+def shard_of(table: Table, local_name: str) -> LocalShard:
+    """A tensor of a table as `counted` has it."""
     if not isinstance(table, KindTable):
-        return sum(table[name].num_bytes for name in names)
-    return sum(table.shards[table.kinds[name][0]].num_bytes for name in names)
+        return table[local_name]
+    if isinstance(table.kinds, LayerKinds):
+        return table.shards[table.kinds.kind(local_name)]
+    return table.shards[table.kinds[local_name][0]]
+
+
+def named_bytes(table: Table, names: Iterable[str]) -> int:
+    """Bytes of the tensors of a table with these local names."""
+    return sum(shard_of(table, name).num_bytes for name in names)
 
 
 WeightLayout = Mapping[int, Table]

@@ -7,7 +7,6 @@ The optimizer's state is a flat range of a buffer of all parameters that train, 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -17,8 +16,15 @@ import torch
 from spmdrl.distributed.mesh import expert_degrees, expert_place, places_of
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.flat_pieces import FlatPiece, flat_pieces
-from spmdrl.models.local_shards import KindTable, LaterKinds, LocalShard, NamedKind, Table
+from spmdrl.models.flat_pieces import flat_pieces
+from spmdrl.models.local_shards import (
+    KindPart,
+    KindTable,
+    LayerKinds,
+    LocalShard,
+    NamedKind,
+    Table,
+)
 from spmdrl.models.megatron_buffers import HeldPart, held_parts
 from spmdrl.models.megatron_chunks import Cut, Part, adapter_chunks, rank_parts, whole_part
 from spmdrl.models.sharding import Head
@@ -127,40 +133,27 @@ def weights_table(parts: Sequence[Part], dtype: torch.dtype, frozen: Collection[
     Args:
         frozen: see `megatron_layout`.
     """
-    fixed = [_frozen_rows(part, frozen) for part in parts]
-    listed = list(zip(parts, fixed, strict=True))
-    layers = Counter((_kind_of(part), found) for part, found in listed)
     shards: dict[Hashable, LocalShard] = {}
-    counts: Counter[Hashable] = Counter()
-    for part, found in {(_kind_of(part), found): (part, found) for part, found in listed}.values():
-        for number, kind in enumerate(part.kinds):
-            at = (_kind_of(part), kind, number in found)
-            counts[at] += layers[_kind_of(part), found]
-            if at not in shards:
-                row = part.rows[number]
-                shards[at] = LocalShard(
-                    shape=row.shape,
-                    dtype=dtype,
-                    slices=_numbered(row.slices),
-                    frozen=number in found,
-                )
-
-    def names() -> Iterator[NamedKind]:
-        for part, found in listed:
-            for number, row in enumerate(part.rows):
-                at = (_kind_of(part), part.kinds[number], number in found)
-                yield part.renamed(row.name), (at, tuple(part.renamed(s.name) for s in row.slices))
-
-    return KindTable(LaterKinds(names, counts, _key_of(listed)), shards)
-
-
-def _key_of(listed: Sequence[tuple[Part, frozenset[int]]]) -> Hashable:
-    """Key of the names in these parts and of their kinds."""
-    rows = {
-        _kind_of(part): (part.kinds, tuple(row.name for row in part.rows)) for part, _ in listed
-    }
-    layers = tuple((_kind_of(part), part.layer, found) for part, found in listed)
-    return layers, tuple(rows.items())
+    rows: dict[Hashable, tuple[NamedKind, ...]] = {}
+    found = []
+    for part in parts:
+        fixed = _frozen_rows(part, frozen)
+        at = (_kind_of(part), fixed)
+        if at not in rows:
+            rows[at] = tuple(
+                (row.name, ((_kind_of(part), part.kinds[i], i in fixed), _names(row.slices)))
+                for i, row in enumerate(part.rows)
+            )
+            for row, (_, (kind, _)) in zip(part.rows, rows[at], strict=True):
+                if kind not in shards:
+                    shards[kind] = LocalShard(
+                        shape=row.shape,
+                        dtype=dtype,
+                        slices=_numbered(row.slices),
+                        frozen=kind[-1],
+                    )
+        found.append(KindPart(rows=rows[at], layer=part.layer, first=part.first))
+    return KindTable(LayerKinds(found), shards)
 
 
 def _kind_of(part: Part) -> Hashable:
@@ -181,43 +174,40 @@ def _frozen_rows(part: Part, frozen: Collection[str]) -> frozenset[int]:
 
 def states_table(held: Sequence[HeldPart]) -> KindTable:
     """Make the table of a rank's masters: flat ranges of rows, as boxes."""
-    alike = Counter((_kind_of(one.part), one.whole) for one in held if not one.ranges)
-    whole = {(_kind_of(one.part), one.whole): one for one in held if not one.ranges}
     shards: dict[Hashable, LocalShard] = {}
-    counts: Counter[Hashable] = Counter()
-    for one, times in (
-        *((whole[at], times) for at, times in alike.items()),
-        *((one, 1) for one in held if one.ranges),
-    ):
-        for number in range(len(one.part.rows)):
-            for at, piece in _pieces(one, number):
-                counts[at] += times
-                if at not in shards:
-                    shards[at] = LocalShard(
-                        shape=piece.shape, dtype=torch.float32, slices=piece.slices
-                    )
-
-    def names() -> Iterator[NamedKind]:
-        for one in held:
-            part = one.part
-            for number, row in enumerate(part.rows):
-                own = tuple(part.renamed(s.name) for s in row.slices)
-                for at, piece in _pieces(one, number):
-                    yield f"{part.renamed(row.name)}:{piece.start}", (at, own)
-
-    return KindTable(LaterKinds(names, counts, object()), shards)
+    rows: dict[Hashable, tuple[NamedKind, ...]] = {}
+    found = []
+    for one in held:
+        part = one.part
+        # a layer that the rank has a part of is like no other one
+        at = (_kind_of(part), one.whole, part.layer if one.ranges else None)
+        if at not in rows:
+            rows[at] = tuple(_state_rows(one, shards))
+        found.append(KindPart(rows=rows[at], layer=part.layer, first=part.first))
+    return KindTable(LayerKinds(found), shards)
 
 
-def _pieces(one: HeldPart, number: int) -> Iterator[tuple[Hashable, FlatPiece]]:
-    """Yield the boxes of a row that a shard has, each with its kind."""
-    part, (start, stop) = one.part, one.range_of(number)
-    row = part.rows[number]
-    if start == stop:
-        return
-    is_whole = (start, stop) == (0, math.prod(row.shape))
-    kind = (_kind_of(part), part.kinds[number]) if is_whole else part.renamed(row.name)
-    for piece in flat_pieces(replace(row, slices=_numbered(row.slices)), start, stop):
-        yield (kind, piece.start), piece
+def _state_rows(one: HeldPart, shards: dict[Hashable, LocalShard]) -> Iterator[NamedKind]:
+    """Yield the boxes of a part's rows that a shard has; adds those of new kinds to `shards`."""
+    part = one.part
+    for number, row in enumerate(part.rows):
+        start, stop = one.range_of(number)
+        if start == stop:
+            continue
+        is_whole = (start, stop) == (0, math.prod(row.shape))
+        own: Hashable = part.kinds[number] if is_whole else (number, part.layer)
+        numbered = replace(row, slices=_numbered(row.slices))
+        for piece in flat_pieces(numbered, start, stop):
+            kind = (_kind_of(part), own, piece.start)
+            if kind not in shards:
+                shards[kind] = LocalShard(
+                    shape=piece.shape, dtype=torch.float32, slices=piece.slices
+                )
+            yield f"{row.name}:{piece.start}", (kind, _names(row.slices))
+
+
+def _names(slices: Iterable[Slice]) -> tuple[str, ...]:
+    return tuple(piece.name for piece in slices)
 
 
 def _numbered(slices: Iterable[Slice]) -> tuple[Slice, ...]:

@@ -94,6 +94,12 @@ def global_shapes(model: ModelConfig, head: Head = "lm") -> dict[str, tuple[int,
 
 
 @lru_cache(maxsize=16)
+def num_values(model: ModelConfig, head: Head = "lm") -> int:
+    """Count the values of all tensors of the name space."""
+    return sum(map(math.prod, global_shapes(model, head).values()))
+
+
+@lru_cache(maxsize=16)
 def buffer_names(model: ModelConfig) -> frozenset[str]:
     """Return the names of the tensors that do not train and are float32 in every layout."""
     table = fused_tensors(model).values()

@@ -129,6 +129,11 @@ def _rows_of(s: Slice, low: int, high: int, offset: int) -> list[Slice]:
     return boxes
 
 
+def layer_of(local_name: str) -> int | None:
+    """Return the number of the layer that a local parameter is of, if it is of one."""
+    return int(local_name.split(".", 2)[1]) if local_name.startswith("layers.") else None
+
+
 def in_layer(name: str, first: int, layer: int) -> str:
     """Return the name of a tensor of layer `layer` that is called `name` in layer `first`: a local
     one (`layers.0.input_norm.weight`) or that of a file (`model.layers.0.input_layernorm.weight`).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 
-from spmdrl.models.local_shards import Kinds, KindTable, LaterKinds, LocalShard, Table
+from spmdrl.models.local_shards import Kinds, KindTable, LayerKinds, LocalShard, Table
 from spmdrl.models.tensors import without_expert
 from spmdrl.weights.layout import kinds_of
 
@@ -40,7 +40,7 @@ class TableClasses:
         kinds in the order in which they occur.
         """
         later = table.kinds if isinstance(table, KindTable) else None
-        if isinstance(later, LaterKinds):
+        if isinstance(later, LayerKinds):
             return self._patterns.setdefault(later.key, len(self._patterns)), tuple(later.counts)
         kinds = kinds_of(table)
         if id(kinds) not in self._orders:

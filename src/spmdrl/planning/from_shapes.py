@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from spmdrl.config.sections import Config
 from spmdrl.models.config import ModelConfig, read_config, tiny
@@ -59,11 +60,14 @@ def read_models(config: Config) -> dict[str, ModelConfig]:
     Raises:
         ValueError: a model cannot be read.
     """
+    read: dict[Path, ModelConfig] = {}
     models = {}
     for name in config.roles:
         if not config.is_users(name):
             path = config.model_path(name)
-            known = is_known(str(path)) and not path.exists()
-            model = known_model(str(path)) if known else read_config(path)
-            models[name] = tiny(model) if config.model.tiny else model
+            if path not in read:  # one object for all, which are compared often
+                known = is_known(str(path)) and not path.exists()
+                model = known_model(str(path)) if known else read_config(path)
+                read[path] = tiny(model) if config.model.tiny else model
+            models[name] = read[path]
     return models

@@ -12,7 +12,14 @@ from spmdrl.config.shipped_flows import is_shipped
 from spmdrl.memory.parts import Part, PartKey, ResidencyWish
 from spmdrl.models.blocks.moe import has_fixed_shapes
 from spmdrl.models.linear import LEAST_CAPABILITY
-from spmdrl.models.local_shards import Table, WeightLayout, counted, named_bytes, sized
+from spmdrl.models.local_shards import (
+    Table,
+    WeightLayout,
+    counted,
+    named_bytes,
+    one_of_each,
+    shard_of,
+)
 from spmdrl.planning.engines import vllm_cache
 from spmdrl.planning.judge_bases import base_names
 from spmdrl.planning.kv_cache import cache_sizes, reads_pages
@@ -108,7 +115,7 @@ def _parts_of(
     """The parts that own those of a model's tensors that an engine shares."""
     table = owner.layout.get(rank, {})
     base, own = base_part(owner.spec, here), (owner.spec.name, WEIGHTS)
-    found = [base if table[local].frozen else own for local in shared]
+    found = [base if shard_of(table, local).frozen else own for local in shared]
     return tuple(key for key in dict.fromkeys((base, own)) if key in found)
 
 
@@ -196,7 +203,7 @@ def uses_graphs(config: Config, model: HeldModel) -> bool:
         return False
     # a host without a GPU plans for GPUs that torch's kernels support
     capability = None if torch.cuda.is_available() else LEAST_CAPABILITY
-    table = sized(next(iter(model.layout.values())))
+    table = one_of_each(next(iter(model.layout.values())))
     shapes = {name: held.shape for name, held in table.items()}
     usable = reads_pages(spec)
     fixed = has_fixed_shapes(spec.model, shapes, spec.dtype, spec.device, capability)

@@ -21,7 +21,7 @@ from spmdrl.models.local_shards import (
     counted,
     named_bytes,
 )
-from spmdrl.models.sharding import global_shapes
+from spmdrl.models.sharding import num_values
 from spmdrl.planning.engines import shares_tensors
 from spmdrl.planning.layouts import role_layout, state_layout
 from spmdrl.planning.parts import table_bytes
@@ -145,9 +145,8 @@ def _server(policy: RoleSpec, held: WeightLayout, rank: int, node_size: int) -> 
     """A rank that could send: of the node, if the policy's ranks there hold the whole model."""
     node = rank // node_size
     near = [r for r in policy.placement.ranks if r // node_size == node and r != rank]
-    whole = sum(math.prod(shape) for shape in global_shapes(policy.model).values())
     own = _numel(held[policy.placement.ranks[0]])
-    if near and own * (len(near) + 1) >= whole:
+    if near and own * (len(near) + 1) >= num_values(policy.model):
         return near[0]
     far = (r for r in policy.placement.ranks if r // node_size != node)
     return next(far, near[0] if near else policy.placement.ranks[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,9 +14,10 @@ from spmdrl.models.adapters import Adapter, adapter_tensors
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.fsdp_cuts import fsdp_dims, fsdp_shard
 from spmdrl.models.local_shards import (
+    KindPart,
     Kinds,
     KindTable,
-    LaterKinds,
+    LayerKinds,
     LocalShard,
     NamedKind,
     Table,
@@ -30,14 +30,14 @@ from spmdrl.models.sharding import (
     fused_tensors,
     local_parameters,
 )
-from spmdrl.models.tensors import Slice, in_layer, is_expert_parameter, without_expert
+from spmdrl.models.tensors import Slice, is_expert_parameter, layer_of
 from spmdrl.models.widths import first_alike
 
 
 def kinds_of(table: Table) -> Kinds:
     """The table's own kinds, all listed, or one for each tensor."""
     if isinstance(table, KindTable):
-        return table.kinds.listed if isinstance(table.kinds, LaterKinds) else table.kinds
+        return table.kinds.listed if isinstance(table.kinds, LayerKinds) else table.kinds
     return {name: (name, _names(held.slices)) for name, held in table.items()}
 
 
@@ -63,7 +63,7 @@ def trained_layout(layout: WeightLayout) -> dict[int, Table]:
         frozen = frozenset(kind for kind, shard in table.shards.items() if shard.frozen)
         at = (id(table.kinds), frozen)
         if at not in kept:
-            kept[at] = {n: found for n, found in table.kinds.items() if found[0] not in frozen}
+            kept[at] = {n: one for n, one in kinds_of(table).items() if one[0] not in frozen}
         tables[id(table)] = KindTable(kept[at], table.shards)
     return {rank: tables[id(table)] for rank, table in layout.items()}
 
@@ -103,7 +103,7 @@ def model_layout(
     added = {} if adapter is None else adapter_tensors(model, adapter)
     firsts = _first_alike(model, head, frozen)
     chosen = {None, *firsts}
-    fused = {n: t for n, t in fused_tensors(model, head).items() if _layer(n) in chosen}
+    fused = {n: t for n, t in fused_tensors(model, head).items() if layer_of(n) in chosen}
     table = fused | added
     cut: dict[str, Any] = {"vocab_multiple": vocab_multiple, "table": table}
     shapes = local_parameters(model, tp, ep_size=ep, **cut)
@@ -112,7 +112,7 @@ def model_layout(
     tables_of = _KindTables(**dtypes, frozen=frozen, buffers=buffer_names(model), dims=dims)
     slices_at = partial(all_slices, model, tp_size=tp, ep_size=ep, blocks=blocks, **cut)
     whole: dict[tuple[int, int], Kinds] = {}
-    by_place: dict[tuple[int, int, int], LaterKinds] = {}
+    by_place: dict[tuple[int, int, int], LayerKinds] = {}
     tables: dict[tuple[int, int, int, int], Table] = {}
     layout = {}
     for rank, place in places_of(ranks, degrees, only):
@@ -132,11 +132,6 @@ def model_layout(
     return layout
 
 
-def _layer(local_name: str) -> int | None:
-    """The number of the layer that a parameter is of."""
-    return int(local_name.split(".")[1]) if local_name.startswith("layers.") else None
-
-
 def _first_alike(model: ModelConfig, head: Head, frozen: Collection[str]) -> tuple[int, ...]:
     """For each layer the first one that differs from it only in the names of tensors."""
     firsts = first_alike(model)
@@ -144,7 +139,7 @@ def _first_alike(model: ModelConfig, head: Head, frozen: Collection[str]) -> tup
         return firsts
     fixed: dict[int, list[bool]] = {layer: [] for layer in range(model.num_layers)}
     for name, tensors in fused_tensors(model, head).items():
-        if (layer := _layer(name)) is not None:
+        if (layer := layer_of(name)) is not None:
             fixed[layer] += [tensor.name in frozen for tensor in tensors]
     found: dict[object, int] = {}
     return tuple(
@@ -158,7 +153,7 @@ def _stage_kinds(
     firsts: Sequence[int],
     fused: Collection[str],
     stage: tuple[int, int],
-) -> LaterKinds:
+) -> LayerKinds:
     """The kinds of a pipeline stage; the first stages take the layers left by division.
 
     Args:
@@ -174,7 +169,7 @@ def _stage_kinds(
     rows: dict[int, list[NamedKind]] = {}
     before, after = [], []
     for name, named in whole.items():
-        layer = _layer(name)
+        layer = layer_of(name)
         if layer is not None and name in fused:
             rows.setdefault(layer, []).append((name, named))
         elif name == "embed_tokens.weight":
@@ -182,28 +177,14 @@ def _stage_kinds(
                 before.append((name, named))
         elif index == count - 1 if layer is None else layer in layers:
             after.append((name, named))
-
-    def names() -> Iterator[NamedKind]:
-        yield from before
-        for layer in layers:
-            first = firsts[layer]
-            for name, (kind, held) in rows[first]:
-                own = tuple(in_layer(one, first, layer) for one in held)
-                yield in_layer(name, first, layer), (kind, own)
-        yield from after
-
-    times = Counter(firsts[layer] for layer in layers)
-    listed = [(row, 1) for row in before]
-    listed += [(row, number) for first, number in times.items() for row in rows[first]]
-    listed += [(row, 1) for row in after]
-    counts: Counter[Hashable] = Counter()
-    for (_, (kind, _)), number in listed:
-        counts[kind] += number
-    order = {kind: i for i, kind in enumerate(counts)}
-    pattern = tuple(
-        (name, order[kind], tuple(map(without_expert, held))) for (name, (kind, held)), _ in listed
+    distinct = {layer: tuple(held) for layer, held in rows.items()}
+    return LayerKinds(
+        [
+            KindPart(rows=tuple(before)),
+            *[KindPart(rows=distinct[firsts[i]], layer=i, first=firsts[i]) for i in layers],
+            KindPart(rows=tuple(after)),
+        ]
     )
-    return LaterKinds(names, counts, (layers, tuple(firsts[i] for i in layers), pattern))
 
 
 @dataclass(frozen=True)
@@ -253,7 +234,7 @@ class _KindTables:
         }
 
     def table(
-        self, kinds: LaterKinds, of_others: tuple[int, int], of_experts: tuple[int, int]
+        self, kinds: LayerKinds, of_others: tuple[int, int], of_experts: tuple[int, int]
     ) -> KindTable:
         """The tensors of a rank whose FSDP shards are these (number, count)."""
         shards: dict[Hashable, LocalShard] = {}

@@ -18,7 +18,16 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from spmdrl.models.local_shards import Kinds, Table, WeightLayout, counted, named_bytes
+from spmdrl.models.local_shards import (
+    Kinds,
+    KindTable,
+    LayerKinds,
+    Table,
+    WeightLayout,
+    counted,
+    named_bytes,
+)
+from spmdrl.models.tensors import in_layer
 from spmdrl.weights.cells import Cell, Pattern, Patterns, find_cuts
 from spmdrl.weights.layout import kinds_of, shards_by_kind
 from spmdrl.weights.rounds import CellRange, Round, make_rounds
@@ -243,6 +252,10 @@ def _num_bytes(table: Table) -> int:
     return sum(held.num_bytes * count for held, count in counted(table))
 
 
+_NamesOfKind = tuple[Hashable, tuple[str, ...]]
+"""A local name's kind, and its slices' names."""
+
+
 class _NamePairs:
     """Groups of local names of two tables: a group is alike in both tables as a whole, or not.
 
@@ -255,23 +268,74 @@ class _NamePairs:
         self._known: dict[tuple[int, int], tuple[Kinds, Kinds, list[list[str]]]] = {}
 
     def of(self, one: Table, other: Table) -> list[list[str]]:
-        first, second = kinds_of(one), kinds_of(other)
+        first, second = _own_kinds(one), _own_kinds(other)
         at = (id(first), id(second))
         if at not in self._known:
+            if isinstance(first, LayerKinds) and isinstance(second, LayerKinds):
+                found = self._alike_by_layers(first, second)
+            else:
+                found = self._alike(kinds_of(one), kinds_of(other))
             groups: dict[Hashable, list[str]] = {}
-            for name, (kind, names) in second.items():
-                if name not in first or not self._omitted.isdisjoint(names):
-                    continue
-                kind_there, names_there = first[name]
-                # which of their slices are of one tensor; a layer's experts have a thousand
-                places: dict[str, list[int]] = {}
-                for place, there in enumerate(names_there):
-                    places.setdefault(there, []).append(place)
-                same = tuple(tuple(places.get(here, ())) for here in names)
-                groups.setdefault((kind_there, kind, same), []).append(name)
+            for group, name in found:
+                groups.setdefault(group, []).append(name)
             # both kinds are kept, so that no other object gets their ids
             self._known[at] = (first, second, list(groups.values()))
         return self._known[at][2]
+
+    def _alike_by_layers(
+        self, first: LayerKinds, second: LayerKinds
+    ) -> Iterator[tuple[Hashable, str]]:
+        """Yield what `_alike` does; layers that are alike in both are compared once."""
+        if self._omitted:
+            return self._alike(first.listed, second.listed)
+        return _alike_by_layers(first, second)
+
+    def _alike(self, first: Kinds, second: Kinds) -> Iterator[tuple[Hashable, str]]:
+        """Yield the local names that both have, each with its group."""
+        for name, here in second.items():
+            if name in first and self._omitted.isdisjoint(here[1]):
+                yield _group(first[name], here), name
+
+
+def _own_kinds(table: Table) -> Kinds:
+    return table.kinds if isinstance(table, KindTable) else kinds_of(table)
+
+
+def _group(there: _NamesOfKind, here: _NamesOfKind) -> Hashable:
+    """Key of the local names whose tensors are of these kinds, and have slices in common so."""
+    (kind_there, names_there), (kind, names) = there, here
+    # which of their slices are of one tensor; a layer's experts have a thousand
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names_there):
+        places.setdefault(name, []).append(place)
+    return kind_there, kind, tuple(tuple(places.get(name, ())) for name in names)
+
+
+def _alike_by_layers(first: LayerKinds, second: LayerKinds) -> Iterator[tuple[Hashable, str]]:
+    """Yield what `_NamePairs._alike` does; layers that are alike in both are compared once."""
+    known: dict[tuple[int, int], list[tuple[Hashable, str]]] = {}
+    for part in second.parts:
+        there = None if part.layer is None else first.by_layer.get(part.layer)
+        if part.layer is None or there is None:
+            for name, here in part.rows:
+                own = name if part.layer is None else in_layer(name, part.first, part.layer)
+                if own in first:
+                    yield _group(first[own], here), own
+            continue
+        at = (id(there.rows), id(part.rows))
+        if at not in known:
+            rows = {
+                in_layer(name, there.first, part.first): (
+                    kind,
+                    tuple(in_layer(one, there.first, part.first) for one in names),
+                )
+                for name, (kind, names) in there.rows
+            }
+            known[at] = [
+                (_group(rows[name], here), name) for name, here in part.rows if name in rows
+            ]
+        for group, name in known[at]:
+            yield group, in_layer(name, part.first, part.layer)
 
 
 def _target_groups(

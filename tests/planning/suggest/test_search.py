@@ -9,10 +9,12 @@ import pytest
 
 from spmdrl.config.load import load_config
 from spmdrl.config.sections import Config
+from spmdrl.models.local_shards import LayerKinds
 from spmdrl.planning.forecast.forecast import full_lengths
 from spmdrl.planning.forecast.machines import load_machine
 from spmdrl.planning.forecast.step import StepForecast
 from spmdrl.planning.known_models import known_model
+from spmdrl.planning.sketch import Sketches
 from spmdrl.planning.suggest.search import Trial, search
 from spmdrl.planning.suggest.space import Space, Words, make_space
 from spmdrl.planning.suggest.suggest import suggest, suggestion_lines, try_words
@@ -153,3 +155,21 @@ def test_a_configuration_that_does_not_fit_gets_one_that_does() -> None:
     # what is printed can be pasted
     words = [word.strip('"') for word in lines[2].split()]
     assert try_words(configure, models, machine, lengths, tuple(words)).key == found[0].key
+
+
+@pytest.mark.parametrize("backend", ["torch", "megatron"])
+def test_a_sketch_lists_no_layers(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names of 94 layers' 128 experts took most of a search for a large model."""
+
+    def refused(kinds: LayerKinds) -> None:
+        raise AssertionError("names of all layers were listed")
+
+    monkeypatch.setattr(LayerKinds, "listed", property(refused))
+    machine = load_machine("h100", num_nodes=2, devices_per_node=8)
+    configure = configured("gsm8k", *BATCH, f"train.backend={backend}", "roles.policy.dp_shard=8")
+    models = dict.fromkeys(configure(()).roles, known_model("qwen3-30b-a3b"))
+    words = ("roles.policy.ep=4", "roles.rollout.tp=2", "roles.rollout.ep=2")
+    found = try_words(
+        configure, models, machine, full_lengths(configure(())), words, sketches=Sketches()
+    )
+    assert found.forecast is not None

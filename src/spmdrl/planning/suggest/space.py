@@ -16,7 +16,7 @@ from spmdrl.config.sections import Config
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.degrees import heads_divide
 from spmdrl.models.megatron_chunks import counts_ends
-from spmdrl.models.sharding import global_shapes
+from spmdrl.models.sharding import num_values
 from spmdrl.planning.forecast.machine import Machine
 from spmdrl.planning.systems.registry import SHARDS_REPLICAS, named_system
 from spmdrl.planning.token_bounds import step_sizes
@@ -142,7 +142,7 @@ def _degrees(
         one_sharding = train.backend in SHARDS_REPLICAS
     node, ranks = machine.devices_per_node, machine.num_ranks
     capacity = machine.device.memory_bytes
-    weights = 2 * sum(math.prod(shape) for shape in global_shapes(model).values())
+    weights = 2 * num_values(model)
     found: list[Words] = [()]
     for tp in _powers(min(_LARGEST_TP, ranks)):
         if tp > 1 and "tp" not in axes:
