@@ -140,18 +140,17 @@ def weights_table(parts: Sequence[Part], dtype: torch.dtype, frozen: Collection[
         fixed = _frozen_rows(part, frozen)
         at = (_kind_of(part), fixed)
         if at not in rows:
-            rows[at] = tuple(
-                (row.name, ((_kind_of(part), part.kinds[i], i in fixed), _names(row.slices)))
-                for i, row in enumerate(part.rows)
-            )
-            for row, (_, (kind, _)) in zip(part.rows, rows[at], strict=True):
+            own = []
+            for number, row in enumerate(part.rows):
+                is_fixed = number in fixed
+                kind = (_kind_of(part), part.kinds[number], is_fixed)
+                own.append((row.name, (kind, _names(row.slices))))
                 if kind not in shards:
+                    slices = _numbered(row.slices)
                     shards[kind] = LocalShard(
-                        shape=row.shape,
-                        dtype=dtype,
-                        slices=_numbered(row.slices),
-                        frozen=kind[-1],
+                        shape=row.shape, dtype=dtype, slices=slices, frozen=is_fixed
                     )
+            rows[at] = tuple(own)
         found.append(KindPart(rows=rows[at], layer=part.layer, first=part.first))
     return KindTable(LayerKinds(found), shards)
 
