@@ -30,7 +30,7 @@ from spmdrl.models.sharding import (
     fused_tensors,
     local_parameters,
 )
-from spmdrl.models.tensors import Slice, is_expert_parameter, layer_of
+from spmdrl.models.tensors import Slice, TensorTable, is_expert_parameter, layer_of
 from spmdrl.models.widths import first_alike
 
 
@@ -102,9 +102,8 @@ def model_layout(
     ep, exchange = degrees.get("ep", 1), expert_degrees(degrees)["exchange"]
     added = {} if adapter is None else adapter_tensors(model, adapter)
     firsts = _first_alike(model, head, frozen)
-    chosen = {None, *firsts}
-    fused = {n: t for n, t in fused_tensors(model, head).items() if layer_of(n) in chosen}
-    table = fused | added
+    fused = _of_layers(fused_tensors(model, head), firsts)
+    table = {**fused, **added}
     cut: dict[str, Any] = {"vocab_multiple": vocab_multiple, "table": table}
     shapes = local_parameters(model, tp, ep_size=ep, **cut)
     dims = fsdp_dims(model, head, blocks) | dict.fromkeys(added)
@@ -117,11 +116,9 @@ def model_layout(
     layout = {}
     for rank, place in places_of(ranks, degrees, only):
         shard = place["dp_shard"] * cp + place["cp"] if sharded else 0
-        tp_rank, ep_rank = place["tp"], expert_place(degrees, place)["ep"]
-        if (tp_rank, ep_rank) not in whole:
-            found = slices_at(tp_rank=tp_rank, ep_rank=ep_rank)
-            whole[tp_rank, ep_rank] = tables_of.name_all(shapes, found)
-        at = (place["pp"], tp_rank, ep_rank)
+        at = (place["pp"], place["tp"], expert_place(degrees, place)["ep"])
+        if at[1:] not in whole:
+            whole[at[1:]] = tables_of.name_all(shapes, slices_at(tp_rank=at[1], ep_rank=at[2]))
         if at not in by_place:
             by_place[at] = _stage_kinds(model, whole[at[1:]], firsts, fused, (at[0], pp))
         if (*at, shard) not in tables:
@@ -132,8 +129,14 @@ def model_layout(
     return layout
 
 
+def _of_layers(table: TensorTable, layers: Collection[int]) -> TensorTable:
+    """The tensors of these layers, and those of none."""
+    chosen = {None, *layers}
+    return {name: tensors for name, tensors in table.items() if layer_of(name) in chosen}
+
+
 def _first_alike(model: ModelConfig, head: Head, frozen: Collection[str]) -> tuple[int, ...]:
-    """For each layer the first one that differs from it only in the names of tensors."""
+    """Layers that differ from each layer in names of tensors only, the first one for each."""
     firsts = first_alike(model)
     if not frozen:
         return firsts
