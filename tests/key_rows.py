@@ -192,6 +192,12 @@ ROWS: dict[str, Row] = {
         TURNS,
         "rollout.turns.max_tokens=40",
     ),
+    "rollout.turns.history": row(
+        "grpo",
+        "tests/flows/test_turn_parts.py::test_samples_in_parts_train_alike_on_any_layout plan",
+        TURNS,
+        "rollout.turns.history=rendered",
+    ),
     "rollout.turns.workers": row(
         "grpo",
         f"{CALL}::test_results_do_not_depend_on_the_workers plan",

@@ -136,6 +136,11 @@ RULES: list[tuple[str, Any, tuple[str, ...]]] = [
     ),
     ("lag", 1, ("lag=1",)),
     ("algorithm.credit", "turn", ("algorithm.credit=turn",)),
+    (
+        "algorithm.routing_replay",
+        True,
+        (TURNS, "rollout.turns.history=rendered", "algorithm.routing_replay=true"),
+    ),
     ("data.train.chat", False, (TURNS, "data.train.chat=false")),
     (
         "roles.reward.retokenize",

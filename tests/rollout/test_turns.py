@@ -84,7 +84,13 @@ def one_by_one(make: Callable[..., NativeEngine], asked: list[Request]) -> list[
     return found
 
 
-def _turns_of(engine: NativeEngine, own: Request, place: int, sample: int) -> Completion:
+def _turns_of(
+    engine: NativeEngine,
+    own: Request,
+    place: int,
+    sample: int,
+    change: Callable[[Answer], Answer] = lambda answer: answer,
+) -> Completion:
     whole: Completion | None = None
     context, limit = own.tokens, own.sampling.max_tokens
     for number in range(ROUNDS):
@@ -95,7 +101,7 @@ def _turns_of(engine: NativeEngine, own: Request, place: int, sample: int) -> Co
         turn = Turn(
             request=place, sample=sample, number=number, tokens=drawn.tokens, finish=drawn.finish
         )
-        answer = answer_to(turn)
+        answer = change(answer_to(turn))
         whole = replace(whole, rewards=(*whole.rewards, answer.reward))
         if answer.max_tokens == 0:
             return replace(whole, finish=answer.ending.finish, ending=answer.ending)
@@ -109,7 +115,10 @@ def _turns_of(engine: NativeEngine, own: Request, place: int, sample: int) -> Co
         whole = replace(
             _joined(whole, given), given=(*whole.given, (first, first + len(answer.tokens)))
         )
-        context, limit = (*own.tokens, *whole.tokens), answer.max_tokens
+        whole = replace(whole, parts=(*whole.parts, *[first] * answer.begins_part))
+        begins = whole.parts[-1] if whole.parts else 0
+        prompt, limit = () if whole.parts else own.tokens, answer.max_tokens
+        context = (*prompt, *whole.tokens[begins:])
     raise AssertionError("an answer ends the last round")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ TOYS = Path(__file__).parent / "toy_environments.py"
 class Numbers:
     """Text of tokens: their numbers. An observation begins with 3, or with END and 3."""
 
-    def opening(self, messages: Sequence[Message], tools: Sequence[Any]) -> list[int]:
+    def opening(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         return [5, *(int(n) for m in messages for n in m["content"].split())]
+
+    def reads_alike(self, tokens: Sequence[int], others: Sequence[int]) -> bool:
+        return list(tokens) == list(others)
 
     def observation(self, messages: Sequence[Message], *, ended: bool) -> list[int]:
         head = [3] if ended else [END, 3]
@@ -73,10 +76,20 @@ def draw(context: Sequence[int], limit: int) -> tuple[int, ...]:
 
 
 class Play:
-    """An engine without a model: draws the turns of a call as soon as they may be drawn."""
+    """An engine without a model: draws the turns of a call as soon as they may be drawn.
 
-    def __init__(self, requests: Sequence[Request], turns: Turns) -> None:
-        self.requests, self.turns = requests, turns
+    Args:
+        draw: makes a turn from its context and the most tokens that it may have.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        turns: Turns,
+        draw: Callable[[Sequence[int], int], tuple[int, ...]] = draw,
+    ) -> None:
+        self.requests, self.turns, self.draw = requests, turns, draw
+        self.parts: dict[tuple[int, int], list[int]] = {}
         self.tokens: dict[tuple[int, int], list[int]] = {}
         self.given: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self.rewards: dict[tuple[int, int], list[float]] = {}
@@ -96,6 +109,7 @@ class Play:
                 where = (i, sample)
                 self.tokens[where] = [] if begun is None else list(begun.tokens)
                 self.given[where] = [] if begun is None else list(begun.given)
+                self.parts[where] = [] if begun is None else list(begun.parts)
                 self.rewards[where] = [] if begun is None else list(begun.rewards)
                 self._turn(where, begun is not None and begun.waits is not None)
         while self.waits and most > 0:
@@ -107,11 +121,15 @@ class Play:
                 self._answered(answer)
         return self
 
+    def context(self, where: tuple[int, int]) -> list[int]:
+        """Tokens that the model reads, with what it has drawn of a turn."""
+        own, parts = self.tokens[where], self.parts[where]
+        return own[parts[-1] :] if parts else [*self.requests[where[0]].tokens, *own]
+
     def _turn(self, where: tuple[int, int], is_drawn: bool = False, limit: int = 6) -> None:
-        request, given = self.requests[where[0]], self.given[where]
-        own = self.tokens[where]
+        own, given = self.tokens[where], self.given[where]
         if not is_drawn:
-            own += draw([*request.tokens, *own], limit)
+            own += self.draw(self.context(where), limit)
         start = given[-1][1] if given else 0
         turn = Turn(
             request=where[0],
@@ -129,6 +147,7 @@ class Play:
         self.waits.remove(where)
         if answer.restarts:
             self.tokens[where], self.given[where], self.rewards[where] = [], [], []
+            self.parts[where] = []
             self.restarted.append(where)
             self._turn(where)
             return
@@ -139,6 +158,7 @@ class Play:
         first = len(self.tokens[where])
         self.tokens[where] += answer.tokens
         self.given[where].append((first, len(self.tokens[where])))
+        self.parts[where] += [first] * answer.begins_part
         assert len(self.tokens[where]) + answer.max_tokens <= self.requests[where[0]].room
         self._turn(where, limit=answer.max_tokens)
 
@@ -164,6 +184,7 @@ class Play:
             logprobs=(0.0,) * len(tokens),
             finish=Finish.ABORTED if ending is None else ending.finish,
             given=tuple(self.given[where]),
+            parts=tuple(self.parts[where]),
             waits=Finish.STOP if where in self.waits else None,
             rewards=tuple(self.rewards[where]),
             ending=ending,

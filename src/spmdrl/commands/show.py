@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spmdrl.observe.rollout_log import logged_steps, read_rollouts
+from spmdrl.observe.rollout_log import given_name, logged_steps, read_rollouts
 
 
 def show(run_dir: Path, step: int | None, sample: int | None) -> str:
@@ -72,7 +72,7 @@ def _turns(row: Mapping[str, Any]) -> Iterator[str]:
     for number, turn in enumerate(turns, start=1):
         yield from _text(f"turn {number}, reward {turn['reward']:.4g}", turn["text"])
         if turn["given"]:
-            yield from _text("given", turn["given"])
+            yield from _text(given_name(turns, number), turn["given"])
     if row["ending"] is not None:
         yield f"--- after turn {len(turns)} of them: {row['ending']} ---"
 

@@ -37,6 +37,12 @@ def check_turns(config: Config) -> None:
                 f"{key}.chat=false with rollout.turns.kind={turns.kind}: the messages of turns go "
                 "through the chat template: leave the key out"
             )
+        if turns.history == "rendered" and algorithm.routing_replay:
+            raise ValueError(
+                f"algorithm.routing_replay=true with rollout.turns.history=rendered in {key}: what "
+                "is rendered anew has experts of its own, which engines do not record: set "
+                "history to kept, or leave routing_replay out"
+            )
         for name, role in config.roles.items():
             if role.retokenize:
                 raise ValueError(

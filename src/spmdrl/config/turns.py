@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,12 @@ class TurnsSection(Section):
         description="End a sample that has no room for its next turn within this many tokens after "
         "the prompt, those of answers included, at least 1; null takes max_turns x "
         "sampling.max_tokens, which is a single turn's limit.",
+    )
+    history: Literal["kept", "rendered"] = Field(
+        "kept",
+        description="Draw and train each turn after the tokens that were there (kept), or after "
+        "the conversation as the chat template renders it (rendered): where that is not what was "
+        "there, the sample continues with it as another part of its row, which has its reward.",
     )
     workers: int = Field(
         8, ge=1, description="Run the objects in this many subprocesses per replica, at least 1."

@@ -133,3 +133,15 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
         except (zstandard.ZstdError, ValueError) as error:
             raise ValueError(f"{path} is not whole: {error}") from None
+
+
+def given_name(turns: Sequence[Mapping[str, Any]], number: int) -> str:
+    """Name, for a reader, of what followed a sample's turn.
+
+    Args:
+        turns: the row's.
+        number: that of the turn, from 1 on.
+    """
+    own = turns[number - 1].get("part", 1)
+    following = turns[number].get("part", 1) if number < len(turns) else own
+    return "given" if following == own else f"part {following}: the conversation, rendered"

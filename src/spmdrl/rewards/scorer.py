@@ -35,6 +35,7 @@ from spmdrl.roles.ledger import Stint, current, places_of
 from spmdrl.roles.turn_calls import NUM_TURNS, TURN_REWARDS
 from spmdrl.rollout.protocol import Finish
 from spmdrl.rollout.stops import StopTexts
+from spmdrl.training.packing import PART_START
 
 OF_TURNS = "reward/turns"
 """Component of the reward: the sum of a row's rewards of turns."""
@@ -99,19 +100,22 @@ class Scorer:
 
     def turns(self, batch: Batch) -> list[list[dict[str, Any]]]:
         """The turns of rows that took some: `text` of the response, `reward`, and `given`, the text
-        with special tokens that the model read next, "" after the last one.
+        with special tokens that the model read next, "" after the last one; where conversations are
+        rendered also `part`, the number from 1 on of the turn's part of the row.
         """
         found: list[list[dict[str, Any]]] = []
         for row in batch.split_rows():
             ids, rewards = row["tokens"].tolist(), row[TURN_REWARDS].tolist()
             places = spans(row["loss_mask"])
             starts = [start for start, _ in places[1:]] + [len(ids)]
+            parts = row[PART_START].cumsum(0).tolist() if PART_START in row else None
             found.append(
                 [
                     {
                         "text": self.stops.before(ids[start:end]),
                         "reward": rewards[end - 1],
                         "given": self._texts.decode_all(ids[end:following]),
+                        **({} if parts is None else {"part": 1 + parts[start]}),
                     }
                     for (start, end), following in zip(places, starts, strict=False)
                 ]

@@ -20,19 +20,20 @@ from spmdrl.models.routing import EXPERT_CHOICES, choices_dtype
 from spmdrl.roles.calls import Call, role_method
 from spmdrl.roles.generation_rows import Generation, run_generation
 from spmdrl.roles.ledger import Interrupted, Stint
-from spmdrl.roles.model_calls import WEIGHTS, row_order
+from spmdrl.roles.model_calls import WEIGHTS, row_order, those_in
 from spmdrl.roles.turn_calls import (
     NO_TURNS,
-    TURN_COLUMNS,
     TURN_ROW,
     AllTurns,
     described,
     rooms,
+    turn_columns,
     with_openings,
 )
 from spmdrl.roles.turn_metrics import turn_metrics
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.protocol import OWN, RolloutEngine
+from spmdrl.training.packing import PART_START, part_bounds
 from spmdrl.training.support import SUPPORT
 
 KV_CACHE, GRAPHS = "kv_cache", "graphs"
@@ -107,7 +108,8 @@ class Rollout:
         self, batch: Batch, temperature: float = 1.0, *, adapter: str | None = OWN
     ) -> Call[Batch]:
         """Adds the token column `engine_logprobs`: each token's log-probability under this engine's
-        softmax of logits / temperature, given the tokens before it (0 for the first).
+        softmax of logits / temperature, given the tokens before it (0 for the first, and for that
+        of each part of a row).
 
         Args:
             adapter: see `Generation.adapters`.
@@ -116,7 +118,8 @@ class Rollout:
 
         def compute(rows: Batch, stint: Stint) -> Batch:
             assert self.engine is not None, f"role {self.name!r} has no engine on this rank"
-            sequences = torch.split(rows["tokens"], rows.lengths.tolist())
+            lengths = [stop - first for own in part_bounds(rows) for first, stop in own]
+            sequences = torch.split(rows["tokens"], lengths)
             rows_of = [tuple(sequence.tolist()) for sequence in sequences]
             if adapter == OWN:
                 scored = self.engine.score(rows_of, temperature=temperature)
@@ -131,7 +134,7 @@ class Rollout:
             role=self,
             method="logprobs",
             batch=batch,
-            needs=("tokens",),
+            needs=("tokens", *those_in(batch, (PART_START,))),
             returns=(Column(name="engine_logprobs"),),
             compute=compute,
             finish=lambda home: home,
@@ -155,7 +158,9 @@ class Rollout:
         Where samples take turns, their prompts are those that environments begin with; results also
         have the token column `turn_rewards`, the row columns `num_turns` and `turn_end`, and the
         conversation's messages in the ragged column `turn_messages` and the Python column `opening`
-        (`turn_calls`), and `loss_mask` and `response_lengths` are of sampled tokens alone.
+        (`turn_calls`), and `loss_mask` and `response_lengths` are of sampled tokens alone. With
+        `rollout.turns.history: rendered` the token column `part_start` marks where a context begins
+        that is not what was there (`training.packing`).
         """
         if self.turns:
             prompts = with_openings(prompts, self.turns)
@@ -212,7 +217,7 @@ def _columns(
         Column(name="finish", kind="row", dtype=torch.int64),
         Column(name="weight_version", kind="row", dtype=torch.int64),
         *experts,
-        *(TURN_COLUMNS if turns else ()),
+        *turn_columns(turns),
     )
 
 

@@ -28,6 +28,7 @@ from spmdrl.roles.turn_calls import (
     WAITS,
     AllTurns,
     Heard,
+    has_parts,
     heard_column,
     heard_texts,
     opened_turns,
@@ -44,6 +45,7 @@ from spmdrl.rollout.protocol import (
     RolloutEngine,
     SamplingParams,
 )
+from spmdrl.training.packing import PART_START
 from spmdrl.training.support import SUPPORT
 
 _NOTHING = Completion(tokens=(), logprobs=(), finish=Finish.ABORTED)
@@ -121,6 +123,8 @@ def run_generation(
     batch = _completed(rows, completions, with_margins=generation.sampling.margins)
     if turns:
         batch = _with_turns(batch, rows, completions, _all_heard(stint.begun, heard))
+    if has_parts(turns):
+        batch = batch.with_columns(tokens={PART_START: _part_starts(batch, rows, completions)})
     if generation.sampling.support:
         batch = batch.with_columns(ragged={SUPPORT: _supports(rows, completions)})
     for column in experts:
@@ -196,6 +200,9 @@ def _begun_turns(completion: Completion, row: Batch, first: int) -> Completion:
     return replace(
         completion,
         given=tuple(given),
+        parts=tuple(row[PART_START][first:].nonzero().flatten().tolist())
+        if PART_START in row
+        else (),
         waits=None if waits == NONE else Finish(waits),
         turn_limit=None if limit == NONE else limit,
         rewards=tuple(row[TURN_REWARDS][first:][ends].tolist()),
@@ -265,6 +272,17 @@ def _completed(prompts: Batch, completions: list[Completion], *, with_margins: b
             "sample_index": prompts["sample_index"],
         },
     )
+
+
+def _part_starts(
+    batch: Batch, prompts: Batch, completions: Sequence[Completion]
+) -> Tensor:  # bool [T]
+    """The first tokens of parts of rows."""
+    found = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    starts = (batch.offsets()[:-1] + prompts.lengths).tolist()
+    for start, completion in zip(starts, completions, strict=True):
+        found[[start + part for part in completion.parts]] = True
+    return found
 
 
 def _all_heard(part: PartialResult | None, heard: Heard) -> dict[tuple[int, int], dict[int, str]]:

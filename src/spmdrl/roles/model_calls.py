@@ -21,12 +21,13 @@ from spmdrl.models.routing import EXPERT_CHOICES
 from spmdrl.roles.calls import Call
 from spmdrl.roles.kept import PartialResult
 from spmdrl.roles.ledger import Interrupted, Stint
+from spmdrl.training.packing import PART_START
 from spmdrl.training.protocol import NO_GRADIENT, LossFn, TrainBackend
 from spmdrl.training.readout import Readout
 from spmdrl.training.support import SUPPORT
 
 PACKING = ("tokens", "prompt_lengths", "prompt_ids", "loss_mask")
-"""The columns that a backend packs its rows from."""
+"""The columns that a backend packs its rows from, and `part_start` where rows have it."""
 
 SAMPLE_BITS = 20
 """Bits of a sample's index within its group in a row's sort key; the prompt id is above them."""
@@ -124,7 +125,7 @@ def read_call(
         role=role,
         method=method,
         batch=batch,
-        needs=(*PACKING, *more),
+        needs=(*PACKING, *those_in(batch, (PART_START,)), *more),
         returns=tuple(
             Column(name=name, kind="token" if readout.is_per_token else "row") for name in names
         ),
@@ -163,7 +164,14 @@ def update_call(
         method="update",
         batch=batch,
         # a loss may name `sample_index` too
-        needs=tuple(dict.fromkeys((*PACKING, "sample_index", "loss_share", *update.columns))),
+        needs=tuple(
+            dict.fromkeys(
+                (
+                    *(*PACKING, *those_in(batch, (PART_START,))),
+                    *("sample_index", "loss_share", *update.columns),
+                )
+            )
+        ),
         returns=(),
         compute=compute,
         finish=then,

@@ -20,6 +20,7 @@ from spmdrl.data.prompts import Prompt
 from spmdrl.distributed.reduce import agreed
 from spmdrl.distributed.row_bytes import Column
 from spmdrl.rollout.protocol import Answer, Ending, Finish, Request, Turn, Turns, TurnSource
+from spmdrl.training.packing import PART_START
 
 TURN_ROW = "turn_row"
 """Text column of prompts: JSON of what the rollout's ranks need to answer turns, or None."""
@@ -44,6 +45,9 @@ TURN_COLUMNS = (
     Column(name=TURN_END, kind="row", dtype=torch.int64),
     Column(name=HEARD, kind="ragged", dtype=torch.uint8),
 )
+
+PART_COLUMNS = (Column(name=PART_START, dtype=torch.bool),)
+"""Columns of rows whose samples may have parts (`rollout.turns.history: rendered`)."""
 
 NONE = -1
 
@@ -81,7 +85,7 @@ class RolloutTurns:
         longest: most tokens of a prompt.
         longest_key: the key with that limit, for messages.
         rewritten: names of what the chat template writes otherwise once another message follows
-            (`TurnRenderer.rewritten`); samples keep their tokens.
+            (`TurnRenderer.rewritten`).
         described: text that is equal for equal environments.
         counts: counts of the source's last call on this rank.
         metrics: sums of its observations' own metrics.
@@ -102,6 +106,16 @@ AllTurns = Mapping[str, RolloutTurns]
 """`Prompt.turns` -> its turns."""
 
 NO_TURNS: AllTurns = MappingProxyType({})
+
+
+def has_parts(turns: AllTurns) -> bool:
+    """Whether samples of some source may have parts, so that rows have the columns of them."""
+    return any(own.section.history == "rendered" for own in turns.values())
+
+
+def turn_columns(turns: AllTurns) -> tuple[Column, ...]:
+    """Columns of turns that come home from a call."""
+    return (*(TURN_COLUMNS if turns else ()), *(PART_COLUMNS if has_parts(turns) else ()))
 
 
 def with_openings(prompts: Batch, turns: AllTurns) -> Batch:

@@ -10,6 +10,7 @@ from spmdrl.batch import Batch
 from spmdrl.distributed.reduce import gather_objects, moments, world_sum
 from spmdrl.roles.turn_calls import NUM_TURNS, TURN_END, TURN_REWARDS
 from spmdrl.rollout.protocol import Ending
+from spmdrl.training.packing import PART_START
 
 COUNTED = ("restarted", "remade")
 """Samples that started again after a stop, and objects that were made again in another worker."""
@@ -23,7 +24,9 @@ def turn_metrics(
     `turns/mean` and `turns/max` count a sample's turns, `turns/reward` is a turn's mean reward,
     `turns/given_tokens` a sample's mean of tokens from its environment; `turns/cut_by_turns`,
     `turns/cut_by_room`, `turns/cut_by_seconds` and `turns/failed` are shares of samples that ended
-    so; `turns/restarted` and `turns/remade` are counts. `turns/NAME` of what environments count
+    so; `turns/restarted` and `turns/remade` are counts. Where conversations are rendered,
+    `turns/parts` is a sample's mean of parts, `turns/in_parts` the share of samples with several,
+    and the contexts of parts count as given. `turns/NAME` of what environments count
     themselves (`Observation.metrics`) is a sample's mean.
 
     Args:
@@ -45,6 +48,10 @@ def turn_metrics(
             ("failed", Ending.FAILED),
         )
     }
+    parted = {}
+    if PART_START in batch:
+        parts = 1 + batch.row_sum(batch[PART_START].double())
+        parted = {"parts": moments(parts).mean, "in_parts": moments((parts > 1).double()).mean}
     own = [len(batch), *(counts.get(name, 0) for name in COUNTED)]
     samples, *counted = world_sum(torch.tensor(own, dtype=torch.float64)).tolist()
     totals: dict[str, float] = {}
@@ -58,6 +65,7 @@ def turn_metrics(
         "reward": rewards.mean / turns.mean if turns.mean else 0.0,
         "given_tokens": given.mean,
         **shares,
+        **parted,
         **dict(zip(COUNTED, counted, strict=True)),
     }
     return {f"turns/{name}": value for name, value in found.items()}

@@ -149,6 +149,8 @@ class Completion:
             than `MAX_SUPPORT`. None unless asked for.
         given: ranges of `tokens` that were given in answer to a turn and not drawn, ascending; they
             have a log-probability of 0, and no support.
+        parts: places in `tokens` at which a part begins, ascending: starts of ranges of `given`. A
+            part's tokens were drawn after those of the part alone.
         waits: reason of the end of its turn, if an aborted sample had ended one and waited for the
             answer.
         turn_limit: most tokens of an aborted sample's turn, if an answer gave them.
@@ -163,6 +165,7 @@ class Completion:
     experts: Tensor | None = None
     support: Ragged | None = None
     given: tuple[tuple[int, int], ...] = ()
+    parts: tuple[int, ...] = ()
     waits: Finish | None = None
     turn_limit: int | None = None
     rewards: tuple[float, ...] = ()
@@ -201,6 +204,8 @@ class Answer:
         reward: reward of the turn.
         restarts: whether the sample starts again after its prompt, because its turns cannot be
             continued; all that it has drawn is dropped.
+        begins_part: whether the tokens are a whole context, with which a part begins: what is drawn
+            next follows them alone, and neither the prompt nor what was drawn or given before.
     """
 
     request: int
@@ -210,6 +215,7 @@ class Answer:
     ending: Ending = Ending.DONE
     reward: float = 0.0
     restarts: bool = False
+    begins_part: bool = False
 
 
 class Turns(Protocol):

@@ -49,6 +49,7 @@ class _Sample:
     counts: list[int] = field(default_factory=list)
     support: list[int] = field(default_factory=list)
     given: list[tuple[int, int]] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     waits: Finish | None = None
     ending: Ending | None = None
@@ -64,10 +65,11 @@ class _Sample:
 
     def asked(self) -> Request:
         """Return the request for its turn."""
+        prompt = () if self.parts else self.request.tokens
         sampling = self.request.sampling.model_copy(update={"max_tokens": self.limit})
         return replace(
             self.request,
-            tokens=(*self.request.tokens, *self.tokens),
+            tokens=(*prompt, *self.tokens[self.parts[-1] if self.parts else 0 :]),
             samples=(self.number,),
             sampling=sampling,
             begun=(),
@@ -88,7 +90,7 @@ class _Sample:
         self.waits = None
         if answer.restarts:
             self.keep(0)
-            self.given, self.rewards = [], []
+            self.given, self.parts, self.rewards = [], [], []
             self.limit = self.request.sampling.max_tokens
             return
         self.rewards.append(answer.reward)
@@ -98,6 +100,7 @@ class _Sample:
         first, count = len(self.tokens), len(answer.tokens)
         assert 0 < count <= self.request.longest - first - answer.max_tokens, answer
         self.given.append((first, first + count))
+        self.parts += [first] * answer.begins_part
         self.tokens += answer.tokens
         self.logprobs += [0.0] * count
         if self.request.sampling.margins:
@@ -124,6 +127,7 @@ class _Sample:
             margins=tuple(self.margins),
             support=support,
             given=tuple(self.given),
+            parts=tuple(self.parts),
             waits=self.waits,
             turn_limit=self.limit if self.is_open else None,
             rewards=tuple(self.rewards),
@@ -259,7 +263,8 @@ def _begun(request: Request, index: int, place: int, number: int) -> _Sample:
     if request.begun:
         begun = request.begun[place]
         sample.add(begun)
-        sample.given, sample.rewards = list(begun.given), list(begun.rewards)
+        sample.given, sample.parts = list(begun.given), list(begun.parts)
+        sample.rewards = list(begun.rewards)
         sample.limit, sample.waits = begun.turn_limit or limit, begun.waits
         if begun.waits is None:
             sample.keep(sample.start)

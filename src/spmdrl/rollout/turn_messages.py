@@ -14,15 +14,16 @@ def written(answers: Sequence[Answer]) -> list[int]:
     values: list[int] = []
     for answer in answers:
         values += (answer.request, answer.sample, answer.max_tokens, answer.ending)
-        values += (_bits(answer.reward), answer.restarts, len(answer.tokens), *answer.tokens)
+        values += (_bits(answer.reward), answer.restarts, answer.begins_part)
+        values += (len(answer.tokens), *answer.tokens)
     return [int(value) for value in values]
 
 
 def answers_of(values: Sequence[int]) -> Iterator[Answer]:
     """Read what `written` wrote."""
     rest = iter(values)
-    while head := tuple(islice(rest, 7)):
-        request, sample, max_tokens, ending, reward, restarts, count = head
+    while head := tuple(islice(rest, 8)):
+        request, sample, max_tokens, ending, reward, restarts, begins_part, count = head
         yield Answer(
             request=request,
             sample=sample,
@@ -31,6 +32,7 @@ def answers_of(values: Sequence[int]) -> Iterator[Answer]:
             ending=Ending(ending),
             reward=_number(reward),
             restarts=bool(restarts),
+            begins_part=bool(begins_part),
         )
 
 

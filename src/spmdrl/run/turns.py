@@ -60,15 +60,28 @@ def make_turns(
                     "do all results",
                     own.section.seconds,
                 )
-            if own.rewritten:
-                log.warning(
-                    "rollout.turns: the chat template writes %s otherwise once another message "
-                    "follows, and a sample keeps the tokens that were there: so the model reads "
-                    "more of its earlier turns here than where a conversation is rendered anew "
-                    "(docs/turns.md)",
-                    ", ".join(_REWRITTEN[name] for name in own.rewritten),
-                )
+            _tell_history(own)
         yield made
+
+
+def _tell_history(own: RolloutTurns) -> None:
+    """Log what becomes of turns that the chat template writes otherwise afterwards."""
+    what = ", ".join(_REWRITTEN[name] for name in own.rewritten)
+    if own.section.history == "rendered":
+        log.info(
+            "rollout.turns.history=rendered: the chat template writes %s otherwise once another "
+            "message follows: where it does, a sample continues with the conversation as it is "
+            "rendered, as another part of its row (docs/turns.md, metric turns/parts)",
+            what or "none of the turns that were tried",
+        )
+    elif own.rewritten:
+        log.warning(
+            "rollout.turns: the chat template writes %s otherwise once another message "
+            "follows, and a sample keeps the tokens that were there: so the model reads "
+            "more of its earlier turns here than where a conversation is rendered anew; "
+            "history: rendered trains on what is rendered (docs/turns.md)",
+            what,
+        )
 
 
 def check_environments(config: Config, inputs: Inputs) -> None:
@@ -106,6 +119,8 @@ def _start(
         if answers is None:
             if turns.kind == "tools":  # others may answer with other roles
                 renderer.check(["tool"])
+                if turns.history == "rendered":
+                    renderer.check_calls("rollout.turns.history=rendered")
             output = None if rank is None else _output(config, rank, len(found))
             answers = _environments(config, turns, server, renderer, inputs, output)
             stack.enter_context(answers)
@@ -164,6 +179,7 @@ def _environments(
             memory_mb=round(turns.memory_gb * 1000),
             failed_reward=turns.failed_reward,
             seconds=turns.seconds,
+            renders_history=turns.history == "rendered",
             output=output,
             environment=config.reward_pool.environment,
         ),
@@ -193,6 +209,12 @@ class _Renderer:
     """Writer of observations and reader of turns for an `EnvironmentTurns`."""
 
     renderer: TurnRenderer
+
+    def opening(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> list[int]:
+        return self.renderer.opening(messages, tools)
+
+    def reads_alike(self, tokens: Sequence[int], others: Sequence[int]) -> bool:
+        return self.renderer.reads_alike(tokens, others)
 
     def observation(self, messages: Sequence[Message], *, ended: bool) -> list[int]:
         return self.renderer.observation(messages, ended=ended)

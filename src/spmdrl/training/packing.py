@@ -5,12 +5,16 @@ Positions of a response continue from the prompt, its attention sees the prompt 
 first token is predicted by the prompt's last place. This gives the same log-probabilities and
 gradients as separate rows, with fewer tokens. Tokens after the last place that is read are left out
 (for log-probabilities at least a row's last token). All of this is a pure function of the rows.
+
+A row may have parts (`PART_START`), each with a context of its own: they are laid out as if each
+were a row, and stay in one microbatch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +26,10 @@ from spmdrl.training.readout import Places
 
 PADDING_SPAN = 64
 """Number of padding tokens that see one another."""
+
+PART_START = "part_start"
+"""Token column, bool: the first token of each part of a row but the first. A part sees no token of
+others, and its positions begin at 0."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,13 +66,18 @@ class Microbatch:
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """Args:
-    prompt, used: tokens in the prompt, and tokens that enter the stream (both 0 if none do).
-    group: number of the group; rows with the same number share their prompt.
-    read: places of the row that are read, int64; all below `used`.
+    """A row, or a part of one.
+
+    Args:
+        index: the row.
+        first: the part's first token in the row.
+        prompt, used: tokens in the prompt, and tokens that enter the stream (both 0 if none do).
+        group: number of the group; rows with the same number share their prompt.
+        read: places of the part that are read, int64; all below `used`.
     """
 
     index: int
+    first: int
     prompt: int
     used: int
     group: int
@@ -88,17 +101,20 @@ def pack(
 
     Rows of one atom stay together even if they exceed the budget (a loss over pairs needs both).
     Without atoms the rows of a shared prompt stay together if they fit; otherwise their group is
-    cut into pieces that repeat the prompt. A row longer than the budget gets its own microbatch.
+    cut into pieces that repeat the prompt. A row longer than the budget gets its own microbatch;
+    the parts of a row stay together.
 
     Args:
         batch: rows with the token column `tokens` and the row column `prompt_lengths` [B].
             Optional: `prompt_ids` [B] and the token columns `loss_mask` [T] bool (default: the
-            response) and `expert_choices` (rows share a prompt only if its choices are equal).
+            response), `part_start` [T] bool and `expert_choices` (rows share a prompt only if its
+            choices are equal).
         places, skipped: the places that are read, see `training.readout.Readout`.
 
     Raises:
         ValueError: the budget is below 1, a prompt is longer than its row, or the loss mask is
-            true at a row's first token, which nothing predicts (the message names the row).
+            true at the first token of a row or part, which nothing predicts (the message names the
+            row).
     """
     if budget_tokens < 1:
         raise ValueError(f"microbatch_tokens={budget_tokens}: it must be at least 1")
@@ -149,7 +165,8 @@ def loss_mask(batch: Batch) -> Tensor:
     """Return the loss mask, bool [T]: the column `loss_mask`, or the tokens after the prompt.
 
     Raises:
-        ValueError: a prompt is longer than its row, or the mask is true at a row's first token.
+        ValueError: a prompt is longer than its row, or the mask is true at the first token of a row
+            or part.
     """
     prompts, starts = batch["prompt_lengths"], batch.offsets()[:-1]
     bad = ((prompts > batch.lengths) | (prompts < 0)).nonzero().flatten()
@@ -171,7 +188,24 @@ def loss_mask(batch: Batch) -> Tensor:
             f"row {row}: its first token is in the loss mask, but nothing precedes and predicts it "
             f"(prompt_lengths={int(prompts[row])})"
         )
+    if PART_START in batch and bool((mask & batch[PART_START]).any()):
+        row = int(batch.row_of_token()[mask & batch[PART_START]][0])
+        raise ValueError(
+            f"row {row}: the first token of a part is in the loss mask, but nothing precedes and "
+            "predicts it in the part"
+        )
     return mask
+
+
+def part_bounds(batch: Batch) -> list[list[tuple[int, int]]]:
+    """List for every row its parts (first token, end) as places in the row; rows without the column
+    `PART_START` have one.
+    """
+    lengths = batch.lengths.tolist()
+    if PART_START not in batch:
+        return [[(0, n)] for n in lengths]
+    starts = [own.nonzero().flatten().tolist() for own in torch.split(batch[PART_START], lengths)]
+    return [list(pairwise([0, *own, length])) for own, length in zip(starts, lengths, strict=True)]
 
 
 def _before_loss_tokens(batch: Batch) -> list[Tensor]:
@@ -203,23 +237,28 @@ def _describe(batch: Batch, read: Sequence[Tensor], share_prompts: bool) -> list
     ids = batch["prompt_ids"].tolist() if has_ids else range(len(lengths))
     groups: dict[tuple[int, bytes], int] = {}
     rows = []
-    for i, places in enumerate(read):
+    bounds = part_bounds(batch)
+    for i, first, stop in ((i, *part) for i, parts in enumerate(bounds) for part in parts):
+        places = read[i]
+        if len(bounds[i]) > 1:
+            places = places[(places >= first) & (places < stop)] - first
         used = int(places[-1]) + 1 if len(places) else 0
         prompt = min(prompts[i], used)
         # Rows with equal ids must not share a prompt if its tokens differ (a longer context, for
         # example) or its experts do (a group that was sampled on several replicas).
-        content = b"".join(column[i][:prompt].cpu().numpy().tobytes() for column in shared)
+        own = slice(first, first + prompt)
+        content = b"".join(column[i][own].cpu().numpy().tobytes() for column in shared)
         group = groups.setdefault((ids[i], content), len(groups))
-        rows.append(_Row(index=i, prompt=prompt, used=used, group=group, read=places))
+        rows.append(_Row(index=i, first=first, prompt=prompt, used=used, group=group, read=places))
     return rows
 
 
 def _atoms(rows: Sequence[_Row], atom: Tensor | None) -> list[list[_Row]]:
-    """Group the rows that belong together, in order of first appearance."""
-    keys = [row.group for row in rows] if atom is None else atom.tolist()
+    """Group the rows that belong together, in order of first appearance; parts follow the first."""
+    keys = {row.index: row.group for row in reversed(rows)} if atom is None else atom.tolist()
     units: dict[int, list[_Row]] = {}
-    for key, row in zip(keys, rows, strict=True):
-        units.setdefault(key, []).append(row)
+    for row in rows:
+        units.setdefault(keys[row.index], []).append(row)
     return list(units.values())
 
 
@@ -237,14 +276,17 @@ def _cut(rows: list[_Row], budget: int, atom: Tensor | None) -> list[list[_Row]]
     """Cut a shared-prompt group into pieces that fit, each with its own copy of the prompt."""
     if atom is not None or _cost(rows) <= budget:
         return [rows]
+    whole: dict[int, list[_Row]] = {}  # rows with their parts
+    for row in rows:
+        whole.setdefault(row.index, []).append(row)
     pieces: list[list[_Row]] = []
-    for row in sorted(rows, key=lambda r: (-r.own, r.index)):
+    for own in sorted(whole.values(), key=lambda o: (-sum(r.own for r in o), o[0].index)):
         for piece in pieces:
-            if _cost([*piece, row]) <= budget:
-                piece.append(row)
+            if _cost([*piece, *own]) <= budget:
+                piece += own
                 break
         else:
-            pieces.append([row])
+            pieces.append(own)
     return pieces
 
 
@@ -272,7 +314,8 @@ def first_fit(costs: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def _build(batch: Batch, places: Places, rows: Sequence[_Row]) -> Microbatch:
-    rows = sorted(rows, key=lambda r: r.index)
+    rows = sorted(rows, key=lambda r: (r.index, r.first))
+    numbers = {index: n for n, index in enumerate(dict.fromkeys(row.index for row in rows))}
     starts = batch.offsets()[:-1].tolist()
     spans, pieces, first_of = _lay_out(rows, starts)
     total = spans[-1].q_stop if spans else 0
@@ -287,18 +330,19 @@ def _build(batch: Batch, places: Places, rows: Sequence[_Row]) -> Microbatch:
         positions = torch.cat([torch.arange(p, p + n) for _, n, p in pieces])
     none = torch.zeros(0, dtype=torch.int64)
     predict, targets, destination, row_numbers = [none], [none], [none], [none]
-    for number, row in enumerate(rows):
+    for row in rows:
         if row.used == 0:
             continue
-        prompt_at, own_at = first_of[row.index]
+        prompt_at, own_at = first_of[row.index, row.first]
         at = torch.where(
             row.read < row.prompt, row.read + prompt_at, row.read - row.prompt + own_at
         )
-        target = row.read + starts[row.index] + (1 if places == "loss_tokens" else 0)
+        first = starts[row.index] + row.first
+        target = row.read + first + (1 if places == "loss_tokens" else 0)
         predict.append(at)
         targets.append(batch["tokens"][target])
         destination.append(target if places == "loss_tokens" else torch.tensor([row.index]))
-        row_numbers.append(torch.full_like(at, number))
+        row_numbers.append(torch.full_like(at, numbers[row.index]))
     return Microbatch(
         tokens=stream,
         positions=positions,
@@ -308,15 +352,15 @@ def _build(batch: Batch, places: Places, rows: Sequence[_Row]) -> Microbatch:
         targets=torch.cat(targets),
         destination=torch.cat(destination),
         row=torch.cat(row_numbers),
-        rows=torch.tensor([row.index for row in rows]),
+        rows=torch.tensor(list(numbers)),
     )
 
 
 def _lay_out(
     rows: Sequence[_Row], starts: Sequence[int]
-) -> tuple[list[Span], list[tuple[int, int, int]], dict[int, tuple[int, int]]]:
+) -> tuple[list[Span], list[tuple[int, int, int]], dict[tuple[int, int], tuple[int, int]]]:
     """Lay out the stream: its spans, its pieces (first token in the batch, length, first position)
-    and, for each row, the places in the stream where its prompt and its own tokens start.
+    and, for each row or part, the places in the stream where its prompt and its own tokens start.
     """
     groups: dict[int, list[_Row]] = {}
     for row in rows:
@@ -331,18 +375,18 @@ def _lay_out(
         is_single = len(members) == 1
         if prompt and not is_single:
             spans.append(Span(q_start=at, q_stop=at + prompt, own=(at, at + prompt)))
-            pieces.append((starts[members[0].index], prompt, 0))
+            pieces.append((starts[members[0].index] + members[0].first, prompt, 0))
             at += prompt
         for row in members:
-            start = starts[row.index]
+            start, where = starts[row.index] + row.first, (row.index, row.first)
             if is_single:
                 # A single row is one causal sequence without a prefix to look up.
                 spans.append(Span(q_start=at, q_stop=at + row.used, own=(at, at + row.used)))
                 pieces.append((start, row.used, 0))
-                first_of[row.index] = (at, at + prompt)
+                first_of[where] = (at, at + prompt)
                 at += row.used
                 continue
-            first_of[row.index] = (prompt_at, at)
+            first_of[where] = (prompt_at, at)
             if row.own:
                 prefix = ((prompt_at, prompt_at + prompt),) if prompt else ()
                 own = (at, at + row.own)

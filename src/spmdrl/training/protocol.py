@@ -138,7 +138,8 @@ class TrainBackend(Protocol):
 
         Rows need the token column `tokens` and the row column `prompt_lengths`. Optional are the
         row column `prompt_ids` (equal for rows whose prompt may be computed once) and the token
-        columns `loss_mask` and `expert_choices` (experts to use instead of the model's choice).
+        columns `loss_mask`, `part_start` (the first tokens of parts, see `training.packing`) and
+        `expert_choices` (experts to use instead of the model's choice).
         """
 
     def forward_backward(

@@ -14,8 +14,9 @@ from spmdrl.config.user_objects import source_digest
 from spmdrl.rewards.server import RewardServer
 from spmdrl.rollout.protocol import Request
 from spmdrl.turns.environment import Message
+from spmdrl.turns.past import Renderer
 from spmdrl.turns.settings import TurnsSettings
-from spmdrl.turns.trajectories import EnvironmentCall, Renderer, digest_of, start_failed
+from spmdrl.turns.trajectories import EnvironmentCall, digest_of, start_failed
 from spmdrl.turns.workers import Held, Reply, Workers
 
 
@@ -56,6 +57,7 @@ class EnvironmentTurns(AbstractContextManager["EnvironmentTurns"]):
         self._metrics: Mapping[str, float] = {}
         # only once: a file that changes during the run must not be taken for the one at its start
         self._described = f"{settings.kind} {dict(settings.options)} {source_digest(settings.kind)}"
+        self._described += " rendered" if settings.renders_history else ""
 
     def describe(self) -> str:
         """Text that is equal for equal environments."""
@@ -105,7 +107,7 @@ class EnvironmentTurns(AbstractContextManager["EnvironmentTurns"]):
             if found[number].reason:
                 row = json.loads(texts[number])
                 raise ValueError(start_failed(self._settings, row, found[number]))
-        return [_opening(text, found[i].value) for i, text in enumerate(texts)]
+        return [self._opening(text, found[i].value) for i, text in enumerate(texts)]
 
     @contextmanager
     def open(
@@ -159,8 +161,9 @@ class EnvironmentTurns(AbstractContextManager["EnvironmentTurns"]):
                 f"be given to an environment, which gets JSON values: {error}"
             ) from None
 
-
-def _opening(row: str, value: Mapping[str, Any]) -> Opening:
-    messages = value["messages"]
-    entry = json.dumps({"row": json.loads(row), "opening": digest_of(messages)})
-    return Opening(messages=messages, tools=value["tools"], entry=entry)
+    def _opening(self, row: str, value: Mapping[str, Any]) -> Opening:
+        messages, tools = value["messages"], value["tools"]
+        entry = {"row": json.loads(row), "opening": digest_of(messages)}
+        if self._settings.renders_history:  # a conversation begins with them
+            entry |= {"messages": messages, "tools": tools}
+        return Opening(messages=messages, tools=tools, entry=json.dumps(entry))

@@ -5,7 +5,9 @@ template writes after an assistant's turn in a conversation that is always the s
 assistant, the observation's messages], up to the beginning of the next turn. So its tokens depend
 neither on the clock nor on what was said before, and nothing that was sampled is tokenised again.
 A template that rewrites earlier turns (by leaving out their thinking) would write another context
-for the next one: `rewritten` says so, and the tokens stay those that were there.
+for the next one: `rewritten` says so. The tokens stay those that were there, unless conversations
+are rendered (`rollout.turns.history`): then a context that does not read as the template writes the
+conversation (`reads_alike`) is replaced by what it writes (`opening`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from spmdrl.data.chat import Chat, check_chat_template
@@ -73,6 +76,20 @@ class TurnRenderer:
         talk = self.chat.prepare(_checked(messages), tools)
         return self.chat.ids(self.chat.render(talk, prompt=True), talk.mark)
 
+    def reads_alike(self, tokens: Sequence[int], others: Sequence[int]) -> bool:
+        """Whether two contexts have the same text and the same added tokens in it, however the text
+        is cut into tokens: a model does not draw the tokens that a tokenizer would make.
+        """
+        return tokens == others or self._read(tokens) == self._read(others)
+
+    def _read(self, tokens: Sequence[int]) -> list[int | str]:
+        """Return the added tokens, and the texts between them."""
+        found: list[int | str] = []
+        for is_added, own in groupby(tokens, key=lambda token: token in self.chat.plain.added):
+            ids = list(own)
+            found += ids if is_added else [self.tokenizer.decode(ids, skip_special_tokens=False)]
+        return found
+
     def observation(self, messages: Sequence[Message], *, ended: bool) -> list[int]:
         """Encode what follows a turn: its end, the messages, and the beginning of the next turn.
 
@@ -119,6 +136,28 @@ class TurnRenderer:
             if role == _TOOL:
                 message |= {"name": "tool", "tool_call_id": CALL_ID}
             self.observation([message], ended=True)
+
+    def check_calls(self, key: str) -> None:
+        """Raise ValueError unless the text of a call, as content of a turn, is written as the call
+        is, since conversations are rendered from texts; the message begins with `key`.
+        """
+        result = {"role": _TOOL, "name": "tool", "tool_call_id": CALL_ID, "content": _PROBE}
+        call = self.chat.prepare([ASKED, calling([result], ""), result])
+        try:
+            prompt = self.chat.render(call.first(1), prompt=True)
+            written = self.chat.render(call, prompt=True)
+            end = self.ends.calls or self.ends.history or _PROBE
+            said = written[len(prompt) :].split(end)[0]
+            told = self.chat.prepare([ASKED, {"role": "assistant", "content": said}, result])
+            if written.startswith(prompt) and self.chat.render(told, prompt=True) == written:
+                return
+            problem = "writes a call otherwise than its text"
+        except BadRow as error:
+            problem = str(error)
+        raise ValueError(
+            f"{key}: conversations are rendered from the texts of turns, but the model's chat "
+            f"template {problem}: set it to kept, or use a model whose calls are text (hermes)"
+        )
 
     @cached_property
     def rewritten(self) -> tuple[str, ...]:

@@ -27,6 +27,8 @@ class TurnsSettings:
         seconds: wall-clock seconds from a sample's first turn on, after which it gets no other;
             None: no limit.
         output: file for what objects print; None: it is dropped.
+        renders_history: whether a turn's context is the conversation as the chat template renders
+            it (`rollout.turns.history: rendered`): where it is not what was there, a part begins.
         environment: names of this process's variables that objects see in addition to `PASSED` of
             `rewards.server`.
     """
@@ -41,6 +43,7 @@ class TurnsSettings:
     failed_reward: float = 0.0
     seconds: float | None = None
     output: Path | None = None
+    renders_history: bool = False
     environment: tuple[str, ...] = ()
 
     def work(self) -> EnvironmentWork:

@@ -12,16 +12,16 @@ import base64
 import json
 import logging
 import reprlib
-import struct
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any
 
 from spmdrl.rollout.protocol import Answer, Completion, Ending, Finish, Request, Turn
 from spmdrl.turns.environment import Message
+from spmdrl.turns.past import Given, Past, Renderer, follow, packed, unpacked
 from spmdrl.turns.settings import TurnsSettings
 from spmdrl.turns.workers import Held, Reply, Workers
 
@@ -30,43 +30,8 @@ log = logging.getLogger(__name__)
 _CLOSE_S = 5.0
 """Seconds that the end of a call waits for objects to close, before their workers end."""
 
-_TURNS = struct.Struct("<I")  # number of turns before a saved state, in front of it
-
 REPEATABLE = ("exception", "returned")
 """Reasons of a failure that do not depend on time, memory or other objects."""
-
-
-class Renderer(Protocol):
-    """Tokens of messages, and texts of turns."""
-
-    def observation(self, messages: Sequence[Message], *, ended: bool) -> list[int]:
-        """Return the tokens that follow a turn and begin the next one.
-
-        Args:
-            ended: whether the turn's tokens end with the template's end of a turn.
-        """
-
-    def ends(self, tokens: Sequence[int]) -> bool:
-        """Whether a turn's tokens end with the template's end of a turn."""
-
-    def text(self, tokens: Sequence[int], *, special: bool) -> str:
-        """Return the text of a turn without its end; its special tokens if `special`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Past:
-    """A turn that was answered.
-
-    Args:
-        tokens: those that were drawn.
-        given: the answer's.
-        end: number of the sample's tokens with both.
-    """
-
-    tokens: tuple[int, ...]
-    text: str
-    given: tuple[int, ...]
-    end: int
 
 
 @dataclass(kw_only=True, eq=False)
@@ -74,8 +39,8 @@ class _Sample:
     """A sample of the call.
 
     Args:
-        row: its row of the data.
-        opening: digest of the messages that its object must begin with.
+        known: its `Opening.entry`: `row` of the data, `opening`, the digest of the messages that
+            its object must begin with, and for rendered conversations these, and the `tools`.
         past: its answered turns.
         state: the object's state after them, if the class saves it.
         turn: the turn that waits for an answer, and its text.
@@ -84,9 +49,8 @@ class _Sample:
 
     request: Request
     where: tuple[int, int]
-    row: Mapping[str, Any]
-    opening: str
-    past: list[_Past]
+    known: Mapping[str, Any]
+    past: list[Past]
     state: bytes | None = None
     held: Held | None = None
     turn: Turn | None = None
@@ -98,6 +62,11 @@ class _Sample:
     def key(self) -> tuple[int, int]:
         """Prompt id and sample index."""
         return self.request.prompt_id, self.where[1]
+
+    @property
+    def row(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.known["row"]
+        return found
 
 
 class EnvironmentCall:
@@ -126,12 +95,11 @@ class EnvironmentCall:
                 sample = _Sample(
                     request=request,
                     where=(index, number),
-                    row=known["row"],
-                    opening=known["opening"],
+                    known=known,
                     past=[] if begun is None else self._past(begun),
                     is_over=begun is not None and begun.finish is not Finish.ABORTED,
                 )
-                sample.state = _usable(states.get(sample.key), len(sample.past))
+                self._adopt(sample, states.get(sample.key))
                 self._samples[sample.where] = sample
 
     def ended(self, turn: Turn) -> None:
@@ -158,8 +126,9 @@ class EnvironmentCall:
 
     def states(self) -> Mapping[tuple[int, int], bytes]:
         """See `Turns.states`; only classes with `save` have any."""
+        renders = self._settings.renders_history
         return {
-            sample.key: _TURNS.pack(len(sample.past)) + sample.state
+            sample.key: packed(sample.past, sample.state, with_messages=renders)
             for sample in self._samples.values()
             if sample.state is not None and not sample.is_over
         }
@@ -245,7 +214,7 @@ class EnvironmentCall:
         if what == "start":
             self._check_start(sample, reply.value)
         elif what == "again":
-            return self._compare(sample, sample.past[number], reply.value)
+            return self._compare(sample, number, reply.value)
         elif what == "turn":
             return self._answer(sample, reply.value)
         return None
@@ -260,7 +229,7 @@ class EnvironmentCall:
         return self._end(sample, Ending.FAILED, self._settings.failed_reward)
 
     def _check_start(self, sample: _Sample, value: Mapping[str, Any]) -> None:
-        if digest_of(value["messages"]) != sample.opening:
+        if digest_of(value["messages"]) != sample.known["opening"]:
             shown = reprlib.repr(value["messages"])
             raise ValueError(
                 f"{self._settings.key}.kind={self._settings.kind}: start gave other messages for "
@@ -268,10 +237,14 @@ class EnvironmentCall:
                 "share one prompt"
             )
 
-    def _compare(self, sample: _Sample, past: _Past, value: Mapping[str, Any]) -> Answer | None:
+    def _compare(self, sample: _Sample, number: int, value: Mapping[str, Any]) -> Answer | None:
         """Compare the answer to a turn with the one that the model has read."""
-        given = self._given(past.tokens, value) if value["messages"] else ()
-        if given == past.given:
+        past, before = sample.past[number], sample.past[:number]
+        given = Given(tokens=())
+        if value["messages"]:
+            given = self._given(sample, before, past.tokens, past.text, value)
+        if given == Given(tokens=past.given, begins_part=past.begins_part):
+            sample.past[number] = replace(past, messages=value["messages"])
             return None
         return self._restart(sample, "a turn was answered differently when it was taken again")
 
@@ -294,12 +267,20 @@ class EnvironmentCall:
         limit = self._settings.seconds
         if limit is not None and time.monotonic() - sample.since > limit:
             return self._end(sample, Ending.SECONDS, reward)
-        given = self._given(turn.tokens, value)
-        end = (sample.past[-1].end if sample.past else 0) + len(turn.tokens) + len(given)
+        given = self._given(sample, sample.past, turn.tokens, sample.text, value)
+        end = sample.past[-1].end if sample.past else 0
+        end += len(turn.tokens) + len(given.tokens)
         left = sample.request.room - end
         if left < 1:
             return self._end(sample, Ending.ROOM, reward)
-        past = _Past(tokens=turn.tokens, text=sample.text, given=given, end=end)
+        past = Past(
+            tokens=turn.tokens,
+            text=sample.text,
+            given=given.tokens,
+            end=end,
+            begins_part=given.begins_part,
+            messages=value["messages"],
+        )
         sample.past.append(past)
         self._heard.setdefault(sample.key, {})[turn.number] = json.dumps(value["messages"])
         state = value.get("state")
@@ -307,9 +288,10 @@ class EnvironmentCall:
         return Answer(
             request=turn.request,
             sample=turn.sample,
-            tokens=given,
+            tokens=given.tokens,
             max_tokens=min(sample.request.sampling.max_tokens, left),
             reward=reward,
+            begins_part=given.begins_part,
         )
 
     def _end(self, sample: _Sample, ending: Ending, reward: float) -> Answer:
@@ -329,17 +311,52 @@ class EnvironmentCall:
     def _text(self, tokens: Sequence[int]) -> str:
         return self._renderer.text(tokens, special=self._workers.about.special_tokens)
 
-    def _given(self, tokens: Sequence[int], value: Mapping[str, Any]) -> tuple[int, ...]:
-        ended = self._renderer.ends(tokens)
-        return tuple(self._renderer.observation(value["messages"], ended=ended))
+    def _given(
+        self,
+        sample: _Sample,
+        past: Sequence[Past],
+        tokens: Sequence[int],
+        text: str,
+        value: Mapping[str, Any],
+    ) -> Given:
+        """Return what follows a turn.
 
-    def _past(self, begun: Completion) -> list[_Past]:
+        Args:
+            past: the sample's turns before it.
+            tokens, text: the turn's.
+            value: the answer, with messages.
+        """
+        return follow(
+            self._renderer,
+            sample.request.tokens,
+            past,
+            Past(tokens=tuple(tokens), text=text, given=(), end=0, messages=value["messages"]),
+            rendered=sample.known if self._settings.renders_history else None,
+        )
+
+    def _adopt(self, sample: _Sample, state: bytes | None) -> None:
+        """Take what a stopped call has kept of a sample, if it is the one after its turns."""
+        renders = self._settings.renders_history
+        sample.state, told = unpacked(state, len(sample.past), with_messages=renders)
+        if told is not None:
+            both = zip(sample.past, told, strict=True)
+            sample.past = [replace(turn, messages=messages) for turn, messages in both]
+
+    def _past(self, begun: Completion) -> list[Past]:
         """Return the answered turns of a sample that was begun."""
         found, start = [], 0
         for first, last in begun.given:
             tokens = begun.tokens[start:first]
             given = begun.tokens[first:last]
-            found.append(_Past(tokens=tokens, text=self._text(tokens), given=given, end=last))
+            found.append(
+                Past(
+                    tokens=tokens,
+                    text=self._text(tokens),
+                    given=given,
+                    end=last,
+                    begins_part=first in begun.parts,
+                )
+            )
             start = last
         return found
 
@@ -363,10 +380,3 @@ def start_failed(settings: TurnsSettings, row: Mapping[str, Any], reply: Reply) 
     shown = shown if len(shown) <= 300 else f"{shown[:300]} ..."
     why = reply.message if reply.reason in REPEATABLE else f"start failed: {reply.message}"
     return f"{settings.key}.kind={settings.kind}, at the row {shown}: {why}"
-
-
-def _usable(state: bytes | None, num_turns: int) -> bytes | None:
-    """Return a saved state if it is the one after this many turns."""
-    if state is None or _TURNS.unpack_from(state)[0] != num_turns:
-        return None
-    return state[_TURNS.size :]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spmdrl.observe.rollout_log import logged_steps, read_rollouts
+from spmdrl.observe.rollout_log import given_name, logged_steps, read_rollouts
 
 MOST_LETTERS = 3000
 """Letters of a text that a page shows."""
@@ -140,7 +140,7 @@ def _said(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
     for number, turn in enumerate(row["turns"], start=1):
         found.append((f"turn {number}, reward {_number(turn['reward'])}", turn["text"]))
         if turn["given"]:
-            found.append(("given", turn["given"]))
+            found.append((given_name(row["turns"], number), turn["given"]))
     more = len(found) - MOST_TURNS
     return found[:MOST_TURNS] + [("left out", f"{more} more texts")] * (more > 0)
 

@@ -21,7 +21,10 @@ class Sample:
         index: the request's place in the call.
         place: the sample's place in the request.
         key: random key of (seed, step, prompt id, sample); a token's key adds its position.
-        tokens: the prompt's and the generated tokens.
+        tokens: the prompt's and the generated tokens; of a sample with parts, those of its last
+            part, whose prompt is among them.
+        earlier: the generated tokens of the parts before the last one.
+        parts: places of the generated tokens at which a part begins.
         followers: samples of the same prompt that wait for this one to compute it.
         blocks: cache blocks, in the order of the tokens they hold.
         slot: slot of recurrent layers' states, if the model has any and the sample is computed.
@@ -39,6 +42,8 @@ class Sample:
     place: int
     key: int
     tokens: list[int]
+    earlier: list[int] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
     followers: list[Sample] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     slot: int | None = None
@@ -60,16 +65,34 @@ class Sample:
 
     @property
     def num_generated(self) -> int:
-        return len(self.tokens) - len(self.request.tokens)
+        return len(self.earlier) + len(self.tokens) - self._own_from
+
+    @property
+    def _own_from(self) -> int:
+        """Place in `tokens` of the first generated one."""
+        return 0 if self.parts else len(self.request.tokens)
+
+    @property
+    def generated(self) -> list[int]:
+        """The generated tokens of all parts."""
+        return [*self.earlier, *self.tokens[self._own_from :]]
+
+    def set_generated(self, tokens: Sequence[int], parts: Sequence[int]) -> None:
+        """Set what was generated, with the places at which a part begins."""
+        start = parts[-1] if parts else 0
+        self.parts, self.earlier = list(parts), list(tokens[:start])
+        self.tokens = [*(() if parts else self.request.tokens), *tokens[start:]]
 
     @property
     def turn_length(self) -> int:
         """Number of tokens drawn in its turn so far."""
         return self.num_generated - (self.given[-1][1] if self.given else 0)
 
-    def answer(self, tokens: Sequence[int], max_tokens: int) -> None:
-        """Continue after its turn with tokens that are given."""
+    def answer(self, tokens: Sequence[int], max_tokens: int, *, begins_part: bool) -> None:
+        """Continue after its turn with tokens that are given, see `Answer`."""
         first = self.num_generated
+        if begins_part:
+            self.set_generated(self.generated, [*self.parts, first])
         self.given.append((first, first + len(tokens)))
         self.tokens += tokens
         self.logprobs += [0.0] * len(tokens)
@@ -82,7 +105,8 @@ class Sample:
 
     def restart(self) -> None:
         """Drop all that follows its prompt."""
-        del self.tokens[self.prompt_length :], self.expert_rows[self.prompt_length :]
+        self.set_generated((), ())
+        del self.expert_rows[self.prompt_length :]
         self.logprobs, self.margins, self.support = [], [], SupportRecord()
         self.given, self.rewards, self.turn_limit, self.waits = [], [], None, None
 
@@ -92,8 +116,8 @@ class Sample:
         return self.cached == len(self.tokens) - 1 and self.num_generated > 0
 
     def next_key(self) -> int:
-        """Return the random key of the next token."""
-        return chain(self.key, len(self.tokens))
+        """Return the random key of the next token: no two tokens of a sample have the same."""
+        return chain(self.key, self.prompt_length + self.num_generated)
 
     def begun_experts(self) -> Tensor | None:
         """Return the choices of experts that came with the request, if any."""
@@ -101,7 +125,7 @@ class Sample:
 
     def completion(self, experts: Tensor | None = None) -> Completion:
         return Completion(
-            tokens=tuple(self.tokens[self.prompt_length :]),
+            tokens=tuple(self.generated),
             logprobs=tuple(self.logprobs),
             finish=self.finish,
             margins=tuple(self.margins),
@@ -110,6 +134,7 @@ class Sample:
             if self.request.sampling.support
             else None,
             given=tuple(self.given),
+            parts=tuple(self.parts),
             waits=self.waits,
             turn_limit=self.turn_limit if self.finish is Finish.ABORTED else None,
             rewards=tuple(self.rewards),
@@ -130,7 +155,7 @@ def samples_of(request: Request, index: int, *, seed: int, step: int) -> list[Sa
         for place, sample in enumerate(request.samples)
     ]
     for sample, begun in zip(samples, request.begun, strict=False):
-        sample.tokens += begun.tokens
+        sample.set_generated(begun.tokens, begun.parts)
         sample.logprobs, sample.margins = list(begun.logprobs), list(begun.margins)
         sample.finish, sample.waits, sample.given = begun.finish, begun.waits, list(begun.given)
         sample.turn_limit, sample.rewards = begun.turn_limit, list(begun.rewards)

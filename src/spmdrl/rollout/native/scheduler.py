@@ -359,14 +359,16 @@ class Scheduler:
 
         A preempted sample may find the prompt's full blocks with another sample of its request, but
         not the states of recurrent layers after them; fresh requests find the common prefix of all
-        prompts.
+        prompts. A part that does not begin with the prompt is computed from its first token.
         """
+        if sample.parts:
+            return [], 0, []
         if self.slots is not None:
             return self._prefix.blocks, self._prefix.cached, []
         # At least one prompt token is computed, because the last one's row is needed.
         tokens = (sample.prompt_length - 1) // self._block_size * self._block_size
         for other in self.running if tokens > self._prefix.cached else ():
-            if other.index == sample.index and other.cached >= tokens:
+            if other.index == sample.index and other.cached >= tokens and not other.parts:
                 return other.blocks, tokens, other.expert_rows
         return self._prefix.blocks, self._prefix.cached, []
 

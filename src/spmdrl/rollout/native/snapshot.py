@@ -81,7 +81,8 @@ def restore_snapshot(
     """Restore fresh samples, a scheduler and a cache of the same call to the snapshot's state."""
     content = tensor_json(state[_STATE])
     for sample, found in zip(samples, content["samples"], strict=True):
-        sample.tokens = [*sample.request.tokens, *found["tokens"]]
+        # checkpoints before 0.3 lack parts
+        sample.set_generated(found["tokens"], found.get("parts", ()))
         sample.followers = [samples[i] for i in found["followers"]]
         sample.expert_rows, sample.finish = found["rows"], Finish[found["finish"].upper()]
         for name in ("logprobs", "margins", "blocks", "cached"):
@@ -128,7 +129,8 @@ def _recurrent(attention: PagedAttention, scheduler: Mapping[str, Any]) -> dict[
 
 def _sample_state(sample: Sample, number: Mapping[Sample, int]) -> dict[str, Any]:
     return {
-        "tokens": sample.tokens[sample.prompt_length :],
+        "tokens": sample.generated,
+        "parts": sample.parts,
         "followers": [number[follower] for follower in sample.followers],
         "logprobs": sample.logprobs,
         "margins": sample.margins,

@@ -122,7 +122,10 @@ class TurnTaking:
                 sample.waits = None
                 self._scheduler.finish(sample)
                 ended += 1
+                continue
+            sample.answer(answer.tokens, answer.max_tokens, begins_part=answer.begins_part)
+            if answer.begins_part:  # its blocks are of another context
+                self._scheduler.restart(sample)
             else:
-                sample.answer(answer.tokens, answer.max_tokens)
                 self._scheduler.resume(sample)
         return ended
