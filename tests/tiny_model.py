@@ -20,6 +20,11 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
+FORGETS = CHAT_TEMPLATE.replace(
+    "m['content']", "(m['content'][-2:] if m['role'] == 'assistant' else m['content'])"
+)
+"""Template that leaves the last two letters of the model's own turns."""
+
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 EXPERTS = {
     "num_experts": 8,
@@ -35,6 +40,7 @@ def make_tiny_model(
     seed: int = 0,
     *,
     head: Head = "lm",
+    template: str = CHAT_TEMPLATE,
     **changes: Any,
 ) -> ModelConfig:
     """Write config.json, tokenizer and random weights; `changes` go into config.json."""
@@ -51,7 +57,7 @@ def make_tiny_model(
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": "<|im_end|>",
-                "chat_template": CHAT_TEMPLATE,
+                "chat_template": template,
                 "clean_up_tokenization_spaces": False,
             }
         )

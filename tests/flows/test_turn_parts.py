@@ -4,7 +4,6 @@ rewrites nothing.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,14 @@ from harness import run_ranks
 from saved_runs import records
 from spmdrl.commands.show import show
 from spmdrl.observe.rollout_log import read_rollouts
-from tiny_model import CHAT_TEMPLATE, make_tiny_model
-
-FORGETS = CHAT_TEMPLATE.replace(
-    "m['content']", "(m['content'][-2:] if m['role'] == 'assistant' else m['content'])"
-)
-"""Template that leaves the last two letters of the model's own turns."""
+from tiny_model import FORGETS, make_tiny_model
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("turn_parts")
     make_tiny_model(root / "model")
-    make_tiny_model(root / "forgetful")
-    path = root / "forgetful" / "tokenizer_config.json"
-    described = json.loads(path.read_text())
-    assert described["chat_template"] == CHAT_TEMPLATE
-    path.write_text(json.dumps(described | {"chat_template": FORGETS}))
+    make_tiny_model(root / "forgetful", template=FORGETS)
     return root
 
 

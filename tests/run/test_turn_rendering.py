@@ -97,6 +97,7 @@ def said(world: World, path: str, other: str) -> tuple[int, list[str]]:
     """Count the lines that the first one's turns say at their start; and the lines of both."""
     heard = Heard()
     logging.getLogger("spmdrl.run.turns").addHandler(heard)
+    logging.getLogger("spmdrl.run.turns").setLevel(logging.INFO)
     begin(world, path)
     silent = len(heard.lines)
     begin(world, other)
@@ -113,6 +114,34 @@ def test_a_template_that_rewrites_history_is_told(model: Path, tmp_path: Path) -
     assert count == 0
     assert "writes the thinking of earlier turns otherwise" in line
     assert "a sample keeps the tokens that were there" in line
+
+
+def test_rendered_histories_are_told(model: Path, tmp_path: Path) -> None:
+    forgetful = model_with(tmp_path / "forgetful", FORGETS)
+    paths = []
+    for name, path in (("keeps", model), ("forgets", forgetful)):
+        (tmp_path / name).mkdir()
+        turns = {"kind": f"{PLACE}:Counting", "history": "rendered"}
+        paths.append(config_of(tmp_path / name, path, turns))
+    ((count, (first, second)),) = run_ranks(said, 1, *paths)
+    assert count == 1 and "writes nothing that was tried otherwise" in first
+    assert "writes the thinking of earlier turns otherwise" in second
+    assert "continues with the conversation as it is rendered, as another part" in second
+
+
+def test_calls_that_are_written_otherwise_than_their_text_are_refused(tmp_path: Path) -> None:
+    calls = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.tool_calls %}"
+        "[{{ m.tool_calls[0].function.name }}]{% elif m.role == 'assistant' %}.{% endif %}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    model = model_with(tmp_path / "brackets", calls)
+    turns = {"kind": "tools", "options": {"functions": ["calculator"], "format": "hermes"}}
+    run_ranks(begin, 1, config_of(tmp_path, model, turns))
+    (tmp_path / "other").mkdir()
+    path = config_of(tmp_path / "other", model, {**turns, "history": "rendered"})
+    with pytest.raises(Exception, match="history=rendered: conversations are rendered from the"):
+        run_ranks(begin, 1, path)
 
 
 FAULTS = {

@@ -15,7 +15,7 @@ from spmdrl.commands.train import train
 from spmdrl.config.load import load_config
 from spmdrl.rewards.server import start_reward_server
 from spmdrl.world import World
-from tiny_model import make_tiny_model
+from tiny_model import FORGETS, make_tiny_model
 from torchrun import attempt_of
 
 LEFT_OUT = (*CLOCKS, "rollout_gap")
@@ -29,14 +29,20 @@ PLACE = Path(__file__).parents[1] / "turn_environments.py"
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("turn_resume")
     make_tiny_model(root / "model")
+    make_tiny_model(root / "forgetful", template=FORGETS)
     return root
 
 
-def config_of(root: Path, name: str, kind: str, **options: Any) -> str:
+def config_of(root: Path, name: str, kind: str, *, parts: bool = False, **options: Any) -> str:
+    """Args:
+    parts: whether the chat template rewrites turns, and samples have parts.
+    """
     turns = {"kind": f"{PLACE}:{kind}", "options": options, "max_turns": 3, "max_tokens": 70}
+    if parts:
+        turns |= {"max_tokens": 200, "history": "rendered"}
     path = write_config(
         root / f"{name}.yaml",
-        root / "model",
+        root / ("forgetful" if parts else "model"),
         root / name,
         steps=2,
         rewards=[],
@@ -58,9 +64,12 @@ def same(found: Path, whole: Path) -> None:
     assert all(torch.equal(tensors[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("kind", ["Counting", "Saving"])
-def test_a_stop_within_turns_resumes_exactly(root: Path, kind: str) -> None:
-    config, base = config_of(root, kind, kind), root / kind
+@pytest.mark.parametrize(
+    ("kind", "parts"), [("Counting", False), ("Saving", False), ("Saving", True)]
+)
+def test_a_stop_within_turns_resumes_exactly(root: Path, kind: str, parts: bool) -> None:
+    base = root / f"{kind}_{parts}"
+    config = config_of(root, base.name, kind, parts=parts)
     stops = ["9", "14"] if kind == "Counting" else ["14"]
     (names,) = run_ranks(run_stopped, 1, config, base, stops, [], timeout_s=300)
     polls = int(next(attempt_of(base / "0").glob("polls_*")).read_text())
@@ -68,6 +77,8 @@ def test_a_stop_within_turns_resumes_exactly(root: Path, kind: str) -> None:
     for stop, saved in zip(stops, names[1:], strict=True):
         assert len(saved) == 1, (stop, saved)
         same(base / stop, base / "0")
+    if parts:
+        assert all(line["turns/parts"] > 1.5 for line in records(base / "0"))
 
 
 def once(world: World, config: str) -> None:
@@ -75,13 +86,16 @@ def once(world: World, config: str) -> None:
         train(load_config(config), world, server)
 
 
-def test_a_rank_killed_within_turns_resumes_exactly(root: Path) -> None:
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_rank_killed_within_turns_resumes_exactly(root: Path, parts: bool) -> None:
     armed = root / "armed"
-    whole, killed = (config_of(root, n, "Killing", armed=str(armed)) for n in ("whole", "killed"))
+    names = [f"{name}_{parts}" for name in ("whole", "killed")]
+    options = {"parts": parts, "armed": str(armed)}
+    whole, killed = (config_of(root, name, "Killing", **options) for name in names)
     run_ranks(once, 1, whole)
     armed.touch()
     with pytest.raises(AssertionError, match="-9"):
         run_ranks(once, 1, killed)
-    assert not armed.exists() and not records(root / "killed")
+    assert not armed.exists() and not records(root / names[1])
     run_ranks(once, 1, killed)
-    same(root / "killed", root / "whole")
+    same(root / names[1], root / names[0])

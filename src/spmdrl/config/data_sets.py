@@ -188,10 +188,16 @@ def set_takes_turns(config: Config, held_out: HeldOutSet) -> bool:
 
 
 def turns_of_set(config: Config, held_out: HeldOutSet) -> list[str]:
-    """Kinds and options of what answers the turns of a held-out set's samples, in words."""
+    """Kinds and options of what answers the turns of a held-out set's samples, in words, and
+    whether they are rendered.
+    """
     sources = train_sources(config) if held_out.data is None else [held_out.data]
     found = [turns for source in sources if (turns := turns_of(config, source)) is not None]
-    return list(dict.fromkeys(f"turns {t.kind} {t.options}" for t in found))
+    return list(dict.fromkeys(f"turns {t.kind} {t.options}{_rendered(t)}" for t in found))
+
+
+def _rendered(turns: TurnsSection) -> str:
+    return " rendered" if turns.history == "rendered" else ""
 
 
 def is_rewarded(config: Config) -> bool:

@@ -281,7 +281,8 @@ def _part_starts(
     found = torch.zeros(batch.num_tokens, dtype=torch.bool)
     starts = (batch.offsets()[:-1] + prompts.lengths).tolist()
     for start, completion in zip(starts, completions, strict=True):
-        found[[start + part for part in completion.parts]] = True
+        for part in completion.parts:
+            found[start + part] = True
     return found
 
 

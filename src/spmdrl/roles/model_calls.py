@@ -27,7 +27,7 @@ from spmdrl.training.readout import Readout
 from spmdrl.training.support import SUPPORT
 
 PACKING = ("tokens", "prompt_lengths", "prompt_ids", "loss_mask")
-"""The columns that a backend packs its rows from, and `part_start` where rows have it."""
+"""The columns that a backend packs all rows from."""
 
 SAMPLE_BITS = 20
 """Bits of a sample's index within its group in a row's sort key; the prompt id is above them."""
@@ -95,6 +95,11 @@ def those_in(batch: Batch, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name in batch)
 
 
+def packing_columns(batch: Batch) -> tuple[str, ...]:
+    """The columns that a backend packs the batch's rows from."""
+    return (*PACKING, *those_in(batch, (PART_START,)))
+
+
 def read_call(
     role: ModelRole,
     method: str,
@@ -125,7 +130,7 @@ def read_call(
         role=role,
         method=method,
         batch=batch,
-        needs=(*PACKING, *those_in(batch, (PART_START,)), *more),
+        needs=(*packing_columns(batch), *more),
         returns=tuple(
             Column(name=name, kind="token" if readout.is_per_token else "row") for name in names
         ),
@@ -165,12 +170,7 @@ def update_call(
         batch=batch,
         # a loss may name `sample_index` too
         needs=tuple(
-            dict.fromkeys(
-                (
-                    *(*PACKING, *those_in(batch, (PART_START,))),
-                    *("sample_index", "loss_share", *update.columns),
-                )
-            )
+            dict.fromkeys((*packing_columns(batch), "sample_index", "loss_share", *update.columns))
         ),
         returns=(),
         compute=compute,

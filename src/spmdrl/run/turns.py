@@ -72,7 +72,7 @@ def _tell_history(own: RolloutTurns) -> None:
             "rollout.turns.history=rendered: the chat template writes %s otherwise once another "
             "message follows: where it does, a sample continues with the conversation as it is "
             "rendered, as another part of its row (docs/turns.md, metric turns/parts)",
-            what or "none of the turns that were tried",
+            what or "nothing that was tried",
         )
     elif own.rewritten:
         log.warning(

@@ -14,6 +14,7 @@ from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.files.hf import RandomCheckpoint, TensorSource, random_tensor
 from spmdrl.models.sharding import SCORE, buffer_names, global_shapes
 from spmdrl.models.tensors import Slice
+from spmdrl.training.packing import PART_START
 from spmdrl.training.protocol import LossInput
 
 VOCAB = 98
@@ -150,6 +151,16 @@ def make_rows(
         prompt_of = batch["prompt_lengths"].repeat_interleave(batch.lengths)
         columns["loss_mask"] = (place >= prompt_of) & (place % 3 != 2)
     return batch.with_columns(tokens=columns)
+
+
+def in_parts(batch: Batch) -> Batch:
+    """Let a part begin at the second token of each response of at least three, without loss."""
+    prompts, starts = batch["prompt_lengths"], batch.offsets()[:-1]
+    begins = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    begins[(starts + prompts + 1)[batch.lengths - prompts > 2]] = True
+    place = torch.arange(batch.num_tokens) - starts.repeat_interleave(batch.lengths)
+    mask = (place >= prompts.repeat_interleave(batch.lengths)) & ~begins
+    return batch.with_columns(tokens={PART_START: begins, "loss_mask": mask})
 
 
 def with_loss_shares(batch: Batch) -> Batch:

@@ -80,7 +80,7 @@ class TurnRenderer:
         """Whether two contexts have the same text and the same added tokens in it, however the text
         is cut into tokens: a model does not draw the tokens that a tokenizer would make.
         """
-        return tokens == others or self._read(tokens) == self._read(others)
+        return list(tokens) == list(others) or self._read(tokens) == self._read(others)
 
     def _read(self, tokens: Sequence[int]) -> list[int | str]:
         """Return the added tokens, and the texts between them."""

@@ -92,6 +92,7 @@ class Sample:
         """Continue after its turn with tokens that are given, see `Answer`."""
         first = self.num_generated
         if begins_part:
+            assert not self.request.sampling.experts, "experts are recorded for one context"
             self.set_generated(self.generated, [*self.parts, first])
         self.given.append((first, first + len(tokens)))
         self.tokens += tokens

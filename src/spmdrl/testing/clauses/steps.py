@@ -10,6 +10,7 @@ import torch
 from spmdrl.batch import Batch
 from spmdrl.models.sharding import buffer_names
 from spmdrl.testing.cases import (
+    in_parts,
     loss_fn,
     make_rows,
     not_finite,
@@ -47,7 +48,9 @@ LINEAR = {"schedule": "linear"}
 
 
 def plain_rows(step: int) -> Batch:
-    return make_rows([6, 3, 9, 4], 3, seed=step, seconds=step == 2)
+    """Rows of a step: in the second one with parts, in the third without every third token."""
+    rows = make_rows([6, 3, 9, 4], 3, seed=step, seconds=step == 2)
+    return in_parts(rows) if step == 1 else rows
 
 
 def steps(subject: Subject) -> Findings:
