@@ -194,7 +194,7 @@ ROWS: dict[str, Row] = {
     ),
     "rollout.turns.history": row(
         "grpo",
-        "tests/flows/test_turn_parts.py::test_samples_in_parts_train_alike_on_any_layout plan",
+        "tests/flows/test_rendered_flows.py::test_samples_in_parts_train_alike_on_any_layout plan",
         TURNS,
         "rollout.turns.history=rendered",
     ),
