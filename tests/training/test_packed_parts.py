@@ -90,7 +90,7 @@ def streams(found: list[Microbatch]) -> list[list[object]]:
 
 
 @pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("budget", [1000, 30])
+@pytest.mark.parametrize("budget", [1000, 12])
 def test_parts_are_laid_out_as_rows(share: bool, budget: int) -> None:
     batch, (rows, samples) = in_parts(), by_hand()
     found = pack(batch, budget_tokens=budget, share_prompts=share)

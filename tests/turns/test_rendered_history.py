@@ -24,7 +24,7 @@ from spmdrl.turns.rendering import TurnRenderer
 from spmdrl.turns.settings import TurnsSettings
 
 PLACE = Path(__file__).parents[1] / "turn_environments.py"
-ROWS = [{"question": f"What is {i}?"} for i in range(6)]
+ROWS = [{"question": f"What is {i}?"} for i in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +188,10 @@ def test_what_a_stopped_call_has_kept_must_be_of_the_same_history(server: Reward
     model = Model("thinking")
     with model.source(server, "Counting", rendered=False) as source:
         kept_entries = model.asked(source)[1]
-        assert (
-            source.describe() + " rendered"
-            == model.source(server, "Counting", rendered=True).describe()
-        )
+        described = source.describe()
     with model.source(server, "Counting", rendered=True) as source:
         requests, entries = model.asked(source)
-        assert kept_entries != entries
+        assert kept_entries != entries and source.describe() == f"{described} rendered"
         with source.open(requests, entries) as turns:
             part = Play(requests, turns, model.draw).run(9)
         begun = [
@@ -210,7 +207,7 @@ def test_what_a_stopped_call_has_kept_must_be_of_the_same_history(server: Reward
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calls_are_rendered_from_their_text_or_refused(family: str) -> None:
     renderer = Model(family).renderer
-    if family in ("hermes", "thinking", "headers"):
+    if family in ("chatml", "hermes", "thinking", "headers", "roles"):
         renderer.check_calls("history=rendered")
         return
     with pytest.raises(ValueError, match=r"^history=rendered: .* set it to kept"):

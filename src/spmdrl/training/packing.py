@@ -248,7 +248,8 @@ def _describe(batch: Batch, read: Sequence[Tensor], share_prompts: bool) -> list
         # example) or its experts do (a group that was sampled on several replicas).
         own = slice(first, first + prompt)
         content = b"".join(column[i][own].cpu().numpy().tobytes() for column in shared)
-        group = groups.setdefault((ids[i], content), len(groups))
+        key = (ids[i], content) if share_prompts else (len(rows), b"")
+        group = groups.setdefault(key, len(groups))
         rows.append(_Row(index=i, first=first, prompt=prompt, used=used, group=group, read=places))
     return rows
 

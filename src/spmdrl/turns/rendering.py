@@ -143,13 +143,15 @@ class TurnRenderer:
         """
         result = {"role": _TOOL, "name": "tool", "tool_call_id": CALL_ID, "content": _PROBE}
         call = self.chat.prepare([ASKED, calling([result], ""), result])
+        plain = self.chat.prepare([ASKED, {"role": "assistant", "content": SAID}])
         try:
             prompt = self.chat.render(call.first(1), prompt=True)
-            written = self.chat.render(call, prompt=True)
-            end = self.ends.calls or self.ends.history or _PROBE
-            said = written[len(prompt) :].split(end)[0]
+            end = self.chat.render(plain, prompt=False).rpartition(SAID)[-1]
+            turn = self.chat.render(call.first(2), prompt=False)
+            said = turn.removeprefix(prompt).removesuffix(end)
             told = self.chat.prepare([ASKED, {"role": "assistant", "content": said}, result])
-            if written.startswith(prompt) and self.chat.render(told, prompt=True) == written:
+            both = [self.chat.render(talk, prompt=True) for talk in (call, told)]
+            if turn.startswith(prompt) and turn.endswith(end) and both[0] == both[1]:
                 return
             problem = "writes a call otherwise than its text"
         except BadRow as error:
