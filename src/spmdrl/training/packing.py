@@ -236,7 +236,7 @@ def _describe(batch: Batch, read: Sequence[Tensor], share_prompts: bool) -> list
     has_ids = share_prompts and "prompt_ids" in batch
     ids = batch["prompt_ids"].tolist() if has_ids else range(len(lengths))
     groups: dict[tuple[int, bytes], int] = {}
-    rows = []
+    rows: list[_Row] = []
     bounds = part_bounds(batch)
     for i, first, stop in ((i, *part) for i, parts in enumerate(bounds) for part in parts):
         places = read[i]
