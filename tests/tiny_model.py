@@ -21,9 +21,11 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
 FORGETS = CHAT_TEMPLATE.replace(
-    "m['content']", "(m['content'][-2:] if m['role'] == 'assistant' else m['content'])"
+    "m['content']",
+    "(m['content'] if m['role'] != 'assistant' or m['content'].replace('-', '').isalpha() "
+    "else m['content'][-2:])",
 )
-"""Template that leaves the last two letters of the model's own turns."""
+"""Template that leaves two letters of turns with anything but letters, such as a toy model's."""
 
 SPECIAL = ("<|im_start|>", "<|im_end|>")
 EXPERTS = {
