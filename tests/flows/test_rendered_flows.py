@@ -39,9 +39,8 @@ def forgetful(root: Path, name: str, flow: str = "grpo", **sections: Any) -> str
 def test_samples_in_parts_train_alike_on_any_layout(root: Path) -> None:
     one = [forgetful(root, "one"), forgetful(root, "ppo", "ppo")]
     found, ppo = run_ranks(trained, 1, one, timeout_s=300)[0]
-    spread = {"roles": {"policy": {}, "rollout": {"tp": 2}}}
-    whole = {"roles": {"policy": {"tp": 2}, "rollout": {}}}
-    two = [forgetful(root, "two"), forgetful(root, "tp", **spread), forgetful(root, "tp2", **whole)]
+    roles = {"policy": {"tp": 2}, "rollout": {"tp": 2}}
+    two = [forgetful(root, "two"), forgetful(root, "tp2", roles=roles)]
     others = run_ranks(trained, 2, two, timeout_s=300)[0]
     for lines in (found, ppo, *others):
         for record in lines:
@@ -49,7 +48,7 @@ def test_samples_in_parts_train_alike_on_any_layout(root: Path) -> None:
             assert 0.7 < record["turns/in_parts"] <= 1 and record["turns/failed"] == 0
             # the engine and the trainer read the same contexts
             assert record["rollout_gap_max"] < 1e-4 and record["grad_norm"] > 0
-    for name, lines in zip(("two", "tp", "tp2"), others, strict=True):
+    for name, lines in zip(("two", "tp2"), others, strict=True):
         for step, (record, wanted) in enumerate(zip(lines, found, strict=True), start=1):
             assert rows_of(root, name, step) == rows_of(root, "one", step), (name, step)
             for key in ("reward", "grad_norm", "loss", "turns/parts"):

@@ -65,7 +65,12 @@ def same(found: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "parts"), [("Counting", False), ("Saving", False), ("Saving", True)]
+    ("kind", "parts"),
+    [
+        ("Counting", False),
+        ("Saving", False),
+        pytest.param("Saving", True, marks=pytest.mark.full),
+    ],
 )
 def test_a_stop_within_turns_resumes_exactly(root: Path, kind: str, parts: bool) -> None:
     base = root / f"{kind}_{parts}"
