@@ -129,6 +129,13 @@ def test_rendered_histories_are_told(model: Path, tmp_path: Path) -> None:
     assert "continues with the conversation as it is rendered, as another part" in second
 
 
+def made(world: World, path: str) -> int:
+    config = load_config(path)
+    inputs = read_inputs(config)
+    with start_reward_server() as server, make_turns(config, server, inputs, world) as turns:
+        return len(turns)
+
+
 def test_calls_that_are_written_otherwise_than_their_text_are_refused(tmp_path: Path) -> None:
     calls = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.tool_calls %}"
@@ -137,11 +144,11 @@ def test_calls_that_are_written_otherwise_than_their_text_are_refused(tmp_path: 
     )
     model = model_with(tmp_path / "brackets", calls)
     turns = {"kind": "tools", "options": {"functions": ["calculator"], "format": "hermes"}}
-    run_ranks(begin, 1, config_of(tmp_path, model, turns))
+    assert run_ranks(made, 1, config_of(tmp_path, model, turns)) == [1]
     (tmp_path / "other").mkdir()
     path = config_of(tmp_path / "other", model, {**turns, "history": "rendered"})
     with pytest.raises(Exception, match="history=rendered: conversations are rendered from the"):
-        run_ranks(begin, 1, path)
+        run_ranks(made, 1, path)
 
 
 FAULTS = {
