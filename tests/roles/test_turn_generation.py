@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harness import run_ranks
-from spmdrl.batch import Batch
+from spmdrl.batch import Batch, from_rows
 from spmdrl.config.user_objects import AgreedError
 from spmdrl.roles.generation_rows import Generation, spans
 from spmdrl.roles.ledger import Interrupted, Stint
@@ -152,3 +152,24 @@ def test_a_prompt_that_is_too_long_is_refused_on_every_rank(path: Path) -> None:
     assert first == second
     assert first.startswith("rank 0: data.train.max_tokens=4: the environment script:ed begins row")
     assert "row 2 of the data with a prompt of 5 tokens" in first
+
+
+def scored(world: World, path: Path) -> bool:
+    """Whether an engine scores a row of two parts as two rows."""
+    rollout = rollout_of(world, path)
+    parts = [[9, 8, 7, 30], [20, 21, 22], [5, 6, 31]]
+    found = []
+    for rows, starts in (([parts[0] + parts[1], parts[2]], [4]), (parts, [])):
+        batch = from_rows(rows, rows={"prompt_ids": torch.arange(len(rows))})
+        begins = torch.zeros(batch.num_tokens, dtype=torch.bool)
+        begins[starts] = True
+        batch = batch.with_columns(
+            tokens={"part_start": begins}, rows={"sample_index": torch.zeros(len(rows)).long()}
+        )
+        found.append(rollout.logprobs(batch)["engine_logprobs"])
+    assert (found[1] == 0).tolist() == [True, *[False] * 3, True, *[False] * 2, True, *[False] * 2]
+    return bool(torch.equal(found[0], found[1]))
+
+
+def test_an_engine_scores_parts_apart(path: Path) -> None:
+    assert run_ranks(scored, 1, path) == [True]
