@@ -6,9 +6,11 @@
 # Slurm's emulation of several nodes (slurmd -N) is in Debian's build. cred_expire is also how long a
 # job that is queued again waits (120 s unless set); longer than KillWait, since the end of one start
 # on a slow node may otherwise reach the next, whose steps have the same names.
+# Its ports are SLURMLAB_PORT (26817) for the controller, and those after it for the nodes.
 set -euo pipefail
 what=${1:-} dir=${2:?usage: slurmlab.sh up DIR [NODES] | down DIR} nodes=${3:-2}
 export SLURM_CONF=$dir/slurm.conf
+port=${SLURMLAB_PORT:-26817}
 
 down() {
     local file
@@ -39,7 +41,7 @@ configure() {
     cat >"$SLURM_CONF" <<C
 ClusterName=lab
 SlurmctldHost=$host(127.0.0.1)
-SlurmctldPort=${SLURMLAB_PORT:-26817}
+SlurmctldPort=$port
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -69,7 +71,7 @@ SlurmdDebug=${SLURMLAB_DEBUG:-info}
 SlurmctldLogFile=$dir/log/slurmctld.log
 SlurmdLogFile=$dir/log/slurmd.%n.log
 $(for number in $(seq "$nodes"); do
-        echo "NodeName=n$number NodeHostname=$host NodeAddr=127.0.0.1 Port=$((27000 + number)) CPUs=16 State=UNKNOWN"
+        echo "NodeName=n$number NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + number)) CPUs=16 State=UNKNOWN"
     done)
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
 PartitionName=high Nodes=ALL State=UP PriorityTier=10 PreemptMode=OFF
@@ -77,6 +79,13 @@ C
 }
 
 up() {
+    local number
+    for number in $(seq 0 "$nodes"); do
+        if (exec 3<>"/dev/tcp/127.0.0.1/$((port + number))") 2>/dev/null; then
+            echo "slurmlab: port $((port + number)) is taken, perhaps by another lab: end it, or set SLURMLAB_PORT" >&2
+            return 1
+        fi
+    done
     mkdir -p "$dir"/state "$dir"/log "$dir"/run
     chmod 755 "$dir"
     configure
@@ -85,7 +94,6 @@ up() {
     chown munge:munge /run/munge
     munge -n >/dev/null 2>&1 || runuser -u munge -- /usr/sbin/munged
     slurmctld
-    local number
     for number in $(seq "$nodes"); do slurmd -N "n$number"; done
     for _ in $(seq 200); do
         [ "$(sinfo -h -p main -t idle -o %D 2>/dev/null)" != "$nodes" ] || return 0

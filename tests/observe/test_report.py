@@ -234,3 +234,8 @@ def test_the_last_line_is_json_with_every_set(
     told = [last[name] for name in ("accuracy_before", "accuracy_after", "standard_error")]
     assert told == [0.1, 0.9, 0.02]
     assert "sets" not in last and last["peak_gb"] is None
+    # nothing was measured after the first step
+    last = last_line(make_run(tmp_path / "early", 2, evaluated={0: {"sums": 0.1}}))
+    assert last["accuracy_before"] == 0.1 and "accuracy_after" not in last
+    last = last_line(make_run(tmp_path / "late", 2, evaluated={2: {"sums": 0.9}}))
+    assert last["accuracy_after"] == 0.9 and "accuracy_before" not in last

@@ -207,9 +207,11 @@ def check_columns(source: str, needed: Mapping[str, str], rows: Sequence[Row]) -
     there = sorted({name for row in rows for name in row.values})
     for name, key in needed.items():
         if there and not any(row.has(name) for row in rows):
+            # a reward may need nothing but the response
+            or_none = ", or null for rows without one" if key.endswith(".answer_column") else ""
             raise ValueError(
                 f"data source {source!r} has no column {name!r} ({key}); it has {there}: name the "
-                "one that is meant"
+                f"one that is meant{or_none}"
             )
 
 

@@ -328,7 +328,8 @@ class Watcher:
             return
         phase = self.pulse.position.phase
         if phase == STOPPING_PHASE:
-            _say(f"[rank {self._world.rank}] the save made no progress for {limit:g} s: ends")
+            who, key = f"[rank {self._world.rank}]", f"limits.{STOPPING_PHASE}"
+            _say(f"{who} the save made no progress for {limit:g} s ({key}): ends")
             self._dump("the save of a stop made no progress")
             _exit(EXIT_HUNG)
         self._tell("beat", "")  # so that the others' heartbeats are fresh, too

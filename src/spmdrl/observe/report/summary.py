@@ -24,8 +24,9 @@ MOST_RUNS = 8
 COMPARED_SAMPLES = 2
 """Samples of each kind and run that a comparison shows."""
 
-Found = Mapping[str, tuple[Sequence[float], float]]
-"""One set's results: quantity -> its values in order of steps, and the last standard error."""
+Found = Mapping[str, tuple[Mapping[float, float], float]]
+"""One set's results: quantity -> its values by their steps, ascending, and the last standard error.
+"""
 
 
 def report(
@@ -46,7 +47,8 @@ def report(
     sets = held_out_results(run.records)
     for name, found in sets.items():
         for quantity, (values, error) in found.items():
-            shown = _arrow(values) if quantity != "win rate" else f"{values[-1]:.3f}"
+            told = list(values.values())
+            shown = _arrow(told) if quantity != "win rate" else f"{told[-1]:.3f}"
             print(f"{name}: {quantity} {shown} (standard error {error:.3f})")
     for episode in run.episodes:
         print(f"step {episode.first}: {episode.finding.name}: {episode.finding.text}")
@@ -110,17 +112,17 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
 def held_out_results(records: Records) -> Mapping[str, Found]:
     """Find the results of every held-out set, by its name; values that are not finite are none."""
     sets = results(records)
-    found: dict[str, dict[str, tuple[list[float], float]]] = {}
+    found: dict[str, dict[str, tuple[dict[float, float], float]]] = {}
     for quantity, suffix in QUANTITIES.items():
         for name, own in sets.items():
             series = own.get(suffix.removeprefix("/"))
             if series is None or series.errors is None:
                 continue
-            both = zip(series.values, series.errors, strict=True)
-            points = [(value, error) for value, error in both if math.isfinite(value)]
+            whole = zip(series.steps, series.values, series.errors, strict=True)
+            points = [point for point in whole if math.isfinite(point[1])]
             if points:
-                values = [value for value, _ in points]
-                found.setdefault(name, {})[quantity] = (values, points[-1][1])
+                values = {step: value for step, value, _ in points}
+                found.setdefault(name, {})[quantity] = (values, points[-1][2])
     return found
 
 
@@ -138,17 +140,20 @@ def _told(found: Found) -> dict[str, float]:
     told: dict[str, float] = {}
     for quantity, (values, error) in found.items():
         if quantity == "win rate":
-            told |= {"win_rate": values[-1], "win_rate_error": error}
+            told |= {"win_rate": list(values.values())[-1], "win_rate_error": error}
             continue
         told |= _first_and_last(quantity, values)
         told["standard_error" if quantity == "accuracy" else f"{quantity}_error"] = error
     return told
 
 
-def _first_and_last(quantity: str, values: Sequence[float]) -> dict[str, float]:
-    """The first value as `before` (unless it is the only one), the last as `after`."""
-    first = {f"{quantity}_before": values[0]} if len(values) > 1 else {}
-    return {**first, f"{quantity}_after": values[-1]}
+def _first_and_last(quantity: str, values: Mapping[float, float]) -> dict[str, float]:
+    """The first value as `before` (unless it is the only one of trained weights), the last of
+    trained weights as `after`.
+    """
+    steps = list(values)
+    told = {f"{quantity}_before": values[steps[0]]} if len(steps) > 1 or steps[0] == 0 else {}
+    return told | ({f"{quantity}_after": values[steps[-1]]} if steps[-1] > 0 else {})
 
 
 def _arrow(values: Sequence[float]) -> str:
