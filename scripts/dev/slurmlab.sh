@@ -101,6 +101,7 @@ up() {
     done
     echo "slurmlab: the nodes are not idle" >&2
     tail -n 20 "$dir"/log/*.log >&2
+    down
     return 1
 }
 
