@@ -26,7 +26,14 @@ from spmdrl.models.local_shards import (
     Table,
 )
 from spmdrl.models.megatron_buffers import HeldPart, held_parts
-from spmdrl.models.megatron_chunks import Cut, Part, adapter_chunks, rank_parts, whole_part
+from spmdrl.models.megatron_chunks import (
+    Cut,
+    Parameter,
+    Part,
+    adapter_chunks,
+    rank_parts,
+    whole_part,
+)
 from spmdrl.models.sharding import Head
 from spmdrl.models.tensors import Slice
 
@@ -79,6 +86,7 @@ def megatron_state_layout(
     """
     num_shards = degrees["dp_shard"] * degrees["cp"]
     exchange = expert_degrees(degrees)["exchange"]
+    states = StateTables()
 
     def table(place: Mapping[str, int], shard: int) -> Table:
         if adapter is None:
@@ -87,7 +95,7 @@ def megatron_state_layout(
             added = adapter_chunks(model, cut, place["tp"], place["pp"], adapter, head)
             chunks = [(whole_part(rows),) for rows in added if rows]
         held = [one for parts in chunks for one in held_parts(parts, shard, num_shards, exchange)]
-        return states_table(held)
+        return states.table(held)
 
     return _rank_tables(ranks, degrees, num_shards, table, only)
 
@@ -171,38 +179,53 @@ def _frozen_rows(part: Part, frozen: Collection[str]) -> frozenset[int]:
     )
 
 
-def states_table(held: Sequence[HeldPart]) -> KindTable:
-    """Make the table of a rank's masters: flat ranges of rows, as boxes."""
-    shards: dict[Hashable, LocalShard] = {}
-    rows: dict[Hashable, tuple[NamedKind, ...]] = {}
-    found = []
-    for one in held:
-        part = one.part
-        # a layer that the rank has a part of is like no other one
-        at = (_kind_of(part), one.whole, part.layer if one.ranges else None)
-        if at not in rows:
-            rows[at] = tuple(_state_rows(one, shards))
-        found.append(KindPart(rows=rows[at], layer=part.layer, first=part.first))
-    return KindTable(LayerKinds(found), shards)
+class StateTables:
+    """Tables of masters: flat ranges of rows, as boxes; whole rows are made once for all shards."""
 
+    def __init__(self) -> None:
+        self._whole: dict[tuple[int, int], tuple[NamedKind, LocalShard]] = {}
+        self._rows: dict[int, tuple[Parameter, ...]] = {}
+        """Rows by their ids, which no others get as long as they are kept."""
 
-def _state_rows(one: HeldPart, shards: dict[Hashable, LocalShard]) -> Iterator[NamedKind]:
-    """Yield the boxes of a part's rows that a shard has; adds those of new kinds to `shards`."""
-    part = one.part
-    for number, row in enumerate(part.rows):
-        start, stop = one.range_of(number)
+    def table(self, held: Sequence[HeldPart]) -> KindTable:
+        """Make the table of a rank that holds these."""
+        shards: dict[Hashable, LocalShard] = {}
+        rows: dict[Hashable, tuple[NamedKind, ...]] = {}
+        found = []
+        for one in held:
+            part = one.part
+            # a layer that the rank has a part of is like no other one
+            at = (_kind_of(part), one.whole, part.layer if one.ranges else None)
+            if at not in rows:
+                made = [piece for i in range(len(part.rows)) for piece in self._pieces(one, i)]
+                shards |= {kind: shard for (_, (kind, _)), shard in made}
+                rows[at] = tuple(named for named, _ in made)
+            found.append(KindPart(rows=rows[at], layer=part.layer, first=part.first))
+        return KindTable(LayerKinds(found), shards)
+
+    def _pieces(self, one: HeldPart, number: int) -> list[tuple[NamedKind, LocalShard]]:
+        """The boxes of a row that a shard has."""
+        part, (start, stop) = one.part, one.range_of(number)
+        row = part.rows[number]
         if start == stop:
-            continue
-        is_whole = (start, stop) == (0, math.prod(row.shape))
-        own: Hashable = part.kinds[number] if is_whole else (number, part.layer)
-        numbered = replace(row, slices=_numbered(row.slices))
-        for piece in flat_pieces(numbered, start, stop):
-            kind = (_kind_of(part), own, piece.start)
-            if kind not in shards:
-                shards[kind] = LocalShard(
-                    shape=piece.shape, dtype=torch.float32, slices=piece.slices
-                )
-            yield f"{row.name}:{piece.start}", (kind, _names(row.slices))
+            return []
+        if (start, stop) != (0, math.prod(row.shape)):
+            return list(_state_pieces(row, start, stop, (_kind_of(part), (number, part.layer))))
+        at = (id(part.rows), number)
+        if at not in self._whole:
+            self._rows[id(part.rows)] = part.rows
+            alike = part.rows[part.kinds[number]].name
+            [self._whole[at]] = _state_pieces(row, start, stop, (_kind_of(part), alike))
+        return [self._whole[at]]
+
+
+def _state_pieces(
+    row: Parameter, start: int, stop: int, kind: tuple[Hashable, Hashable]
+) -> Iterator[tuple[NamedKind, LocalShard]]:
+    """Yield the boxes of a range of a row."""
+    for piece in flat_pieces(replace(row, slices=_numbered(row.slices)), start, stop):
+        shard = LocalShard(shape=piece.shape, dtype=torch.float32, slices=piece.slices)
+        yield (f"{row.name}:{piece.start}", ((*kind, piece.start), _names(row.slices))), shard
 
 
 def _names(slices: Iterable[Slice]) -> tuple[str, ...]:

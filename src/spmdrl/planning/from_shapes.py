@@ -11,7 +11,7 @@ from spmdrl.placement import DeviceType, place_roles
 from spmdrl.planning.known_models import is_known, known_model
 from spmdrl.planning.margins import CONTEXT_BYTES
 from spmdrl.planning.plan import RolePlan, plan_roles
-from spmdrl.planning.sketch import Sketches
+from spmdrl.planning.sketch import KeptLayouts
 
 
 def plan_from_shapes(
@@ -23,7 +23,7 @@ def plan_from_shapes(
     device_bytes: int | None = None,
     models: Mapping[str, ModelConfig] | None = None,
     refuses: bool = True,
-    sketches: Sketches | None = None,
+    kept: KeptLayouts | None = None,
 ) -> RolePlan:
     """Plan the roles of a world of equal ranks.
 
@@ -37,7 +37,7 @@ def plan_from_shapes(
             place.
         models: models of the roles, except users' own; by default read from their directories.
         refuses: False: also plan what does not fit, see `MemoryPlan.fits`.
-        sketches: plan a few ranks only, see `plan_roles`.
+        kept: see `plan_roles`.
 
     Raises:
         ValueError: as `place_roles` and `plan_roles`, or a model that cannot be read.
@@ -48,7 +48,7 @@ def plan_from_shapes(
     ranks = [device_type] * world_size
     free = None if device_bytes is None else max(0, device_bytes - CONTEXT_BYTES)
     return plan_roles(
-        config, placements, models, ranks, node_size, free, refuses=refuses, sketches=sketches
+        config, placements, models, ranks, node_size, free, refuses=refuses, kept=kept
     )
 
 

@@ -18,7 +18,7 @@ from spmdrl.planning.layouts import check_model, shard_blocks
 from spmdrl.planning.margins import Margin, margin_of
 from spmdrl.planning.memory import RankMemory, plan_memory
 from spmdrl.planning.parts import held_models
-from spmdrl.planning.sketch import HeldWeights, Sketches, layout_makers, sketch_sync
+from spmdrl.planning.sketch import HeldWeights, KeptLayouts, sketch_sync
 from spmdrl.role_spec import RoleSpec, device_types, make_specs
 from spmdrl.roles.custom import Custom, UserRole, check_scores, declared_bytes, make_user_role
 from spmdrl.weights.plan import SyncPlan, plan_sync
@@ -62,7 +62,7 @@ def plan_roles(
     gpu_bytes: int | None = None,
     *,
     refuses: bool = True,
-    sketches: Sketches | None = None,
+    kept: KeptLayouts | None = None,
 ) -> RolePlan:
     """Specs, layouts, weight syncs and memory of the roles, from configuration and their models.
 
@@ -72,7 +72,8 @@ def plan_roles(
         node_size: ranks of a node.
         gpu_bytes: the free memory of the world's fullest GPU, by default of this host's.
         refuses: False: also plan roles that do not fit on the device together.
-        sketches: plan a few ranks only, with estimates of the syncs; it keeps layouts.
+        kept: keeps layouts and syncs for other plans of the same models on these ranks; for
+            sketches, a few ranks are planned only, with estimates of the syncs.
 
     Raises:
         ValueError: degrees do not divide a model, roles do not fit on the device together (sizes
@@ -82,12 +83,14 @@ def plan_roles(
     specs = make_specs(config, placements, models, devices)
     _check_specs(config, specs, len(ranks))
     blocks = {name: shard_blocks(spec, specs) for name, spec in specs.items()}
-    layout, state = layout_makers(sketches, specs)
+    kept = KeptLayouts() if kept is None else kept
+    layout, state = kept.maker(specs.values()), kept.states
     layouts = {name: layout(spec, blocks[name]) for name, spec in specs.items()}
     check_bases(specs, layouts)
     states = {name: state(spec, layouts[name]) for name, spec in specs.items()}
     bucket_bytes = config.rollout.sync_bucket_mb * 10**6
-    plans = partial(_plan_sync if sketches is None else sketch_sync, node_size, bucket_bytes)
+    plan = sketch_sync if kept.sketches else _plan_sync
+    plans = partial(kept.sync, partial(plan, node_size, bucket_bytes))
     syncs = _plan_syncs(specs, layouts, plans)
     adapters = _adapter_uses(config, specs, syncs)
     if changed := [n for n, use in adapters.items() if use.merged and specs[n].adapter is not None]:

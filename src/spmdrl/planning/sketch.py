@@ -7,7 +7,7 @@ leaves out (the groups of a sync, bytes that a rank already has) is in the plan 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -35,15 +35,22 @@ HeldWeights = tuple[RoleSpec, WeightLayout]
 
 
 @dataclass
-class Sketches:
-    """Layouts of sketches for one configuration's models: many sketches differ in one role only."""
+class KeptLayouts:
+    """Layouts and syncs of one configuration's models: the plans of a search differ in one role
+    only, or in none.
 
+    Args:
+        sketches: the plans are sketches.
+    """
+
+    sketches: bool = False
     _layouts: dict[object, WeightLayout] = field(default_factory=dict)
     _states: dict[object, WeightLayout] = field(default_factory=dict)
+    _syncs: dict[object, SyncPlan] = field(default_factory=dict)
 
     def maker(self, specs: Iterable[RoleSpec]) -> Callable[[RoleSpec, int], WeightLayout]:
         """A function in place of `role_layout` for roles that are placed so."""
-        return partial(self._layout, sketched_ranks(specs))
+        return partial(self._layout, sketched_ranks(specs) if self.sketches else None)
 
     def states(self, spec: RoleSpec, layout: WeightLayout) -> WeightLayout:
         """`state_layout` of a layout that this object keeps."""
@@ -52,27 +59,31 @@ class Sketches:
             self._states[key] = state_layout(spec, layout)
         return self._states[key]
 
-    def _layout(self, only: frozenset[int], spec: RoleSpec, blocks: int) -> WeightLayout:
+    def sync(
+        self,
+        make: Callable[[HeldWeights, HeldWeights, frozenset[str]], SyncPlan],
+        source: HeldWeights,
+        target: HeldWeights,
+        merged: frozenset[str],
+    ) -> SyncPlan:
+        """The sync that `make` plans between two layouts that this object keeps."""
+        key = (id(source[1]), id(target[1]), shares_tensors(target[0]), merged)
+        if key not in self._syncs:
+            self._syncs[key] = make(source, target, merged)
+        return self._syncs[key]
+
+    def _layout(self, only: frozenset[int] | None, spec: RoleSpec, blocks: int) -> WeightLayout:
         """`role_layout` of the ranks, made once for every place of a role."""
         placement = spec.placement
         degrees = tuple(placement.degrees.items())
         key = (spec.name, spec.backend, spec.adapter, blocks, only, placement.ranks, degrees)
         if key not in self._layouts:
             layout = role_layout(spec, blocks, only)
-            made = {id(table): _made(table) for table in layout.values()}
-            self._layouts[key] = {rank: made[id(table)] for rank, table in layout.items()}
+            if self.sketches:
+                made = {id(table): _made(table) for table in layout.values()}
+                layout = {rank: made[id(table)] for rank, table in layout.items()}
+            self._layouts[key] = layout
         return self._layouts[key]
-
-
-def layout_makers(
-    sketches: Sketches | None, specs: Mapping[str, RoleSpec]
-) -> tuple[
-    Callable[[RoleSpec, int], WeightLayout], Callable[[RoleSpec, WeightLayout], WeightLayout]
-]:
-    """`role_layout` and `state_layout`, or what sketches have in their place."""
-    if sketches is None:
-        return role_layout, state_layout
-    return sketches.maker(specs.values()), sketches.states
 
 
 class _KeptTable(KindTable):

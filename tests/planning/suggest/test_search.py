@@ -14,7 +14,7 @@ from spmdrl.planning.forecast.forecast import full_lengths
 from spmdrl.planning.forecast.machines import load_machine
 from spmdrl.planning.forecast.step import StepForecast
 from spmdrl.planning.known_models import known_model
-from spmdrl.planning.sketch import Sketches
+from spmdrl.planning.sketch import KeptLayouts
 from spmdrl.planning.suggest.search import Trial, search
 from spmdrl.planning.suggest.space import Space, Words, make_space
 from spmdrl.planning.suggest.suggest import suggest, suggestion_lines, try_words
@@ -170,6 +170,11 @@ def test_a_sketch_lists_no_layers(backend: str, monkeypatch: pytest.MonkeyPatch)
     models = dict.fromkeys(configure(()).roles, known_model("qwen3-30b-a3b"))
     words = ("roles.policy.ep=4", "roles.rollout.tp=2", "roles.rollout.ep=2")
     found = try_words(
-        configure, models, machine, full_lengths(configure(())), words, sketches=Sketches()
+        configure,
+        models,
+        machine,
+        full_lengths(configure(())),
+        words,
+        kept=KeptLayouts(sketches=True),
     )
     assert found.forecast is not None

@@ -13,7 +13,7 @@ from spmdrl.planning.forecast.machine import Machine
 from spmdrl.planning.forecast.step import Lengths, StepForecast
 from spmdrl.planning.from_shapes import plan_from_shapes
 from spmdrl.planning.host_memory import host_memory
-from spmdrl.planning.sketch import Sketches
+from spmdrl.planning.sketch import KeptLayouts
 from spmdrl.planning.suggest.search import Trial, search
 from spmdrl.planning.suggest.space import Space, Words, make_space
 
@@ -46,8 +46,8 @@ def suggest(
     count = EXACT_RANKS // machine.num_ranks
     return search(
         space,
-        partial(planner, sketches=Sketches()),
-        planner,
+        partial(planner, kept=KeptLayouts(sketches=True)),
+        partial(planner, kept=KeptLayouts()),
         most_exact=max(FEWEST_EXACT, min(count, MOST_EXACT)),
     )
 
@@ -59,9 +59,13 @@ def try_words(
     lengths: Lengths,
     words: Words,
     *,
-    sketches: Sketches | None = None,
+    kept: KeptLayouts | None = None,
 ) -> Trial:
-    """Plan a configuration with overrides on a machine, and forecast its step."""
+    """Plan a configuration with overrides on a machine, and forecast its step.
+
+    Args:
+        kept: see `plan_roles`.
+    """
     try:
         config = configure(words)
         plan = plan_from_shapes(
@@ -72,13 +76,13 @@ def try_words(
             device_bytes=machine.device.memory_bytes,
             models=models,
             refuses=False,
-            sketches=sketches,
+            kept=kept,
         )
     except ValueError:
         return Trial(words=words, lacking_bytes=0, peak_bytes=0, forecast=None)
     plans = {id(own): own.plan for own in plan.memory.values()}.values()
     lacking = [own.peak_bytes - own.capacity for own in plans if own.capacity is not None]
-    if sketches is None:
+    if kept is None or not kept.sketches:
         host = host_memory(config, plan, machine.num_ranks, machine.devices_per_node)
         lacking.append(host.total - machine.host_bytes)
     return Trial(

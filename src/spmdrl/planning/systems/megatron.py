@@ -79,6 +79,8 @@ class MegatronSystem:
         )
 
     def state_layout(self, spec: RoleSpec, weights: WeightLayout) -> WeightLayout:
+        if not spec.trained:
+            return weights
         return megatron_state_layout(
             spec.model,
             spec.placement.ranks,
