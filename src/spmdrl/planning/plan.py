@@ -72,8 +72,7 @@ def plan_roles(
         node_size: ranks of a node.
         gpu_bytes: the free memory of the world's fullest GPU, by default of this host's.
         refuses: False: also plan roles that do not fit on the device together.
-        kept: keeps layouts and syncs for other plans of the same models on these ranks; for
-            sketches, a few ranks are planned only, with estimates of the syncs.
+        kept: layouts and syncs that plans of these models share; see `KeptLayouts`.
 
     Raises:
         ValueError: degrees do not divide a model, roles do not fit on the device together (sizes

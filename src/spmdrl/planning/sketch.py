@@ -40,7 +40,7 @@ class KeptLayouts:
     only, or in none.
 
     Args:
-        sketches: the plans are sketches.
+        sketches: the plans are sketches: of a few ranks, with estimates of the syncs.
     """
 
     sketches: bool = False
