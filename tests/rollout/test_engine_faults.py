@@ -157,6 +157,7 @@ def emptied(begun: Completion) -> Completion:
         given=(),
         waits=None,
         turn_limit=4,
+        parts=(),
     )
 
 
@@ -179,7 +180,7 @@ FAULTS: dict[type[NativeEngine], tuple[str, str]] = {
     StoresItsOwn: ("adopted weights are the trainers storage", "norm.weight"),
     ForgetsHowFarItWas: ("aborted calls resume", "resumed"),
     ForgetsWhatItSaid: ("turns continue the tokens that were there", "tokens of prompt"),
-    AnswersAnewWhatItResumes: ("calls stopped within turns resume", "rewards stopped after"),
+    AnswersAnewWhatItResumes: ("calls stopped within turns resume", "tokens stopped after"),
 }
 """Engine -> a clause that does not hold, and a part of its error."""
 
