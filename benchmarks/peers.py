@@ -1,4 +1,4 @@
-"""This project beside TRL, or beside `transformers.generate`, on the same work.
+"""This project and TRL, or `transformers.generate`, on the same work, in turn.
 
     python benchmarks/peers.py --work grpo|lora|dpo|rollout --model DIR [--data FILE] [--runs 2]
 

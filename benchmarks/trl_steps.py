@@ -21,7 +21,7 @@ TOKENS = "num_tokens"
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one step is.
+    """The work of one step.
 
     Args:
         data: JSONL with `question` (GRPO), or `prompt`, `chosen` and `rejected` (DPO).

@@ -26,7 +26,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     if [ "$requirements" != requirements-dev.txt ]; then
         install -r "$requirements"
     elif install -r "$requirements" -r requirements-vllm.txt; then
-        # built for CUDA, they break transformers beside a CPU torch; no text model needs them
+        # built for CUDA, they break transformers under a CPU torch; no text model needs them
         .venv/bin/pip uninstall -q -y torchvision torchaudio torchcodec
     else
         install -r "$requirements"

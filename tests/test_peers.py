@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from tiny_model import make_tiny_model
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from peers import check, summary  # noqa: E402
-
-from tiny_model import make_tiny_model  # noqa: E402
 
 STEP = {"seconds": 2.0, "tokens": 100, "gb": 1.0, "rows": 8.0, "updates": 3, "dtype": "float32"}
 

@@ -36,7 +36,7 @@ PARTS = (
     [([11, 12], [28, 29, 20]), ([13, 12, 20, 32], [33, 34])],
     [([11, 12], [35, 36]), ([11, 12, 36, 37], [38, 39, 40])],
 )
-"""For each sample its parts: context, and what was sampled. One begins with another prompt."""
+"""Sample -> its parts: context, and tokens sampled after it. One context begins otherwise."""
 
 REWARDS = (1.0, 0.0, 0.25, 0.75)
 ALGORITHM = AlgorithmSection(advantage_std=False)

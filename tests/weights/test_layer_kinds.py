@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.local_shards import (
     KindTable,
     LayerKinds,
+    Table,
     WeightLayout,
     counted,
     named_bytes,
@@ -50,8 +49,9 @@ def engine(model: ModelConfig) -> WeightLayout:
 
 
 def listed(layout: WeightLayout) -> WeightLayout:
-    made: dict[int, Mapping[str, object]] = {}
-    return {rank: made.setdefault(id(t), dict(t)) for rank, t in layout.items()}  # type: ignore
+    """Make plain tables that list every tensor, one for all ranks that share a table."""
+    made: dict[int, Table] = {}
+    return {rank: made.setdefault(id(t), dict(t)) for rank, t in layout.items()}
 
 
 @pytest.mark.parametrize("source", ["megatron", "shards", "copies", "alike"])
