@@ -184,7 +184,7 @@ def sections_of(case: str, place: Path, num_ranks: int) -> dict[str, object]:
     return sections
 
 
-FEW = [("ppo_disjoint", 4), ("tp", 4), ("judge", 4)]
+FEW = [("ppo_disjoint", 4), ("tp", 4)]
 MANY = [(case, size) for case in ROLES for size in (4, 16, 64) if (case, size) not in FEW]
 
 

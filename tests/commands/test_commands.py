@@ -72,6 +72,7 @@ def test_a_folded_run_resumes_unfolded_and_the_other_way_round(root, tmp_path):
         assert_same_samples(tmp_path, "parts", step)
 
 
+@pytest.mark.full  # tests/checkpoint has every pair
 def test_a_checkpoint_continues_on_another_layout(root):
     config = write_config(
         root / "layout.yaml", root / "model", root / "layout", steps=2, checkpoint={"every": 1}

@@ -104,6 +104,7 @@ def test_an_adapter_is_exported_that_has_learned(root: Path, name: str) -> None:
     assert len(learned) == len(adapter.targets), "B is 0 before an update"
 
 
+@pytest.mark.full
 def test_flows_over_pairs_learn(root: Path) -> None:
     nll = values(root, "sft", "eval/held_out/nll")
     assert nll[-1] < nll[0] - 0.2

@@ -150,8 +150,15 @@ def test_a_sample_of_the_configs_runs_on_two_ranks(place):
     check_runs(place, paths, 2, TINY)
 
 
-def test_every_config_would_start_on_two_ranks(place, tmp_path):
-    for path in CONFIGS:
+@pytest.mark.parametrize(
+    "paths",
+    [
+        pytest.param(CONFIGS[::4], id="sample"),
+        pytest.param(CONFIGS, id="all", marks=pytest.mark.full),
+    ],
+)
+def test_every_config_would_start_on_two_ranks(place, tmp_path, paths):
+    for path in paths:
         check(load_config(path, overrides_for(path, place, tmp_path / path.stem, TINY)), 2)
 
 

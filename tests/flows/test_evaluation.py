@@ -154,6 +154,7 @@ def serve(world: World, path: str, cases: list[list[str]]) -> list[Any]:
     return found
 
 
+@pytest.mark.full
 def test_alone_with_an_opponent_of_another_run(runs, root):
     config = config_of(root, "alone", held_out=0)
     start = root / "run_1" / "evaluation" / "other_00000000.jsonl"

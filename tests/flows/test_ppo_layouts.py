@@ -90,7 +90,7 @@ def runs(request, tmp_path_factory):
 
 # colocated with parts that move, some roles elsewhere, and all of it with axes; `lagged` has all
 # roles disjoint
-BRIEF = ("colocated on host", "value and reward beside")
+BRIEF = ("value and reward beside",)
 NAMES = swept([n for own in LAYOUTS.values() for n in own if n != "one"], BRIEF)
 
 

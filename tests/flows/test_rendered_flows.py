@@ -63,6 +63,7 @@ def test_samples_in_parts_train_alike_on_any_layout(root: Path) -> None:
     assert f"--- part 2: the conversation, rendered ---\n{row['turns'][0]['given']}" in shown
 
 
+@pytest.mark.full
 def test_a_template_that_rewrites_nothing_trains_as_kept(root: Path) -> None:
     paths = [rendered(root, "rendered")]
     text = Path(paths[0]).read_text()

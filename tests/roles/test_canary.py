@@ -166,7 +166,7 @@ def test_every_replica_scores_its_own_rows_and_the_worst_one_counts() -> None:
     assert run_ranks(by_rank, 3) == [2.0, 2.0, 2.0]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.full), 0.6])
 def test_a_run_that_is_right_shows_its_gap(path: Path, tmp_path: Path, temperature: float) -> None:
     """Both sides read the canary at the temperature of the samples."""
     words = [

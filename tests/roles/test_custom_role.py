@@ -157,6 +157,7 @@ def trained(world: World, path: str, words: list[str]) -> list[dict[str, float]]
     return read_metrics(Path(config.run_dir) / "metrics.jsonl")
 
 
+@pytest.mark.full
 def test_a_flow_trains_on_a_function_and_a_role(root):
     path = write_config(
         root / "mix.yaml",

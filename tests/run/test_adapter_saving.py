@@ -155,6 +155,7 @@ def test_an_exported_adapter_is_trained_further(root: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.full
 def test_roles_over_one_base_resume_on_another_layout(root: Path) -> None:
     """Each gives the means on fixed rows that it gave when it was saved (`LossCheck`)."""
     make_peft(root / "judge", root / "model", head="score", seed=1)

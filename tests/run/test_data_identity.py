@@ -184,6 +184,7 @@ def dated(world: World, root: Path) -> list[list[int]]:
     return found
 
 
+@pytest.mark.full
 def test_a_date_in_the_prompts_is_that_of_the_first_start(tmp_path):
     """A public report: prompts changed over midnight, and with the time zone of a node."""
     begin(tmp_path)

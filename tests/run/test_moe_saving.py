@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from test_saving import SAVED, check_equal, make, save, state_of, train
 
@@ -66,6 +67,7 @@ def test_checkpoints_cross_expert_layouts_and_the_export_is_read(tmp_path: Path)
     assert (torch.tensor(scores) - expected).abs().max() <= 1e-4
 
 
+@pytest.mark.full
 def test_bfloat16_checkpoints_keep_their_masters(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model", "MixtralForCausalLM", num_experts=4)
     path = write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "run")

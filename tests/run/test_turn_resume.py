@@ -67,7 +67,7 @@ def same(found: Path, whole: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [
-        ("Counting", False),
+        pytest.param("Counting", False, marks=pytest.mark.full),
         ("Saving", False),
         pytest.param("Saving", True, marks=pytest.mark.full),
     ],
@@ -91,7 +91,7 @@ def once(world: World, config: str) -> None:
         train(load_config(config), world, server)
 
 
-@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("parts", [pytest.param(False, marks=pytest.mark.full), True])
 def test_a_rank_killed_within_turns_resumes_exactly(root: Path, parts: bool) -> None:
     armed = root / "armed"
     names = [f"{name}_{parts}" for name in ("whole", "killed")]

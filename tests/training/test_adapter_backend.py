@@ -228,7 +228,7 @@ def all_over_one_base(world: World, cases: list[Case]) -> None:
         over_one_base(world, degrees, changes)
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_roles_on_one_base_do_what_they_do_on_their_own(size: int) -> None:
     cases = [case for case in SHARED if next(iter(case[0].values()), 1) == size]
     run_ranks(all_over_one_base, size, cases)

@@ -87,5 +87,6 @@ def on_two_ranks(world: World) -> list[str]:
     return list(CASES)
 
 
+@pytest.mark.full
 def test_backends_hold_what_plans_say() -> None:
     assert run_ranks(on_two_ranks, 2, timeout_s=280) == [list(CASES)] * 2

@@ -161,7 +161,7 @@ def test_freezing_what_is_not_trained_is_refused(tmp_path: Path) -> None:
         load_config(path, ["roles.policy.freeze=[model.norm.weight]", "roles.policy.trained=false"])
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kept", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_run_syncs_what_is_frozen_once(tmp_path: Path, kept: bool) -> None:
     """Or every time, where the engine drops its weights; the checksums of each sync are right."""
     make_tiny_model(tmp_path / "model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from training_cases import LivelyCheckpoint, options, tiny_config
@@ -63,6 +64,7 @@ def gaps(world: World) -> list[float]:
     return found
 
 
+@pytest.mark.full
 def test_the_gap_in_bfloat16_at_other_temperatures_is_that_at_1() -> None:
     """Dividing the hidden state instead of the logits makes it 5 to 12 times as large."""
     [[at_one, *others]] = run_ranks(gaps, 1)

@@ -155,7 +155,7 @@ def follow(world: World, merges: bool) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("merges", [False, True], ids=["unmerged", "merged"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_engines_follow_a_policy_with_an_adapter(size: int, merges: bool) -> None:
     moved = run_ranks(follow, size, merges)[0]
     moving = adapter_shapes(MODEL, ADAPTER)
