@@ -5,8 +5,10 @@
 # Three workers: one of them mostly waits for Slurm. WORKERS=0 runs all tests in pytest's own process.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# pip would compile every module of every package, for minutes: those that are imported are enough
+# pip would compile every module of every package, for minutes: those that are imported are enough,
+# and those are kept, also where the machine's variables say otherwise
 export PIP_COMPILE=0
+unset PYTHONDONTWRITEBYTECODE
 scripts/dev/install_compiler.sh
 said=$(mktemp) types=$(mktemp) making="" typing=""
 trap 'kill $making $typing 2>/dev/null || true; rm -f "$said" "$types"' EXIT

@@ -7,6 +7,7 @@
 # The environment is scripts/dev/cuda_env.sh's, and so is exit code 3 where it cannot be made.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+unset PYTHONDONTWRITEBYTECODE # a module compiled once serves every process
 newest=$(sed -n 's/^torch==//p' requirements.txt)
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 closing=()

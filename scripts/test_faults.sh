@@ -6,6 +6,7 @@
 # The last line is one JSON object: kills, resumed_exactly, named.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+unset PYTHONDONTWRITEBYTECODE # a module compiled once serves every process
 scripts/setup.sh requirements-dev.txt
 export OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 words=("$@")

@@ -3,6 +3,7 @@
 # (scripts/test_faults.sh). Words are handed to the sweeps' pytest and then nothing else runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+unset PYTHONDONTWRITEBYTECODE # a module compiled once serves every process
 if [ $# = 0 ]; then
     scripts/test.sh
     # for the test that installs spmdrl in a bare Debian
