@@ -51,7 +51,7 @@ def test_a_suggestion_is_never_slower_than_the_recipe(recipe: Recipe) -> None:
         read_models(config),
         recipe.machine,
         full_lengths(config),
-    )
+    ).fitting
     own = recipe.outlook().forecast
     assert own is not None and found[0].forecast is not None
     assert found[0].forecast.seconds <= own.seconds * (1 + 1e-9)

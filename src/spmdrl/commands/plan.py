@@ -34,7 +34,7 @@ from spmdrl.planning.host_memory import host_memory
 from spmdrl.planning.nearest import Change, lacking_bytes, nearest_changes
 from spmdrl.planning.outlook import Outlook, as_json, make_outlook
 from spmdrl.planning.plan import RolePlan
-from spmdrl.planning.suggest.suggest import suggest, suggestion_lines, trial_json, try_words
+from spmdrl.planning.suggest.suggest import suggest, suggestion_lines, trial_json
 
 NEEDS_GPU = (
     *("nodes", "gpus_per_node", "network_gb_s", "price_per_gpu_hour", "json"),
@@ -163,13 +163,15 @@ def _suggest(
         return with_local_models(read([*overrides, *words]), download=False)
 
     models = read_models(config)
-    start = try_words(configure, models, machine, lengths, ())
     found = suggest(configure, models, machine, lengths)
     if options.json:
-        print(json.dumps([trial_json(trial, machine) for trial in found[:3]], indent=1), flush=True)
+        print(
+            json.dumps([trial_json(trial, machine) for trial in found.fitting[:3]], indent=1),
+            flush=True,
+        )
     else:
-        print("\n".join(suggestion_lines(found, start, machine)), flush=True)
-    return bool(found)
+        print("\n".join(suggestion_lines(found, machine)), flush=True)
+    return bool(found.fitting)
 
 
 def _text(sections: Sequence[Section]) -> str:

@@ -55,17 +55,26 @@ class HeldOutSet(Section):
     max_items: int | None = Field(None, ge=1)
 
 
+def train_sections(config: Config) -> list[PromptsSection]:
+    """Sections of the training data's sources: `data.train`, then those of `data.mix`."""
+    return [config.data.train, *(mixed_source(config, entry) for entry in config.data.mix)]
+
+
 def train_sources(config: Config) -> list[WeightedSource]:
-    """Sources of training data: `data.train`, then those of `data.mix`."""
-    mixed = [mixed_source(config, entry) for entry in config.data.mix]
-    sources = [WeightedSource.model_validate(config.data.train.model_dump()), *mixed]
+    """`train_sections` with their weights and all keys of their turns."""
+    sources = [WeightedSource.model_validate(own.model_dump()) for own in train_sections(config)]
     return [source.model_copy(update=_whole_turns(config, source)) for source in sources]
+
+
+def longest_prompt(config: Config) -> int:
+    """The most tokens of a row of the training data's sources, without responses to it."""
+    return max(section.max_tokens for section in train_sections(config))
 
 
 def uses_chat(config: Config) -> bool:
     """Whether any data go through the chat template."""
     own = [described.data for described in held_out_sets(config).values()]
-    return any(section.chat for section in (*train_sources(config), *own) if section is not None)
+    return any(section.chat for section in (*train_sections(config), *own) if section is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +144,7 @@ def _longest_train(config: Config, sampling_key: str, sampling: SamplingSection 
     """The rows of training, of the source with the longest ones."""
     rows = [
         _rows(config, f"data.mix.{i - 1}" if i else "data.train", source, sampling_key, sampling)
-        for i, source in enumerate(train_sources(config))
+        for i, source in enumerate(train_sections(config))
     ]
     return max(rows, key=lambda own: own.longest)
 
@@ -178,12 +187,12 @@ def _whole_turns(config: Config, data: PromptsSection) -> dict[str, Any]:
 
 def takes_turns(config: Config) -> bool:
     """Whether samples of the training data take several turns."""
-    return any(turns_of(config, source) is not None for source in train_sources(config))
+    return any(turns_of(config, source) is not None for source in train_sections(config))
 
 
 def set_takes_turns(config: Config, held_out: HeldOutSet) -> bool:
     """Whether samples of a held-out set take several turns, which give rewards."""
-    sources = train_sources(config) if held_out.data is None else [held_out.data]
+    sources = train_sections(config) if held_out.data is None else [held_out.data]
     return any(turns_of(config, source) is not None for source in sources)
 
 
@@ -191,7 +200,7 @@ def turns_of_set(config: Config, held_out: HeldOutSet) -> list[str]:
     """Kinds and options of what answers the turns of a held-out set's samples, in words, and
     whether they are rendered.
     """
-    sources = train_sources(config) if held_out.data is None else [held_out.data]
+    sources = train_sections(config) if held_out.data is None else [held_out.data]
     found = [turns for source in sources if (turns := turns_of(config, source)) is not None]
     return list(dict.fromkeys(f"turns {t.kind} {t.options}{_rendered(t)}" for t in found))
 
@@ -209,13 +218,13 @@ def response_tokens(config: Config) -> int:
     """The most tokens after a prompt of the training data: those of a sample's turns and of their
     answers, or `sampling.max_tokens`.
     """
-    sources = train_sources(config)
+    sources = train_sections(config)
     return max(_room(turns_of(config, source), config.sampling) for source in sources)
 
 
 def set_response_tokens(config: Config, held_out: HeldOutSet) -> int:
     """The most tokens after a prompt of a held-out set, as `response_tokens`."""
-    sources = train_sources(config) if held_out.data is None else [held_out.data]
+    sources = train_sections(config) if held_out.data is None else [held_out.data]
     return max(_room(turns_of(config, source), held_out.sampling) for source in sources)
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from spmdrl.config.data import PromptsSection
-from spmdrl.config.data_sets import held_out_sets, takes_turns, train_sources, turns_of
+from spmdrl.config.data_sets import held_out_sets, takes_turns, train_sections, turns_of
 from spmdrl.config.sections import Config
 from spmdrl.config.turns import TurnsSection
 
 
 def turn_sources(config: Config) -> Iterator[tuple[str, PromptsSection, TurnsSection]]:
     """Sources whose rows have turns: key, section, and the turns."""
-    sources: dict[str, PromptsSection] = {"data.train": train_sources(config)[0]}
-    sources |= {f"data.mix.{i}": own for i, own in enumerate(train_sources(config)[1:])}
+    own, *mixed = train_sections(config)
+    sources = {"data.train": own} | {f"data.mix.{i}": each for i, each in enumerate(mixed)}
     for name, described in held_out_sets(config).items():
         if described.data is not None:
             sources[f"evaluation.sets.{name}.data"] = described.data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spmdrl.config.data_sets import response_tokens, takes_turns, train_sources
+from spmdrl.config.data_sets import longest_prompt, response_tokens, takes_turns
 from spmdrl.config.sections import Config
 from spmdrl.models.widths import engine_heads_width
 from spmdrl.planning.activation_bytes import forward_values
@@ -29,7 +29,7 @@ def generation_bytes(config: Config, spec: RoleSpec) -> int:
     if spec.is_judge:
         longest = questions_of(config, spec.name, model.max_position).prompt_tokens
     else:
-        longest = max(source.max_tokens for source in train_sources(config))
+        longest = longest_prompt(config)
         # answers to turns are computed like prompts
         longest += response_tokens(config) if takes_turns(config) else 0
     prompts = running * longest

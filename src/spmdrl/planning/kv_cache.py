@@ -15,9 +15,9 @@ import torch
 from spmdrl.config.data_sets import (
     HELD_OUT,
     held_out_sets,
+    longest_prompt,
     response_tokens,
     set_response_tokens,
-    train_sources,
 )
 from spmdrl.config.sections import Config
 from spmdrl.memory.parts import Part, PartKey
@@ -29,7 +29,7 @@ from spmdrl.planning.engines import longest_served, samples_per_replica
 from spmdrl.planning.questions import judge_section
 from spmdrl.planning.token_bounds import step_sizes
 from spmdrl.role_spec import RoleSpec
-from spmdrl.rollout.native.cache import layer_caches
+from spmdrl.rollout.native.cache import layer_cache
 from spmdrl.rollout.native.recurrent import StateShape, recurrent_layers, slots_needed
 from spmdrl.rollout.native.varlen import BLOCK_MULTIPLE, pages_are_usable
 from spmdrl.rollout.native.workspace import CPU_CACHE_GB
@@ -112,7 +112,9 @@ def reads_pages(spec: RoleSpec) -> bool:
     """Whether attention of the engine reads the cache's pages as they are."""
     # a host without a GPU plans for GPUs that torch's kernels support
     capability = None if torch.cuda.is_available() else LEAST_CAPABILITY
-    layers = layer_caches(spec.model, spec.placement.degrees["tp"])
+    # layers of a kind share their mixer, or are few
+    mixers = {id(layer.mixer): layer.mixer for layer in spec.model.layers}.values()
+    layers = [layer_cache(mixer, spec.placement.degrees["tp"]) for mixer in mixers]
     return pages_are_usable(layers, spec.dtype, spec.device, capability)
 
 
@@ -121,7 +123,7 @@ def _evaluation_blocks(config: Config, spec: RoleSpec, tokens: int) -> list[int]
     if spec.is_judge:  # its questions count those of evaluations
         return []
     found, replicas = [], spec.placement.num_replicas
-    longest = max(source.max_tokens for source in train_sources(config))
+    longest = longest_prompt(config)
     for name, described in held_out_sets(config).items():
         if (described.kind or config.data_kind()) != "prompts":
             continue

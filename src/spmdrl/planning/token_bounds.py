@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from spmdrl.config.data_sets import held_out_sets, response_tokens, train_sources
+from spmdrl.config.data_sets import held_out_sets, longest_prompt, response_tokens
 from spmdrl.config.sections import Config
 from spmdrl.config.training import TrainSection
 from spmdrl.role_spec import RoleSpec
@@ -49,7 +49,7 @@ class StepSizes:
 def step_sizes(config: Config) -> StepSizes:
     """The sizes of the configured flow's step."""
     data, kind = config.data, config.data_kind()
-    longest = max(source.max_tokens for source in train_sources(config))
+    longest = longest_prompt(config)
     if kind == "prompts":
         return StepSizes(
             items=data.prompts_per_step,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,9 +17,10 @@ from spmdrl.planning.forecast.machines import load_machine
 from spmdrl.planning.forecast.step import StepForecast
 from spmdrl.planning.known_models import known_model
 from spmdrl.planning.sketch import KeptLayouts
-from spmdrl.planning.suggest.search import Trial, search
+from spmdrl.planning.suggest.search import Planner, Planners, Trial, search
 from spmdrl.planning.suggest.space import Space, Words, make_space
 from spmdrl.planning.suggest.suggest import suggest, suggestion_lines, try_words
+from spmdrl.planning.suggest.workers import Workers
 
 SPACE = Space(
     blocks={
@@ -37,10 +40,14 @@ def made_up(words: Words, *, skew: float = 0.0, most: int = 9) -> Trial:
     return Trial(words=words, lacking_bytes=lacking, peak_bytes=0, forecast=forecast)
 
 
+def each(planner: Planner) -> Planners:
+    return lambda words: list(map(planner, words))
+
+
 @pytest.mark.parametrize(("skew", "most"), [(0.0, 9), (0.3, 9), (-0.4, 3)])
 def test_few_exact_plans_find_the_best_of_thousands(skew: float, most: int) -> None:
     exact = partial(made_up, skew=skew, most=most)
-    found = search(SPACE, partial(made_up, most=most), exact, most_exact=40)
+    found = search(SPACE, each(partial(made_up, most=most)), each(exact), most_exact=40).fitting
     best = min(
         (exact(SPACE.words(choice)) for choice in SPACE.choices()), key=lambda trial: trial.key
     )
@@ -59,9 +66,42 @@ def test_a_choice_that_is_refused_is_never_suggested() -> None:
             forecast=None if refused else trial.forecast,
         )
 
-    found = search(SPACE, planner, planner, most_exact=40)
+    found = search(SPACE, each(planner), each(planner), most_exact=40).fitting
     assert found and not any("a=4" in trial.words for trial in found)
     assert found[0].key == (0, 2.0)
+
+
+def test_the_best_placements_are_searched_too() -> None:
+    def planner(words: Words) -> Trial:
+        there, trial = "placement=5" in words, made_up(words)
+        forecast = trial.forecast
+        assert forecast is not None
+        # blocks change nothing at the start's placement
+        return replace(
+            trial,
+            lacking_bytes=0,
+            forecast=replace(forecast, seconds=forecast.seconds if there else 100.0),
+        )
+
+    [best, *_] = search(SPACE, each(planner), each(planner), most_exact=2).fitting
+    assert set(best.words) == {"placement=5", "a=4", "b=4", "c=4"}
+
+
+def by_process(words: Words) -> Trial:
+    return replace(made_up(words), peak_bytes=os.getpid())
+
+
+def test_processes_find_what_one_finds() -> None:
+    planners = {"sketch": partial(made_up, skew=0.3), "exact": made_up}
+    found = []
+    for count in (1, 2):
+        with Workers(planners, count) as workers:
+            plan = partial(workers.plan, "sketch"), partial(workers.plan, "exact")
+            found.append(search(SPACE, *plan, most_exact=20))
+    assert found[0] == found[1] and len(found[0].fitting) > 3
+    with Workers({"exact": by_process}, 2) as workers:
+        trials = workers.plan("exact", list(map(SPACE.words, SPACE.choices()))[:50])
+    assert os.getpid() not in {trial.peak_bytes for trial in trials}
 
 
 def configured(path: str, *overrides: str) -> Callable[[Words], Config]:
@@ -114,7 +154,7 @@ def test_the_suggestion_is_the_best_of_all_choices_on_16_ranks(name: str) -> Non
     models = dict.fromkeys(config.roles, known_model(model))
     lengths = full_lengths(config)
     space = choices_of(make_space(config, models, machine), **kept)
-    found = suggest(configure, models, machine, lengths, space)
+    found = suggest(configure, models, machine, lengths, space).fitting
     every = [
         try_words(configure, models, machine, lengths, space.words(choice))
         for choice in space.choices()
@@ -146,15 +186,14 @@ def test_a_configuration_that_does_not_fit_gets_one_that_does() -> None:
     models = dict.fromkeys(config.roles, known_model("qwen2.5-7b"))
     lengths = full_lengths(config)
     space = choices_of(make_space(config, models, machine), policy=4, rollout=2, recompute=1)
-    start = try_words(configure, models, machine, lengths, ())
     found = suggest(configure, models, machine, lengths, space)
-    assert not start.fits and found[0].fits
-    lines = suggestion_lines(found, start, machine)
+    assert not found.start.fits and found.fitting[0].fits
+    lines = suggestion_lines(found, machine)
     assert "as it is, it does not fit" in lines[0]
     assert any("roles.policy." in line for line in lines)
     # what is printed can be pasted
     words = [word.strip('"') for word in lines[2].split()]
-    assert try_words(configure, models, machine, lengths, tuple(words)).key == found[0].key
+    assert try_words(configure, models, machine, lengths, tuple(words)).key == found.fitting[0].key
 
 
 @pytest.mark.parametrize("backend", ["torch", "megatron"])

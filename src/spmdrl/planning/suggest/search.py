@@ -8,7 +8,7 @@ no clock: the same question has the same answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from spmdrl.planning.forecast.step import StepForecast
@@ -50,33 +50,60 @@ class Trial:
 
 
 Planner = Callable[[Words], Trial]
+"""Plans one choice."""
+
+Planners = Callable[[Sequence[Words]], Sequence[Trial]]
+"""Plans several choices, at once where it can."""
 
 
 @dataclass
 class _Known:
-    """Trials by choice; a planner is asked once for each distinct list of overrides."""
+    """Trials by choice; the planners are asked once for each distinct list of overrides."""
 
     space: Space
-    planner: Planner
+    planners: Planners
     by_words: dict[frozenset[str], Trial] = field(default_factory=dict)
 
     def key(self, choice: Choice) -> tuple[float, float]:
         return self.trial(choice).key
 
     def trial(self, choice: Choice) -> Trial:
-        words = self.space.words(choice)
-        at = frozenset(words)
-        if at not in self.by_words:
-            self.by_words[at] = self.planner(words)
-        return self.by_words[at]
+        self.learn([choice])
+        return self.by_words[frozenset(self.space.words(choice))]
+
+    def learn(self, choices: Iterable[Choice]) -> None:
+        """Ask for all of them together."""
+        words = {frozenset(own): own for own in map(self.space.words, choices)}
+        new = {at: own for at, own in words.items() if at not in self.by_words}
+        if new:
+            self.by_words |= zip(new, self.planners(list(new.values())), strict=True)
+
+    def best(self, choices: Iterable[Choice]) -> Choice:
+        """The first of the best of them."""
+        given = list(choices)
+        self.learn(given)
+        return min(given, key=self.key)
 
 
-def search(space: Space, sketch: Planner, exact: Planner, *, most_exact: int) -> list[Trial]:
-    """Find the fastest choices; returns the exact trials that fit, fastest first.
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Exact plans that a search made.
 
     Args:
-        sketch: estimates a choice.
-        exact: plans a choice.
+        start: the exact plan of the configuration as it is.
+        fitting: the exact plans that fit, fastest first.
+    """
+
+    start: Trial
+    fitting: list[Trial]
+
+
+def search(space: Space, sketch: Planners, exact: Planners, *, most_exact: int) -> Found:
+    """Find the fastest choices.
+
+    Args:
+        sketch: estimates choices.
+        exact: plans choices.
         most_exact: exact plans to make at most.
     """
     sketched = _Known(space, sketch)
@@ -84,24 +111,22 @@ def search(space: Space, sketch: Planner, exact: Planner, *, most_exact: int) ->
     planned = _Known(space, exact)
     seen: set[Choice] = set()
     first = sorted({space.start, *ends}, key=sketched.key)[: max(1, most_exact // 2)]
-    for choice in {space.start: None, **dict.fromkeys(first)}:
-        planned.trial(choice)
-        seen.add(choice)
+    seen |= {space.start, *first}
+    planned.learn(dict.fromkeys((space.start, *first)))
     while len(planned.by_words) < most_exact:
         best = min(seen, key=planned.key)
         left = [each for each in _around(space, best, ends) if each not in seen]
         if not left:
             break
-        choice = min(left, key=sketched.key)
+        choice = sketched.best(left)
         seen.add(choice)
         if sketched.trial(choice).forecast is not None:
             planned.trial(choice)
     fitting = [trial for trial in planned.by_words.values() if trial.fits]
     # of choices that come to the same, the one with the fewest overrides
     fitting.sort(key=lambda trial: (trial.key, trial.peak_bytes, len(trial.words)))
-    return list({(trial.key, trial.peak_bytes): trial for trial in reversed(fitting)}.values())[
-        ::-1
-    ]
+    distinct = {(trial.key, trial.peak_bytes): trial for trial in reversed(fitting)}
+    return Found(start=planned.trial(space.start), fitting=[*distinct.values()][::-1])
 
 
 def _around(space: Space, best: Choice, ends: Iterable[Choice]) -> list[Choice]:
@@ -113,7 +138,9 @@ def _descents(space: Space, known: _Known) -> list[Choice]:
     blocks = [name for name in space.blocks if name != PLACEMENT]
     ends = [_descend(space, known, space.start, blocks, MOST_ROUNDS)]
     if PLACEMENT in space.blocks:
-        elsewhere = sorted(space.changed(ends[0], PLACEMENT), key=known.key)
+        elsewhere = list(space.changed(ends[0], PLACEMENT))
+        known.learn(elsewhere)
+        elsewhere.sort(key=known.key)
         ends += [_descend(space, known, choice, blocks, 1) for choice in elsewhere[:MOST_PLACES]]
     return ends
 
@@ -126,8 +153,7 @@ def _descend(
     for _ in range(rounds):
         before = best
         for block in blocks:
-            options = (best, *space.changed(best, block))
-            best = min(options, key=known.key)
+            best = known.best((best, *space.changed(best, block)))
         if best == before:
             break
     return best

@@ -14,8 +14,9 @@ from spmdrl.planning.forecast.step import Lengths, StepForecast
 from spmdrl.planning.from_shapes import plan_from_shapes
 from spmdrl.planning.host_memory import host_memory
 from spmdrl.planning.sketch import KeptLayouts
-from spmdrl.planning.suggest.search import Trial, search
+from spmdrl.planning.suggest.search import Found, Trial, search
 from spmdrl.planning.suggest.space import Space, Words, make_space
+from spmdrl.planning.suggest.workers import Workers, num_processes
 
 EXACT_RANKS = 1024
 """Ranks of all exact plans together that a search makes; small worlds get more of them."""
@@ -32,24 +33,31 @@ def suggest(
     machine: Machine,
     lengths: Lengths,
     space: Space | None = None,
-) -> list[Trial]:
-    """Search the fastest layouts that fit; returns the ones planned exactly, fastest first.
+    processes: int | None = None,
+) -> Found:
+    """Search the fastest layouts that fit.
 
     Args:
         models: models of the roles, except users' own.
         lengths: tokens of the rows that the seconds are for.
         space: choices; None: all that `make_space` makes.
+        processes: those that plan; None: as `num_processes` finds.
     """
     if space is None:
         space = make_space(configure(()), models, machine)
     planner = partial(try_words, configure, models, machine, lengths)
     count = EXACT_RANKS // machine.num_ranks
-    return search(
-        space,
-        partial(planner, kept=KeptLayouts(sketches=True)),
-        partial(planner, kept=KeptLayouts()),
-        most_exact=max(FEWEST_EXACT, min(count, MOST_EXACT)),
-    )
+    planners = {
+        "sketch": partial(planner, kept=KeptLayouts(sketches=True)),
+        "exact": partial(planner, kept=KeptLayouts()),
+    }
+    with Workers(planners, processes or num_processes(machine.num_ranks)) as workers:
+        return search(
+            space,
+            partial(workers.plan, "sketch"),
+            partial(workers.plan, "exact"),
+            most_exact=max(FEWEST_EXACT, min(count, MOST_EXACT)),
+        )
 
 
 def try_words(
@@ -93,17 +101,17 @@ def try_words(
     )
 
 
-def suggestion_lines(found: list[Trial], start: Trial, machine: Machine) -> list[str]:
+def suggestion_lines(found: Found, machine: Machine) -> list[str]:
     """Best three layouts, each with its seconds, what limits it, and the overrides to paste."""
-    if not found:
+    if not found.fitting:
         return ["no layout of those tried fits: give more nodes, or smaller calls"]
     lines = []
-    for number, trial in enumerate(found[:3], start=1):
+    for number, trial in enumerate(found.fitting[:3], start=1):
         assert trial.forecast is not None
         rate = trial.forecast.tokens / trial.forecast.seconds / machine.num_ranks
         lines += [
             f"{number}. {trial.forecast.seconds:,.2f} s a step, {rate:,.0f} tokens/s/GPU, peak "
-            f"{trial.peak_bytes / 1e9:,.1f} GB{_against(trial, start)}",
+            f"{trial.peak_bytes / 1e9:,.1f} GB{_against(trial, found.start)}",
             f"   {limits_text(trial.forecast)}",
             f"   {' '.join(map(_quoted, trial.words)) or 'as it is'}",
         ]

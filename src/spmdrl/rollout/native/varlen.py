@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -36,13 +36,19 @@ def varlen_is_usable(
     """
     if device.type != "cuda":
         return False
-    paged = {"block_table", "seqused_k", "enable_gqa", "num_splits"}
-    if not paged <= inspect.signature(varlen_attn()).parameters.keys():
+    if not _takes_pages():
         return False
     if capability is None:
         capability = torch.cuda.get_device_capability(device)
     fits = head_dim <= 256 and head_dim % 8 == 0
     return capability >= LEAST_CAPABILITY and dtype in (torch.float16, torch.bfloat16) and fits
+
+
+@lru_cache(maxsize=1)
+def _takes_pages() -> bool:
+    """Whether the installed torch's kernel takes pages."""
+    paged = {"block_table", "seqused_k", "enable_gqa", "num_splits"}
+    return paged <= inspect.signature(varlen_attn()).parameters.keys()
 
 
 def pages_are_usable(
