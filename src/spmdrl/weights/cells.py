@@ -348,11 +348,14 @@ class Patterns:
         """
         free = _Routes(self._node_size, None)
         routed = [free.number_all(cells, turn) for cells, turn in self._cells]
-        by_group: Counter[Ranks] = Counter()
+        by_route: Counter[int] = Counter()
         for pattern, count in uses.items():
             for cell, number in routed[pattern]:
-                for _, group in free.routes[number].casts:
-                    by_group[group] += count * cell.num_bytes
+                by_route[number] += count * cell.num_bytes
+        by_group: Counter[Ranks] = Counter()
+        for number, num_bytes in by_route.items():
+            for _, group in free.routes[number].casts:
+                by_group[group] += num_bytes
         groups = choose_groups(by_group)
         if len(groups) == len(by_group):
             return tuple(routed), tuple(free.routes), groups

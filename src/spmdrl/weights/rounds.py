@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spmdrl.weights.cells import Cell, Pattern
-from spmdrl.weights.routes import Route
+from spmdrl.weights.routes import Ranks, Route
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ def make_rounds(
     world_size: int,
 ) -> tuple[Round, ...]:
     """Group the ranges in order, cut so that no rank stages more than `slot` bytes (or a cell)."""
-    units = [_unit(route) for route in routes]
+    units = _Units(routes)
     totals: dict[int, _Load] = {}
     cuts: dict[tuple[int, int, int], _Cut] = {}  # layers have the same patterns
     rounds: list[Round] = []
@@ -101,9 +102,47 @@ class _Cut:
     load: NDArray[np.int64]
 
 
-def _cut(
-    cells: Pattern, first: int, last: int, units: Sequence[_Load], slot: int, world_size: int
-) -> _Cut:
+class _Units:
+    """Loads of a cell of one byte by the number of its route, made when one is asked for: the
+    rounds of frozen weights have few cells, or none, among as many routes.
+    """
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        self._routes = routes
+        self._made: dict[int, _Load] = {}
+        self._members: dict[Ranks, NDArray[np.int64]] = {}
+
+    def __getitem__(self, number: int) -> _Load:
+        if number not in self._made:
+            self._made[number] = self._unit(self._routes[number])
+        return self._made[number]
+
+    def _unit(self, route: Route) -> _Load:
+        """Count how often each rank of a route stages a cell."""
+        ends = [*chain(*route.sends)]
+        if len(route.casts) != 1 or len(ends) > 2:
+            groups = [group for _, group in route.casts]
+            ranks = np.array([*chain(ends, *groups)], dtype=np.int64)
+            return _Load(*np.unique(ranks, return_counts=True))
+        # most routes of a large world: one message, and one of a few groups of many ranks
+        [(_, group)] = route.casts
+        if group not in self._members:
+            self._members[group] = np.array(group, dtype=np.int64)
+        ranks, counts = self._members[group], np.ones(len(group), dtype=np.int64)
+        others = []  # a message has two ranks, which differ
+        for rank in ends:
+            at = bisect_left(group, rank)
+            if at < len(group) and group[at] == rank:
+                counts[at] += 1
+            else:
+                others.append(rank)
+        if others:
+            ranks = np.concatenate((ranks, others))
+            counts = np.concatenate((counts, np.ones(len(others), dtype=np.int64)))
+        return _Load(ranks, counts)
+
+
+def _cut(cells: Pattern, first: int, last: int, units: _Units, slot: int, world_size: int) -> _Cut:
     parts, load = [], np.zeros(world_size, dtype=np.int64)
     for i in range(first, last):
         of_cell = _of_cell(cells[i], units)
@@ -115,21 +154,14 @@ def _cut(
     return _Cut([*parts, (first, last)], load)
 
 
-def _unit(route: Route) -> _Load:
-    """Count how often each rank of a route stages a cell."""
-    groups = [group for _, group in route.casts]
-    ranks = np.array([*chain(*route.sends, *groups)], dtype=np.int64)
-    return _Load(*np.unique(ranks, return_counts=True))
-
-
-def _of_cell(routed: tuple[Cell, int], units: Sequence[_Load]) -> _Load:
+def _of_cell(routed: tuple[Cell, int], units: _Units) -> _Load:
     cell, number = routed
     # buffers begin at multiples of 16 bytes
     unit = units[number]
     return _Load(unit.ranks, unit.num_bytes * (-(-cell.num_bytes // 16) * 16))
 
 
-def _total(cells: Pattern, units: Sequence[_Load], world_size: int) -> _Load:
+def _total(cells: Pattern, units: _Units, world_size: int) -> _Load:
     total = np.zeros(world_size, dtype=np.int64)
     for routed in cells:
         _of_cell(routed, units).add_to(total)

@@ -68,22 +68,24 @@ def find_route(
     lacking, inside, near = _sides(holders, wanting, node_size)
     if not lacking:
         return Route(inside, (), ())
-    if inside or near or len(lacking) == 1:
-        servers = inside or holders
-        parts = _blocks(wanting, servers) or _nearest(lacking, servers, turn, node_size)
-        outside: list[tuple[int, int]] = []
-    else:
+    if not (inside or near or len(lacking) == 1):
         entry = lacking[turn % len(lacking)]
         [(server, _)] = _nearest((entry,), holders, turn // len(lacking), node_size).items()
-        outside, parts = [(server, entry)], {entry: [r for r in lacking if r != entry]}
-    sends, casts = list(outside), []
+        if allowed is None or lacking in allowed:
+            return Route(inside, ((server, entry),), ((entry, lacking),))
+        # no communicator: every rank gets it from the holders
+        others = [rank for rank in lacking if rank != entry]
+        shares = _nearest(others, holders, turn, node_size)
+        each = ((holder, rank) for holder, to in shares.items() for rank in to)
+        return Route(inside, ((server, entry), *each), ())
+    servers = inside or holders
+    parts = _blocks(wanting, servers) or _nearest(lacking, servers, turn, node_size)
+    sends: list[tuple[int, int]] = []
+    casts: list[tuple[int, Ranks]] = []
     for server, part in parts.items():
-        group = lacking if outside else tuple(sorted((server, *part)))
-        if len(part) + len(outside) > 1 and (allowed is None or group in allowed):
+        group = tuple(sorted((server, *part)))
+        if len(part) > 1 and (allowed is None or group in allowed):
             casts.append((server, group))
-        elif outside:  # no communicator: every rank gets it from the holders
-            shares = _nearest(tuple(part), holders, turn, node_size)
-            sends += [(holder, rank) for holder, to in shares.items() for rank in to]
         else:
             sends += [(server, rank) for rank in part]
     return Route(inside, tuple(sends), tuple(casts))
@@ -104,8 +106,10 @@ def choose_groups(bytes_by_group: Mapping[Ranks, int]) -> tuple[Ranks, ...]:
 def _sides(holders: Ranks, wanting: Ranks, node_size: int) -> tuple[Ranks, Ranks, bool]:
     """Ranks of `wanting` without and with the box; whether the former all have a holder near."""
     held = set(holders)
-    lacking = tuple([rank for rank in wanting if rank not in held])
-    inside = tuple([rank for rank in wanting if rank in held])
+    lacking, inside = wanting, tuple[int, ...]()
+    if not held.isdisjoint(wanting):
+        lacking = tuple([rank for rank in wanting if rank not in held])
+        inside = tuple([rank for rank in wanting if rank in held])
     nodes = {rank // node_size for rank in holders}
     return lacking, inside, all(rank // node_size in nodes for rank in lacking)
 
