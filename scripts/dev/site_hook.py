@@ -1,4 +1,4 @@
-"""Hook of mkdocs: what the site has besides the files of docs/.
+"""Hook of mkdocs: what the site has in addition to the files of docs/.
 
 Pages may link to files elsewhere in the repository; these become pages (Markdown) or files below
 `project/`. The marker `<!-- generated: NAME -->` of a page is replaced by what `site_reference.py`
