@@ -209,17 +209,17 @@ def test_no_garbage_is_collected_during_a_capture(device: torch.device) -> None:
         return (x + 1,)
 
     def idle() -> list[Tensor]:
-        return [torch.zeros(4, dtype=torch.int64)]
+        return [torch.zeros_like(held)]
 
-    graphs = DecodeGraphs(8, device)
+    graphs, held = DecodeGraphs(8, device), torch.arange(4, device=device)
     thresholds = gc.get_threshold()
     gc.set_threshold(10)
     results = []
     try:
         with torch.inference_mode():
-            for i in range(3):
-                found = graphs.run(4, [torch.arange(4) + i], forward, idle=idle)
-                results.append(found[0].tolist())
+            for _ in range(3):
+                results.append(graphs.run(4, [held], forward, idle=idle)[0].tolist())
+                held.add_(1)
     finally:
         gc.set_threshold(*thresholds)
     gc.collect()
@@ -235,11 +235,13 @@ def test_states_advance_once_in_a_step_that_is_captured(device: torch.device) ->
         states.index_copy_(0, places, states.index_select(0, places) + 1)
         return (states.index_select(0, places),)
 
-    graphs, trash = DecodeGraphs(8, device), torch.tensor([2])
+    graphs = DecodeGraphs(8, device)
+    held, trash = (torch.tensor([place], device=device) for place in (0, 2))
     with torch.inference_mode():
         for step in range(1, 4):
             for place in (0, 1):
-                [found] = graphs.run(1, [torch.tensor([place])], forward, idle=lambda: [trash])
+                held.fill_(place)
+                [found] = graphs.run(1, [held], forward, idle=lambda: [trash])
                 assert found.tolist() == [step]
     assert states.tolist()[:2] == [3, 3]
 

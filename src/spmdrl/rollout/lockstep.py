@@ -48,6 +48,11 @@ class Lockstep:
         return bool(some_work) and not some_stop
 
     @property
+    def is_alone(self) -> bool:
+        """Whether the group is of one rank."""
+        return self._tp.group is None
+
+    @property
     def is_leader(self) -> bool:
         return self._tp.rank == 0
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from spmdrl.models.files.token_texts import Decode, TokenTexts
 from spmdrl.rollout.protocol import Finish, SamplingParams
 
@@ -26,6 +29,7 @@ class StopRules:
     def __init__(self, eos: Sequence[int], texts: TokenTexts | None) -> None:
         self._eos, self._texts = frozenset(eos), texts
         self._finders: dict[tuple[str, ...], StopTexts] = {}
+        self._watched: dict[tuple[frozenset[int], StopTexts | None], NDArray[np.bool_]] = {}
 
     def of(self, sampling: SamplingParams) -> StopRule:
         finder = None
@@ -34,6 +38,17 @@ class StopRules:
                 self._finders[sampling.stop] = StopTexts(sampling.stop, self._texts)
             finder = self._finders[sampling.stop]
         return StopRule(sampling, self._eos, finder)
+
+    def watched(self, rule: StopRule, vocab_size: int) -> NDArray[np.bool_]:
+        """Return the tokens that may end a sample by this rule, bool [V]: with stop texts all that
+        nobody has unmarked, because `StopRule.may_stop` was false for them.
+        """
+        key = rule.ids, rule.texts
+        if key not in self._watched:
+            marks = np.full(vocab_size, rule.texts is not None)
+            marks[[token for token in rule.ids if token < vocab_size]] = True
+            self._watched[key] = marks
+        return self._watched[key]
 
 
 class StopRule:
@@ -51,12 +66,20 @@ class StopRule:
         if texts is not None and not isinstance(texts, StopTexts):
             decoded = TokenTexts(decode=texts, decode_all=texts)
             texts = StopTexts(sampling.stop, decoded) if sampling.stop else None
-        self._texts, self._max_tokens = texts, sampling.max_tokens
-        self._ids = frozenset(sampling.stop_token_ids)
+        self.texts, self._max_tokens = texts, sampling.max_tokens
+        self.ids = frozenset(sampling.stop_token_ids)
         if texts is not None:
-            self._ids |= texts.ids
+            self.ids |= texts.ids
         if not sampling.ignore_eos:
-            self._ids |= frozenset(eos)
+            self.ids |= frozenset(eos)
+
+    def most(self, limit: int | None) -> int:
+        """Return the most tokens of a sample or turn; `limit` in place of `sampling.max_tokens`."""
+        return limit or self._max_tokens
+
+    def may_stop(self, token: int) -> bool:
+        """Whether a token can end a sample, whatever precedes it."""
+        return token in self.ids or (self.texts is not None and self.texts.may_end(token))
 
     def check(
         self, tokens: list[int], num_generated: int, limit: int | None = None
@@ -68,11 +91,11 @@ class StopRule:
             num_generated: number of tokens of the sample or turn so far.
             limit: most tokens in place of `sampling.max_tokens`.
         """
-        if tokens[-1] in self._ids:
+        if tokens[-1] in self.ids:
             return Finish.STOP
-        if self._texts is not None and self._texts.end(tokens, num_generated):
+        if self.texts is not None and self.texts.end(tokens, num_generated):
             return Finish.STOP
-        return Finish.LENGTH if num_generated >= (limit or self._max_tokens) else None
+        return Finish.LENGTH if num_generated >= self.most(limit) else None
 
 
 class StopTexts:
@@ -97,6 +120,10 @@ class StopTexts:
     def end(self, tokens: Sequence[int], num_generated: int) -> bool:
         """Whether the newest token completes a stop text in the generated tokens."""
         return any(finder.end(tokens, num_generated) for finder in self._finders)
+
+    def may_end(self, token: int) -> bool:
+        """Whether a token can complete a stop text."""
+        return any(finder.may_end(token) for finder in self._finders)
 
     def before(self, tokens: Sequence[int]) -> str:
         """Return the text of a response up to the first stop text, without special tokens."""
@@ -141,6 +168,9 @@ class _Finder:
         self._in_runs: dict[int, bool] = {}
         # A token with letters has at least one byte: a text spans at most as many as it has bytes.
         self._tail = max(len(text.encode(errors="surrogatepass")) for text in stop) + _CONTEXT
+
+    def may_end(self, token: int) -> bool:
+        return self._look_up(token).may_end
 
     def end(self, tokens: Sequence[int], num_generated: int) -> bool:
         if not self._look_up(tokens[-1]).may_end:

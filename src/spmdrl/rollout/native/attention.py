@@ -33,7 +33,13 @@ class PagedAttention(Protocol):
         """See `Attend.takes_latents`."""
 
     def indices(self, plan: StepPlan) -> list[Tensor]:
-        """Build on the host the indices that all layers use."""
+        """Build on the host the indices that all layers use: of the decodes their positions [n]
+        and the blocks [n, W] that they hold (after their slots, if there are recurrent layers),
+        then `chunk_indices`.
+        """
+
+    def chunk_indices(self, plan: StepPlan) -> list[Tensor]:
+        """Build on the host what is needed of the plan's chunks; nothing if it has none."""
 
     def prepare(self, plan: StepPlan, indices: Sequence[Tensor]) -> None:
         """Take the plan's `indices`, which are on the device now."""
@@ -45,6 +51,38 @@ class PagedAttention(Protocol):
 
     def caches(self) -> Sequence[Tensor]:
         """Return the cache's tensors, blocks first, to be read and written between steps."""
+
+
+def decode_indices(
+    plan: StepPlan, block_size: int, *, pad_to: int = 0, idle: int = 0
+) -> list[Tensor]:
+    """Build on the host the positions of a plan's decodes, int64 [n], and their blocks, int32
+    [n, W].
+
+    Args:
+        pad_to: pad to this many rows, which write to the block `idle`.
+    """
+    held = [s.blocks[: -(-s.cached // block_size)] for s in plan.decodes]
+    positions = [s.cached - 1 for s in plan.decodes]
+    held += [[idle]] * (pad_to - len(held))
+    positions += [0] * (pad_to - len(positions))
+    width = max(map(len, held), default=0)
+    table = [blocks + [0] * (width - len(blocks)) for blocks in held]
+    return [
+        torch.tensor(positions, dtype=torch.int64),
+        torch.tensor(table, dtype=torch.int32).view(len(held), width),
+    ]
+
+
+def places_of(
+    positions: Tensor,  # [n] int64
+    table: Tensor,  # [n, W] int32
+    block_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Find the block and the offset in it of each row's position, int64 [n] each."""
+    numbers = torch.div(positions, block_size, rounding_mode="floor")
+    blocks = table.gather(1, numbers[:, None])[:, 0].long()
+    return blocks, positions - numbers * block_size
 
 
 def copy_blocks(pairs: Sequence[tuple[int, int]], caches: Sequence[Tensor]) -> None:
@@ -114,31 +152,37 @@ class GatheredAttention:
         self._functions: dict[tuple[int, AttentionOptions], AttentionFunction] = {}
 
     def indices(self, plan: StepPlan) -> list[Tensor]:
-        """See `PagedAttention.indices`: slots, a table for each span with context, the decodes'
-        table and lengths.
+        """See `PagedAttention.indices`."""
+        return [*decode_indices(plan, self._shape.block_size), *self.chunk_indices(plan)]
+
+    def chunk_indices(self, plan: StepPlan) -> list[Tensor]:
+        """See `PagedAttention.chunk_indices`: blocks and offsets, then a table for each span with
+        context.
         """
+        if not plan.chunks:
+            return []
         size = self._shape.block_size
         held = [
             [c.sample.blocks[: -(-c.start // size)] for c in members]
             for members in _alike(plan.chunks)
             if members[0].start
         ]
-        decodes = [s.blocks[: -(-s.cached // size)] for s in plan.decodes]
-        width = max(map(len, decodes), default=0)
-        padded = [blocks + [0] * (width - len(blocks)) for blocks in decodes]
-        lengths = [s.cached for s in plan.decodes]
-        return [
-            self._find_slots(plan),
-            *map(torch.tensor, held),
-            torch.tensor(padded, dtype=torch.int32),
-            torch.tensor(lengths, dtype=torch.int32),
-        ]
+        return [self._find_slots(plan), *map(torch.tensor, held)]
 
     def prepare(self, plan: StepPlan, indices: Sequence[Tensor]) -> None:
-        slots, *held, self._table, self._lengths = indices
+        positions, self._table, *chunked = indices
+        self._lengths = (positions + 1).to(torch.int32)
         self._decodes, self._functions = {}, {}
-        self._slots = slots[0], slots[1]
-        row = self._num_decodes = len(plan.decodes)
+        row = self._num_decodes = len(positions)
+        held: list[Tensor] = []
+        if row:
+            self._slots = places_of(positions, self._table, self._shape.block_size)
+        if chunked:
+            (blocks, offsets), *held = chunked
+            if row and self._slots is not None:
+                own_blocks, own_offsets = self._slots
+                blocks, offsets = torch.cat((own_blocks, blocks)), torch.cat((own_offsets, offsets))
+            self._slots = blocks, offsets
         self._prefill, tables = [], iter(held)
         for members in _alike(plan.chunks):
             span = self._span(members, row, tables)
@@ -295,15 +339,15 @@ class GatheredAttention:
         return of(self._keys[layer].mT), of(self._values[layer])
 
     def _find_slots(self, plan: StepPlan) -> Tensor:
-        """Find the block and the offset of every row's key and value, int64 [2, T]."""
+        """Find the block and the offset of every key and value of chunks, int64 [2, T]."""
         size = self._shape.block_size
-        blocks = [s.blocks[(s.cached - 1) // size] for s in plan.decodes]
-        offsets = [(s.cached - 1) % size for s in plan.decodes]
+        blocks: list[int] = []
+        offsets: list[int] = []
         for chunk in plan.chunks:
             places = range(chunk.start, chunk.stop)
             blocks += [chunk.sample.blocks[i // size] for i in places]
             offsets += [i % size for i in places]
-        return torch.tensor((blocks, offsets))
+        return torch.tensor((blocks, offsets), dtype=torch.int64)
 
     def _span(self, chunks: list[Chunk], first_row: int, tables: Iterator[Tensor]) -> _Prefill:
         start, stop, device = chunks[0].start, chunks[0].stop, self._shape.device

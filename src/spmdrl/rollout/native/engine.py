@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from spmdrl.distributed.parallel import Parallel
-from spmdrl.memory.host_copies import to_host
 from spmdrl.models.adapter_weights import AdapterWeights
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.blocks.moe import serve_experts
@@ -27,11 +26,14 @@ from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.rollout.lockstep import Lockstep
 from spmdrl.rollout.native.adapters import CallAdapters, adapters_of
 from spmdrl.rollout.native.blocks import BlockPool
-from spmdrl.rollout.native.recording import ExpertRecord, record_for
-from spmdrl.rollout.native.runner import Runner
+from spmdrl.rollout.native.endings import Endings
+from spmdrl.rollout.native.ledger import Ledger
+from spmdrl.rollout.native.loop import StepLoop
+from spmdrl.rollout.native.recording import record_for
+from spmdrl.rollout.native.rows import RowState
 from spmdrl.rollout.native.sample import Sample, leaders_of, samples_of
-from spmdrl.rollout.native.sampler import Sampler, rows_of
-from spmdrl.rollout.native.scheduler import Scheduler, sampled
+from spmdrl.rollout.native.sampler import Sampler
+from spmdrl.rollout.native.scheduler import Scheduler
 from spmdrl.rollout.native.shared_prefix import common_prefix
 from spmdrl.rollout.native.snapshot import blocks_of, restore_snapshot, take_snapshot
 from spmdrl.rollout.native.turns import TurnTaking
@@ -40,14 +42,13 @@ from spmdrl.rollout.native.workspace import NativeOptions, Work, Workspace
 from spmdrl.rollout.protocol import (
     OWN,
     Completion,
-    Finish,
     Progress,
     Request,
     SamplingParams,
     Turns,
 )
 from spmdrl.rollout.requests import check_requests, scoring_requests
-from spmdrl.rollout.stops import StopRule, StopRules
+from spmdrl.rollout.stops import StopRules
 
 _PREFIX_TOKENS = 256
 """Least prompt tokens that sharing the common prefix must save, since it costs an extra step."""
@@ -185,7 +186,8 @@ class NativeEngine:
                 work = self._workspace.prepare(
                     num_blocks if resumed is None else resumed, len(samples)
                 )
-                scheduler = self._start(work, leaders, len(samples), adapters)
+                ledger = Ledger(self._options.max_running, experts=record is not None)
+                scheduler = self._start(work, leaders, len(samples), adapters, ledger)
                 if state is not None and resumed is not None:
                     restore_snapshot(state, scheduler, samples, work.attention, record)
                 elif record is not None:
@@ -195,9 +197,27 @@ class NativeEngine:
                     merged = is_merged and not adapters.by_row
                     runner = work.runner.applying(replace(adapters, experts_only=merged))
                     taking = TurnTaking(turns, self._group, scheduler, samples)
-                    aborted = self._run(
-                        runner, scheduler, taking, requests, progress, should_stop, record
+                    loop = StepLoop(
+                        decoder=self._decoder,
+                        group=self._group,
+                        runner=runner,
+                        scheduler=scheduler,
+                        rows=RowState(
+                            work.rows,
+                            self._workspace.block_size,
+                            [*adapters.weights] if adapters.by_row else [],
+                            self._dtype,
+                        ),
+                        ledger=ledger,
+                        sampler=self._own_sampler(),
+                        endings=self._endings(requests),
+                        taking=taking,
+                        record=record,
+                        device=self._device,
+                        release=self.release_cache,
                     )
+                    aborted = loop.run(progress, should_stop)
+                    self.num_preempted = scheduler.num_preempted
                 if aborted and self._options.keeps_aborted:
                     self._aborted = take_snapshot(call, scheduler, samples, work.attention, record)
             else:
@@ -281,7 +301,12 @@ class NativeEngine:
         return num_blocks, adapters_of(requests, self._adapters, self._dtype)
 
     def _scheduler(
-        self, leaders: Sequence[Sample], num_blocks: int, num_samples: int, prefix: int = 0
+        self,
+        leaders: Sequence[Sample],
+        num_blocks: int,
+        num_samples: int,
+        prefix: int = 0,
+        settle: Callable[[Sample], None] = lambda sample: None,
     ) -> Scheduler:
         num_slots = self._workspace.slots_for(num_samples)
         return Scheduler(
@@ -292,54 +317,23 @@ class NativeEngine:
             prefill_tokens=self._options.prefill_tokens,
             prefix=prefix,
             slots=BlockPool(num_slots) if num_slots else None,
+            settle=settle,
         )
 
     def _start(
-        self, work: Work, leaders: Sequence[Sample], num_samples: int, adapters: CallAdapters
+        self,
+        work: Work,
+        leaders: Sequence[Sample],
+        num_samples: int,
+        adapters: CallAdapters,
+        ledger: Ledger,
     ) -> Scheduler:
         prefix = common_prefix([leader.request.tokens for leader in leaders])
         # keys and values of one prompt differ between adapters
         worth = prefix * (len(leaders) - 1) >= _PREFIX_TOKENS and not adapters.by_row
-        return self._scheduler(leaders, work.num_blocks, num_samples, prefix if worth else 0)
-
-    def _run(
-        self,
-        runner: Runner,
-        scheduler: Scheduler,
-        taking: TurnTaking,
-        requests: Sequence[Request],
-        progress: Progress | None,
-        should_stop: Callable[[], bool] | None,
-        record: ExpertRecord | None,
-    ) -> bool:
-        """Run engine steps until all samples are done; True if they were stopped before that."""
-        rules = [self._stops.of(request.sampling) for request in requests]
-        tokens_done = samples_done = 0
-        stop = False
-        while self._group.has_step(scheduler.has_work, stop):
-            if not scheduler.has_step:
-                if self._group.shares_experts:
-                    serve_experts(self._decoder)
-                if scheduler.has_work:
-                    stop, ended = taking.wait(should_stop)
-                    samples_done += ended
-                if progress is not None:
-                    progress(tokens_done, samples_done)
-                continue
-            plan = scheduler.plan()
-            if record is not None:
-                record.note(plan)
-            samples, rows = sampled(plan, scheduler)
-            logits, experts = runner.run(plan)
-            if record is not None and experts is not None:
-                record.keep(experts)
-            finished, stop, ended = self._advance(samples, rows, logits, rules, should_stop, taking)
-            tokens_done += len(samples)
-            samples_done += ended + sum(taking.end(*turn) for turn in finished)
-            if progress is not None:
-                progress(tokens_done, samples_done)
-        self.num_preempted = scheduler.num_preempted
-        return scheduler.has_work
+        return self._scheduler(
+            leaders, work.num_blocks, num_samples, prefix if worth else 0, ledger.settle
+        )
 
     def _serve(self, progress: Progress | None) -> None:
         """Take part in the steps of replicas that share this one's experts, without samples."""
@@ -348,47 +342,12 @@ class NativeEngine:
             if progress is not None:
                 progress(0, 0)
 
-    def _advance(
-        self,
-        samples: list[Sample],
-        rows: list[int],
-        logits: Tensor,
-        rules: list[StopRule],
-        should_stop: Callable[[], bool] | None,
-        taking: TurnTaking,
-    ) -> tuple[list[tuple[Sample, Finish]], bool, int]:
-        """Draw a token for each of `samples`; return those whose turn ends with it, the stop flag,
-        and the number of samples that answers to their turns have ended.
-        """
+    def _own_sampler(self) -> Sampler:
         if self._sampler is None:
             self._sampler = Sampler(self._model.vocab_size, self._device)
-        finished: list[tuple[Sample, Finish]] = []
-        stop = should_stop is not None and self._group.is_leader and should_stop()
-        tokens: list[int] = []
-        if samples:
-            params, keys = [s.request.sampling for s in samples], [s.next_key() for s in samples]
-            draws = self._sampler.sample(logits, params, keys, rows)
-            found = to_host([draws.tokens, draws.logprobs, draws.margins])
-            tokens, logprobs, margins = (column.tolist() for column in found)
-            support = None if draws.support is None else rows_of(draws.support)
-        # the group's per-step message
-        stopped, tokens, ended = taking.step(stop, tokens)
-        for i, sample in enumerate(samples):
-            if logprobs[i] != logprobs[i]:
-                self.release_cache()
-                raise ValueError(
-                    f"the logits of prompt {sample.request.prompt_id} are not finite: the policy's "
-                    "weights hold NaN or infinity, or a weight sync has never brought any"
-                )
-            sample.tokens.append(tokens[i])
-            sample.logprobs.append(logprobs[i])
-            if sample.request.sampling.margins:
-                sample.margins.append(margins[i])
-            if sample.request.sampling.support:
-                # if no row of the step is truncated, all were drawn from all tokens
-                sample.support.append(b"" if support is None else support[i])
-            rule = rules[sample.index]
-            finish = rule.check(sample.tokens, sample.turn_length, sample.turn_limit)
-            if finish is not None:
-                finished.append((sample, finish))
-        return finished, stopped, ended
+        return self._sampler
+
+    def _endings(self, requests: Sequence[Request]) -> Endings:
+        rules = [self._stops.of(request.sampling) for request in requests]
+        vocabulary = self._model.vocab_size
+        return Endings(rules, [self._stops.watched(rule, vocabulary) for rule in rules])

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spmdrl.memory.host_copies import pack, unpack
-
 Forward = Callable[..., tuple[Tensor, ...]]
 
 
@@ -29,10 +27,10 @@ def buckets(largest: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Captured:
-    """A graph, the buffer that it reads its inputs from, and the results that it overwrites."""
+    """A graph, the tensors that it reads in place, and the results that it overwrites."""
 
     graph: torch.cuda.CUDAGraph
-    buffer: Tensor
+    inputs: Sequence[Tensor]
     results: tuple[Tensor, ...]
 
 
@@ -67,20 +65,22 @@ class DecodeGraphs:
         *,
         idle: Callable[[], Sequence[Tensor]],
     ) -> tuple[Tensor, ...]:
-        """Return `forward(*inputs on the device)`; the next run overwrites it.
+        """Return `forward(*inputs)`; the next run overwrites it.
 
         Args:
-            inputs: host tensors, of the same shapes whenever `size` and `variant` are the same.
+            inputs: tensors on the device, the same ones whenever `size` and `variant` are the same:
+                the graph reads them where they lie.
             forward: function of them that only launches kernels, the same for one variant.
-            idle: makes inputs of these shapes with which `forward` changes nothing that counts: it
-                runs once before its capture, and states may advance once only.
+            idle: makes other inputs of these shapes with which `forward` changes nothing that
+                counts: it runs once before its capture, and states may advance once only.
         """
-        packed, key = pack(inputs), (size, variant)
+        key = (size, variant)
         if key not in self._captured:
-            buffer = pack(idle()).to(self._device, non_blocking=True)
-            self._captured[key] = self._capture(buffer, unpack(buffer, inputs), forward)
+            self._captured[key] = self._capture(inputs, idle(), forward)
         captured = self._captured[key]
-        captured.buffer.copy_(packed, non_blocking=True)
+        assert all(
+            a.data_ptr() == b.data_ptr() for a, b in zip(captured.inputs, inputs, strict=True)
+        )
         captured.graph.replay()
         return captured.results
 
@@ -89,14 +89,16 @@ class DecodeGraphs:
         self._captured.clear()
         self.pool_bytes = 0
 
-    def _capture(self, buffer: Tensor, inputs: list[Tensor], forward: Forward) -> _Captured:
+    def _capture(
+        self, inputs: Sequence[Tensor], idle: Sequence[Tensor], forward: Forward
+    ) -> _Captured:
         pool = next((other.graph.pool() for other in self._captured.values()), None)
         graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         # Not by `torch.cuda.graph`, which waits for the device and empties the allocator's caches.
         with torch.cuda.stream(self._stream), _no_collection():
-            forward(*inputs)  # kernels and tables that are made lazily must exist before capture
+            forward(*idle)  # kernels and tables that are made lazily must exist before capture
             before = torch.cuda.memory_reserved(self._device)
             graph.capture_begin(pool=pool)
             try:
@@ -105,7 +107,7 @@ class DecodeGraphs:
                 graph.capture_end()
             self.pool_bytes += torch.cuda.memory_reserved(self._device) - before
         current.wait_stream(self._stream)
-        return _Captured(graph=graph, buffer=buffer, results=results)
+        return _Captured(graph=graph, inputs=inputs, results=results)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class CompiledAttention(GatheredAttention):
             self._keys[layer].data_ptr(),
             self._values[layer].data_ptr(),
             self._table.data_ptr(),
-            self._table.shape[1],
+            self._table.stride(0),
             self._lengths.data_ptr(),
             q.shape[0],
             found.kv_heads,

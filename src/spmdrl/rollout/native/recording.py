@@ -53,16 +53,17 @@ class ExpertRecord:
         """Adopt another record's table and first sample."""
         self.first, self._steps, self._num_rows = first, [table], len(table)
 
-    def note(self, plan: StepPlan) -> None:
-        """Note the token of each row of a step, before prompts are shared with followers."""
-        row = self._num_rows
-        for sample in plan.decodes:
-            self._assign(sample, sample.cached - 1, sample.cached, row)
-            row += 1
+    def note(self, plan: StepPlan) -> int:
+        """Note the token of each row of a step's chunks, before prompts are shared with followers;
+        returns the first of the step's rows, which are one for each of its decodes, then those.
+        """
+        first = self._num_rows
+        row = first + len(plan.decodes)
         for chunk in plan.chunks:
             self._assign(chunk.sample, chunk.start, chunk.stop, row)
             row += chunk.stop - chunk.start
         self._num_rows = row
+        return first
 
     def keep(self, experts: Tensor) -> None:
         """Keep the choices of the step that was noted last, [rows, L, K]."""

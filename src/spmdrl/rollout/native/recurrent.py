@@ -164,16 +164,27 @@ class MixedAttention:
         return self.attention.takes_latents
 
     def indices(self, plan: StepPlan, *, pad_to: int = 0) -> list[Tensor]:
-        """See `PagedAttention.indices`; the states' come first."""
-        own = self.states.indices(plan, pad_to=pad_to)
+        """See `PagedAttention.indices`."""
+        own = self.states.indices(plan, pad_to=pad_to)[0]
         if not pad_to:
-            return [*own, *self.attention.indices(plan)]
-        assert isinstance(self.attention, VarlenAttention), "only its steps are padded"
-        return [*own, *self.attention.indices(plan, pad_to=pad_to)]
+            found = self.attention.indices(plan)
+        else:
+            assert isinstance(self.attention, VarlenAttention), "only its steps are padded"
+            found = self.attention.indices(plan, pad_to=pad_to)
+        return [own, *found[:2], *self.chunk_indices(plan)]
+
+    def chunk_indices(self, plan: StepPlan) -> list[Tensor]:
+        """See `PagedAttention.chunk_indices`; the states' come first."""
+        if not plan.chunks:
+            return []
+        _, *chunked = self.states.indices(StepPlan(copies=[], decodes=[], chunks=plan.chunks))
+        return [*chunked, *self.attention.chunk_indices(plan)]
 
     def prepare(self, plan: StepPlan, indices: Sequence[Tensor]) -> None:
-        self.states.prepare(plan, indices[:3])
-        self.attention.prepare(plan, indices[3:])
+        slots, positions, table, *rest = indices
+        chunked = rest[:2] if rest else [slots[:0], slots[:0]]
+        self.states.prepare(plan, [slots, *chunked])
+        self.attention.prepare(plan, [positions, table, *rest[2:]])
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None

@@ -18,8 +18,8 @@ from spmdrl.rollout.native.adapters import NO_ADAPTERS, CallAdapters
 from spmdrl.rollout.native.attention import PagedAttention, copy_blocks
 from spmdrl.rollout.native.graphs import DecodeGraphs
 from spmdrl.rollout.native.recurrent import MixedAttention
+from spmdrl.rollout.native.rows import DecodeRows, RowState
 from spmdrl.rollout.native.step_plan import StepPlan
-from spmdrl.rollout.native.varlen import VarlenAttention
 
 
 class Runner:
@@ -48,53 +48,53 @@ class Runner:
             self._decoder, self._attention, self._device, graphs=self._graphs, adapters=adapters
         )
 
-    def run(self, plan: StepPlan, *, all_rows: bool = False) -> tuple[Tensor, Tensor | None]:
+    def run(
+        self, plan: StepPlan, rows: RowState | None = None, *, all_rows: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Compute float32 logits `[R, V]` of the rows that are sampled: decodes, then last chunks;
         for a mixture of experts also the packed choices `[rows, L, K]` of all rows.
 
         The caller may overwrite the logits; the next step overwrites the choices.
 
         Args:
+            rows: the plan's decodes; None: they are written anew.
             all_rows: compute logits of every row of the step instead.
         """
         copy_blocks(plan.copies, self._attention.caches())
         if isinstance(self._attention, MixedAttention):
             copy_blocks(plan.slot_copies, self._attention.states.caches())
-        if self._graphs is not None and not plan.chunks:
-            hidden, *chosen = self._replay(plan, self._graphs)
+        if rows is not None and not plan.chunks:
+            hidden, *chosen = self._decode(plan, rows)
             return self._project(hidden), next(iter(chosen), None)
-        tokens, positions, rows = (torch.tensor(x, dtype=torch.int64) for x in flatten(plan))
-        factors = self._adapters.factors(plan)
-        inputs = [rows, tokens, positions, *factors, *self._attention.indices(plan)]
-        read, *inputs = to_device(inputs, self._device)
+        found = flatten(plan, with_decodes=rows is None)
+        tokens, positions, sampled = (torch.tensor(x, dtype=torch.int64) for x in found)
+        count, factors = self._adapters.num_factors, self._adapters.factors
+        if rows is None:
+            given = [tokens, positions, *factors(plan), *self._attention.indices(plan)]
+            read, *inputs = to_device([sampled, *given], self._device)
+        else:
+            chunks = StepPlan(copies=[], decodes=[], chunks=plan.chunks)
+            given = [tokens, positions, *factors(chunks), *self._attention.chunk_indices(plan)]
+            read, *inputs = to_device([sampled, *given], self._device)
+            inputs = _joined(rows.view(), inputs, count)
         hidden, *chosen = self._compute(plan, *inputs)
-        if len(rows) < len(tokens) and not all_rows:
+        if len(sampled) < len(hidden) and not all_rows:
             hidden = hidden[read]
         return self._project(hidden), next(iter(chosen), None)
 
-    def _replay(self, plan: StepPlan, graphs: DecodeGraphs) -> Sequence[Tensor]:
+    def _decode(self, plan: StepPlan, rows: RowState) -> Sequence[Tensor]:
         """Compute hidden states (and choices) of a step without chunks."""
-        size = graphs.size_for(len(plan.decodes))
-        results = graphs.run(
+        if self._graphs is None:
+            return self._compute(plan, *rows.view().tensors())
+        size = self._graphs.size_for(rows.count)
+        results = self._graphs.run(
             size,
-            self._padded(plan, size),
+            rows.view(size).tensors(),
             partial(self._compute, plan),
             self._adapters.variant,
-            idle=partial(self._padded, StepPlan(copies=[], decodes=[], chunks=[]), size),
+            idle=partial(rows.idle, size),
         )
-        return [result[: len(plan.decodes)] for result in results]
-
-    def _padded(self, plan: StepPlan, size: int) -> list[Tensor]:
-        """Build on the host the inputs of a step without chunks, with idle rows up to `size`."""
-        assert isinstance(self._attention, VarlenAttention | MixedAttention)
-        tokens, positions, rows = flatten(plan)
-        idle = [0] * (size - len(rows))
-        return [
-            torch.tensor(tokens + idle),
-            torch.tensor(positions + idle),
-            *self._adapters.factors(plan, pad_to=size),
-            *self._attention.indices(plan, pad_to=size),
-        ]
+        return [result[: rows.count] for result in results]
 
     def _compute(
         self, plan: StepPlan, tokens: Tensor, positions: Tensor, *rest: Tensor
@@ -128,14 +128,30 @@ class Runner:
         return torch.cat(parts, dim=1)
 
 
-def flatten(plan: StepPlan) -> tuple[list[int], list[int], list[int]]:
-    """List tokens and positions of all rows of a step, and the rows whose next token is drawn."""
-    tokens = [s.tokens[s.cached - 1] for s in plan.decodes]
-    positions = [s.cached - 1 for s in plan.decodes]
-    rows = list(range(len(tokens)))
+def _joined(decodes: DecodeRows, inputs: Sequence[Tensor], num_factors: int) -> list[Tensor]:
+    """Put decodes before the inputs of chunks: the tokens, the positions and the adapters' factors
+    of all, then the indices of both.
+    """
+    both = [decodes.tokens, decodes.positions, *decodes.factors]
+    count = 2 + num_factors
+    joined = [torch.cat(parts) for parts in zip(both, inputs[:count], strict=True)]
+    return [*joined, *decodes.indices(), *inputs[count:]]
+
+
+def flatten(plan: StepPlan, *, with_decodes: bool = True) -> tuple[list[int], list[int], list[int]]:
+    """List tokens and positions of all rows of a step, and the rows whose next token is drawn.
+
+    Args:
+        with_decodes: whether to list those of decodes; their rows are counted in any case.
+    """
+    decodes = plan.decodes if with_decodes else []
+    tokens = [s.tokens[s.cached - 1] for s in decodes]
+    positions = [s.cached - 1 for s in decodes]
+    rows = list(range(len(plan.decodes)))
+    before = len(rows) - len(tokens)
     for chunk in plan.chunks:
         tokens += chunk.sample.tokens[chunk.start : chunk.stop]
         positions += range(chunk.start, chunk.stop)
         if chunk.is_last:
-            rows.append(len(tokens) - 1)
+            rows.append(before + len(tokens) - 1)
     return tokens, positions, rows

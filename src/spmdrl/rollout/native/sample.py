@@ -13,6 +13,13 @@ from spmdrl.rollout.protocol import Completion, Ending, Finish, Request
 
 
 @dataclass(kw_only=True, eq=False)
+class Clock:
+    """Number of steps that a scheduler has planned."""
+
+    steps: int = 0
+
+
+@dataclass(kw_only=True, eq=False)
 class Sample:
     """State of one sample.
 
@@ -28,7 +35,8 @@ class Sample:
         followers: samples of the same prompt that wait for this one to compute it.
         blocks: cache blocks, in the order of the tokens they hold.
         slot: slot of recurrent layers' states, if the model has any and the sample is computed.
-        cached: number of tokens whose keys and values are in the cache.
+        order: number by which running samples are ordered, oldest first; -1 if it does not run.
+        due: the step before which its block for the next token must be looked at.
         expert_rows: rows of an `ExpertRecord`, for the first tokens.
         given: ranges of the generated tokens that were given in answer to its turns.
         turn_limit: most tokens of its turn, if its answer said so.
@@ -47,7 +55,8 @@ class Sample:
     followers: list[Sample] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     slot: int | None = None
-    cached: int = 0
+    order: int = -1
+    due: int = -1
     expert_rows: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
@@ -58,6 +67,28 @@ class Sample:
     waits: Finish | None = None
     rewards: list[float] = field(default_factory=list)
     ending: Ending | None = None
+    _cached: int = field(default=0, init=False)
+    _clock: Clock | None = field(default=None, init=False)
+
+    @property
+    def cached(self) -> int:
+        """Number of tokens whose keys and values are in the cache."""
+        return self._cached if self._clock is None else self._cached + self._clock.steps
+
+    @cached.setter
+    def cached(self, number: int) -> None:
+        self._cached, self._clock = number, None
+
+    @property
+    def is_seated(self) -> bool:
+        """Whether it decodes in every step: `cached` then grows with its scheduler's clock, and its
+        newest results may be in a `Ledger` instead of its own lists.
+        """
+        return self._clock is not None
+
+    def seat(self, clock: Clock) -> None:
+        """Count a cached token for each step from now on, until `cached` is set."""
+        self._cached, self._clock = self.cached - clock.steps, clock
 
     @property
     def prompt_length(self) -> int:
@@ -114,7 +145,9 @@ class Sample:
     @property
     def is_decoding(self) -> bool:
         """Whether only the newest token is not in the cache yet."""
-        return self.cached == len(self.tokens) - 1 and self.num_generated > 0
+        if self._clock is not None:
+            return True
+        return self._cached == len(self.tokens) - 1 and self.num_generated > 0
 
     def next_key(self) -> int:
         """Return the random key of the next token: no two tokens of a sample have the same."""

@@ -47,6 +47,43 @@ class Draws:
     support: Ragged | None = None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _AskedKind:
+    """Draws of one kind.
+
+    Args:
+        members: their places among all, on the host; `place` has them on the device.
+        rows: row of logits of each; None: all rows in order.
+        temperature: [n, 1]; None: all are 1.
+        margins: whether any asks for margins.
+        limits: of `truncate`.
+        most: candidates that they are drawn from at first.
+        support: whether each asks for its support, bool [n]; None: none does.
+    """
+
+    kind: str
+    members: Tensor
+    place: Tensor
+    rows: Tensor | None
+    temperature: Tensor | None
+    margins: bool
+    limits: tuple[Tensor, Tensor, Tensor]
+    most: int
+    support: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Asked:
+    """Draws that are prepared.
+
+    Args:
+        place: places of the draws among those of the kinds, one after the other; None: one kind.
+    """
+
+    kinds: Sequence[_AskedKind]
+    place: Tensor | None
+
+
 def rows_at_once(vocab_size: int, device: torch.device) -> int:
     """Rows that are drawn together: few enough that logits and noise stay in the CPU's second-level
     cache, and that the buffers take at most a few hundred megabytes of a GPU.
@@ -71,63 +108,102 @@ class Sampler:
         rows: Sequence[int] | None = None,  # N, the row of logits of each; all by default
     ) -> Draws:
         """Draw N tokens; margins mean something only where they are asked for."""
-        rows = range(len(params)) if rows is None else rows
+        [key] = to_device([key_tensor(keys, _HOST)], self._device)
+        return self.draw(logits, self.ask(params, rows, logits.shape[0]), key)
+
+    def ask(
+        self,
+        params: Sequence[SamplingParams],  # N
+        rows: Sequence[int] | None,  # N, the row of logits of each; all by default
+        num_rows: int,
+    ) -> Asked:
+        """Prepare draws from `num_rows` rows of logits, for any number of steps."""
         members: dict[str, list[int]] = {}
         for i, p in enumerate(params):
             members.setdefault(_kind(p), []).append(i)
-        parts = [
-            self._sample_kind(
-                kind,
-                logits,
-                [params[i] for i in own],
-                [keys[i] for i in own],
-                [rows[i] for i in own],
-            )
+        rows = range(len(params)) if rows is None else rows
+        kinds = [
+            self._ask_kind(kind, own, [params[i] for i in own], [rows[i] for i in own], num_rows)
             for kind, own in members.items()
         ]
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([i for own in members.values() for i in own])
-        [place] = to_device([order.argsort()], self._device)
+        place = None
+        if len(kinds) > 1:
+            order = torch.tensor([i for own in members.values() for i in own])
+            [place] = to_device([order.argsort()], self._device)
+        return Asked(kinds=kinds, place=place)
+
+    def _ask_kind(
+        self,
+        kind: str,
+        own: list[int],
+        params: list[SamplingParams],
+        rows: list[int],
+        num_rows: int,
+    ) -> _AskedKind:
+        temperatures = [p.temperature for p in params]
+        vocabulary = self._noise.index_hash.shape[0]
+        place, row, temperature, top_k, top_p, min_p, support = to_device(
+            [
+                torch.tensor(own),
+                torch.tensor(rows),
+                torch.tensor(temperatures),
+                torch.tensor([p.top_k or vocabulary for p in params]),
+                torch.tensor([p.top_p for p in params]),
+                torch.tensor([p.min_p for p in params]),
+                torch.tensor([p.support for p in params]),
+            ],
+            self._device,
+        )
+        return _AskedKind(
+            kind=kind,
+            members=torch.tensor(own),
+            place=place,
+            rows=None if rows == list(range(num_rows)) else row,
+            # a column even if all are equal: CUDA multiplies by a number's rounded inverse
+            temperature=temperature[:, None] if any(t != 1 for t in temperatures) else None,
+            margins=any(p.margins for p in params),
+            limits=(top_k, top_p[:, None], min_p[:, None]),
+            most=max(p.top_k or _CANDIDATES for p in params),
+            support=support if any(p.support for p in params) else None,
+        )
+
+    def draw(self, logits: Tensor, asked: Asked, keys: Tensor) -> Draws:
+        """Draw the tokens that were asked for.
+
+        Args:
+            logits: `[R, V]` float32, overwritten.
+            keys: keys of the tokens, int64 `[N]` on the device.
+        """
+        if asked.place is None:
+            return self._draw_kind(logits, asked.kinds[0], keys)
+        parts = [self._draw_kind(logits, kind, keys[kind.place]) for kind in asked.kinds]
         support = None
-        for own, part in zip(members.values(), parts, strict=True):
+        for kind, part in zip(asked.kinds, parts, strict=True):
             if part.support is not None:  # only one kind has it, so its rows are in order
-                counts = torch.zeros(len(params), dtype=torch.int32)
-                counts[torch.tensor(own)] = part.support.counts
+                counts = torch.zeros(len(keys), dtype=torch.int32)
+                counts[kind.members] = part.support.counts
                 support = Ragged(counts=counts, values=part.support.values)
         joined = _join(parts)
         return Draws(
-            tokens=joined.tokens[place],
-            logprobs=joined.logprobs[place],
-            margins=joined.margins[place],
+            tokens=joined.tokens[asked.place],
+            logprobs=joined.logprobs[asked.place],
+            margins=joined.margins[asked.place],
             support=support,
         )
 
-    def _sample_kind(
-        self,
-        kind: str,
-        logits: Tensor,
-        params: list[SamplingParams],
-        keys: list[int],
-        rows: list[int],
-    ) -> Draws:
-        temperatures = [p.temperature for p in params]
-        row, key, temperature = to_device(
-            [torch.tensor(rows), key_tensor(keys, _HOST), torch.tensor(temperatures)], self._device
-        )
-        if rows != list(range(logits.shape[0])):
-            logits = logits[row]
-        asked = any(p.margins for p in params)
-        if kind == "greedy":
-            return _greedy(logits, asked)
-        if any(t != 1 for t in temperatures):
-            # a column even if all are equal: CUDA multiplies by a number's rounded inverse
-            logits.div_(temperature[:, None])
-        if kind == "truncated":
-            return self._truncated(logits, params, key, asked)
-        starts = range(0, len(params), self._rows)
+    def _draw_kind(self, logits: Tensor, asked: _AskedKind, key: Tensor) -> Draws:
+        if asked.rows is not None:
+            logits = logits[asked.rows]
+        if asked.kind == "greedy":
+            return _greedy(logits, asked.margins)
+        if asked.temperature is not None:
+            logits.div_(asked.temperature)
+        if asked.kind == "truncated":
+            return self._truncated(logits, asked, key)
+        starts = range(0, len(key), self._rows)
         parts = [
-            self._plain(logits[i : i + self._rows], key[i : i + self._rows], asked) for i in starts
+            self._plain(logits[i : i + self._rows], key[i : i + self._rows], asked.margins)
+            for i in starts
         ]
         return parts[0] if len(parts) == 1 else _join(parts)
 
@@ -140,22 +216,10 @@ class Sampler:
         margins = _margins(scores.log_() if asked else scores, asked)
         return Draws(tokens=tokens, logprobs=logprobs, margins=margins)
 
-    def _truncated(
-        self, logits: Tensor, params: list[SamplingParams], keys: Tensor, asked: bool
-    ) -> Draws:
-        vocabulary = logits.shape[1]
-        largest = max(p.top_k or _CANDIDATES for p in params)
-        top_k, top_p, min_p = to_device(
-            [
-                torch.tensor([p.top_k or vocabulary for p in params]),
-                torch.tensor([p.top_p for p in params]),
-                torch.tensor([p.min_p for p in params]),
-            ],
-            self._device,
-        )
-        limits = top_k, top_p[:, None], min_p[:, None]
+    def _truncated(self, logits: Tensor, asked: _AskedKind, keys: Tensor) -> Draws:
+        vocabulary, limits = logits.shape[1], asked.limits
         # One candidate beyond the limit gives the distance to it.
-        count = min(vocabulary, largest + 1)
+        count = min(vocabulary, asked.most + 1)
         total = logits.logsumexp(-1, keepdim=True)
         values, tokens = logits.topk(count, dim=-1)
         keep, distance = truncate(values, total, *limits)
@@ -176,18 +240,17 @@ class Sampler:
         return Draws(
             tokens=tokens.gather(1, place)[:, 0],
             logprobs=logprobs,
-            margins=torch.minimum(_margins(scores, asked), distance),
-            support=self._support(tokens, keep, left, params),
+            margins=torch.minimum(_margins(scores, asked.margins), distance),
+            support=self._support(tokens, keep, left, asked.support),
         )
 
     def _support(
-        self, tokens: Tensor, keep: Tensor, left: Tensor, params: list[SamplingParams]
+        self, tokens: Tensor, keep: Tensor, left: Tensor, asked: Tensor | None
     ) -> Ragged | None:
         """Return the kept ids of rows that ask for them, if they are few but not all."""
-        if not any(p.support for p in params):
+        if asked is None:
             return None
-        wanted = torch.tensor([p.support for p in params], device=self._device)
-        wanted &= (left <= MAX_SUPPORT) & (left < self._noise.index_hash.shape[0])
+        wanted = asked & (left <= MAX_SUPPORT) & (left < self._noise.index_hash.shape[0])
         ids = tokens[keep & wanted[:, None]].to(torch.int32).cpu()
         return Ragged(counts=(left * wanted).to(torch.int32).cpu(), values=ids)
 

@@ -3,15 +3,18 @@
 Continuous batching: every running sample decodes one token per step; prompts are computed in
 chunks in the same steps, up to a token budget. Decisions are pure Python on the host and depend
 only on the requests and the tokens, so that tensor-parallel ranks take the same ones.
+
+A step looks at the decoding samples that need another block, and at those that begin or end.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from spmdrl.rollout.native.blocks import BlockPool
+from spmdrl.rollout.native.running import Running
 from spmdrl.rollout.native.sample import Sample
 from spmdrl.rollout.native.shared_prefix import SharedPrefix
 from spmdrl.rollout.native.step_plan import Chunk, StepPlan
@@ -29,6 +32,8 @@ class Scheduler:
         prefill_tokens: most prompt tokens per step.
         slots: slots of recurrent layers' states, if the model has any. Shared ones are copied
             before they are written, as blocks are.
+        settle: function that is told of a sample which decodes no longer, before anything reads
+            its tokens.
     """
 
     def __init__(
@@ -41,9 +46,10 @@ class Scheduler:
         prefill_tokens: int,
         prefix: int = 0,
         slots: BlockPool | None = None,
+        settle: Callable[[Sample], None] = lambda sample: None,
     ) -> None:
         self.pool, self.slots = pool, slots
-        self.running: list[Sample] = []  # oldest first
+        self.running = Running(block_size, settle)
         self._ready: deque[Sample] = deque()  # prompt computed and shared, first token drawn
         self._waiting: deque[Sample] = deque(samples)  # to be computed from their first token
         self._parked: list[Sample] = []  # wait for the answers to their turns
@@ -74,16 +80,16 @@ class Scheduler:
         """Plan the next step. Its chunks and decodes count as cached from now on."""
         copies: dict[Sample, tuple[int, int]] = {}
         self._slot_copies = {}
-        decodes = self._plan_decodes(copies)
+        self._plan_decodes(copies)
         budget = self._prefill_tokens
         chunks: list[Chunk] = []
-        for sample in self.running:
-            if budget and not sample.is_decoding and self._own_slot(sample):
+        for sample in self.running.computing:
+            if budget and self._own_slot(sample):
                 budget -= self._take(sample, budget, chunks)
-        self._start_ready(decodes, copies)
+        decodes = self._start_ready(copies)
         budget = self._start_answered(budget, chunks, copies)
         while budget and self._waiting and not self._ready and self._has_room():
-            if self._prefix.owner in self.running:
+            if self._prefix.owner in self.running.samples:
                 break  # until the prefix is computed
             if not self._admit(self._waiting[0], copies):
                 if decodes or chunks or not self._evict():
@@ -93,8 +99,7 @@ class Scheduler:
         assert decodes or chunks, "the scheduler found nothing to do"
         for chunk in chunks:
             chunk.sample.cached = chunk.stop
-        for sample in decodes:
-            sample.cached += 1
+        self.running.clock.steps += 1
         self._prefix.keep()
         if not self._waiting:
             self._prefix.drop()
@@ -103,6 +108,7 @@ class Scheduler:
             decodes=decodes,
             chunks=chunks,
             slot_copies=list(self._slot_copies.values()),
+            moved=self.running.moved,
         )
 
     def fork(self, leader: Sample) -> list[Sample]:
@@ -149,7 +155,10 @@ class Scheduler:
         self.resume(sample)
 
     def _remove(self, sample: Sample) -> None:
-        for queue in (self.running, self._ready, self._parked):
+        if sample.order >= 0:
+            self.running.leave(sample)
+            return
+        for queue in (self._ready, self._parked):
             if sample in queue:
                 queue.remove(sample)
                 return
@@ -159,7 +168,7 @@ class Scheduler:
         return {
             "pool": self.pool.state(),
             "slots": None if self.slots is None else self.slots.state(),
-            "running": [number[s] for s in self.running],
+            "running": [number[s] for s in self.running.samples],
             "ready": [number[s] for s in self._ready],
             "waiting": [number[s] for s in self._waiting],
             "parked": [number[s] for s in self._parked],
@@ -173,7 +182,8 @@ class Scheduler:
         self.pool.restore(state["pool"])
         if self.slots is not None:
             self.slots.restore(state["slots"])
-        self.running = [samples[i] for i in state["running"]]
+        for i in state["running"]:
+            self.running.enter(samples[i])
         self._ready = deque(samples[i] for i in state["ready"])
         self._waiting = deque(samples[i] for i in state["waiting"])
         # which checkpoints of 0.2 and before lack
@@ -185,35 +195,34 @@ class Scheduler:
     def _has_room(self) -> bool:
         return len(self.running) < self._max_running
 
-    def _plan_decodes(self, copies: dict[Sample, tuple[int, int]]) -> list[Sample]:
+    def _plan_decodes(self, copies: dict[Sample, tuple[int, int]]) -> None:
         """Reserve a slot for the newest token of every decoding sample, oldest first."""
-        decodes = []
-        i = 0
-        while i < len(self.running):
-            sample = self.running[i]
-            i += 1
-            if not sample.is_decoding:
-                continue
+        for sample in self.running.due():
+            if sample.order < 0:
+                continue  # it was preempted for an older one
             while not self._reserve(sample, copies):
                 victim = self._preempt(copies)
                 if victim is sample:
                     break
             else:
-                decodes.append(sample)
-        return decodes
+                self.running.decode(sample)
 
-    def _start_ready(self, decodes: list[Sample], copies: dict[Sample, tuple[int, int]]) -> None:
+    def _start_ready(self, copies: dict[Sample, tuple[int, int]]) -> list[Sample]:
+        """Let samples decode whose prompt was computed; returns all samples that decode."""
         while self._ready and self._has_room():
             sample = self._ready.popleft()
-            while not self._reserve(sample, copies):
-                if self._prefix.drop():
-                    continue
-                if self.running or not self._ready:
-                    self._ready.appendleft(sample)
-                    return
+            if self._reserve(sample, copies):
+                self.running.enter(sample)
+                self.running.decode(sample)
+            elif self._prefix.drop():
+                self._ready.appendleft(sample)
+            elif self.running or not self._ready:
+                self._ready.appendleft(sample)
+                break
+            else:
                 self._preempt(copies)
-            self.running.append(sample)
-            decodes.append(sample)
+                self._ready.appendleft(sample)
+        return self.running.seated()
 
     def _start_answered(
         self, budget: int, chunks: list[Chunk], copies: dict[Sample, tuple[int, int]]
@@ -229,7 +238,7 @@ class Scheduler:
                 self._release(sample)  # it is computed again, with as many blocks as there are
                 self._waiting.appendleft(self._answered.popleft())
                 continue
-            self.running.append(self._answered.popleft())
+            self.running.enter(self._answered.popleft())
             budget -= self._take(sample, budget, chunks)
         return budget
 
@@ -304,7 +313,11 @@ class Scheduler:
         """
         if self._prefix.drop() or self._evict():
             return None
-        victim = self._ready.pop() if self._ready else self.running.pop()
+        if self._ready:
+            victim = self._ready.pop()
+        else:
+            victim = self.running.samples[-1]
+            self.running.leave(victim)
         copies.pop(victim, None)
         self._slot_copies.pop(victim, None)
         self._release(victim)
@@ -340,7 +353,7 @@ class Scheduler:
                 sample.slot = self._prefix.slot
             self._own_slot(sample)
         sample.expert_rows += rows[len(sample.expert_rows) : cached]
-        self.running.append(sample)
+        self.running.enter(sample)
         return True
 
     def _has_slots(self, sample: Sample) -> bool:
@@ -349,7 +362,7 @@ class Scheduler:
         """
         if self.slots is None:
             return True
-        computing = [*(s for s in self.running if not s.is_decoding), sample]
+        computing = [*self.running.computing, sample]
         shared = sum(bool(s.followers) + (s is self._prefix.owner) for s in computing)
         return self.slots.num_free > shared
 
@@ -367,7 +380,7 @@ class Scheduler:
             return self._prefix.blocks, self._prefix.cached, []
         # At least one prompt token is computed, because the last one's row is needed.
         tokens = (sample.prompt_length - 1) // self._block_size * self._block_size
-        for other in self.running if tokens > self._prefix.cached else ():
+        for other in self.running.samples if tokens > self._prefix.cached else ():
             if other.index == sample.index and other.cached >= tokens and not other.parts:
                 return other.blocks, tokens, other.expert_rows
         return self._prefix.blocks, self._prefix.cached, []
@@ -380,13 +393,19 @@ class Scheduler:
 
 
 def sampled(plan: StepPlan, scheduler: Scheduler) -> tuple[list[Sample], list[int]]:
-    """List the samples that get a token from this step, and the row of logits of each.
+    """List the samples that get a token from this step, and the row of logits of each."""
+    joined, rows = joining(plan, scheduler)
+    return [*plan.decodes, *joined], [*range(len(plan.decodes)), *rows]
+
+
+def joining(plan: StepPlan, scheduler: Scheduler) -> tuple[list[Sample], list[int]]:
+    """List the samples that get a token from a step's chunks, and the row of logits of each.
 
     A prompt's last row serves its sample and the followers, which share its blocks from now on.
     """
-    samples = list(plan.decodes)
-    rows = list(range(len(samples)))
-    row = len(samples)
+    samples: list[Sample] = []
+    rows: list[int] = []
+    row = len(plan.decodes)
     for chunk in plan.chunks:
         if not chunk.is_last:
             continue

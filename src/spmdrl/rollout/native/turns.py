@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from spmdrl.rollout.lockstep import Lockstep
 from spmdrl.rollout.native.sample import Sample
 from spmdrl.rollout.native.scheduler import Scheduler
@@ -51,18 +54,19 @@ class TurnTaking:
         self._tell(sample, finish)
         return False
 
-    def step(self, stop: bool, tokens: Sequence[int]) -> tuple[bool, list[int], int]:
+    def step(self, stop: bool, tokens: NDArray[np.int64]) -> tuple[bool, NDArray[np.int64], int]:
         """Send the leader's message of a step: whether to stop, the tokens that were drawn, and
         the answers that have arrived; these are applied.
 
         Returns the first two, and the number of samples that an answer ended.
         """
-        if self._turns is None:
-            stopped, *drawn = self._group.from_leader([int(stop), *tokens])
-            return bool(stopped), drawn, 0
-        arrived = self._arrived(0.0)
-        stopped, length, *drawn = self._group.from_leader([int(stop), len(arrived), *tokens])
-        return bool(stopped), drawn, self._apply(arrived, length)
+        arrived = [] if self._turns is None else self._arrived(0.0)
+        if self._group.is_alone:
+            return stop, tokens, self._apply(arrived, len(arrived))
+        stopped, length, *drawn = self._group.from_leader(
+            [int(stop), len(arrived), *tokens.tolist()]
+        )
+        return bool(stopped), np.array(drawn, np.int64), self._apply(arrived, length)
 
     def wait(self, should_stop: Callable[[], bool] | None) -> tuple[bool, int]:
         """Wait a moment for an answer while no sample can be computed; returns whether to stop, and

@@ -12,10 +12,12 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
 
 from spmdrl.models.linear import LEAST_CAPABILITY
+from spmdrl.rollout.native.attention import decode_indices, places_of
 from spmdrl.rollout.native.cache import CacheShape, LayerCache
 from spmdrl.rollout.native.step_plan import StepPlan
 
@@ -114,32 +116,56 @@ class VarlenAttention:
         """See `PagedAttention.indices`.
 
         Args:
-            pad_to: pad to this many samples, with idle ones; all shapes depend on it only.
+            pad_to: pad to this many samples, with idle ones.
         """
+        own = decode_indices(
+            plan, self._shape.block_size, pad_to=pad_to, idle=self._shape.num_blocks
+        )
+        return [*own, *self.chunk_indices(plan)]
+
+    def chunk_indices(self, plan: StepPlan) -> list[Tensor]:
+        """See `PagedAttention.chunk_indices`: slots, blocks, numbers of keys, and the first rows
+        among the step's; none without chunks.
+        """
+        if not plan.chunks:
+            return []
         size, trash = self._shape.block_size, self._shape.num_blocks
-        spans = [(s.blocks, s.cached - 1, s.cached) for s in plan.decodes]
-        spans += [(c.sample.blocks, c.start, c.stop) for c in plan.chunks]
-        spans += [([trash], 0, 1)] * (pad_to - len(spans))
         slots = [
-            blocks[i // size] * size + i % size
-            for blocks, start, stop in spans
-            for i in range(start, stop)
+            chunk.sample.blocks[i // size] * size + i % size
+            for chunk in plan.chunks
+            for i in range(chunk.start, chunk.stop)
         ]
-        width = max(len(blocks) for blocks, _, _ in spans)
-        table = torch.zeros(len(spans), self._max_blocks if pad_to else width, dtype=torch.int32)
-        table[:, :width] = torch.tensor(
-            [blocks + [trash] * (width - len(blocks)) for blocks, _, _ in spans], dtype=torch.int32
-        )
-        used = [stop for _, _, stop in spans]
-        starts = [0, *accumulate(stop - start for _, start, stop in spans)]
-        lengths = (
-            torch.tensor(x, dtype=torch.int32) for x in (used, starts, [0, *accumulate(used)])
-        )
-        return [torch.tensor(slots), table, *lengths]
+        held = [chunk.sample.blocks for chunk in plan.chunks]
+        width = max(map(len, held))
+        first = len(plan.decodes)
+        starts = [
+            *range(first),
+            *accumulate((c.stop - c.start for c in plan.chunks), initial=first),
+        ]
+        return [
+            torch.tensor(slots),
+            torch.tensor([blocks + [trash] * (width - len(blocks)) for blocks in held]).int(),
+            torch.tensor([chunk.stop for chunk in plan.chunks], dtype=torch.int32),
+            torch.tensor(starts, dtype=torch.int32),
+        ]
 
     def prepare(self, plan: StepPlan, indices: Sequence[Tensor]) -> None:
-        self._indices = indices
+        positions, table, *chunked = indices
         self._max_query = max((c.stop - c.start for c in plan.chunks), default=1)
+        used = (positions + 1).to(torch.int32)
+        slots = positions
+        if len(positions):
+            blocks, offsets = places_of(positions, table, self._shape.block_size)
+            slots = blocks * self._shape.block_size + offsets
+        if chunked:
+            own_slots, own_table, own_used, starts = chunked
+            width = max(table.shape[1], own_table.shape[1])
+            slots, used = torch.cat((slots, own_slots)), torch.cat((used, own_used))
+            table = torch.cat([_widened(part, width) for part in (table, own_table)])
+        else:
+            starts = torch.arange(len(positions) + 1, dtype=torch.int32, device=used.device)
+        key_starts = F.pad(used.cumsum(0, dtype=torch.int32), (1, 0))
+        self._indices = slots, table, used, starts, key_starts
 
     def caches(self) -> Sequence[Tensor]:
         return [*self._keys.values(), *self._values.values()]
@@ -184,6 +210,10 @@ class VarlenAttention:
             assert isinstance(out, Tensor)
             return out
         return _without_sinks(out[0], out[1], sinks)
+
+
+def _widened(table: Tensor, width: int) -> Tensor:
+    return F.pad(table, (0, width - table.shape[1]))
 
 
 def _lse_too() -> object:

@@ -23,6 +23,7 @@ from spmdrl.rollout.native.recurrent import (
     recurrent_layers,
     slots_needed,
 )
+from spmdrl.rollout.native.rows import RowBuffers
 from spmdrl.rollout.native.runner import Runner
 from spmdrl.rollout.native.varlen import BLOCK_MULTIPLE, VarlenAttention, pages_are_usable
 from spmdrl.rollout.protocol import Request
@@ -56,7 +57,8 @@ class NativeOptions(RolloutSection):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A cache of `num_blocks` and `num_slots`, attention over it, and the runner of steps with it.
+    """A cache of `num_blocks` and `num_slots`, attention over it, the runner of steps with it, and
+    storage of the rows that they decode.
 
     Args:
         num_slots: number of slots of recurrent layers' states; 0 if the model has none.
@@ -66,6 +68,7 @@ class Work:
     num_slots: int
     attention: PagedAttention
     runner: Runner
+    rows: RowBuffers
 
     def has_room(self, num_blocks: int, num_slots: int) -> bool:
         """Whether it has a cache of this size and at least so many slots."""
@@ -192,9 +195,9 @@ class Workspace:
         self.release()
         shape, options = self._shape(num_blocks), self._options
         attention: PagedAttention
+        most = -(-min(self._model.max_position, num_blocks * self.block_size) // self.block_size)
         if self._paged:
-            longest = min(self._model.max_position, num_blocks * self.block_size)
-            attention = VarlenAttention(shape, max_blocks=-(-longest // self.block_size))
+            attention = VarlenAttention(shape, max_blocks=most)
         elif has_compiled_code(shape):
             attention = CompiledAttention(shape)
         else:
@@ -204,8 +207,20 @@ class Workspace:
         if self._graphs is None and self.captures_graphs:
             self._graphs = DecodeGraphs(options.max_running, self._device)
         runner = Runner(self._decoder, attention, self._device, graphs=self._graphs)
+        rows = RowBuffers(
+            options.max_running,
+            most if self._paged else 1,
+            self._device,
+            trash=num_blocks if self._paged else 0,
+            idle_slot=num_slots if self._recurrent else None,
+            fixed=self._paged,
+        )
         self._work = Work(
-            num_blocks=num_blocks, num_slots=num_slots, attention=attention, runner=runner
+            num_blocks=num_blocks,
+            num_slots=num_slots,
+            attention=attention,
+            runner=runner,
+            rows=rows,
         )
         return self._work
 

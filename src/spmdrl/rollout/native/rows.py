@@ -1,0 +1,303 @@
+"""`RowState`: the decoding samples as rows of tensors on the device, which advance there.
+
+A step changes nothing on the host but a few counters, and moves nothing to the device but the
+blocks that some rows have begun. When rows begin or end, the host writes all of them anew, in one
+copy: it knows everything but the newest tokens, which stay on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spmdrl.keyed_random import chain_all
+from spmdrl.memory.host_copies import to_device
+from spmdrl.rollout.native.sample import Sample
+from spmdrl.rollout.native.step_plan import StepPlan
+
+_KEYS_AHEAD = 8
+"""Steps whose random keys are computed together."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DecodeRows:
+    """Rows of the decodes of one step, on the device.
+
+    Args:
+        tokens: newest token of each, int64 [n].
+        positions: its place in its sequence, int64 [n].
+        table: blocks, int32 [n, W].
+        slots: slots of recurrent layers' states, int64 [n], if the model has any.
+        factors: each adapter's factor of every row, [n, 1], where rows have different ones.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    table: Tensor
+    slots: Tensor | None
+    factors: Sequence[Tensor] = ()
+
+    def indices(self) -> list[Tensor]:
+        """Return what `PagedAttention.prepare` takes of decodes."""
+        return [*([] if self.slots is None else [self.slots]), self.positions, self.table]
+
+    def tensors(self) -> list[Tensor]:
+        """Return what a step reads of them: tokens, positions, factors, indices."""
+        return [self.tokens, self.positions, *self.factors, *self.indices()]
+
+
+class RowBuffers:
+    """Storage of rows at fixed addresses, which graphs read in place.
+
+    Args:
+        num_rows: most rows.
+        num_blocks: most blocks of a row; a wider table is made where rows need it, unless it is
+            `fixed`.
+        trash: block that idle rows write to.
+        idle_slot: slot of idle rows; None without recurrent layers.
+        fixed: whether all rows and blocks are read in every step, beyond those that are used.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        num_blocks: int,
+        device: torch.device,
+        *,
+        trash: int = 0,
+        idle_slot: int | None = None,
+        fixed: bool = False,
+    ) -> None:
+        self.device, self.trash, self.idle_slot, self.is_fixed = device, trash, idle_slot, fixed
+        self.num_rows = num_rows
+        self.numbers = torch.zeros(2 if idle_slot is None else 3, num_rows, dtype=torch.int64)
+        self.numbers = self.numbers.to(device)
+        self.table = torch.zeros(num_rows, num_blocks, dtype=torch.int32, device=device)
+        self.factors: dict[str, Tensor] = {}
+
+    def view(self, count: int, width: int, adapters: Sequence[str]) -> DecodeRows:
+        """Return the first rows; all blocks of them if the width is fixed."""
+        table = self.table[:count] if self.is_fixed else self.table[:count, :width]
+        return DecodeRows(
+            tokens=self.numbers[0, :count],
+            positions=self.numbers[1, :count],
+            table=table,
+            slots=None if self.idle_slot is None else self.numbers[2, :count],
+            factors=[self.factors[name][:count] for name in adapters],
+        )
+
+    def idle(self, count: int, adapters: Sequence[str]) -> list[Tensor]:
+        """Make tensors of the shapes of `view(count).tensors()` in which every row is idle."""
+        numbers = torch.zeros_like(self.numbers[:, :count])
+        table = torch.zeros_like(self.table[:count])
+        table[:, 0] = self.trash
+        if self.idle_slot is not None:
+            numbers[2] = self.idle_slot
+        return DecodeRows(
+            tokens=numbers[0],
+            positions=numbers[1],
+            table=table,
+            slots=None if self.idle_slot is None else numbers[2],
+            factors=[torch.zeros_like(self.factors[name][:count]) for name in adapters],
+        ).tensors()
+
+    def begin(self, adapters: Sequence[str], dtype: torch.dtype) -> None:
+        """Begin a call: all rows are idle."""
+        none = self.numbers[0, :0]
+        self.write(self.num_rows, none, none, none, self.table[:0])
+        for name in adapters:
+            if name not in self.factors:
+                zeros = torch.zeros(self.num_rows, 1, dtype=dtype, device=self.device)
+                self.factors[name] = zeros
+            self.factors[name].zero_()
+
+    def write(
+        self, before: int, tokens: Tensor, positions: Tensor, slots: Tensor, table: Tensor
+    ) -> None:
+        """Write the first rows; others up to `before` become idle."""
+        count, width = table.shape
+        self.numbers[0, :count], self.numbers[1, :count] = tokens, positions
+        self.table[:count, :width] = table
+        if self.idle_slot is not None:
+            self.numbers[2, :count] = slots
+        if count < before and self.is_fixed:
+            self.numbers[:2, count:before] = 0
+            self.table[count:before, 0] = self.trash
+            if self.idle_slot is not None:
+                self.numbers[2, count:before] = self.idle_slot
+
+    def widen(self, width: int) -> int:
+        """Let rows have so many blocks at least; returns how many they can have now."""
+        held = self.table.shape[1]
+        if width > held:
+            assert not self.is_fixed, (width, held)
+            self.table = F.pad(self.table, (0, 2 * width - held))
+        return self.table.shape[1]
+
+
+class RowState:
+    """The rows of one call's decodes.
+
+    Args:
+        adapters: names of the adapters of which rows have different ones.
+        dtype: dtype of their factors.
+    """
+
+    def __init__(
+        self,
+        buffers: RowBuffers,
+        block_size: int,
+        adapters: Sequence[str] = (),
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._buffers, self._block_size, self._adapters = buffers, block_size, adapters
+        buffers.begin(adapters, dtype)
+        self._samples: list[Sample] = []
+        self._row: dict[Sample, int] = {}
+        # of each row, on the host: its length, its key and its blocks
+        self._lengths: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._bases: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._table: NDArray[np.int32] = np.zeros((0, 1), np.int32)
+        self._longest = 0
+        self._view: DecodeRows | None = None
+        self._base = self._keys = torch.zeros(0, dtype=torch.int64, device=buffers.device)
+        self._keys_from = 0
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return len(self._samples)
+
+    def view(self, size: int | None = None) -> DecodeRows:
+        """Return the rows, or the first `size`, of which those that are not used are idle."""
+        width = -(-self._longest // self._block_size)
+        if size is not None:
+            return self._buffers.view(size, width, self._adapters)
+        if self._view is None or self._view.table.shape[1] < width:
+            self._view = self._buffers.view(self.count, width, self._adapters)
+        return self._view
+
+    def idle(self, size: int) -> list[Tensor]:
+        """See `RowBuffers.idle`."""
+        return self._buffers.idle(size, self._adapters)
+
+    def keys(self) -> Tensor:
+        """Return the random keys of the tokens that this step draws, int64 [n] on the device."""
+        at = self._longest - self._keys_from
+        if not at < len(self._keys):
+            lengths = self._buffers.numbers[1, : self.count] + 1
+            ahead = torch.arange(_KEYS_AHEAD, device=lengths.device)[:, None]
+            self._keys = chain_all(self._base, lengths + ahead)
+            self._keys_from, at = self._longest, 0
+        return self._keys[at]
+
+    def update(self, plan: StepPlan, drawn: Tensor | None, place: Mapping[Sample, int]) -> None:
+        """Make the rows those of a plan's decodes.
+
+        Args:
+            drawn: tokens of the step before, int64 [N] on the device; its first ones are those of
+                its decodes.
+            place: places in it of other samples' tokens.
+        """
+        if plan.decodes is not self._samples:
+            self._arrange(plan, drawn, place)
+            return
+        if not self.count:
+            return
+        assert drawn is not None, "rows go on after a step"
+        self._lengths += 1
+        self._longest += 1
+        tokens, positions = self._buffers.numbers[:2, : self.count]
+        tokens.copy_(drawn[: self.count])
+        positions.add_(1)
+        if plan.moved:
+            indices = [torch.tensor(part) for part in self._move(plan)]
+            row, number, block = to_device(indices, self._buffers.device)
+            self._buffers.table.index_put_((row, number), block.to(torch.int32))
+
+    def _move(self, plan: StepPlan) -> tuple[list[int], list[int], list[int]]:
+        """Note the blocks that rows have begun; returns their rows, places and numbers."""
+        rows, numbers = [self._row[s] for s, _ in plan.moved], [i for _, i in plan.moved]
+        blocks = [sample.blocks[number] for sample, number in plan.moved]
+        self._hold(max(numbers) + 1)
+        self._table[rows, numbers] = blocks
+        return rows, numbers, blocks
+
+    def _arrange(self, plan: StepPlan, drawn: Tensor | None, place: Mapping[Sample, int]) -> None:
+        """Write all rows."""
+        samples, known, before = plan.decodes, self._row, self.count
+        source = np.array([known.get(sample, -1) for sample in samples], np.int64)
+        if before:  # of a fresh row these are another's until they are overwritten
+            self._lengths, self._bases = self._lengths[source] + 1, self._bases[source]
+            self._table = self._table[source]
+        else:
+            self._lengths, self._bases = np.zeros((2, len(samples)), np.int64)
+            self._table = np.zeros((len(samples), self._table.shape[1]), np.int32)
+        fresh = [(i, samples[i]) for i in np.flatnonzero(source < 0).tolist()]
+        self._hold(max((len(sample.blocks) for _, sample in fresh), default=1))
+        num_drawn, written = 0 if drawn is None else len(drawn), list[int]()
+        for i, sample in fresh:
+            self._lengths[i], self._bases[i] = sample.cached, sample.key
+            self._table[i] = 0
+            self._table[i, : len(sample.blocks)] = sample.blocks
+            source[i] = place.get(sample, num_drawn + len(written))
+            if sample not in place:
+                written.append(sample.tokens[-1])
+        self._samples, self._row = samples, {sample: i for i, sample in enumerate(samples)}
+        if plan.moved:
+            self._move(plan)
+        self._longest = int(self._lengths.max(initial=0))
+        self._keys, self._keys_from = self._keys[:0], self._longest
+        self._view = None
+        self._write(before, drawn, source, written)
+
+    def _write(
+        self, before: int, drawn: Tensor | None, source: NDArray[np.int64], written: list[int]
+    ) -> None:
+        """Write the rows to the device.
+
+        Args:
+            before: number of rows so far.
+            source: place of each row's token among `drawn` and then `written`.
+        """
+        buffers, asked = self._buffers, [sample.request.adapter for sample in self._samples]
+        if buffers.idle_slot is not None:
+            slots = [sample.slot for sample in self._samples]
+        else:
+            slots = []
+        numbers, table, where, tokens, slot, self._base, *factors = to_device(
+            [
+                torch.from_numpy(self._lengths - 1),
+                torch.from_numpy(self._table),
+                torch.from_numpy(source),
+                torch.tensor(written, dtype=torch.int64),
+                torch.tensor(slots, dtype=torch.int64),
+                torch.from_numpy(self._bases),
+                *(
+                    torch.tensor(
+                        [[name == own] for name in asked], dtype=buffers.factors[own].dtype
+                    )
+                    for own in self._adapters
+                ),
+            ],
+            buffers.device,
+        )
+        if drawn is not None:
+            tokens = torch.cat((drawn, tokens))
+        buffers.write(before, tokens[where], numbers, slot, table)
+        for own, factor in zip(self._adapters, factors, strict=True):
+            buffers.factors[own][: self.count] = factor.view(-1, 1)
+            buffers.factors[own][self.count : before] = 0
+
+    def _hold(self, width: int) -> None:
+        """Make room for so many blocks of a row."""
+        held = self._table.shape[1]
+        if width > held:
+            wide = min(2 * width, self._buffers.widen(width))
+            self._table = np.pad(self._table, ((0, 0), (0, wide - held)))
