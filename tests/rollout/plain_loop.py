@@ -10,12 +10,19 @@ import pytest
 
 from spmdrl.rollout.native import engine as engine_module
 from spmdrl.rollout.native import scheduler as scheduler_module
+from spmdrl.rollout.native.loop import joining
 from spmdrl.rollout.native.running import Running
 from spmdrl.rollout.native.sample import Sample
 from spmdrl.rollout.native.sampler import rows_of
-from spmdrl.rollout.native.scheduler import Scheduler, sampled
+from spmdrl.rollout.native.scheduler import Scheduler
 from spmdrl.rollout.native.step_plan import StepPlan
 from spmdrl.rollout.protocol import Finish
+
+
+def sampled(plan: StepPlan, scheduler: Scheduler) -> tuple[list[Sample], list[int]]:
+    """All samples that get a token from a step, and the row of logits of each."""
+    joined, rows = joining(plan, scheduler)
+    return [*plan.decodes, *joined], [*range(len(plan.decodes)), *rows]
 
 
 class PlainRunning(Running):

@@ -22,9 +22,11 @@ from test_engine_moe import engine_of as moe_engine
 from test_engine_recurrent import model as recurrent_model
 from test_turns import ROUNDS, Scripted
 
+from agreement import assert_same
 from harness import run_ranks
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.rollout.native.engine import NativeEngine
+from spmdrl.rollout.native.loop import StepLoop
 from spmdrl.rollout.protocol import OWN, Completion, Request, Turn
 from spmdrl.testing.engine_subject import stop_after
 from spmdrl.world import World
@@ -223,3 +225,58 @@ def on_ranks(world: World, seeds: list[int]) -> list[bool]:
 @pytest.mark.parametrize("seeds", swept([(0,), tuple(range(200, 220))], [(0,)]), ids=len)
 def test_ranks_in_lockstep_are(seeds: tuple[int, ...]) -> None:
     assert run_ranks(on_ranks, 2, list(seeds)) == [[True] * len(seeds)] * 2
+
+
+def same_tokens(found: list[Any], expected: list[Any], what: str) -> None:
+    """The completions of two lists of `run` are the same up to rounding."""
+    for one, other in zip(found[-4], expected[-4], strict=True):
+        for own, want in zip(one, other, strict=True):
+            assert_same(own, want, what)
+            assert (own.given, own.waits, own.ending) == (want.given, want.waits, want.ending)
+            drawn = len(own.tokens)
+            assert len(own.logprobs) == drawn and len(own.margins) in (0, drawn)
+            if own.support is not None:
+                assert len(own.support.counts) == drawn
+
+
+AHEAD = [seed for seed in range(60) if workload(seed).model != "adapters"]
+
+
+@pytest.mark.parametrize("seed", swept(AHEAD, [seed for seed in BRIEF if seed in AHEAD]))
+def test_a_loop_that_runs_ahead_draws_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device that computes by itself, whose results the host reads a step later."""
+    work = workload(seed)
+    margins = [
+        replace(one, sampling=one.sampling.model_copy(update={"margins": True}))
+        for one in work.requests
+    ]
+    work = replace(work, requests=margins)
+    expected = run(work)
+    open_steps: list[int] = []
+    launch, digest = StepLoop._launch, StepLoop._digest
+    count = [0, 0]  # steps launched, tokens in vain
+
+    def counted_launch(loop: StepLoop, *arguments: Any) -> Any:
+        count[0] += 1
+        open_steps.append(count[0])
+        assert len(open_steps) <= 2
+        return launch(loop, *arguments)
+
+    def counted_digest(loop: StepLoop, step: Any) -> bool:
+        open_steps.pop(0)
+        count[1] += sum(sample in step.plan.decodes for sample in loop._ended)
+        return digest(loop, step)
+
+    monkeypatch.setattr(StepLoop, "_launch", counted_launch)
+    monkeypatch.setattr(StepLoop, "_digest", counted_digest)
+    ran = StepLoop.__init__
+    monkeypatch.setattr(
+        StepLoop, "__init__", lambda loop, **parts: ran(loop, **{**parts, "runs_ahead": True})
+    )
+    found = run(work)
+    same_tokens(found, expected, f"workload {seed}")
+    last = found[-4]
+    turns = sum(len(c.given) + 1 for group in last for c in group)
+    assert count[1] <= turns * (len(work.stops) + 1), "one token in vain for each end of a turn"
+    if not work.stops:
+        assert found[-3][-1] == expected[-3][-1], "tokens in vain are not counted"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from plain_loop import sampled
 from torch import Tensor
 
 from spmdrl.models.blocks.delta_layout import Segment
@@ -23,7 +24,7 @@ from spmdrl.rollout.native.recurrent import (
 )
 from spmdrl.rollout.native.runner import flatten
 from spmdrl.rollout.native.sample import Sample, leaders_of, samples_of
-from spmdrl.rollout.native.scheduler import Scheduler, sampled
+from spmdrl.rollout.native.scheduler import Scheduler
 from spmdrl.rollout.native.step_plan import StepPlan
 from spmdrl.rollout.protocol import Finish, Request, SamplingParams
 

@@ -6,10 +6,11 @@ import random
 from typing import Any
 
 import pytest
+from plain_loop import sampled
 
 from spmdrl.rollout.native.blocks import BlockPool
 from spmdrl.rollout.native.sample import Sample, samples_of
-from spmdrl.rollout.native.scheduler import Scheduler, sampled
+from spmdrl.rollout.native.scheduler import Scheduler
 from spmdrl.rollout.native.shared_prefix import common_prefix
 from spmdrl.rollout.native.step_plan import StepPlan
 from spmdrl.rollout.protocol import Finish, Request, SamplingParams

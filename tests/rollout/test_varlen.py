@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_loop import sampled
 from rollout_models import assert_same, naive, prompts_of, request, tiny_model
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from spmdrl.rollout.native.cache import CacheShape, layer_caches
 from spmdrl.rollout.native.graphs import buckets
 from spmdrl.rollout.native.runner import Runner, flatten
 from spmdrl.rollout.native.sample import samples_of
-from spmdrl.rollout.native.scheduler import Scheduler, sampled
+from spmdrl.rollout.native.scheduler import Scheduler
 from spmdrl.rollout.native.shared_prefix import common_prefix
 from spmdrl.rollout.native.step_plan import StepPlan
 from spmdrl.rollout.native.varlen import VarlenAttention

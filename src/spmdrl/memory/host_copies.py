@@ -17,11 +17,32 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return unpack(pack(tensors).to(device, non_blocking=True), tensors)
 
 
+class Arriving:
+    """Tensors of one device on their way to the host: on CUDA in one copy, which follows the work
+    that was asked of the device so far, and nothing that is asked of it later.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._event: torch.cuda.Event | None = None
+        if any(tensor.is_cuda for tensor in tensors):
+            packed = torch.cat(_as_bytes(tensors))
+            self._host = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
+            self._host.copy_(packed, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def wait(self) -> list[Tensor]:
+        """Return the tensors on the host, when they are there."""
+        if self._event is None:
+            return [tensor.cpu() for tensor in self._tensors]
+        self._event.synchronize()
+        return unpack(self._host, self._tensors)
+
+
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copy tensors of one device to the host: on CUDA in one copy, for which the host waits."""
-    if not any(tensor.is_cuda for tensor in tensors):
-        return [tensor.cpu() for tensor in tensors]
-    return unpack(torch.cat(_as_bytes(tensors)).cpu(), tensors)
+    return Arriving(tensors).wait()
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:

@@ -11,9 +11,26 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.memory.host_copies import to_device
+
+
+class Posted:
+    """A message on its way from the leader."""
+
+    def __init__(self, values: Sequence[int] | Tensor, work: dist.Work | None = None) -> None:
+        self._values, self._work = values, work
+
+    def receive(self) -> list[int]:
+        """Return the leader's values."""
+        if self._work is not None:
+            self._work.wait()
+        if isinstance(self._values, Tensor):
+            found: list[int] = self._values.tolist()
+            return found
+        return list(self._values)
 
 
 class Lockstep:
@@ -64,6 +81,16 @@ class Lockstep:
         dist.broadcast(message, dist.get_global_rank(self._tp.group, 0), group=self._tp.group)
         found: list[int] = message.tolist()
         return found
+
+    def post(self, values: Sequence[int]) -> Posted:
+        """Begin a message of the leader's values, between hosts; every rank posts equally many, and
+        must receive what it has posted.
+        """
+        if self._tp.group is None:
+            return Posted(values)
+        message = torch.tensor(values)
+        leader = dist.get_global_rank(self._tp.group, 0)
+        return Posted(message, dist.broadcast(message, leader, group=self._tp.group, async_op=True))
 
     def least(self, value: int) -> int:
         """Return the smallest of all ranks' values."""

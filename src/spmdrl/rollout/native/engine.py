@@ -111,6 +111,8 @@ class NativeEngine:
         )
         self.local_tensors, self.adopt = self.weights.local_tensors, self.weights.adopt
         self.allocate = self.weights.allocate
+        # a CPU computes a step while it is given; experts' exchanges wait for every step's end
+        self._runs_ahead = self._device.type != "cpu" and not self._group.shares_experts
         self._sampler: Sampler | None = None
         self._aborted: dict[str, Tensor] = {}
         self.num_preempted = 0
@@ -214,6 +216,7 @@ class NativeEngine:
                         taking=taking,
                         record=record,
                         device=self._device,
+                        runs_ahead=self._runs_ahead,
                         release=self.release_cache,
                     )
                     aborted = loop.run(progress, should_stop)

@@ -390,27 +390,3 @@ class Scheduler:
         stop = self._prefix.stop_of(sample, stop)
         chunks.append(Chunk(sample=sample, start=sample.cached, stop=stop))
         return stop - sample.cached
-
-
-def sampled(plan: StepPlan, scheduler: Scheduler) -> tuple[list[Sample], list[int]]:
-    """List the samples that get a token from this step, and the row of logits of each."""
-    joined, rows = joining(plan, scheduler)
-    return [*plan.decodes, *joined], [*range(len(plan.decodes)), *rows]
-
-
-def joining(plan: StepPlan, scheduler: Scheduler) -> tuple[list[Sample], list[int]]:
-    """List the samples that get a token from a step's chunks, and the row of logits of each.
-
-    A prompt's last row serves its sample and the followers, which share its blocks from now on.
-    """
-    samples: list[Sample] = []
-    rows: list[int] = []
-    row = len(plan.decodes)
-    for chunk in plan.chunks:
-        if not chunk.is_last:
-            continue
-        group = [chunk.sample, *scheduler.fork(chunk.sample)]
-        samples += group
-        rows += [row] * len(group)
-        row += 1
-    return samples, rows

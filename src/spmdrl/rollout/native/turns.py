@@ -7,11 +7,9 @@ all ranks of the group continue a sample in the same step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from spmdrl.rollout.lockstep import Lockstep
+from spmdrl.rollout.lockstep import Lockstep, Posted
 from spmdrl.rollout.native.sample import Sample
 from spmdrl.rollout.native.scheduler import Scheduler
 from spmdrl.rollout.protocol import Answer, Finish, Turn, Turns
@@ -20,6 +18,20 @@ from spmdrl.rollout.turn_messages import answers_of, written
 _WAIT_S = 0.05
 """Seconds that the leader waits for an answer, if there is nothing else to do, before it looks for
 a request to stop."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Message:
+    """The leader's message of a step.
+
+    Args:
+        arrived: the leader's answers; none on other ranks.
+        checksum: of this rank's tokens.
+    """
+
+    posted: Posted
+    arrived: Sequence[int]
+    checksum: int
 
 
 class TurnTaking:
@@ -54,19 +66,30 @@ class TurnTaking:
         self._tell(sample, finish)
         return False
 
-    def step(self, stop: bool, tokens: NDArray[np.int64]) -> tuple[bool, NDArray[np.int64], int]:
-        """Send the leader's message of a step: whether to stop, the tokens that were drawn, and
-        the answers that have arrived; these are applied.
+    def post(self, stop: bool, checksum: int) -> Message:
+        """Post the leader's message of a step: whether to stop, and the answers that have arrived.
 
-        Returns the first two, and the number of samples that an answer ended.
+        Args:
+            checksum: of all tokens so far, for `take` to compare.
         """
         arrived = [] if self._turns is None else self._arrived(0.0)
-        if self._group.is_alone:
-            return stop, tokens, self._apply(arrived, len(arrived))
-        stopped, length, *drawn = self._group.from_leader(
-            [int(stop), len(arrived), *tokens.tolist()]
-        )
-        return bool(stopped), np.array(drawn, np.int64), self._apply(arrived, length)
+        posted = self._group.post([int(stop), len(arrived), checksum])
+        return Message(posted=posted, arrived=arrived, checksum=checksum)
+
+    def take(self, message: Message) -> tuple[bool, int]:
+        """Receive the message of a step, and apply its answers; returns whether to stop, and the
+        number of samples that an answer ended.
+
+        Raises:
+            RuntimeError: the leader has drawn other tokens than this rank.
+        """
+        stop, length, checksum = message.posted.receive()
+        if checksum != message.checksum:
+            raise RuntimeError(
+                "the ranks of a tensor-parallel group have drawn other tokens from the same "
+                "logits: they differ in hardware, in software or in their weights"
+            )
+        return bool(stop), self._apply(message.arrived, length)
 
     def wait(self, should_stop: Callable[[], bool] | None) -> tuple[bool, int]:
         """Wait a moment for an answer while no sample can be computed; returns whether to stop, and
