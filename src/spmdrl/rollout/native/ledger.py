@@ -54,6 +54,8 @@ class Ledger:
         """
         if samples is not self._samples:
             self._arrange(samples)
+        if not samples:
+            return
         if self._most == self._tokens.shape[1]:
             self._widen()
         seats = self._seats
