@@ -27,6 +27,7 @@ from harness import run_ranks
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.loop import StepLoop
+from spmdrl.rollout.native.sampler import Sampler
 from spmdrl.rollout.protocol import OWN, Completion, Request, Turn
 from spmdrl.testing.engine_subject import stop_after
 from spmdrl.world import World
@@ -280,3 +281,22 @@ def test_a_loop_that_runs_ahead_draws_the_same(seed: int, monkeypatch: pytest.Mo
     assert count[1] <= turns * (len(work.stops) + 1), "one token in vain for each end of a turn"
     if not work.stops:
         assert found[-3][-1] == expected[-3][-1], "tokens in vain are not counted"
+
+
+def drawing_otherwise(world: World) -> None:
+    """The second rank's device draws another token than the first's."""
+    tp = Parallel(group=dist.group.WORLD, rank=world.rank, size=world.size)
+    draw = Sampler.draw
+
+    def other(sampler: Sampler, *arguments: Any) -> Any:
+        found = draw(sampler, *arguments)
+        return replace(found, tokens=(found.tokens + world.rank) % 100)
+
+    Sampler.draw = other  # type: ignore[method-assign]
+    asked = [request(prompts_of(9)[0], 1, max_tokens=20, ignore_eos=True)]
+    make_engine(*tiny_model(), tp=tp).generate(asked, seed=0, step=0)
+
+
+def test_ranks_that_draw_other_tokens_are_named() -> None:
+    with pytest.raises(AssertionError, match="have drawn other tokens"):
+        run_ranks(drawing_otherwise, 2)
