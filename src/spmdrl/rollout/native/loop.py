@@ -215,7 +215,8 @@ class StepLoop:
         self._keep_support(step)
         self._tokens_done += len(tokens) - vain
         finished = self._find_ended(step, tokens[:count])
-        self._ended = [sample for sample, _ in finished] if self._runs_ahead else []
+        if self._runs_ahead:
+            self._ended = [sample for sample, _ in finished]
         self._samples_done += sum(self._taking.end(*turn) for turn in finished)
         return stopped
 
@@ -225,6 +226,7 @@ class StepLoop:
         """
         decodes = step.plan.decodes
         dropped = [sample for sample in self._ended if sample in decodes]
+        self._ended = []
         for sample in dropped:
             # the step has computed the last token of the turn, which the next turn follows
             if step.first_row is not None and sample.waits is not None:
