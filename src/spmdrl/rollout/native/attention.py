@@ -22,6 +22,7 @@ from spmdrl.models.attention_tiles import TiledKernel
 from spmdrl.models.spans import AttentionFunction, Span
 from spmdrl.models.specs import AttentionOptions
 from spmdrl.rollout.native.cache import CacheShape, LayerCache
+from spmdrl.rollout.native.places import decode_indices, places_of
 from spmdrl.rollout.native.step_plan import Chunk, StepPlan
 
 
@@ -51,38 +52,6 @@ class PagedAttention(Protocol):
 
     def caches(self) -> Sequence[Tensor]:
         """Return the cache's tensors, blocks first, to be read and written between steps."""
-
-
-def decode_indices(
-    plan: StepPlan, block_size: int, *, pad_to: int = 0, idle: int = 0
-) -> list[Tensor]:
-    """Build on the host the positions of a plan's decodes, int64 [n], and their blocks, int32
-    [n, W].
-
-    Args:
-        pad_to: pad to this many rows, which write to the block `idle`.
-    """
-    held = [s.blocks[: -(-s.cached // block_size)] for s in plan.decodes]
-    positions = [s.cached - 1 for s in plan.decodes]
-    held += [[idle]] * (pad_to - len(held))
-    positions += [0] * (pad_to - len(positions))
-    width = max(map(len, held), default=0)
-    table = [blocks + [0] * (width - len(blocks)) for blocks in held]
-    return [
-        torch.tensor(positions, dtype=torch.int64),
-        torch.tensor(table, dtype=torch.int32).view(len(held), width),
-    ]
-
-
-def places_of(
-    positions: Tensor,  # [n] int64
-    table: Tensor,  # [n, W] int32
-    block_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Find the block and the offset in it of each row's position, int64 [n] each."""
-    numbers = torch.div(positions, block_size, rounding_mode="floor")
-    blocks = table.gather(1, numbers[:, None])[:, 0].long()
-    return blocks, positions - numbers * block_size
 
 
 def copy_blocks(pairs: Sequence[tuple[int, int]], caches: Sequence[Tensor]) -> None:

@@ -29,8 +29,9 @@ from spmdrl.rollout.native.blocks import BlockPool
 from spmdrl.rollout.native.endings import Endings
 from spmdrl.rollout.native.ledger import Ledger
 from spmdrl.rollout.native.loop import StepLoop
-from spmdrl.rollout.native.recording import record_for
-from spmdrl.rollout.native.rows import RowState
+from spmdrl.rollout.native.recording import ExpertRecord, record_for
+from spmdrl.rollout.native.rows import RowBuffers, RowState
+from spmdrl.rollout.native.runner import Runner
 from spmdrl.rollout.native.sample import Sample, leaders_of, samples_of
 from spmdrl.rollout.native.sampler import Sampler
 from spmdrl.rollout.native.scheduler import Scheduler
@@ -199,25 +200,8 @@ class NativeEngine:
                     merged = is_merged and not adapters.by_row
                     runner = work.runner.applying(replace(adapters, experts_only=merged))
                     taking = TurnTaking(turns, self._group, scheduler, samples)
-                    loop = StepLoop(
-                        decoder=self._decoder,
-                        group=self._group,
-                        runner=runner,
-                        scheduler=scheduler,
-                        rows=RowState(
-                            work.rows,
-                            self._workspace.block_size,
-                            [*adapters.weights] if adapters.by_row else [],
-                            self._dtype,
-                        ),
-                        ledger=ledger,
-                        sampler=self._own_sampler(),
-                        endings=self._endings(requests),
-                        taking=taking,
-                        record=record,
-                        device=self._device,
-                        runs_ahead=self._runs_ahead,
-                        release=self.release_cache,
+                    loop = self._loop(
+                        runner, scheduler, work.rows, ledger, taking, record, requests, adapters
                     )
                     aborted = loop.run(progress, should_stop)
                     self.num_preempted = scheduler.num_preempted
@@ -345,12 +329,34 @@ class NativeEngine:
             if progress is not None:
                 progress(0, 0)
 
-    def _own_sampler(self) -> Sampler:
+    def _loop(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        rows: RowBuffers,
+        ledger: Ledger,
+        taking: TurnTaking,
+        record: ExpertRecord | None,
+        requests: Sequence[Request],
+        adapters: CallAdapters,
+    ) -> StepLoop:
         if self._sampler is None:
             self._sampler = Sampler(self._model.vocab_size, self._device)
-        return self._sampler
-
-    def _endings(self, requests: Sequence[Request]) -> Endings:
         rules = [self._stops.of(request.sampling) for request in requests]
         vocabulary = self._model.vocab_size
-        return Endings(rules, [self._stops.watched(rule, vocabulary) for rule in rules])
+        by_row = [*adapters.weights] if adapters.by_row else []
+        return StepLoop(
+            decoder=self._decoder,
+            group=self._group,
+            runner=runner,
+            scheduler=scheduler,
+            rows=RowState(rows, self._workspace.block_size, by_row, self._dtype),
+            ledger=ledger,
+            sampler=self._sampler,
+            endings=Endings(rules, [self._stops.watched(rule, vocabulary) for rule in rules]),
+            taking=taking,
+            record=record,
+            device=self._device,
+            runs_ahead=self._runs_ahead,
+            release=self.release_cache,
+        )

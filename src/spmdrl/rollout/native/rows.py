@@ -210,7 +210,7 @@ class RowState:
             return
         if not self.count:
             return
-        assert drawn is not None, "rows go on after a step"
+        assert drawn is not None, "rows continue after a step that has drawn"
         self._lengths += 1
         self._longest += 1
         tokens, positions = self._buffers.numbers[:2, : self.count]

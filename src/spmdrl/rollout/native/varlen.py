@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
 
 from spmdrl.models.linear import LEAST_CAPABILITY
-from spmdrl.rollout.native.attention import decode_indices, places_of
 from spmdrl.rollout.native.cache import CacheShape, LayerCache
+from spmdrl.rollout.native.places import decode_indices, places_of
 from spmdrl.rollout.native.step_plan import StepPlan
 
 BLOCK_MULTIPLE = 256
