@@ -65,7 +65,13 @@ def unpack(packed: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _as_bytes(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors' bytes in a buffer's order."""
-    bytes_of = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    bytes_of = [
+        # an empty tensor may have any strides
+        tensor.contiguous().view(-1).view(torch.uint8)
+        if tensor.numel()
+        else tensor.new_empty(0, dtype=torch.uint8)
+        for tensor in tensors
+    ]
     return [bytes_of[i] for i in _wide_first(tensors)]
 
 
