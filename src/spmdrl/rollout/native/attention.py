@@ -22,7 +22,7 @@ from spmdrl.models.attention_tiles import TiledKernel
 from spmdrl.models.spans import AttentionFunction, Span
 from spmdrl.models.specs import AttentionOptions
 from spmdrl.rollout.native.cache import CacheShape, LayerCache
-from spmdrl.rollout.native.places import decode_indices, places_of
+from spmdrl.rollout.native.places import chunk_cells, decode_indices
 from spmdrl.rollout.native.step_plan import Chunk, StepPlan
 
 
@@ -34,9 +34,9 @@ class PagedAttention(Protocol):
         """See `Attend.takes_latents`."""
 
     def indices(self, plan: StepPlan) -> list[Tensor]:
-        """Build on the host the indices that all layers use: of the decodes their positions [n]
-        and the blocks [n, W] that they hold (after their slots, if there are recurrent layers),
-        then `chunk_indices`.
+        """Build on the host the indices that all layers use: of the decodes their positions [n],
+        their cells [n] (see `places`) and the blocks [n, W] that they hold (after their slots, if
+        there are recurrent layers), then `chunk_indices`.
         """
 
     def chunk_indices(self, plan: StepPlan) -> list[Tensor]:
@@ -112,8 +112,9 @@ class GatheredAttention:
             self._values[number] = self._zeros(*rows, shape.block_size, layer.value_width)
         half = shape.dtype.itemsize < 4
         self._tiled = TiledKernel(explicit=shape.device.type == "cpu" and not half)
-        self._slots: tuple[Tensor, Tensor] | None = None
-        self._table = self._lengths = torch.empty(0, dtype=torch.int32)
+        self._positions = self._cells = torch.empty(0, dtype=torch.int64)
+        self._table = torch.empty(0, dtype=torch.int32)
+        self._cell_places: tuple[Tensor, Tensor] | None = None  # if a layer has needed them
         self._prefill: list[_Prefill] = []
         self._num_decodes = 0
         # what layers of equal options share, made in a step when the first of them needs it
@@ -125,9 +126,7 @@ class GatheredAttention:
         return [*decode_indices(plan, self._shape.block_size), *self.chunk_indices(plan)]
 
     def chunk_indices(self, plan: StepPlan) -> list[Tensor]:
-        """See `PagedAttention.chunk_indices`: blocks and offsets, then a table for each span with
-        context.
-        """
+        """See `PagedAttention.chunk_indices`: cells, then a table for each span with context."""
         if not plan.chunks:
             return []
         size = self._shape.block_size
@@ -136,22 +135,15 @@ class GatheredAttention:
             for members in _alike(plan.chunks)
             if members[0].start
         ]
-        return [self._find_slots(plan), *map(torch.tensor, held)]
+        return [chunk_cells(plan, size), *map(torch.tensor, held)]
 
     def prepare(self, plan: StepPlan, indices: Sequence[Tensor]) -> None:
-        positions, self._table, *chunked = indices
-        self._lengths = (positions + 1).to(torch.int32)
-        self._decodes, self._functions = {}, {}
-        row = self._num_decodes = len(positions)
+        self._positions, self._cells, self._table, *chunked = indices
+        self._decodes, self._functions, self._cell_places = {}, {}, None
+        row = self._num_decodes = len(self._positions)
         held: list[Tensor] = []
-        if row:
-            self._slots = places_of(positions, self._table, self._shape.block_size)
         if chunked:
-            (blocks, offsets), *held = chunked
-            if row and self._slots is not None:
-                own_blocks, own_offsets = self._slots
-                blocks, offsets = torch.cat((own_blocks, blocks)), torch.cat((own_offsets, offsets))
-            self._slots = blocks, offsets
+            self._cells, held = torch.cat((self._cells, chunked[0])), chunked[1:]
         self._prefill, tables = [], iter(held)
         for members in _alike(plan.chunks):
             span = self._span(members, row, tables)
@@ -190,8 +182,10 @@ class GatheredAttention:
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write keys and values of the step's tokens into the cache."""
-        assert self._slots is not None, "prepare was not called"
-        block, offset = self._slots
+        if self._cell_places is None:
+            size = self._shape.block_size
+            self._cell_places = self._cells // size, self._cells % size
+        block, offset = self._cell_places
         if layer not in self._values:
             self._keys[layer][block, :, offset] = k
             return
@@ -217,7 +211,7 @@ class GatheredAttention:
 
     def _find_decodes(self, window: int | None) -> _Decodes:
         """Find the blocks inside the window, and the keys in them that are seen."""
-        table, lengths, size = self._table, self._lengths[:, None], self._shape.block_size
+        table, lengths, size = self._table, self._positions[:, None] + 1, self._shape.block_size
         device = table.device
         if window is None:
             places = torch.arange(table.shape[1] * size, device=device)
@@ -306,17 +300,6 @@ class GatheredAttention:
             keys = of(self._keys[layer])
             return keys, keys[..., : self._layer(layer).value_width]
         return of(self._keys[layer].mT), of(self._values[layer])
-
-    def _find_slots(self, plan: StepPlan) -> Tensor:
-        """Find the block and the offset of every key and value of chunks, int64 [2, T]."""
-        size = self._shape.block_size
-        blocks: list[int] = []
-        offsets: list[int] = []
-        for chunk in plan.chunks:
-            places = range(chunk.start, chunk.stop)
-            blocks += [chunk.sample.blocks[i // size] for i in places]
-            offsets += [i % size for i in places]
-        return torch.tensor((blocks, offsets), dtype=torch.int64)
 
     def _span(self, chunks: list[Chunk], first_row: int, tables: Iterator[Tensor]) -> _Prefill:
         start, stop, device = chunks[0].start, chunks[0].stop, self._shape.device

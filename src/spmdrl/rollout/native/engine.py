@@ -350,7 +350,7 @@ class NativeEngine:
             group=self._group,
             runner=runner,
             scheduler=scheduler,
-            rows=RowState(rows, self._workspace.block_size, by_row, self._dtype),
+            rows=RowState(rows, by_row, self._dtype),
             ledger=ledger,
             sampler=self._sampler,
             endings=Endings(rules, [self._stops.watched(rule, vocabulary) for rule in rules]),

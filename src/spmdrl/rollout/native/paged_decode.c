@@ -22,21 +22,23 @@
 enum { KEY_SPAN = SPAN_OF(BLOCK), VALUE_SPAN = SPAN_OF(HEAD_DIM) };
 #define INLINE static inline __attribute__((always_inline))
 
-/* k, v [tokens, kv_heads, HEAD_DIM], heads side by side -> their places in the cache:
- * keys [blocks, kv_heads, HEAD_DIM, BLOCK], values [blocks, kv_heads, BLOCK, HEAD_DIM] */
+/* k, v [tokens, kv_heads, HEAD_DIM], heads side by side -> `cells` [tokens] of the cache, of which
+ * each block has BLOCK: keys [blocks, kv_heads, HEAD_DIM, BLOCK], values [blocks, kv_heads, BLOCK, HEAD_DIM] */
 void store_tokens(const float *k, int64_t k_stride, const float *v, int64_t v_stride,
-                  const int64_t *blocks, const int64_t *offsets, int64_t tokens, int64_t kv_heads,
-                  float *keys, float *values) {
-    for (int64_t i = 0; i < tokens; i++)
+                  const int64_t *cells, int64_t tokens, int64_t kv_heads, float *keys,
+                  float *values) {
+    for (int64_t i = 0; i < tokens; i++) {
+        const int64_t block = cells[i] / BLOCK, place = cells[i] % BLOCK;
         for (int64_t h = 0; h < kv_heads; h++) {
-            const int64_t unit = (blocks[i] * kv_heads + h) * HEAD_DIM * BLOCK;
+            const int64_t unit = (block * kv_heads + h) * HEAD_DIM * BLOCK;
             const float *from = k + i * k_stride + h * HEAD_DIM;
-            float *to = keys + unit + offsets[i];
+            float *to = keys + unit + place;
             for (int d = 0; d < HEAD_DIM; d++)
                 to[d * BLOCK] = from[d];
-            memcpy(values + unit + offsets[i] * HEAD_DIM, v + i * v_stride + h * HEAD_DIM,
+            memcpy(values + unit + place * HEAD_DIM, v + i * v_stride + h * HEAD_DIM,
                    HEAD_DIM * sizeof(float));
         }
+    }
 }
 
 INLINE void scores_of(int heads, const float *query, const float *keys, float scale,
@@ -120,12 +122,12 @@ INLINE void weigh(int hidden, int held, float *scores, float *top, float *total,
 }
 
 /* q [n, kv_heads * GROUP, HEAD_DIM], heads side by side -> out likewise; table [n, width] has the
- * blocks of each sequence, lengths [n] its tokens.
+ * blocks of each sequence, positions [n] the place of its last token.
  *
  * A query sees the last `window` tokens (0: all); scores are capped at `softcap` (0: not); `sinks`
  * [kv_heads * GROUP] (or NULL) are scores of a key whose value is zero. */
 void paged_decode(const float *q, int64_t q_stride, const float *keys, const float *values,
-                  const int32_t *table, int64_t width, const int32_t *lengths, int64_t n,
+                  const int32_t *table, int64_t width, const int64_t *positions, int64_t n,
                   int64_t kv_heads, float scale, int64_t window, float softcap, const float *sinks,
                   float *result, int threads) {
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
@@ -137,9 +139,10 @@ void paged_decode(const float *q, int64_t q_stride, const float *keys, const flo
                 top[g] = sinks ? sinks[h * GROUP + g] : -INFINITY;
                 total[g] = sinks ? 1.0f : 0.0f;
             }
-            const int64_t first = window && window < lengths[i] ? lengths[i] - window : 0;
-            for (int64_t b = first / BLOCK; b * BLOCK < lengths[i]; b++) {
-                const int64_t left = lengths[i] - b * BLOCK;
+            const int64_t length = positions[i] + 1;
+            const int64_t first = window && window < length ? length - window : 0;
+            for (int64_t b = first / BLOCK; b * BLOCK < length; b++) {
+                const int64_t left = length - b * BLOCK;
                 const int held = left < BLOCK ? left : BLOCK;
                 const int hidden = first > b * BLOCK ? first - b * BLOCK : 0;
                 const int64_t unit = (table[i * width + b] * kv_heads + h) * HEAD_DIM * BLOCK;

@@ -36,7 +36,7 @@ class CompiledAttention(GatheredAttention):
             code = compiled_code(layer, shape)
             if code is not None:
                 self._code[number] = code
-                code.store_tokens.argtypes = (_P, _I, _P, _I, _P, _P, _I, _I, _P, _P)
+                code.store_tokens.argtypes = (_P, _I, _P, _I, _P, _I, _I, _P, _P)
                 code.paged_decode.argtypes = (
                     *(_P, _I, _P, _P, _P, _I, _P, _I, _I),
                     *(_F, _I, _F, _P, _P, _N),
@@ -46,20 +46,17 @@ class CompiledAttention(GatheredAttention):
             raise ValueError(f"no compiled attention for {shape} here")
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        assert self._slots is not None
         code = self._code.get(layer)
         if code is None:
             super()._store(layer, k, v)
             return
-        blocks, offsets = self._slots
         k, v = _side_by_side(k), _side_by_side(v)
         code.store_tokens(
             k.data_ptr(),
             k.stride(0),
             v.data_ptr(),
             v.stride(0),
-            blocks.data_ptr(),
-            offsets.data_ptr(),
+            self._cells.data_ptr(),
             k.shape[0],
             k.shape[1],
             self._keys[layer].data_ptr(),
@@ -81,7 +78,7 @@ class CompiledAttention(GatheredAttention):
             self._values[layer].data_ptr(),
             self._table.data_ptr(),
             self._table.stride(0),
-            self._lengths.data_ptr(),
+            self._positions.data_ptr(),
             q.shape[0],
             found.kv_heads,
             options.scale,

@@ -171,7 +171,7 @@ class MixedAttention:
         else:
             assert isinstance(self.attention, VarlenAttention), "only its steps are padded"
             found = self.attention.indices(plan, pad_to=pad_to)
-        return [own, *found[:2], *self.chunk_indices(plan)]
+        return [own, *found[:3], *self.chunk_indices(plan)]
 
     def chunk_indices(self, plan: StepPlan) -> list[Tensor]:
         """See `PagedAttention.chunk_indices`; the states' come first."""
@@ -181,10 +181,10 @@ class MixedAttention:
         return [*chunked, *self.attention.chunk_indices(plan)]
 
     def prepare(self, plan: StepPlan, indices: Sequence[Tensor]) -> None:
-        slots, positions, table, *rest = indices
+        slots, positions, cells, table, *rest = indices
         chunked = rest[:2] if rest else [slots[:0], slots[:0]]
         self.states.prepare(plan, [slots, *chunked])
-        self.attention.prepare(plan, [positions, table, *rest[2:]])
+        self.attention.prepare(plan, [positions, cells, table, *rest[2:]])
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None

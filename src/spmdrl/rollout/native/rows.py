@@ -32,6 +32,7 @@ class DecodeRows:
     Args:
         tokens: newest token of each, int64 [n].
         positions: its place in its sequence, int64 [n].
+        cells: the cell of the cache that it is written to, int64 [n]; see `places`.
         table: blocks, int32 [n, W].
         slots: slots of recurrent layers' states, int64 [n], if the model has any.
         factors: each adapter's factor of every row, [n, 1], where rows have different ones.
@@ -39,13 +40,15 @@ class DecodeRows:
 
     tokens: Tensor
     positions: Tensor
+    cells: Tensor
     table: Tensor
     slots: Tensor | None
     factors: Sequence[Tensor] = ()
 
     def indices(self) -> list[Tensor]:
         """Return what `PagedAttention.prepare` takes of decodes."""
-        return [*([] if self.slots is None else [self.slots]), self.positions, self.table]
+        slots = [] if self.slots is None else [self.slots]
+        return [*slots, self.positions, self.cells, self.table]
 
     def tensors(self) -> list[Tensor]:
         """Return what a step reads of them: tokens, positions, factors, indices."""
@@ -59,6 +62,7 @@ class RowBuffers:
         num_rows: most rows.
         num_blocks: most blocks of a row; a wider table is made where rows need it, unless it is
             `fixed`.
+        block_size: tokens of a block.
         trash: block that idle rows write to.
         idle_slot: slot of idle rows; None without recurrent layers.
         fixed: whether all rows and blocks are read in every step, beyond those that are used.
@@ -70,13 +74,15 @@ class RowBuffers:
         num_blocks: int,
         device: torch.device,
         *,
+        block_size: int,
         trash: int = 0,
         idle_slot: int | None = None,
         fixed: bool = False,
     ) -> None:
         self.device, self.trash, self.idle_slot, self.is_fixed = device, trash, idle_slot, fixed
-        self.num_rows = num_rows
-        self.numbers = torch.zeros(2 if idle_slot is None else 3, num_rows, dtype=torch.int64)
+        self.num_rows, self.block_size = num_rows, block_size
+        # tokens, positions, cells; slots
+        self.numbers = torch.zeros(3 if idle_slot is None else 4, num_rows, dtype=torch.int64)
         self.numbers = self.numbers.to(device)
         self.table = torch.zeros(num_rows, num_blocks, dtype=torch.int32, device=device)
         self.factors: dict[str, Tensor] = {}
@@ -87,8 +93,9 @@ class RowBuffers:
         return DecodeRows(
             tokens=self.numbers[0, :count],
             positions=self.numbers[1, :count],
+            cells=self.numbers[2, :count],
             table=table,
-            slots=None if self.idle_slot is None else self.numbers[2, :count],
+            slots=None if self.idle_slot is None else self.numbers[3, :count],
             factors=[self.factors[name][:count] for name in adapters],
         )
 
@@ -96,21 +103,20 @@ class RowBuffers:
         """Make tensors of the shapes of `view(count).tensors()` in which every row is idle."""
         numbers = torch.zeros_like(self.numbers[:, :count])
         table = torch.zeros_like(self.table[:count])
-        table[:, 0] = self.trash
-        if self.idle_slot is not None:
-            numbers[2] = self.idle_slot
+        self._idle(numbers, table)
         return DecodeRows(
             tokens=numbers[0],
             positions=numbers[1],
+            cells=numbers[2],
             table=table,
-            slots=None if self.idle_slot is None else numbers[2],
+            slots=None if self.idle_slot is None else numbers[3],
             factors=[torch.zeros_like(self.factors[name][:count]) for name in adapters],
         ).tensors()
 
     def begin(self, adapters: Sequence[str], dtype: torch.dtype) -> None:
         """Begin a call: all rows are idle."""
         none = self.numbers[0, :0]
-        self.write(self.num_rows, none, none, none, self.table[:0])
+        self.write(self.num_rows, none, self.numbers[1:3, :0], none, self.table[:0])
         for name in adapters:
             if name not in self.factors:
                 zeros = torch.zeros(self.num_rows, 1, dtype=dtype, device=self.device)
@@ -118,19 +124,23 @@ class RowBuffers:
             self.factors[name].zero_()
 
     def write(
-        self, before: int, tokens: Tensor, positions: Tensor, slots: Tensor, table: Tensor
+        self, before: int, tokens: Tensor, positions_and_cells: Tensor, slots: Tensor, table: Tensor
     ) -> None:
         """Write the first rows; others up to `before` become idle."""
         count, width = table.shape
-        self.numbers[0, :count], self.numbers[1, :count] = tokens, positions
+        self.numbers[0, :count], self.numbers[1:3, :count] = tokens, positions_and_cells
         self.table[:count, :width] = table
         if self.idle_slot is not None:
-            self.numbers[2, :count] = slots
+            self.numbers[3, :count] = slots
         if count < before and self.is_fixed:
-            self.numbers[:2, count:before] = 0
-            self.table[count:before, 0] = self.trash
-            if self.idle_slot is not None:
-                self.numbers[2, count:before] = self.idle_slot
+            self._idle(self.numbers[:, count:before], self.table[count:before])
+
+    def _idle(self, numbers: Tensor, table: Tensor) -> None:
+        """Make rows idle: they hold one token, in the first cell of the block `trash`."""
+        numbers[:2] = 0
+        numbers[2], table[:, 0] = self.trash * self.block_size, self.trash
+        if self.idle_slot is not None:
+            numbers[3] = self.idle_slot
 
     def widen(self, width: int) -> int:
         """Let rows have so many blocks at least; returns how many they can have now."""
@@ -152,11 +162,10 @@ class RowState:
     def __init__(
         self,
         buffers: RowBuffers,
-        block_size: int,
         adapters: Sequence[str] = (),
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._buffers, self._block_size, self._adapters = buffers, block_size, adapters
+        self._buffers, self._block_size, self._adapters = buffers, buffers.block_size, adapters
         buffers.begin(adapters, dtype)
         self._samples: list[Sample] = []
         self._row: dict[Sample, int] = {}
@@ -166,6 +175,8 @@ class RowState:
         self._table: NDArray[np.int32] = np.zeros((0, 1), np.int32)
         self._longest = 0
         self._view: DecodeRows | None = None
+        none = buffers.numbers[:, :0]
+        self._newest = none[0], none[1:3]
         self._base = self._keys = torch.zeros(0, dtype=torch.int64, device=buffers.device)
         self._keys_from = 0
 
@@ -213,13 +224,16 @@ class RowState:
         assert drawn is not None, "rows continue after a step that has drawn"
         self._lengths += 1
         self._longest += 1
-        tokens, positions = self._buffers.numbers[:2, : self.count]
+        tokens, numbers = self._newest
         tokens.copy_(drawn[: self.count])
-        positions.add_(1)
+        numbers.add_(1)
         if plan.moved:
-            indices = [torch.tensor(part) for part in self._move(plan)]
-            row, number, block = to_device(indices, self._buffers.device)
-            self._buffers.table.index_put_((row, number), block.to(torch.int32))
+            rows, columns, blocks = self._move(plan)
+            cells = [block * self._block_size for block in blocks]
+            indices = [torch.tensor(part) for part in (rows, columns, cells, blocks)]
+            row, column, cell, block = to_device(indices, self._buffers.device)
+            numbers[1].index_put_((row,), cell)
+            self._buffers.table.index_put_((row, column), block.to(torch.int32))
 
     def _move(self, plan: StepPlan) -> tuple[list[int], list[int], list[int]]:
         """Note the blocks that rows have begun; returns their rows, places and numbers."""
@@ -271,9 +285,12 @@ class RowState:
             slots = [sample.slot for sample in self._samples]
         else:
             slots = []
+        places = self._lengths - 1
+        columns = places // self._block_size
+        cells = places + (self._table[range(self.count), columns] - columns) * self._block_size
         numbers, table, where, tokens, slot, self._base, *factors = to_device(
             [
-                torch.from_numpy(self._lengths - 1),
+                torch.from_numpy(np.stack((places, cells))),
                 torch.from_numpy(self._table),
                 torch.from_numpy(source),
                 torch.tensor(written, dtype=torch.int64),
@@ -290,6 +307,8 @@ class RowState:
         )
         if drawn is not None:
             tokens = torch.cat((drawn, tokens))
+        # tokens; positions and cells, which go to the next in their blocks
+        self._newest = buffers.numbers[0, : self.count], buffers.numbers[1:3, : self.count]
         buffers.write(before, tokens[where], numbers, slot, table)
         for own, factor in zip(self._adapters, factors, strict=True):
             buffers.factors[own][: self.count] = factor.view(-1, 1)

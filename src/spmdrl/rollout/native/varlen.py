@@ -18,7 +18,7 @@ from torch.nn.attention import current_flash_attention_impl
 
 from spmdrl.models.linear import LEAST_CAPABILITY
 from spmdrl.rollout.native.cache import CacheShape, LayerCache
-from spmdrl.rollout.native.places import decode_indices, places_of
+from spmdrl.rollout.native.places import chunk_cells, decode_indices
 from spmdrl.rollout.native.step_plan import StepPlan
 
 BLOCK_MULTIPLE = 256
@@ -111,6 +111,8 @@ class VarlenAttention:
             self._keys[number], self._values[number] = zeros(size), zeros(size)
         self._indices: Sequence[Tensor] = ()
         self._max_query = 0
+        # by number of decodes: first rows of each, which never change, and room for first keys
+        self._starts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def indices(self, plan: StepPlan, *, pad_to: int = 0) -> list[Tensor]:
         """See `PagedAttention.indices`.
@@ -124,17 +126,12 @@ class VarlenAttention:
         return [*own, *self.chunk_indices(plan)]
 
     def chunk_indices(self, plan: StepPlan) -> list[Tensor]:
-        """See `PagedAttention.chunk_indices`: slots, blocks, numbers of keys, and the first rows
+        """See `PagedAttention.chunk_indices`: cells, blocks, numbers of keys, and the first rows
         among the step's; none without chunks.
         """
         if not plan.chunks:
             return []
-        size, trash = self._shape.block_size, self._shape.num_blocks
-        slots = [
-            chunk.sample.blocks[i // size] * size + i % size
-            for chunk in plan.chunks
-            for i in range(chunk.start, chunk.stop)
-        ]
+        trash = self._shape.num_blocks
         held = [chunk.sample.blocks for chunk in plan.chunks]
         width = max(map(len, held))
         first = len(plan.decodes)
@@ -143,29 +140,32 @@ class VarlenAttention:
             *accumulate((c.stop - c.start for c in plan.chunks), initial=first),
         ]
         return [
-            torch.tensor(slots),
+            chunk_cells(plan, self._shape.block_size),
             torch.tensor([blocks + [trash] * (width - len(blocks)) for blocks in held]).int(),
             torch.tensor([chunk.stop for chunk in plan.chunks], dtype=torch.int32),
             torch.tensor(starts, dtype=torch.int32),
         ]
 
     def prepare(self, plan: StepPlan, indices: Sequence[Tensor]) -> None:
-        positions, table, *chunked = indices
+        positions, cells, table, *chunked = indices
         self._max_query = max((c.stop - c.start for c in plan.chunks), default=1)
-        used = (positions + 1).to(torch.int32)
-        slots = positions
-        if len(positions):
-            blocks, offsets = places_of(positions, table, self._shape.block_size)
-            slots = blocks * self._shape.block_size + offsets
+        used = torch.add(positions, 1, out=positions.new_empty(len(positions), dtype=torch.int32))
         if chunked:
-            own_slots, own_table, own_used, starts = chunked
+            own_cells, own_table, own_used, starts = chunked
             width = max(table.shape[1], own_table.shape[1])
-            slots, used = torch.cat((slots, own_slots)), torch.cat((used, own_used))
+            cells, used = torch.cat((cells, own_cells)), torch.cat((used, own_used))
             table = torch.cat([_widened(part, width) for part in (table, own_table)])
+            key_starts = F.pad(used.cumsum(0, dtype=torch.int32), (1, 0))
         else:
-            starts = torch.arange(len(positions) + 1, dtype=torch.int32, device=used.device)
-        key_starts = F.pad(used.cumsum(0, dtype=torch.int32), (1, 0))
-        self._indices = slots, table, used, starts, key_starts
+            starts, key_starts = self._starts_of(len(positions), used.device)
+            torch.cumsum(used, 0, dtype=torch.int32, out=key_starts[1:])
+        self._indices = cells, table, used, starts, key_starts
+
+    def _starts_of(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if count not in self._starts:
+            rows = torch.arange(count + 1, dtype=torch.int32, device=device)
+            self._starts[count] = rows, torch.zeros_like(rows)
+        return self._starts[count]
 
     def caches(self) -> Sequence[Tensor]:
         return [*self._keys.values(), *self._values.values()]
@@ -181,9 +181,9 @@ class VarlenAttention:
         found = self._shape.layers[layer]
         assert found is not None, f"layer {layer} has no cache"
         keys, values = self._keys[layer], self._values[layer]
-        slots, table, used, starts, key_starts = self._indices
-        keys.flatten(0, 1).index_copy_(0, slots, k)
-        values.flatten(0, 1).index_copy_(0, slots, v)
+        cells, table, used, starts, key_starts = self._indices
+        keys.flatten(0, 1).index_copy_(0, cells, k)
+        values.flatten(0, 1).index_copy_(0, cells, v)
         # FlashAttention 2 requires lengths of keys although a block table makes them useless;
         # 3 and later refuse both together.
         old = current_flash_attention_impl() in (None, "FA2")

@@ -211,6 +211,7 @@ class Workspace:
             options.max_running,
             most if self._paged else 1,
             self._device,
+            block_size=self.block_size,
             trash=num_blocks if self._paged else 0,
             idle_slot=num_slots if self._recurrent else None,
             fixed=self._paged,
