@@ -169,15 +169,17 @@ class RowState:
         buffers.begin(adapters, dtype)
         self._samples: list[Sample] = []
         self._row: dict[Sample, int] = {}
-        # of each row, on the host: its length, its key and its blocks
+        # of each row, on the host: its length, its key, how far its tokens' numbers are beyond
+        # their places, and its blocks
         self._lengths: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._bases: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._bases: NDArray[np.int64] = np.zeros((2, 0), np.int64)
         self._table: NDArray[np.int32] = np.zeros((0, 1), np.int32)
         self._longest = 0
         self._view: DecodeRows | None = None
         none = buffers.numbers[:, :0]
         self._newest = none[0], none[1:3]
-        self._base = self._keys = torch.zeros(0, dtype=torch.int64, device=buffers.device)
+        self._base = torch.zeros(2, 0, dtype=torch.int64, device=buffers.device)
+        self._keys = self._base[0]
         self._keys_from = 0
 
     @property
@@ -202,9 +204,9 @@ class RowState:
         """Return the random keys of the tokens that this step draws, int64 [n] on the device."""
         at = self._longest - self._keys_from
         if not at < len(self._keys):
-            lengths = self._buffers.numbers[1, : self.count] + 1
-            ahead = torch.arange(_KEYS_AHEAD, device=lengths.device)[:, None]
-            self._keys = chain_all(self._base, lengths + ahead)
+            base, beyond = self._base
+            ahead = torch.arange(1, 1 + _KEYS_AHEAD, device=base.device)[:, None]
+            self._keys = chain_all(base, self._buffers.numbers[1, : self.count] + beyond + ahead)
             self._keys_from, at = self._longest, 0
         return self._keys[at]
 
@@ -248,16 +250,18 @@ class RowState:
         samples, known, before = plan.decodes, self._row, self.count
         source = np.array([known.get(sample, -1) for sample in samples], np.int64)
         if before:  # of a fresh row these are another's until they are overwritten
-            self._lengths, self._bases = self._lengths[source] + 1, self._bases[source]
+            self._lengths, self._bases = self._lengths[source] + 1, self._bases[:, source]
             self._table = self._table[source]
         else:
-            self._lengths, self._bases = np.zeros((2, len(samples)), np.int64)
+            self._lengths = np.zeros(len(samples), np.int64)
+            self._bases = np.zeros((2, len(samples)), np.int64)
             self._table = np.zeros((len(samples), self._table.shape[1]), np.int32)
         fresh = [(i, samples[i]) for i in np.flatnonzero(source < 0).tolist()]
         self._hold(max((len(sample.blocks) for _, sample in fresh), default=1))
         num_drawn, written = 0 if drawn is None else len(drawn), list[int]()
         for i, sample in fresh:
-            self._lengths[i], self._bases[i] = sample.cached, sample.key
+            self._lengths[i] = sample.cached
+            self._bases[:, i] = sample.key, sample.next_number - len(sample.tokens)
             self._table[i] = 0
             self._table[i, : len(sample.blocks)] = sample.blocks
             source[i] = place.get(sample, num_drawn + len(written))

@@ -149,9 +149,16 @@ class Sample:
             return True
         return self._cached == len(self.tokens) - 1 and self.num_generated > 0
 
+    @property
+    def next_number(self) -> int:
+        """Number of the next token, of which its random key is made: with parts it is not its
+        place among `tokens`.
+        """
+        return self.prompt_length + self.num_generated
+
     def next_key(self) -> int:
         """Return the random key of the next token: no two tokens of a sample have the same."""
-        return chain(self.key, self.prompt_length + self.num_generated)
+        return chain(self.key, self.next_number)
 
     def begun_experts(self) -> Tensor | None:
         """Return the choices of experts that came with the request, if any."""
