@@ -21,7 +21,7 @@ from spmdrl.memory.host_copies import to_device
 from spmdrl.rollout.native.sample import Sample
 from spmdrl.rollout.native.step_plan import StepPlan
 
-_KEYS_AHEAD = 8
+_KEYS_AHEAD = 32
 """Steps whose random keys are computed together."""
 
 
