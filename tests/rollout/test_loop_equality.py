@@ -19,6 +19,7 @@ from plain_loop import make_plain
 from rollout_models import EOS, make_engine, prompts_of, request, tiny_model
 from test_engine import CACHE_BLOCK
 from test_engine_moe import engine_of as moe_engine
+from test_engine_parts import Parted
 from test_engine_recurrent import model as recurrent_model
 from test_turns import ROUNDS, Scripted
 
@@ -67,6 +68,7 @@ class Workload:
         stops: numbers of steps after which it is stopped, and continued with the engine's state
             (or, where a number is negative, with what its samples had drawn).
         delay: steps until a turn is answered; None: no turns.
+        parts: whether some answers begin a part.
     """
 
     model: str
@@ -74,6 +76,7 @@ class Workload:
     requests: list[Request]
     stops: tuple[int, ...]
     delay: int | None
+    parts: bool
 
 
 def workload(seed: int) -> Workload:
@@ -110,6 +113,7 @@ def workload(seed: int) -> Workload:
         requests=asked,
         stops=stops if not turns else (),
         delay=draw.choice((0, 3, 9)) if turns else None,
+        parts=turns and model != "experts" and draw.random() < 0.5,
     )
 
 
@@ -151,7 +155,8 @@ def run(work: Workload, tp: Parallel | None = None) -> list[Any]:
         engine = MODELS[work.model](**work.options, **words)
         turns: dict[str, Any] = {}
         if work.delay is not None:
-            turns["turns"] = Scripted(partial(delay_of, work.delay))
+            answers = Parted if work.parts else Scripted
+            turns["turns"] = answers(partial(delay_of, work.delay))
         done: list[tuple[int, int]] = []
         found = engine.generate(
             asked,
@@ -204,6 +209,7 @@ def test_the_random_workloads_have_everything() -> None:
     assert {work.model for work in works} == set(MODELS)
     assert any(work.stops for work in works)
     assert any(work.delay is not None for work in works)
+    assert any(work.parts for work in works)
     assert any(r.sampling.stop for work in works for r in work.requests)
     assert any(r.sampling.experts for work in works for r in work.requests)
     assert any(
