@@ -190,7 +190,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-BRIEF = (1, 18, 19, 21, 26, 53, 54, 56)
+BRIEF = (1, 19, 21, 26, 47, 53, 54, 56)
 
 
 @pytest.mark.parametrize("seed", swept(range(200), BRIEF))
@@ -233,7 +233,7 @@ def on_ranks(world: World, seeds: Sequence[int]) -> list[bool]:
 DENSE = [s for s in range(60) if workload(s).model == "dense" and workload(s).delay is None]
 
 
-@pytest.mark.parametrize("seeds", [(1,), pytest.param(tuple(DENSE), marks=pytest.mark.full)])
+@pytest.mark.parametrize("seeds", [(21,), pytest.param(tuple(DENSE), marks=pytest.mark.full)])
 def test_ranks_in_lockstep_are(seeds: tuple[int, ...]) -> None:
     assert run_ranks(on_ranks, 2, seeds) == [[True] * len(seeds)] * 2
 
