@@ -17,7 +17,7 @@ class Endings:
 
     Args:
         rules: those of the requests.
-        watched: of each rule, the tokens that may end a sample, bool [V]; `check` unmarks those
+        watched: tokens that may end a sample by each rule, bool [V]; `check` unmarks those
             that turn out not to.
     """
 

@@ -56,7 +56,7 @@ class _AskedKind:
         rows: row of logits of each; None: all rows in order.
         temperature: [n, 1]; None: all are 1.
         margins: whether any asks for margins.
-        limits: of `truncate`.
+        limits: what `truncate` takes: top-k, top-p and min-p of each.
         most: candidates that they are drawn from at first.
         support: whether each asks for its support, bool [n]; None: none does.
     """

@@ -26,7 +26,7 @@ class Message:
 
     Args:
         arrived: the leader's answers; none on other ranks.
-        checksum: of this rank's tokens.
+        checksum: checksum of this rank's tokens.
     """
 
     posted: Posted
@@ -70,7 +70,7 @@ class TurnTaking:
         """Post the leader's message of a step: whether to stop, and the answers that have arrived.
 
         Args:
-            checksum: of all tokens so far, for `take` to compare.
+            checksum: checksum of all tokens so far, for `take` to compare.
         """
         arrived = [] if self._turns is None else self._arrived(0.0)
         posted = self._group.post([int(stop), len(arrived), checksum])
