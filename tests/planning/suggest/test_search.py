@@ -104,6 +104,18 @@ def test_processes_find_what_one_finds() -> None:
     assert os.getpid() not in {trial.peak_bytes for trial in trials}
 
 
+def ends(words: Words) -> Trial:
+    os._exit(words == SPACE.words(SPACE.start))
+
+
+def test_a_process_that_ends_is_told_of() -> None:
+    with (
+        pytest.raises(RuntimeError, match="ended before its plan was made"),
+        Workers({"exact": ends}, 2) as workers,
+    ):
+        workers.plan("exact", [SPACE.words(choice) for choice in SPACE.choices()][:2])
+
+
 def configured(path: str, *overrides: str) -> Callable[[Words], Config]:
     return lambda words: load_config(path, [*overrides, *words])
 

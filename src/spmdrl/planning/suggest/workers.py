@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from types import TracebackType
 
 import torch
@@ -39,11 +38,16 @@ class Workers:
 
     def __init__(self, planners: Mapping[str, Planner], count: int) -> None:
         self._planners = planners
-        self._pool = None
-        if count > 1:
-            self._pool = ProcessPoolExecutor(
-                count, get_context("fork"), initializer=_begin, initargs=(planners,)
-            )
+        self._pipes: list[Connection] = []
+        self._processes = []
+        context = get_context("fork")
+        for _ in range(count if count > 1 else 0):
+            here, there = context.Pipe()
+            self._pipes.append(here)
+            words = (planners, there, list(self._pipes))
+            self._processes.append(context.Process(target=_serve, args=words, daemon=True))
+            self._processes[-1].start()
+            there.close()
 
     def __enter__(self) -> Workers:
         return self
@@ -54,25 +58,52 @@ class Workers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            if error is not None:
+                process.kill()
+            process.join()
 
     def plan(self, name: str, words: Sequence[Words]) -> list[Trial]:
-        """Make the plans of planner `name` for each list of overrides."""
-        if self._pool is None:
+        """Make the plans of planner `name` for each list of overrides.
+
+        Raises:
+            RuntimeError: a process ended, perhaps for lack of memory.
+        """
+        if not self._pipes:
             return [self._planners[name](each) for each in words]
-        return list(self._pool.map(partial(_plan, name), words))
+        found: dict[int, Trial] = {}
+        idle, busy = list(self._pipes), dict[Connection, int]()
+        for number, own in enumerate(words):
+            if not idle:
+                idle += _receive(busy, found)
+            busy[idle[-1]] = number
+            idle.pop().send((name, own))
+        while busy:
+            _receive(busy, found)
+        return [found[number] for number in range(len(words))]
 
 
-_OWN: dict[str, Planner] = {}
-"""Planners of a process of `Workers`."""
+def _receive(busy: dict[Connection, int], found: dict[int, Trial]) -> list[Connection]:
+    """Take the plans that are made; returns the pipes that are idle again."""
+    ready = [pipe for pipe in wait(busy) if isinstance(pipe, Connection)]
+    for pipe in ready:
+        try:
+            found[busy.pop(pipe)] = pipe.recv()
+        except (EOFError, ConnectionError):
+            raise RuntimeError("a process that plans ended before its plan was made") from None
+    return ready
 
 
-def _begin(planners: Mapping[str, Planner]) -> None:
-    # a fork has none of OpenMP's threads, and would wait for them
-    torch.set_num_threads(1)
-    _OWN.update(planners)
-
-
-def _plan(name: str, words: Words) -> Trial:
-    return _OWN[name](words)
+def _serve(planners: Mapping[str, Planner], pipe: Connection, others: Sequence[Connection]) -> None:
+    """Answer with plans until the other end is closed."""
+    for other in others:  # copies of that end, here
+        other.close()
+    torch.set_num_threads(1)  # a fork has none of OpenMP's threads, and would wait for them
+    while True:
+        try:
+            name, words = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(planners[name](words))
