@@ -1,4 +1,4 @@
-"""The rooms' dependency direction (section 3 of the design), read from the source."""
+"""The rooms' dependency direction (the map in docs/design.md), read from the source."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def missing_eos_penalty(
         ValueError: the penalty is negative or not finite.
     """
     if not (math.isfinite(penalty) and penalty >= 0):
-        raise ValueError(f"missing_eos_penalty={penalty}: it must be finite and not negative")
+        raise ValueError(f"algorithm.cut_penalty={penalty}: it must be finite and not negative")
     scores = at_least_float32(scores)
     return torch.where(cut, scores - penalty, scores)
 

@@ -84,8 +84,8 @@ class AlgorithmSection(Section):
     old_logprobs: Literal["auto", "trainer", "rollout"] = Field(
         "auto",
         description="Take the old log-probabilities from the trainer, which computes them before "
-        "the update, or the rollout; auto computes them only where an update has several optimizer "
-        "steps, since in the first the loss's own are equal to them.",
+        "the update, or the rollout; auto computes them where something reads them: several "
+        "optimizer steps in an update, a KL in the reward, a teacher.",
     )
     gamma: float = Field(
         1.0,

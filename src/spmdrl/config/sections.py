@@ -59,8 +59,8 @@ class RolloutSection(Section):
         20,
         ge=0,
         description="Compare full checksums after the first sync and then every N syncs, at "
-        "least 0; cheaper checks (tensor sums, log-probabilities of fixed rows) run after every "
-        "sync; 0 turns all of them off.",
+        "least 0; cheaper checks (tensor sums, log-probabilities of fixed rows) run after the "
+        "others that move something; 0 turns all of them off.",
     )
     turns: TurnsSection | None = Field(
         None,

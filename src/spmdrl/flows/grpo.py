@@ -33,7 +33,8 @@ def grpo(run: Run) -> None:
         with run.phase("sync"):
             sync.run()
         run.evaluate(step)
-        batch = environment.collect(step)  # prompts, samples and rewards: home rows
+        # samples and their rewards (flows/environment.py), rows split over all ranks: at home
+        batch = environment.collect(step)
         # advantages and updates; with lag: 1 the next step's samples are drawn alongside
         metrics = trainer.step(step, batch, *environment.ahead(step + 1))
         run.finish(step, batch, joined(environment.metrics(), metrics))
@@ -83,8 +84,8 @@ class GrpoTrainer:
     def _has_gradient(self, batch: Batch) -> bool:
         """Whether any sample on any rank moves the policy; if none does, the update is skipped."""
         algorithm = self.run.config.algorithm
-        pulled = algorithm.entropy_coef != 0 or algorithm.loss_kl_coef > 0
-        return pulled or world_any(bool((batch["advantages"] != 0).any()))
+        other_terms = algorithm.entropy_coef != 0 or algorithm.loss_kl_coef > 0
+        return other_terms or world_any(bool((batch["advantages"] != 0).any()))
 
     def _add_logprobs(self, batch: Batch, temperature: float) -> Batch:
         """Add `ref_logprobs` if a KL needs them, and `old_logprobs` unless the loss has its own.
@@ -98,8 +99,8 @@ class GrpoTrainer:
             calls.append(self.reference.logprobs.on(batch, temperature))
         if self.teacher is not None:
             calls.append(self.teacher.logprobs.on(batch, temperature))
-        moves = train.epochs * train.num_minibatches > 1
-        wanted = moves or puts_kl_in_reward(algorithm) or self.teacher is not None
+        several_steps = train.epochs * train.num_minibatches > 1
+        wanted = several_steps or puts_kl_in_reward(algorithm) or self.teacher is not None
         source = algorithm.old_logprobs
         if source == "trainer" or (source == "auto" and wanted):
             calls.append(self.policy.logprobs.on(batch, temperature))

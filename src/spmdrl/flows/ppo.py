@@ -46,7 +46,9 @@ def ppo(run: Run) -> None:
         with run.phase("sync"):
             sync.run()
         run.evaluate(step)
-        batch = environment.collect(step)  # prompts, samples and scores: home rows
+        # samples and their scores (flows/environment.py), rows split over all ranks: at home
+        batch = environment.collect(step)
+        # values, advantages and updates; with lag: 1 the next step's samples are drawn alongside
         metrics = trainer.step(step, batch, *environment.ahead(step + 1))
         run.finish(step, batch, joined(environment.metrics(), metrics))
     sync.run()  # the last evaluation is of the last weights
@@ -61,7 +63,7 @@ class PpoTrainer:
         self.run, self.algorithm = run, algorithm
         self.policy, self.value = run.role("policy", Policy), run.role("value", Value)
         self.reference = run.role("reference", Reference) if algorithm.kl_coef > 0 else None
-        # its KL is in the reward, whatever `kl_in`, which it does not read
+        # PPO's KL is in the reward whatever `kl_in` says, so that the loss has none
         self.policy_loss = policy_loss(algorithm.model_copy(update={"kl_in": "reward"}))
         self.value_loss = value_loss(algorithm)
         self.kl, self.scaler = kl_control(algorithm), RewardScaler()
@@ -97,7 +99,11 @@ class PpoTrainer:
         return {**metrics, **policy_metrics, **named}
 
     def _read(self, batch: Batch) -> Batch:
-        """Add `old_logprobs`, `old_values`, and `ref_logprobs` if a KL needs them."""
+        """Add `old_values`, `ref_logprobs` if there is a KL, and `old_logprobs`.
+
+        The latter are computed unless those of the rollout are taken: the KL in the reward reads
+        them, also where the loss could do with its own.
+        """
         temperature = self.run.config.sampling.temperature
         calls: list[Call[Any]] = [self.value.values.on(batch)]
         if self.reference is not None:
@@ -106,6 +112,7 @@ class PpoTrainer:
             calls.append(self.policy.logprobs.on(batch, temperature))
         for columns in together(*calls):
             batch = batch | columns
+        # the policy's call has added `logprobs`, the value model's `values`
         own = "logprobs" if "logprobs" in batch else "rollout_logprobs"
         return batch.with_columns(
             tokens={"old_logprobs": batch[own], "old_values": batch["values"]}
@@ -117,7 +124,7 @@ class PpoTrainer:
         scores, turn_rewards = self._scores(batch), None
         ends = scores
         if pays_turns(batch, self.algorithm):
-            # what scaling and clipping make of a whole sample's reward; its end has the rest
+            # on the scale that `_scores` has just made; the end of the response gets the rest
             turn_rewards = batch[TURN_REWARDS] * self._scale
             ends = scores.double() - batch.row_sum(turn_rewards.double())
         token_kl, coefficient = batch["old_logprobs"].new_zeros(batch.num_tokens), self.kl.coef

@@ -1,8 +1,8 @@
 """`PolicySync`: brings a policy's update to the engine that samples from it, and proves it.
 
-The engine's weights are proved in three ways. After every sync that moved something, sums of all
-tensors are compared, and so are both sides' log-probabilities of a few fixed rows (the canary).
-After the first sync and some others, checksums of every cell are compared. A policy with an adapter
+The engine's weights are proved after the first sync and every later one that moved something: by
+checksums of every cell (after the first and some others) or sums of all tensors, and by both sides'
+log-probabilities of a few fixed rows (the canary). A policy with an adapter
 is proved once more before the first one, with noise in the adapter (`AdapterProof`).
 """
 
