@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Figures:
         wide: loads from global memory of 16 bytes and more (to registers or to shared memory).
         scalar: loads from global memory of at most 4 bytes.
         instructions: all instructions.
+        ptx: the code before ptxas, in which orders of memory can be read.
     """
 
     registers: int
@@ -43,6 +44,7 @@ class Figures:
     wide: int
     scalar: int
     instructions: int
+    ptx: str = field(default="", repr=False)
 
 
 def compiled(
@@ -80,7 +82,7 @@ def compiled(
         target=GPUTarget("cuda", architecture, 32),
         options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
     )
-    return figures(made.asm["cubin"], made.metadata.shared)
+    return replace(figures(made.asm["cubin"], made.metadata.shared), ptx=made.asm["ptx"])
 
 
 def figures(cubin: bytes, shared: int) -> Figures:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +179,44 @@ def test_a_row_does_not_depend_on_others(interpreted: Run) -> None:
     interpreted(alone, case([300, 40, 520], dtype=torch.bfloat16, options=WINDOWS[3], sinks=True))
 
 
+def few_splits(directory: Path) -> None:
+    """Rows of more keys than `MOST_SPLITS` splits have longer ones."""
+    module = proofs.planted(MODULE, "MOST_SPLITS = 32", "MOST_SPLITS = 2", directory)
+    for options in (None, WINDOWS[3]):
+        arguments = case([1, 255, 512, 513, 1100], options=options)
+        compare(arguments, 2e-6, module.decode_attention)
+        alone(arguments, module.decode_attention)
+
+
+def test_long_rows(interpreted: Run, tmp_path: Path) -> None:
+    interpreted(few_splits, tmp_path)
+
+
+def share_counters(attend: Any = None) -> None:
+    """Call twice with the same counters."""
+    if attend is None:
+        from spmdrl.models.kernels.cuda.decode import decode_attention as attend
+    arguments = case([300, 1, 0, 600], sinks=True)
+    counters = torch.zeros(4 * 2, dtype=torch.int32)
+    for _ in range(2):
+        compare(arguments, 2e-6, partial(attend, counters=counters))
+        assert not counters.any()
+
+
+def test_counters_are_zero_again(interpreted: Run) -> None:
+    interpreted(share_counters)
+
+
 def at_fault(old: str, new: str, directory: Path, check: Any, *arguments: Any) -> None:
     """Hold kernels with a planted fault to a check, which must fail."""
     attend = proofs.planted(MODULE, old, new, directory).decode_attention
     with pytest.raises(AssertionError):
         check(*arguments, attend)
+
+
+def test_a_planted_count_that_stays(interpreted: Run, tmp_path: Path) -> None:
+    old, new = "tl.store(counter, 0)", "tl.store(counter, 1)"
+    interpreted(at_fault, old, new, tmp_path, share_counters)
 
 
 @pytest.mark.parametrize(
@@ -190,8 +225,8 @@ def at_fault(old: str, new: str, directory: Path, check: Any, *arguments: Any) -
         ("row * table_row", "(row + 1) % 2 * table_row"),  # the neighbour's page
         ("(place < stop)", "(place <= stop)"),
         ("length - WINDOW,", "length - WINDOW - 1,"),
-        ("// SPLIT, tl.cdiv(length, SPLIT)", "// SPLIT, tl.cdiv(length, SPLIT) - 1"),
-        ("total += 1.0", "total += 0.0"),
+        ("for other in range(low, high)", "for other in range(low, high - 1)"),
+        ("whole + 1.0", "whole + 0.0"),
     ],
 )
 def test_planted_faults_of_values(interpreted: Run, tmp_path: Path, old: str, new: str) -> None:
@@ -207,18 +242,12 @@ def test_a_planted_dependence_on_other_rows(interpreted: Run, tmp_path: Path) ->
 
 
 TENSORS = {
-    **dict.fromkeys(("q", "keys", "values"), "*bf16"),
-    **dict.fromkeys(("table", "lengths"), "*i32"),
+    **dict.fromkeys(("q", "keys", "values", "sinks", "out"), "*bf16"),
+    **dict.fromkeys(("table", "lengths", "counters"), "*i32"),
     **dict.fromkeys(("parts", "sums"), "*fp32"),
     **dict.fromkeys(("scale", "softcap"), "fp32"),
     **dict.fromkeys(("q_row", "block_stride", "token_stride", "head_stride"), "i32"),
     "table_row": "i32",
-}
-MERGED = {
-    **dict.fromkeys(("parts", "sums"), "*fp32"),
-    "lengths": "*i32",
-    **dict.fromkeys(("sinks", "out"), "*bf16"),
-    "splits": "i32",
 }
 
 
@@ -236,6 +265,7 @@ def attention_figures(
 
     given = AttentionOptions(scale=1.0) if options is None else options
     constants = {
+        "HAS_SINKS": True,
         "PAGE": page,
         "WINDOW": given.window or 0,
         "CAPPED": given.softcap is not None,
@@ -252,8 +282,9 @@ def attention_figures(
 
 
 def check_attention(found: proofs.Figures) -> None:
-    # keys and values of a tile are read by 16 bytes; page numbers and lengths are single numbers
-    proofs.check(found, most_scalar=16, least_wide=8)
+    # keys and values of a tile are read by 16 bytes; page numbers, lengths, sinks and the sums of
+    # splits are single numbers
+    proofs.check(found, most_scalar=20, least_wide=8)
 
 
 def test_compiled_attention() -> None:
@@ -270,18 +301,19 @@ def test_compiled_attention_of_all_sizes(architecture: int, dims: int, page: int
         check_attention(found)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("architecture", proofs.ARCHITECTURES)
-@pytest.mark.parametrize("dims", [64, 256])
-def test_compiled_merge(architecture: int, dims: int) -> None:
-    from spmdrl.models.kernels.cuda import decode
+def counts_after_stores(ptx: str) -> bool:
+    """Whether all threads meet between a split's stores and its count, which orders them."""
+    counts = [m.start() for m in re.finditer(r"atom\.\S*acq_rel\S*gpu|atom\.\S*gpu\S*acq_rel", ptx)]
+    assert len(counts) == 1, "one count"
+    before = ptx[ptx.rindex("st.global", 0, counts[0]) : counts[0]]
+    return "bar.sync" in before or "barrier.sync" in before
 
-    constants = {"SPLIT": decode.SPLIT, "DIMS": dims, "WIDE": dims, "WINDOW": 0, "HAS_SINKS": True}
-    found = proofs.compiled(
-        decode.merge_splits, architecture, MERGED, constants, odd=("splits",), num_warps=1
-    )
-    # a warp has 2 numbers of each of 64 dims a thread
-    proofs.check(found, most_scalar=16, least_wide=0 if dims == 64 else 1)
+
+def test_a_split_is_stored_before_it_is_counted(tmp_path: Path) -> None:
+    assert counts_after_stores(attention_figures(90).ptx)
+    old = "        tl.debug_barrier()\n        ended"
+    module = proofs.planted(MODULE, old, "        ended", tmp_path)
+    assert not counts_after_stores(attention_figures(90, module=module).ptx)
 
 
 def test_a_planted_spill() -> None:
@@ -290,7 +322,7 @@ def test_a_planted_spill() -> None:
 
 
 def test_planted_scalar_loads(tmp_path: Path) -> None:
-    old, new = "values + at[:, None] + dim", "values + at[:, None] + 3 * dim"
+    old, new = "values + key[:, None] + dim", "values + key[:, None] + 3 * dim"
     module = proofs.planted(MODULE, old, new, tmp_path)
     with pytest.raises(AssertionError, match="scalar loads"):
         check_attention(attention_figures(90, module=module))

@@ -5,11 +5,13 @@ values `[blocks, block size, KV heads, dims]` in one dtype, a table of blocks `[
 the number of keys `[rows]` int32 that each row's single query sees, its own included. Everything
 else of a block, and blocks beyond a row's end, may hold anything, NaN included.
 
-A program takes the query heads of one key-value head, and `SPLIT` keys of one row; a second kernel
-merges the splits by the logarithm of their sums (Dao et al. 2023, Flash-Decoding,
-https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Splits begin at multiples of `SPLIT` and
-are merged in order, so that a row's result depends on nothing but its own keys: neither on other
-rows nor on the width of the table. Products accumulate in float32, as does the softmax.
+A program takes the query heads of one key-value head, and one split of a row's keys; the last of a
+row's programs to end merges its splits by the logarithm of their sums (Dao et al. 2023,
+Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Splits are merged in
+order, and their size is a function of the row's own number of keys (`SPLIT`, and multiples of it in
+rows of more than `SPLIT * MOST_SPLITS`), so that a row's result depends on nothing but its own
+keys: neither on other rows nor on the width of the table. Products accumulate in float32, as does
+the softmax.
 """
 
 from __future__ import annotations
@@ -23,10 +25,18 @@ from spmdrl.models.specs import AttentionOptions
 SPLIT = 256
 """Keys of a split: a row of 1024 keys and 8 KV heads keeps 32 programs busy."""
 
+MOST_SPLITS = 32
+"""Most splits of a row: their parts are kept in float32 until the last one ends."""
+
 MOST_DIMS = 256
 """Most dims of a head: wider tiles leave the registers."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+def covers(head_dim: int, block_size: int) -> bool:
+    """Whether `decode_attention` takes heads and blocks of these sizes."""
+    return head_dim % 8 == 0 and head_dim <= MOST_DIMS and block_size == power_of_2(block_size)
 
 
 def decode_attention(
@@ -37,11 +47,16 @@ def decode_attention(
     lengths: Tensor,  # [n] int32
     options: AttentionOptions,
     sinks: Tensor | None = None,  # [H]
+    *,
+    counters: Tensor | None = None,  # [n * KVH] int32, zeros
 ) -> Tensor:  # [n, H, d]
     """Attend for one query of each row; a row of length 0 gives zeros.
 
-    Launches two kernels and waits for nothing. Needs a block size that is a power of two, and d a
-    multiple of 8 up to `MOST_DIMS`.
+    Launches one kernel and waits for nothing. `covers` says which sizes it takes.
+
+    Args:
+        counters: memory for the numbers of splits that have ended. It is zero again when the kernel
+            ends, so that all calls of one stream may share it; None: it is made and cleared here.
     """
     _check(q, keys, values, table, lengths)
     rows, heads, dims = q.shape
@@ -49,7 +64,10 @@ def decode_attention(
     out = q.new_empty(rows, heads, dims)
     if not rows:
         return out
-    splits = -(-table.shape[1] * block_size // SPLIT)
+    if counters is None:
+        counters = torch.zeros(rows * kv_heads, dtype=torch.int32, device=q.device)
+    assert counters.dtype == torch.int32 and counters.numel() >= rows * kv_heads, counters.shape
+    splits = min(MOST_SPLITS, -(-table.shape[1] * block_size // SPLIT))
     parts = torch.empty(rows, heads, splits, dims, dtype=torch.float32, device=q.device)
     sums = torch.empty(rows, heads, splits, dtype=torch.float32, device=q.device)
     attend_split[(rows, kv_heads, splits)](
@@ -58,8 +76,11 @@ def decode_attention(
         values,
         table,
         lengths,
+        sums if sinks is None else sinks,
         parts,
         sums,
+        counters,
+        out,
         options.scale,
         options.softcap or 1.0,
         q.stride(0),
@@ -69,24 +90,10 @@ def decode_attention(
         **sizes(heads // kv_heads, dims),
         WINDOW=options.window or 0,
         CAPPED=options.softcap is not None,
+        HAS_SINKS=sinks is not None,
         num_warps=4,
         enable_fp_fusion=True,
         num_stages=3,
-    )
-    merge_splits[(rows, heads)](
-        parts,
-        sums,
-        sums if sinks is None else sinks,
-        lengths,
-        out,
-        splits,
-        SPLIT=SPLIT,
-        DIMS=dims,
-        WIDE=power_of_2(dims),
-        WINDOW=options.window or 0,
-        HAS_SINKS=sinks is not None,
-        num_warps=1,
-        enable_fp_fusion=True,
     )
     return out
 
@@ -95,7 +102,7 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tens
     heads, dims = q.shape[1:]
     block_size, kv_heads = keys.shape[1:3]
     assert keys.shape == values.shape and keys.stride() == values.stride(), (keys, values)
-    assert block_size == power_of_2(block_size) and dims % 8 == 0 and dims <= MOST_DIMS
+    assert covers(dims, block_size), (dims, block_size)
     assert keys.shape[3] == dims and heads % kv_heads == 0, (q.shape, keys.shape)
     assert q.dtype == keys.dtype == values.dtype, (q.dtype, keys.dtype, values.dtype)
     assert q.stride(1) == dims, "heads lie side by side"
@@ -114,6 +121,7 @@ def sizes(group: int, dims: int) -> dict[str, int]:
         "DIMS": dims,
         "WIDE": power_of_2(dims),
         "SPLIT": SPLIT,
+        "MOST_SPLITS": MOST_SPLITS,
         "TILE": 64 if dims <= 128 else 32,
     }
 
@@ -145,8 +153,11 @@ def attend_split(
     values: tl.tensor,
     table: tl.tensor,
     lengths: tl.tensor,
+    sinks: tl.tensor,  # [H], unread without HAS_SINKS
     parts: tl.tensor,  # [n, H, splits, d] float32, written: the split's attention
     sums: tl.tensor,  # [n, H, splits] float32, written: log2 of the split's sum of e^score
+    counters: tl.tensor,  # [n, KVH] int32, zeros before and after
+    out: tl.tensor,  # [n, H, d], written
     scale: tl.tensor,
     softcap: tl.tensor,
     q_row: tl.tensor,
@@ -160,21 +171,32 @@ def attend_split(
     DIMS: tl.constexpr,
     WIDE: tl.constexpr,
     SPLIT: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ) -> None:
-    """Attend to one split of a row's keys, for the query heads of one key-value head."""
+    """Attend to one split of a row's keys, for the query heads of one key-value head, and merge the
+    row's splits if it is the last to end.
+    """
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
-    first = first_key(length, WINDOW)
-    start = tl.maximum(split * SPLIT, first // TILE * TILE)
-    stop = tl.minimum(split * SPLIT + SPLIT, length)
-    if start >= stop:
-        return
     member, dim = tl.arange(0, HEADS), tl.arange(0, WIDE)
     head = kv_head * GROUP + member
     mine = (member < GROUP)[:, None] & (dim < DIMS)[None, :]
+    slots = tl.num_programs(2)
+    at = (row * tl.num_programs(1) * GROUP + head) * slots
+    target = out + (row * tl.num_programs(1) * GROUP + head)[:, None] * DIMS + dim[None, :]
+    if (length == 0) & (split == 0):
+        tl.store(target, tl.zeros([HEADS, WIDE], out.dtype.element_ty), mask=mine)
+    first = first_key(length, WINDOW)
+    span = SPLIT * tl.maximum(tl.cdiv(length, SPLIT * MOST_SPLITS), 1)
+    low, high = first // span, tl.cdiv(length, span)
+    start = tl.maximum(split * span, first // TILE * TILE)
+    stop = tl.minimum(split * span + span, length)
+    if start >= stop:
+        return
     own = tl.load(q + row * q_row + head[:, None] * DIMS + dim[None, :], mask=mine, other=0.0)
     highest = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
@@ -183,56 +205,55 @@ def attend_split(
         place = begin + tl.arange(0, TILE)
         seen = (place >= first) & (place < stop)
         block = tl.load(table + row * table_row + place // PAGE, mask=seen, other=0)
-        at = block.to(tl.int64) * block_stride + (place % PAGE) * token_stride
-        at += kv_head.to(tl.int64) * head_stride
+        key = block.to(tl.int64) * block_stride + (place % PAGE) * token_stride
+        key += kv_head.to(tl.int64) * head_stride
         read = seen[:, None] & (dim < DIMS)[None, :]
-        k = tl.load(keys + at[:, None] + dim[None, :], mask=read, other=0.0)
+        k = tl.load(keys + key[:, None] + dim[None, :], mask=read, other=0.0)
         score = scores(own, k, scale, softcap, CAPPED)
         score = tl.where(seen[None, :], score, float("-inf"))
         now = tl.maximum(highest, tl.max(score, 1))
         weight = tl.exp2(score - now[:, None])
         kept = tl.exp2(highest - now)
-        v = tl.load(values + at[:, None] + dim[None, :], mask=read, other=0.0)
+        v = tl.load(values + key[:, None] + dim[None, :], mask=read, other=0.0)
         total = total * kept + tl.sum(weight, 1)
         acc = acc * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
         highest = now
-    at = (row * tl.num_programs(1) * GROUP + head) * tl.num_programs(2) + split
-    tl.store(sums + at, highest + tl.log2(total), mask=member < GROUP)
-    tl.store(parts + at[:, None] * DIMS + dim[None, :], acc / total[:, None], mask=mine)
-
-
-@kernel
-def merge_splits(
-    parts: tl.tensor,  # [n, H, splits, d] float32
-    sums: tl.tensor,  # [n, H, splits] float32
-    sinks: tl.tensor,  # [H], unread without HAS_SINKS
-    lengths: tl.tensor,  # [n]
-    out: tl.tensor,  # [n, H, d], written
-    splits: tl.tensor,
-    SPLIT: tl.constexpr,
-    DIMS: tl.constexpr,
-    WIDE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-) -> None:
-    """Merge the splits of one row and head that hold keys which the row's query sees."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = row * tl.num_programs(1) + head
-    length, dim = tl.load(lengths + row), tl.arange(0, WIDE)
-    acc = tl.zeros([WIDE], tl.float32)
-    # a sink is one more score, whose value is zero
-    highest = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    if HAS_SINKS:
-        highest = tl.load(sinks + head).to(tl.float32) * _LOG2_E
-        total += 1.0
-    for split in range(first_key(length, WINDOW) // SPLIT, tl.cdiv(length, SPLIT)):
-        own = tl.load(sums + at * splits + split)
-        part = tl.load(parts + (at * splits + split) * DIMS + dim, mask=dim < DIMS, other=0.0)
-        now = tl.maximum(highest, own)
-        kept, weight = tl.exp2(highest - now), tl.exp2(own - now)
-        acc = acc * kept + part * weight
-        total = total * kept + weight
-        highest = now
-    found = acc / tl.where(length > 0, total, 1.0)
-    tl.store(out + at * DIMS + dim, found.to(out.dtype.element_ty), mask=dim < DIMS)
+    counter = counters + row * tl.num_programs(1) + kv_head
+    ended = 0
+    if high - low > 1:
+        tl.store(sums + at + split, highest + tl.log2(total), mask=member < GROUP)
+        place = (at + split)[:, None] * DIMS + dim[None, :]
+        tl.store(parts + place, acc / total[:, None], mask=mine)
+        # every thread's stores come before the count, and the count before the loads below
+        tl.debug_barrier()
+        ended = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+    if ended == high - low - 1:
+        # a sink is one more score, whose value is zero
+        best, whole = tl.full([HEADS], float("-inf"), tl.float32), tl.zeros([HEADS], tl.float32)
+        if HAS_SINKS:
+            sink = tl.load(sinks + head, mask=member < GROUP, other=0.0)
+            best, whole = sink.to(tl.float32) * _LOG2_E, whole + 1.0
+        if high - low > 1:
+            total = whole
+            acc = tl.zeros([HEADS, WIDE], tl.float32)
+            for other in range(low, high):
+                # not from a cache that does not see other processors' stores
+                logarithm = tl.load(
+                    sums + at + other, mask=member < GROUP, other=0.0, cache_modifier=".cg"
+                )
+                place = (at + other)[:, None] * DIMS + dim[None, :]
+                part = tl.load(parts + place, mask=mine, other=0.0, cache_modifier=".cg")
+                now = tl.maximum(best, logarithm)
+                kept, weight = tl.exp2(best - now), tl.exp2(logarithm - now)
+                acc = acc * kept[:, None] + part * weight[:, None]
+                total = total * kept + weight
+                best = now
+            tl.store(counter, 0)
+        else:
+            # the sum of this split is relative to its highest score
+            now = tl.maximum(best, highest)
+            kept = tl.exp2(highest - now)
+            acc = acc * kept[:, None]
+            total = total * kept + whole * tl.exp2(best - now)
+        tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=mine)
