@@ -8,6 +8,7 @@ capture of a graph nothing is computed; each replay computes, by address, as ker
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum, auto
@@ -288,6 +289,8 @@ def install() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not has_values():
         return
+    # its kernels would leave their results undefined: torch's operations compute in their place
+    sys.modules["triton"] = None  # type: ignore[assignment]
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     replays = Replays()

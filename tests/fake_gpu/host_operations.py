@@ -136,6 +136,12 @@ def wide_added_product(given: Arguments) -> Tensor:
     return (product + given["self"].float() * given.get("beta", 1)).to(given["out_dtype"])
 
 
+def wide_added_product_into(given: Arguments) -> Tensor:
+    """`wide_added_product` in its place."""
+    found: Tensor = given["out"].copy_(wide_added_product(given))
+    return found
+
+
 OWN: Mapping[str, Callable[[Arguments], Any]] = {
     "torch_attn::_varlen_attn": varlen_attention,
     "torch_attn::_varlen_attn_backward": varlen_attention_backward,
@@ -146,6 +152,7 @@ OWN: Mapping[str, Callable[[Arguments], Any]] = {
     "aten::mm.dtype": wide_product,
     "aten::bmm.dtype": wide_product,
     "aten::addmm.dtype": wide_added_product,
+    "aten::addmm.dtype_out": wide_added_product_into,
     "aten::baddbmm.dtype": wide_added_product,
 }
 """Keys are operations by name, or by name and overload."""

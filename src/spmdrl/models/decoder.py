@@ -23,6 +23,7 @@ from spmdrl.models.blocks.moe import Moe
 from spmdrl.models.blocks.projections import Build, Embedding, Norm, Projection
 from spmdrl.models.blocks.softmax_attention import Attend
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.fused import Sum, later_sum
 from spmdrl.models.low_rank import Applied
 from spmdrl.models.rope import Rope, RopeConfig, inverse_frequencies, make_rope
 from spmdrl.models.routing import Routing
@@ -61,17 +62,18 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Sum,
         rope: Rope | None,
         attend: Attend,
         routing: Routing | None = None,
         recompute: bool = False,
         adapters: Sequence[Applied] = (),
-    ) -> Tensor:
+    ) -> Tensor | Sum:
+        """Compute the layer's residual stream [T, D]; a `Sum` waits for the next layer's norm."""
         if not recompute:
             return self.run(x, rope, attend, routing, adapters)
         # Checkpoint inside forward, so that FSDP unshards the layer once for both passes.
-        result: Tensor = checkpoint(
+        result: Tensor | Sum = checkpoint(
             self.run,
             *(x, rope, attend, routing, adapters),
             use_reentrant=False,
@@ -81,30 +83,41 @@ class Layer(nn.Module):
 
     def run(
         self,
-        x: Tensor,
+        x: Tensor | Sum,
         rope: Rope | None,
         attend: Attend,
         routing: Routing | None,
         adapters: Sequence[Applied],
-    ) -> Tensor:
+    ) -> Tensor | Sum:
         # no name holds what attention gave: inference frees it before the MLP, its peak of memory
-        x = self._added(
-            x,
-            _normed(
-                self.attention_out_norm,
-                self.attention(_normed(self.input_norm, x), rope, attend, self.index, adapters),
+        x, normed = _entered(self.input_norm, x)
+        x, normed = _entered(
+            self.post_norm,
+            self._added(
+                x,
+                _normed(
+                    self.attention_out_norm,
+                    self.attention(normed, rope, attend, self.index, adapters),
+                ),
             ),
         )
-        normed = _normed(self.post_norm, x)
         if isinstance(self.mlp, Moe):
             out: Tensor = self.mlp(normed, self.index, routing, adapters)
         else:
             out = self.mlp(normed, self.index, adapters)
         return self._added(x, _normed(self.mlp_out_norm, out))
 
-    def _added(self, x: Tensor, out: Tensor) -> Tensor:
-        scale = self.spec.residual_scale
-        return x + out if scale == 1.0 else torch.add(x, out, alpha=scale)
+    def _added(self, x: Tensor, out: Tensor) -> Tensor | Sum:
+        return later_sum(x, out, self.spec.residual_scale)
+
+
+def _entered(norm: Norm | None, x: Tensor | Sum) -> tuple[Tensor, Tensor]:
+    """Return the residual stream and its norm; itself, where there is none."""
+    if isinstance(x, Sum):
+        if norm is not None:
+            return norm.of_sum(x)
+        x = x.total()
+    return x, _normed(norm, x)
 
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:
@@ -212,7 +225,7 @@ class Decoder(nn.Module):
             x = x * torch.tensor(self.model.embedding_scale, dtype=x.dtype).item()
         for layer, rope in zip(self.layers, ropes, strict=True):
             x = layer(x, rope, attend, routing, again, adapters)
-        hidden: Tensor = self.norm(x)
+        hidden = _entered(self.norm, x)[1]
         if self.model.logit_scale != 1.0 and self.kind == "lm":
             hidden = hidden * self.model.logit_scale
         return hidden if finish is None else finish(hidden, self.head_weight())

@@ -1,15 +1,17 @@
-"""SwiGLU and root-mean-square norm, on CPUs in blocks that stay in the cache.
+"""SwiGLU and root-mean-square norm, on CPUs in blocks that stay in the cache, on GPUs by Triton.
 
 Autograd's chains of elementwise operations read and write each [T, width] tensor in memory several
 times, and keep the intermediate results. Here rows are processed block by block, and the backward
 recomputes cheap values. (SmolLM2-135M: 15 % less time and 0.6 GB less memory in an update.)
 
-Without gradient, in float32, `rows` computes each in one pass.
+Without gradient, in float32, `rows` computes each in one pass. On GPUs a residual sum is computed
+together with the norm that follows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spmdrl.models.kernels import gpu
 from spmdrl.models.kernels.cpu import rows_for
 
 BLOCK_BYTES = 1 << 19
@@ -27,6 +30,8 @@ def swiglu(gate_up: Tensor) -> Tensor:  # [T, 2 W], gate and up side by side -> 
     """Compute silu(gate) * up (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
     if rows := rows_for(gate_up):
         return rows.swiglu(gate_up)
+    if gpu.serves(gate_up):
+        return gpu.swiglu(gate_up)
     if not _pays(gate_up):
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
@@ -42,6 +47,45 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:  # x [..., D], we
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     out: Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return out
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sum:
+    """A residual sum x + scale * out that is computed with the norm of it.
+
+    Args:
+        x, out: [T, D], side by side.
+    """
+
+    x: Tensor
+    out: Tensor
+    scale: float = 1.0
+
+    def total(self) -> Tensor:
+        """Compute the sum alone."""
+        return add(self.x, self.out, self.scale)
+
+
+def later_sum(x: Tensor, out: Tensor, scale: float) -> Tensor | Sum:  # [T, D] each
+    """Add to the residual stream: at once, or where no gradient is needed on a GPU, later."""
+    waits = not torch.is_grad_enabled() and gpu.serves(x, out) and x.shape[-1] <= gpu.MOST_WIDTH
+    if waits and x.is_contiguous() and out.is_contiguous() and x.dtype == out.dtype:
+        return Sum(x=x, out=out, scale=scale)
+    return add(x, out, scale)
+
+
+def add(x: Tensor, out: Tensor, scale: float) -> Tensor:
+    """Compute x + scale * out."""
+    return x + out if scale == 1.0 else torch.add(x, out, alpha=scale)
+
+
+def sum_norm(
+    given: Sum, weight: Tensor, eps: float, *, one_plus: bool
+) -> tuple[Tensor, Tensor]:  # [T, D] each
+    """Compute a sum and its norm in one pass."""
+    from spmdrl.models.kernels.cuda.rows import add_rms_norm
+
+    return add_rms_norm(given.x, given.out, weight, eps, scale=given.scale, one_plus=one_plus)
 
 
 def _pays(x: Tensor) -> bool:

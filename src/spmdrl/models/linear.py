@@ -107,6 +107,28 @@ def product(
     return _product(a, b, None) if by_onednn else a @ b.t()
 
 
+def add_product(
+    total: Tensor,  # [M, N] float32 (or as the factors), added to
+    a: Tensor,  # [M, K], any strides
+    b: Tensor,  # [N, K], any strides
+) -> None:
+    """Add a b^T, without gradient; on GPUs the sums of half-precision products are not rounded."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        torch.addmm(total, a, b.t(), out_dtype=torch.float32, out=total)
+    else:
+        total.add_(product(a, b))
+
+
+def wide_product(
+    a: Tensor,  # [M, K], any strides
+    b: Tensor,  # [N, K], any strides
+) -> Tensor:  # [M, N]
+    """Compute a b^T in float32 (or wider), as `add_product` does."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b.t(), out_dtype=torch.float32)
+    return product(a, b).to(torch.promote_types(a.dtype, torch.float32))
+
+
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN computes it; `torch.backends.mkldnn.flags(enabled=False)` disables it."""
     return (

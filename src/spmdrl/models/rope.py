@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.models.fields import Fields
+from spmdrl.models.kernels import gpu
 from spmdrl.models.kernels.cpu import rows_for
 
 
@@ -44,6 +45,8 @@ def rotate(
     if rows := rows_for(x, cos, sin):
         return rows.rotate(x, cos, sin, interleaved)
     turned = cos.shape[-1]
+    if gpu.serves(x, cos, sin) and turned % 2 == 0:
+        return gpu.rotate(x, cos, sin, interleaved)
     part = x if turned == x.shape[-1] else x[..., :turned]
     if interleaved:
         part = part.reshape(*part.shape[:-1], turned // 2, 2).transpose(-1, -2).flatten(-2)

@@ -2,12 +2,13 @@
 
 The head's product is computed in tiles of [tokens, vocabulary], small enough for a CPU's caches,
 with an online softmax over the vocabulary; the backward recomputes the tiles. Besides its product a
-tile takes passes for maximum, exp, sum, dot (forward), or for exp and two updates (backward).
+tile takes passes for maximum, exp, sum, dot (forward), or for exp and two updates (backward); by
+Triton's kernels on a GPU one each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spmdrl.distributed.parallel import Parallel, copy_to
-from spmdrl.models.linear import product, wide_linear
+from spmdrl.models.kernels import gpu
+from spmdrl.models.linear import add_product, wide_linear, wide_product
 from spmdrl.models.softcap import cap_logits, cap_slope
 from spmdrl.training.support import Support, add_support_gradients, support_logits
 
@@ -192,33 +194,57 @@ def _add_gradients(
 ) -> None:
     """Add the gradients through the softmax over all tokens."""
     for tile in _tiles(hidden, weight, chunk, softcap):
-        rows, columns = tile.rows, tile.columns
-        slope = None if softcap is None else cap_slope(tile.logits, softcap)
-        factors = _scaled_below(tile.logits, normaliser[rows], scale)
-        if d_entropy is None:
-            # d/dz_v = -g p_v: the factor g is put on the small operands instead.
-            factors.exp_()
-            narrow, minus = _times(factors, slope).to(weight.dtype), -g[rows, None]
-            if d_hidden is not None:
-                part = product(narrow, weight[columns].t())
-                d_hidden[rows].addcmul_(part.to(d_hidden.dtype), minus)
-            if d_weight is not None:
-                weighted = (tile.hidden * minus).to(weight.dtype)
-                d_weight[columns].add_(product(narrow.t(), weighted.t()))
-            continue
-        # d/dz_v = -p_v (g + d_entropy (log p_v + H))
-        assert entropy is not None
-        p = factors.exp()
-        factors.add_(entropy[rows, None]).mul_(-d_entropy[rows, None]).sub_(g[rows, None]).mul_(p)
-        narrow = _times(factors, slope).to(weight.dtype)
-        if d_hidden is not None:
-            d_hidden[rows].add_(product(narrow, weight[columns].t()))
-        if d_weight is not None:
-            d_weight[columns].add_(product(narrow.t(), tile.hidden.t()))
+        rows = tile.rows
+        # d/dz_v = -g p_v: the factor g is put on the small operands instead.
+        minus = -g[rows, None] if d_entropy is None else None
+        of_entropy = None
+        if d_entropy is not None:
+            assert entropy is not None
+            of_entropy = entropy[rows], g[rows], d_entropy[rows]
+        if softcap is None and gpu.serves(tile.logits):
+            narrow = gpu.logit_factors(
+                tile.logits, normaliser[rows], of_entropy, scale, weight.dtype
+            )
+        else:
+            slope = None if softcap is None else cap_slope(tile.logits, softcap)
+            factors = _factors(tile.logits, normaliser[rows], of_entropy, scale)
+            narrow = (factors if slope is None else factors.mul_(slope)).to(weight.dtype)
+        _add_products(d_hidden, d_weight, tile, weight, narrow, minus)
 
 
-def _times(factors: Tensor, slope: Tensor | None) -> Tensor:
-    return factors if slope is None else factors.mul_(slope)
+def _factors(
+    logits: Tensor,  # [N, K], overwritten
+    normaliser: Tensor,  # [N]
+    of_entropy: tuple[Tensor, Tensor, Tensor] | None,  # [N] each
+    scale: float,
+) -> Tensor:  # [N, K]
+    """Compute what `gpu.logit_factors` does."""
+    factors = _scaled_below(logits, normaliser, scale)
+    if of_entropy is None:
+        return factors.exp_()
+    # d/dz_v = -p_v (g + d_entropy (log p_v + H))
+    entropy, g, d_entropy = of_entropy
+    p = factors.exp()
+    return factors.add_(entropy[:, None]).mul_(-d_entropy[:, None]).sub_(g[:, None]).mul_(p)
+
+
+def _add_products(
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    tile: _Tile,
+    weight: Tensor,
+    factors: Tensor,  # [rows, columns], in the weight's dtype
+    minus: Tensor | None,  # [rows, 1], a factor of every row that is put on the small operands
+) -> None:
+    """Add a tile's products, summed in float32 and not rounded before that."""
+    rows, columns = tile.rows, tile.columns
+    if d_hidden is not None and minus is None:
+        add_product(d_hidden[rows], factors, weight[columns].t())
+    elif d_hidden is not None and minus is not None:
+        d_hidden[rows].addcmul_(wide_product(factors, weight[columns].t()), minus)
+    if d_weight is not None:
+        own = tile.hidden if minus is None else (tile.hidden * minus).to(weight.dtype)
+        add_product(d_weight[columns], factors.t(), own.t())
 
 
 def _add_target_gradients(
@@ -292,6 +318,10 @@ def _reduce(
     for tile in _tiles(hidden, weight, chunk, softcap):
         rows = tile.rows
         place = local[rows] - tile.columns.start
+        if softcap is None and gpu.serves(tile.logits):
+            part = gpu.reduce_logits(tile.logits, place, scale, with_product=with_product)
+            _add_sums((peak[rows], mass[rows], product[rows], target[rows]), part)
+            continue
         inside = (place >= 0) & (place < tile.logits.shape[1])
         found = tile.logits.gather(1, place.masked_fill(~inside, 0)[:, None])[:, 0]
         target[rows] += found.masked_fill_(~inside, 0).mul_(scale)
@@ -305,6 +335,17 @@ def _reduce(
             product[rows] += torch.linalg.vecdot(weights, below)
         peak[rows] = new_peak
     return peak, mass, product, target
+
+
+def _add_sums(total: Sequence[Tensor], part: Sequence[Tensor]) -> None:
+    """Add the sums of a tile, of which each is relative to its own peak, in place."""
+    peak, mass, product, target = total
+    new_peak = torch.maximum(peak, part[0])
+    _move_peak(mass, product, peak, new_peak)
+    _move_peak(part[1], part[2], part[0], new_peak)
+    for own, other in zip((mass, product, target), part[1:], strict=True):
+        own.add_(other)
+    peak.copy_(new_peak)
 
 
 def _move_peak(mass: Tensor, product: Tensor, old: Tensor, new: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spmdrl.distributed.parallel import Parallel, copy_to, reduce_from
-from spmdrl.models.fused import rms_norm
+from spmdrl.models.fused import Sum, rms_norm, sum_norm
 from spmdrl.models.linear import Blocked
 from spmdrl.models.low_rank import Added, adapted_linear
 from spmdrl.models.specs import NormSpec
@@ -90,6 +90,10 @@ class Norm(nn.Module):
             wide = torch.promote_types(x.dtype, torch.float32)
             return rms_norm(x.to(wide), 1 + weight.to(wide), self.spec.eps).to(x.dtype)
         return rms_norm(x, weight, self.spec.eps)
+
+    def of_sum(self, given: Sum) -> tuple[Tensor, Tensor]:
+        """Compute a residual sum and its norm."""
+        return sum_norm(given, self.weight, self.spec.eps, one_plus=self.spec.one_plus)
 
 
 class WideNorm(nn.Module):

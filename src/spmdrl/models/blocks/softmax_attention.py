@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from spmdrl.distributed.parallel import copy_to
 from spmdrl.models.blocks.projections import Build, Norm, WideNorm
+from spmdrl.models.kernels import gpu
 from spmdrl.models.low_rank import Applied, added_to
 from spmdrl.models.rope import Rope
 from spmdrl.models.specs import SoftmaxAttention
@@ -34,6 +36,34 @@ class Attend(Protocol):
         sinks: Tensor | None = None,  # [H_local]
     ) -> Tensor:  # [T, H_local, v_dim]
         ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Turning:
+    """What queries and keys become before attention.
+
+    Args:
+        q_norm, k_norm: norms of every head by itself; None: there are none.
+        rope: None: the layer knows no positions.
+    """
+
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    rope: Rope | None = None
+
+
+@runtime_checkable
+class AttendProjected(Protocol):
+    """Attention with a kernel for what comes before it; used where `gpu.serves` the projection."""
+
+    def attend_projected(
+        self,
+        layer: int,
+        qkv: Tensor,  # [T, H_local + 2 KVH_local, d], before norms and rope
+        turning: Turning,
+        sinks: Tensor | None = None,  # [H_local]
+    ) -> Tensor:  # [T, H_local, d]
+        """Compute norms, rope and attention, without gradient."""
 
 
 class Attention(nn.Module):
@@ -77,9 +107,17 @@ class Attention(nn.Module):
             qk = torch.cat((q, k), dim=1)
         else:
             # Splits, not slices: a split's backward is one copy, each slice's is a tensor of zeros.
-            qk, v = torch.split(
-                self._in_order(qkv), [self.heads + self.kv_heads, self.kv_heads], dim=1
-            )
+            ordered = self._in_order(qkv)
+            turning = self._turning(rope)
+            if (
+                turning is not None
+                and isinstance(attend, AttendProjected)
+                and not torch.is_grad_enabled()
+                and gpu.serves(ordered)
+            ):
+                found = attend.attend_projected(layer, ordered, turning, self.sinks)
+                return self.out.reduced(found.reshape(x.shape[0], -1), self.tp, to_out)
+            qk, v = torch.split(ordered, [self.heads + self.kv_heads, self.kv_heads], dim=1)
             if self.q_norm is not None:
                 q, k = self._normed(*torch.split(qk, [self.heads, self.kv_heads], dim=1))
                 qk = torch.cat((q, k), dim=1)
@@ -91,6 +129,12 @@ class Attention(nn.Module):
         if gate is not None:
             out = out * torch.sigmoid(gate.reshape(out.shape))
         return self.out.reduced(out, self.tp, to_out)
+
+    def _turning(self, rope: Rope | None) -> Turning | None:
+        """Return what a kernel is to do; None for what it does not: norms of all heads together."""
+        if isinstance(self.q_norm, WideNorm) or isinstance(self.k_norm, WideNorm):
+            return None
+        return Turning(q_norm=self.q_norm, k_norm=self.k_norm, rope=rope)
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.q_norm, Norm) and isinstance(self.k_norm, Norm):

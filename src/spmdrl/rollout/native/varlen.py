@@ -1,6 +1,8 @@
 """Paged attention by torch's FlashAttention kernels (`varlen_attn` with a block table), on CUDA.
 
-Decodes and prompt chunks of a step go through one call.
+Decodes and prompt chunks of a step go through one call. Where Triton is installed, the project's
+own kernels (`models.kernels.cuda`) compute norms, rope and the cache's write in one launch, and the
+attention of steps that only decode.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import current_flash_attention_impl
 
+from spmdrl.models.blocks.softmax_attention import Turning
+from spmdrl.models.kernels.paged import DecodeKernels, turn_and_store
 from spmdrl.models.linear import LEAST_CAPABILITY
 from spmdrl.rollout.native.cache import CacheShape, LayerCache
 from spmdrl.rollout.native.places import chunk_cells, decode_indices
@@ -113,6 +117,7 @@ class VarlenAttention:
         self._max_query = 0
         # by number of decodes: first rows of each, which never change, and room for first keys
         self._starts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._decode = DecodeKernels()
 
     def indices(self, plan: StepPlan, *, pad_to: int = 0) -> list[Tensor]:
         """See `PagedAttention.indices`.
@@ -181,13 +186,37 @@ class VarlenAttention:
         found = self._shape.layers[layer]
         assert found is not None, f"layer {layer} has no cache"
         keys, values = self._keys[layer], self._values[layer]
-        cells, table, used, starts, key_starts = self._indices
+        cells = self._indices[0]
         keys.flatten(0, 1).index_copy_(0, cells, k)
         values.flatten(0, 1).index_copy_(0, cells, v)
+        return self._attend(layer, q, sinks)
+
+    def attend_projected(
+        self,
+        layer: int,
+        qkv: Tensor,  # [T, H + 2 KVH, d]
+        turning: Turning,
+        sinks: Tensor | None = None,  # [H]
+    ) -> Tensor:
+        """See `AttendProjected`."""
+        found = self._shape.layers[layer]
+        assert found is not None, f"layer {layer} has no cache"
+        keys, values = self._keys[layer], self._values[layer]
+        q = turn_and_store(qkv, self._indices[0], keys, values, turning)
+        return self._attend(layer, q, sinks)
+
+    def _attend(self, layer: int, q: Tensor, sinks: Tensor | None) -> Tensor:
+        """Attend to what the cache holds."""
+        found = self._shape.layers[layer]
+        assert found is not None, f"layer {layer} has no cache"
+        keys, values = self._keys[layer], self._values[layer]
+        _, table, used, starts, key_starts = self._indices
+        single = self._max_query == 1
+        if single and self._decode.serves(q, self._shape.block_size):
+            return self._decode(q, keys, values, table, used, found.options, sinks)
         # FlashAttention 2 requires lengths of keys although a block table makes them useless;
         # 3 and later refuse both together.
         old = current_flash_attention_impl() in (None, "FA2")
-        single = self._max_query == 1
         out = self._kernel(
             q if single and old else q.contiguous(),
             keys,

@@ -1,0 +1,97 @@
+"""The native engine with Triton's kernels, interpreted on the CPU, draws what torch's draws.
+
+Every model serves the same calls twice in one process: by torch's operations, and with the kernels
+as on a GPU. Only what torch has no kernel for on a CPU, attention over pages of steps with prompt
+chunks, is `paged` in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from rollout_models import assert_same, make_engine, prompts_of, request, tiny_model
+from test_paged_options import paged
+
+from kernel_proofs import interpreter
+from spmdrl.models.kernels import cpu, gpu
+from spmdrl.rollout.native import varlen, workspace
+from spmdrl.rollout.protocol import Completion
+
+Run = Callable[..., Any]
+
+KERNELS = {"turn_and_store_heads", "attend_split", "add_norm_row", "swiglu_block"}
+"""Those of a decode step's layer."""
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Run]:
+    pytest.importorskip("triton")
+    with interpreter() as run:
+        yield run
+
+
+def launched(names: set[str]) -> None:
+    """Collect the names of the kernels that are launched."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    plain = InterpretedFunction.__getitem__
+
+    def watching(self: Any, grid: Any) -> Any:
+        names.add(self.fn.__name__)
+        return plain(self, grid)
+
+    InterpretedFunction.__getitem__ = watching
+
+
+def served(name: str, changes: dict[str, Any], lengths: Sequence[int], **sampling: Any) -> None:
+    """Serve a call by torch's operations and by the kernels, and compare what comes."""
+    torch.set_num_threads(1)
+    workspace.pages_are_usable = lambda *_: True
+    workspace.BLOCK_MULTIPLE = 1
+    varlen.varlen_attn = lambda: paged
+    model, source = tiny_model(name, **changes)
+    asked = [
+        request(p, i, 1 + i % 2, margins=True, **sampling)
+        for i, p in enumerate(prompts_of(*lengths))
+    ]
+    names: set[str] = set()
+    launched(names)
+    found: list[list[Completion]] = []
+    cpu._rows, gpu.runs_on = (lambda: None), (lambda device: False)
+    for _ in range(2):
+        engine = make_engine(model, source, prefill_tokens=16)
+        given = engine.generate(asked, seed=3, step=1)
+        found.append([c for group in given for c in group])
+        assert bool(names) == (len(found) == 2), names
+        gpu.runs_on = lambda device: True
+    assert names >= KERNELS, KERNELS - names
+    for place, (expected, own) in enumerate(zip(*found, strict=True)):
+        assert_same(own, expected, (name, place))
+
+
+def test_a_model_is_served_alike(interpreted: Run) -> None:
+    interpreted(partial(served, max_tokens=3, ignore_eos=True), "Qwen3", {}, (5, 19))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("Llama", {}),
+        ("Qwen2", {}),
+        ("Qwen3", {}),
+        ("Mistral", {"sliding_window": 7}),
+        ("Gemma3Text", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 9}),
+        ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_models_are_served_alike(
+    interpreted: Run, name: str, changes: dict[str, Any], temperature: float
+) -> None:
+    sampling = {"max_tokens": 10, "temperature": temperature, "ignore_eos": True}
+    interpreted(partial(served, **sampling), name, changes, (3, 24, 40))
