@@ -135,7 +135,7 @@ def at_fault(old: str, new: str, directory: Path, check: Any, given: tuple[Tenso
         ("own = column < width", "own = column < width + 1", compare_sums),
         ("kept * mass", "mass", compare_sums),
         ("(product + moved)", "product", compare_sums),
-        ("column == place", "column == place + 1", compare_sums),
+        ("(column == place)", "(column == place + 1)", compare_sums),
         ("(logarithm + ", "(logarithm - ", compare_factors),
         ("row * row_stride", "(row + 1) % 3 * row_stride", compare_factors),
     ],

@@ -124,7 +124,7 @@ def reduce_row(
             added = tl.sum(tl.where(weight == 0.0, 0.0, weight * below), 0)
             product = kept * (product + moved) + added
         mass = kept * mass + tl.sum(weight, 0)
-        target += tl.sum(tl.where(column == place, z, 0.0), 0)
+        target += tl.sum(tl.where(own & (column == place), z, 0.0), 0)
         peak = now
     rows = tl.num_programs(0)
     tl.store(found + row, peak)
