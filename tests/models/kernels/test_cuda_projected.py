@@ -119,7 +119,7 @@ def at_fault(old: str, new: str, directory: Path, arguments: tuple[Any, ...]) ->
         ("of_query, of_key)", "of_key, of_query)", (4, 2, 64, 64, NORMED)),
         ("/ DIMS + eps", "/ WHOLE + eps", (3, 1, 24, 16, NORMED)),
         ("slot * kv_heads + head - heads", "slot * kv_heads + 0 * head", (4, 2, 64, 64, PLAIN)),
-        ("mask=own & is_key", "mask=own", (4, 2, 64, 64, PLAIN)),
+        ("sin + token * TURNED + HALF", "sin + token * TURNED", (4, 2, 64, 64, PLAIN)),
     ],
 )
 def test_planted_faults(
