@@ -27,7 +27,7 @@ PRODUCT_SHARE, ATTENTION_SHARE = 0.66, 0.45
 NODE_S = 1.5e-6
 """What a node of a graph takes in addition to its bytes."""
 NODES, MOE_NODES = 9, 26
-"""Nodes of a dense layer, as counted on the stand-in device, and of one with experts, assumed."""
+"""Nodes of a dense layer, by the list of docs/kernels.md, and of one with experts, assumed."""
 HEAD_CHUNK = 1024
 """Tokens whose logits are held at once."""
 

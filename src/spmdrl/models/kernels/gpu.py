@@ -1,18 +1,22 @@
 """Triton's kernels as the models call them: whether they serve, and their gradients.
 
-Without Triton, on other devices and for operands that no kernel takes, callers compute by torch,
+Without `SWITCH`, without Triton, on other devices and for operands that no kernel takes, callers compute by torch,
 which stays the reference.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+SWITCH = "SPMDRL_GPU_KERNELS"
+"""Environment variable that lets the kernels serve where it is 1: no card has run them yet."""
 
 LEAST_CAPABILITY = (8, 0)
 """Compute capability of the oldest GPUs that the kernels are compiled for in tests."""
@@ -42,7 +46,7 @@ def runs_on(device: torch.device) -> bool:
 
 @functools.cache
 def _runs_on(index: int | None) -> bool:
-    if find_spec("triton") is None:
+    if os.environ.get(SWITCH) != "1" or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(index) >= LEAST_CAPABILITY
 
