@@ -1,7 +1,7 @@
 """Triton's kernels as the models call them: whether they serve, and their gradients.
 
-Without `SWITCH`, without Triton, on other devices and for operands that no kernel takes, callers compute by torch,
-which stays the reference.
+Without `SWITCH`, without Triton, on other devices and for operands that no kernel takes, callers
+compute by torch, which stays the reference.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def logit_factors(
     """
     from spmdrl.models.kernels.cuda import logprobs
 
-    terms = (None, None, None) if of_entropy is None else of_entropy
-    return logprobs.logit_factors(logits, normaliser, *terms, scale, dtype)
+    entropy, g, d_entropy = (None, None, None) if of_entropy is None else of_entropy
+    return logprobs.logit_factors(logits, normaliser, entropy, g, d_entropy, scale, dtype)
 
 
 def side_by_side(x: Tensor) -> Tensor:  # [T, heads, d]
