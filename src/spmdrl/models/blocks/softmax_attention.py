@@ -40,7 +40,7 @@ class Attend(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Turning:
-    """What queries and keys become before attention.
+    """Names what is done to queries and keys before attention.
 
     Args:
         q_norm, k_norm: norms of every head by itself; None: there are none.

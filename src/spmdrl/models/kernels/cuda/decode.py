@@ -147,6 +147,135 @@ def scores(
 
 
 @kernel
+def keys_of_split(
+    length: tl.tensor,
+    split: tl.tensor,
+    SPLIT: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+) -> tl.tuple:
+    """Find the row's first key, the split's range of keys, and the range of the row's splits."""
+    first = first_key(length, WINDOW)
+    span = SPLIT * tl.maximum(tl.cdiv(length, SPLIT * MOST_SPLITS), 1)
+    start = tl.maximum(split * span, first // TILE * TILE)
+    stop = tl.minimum(split * span + span, length)
+    return first, start, stop, first // span, tl.cdiv(length, span)
+
+
+@kernel
+def attend_keys(
+    own: tl.tensor,  # [HEADS, WIDE], queries
+    keys: tl.tensor,
+    values: tl.tensor,
+    pages: tl.tensor,  # the row's part of the table
+    bounds: tl.tuple,  # the row's first key, and the split's range
+    strides: tl.tuple,  # of blocks and of tokens, and the place of the head
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    PAGE: tl.constexpr,
+    DIMS: tl.constexpr,
+    TILE: tl.constexpr,
+    CAPPED: tl.constexpr,
+) -> tl.tuple:  # [HEADS, WIDE], [HEADS], [HEADS]
+    """Sum weighted values, and weights, relative to the highest score, which comes third."""
+    HEADS: tl.constexpr = own.shape[0]
+    WIDE: tl.constexpr = own.shape[1]
+    first, start, stop = bounds
+    block_stride, token_stride, head_place = strides
+    dim = tl.arange(0, WIDE)
+    highest = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, WIDE], tl.float32)
+    for begin in range(start, stop, TILE):
+        place = begin + tl.arange(0, TILE)
+        seen = (place >= first) & (place < stop)
+        block = tl.load(pages + place // PAGE, mask=seen, other=0)
+        key = block.to(tl.int64) * block_stride + (place % PAGE) * token_stride
+        key += head_place
+        read = seen[:, None] & (dim < DIMS)[None, :]
+        k = tl.load(keys + key[:, None] + dim[None, :], mask=read, other=0.0)
+        score = scores(own, k, scale, softcap, CAPPED)
+        score = tl.where(seen[None, :], score, float("-inf"))
+        now = tl.maximum(highest, tl.max(score, 1))
+        weight = tl.exp2(score - now[:, None])
+        kept = tl.exp2(highest - now)
+        v = tl.load(values + key[:, None] + dim[None, :], mask=read, other=0.0)
+        total = total * kept + tl.sum(weight, 1)
+        acc = acc * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        highest = now
+    return acc, total, highest
+
+
+@kernel
+def merge_splits(
+    parts: tl.tensor,  # [HEADS, WIDE] pointers to those of split 0
+    sums: tl.tensor,  # [HEADS] pointers to those of split 0
+    low: tl.tensor,
+    high: tl.tensor,
+    best: tl.tensor,  # [HEADS], a sink's score
+    total: tl.tensor,  # [HEADS], a sink's weight
+    mine: tl.tensor,  # [HEADS, WIDE] bool
+    is_head: tl.tensor,  # [HEADS] bool
+    DIMS: tl.constexpr,
+) -> tl.tuple:  # [HEADS, WIDE], [HEADS]
+    """Sum the weighted parts of the splits from `low` to before `high`, and the weights."""
+    acc = tl.zeros(mine.shape, tl.float32)
+    for other in range(low, high):
+        # not from a cache that does not see other processors' stores
+        logarithm = tl.load(sums + other, mask=is_head, other=0.0, cache_modifier=".cg")
+        part = tl.load(parts + other * DIMS, mask=mine, other=0.0, cache_modifier=".cg")
+        now = tl.maximum(best, logarithm)
+        kept, weight = tl.exp2(best - now), tl.exp2(logarithm - now)
+        acc = acc * kept[:, None] + part * weight[:, None]
+        total = total * kept + weight
+        best = now
+    return acc, total
+
+
+@kernel
+def end_split(
+    found: tl.tuple,  # what `attend_keys` gave
+    target: tl.tensor,  # [HEADS, WIDE] pointers to the row's result
+    parts: tl.tensor,  # [HEADS, WIDE] pointers to those of split 0
+    sums: tl.tensor,  # [HEADS] pointers to those of split 0
+    sinks: tl.tensor,  # [HEADS] pointers
+    counter: tl.tensor,  # pointer to the number of the row's splits that have ended
+    splits: tl.tuple,  # this one, the row's first one, and the end of its splits
+    mine: tl.tensor,  # [HEADS, WIDE] bool
+    is_head: tl.tensor,  # [HEADS] bool
+    DIMS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+) -> None:
+    """Store a split's part, and if it is the last of the row's splits to end, the row's result."""
+    acc, total, highest = found
+    split, low, high = splits
+    ended = 0
+    if high - low > 1:
+        tl.store(sums + split, highest + tl.log2(total), mask=is_head)
+        tl.store(parts + split * DIMS, acc / total[:, None], mask=mine)
+        # every thread's stores come before the count, and the count before the loads below
+        tl.debug_barrier()
+        ended = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+    if ended == high - low - 1:
+        # a sink is one more score, whose value is zero
+        best, whole = tl.full(is_head.shape, float("-inf"), tl.float32), tl.zeros_like(total)
+        if HAS_SINKS:
+            sink = tl.load(sinks, mask=is_head, other=0.0)
+            best, whole = sink.to(tl.float32) * _LOG2_E, whole + 1.0
+        if high - low > 1:
+            acc, total = merge_splits(parts, sums, low, high, best, whole, mine, is_head, DIMS)
+            tl.store(counter, 0)
+        else:
+            # the sum of this split is relative to its highest score
+            now = tl.maximum(best, highest)
+            kept = tl.exp2(highest - now)
+            acc, total = acc * kept[:, None], total * kept + whole * tl.exp2(best - now)
+        tl.store(target, (acc / total[:, None]).to(target.dtype.element_ty), mask=mine)
+
+
+@kernel
 def attend_split(
     q: tl.tensor,
     keys: tl.tensor,
@@ -177,83 +306,25 @@ def attend_split(
     CAPPED: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ) -> None:
-    """Attend to one split of a row's keys, for the query heads of one key-value head, and merge the
-    row's splits if it is the last to end.
-    """
+    """Compute a program: one split of a row's keys, for the query heads of one key-value head."""
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths + row)
+    length, kv_heads, slots = tl.load(lengths + row), tl.num_programs(1), tl.num_programs(2)
     member, dim = tl.arange(0, HEADS), tl.arange(0, WIDE)
-    head = kv_head * GROUP + member
-    mine = (member < GROUP)[:, None] & (dim < DIMS)[None, :]
-    slots = tl.num_programs(2)
-    at = (row * tl.num_programs(1) * GROUP + head) * slots
-    target = out + (row * tl.num_programs(1) * GROUP + head)[:, None] * DIMS + dim[None, :]
+    head, is_head = kv_head * GROUP + member, member < GROUP
+    mine = is_head[:, None] & (dim < DIMS)[None, :]
+    at = row * kv_heads * GROUP + head
+    target = out + at[:, None] * DIMS + dim[None, :]
     if (length == 0) & (split == 0):
         tl.store(target, tl.zeros([HEADS, WIDE], out.dtype.element_ty), mask=mine)
-    first = first_key(length, WINDOW)
-    span = SPLIT * tl.maximum(tl.cdiv(length, SPLIT * MOST_SPLITS), 1)
-    low, high = first // span, tl.cdiv(length, span)
-    start = tl.maximum(split * span, first // TILE * TILE)
-    stop = tl.minimum(split * span + span, length)
+    first, start, stop, low, high = keys_of_split(length, split, SPLIT, MOST_SPLITS, TILE, WINDOW)
     if start >= stop:
         return
     own = tl.load(q + row * q_row + head[:, None] * DIMS + dim[None, :], mask=mine, other=0.0)
-    highest = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, WIDE], tl.float32)
-    for begin in range(start, stop, TILE):
-        place = begin + tl.arange(0, TILE)
-        seen = (place >= first) & (place < stop)
-        block = tl.load(table + row * table_row + place // PAGE, mask=seen, other=0)
-        key = block.to(tl.int64) * block_stride + (place % PAGE) * token_stride
-        key += kv_head.to(tl.int64) * head_stride
-        read = seen[:, None] & (dim < DIMS)[None, :]
-        k = tl.load(keys + key[:, None] + dim[None, :], mask=read, other=0.0)
-        score = scores(own, k, scale, softcap, CAPPED)
-        score = tl.where(seen[None, :], score, float("-inf"))
-        now = tl.maximum(highest, tl.max(score, 1))
-        weight = tl.exp2(score - now[:, None])
-        kept = tl.exp2(highest - now)
-        v = tl.load(values + key[:, None] + dim[None, :], mask=read, other=0.0)
-        total = total * kept + tl.sum(weight, 1)
-        acc = acc * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-        highest = now
-    counter = counters + row * tl.num_programs(1) + kv_head
-    ended = 0
-    if high - low > 1:
-        tl.store(sums + at + split, highest + tl.log2(total), mask=member < GROUP)
-        place = (at + split)[:, None] * DIMS + dim[None, :]
-        tl.store(parts + place, acc / total[:, None], mask=mine)
-        # every thread's stores come before the count, and the count before the loads below
-        tl.debug_barrier()
-        ended = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-        tl.debug_barrier()
-    if ended == high - low - 1:
-        # a sink is one more score, whose value is zero
-        best, whole = tl.full([HEADS], float("-inf"), tl.float32), tl.zeros([HEADS], tl.float32)
-        if HAS_SINKS:
-            sink = tl.load(sinks + head, mask=member < GROUP, other=0.0)
-            best, whole = sink.to(tl.float32) * _LOG2_E, whole + 1.0
-        if high - low > 1:
-            total = whole
-            acc = tl.zeros([HEADS, WIDE], tl.float32)
-            for other in range(low, high):
-                # not from a cache that does not see other processors' stores
-                logarithm = tl.load(
-                    sums + at + other, mask=member < GROUP, other=0.0, cache_modifier=".cg"
-                )
-                place = (at + other)[:, None] * DIMS + dim[None, :]
-                part = tl.load(parts + place, mask=mine, other=0.0, cache_modifier=".cg")
-                now = tl.maximum(best, logarithm)
-                kept, weight = tl.exp2(best - now), tl.exp2(logarithm - now)
-                acc = acc * kept[:, None] + part * weight[:, None]
-                total = total * kept + weight
-                best = now
-            tl.store(counter, 0)
-        else:
-            # the sum of this split is relative to its highest score
-            now = tl.maximum(best, highest)
-            kept = tl.exp2(highest - now)
-            acc = acc * kept[:, None]
-            total = total * kept + whole * tl.exp2(best - now)
-        tl.store(target, (acc / total[:, None]).to(out.dtype.element_ty), mask=mine)
+    pages, bounds, splits = table + row * table_row, (first, start, stop), (split, low, high)
+    strides = block_stride, token_stride, kv_head.to(tl.int64) * head_stride
+    found = attend_keys(
+        own, keys, values, pages, bounds, strides, scale, softcap, PAGE, DIMS, TILE, CAPPED
+    )
+    part = parts + (at * slots)[:, None] * DIMS + dim[None, :]
+    sink, log, counter = sinks + head, sums + at * slots, counters + row * kv_heads + kv_head
+    end_split(found, target, part, log, sink, counter, splits, mine, is_head, DIMS, HAS_SINKS)
