@@ -1,5 +1,5 @@
-"""What a decoder does between its projection to queries, keys and values and attention over a paged
-cache, in one pass: norms of heads, rotary embedding, and the cache's write.
+"""Norms of heads, rotary embedding and the cache's write in one pass: all that a decoder does
+between its projection to queries, keys and values and attention over a paged cache.
 
 A program takes some heads of one token. Everything is computed in float32 and rounded once, where
 torch's operations round after the norm and after the rotation. The projection's bias is added by
@@ -36,19 +36,12 @@ def turn_and_store(
             the rotation; None: there are none.
         one_plus: multiply by 1 + weight.
     """
-    assert fused.dtype == keys.dtype == values.dtype, (fused.dtype, keys.dtype)
     tokens, count, dims = fused.shape
     kv_heads = keys.shape[2]
     heads = count - 2 * kv_heads
-    assert fused.stride(2) == 1 and (fused.stride(1) == dims or count == 1), fused.stride()
-    assert keys.is_contiguous() and values.is_contiguous() and keys.shape == values.shape
-    assert keys.shape[3] == dims and heads > 0 and slots.shape == (tokens,) and slots.stride(0) == 1
+    _check(fused, slots, keys, values)
     assert (q_weight is None) == (k_weight is None) and (cos is None) == (sin is None)
-    turned = 0
-    if cos is not None and sin is not None:
-        assert cos.is_contiguous() and sin.is_contiguous() and cos.shape == sin.shape
-        turned = cos.shape[-1]
-        assert turned % 2 == 0 and turned <= dims and cos.numel() == tokens * turned
+    turned = 0 if cos is None or sin is None else _turned(cos, sin, tokens, dims)
     out = fused.new_empty(tokens, heads, dims)
     if not tokens:
         return out
@@ -76,6 +69,23 @@ def turn_and_store(
         enable_fp_fusion=True,
     )
     return out
+
+
+def _check(fused: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    assert fused.dtype == keys.dtype == values.dtype, (fused.dtype, keys.dtype)
+    tokens, count, dims = fused.shape
+    assert fused.stride(2) == 1 and (fused.stride(1) == dims or count == 1), fused.stride()
+    assert keys.is_contiguous() and values.is_contiguous() and keys.shape == values.shape
+    assert keys.shape[3] == dims and count > 2 * keys.shape[2], (fused.shape, keys.shape)
+    assert slots.shape == (tokens,) and slots.stride(0) == 1, slots
+
+
+def _turned(cos: Tensor, sin: Tensor, tokens: int, dims: int) -> int:
+    """Return the dims of a head that are turned."""
+    assert cos.is_contiguous() and sin.is_contiguous() and cos.shape == sin.shape
+    turned = cos.shape[-1]
+    assert turned % 2 == 0 and turned <= dims and cos.numel() == tokens * turned, cos.shape
+    return turned
 
 
 def tile_sizes(heads: int, kv_heads: int, dims: int, turned: int) -> dict[str, int]:
@@ -112,6 +122,107 @@ def weights_of(
 
 
 @kernel
+def copy_heads(
+    source: tl.tensor,  # pointer to a token's heads
+    target: tl.tensor,  # pointer to their places
+    start: tl.tensor,
+    stop: tl.tensor,
+    DIMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    """Copy the heads from `start`, at most `ROWS`, and none from `stop` on."""
+    head = start + tl.arange(0, ROWS)[:, None]
+    dim = tl.arange(0, WHOLE)[None, :]
+    own = (head < stop) & (dim < DIMS)
+    tl.store(target + head * DIMS + dim, tl.load(source + head * DIMS + dim, mask=own), mask=own)
+
+
+@kernel
+def read_dims(
+    source: tl.tensor,  # [ROWS, 1] pointers to heads
+    exists: tl.tensor,  # [ROWS, 1] bool
+    dim: tl.tensor,  # [n]
+    is_dim: tl.tensor,  # [n] bool
+    norm: tl.tuple,  # weights of queries and of keys, the factor of each head, which are queries
+    NORMS: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
+) -> tl.tensor:  # [ROWS, n] float32
+    """Read some dims of each head, and norm them."""
+    found = tl.load(source + dim[None, :], mask=exists & is_dim[None, :], other=0.0)
+    found = found.to(tl.float32)
+    if NORMS:
+        q_weight, k_weight, scale, is_query = norm
+        found *= scale * weights_of(q_weight, k_weight, dim, is_dim, is_query, ONE_PLUS)
+    return found
+
+
+@kernel
+def read_pairs(
+    source: tl.tensor,  # [ROWS, 1] pointers to heads
+    exists: tl.tensor,  # [ROWS, 1] bool
+    norm: tl.tuple,
+    TURNED: tl.constexpr,
+    WIDE: tl.constexpr,
+    NORMS: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+) -> tl.tuple:  # [ROWS, WIDE] twice, float32
+    """Read the pairs of numbers that are turned together, as `read_dims` does."""
+    if INTERLEAVED:
+        dim = tl.arange(0, 2 * WIDE)
+        both = read_dims(source, exists, dim, dim < TURNED, norm, NORMS, ONE_PLUS)
+        return tl.split(tl.reshape(both, [source.shape[0], WIDE, 2]))
+    pair = tl.arange(0, WIDE)
+    within = pair < TURNED // 2
+    low = read_dims(source, exists, pair, within, norm, NORMS, ONE_PLUS)
+    return low, read_dims(source, exists, pair + TURNED // 2, within, norm, NORMS, ONE_PLUS)
+
+
+@kernel
+def turn_pairs(
+    a: tl.tensor,  # [ROWS, WIDE]
+    b: tl.tensor,  # [ROWS, WIDE]
+    cos: tl.tensor,  # [WIDE] pointers
+    sin: tl.tensor,  # [WIDE] pointers
+    within: tl.tensor,  # [WIDE] bool
+) -> tl.tuple:  # [ROWS, WIDE] twice
+    """Turn pairs of numbers."""
+    c = tl.load(cos, mask=within, other=0.0)[None, :]
+    s = tl.load(sin, mask=within, other=0.0)[None, :]
+    return a * c - b * s, b * c + a * s
+
+
+@kernel
+def norm_scale(
+    source: tl.tensor,  # [ROWS, 1] pointers to heads
+    exists: tl.tensor,  # [ROWS, 1] bool
+    eps: tl.tensor,
+    DIMS: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> tl.tensor:  # [ROWS, 1]
+    """Compute the factor of each head's norm."""
+    dim = tl.arange(0, WHOLE)[None, :]
+    read = tl.load(source + dim, mask=exists & (dim < DIMS), other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(read * read, 1) / DIMS + eps)[:, None]
+
+
+@kernel
+def store_dims(
+    targets: tl.tuple,  # [ROWS, 1] pointers to where each head is if it is a query, and if a key
+    is_query: tl.tensor,  # [ROWS, 1] bool
+    dim: tl.tensor,  # [n]
+    found: tl.tensor,  # [ROWS, n] float32
+    own: tl.tensor,  # [ROWS, n] bool
+) -> None:
+    """Store some dims of queries to the result, and of keys to the cache."""
+    of_query, of_key = targets
+    rounded = found.to(of_query.dtype.element_ty)
+    tl.store(of_query + dim[None, :], rounded, mask=own & is_query)
+    tl.store(of_key + dim[None, :], rounded, mask=own & (is_query == 0))
+
+
+@kernel
 def turn_and_store_heads(
     fused: tl.tensor,
     slots: tl.tensor,
@@ -138,61 +249,34 @@ def turn_and_store_heads(
 ) -> None:
     """Compute some heads of one token: queries and keys first, then values."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    slot = tl.load(slots + token)
-    source = fused + token * fused_token
-    turning = tl.cdiv(heads + kv_heads, ROWS)
+    slot, source = tl.load(slots + token), fused + token * fused_token
+    turning, count = tl.cdiv(heads + kv_heads, ROWS), heads + kv_heads
     if part >= turning:
-        head = (part - turning) * ROWS + tl.arange(0, ROWS)[:, None]
-        dim = tl.arange(0, WHOLE)[None, :]
-        own = (head < kv_heads) & (dim < DIMS)
-        value = tl.load(source + (heads + kv_heads + head) * DIMS + dim, mask=own, other=0.0)
-        tl.store(values + (slot * kv_heads + head) * DIMS + dim, value, mask=own)
+        place = values + slot * kv_heads * DIMS
+        copy_heads(
+            source + count * DIMS, place, (part - turning) * ROWS, kv_heads, DIMS, ROWS, WHOLE
+        )
         return
     head = part * ROWS + tl.arange(0, ROWS)[:, None]
-    is_query, is_key = head < heads, (head >= heads) & (head < heads + kv_heads)
-    exists = head < heads + kv_heads
-    of_query = out + (token * heads + head) * DIMS
-    of_key = keys + (slot * kv_heads + head - heads) * DIMS
+    is_query, exists = head < heads, head < count
+    targets = out + (token * heads + head) * DIMS, keys + (slot * kv_heads + head - heads) * DIMS
     source = source + head * DIMS
     scale = tl.full([ROWS, 1], 1.0, tl.float32)
     if NORMS:
-        dim = tl.arange(0, WHOLE)[None, :]
-        read = tl.load(source + dim, mask=exists & (dim < DIMS), other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(read * read, 1) / DIMS + eps)[:, None]
+        scale = norm_scale(source, exists, eps, DIMS, WHOLE)
+    norm = q_weight, k_weight, scale, is_query
     if TURNED > 0:
         HALF: tl.constexpr = TURNED // 2
         pair = tl.arange(0, WIDE)
         within = pair < HALF
-        own = exists & within[None, :]
+        a, b = read_pairs(source, exists, norm, TURNED, WIDE, NORMS, ONE_PLUS, INTERLEAVED)
         # sin's first half is negated, and both halves of cos are alike
-        c = tl.load(cos + token * TURNED + pair, mask=within, other=0.0)[None, :]
-        s = tl.load(sin + token * TURNED + HALF + pair, mask=within, other=0.0)[None, :]
-        low, high = pair, pair + HALF
-        if INTERLEAVED:
-            whole = tl.arange(0, 2 * WIDE)[None, :]
-            pairs = tl.load(source + whole, mask=exists & (whole < TURNED), other=0.0)
-            a, b = tl.split(tl.reshape(pairs, [ROWS, WIDE, 2]))
-            low, high = 2 * pair, 2 * pair + 1
-        else:
-            a = tl.load(source + low[None, :], mask=own, other=0.0)
-            b = tl.load(source + high[None, :], mask=own, other=0.0)
-        a, b = a.to(tl.float32), b.to(tl.float32)
-        if NORMS:
-            a *= scale * weights_of(q_weight, k_weight, low, within, is_query, ONE_PLUS)
-            b *= scale * weights_of(q_weight, k_weight, high, within, is_query, ONE_PLUS)
-        first = (a * c - b * s).to(out.dtype.element_ty)
-        second = (b * c + a * s).to(out.dtype.element_ty)
-        to_low, to_high = pair[None, :], pair[None, :] + HALF
-        tl.store(of_query + to_low, first, mask=own & is_query)
-        tl.store(of_query + to_high, second, mask=own & is_query)
-        tl.store(of_key + to_low, first, mask=own & is_key)
-        tl.store(of_key + to_high, second, mask=own & is_key)
+        c, s = cos + token * TURNED + pair, sin + token * TURNED + HALF + pair
+        first, second = turn_pairs(a, b, c, s, within)
+        own = exists & within[None, :]
+        store_dims(targets, is_query, pair, first, own)
+        store_dims(targets, is_query, pair + HALF, second, own)
     if REST > 0:
         dim = TURNED + tl.arange(0, REST)
-        own = exists & (dim < DIMS)[None, :]
-        passed = tl.load(source + dim[None, :], mask=own, other=0.0).to(tl.float32)
-        if NORMS:
-            passed *= scale * weights_of(q_weight, k_weight, dim, dim < DIMS, is_query, ONE_PLUS)
-        passed = passed.to(out.dtype.element_ty)
-        tl.store(of_query + dim[None, :], passed, mask=own & is_query)
-        tl.store(of_key + dim[None, :], passed, mask=own & is_key)
+        passed = read_dims(source, exists, dim, dim < DIMS, norm, NORMS, ONE_PLUS)
+        store_dims(targets, is_query, dim, passed, exists & (dim < DIMS)[None, :])
