@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from test_budgets_cuda import measure
 
+from spmdrl.models.kernels import gpu
+
 pytestmark = pytest.mark.fakegpu
 
 LAUNCHES = {
@@ -22,3 +24,13 @@ LAUNCHES = {
 def test_a_call_is_its_launches_alone_and_can_be_captured() -> None:
     found = measure(file="kernel_figures.py")
     assert found == {name: [number, number, {}] for name, number in LAUNCHES.items()}
+
+
+LAYERS, OTHERS = 28, 11
+"""Layers of the model of `figures.py`; nodes of a decode step that are no layer's, at most."""
+
+
+def test_a_layer_of_a_decode_step_is_nine_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(gpu.SWITCH, "1")
+    found = measure("decode")
+    assert found["graph_nodes"] <= 9 * LAYERS + OTHERS and found["illegal"] == 0, found

@@ -318,7 +318,9 @@ COUNT = """        tl.debug_barrier()
         tl.debug_barrier()
 """
 STORE = "        tl.store(parts + split * DIMS, acc / total[:, None], mask=mine)\n"
-REASON = "        # every thread's stores come before the count, and the count before the loads below\n"
+REASON = (
+    "        # every thread's stores come before the count, and the count before the loads below\n"
+)
 
 
 def test_a_split_is_stored_before_it_is_counted(tmp_path: Path) -> None:
