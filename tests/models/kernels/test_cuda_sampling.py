@@ -237,7 +237,7 @@ def slice_figures(architecture: int, dtype: str, module: Any = None) -> proofs.F
         architecture,
         tensors,
         {"SLICE": sampling.SLICE},
-        num_warps=8,
+        num_warps=sampling.SLICE_WARPS,
     )
 
 

@@ -21,6 +21,9 @@ from spmdrl.models.kernels.cuda.language import kernel, power_of_2, tl
 SLICE = 4096
 """Logits of a program."""
 
+SLICE_WARPS = 16
+"""Warps of a slice's program: with 8 of them its registers do not suffice on sm_80."""
+
 _ID_OFFSET = tl.constexpr(keyed_random.ID_OFFSET)
 _MURMUR_1 = tl.constexpr(keyed_random.MURMUR_1)
 _MURMUR_2 = tl.constexpr(keyed_random.MURMUR_2)
@@ -66,7 +69,7 @@ def draw_tokens(
         logits.stride(0),
         vocabulary,
         SLICE=SLICE,
-        num_warps=8,
+        num_warps=SLICE_WARPS,
         enable_fp_fusion=True,
     )
     combine_slices[(count,)](
