@@ -26,6 +26,9 @@ Run = Callable[..., Any]
 KERNELS = {"turn_and_store_heads", "attend_split", "add_norm_row", "swiglu_block"}
 """Those of a decode step's layer."""
 
+OTHER_MLPS = ("Gemma2", "GptOss")
+"""Models whose MLPs are no SwiGLU."""
+
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Run]:
@@ -68,7 +71,8 @@ def served(name: str, changes: dict[str, Any], lengths: Sequence[int], **samplin
         found.append([c for group in given for c in group])
         assert bool(names) == (len(found) == 2), names
         gpu.runs_on = lambda device: True
-    assert names >= KERNELS, KERNELS - names
+    expected_names = KERNELS - ({"swiglu_block"} if name in OTHER_MLPS else set())
+    assert names >= expected_names, expected_names - names
     for place, (expected, own) in enumerate(zip(*found, strict=True)):
         assert_same(own, expected, (name, place))
 
@@ -85,7 +89,15 @@ def test_a_model_is_served_alike(interpreted: Run) -> None:
         ("Qwen2", {}),
         ("Qwen3", {}),
         ("Mistral", {"sliding_window": 7}),
-        ("Gemma3Text", {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 9}),
+        (
+            "Gemma2",
+            {
+                "head_dim": 16,
+                "query_pre_attn_scalar": 16,
+                "sliding_window": 9,
+                "attn_logit_softcapping": None,
+            },
+        ),
         ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
     ],
 )
