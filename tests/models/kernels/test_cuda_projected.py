@@ -92,7 +92,6 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_heads(interpreted: Run, options: tuple[bool, bool, bool]) -> None:
-    interpreted(compare, 4, 2, 64, 64, options)
     interpreted(compare, 3, 1, 24, 16, options)
 
 
@@ -100,7 +99,14 @@ def test_heads(interpreted: Run, options: tuple[bool, bool, bool]) -> None:
 @pytest.mark.parametrize("options", [PLAIN, NORMED, (True, True, True)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_sizes(interpreted: Run, options: tuple[bool, bool, bool], dtype: torch.dtype) -> None:
-    sizes = [(28, 4, 128, 128), (1, 1, 80, 80), (20, 20, 96, 24), (8, 2, 256, 0), (5, 1, 10, 6)]
+    sizes = [
+        (4, 2, 64, 64),
+        (28, 4, 128, 128),
+        (1, 1, 80, 80),
+        (20, 20, 96, 24),
+        (8, 2, 256, 0),
+        (5, 1, 10, 6),
+    ]
     for each in sizes:
         interpreted(compare, *each, options, dtype)
 
@@ -114,12 +120,12 @@ def at_fault(old: str, new: str, directory: Path, arguments: tuple[Any, ...]) ->
 @pytest.mark.parametrize(
     "old, new, arguments",
     [
-        ("tl.load(slots + token)", "tl.load(slots + token) ^ 1", (4, 2, 64, 64, PLAIN)),
-        ("token * TURNED", "0 * TURNED", (4, 2, 64, 64, PLAIN)),
-        ("of_query, of_key)", "of_key, of_query)", (4, 2, 64, 64, NORMED)),
+        ("tl.load(slots + token)", "tl.load(slots + token) ^ 1", (4, 2, 16, 16, PLAIN)),
+        ("token * TURNED", "0 * TURNED", (4, 2, 16, 16, PLAIN)),
+        ("of_query, of_key)", "of_key, of_query)", (4, 2, 16, 16, NORMED)),
         ("/ DIMS + eps", "/ WHOLE + eps", (3, 1, 24, 16, NORMED)),
-        ("slot * kv_heads + head - heads", "slot * kv_heads + 0 * head", (4, 2, 64, 64, PLAIN)),
-        ("sin + token * TURNED + HALF", "sin + token * TURNED", (4, 2, 64, 64, PLAIN)),
+        ("slot * kv_heads + head - heads", "slot * kv_heads + 0 * head", (4, 2, 16, 16, PLAIN)),
+        ("sin + token * TURNED + HALF", "sin + token * TURNED", (4, 2, 16, 16, PLAIN)),
     ],
 )
 def test_planted_faults(
