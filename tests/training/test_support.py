@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -202,12 +202,16 @@ Products = list[tuple[torch.dtype, torch.dtype]]
 def products(monkeypatch: pytest.MonkeyPatch) -> Products:
     """The operands' dtypes of every product with the head."""
     seen: Products = []
-    for place, name in product((module, support_module), ("product", "wide_linear")):
-        plain: Callable[[Tensor, Tensor], Tensor] = getattr(place, name)
+    own = ("wide_linear", "wide_product", "add_product")
+    places = [(module, name) for name in own]
+    places += [(support_module, name) for name in ("product", "wide_linear")]
+    for place, name in places:
+        plain: Callable[..., Any] = getattr(place, name)
 
-        def noted(a: Tensor, b: Tensor, plain: Callable[..., Tensor] = plain) -> Tensor:
+        def noted(*operands: Tensor, plain: Callable[..., Any] = plain) -> Any:
+            a, b = operands[-2:]  # before them: what is added to
             seen.append((a.dtype, b.dtype))
-            return plain(a, b)
+            return plain(*operands)
 
         monkeypatch.setattr(place, name, noted)
     return seen
