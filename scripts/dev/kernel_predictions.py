@@ -27,7 +27,9 @@ PRODUCT_SHARE, ATTENTION_SHARE = 0.66, 0.45
 NODE_S = 1.5e-6
 """What a node of a graph takes in addition to its bytes."""
 NODES, MOE_NODES = 9, 26
-"""Nodes of a dense layer, by the list of docs/kernels.md, and of one with experts, assumed."""
+"""Nodes of a dense layer, counted on the stand-in device, and of one with experts, assumed."""
+OTHER_NODES = 11
+"""Nodes of a step that are no layer's, counted on the stand-in device."""
 HEAD_CHUNK = 1024
 """Tokens whose logits are held at once."""
 
@@ -114,7 +116,7 @@ def microbatch_bytes(s: Sizes) -> tuple[float, float]:
 
 def decode_line(name: str, s: Sizes, n: int) -> str:
     weights, keys, others = decode_bytes(s, n)
-    nodes = (MOE_NODES if s.experts else NODES) * s.layers + 6
+    nodes = (MOE_NODES if s.experts else NODES) * s.layers + OTHER_NODES
     cells = [f"{name}, n {n}", f"{weights / 1e9:.2f}", f"{keys / 1e9:.2f}", f"{others / 1e9:.2f}"]
     for card in CARDS:
         rate = load_machine(card, num_nodes=1, devices_per_node=1).device.memory_rate * COPY_SHARE
