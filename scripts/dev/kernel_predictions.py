@@ -28,7 +28,7 @@ NODE_S = 1.5e-6
 """What a node of a graph takes in addition to its bytes."""
 NODES, MOE_NODES = 9, 26
 """Nodes of a dense layer, counted on the stand-in device, and of one with experts, assumed."""
-OTHER_NODES = 11
+OTHER_NODES = 14
 """Nodes of a step that are no layer's, counted on the stand-in device."""
 HEAD_CHUNK = 1024
 """Tokens whose logits are held at once."""
