@@ -110,7 +110,7 @@ def test_missing_eos_penalty():
     scores, cut = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([True, False, True])
     assert missing_eos_penalty(scores, cut, penalty=1.5).tolist() == [-0.5, 2.0, -4.5]
     assert scores.tolist() == [1.0, 2.0, -3.0]
-    with pytest.raises(ValueError, match="algorithm.cut_penalty=-1"):
+    with pytest.raises(ValueError, match=r"algorithm\.cut_penalty=-1"):
         missing_eos_penalty(scores, cut, penalty=-1.0)
 
 
