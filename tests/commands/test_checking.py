@@ -163,6 +163,7 @@ def test_the_examples_take_long_rows_a_few_at_a_time(tmp_path, fitted):
     assert status == 0 and found["ppo"] == [] and "data.prompts_per_step=5, steps=3" in said
 
 
+@pytest.mark.full
 def test_fewer_long_rows_are_evaluated(tmp_path, fitted, fit):
     """The tiny model has a token for each letter or two: a pair of these has more than 500."""
     data = write_pairs(tmp_path / "pairs.jsonl", 700, letters=200)

@@ -73,6 +73,7 @@ def test_kept_log_probabilities_give_the_same_run(root):
     assert before["eval/held_out/accuracy"] == 0.5 and before["eval/held_out/margin"] == 0
 
 
+@pytest.mark.full
 def test_a_resumed_run_reads_them(root):
     words = ["preference.reference=cache", "roles.reference=null", "checkpoint.every=1"]
     whole, parts = write_dpo(root, "whole", "dpo"), write_dpo(root, "parts", "dpo")

@@ -149,6 +149,7 @@ def test_a_fault_ends_the_run_in_its_first_step_and_the_tensor_is_named(
             assert FAULTS[fault][-1] in message, (fault, message)
 
 
+@pytest.mark.full
 def test_right_runs_move_the_adapter_or_the_targets(path: Path, tmp_path: Path) -> None:
     """Colocated and alike nothing moves; else the adapter, or with merged weights the targets."""
     cases = {"alike": [], "moving": MOVING, "merged": MERGED}

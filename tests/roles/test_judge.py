@@ -171,6 +171,7 @@ def changes_policy(assembly: Assembly) -> None:
             parts.view(tensor).add_(1.0)
 
 
+@pytest.mark.full
 def test_a_judge_over_the_policys_base_scores_as_its_merged_model_does(root: Path) -> None:
     make_peft(root / "opinion", root / "model", seed=2)
     own = {"kind": "judge", "adapter": {"path": str(root / "opinion")}, "judge": JUDGE}

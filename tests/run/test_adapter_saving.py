@@ -124,6 +124,7 @@ def answer(world: World, config: str, root: str, cases: dict[str, list[str]]) ->
     return found
 
 
+@pytest.mark.full
 def test_an_exported_adapter_is_evaluated_as_the_merged_model(root: Path) -> None:
     run = root / "parts"
     adapter = f"roles.policy.adapter={{path: {run / 'model_adapter'}}}"

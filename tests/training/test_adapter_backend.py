@@ -110,6 +110,7 @@ def test_layouts_train_alike(single: dict[str, dict[str, Any]], kind: str, size:
         compare([ranks[number] for ranks in results], single[kind], model, adapter)
 
 
+@pytest.mark.full
 def test_dropout_does_not_depend_on_the_layout(single: dict[str, dict[str, Any]]) -> None:
     model, expected = tiny_config(), single["dropped"]
     results = run_ranks(on_ranks, 2, model, DROPPED[2], {"dropout": 0.4}, timeout_s=200)

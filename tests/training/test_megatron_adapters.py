@@ -381,6 +381,7 @@ def resumed(world: World, made: Case, state: LocalTensors) -> list[float]:
     return norms
 
 
+@pytest.mark.full
 def test_a_state_of_the_torch_backend_continues_here() -> None:
     [(state, norms)] = run_ranks(torch_steps, 1)
     for made in (case(tp=2), case(pp=2), case(dp_shard=2)):
