@@ -223,7 +223,7 @@ def generate_with(engine: Any, fixed: bool, seed: int) -> Generate:
 def transformers(
     model: str, device: torch.device, fixed: bool, seed: int, lengths: Sequence[int] = ()
 ) -> Generate:
-    """With `transformers.generate`; `lengths`, unless empty, are the tokens of each sample."""
+    """Generate by transformers; `lengths`, unless empty, are the tokens of each sample."""
     from transformers import AutoModelForCausalLM, StoppingCriteriaList
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype_on(device)).to(device).eval()

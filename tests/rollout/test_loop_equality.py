@@ -25,6 +25,7 @@ from test_turns import ROUNDS, Scripted
 
 from agreement import assert_same
 from harness import run_ranks
+from spmdrl.batch import Ragged
 from spmdrl.distributed.parallel import Parallel
 from spmdrl.rollout.native.engine import NativeEngine
 from spmdrl.rollout.native.loop import StepLoop
@@ -141,8 +142,8 @@ def delay_of(factor: int, turn: Turn) -> int:
     return (factor * turn.sample + turn.number) % 11
 
 
-def note(done: list[tuple[int, int]], *counts: int) -> None:
-    done.append(counts)  # type: ignore[arg-type]
+def note(done: list[tuple[int, ...]], *counts: int) -> None:
+    done.append(counts)
 
 
 def run(work: Workload, tp: Parallel | None = None) -> list[Any]:
@@ -157,7 +158,7 @@ def run(work: Workload, tp: Parallel | None = None) -> list[Any]:
         if work.delay is not None:
             answers = Parted if work.parts else Scripted
             turns["turns"] = answers(partial(delay_of, work.delay))
-        done: list[tuple[int, int]] = []
+        done: list[tuple[int, ...]] = []
         found = engine.generate(
             asked,
             seed=3,
@@ -185,7 +186,7 @@ def same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if hasattr(one, "counts"):
+    if isinstance(one, Ragged):
         return same([one.counts, one.values], [other.counts, other.values])
     return bool(one == other)
 
@@ -204,7 +205,7 @@ def test_a_random_workload_is_served_as_by_the_plainest_loop(seed: int) -> None:
 
 
 def test_the_random_workloads_have_everything() -> None:
-    """Of those that run in every suite some are preempted, stopped, and take turns."""
+    """Some that run in every suite are preempted, stopped, and take turns."""
     works = [workload(seed) for seed in BRIEF]
     assert {work.model for work in works} == set(MODELS)
     assert any(work.stops for work in works)
@@ -252,7 +253,7 @@ def same_tokens(found: list[Any], expected: list[Any], what: str) -> None:
 
 @pytest.mark.parametrize("seed", swept(range(60), BRIEF))
 def test_a_loop_that_runs_ahead_draws_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a device that computes by itself, whose results the host reads a step later."""
+    """The host reads results a step later, as on a device that computes by itself."""
     work = workload(seed)
     margins = [
         replace(one, sampling=one.sampling.model_copy(update={"margins": True}))

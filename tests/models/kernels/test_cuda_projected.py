@@ -1,4 +1,4 @@
-"""What comes between a layer's projection and paged attention, in Triton: against torch in float64,
+"""Norms of heads, rope and the cache's write in Triton: against torch in float64,
 and as compiled code.
 """
 
