@@ -51,7 +51,9 @@ def gather_table(table: Tensor) -> tuple[Tensor, Tensor]:  # table [n, k], n dif
     padded = table.new_zeros(most, *table.shape[1:])
     padded[: table.shape[0]] = table
     gathered = table.new_empty(size * most, *table.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
+    # torch 2.13 renamed it, and warns of the old name
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, padded)
     if least == most:
         return gathered, counts
     is_row = torch.arange(most) < counts[:, None]
