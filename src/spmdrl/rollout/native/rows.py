@@ -230,20 +230,22 @@ class RowState:
         tokens.copy_(drawn[: self.count])
         numbers.add_(1)
         if plan.moved:
-            rows, columns, blocks = self._move(plan)
-            cells = [block * self._block_size for block in blocks]
-            indices = [torch.tensor(part) for part in (rows, columns, cells, blocks)]
-            row, column, cell, block = to_device(indices, self._buffers.device)
+            # one tensor, because making each costs as much as using it
+            moved = torch.from_numpy(self._move(plan))
+            [(row, column, block, cell)] = to_device([moved], self._buffers.device)
             numbers[1].index_put_((row,), cell)
             self._buffers.table.index_put_((row, column), block.to(torch.int32))
 
-    def _move(self, plan: StepPlan) -> tuple[list[int], list[int], list[int]]:
-        """Note the blocks that rows have begun; returns their rows, places and numbers."""
-        rows, numbers = [self._row[s] for s, _ in plan.moved], [i for _, i in plan.moved]
-        blocks = [sample.blocks[number] for sample, number in plan.moved]
-        self._hold(max(numbers) + 1)
+    def _move(self, plan: StepPlan) -> NDArray[np.int64]:
+        """Note the blocks that rows have begun; returns their rows, places, numbers and first
+        cells, [4, m].
+        """
+        row = self._row
+        found = [(row[s], number, s.blocks[number]) for s, number in plan.moved]
+        rows, numbers, blocks = np.array(found, np.int64).T
+        self._hold(int(numbers.max()) + 1)
         self._table[rows, numbers] = blocks
-        return rows, numbers, blocks
+        return np.stack((rows, numbers, blocks, blocks * self._block_size))
 
     def _arrange(self, plan: StepPlan, drawn: Tensor | None, place: Mapping[Sample, int]) -> None:
         """Write all rows."""
