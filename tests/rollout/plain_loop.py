@@ -13,9 +13,9 @@ from spmdrl.rollout.native import scheduler as scheduler_module
 from spmdrl.rollout.native.loop import joining
 from spmdrl.rollout.native.running import Running
 from spmdrl.rollout.native.sample import Sample
-from spmdrl.rollout.native.sampler import rows_of
 from spmdrl.rollout.native.scheduler import Scheduler
 from spmdrl.rollout.native.step_plan import StepPlan
+from spmdrl.rollout.native.support import rows_of
 from spmdrl.rollout.protocol import Finish
 
 

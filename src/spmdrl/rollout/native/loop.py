@@ -26,9 +26,10 @@ from spmdrl.rollout.native.recording import ExpertRecord
 from spmdrl.rollout.native.rows import RowState
 from spmdrl.rollout.native.runner import Runner
 from spmdrl.rollout.native.sample import Sample
-from spmdrl.rollout.native.sampler import Asked, Draws, Sampler, rows_of
+from spmdrl.rollout.native.sampler import Asked, Draws, Sampler
 from spmdrl.rollout.native.scheduler import Scheduler
 from spmdrl.rollout.native.step_plan import StepPlan
+from spmdrl.rollout.native.support import rows_of
 from spmdrl.rollout.native.turns import Message, TurnTaking
 from spmdrl.rollout.protocol import Finish, Progress
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from spmdrl.keyed_random import chain, key64
-from spmdrl.rollout.native.sampler import SupportRecord
+from spmdrl.rollout.native.support import SupportRecord
 from spmdrl.rollout.protocol import Completion, Ending, Finish, Request
 
 

@@ -18,8 +18,8 @@ from spmdrl.rollout.native.attention import PagedAttention
 from spmdrl.rollout.native.recording import ExpertRecord
 from spmdrl.rollout.native.recurrent import MixedAttention
 from spmdrl.rollout.native.sample import Sample
-from spmdrl.rollout.native.sampler import SupportRecord
 from spmdrl.rollout.native.scheduler import Scheduler
+from spmdrl.rollout.native.support import SupportRecord
 from spmdrl.rollout.protocol import Ending, Finish
 
 _STATE, _CACHE, _SLOTS, _EXPERTS = "engine", "cache", "slots", "experts"
