@@ -230,3 +230,27 @@ def test_distances_to_the_limits() -> None:
 def test_values_out_of_range_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"SamplingParams\n{name}"):
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 64, 300, 1024, 5003])
+@pytest.mark.parametrize("margins", [False, True])
+def test_compiled_draws_are_torchs_to_the_bit(vocab: int, margins: bool) -> None:
+    compiled, plain = Sampler(vocab, CPU), Sampler(vocab, CPU)
+    if compiled._compiled is None:
+        pytest.skip("no C compiler")
+    plain._compiled = None
+    logits = some_logits(70, vocab, 6.0)
+    logits[3], logits[4, vocab // 2] = -torch.inf, torch.nan
+    logits[5, : vocab // 2] = -torch.inf
+    params = [SamplingParams(temperature=1 + i % 3, margins=margins) for i in range(70)]
+    for seed in range(3):
+        asked = keys(70 + seed)[seed:]
+        found = [s.sample(logits.clone(), params, asked) for s in (compiled, plain)]
+        for name in ("tokens", "logprobs", "margins"):
+            one, other = (getattr(draws, name) for draws in found)
+            finite = torch.ones(70, dtype=torch.bool)
+            finite[3:5] = False
+            assert torch.equal(one[finite], other[finite]), name
+        for draws in found:
+            assert draws.logprobs[3:5].isnan().all()
+            assert ((draws.tokens >= 0) & (draws.tokens < vocab)).all()

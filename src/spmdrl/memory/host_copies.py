@@ -25,7 +25,7 @@ class Arriving:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
         self._event: torch.cuda.Event | None = None
-        if any(tensor.is_cuda for tensor in tensors):
+        if self._tensors and self._tensors[0].is_cuda:
             packed = torch.cat(_as_bytes(tensors))
             self._host = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
             self._host.copy_(packed, non_blocking=True)

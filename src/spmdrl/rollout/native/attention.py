@@ -140,7 +140,7 @@ class GatheredAttention:
     def prepare(self, plan: StepPlan, indices: Sequence[Tensor]) -> None:
         self._positions, self._cells, self._table, *chunked = indices
         self._decodes, self._functions, self._cell_places = {}, {}, None
-        row = self._num_decodes = len(self._positions)
+        row = self._num_decodes = self._positions.shape[0]
         held: list[Tensor] = []
         if chunked:
             self._cells, held = torch.cat((self._cells, chunked[0])), chunked[1:]

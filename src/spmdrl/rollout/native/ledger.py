@@ -12,12 +12,15 @@ from spmdrl.rollout.native.sample import Sample
 _FIRST = 64
 """Results of a seat that there is room for at first."""
 
+_HELD = 32
+"""Steps whose results are put into their seats together."""
+
 
 class Ledger:
     """Tokens that samples have drawn since they were settled, with what belongs to each.
 
-    A step writes its results by column; `settle` moves those of one sample into its lists, before
-    anything reads them.
+    Results of some steps are held as they came, and then written to the seats of their samples;
+    `settle` moves those of one sample into its lists, before anything reads them.
 
     Args:
         num_seats: most samples that decode at a time.
@@ -37,6 +40,9 @@ class Ledger:
         self._samples: Sequence[Sample] = ()
         self._seats: NDArray[np.int64] = np.zeros(0, np.int64)
         self._most = 0
+        # tokens, log-probabilities, margins and first rows, since the samples were arranged
+        self._held: list[tuple[NDArray[np.generic], ...]] = []
+        self._first_rows: list[int] = []
 
     def write(
         self,
@@ -56,23 +62,18 @@ class Ledger:
             self._arrange(samples)
         if not samples:
             return
-        if self._most == self._tokens.shape[1]:
-            self._widen()
-        seats = self._seats
-        counts = self._counts[seats]
-        self._tokens[seats, counts] = tokens
-        self._logprobs[seats, counts] = logprobs
-        self._margins[seats, counts] = margins
+        self._held.append((tokens, logprobs, margins))
         if first_row is not None:
-            self._rows[seats, counts] = np.arange(first_row, first_row + len(samples))
-        self._counts[seats] = counts + 1
-        self._most += 1
+            self._first_rows.append(first_row)
+        if len(self._held) == _HELD:
+            self._seat_held()
 
     def settle(self, sample: Sample) -> None:
         """Move a sample's results into its lists."""
         seat = self._seat.get(sample)
         if seat is None:
             return
+        self._seat_held()
         count = int(self._counts[seat])
         sample.tokens += self._tokens[seat, :count].tolist()
         sample.logprobs += self._logprobs[seat, :count].tolist()
@@ -82,8 +83,28 @@ class Ledger:
             sample.expert_rows += self._rows[seat, :count].tolist()
         self._counts[seat] = 0
 
+    def _seat_held(self) -> None:
+        """Write the results that are held to their seats."""
+        steps = len(self._held)
+        if not steps:
+            return
+        while self._most + steps > self._tokens.shape[1]:
+            self._widen()
+        seats, counts = self._seats[:, None], self._counts[self._seats]
+        places = counts[:, None] + np.arange(steps)
+        columns = (self._tokens, self._logprobs, self._margins)
+        for column, parts in zip(columns, zip(*self._held, strict=True), strict=True):
+            column[seats, places] = np.stack(parts, axis=1)
+        if self._first_rows:
+            ahead = np.arange(len(self._seats))[:, None]
+            self._rows[seats, places] = np.array(self._first_rows) + ahead
+        self._counts[self._seats] = counts + steps
+        self._most += steps
+        self._held, self._first_rows = [], []
+
     def _arrange(self, samples: Sequence[Sample]) -> None:
         """Give seats to these samples alone; those that have left are settled."""
+        self._seat_held()
         here = set(samples)
         for sample in [sample for sample in self._seat if sample not in here]:
             self._free.append(self._seat.pop(sample))

@@ -86,6 +86,11 @@ class RowBuffers:
         self.numbers = self.numbers.to(device)
         self.table = torch.zeros(num_rows, num_blocks, dtype=torch.int32, device=device)
         self.factors: dict[str, Tensor] = {}
+        # of draws in a graph, where steps are captured: keys, temperatures, and rows of logits
+        count = num_rows if fixed else 0
+        self.keys = torch.zeros(count, dtype=torch.int64, device=device)
+        self.temperatures = torch.zeros(count, device=device)
+        self.order = torch.arange(count, dtype=torch.int32, device=device)
 
     def view(self, count: int, width: int, adapters: Sequence[str]) -> DecodeRows:
         """Return the first rows; all blocks of them if the width is fixed."""
@@ -142,6 +147,21 @@ class RowBuffers:
         if self.idle_slot is not None:
             numbers[3] = self.idle_slot
 
+    def move(self, begun: NDArray[np.int64]) -> None:
+        """Let rows continue in the blocks that they have begun.
+
+        Args:
+            begun: their rows, and of each block its place, its number and its first cell, [4, m].
+        """
+        if self.device.type == "cpu":  # where torch's calls take longer than the work
+            row, column, block, cell = begun
+            self.numbers[2].numpy()[row], self.table.numpy()[row, column] = cell, block
+            return
+        # one tensor, because making each costs as much as using it
+        [(rows, columns, blocks, cells)] = to_device([torch.from_numpy(begun)], self.device)
+        self.numbers[2].index_put_((rows,), cells)
+        self.table.index_put_((rows, columns), blocks.to(torch.int32))
+
     def widen(self, width: int) -> int:
         """Let rows have so many blocks at least; returns how many they can have now."""
         held = self.table.shape[1]
@@ -181,6 +201,7 @@ class RowState:
         self._base = torch.zeros(2, 0, dtype=torch.int64, device=buffers.device)
         self._keys = self._base[0]
         self._keys_from = 0
+        self._temperatures: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -203,12 +224,26 @@ class RowState:
     def keys(self) -> Tensor:
         """Return the random keys of the tokens that this step draws, int64 [n] on the device."""
         at = self._longest - self._keys_from
-        if not at < len(self._keys):
+        if not at < self._keys.shape[0]:
             base, beyond = self._base
             ahead = torch.arange(1, 1 + _KEYS_AHEAD, device=base.device)[:, None]
             self._keys = chain_all(base, self._buffers.numbers[1, : self.count] + beyond + ahead)
             self._keys_from, at = self._longest, 0
         return self._keys[at]
+
+    def draw_inputs(self, size: int, temperatures: Tensor) -> list[Tensor]:
+        """Return what `draw_directly` takes of the first `size` rows but their logits, at fixed
+        addresses: the rows' keys of this step, and their temperatures.
+
+        Args:
+            temperatures: float32 [n]; the same tensor as before if they are the same.
+        """
+        buffers = self._buffers
+        buffers.keys[: self.count].copy_(self.keys())
+        if temperatures is not self._temperatures:
+            buffers.temperatures[: self.count].copy_(temperatures)
+            self._temperatures = temperatures
+        return [buffers.keys[:size], buffers.temperatures[:size], buffers.order[:size]]
 
     def update(self, plan: StepPlan, drawn: Tensor | None, place: Mapping[Sample, int]) -> None:
         """Make the rows those of a plan's decodes.
@@ -230,11 +265,7 @@ class RowState:
         tokens.copy_(drawn[: self.count])
         numbers.add_(1)
         if plan.moved:
-            # one tensor, because making each costs as much as using it
-            moved = torch.from_numpy(self._move(plan))
-            [(row, column, block, cell)] = to_device([moved], self._buffers.device)
-            numbers[1].index_put_((row,), cell)
-            self._buffers.table.index_put_((row, column), block.to(torch.int32))
+            self._buffers.move(self._move(plan))
 
     def _move(self, plan: StepPlan) -> NDArray[np.int64]:
         """Note the blocks that rows have begun; returns their rows, places, numbers and first

@@ -7,6 +7,9 @@ the token id, so both computations draw the same token.
 
 Equal logits are ordered by their ids, at every limit: in bfloat16 many are equal, and a request's
 tokens must not depend on the number of candidates that its neighbours ask for.
+
+Where the project's kernels run (`models.kernels.gpu`), rows without truncation are drawn by one of
+them (`DIRECT`), greedy ones among them.
 """
 
 from __future__ import annotations
@@ -21,7 +24,12 @@ from torch import Tensor
 from spmdrl.batch import Ragged
 from spmdrl.keyed_random import Noise, exponential_at, key_tensor
 from spmdrl.memory.host_copies import to_device
+from spmdrl.models.kernels import gpu
+from spmdrl.rollout.native.compiled_draws import compiled_draws
 from spmdrl.rollout.protocol import MAX_SUPPORT, SamplingParams
+
+DIRECT = "direct"
+"""The kind of draws that a kernel makes."""
 
 _HOST = torch.device("cpu")
 _CANDIDATES = 1024
@@ -49,8 +57,8 @@ class _AskedKind:
 
     Args:
         members: their places among all, on the host; `place` has them on the device.
-        rows: row of logits of each; None: all rows in order.
-        temperature: [n, 1]; None: all are 1.
+        rows: row of logits of each; None: all rows in order. Of direct draws always there, int32.
+        temperature: [n, 1]; None: all are 1. Of direct draws [n], 0 where they are greedy.
         margins: whether any asks for margins.
         limits: what `truncate` takes: top-k, top-p and min-p of each.
         most: candidates that they are drawn from at first.
@@ -79,6 +87,12 @@ class Asked:
     kinds: Sequence[_AskedKind]
     place: Tensor | None
 
+    @property
+    def direct_temperatures(self) -> Tensor | None:
+        """Temperatures, float32 [n], if a kernel makes all draws; 0 where they are greedy."""
+        kind = self.kinds[0]
+        return kind.temperature if self.place is None and kind.kind == DIRECT else None
+
 
 def rows_at_once(vocab_size: int, device: torch.device) -> int:
     """Rows that are drawn together: few enough that logits and noise stay in the CPU's second-level
@@ -92,9 +106,10 @@ class Sampler:
     """Sampler of tokens from float32 logits over a vocabulary."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._device = device
+        self._device, self._draws_directly = device, gpu.runs_on(device)
         self._noise = Noise(0, vocab_size, device)
         self._rows = rows_at_once(vocab_size, device)
+        self._compiled = compiled_draws(self._noise.index_hash)
 
     def sample(
         self,
@@ -116,7 +131,7 @@ class Sampler:
         """Prepare draws from `num_rows` rows of logits, for any number of steps."""
         members: dict[str, list[int]] = {}
         for i, p in enumerate(params):
-            members.setdefault(_kind(p), []).append(i)
+            members.setdefault(_kind(p, self._draws_directly), []).append(i)
         rows = range(len(params)) if rows is None else rows
         kinds = [
             self._ask_kind(kind, own, [params[i] for i in own], [rows[i] for i in own], num_rows)
@@ -150,13 +165,18 @@ class Sampler:
             ],
             self._device,
         )
+        if kind == DIRECT:
+            tempered, of_rows = temperature, row.to(torch.int32)
+        else:
+            # a column even if all are equal: CUDA multiplies by a number's rounded inverse
+            tempered = temperature[:, None] if any(t != 1 for t in temperatures) else None
+            of_rows = None if rows == list(range(num_rows)) else row
         return _AskedKind(
             kind=kind,
             members=torch.tensor(own),
             place=place,
-            rows=None if rows == list(range(num_rows)) else row,
-            # a column even if all are equal: CUDA multiplies by a number's rounded inverse
-            temperature=temperature[:, None] if any(t != 1 for t in temperatures) else None,
+            rows=of_rows,
+            temperature=tempered,
             margins=any(p.margins for p in params),
             limits=(top_k, top_p[:, None], min_p[:, None]),
             most=max(p.top_k or _CANDIDATES for p in params),
@@ -168,7 +188,7 @@ class Sampler:
 
         Args:
             logits: `[R, V]` float32, overwritten.
-            keys: keys of the tokens, int64 `[N]` on the device.
+            keys: keys of the tokens, int64 `[N]` on the device, side by side.
         """
         if asked.place is None:
             return self._draw_kind(logits, asked.kinds[0], keys)
@@ -188,6 +208,9 @@ class Sampler:
         )
 
     def _draw_kind(self, logits: Tensor, asked: _AskedKind, key: Tensor) -> Draws:
+        if asked.kind == DIRECT:
+            assert asked.temperature is not None and asked.rows is not None
+            return draw_directly(logits, key, asked.temperature, asked.rows)
         if asked.rows is not None:
             logits = logits[asked.rows]
         if asked.kind == "greedy":
@@ -196,14 +219,20 @@ class Sampler:
             logits.div_(asked.temperature)
         if asked.kind == "truncated":
             return self._truncated(logits, asked, key)
-        starts = range(0, len(key), self._rows)
+        count = key.shape[0]
+        if count <= self._rows:
+            return self._plain(logits, key, asked.margins)
+        starts = range(0, count, self._rows)
         parts = [
             self._plain(logits[i : i + self._rows], key[i : i + self._rows], asked.margins)
             for i in starts
         ]
-        return parts[0] if len(parts) == 1 else _join(parts)
+        return _join(parts)
 
     def _plain(self, logits: Tensor, keys: Tensor, asked: bool) -> Draws:
+        if self._compiled is not None:
+            tokens, logprobs, margins = self._compiled(logits, keys, asked)
+            return Draws(tokens=tokens, logprobs=logprobs, margins=margins)
         probabilities = torch.softmax(logits, -1)
         noise = self._noise.exponential(keys)
         scores = torch.div(probabilities, noise, out=noise)
@@ -313,7 +342,22 @@ def truncate(
     return keep, torch.minimum(distance, torch.minimum(p_distance.float(), m_distance))
 
 
-def _kind(params: SamplingParams) -> str:
+def draw_directly(
+    logits: Tensor,  # [R, V], unchanged
+    keys: Tensor,  # [n] int64
+    temperatures: Tensor,  # [n] float32; 0: greedy
+    rows: Tensor,  # [n] int32, each draw's row of logits
+) -> Draws:
+    """Draw n tokens by `kernels.cuda.sampling.draw_tokens`."""
+    from spmdrl.models.kernels.cuda.sampling import draw_tokens
+
+    tokens, logprobs, margins = draw_tokens(logits, keys, temperatures, rows)
+    return Draws(tokens=tokens, logprobs=logprobs, margins=margins)
+
+
+def _kind(params: SamplingParams, draws_directly: bool) -> str:
+    if draws_directly and (params.is_greedy or not params.is_truncated):
+        return DIRECT
     if params.is_greedy:
         return "greedy"
     return "truncated" if params.is_truncated else "plain"
