@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +93,7 @@ class Ledger:
             self._widen()
         seats, counts = self._seats[:, None], self._counts[self._seats]
         places = counts[:, None] + np.arange(steps)
-        columns = (self._tokens, self._logprobs, self._margins)
+        columns: tuple[NDArray[Any], ...] = (self._tokens, self._logprobs, self._margins)
         for column, parts in zip(columns, zip(*self._held, strict=True), strict=True):
             column[seats, places] = np.stack(parts, axis=1)
         if self._first_rows:

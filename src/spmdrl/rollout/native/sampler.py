@@ -165,9 +165,9 @@ class Sampler:
             ],
             self._device,
         )
-        if kind == DIRECT:
-            tempered, of_rows = temperature, row.to(torch.int32)
-        else:
+        tempered: Tensor | None = temperature
+        of_rows: Tensor | None = row.to(torch.int32)
+        if kind != DIRECT:
             # a column even if all are equal: CUDA multiplies by a number's rounded inverse
             tempered = temperature[:, None] if any(t != 1 for t in temperatures) else None
             of_rows = None if rows == list(range(num_rows)) else row
