@@ -24,7 +24,7 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
 - A backend or an engine: `TrainSystem`, `Traffic`, `TrainMemory`, `plain_memory`, `RoleSpec`,
   `TrainBackend`, `OptimStep`, `LocalTensors`; `RolloutEngine`, `Request`, `Completion`,
   `Finish`, `SamplingParams`; adapters: `OWN`, `open_adapter`, `read_adapter`.
-- Parts of the shipped flows, to subclass: `GroupEnvironment`, `GrpoTrainer`, `PpoTrainer`,
+- Parts of the shipped flows, to subclass: `GroupEnvironment`, `GrpoTrainer`, `PpoTrainer`, `PpoRewards`,
   `DpoTrainer`, `OnlineDpoTrainer`, `SftTrainer`, `RewardModelTrainer`, `HeldOutPreferences`.
 - Their terms: `update_of`, `token_advantages`, `puts_kl_in_reward`, `policy_loss`,
   `policy_columns`, `with_loss_weights`; of pairs `pair_loss`, `pair_update`, `pair_metrics`,
@@ -173,6 +173,7 @@ if TYPE_CHECKING:
         with_loss_weights as with_loss_weights,
     )
     from spmdrl.flows.ppo import PpoTrainer as PpoTrainer
+    from spmdrl.flows.ppo_rewards import PpoRewards as PpoRewards
     from spmdrl.flows.preference_terms import (
         BASELINE as BASELINE,
         REFERENCE as REFERENCE,
@@ -344,6 +345,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "flows.pair_verdicts": "judged_rows",
         "flows.policy_terms": "policy_columns policy_loss update_of with_loss_weights",
         "flows.ppo": "PpoTrainer",
+        "flows.ppo_rewards": "PpoRewards",
         "flows.preference_terms": (
             "BASELINE REFERENCE pair_loss pair_metrics pair_update with_pair_shares"
         ),
