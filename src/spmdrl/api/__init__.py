@@ -3,9 +3,8 @@
 `from spmdrl.api import Run, Policy` stays valid where modules move. Importing this module imports
 nothing else: a name is looked up when it is used, and torch comes with the first that needs it.
 
-- A flow: `Run`, its two halves `Environment` and `Trainer`, `Evaluates`, `Metrics`, `joined`,
-  `update_metrics`; its configuration: `Config`, `AlgorithmSection`, `PreferenceSection`,
-  `response_tokens`.
+- A flow: `Run`, its halves `Environment` and `Trainer`, `Evaluates`, `Metrics`, `joined`,
+  `update_metrics`; `Config`, `AlgorithmSection`, `PreferenceSection`, `response_tokens`.
 - Rows: `Batch`, `concat`, `from_rows`, `group_index`; data: `DataSet`, `StepRows`, `home_rows`,
   `ItemSet`, `DataItem`, `items_of`, `Conversation`, `Pair`, `mismatched`.
 - Roles: `Policy`, `Reference`, `Reward`, `Value`, `Rollout`, `CustomRole`; their calls: `Call`,
@@ -15,16 +14,15 @@ nothing else: a name is looked up when it is used, and torch comes with the firs
   `SharedExperts`, `ClampedSwiglu`; readings: `alike`, `dense_mlp`, `heads_of`, `layer_kinds`,
   `norm_of`, `num_experts_of`, `plain_attention`, `rope_of`, `ropes_of`, `windows_of`.
 - Numbers of all ranks: `moments`, `Moments`, `world_any`, `world_max`, `world_sum`,
-  `broadcast_object`, `gather_objects`, `gather_tables`; estimates and names of evaluations:
-  `clustered_mean`, `pair_accuracy`, `CHOSEN`, `EVAL`, `ACCURACY`, `STANDARD_ERROR`; `Tracker`,
-  `TrackedRun`.
+  `broadcast_object`, `gather_objects`, `gather_tables`; evaluations: `clustered_mean`,
+  `pair_accuracy`, `CHOSEN`, `EVAL`, `ACCURACY`, `STANDARD_ERROR`; `Tracker`, `TrackedRun`.
 - A role of one's own: `UserRole`, `Column`, `RoleContext`; with a model of the train backend:
   `TorchBackend`, `TrainOptions`, `open_model`, `Readout`, `SCORES`, `VALUES`, `next_token`.
 - Turns: `TurnEnvironment`, `Observation`; a parser of calls of tools: `ToolCalls`, `ToolCall`.
 - A backend or an engine: `TrainSystem`, `Traffic`, `TrainMemory`, `plain_memory`, `RoleSpec`,
   `TrainBackend`, `OptimStep`, `LocalTensors`; `RolloutEngine`, `Request`, `Completion`,
   `Finish`, `SamplingParams`; adapters: `OWN`, `open_adapter`, `read_adapter`.
-- Parts of the shipped flows, to subclass: `GroupEnvironment`, `GrpoTrainer`, `PpoTrainer`, `PpoRewards`,
+- Parts of shipped flows: `GroupEnvironment`, `GrpoTrainer`, `PpoTrainer`, `PpoRewards`,
   `DpoTrainer`, `OnlineDpoTrainer`, `SftTrainer`, `RewardModelTrainer`, `HeldOutPreferences`.
 - Their terms: `update_of`, `token_advantages`, `puts_kl_in_reward`, `policy_loss`,
   `policy_columns`, `with_loss_weights`; of pairs `pair_loss`, `pair_update`, `pair_metrics`,
