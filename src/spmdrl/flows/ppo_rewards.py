@@ -18,7 +18,7 @@ from spmdrl.flows.advantage_terms import pays_turns
 from spmdrl.roles.turn_calls import TURN_REWARDS
 from spmdrl.rollout.protocol import Finish
 from spmdrl.run.protocols import Metrics
-from spmdrl.run.resume_point import Saved
+from spmdrl.run.run import Run
 
 
 class PpoRewards:
@@ -29,10 +29,11 @@ class PpoRewards:
 
     Args:
         algorithm: the section of the configuration.
-        saved: values that checkpoints keep (`run.saved`), which this class reads and writes.
+        run: its `saved` has values that checkpoints keep, which this class reads and writes.
     """
 
-    def __init__(self, algorithm: AlgorithmSection, saved: Saved) -> None:
+    def __init__(self, algorithm: AlgorithmSection, run: Run) -> None:
+        saved = run.saved
         self.algorithm, self.saved = algorithm, saved
         self.kl, self.scaler = kl_control(algorithm), RewardScaler()
         if saved:  # a run that resumes from a checkpoint
