@@ -18,7 +18,10 @@ import pytest
 from tiny_model import make_tiny_model
 
 ROOT = Path(__file__).parents[1]
-OFF = ["unshare", "--net", "bash", "-euc", 'ip link set lo up; exec "$@"', "_"]
+ALONE = 'ip link set lo up; ip address add 192.0.2.1/32 dev lo; exec "$@"'
+"""Slurm's daemons bind to no address where a host has none but 127.0.0.1 (AI_ADDRCONFIG)."""
+
+OFF = ["unshare", "--net", "bash", "-euc", ALONE, "_"]
 """Runs a command where there is no network but the loopback interface."""
 
 needs_root = pytest.mark.skipif(

@@ -95,8 +95,10 @@ up() {
     munge -n >/dev/null 2>&1 || runuser -u munge -- /usr/sbin/munged
     slurmctld
     for number in $(seq "$nodes"); do slurmd -N "n$number"; done
-    for _ in $(seq 200); do
-        [ "$(sinfo -h -p main -t idle -o %D 2>/dev/null)" != "$nodes" ] || return 0
+    # without a controller each sinfo waits for long
+    local end=$((SECONDS + 30))
+    while [ "$SECONDS" -lt "$end" ]; do
+        [ "$(timeout 5 sinfo -h -p main -t idle -o %D 2>/dev/null)" != "$nodes" ] || return 0
         sleep 0.1
     done
     echo "slurmlab: the nodes are not idle" >&2
