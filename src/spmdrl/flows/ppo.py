@@ -57,7 +57,7 @@ class PpoTrainer:
         # PPO's KL is in the reward whatever `kl_in` says, so that the loss has none
         self.policy_loss = policy_loss(algorithm.model_copy(update={"kl_in": "reward"}))
         self.value_loss = value_loss(algorithm)
-        self.rewards = PpoRewards(algorithm, run)
+        self.rewards = PpoRewards(run)
 
     def step(self, step: int, batch: Batch, *alongside: Call[Any]) -> Metrics:
         """Update value model and policy on `batch`: rows of `rollout.generate` with `rewards`.

@@ -28,17 +28,15 @@ class PpoRewards:
     all scores, which scale them, and the KL coefficient, which may be steered.
 
     Args:
-        algorithm: the section of the configuration.
         run: its `saved` has values that checkpoints keep, which this class reads and writes.
     """
 
-    def __init__(self, algorithm: AlgorithmSection, run: Run) -> None:
-        saved = run.saved
-        self.algorithm, self.saved = algorithm, saved
-        self.kl, self.scaler = kl_control(algorithm), RewardScaler()
-        if saved:  # a run that resumes from a checkpoint
-            self.kl = self.kl.restored(saved["kl_control"])
-            self.scaler = RewardScaler.from_state(saved["score_scaler"])
+    def __init__(self, run: Run) -> None:
+        self.algorithm, self.saved = run.config.algorithm, run.saved
+        self.kl, self.scaler = kl_control(self.algorithm), RewardScaler()
+        if self.saved:  # a run that resumes from a checkpoint
+            self.kl = self.kl.restored(self.saved["kl_control"])
+            self.scaler = RewardScaler.from_state(self.saved["score_scaler"])
 
     def of(self, batch: Batch, *, steer: bool) -> tuple[Tensor, Metrics]:
         """Rewards of all tokens `[T]`, float32, and metrics of them; collective.
