@@ -12,7 +12,7 @@ import torch
 
 from flow_cases import write_config
 from role_specs import specs_of
-from spmdrl.commands.evaluate import check_policys_adapter, rollout_only
+from spmdrl.commands.evaluate import check_policys_adapter, rollout_only, whose_responses
 from spmdrl.config.load import load_config
 from spmdrl.models.adapters import find_targets, make_adapter
 from spmdrl.models.config import read_config
@@ -36,6 +36,32 @@ def test_an_unknown_kind_is_refused_and_the_nearest_is_named(tmp_path: Path) -> 
     config = load_config(path, ["roles.critic={kind: polcy}"])
     with pytest.raises(ValueError, match=r"roles\.critic\.kind=polcy: .*did you mean policy\?"):
         specs_of(config, model)
+
+
+def test_the_responding_model_is_named_and_the_trained_one(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "c.yaml", tmp_path / "start", tmp_path / "run")
+    exported = tmp_path / "run" / "model"
+
+    def said(*words: str) -> str:
+        return whose_responses(rollout_only(load_config(path, words)))
+
+    assert said() == f"the responses are those of {tmp_path / 'start'}"
+    exported.mkdir(parents=True)
+    assert said().endswith(
+        f"{tmp_path / 'start'}; for those of the trained model set model.path={exported}"
+    )
+    assert said(f"model.path={exported}") == f"the responses are those of {exported}"
+    own = said(f"roles.rollout.model={tmp_path / 'other'}")
+    assert own.endswith(
+        f"{tmp_path / 'other'}; for those of the trained model set roles.rollout.model={exported}"
+    )
+    (exported / "adapter_config.json").touch()
+    assert said().endswith(f"set roles.policy.adapter.path={exported}")
+    with_adapter = said(f"roles.policy.adapter.path={exported}")
+    assert (
+        with_adapter
+        == f"the responses are those of {tmp_path / 'start'} with the adapter {exported}"
+    )
 
 
 def test_an_adapters_file_counts_and_keys_that_differ_from_it_are_refused(tmp_path: Path) -> None:

@@ -76,6 +76,11 @@ def test_what_cannot_be_used_is_counted_and_left_out(tmp_path, caplog):
         load(tmp_path, rows)
     with pytest.raises(ValueError, match=r"no column 'better'.*'chosen'"):
         load(tmp_path, rows, columns={"chosen": "better"})
+    every = (
+        r"'better' \(data.train.columns.chosen\), no column 'asked' \(data.train.prompt_column\)"
+    )
+    with pytest.raises(ValueError, match=every):  # all that are missing in one line
+        load(tmp_path, rows, columns={"chosen": "better"}, prompt_column="asked")
 
 
 def test_conversations_give_the_prompt_and_margins_are_read(tmp_path):

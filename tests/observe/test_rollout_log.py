@@ -49,6 +49,8 @@ def test_rows_of_all_ranks_are_read_by_prompt_and_sample(tmp_path: Path) -> None
     found = read_rollouts(tmp_path, 4)
     assert [(row["prompt_id"], row["sample"]) for row in found] == [(7, 0), (7, 1), (9, 1)]
     assert found[1] == ROW
+    with pytest.raises(ValueError, match=r"has no samples: .* log.rollouts=1; .*spmdrl generate"):
+        read_rollouts(tmp_path / "of_pairs", 1)
     with pytest.raises(ValueError, match=r"has no step 5; it has steps 4 to 4, 1 in all"):
         read_rollouts(tmp_path, 5)
 

@@ -198,7 +198,7 @@ def rollout_only(config: Config, *, scoring: bool = False) -> Config:
     """
     names = [name for name in config.roles if config.role_kind(name) == "rollout"]
     if not names:
-        raise ValueError(f"roles={sorted(config.roles)} has no rollout: add roles.rollout: {{}}")
+        raise ValueError(f"roles={sorted(config.roles)} has no rollout: add roles.rollout={{}}")
     kept = [names[0]]
     if scoring:
         sets = held_out_sets(config).values()
@@ -222,6 +222,22 @@ def rollout_only(config: Config, *, scoring: bool = False) -> Config:
     if roles[names[0]].adapter is None and adapter is not None and adapter.path is not None:
         roles[names[0]] = roles[names[0]].model_copy(update={"adapter": adapter})
     return config.model_copy(update={"roles": roles})
+
+
+def whose_responses(config: Config) -> str:
+    """Say which model responds. A run's own configuration names the one that it started from."""
+    rollout = next(name for name in config.roles if config.role_kind(name) == "rollout")
+    path, exported = config.model_path(rollout), Path(config.run_dir) / "model"
+    adapter = config.roles[rollout].adapter
+    text = f"the responses are those of {path}"
+    if adapter is not None and adapter.path is not None:
+        return f"{text} with the adapter {adapter.path}"
+    if not exported.is_dir() or exported.resolve() == path.resolve():
+        return text
+    is_adapter = (exported / "adapter_config.json").exists()
+    key = "model.path" if config.roles[rollout].model is None else f"roles.{rollout}.model"
+    key = "roles.policy.adapter.path" if is_adapter else key
+    return f"{text}; for those of the trained model set {key}={exported}"
 
 
 def check_policys_adapter(config: Config, models: Mapping[str, Model]) -> None:
@@ -252,6 +268,7 @@ def _start(
     placements = place_roles(config, world.size, world.local_size)
     if folded := fold_text(config, placements, world.size):
         log.info("%s", folded)
+    log.info("%s", whose_responses(config))
     check_models(config, inputs, plan.specs)
     judges = inputs.judge_texts
     return assemble(config, world, models, inputs.texts, plan, turns, judges)

@@ -126,7 +126,7 @@ def load_conversations(
         longest = max(len(own.tokens) for own in rows)
         return Example(prompt=prompt_key(messages[:first]), items=items, tokens=longest)
 
-    needed = [source.column("messages" if whole else "response")]
+    needed = ["messages" if whole else "response"]
     found = read_examples(source, needed, make, encoder.template, report)
     return ItemSet(Conversation, *found)
 

@@ -100,7 +100,7 @@ def read_examples(
     """Read the items of all usable rows, and count by reason those left out (also logged).
 
     Args:
-        needed: columns without which no row can be used.
+        needed: parts without whose columns no row can be used, as `columns` names them.
         make: makes an example of a row; raises `BadRow` or `Unusable`.
         template: text of the chat templates that `make` uses; None if it uses none.
         report: called with the progress.
@@ -111,13 +111,13 @@ def read_examples(
     """
     check_names(source)
     rows = all_rows(source, seed=0, report=report)
-    keys = dict.fromkeys(needed, f"{source.key}.prompt_column or {source.key}.columns")
-    if not has_prompts(source, rows, needed):
+    keys = {source.column(part): f"{source.key}.columns.{part}" for part in needed}
+    if not has_prompts(source, rows, list(keys)):
         keys[source.prompt_column] = f"{source.key}.prompt_column"
     check_columns(source.source, keys, rows)
     tell_of_tools(source.source, rows, template)
     tell_of_options(source.source, source.key, source.chat_template_kwargs, template)
-    tell_of_keys(source.source, rows, {source.prompt_column, *needed}, template)
+    tell_of_keys(source.source, rows, {source.prompt_column, *keys}, template)
     made: list[Example[T]] = []
     malformed: str | None = None
     left_out: Counter[str] = Counter()
@@ -201,18 +201,20 @@ def _made(row: Row, make: Callable[[Row], Example[T]]) -> Example[T]:
 
 
 def check_columns(source: str, needed: Mapping[str, str], rows: Sequence[Row]) -> None:
-    """Raise ValueError if no row has a column of `needed` (column -> key that names it): that is a
-    wrong setting, not a bad row.
+    """Raise ValueError that names the columns of `needed` (column -> key that names it) which no
+    row has: that is a wrong setting, not a bad row.
     """
     there = sorted({name for row in rows for name in row.values})
-    for name, key in needed.items():
-        if there and not any(row.has(name) for row in rows):
-            # a reward may need nothing but the response
-            or_none = ", or null for rows without one" if key.endswith(".answer_column") else ""
-            raise ValueError(
-                f"data source {source!r} has no column {name!r} ({key}); it has {there}: name the "
-                f"one that is meant{or_none}"
-            )
+    keys = {name: key for name, key in needed.items() if not any(row.has(name) for row in rows)}
+    if there and keys:
+        missing = ", ".join(f"no column {name!r} ({key})" for name, key in keys.items())
+        which = "the one that is" if len(keys) == 1 else "those that are"
+        # a reward may need nothing but the response
+        has_none = any(key.endswith(".answer_column") for key in keys.values())
+        or_none = ", or null as answer_column for rows without one" if has_none else ""
+        raise ValueError(
+            f"data source {source!r} has {missing}; it has {there}: name {which} meant{or_none}"
+        )
 
 
 def read_mark(row: Row) -> bytes:

@@ -165,8 +165,8 @@ def load_preferences(
             prompt_tokens=len(prompt),
         )
 
-    margins = [source.columns["margin"]] if "margin" in source.columns else []
-    found = read_examples(source, [*columns, *margins], make, encoder.template, report)
+    margins = ["margin"] if "margin" in source.columns else []
+    found = read_examples(source, ["chosen", "rejected", *margins], make, encoder.template, report)
     return ItemSet(Pair, *found)
 
 

@@ -114,7 +114,13 @@ def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
     """
     steps = logged_steps(run_dir)
     if step not in steps:
-        known = f"steps {steps[0]} to {steps[-1]}, {len(steps)} in all" if steps else "none"
+        if not steps:
+            raise ValueError(
+                f"{run_dir / ROLLOUTS_DIR} has no samples: a flow that samples writes them with "
+                "log.rollouts=1; others (dpo, sft, reward_model) have none: spmdrl generate makes "
+                "responses of their models"
+            )
+        known = f"steps {steps[0]} to {steps[-1]}, {len(steps)} in all"
         raise ValueError(
             f"{run_dir / ROLLOUTS_DIR} has no step {step}; it has {known} (log.rollouts says how "
             "often they are written)"
