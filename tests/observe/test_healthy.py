@@ -16,7 +16,10 @@ RUNS = sorted(path.stem for path in FOLDER.glob("*.jsonl"))
 CONTROL = "tools_without"
 """The control of the example on tools: without its tool no answer is right."""
 
-EXAMPLES = {"dpo", "quickstart", "tools", "tools_sft", CONTROL}
+EXAMPLES = {
+    *("dpo", "quickstart", "rlhf_sft", "rlhf_reward_model", "rlhf_ppo"),
+    *("tools", "tools_sft", CONTROL),
+}
 
 READ = {
     "grpo": {"reward_std", "groups_with_signal", "entropy", "ratio", "clip_fraction", "lr"},
