@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from report_runs import make_run, record, write_rollouts
 
+from spmdrl.observe.report.charts import value_axis
 from spmdrl.observe.report.contents import Contents, read_run
 from spmdrl.observe.report.page import page
 
@@ -213,6 +214,14 @@ def test_no_value_breaks_a_page(tmp_path: Path, values: list[float]) -> None:
     # a picture's places are numbers within it
     for place in re.findall(r' (?:x|y|cx|cy|x1|x2|y1|y2)="([^"]*)"', text):
         assert -10 <= float(place) <= 330
+
+
+def test_an_error_bar_that_ends_near_zero_leaves_the_axis_linear() -> None:
+    values, bars = [0.04, 0.13, 0.94], [0.0001, 0.0799, 0.09, 0.17, 0.92, 0.96]
+    axis = value_axis(values, bars)
+    assert not axis.logarithmic and axis.low == 0 and axis.high > 0.96
+    wide = value_axis([*values, 1e-6], [*bars, 1.0])
+    assert wide.logarithmic and (wide.low, wide.high) == (1e-6, 1.0)
 
 
 def test_missing_and_repeated_steps_are_drawn_once(tmp_path: Path) -> None:

@@ -55,16 +55,20 @@ def _round_up(size: float) -> float:
     return next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= size * 0.999)
 
 
-def value_axis(values: Sequence[float]) -> Axis:
+def value_axis(values: Sequence[float], bars: Sequence[float] = ()) -> Axis:
     """Make the axis of finite values: from 0 where they are positive, unless they differ little;
     logarithmic where they differ much, and then not much below the least tenth of them.
+
+    Args:
+        bars: ends of error bars, which are seen too where the axis is not logarithmic.
     """
     low, high = min(values), max(values)
     begin, end = HEIGHT - BOTTOM, TOP
     usual = sorted(values)[len(values) // 10]
     if low > 0 and high / usual > LARGE:
-        low = max(low, usual / LARGE)
+        low, high = max(low, usual / LARGE), max((high, *bars))
         return Axis(low=low, high=high, begin=begin, end=end, logarithmic=True)
+    low, high = min((low, *bars)), max((high, *bars))
     if 0 <= low < 0.7 * high:
         low = 0.0
     margin = 0.04 * (high - low) or abs(high) * 0.1 or 1.0
@@ -96,11 +100,12 @@ def chart(
         tag("span", tag("code", name), f" {about}" if about else None),
         tag("span", _last_values(lines), class_="readout", aria_live="polite"),
     )
-    ends = [v for line in lines for v in _with_errors(line)]
-    if not ends:
+    values = [v for line in lines for v in line.values if is_shown(v)]
+    if not values:
         none = tag("p", "No value is finite.", class_="none")
         return tag("figure", caption, none, class_="chart", data_name=name)
-    x, y = step_axis([step for line in lines for step in line.steps]), value_axis(ends)
+    x = step_axis([step for line in lines for step in line.steps])
+    y = value_axis(values, [v for line in lines for v in _with_errors(line)])
     described = f"{label}-title {label}-text"
     picture = tag(
         "svg",
