@@ -30,6 +30,8 @@ NODES, MOE_NODES = 9, 26
 """Nodes of a dense layer, counted on the stand-in device, and of one with experts, assumed."""
 OTHER_NODES = 14
 """Nodes of a step that are no layer's, counted on the stand-in device."""
+PLACES = 11264
+"""Keys of a microbatch as laid out for attention: a shared prompt once for each response."""
 HEAD_CHUNK = 1024
 """Tokens whose logits are held at once."""
 
@@ -40,6 +42,7 @@ class Sizes:
 
     Args:
         heads, kv_heads, dims, width: those of a layer; the width is that of all MLPs of a token.
+        norms: whether queries and keys are normed head by head.
         layers, hidden, vocabulary: those of the model.
         fixed: parameters that every token's products use, the head's included.
         experts, chosen, expert: number of experts, of those of a token, and the parameters of one
@@ -50,6 +53,7 @@ class Sizes:
     kv_heads: int
     dims: int
     width: int
+    norms: bool = False
     layers: int
     hidden: int
     vocabulary: int
@@ -85,6 +89,7 @@ def sizes_of(model: ModelConfig) -> Sizes:
         kv_heads=mixer.num_kv_heads,
         dims=mixer.head_dim,
         width=mlp.width * (mlp.top_k if moe else 1),
+        norms=mixer.qk_norm != "none",
         layers=model.num_layers,
         hidden=model.hidden_size,
         vocabulary=model.vocab_size,
@@ -108,8 +113,11 @@ def decode_bytes(s: Sizes, n: int) -> tuple[float, float, float]:
 def microbatch_bytes(s: Sizes) -> tuple[float, float]:
     """Bytes that elementwise passes of the layers and of the head take, forward and backward."""
     t, d = TOKENS, s.hidden
-    stream = (8 + 12 + 12 + 12) * t * d  # norms and additions, forward and backward
-    turned = 8 * t * (s.heads + s.kv_heads) * s.dims + 4 * t * (s.heads + 2 * s.kv_heads) * s.dims
+    stream = 2 * (8 + 8) * t * d  # norms with additions, forward and backward
+    heads = t * (s.heads + s.kv_heads) * s.dims
+    turned = 8 * heads + 8 * PLACES * s.kv_heads * s.dims + 16 * t * s.dims
+    if s.norms:  # by torch's operations, with the concatenations that they need
+        turned += 22 * heads
     head = 18.0 * t * s.vocabulary + 8.0 * s.vocabulary * d * t / HEAD_CHUNK
     return s.layers * (stream + turned + 16.0 * t * s.width), head
 

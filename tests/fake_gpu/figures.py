@@ -10,7 +10,6 @@ import argparse
 import gc
 import json
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fake_gpu import stand_in
+from fake_gpu.moved_bytes import Bytes, elementwise, gigabytes
 from spmdrl.algorithms.policy_loss import clipped_policy_loss
 from spmdrl.batch import Batch, from_rows
 from spmdrl.config.algorithms import AlgorithmSection
@@ -61,12 +59,6 @@ LARGE = {
 }
 SYNCS = ("stream_sync", "device_sync", "event_sync", "memcpy_sync")
 LAUNCHES = ("kernel", "product", "memset", "graph_launch")
-FREE_OF_BYTES = (
-    *("view", "t", "transpose", "split", "detach", "expand", "slice", "select", "unsqueeze"),
-    *("squeeze", "as_strided", "permute", "alias", "_unsafe_view", "empty", "empty_like"),
-    *("new_empty", "split_with_sizes", "reshape", "narrow", "lift_fresh", "_reshape_alias"),
-    *("empty_strided", "new_empty_strided", "set_", "unbind", "chunk"),
-)
 
 
 def counted(work: Callable[[], Any]) -> Counts:
@@ -78,29 +70,6 @@ def counted(work: Callable[[], Any]) -> Counts:
 
 def total(found: Mapping[str, int], names: Sequence[str]) -> int:
     return sum(found[name] for name in names)
-
-
-def gigabytes(num_bytes: float) -> float:
-    return round(num_bytes / 1e9, 3)
-
-
-class Bytes(TorchDispatchMode):
-    """Bytes of the arguments and results of every operation on the device, by operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_name: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, arguments: Any = (), words: Any = None
-    ) -> Any:
-        result = function(*arguments, **(words or {}))
-        name = function.name().removeprefix("aten::").split(".")[0]
-        if name not in FREE_OF_BYTES:
-            for value in tree_leaves((arguments, words or {}, result)):
-                if isinstance(value, torch.Tensor) and value.is_cuda:
-                    self.by_name[name] += value.nbytes
-        return result
 
 
 def large_model(content: Mapping[str, Any] = LARGE) -> ModelConfig:
@@ -303,8 +272,10 @@ def update(device: torch.device) -> dict[str, Any]:
         "optimizer_launches": total(step, LAUNCHES),
         "optimizer_syncs": total(step, SYNCS),
         "left_gb": gigabytes(torch.cuda.memory_allocated() - start),
-        "gb_by_operation": {n: gigabytes(b) for n, b in moved.by_name.most_common(12)},
+        "gb_by_operation": {n: gigabytes(b) for n, b in moved.by_name.most_common(24)},
         "moved_gb": gigabytes(sum(moved.by_name.values())),
+        "gb_by_kernel": {n: gigabytes(b) for n, b in moved.of_kernels.most_common()},
+        **elementwise(moved),
     }
 
 

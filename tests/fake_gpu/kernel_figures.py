@@ -64,6 +64,13 @@ def norm() -> Call:
     return lambda: add_rms_norm(x, x, x[0], 1e-5)
 
 
+def norm_backward() -> Call:
+    from spmdrl.models.kernels.cuda.rows import add_rms_norm_backward
+
+    x = halves(ROWS, WIDTH)
+    return lambda: add_rms_norm_backward(x, x[0], x, x, 1e-5)
+
+
 def products() -> Call:
     from spmdrl.models.kernels.cuda.rows import swiglu
 
@@ -92,7 +99,25 @@ def rope_backward() -> Call:
     return lambda: rotate_backward(grad, cos, cos, interleaved=True)
 
 
-CALLS = (decode, projected, sampling, norm, products, products_backward, rope, rope_backward)
+def laid_out() -> Call:
+    from spmdrl.models.kernels.cuda.laid_out import lay_out
+
+    fused, cos = halves(ROWS, HEADS + 2 * KV_HEADS, DIMS), torch.ones(ROWS, 1, DIMS, device="cuda")
+    rows = torch.arange(ROWS, device="cuda")
+    return lambda: lay_out(fused, KV_HEADS, cos, cos, False, rows)
+
+
+def laid_out_backward() -> Call:
+    from spmdrl.models.kernels.cuda.laid_out import lay_out_backward
+
+    grads = tuple(halves(ROWS, heads, DIMS) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    cos, order = torch.ones(ROWS, 1, DIMS, device="cuda"), torch.arange(ROWS, device="cuda")
+    starts = torch.zeros(ROWS + 1, dtype=torch.int32, device="cuda")
+    return lambda: lay_out_backward(grads, cos, cos, True, (order, starts))
+
+
+CALLS = (decode, projected, sampling, norm, norm_backward, products, products_backward)
+CALLS += (rope, rope_backward, laid_out, laid_out_backward)
 
 
 def figures(make: Callable[[], Call]) -> tuple[int, int, dict[str, int]]:

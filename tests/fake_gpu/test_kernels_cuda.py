@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_budgets_cuda import measure
+from test_budgets_cuda import measure, over
 
 from spmdrl.models.kernels import gpu
 
@@ -14,16 +14,40 @@ LAUNCHES = {
     "projected": 1,
     "sampling": 2,
     "norm": 1,
+    "norm_backward": 2,
     "products": 1,
     "products_backward": 1,
     "rope": 1,
     "rope_backward": 1,
+    "laid_out": 2,
+    "laid_out_backward": 2,
 }
 
 
 def test_a_call_is_its_launches_alone_and_can_be_captured() -> None:
     found = measure(file="kernel_figures.py")
     assert found == {name: [number, number, {}] for name, number in LAUNCHES.items()}
+
+
+UPDATE = {
+    "peak_gb": 45.5,
+    "microbatch_launches": 1515,
+    "microbatch_syncs": 0,
+    "microbatch_pageable_h2d": 0,
+    "left_gb": 0.07,
+    "elementwise_gb": 60,
+}
+"""The most of an update with the kernels, of the shapes of a 1.5B model (`figures.py`)."""
+
+
+def test_a_microbatchs_elementwise_passes_touch_sixty_gigabytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(gpu.SWITCH, "1")
+    found = measure("update")
+    print(found)
+    assert over(found, UPDATE) == {}
+    assert found["gb_by_kernel"].keys() >= {"lay_out_backward", "add_rms_norm_backward"}
 
 
 LAYERS, OTHERS = 28, 14

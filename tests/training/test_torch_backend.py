@@ -115,7 +115,8 @@ def unlike_gradients(world: World) -> list[dict[str, Tensor]]:
         for _ in range(2):
             backend.forward_backward(rows, loss_fn, next_token(1.0), normaliser=9.0)
             for leaf in copies:
-                held = backend._sums.get(leaf.name, leaf.parameter.grad)
+                own = backend._sums.get(leaf.name)
+                held = leaf.parameter.grad if own is None else own.total
                 assert held is not None
                 held.mul_(1 + 1e-3 * world.rank)
             backend.optim_step()

@@ -25,13 +25,16 @@ from spmdrl.models.attention_flex import FlexKernel
 from spmdrl.models.attention_tiles import TiledKernel
 from spmdrl.models.attention_varlen import (
     MOST_WIDTH,
+    VarlenAttention,
     flash_kernel,
     installed_flash,
     varlen_kernel,
 )
 from spmdrl.models.blocks.delta_rule import DeltaInputs
 from spmdrl.models.blocks.recurrence import PackedRecurrence
+from spmdrl.models.kernels import gpu
 from spmdrl.models.layer_attention import AttentionNeeds
+from spmdrl.models.rope import Rope
 from spmdrl.models.spans import AttentionFunction, Span, covers_rows
 from spmdrl.models.specs import AttentionOptions
 
@@ -104,6 +107,23 @@ class PackedAttention:
         options = self._options[layer]
         assert options is not None, f"layer {layer} has no softmax attention"
         return self._functions[options](q, k, v, sinks)
+
+    def attend_turned(
+        self,
+        layer: int,
+        qkv: Tensor,  # [T, H_local + 2 KVH_local, d]
+        kv_heads: int,
+        rope: Rope,
+    ) -> Tensor | None:  # [T, H_local, d]
+        """See `AttendTurned`."""
+        options = self._options[layer]
+        function = None if options is None else self._functions[options]
+        # gathered keys are another tensor than the projection's
+        is_here = self._cp_group is None and isinstance(function, VarlenAttention)
+        if not is_here or not gpu.serves(qkv, rope.cos, rope.sin):
+            return None
+        assert isinstance(function, VarlenAttention)
+        return function.projected(qkv, kv_heads, rope)
 
     def recur(self, layer: int, inputs: DeltaInputs) -> Tensor:  # [T, HV_local, v_dim]
         """Compute a recurrent layer; rows that share a prompt continue the state at its end."""

@@ -19,7 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spmdrl.memory.host_copies import to_device
-from spmdrl.models.spans import AttentionFunction, Span
+from spmdrl.models.kernels import gpu
+from spmdrl.models.kernels.gpu import KeyPlaces
+from spmdrl.models.rope import Rope
+from spmdrl.models.spans import Span
 from spmdrl.models.specs import AttentionOptions
 
 MOST_WIDTH = 256
@@ -33,6 +36,7 @@ class Sequences:
     Args:
         key_rows: the row of k of each laid-out key; None if k is laid out already.
         ends_q, ends_k: int32 [n + 1], the start of each sequence, with the total at the end.
+        places: the same as `key_rows`, and the way back, where Triton's kernels run.
     """
 
     key_rows: Tensor | None
@@ -40,6 +44,7 @@ class Sequences:
     ends_k: Tensor
     most_q: int
     most_k: int
+    places: KeyPlaces | None = None
 
     def lay_out(self, x: Tensor) -> Tensor:  # [Tk, KVH, d] -> [sum of keys, KVH, d]
         if self.key_rows is None:
@@ -56,16 +61,25 @@ def make_sequences(spans: Sequence[Span], device: torch.device) -> Sequences:
     keys = torch.tensor([0, *(s.num_keys for s in spans)])
     rows = torch.cat([torch.arange(*r) for s in spans for r in s.keys])
     in_place = torch.equal(rows, torch.arange(len(rows)))
+    maps = [] if in_place else [rows, *(_way_back(rows) if gpu.runs_on(device) else ())]
     ends_q, ends_k, *moved = to_device(
-        [queries.cumsum(0).int(), keys.cumsum(0).int(), *([] if in_place else [rows])], device
+        [queries.cumsum(0).int(), keys.cumsum(0).int(), *maps], device
     )
+    back = moved[1:]
     return Sequences(
         key_rows=next(iter(moved), None),
         ends_q=ends_q,
         ends_k=ends_k,
         most_q=int(queries.max()),
         most_k=int(keys.max()),
+        places=KeyPlaces(rows=moved[0], order=back[0], starts=back[1]) if back else None,
     )
+
+
+def _way_back(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the places of row 0, of row 1, ..., and the first of each row's among them."""
+    ends = torch.bincount(rows).cumsum(0).int()
+    return torch.sort(rows, stable=True).indices, F.pad(ends, (1, 0))
 
 
 class VarlenKernel:
@@ -84,22 +98,43 @@ class VarlenKernel:
         *,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> AttentionFunction:
-        sequences = make_sequences(spans, device)
+    ) -> VarlenAttention:
+        return VarlenAttention(self._function, make_sequences(spans, device), options)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
-            assert sinks is None, "resolve_attention chose a kernel without sinks"
-            width = max(k.shape[2], v.shape[2])
-            out = self._function(
-                _widened(q, width),
-                _widened(sequences.lay_out(k), width),
-                _widened(sequences.lay_out(v), width),
-                sequences,
-                options,
-            )
-            return out[..., : v.shape[2]]
 
-        return attend
+class VarlenAttention:
+    """A kernel's function for one list of spans, with one `AttentionOptions`."""
+
+    def __init__(
+        self, function: VarlenFunction, sequences: Sequences, options: AttentionOptions
+    ) -> None:
+        self._function, self._sequences, self._options = function, sequences, options
+
+    def __call__(
+        self,
+        q: Tensor,  # [Tq, H, d]
+        k: Tensor,  # [Tk, KVH, d]
+        v: Tensor,  # [Tk, KVH, e]
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # [Tq, H, e]
+        """Compute what an `AttentionFunction` does."""
+        assert sinks is None, "resolve_attention chose a kernel without sinks"
+        lay_out, width = self._sequences.lay_out, max(k.shape[2], v.shape[2])
+        laid_out = _widened(lay_out(k), width), _widened(lay_out(v), width)
+        out = self._function(_widened(q, width), *laid_out, self._sequences, self._options)
+        return out[..., : v.shape[2]]
+
+    def projected(
+        self,
+        qkv: Tensor,  # [T, H + 2 KVH, d], before rope
+        kv_heads: int,
+        rope: Rope,
+    ) -> Tensor:  # [T, H, d]
+        """Compute rope and attention with the kernels that `gpu.serves` the projection with."""
+        places = self._sequences.places
+        assert (places is None) == (self._sequences.key_rows is None), places
+        q, k, v = gpu.lay_out(qkv, kv_heads, rope.cos, rope.sin, rope.interleaved, places)
+        return self._function(q, k, v, self._sequences, self._options)
 
 
 def _widened(x: Tensor, width: int) -> Tensor:

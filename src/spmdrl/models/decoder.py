@@ -10,7 +10,7 @@ gate and up; `spmdrl.models.sharding` describes them in Hugging Face's names.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +73,8 @@ class Layer(nn.Module):
         if not recompute:
             return self.run(x, rope, attend, routing, adapters)
         # Checkpoint inside forward, so that FSDP unshards the layer once for both passes.
-        result: Tensor | Sum = checkpoint(
-            self.run,
+        result: Tensor = checkpoint(
+            self._whole,
             *(x, rope, attend, routing, adapters),
             use_reentrant=False,
             preserve_rng_state=False,
@@ -106,6 +106,11 @@ class Layer(nn.Module):
         else:
             out = self.mlp(normed, self.index, adapters)
         return self._added(x, _normed(self.mlp_out_norm, out))
+
+    def _whole(self, *given: Any) -> Tensor:
+        """Compute `run`'s sum: where layers keep their inputs, two would be kept for one."""
+        found = self.run(*given)
+        return found.total() if isinstance(found, Sum) else found
 
     def _added(self, x: Tensor, out: Tensor) -> Tensor | Sum:
         return later_sum(x, out, self.spec.residual_scale)

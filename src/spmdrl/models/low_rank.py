@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spmdrl.models.dropout import Dropout
+from spmdrl.models.gradient_sums import GradientSum, summed_linear
 from spmdrl.models.linear import Blocked, linear, product, serves
 from spmdrl.models.low_rank_products import (
     Addition,
@@ -74,13 +75,17 @@ def adapted_linear(
     bias: Tensor | None,  # [N]
     added: Added,
     blocked: Blocked | None = None,
+    gradient_sum: GradientSum | None = None,
 ) -> Tensor:  # [T, N]
     """Compute W x (+ b) with the additions; with gradients for one adapter, applied to all rows.
 
     Args:
         blocked: see `linear`.
+        gradient_sum: takes the gradient of a weight that trains.
     """
     if not added:
+        if gradient_sum is not None and torch.is_grad_enabled() and weight.requires_grad:
+            return summed_linear(x, weight, bias, gradient_sum)
         return linear(x, weight, bias, blocked)
     if torch.is_grad_enabled() and (x.requires_grad or added[0][0].lora_A.requires_grad):
         [(addition, how)] = added

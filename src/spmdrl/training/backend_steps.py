@@ -17,6 +17,7 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, gather_own_grad
 from spmdrl.memory.host_copies import to_device
 from spmdrl.memory.storages import require_resident
+from spmdrl.models.gradient_sums import GradientSum
 from spmdrl.models.sharding import Head
 from spmdrl.training.context import LocalStream
 from spmdrl.training.logprobs import token_logprobs
@@ -145,11 +146,12 @@ def read_places(
     support: Support | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    gradient_sum: GradientSum | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute the readout's columns at the places `predict`, [M] each.
 
     Args:
-        first_id, support, softcap: see `token_logprobs`.
+        first_id, support, softcap, gradient_sum: see `token_logprobs`.
         bias: the bias [1] of a scalar head that has one.
     """
     read = hidden.index_select(0, predict)
@@ -168,6 +170,7 @@ def read_places(
         support=support,
         with_entropy="entropy" in readout.columns,
         softcap=softcap,
+        gradient_sum=gradient_sum,
     )
 
 

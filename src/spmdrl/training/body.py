@@ -19,6 +19,7 @@ from spmdrl.models.adapters import Adapter
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.dropout import Dropout
+from spmdrl.models.gradient_sums import GradientSum
 from spmdrl.models.low_rank import Applied
 from spmdrl.models.sharding import SCORE, Head, global_shapes
 from spmdrl.training.backend_steps import check_borrowing
@@ -94,6 +95,11 @@ class RoleWeights:
         """Return the weight of the role's own head, or else the decoder's."""
         own = None if self.added is None else self.added.head_weight()
         return of_decoder if own is None else own
+
+    def head_sum(self) -> GradientSum | None:
+        """Return what takes the gradient of the decoder's head, if the role has that head."""
+        has_own = self.added is not None and self.added.head_weight() is not None
+        return None if has_own else self.body.decoder.head_holder.gradient_sum
 
     def head_bias(self) -> Tensor | None:
         """Return the bias [1] of the decoder's scalar head, if the role has that head."""

@@ -215,6 +215,7 @@ class DecoderPass:
                 support=support,
                 bias=weights.head_bias(),
                 softcap=self.model.logit_softcap,
+                gradient_sum=weights.head_sum(),
             )
 
         found = decoder(

@@ -8,7 +8,7 @@ Triton's kernels on a GPU one each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spmdrl.distributed.parallel import Parallel, copy_to
+from spmdrl.models.gradient_sums import GradientSum
 from spmdrl.models.kernels import gpu
 from spmdrl.models.linear import add_product, wide_linear, wide_product
 from spmdrl.models.softcap import cap_logits, cap_slope
+from spmdrl.training.online_softmax import add_sums, combine_sums, move_peak
 from spmdrl.training.support import Support, add_support_gradients, support_logits
 
 CPU_TILE = 1 << 20
@@ -42,6 +44,7 @@ def token_logprobs(
     support: Support | None = None,
     with_entropy: bool = True,
     softcap: float | None = None,
+    gradient_sum: GradientSum | None = None,
 ) -> tuple[Tensor, ...]:
     """Compute log softmax(hidden weight^T / temperature) at the targets, and the softmax's entropy.
 
@@ -61,6 +64,7 @@ def token_logprobs(
         with_entropy: whether to compute the entropy too.
         softcap: c in c tanh(z / c), which replaces each logit z before the temperature divides it;
             None: none.
+        gradient_sum: takes the weight's gradient, unrounded, in place of autograd.
 
     Returns:
         logprobs [N] and, if wanted, entropy [N] in nats, float32 (or float64).
@@ -74,7 +78,7 @@ def token_logprobs(
         ids = (support.ids - first).masked_fill_(support.ids < 0, _NOBODY)
     logprobs, entropy = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
         *(hidden, weight, targets - first, rows, ids, at_target),
-        *(1.0 / temperature, chunk, tp, with_entropy, softcap),
+        *(1.0 / temperature, chunk, tp, with_entropy, softcap, gradient_sum),
     )
     return (logprobs, entropy) if with_entropy else (logprobs,)
 
@@ -94,12 +98,13 @@ class _TokenLogprobs(torch.autograd.Function):
         tp: Parallel,
         with_entropy: bool,
         softcap: float | None,
+        gradient_sum: GradientSum | None,
     ) -> tuple[Tensor, Tensor | None]:
         peak, mass, product, target = _reduce(
             *(hidden, weight, local, scale, chunk, with_entropy, softcap)
         )
         if tp.group is not None:
-            peak, mass, product, target = _combine(peak, mass, product, target, tp.group)
+            peak, mass, product, target = combine_sums(peak, mass, product, target, tp.group)
         log_mass = mass.log()
         # H = log Z - E[logit]; both relative to the peak, so that no large terms cancel.
         entropy = log_mass - product / mass if with_entropy else None
@@ -120,7 +125,7 @@ class _TokenLogprobs(torch.autograd.Function):
             *(hidden, weight, local, normaliser, entropy, slopes),
             *(rows, ids, at_target, chances, own_slopes),
         )
-        ctx.scale, ctx.chunk, ctx.softcap = scale, chunk, softcap
+        ctx.scale, ctx.chunk, ctx.softcap, ctx.gradient_sum = scale, chunk, softcap, gradient_sum
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 
@@ -134,10 +139,19 @@ class _TokenLogprobs(torch.autograd.Function):
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         wide, device = normaliser.dtype, hidden.device
         # Chunks are summed in float32 even for bfloat16 weights: a chunk's share may be small.
-        d_hidden = torch.zeros(hidden.shape, dtype=wide, device=device) if for_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=wide, device=device) if for_weight else None
+        total = ctx.gradient_sum or GradientSum()
         # The logits are the products times `scale`, and so are their gradients.
         g = torch.zeros_like(normaliser) if d_logprobs is None else d_logprobs * ctx.scale
+        if rows is None and ctx.softcap is None and gpu.serves(weight):
+            of_entropy = None if d_entropy is None else (entropy, d_entropy * ctx.scale)
+            d_hidden = _fused_gradients(
+                *(hidden, weight, local, normaliser, g, of_entropy, ctx.scale, ctx.chunk),
+                total if for_weight else None,
+                for_hidden=for_hidden,
+            )
+            return d_hidden, _gradient_of(weight, for_weight, total, ctx), *(None,) * 10
+        d_hidden = torch.zeros(hidden.shape, dtype=wide, device=device) if for_hidden else None
+        d_weight = total.start(weight) if for_weight else None
         if rows is not None and d_logprobs is not None:
             d_logits = (at_target.to(wide) - chances) * g[rows, None]
             if own_slopes is not None:
@@ -165,9 +179,47 @@ class _TokenLogprobs(torch.autograd.Function):
             _put_rows(d_hidden, others, d_h)
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
-            None if d_weight is None else d_weight.to(weight.dtype),
-            *(None,) * 9,
+            _gradient_of(weight, for_weight, total, ctx),
+            *(None,) * 10,
         )
+
+
+def _gradient_of(weight: Tensor, is_wanted: bool, total: GradientSum, ctx: Any) -> Tensor | None:
+    """Return the weight's gradient for autograd; None if its own sum has taken it."""
+    if not is_wanted or total is ctx.gradient_sum:
+        return None
+    return total.start(weight).to(weight.dtype)
+
+
+def _fused_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    local: Tensor,
+    normaliser: Tensor,
+    g: Tensor,  # [N] the gradient of the log-probabilities, times `scale`
+    of_entropy: tuple[Tensor, Tensor] | None,  # the entropy, and its gradient times `scale`
+    scale: float,
+    chunk: int,
+    d_weight: GradientSum | None,
+    *,
+    for_hidden: bool,
+) -> Tensor | None:
+    """Compute the gradients with one pass over each tile's logits beside its products; add the
+    weight's, and return that of the hidden states.
+    """
+    d_hidden = torch.empty_like(hidden) if for_hidden else None
+    for tile in _tiles(hidden, weight, chunk, None):
+        rows = tile.rows
+        assert tile.columns == slice(0, len(weight)), "a gradient would be rounded tile by tile"
+        own = None if of_entropy is None else (of_entropy[0][rows], of_entropy[1][rows])
+        factors = gpu.logit_factors(
+            *(tile.logits, local[rows], normaliser[rows], g[rows], own, scale, weight.dtype)
+        )
+        if d_hidden is not None:
+            d_hidden[rows] = wide_product(factors, weight.t())
+        if d_weight is not None:
+            d_weight.add_product(factors.t(), tile.hidden.t())
+    return d_hidden
 
 
 def _rows_of(total: Tensor | None, rows: Tensor) -> Tensor | None:
@@ -201,14 +253,9 @@ def _add_gradients(
         if d_entropy is not None:
             assert entropy is not None
             of_entropy = entropy[rows], g[rows], d_entropy[rows]
-        if softcap is None and gpu.serves(tile.logits):
-            narrow = gpu.logit_factors(
-                tile.logits, normaliser[rows], of_entropy, scale, weight.dtype
-            )
-        else:
-            slope = None if softcap is None else cap_slope(tile.logits, softcap)
-            factors = _factors(tile.logits, normaliser[rows], of_entropy, scale)
-            narrow = (factors if slope is None else factors.mul_(slope)).to(weight.dtype)
+        slope = None if softcap is None else cap_slope(tile.logits, softcap)
+        factors = _factors(tile.logits, normaliser[rows], of_entropy, scale)
+        narrow = (factors if slope is None else factors.mul_(slope)).to(weight.dtype)
         _add_products(d_hidden, d_weight, tile, weight, narrow, minus)
 
 
@@ -218,7 +265,7 @@ def _factors(
     of_entropy: tuple[Tensor, Tensor, Tensor] | None,  # [N] each
     scale: float,
 ) -> Tensor:  # [N, K]
-    """Compute what `gpu.logit_factors` does."""
+    """Compute p, or with the entropy's gradient -p (g + d_entropy (log p + entropy))."""
     factors = _scaled_below(logits, normaliser, scale)
     if of_entropy is None:
         return factors.exp_()
@@ -320,14 +367,13 @@ def _reduce(
         place = local[rows] - tile.columns.start
         if softcap is None and gpu.serves(tile.logits):
             part = gpu.reduce_logits(tile.logits, place, scale, with_product=with_product)
-            _add_sums((peak[rows], mass[rows], product[rows], target[rows]), part)
+            add_sums((peak[rows], mass[rows], product[rows], target[rows]), part)
             continue
         inside = (place >= 0) & (place < tile.logits.shape[1])
         found = tile.logits.gather(1, place.masked_fill(~inside, 0)[:, None])[:, 0]
         target[rows] += found.masked_fill_(~inside, 0).mul_(scale)
         new_peak = torch.maximum(peak[rows], tile.logits.amax(1).mul_(scale))
-        # Online softmax (Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867, alg. 3).
-        _move_peak(mass[rows], product[rows], peak[rows], new_peak)
+        move_peak(mass[rows], product[rows], peak[rows], new_peak)
         below = _scaled_below(tile.logits, new_peak, scale)
         weights = below.exp() if with_product else below.exp_()
         mass[rows] += weights.sum(1)
@@ -335,38 +381,6 @@ def _reduce(
             product[rows] += torch.linalg.vecdot(weights, below)
         peak[rows] = new_peak
     return peak, mass, product, target
-
-
-def _add_sums(total: Sequence[Tensor], part: Sequence[Tensor]) -> None:
-    """Add the sums of a tile, of which each is relative to its own peak, in place."""
-    peak, mass, product, target = total
-    new_peak = torch.maximum(peak, part[0])
-    _move_peak(mass, product, peak, new_peak)
-    _move_peak(part[1], part[2], part[0], new_peak)
-    for own, other in zip((mass, product, target), part[1:], strict=True):
-        own.add_(other)
-    peak.copy_(new_peak)
-
-
-def _move_peak(mass: Tensor, product: Tensor, old: Tensor, new: Tensor) -> None:
-    """Rescale sums relative to the peak `old` to the peak `new`, in place."""
-    factor = (old - new).exp_()
-    # Where the old peak is -inf nothing has been summed yet: use 0 there, not 0 * inf.
-    shift = (old - new).masked_fill_(old == float("-inf"), 0)
-    product.addcmul_(mass, shift).mul_(factor)
-    mass.mul_(factor)
-
-
-def _combine(
-    peak: Tensor, mass: Tensor, product: Tensor, target: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Combine the sums over all ranks' parts of the vocabulary."""
-    top = peak.clone()
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
-    _move_peak(mass, product, peak, top)
-    sums = torch.stack((mass, product, target))
-    dist.all_reduce(sums, group=group)
-    return top, sums[0], sums[1], sums[2]
 
 
 def _scaled_below(logits: Tensor, level: Tensor, scale: float) -> Tensor:  # [N, K], [N]

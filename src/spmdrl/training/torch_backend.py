@@ -15,8 +15,10 @@ from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.attention import make_kernel, resolve_attention
+from spmdrl.models.blocks.projections import Embedding, Projection
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource
+from spmdrl.models.gradient_sums import GradientSum
 from spmdrl.models.layer_attention import attention_needs
 from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.sharding import Head
@@ -96,7 +98,7 @@ class TorchBackend:
             dropout=make_dropout(mesh.role, model, adapter if trainable else None, options, device),
         )
         self._steps = StepCounts()
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, GradientSum] = {}
         if trainable:
             self._accumulate_wide()
 
@@ -210,28 +212,28 @@ class TorchBackend:
 
     def _accumulate_wide(self) -> None:
         """Sum microbatches' gradients in float32 where the parameters are narrower."""
-        # not `self`, which could then never be collected: autograd keeps hooks where Python's
-        # collector does not look
-        sums = self._sums
-        for leaf in self._trained:
-            if not leaf.has_own_master:
-                continue
+        own = {leaf.parameter: leaf.name for leaf in self._trained if leaf.has_own_master}
+        self._sums.update({name: GradientSum() for name in own.values()})
+        for parameter, name in own.items():
+            # not `self`, which could then never be collected: autograd keeps hooks where Python's
+            # collector does not look
+            def add(parameter: Tensor, total: GradientSum = self._sums[name]) -> None:
+                if parameter.grad is not None:  # products have not added it
+                    total.add(parameter.grad)
+                    parameter.grad = None
 
-            def add(parameter: Tensor, name: str = leaf.name) -> None:
-                assert parameter.grad is not None
-                if name in sums:
-                    sums[name].add_(parameter.grad)
-                else:
-                    sums[name] = parameter.grad.float()
-                parameter.grad = None
-
-            leaf.parameter.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
+        for module in self._decoder.modules():
+            if isinstance(module, (Projection, Embedding)) and module.weight in own:
+                module.gradient_sum = self._sums[own[module.weight]]
 
     def _take_gradients(self) -> dict[str, Tensor]:
         """Take every trained leaf's float32 gradient, 0 if there was none, and clear it."""
         taken = {}
         for leaf in self._trained:
-            gradient = self._sums.pop(leaf.name, None) if leaf.has_own_master else leaf.gradient()
+            gradient = leaf.gradient()
+            if leaf.has_own_master:
+                gradient = self._sums[leaf.name].take()
             if gradient is None:
                 gradient = torch.zeros_like(leaf.master)
             taken[leaf.name] = gradient.contiguous()

@@ -50,22 +50,22 @@ def compare_factors(
 ) -> None:
     if module is None:
         from spmdrl.models.kernels.cuda import logprobs as module
-    logits, _ = given
+    logits, places = given
     random = torch.Generator().manual_seed(len(logits))
     g, d_entropy = torch.randn(2, len(logits), generator=random)
     logarithms = (logits.double() * scale).log_softmax(1)
     p = logarithms.exp()
     entropy = -(p * logarithms).where(p > 0, 0).sum(1)
     normaliser = (logits.double() * scale).logsumexp(1).float()
-    expected = -p * (g[:, None] + d_entropy[:, None] * (logarithms + entropy[:, None]))
-    expected = expected.where(p > 0, 0)
+    of_target = (torch.arange(logits.shape[1]) == places[:, None]) * g[:, None].double()
+    spread = d_entropy[:, None] * (logarithms + entropy[:, None])
     tolerance = 2e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
     calls = [
-        ((None, None, None), p),
-        ((entropy.float(), g, d_entropy), expected),
+        (None, of_target - p * g[:, None]),
+        ((entropy.float(), d_entropy), of_target - (p * (g[:, None] + spread)).where(p > 0, 0)),
     ]
     for terms, wanted in calls:
-        found = module.logit_factors(logits, normaliser, *terms, scale, dtype)
+        found = module.logit_factors(logits, places, normaliser, g, terms, scale, dtype)
         assert found.dtype == dtype and found.is_contiguous()
         torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance / 50)
 
@@ -137,6 +137,7 @@ def at_fault(old: str, new: str, directory: Path, check: Any, given: tuple[Tenso
         ("(product + moved)", "product", compare_sums),
         ("(column == place)", "(column == place + 1)", compare_sums),
         ("(logarithm + ", "(logarithm - ", compare_factors),
+        ("column == tl.load(places", "column == 1 + tl.load(places", compare_factors),
         ("row * row_stride", "(row + 1) % 3 * row_stride", compare_factors),
     ],
 )
@@ -164,8 +165,8 @@ def figures(
 
 
 def check_passes(found: proofs.Figures) -> None:
-    # a row's normaliser, entropy and gradients are single numbers
-    proofs.check(found, most_scalar=4, least_wide=4)
+    # a row's target, normaliser, entropy and gradients are single numbers
+    proofs.check(found, most_scalar=5, least_wide=4)
 
 
 def test_compiled_passes() -> None:

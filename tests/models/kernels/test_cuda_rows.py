@@ -14,7 +14,7 @@ from torch import Tensor
 import kernel_proofs as proofs
 from spmdrl.models import rope
 
-pytestmark = pytest.mark.full  # nothing calls them yet
+pytestmark = pytest.mark.full  # test_cuda_training has a case that always runs
 
 MODULE = "spmdrl.models.kernels.cuda.rows"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,6 +55,32 @@ def compare_norm(width: int, dtype: torch.dtype, module: Any = None) -> None:
 def test_norm(interpreted: Run, width: int) -> None:
     for dtype in DTYPES:
         interpreted(compare_norm, width, dtype)
+
+
+def compare_norm_backward(width: int, dtype: torch.dtype, module: Any = None) -> None:
+    if module is None:
+        from spmdrl.models.kernels.cuda import rows as module
+    module.PARTS = 3  # so that a program has several rows
+    for tokens in (0, 1, 8):
+        total, weight = draw(tokens, width, size=3.0, dtype=dtype), draw(width, dtype=dtype)
+        d_normed, d_total = (draw(tokens, width, size=s, dtype=dtype) for s in (1.0, 0.3))
+        for one_plus, others in ((False, d_total), (True, None)):
+            wide = total.double().requires_grad_(), weight.double().requires_grad_()
+            normed = F.rms_norm(wide[0], (width,), wide[1] + one_plus, 1e-5)
+            expected = list(torch.autograd.grad(normed, wide, d_normed.double()))
+            if others is not None:
+                expected[0] += others.double()
+            d, d_weight = module.add_rms_norm_backward(
+                total, weight, d_normed, others, 1e-5, one_plus=one_plus
+            )
+            same(d, expected[0], dtype)
+            same(d_weight, expected[1], torch.float32)
+
+
+@pytest.mark.parametrize("width", [1, 83, 1536, 8192])
+def test_norm_backward(interpreted: Run, width: int) -> None:
+    for dtype in DTYPES:
+        interpreted(compare_norm_backward, width, dtype)
 
 
 def silu_products(gate_up: Tensor) -> Tensor:
@@ -135,6 +161,11 @@ def at_fault(old: str, new: str, directory: Path, check: Any, *arguments: Any) -
         ("/ WIDTH", "/ WIDE", compare_norm, (83,)),
         ("factor += 1.0", "factor += 0.0", compare_norm, (64,)),
         ("scale * added", "added", compare_norm, (64,)),
+        ("found += tl.load(d_total", "found -= tl.load(d_total", compare_norm_backward, (64,)),
+        ("turn * step", "turn", compare_norm_backward, (64,)),
+        ("of_weight += given * row", "of_weight += given", compare_norm_backward, (64,)),
+        ("parts + part * WIDTH", "parts + part * WIDTH // 2", compare_norm_backward, (64,)),
+        ("(tl.sum(given * row, 0) / WIDTH)", "0.0", compare_norm_backward, (64,)),
         ("token * 2 * width", "token * width", compare_swiglu, (83,)),
         ("(1.0 - s)", "(1.0 + s)", compare_swiglu, (83,)),
         ("        s = -s\n", "        s = s\n", compare_rope, (3, 64, 64, False)),
@@ -154,13 +185,16 @@ def row_figures(name: str, architecture: int, module: Any = None) -> proofs.Figu
 
     floats, halves = ("scale", "eps"), ("x", "out", "weight", "total", "normed", "result")
     types = {
-        **dict.fromkeys((*halves, "gate_up", "grad"), "*bf16"),
-        **dict.fromkeys(("cos", "sin"), "*fp32"),
+        **dict.fromkeys((*halves, "gate_up", "grad", "d", "d_normed", "d_total"), "*bf16"),
+        **dict.fromkeys(("cos", "sin", "parts"), "*fp32"),
         **dict.fromkeys(floats, "fp32"),
-        **dict.fromkeys(("width", "x_token", "heads"), "i32"),
+        **dict.fromkeys(("width", "x_token", "out_token", "heads", "tokens"), "i32"),
     }
+    width = 8192 if name == "add_norm_backward_rows" else 4096
+    of_norm = {"WIDTH": width, "WIDE": width, "ADDS": True, "ONE_PLUS": False}
     constants: dict[str, Any] = {
-        "add_norm_row": {"WIDTH": 4096, "WIDE": 4096, "ADDS": True, "ONE_PLUS": False},
+        "add_norm_row": of_norm,
+        "add_norm_backward_rows": of_norm,
         "swiglu_block": {"BLOCK": rows.BLOCK},
         "swiglu_backward_block": {"BLOCK": rows.BLOCK},
         "rotate_heads": {
@@ -175,11 +209,19 @@ def row_figures(name: str, architecture: int, module: Any = None) -> proofs.Figu
     }[name]
     kernel = getattr(module or rows, name)
     tensors = {n: types[n] for n in kernel.arg_names if n not in constants}
-    warps = rows.warps_for(4096) if name == "add_norm_row" else 4
-    return proofs.compiled(kernel, architecture, tensors, constants, num_warps=warps)
+    warps = rows.warps_for(width) if name.startswith("add_norm") else 4
+    return proofs.compiled(
+        kernel, architecture, tensors, constants, odd=("tokens",), num_warps=warps
+    )
 
 
-KERNELS = ["add_norm_row", "swiglu_block", "swiglu_backward_block", "rotate_heads"]
+KERNELS = [
+    "add_norm_row",
+    "add_norm_backward_rows",
+    "swiglu_block",
+    "swiglu_backward_block",
+    "rotate_heads",
+]
 
 
 def check_row(found: proofs.Figures) -> None:
@@ -187,7 +229,8 @@ def check_row(found: proofs.Figures) -> None:
 
 
 def test_compiled_rows() -> None:
-    check_row(row_figures("add_norm_row", 90))
+    for name in KERNELS[:2]:
+        check_row(row_figures(name, 90))
 
 
 @pytest.mark.full

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spmdrl.distributed.parallel import Parallel, copy_to, reduce_from
 from spmdrl.models.fused import Sum, rms_norm, sum_norm
+from spmdrl.models.gradient_sums import GradientSum, summed_embedding
 from spmdrl.models.linear import Blocked
 from spmdrl.models.low_rank import Added, adapted_linear
 from spmdrl.models.specs import NormSpec
@@ -54,6 +55,7 @@ class Projection(nn.Module):
     """Projection y = x W^T (+ b), whose storage is not initialised.
 
     `blocked` is the weight as laid out by `linear.in_blocks`; code that sets it keeps it current.
+    `gradient_sum` takes the weight's gradient in place of autograd where a train backend sets it.
     """
 
     def __init__(self, rows: int, columns: int, build: Build, *, bias: bool = False) -> None:
@@ -61,15 +63,18 @@ class Projection(nn.Module):
         self.weight = build.empty(rows, columns)
         self.bias = build.empty(rows) if bias else None
         self.blocked: Blocked | None = None
+        self.gradient_sum: GradientSum | None = None
 
     def forward(self, x: Tensor, added: Added = ()) -> Tensor:
-        return adapted_linear(x, self.weight, self.bias, added, self.blocked)
+        return self._product(x, self.bias, added)
 
     def reduced(self, x: Tensor, tp: Parallel, added: Added = ()) -> Tensor:
         """Compute a row-parallel product: the sum over the ranks, and the bias added to it."""
-        out = adapted_linear(x, self.weight, None, added, self.blocked)
-        out = reduce_from(out, tp.group)
+        out = reduce_from(self._product(x, None, added), tp.group)
         return out if self.bias is None else out + self.bias
+
+    def _product(self, x: Tensor, bias: Tensor | None, added: Added) -> Tensor:
+        return adapted_linear(x, self.weight, bias, added, self.blocked, self.gradient_sum)
 
 
 class Norm(nn.Module):
@@ -85,11 +90,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, tp: Parallel | None = None) -> Tensor:
         weight = self.weight if tp is None else copy_to(self.weight, tp.group)
-        if self.spec.one_plus:
-            # 1 + w may need more bits than bfloat16 has
-            wide = torch.promote_types(x.dtype, torch.float32)
-            return rms_norm(x.to(wide), 1 + weight.to(wide), self.spec.eps).to(x.dtype)
-        return rms_norm(x, weight, self.spec.eps)
+        return rms_norm(x, weight, self.spec.eps, one_plus=self.spec.one_plus)
 
     def of_sum(self, given: Sum) -> tuple[Tensor, Tensor]:
         """Compute a residual sum and its norm."""
@@ -125,7 +126,8 @@ class WideNorm(nn.Module):
 class Embedding(nn.Module):
     """Vocabulary-parallel embedding: each rank looks up its own rows, and the results are summed.
 
-    `blocked` serves a tied head, see `Projection`.
+    `blocked` serves a tied head, see `Projection`, and so does `gradient_sum`, which has the
+    gradient of both uses then.
     """
 
     def __init__(self, rows: int, columns: int, build: Build) -> None:
@@ -133,12 +135,18 @@ class Embedding(nn.Module):
         self.tp = build.tp
         self.weight = build.empty(rows, columns)
         self.blocked: Blocked | None = None
+        self.gradient_sum: GradientSum | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.tp.group is None:
-            return F.embedding(tokens, self.weight)
+            return self._rows(tokens)
         rows = self.weight.shape[0]
         local = tokens - self.tp.rank * rows
         absent = (local < 0) | (local >= rows)
-        found = F.embedding(local.masked_fill(absent, 0), self.weight)
+        found = self._rows(local.masked_fill(absent, 0))
         return reduce_from(found.masked_fill(absent.unsqueeze(-1), 0), self.tp.group)
+
+    def _rows(self, tokens: Tensor) -> Tensor:
+        if self.gradient_sum is not None and torch.is_grad_enabled() and self.weight.requires_grad:
+            return summed_embedding(tokens, self.weight, self.gradient_sum)
+        return F.embedding(tokens, self.weight)

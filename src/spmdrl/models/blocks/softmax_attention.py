@@ -66,6 +66,22 @@ class AttendProjected(Protocol):
         """Compute norms, rope and attention, without gradient."""
 
 
+@runtime_checkable
+class AttendTurned(Protocol):
+    """Attention with a kernel for rope before it, and their gradient; tried where a layer has rope
+    and neither norms of heads nor sinks.
+    """
+
+    def attend_turned(
+        self,
+        layer: int,
+        qkv: Tensor,  # [T, H_local + 2 KVH_local, d], before rope
+        kv_heads: int,
+        rope: Rope,
+    ) -> Tensor | None:  # [T, H_local, d]
+        """Compute rope and attention; None where the kernel does not serve."""
+
+
 class Attention(nn.Module):
     """The module of a `SoftmaxAttention`."""
 
@@ -117,6 +133,8 @@ class Attention(nn.Module):
             ):
                 found = attend.attend_projected(layer, ordered, turning, self.sinks)
                 return self.out.reduced(found.reshape(x.shape[0], -1), self.tp, to_out)
+            if (turned := self._turned(layer, ordered, rope, attend)) is not None:
+                return self.out.reduced(turned.reshape(x.shape[0], -1), self.tp, to_out)
             qk, v = torch.split(ordered, [self.heads + self.kv_heads, self.kv_heads], dim=1)
             if self.q_norm is not None:
                 q, k = self._normed(*torch.split(qk, [self.heads, self.kv_heads], dim=1))
@@ -129,6 +147,15 @@ class Attention(nn.Module):
         if gate is not None:
             out = out * torch.sigmoid(gate.reshape(out.shape))
         return self.out.reduced(out, self.tp, to_out)
+
+    def _turned(self, layer: int, qkv: Tensor, rope: Rope | None, attend: Attend) -> Tensor | None:
+        """Compute rope and attention where the caller has a kernel for both."""
+        is_plain = self.q_norm is None and self.sinks is None
+        if rope is None or not is_plain or not gpu.runs_on(qkv.device):
+            return None
+        if not isinstance(attend, AttendTurned):
+            return None
+        return attend.attend_turned(layer, qkv, self.kv_heads, rope)
 
     def _turning(self, rope: Rope | None) -> Turning | None:
         """Return what a kernel is to do; None for what it does not: norms of all heads together."""

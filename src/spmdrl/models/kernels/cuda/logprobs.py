@@ -54,35 +54,41 @@ def reduce_logits(
 
 def logit_factors(
     logits: Tensor,  # [N, K] float32
+    places: Tensor,  # [N] int64, the target's column; one outside of the tile is no target
     normaliser: Tensor,  # [N] float32
-    entropy: Tensor | None,  # [N] float32
-    g: Tensor | None,  # [N] float32
-    d_entropy: Tensor | None,  # [N] float32
+    g: Tensor,  # [N] float32
+    of_entropy: tuple[Tensor, Tensor] | None,  # [N] float32 each
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:  # [N, K] of `dtype`
-    """Compute the gradient of each logit from log p = scale * logits - normaliser.
+    """Compute the gradient of each logit's product from log p = scale * logits - normaliser: the
+    targets' g, less p (g + d_entropy (log p + entropy)).
 
-    It is -p (g + d_entropy (log p + entropy)); without an entropy's gradient it is p alone, since
-    -g is put on the products' small operand.
+    At a likely target g - g p is rounded after the difference, and not p before it.
+
+    Args:
+        g: the gradient of the log-probability, times `scale`.
+        of_entropy: the entropy, and d_entropy, its gradient times `scale`; None: it has none.
     """
     assert logits.dtype == torch.float32 and logits.stride(1) == 1, (logits.dtype, logits.stride())
+    assert places.dtype == torch.int64, places
     rows, width = logits.shape
-    terms = [t for t in (normaliser, entropy, g, d_entropy) if t is not None]
-    assert len(terms) in (1, 4) and all(t.is_contiguous() and len(t) == rows for t in terms)
+    terms = (places, normaliser, g, *(of_entropy or ()))
+    assert all(t.is_contiguous() and len(t) == rows for t in terms)
     found = torch.empty(rows, width, dtype=dtype, device=logits.device)
     if rows and width:
-        others = (normaliser,) * 3 if len(terms) == 1 else tuple(terms[1:])
         factor_block[(rows, -(-width // BLOCK))](
             logits,
+            places,
             normaliser,
-            *others,
+            g,
+            *((g, g) if of_entropy is None else of_entropy),
             found,
             logits.stride(0),
             width,
             scale,
             BLOCK=BLOCK,
-            WITH_ENTROPY=len(terms) == 4,
+            WITH_ENTROPY=of_entropy is not None,
             num_warps=8,
             enable_fp_fusion=True,
         )
@@ -136,9 +142,10 @@ def reduce_row(
 @kernel
 def factor_block(
     logits: tl.tensor,
+    places: tl.tensor,
     normaliser: tl.tensor,
-    entropy: tl.tensor,
     g: tl.tensor,
+    entropy: tl.tensor,
     d_entropy: tl.tensor,
     found: tl.tensor,  # [N, K], written
     row_stride: tl.tensor,
@@ -154,10 +161,12 @@ def factor_block(
     z = tl.load(logits + row * row_stride + column, mask=own, other=float("-inf")) * scale
     logarithm = z - tl.load(normaliser + row)
     p = tl.exp(logarithm)
-    factor = p
+    of_target = tl.load(g + row)
+    spread = of_target
     if WITH_ENTROPY:
-        spread = tl.load(d_entropy + row) * (logarithm + tl.load(entropy + row))
-        # a token that is ruled out has no gradient
-        factor = tl.where(p == 0.0, 0.0, -p * (tl.load(g + row) + spread))
+        spread += tl.load(d_entropy + row) * (logarithm + tl.load(entropy + row))
+    # a token that is ruled out has no gradient
+    factor = tl.where(p == 0.0, 0.0, -p * spread)
+    factor += tl.where(column == tl.load(places + row), of_target, 0.0)
     at = found + row * width + column
     tl.store(at, factor.to(found.dtype.element_ty), mask=own)

@@ -14,6 +14,9 @@ from spmdrl.models.kernels.cuda.language import kernel, power_of_2, tl
 BLOCK = 1024
 """Numbers of a program of `swiglu`, and about those of one of `rotate`."""
 
+PARTS = 512
+"""Most programs of the norm's backward, of which each sums a part of the weight's gradient."""
+
 
 def add_rms_norm(
     x: Tensor,  # [T, D]
@@ -54,6 +57,50 @@ def add_rms_norm(
             enable_fp_fusion=True,
         )
     return total, normed
+
+
+def add_rms_norm_backward(
+    total: Tensor,  # [T, D], x + scale * out
+    weight: Tensor,  # [D]
+    d_normed: Tensor,  # [T, D]
+    d_total: Tensor | None,  # [T, D]
+    eps: float,
+    *,
+    one_plus: bool = False,
+) -> tuple[Tensor, Tensor]:  # [T, D], [D] float32
+    """Compute the gradients of `add_rms_norm` by x and by the weight, from its sum alone.
+
+    That by x is d_total + r (w d_normed) - total r^3 mean(w d_normed total), r = the row's factor.
+    A weight's parts are rows T, T + `PARTS`, ... each, so that they depend on nothing but T.
+
+    Args:
+        d_total: the gradient of the sum by its other uses; None: it has none.
+    """
+    operands = [total, d_normed, *([] if d_total is None else [d_total])]
+    assert all(t.is_contiguous() and t.shape == total.shape for t in operands), operands
+    assert weight.is_contiguous() and weight.shape == total.shape[1:]
+    tokens, width = total.shape
+    d = torch.empty_like(total)
+    parts = total.new_empty(min(tokens, PARTS), width, dtype=torch.float32)
+    wide = power_of_2(width)
+    if tokens:
+        add_norm_backward_rows[(len(parts),)](
+            total,
+            weight,
+            d_normed,
+            d_normed if d_total is None else d_total,
+            d,
+            parts,
+            tokens,
+            eps,
+            WIDTH=width,
+            WIDE=wide,
+            ADDS=d_total is not None,
+            ONE_PLUS=one_plus,
+            num_warps=warps_for(wide),
+            enable_fp_fusion=True,
+        )
+    return d, parts.sum(0)
 
 
 def warps_for(wide: int) -> int:
@@ -103,17 +150,27 @@ def rotate_backward(
     cos: Tensor,  # [T, 1, r] float32
     sin: Tensor,  # [T, 1, r] float32
     interleaved: bool = False,
+    out: Tensor | None = None,  # [T, H, d], written; there may be gaps between tokens
 ) -> Tensor:  # [T, H, d]
     """Compute the gradient of `rotate` by x: the rotation back."""
-    return _turn(grad, cos, sin, interleaved, backward=True)
+    return _turn(grad, cos, sin, interleaved, out, backward=True)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, backward: bool) -> Tensor:
+def _turn(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    out: Tensor | None = None,
+    *,
+    backward: bool,
+) -> Tensor:
     tokens, heads, dims = x.shape
     turned = cos.shape[-1]
-    assert not tokens or (x.stride(2) == 1 and x.stride(1) == dims), x.stride()
     assert cos.is_contiguous() and sin.is_contiguous() and turned % 2 == 0 and turned <= dims
-    out = x.new_empty(tokens, heads, dims)
+    out = x.new_empty(tokens, heads, dims) if out is None else out
+    for each in (x, out):
+        assert not tokens or (each.stride(2) == 1 and each.stride(1) == dims), each.stride()
     if tokens:
         wide = power_of_2(turned // 2)
         rows = heads_at_once(heads, wide)
@@ -123,6 +180,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, *, backward: b
             sin,
             out,
             x.stride(0),
+            out.stride(0),
             heads,
             DIMS=dims,
             TURNED=turned,
@@ -178,6 +236,45 @@ def add_norm_row(
 
 
 @kernel
+def add_norm_backward_rows(
+    total: tl.tensor,
+    weight: tl.tensor,
+    d_normed: tl.tensor,
+    d_total: tl.tensor,
+    d: tl.tensor,
+    parts: tl.tensor,  # [programs, WIDTH] float32, written
+    tokens: tl.tensor,
+    eps: tl.tensor,
+    WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
+    ADDS: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
+) -> None:
+    """Compute the gradients of every so many-th row, and sum the weight's."""
+    dim = tl.arange(0, WIDE)
+    own = dim < WIDTH
+    part, step = tl.program_id(0), tl.num_programs(0)
+    of_weight = tl.zeros([WIDE], tl.float32)
+    for turn in range(tl.cdiv(tokens - part, step)):
+        at = (part + turn * step).to(tl.int64) * WIDTH + dim
+        row = tl.load(total + at, mask=own, other=0.0).to(tl.float32)
+        given = tl.load(d_normed + at, mask=own, other=0.0).to(tl.float32)
+        # read again in every row: it is in the cache, and registers hold what is summed
+        factor = tl.load(weight + dim, mask=own, other=0.0).to(tl.float32)
+        if ONE_PLUS:
+            factor += 1.0
+        scale = tl.rsqrt(tl.sum(row * row, 0) / WIDTH + eps)
+        row *= scale
+        of_weight += given * row
+        given *= factor
+        found = scale * (given - row * (tl.sum(given * row, 0) / WIDTH))
+        if ADDS:
+            found += tl.load(d_total + at, mask=own, other=0.0).to(tl.float32)
+        tl.store(d + at, found.to(d.dtype.element_ty), mask=own)
+    tl.store(parts + part * WIDTH + dim, of_weight, mask=own)
+
+
+@kernel
 def swiglu_block(
     gate_up: tl.tensor, result: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
@@ -223,6 +320,7 @@ def rotate_heads(
     sin: tl.tensor,
     out: tl.tensor,
     x_token: tl.tensor,
+    out_token: tl.tensor,
     heads: tl.tensor,
     DIMS: tl.constexpr,
     TURNED: tl.constexpr,
@@ -244,7 +342,7 @@ def rotate_heads(
     c = tl.load(cos + token * TURNED + pair, mask=pair < HALF, other=0.0)[None, :]
     s = tl.load(sin + token * TURNED + HALF + pair, mask=pair < HALF, other=0.0)[None, :]
     source = x + token * x_token + head[:, None] * DIMS
-    target = out + (token * heads + head[:, None]) * DIMS
+    target = out + token * out_token + head[:, None] * DIMS
     whole = tl.arange(0, 2 * WIDE)[None, :]
     ours = (head < heads)[:, None] & (whole < TURNED)
     low, high = pair[None, :], pair[None, :] + HALF
