@@ -171,11 +171,8 @@ def collect_heads(
     HALF: tl.constexpr = TURNED // 2
     pair, whole = tl.arange(0, WIDE)[None, :], tl.arange(0, WHOLE)[None, :]
     rest = TURNED + tl.arange(0, REST if REST > 0 else 1)[None, :]
-    within, is_rest, is_dim = (
-        exists & (pair < HALF),
-        exists & (rest < DIMS),
-        exists & (whole < DIMS),
-    )
+    within, is_dim = exists & (pair < HALF), exists & (whole < DIMS)
+    is_rest = exists & (rest < DIMS)
     low, high = tl.zeros([ROWS, WIDE], tl.float32), tl.zeros([ROWS, WIDE], tl.float32)
     passed = tl.zeros([ROWS, REST if REST > 0 else 1], tl.float32)
     value = tl.zeros([ROWS, WHOLE], tl.float32)
