@@ -202,6 +202,15 @@ def test_graphs_are_kept_over_what_is_kept():
     assert "rollout.graphs" in found.describe() and "captured once" in found.describe()
 
 
+def test_graphs_stay_over_a_cache_that_comes_back_where_it_was():
+    """It goes first, as it costs nothing, and nothing is captured again."""
+    graphs = part(GRAPHS, 3, droppable=True, is_capture=True, holds=(POLICY,))
+    found = plan(112, [*grpo_parts(), graphs], grpo_calls(graphs=True))
+    assert found.residencies[CACHE] == "drop" and found.residencies[GRAPHS] == "keep"
+    assert found.recaptured == () and "captured once" in found.describe()
+    assert found.calls[1].made == (CACHE,) and found.calls[2].dropped == (CACHE,)
+
+
 def test_what_graphs_hold_goes_last_and_takes_the_graphs_along():
     parts, calls = grpo_parts(graphs="auto"), grpo_calls(graphs=True)
     # 115 in all; generate has no working memory, so that the optimizer can only help the others

@@ -9,6 +9,7 @@ import torch
 
 from flow_cases import write_config
 from spmdrl.config.load import load_config
+from spmdrl.planning import parts
 from spmdrl.planning.from_shapes import plan_from_shapes, read_models
 from spmdrl.planning.margins import CONTEXT_BYTES
 from spmdrl.planning.parts import HeldModel, uses_graphs
@@ -42,6 +43,26 @@ def test_the_device_is_the_callers(root: Path) -> None:
         state_layout=plan.state_layouts["rollout"],
     )
     assert not uses_graphs(off, held) and uses_graphs(config, held)
+
+
+def test_graphs_hold_what_may_come_back_elsewhere(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of a policy that the engine computes with; where nothing is mapped its own."""
+    config = load_config(write_config(root / "c.yaml", root / "model", root), [])
+
+    def held(size: int, *words: str) -> tuple[tuple[str, str], ...]:
+        asked = load_config(root / "c.yaml", list(words))
+        plan = plan_from_shapes(asked, size, size, device_type="cuda", device_bytes=GPU)
+        [graphs] = [one for one in plan.memory[0].plan.parts if one.name == "graphs"]
+        assert graphs.is_capture
+        return graphs.holds
+
+    assert config.rollout.cuda_graphs
+    assert held(1) == (("policy", "weights"),)
+    assert held(2, "roles.policy.dp_shard=2") == ()
+    monkeypatch.setattr(parts, "why_graphs_go", lambda model, device: "told so")
+    assert held(1) == (("rollout", "weights"), ("rollout", "kv_cache"))
 
 
 def test_models_are_read_once_or_given(root: Path) -> None:

@@ -198,7 +198,8 @@ class DeviceParts:
         local, owner = local_part(tensor), self.registry.owner(tensor)
         if local.numel() == 0:  # an empty shard, whatever its storage is padded to
             return tensor
-        if is_resident(tensor):
+        is_away = owner is not None and self.registry.tensors[owner].is_away
+        if is_resident(tensor) and not is_away:
             if owner is not None:  # it may be coming, and a writer would outdate the host's copy
                 read_only = self.registry.by_key[owner].frozen
                 self.registry.tensors[owner].hand_out(read_only=read_only, stays=False)

@@ -33,8 +33,9 @@ class Part:
         rests_on: earlier parts that own some of its storages; a call that needs it needs them too.
         fixed: nothing can move it.
         may_lose: `auto` may drop it where every use of it follows a call that overwrites it.
-        holds: parts whose addresses it has captured (CUDA graphs); they may move only after it was
-            dropped.
+        is_capture: it has captured addresses (CUDA graphs).
+        holds: parts whose addresses it has captured and that may come back at others; they may move
+            only after it was dropped.
 
     Raises:
         ValueError: the part cannot have this residency; its setting is named.
@@ -48,6 +49,7 @@ class Part:
     frozen: bool = False
     fixed: bool = False
     may_lose: bool = False
+    is_capture: bool = False
     rests_on: tuple[PartKey, ...] = ()
     holds: tuple[PartKey, ...] = ()
 

@@ -69,7 +69,8 @@ class MemoryPlan:
     def recaptured(self) -> tuple[PartKey, ...]:
         """Parts with captured addresses that are recreated in every step."""
         made = {name for call in self.calls for name in call.made}
-        return tuple(part.key for part in self.parts if part.holds and part.key in made)
+        captures = [part for part in self.parts if part.is_capture or part.holds]
+        return tuple(part.key for part in captures if part.key in made)
 
     def describe(self, ranks: str | None = None) -> str:
         """The schedule as text: the parts and their residencies, then the moves before each call.
@@ -106,7 +107,7 @@ class MemoryPlan:
             text += " (auto)"
         if part.rests_on:
             text += f", plus what it shares with {_names(part.rests_on)}"
-        if part.holds:
+        if part.is_capture or part.holds:
             again = part.key in self.recaptured
             text += ", captured again in every step" if again else ", captured once"
         return text

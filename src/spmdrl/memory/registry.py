@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from spmdrl.memory.mapped import MappedArena
 from spmdrl.memory.mover import Mover
 from spmdrl.memory.parts import (
     Part,
@@ -27,11 +28,13 @@ class Droppable:
 
     Args:
         most: bytes up to which it may stay between calls; None: any.
+        is_mapped: whether torch's allocator does not know of it, see `MappedMemory`.
     """
 
     drop: Callable[[], None]
     num_bytes: Callable[[], int]
     most: int | None = None
+    is_mapped: bool = False
 
     @property
     def is_too_large(self) -> bool:
@@ -63,6 +66,7 @@ class PartRegistry:
         tensors: Iterable[Tensor],
         residency: ResidencyWish = "auto",
         frozen: bool = False,
+        memory: MappedArena | None = None,
     ) -> None:
         """Take charge of the tensors' storages, which hold their content now.
 
@@ -72,6 +76,7 @@ class PartRegistry:
         Args:
             residency: `auto` means `host` until `apply` sets the plan's decision.
             frozen: the content never changes, so it is copied to the host only once.
+            memory: that of all storages which no earlier part owns, if they keep their addresses.
 
         Raises:
             ValueError: the part exists already; a storage is freed and owned by no part; or a
@@ -88,12 +93,12 @@ class PartRegistry:
                 "them: register that part before this one"
             )
         fixed = [storage for storage in own.values() if not storage.resizable()]
-        if fixed and residency != "keep":
+        if fixed and memory is None and residency != "keep":
             raise ValueError(
                 f"roles.{role}.residency.{part}={residency}: {len(fixed)} of its storages cannot "
                 "be freed, their memory is not torch's: copy the tensors, or set keep"
             )
-        held = TensorPart(list(own.values()), self._mover)
+        held = TensorPart(list(own.values()), self._mover, memory)
         self._add(
             Part(
                 role=role,
@@ -142,6 +147,7 @@ class PartRegistry:
         drop: Callable[[], None],
         num_bytes: Callable[[], int],
         most: int | None = None,
+        is_mapped: bool = False,
         residency: ResidencyWish = "auto",
         holds: Sequence[PartKey] = (),
     ) -> None:
@@ -153,6 +159,7 @@ class PartRegistry:
             most: the plan's size: if a call makes more, it goes once a call does not need it,
                 whatever the residency. None: it may stay.
             residency: `auto` means `drop` until `apply` sets the plan's decision.
+            is_mapped: see `Droppable`.
             holds: earlier parts whose addresses it captures; it is dropped before they move.
 
         Raises:
@@ -169,7 +176,9 @@ class PartRegistry:
                 holds=tuple(holds),
             )
         )
-        self.droppables[role, part] = Droppable(drop=drop, num_bytes=num_bytes, most=most)
+        self.droppables[role, part] = Droppable(
+            drop=drop, num_bytes=num_bytes, most=most, is_mapped=is_mapped
+        )
 
     def parts(self) -> tuple[Part, ...]:
         """The input of `make_plan`; droppable parts have their present size."""
@@ -207,6 +216,11 @@ class PartRegistry:
             for key in self.by_key
             if key in self.droppables or not self.tensors[key].is_away
         )
+
+    def mapped_bytes(self) -> int:
+        """Return the bytes on the device of which torch's allocator does not know."""
+        droppables = [held.num_bytes() for held in self.droppables.values() if held.is_mapped]
+        return sum(droppables) + sum(held.mapped_bytes for held in self.tensors.values())
 
     def _add(self, part: Part) -> None:
         parts = by_key([*self.by_key.values(), part])

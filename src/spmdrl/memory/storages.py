@@ -48,13 +48,18 @@ def is_resident(tensor: Tensor) -> bool:
     return local.numel() == 0 or local.untyped_storage().nbytes() > 0
 
 
-def require_resident(role: str, part: str, tensors: Iterable[Tensor]) -> None:
+def require_resident(
+    role: str, part: str, tensors: Iterable[Tensor], *, is_away: bool = False
+) -> None:
     """Refuse to continue without a part.
+
+    Args:
+        is_away: the tensors keep their addresses, and lack the memory there.
 
     Raises:
         ValueError: a tensor's storage is freed; the role and the part are named.
     """
-    freed = [tensor for tensor in tensors if not is_resident(tensor)]
+    freed = [tensor for tensor in tensors if is_away or not is_resident(tensor)]
     if freed:
         raise ValueError(
             f"role {role!r}: its {part} are not on the device ({len(freed)} tensors are freed, the "

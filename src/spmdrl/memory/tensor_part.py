@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.memory.arena import HostArena, layout_arena
+from spmdrl.memory.mapped import MappedArena
 from spmdrl.memory.mover import Mover, Ticket, allocate, free
 from spmdrl.memory.storages import storage_key
 
@@ -23,10 +24,16 @@ class TensorPart:
 
     Args:
         storages: distinct storages, not freed, with defined content.
+        memory: theirs, if they keep their addresses; by default torch's allocator has it.
     """
 
-    def __init__(self, storages: Sequence[torch.UntypedStorage], mover: Mover) -> None:
-        self._storages, self._mover = tuple(storages), mover
+    def __init__(
+        self,
+        storages: Sequence[torch.UntypedStorage],
+        mover: Mover,
+        memory: MappedArena | None = None,
+    ) -> None:
+        self._storages, self._mover, self._memory = tuple(storages), mover, memory
         self._layout = layout_arena([s.nbytes() for s in storages], mover.staging_bytes)
         self.num_bytes = sum(self._layout.sizes)
         self.is_away = False
@@ -35,6 +42,11 @@ class TensorPart:
         self._arena: HostArena | None = None
         self._host_is_current = False
         self._coming: Ticket | None = None
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes on the device of which torch's allocator does not know."""
+        return 0 if self._memory is None or self.is_away else self.num_bytes
 
     def start_leaving(self) -> Ticket | None:
         """Start copying the content that the host lacks; None if it lacks nothing."""
@@ -50,7 +62,10 @@ class TensorPart:
 
     def leave(self) -> None:
         """Free the storages; the copy must be done."""
-        free(self._storages)
+        if self._memory is None:
+            free(self._storages)
+        else:
+            self._memory.unmap()
         self.is_away, self._coming = True, None
 
     def lose(self) -> None:
@@ -68,7 +83,10 @@ class TensorPart:
             empty: leave the content behind, as the next call overwrites all of it.
         """
         assert self.is_away
-        allocate(self._storages, self._layout.sizes)
+        if self._memory is None:
+            allocate(self._storages, self._layout.sizes)
+        else:
+            self._memory.map()
         self.is_away = False
         if empty:
             self._host_is_current, self.is_filled = False, not self._storages
@@ -131,6 +149,8 @@ class ForeignPart:
         self.is_away = False
         self.is_filled = True
         """Whether the content is defined, wherever it is."""
+        self.mapped_bytes = 0
+        """None: the other allocator is torch's too."""
 
     def start_leaving(self) -> Ticket | None:
         """Return no ticket: `leave` makes the copy."""

@@ -28,6 +28,7 @@ from spmdrl.planning.systems.train_memory import TrainMemory
 from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.generation import GRAPHS, KV_CACHE
 from spmdrl.roles.model_calls import BASE, OPTIMIZER, WEIGHTS
+from spmdrl.rollout.native.workspace import why_graphs_go
 from spmdrl.weights.plan import SyncPlan
 
 
@@ -89,7 +90,7 @@ def planned_parts(
             own[0] = replace(own[0], may_lose=True)
         parts += own
         if uses_graphs(config, model):
-            parts.append(_graphs(model.spec))
+            parts.append(_graphs(model.spec, captured_parts(model.spec, own[0])))
     return parts
 
 
@@ -190,10 +191,31 @@ def _engine_parts(
     return [replace(weights, num_bytes=weights_bytes + cache.num_bytes)]
 
 
-def _graphs(spec: RoleSpec) -> Part:
-    holds: tuple[PartKey, ...] = ((spec.name, WEIGHTS), (spec.name, KV_CACHE))
+def captured_parts(spec: RoleSpec, weights: Part) -> tuple[PartKey, ...]:
+    """Parts whose addresses a native engine's graphs hold and which may come back elsewhere: those
+    of other roles that it computes with, and its own where they cannot keep their addresses.
+
+    Args:
+        weights: the engine's.
+    """
+    # a host without a GPU plans for GPUs whose drivers map memory
+    device = spec.device if torch.cuda.is_available() else None
+    if why_graphs_go(spec.model, device) is None:
+        return weights.rests_on
+    return (weights.key, (spec.name, KV_CACHE))
+
+
+def _graphs(spec: RoleSpec, holds: tuple[PartKey, ...]) -> Part:
     wish = _wish(spec, GRAPHS)
-    return Part(role=spec.name, name=GRAPHS, num_bytes=0, wish=wish, droppable=True, holds=holds)
+    return Part(
+        role=spec.name,
+        name=GRAPHS,
+        num_bytes=0,
+        wish=wish,
+        droppable=True,
+        is_capture=True,
+        holds=holds,
+    )
 
 
 def uses_graphs(config: Config, model: HeldModel) -> bool:

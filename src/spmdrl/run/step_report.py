@@ -112,7 +112,7 @@ class PhaseMemory(PhaseMeter):
         `memory/peak_gb` is the peak in phases and between them, as `take_peak_memory` counts it,
         and `memory/peak_sum_gb` the sum of the ranks' largest ones so far;
         `memory/parts_gb/<phase>` the peak of parts on the device together; `memory/device_gb/..`
-        the peak that torch had allocated on a CUDA device; then `memory/moved_gb` and, if anything
+        the peak that was allocated on a CUDA device; then `memory/moved_gb` and, if anything
         moved, `memory/gb_per_s`.
         """
         self._charge()
@@ -143,7 +143,9 @@ class PhaseMemory(PhaseMeter):
         self._peak = self._moved = self._seconds = 0.0
 
     def _charge(self) -> None:
-        found, peak = self._memory.take_metrics(), float(self._take_peak(self._device))
+        # torch's allocator does not know of mapped memory, which stays as it is within a phase
+        mapped = self._memory.registry.mapped_bytes()
+        found, peak = self._memory.take_metrics(), float(self._take_peak(self._device) + mapped)
         for direction in ("to_host", "to_device"):
             self._moved += found[f"{direction}_bytes"]
             self._seconds += found[f"{direction}_seconds"]

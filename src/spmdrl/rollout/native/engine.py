@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.distributed.parallel import Parallel
+from spmdrl.memory.mapped import MappedArena
 from spmdrl.models.adapter_weights import AdapterWeights
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.blocks.moe import serve_experts
@@ -68,6 +69,8 @@ class NativeEngine:
         texts: the texts of tokens, for stop texts.
         adapter: the adapter that is applied to the weights, unless a request says otherwise; its
             tensors are among those that the engine needs.
+        weights_leave: whether its own weights leave the device between calls; they come back at
+            their addresses then, if graphs hold these and the cache does so too.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class NativeEngine:
         eos_token_ids: Sequence[int] | None = None,
         texts: TokenTexts | None = None,
         adapter: Adapter | None = None,
+        weights_leave: bool = False,
     ) -> None:
         tp = Parallel() if tp is None else tp
         ep = Parallel() if ep is None else ep
@@ -103,12 +107,17 @@ class NativeEngine:
         workspace = self._workspace
         self.cache_bytes, self.graph_bytes = workspace.cache_bytes, workspace.graph_bytes
         self.release_cache, self.release_graphs = workspace.release, workspace.release_graphs
-        self.close = workspace.release
+        self.close = workspace.close
         self._adapters: dict[str, AdapterWeights] = {}
         if adapter is not None:
             self._adapters[OWN] = self._make_adapter(adapter, torch.device("meta"))
+        returns = weights_leave and workspace.keeps_addresses
         self.weights = EngineWeights(
-            decoder, self._device, self.release_graphs, self._adapters.get(OWN)
+            decoder,
+            self._device,
+            self.release_graphs,
+            self._adapters.get(OWN),
+            MappedArena(self._device) if returns else None,
         )
         self.local_tensors, self.adopt = self.weights.local_tensors, self.weights.adopt
         self.allocate = self.weights.allocate
@@ -123,6 +132,11 @@ class NativeEngine:
     def captures_graphs(self) -> bool:
         """Whether decode steps are replayed as CUDA graphs, which hold addresses."""
         return self._workspace.captures_graphs
+
+    @property
+    def keeps_cache_address(self) -> bool:
+        """Whether `release_cache` leaves the graphs, because the cache comes back where it was."""
+        return self._workspace.keeps_addresses
 
     def new_adapter(self, name: str, adapter: Adapter) -> AdapterWeights:
         """Make this rank's tensors of another adapter of the base, for `add_adapter` once they have

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
@@ -88,6 +90,11 @@ def varlen_attn() -> Callable[..., Any]:
     return kernel
 
 
+def paged_bytes(shape: CacheShape) -> int:
+    """Return the bytes of the caches of `VarlenAttention`, which have a block more."""
+    return replace(shape, num_blocks=shape.num_blocks + 1).num_bytes
+
+
 class VarlenAttention:
     """`PagedAttention` over caches `[num_blocks + 1, block_size, KVH, d]` per layer.
 
@@ -96,23 +103,34 @@ class VarlenAttention:
 
     Args:
         max_blocks: most blocks of one sample.
+        memory: uint8 tensor of `paged_bytes(shape)` at least, in which the caches lie; by default
+            each has memory of its own.
         kernel: torch's `varlen_attn`, or its replacement in a test without a GPU.
     """
 
     takes_latents = False
 
     def __init__(
-        self, shape: CacheShape, *, max_blocks: int, kernel: Callable[..., Any] | None = None
+        self,
+        shape: CacheShape,
+        *,
+        max_blocks: int,
+        memory: Tensor | None = None,
+        kernel: Callable[..., Any] | None = None,
     ) -> None:
         self._kernel = kernel or varlen_attn()
         self._shape, self._max_blocks = shape, max_blocks
         # Zeros, because the kernel may multiply values behind a sample's end by weights of zero.
-        zeros = partial(torch.zeros, dtype=shape.dtype, device=shape.device)
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
+        free = None if memory is None else memory.zero_().view(shape.dtype)
         for number, layer in shape.cached():
             size = (shape.num_blocks + 1, shape.block_size, layer.kv_heads, layer.key_width)
-            self._keys[number], self._values[number] = zeros(size), zeros(size)
+            for caches in (self._keys, self._values):
+                if free is None:
+                    caches[number] = torch.zeros(size, dtype=shape.dtype, device=shape.device)
+                    continue
+                caches[number], free = free[: prod(size)].view(size), free[prod(size) :]
         self._indices: Sequence[Tensor] = ()
         self._max_query = 0
         # by number of decodes: first rows of each, which never change, and room for first keys

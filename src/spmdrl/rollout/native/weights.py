@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from spmdrl.memory.mapped import MappedArena
 from spmdrl.memory.storages import require_resident
 from spmdrl.models.adapter_weights import AdapterWeights, merged
 from spmdrl.models.blocks.projections import Embedding, Projection
@@ -26,6 +27,7 @@ class EngineWeights:
     Args:
         changed: callback after a parameter's storage was replaced by another.
         adapter: the adapter of the decoder, if it has one, also made without storage.
+        memory: memory for what is allocated; by default torch's allocator has it.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class EngineWeights:
         device: torch.device,
         changed: Callable[[], None],
         adapter: AdapterWeights | None = None,
+        memory: MappedArena | None = None,
     ) -> None:
+        self.memory = memory
         roots: list[nn.Module] = [decoder, *([] if adapter is None else [adapter])]
         self._root_of = {name: root for root in roots for name, _ in root.named_parameters()}
         self._roots, self._device, self._changed = roots, device, changed
@@ -78,7 +82,10 @@ class EngineWeights:
     def allocate(self, local_name: str) -> Tensor:
         """Allocate the engine's own storage for the parameter, not yet filled."""
         wanted = self._table[local_name]
-        tensor = torch.empty(wanted.shape, dtype=wanted.dtype, device=self._device)
+        if self.memory is None:
+            tensor = torch.empty(wanted.shape, dtype=wanted.dtype, device=self._device)
+        else:
+            tensor = self.memory.take(wanted.shape, wanted.dtype)
         self.adopt(local_name, tensor)
         return tensor
 
@@ -87,7 +94,9 @@ class EngineWeights:
         missing = [name for name, p in self._parameters() if p.is_meta]
         if missing:
             raise ValueError(f"the engine has no weights yet: {missing[0]} was never loaded")
-        require_resident("rollout", "weights", [p for _, p in self._parameters()])
+        is_away = self.memory is not None and not self.memory.is_mapped
+        held = [p for _, p in self._parameters()]
+        require_resident("rollout", "weights", held, is_away=is_away)
 
 
 MIN_STEPS = 24

@@ -1,4 +1,8 @@
-"""`Workspace`: the native engine's cache, and the objects that hold its addresses."""
+"""`Workspace`: the native engine's cache, and the objects that hold its addresses.
+
+Where steps are captured and the driver maps memory (`memory.mapped`), a released cache keeps its
+address, and so the graphs stay: the next call captures nothing again. Elsewhere they go together.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from spmdrl.config.sections import RolloutSection
+from spmdrl.memory.mapped import MappedMemory, fault_of_mapping
 from spmdrl.models.blocks.moe import has_fixed_shapes
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
@@ -25,7 +30,12 @@ from spmdrl.rollout.native.recurrent import (
 )
 from spmdrl.rollout.native.rows import RowBuffers
 from spmdrl.rollout.native.runner import Runner
-from spmdrl.rollout.native.varlen import BLOCK_MULTIPLE, VarlenAttention, pages_are_usable
+from spmdrl.rollout.native.varlen import (
+    BLOCK_MULTIPLE,
+    VarlenAttention,
+    paged_bytes,
+    pages_are_usable,
+)
 from spmdrl.rollout.protocol import Request
 from spmdrl.rollout.requests import GB, blocks_needed
 
@@ -62,6 +72,7 @@ class Work:
 
     Args:
         num_slots: number of slots of recurrent layers' states; 0 if the model has none.
+        memory: the cache's, if it keeps its address while it is away.
     """
 
     num_blocks: int
@@ -69,10 +80,34 @@ class Work:
     attention: PagedAttention
     runner: Runner
     rows: RowBuffers
+    memory: MappedMemory | None = None
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the cache is not on the device."""
+        return self.memory is not None and not self.memory.is_mapped
+
+    def bring(self) -> None:
+        """Put the cache on the device, filled with zeros, if it is away."""
+        if self.memory is not None and self.is_away:
+            self.memory.map()
+            self.memory.tensor().zero_()
 
     def has_room(self, num_blocks: int, num_slots: int) -> bool:
         """Whether it has a cache of this size and at least so many slots."""
         return self.num_blocks == num_blocks and self.num_slots >= num_slots
+
+
+def why_graphs_go(model: ModelConfig, device: torch.device | None) -> str | None:
+    """Return why graphs of decode steps on a GPU do not outlive the cache; None if they do.
+
+    Args:
+        device: None: one whose driver maps memory.
+    """
+    if recurrent_layers(model):
+        return "states of recurrent layers do not keep their addresses"
+    fault = None if device is None else fault_of_mapping(device)
+    return None if fault is None else f"memory cannot be mapped here: {fault}"
 
 
 class Workspace:
@@ -111,9 +146,14 @@ class Workspace:
         fixed = fixed and not self._group.shares_experts  # whose exchanges have other sizes
         return self._paged and self._options.cuda_graphs and fixed
 
+    @property
+    def keeps_addresses(self) -> bool:
+        """Whether the cache comes back at its address after `release`, which then leaves graphs."""
+        return self.captures_graphs and why_graphs_go(self._model, self._device) is None
+
     def cache_bytes(self) -> int:
         """Return the current bytes of the cache."""
-        if self._work is None:
+        if self._work is None or self._work.is_away:
             return 0
         states = self._states(self._work.num_slots).num_bytes
         return self._shape(self._work.num_blocks).num_bytes + states
@@ -123,7 +163,16 @@ class Workspace:
         return 0 if self._graphs is None else self._graphs.pool_bytes
 
     def release(self) -> None:
-        """Free the cache, and the graphs that hold its addresses; the next call makes new ones."""
+        """Free the cache, and the graphs if they hold addresses that it does not keep; the next
+        call makes what is lacking.
+        """
+        if self._work is not None and self._work.memory is not None:
+            self._work.memory.unmap()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Free the cache, its address and the graphs."""
         self.release_graphs()
         self._work = None
 
@@ -139,8 +188,8 @@ class Workspace:
     def blocks_for(self, requests: Sequence[Request]) -> int:
         """Return the number of cache blocks for a call, equal on the ranks of the group."""
         states = self._states(self.slots_for(sum(len(r.samples) for r in requests))).num_bytes
-        given, kept = self._options.kv_cache_gb, 0 if self._work is None else self._work.num_blocks
-        block_bytes = self._shape(1).num_bytes
+        given, block_bytes = self._options.kv_cache_gb, self._shape(1).num_bytes
+        kept = 0 if self._work is None else self._work.num_blocks
         if not block_bytes:  # all layers are recurrent: blocks only count tokens
             needed = blocks_needed(requests, self.block_size, self._options.max_running)
             return max(needed, kept)
@@ -150,6 +199,8 @@ class Workspace:
         planned = self._planned(requests, states)
         if planned is not None:
             needed = min(needed, planned)
+            if self._work is not None and self._work.is_away and kept > planned:
+                kept = 0  # a call has made more than there may be room for now
         if needed <= kept:
             return kept
         if self._device.type == "cpu":
@@ -191,13 +242,20 @@ class Workspace:
         num_slots = self.slots_for(num_samples)
         # no name of this call may hold the work: its cache is freed before the new one is made
         if self._work is not None and self._work.has_room(num_blocks, num_slots):
+            self._work.bring()
             return self._work
-        self.release()
+        self.close()
         shape, options = self._shape(num_blocks), self._options
         attention: PagedAttention
+        memory = None
         most = -(-min(self._model.max_position, num_blocks * self.block_size) // self.block_size)
         if self._paged:
-            attention = VarlenAttention(shape, max_blocks=most)
+            if self.keeps_addresses:
+                memory = MappedMemory(paged_bytes(shape), self._device)
+                memory.map()
+            attention = VarlenAttention(
+                shape, max_blocks=most, memory=None if memory is None else memory.tensor()
+            )
         elif has_compiled_code(shape):
             attention = CompiledAttention(shape)
         else:
@@ -222,6 +280,7 @@ class Workspace:
             attention=attention,
             runner=runner,
             rows=rows,
+            memory=memory,
         )
         return self._work
 

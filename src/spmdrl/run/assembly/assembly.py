@@ -19,7 +19,6 @@ from spmdrl.distributed.groups import ProcessGroups
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.call_memory import CallMemory, planned_call_memory
 from spmdrl.memory.device_parts import DeviceParts
-from spmdrl.memory.storages import live_bytes
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, open_model
 from spmdrl.models.files.token_texts import TokenTexts
@@ -31,17 +30,17 @@ from spmdrl.role_spec import HEADS, RoleSpec
 from spmdrl.roles.calls import Role
 from spmdrl.roles.canary import Canary
 from spmdrl.roles.custom import DECLARED, CustomRole, RoleContext, declared_bytes
-from spmdrl.roles.generation import GRAPHS, KV_CACHE
+from spmdrl.roles.generation import KV_CACHE
 from spmdrl.roles.handles import HANDLES, Policy, Reward, Rollout
 from spmdrl.roles.judge import Judge
 from spmdrl.roles.model_calls import BASE, WEIGHTS, ModelRole
 from spmdrl.roles.policy_sync import PolicySync
 from spmdrl.roles.turn_calls import NO_TURNS, AllTurns
 from spmdrl.rollout.protocol import RolloutEngine
-from spmdrl.rollout.vllm_engine import VllmEngine
 from spmdrl.run.assembled import Assembly, Base
 from spmdrl.run.assembly.make_backend import make_backend, train_options
 from spmdrl.run.assembly.make_engine import make_engine
+from spmdrl.run.assembly.register_engine import register_engine
 from spmdrl.run.assembly.role_weights import (
     adapter_notes,
     fill_engine,
@@ -330,44 +329,12 @@ class _Builder:
             adapter=adapter,
         )
 
-    def _planned_bytes(self, role: str, part: str) -> int | None:
-        own = self._plan.memory.get(self._world.rank)
-        sizes = {} if own is None else {each.key: each.num_bytes for each in own.plan.parts}
-        return sizes.get((role, part))
-
     def _register_engine(self, spec: RoleSpec, engine: RolloutEngine) -> None:
-        name = spec.name
-        tensors = [tensor for tensor, _ in engine.local_tensors().values()]
-        residencies, registry = self._residencies, self._parts.registry
-        if isinstance(engine, VllmEngine) and residencies[name, WEIGHTS] != "keep":
-            registry.register_foreign(
-                name,
-                WEIGHTS,
-                num_bytes=live_bytes(tensors) + engine.cache_bytes(),
-                leave=engine.sleep,
-                bring=engine.wake,
-                residency=residencies[name, WEIGHTS],
-            )
-            return
-        wish, frozen = residencies[name, WEIGHTS], spec.is_judge
-        registry.register(name, WEIGHTS, tensors=tensors, residency=wish, frozen=frozen)
-        registry.register_droppable(
-            name,
-            KV_CACHE,
-            drop=engine.release_cache,
-            num_bytes=engine.cache_bytes,
-            most=self._planned_bytes(name, KV_CACHE),
-            residency=residencies[name, KV_CACHE],
+        own = self._plan.memory.get(self._world.rank)
+        sizes = {} if own is None else {part.key: part.num_bytes for part in own.plan.parts}
+        register_engine(
+            spec, engine, self._parts.registry, self._residencies, sizes.get((spec.name, KV_CACHE))
         )
-        if engine.captures_graphs:
-            registry.register_droppable(
-                name,
-                GRAPHS,
-                drop=engine.release_graphs,
-                num_bytes=engine.graph_bytes,
-                residency=residencies[name, GRAPHS],
-                holds=((name, WEIGHTS), (name, KV_CACHE)),
-            )
 
     def add_custom(self, name: str, mesh: Mesh) -> None:
         user, memory = self._plan.users[name], self._memory_of(name)

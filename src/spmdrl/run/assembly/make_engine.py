@@ -19,7 +19,7 @@ from spmdrl.planning.engines import (
 from spmdrl.planning.questions import judge_section
 from spmdrl.role_spec import RoleSpec
 from spmdrl.rollout.native.engine import NativeEngine
-from spmdrl.rollout.native.workspace import NativeOptions
+from spmdrl.rollout.native.workspace import NativeOptions, why_graphs_go
 from spmdrl.rollout.protocol import RolloutEngine
 from spmdrl.rollout.vllm_engine import VllmEngine
 from spmdrl.rollout.vllm_requests import VllmOptions
@@ -64,7 +64,7 @@ def make_engine(
             eos_token_ids=eos,
             texts=texts,
         )
-    return NativeEngine(
+    engine = NativeEngine(
         spec.model,
         tp=tp,
         ep=ep,
@@ -74,7 +74,18 @@ def make_engine(
         eos_token_ids=eos,
         texts=texts,
         adapter=spec.adapter,
+        weights_leave=sleeps,
     )
+    if engine.captures_graphs:
+        reason = why_graphs_go(spec.model, device)
+        log.info(
+            "roles.%s: its graphs %s",
+            spec.name,
+            "stay while cache and weights are away"
+            if reason is None
+            else f"go with them: {reason}",
+        )
+    return engine
 
 
 def _native_options(config: Config, spec: RoleSpec, cache_bytes: int | None) -> NativeOptions:
