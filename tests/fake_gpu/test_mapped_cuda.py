@@ -31,20 +31,22 @@ DEVICE = torch.device("cuda", 0)
 
 
 def test_memory_comes_back_at_its_address_and_is_others_meanwhile() -> None:
-    torch.cuda.empty_cache()
     start, memory = stand_in.used_bytes(), MappedMemory(5 * MB, DEVICE)
     assert memory.num_bytes == 6 * MB and stand_in.used_bytes() == start
     addresses = set()
     for value in (3, 5):
+        start = stand_in.used_bytes()
         memory.map()
+        assert stand_in.used_bytes() == start + 6 * MB
         held = memory.tensor()
         addresses.add(held.data_ptr())
         held.fill_(value)
-        assert int(held.sum()) == value * held.nbytes
-        assert stand_in.used_bytes() == start + 6 * MB
+        assert held[:: MB // 2].tolist() == [value] * 12 and int(held[-1]) == value
+        start = stand_in.used_bytes()
         memory.unmap()
-        assert stand_in.used_bytes() == start
+        assert stand_in.used_bytes() == start - 6 * MB
     assert len(addresses) == 1
+    start = stand_in.used_bytes()
     memory.map()
     del memory  # `held` holds it
     assert stand_in.used_bytes() == start + 6 * MB

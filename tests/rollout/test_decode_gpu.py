@@ -146,6 +146,13 @@ def test_the_host_waits_for_a_decode_step_once(
     assert max(others[3:]) <= most, (others, {str(w.message) for w in caught})
 
 
+def in_use() -> int:
+    """Bytes of the device that anyone has, apart from what torch's allocator caches."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 @needs_graphs
 def test_releasing_the_cache_frees_it_at_once(device: torch.device, uncollected: None) -> None:
     engine = make_engine(device, torch.bfloat16)
@@ -155,13 +162,16 @@ def test_releasing_the_cache_frees_it_at_once(device: torch.device, uncollected:
         assert engine.cache_bytes() and engine.graph_bytes()
         engine.release_cache()
         torch.cuda.synchronize()
-    start = torch.cuda.memory_allocated()
+    start, used = torch.cuda.memory_allocated(), in_use()
     engine.generate(requests(4, 20, 8), seed=0, step=0)
-    cache = engine.cache_bytes()
-    assert torch.cuda.memory_allocated() - start >= cache
+    cache, keeps = engine.cache_bytes(), engine.keeps_cache_address
+    assert in_use() - used >= cache
     engine.release_cache()
-    assert engine.cache_bytes() == engine.graph_bytes() == 0
-    assert torch.cuda.memory_allocated() == start
+    assert engine.cache_bytes() == 0 and bool(engine.graph_bytes()) == keeps
+    assert torch.cuda.memory_allocated() == start and in_use() == used
+    engine.close()
+    assert engine.graph_bytes() == 0
+    assert in_use() < used if keeps else in_use() == used
 
 
 @needs_graphs

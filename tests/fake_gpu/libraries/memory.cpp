@@ -380,7 +380,7 @@ int fake_unreserve(void *address, size_t) {
 int fake_create(unsigned long long *handle, size_t size) {
   Lock lock;
   static unsigned long long next = 1;
-  if (charge(size)) return 2;
+  if (charge(size)) return cudaGetLastError(), 2;  // the driver's errors are not the runtime's
   physical[next] = {size, 0, false};
   *handle = next++;
   note(MALLOC, nullptr, "cuMemCreate", size);
