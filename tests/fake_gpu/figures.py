@@ -176,12 +176,15 @@ def release(device: torch.device) -> dict[str, Any]:
     gc.collect()
     gc.disable()
     start = torch.cuda.memory_allocated()
-    caches = []
+    caches, peak = [], 0
     for prompt in (128, 640, 1200):
+        torch.cuda.reset_peak_memory_stats()
         engine.generate(requests(8, 8, 4, prompt=prompt), seed=0, step=0)
         caches.append(engine.cache_bytes())
-    peak = torch.cuda.max_memory_allocated() - start
+        mapped = caches[-1] if engine.keeps_cache_address else 0
+        peak = max(peak, torch.cuda.max_memory_allocated() - start + mapped)
     engine.release_cache()
+    engine.release_graphs()
     left = torch.cuda.memory_allocated() - start
     gc.collect()
     return {
