@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+PATIENCE_S = 240
+"""The end of a run waits less, but a busy machine's imports are not what is tested."""
+
 
 def main(run: Path, name: str) -> None:
     from spmdrl.observe.metrics import MetricsWriter
@@ -19,15 +22,19 @@ def main(run: Path, name: str) -> None:
 
     config = {"seed": 1, "train": {"lr": 1e-5}}
     with MetricsWriter(run, is_first=True) as metrics:
-        metrics.track([outbox_of(run, name, config)])
+        box = outbox_of(run, name, config)
+        metrics.track([box])
         for step in (1, 2, 3):
             metrics.write(step, {"reward": step / 10, "eval/held_out/pass@1": 0.5})
         metrics.write_samples(3, [{"prompt": "What?", "reward": 0.25}])
+        assert box.close(PATIENCE_S)
     with MetricsWriter(run, is_first=True) as metrics:
         metrics.truncate_to(2)
-        metrics.track([outbox_of(run, name, config, first_step=metrics.next_step)])
+        box = outbox_of(run, name, config, first_step=metrics.next_step)
+        metrics.track([box])
         for step in (3, 4):
             metrics.write(step, {"reward": step / 10, "loss": float("nan")})
+        assert box.close(PATIENCE_S)
     sent = {} if name == "tensorboard" else send_metrics(run, [name], config)
     assert not any(sent.values()), sent
     place = run / "trackers" / name
