@@ -12,7 +12,7 @@ import pytest
 import torch
 from backend_runs import TEMPERATURE, make_backend
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from training_cases import (
     LivelyCheckpoint,
     loss_fn,
@@ -159,6 +159,39 @@ def test_replicas_of_shards_reduce_once_a_step() -> None:
     # and one of the number of microbatches
     assert reduced <= groups + 1, counts
     assert sharded == pytest.approx(plain, rel=1e-5)
+
+
+def order_of_gathers(world: World) -> list[str]:
+    """Gathers of weights, and the begin of each layer's attention and of its gradient."""
+    config = tiny_config()
+    backend = make_backend(world, options(), config, dp_shard=2)
+
+    def mark(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            with record_function(name):
+                pass
+
+        return hook
+
+    for index, layer in enumerate(backend._decoder.layers):
+        layer.attention.register_forward_pre_hook(mark(f"forward {index}"))
+        layer.attention.register_full_backward_pre_hook(mark(f"backward {index}"))
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        backend.forward_backward(make_rows([5], 2), loss_fn, next_token(1.0), normaliser=9.0)
+    names = {"c10d::_allgather_base_": "gather"}
+    events = sorted(seen.events(), key=lambda event: event.time_range.start)
+    found = [names.get(e.name, e.name) for e in events]
+    return [name for name in found if name.split()[0] in ("gather", "forward", "backward")]
+
+
+def test_a_layers_weights_are_gathered_before_the_layer_ahead_computes() -> None:
+    found = run_ranks(order_of_gathers, 2)[0]
+    count = tiny_config().num_layers
+    last = count - 1
+    assert found[:4] == ["gather", "gather", "gather", "forward 0"], "the rest, and two layers"
+    behind = found[found.index(f"backward {last}") :]
+    assert found.index("forward 1") == 4 + (count > 2), found
+    assert behind[:2] == [f"backward {last}", f"backward {last - 1}"], found
 
 
 def taken_names(world: World) -> list[str]:

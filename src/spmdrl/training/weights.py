@@ -154,8 +154,6 @@ def _shard(decoder: Decoder, mesh: Mesh, dtype: torch.dtype) -> None:
     )
     for experts in [module for module in decoder.modules() if isinstance(module, Experts)]:
         fully_shard(experts, mesh=mesh.expert_shard_mesh, mp_policy=policy)
-    # No explicit prefetch: FSDP2 queues the next layer's gather while one computes, as long as the
-    # host is ahead of the device, and another layer's parameters would be held with it.
     for layer in (*decoder.layers, decoder):
         fully_shard(
             layer,
@@ -164,6 +162,29 @@ def _shard(decoder: Decoder, mesh: Mesh, dtype: torch.dtype) -> None:
             shard_placement_fn=place,
             ignored_params=whole,
         )
+    _prefetch(decoder)
+
+
+def _prefetch(decoder: Decoder) -> None:
+    """Let every layer's weights be gathered before the layer ahead of it computes.
+
+    FSDP2 by itself gathers them only when the host comes to the layer, so that the device waits
+    where the host is not far enough ahead. Two layers' weights are held then, as plans count.
+    """
+
+    def gathered_with(layer: nn.Module) -> list[FSDPModule]:
+        return [module for module in layer.modules() if isinstance(module, FSDPModule)]
+
+    whole = [gathered_with(layer) for layer in decoder.layers]
+    assert isinstance(decoder, FSDPModule)
+    decoder.set_modules_to_forward_prefetch(whole[0])
+    decoder.set_modules_to_backward_prefetch(whole[-1])
+    for index, (layer, *_) in enumerate(whole):
+        layer.set_modules_to_forward_prefetch(
+            [m for own in whole[index + 1 : index + 2] for m in own]
+        )
+        before = whole[index - 1] if index else []
+        layer.set_modules_to_backward_prefetch(before)
 
 
 def _require_grad(decoder: Decoder, trainable: bool, frozen: Collection[str]) -> Decoder:
