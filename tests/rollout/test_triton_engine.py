@@ -2,7 +2,7 @@
 
 Every model serves the same calls twice in one process: by torch's operations, and with the kernels
 as on a GPU. Only what torch has no kernel for on a CPU, attention over pages of steps with prompt
-chunks, is `paged` in both.
+chunks, is `paged` in both. Graphs of decode steps are replaced by their calls (`Called`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ from spmdrl.testing.engine_models import StateDict
 
 Run = Callable[..., Any]
 
-KERNELS = {"turn_and_store_heads", "attend_split", "add_norm_row", "swiglu_block"}
-"""Those of a decode step's layer."""
+LAYER = {"turn_and_store_heads", "attend_split", "add_norm_row", "swiglu_block"}
+"""Kernels of a decode step's layer."""
+
+DRAWS = {"draw_slice", "combine_slices"}
+"""Kernels that draw tokens."""
 
 OTHER_MLPS = ("Gemma2", "GptOss")
 """Models whose MLPs are no SwiGLU."""
@@ -51,6 +54,27 @@ def launched(names: set[str]) -> None:
         return plain(self, grid)
 
     InterpretedFunction.__getitem__ = watching
+
+
+class Called:
+    """`DecodeGraphs` without graphs: steps are padded, and called."""
+
+    def __init__(self, max_running: int, device: torch.device) -> None:
+        self.max_running = max_running
+        self.results: list[int] = []
+        self.pool_bytes = 0
+
+    def size_for(self, num_samples: int) -> int:
+        return num_samples + 1  # one idle row
+
+    def run(self, size: int, inputs: Any, forward: Any, variant: Any, *, idle: Any) -> Any:
+        assert [x.shape for x in idle()] == [x.shape for x in inputs]
+        self.results.append(len(found := forward(*inputs)))
+        assert all(len(x) == size for x in found)
+        return found
+
+    def drop(self) -> None:
+        pass
 
 
 def drawn_model() -> tuple[ModelConfig, StateDict]:
@@ -82,19 +106,29 @@ def drawn_model() -> tuple[ModelConfig, StateDict]:
     return config, StateDict(tensors)
 
 
-def served(name: str, changes: dict[str, Any], lengths: Sequence[int], **sampling: Any) -> None:
+def served(
+    name: str,
+    changes: dict[str, Any],
+    lengths: Sequence[int],
+    samplings: Sequence[dict[str, Any]] = ({},),
+    in_graph: int | None = None,
+    **sampling: Any,
+) -> None:
     """Serve a call by torch's operations and by the kernels, and compare what comes.
 
     Args:
         name: the model, for `tiny_model`; empty: `drawn_model`.
+        samplings: what requests ask for in addition to `sampling`, by turns.
+        in_graph: steps are captured, and so many of them draw their tokens in the graph.
     """
     torch.set_num_threads(1)
     workspace.pages_are_usable = lambda *_: True
     workspace.BLOCK_MULTIPLE = 1
+    workspace.DecodeGraphs = Called
     varlen.varlen_attn = lambda: paged
     model, source = tiny_model(name, **changes) if name else drawn_model()
     asked = [
-        request(p, i, 1 + i % 2, margins=True, **sampling)
+        request(p, i, 1 + i % 2, margins=True, **{**sampling, **samplings[i % len(samplings)]})
         for i, p in enumerate(prompts_of(*lengths))
     ]
     names: set[str] = set()
@@ -102,19 +136,45 @@ def served(name: str, changes: dict[str, Any], lengths: Sequence[int], **samplin
     found: list[list[Completion]] = []
     cpu._rows, gpu.runs_on = (lambda: None), (lambda device: False)
     for _ in range(2):
-        engine = make_engine(model, source, prefill_tokens=16, cuda_graphs=False)
+        captures = in_graph is not None and bool(found)
+        engine = make_engine(model, source, prefill_tokens=16, cuda_graphs=captures)
         given = engine.generate(asked, seed=3, step=1)
         found.append([c for group in given for c in group])
         assert bool(names) == (len(found) == 2), names
         gpu.runs_on = lambda device: True
-    expected_names = KERNELS - ({"swiglu_block"} if name in OTHER_MLPS else set())
+    expected_names = (LAYER | DRAWS) - ({"swiglu_block"} if name in OTHER_MLPS else set())
     assert names >= expected_names, expected_names - names
     for place, (expected, own) in enumerate(zip(*found, strict=True)):
         assert_same(own, expected, (name, place))
+        assert same_support(own, expected), (own.support, expected.support)
+    graphs = engine._workspace._graphs
+    if in_graph is not None:
+        assert isinstance(graphs, Called)
+        assert graphs.results.count(3) == in_graph, graphs.results
+
+
+def same_support(own: Completion, other: Completion) -> bool:
+    if own.support is None or other.support is None:
+        return own.support is other.support
+    return torch.equal(own.support.values, other.support.values)
 
 
 def test_a_model_is_served_alike(interpreted: Run) -> None:
     interpreted(partial(served, max_tokens=3, ignore_eos=True), "", {}, (3, 9))
+
+
+MIXED = (
+    {"temperature": 0.7},
+    {"temperature": 0.0},
+    {"top_k": 5, "support": True, "max_tokens": 4},
+    {"temperature": 1.3, "support": True},
+)
+
+
+def test_rows_of_every_kind_are_drawn_alike_in_one_batch(interpreted: Run) -> None:
+    """Rows with top-k are drawn by torch; once they have ended the graph draws all others."""
+    asked = partial(served, samplings=MIXED, ignore_eos=True, in_graph=2)
+    interpreted(partial(asked, max_tokens=6), "", {}, (3, 9, 5, 4))
 
 
 @pytest.mark.full

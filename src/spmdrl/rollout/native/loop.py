@@ -144,8 +144,7 @@ class StepLoop:
         first_row = None if record is None else record.note(plan)
         joined, rows = joining(plan, self._scheduler)
         self._rows.update(plan, self._drawn, self._place)
-        logits, experts = self._runner.run(plan, self._rows)
-        draws = self._draw(plan, joined, rows, logits)
+        draws, experts = self._compute(plan, joined, rows)
         results = [] if draws is None else [draws.tokens, draws.logprobs, draws.margins]
         kept = [] if record is None or experts is None else [experts]
         arriving = Arriving([*kept, *results])
@@ -164,6 +163,28 @@ class StepLoop:
             message=self._taking.post(stop, self._checksum),
         )
 
+    def _compute(
+        self, plan: StepPlan, joined: list[Sample], rows: list[int]
+    ) -> tuple[Draws | None, Tensor | None]:
+        """Compute a step and draw its tokens, in one graph where that can do both.
+
+        Args:
+            rows: see `_draw`.
+        """
+        if not plan.chunks and self._runner.captures:
+            temperatures = self._asked_of(plan.decodes).direct_temperatures
+            if temperatures is not None:
+                return self._runner.draw(plan, self._rows, temperatures)
+        logits, experts = self._runner.run(plan, self._rows)
+        return self._draw(plan, joined, rows, logits), experts
+
+    def _asked_of(self, decodes: list[Sample]) -> Asked:
+        """Return what the rows of a step that only decodes ask for."""
+        if self._asked is None or self._asked[0] is not decodes:
+            params = [sample.request.sampling for sample in decodes]
+            self._asked = decodes, self._sampler.ask(params, None, len(params))
+        return self._asked[1]
+
     def _draw(
         self, plan: StepPlan, joined: list[Sample], rows: list[int], logits: Tensor
     ) -> Draws | None:
@@ -176,10 +197,7 @@ class StepLoop:
         if not decodes and not joined:
             return None
         if not joined:
-            if self._asked is None or self._asked[0] is not decodes:
-                params = [sample.request.sampling for sample in decodes]
-                self._asked = decodes, self._sampler.ask(params, None, len(params))
-            return self._sampler.draw(logits, self._asked[1], self._rows.keys())
+            return self._sampler.draw(logits, self._asked_of(decodes), self._rows.keys())
         params = [sample.request.sampling for sample in (*decodes, *joined)]
         asked = self._sampler.ask(params, [*range(len(decodes)), *rows], logits.shape[0])
         [keys] = to_device([key_tensor((s.next_key() for s in joined), _HOST)], self._device)

@@ -1,4 +1,6 @@
-"""`Runner`: one engine step on the device, from a plan to logits (and to the chosen experts)."""
+"""`Runner`: one engine step on the device, from a plan to logits, or to tokens where a graph draws
+them (and to the chosen experts).
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from spmdrl.rollout.native.attention import PagedAttention, copy_blocks
 from spmdrl.rollout.native.graphs import DecodeGraphs
 from spmdrl.rollout.native.recurrent import MixedAttention
 from spmdrl.rollout.native.rows import DecodeRows, RowState
+from spmdrl.rollout.native.sampler import DIRECT, Draws, draw_directly
 from spmdrl.rollout.native.step_plan import StepPlan
 
 
@@ -60,9 +63,7 @@ class Runner:
             rows: the plan's decodes; None: they are written anew.
             all_rows: compute logits of every row of the step instead.
         """
-        copy_blocks(plan.copies, self._attention.caches())
-        if isinstance(self._attention, MixedAttention):
-            copy_blocks(plan.slot_copies, self._attention.states.caches())
+        self._copy(plan)
         if rows is not None and not plan.chunks:
             hidden, *chosen = self._decode(plan, rows)
             return self._project(hidden), next(iter(chosen), None)
@@ -81,6 +82,53 @@ class Runner:
         if len(sampled) < len(hidden) and not all_rows:
             hidden = hidden[read]
         return self._project(hidden), next(iter(chosen), None)
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps that only decode are graphs."""
+        return self._graphs is not None
+
+    def draw(
+        self, plan: StepPlan, rows: RowState, temperatures: Tensor
+    ) -> tuple[Draws, Tensor | None]:
+        """Compute a step that only decodes, and draw its tokens by the kernel, in one graph; for a
+        mixture of experts also the packed choices. The next step overwrites all of them.
+
+        Args:
+            rows: the plan's decodes.
+            temperatures: see `RowState.draw_inputs`.
+        """
+        assert self._graphs is not None and not plan.chunks
+        self._copy(plan)
+        size = self._graphs.size_for(rows.count)
+        drawing = rows.draw_inputs(size, temperatures)
+        results = self._graphs.run(
+            size,
+            [*rows.view(size).tensors(), *drawing],
+            partial(self._compute_draws, plan),
+            (self._adapters.variant, DIRECT),
+            idle=lambda: [*rows.idle(size), *drawing],
+        )
+        tokens, logprobs, margins, *chosen = [result[: rows.count] for result in results]
+        draws = Draws(tokens=tokens, logprobs=logprobs, margins=margins)
+        return draws, next(iter(chosen), None)
+
+    def _compute_draws(self, plan: StepPlan, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Compute tokens, log-probabilities, margins, and for a mixture of experts its choices.
+
+        Args:
+            inputs: those of `_compute`, then those of the draws.
+        """
+        *step, keys, temperatures, order = inputs
+        hidden, *chosen = self._compute(plan, *step)
+        draws = draw_directly(self._project(hidden), keys, temperatures, order)
+        return draws.tokens, draws.logprobs, draws.margins, *chosen
+
+    def _copy(self, plan: StepPlan) -> None:
+        """Copy what samples that are about to write have shared."""
+        copy_blocks(plan.copies, self._attention.caches())
+        if isinstance(self._attention, MixedAttention):
+            copy_blocks(plan.slot_copies, self._attention.states.caches())
 
     def _decode(self, plan: StepPlan, rows: RowState) -> Sequence[Tensor]:
         """Compute hidden states (and choices) of a step without chunks."""
