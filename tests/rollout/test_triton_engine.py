@@ -163,18 +163,17 @@ def test_a_model_is_served_alike(interpreted: Run) -> None:
     interpreted(partial(served, max_tokens=3, ignore_eos=True), "", {}, (3, 9))
 
 
-MIXED = (
-    {"temperature": 0.7},
+MIXED: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.7, "support": True},
+    {"top_k": 5, "support": True, "max_tokens": 2},
     {"temperature": 0.0},
-    {"top_k": 5, "support": True, "max_tokens": 4},
-    {"temperature": 1.3, "support": True},
 )
 
 
 def test_rows_of_every_kind_are_drawn_alike_in_one_batch(interpreted: Run) -> None:
     """Rows with top-k are drawn by torch; once they have ended the graph draws all others."""
-    asked = partial(served, samplings=MIXED, ignore_eos=True, in_graph=2)
-    interpreted(partial(asked, max_tokens=6), "", {}, (3, 9, 5, 4))
+    asked = partial(served, samplings=MIXED, ignore_eos=True, in_graph=1)
+    interpreted(partial(asked, max_tokens=3), "", {}, (3, 2, 4))
 
 
 @pytest.mark.full

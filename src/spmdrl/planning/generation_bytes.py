@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spmdrl.config.data_sets import longest_prompt, response_tokens, takes_turns
 from spmdrl.config.sections import Config
+from spmdrl.models.kernels import gpu
 from spmdrl.models.widths import engine_heads_width
 from spmdrl.planning.activation_bytes import forward_values
 from spmdrl.planning.delta_bytes import step_bytes
@@ -38,6 +39,8 @@ def generation_bytes(config: Config, spec: RoleSpec) -> int:
     captured = decoded if spec.device_type == "cuda" and config.rollout.cuda_graphs else 0
     gathered = model.vocab_size // tp + 2 * model.vocab_size if tp > 1 else model.vocab_size
     drawn = min(running, rows_at_once(model.vocab_size, spec.device)) * model.vocab_size
+    if captured and gpu.is_switched_on():
+        captured += 4 * running * gathered  # graphs draw tokens, and their memory has the logits
     logits = 4 * (running * gathered + _DRAWS * drawn)
     # the activations are gone before logits exist, apart from the rows that are read
     return int(captured + max(filled + decoded, logits))

@@ -40,6 +40,11 @@ def serves(*tensors: Tensor) -> bool:
     return plain and not torch.compiler.is_compiling()
 
 
+def is_switched_on() -> bool:
+    """Whether a run asks for the kernels; a GPU and Triton may still be missing."""
+    return os.environ.get(SWITCH) == "1"
+
+
 def runs_on(device: torch.device) -> bool:
     """Whether the kernels run on a device."""
     return device.type == "cuda" and _runs_on(device.index)
@@ -47,7 +52,7 @@ def runs_on(device: torch.device) -> bool:
 
 @functools.cache
 def _runs_on(index: int | None) -> bool:
-    if os.environ.get(SWITCH) != "1" or find_spec("triton") is None:
+    if not is_switched_on() or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(index) >= LEAST_CAPABILITY
 
