@@ -55,7 +55,7 @@ LAYERS, OTHERS = 28, 17
 the head's product and the draws are among them.
 """
 
-STEP = {"launches": 6, "syncs": 1, "h2d": 0, "d2h": 1, "pageable": 0, "illegal": 0}
+STEP = {"launches": 3, "syncs": 1, "h2d": 0, "d2h": 1, "pageable": 0, "illegal": 0}
 """The most that a decode step asks whose graph draws its tokens."""
 
 

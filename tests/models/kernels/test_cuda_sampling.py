@@ -15,7 +15,7 @@ from torch import Tensor
 import kernel_proofs as proofs
 from spmdrl.keyed_random import Noise, exponential_at, key64, key_tensor, token_hash
 
-pytestmark = pytest.mark.full  # nothing calls them yet
+pytestmark = pytest.mark.full  # the engine's own test runs them in every suite
 
 MODULE = "spmdrl.models.kernels.cuda.sampling"
 CPU = torch.device("cpu")
