@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 METHODS = ROOT / "configs" / "methods"
 RECIPES = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent != METHODS]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "scripts").glob("quickstart*"))]
-PAGES += sorted((ROOT / "scripts" / "examples").iterdir())
+PAGES += sorted(p for p in (ROOT / "scripts" / "examples").iterdir() if p.is_file())
 
 VERBS = (
     r"Add|Adapt|Allow|Answer|Apply|Ask|Assume|Average|Bound|Cap|Change|Clip|Compare|"
