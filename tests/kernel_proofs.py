@@ -139,6 +139,19 @@ def interpreter() -> Iterator[Callable[..., Any]]:
         yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=300)
 
 
+def launched(names: set[str]) -> None:
+    """Collect the names of the kernels that this process, which interprets them, launches."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    plain = InterpretedFunction.__getitem__
+
+    def watching(self: Any, grid: Any) -> Any:
+        names.add(self.fn.__name__)
+        return plain(self, grid)
+
+    InterpretedFunction.__getitem__ = watching
+
+
 def _interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     import numpy as np

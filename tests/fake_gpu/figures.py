@@ -175,7 +175,7 @@ def release(device: torch.device) -> dict[str, Any]:
     engine = make_engine(device, max_running=64)
     gc.collect()
     gc.disable()
-    start = torch.cuda.memory_allocated()
+    start, start_held = torch.cuda.memory_allocated(), held_bytes()
     caches, peak = [], 0
     for prompt in (128, 640, 1200):
         torch.cuda.reset_peak_memory_stats()
@@ -185,14 +185,20 @@ def release(device: torch.device) -> dict[str, Any]:
         peak = max(peak, torch.cuda.max_memory_allocated() - start + mapped)
     engine.release_cache()
     engine.release_graphs()
-    left = torch.cuda.memory_allocated() - start
+    left = held_bytes() - start_held
     gc.collect()
     return {
         "caches_gb": [gigabytes(n) for n in caches],
         "peak_gb": gigabytes(peak),
         "left_gb": gigabytes(left),
-        "left_after_gc_gb": gigabytes(torch.cuda.memory_allocated() - start),
+        "left_after_gc_gb": gigabytes(held_bytes() - start_held),
     }
+
+
+def held_bytes() -> int:
+    """Bytes of tensors, and of what is on the device without torch's allocator: mapped memory."""
+    free, total = torch.cuda.mem_get_info()
+    return torch.cuda.memory_allocated() + total - free - torch.cuda.memory_reserved()
 
 
 def trained_rows(rows: int, group: int, prompt: int, response: int) -> Batch:

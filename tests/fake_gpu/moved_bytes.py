@@ -88,7 +88,7 @@ def bytes_of(values: Any) -> int:
 
 
 def elementwise(moved: Bytes) -> dict[str, float]:
-    """Bytes beside products: those of attention, and all others, of torch and of the kernels."""
+    """Bytes of attention, and of all else but products, of torch and of the kernels."""
     attention = sum(n for name, n in moved.by_name.items() if "attention" in name or "attn" in name)
     products = sum(moved.by_name[name] for name in PRODUCTS)
     others = sum((moved.by_name + moved.of_kernels).values()) - products - attention

@@ -16,7 +16,7 @@ import torch
 from rollout_models import EOS, VOCAB, assert_same, make_engine, prompts_of, request, tiny_model
 from test_paged_options import paged
 
-from kernel_proofs import interpreter
+from kernel_proofs import interpreter, launched
 from spmdrl.models.config import ModelConfig, parse_config
 from spmdrl.models.kernels import cpu, gpu
 from spmdrl.models.sharding import global_shapes
@@ -41,19 +41,6 @@ def interpreted() -> Iterator[Run]:
     pytest.importorskip("triton")
     with interpreter() as run:
         yield run
-
-
-def launched(names: set[str]) -> None:
-    """Collect the names of the kernels that are launched."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    plain = InterpretedFunction.__getitem__
-
-    def watching(self: Any, grid: Any) -> Any:
-        names.add(self.fn.__name__)
-        return plain(self, grid)
-
-    InterpretedFunction.__getitem__ = watching
 
 
 class Called:

@@ -204,8 +204,8 @@ def _fused_gradients(
     *,
     for_hidden: bool,
 ) -> Tensor | None:
-    """Compute the gradients with one pass over each tile's logits beside its products; add the
-    weight's, and return that of the hidden states.
+    """Add the weight's gradient, and return that of the hidden states. Each tile's logits are
+    passed over once, in addition to its products.
     """
     d_hidden = torch.empty_like(hidden) if for_hidden else None
     for tile in _tiles(hidden, weight, chunk, None):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernel_proofs import launched
+
 Run = Callable[..., Any]
 
 SOURCE = {
@@ -53,19 +55,6 @@ def attend(
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         parts.append(torch.einsum("hqk,khd->qhd", weights, v[keys]))
     return torch.cat(parts)
-
-
-def launched(names: set[str]) -> None:
-    """Collect the names of the kernels that are launched."""
-    from triton.runtime.interpreter import InterpretedFunction
-
-    plain = InterpretedFunction.__getitem__
-
-    def watching(self: Any, grid: Any) -> Any:
-        names.add(self.fn.__name__)
-        return plain(self, grid)
-
-    InterpretedFunction.__getitem__ = watching
 
 
 def gradients(config: Any, recompute: str, serves: bool) -> dict[str, Tensor]:
