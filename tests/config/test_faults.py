@@ -124,6 +124,11 @@ RULES: list[tuple[str, Any, tuple[str, ...]]] = [
     ),
     ("roles.policy.residency.weights", "drop", ("roles.policy.residency.weights=drop",)),
     (
+        "roles.policy.residency.weights",
+        "stream",
+        ("roles.policy.residency.weights=stream",),
+    ),
+    (
         "roles.reference.train.lr",
         0.1,
         ("algorithm.kl_coef=1", "roles.reference={train: {lr: 0.1}}"),

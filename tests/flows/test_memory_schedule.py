@@ -93,6 +93,8 @@ def compared(world: World, path: str, words: list[str]) -> tuple[list[Moves], li
 HOST = [*ON_HOST, "roles.rollout.residency.weights=host"]
 # the policy's update fits only without its optimizer, which comes for each of four steps
 STEPS = [*ON_HOST, "train.num_minibatches=2", "rollout.prefill_tokens=32"]
+WINDOWS = "roles.policy.residency.optimizer=auto"
+"""Otherwise `ON_HOST` asks for its whole optimizer."""
 STEPS += ["rollout.max_running=8"]
 SPLIT = {"float32": "0.00295", "bfloat16": "0.0028"}
 """GB by dtype of the model, in which the update fits only split."""
@@ -106,6 +108,7 @@ CASES = {
     ),
     "no bound": (1, ON_HOST),
     "an optimizer for its steps only": (1, [*STEPS, "memory_gb=0.00295"]),
+    "an optimizer in windows": (1, [*STEPS, WINDOWS, "memory_gb=0.00295"]),
     "with syncs that move": (2, [*HOST, "memory_gb=1", "roles.policy.dp_shard=2"]),
     # `auto` drops the engine's weights, which do not fit together with the update
     "weights that the sync overwrites": (
@@ -157,6 +160,39 @@ def test_an_optimizer_that_comes_for_its_steps_only_steps_alike(
     for record, other in zip(first, second, strict=True):
         for name in ("loss", "grad_norm", "value/loss", "response_length"):
             assert other[name] == record[name], name
+
+
+@pytest.mark.parametrize("dtype", swept(["float32", "bfloat16"], ["bfloat16"]))
+def test_an_optimizer_that_steps_in_windows_steps_alike(tmp_path: Path, dtype: str) -> None:
+    """Also from a checkpoint of a run that has it on the device, and the other way round."""
+    make_tiny_model(tmp_path / "model")
+    make_tiny_model(tmp_path / "scalar", seed=1, head="score")
+    given = settings(tmp_path, environment=None)
+    path = str(write_config(tmp_path / "c.yaml", tmp_path / "model", tmp_path / "run", **given))
+    words = [*STEPS, WINDOWS, f"model.dtype={dtype}", "checkpoint.every=1"]
+    roomy, tight = [[*words, f"memory_gb={size}"] for size in ("1", SPLIT[dtype])]
+    asked = [*roomy, "roles.policy.residency.optimizer=stream"]
+    plans = [plan_of(path, words) for words in (roomy, tight, asked)]
+    assert [set(plan.streamed) for plan in plans] == [set(), {"policy"}, {"policy"}]
+    assert "stays on the host" in plans[1].plan.describe()
+    runs = {
+        "on the device": [(roomy, 3)],
+        "in windows": [(tight, 3)],
+        "as asked, then on the device": [(asked, 1), (roomy, 3)],
+        "on the device, then in windows": [(roomy, 1), (tight, 3)],
+    }
+    configs = [
+        (path, [*own, f"steps={steps}", f"run_dir={tmp_path / name}"])
+        for name, parts in runs.items()
+        for own, steps in parts
+    ]
+    records = iter(run_ranks(run_configs, 1, configs, "")[0])
+    first, *others = ([next(records) for _ in parts][-1] for parts in runs.values())
+    for found in others:
+        assert [record["step"] for record in found] == [record["step"] for record in first]
+        for record, other in zip(first, found, strict=True):
+            for key in ("loss", "grad_norm", "value/loss", "response_length"):
+                assert other[key] == record[key], key
 
 
 def plan_of(path: str, words: list[str]) -> RankMemory:

@@ -30,7 +30,7 @@ class ModelSection(Section):
 
 
 PartName = Literal["base", "weights", "optimizer", "kv_cache", "graphs"]
-PartResidency = Literal["keep", "host", "drop", "auto"]
+PartResidency = Literal["keep", "host", "drop", "stream", "auto"]
 
 
 class MegatronSettings(TypedDict, total=False):
@@ -131,7 +131,8 @@ class RoleSection(Section):
     residency: dict[PartName, PartResidency] = Field(
         default_factory=dict,
         description="Decide where base (the fixed weights under an adapter), weights, optimizer, "
-        "kv_cache and graphs are between the role's calls: keep, host, drop or auto (default).",
+        "kv_cache and graphs are between the role's calls: keep, host, drop or auto (default); "
+        "an optimizer can also stay on the host and step in windows (stream).",
     )
     retokenize: bool = Field(
         False, description="Let a reward model with another tokenizer read texts instead of tokens."

@@ -324,6 +324,11 @@ def _check_memory(config: Config) -> None:
                 raise ValueError(f"{where}: only an engine has a {part}: leave the key out")
             if part == "optimizer" and not config.is_trained(name):
                 raise ValueError(f"{where}: {name} is not trained: leave the key out")
+            if part != "optimizer" and policy == "stream":
+                raise ValueError(
+                    f"{where}: only an optimizer steps in windows while it stays on the host: use "
+                    "host or auto"
+                )
             if part in ("base", "weights", "optimizer") and policy == "drop" and kind != "rollout":
                 raise ValueError(
                     f"{where}: nothing would bring them back; only a rollout's weights are, by "

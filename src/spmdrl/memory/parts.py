@@ -27,6 +27,7 @@ class Part:
     Args:
         role, name: names as in `roles.ROLE.residency.NAME`.
         num_bytes: the part's own bytes on the device, without those it shares with an earlier part.
+        on_host: bytes of it that stay on the host and are never on the device as a whole.
         wish: the configured policy.
         droppable: its role recreates it when needed (a cache); its content is never moved.
         frozen: its content never changes, so the host's copy stays valid.
@@ -44,6 +45,7 @@ class Part:
     role: str
     name: str
     num_bytes: int
+    on_host: int = 0
     wish: ResidencyWish = "auto"
     droppable: bool = False
     frozen: bool = False

@@ -82,7 +82,7 @@ class MemoryPlan:
         whose = f"rank {self.rank}" if ranks is None else ranks
         lines = [f"memory of {whose}: {room}; peak {size_text(self.peak_bytes)}{self._where()}"]
         for part in self.parts:
-            size = size_text(part.num_bytes)
+            size = size_text(part.num_bytes or part.on_host)
             lines.append(f"  {dotted(part.key):<24} {size:>14}  {self._residency_text(part)}")
         if all(residency == "keep" for residency in self.residencies.values()):
             return "\n".join([*lines, "  nothing moves: all of it stays on the device"])
@@ -102,6 +102,8 @@ class MemoryPlan:
         return f" in {call.name}, {size_text(working)} of it working memory"
 
     def _residency_text(self, part: Part) -> str:
+        if part.on_host:
+            return "stays on the host"
         text: str = self.residencies[part.key]
         if part.wish == "auto":
             text += " (auto)"

@@ -80,9 +80,15 @@ def peak_bytes(
 def resident_during(
     call: PlannedCall, parts: Mapping[PartKey, Part], residencies: Mapping[PartKey, Residency]
 ) -> list[PartKey]:
-    """The parts that the call needs or that are kept, in the parts' order."""
+    """The parts that the call needs or that are kept, in the parts' order, without those that stay
+    on the host.
+    """
     needed = set(call.all_needs(parts))
-    return [name for name in parts if name in needed or residencies[name] == "keep"]
+    return [
+        name
+        for name, part in parts.items()
+        if (name in needed or residencies[name] == "keep") and not part.on_host
+    ]
 
 
 def schedule(

@@ -62,7 +62,11 @@ def host_memory(config: Config, plan: RolePlan, world_size: int, node_size: int)
         arenas[node] = arenas.get(node, 0) + sum(part.num_bytes for part in away)
         there, parts_there = _offloaded(plan, rank)
         offloaded[node] = offloaded.get(node, 0) + there
-        saved[node] = saved.get(node, 0) + sum(part.num_bytes for part in kept) + parts_there
+        streamed = sum(own.streamed.values())
+        offloaded[node] += streamed
+        saved[node] = (
+            saved.get(node, 0) + sum(part.num_bytes for part in kept) + parts_there + streamed
+        )
     sizes = step_sizes(config)
     rows = sizes.rows * sizes.row_tokens * _TOKEN_BYTES
     return HostMemory(

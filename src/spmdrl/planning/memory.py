@@ -9,7 +9,7 @@ The memory plans of all ranks as texts, for `plan` and the start of a run.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -22,13 +22,14 @@ from spmdrl.memory.schedule import PlannedCall
 from spmdrl.planning.alike import TableClasses
 from spmdrl.planning.kv_cache import cache_sizes, grown, shrunk
 from spmdrl.planning.margins import Margin
-from spmdrl.planning.parts import HeldModel, planned_parts, train_memory
+from spmdrl.planning.parts import HeldModel, part_residency, planned_parts, train_memory
 from spmdrl.planning.step_calls import halves, planned_calls, unusual_steps, usual_step
 from spmdrl.planning.systems.registry import train_system
 from spmdrl.planning.systems.train_memory import trained_bytes
 from spmdrl.role_spec import RoleSpec
 from spmdrl.roles.custom import DECLARED, Custom
 from spmdrl.roles.generation import KV_CACHE
+from spmdrl.roles.model_calls import OPTIMIZER
 from spmdrl.weights.plan import SyncPlan
 from spmdrl.world import free_bytes
 
@@ -43,12 +44,15 @@ class RankMemory:
         streams: weight syncs do not need the policy's weights on the device.
         splits: the roles whose optimizer is on the device only while it steps, since it does not
             fit there with the activations of the passes.
+        streamed: bytes of the optimizers that stay on the host and pass through the device in
+            windows while they step, by role.
     """
 
     plan: MemoryPlan
     working_bytes: Mapping[str, int]
     streams: bool
     splits: frozenset[str] = frozenset()
+    streamed: Mapping[str, int] = field(default_factory=dict)
 
 
 def plan_memory(
@@ -123,12 +127,13 @@ def _on_rank(
     *,
     refuses: bool,
 ) -> RankMemory:
-    parts = planned_parts(config, here, syncs, rank)
-    for name, size in customs.items():
-        if size is not None:
-            fixed = Part(role=name, name=DECLARED, num_bytes=size, wish="keep", fixed=True)
-            parts.append(fixed)
+    here = {n: replace(m, streams=_asks_to_stream(m, rank)) for n, m in here.items()}
+    parts = _parts(config, here, customs, syncs, rank)
     calls = planned_calls(config, here, syncs, rank, customs)
+    if streaming := _streaming(here, parts, calls.update, rank, capacity):
+        here = {n: replace(m, streams=m.streams or n in streaming) for n, m in here.items()}
+        parts = _parts(config, here, customs, syncs, rank)
+        calls = planned_calls(config, here, syncs, rank, customs)
     # if both do not fit, the sync reads the policy's weights from the host
     streams = not all(fits(parts, sync, capacity) for sync in calls.sync)
     splits = _splits(here, parts, calls.update, rank, capacity)
@@ -152,7 +157,64 @@ def _on_rank(
         working_bytes={call.name: call.working_bytes for call in step},
         streams=streams,
         splits=splits,
+        streamed={
+            name: train_memory(model, rank).optimizer
+            for name, model in here.items()
+            if model.streams
+        },
     )
+
+
+def _parts(
+    config: Config,
+    here: Mapping[str, HeldModel],
+    customs: Mapping[str, int | None],
+    syncs: Mapping[str, SyncPlan],
+    rank: int,
+) -> list[Part]:
+    parts = planned_parts(config, here, syncs, rank)
+    for name, size in customs.items():
+        if size is not None:
+            fixed = Part(role=name, name=DECLARED, num_bytes=size, wish="keep", fixed=True)
+            parts.append(fixed)
+    return parts
+
+
+def _asks_to_stream(model: HeldModel, rank: int) -> bool:
+    """Whether the role's section has its optimizer stay on the host and step in windows.
+
+    Raises:
+        ValueError: its training system cannot.
+    """
+    spec = model.spec
+    if not spec.trained or part_residency(spec, OPTIMIZER) != "stream":
+        return False
+    if not train_memory(model, rank).can_stream:
+        raise ValueError(
+            f"roles.{spec.name}.residency.optimizer=stream: train.backend={spec.train.backend} "
+            "cannot step in windows, only torch can: set host or auto"
+        )
+    return True
+
+
+def _streaming(
+    here: Mapping[str, HeldModel],
+    parts: Sequence[Part],
+    updates: Sequence[PlannedCall],
+    rank: int,
+    capacity: int | None,
+) -> frozenset[str]:
+    """The roles whose update does not fit with their optimizer, which may go to the host and whose
+    system can step in windows.
+    """
+    found = set()
+    for update in updates:
+        model = here[role := update.name.removesuffix(".update")]
+        if model.streams or part_residency(model.spec, OPTIMIZER) != "auto":
+            continue
+        if train_memory(model, rank).can_stream and not fits(parts, update, capacity):
+            found.add(role)
+    return frozenset(found)
 
 
 def _splits(

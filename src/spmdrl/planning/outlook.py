@@ -205,8 +205,12 @@ def _memory_json(plan: RolePlan) -> list[dict[str, Any]]:
 def _plan_json(plan: MemoryPlan) -> dict[str, Any]:
     sizes = {part.key: part.num_bytes for part in plan.parts}
     parts = {
-        dotted(key): {"gb": size / GB, "residency": plan.residencies[key]}
-        for key, size in sizes.items()
+        dotted(part.key): {
+            "gb": part.num_bytes / GB,
+            "host_gb": part.on_host / GB,
+            "residency": plan.residencies[part.key],
+        }
+        for part in plan.parts
     }
     calls = {
         call.name: {

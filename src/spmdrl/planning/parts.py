@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from spmdrl.config.roles import PartResidency
 from spmdrl.config.sections import Config
 from spmdrl.config.shipped_flows import is_shipped
 from spmdrl.memory.parts import Part, PartKey, ResidencyWish
@@ -39,11 +40,13 @@ class HeldModel:
     Args:
         layout: the tensors of each of its ranks; sharded weights that train are held in float32.
         state_layout: the masters and moments of each of its ranks.
+        streams: whether these stay on the host and pass through the device while they are updated.
     """
 
     spec: RoleSpec
     layout: WeightLayout
     state_layout: WeightLayout
+    streams: bool = False
 
 
 def held_models(
@@ -121,7 +124,13 @@ def _parts_of(
 
 
 def _wish(spec: RoleSpec, part: str) -> ResidencyWish:
-    wishes: Mapping[str, ResidencyWish] = {str(k): v for k, v in spec.section.residency.items()}
+    wish = part_residency(spec, part)
+    return "keep" if wish == "stream" else wish  # the device never has anything to move
+
+
+def part_residency(spec: RoleSpec, part: str) -> PartResidency:
+    """The residency that the role's section asks for."""
+    wishes: Mapping[str, PartResidency] = {str(k): v for k, v in spec.section.residency.items()}
     return wishes.get(part, "auto")
 
 
@@ -149,13 +158,17 @@ def _model_parts(model: HeldModel, here: Mapping[str, HeldModel], rank: int) -> 
         wish = _wish(spec, OPTIMIZER)
         size = held_so.optimizer
         parts.append(Part(role=spec.name, name=OPTIMIZER, num_bytes=size, wish=wish))
-    return [replace(p, num_bytes=0) if p.name in held_so.offloads else p for p in parts]
+    return [
+        replace(p, num_bytes=0, on_host=p.num_bytes) if p.name in held_so.offloads else p
+        for p in parts
+    ]
 
 
 def train_memory(model: HeldModel, rank: int) -> TrainMemory:
     """The bytes that the role's training system adds to a rank."""
     weights, states = model.layout[rank], model.state_layout[rank]
-    return train_system(model.spec).memory(model.spec, weights, states)
+    held = train_system(model.spec).memory(model.spec, weights, states)
+    return replace(held, offloads=held.offloads | {OPTIMIZER}) if model.streams else held
 
 
 def _engine_parts(

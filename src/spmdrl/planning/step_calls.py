@@ -14,6 +14,7 @@ import torch
 from spmdrl.config.data_sets import described_sets, response_tokens
 from spmdrl.config.sections import Config
 from spmdrl.config.shipped_flows import is_shipped
+from spmdrl.memory.host_state import staged_bytes
 from spmdrl.memory.schedule import PlannedCall
 from spmdrl.planning.activation_bytes import working_bytes
 from spmdrl.planning.engines import engine_parts
@@ -152,6 +153,8 @@ def planned_calls(
         if model.spec.trained:
             work = _working_bytes(config, model.spec, backward=True)
             work += added.passes + added.gradients
+            if model.streams:
+                work = max(work, added.gradients + staged_bytes(added.optimizer))
             needs = ((name, WEIGHTS), (name, OPTIMIZER))
             whole = PlannedCall(name=f"{name}.update", needs=needs, working_bytes=work)
             if name not in splits:

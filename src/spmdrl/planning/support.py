@@ -194,6 +194,7 @@ def _features() -> Mapping[str, Ask]:
         "adapters": one(adapts=True),
         "one base for several roles": shared,
         "optimizer away while passes run": partial(_splits, dense),
+        "optimizer on the host, stepping in windows": partial(_streams, dense),
     }
 
 
@@ -201,6 +202,14 @@ def _splits(model: ModelConfig, column: Column) -> str | None:
     if not SYSTEMS[column.backend]().splits_optimizer:
         return "passes need it"
     return refusal(make_spec(model, column))
+
+
+def _streams(model: ModelConfig, column: Column) -> str | None:
+    spec, system = make_spec(model, column), SYSTEMS[column.backend]()
+    weights = system.layout(spec)
+    rank = spec.placement.ranks[0]
+    held = system.memory(spec, weights[rank], system.state_layout(spec, weights)[rank])
+    return refusal(spec) if held.can_stream else "it moves as a whole"
 
 
 def feature_rows() -> Iterator[tuple[str, ...]]:

@@ -24,7 +24,14 @@ from spmdrl.models.low_rank import Applied
 from spmdrl.models.sharding import SCORE, Head, global_shapes
 from spmdrl.training.backend_steps import check_borrowing
 from spmdrl.training.options import TrainOptions
-from spmdrl.training.weights import Leaf, build_decoder, make_adapter_leaves, make_leaves
+from spmdrl.training.weights import (
+    Leaf,
+    NewMaster,
+    build_decoder,
+    make_adapter_leaves,
+    make_leaves,
+    on_device,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,11 +125,13 @@ def own_weights(
     head: Head,
     adapter: Adapter | None,
     zero: bool = False,
+    new_master: NewMaster = on_device,
 ) -> RoleWeights:
     """Make the weights of a role that owns its body; they are not filled yet.
 
     Args:
         zero: whether DeepSpeed's ZeRO divides what is trained, and holds the masters.
+        new_master: otherwise makes the masters of weights narrower than float32.
 
     Raises:
         ValueError: see `build_decoder`.
@@ -143,10 +152,11 @@ def own_weights(
         is_fixed=is_fixed,
         fsdp=not zero,
     )
-    leaves = make_leaves(decoder, mesh, masters=not zero)
+    masters = None if zero else new_master
+    leaves = make_leaves(decoder, mesh, new_master=masters)
     body = Body(decoder=decoder, leaves=leaves, is_fixed=is_fixed)
     return _with_added(
-        body, mesh, options, device, trainable, adapter, is_borrowed=False, zero=zero
+        body, mesh, options, device, trainable, adapter, is_borrowed=False, new_master=masters
     )
 
 
@@ -160,13 +170,14 @@ def borrowed_weights(
     head: Head,
     adapter: Adapter | None,
     zero: bool = False,
+    new_master: NewMaster = on_device,
 ) -> RoleWeights:
     """Make the weights of a role over another role's body; its own are not filled yet.
 
     A scalar head is always the role's own.
 
     Args:
-        zero: see `own_weights`.
+        zero, new_master: see `own_weights`.
 
     Raises:
         ValueError: the body trains, or has no head of this kind; or the role would train it.
@@ -187,7 +198,7 @@ def borrowed_weights(
         adapter,
         has_head=has_head,
         is_borrowed=True,
-        zero=zero,
+        new_master=None if zero else new_master,
     )
 
 
@@ -200,7 +211,7 @@ def _with_added(
     adapter: Adapter | None,
     *,
     is_borrowed: bool,
-    zero: bool,
+    new_master: NewMaster | None,
     has_head: bool = False,
 ) -> RoleWeights:
     if adapter is None and not has_head:
@@ -216,6 +227,6 @@ def _with_added(
         dtype=options.param_dtype,
         device=device,
     ).requires_grad_(trainable)
-    own = make_adapter_leaves(added, mesh, masters=not zero)
+    own = make_adapter_leaves(added, mesh, new_master=new_master)
     assert not has_head or HEAD_WEIGHT in {leaf.name for leaf in own}
     return RoleWeights(body=body, added=added, own=own, is_borrowed=is_borrowed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from spmdrl.models.local_shards import LocalTensors
 from spmdrl.training.options import TrainOptions
-from spmdrl.training.weights import Leaf
+from spmdrl.training.weights import Leaf, refresh_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -25,6 +26,22 @@ def fresh_state(master: Tensor) -> dict[str, Tensor]:
     """
     step = torch.zeros((), dtype=torch.float32, device=master.device)
     return {"step": step, **{name: torch.zeros_like(master) for name in MOMENTS}}
+
+
+class LeafOptimizer(Protocol):
+    """An optimizer of a backend's leaves, wherever its state is."""
+
+    def step(self, gradients: Mapping[str, Tensor], lr: float, norm: Tensor) -> None:
+        """See `Optimizer.step`."""
+
+    def tensors(self) -> LocalTensors:
+        """See `Optimizer.tensors`."""
+
+    def set_step_count(self, count: int) -> None:
+        """See `Optimizer.set_step_count`."""
+
+    def resident(self) -> list[Tensor]:
+        """Return what of its state is on the device between steps."""
 
 
 class Optimizer:
@@ -55,7 +72,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], lr: float, norm: Tensor) -> None:
-        """Update the masters with `gradients`: by leaf name, float32, shaped like the masters.
+        """Update masters and weights by `gradients`: by leaf name, float32, of the masters' shapes.
 
         The gradients may be clipped in place, and nothing is updated without a gradient, see
         `prepare_step`.
@@ -73,6 +90,7 @@ class Optimizer:
         self._adamw.step()
         for leaf in self._live:
             leaf.master.grad = None
+        refresh_weights(self._live)
 
     def tensors(self) -> LocalTensors:
         """Return `exp_avg/NAME` and `exp_avg_sq/NAME` of every leaf."""
@@ -83,6 +101,11 @@ class Optimizer:
                 tensor = held[moment] if held else torch.zeros_like(leaf.master)
                 found[f"{moment}/{leaf.name}"] = (tensor, leaf.slices)
         return found
+
+    def resident(self) -> list[Tensor]:
+        """Return the masters that are not the weights themselves, and the moments."""
+        masters = [leaf.master for leaf in self._leaves if leaf.has_own_master]
+        return [*masters, *(tensor for tensor, _ in self.tensors().values())]
 
     def set_step_count(self, count: int) -> None:
         """Tell AdamW's bias correction how many updates the moments have seen."""
@@ -103,10 +126,7 @@ def prepare_step(
     not wait for the norm. On a CPU the gradients are scaled here.
     """
     if norm.is_cuda:
-        found = {
-            "grad_scale": (norm / clip_norm).clamp(min=1.0).float(),
-            "found_inf": (norm.isfinite().logical_not() | (norm == 0)).float(),
-        }
+        found = device_factors(norm, clip_norm)
         for adamw in adamws:
             vars(adamw).update(found)
         return True
@@ -116,6 +136,19 @@ def prepare_step(
     if value > clip_norm and gradients:
         torch._foreach_mul_(gradients, clip_norm / value)
     return True
+
+
+def device_factors(norm: Tensor, clip_norm: float) -> dict[str, Tensor]:
+    """Make what fused AdamW reads from the device: the divisor of the gradients, and whether it
+    changes nothing, float32 [] each.
+
+    Args:
+        norm: [] float64, on the device.
+    """
+    return {
+        "grad_scale": (norm / clip_norm).clamp(min=1.0).float(),
+        "found_inf": (norm.isfinite().logical_not() | (norm == 0)).float(),
+    }
 
 
 SMALL_BYTES = 1 << 20

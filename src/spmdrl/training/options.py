@@ -20,6 +20,8 @@ class TrainOptions(TrainSection):
         frozen: Hugging Face names of parameters that do not change.
         blocks: number of blocks of fused projections, see `models.sharding.all_slices`.
         seed: the run's seed, for an adapter's dropout.
+        streamed_window: bytes of the windows in which masters and moments pass through the device,
+            see `memory.host_state`; None: the optimizer has them there.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -30,6 +32,7 @@ class TrainOptions(TrainSection):
     frozen: frozenset[str] = frozenset()
     blocks: int = 1
     seed: int = 0
+    streamed_window: int | None = Field(None, ge=1)
 
     @field_validator("param_dtype")
     @classmethod

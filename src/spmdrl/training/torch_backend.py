@@ -4,7 +4,7 @@ experts over these axes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.memory.host_state import HostState
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.attention import make_kernel, resolve_attention
 from spmdrl.models.blocks.projections import Embedding, Projection
@@ -32,6 +33,7 @@ from spmdrl.training.decoder_pass import DecoderPass, keep_pace
 from spmdrl.training.dropout import make_dropout
 from spmdrl.training.optimizer import (
     HostNumber,
+    LeafOptimizer,
     Optimizer,
     all_reduce_gradients,
     average_gradients,
@@ -41,7 +43,8 @@ from spmdrl.training.options import TrainOptions
 from spmdrl.training.packing import Microbatch
 from spmdrl.training.protocol import LossFn, MicrobatchProgress, OptimStep
 from spmdrl.training.readout import Readout
-from spmdrl.training.weights import SUM_AXES, fill_leaves, refresh_weights
+from spmdrl.training.streamed_optimizer import StreamedOptimizer
+from spmdrl.training.weights import SUM_AXES, Leaf, fill_leaves, refresh_weights
 
 
 class TorchBackend:
@@ -79,6 +82,10 @@ class TorchBackend:
         needs = attention_needs(model)
         kernel = make_kernel(resolve_attention(options.attention, device, dtype, needs))
         kind: Any = {"trainable": trainable, "head": head, "adapter": adapter}
+        host = None
+        if trainable and options.streamed_window is not None:
+            host = HostState(device, options.streamed_window)
+            kind["new_master"] = host.hold
         if base is None:
             self._weights = own_weights(mesh, model, options, device, **kind)
         else:
@@ -87,7 +94,9 @@ class TorchBackend:
         self._leaves = self._weights.leaves
         self._trained = [leaf for leaf in self._leaves if leaf.trained]
         fill_leaves(self._leaves if base is None else self._weights.own, checkpoint)
-        self._optimizer = Optimizer(self._trained, options) if trainable else None
+        self._optimizer: LeafOptimizer | None = None
+        if trainable:
+            self._optimizer = _make_optimizer(self._trained, options, host)
         self._pass = DecoderPass(
             mesh=mesh,
             model=model,
@@ -164,7 +173,6 @@ class TorchBackend:
         )
         found = HostNumber(norm)
         optimizer.step(gradients, self._steps.lr(self.options), norm)
-        refresh_weights(self._trained)
         return self._steps.count(found.value(), self.options)
 
     def local_tensors(self) -> LocalTensors:
@@ -173,9 +181,7 @@ class TorchBackend:
     def parts(self) -> dict[str, list[Tensor]]:
         parts = self._weights.parts()
         if self._optimizer is not None:
-            moments = [tensor for tensor, _ in self._optimizer.tensors().values()]
-            masters = [leaf.master for leaf in self._trained if leaf.has_own_master]
-            parts["optimizer"] = [*masters, *moments]
+            parts["optimizer"] = self._optimizer.resident()
         return parts
 
     def state_tensors(self) -> LocalTensors:
@@ -235,7 +241,15 @@ class TorchBackend:
             if leaf.has_own_master:
                 gradient = self._sums[leaf.name].take()
             if gradient is None:
-                gradient = torch.zeros_like(leaf.master)
+                gradient = torch.zeros_like(leaf.weight, dtype=torch.float32)
             taken[leaf.name] = gradient.contiguous()
             leaf.parameter.grad = None
         return taken
+
+
+def _make_optimizer(
+    leaves: Sequence[Leaf], options: TrainOptions, host: HostState | None
+) -> LeafOptimizer:
+    if host is None:
+        return Optimizer(leaves, options)
+    return StreamedOptimizer(leaves, options, host)

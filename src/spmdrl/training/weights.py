@@ -15,7 +15,7 @@ all experts share one A and B, every rank has the share of its own experts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -80,6 +80,15 @@ class Leaf:
         """Return this rank's part of the parameter's gradient, if it has one."""
         gradient = self.parameter.grad
         return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+NewMaster = Callable[[Tensor], Tensor]
+"""Makes a float32 tensor like a weight, wherever the optimizer's state is."""
+
+
+def on_device(weight: Tensor) -> Tensor:
+    """Make a master on the weight's device."""
+    return torch.empty_like(weight, dtype=torch.float32)
 
 
 def build_decoder(
@@ -195,11 +204,13 @@ def _require_grad(decoder: Decoder, trainable: bool, frozen: Collection[str]) ->
 
 
 @torch.no_grad()
-def make_leaves(decoder: Decoder, mesh: Mesh, *, masters: bool = True) -> tuple[Leaf, ...]:
+def make_leaves(
+    decoder: Decoder, mesh: Mesh, *, new_master: NewMaster | None = on_device
+) -> tuple[Leaf, ...]:
     """Make leaves of the decoder's parameters, in their order; they are not filled yet.
 
     Args:
-        masters: whether leaves narrower than float32 have masters of their own.
+        new_master: makes the masters of leaves narrower than float32; None: they have none.
     """
     shard, num_shards, exchange = 0, 1, 1
     if any(isinstance(parameter, DTensor) for parameter in decoder.parameters()):
@@ -225,7 +236,7 @@ def make_leaves(decoder: Decoder, mesh: Mesh, *, masters: bool = True) -> tuple[
                 name=name,
                 parameter=parameter,
                 weight=weight,
-                master=_master_of(parameter, weight) if masters else weight,
+                master=_master_of(parameter, weight, new_master),
                 slices=slices,
                 sharded=sharded,
                 counted=mesh.coordinate(copies) == 0 and is_first,
@@ -248,12 +259,12 @@ def _copied_over(name: str, split: TpSplit) -> CopyAxis | None:
 
 @torch.no_grad()
 def make_adapter_leaves(
-    added: AdapterWeights, mesh: Mesh, *, masters: bool = True
+    added: AdapterWeights, mesh: Mesh, *, new_master: NewMaster | None = on_device
 ) -> tuple[Leaf, ...]:
     """Make leaves of an adapter's parameters and its head, in order; they are not filled yet.
 
     Args:
-        masters: see `make_leaves`.
+        new_master: see `make_leaves`.
     """
     tables = added.tables()
     leaves = []
@@ -267,7 +278,7 @@ def make_adapter_leaves(
                 name=name,
                 parameter=parameter,
                 weight=weight,
-                master=_master_of(parameter, weight) if masters else weight,
+                master=_master_of(parameter, weight, new_master),
                 slices=tables[name],
                 sharded=False,
                 counted=mesh.coordinate(summed_over) == 0 and not (replicated and added.tp.rank),
@@ -290,10 +301,10 @@ def _summed_over(name: str, is_whole: bool, added: AdapterWeights, mesh: Mesh) -
     return "expert" if is_whole and mesh.size("etp") > 1 else "edp"
 
 
-def _master_of(parameter: nn.Parameter, weight: Tensor) -> Tensor:
+def _master_of(parameter: nn.Parameter, weight: Tensor, new_master: NewMaster | None) -> Tensor:
     """Return the float32 tensor that is updated: one of its own where the weight is narrower."""
-    if parameter.requires_grad and weight.dtype != torch.float32:
-        return torch.empty_like(weight, dtype=torch.float32)
+    if new_master and parameter.requires_grad and weight.dtype != torch.float32:
+        return new_master(weight)
     return weight
 
 

@@ -106,6 +106,8 @@ bool holds_copies() { return hold; }
 
 namespace {
 
+constexpr size_t LARGE_COPY = 1 << 20;
+
 // One copy; each of the three decides alone: counts, the rules of captures, and the bytes.
 cudaError_t copy(void *to, const void *from, size_t size, cudaStream_t stream, bool is_blocking) {
   Lock lock;
@@ -128,7 +130,9 @@ cudaError_t copy(void *to, const void *from, size_t size, cudaStream_t stream, b
   if (waits && !is_capturing(stream)) wait_on_host(clock_of(stream));
   if (hold) return cudaSuccess;
   if (!s.has_values) {
-    if (kind == D2H && !is_capturing(stream)) memset(to, 0, size);
+    // large pinned memory (the arenas of parts) stays untouched, so that it takes no memory here
+    bool is_made = size < LARGE_COPY || !is_pinned(to);
+    if (kind == D2H && is_made && !is_capturing(stream)) memset(to, 0, size);
     return cudaSuccess;
   }
   char *target = real_of(to), *source = real_of(from);

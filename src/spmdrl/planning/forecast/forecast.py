@@ -166,7 +166,7 @@ class _Maker:
         spec = self.plan.specs[call.role]
         parts = self._works.parts(call, self.lengths)
         ranks = spec.placement.ranks
-        moves = self._moves(ranks, call.name)
+        moves = self._moves(ranks, call.name, _minibatches(spec))
         return self._timed(spec, call.role, call.method, call.phase, parts, moves, ranks)
 
     def _timed(
@@ -197,11 +197,13 @@ class _Maker:
             ranks=ranks,
         )
 
-    def _moves(self, ranks: tuple[int, ...] | list[int], name: str) -> Work:
-        """The moves before a call, of the rank that moves most."""
+    def _moves(self, ranks: tuple[int, ...] | list[int], name: str, num_steps: int = 1) -> Work:
+        """The moves before a call, and in the optimizer steps of an update, of the rank that moves
+        most.
+        """
         memory = self.plan.memory
         known = {id(memory[rank]): memory[rank] for rank in ranks if rank in memory}
-        moves = [move_work(own, name) for own in known.values()]
+        moves = [move_work(own, name, num_steps=num_steps) for own in known.values()]
         return max(moves, key=lambda work: work.link_bytes.get("host", 0.0), default=NOTHING)
 
 

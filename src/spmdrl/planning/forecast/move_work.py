@@ -8,13 +8,13 @@ from spmdrl.planning.memory import RankMemory
 from spmdrl.roles.model_calls import OPTIMIZER_STEP
 
 
-def move_work(memory: RankMemory, call: str, *, times: int = 1) -> Work:
+def move_work(memory: RankMemory, call: str, *, num_steps: int = 1) -> Work:
     """Work of the moves before a call of a step, without those that an earlier call hides; of an
     update also those within it, if its optimizer comes for its steps only.
 
     Args:
         call: its name in the schedule, `policy.update`.
-        times: calls of this name in the step; the schedule has one.
+        num_steps: optimizer steps of an update.
     """
     scheduled = memory.plan.calls
     step = f"{call.removesuffix('update')}{OPTIMIZER_STEP}" if call.endswith(".update") else call
@@ -23,7 +23,17 @@ def move_work(memory: RankMemory, call: str, *, times: int = 1) -> Work:
         for i, found in enumerate(scheduled)
         if found.name in (call, step)
     ]
-    return sum(moves, NOTHING) * times
+    return sum(moves, NOTHING) + _streamed(memory, call) * num_steps
+
+
+def _streamed(memory: RankMemory, call: str) -> Work:
+    """Work of an optimizer's state that passes through the device in one step; both directions
+    count, as if they took turns: no card has measured how far they overlap.
+    """
+    role = call.removesuffix(".update")
+    if call == role or role not in memory.streamed:
+        return NOTHING
+    return Work(link_bytes={"host": 2.0 * memory.streamed[role]})
 
 
 def _work(call: ScheduledCall, before: ScheduledCall) -> Work:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -33,7 +34,7 @@ class TorchSystem:
         )
 
     def memory(self, spec: RoleSpec, weights: Table, states: Table) -> TrainMemory:
-        return with_fsdp(spec, plain_memory(spec, weights, states))
+        return replace(with_fsdp(spec, plain_memory(spec, weights, states)), can_stream=True)
 
     def check(self, spec: RoleSpec, specs: Mapping[str, RoleSpec]) -> None:
         check_degrees(spec)

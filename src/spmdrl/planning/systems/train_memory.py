@@ -25,6 +25,8 @@ class TrainMemory:
         reads: gathered weights in a pass without gradients.
         passes: gathered weights and buffers of messages in a forward and a backward pass.
         offloads: parts (`weights`, `base`, `optimizer`) that the system keeps on the host itself.
+        can_stream: whether the optimizer can stay on the host and step in windows, see
+            `TrainOptions.streamed_window`.
         host: further bytes of the host.
     """
 
@@ -33,6 +35,7 @@ class TrainMemory:
     reads: int = 0
     passes: int = 0
     offloads: frozenset[str] = frozenset()
+    can_stream: bool = False
     host: int = 0
 
 

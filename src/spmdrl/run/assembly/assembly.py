@@ -19,6 +19,7 @@ from spmdrl.distributed.groups import ProcessGroups
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.call_memory import CallMemory, planned_call_memory
 from spmdrl.memory.device_parts import DeviceParts
+from spmdrl.memory.host_state import WINDOW_BYTES
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, open_model
 from spmdrl.models.files.token_texts import TokenTexts
@@ -181,6 +182,7 @@ class _Builder:
         own = plan.memory.get(world.rank)  # a rank may have no role
         self._residencies = {} if own is None else own.plan.residencies
         capacity = None if own is None else own.plan.capacity
+        self._streamed = {} if own is None else own.streamed
         self._parts = DeviceParts(world.device, capacity=capacity)
         self._memory = CallMemory(parts=self._parts)
         if own is not None:
@@ -204,6 +206,8 @@ class _Builder:
     def add_model(self, spec: RoleSpec, mesh: Mesh, model: Model) -> None:
         name = spec.name
         options = train_options(self._config, spec, self._plan.blocks[name])
+        if name in self._streamed:
+            options = options.model_copy(update={"streamed_window": WINDOW_BYTES})
         weights = role_weights(spec, model.weights, self._config.seed)
         base = None if spec.base is None else self._backends[spec.base]
         backend = make_backend(spec, mesh, weights, options, self._device(name), base)
