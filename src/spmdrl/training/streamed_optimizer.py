@@ -34,7 +34,7 @@ class StreamedOptimizer:
         }
         self._live = [leaf for leaf in self._leaves if leaf.weight.numel()]
         self._num_updates: Tensor | None = None
-        """How many updates the moments have seen: float32 [] on the device."""
+        """Updates that the moments have seen: float32 []."""
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], lr: float, norm: Tensor) -> None:
