@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dense_attention import dense, dense_mask, shared_prompt
 from spmdrl.models.attention import (
+    KINDS,
     AttentionKind,
     PackedAttention,
     make_kernel,
@@ -101,7 +102,9 @@ def test_sequences_of_the_varlen_kernels(name: str) -> None:
     """What flash and varlen are given, through a plain function in their place."""
     spans, num_keys = CASES[name]
 
-    def plain(q: Tensor, k: Tensor, v: Tensor, s: Sequences, options: AttentionOptions) -> Tensor:
+    def plain(
+        q: Tensor, k: Tensor, v: Tensor, s: Sequences, options: AttentionOptions, _: Tensor | None
+    ) -> Tensor:
         ends_q, ends_k = s.ends_q.tolist(), s.ends_k.tolist()
         assert s.most_q == max(s.num_queries for s in spans)
         parts = []
@@ -161,4 +164,4 @@ def test_resolution_by_device_and_dtype() -> None:
     ):
         with pytest.raises(ValueError, match=r"model\.attention"):
             resolve_attention(name, device, dtype)
-    assert set(get_args(AttentionKind)) == {"blocked", "sdpa", "varlen", "flash", "flex"}
+    assert set(get_args(AttentionKind)) == {*KINDS, "flash4"}

@@ -169,7 +169,7 @@ def test_a_kernel_that_lacks_what_the_model_needs_is_refused_or_not_chosen() -> 
     for needs, lacking in (
         (AttentionNeeds(sinks=True), "sinks"),
         (AttentionNeeds(softcap=True), "soft cap"),
-        (AttentionNeeds(width=512), "heads of more than 256 dims"),
+        (AttentionNeeds(widths=(512,)), "heads of more than 256 dims"),
     ):
         with pytest.raises(ValueError, match=rf"model\.attention=varlen .*{lacking}: set it to"):
             resolve_attention("varlen", CUDA, half, needs)
@@ -178,4 +178,4 @@ def test_a_kernel_that_lacks_what_the_model_needs_is_refused_or_not_chosen() -> 
         for name in ("flex", "sdpa"):
             assert resolve_attention(name, CUDA, half, needs) == name
         assert resolve_attention("auto", CPU, torch.float32, needs) == "blocked"
-    assert resolve_attention("auto", CUDA, half, AttentionNeeds(width=256)) == plain
+    assert resolve_attention("auto", CUDA, half, AttentionNeeds(widths=(256,))) == plain

@@ -7,77 +7,38 @@ from __future__ import annotations
 
 import inspect
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
-from spmdrl.models.attention_varlen import VarlenKernel, installed_flash, varlen_kernel
+from flash_reference import FLASH_2, FLASH_4, causal
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.models.attention import (
+    PackedAttention,
+    describe_attention,
+    make_kernel,
+    resolve_attention,
+)
+from spmdrl.models.attention_flash import COMPILED_WIDTHS, flash_versions
+from spmdrl.models.attention_varlen import VarlenKernel, varlen_kernel
+from spmdrl.models.config import read_config
 from spmdrl.models.layer_attention import AttentionNeeds
 from spmdrl.models.spans import Span
 from spmdrl.models.specs import AttentionOptions
+from spmdrl.training.backend_steps import attention_of
+from spmdrl.training.options import TrainOptions
+from tiny_model import make_tiny_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SPANS = [
     Span(q_start=0, q_stop=5, own=(0, 5)),
     Span(q_start=5, q_stop=9, own=(5, 9), prefix=((0, 5),)),
 ]
-
-
-def causal(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ends_q: Tensor,
-    ends_k: Tensor,
-    scale: float,
-    left: int = -1,
-    softcap: float = 0.0,
-) -> Tensor:
-    """Causal attention of sequences, the mask aligned at their ends; heads may be grouped. A row
-    sees `left` keys before its own (-1: all), and scores are capped if `softcap` is not 0.
-    """
-    assert k.shape[2] == v.shape[2], "these kernels take one width"
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    parts = []
-    for i in range(len(ends_q) - 1):
-        rows, keys = slice(*ends_q[i : i + 2].tolist()), slice(*ends_k[i : i + 2].tolist())
-        count, length = rows.stop - rows.start, keys.stop - keys.start
-        scores = torch.einsum("qhd,khd->hqk", q[rows], k[keys]) * scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        seen = torch.ones(count, length).tril(length - count)
-        if left >= 0:
-            seen = seen.triu(length - count - left)
-        weights = scores.masked_fill(seen == 0, -torch.inf).softmax(-1)
-        parts.append(torch.einsum("hqk,khd->qhd", weights, v[keys]))
-    return torch.cat(parts)
-
-
-FLASH_2 = """
-def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
-    softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False, block_table=None,
-):
-    assert causal and window_size in ((-1, -1), (2, 0))
-    return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_size[0], softcap)
-"""
-
-FLASH_4 = """
-def flash_attn_varlen_func(
-    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-    min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None,
-    softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0,
-    num_splits=1, pack_gqa=None, deterministic=False, **later,
-):
-    assert causal and qv is None and not softcap
-    left = -1 if window_size[0] is None else window_size[0]
-    return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, left), None
-"""
 
 
 @pytest.fixture
@@ -98,11 +59,14 @@ def install(folder: Path, file: str, text: str) -> None:
     (folder / file).write_text(header + attend + text)
 
 
-def check(kernel: Any, *, softcap: float | None = None) -> None:
-    """Compare layers with and without options, values as wide as keys and narrower."""
+def check(kernel: Any, *, softcap: float | None = None, with_sinks: bool = False) -> None:
+    """Compare layers with and without options, values as wide as keys and narrower, and their
+    gradients.
+    """
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(9, 4, 8, generator=generator, dtype=torch.float64)
     k, v = torch.randn(2, 9, 2, 8, generator=generator, dtype=torch.float64)
+    sinks = torch.randn(4, generator=generator, dtype=torch.float64) if with_sinks else None
     options = [
         AttentionOptions(scale=8**-0.5),
         AttentionOptions(scale=0.5, window=3, softcap=softcap),
@@ -112,36 +76,121 @@ def check(kernel: Any, *, softcap: float | None = None) -> None:
         for kind in (kernel, make_kernel("blocked"))
     )
     for layer, values in ((0, v), (1, v), (1, v[..., :5])):
-        expected = wanted(layer, q, k, values)
-        torch.testing.assert_close(attend(layer, q, k, values), expected, rtol=1e-9, atol=1e-9)
+        found = []
+        for function in (attend, wanted):
+            given = [x.clone().requires_grad_() for x in (q, k, values)]
+            own = None if sinks is None else sinks.clone().requires_grad_()
+            out = function(layer, *given, own)
+            inputs = given if own is None else [*given, own]
+            found.append([out, *torch.autograd.grad((out * q[..., : out.shape[2]]).sum(), inputs)])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+HOPPER, BLACKWELL, AMPERE = (9, 0), (10, 0), (8, 0)
+
+
+def taken(capability: tuple[int, int], *widths: int, **needs: bool) -> str:
+    own = AttentionNeeds(widths=widths, **needs)
+    return resolve_attention("auto", CUDA, torch.bfloat16, own, capability=capability)
 
 
 def test_flash_attention_2_is_what_auto_takes(packages: Path) -> None:
     install(packages, "flash_attn/flash_attn_interface.py", FLASH_2)
     (packages / "flash_attn" / "__init__.py").write_text("")
-    assert installed_flash() == 2
-    assert resolve_attention("auto", CUDA, torch.bfloat16) == "flash"
-    capped = AttentionNeeds(softcap=True)
-    assert resolve_attention("auto", CUDA, torch.bfloat16, capped) == "flash"
-    sinks = AttentionNeeds(sinks=True)
-    assert resolve_attention("auto", CUDA, torch.bfloat16, sinks) == "flex"
+    assert flash_versions() == (2,)
+    assert taken(AMPERE) == taken(HOPPER) == "flash"
+    assert taken(HOPPER, softcap=True) == "flash"
+    assert taken(HOPPER, sinks=True) == "flex"
     check(make_kernel("flash"), softcap=0.7)
 
 
-def test_flash_attention_4_is_taken_only_if_asked_for(packages: Path) -> None:
+def test_flash_attention_4_is_taken_where_it_has_a_kernel(packages: Path) -> None:
     install(packages, "flash_attn/cute/__init__.py", FLASH_4)
-    assert installed_flash() == 4
-    assert resolve_attention("auto", CUDA, torch.bfloat16) == "varlen"
-    assert resolve_attention("flash", CUDA, torch.bfloat16) == "flash"
-    with pytest.raises(ValueError, match=r"model\.attention=flash .*soft cap"):
-        resolve_attention("flash", CUDA, torch.bfloat16, AttentionNeeds(softcap=True))
-    check(make_kernel("flash"))
+    assert flash_versions() == (4,)
+    all_three = {"softcap": True, "sinks": True, "window": True}
+    for card, widths in COMPILED_WIDTHS.items():
+        for width in widths:
+            assert taken(card, width) == "flash4"
+            if (card, width) != (BLACKWELL, 256):
+                assert taken(card, width, **all_three) == "flash4"
+    assert taken(HOPPER, 72) == taken(BLACKWELL, 192) == "varlen"
+    assert taken(HOPPER, 64, 128) == "flash4" and taken(HOPPER, 64, 100) == "varlen"
+    assert taken(BLACKWELL, 256, window=True) == "varlen"
+    assert taken(BLACKWELL, 256, sinks=True) == taken(BLACKWELL, 256, softcap=True) == "flex"
+    for card in (AMPERE, (10, 3), (12, 0), (0, 0)):
+        assert taken(card) == "varlen" and taken(card, sinks=True) == "flex"
+    check(make_kernel("flash4"), softcap=0.7, with_sinks=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(make_kernel("flash4"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("card", "needs", "lacking"),
+    [
+        (AMPERE, AttentionNeeds(), r"compute capability 8\.0"),
+        (HOPPER, AttentionNeeds(widths=(20,)), "heads of 20 dims"),
+        (BLACKWELL, AttentionNeeds(widths=(256,), window=True), "window with heads of 256 dims"),
+    ],
+)
+def test_flash_that_is_asked_for_says_what_it_lacks(
+    packages: Path, card: tuple[int, int], needs: AttentionNeeds, lacking: str
+) -> None:
+    install(packages, "flash_attn/cute/__init__.py", FLASH_4)
+    asked = partial(resolve_attention, "flash", CUDA, torch.bfloat16)
+    assert asked(capability=HOPPER) == "flash4"
+    with pytest.raises(ValueError, match=rf"model\.attention=flash .*{lacking}"):
+        asked(needs, capability=card)
+
+
+def test_with_both_versions_the_older_has_what_the_newer_lacks(packages: Path) -> None:
+    install(packages, "flash_attn/cute/__init__.py", FLASH_4)
+    install(packages, "flash_attn/flash_attn_interface.py", FLASH_2)
+    (packages / "flash_attn" / "__init__.py").write_text("")
+    assert flash_versions() == (2, 4)
+    assert taken(HOPPER) == "flash4" and taken(AMPERE) == "flash"
+    assert taken(BLACKWELL, 256, softcap=True) == "flash"
+    assert taken(HOPPER, sinks=True) == "flash4" and taken(AMPERE, sinks=True) == "flex"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("import no_such_library", "cannot be imported .ModuleNotFoundError: .*no_such_library"),
+        (FLASH_4.replace("learnable_sink", "sink"), "takes no learnable_sink"),
+    ],
+)
+def test_a_package_that_does_not_fit_is_named(packages: Path, text: str, complaint: str) -> None:
+    install(packages, "flash_attn/cute/__init__.py", text)
+    with pytest.raises(ValueError, match=rf"flash-attn-4 .*{complaint}.*: mend it"):
+        make_kernel("flash4")
+
+
+def test_a_role_says_its_attention_on_gpus(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    make_tiny_model(tmp_path)
+    model = read_config(tmp_path)
+    caplog.set_level("INFO", "spmdrl")
+    options = TrainOptions(attention="varlen", param_dtype=torch.bfloat16)
+    for rank in (0, 1):
+        place = SimpleNamespace(role="actor", coordinate=lambda axis, rank=rank: rank)
+        attention_of(cast("Mesh", place), model, options, CUDA)
+        attention_of(cast("Mesh", place), model, TrainOptions(), CPU)
+    assert [record.message for record in caplog.records] == [
+        "actor: attention by torch's varlen_attn"
+    ]
+    for kind, name in (("flash4", "flash-attn-4, "), ("flash", "flash-attn 2"), ("flex", "flex_")):
+        assert describe_attention(kind).startswith(name)
 
 
 def test_another_package_of_that_name_is_none(packages: Path) -> None:
     install(packages, "flash_attn/other.py", "")
-    assert installed_flash() is None
-    assert resolve_attention("auto", CUDA, torch.bfloat16) == "varlen"
+    assert flash_versions() == ()
+    assert taken(HOPPER) == "varlen"
     with pytest.raises(ValueError, match=r"model\.attention=flash needs the flash-attn package"):
         resolve_attention("flash", CUDA, torch.bfloat16)
 

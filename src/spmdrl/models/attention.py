@@ -6,8 +6,8 @@ and sinks:
 - `blocked`: explicit products of small tiles; fastest on CPUs; float32 and float64.
 - `sdpa`: `scaled_dot_product_attention` per tile; any device and dtype.
 - `varlen`: `torch.nn.attention.varlen`; CUDA, half precision; no soft caps, no sinks.
-- `flash`: the package flash-attn (2) or flash-attn-4; CUDA, half precision; no sinks, and soft caps
-  only with version 2.
+- `flash` and `flash4`: the packages flash-attn (2) and flash-attn-4; CUDA, half precision; what
+  they compute is in `attention_flash`. The configuration names both `flash`.
 - `flex`: `flex_attention` with a block mask, compiled on CUDA.
 """
 
@@ -21,15 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.distributed.parallel import gather_sum_grad
+from spmdrl.models.attention_flash import FLASH_NAMES, flash_kernel, flash_lacks, flash_versions
 from spmdrl.models.attention_flex import FlexKernel
 from spmdrl.models.attention_tiles import TiledKernel
-from spmdrl.models.attention_varlen import (
-    MOST_WIDTH,
-    VarlenAttention,
-    flash_kernel,
-    installed_flash,
-    varlen_kernel,
-)
+from spmdrl.models.attention_varlen import MOST_WIDTH, VarlenAttention, varlen_kernel
 from spmdrl.models.blocks.delta_rule import DeltaInputs
 from spmdrl.models.blocks.recurrence import PackedRecurrence
 from spmdrl.models.kernels import gpu
@@ -38,8 +33,9 @@ from spmdrl.models.rope import Rope
 from spmdrl.models.spans import AttentionFunction, Span, covers_rows
 from spmdrl.models.specs import AttentionOptions
 
-AttentionKind = Literal["blocked", "sdpa", "varlen", "flash", "flex"]
+AttentionKind = Literal["blocked", "sdpa", "varlen", "flash", "flash4", "flex"]
 KINDS: tuple[AttentionKind, ...] = ("blocked", "sdpa", "varlen", "flash", "flex")
+"""Those that the configuration names."""
 
 
 class AttentionKernel(Protocol):
@@ -138,11 +134,14 @@ def resolve_attention(
     device: torch.device,
     dtype: torch.dtype,
     needs: AttentionNeeds | None = None,
+    *,
+    capability: tuple[int, int] | None = None,
 ) -> AttentionKind:
     """Resolve `model.attention` to a kind for this device.
 
     Args:
         needs: what the model's layers need; None: nothing but plain attention.
+        capability: the GPU's compute capability; by default the device is asked.
 
     Raises:
         ValueError: the name is unknown, or this device, dtype or installation cannot run the kind,
@@ -156,9 +155,7 @@ def resolve_attention(
             return "sdpa" if half else "blocked"
         if not half:
             return "sdpa"
-        # version 4 compiles a kernel when one is first needed, so it is taken only if asked for
-        fastest: AttentionKind = "flash" if installed_flash() == 2 else "varlen"
-        return "flex" if _lacks(fastest, needs) else fastest
+        return _fastest(needs, _capability(device, capability))
     if name not in KINDS:
         raise ValueError(f"model.attention={name!r}: it must be auto or one of {', '.join(KINDS)}")
     if name in ("varlen", "flash") and not (on_cuda and half):
@@ -166,30 +163,66 @@ def resolve_attention(
             f"model.attention={name} needs CUDA and bfloat16 or float16, not {device.type} and "
             f"{dtype}: set it to auto"
         )
-    if name == "flash" and installed_flash() is None:
+    if name == "flash" and not flash_versions():
         raise ValueError(
             "model.attention=flash needs the flash-attn package, which is not installed: "
             "install spmdrl[flash], or set it to auto"
         )
     if name == "blocked" and half:
         raise ValueError(f"model.attention=blocked computes in float32, not {dtype}: use sdpa")
-    if lacking := _lacks(name, needs):
+    found, lacking = _kind_of(name, needs, _capability(device, capability))
+    if lacking:
         raise ValueError(
             f"model.attention={name} does not compute this model's {lacking}: set it to auto, flex "
             "or sdpa"
         )
-    return name
+    return found
 
 
-def _lacks(kind: AttentionKind, needs: AttentionNeeds) -> str:
-    """Name what a kind does not compute of a model's needs; empty: it computes all."""
-    if kind not in ("varlen", "flash"):
-        return ""
-    if needs.sinks:
-        return "sinks"
-    if needs.softcap and not (kind == "flash" and installed_flash() == 2):
-        return "soft cap"
-    return f"heads of more than {MOST_WIDTH} dims" if needs.width > MOST_WIDTH else ""
+def _capability(device: torch.device, given: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the GPU's compute capability; (0, 0) where there is none."""
+    if given is not None:
+        return given
+    is_there = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_capability(device) if is_there else (0, 0)
+
+
+def _kind_of(
+    name: AttentionKind, needs: AttentionNeeds, capability: tuple[int, int]
+) -> tuple[AttentionKind, str]:
+    """Return the kind of a name, and what it does not compute of a model's needs, if anything."""
+    if name == "varlen":
+        wide = f"heads of more than {MOST_WIDTH} dims" if needs.width > MOST_WIDTH else ""
+        return name, "sinks" if needs.sinks else "soft cap" if needs.softcap else wide
+    if name != "flash":
+        return name, ""
+    # the newest that computes it; else what the newest lacks
+    versions = sorted(flash_versions(), reverse=True)
+    lacks = {version: flash_lacks(version, needs, capability) for version in versions}
+    chosen = next((version for version in versions if not lacks[version]), versions[0])
+    return "flash4" if chosen == 4 else "flash", lacks[chosen]
+
+
+def _fastest(needs: AttentionNeeds, capability: tuple[int, int]) -> AttentionKind:
+    """Return the kind that `auto` takes on a GPU in half precision."""
+    names: list[AttentionKind] = ["flash", "varlen"] if flash_versions() else ["varlen"]
+    for name in names:
+        kind, lacking = _kind_of(name, needs, capability)
+        if not lacking:
+            return kind
+    return "flex"
+
+
+def describe_attention(kind: AttentionKind) -> str:
+    """Name a resolved kind to a user."""
+    names = {
+        "flash": FLASH_NAMES[2],
+        "flash4": f"{FLASH_NAMES[4]}, which compiles each kernel when it is first needed",
+        "varlen": "torch's varlen_attn",
+        "flex": "flex_attention",
+        "sdpa": "scaled_dot_product_attention",
+    }
+    return names.get(kind, kind)
 
 
 def make_kernel(kind: AttentionKind) -> AttentionKernel:
@@ -198,4 +231,6 @@ def make_kernel(kind: AttentionKind) -> AttentionKernel:
         return TiledKernel(explicit=kind == "blocked")
     if kind == "flex":
         return FlexKernel()
-    return flash_kernel() if kind == "flash" else varlen_kernel()
+    if kind == "varlen":
+        return varlen_kernel()
+    return flash_kernel(4 if kind == "flash4" else 2)

@@ -1,4 +1,5 @@
-"""Attention of spans by kernels for sequences of unequal length: `flash` and `varlen`.
+"""Attention of spans by kernels for sequences of unequal length: torch's, `varlen`, is here, and
+flash-attention's in `attention_flash`.
 
 The keys of every span are laid end to end (a shared prompt once per response, since keys and values
 are a small part of a layer's activations). So each span is a separate sequence, with the causal
@@ -10,9 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +52,20 @@ class Sequences:
         return out
 
 
-VarlenFunction = Callable[[Tensor, Tensor, Tensor, Sequences, AttentionOptions], Tensor]
+class VarlenFunction(Protocol):
+    """Attention of queries with laid-out keys and values, all of one width."""
+
+    def __call__(
+        self,
+        q: Tensor,  # [Tq, H, d]
+        k: Tensor,  # [sum of keys, KVH, d]
+        v: Tensor,  # [sum of keys, KVH, d]
+        sequences: Sequences,
+        options: AttentionOptions,
+        sinks: Tensor | None,  # [H]
+        /,
+    ) -> Tensor:  # [Tq, H, d]
+        """Compute each sequence with a causal mask that is aligned at its end."""
 
 
 def make_sequences(spans: Sequence[Span], device: torch.device) -> Sequences:
@@ -85,7 +97,7 @@ def _way_back(rows: Tensor) -> tuple[Tensor, Tensor]:
 class VarlenKernel:
     """A kernel around one function of q, laid-out k and v, their sequences, and options.
 
-    The function takes keys and values of one width: the narrower are padded with zeros.
+    Keys or values that are narrower than the others are padded with zeros.
     """
 
     def __init__(self, function: VarlenFunction) -> None:
@@ -115,13 +127,12 @@ class VarlenAttention:
         q: Tensor,  # [Tq, H, d]
         k: Tensor,  # [Tk, KVH, d]
         v: Tensor,  # [Tk, KVH, e]
-        sinks: Tensor | None = None,
+        sinks: Tensor | None = None,  # [H]
     ) -> Tensor:  # [Tq, H, e]
         """Compute what an `AttentionFunction` does."""
-        assert sinks is None, "resolve_attention chose a kernel without sinks"
         lay_out, width = self._sequences.lay_out, max(k.shape[2], v.shape[2])
         laid_out = _widened(lay_out(k), width), _widened(lay_out(v), width)
-        out = self._function(_widened(q, width), *laid_out, self._sequences, self._options)
+        out = self._function(_widened(q, width), *laid_out, self._sequences, self._options, sinks)
         return out[..., : v.shape[2]]
 
     def projected(
@@ -134,57 +145,11 @@ class VarlenAttention:
         places = self._sequences.places
         assert (places is None) == (self._sequences.key_rows is None), places
         q, k, v = gpu.lay_out(qkv, kv_heads, rope.cos, rope.sin, rope.interleaved, places)
-        return self._function(q, k, v, self._sequences, self._options)
+        return self._function(q, k, v, self._sequences, self._options, None)
 
 
 def _widened(x: Tensor, width: int) -> Tensor:
     return x if x.shape[2] == width else F.pad(x, (0, width - x.shape[2]))
-
-
-def installed_flash() -> Literal[2, 4] | None:
-    """Return the version of the flash-attention that is installed, without importing it.
-
-    Both are a package `flash_attn`; that of flash-attn-4 has only a folder `cute`.
-    """
-    package = find_spec("flash_attn")
-    if package is None or package.submodule_search_locations is None:
-        return None
-    places = list(package.submodule_search_locations)
-    if PathFinder.find_spec("flash_attn.flash_attn_interface", places):
-        return 2
-    return 4 if PathFinder.find_spec("flash_attn.cute", places) else None
-
-
-def flash_kernel() -> VarlenKernel:
-    """Make flash-attention's varlen kernel, whose causal mask is aligned at the end since 2.1."""
-    if installed_flash() == 2:
-        from flash_attn.flash_attn_interface import flash_attn_varlen_func
-    else:
-        from flash_attn.cute import flash_attn_varlen_func
-
-    def run(q: Tensor, k: Tensor, v: Tensor, s: Sequences, options: AttentionOptions) -> Tensor:
-        chosen: dict[str, Any] = {}
-        if options.window is not None:
-            chosen["window_size"] = (options.window - 1, 0)
-        if options.softcap is not None:
-            chosen["softcap"] = options.softcap
-        # By name: the fourth positional argument differs. Version 4 also returns the normalisers.
-        found = flash_attn_varlen_func(
-            q=q,
-            k=k,
-            v=v,
-            cu_seqlens_q=s.ends_q,
-            cu_seqlens_k=s.ends_k,
-            max_seqlen_q=s.most_q,
-            max_seqlen_k=s.most_k,
-            causal=True,
-            softmax_scale=options.scale,
-            **chosen,
-        )
-        out: Tensor = found[0] if isinstance(found, tuple) else found
-        return out
-
-    return VarlenKernel(run)
 
 
 def varlen_kernel(function: Callable[..., Any] | None = None) -> VarlenKernel:
@@ -200,7 +165,15 @@ def varlen_kernel(function: Callable[..., Any] | None = None) -> VarlenKernel:
     has_switch = "enable_gqa" in inspect.signature(attend).parameters
     switch: dict[str, Any] = {"enable_gqa": True} if has_switch else {}
 
-    def run(q: Tensor, k: Tensor, v: Tensor, s: Sequences, options: AttentionOptions) -> Tensor:
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        s: Sequences,
+        options: AttentionOptions,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        assert sinks is None, "resolve_attention chose a kernel without sinks"
         window = (-1 if options.window is None else options.window - 1, 0)
         out = attend(
             *(q, k, v, s.ends_q, s.ends_k, s.most_q, s.most_k),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spmdrl.models.config import ModelConfig
-from spmdrl.models.specs import AttentionOptions, GatedDelta, SoftmaxAttention
+from spmdrl.models.specs import AttentionOptions, GatedDelta, LatentAttention, SoftmaxAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,13 +13,19 @@ class AttentionNeeds:
     """Properties of a model's attention that not every kernel computes.
 
     Args:
-        softcap, sinks: whether any layer has them.
-        width: most dims that a head's keys or values have in any layer.
+        softcap, sinks, window: whether any layer has them.
+        widths: dims of a head's keys, or of its values if they have more, in any layer.
     """
 
     softcap: bool = False
     sinks: bool = False
-    width: int = 0
+    window: bool = False
+    widths: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """The most dims; 0 without layers of softmax attention."""
+        return max(self.widths, default=0)
 
 
 def attention_options(model: ModelConfig) -> tuple[AttentionOptions | None, ...]:
@@ -36,5 +42,12 @@ def attention_needs(model: ModelConfig) -> AttentionNeeds:
     return AttentionNeeds(
         softcap=any(each.softcap is not None for each in options),
         sinks=any(isinstance(m, SoftmaxAttention) and m.sinks for m in mixers),
-        width=max((m.head_dim for m in mixers if not isinstance(m, GatedDelta)), default=0),
+        window=any(each.window is not None for each in options),
+        widths=tuple(sorted({_width(m) for m in mixers if not isinstance(m, GatedDelta)})),
     )
+
+
+def _width(mixer: SoftmaxAttention | LatentAttention) -> int:
+    if isinstance(mixer, LatentAttention):
+        return max(mixer.head_dim, mixer.v_dim)
+    return mixer.head_dim

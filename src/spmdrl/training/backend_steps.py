@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,15 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, gather_own_grad
 from spmdrl.memory.host_copies import to_device
 from spmdrl.memory.storages import require_resident
+from spmdrl.models.attention import (
+    AttentionKernel,
+    describe_attention,
+    make_kernel,
+    resolve_attention,
+)
+from spmdrl.models.config import ModelConfig
 from spmdrl.models.gradient_sums import GradientSum
+from spmdrl.models.layer_attention import attention_needs
 from spmdrl.models.sharding import Head
 from spmdrl.training.context import LocalStream
 from spmdrl.training.logprobs import token_logprobs
@@ -28,6 +37,8 @@ from spmdrl.training.readout import Readout
 from spmdrl.training.support import SUPPORT, Support, support_at
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,6 +71,21 @@ class StepCounts:
         """Take over `as_dict`'s counts; returns the number of updates that were made."""
         self.num_steps, self.num_skipped = counters["num_steps"], counters["num_skipped"]
         return self.num_steps - self.num_skipped
+
+
+def attention_of(
+    mesh: Mesh, model: ModelConfig, options: TrainOptions, device: torch.device
+) -> AttentionKernel:
+    """Make the role's attention; on GPUs its first rank says which it is.
+
+    Raises:
+        ValueError: as `resolve_attention`.
+    """
+    needs = attention_needs(model)
+    kind = resolve_attention(options.attention, device, options.param_dtype, needs)
+    if device.type == "cuda" and mesh.coordinate("all") == 0:
+        log.info("%s: attention by %s", mesh.role, describe_attention(kind))
+    return make_kernel(kind)
 
 
 def require_trainable(role: str, optimizer: T | None) -> T:

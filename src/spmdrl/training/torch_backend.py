@@ -15,16 +15,15 @@ from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.host_state import HostState
 from spmdrl.models.adapters import Adapter
-from spmdrl.models.attention import make_kernel, resolve_attention
 from spmdrl.models.blocks.projections import Embedding, Projection
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource
 from spmdrl.models.gradient_sums import GradientSum
-from spmdrl.models.layer_attention import attention_needs
 from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.sharding import Head
 from spmdrl.training.backend_steps import (
     StepCounts,
+    attention_of,
     require_parts,
     require_trainable,
 )
@@ -78,9 +77,7 @@ class TorchBackend:
     ) -> None:
         self.mesh, self.model, self.options, self.head = mesh, model, options, head
         self._device = device
-        dtype = options.param_dtype
-        needs = attention_needs(model)
-        kernel = make_kernel(resolve_attention(options.attention, device, dtype, needs))
+        kernel = attention_of(mesh, model, options, device)
         kind: Any = {"trainable": trainable, "head": head, "adapter": adapter}
         host = None
         if trainable and options.streamed_window is not None:

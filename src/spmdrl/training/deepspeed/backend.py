@@ -14,14 +14,12 @@ from torch import Tensor
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.adapters import Adapter
-from spmdrl.models.attention import make_kernel, resolve_attention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, fill
-from spmdrl.models.layer_attention import attention_needs
 from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.sharding import Head
 from spmdrl.models.zero_layout import ZeroParameter
-from spmdrl.training.backend_steps import StepCounts, require_parts, require_trainable
+from spmdrl.training.backend_steps import StepCounts, attention_of, require_parts, require_trainable
 from spmdrl.training.body import Body, RoleWeights, borrowed_weights, own_weights
 from spmdrl.training.decoder_pass import DecoderPass, keep_pace
 from spmdrl.training.deepspeed.engine import Engine
@@ -86,8 +84,7 @@ class DeepspeedBackend:
         )
         user = read_user(mesh.role, deepspeed.config)
         check_user(mesh.role, options, deepspeed, user)
-        needs = attention_needs(model)
-        kind = resolve_attention(options.attention, device, options.param_dtype, needs)
+        kernel = attention_of(mesh, model, options, device)
         self._is_sharded = deepspeed.stage == 3
         self._weights = self._make_weights(base, trainable, adapter)
         self._decoder = self.body.decoder
@@ -109,7 +106,7 @@ class DeepspeedBackend:
             options=options,
             head=head,
             device=device,
-            kernel=make_kernel(kind),
+            kernel=kernel,
             dropout=make_dropout(mesh.role, model, adapter if trainable else None, options, device),
         )
         self._steps = StepCounts()

@@ -17,10 +17,10 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.parallel import Parallel, gather_own_grad
 from spmdrl.memory.host_copies import to_device
 from spmdrl.models.adapters import Adapter
-from spmdrl.models.attention import PackedAttention, make_kernel, resolve_attention
+from spmdrl.models.attention import PackedAttention
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource, fill
-from spmdrl.models.layer_attention import attention_needs, attention_options
+from spmdrl.models.layer_attention import attention_options
 from spmdrl.models.local_shards import LocalTensors
 from spmdrl.models.rope import inverse_frequencies, make_rope
 from spmdrl.models.routing import EXPERT_CHOICES
@@ -29,6 +29,7 @@ from spmdrl.training.backend_steps import (
     StepCounts,
     as_columns,
     as_numbers,
+    attention_of,
     check_head,
     loss_input,
     nothing_read,
@@ -101,11 +102,7 @@ class MegatronBackend:
     ) -> None:
         self.mesh, self.model, self.options, self.head = mesh, model, options, head
         self._device = device
-        self._kernel = make_kernel(
-            resolve_attention(
-                options.attention, device, options.param_dtype, attention_needs(model)
-            )
-        )
+        self._kernel = attention_of(mesh, model, options, device)
         assert model.attention.rope is not None
         self._rope = model.attention.rope
         self._frequencies = torch.tensor(

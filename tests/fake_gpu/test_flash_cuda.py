@@ -1,0 +1,78 @@
+"""flash-attn-4 compiled for sm_90 and sm_100 by the calls that a trainer makes, without a GPU."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash_reference import FLASH_4
+from spmdrl.models.attention_flash import COMPILED_WIDTHS
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 1500
+"""Of one process: 70 to 200 on a machine that does nothing else, more where others compute too."""
+
+pytestmark = [
+    pytest.mark.fakegpu,
+    pytest.mark.skipif(torch.__version__ < "2.13", reason="compiled with the newest torch alone"),
+]
+
+
+@pytest.fixture(scope="module")
+def python() -> str:
+    """The interpreter of scripts/dev/flash_env.sh."""
+    made = subprocess.run(
+        [ROOT / "scripts" / "dev" / "flash_env.sh"], capture_output=True, text=True, check=False
+    )
+    if made.returncode == 3:
+        pytest.skip(made.stderr.strip().splitlines()[-1])
+    assert made.returncode == 0, made.stderr
+    return f"{made.stdout.strip()}/bin/python"
+
+
+def figures(python: str, *words: str) -> list[list[str | float]]:
+    """Return the lines of flash_figures.py, read from JSON."""
+    # not on the stand-in device: the package compiles for a GPU that it does not see
+    environment = {n: v for n, v in os.environ.items() if n not in ("LD_PRELOAD", "FAKE_GPU_BUILD")}
+    answer = subprocess.run(
+        [python, Path(__file__).parent / "flash_figures.py", *words],
+        env=environment | {"PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr[-4000:]
+    return [json.loads(line) for line in answer.stdout.splitlines()]
+
+
+FEW = ["plain", "deterministic", "a kv head each", "short", "many"]
+ALL = ["plain", "deterministic", "window", "sinks", "soft cap", "all", *FEW[2:]]
+
+
+@pytest.mark.parametrize(
+    ("capability", "width"),
+    [(capability, width) for capability, widths in COMPILED_WIDTHS.items() for width in widths],
+)
+def test_every_case_that_auto_takes_is_compiled(
+    python: str, capability: tuple[int, int], width: int
+) -> None:
+    found = figures(python, f"sm_{capability[0]}{capability[1]}", str(width))
+    print(found)
+    assert {name: why for name, why, _ in found if why} == {}
+    assert [name for name, *_ in found] == (FEW if (capability, width) == ((10, 0), 256) else ALL)
+
+
+def test_the_reference_has_the_packages_signature(python: str) -> None:
+    """The values of attention are compared through it (tests/models/test_attention_packages.py)."""
+    names: dict[str, object] = {}
+    exec(FLASH_4, names)
+    reference = inspect.signature(names["flash_attn_varlen_func"]).parameters.values()  # type: ignore[arg-type]
+    found = figures(python, "sm_90", "signature")
+    assert found == [[each.name, repr(each.default)] for each in reference]
