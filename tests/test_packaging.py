@@ -42,13 +42,13 @@ def imported() -> dict[str, str]:
     return {k: v for k, v in found.items() if k not in (*sys.stdlib_module_names, "spmdrl")}
 
 
-OTHER_NAMES = {"fla": "flash-linear-attention"}
+OTHER_NAMES = {"fla": "flash-linear-attention", "flash_attn": "flash-attn-4"}
 """Names of optional packages, which may not be installed here, by those they are imported by."""
 
 
 def test_every_import_is_declared() -> None:
     known, distributions = declared(), packages_distributions()
-    assert {"torch", "megatron-core", "flash-attn", "psutil"} <= known
+    assert {"torch", "megatron-core", "flash-attn-4", "psutil"} <= known
     missing = {
         f"{package} ({file})"
         for package, file in imported().items()
