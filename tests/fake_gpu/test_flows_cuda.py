@@ -141,6 +141,10 @@ def ppo_on_host(root: Path, name: str) -> Written:
     return ppo(root, name)[0], [*ON_HOST, "roles.rollout.residency.weights=drop"]
 
 
+def in_windows(root: Path, name: str) -> Written:
+    return grpo(root, name)[0], ["roles.policy.residency.optimizer=stream"]
+
+
 def online_dpo(root: Path, name: str) -> Written:
     roles = {"policy": {}, "reference": {"model": str(root / "other")}, "rollout": {}}
     sections = {key: value for key, value in ONLINE.items() if key != "environment"}
@@ -168,6 +172,7 @@ CASES: dict[str, Callable[[Path, str], Written]] = {
     **{f"grpo, {name}": family(name) for name in FAMILIES},
     "ppo": ppo,
     "ppo on host": ppo_on_host,
+    "grpo, optimizer in windows": in_windows,
     "online_dpo": online_dpo,
     "distillation": distillation,
     **{loss: preferences(loss) for loss in ("dpo", "kto", "orpo")},

@@ -135,20 +135,34 @@ def captures_of(world: World, path: str, words: list[str], maps: bool) -> int:
     return len(counted)
 
 
-def test_a_colocated_step_captures_nothing_anew(tmp_path: Path) -> None:
-    """Policy and rollout take turns on one device: where the cache leaves for each update and comes
-    back, three steps capture what they do where it stays.
+LAYOUTS: dict[str, tuple[int, tuple[str, ...], tuple[str, ...]]] = {
+    "on the policy's weights": (1, ("kv_cache",), ()),
+    "on weights of its own": (2, ("kv_cache", "weights"), ("roles.policy.dp_shard=2",)),
+    "on a half of them": (
+        2,
+        ("kv_cache", "weights"),
+        ("roles.policy.dp_shard=2", "roles.rollout.tp=2"),
+    ),
+}
+"""Ranks, the engine's parts that leave, and further settings."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_colocated_step_captures_nothing_anew(tmp_path: Path, layout: str) -> None:
+    """Policy and rollout take turns on one device: where the cache, and weights of the engine's
+    own, leave for each update and come back, three steps capture what they do where these stay.
     """
+    size, parts, more = LAYOUTS[layout]
     make_tiny_model(tmp_path / "model", **SHAPE)
     data = questions(tmp_path / "questions.jsonl")
     path = write_config(tmp_path / "run.yaml", tmp_path / "model", tmp_path / "run", data=data)
     found = {}
     for residency, maps in (("keep", True), ("drop", True), ("drop", False)):
         words = [
-            *("device=cuda", "model.dtype=bfloat16", "steps=3"),
-            f"roles.rollout.residency.kv_cache={residency}",
+            *("device=cuda", "model.dtype=bfloat16", "steps=3", *more),
+            *(f"roles.rollout.residency.{part}={residency}" for part in parts),
             f"run_dir={tmp_path / f'{residency}_{maps}'}",
         ]
-        arguments = (captures_of, 1, str(path), words, maps)
+        arguments = (captures_of, size, str(path), words, maps)
         found[residency, maps] = run_ranks(*arguments, device="cuda", timeout_s=300)[0]
     assert found["drop", False] > found["drop", True] == found["keep", True] > 0, found
