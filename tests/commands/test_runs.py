@@ -45,18 +45,23 @@ def root(tmp_path: Path) -> Path:
     beat(lost, 0, time=time.time() - 2 * FRESH_S)
     old = make_run(tmp_path, "old")  # a start that died before its first heartbeat
     os.utime(old / "attempt_0000", (0, 0))
+    saved = "no step more than before (4)"
+    make_run(tmp_path, "queued", 4, outcome="stopped\n", stopped_by="why", queued_again=saved)
     (tmp_path / "no run").mkdir()
     return tmp_path
 
 
 def test_states_are_those_of_the_files(root: Path) -> None:
-    found = {name: run_state(root / name) for name in ("done", "running", "lost", "old")}
+    names = ("done", "running", "lost", "old", "queued")
+    found = {name: run_state(root / name) for name in names}
     assert {name: state.state for name, state in found.items()} == {
         "done": "done",
         "running": "running",
         "lost": "lost",
         "old": "lost",
+        "queued": "queued",
     }
+    assert found["queued"].detail == "stopped, no step more than before (4): why"
     assert found["running"].detail.startswith("rollout (rollout.generate), quiet for")
     assert (found["done"].step, found["done"].reward) == (3, 0.2)
     assert (found["old"].step, found["old"].changed) == (None, None)
@@ -66,7 +71,9 @@ def test_the_table_has_a_row_for_each_run(root: Path, capsys: pytest.CaptureFixt
     assert main(["runs", str(root)]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split()[:4] == ["run", "state", "step", "reward"]
-    assert [row.split()[0] for row in rows] == ["deep/er/failed", "done", "lost", "old", "running"]
+    assert [row.split()[0] for row in rows] == [
+        *("deep/er/failed", "done", "lost", "old", "queued", "running")
+    ]
     cells = {row.split()[0]: row.split() for row in rows}
     assert cells["running"][1:4] == ["running", "2/50", "0.100"]
     assert "rank 1: boom" in rows[0] and "the detector flat_reward" in rows[1]

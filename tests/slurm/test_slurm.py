@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -106,6 +107,9 @@ def test_a_warning_saves_and_queues_again_and_the_run_goes_on_exactly(
     assert job.wait("COMPLETED", "FAILED") == "COMPLETED", job.output()
     assert job.restarts == 1
     assert records(root / "warned") == records(whole)
+    first, _ = sorted((root / "warned").glob("attempt_*"))
+    assert (first / "stopped_by").read_text().startswith("the warning before the end of the job's")
+    assert re.fullmatch(r"\d steps saved\n", (first / "queued_again").read_text())
 
 
 def test_a_detectors_stop_concludes_the_job(lab: Lab, root: Path) -> None:

@@ -17,6 +17,9 @@ from spmdrl.observe.names import ACCURACY, EVAL, REWARD
 FRESH_S = 60.0
 """Age of the newest heartbeat from which on a run without an outcome counts as lost."""
 
+QUEUED_AGAIN = "queued_again"
+"""File of a start whose job `train.sbatch` has put into the queue again: what it saved."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
@@ -24,6 +27,7 @@ class RunState:
 
     Args:
         state: `running`; `done`, `stopped`, `crashed` or `hung` as the last start's outcome says;
+            `queued` if its job is in Slurm's queue again after that;
             `lost` if it neither ended nor lives; `empty` if none began.
         step, steps: steps done, and those wanted if run.json says so.
         reward, held_out: mean reward of the last step; accuracy of the last evaluation.
@@ -101,11 +105,15 @@ def _state(directory: Path, beats: Sequence[dict[str, Any]]) -> tuple[str, str]:
     attempt = _newest(directory)
     if attempt is None:
         return "empty", ""
-    if outcome := _text(attempt / "outcome"):
-        return outcome, _text(attempt / "failed") or _text(attempt / "stopped_by")
+    outcome, why = _text(attempt / "outcome"), _text(attempt / "failed")
+    why = why or _text(attempt / "stopped_by")
+    if saved := _text(attempt / QUEUED_AGAIN):
+        return "queued", f"{outcome or 'crashed'}, {saved}" + (f": {why}" if why else "")
+    if outcome:
+        return outcome, why
     newest = max((beat["time"] for beat in beats), default=attempt.stat().st_mtime)
     if time.time() - newest > FRESH_S:
-        return "lost", _text(attempt / "failed") or "no outcome, and no heartbeat any more"
+        return "lost", why or "no outcome, and no heartbeat any more"
     if not beats:
         return "running", "starting"
     slowest = min(beats, key=lambda beat: (beat["step"], beat["calls"]))

@@ -278,7 +278,8 @@ class Watcher:
         for file in self.attempt.stop_files():
             with self._outliving(f"looking for {file}"):
                 if file.exists():
-                    self.ask(f"the file {file}")
+                    words = " ".join(file.read_text(encoding="utf-8", errors="replace").split())
+                    self.ask(f"{words[:200]} (the file {file})" if words else f"the file {file}")
 
     def _look_for_news(self) -> None:
         if self._store.check(["hung"]):
