@@ -108,7 +108,7 @@ def test_a_warning_saves_and_queues_again_and_the_run_goes_on_exactly(
     assert job.restarts == 1
     assert records(root / "warned") == records(whole)
     first, _ = sorted((root / "warned").glob("attempt_*"))
-    assert (first / "stopped_by").read_text().startswith("the warning that the time of the job ends")
+    assert (first / "stopped_by").read_text().startswith("the warning that the time of the job")
     assert re.fullmatch(r"\d steps saved\n", (first / "queued_again").read_text())
 
 
