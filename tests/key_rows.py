@@ -70,6 +70,9 @@ ROWS: dict[str, Row] = {
     "model.path": row("grpo", "error", "model.path=nowhere"),
     "model.tiny": row("grpo", BOTH, "model.tiny=true"),
     "model.dtype": row("grpo", BOTH, "model.dtype=bfloat16"),
+    "model.cpu_products": row(
+        "grpo", "tests/models/test_cpu_products.py::test_a_processor_without_them_is_named"
+    ),
     "model.attention": row("grpo", BOTH, "model.attention=sdpa"),
     "roles.NAME.kind": row("grpo", "refused error", "roles.policy.kind=reference"),
     "roles.NAME.model": row("grpo", "error", "roles.policy.model=nowhere"),

@@ -27,6 +27,11 @@ class ModelSection(Section):
         "auto",
         description="Use this attention kernel in the trainer; auto takes the fastest that fits.",
     )
+    cpu_products: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="On CPUs multiply float32 matrices in this precision, with sums in float32; "
+        "bfloat16 needs AVX-512 BF16 or AMX.",
+    )
 
 
 PartName = Literal["base", "weights", "optimizer", "kv_cache", "graphs"]

@@ -17,10 +17,12 @@ import torch.distributed as dist
 from spmdrl.config.sections import Config
 from spmdrl.distributed.groups import ProcessGroups
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.distributed.reduce import agreed
 from spmdrl.memory.call_memory import CallMemory, planned_call_memory
 from spmdrl.memory.device_parts import DeviceParts
 from spmdrl.memory.host_state import WINDOW_BYTES
 from spmdrl.models.config import ModelConfig
+from spmdrl.models.cpu_products import check_cpu_products, set_cpu_products
 from spmdrl.models.files.hf import TensorSource, open_model
 from spmdrl.models.files.token_texts import TokenTexts
 from spmdrl.placement import place_roles
@@ -136,8 +138,11 @@ def assemble(
         judges: texts of judges' own tokens; None: there is no judge.
 
     Raises:
-        ValueError: an engine is not installed or does not support the model; on every rank.
+        ValueError: an engine is not installed or does not support the model, or a processor lacks
+            the products that are asked for; on every rank.
     """
+    agreed(ValueError, lambda: check_cpu_products(config.model.cpu_products))
+    set_cpu_products(config.model.cpu_products)
     placements = place_roles(config, world.size, world.local_size)
     if plan is None:
         plan = plan_models(config, world, models)
