@@ -29,8 +29,8 @@ class ModelSection(Section):
     )
     cpu_products: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="Compute products of float32 matrices on CPUs in this precision, with float32 sums; "
-        "bfloat16 needs AVX-512 BF16 or AMX.",
+        description="Compute products of float32 matrices on CPUs in this precision, with float32 "
+        "sums; bfloat16 needs AVX-512 BF16 or AMX.",
     )
 
 
