@@ -20,6 +20,7 @@ from first_minutes.fragments import LARGE, SEGMENT, SEGMENTS
 from first_minutes.shapes import Load, make_engine, model_of
 from spmdrl.memory.arena import HostArena
 from spmdrl.memory.device_parts import DeviceParts
+from spmdrl.memory.host_state import WINDOW_BYTES, HostState
 from spmdrl.rollout.protocol import Request, SamplingParams
 
 
@@ -28,6 +29,7 @@ def cases(setting: Setting) -> Iterator[Case]:
     large, small = (1 << 22, 1 << 16) if setting.small else (1 << 30, 1 << 18)
     yield Case(name="large tensors", run=partial(parts, setting, 4, large))
     yield Case(name="small tensors", run=partial(parts, setting, 400, small))
+    yield Case(name="optimizer in windows", run=lambda: windows(setting))
     yield Case(name="captures", run=lambda: captures(setting))
     for wanted in (False, True):
         name = f"expandable segments {'on' if wanted else 'off'}"
@@ -70,6 +72,33 @@ def parts(setting: Setting, count: int, num_bytes: int) -> Outcome:
             "to_device_gb_s": found["to_device_gb_per_s"],
         },
         facts={"tensors": count, "gb": round(count * num_bytes / 1e9, 3)},
+    )
+
+
+def windows(setting: Setting) -> Outcome:
+    """Let a state pass through the device in windows, as an optimizer's does that has no room.
+
+    The prediction: both directions run at once, at the slower one's rate.
+    """
+    count = 1 << (18 if setting.small else 27)
+    state = HostState(setting.device, window_bytes=WINDOW_BYTES // (512 if setting.small else 1))
+    like = torch.empty(count)
+    groups = [tuple(state.hold(like) for _ in range(3)) for _ in range(4)]
+
+    def run() -> None:
+        for runs in state.passing(groups):
+            for span in runs:
+                for tensor in span.here:
+                    tensor.add_(1)
+
+    run()  # touches the pages
+    size, seconds = 4 * 3 * 4 * count, wall_s(run)
+    rates = (setting.ceilings.to_host_gb_s, setting.ceilings.to_device_gb_s)
+    known = [rate for rate in rates if rate is not None]
+    return Outcome(
+        predicted={"gb_s_each_way": min(known, default=None)},
+        measured={"gb_s_each_way": size / seconds / 1e9},
+        facts={"gb": round(size / 1e9, 3)},
     )
 
 
