@@ -69,4 +69,70 @@ def flash_attn_varlen_func(
     left = -1 if window_size[0] is None else window_size[0]
     of_heads = softmax_scale, left, softcap, learnable_sink
     return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, *of_heads), None
+
+
+def flash_attn_func(
+    q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False,
+    window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None,
+    deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None, aux_tensors=None,
+    aux_scalars=None, block_sparse_tensors=None, block_sparse_tensors_bwd=None, return_lse=False,
+    gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
+):
+    from dense_attention import dense
+    from spmdrl.models.specs import AttentionOptions
+
+    assert not causal and qv is None and window_size == (None, None) and not deterministic
+    assert len(q) == len(k) == len(v) == 1, "one sequence"
+    sizes, block = (q.shape[1], k.shape[1]), block_sparse_tensors.block_size
+    pairs = pairs_of(block_sparse_tensors, sizes, block, mask_mod, aux_tensors)
+    # lists of the backward say which rows are computed with each block of keys
+    back = pairs_of(block_sparse_tensors_bwd, sizes, block, mask_mod, aux_tensors, by_keys=True)
+    assert block_sparse_tensors_bwd.block_size == block and torch.equal(pairs, back)
+    options = AttentionOptions(scale=softmax_scale, softcap=softcap or None)
+    return dense(q[0], k[0], v[0], pairs, options, learnable_sink)[None], None
+
+
+def pairs_of(lists, sizes, block, mask_mod, tensors, by_keys=False):
+    # which pairs of a row and a key are computed: [rows, keys]
+    pairs = torch.zeros(sizes, dtype=torch.bool)
+    kinds = (
+        (lists.mask_block_cnt, lists.mask_block_idx, False),
+        (lists.full_block_cnt, lists.full_block_idx, True),
+    )
+    for count, indices, is_whole in kinds:
+        for i in range(count.shape[2]):
+            for j in indices[0, 0, i, : count[0, 0, i]].tolist():
+                place = (j, i) if by_keys else (i, j)
+                starts = [n * size for n, size in zip(place, block)]
+                row, key = (
+                    torch.arange(a, min(a + n, most)) for a, n, most in zip(starts, block, sizes)
+                )
+                here = pairs[row[0] : row[-1] + 1, key[0] : key[-1] + 1]
+                assert not here.any(), "a block is listed once"
+                seen = mask_mod(None, None, row[None, :, None], key[None], None, tensors)
+                here |= True if is_whole else seen[0]
+    return pairs
 """
+
+FLASH_4_FILES = {
+    "flash_attn/cute/__init__.py": FLASH_4,
+    "flash_attn/cute/block_sparsity.py": """
+from typing import NamedTuple
+
+class BlockSparseTensorsTorch(NamedTuple):
+    mask_block_cnt: torch.Tensor
+    mask_block_idx: torch.Tensor
+    full_block_cnt: torch.Tensor | None = None
+    full_block_idx: torch.Tensor | None = None
+    cu_total_m_blocks: torch.Tensor | None = None
+    cu_block_idx_offsets: torch.Tensor | None = None
+    block_size: tuple[int, int] | None = None
+    dq_write_order: torch.Tensor | None = None
+    dq_write_order_full: torch.Tensor | None = None
+    spt: bool | None = None
+""",
+    "flash_attn/cute/utils.py": "def scalar_to_ssa(a, dtype):\n    return a\n",
+    "cutlass/__init__.py": "Int32 = None\n",
+    "cutlass/cute.py": "def jit(function):\n    return function\n",
+}
+"""The package's files by name, and those of the language that its masks are written in."""

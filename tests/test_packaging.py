@@ -42,7 +42,11 @@ def imported() -> dict[str, str]:
     return {k: v for k, v in found.items() if k not in (*sys.stdlib_module_names, "spmdrl")}
 
 
-OTHER_NAMES = {"fla": "flash-linear-attention", "flash_attn": "flash-attn-4"}
+OTHER_NAMES = {
+    "fla": "flash-linear-attention",
+    "flash_attn": "flash-attn-4",
+    "cutlass": "flash-attn-4",  # whose kernels are written in it
+}
 """Names of optional packages, which may not be installed here, by those they are imported by."""
 
 

@@ -5,7 +5,7 @@ Runs in the environment of scripts/dev/flash_env.sh: `python flash_figures.py sm
 the cases of heads of 128 dims, and those after a third word alone whose names contain it. It prints
 one JSON line for each as it ends: [case, what failed or nothing, seconds of this process]. Tensors
 are fake: nothing is launched. `python flash_figures.py sm_90 signature` prints the names and
-defaults of the package's function.
+defaults of the package's functions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,15 +37,27 @@ os.environ |= {
 import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
-from spmdrl.models.attention_flash import flash_kernel, flash_lacks, flash_versions  # noqa: E402
+from spmdrl.models.attention_flash import (  # noqa: E402
+    StreamKernel,
+    flash_kernel,
+    flash_lacks,
+    flash_versions,
+    stream_block,
+)
+from spmdrl.models.attention_stream import SeenKeys, seen_keys  # noqa: E402
 from spmdrl.models.attention_varlen import Sequences  # noqa: E402
 from spmdrl.models.layer_attention import AttentionNeeds  # noqa: E402
+from spmdrl.models.spans import Span  # noqa: E402
 from spmdrl.models.specs import AttentionOptions  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A call: heads' properties, and sequences with their longest, which choose kernels too."""
+    """A call: heads' properties, and sequences with their longest, which choose kernels too.
+
+    Args:
+        shared: whether the first sequence is a prompt of the others.
+    """
 
     window: int | None = None
     softcap: float | None = None
@@ -54,6 +66,7 @@ class Case:
     kv_heads: int = 2
     sequences: int = 8
     longest: int = 2048
+    shared: bool = False
 
     def needs(self, width: int) -> AttentionNeeds:
         return AttentionNeeds(
@@ -76,6 +89,9 @@ CASES = {
     "a kv head each": replace(PLAIN, kv_heads=HEADS),
     "short": replace(PLAIN, longest=48),
     "many": replace(PLAIN, sequences=300, longest=300),
+    "shared prompt": replace(PLAIN, shared=True),
+    "shared prompt, all": Case(shared=True, window=512, sinks=True, softcap=50.0),
+    "shared prompt, a kv head each": replace(PLAIN, shared=True, kv_heads=HEADS),
 }
 
 
@@ -116,11 +132,49 @@ def without_a_card() -> Iterator[None]:
         yield
 
 
-def compile_case(width: int, case: Case) -> None:
+def kernel_of(width: int, case: Case) -> tuple[Any, Callable[..., Any]]:
+    """Return the package's autograd function, and ours of q, k, v, options and sinks, which calls
+    it with tensors that are made when it is called.
+    """
     from flash_attn.cute import interface
 
-    function = interface.FlashAttnVarlenFunc
+    def fake(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.int32, device="cuda")
+
+    if not case.shared:
+        attend = flash_kernel(4)._function
+
+        def by_sequences(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+            ends, most = fake(case.sequences + 1), case.longest
+            sequences = Sequences(key_rows=None, ends_q=ends, ends_k=ends, most_q=most, most_k=most)
+            return attend(q, k, v, sequences, *rest)
+
+        return interface.FlashAttnVarlenFunc, by_sequences
+    block = stream_block(case.needs(width), CAPABILITIES[ARCHITECTURE])
+    assert block is not None
+    spans = [
+        Span(
+            q_start=i * case.longest,
+            q_stop=(i + 1) * case.longest,
+            own=(i * case.longest, (i + 1) * case.longest),
+            prefix=((0, case.longest),) if i else (),
+        )
+        for i in range(case.sequences)
+    ]
+    seen, kernel = seen_keys(spans, case.window, block), StreamKernel(block)
+    assert seen is not None
+    shapes = [tensor.shape for tensor in seen.tensors()]
+
+    def by_stream(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+        tensors = SeenKeys.of_tensors([fake(*shape) for shape in shapes])
+        return kernel._run(tensors, q, k, v, None, *rest)
+
+    return interface.FlashAttnFunc, by_stream
+
+
+def compile_case(width: int, case: Case) -> None:
     given: dict[str, Any] = {}
+    function, attend = kernel_of(width, case)
 
     def bf16(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
@@ -134,38 +188,39 @@ def compile_case(width: int, case: Case) -> None:
 
     torch.use_deterministic_algorithms(case.deterministic)
     with FakeTensorMode(), without_a_card(), mock.patch.object(function, "apply", apply):
-        ends = torch.empty(case.sequences + 1, dtype=torch.int32, device="cuda")
-        longest = case.longest
-        sequences = Sequences(
-            key_rows=None, ends_q=ends, ends_k=ends, most_q=longest, most_k=longest
-        )
         options = AttentionOptions(scale=0.1, window=case.window, softcap=case.softcap)
-        rows = case.sequences * longest
+        rows = case.sequences * case.longest
         q = bf16(rows, HEADS, width)
         k, v = bf16(rows, case.kv_heads, width), bf16(rows, case.kv_heads, width)
         for x in (q, k, v):
             x.requires_grad_()  # so that the normalisers are kept
-        attend = flash_kernel(4)._function
-        out = attend(q, k, v, sequences, options, bf16(HEADS) if case.sinks else None)
-        assert out is given["out"] and out.shape == q.shape
-        grads = function.backward(given["context"], bf16(*out.shape), None)
+        out = attend(q, k, v, options, bf16(HEADS) if case.sinks else None)
+        assert out.shape == q.shape
+        grads = function.backward(given["context"], bf16(*given["out"].shape), None)
         names = list(inspect.signature(function.forward).parameters)[1:]
-        found = {name: x.shape for name, x in zip(names, grads, strict=False) if x is not None}
+        found = {name: x.shape[-3:] for name, x in zip(names, grads, strict=False) if x is not None}
         expected = {"q": q.shape, "k": k.shape, "v": v.shape}
         assert found == expected | ({"learnable_sink": (HEADS,)} if case.sinks else {}), found
+
+
+def print_signatures() -> None:
+    from flash_attn import cute
+
+    for function in (cute.flash_attn_varlen_func, cute.flash_attn_func):
+        for each in inspect.signature(function).parameters.values():
+            print(json.dumps([function.__name__, each.name, repr(each.default)]))
 
 
 def main() -> None:
     assert flash_versions() == (4,)
     if sys.argv[2] == "signature":
-        from flash_attn.cute import flash_attn_varlen_func
-
-        for each in inspect.signature(flash_attn_varlen_func).parameters.values():
-            print(json.dumps([each.name, repr(each.default)]))
+        print_signatures()
         return
     width, only = int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else ""
     for name, case in CASES.items():
-        if only not in name or flash_lacks(4, case.needs(width), CAPABILITIES[ARCHITECTURE]):
+        asked = case.needs(width), CAPABILITIES[ARCHITECTURE]
+        is_out = case.shared and stream_block(*asked) is None
+        if only not in name or is_out or flash_lacks(4, *asked):
             continue
         began, why = time.perf_counter(), ""
         try:

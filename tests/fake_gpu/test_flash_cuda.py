@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def python() -> str:
     return f"{made.stdout.strip()}/bin/python"
 
 
-def figures(python: str, *words: str) -> list[list[str | float]]:
+def figures(python: str, *words: str) -> list[list[Any]]:
     """Return the lines of flash_figures.py, read from JSON."""
     # not on the stand-in device: the package compiles for a GPU that it does not see
     environment = {n: v for n, v in os.environ.items() if n not in ("LD_PRELOAD", "FAKE_GPU_BUILD")}
@@ -54,6 +55,7 @@ def figures(python: str, *words: str) -> list[list[str | float]]:
 
 FEW = ["plain", "deterministic", "a kv head each", "short", "many"]
 ALL = ["plain", "deterministic", "window", "sinks", "soft cap", "all", *FEW[2:]]
+SHARED = ["shared prompt", "shared prompt, all", "shared prompt, a kv head each"]
 BARE = ("sm_100", 256)
 """The kernels whose backward has no options."""
 
@@ -70,13 +72,17 @@ def test_every_case_that_auto_takes_is_compiled(python: str, architecture: str, 
     found = figures(python, architecture, str(width))
     print(found)
     assert {name: why for name, why, _ in found if why} == {}
-    assert [name for name, *_ in found] == (FEW if (architecture, width) == BARE else ALL)
+    cases = FEW if (architecture, width) == BARE else ALL
+    assert [name for name, *_ in found] == [*cases, *(SHARED if width <= 128 else [])]
 
 
-def test_the_reference_has_the_packages_signature(python: str) -> None:
-    """The values of attention are compared through it (tests/models/test_attention_packages.py)."""
-    names: dict[str, object] = {}
+def test_the_references_have_the_packages_signatures(python: str) -> None:
+    """Values are compared through them (tests/models/test_attention_packages.py)."""
+    names: dict[str, Any] = {}
     exec(FLASH_4, names)
-    reference = inspect.signature(names["flash_attn_varlen_func"]).parameters.values()  # type: ignore[arg-type]
-    found = figures(python, "sm_90", "signature")
-    assert found == [[each.name, repr(each.default)] for each in reference]
+    expected = [
+        [name, each.name, repr(each.default)]
+        for name in ("flash_attn_varlen_func", "flash_attn_func")
+        for each in inspect.signature(names[name]).parameters.values()
+    ]
+    assert figures(python, "sm_90", "signature") == expected

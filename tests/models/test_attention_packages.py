@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_reference import FLASH_2, FLASH_4, causal
+from flash_reference import FLASH_2, FLASH_4, FLASH_4_FILES, causal
 from spmdrl.distributed.mesh import Mesh
 from spmdrl.models.attention import (
     PackedAttention,
@@ -24,7 +24,12 @@ from spmdrl.models.attention import (
     make_kernel,
     resolve_attention,
 )
-from spmdrl.models.attention_flash import COMPILED_WIDTHS, flash_versions
+from spmdrl.models.attention_flash import (
+    COMPILED_WIDTHS,
+    StreamKernel,
+    flash_versions,
+    stream_block,
+)
 from spmdrl.models.attention_varlen import VarlenKernel, varlen_kernel
 from spmdrl.models.config import read_config
 from spmdrl.models.layer_attention import AttentionNeeds
@@ -45,11 +50,15 @@ SPANS = [
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An importable folder, whose packages are forgotten after the test."""
     monkeypatch.syspath_prepend(tmp_path)
-    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+    for name in installed_modules():
         monkeypatch.delitem(sys.modules, name)
     yield tmp_path
-    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+    for name in installed_modules():
         del sys.modules[name]
+
+
+def installed_modules() -> list[str]:
+    return [name for name in sys.modules if name.split(".")[0] in ("flash_attn", "cutlass")]
 
 
 def install(folder: Path, file: str, text: str) -> None:
@@ -144,6 +153,53 @@ def test_flash_that_is_asked_for_says_what_it_lacks(
     assert asked(capability=HOPPER) == "flash4"
     with pytest.raises(ValueError, match=rf"model\.attention=flash .*{lacking}"):
         asked(needs, capability=card)
+
+
+@pytest.mark.parametrize("block", [(4, 4), (8, 4)])
+def test_a_stream_that_shares_prompts_is_one_call(
+    packages: Path, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the package's other function, and its lists of blocks."""
+    for file, text in FLASH_4_FILES.items():
+        install(packages, file, text)
+    kernel = StreamKernel(block)
+    monkeypatch.setattr(kernel, "_sequences", None)
+    check(kernel, softcap=0.7, with_sinks=True)
+
+
+def test_shared_prompts_that_do_not_fit_are_laid_out(packages: Path) -> None:
+    for file, text in FLASH_4_FILES.items():
+        install(packages, file, text)
+    kernel = StreamKernel((4, 4))
+    prepare = partial(kernel.prepare, dtype=torch.float64, device=CPU)
+    plain = AttentionOptions(scale=1.0)
+    assert prepare(SPANS, plain)._sequences.key_rows is None
+    # two ranges of a prompt, and rows of a context-parallel rank
+    for spans in (
+        [*SPANS, Span(q_start=9, q_stop=12, own=(9, 12), prefix=((0, 2), (3, 5)))],
+        [Span(q_start=0, q_stop=5, own=(5, 10), prefix=((0, 3),))],
+    ):
+        assert prepare(spans, plain)._sequences.key_rows is not None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert prepare(SPANS, plain)._sequences.key_rows is not None
+        check(kernel)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_shared_prompts_are_read_once_where_the_kernels_can(
+    packages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file, text in FLASH_4_FILES.items():
+        install(packages, file, text)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
+    assert isinstance(make_kernel("flash4", AttentionNeeds(widths=(64, 128))), StreamKernel)
+    for needs in (AttentionNeeds(widths=(64, 256)), None):
+        assert isinstance(make_kernel("flash4", needs), VarlenKernel)
+    assert stream_block(AttentionNeeds(widths=(128,)), BLACKWELL) == (256, 128)
+    assert stream_block(AttentionNeeds(widths=(128,)), AMPERE) is None
 
 
 def test_with_both_versions_the_older_has_what_the_newer_lacks(packages: Path) -> None:

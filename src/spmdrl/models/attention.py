@@ -21,7 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spmdrl.distributed.parallel import gather_sum_grad
-from spmdrl.models.attention_flash import FLASH_NAMES, flash_kernel, flash_lacks, flash_versions
+from spmdrl.models.attention_flash import (
+    FLASH_NAMES,
+    StreamKernel,
+    flash_kernel,
+    flash_lacks,
+    flash_versions,
+    stream_block,
+)
 from spmdrl.models.attention_flex import FlexKernel
 from spmdrl.models.attention_tiles import TiledKernel
 from spmdrl.models.attention_varlen import MOST_WIDTH, VarlenAttention, varlen_kernel
@@ -225,12 +232,22 @@ def describe_attention(kind: AttentionKind) -> str:
     return names.get(kind, kind)
 
 
-def make_kernel(kind: AttentionKind) -> AttentionKernel:
-    """Make the kernel of a resolved kind."""
+def make_kernel(kind: AttentionKind, needs: AttentionNeeds | None = None) -> AttentionKernel:
+    """Make the kernel of a resolved kind.
+
+    Args:
+        needs: what the model's layers need, by which `flash4` chooses how it reads shared prompts.
+
+    Raises:
+        ValueError: a package cannot be used, see `flash_kernel`.
+    """
     if kind in ("blocked", "sdpa"):
         return TiledKernel(explicit=kind == "blocked")
     if kind == "flex":
         return FlexKernel()
     if kind == "varlen":
         return varlen_kernel()
-    return flash_kernel(4 if kind == "flash4" else 2)
+    if kind == "flash":
+        return flash_kernel(2)
+    block = stream_block(needs or AttentionNeeds(), _capability(torch.device("cuda"), None))
+    return flash_kernel(4) if block is None else StreamKernel(block)

@@ -9,7 +9,8 @@ Version 4 has kernels for compute capabilities 9.0 and 10.0 that differ in what 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -17,8 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from spmdrl.models.attention_varlen import MOST_WIDTH, Sequences, VarlenKernel
+from spmdrl.memory.host_copies import to_device
+from spmdrl.models.attention_stream import BlockLists, SeenKeys, seen_keys
+from spmdrl.models.attention_varlen import MOST_WIDTH, Sequences, VarlenAttention, VarlenKernel
 from spmdrl.models.layer_attention import AttentionNeeds
+from spmdrl.models.spans import Span
 from spmdrl.models.specs import AttentionOptions
 
 Version = Literal[2, 4]
@@ -84,14 +88,10 @@ def flash_kernel(version: Version) -> VarlenKernel:
         options: AttentionOptions,
         sinks: Tensor | None,
     ) -> Tensor:
-        chosen: dict[str, Any] = {}
+        assert sinks is None or version == 4, "resolve_attention chose a kernel without sinks"
+        chosen = _chosen(options, sinks)
         if options.window is not None:
             chosen["window_size"] = (options.window - 1, 0)
-        if options.softcap is not None:
-            chosen["softcap"] = options.softcap
-        if sinks is not None:
-            assert version == 4, "resolve_attention chose a kernel without sinks"
-            chosen["learnable_sink"] = sinks
         # By name: the fourth positional argument differs. Version 4 also returns the normalisers.
         found = attend(
             q=q,
@@ -102,7 +102,6 @@ def flash_kernel(version: Version) -> VarlenKernel:
             max_seqlen_q=s.most_q,
             max_seqlen_k=s.most_k,
             causal=True,
-            softmax_scale=options.scale,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **chosen,
         )
@@ -110,6 +109,110 @@ def flash_kernel(version: Version) -> VarlenKernel:
         return out
 
     return VarlenKernel(run)
+
+
+def _chosen(options: AttentionOptions, sinks: Tensor | None) -> dict[str, Any]:
+    chosen: dict[str, Any] = {"softmax_scale": options.scale}
+    if options.softcap is not None:
+        chosen["softcap"] = options.softcap
+    if sinks is not None:
+        chosen["learnable_sink"] = sinks
+    return chosen
+
+
+class StreamKernel:
+    """flash-attn-4 over a stream in one call where its sequences share prompts, with a mask of the
+    keys that each row sees: nothing is laid out a second time. Other streams are computed sequence
+    by sequence, and so are all where deterministic algorithms are asked for: the order of the
+    blocks' sums would have to be listed too.
+
+    Args:
+        block: rows and keys of a block, see `stream_block`.
+    """
+
+    def __init__(self, block: tuple[int, int]) -> None:
+        from flash_attn.cute import flash_attn_func
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+        self._sequences = flash_kernel(4)
+        self._attend, self._lists = flash_attn_func, BlockSparseTensorsTorch
+        self._block, self._mask = block, _mask()
+
+    def prepare(
+        self,
+        spans: Sequence[Span],
+        options: AttentionOptions,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> VarlenAttention:
+        exact = torch.are_deterministic_algorithms_enabled()
+        found = None if exact else seen_keys(spans, options.window, self._block)
+        if found is None:
+            return self._sequences.prepare(spans, options, dtype=dtype, device=device)
+        *moved, ends = to_device(
+            [*found.tensors(), torch.tensor([0, spans[-1].q_stop], dtype=torch.int32)], device
+        )
+        seen, rows = SeenKeys.of_tensors(moved), spans[-1].q_stop
+        stream = Sequences(key_rows=None, ends_q=ends, ends_k=ends, most_q=rows, most_k=rows)
+        return VarlenAttention(partial(self._run, seen), stream, options)
+
+    def _run(
+        self,
+        seen: SeenKeys,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        s: Sequences,
+        options: AttentionOptions,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        found = self._attend(
+            q=q[None],
+            k=k[None],
+            v=v[None],
+            mask_mod=self._mask,
+            aux_tensors=[seen.first, seen.stop, seen.own],
+            block_sparse_tensors=self._as_lists(seen.by_rows),
+            block_sparse_tensors_bwd=self._as_lists(seen.by_keys),
+            **_chosen(options, sinks),
+        )
+        out: Tensor = found[0][0]
+        return out
+
+    def _as_lists(self, lists: BlockLists) -> Any:
+        return self._lists(
+            mask_block_cnt=lists.part_count,
+            mask_block_idx=lists.part,
+            full_block_cnt=lists.whole_count,
+            full_block_idx=lists.whole,
+            block_size=self._block,
+        )
+
+
+def stream_block(needs: AttentionNeeds, capability: tuple[int, int]) -> tuple[int, int] | None:
+    """Return rows and keys of a block that all of version 4's kernels of a model can use; None:
+    there is none, or it is not known to compile.
+    """
+    if needs.width > 128 or not needs.widths:
+        return None
+    return {(9, 0): (128, 128), (10, 0): (256, 128)}.get(capability)
+
+
+def _mask() -> Any:
+    """Make the function that tells the package's kernels which keys of `SeenKeys` a row sees."""
+    import cutlass
+    from cutlass import cute
+    from flash_attn.cute.utils import scalar_to_ssa
+
+    @cute.jit
+    def sees(batch, head, row, key, lengths, tensors):  # type: ignore[no-untyped-def]
+        first = scalar_to_ssa(tensors[0][row[0]], cutlass.Int32)
+        stop = scalar_to_ssa(tensors[1][row[0]], cutlass.Int32)
+        own = scalar_to_ssa(tensors[2][row[0]], cutlass.Int32)
+        return ((key >= first) & (key < stop)) | ((key >= own) & (key <= row))
+
+    return sees
 
 
 _GIVEN = {

@@ -85,7 +85,7 @@ def attention_of(
     kind = resolve_attention(options.attention, device, options.param_dtype, needs)
     if device.type == "cuda" and mesh.coordinate("all") == 0:
         log.info("%s: attention by %s", mesh.role, describe_attention(kind))
-    return make_kernel(kind)
+    return make_kernel(kind, needs)
 
 
 def require_trainable(role: str, optimizer: T | None) -> T:
