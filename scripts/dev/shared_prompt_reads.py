@@ -1,5 +1,5 @@
-"""Prints the table of docs/kernels.md on prompts that a group shares: what a layer's attention moves,
-forward and backward, by three ways to call flash-attn-4.
+"""Prints the table of docs/kernels.md on prompts that a group shares: what a layer's attention
+moves, forward and backward, by three ways to call flash-attn-4.
 
     PYTHONPATH=src python scripts/dev/shared_prompt_reads.py
 
@@ -11,9 +11,11 @@ blocks a row sees (`one stream`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
+
+from spmdrl.models.attention_stream import seen_keys
+from spmdrl.models.spans import Span
 
 WAYS = ("repeated", "two calls", "one stream")
 BLOCK = 128
@@ -57,53 +59,51 @@ class Group:
         return total
 
     def tile_bytes(self, way: str) -> float:
-        """Bytes of keys and values that the forward's tiles of rows read, from memory or a cache."""
+        """Bytes of keys and values that the forward's tiles read, from memory or a cache."""
         packed = self.heads // self.kv_heads
         tiles = sum(self._tiles(way, packed))
         return tiles * BLOCK * 2 * 2 * self.kv_heads * self.dims
 
-    def _tiles(self, way: str, packed: int) -> Iterator[int]:
+    def _tiles(self, way: str, packed: int) -> list[int]:
         """Blocks of keys that each tile of `BLOCK` rows reads, rows of `packed` heads each."""
 
-        def causal(rows: int, before: int) -> Iterator[int]:
+        def tiles(rows: int, before: int, grows: bool = True) -> list[int]:
+            found = []
             for tile in range(ceil(rows * packed / BLOCK)):
-                last = min(rows, ceil((tile + 1) * BLOCK / packed))
-                yield ceil((before + last) / BLOCK)
+                last = min(rows, ceil((tile + 1) * BLOCK / packed)) if grows else 0
+                found.append(ceil((before + last) / BLOCK))
+            return found
 
-        if way != "one stream":
-            yield from causal(self.prompt, 0)
-            for _ in range(self.responses):
-                yield from causal(self.response, self.prompt if way == "repeated" else 0)
-            if way == "two calls":
-                count = ceil(self.responses * self.response * packed / BLOCK)
-                yield from [ceil(self.prompt / BLOCK)] * count
-            return
-        for tile in range(ceil(self.stream * packed / BLOCK)):
-            block = tile // packed  # of the mask: its rows share one list
-            yield len(self._seen(block * BLOCK, min(self.stream, (block + 1) * BLOCK)))
+        if way == "one stream":
+            seen = seen_keys(self.spans(), None, (BLOCK, BLOCK))
+            assert seen is not None
+            listed = (seen.by_rows.part_count + seen.by_rows.whole_count).flatten().tolist()
+            # rows of a block share its list
+            return [listed[t // packed] for t in range(ceil(self.stream * packed / BLOCK))]
+        before = self.prompt if way == "repeated" else 0
+        own = tiles(self.prompt, 0) + tiles(self.response, before) * self.responses
+        if way == "repeated":
+            return own
+        return own + tiles(self.responses * self.response, self.prompt, grows=False)
 
-    def _seen(self, first: int, stop: int) -> set[int]:
-        """Blocks of keys that any of the rows sees."""
-        found: set[int] = set()
-        for row in range(first, stop):
-            own = 0
-            if row >= self.prompt:
-                own = row - (row - self.prompt) % self.response
-                found |= set(range(ceil(self.prompt / BLOCK)))
-            found |= set(range(own // BLOCK, row // BLOCK + 1))
-        return found
+    def spans(self) -> list[Span]:
+        """The prompt and the responses, in a stream."""
+        prompt, n = (0, self.prompt), self.response
+        starts = [self.prompt + i * n for i in range(self.responses)]
+        return [
+            Span(q_start=0, q_stop=self.prompt, own=prompt),
+            *(Span(q_start=a, q_stop=a + n, own=(a, a + n), prefix=(prompt,)) for a in starts),
+        ]
 
 
 HEADS = {"1.5B": (12, 2, 128), "8B": (32, 8, 128)}
-GROUPS = ((512, 8, 896), (4096, 16, 512), (256, 8, 4096), (1024, 8, 64))
+GROUPS = ((500, 8, 900), (4000, 16, 500), (250, 8, 4100), (1000, 8, 70))
 
 
 def tables() -> list[str]:
-    lines = [
-        "| model | prompt | responses | " + " | ".join(f"{way}, MB" for way in WAYS) + " | "
-        "tiles, MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Return the lines of the table; of three numbers in a cell each is a way's."""
+    lines = [f"| model | prompt | responses | moved, MB: {', '.join(WAYS)} | read by tiles, MB |"]
+    lines.append("|---" * 5 + "|")
     for name, (heads, kv_heads, dims) in HEADS.items():
         for prompt, responses, response in GROUPS:
             group = Group(
@@ -114,10 +114,11 @@ def tables() -> list[str]:
                 responses=responses,
                 response=response,
             )
-            moved = [f"{group.moved_bytes(way) / 1e6:.0f}" for way in WAYS]
-            tiles = ", ".join(f"{group.tile_bytes(way) / 1e6:.0f}" for way in WAYS)
-            row = [name, f"{prompt:,}", f"{responses} of {response:,}", *moved, tiles]
-            lines.append("| " + " | ".join(row) + " |")
+            moved = ", ".join(f"{group.moved_bytes(way) / 1e6:,.0f}" for way in WAYS)
+            tiles = ", ".join(f"{group.tile_bytes(way) / 1e6:,.0f}" for way in WAYS)
+            lines.append(
+                f"| {name} | {prompt:,} | {responses} of {response:,} | {moved} | {tiles} |"
+            )
     return lines
 
 
