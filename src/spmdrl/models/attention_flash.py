@@ -177,7 +177,7 @@ class StreamKernel:
             block_sparse_tensors_bwd=self._as_lists(seen.by_keys),
             **_chosen(options, sinks),
         )
-        out: Tensor = found[0][0]
+        out: Tensor = found[0].squeeze(0)  # whose gradient is a view, and an index's a copy
         return out
 
     def _as_lists(self, lists: BlockLists) -> Any:
