@@ -157,6 +157,10 @@ ROWS: dict[str, Row] = {
     "train.microbatch_tokens": row("grpo", "plan", "train.microbatch_tokens=64"),
     "train.share_prompts": row("grpo", "plan", "train.share_prompts=false"),
     "train.recompute": row("grpo", "plan", "train.recompute=layer"),
+    "train.compile": row(
+        "grpo",
+        "tests/training/test_compiled.py::test_compiled_layers_train_as_others_do",
+    ),
     "train.lr": row("grpo", BOTH, "train.lr=0.5"),
     "train.schedule": row("grpo", BOTH, "train.schedule=linear"),
     "train.warmup_steps": row("grpo", BOTH, "train.warmup_steps=2"),

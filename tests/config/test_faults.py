@@ -90,6 +90,7 @@ RULES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("train.backend", "apex", ("train.backend=apex",)),
     ("train.backend_options", {"x": 1}, ("train.backend_options={x: 1}",)),
     ("train.deepspeed.stage", 3, ("train.deepspeed.stage=3",)),
+    ("train.compile", "blocks", ("train.compile=blocks", "train.backend=deepspeed")),
     ("roles.policy.pp", 2, ("roles.policy.pp=2",)),
     ("roles.policy.pp", 2, ("roles.policy.pp=2", "train.backend=deepspeed")),
     ("roles.rollout.pp", 2, ("roles.rollout.pp=2",)),

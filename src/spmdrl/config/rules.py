@@ -227,6 +227,11 @@ def _check_backend(name: str, role: RoleSection, train: TrainSection) -> None:
             f"{changed} with {key}.train.backend={backend}: set {key}.train.backend=deepspeed, or "
             f"set the key in {key}.train of roles on that backend only"
         )
+    if backend != "torch" and train.compile != "none":
+        raise ValueError(
+            f"train.compile={train.compile} with {key}.train.backend={backend}: only the torch "
+            f"backend compiles layers: set {key}.train.compile=none"
+        )
     asked = [] if backend == "megatron" else _megatron_settings(name, role)
     if role.pp > 1 and backend in ("torch", "deepspeed"):
         asked.insert(0, f"{key}.pp={role.pp}")

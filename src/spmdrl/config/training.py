@@ -62,6 +62,11 @@ class TrainSection(Section):
         description="Recompute activations in the backward pass; layer keeps only the inputs of "
         "layers.",
     )
+    compile: Literal["none", "blocks"] = Field(
+        "none",
+        description="Let torch's compiler fuse what decoder layers compute before and after "
+        "attention (blocks), for a minute or two at the start.",
+    )
     lr: Basic[float] = Field(
         1e-6, gt=0, description="Set AdamW's learning rate after warm-up, above 0."
     )

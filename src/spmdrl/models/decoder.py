@@ -21,10 +21,11 @@ from spmdrl.models.blocks.dense_mlp import Mlp
 from spmdrl.models.blocks.mixers import make_mixer
 from spmdrl.models.blocks.moe import Moe
 from spmdrl.models.blocks.projections import Build, Embedding, Norm, Projection
-from spmdrl.models.blocks.softmax_attention import Attend
+from spmdrl.models.blocks.softmax_attention import Attend, Attention
+from spmdrl.models.compiled import CompiledPieces
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.fused import Sum, later_sum
-from spmdrl.models.low_rank import Applied
+from spmdrl.models.low_rank import Added, Applied, added_to
 from spmdrl.models.rope import Rope, RopeConfig, inverse_frequencies, make_rope
 from spmdrl.models.routing import Routing
 from spmdrl.models.sharding import Head, all_slices
@@ -59,6 +60,8 @@ class Layer(nn.Module):
         else:
             self.mlp = Mlp(self.spec.mlp, hidden, build)
         self.mlp_out_norm = norm("after", "around")
+        self.pieces: CompiledPieces | None = None
+        """What computes the layer, but for attention and experts, where a backend sets it."""
 
     def forward(
         self,
@@ -89,6 +92,8 @@ class Layer(nn.Module):
         routing: Routing | None,
         adapters: Sequence[Applied],
     ) -> Tensor | Sum:
+        if self.pieces is not None:
+            return self._by_pieces(self.pieces, x, rope, attend, routing, adapters)
         # no name holds what attention gave: inference frees it before the MLP, its peak of memory
         x, normed = _entered(self.input_norm, x)
         x, normed = _entered(
@@ -106,6 +111,42 @@ class Layer(nn.Module):
         else:
             out = self.mlp(normed, self.index, adapters)
         return self._added(x, _normed(self.mlp_out_norm, out))
+
+    def _by_pieces(
+        self,
+        pieces: CompiledPieces,
+        x: Tensor | Sum,
+        rope: Rope | None,
+        attend: Attend,
+        routing: Routing | None,
+        adapters: Sequence[Applied],
+    ) -> Sum:
+        """Compute `run`; what differs between layers stays outside the compiled functions."""
+        spec, attention, index = self.spec, self.attention, self.index
+        assert isinstance(attention, Attention)
+
+        def added(*names: str) -> tuple[Added, ...]:
+            return tuple(added_to(adapters, f"layers.{index}.{name}") for name in names)
+
+        stream, out = (x.x, x.out) if isinstance(x, Sum) else (x, None)
+        stream, heads = pieces.enter(
+            spec, self.input_norm, attention, stream, out, rope, *added("attention.qkv")
+        )
+        attended = attention.attended(index, heads, attend)
+        norms = self.attention_out_norm, self.post_norm
+        if isinstance(self.mlp, Moe):
+            stream, normed = pieces.leave(
+                *(spec, norms, attention, stream, attended, heads.gate, *added("attention.out"))
+            )
+            out = _normed(self.mlp_out_norm, self.mlp(normed, index, routing, adapters))
+        else:
+            stream, out = pieces.finish(
+                spec,
+                (*norms, self.mlp_out_norm),
+                *(attention, self.mlp, stream, attended, heads.gate),
+                added("attention.out", "mlp.gate_up", "mlp.down"),
+            )
+        return Sum(x=stream, out=out, scale=spec.residual_scale)
 
     def _whole(self, *given: Any) -> Tensor:
         """Compute `run`'s sum: where layers keep their inputs, two would be kept for one."""
@@ -234,6 +275,14 @@ class Decoder(nn.Module):
         if self.model.logit_scale != 1.0 and self.kind == "lm":
             hidden = hidden * self.model.logit_scale
         return hidden if finish is None else finish(hidden, self.head_weight())
+
+    def compile_layers(self) -> None:
+        """Let torch's compiler make what layers compute before and after attention, when they first
+        do.
+        """
+        pieces = CompiledPieces()
+        for layer in self.layers:
+            layer.pieces = pieces
 
     def slices(self) -> dict[str, tuple[Slice, ...]]:
         """Return the slices of the global tensors that every parameter holds."""

@@ -96,11 +96,16 @@ def sum_norm(
     given: Sum, weight: Tensor, eps: float, *, one_plus: bool
 ) -> tuple[Tensor, Tensor]:  # [T, D] each
     """Compute a sum and its norm in one pass."""
+    if not gpu.norms(given.x, given.out):
+        total = given.total()
+        return total, rms_norm(total, weight, eps, one_plus=one_plus)
     return gpu.add_rms_norm(given.x, given.out, weight, eps, scale=given.scale, one_plus=one_plus)
 
 
 def _pays(x: Tensor) -> bool:
     """Whether blocks pay: on a CPU, before a backward (CUDA fuses; a forward takes few passes)."""
+    if torch.compiler.is_compiling():
+        return False
     wide = x.dtype in (torch.float32, torch.float64)
     return wide and x.device.type == "cpu" and torch.is_grad_enabled() and x.requires_grad
 

@@ -63,7 +63,14 @@ def summed_linear(
     bias: Tensor | None,  # [N]
     total: GradientSum,
 ) -> Tensor:  # [T, N]
-    """Compute `F.linear`; the weight's gradient is added to `total`, and autograd gets none."""
+    """Compute `F.linear`; the weight's gradient is added to `total`, and autograd gets none.
+
+    In a compiled graph `total` must have been started.
+    """
+    if torch.compiler.is_compiling():
+        assert total.total is not None, "the graph adds to what it is given"
+        compiled: Tensor = _compiled_linear(x, weight, bias, total.total)
+        return compiled
     out: Tensor = _Linear.apply(x, weight, bias, total)  # type: ignore[no-untyped-call]
     return out
 
@@ -84,6 +91,38 @@ class _Linear(torch.autograd.Function):
         ctx.total.add_product(grad.t(), x.t())
         d_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         return d_x, None, grad.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+@torch.library.custom_op("spmdrl::add_product", mutates_args=("total",))
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Compute `add_product`; torch's compiler sees an operation that writes to `total`."""
+    add_product(total, a, b)
+
+
+@torch.library.custom_op("spmdrl::summed_linear", mutates_args=())
+def _compiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, total: Tensor) -> Tensor:
+    """Compute `_Linear`, as torch's compiler takes it."""
+    return F.linear(x, weight, bias)
+
+
+@_compiled_linear.register_fake
+def _shape(x: Tensor, weight: Tensor, bias: Tensor | None, total: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], output: Tensor) -> None:
+    x, weight, _, total = inputs
+    ctx.save_for_backward(x, weight, total)
+
+
+def _add_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    x, weight, total = ctx.saved_tensors
+    _add_product(total, grad.t(), x.t())
+    d_x = grad @ weight if ctx.needs_input_grad[0] else None
+    return d_x, None, grad.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+_compiled_linear.register_autograd(_add_gradient, setup_context=_keep)
 
 
 def summed_embedding(

@@ -132,7 +132,8 @@ def wide_product(
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN computes it; `torch.backends.mkldnn.flags(enabled=False)` disables it."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.shape[0] > 0
         and torch._C._has_mkldnn

@@ -87,7 +87,8 @@ def adapted_linear(
         if gradient_sum is not None and torch.is_grad_enabled() and weight.requires_grad:
             return summed_linear(x, weight, bias, gradient_sum)
         return linear(x, weight, bias, blocked)
-    if torch.is_grad_enabled() and (x.requires_grad or added[0][0].lora_A.requires_grad):
+    trains = torch.is_grad_enabled() and (x.requires_grad or added[0][0].lora_A.requires_grad)
+    if trains and not torch.compiler.is_compiling():  # whose graph keeps no more
         [(addition, how)] = added
         assert not weight.requires_grad, "an adapter trains over a fixed matrix"
         assert how is None or how.rows is None, "an adapter trains on all rows"

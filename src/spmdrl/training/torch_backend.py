@@ -16,6 +16,7 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.memory.host_state import HostState
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.blocks.projections import Embedding, Projection
+from spmdrl.models.compiled import check_compiler
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.files.hf import TensorSource
 from spmdrl.models.gradient_sums import GradientSum
@@ -88,6 +89,9 @@ class TorchBackend:
         else:
             self._weights = borrowed_weights(base.body, mesh, options, device, **kind)
         self._decoder = self.body.decoder
+        if options.compile != "none" and base is None:  # a shared decoder is its owner's
+            check_compiler(device)
+            self._decoder.compile_layers()
         self._leaves = self._weights.leaves
         self._trained = [leaf for leaf in self._leaves if leaf.trained]
         fill_leaves(self._leaves if base is None else self._weights.own, checkpoint)
@@ -137,6 +141,8 @@ class TorchBackend:
     ) -> dict[str, float]:
         require_trainable(self.mesh.role, self._optimizer)
         self._require_weights()
+        if any(layer.pieces is not None for layer in self.body.decoder.layers):
+            self._start_sums()
         return self._pass.forward_backward(
             self._decoder,
             self._weights,
@@ -229,6 +235,12 @@ class TorchBackend:
         for module in self._decoder.modules():
             if isinstance(module, (Projection, Embedding)) and module.weight in own:
                 module.gradient_sum = self._sums[own[module.weight]]
+
+    def _start_sums(self) -> None:
+        """Begin the sums of gradients that compiled graphs are given."""
+        for leaf in self._trained:
+            if leaf.has_own_master:
+                self._sums[leaf.name].start(leaf.parameter)
 
     def _take_gradients(self) -> dict[str, Tensor]:
         """Take every trained leaf's float32 gradient, 0 if there was none, and clear it."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spmdrl.distributed.parallel import copy_to
 from spmdrl.models.blocks.activations import gated
 from spmdrl.models.blocks.projections import Build
-from spmdrl.models.low_rank import Applied, added_to
+from spmdrl.models.low_rank import Added, Applied, added_to
 from spmdrl.models.specs import DenseMlp
 from spmdrl.models.tensors import GlobalTensor, TpSplit
 
@@ -26,7 +26,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, layer: int, adapters: Sequence[Applied] = ()) -> Tensor:
         to_gate_up = added_to(adapters, f"layers.{layer}.mlp.gate_up")
-        to_down = added_to(adapters, f"layers.{layer}.mlp.down")
+        return self.of(x, to_gate_up, added_to(adapters, f"layers.{layer}.mlp.down"))
+
+    def of(self, x: Tensor, to_gate_up: Added, to_down: Added) -> Tensor:
         gate_up = self.gate_up(copy_to(x, self.tp.group), to_gate_up)
         # a block's gate and up each
         parts = gated(gate_up.view(len(gate_up) * self.blocks, -1), self.spec.activation)

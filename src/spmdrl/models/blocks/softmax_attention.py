@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spmdrl.distributed.parallel import copy_to
 from spmdrl.models.blocks.projections import Build, Norm, WideNorm
 from spmdrl.models.kernels import gpu
-from spmdrl.models.low_rank import Applied, added_to
+from spmdrl.models.low_rank import Added, Applied, added_to
 from spmdrl.models.rope import Rope
 from spmdrl.models.specs import SoftmaxAttention
 from spmdrl.models.tensors import GlobalTensor, TpSplit, heads_per_rank
@@ -82,6 +82,20 @@ class AttendTurned(Protocol):
         """Compute rope and attention; None where the kernel does not serve."""
 
 
+class Heads(NamedTuple):
+    """Operands of attention, strided views of which d is contiguous.
+
+    Args:
+        q, k, v: see `Attend`.
+        gate: [T, H_local, d], if there is one.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None
+
+
 class Attention(nn.Module):
     """The module of a `SoftmaxAttention`."""
 
@@ -115,38 +129,58 @@ class Attention(nn.Module):
     ) -> Tensor:
         to_qkv = added_to(adapters, f"layers.{layer}.attention.qkv")
         to_out = added_to(adapters, f"layers.{layer}.attention.out")
-        qkv = self.qkv(copy_to(x, self.tp.group), to_qkv)
-        gate = None
-        if self.spec.gate:
-            q, gate, k, v = self._with_gate(qkv)
-            q, k = self._normed(q, k)
-            qk = torch.cat((q, k), dim=1)
-        else:
-            # Splits, not slices: a split's backward is one copy, each slice's is a tensor of zeros.
-            ordered = self._in_order(qkv)
+        rows = self._in_order(self.qkv(copy_to(x, self.tp.group), to_qkv))
+        if not self.spec.gate:
             turning = self._turning(rope)
             if (
                 turning is not None
                 and isinstance(attend, AttendProjected)
                 and not torch.is_grad_enabled()
-                and gpu.serves(ordered)
+                and gpu.serves(rows)
             ):
-                found = attend.attend_projected(layer, ordered, turning, self.sinks)
-                return self.out.reduced(found.reshape(x.shape[0], -1), self.tp, to_out)
-            if (turned := self._turned(layer, ordered, rope, attend)) is not None:
-                return self.out.reduced(turned.reshape(x.shape[0], -1), self.tp, to_out)
-            qk, v = torch.split(ordered, [self.heads + self.kv_heads, self.kv_heads], dim=1)
+                found = attend.attend_projected(layer, rows, turning, self.sinks)
+                return self.closed(found, None, to_out)
+            if (turned := self._turned(layer, rows, rope, attend)) is not None:
+                return self.closed(turned, None, to_out)
+        heads = self._heads(rows, rope)
+        return self.closed(self.attended(layer, heads, attend), heads.gate, to_out)
+
+    def opened(self, x: Tensor, rope: Rope | None, to_qkv: Added) -> Heads:
+        """Compute what comes before attention."""
+        return self._heads(self._in_order(self.qkv(copy_to(x, self.tp.group), to_qkv)), rope)
+
+    def attended(self, layer: int, heads: Heads, attend: Attend) -> Tensor:  # [T, H_local, d]
+        sinks = () if self.sinks is None else (self.sinks,)
+        return attend(layer, heads.q, heads.k, heads.v, *sinks)
+
+    def closed(
+        self,
+        attended: Tensor,  # [T, H_local, d]
+        gate: Tensor | None,
+        to_out: Added,
+    ) -> Tensor:  # [T, D]
+        """Compute what follows attention."""
+        out = attended.reshape(attended.shape[0], -1)
+        if gate is not None:
+            out = out * torch.sigmoid(gate.reshape(out.shape))
+        return self.out.reduced(out, self.tp, to_out)
+
+    def _heads(self, rows: Tensor, rope: Rope | None) -> Heads:
+        gate = None
+        if self.spec.gate:
+            q, gate, k, v = self._with_gate(rows)
+            q, k = self._normed(q, k)
+            qk = torch.cat((q, k), dim=1)
+        else:
+            # Splits, not slices: a split's backward is one copy, each slice's is a tensor of zeros.
+            qk, v = torch.split(rows, [self.heads + self.kv_heads, self.kv_heads], dim=1)
             if self.q_norm is not None:
                 q, k = self._normed(*torch.split(qk, [self.heads, self.kv_heads], dim=1))
                 qk = torch.cat((q, k), dim=1)
         if rope is not None:
             qk = rope.turn(qk)
         q, k = torch.split(qk, [self.heads, self.kv_heads], dim=1)
-        sinks = () if self.sinks is None else (self.sinks,)
-        out = attend(layer, q, k, v, *sinks).reshape(x.shape[0], -1)
-        if gate is not None:
-            out = out * torch.sigmoid(gate.reshape(out.shape))
-        return self.out.reduced(out, self.tp, to_out)
+        return Heads(q=q, k=k, v=v, gate=gate)
 
     def _turned(self, layer: int, qkv: Tensor, rope: Rope | None, attend: Attend) -> Tensor | None:
         """Compute rope and attention where the caller has a kernel for both."""
@@ -171,7 +205,9 @@ class Attention(nn.Module):
         return q, k
 
     def _in_order(self, qkv: Tensor) -> Tensor:  # [T, rows] -> [T, H + 2 KVH, d]
-        """Arrange all heads of q, then of k, then of v."""
+        """Arrange all heads of q, then of k, then of v; with gates rows stay as they are."""
+        if self.spec.gate:
+            return qkv
         if self.blocks == 1:
             return qkv.view(len(qkv), -1, self.spec.head_dim)
         heads, kv_heads = self.heads // self.blocks, self.kv_heads // self.blocks

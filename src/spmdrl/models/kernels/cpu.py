@@ -91,13 +91,15 @@ class Rows:
 def rows_for(*tensors: Tensor) -> Rows | None:
     """Return the kernels if they support these operands: plain float32 tensors on the CPU, no
     gradient needed, and a C compiler available."""
+    if torch.compiler.is_compiling():
+        return None
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     # Subclasses (fake tensors, which measure plans; DTensors) have no memory of their own.
     plain = all(
         type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.device.type == "cpu"
         for t in tensors
     )
-    return None if wants_gradient or not plain or torch.compiler.is_compiling() else _rows()
+    return None if wants_gradient or not plain else _rows()
 
 
 @functools.cache

@@ -32,12 +32,13 @@ def serves(*tensors: Tensor) -> bool:
     """Whether the kernels take these operands: plain tensors in float32 or half precision on a GPU,
     where Triton is installed.
     """
+    if torch.compiler.is_compiling():
+        return False
     # Subclasses (fake tensors, which measure plans; DTensors) have no memory of their own.
-    plain = all(
+    return all(
         type(t) in (Tensor, nn.Parameter) and t.dtype in _DTYPES and runs_on(t.device)
         for t in tensors
     )
-    return plain and not torch.compiler.is_compiling()
 
 
 def is_switched_on() -> bool:
@@ -59,7 +60,7 @@ def _runs_on(index: int | None) -> bool:
 
 def norms(x: Tensor, *others: Tensor) -> bool:
     """Whether the norm's kernels take rows [T, D], what is added to them, and a weight."""
-    if not runs_on(x.device) or x.ndim != 2:
+    if torch.compiler.is_compiling() or not runs_on(x.device) or x.ndim != 2:
         return False
     most = MOST_BACKWARD_WIDTH if torch.is_grad_enabled() else MOST_WIDTH
     alike = all(t.is_contiguous() and t.dtype == x.dtype for t in (x, *others))

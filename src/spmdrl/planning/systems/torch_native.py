@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from spmdrl.distributed.mesh import Mesh
+from spmdrl.models.compiled import is_compiled
 from spmdrl.models.files.hf import TensorSource
 from spmdrl.models.local_shards import Table, WeightLayout
 from spmdrl.planning.frozen import frozen_names
@@ -38,6 +39,8 @@ class TorchSystem:
 
     def check(self, spec: RoleSpec, specs: Mapping[str, RoleSpec]) -> None:
         check_degrees(spec)
+        if spec.train.compile != "none":
+            _check_compiled(spec)
 
     def layout(
         self, spec: RoleSpec, blocks: int = 1, only: Collection[int] | None = None
@@ -79,4 +82,26 @@ class TorchSystem:
             head=spec.head,
             adapter=spec.adapter,
             base=base,
+        )
+
+
+def _check_compiled(spec: RoleSpec) -> None:
+    """Refuse what compiled layers cannot compute.
+
+    Raises:
+        ValueError: the role's key, what it cannot be joined with, and the fix.
+    """
+    key = f"roles.{spec.name}"
+    given = f"{key}.train.compile={spec.train.compile}"
+    others = [i for i, layer in enumerate(spec.model.layers) if not is_compiled(layer)]
+    if others:
+        raise ValueError(
+            f"{given}: layer {others[0]} of {spec.model.architecture} has neither full nor sliding "
+            f"attention, and others are not compiled: set {key}.train.compile=none"
+        )
+    if spec.trained and spec.adapter is not None and spec.adapter.dropout > 0:
+        raise ValueError(
+            f"{given} with {key}.adapter.dropout={spec.adapter.dropout}: masks differ from layer "
+            f"to layer, which one graph for all layers cannot: set {key}.adapter.dropout=0, or "
+            f"{key}.train.compile=none"
         )
