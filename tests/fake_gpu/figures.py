@@ -235,9 +235,12 @@ def policy_loss(given: LossInput) -> Any:
     )
 
 
-def make_backend(device: torch.device, model: ModelConfig | None = None) -> TorchBackend:
+def make_backend(
+    device: torch.device, model: ModelConfig | None = None, **changes: Any
+) -> TorchBackend:
     torch_backend.fill_leaves = lambda leaves, checkpoint: None  # type: ignore[assignment]
-    options = TrainOptions(microbatch_tokens=8192, param_dtype=torch.bfloat16, total_steps=10)
+    plain: dict[str, Any] = {"microbatch_tokens": 8192, "param_dtype": torch.bfloat16}
+    options = TrainOptions(**plain, **changes, total_steps=10)
     return TorchBackend(
         Mesh("policy", [0], {}, "cuda"),
         model or large_model(),
@@ -252,12 +255,12 @@ def train(backend: TorchBackend, batch: Batch) -> None:
     backend.forward_backward(batch, policy_loss, next_token(), normaliser=normaliser)
 
 
-def update(device: torch.device) -> dict[str, Any]:
+def update(device: torch.device, **changes: Any) -> dict[str, Any]:
     """A second minibatch of two microbatches of 8 samples of 512 + 896 tokens, its optimizer step,
     and what is left when the backend is dropped.
     """
     start = torch.cuda.memory_allocated()
-    backend = make_backend(device)
+    backend = make_backend(device, **changes)
     states = torch.cuda.memory_allocated() - start
     one, two = trained_rows(8, 8, 512, 896), trained_rows(16, 8, 512, 896)
 
@@ -288,6 +291,11 @@ def update(device: torch.device) -> dict[str, Any]:
     }
 
 
+def compiled(device: torch.device) -> dict[str, Any]:
+    """The same with compiled layers."""
+    return update(device, compile="blocks")
+
+
 FIGURES = {
     "decode": decode,
     "adapted": adapted,
@@ -295,6 +303,7 @@ FIGURES = {
     "capture": capture,
     "release": release,
     "update": update,
+    "compiled": compiled,
 }
 
 

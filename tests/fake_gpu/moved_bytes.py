@@ -21,7 +21,7 @@ FREE_OF_BYTES = (
 BY_ROWS = ("embedding", "index_select", "index_add_", "index_put_", "_index_put_impl_")
 """Operations that touch rows of their first argument, and nothing else of it."""
 
-PRODUCTS = ("mm", "addmm")
+PRODUCTS = ("mm", "addmm", "spmdrl::summed_linear", "spmdrl::add_product")
 
 
 def gigabytes(num_bytes: float) -> float:
@@ -54,6 +54,7 @@ class Bytes(TorchDispatchMode):
         for module, names in training_kernels().items():
             for name in names:
                 self._count_calls(module, name)
+        self._count_compiled()
 
     def _count_calls(self, module: Any, name: str) -> None:
         """Count what a kernel's call is given and returns: no dispatcher sees its launch."""
@@ -65,6 +66,31 @@ class Bytes(TorchDispatchMode):
             return found
 
         setattr(module, name, outer)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled code run in this mode."""
+        return True
+
+    def _count_compiled(self) -> None:
+        """Count what kernels of torch's compiler are given; what they change in place, twice."""
+        if find_spec("triton") is None:
+            return
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+        inner = CachingAutotuner.run
+
+        def outer(kernel: Any, *arguments: Any, **words: Any) -> Any:
+            names = kernel.fn.arg_names
+            changed = [
+                value
+                for name, value in zip(names, arguments, strict=False)
+                if name.startswith("in_out_ptr")
+            ]
+            self.of_kernels["compiled"] += bytes_of((arguments, words, changed))
+            return inner(kernel, *arguments, **words)
+
+        CachingAutotuner.run = outer  # type: ignore[method-assign]
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: Any = (), words: Any = None

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
 import shutil
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -28,6 +28,9 @@ from spmdrl.models.specs import LayerSpec, SoftmaxAttention
 
 COMPILER = "inductor"
 """What makes code of a graph, see `torch.compile`."""
+
+COMPILERS = {"C": ("gcc", "clang"), "C++": ("g++",)}
+"""What torch's compiler looks for on the path, by language."""
 
 MOST_COMPILED = 64
 """Most graphs of one function: those of a model with several kinds of layers are some ten."""
@@ -113,11 +116,13 @@ def check_compiler(device: torch.device) -> None:
             f"{key} needs Triton on a GPU, which is not installed: install triton, or set the key "
             "to none"
         )
-    given = os.environ.get("CXX", "g++")
-    if device.type != "cuda" and shutil.which(given) is None:
+    # Triton's launchers are C, Inductor's code for CPUs is C++
+    name, language = ("CC", "C") if device.type == "cuda" else ("CXX", "C++")
+    known = [*filter(None, [os.environ.get(name)]), *COMPILERS[language]]
+    if not any(shutil.which(shlex.split(each)[0]) for each in known):
         raise ValueError(
-            f"{key} needs a C++ compiler, and {given!r} is not there: install g++, or name one in "
-            "the environment variable CXX, or set the key to none"
+            f"{key} needs a {language} compiler, and there is none of {', '.join(known)}: install "
+            f"g++, or name one in the environment variable {name}, or set the key to none"
         )
 
 
@@ -125,14 +130,13 @@ class CompiledPieces:
     """The compiled functions of one decoder, which its layers share."""
 
     def __init__(self) -> None:
-        def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-            return torch.compile(
-                function,
-                backend=COMPILER,
-                fullgraph=True,  # a break is an error
-                dynamic=True,
-                isolate_recompiles=True,  # other roles' models have graphs of their own
-                recompile_limit=MOST_COMPILED,
-            )
-
-        self.enter, self.leave, self.finish = compiled(enter), compiled(leave), compiled(finish)
+        given: dict[str, Any] = {
+            "backend": COMPILER,
+            "fullgraph": True,  # a break is an error
+            "dynamic": True,
+            "isolate_recompiles": True,  # other roles' models have graphs of their own
+            "recompile_limit": MOST_COMPILED,
+        }
+        self.enter = torch.compile(enter, **given)
+        self.leave = torch.compile(leave, **given)
+        self.finish = torch.compile(finish, **given)

@@ -282,6 +282,7 @@ class Decoder(nn.Module):
         """
         pieces = CompiledPieces()
         for layer in self.layers:
+            assert isinstance(layer, Layer), layer
             layer.pieces = pieces
 
     def slices(self) -> dict[str, tuple[Slice, ...]]:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed import distributed_c10d
 
 from spmdrl.batch import Batch
@@ -241,9 +242,11 @@ class Away:
 def live_storages() -> dict[int, torch.UntypedStorage]:
     """Return the storages with bytes of all tensors that Python knows of, and of their gradients.
 
-    Storages that only kernels or C++ hold are not among them.
+    Storages that only kernels or C++ hold are not among them. Fake tensors, which torch's compiler
+    keeps, have none.
     """
-    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    objects = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    tensors = [o for o in objects if not isinstance(o, FakeTensor)]
     leaves = [t for t in tensors if t.requires_grad and not t._is_view() and t.is_leaf]
     tensors += [t.grad for t in leaves if t.grad is not None]
     return {storage_key(s): s for s in _storages(tensors) if s.nbytes()}
