@@ -26,7 +26,10 @@ from spmdrl.world import start_world, stop_world
 
 def rows_of(lengths: list[int], vocabulary: int) -> Batch:
     tokens = [torch.randint(0, vocabulary, (length,)).tolist() for length in lengths]
-    batch = from_rows(tokens)
+    none = torch.zeros(len(lengths), dtype=torch.int64)
+    batch = from_rows(
+        tokens, rows={"prompt_ids": torch.arange(len(lengths)), "prompt_lengths": none}
+    )
     mask = torch.ones(batch.num_tokens, dtype=torch.bool)
     mask[batch.offsets()[:-1]] = False
     return batch.with_columns(tokens={"loss_mask": mask})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from test_budgets_cuda import measure, over
 
 from spmdrl.models.kernels import gpu
@@ -83,3 +84,24 @@ def test_the_kernel_reads_the_logits_once(monkeypatch: pytest.MonkeyPatch) -> No
         slices = 2 * 24 * rows * SLICES  # written and read
         assert own["gb"] <= (4 * rows * VOCABULARY + slices + 64 * rows) / 1e9 + 1e-3
         assert others["gb"] > 15 * own["gb"]
+
+
+COMPILED = {
+    "peak_gb": 46,
+    "microbatch_launches": 1680,
+    "microbatch_syncs": 0,
+    "microbatch_pageable_h2d": 0,
+    "left_gb": 0.07,
+    "elementwise_gb": 141,
+}
+"""The most of the same update with compiled layers, and without the kernels."""
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="train.compile needs torch 2.13")
+def test_compiled_layers_launch_and_touch_less_than_torchs_operations() -> None:
+    found = measure("compiled")
+    print(found)
+    assert over(found, COMPILED) == {}
+    assert 40 < found["gb_by_kernel"]["compiled"] < 47
+    # gradients are added to their sums in place
+    assert not {"clone", "copy_"} & found["gb_by_operation"].keys()

@@ -74,10 +74,10 @@ def finish(
     spec: LayerSpec,
     norms: tuple[Norm | None, Norm | None, Norm | None],
     attention: Attention,
-    mlp: Mlp,
     x: Tensor,  # [T, D]
     attended: Tensor,  # [T, H_local, d]
     gate: Tensor | None,
+    mlp: Mlp,
     added: tuple[Added, Added, Added],
 ) -> tuple[Tensor, Tensor]:  # [T, D] each
     """Compute the residual stream after attention, and what a dense MLP adds to it.

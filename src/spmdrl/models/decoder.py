@@ -125,27 +125,22 @@ class Layer(nn.Module):
         spec, attention, index = self.spec, self.attention, self.index
         assert isinstance(attention, Attention)
 
-        def added(*names: str) -> tuple[Added, ...]:
-            return tuple(added_to(adapters, f"layers.{index}.{name}") for name in names)
+        def added(name: str) -> Added:
+            return added_to(adapters, f"layers.{index}.{name}")
 
         stream, out = (x.x, x.out) if isinstance(x, Sum) else (x, None)
-        stream, heads = pieces.enter(
-            spec, self.input_norm, attention, stream, out, rope, *added("attention.qkv")
-        )
+        to_qkv = added("attention.qkv")
+        stream, heads = pieces.enter(spec, self.input_norm, attention, stream, out, rope, to_qkv)
         attended = attention.attended(index, heads, attend)
-        norms = self.attention_out_norm, self.post_norm
+        norms, to_out = (self.attention_out_norm, self.post_norm), added("attention.out")
+        between = attention, stream, attended, heads.gate
         if isinstance(self.mlp, Moe):
-            stream, normed = pieces.leave(
-                *(spec, norms, attention, stream, attended, heads.gate, *added("attention.out"))
-            )
+            stream, normed = pieces.leave(spec, norms, *between, to_out)
             out = _normed(self.mlp_out_norm, self.mlp(normed, index, routing, adapters))
         else:
-            stream, out = pieces.finish(
-                spec,
-                (*norms, self.mlp_out_norm),
-                *(attention, self.mlp, stream, attended, heads.gate),
-                added("attention.out", "mlp.gate_up", "mlp.down"),
-            )
+            to_mlp = added("mlp.gate_up"), added("mlp.down")
+            every = (*norms, self.mlp_out_norm)
+            stream, out = pieces.finish(spec, every, *between, self.mlp, (to_out, *to_mlp))
         return Sum(x=stream, out=out, scale=spec.residual_scale)
 
     def _whole(self, *given: Any) -> Tensor:
