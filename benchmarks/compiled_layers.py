@@ -1,4 +1,5 @@
-"""Time of forward and backward passes with and without `train.compile`, in turns, on one process.
+"""Time of forward and backward passes with and without `train.compile`, in turns, in one process:
+median, least and most, of the clock and of the processor (of all threads).
 
 python benchmarks/compiled_layers.py --model models/SmolLM2-135M-Instruct --repeats 5
 """
@@ -57,33 +58,27 @@ def main() -> None:
     layers = list(backend.body.decoder.layers)
     pieces = [layer.pieces for layer in layers]
 
-    def timed(is_compiled: bool, length: int) -> float:
+    def timed(is_compiled: bool, length: int) -> tuple[float, float]:
         for layer, own in zip(layers, pieces, strict=True):
             layer.pieces = own if is_compiled else None
         rows = rows_of([length], model.vocab_size)
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         backend.forward_backward(rows, loss, next_token(), normaliser=float(length))
         if world.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - start_cpu
 
     first = timed(True, words.tokens)
     timed(False, words.tokens)
-    found: dict[bool, list[float]] = {False: [], True: []}
+    found: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for repeat in range(words.repeats):
         for is_compiled in found:
             found[is_compiled].append(timed(is_compiled, words.tokens + repeat))
-    print(
-        json.dumps(
-            {
-                "tokens": words.tokens,
-                "first_s": round(first, 2),
-                "plain_s": [round(x, 3) for x in found[False]],
-                "compiled_s": [round(x, 3) for x in found[True]],
-                "medians_s": [round(statistics.median(x), 3) for x in found.values()],
-            }
-        )
-    )
+    report: dict[str, object] = {"tokens": words.tokens, "first_s": first}
+    for name, times in zip(("plain", "compiled"), found.values(), strict=True):
+        for kind, own in zip(("s", "cpu_s"), zip(*times, strict=True), strict=True):
+            report[f"{name}_{kind}"] = [statistics.median(own), min(own), max(own)]
+    print(json.dumps(report, default=float))
     stop_world()
 
 

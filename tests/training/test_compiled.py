@@ -6,6 +6,8 @@ these take seconds. The sweeps marked `full` have Inductor's code too.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,6 +114,10 @@ def steps(world: World, case: Case, how: str) -> tuple[list[Step], list[int]]:
         norm = backend.optim_step().grad_norm
         found.append((sums["loss"], norm, backend.forward(rows, next_token())["logprobs"]))
         graphs.append(counters["stats"]["unique_graphs"])
+    held = weakref.ref(backend)
+    del backend
+    gc.collect()
+    assert held() is None, "graphs keep the backend"
     return found, graphs
 
 
@@ -123,38 +129,32 @@ def model_of(case: Case) -> ModelConfig:
 COMPILED = Candidate(
     name="torch, compiled",
     train={"backend": "torch", "compile": "blocks"},
-    layouts={
-        1: (Layout(),),
-        2: (
-            Layout(degrees={"dp_shard": 2}, train={"microbatch_tokens": 25}),
-            Layout(degrees={"tp": 2}),
-            Layout(degrees={"cp": 2}, train={"recompute": "layer"}),
-            Layout(degrees={"dp_shard": 2}, blocks=2),
-        ),
-    },
+    layouts={1: (Layout(),)},
+)
+CLAUSES = (
+    *("readouts", "float32 sums", "exact resume", "parts that leave", "adapters"),
+    *("shared bases", "experts"),
 )
 
 
 @pytest.mark.full
 @pytest.mark.contract
-@pytest.mark.parametrize(
-    ("size", "layout"), [(n, one) for n, all_of in COMPILED.layouts.items() for one in all_of]
-)
-def test_compiled_layers_pass_the_contract(size: int, layout: Layout) -> None:
-    for lines in run_ranks(held, size, layout, timeout_s=550):
-        assert any("holds" in line for line in lines), lines
+@pytest.mark.parametrize("clause", CLAUSES)
+def test_compiled_layers_pass_the_contract(clause: str) -> None:
+    [lines] = run_ranks(held, 1, clause, timeout_s=300)
+    assert f"  holds   {clause}" in lines, lines
 
 
-def held(world: World, layout: Layout) -> list[str]:
+def held(world: World, clause: str) -> list[str]:
     compiled.COMPILER = EAGER
-    return list(check_backend(COMPILED, world, layouts=[layout]).require().lines())
+    return list(check_backend(COMPILED, world, only=[clause]).require().lines())
 
 
 BASE: dict[str, Any] = {
     "steps": 1,
     "run_dir": "runs/test",
     "model": {"path": "models/toy"},
-    "data": {"train": {"source": "a.jsonl"}},
+    "data": {"train": {"source": "a.jsonl"}, "prompts_per_step": 4},
     "rewards": [{"function": "exact"}],
     "train": {"compile": "blocks"},
 }
