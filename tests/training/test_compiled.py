@@ -32,7 +32,8 @@ from spmdrl.testing.subject import Candidate, Layout
 from spmdrl.training.readout import next_token
 from spmdrl.world import World
 
-EAGER, CODE = "aot_eager", "inductor"
+GRAPHS, EAGER, CODE = "eager", "aot_eager", "inductor"
+"""Torch's operations compute the forward's graph, both graphs, or Inductor's code does."""
 LAYERS = 4
 
 
@@ -52,9 +53,10 @@ class Case:
 
 
 CASES = {
-    "dense": Case(),
+    "dense": Case(code=GRAPHS),
+    "dense, both passes": Case(),
     "experts": Case(experts=True),
-    "adapter": Case(adapter=True),
+    "adapter": Case(adapter=True, graphs=8),  # the first stream has no gradient
     "recomputed": Case(given={"recompute": "layer"}),
     "bfloat16": Case(given={"param_dtype": torch.bfloat16}),
     "sharded": Case(degrees={"dp_shard": 2}, graphs=8),
