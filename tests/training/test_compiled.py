@@ -177,7 +177,7 @@ BASE: dict[str, Any] = {
                 first_k_dense_replace=2,
             ),
             {},
-            r"roles\.policy\.train\.compile=blocks: layer 0 .* policy\.train\.compile=none",
+            r"roles\.policy\.train\.compile=blocks: layer 0 .*policy\.train\.compile=none",
         ),
         (
             tiny_config(),
