@@ -27,10 +27,10 @@ from spmdrl.models.rope import Rope
 from spmdrl.models.specs import LayerSpec, SoftmaxAttention
 
 COMPILER = "inductor"
-"""What makes code of a graph, see `torch.compile`."""
+"""Name of what makes code of a graph, see `torch.compile`."""
 
 COMPILERS = {"C": ("gcc", "clang"), "C++": ("g++",)}
-"""What torch's compiler looks for on the path, by language."""
+"""Compilers that torch's looks for on the path, by language."""
 
 MOST_COMPILED = 64
 """Most graphs of one function: those of a model with several kinds of layers are some ten."""
