@@ -61,7 +61,7 @@ class Layer(nn.Module):
             self.mlp = Mlp(self.spec.mlp, hidden, build)
         self.mlp_out_norm = norm("after", "around")
         self.pieces: CompiledPieces | None = None
-        """Functions that compute the layer around attention and experts, where a backend sets them."""
+        """Functions that compute it around attention and experts, where a backend sets them."""
 
     def forward(
         self,
