@@ -34,6 +34,7 @@ class Figures:
         wide: loads from global memory of 16 bytes and more (to registers or to shared memory).
         scalar: loads from global memory of at most 4 bytes.
         instructions: all instructions.
+        products: how threads hold the results of products, one line for each way.
         ptx: the code before ptxas, in which orders of memory can be read.
     """
 
@@ -44,6 +45,7 @@ class Figures:
     wide: int
     scalar: int
     instructions: int
+    products: frozenset[str] = frozenset()
     ptx: str = field(default="", repr=False)
 
 
@@ -56,12 +58,14 @@ def compiled(
     odd: tuple[str, ...] = (),
     num_warps: int = 4,
     num_stages: int = 3,
+    fusion: bool = True,
 ) -> Figures:
     """Compile a kernel for sm_80, sm_90 or sm_100.
 
     Args:
         tensors: Triton's type of each argument that is no constant: `*bf16`, `i32`, `fp32`.
         odd: arguments that are no multiples of 16, as pointers and integers are by default.
+        fusion: whether the compiler may fuse a product and a sum.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -80,9 +84,11 @@ def compiled(
     made = triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
+        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fusion},
     )
-    return replace(figures(made.asm["cubin"], made.metadata.shared), ptx=made.asm["ptx"])
+    found = figures(made.asm["cubin"], made.metadata.shared)
+    products = frozenset(re.findall(r"= (#ttg.nvidia_mma<.*)", made.asm["ttgir"]))
+    return replace(found, products=products, ptx=made.asm["ptx"])
 
 
 def figures(cubin: bytes, shared: int) -> Figures:
@@ -160,19 +166,37 @@ def _interpret() -> None:
     torch.set_num_threads(1)
     runtime = importlib.import_module("triton.runtime.interpreter")
     language = importlib.import_module("triton.language")
-    plain = runtime.InterpreterBuilder.create_dot
 
-    def wide(handle: Any) -> Any:
-        if handle.dtype.scalar != language.bfloat16:
-            return handle
-        bits = handle.data.astype(np.uint32) << 16
-        return runtime.TensorHandle(bits.view(np.float32), language.float32)
+    def numbers(handle: Any) -> Any:
+        if handle.dtype.scalar == language.bfloat16:
+            # Triton 3.9's interpreter multiplies their bits
+            return (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return handle.data
 
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        """Multiply bfloat16 as numbers: Triton 3.9's interpreter multiplies their bits."""
-        return plain(self, wide(a), wide(b), *rest)
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        """Multiply so that a row's products depend on the row alone, as a tensor core's do; those
+        of BLAS also depend on the row's place.
+        """
+        rows, columns = numbers(a), np.ascontiguousarray(numbers(b).T)
+        dtype = d.data.dtype
+        summed = (rows[:, None].astype(dtype) * columns[None].astype(dtype)).sum(-1)
+        return runtime.TensorHandle(summed + d.data, d.dtype.scalar)
+
+    calling, patched = runtime.InterpretedFunction.__call__, set[str]()
+
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        """Call a part of a kernel without patching the language again, which takes longer than most
+        parts: the kernel's call has patched what our modules see of it, and once patched, what its
+        own modules see stays so.
+        """
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in patched:
+            patched.add(module)
+            return calling(self, *arguments, **named)
+        return self.rewrite()(*arguments, **named)
 
     runtime.InterpreterBuilder.create_dot = create_dot
+    runtime.InterpretedFunction.__call__ = call
 
 
 def planted(module: str, old: str, new: str, directory: Path) -> Any:

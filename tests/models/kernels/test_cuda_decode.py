@@ -278,6 +278,7 @@ def attention_figures(
         TENSORS,
         constants | changed,
         odd=("table_row",),
+        fusion=False,
     )
 
 
@@ -301,16 +302,22 @@ def test_compiled_attention_of_all_sizes(architecture: int, dims: int, page: int
         check_attention(found)
 
 
-def counts_after_stores(ptx: str) -> bool:
+def counts_after_stores(ptx: str, number: int = 1) -> bool:
     """Whether all threads meet between a split's stores and its count, which orders them, and
-    nothing is stored between the count and the merge's loads.
+    nothing is stored between the count and what is done with it.
+
+    Args:
+        number: places in the code where splits are counted.
     """
     counts = [m.start() for m in re.finditer(r"atom\.\S*acq_rel\S*gpu|atom\.\S*gpu\S*acq_rel", ptx)]
-    if len(counts) != 1:
+    if len(counts) != number:
         return False
-    before = ptx[ptx.rindex("st.global", 0, counts[0]) : counts[0]]
-    after = ptx[counts[0] : ptx.index("ld.global.cg", counts[0])]
-    return re.search(r"\bbar(rier)?\.sync", before) is not None and "st.global" not in after
+    for count in counts:
+        before = ptx[ptx.rindex("st.global", 0, count) : count]
+        after = ptx[count : ptx.index("$L__BB", count)]
+        if re.search(r"\bbar(rier)?\.sync", before) is None or "st.global" in after:
+            return False
+    return True
 
 
 COUNT = """        tl.debug_barrier()

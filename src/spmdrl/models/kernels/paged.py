@@ -36,6 +36,17 @@ def turn_and_store(
     )
 
 
+def least_shared_keys(device: torch.device) -> int | None:
+    """Return the fewest keys of pages that rows share which `DecodeKernels` reads once for them;
+    None where the kernels do not run.
+    """
+    if not gpu.runs_on(device):
+        return None
+    from spmdrl.models.kernels.cuda import decode
+
+    return decode.SPLIT
+
+
 class DecodeKernels:
     """Attention of single queries, with the memory that counts the splits which have ended.
 
@@ -63,12 +74,19 @@ class DecodeKernels:
         lengths: Tensor,  # [n] int32, keys that each query sees, its own included
         options: AttentionOptions,
         sinks: Tensor | None = None,  # [H]
+        sharing: Tensor | None = None,  # [4, n] int32
     ) -> Tensor:  # [n, H, d]
-        """Compute `kernels.cuda.decode.decode_attention`."""
-        from spmdrl.models.kernels.cuda.decode import decode_attention
-
+        """Compute `kernels.cuda.decode.decode_attention`, or with `sharing` what equals it to the
+        last bit, `kernels.cuda.cascade.cascade_attention`.
+        """
         q, count = gpu.side_by_side(q), len(q) * keys.shape[2]
         if count not in self._counters:
             self._counters[count] = torch.zeros(count, dtype=torch.int32, device=q.device)
-        counters = self._counters[count]
-        return decode_attention(q, keys, values, table, lengths, options, sinks, counters=counters)
+        counters, operands = self._counters[count], (q, keys, values, table, lengths)
+        if sharing is None:
+            from spmdrl.models.kernels.cuda.decode import decode_attention
+
+            return decode_attention(*operands, options, sinks, counters=counters)
+        from spmdrl.models.kernels.cuda.cascade import cascade_attention
+
+        return cascade_attention(*operands, options, sinks, sharing=sharing, counters=counters)

@@ -24,6 +24,7 @@ from spmdrl.models.config import ModelConfig
 from spmdrl.models.decoder import Decoder
 from spmdrl.models.degrees import check_tp
 from spmdrl.models.files.token_texts import TokenTexts
+from spmdrl.models.kernels.paged import least_shared_keys
 from spmdrl.rollout.lockstep import Lockstep
 from spmdrl.rollout.native.adapters import CallAdapters, adapters_of
 from spmdrl.rollout.native.blocks import BlockPool
@@ -37,6 +38,7 @@ from spmdrl.rollout.native.sample import Sample, leaders_of, samples_of
 from spmdrl.rollout.native.sampler import Sampler
 from spmdrl.rollout.native.scheduler import Scheduler
 from spmdrl.rollout.native.shared_prefix import common_prefix
+from spmdrl.rollout.native.sharing import may_share
 from spmdrl.rollout.native.snapshot import blocks_of, restore_snapshot, take_snapshot
 from spmdrl.rollout.native.turns import TurnTaking
 from spmdrl.rollout.native.weights import EngineWeights, blocked_weights
@@ -359,12 +361,14 @@ class NativeEngine:
         rules = [self._stops.of(request.sampling) for request in requests]
         vocabulary = self._model.vocab_size
         by_row = [*adapters.weights] if adapters.by_row else []
+        least, block_size = least_shared_keys(self._device), self._workspace.block_size
+        shares = least is not None and may_share(requests, scheduler.prefix, block_size, least)
         return StepLoop(
             decoder=self._decoder,
             group=self._group,
             runner=runner,
             scheduler=scheduler,
-            rows=RowState(rows, by_row, self._dtype),
+            rows=RowState(rows, by_row, self._dtype, shares=shares),
             ledger=ledger,
             sampler=self._sampler,
             endings=Endings(rules, [self._stops.watched(rule, vocabulary) for rule in rules]),

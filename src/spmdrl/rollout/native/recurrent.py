@@ -182,9 +182,11 @@ class MixedAttention:
 
     def prepare(self, plan: StepPlan, indices: Sequence[Tensor]) -> None:
         slots, positions, cells, table, *rest = indices
-        chunked = rest[:2] if rest else [slots[:0], slots[:0]]
+        chunked, others = [slots[:0], slots[:0]], rest
+        if plan.chunks:
+            chunked, others = rest[:2], rest[2:]
         self.states.prepare(plan, [slots, *chunked])
-        self.attention.prepare(plan, [positions, cells, table, *rest[2:]])
+        self.attention.prepare(plan, [positions, cells, table, *others])
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None

@@ -19,6 +19,7 @@ from torch import Tensor
 from spmdrl.keyed_random import chain_all
 from spmdrl.memory.host_copies import to_device
 from spmdrl.rollout.native.sample import Sample
+from spmdrl.rollout.native.sharing import alone, find_sharing
 from spmdrl.rollout.native.step_plan import StepPlan
 
 _KEYS_AHEAD = 32
@@ -36,6 +37,7 @@ class DecodeRows:
         table: blocks, int32 [n, W].
         slots: slots of recurrent layers' states, int64 [n], if the model has any.
         factors: each adapter's factor of every row, [n, 1], where rows have different ones.
+        sharing: rows that hold the same pages, int32 [4, n], see `sharing`; None: nobody asks.
     """
 
     tokens: Tensor
@@ -44,15 +46,19 @@ class DecodeRows:
     table: Tensor
     slots: Tensor | None
     factors: Sequence[Tensor] = ()
+    sharing: Tensor | None = None
 
     def indices(self) -> list[Tensor]:
-        """Return what `PagedAttention.prepare` takes of decodes."""
+        """Return what `PagedAttention.prepare` takes of decodes in steps with chunks, too."""
         slots = [] if self.slots is None else [self.slots]
         return [*slots, self.positions, self.cells, self.table]
 
     def tensors(self) -> list[Tensor]:
-        """Return what a step reads of them: tokens, positions, factors, indices."""
-        return [self.tokens, self.positions, *self.factors, *self.indices()]
+        """Return what a step that only decodes reads of them: tokens, positions, factors, indices,
+        and who shares.
+        """
+        sharing = [] if self.sharing is None else [self.sharing]
+        return [self.tokens, self.positions, *self.factors, *self.indices(), *sharing]
 
 
 class RowBuffers:
@@ -86,6 +92,10 @@ class RowBuffers:
         self.numbers = self.numbers.to(device)
         self.table = torch.zeros(num_rows, num_blocks, dtype=torch.int32, device=device)
         self.factors: dict[str, Tensor] = {}
+        # rows that share pages, in a call that has such, and those of rows alone
+        self.shares = False
+        self._alone = torch.from_numpy(alone(num_rows if fixed else 0)).to(device)
+        self.sharing = self._alone.clone()
         # of draws in a graph, where steps are captured: keys, temperatures, and rows of logits
         count = num_rows if fixed else 0
         self.keys = torch.zeros(count, dtype=torch.int64, device=device)
@@ -102,6 +112,7 @@ class RowBuffers:
             table=table,
             slots=None if self.idle_slot is None else self.numbers[3, :count],
             factors=[self.factors[name][:count] for name in adapters],
+            sharing=self.sharing[:, :count] if self.shares else None,
         )
 
     def idle(self, count: int, adapters: Sequence[str]) -> list[Tensor]:
@@ -116,10 +127,16 @@ class RowBuffers:
             table=table,
             slots=None if self.idle_slot is None else numbers[3],
             factors=[torch.zeros_like(self.factors[name][:count]) for name in adapters],
+            sharing=self._alone[:, :count] if self.shares else None,
         ).tensors()
 
-    def begin(self, adapters: Sequence[str], dtype: torch.dtype) -> None:
-        """Begin a call: all rows are idle."""
+    def begin(self, adapters: Sequence[str], dtype: torch.dtype, *, shares: bool = False) -> None:
+        """Begin a call: all rows are idle.
+
+        Args:
+            shares: whether some may hold the same pages, and attention asks which.
+        """
+        self.shares = shares and self.is_fixed
         none = self.numbers[0, :0]
         self.write(self.num_rows, none, self.numbers[1:3, :0], none, self.table[:0])
         for name in adapters:
@@ -137,6 +154,8 @@ class RowBuffers:
         self.table[:count, :width] = table
         if self.idle_slot is not None:
             self.numbers[3, :count] = slots
+        if self.shares:
+            self.sharing[:, count:before] = self._alone[:, count:before]
         if count < before and self.is_fixed:
             self._idle(self.numbers[:, count:before], self.table[count:before])
 
@@ -177,6 +196,7 @@ class RowState:
     Args:
         adapters: names of the adapters of which rows have different ones.
         dtype: dtype of their factors.
+        shares: see `RowBuffers.begin`.
     """
 
     def __init__(
@@ -184,9 +204,11 @@ class RowState:
         buffers: RowBuffers,
         adapters: Sequence[str] = (),
         dtype: torch.dtype = torch.float32,
+        *,
+        shares: bool = False,
     ) -> None:
         self._buffers, self._block_size, self._adapters = buffers, buffers.block_size, adapters
-        buffers.begin(adapters, dtype)
+        buffers.begin(adapters, dtype, shares=shares)
         self._samples: list[Sample] = []
         self._row: dict[Sample, int] = {}
         # of each row, on the host: its length, its key, how far its tokens' numbers are beyond
@@ -207,6 +229,11 @@ class RowState:
     def count(self) -> int:
         """Number of rows."""
         return len(self._samples)
+
+    @property
+    def shares(self) -> bool:
+        """Whether its tensors tell which rows hold the same pages."""
+        return self._buffers.shares
 
     def view(self, size: int | None = None) -> DecodeRows:
         """Return the rows, or the first `size`, of which those that are not used are idle."""
@@ -325,7 +352,8 @@ class RowState:
         places = self._lengths - 1
         columns = places // self._block_size
         cells = places + (self._table[range(self.count), columns] - columns) * self._block_size
-        numbers, table, where, tokens, slot, self._base, *factors = to_device(
+        sharing = [] if not self.shares else [torch.from_numpy(self._find_sharing())]
+        numbers, table, where, tokens, slot, self._base, *others = to_device(
             [
                 torch.from_numpy(np.stack((places, cells))),
                 torch.from_numpy(self._table),
@@ -333,6 +361,7 @@ class RowState:
                 torch.tensor(written, dtype=torch.int64),
                 torch.tensor(slots, dtype=torch.int64),
                 torch.from_numpy(self._bases),
+                *sharing,
                 *(
                     torch.tensor(
                         [[name == own] for name in asked], dtype=buffers.factors[own].dtype
@@ -347,9 +376,15 @@ class RowState:
         # tokens; positions and cells, which go to the next in their blocks
         self._newest = buffers.numbers[0, : self.count], buffers.numbers[1:3, : self.count]
         buffers.write(before, tokens[where], numbers, slot, table)
-        for own, factor in zip(self._adapters, factors, strict=True):
+        if sharing:
+            buffers.sharing[:, : self.count] = others.pop(0)
+        for own, factor in zip(self._adapters, others, strict=True):
             buffers.factors[own][: self.count] = factor.view(-1, 1)
             buffers.factors[own][self.count : before] = 0
+
+    def _find_sharing(self) -> NDArray[np.int32]:
+        prompts = np.array([sample.index for sample in self._samples], np.int64)
+        return find_sharing(self._table, self._lengths, prompts, self._block_size)
 
     def _hold(self, width: int) -> None:
         """Make room for so many blocks of a row."""

@@ -106,7 +106,7 @@ class Runner:
             size,
             [*rows.view(size).tensors(), *drawing],
             partial(self._compute_draws, plan),
-            (self._adapters.variant, DIRECT),
+            (self._adapters.variant, rows.shares, DIRECT),
             idle=lambda: [*rows.idle(size), *drawing],
         )
         tokens, logprobs, margins, *chosen = [result[: rows.count] for result in results]
@@ -139,7 +139,7 @@ class Runner:
             size,
             rows.view(size).tensors(),
             partial(self._compute, plan),
-            self._adapters.variant,
+            (self._adapters.variant, rows.shares),
             idle=partial(rows.idle, size),
         )
         return [result[: rows.count] for result in results]

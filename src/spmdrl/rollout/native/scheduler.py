@@ -72,6 +72,11 @@ class Scheduler:
         return bool(self.running or self._ready or self._waiting or self._answered)
 
     @property
+    def prefix(self) -> int:
+        """Number of tokens with which all prompts begin and which are computed once."""
+        return self._prefix.length
+
+    @property
     def parked(self) -> Sequence[Sample]:
         """Samples that wait for the answers to their turns."""
         return self._parked

@@ -27,7 +27,7 @@ class SharedPrefix:
         block_size: int,
         slots: BlockPool | None = None,
     ) -> None:
-        self._length, self._pool, self._block_size = length, pool, block_size
+        self.length, self._pool, self._block_size = length, pool, block_size
         self._slots = slots
         self.owner = owner if length else None
         self.blocks: list[int] = []
@@ -36,12 +36,12 @@ class SharedPrefix:
     @property
     def cached(self) -> int:
         """Number of tokens in the held blocks."""
-        return self._length if self.blocks else 0
+        return self.length if self.blocks else 0
 
     def keep(self) -> None:
         """Hold the blocks of the owner if it has computed them."""
-        if self.owner is not None and self.owner.cached >= self._length:
-            self.blocks = self.owner.blocks[: -(-self._length // self._block_size)]
+        if self.owner is not None and self.owner.cached >= self.length:
+            self.blocks = self.owner.blocks[: -(-self.length // self._block_size)]
             self._pool.share(*self.blocks)
             if self._slots is not None and self.owner.slot is not None:
                 self.slot = self.owner.slot
@@ -54,7 +54,7 @@ class SharedPrefix:
         """
         if self._slots is None or sample is not self.owner:
             return stop
-        return min(stop, self._length)
+        return min(stop, self.length)
 
     def drop(self) -> bool:
         """Release the blocks; return whether any were held."""
@@ -68,7 +68,7 @@ class SharedPrefix:
     def state(self, number: Mapping[Sample, int]) -> dict[str, Any]:
         """Return JSON values from which `restore` makes an equal prefix; its owner by `number`."""
         return {
-            "prefix": self._length,
+            "prefix": self.length,
             "prefix_owner": None if self.owner is None else number[self.owner],
             "prefix_blocks": self.blocks,
             "prefix_slot": self.slot,
@@ -78,7 +78,7 @@ class SharedPrefix:
         """Adopt the `state()` of another prefix."""
         owner = state["prefix_owner"]
         self.owner = None if owner is None else samples[owner]
-        self._length, self.blocks = state["prefix"], list(state["prefix_blocks"])
+        self.length, self.blocks = state["prefix"], list(state["prefix_blocks"])
         self.slot = state.get("prefix_slot")
 
 

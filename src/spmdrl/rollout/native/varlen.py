@@ -133,6 +133,7 @@ class VarlenAttention:
                 caches[number], free = free[: prod(size)].view(size), free[prod(size) :]
         self._indices: Sequence[Tensor] = ()
         self._max_query = 0
+        self._sharing: Tensor | None = None
         # by number of decodes: first rows of each, which never change, and room for first keys
         self._starts: dict[int, tuple[Tensor, Tensor]] = {}
         self._decode = DecodeKernels()
@@ -170,7 +171,13 @@ class VarlenAttention:
         ]
 
     def prepare(self, plan: StepPlan, indices: Sequence[Tensor]) -> None:
-        positions, cells, table, *chunked = indices
+        """See `PagedAttention.prepare`.
+
+        Args:
+            indices: of a plan without chunks, with `DecodeRows.sharing` at the end if there is any.
+        """
+        positions, cells, table, *others = indices
+        chunked, self._sharing = (others, None) if plan.chunks else ((), next(iter(others), None))
         self._max_query = max((c.stop - c.start for c in plan.chunks), default=1)
         used = torch.add(positions, 1, out=positions.new_empty(len(positions), dtype=torch.int32))
         if chunked:
@@ -231,7 +238,8 @@ class VarlenAttention:
         _, table, used, starts, key_starts = self._indices
         single = self._max_query == 1
         if single and self._decode.serves(q, self._shape.block_size):
-            return self._decode(q, keys, values, table, used, found.options, sinks)
+            given = q, keys, values, table, used, found.options, sinks
+            return self._decode(*given, sharing=self._sharing)
         # FlashAttention 2 requires lengths of keys although a block table makes them useless;
         # 3 and later refuse both together.
         old = current_flash_attention_impl() in (None, "FA2")

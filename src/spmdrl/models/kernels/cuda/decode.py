@@ -58,7 +58,7 @@ def decode_attention(
         counters: memory for the numbers of splits that have ended. It is zero again when the kernel
             ends, so that all calls of one stream may share it; None: it is made and cleared here.
     """
-    _check(q, keys, values, table, lengths)
+    check(q, keys, values, table, lengths)
     rows, heads, dims = q.shape
     block_size, kv_heads = keys.shape[1], keys.shape[2]
     out = q.new_empty(rows, heads, dims)
@@ -67,10 +67,8 @@ def decode_attention(
     if counters is None:
         counters = torch.zeros(rows * kv_heads, dtype=torch.int32, device=q.device)
     assert counters.dtype == torch.int32 and counters.numel() >= rows * kv_heads, counters.shape
-    splits = min(MOST_SPLITS, -(-table.shape[1] * block_size // SPLIT))
-    parts = torch.empty(rows, heads, splits, dims, dtype=torch.float32, device=q.device)
-    sums = torch.empty(rows, heads, splits, dtype=torch.float32, device=q.device)
-    attend_split[(rows, kv_heads, splits)](
+    parts, sums = memory_of_parts(q, table, block_size)
+    attend_split[(rows, kv_heads, parts.shape[2])](
         q,
         keys,
         values,
@@ -92,13 +90,14 @@ def decode_attention(
         CAPPED=options.softcap is not None,
         HAS_SINKS=sinks is not None,
         num_warps=4,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,  # products are fused where the kernel says so, in any program
         num_stages=3,
     )
     return out
 
 
-def _check(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor) -> None:
+def check(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor) -> None:
+    """Assert that the operands of `decode_attention` fit together."""
     heads, dims = q.shape[1:]
     block_size, kv_heads = keys.shape[1:3]
     assert keys.shape == values.shape and keys.stride() == values.stride(), (keys, values)
@@ -107,6 +106,13 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tens
     assert q.dtype == keys.dtype == values.dtype, (q.dtype, keys.dtype, values.dtype)
     assert q.stride(1) == dims, "heads lie side by side"
     assert q.stride(2) == keys.stride(3) == table.stride(1) == lengths.stride(0) == 1
+
+
+def memory_of_parts(q: Tensor, table: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Make memory for the parts of splits [n, H, splits, d], and for their sums [n, H, splits]."""
+    splits = min(MOST_SPLITS, -(-table.shape[1] * block_size // SPLIT))
+    parts = torch.empty(*q.shape[:2], splits, q.shape[2], dtype=torch.float32, device=q.device)
+    return parts, torch.empty(*q.shape[:2], splits, dtype=torch.float32, device=q.device)
 
 
 def sizes(group: int, dims: int) -> dict[str, int]:
@@ -165,7 +171,7 @@ def keys_of_split(
 
 @kernel
 def attend_keys(
-    own: tl.tensor,  # [HEADS, WIDE], queries
+    owns: tl.tuple,  # tiles of queries [HEADS, WIDE]
     keys: tl.tensor,
     values: tl.tensor,
     pages: tl.tensor,  # the row's part of the table
@@ -176,17 +182,23 @@ def attend_keys(
     PAGE: tl.constexpr,
     DIMS: tl.constexpr,
     TILE: tl.constexpr,
+    TILES: tl.constexpr,
     CAPPED: tl.constexpr,
-) -> tl.tuple:  # [HEADS, WIDE], [HEADS], [HEADS]
-    """Sum weighted values, and weights, relative to the highest score, which comes third."""
-    HEADS: tl.constexpr = own.shape[0]
-    WIDE: tl.constexpr = own.shape[1]
+) -> tl.tuple:  # of each tile ([HEADS, WIDE], [HEADS], [HEADS])
+    """Sum weighted values, and weights, relative to the highest score, which comes third.
+
+    Keys and values are read once for all tiles. A tile's arithmetic does not depend on the others.
+    """
+    HEADS: tl.constexpr = owns[0].shape[0]
+    WIDE: tl.constexpr = owns[0].shape[1]
     first, start, stop = bounds
     block_stride, token_stride, head_place = strides
     dim = tl.arange(0, WIDE)
-    highest = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, WIDE], tl.float32)
+    found: tl.tuple = ()
+    for _ in tl.static_range(TILES):
+        highest = tl.full([HEADS], float("-inf"), tl.float32)
+        zeros = tl.zeros([HEADS, WIDE], tl.float32)
+        found = found + ((zeros, tl.zeros([HEADS], tl.float32), highest),)
     for begin in range(start, stop, TILE):
         place = begin + tl.arange(0, TILE)
         seen = (place >= first) & (place < stop)
@@ -195,31 +207,58 @@ def attend_keys(
         key += head_place
         read = seen[:, None] & (dim < DIMS)[None, :]
         k = tl.load(keys + key[:, None] + dim[None, :], mask=read, other=0.0)
-        score = scores(own, k, scale, softcap, CAPPED)
-        score = tl.where(seen[None, :], score, float("-inf"))
-        now = tl.maximum(highest, tl.max(score, 1))
-        weight = tl.exp2(score - now[:, None])
-        kept = tl.exp2(highest - now)
         v = tl.load(values + key[:, None] + dim[None, :], mask=read, other=0.0)
-        total = total * kept + tl.sum(weight, 1)
-        acc = acc * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-        highest = now
-    return acc, total, highest
+        summed: tl.tuple = ()
+        for tile in tl.static_range(TILES):
+            score = scores(owns[tile], k, scale, softcap, CAPPED)
+            score = tl.where(seen[None, :], score, float("-inf"))
+            summed = summed + (add_keys(found[tile], score, v),)
+        found = summed
+    return found
 
 
 @kernel
-def merge_splits(
-    parts: tl.tensor,  # [HEADS, WIDE] pointers to those of split 0
-    sums: tl.tensor,  # [HEADS] pointers to those of split 0
-    low: tl.tensor,
-    high: tl.tensor,
-    best: tl.tensor,  # [HEADS], a sink's score
-    total: tl.tensor,  # [HEADS], a sink's weight
+def add_keys(found: tl.tuple, score: tl.tensor, v: tl.tensor) -> tl.tuple:
+    """Add a tile of keys to what `attend_keys` has summed, by their scores."""
+    acc, total, highest = found
+    now = tl.maximum(highest, tl.max(score, 1))
+    weight = tl.exp2(score - now[:, None])
+    kept = tl.exp2(highest - now)
+    total = tl.fma(total, kept, tl.sum(weight, 1))
+    acc = acc * kept[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+    return acc, total, now
+
+
+@kernel
+def spread(x: tl.tensor, shape: tl.constexpr) -> tl.tensor:
+    """Broadcast a column over the rows of a tile."""
+    return tl.broadcast_to(x[:, None], shape)
+
+
+@kernel
+def sink_of(sinks: tl.tensor, is_head: tl.tensor, HAS_SINKS: tl.constexpr) -> tl.tuple:
+    """Return a sink's score and its weight: it is one more score, whose value is zero."""
+    best, whole = tl.full(is_head.shape, float("-inf"), tl.float32), tl.where(is_head, 0.0, 0.0)
+    if HAS_SINKS:
+        sink = tl.load(sinks, mask=is_head, other=0.0)
+        best, whole = sink.to(tl.float32) * _LOG2_E, whole + 1.0
+    return best, whole
+
+
+@kernel
+def merge_row(
+    places: tl.tuple,  # pointers to the row's result, to the part and the sum of its split 0 (all
+    # [HEADS, WIDE] or [HEADS]), to the sinks [HEADS], and to the number of its splits that ended
+    low: tl.tensor,  # the row's first split
+    high: tl.tensor,  # the end of its splits
     mine: tl.tensor,  # [HEADS, WIDE] bool
     is_head: tl.tensor,  # [HEADS] bool
     DIMS: tl.constexpr,
-) -> tl.tuple:  # [HEADS, WIDE], [HEADS]
-    """Sum the weighted parts of the splits from `low` to before `high`, and the weights."""
+    HAS_SINKS: tl.constexpr,
+) -> None:
+    """Store a row's result, all of whose splits have ended."""
+    target, parts, sums, sinks, counter = places
+    best, total = sink_of(sinks, is_head, HAS_SINKS)
     acc = tl.zeros(mine.shape, tl.float32)
     for other in range(low, high):
         # not from a cache that does not see other processors' stores
@@ -227,20 +266,17 @@ def merge_splits(
         part = tl.load(parts + other * DIMS, mask=mine, other=0.0, cache_modifier=".cg")
         now = tl.maximum(best, logarithm)
         kept, weight = tl.exp2(best - now), tl.exp2(logarithm - now)
-        acc = acc * kept[:, None] + part * weight[:, None]
-        total = total * kept + weight
+        acc = tl.fma(acc, spread(kept, acc.shape), part * weight[:, None])
+        total = tl.fma(total, kept, weight)
         best = now
-    return acc, total
+    tl.store(counter, 0)
+    tl.store(target, (acc / total[:, None]).to(target.dtype.element_ty), mask=mine)
 
 
 @kernel
 def end_split(
-    found: tl.tuple,  # what `attend_keys` gave
-    target: tl.tensor,  # [HEADS, WIDE] pointers to the row's result
-    parts: tl.tensor,  # [HEADS, WIDE] pointers to those of split 0
-    sums: tl.tensor,  # [HEADS] pointers to those of split 0
-    sinks: tl.tensor,  # [HEADS] pointers
-    counter: tl.tensor,  # pointer to the number of the row's splits that have ended
+    found: tl.tuple,  # what `attend_keys` gave for a tile
+    places: tl.tuple,  # see `merge_row`
     splits: tl.tuple,  # this one, the row's first one, and the end of its splits
     mine: tl.tensor,  # [HEADS, WIDE] bool
     is_head: tl.tensor,  # [HEADS] bool
@@ -248,9 +284,9 @@ def end_split(
     HAS_SINKS: tl.constexpr,
 ) -> None:
     """Store a split's part, and if it is the last of the row's splits to end, the row's result."""
+    target, parts, sums, sinks, counter = places
     acc, total, highest = found
     split, low, high = splits
-    ended = 0
     if high - low > 1:
         tl.store(sums + split, highest + tl.log2(total), mask=is_head)
         tl.store(parts + split * DIMS, acc / total[:, None], mask=mine)
@@ -258,21 +294,58 @@ def end_split(
         tl.debug_barrier()
         ended = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         tl.debug_barrier()
-    if ended == high - low - 1:
-        # a sink is one more score, whose value is zero
-        best, whole = tl.full(is_head.shape, float("-inf"), tl.float32), tl.zeros_like(total)
-        if HAS_SINKS:
-            sink = tl.load(sinks, mask=is_head, other=0.0)
-            best, whole = sink.to(tl.float32) * _LOG2_E, whole + 1.0
-        if high - low > 1:
-            acc, total = merge_splits(parts, sums, low, high, best, whole, mine, is_head, DIMS)
-            tl.store(counter, 0)
-        else:
-            # the sum of this split is relative to its highest score
-            now = tl.maximum(best, highest)
-            kept = tl.exp2(highest - now)
-            acc, total = acc * kept[:, None], total * kept + whole * tl.exp2(best - now)
+        if ended == high - low - 1:
+            merge_row(places, low, high, mine, is_head, DIMS, HAS_SINKS)
+    else:
+        # the sum of this split is relative to its highest score
+        best, whole = sink_of(sinks, is_head, HAS_SINKS)
+        now = tl.maximum(best, highest)
+        kept = tl.exp2(highest - now)
+        acc, total = acc * kept[:, None], tl.fma(total, kept, whole * tl.exp2(best - now))
         tl.store(target, (acc / total[:, None]).to(target.dtype.element_ty), mask=mine)
+
+
+@kernel
+def attend_row(
+    operands: tl.tuple,  # those of `attend_split` from `q` to `out`
+    row: tl.tensor,
+    kv_head: tl.tensor,
+    split: tl.tensor,
+    bounds: tl.tuple,  # what `keys_of_split` gave
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    steps: tl.tuple,  # strides of `attend_split`, from `q_row` to `table_row`
+    PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIMS: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+) -> None:
+    """Attend to one split of a row's keys, for the query heads of one key-value head."""
+    q, keys, values, table, _, sinks, parts, sums, counters, out = operands
+    q_row, block_stride, token_stride, head_stride, table_row = steps
+    first, start, stop, low, high = bounds
+    kv_heads, slots = tl.num_programs(1), tl.num_programs(2)
+    member, dim = tl.arange(0, HEADS), tl.arange(0, WIDE)
+    head, is_head = kv_head * GROUP + member, member < GROUP
+    mine = is_head[:, None] & (dim < DIMS)[None, :]
+    at = row * kv_heads * GROUP + head
+    target = out + at[:, None] * DIMS + dim[None, :]
+    if (high == 0) & (split == 0):
+        tl.store(target, tl.zeros([HEADS, WIDE], out.dtype.element_ty), mask=mine)
+    if start < stop:
+        own = tl.load(q + row * q_row + head[:, None] * DIMS + dim[None, :], mask=mine, other=0.0)
+        pages, places = table + row * table_row, (first, start, stop)
+        strides = block_stride, token_stride, kv_head.to(tl.int64) * head_stride
+        given = (own,), keys, values, pages, places, strides, scale, softcap
+        found = attend_keys(*given, PAGE, DIMS, TILE, 1, CAPPED)
+        part = parts + (at * slots)[:, None] * DIMS + dim[None, :]
+        counter = counters + row * kv_heads + kv_head
+        stored = target, part, sums + at * slots, sinks + head, counter
+        end_split(found[0], stored, (split, low, high), mine, is_head, DIMS, HAS_SINKS)
 
 
 @kernel
@@ -308,23 +381,10 @@ def attend_split(
 ) -> None:
     """Compute a program: one split of a row's keys, for the query heads of one key-value head."""
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    length, kv_heads, slots = tl.load(lengths + row), tl.num_programs(1), tl.num_programs(2)
-    member, dim = tl.arange(0, HEADS), tl.arange(0, WIDE)
-    head, is_head = kv_head * GROUP + member, member < GROUP
-    mine = is_head[:, None] & (dim < DIMS)[None, :]
-    at = row * kv_heads * GROUP + head
-    target = out + at[:, None] * DIMS + dim[None, :]
-    if (length == 0) & (split == 0):
-        tl.store(target, tl.zeros([HEADS, WIDE], out.dtype.element_ty), mask=mine)
-    first, start, stop, low, high = keys_of_split(length, split, SPLIT, MOST_SPLITS, TILE, WINDOW)
-    if start >= stop:
-        return
-    own = tl.load(q + row * q_row + head[:, None] * DIMS + dim[None, :], mask=mine, other=0.0)
-    pages, bounds, splits = table + row * table_row, (first, start, stop), (split, low, high)
-    strides = block_stride, token_stride, kv_head.to(tl.int64) * head_stride
-    found = attend_keys(
-        own, keys, values, pages, bounds, strides, scale, softcap, PAGE, DIMS, TILE, CAPPED
+    bounds = keys_of_split(tl.load(lengths + row), split, SPLIT, MOST_SPLITS, TILE, WINDOW)
+    operands = q, keys, values, table, lengths, sinks, parts, sums, counters, out
+    steps = q_row, block_stride, token_stride, head_stride, table_row
+    attend_row(
+        *(operands, row, kv_head, split, bounds, scale, softcap, steps),
+        *(PAGE, GROUP, HEADS, DIMS, WIDE, TILE, CAPPED, HAS_SINKS),
     )
-    part = parts + (at * slots)[:, None] * DIMS + dim[None, :]
-    sink, log, counter = sinks + head, sums + at * slots, counters + row * kv_heads + kv_head
-    end_split(found, target, part, log, sink, counter, splits, mine, is_head, DIMS, HAS_SINKS)
