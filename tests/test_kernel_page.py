@@ -24,6 +24,7 @@ def script(name: str = "kernel_predictions") -> ModuleType:
 
 @pytest.mark.parametrize("name", ["kernel_predictions", "shared_prompt_reads"])
 def test_the_page_has_the_scripts_tables(name: str) -> None:
+    pytest.importorskip("triton")
     page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines()
     assert [line for line in script(name).tables() if line and line not in page] == []
 
@@ -47,6 +48,8 @@ def test_bytes_of_a_small_case() -> None:
     assert small.read(1) == 108.0 and abs(small.read(2) - (100 + 8 * 4 * (1 - 0.75**2))) < 1e-9
     weights, keys, _ = module.decode_bytes(small, 1)
     assert weights == 216.0 and keys == 4 * 1024 * 8 * 3
+    # of eight samples, three read together: the prompt of 512 is read three times
+    assert module.decode_bytes(small, 8, 3)[1] == 4 * (8 * 512 + 3 * 512) * 8 * 3
 
 
 def test_reads_of_a_small_group() -> None:

@@ -20,6 +20,9 @@ MODELS = {"1.5B": "qwen2.5-1.5b", "8B": "llama-3.1-8b", "30B-A3B": "qwen3-30b-a3
 ROWS, CONTEXT, TOKENS, KEYS = (64, 256), 1024, 7672, 704
 """Sequences of a decode step and keys that each sees; tokens of a microbatch and keys of each."""
 
+SAMPLES, PROMPT = 8, 512
+"""Samples of a prompt, and its tokens, which they read together."""
+
 COPY_SHARE = 0.895
 """Share of the memory's rate that a copy reaches: 3.0 of 3.35 TB/s on an H100."""
 PRODUCT_SHARE, ATTENTION_SHARE = 0.66, 0.45
@@ -100,10 +103,15 @@ def sizes_of(model: ModelConfig) -> Sizes:
     )
 
 
-def decode_bytes(s: Sizes, n: int) -> tuple[float, float, float]:
-    """Bytes of weights, of keys and values, and of everything else of a step."""
+def decode_bytes(s: Sizes, n: int, rows: int = 1) -> tuple[float, float, float]:
+    """Bytes of weights, of keys and values, and of everything else of a step.
+
+    Args:
+        rows: so many samples of a prompt read it together.
+    """
     splits = -(-CONTEXT // 256)
-    keys = 4.0 * n * CONTEXT * s.kv_heads * s.dims * s.layers
+    read = CONTEXT - PROMPT + PROMPT * -(-SAMPLES // rows) / SAMPLES
+    keys = 4.0 * n * read * s.kv_heads * s.dims * s.layers
     turned = 4 * n * (s.heads + 2 * s.kv_heads) * s.dims
     attention = 8 * n * s.heads * splits * (s.dims + 1) + 4 * n * s.heads * s.dims
     others = s.layers * (turned + attention + 16 * n * s.hidden + 6 * n * s.width)
@@ -133,6 +141,27 @@ def decode_line(name: str, s: Sizes, n: int) -> str:
     return "| " + " | ".join([*cells[:4], str(nodes), *cells[4:]]) + " |"
 
 
+def cascade_line(name: str, s: Sizes, n: int) -> str:
+    rows = rows_together(s)
+    weights, keys, others = decode_bytes(s, n, rows)
+    least = decode_bytes(s, n, SAMPLES)[1]
+    nodes = (MOE_NODES if s.experts else NODES) * s.layers + OTHER_NODES
+    alone = decode_bytes(s, n)[1]
+    cells = [f"{name}, n {n}", str(rows), f"{alone / 1e9:.2f}", f"{keys / 1e9:.2f}"]
+    for card in CARDS:
+        rate = load_machine(card, num_nodes=1, devices_per_node=1).device.memory_rate * COPY_SHARE
+        floor, time = (weights + least) / rate, (weights + keys + others) / rate + nodes * NODE_S
+        cells.append(f"{time * 1e3:.1f} ms, {floor / time:.0%}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def rows_together(s: Sizes) -> int:
+    """Return the most rows that a program reads a prompt's keys for."""
+    from spmdrl.models.kernels.cuda.cascade import rows_of_program  # which needs Triton
+
+    return rows_of_program(s.heads // s.kv_heads, s.dims)
+
+
 def train_line(name: str, s: Sizes) -> str:
     products = 6 * s.active * TOKENS + 2 * s.vocabulary * s.hidden * TOKENS  # the head's twice
     attention = 14.0 * TOKENS * KEYS * s.heads * s.dims * s.layers
@@ -150,7 +179,7 @@ def train_line(name: str, s: Sizes) -> str:
 
 
 def tables() -> list[str]:
-    """Lines of both tables, in Markdown."""
+    """Lines of the three tables, in Markdown."""
     names = [card.upper() for card in CARDS]
     lines = [
         "| model | weights, GB | keys and values, GB | other, GB | nodes | "
@@ -160,6 +189,14 @@ def tables() -> list[str]:
     ]
     sizes = {name: sizes_of(known_model(model)) for name, model in MODELS.items()}
     lines += [decode_line(name, s, n) for name, s in sizes.items() for n in ROWS]
+    lines += [
+        "",
+        "| model | rows that read together | keys and values alone, GB | together, GB | "
+        + " | ".join(names)
+        + " |",
+        "|" + "---|" * (4 + len(CARDS)),
+    ]
+    lines += [cascade_line(name, s, n) for name, s in sizes.items() for n in ROWS]
     lines += [
         "",
         "| model | products, TFLOP | attention, TFLOP | layers + head, GB | "

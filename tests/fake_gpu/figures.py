@@ -113,6 +113,11 @@ def decode(device: torch.device) -> dict[str, Any]:
     return decode_step(make_engine(device, max_running=64))
 
 
+def together(device: torch.device) -> dict[str, Any]:
+    """The same with prompts of two pages, which the samples of each share."""
+    return decode_step(make_engine(device, max_running=64), prompt=512)
+
+
 def adapter() -> Adapter:
     return make_adapter(find_targets(large_model(), ["all"]), rank=16, alpha=32)
 
@@ -129,15 +134,14 @@ def by_row(device: torch.device) -> dict[str, Any]:
     return decode_step(engine, OWN, "judge", None)
 
 
-def decode_step(engine: NativeEngine, *adapters: str | None) -> dict[str, Any]:
+def decode_step(engine: NativeEngine, *adapters: str | None, prompt: int = 128) -> dict[str, Any]:
     """Cost of one more decode step: the difference of two calls."""
     short, long = 6, 14
     names = adapters or (OWN,)
 
     def call(new: int) -> Counts:
-        asked = [
-            replace(one, adapter=names[i % len(names)]) for i, one in enumerate(requests(8, 8, new))
-        ]
+        given = enumerate(requests(8, 8, new, prompt=prompt))
+        asked = [replace(one, adapter=names[i % len(names)]) for i, one in given]
         return counted(lambda: engine.generate(asked, seed=0, step=0))
 
     call(long)  # captures, and makes the cache of the longest
@@ -298,6 +302,7 @@ def compiled(device: torch.device) -> dict[str, Any]:
 
 FIGURES = {
     "decode": decode,
+    "together": together,
     "adapted": adapted,
     "by_row": by_row,
     "capture": capture,

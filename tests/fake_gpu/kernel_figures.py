@@ -24,8 +24,9 @@ def halves(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.bfloat16, device="cuda")
 
 
-def decode() -> Call:
+def decode(*, together: bool = False) -> Call:
     from spmdrl.models.kernels.paged import DecodeKernels
+    from spmdrl.rollout.native.sharing import alone
 
     q, sinks = halves(ROWS, HEADS + 2 * KV_HEADS, DIMS), torch.zeros(HEADS, device="cuda")
     keys, values = (halves(BLOCKS, PAGE, KV_HEADS, DIMS) for _ in "kv")
@@ -33,7 +34,12 @@ def decode() -> Call:
     lengths = torch.zeros(ROWS, dtype=torch.int32, device="cuda")
     options = AttentionOptions(scale=0.1, window=300, softcap=50.0)
     attend = DecodeKernels()
-    return lambda: attend(q[:, :HEADS], keys, values, table, lengths, options, sinks)
+    sharing = torch.from_numpy(alone(ROWS)).cuda() if together else None
+    return lambda: attend(q[:, :HEADS], keys, values, table, lengths, options, sinks, sharing)
+
+
+def cascade() -> Call:
+    return decode(together=True)
 
 
 def projected() -> Call:
@@ -116,7 +122,7 @@ def laid_out_backward() -> Call:
     return lambda: lay_out_backward(grads, cos, cos, True, (order, starts))
 
 
-CALLS = (decode, projected, sampling, norm, norm_backward, products, products_backward)
+CALLS = (decode, cascade, projected, sampling, norm, norm_backward, products, products_backward)
 CALLS += (rope, rope_backward, laid_out, laid_out_backward)
 
 

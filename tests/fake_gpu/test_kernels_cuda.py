@@ -12,6 +12,7 @@ pytestmark = pytest.mark.fakegpu
 
 LAUNCHES = {
     "decode": 1,
+    "cascade": 1,
     "projected": 1,
     "sampling": 2,
     "norm": 1,
@@ -60,9 +61,13 @@ STEP = {"launches": 3, "syncs": 1, "h2d": 0, "d2h": 1, "pageable": 0, "illegal":
 """The most that a decode step asks whose graph draws its tokens."""
 
 
-def test_a_layer_of_a_decode_step_is_nine_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("figure", ["decode", "together"])
+def test_a_layer_of_a_decode_step_is_nine_nodes(
+    monkeypatch: pytest.MonkeyPatch, figure: str
+) -> None:
+    """With prompts that samples read together, too."""
     monkeypatch.setenv(gpu.SWITCH, "1")
-    found = measure("decode")
+    found = measure(figure)
     print(found)
     assert found["graph_nodes"] <= 9 * LAYERS + OTHERS, found
     assert over(found, STEP) == {}

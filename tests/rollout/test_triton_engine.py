@@ -8,6 +8,7 @@ chunks, is `paged` in both. Graphs of decode steps are replaced by their calls (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -99,6 +100,7 @@ def served(
     lengths: Sequence[int],
     samplings: Sequence[dict[str, Any]] = ({},),
     in_graph: int | None = None,
+    split: int | None = None,
     **sampling: Any,
 ) -> None:
     """Serve a call by torch's operations and by the kernels, and compare what comes.
@@ -107,6 +109,7 @@ def served(
         name: the model, for `tiny_model`; empty: `drawn_model`.
         samplings: what requests ask for in addition to `sampling`, by turns.
         in_graph: steps are captured, and so many of them draw their tokens in the graph.
+        split: keys of a split; rows that share so many in their pages read them together.
     """
     torch.set_num_threads(1)
     workspace.pages_are_usable = lambda *_: True
@@ -122,14 +125,18 @@ def served(
     launched(names)
     found: list[list[Completion]] = []
     cpu._rows, gpu.runs_on = (lambda: None), (lambda device: False)
-    for _ in range(2):
-        captures = in_graph is not None and bool(found)
-        engine = make_engine(model, source, prefill_tokens=16, cuda_graphs=captures)
-        given = engine.generate(asked, seed=3, step=1)
-        found.append([c for group in given for c in group])
-        assert bool(names) == (len(found) == 2), names
-        gpu.runs_on = lambda device: True
+    with shares(split) as shared:
+        for _ in range(2):
+            captures = in_graph is not None and bool(found)
+            engine = make_engine(model, source, prefill_tokens=16, cuda_graphs=captures)
+            given = engine.generate(asked, seed=3, step=1)
+            found.append([c for group in given for c in group])
+            assert bool(names) == (len(found) == 2), names
+            gpu.runs_on = lambda device: True
     expected_names = (LAYER | DRAWS) - ({"swiglu_block"} if name in OTHER_MLPS else set())
+    if split is not None:
+        expected_names ^= {"attend_split", "attend_together"}
+        assert max(shared) >= split, shared
     assert names >= expected_names, expected_names - names
     for place, (expected, own) in enumerate(zip(*found, strict=True)):
         assert_same(own, expected, (name, place))
@@ -138,6 +145,25 @@ def served(
     if in_graph is not None:
         assert isinstance(graphs, Called)
         assert graphs.results.count(3) == in_graph, graphs.results
+
+
+@contextmanager
+def shares(split: int | None) -> Iterator[set[int]]:
+    """Let splits have so many keys, and collect the numbers of keys that rows are told to share."""
+    from spmdrl.models.kernels.cuda import cascade, decode
+
+    found: set[int] = set()
+    size, attend = decode.SPLIT, cascade.cascade_attention
+
+    def watching(*operands: Any, sharing: torch.Tensor, **others: Any) -> torch.Tensor:
+        found.update(sharing[2].tolist())
+        return attend(*operands, sharing=sharing, **others)
+
+    decode.SPLIT, cascade.cascade_attention = split or size, watching
+    try:
+        yield found
+    finally:
+        decode.SPLIT, cascade.cascade_attention = size, attend
 
 
 def same_support(own: Completion, other: Completion) -> bool:
@@ -161,6 +187,40 @@ def test_rows_of_every_kind_are_drawn_alike_in_one_batch(interpreted: Run) -> No
     """Rows with top-k are drawn by torch; once they have ended the graph draws all others."""
     asked = partial(served, samplings=MIXED, ignore_eos=True, in_graph=1)
     interpreted(partial(asked, max_tokens=3), "", {}, (3, 2, 4))
+
+
+def test_samples_of_a_prompt_read_it_together(interpreted: Run) -> None:
+    """Two samples of a prompt of three pages, of which two are full, and one of another; one that
+    ends early leaves the other alone.
+    """
+    asked = partial(served, samplings=({}, {"max_tokens": 2}), ignore_eos=True, split=16)
+    interpreted(partial(asked, max_tokens=3), "", {}, (3, 20))
+
+
+@pytest.mark.full
+def test_a_planted_share_of_pages_that_are_not_full(interpreted: Run) -> None:
+    interpreted(shares_too_much)
+
+
+def shares_too_much() -> None:
+    """Tell the kernel that samples of a prompt share their own pages, too, where their first tokens
+    lie.
+    """
+    from spmdrl.rollout.native import rows
+
+    plain = rows.find_sharing
+
+    def planted(*operands: Any) -> Any:
+        found = plain(*operands)
+        found[2:] += 16 * (found[2:] > 0)
+        return found
+
+    rows.find_sharing = planted
+    try:
+        with pytest.raises(AssertionError):
+            served("", {}, (3, 31), ignore_eos=True, split=16, max_tokens=4)
+    finally:
+        rows.find_sharing = plain
 
 
 @pytest.mark.full
