@@ -292,7 +292,7 @@ def test_shared_keys_are_read_once(interpreted: Run) -> None:
     """Eight rows with 128 keys in common, and with them once more as many groups."""
     lengths = [130 + 10 * i for i in range(8)]
     own = sum(lengths) - 8 * 128
-    for heads, programs in ((2, 1), (7, 1), (16, 2)):  # the last has tiles of one row
+    for heads, programs in ((2, 1), (7, 2), (16, 4)):  # the last has tiles of one row
         found = interpreted(reads, [(4, lengths)], heads, 1)
         assert found == (sum(lengths), own + 128 * programs), (heads, found)
     assert interpreted(reads, [(4, lengths)] * 2, 2, 1) == (2 * sum(lengths), 2 * (own + 128))
@@ -399,12 +399,14 @@ def test_compiled_attention_of_all_sizes(architecture: int, dims: int, group: in
         assert len(found.products) == 1 and found.products == own.products
 
 
+@pytest.mark.full
 def test_a_planted_count_before_the_stores_of_others(tmp_path: Path) -> None:
     old, new = 'sem="acq_rel"', 'sem="relaxed"'
     module = proofs.planted(MODULE, old, new, tmp_path)
     assert not counts_after_stores(figures(90, module=module).ptx, 2)
 
 
+@pytest.mark.full
 def test_a_planted_spill() -> None:
     with pytest.raises(AssertionError, match="registers do not suffice"):
-        check(figures(90, TILES=8, ROWS=32, PLACES=32))
+        check(figures(90, TILES=8, PLACES=32))

@@ -174,7 +174,7 @@ class VarlenAttention:
         """See `PagedAttention.prepare`.
 
         Args:
-            indices: of a plan without chunks, with `DecodeRows.sharing` at the end if there is any.
+            indices: with `DecodeRows.sharing` at the end, if a plan without chunks has it.
         """
         positions, cells, table, *others = indices
         chunked, self._sharing = (others, None) if plan.chunks else ((), next(iter(others), None))

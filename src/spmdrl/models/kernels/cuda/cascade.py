@@ -33,13 +33,17 @@ from spmdrl.models.kernels.cuda.decode import (
 from spmdrl.models.kernels.cuda.language import kernel, power_of_2, tl
 from spmdrl.models.specs import AttentionOptions
 
-MOST_TILES = 4
-"""Most tiles of queries that a program holds: more leave the registers."""
+MOST_QUERIES = 32
+"""Most queries of a program: more leave the registers."""
 
 
-def tiles_of(dims: int) -> int:
-    """Return the number of tiles of queries that a program holds."""
-    return MOST_TILES if dims <= 64 else MOST_TILES // 2
+def tiles_of(group: int, dims: int) -> int:
+    """Return the number of tiles of queries that a program holds.
+
+    Args:
+        group: query heads per key-value head.
+    """
+    return max(1, MOST_QUERIES // sizes(group, dims)["HEADS"])
 
 
 def rows_of_program(group: int, dims: int) -> int:
@@ -48,7 +52,7 @@ def rows_of_program(group: int, dims: int) -> int:
     Args:
         group: query heads per key-value head.
     """
-    return tiles_of(dims) * (sizes(group, dims)["HEADS"] // group)
+    return tiles_of(group, dims) * (sizes(group, dims)["HEADS"] // group)
 
 
 def cascade_attention(
@@ -117,13 +121,8 @@ def sizes_together(group: int, dims: int) -> dict[str, int]:
     Args:
         group: query heads per key-value head.
     """
-    rows = rows_of_program(group, dims)
-    return {
-        **sizes(group, dims),
-        "TILES": tiles_of(dims),
-        "ROWS": rows,
-        "PLACES": power_of_2(rows),
-    }
+    places = power_of_2(rows_of_program(group, dims))
+    return {**sizes(group, dims), "TILES": tiles_of(group, dims), "PLACES": places}
 
 
 @kernel
@@ -323,18 +322,14 @@ def attend_together(
     MOST_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
-    ROWS: tl.constexpr,
     PLACES: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ) -> None:
-    """Compute a program: one split of the keys of the rows at some places, for the query heads of
-    one key-value head.
-    """
+    """Compute a program: one split of the keys of some rows, for one key-value head's queries."""
     place, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row = tl.load(sharing + place).to(tl.int64)
-    most = tl.load(sharing + 3 * sharing_row + place)
+    row, most = tl.load(sharing + place).to(tl.int64), tl.load(sharing + 3 * sharing_row + place)
     bounds = keys_of_split(tl.load(lengths + row), split, SPLIT, MOST_SPLITS, TILE, WINDOW)
     operands = q, keys, values, table, lengths, sinks, parts, sums, counters, out
     steps = q_row, block_stride, token_stride, head_stride, table_row
@@ -342,7 +337,7 @@ def attend_together(
     if (bounds[1] < bounds[2]) & (bounds[2] <= most):
         count = rows_together(
             *(sharing, sharing_row, lengths, place, split),
-            *(SPLIT, MOST_SPLITS, WINDOW, ROWS, PLACES),
+            *(SPLIT, MOST_SPLITS, WINDOW, TILES * (HEADS // GROUP), PLACES),
         )
     if count == 1:
         attend_row(
