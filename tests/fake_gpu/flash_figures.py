@@ -64,6 +64,7 @@ class Case:
     sinks: bool = False
     deterministic: bool = False
     kv_heads: int = 2
+    dtype: torch.dtype = torch.bfloat16
     sequences: int = 8
     longest: int = 2048
     shared: bool = False
@@ -87,11 +88,14 @@ CASES = {
     "soft cap": replace(PLAIN, softcap=50.0),
     "all": Case(window=512, sinks=True, softcap=50.0, deterministic=True),
     "a kv head each": replace(PLAIN, kv_heads=HEADS),
+    "four heads to one": replace(PLAIN, kv_heads=HEADS // 4),
+    "float16": replace(PLAIN, dtype=torch.float16),
     "short": replace(PLAIN, longest=48),
     "many": replace(PLAIN, sequences=300, longest=300),
     "shared prompt": replace(PLAIN, shared=True),
     "shared prompt, all": Case(shared=True, window=512, sinks=True, softcap=50.0),
     "shared prompt, a kv head each": replace(PLAIN, shared=True, kv_heads=HEADS),
+    "shared prompt, four heads to one": replace(PLAIN, shared=True, kv_heads=HEADS // 4),
 }
 
 
@@ -176,8 +180,8 @@ def compile_case(width: int, case: Case) -> None:
     given: dict[str, Any] = {}
     function, attend = kernel_of(width, case)
 
-    def bf16(*shape: int) -> torch.Tensor:
-        return torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
+    def half(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=case.dtype, device="cuda")
 
     def apply(*arguments: Any) -> Any:
         """Run without autograd, which a fake tensor's device does not have here."""
@@ -190,13 +194,13 @@ def compile_case(width: int, case: Case) -> None:
     with FakeTensorMode(), without_a_card(), mock.patch.object(function, "apply", apply):
         options = AttentionOptions(scale=0.1, window=case.window, softcap=case.softcap)
         rows = case.sequences * case.longest
-        q = bf16(rows, HEADS, width)
-        k, v = bf16(rows, case.kv_heads, width), bf16(rows, case.kv_heads, width)
+        q = half(rows, HEADS, width)
+        k, v = half(rows, case.kv_heads, width), half(rows, case.kv_heads, width)
         for x in (q, k, v):
             x.requires_grad_()  # so that the normalisers are kept
-        out = attend(q, k, v, options, bf16(HEADS) if case.sinks else None)
+        out = attend(q, k, v, options, half(HEADS) if case.sinks else None)
         assert out.shape == q.shape
-        grads = function.backward(given["context"], bf16(*given["out"].shape), None)
+        grads = function.backward(given["context"], half(*given["out"].shape), None)
         names = list(inspect.signature(function.forward).parameters)[1:]
         found = {name: x.shape[-3:] for name, x in zip(names, grads, strict=False) if x is not None}
         expected = {"q": q.shape, "k": k.shape, "v": v.shape}

@@ -53,9 +53,10 @@ def figures(python: str, *words: str) -> list[list[Any]]:
     return [json.loads(line) for line in answer.stdout.splitlines()]
 
 
-FEW = ["plain", "deterministic", "a kv head each", "short", "many"]
+HEADS = ["a kv head each", "four heads to one"]
+FEW = ["plain", "deterministic", *HEADS, "float16", "short", "many"]
 ALL = ["plain", "deterministic", "window", "sinks", "soft cap", "all", *FEW[2:]]
-SHARED = ["shared prompt", "shared prompt, all", "shared prompt, a kv head each"]
+SHARED = ["shared prompt", *(f"shared prompt, {name}" for name in ("all", *HEADS))]
 BARE = ("sm_100", 256)
 """The kernels whose backward has no options."""
 
