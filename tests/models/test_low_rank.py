@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spmdrl.distributed.parallel import Parallel
+from spmdrl.models import low_rank_products
 from spmdrl.models.adapter_weights import AdapterWeights, merged
 from spmdrl.models.adapters import (
     Adapter,
@@ -25,6 +26,7 @@ from spmdrl.models.family import family_of
 from spmdrl.models.files.hf import fill
 from spmdrl.models.files.weight_files import open_checkpoint
 from spmdrl.models.low_rank import Applied
+from spmdrl.models.low_rank_products import put_product
 from spmdrl.models.sharding import global_shapes
 from spmdrl.models.tensors import Slice
 from tiny_model import load_into, make_tiny_model
@@ -153,6 +155,29 @@ def test_additions_equal_the_dense_product(tmp_path, blocks, architecture):
                 rtol=1e-3,
                 atol=1e-4 * float(whole.abs().max()),
             )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_additions_by_torchs_products(tmp_path, monkeypatch, architecture):
+    """The same where torch scales and adds in the product, as on GPUs."""
+    monkeypatch.setattr(low_rank_products, "serves", lambda *_: False)
+    test_additions_equal_the_dense_product(tmp_path, 1, architecture)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_put_or_added(dtype):
+    """What is there before may be anything, unless it is added to."""
+    random = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 3, generator=random).to(dtype) for n in (5, 2))
+    expected = 1.5 * a.double() @ b.double().t()
+    held = torch.full((5, 4), torch.nan, dtype=dtype)
+    for times in (1, 2):
+        put_product(held[:, 1:3], a, b, 1.5, adds=times == 2)
+        tolerance = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            held[:, 1:3].double(), times * expected, rtol=tolerance, atol=tolerance
+        )
+    assert held[:, [0, 3]].isnan().all()
 
 
 def test_rows_choose_their_adapter(tmp_path):

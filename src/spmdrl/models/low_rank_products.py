@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spmdrl.models.dropout import Dropout
-from spmdrl.models.linear import product
+from spmdrl.models.linear import product, serves
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,13 +124,32 @@ def product_gradients(
     d_b = []
     for span, b in zip(addition.spans, b_weights, strict=True):
         own = _outputs(grad, addition, span)
-        of_ranks = product(own, b.t()).mul_(span.scale)
-        if span.first_b:  # another part of the same target has come before
-            d_u[:, span.ranks] += of_ranks
-        else:
-            d_u[:, span.ranks] = of_ranks
-        d_b.append(product(own.t(), u[:, span.ranks].t()).mul_(span.scale))
+        # another part of the same target may have come before
+        put_product(d_u[:, span.ranks], own, b.t(), span.scale, adds=bool(span.first_b))
+        d_b.append(torch.empty_like(b))
+        put_product(d_b[-1], own.t(), u[:, span.ranks].t(), span.scale)
     return d_u, d_b
+
+
+def put_product(
+    out: Tensor,  # [M, N]
+    a: Tensor,  # [M, K], any strides
+    b: Tensor,  # [N, K], any strides
+    scale: float,
+    *,
+    adds: bool = False,
+) -> None:
+    """Put scale a b^T into `out`, without gradient; on GPUs in one launch, rounded once.
+
+    Args:
+        adds: add it to what is there; without, that may be anything.
+    """
+    if not serves(a, b):
+        out.addmm_(a, b.t(), beta=int(adds), alpha=scale)
+    elif adds:
+        out.add_(product(a, b), alpha=scale)
+    else:
+        torch.mul(product(a, b), scale, out=out)
 
 
 def inner_product(
