@@ -86,9 +86,9 @@ def windows(setting: Setting) -> Outcome:
     groups = [tuple(state.hold(like) for _ in range(3)) for _ in range(4)]
 
     def run() -> None:
-        for runs in state.passing(groups):
-            for span in runs:
-                for tensor in span.here:
+        for ranges in state.passing(groups):
+            for one in ranges:
+                for tensor in one.here:
                     tensor.add_(1)
 
     run()  # touches the pages

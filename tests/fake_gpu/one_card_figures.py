@@ -63,7 +63,7 @@ def one_card(world: World) -> dict[str, Any]:
     policy.update(batch, policy_loss, update)  # libraries' workspaces, the first arenas
     torch.cuda.reset_peak_memory_stats()
     found = counted(lambda: policy.update(batch, policy_loss, update))
-    state = sum(memory.streamed.values())
+    state = sum(memory.windowed.values())
     return {
         "parameters": sum(part.numel() for part, _ in policy.backend.local_tensors().values()),
         "state_gb": state / 1e9,

@@ -31,9 +31,9 @@ def pass_through(state: HostState, turns: int) -> list[tuple[Tensor, ...]]:
     """Add 1 to each first tensor, and the result to the second one."""
     groups = [tuple(state.hold(torch.empty(size)) for _ in range(2)) for size in SIZES]
     for _ in range(turns):
-        for runs in state.passing(groups):
-            for run in runs:
-                first, second = run.here
+        for ranges in state.passing(groups):
+            for one in ranges:
+                first, second = one.here
                 first.add_(1)
                 second.add_(first)
     return [tuple(tensor.clone() for tensor in group) for group in groups]
@@ -46,8 +46,13 @@ def test_windows_come_and_go_without_a_race(state: HostState) -> None:
 
 WAITS = {
     "the host's, for what goes home": ("join", r"race"),
-    "the computation's, for what comes": ("bringing", r"race: aten::add_ .* that .* wrote"),
-    "the copies', for what was computed": ("sending", r"race"),
+    "the computation's, for what comes": ("comes", r"race: aten::add_ .* that .* wrote"),
+    "the copies' home, for what was computed": (
+        "computed",
+        r"race: a copy .* reads .* that aten::add_",
+    ),
+    "the copies' in, for what goes home": ("goes", r"race: a copy"),
+    "the copies' in, for the places' former owners": ("owners", r"race: a copy"),
 }
 
 
@@ -56,20 +61,26 @@ def test_a_wait_that_is_taken_out_is_named(
     state: HostState, wait: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, message = WAITS[wait]
-    streams = torch.cuda.Stream
+    current, waited = torch.cuda.current_stream, torch.cuda.Stream.wait_stream
+    coming, going = state._streams or (None, None)
+
+    def wait_stream(self: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
+        skipped = {
+            "comes": self == current() and other == coming,
+            "computed": self == going and other == current(),
+            "owners": self == coming and other == current(),
+        }
+        if not skipped.get(name, False):
+            waited(self, other)
+
+    monkeypatch.setattr(torch.cuda.Stream, "wait_stream", wait_stream)
     if name == "join":
         monkeypatch.setattr(host_state._Lanes, "join", lambda self: None)
-    elif name == "bringing":
-        current = torch.cuda.current_stream
-        waited = streams.wait_stream
-
-        def wait_stream(self: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
-            if self != current() or other == current():
-                waited(self, other)
-
-        monkeypatch.setattr(streams, "wait_stream", wait_stream)
-    else:
-        monkeypatch.setattr(streams, "wait_event", lambda self, event: None)
+    if name == "goes":
+        monkeypatch.setattr(torch.cuda.Stream, "wait_event", lambda self, event: None)
+    owned = torch.ones(4096, device="cuda")
+    owned.add_(1)
+    del owned  # its memory is the places'
     with pytest.raises(RuntimeError, match=message):
         pass_through(state, 2)
 

@@ -165,7 +165,7 @@ def synced(world: World, path: str, streams: bool) -> tuple[bool, list[torch.Ten
     models = open_models(config)
     shapes = {name: opened.model for name, opened in models.items()}
     plan = plan_roles(config, placements, shapes, world.device_types)
-    memory = {rank: replace(own, streams=streams) for rank, own in plan.memory.items()}
+    memory = {rank: replace(own, syncs_from_host=streams) for rank, own in plan.memory.items()}
     assembly = assemble(config, world, models, None, plan=replace(plan, memory=memory))
     assembly.syncs["policy", "rollout"].run()
     policy, rollout = assembly.trained["policy"], assembly.roles["rollout"]

@@ -73,7 +73,10 @@ def test_plans_by_class_are_those_rank_by_rank(
     for rank, own in found.memory.items():
         other = single.memory[rank]
         assert replace(own.plan, rank=0) == replace(other.plan, rank=0), rank
-        assert (own.working_bytes, own.streams) == (other.working_bytes, other.streams), rank
+        assert (own.working_bytes, own.syncs_from_host) == (
+            other.working_bytes,
+            other.syncs_from_host,
+        ), rank
 
 
 @pytest.mark.full

@@ -123,9 +123,9 @@ def test_the_quickstart_fits_where_it_fits():
     # at most 12 x (96 + 8 x 12) = 2,304 packed tokens: activations 2.8 GB, gradients 0.6 GB
     assert update_bytes(["memory_gb=6"]) == pytest.approx(3.6e9, rel=0.1)
     # with weights and moments of 1.6 GB the whole of it has 5.2 GB
-    for size, streamed in (("6", set()), ("4.2", {"policy"})):
+    for size, windowed in (("6", set()), ("4.2", {"policy"})):
         plan = plan_of(load_config(QUICKSTART, [f"memory_gb={size}"]), 1, SMOLLM2)
-        assert set(plan.memory[0].streamed) == streamed, size
+        assert set(plan.memory[0].windowed) == windowed, size
     with pytest.raises(ValueError, match=r"policy.update, the device has 3.50 GB"):
         update_bytes(["memory_gb=3.5"])
 
@@ -170,7 +170,7 @@ def test_a_sync_reads_the_host_where_both_models_do_not_fit_on_the_device():
     for words, streams in ((small, True), (roomy, False)):
         plan = plan_of(load_config(QUICKSTART, words), 4, shape)
         for rank in plan.memory.values():
-            assert rank.streams == streams
+            assert rank.syncs_from_host == streams
             sync = next(call for call in rank.plan.calls if call.name == "sync")
             assert (("policy", "weights") in sync.resident) != streams
             assert ("rollout", "weights") in sync.resident

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
+from typing import Any
+
+import torch
 
 from harness import run_ranks
+from spmdrl.distributed.mesh import Mesh
+from spmdrl.memory.host_state import HostState
+from spmdrl.models.files.hf import TensorSource
+from spmdrl.role_spec import RoleSpec
+from spmdrl.run.assembly.make_backend import make_backend
 from spmdrl.testing.backend_contract import check_backend
 from spmdrl.testing.cases import tiny_config
 from spmdrl.testing.clause import Report
 from spmdrl.testing.subject import Candidate, Layout
+from spmdrl.training.options import TrainOptions
+from spmdrl.training.protocol import TrainBackend
 from spmdrl.world import World
 
 SHORT = {"microbatch_tokens": 25}
@@ -53,6 +64,18 @@ TIED = Candidate(
         ),
     },
 )
+
+
+def in_windows(
+    spec: RoleSpec, mesh: Mesh, weights: TensorSource, options: TrainOptions, *rest: Any
+) -> TrainBackend | None:
+    """Make the torch backend with an optimizer on the host, whose windows cut its tensors."""
+    state = HostState(torch.device("cpu"), window_bytes=10_000)
+    options = options.model_copy(update={"host_state": state})
+    return make_backend(spec, mesh, weights, options, *rest)
+
+
+WINDOWED = dataclasses.replace(TORCH, name="torch, optimizer in windows", make=in_windows)
 MEGATRON = Candidate(
     name="megatron",
     train={"backend": "megatron"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from contract_candidates import MEGATRON, TIED, TORCH, report_of, try_candidate
+from contract_candidates import MEGATRON, TIED, TORCH, WINDOWED, report_of, try_candidate
 
 from harness import run_ranks
 from spmdrl.testing.__main__ import main
@@ -35,6 +35,15 @@ def test_backends_pass(candidate: Candidate, size: int, layout: Layout) -> None:
     skipped = {verdict.clause for verdict in report.verdicts if verdict.skipped is not None}
     of_many = {"no group of the whole world", "ranks outside"} if size == 1 else set()
     assert skipped == of_many | ({"freezing"} if candidate is MEGATRON else set())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_optimizer_in_windows_passes(size: int) -> None:
+    """All but that its part leaves the device, where it never is."""
+    asked = [clause.name for clause in CLAUSES if clause.name != "parts that leave"]
+    for layout in WINDOWED.layouts[size][:3]:
+        report_of(WINDOWED, size, layout, only=asked).require()
 
 
 STEPS, STILL = "steps", "minibatches without signal"

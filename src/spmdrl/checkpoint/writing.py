@@ -113,13 +113,13 @@ class CheckpointWriter:
     ) -> None:
         self._root, self._retention, self._tag = root, retention, tag
         self._rank, self._size = world.rank, world.size
-        self._pins = world.device.type == "cuda"
         self._permit, self._published, self._progress = permit, published, progress
         # several writers of a process must not read each other's keys
         serial = world.store.add("checkpoint writers", 1) if world.is_first else 0
         prefix = f"checkpoints/{broadcast_object(serial, 0)}"
         self._store, self._thread_store = world.connect(prefix), world.connect(prefix)
-        self._arena: HostArena | None = None
+        self._arenas: dict[bool, HostArena] = {}
+        """Whether it is pinned -> the copies of tensors of the device, and of the host."""
         self._entries: tuple[Entry, ...] | None = None
         self._all_entries: tuple[Entry, ...] = ()
         """Entries of all ranks, on rank 0."""
@@ -238,20 +238,28 @@ class CheckpointWriter:
     @torch.no_grad()
     def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies on the host, in an arena that is reused for the next checkpoint."""
-        offsets, total = {}, 0
+        offsets, totals = {}, {True: 0, False: 0}
         for name, tensor in tensors.items():
-            offsets[name] = total
-            total += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        if self._arena is None or self._arena.bytes.numel() < total:
-            self._arena = None  # frees the smaller one first
-            self._arena = HostArena(max(total, 1), pinned=self._pins)
+            offsets[name] = totals[tensor.is_cuda]
+            totals[tensor.is_cuda] += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        for pinned, total in totals.items():
+            if pinned in self._arenas and self._arenas[pinned].bytes.numel() >= total:
+                continue
+            self._arenas.pop(pinned, None)  # frees the smaller one first
+            purpose = "the copies that a checkpoint is written from"
+            if total:
+                self._arenas[pinned] = HostArena(total, pinned=pinned, purpose=purpose)
         staged = {}
         for name, tensor in tensors.items():
-            place = self._arena.bytes[offsets[name] : offsets[name] + tensor.nbytes]
+            if tensor.nbytes == 0:
+                staged[name] = torch.empty_like(tensor, device="cpu")
+                continue
+            start = offsets[name]
+            place = self._arenas[tensor.is_cuda].bytes[start : start + tensor.nbytes]
             staged[name] = place.view(tensor.dtype).view(tensor.shape)
             staged[name].copy_(tensor, non_blocking=True)
             self._progress()
-        if self._pins:
+        if totals[True]:
             torch.cuda.synchronize()
         return staged
 

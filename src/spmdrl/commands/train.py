@@ -25,6 +25,7 @@ from spmdrl.roles.ledger import keeping, reporting
 from spmdrl.run.assembly.assembly import assemble, open_models, plan_models
 from spmdrl.run.assembly.factories import make_run
 from spmdrl.run.data_identity import first_start
+from spmdrl.run.host_room import check_host
 from spmdrl.run.inputs import (
     check_models,
     read_inputs,
@@ -122,6 +123,7 @@ def _train(config: Config, world: World, server: RewardServer, watcher: Watcher)
         lambda: first_start(config, run_dir / "checkpoints"),
     )
     check_models(config, inputs, plan.specs)
+    check_host(config, plan, world)
     check_start(watcher)
     _tell_plan(config, world, plan)
     write_start(config, world, watcher.attempt.directory)

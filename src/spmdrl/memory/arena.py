@@ -87,13 +87,19 @@ class HostArena:
     The pages are mapped here and registered with CUDA, because torch's own allocator rounds pinned
     blocks up to the next power of two (pytorch/pytorch#150517), up to twice the memory.
 
+    Args:
+        purpose: what it is for, in errors.
+
     Raises:
-        ValueError: the host refuses to pin so much.
+        ValueError: the host refuses so much memory, or to pin it.
     """
 
-    def __init__(self, num_bytes: int, *, pinned: bool) -> None:
+    def __init__(self, num_bytes: int, *, pinned: bool, purpose: str = "a part of a role") -> None:
         assert num_bytes > 0, num_bytes
-        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise ValueError(_refusal("map", num_bytes, purpose, error)) from error
         # In a forked child the pages would become copies under the device's transfers.
         pages.madvise(mmap.MADV_DONTFORK)
         with suppress(OSError):  # a kernel without huge pages
@@ -101,20 +107,24 @@ class HostArena:
             pages.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: Tensor = torch.frombuffer(pages, dtype=torch.uint8)
         if pinned:
-            _pin(self.bytes)
+            _pin(self.bytes, purpose)
             release = weakref.finalize(self, _unpin, self.bytes)
             release.atexit = False  # the end of the process unpins, after CUDA is gone
 
 
-def _pin(memory: Tensor) -> None:  # [num_bytes] uint8
+def _refusal(verb: str, num_bytes: int, purpose: str, why: object) -> str:
+    return (
+        f"the host cannot {verb} {num_bytes / 1e9:.2f} GB for {purpose} ({why}): give the job more "
+        "host memory (--mem) or locked memory (ulimit -l), or set residency.NAME=keep of a part "
+        "that has room on the device; spmdrl plan prints what a node's host needs"
+    )
+
+
+def _pin(memory: Tensor, purpose: str) -> None:  # [num_bytes] uint8
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     error = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
     if error != 0:
-        raise ValueError(
-            f"the host cannot pin {memory.nbytes / 1e9:.2f} GB for a part of a role (cudaError "
-            f"{error}): give the job more host memory or locked memory (ulimit -l), or set the "
-            "memory of some part to keep or drop"
-        )
+        raise ValueError(_refusal("pin", memory.nbytes, purpose, f"cudaError {error}"))
 
 
 def _unpin(memory: Tensor) -> None:  # [num_bytes] uint8

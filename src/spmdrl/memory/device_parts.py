@@ -96,7 +96,8 @@ class DeviceParts:
         self._capacity = capacity
         self.registry = PartRegistry(Mover(device, staging_bytes=staging_bytes))
         self._pins: list[frozenset[PartKey]] = []
-        self._meter = Meter()
+        self.meter = Meter()
+        """Counts copies; others that copy between host and device report theirs to it."""
 
     def prepare(
         self, needs: Sequence[PartKey], *, fills: Sequence[PartKey] = (), exclusive: bool = True
@@ -219,7 +220,7 @@ class DeviceParts:
 
     def take_metrics(self) -> dict[str, float]:
         """Return bytes and seconds of moves since the last call; see `Meter.take`."""
-        return self._meter.take(self.registry.resident_bytes())
+        return self.meter.take(self.registry.resident_bytes())
 
     def _exchange(
         self, wanted: Sequence[PartKey], written: Sequence[PartKey] = (), *, exclusive: bool = True
@@ -258,13 +259,13 @@ class DeviceParts:
         for held, ticket in started:
             if ticket is not None:
                 ticket.finish()
-                self._meter.copied("to_host", ticket)
+                self.meter.copied("to_host", ticket)
             held.leave()
 
     def _bring(self, name: PartKey, *, empty: bool = False) -> None:
         ticket = self.registry.tensors[name].bring(empty=empty)
         if ticket is not None:
-            self._meter.copied("to_device", ticket)
+            self.meter.copied("to_device", ticket)
 
     def _note_peak(self) -> None:
-        self._meter.resident(self.registry.resident_bytes())
+        self.meter.resident(self.registry.resident_bytes())

@@ -41,18 +41,18 @@ class RankMemory:
     Args:
         plan: the rank's plan.
         working_bytes: by call (`policy.update`), its bytes on the device in addition to parts.
-        streams: weight syncs do not need the policy's weights on the device.
+        syncs_from_host: weight syncs do not need the policy's weights on the device.
         splits: the roles whose optimizer is on the device only while it steps, since it does not
             fit there with the activations of the passes.
-        streamed: bytes of the optimizers that stay on the host and pass through the device in
+        windowed: bytes of the optimizers that stay on the host and pass through the device in
             windows while they step, by role.
     """
 
     plan: MemoryPlan
     working_bytes: Mapping[str, int]
-    streams: bool
+    syncs_from_host: bool
     splits: frozenset[str] = frozenset()
-    streamed: Mapping[str, int] = field(default_factory=dict)
+    windowed: Mapping[str, int] = field(default_factory=dict)
 
 
 def plan_memory(
@@ -127,18 +127,20 @@ def _on_rank(
     *,
     refuses: bool,
 ) -> RankMemory:
-    here = {n: replace(m, streams=_asks_to_stream(m, rank)) for n, m in here.items()}
+    here = {n: replace(m, windowed=_asks_for_windows(m, rank)) for n, m in here.items()}
     parts = _parts(config, here, customs, syncs, rank)
     calls = planned_calls(config, here, syncs, rank, customs)
-    if streaming := _streaming(here, parts, calls.update, rank, capacity):
-        here = {n: replace(m, streams=m.streams or n in streaming) for n, m in here.items()}
+    if too_large := _too_large(here, parts, calls.update, rank, capacity):
+        here = {n: replace(m, windowed=m.windowed or n in too_large) for n, m in here.items()}
         parts = _parts(config, here, customs, syncs, rank)
         calls = planned_calls(config, here, syncs, rank, customs)
     # if both do not fit, the sync reads the policy's weights from the host
-    streams = not all(fits(parts, sync, capacity) for sync in calls.sync)
+    from_host = not all(fits(parts, sync, capacity) for sync in calls.sync)
     splits = _splits(here, parts, calls.update, rank, capacity)
-    if streams or splits:
-        calls = planned_calls(config, here, syncs, rank, customs, streams=streams, splits=splits)
+    if from_host or splits:
+        calls = planned_calls(
+            config, here, syncs, rank, customs, syncs_from_host=from_host, splits=splits
+        )
     step, others = usual_step(config, calls), unusual_steps(config, calls)
     plan_of = partial(
         make_plan, calls=step, capacity=capacity, rank=rank, other_steps=others, refuses=refuses
@@ -155,12 +157,12 @@ def _on_rank(
     return RankMemory(
         plan=plan,
         working_bytes={call.name: call.working_bytes for call in step},
-        streams=streams,
+        syncs_from_host=from_host,
         splits=splits,
-        streamed={
+        windowed={
             name: train_memory(model, rank).optimizer
             for name, model in here.items()
-            if model.streams
+            if model.windowed
         },
     )
 
@@ -180,7 +182,7 @@ def _parts(
     return parts
 
 
-def _asks_to_stream(model: HeldModel, rank: int) -> bool:
+def _asks_for_windows(model: HeldModel, rank: int) -> bool:
     """Whether the role's section has its optimizer stay on the host and step in windows.
 
     Raises:
@@ -197,7 +199,7 @@ def _asks_to_stream(model: HeldModel, rank: int) -> bool:
     return True
 
 
-def _streaming(
+def _too_large(
     here: Mapping[str, HeldModel],
     parts: Sequence[Part],
     updates: Sequence[PlannedCall],
@@ -210,7 +212,7 @@ def _streaming(
     found = set()
     for update in updates:
         model = here[role := update.name.removesuffix(".update")]
-        if model.streams or part_residency(model.spec, OPTIMIZER) != "auto":
+        if model.windowed or part_residency(model.spec, OPTIMIZER) not in ("auto", "host"):
             continue
         if train_memory(model, rank).can_stream and not fits(parts, update, capacity):
             found.add(role)
@@ -288,8 +290,14 @@ def memory_texts(memory: Mapping[int, RankMemory]) -> dict[str, str]:
         for part in plan.parts:
             by_role.setdefault(part.role, []).append(part)
         for role, own in by_role.items():
-            shown = [f"{p.name} {size_text(p.num_bytes)} {plan.residencies[p.key]}" for p in own]
-            found = (sum(part.num_bytes for part in own), ", ".join(shown))
+            shown = [_part_text(part, plan) for part in own]
+            found = (sum(part.num_bytes + part.on_host for part in own), ", ".join(shown))
             if role not in most or found[0] > most[role][0]:
                 most[role] = found
     return {role: text for role, (_, text) in most.items()}
+
+
+def _part_text(part: Part, plan: MemoryPlan) -> str:
+    if part.on_host:
+        return f"{part.name} {size_text(part.on_host)} stays on the host"
+    return f"{part.name} {size_text(part.num_bytes)} {plan.residencies[part.key]}"

@@ -208,7 +208,7 @@ def _plan_json(plan: MemoryPlan) -> dict[str, Any]:
         dotted(part.key): {
             "gb": part.num_bytes / GB,
             "host_gb": part.on_host / GB,
-            "residency": plan.residencies[part.key],
+            "residency": "stays on the host" if part.on_host else plan.residencies[part.key],
         }
         for part in plan.parts
     }

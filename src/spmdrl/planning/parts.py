@@ -40,13 +40,13 @@ class HeldModel:
     Args:
         layout: the tensors of each of its ranks; sharded weights that train are held in float32.
         state_layout: the masters and moments of each of its ranks.
-        streams: whether these stay on the host and pass through the device while they are updated.
+        windowed: whether the optimizer stays on the host and steps in windows.
     """
 
     spec: RoleSpec
     layout: WeightLayout
     state_layout: WeightLayout
-    streams: bool = False
+    windowed: bool = False
 
 
 def held_models(
@@ -125,7 +125,7 @@ def _parts_of(
 
 def _wish(spec: RoleSpec, part: str) -> ResidencyWish:
     wish = part_residency(spec, part)
-    return "keep" if wish == "stream" else wish  # the device never has anything to move
+    return "keep" if wish == "stream" else wish
 
 
 def part_residency(spec: RoleSpec, part: str) -> PartResidency:
@@ -159,7 +159,9 @@ def _model_parts(model: HeldModel, here: Mapping[str, HeldModel], rank: int) -> 
         size = held_so.optimizer
         parts.append(Part(role=spec.name, name=OPTIMIZER, num_bytes=size, wish=wish))
     return [
-        replace(p, num_bytes=0, on_host=p.num_bytes) if p.name in held_so.offloads else p
+        replace(p, num_bytes=0, on_host=p.num_bytes, wish="keep")  # nothing of it moves
+        if p.name in held_so.offloads
+        else p
         for p in parts
     ]
 
@@ -168,7 +170,7 @@ def train_memory(model: HeldModel, rank: int) -> TrainMemory:
     """The bytes that the role's training system adds to a rank."""
     weights, states = model.layout[rank], model.state_layout[rank]
     held = train_system(model.spec).memory(model.spec, weights, states)
-    return replace(held, offloads=held.offloads | {OPTIMIZER}) if model.streams else held
+    return replace(held, offloads=held.offloads | {OPTIMIZER}) if model.windowed else held
 
 
 def _engine_parts(

@@ -118,7 +118,7 @@ def planned_calls(
     rank: int,
     customs: Iterable[str],
     *,
-    streams: bool = False,
+    syncs_from_host: bool = False,
     splits: Collection[str] = (),
 ) -> RankCalls:
     """The calls of the roles on this rank in a step.
@@ -126,7 +126,7 @@ def planned_calls(
     Args:
         here: the roles with a model on this rank.
         customs: users' own roles on this rank.
-        streams: the sync reads the policy's weights from the host.
+        syncs_from_host: the sync reads the policy's weights from the host.
         splits: roles whose optimizer is on the device only while it steps.
     """
     kinds = {name: model.spec.kind for name, model in here.items()}
@@ -153,7 +153,7 @@ def planned_calls(
         if model.spec.trained:
             work = _working_bytes(config, model.spec, backward=True)
             work += added.passes + added.gradients
-            if model.streams:
+            if model.windowed:
                 work = max(work, added.gradients + staged_bytes(added.optimizer))
             needs = ((name, WEIGHTS), (name, OPTIMIZER))
             whole = PlannedCall(name=f"{name}.update", needs=needs, working_bytes=work)
@@ -163,7 +163,7 @@ def planned_calls(
             num_steps = model.spec.train.num_minibatches * model.spec.train.epochs
             update += halves(whole, added.gradients) * num_steps
     return RankCalls(
-        sync=tuple(_sync_call(here, syncs, rank, streams=streams)),
+        sync=tuple(_sync_call(here, syncs, rank, from_host=syncs_from_host)),
         generate=tuple(generate),
         score=tuple(score[name] for name in scoring if name in score),
         read=tuple(read),
@@ -216,7 +216,7 @@ def _working_bytes(config: Config, spec: RoleSpec, *, backward: bool) -> int:
 
 
 def _sync_call(
-    here: Mapping[str, HeldModel], syncs: Mapping[str, SyncPlan], rank: int, *, streams: bool
+    here: Mapping[str, HeldModel], syncs: Mapping[str, SyncPlan], rank: int, *, from_host: bool
 ) -> Iterator[PlannedCall]:
     """The call that fills the rollouts' weights, if this rank takes part in one."""
     moving = [name for name, sync in syncs.items() if sync.moves]
@@ -228,7 +228,7 @@ def _sync_call(
         work = max(staged, default=0)
         work += sum(_merged_bytes(model, [syncs[n] for n in moving], rank) for model in policies)
         partly = tuple(part for part in target if syncs[part[0]].frozen_rounds)
-        needs = () if streams else source
+        needs = () if from_host else source
         yield PlannedCall(name=SYNC, needs=needs, fills=target, adds_to=partly, working_bytes=work)
 
 

@@ -226,7 +226,10 @@ def _run_update(
     stint: Stint,
     turns: _Turns,
 ) -> UpdateRecords | Interrupted:
-    """Run the minibatches that an earlier stint has left; it can stop between two of them."""
+    """Run the minibatches that an earlier stint has left; it can stop between two of them.
+
+    The rows' column `minibatch` was made with the exchange, by the call's `arrange`.
+    """
     done, records = 0, []
     if stint.begun is not None:
         done, records = stint.begun.values["minibatches"], list(stint.begun.values["records"])

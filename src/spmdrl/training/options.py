@@ -8,6 +8,7 @@ import torch
 from pydantic import ConfigDict, Field, field_validator
 
 from spmdrl.config.training import TrainSection
+from spmdrl.memory.host_state import HostState
 
 
 class TrainOptions(TrainSection):
@@ -20,8 +21,8 @@ class TrainOptions(TrainSection):
         frozen: Hugging Face names of parameters that do not change.
         blocks: number of blocks of fused projections, see `models.sharding.all_slices`.
         seed: the run's seed, for an adapter's dropout.
-        streamed_window: bytes of the windows in which masters and moments pass through the device,
-            see `memory.host_state`; None: the optimizer has them there.
+        host_state: what holds masters and moments on the host, where they do not fit on the device;
+            None: they are there.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -32,7 +33,7 @@ class TrainOptions(TrainSection):
     frozen: frozenset[str] = frozenset()
     blocks: int = 1
     seed: int = 0
-    streamed_window: int | None = Field(None, ge=1)
+    host_state: HostState | None = None
 
     @field_validator("param_dtype")
     @classmethod

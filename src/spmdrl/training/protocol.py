@@ -176,8 +176,9 @@ class TrainBackend(Protocol):
         """
 
     def parts(self) -> dict[str, list[Tensor]]:
-        """Return the tensors that stay between calls, for memory sharing: `weights`, and those of
-        the `optimizer` if the role trains. A call needs the parts that it uses on the device.
+        """Return the tensors that stay on the device between calls, for memory sharing: `weights`,
+        and those of the `optimizer` if the role trains (none if its state stays on the host). A
+        call needs the parts that it uses on the device.
         """
 
     def state_tensors(self) -> LocalTensors:

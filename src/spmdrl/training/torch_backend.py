@@ -13,7 +13,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from spmdrl.batch import Batch
 from spmdrl.distributed.mesh import Mesh
-from spmdrl.memory.host_state import HostState
 from spmdrl.models.adapters import Adapter
 from spmdrl.models.blocks.projections import Embedding, Projection
 from spmdrl.models.compiled import check_compiler
@@ -43,8 +42,8 @@ from spmdrl.training.options import TrainOptions
 from spmdrl.training.packing import Microbatch
 from spmdrl.training.protocol import LossFn, MicrobatchProgress, OptimStep
 from spmdrl.training.readout import Readout
-from spmdrl.training.streamed_optimizer import StreamedOptimizer
 from spmdrl.training.weights import SUM_AXES, Leaf, fill_leaves, refresh_weights
+from spmdrl.training.windowed_optimizer import WindowedOptimizer
 
 
 class TorchBackend:
@@ -80,10 +79,8 @@ class TorchBackend:
         self._device = device
         kernel = attention_of(mesh, model, options, device)
         kind: Any = {"trainable": trainable, "head": head, "adapter": adapter}
-        host = None
-        if trainable and options.streamed_window is not None:
-            host = HostState(device, options.streamed_window)
-            kind["new_master"] = host.hold
+        if trainable and options.host_state is not None:
+            kind["new_master"] = options.host_state.hold
         if base is None:
             self._weights = own_weights(mesh, model, options, device, **kind)
         else:
@@ -97,7 +94,7 @@ class TorchBackend:
         fill_leaves(self._leaves if base is None else self._weights.own, checkpoint)
         self._optimizer: LeafOptimizer | None = None
         if trainable:
-            self._optimizer = _make_optimizer(self._trained, options, host)
+            self._optimizer = _make_optimizer(self._trained, options)
         self._pass = DecoderPass(
             mesh=mesh,
             model=model,
@@ -256,9 +253,7 @@ class TorchBackend:
         return taken
 
 
-def _make_optimizer(
-    leaves: Sequence[Leaf], options: TrainOptions, host: HostState | None
-) -> LeafOptimizer:
-    if host is None:
+def _make_optimizer(leaves: Sequence[Leaf], options: TrainOptions) -> LeafOptimizer:
+    if options.host_state is None:
         return Optimizer(leaves, options)
-    return StreamedOptimizer(leaves, options, host)
+    return WindowedOptimizer(leaves, options, options.host_state)

@@ -23,17 +23,17 @@ def move_work(memory: RankMemory, call: str, *, num_steps: int = 1) -> Work:
         for i, found in enumerate(scheduled)
         if found.name in (call, step)
     ]
-    return sum(moves, NOTHING) + _streamed(memory, call) * num_steps
+    return sum(moves, NOTHING) + _windowed(memory, call) * num_steps
 
 
-def _streamed(memory: RankMemory, call: str) -> Work:
+def _windowed(memory: RankMemory, call: str) -> Work:
     """Work of an optimizer's state that passes through the device in one step; both directions
     count, as if they took turns: no card has measured how far they overlap.
     """
     role = call.removesuffix(".update")
-    if call == role or role not in memory.streamed:
+    if call == role or role not in memory.windowed:
         return NOTHING
-    return Work(link_bytes={"host": 2.0 * memory.streamed[role]})
+    return Work(link_bytes={"host": 2.0 * memory.windowed[role]})
 
 
 def _work(call: ScheduledCall, before: ScheduledCall) -> Work:

@@ -26,7 +26,7 @@ class TrainMemory:
         passes: gathered weights and buffers of messages in a forward and a backward pass.
         offloads: parts (`weights`, `base`, `optimizer`) that the system keeps on the host itself.
         can_stream: whether the optimizer can stay on the host and step in windows, see
-            `TrainOptions.streamed_window`.
+            `TrainOptions.host_state`.
         host: further bytes of the host.
     """
 

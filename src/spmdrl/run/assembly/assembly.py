@@ -20,7 +20,7 @@ from spmdrl.distributed.mesh import Mesh
 from spmdrl.distributed.reduce import agreed
 from spmdrl.memory.call_memory import CallMemory, planned_call_memory
 from spmdrl.memory.device_parts import DeviceParts
-from spmdrl.memory.host_state import WINDOW_BYTES
+from spmdrl.memory.host_state import HostState
 from spmdrl.models.config import ModelConfig
 from spmdrl.models.cpu_products import check_cpu_products, set_cpu_products
 from spmdrl.models.files.hf import TensorSource, open_model
@@ -187,7 +187,7 @@ class _Builder:
         own = plan.memory.get(world.rank)  # a rank may have no role
         self._residencies = {} if own is None else own.plan.residencies
         capacity = None if own is None else own.plan.capacity
-        self._streamed = {} if own is None else own.streamed
+        self._windowed = {} if own is None else own.windowed
         self._parts = DeviceParts(world.device, capacity=capacity)
         self._memory = CallMemory(parts=self._parts)
         if own is not None:
@@ -211,8 +211,9 @@ class _Builder:
     def add_model(self, spec: RoleSpec, mesh: Mesh, model: Model) -> None:
         name = spec.name
         options = train_options(self._config, spec, self._plan.blocks[name])
-        if name in self._streamed:
-            options = options.model_copy(update={"streamed_window": WINDOW_BYTES})
+        if name in self._windowed:
+            state = HostState(self._device(name), meter=self._parts.meter)
+            options = options.model_copy(update={"host_state": state})
         weights = role_weights(spec, model.weights, self._config.seed)
         base = None if spec.base is None else self._backends[spec.base]
         backend = make_backend(spec, mesh, weights, options, self._device(name), base)
@@ -332,7 +333,7 @@ class _Builder:
             role,
             weights,
             self._memory,
-            streams=own is not None and own.streams,
+            streams=own is not None and own.syncs_from_host,
             check_every=config.rollout.sync_check_every,
             canary=canary if config.rollout.sync_check_every else None,
             adapter=adapter,

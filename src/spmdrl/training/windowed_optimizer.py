@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from spmdrl.memory.host_state import HostState, Run
+from spmdrl.memory.host_state import HostState, Range
 from spmdrl.models.local_shards import LocalTensors
 from spmdrl.training.optimizer import MOMENTS, device_factors, prepare_step
 from spmdrl.training.options import TrainOptions
 from spmdrl.training.weights import Leaf
 
-Update = tuple[Leaf, slice, Run]
+Span = tuple[Leaf, slice, Range]
 """A range of a leaf's elements, and its state on the device."""
 
 
-class StreamedOptimizer:
+class WindowedOptimizer:
     """The same updates as `Optimizer`'s, for a state that the device has no room for.
 
     Args:
@@ -40,19 +40,20 @@ class StreamedOptimizer:
     def step(self, gradients: Mapping[str, Tensor], lr: float, norm: Tensor) -> None:
         """Update masters and weights, see `Optimizer.step`; the host waits until all is home."""
         own = [gradients[leaf.name] for leaf in self._live]
-        if not prepare_step([], own, norm, self._options.clip_norm):
-            return
         factors: dict[str, Any] = {}
         if norm.is_cuda:
             factors = device_factors(norm, self._options.clip_norm)
+        elif not prepare_step([], own, norm, self._options.clip_norm):
+            return
         count = self._count(norm.device)
         after = count
         groups = [(*self._own_master(leaf), *self._moments[leaf.name]) for leaf in self._live]
-        for runs in self._state.passing(groups):
+        for ranges in self._state.passing(groups):
+            spans = [(self._live[r.group], slice(r.start, r.stop), r) for r in ranges]
             for decays in (True, False):
-                updates = [u for u in self._updates(runs) if u[0].decay is decays]
-                if updates:
-                    after = self._update(updates, gradients, lr, count, factors)
+                alike = [span for span in spans if span[0].decay is decays]
+                if alike:
+                    after = self._update(alike, gradients, lr, count, factors)
         self._num_updates = after
 
     def tensors(self) -> LocalTensors:
@@ -80,13 +81,9 @@ class StreamedOptimizer:
     def _own_master(leaf: Leaf) -> tuple[Tensor, ...]:
         return (leaf.master,) if leaf.has_own_master else ()
 
-    def _updates(self, runs: Sequence[Run]) -> Iterator[Update]:
-        for run in runs:
-            yield self._live[run.group], slice(run.start, run.stop), run
-
     def _update(
         self,
-        updates: Sequence[Update],
+        spans: Sequence[Span],
         gradients: Mapping[str, Tensor],
         lr: float,
         count: Tensor,
@@ -94,16 +91,16 @@ class StreamedOptimizer:
     ) -> Tensor:
         """Update ranges of leaves that all decay or all do not; returns the count after it."""
         masters = [
-            run.here[0] if leaf.has_own_master else _span(leaf.weight, span)
-            for leaf, span, run in updates
+            state.here[0] if leaf.has_own_master else _within(leaf.weight, span)
+            for leaf, span, state in spans
         ]
         # fused kernels count each tensor's updates on the device
-        counts = list(count.expand(len(updates)).clone().unbind())
+        counts = list(count.expand(len(spans)).clone().unbind())
         adamw(
             masters,
-            [_span(gradients[leaf.name], span) for leaf, span, _ in updates],
-            [run.here[-2] for _, _, run in updates],
-            [run.here[-1] for _, _, run in updates],
+            [_within(gradients[leaf.name], span) for leaf, span, _ in spans],
+            [state.here[-2] for *_, state in spans],
+            [state.here[-1] for *_, state in spans],
             [],
             counts,
             fused=True,
@@ -111,17 +108,17 @@ class StreamedOptimizer:
             beta1=self._options.betas[0],
             beta2=self._options.betas[1],
             lr=lr,
-            weight_decay=self._options.weight_decay if updates[0][0].decay else 0.0,
+            weight_decay=self._options.weight_decay if spans[0][0].decay else 0.0,
             eps=self._options.eps,
             maximize=False,
             **factors,
         )
-        own = [(leaf, span, run.here[0]) for leaf, span, run in updates if leaf.has_own_master]
+        own = [(leaf, span, state.here[0]) for leaf, span, state in spans if leaf.has_own_master]
         if own:
-            weights = [_span(leaf.weight, span) for leaf, span, _ in own]
+            weights = [_within(leaf.weight, span) for leaf, span, _ in own]
             torch._foreach_copy_(weights, [master for *_, master in own])
         return counts[0]
 
 
-def _span(tensor: Tensor, span: slice) -> Tensor:
+def _within(tensor: Tensor, span: slice) -> Tensor:
     return tensor.detach().view(-1)[span]

@@ -10,6 +10,8 @@ from backend_runs import make_backend, train
 from training_cases import loss_fn, make_rows, options, tiny_config
 
 from harness import run_ranks
+from spmdrl.memory import host_state
+from spmdrl.memory.device_parts import Meter
 from spmdrl.memory.host_state import WINDOW_BYTES, HostState, spans, staged_bytes
 from spmdrl.training.readout import next_token
 from spmdrl.world import World
@@ -20,19 +22,23 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
+def on_host() -> HostState:
+    """Windows that hold some leaves whole, and cut others."""
+    return HostState(torch.device("cpu"), window_bytes=10_000)
+
+
 def both(world: World, degrees: dict[str, int]) -> None:
     for kind in KINDS:
-        # windows that hold some leaves whole, and cut others
-        whole, streamed = [
-            train(make_backend(world, options(**kind, streamed_window=w), tiny_config(), **degrees))
-            for w in (None, 10_000)
+        whole, windowed = [
+            train(make_backend(world, options(**kind, host_state=state), tiny_config(), **degrees))
+            for state in (None, on_host())
         ]
         for key in ("steps", "counters"):
-            assert whole[key] == streamed[key]
-        assert torch.equal(whole["after"], streamed["after"])
+            assert whole[key] == windowed[key]
+        assert torch.equal(whole["after"], windowed["after"])
         for key in ("weights", "state"):
             for name, (tensor, slices) in whole[key].items():
-                found, held = streamed[key][name]
+                found, held = windowed[key][name]
                 assert held == slices and torch.equal(found, tensor), (kind, name)
 
 
@@ -42,7 +48,7 @@ def test_the_updates_are_the_same(degrees: dict[str, int]) -> None:
 
 
 def skipped(world: World) -> None:
-    backend = make_backend(world, options(streamed_window=10_000), tiny_config())
+    backend = make_backend(world, options(host_state=on_host()), tiny_config())
     before = {name: tensor.clone() for name, (tensor, _) in backend.state_tensors().items()}
     rows = make_rows([5], 2)
 
@@ -58,7 +64,7 @@ def skipped(world: World) -> None:
         assert all(torch.equal(after[n][0], before[n]) for n in before) is (loss is infinite)
 
     # the count of updates comes back with a checkpoint, although no tensor of it holds it
-    other = make_backend(world, options(streamed_window=10_000), tiny_config())
+    other = make_backend(world, options(host_state=on_host()), tiny_config())
     for name, (tensor, _) in other.state_tensors().items():
         tensor.copy_(backend.state_tensors()[name][0])
     other.restored(backend.counters())
@@ -79,7 +85,7 @@ def test_no_part_of_it_is_on_the_device() -> None:
 
 def parts(world: World) -> None:
     backend = make_backend(
-        world, options(streamed_window=10_000, param_dtype=torch.bfloat16), tiny_config()
+        world, options(host_state=on_host(), param_dtype=torch.bfloat16), tiny_config()
     )
     assert backend.parts()["optimizer"] == []
     held = {tensor.data_ptr() for tensor in backend.parts()["weights"]}
@@ -108,16 +114,45 @@ def test_what_is_written_in_a_window_goes_home() -> None:
     for number, group in enumerate(groups):
         group[0].fill_(number)
     seen = 0
-    for runs in state.passing(groups):
-        for run in runs:
-            first, second = run.here
-            assert (first == run.group).all() and not second.any()
-            second.copy_(first + torch.arange(run.start, run.stop))
+    for ranges in state.passing(groups):
+        for one in ranges:
+            first, second = one.here
+            assert (first == one.group).all() and not second.any()
+            second.copy_(first + torch.arange(one.start, one.stop))
             seen += len(first)
     assert seen == 2100
     for number, (first, second) in enumerate(groups):
         assert (first == number).all()
         assert torch.equal(second, number + torch.arange(700.0))
+
+
+def test_what_passes_is_counted_in_both_directions() -> None:
+    meter = Meter()
+    state = HostState(torch.device("cpu"), window_bytes=4 * 1024, meter=meter)
+    groups = [(state.hold(torch.empty(700)), state.hold(torch.empty(700))) for _ in range(3)]
+    for _ in range(2):
+        for _ in state.passing(groups):
+            pass
+    found = meter.take(0)
+    assert found["to_host_bytes"] == found["to_device_bytes"] == 2 * 3 * 2 * 4 * 700
+    assert found["to_host_seconds"] > 0
+
+
+def test_an_error_in_a_window_leaves_no_copy_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, joined = HostState(torch.device("cpu"), window_bytes=4 * 1024), []
+    monkeypatch.setattr(host_state._Lanes, "join", lambda self: joined.append(True))
+    passing = state.passing([(state.hold(torch.empty(7000)),)])
+    next(passing)
+    with pytest.raises(RuntimeError, match="boom"):
+        passing.throw(RuntimeError("boom"))  # type: ignore[attr-defined]
+    assert joined == [True]
+
+
+def test_a_host_without_room_is_named() -> None:
+    state = HostState(torch.device("cpu"))
+    state.hold(torch.empty(1000))
+    with pytest.raises(ValueError, match=r"cannot map .* GB for an optimizer's state.*--mem"):
+        state.hold(torch.empty(2**46, device="meta"))
 
 
 def test_bytes_on_the_device_are_those_of_two_windows_at_most() -> None:
