@@ -86,10 +86,8 @@ class MemoryPlan:
             lines.append(f"  {dotted(part.key):<24} {size:>14}  {self._residency_text(part)}")
         if all(residency == "keep" for residency in self.residencies.values()):
             there = any(part.on_host for part in self.parts)
-            still = "nothing moves" + (
-                " between calls" if there else ": all of it stays on the device"
-            )
-            return "\n".join([*lines, f"  {still}"])
+            what = " between calls" if there else ": all of it stays on the device"
+            return "\n".join([*lines, f"  nothing moves{what}"])
         blocks = ["\n".join(_call_lines(call)) for call in self.calls]
         for block, count in Counter(blocks).items():
             first, *rest = block.split("\n")

@@ -193,8 +193,8 @@ def test_shards_of_zero_are_tried_once() -> None:
 
 def test_a_configuration_that_does_not_fit_gets_one_that_does() -> None:
     machine = load_machine("h100", num_nodes=1, devices_per_node=8)
-    # its whole optimizer, which `auto` would let step in windows, has no room at all
-    whole = ["roles.policy.dp_shard=1", "roles.policy.residency.optimizer=host"]
+    # its optimizer, which otherwise would step in windows, has no room at all
+    whole = ["roles.policy.dp_shard=1", "roles.policy.residency.optimizer=keep"]
     configure = configured("gsm8k", *BATCH, *whole)
     config = configure(())
     models = dict.fromkeys(config.roles, known_model("qwen2.5-7b"))
