@@ -228,7 +228,9 @@ def test_an_engines_copy_of_a_frozen_base_is_not_kept(
     # the first sync of a start proves the adapter, and so moves more
     saved = check(root, name, 2, stops, words, left_out=(*CLOCKS, "sync/gb"))
     held = set()
-    for stop, checkpoint in zip(stops, saved, strict=True):
+    # with SPMDRL_TEST_EVERY_STOP there are other stops, which are numbers of polls
+    done = [str(number * EVERY + 1) for number in range(len(saved))] if EVERY else stops
+    for stop, checkpoint in zip(done, saved, strict=True):
         path = root / name / stop.replace(" ", "_") / "checkpoints" / checkpoint
         for entry in read_index(path).entries:
             if entry.group == "rollout.engine":

@@ -20,7 +20,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -38,9 +37,9 @@ from spmdrl.checkpoint.index import (
     is_checkpoint_name,
     rank_file,
 )
+from spmdrl.checkpoint.staging import Staging
 from spmdrl.checkpoint.stream import check_tensors, write_safetensors
 from spmdrl.distributed.reduce import agreed, broadcast_object, world_any
-from spmdrl.memory.arena import ALIGNMENT, HostArena
 from spmdrl.memory.json_tensors import json_values
 from spmdrl.world import World
 
@@ -118,8 +117,7 @@ class CheckpointWriter:
         serial = world.store.add("checkpoint writers", 1) if world.is_first else 0
         prefix = f"checkpoints/{broadcast_object(serial, 0)}"
         self._store, self._thread_store = world.connect(prefix), world.connect(prefix)
-        self._arenas: dict[bool, HostArena] = {}
-        """Whether it is pinned -> the copies of tensors of the device, and of the host."""
+        self._staging = Staging()
         self._entries: tuple[Entry, ...] | None = None
         self._all_entries: tuple[Entry, ...] = ()
         """Entries of all ranks, on rank 0."""
@@ -185,7 +183,7 @@ class CheckpointWriter:
         self._share(entries)
         own = {PRIVATE + key: tensor for key, tensor in private.items()}
         copying = time.monotonic()
-        staged = self._stage({**boxes, **own})
+        staged = self._staging.copies({**boxes, **own}, self._progress)
         job = _Job(
             number=self._number,
             name=name,
@@ -234,34 +232,6 @@ class CheckpointWriter:
         places = {(entry.group, entry.piece) for entry in self._all_entries}
         twice = len(self._all_entries) - len(places)
         assert twice == 0, f"{twice} slices were written twice"
-
-    @torch.no_grad()
-    def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies on the host, in an arena that is reused for the next checkpoint."""
-        offsets, totals = {}, {True: 0, False: 0}
-        for name, tensor in tensors.items():
-            offsets[name] = totals[tensor.is_cuda]
-            totals[tensor.is_cuda] += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        for pinned, total in totals.items():
-            if pinned in self._arenas and self._arenas[pinned].bytes.numel() >= total:
-                continue
-            self._arenas.pop(pinned, None)  # frees the smaller one first
-            purpose = "the copies that a checkpoint is written from"
-            if total:
-                self._arenas[pinned] = HostArena(total, pinned=pinned, purpose=purpose)
-        staged = {}
-        for name, tensor in tensors.items():
-            if tensor.nbytes == 0:
-                staged[name] = torch.empty_like(tensor, device="cpu")
-                continue
-            start = offsets[name]
-            place = self._arenas[tensor.is_cuda].bytes[start : start + tensor.nbytes]
-            staged[name] = place.view(tensor.dtype).view(tensor.shape)
-            staged[name].copy_(tensor, non_blocking=True)
-            self._progress()
-        if totals[True]:
-            torch.cuda.synchronize()
-        return staged
 
     def _forget(self, number: int) -> None:
         """Delete, on rank 0, the keys of an old checkpoint, which every rank has read."""
