@@ -6,6 +6,7 @@ these take seconds. The sweeps marked `full` have Inductor's code too.
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from spmdrl.testing.backend_contract import check_backend
 from spmdrl.testing.cases import tiny_experts
 from spmdrl.testing.subject import Candidate, Layout
 from spmdrl.training.readout import next_token
+from spmdrl.training.torch_backend import TorchBackend
 from spmdrl.world import World
 
 GRAPHS, EAGER, CODE = "eager", "aot_eager", "inductor"
@@ -66,7 +68,8 @@ CASES = {
     "inductor, sharded": Case(degrees={"dp_shard": 2}, code=CODE, graphs=8),
     "inductor, tensor parallel": Case(degrees={"tp": 2}, code=CODE),
 }
-Step = tuple[float, float, Tensor]
+Step = tuple[float, Tensor, float, Tensor]
+"""Loss, every gradient, norm, log-probabilities after the update."""
 
 
 @pytest.mark.parametrize(
@@ -113,8 +116,10 @@ def steps(world: World, case: Case, how: str) -> tuple[list[Step], list[int]]:
     for step in range(4):
         rows = make_rows([6 + step, 3, 9 + 2 * step], 3, seed=step)
         sums = backend.forward_backward(rows, loss_fn, next_token(), normaliser=10.0)
+        own = gradients(backend)
         norm = backend.optim_step().grad_norm
-        found.append((sums["loss"], norm, backend.forward(rows, next_token())["logprobs"]))
+        after = backend.forward(rows, next_token())["logprobs"]
+        found.append((sums["loss"], own, norm, after))
         graphs.append(counters["stats"]["unique_graphs"])
     held = weakref.ref(backend)
     del backend
@@ -123,9 +128,39 @@ def steps(world: World, case: Case, how: str) -> tuple[list[Step], list[int]]:
     return found, graphs
 
 
+def gradients(backend: TorchBackend) -> Tensor:
+    """Every gradient of this rank, side by side."""
+    found = []
+    for leaf in backend._trained:
+        total = backend._sums.get(leaf.name)
+        own = leaf.gradient() if total is None else total.total
+        if own is not None:
+            found.append(own.detach().float().flatten().clone())
+    assert found
+    return torch.cat(found)
+
+
 def model_of(case: Case) -> ModelConfig:
     make = tiny_experts if case.experts else tiny_config
     return make(num_hidden_layers=LAYERS)
+
+
+def fixed(world: World) -> bool:
+    """Whether microbatches of other lengths are compiled anew where lengths are fixed."""
+    compile_ = torch.compile
+
+    @functools.wraps(compile_)
+    def with_fixed_lengths(*given: Any, **words: Any) -> Any:
+        return compile_(*given, **{**words, "dynamic": False})
+
+    torch.compile = with_fixed_lengths  # type: ignore[assignment]
+    *_, (early, late, _) = both(world, Case(code=GRAPHS))
+    return early < late
+
+
+@pytest.mark.full
+def test_a_graph_for_each_length_is_seen() -> None:
+    assert run_ranks(fixed, 1, timeout_s=500) == [True]
 
 
 COMPILED = Candidate(

@@ -30,7 +30,7 @@ FLASH_NAMES: dict[Version, str] = {2: "flash-attn 2", 4: "flash-attn-4"}
 
 COMPILED_WIDTHS = {(9, 0): (64, 128, 256), (10, 0): (64, 128, 256)}
 """Dims of heads, by compute capability, that version 4 is taken for: the kernels of each are
-compiled forward and backward by tests/fake_gpu/test_flash_cuda.py, with all that `flash_lacks`
+compiled forward and backward by scripts/test_cuda.sh -k flash, with all that `flash_lacks`
 grants.
 """
 
