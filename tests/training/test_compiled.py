@@ -80,13 +80,39 @@ def test_compiled_layers_train_as_others_do(name: str) -> None:
     case = CASES[name]
     size = max([1, *case.degrees.values()])
     for plain, fused, graphs in run_ranks(both, size, case, timeout_s=500):
+        rounded = case.given.get("param_dtype") == torch.bfloat16 and case.code == CODE
         for one, other in zip(plain, fused, strict=True):
             for a, b in zip(one, other, strict=True):
-                half = case.given.get("param_dtype") == torch.bfloat16 and case.code == CODE
-                torch.testing.assert_close(a, b, rtol=0.03 if half else 1e-4, atol=1e-4)
+                if not rounded:
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        if rounded:  # later steps add up the other rounding
+            assert max(map(distance, fused[0], plain[0])) < 0.05
         early, late, breaks = graphs
         assert early == late <= case.graphs, "a graph for each length, or for each layer"
         assert breaks == {}
+
+
+def distance(one: Any, other: Any) -> float:
+    """Norm of the difference, as a share of the second one's."""
+    a, b = torch.as_tensor(one), torch.as_tensor(other)
+    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
+
+
+def from_float32(world: World) -> tuple[float, float]:
+    """Distances of the first step's gradients in bfloat16, without and with Inductor's code."""
+    half = Case(given={"param_dtype": torch.bfloat16}, code=CODE)
+    compiled.COMPILER = CODE
+    exact = steps(world, Case(), "none")[0][0][1]
+    plain, fused = (steps(world, half, how)[0][0][1] for how in ("none", "blocks"))
+    return distance(plain, exact), distance(fused, exact)
+
+
+@pytest.mark.full
+def test_compiled_bfloat16_is_as_near_to_float32() -> None:
+    """Inductor rounds fewer of the numbers between operations."""
+    [(plain, fused)] = run_ranks(from_float32, 1, timeout_s=500)
+    print(plain, fused)
+    assert 0 < fused < 1.1 * plain < 0.1
 
 
 def both(
