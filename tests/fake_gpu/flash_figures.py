@@ -100,7 +100,7 @@ CASES = {
 
 
 class Context:
-    """What autograd's context would hold, for the package's own backward."""
+    """Stand for autograd's context in the package's own backward."""
 
     def save_for_backward(self, *tensors: Any) -> None:
         self.saved_tensors = tensors
@@ -110,7 +110,7 @@ class Context:
 
 
 class Card:
-    """What the driver would say of the card (in place of cutlass's `HardwareInfo`)."""
+    """Answer for the card's driver, in place of cutlass's `HardwareInfo`."""
 
     def __init__(self, device_id: int = 0) -> None:
         pass

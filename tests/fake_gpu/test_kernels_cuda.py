@@ -65,7 +65,7 @@ STEP = {"launches": 3, "syncs": 1, "h2d": 0, "d2h": 1, "pageable": 0, "illegal":
 def test_a_layer_of_a_decode_step_is_nine_nodes(
     monkeypatch: pytest.MonkeyPatch, figure: str
 ) -> None:
-    """With prompts that samples read together, too."""
+    """Prompts that samples read together make no launch more."""
     monkeypatch.setenv(gpu.SWITCH, "1")
     found = measure(figure)
     print(found)

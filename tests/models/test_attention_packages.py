@@ -159,7 +159,7 @@ def test_flash_that_is_asked_for_says_what_it_lacks(
 def test_a_stream_that_shares_prompts_is_one_call(
     packages: Path, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the package's other function, and its lists of blocks."""
+    """The package's other function is called, with lists of blocks."""
     for file, text in FLASH_4_FILES.items():
         install(packages, file, text)
     kernel = StreamKernel(block)

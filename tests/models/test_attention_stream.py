@@ -1,4 +1,4 @@
-"""What the rows of a stream see, key by key, from ranges and from lists of blocks."""
+"""Keys that the rows of a stream see, key by key, from ranges and from lists of blocks."""
 
 from __future__ import annotations
 

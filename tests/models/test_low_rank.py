@@ -166,7 +166,7 @@ def test_additions_by_torchs_products(tmp_path, monkeypatch, architecture):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_is_put_or_added(dtype):
-    """What is there before may be anything, unless it is added to."""
+    """Memory that is not added to may hold anything before."""
     random = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, 3, generator=random).to(dtype) for n in (5, 2))
     expected = 1.5 * a.double() @ b.double().t()

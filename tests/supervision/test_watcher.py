@@ -219,3 +219,14 @@ def test_who_has_no_seat_or_is_gone_is_dead() -> None:
 
 def test_half_a_heartbeat_is_none() -> None:
     assert behind({0: "", 1: '{"rank": 1, "st'}, 2) == "ranks [0, 1] have no heartbeat"
+
+
+def test_a_stop_file_asks_for_a_stop_whatever_is_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "stop"
+    file.write_text("")
+    assert watcher_module.request_of(file) == f"the file {file}"
+    file.write_text("the disk\nis full")
+    assert watcher_module.request_of(file) == f"the disk is full (the file {file})"
+    file.unlink()
+    file.mkdir()  # cannot be read
+    assert watcher_module.request_of(file) == f"the file {file}"

@@ -278,8 +278,7 @@ class Watcher:
         for file in self.attempt.stop_files():
             with self._outliving(f"looking for {file}"):
                 if file.exists():
-                    words = " ".join(file.read_text(encoding="utf-8", errors="replace").split())
-                    self.ask(f"{words[:200]} (the file {file})" if words else f"the file {file}")
+                    self.ask(request_of(file))
 
     def _look_for_news(self) -> None:
         if self._store.check(["hung"]):
@@ -385,3 +384,11 @@ def _exit(code: int) -> None:
             if stream is not None:
                 stream.flush()
     os._exit(code)
+
+
+def request_of(file: Path) -> str:
+    """Return what a stop file asks for: its words, if it has any that can be read, and its path."""
+    words = ""
+    with suppress(OSError):  # another user's file asks for a stop too
+        words = " ".join(file.read_text(encoding="utf-8", errors="replace").split())
+    return f"{words[:200]} (the file {file})" if words else f"the file {file}"
